@@ -115,7 +115,6 @@ class Ledger:
                 self.peaks[place] = Peak(total, when, here)
 
     def _with_heap(self, held: Holding) -> int:
-        """Return the bytes in use on a CPU, with the small blocks that the heap keeps."""
         small: Counter[str] = Counter()
         for share, amount in held.items():
             small[_LIFETIMES.get(share.part, "step")] += amount.small
@@ -258,7 +257,7 @@ class Frozen:
 
     @property
     def _most_gathered(self) -> int:
-        """Elements beside the active module: prefetched weights, and weights used soon again."""
+        # Elements beside the active module: prefetched weights, and weights used soon again.
         soon = self._limit("max_reuse_distance") // 2
         has_prefetch = self._limit("prefetch_bucket_size", 50_000_000) > 0
         return max(soon, self._limit("max_live_parameters") if has_prefetch else 0)
@@ -408,18 +407,16 @@ class Trained(Frozen):
 
     @property
     def _shard(self) -> Amount:
-        """The rank's part of one fp32 value for every weight that learns."""
+        # The rank's part of one fp32 value for every weight that learns.
         if self.stage == 0:
             return self.learned.amount(FP32)
         return block(self.share(self.learned.numel) * FP32)
 
     @property
     def _sums_in_place(self) -> bool:
-        """True if gradients are added to one fp32 buffer of the rank's shard.
-
-        16-bit models at ZeRO 2 do so, on the device also with offload, until the update
-        (`_build_compact_grad_partition_buffer` of DeepSpeed).
-        """
+        # True if gradients are added to one fp32 buffer of the rank's shard.
+        # 16-bit models at ZeRO 2 do so, on the device also with offload, until the update
+        # (`_build_compact_grad_partition_buffer` of DeepSpeed).
         return self.stage == 2 and self.itemsize < FP32
 
     def _gradients_of_shard(self, done: int) -> Holding:
@@ -434,7 +431,7 @@ class Trained(Frozen):
 
     @cached_property
     def _overlapping(self) -> int:
-        """Elements of the weights that overlap the shard of a rank, of the rank with the most."""
+        # Elements of the weights that overlap the shard of a rank, of the rank with the most.
         shard, start = self.share(self.learned.numel), 0
         elements: Counter[int] = Counter()
         for parameter in self.learned:
@@ -445,10 +442,8 @@ class Trained(Frozen):
         return max(elements.values())
 
     def _sent(self, done: Inventory, *, last: bool) -> Holding:
-        """Return the buckets, and the copy of one that is sent now: a gradient did not fit into it.
-
-        A gradient that is larger than the bucket is sent directly.
-        """
+        # Return the buckets, and the copy of one that is sent now: a gradient did not fit into it.
+        # A gradient that is larger than the bucket is sent directly.
         limit = int(self.zero.get("reduce_bucket_size", _BUCKET))
         newest = done[-1].numel if done else 0
         before = done.numel - newest

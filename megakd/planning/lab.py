@@ -127,7 +127,6 @@ def _vocabulary(task: TaskConfig, sources: Mapping[str, ModelSource]) -> int:
 
 
 def _counted(folder: Path) -> int | None:
-    """Return the vocabulary size from a tokenizer's files, or None for other file types."""
     try:
         if (folder / "vocab.txt").is_file():
             with (folder / "vocab.txt").open(encoding="utf-8") as pieces:

@@ -202,7 +202,7 @@ class _Tracer:
     def _learner(
         self, stage: Stage, bundle: StudentBundle, batch: Batch, knowledge: Mapping[str, Knowledge]
     ) -> SimulatedPhase:
-        """Trace the passes of a step, of a learner that is pruned also with its first mask."""
+        # Trace the passes of a step, of a learner that is pruned also with its first mask.
 
         def backward_of(passes: Sequence[Pass]) -> Trace:
             call = partial(bundle, batch, knowledge, passes, _ones(bundle))
@@ -295,7 +295,6 @@ class _Tracer:
         return second_sizes(stage, self._phase.student, pieces=vocabulary.size, offset=max(offsets))
 
     def _mixed(self, stage: Stage, batch: Batch) -> dict[str, Batch]:
-        """Return the rows as models with a tokenizer of their own read them, by role."""
         found = {}
         for role, reading in stage.mixed.items():
             count = 0 if batch.targets is None else len(batch.targets)
@@ -352,19 +351,17 @@ class _Tracer:
 
 
 def _ones(bundle: StudentBundle) -> dict[Unit, torch.Tensor]:
-    """Return a count of 1 for every unit of the losses."""
     return dict.fromkeys(bundle.counters, torch.ones((), dtype=torch.long, device=VALUELESS))
 
 
 def _answer_bytes(answer: Knowledge) -> int:
-    """Return the bytes of the outputs of a frozen teacher."""
     attention = [part for vectors in answer.attention if vectors for part in vectors[:3]]
     tensors = (answer.logits, answer.hidden, *answer.hidden_states, *attention)
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _classes(source: ModelSource) -> int:
-    """Return the number of classes, the same for all planned models; see `planned_sources`."""
+    # Return the number of classes, the same for all planned models; see `planned_sources`.
     return source.config.num_labels or 0
 
 
@@ -434,7 +431,6 @@ def largest_mask(units: View, end: View) -> Cut | None:
 
 
 def _less(count: int, end: int | None) -> int:
-    """Return the count without one unit, if units are lost."""
     return count if end is None else max(end, count - 1)
 
 
@@ -453,17 +449,14 @@ def _order(units: View, view: View) -> UnitOrder:
 
 
 def _last(count: int, kept: int | None) -> tuple[int, ...]:
-    """Return all units, the last `kept` first."""
     lost = 0 if kept is None else count - kept
     return (*range(lost, count), *range(lost))
 
 
 def _with_even_parts(batch: Batch, stage: Stage, make: Callable[[int, int], Batch]) -> Batch:
-    """Return a micro-batch in which every teacher of a routed stage has an equal part of the rows.
-
-    The student's losses need about the same memory for every division of the rows. Only the largest
-    forward of a teacher depends on the division: it has all rows of a micro-batch.
-    """
+    # Return a micro-batch in which every teacher of a routed stage has an equal part of the rows.
+    # The student's losses need about the same memory for every division of the rows. Only the
+    # largest forward of a teacher depends on the division: it has all rows of a micro-batch.
     if not stage.strategy.routes_rows:
         return batch
     (rows, length), teachers = batch.valid.shape, stage.teachers
@@ -478,7 +471,7 @@ def _with_even_parts(batch: Batch, stage: Stage, make: Callable[[int, int], Batc
 
 
 def _answers_to_parts(batch: Batch, answers: Mapping[str, Knowledge]) -> dict[str, Knowledge]:
-    """Return the answers of teachers to the whole micro-batch, cut to the part of each teacher."""
+    # Return the answers of teachers to the whole micro-batch, cut to the part of each teacher.
     cut = dict(answers)
     for name, answer in answers.items():
         part = batch.of(name)

@@ -217,7 +217,6 @@ def _phases(plan: Plan) -> list[list[str]]:
 
 
 def _calls(plan: Plan) -> list[str]:
-    """Return a paragraph on forwards of the teacher that are not one per micro-batch, if any."""
     lines = [
         f"{phase.name}: {name} answers {count} micro-batches in one forward "
         f"({plan.config.key_of(name)}.micro_batches_per_call)"
@@ -233,7 +232,6 @@ def _calls(plan: Plan) -> list[str]:
 
 
 def _left(size: Mapping[str, int] | None) -> list[str]:
-    """Return the width and the number of weights of a learner after it was pruned in a phase."""
     return ["-", "-"] if size is None else [str(size["width"]), f"{size['parameters']:,}"]
 
 

@@ -184,7 +184,7 @@ class Timeline:
         return learner.held("activations", block(size), "host")
 
     def _generate(self, stage: Stage, engines: Mapping[str, Frozen]) -> None:
-        """Record the generation of texts; at ZeRO 3 the model that generates is gathered whole."""
+        # Record the generation of texts; at ZeRO 3 the model that generates is gathered whole.
         sources = {STUDENT: self.phase.learner}
         sources |= {name: ready.source for name, ready in self.phase.teachers.items()}
         for when, role, rows in self._texts(stage):
@@ -199,7 +199,6 @@ class Timeline:
             )
 
     def _texts(self, stage: Stage) -> Iterator[tuple[str, str, int]]:
-        """Yield when texts are generated, by which role, and how many at the same time."""
         rollouts, generation = stage.rollouts, self.config.eval.generation
         if rollouts is not None and rollouts.files is None and rollouts.server is None:
             train = stage.train
@@ -227,11 +226,9 @@ class Timeline:
         self._forward(when, learner, run, answers, heads)
 
     def _write_state(self, learner: Trained, left: Pruned, kept: int) -> None:
-        """Record the training state that rank 0 writes for the next window.
-
-        The state is written as files of at most `SHARD_BYTES`, which are put together on the host.
-        To read it takes less than a step: each rank reads one tensor after the other.
-        """
+        # Record the training state that rank 0 writes for the next window.
+        # The state is written as files of at most `SHARD_BYTES`, put together on the host.
+        # To read it takes less than a step: each rank reads one tensor after the other.
         state = left.state(values=1 + learner.moments, kept=kept)
         state = state.times(min(1.0, SHARD_BYTES / max(1, state.total)))
         whole = block(learner.inventory.largest * FP32)
@@ -242,7 +239,6 @@ class Timeline:
         )
 
     def _readouts(self) -> Holding:
-        """Return the output matrices of teachers whose hidden states come from a server."""
         readouts = [
             _head(ready, TORCH_DTYPE[planned_dtype(ready, self.cluster.device)].itemsize)
             for ready in self.phase.teachers.values()
@@ -251,7 +247,7 @@ class Timeline:
         return together(*({Share(TEACHER, "weights"): readout} for readout in readouts))
 
     def _fetched(self, frozen: Mapping[str, Frozen]) -> Holding:
-        """Return the shards of a drawn teacher, which are copied from the host."""
+        # Return the shards of a drawn teacher, which are copied from the host.
         waiting = [
             engine.share(engine.inventory.numel) * engine.itemsize
             for name, engine in frozen.items()
@@ -284,7 +280,7 @@ class Timeline:
         self._look("the student's backward", self._answers, gradients)
 
     def _gathered_head(self, name: str, engine: Frozen) -> Amount:
-        """Return the bytes of the teacher's output matrix, gathered from its shards."""
+        # Return the bytes of the teacher's output matrix, gathered from its shards.
         if engine.stage != 3 or self.config.task.type not in LANGUAGE_TASKS:
             return NOTHING
         return _head(self.phase.teachers[name], engine.itemsize)
@@ -298,7 +294,6 @@ class Timeline:
     def _moments(
         self, engine: Frozen, run: Trace, kind: Part = "activations"
     ) -> Iterator[tuple[Moment, Holding]]:
-        """Yield what each moment of a trace holds, with all buffers that it needs on the way."""
         for moment, gathered in zip(run.moments, engine.gathered(run), strict=True):
             live, views = self._divided(moment.live, engine.role)
             yield (
@@ -319,7 +314,6 @@ class Timeline:
         return live.times(share), live.times(1 - share)
 
     def _count(self, learner: Trained, frozen: Mapping[str, Frozen], micro_batches: int) -> None:
-        """Compute the operations and the network bytes of one step."""
         flops = micro_batches * sum(run.flops for run in self.traced.learner)
         answered, stage = 0.0, self.phase.stage
         rows = (

@@ -361,7 +361,7 @@ class _Watch(TorchDispatchMode):
             self._live = self._live.plus(size)
 
     def _add_in_place(self, func: Any, args: Any, out: Any) -> None:
-        """Free the first gradient of a sum: autograd adds in place, except on valueless tensors."""
+        # Free the first gradient of a sum: autograd adds in place, except on valueless tensors.
         if func is not torch.ops.aten.add.Tensor or not self.turned or torch.is_grad_enabled():
             return
         first = args[0]
@@ -415,7 +415,7 @@ def _name(function: Any) -> str:
 
 
 def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:
-    """Return the bytes of a chunk: logits of both models, hidden states, and gradients."""
+    # Return the bytes of a chunk: logits of both models, hidden states, and gradients.
     hidden, heads = args[0], [head for head in (args[1], args[4]) if head is not None]
     widths = tuple(map(len, heads))
     narrow = torch.float32 if device == "cpu" else gradient_dtype(hidden, torch.float32)
@@ -451,7 +451,7 @@ def _hidden(args: tuple[Any, ...], device: str, _: float) -> int:
 
 
 def _relation(args: tuple[Any, ...], device: str, _: float) -> int:
-    """Return the bytes of three tiles (rows, keys, all relation heads) and of one example."""
+    # Return the bytes of three tiles (rows, keys, all relation heads) and of one example.
     student, teacher = args[0], args[2]
     example = math.prod(student.shape[1:]) + math.prod(teacher.shape[1:])
     return 3 * _RELATION_TILE_BYTES[device] + 8 * example

@@ -186,7 +186,8 @@ def view_at(
             "higher values from method.sparsities, lower method.round_to, or use a wider teacher"
         )
     width = columns if shares.width and columns < whole else None
-    return View(*(tuple(cut.kept) for cut in cuts), width)
+    heads, neurons = (tuple(cut.kept) for cut in cuts)
+    return View(heads, neurons, width)
 
 
 class Cut(NamedTuple):
@@ -227,7 +228,7 @@ def _cut(
     rounding: Rounding,
     fewest: Sequence[int] | None = None,
 ) -> Cut:
-    """Leave out a share of the units of a kind; a layer that must keep units has its `fewest`."""
+    # Leave out a share of the units of a kind; a layer that must keep units has its `fewest`.
     least = fewest or [0] * len(layers)
     removed = (
         [round(share * len(layer)) for layer in layers]
@@ -243,10 +244,8 @@ def _cut(
 
 
 def _least_important(layers: Layers, share: Fraction, fewest: Sequence[int]) -> list[int]:
-    """Return the units that each layer loses if the units of all layers are ranked together.
-
-    The `fewest` most important units of each layer are removed after all other units.
-    """
+    # Return the units that each layer loses if the units of all layers are ranked together.
+    # The `fewest` most important units of each layer are removed after all other units.
     scores = np.concatenate([np.asarray(layer, dtype=float) for layer in layers])
     layer_of = np.concatenate([np.full(len(layer), i) for i, layer in enumerate(layers)])
     place = np.concatenate([np.arange(len(layer)) for layer in layers])

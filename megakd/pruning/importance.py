@@ -151,10 +151,8 @@ def _dealt(
 
 @torch.no_grad()
 def _totals(engine: Engine, batches: Iterable[Iterable[Batch]]) -> Tensor | None:
-    """Return [units] fp64: absolute gradients of the mean loss per label, summed over batches.
-
-    Returns None if no batch has a label on any rank.
-    """
+    # Return [units] fp64: absolute gradients of the mean loss per label, summed over batches.
+    # Returns None if no batch has a label on any rank.
     totals, labels = torch.zeros(2, dtype=torch.float64)
     for number, batch in enumerate(batches, start=1):
         reached(f"batch {number}")

@@ -187,7 +187,7 @@ class PruningStore:
     def _made(
         self, name: str, facts: Mapping[str, Any], prepare: Callable[[], Reshaping]
     ) -> StageResult:
-        """Build a folder if it does not exist; `prepare` is a collective that may take long."""
+        # Build a folder if it does not exist; `prepare` is a collective that may take long.
 
         def make(folder: Path, fingerprint: Fingerprint) -> None:
             began = time.perf_counter()
@@ -202,10 +202,8 @@ class PruningStore:
     def _result_text(
         self, result: StageResult, fingerprint: Fingerprint, began: float
     ) -> Callable[[], str]:
-        """Return a function that returns the text of result.json; a collective.
-
-        The function is called after the weights are written.
-        """
+        # Return a function that returns the text of result.json; a collective.
+        # The function is called after the weights are written.
         device = self.assembly.ranks.device
         others = max(gather(peak_memory_bytes(device)))
 
