@@ -26,7 +26,7 @@ def full(
     server = VllmWeightServer if kind == "vllm" else SglangServer
     servers = [server(JsonServer(url, time_limit_s=60)) for url in urls]
     push = FullPush(student, servers, Path(folder) / "run" / "run-s1")
-    with patch.object(push, "SHARD_BYTES", 3000):
+    with patch("megakd.servers.push.SHARD_BYTES", 3000):
         for version in (1, 2):
             run.trainer.train_step(run.source.step(version - 1))
             pushed = push.push(version)
