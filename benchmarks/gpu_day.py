@@ -1,24 +1,10 @@
-"""Everything to find out on the first day with a GPU, in one command of at most 30 minutes.
-
-`python benchmarks/gpu_day.py --out runs/gpu-day` on a machine with a GPU, or
-`python benchmarks/gpu_day.py --rehearse --out FOLDER` at small sizes on a CPU.
-
-Each part is a process group of its own with a time limit: a part that crashes or hangs costs only
-itself. `OUT/results.json` is written after every part, and `OUT/page.md` at the end. The same
-command goes on where it was: a finished part is not repeated, all other parts are tried again.
-"""
+"""The first day on a GPU, in one command: `python benchmarks/gpu_day.py --out runs/gpu-day`."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import resource
-import shutil
 import signal
 import sys
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 if importlib.util.find_spec("megakd") is None:
     sys.exit(
@@ -26,141 +12,8 @@ if importlib.util.find_spec("megakd") is None:
         f"{sys.executable} -m pip install --no-deps ."
     )
 
-from gpu_day_machine import describe, has_gpu
-from gpu_day_page import page_of
-from gpu_day_parts import PARTS, Part, Setting
-from gpu_day_process import environment, numbers_of, reason_to_skip, run_limited, tail_of
-from gpu_day_results import DONE, FINISHED, OtherRunError, Outcome, Results
-from options import words_of
-
-from megakd.storage.atomic import write_text
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from gpu_day_process import Ended
-    from gpu_day_results import State
-
-
-class NoGpuError(Exception):
-    """The machine has no GPU that torch can use."""
-
-
-def main(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
-    """Run the parts that have not finished; return 1 if one of the chosen parts has a problem."""
-    given = parse(arguments, parts)
-    try:
-        check_device(rehearse=given.rehearse)
-        results = Results(given.out, rehearsal=given.rehearse)
-    except (NoGpuError, OtherRunError) as error:
-        print(f"gpu_day: error: {error}", file=sys.stderr)
-        return 1
-    # A part that hangs is aborted; its tens of gigabytes must not become a core file.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    results.set_machine(describe(rehearsal=given.rehearse))
-    results.forget(given.again)
-    wanted = {*(given.parts or [part.name for part in parts]), *given.again}
-    chosen = [part for part in parts if part.name in wanted]
-    try:
-        run_parts(chosen, results, given)
-    finally:  # also after Ctrl+C
-        page = page_of(results, {part.name: part.about for part in parts})
-        write_text(given.out / "page.md", page)
-    print(f"results: {given.out / 'results.json'}\npage: {given.out / 'page.md'}", flush=True)
-    return int(any(results.parts[part.name].state not in DONE for part in chosen))
-
-
-def check_device(*, rehearse: bool) -> None:
-    """Check that torch finds a GPU, which only a rehearsal can do without.
-
-    Raises:
-        NoGpuError: there is no GPU.
-    """
-    if not rehearse and not has_gpu():
-        raise NoGpuError(
-            "torch finds no GPU on this machine; --rehearse runs all parts at small sizes on the "
-            "CPU"
-        )
-
-
-def run_parts(chosen: Sequence[Part], results: Results, given: argparse.Namespace) -> None:
-    """Run every chosen part that has not finished and fits into the remaining time."""
-    deadline = time.monotonic() + 60 * given.minutes
-    for part in chosen:
-        if results.is_finished(part.name):
-            print(f"{part.name}: has finished before", flush=True)
-            continue
-        left = deadline - time.monotonic()
-        if part.limit_s > left:
-            reason = f"the limit of {part.limit_s:g} s does not fit into the last {left:.0f} s"
-            print(f"{part.name}: not run, {reason}", flush=True)
-            # An earlier try says more.
-            if part.name not in results.parts:
-                results.record(part.name, Outcome(state="not run", about=part.about, reason=reason))
-            continue
-        print(f"{part.name}: at most {part.limit_s:g} s", flush=True)
-        outcome = run_part(part, given)
-        results.record(part.name, outcome)
-        said = f"{part.name}: {outcome.state} after {outcome.seconds:.0f} s {outcome.reason}"
-        print(said.rstrip(), flush=True)
-
-
-def run_part(part: Part, given: argparse.Namespace) -> Outcome:
-    """Run a part from its beginning."""
-    folder, log = given.out / "work" / part.name, given.out / "logs" / f"{part.name}.log"
-    # What an earlier try has left would be resumed, and an uninterrupted run is what is measured.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    ended = run_limited(
-        part.command(Setting(folder, given.rehearse)),
-        log,
-        limit_s=part.limit_s,
-        variables=environment(rehearse=given.rehearse),
-    )
-    return outcome_of(part, ended, log.read_text(encoding="utf-8", errors="replace"))
-
-
-def outcome_of(part: Part, ended: Ended, log: str) -> Outcome:
-    """Return what happened to a part that has ended."""
-    state, reason = _judged(part, ended, log)
-    return Outcome(
-        state=state,
-        about=part.about,
-        reason=reason,
-        seconds=round(ended.seconds, 1),
-        numbers=numbers_of(log),
-        tail="" if state in DONE else tail_of(log),
-    )
-
-
-def _judged(part: Part, ended: Ended, log: str) -> tuple[State, str]:
-    """Return the state of a part that has ended, and why the part has not finished."""
-    if ended.code is None:
-        return "timed out", f"ended at its limit of {part.limit_s:g} s"
-    if ended.code != 0:
-        return "failed", f"exit code {ended.code}"
-    skipped = reason_to_skip(log)
-    return ("skipped", skipped) if skipped else (FINISHED, "")
-
-
-def parse(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> argparse.Namespace:
-    """The options."""
-    raw = argparse.RawTextHelpFormatter
-    known = words_of([part.name for part in parts])
-    listed = "\n".join(f"  {part.name}: {part.about}" for part in parts)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=raw, epilog=f"parts:\n{listed}"
-    )
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/gpu-day"), help="folder of the results")
-    add("--parts", type=known, help="only these parts, separated by commas")
-    add("--again", type=known, default=[], help="repeat these parts although they have finished")
-    add("--minutes", type=float, default=30, help="parts that do not fit any more are not run")
-    add("--rehearse", action="store_true", help="small sizes on the CPU")
-    given = parser.parse_args(arguments)
-    given.out = given.out.resolve()
-    return given
-
+# The package beside this file, which Python finds before the file.
+from gpu_day.main import main
 
 if __name__ == "__main__":
     # A part has a process group of its own, which must not outlive this program.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from evidence_cells import (
+from evidence.cells import (
     SAME_RUN,
     Cell,
     StoredCellError,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from evidence_arms import arm_beside, named
-from evidence_comparisons import COMPARISONS, KINDS, TRADEOFF
-from evidence_run import Planned, cell_config, place_of
-from evidence_settings import SETTINGS
+from evidence.comparisons import COMPARISONS, KINDS, TRADEOFF, arm_beside, named
+from evidence.run import Planned, cell_config, place_of
+from evidence.settings import SETTINGS
 from stored_cells import FEW, bench_of
 from tiny_runs import write_config
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import yaml
-from evidence_cells import STORED, StoredCellError, with_cells, write_stored
-from evidence_gates import assess
-from evidence_page import INTRODUCTION, PAGE, draw
-from evidence_pictures import COLOURS, forest_plot
-from evidence_sentences import conclusion
+from evidence.cells import STORED, StoredCellError, write_stored
+from evidence.page import PAGE, conclusion, draw
+from evidence.statistics import assess
 from stored_cells import RISING, MadeUp, cells, example, stored
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,22 +38,6 @@ def unwrapped(page):
 
 def rows_of(page, arm):
     return [line for line in page.splitlines() if re.match(rf"\| \**{arm}\** \|", line)]
-
-
-def test_the_page_says_how_many_runs_were_trained_and_what_they_cost(docs):
-    page = unwrapped(drawn(docs))
-
-    # Five groups of three cells of 60 s.
-    assert "Trained: 15 runs (0.2 hours of CPU time)." in page
-    assert "that `evidence.py` trains" not in page
-    own = example(comparison="selection")
-    write_stored(docs / "evidence", own)
-    (docs / "evidence" / "madeup-clinc150-few.json").unlink()
-    (docs / "evidence" / "madeup-banking77.json").unlink()
-    comparison = {"selection": MADE_UP["madeup"]}
-    assert "15 runs (0.2 hours of CPU time) that `evidence.py` trains" in unwrapped(
-        drawn(docs, comparison)
-    )
 
 
 def test_the_table_has_the_numbers_computed_by_hand(docs):
@@ -87,17 +68,6 @@ def test_the_sentence_says_whether_the_method_helps_and_by_how_much(docs):
         "1 in favour of the other arm (`other` in clinc150-few at equal steps, +1.60 points), 1 in "
         "favour of `method`, 1 that cannot be told from zero."
     ) in said
-
-
-def test_runs_that_serve_both_bases_are_one_difference(docs):
-    stored = example()
-    same = [dataclasses.replace(c, basis="cost") for c in stored.of("other").values()]
-    write_stored(docs / "evidence", with_cells(stored, same))
-
-    said = unwrapped(drawn(docs))
-
-    assert "1 in favour of the other arm (`other` in clinc150-few at equal steps and cost," in said
-    assert "1 in favour of `method`, 0 that cannot be told from zero." in said
 
 
 @pytest.mark.parametrize(
@@ -166,48 +136,6 @@ def test_drawing_twice_gives_the_same_bytes_and_the_order_of_cells_does_not_matt
     assert files() == first
 
 
-def test_links_lead_to_files(docs):
-    page = drawn(docs)
-
-    links = re.findall(r"\]\(([^)]+)\)", page.split("## A made-up method")[1])
-    assert {"evidence/madeup-clinc150-few.json", "images/evidence-madeup.svg"} <= set(links)
-    missing = [link for link in links if not (docs / link).is_file()]
-    assert missing == ["../../docs/pools.md"]
-
-
-def test_the_picture_has_a_panel_per_compared_setting_and_a_line_per_arm():
-    nats = example(setting="sst2-few", lower_is_better=True)
-    no_labels = dataclasses.replace(MADE_UP["madeup"], labels=None)
-    drawing = forest_plot([assess(example(), no_labels), assess(nats, no_labels)])
-
-    root = ElementTree.fromstring(drawing)  # noqa: S314 - drawn above
-    texts = ["".join(node.itertext()).strip() for node in root.iter() if node.tag.endswith("}text")]
-    for word in ("clinc150-few", "sst2-few", "other", "labels", "equal cost", "worse"):
-        assert texts.count(word) == 1
-    assert texts.count("points, right is better") == 1
-    assert texts.count("nats, right is better") == 1
-    assert "method" not in texts
-    assert "prefers-color-scheme: dark" in drawing
-    # A colour that is not a variable would be the same on dark pages.
-    assert not re.findall(r"style=\"[^\"]*(#[0-9a-f]{6})", drawing)
-
-
-def test_shapes_of_the_picture_have_numbers_instead_of_hashes_of_their_positions():
-    no_labels = dataclasses.replace(MADE_UP["madeup"], labels=None)
-    drawing = forest_plot([assess(example(), no_labels)])
-
-    defined = re.findall(r'<(?:path|clipPath) id="(.*?)"', drawing)
-    used = re.findall(r'(?:xlink:href="|url\()#([^")]*)', drawing)
-    assert defined == [f"shape-{number}" for number in range(len(defined))]
-    assert set(used) == set(defined)
-
-
-def test_the_colours_are_those_of_the_report():
-    report = (ROOT / "megakd/reports/templates/report.html.jinja").read_text()
-
-    assert all(f'("{light}", "{dark}")' in report for light, dark in COLOURS.values())
-
-
 def test_notes_are_printed_and_a_key_or_comparison_that_does_not_exist_is_refused(docs):
     notes = docs / "evidence/notes.yaml"
     note = {"title": "Another title", "why": "The teacher is weak.", "tried": ["A", "B"]}
@@ -248,13 +176,6 @@ def test_cells_of_another_comparison_version_or_file_are_refused_and_the_page_st
             drawn(docs)
         assert str(path) in str(refused.value)
     assert (docs / "evidence.md").read_text() == page
-
-
-def test_a_folder_without_cells_gives_a_page_that_says_so(tmp_path):
-    page = drawn(tmp_path)
-
-    assert page.startswith(INTRODUCTION.read_text().rstrip())
-    assert "No cell is stored yet of `madeup`." in page
 
 
 @pytest.mark.skipif(not list(STORED.glob("*.json")), reason=NOT_YET)

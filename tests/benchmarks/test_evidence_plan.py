@@ -1,14 +1,19 @@
-"""The plan of the evidence: equal costs, copies, and stored cells."""
+"""The plan and the runs of the evidence: equal costs, copies, cells that are done, and scores."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import sys
 from typing import TYPE_CHECKING
 
-import evidence_plan
+import numpy as np
 import pytest
-from evidence_cells import SAME_RUN
-from stored_cells import bench_of, one_cell, stored_of
+from evidence import run as evidence_plan
+from evidence.cells import SAME_RUN
+from evidence.run import Answered, accuracy, digest, mean_divergence
+from evidence.settings import SETTINGS, Learning, read_table
+from stored_cells import FEW, bench_of, one_cell, stored_of
 
 if TYPE_CHECKING:
     from evidence_cells import Stored
@@ -126,3 +131,94 @@ def test_a_target_that_is_barred_is_no_copy_of_a_run_that_it_has_won():
 
     assert evidence_plan.copied(stored, "target barred, 0.9", 1, "steps") is None
     assert evidence_plan.copied(stored, "lambda 0.4, 0.9", 1, "steps") is not None
+
+
+def test_cells_of_another_setting_have_another_digest():
+    longer = Learning(steps=1, rows=64, rate=1e-3)
+    others = [dataclasses.replace(FEW, **{model: longer}) for model in ("student", "teacher")]
+    renamed = dataclasses.replace(FEW, title="other words", in_plan=False)
+
+    assert len({digest("skdbert", setting) for setting in (FEW, *others)}) == 3
+    assert digest("skdbert", renamed) == digest("skdbert", FEW)
+
+
+@pytest.mark.parametrize(("steps", "is_kept"), [(4, True), (5, False)])
+def test_a_cell_goes_on_where_it_was_unless_its_config_has_changed(
+    tmp_path, monkeypatch, steps, is_kept
+):
+    ends = [sys.executable, "-c", "pass"]
+    monkeypatch.setattr(evidence_plan, "launch_command", lambda *given: ends)
+    folder = tmp_path / "cell"
+
+    def config(steps: int) -> dict:
+        return {"student": {"layers": (2, 5)}, "train": {"max_steps": steps, "rate": 1e-5}}
+
+    evidence_plan.start(folder, config(4), program="train")
+    (folder / "checkpoint").touch()
+    evidence_plan.write_done(folder / "cell.json", config(4), {"score": 1.0})
+
+    assert evidence_plan.is_done(folder / "cell.json", config(steps)) is is_kept
+    evidence_plan.start(folder, config(steps), program="train")
+    assert (folder / "checkpoint").exists() is is_kept
+    assert (folder / "process.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("stages", "pool", "steps"),
+    [
+        ({"student": 9}, {"a": 4, "b": 5}, 9),
+        ({"student": 9}, {"a": 9, "b": 9}, 18),
+        ({"pilot-a": 3, "pilot-b": 3, "student": 9}, {"a": 4, "b": 5}, 15),
+        ({"selector": 20, "student": 9}, None, 29),
+    ],
+    ids=["drawn", "all", "pilots", "selector"],
+)
+def test_a_teacher_is_counted_in_every_step_that_it_answers(stages, pool, steps):
+    def rows(counts):
+        return [{"name": name, "steps": count} for name, count in counts.items()]
+
+    report = {"pool": {"teachers": rows(pool)} if pool else None, "stages": rows(stages)}
+
+    assert evidence_plan.teacher_steps(report) == steps
+
+
+def test_the_weights_of_a_selector_are_their_mean_over_the_students_steps(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"stage": "selector", "step": 1, "select/soft": 0.9}\n'
+        '{"stage": "student", "step": 1, "select/soft": 0.2, "train/loss": 3}\n'
+        '{"stage": "student", "step": 2, "select/soft": 0.4}\n'
+    )
+
+    assert evidence_plan.selected(tmp_path) == {"soft": pytest.approx(0.3)}
+
+
+def test_scores_are_those_of_their_definitions():
+    teacher, student = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
+    expected = 0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.75)
+    answered = Answered(np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 9.0]]), ["no", "yes"])
+
+    assert mean_divergence(teacher, student) == pytest.approx(expected)
+    assert mean_divergence(teacher, teacher + 3.0) == pytest.approx(0, abs=1e-12)
+    assert accuracy(answered, ["yes", "yes", "yes"]) == pytest.approx(200 / 3)
+
+
+def test_splits_are_disjoint_and_keep_every_row_text(tmp_path):
+    for name, count in {"train": 1100, "test": 5}.items():
+        (tmp_path / "banking77").mkdir(exist_ok=True)
+        with (tmp_path / f"banking77/{name}.csv").open("w", newline="") as file:
+            rows = ((f'say "{number}",\n twice', "a") for number in range(count))
+            csv.writer(file).writerows([("text", "category"), *rows])
+
+    SETTINGS["banking77-few"].write_splits(tmp_path, tmp_path / "out")
+
+    found = {
+        split: read_table(tmp_path / f"out/{split}.csv", ("text", "label"), delimiter=",")
+        for split in ("train", "validation", "test")
+    }
+    assert {split: len(rows) for split, rows in found.items()} == {
+        "train": 100,
+        "validation": 1000,
+        "test": 5,
+    }
+    assert not {*found["train"]} & {*found["validation"]}
+    assert found["test"][3][0] == 'say "3",\n twice'

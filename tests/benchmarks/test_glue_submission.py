@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,10 @@ from tiny_glue import (
     write_run,
     write_tokenizer,
 )
+from tools import glue_submission
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 
 from megakd.data.glue import TASKS
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import glue_submission  # noqa: E402
 
 FILES = {
     "cola": {"CoLA.tsv": "CoLA/test.tsv"},

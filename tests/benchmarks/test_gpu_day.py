@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,20 +10,28 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from gpu_day import agreement, cases, kernel_tests, llama, process, release, results, runs, variants
+from gpu_day import main as gpu_day
+from gpu_day.parts import PARTS, Part, Setting
+from lib.launching import ROOT
+from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from megakd.config.file import load_config
 
-import gpu_day  # noqa: E402
-import gpu_day_machine  # noqa: E402
-import gpu_day_page  # noqa: E402
-import gpu_day_process  # noqa: E402
-from gpu_day_parts import Part  # noqa: E402
-
+# Three starts of a longer run, and two parts that share their programs with others.
+LONG = ("minidisc", "more-losses", "streams")
+QUICK = [part.name for part in PARTS if part.name not in LONG]
+JUNIT = """<testsuites><testsuite tests="4" failures="1" errors="1" skipped="1" time="2.5">
+<testcase classname="kernels.tests.test_a" name="test_b[1]">
+<failure message="one&#10;two"/></testcase>
+<testcase classname="kernels.tests.test_a" name="test_c"><error message="broken"/></testcase>
+<testcase classname="kernels.tests.test_a" name="test_d"/></testsuite></testsuites>"""
 HANGS = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -105,16 +114,6 @@ def test_a_failed_part_is_tried_again_and_a_finished_part_is_not(tmp_path):
     assert parts_of(tmp_path)["fails"]["numbers"] == {"runs": 2}
 
 
-def test_a_finished_part_is_repeated_if_it_is_named(tmp_path):
-    counts = part("counts", FAILS_ONCE.format(runs=str(tmp_path / "runs")))
-    start(tmp_path, [counts])
-    start(tmp_path, [counts])
-
-    start(tmp_path, [counts, part("works", WORKS)], "--parts", "works", "--again", "counts")
-
-    assert parts_of(tmp_path)["counts"]["numbers"] == {"runs": 3}
-
-
 def test_a_part_that_does_not_fit_into_the_time_is_listed_as_not_run(tmp_path):
     long, short = part("long", WORKS, limit_s=600), part("short", WORKS, limit_s=20)
 
@@ -158,23 +157,10 @@ def test_a_rehearsal_is_not_continued_on_a_gpu(monkeypatch, capsys, tmp_path):
     assert "holds the results of a rehearsal" in capsys.readouterr().err
 
 
-def test_an_unknown_part_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        gpu_day.parse(["--parts", "bench,benhc"])
-
-    assert "'benhc' is none of kernel-tests, agreement" in capsys.readouterr().err
-
-
 def test_numbers_of_which_the_last_line_was_cut_are_left_out():
-    assert gpu_day_process.numbers_of('numbers: {"a": 1}\nnumbers: {"a": 2}\n') == {"a": 2}
-    assert gpu_day_process.numbers_of('numbers: {"a": 1}\nnumbers: {"a"') == {}
-    assert gpu_day_process.numbers_of("nothing") == {}
-
-
-def test_a_cell_keeps_its_table_whole():
-    table = gpu_day_page.markdown_table([{"a": "x|y\nz", "b": None}, {"a": True, "c": 0.123456}])
-
-    assert table.splitlines()[2:] == ["| x\\|y z |  |  |", "| yes |  | 0.1235 |"]
+    assert process.numbers_of('numbers: {"a": 1}\nnumbers: {"a": 2}\n') == {"a": 2}
+    assert process.numbers_of('numbers: {"a": 1}\nnumbers: {"a"') == {}
+    assert process.numbers_of("nothing") == {}
 
 
 def test_the_machine_has_the_clocks_as_nvidia_smi_prints_them(monkeypatch, tmp_path):
@@ -184,11 +170,136 @@ def test_the_machine_has_the_clocks_as_nvidia_smi_prints_them(monkeypatch, tmp_p
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
-    found = gpu_day_machine.describe(rehearsal=False)
+    found = results.describe(rehearsal=False)
 
     assert found["GPU"] == "NVIDIA H200"
     assert found["driver"] == "580.159.04"
     assert found["SM clock now"] == "345 MHz"
     assert found["temperature (C)"] == "31"
-    # Only some builds have their tag in both versions.
-    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+
+
+def test_correctness_comes_before_speed_and_all_parts_fit_into_the_time():
+    names = [part.name for part in PARTS]
+
+    assert names[:5] == ["kernel-tests", "agreement", "causal-lm", "minidisc", "release"]
+    assert sum(part.limit_s for part in PARTS) <= 60 * gpu_day.parse([]).minutes == 1800
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_every_part_is_a_program_and_every_run_a_valid_config(tmp_path, rehearse):
+    for one in PARTS:
+        command = one.command(Setting(tmp_path, rehearse))
+        assert callable(importlib.import_module(command[3]).main)
+        assert ("--rehearse" in command) == rehearse
+    for tree in (cases.causal_lm_tree, cases.minidisc_tree, cases.llama_tree):
+        path = tmp_path / "run.yaml"
+        path.write_text(json.dumps(tree(tmp_path, rehearse=rehearse)), encoding="utf-8")
+        assert (load_config(path).task.dataset == "pydocs") != rehearse
+
+
+def test_failures_of_kernel_tests_are_listed_with_the_first_line_of_the_message(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(JUNIT, encoding="utf-8")
+
+    counts = {"passed": 1, "failed": 2, "skipped": 1, "seconds": 2.5}
+    assert kernel_tests.counts(report) == counts
+    assert kernel_tests.failed(report) == [
+        {"test": "test_a::test_b[1]", "message": "one"},
+        {"test": "test_a::test_c", "message": "broken"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "holds"),
+    [
+        ({"triton loss": 1e-6, "triton dx": 1e-3, "triton dw": None}, True),
+        ({"triton loss": 1e-3, "triton dx": 1e-3, "triton dw": 1e-3}, False),
+        ({"triton loss": 1e-6, "triton dx": float("nan"), "triton dw": 1e-3}, False),
+    ],
+)
+def test_an_error_that_is_large_or_no_number_does_not_hold(row, holds):
+    assert agreement.is_small(row, "bf16") == holds
+
+
+def test_weights_of_other_bits_are_found_and_a_checkpoint_being_written_does_not_count(tmp_path):
+    for name, value in (("one", 1.0), ("other", 1.5)):
+        (tmp_path / name / "final").mkdir(parents=True)
+        save_file({"w": torch.tensor([0.0, value])}, tmp_path / name / "final/model.safetensors")
+    for name in ("step-10", "step-20.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+
+    found = runs.differences(tmp_path / "one", tmp_path / "other")
+
+    assert found == {"same bits": False, "largest difference of a weight": 0.5}
+    assert runs.differences(tmp_path / "one", tmp_path / "one")["same bits"]
+    assert (runs.newest_step(tmp_path), runs.newest_step(tmp_path / "absent")) == (10, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "left_mb", "models", "holds"),
+    [("cuda", 10, 0, True), ("cuda", 500, 0, False), ("cuda", 10, 1, False), ("cpu", 500, 0, True)],
+)
+def test_memory_that_is_left_on_a_gpu_or_a_model_that_is_left_is_a_failure(
+    device, left_mb, models, holds
+):
+    row = {"before": 100.0, "after collecting": 100.0 + left_mb, "models left": models}
+
+    assert release.is_released([row], torch.device(device)) == holds
+
+
+def test_the_kernels_of_an_attention_are_found_and_operators_are_not_counted_twice():
+    def event(key: str, device: str, spent: float) -> Any:
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(key=key, device_type=kind, self_device_time_total=spent)
+
+    names = ["void flash_fwd_kernel<…>", "aten::_varlen_attn", "ampere_gemm", "fmha_cutlassF"]
+    events = [event("aten::mm", "CPU", 900.0), event("gemm", "CUDA", 900.0)]
+    rows = llama.most_expensive([*events, event("softmax", "CUDA", 300.0)], on_gpu=True)
+
+    assert [bool(llama.ATTENTION.search(name)) for name in names] == [1, 1, 0, 1]
+    assert [(row["kernel"], row["%"]) for row in rows] == [("gemm", 75.0), ("softmax", 25.0)]
+    assert not variants.is_read("MEGAKD_NO_SUCH_SETTING")
+
+
+def rehearse(out: Path, parts: list[str]) -> str:
+    """Run the command as a user does, and return what it prints."""
+    words = ["--rehearse", "--out", str(out), "--parts", ",".join(parts)]
+    command = [sys.executable, "benchmarks/gpu_day.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    tails = [f"{name}: {found['tail']}" for name, found in parts_of(out).items() if found["tail"]]
+    assert done.returncode == 0, "\n".join([done.stderr, *tails])
+    return done.stdout
+
+
+def test_a_rehearsal_finishes_all_parts_and_a_second_start_repeats_nothing(
+    built_operator, tmp_path
+):
+    rehearse(tmp_path, QUICK)
+
+    found = parts_of(tmp_path)
+    assert [name for name in QUICK if found[name]["state"] != "finished"] == []
+    assert rehearse(tmp_path, QUICK).count("has finished before") == len(QUICK)
+    assert parts_of(tmp_path) == found
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert [name for name in QUICK if f"## {name}: finished" not in page] == []
+    assert "without clocks" in page
+    numbers = found["causal-lm"]["numbers"]
+    assert 30 <= numbers["killed after step"] < 60
+    assert numbers["same bits"]
+    assert {leg["run"] for leg in numbers["seconds"]} == {"first", "killed", "resumed"}
+    assert "no CUDA kernels" in found["llama"]["numbers"]["kernels"]
+    times = found["stages"]["numbers"]["times"]
+    assert [row["MEGAKD_ROW_STAGES"] for row in times] == ["1", "3"]
+    assert times[0]["loss"] == pytest.approx(times[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_other_parts_can_be_rehearsed_too(built_operator, tmp_path):
+    rehearse(tmp_path, [*LONG])
+
+    found = parts_of(tmp_path)
+    assert [found[name]["state"] for name in LONG] == ["finished"] * len(LONG)
+    assert 20 <= found["minidisc"]["numbers"]["killed after step"] < 40
+    assert found["minidisc"]["numbers"]["same bits"]

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lib.books import Sizes
+from lib.data import BOOKS
+from lib.launching import UnusableError, write_leg_configs
+from methods import mixed_vocabulary as mixed
+from methods.mixed_vocabulary import Found
 from tiny_books import write_real_data
 from transformers import BertConfig, BertForMaskedLM
 
 from megakd.config.file import load_config
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import homodistil_cases  # noqa: E402
-import mixed_vocabulary  # noqa: E402
-import mixed_vocabulary_cases as cases  # noqa: E402
-import mixed_vocabulary_summary as summary  # noqa: E402
-from mixed_vocabulary_summary import Found  # noqa: E402
-
-TEACHER = homodistil_cases.Sizes()
+TEACHER = Sizes()
 ARMS = ("alone", "dual", "dual_tables", "down", "up", "version_2")
 
 
@@ -34,7 +27,7 @@ def data(tmp_path) -> Path:
     """Two books and a task, as the folder of real data has them."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(300)]
-    return write_real_data(tmp_path / "data", homodistil_cases.BOOKS, words)
+    return write_real_data(tmp_path / "data", BOOKS, words)
 
 
 @pytest.fixture
@@ -65,23 +58,21 @@ def with_teacher(data: Path, teacher: Path, *more: str) -> list[str]:
 
 def loaded(given) -> tuple[dict, dict]:
     """Return the configs of the runs on text, and of those on tasks, by name."""
-    mixed_vocabulary.make_teacher(given)
-    mixed_vocabulary.write_configs(given)
+    mixed.make_teacher(given)
+    write_leg_configs(given.out, mixed.trees(given))
     texts, tasks = (
         {
             leg.name: load_config(leg.config, [*leg.overrides, f"output_dir={leg.output}"])
             for leg in legs
         }
-        for legs in (mixed_vocabulary.student_legs(given), mixed_vocabulary.task_legs(given))
+        for legs in (mixed.student_legs(given), mixed.task_legs(given))
     )
     return texts, tasks
 
 
 @pytest.mark.parametrize("text", ["books", "pydocs"])
 def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(data, teacher, text):
-    given = mixed_vocabulary.parse(
-        with_teacher(data, teacher, "--seeds", "1,2", "--quick", "--text", text)
-    )
+    given = mixed.parse(with_teacher(data, teacher, "--seeds", "1,2", "--quick", "--text", text))
 
     texts, _ = loaded(given)
 
@@ -97,7 +88,7 @@ def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(data, teach
 
 
 def test_the_arms_differ_in_the_method_alone(data, teacher):
-    given = mixed_vocabulary.parse(with_teacher(data, teacher, "--seeds", "3"))
+    given = mixed.parse(with_teacher(data, teacher, "--seeds", "3"))
 
     texts, _ = loaded(given)
 
@@ -118,7 +109,7 @@ def test_the_arms_differ_in_the_method_alone(data, teacher):
 
 
 def test_a_model_of_a_task_is_read_with_its_own_tokenizer(data, teacher):
-    given = mixed_vocabulary.parse(with_teacher(data, teacher, "--seeds", "1"))
+    given = mixed.parse(with_teacher(data, teacher, "--seeds", "1"))
 
     texts, tasks = loaded(given)
 
@@ -133,13 +124,13 @@ def test_a_model_of_a_task_is_read_with_its_own_tokenizer(data, teacher):
 
 def test_options_change_the_small_student_and_the_training(data, teacher):
     more = ["--width", "32", "--vocabulary", "500", "--steps", "7", "--teacher-rate", "0"]
-    given = mixed_vocabulary.parse(with_teacher(data, teacher, *more))
+    given = mixed.parse(with_teacher(data, teacher, *more))
 
-    config = cases.students_config(given)
+    config = mixed.students_config(given)
 
     assert config["student"]["model"]["config"]["hidden_size"] == 32
     assert config["method"]["student_vocabulary"]["size"] == 500
-    assert "method.teacher_learning_rate=0.0" in cases.arm_overrides("down", given.student)
+    assert "method.teacher_learning_rate=0.0" in mixed.arm_overrides("down", given.student)
     assert config["train"]["max_steps"] == 7
 
 
@@ -152,31 +143,21 @@ def parameters(shape: dict, vocabulary: int) -> int:
 
 
 def test_the_small_student_takes_under_7_mb_and_a_tenth_of_the_large_one(data, teacher):
-    given = mixed_vocabulary.parse(with_teacher(data, teacher))
+    given = mixed.parse(with_teacher(data, teacher))
 
-    small = parameters(cases.small_shape(given), given.student.vocabulary)
-    large = parameters(cases.large_shape(teacher), TEACHER.vocabulary)
+    small = parameters(mixed.small_shape(given), given.student.vocabulary)
+    large = parameters(mixed.large_shape(teacher), TEACHER.vocabulary)
 
     assert 4 * small < 7e6
     assert large >= 10 * small
 
 
-def test_a_teacher_that_is_not_there_is_named_with_the_command_that_makes_it(data, capsys):
-    code = mixed_vocabulary.main(with_teacher(data, data / "no"))
-
-    said = capsys.readouterr().err
-    command = ["python", "benchmarks/homodistil.py", "--data", str(data), "--stages", "teacher"]
-    assert code == 1
-    assert f"{data / 'no'} does not exist; make it with `{shlex.join(command)}`" in said
-
-
-def test_data_that_is_not_there_is_named(data, capsys):
+def test_a_teacher_or_data_that_is_not_there_is_named(data):
+    with pytest.raises(UnusableError, match=r"make it with `python benchmarks methods\.homodistil"):
+        mixed.main(with_teacher(data, data / "no"))
     (data / "clinc150" / "data_full.json").unlink()
-
-    code = mixed_vocabulary.main(words(data, "--quick"))
-
-    assert code == 1
-    assert f"{data / 'clinc150' / 'data_full.json'} does not exist" in capsys.readouterr().err
+    with pytest.raises(UnusableError, match=r"data_full\.json does not exist"):
+        mixed.main(words(data, "--quick"))
 
 
 def text_report(nats: float, *, teacher=True, parameters=100, stages=None) -> dict:
@@ -211,7 +192,7 @@ def found() -> Found:
 
 
 def test_a_line_has_the_scores_sizes_and_times_of_its_model(found):
-    first = {title: by[1] for title, by in summary.numbers(found, "version_2").items()}
+    first = {title: by[1] for title, by in mixed.numbers(found, "version_2").items()}
 
     assert first["nats/char"] == pytest.approx(2.7)
     assert first["sst2"] == pytest.approx(80)
@@ -222,9 +203,9 @@ def test_a_line_has_the_scores_sizes_and_times_of_its_model(found):
 
 
 def test_the_baseline_and_the_teacher_are_read_from_the_run_of_alone(found):
-    patient, teacher = (summary.numbers(found, name) for name in ("patient_kd", "teacher"))
+    patient, teacher = (mixed.numbers(found, name) for name in ("patient_kd", "teacher"))
 
-    assert summary.numbers(found, "alone")["seconds"] == {1: 4.0, 2: 4.0}
+    assert mixed.numbers(found, "alone")["seconds"] == {1: 4.0, 2: 4.0}
     assert patient["nats/char"] == pytest.approx({1: 1.9, 2: 2.9})
     assert patient["seconds"] == {1: 6.0, 2: 6.0}
     assert (teacher["parameters"][1], teacher["MB"][1]) == (1000, 2.0)
@@ -237,22 +218,22 @@ def test_the_test_split_is_read_where_no_set_has_a_name():
         report[name]["metrics"] = {"nats_per_character": nats}
     report["baselines"] = {"patient_kd": {"nats_per_character": 0.6}}
 
-    read = [summary.nats(report, name) for name in ("alone", "down", "patient_kd", "teacher")]
+    read = [mixed.nats(report, name) for name in ("alone", "down", "patient_kd", "teacher")]
 
     assert read == [0.7, 0.7, 0.6, 0.4]
 
 
 def test_differences_pair_the_seeds_that_both_have(found):
-    lines = {model: summary.numbers(found, model) for model in summary.MODELS}
+    lines = {model: mixed.numbers(found, model) for model in mixed.MODELS}
 
-    gains = summary.less_alone(lines, "version_2", ["sst2"])
+    gains = mixed.less_alone(lines, "version_2", ["sst2"])
 
     assert gains["nats/char"] == pytest.approx({1: 0.7, 2: 0.8})
     assert gains["sst2"] == pytest.approx({1: 30.0})
 
 
 def test_the_tables_and_rows_show_means_differences_and_verdicts(found, capsys):
-    summary.show(found, "books", "python x.py")
+    mixed.show(found, "books", "python x.py")
 
     shown = capsys.readouterr().out
     assert "2.5 ±0.71" in shown
@@ -266,14 +247,10 @@ def test_the_tables_and_rows_show_means_differences_and_verdicts(found, capsys):
 
 
 @pytest.mark.slow
-def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data):
+def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data, run):
     command = words(data, "--quick", "--seeds", "1", "--ranks", "1", "--jobs", "1")
-    program = [sys.executable, "benchmarks/mixed_vocabulary.py", *command]
 
-    first, second = (
-        subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
-        for _ in range(2)
-    )
+    first, second = (run("methods.mixed_vocabulary", *command) for _ in range(2))
 
     assert first.returncode == 0, first.stderr
     assert "has not finished" not in first.stdout

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evidence_arms import Comparison
-from evidence_cells import Cell, Stored, TeacherGate
-from evidence_run import Bench
-from evidence_settings import SETTINGS
+from evidence.cells import Cell, Stored, TeacherGate
+from evidence.comparisons import Comparison
+from evidence.run import Bench
+from evidence.settings import SETTINGS
 
 FEW = replace(SETTINGS["clinc150-few"], label_rate=2e-4, cut_label_rate=2e-4)
 """A setting whose students all learn from labels at the same rate."""

@@ -1,0 +1,1 @@
+"""Does each method help? Comparisons, their stored cells, and the page that shows them."""

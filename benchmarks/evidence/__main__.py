@@ -1,0 +1,334 @@
+"""Does each method help? Every method against its controls, seed by seed, and the page of results.
+
+`python benchmarks evidence --data ../shared/data [--only skdbert,minidisc] [--quick]`, on the
+CPU, two cells side by side. Teachers and the caches of their answers are made once per setting and
+seed; every cell has a folder below `--out` and is gone on with where it was. Results are stored in
+notebook/evidence/ as they come, and a stored cell is not run again; `--page` draws
+notebook/evidence.md from them and runs nothing. `--collect` stores the finished runs of the
+benchmarks that train their arms themselves, such as `shrink.py`, and draws the page. `--quick`
+compares knowledge selection and MiniDisc with plain distillation and labels alone in one setting,
+with two seeds and at equal steps, in less than 20 minutes. Its results and page lie below `--out`;
+the whole run trains none of its cells again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from lib.launching import ROOT, SHARED, UnusableError, fetch_teacher
+from lib.options import integers, parser_of, positive, words_of
+from lib.tables import machine
+
+from evidence.cells import (
+    BASES,
+    STORED,
+    Basis,
+    Cell,
+    Stored,
+    read_stored,
+    stored_path,
+    with_cells,
+    write_stored,
+)
+from evidence.collect import collect
+from evidence.comparisons import COMPARISONS, group_of, named
+from evidence.others import COLLECTED
+from evidence.page import draw
+from evidence.run import Bench, cached, digest, known_and_left, run_cell, taught
+from evidence.settings import SETTINGS, Setting
+from evidence.statistics import groups
+from megakd.storage.atomic import replaced_folder
+
+QUICK_SETTING, QUICK_SEEDS = "clinc150-few", (1, 2)
+QUICK_ONLY = ("selection", "minidisc")
+"""SKDBERT's four teachers and their caches take ten minutes."""
+QUICK_GROUPS = ("", "T 1", "0.97")
+"""Of arms; those without a group, too."""
+Chosen = tuple[str, Setting, Sequence[int]]
+"""A comparison, a setting and the seeds."""
+GIGABYTE = 10**9
+TEACHER_SPACE, CELL_SPACE = 0.1 * GIGABYTE, 1.0 * GIGABYTE
+"""Of a finished teacher with its answers, and of a running cell with its checkpoints."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what has not finished, store it, and draw the page."""
+    given = parse(arguments)
+    if given.collect:
+        collect(given.stored, given.data, given.collect)
+    elif not given.page:
+        run(given)
+    draw(given.stored, given.stored.parent / "evidence.md")
+    return 0
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run the chosen comparisons in their settings."""
+    places = list(chosen(given))
+    check(places, given)
+    begun = [(_opened(given.stored, name, setting), seeds) for name, setting, seeds in places]
+    need_data(given.data, [setting for _, setting, _ in places])
+    need_space(given.out, places, given.jobs)
+    bench = Bench(
+        data=given.data.resolve(),
+        out=given.out.resolve(),
+        encoder=str(encoder_in(given.out.resolve())),
+    )
+    for setting in {setting.name: setting for _, setting, _ in places}.values():
+        setting.write_splits(bench.data, bench.folder(setting) / "data")
+    for stored, seeds in begun:
+        run_comparison(given, bench, stored, seeds)
+
+
+def check(places: Sequence[Chosen], given: argparse.Namespace) -> None:
+    """Raise UnusableError if nothing is to be run, or a comparison has no arm of the groups."""
+    if not places:
+        known = {name: ", ".join(COMPARISONS[name].seeds) for name in given.only}
+        words = "; ".join(f"{name} is compared in {settings}" for name, settings in known.items())
+        raise UnusableError(f"nothing to run in {', '.join(given.settings)}: {words}")
+    for name, setting, _ in places:
+        groups = {group_of(arm) for arm in COMPARISONS[name].arms_in(setting.name)}
+        if given.groups is not None and not groups & {*given.groups}:
+            raise UnusableError(
+                f"{name} has no arms of the groups {', '.join(given.groups)} in the setting "
+                f"{setting.name}; its groups are {', '.join(sorted(groups - {''}))}"
+            )
+
+
+def need_data(data: Path, settings: Sequence[Setting]) -> None:
+    """Raise UnusableError unless the data folder has all files of the settings."""
+    for setting in settings:
+        for file in setting.needs:
+            if not (data / file).is_file():
+                raise UnusableError(
+                    f"the setting {setting.name} needs {file}, which is not in {data}; name the "
+                    "folder with --data, or leave the setting out with --settings"
+                )
+
+
+def need_space(out: Path, places: Sequence[Chosen], jobs: int) -> None:
+    """Raise UnusableError unless the disk has room for teachers, caches and running cells."""
+    teachers = {
+        (setting.name, teacher, seed)
+        for name, setting, seeds in places
+        for teacher in COMPARISONS[name].teachers
+        for seed in seeds
+    }
+    needed = len(teachers) * TEACHER_SPACE + jobs * CELL_SPACE
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise UnusableError(
+            f"{out} has {free / GIGABYTE:.1f} GB free; {len(teachers)} teachers with their caches "
+            f"and {jobs} running cells need {needed / GIGABYTE:.1f} GB; name another folder with "
+            "--out, or choose fewer comparisons with --only"
+        )
+
+
+def encoder_in(out: Path) -> Path:
+    """Return the folder of the pretrained encoder, which is copied next to the runs."""
+    encoder = out / "encoder"
+    if not encoder.is_dir():
+        with replaced_folder(encoder) as folder:
+            shutil.copytree(ROOT / fetch_teacher(), folder, dirs_exist_ok=True)
+    return encoder
+
+
+def chosen(given: argparse.Namespace) -> Iterator[tuple[str, Setting, Sequence[int]]]:
+    """Yield the comparisons, settings and seeds that were asked for."""
+    for name in given.only:
+        for setting, seeds in COMPARISONS[name].seeds.items():
+            if setting in given.settings:
+                yield name, SETTINGS[setting], given.seeds or seeds
+
+
+def _opened(folder: Path, name: str, setting: Setting) -> Stored:
+    """Return what is stored of a comparison in a setting, or a new record."""
+    settings, found = digest(name, setting), COMPARISONS[name]
+    path = stored_path(folder, name, setting.name)
+    if path.is_file():
+        return read_stored(path, settings=settings)
+    return Stored(
+        comparison=name,
+        setting=setting.name,
+        settings=settings,
+        start=found.start,
+        metric="accuracy",
+        machine=machine(),
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    import torch
+    import transformers
+
+    import megakd
+
+    found = {module.__name__: module.__version__ for module in (megakd, torch, transformers)}
+    return {"python": platform.python_version(), **found}
+
+
+def run_comparison(
+    given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
+) -> None:
+    """Run the arms of the gates, the other arms at equal steps, and all arms at equal cost.
+
+    The steps at equal cost come from the measured costs of all seeds.
+    """
+    chosen = _chosen_arms(given, stored)
+    gating = [arm for arm in chosen if named(arm) in _gating(stored)]
+    stored = _run_seeds(given, bench, stored, seeds, gating, "steps")
+    arms = _compared(stored, chosen) if len(seeds) > 1 else chosen
+    for basis in BASES[:1] if given.quick else BASES:
+        stored = _run_seeds(given, bench, stored, seeds, arms, basis)
+
+
+def _gating(stored: Stored) -> tuple[str, str]:
+    """Return the names of plain distillation and of labels alone, which decide a gate."""
+    found = COMPARISONS[stored.comparison]
+    return found.plain, found.labels
+
+
+def _chosen_arms(given: argparse.Namespace, stored: Stored) -> list[str]:
+    """Return the arms of the groups that were asked for; arms without a group serve all groups."""
+    found = COMPARISONS[stored.comparison]
+    first = (found.reference, *_gating(stored))
+    return [
+        arm
+        for arm in found.arms_in(stored.setting)
+        if (given.groups is None or group_of(arm) in ("", *given.groups))
+        and (named(arm) in first or not given.quick)
+    ]
+
+
+def _compared(stored: Stored, arms: Sequence[str]) -> list[str]:
+    """Return the arms without those of groups that fail a gate, which are not compared."""
+    comparison, failed = COMPARISONS[stored.comparison], set[str]()
+    for group in groups(stored, comparison):
+        if not group.is_compared:
+            failed.add(group.reference)
+            reasons = "; ".join(gate.says for gate in group.gates if gate.state == "failed")
+            words = f"no run of {group.reference} and its controls"
+            print(f"{stored.setting} {words}, because a gate has failed: {reasons}", flush=True)
+    present = stored.arms()
+    return [arm for arm in arms if comparison.reference_of(arm, present) not in failed]
+
+
+def _run_seeds(
+    given: argparse.Namespace,
+    bench: Bench,
+    stored: Stored,
+    seeds: Sequence[int],
+    arms: Sequence[str],
+    basis: Basis,
+) -> Stored:
+    """Run the cells of all seeds; an arm that needs the result of another arm comes after it."""
+    _, left = known_and_left(bench, stored, seeds, arms, basis)
+    stored = _with_teachers(given, bench, stored, sorted({run.seed for run in left}))
+    found = COMPARISONS[stored.comparison].arms
+    for is_after in (False, True):
+        now = [arm for arm in arms if (found[arm].after is not None) is is_after]
+        stored = _run_arms(given, bench, stored, seeds, now, basis)
+    return stored
+
+
+def _with_teachers(
+    given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
+) -> Stored:
+    """Train the teachers of the seeds and write their caches, unless that is done."""
+    setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
+    needed = [(name, seed) for seed in seeds for name in comparison.teachers]
+    # The longest runs come first, so that no core waits for the last run.
+    needed.sort(key=lambda one: setting.pool[one[0]], reverse=True)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        gates = list(pool.map(lambda one: taught(bench, setting, *one), needed))
+        if comparison.cached:
+            list(pool.map(lambda seed: cached(bench, setting, comparison.teachers, seed), seeds))
+    others = [gate for gate in stored.teachers if gate.seed not in seeds]
+    return dataclasses.replace(stored, teachers=(*others, *gates))
+
+
+def _run_arms(
+    given: argparse.Namespace,
+    bench: Bench,
+    stored: Stored,
+    seeds: Sequence[int],
+    arms: Sequence[str],
+    basis: Basis,
+) -> Stored:
+    comparison = COMPARISONS[stored.comparison]
+    known, left = known_and_left(bench, stored, seeds, arms, basis)
+    if known:
+        stored = with_cells(stored, known)
+        write_stored(given.stored, stored)
+    # The longest runs come first, as with the teachers.
+    left.sort(key=lambda run: _known_cost(stored, run.name), reverse=True)
+    failures = list[BaseException]()
+    with ThreadPoolExecutor(given.jobs) as pool:
+        waiting = [pool.submit(run_cell, bench, comparison, cell) for cell in left]
+        for done in as_completed(waiting):
+            # A cell that fails does not keep the others from being stored.
+            if error := done.exception():
+                failures.append(error)
+                print(f"evidence: {error}; the other runs go on", file=sys.stderr, flush=True)
+                continue
+            cell = dataclasses.replace(done.result(), basis=basis)
+            stored = with_cells(stored, [cell])
+            write_stored(given.stored, stored)
+            print(f"{stored.setting} {line(cell)}", flush=True)
+    if failures:
+        raise failures[0]
+    return stored
+
+
+def _known_cost(stored: Stored, arm: str) -> float:
+    return max((cell.cpu_seconds for cell in stored.of(arm).values()), default=0.0)
+
+
+def line(cell: Cell) -> str:
+    """Return a cell as one line."""
+    divergence = "-" if cell.divergence is None else f"{cell.divergence:.4f}"
+    return (
+        f"{cell.arm} seed {cell.seed}, equal {cell.basis}: {cell.score:.2f}, KL {divergence}, "
+        f"{cell.steps} steps, {cell.cpu_seconds:.0f} s"
+    )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--data", type=Path, default=ROOT / SHARED)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/evidence")
+    parser.add_argument("--stored", type=Path, help="results; benchmarks/notebook/evidence")
+    words = f"comparisons; default: all, with --quick {','.join(QUICK_ONLY)}"
+    parser.add_argument("--only", type=words_of(COMPARISONS), help=words)
+    planned = [name for name, setting in SETTINGS.items() if setting.in_plan]
+    words = f"of {', '.join(SETTINGS)}; default: {', '.join(planned)}"
+    parser.add_argument("--settings", type=words_of(SETTINGS), default=planned, help=words)
+    parser.add_argument("--seeds", type=integers, help="separated by commas")
+    known = sorted({group_of(arm) for found in COMPARISONS.values() for arm in found.arms})
+    words = "of arms, such as 0.97; default: all"
+    parser.add_argument("--groups", type=words_of(known), help=words)
+    parser.add_argument("--jobs", type=positive, default=2, help="cells side by side")
+    parser.add_argument("--quick", action="store_true", help="a subset of less than 20 minutes")
+    collected = {"nargs": "?", "const": list(COLLECTED), "type": words_of(COLLECTED)}
+    words = "store the finished runs of other benchmarks and run nothing; default: all of them"
+    parser.add_argument("--collect", **collected, help=words)
+    parser.add_argument("--page", action="store_true", help="draw the page and run nothing")
+    given = parser.parse_args(arguments)
+    given.only = given.only or list(QUICK_ONLY if given.quick else COMPARISONS)
+    if given.quick:
+        given.settings = [QUICK_SETTING]
+        given.seeds = given.seeds or list(QUICK_SEEDS)
+        given.groups = given.groups or list(QUICK_GROUPS)
+    given.stored = given.stored or (given.out / "quick/evidence" if given.quick else STORED)
+    return given

@@ -1,0 +1,450 @@
+"""Collects the runs of the other benchmarks as cells of the evidence.
+
+Mixed vocabularies, HomoDistil, on-policy distillation and shrink have benchmarks of their own. This
+module starts no run: it reads the reports of the runs that have finished with the settings of
+`others.py`, and stores them in notebook/evidence/. An arm whose runs have not finished for a seed has
+no cell with this seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lib.books import TEACHER
+from lib.data import TASKS
+from lib.launching import (
+    Leg,
+    Report,
+    UnusableError,
+    finished,
+    leg_of,
+    records_of,
+    stage_of,
+    write_leg_configs,
+)
+from lib.options import command_of
+from lib.tables import machine
+from methods import homodistil, homodistil_decoder, mixed_vocabulary, on_policy, shrink
+from methods.homodistil import ALONE, BASELINES, CUBIC, ONE_SHOT_ALONE, RANDOM
+
+from evidence.cells import (
+    VERSION,
+    Cell,
+    Stored,
+    TeacherGate,
+    read_stored,
+    stored_path,
+    with_cells,
+    write_stored,
+)
+from evidence.others import COLLECTED, Source
+
+Reports = dict[str, Report | None]
+"""By name of the run; None of a run that has not finished."""
+LossOf = Callable[[homodistil.Found, str, int], float | None]
+EVERY_SEED = 0
+"""Stored as the seed of a teacher that serves all seeds."""
+LIBRARIES = ("megakd", "torch", "transformers")
+KL, STUDENT = "soft_target_kl", "student"
+
+
+class Read(NamedTuple):
+    """The runs of a comparison in a setting, by name; None of those that have not finished."""
+
+    cells: Sequence[Cell]
+    teachers: Sequence[TeacherGate]
+    reports: Reports
+
+
+def collect(folder: Path, data: Path, names: Iterable[str]) -> None:
+    """Store the finished runs of comparisons, and print which runs have not finished.
+
+    A setting is stored as soon as the reference arm has a cell. Stored cells of the same settings
+    stay, unless a run of the same arm and seed is found.
+
+    Args:
+        folder: folder of the stored cells.
+        data: data folder that the runs have read.
+        names: of the comparisons.
+
+    Raises:
+        MegakdError: a folder of runs holds a run of other settings.
+        StoredCellError: the stored cells belong to other settings.
+    """
+    for name in names:
+        for setting, source in COLLECTED[name].sources.items():
+            read = READERS[name](setting, source, data)
+            for run, report in read.reports.items():
+                if report is None:
+                    print(f"{name} on {setting}: {run} has not finished", flush=True)
+            if any(cell.arm == COLLECTED[name].reference for cell in read.cells):
+                path = write_stored(folder, _stored(folder, name, setting, read))
+                print(f"{path}: {len(read.cells)} cells", flush=True)
+            else:
+                print(f"{name} on {setting}: {advice(name, source)}", flush=True)
+
+
+def advice(name: str, source: Source) -> str:
+    """Return how the runs of a setting are made."""
+    found = COLLECTED[name]
+    command = command_of(source.benchmark or found.benchmark, [*found.words, *source.options])
+    return f"not stored without the arm {found.reference}; make the runs with `{command}`"
+
+
+def _stored(folder: Path, name: str, setting: str, read: Read) -> Stored:
+    source, settings = COLLECTED[name].sources[setting], digest(name, setting)
+    path = stored_path(folder, name, setting)
+    before = read_stored(path, settings=settings).cells if path.is_file() else ()
+    stored = Stored(
+        comparison=name,
+        setting=setting,
+        settings=settings,
+        start=source.start,
+        metric=source.metric,
+        lower_is_better=source.lower_is_better,
+        machine=machine(),
+        versions=_versions(read.reports),
+        teachers=tuple(read.teachers),
+        cells=before,
+    )
+    return with_cells(stored, read.cells)
+
+
+def digest(name: str, setting: str) -> str:
+    """Return a digest of the definitions of a comparison in a setting."""
+    found = COLLECTED[name]
+    source = {**dataclasses.asdict(found.sources[setting]), "title": None}
+    del source["benchmark"], source["seeds"]
+    text = json.dumps([VERSION, name, setting, found.arms, source], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _versions(reports: Reports) -> dict[str, str]:
+    environment = next(r["environment"] for r in reports.values() if r is not None)
+    libraries = {name: environment["versions"][name] for name in LIBRARIES}
+    return {"python": environment["python"], **libraries}
+
+
+def reports_of(
+    legs: Iterable[Leg], trees: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> Reports:
+    """Return the reports of legs by name.
+
+    The configs that the legs override are written to a temporary folder, so that a benchmark that
+    runs at the same time keeps its own.
+
+    Args:
+        legs: of one benchmark.
+        trees: the configs that the legs override, by name.
+        overrides: of all configs.
+
+    Raises:
+        MegakdError: a folder holds a run of other settings.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_leg_configs(Path(folder), trees)
+        return {
+            leg.name: finished(
+                leg._replace(
+                    config=Path(folder) / "configs" / leg.config.name,
+                    overrides=(*leg.overrides, *overrides),
+                )
+            )
+            for leg in legs
+        }
+
+
+def _seconds(report: Report, stages: Iterable[Report] | None = None) -> float:
+    """Return the CPU seconds of stages: their time on all threads of all ranks."""
+    threads = report["environment"]["ranks"] * report["environment"]["threads"]
+    chosen = report["stages"] if stages is None else stages
+    return sum(stage["seconds"] for stage in chosen) * threads
+
+
+def _gate(final: float, curve: Sequence[float] = (), *, seed: int = EVERY_SEED) -> TeacherGate:
+    return TeacherGate(teacher=TEACHER, seed=seed, scores=tuple(curve), final=final)
+
+
+def _curve(folder: Path, key: str) -> list[float]:
+    return [record[key] for record in records_of(folder) if key in record]
+
+
+def read_mixed_vocabulary(setting: str, source: Source, data: Path) -> Read:
+    """Return the runs on a text, or on a task that the students learned after the books."""
+    given = mixed_vocabulary.parse(["--data", str(data), *source.options])
+    task = setting if setting in TASKS else None
+    try:
+        mixed_vocabulary.check(given)
+    except UnusableError as error:
+        return Read((), (), {str(error): None})
+    legs = [*mixed_vocabulary.student_legs(given)]
+    legs += mixed_vocabulary.task_legs(given) if task else []
+    # The large model is no arm: its shape is not the students'.
+    legs = [leg for leg in legs if mixed_vocabulary.LARGE not in leg.name]
+    reports = reports_of(legs, mixed_vocabulary.trees(given), source.overrides)
+    found = mixed_vocabulary.Found(reports, given.seeds, given.tasks, teacher_bytes=0)
+    cells = mixed_vocabulary_cells(found, task=task, rows=given.sizes.short_rows)
+    log = given.teacher.parent if given.text == "books" and task is None else None
+    return Read(cells, _mixed_teachers(found, task, log), reports)
+
+
+def _mixed_teachers(
+    found: mixed_vocabulary.Found, task: str | None, log: Path | None
+) -> list[TeacherGate]:
+    """Return the teacher's score on text, or its score on the task with every seed."""
+    if task is not None:
+        scores = {seed: found.score(task, TEACHER, seed) for seed in found.seeds}
+        return [_gate(score, seed=seed) for seed, score in scores.items() if score is not None]
+    report = next((r for s in found.seeds if (r := found.on_text(TEACHER, s)) is not None), None)
+    if report is None:
+        return []
+    curve = [] if log is None else _curve(log, "eval/nats_per_character")
+    return [_gate(mixed_vocabulary.nats(report, TEACHER), curve)]
+
+
+def mixed_vocabulary_cells(
+    found: mixed_vocabulary.Found, *, task: str | None, rows: int
+) -> list[Cell]:
+    """Return the cells on text, or on a task that the students learned after the text.
+
+    Args:
+        found: the reports.
+        task: name of the task; None: text.
+        rows: of a step on text, over all ranks.
+    """
+    cells = list[Cell]()
+    for arm, seed in itertools.product(COLLECTED["mixed_vocabulary"].arms, found.seeds):
+        report = found.on_text(arm, seed)
+        tuned = None if task is None else found.reports.get(f"{task}-{arm}-{seed}")
+        if report is None or (task is not None and tuned is None):
+            continue
+        score = None if task is None else found.score(task, arm, seed)
+        patient = mixed_vocabulary.PATIENT_KD
+        steps = {one["name"]: one["steps"] for one in report["stages"]}
+        learned = steps[patient if arm == patient else STUDENT]
+        # In version 1 the teacher reads the rows beside the student, in version 2 before it.
+        asked = 0 if arm == mixed_vocabulary.ALONE else steps.get("mixed-teacher", learned)
+        stages = [s for s in report["stages"] if (s["name"] == patient) == (arm == patient)]
+        cells.append(
+            Cell(
+                arm=arm,
+                seed=seed,
+                basis="steps",
+                score=mixed_vocabulary.nats(report, arm) if score is None else score,
+                divergence=None,
+                steps=learned + (0 if tuned is None else stage_of(tuned, STUDENT)["steps"]),
+                cpu_seconds=_seconds(report, stages) + (0.0 if tuned is None else _seconds(tuned)),
+                teacher_rows=asked * rows,
+            )
+        )
+    return cells
+
+
+def read_homodistil(setting: str, source: Source, data: Path) -> Read:
+    """Return the runs on the stories, whose teacher was trained elsewhere, or on the novels."""
+    if setting == "stories260K":
+        return _read_stories(source, data)
+    given = homodistil.parse(["--data", str(data), *source.options])
+    legs = [*homodistil.teacher_legs(given), *homodistil.pruning_legs(given)]
+    reports = reports_of(legs, homodistil.trees(given), source.overrides)
+    found = homodistil.Found(reports, given.seeds, given.tasks)
+    cells = homodistil_cells(found, homodistil.held_out, rows=given.sizes.short_rows)
+    gates = _pruned_gates(found, homodistil.held_out, _curve(given.out / TEACHER, "eval/loss"))
+    return Read(cells, gates, reports)
+
+
+def _read_stories(source: Source, data: Path) -> Read:
+    given = homodistil_decoder.parse(["--data", str(data), *source.options])
+    trees, loss_of = homodistil_decoder.trees(given), homodistil_decoder.loss_of
+    rows = trees[homodistil_decoder.RUN]["train"]["per_device_train_batch_size"]
+    reports = reports_of(homodistil_decoder.legs(given), trees, source.overrides)
+    found = homodistil.Found(reports, given.seeds, ())
+    cells = homodistil_cells(found, loss_of, rows=rows)
+    steps = homodistil_decoder.steps_at_cost(found, given.steps)
+    longer = reports_of(homodistil_decoder.cost_legs(given, steps), trees, source.overrides)
+    renamed = homodistil_decoder.at_equal_cost(found, longer)
+    trained_longer = homodistil_cells(renamed, loss_of, rows=rows)
+    cells += homodistil_cost_cells(cells, trained_longer, steps)
+    return Read(cells, _pruned_gates(found, loss_of, ()), {**reports, **longer})
+
+
+def _pruned_gates(
+    found: homodistil.Found, loss_of: LossOf, curve: Sequence[float]
+) -> list[TeacherGate]:
+    scores = (loss_of(found, TEACHER, seed) for seed in found.seeds)
+    return [_gate(score, curve) for score in scores if score is not None][:1]
+
+
+def homodistil_cells(found: homodistil.Found, loss_of: LossOf, *, rows: int) -> list[Cell]:
+    """Return the cells on held-out text, at equal steps.
+
+    Args:
+        found: the reports.
+        loss_of: the held-out loss of a variant with a seed; None if its run has not finished.
+        rows: of a step, over all ranks.
+    """
+    cells = list[Cell]()
+    for arm, seed in itertools.product(COLLECTED["homodistil"].arms, found.seeds):
+        report, score = found.pruning(arm, seed), loss_of(found, arm, seed)
+        if report is None or score is None:
+            continue
+        stages = homodistil.stages_of(report, arm)
+        steps = sum(stage["steps"] for stage in stages)
+        last = stage_of(report, arm if arm in BASELINES else STUDENT)
+        cells.append(
+            Cell(
+                arm=arm,
+                seed=seed,
+                basis="steps",
+                score=score,
+                divergence=last["metrics"].get(KL),
+                steps=steps,
+                cpu_seconds=_seconds(report, stages),
+                teacher_rows=0 if arm in (ALONE, ONE_SHOT_ALONE) else steps * rows,
+            )
+        )
+    return cells
+
+
+def homodistil_cost_cells(
+    cells: Iterable[Cell], longer: Iterable[Cell], arms: Container[str]
+) -> list[Cell]:
+    """Return the cells at equal cost; the method and `random` have none.
+
+    Args:
+        cells: at equal steps.
+        longer: of the runs that learned for as long as the method.
+        arms: that have such runs; the other arms cost as much as the method at equal steps.
+    """
+    same = [cell for cell in cells if cell.arm not in (CUBIC, RANDOM) and cell.arm not in arms]
+    chosen = [*same, *(cell for cell in longer if cell.arm in arms)]
+    return [dataclasses.replace(cell, basis="cost") for cell in chosen]
+
+
+def read_on_policy(_: str, source: Source, __: Path) -> Read:
+    """Return the runs on sums in steps."""
+    given = on_policy.parse(source.options)
+    arms = {
+        f"{name}-{seed}": (arm, seed)
+        for arm, name in COLLECTED["on_policy"].arms.items()
+        for seed in given.seeds
+    }
+    trees = {TEACHER: on_policy.teacher_config(given)} | {
+        name: on_policy.arm(given, arm, given.out / f"half-way-{seed}" / "final")
+        for name, (arm, seed) in arms.items()
+    }
+    seeds = {TEACHER: EVERY_SEED, **{name: seed for name, (_, seed) in arms.items()}}
+    legs = [leg_of(given.out, name, name, (f"seed={seeds[name]}",)) for name in trees]
+    reports = reports_of(legs, trees, source.overrides)
+    rows = on_policy.common(given, 1, 1.0)["train"]["per_device_train_batch_size"]
+    cells = [
+        _sums(*arms[name], report, on_policy.last_evaluation(given.out / name, STUDENT), rows)
+        for name, report in reports.items()
+        if name in arms and report is not None
+    ]
+    curve = [100 * share for share in _curve(given.out / TEACHER, "eval/match")]
+    return Read(cells, [_gate(curve[-1], curve)] if reports[TEACHER] else [], reports)
+
+
+def _sums(arm: str, seed: int, report: Report, scored: Mapping[str, float], rows: int) -> Cell:
+    steps = stage_of(report, STUDENT)["steps"]
+    return Cell(
+        arm=arm,
+        seed=seed,
+        basis="steps",
+        score=100 * scored["eval/match"],
+        divergence=scored.get(f"eval/{KL}"),
+        steps=steps,
+        cpu_seconds=_seconds(report),
+        teacher_rows=0 if report["teacher"] is None else steps * rows,
+    )
+
+
+def read_shrink(_: str, source: Source, data: Path) -> Read:
+    """Return the runs of a case."""
+    given = shrink.parse(["--data", str(data), *source.options])
+    names = [name for name in given.runs if name in COLLECTED["shrink"].arms.values()]
+    tree = shrink.config(given)
+    legs = [shrink.leg(given, name, seed) for seed in given.seeds for name in names]
+    reports = reports_of(legs, {"run": tree}, source.overrides)
+    rows = tree["train"]["per_device_train_batch_size"]
+    cells = [
+        cell
+        for seed in given.seeds
+        for cell in shrink_cells(
+            {name: reports[f"{name}-{seed}"] for name in names},
+            seed,
+            run=given.out / f"shrink-{seed}",
+            rows=rows,
+        )
+    ]
+    # The teacher of the stories was trained elsewhere.
+    curve = _curve(given.teacher, "eval/loss") if given.case == "books" else []
+    scores = (r["teacher"]["metrics"]["loss"] for r in reports.values() if r is not None)
+    return Read(cells, [_gate(score, curve) for score in scores][:1], reports)
+
+
+def shrink_cells(reports: Reports, seed: int, *, run: Path, rows: int) -> list[Cell]:
+    """Return the cells of a seed.
+
+    Args:
+        reports: of the runs of the seed, by name in the benchmark.
+        seed: of the runs.
+        run: folder of the run `shrink`.
+        rows: of a step.
+    """
+    cells = list[Cell]()
+    for arm, name in COLLECTED["shrink"].arms.items():
+        report = reports.get(name)
+        if report is None:
+            continue
+        stages = [one for one in report["stages"] if one["name"] not in report["baselines"]]
+        details: dict[str, float] = {"layers": shrink.chosen_of(report)}
+        if arm == "shrink":
+            details["loss before repair"] = shrink.cut_loss(run, shrink.chosen_of(report))
+        loss = report[STUDENT]["metrics"]["loss"]
+        cells.append(_shrunk((arm, seed), report, stages, (loss, rows), details))
+    report = reports["shrink"]
+    if report is not None:
+        # The baseline of the run `shrink`.
+        loss = report["baselines"]["random"]["loss"]
+        trained = [stage_of(report, "random")]
+        cells.append(_shrunk(("random weights", seed), report, trained, (loss, rows), {}))
+    return cells
+
+
+def _shrunk(
+    named: tuple[str, int],
+    report: Report,
+    stages: Sequence[Report],
+    numbers: tuple[float, int],
+    details: Mapping[str, float],
+) -> Cell:
+    (arm, seed), (loss, rows) = named, numbers
+    steps = sum(stage["steps"] for stage in stages)
+    return Cell(
+        arm=arm,
+        seed=seed,
+        basis="steps",
+        score=loss,
+        divergence=None,
+        steps=steps,
+        cpu_seconds=_seconds(report, stages),
+        teacher_rows=steps * rows,
+        details=details,
+    )
+
+
+READERS: Mapping[str, Callable[[str, Source, Path], Read]] = {
+    "mixed_vocabulary": read_mixed_vocabulary,
+    "homodistil": read_homodistil,
+    "on_policy": read_on_policy,
+    "shrink": read_shrink,
+}

@@ -1,0 +1,37 @@
+"""Labels alone for a student that is cut out of the teacher, as a method plug-in of the benchmark.
+
+The control of MiniDisc and `direct`: the same cut learns from the rows with a label, without soft
+targets and hidden states. `finetune` does the same for a student that is not cut.
+"""
+
+from __future__ import annotations
+
+from pydantic.dataclasses import dataclass
+
+from megakd.contract.lab import Lab
+from megakd.contract.stage import Stage, StageResult
+from megakd.contract.terms import STRICT
+from megakd.methods.assistants import AssistantOptions
+from megakd.methods.direct import cut_target
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Labels(AssistantOptions):
+    """The target is cut out of the sorted teacher and learns from the labels."""
+
+    @property
+    def used_sparsities(self) -> tuple[float, ...]:
+        """The target alone."""
+        return (self.target_sparsity,)
+
+    @property
+    def weighs(self) -> bool:
+        """False: there is only one model."""
+        return False
+
+
+def run(config: Labels, lab: Lab) -> StageResult:
+    """Cut the target out of the sorted teacher and train it on the rows that carry a label."""
+    _, start = cut_target(config, lab)
+    objective = lab.hard_terms()
+    return lab.train(Stage(name="student", objective=objective, start=start))

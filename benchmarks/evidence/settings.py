@@ -1,0 +1,206 @@
+"""The settings of the evidence: data, teachers and students of each, found by calibration.
+
+The numbers of a setting were chosen once, with labels alone and with plain distillation, before any
+method was compared; notebook/evidence.md lists what was tried.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lib.data import clinc150 as data_clinc150
+from lib.data import write_labelled
+
+Config = dict[str, Any]
+Rows = list[tuple[str, str]]
+"""Texts with their labels."""
+RUN_SPLITS = ("train", "validation")
+VALIDATION_ROWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """Settings of the training of a model: optimizer steps, rows of a step, learning rate.
+
+    bf16: as on a GPU; a CPU with AVX-512 BF16 computes a step in about half of the time.
+    """
+
+    steps: int
+    rows: int
+    rate: float
+    bf16: bool = True
+
+    def train(self) -> Config:
+        """Return the section `train`."""
+        return {
+            "per_device_train_batch_size": self.rows,
+            "max_steps": self.steps,
+            "learning_rate": self.rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.01,
+            "bf16": self.bf16,
+        }
+
+
+NO_FACTS = ("title", "splits", "in_plan")
+"""Fields of a setting that its results do not depend on."""
+POOL = {"one": 1, "two": 2, "four": 4, "six": 6}
+"""The teacher of one layer is weaker than the student of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A task with its teachers and its student.
+
+    title: for the page. needs: files of the data folder. splits: reads the three splits from the
+        data folder.
+    labels: training rows that keep their label, drawn by the seed; None: all.
+    teacher: how every teacher learns, from labels. student: how every student learns.
+    label_rate: learning rate of a student that learns from labels alone.
+    cut_label_rate: the same, of a student that is cut out of the teacher's heads and neurons.
+    pool: layers of the pretrained encoder that each teacher has.
+    student_layers: layers of the teacher of six layers that the student starts from.
+    in_plan: whether the setting is trained without being named.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    splits: Callable[[Path], Mapping[str, Rows]]
+    labels: int | None
+    max_length: int
+    teacher: Learning
+    student: Learning = Learning(steps=400, rows=32, rate=1e-3)
+    label_rate: float
+    cut_label_rate: float
+    pool: Mapping[str, int] = field(default_factory=POOL.copy)
+    student_layers: tuple[int, ...] = (2, 5)
+    in_plan: bool = True
+
+    def facts(self) -> Config:
+        """Return what the results of the setting depend on."""
+        return {key: value for key, value in vars(self).items() if key not in NO_FACTS}
+
+    def task(self, folder: Path) -> Config:
+        """Return the section `task` of the files that `write_splits` has written to a folder.
+
+        The test rows are not part of a run: they are scored after the run.
+        """
+        files = {f"{split}_files": str(folder / f"{split}.csv") for split in RUN_SPLITS}
+        section = {"type": "classification", **files, "text_columns": ["text"]}
+        labels = {} if self.labels is None else {"labelled_examples": self.labels}
+        return {**section, "label_column": "label", "max_length": self.max_length, **labels}
+
+    def write_splits(self, data: Path, folder: Path) -> None:
+        """Write the three splits of the data folder as csv."""
+        for split, rows in self.splits(data).items():
+            write_labelled(folder / f"{split}.csv", rows)
+
+
+def clinc150(data: Path) -> Mapping[str, Rows]:
+    """Read 150 intents, without the rows that are out of scope."""
+    splits: dict[str, Any] = data_clinc150(data)
+    rows = {name: [*map(tuple, splits[name])] for name in RUN_SPLITS}
+    rows["validation"] = shuffled(rows["validation"])[:VALIDATION_ROWS]
+    return {**rows, "test": splits["test"]}
+
+
+def banking77(data: Path) -> Mapping[str, Rows]:
+    """Read 77 intents of a bank's customers; validation rows come from the training file."""
+    rows = shuffled(read_table(data / "banking77/train.csv", ("text", "category"), delimiter=","))
+    test = read_table(data / "banking77/test.csv", ("text", "category"), delimiter=",")
+    return {"train": rows[VALIDATION_ROWS:], "validation": rows[:VALIDATION_ROWS], "test": test}
+
+
+def sst2(data: Path) -> Mapping[str, Rows]:
+    """Read phrases with their sentiment; the published development sentences are the test rows."""
+    columns = ("sentence", "label")
+    rows = shuffled(read_table(data / "glue/SST-2/train.tsv", columns, delimiter="\t"))
+    test = read_table(data / "glue/SST-2/dev.tsv", columns, delimiter="\t")
+    train = rows[VALIDATION_ROWS : VALIDATION_ROWS + SST2_ROWS]
+    return {"train": train, "validation": rows[:VALIDATION_ROWS], "test": test}
+
+
+def read_table(path: Path, columns: tuple[str, str], *, delimiter: str) -> Rows:
+    """Read two columns of a file; files with tabs have no quotes."""
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
+        return [(row[columns[0]].strip(), row[columns[1]]) for row in rows]
+
+
+def shuffled(rows: Iterable[Any]) -> list[Any]:
+    """Return the rows in an order that never changes."""
+    found = list(rows)
+    random.Random(0).shuffle(found)
+    return found
+
+
+SST2_ROWS = 12_000
+
+FEW = Setting(
+    name="clinc150-few",
+    title="CLINC150, 1500 labels, unlabelled text",
+    needs=("clinc150/data_full.json",),
+    splits=clinc150,
+    labels=1500,
+    max_length=32,
+    teacher=Learning(steps=640, rows=32, rate=5e-4),
+    label_rate=1e-3,
+    cut_label_rate=2e-3,
+)
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        FEW,
+        Setting(
+            name="banking77-few",
+            title="banking77, 1000 labels, unlabelled text",
+            needs=("banking77/train.csv", "banking77/test.csv"),
+            splits=banking77,
+            labels=1000,
+            max_length=48,
+            teacher=Learning(steps=640, rows=32, rate=5e-4),
+            label_rate=1e-3,
+            cut_label_rate=1e-3,
+        ),
+        Setting(
+            name="sst2-few",
+            title="SST-2, 500 labels, unlabelled text",
+            needs=("glue/SST-2/train.tsv", "glue/SST-2/dev.tsv"),
+            splits=sst2,
+            labels=500,
+            max_length=48,
+            teacher=Learning(steps=320, rows=32, rate=1e-4),
+            label_rate=3e-4,
+            cut_label_rate=3e-4,
+        ),
+        Setting(
+            name="clinc150",
+            title="CLINC150, all labels",
+            needs=("clinc150/data_full.json",),
+            splits=clinc150,
+            labels=None,
+            max_length=32,
+            teacher=Learning(steps=1600, rows=32, rate=3e-4),
+            label_rate=1e-3,
+            cut_label_rate=1e-3,
+        ),
+        replace(
+            FEW,
+            name="clinc150-few-10-epochs",
+            title=f"{FEW.title}, ten epochs",
+            # Ten times the 15,000 training rows.
+            student=replace(FEW.student, steps=4688),
+            label_rate=4e-4,
+            in_plan=False,
+        ),
+    )
+}

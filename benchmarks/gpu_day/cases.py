@@ -1,0 +1,151 @@
+"""Run configs of `gpu_day.py`: models from configs and the embedded corpus, or tiny ones.
+
+A rehearsal reads texts that it makes up, because the embedded corpus takes a minute to read.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib import data
+from lib.data import write_jsonl
+
+Tree = dict[str, Any]
+TOPICS = {"sea": "wave boat salt fish sail", "wood": "tree leaf bark bird moss"}
+ANY_TOPIC = "the of and a in it was then we saw"
+MADE_UP_ROWS = {"train": 400, "validation": 32}
+KD = [{"loss": "soft_target_kl", "weight": 0.5}, {"loss": "hard_cross_entropy", "weight": 0.5}]
+NEVER = 10**6
+
+
+def causal_lm_tree(folder: Path, *, rehearse: bool) -> Tree:
+    """Return a run of a language model at ZeRO 3 / 3, in `folder`."""
+    length = 32 if rehearse else 512
+    models = {
+        "teacher": llama(2, 32, length=length) if rehearse else llama(8, 1024, length=length),
+        "student": llama(1, 16, length=length) if rehearse else llama(4, 512, length=length),
+    }
+    return {
+        "output_dir": str(folder / "run"),
+        "task": _task("causal_lm", folder, length=length, rehearse=rehearse),
+        "teacher": {"model": models["teacher"], "deepspeed": "teacher_zero3"},
+        "student": {"model": models["student"], "deepspeed": "zero3"},
+        "method": {"name": "single"},
+        "objective": KD,
+        **_schedule(60, rehearse=rehearse),
+    }
+
+
+def minidisc_tree(folder: Path, *, rehearse: bool) -> Tree:
+    """Return a run of MiniDisc at ZeRO 3 / 3, in `folder`."""
+    length = 16 if rehearse else 64
+    sections = _schedule(40, rehearse=rehearse)
+    # The teacher has random weights; untrained, all of its units are equally important.
+    finetune = {"max_steps": 4 if rehearse else 60}
+    return {
+        "output_dir": str(folder / "run"),
+        "task": _task("classification", folder, length=length, rehearse=rehearse),
+        "teacher": {
+            "model": bert(2, 32) if rehearse else bert(6, 384),
+            "deepspeed": "teacher_zero3",
+            "finetune": finetune,
+        },
+        "student": {"model": "from_teacher", "deepspeed": "zero3"},
+        "method": {
+            "name": "minidisc",
+            "target_sparsity": 0.5 if rehearse else 0.9,
+            "sparsities": [0.3, 0.5] if rehearse else [0.5, 0.7, 0.9],
+            "iterations": 1,
+        },
+        **sections,
+    }
+
+
+def llama_tree(folder: Path, *, rehearse: bool) -> Tree:
+    """Return a run whose steps are profiled: a Llama of 1.2 billion weights learns from another.
+
+    The shape is that of Llama 3.2 1B; the presets are the defaults of megakd.
+    """
+    length, layers, width = (64, 2, 32) if rehearse else (4096, 16, 2048)
+    model = llama(layers, width, length=length, vocabulary=512 if rehearse else 128256)
+    return {
+        "output_dir": str(folder / "run"),
+        "task": _task("causal_lm", folder, length=length, rehearse=rehearse),
+        "teacher": {"model": model, "deepspeed": "teacher_zero3"},
+        "student": {"model": model, "deepspeed": "zero2"},
+        "method": {"name": "single"},
+        "objective": KD,
+        "train": {"per_device_train_batch_size": 4, "max_steps": NEVER, "learning_rate": 1e-5},
+        "save": {"save_steps": NEVER},
+        "log": {"logging_steps": NEVER, "report_to": []},
+    }
+
+
+def _schedule(steps: int, *, rehearse: bool) -> Tree:
+    """Return the sections of a training that is evaluated and saved at its middle and elsewhere."""
+    return {
+        "train": {
+            "per_device_train_batch_size": 4 if rehearse else 16,
+            "max_steps": steps,
+            "learning_rate": 5e-4,
+        },
+        # The last step is what two runs are compared by; the best one may be from before the kill.
+        "eval": {"eval_steps": steps // 2, "keep_best": False},
+        "save": {"save_steps": steps // 4},
+        "log": {"logging_steps": 10, "report_to": []},
+    }
+
+
+def _task(kind: str, folder: Path, *, length: int, rehearse: bool) -> Tree:
+    tokenizer = {"type": "bpe" if kind == "causal_lm" else "wordpiece"}
+    if not rehearse:
+        sizes = {"max_length": length, "max_eval_examples": 256}
+        return {
+            "type": kind,
+            "dataset": "pydocs",
+            "tokenizer": {**tokenizer, "vocab_size": 8000},
+            **sizes,
+        }
+    label = {} if kind == "causal_lm" else {"label_column": "label"}
+    return {
+        "type": kind,
+        "dataset": str(write_texts(folder / "texts")),
+        "text_columns": ["text"],
+        **label,
+        "max_length": length,
+        "tokenizer": {**tokenizer, "vocab_size": 300},
+    }
+
+
+def write_texts(folder: Path) -> Path:
+    """Write texts of two topics, and return their folder."""
+    for split, count in MADE_UP_ROWS.items():
+        rng = random.Random(split)
+        rows = (_made_up(rng, topic) for topic in rng.choices(list(TOPICS), k=count))
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def _made_up(rng: random.Random, topic: str) -> Mapping[str, str]:
+    words = f"{TOPICS[topic]} {ANY_TOPIC}".split()
+    return {"text": " ".join(rng.choices(words, k=rng.randint(5, 30))), "label": topic}
+
+
+def llama(layers: int, width: int, *, length: int, vocabulary: int | None = None) -> Tree:
+    """Return a Llama with random weights and heads of 64, or of 16 in a small model."""
+    heads = max(2, width // 64)
+    keys = {"max_position_embeddings": length, "tie_word_embeddings": True}
+    keys |= {} if vocabulary is None else {"vocab_size": vocabulary}
+    return {
+        "config": data.llama(
+            layers, width, heads, 4 * width, num_key_value_heads=max(1, heads // 4), **keys
+        )
+    }
+
+
+def bert(layers: int, width: int) -> Tree:
+    """Return a BERT with random weights."""
+    return {"config": data.bert(layers, width, max(2, width // 32))}

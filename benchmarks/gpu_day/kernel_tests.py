@@ -1,0 +1,94 @@
+"""Part of `gpu_day.py`: the tests of the Triton kernels, on the GPU.
+
+The tests with the mark `gpu` come first, because no other machine can run them. A rehearsal runs
+one file in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from lib.launching import ROOT
+
+from gpu_day.process import part_parser, say, skip
+
+TESTS = Path("kernels/tests")
+REHEARSED = "test_triton_row_hidden.py"
+# Compiles without a GPU and takes longer than all others.
+WITHOUT_GPU = "test_triton_compiles.py"
+PROCESSES = 8
+SHOWN = 20
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run both groups of tests; return 1 if a test fails."""
+    given = part_parser(__doc__).parse_args(arguments)
+    for module in ("pytest", "triton"):
+        if importlib.util.find_spec(module) is None:
+            skip(f"{module} is not installed")
+    groups = {"only on a GPU": ["-m", "gpu"], "all others": ["-m", "not gpu"]}
+    rows: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    code = 0
+    for name, chosen in groups.items():
+        report = given.folder / f"{name.replace(' ', '-')}.xml"
+        code = max(code, run_tests([*chosen, *files(rehearse=given.rehearse)], report))
+        rows.append({"tests": name, **counts(report)})
+        failures += failed(report)
+        say({"tests": rows, "failures": failures[:SHOWN]})
+    return code
+
+
+def files(*, rehearse: bool) -> list[str]:
+    """Return the test files, and the number of processes that compile kernels side by side."""
+    if rehearse:
+        return [str(TESTS / REHEARSED)]
+    chosen = sorted(str(path.relative_to(ROOT)) for path in (ROOT / TESTS).glob("test_triton_*.py"))
+    processes = min(PROCESSES, os.cpu_count() or 1)
+    side_by_side = ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
+    return [*(file for file in chosen if not file.endswith(WITHOUT_GPU)), *side_by_side]
+
+
+def run_tests(words: Sequence[str], report: Path) -> int:
+    """Run pytest and return its exit code; no test chosen counts as success."""
+    # A new version's warning is no fault of a kernel.
+    quiet = ["-q", "-p", "no:cacheprovider", "-W", "default"]
+    command = [sys.executable, "-m", "pytest", *quiet, f"--junit-xml={report}", *words]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    return 0 if code == 5 else code
+
+
+def counts(report: Path) -> dict[str, Any]:
+    """Return the numbers of tests that passed, failed and were skipped, and the seconds."""
+    if not report.is_file():
+        return {"passed": 0, "failed": 0, "skipped": 0, "seconds": None}
+    suite = next(ET.parse(report).getroot().iter("testsuite"))  # noqa: S314 - pytest wrote it
+    whole, failures, errors, skipped = (
+        int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")
+    )
+    return {
+        "passed": whole - failures - errors - skipped,
+        "failed": failures + errors,
+        "skipped": skipped,
+        "seconds": float(suite.get("time", "0")),
+    }
+
+
+def failed(report: Path) -> list[dict[str, str]]:
+    """Return the tests that failed, with the first line of their messages."""
+    if not report.is_file():
+        return []
+    found = []
+    for case in ET.parse(report).getroot().iter("testcase"):  # noqa: S314 - pytest wrote it
+        for problem in (*case.iter("failure"), *case.iter("error")):
+            said = (problem.get("message") or "").splitlines() or [""]
+            name = f"{case.get('classname', '')}::{case.get('name', '')}"
+            found.append({"test": name.removeprefix("kernels.tests."), "message": said[0][:200]})
+    return found

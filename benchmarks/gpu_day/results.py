@@ -1,0 +1,223 @@
+"""Results of `gpu_day.py`: the machine, what happened to every part, and the page of both.
+
+`results.json` is whole after every part. On the page, the numbers of a part are values, which
+become one table, and lists of rows, which become a table each.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from lib.launching import ROOT, UnusableError
+from lib.tables import machine, markdown_table
+
+from megakd.storage.atomic import write_json
+
+NOTE = (
+    "**A rehearsal**: tiny sizes on a CPU. The numbers show that the parts run, and say nothing "
+    "about a GPU."
+)
+State = Literal["finished", "failed", "timed out", "skipped", "not run"]
+FINISHED: State = "finished"
+DONE = (FINISHED, "skipped")
+"""States without a problem; a part that was skipped is tried again all the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The result of a part.
+
+    about: what the part does.
+    reason: why the part has not finished; empty if the part has finished.
+    tail: the end of the output of a part that has not finished.
+    """
+
+    state: State
+    about: str
+    reason: str = ""
+    seconds: float = 0.0
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    tail: str = ""
+
+
+class Results:
+    """The outcomes of a folder, written to `results.json` after every change."""
+
+    def __init__(self, folder: Path, *, rehearsal: bool) -> None:
+        self._path = folder / "results.json"
+        self._tree: dict[str, Any] = {"rehearsal": rehearsal, "machine": {}, "parts": {}}
+        if self._path.is_file():
+            self._tree = json.loads(self._path.read_text(encoding="utf-8"))
+        if self._tree["rehearsal"] != rehearsal:
+            kinds = ("a run on a GPU", "a rehearsal")
+            raise UnusableError(
+                f"{self._path} holds the results of {kinds[self._tree['rehearsal']]}, and this is "
+                f"{kinds[rehearsal]}; choose another --out"
+            )
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """The machine of the last start."""
+        return self._tree["machine"]
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """True if the numbers are those of small sizes on a CPU."""
+        return self._tree["rehearsal"]
+
+    @property
+    def parts(self) -> dict[str, Outcome]:
+        """All outcomes by name."""
+        return {name: Outcome(**found) for name, found in self._tree["parts"].items()}
+
+    def is_finished(self, name: str) -> bool:
+        """Return whether a part needs no further run."""
+        return self._tree["parts"].get(name, {}).get("state") == FINISHED
+
+    def set_machine(self, machine: Mapping[str, Any]) -> None:
+        """Write down the machine that the next parts run on."""
+        self._tree["machine"] = dict(machine)
+        self._write()
+
+    def record(self, name: str, outcome: Outcome) -> None:
+        """Write down what happened to a part."""
+        self._tree["parts"][name] = asdict(outcome)
+        self._write()
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Remove outcomes, so that their parts are run again."""
+        for name in names:
+            self._tree["parts"].pop(name, None)
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self._path, self._tree)
+
+
+PACKAGES = ("torch", "triton", "deepspeed", "transformers")
+# In the order in which nvidia-smi prints them.
+ASKED = {
+    "name": "GPU",
+    "driver_version": "driver",
+    "memory.total": "memory",
+    "clocks.sm": "SM clock now",
+    "clocks.mem": "memory clock now",
+    "clocks.max.sm": "SM clock at most",
+    "clocks.max.mem": "memory clock at most",
+    "power.limit": "power limit",
+    "temperature.gpu": "temperature (C)",
+}
+TIMEOUT_S = 20
+
+
+def has_gpu() -> bool:
+    """Return whether torch can use a GPU."""
+    import torch  # takes seconds, and a rehearsal does not ask
+
+    return torch.cuda.is_available()
+
+
+def describe(*, rehearsal: bool) -> dict[str, str]:
+    """Return the machine, its GPUs as nvidia-smi prints them, and what runs on the machine."""
+    gpus = {"GPU": "none: rehearsal on a CPU, without clocks"} if rehearsal else _gpus()
+    return {**gpus, "CPU": machine(), **_versions(), "commit": _commit()}
+
+
+def _gpus() -> dict[str, str]:
+    """Return the answers of nvidia-smi for the first GPU."""
+    query = [f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader"]
+    lines = _output(["nvidia-smi", *query]).splitlines()
+    if not lines:
+        return {"GPU": "nvidia-smi does not answer: name and clocks are unknown"}
+    answers = [answer.strip() for answer in lines[0].split(",")]
+    return {**dict(zip(ASKED.values(), answers, strict=False)), "GPUs": str(len(lines))}
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the installed packages, without importing them."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _commit() -> str:
+    commit = _output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
+    if not commit:
+        return "unknown"
+    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return f"{commit} with changes" if changed else commit
+
+
+def _output(command: Sequence[str]) -> str:
+    """Return what a program prints; empty if the program is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(
+            list(command), capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def page_of(results: Results, abouts: Mapping[str, str]) -> str:
+    """Return the page.
+
+    Args:
+        results: the outcomes.
+        abouts: what all parts do, by name; a part without an outcome is listed as not run.
+    """
+    parts = results.parts
+    abouts = {**abouts, **{name: found.about for name, found in parts.items()}}
+    blocks = ["# First day on a GPU", *([NOTE] if results.is_rehearsal else [])]
+    blocks += ["## Machine", *_tables(results.machine), "## Parts", _overview(parts, abouts)]
+    for name in abouts:
+        if name in parts:
+            blocks += _part(name, parts[name])
+    return "\n\n".join(blocks) + "\n"
+
+
+def _overview(parts: Mapping[str, Outcome], abouts: Mapping[str, str]) -> str:
+    rows = []
+    for name, about in abouts.items():
+        found = parts.get(name)
+        rows.append(
+            {
+                "part": name,
+                "state": found.state if found else "not run",
+                "seconds": round(found.seconds) if found else None,
+                "what": about,
+                "reason": found.reason if found else "",
+            }
+        )
+    return markdown_table(rows)
+
+
+def _part(name: str, outcome: Outcome) -> list[str]:
+    """Return the heading, the numbers, and the end of the output of a part that has failed."""
+    blocks = [f"## {name}: {outcome.state}", outcome.about]
+    blocks += [outcome.reason] if outcome.reason else []
+    blocks += _tables(outcome.numbers)
+    return [*blocks, f"```text\n{outcome.tail}\n```"] if outcome.tail else blocks
+
+
+def _tables(numbers: Mapping[str, Any]) -> list[str]:
+    """Return a table of the single values, and a table per list of rows."""
+    values = [{"what": k, "value": v} for k, v in numbers.items() if not isinstance(v, list)]
+    blocks = [markdown_table(values)] if values else []
+    for title, rows in numbers.items():
+        if isinstance(rows, list) and rows:
+            blocks += [f"### {title}", markdown_table(rows)]
+    return blocks

@@ -1,0 +1,181 @@
+"""Part of `gpu_day.py`: a whole run under DeepSpeed's launcher, killed in the middle and resumed.
+
+`causal_lm` and `minidisc` each train once without interruption, and once with a SIGKILL to all
+processes after the checkpoint at half of the steps. The weights of both students must have the
+same bits. If they differ, the uninterrupted run is repeated: a GPU whose sums depend on the order
+of its threads does not repeat itself either, and the differences are reported instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lib.launching import ROOT, RunFailedError, under_launcher, write_config
+
+from gpu_day import cases as gpu_day_cases
+from gpu_day.process import end_tree, part_parser, say
+
+POLL_S, TRIES = 0.01, 3
+WHOLE = re.compile(r"step-(\d+)")
+LEGS = ("first", "resumed", "repeated")
+
+
+class Case(NamedTuple):
+    """A run config, and the stage in which the run is killed."""
+
+    tree: Callable[..., dict[str, Any]]
+    stage: str
+
+
+CASES = {
+    "causal_lm": Case(gpu_day_cases.causal_lm_tree, "student"),
+    "minidisc": Case(gpu_day_cases.minidisc_tree, "trial-1"),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compare the weights of both runs; return 1 if resuming has changed them."""
+    parser = part_parser(__doc__)
+    parser.add_argument("case", choices=CASES)
+    given = parser.parse_args(arguments)
+    tree = CASES[given.case].tree(given.folder, rehearse=given.rehearse)
+    config = write_config(given.folder / "run.yaml", tree)
+    numbers: dict[str, Any] = {}
+    try:
+        run_all(config, given, numbers)
+    except RunFailedError as error:
+        print(f"gpu_day_runs: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    for leg in LEGS:  # models and checkpoints of gigabytes
+        shutil.rmtree(given.folder / leg, ignore_errors=True)
+    return int(not numbers["same bits"] and numbers.get("repeated: same bits", True))
+
+
+def run_all(config: Path, given: Namespace, numbers: dict[str, Any]) -> None:
+    """Run all legs, and print the numbers after each.
+
+    Raises:
+        RunFailedError: a leg failed, or was over before the kill.
+    """
+    first, resumed, repeated = (given.folder / leg for leg in LEGS)
+    legs: list[dict[str, Any]] = []
+    numbers |= {"seconds": legs, **whole_run(config, first, given, legs)}
+    say(numbers)
+    numbers["killed after step"] = kill_in_the_middle(config, resumed, given, legs)
+    say(numbers)
+    whole_run(config, resumed, given, legs)
+    numbers |= differences(first, resumed)
+    say(numbers)
+    if not numbers["same bits"]:
+        whole_run(config, repeated, given, legs)
+        again = differences(first, repeated).items()
+        numbers |= {f"repeated: {key}": value for key, value in again}
+        say(numbers)
+
+
+def whole_run(
+    config: Path, output: Path, given: Namespace, legs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Run to the end, from where the folder is, and return the numbers of the report.
+
+    Raises:
+        RunFailedError: the run failed.
+    """
+    began = time.monotonic()
+    with start(config, output, given) as process:
+        code = process.wait()
+    report = output / "report.json"
+    # The launcher also returns 0 when a rank was killed by a signal.
+    if code != 0 or not report.is_file():
+        raise RunFailedError(f"{output.name}: exit code {code}, and {report} does not exist")
+    legs.append({"run": output.name, "seconds": time.monotonic() - began})
+    return report_numbers(json.loads(report.read_text(encoding="utf-8")))
+
+
+def kill_in_the_middle(
+    config: Path, output: Path, given: Namespace, legs: list[dict[str, Any]]
+) -> int:
+    """Kill a run after its checkpoint at half of the steps, and return the newest one's step.
+
+    Raises:
+        RunFailedError: the run failed, or the stage was over before the kill at every try.
+    """
+    steps = CASES[given.case].tree(given.folder, rehearse=given.rehearse)["train"]["max_steps"]
+    step = 0
+    for _ in range(TRIES):
+        shutil.rmtree(output, ignore_errors=True)
+        began = time.monotonic()
+        step = killed_after(steps // 2, config, output, given)
+        legs.append({"run": "killed", "seconds": time.monotonic() - began})
+        # On a busy machine, a short stage may be over, and its checkpoints removed, before this
+        # process has seen them.
+        if 0 < step < steps:
+            break
+    if not steps // 2 <= step < steps:
+        raise RunFailedError(f"the newest checkpoint of the killed run is of step {step}")
+    return step
+
+
+def killed_after(step: int, config: Path, output: Path, given: Namespace) -> int:
+    """Kill all processes of a run once a checkpoint is there; return the newest one's step."""
+    folder = output / "checkpoints" / CASES[given.case].stage
+    with start(config, output, given) as process:
+        while newest_step(folder) < step and process.poll() is None:
+            time.sleep(POLL_S)
+        end_tree(process)
+    return newest_step(folder)
+
+
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest whole checkpoint; 0 if there is none."""
+    # A folder that is still being written has another name.
+    names = (WHOLE.fullmatch(path.parent.name) for path in folder.glob("*/manifest.json"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
+def start(config: Path, output: Path, given: Namespace) -> subprocess.Popen[bytes]:
+    """Start `deepspeed launch/train.py` with one rank."""
+    script = ["launch/train.py", "--config", str(config), f"output_dir={output}"]
+    return subprocess.Popen(under_launcher(script, 1, on_cpu=given.rehearse), cwd=ROOT)
+
+
+def report_numbers(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of a report that a first day is about."""
+    stages = [
+        {
+            "stage": stage["name"],
+            "steps": stage["steps"],
+            "seconds": stage["seconds"],
+            "tokens/s": stage["tokens_per_second"],
+            "peak MB": stage["peak_memory_bytes"] / 1e6,
+        }
+        for stage in report["stages"]
+    ]
+    scores = [
+        {"model": name, **report[name]["metrics"]}
+        for name in ("teacher", "student")
+        if report.get(name)
+    ]
+    spent = [{"phase": name, "seconds": value} for name, value in report["seconds"].items()]
+    return {"stages": stages, "scores": scores, "phases": spent}
+
+
+def differences(one: Path, other: Path) -> dict[str, Any]:
+    """Compare the weights of two finished runs."""
+    from safetensors.torch import load_file
+
+    files = [folder / "final" / "model.safetensors" for folder in (one, other)]
+    if files[0].read_bytes() == files[1].read_bytes():
+        return {"same bits": True, "largest difference of a weight": 0.0}
+    left, right = (load_file(file) for file in files)
+    largest = max((left[name].double() - right[name].double()).abs().max().item() for name in left)
+    return {"same bits": False, "largest difference of a weight": largest}

@@ -1,0 +1,134 @@
+"""Part of `gpu_day.py`: a case of the kernels, timed with several values of one setting.
+
+The setting is an environment variable of the kernels, or `chunk_mb`. Every value has a process of
+its own, so that a crash costs one value and memory is that of one value; the processes take turns,
+so that a clock that changes does not favour a value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lib.launching import BENCHMARKS, ROOT
+
+from gpu_day.process import part_parser, say, words
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.cases import Case
+
+CHUNK_MB = "chunk_mb"
+SMALL = {"n": 8, "v": 512, "hs": 16, "ht": 32}
+TIMED = "timed: "
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Time all values in turns, or be the process of one value."""
+    given = parse(arguments)
+    if given.value is not None:
+        measure(given)
+        return 0
+    rounds = [given.values if number % 2 == 0 else given.values[::-1] for number in given.turns]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    code = 0
+    for value in (value for order in rounds for value in order):
+        for row in timed(value, given):
+            found.setdefault((value, row["case"]), []).append(row)
+            code = max(code, int("failed" in row))
+        say(numbers_of(found, given))
+    return code
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    parser = part_parser(__doc__)
+    parser.add_argument("--variable", required=True, help=f"an environment variable or {CHUNK_MB}")
+    parser.add_argument("--values", type=words, required=True)
+    parser.add_argument("--cases", type=words, required=True)
+    parser.add_argument("--rounds", type=int, default=2, help="processes per value")
+    parser.add_argument("--value", help="time this value in this process")
+    given = parser.parse_args(arguments)
+    given.options = list(arguments)
+    given.turns = range(1 if given.rehearse else given.rounds)
+    return given
+
+
+def timed(value: str, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the times of all cases with a value, from a process of its own."""
+    own = {} if given.variable == CHUNK_MB else {given.variable: value}
+    if given.rehearse:
+        own["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-u", str(BENCHMARKS), __name__, *given.options, "--value", value]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True, check=False
+    )
+    lines = [line.removeprefix(TIMED) for line in done.stdout.splitlines() if TIMED in line]
+    if done.returncode == 0:
+        return [json.loads(line) for line in lines]
+    return [{"case": ", ".join(given.cases), "failed": f"exit code {done.returncode}"}]
+
+
+def numbers_of(
+    found: dict[tuple[str, str], list[dict[str, Any]]], given: argparse.Namespace
+) -> dict[str, Any]:
+    """Return a row per case and value, with the medians of the rounds."""
+    rows = []
+    for (value, case), rounds in found.items():
+        row: dict[str, Any] = {"case": case, given.variable: value, **rounds[-1]}
+        times = [one["ms"] for one in rounds if "ms" in one]
+        if times:
+            row["ms"] = statistics.median(times)
+            row["ms, by round"] = ", ".join(f"{ms:.4g}" for ms in times)
+        rows.append(row)
+    return {"the kernels read the setting": is_read(given.variable), "times": rows}
+
+
+def is_read(variable: str) -> bool:
+    """Return whether a variable occurs in the kernels; else all values are the same."""
+    sources = (ROOT / "kernels/megakd_kernels").rglob("*.py")
+    return any(variable in file.read_text(encoding="utf-8") for file in sources)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Time the cases in this process and print a line for each."""
+    import torch
+
+    from bench.cases import cases_for
+
+    device = torch.device("cpu" if given.rehearse else "cuda")
+    known = {case.name: case for case in cases_for("cuda")}
+    for name in given.cases:
+        case = replace(known[name], **SMALL) if given.rehearse else known[name]
+        if given.variable == CHUNK_MB:
+            case = replace(case, chunk_mb=int(given.value))
+        print(f"{TIMED}{json.dumps({'case': name, **times_of(case, device)})}", flush=True)
+
+
+def times_of(case: Case, device: torch.device) -> dict[str, Any]:
+    """Return the median time of a case, its loss, and the memory beyond its inputs."""
+    from functools import partial
+
+    from bench.loading import load
+    from bench.memory import peak_on_cuda
+    from bench.problem import drop_gradients, make_problem, run
+    from bench.timing import Effort, sample_ms
+
+    problem = make_problem(case, device)
+    step = partial(run, load("megakd-triton", case), problem)
+    drop = partial(drop_gradients, problem)
+    value = float(step())  # compiles
+    on_gpu = device.type == "cuda"
+    effort = Effort(0.5, 10) if on_gpu else Effort(0.0, 1)
+    times = sample_ms(step, device, effort, before=drop)
+    drop()
+    peak = peak_on_cuda(step, device).bytes_ / 1e6 if on_gpu else None
+    return {"ms": statistics.median(times), "loss": value, "peak MB": peak}

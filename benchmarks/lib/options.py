@@ -1,0 +1,68 @@
+"""Options of the benchmarks: parsers, and lists that are separated by commas."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+
+from lib.launching import UnusableError
+
+
+def parser_of(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help has the lines of a docstring."""
+    return argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
+
+
+def command_of(module: str, arguments: Sequence[str]) -> str:
+    """Return the command of a benchmark, for the rows that it prints."""
+    return shlex.join(["python", "benchmarks", module.removesuffix(".__main__"), *arguments])
+
+
+def need(paths: Iterable[Path]) -> None:
+    """Raise UnusableError if a path does not exist."""
+    for path in paths:
+        if not path.exists():
+            raise UnusableError(f"{path} does not exist")
+
+
+def positive(text: str) -> int:
+    """`2`; an integer above zero."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer above zero")
+    return int(text)
+
+
+def integers(text: str) -> list[int]:
+    """`1,2,3`, each integer once."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,2,3") from None
+    _check_once(found, text)
+    return found
+
+
+def fractions(text: str) -> list[float]:
+    """`0.5,0.9`."""
+    return [float(part) for part in text.split(",")]
+
+
+def words_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return the type of an option that takes some of the known words."""
+
+    def read(text: str) -> list[str]:
+        words = text.split(",")
+        for word in words:
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"{word!r} is none of {', '.join(known)}")
+        _check_once(words, text)
+        return words
+
+    return read
+
+
+def _check_once(values: Collection[object], text: str) -> None:
+    if len({*values}) < len(values):
+        raise argparse.ArgumentTypeError(f"{text!r} names something twice")

@@ -1,0 +1,184 @@
+"""Compare predicted and measured peak memory of short runs on CPU ranks.
+
+`python benchmarks memory.plan [--cases 1,4]`, one to three minutes a case and at most 5 GB a rank.
+Every case is a whole run: each stage trains three steps, evaluates, writes a checkpoint and its
+model; then all models are scored and timed, and the report is written. Measured is the peak of the
+rank that took the most, less what the plan says a process takes before its models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lib.launching import start_ranks
+from lib.options import integers, parser_of
+from lib.stages import bert_model, step_parser, write_case
+from lib.tables import machine
+
+from megakd.config.file import dump_config, load_config
+from megakd.config.run import RunConfig
+from megakd.planning.cluster import Cluster
+from megakd.planning.plan import plan_run
+
+TOLERANCE = 0.10
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+RANK = """
+import os, pathlib, sys, torch
+from megakd.config.file import load_config
+from megakd.engine.memory import peak_memory_of_process
+from megakd.run.main import run
+run(load_config(sys.argv[1]), command="python benchmarks memory.plan")
+peak = peak_memory_of_process(torch.device("cpu"))
+pathlib.Path(sys.argv[2], f"peak-{os.environ['RANK']}").write_text(str(peak))
+"""
+"""A rank of a run: nothing but what `launch/train.py` imports takes memory."""
+FEW = ("train.max_steps=3", "log.report_to=[]")
+ALONE = ("method.name=finetune", "teacher=null", "objective=[{loss: hard_cross_entropy}]")
+WHOLE_TEACHER = "teacher.deepspeed=teacher_zero0"
+FINETUNED = "teacher.finetune={max_steps: 3}"
+MINIDISC = (
+    "student.model=from_teacher",
+    "method={name: minidisc, target_sparsity: 0.9, sparsities: [0.5, 0.7, 0.9]}",
+)
+MASKED = (
+    "task.type=mlm",
+    "task.label_column=null",
+    "objective=[{loss: soft_target_kl}, {loss: hard_cross_entropy}]",
+)
+
+
+class Case(NamedTuple):
+    """A run: sizes are layers x width, `rows` and `length` of a rank's batch.
+
+    teacher: several sizes are a pool of teachers, each of them fine-tuned.
+    """
+
+    ranks: int
+    teacher: str
+    student: str
+    rows: int
+    length: int
+    settings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """In a table."""
+        batch = f"{self.rows} x {self.length}"
+        return f"{self.teacher} to {self.student}, {batch}, {' '.join(self.settings)}"
+
+
+CASES = (
+    Case(1, "2x128", "8x512", 2, 32, (*ALONE, "student.deepspeed=zero0")),
+    Case(2, "8x512", "6x384", 4, 32, ("student.deepspeed=zero2",)),
+    Case(2, "8x512", "6x384", 4, 32, ("student.deepspeed=zero3",)),
+    Case(1, "4x256", "8x512", 8, 64, ("student.deepspeed=zero3", WHOLE_TEACHER, "train.bf16=true")),
+    Case(
+        2,
+        "8x512",
+        "4x512",
+        4,
+        64,
+        ("student.deepspeed=zero1", WHOLE_TEACHER, "train.bf16=true", "teacher.dtype=bf16"),
+    ),
+    Case(2, "4x256", "6x512", 16, 64, ("student.deepspeed=zero2", WHOLE_TEACHER)),
+    Case(2, "8x640", "4x384", 8, 32, (FINETUNED,)),
+    Case(2, "10x768", "8x448", 8, 32, (FINETUNED,)),
+    Case(2, "10x1152", "8x640", 8, 32, (FINETUNED,)),
+    Case(2, "6x512", "6x512", 8, 32, (FINETUNED, *MINIDISC)),
+    Case(2, "6x512 4x384 2x256", "4x384", 8, 32, ("method={name: skdbert}",)),
+    Case(2, "6x512", "4x384", 8, 64, (FINETUNED, *MASKED)),
+    # Not fitted to.
+    Case(2, "11x1008", "7x576", 8, 40, (FINETUNED, "teacher.model.config.num_attention_heads=12")),
+    Case(2, "5x896", "3x320", 12, 48, (FINETUNED,)),
+    Case(2, "14x576", "4x640", 4, 96, (FINETUNED, "teacher.finetune.deepspeed=zero3")),
+)
+
+
+class Compared(NamedTuple):
+    """Bytes of the rank that took the most, beside the process itself."""
+
+    predicted: int
+    measured: int
+
+    @property
+    def error(self) -> float:
+        """The error of the prediction, as a share of the measured bytes."""
+        return self.predicted / self.measured - 1
+
+
+def compared(case: Case, folder: Path) -> Compared:
+    """Plan a case, then run it in a folder of its own."""
+    config = config_of(case, folder)
+    plan = plan_run(config, Cluster(ranks=case.ranks), advise=False)
+    measured = max(peaks_of(folder / "run.yaml", case.ranks))
+    return Compared(plan.peak_bytes_per_rank, measured - _base_bytes())
+
+
+def _base_bytes() -> int:
+    # In a process of its own, because this process has made the data of the case.
+    code = "from megakd.planning.plan import host_base_bytes; print(host_base_bytes())"
+    output = subprocess.check_output([sys.executable, "-c", code], env=os.environ | ENVIRONMENT)
+    return int(output.splitlines()[-1])
+
+
+def config_of(case: Case, folder: Path) -> RunConfig:
+    """The run config of a case, written with its data."""
+    given = step_parser(None).parse_args(["--student", case.student])
+    given.teacher, given.rows, given.length = case.teacher.split()[0], case.rows, case.length
+    write_case(folder, given)
+    scored = f"eval.per_device_eval_batch_size={case.rows}"
+    settings = [*FEW, scored, *_pool(case.teacher.split()), *case.settings]
+    config = load_config(folder / "run.yaml", settings)
+    (folder / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+    return config
+
+
+def _pool(sizes: Sequence[str]) -> list[str]:
+    """The settings that put several teachers in place of one."""
+    if len(sizes) == 1:
+        return []
+    teachers = [
+        {"name": f"t{size}", "model": bert_model(size), "finetune": {"max_steps": 3}}
+        for size in sizes
+    ]
+    return ["teacher=null", "objective=null", f"teachers={json.dumps(teachers)}"]
+
+
+def peaks_of(config: Path, ranks: int) -> list[int]:
+    """Return the most memory that each rank of a run took."""
+    words = ["-c", RANK, str(config), str(config.parent)]
+    start_ranks(words, ranks, environment=ENVIRONMENT, is_quiet=True)
+    return [int((config.parent / f"peak-{rank}").read_text()) for rank in range(ranks)]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compares all cases and prints a table; 1 where one is further off than a tenth."""
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "--cases", type=integers, help="numbers from 1, joined by commas; default: all"
+    )
+    given = parser.parse_args(arguments)
+    chosen = given.cases or range(1, len(CASES) + 1)
+    print(f"{machine()}\n\n| run | ranks | predicted MB | measured MB | error |\n|{'---|' * 5}")
+    worst = 0.0
+    for case in (CASES[number - 1] for number in chosen):
+        with tempfile.TemporaryDirectory(prefix="megakd-plan-") as name:
+            found = compared(case, Path(name))
+        worst = max(worst, abs(found.error))
+        megabytes = f"{found.predicted / 1e6:.0f} | {found.measured / 1e6:.0f}"
+        print(f"| {case.name} | {case.ranks} | {megabytes} | {found.error:+.1%} |", flush=True)
+    return 1 if worst > TOLERANCE else 0

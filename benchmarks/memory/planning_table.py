@@ -1,0 +1,132 @@
+"""The table of docs/planning.md: large teachers on 1 to 32 nodes of 8 GPUs of 141 GB.
+
+`python benchmarks memory.planning_table [--rows 70B,111B]`, some minutes on a CPU; nothing is
+loaded. Every cell is what `megakd plan` says of the run config that `--write FOLDER` leaves there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lib.data import llama
+from lib.options import parser_of
+
+from megakd.commands.plan import DEVICE_BASE
+from megakd.config.file import load_config
+from megakd.planning.cluster import GIGA, Cluster, Rates
+from megakd.planning.plan import Plan, plan_run
+
+NODES = (1, 2, 4, 8, 16, 32)
+GPUS, MEMORY_GB, HOST_GB = 8, 141, 2000
+RATES = Rates(tflops=400, gbps=45)
+
+
+def decoder(layers: int, width: int, neurons: int, heads: tuple[int, int], ids: int) -> Any:
+    """Return a Llama; `heads` of queries and of keys."""
+    keys = {"num_key_value_heads": heads[1], "vocab_size": ids, "max_position_embeddings": 4096}
+    return {"config": llama(layers, width, heads[0], neurons, **keys)}
+
+
+def encoder(layers: int) -> Any:
+    """The width of T5 v1.1 XL with EncT5's decoder layer and head."""
+    sizes = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": layers, "num_heads": 32}
+    others = {"feed_forward_proj": "gated-gelu", "vocab_size": 32128}
+    return {"config": {"model_type": "enct5", **sizes, **others}}
+
+
+ENCODERS = {"XL": encoder(24), "3B": encoder(58)}
+DECODERS = {
+    "7B": (decoder(32, 4096, 11008, (32, 32), 32000), decoder(22, 2048, 5632, (32, 4), 32000)),
+    "13B": (decoder(40, 5120, 13824, (40, 40), 32000), decoder(22, 2048, 5632, (32, 4), 32000)),
+    "70B": (
+        decoder(80, 8192, 28672, (64, 8), 128256),
+        decoder(32, 4096, 14336, (32, 8), 128256),
+    ),
+    "111B": (
+        decoder(64, 12288, 36864, (96, 8), 256000),
+        decoder(32, 4096, 14336, (32, 8), 256000),
+    ),
+}
+LABELS = {
+    "XL": "EncT5-XL (1.3B) to a tenth, MiniDisc, 8 x 128",
+    "3B": "the same with 58 layers (3B), 8 x 128",
+    "7B": "7B to 1.1B, 4 x 2048",
+    "13B": "13B to 1.1B, 4 x 2048",
+    "70B": "70B to 8B, 4 x 2048",
+    "111B": "111B to 8B, 4 x 2048",
+}
+
+
+def run_config(name: str) -> dict[str, Any]:
+    """The run of one row, as YAML would say it."""
+    bf16 = {"bf16": True}
+    if name in ENCODERS:
+        task = {"type": "classification", "dataset": "glue/mrpc", "max_length": 128}
+        return {
+            "output_dir": "runs/plan",
+            "task": task,
+            "teacher": {"model": ENCODERS[name], "dtype": "bf16"},
+            "student": {"model": "from_teacher", "deepspeed": "zero2"},
+            "method": {"name": "minidisc"},
+            "train": {"per_device_train_batch_size": 8, **bf16},
+            "eval": {"per_device_eval_batch_size": 8},
+        }
+    teacher, student = DECODERS[name]
+    return {
+        "output_dir": "runs/plan",
+        "task": {"type": "causal_lm", "dataset": "pydocs", "max_length": 2048},
+        "teacher": {"model": teacher, "dtype": "bf16"},
+        "student": {"model": student, "deepspeed": "zero3"},
+        "method": {"name": "single"},
+        "train": {"per_device_train_batch_size": 4, "gradient_checkpointing": True, **bf16},
+        "eval": {"per_device_eval_batch_size": 4},
+    }
+
+
+def row(name: str, folder: Path) -> str:
+    """One row of the table: memory and time by number of nodes."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(run_config(name), sort_keys=False), encoding="utf-8")
+    config, known = load_config(path), Traces()
+    plans = [plan_run(config, on(nodes), advise=False, traces=known) for nodes in NODES]
+    return f"| {LABELS[name]} | {' | '.join(cell(plan) for plan in plans)} |"
+
+
+def on(nodes: int) -> Cluster:
+    """So many nodes of 8 GPUs."""
+    return Cluster(
+        ranks=GPUS * nodes,
+        nodes=nodes,
+        device="cuda",
+        device_memory=MEMORY_GB * GIGA,
+        host_memory=HOST_GB * GIGA,
+        device_base=DEVICE_BASE,
+        rates=RATES,
+    )
+
+
+def cell(plan: Plan) -> str:
+    """Gigabytes per GPU and seconds per step; what does not fit stands in brackets."""
+    text = f"{plan.peak_bytes_per_rank / GIGA:.1f}, {plan.seconds_per_step:.1f} s"
+    return text if plan.fits else f"({text})"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints the table."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--rows", help=f"some of {','.join(LABELS)}; default: all")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="keep the run configs there")
+    given = parser.parse_args(arguments)
+    names = given.rows.split(",") if given.rows else list(LABELS)
+    titles = " | ".join(f"{nodes} x {GPUS}" for nodes in NODES)
+    print(f"| run | {titles} |\n|{'---|' * (len(NODES) + 1)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.write or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            print(row(name, folder), flush=True)
+    return 0

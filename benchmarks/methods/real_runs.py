@@ -1,0 +1,183 @@
+"""Real runs on real data: teacher, distilled student, and the same student alone.
+
+`python benchmarks methods.real_runs sst2 | mrpc | stories | books [--seeds 1,2] [key=value …]`, by
+default on two CPU ranks under DeepSpeed's launcher, about five minutes each. Reads ../shared/data,
+writes runs/bench/<name>/seed-<n>; started again it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lib.data import BOOKS, Config, bert, llama, train_section
+from lib.launching import FETCHED_TEACHER, ROOT, SHARED, fetch_teacher, trained, write_config
+from lib.options import command_of, integers, need, parser_of
+from lib.seeds import show
+from lib.stories import MODEL, STORIES, nats_per_token, write_stories_tokenizer
+
+MIXED = [
+    {"loss": "soft_target_kl", "weight": 0.8, "temperature": 1.0},
+    {"loss": "hard_cross_entropy", "weight": 0.2},
+]
+SOFT = {"loss": "soft_target_kl", "weight": 1.0, "temperature": 2.0}
+
+
+class Case(NamedTuple):
+    """One real run.
+
+    what: for the table. data: must be there, below the folder of real data.
+    prepare: makes in a folder what the config reads; config: of that folder.
+    """
+
+    what: str
+    data: Path
+    prepare: Callable[[Path], object]
+    config: Callable[[Path], Config]
+
+
+def sst2(_: Path) -> Config:
+    """Sentiment with 4000 labels; the student learns from the teacher on all 67,349 phrases."""
+    return {
+        "task": _glue("sst2", max_length=64, labelled_examples=4000),
+        "teacher": _minilm(steps=150),
+        **_student({"config": bert(2, 128, 4)}),
+        "objective": [SOFT],
+        **_training(rows=16, steps=900, rate=1e-3, evaluate_every=300),
+    }
+
+
+def mrpc(_: Path) -> Config:
+    """Paraphrases: all 3668 labels for everybody, and hidden states beside the soft targets."""
+    return {
+        "task": _glue("mrpc", max_length=96),
+        "teacher": _minilm(steps=115),
+        **_student({"config": bert(2, 128, 4)}),
+        "objective": [SOFT, {"loss": "hidden_mse", "weight": 1.0, "layer_mapping": "uniform"}],
+        **_training(rows=16, steps=345, rate=5e-4, evaluate_every=115),
+    }
+
+
+def stories(folder: Path) -> Config:
+    """A real pretrained Llama teaches one of a fifth of its size on 1000 stories."""
+    return {
+        "task": {
+            "type": "causal_lm",
+            "dataset": str(SHARED / STORIES),
+            "text_columns": ["text"],
+            "max_length": 256,
+            "tokenizer": str(folder / "tokenizer"),
+        },
+        "teacher": {"model": str(SHARED / MODEL / "hf"), "deepspeed": "teacher_zero3"},
+        **_student(_llama(layers=3, width=32, heads=4)),
+        "objective": MIXED,
+        **_training(rows=8, steps=600, rate=3e-3, evaluate_every=150),
+    }
+
+
+def books(_: Path) -> Config:
+    """A teacher is trained on eleven novels, then teaches a student of a quarter of its size."""
+    finetune = {"max_steps": 300, "learning_rate": 2e-3, "deepspeed": "zero2"}
+    return {
+        "task": {
+            "type": "causal_lm",
+            "dataset": str(SHARED / BOOKS),
+            "max_length": 256,
+            "tokenizer": {"type": "bpe", "vocab_size": 3000},
+            "max_eval_examples": 40,
+        },
+        "teacher": {
+            "model": _llama(layers=4, width=128, heads=4),
+            "deepspeed": "teacher_zero3",
+            "finetune": finetune,
+        },
+        **_student(_llama(layers=2, width=64, heads=4)),
+        "objective": MIXED,
+        **_training(rows=8, steps=250, rate=3e-3, evaluate_every=125),
+    }
+
+
+def _glue(name: str, **keys: Any) -> Config:
+    data = {"dataset": f"glue/{name}", "data_dir": str(SHARED / "glue")}
+    return {"type": "classification", **data, **keys}
+
+
+def _minilm(*, steps: int) -> Config:
+    finetune = {"max_steps": steps, "learning_rate": 1e-4, "warmup_ratio": 0.1}
+    return {
+        "model": str(FETCHED_TEACHER),
+        "deepspeed": "teacher_zero3",
+        "finetune": {**finetune, "deepspeed": "zero2"},
+    }
+
+
+def _student(model: Mapping[str, Any]) -> Config:
+    return {
+        "student": {"model": model, "deepspeed": "zero2"},
+        "method": {"name": "single"},
+        "baselines": ["alone"],
+    }
+
+
+def _llama(*, layers: int, width: int, heads: int) -> Config:
+    keys = {"num_key_value_heads": heads // 2, "tie_word_embeddings": True}
+    return {"config": llama(layers, width, heads, 8 * width // 3, **keys)}
+
+
+def _training(*, rows: int, steps: int, rate: float, evaluate_every: int) -> Config:
+    return {
+        "train": train_section(rows, steps, rate),
+        "eval": {"eval_steps": evaluate_every, "per_device_eval_batch_size": 2 * rows},
+        "save": {"save_steps": evaluate_every},
+        "log": {"logging_steps": 25},
+    }
+
+
+def _convert_stories_tokenizer(folder: Path) -> None:
+    # The loss shows that the converted tokenizer is the one that the teacher knows.
+    data, out = ROOT / SHARED, ROOT / folder
+    write_stories_tokenizer(data, out)
+    texts = json.loads((data / STORIES).read_text(encoding="utf-8"))
+    loss = nats_per_token(data / MODEL / "hf", out / "tokenizer", texts[:100])
+    print(f"the teacher on the first 100 stories: {loss:.3f} nats per token", flush=True)
+
+
+CASES = {
+    "sst2": Case("SST-2, 4000 labels", Path("glue/SST-2"), lambda _: fetch_teacher(), sst2),
+    "mrpc": Case("MRPC", Path("glue/MRPC"), lambda _: fetch_teacher(), mrpc),
+    "stories": Case("TinyStories sample", STORIES, _convert_stories_tokenizer, stories),
+    "books": Case("eleven novels", BOOKS, lambda _: None, books),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what has not finished, and print all seeds."""
+    parser = parser_of(__doc__)
+    parser.add_argument("name", choices=list(CASES))
+    parser.add_argument("--seeds", type=integers, default=[1], help="separated by commas")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    given = parser.parse_intermixed_args(arguments)
+    path = written(given.name, given.output / given.name)
+    reports = {}
+    for seed in given.seeds:
+        output = given.output / given.name / f"seed-{seed}"
+        overrides = [*given.overrides, f"seed={seed}"]
+        reports[seed] = trained(path, output, ranks=given.ranks, overrides=overrides)
+    what = f"{CASES[given.name].what}, {given.ranks} rank(s)"
+    show(what, command_of(__name__, arguments), reports)
+    return 0
+
+
+def written(name: str, folder: Path) -> Path:
+    """Write the run config of a case, and what it reads; return its path."""
+    case = CASES[name]
+    need([ROOT / SHARED / case.data])
+    case.prepare(folder)
+    # Every seed gives its own folder on the command line.
+    tree = {"output_dir": str(folder / "run"), **case.config(folder)}
+    write_config(ROOT / folder / "run.yaml", tree)
+    return folder / "run.yaml"

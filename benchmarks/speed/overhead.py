@@ -1,0 +1,196 @@
+"""Overhead of megakd in a training step, against a bare loop with the same engines and batch.
+
+`python benchmarks speed.overhead [--ranks 2] [--pairs 100] [--profile]`, on CPU ranks.
+
+A pair is one step of each loop on the same batch, in one process and in alternating order:
+
+* megakd: all that a stage does per step: the loader with its thread, the move to the device, unit
+  counts, teacher, losses with top-1 agreement, backward, update, health, reporter, and a line of
+  metrics.jsonl and TensorBoard at every tenth step.
+* bare: teacher engine, student engine with a hand-written loss, backward, step; nothing else.
+
+The clock of a megakd step runs until its loader's thread is idle again, so that none of its work
+is counted with the bare step. CPU time is that of all threads and ranks together; wall-clock that
+of the slowest rank. Steps without a bare loop between them then give the share of waiting for data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import itertools
+import pstats
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lib.clocks import Clocks, line, over_ranks, timed
+from lib.stages import (
+    TEMPERATURE,
+    WEIGHTS,
+    MeasuredStage,
+    measured_stage,
+    on_ranks,
+    parsed,
+    run_rank,
+    step_parser,
+    write_case,
+)
+from lib.tables import Spread, print_rows, ratio_of, spread_of
+from torch import Tensor
+
+from megakd.config.run import RunConfig
+from megakd.contract.batch import Batch, Knowledge
+from megakd.contract.stage import Pass
+from megakd.data.loader import STEPS_AHEAD
+from megakd.engine.distributed import Ranks
+from megakd.engine.student import device_batch
+from megakd.losses.bundle import StudentBundle
+from megakd.teachers.frozen import FrozenModel, FrozenTeacher
+from megakd.training.stage_run import StageRun
+
+TARGET = 1.03
+SIDES = ("megakd", "bare")
+
+
+class BareTeacher(FrozenModel):
+    """The frozen model that also answers a bare loop: logits and nothing else."""
+
+    def forward(self, batch: Batch, *, scoring: bool = False, bare: bool = False) -> Any:
+        """Return logits [B, C] if `bare`, else what megakd asks for."""
+        if bare:
+            return self.model(**batch.inputs).logits
+        return super().forward(batch, scoring=scoring)
+
+
+class BareStudent(StudentBundle):
+    """The bundle that also computes the bare loop's loss in the engine's forward."""
+
+    def forward(
+        self,
+        batch: Batch,
+        knowledge: Mapping[str, Knowledge] | None = None,
+        plan: Sequence[Pass] | None = None,
+        counts: Tensor | None = None,
+        soft: Tensor | None = None,
+        *,
+        view: str | None = None,
+    ) -> Any:
+        """Return the hand-written loss for a teacher's logits, else what megakd asks for."""
+        if soft is None:
+            return super().forward(batch, knowledge, plan, counts, view=view)
+        logits = self.student(**batch.inputs).logits
+        divergence = F.kl_div(
+            F.log_softmax(logits / TEMPERATURE, dim=-1),
+            F.softmax(soft / TEMPERATURE, dim=-1),
+            reduction="batchmean",
+        )
+        hard = WEIGHTS["hard_cross_entropy"] * F.cross_entropy(logits, batch.labels)
+        return hard + WEIGHTS["soft_target_kl"] * TEMPERATURE**2 * divergence
+
+
+class BareLoop:
+    """A bare loop with the same engines."""
+
+    def __init__(self, stage: StageRun, teacher: FrozenTeacher) -> None:
+        self._student = stage.student._engine  # noqa: SLF001 - the engine is what is shared
+        self._teacher = teacher._engine  # noqa: SLF001
+        self._student.module.__class__ = BareStudent
+        self._teacher.module.__class__ = BareTeacher
+        self._student.train()
+
+    def step(self, batch: Batch) -> None:
+        """Take one optimizer step."""
+        with torch.no_grad():
+            soft = self._teacher(batch, bare=True)
+        loss = self._student(batch, soft=soft)
+        self._student.backward(loss)
+        self._student.step()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Start the ranks, or be one of them."""
+    given = parse(arguments)
+    if given.case is not None:
+        run_rank(given, measure)
+        return 0
+    by_rank = on_ranks(__name__, given, partial(write_case, given=given))
+    pairs = over_ranks([rank["pairs"] for rank in by_rank])
+    show(pairs, max(rank["share"] for rank in by_rank), given)
+    return 0
+
+
+def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[str, Any]:
+    """Return this rank's clocks of both loops, and its share of waiting for data."""
+    with measured_stage(config, ranks) as (stage, teacher):
+        bare = BareLoop(stage, teacher)
+        count = given.warm_up + given.pairs
+        batches = [device_batch(stage.source.step(i)[0], ranks.device) for i in range(count)]
+        stage.watched.forget()
+        steps = stage.steps_one_by_one()
+        profile = cProfile.Profile() if given.profile and ranks.is_main else None
+        pairs = []
+        for index, batch in enumerate(batches):
+            ours = partial(megakd_step, stage, steps, index)
+            if profile is not None and index >= given.warm_up:
+                ours = partial(profile.runcall, ours)
+            order = [ours, partial(bare.step, batch)]
+            clocks = [timed(step) for step in order[:: 1 if index % 2 == 0 else -1]]
+            pairs.append(clocks[:: 1 if index % 2 == 0 else -1])
+        if profile is not None:
+            show_profile(profile)
+        return {"pairs": pairs[given.warm_up :], "share": data_share(stage, steps, given.alone)}
+
+
+def megakd_step(stage: MeasuredStage, steps: Iterator[None], index: int) -> None:
+    """Take the next step of a stage, and wait until its loader is idle."""
+    next(steps)
+    stage.watched.wait_for(index + 1 + STEPS_AHEAD)
+
+
+def show_profile(profile: cProfile.Profile) -> None:
+    """Print which functions take the time of megakd's steps."""
+    statistics = pstats.Stats(profile)
+    statistics.sort_stats("tottime").print_stats(15)
+    statistics.sort_stats("cumtime").print_stats("megakd")
+    print("the profile slows megakd's steps down: the ratios below say nothing")
+
+
+def data_share(stage: StageRun, steps: Iterator[None], count: int) -> float:
+    """Return the share of wall-clock that steps as a run takes them wait for their data."""
+    waited, began = stage.source.waited_s, time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    return (stage.source.waited_s - waited) / (time.perf_counter() - began)
+
+
+def show(pairs: Sequence[Sequence[Clocks]], share: float, given: argparse.Namespace) -> None:
+    """Print the numbers, and the row for notebook/measurements.md."""
+    ratios = dict[str, Spread]()
+    for clock in Clocks._fields:
+        ours, bare = ([getattr(pair[side], clock) for pair in pairs] for side in (0, 1))
+        ratios[clock] = ratio_of(list(zip(ours, bare, strict=True)))
+        step = spread_of(bare).median * 1000
+        added = spread_of([a - b for a, b in zip(ours, bare, strict=True)]).median * 1000
+        print(f"{clock}: {line(ratios[clock])}; all steps together {sum(ours) / sum(bare):.4f}")
+        print(f"  a bare step takes {step:.1f} ms, megakd adds {added:.2f} ms")
+        print(f"  bare against the next bare: {line(ratio_of(list(itertools.pairwise(bare))))}")
+    print(f"waiting for data: {share:.2%} of the step")
+    within = max(ratio.median for ratio in ratios.values()) <= TARGET
+    print(f"target {TARGET}: {'met' if within else 'missed'}")
+    what = f"step against a bare loop, {given.ranks} rank(s), {len(pairs)} pairs"
+    what += f", teacher {given.teacher}, student {given.student}"
+    cpu, wall = ratios["cpu"], ratios["wall"]
+    numbers = f"CPU time {cpu.median:.3f}, wall {wall.median:.3f}, data wait {share:.2%}"
+    print_rows(given.command, (what, numbers, f"95 %: CPU {cpu.between()}, wall {wall.between()}"))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the options."""
+    parser = step_parser(__doc__, ranks=1, pairs=100, warm_up=10, student="2x128")
+    parser.add_argument("--alone", type=int, default=50, help="steps that measure the data wait")
+    parser.add_argument("--profile", action="store_true", help="show where megakd's steps spend")
+    return parsed(parser, __name__, arguments)
