@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lib.launching import RunFailedError, UnusableError
-
 from megakd.errors import MegakdError
 
 HERE = Path(__file__).resolve().parent

@@ -22,10 +22,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from lib.launching import ROOT, SHARED, UnusableError, fetch_teacher
-from lib.options import integers, parser_of, positive, words_of
-from lib.tables import machine
-
 from evidence.cells import (
     BASES,
     STORED,
@@ -44,6 +40,9 @@ from evidence.page import draw
 from evidence.run import Bench, cached, digest, known_and_left, run_cell, taught
 from evidence.settings import SETTINGS, Setting
 from evidence.statistics import groups
+from lib.launching import ROOT, SHARED, UnusableError, fetch_teacher
+from lib.options import integers, parser_of, positive, words_of
+from lib.tables import machine
 from megakd.storage.atomic import replaced_folder
 
 QUICK_SETTING, QUICK_SEEDS = "clinc150-few", (1, 2)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lib.launching import ROOT, UnusableError
-
 from megakd.storage.atomic import write_text
 
 VERSION = 1

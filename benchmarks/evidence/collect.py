@@ -2,8 +2,8 @@
 
 Mixed vocabularies, HomoDistil, on-policy distillation and shrink have benchmarks of their own. This
 module starts no run: it reads the reports of the runs that have finished with the settings of
-`others.py`, and stores them in notebook/evidence/. An arm whose runs have not finished for a seed has
-no cell with this seed.
+`others.py`, and stores them in notebook/evidence/. An arm whose runs have not finished for a seed
+has no cell with this seed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,17 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evidence.cells import (
+    VERSION,
+    Cell,
+    Stored,
+    TeacherGate,
+    read_stored,
+    stored_path,
+    with_cells,
+    write_stored,
+)
+from evidence.others import COLLECTED, Source
 from lib.books import TEACHER
 from lib.data import TASKS
 from lib.launching import (
@@ -33,18 +44,6 @@ from lib.options import command_of
 from lib.tables import machine
 from methods import homodistil, homodistil_decoder, mixed_vocabulary, on_policy, shrink
 from methods.homodistil import ALONE, BASELINES, CUBIC, ONE_SHOT_ALONE, RANDOM
-
-from evidence.cells import (
-    VERSION,
-    Cell,
-    Stored,
-    TeacherGate,
-    read_stored,
-    stored_path,
-    with_cells,
-    write_stored,
-)
-from evidence.others import COLLECTED, Source
 
 Reports = dict[str, Report | None]
 """By name of the run; None of a run that has not finished."""

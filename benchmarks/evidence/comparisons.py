@@ -80,7 +80,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(Comparison):
-    """A comparison whose arms are trained by `evidence.py`.
+    """A comparison whose arms are trained by `evidence`.
 
     seeds: by setting. teachers: those that the arms need. start: of the student.
     deciding: arms that are repeated in the settings after the first: the method, its closest

@@ -1,8 +1,8 @@
 """The page of the evidence, drawn from the stored cells alone.
 
 `python benchmarks evidence --page` writes notebook/evidence.md and its pictures from the files of
-notebook/evidence/: the stored cells of every comparison and setting, and notes.yaml with the reasons
-that people have found.
+notebook/evidence/: the stored cells of every comparison and setting, and notes.yaml with the
+reasons that people have found.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from lib.launching import ROOT
-from lib.tables import markdown_table, mean_and_deviation
 
 from evidence.cells import (
     BASES,
@@ -36,6 +34,8 @@ from evidence.comparisons import COMPARISONS, Comparison, named
 from evidence.others import ALL_COMPARISONS, titles_of
 from evidence.pictures import forest_plot
 from evidence.statistics import Assessed, Difference, Group, Unit, assess, unit_of
+from lib.launching import ROOT
+from lib.tables import markdown_table, mean_and_deviation
 from megakd.storage.atomic import write_text
 
 PAGE = ROOT / "benchmarks/notebook/evidence.md"

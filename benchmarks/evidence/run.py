@@ -25,16 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from lib.launching import (
-    BENCHMARKS,
-    ROOT,
-    RunFailedError,
-    launch_command,
-    quickstart,
-    records_of,
-    write_config,
-)
-from lib.tables import SAME_COST
 from scipy.special import log_softmax
 
 from evidence.cells import SAME_RUN, VERSION, Basis, Cell, Stored, TeacherGate
@@ -48,6 +38,16 @@ from evidence.comparisons import (
     teacher_sections,
 )
 from evidence.settings import SETTINGS, Config, Setting
+from lib.launching import (
+    BENCHMARKS,
+    ROOT,
+    RunFailedError,
+    launch_command,
+    quickstart,
+    records_of,
+    write_config,
+)
+from lib.tables import SAME_COST
 from megakd.storage.atomic import write_text
 
 TEACHER_EVALUATIONS, STUDENT_EVALUATIONS = 6, 1

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from lib.tables import mean_and_deviation
 from scipy.stats import f as fisher_f
 from scipy.stats import norm
 from scipy.stats import t as student_t
@@ -29,6 +28,7 @@ from statsmodels.stats.power import TTestPower
 
 from evidence.cells import BASES, SAME_RUN, Basis, Stored, TeacherGate, paired
 from evidence.comparisons import Comparison, arm_beside, group_of
+from lib.tables import mean_and_deviation
 
 Verdict = Literal["better", "worse", "cannot be told"]
 LEVEL, POWER = 0.05, 0.8

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.launching import ROOT
-
 from gpu_day.process import part_parser, say, words
+from lib.launching import ROOT
 
 COLUMNS = {
     "case": "case",

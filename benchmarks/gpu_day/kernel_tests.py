@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from lib.launching import ROOT
-
 from gpu_day.process import part_parser, say, skip
+from lib.launching import ROOT
 
 TESTS = Path("kernels/tests")
 REHEARSED = "test_triton_row_hidden.py"

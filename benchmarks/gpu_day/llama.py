@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.launching import write_config
-from lib.stages import MeasuredStage, measured_stage
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_day import cases as gpu_day_cases
 from gpu_day.process import part_parser, say
+from lib.launching import write_config
+from lib.stages import MeasuredStage, measured_stage
 from megakd.config.file import load_config
 from megakd.engine.memory import peak_memory_bytes, reset_peak_memory
 from megakd.run.main import started

@@ -18,12 +18,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.launching import UnusableError
-from lib.options import parser_of, words_of
-
 from gpu_day.parts import PARTS, Part, Setting
 from gpu_day.process import Ended, environment, numbers_of, reason_to_skip, run_limited, tail_of
 from gpu_day.results import DONE, FINISHED, Outcome, Results, State, describe, has_gpu, page_of
+from lib.launching import UnusableError
+from lib.options import parser_of, words_of
 from megakd.storage.atomic import write_text
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import psutil
+
 from lib.launching import ROOT, bench_path, quickstart
 from lib.options import parser_of
-
 from megakd.storage.atomic import json_text
 
 NUMBERS, SKIPPED = "numbers: ", "skipped: "

@@ -12,11 +12,11 @@ from typing import Any
 
 import psutil
 import torch
-from lib.launching import write_config
-from lib.stages import measured_stage
 
 from gpu_day import cases as gpu_day_cases
 from gpu_day.process import part_parser, say
+from lib.launching import write_config
+from lib.stages import measured_stage
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.engine.distributed import Ranks

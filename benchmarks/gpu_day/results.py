@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from lib.launching import ROOT, UnusableError
 from lib.tables import machine, markdown_table
-
 from megakd.storage.atomic import write_json
 
 NOTE = (

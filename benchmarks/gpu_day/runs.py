@@ -19,10 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.launching import ROOT, RunFailedError, under_launcher, write_config
-
 from gpu_day import cases as gpu_day_cases
 from gpu_day.process import end_tree, part_parser, say
+from lib.launching import ROOT, RunFailedError, under_launcher, write_config
 
 POLL_S, TRIES = 0.01, 3
 WHOLE = re.compile(r"step-(\d+)")

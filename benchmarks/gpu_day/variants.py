@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lib.launching import BENCHMARKS, ROOT
-
 from gpu_day.process import part_parser, say, words
+from lib.launching import BENCHMARKS, ROOT
 
 if TYPE_CHECKING:
     import torch

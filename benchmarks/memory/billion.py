@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import save_file
+
 from lib.data import write_jsonl
 from lib.launching import write_config
 from lib.options import command_of, parser_of
 from lib.tables import print_rows
-from safetensors.torch import save_file
-
 from megakd.config.file import dump_config, load_config
 from megakd.data.vocabularies import train_tokenizer
 from megakd.models.modeling.modeling_t5 import EncT5Config

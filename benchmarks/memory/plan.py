@@ -21,7 +21,6 @@ from lib.launching import start_ranks
 from lib.options import integers, parser_of
 from lib.stages import bert_model, step_parser, write_case
 from lib.tables import machine
-
 from megakd.config.file import dump_config, load_config
 from megakd.config.run import RunConfig
 from megakd.planning.cluster import Cluster

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from lib.data import llama
 from lib.options import parser_of
-
 from megakd.commands.plan import DEVICE_BASE
 from megakd.config.file import load_config
 from megakd.planning.cluster import GIGA, Cluster, Rates

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from lib.options import parser_of
 
+from lib.options import parser_of
 from megakd.contract.batch import Batch
 from megakd.contract.rollouts import Completion, Rollout
 from megakd.rollouts.generators import FileGenerator

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
 from lib.data import write_jsonl
 from lib.launching import ROOT, Leg, RunFailedError, launched, run_side_by_side, write_config
 from lib.options import command_of, integers, need, parser_of, positive
 from lib.stories import MODEL, PARTS, STORIES, stories_teacher, tokenizer, write_stories_tokenizer
 from lib.tables import mean_text, print_scores, table_of
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 HELD_OUT, LENGTH = 60, 128
 CACHES = {

@@ -28,7 +28,6 @@ from lib.launching import ROOT, Leg, leg_of, reports_of, run_side_by_side, write
 from lib.options import command_of, integers, need, parser_of, positive
 from lib.stories import PARTS, TRAIN, stories_task, stories_teacher, write_stories_tokenizer
 from lib.tables import SAME_COST, mean_text, print_scores, table_of
-
 from methods.homodistil import (
     ALONE,
     BASELINES,

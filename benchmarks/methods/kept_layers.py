@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lib.options import command_of, integers, parser_of
-from lib.tables import print_rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lib.options import command_of, integers, parser_of
+from lib.tables import print_rows
 from megakd.contract.views import most_important
 from megakd.models.layers import left_out
 

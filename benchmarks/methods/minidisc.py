@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import spearmanr
+
 from lib.data import CLINC150, Config, bert, clinc150, sizes_of, write_labelled
 from lib.launching import ROOT, SHARED, Leg, Report, report_of, seconds_of, write_config
 from lib.options import command_of, fractions, integers, need, parser_of
 from lib.tables import aligned, mean_and_deviation, mean_interval, print_rows
-from scipy.stats import spearmanr
 
 METHODS = ("minidisc", "maxidisc", "direct")
 TOKENIZER = {"type": "wordpiece", "vocab_size": 8000}

@@ -20,12 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from lib.data import llama, write_jsonl
 from lib.launching import ROOT, records_of, trained, write_config
 from lib.options import command_of, integers, parser_of
 from lib.tables import mean_text, print_scores, table_of
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 TERMS, END = 8, "<end>"
 KL = ({"loss": "soft_target_kl", "weight": 0.5}, {"loss": "soft_target_reverse_kl", "weight": 0.5})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from lib.launching import ROOT, Report, fetch_teacher, seconds_of, trained
 from lib.options import command_of, integers, parser_of
 from lib.seeds import scores, show, table

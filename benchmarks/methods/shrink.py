@@ -25,6 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import AutoModelForCausalLM
+
 from lib import books, stories
 from lib.data import BOOKS, Config
 from lib.launching import (
@@ -40,7 +42,6 @@ from lib.launching import (
 )
 from lib.options import command_of, integers, need, parser_of, positive
 from lib.tables import mean_and_deviation, mean_text, print_rows, print_scores, table_of
-from transformers import AutoModelForCausalLM
 
 TEACHER = Path("runs/bench/shrink/books-teacher")
 ON_POLICY = 10
@@ -278,7 +279,7 @@ def show_seeds(given: argparse.Namespace, command: str) -> None:
 
 
 def show_scores(found: Sequence[Scores], what: str, command: str, extra: Sequence[str]) -> None:
-    """Print the table, and the row for notebook/measurements.md; `extra` are parts of the numbers."""
+    """Print the table, and the row for the measurements; `extra` are parts of the numbers."""
     columns = {
         name: [value for one in found if (value := getattr(one, name)) is not None]
         for name in VARIANTS

@@ -29,10 +29,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 import yaml
-from lib.data import llama, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lib.data import llama, write_jsonl
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SPECIAL = ("<unk>", "<pad>", "</s>")

@@ -7,10 +7,10 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import cast
 
-from lib.stages import MeasuredStage, measured_stage
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from lib.stages import MeasuredStage, measured_stage
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.contract.batch import IGNORE

@@ -35,10 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from lib.launching import BENCHMARKS, bench_path, quickstart
 from lib.options import command_of, parser_of, words_of
 from lib.tables import print_rows, ratio_of
-
 from speed import causal_trl as trl
 from speed.causal_bare import (
     CHAT_TARGET,

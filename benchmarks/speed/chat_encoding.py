@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
-from lib.options import parser_of
 from transformers import AutoTokenizer
 
+from lib.options import parser_of
 from megakd.config.task import TaskConfig
 from megakd.data.chat_rows import CONVERSATION, Conversation
 from megakd.data.chat_tokens import chat_tables

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM
+
 from lib.launching import BENCHMARKS, write_config
 from lib.options import command_of, parser_of, words_of
 from lib.tables import print_rows, ratio_of
-from transformers import LlamaForCausalLM
-
 from megakd.config.file import load_config
 from megakd.contract.batch import IGNORE, Batch
 from megakd.run.main import started

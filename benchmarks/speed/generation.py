@@ -21,13 +21,13 @@ import random
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+
 from lib.clocks import Clocks, line, over_ranks, timed
 from lib.data import llama, sizes_of
 from lib.launching import ROOT, start_benchmark
 from lib.options import command_of, parser_of
 from lib.tables import print_rows, ratio_of, spread_of
-from torch import nn
-
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
 from megakd.contract.rollouts import Completion, Sampling, TextTokens

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lib.data import llama, sizes_of
-from lib.options import command_of, parser_of
-from lib.tables import print_rows, ratio_of
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from lib.data import llama, sizes_of
+from lib.options import command_of, parser_of
+from lib.tables import print_rows, ratio_of
 from megakd.contract.rollouts import Sampling, TextTokens
 from megakd.models import continuation
 from megakd.models.generation import complete

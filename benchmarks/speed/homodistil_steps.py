@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from lib.stages import Bench, on_ranks, parsed, run_rank, step_parser, write_case, write_tree
 from lib.tables import Spread, print_rows, ratio_of, spread_of
-
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch
 from megakd.contract.stage import Constant, Pass

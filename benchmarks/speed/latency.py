@@ -15,10 +15,10 @@ import random
 from collections.abc import Mapping, Sequence
 
 import torch
-from lib.options import command_of, fractions, integers, parser_of
-from lib.tables import print_rows, spread_of
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
+from lib.options import command_of, fractions, integers, parser_of
+from lib.tables import print_rows, spread_of
 from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_class_name, cut_config
 from megakd.models.own_models import own_class

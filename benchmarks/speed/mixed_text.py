@@ -23,11 +23,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
+
 from lib.launching import UnusableError
 from lib.options import command_of, parser_of
 from lib.tables import print_rows, spread_of
-from numpy.typing import NDArray
-
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch
 from megakd.data.documents import documents_of

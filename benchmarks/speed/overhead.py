@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from lib.clocks import Clocks, line, over_ranks, timed
 from lib.stages import (
     TEMPERATURE,
@@ -40,8 +42,6 @@ from lib.stages import (
     write_case,
 )
 from lib.tables import Spread, print_rows, ratio_of, spread_of
-from torch import Tensor
-
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Knowledge
 from megakd.contract.stage import Pass

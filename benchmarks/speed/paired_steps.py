@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from lib.stages import (
     Bench,
     alternated,
@@ -31,7 +32,6 @@ from lib.stages import (
     write_tree,
 )
 from lib.tables import print_rows
-
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Constant, Pass
 from megakd.engine.distributed import Ranks

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from lib.launching import ROOT
 from lib.options import command_of, parser_of
 from lib.tables import machine
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from megakd.contract.rollouts import Sampling, TextTokens
 from megakd.models.generation import complete
 from megakd.rollouts.generators import end_tokens_of

@@ -31,7 +31,6 @@ from lib.stages import (
     write_tree,
 )
 from lib.tables import print_rows
-
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Constant, Pass
 from megakd.engine.distributed import Ranks

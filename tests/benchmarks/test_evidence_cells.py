@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from stored_cells import cells, example, stored
+
 from evidence.cells import (
     SAME_RUN,
     Cell,
@@ -16,7 +18,6 @@ from evidence.cells import (
     with_cells,
     write_stored,
 )
-from stored_cells import cells, example, stored
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from evidence import __main__ as evidence
 from evidence import collect as evidence_collect
 from evidence.cells import STORED, Cell, read_stored, stored_path
@@ -19,9 +20,8 @@ from evidence.collect import (
 )
 from evidence.others import COLLECTED, titles_of
 from lib.launching import write_config
-from methods import homodistil, mixed_vocabulary, on_policy
-
 from megakd.errors import MegakdError
+from methods import homodistil, mixed_vocabulary, on_policy
 
 RIGHT = {"on_policy": 0.5, "mixed": 0.6, "off_policy": 0.7, "labels": 0.4}
 TEACHER_CURVE = (0.5, 0.9, 0.98)

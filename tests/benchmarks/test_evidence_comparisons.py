@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from evidence.comparisons import COMPARISONS, KINDS, TRADEOFF, arm_beside, named
-from evidence.run import Planned, cell_config, place_of
-from evidence.settings import SETTINGS
 from stored_cells import FEW, bench_of
 from tiny_runs import write_config
 
+from evidence.comparisons import COMPARISONS, KINDS, TRADEOFF, arm_beside, named
+from evidence.run import Planned, cell_config, place_of
+from evidence.settings import SETTINGS
 from megakd.config.file import load_config
 from megakd.methods.minidisc import MiniDiscConfig
 

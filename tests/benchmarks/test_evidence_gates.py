@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from stored_cells import RISING, MadeUp, cells, example, stored
+
 from evidence.cells import TeacherGate
 from evidence.statistics import CONVERGED, DISTILLS, assess, converged, distils, rise_of
-from stored_cells import RISING, MadeUp, cells, example, stored
 
 COMPARISON = MadeUp()
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from stored_cells import RISING, MadeUp, cells, example, stored
+
 from evidence.cells import STORED, StoredCellError, write_stored
 from evidence.page import PAGE, conclusion, draw
 from evidence.statistics import assess
-from stored_cells import RISING, MadeUp, cells, example, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE_UP = {"madeup": MadeUp()}

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from stored_cells import FEW, bench_of, one_cell, stored_of
+
 from evidence import run as evidence_plan
 from evidence.cells import SAME_RUN
 from evidence.run import Answered, accuracy, digest, mean_divergence
 from evidence.settings import SETTINGS, Learning, read_table
-from stored_cells import FEW, bench_of, one_cell, stored_of
 
 if TYPE_CHECKING:
     from evidence_cells import Stored

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from stored_cells import FLAT, bench_of, one_cell, stored_of
+
 from evidence import __main__ as evidence
 from evidence import run as evidence_plan
 from evidence.cells import Cell, Stored, TeacherGate, read_stored, write_stored
 from evidence.comparisons import COMPARISONS
 from evidence.run import Planned
 from lib.launching import RunFailedError, UnusableError
-from stored_cells import FLAT, bench_of, one_cell, stored_of
 
 if TYPE_CHECKING:
     from pathlib import Path

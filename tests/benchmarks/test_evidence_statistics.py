@@ -8,6 +8,11 @@ import statistics
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ttest_rel
+from stored_cells import cells, stored
+
 from evidence.statistics import (
     NATS,
     POINTS,
@@ -18,10 +23,6 @@ from evidence.statistics import (
     pairs_needed,
     unit_of,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import ttest_rel
-from stored_cells import cells, stored
 
 SCORES = st.lists(st.tuples(*[st.integers(0, 1000)] * 3), min_size=2, max_size=8)
 FIVE = (80.0, 82.0, 81.0, 80.5, 81.7)

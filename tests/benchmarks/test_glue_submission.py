@@ -17,10 +17,10 @@ from tiny_glue import (
     write_run,
     write_tokenizer,
 )
-from tools import glue_submission
 from transformers import AutoModelForSequenceClassification, BertTokenizer
 
 from megakd.data.glue import TASKS
+from tools import glue_submission
 
 FILES = {
     "cola": {"CoLA.tsv": "CoLA/test.tsv"},

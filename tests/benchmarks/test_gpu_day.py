@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from gpu_day import agreement, cases, kernel_tests, llama, process, release, results, runs, variants
 from gpu_day import main as gpu_day
 from gpu_day.parts import PARTS, Part, Setting
 from lib.launching import ROOT
-from safetensors.torch import save_file
-
 from megakd.config.file import load_config
 
 # Three starts of a longer run, and two parts that share their programs with others.

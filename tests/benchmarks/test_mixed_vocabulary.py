@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lib.books import Sizes
-from lib.data import BOOKS
-from lib.launching import UnusableError, write_leg_configs
-from methods import mixed_vocabulary as mixed
-from methods.mixed_vocabulary import Found
 from tiny_books import write_real_data
 from transformers import BertConfig, BertForMaskedLM
 
+from lib.books import Sizes
+from lib.data import BOOKS
+from lib.launching import UnusableError, write_leg_configs
 from megakd.config.file import load_config
+from methods import mixed_vocabulary as mixed
+from methods.mixed_vocabulary import Found
 
 TEACHER = Sizes()
 ARMS = ("alone", "dual", "dual_tables", "down", "up", "version_2")

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lib import books, launching
-from lib.data import BOOKS
-from methods import homodistil, homodistil_decoder, minidisc, shrink
-from methods.homodistil import Found
 from tiny_books import write_real_data
 
+from lib import books, launching
+from lib.data import BOOKS
 from megakd.config.file import load_config
 from megakd.errors import CheckpointError
 from megakd.methods.shrink import hops
+from methods import homodistil, homodistil_decoder, minidisc, shrink
+from methods.homodistil import Found
 
 WORDS = ("the", "whale", "ship", "sea", "of", "a", "captain", "saw", "his", "white", "old", "cold")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lib import launching, seeds, stories
-from methods import cache_draws, kept_layers, on_policy, quickstart_seeds, real_runs
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lib import launching, seeds, stories
 from megakd.config.file import load_config
+from methods import cache_draws, kept_layers, on_policy, quickstart_seeds, real_runs
 
 ROOT = launching.ROOT
 MERGED = (" a", "b", " ab", "c", "bc", "a")

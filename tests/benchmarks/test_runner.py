@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from lib.launching import RunFailedError, start_ranks
 from lib.tables import TITLES, markdown_table, mean_interval, print_rows, spread_of
 

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+
 from lib.clocks import Clocks, over_ranks
 from lib.stages import ratio_over_ranks
+from megakd.config.file import load_config
+from megakd.contract.views import View
 from speed import causal_bare, homodistil_steps
 from speed.causal_bare import COUNTED, MIXTURES, QUICK, TERMS, check_agree, write_case, write_chat
 from speed.causal_megakd import check_same_tokens
 from speed.chat_step import ChatBare
-
-from megakd.config.file import load_config
-from megakd.contract.views import View
 
 SMALL = "--vocabulary 300 --rows 2 --length 8 --pairs 3 --warm-up 1"
 TINY = f"{SMALL} --teacher 2x32 --student 2x32"
