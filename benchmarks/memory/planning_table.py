@@ -18,6 +18,7 @@ from lib.options import parser_of
 from megakd.commands.plan import DEVICE_BASE
 from megakd.config.file import load_config
 from megakd.planning.cluster import GIGA, Cluster, Rates
+from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, plan_run
 
 NODES = (1, 2, 4, 8, 16, 32)
