@@ -40,7 +40,7 @@ import os, pathlib, sys, torch
 from megakd.config.file import load_config
 from megakd.engine.memory import peak_memory_of_process
 from megakd.run.main import run
-run(load_config(sys.argv[1]), command="python benchmarks memory.plan")
+run(load_config(pathlib.Path(sys.argv[1])), command="python benchmarks memory.plan")
 peak = peak_memory_of_process(torch.device("cpu"))
 pathlib.Path(sys.argv[2], f"peak-{os.environ['RANK']}").write_text(str(peak))
 """
