@@ -49,7 +49,7 @@ _LIFETIMES = {
 HOLES = {"step": 0.4, "module": 0.1}
 """Extra share of the heap by the lifetime of its blocks, for holes that no later block fills.
 
-Fitted to the runs of `benchmarks/plan.py`.
+Fitted to the runs of `python benchmarks memory.plan`.
 """
 FP32, FP64 = 4, 8
 _BUCKET = 500_000_000  # elements, DeepSpeed's default
