@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 from lib.options import parser_of
 from megakd.config.task import TaskConfig
-from megakd.data.chat_rows import CONVERSATION, Conversation
-from megakd.data.chat_tokens import chat_tables
-from megakd.data.rows import PLACE
+from megakd.data.cache import PLACE
+from megakd.data.chat.rows import CONVERSATION, Conversation
+from megakd.data.chat.tokens import chat_tables
 
 
 def conversations(file: Path, turns: int) -> Dataset:

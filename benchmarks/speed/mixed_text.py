@@ -30,13 +30,12 @@ from lib.options import command_of, parser_of
 from lib.tables import print_rows, spread_of
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch
-from megakd.data.documents import documents_of
-from megakd.data.encoding import Collator
+from megakd.data.collation import Collator
 from megakd.data.masking import task_masking
-from megakd.data.mixed_rows import encode_mixed
-from megakd.data.mixed_text import MixedText
+from megakd.data.mixed_text import MixedText, encode_mixed
 from megakd.data.pydocs import pydocs_rows
 from megakd.data.shared_words import VocabularyPair
+from megakd.data.token_tables import documents_of
 from megakd.data.vocabularies import train_tokenizer
 
 Make = Callable[[pa.Table, NDArray[np.int64]], Batch]

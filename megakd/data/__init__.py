@@ -1,6 +1,6 @@
-"""The data pipeline, from files, the Hub or the embedded corpus to the batches of a rank.
+"""The data lane: source, table, kind of row, rows in Arrow, tokens in Arrow, batches of a rank.
 
-`splits` loads the rows, with one file per source: `pydocs`, `glue`, `files`, `hub`. `tokenizers`
-and `encoding` convert text into tokens. `packing` fills rows of causal language models. `loader`
-distributes the rows to ranks and micro-batches.
+`splits` reads the tables of a source (`files`, `hub`, `glue`, `pydocs`, `streams`), `columns`
+decides the kind of their rows and writes them, and `encoding` writes their tokens. `loader` and
+`stream_loader` distribute the rows to ranks and micro-batches.
 """

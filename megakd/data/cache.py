@@ -13,16 +13,25 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import generate_fingerprint
 from filelock import FileLock
 
 from megakd.errors import DataError
 from megakd.storage.checksums import read_signed, version_of, write_signed
 from megakd.storage.folders import is_whole, whole_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import pyarrow as pa
+    from datasets import Dataset
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 # Increase this number when a remembered value would differ.
@@ -117,3 +126,53 @@ def _batches(rows: Iterable[Row], columns: tuple[str, ...]) -> Iterator[dict[str
             pending, characters = [], 0
     # An empty last batch gives an empty file its columns.
     yield {name: [row[name] for row in pending] for name in columns}
+
+
+LABELS_AT_ONCE = 100_000
+TEXTS_AT_ONCE = 1000
+PLACE = "place"
+"""Column with the place of a row in messages, on which nothing else depends."""
+
+
+def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:
+    """Yield all rows in order, `size` rows at a time."""
+    return cast("Iterator[pa.Table]", rows.with_format("arrow").iter(batch_size=size))
+
+
+def rows_key(rows: Dataset) -> str:
+    """Return a hash of the number of rows, of all labels and of all texts, in order.
+
+    The content hash of the sources may be equal for two selections from the same source, and for
+    two choices of its text columns, so the hash is computed from the rows.
+    """
+    return remembered_of_rows(rows, "key", lambda: _rows_key(rows))
+
+
+def remembered_of_rows(rows: Dataset, what: object, compute: Callable[[], T]) -> T:
+    """Return what `compute` reads from rows, which are known by their file and their numbers."""
+    return remembered(compute, what, generate_fingerprint(rows))
+
+
+def _rows_key(rows: Dataset) -> str:
+    digest = hashlib.sha256(f"{len(rows)} {sorted(rows.column_names)}".encode())
+    if "label" in rows.column_names:
+        for table in arrow_batches(rows.select_columns("label"), LABELS_AT_ONCE):
+            digest.update(table.column("label").to_numpy().tobytes())
+    names = sorted({*rows.column_names} - {"label", PLACE})
+    for table in arrow_batches(rows.select_columns(names), TEXTS_AT_ONCE):
+        # Arrow's format for other processes depends on the values, not on how they are stored.
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.replace_schema_metadata(None).serialize())
+    return digest.hexdigest()
+
+
+def longest_of(lengths: NDArray | Mapping[int, int], share: float = 1.0) -> int:
+    """Return the smallest length that this share of the rows does not exceed; 0 without rows.
+
+    Args:
+        lengths: the length of each row, or the number of rows by length.
+        share: the share.
+    """
+    if isinstance(lengths, Mapping):
+        lengths = np.repeat(list(lengths), list(lengths.values()))
+    return int(np.quantile(lengths, share, method="inverted_cdf")) if len(lengths) else 0

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from megakd.contract.batch import IGNORE
 from megakd.data.cache import key_of, read_rows, write_tables
-from megakd.data.chat_counts import ChatCounts, CountsByName, say_counts
-from megakd.data.chat_tokens import VERSION, chat_tables
+from megakd.data.chat.counts import ChatCounts, CountsByName, say_counts
+from megakd.data.chat.tokens import VERSION, chat_tables
 from megakd.storage.atomic import write_json
 from megakd.storage.folders import whole_folder
 
@@ -55,7 +55,7 @@ def encode_chat(
     """Encode conversations, or reuse the result of an earlier call, and log their numbers.
 
     Args:
-        rows: conversations by name, see `chat_rows`.
+        rows: conversations by name, see `chat.rows`.
         tokenizer: the tokenizer.
         task: the task.
         key: hash of everything that the encoded rows depend on.

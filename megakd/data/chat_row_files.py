@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Literal
 from datasets import Dataset, Features, Value
 
 from megakd.contract.routes import ROUTE
-from megakd.data.bad_rows import BadRows
-from megakd.data.blank_rows import BlankRows
-from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
-from megakd.data.chat_rows import CONVERSATION, SOURCE, VERSION, conversation_of
-from megakd.data.rows import PLACE
+from megakd.data.bad_rows import BadRows, BlankRows
+from megakd.data.cache import PLACE, cached_folder, key_of, read_rows, write_rows
+from megakd.data.chat.rows import CONVERSATION, SOURCE, VERSION, conversation_of
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from megakd.data.chat_rows import ChatColumns
-    from megakd.data.row_routes import RowTeacher
+    from megakd.data.chat.rows import ChatColumns
+    from megakd.data.routes import RowTeacher
     from megakd.data.tables import Table
 
 
@@ -32,7 +30,7 @@ def conversation_rows(
     source: str | None = None,
     teacher: RowTeacher | None = None,
 ) -> Dataset:
-    """Return the rows of a table with the columns of `chat_rows`, memory-mapped.
+    """Return the rows of a table with the columns of `chat.rows`, memory-mapped.
 
     Args:
         table: the table.

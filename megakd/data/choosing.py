@@ -11,8 +11,8 @@ import numpy as np
 from datasets import Dataset, Features
 
 from megakd.contract.batch import IGNORE
-from megakd.data.chat_rows import CONVERSATION, Conversation
-from megakd.data.rows import remembered_of_rows
+from megakd.data.cache import remembered_of_rows
+from megakd.data.chat.rows import CONVERSATION, Conversation
 from megakd.errors import DataError
 
 VALIDATION_FRACTION = 0.05

@@ -1,29 +1,29 @@
-"""Choice of the text and label columns of a table, and conversion to rows."""
+"""Choice of the columns of a table, and its rows in Arrow files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from datasets import Dataset, Features, Value
 
 from megakd.config.task import TaskConfig
 from megakd.contract.routes import ROUTE
 from megakd.contract.tasks import LANGUAGE_TASKS
-from megakd.data.bad_rows import BadRows
-from megakd.data.blank_rows import BlankRows
-from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
+from megakd.data.bad_rows import BadRows, BlankRows
+from megakd.data.cache import PLACE, cached_folder, key_of, read_rows, write_rows
+from megakd.data.chat.rows import ChatColumns, chat_columns
 from megakd.data.chat_row_files import conversation_rows
-from megakd.data.chat_rows import ChatColumns, chat_columns
 from megakd.data.choosing import is_labelled
-from megakd.data.found import Found
 from megakd.data.labels import Classes, Labeller, find_classes, score
-from megakd.data.row_routes import RowTeacher, row_teacher
-from megakd.data.row_text import document_of, text_of
-from megakd.data.rows import PLACE
-from megakd.data.tables import SPLIT_NAMES, SplitName, Table, require
+from megakd.data.routes import RowTeacher, row_teacher
+from megakd.data.tables import SPLIT_NAMES, SplitName, Table, document_of, require, text_of
 from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from megakd.data.text_stream import TextStream
 
 # Increase this number when the same source results in different rows.
 VERSION = 2
@@ -309,3 +309,26 @@ def _rows(
             if not all(text.strip() for text in texts):
                 blank.add(record)
             yield row | named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The rows of a data set before a selection; columns as in `splits.Splits`.
+
+    name: name of the data set in messages.
+    classes: classes with which labels are read; None without classes.
+    source_hash: sha256 of the sources of the rows.
+    stream: the training texts if they are read during training; the training split is then empty.
+    """
+
+    name: str
+    splits: Mapping[SplitName, Dataset]
+    classes: Classes | None
+    metrics: tuple[str, ...]
+    source_hash: str
+    stream: TextStream | None = None
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Class names in the order of their numbers."""
+        return self.classes.names if self.classes else ()

@@ -13,9 +13,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from megakd.data.bad_rows import BadRows
-from megakd.data.chat_counts import SETS
-from megakd.data.chat_rows import is_chat
-from megakd.data.chat_tokens import ChatEncoder, none_left, tables_of_conversations
+from megakd.data.cache import TEXTS_AT_ONCE
+from megakd.data.chat.counts import SETS
+from megakd.data.chat.rows import is_chat
+from megakd.data.chat.tokens import ChatEncoder, none_left, tables_of_conversations
 from megakd.data.encoded_folder import (
     MANIFEST,
     PROGRESS,
@@ -24,11 +25,10 @@ from megakd.data.encoded_folder import (
     open_splits,
     read_manifest,
 )
-from megakd.data.encoded_keys import encoded_key
-from megakd.data.encoding import write_tables
-from megakd.data.packing import PackedRow, Packer
-from megakd.data.rows import TEXTS_AT_ONCE
+from megakd.data.encoding import encoded_key, write_tables
 from megakd.data.token_tables import (
+    PackedRow,
+    Packer,
     check_room_for_text,
     documents_of,
     no_tokens,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
-    from megakd.data.chat_counts import CountsByName
+    from megakd.data.chat.counts import CountsByName
     from megakd.data.splits import Splits
 
 TEXTS_PER_SHARD = 100_000

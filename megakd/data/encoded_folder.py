@@ -17,11 +17,10 @@ from datasets import concatenate_datasets
 
 from megakd.config.task import TokenizerConfig
 from megakd.data.cache import key_of, read_rows
-from megakd.data.chat_counts import SETS, ChatCounts
+from megakd.data.chat.counts import SETS, ChatCounts
+from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.chat_encoding import say_chat
-from megakd.data.chat_tokens import VERSION as CHAT_VERSION
-from megakd.data.encoded_keys import VERSION, tokenizer_content
-from megakd.data.encoding import Encoded
+from megakd.data.encoding import VERSION, Encoded, tokenizer_content
 from megakd.data.splits import Splits
 from megakd.errors import DataError
 from megakd.storage.checksums import read_signed
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
-    from megakd.data.chat_counts import CountsByName
+    from megakd.data.chat.counts import CountsByName
 
 FORMAT = 1
 MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer"

@@ -15,11 +15,16 @@ from pathlib import Path
 
 from megakd.config.paths import DATA_SUFFIXES
 from megakd.config.task import Files, TaskConfig, listed_files
-from megakd.data.columns import rows_of_tables
-from megakd.data.documents import read_documents
-from megakd.data.found import Found
-from megakd.data.json_files import read_json, read_jsonl
-from megakd.data.readers import joined, read_csv, read_parquet, read_tsv
+from megakd.data.columns import Found, rows_of_tables
+from megakd.data.readers import (
+    joined,
+    read_csv,
+    read_documents,
+    read_json,
+    read_jsonl,
+    read_parquet,
+    read_tsv,
+)
 from megakd.data.tables import SPLIT_ALIASES, SplitName, Table
 from megakd.errors import DataError
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megakd.config.task import TaskConfig
-from megakd.data.columns import rows_of_tables
-from megakd.data.found import Found
+from megakd.data.columns import Found, rows_of_tables
 from megakd.data.hub import hub_table, load_hub
 from megakd.data.labels import Classes
 from megakd.data.readers import read_tsv

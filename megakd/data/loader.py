@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 
-from megakd.data.chat_tokens import PROMPT_LENGTH
-from megakd.data.made_ahead import made_ahead
-from megakd.data.rows import arrow_batches
+from megakd.data.cache import arrow_batches
+from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.step_layout import micro_batch, row_lengths
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
     from concurrent.futures import Future
 
     from datasets import Dataset
@@ -272,3 +273,29 @@ def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
 def evaluation_turns(count: int, *, batch_size: int, world: int) -> int:
     """Return the number of batches that every rank gets for `count` rows."""
     return -(-count // (batch_size * world))
+
+
+T = TypeVar("T")
+
+
+def made_ahead(tasks: Iterable[Callable[[], T]], ahead: int) -> Generator[Future[T], None, None]:
+    """Yield the result of each task, in order, while a thread runs the next `ahead` tasks.
+
+    The thread ends with the generator, even if the consumer stops early. An error of a task is
+    raised by the result of its future.
+
+    Args:
+        tasks: functions that run one after the other in the thread; may be without end.
+        ahead: number of tasks that are started before the result of a task is asked for.
+    """
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
+    waiting: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(executor.submit(task))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        executor.shutdown(cancel_futures=True)

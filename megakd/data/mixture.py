@@ -15,12 +15,11 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from megakd.data.cache import key_of
+from megakd.data.chat.rows import SOURCE
 from megakd.data.chat_row_files import conversation_rows
-from megakd.data.chat_rows import SOURCE
-from megakd.data.columns import DEFAULT_METRICS, conversation_columns
+from megakd.data.columns import DEFAULT_METRICS, Found, conversation_columns
 from megakd.data.files import files_table, matching_files, named_files, refuse_shared
-from megakd.data.found import Found
-from megakd.data.row_routes import row_teacher
+from megakd.data.routes import row_teacher
 from megakd.errors import DataError
 
 if TYPE_CHECKING:

@@ -14,17 +14,16 @@ from megakd.config.paths import looks_like_path
 from megakd.config.task import Files, TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.cache import key_of
-from megakd.data.chat_rows import is_chat
+from megakd.data.chat.rows import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
-from megakd.data.columns import scored_rows
+from megakd.data.columns import Found, scored_rows
 from megakd.data.files import files_table, local_rows, matching_files, named_rows
-from megakd.data.found import Found
 from megakd.data.glue import glue_rows
 from megakd.data.hub import hub_rows
 from megakd.data.mixture import mixed, mixture_rows
 from megakd.data.pydocs import pydocs_rows
-from megakd.data.row_routes import without_routes
-from megakd.data.streamed_rows import streamed_files, streamed_hub_rows
+from megakd.data.routes import without_routes
+from megakd.data.streams import streamed_files, streamed_hub_rows
 from megakd.data.tables import Table
 from megakd.data.text_stream import TextStream
 from megakd.errors import ConfigError, DataError
@@ -40,7 +39,7 @@ class Splits(NamedTuple):
 
     train, validation, test: columns `text`, `text_pair` (pairs only) and `label`. The label is an
         int64 class number or a float32 score, and -100 or NaN for a row without a label. mlm and
-        causal_lm have no column `label`, and conversations have the columns of `chat_rows`.
+        causal_lm have no column `label`, and conversations have the columns of `chat.rows`.
         test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
     metrics: names of the official metrics.

@@ -13,19 +13,20 @@ import time
 from contextlib import closing
 from functools import partial
 from itertools import islice, repeat
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from megakd.data.chat_rows import CONVERSATION
-from megakd.data.chat_tokens import ChatEncoder, tables_of_conversations
-from megakd.data.loader import STEPS_AHEAD
-from megakd.data.made_ahead import made_ahead
-from megakd.data.rows import PLACE
+from megakd.data.cache import PLACE
+from megakd.data.chat.rows import CONVERSATION
+from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
+from megakd.data.encoding import labelled_only
+from megakd.data.loader import STEPS_AHEAD, StepLoader, made_ahead
 from megakd.data.token_tables import tables_of
-from megakd.errors import DataError
+from megakd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from megakd.contract.batch import Batch
-    from megakd.data.encoding import StreamedRows
+    from megakd.contract.batch import Batch, BatchSource
+    from megakd.data.encoding import Encoded, StreamedRows
+    from megakd.data.loader import OtherReading
     from megakd.data.masking import Masking
-    from megakd.data.step_layout import Collate, StepShape
+    from megakd.data.step_layout import Collate, StepLayout, StepShape
 
 logger = logging.getLogger(__name__)
 BLOCK_CHARACTERS = 1_000_000
@@ -274,3 +276,56 @@ def row_hashes(rows: pa.Table) -> NDArray[np.int64]:
     texts = (ids.values.to_numpy().tobytes() for ids in column)
     digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
     return np.array([int.from_bytes(d, "little") >> 1 for d in digests], dtype=np.int64)
+
+
+def batch_source(  # noqa: PLR0913  (each is another fact about the stage)
+    encoded: Encoded,
+    collate: Collate,
+    *,
+    layout: StepLayout,
+    seed: int,
+    masking: Masking | None,
+    only_labelled: bool,
+    max_steps: int | None,
+    gather: Callable[[Any], list[Any]],
+    others: Mapping[str, OtherReading] = MappingProxyType({}),
+) -> BatchSource:
+    """Return the batches of a stage.
+
+    Args:
+        encoded: the encoded data.
+        collate: function that collates a micro-batch.
+        layout: rows, micro-batches and ranks of a step.
+        seed: seed of the run.
+        masking: masks of mlm; None for other tasks.
+        only_labelled: whether rows without a label are left out.
+        max_steps: the steps of the stage if they do not follow from a number of epochs.
+        gather: function that returns the values of all ranks, by rank; a collective.
+        others: by role, functions that encode the rows for models with another tokenizer.
+
+    Raises:
+        ConfigError: a stream has no number of steps, or its rows are to be packed by tokens.
+        DataError: there are no rows.
+    """
+    if encoded.stream is None:
+        rows = labelled_only(encoded.train) if only_labelled else encoded.train
+        return StepLoader(rows, collate, layout=layout, seed=seed, masking=masking, others=others)
+    if max_steps is None:
+        raise ConfigError(
+            "max_steps: missing for a stage that trains on a stream (task.streaming is true); set "
+            "max_steps in the section of the stage, such as train.max_steps"
+        )
+    if layout.tokens_per_rank is not None:
+        raise ConfigError(
+            f"train.tokens_per_rank: {layout.tokens_per_rank} packs the rows of all ranks "
+            "together, and with a stream every rank reads rows of its own (task.streaming is "
+            "true); remove one of the two"
+        )
+    rows = EncodedStream(encoded.stream, shape=layout.shape, seed=seed)
+    return StreamLoader(
+        rows,
+        collate,
+        steps_per_epoch=max_steps,
+        gather=gather,
+        masking=masking,
+    )

@@ -10,12 +10,10 @@ from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 
 from megakd.data.bad_rows import BadRows
-from megakd.data.cache import key_of
-from megakd.data.chat_rows import ChatColumns, conversation_of
+from megakd.data.cache import PLACE, key_of
+from megakd.data.chat.rows import ChatColumns, conversation_of
 from megakd.data.choosing import text_hash
-from megakd.data.row_text import document_of
-from megakd.data.rows import PLACE
-from megakd.data.tables import Record, Table
+from megakd.data.tables import Record, Table, document_of
 from megakd.errors import DataError
 
 ERROR = "__error__"

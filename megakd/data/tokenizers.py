@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AlbertTokenizer,
@@ -21,18 +22,18 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from megakd.config.paths import is_path
 from megakd.config.task import TokenizerConfig
-from megakd.data.cache import key_of
-from megakd.data.chat_template import read_template
+from megakd.data.cache import arrow_batches, key_of, rows_key
+from megakd.data.chat.template import read_template
 from megakd.data.encoded_folder import TOKENIZER
-from megakd.data.rows import arrow_batches, rows_key
 from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
 from megakd.data.words import check_words
 from megakd.errors import DataError
 from megakd.storage.folders import check_given, whole_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
@@ -389,3 +390,55 @@ def training_texts(splits: Splits) -> Iterator[str]:
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")
+
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""SentencePiece's mark of a space."""
+
+
+def characters_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the number of characters of every token, without white space.
+
+    A special token has none. A token of bytes counts the characters that begin in the token.
+
+    Args:
+        tokenizer: any tokenizer.
+
+    Returns:
+        [V] int64, where V is the largest token number plus 1.
+    """
+    tokens = tokenizer.get_vocab()
+    counts = torch.zeros(max(tokens.values()) + 1, dtype=torch.long)
+    special, count = set(tokenizer.all_special_ids), _counter(tokenizer)
+    for token, number in tokens.items():
+        counts[number] = 0 if number in special else count(token)
+    return counts
+
+
+def _counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and isinstance(backend.model, models.WordPiece):
+        prefix: str = backend.model.continuing_subword_prefix
+        return lambda token: len(token.removeprefix(prefix))
+    if backend is not None and isinstance(backend.decoder, decoders.ByteLevel):
+        return _begun_characters
+    return lambda token: len(token.replace(_SPACE, ""))
+
+
+def _begun_characters(token: str) -> int:
+    """Return the number of characters, except spaces, whose first byte is in a token of bytes."""
+    return sum(sign not in _NO_CHARACTER for sign in token)
+
+
+def _signs_without_character() -> frozenset[str]:
+    """Return the signs of a byte-level vocabulary for white space and for later bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [byte for byte in range(256) if byte not in plain]
+    signs = {byte: chr(byte) for byte in plain}
+    # GPT-2 shows the other bytes, in their order, as the characters from 256 on.
+    signs |= {byte: chr(256 + number) for number, byte in enumerate(moved)}
+    left_out = [byte for byte in range(256) if 128 <= byte < 192 or bytes([byte]).isspace()]
+    return frozenset(signs[byte] for byte in left_out)
+
+
+_NO_CHARACTER = _signs_without_character()

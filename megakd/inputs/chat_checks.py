@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, cast
 
 from megakd.contract.batch import LogitWarp
 from megakd.contract.tasks import STUDENT
-from megakd.data.chat_counts import SETS
-from megakd.data.chat_rows import is_chat
-from megakd.data.chat_tokens import PROMPT_LENGTH
+from megakd.data.chat.counts import SETS
+from megakd.data.chat.rows import is_chat
+from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, DataError
 from megakd.models.generation import generation_config_of, listed_ends
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from megakd.config.run import RunConfig
     from megakd.config.task import TaskConfig
-    from megakd.data.chat_counts import ChatCounts
+    from megakd.data.chat.counts import ChatCounts
     from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)

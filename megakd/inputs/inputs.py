@@ -19,7 +19,7 @@ from megakd.contract.metrics import Metric
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded
-from megakd.data.row_routes import check_routes
+from megakd.data.routes import check_routes
 from megakd.data.shared_words import VocabularyPair
 from megakd.data.splits import Splits
 from megakd.data.student_vocabularies import (

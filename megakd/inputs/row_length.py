@@ -12,11 +12,11 @@ import numpy as np
 
 from megakd.config.task import MOST_TOKENS
 from megakd.data.bad_rows import BadRows
-from megakd.data.chat_rows import CONVERSATION, Conversation, is_chat
-from megakd.data.chat_tokens import ChatEncoder
+from megakd.data.cache import PLACE, longest_of
+from megakd.data.chat.rows import CONVERSATION, Conversation, is_chat
+from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoded_folder import read_manifest
-from megakd.data.encoded_keys import encoded_key
-from megakd.data.rows import PLACE, longest_of
+from megakd.data.encoding import encoded_key
 from megakd.data.token_tables import documents_of
 from megakd.inputs.run_data import cache_folder, once
 from megakd.models.generation import context_length

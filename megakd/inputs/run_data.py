@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from megakd.data.cache import cache_folder
 from megakd.data.encoded_folder import as_encoded, facts_of, open_splits
 from megakd.data.encoding import Encoded, encode_splits
-from megakd.data.mixed_rows import encode_mixed
+from megakd.data.mixed_text import encode_mixed
 from megakd.data.splits import Splits, load_splits
 from megakd.engine.collectives import main_first, once_per_node
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class MixedRows(NamedTuple):
-    """Training rows that are encoded for two vocabularies, and their key; see `data.mixed_rows`."""
+    """Training rows that are encoded for two vocabularies, and their key; see `data.mixed_text`."""
 
     rows: Dataset
     key: str

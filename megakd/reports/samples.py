@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 
 from megakd.contract.batch import IGNORE, Batch, TopK
-from megakd.data.chat_tokens import PROMPT_LENGTH
-from megakd.data.encoding import Collator
+from megakd.data.chat.tokens import PROMPT_LENGTH
+from megakd.data.collation import Collator
 from megakd.engine.student import device_batch
 
 if TYPE_CHECKING:

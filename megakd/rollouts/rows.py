@@ -9,7 +9,7 @@ import numpy as np
 
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE
-from megakd.data.chat_tokens import PROMPT_LENGTH
+from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.loader import lengths_of_rows, prompt_lengths, rows_with_targets
 from megakd.errors import DataError
 

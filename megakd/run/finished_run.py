@@ -16,7 +16,7 @@ from megakd.config.paths import is_path
 from megakd.config.run import RunConfig
 from megakd.contract.results import Report
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE
-from megakd.data.encoded_keys import tokenizer_content
+from megakd.data.encoding import tokenizer_content
 from megakd.engine.collectives import agree, on_main
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs

@@ -16,7 +16,7 @@ from megakd.contract.results import Assistant, ModelReport, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.views import View
-from megakd.data.row_routes import rows_of_teachers
+from megakd.data.routes import rows_of_teachers
 from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first
 from megakd.engine.distributed import Ranks

@@ -13,7 +13,7 @@ from torch.nn import functional
 from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metrics import WHOLE
 from megakd.contract.results import ClassReport
-from megakd.data.encoding import Collator
+from megakd.data.collation import Collator
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import Masking
 from megakd.engine.activity import reached

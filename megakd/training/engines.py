@@ -18,10 +18,10 @@ from megakd.contract.batch import Batch
 from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import STUDENT, Dtype
-from megakd.data.characters import characters_of_tokens
-from megakd.data.encoded_keys import tokenizer_content
-from megakd.data.encoding import Collator, tokens_key
+from megakd.data.collation import Collator
+from megakd.data.encoding import tokenizer_content, tokens_key
 from megakd.data.masking import task_masking
+from megakd.data.tokenizers import characters_of_tokens
 from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
 from megakd.engine.distributed import Ranks

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megakd.data.batch_source import batch_source
 from megakd.data.mixed_text import MixedText
 from megakd.data.routes import RoutedSource
 from megakd.data.step_layout import StepLayout, StepShape
+from megakd.data.stream_loader import batch_source
 from megakd.engine.collectives import gather
 from megakd.training.generated_texts import generator_of, with_rollouts
 

@@ -14,8 +14,8 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge, Targets
 from megakd.contract.joined_batches import joined, part_of, parts_of
-from megakd.data.encoding import Collator
-from megakd.data.packing import pack
+from megakd.data.collation import Collator
+from megakd.data.token_tables import pack
 from megakd.models.knowledge import Needs, read_knowledge
 
 SIZES = {

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data import hub, json_files, readers, rows
+from megakd.data import cache, hub, readers
 from megakd.data.cache import remembered_of
 from megakd.data.encoding import encode_splits
 from megakd.data.splits import load_splits
@@ -39,9 +39,9 @@ def counts(tmp_path, monkeypatch) -> dict[str, int]:
         monkeypatch.setattr(module, name, counted)
 
     for module, name in (
-        (json_files, "parse_json"),
+        (readers, "parse_json"),
         (readers, "sha256_of"),
-        (rows, "_rows_key"),
+        (cache, "_rows_key"),
         (hub, "_digest"),
     ):
         count(module, name)

@@ -13,9 +13,10 @@ from encoded_chats import chat, encoded
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data import chat_encoding, chat_tokens, encode_shards
-from megakd.data.chat_counts import ChatCounts, table_lines
-from megakd.data.chat_tokens import ChatEncoder
+from megakd.data import chat_encoding, encode_shards
+from megakd.data.chat import tokens
+from megakd.data.chat.counts import ChatCounts, table_lines
+from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encode_shards import write_encoded
 from megakd.data.encoded_folder import as_encoded, facts_of, open_splits
 from megakd.data.encoding import Encoded, encode_splits
@@ -289,7 +290,7 @@ def test_the_end_of_a_prompt_is_found_without_encoding_the_whole_prompt_again(fa
         lengths.extend(map(len, texts))
         return plain_encoding(texts, own)
 
-    monkeypatch.setattr(chat_tokens, "plain_encoding", counting)
+    monkeypatch.setattr(tokens, "plain_encoding", counting)
     short = encoded(tokenizer, conversation)
     monkeypatch.setattr(ChatEncoder, "_separate_before", lambda *_: 0)
     whole = encoded(tokenizer, conversation)

@@ -19,7 +19,7 @@ from datasets import Dataset, Json, List
 from tiny_runs import write_jsonl
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.chat_rows import Conversation, conversation_of, is_chat
+from megakd.data.chat.rows import Conversation, conversation_of, is_chat
 from megakd.data.choosing import text_hash
 from megakd.data.columns import conversation_columns
 from megakd.data.files import files_table

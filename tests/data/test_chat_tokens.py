@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megakd.data.chat_rows import Conversation
-from megakd.data.chat_tokens import ChatEncoder
+from megakd.data.chat.rows import Conversation
+from megakd.data.chat.tokens import ChatEncoder
 from megakd.errors import DataError
 
 TURNS = {

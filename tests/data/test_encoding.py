@@ -28,11 +28,10 @@ from transformers import (
 
 from megakd.config.task import TaskConfig
 from megakd.data import encoding
-from megakd.data.encoded_keys import tokenizer_content
-from megakd.data.encoding import Collator, encode_splits, labelled_only
-from megakd.data.packing import PackedRow
-from megakd.data.rows import rows_key
-from megakd.data.token_tables import document_ends
+from megakd.data.cache import rows_key
+from megakd.data.collation import Collator
+from megakd.data.encoding import encode_splits, labelled_only, tokenizer_content
+from megakd.data.token_tables import PackedRow, document_ends
 from megakd.errors import DataError
 
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -373,8 +372,8 @@ def test_keys_do_not_depend_on_the_process(tmp_path):
         "import sys, json\n"
         "from transformers import PreTrainedTokenizerFast\n"
         "from datasets import Dataset\n"
-        "from megakd.data.encoded_keys import tokenizer_content\n"
-        "from megakd.data.rows import rows_key\n"
+        "from megakd.data.encoding import tokenizer_content\n"
+        "from megakd.data.cache import rows_key\n"
         f"tokenizer = PreTrainedTokenizerFast.from_pretrained({str(folder)!r})\n"
         "rows = Dataset.from_dict({'text': ['a', 'b'], 'label': [0, 1]})\n"
         "print(json.dumps([tokenizer_content(tokenizer), rows_key(rows)]))\n"

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megakd.config.task import TaskConfig
-from megakd.data.encoded_keys import tokenizer_content
-from megakd.data.encoding import encode_rows
+from megakd.data.encoding import encode_rows, tokenizer_content
 
 TASK = TaskConfig(type="classification", dataset="none", max_length=2)
 

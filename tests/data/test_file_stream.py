@@ -15,10 +15,10 @@ from datasets import IterableDataset
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data.chat_rows import Conversation
+from megakd.data.chat.rows import Conversation
 from megakd.data.choosing import text_hash
-from megakd.data.file_stream import file_stream, sample_of, table_of
 from megakd.data.files import named_rows
+from megakd.data.streams import file_stream, sample_of, table_of
 from megakd.data.text_stream import TextStream
 from megakd.errors import DataError
 

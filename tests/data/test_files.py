@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.config.task import TaskConfig
-from megakd.data.documents import pieces
+from megakd.data.readers import pieces
 from megakd.data.splits import Splits, load_splits
 from megakd.errors import DataError
 

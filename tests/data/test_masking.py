@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
-from megakd.data.encoding import Collator
+from megakd.data.collation import Collator
 from megakd.data.loader import StepLoader, evaluation_batches
 from megakd.data.masking import Masking, task_masking
 from megakd.data.step_layout import StepLayout, StepShape

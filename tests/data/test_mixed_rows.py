@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.data import encoding
-from megakd.data.encoding import Collator, encode_rows
-from megakd.data.mixed_rows import encode_mixed, word_windows
+from megakd.data.collation import Collator
+from megakd.data.encoding import encode_rows
+from megakd.data.mixed_text import encode_mixed, word_windows
 from megakd.data.shared_words import ALWAYS_STUDENT, ALWAYS_TEACHER, FREE, VocabularyPair
 from megakd.data.vocabularies import train_tokenizer
 from megakd.data.words import WORD_STARTS

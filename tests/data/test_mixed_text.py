@@ -16,10 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
-from megakd.data.encoding import Collator
+from megakd.data.collation import Collator
 from megakd.data.masking import task_masking
-from megakd.data.mixed_rows import encode_mixed
-from megakd.data.mixed_text import MixedText
+from megakd.data.mixed_text import MixedText, encode_mixed
 from megakd.data.shared_words import VocabularyPair
 from megakd.data.vocabularies import train_tokenizer
 from megakd.data.words import WORD_STARTS

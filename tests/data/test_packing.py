@@ -13,8 +13,8 @@ from packed import unpack
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megakd.config.task import TaskConfig
-from megakd.data.encoding import Collator
-from megakd.data.packing import pack
+from megakd.data.collation import Collator
+from megakd.data.token_tables import pack
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=40), max_size=12)
 
@@ -132,7 +132,7 @@ def test_padding_changes_no_logits():
 
 
 def test_with_a_cache_documents_see_each_other_so_models_must_be_called_without():
-    """Fails when transformers learns to look: then the warning in `packing` can go."""
+    """Fails when transformers learns to look: then the warning in `token_tables` can go."""
     model = _llama()
     batch = _collator(16)(_rows([[5, 6, 7], [8, 9]], 16))
 

@@ -16,11 +16,12 @@ from transformers import AutoTokenizer
 from megakd.config.task import MixtureSource, TaskConfig
 from megakd.contract.batch import Batch
 from megakd.contract.routes import ROUTE, teacher_number
-from megakd.data.encoding import Collator, Encoded, encode_splits
+from megakd.data.collation import Collator
+from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.masking import task_masking
-from megakd.data.packing import PackedRow
 from megakd.data.splits import Splits, load_splits
 from megakd.data.step_layout import StepLayout, StepShape, collate_step
+from megakd.data.token_tables import PackedRow
 from megakd.errors import DataError
 from megakd.rollouts.rows import Prompts
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE
-from megakd.data.encoding import Collator
+from megakd.data.collation import Collator
 from megakd.data.loader import StepLoader
-from megakd.data.packing import pack
 from megakd.data.step_layout import StepLayout, StepShape, collate_step, packed_row, row_lengths
+from megakd.data.token_tables import pack
 
 LONGEST, BUDGET = 10, 21
 COLLATE = Collator(

@@ -18,13 +18,13 @@ from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
-from megakd.data.batch_source import batch_source
-from megakd.data.encoding import Collator, Encoded, StreamedRows, encode_rows
-from megakd.data.file_stream import file_stream
+from megakd.data.collation import Collator
+from megakd.data.encoding import Encoded, StreamedRows, encode_rows
 from megakd.data.loader import StepLoader
 from megakd.data.masking import task_masking
 from megakd.data.step_layout import StepLayout, StepShape
-from megakd.data.stream_loader import EncodedStream, Position, StreamLoader
+from megakd.data.stream_loader import EncodedStream, Position, StreamLoader, batch_source
+from megakd.data.streams import file_stream
 from megakd.data.vocabularies import train_tokenizer
 from megakd.errors import ConfigError, DataError
 from megakd.training.checkpoint import check_plain

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, BertTokenizer, PreTrainedTok
 
 from megakd.contract.vocabulary import StudentVocabulary
 from megakd.data import student_vocabularies
-from megakd.data.encoded_keys import tokenizer_content
+from megakd.data.encoding import tokenizer_content
 from megakd.data.student_vocabularies import (
     check_special_tokens,
     load_student_tokenizer,

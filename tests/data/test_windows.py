@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megakd.config.task import TaskConfig
-from megakd.data.encoding import Collator, Encoded, encode_splits
-from megakd.data.windows import windows
+from megakd.data.collation import Collator
+from megakd.data.encoding import Encoded, encode_splits
+from megakd.data.token_tables import windows
 from megakd.errors import DataError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
-from megakd.data.encoding import Collator, encode_rows
+from megakd.data.collation import Collator
+from megakd.data.encoding import encode_rows
 from megakd.data.masking import Masking, task_masking
 from megakd.data.vocabularies import train_tokenizer
 from megakd.data.words import WORD_STARTS, check_words, word_starts

@@ -209,7 +209,8 @@ def plain_run(config_path, weights, initial, adapt=lambda student: student):
     import reference
 
     from megakd.config.file import load_config
-    from megakd.data.encoding import Collator, encode_splits
+    from megakd.data.collation import Collator
+    from megakd.data.encoding import encode_splits
     from megakd.data.loader import StepLoader
     from megakd.data.masking import task_masking
     from megakd.data.splits import load_splits

@@ -133,7 +133,8 @@ def plain_importance(config_path) -> tuple[list, list, list]:
     Last those of the columns, which are multiplied with ones wherever they pass.
     """
     from megakd.config.file import load_config
-    from megakd.data.encoding import Collator, encode_splits
+    from megakd.data.collation import Collator
+    from megakd.data.encoding import encode_splits
     from megakd.data.loader import evaluation_batches
     from megakd.data.masking import task_masking
     from megakd.data.splits import load_splits

@@ -31,7 +31,7 @@ from megakd.contract.terms import (
     SoftTargetKl,
 )
 from megakd.contract.unit_counts import count_units
-from megakd.data.encoding import Collator
+from megakd.data.collation import Collator
 from megakd.data.masking import Masking
 from megakd.data.routes import with_parts
 from megakd.data.step_layout import StepLayout, StepShape, collate_step

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.contract.batch import IGNORE
-from megakd.data.encoding import Collator
-from megakd.data.packing import pack
+from megakd.data.collation import Collator
+from megakd.data.token_tables import pack
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.knowledge import Needs, read_knowledge

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megakd.contract.batch import IGNORE
-from megakd.data.encoding import Collator
+from megakd.data.collation import Collator
 from megakd.data.step_layout import packed_row
 from megakd.models.architectures import FAMILIES
 from megakd.models.knowledge import Needs, read_knowledge

@@ -15,7 +15,7 @@ from whole_run import finish, read
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, TopK
 from megakd.contract.tasks import TaskType
-from megakd.data.packing import pack
+from megakd.data.token_tables import pack
 from megakd.models.next_tokens import most_likely
 from megakd.reports.samples import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Sampler, held_out_prompts
 

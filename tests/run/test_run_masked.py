@@ -16,7 +16,8 @@ from whole_run import finish, forgotten, read, records
 
 from megakd.config.file import load_config
 from megakd.contract.batch import IGNORE
-from megakd.data.encoding import Collator, encode_splits
+from megakd.data.collation import Collator
+from megakd.data.encoding import encode_splits
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import task_masking
 from megakd.data.splits import load_splits

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megakd.config.task import TaskConfig
-from megakd.data.chat_messages import messages_of
-from megakd.data.chat_rows import Conversation
-from megakd.data.chat_tokens import ChatEncoder, ChatRow
+from megakd.data.chat.messages import messages_of
+from megakd.data.chat.rows import Conversation
+from megakd.data.chat.tokens import ChatEncoder, ChatRow
 
 IGNORE = -100
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from megakd.contract.batch import IGNORE
-from megakd.data.packing import PackedRow
+from megakd.data.token_tables import PackedRow
 
 
 def unpack(rows: Iterable[PackedRow]) -> Iterator[list[int]]:

@@ -49,7 +49,7 @@ def rows() -> Dataset:
 
 def evaluation(data: Dataset, folder: Path, one_rank: Any, **keys: Any) -> tuple[Any, Echo]:
     from megakd.config.task import TaskConfig
-    from megakd.data.encoding import Collator
+    from megakd.data.collation import Collator
 
     task = TaskConfig(type="causal_lm", dataset="x", max_length=16)
     scorer = SimpleNamespace(

@@ -1,7 +1,7 @@
 """Conversations as token numbers, with next tokens as labels where the next token counts.
 
 A row of the result is one conversation, not packed. Columns: `input_ids` and `labels`, lists of
-int32 (see `packing` for the labels), and `prompt_length`, the number of tokens that a generator
+int32 (see `PackedRow` for the labels), and `prompt_length`, the number of tokens that a generator
 continues: up to and including the generation prompt of the last answer. A document of a mixture is
 cut into rows of `max_length` without losing a target, and has no prompt: its length is 0.
 """
@@ -19,10 +19,10 @@ import pyarrow as pa
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE
 from megakd.data.bad_rows import BadRows
-from megakd.data.chat_counts import ChatCounts
-from megakd.data.chat_rows import CONVERSATION, SOURCE, Conversation
-from megakd.data.chat_template import ChatTemplate, Rendered, without_reasoning
-from megakd.data.rows import PLACE, arrow_batches
+from megakd.data.cache import PLACE, arrow_batches
+from megakd.data.chat.counts import ChatCounts
+from megakd.data.chat.rows import CONVERSATION, SOURCE, Conversation
+from megakd.data.chat.template import ChatTemplate, Rendered, without_reasoning
 from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
 from megakd.errors import DataError
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
-    from megakd.data.chat_counts import CountsByName
+    from megakd.data.chat.counts import CountsByName
 
 # Part of the key of encoded rows: increase this number when the encoded rows would differ.
 VERSION = 3
@@ -76,7 +76,7 @@ def chat_tables(
     """Yield tables of encoded conversations, at least one table.
 
     Args:
-        rows: conversations, see `chat_rows`.
+        rows: conversations, see `chat.rows`.
         tokenizer: a fast tokenizer; with a chat template if rows have messages.
         task: the keys of conversations and `max_length`.
         name: name of the rows in messages and in `counts`.

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from megakd.data.chat_messages import (
+from megakd.data.chat.messages import (
     ASSISTANT,
     Message,
     from_json,
@@ -20,8 +20,7 @@ from megakd.data.chat_messages import (
     messages_of,
     without_nulls,
 )
-from megakd.data.row_text import document_of, text_of
-from megakd.data.tables import require
+from megakd.data.tables import document_of, require, text_of
 from megakd.errors import DataError
 
 if TYPE_CHECKING:

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from megakd.data.chat_messages import ASSISTANT, with_arguments
+from megakd.data.chat.messages import ASSISTANT, with_arguments
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
-    from megakd.data.chat_messages import Message
-    from megakd.data.chat_rows import Conversation
+    from megakd.data.chat.messages import Message
+    from megakd.data.chat.rows import Conversation
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")

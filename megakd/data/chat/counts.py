@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megakd.data.rows import longest_of
+from megakd.data.cache import longest_of
 
 logger = logging.getLogger(__name__)
 KEYED = ("special", "lengths")

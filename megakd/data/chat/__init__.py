@@ -1,0 +1,1 @@
+"""Conversations: their messages, the chat template, and rows of tokens with the answers marked."""

@@ -1,0 +1,177 @@
+"""Micro-batches of padded rows, and the documents in them.
+
+Shapes: B rows of a micro-batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from megakd.contract.batch import IGNORE, Batch, Documents
+from megakd.contract.routes import ROUTE
+from megakd.data.words import WORD_STARTS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from megakd.config.task import TaskConfig
+
+LENGTH_MULTIPLE = 8
+_FILL = {"labels": IGNORE, "token_type_ids": 0, WORD_STARTS: 0}
+_PADDED = ("input_ids", "position_ids", *_FILL)
+"""Columns with a value per token; rows may have further columns for other models."""
+
+
+class Collator:
+    """A function that collates rows to one padded micro-batch.
+
+    For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
+    `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. A column
+    `is_rollout`, with one bool per row, fills `Batch.is_rollout`, and a column `route`, with one
+    number per row, fills `Batch.routes`. For mlm, no tokens are masked or
+    labelled yet; see `masking`, which also takes `word_starts` out of `inputs`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
+        # Padding is a separate document and not valid, so any token can be used.
+        pad_id = tokenizer.pad_token_id
+        self._pad_id = pad_id if isinstance(pad_id, int) else 0
+        self._max_length = task.row_length
+        self._type = task.type
+
+    def __call__(
+        self, rows: Sequence[Mapping[str, object]] | object, *, dummy_rows: int = 0
+    ) -> Batch:
+        """Pad rows to the longest row, rounded up to a multiple of 8, at most `max_length`.
+
+        Args:
+            rows: an arrow table or another slice of an encoded data set (column -> values),
+                or a sequence of rows; may be empty.
+            dummy_rows: number of rows to add at the end, which keep the ranks in step. Dummy rows
+                have no valid position and no label, and the outputs of a model for them are finite.
+        """
+        columns = columns_of(rows) or {"input_ids": _NOTHING}
+        lengths = np.concatenate([columns["input_ids"][1], np.zeros(dummy_rows, dtype=np.int64)])
+        if not len(lengths):
+            raise ValueError("a micro-batch needs at least one row, which may be a dummy row")
+        width = padded_width(int(lengths.max()), self._max_length)
+        valid = np.arange(width) < lengths[:, None]  # [B, T]
+        padded = {
+            name: self._padded(name, values, valid)
+            for name, (values, _) in columns.items()
+            if name in _PADDED
+        }
+        if self._type == "causal_lm":
+            batch = _language_batch(padded, valid, lengths)
+            batch = batch._replace(is_rollout=_rollout_positions(columns, valid))
+        else:
+            batch = self._text_batch(padded, columns, valid)
+        return batch._replace(routes=_routes(columns, valid))
+
+    def _padded(self, name: str, values: NDArray, valid: NDArray) -> NDArray[np.int64]:
+        padded = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
+        padded[valid] = values
+        return padded
+
+    def _text_batch(self, padded: dict[str, NDArray], columns: Columns, valid: NDArray) -> Batch:
+        """Return a batch in which a dummy row attends to its first position, to avoid NaN."""
+        attention = valid.astype(np.int64)
+        attention[~valid.any(axis=1), 0] = 1
+        inputs = {"attention_mask": torch.from_numpy(attention)}
+        inputs |= {name: torch.from_numpy(values) for name, values in padded.items()}
+        labels = self._labels(columns, valid.shape)
+        return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
+
+    def _labels(self, columns: Columns, shape: tuple[int, ...]) -> NDArray:
+        """Return [B] labels; for mlm [B, T], all -100 because no token is masked yet."""
+        if self._type == "mlm":
+            return np.full(shape, IGNORE, dtype=np.int64)
+        if self._type == "regression":
+            labels = np.full(shape[0], np.nan, dtype=np.float32)
+        else:
+            labels = np.full(shape[0], IGNORE, dtype=np.int64)
+        given, _ = columns.get("label", _NOTHING)
+        labels[: len(given)] = given
+        return labels
+
+
+def padded_width(longest: int, most: int) -> int:
+    """Return the positions of a padded row: a multiple of 8, at least 8, but at most `most`."""
+    rounded = -(-max(longest, 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return min(rounded, most)
+
+
+def _rollout_positions(columns: Columns, valid: NDArray) -> torch.Tensor | None:
+    """Return [B, T] bool: True at the tokens of generated texts; None without such a column."""
+    if "is_rollout" not in columns:
+        return None
+    generated, _ = columns["is_rollout"]
+    positions = valid.copy()
+    positions[: len(generated)] &= generated.astype(bool)[:, None]
+    return torch.from_numpy(positions)
+
+
+def _routes(columns: Columns, valid: NDArray) -> torch.Tensor | None:
+    """Return [B, T] int64: the number of each row's teacher; 0 at padding, or None without it."""
+    if ROUTE not in columns:
+        return None
+    numbers, _ = columns[ROUTE]
+    routes = np.zeros(valid.shape, dtype=np.int64)
+    routes[: len(numbers)] = numbers.astype(np.int64)[:, None]
+    return torch.from_numpy(np.where(valid, routes, 0))
+
+
+def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray) -> Batch:
+    """Return a batch with [B, T] labels; positions restart at padding, which no token sees."""
+    after_start = np.arange(valid.shape[1])
+    after_end = after_start - lengths[:, None]  # [B, T]
+    positions = np.where(valid, padded.get("position_ids", after_start), after_end)
+    labels = padded.get("labels", np.full(valid.shape, IGNORE, dtype=np.int64))
+    inputs = {
+        "input_ids": torch.from_numpy(padded["input_ids"]),
+        "position_ids": torch.from_numpy(positions),
+    }
+    tensors = torch.from_numpy(labels), torch.from_numpy(valid)
+    return Batch(inputs, *tensors, documents=documents_of(positions))
+
+
+def documents_of(positions: Any) -> Documents:
+    """Return the documents of rows, from positions [B, T] that restart with every document."""
+    begins = np.diff(positions, axis=1, prepend=positions[:, :1]) != 1
+    starts = np.append(np.flatnonzero(begins), positions.size).astype(np.int32)
+    return Documents(torch.from_numpy(starts), int(np.diff(starts).max(initial=0)))
+
+
+Columns = dict[str, "tuple[NDArray, NDArray]"]
+"""Column name -> (values of all rows concatenated, number of values per row)."""
+_NOTHING = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+
+def columns_of(rows: object) -> Columns:
+    """Return the columns of rows given as an arrow table, a mapping of columns or a sequence."""
+    if isinstance(rows, pa.Table):
+        table = cast("Any", rows)  # pyarrow carries no types
+        return {name: _from_arrow(table.column(name)) for name in table.column_names}
+    if not isinstance(rows, Mapping):
+        listed = cast("Sequence[Mapping[str, object]]", rows)
+        rows = {name: [row[name] for row in listed] for name in listed[0]} if listed else {}
+    by_name = cast("Mapping[str, Sequence[object]]", rows)
+    return {name: _from_values(values) for name, values in by_name.items() if len(values)}
+
+
+def _from_arrow(column: pa.ChunkedArray) -> tuple[NDArray, NDArray]:
+    array = column.combine_chunks()
+    if pa.types.is_list(array.type):
+        return array.flatten().to_numpy(), array.value_lengths().to_numpy()
+    return array.to_numpy(zero_copy_only=False), np.ones(len(array), dtype=np.int64)
+
+
+def _from_values(values: Sequence[object]) -> tuple[NDArray, NDArray]:
+    arrays = [np.atleast_1d(np.asarray(value)) for value in values]
+    return np.concatenate(arrays), np.array([len(array) for array in arrays])
