@@ -20,7 +20,7 @@ from lib.options import parser_of
 from megakd.config.task import TaskConfig
 from megakd.data.cache import PLACE
 from megakd.data.chat.rows import CONVERSATION, Conversation
-from megakd.data.chat.tokens import chat_tables
+from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 
 
 def conversations(file: Path, turns: int) -> Dataset:
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     rows = conversations(given.rows, given.turns)
     for _ in range(given.repeats):
         cpu, wall = sum(os.times()[:4]), time.perf_counter()
-        tables = list(chat_tables(rows, tokenizer, task, name="train", counts={}))
+        encoder = ChatEncoder(tokenizer, task)
+        tables = list(tables_of_conversations(rows, encoder, name="train", counts={}))
         tokens = sum(len(table.column("input_ids").combine_chunks().flatten()) for table in tables)
         cpu, wall = sum(os.times()[:4]) - cpu, time.perf_counter() - wall
         print(

@@ -12,10 +12,11 @@ import torch
 from megakd.config.task import listed_files
 from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
-from megakd.data.columns import DEFAULT_METRICS, choose_fields, scored_rows
 from megakd.data.encoding import Encoded, encode_rows
 from megakd.data.files import has_train_split, scored_table
+from megakd.data.kinds import RowKind
 from megakd.data.labels import Classes, find_classes
+from megakd.data.rows import DEFAULT_METRICS, scored_rows
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first, on_main
@@ -192,7 +193,7 @@ def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
     names = model_label_names(source.config)
     if generic_labels(source.config) is None:
         return Classes(names, numbered=True)
-    classes = find_classes(table, choose_fields(table, config.task).label or "")
+    classes = find_classes(table, RowKind.of(config.task, table).label or "")
     if classes.numbered and len(classes.names) < len(names):
         return Classes(tuple(map(str, range(len(names)))), numbered=True)
     return classes

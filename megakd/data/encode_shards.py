@@ -13,10 +13,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from megakd.data.bad_rows import BadRows
-from megakd.data.cache import TEXTS_AT_ONCE
+from megakd.data.cache import TEXTS_AT_ONCE, write_tables
 from megakd.data.chat.counts import SETS
 from megakd.data.chat.rows import is_chat
-from megakd.data.chat.tokens import ChatEncoder, none_left, tables_of_conversations
 from megakd.data.encoded_folder import (
     MANIFEST,
     PROGRESS,
@@ -25,14 +24,12 @@ from megakd.data.encoded_folder import (
     open_splits,
     read_manifest,
 )
-from megakd.data.encoding import encoded_key, write_tables
+from megakd.data.encoding import encoded_key, no_tokens, tables_of
 from megakd.data.token_tables import (
     PackedRow,
     Packer,
     check_room_for_text,
     documents_of,
-    no_tokens,
-    tables_of,
     tables_of_lists,
 )
 from megakd.errors import DataError
@@ -199,7 +196,7 @@ def _write_shards(
             progress.save()
     if not any(entry["rows"] for entry in done):
         counts = counts_of_shards(done)
-        raise none_left(counts.values(), task, split=name) if counts else no_tokens(texts, name)
+        raise no_tokens(texts, task, split=name, counts=counts)
 
 
 class _Shard:
@@ -242,16 +239,14 @@ class _Shard:
         return {**entry, "size": 0, "sha256": ""}
 
     def _tables(self, bar: tqdm[Any], chat: CountsByName) -> Iterator[pa.Table]:
-        if is_chat(self.texts):
-            encoder = ChatEncoder(self.tokenizer, self.task, bad=BadRows(self.task.bad_rows))
-            for part in self._parts(bar):
-                yield from tables_of_conversations(part, encoder, name=self.name, counts=chat)
+        if self.task.type == "causal_lm" and not is_chat(self.texts):  # packed over all texts
+            yield from tables_of_lists(self._packed(bar), PackedRow._fields)
             return
-        if self.task.type != "causal_lm":
-            for part in self._parts(bar):
-                yield from tables_of(part, self.tokenizer, self.task)
-            return
-        yield from tables_of_lists(self._packed(bar), PackedRow._fields)
+        bad = BadRows(self.task.bad_rows)
+        for part in self._parts(bar):
+            yield from tables_of(
+                part, self.tokenizer, self.task, name=self.name, counts=chat, bad=bad
+            )
 
     def _packed(self, bar: tqdm[Any]) -> Iterator[PackedRow]:
         columns = [np.asarray(column, dtype=np.int32) for column in self.rest]

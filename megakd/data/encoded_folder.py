@@ -17,9 +17,8 @@ from datasets import concatenate_datasets
 
 from megakd.config.task import TokenizerConfig
 from megakd.data.cache import key_of, read_rows
-from megakd.data.chat.counts import SETS, ChatCounts
+from megakd.data.chat.counts import SETS, ChatCounts, say_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
-from megakd.data.chat_encoding import say_chat
 from megakd.data.encoding import VERSION, Encoded, tokenizer_content
 from megakd.data.splits import Splits
 from megakd.errors import DataError

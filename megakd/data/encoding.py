@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from megakd.contract.batch import IGNORE
+from megakd.data.bad_rows import BadRows
 from megakd.data.cache import (
     LABELS_AT_ONCE,
     arrow_batches,
@@ -24,13 +25,14 @@ from megakd.data.cache import (
     rows_key,
     write_tables,
 )
-from megakd.data.chat.counts import SETS
+from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
 from megakd.data.chat.rows import is_chat
-from megakd.data.chat_encoding import chat_key, counts_of, encode_chat
+from megakd.data.chat.tokens import VERSION as CHAT_VERSION
+from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.collation import columns_of
-from megakd.data.token_tables import check_room_for_text, tables_of, with_tokens
+from megakd.data.token_tables import check_room_for_text, tables_of_texts, with_tokens
 from megakd.errors import DataError
-from megakd.storage.atomic import sha256_of
+from megakd.storage.atomic import sha256_of, write_json
 from megakd.storage.checksums import files_of
 from megakd.storage.folders import whole_folder
 
@@ -39,12 +41,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
-    from megakd.data.chat.counts import ChatCounts
+    from megakd.data.rows import TextStream
     from megakd.data.splits import Splits
-    from megakd.data.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
+COUNTS = "counts.json"
 
 
 class StreamedRows(NamedTuple):
@@ -115,7 +117,7 @@ def encode_splits(
     made, key = encode_rows(
         present, tokenizer, task, content_hash=splits.content_hash, cache_dir=cache_dir
     )
-    chat = counts_of(cache_dir, key) if is_chat(splits.validation) else None
+    chat = counts_of(cache_dir, key)
     counted, stream = made.get("train", made["validation"]), None
     if splits.stream is not None:
         stream = StreamedRows(splits.stream, tokenizer, task)
@@ -129,9 +131,8 @@ def encode_splits(
             content_hash=splits.sets_hash,
             cache_dir=cache_dir,
         )
-        if chat is not None:
-            scored = counts_of(cache_dir, sets_key)
-            chat |= {f"{SETS}/{name}": own for name, own in scored.items()}
+        scored = counts_of(cache_dir, sets_key)
+        chat |= {f"{SETS}/{name}": own for name, own in scored.items()}
     return Encoded(
         train=made["train"],
         validation=made["validation"],
@@ -140,7 +141,7 @@ def encode_splits(
         tokens_per_row=_token_count(counted) / len(counted),
         evaluation_sets=sets,
         stream=stream,
-        chat=chat,
+        chat=chat or None,
     )
 
 
@@ -166,17 +167,85 @@ def encode_rows(
     """
     check_room_for_text(next(iter(rows.values())), tokenizer, task)
     key = encoded_key(rows, tokenizer, task, content_hash=content_hash)
-    if any(map(is_chat, rows.values())):
-        return encode_chat(rows, tokenizer, task, key=key, cache_dir=cache_dir), key
+    counts: CountsByName = {}
     tables = {
-        name: with_tokens(tables_of(split, tokenizer, task), split, split=name)
+        name: _encoded(split, tokenizer, task, name=name, counts=counts)
         for name, split in rows.items()
     }
-    return cached_tables(tables, key, cache_dir=cache_dir), key
+    made = cached_tables(tables, key, cache_dir=cache_dir, counts=counts)
+    if counts := counts_of(cache_dir, key):
+        say_chat(made, counts, tokenizer)
+    return made, key
+
+
+def _encoded(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskConfig,
+    *,
+    name: str,
+    counts: CountsByName,
+) -> Iterator[pa.Table]:
+    """Yield the tables of `tables_of`, at least one table."""
+    own: CountsByName = {}
+    tables = tables_of(rows, tokenizer, task, name=name, counts=own, bad=BadRows(task.bad_rows))
+    yield from with_tokens(tables, lambda: no_tokens(rows, task, split=name, counts=own))
+    counts |= own
+
+
+def tables_of(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskConfig,
+    *,
+    name: str,
+    counts: CountsByName,
+    bad: BadRows,
+) -> Iterator[pa.Table]:
+    """Yield tables of encoded rows of any kind, and no table if there are no tokens.
+
+    Args:
+        rows: the rows, and labels if the task has labels.
+        tokenizer: the tokenizer.
+        task: the task.
+        name: name of conversations in messages and in `counts`.
+        counts: filled with the numbers of conversations while the tables are read.
+        bad: what happens to a conversation that cannot be encoded.
+
+    Raises:
+        DataError: a conversation cannot be encoded.
+    """
+    if is_chat(rows):
+        encoder = ChatEncoder(tokenizer, task, bad=bad)
+        yield from tables_of_conversations(rows, encoder, name=name, counts=counts)
+    else:
+        yield from tables_of_texts(rows, tokenizer, task)
+
+
+def no_tokens(rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByName) -> DataError:
+    """Return the error of rows that have no tokens, or whose conversations are all left out."""
+    if not is_chat(rows):
+        return DataError(
+            f"the {split} split has {len(rows)} rows and no tokens; check that task.text_columns "
+            "names the text and that the text is not blank"
+        )
+    own = ChatCounts()
+    for part in counts.values():
+        own.add(part)
+    return DataError(
+        f"the {split} split has no conversation that can be learned from: {own.long_prompt} have a "
+        f"prompt that fills task.max_length ({task.row_length}), {own.too_long} are too long, "
+        f"in {own.nothing_counts} no token counts, and {own.bad} cannot be encoded; raise "
+        "task.max_length, or check the answers"
+    )
 
 
 def cached_tables(
-    tables: Mapping[str, Iterable[pa.Table]], key: str, *, cache_dir: Path
+    tables: Mapping[str, Iterable[pa.Table]],
+    key: str,
+    *,
+    cache_dir: Path,
+    counts: Mapping[str, ChatCounts] = MappingProxyType({}),
 ) -> dict[str, Dataset]:
     """Return encoded rows by name, memory-mapped.
 
@@ -184,6 +253,7 @@ def cached_tables(
         tables: the tables of each file; only read if the folder of the key does not exist.
         key: hash of everything that the tables depend on.
         cache_dir: folder that contains the folder named by the key.
+        counts: the numbers of the conversations in the tables that are read; see `counts_of`.
 
     Raises:
         DataError: the cache cannot be written.
@@ -193,9 +263,20 @@ def cached_tables(
         logger.info("encoding the rows of %s", ", ".join(tables))
         for name, made in tables.items():
             write_tables(folder / f"{name}.arrow", made)
+        if counts:
+            write_json(folder / COUNTS, {name: own.to_record() for name, own in counts.items()})
 
     folder = whole_folder(cache_dir / "encoded" / key, build)
     return {name: read_rows(folder / f"{name}.arrow") for name in tables}
+
+
+def counts_of(cache_dir: Path, key: str) -> CountsByName:
+    """Return the numbers of encoded conversations; empty for other rows."""
+    path = cache_dir / "encoded" / key / COUNTS
+    if not path.is_file():
+        return {}
+    records = json.loads(path.read_text(encoding="utf-8"))
+    return {name: ChatCounts.from_record(own) for name, own in records.items()}
 
 
 def tokens_key(rows: Dataset) -> str:
@@ -267,7 +348,16 @@ def encoded_key(
     if task.whole_word_masking:
         parts["words"] = WORDS_VERSION
     if any(map(is_chat, rows.values())):
-        parts["chat"] = chat_key(tokenizer, task)
+        chat = {
+            "version": CHAT_VERSION,
+            "template": tokenizer.chat_template,
+            "options": task.chat_template_kwargs,
+            "reasoning": task.reasoning,
+            "train_on": task.train_on,
+            "truncation": task.truncation,
+            "bad_rows": task.bad_rows,
+        }
+        parts["chat"] = key_of(chat)
     return key_of(parts)
 
 

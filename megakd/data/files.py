@@ -15,7 +15,6 @@ from pathlib import Path
 
 from megakd.config.paths import DATA_SUFFIXES
 from megakd.config.task import Files, TaskConfig, listed_files
-from megakd.data.columns import Found, rows_of_tables
 from megakd.data.readers import (
     joined,
     read_csv,
@@ -25,6 +24,7 @@ from megakd.data.readers import (
     read_parquet,
     read_tsv,
 )
+from megakd.data.rows import Found, rows_of_tables
 from megakd.data.tables import SPLIT_ALIASES, SplitName, Table
 from megakd.errors import DataError
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megakd.config.task import TaskConfig
-from megakd.data.columns import Found, rows_of_tables
 from megakd.data.hub import hub_table, load_hub
 from megakd.data.labels import Classes
 from megakd.data.readers import read_tsv
+from megakd.data.rows import Found, rows_of_tables
 from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from megakd.data.cache import TEXTS_AT_ONCE, arrow_batches, key_of, rows_key
 from megakd.data.collation import Collator, Columns, columns_of
-from megakd.data.encoding import cached_tables, tokenizer_content
+from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
 from megakd.data.masking import task_masking
 from megakd.data.shared_words import ALWAYS_STUDENT, FREE, VocabularyPair, WordCutter
 from megakd.data.splitmix import row_keys, uniform
@@ -279,7 +279,7 @@ def encode_mixed(
     )
     names = (*_COLUMNS, WORD_STARTS) if task.whole_word_masking else _COLUMNS
     tables = tables_of_lists(_rows(rows, cutter, _Shape.of(pair, task)), names)
-    made = with_tokens(tables, rows, split="train")
+    made = with_tokens(tables, lambda: no_tokens(rows, task, split="train", counts={}))
     return cached_tables({"train": made}, key, cache_dir=cache_dir)["train"], key
 
 

@@ -16,10 +16,10 @@ from datasets import Dataset, concatenate_datasets
 
 from megakd.data.cache import key_of
 from megakd.data.chat.rows import SOURCE
-from megakd.data.chat_row_files import conversation_rows
-from megakd.data.columns import DEFAULT_METRICS, Found, conversation_columns
 from megakd.data.files import files_table, matching_files, named_files, refuse_shared
+from megakd.data.kinds import RowKind
 from megakd.data.routes import row_teacher
+from megakd.data.rows import DEFAULT_METRICS, Found, rows_of
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from megakd.config.task import MixtureSource, TaskConfig
-    from megakd.data.tables import SplitName, Table
+    from megakd.data.tables import SplitName
 
 logger = logging.getLogger(__name__)
 MANY_TIMES = 10
@@ -49,13 +49,23 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     found |= {f"task.{split}_files": files for split, files in held.items()}
     refuse_shared(found)
     tables = {key: files_table(files, key) for key, files in found.items()}
+    kinds = {key: RowKind.of(task, table, as_chat=True) for key, table in tables.items()}
     parts = [
-        _rows(tables[key], task, cache_dir=cache_dir, source=name) for name, key in keys.items()
+        rows_of(
+            tables[key],
+            kinds[key],
+            task,
+            cache_dir=cache_dir,
+            source=name,
+            teacher=row_teacher(tables[key], task.teacher_column, sources[name].teacher),
+        )
+        for name, key in keys.items()
     ]
     splits: dict[SplitName, Dataset] = {"train": concatenate_datasets(parts)}
     for split in held:
-        splits[split] = _rows(tables[f"task.{split}_files"], task, cache_dir=cache_dir)
-    digests = [(key, t.digest, conversation_columns(t, task)) for key, t in tables.items()]
+        key = f"task.{split}_files"
+        splits[split] = rows_of(tables[key], kinds[key], task, cache_dir=cache_dir)
+    digests = [(key, table.digest, kinds[key].fields) for key, table in tables.items()]
     teachers = [task.teacher_column, *(part.teacher for part in sources.values())]
     return Found(
         name="task.mixture",
@@ -63,20 +73,6 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
         classes=None,
         metrics=DEFAULT_METRICS[task.type],
         source_hash=key_of("mixture", digests, *(teachers if any(teachers) else ())),
-    )
-
-
-def _rows(table: Table, task: TaskConfig, *, cache_dir: Path, source: str | None = None) -> Dataset:
-    columns, teacher = conversation_columns(table, task), None
-    if source is not None and task.mixture is not None:
-        teacher = row_teacher(table, task.teacher_column, task.mixture[source].teacher)
-    return conversation_rows(
-        table,
-        columns,
-        cache_dir=cache_dir,
-        bad_rows=task.bad_rows,
-        source=source,
-        teacher=teacher,
     )
 
 

@@ -30,8 +30,8 @@ from megakd.config.task import TaskConfig
 from megakd.contract.tasks import TaskType
 from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import HASH_RANGE, text_hash
-from megakd.data.columns import Found
 from megakd.data.labels import Classes
+from megakd.data.rows import Found
 from megakd.data.tables import SPLIT_NAMES, SplitName
 from megakd.errors import ConfigError, DataError
 from megakd.process.garbage import no_collections

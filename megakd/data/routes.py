@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -205,10 +204,6 @@ class RowTeacher(NamedTuple):
                 f"no teacher (got {value!r:.80}); write the name of one of the teachers"
             )
         return value.strip()
-
-    def columns(self, table: Table, record: Record) -> dict[str, object]:
-        """Return the values of `route` and `place` for a row; see `of`."""
-        return {ROUTE: self.of(table, record), PLACE: f"{Path(table.name).name}, {record.place}"}
 
 
 def row_teacher(table: Table, column: str | None, name: str | None = None) -> RowTeacher | None:

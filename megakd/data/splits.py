@@ -16,16 +16,15 @@ from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.cache import key_of
 from megakd.data.chat.rows import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
-from megakd.data.columns import Found, scored_rows
 from megakd.data.files import files_table, local_rows, matching_files, named_rows
 from megakd.data.glue import glue_rows
 from megakd.data.hub import hub_rows
 from megakd.data.mixture import mixed, mixture_rows
 from megakd.data.pydocs import pydocs_rows
 from megakd.data.routes import without_routes
+from megakd.data.rows import Found, TextStream, scored_rows
 from megakd.data.streams import streamed_files, streamed_hub_rows
 from megakd.data.tables import Table
-from megakd.data.text_stream import TextStream
 from megakd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)

@@ -20,12 +20,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from megakd.data.cache import PLACE
 from megakd.data.chat.rows import CONVERSATION
-from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
-from megakd.data.encoding import labelled_only
+from megakd.data.encoding import labelled_only, tables_of
 from megakd.data.loader import STEPS_AHEAD, StepLoader, made_ahead
-from megakd.data.token_tables import tables_of
 from megakd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -88,7 +85,6 @@ class EncodedStream:
         self._stream, self._tokenizer, self._task = rows
         least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.row_length)
         self._characters = characters or least
-        self._bad = rows.texts.bad
 
     def parts(self, position: Position) -> Generator[tuple[Parts, Position], None, None]:
         """Yield parts of blocks with a rank's rows of a step, and the position after them.
@@ -138,16 +134,15 @@ class EncodedStream:
                 yield Block(table, position)
             position = Position(position.epoch, position.block + 1, share.state_dict())
 
-    def _texts(self, rows: Iterator[Mapping[str, object]]) -> list[str]:
-        """Return the texts of the next block; an empty list at the end of the share."""
-        texts: list[str] = []
+    def _texts(self, raw: Iterator[Mapping[str, object]]) -> list[dict[str, str]]:
+        """Return the rows of the next block; an empty list at the end of the share."""
+        rows: list[dict[str, str]] = []
         characters = 0
         try:
-            for row in rows:
-                text = self._stream.document(row)
-                if text is not None:
-                    texts.append(text)
-                    characters += len(text)
+            for row in filter(None, map(self._stream.row, raw)):
+                rows.append(row)
+                # Positions in streams that are read already depend on this.
+                characters += len(row.get(CONVERSATION, row["text"]))
                 if characters >= self._characters:
                     break
         except OSError as error:
@@ -155,24 +150,17 @@ class EncodedStream:
                 f"{self.name} cannot be read any further: {error}; start the same command again to "
                 "continue from the last checkpoint"
             ) from error
-        return texts
+        return rows
 
-    def _encoded(self, texts: list[str], position: Position) -> pa.Table | None:
+    def _encoded(self, texts: list[dict[str, str]], position: Position) -> pa.Table | None:
         """Return the rows of a block in an order of its own; None if the texts have no tokens."""
-        tables = list(self._tables(texts))
-        if not tables:
+        rows, bad = Dataset.from_list(texts), self._stream.bad
+        made = tables_of(rows, self._tokenizer, self._task, name=self.name, counts={}, bad=bad)
+        if not (tables := list(made)):
             return None
         table = cast("Any", pa).concat_tables(tables)  # pyarrow carries no types
         order = np.random.default_rng([self.seed, position.epoch, position.block])
         return table.take(order.permutation(len(table)))
-
-    def _tables(self, texts: list[str]) -> Iterator[pa.Table]:
-        if self._stream.chat is None:
-            rows = Dataset.from_dict({"text": texts})
-            return tables_of(rows, self._tokenizer, self._task)
-        rows = Dataset.from_dict({CONVERSATION: texts, PLACE: [self.name] * len(texts)})
-        encoder = ChatEncoder(self._tokenizer, self._task, bad=self._bad)
-        return tables_of_conversations(rows, encoder, name=self.name, counts={})
 
 
 class StreamLoader:

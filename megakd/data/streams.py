@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,22 +16,14 @@ from datasets import Dataset, DatasetBuilder, IterableDataset
 from megakd.config.task import TaskConfig
 from megakd.data.bad_rows import BadRows
 from megakd.data.cache import PLACE, key_of
-from megakd.data.chat.rows import OPTIONS, TOOLS, ChatColumns, chat_columns, read_columns
-from megakd.data.chat_row_files import conversation_rows
+from megakd.data.chat.rows import OPTIONS, TOOLS
 from megakd.data.choosing import prompt_keys
-from megakd.data.columns import (
-    DEFAULT_METRICS,
-    VERSION,
-    Found,
-    choose_fields,
-    conversation_columns,
-    unlabelled_rows,
-)
 from megakd.data.files import READERS, files_table, folder_files, known_suffix, named_files
 from megakd.data.hub import hub_advice, hub_errors
+from megakd.data.kinds import RowKind, is_blank
 from megakd.data.readers import by_split, documents_of, read_jsonl, readable
-from megakd.data.tables import Record, SplitName, Table, document_of
-from megakd.data.text_stream import ERROR, TextStream
+from megakd.data.rows import DEFAULT_METRICS, ERROR, VERSION, Found, TextStream, numbered, rows_of
+from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
 
 
@@ -86,16 +77,13 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
             for split, key in keys.items()
         }
     train = tables.pop("train")
-    chat = chat_columns(train, task)
-    columns = read_columns(train, chat) if chat else choose_fields(train, task).text
-    stream = TextStream(
-        name=name,
-        rows=splits[keys["train"]].select_columns(list(columns)),
-        columns=columns,
-        digest=key_of(digest, columns),
-        chat=chat,
-    )
-    return _found(stream, tables, task, cache_dir=cache_dir)
+    kind = RowKind.of(task, train)
+    columns = kind.columns
+    if kind.is_chat:
+        columns = tuple(column for column in train.columns if column in columns)
+    rows = splits[keys["train"]].select_columns(list(columns))
+    table = replace(train, name=name, digest=key_of(digest, columns))
+    return _found(TextStream(table=table, rows=rows, kind=kind), tables, task, cache_dir=cache_dir)
 
 
 def _addresses(builder: DatasetBuilder) -> dict[str, list[str]]:
@@ -109,26 +97,22 @@ def _hub_table(name: str, rows: IterableDataset, digest: str, task: TaskConfig) 
     return Table(
         name=name,
         columns=tuple(first),
-        records=partial(_records, rows, task.max_eval_examples),
+        records=lambda: numbered(islice(rows, task.max_eval_examples)),
         digest=key_of(digest, task.max_eval_examples),
     )
-
-
-def _records(rows: IterableDataset, count: int | None) -> Iterator[Record]:
-    for number, row in enumerate(islice(rows, count), start=1):
-        yield Record(f"row {number}", row)
 
 
 def _found(
     stream: TextStream, tables: Mapping[SplitName, Table], task: TaskConfig, *, cache_dir: Path
 ) -> Found:
     if task.bad_rows == "drop":
-        stream = dataclasses.replace(stream, bad=BadRows("drop"))
-    held: dict[SplitName, Dataset] = {
-        split: _held_rows(stream, table, task, cache_dir=cache_dir)
-        for split, table in tables.items()
-    }
-    digests = [VERSION, stream.digest, [(split, table.digest) for split, table in tables.items()]]
+        stream = replace(stream, bad=BadRows("drop"))
+    held: dict[SplitName, Dataset] = {}
+    for split, table in tables.items():
+        kind = RowKind.of(task, table, as_chat=stream.kind.is_chat)
+        held[split] = rows_of(table, kind, task, cache_dir=cache_dir)
+    digests: list[object] = [VERSION, stream.table.digest]
+    digests.append([(split, table.digest) for split, table in tables.items()])
     if "validation" not in held:
         stream, held["validation"] = _cut(stream, task, cache_dir=cache_dir)
         digests.append(task.max_eval_examples)
@@ -142,14 +126,6 @@ def _found(
     )
 
 
-def _held_rows(stream: TextStream, table: Table, task: TaskConfig, *, cache_dir: Path) -> Dataset:
-    if stream.chat is not None:
-        found = conversation_columns(table, task)
-        return conversation_rows(table, found, cache_dir=cache_dir, bad_rows=task.bad_rows)
-    columns = choose_fields(table, task).text
-    return unlabelled_rows(table, columns, task, cache_dir=cache_dir)
-
-
 def _cut(stream: TextStream, task: TaskConfig, *, cache_dir: Path) -> tuple[TextStream, Dataset]:
     count = task.max_eval_examples
     if count is None:
@@ -158,14 +134,9 @@ def _cut(stream: TextStream, task: TaskConfig, *, cache_dir: Path) -> tuple[Text
             "no share of it can be held out; add a validation split, or set "
             "task.max_eval_examples to hold out this many texts from the beginning of the stream"
         )
-    first = stream.first_rows(count)
-    if stream.chat is None:
-        rows = unlabelled_rows(first, stream.columns, task, cache_dir=cache_dir)
-    else:
-        rows = conversation_rows(first, stream.chat, cache_dir=cache_dir)
-    held = frozenset(prompt_keys(rows).tolist())
-    rest = dataclasses.replace(stream, held_out=held)
-    if next(rest.documents(), None) is None:
+    rows = rows_of(stream.first_rows(count), stream.kind, task, cache_dir=cache_dir)
+    rest = replace(stream, held_out=frozenset(prompt_keys(rows).tolist()))
+    if next(rest.read(), None) is None:
         raise DataError(
             f"task.max_eval_examples: {count} texts are held out for validation, and {stream.name} "
             f"has {len(rows)} and no further text to train on; set a smaller number"
@@ -195,66 +166,58 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
             record.values.get("")  # a first line that cannot be read raises why
     if not tables:
         raise DataError(f"{key}: {', '.join(map(str, paths))} has no rows")
-    choice = _choice(tables[0], task)
+    kind = RowKind.of(task, tables[0])
     for table in tables[1:]:
-        _refuse_other(table, task, choice, where=table.name)
-    if isinstance(choice, ChatColumns):
-        chat, columns = choice, (*filter(None, choice[:3]), TOOLS, OPTIONS)
-    else:
-        chat, columns = None, choice
+        _refuse_other(table, task, kind, where=table.name)
     # `datasets` distributes what is in a list, so that a list holds only the files.
-    given = {"paths": [table.name for table in tables], "columns": columns, "key": key}
+    given = {"paths": [table.name for table in tables], "kind": kind, "task": task, "key": key}
     try:
-        rows = IterableDataset.from_generator(
-            _rows, gen_kwargs={**given, "choice": choice, "task": task}
-        )
+        rows = IterableDataset.from_generator(_rows, gen_kwargs=given)
     except OSError as error:
         raise DataError(
             f"the cache folder of the library `datasets` cannot be used: {error}; set "
             "HF_DATASETS_CACHE to a folder that can be written"
         ) from error
-    return TextStream(
+    whole = Table(
         name=task.data_name,
-        rows=rows,
-        columns=columns if chat else ("text",),
-        digest=key_of(columns, [table.digest for table in tables]),
-        chat=chat,
+        columns=kind.columns,
+        records=lambda: numbered(rows),
+        digest=key_of(kind.columns, [table.digest for table in tables]),
     )
+    return TextStream(table=whole, rows=rows, kind=kind)
 
 
-def _choice(table: Table, task: TaskConfig) -> ChatColumns | tuple[str, ...]:
-    return chat_columns(table, task) or choose_fields(table, task).text
-
-
-def _refuse_other(table: Table, task: TaskConfig, choice: tuple[Any, ...], *, where: str) -> None:
+def _refuse_other(table: Table, task: TaskConfig, kind: RowKind, *, where: str) -> None:
     """Raise a DataError if rows would be read from other columns than the first row."""
-    other = _choice(table, task)
-    if other != choice:
-        there, first = (" and ".join(filter(None, names[:3])) for names in (other, choice))
+    other = RowKind.of(task, table)
+    if other != kind:
+        shown = [
+            " and ".join(column for column in read.columns if column not in (TOOLS, OPTIONS))
+            for read in (other, kind)
+        ]
         raise DataError(
-            f"{where} would be read from {there}, but the first row was read from {first}; give "
-            "all rows the same columns, or name the columns to read (task.messages_column, "
+            f"{where} would be read from {shown[0]}, but the first row was read from {shown[1]}; "
+            "give all rows the same columns, or name the columns to read (task.messages_column, "
             "task.prompt_column, task.text_columns)"
         )
 
 
 def _rows(
-    paths: list[str], columns: tuple[str, ...], choice: tuple[Any, ...], task: TaskConfig, key: str
+    paths: list[str], kind: RowKind, task: TaskConfig, key: str
 ) -> Iterator[dict[str, object]]:
-    """Yield the texts of documents, or the columns of conversations and the places of the rows."""
+    """Yield the columns that the rows are read from, and the places of the rows."""
     for path in paths:
         table = table_of(Path(path), key)
         for record in table.records():
             # A row of a jsonl file may have keys that no row before it has.
             if not record.values.keys() <= {*table.columns}:
                 table = replace(table, columns=(*table.columns, *record.values))
-                _refuse_other(table, task, choice, where=f"{path}, {record.place}")
+                _refuse_other(table, task, kind, where=f"{path}, {record.place}")
             try:
-                if isinstance(choice, ChatColumns):
-                    place = f"{Path(path).name} {record.place}"
-                    yield {**{name: record.values.get(name) for name in columns}, PLACE: place}
-                elif (text := document_of(path, columns, record)) is not None:
-                    yield {"text": text}
+                # Blank documents never had a place in the stream, at which a run may go on.
+                if kind.is_chat or not is_blank(kind.row(table, record)):
+                    values = {name: record.values.get(name) for name in kind.columns}
+                    yield {**values, PLACE: f"{Path(path).name} {record.place}"}
             except DataError as error:  # after an error of its own a generator cannot go on
                 yield {ERROR: str(error)}
 

@@ -59,8 +59,8 @@ def require(table: Table, column: str, key: str) -> None:
         )
 
 
-def document_of(name: str, columns: Sequence[str], record: Record) -> str | None:
-    """Return the document of a row, with a line per column; None if the row has no text.
+def document_of(name: str, columns: Sequence[str], record: Record) -> str:
+    """Return the document of a row, with a line per column.
 
     Args:
         name: name of the data in messages.
@@ -70,9 +70,7 @@ def document_of(name: str, columns: Sequence[str], record: Record) -> str | None
     Raises:
         DataError: a value is missing or is not text.
     """
-    texts = [text_of(name, column, record) for column in columns]
-    # A blank document has no tokens.
-    return "\n".join(texts) if any(text.strip() for text in texts) else None
+    return "\n".join(text_of(name, column, record) for column in columns)
 
 
 def text_of(name: str, column: str, record: Record) -> str:

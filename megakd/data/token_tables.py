@@ -9,7 +9,7 @@ prevent attention to other documents. This requires that no attention mask and n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +24,7 @@ from megakd.data.words import WORD_STARTS, check_words, word_starts
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from datasets import Dataset
     from numpy.typing import ArrayLike, NDArray
@@ -35,13 +35,8 @@ if TYPE_CHECKING:
 _IDS = pa.list_(pa.int32())
 
 
-def with_tokens(tables: Iterable[pa.Table], rows: Dataset, *, split: str) -> Iterator[pa.Table]:
-    """Yield the tables of encoded rows, at least one table.
-
-    Args:
-        tables: the tables.
-        rows: the texts that the tables are made of.
-        split: name of the rows in messages.
+def with_tokens(tables: Iterable[pa.Table], error: Callable[[], DataError]) -> Iterator[pa.Table]:
+    """Yield tables, at least one.
 
     Raises:
         DataError: there are no tables.
@@ -51,15 +46,7 @@ def with_tokens(tables: Iterable[pa.Table], rows: Dataset, *, split: str) -> Ite
         empty = False
         yield table
     if empty:
-        raise no_tokens(rows, split)
-
-
-def no_tokens(rows: Dataset, split: str) -> DataError:
-    """Return the error of rows that have no tokens."""
-    return DataError(
-        f"the {split} split has {len(rows)} rows and no tokens; check that task.text_columns names "
-        "the text and that the text is not blank"
-    )
+        raise error()
 
 
 def check_room_for_text(
@@ -82,7 +69,7 @@ def check_room_for_text(
         )
 
 
-def tables_of(
+def tables_of_texts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded rows, and no table if there are no tokens.

@@ -13,7 +13,7 @@ from encoded_chats import chat, encoded
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data import chat_encoding, encode_shards
+from megakd.data import encode_shards, encoding
 from megakd.data.chat import tokens
 from megakd.data.chat.counts import ChatCounts, table_lines
 from megakd.data.chat.tokens import ChatEncoder
@@ -155,7 +155,7 @@ def test_a_second_start_shows_the_same_table_and_row_without_encoding(
         ]
 
     first = said()
-    monkeypatch.setattr(chat_encoding, "chat_tables", None)
+    monkeypatch.setattr(encoding, "tables_of", None)
 
     assert said() == first
     assert any("[[abc<|im_end|>]]" in line for line in first)

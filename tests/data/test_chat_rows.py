@@ -19,11 +19,11 @@ from datasets import Dataset, Json, List
 from tiny_runs import write_jsonl
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.chat.rows import Conversation, conversation_of, is_chat
+from megakd.data.chat.rows import CONVERSATION, Conversation, is_chat
 from megakd.data.choosing import text_hash
-from megakd.data.columns import conversation_columns
 from megakd.data.files import files_table
 from megakd.data.hub import hub_table
+from megakd.data.kinds import RowKind, is_blank
 from megakd.data.splits import load_splits
 from megakd.errors import ConfigError, DataError
 
@@ -38,9 +38,9 @@ def task(path: Path, **keys: Any) -> TaskConfig:
 def read(path: Path, **keys: Any) -> list[Conversation]:
     """The rows of a file."""
     table = files_table([path], "task.train_files")
-    columns = conversation_columns(table, task(path, **keys))
-    found = (conversation_of(table.name, columns, record) for record in table.records())
-    return [conversation for conversation in found if conversation is not None]
+    kind = RowKind.of(task(path, **keys), table, as_chat=True)
+    rows = [kind.row(table, record) for record in table.records()]
+    return [Conversation.from_json(str(row[CONVERSATION])) for row in rows if not is_blank(row)]
 
 
 def first_of(folder: Path, row: dict[str, Any], **keys: Any) -> Conversation:
@@ -178,7 +178,7 @@ def test_json_columns_of_datasets_give_the_rows_of_jsonl(tmp_path, monkeypatch, 
     splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
 
     found = [*splits.train["conversation"], *splits.validation["conversation"]]
-    found += splits.stream.documents() if splits.stream is not None else ()
+    found += [r[CONVERSATION] for r in splits.stream.read()] if splits.stream else []
     expected = read(write_jsonl(tmp_path / "rows.jsonl", mixed_rows()))
     assert sorted(found) == sorted(row.to_json() for row in expected)
 
@@ -234,7 +234,7 @@ def test_a_stream_has_the_conversations_of_the_files_without_those_held_out(tmp_
     splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
 
     assert splits.stream is not None
-    streamed = list(splits.stream.documents())
+    streamed = [row[CONVERSATION] for row in splits.stream.read()]
     held = splits.validation["conversation"][:]
     assert is_chat(splits.train)
     assert held + streamed == [c.to_json() for path in paths for c in read(Path(path))]
@@ -298,7 +298,7 @@ def test_a_stream_leaves_out_all_answers_to_a_held_out_prompt(tmp_path):
 
     assert splits.stream is not None
     assert prompts_of(splits.validation["conversation"]).keys() == {"Question 0", "Question 1"}
-    streamed = prompts_of(splits.stream.documents())
+    streamed = prompts_of(row[CONVERSATION] for row in splits.stream.read())
     assert streamed == {f"Question {n}": 4 for n in range(2, 9)}
 
 

@@ -15,11 +15,11 @@ from datasets import IterableDataset
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data.chat.rows import Conversation
+from megakd.data.chat.rows import CONVERSATION, Conversation
 from megakd.data.choosing import text_hash
 from megakd.data.files import named_rows
+from megakd.data.rows import TextStream
 from megakd.data.streams import file_stream, sample_of, table_of
-from megakd.data.text_stream import TextStream
 from megakd.errors import DataError
 
 TEXTS = ["one, two", 'say "three"', "four", "  ", "five\nsix"]
@@ -32,6 +32,10 @@ def task(*paths: Path, **keys: Any) -> TaskConfig:
 
 def stream(*paths: Path, **keys: Any) -> TextStream:
     return file_stream(paths, task(*paths, **keys), key=KEY)
+
+
+def texts_of(streamed: TextStream) -> list[str]:
+    return [row["text"] for row in streamed.read()]
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -56,14 +60,14 @@ def test_a_stream_has_the_texts_of_the_files_as_without_streaming(tmp_path, endi
     held = write_jsonl(tmp_path / "held.jsonl", [{"text": "held"}])
     rows = named_rows(task(*paths, validation_files=str(held)), cache_dir=tmp_path / "cache")
 
-    assert list(stream(*paths).documents()) == rows.splits["train"]["text"][:]
-    assert list(stream(*paths).documents())  # a second time
+    assert texts_of(stream(*paths)) == rows.splits["train"]["text"][:]
+    assert texts_of(stream(*paths))  # a second time
 
 
 def test_two_columns_make_one_document(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": "why", "a": "so"}])
 
-    assert list(stream(path, text_columns=("q", "a")).documents()) == ["why\nso"]
+    assert texts_of(stream(path, text_columns=("q", "a"))) == ["why\nso"]
 
 
 def test_only_the_beginning_of_a_jsonl_file_is_read_before_training(tmp_path):
@@ -72,7 +76,7 @@ def test_only_the_beginning_of_a_jsonl_file_is_read_before_training(tmp_path):
     made = stream(path)
 
     with pytest.raises(DataError, match=r"a.jsonl, line 2 is not JSON"):
-        list(made.documents())
+        texts_of(made)
 
 
 def test_columns_of_conversations_may_begin_with_any_row(tmp_path):
@@ -93,7 +97,10 @@ def test_columns_of_conversations_may_begin_with_any_row(tmp_path):
     paths = (bare, rich, tmp_path / "2.parquet", tmp_path / "3.csv")
     given = TaskConfig(type="causal_lm", train_files=tuple(map(str, paths)))
 
-    found = map(Conversation.from_json, file_stream(paths, given, key=KEY).documents())
+    found = [
+        Conversation.from_json(row[CONVERSATION])
+        for row in file_stream(paths, given, key=KEY).read()
+    ]
 
     plain = (None, {})
     expected = [*[plain] * 4, (tools, {}), (None, options), (tools, {}), (tools, {})]
@@ -119,7 +126,7 @@ def test_rows_that_would_be_read_otherwise_are_refused_not_cut(tmp_path, first, 
     given = TaskConfig(type="causal_lm", train_files=str(one))
 
     with pytest.raises(DataError, match=f"a.jsonl, line 3 would be read {message}"):
-        list(file_stream([one], given, key=KEY).documents())
+        list(file_stream([one], given, key=KEY).read())
     for path in (other, tmp_path / "c.parquet"):
         with pytest.raises(DataError, match=f"{path.name} would be read {message}"):
             file_stream([one, path], given, key=KEY)
@@ -139,7 +146,7 @@ def test_files_without_rows_are_refused_only_if_all_are_empty(tmp_path):
     empty, full = (tmp_path / "a.jsonl"), write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
     empty.write_text("", encoding="utf-8")
 
-    assert list(stream(empty, full).documents()) == ["b"]
+    assert texts_of(stream(empty, full)) == ["b"]
     with pytest.raises(DataError, match=r"task.train_files: .*a.jsonl has no rows"):
         stream(empty)
 
@@ -174,7 +181,7 @@ def test_texts_that_are_held_out_are_left_out_wherever_they_stand(tmp_path):
     plain = stream(path)
     rest = dataclasses.replace(plain, held_out=frozenset([text_hash("a")]))
 
-    assert list(rest.documents()) == ["b", "c", "d"]
+    assert texts_of(rest) == ["b", "c", "d"]
     assert [record.values["text"] for record in plain.first_rows(2).records()] == ["a", "b"]
 
 

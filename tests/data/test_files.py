@@ -340,7 +340,7 @@ def test_pieces_hold_all_the_text_in_its_order(blocks: list[str], length: int):
 def test_rows_are_read_once_and_then_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = as_csv(tmp_path / "x.csv", ROWS)
     first = load(path, tmp_path)
-    monkeypatch.setattr("megakd.data.columns.write_rows", None)
+    monkeypatch.setattr("megakd.data.rows.write_rows", None)
 
     second = load(path, tmp_path)
 

@@ -326,7 +326,7 @@ def test_a_connection_that_breaks_is_an_error_that_says_how_to_continue(scene, m
     def broken(*_: Any) -> Any:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(type(scene.rows.texts), "document", broken)
+    monkeypatch.setattr(type(scene.rows.texts), "row", broken)
 
     with pytest.raises(DataError, match=r"cannot be read any further: no route .*checkpoint"):
         next(scene.loader(StepShape(1, 1)).iterate(0, 1))
@@ -335,8 +335,8 @@ def test_a_connection_that_breaks_is_an_error_that_says_how_to_continue(scene, m
 def test_only_a_bounded_part_of_the_texts_is_read_ahead(tmp_path, tokenizers, monkeypatch):
     read: list[str] = []
     scene = Scene(write_files(tmp_path, ["w1 w2 w3"] * 500, 1), tokenizers["mlm"])
-    plain = type(scene.rows.texts).document
-    monkeypatch.setattr(type(scene.rows.texts), "document", lambda *a: read.append("") or plain(*a))
+    plain = type(scene.rows.texts).row
+    monkeypatch.setattr(type(scene.rows.texts), "row", lambda *a: read.append("") or plain(*a))
     steps = scene.loader(StepShape(1, 1), characters=80).iterate(0, 100)
     next(steps)
     steps.close()

@@ -38,7 +38,7 @@ def load(given: TaskConfig, cache: Path) -> Splits:
 def streamed(splits: Splits) -> list[str]:
     assert splits.stream is not None
     assert len(splits.train) == 0
-    return list(splits.stream.documents())
+    return [row["text"] for row in splits.stream.read()]
 
 
 def test_validation_and_test_files_are_read_and_training_files_are_streamed(tmp_path):

@@ -6,12 +6,20 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, cast
 
+from megakd.contract.batch import IGNORE
 from megakd.data.cache import longest_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 KEYED = ("special", "lengths")
+MOST_SHOWN = 400
+"""Characters at each end of a long part of the first row that the log shows."""
 HEADING = (
     *("rows of", "read", "encoded", "tokens", "that count", "share"),
     *("p50", "p95", "longest", "truncated", "dropped", "bad"),
@@ -117,6 +125,28 @@ def say_counts(counts: Mapping[str, ChatCounts]) -> None:
                 "set task.chat_template to a template that writes tools, or remove the column",
                 *(name, own.lost_tools, own.rows),
             )
+
+
+def say_chat(
+    rows: Mapping[str, Dataset], counts: CountsByName, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Log the table of encoded conversations and the first row with its counted parts marked."""
+    say_counts(counts)
+    name = next(iter(rows))
+    logger.info("first row of %s, [[what counts]]: %s", name, shown_row(rows[name][0], tokenizer))
+
+
+def shown_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of an encoded row with [[ and ]] around the tokens that count."""
+    ids, labels = row["input_ids"], row["labels"]
+    counts = [False, *(label != IGNORE for label in labels[:-1])]
+    parts: list[str] = []
+    for does_count, group in groupby(zip(counts, ids, strict=True), key=lambda pair: pair[0]):
+        text = cast("str", tokenizer.decode([token for _, token in group]))
+        if len(text) > 2 * MOST_SHOWN:
+            text = f"{text[:MOST_SHOWN]} … {text[-MOST_SHOWN:]}"
+        parts.append(f"[[{text}]]" if does_count else text)
+    return "".join(parts)
 
 
 def table_lines(counts: Mapping[str, ChatCounts]) -> list[str]:

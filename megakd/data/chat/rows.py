@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from megakd.config.task import TaskConfig
     from megakd.data.tables import Record, Table
 
-# Part of the key of rows on disk: increase this number when the same source gives other rows.
-VERSION = 2
 CONVERSATION = "conversation"
 SOURCE = "source"
 MESSAGES_DEFAULTS = ("messages", "conversations")
@@ -145,27 +143,17 @@ def _require_named(table: Table, named: ChatColumns) -> None:
             require(table, column, f"task.{kind}_column")
 
 
-def read_columns(table: Table, columns: ChatColumns) -> tuple[str, ...]:
-    """Return all columns of a table that a conversation is read from."""
-    wanted = {*columns[:3], *columns.text, TOOLS, OPTIONS}
-    return tuple(column for column in table.columns if column in wanted)
-
-
-def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversation | None:
-    """Return the conversation of a row; None for a row without text.
+def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversation:
+    """Return the conversation of a row.
 
     Raises:
         DataError: the row is not a conversation; names `name`, the row and what is wrong.
     """
     if columns.text:
-        document = document_of(name, columns.text, record)
-        return None if document is None else Conversation(completion=document)
-    made = (
-        _of_messages(name, columns.messages, record)
-        if columns.messages is not None
-        else _of_prompt(name, columns, record)
-    )
-    return made if made.text.strip() else None
+        return Conversation(completion=document_of(name, columns.text, record))
+    if columns.messages is not None:
+        return _of_messages(name, columns.messages, record)
+    return _of_prompt(name, columns, record)
 
 
 def _of_messages(name: str, column: str, record: Record) -> Conversation:

@@ -9,7 +9,7 @@ cut into rows of `max_length` without losing a target, and has no prompt: its le
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -65,52 +65,20 @@ class Tokens(NamedTuple):
     prompts: list[int]
 
 
-def chat_tables(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskConfig,
-    *,
-    name: str,
-    counts: CountsByName,
+def tables_of_conversations(
+    rows: Dataset, encoder: ChatEncoder, *, name: str, counts: CountsByName
 ) -> Iterator[pa.Table]:
-    """Yield tables of encoded conversations, at least one table.
+    """Yield tables of encoded conversations, and no table if no row is left.
 
     Args:
-        rows: conversations, see `chat.rows`.
-        tokenizer: a fast tokenizer; with a chat template if rows have messages.
-        task: the keys of conversations and `max_length`.
+        rows: conversations, see `kinds`.
+        encoder: the encoder.
         name: name of the rows in messages and in `counts`.
         counts: filled with the numbers of the rows while the tables are read.
 
     Raises:
-        DataError: a row cannot be rendered, or no row is left.
+        DataError: a row cannot be rendered.
     """
-    encoder = ChatEncoder(tokenizer, task, bad=BadRows(task.bad_rows))
-    empty = True
-    for table in tables_of_conversations(rows, encoder, name=name, counts=counts):
-        empty = False
-        yield table
-    if empty:
-        raise none_left(counts.values(), task, split=name)
-
-
-def none_left(counts: Iterable[ChatCounts], task: TaskConfig, *, split: str) -> DataError:
-    """Return the error of a split whose conversations are all left out."""
-    own = ChatCounts()
-    for part in counts:
-        own.add(part)
-    return DataError(
-        f"the {split} split has no conversation that can be learned from: {own.long_prompt} have a "
-        f"prompt that fills task.max_length ({task.row_length}), {own.too_long} are too long, "
-        f"in {own.nothing_counts} no token counts, and {own.bad} cannot be encoded; raise "
-        "task.max_length, or check the answers"
-    )
-
-
-def tables_of_conversations(
-    rows: Dataset, encoder: ChatEncoder, *, name: str, counts: CountsByName
-) -> Iterator[pa.Table]:
-    """Yield tables of encoded conversations like `chat_tables`, and no table if no row is left."""
     kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
     needed = [column for column in kept if column in rows.column_names]
     for batch in arrow_batches(rows.select_columns(needed), ROWS_AT_ONCE):

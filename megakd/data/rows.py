@@ -1,0 +1,311 @@
+"""The rows of tables: written to Arrow files once, or read from a stream while they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from datasets import Features, Value
+from datasets.distributed import split_dataset_by_node
+
+from megakd.contract.routes import ROUTE
+from megakd.data.bad_rows import BadRows, BlankRows
+from megakd.data.cache import PLACE, cached_folder, key_of, read_rows, write_rows
+from megakd.data.chat.rows import CONVERSATION, SOURCE, Conversation, chat_columns
+from megakd.data.choosing import is_labelled, text_hash
+from megakd.data.kinds import RowKind, is_blank, place_of
+from megakd.data.labels import find_classes
+from megakd.data.routes import row_teacher
+from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
+from megakd.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+    from megakd.config.task import TaskConfig
+    from megakd.data.labels import Classes
+    from megakd.data.routes import RowTeacher
+
+# Increase this number when the same source results in different rows.
+VERSION = 2
+# Increase this number when a folder of rows gets different files or rows.
+LAYOUT = 3
+ERROR = "__error__"
+"""Column of a row of a stream that cannot be read, with the reason."""
+DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
+    "classification": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+    "mlm": ("perplexity",),
+    "causal_lm": ("perplexity",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStream:
+    """The training rows of a run, in the order of their files, read while they are needed.
+
+    table: the raw rows of all ranks.
+    rows: the raw rows; `datasets` reads the share of each rank and says where a rank is.
+    kind: the kind of the rows.
+    held_out: hashes of the validation texts, or of their prompts, which the stream leaves out.
+    bad: what happens to rows that cannot be read.
+    """
+
+    table: Table
+    rows: IterableDataset
+    kind: RowKind
+    held_out: frozenset[int] = frozenset()
+    bad: BadRows = field(default_factory=lambda: BadRows(named=1))
+
+    @property
+    def name(self) -> str:
+        """Name of the rows in messages."""
+        return self.table.name
+
+    def share(self, rank: int, world: int) -> IterableDataset:
+        """Return the raw rows of one rank, from the beginning.
+
+        If the number of files is a multiple of `world`, a rank reads only its own files. Otherwise
+        every rank reads all files and uses one row of each `world` rows.
+        """
+        return split_dataset_by_node(self.rows, rank=rank, world_size=world)
+
+    def row(self, raw: Mapping[str, object]) -> dict[str, str] | None:
+        """Return a row; None for a row without text, a validation row and a row that is left out.
+
+        Raises:
+            DataError: a value is missing or is not text, unless such rows are left out.
+        """
+        with self.bad:
+            if ERROR in raw:
+                raise DataError(str(raw[ERROR]))
+            record = Record(str(raw.get(PLACE) or "a row"), raw)
+            row = cast("dict[str, str]", self.kind.row(self.table, record))
+            if is_blank(row) or (self.held_out and text_hash(_asked(row)) in self.held_out):
+                return None
+            return row
+        return None
+
+    def read(self) -> Iterator[dict[str, str]]:
+        """Yield the rows of all ranks, from the beginning."""
+        return (row for row in map(self.row, self.rows) if row is not None)
+
+    def first_rows(self, count: int) -> Table:
+        """Return the first raw rows that have a text as a table."""
+        return replace(
+            self.table,
+            records=lambda: numbered(islice((r for r in self.rows if self.row(r)), count)),
+            digest=key_of(self.table.digest, count),
+        )
+
+
+def numbered(raw: Iterable[Mapping[str, object]]) -> Iterator[Record]:
+    """Yield raw rows as the records of a table."""
+    return (Record(f"row {number}", row) for number, row in enumerate(raw, start=1))
+
+
+def _asked(row: Mapping[str, str]) -> str:
+    """Return the prompt of a conversation, or else the text; see `choosing.prompt_keys`."""
+    has_prompt = CONVERSATION in row
+    return Conversation.from_json(row[CONVERSATION]).asked if has_prompt else row["text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The rows of a data set before a selection; columns as in `splits.Splits`.
+
+    name: name of the data set in messages.
+    classes: classes with which labels are read; None without classes.
+    source_hash: sha256 of the sources of the rows.
+    stream: the training texts if they are read during training; the training split is then empty.
+    """
+
+    name: str
+    splits: Mapping[SplitName, Dataset]
+    classes: Classes | None
+    metrics: tuple[str, ...]
+    source_hash: str
+    stream: TextStream | None = None
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Class names in the order of their numbers."""
+        return self.classes.names if self.classes else ()
+
+
+def rows_of_tables(
+    tables: Mapping[SplitName, Table],
+    task: TaskConfig,
+    *,
+    name: str,
+    cache_dir: Path,
+    classes: Classes | None = None,
+    metrics: tuple[str, ...] | None = None,
+) -> Found:
+    """Return the rows of every split, in Arrow files.
+
+    Args:
+        tables: tables by split, at least `train`.
+        task: the task; names the columns, or leaves them to the defaults.
+        name: name of the data set in messages.
+        cache_dir: folder in which the rows are kept, by a hash of their content.
+        classes: the classes if they are known; None reads them from the training split.
+        metrics: the official metrics; None takes the usual metrics of the task type.
+
+    Raises:
+        DataError: a column does not exist, a value is wrong, or a split has no rows.
+    """
+    for table in tables.values():
+        _require_rows(table)
+    tables = {split: tables[split] for split in SPLIT_NAMES if split in tables}
+    kinds = _kinds_of(tables, task, classes)
+    # Only training rows have teachers.
+    teacher = row_teacher(tables["train"], task.teacher_column)
+    return Found(
+        name=name,
+        splits={
+            split: rows_of(
+                table,
+                kinds[split],
+                task,
+                cache_dir=cache_dir,
+                teacher=teacher if split == "train" else None,
+            )
+            for split, table in tables.items()
+        },
+        classes=kinds["train"].classes,
+        metrics=metrics or DEFAULT_METRICS[task.type],
+        source_hash=_source_hash(tables, kinds, teacher),
+    )
+
+
+def _kinds_of(
+    tables: Mapping[SplitName, Table], task: TaskConfig, classes: Classes | None
+) -> dict[SplitName, RowKind]:
+    """Return the kind of every split: conversations if a split has some, else as in `train`."""
+    if any(chat_columns(table, task) for table in tables.values()):
+        return {s: RowKind.of(task, table, as_chat=True) for s, table in tables.items()}
+    train = RowKind.of(task, tables["train"], classes)
+    if train.label is not None and task.type == "classification" and classes is None:
+        train = replace(train, classes=find_classes(tables["train"], train.label))
+    return {split: train.of_split(table, split) for split, table in tables.items()}
+
+
+def _source_hash(
+    tables: Mapping[SplitName, Table],
+    kinds: Mapping[SplitName, RowKind],
+    teacher: RowTeacher | None,
+) -> str:
+    # Runs that earlier versions began know these hashes.
+    train = kinds["train"]
+    if train.is_chat:
+        parts = [(split, tables[split].digest, kinds[split].fields) for split in sorted(tables)]
+        return key_of("chat", parts, *([teacher.column] if teacher else ()))
+    digests: list[object] = [VERSION, train.type, train.classes.names if train.classes else None]
+    for split, table in tables.items():
+        named = teacher if split == "train" and teacher else ()
+        digests.append((split, table.digest, kinds[split].fields, *named))
+    return key_of(digests)
+
+
+def rows_of(
+    table: Table,
+    kind: RowKind,
+    task: TaskConfig,
+    *,
+    cache_dir: Path,
+    source: str | None = None,
+    teacher: RowTeacher | None = None,
+) -> Dataset:
+    """Return the rows of a table, memory-mapped; they are written when they are first asked for.
+
+    Args:
+        table: the table.
+        kind: the kind of its rows.
+        task: only `bad_rows` is used.
+        cache_dir: folder in which the rows are kept, by a hash of their content.
+        source: the source of a mixture, for the column `source`; None: no such column.
+        teacher: where the teachers of the rows come from, for the column `route`; None: no column.
+
+    Raises:
+        DataError: rows cannot be used, or name no teacher; or no row has text.
+    """
+    classes = kind.classes and (kind.classes.names, kind.classes.numbered)
+    read = (kind.type, kind.is_chat, kind.fields, classes)
+    # Messages name the file.
+    where = (Path(table.name).name, source, teacher)
+    key = key_of(VERSION, LAYOUT, table.digest, read, where, task.bad_rows)
+
+    def fill(fresh: Path) -> None:
+        blank = BlankRows(bad=BadRows(task.bad_rows))
+        more = ([] if source is None else [SOURCE]) + ([] if teacher is None else [ROUTE, PLACE])
+        features = Features(kind.features | {name: Value("string") for name in more})
+        rows = _rows(table, kind, blank, source=source, teacher=teacher)
+        write_rows(rows, features, fresh / "rows.arrow")
+        blank.write(fresh)
+
+    folder = cached_folder(cache_dir / "rows" / key[:32], fill)
+    rows = read_rows(folder / "rows.arrow")
+    if len(rows) == 0:
+        raise DataError(f"{table.name} has no rows with text")
+    BlankRows.tell(folder, table.name, rows=len(rows), are_kept=kind.keeps_blank)
+    return rows
+
+
+def _rows(
+    table: Table,
+    kind: RowKind,
+    blank: BlankRows,
+    *,
+    source: str | None,
+    teacher: RowTeacher | None,
+) -> Iterator[dict[str, object]]:
+    """Yield the rows of a table, and count the rows without text and the bad rows in `blank`."""
+    for record in table.records():
+        with blank.bad:
+            row = kind.row(table, record)
+            if is_blank(row):
+                blank.add(record)
+                if not kind.keeps_blank:
+                    continue
+            if source is not None:
+                row[SOURCE] = source
+            if teacher is not None:
+                row |= {ROUTE: teacher.of(table, record), PLACE: place_of(table, record)}
+            yield row
+
+
+def scored_rows(
+    table: Table,
+    task: TaskConfig,
+    classes: Classes | None,
+    *,
+    cache_dir: Path,
+    as_chat: bool = False,
+) -> Dataset:
+    """Return the rows of a file that is only scored, and not used for training or model selection.
+
+    Args:
+        table: the rows of the file.
+        task: the task; names the columns, or leaves them to the defaults.
+        classes: the classes of the training rows; None without classes.
+        cache_dir: folder in which the rows are kept, by a hash of their content.
+        as_chat: whether the training rows are conversations, so that documents are read as such.
+
+    Raises:
+        DataError: a column does not exist, a label is not a class, or no row has a label.
+    """
+    _require_rows(table)
+    kind = RowKind.of(task, table, classes, as_chat=as_chat)
+    rows = rows_of(table, kind, task, cache_dir=cache_dir)
+    if not is_labelled(rows).any():
+        raise DataError(f"{table.name} has no labelled rows to score")
+    return rows
+
+
+def _require_rows(table: Table) -> None:
+    if next(table.records(), None) is None:
+        raise DataError(f"{table.name} has no rows")
