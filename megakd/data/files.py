@@ -40,38 +40,61 @@ WHOLE_FILE = "all rows"
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
 
 
-def local_rows(path: Path, task: TaskConfig, *, cache_dir: Path) -> Found:
-    """Return the rows of a file or folder.
-
-    Raises:
-        DataError: the file or folder does not exist or cannot be read as a data set.
-    """
-    if not path.exists():
-        raise DataError(f"task.dataset: {path} does not exist")
-    if path.is_dir():
-        tables = _tables_of(folder_files(path), path)
-    else:
-        tables = _file_tables(path, "task.dataset", to_be_split=True)
-    if "train" not in tables:
-        raise DataError(
-            f"{path} holds {', '.join(tables)} and no list named 'train'; add that list"
-        )
-    return rows_of_tables(tables, task, name=str(path), cache_dir=cache_dir)
-
-
-def named_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
-    """Return the rows of `task.train_files`, and of the validation and test files if given.
+def local_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+    """Return the rows of the file or folder `task.dataset`, or of the files that the task names.
 
     Raises:
         DataError: a file does not exist, cannot be read or belongs to two splits, or columns differ
             between files.
     """
-    paths = named_files(task)
-    tables: dict[SplitName, Table] = {}
-    for split, found in paths.items():
-        is_cut = split == "train" and "validation" not in paths
-        tables[split] = files_table(found, f"task.{split}_files", to_be_split=is_cut)
-    return rows_of_tables(tables, task, name=task.data_name, cache_dir=cache_dir)
+    paths, key = split_files(task)
+    if task.dataset is None:
+        tables, name = tables_of_files(paths, key), task.data_name
+    else:
+        path = Path(task.dataset).expanduser()
+        name, is_json = str(path), path.is_file() and path.suffix.lower() == ".json"
+        tables = read_json(path) if is_json else tables_of_files(paths, key, name=name)
+    if "train" not in tables:
+        raise DataError(
+            f"{name} holds {', '.join(tables)} and no list named 'train'; add that list"
+        )
+    return rows_of_tables(tables, task, name=name, cache_dir=cache_dir)
+
+
+def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
+    """Return the local files of a task by split, and the setting that names a `{split}`.
+
+    Raises:
+        DataError: a file does not exist, or is named twice.
+    """
+    if task.dataset is None:
+        return named_files(task), "task.{split}_files"
+    path = Path(task.dataset).expanduser()
+    if not path.exists():
+        raise DataError(f"task.dataset: {path} does not exist")
+    return folder_files(path) if path.is_dir() else {"train": [path]}, "task.dataset"
+
+
+def tables_of_files(
+    paths: Mapping[SplitName, Sequence[Path]], key: str, *, name: str | None = None
+) -> dict[SplitName, Table]:
+    """Return the rows of files by split; see `files_table`.
+
+    Args:
+        paths: the files.
+        key: the setting that names the files of a `{split}`.
+        name: name of the files in messages.
+    """
+    is_cut = "validation" not in paths
+    return {
+        split: files_table(
+            files,
+            key.format(split=split),
+            name=name,
+            to_be_split=is_cut and split == "train",
+        )
+        for split, files in paths.items()
+    }
 
 
 def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
@@ -162,7 +185,12 @@ def files_table(
 
 
 def _one_table(path: Path, key: str) -> Table:
-    tables = _file_tables(path, key, to_be_split=False)
+    suffix = known_suffix(path, key)
+    if suffix == ".txt":
+        return read_documents([path], str(path), to_be_split=False)
+    if suffix != ".json":
+        return READERS[suffix](path)
+    tables = read_json(path)
     if len(tables) > 1:
         raise DataError(
             f"{key}: {path} holds the splits {', '.join(tables)}; give a file with one list of rows"
@@ -181,7 +209,7 @@ def scored_table(given: str) -> tuple[Table, str]:
     """
     path = Path(given).expanduser()
     if path.is_dir():
-        tables = _tables_of(_shards(path), path)
+        tables = tables_of_files(_shards(path), "task.dataset", name=str(path))
     elif path.suffix.lower() == ".json" and path.is_file():
         tables = read_json(path)
     else:
@@ -196,15 +224,6 @@ def scored_table(given: str) -> tuple[Table, str]:
             "or folder with one of the two"
         )
     return tables[split], split
-
-
-def _file_tables(path: Path, key: str, *, to_be_split: bool) -> dict[SplitName, Table]:
-    suffix = known_suffix(path, key)
-    if suffix == ".txt":
-        return {"train": read_documents([path], str(path), to_be_split=to_be_split)}
-    if suffix == ".json":
-        return read_json(path)
-    return {"train": READERS[suffix](path)}
 
 
 def has_train_split(path: Path) -> bool:
@@ -275,16 +294,6 @@ def folder_files(folder: Path) -> dict[SplitName, list[Path]]:
         f"{folder}: the file train.* does not exist (supported endings: "
         f"{', '.join(DATA_SUFFIXES)}); the folder holds: {there}"
     )
-
-
-def _tables_of(files: Mapping[SplitName, list[Path]], folder: Path) -> dict[SplitName, Table]:
-    is_cut = "validation" not in files
-    return {
-        split: files_table(
-            paths, "task.dataset", name=str(folder), to_be_split=is_cut and split == "train"
-        )
-        for split, paths in files.items()
-    }
 
 
 def known_suffix(path: Path, key: str) -> str:

@@ -21,7 +21,6 @@ from megakd.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-    from concurrent.futures import Future
 
     from datasets import Dataset
     from numpy.typing import NDArray
@@ -129,7 +128,7 @@ class StepLoader:
         steps = (partial(self.step, index) for index in range(start, stop))
         with closing(made_ahead(steps, STEPS_AHEAD)) as futures:
             for step in futures:
-                yield self._awaited(step)
+                yield awaited(step, self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: the rows of a step follow from the seed."""
@@ -157,13 +156,6 @@ class StepLoader:
         numbers = np.full(self._size, -1)
         numbers[: len(mine)] = mine
         return batch._replace(rows=torch.from_numpy(numbers), others=others or None)
-
-    def _awaited(self, step: Future[tuple[Batch, ...]]) -> tuple[Batch, ...]:
-        began = time.perf_counter()
-        try:
-            return step.result()
-        finally:
-            self.waited_s += time.perf_counter() - began
 
 
 def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:
@@ -276,6 +268,24 @@ def evaluation_turns(count: int, *, batch_size: int, world: int) -> int:
 
 
 T = TypeVar("T")
+
+
+class Waits(Protocol):
+    """What waits for values that a thread makes.
+
+    waited_s: seconds that it has waited.
+    """
+
+    waited_s: float
+
+
+def awaited(future: Future[T], waits: Waits) -> T:
+    """Return the result of a future, and count the seconds until it is there."""
+    began = time.perf_counter()
+    try:
+        return future.result()
+    finally:
+        waits.waited_s += time.perf_counter() - began
 
 
 def made_ahead(tasks: Iterable[Callable[[], T]], ahead: int) -> Generator[Future[T], None, None]:

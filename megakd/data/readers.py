@@ -9,6 +9,7 @@ most contexts, and small enough that a held-out split can be cut from a single b
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, LargeList, List, Value
 from datasets.features.features import decode_nested_example, require_decoding
 
-from megakd.data.cache import remembered, remembered_of
+from megakd.data.cache import remembered_of
 from megakd.data.tables import SPLIT_ALIASES, Record, SplitName, Table
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of
@@ -201,14 +202,20 @@ def readable(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def text_lines(path: Path) -> Iterator[str]:
+def text_lines(path: Path, each: Callable[[bytes], None] | None = None) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, with line ends and without a byte order mark.
+
+    Args:
+        path: the file.
+        each: called with every line as it is in the file.
 
     Raises:
         DataError: the file cannot be read, or a line is not UTF-8.
     """
     with readable(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if each is not None:
+                each(line)
             raw = line.removeprefix(BOM) if number == 1 else line
             try:
                 yield raw.decode("utf-8")
@@ -304,27 +311,32 @@ def _parquet_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def read_jsonl(
-    path: Path, *, digest: Digest = digest_of, rows_for_columns: int | None = None
-) -> Table:
+def read_jsonl(path: Path, *, digest: Digest | None = None) -> Table:
     """Read a file with one JSON object (or one string) per line.
 
     Args:
         path: the file.
-        digest: function that returns the hash of the file.
-        rows_for_columns: number of rows with keys from which the columns are taken; None: all rows.
+        digest: function that returns the hash of a large file, whose columns are then the keys of
+            its first row with keys. None: sha256, and the keys of all rows.
     """
-    content = digest(path)
     read = partial(_jsonl_records, path)
-    if rows_for_columns is None:
-        columns = remembered(lambda: _columns_of(read()), "columns", content)
+    if digest is None:
+        with readable(path):
+            content, columns = remembered_of(path, lambda: _scanned(path), "jsonl")
     else:
         with_keys = (record for record in read() if record.values)
-        columns = _columns_of(islice(with_keys, rows_for_columns))
+        content, columns = digest(path), _columns_of(islice(with_keys, 1))
     if not columns:
         for record in read():
             record.values.get("text")  # no line can be read: raise why
     return Table(name=str(path), columns=tuple(columns), records=read, digest=content)
+
+
+def _scanned(path: Path) -> tuple[str, list[str]]:
+    """Return the sha256 of a file and the keys of its rows, in one pass."""
+    content = hashlib.sha256()
+    columns = _columns_of(_jsonl_records(path, content.update))
+    return content.hexdigest(), columns
 
 
 def _columns_of(records: Iterable[Record]) -> list[str]:
@@ -403,8 +415,8 @@ def _refuse_doubled(tree: object, place: str) -> None:
         )
 
 
-def _jsonl_records(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(text_lines(path), start=1):
+def _jsonl_records(path: Path, each: Callable[[bytes], None] | None = None) -> Iterator[Record]:
+    for number, line in enumerate(text_lines(path, each), start=1):
         if not line.strip():
             continue
         place = f"line {number}"

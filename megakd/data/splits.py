@@ -16,7 +16,7 @@ from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.cache import key_of
 from megakd.data.chat.rows import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
-from megakd.data.files import files_table, local_rows, matching_files, named_rows
+from megakd.data.files import files_table, local_rows, matching_files
 from megakd.data.glue import glue_rows
 from megakd.data.hub import hub_rows
 from megakd.data.mixture import mixed, mixture_rows
@@ -140,35 +140,28 @@ def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir
 
 
 def _find(task: TaskConfig, cache_dir: Path) -> Found:
+    files = streamed_files if task.streaming else local_rows
     if task.mixture is not None:
-        return mixture_rows(task, cache_dir=cache_dir)
-    if task.dataset is None:
-        return _files(task, cache_dir)
-    if task.dataset == "pydocs" or task.dataset.startswith("glue/"):
+        find = mixture_rows
+    elif task.dataset is None:
+        find = files
+    elif task.dataset == "pydocs" or task.dataset.startswith("glue/"):
         find = pydocs_rows if task.dataset == "pydocs" else glue_rows
-        return find(task, cache_dir=cache_dir)
-    if task.data_dir is not None:
+    elif task.data_dir is not None:
         raise ConfigError(
             f"task.data_dir: {task.data_dir} is used only for glue/<task>, and task.dataset "
             f"{task.dataset!r} names its own file, folder or Hub id; remove the key"
         )
-    path = Path(task.dataset).expanduser()
-    if path.exists() or looks_like_path(task.dataset):
-        if task.dataset_config is not None:
-            raise ConfigError(
-                f"task.dataset_config: {task.dataset_config!r} names a configuration on the Hub, "
-                f"but task.dataset {task.dataset!r} is a local path; remove the key"
-            )
-        return _files(task, cache_dir)
-    return (streamed_hub_rows if task.streaming else hub_rows)(task, cache_dir=cache_dir)
-
-
-def _files(task: TaskConfig, cache_dir: Path) -> Found:
-    if task.streaming:
-        return streamed_files(task, cache_dir=cache_dir)
-    if task.dataset is None:
-        return named_rows(task, cache_dir=cache_dir)
-    return local_rows(Path(task.dataset).expanduser(), task, cache_dir=cache_dir)
+    elif not (Path(task.dataset).expanduser().exists() or looks_like_path(task.dataset)):
+        find = streamed_hub_rows if task.streaming else hub_rows
+    elif task.dataset_config is not None:
+        raise ConfigError(
+            f"task.dataset_config: {task.dataset_config!r} names a configuration on the Hub, "
+            f"but task.dataset {task.dataset!r} is a local path; remove the key"
+        )
+    else:
+        find = files
+    return find(task, cache_dir=cache_dir)
 
 
 def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from contextlib import closing
 from functools import partial
 from itertools import islice, repeat
@@ -22,12 +21,11 @@ from datasets import Dataset
 
 from megakd.data.chat.rows import CONVERSATION
 from megakd.data.encoding import labelled_only, tables_of
-from megakd.data.loader import STEPS_AHEAD, StepLoader, made_ahead
+from megakd.data.loader import STEPS_AHEAD, StepLoader, awaited, made_ahead
 from megakd.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-    from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
@@ -204,7 +202,7 @@ class StreamLoader:
         tasks = (partial(next, steps) for _ in range(start, stop))
         with closing(steps), closing(made_ahead(tasks, STEPS_AHEAD)) as futures:
             for step, future in enumerate(futures, start=start + 1):
-                batches, position = self._awaited(future)
+                batches, position = awaited(future, self)
                 self._say_epoch(position)
                 # Of the step that is used, not of the steps that are prepared.
                 self._step, self._position = step, position
@@ -249,13 +247,6 @@ class StreamLoader:
                 draw = epochs[start : start + size]
                 batch = self._masking(batch, row_hashes(mine), seed=self._rows.seed, draw=draw)
             yield batch
-
-    def _awaited(self, step: Future[tuple[Sequence[Batch], Position]]) -> Any:
-        began = time.perf_counter()
-        try:
-            return step.result()
-        finally:
-            self.waited_s += time.perf_counter() - began
 
 
 def row_hashes(rows: pa.Table) -> NDArray[np.int64]:

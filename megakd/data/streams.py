@@ -18,10 +18,10 @@ from megakd.data.bad_rows import BadRows
 from megakd.data.cache import PLACE, key_of
 from megakd.data.chat.rows import OPTIONS, TOOLS
 from megakd.data.choosing import prompt_keys
-from megakd.data.files import READERS, files_table, folder_files, known_suffix, named_files
+from megakd.data.files import READERS, known_suffix, split_files, tables_of_files
 from megakd.data.hub import hub_advice, hub_errors
 from megakd.data.kinds import RowKind, is_blank
-from megakd.data.readers import by_split, documents_of, read_jsonl, readable
+from megakd.data.readers import by_split, documents_of, readable
 from megakd.data.rows import DEFAULT_METRICS, ERROR, VERSION, Found, TextStream, numbered, rows_of
 from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
@@ -34,23 +34,9 @@ def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Found:
         ConfigError: there are no validation files, and `task.max_eval_examples` is not set.
         DataError: a file does not exist or cannot be read.
     """
-    paths: dict[SplitName, list[Path]]
-    if task.dataset is None:
-        paths = named_files(task)
-    else:
-        given = Path(task.dataset).expanduser()
-        if not given.exists():
-            raise DataError(f"task.dataset: {given} does not exist")
-        paths = folder_files(given) if given.is_dir() else {"train": [given]}
-
-    def key(split: SplitName) -> str:
-        return "task.dataset" if task.dataset else f"task.{split}_files"
-
-    stream = file_stream(paths.pop("train"), task, key=key("train"))
-    tables: dict[SplitName, Table] = {
-        split: files_table(found, key(split)) for split, found in paths.items()
-    }
-    return _found(stream, tables, task, cache_dir=cache_dir)
+    paths, key = split_files(task)
+    stream = file_stream(paths.pop("train"), task, key=key.format(split="train"))
+    return _found(stream, tables_of_files(paths, key), task, cache_dir=cache_dir)
 
 
 def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
@@ -243,8 +229,6 @@ def table_of(path: Path, key: str) -> Table:
     if suffix == ".txt":
         records = partial(documents_of, [path])
         return Table(name=str(path), columns=("text",), records=records, digest=sample_of(path))
-    if READERS[suffix] is read_jsonl:
-        return read_jsonl(path, digest=sample_of, rows_for_columns=1)
     return READERS[suffix](path, digest=sample_of)
 
 

@@ -17,7 +17,7 @@ from tiny_runs import write_jsonl
 from megakd.config.task import TaskConfig
 from megakd.data.chat.rows import CONVERSATION, Conversation
 from megakd.data.choosing import text_hash
-from megakd.data.files import named_rows
+from megakd.data.files import local_rows
 from megakd.data.rows import TextStream
 from megakd.data.streams import file_stream, sample_of, table_of
 from megakd.errors import DataError
@@ -58,7 +58,7 @@ def write(path: Path, texts: list[str]) -> Path:
 def test_a_stream_has_the_texts_of_the_files_as_without_streaming(tmp_path, ending):
     paths = [write(tmp_path / f"{n}.{ending}", TEXTS[n:]) for n in range(2)]
     held = write_jsonl(tmp_path / "held.jsonl", [{"text": "held"}])
-    rows = named_rows(task(*paths, validation_files=str(held)), cache_dir=tmp_path / "cache")
+    rows = local_rows(task(*paths, validation_files=str(held)), cache_dir=tmp_path / "cache")
 
     assert texts_of(stream(*paths)) == rows.splits["train"]["text"][:]
     assert texts_of(stream(*paths))  # a second time

@@ -1,13 +1,16 @@
+"""Local files of every format: their rows, splits, columns and labels."""
+
 from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,14 +115,6 @@ def test_shards_of_a_split_are_read_one_after_the_other(tmp_path: Path):
     assert splits.train["text"][:] == [text for text, _ in ROWS]
 
 
-def test_two_files_of_one_split_are_refused(tmp_path: Path):
-    as_csv(tmp_path / "train.csv", ROWS)
-    as_jsonl(tmp_path / "train.jsonl", ROWS)
-
-    with pytest.raises(DataError, match=r"train\.csv and train\.jsonl are names of the same split"):
-        load(tmp_path, tmp_path)
-
-
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv"])
 @pytest.mark.parametrize(
     ("split", "missing", "first"),
@@ -168,30 +163,6 @@ def test_shards_with_a_hash_in_their_names_are_read(tmp_path: Path):
     assert not splits.is_cut
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (
-            ("train-0-of-1-a.csv", "train-0-of-1-b.csv"),
-            r"1-b\.csv is there with another hash",
-        ),
-        (("train-0-of-1.csv", "train.csv"), r"train-\*-of-1\.csv and train\.csv are names of the"),
-        (
-            ("train-0-of-1.csv", "train-0-of-2.csv"),
-            r"train-\*-of-1\.csv and train-\*-of-2\.csv are",
-        ),
-    ],
-)
-def test_files_that_would_be_read_twice_are_refused(
-    names: tuple[str, str], message: str, tmp_path: Path
-):
-    for name in names:
-        as_csv(tmp_path / name, ROWS)
-
-    with pytest.raises(DataError, match=message):
-        load(tmp_path, tmp_path)
-
-
 def test_a_test_file_without_labels_is_left_out(tmp_path: Path):
     as_csv(tmp_path / "train.csv", ROWS)
     as_csv(tmp_path / "test.csv", [("no label here",)], header=("text",))
@@ -233,31 +204,6 @@ def test_a_missing_label_column_names_those_there(kind: str, tmp_path: Path):
         load(path, tmp_path, label_column="topic")
 
 
-def test_missing_usual_columns_name_those_there(tmp_path: Path):
-    path = as_csv(tmp_path / "x.csv", ROWS, header=("body", "label"))
-    other = as_csv(tmp_path / "y.csv", ROWS, header=("text", "topic"))
-
-    with pytest.raises(DataError, match=r"column 'text' does not exist; .* are body, label"):
-        load(path, tmp_path)
-    with pytest.raises(DataError, match=r"column 'label' does not exist; .* are text, topic"):
-        load(other, tmp_path)
-
-
-def test_a_column_missing_in_validation_is_refused(tmp_path: Path):
-    as_csv(tmp_path / "train.csv", ROWS)
-    as_csv(tmp_path / "dev.csv", [("a",)], header=("text",))
-
-    with pytest.raises(DataError, match=r"dev\.csv: column 'label' .* does not exist"):
-        load(tmp_path, tmp_path)
-
-
-def test_a_folder_without_a_training_file_says_what_is_there(tmp_path: Path):
-    as_csv(tmp_path / "data.csv", ROWS)
-
-    with pytest.raises(DataError, match=r"train\.\* does not exist .* the folder holds: data\.csv"):
-        load(tmp_path, tmp_path)
-
-
 @pytest.mark.parametrize("name", ["nope.csv", "nope/", "./nope", "/nope/at/all", "a/b/c"])
 def test_a_path_that_does_not_exist_is_refused(name: str, tmp_path: Path):
     with pytest.raises(DataError, match=r"nope|a/b/c") as caught:
@@ -266,13 +212,6 @@ def test_a_path_that_does_not_exist_is_refused(name: str, tmp_path: Path):
         )
 
     assert "does not exist" in str(caught.value)
-
-
-def test_an_unknown_ending_is_refused(tmp_path: Path):
-    (tmp_path / "x.xlsx").write_bytes(b"PK")
-
-    with pytest.raises(DataError, match=r"x\.xlsx has an unsupported ending; supported: \.csv"):
-        load(tmp_path / "x.xlsx", tmp_path)
 
 
 def test_a_json_list_of_texts_is_a_list_of_documents(tmp_path: Path):
@@ -356,6 +295,62 @@ def test_the_content_hash_follows_the_content(tmp_path: Path):
     assert first.content_hash == again.content_hash
     assert other.content_hash != first.content_hash
     assert len(other.train) + len(other.validation) == 5
+
+
+def test_empty_labels_are_unlabelled(tmp_path: Path):
+    # pandas writes whole numbers as 1.0 where some are missing
+    path = as_csv(tmp_path / "train.csv", [("a", "1.0"), ("b", ""), ("c", "0.0"), ("d", -100)])
+    as_csv(tmp_path / "dev.csv", ROWS)
+
+    splits = load(tmp_path, tmp_path)
+
+    assert path.exists()
+    assert splits.train["label"][:] == [1, -100, 0, -100]
+    assert splits.label_names == ("0", "1")
+
+
+def test_missing_labels_are_unlabelled(tmp_path: Path):
+    as_jsonl(tmp_path / "train.jsonl", [("a", 1), ("b", None), ("c", 0)])
+    as_jsonl(tmp_path / "dev.jsonl", ROWS)
+
+    assert load(tmp_path, tmp_path).train["label"][:] == [1, -100, 0]
+
+
+def test_class_names_in_a_parquet_file_are_used(tmp_path: Path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    columns = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "dev.parquet")
+
+    splits = load(tmp_path, tmp_path)
+
+    assert splits.label_names == ("neg", "pos")
+    assert splits.train["label"][:] == [1, 0, -100]
+
+
+def test_scores_are_read_for_regression(tmp_path: Path):
+    as_csv(tmp_path / "train.csv", [("a", "0.5"), ("b", ""), ("c", 3)], header=("text", "score"))
+    as_csv(tmp_path / "dev.csv", [("a", "0.5")], header=("text", "score"))
+
+    splits = load(tmp_path, tmp_path, type="regression")
+
+    assert splits.train["label"][0] == 0.5
+    assert splits.train["label"][1] != splits.train["label"][1]
+    assert splits.train.features["label"] == Value("float32")
+    assert splits.label_names == ()
+    assert splits.metrics == ("pearson", "spearman")
+
+
+def test_decimals_in_a_parquet_file_are_scores(tmp_path: Path):
+    scores = pa.array([Decimal("1.50"), Decimal("2.25"), None], pa.decimal128(5, 2))
+    for name in ("train", "dev"):
+        table = pa.table({"text": ["a", "b", "c"], "label": scores})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+
+    labels = load(tmp_path, tmp_path, type="regression").train["label"][:]
+
+    assert labels[:2] == [1.5, 2.25]
+    assert labels[2] != labels[2]
 
 
 def test_real_files_are_read(shared_data: Path, tmp_path: Path):

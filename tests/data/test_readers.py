@@ -65,24 +65,6 @@ def test_a_field_may_be_longer_than_python_reads_by_default(tmp_path: Path):
     assert csv.field_size_limit() == limit
 
 
-@pytest.mark.parametrize("content", [b"", b"text,label\n"], ids=["no byte", "header only"])
-def test_a_file_without_rows_is_refused(content: bytes, tmp_path: Path):
-    path = tmp_path / "x.csv"
-    path.write_bytes(content)
-
-    with pytest.raises(DataError, match=r"x\.csv has no rows"):
-        load(path, tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["tsv", "jsonl", "txt"])
-def test_an_empty_file_of_any_kind_has_no_rows(kind: str, tmp_path: Path):
-    path = tmp_path / f"x.{kind}"
-    path.write_bytes(b"")
-
-    with pytest.raises(DataError, match=rf"x\.{kind} has no rows"):
-        load(path, tmp_path, type="causal_lm")
-
-
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "txt"])
 def test_text_that_is_not_utf8_is_refused_with_its_line(kind: str, tmp_path: Path):
     lines = {
@@ -122,40 +104,6 @@ def test_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path):
         load(tmp_path / "x.parquet", tmp_path, type="causal_lm")
 
 
-def test_half_a_surrogate_pair_is_refused(tmp_path: Path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "a \\ud800"}\n{"text": "b"}\n')
-
-    with pytest.raises(DataError, match=r"x\.jsonl, line 1: column 'text' is not UTF-8"):
-        load(path, tmp_path, type="causal_lm")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.csv", "text,label\na,1,2\n", r"x\.csv, line 2: 3 fields, but there are 2 columns"),
-        ("x.csv", 'text,label\n"a,1\n', r"x\.csv, line 2: not valid CSV: unexpected end of data"),
-        ("x.csv", "text,text\na,b\n", r"x\.csv: column 'text' occurs more than once"),
-        ("x.tsv", "text\tlabel\na\n", r"x\.tsv, line 2: 1 fields, but there are 2 columns"),
-        ("x.jsonl", '{"text": "a"}\n{"text"\n', r"x\.jsonl, line 2 is not JSON"),
-        ("x.jsonl", "7\n", r"x\.jsonl, line 1 is not a JSON object"),
-        ("x.jsonl", '{"text": 7}\n', r"line 1: column 'text' is not text: 7"),
-        ("x.jsonl", '{"text": "a"}\n{"b": 1}\n', r"line 2: column 'text' is missing"),
-        ("x.json", "{}", r"x\.json is neither a JSON list of rows nor"),
-        ("x.json", "[[1, 2, 3]]", r"row 1 must be a text, an object or \[text, label\]"),
-        ("x.parquet", "PAR1", r"x\.parquet is not a readable parquet file"),
-    ],
-    ids=lambda value: value if str(value).startswith("x.") else "",
-)
-def test_a_broken_file_is_refused_with_its_place(
-    name: str, content: str, message: str, tmp_path: Path
-):
-    (tmp_path / name).write_text(content)
-
-    with pytest.raises(DataError, match=message):
-        load(tmp_path / name, tmp_path, type="causal_lm")
-
-
 FIELD = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), min_size=1)
 
 
@@ -165,31 +113,6 @@ def test_csv_gives_back_what_was_written(tmp_path: Path, texts: list[str]):
     path = as_csv(tmp_path / "x.csv", [(text, 1) for text in texts])
 
     assert [record.values["text"] for record in read_csv(path).records()] == texts
-
-
-def test_a_key_that_a_row_repeats_is_refused_with_its_line(tmp_path: Path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1, "label": 0}\n')
-
-    with pytest.raises(DataError, match=r"x\.jsonl, line 2: the key 'label' occurs more than once"):
-        load(path, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "place"),
-    [
-        ('[{"text": "a", "label": 0}, {"text": "b", "text": "c", "label": 1}]', "row 2: the key"),
-        ('{"train": [], "train": [["a", 0]]}', r"x\.json: the key 'train'"),
-    ],
-)
-def test_a_repeated_key_in_a_json_file_is_refused_with_its_place(
-    tmp_path: Path, content: str, place: str
-):
-    path = tmp_path / "x.json"
-    path.write_text(content)
-
-    with pytest.raises(DataError, match=place):
-        load(path, tmp_path)
 
 
 def test_empty_texts_are_counted_and_the_first_is_named_at_every_start(
@@ -224,21 +147,6 @@ def test_blank_documents_are_left_out_of_a_language_task_and_counted(
 
     assert len(splits.train) + len(splits.validation) == 3
     assert "1 row(s) with an empty text, the first is line 3; such rows are left out" in caplog.text
-
-
-def test_a_split_whose_texts_are_all_empty_is_refused(tmp_path: Path):
-    path = as_csv(tmp_path / "x.csv", [("", 0), (" ", 1)])
-
-    with pytest.raises(DataError, match="all 2 rows have an empty text"):
-        load(path, tmp_path)
-
-
-def test_two_lists_of_one_split_in_a_json_file_are_refused_with_both(tmp_path: Path):
-    path = tmp_path / "x.json"
-    path.write_text('{"train": [["a", 0], ["b", 1]], "val": [["c", 0]], "dev": [["d", 1]]}')
-
-    with pytest.raises(DataError, match=r"x\.json: 'val' and 'dev' are names of the same split"):
-        load(path, tmp_path)
 
 
 def test_bad_rows_of_texts_with_labels_are_named_together_or_left_out(

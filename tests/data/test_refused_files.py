@@ -1,0 +1,162 @@
+"""Local data that cannot be used is refused with the file, the place and the value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakd.config.task import TaskConfig
+from megakd.data.splits import load_splits
+from megakd.errors import DataError
+
+GOOD = "text,label\na,0\nb,1\nc,0\n"
+LANGUAGE = {"type": "causal_lm"}
+SCORES = {"type": "regression"}
+
+
+def labels(*values: object) -> str:
+    return "text,label\n" + "".join(f"text {n},{value}\n" for n, value in enumerate(values))
+
+
+# The files, the message, and the keys of the task; one file is the data set, several are a folder.
+CASES: list[tuple[dict[str, str], str, dict[str, Any]]] = [
+    # Names of files
+    (
+        {"train.csv": GOOD, "train.jsonl": ""},
+        r"train\.csv and train\.jsonl are names of the same split",
+        {},
+    ),
+    (
+        {"train-0-of-1-a.csv": GOOD, "train-0-of-1-b.csv": GOOD},
+        r"1-b\.csv is there with another hash",
+        {},
+    ),
+    (
+        {"train-0-of-1.csv": GOOD, "train.csv": GOOD},
+        r"train-\*-of-1\.csv and train\.csv are names of the",
+        {},
+    ),
+    (
+        {"train-0-of-1.csv": GOOD, "train-0-of-2.csv": GOOD},
+        r"train-\*-of-1\.csv and train-\*-of-2\.csv are",
+        {},
+    ),
+    (
+        {"data.csv": GOOD, "more.csv": GOOD},
+        r"train\.\* does not exist .* the folder holds: data\.csv",
+        {},
+    ),
+    ({"x.xlsx": "PK"}, r"x\.xlsx has an unsupported ending; supported: \.csv", {}),
+    # Rows
+    ({"x.csv": ""}, r"x\.csv has no rows", {}),
+    ({"x.csv": "text,label\n"}, r"x\.csv has no rows", {}),
+    ({"x.tsv": ""}, r"x\.tsv has no rows", LANGUAGE),
+    ({"x.jsonl": ""}, r"x\.jsonl has no rows", LANGUAGE),
+    ({"x.txt": ""}, r"x\.txt has no rows", LANGUAGE),
+    ({"x.csv": 'text,label\n"",0\n" ",1\n'}, "all 2 rows have an empty text", {}),
+    ({"x.csv": "text,label\na,1,2\n"}, r"x\.csv, line 2: 3 fields, but there are 2 columns", {}),
+    ({"x.csv": 'text,label\n"a,1\n'}, r"x\.csv, line 2: not valid CSV: unexpected end of data", {}),
+    ({"x.tsv": "text\tlabel\na\n"}, r"x\.tsv, line 2: 1 fields, but there are 2 columns", {}),
+    ({"x.jsonl": '{"text": "a"}\n{"text"\n'}, r"x\.jsonl, line 2 is not JSON", LANGUAGE),
+    ({"x.jsonl": "7\n"}, r"x\.jsonl, line 1 is not a JSON object", LANGUAGE),
+    ({"x.jsonl": '{"text": 7}\n'}, r"line 1: column 'text' is not text: 7", LANGUAGE),
+    ({"x.jsonl": '{"text": "a"}\n{"b": 1}\n'}, r"line 2: column 'text' is missing", LANGUAGE),
+    (
+        {"x.jsonl": '{"text": "a \\ud800"}\n{"text": "b"}\n'},
+        r"x\.jsonl, line 1: column 'text' is not UTF-8",
+        LANGUAGE,
+    ),
+    (
+        {"x.jsonl": '{"text": "a", "label": 0}\n{"text": "b", "label": 1, "label": 0}\n'},
+        r"x\.jsonl, line 2: the key 'label' occurs more than once",
+        {},
+    ),
+    (
+        {"x.json": '[["a", 0], {"text": "b", "text": "c", "label": 1}]'},
+        "row 2: the key 'text' occurs",
+        {},
+    ),
+    ({"x.json": '{"train": [], "train": [["a", 0]]}'}, r"x\.json: the key 'train'", {}),
+    (
+        {"x.json": '{"train": [["a", 0], ["b", 1]], "val": [["c", 0]], "dev": [["d", 1]]}'},
+        r"x\.json: 'val' and 'dev' are names of the same split",
+        {},
+    ),
+    ({"x.json": "{}"}, r"x\.json is neither a JSON list of rows nor", LANGUAGE),
+    ({"x.json": '{"val": [["a", 0]]}'}, r"x\.json holds validation and no list named 'train'", {}),
+    ({"x.json": "[[1, 2, 3]]"}, r"row 1 must be a text, an object or \[text, label\]", LANGUAGE),
+    ({"x.parquet": "PAR1"}, r"x\.parquet is not a readable parquet file", LANGUAGE),
+    # Columns
+    ({"x.csv": "text,text\na,b\n"}, r"x\.csv: column 'text' occurs more than once", {}),
+    (
+        {"x.csv": "body,label\na,0\n"},
+        r"column 'text' does not exist; the columns are body, label; set task\.text_columns",
+        {},
+    ),
+    (
+        {"x.csv": "text,topic\na,0\n"},
+        r"column 'label' does not exist; .* are text, topic; set task\.label_column",
+        {},
+    ),
+    (
+        {"train.csv": GOOD, "dev.csv": "text\na\n"},
+        r"dev\.csv: column 'label' .* does not exist",
+        {},
+    ),
+    # Labels
+    *(
+        ({"x.csv": labels("0.5", f'"{wrong}"')}, rf"line 3: '{wrong}' .* is not a finite", SCORES)
+        for wrong in ("good", "inf", "1,5", "1_000", "1e39", "-1e300")
+    ),
+    ({"x.csv": labels(0, 1, 99)}, r"x\.csv, line 4: label 99 is outside 0\.\.2", {}),
+    ({"x.csv": labels(1, 2, 3)}, r"x\.csv, line 4: label 3 is outside 0\.\.2", {}),
+    ({"x.csv": labels(0, -1, 1)}, r"x\.csv, line 3: label -1 is outside 0\.\.2", {}),
+    (
+        {"x.csv": labels(0, "cat", 1)},
+        r"the labels mix numbers and words: '0' \(line 2\) and 'cat' \(line 3\)",
+        {},
+    ),
+    (
+        {"x.csv": labels(1, 1, 1)},
+        r"all labels in column 'label' are '1'; classification needs at least 2",
+        {},
+    ),
+    ({"x.csv": labels("", "", "")}, r"column 'label' has no label in any row", {}),
+    (
+        {"x.jsonl": '{"text": "a", "label": 0}\n{"text": "b", "label": [1]}\n'},
+        r"line 2: label \[1\] in column 'label' is not a class",
+        {},
+    ),
+    (
+        {"x.jsonl": '{"text": "a", "label": 0}\n{"text": "b", "label": 0.5}\n'},
+        r"line 2: label 0\.5 .* is not a class; .* task\.type: regression",
+        {},
+    ),
+    (
+        {"train.csv": GOOD, "dev.csv": labels(0, 7)},
+        r"dev\.csv, line 3: label 7 is outside 0\.\.1",
+        {},
+    ),
+    (
+        {"train.csv": labels("negative", "positive"), "dev.csv": labels("postive")},
+        r"dev\.csv, line 2: label 'postive' is not one of the 2 .* did you mean 'positive'\?",
+        {},
+    ),
+]
+
+
+@pytest.mark.parametrize(("files", "message", "keys"), CASES, ids=[case[1][:40] for case in CASES])
+def test_files_that_cannot_be_used_are_refused_with_the_reason(
+    tmp_path: Path, files: dict[str, str], message: str, keys: dict[str, Any]
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    given = folder if len(files) > 1 else folder / next(iter(files))
+    task = TaskConfig(**{"type": "classification", "dataset": str(given), **keys})
+
+    with pytest.raises(DataError, match=message):
+        load_splits(task, seed=1, cache_dir=tmp_path / "cache")
