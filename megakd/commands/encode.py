@@ -57,8 +57,7 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
             f"method.name: {config.method.name} reads the texts, whose rows name their teachers, "
             "and no encoded data"
         )
-    from megakd.data.encode_shards import write_encoded
-    from megakd.data.encoded_folder import facts_of
+    from megakd.data.encoded_folder import facts_of, write_encoded
     from megakd.engine.collectives import on_main
     from megakd.inputs.inputs import check_run, unencoded_inputs
     from megakd.inputs.row_length import with_row_length

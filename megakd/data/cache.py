@@ -27,10 +27,7 @@ from megakd.storage.checksums import read_signed, version_of, write_signed
 from megakd.storage.folders import is_whole, whole_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     import pyarrow as pa
-    from datasets import Dataset
     from numpy.typing import NDArray
 
 T = TypeVar("T")

@@ -74,7 +74,6 @@ def cut_validation(rows: Dataset, *, name: str) -> tuple[Dataset, Dataset]:
 
 
 def _cut(rows: Dataset, name: str) -> tuple[list[int], list[int]]:
-    """Return the numbers of the held-out rows, and of the other rows with an equal text."""
     keys, prompts, labelled = row_keys(rows), prompt_keys(rows), is_labelled(rows)
     _, numbers, answers = np.unique(prompts, return_inverse=True, return_counts=True)
     # The hash of the text is kept where it is enough, as in the splits of earlier versions.

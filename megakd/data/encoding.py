@@ -37,7 +37,6 @@ from megakd.storage.checksums import files_of
 from megakd.storage.folders import whole_folder
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
@@ -186,7 +185,6 @@ def _encoded(
     name: str,
     counts: CountsByName,
 ) -> Iterator[pa.Table]:
-    """Yield the tables of `tables_of`, at least one table."""
     own: CountsByName = {}
     tables = tables_of(rows, tokenizer, task, name=name, counts=own, bad=BadRows(task.bad_rows))
     yield from with_tokens(tables, lambda: no_tokens(rows, task, split=name, counts=own))
@@ -387,7 +385,6 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the sha256 of every file that a tokenizer without a backend is saved as."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {name: sha256_of(Path(folder, name)) for name in files_of(Path(folder))}

@@ -244,7 +244,6 @@ def _shards(folder: Path) -> dict[SplitName, list[Path]]:
 
 
 def _refuse_two_names(paths: Sequence[Path], folder: Path) -> None:
-    """Raise a DataError if files of one split are not shards of the same name."""
     names = {SHARD.sub(r"-*-of-\2", path.stem) + path.suffix for path in paths}
     if len(names) > 1:
         raise DataError(
@@ -253,7 +252,6 @@ def _refuse_two_names(paths: Sequence[Path], folder: Path) -> None:
 
 
 def _refuse_missing(paths: Sequence[Path], place: str, *, pattern: str = "*") -> None:
-    """Raise a DataError if a shard that the pattern matches is missing, or is there twice."""
     sets: dict[tuple[Path, str, str], set[int]] = {}
     for path in paths:
         if shard := SHARD.search(path.stem):

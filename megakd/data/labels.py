@@ -106,7 +106,6 @@ def find_classes(table: Table, column: str) -> Classes:
 
 
 def _classes_of(table: Table, column: str) -> tuple[tuple[str, ...], bool]:
-    """Return the names of the classes of a column, and whether its labels are their numbers."""
     first_seen: dict[int | str, str] = {}
     refused: DataError | None = None
     for record in table.records():
@@ -179,7 +178,6 @@ def score(table: Table, column: str, record: Record) -> float:
 
 
 def _finite_or_nan(value: object) -> float | None:
-    """Return a number that is finite as float32, or NaN; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     if isinstance(value, str) and "_" in value:
@@ -212,7 +210,6 @@ def _integer(value: int | str) -> int | None:
 
 
 def _all_integers(table: Table, first_seen: Mapping[int | str, str]) -> dict[int, str] | None:
-    """Return number -> place of its first row; None if the labels are words."""
     # In reverse order, so that the place of the first row is kept for "1" and "1.0".
     numbers = {_integer(value): place for value, place in reversed(list(first_seen.items()))}
     words = [value for value in first_seen if _integer(value) is None]

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from megakd.config.task import TaskConfig
     from megakd.contract.batch import Batch
-    from megakd.data.shared_words import SharedWords, VocabularyPair
+    from megakd.data.shared_words import SharedWords
 
 # Any number but 0, which is the domain of the masks.
 _COINS = 0x6D69786564
@@ -146,8 +146,6 @@ class MixedText:
 
 
 class _Frame(NamedTuple):
-    """The special tokens before and after a row's pieces."""
-
     before: NDArray[np.int64]
     after: NDArray[np.int64]
 
@@ -367,7 +365,6 @@ def word_windows(sizes: NDArray[np.int64], room: int) -> Iterator[tuple[int, int
 
 
 def _word_starts(lengths: NDArray[np.int64], shape: _Shape) -> NDArray[np.int32]:
-    """Return the position of the first token of each token's word; special tokens are words."""
     sizes = np.concatenate([np.ones_like(shape.before), lengths, np.ones_like(shape.after)])
     return np.repeat(np.cumsum(sizes) - sizes, sizes).astype(np.int32)
 

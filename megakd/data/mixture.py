@@ -125,7 +125,6 @@ def rows_of_sources(sizes: NDArray[np.int64], weights: NDArray[np.float64]) -> N
 
 
 def _drawn(places: NDArray[np.int64], count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Return `count` rows: all rows as often as they fit, and a random choice of the rest."""
     times, rest = divmod(count, len(places))
     return np.concatenate([np.tile(places, times), random.permutation(places)[:rest]])
 

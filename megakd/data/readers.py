@@ -152,7 +152,6 @@ def joined(tables: Sequence[Table], name: str) -> Table:
 
 
 def _numberings(table: Table, first: Table) -> dict[str, tuple[int, ...]]:
-    """Return, by column, the number in `first` of each class of `table` of another order."""
     numberings: dict[str, tuple[int, ...]] = {}
     for column in sorted({*first.class_names, *table.class_names}):
         expected, own = (part.class_names.get(column, ()) for part in (first, table))
@@ -333,7 +332,6 @@ def read_jsonl(path: Path, *, digest: Digest | None = None) -> Table:
 
 
 def _scanned(path: Path) -> tuple[str, list[str]]:
-    """Return the sha256 of a file and the keys of its rows, in one pass."""
     content = hashlib.sha256()
     columns = _columns_of(_jsonl_records(path, content.update))
     return content.hexdigest(), columns

@@ -23,8 +23,6 @@ from megakd.data.tables import require
 from megakd.errors import DataError, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from datasets import Dataset
     from numpy.typing import NDArray
 
@@ -137,7 +135,6 @@ def _part(batch: Batch, own: NDArray[np.bool_]) -> Batch:
 def _labels(
     batch: Batch, rows: torch.Tensor, positions: torch.Tensor, *, own: torch.Tensor
 ) -> torch.Tensor:
-    """Return the labels of a part, without a label at positions and rows that are not its own."""
     if batch.labels.dim() == 2:
         return batch.labels.flatten()[positions].masked_fill(~own, IGNORE)
     none = float("nan") if batch.labels.is_floating_point() else IGNORE

@@ -108,7 +108,6 @@ def numbered(raw: Iterable[Mapping[str, object]]) -> Iterator[Record]:
 
 
 def _asked(row: Mapping[str, str]) -> str:
-    """Return the prompt of a conversation, or else the text; see `choosing.prompt_keys`."""
     has_prompt = CONVERSATION in row
     return Conversation.from_json(row[CONVERSATION]).asked if has_prompt else row["text"]
 
@@ -185,7 +184,6 @@ def rows_of_tables(
 def _kinds_of(
     tables: Mapping[SplitName, Table], task: TaskConfig, classes: Classes | None
 ) -> dict[SplitName, RowKind]:
-    """Return the kind of every split: conversations if a split has some, else as in `train`."""
     if any(chat_columns(table, task) for table in tables.values()):
         return {s: RowKind.of(task, table, as_chat=True) for s, table in tables.items()}
     train = RowKind.of(task, tables["train"], classes)
@@ -263,7 +261,6 @@ def _rows(
     source: str | None,
     teacher: RowTeacher | None,
 ) -> Iterator[dict[str, object]]:
-    """Yield the rows of a table, and count the rows without text and the bad rows in `blank`."""
     for record in table.records():
         with blank.bad:
             row = kind.row(table, record)

@@ -107,7 +107,6 @@ class EncodedStream:
                         parts, missing = [], size
 
     def _blocks(self, position: Position) -> Generator[Block, None, None]:
-        """Yield the blocks from a position on; the share starts again after its last block."""
         while True:
             has_rows = position.block > 0
             for block in self._blocks_of_epoch(position):
@@ -133,7 +132,6 @@ class EncodedStream:
             position = Position(position.epoch, position.block + 1, share.state_dict())
 
     def _texts(self, raw: Iterator[Mapping[str, object]]) -> list[dict[str, str]]:
-        """Return the rows of the next block; an empty list at the end of the share."""
         rows: list[dict[str, str]] = []
         characters = 0
         try:
@@ -151,7 +149,6 @@ class EncodedStream:
         return rows
 
     def _encoded(self, texts: list[dict[str, str]], position: Position) -> pa.Table | None:
-        """Return the rows of a block in an order of its own; None if the texts have no tokens."""
         rows, bad = Dataset.from_list(texts), self._stream.bad
         made = tables_of(rows, self._tokenizer, self._task, name=self.name, counts={}, bad=bad)
         if not (tables := list(made)):

@@ -73,7 +73,6 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
 
 
 def _addresses(builder: DatasetBuilder) -> dict[str, list[str]]:
-    """Return the addresses of the files by split, which name the revision of the data set."""
     files: Mapping[Any, Any] = builder.config.data_files or {}
     return {str(split): list(map(str, addresses)) for split, addresses in files.items()}
 
@@ -174,7 +173,6 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
 
 
 def _refuse_other(table: Table, task: TaskConfig, kind: RowKind, *, where: str) -> None:
-    """Raise a DataError if rows would be read from other columns than the first row."""
     other = RowKind.of(task, table)
     if other != kind:
         shown = [
@@ -191,7 +189,6 @@ def _refuse_other(table: Table, task: TaskConfig, kind: RowKind, *, where: str) 
 def _rows(
     paths: list[str], kind: RowKind, task: TaskConfig, key: str
 ) -> Iterator[dict[str, object]]:
-    """Yield the columns that the rows are read from, and the places of the rows."""
     for path in paths:
         table = table_of(Path(path), key)
         for record in table.records():

@@ -214,7 +214,6 @@ def _largest(kind: VocabularyType, texts: Texts, size: int) -> int:
 
 
 def _at_most(kind: VocabularyType, texts: Texts, size: int) -> PreTrainedTokenizerBase:
-    """Train a tokenizer of at most `size` tokens, or more if special tokens and characters need."""
     if kind == "wordpiece":
         return train_tokenizer(texts, kind=kind, vocab_size=size, for_encoder=True)
     try:

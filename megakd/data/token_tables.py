@@ -24,8 +24,6 @@ from megakd.data.words import WORD_STARTS, check_words, word_starts
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
     from datasets import Dataset
     from numpy.typing import ArrayLike, NDArray
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -148,7 +146,6 @@ def _window_tables(
 def _window_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[tuple[list[int], ...]]:
-    """Yield the tokens of each window, and the starts of their words if the task asks for them."""
     prefix, suffix = frame(tokenizer)
     room = task.row_length - len(prefix) - len(suffix)
     for ids, starts in _texts(rows, tokenizer, with_words=task.whole_word_masking):

@@ -333,7 +333,6 @@ def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
 
 
 def _sentencepiece_file(folder: Path) -> Path | None:
-    """Return the only *.model file, or the file with a usual name; None without such a file."""
     files = sorted(folder.glob("*.model"))
     stock = [file for file in files if file.name in _STOCK_MODEL_NAMES]
     return files[0] if len(files) == 1 else next(iter(stock), None)
@@ -426,12 +425,10 @@ def _counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
 
 
 def _begun_characters(token: str) -> int:
-    """Return the number of characters, except spaces, whose first byte is in a token of bytes."""
     return sum(sign not in _NO_CHARACTER for sign in token)
 
 
 def _signs_without_character() -> frozenset[str]:
-    """Return the signs of a byte-level vocabulary for white space and for later bytes."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [byte for byte in range(256) if byte not in plain]
     signs = {byte: chr(byte) for byte in plain}

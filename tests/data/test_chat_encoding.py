@@ -13,12 +13,11 @@ from encoded_chats import chat, encoded
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data import encode_shards, encoding
+from megakd.data import encoded_folder, encoding
 from megakd.data.chat import tokens
 from megakd.data.chat.counts import ChatCounts, table_lines
 from megakd.data.chat.tokens import ChatEncoder
-from megakd.data.encode_shards import write_encoded
-from megakd.data.encoded_folder import as_encoded, facts_of, open_splits
+from megakd.data.encoded_folder import as_encoded, facts_of, open_splits, write_encoded
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import plain_encoding
@@ -203,7 +202,7 @@ def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
 def test_a_folder_of_encoded_conversations_has_the_rows_and_numbers_of_the_run(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(encode_shards, "TEXTS_PER_SHARD", 4)
+    monkeypatch.setattr(encoded_folder, "TEXTS_PER_SHARD", 4)
     data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
     facts = facts_of(data.task, data.tokenizer, seed=0)
     write_encoded(tmp_path / "encoded", data.splits, data.tokenizer, data.task, facts=facts)

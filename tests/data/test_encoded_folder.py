@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from tiny_runs import reviews, write_jsonl
 
 from megakd.config.task import TaskConfig, TokenizerConfig
-from megakd.data import encode_shards, encoded_folder
-from megakd.data.encode_shards import write_encoded
-from megakd.data.encoded_folder import MANIFEST, as_encoded, facts_of, open_splits
+from megakd.data import encoded_folder
+from megakd.data.encoded_folder import MANIFEST, as_encoded, facts_of, open_splits, write_encoded
 from megakd.data.encoding import encode_splits
 from megakd.data.splits import load_splits
 from megakd.data.tokenizers import load_tokenizer
@@ -60,7 +59,7 @@ class Data:
 @pytest.fixture
 def small_shards(monkeypatch):
     """Shards of ten texts."""
-    monkeypatch.setattr(encode_shards, "TEXTS_PER_SHARD", 10)
+    monkeypatch.setattr(encoded_folder, "TEXTS_PER_SHARD", 10)
 
 
 def plain(encoded):
@@ -87,7 +86,7 @@ def test_the_folder_has_the_rows_and_the_key_of_the_run(tmp_path, kind):
 @pytest.mark.usefixtures("small_shards")
 def test_a_stopped_call_goes_on_after_its_last_whole_shard(tmp_path, monkeypatch, kind):
     data = Data(tmp_path, kind)
-    written, write_tables = [], encode_shards.write_tables
+    written, write_tables = [], encoded_folder.write_tables
 
     def stop_in_third(path, tables):
         if len(written) == 2:
@@ -96,14 +95,14 @@ def test_a_stopped_call_goes_on_after_its_last_whole_shard(tmp_path, monkeypatch
         written.append(path.name)
         write_tables(path, tables)
 
-    monkeypatch.setattr(encode_shards, "write_tables", stop_in_third)
+    monkeypatch.setattr(encoded_folder, "write_tables", stop_in_third)
     with pytest.raises(KeyboardInterrupt):
         data.write()
     with pytest.raises(DataError, match=r"is not finished; start `megakd encode`"):
         data.from_folder()
     again = []
     monkeypatch.setattr(
-        encode_shards, "write_tables", lambda p, t: (again.append(p.name), write_tables(p, t))
+        encoded_folder, "write_tables", lambda p, t: (again.append(p.name), write_tables(p, t))
     )
 
     data.write()
@@ -216,7 +215,7 @@ def test_packed_rows_do_not_depend_on_the_size_of_the_shards(
 ):
     data = Data(tmp_path_factory.mktemp("data"), "causal_lm", count, max_length=length)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode_shards, "TEXTS_PER_SHARD", shard)
+        patch.setattr(encoded_folder, "TEXTS_PER_SHARD", shard)
         data.write()
 
     assert plain(data.from_folder()) == plain(data.by_the_run())

@@ -1,22 +1,26 @@
-"""Encoding: what is on disk, when it is reused, and the micro-batches made of it."""
+"""Encoded rows: their tokens, their keys, and batches of them."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
+import slow_tokenizer
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import unpack
+from slow_tokenizer import Words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -30,7 +34,7 @@ from megakd.config.task import TaskConfig
 from megakd.data import encoding
 from megakd.data.cache import rows_key
 from megakd.data.collation import Collator
-from megakd.data.encoding import encode_splits, labelled_only, tokenizer_content
+from megakd.data.encoding import encode_rows, encode_splits, labelled_only, tokenizer_content
 from megakd.data.token_tables import PackedRow, document_ends
 from megakd.errors import DataError
 
@@ -396,3 +400,80 @@ def test_max_length_is_the_tasks(tmp_path):
     rows = encode_splits(_documents(), _gpt(), task, cache_dir=tmp_path).train
 
     assert [len(ids) for ids in rows["input_ids"]] == [5, 5, 5, 5]
+
+
+TASK = TaskConfig(type="classification", dataset="none", max_length=2)
+
+
+def fast(**keys: Any) -> PreTrainedTokenizerFast:
+    numbers = {word: number for number, word in enumerate(slow_tokenizer.WORDS)}
+    made = Tokenizer(models.WordLevel(numbers, slow_tokenizer.SPECIAL["unk_token"]))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, **slow_tokenizer.SPECIAL, **keys)
+
+
+def encoded(texts: list[str], tokenizer: Any, folder: Path) -> list[list[int]]:
+    rows = Dataset.from_dict({"text": texts, "label": [0] * len(texts)})
+    made, _ = encode_rows({"test": rows}, tokenizer, TASK, content_hash="same", cache_dir=folder)
+    return made["test"]["input_ids"][:]
+
+
+def test_two_columns_of_one_file_that_differ_in_one_row_are_encoded_separately(tmp_path):
+    """The file, and so the hash of its content, is the same for both choices of the column."""
+    texts = ["a"] * 1000
+    encoded(texts, fast(), tmp_path)
+
+    for place in (1, 500, 998):
+        clean = [*texts[:place], "b", *texts[place + 1 :]]
+        assert encoded(clean, fast(), tmp_path)[place] == [3]
+
+
+@pytest.mark.parametrize(
+    ("text", "keys", "tokens"),
+    [
+        ("a a b", {"truncation_side": "left"}, [2, 3]),
+        ("[PAD]", {"split_special_tokens": True}, [1]),
+    ],
+)
+def test_a_setting_that_is_passed_at_every_call_changes_the_key(tmp_path, text, keys, tokens):
+    encoded([text], fast(), tmp_path)
+
+    assert encoded([text], fast(**keys), tmp_path) == [tokens]
+    assert tokenizer_content(fast(**keys)) != tokenizer_content(fast())
+
+
+def test_a_setting_of_a_tokenizer_without_a_backend_changes_the_key(tmp_path):
+    assert encoded(["A"], Words(), tmp_path) == [[4]]
+    assert encoded(["A"], Words(lower=True), tmp_path) == [[2]]
+
+
+def test_the_key_of_a_tokenizer_without_a_backend_does_not_depend_on_its_folder(tmp_path):
+    Words(lower=True).save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+
+    keys = {tokenizer_content(Words.from_pretrained(tmp_path / name)) for name in ("one", "two")}
+
+    assert len(keys) == 1
+    assert tokenizer_content(Words.from_pretrained(tmp_path / "one")) in keys
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"input_ids": [[1, 2], [3]]},
+        {"input_ids": [[1], [2, 4]]},
+        {"input_ids": [[3], [1, 2]]},
+        {"input_ids": [[1, 2], [3], []]},
+        {"token_type_ids": [[0], [1, 1]]},
+    ],
+    ids=["boundary", "token", "order", "count", "segment"],
+)
+def test_whatever_a_model_reads_is_in_the_key_of_the_tokens_and_labels_are_not(changed):
+    columns = {"input_ids": [[1], [2, 3]], "token_type_ids": [[0], [0, 1]]}
+    key = encoding.tokens_key(Dataset.from_dict(columns | {"label": [0, 1]}))
+    other = columns | changed
+    if len(other["input_ids"]) > 2:
+        other["token_type_ids"] = [*other["token_type_ids"], []]
+
+    assert encoding.tokens_key(Dataset.from_dict(columns | {"label": [-100, 1]})) == key
+    assert encoding.tokens_key(Dataset.from_dict(other)) != key

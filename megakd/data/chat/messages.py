@@ -137,7 +137,6 @@ def _from_openai(message: Message, where: str) -> Message:
 
 
 def _content(value: object, where: str) -> object:
-    """Return the text of a content; parts of text are joined by a line break."""
     if not isinstance(value, list):
         return value
     texts: list[str] = []

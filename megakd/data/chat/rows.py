@@ -215,7 +215,6 @@ def _present(record: Record, column: str, where: str) -> object:
 
 
 def _value(record: Record, column: str, kind: type, where: str) -> Any:
-    """Return the list or object of a column, given as it is or as JSON text; None if missing."""
     value = record.values.get(column)
     if value is None or value in ("", []):
         return None

@@ -169,8 +169,6 @@ class ChatTemplate:
 
 
 class _View:
-    """One conversation with its template."""
-
     def __init__(
         self,
         template: ChatTemplate,
@@ -238,7 +236,6 @@ class _View:
             ) from error
 
     def _prefix(self, text: str, count: int, *, prompted: bool) -> int:
-        """Return the length of the text of the first messages, which must begin the whole text."""
         prefix = self.up_to(count, prompted=prompted)
         # Phi's templates close every text without a prompt for an answer with the end token.
         for begun in (prefix, prefix.removesuffix(self._template.end)):

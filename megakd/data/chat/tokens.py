@@ -187,7 +187,6 @@ class ChatEncoder:
     def _encoded(
         self, rendered: Sequence[Rendered], places: Sequence[str]
     ) -> Iterator[Tokens | None]:
-        """Yield the tokens of each text, in which no token reaches over the start of an answer."""
         whole = self._pieces([text.text for text in rendered])
         # Up to a separate token, the text before a start has the same tokens as the whole text.
         cuts = [
@@ -298,7 +297,6 @@ class ChatEncoder:
     def _cut_row(
         self, conversation: Conversation, tokens: Tokens, made: ChatCounts
     ) -> ChatRow | None:
-        """Return the row that fits in `max_length`; None, with a count in `made`, if none fits."""
         most, is_prompt = self._task.row_length, conversation.is_prompt
         if len(tokens.ids) > most and self._task.truncation == "drop":
             made.too_long += 1
@@ -318,8 +316,6 @@ class ChatEncoder:
 
 
 class _Pieces(NamedTuple):
-    """Tokens, and the first character of each token."""
-
     ids: list[int]
     offsets: list[int]
 
