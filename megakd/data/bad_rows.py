@@ -96,12 +96,6 @@ class BlankRows:
     def tell(folder: Path, name: str, *, rows: int, are_kept: bool) -> None:
         """Log a warning for the rows that `write` has counted.
 
-        Args:
-            folder: the folder of the rows.
-            name: name of the rows in messages.
-            rows: number of rows that are used.
-            are_kept: whether rows without text are used.
-
         Raises:
             DataError: all kept rows have no text.
         """

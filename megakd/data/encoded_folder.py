@@ -150,12 +150,6 @@ def as_encoded(
 ) -> Encoded:
     """Return the rows of `open_splits` as the encoded rows of a run.
 
-    Args:
-        folder: the folder.
-        splits: the rows of the folder.
-        tokenizer: the tokenizer of the run.
-        facts: see `facts_of`.
-
     Raises:
         DataError: the rows were encoded with another tokenizer or with other settings.
     """

@@ -78,13 +78,7 @@ def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
 def tables_of_files(
     paths: Mapping[SplitName, Sequence[Path]], key: str, *, name: str | None = None
 ) -> dict[SplitName, Table]:
-    """Return the rows of files by split; see `files_table`.
-
-    Args:
-        paths: the files.
-        key: the setting that names the files of a `{split}`.
-        name: name of the files in messages.
-    """
+    """Return the rows of files by split; see `files_table`."""
     is_cut = "validation" not in paths
     return {
         split: files_table(

@@ -204,10 +204,6 @@ def readable(path: Path) -> Iterator[None]:
 def text_lines(path: Path, each: Callable[[bytes], None] | None = None) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, with line ends and without a byte order mark.
 
-    Args:
-        path: the file.
-        each: called with every line as it is in the file.
-
     Raises:
         DataError: the file cannot be read, or a line is not UTF-8.
     """

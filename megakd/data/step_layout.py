@@ -108,11 +108,7 @@ class StepLayout(NamedTuple):
         return [np.arange(number, len(lengths), parts) for number in shape.micro_batches]
 
     def most_micro_batches(self, longest: int) -> int:
-        """Return the largest number of micro-batches of a rank in a step.
-
-        Args:
-            longest: tokens of the longest row.
-        """
+        """Return the largest number of micro-batches of a rank in a step."""
         if self.tokens_per_rank is None:
             return self.shape.accumulation
         # When a row does not fit, every micro-batch has as many rows as of the longest rows fit.

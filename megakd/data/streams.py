@@ -210,10 +210,6 @@ def table_of(path: Path, key: str) -> Table:
 
     The columns of a jsonl file are the keys of its first row with keys; later rows may have more.
 
-    Args:
-        path: the file.
-        key: the setting that names the file.
-
     Raises:
         DataError: the file cannot be read row by row.
     """

@@ -74,11 +74,6 @@ def load_student_tokenizer(
     * characters that the normalizers of the two libraries treat differently: U+0085, İ, and
       accents on letters in unusual forms, such as two accents on one letter.
 
-    Args:
-        vocabulary: type and size of the vocabulary.
-        splits: the training text, and its content hash.
-        cache_dir: folder below which trained tokenizers are kept.
-
     Raises:
         DataError: the training text is streamed, gives fewer pieces than `vocabulary.size`, or has
             more characters than fit.

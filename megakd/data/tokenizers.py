@@ -400,9 +400,6 @@ def characters_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
     A special token has none. A token of bytes counts the characters that begin in the token.
 
-    Args:
-        tokenizer: any tokenizer.
-
     Returns:
         [V] int64, where V is the largest token number plus 1.
     """

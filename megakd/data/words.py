@@ -45,12 +45,7 @@ def check_words(
 
 
 def word_starts(encoded: BatchEncoding, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield, for each text, the position of the first token of each token's word.
-
-    Args:
-        encoded: the encoded texts, by a fast tokenizer.
-        texts: the texts.
-    """
+    """Yield, for each text, the position of the first token of each token's word."""
     for text, encoding in zip(texts, encoded.encodings or (), strict=True):
         yield _starts(encoding, text)
 

@@ -129,69 +129,52 @@ def test_mnli_is_scored_on_the_validation_split_it_names(tmp_path: Path):
     assert load("mnli-mismatched", tmp_path, tmp_path).train[0]["label"] == 1
 
 
-def test_an_unknown_task_names_the_nearest(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"no GLUE task 'sst3'; did you mean glue/sst2\?"):
-        load("sst3", tmp_path, tmp_path)
-
-
-def test_another_type_of_task_is_refused(tmp_path: Path):
-    with pytest.raises(
-        ConfigError, match=r"task\.type: must be regression for glue/stsb \(got class"
-    ):
-        load("stsb", tmp_path, tmp_path)
-
-
-def test_own_columns_are_refused(tmp_path: Path):
-    task = TaskConfig(
-        type="classification", dataset="glue/sst2", data_dir=tmp_path, label_column="x"
-    )
-
-    with pytest.raises(
-        ConfigError,
-        match=r"task\.label_column: not supported with glue/sst2, which has its own columns",
-    ):
-        load_splits(task, seed=1, cache_dir=tmp_path)
-
-
-def test_a_missing_folder_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=r"task\.data_dir: the folder .*nope does not exist"):
-        load("sst2", tmp_path / "nope", tmp_path)
-
-
-def test_a_missing_task_folder_is_refused(tmp_path: Path):
-    (tmp_path / "RTE").mkdir()
-
-    with pytest.raises(DataError, match=r"train\.tsv does not exist, and .* GLUE task sst2"):
-        load("sst2", tmp_path, tmp_path)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path):
-    write(tmp_path / "train.tsv", ["sentence", "label"], ["a", "1"])
-
-    with pytest.raises(DataError, match=r"dev\.tsv does not exist"):
-        load("sst2", tmp_path, tmp_path)
-
-
-def test_the_folder_of_another_task_is_refused_by_its_columns(tmp_path: Path):
-    in_both(tmp_path, ["index", "sentence1", "sentence2", "label"], ["0", "a", "b", "1"])
-
-    message = r"column 'sentence' .* does not exist; the columns are index, sentence1"
-    with pytest.raises(DataError, match=message):
-        load("sst2", tmp_path, tmp_path)
-
-
-def test_a_label_outside_the_classes_is_refused(tmp_path: Path):
-    in_both(tmp_path, ["sentence", "label"], ["a", "1"], ["b", "2"])
-
-    with pytest.raises(DataError, match=r"train\.tsv, line 3: label 2 is outside 0\.\.1"):
-        load("sst2", tmp_path, tmp_path)
-
-
-def test_without_folder_and_hub_the_way_out_is_named(tmp_path: Path):
+PAIR = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n"
+REFUSED = {
+    "an unknown task": ("sst3", {}, r"no GLUE task 'sst3'; did you mean glue/sst2\?"),
+    "a type of another task": ("stsb", {}, r"type: must be regression for glue/stsb \(got class"),
+    "columns": (
+        "sst2",
+        {"label_column": "x"},
+        r"task\.label_column: not supported with glue/sst2, which has its own columns",
+    ),
+    "no folder": (
+        "sst2",
+        {"data_dir": Path("nope")},
+        r"task\.data_dir: the folder .*nope does not exist",
+    ),
+    "a folder of another task": ("sst2", {}, r"train\.tsv does not exist, and .* GLUE task sst2"),
     # tests/conftest.py sets HF_HUB_OFFLINE
-    message = r"the Hub cannot be reached .* nyu-mll/glue \(sst2\), .* set task\.data_dir"
-    with pytest.raises(DataError, match=message):
-        load("sst2", None, tmp_path)
+    "no hub": (
+        "sst2",
+        {"data_dir": None},
+        r"the Hub cannot be reached .* nyu-mll/glue \(sst2\), .* set task\.data_dir",
+    ),
+    "no file": ("sst2", {"train": "sentence\tlabel\na\t1\n"}, r"dev\.tsv does not exist"),
+    "other columns": (
+        "sst2",
+        {"train": PAIR, "dev": PAIR},
+        r"column 'sentence' .* does not exist; the columns are index, sentence1",
+    ),
+    "a label outside the classes": (
+        "sst2",
+        dict.fromkeys(("train", "dev"), "sentence\tlabel\na\t1\nb\t2\n"),
+        r"train\.tsv, line 3: label 2 is outside 0\.\.1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "given", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_task_that_cannot_be_read_is_refused(tmp_path: Path, name: str, given, message: str):
+    (tmp_path / "RTE").mkdir()
+    keys = {"data_dir": tmp_path, **given}
+    for split in ("train", "dev"):
+        if split in keys:
+            (tmp_path / f"{split}.tsv").write_text(keys.pop(split))
+    task = TaskConfig(type="classification", dataset=f"glue/{name}", **keys)
+
+    with pytest.raises((ConfigError, DataError), match=message):
+        load_splits(task, seed=1, cache_dir=tmp_path / "cache")
 
 
 def test_the_hub_gives_the_same_rows_as_the_folders(

@@ -317,31 +317,27 @@ def test_a_missing_special_token_is_named(role):
         check_special_tokens(tokenizer, "teacher.model")
 
 
-def test_one_token_in_two_roles_is_refused():
-    tokenizer = _word_level(WORDS, roles={"sep_token": "[PAD]"})
-
-    with pytest.raises(
-        DataError, match=r"student: \[PAD\] is both the pad token and the sep token"
-    ):
-        check_special_tokens(tokenizer, "student")
-
-
-def test_swapped_cls_and_sep_are_refused():
-    tokenizer = _word_level(WORDS, roles={"cls_token": "[SEP]", "sep_token": "[CLS]"})
-
-    with pytest.raises(
-        DataError, match=r"student: the tokenizer puts \[CLS\] first .* and \[SEP\], its cls token,"
-    ):
-        check_special_tokens(tokenizer, "student")
-
-
-def test_a_wrong_last_token_is_refused():
-    tokenizer = _word_level(WORDS, template=("[CLS]", "[MASK]"))
-
-    with pytest.raises(
-        DataError, match=r"puts \[MASK\] last in an encoded text, and \[SEP\], its sep token,"
-    ):
-        check_special_tokens(tokenizer, "student")
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"roles": {"sep_token": "[PAD]"}},
+            r"student: \[PAD\] is both the pad token and the sep token",
+        ),
+        (
+            {"roles": {"cls_token": "[SEP]", "sep_token": "[CLS]"}},
+            r"student: the tokenizer puts \[CLS\] first .* and \[SEP\], its cls token,",
+        ),
+        (
+            {"template": ("[CLS]", "[MASK]")},
+            r"puts \[MASK\] last in an encoded text, and \[SEP\], its sep token,",
+        ),
+    ],
+    ids=["two roles", "swapped", "wrong last token"],
+)
+def test_special_tokens_in_wrong_places_are_refused(keys, message):
+    with pytest.raises(DataError, match=message):
+        check_special_tokens(_word_level(WORDS, **keys), "student")
 
 
 class _Forgetful:

@@ -30,10 +30,6 @@ SHAREGPT_ROLES = {
 def messages_of(value: object, *, where: str) -> list[Message]:
     """Return the messages of a column: a list of messages, or such a list as JSON text.
 
-    Args:
-        value: the value of the column.
-        where: the row and the column, for messages of errors.
-
     Raises:
         DataError: the value is not a list of messages; names the message.
     """

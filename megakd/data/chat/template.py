@@ -87,10 +87,6 @@ class ChatTemplate:
     def render(self, conversation: Conversation, *, where: str) -> Rendered:
         """Return the text of a conversation and the parts that count.
 
-        Args:
-            conversation: messages.
-            where: the row, for messages of errors.
-
         Raises:
             DataError: the template refuses the conversation, leaves out a message or a call of a
                 tool, or renders the beginning of the conversation differently when the rest
