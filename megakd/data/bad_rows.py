@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MOST_NAMED = 20
+FILE = "blank_rows.json"
+"""File in a folder of rows: the number of rows without text, the first, and the bad rows."""
 
 
 class BadRows:
@@ -60,10 +62,6 @@ class BadRows:
                 "be used (correct them, or set task.bad_rows: drop to leave them out):\n  "
                 + "\n  ".join(self._first)
             )
-
-
-FILE = "blank_rows.json"
-"""File in a folder of rows: the number of rows without text, the first, and the bad rows."""
 
 
 @dataclass

@@ -38,6 +38,10 @@ ROWS_PER_BATCH = 1000
 CHARACTERS_PER_BATCH = 64_000_000
 
 Row = Mapping[str, object]
+LABELS_AT_ONCE = 100_000
+TEXTS_AT_ONCE = 1000
+PLACE = "place"
+"""Column with the place of a row in messages, on which nothing else depends."""
 
 
 def key_of(*parts: object) -> str:
@@ -123,12 +127,6 @@ def _batches(rows: Iterable[Row], columns: tuple[str, ...]) -> Iterator[dict[str
             pending, characters = [], 0
     # An empty last batch gives an empty file its columns.
     yield {name: [row[name] for row in pending] for name in columns}
-
-
-LABELS_AT_ONCE = 100_000
-TEXTS_AT_ONCE = 1000
-PLACE = "place"
-"""Column with the place of a row in messages, on which nothing else depends."""
 
 
 def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:

@@ -26,6 +26,9 @@ LENGTH_MULTIPLE = 8
 _FILL = {"labels": IGNORE, "token_type_ids": 0, WORD_STARTS: 0}
 _PADDED = ("input_ids", "position_ids", *_FILL)
 """Columns with a value per token; rows may have further columns for other models."""
+Columns = dict[str, "tuple[NDArray, NDArray]"]
+"""Column name -> (values of all rows concatenated, number of values per row)."""
+_NOTHING = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
 class Collator:
@@ -146,11 +149,6 @@ def documents_of(positions: Any) -> Documents:
     begins = np.diff(positions, axis=1, prepend=positions[:, :1]) != 1
     starts = np.append(np.flatnonzero(begins), positions.size).astype(np.int32)
     return Documents(torch.from_numpy(starts), int(np.diff(starts).max(initial=0)))
-
-
-Columns = dict[str, "tuple[NDArray, NDArray]"]
-"""Column name -> (values of all rows concatenated, number of values per row)."""
-_NOTHING = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
 def columns_of(rows: object) -> Columns:

@@ -66,6 +66,7 @@ _FREE = (
     "end_tokens",
 )
 Record = Mapping[str, Any]
+TEXTS_PER_SHARD = 100_000
 
 
 def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Fingerprint:
@@ -197,9 +198,6 @@ def _check_files(folder: Path, manifest: Record) -> None:
 def _mapped(folder: Path, shards: list[Record]) -> Dataset:
     files = [read_rows(folder / shard["file"]) for shard in shards if shard["rows"]]
     return files[0] if len(files) == 1 else concatenate_datasets(files)
-
-
-TEXTS_PER_SHARD = 100_000
 
 
 @dataclass

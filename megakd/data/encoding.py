@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
 COUNTS = "counts.json"
+# Part of every key: increase this number when the encoded rows would differ.
+VERSION = 1
+# Part of the keys of rows with words, likewise.
+WORDS_VERSION = 2
 
 
 class StreamedRows(NamedTuple):
@@ -319,12 +323,6 @@ def _named(splits: Splits) -> tuple[tuple[str, Dataset | None], ...]:
 def _token_count(rows: Dataset) -> int:
     column = rows.data.column("input_ids")
     return sum(len(chunk.flatten()) for chunk in column.chunks)
-
-
-# Part of every key: increase this number when the encoded rows would differ.
-VERSION = 1
-# Part of the keys of rows with words, likewise.
-WORDS_VERSION = 2
 
 
 def encoded_key(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 STEPS_AHEAD = 2
 LENGTHS_AT_ONCE = 100_000
+T = TypeVar("T")
 
 
 class OtherReading(Protocol):
@@ -265,9 +266,6 @@ def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
 def evaluation_turns(count: int, *, batch_size: int, world: int) -> int:
     """Return the number of batches that every rank gets for `count` rows."""
     return -(-count // (batch_size * world))
-
-
-T = TypeVar("T")
 
 
 class Waits(Protocol):

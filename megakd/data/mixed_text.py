@@ -52,6 +52,11 @@ if TYPE_CHECKING:
 
 # Any number but 0, which is the domain of the masks.
 _COINS = 0x6D69786564
+logger = logging.getLogger(__name__)
+# Part of every key: increase this number when the encoded rows would differ.
+VERSION = 1
+_COLUMNS = ("input_ids", "teacher_ids", "student_lengths", "teacher_lengths", "fixed")
+_Row = tuple["NDArray[np.int32 | np.int64]", ...]
 
 
 class MixedText:
@@ -228,13 +233,6 @@ def _table(values: dict[str, NDArray[np.int64]], bounds: NDArray[np.int64]) -> p
         for name, value in values.items()
     }
     return arrow.table(lists)
-
-
-logger = logging.getLogger(__name__)
-# Part of every key: increase this number when the encoded rows would differ.
-VERSION = 1
-_COLUMNS = ("input_ids", "teacher_ids", "student_lengths", "teacher_lengths", "fixed")
-_Row = tuple["NDArray[np.int32 | np.int64]", ...]
 
 
 def encode_mixed(

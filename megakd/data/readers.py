@@ -38,6 +38,9 @@ JSON_FEATURE = getattr(datasets, "Json", Value)
 
 Digest = Callable[[Path], str]
 """A function that returns a hash of a file."""
+PIECE_CHARACTERS = 8000
+# A file whose held-out split is cut from its own text is cut into about this many pieces or more.
+FEWEST_PIECES = 40
 
 
 def digest_of(path: Path) -> str:
@@ -453,11 +456,6 @@ def _listed_records(name: str, rows: list[object]) -> Iterator[Record]:
             raise DataError(
                 f"{name}, {place} must be a text, an object or [text, label] (got {row!r:.60})"
             )
-
-
-PIECE_CHARACTERS = 8000
-# A file whose held-out split is cut from its own text is cut into about this many pieces or more.
-FEWEST_PIECES = 40
 
 
 def read_documents(paths: Sequence[Path], name: str, *, to_be_split: bool) -> Table:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from megakd.contract.batch import BatchSource
     from megakd.data.tables import Record, Table
+logger = logging.getLogger(__name__)
 
 
 class RoutedSource:
@@ -175,9 +176,6 @@ def _with_documents(part: Batch) -> Batch:
     positions = torch.where(part.valid, ids, filled)
     inputs = {**part.inputs, "position_ids": positions}
     return part._replace(inputs=inputs, documents=documents_of(positions.numpy()))
-
-
-logger = logging.getLogger(__name__)
 
 
 class RowTeacher(NamedTuple):

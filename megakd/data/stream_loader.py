@@ -42,6 +42,8 @@ CHARACTERS_PER_LENGTH = 128
 """A block also has this many characters per token of `max_length`, which is about 32 packed rows.
 The last row of a block of causal_lm is shorter than the others."""
 BLOCKS_AHEAD = 1
+Parts = list[tuple[pa.Table, int]]
+"""Parts of blocks, with the epoch of each part."""
 
 
 class Position(NamedTuple):
@@ -64,10 +66,6 @@ class Block(NamedTuple):
 
     rows: pa.Table
     position: Position
-
-
-Parts = list[tuple[pa.Table, int]]
-"""Parts of blocks, with the epoch of each part."""
 
 
 class EncodedStream:

@@ -26,6 +26,8 @@ from megakd.data.rows import DEFAULT_METRICS, ERROR, VERSION, Found, TextStream,
 from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
 
+SAMPLED_BYTES = 1 << 16
+
 
 def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Found:
     """Return a stream of local files, and the rows of the held-out files.
@@ -127,9 +129,6 @@ def _cut(stream: TextStream, task: TaskConfig, *, cache_dir: Path) -> tuple[Text
             f"has {len(rows)} and no further text to train on; set a smaller number"
         )
     return rest, rows
-
-
-SAMPLED_BYTES = 1 << 16
 
 
 def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStream:
