@@ -48,7 +48,7 @@ def refused(config_path: str, overrides: list[str], folder: str, urls: list[str]
     said = []
     for needed in (10**18, 1):
         try:
-            with patch.object(push, "_bytes_of", lambda _, needed=needed: needed):
+            with patch("megakd.servers.push._bytes_of", lambda _, needed=needed: needed):
                 push.push(1)
         except MegakdError as error:
             said.append(str(error))
