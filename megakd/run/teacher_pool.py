@@ -97,7 +97,7 @@ class TeacherPool:
         """Return a teacher of a stage; one that the last stage has asked is still open."""
         if name in self._open:
             _, teacher = self._open[name]
-            self._ask(teacher, name, stage)
+            self._ask(teacher, name, stage, self._needs(stage))
             return teacher
         is_alone = not self._open
         teacher = self.open(name, stage)
@@ -113,7 +113,7 @@ class TeacherPool:
             MegakdError: the teacher cannot be used, or a cache or a server lacks these outputs.
         """
         ready = self.assembly.teachers[name]
-        needs = self.assembly.losses(stage).teacher_needs()
+        needs = self._needs(stage)
         part = "server" if ready.spec.cache is None else "cache"
         if (ready.spec.cache or ready.spec.server) and needs != Needs():
             raise ConfigError(
@@ -127,13 +127,16 @@ class TeacherPool:
             return self.assembly.cached(ready, ready.spec.cache)
         dtype, spec = self.assembly.teacher_dtype(ready), ready.spec.deepspeed
         teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
-        self._ask(teacher, name, stage)
+        self._ask(teacher, name, stage, needs)
         return teacher
 
-    def _ask(self, teacher: Opened, name: str, stage: Stage) -> None:
+    def _needs(self, stage: Stage) -> Needs:
+        return self.assembly.losses(stage).teacher_needs()
+
+    def _ask(self, teacher: Opened, name: str, stage: Stage, needs: Needs) -> None:
         if not isinstance(teacher, FrozenTeacher):
             return
-        ready, needs = self.assembly.teachers[name], self.assembly.losses(stage).teacher_needs()
+        ready = self.assembly.teachers[name]
         per_call = micro_batches_per_call(
             ready,
             needs,
@@ -150,7 +153,7 @@ class TeacherPool:
             return
         if self._read_once(name) is None:
             with left_out_of_peak(self.assembly.ranks.device):
-                self._measured(name, teacher)
+                self._measure(name, teacher)
                 forget_models()
 
     @contextmanager
@@ -161,7 +164,8 @@ class TeacherPool:
         dtype = own.teacher_dtype(ready)
         model = own.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
         try:
-            self._measured(name, model)
+            if self._read_once(name) is None:
+                self._measure(name, model)
             yield model
         finally:
             model.destroy()
@@ -177,11 +181,10 @@ class TeacherPool:
 
         The measurement is kept in `checkpoints/<teacher>-scores.json` for a run that goes on.
         """
-        known = self._read_once(name)
-        if known is None:
+        if self._read_once(name) is None:
             with self.loaded(name):
-                known = self._known[name]
-        return known
+                pass
+        return self._known[name]
 
     @property
     def folders(self) -> dict[str, Path | None]:
@@ -200,10 +203,7 @@ class TeacherPool:
         rows = prepared.encoded.held_out
         return held_out_prompts(rows, prepared.tokenizer, self._config.task, device)
 
-    def _measured(self, name: str, model: FrozenTeacher) -> Measured:
-        known = self._read_once(name)
-        if known is not None:
-            return known
+    def _measure(self, name: str, model: FrozenTeacher) -> None:
         own, shared = self.assembly.of(name), self.assembly.prepared
         prompts = self.prompts if shared.tokenizer_of(name) is shared.tokenizer else None
         with phase("scoring"), doing(f"scoring {name}"):
@@ -211,7 +211,6 @@ class TeacherPool:
             made = Measured(model_report(own, model), set_metrics(own, model), answers)
         self._known[name] = made
         on_main(lambda: self._write(name, made))
-        return made
 
     def _read_once(self, name: str) -> Measured | None:
         if name not in self._known:
