@@ -35,6 +35,7 @@ from lib.tables import print_rows
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Constant, Pass
 from megakd.engine.distributed import Ranks
+from megakd.methods.pools import all_teachers
 from megakd.methods.skdbert import Drawn
 
 TEACHERS = 5
@@ -73,7 +74,7 @@ def write_run(folder: Path, given: argparse.Namespace, what: str) -> None:
 def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list[Any]:
     """Return this rank's seconds of both steps; the last is the memory of a teacher."""
     bench = Bench(config, ranks)
-    names = tuple(map(bench.lab.teacher, bench.lab.config.teacher_specs))
+    names = all_teachers(bench.lab)
     stages = [bench.stage("student", names, each) for each in strategies(names, given)]
     before = psutil.Process().memory_info().rss
     teachers = {name: bench.teacher(name, stages[0]) for name in names}

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.options import MethodOptions
 from megakd.contract.terms import STRICT
-from megakd.methods.pools import soft_objective, taught_by_all
+from megakd.methods.pools import all_teachers, soft_objective, taught_by_all
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab
@@ -31,5 +31,5 @@ class MeanOfTeachersConfig(MethodOptions):
 def run(config: MeanOfTeachersConfig, lab: Lab) -> StageResult:
     """Train with one pass per teacher and a single forward of the student per micro-batch."""
     del config
-    names = tuple(map(lab.teacher, lab.config.teacher_specs))
+    names = all_teachers(lab)
     return taught_by_all(lab, names, soft_objective(lab), share=1 / len(names), how="mean")

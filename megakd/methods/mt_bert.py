@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.options import MethodOptions
 from megakd.contract.terms import STRICT
-from megakd.methods.pools import taught_by_all
+from megakd.methods.pools import all_teachers, taught_by_all
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab
@@ -33,7 +33,7 @@ class MtBertConfig(MethodOptions):
 def run(config: MtBertConfig, lab: Lab) -> StageResult:
     """Train with one pass per teacher and a single forward of the student per micro-batch."""
     del config
-    names = tuple(map(lab.teacher, lab.config.teacher_specs))
+    names = all_teachers(lab)
     trusting = (dataclasses.replace(term, row_weight="teacher_loss") for term in lab.soft_terms())
     objective = lab.config.objective or tuple(trusting)
     return taught_by_all(lab, names, objective, share=1.0, how="teacher_loss")

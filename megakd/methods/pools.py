@@ -20,6 +20,11 @@ def soft_objective(lab: Lab) -> tuple[TermConfig, ...]:
     return lab.config.objective or lab.soft_terms()
 
 
+def all_teachers(lab: Lab) -> tuple[str, ...]:
+    """Return the names of all teachers; fine-tune each teacher first if the config asks for it."""
+    return tuple(map(lab.teacher, lab.config.teacher_specs))
+
+
 def taught_by_all(
     lab: Lab, names: tuple[str, ...], objective: tuple[TermConfig, ...], *, share: float, how: str
 ) -> StageResult:

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.terms import STRICT
-from megakd.methods.pools import soft_objective, taught
+from megakd.methods.pools import all_teachers, soft_objective, taught
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab
@@ -67,7 +67,7 @@ class OwnRows(Constant):
 
 def run(config: RoutedConfig, lab: Lab) -> StageResult:
     """Train with one pass per teacher over its rows, and a single forward of the student."""
-    names, rows = tuple(map(lab.teacher, lab.config.teacher_specs)), lab.rows_of_teachers()
+    names, rows = all_teachers(lab), lab.rows_of_teachers()
     stage = Stage(
         name="student",
         teachers=names,

@@ -33,8 +33,7 @@ def task_problems(config: RunConfig) -> Iterator[str]:
         yield from _steps(config)
     sources = (task.mixture or {}).items()
     cases = [Case(config, f"task.mixture.{name}", source) for name, source in sources]
-    yield from problems(_UNROUTED, case)
-    yield from problems(_UNROUTED, *cases)
+    yield from problems(_UNROUTED, case, *cases)
     if config.method.routes_rows:
         yield from problems(_ROUTED, case)
         yield from problems(_ROUTED_SOURCE, *cases)
