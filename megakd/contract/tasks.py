@@ -1,4 +1,4 @@
-"""Names that the config, methods and losses share: tasks, their metrics, number formats, roles."""
+"""Names that rooms share: tasks, their metrics, number formats, roles, generated texts."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ COLLECTIVE_TIMEOUT_S = 600.0
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 _KEPT: list[bool] = []
 """Not empty if the process group is kept until the process ends."""
+PREFIXES = ("MEGAKD_", "HF_", "GLOO_", "TRITON_", "TORCH_EXTENSIONS_DIR", "TOKENIZERS_")
 
 
 @dataclass(frozen=True)
@@ -314,9 +315,6 @@ def _end(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-PREFIXES = ("MEGAKD_", "HF_", "GLOO_", "TRITON_", "TORCH_EXTENSIONS_DIR", "TOKENIZERS_")
 
 
 def warn_of_missing_variables() -> None:

@@ -1,4 +1,4 @@
-"""Freed memory of a rank: settings of glibc's allocator, and clean-up after a finished model.
+"""Memory of a rank: its peak, settings of glibc's allocator, and clean-up after a finished model.
 
 When a sharded model is built, each tensor is created whole and then freed. By default, glibc's
 heap would keep most of this memory, nearly a whole model per rank, so that it must be returned to
@@ -27,6 +27,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 RETURNED_BYTES = 128 << 10
 KEPT_BYTES = 32 << 20  # the largest value that glibc accepts
 TRIMMED_BYTES = 1 << 30
+PROCESS = Path("/proc/self")
+_EARLIER: dict[str, int] = {}
+"""Type of device -> highest peak before the last reset."""
+_COUNTED: dict[str, int] = {}
+"""Type of device -> peak since the last reset, up to memory that was left out."""
 
 
 @contextmanager
@@ -95,13 +100,6 @@ def _c_library() -> ctypes.CDLL | None:
         return ctypes.CDLL(None)
     except OSError:
         return None
-
-
-PROCESS = Path("/proc/self")
-_EARLIER: dict[str, int] = {}
-"""Type of device -> highest peak before the last reset."""
-_COUNTED: dict[str, int] = {}
-"""Type of device -> peak since the last reset, up to memory that was left out."""
 
 
 def device_name(device: torch.device) -> str:

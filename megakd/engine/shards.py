@@ -1,4 +1,7 @@
-"""This rank's part of each weight and of its gradient, at every ZeRO stage."""
+"""This rank's part of each weight and of its gradient, at every ZeRO stage.
+
+Also weights that are NaN or infinite, which are found shard by shard.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of conversations before a run: the models' chat templates and their end tokens.
+"""Checks of conversations before a run: the models' chat templates and their end tokens; of caches.
 
 A student that learns answers without its own end token, or from a teacher that ends its answers
 with another token, generates texts without an end.

@@ -1,4 +1,4 @@
-"""The largest step of a rank: how often its engines run, and on how many tokens."""
+"""The largest step of a rank: how often its engines and its teachers run, on how many tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from megakd.contract.tasks import Dtype
     from megakd.models.knowledge import Needs
     from megakd.models.source import ReadyTeacher
+
+BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}
+"""Bytes for the answers of a step and the activations of the forward that computes them."""
+_SHARDED = 3
+_IN_FLIGHT = 12
+"""Tensors as wide as the hidden states that a forward without gradient holds at a time."""
 
 
 class StepSize(NamedTuple):
@@ -47,13 +53,6 @@ def largest_step(train: TrainConfig, task: TaskConfig) -> StepSize:
     if train.tokens_per_rank is None:
         return StepSize(count, shape.per_device, task.row_length)
     return StepSize(count, 1, train.tokens_per_rank)
-
-
-BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}
-"""Bytes for the answers of a step and the activations of the forward that computes them."""
-_SHARDED = 3
-_IN_FLIGHT = 12
-"""Tensors as wide as the hidden states that a forward without gradient holds at a time."""
 
 
 def micro_batches_per_call(

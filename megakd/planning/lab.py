@@ -59,6 +59,8 @@ from megakd.training.recipes import baseline_stage, completed, scoring_preset
 
 _TRAINED_VOCABULARY = 8000
 _CONFIG = "config.json"
+UNKNOWN_STEPS = 10**6
+Work = Literal["training", "importance", "scoring", "timing"]
 
 
 def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
@@ -148,10 +150,6 @@ def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[
         config.num_labels = outputs
         found[role] = dataclasses.replace(source, config=config)
     return found
-
-
-UNKNOWN_STEPS = 10**6
-Work = Literal["training", "importance", "scoring", "timing"]
 
 
 @dataclass(frozen=True, kw_only=True)

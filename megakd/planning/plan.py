@@ -21,6 +21,13 @@ from megakd.reports.table import aligned_rows
 ROLES = ("teacher", "student")
 SPARE = 0.05
 """Fraction of an accelerator's memory that its allocator cannot use because of fragmentation."""
+MISCELLANY = 60_000_000
+"""Bytes of a process in addition to its imports.
+
+They hold the process group, data, the tokenizer, and code that DeepSpeed loads at first use.
+
+Measured on CPU ranks: 15 MB before the first model, 45 MB by the end of the first step.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,15 +264,6 @@ def _verdict(plan: Plan) -> str:
 def _gigabytes(size: float) -> str:
     digits = 1 if size >= 10 * GIGA else 2 if size >= GIGA else 3
     return f"{size / GIGA:,.{digits}f}"
-
-
-MISCELLANY = 60_000_000
-"""Bytes of a process in addition to its imports.
-
-They hold the process group, data, the tokenizer, and code that DeepSpeed loads at first use.
-
-Measured on CPU ranks: 15 MB before the first model, 45 MB by the end of the first step.
-"""
 
 
 def plan_run(

@@ -36,6 +36,11 @@ VALUELESS = torch.device("meta")
 """Tensors on this device have shapes and dtypes, but no values and no memory."""
 MAPPED_BYTES = 32 << 20
 """On a CPU rank, blocks of at least this size are mapped one by one (see `engine.memory`)."""
+_LIKE = {device: torch.empty(0, device=to) for device, to in (("cpu", "cpu"), ("cuda", "meta"))}
+_ROW_BUFFERS = 5  # block buffers of the row kernels on a CPU; a GPU has none
+# Position of the chunk size in the arguments of `megakd::linear_kd`; 0: the default.
+_LINEAR_CHUNK_MB = 20
+_RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
 class Amount(NamedTuple):
@@ -375,13 +380,6 @@ class _Watch(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # noqa: SLF001  (identifies a storage)
-
-
-_LIKE = {device: torch.empty(0, device=to) for device, to in (("cpu", "cpu"), ("cuda", "meta"))}
-_ROW_BUFFERS = 5  # block buffers of the row kernels on a CPU; a GPU has none
-# Position of the chunk size in the arguments of `megakd::linear_kd`; 0: the default.
-_LINEAR_CHUNK_MB = 20
-_RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
 def loss_workspace(

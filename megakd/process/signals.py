@@ -28,6 +28,14 @@ LOOK_EVERY_S = 1.0
 # Launchers give their ranks 30 s; without a launcher, no process would end a rank that hangs.
 GRACE_S = 120.0
 LAUNCHER_ENDED = "the end of its launcher"
+_active: _Watch | None = None
+PROGRAMS = ("deepspeed", "torchrun", "mpirun", "mpiexec", "orted", "prted", "hydra_pmi_proxy")
+MODULES = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.launch")
+FILES = ("deepspeed/launcher/launch.py", "torch/distributed/run.py", "torch/distributed/launch.py")
+SLURM = "slurmstepd"
+RANK_VARIABLES = ("RANK", "SLURM_PROCID")
+# Only DeepSpeed's launcher sets the first variable, and only torchrun sets the second.
+LAUNCHER_VARIABLES = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
 
 
 class Stopped(BaseException):
@@ -156,9 +164,6 @@ def _end_at_once(number: int, reason: str) -> None:
     os._exit(128 + number)
 
 
-_active: _Watch | None = None
-
-
 def _release_in_child() -> None:
     global _active  # noqa: PLW0603 - signal handlers belong to the process, and so does this
     if _active is not None:
@@ -221,15 +226,6 @@ def stopped(number: int, saved: str) -> Stopped:
         return Stopped(number, signal.Signals(number).name, saved)
     watch.agree(number)
     return Stopped(number, watch.reason, saved)
-
-
-PROGRAMS = ("deepspeed", "torchrun", "mpirun", "mpiexec", "orted", "prted", "hydra_pmi_proxy")
-MODULES = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.launch")
-FILES = ("deepspeed/launcher/launch.py", "torch/distributed/run.py", "torch/distributed/launch.py")
-SLURM = "slurmstepd"
-RANK_VARIABLES = ("RANK", "SLURM_PROCID")
-# Only DeepSpeed's launcher sets the first variable, and only torchrun sets the second.
-LAUNCHER_VARIABLES = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
 
 
 class Launchers:

@@ -1,4 +1,4 @@
-"""Redirection of prints, so that standard output has only the answer of a command."""
+"""What a command reads and prints: paths with ~, and its answer alone on standard output."""
 
 from __future__ import annotations
 

@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     from megakd.teachers.frozen import FrozenModel
     from megakd.training.engines import Assembly
 
+SMALLEST_NORM = 1e-17
+"""Added to norms, so that scores of zero stay zero; the value of the authors' code."""
+logger = logging.getLogger(__name__)
+
 
 class GateGradients(nn.Module):
     """The module of the engine: a frozen model whose forward returns the gradients of its gates.
@@ -162,10 +166,6 @@ def _totals(engine: Engine, batches: Iterable[Iterable[Batch]]) -> Tensor | None
         totals = totals + (gradients / count.clamp(min=1)).abs()
         labels = labels + count
     return None if labels == 0 else totals
-
-
-SMALLEST_NORM = 1e-17
-"""Added to norms, so that scores of zero stay zero; the value of the authors' code."""
 
 
 class Gates:
@@ -301,9 +301,6 @@ class Gate(torch.autograd.Function):
         (values,), (gradient,) = ctx.saved_tensors, gradients
         products = (values.float() * gradient.float()).flatten(0, -2).sum(0)
         return gradient, products.unflatten(0, ctx.shape).sum(1), None
-
-
-logger = logging.getLogger(__name__)
 
 
 def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Evaluation of a student on texts that it generates from held-out prompts."""
+"""Evaluation of a student on texts that it generates from held-out prompts, also by position."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ Losses = Callable[[Iterable["Batch"], Watch], Mapping[str, float]]
 
 The second argument changes the passes of the step, so that they also collect statistics.
 """
+BUCKETS = 8
+"""Most buckets of positions."""
+NAMES = {"kl": KL, "entropy": ENTROPY, "teacher_entropy": TEACHER_ENTROPY}
+"""Logged statistics, means in nats per token, and their columns in the sums."""
 
 
 class Text(NamedTuple):
@@ -179,12 +183,6 @@ def distinct_pairs(completions: Sequence[Completion]) -> float:
     """
     pairs = [pair for c in completions for pair in zip(c.ids, c.ids[1:], strict=False)]
     return len(set(pairs)) / len(pairs) if pairs else 1.0
-
-
-BUCKETS = 8
-"""Most buckets of positions."""
-NAMES = {"kl": KL, "entropy": ENTROPY, "teacher_entropy": TEACHER_ENTROPY}
-"""Logged statistics, means in nats per token, and their columns in the sums."""
 
 
 def bucket_ends(longest: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Generation of text with a model in one of the run's own engines."""
+"""Generators of text: a model in one of the run's own engines, or files of texts made elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training batches from texts that a model generates during the run."""
+"""Training batches from texts that a model generates, and the draw of each row's source."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from megakd.data.step_layout import Collate
     from megakd.rollouts.rows import Prompts, TrainingRow
     from megakd.rollouts.store import RolloutStore
+
+_SOURCES: tuple[RowSource, ...] = ("rollout", "replay", "data")
+_DRAW, _REPLAY = 1, 2
+REPLAYED_STEPS = 100
+"""The newest steps whose texts are replayed: a buffer of bounded size, as in DistiLLM."""
 
 
 class StepRows(NamedTuple):
@@ -269,12 +274,6 @@ class RolloutStatistics:
             "rollout/staleness": self.staleness / self.texts,
             "rollout/seconds": self.seconds,
         }
-
-
-_SOURCES: tuple[RowSource, ...] = ("rollout", "replay", "data")
-_DRAW, _REPLAY = 1, 2
-REPLAYED_STEPS = 100
-"""The newest steps whose texts are replayed: a buffer of bounded size, as in DistiLLM."""
 
 
 class RolloutDraws:

@@ -58,6 +58,12 @@ _FREE = (
     "micro_batches_per_call",
 )
 """Ends of config keys on which no result depends."""
+FINETUNE = "finetune.yaml"
+HEADER = """\
+# Fine-tunes the student of {out} on a task with labels. The task here is an example: give your own
+# files, and type: regression for scores.
+#   deepspeed launch/train.py --config {out}/finetune.yaml task.dataset=FILE task.label_column=NAME
+"""
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -397,14 +403,6 @@ def _with_model(stages: Path) -> list[str]:
     """Return the finished stages that give a model; others, such as a scoring, give only scores."""
     finished = (path.parent for path in stages.glob(f"*/{RESULT}"))
     return sorted(folder.name for folder in finished if (folder / "config.json").is_file())
-
-
-FINETUNE = "finetune.yaml"
-HEADER = """\
-# Fine-tunes the student of {out} on a task with labels. The task here is an example: give your own
-# files, and type: regression for scores.
-#   deepspeed launch/train.py --config {out}/finetune.yaml task.dataset=FILE task.label_column=NAME
-"""
 
 
 def write_next_config(config: RunConfig, final: Path) -> None:

@@ -1,4 +1,4 @@
-"""The checks of servers before a run: they serve the model, fit the texts, and agree."""
+"""The checks of servers before a run: they serve the model, fit the texts, agree, and are right."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ PROBE_TOKENS = 16
 """Tokens of the greedy texts that replicas are compared by."""
 TIMES = 2
 """How often every replica continues every prompt of the comparison."""
+TIMES = 2
+"""How often every replica answers every text of the check."""
+REPEATED, REFERENCE = 0.05, 0.1
+"""Largest mean difference of log-probabilities: between answers of servers, and from a local model.
+
+16-bit weights and other batches move log-probabilities of likely tokens by about 0.01; another
+model, template or precision of 8 bits moves them by far more.
+"""
 
 
 class Wanted(NamedTuple):
@@ -169,16 +177,6 @@ def _disagreement(one: str, other: str, number: int, prompt: tuple[int, ...], pl
         f"beginning with {list(prompt[:8])}) differ first at position {place}; check that all "
         "replicas serve the same weights in the same precision, and that nobody else uses them"
     )
-
-
-TIMES = 2
-"""How often every replica answers every text of the check."""
-REPEATED, REFERENCE = 0.05, 0.1
-"""Largest mean difference of log-probabilities: between answers of servers, and from a local model.
-
-16-bit weights and other batches move log-probabilities of likely tokens by about 0.01; another
-model, template or precision of 8 bits moves them by far more.
-"""
 
 
 def check_scores(

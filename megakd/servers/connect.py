@@ -1,4 +1,4 @@
-"""The replicas that a run config names."""
+"""The inference servers of a run: checked before its models load, and as its generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megakd.rollouts.prompts import prompts_of
 from megakd.servers.checks import Wanted, check_agreement, check_sampling, served_models
 from megakd.servers.generator import ServerGenerator
 from megakd.servers.hidden_states import check_folder
-from megakd.servers.http import PATIENCE_S, JsonServer
+from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer
 from megakd.servers.push import AdapterPush, FullPush, run_name, start_folder
 from megakd.servers.sglang import SglangServer
 from megakd.servers.vllm import VllmServer, VllmWeightServer
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from megakd.inputs.inputs import RunInputs
     from megakd.models.source import ModelSource
     from megakd.servers.protocol import TextServer
+
+PROBES = 4
+"""Prompts by whose greedy texts the replicas are compared."""
 
 
 def replicas_of(
@@ -62,12 +65,6 @@ def scoring_replicas(
         VllmServer(JsonServer(url, time_limit_s=config.time_limit, patience_s=patience_s))
         for url in config.url
     ]
-
-
-FIRST_PATIENCE_S = 0.5
-"""Seconds in which a server must accept a connection before the run."""
-PROBES = 4
-"""Prompts by whose greedy texts the replicas are compared."""
 
 
 class Served(NamedTuple):

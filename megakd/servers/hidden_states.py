@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from megakd.servers.http import JsonServer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEEN_WITHIN_S = 30.0
+"""Seconds until a file that a server has written on one node is visible on another node."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 
 
 class ExportedStates(NamedTuple):
@@ -192,11 +195,6 @@ def _request(ids: tuple[int, ...], model: str, name: str) -> dict[str, Any]:
         # Tokens from the prefix cache have no hidden states; the cache is kept apart by its salt.
         "cache_salt": name,
     }
-
-
-SEEN_WITHIN_S = 30.0
-"""Seconds until a file that a server has written on one node is visible on another node."""
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 
 
 class _NotYet(NamedTuple):

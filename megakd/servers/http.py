@@ -25,9 +25,12 @@ BUSY = (429, 502, 503, 504)
 """Status codes of a server, or of a gateway before the server, that may answer later."""
 PATIENCE_S = 60.0
 """Seconds in which a server may be gone during a run, such as behind a switch that fails over."""
+FIRST_PATIENCE_S = 0.5
+"""Seconds in which a server must accept a connection before the run."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 _READ_BYTES = 1 << 20
 _SHOWN = 400  # characters of an answer in a message
+T = TypeVar("T")
 
 
 class Reply(NamedTuple):
@@ -188,9 +191,6 @@ def _gave_up(where: str, last: Reply | Exception, *, waited_s: float) -> ServerE
 
 def _shown(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
-
-
-T = TypeVar("T")
 
 
 def field_of(tree: Any, key: str, kind: type[T], where: str) -> T:

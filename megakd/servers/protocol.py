@@ -1,4 +1,4 @@
-"""The requests that megakd sends to an inference server of any kind."""
+"""Requests to an inference server of any kind, and the checks of its generated texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Teachers whose answers come from inference servers, such as the most likely tokens."""
+"""Teachers whose answers come from inference servers: most likely tokens, or hidden states.
+
+They are checked before a run loads any model, and opened for its stages.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from megakd.models.readout import load_readout
 from megakd.servers.checks import REFERENCE, Wanted, check_reference, check_scores, served_models
 from megakd.servers.connect import scoring_replicas
 from megakd.servers.hidden_states import ExportedStates, Exports, StatesServer, check_folder
-from megakd.servers.http import PATIENCE_S, JsonServer, Running
+from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, Running
 from megakd.servers.protocol import BestTokens
 from megakd.storage.folders import check_given
 
@@ -44,6 +47,11 @@ if TYPE_CHECKING:
 Said = TypeVar("Said")
 AT_ONCE = 64
 """Requests of a rank that run at the same time."""
+COMPARED = 64
+"""Tokens per position by which answers are compared."""
+_STATES = "the shared_storage_path of the server, which every rank can read and write"
+CHECKED_ROWS = 8
+"""Training rows that the servers answer before the run."""
 
 
 class Document(NamedTuple):
@@ -243,10 +251,6 @@ class StatesTeacher(ServedTeacher[ExportedStates]):
         return Knowledge(hidden=hidden, head=self._readout.head)
 
 
-COMPARED = 64
-"""Tokens per position by which answers are compared."""
-
-
 def states_replicas(
     server: TeacherServerConfig,
     folder: Path,
@@ -370,13 +374,6 @@ class StatesAsScores:
         self.gaps.append(float(last.max() - last[said.following]))
         values, tokens = self._readout.most_likely(said.states[:-1], count)
         return BestTokens(tokens.int().cpu().numpy(), values.float().cpu().numpy())
-
-
-FIRST_PATIENCE_S = 0.5
-"""Seconds in which a server must accept a connection before the run."""
-_STATES = "the shared_storage_path of the server, which every rank can read and write"
-CHECKED_ROWS = 8
-"""Training rows that the servers answer before the run."""
 
 
 def check_teacher_servers(config: RunConfig, inputs: RunInputs) -> None:

@@ -1,4 +1,4 @@
-"""vLLM servers: `/v1/completions` with token numbers, and adapters that are loaded at run time.
+"""vLLM servers: `/v1/completions` with token numbers, and weights or adapters loaded at run time.
 
 Protocol: https://docs.vllm.ai, "OpenAI-Compatible Server" and "LoRA Adapters"; the fields are those
 of `CompletionRequest` and `CompletionResponseChoice` in vllm/entrypoints/openai.

@@ -1,4 +1,6 @@
-"""Finished folders: a model, its companion files, and checksums of all files that megakd wrote.
+"""Folders that exist whole or not at all, also if several processes build them at once.
+
+A finished folder is a model, its companion files, and checksums of all files that megakd wrote.
 
 `sealed_folder` and `copy_finished` write a finished folder. `open_finished` (for a folder of a
 run) and `check_given` (for a folder that a user names) verify a finished folder. All code that
@@ -32,6 +34,9 @@ from megakd.storage.checksums import (
 CHECKSUMS = "checksums.json"
 CARD = "README.md"
 """The model card, which users edit."""
+# Reading every byte of a cache at each start costs about a second per GiB and rank; in larger
+# folders only the lengths of the files are compared.
+CHECKED_BYTES = 1 << 30
 
 
 @contextmanager
@@ -200,11 +205,6 @@ def entries(folder: Path) -> Mapping[str, Any]:
         ValueError: the checksums are damaged.
     """
     return read_signed(folder / CHECKSUMS)["files"]
-
-
-# Reading every byte of a cache at each start costs about a second per GiB and rank; in larger
-# folders only the lengths of the files are compared.
-CHECKED_BYTES = 1 << 30
 
 
 def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:

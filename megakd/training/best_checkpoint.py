@@ -1,4 +1,7 @@
-"""The weights of the best evaluation, beside the checkpoints and not counted in their limit."""
+"""The weights of the best evaluation, beside the checkpoints and not counted in their limit.
+
+Of a student with adapters, the folder holds the adapters alone.
+"""
 
 from __future__ import annotations
 

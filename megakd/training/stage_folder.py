@@ -1,6 +1,6 @@
-"""The folder of a stage's models: the stage's own model, and a folder for each other learner.
+"""The folder of a finished stage: its models, and its result, which a later start reads.
 
-    stages/<stage>/           the model of the stage's role
+    stages/<stage>/           the model of the stage's role, and result.json
     stages/<stage>/<role>/    a model that learned beside it, with checksums of its own
     stages/<stage>/training_state/    see `window_state`
 
@@ -31,6 +31,14 @@ from megakd.storage.folders import CHECKSUMS, open_finished, sealed_folder, writ
 if TYPE_CHECKING:
     from megakd.models.learned import Learned
     from megakd.training.window_state import WindowState
+
+logger = logging.getLogger(__name__)
+RESULT = "result.json"
+LENGTHS = tuple(
+    f"{section}.{key}"
+    for section in ("train", "alone")
+    for key in ("max_steps", "num_train_epochs")
+)
 
 
 def files_of_others(names: Iterable[str]) -> list[str]:
@@ -82,10 +90,6 @@ def write_stage_folder(
                 window.write(temporary)
     finally:
         consume(models, window)
-
-
-logger = logging.getLogger(__name__)
-RESULT = "result.json"
 
 
 def result_text(result: StageResult, fingerprint: Fingerprint) -> str:
@@ -167,13 +171,6 @@ def remake(folder: Path) -> str:
         f"remove {folder}{also} and start the same command again: the stage runs again, from its "
         "last checkpoint if there is one"
     )
-
-
-LENGTHS = tuple(
-    f"{section}.{key}"
-    for section in ("train", "alone")
-    for key in ("max_steps", "num_train_epochs")
-)
 
 
 def is_longer(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
