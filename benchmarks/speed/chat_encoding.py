@@ -1,6 +1,7 @@
 """CPU time of encoding conversations: questions with answers, and conversations of several turns.
 
     python benchmarks speed.chat_encoding --tokenizer FOLDER --rows gsm8k/train.jsonl [--turns 8]
+        [--copies 4] [--processes 1]
 
 Each line is one repetition: CPU seconds of all threads, wall seconds, and CPU microseconds a token.
 """
@@ -13,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoTokenizer
 
 from lib.options import parser_of
@@ -21,6 +22,7 @@ from megakd.config.task import TaskConfig
 from megakd.data.cache import PLACE
 from megakd.data.chat.rows import CONVERSATION, Conversation
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
+from megakd.process import workers
 
 
 def conversations(file: Path, turns: int) -> Dataset:
@@ -44,11 +46,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--copies", type=int, default=1, help="how often the rows are repeated")
+    parser.add_argument("--processes", type=int, default=workers.MOST, help="at most")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args(arguments)
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     task = TaskConfig(type="causal_lm", dataset="rows", max_length=2**20)
-    rows = conversations(given.rows, given.turns)
+    rows = concatenate_datasets([conversations(given.rows, given.turns)] * given.copies)
+    workers.MOST = given.processes
     for _ in range(given.repeats):
         cpu, wall = sum(os.times()[:4]), time.perf_counter()
         encoder = ChatEncoder(tokenizer, task)

@@ -31,7 +31,7 @@ class BadRows:
         self, choice: Literal["error", "drop"] = "error", *, named: int = MOST_NAMED
     ) -> None:
         self._drops, self._named = choice == "drop", named
-        self.count, self._first = 0, list[str]()
+        self.count, self.errors = 0, list[str]()
 
     def __enter__(self) -> None:
         pass
@@ -43,7 +43,7 @@ class BadRows:
         if self._drops and self.count <= self._named:
             logger.warning("a row is left out (task.bad_rows: drop): %s", error)
         elif not self._drops:
-            self._first.append(str(error))
+            self.errors.append(str(error))
             if self.count == self._named:
                 self.finish()
         return True
@@ -54,13 +54,13 @@ class BadRows:
         Raises:
             DataError: rows cannot be used.
         """
-        if self.count == 1 and self._first:
-            raise DataError(self._first[0])
-        if self._first:
+        if self.count == 1 and self.errors:
+            raise DataError(self.errors[0])
+        if self.errors:
             raise DataError(
                 f"{'the first ' if self.count == self._named else ''}{self.count} rows that cannot "
                 "be used (correct them, or set task.bad_rows: drop to leave them out):\n  "
-                + "\n  ".join(self._first)
+                + "\n  ".join(self.errors)
             )
 
 

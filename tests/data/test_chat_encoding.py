@@ -279,6 +279,24 @@ def test_bad_rows_are_left_out_on_request_and_counted_at_every_start(tmp_path, c
         Data(tmp_path, rows, family="gemma").encoded()
 
 
+def test_several_processes_encode_and_refuse_the_same_rows_as_one(tmp_path, monkeypatch):
+    def made(processes: int, **keys: Any) -> tuple[Any, Any]:
+        monkeypatch.setattr(tokens, "processes_for", lambda *_, **__: processes)
+        refused = [{"messages": asked("Hi", f"{n}", system="no place")} for n in range(9)]
+        rows = [*chats(*(("Hi", "abc" * n) for n in range(1, 9))), *refused]
+        data = Data(tmp_path / str(processes), rows, family="gemma", **keys)
+        return data.encoded().train.to_list(), data.counts()
+
+    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 3)
+    assert made(1, bad_rows="drop") == made(3, bad_rows="drop")
+    errors: list[str] = []
+    for processes in (1, 3):
+        with pytest.raises(DataError, match="9 rows that cannot be used") as caught:
+            made(processes)
+        errors.append(str(caught.value).replace(str(tmp_path / str(processes)), ""))
+    assert errors[0] == errors[1]
+
+
 @pytest.mark.parametrize("family", ["chatml", "llama3", "gemma"])
 def test_the_end_of_a_prompt_is_found_without_encoding_the_whole_prompt_again(family, monkeypatch):
     tokenizer = chat_tokenizer(family)

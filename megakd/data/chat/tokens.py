@@ -8,6 +8,7 @@ cut into rows of `max_length` without losing a target, and has no prompt: its le
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -19,12 +20,13 @@ import pyarrow as pa
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE
 from megakd.data.bad_rows import BadRows
-from megakd.data.cache import PLACE, arrow_batches
+from megakd.data.cache import PLACE
 from megakd.data.chat.counts import ChatCounts
 from megakd.data.chat.rows import CONVERSATION, SOURCE, Conversation
 from megakd.data.chat.template import ChatTemplate, Rendered, without_reasoning
 from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
 from megakd.errors import DataError
+from megakd.process.workers import in_processes, processes_for
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 # Part of the key of encoded rows: increase this number when the encoded rows would differ.
 VERSION = 3
 ROWS_AT_ONCE = 500
+ROWS_OF_A_PROCESS = 2000
+"""A process encodes at least this many conversations, about a second of work."""
 ENCODED_AT_ONCE = 32
 """Conversations that are encoded together. Without special tokens in the text, the beginnings up to
 each answer are encoded too, which takes much memory for long conversations with many answers."""
@@ -80,24 +84,52 @@ def tables_of_conversations(
         DataError: a row cannot be rendered.
     """
     kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
-    needed = [column for column in kept if column in rows.column_names]
-    for batch in arrow_batches(rows.select_columns(needed), ROWS_AT_ONCE):
-        columns: dict[str, list[str]] = {
-            column: batch.column(column).to_pylist() for column in batch.column_names
-        }
-        names = [f"{name}/{source}" for source in columns.get(SOURCE, ())] or [name] * len(batch)
-        conversations = list(map(Conversation.from_json, columns[CONVERSATION]))
-        made: list[ChatRow] = []
-        routes: list[str] = []
-        teachers = columns.get(ROUTE, [""] * len(batch))
-        encoded = encoder(conversations, columns[PLACE])
-        for tally, teacher, (own, numbers) in zip(names, teachers, encoded, strict=True):
-            counts.setdefault(tally, ChatCounts()).add(numbers)
-            made += own
-            routes += [teacher] * len(own)
-        if made:
-            yield _table(made, routes if ROUTE in columns else None)
-    encoder.bad.finish()
+    needed = rows.select_columns([column for column in kept if column in rows.column_names])
+    starts = range(0, len(rows), ROWS_AT_ONCE)
+    processes = processes_for(len(rows), each=ROWS_OF_A_PROCESS)
+
+    def part(start: int) -> _Part:
+        if processes > 1:  # this process is one of many, and a forked one must not use threads
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        batch = needed.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))
+        return _part(batch.with_format("arrow")[:], encoder, name)
+
+    bad = encoder.bad
+    for table, numbers, errors in in_processes(part, starts, processes):
+        for error in errors:
+            with bad:
+                raise DataError(error)
+        for tally, added in numbers.items():
+            counts.setdefault(tally, ChatCounts()).add(added)
+        if table is not None:
+            yield table
+    bad.finish()
+
+
+class _Part(NamedTuple):
+    table: pa.Table | None
+    counts: CountsByName
+    errors: Sequence[str]
+
+
+def _part(batch: pa.Table, encoder: ChatEncoder, name: str) -> _Part:
+    columns: dict[str, list[str]] = {
+        column: batch.column(column).to_pylist() for column in batch.column_names
+    }
+    names = [f"{name}/{source}" for source in columns.get(SOURCE, ())] or [name] * len(batch)
+    conversations = list(map(Conversation.from_json, columns[CONVERSATION]))
+    teachers = columns.get(ROUTE, [""] * len(batch))
+    made: list[ChatRow] = []
+    routes: list[str] = []
+    counts: CountsByName = {}
+    encoder.bad = bad = BadRows(named=len(batch) + 1)  # keeps all errors, for the parent process
+    encoded = encoder(conversations, columns[PLACE])
+    for tally, teacher, (rows, numbers) in zip(names, teachers, encoded, strict=True):
+        counts.setdefault(tally, ChatCounts()).add(numbers)
+        made += rows
+        routes += [teacher] * len(rows)
+    table = _table(made, routes if ROUTE in columns else None) if made else None
+    return _Part(table, counts, bad.errors)
 
 
 def _table(rows: Sequence[ChatRow], routes: Sequence[str] | None) -> pa.Table:

@@ -1,0 +1,74 @@
+"""Work in several processes, with results in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+from megakd.errors import MegakdError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+MOST = 16
+
+
+def processes_for(count: int, *, each: int) -> int:
+    """Return how many processes to use for `count` items, at least `each` for every process."""
+    return max(1, min(MOST, len(os.sched_getaffinity(0)), count // each))
+
+
+def in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], processes: int
+) -> Iterator[Result]:
+    """Yield `function(item)` for all items in order, computed by forked processes.
+
+    Process k computes items k, k + processes, ...; it waits while its next results are not read,
+    and ends with its parent, however the parent ends.
+
+    Raises:
+        MegakdError: a process ended early; its own error is on stderr.
+    """
+    if processes == 1:
+        yield from map(function, items)
+        return
+    readers: list[Connection] = []
+    try:
+        for first in range(processes):
+            readers.append(_forked(function, items[first::processes], readers))
+        for number in range(len(items)):
+            yield readers[number % processes].recv()
+    except EOFError:
+        raise MegakdError(
+            f"one of {processes} processes that encode rows ended early; its error is above, or "
+            "the machine has no memory left: allow fewer cores (taskset -c 0-3 ...)"
+        ) from None
+    finally:  # a process that still sends ends, because nobody reads
+        for reader in readers:
+            reader.close()
+
+
+def _forked(
+    function: Callable[[Item], Result], items: Sequence[Item], readers: Sequence[Connection]
+) -> Connection:
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+
+    def send() -> None:
+        for other in (*readers, reader):  # only the parent reads: without it, `send` fails
+            other.close()
+        try:
+            for item in items:
+                writer.send(function(item))
+        except BrokenPipeError:
+            pass
+
+    with warnings.catch_warnings():
+        # The process uses no lock that a thread of its parent may hold.
+        warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
+        context.Process(target=send, daemon=True).start()
+    writer.close()
+    return reader
