@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from megakd.errors import MegakdError
@@ -36,9 +37,9 @@ def in_processes(
         yield from map(function, items)
         return
     readers: list[Connection] = []
+    workers: list[BaseProcess] = []
     try:
-        for first in range(processes):
-            readers.append(_forked(function, items[first::processes], readers))
+        workers.extend(_forked(function, items[k::processes], readers) for k in range(processes))
         for number in range(len(items)):
             yield readers[number % processes].recv()
     except EOFError:
@@ -49,16 +50,19 @@ def in_processes(
     finally:  # a process that still sends ends, because nobody reads
         for reader in readers:
             reader.close()
+        for worker in workers:
+            worker.join()
 
 
 def _forked(
-    function: Callable[[Item], Result], items: Sequence[Item], readers: Sequence[Connection]
-) -> Connection:
+    function: Callable[[Item], Result], items: Sequence[Item], readers: list[Connection]
+) -> BaseProcess:
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
+    readers.append(reader)
 
     def send() -> None:
-        for other in (*readers, reader):  # only the parent reads: without it, `send` fails
+        for other in readers:  # only the parent reads: without it, `send` fails
             other.close()
         try:
             for item in items:
@@ -69,6 +73,7 @@ def _forked(
     with warnings.catch_warnings():
         # The process uses no lock that a thread of its parent may hold.
         warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
-        context.Process(target=send, daemon=True).start()
+        worker = context.Process(target=send, daemon=True)
+        worker.start()
     writer.close()
-    return reader
+    return worker
