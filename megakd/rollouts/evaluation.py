@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,17 +29,11 @@ if TYPE_CHECKING:
     from megakd.config.rollout import GenerationConfig
     from megakd.contract.batch import Batch, LossInputs
     from megakd.contract.rollouts import Generator
-    from megakd.contract.stage import Pass
+    from megakd.contract.stage import MeanLosses, Pass
     from megakd.engine.distributed import Ranks
     from megakd.rollouts.rows import Prompts
     from megakd.scoring.scorer import Scorer
 
-Watch = Callable[[Sequence["Pass"]], Sequence["Pass"]]
-Losses = Callable[[Iterable["Batch"], Watch], Mapping[str, float]]
-"""Function that returns the mean losses of this rank's micro-batches; a collective.
-
-The second argument changes the passes of the step, so that they also collect statistics.
-"""
 BUCKETS = 8
 """Most buckets of positions."""
 NAMES = {"kl": KL, "entropy": ENTROPY, "teacher_entropy": TEACHER_ENTROPY}
@@ -99,7 +93,7 @@ class TextEvaluation:
         self.by_position: dict[str, float] = {}
         """Values of the last evaluation by position in the texts, for the log."""
 
-    def scores(self, version: int, losses: Losses | None) -> dict[str, float]:
+    def scores(self, version: int, losses: MeanLosses | None) -> dict[str, float]:
         """Generate and score the texts, and write them; the same on every rank.
 
         Args:

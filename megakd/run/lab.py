@@ -37,7 +37,7 @@ from megakd.training.once import measured_once
 from megakd.training.probe import HeldOutProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import completed
-from megakd.training.stage_batches import step_shape
+from megakd.training.stage_extra import step_shape
 from megakd.training.stage_folder import may_grow, read_result
 from megakd.training.stage_run import StageRun, stage_checkpoints
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from megakd.contract.tasks import STUDENT, TEXTS
 from megakd.data.files import matching_files
 from megakd.data.loader import RowOrder
@@ -17,113 +19,109 @@ from megakd.rollouts.store import RolloutStore
 from megakd.servers.connect import server_generator
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.checkpoint import oldest_step
+from megakd.training.stage_extra import StageExtra, StageParts
 from megakd.training.stage_folder import LENGTHS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from megakd.config.rollout import GenerationConfig
     from megakd.contract.rollouts import Generator
-    from megakd.contract.stage import Stage, Teacher
-    from megakd.data.step_layout import StepLayout
-    from megakd.storage.fingerprint import Fingerprint
+    from megakd.contract.stage import MeanLosses, Teacher
     from megakd.training.engines import Assembly
 
 ROLLOUTS = "rollouts"
 """Folder of the generated texts in the folder of a run."""
 
 
-def with_rollouts(
-    stage: Stage,
-    assembly: Assembly,
-    *,
-    layout: StepLayout,
-    generator: Generator,
-    fingerprint: Fingerprint,
-) -> RolloutSource:
-    """Return batches in which generated texts replace rows; a collective.
+class Rollouts(StageExtra):
+    """Batches in which generated texts replace rows.
 
     Args:
-        stage: a stage with `rollouts`.
-        assembly: the assembly of the run.
-        layout: how the rows of a step become micro-batches.
-        generator: the generator of the texts.
-        fingerprint: fingerprint of the stage.
+        parts: the parts of a stage with `rollouts`.
 
     Raises:
-        MegakdError: texts cannot be written.
+        MegakdError: texts cannot be written, a file of `rollout.files` cannot be read, or a server
+            of `rollout.server` is not there.
     """
-    own, config, rollouts = assembly.of(stage.role), assembly.config, stage.rollouts
-    train, student = own.prepared.encoded.train, own.prepared.sources[STUDENT]
-    prompts = prompts_of(train, rollouts, config, student)
-    continued, learned = (
-        RowOrder(numbers, layout.shape, seed=config.seed)
-        for numbers in (prompts.continued, prompts.learned)
-    )
-    rows = StepRows(prompts, continued, learned, own.scorer(stage.train).collate, layout)
-    store = RolloutStore(config.output_dir / ROLLOUTS / stage.name)
-    # A longer run continues with the texts of the shorter run.
-    facts = {key: value for key, value in fingerprint.items() if key not in LENGTHS}
-    on_main(lambda: store.begin(facts))
-    checkpoints = config.output_dir / "checkpoints" / stage.name
-    return RolloutSource(
-        rows,
-        rollouts,
-        generator=generator,
-        store=store,
-        seed=config.seed,
-        oldest=lambda: oldest_step(checkpoints),
-    )
+
+    def __init__(self, parts: StageParts) -> None:
+        self._parts, self._generator = parts, generator_of(parts)
+
+    @override
+    def source(self) -> RolloutSource:
+        parts, config = self._parts, self._parts.assembly.config
+        rollouts = parts.stage.rollouts
+        own, layout = parts.own, parts.layout
+        train, student = own.prepared.encoded.train, own.prepared.sources[STUDENT]
+        prompts = prompts_of(train, rollouts, config, student)
+        continued, learned = (
+            RowOrder(numbers, layout.shape, seed=config.seed)
+            for numbers in (prompts.continued, prompts.learned)
+        )
+        collate = own.scorer(parts.stage.train).collate
+        store = RolloutStore(config.output_dir / ROLLOUTS / parts.stage.name)
+        # A longer run continues with the texts of the shorter run.
+        facts = {key: value for key, value in parts.fingerprint.items() if key not in LENGTHS}
+        on_main(lambda: store.begin(facts))
+        return RolloutSource(
+            StepRows(prompts, continued, learned, collate, layout),
+            rollouts,
+            generator=self._generator,
+            store=store,
+            seed=config.seed,
+            oldest=lambda: oldest_step(parts.checkpoints),
+        )
 
 
-def generator_of(
-    stage: Stage, assembly: Assembly, models: Mapping[str, StudentEngine | Teacher]
-) -> Generator:
+def generator_of(parts: StageParts) -> Generator:
     """Return the generator of a stage's texts; a collective.
 
-    Args:
-        stage: a stage with `rollouts`.
-        assembly: the assembly of the run.
-        models: the engines of the stage: `student`, and the teachers by name.
-
     Raises:
-        MegakdError: a file of `rollout.files` cannot be read, or a server of `rollout.server` is
-            not there.
+        MegakdError: see `Rollouts`.
     """
-    rollouts = stage.rollouts
+    rollouts, own, assembly = parts.stage.rollouts, parts.own, parts.assembly
     if rollouts.files is not None:
         return FileGenerator(matching_files(rollouts.files, "rollout.files"))
     if rollouts.server is not None:
-        own, student = assembly.of(stage.role), models[STUDENT]
+        student = parts.models[STUDENT]
         if not isinstance(student, StudentEngine):
             raise TypeError(f"a {type(student).__name__} does not learn")
-        config, rank = assembly.config, assembly.ranks.rank
-        return server_generator(config, own.prepared, student.student, rank=rank)
-    return local_generator(
-        models[rollouts.by], assembly.of(stage.role), rows_at_once=rollouts.rows_per_call
-    )
+        rank = assembly.ranks.rank
+        return server_generator(assembly.config, own.prepared, student.student, rank=rank)
+    return local_generator(parts.models[rollouts.by], own, rows_at_once=rollouts.rows_per_call)
 
 
-def text_evaluation(
-    stage: Stage, assembly: Assembly, student: StudentEngine
-) -> TextEvaluation | None:
-    """Return the evaluation of a stage on generated texts; None if there is none.
+class Texts(StageExtra):
+    """The evaluation of the student on generated texts.
 
     Raises:
         MegakdError: the held-out rows have no prompts, or a package is missing.
     """
-    generation = assembly.config.eval.generation
-    if generation is None or stage.role != STUDENT:
-        return None
-    own, key = assembly.of(stage.role), "eval.generation"
-    rows, student_model = own.prepared.encoded.validation, own.prepared.sources[STUDENT]
-    return TextEvaluation(
-        generation,
-        prompts_of(rows, generation, assembly.config, student_model, key=key),
-        own.prepared.tokenizer,
-        generator=local_generator(student, own, rows_at_once=generation.rows_per_call),
-        scorer=own.scorer(stage.train),
-        folder=assembly.config.output_dir / TEXTS / stage.name,
-    )
+
+    def __init__(self, parts: StageParts, generation: GenerationConfig) -> None:
+        own, config = parts.own, parts.assembly.config
+        rows, student = own.prepared.encoded.validation, own.prepared.sources[STUDENT]
+        self._texts = TextEvaluation(
+            generation,
+            prompts_of(rows, generation, config, student, key="eval.generation"),
+            own.prepared.tokenizer,
+            generator=local_generator(
+                parts.models[STUDENT], own, rows_at_once=generation.rows_per_call
+            ),
+            scorer=own.scorer(parts.stage.train),
+            folder=config.output_dir / TEXTS / parts.stage.name,
+        )
+        # A routed stage compares a row with its own teacher, and held-out rows name none.
+        self._has_losses = not parts.stage.strategy.routes_rows
+
+    @override
+    def scores(self, step: int, losses: MeanLosses) -> Mapping[str, float]:
+        return self._texts.scores(step, losses if self._has_losses else None)
+
+    @override
+    def curves(self) -> Mapping[str, float]:
+        return self._texts.by_position
 
 
 def local_generator(

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from typing_extensions import override
+
 from megakd.engine.collectives import agree, all_reduce_, on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
 from megakd.storage.checksums import Entries, write_signed
 from megakd.storage.folders import CHECKSUMS, damage
 from megakd.training.checkpoint import synced_entries
+from megakd.training.stage_extra import StageExtra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,17 +88,21 @@ class HeldOutProbe:
             )
 
 
-def take_beginning(source: Path, target: Path) -> None:
-    """Copy the initial student of the stage if the stage resumes from another run's checkpoint.
+class Beginning(StageExtra):
+    """The initial student of a stage, which a start from another run's checkpoint takes over.
 
-    Args:
-        source: the folder of the checkpoint that the stage resumes from.
-        target: the folder of the stage's own checkpoints.
-
-    Raises:
-        MegakdError: the disk is full.
+    folder: the folder of the stage's own checkpoints.
     """
-    if source.resolve() == target.resolve() or not (source / BEGINNING).is_dir():
-        return
-    with atomic.replaced_folder(target / BEGINNING) as temporary:
-        shutil.copytree(source / BEGINNING, temporary, dirs_exist_ok=True)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @override
+    def resumes(self, folder: Path) -> None:
+        on_main(lambda: self._take(folder))
+
+    def _take(self, folder: Path) -> None:
+        if folder.resolve() == self._folder.resolve() or not (folder / BEGINNING).is_dir():
+            return
+        with atomic.replaced_folder(self._folder / BEGINNING) as temporary:
+            shutil.copytree(folder / BEGINNING, temporary, dirs_exist_ok=True)

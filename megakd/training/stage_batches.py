@@ -1,100 +1,106 @@
-"""The training batches of a stage."""
+"""The training batches of a stage, and the features that change them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
+from megakd.contract.tasks import STUDENT
 from megakd.data.mixed_text import MixedText
 from megakd.data.routes import RoutedSource
-from megakd.data.step_layout import StepLayout, StepShape
 from megakd.data.stream_loader import batch_source
 from megakd.engine.collectives import gather
-from megakd.training.generated_texts import generator_of, with_rollouts
+from megakd.training.probe import Beginning
+from megakd.training.stage_extra import StageExtra, StageParts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from megakd.config.train import TrainConfig
     from megakd.contract.batch import BatchSource
-    from megakd.contract.stage import Stage, Teacher
-    from megakd.engine.distributed import Ranks
-    from megakd.engine.student import StudentEngine
-    from megakd.storage.fingerprint import Fingerprint
-    from megakd.training.engines import Assembly
+    from megakd.data.encoding import Encoded
 
 
-def stage_batches(
-    stage: Stage,
-    assembly: Assembly,
-    models: Mapping[str, StudentEngine | Teacher],
-    fingerprint: Fingerprint,
-) -> BatchSource:
+def extras_of(parts: StageParts) -> list[StageExtra]:
+    """Return the features that a stage and the config of its run ask for; a collective.
+
+    Raises:
+        MegakdError: a feature cannot work with the rows, the models or the servers of the run.
+    """
+    stage, generation = parts.stage, parts.assembly.config.eval.generation
+    extras: list[StageExtra] = [Beginning(parts.checkpoints)]
+    if stage.rollouts is not None:
+        from megakd.training.generated_texts import Rollouts
+
+        extras.append(Rollouts(parts))
+    if stage.mixed:
+        extras.append(MixedRows(parts))
+    if stage.strategy.routes_rows:
+        extras.append(Routing(parts))
+    if generation is not None and stage.role == STUDENT and not stage.views:
+        from megakd.training.generated_texts import Texts
+
+        extras.append(Texts(parts, generation))
+    return extras
+
+
+def stage_batches(parts: StageParts, extras: Sequence[StageExtra]) -> BatchSource:
     """Return the batches of a stage, for this rank; a collective.
-
-    A stage whose models read mixed text uses the rows that are encoded for both vocabularies.
-
-    Args:
-        stage: the stage with all options set.
-        assembly: the assembly of the run.
-        models: the engines of the stage, which may generate texts: `student`, and the teachers.
-        fingerprint: fingerprint of the stage.
 
     Raises:
         MegakdError: there are no rows, or a stream has no number of steps.
     """
-    layout = step_layout(stage.train, assembly.ranks)
-    if stage.rollouts is not None:
-        source: BatchSource = with_rollouts(
-            stage,
-            assembly,
-            layout=layout,
-            generator=generator_of(stage, assembly, models),
-            fingerprint=fingerprint,
-        )
-    else:
-        source = _data_batches(stage, assembly, layout)
-    return RoutedSource(source, stage.teachers) if stage.strategy.routes_rows else source
+    sources = (extra.source() for extra in extras)
+    source = next((made for made in sources if made is not None), None)
+    source = source or row_batches(parts, parts.own.prepared.encoded)
+    for extra in extras:
+        source = extra.wrapped(source)
+    return source
 
 
-def _data_batches(stage: Stage, assembly: Assembly, layout: StepLayout) -> BatchSource:
-    own = assembly.of(stage.role)
-    scorer, encoded = own.scorer(stage.train), own.prepared.encoded
-    if stage.mixed:
-        encoded = encoded._replace(train=assembly.mixed_rows.rows)
+def row_batches(
+    parts: StageParts, encoded: Encoded, others: Mapping[str, MixedText] | None = None
+) -> BatchSource:
+    """Return the batches of encoded rows; `others` by role as in `data.loader`."""
+    stage, scorer = parts.stage, parts.own.scorer(parts.stage.train)
     return batch_source(
         encoded,
         scorer.collate,
-        layout=layout,
-        seed=assembly.config.seed,
+        layout=parts.layout,
+        seed=parts.assembly.config.seed,
         masking=scorer.masking,
         only_labelled=stage.labelled_only,
         max_steps=stage.train.max_steps,
         gather=gather,
-        others=_readings(stage, assembly),
+        others=others or {},
     )
 
 
-def _readings(stage: Stage, assembly: Assembly) -> dict[str, MixedText]:
-    pair = assembly.prepared.pair
-    if pair is None:
-        return {}
-    task = assembly.config.task
-    return {
-        role: MixedText(pair, task, probability=reading.probability)
-        for role, reading in stage.mixed.items()
-    }
+class MixedRows(StageExtra):
+    """The rows that are encoded for both vocabularies, for models that read mixed text."""
+
+    def __init__(self, parts: StageParts) -> None:
+        self._parts = parts
+
+    @override
+    def source(self) -> BatchSource:
+        stage, assembly = self._parts.stage, self._parts.assembly
+        pair, task = assembly.prepared.pair, assembly.config.task
+        encoded = self._parts.own.prepared.encoded._replace(train=assembly.mixed_rows.rows)
+        others = {
+            role: MixedText(pair, task, probability=reading.probability)
+            for role, reading in stage.mixed.items()
+            if pair is not None
+        }
+        return row_batches(self._parts, encoded, others)
 
 
-def step_layout(train: TrainConfig, ranks: Ranks) -> StepLayout:
-    """Return the distribution of a step's rows over micro-batches, for this rank."""
-    return StepLayout(step_shape(train, ranks), train.tokens_per_rank)
+class Routing(StageExtra):
+    """Batches with the rows of each teacher as a part, for rows that name their teachers."""
 
+    def __init__(self, parts: StageParts) -> None:
+        self._teachers = parts.stage.teachers
 
-def step_shape(train: TrainConfig, ranks: Ranks) -> StepShape:
-    """Return the distribution of a step's rows, for this rank."""
-    return StepShape(
-        train.per_device_train_batch_size,
-        train.gradient_accumulation_steps,
-        ranks.rank,
-        ranks.world_size,
-    )
+    @override
+    def wrapped(self, source: BatchSource) -> BatchSource:
+        return RoutedSource(source, self._teachers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -17,13 +18,12 @@ from megakd.engine.collectives import all_reduce_
 from megakd.scoring.evaluation import Evaluation
 from megakd.training.best_checkpoint import BestCheckpoints, Kept
 from megakd.training.checkpoint import State
-from megakd.training.generated_texts import text_evaluation
 
 if TYPE_CHECKING:
     from megakd.contract.batch import Batch, Predictions
-    from megakd.contract.stage import Pass
+    from megakd.contract.stage import Pass, Watch
     from megakd.losses.bundle import StudentBundle
-    from megakd.rollouts.evaluation import Watch
+    from megakd.training.stage_extra import StageExtra
     from megakd.training.stage_model import StageModel
     from megakd.training.trainer import Trainer
 
@@ -35,16 +35,19 @@ class StageEvaluation:
         model: the models that learn in the stage.
         trainer: the loop of the stage, with its teachers.
         folder: the folder of the stage's checkpoints; the best weights lie beside them.
+        extras: features that add scores.
     """
 
-    def __init__(self, model: StageModel, trainer: Trainer, folder: Path) -> None:
+    def __init__(
+        self, model: StageModel, trainer: Trainer, folder: Path, extras: Sequence[StageExtra]
+    ) -> None:
         stage, self._trainer = model.stage, trainer
         self._stage, self._student, self._bundle = stage, model.student, model.bundle
         assembly = model.assembly
         prepared = assembly.of(stage.role).prepared
         self._rows, self._eval = prepared.encoded.validation, assembly.config.eval
         self.scorer = assembly.of(stage.role).scorer(stage.train)
-        self._texts = text_evaluation(stage, assembly, model.student)
+        self._extras = extras
         self._judge = stage.judge or MetricJudge(prepared.metric)
         self._best = BestCheckpoints(folder, model.write_best, tuple(stage.views))
         self._latest = Evaluation({}, None)
@@ -86,7 +89,7 @@ class StageEvaluation:
         scores = self._scores()
         verdict = self._judge(scores, step)
         self._latest = Evaluation(scores, verdict.view, verdict.cut)
-        curves = {} if self._texts is None else self._texts.by_position
+        curves = ChainMap(*(dict(extra.curves()) for extra in self._extras))
         report({**self._latest.scalars(), **curves})
         if verdict.counts and not self._stage.goes_on:
             self.stopping.consider(verdict.score)
@@ -107,10 +110,8 @@ class StageEvaluation:
         scored = self.scorer.scored_views(predict, self._rows)
         means = {} if losses is None else losses.means()
         scores = {view: scored[view].metrics | means.get(view, {}) for view in views}
-        if self._texts is not None and WHOLE in scores:
-            # A routed stage compares a row with its own teacher, and held-out rows name none.
-            of_texts = None if self._stage.strategy.routes_rows else self._losses_of_texts
-            scores[WHOLE] |= self._texts.scores(self._trainer.step, of_texts)
+        for extra in self._extras:
+            scores[views[0]] |= extra.scores(self._trainer.step, self._losses_of)
         return scores
 
     @property
@@ -122,7 +123,7 @@ class StageEvaluation:
         # One view at a time: their outputs need not fit into memory together.
         return {view: predict(batch, view) for view in views} or {WHOLE: predict(batch)}
 
-    def _losses_of_texts(self, batches: Iterable[Batch], watch: Watch) -> Mapping[str, float]:
+    def _losses_of(self, batches: Iterable[Batch], watch: Watch) -> Mapping[str, float]:
         losses = HeldOutLosses(self._trainer, self._bundle, watch(self._passes))
         for batch in batches:
             losses.add(batch, predicts=False)

@@ -28,11 +28,11 @@ from megakd.teachers.watched import WatchedTeacher
 from megakd.training.checkpoint import Checkpoints, State
 from megakd.training.engines import Assembly
 from megakd.training.meters import TrainMeter
-from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
 from megakd.training.random_state import seed_everything
-from megakd.training.stage_batches import stage_batches
+from megakd.training.stage_batches import extras_of, stage_batches
 from megakd.training.stage_evaluation import StageEvaluation
+from megakd.training.stage_extra import StageParts
 from megakd.training.stage_folder import RESULT, may_grow, result_text
 from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
@@ -64,8 +64,9 @@ class StageRun:
         self.first_step = stage.window.first if stage.window else 0
         seed_everything(self.config.seed, self.ranks.rank, self.first_step)
         self.student, self.bundle = assembly.student(stage)
-        models = {STUDENT: self.student, **teachers}
-        self.source = stage_batches(stage, assembly, models, fingerprint)
+        parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers}, fingerprint)
+        self.extras = extras_of(parts)
+        self.source = stage_batches(parts, self.extras)
         window = stage.window
         steps = window.total if window else total_steps(stage.train, self.source.steps_per_epoch)
         self.steps = window.last if window else stage.strategy.episodes * steps
@@ -81,7 +82,8 @@ class StageRun:
         )
         self.checkpoints = stage_checkpoints(stage, assembly, fingerprint)
         self.model = StageModel(stage, assembly, self.student, self.bundle, self.source)
-        self.evaluation = StageEvaluation(self.model, self.trainer, self.checkpoints.folder)
+        folder = self.checkpoints.folder
+        self.evaluation = StageEvaluation(self.model, self.trainer, folder, self.extras)
         self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
         self.states = self._states()
 
@@ -179,7 +181,8 @@ class StageRun:
         name, wanted = self.stage.name, self.stage.train.resume_from_checkpoint
         checkpoint = self.checkpoints.to_resume(wanted)
         if checkpoint is not None:
-            on_main(lambda: take_beginning(checkpoint.parent, self.checkpoints.folder))
+            for extra in self.extras:
+                extra.resumes(checkpoint.parent)
             self.checkpoints.load(checkpoint, self.student.load, self.states)
             if self.checkpoints.has_grown(checkpoint):
                 self.evaluation.stopping.extend()
