@@ -33,8 +33,6 @@ from megakd.run.holder import held
 from megakd.run.lab import Lab
 from megakd.run.run_report import report_of
 from megakd.run.upload import check_hub, push_to_hub
-from megakd.servers.connect import check_servers
-from megakd.servers.teachers import check_teacher_servers
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint
 from megakd.storage.folders import check_writable, users_files
@@ -119,9 +117,19 @@ def _checked_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     on_main(lambda: check_hub(config.save))
     with phase("data"), doing("reading the data"):
         prepared = prepare(config)
-        check_servers(prepared.config, prepared)
-        check_teacher_servers(prepared.config, prepared)
+        _check_servers(prepared.config, prepared)
     return prepared
+
+
+def _check_servers(config: RunConfig, prepared: RunInputs) -> None:
+    if config.rollout is not None:
+        from megakd.servers.connect import check_servers
+
+        check_servers(config, prepared)
+    if any(spec.server for spec in config.teacher_specs.values()):
+        from megakd.servers.teachers import check_teacher_servers
+
+        check_teacher_servers(config, prepared)
 
 
 def _record(config: RunConfig, prepared: RunInputs) -> Fingerprint:

@@ -26,7 +26,6 @@ from megakd.models.source import ReadyTeacher
 from megakd.process.phases import phase
 from megakd.reports.samples import held_out_prompts
 from megakd.scoring.evaluation import numbers
-from megakd.servers.teachers import ServedTeacher, served_teacher
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, as_read_back, flatten
 from megakd.teachers.cached import CachedTeacher
@@ -36,7 +35,10 @@ from megakd.training.evaluation_sets import set_metrics
 if TYPE_CHECKING:
     from megakd.contract.stage import Stage
     from megakd.reports.samples import Prompts
+    from megakd.servers.teachers import ServedTeacher
     from megakd.training.engines import Assembly
+
+    Opened = FrozenTeacher | CachedTeacher | ServedTeacher
 
 
 class Measured(NamedTuple):
@@ -50,9 +52,6 @@ class Measured(NamedTuple):
     report: ModelReport
     sets: Mapping[str, Mapping[str, float]]
     answers: list[str] | None
-
-
-Opened = FrozenTeacher | CachedTeacher | ServedTeacher
 
 
 class TeacherPool:
@@ -121,6 +120,8 @@ class TeacherPool:
                 "the losses of this method need more; remove the key, or use only soft targets"
             )
         if ready.spec.server is not None:
+            from megakd.servers.teachers import served_teacher
+
             prepared, ranks = self.assembly.prepared, self.assembly.ranks
             return served_teacher(self._config, prepared, name, ranks)
         if ready.spec.cache is not None:
