@@ -19,8 +19,8 @@ import yaml
 
 RECORDS = Path(__file__).parents[1] / "golden" / "records"
 WRITES = os.environ.get("MEGAKD_GOLDEN") == "write"
-# Rounding of another processor or library grows over the steps of a run.
-RELATIVE, ABSOLUTE = 2e-4, 1e-5
+# Rounding of another processor grows over the steps of a run: by 5e-4 in 40 steps of a selector.
+RELATIVE, ABSOLUTE = 1e-3, 5e-4
 # Keys that tell the time, the machine or the place of a run.
 TIMES = ("seconds", "latency", "speedup", "environment", "tokens_per_second", "peak_memory_bytes")
 VARIES = (*TIMES, "fits_in", "ms", "bytes", "teacher_share", "time", "low", "high", "overhead")
