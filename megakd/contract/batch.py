@@ -61,6 +61,28 @@ class Within(NamedTuple):
     targets: Tensor | None = None
 
 
+class Extras(NamedTuple):
+    """What single features add to a micro-batch.
+
+    others: by role, the same rows encoded for models with another tokenizer; or by the name of a
+        teacher, the rows that learn from this teacher (see `within`).
+    second: what the model predicts from its second vocabulary; `labels` and `targets` are then
+        those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
+        of the first.
+    is_rollout: [B, T] bool, the positions of texts that a model has generated during the run, on
+        the CPU, so that losses select positions without a host sync; None if there are none.
+    routes: [B, T] int64, for every position the number of the teacher that its row names (see
+        `contract.routes`), 0 at padding, on the CPU; None if the rows name no teachers.
+    within: where the rows are in the micro-batch that they were taken out of; None for others.
+    """
+
+    others: Mapping[str, Batch] | None = None
+    second: Targets | None = None
+    is_rollout: Tensor | None = None
+    routes: Tensor | None = None
+    within: Within | None = None
+
+
 class Batch(NamedTuple):
     """One micro-batch of one rank, aligned so that no loss has to shift labels or logits.
 
@@ -72,17 +94,8 @@ class Batch(NamedTuple):
         not numbered.
     targets: [N] int64 positions of the flattened [B * T] that a language model predicts: the
         labelled positions, and at least one position; None predicts all positions.
-    others: by role, the same rows encoded for models with another tokenizer; or by the name of a
-        teacher, the rows that learn from this teacher (see `within`).
-    second: what the model predicts from its second vocabulary; `labels` and `targets` are then
-        those of its first vocabulary. In `input_ids`, numbers of the second vocabulary follow those
-        of the first.
     documents: the documents in packed rows; None without packing.
-    is_rollout: [B, T] bool, the positions of texts that a model has generated during the run, on
-        the CPU, so that losses select positions without a host sync; None if there are none.
-    routes: [B, T] int64, for every position the number of the teacher that its row names (see
-        `contract.routes`), 0 at padding, on the CPU; None if the rows name no teachers.
-    within: where the rows are in the micro-batch that they were taken out of; None for others.
+    extras: what single features add.
     """
 
     inputs: dict[str, Tensor]
@@ -90,16 +103,17 @@ class Batch(NamedTuple):
     valid: Tensor
     targets: Tensor | None = None
     rows: Tensor | None = None
-    others: Mapping[str, Batch] | None = None
-    second: Targets | None = None
     documents: Documents | None = None
-    is_rollout: Tensor | None = None
-    routes: Tensor | None = None
-    within: Within | None = None
+    extras: Extras = Extras()
+
+    def extended(self, **extras: Any) -> Batch:
+        """Return the batch with some of its `extras` replaced."""
+        return self._replace(extras=self.extras._replace(**extras))
 
     def of(self, role: str | None) -> Batch:
         """Return the rows encoded for the model of a role; None: as they are."""
-        return self.others.get(role, self) if self.others and role else self
+        others = self.extras.others
+        return others.get(role, self) if others and role else self
 
     @property
     def target_labels(self) -> Tensor:

@@ -14,6 +14,7 @@ from megakd.contract.batch import (
     AttentionVectors,
     Batch,
     Documents,
+    Extras,
     Knowledge,
     Targets,
 )
@@ -51,7 +52,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
         labels=torch.cat([_longer("labels", batch.labels, length) for batch in batches]),
         valid=torch.cat([_longer("valid", batch.valid, length) for batch in batches]),
         targets=_targets([batch.targets for batch in batches], batches, length),
-        second=_second(batches, length),
+        extras=Extras(second=_second(batches, length)),
         documents=_documents(batches, length),
     )
 
@@ -85,7 +86,7 @@ def _moved(positions: Tensor, shorter: int, length: int) -> Tensor:
 
 
 def _second(batches: Sequence[Batch], length: int) -> Targets | None:
-    given = [batch.second for batch in batches]
+    given = [batch.extras.second for batch in batches]
     if any(second is None for second in given):
         return None
     known = [second for second in given if second is not None]
@@ -118,7 +119,8 @@ def parts_of(batches: Sequence[Batch]) -> Iterator[Part]:
     for batch in batches:
         rows, length = batch.valid.shape
         targets = 0 if batch.targets is None else len(batch.targets)
-        others = 0 if batch.second is None else len(batch.second.positions)
+        own = batch.extras.second
+        others = 0 if own is None else len(own.positions)
         yield Part(
             slice(row, row + rows),
             length,

@@ -34,7 +34,7 @@ def of_source(batch: Batch, source: Source) -> Tensor:
     The result is on the CPU, as `is_rollout` is, and on the batch's device only if the batch has
     `targets`. Without `is_rollout`, all positions are data.
     """
-    rollouts = batch.is_rollout
+    rollouts = batch.extras.is_rollout
     if rollouts is None:
         rollouts = batch.valid.new_zeros(batch.labels.shape, device="cpu")
     if batch.targets is not None:
@@ -47,10 +47,11 @@ def second_targets(batch: Batch) -> Batch | None:
 
     The result is None if a batch has no such targets.
     """
-    if batch.second is None:
+    if batch.extras.second is None:
         return None
-    positions, labels = batch.second
-    rollouts = batch.is_rollout
+    positions, labels = batch.extras.second
+    rollouts = batch.extras.is_rollout
     if rollouts is not None:
         rollouts = copied_to(rollouts, positions.device).flatten()[positions]
-    return batch._replace(labels=labels, targets=None, second=None, is_rollout=rollouts)
+    chosen = batch._replace(labels=labels, targets=None)
+    return chosen.extended(second=None, is_rollout=rollouts)

@@ -26,7 +26,8 @@ def _examples(batch: Batch) -> Tensor:
 def _targets(batch: Batch) -> Tensor:
     labels = batch.labels
     count = (~labels.isnan() if labels.is_floating_point() else labels != IGNORE).sum()
-    return count if batch.second is None else count + (batch.second.labels != IGNORE).sum()
+    second = batch.extras.second
+    return count if second is None else count + (second.labels != IGNORE).sum()
 
 
 def _tokens(batch: Batch) -> Tensor:

@@ -36,8 +36,8 @@ class Collator:
 
     For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
     `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. A column
-    `is_rollout`, with one bool per row, fills `Batch.is_rollout`, and a column `route`, with one
-    number per row, fills `Batch.routes`. For mlm, no tokens are masked or
+    `is_rollout`, with one bool per row, fills `Extras.is_rollout`, and a column `route`, with one
+    number per row, fills `Extras.routes`. For mlm, no tokens are masked or
     labelled yet; see `masking`, which also takes `word_starts` out of `inputs`.
     """
 
@@ -72,10 +72,10 @@ class Collator:
         }
         if self._type == "causal_lm":
             batch = _language_batch(padded, valid, lengths)
-            batch = batch._replace(is_rollout=_rollout_positions(columns, valid))
+            batch = batch.extended(is_rollout=_rollout_positions(columns, valid))
         else:
             batch = self._text_batch(padded, columns, valid)
-        return batch._replace(routes=_routes(columns, valid))
+        return batch.extended(routes=_routes(columns, valid))
 
     def _padded(self, name: str, values: NDArray, valid: NDArray) -> NDArray[np.int64]:
         padded = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)

@@ -156,7 +156,7 @@ class StepLoader:
         }
         numbers = np.full(self._size, -1)
         numbers[: len(mine)] = mine
-        return batch._replace(rows=torch.from_numpy(numbers), others=others or None)
+        return batch._replace(rows=torch.from_numpy(numbers)).extended(others=others or None)
 
 
 def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 import torch
 
-from megakd.contract.batch import IGNORE, Batch, Targets
+from megakd.contract.batch import IGNORE, Batch, Extras, Targets
 from megakd.data.splitmix import row_keys, uniform
 from megakd.data.words import WORD_STARTS
 
@@ -79,7 +79,7 @@ class Masking:
         one word if the batch has `word_starts`.
     second: the second vocabulary, if the rows mix two. A random token is then of the same
         vocabulary as the token that it replaces. The labels of the second vocabulary are in
-        `Batch.second`, in its own numbering, and `labels` and `targets` leave them out.
+        `Extras.second`, in its own numbering, and `labels` and `targets` leave them out.
     """
 
     def __init__(
@@ -129,8 +129,7 @@ class Masking:
             torch.from_numpy(np.where(chosen, ids, IGNORE)),
             batch.valid,
             torch.from_numpy(_targets(chosen)),
-            second=second,
-            routes=batch.routes,
+            extras=Extras(second=second, routes=batch.extras.routes),
         )
 
     def _shown(self, ids: NDArray[np.int64], numbers: _Numbers) -> NDArray[np.int64]:

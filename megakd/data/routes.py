@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from megakd.contract.batch import IGNORE, Batch, Within
+from megakd.contract.batch import IGNORE, Batch, Extras, Within
 from megakd.contract.routes import ROUTE, teacher_number
 from megakd.data.cache import PLACE
 from megakd.data.chat.rows import is_chat
@@ -76,15 +76,15 @@ def with_parts(batch: Batch, numbers: Mapping[str, int]) -> Batch:
         batch: a micro-batch on the CPU; without `routes`, no position is valid.
         numbers: the number of each teacher.
     """
-    if batch.second is not None or batch.others:
+    if batch.extras.second is not None or batch.extras.others:
         raise TypeError("rows that name their teachers cannot be read with a second vocabulary")
-    routes = None if batch.routes is None else batch.routes.numpy()
-    whole = batch._replace(routes=None)
+    routes = None if batch.extras.routes is None else batch.extras.routes.numpy()
+    whole = batch.extended(routes=None)
     parts = {
         name: _part(whole, np.zeros(batch.valid.shape, bool) if routes is None else routes == own)
         for name, own in numbers.items()
     }
-    return whole._replace(others=parts)
+    return whole.extended(others=parts)
 
 
 class _Places(NamedTuple):
@@ -121,14 +121,17 @@ def _part(batch: Batch, own: NDArray[np.bool_]) -> Batch:
         return values.flatten()[positions]
 
     targets, numbers = _targets(batch, places, own)
+    rollouts = batch.extras.is_rollout
     part = Batch(
         {name: at(values) for name, values in batch.inputs.items()},
         _labels(batch, rows, positions, own=valid),
         valid,
         targets=targets,
         rows=None if batch.rows is None else _blanked(batch.rows[rows], valid),
-        is_rollout=None if batch.is_rollout is None else at(batch.is_rollout) & valid,
-        within=Within(rows, positions, numbers),
+        extras=Extras(
+            is_rollout=None if rollouts is None else at(rollouts) & valid,
+            within=Within(rows, positions, numbers),
+        ),
     )
     return part if batch.documents is None else _with_documents(part)
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from torch.nn import functional
 
-from megakd.contract.batch import IGNORE, Batch
+from megakd.contract.batch import IGNORE, Batch, Extras
 from megakd.data.collation import documents_of, padded_width
 from megakd.errors import DataError
 
@@ -121,7 +121,7 @@ def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Ba
 
     Args:
         rows: an arrow table or a mapping of columns with ALL rows of the step, in order, the same
-            on all ranks. A column `is_rollout` (one bool per row) fills `Batch.is_rollout`.
+            on all ranks. A column `is_rollout` (one bool per row) fills `Extras.is_rollout`.
         layout: how the rows become micro-batches.
         collate: function that collates a micro-batch.
 
@@ -172,15 +172,17 @@ def packed_row(batch: Batch, *, most: int) -> Batch:
     def flat(values: Tensor, fill: int) -> Tensor:
         return functional.pad(values[batch.valid], (0, padding), value=fill)[None]
 
-    given = batch.inputs["position_ids"][batch.valid]
+    given, extras = batch.inputs["position_ids"][batch.valid], batch.extras
     positions = torch.cat([given, torch.arange(padding)])[None]
     return Batch(
         {"input_ids": flat(batch.inputs["input_ids"], 0), "position_ids": positions},
         flat(batch.labels, IGNORE),
         flat(batch.valid, 0),
         documents=documents_of(positions.numpy()),
-        is_rollout=None if batch.is_rollout is None else flat(batch.is_rollout, 0),
-        routes=None if batch.routes is None else flat(batch.routes, 0),
+        extras=Extras(
+            is_rollout=None if extras.is_rollout is None else flat(extras.is_rollout, 0),
+            routes=None if extras.routes is None else flat(extras.routes, 0),
+        ),
     )
 
 
@@ -209,9 +211,9 @@ def _names(rows: object) -> Sequence[str]:
 
 
 def _with_rollouts(batch: Batch) -> Batch:
-    if batch.is_rollout is not None:
+    if batch.extras.is_rollout is not None:
         return batch
-    return batch._replace(is_rollout=torch.zeros_like(batch.valid))
+    return batch.extended(is_rollout=torch.zeros_like(batch.valid))
 
 
 def budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[NDArray[np.int64]]:

@@ -14,6 +14,7 @@ from megakd.contract.batch import (
     Batch,
     Counts,
     Documents,
+    Extras,
     Knowledge,
     Losses,
     Predictions,
@@ -265,18 +266,18 @@ class CarefulWriter:
             raise self._failure
 
 
+_ON_CPU = {Batch: ("rows",), Extras: ("is_rollout", "routes")}
+
+
 def device_batch(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with all tensors on a device, except `rows`, `is_rollout` and `routes`."""
     return _moved(batch, device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Batch):
-        on_cpu = {name: getattr(value, name) for name in ("rows", "is_rollout", "routes")}
-        others = value._replace(**dict.fromkeys(on_cpu))
-        return Batch(*(_moved(part, device) for part in others))._replace(**on_cpu)
-    if isinstance(value, Targets | Documents | Within):
-        return type(value)(*(_moved(part, device) for part in value))
+    if isinstance(value, Batch | Extras | Targets | Documents | Within):
+        stays, parts = _ON_CPU.get(type(value), ()), value._asdict().items()
+        return type(value)(*(v if name in stays else _moved(v, device) for name, v in parts))
     if isinstance(value, Mapping):
         return {name: _moved(part, device) for name, part in value.items()}
     return copied_to(value, device) if isinstance(value, Tensor) else value

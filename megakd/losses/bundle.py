@@ -176,7 +176,7 @@ class StudentBundle(nn.Module):
                     sums.per_unit(planned.learner),
                 ),
                 # The values of parts of the rows add up to the value of all rows.
-                1 / passes[key] if own.within is None else 1.0,
+                1 / passes[key] if own.extras.within is None else 1.0,
             )
             width = self.views[planned.view].width if planned.view in self.views else None
             found.setdefault((planned.learner, width), []).append(read)
@@ -282,7 +282,7 @@ def _rows_of(planned: Pass, batch: Batch, said: Knowledge) -> tuple[Batch, Knowl
     If the rows of a micro-batch name their teachers, a pass covers the rows of its teacher alone.
     """
     own = batch.of(planned.teacher)
-    return (batch, said) if own.within is None else (own, taken(said, own.within))
+    return (batch, said) if own.extras.within is None else (own, taken(said, own.extras.within))
 
 
 def _unit_of(learner: str | None, unit: Unit) -> Unit:

@@ -143,7 +143,7 @@ def _read_language_model(model: nn.Module, batch: Batch) -> Knowledge:
 def _of_both_vocabularies(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return the inputs, with embeddings in place of token numbers if a batch is mixed."""
     second = second_vocabulary(model)
-    if second is None or batch.second is None:
+    if second is None or batch.extras.second is None:
         return batch.inputs
     table = model.get_input_embeddings()  # type: ignore[operator]
     inputs = dict(batch.inputs)
@@ -152,9 +152,9 @@ def _of_both_vocabularies(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def _of_second_vocabulary(model: nn.Module, batch: Batch, hidden: Tensor) -> Knowledge | None:
     second = second_vocabulary(model)
-    if second is None or batch.second is None:
+    if second is None or batch.extras.second is None:
         return None
     architecture = architecture_of(model.config)  # type: ignore[arg-type]
-    chosen = hidden.flatten(0, 1)[batch.second.positions]
+    chosen = hidden.flatten(0, 1)[batch.extras.second.positions]
     chosen = second.before_head(architecture.before_language_head(model, chosen))
     return Knowledge(hidden=chosen, head=SecondHead(second))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megakd.config.run import RunConfig
-from megakd.contract.batch import Batch, Documents, Knowledge, Targets, Unit, Within
+from megakd.contract.batch import Batch, Documents, Extras, Knowledge, Targets, Unit, Within
 from megakd.contract.joined_batches import Part, joined, part_of, parts_of
 from megakd.contract.stage import Constant, Pass, Stage, backward_groups, teacher_names
 from megakd.contract.tasks import Dtype
@@ -148,7 +148,7 @@ class _Tracer:
         """Trace the training of a student with teachers."""
         step = largest_step(stage.train, self._task)
         batch = self._batch(step.rows, step.length)
-        batch = batch._replace(others=self._mixed(stage, batch) or None)
+        batch = batch.extended(others=self._mixed(stage, batch) or None)
         batch = _with_even_parts(batch, stage, self._batch)
         losses = self._losses(stage)
         per_call = {
@@ -304,7 +304,7 @@ class _Tracer:
                     torch.ones(max(1, n), dtype=torch.long) for n in (count - second, second)
                 ]
             targets = Targets(numbers[1], numbers[1])
-            found[role] = batch._replace(targets=numbers[0], second=targets)
+            found[role] = batch._replace(targets=numbers[0]).extended(second=targets)
         return found
 
     def _losses(self, stage: Stage) -> StageLosses:
@@ -339,7 +339,9 @@ class _Tracer:
                 halves = torch.arange(ids.numel(), device="cpu").view(ids.shape) % 2 == 0
                 starts = torch.ones(ids.numel() // task.row_length + 1, dtype=torch.int32)
                 texts = Documents(starts, task.row_length)
-                return Batch(inputs, ids.clone(), valid, documents=texts, is_rollout=halves)
+                return Batch(
+                    inputs, ids.clone(), valid, documents=texts, extras=Extras(is_rollout=halves)
+                )
             others = {name: ids.clone() for name in ("attention_mask", "token_type_ids")}
             inputs = {"input_ids": ids, **others}
             if task.type == "mlm":
@@ -467,7 +469,7 @@ def _with_even_parts(batch: Batch, stage: Stage, make: Callable[[int, int], Batc
     with VALUELESS:
         places = torch.ones(part.valid.shape, dtype=torch.long)
         within = Within(places[:, 0], places, targets)
-    return batch._replace(others=dict.fromkeys(teachers, part._replace(within=within)))
+    return batch.extended(others=dict.fromkeys(teachers, part.extended(within=within)))
 
 
 def _answers_to_parts(batch: Batch, answers: Mapping[str, Knowledge]) -> dict[str, Knowledge]:
@@ -475,7 +477,7 @@ def _answers_to_parts(batch: Batch, answers: Mapping[str, Knowledge]) -> dict[st
     cut = dict(answers)
     for name, answer in answers.items():
         part = batch.of(name)
-        if part.within is not None:
+        if part.extras.within is not None:
             rows, length = part.valid.shape
             targets = 0 if part.targets is None else len(part.targets)
             cut[name] = part_of(answer, Part(slice(rows), length, slice(targets), slice(0)))

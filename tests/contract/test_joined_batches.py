@@ -101,7 +101,9 @@ def test_documents_and_targets_name_the_same_tokens(groups):
     batches = [packed(lengths) for lengths in groups]
     chosen = [batch.valid.flatten().nonzero()[::3, 0] for batch in batches]
     batches = [
-        batch._replace(targets=own, second=Targets(own[:1], torch.ones(1, dtype=torch.long)))
+        batch._replace(targets=own).extended(
+            second=Targets(own[:1], torch.ones(1, dtype=torch.long))
+        )
         for batch, own in zip(batches, chosen, strict=True)
     ]
 
@@ -109,8 +111,8 @@ def test_documents_and_targets_name_the_same_tokens(groups):
 
     ids = torch.cat([b.inputs["input_ids"].flatten()[b.targets] for b in batches])
     assert torch.equal(whole.inputs["input_ids"].flatten()[whole.targets], ids)
-    assert whole.second is not None
-    assert len(whole.second.positions) == len(batches)
+    assert whole.extras.second is not None
+    assert len(whole.extras.second.positions) == len(batches)
     starts, longest = whole.documents
     positions = whole.inputs["position_ids"].flatten()
     assert torch.equal(starts[:-1].long(), (positions == 0).nonzero()[:, 0])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.contract.batch import IGNORE, Batch, Targets
+from megakd.contract.batch import IGNORE, Batch, Extras, Targets
 from megakd.contract.joined_batches import joined
 from megakd.contract.sources import of_source, on_source, without_source
 from megakd.contract.term_names import source_of, term_name
@@ -20,7 +20,7 @@ BOTH = {**source_counters("rollouts"), **source_counters("data")}
 def batch_of(labels: list[list[int]], rollouts: list[list[int]] | None) -> Batch:
     marks = None if rollouts is None else torch.tensor(rollouts).bool()
     values = torch.tensor(labels)
-    return Batch({}, values, torch.ones_like(values).bool(), is_rollout=marks)
+    return Batch({}, values, torch.ones_like(values).bool(), extras=Extras(is_rollout=marks))
 
 
 def counted(*batches: Batch) -> dict[str, int]:
@@ -49,8 +49,10 @@ def test_targets_of_both_vocabularies_are_counted_once_by_source(labelled, marke
         labels,
         torch.ones(3, 4).bool(),
         targets=torch.cat([(labels.flatten() != IGNORE).nonzero()[:, 0], positions[:1]]),
-        second=Targets(positions, torch.where(has_label, bits, IGNORE)[positions]),
-        is_rollout=rollouts.view(3, 4),
+        extras=Extras(
+            second=Targets(positions, torch.where(has_label, bits, IGNORE)[positions]),
+            is_rollout=rollouts.view(3, 4),
+        ),
     )
 
     assert counted(batch) == {
@@ -70,15 +72,15 @@ def test_marks_stay_on_the_cpu_where_losses_read_them_without_waiting():
     from megakd.engine.student import device_batch
 
     batch = batch_of([[4, 5]], [[1, 0]])
-    batch = batch._replace(others={"assistant": batch}, rows=torch.tensor([7]))
+    batch = batch.extended(others={"assistant": batch})._replace(rows=torch.tensor([7]))
 
     moved = device_batch(batch, torch.device("meta"))
 
     assert moved.labels.is_meta
     assert moved.of("assistant").labels.is_meta
     for own in (moved, moved.of("assistant")):
-        assert own.is_rollout is not None
-        assert own.is_rollout.tolist() == [[True, False]]
+        assert own.extras.is_rollout is not None
+        assert own.extras.is_rollout.tolist() == [[True, False]]
     assert moved.rows is not None
     assert moved.rows.tolist() == [7]
     assert of_source(moved, "data").is_cpu
@@ -87,7 +89,7 @@ def test_marks_stay_on_the_cpu_where_losses_read_them_without_waiting():
 def test_micro_batches_that_a_teacher_answers_together_need_no_marks():
     batches = [batch_of([[4, 5]], [[1, 0]]), batch_of([[4, 5, 6]], None)]
 
-    assert joined(batches).is_rollout is None
+    assert joined(batches).extras.is_rollout is None
 
 
 class Limited(PluginTerm):

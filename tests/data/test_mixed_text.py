@@ -116,10 +116,12 @@ class Scene:
 
 def second(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The positions and labels of the student's pieces, without the position that only fills up."""
-    if batch.second is None:
+    if batch.extras.second is None:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    has_label = (batch.second.labels != IGNORE).numpy()
-    return batch.second.positions.numpy()[has_label], batch.second.labels.numpy()[has_label]
+    has_label = (batch.extras.second.labels != IGNORE).numpy()
+    return batch.extras.second.positions.numpy()[has_label], batch.extras.second.labels.numpy()[
+        has_label
+    ]
 
 
 def chosen(batch: Batch) -> torch.Tensor:
@@ -173,7 +175,7 @@ def test_with_probability_0_the_batch_is_the_one_of_the_teachers_tokenizer(
     assert batch.targets is not None
     assert alone.targets is not None
     assert torch.equal(batch.targets, alone.targets)
-    assert batch.second is None
+    assert batch.extras.second is None
 
 
 @given(texts=TEXTS, probability=PROBABILITIES.filter(bool), draw=st.integers(0, 3))
@@ -345,9 +347,9 @@ def test_dummy_rows_have_no_valid_position_and_attend_to_their_first(pair, tmp_p
     assert not batch.valid[dummies].any()
     assert batch.inputs["attention_mask"][dummies].sum(dim=1).tolist() == [1, 1]
     assert (batch.labels[dummies] == IGNORE).all()
-    assert batch.second is not None
+    assert batch.extras.second is not None
     assert batch.targets is not None
-    assert min(len(batch.targets), len(batch.second.positions)) >= 1
+    assert min(len(batch.targets), len(batch.extras.second.positions)) >= 1
 
 
 def test_rows_may_be_given_as_columns(pair, tmp_path):

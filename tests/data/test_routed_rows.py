@@ -97,10 +97,10 @@ def test_windows_of_a_text_have_the_teacher_of_the_text(tmp_path, tokenizer):
     batch = collate(made.train.with_format("arrow")[:], dummy_rows=1)
     masked = masking(batch, torch.arange(len(made.train)).numpy(), seed=0, draw=0)
 
-    assert masked.routes is not None
-    found = masked.routes.amax(1).tolist()
+    assert masked.extras.routes is not None
+    found = masked.extras.routes.amax(1).tolist()
     assert found == [*made.train[ROUTE], 0]
-    assert (masked.routes > 0).equal(masked.valid)
+    assert (masked.extras.routes > 0).equal(masked.valid)
 
 
 def test_another_teacher_of_a_row_is_another_data_set(tmp_path, tokenizer):
@@ -134,11 +134,11 @@ def test_packed_micro_batches_keep_the_teacher_of_every_token(tmp_path, tokenize
     def tokens(batches: list[Batch]) -> Counter:
         found: Counter = Counter()
         for batch in batches:
-            assert batch.routes is not None
+            assert batch.extras.routes is not None
             at = batch.valid
             ids = batch.inputs["input_ids"][at].tolist()
-            found.update(zip(ids, batch.routes[at].tolist(), strict=True))
-            assert not batch.routes[~at].any()
+            found.update(zip(ids, batch.extras.routes[at].tolist(), strict=True))
+            assert not batch.extras.routes[~at].any()
         return found
 
     padded = tokens(steps(made.train, task, tokenizer, None))

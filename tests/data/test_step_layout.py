@@ -47,7 +47,11 @@ def texts_of(batches) -> Counter:
     found: Counter = Counter()
     for batch in batches:
         positions = batch.inputs["position_ids"]
-        generated = torch.zeros_like(batch.valid) if batch.is_rollout is None else batch.is_rollout
+        generated = (
+            torch.zeros_like(batch.valid)
+            if batch.extras.is_rollout is None
+            else batch.extras.is_rollout
+        )
         columns = (batch.inputs["input_ids"], positions, batch.labels, generated)
         values = list(zip(*(c[batch.valid].tolist() for c in columns), strict=True))
         starts = [n for n, value in enumerate(values) if value[1] == 0]
@@ -79,7 +83,7 @@ def test_a_packed_step_holds_the_texts_of_the_padded_step(lengths, ranks, rollou
         assert length <= BUDGET
         assert length % 8 == 0 or length == BUDGET
         assert batch.labels[~batch.valid].eq(IGNORE).all()
-        assert (batch.is_rollout is not None) == rollouts
+        assert (batch.extras.is_rollout is not None) == rollouts
 
 
 @given(lengths=LENGTHS)
@@ -113,8 +117,8 @@ def test_a_rank_without_rows_gets_a_micro_batch_with_nothing_valid():
     assert [batch.valid.sum().item() for batch in (*busy, *idle)] == [4, 0]
     assert idle[0].labels.eq(IGNORE).all()
     # No branch on the presence of generated texts may differ between ranks.
-    assert idle[0].is_rollout is not None
-    assert not idle[0].is_rollout.any()
+    assert idle[0].extras.is_rollout is not None
+    assert not idle[0].extras.is_rollout.any()
 
 
 def test_padded_steps_have_the_dummy_rows_that_keep_the_ranks_in_step():
@@ -134,8 +138,12 @@ def test_padded_steps_have_the_dummy_rows_that_keep_the_ranks_in_step():
 def test_generated_texts_are_marked_and_padding_is_not():
     batch = COLLATE(conversations([2, 3], rollouts=True), dummy_rows=1)
 
-    assert batch.is_rollout is not None
-    assert batch.is_rollout.tolist() == [[True, True] + [False] * 6, [False] * 8, [False] * 8]
+    assert batch.extras.is_rollout is not None
+    assert batch.extras.is_rollout.tolist() == [
+        [True, True] + [False] * 6,
+        [False] * 8,
+        [False] * 8,
+    ]
 
 
 def test_positions_of_rows_without_positions_count_from_0_and_restart_at_padding():

@@ -89,12 +89,12 @@ class Pair:
             reduction="sum",
         )
         chosen = functional.linear(
-            hidden[batch.second.positions], self.table(), self.second["bias"]
+            hidden[batch.extras.second.positions], self.table(), self.second["bias"]
         )
         second = functional.cross_entropy(
-            chosen, batch.second.labels, ignore_index=IGNORE, reduction="sum"
+            chosen, batch.extras.second.labels, ignore_index=IGNORE, reduction="sum"
         )
-        count = (batch.labels != IGNORE).sum() + (batch.second.labels != IGNORE).sum()
+        count = (batch.labels != IGNORE).sum() + (batch.extras.second.labels != IGNORE).sum()
         return first + second, int(count)
 
     def projection_loss(self) -> Tensor:

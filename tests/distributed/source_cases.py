@@ -26,4 +26,4 @@ def marked(batch, step: int):
     if step == 1:
         return batch
     own = ids.sum(1, keepdim=True) % 2 == 0 if step == 0 else ids % 2 == 0
-    return batch._replace(is_rollout=own.expand(ids.shape).cpu())
+    return batch.extended(is_rollout=own.expand(ids.shape).cpu())

@@ -138,8 +138,8 @@ class Scene:
 
 def hidden(batch: Batch, name: str) -> Batch:
     """The batch without labels and without valid positions in rows of other teachers."""
-    assert batch.routes is not None
-    own = batch.routes == NUMBERS[name]
+    assert batch.extras.routes is not None
+    own = batch.extras.routes == NUMBERS[name]
     at = own if batch.labels.dim() == 2 else own.any(1)
     return batch._replace(labels=batch.labels.masked_fill(~at, IGNORE), valid=own)
 
@@ -222,7 +222,7 @@ def test_nan_of_a_teacher_in_its_rows_reaches_no_other_row(scene):
     """The parts share no positions, so a broken expert spoils the step and names itself."""
     (batch,) = scene.batches(rows_of(["math", "code"], seed=6, task=scene.task))
     parts = with_parts(batch, NUMBERS)
-    math, code = (parts.of(name).within for name in ("math", "code"))
+    math, code = (parts.of(name).extras.within for name in ("math", "code"))
 
     assert math is not None
     assert code is not None

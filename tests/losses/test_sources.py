@@ -150,7 +150,7 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(term, source):
 def test_a_step_of_data_gives_a_term_on_rollouts_zero_with_gradients_of_zero(term, marked):
     texts = Texts(torch.zeros(ROWS, LENGTH, dtype=torch.bool))
     texts.hidden[0, 0] = math.nan
-    batch = texts.batch() if marked else texts.batch()._replace(is_rollout=None)
+    batch = texts.batch() if marked else texts.batch().extended(is_rollout=None)
 
     found = result(texts, (replace(term, on="rollouts"),), batch=batch)
 
@@ -162,7 +162,7 @@ def test_a_step_of_data_gives_a_term_on_rollouts_zero_with_gradients_of_zero(ter
 @every_term
 def test_texts_without_marks_are_data(term):
     texts = Texts()
-    unmarked = texts.batch()._replace(is_rollout=None)
+    unmarked = texts.batch().extended(is_rollout=None)
 
     on_data = result(texts, (replace(term, on="data"),), batch=unmarked)
 

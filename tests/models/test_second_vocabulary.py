@@ -14,7 +14,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from megakd.contract.batch import IGNORE, Batch, LossInputs, Targets
+from megakd.contract.batch import IGNORE, Batch, Extras, LossInputs, Targets
 from megakd.engine.sharding import gathered_state
 from megakd.losses.targets import LanguageModelTargets
 from megakd.models.knowledge import Needs, read_knowledge
@@ -64,8 +64,10 @@ def batch_of(ids: list[int], first: dict[int, int], second: dict[int, int]) -> B
         labels,
         torch.ones_like(tokens, dtype=torch.bool),
         torch.tensor([*first] or [0]),
-        second=Targets(
-            torch.tensor([*second] or [0]), torch.tensor([*second.values()] or [IGNORE])
+        extras=Extras(
+            second=Targets(
+                torch.tensor([*second] or [0]), torch.tensor([*second.values()] or [IGNORE])
+            )
         ),
     )
 
@@ -124,7 +126,7 @@ def test_text_without_pieces_of_the_student_has_the_plain_loss(family):
     plain.load_state_dict(model.state_dict(), strict=False)
     batch = batch_of([1, 5, 8, 7, 2], {1: 6, 3: 7}, {})
 
-    mixed, ordinary = loss_of(model, batch), loss_of(plain, batch._replace(second=None))
+    mixed, ordinary = loss_of(model, batch), loss_of(plain, batch.extended(second=None))
 
     assert torch.equal(mixed, ordinary)
 

@@ -9,7 +9,16 @@ import torch
 from loss_scene import Matrix, Result
 from torch import Tensor
 
-from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, LossInputs, Targets, TopK
+from megakd.contract.batch import (
+    IGNORE,
+    Batch,
+    Counts,
+    Extras,
+    Knowledge,
+    LossInputs,
+    Targets,
+    TopK,
+)
 from megakd.contract.shapes import Shape
 from megakd.contract.unit_counts import count_units, unit_weights
 from megakd.losses.objective import Objective, build_objective
@@ -36,7 +45,9 @@ class Texts:
         self.teacher_head = torch.randn(VOCABULARY, theirs, generator=made)
 
     def batch(self, rows: slice = slice(None)) -> Batch:
-        return Batch({}, self.labels[rows], self.valid[rows], is_rollout=self.rollouts[rows])
+        return Batch(
+            {}, self.labels[rows], self.valid[rows], extras=Extras(is_rollout=self.rollouts[rows])
+        )
 
     def of(self, source: str | None) -> Tensor:
         """Labelled positions of a source, [B, T]."""
@@ -79,8 +90,8 @@ def result(
         said, answer = (t.flatten(0, 1)[batch.targets] for t in (said, answer))
     answered = Knowledge(hidden=answer, head=head_of(texts.teacher_head))
     student = Knowledge(hidden=said, head=head_of(head))
-    if batch.second is not None:
-        second = hidden.flatten(0, 1)[batch.second.positions]
+    if batch.extras.second is not None:
+        second = hidden.flatten(0, 1)[batch.extras.second.positions]
         student = student._replace(second=Knowledge(hidden=second, head=Matrix(head)))  # type: ignore[arg-type]
     counts = count_units([batch], objective.counters) if counts is None else counts
     reading = LossInputs(
@@ -103,4 +114,5 @@ def with_second(batch: Batch, positions: Tensor) -> Batch:
     first[positions] = IGNORE
     second = Targets(positions, batch.labels.flatten()[positions])
     kept = (first != IGNORE).nonzero()[:, 0]
-    return batch._replace(labels=first.view_as(batch.labels), targets=kept, second=second)
+    labelled = batch._replace(labels=first.view_as(batch.labels), targets=kept)
+    return labelled.extended(second=second)

@@ -123,7 +123,7 @@ def test_losses_see_every_generated_token_once_and_no_token_of_the_data(rows, tm
 
     def losses(batches: Any, watch: Any) -> dict[str, float]:
         for batch in batches:
-            assert batch.is_rollout[batch.valid].all()
+            assert batch.extras.is_rollout[batch.valid].all()
             seen.extend(batch.labels[batch.labels != IGNORE].tolist())
         return {"soft_target_kl": 0.5}
 
