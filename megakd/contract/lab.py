@@ -57,6 +57,59 @@ class SortedModel(Protocol):
         ...
 
 
+class Pruning(Protocol):
+    """Sizes, importance and cuts of models."""
+
+    def largest_first(self) -> tuple[str, ...]:
+        """Return the names of all teachers, sorted by number of weights, the largest first."""
+        ...
+
+    def unscored(self) -> SortedModel:
+        """Return the teacher with equal importance for all units, before the teacher is trained."""
+        ...
+
+    def sorted_teacher(
+        self, teacher: str, split: str, *, batch_size: int, residual: bool
+    ) -> SortedModel:
+        """Sort the units of a teacher by importance, which is measured once.
+
+        Args:
+            teacher: name of the teacher.
+            split: the split whose labels determine the importance.
+            batch_size: rows whose gradient is summed before the absolute value is taken.
+            residual: whether the columns of the hidden states are units too.
+
+        Raises:
+            MegakdError: the importance cannot be measured.
+        """
+        ...
+
+    def layer_scores(self, teacher: str) -> tuple[float, ...]:
+        """Return the importance of each layer of a teacher, which is measured once.
+
+        The importance is the rise of the loss on held-out rows if the layer is left out.
+
+        Args:
+            teacher: name of the teacher.
+
+        Raises:
+            MegakdError: the importance cannot be measured.
+        """
+        ...
+
+    def has_stock_config(self, source: Model, view: View) -> bool:
+        """Return whether transformers' own class of the family can have the shape of a cut."""
+        ...
+
+    def cut(self, source: Model, view: View, name: str) -> Model:
+        """Cut a model to a view, without training, into `stages/<name>`."""
+        ...
+
+    def parameters(self, source: Model, view: View) -> ParameterCounts:
+        """Return the number of weights of a view."""
+        ...
+
+
 class HeldOutProbe(Protocol):
     """Tools for a strategy that measures while a stage runs; every method is a collective."""
 
@@ -104,6 +157,11 @@ class Lab(Protocol):
     results: list[StageResult]
     record: MethodRecord
 
+    @property
+    def pruning(self) -> Pruning:
+        """The tools of methods that cut models."""
+        ...
+
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
         """Return the loss on labels for the type of the task."""
         ...
@@ -118,10 +176,6 @@ class Lab(Protocol):
         Args:
             name: name of the teacher; None if the config has only one teacher.
         """
-        ...
-
-    def largest_first(self) -> tuple[str, ...]:
-        """Return the names of all teachers, sorted by number of weights, the largest first."""
         ...
 
     def worth(self, metrics: Mapping[str, float]) -> float:
@@ -150,51 +204,6 @@ class Lab(Protocol):
         Raises:
             ConfigError: the task has no such metric, or the metric is not between 0 and 1.
         """
-        ...
-
-    def unscored(self) -> SortedModel:
-        """Return the teacher with equal importance for all units, before the teacher is trained."""
-        ...
-
-    def sorted_teacher(
-        self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> SortedModel:
-        """Sort the units of a teacher by importance, which is measured once.
-
-        Args:
-            teacher: name of the teacher.
-            split: the split whose labels determine the importance.
-            batch_size: rows whose gradient is summed before the absolute value is taken.
-            residual: whether the columns of the hidden states are units too.
-
-        Raises:
-            MegakdError: the importance cannot be measured.
-        """
-        ...
-
-    def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Return the importance of each layer of a teacher, which is measured once.
-
-        The importance is the rise of the loss on held-out rows if the layer is left out.
-
-        Args:
-            teacher: name of the teacher.
-
-        Raises:
-            MegakdError: the importance cannot be measured.
-        """
-        ...
-
-    def has_stock_config(self, source: Model, view: View) -> bool:
-        """Return whether transformers' own class of the family can have the shape of a cut."""
-        ...
-
-    def cut(self, source: Model, view: View, name: str) -> Model:
-        """Cut a model to a view, without training, into `stages/<name>`."""
-        ...
-
-    def parameters(self, source: Model, view: View) -> ParameterCounts:
-        """Return the number of weights of a view."""
         ...
 
     def source(self, folder: Path) -> Model:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class RoutedSource:
-    """The batches of a stage, in which `Batch.others` has the part of each teacher.
+    """The batches of a stage, in which `Extras.others` has the part of each teacher.
 
     Args:
         source: the batches; rows with a token have `routes`.

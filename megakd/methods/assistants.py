@@ -189,7 +189,7 @@ def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
 def size_at(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: float) -> int:
     """Return the number of the encoder's weights at a sparsity; 0 is the whole encoder."""
     view = view_of(config, lab, ranked, sparsity)
-    return lab.parameters(ranked.source, view).encoder_parameters
+    return lab.pruning.parameters(ranked.source, view).encoder_parameters
 
 
 def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel]:
@@ -205,7 +205,7 @@ def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel
 
 def ranked_units(config: AssistantOptions, lab: Lab, teacher: str) -> SortedModel:
     """Return a teacher sorted by the importance of units, which is measured once."""
-    return lab.sorted_teacher(
+    return lab.pruning.sorted_teacher(
         teacher,
         config.importance_split,
         batch_size=config.importance_batch_size,
@@ -236,7 +236,7 @@ def check_reach(config: AssistantOptions, lab: Lab) -> None:
         )
     # The distribution of units over the layers, and so the effect of rounding, is not yet known.
     exact = dataclasses.replace(config, round_to=1) if config.allocation == "global" else config
-    views_of(exact, lab, lab.unscored(), config.used_sparsities)
+    views_of(exact, lab, lab.pruning.unscored(), config.used_sparsities)
 
 
 def _check_relations(term: RelationKl, heads: Heads) -> None:

@@ -41,4 +41,4 @@ def cut_target(config: AssistantOptions, lab: Lab) -> tuple[str, Model]:
     """Return the name of the teacher, and the target that is cut out of the sorted teacher."""
     teacher, ranked = ranked_teacher(config, lab)
     view = view_of(config, lab, ranked, config.target_sparsity)
-    return teacher, lab.cut(ranked.source, view, "cut")
+    return teacher, lab.pruning.cut(ranked.source, view, "cut")

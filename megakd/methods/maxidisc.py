@@ -64,13 +64,13 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
 def _route(config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, sparsity: float) -> Route:
     view = view_of(config, lab, ranked, sparsity)
     name = view_name(sparsity)
-    start = lab.cut(ranked.source, view, f"cut-{name}")
+    start = lab.pruning.cut(ranked.source, view, f"cut-{name}")
     first = lab.train(leg(config, lab, f"leg-{name}", teacher=lab.teacher(), start=start))
     if sparsity == config.target_sparsity:
         return Route(sparsity, first, first)
     target = view_of(config, lab, ranked, config.target_sparsity)
     assistant = lab.as_teacher(first)
-    start = lab.cut(lab.source(first.folder), target, f"cut-through-{name}")
+    start = lab.pruning.cut(lab.source(first.folder), target, f"cut-through-{name}")
     second = lab.train(leg(config, lab, f"student-through-{name}", teacher=assistant, start=start))
     return Route(sparsity, first, second)
 
@@ -90,7 +90,7 @@ def _record(
             {
                 "iteration": 1,
                 "sparsity": path.sparsity,
-                "parameters": lab.parameters(ranked.source, view).parameters,
+                "parameters": lab.pruning.parameters(ranked.source, view).parameters,
                 "metric": value,
                 "tradeoff": tradeoff(value, path.sparsity, config.tradeoff),
                 "chosen": path is best,

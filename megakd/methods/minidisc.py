@@ -122,7 +122,7 @@ def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
     teacher = lab.teacher()
     ranked = ranked_units(config, lab, teacher)
     view = view_of(config, lab, ranked, config.target_sparsity)
-    start = lab.cut(ranked.source, view, "cut-direct")
+    start = lab.pruning.cut(ranked.source, view, "cut-direct")
     stage = leg(config, lab, "direct", teacher=teacher, start=start)
     steps = sum(result.steps for result in lab.results if result.name.startswith(TRIAL))
     train = dataclasses.replace(lab.config.train, max_steps=steps) if steps else None
@@ -172,7 +172,7 @@ def trial(
     sparsities = [s for s in config.sparsities if s >= link.sparsity]
     metric, views = lab.metric(config.metric), views_of(config, lab, ranked, sparsities)
     # Units that no candidate has would take memory and communication without being trained.
-    start = lab.cut(link.start, views[view_name(sparsities[0])], f"start-{iteration}")
+    start = lab.pruning.cut(link.start, views[view_name(sparsities[0])], f"start-{iteration}")
     judge = TradeoffJudge(
         metric,
         tuple(sparsities),
@@ -206,7 +206,7 @@ def _rows(
         row: CandidateReport = {
             "iteration": iteration,
             "sparsity": sparsity,
-            "parameters": lab.parameters(stage.start, stage.views[name]).parameters,
+            "parameters": lab.pruning.parameters(stage.start, stage.views[name]).parameters,
             "metric": value,
             "tradeoff": tradeoff(value, sparsity, config.tradeoff),
             "chosen": name == result.view,

@@ -61,7 +61,7 @@ def run(config: TakdConfig, lab: Lab) -> StageResult:
     Raises:
         ConfigError: a setting contradicts the chain; raised before anything is trained.
     """
-    first, *others = chain = config.order or lab.largest_first()
+    first, *others = chain = config.order or lab.pruning.largest_first()
     problems = "\n".join(_problems_of_chain(lab.config, chain))
     if problems:
         raise ConfigError(problems)

@@ -19,7 +19,6 @@ from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import total_steps
-from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import Stage, StageResult, untrained
 from megakd.contract.tasks import (
     FROM_TEACHER,
@@ -42,15 +41,7 @@ from megakd.models.loading import resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.pruning.store import (
-    SortedTeacher,
-    Weights,
-    counts_in_view,
-    largest_first,
-    shape_of_cut,
-    unscored,
-    weights_of,
-)
+from megakd.pruning.store import Shapes, SortedTeacher, shape_of_cut, unscored
 from megakd.scoring.evaluation import weighable
 from megakd.scoring.scorer import FEW
 from megakd.training.engines import learning_models
@@ -205,11 +196,11 @@ class PlanningLab(LabBase):
         prepared: RunInputs | None = None,
     ) -> None:
         super().__init__(config, sources)
-        self._world, self._device, self._prepared = ranks, device, prepared
+        self.world, self._device, self._prepared = ranks, device, prepared
         self.phases: list[Phase] = []
         self._assistants: list[StageResult] = []
         self._made: dict[Path, ModelSource] = {}
-        self._weights: dict[str, Weights] = {}
+        self.pruning = PlannedPruning(self, sources, self._teachers)
 
     def play(self) -> list[Phase]:
         """Run the method and the baselines, and return all phases of the run, in order.
@@ -232,7 +223,7 @@ class PlanningLab(LabBase):
         loaded = [n for n, spec in self.config.teacher_specs.items() if spec.server is None]
         teachers = {name: self._teachers[name] for name in loaded if name in self._teachers}
         for name, ready in {**made, **teachers}.items():
-            self._score(name, ready)
+            self.record_scoring(name, ready)
         stored = {
             name: ready
             for name, ready in teachers.items()
@@ -247,11 +238,6 @@ class PlanningLab(LabBase):
             rows = max(latency.batches(self.config.task.type))
             self.phases.append(Phase(name="latency", work="timing", teachers=whole, rows=rows))
 
-    def largest_first(self) -> tuple[str, ...]:
-        """Return the names of all teachers by decreasing number of weights."""
-        sources = {name: self._sources[name] for name in self.config.teacher_specs}
-        return largest_first(sources, self.config.task)
-
     def _source(self, folder: Path, role: str) -> ModelSource:
         return self._made[folder]
 
@@ -265,7 +251,7 @@ class PlanningLab(LabBase):
         if self._prepared is None:
             return train.max_steps or UNKNOWN_STEPS
         shape = StepShape(
-            train.per_device_train_batch_size, train.gradient_accumulation_steps, 0, self._world
+            train.per_device_train_batch_size, train.gradient_accumulation_steps, 0, self.world
         )
         return total_steps(train, shape.steps_per_epoch(len(self._prepared.encoded.train)))
 
@@ -285,10 +271,11 @@ class PlanningLab(LabBase):
 
     def dev_score(self, name: str) -> float:
         """Record the scoring of a teacher; return the same score for all teachers."""
-        self._score(name, self._teachers[name])
+        self.record_scoring(name, self._teachers[name])
         return 0.5
 
-    def _score(self, name: str, ready: ReadyTeacher, forwards: int = 0) -> None:
+    def record_scoring(self, name: str, ready: ReadyTeacher, forwards: int = 0) -> None:
+        """Record that a model is scored, by this number of forwards if it is not one pass."""
         name, teachers = name if forwards else f"{name}-scored", {name: ready}
         rows = self.config.eval_rows()
         phase = Phase(name=name, work="scoring", teachers=teachers, rows=rows, forwards=forwards)
@@ -296,7 +283,7 @@ class PlanningLab(LabBase):
 
     def train(self, stage: Stage) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
-        stage = completed(stage, self.config, ranks=self._world, device=self._device)
+        stage = completed(stage, self.config, ranks=self.world, device=self._device)
         if stage.start is None and stage.role == STUDENT:
             stage = dataclasses.replace(stage, start=self._start())
         learners = learning_models(stage, self._sources, self._teachers)
@@ -314,7 +301,7 @@ class PlanningLab(LabBase):
         view, folder = next(iter(stage.views), None), Path("stages") / stage.name
         learner = phase.learner
         kept = stage.strategy.pruned_to if view is None else stage.views[view]
-        made = learner if kept is None else self.cut(learner, kept, stage.name)
+        made = learner if kept is None else self.pruning.cut(learner, kept, stage.name)
         self._made |= {folder: made, **{folder / role: learners[role] for role in stage.beside}}
         metrics = defaultdict[str, float](lambda: 0.5)
         scores = dict.fromkeys(stage.views, metrics)
@@ -322,41 +309,6 @@ class PlanningLab(LabBase):
         result = dataclasses.replace(result, metrics=metrics, scores=scores, view=view)
         self.results.append(result)
         return result
-
-    def unscored(self) -> SortedTeacher:
-        """Return the teacher's units without scores."""
-        return unscored(self._sources[TEACHER])
-
-    def sorted_teacher(
-        self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> SortedTeacher:
-        """Record the importance phase, once per run."""
-        ready = self._teachers[teacher]
-        if not any(known.work == "importance" for known in self.phases):
-            # Several ranks may use fewer rows per micro-batch.
-            most = self.config.train.rows_at_once(self.config.task.row_length)
-            phase = Phase(
-                name="specification",
-                work="importance",
-                teachers={teacher: ready},
-                rows=StepShape.of_batch(batch_size, most, rank=0, world=1).per_device,
-                with_width=residual,
-            )
-            self.phases.append(phase)
-        return unscored(ready.source)
-
-    def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Record the scoring of the teacher, once; return the same importance for all layers."""
-        ready, rows = self._teachers[teacher], self.config.eval_rows()
-        layers = ready.source.architecture.number_of_layers(ready.source.config)
-        if not any(known.forwards for known in self.phases):
-            forwards = (layers + 1) * -(-FEW // (rows * self._world))
-            self._score("layers", ready, forwards=forwards)
-        return (1.0,) * layers
-
-    def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
-        """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
-        return shape_of_cut(source, view, self.config.task.type)
 
     def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
         """Make a stage's model a teacher that is scored at the end."""
@@ -369,12 +321,49 @@ class PlanningLab(LabBase):
             return SimpleNamespace(of=lambda _: 0.5)
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
-    def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
-        """Return the number of weights of a view, which may decide the sizes of candidates."""
-        model = source.config.to_json_string()
-        if model not in self._weights:
-            self._weights[model] = weights_of(source, self.config.task)
-        return counts_in_view(self._weights[model], source, view)
+
+class PlannedPruning(Shapes):
+    """Tools of methods that cut models, which record work with models instead of doing it."""
+
+    def __init__(
+        self,
+        lab: PlanningLab,
+        sources: Mapping[str, ModelSource],
+        teachers: Mapping[str, ReadyTeacher],
+    ) -> None:
+        super().__init__(lab.config, sources)
+        self._lab, self._teachers = lab, teachers
+
+    def sorted_teacher(
+        self, teacher: str, split: str, *, batch_size: int, residual: bool
+    ) -> SortedTeacher:
+        """Record the importance phase, once per run."""
+        ready = self._teachers[teacher]
+        if not any(known.work == "importance" for known in self._lab.phases):
+            # Several ranks may use fewer rows per micro-batch.
+            most = self.config.train.rows_at_once(self.config.task.row_length)
+            phase = Phase(
+                name="specification",
+                work="importance",
+                teachers={teacher: ready},
+                rows=StepShape.of_batch(batch_size, most, rank=0, world=1).per_device,
+                with_width=residual,
+            )
+            self._lab.phases.append(phase)
+        return unscored(ready.source)
+
+    def layer_scores(self, teacher: str) -> tuple[float, ...]:
+        """Record the scoring of the teacher, once; return the same importance for all layers."""
+        ready, rows = self._teachers[teacher], self.config.eval_rows()
+        layers = ready.source.architecture.number_of_layers(ready.source.config)
+        if not any(known.forwards for known in self._lab.phases):
+            forwards = (layers + 1) * -(-FEW // (rows * self._lab.world))
+            self._lab.record_scoring("layers", ready, forwards=forwards)
+        return (1.0,) * layers
+
+    def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
+        """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
+        return shape_of_cut(source, view, self.config.task.type)
 
 
 def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> ReadyTeacher:

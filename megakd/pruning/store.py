@@ -1,32 +1,33 @@
-"""The sorted teacher, models cut out of it, and the sizes of their views."""
+"""The tools of a lab for methods that cut models: sizes, sorted teachers, cut models."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult, untrained
-from megakd.contract.tasks import TaskType
+from megakd.contract.tasks import TEACHER, TaskType
 from megakd.contract.views import Axes, UnitOrder, View
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, weight_axes
 from megakd.models.counting import parameter_counts
-from megakd.models.cutting import cut_config, reshape_folder
+from megakd.models.cutting import CUT, cut_config, reshape_folder
 from megakd.models.depth import naming
 from megakd.models.export import Extra
 from megakd.models.fitting import valueless_model
-from megakd.models.source import ModelSource, ReadyTeacher
+from megakd.models.source import ModelSource
 from megakd.pruning.allocation import (
     UnitScores,
     scores_from_json,
@@ -105,31 +106,79 @@ class Reshaping(NamedTuple):
     extra: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True, kw_only=True)
-class PruningStore:
-    """The builder of model folders in `stages/` without training.
+class Shapes:
+    """What the configs of models tell about their cuts, without weights.
 
-    Each folder is built once. Building is a collective.
+    Args:
+        config: the config of the run.
+        sources: the models of the config by role.
     """
 
-    assembly: Assembly
-    _weights: dict[str, Weights] = field(default_factory=dict, init=False, repr=False)
+    def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
+        self.config, self._sources = config, sources
+        self._weights: dict[str, Weights] = {}
+
+    def largest_first(self) -> tuple[str, ...]:
+        """Return the names of all teachers by number of weights, the largest first."""
+        sizes = {name: self._size(self._sources[name]) for name in self.config.teacher_specs}
+        return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+
+    def _size(self, source: ModelSource) -> int:
+        return parameter_counts((n, s) for n, s, _ in self._weights_of(source)).parameters
+
+    def unscored(self) -> SortedTeacher:
+        """Return the teacher with equal scores of all units, to check a grid of sparsities."""
+        return unscored(self._sources[TEACHER])
+
+    def has_stock_config(self, source: ModelSource, view: View) -> bool:
+        """Return whether transformers' own class of the family can have the shape of a cut."""
+        return not cut_config(source.config, view).model_type.startswith(CUT)
+
+    def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
+        """Return the number of weights of a model at a view."""
+        return counts_in_view(self._weights_of(source), source, view)
+
+    def _weights_of(self, source: ModelSource) -> Weights:
+        model = source.config.to_json_string()
+        if model not in self._weights:
+            self._weights[model] = weights_of(source, self.config.task)
+        return self._weights[model]
+
+
+class Pruning(Shapes):
+    """The builder of model folders in `stages/` without training; each folder is built once.
+
+    Every method is a collective.
+
+    Args:
+        assembly: the assembly of the run, which knows the teachers that are ready.
+        results: the results of the run, to which those of this class are added.
+        source: returns the model in the folder of a stage.
+        close: frees the memory of the models that the last stage has left open.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        results: list[StageResult],
+        *,
+        source: Callable[[Path], ModelSource],
+        close: Callable[[], None],
+    ) -> None:
+        super().__init__(assembly.config, assembly.prepared.sources)
+        self.assembly, self._results = assembly, results
+        self._source, self._close = source, close
 
     def sorted_teacher(
-        self, ready: ReadyTeacher, *, split: str, batch_size: int, residual: bool
-    ) -> StageResult:
-        """Return the teacher with sorted heads and neurons, which computes the same outputs.
-
-        Args:
-            ready: the teacher.
-            split: the split whose labels determine the importance.
-            batch_size: rows of a batch over all ranks, whose gradient is summed before the absolute
-                value is taken.
-            residual: whether the columns of the hidden states are sorted too.
+        self, teacher: str, split: str, *, batch_size: int, residual: bool
+    ) -> SortedTeacher:
+        """Return a teacher with sorted units, which computes the same outputs; see `contract.lab`.
 
         Raises:
             MegakdError: the importance cannot be measured, or the folder cannot be written.
         """
+        self._close()
+        ready = self.assembly.teachers[teacher]
 
         def prepare() -> Reshaping:
             rows = getattr(self.assembly.prepared.encoded, split)
@@ -145,14 +194,16 @@ class PruningStore:
             "residual": residual,
             "batch": batch_size,
         }
-        return self._made("specification", facts, prepare)
+        result = self._listed(self._made("specification", facts, prepare))
+        path = result.folder / UNITS
+        text = on_main(lambda: path.read_text(encoding="utf-8"))
+        scores = scores_from_json(text, where=str(path))
+        return SortedTeacher(source=self._source(result.folder), scores=scores)
 
-    def layer_scores(self, ready: ReadyTeacher) -> StageResult:
-        """Return the importance of each layer of a teacher; the metric of layer 3 is `layer_3`.
-
-        Raises:
-            MegakdError: the importance cannot be measured, or the folder cannot be written.
-        """
+    def layer_scores(self, teacher: str) -> tuple[float, ...]:
+        """Return the importance of each layer of a teacher; measured once."""
+        self._close()
+        ready = self.assembly.teachers[teacher]
         rows = few(self.assembly.prepared.encoded.validation)
 
         def measure() -> Mapping[str, float]:
@@ -160,29 +211,25 @@ class PruningStore:
             return {f"layer_{number}": score for number, score in enumerate(scores, start=1)}
 
         facts = {**self.assembly.frozen_facts(ready), "rows": len(rows)}
-        return measured_once(self.assembly, "layers", facts, measure)
+        result = measured_once(self.assembly, "layers", facts, measure)
+        # As metrics of a stage, the scores would be a column for each layer in the report.
+        self._listed(dataclasses.replace(result, metrics={}))
+        layers = range(1, len(result.metrics) + 1)
+        return tuple(result.metrics[f"layer_{number}"] for number in layers)
 
-    def scores(self, folder: Path) -> UnitScores:
-        """Return the scores by which the units of a folder were sorted."""
-        path = folder / UNITS
-        text = on_main(lambda: path.read_text(encoding="utf-8"))
-        return scores_from_json(text, where=str(path))
+    def _listed(self, result: StageResult) -> StageResult:
+        if all(known.name != result.name for known in self._results):
+            self._results.append(result)
+        return result
 
-    def cut(self, source: ModelSource, view: View, name: str) -> StageResult:
-        """Cut a model to a view, without training.
-
-        Raises:
-            MegakdError: the folder cannot be written.
-        """
+    def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
+        """Return a model cut to a view in `stages/<name>`, untrained; `source` for a whole view."""
+        units = source.architecture.units(source.config)
+        if view._replace(width=view.width or units.width) == units:
+            return source
         facts = {"model": self.assembly.identity_of(source), "view": view._asdict()}
-        return self._made(name, facts, lambda: Reshaping(source, view=view))
-
-    def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
-        """Return the number of weights of a model at a view, without loading the weights."""
-        model = source.config.to_json_string()
-        if model not in self._weights:
-            self._weights[model] = weights_of(source, self.assembly.config.task)
-        return counts_in_view(self._weights[model], source, view)
+        result = self._made(name, facts, lambda: Reshaping(source, view=view))
+        return self._source(result.folder)
 
     def _made(
         self, name: str, facts: Mapping[str, Any], prepare: Callable[[], Reshaping]
@@ -226,15 +273,6 @@ class PruningStore:
             order=reshaping.order,
             extra=extra,
         )
-
-
-def largest_first(sources: Mapping[str, ModelSource], task: TaskConfig) -> tuple[str, ...]:
-    """Return names of models by number of weights, the largest first, without loading weights."""
-    shapes = {
-        name: [(weight, shape) for weight, shape, _ in weights_of(source, task)]
-        for name, source in sources.items()
-    }
-    return tuple(sorted(shapes, key=lambda name: -parameter_counts(shapes[name]).parameters))
 
 
 def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:

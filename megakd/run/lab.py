@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 from megakd.config.run import RunConfig
 from megakd.config.train import total_steps
 from megakd.contract.metrics import Metric
-from megakd.contract.results import Assistant, ModelReport, ParameterCounts
+from megakd.contract.results import Assistant, ModelReport
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.contract.views import View
 from megakd.data.routes import rows_of_teachers
 from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first
@@ -25,7 +24,7 @@ from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
 from megakd.models.second_vocabulary import FILE, with_table
 from megakd.models.source import ModelSource
-from megakd.pruning.store import PruningStore, SortedTeacher, largest_first, unscored
+from megakd.pruning.store import Pruning
 from megakd.run.stage_identity import stage_identity
 from megakd.run.teacher_pool import TeacherPool, model_report
 from megakd.scoring.evaluation import weighable
@@ -64,12 +63,8 @@ class Lab(LabBase):
         self.assembly = Assembly(
             config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
         )
-        self._store, self.pool = PruningStore(assembly=self.assembly), TeacherPool(self.assembly)
-
-    def largest_first(self) -> tuple[str, ...]:
-        """Return the names of all teachers by decreasing number of weights."""
-        sources = {name: self._prepared.sources[name] for name in self.config.teacher_specs}
-        return largest_first(sources, self.config.task)
+        self.pool = TeacherPool(self.assembly)
+        self.pruning = Pruning(self.assembly, self.results, source=self.source, close=self.close)
 
     def worth(self, metrics: Mapping[str, float]) -> float:
         """Return the main metric of the task, negated if lower values are better."""
@@ -92,56 +87,6 @@ class Lab(LabBase):
             ConfigError: the task has no such metric, or the metric is not a score between 0 and 1.
         """
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)
-
-    def unscored(self) -> SortedTeacher:
-        """Return the teacher with equal unit scores, to find possible cuts before it is trained."""
-        return unscored(self._prepared.sources[TEACHER])
-
-    def sorted_teacher(
-        self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> SortedTeacher:
-        """Return the teacher with its units sorted by importance; measured once.
-
-        Args:
-            teacher: the name of the teacher.
-            split: the split whose labels determine the importance.
-            batch_size: rows per batch; the absolute value of each batch's gradient is taken.
-            residual: whether the columns of the hidden states are also units.
-
-        Raises:
-            MegakdError: the importance cannot be measured.
-        """
-        self.close()
-        ready = self._teachers[teacher]
-        result = self._store.sorted_teacher(
-            ready, split=split, batch_size=batch_size, residual=residual
-        )
-        if all(known.name != result.name for known in self.results):
-            self.results.append(result)
-        return SortedTeacher(
-            source=self.source(result.folder), scores=self._store.scores(result.folder)
-        )
-
-    def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Return the importance of each layer of a teacher; measured once."""
-        self.close()
-        result = self._store.layer_scores(self._teachers[teacher])
-        if all(known.name != result.name for known in self.results):
-            # As metrics of a stage, the scores would be a column for each layer in the report.
-            self.results.append(dataclasses.replace(result, metrics={}))
-        layers = range(1, len(result.metrics) + 1)
-        return tuple(result.metrics[f"layer_{number}"] for number in layers)
-
-    def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
-        """Return a model cut to a view in `stages/<name>`, untrained; `source` for a whole view."""
-        units = source.architecture.units(source.config)
-        if view._replace(width=view.width or units.width) == units:
-            return source
-        return self.source(self._store.cut(source, view, name).folder)
-
-    def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
-        """Return the number of weights of a view of a model."""
-        return self._store.parameters(source, view)
 
     def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
         """Make a stage's model a teacher, and list it in the report."""

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megakd.config.run import RunConfig
+from megakd.contract.lab import Pruning
 from megakd.contract.results import MethodRecord
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import TermConfig, hard_terms, soft_terms
-from megakd.contract.views import View
 from megakd.inputs.inputs import as_student
-from megakd.models.cutting import CUT, cut_config
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.training.recipes import finetuning_stage
 
@@ -22,8 +21,10 @@ from megakd.training.recipes import finetuning_stage
 class LabBase(ABC):
     """The part of a lab that follows from the configs of the run and of its models.
 
-    config, results, record: see `contract.lab.Lab`.
+    config, results, record, pruning: see `contract.lab.Lab`.
     """
+
+    pruning: Pruning
 
     def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
         self.config = config
@@ -35,10 +36,6 @@ class LabBase(ABC):
     @abstractmethod
     def train(self, stage: Stage) -> StageResult:
         """Run or record a stage."""
-
-    @abstractmethod
-    def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Return the importance of each layer of a teacher."""
 
     @abstractmethod
     def with_embeddings(self, result: StageResult) -> ModelSource:
@@ -84,7 +81,7 @@ class LabBase(ABC):
         role = self.config.start_role
         if role == STUDENT or self.config.student.layers is None:
             return None
-        scores = self.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
+        scores = self.pruning.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
         return as_student(self._teachers[self.teacher(role)].source, self.config, scores)
 
     def given(self, role: str) -> ModelSource:
@@ -98,7 +95,3 @@ class LabBase(ABC):
     def model(self, teacher: str) -> ModelSource:
         """Return the model of a teacher that is ready."""
         return self._teachers[teacher].source
-
-    def has_stock_config(self, source: ModelSource, view: View) -> bool:
-        """Return whether transformers' own class of the family can have the shape of a cut."""
-        return not cut_config(source.config, view).model_type.startswith(CUT)

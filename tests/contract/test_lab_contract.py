@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 
-from megakd.contract.lab import Lab as Contract
-from megakd.planning.lab import PlanningLab
+from megakd.contract import lab as contract
+from megakd.planning.lab import PlannedPruning, PlanningLab
+from megakd.pruning.store import Pruning
 from megakd.run.lab import Lab
 from megakd.training.lab_base import LabBase
 
-METHODS = {
-    name: member
-    for name, member in vars(Contract).items()
-    if not name.startswith("_") and inspect.isfunction(member)
-}
-PROPERTIES = [name for name, member in vars(Contract).items() if isinstance(member, property)]
+
+def methods(promised: type) -> dict[str, Any]:
+    members = vars(promised).items()
+    return {n: m for n, m in members if not n.startswith("_") and inspect.isfunction(m)}
+
+
+PROMISES = [
+    (kind, name, method)
+    for promised, kinds in (
+        (contract.Lab, (Lab, PlanningLab)),
+        (contract.Pruning, (Pruning, PlannedPruning)),
+    )
+    for name, method in methods(promised).items()
+    for kind in kinds
+]
 
 
 def parameters(function) -> list[tuple[str, object, object]]:
@@ -24,21 +35,16 @@ def parameters(function) -> list[tuple[str, object, object]]:
     return [(p.name, p.kind, p.default) for p in found]
 
 
-@pytest.mark.parametrize("lab", [Lab, PlanningLab])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_lab_takes_the_arguments_that_the_contract_names(lab, name):
-    assert parameters(getattr(lab, name)) == parameters(METHODS[name])
-
-
-@pytest.mark.parametrize("lab", [Lab, PlanningLab])
-def test_a_lab_has_the_properties_of_the_contract(lab):
-    assert [name for name in PROPERTIES if not isinstance(getattr(lab, name, None), property)] == []
+@pytest.mark.parametrize(("kind", "name", "method"), PROMISES)
+def test_a_lab_takes_the_arguments_that_the_contract_names(kind, name, method):
+    assert parameters(getattr(kind, name)) == parameters(method)
 
 
 @pytest.mark.parametrize("lab", [Lab, PlanningLab])
 def test_a_lab_sets_the_attributes_of_the_contract_when_it_is_made(lab):
-    source = inspect.getsource(LabBase.__init__)
+    base, own = (inspect.getsource(made.__init__) for made in (LabBase, lab))
 
     assert issubclass(lab, LabBase)
-    assert "super().__init__(" in inspect.getsource(lab.__init__)
-    assert [name for name in Contract.__annotations__ if f"self.{name}" not in source] == []
+    assert "super().__init__(" in own
+    assert [n for n in contract.Lab.__annotations__ if f"self.{n}" not in base] == []
+    assert "self.pruning = " in own

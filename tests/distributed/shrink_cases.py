@@ -26,7 +26,7 @@ def shrink(config_path: str, overrides: list[str]) -> dict[str, Any]:
     lab = Lab(config, prepare(config), distributed.ranks(), reporter)
     try:
         result = run_method(config.method, lab)
-        layers = lab.layer_scores("teacher")
+        layers = lab.pruning.layer_scores("teacher")
     finally:
         lab.close()
     gc.collect()
@@ -44,7 +44,7 @@ def layer_losses(config_path: str, overrides: list[str]) -> tuple[list[float], l
     reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
     lab = Lab(config, prepare(config), distributed.ranks(), reporter)
     name = lab.teacher()
-    scores, source, assembly = lab.layer_scores(name), lab.model(name), lab.assembly
+    scores, source, assembly = lab.pruning.layer_scores(name), lab.model(name), lab.assembly
     rows = few(assembly.prepared.encoded.validation)
 
     def loss(layers: tuple[int, ...]) -> float:

@@ -42,7 +42,7 @@ def lab(config: PretrainedConfig, objective=None):
     return SimpleNamespace(
         config=SimpleNamespace(objective=objective),
         given=lambda role: source,
-        unscored=lambda: unscored(source),
+        pruning=SimpleNamespace(unscored=lambda: unscored(source)),
         soft_terms=lambda weight: (SoftTargetKl(loss="soft_target_kl", weight=weight),),
         metric=lambda name: name,
     )
@@ -129,7 +129,7 @@ def test_a_layer_whose_relations_are_compared_keeps_a_head(config):
     heads = tuple((float(layer != 3),) * 12 for layer in range(4))
     neurons = tuple((float(layer != 3),) * 3072 for layer in range(4))
     scores = UnitScores(heads, neurons, tuple(map(float, range(768))))
-    ranked = SortedTeacher(source=teacher.unscored().source, scores=scores)
+    ranked = SortedTeacher(source=teacher.pruning.unscored().source, scores=scores)
 
     view = views_of(config, teacher, ranked, [0.9])["sparsity-0.9"]
 

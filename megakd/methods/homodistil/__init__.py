@@ -204,7 +204,7 @@ def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) 
 
 
 def _parameters(lab: Lab, model: Model, view: View) -> int:
-    return lab.parameters(model, view).parameters
+    return lab.pruning.parameters(model, view).parameters
 
 
 def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:

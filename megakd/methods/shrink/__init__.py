@@ -172,10 +172,10 @@ class Link(NamedTuple):
 def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     """Sort the teacher, then choose a cut and repair it, once for each hop."""
     teacher = lab.teacher()
-    ranked = lab.sorted_teacher(
+    ranked = lab.pruning.sorted_teacher(
         teacher, config.importance_split, batch_size=config.importance_batch_size, residual=False
     )
-    link = Link(teacher, ranked.source, lab.layer_scores(teacher))
+    link = Link(teacher, ranked.source, lab.pruning.layer_scores(teacher))
     *between, last = hops(config, _cuts(config, lab, ranked.source).whole.parameters)
     for number, target in enumerate(between, start=1):
         link = _assistant(config, lab, link, target, number)
@@ -202,8 +202,8 @@ def hops(config: ShrinkConfig, parameters: int) -> list[int]:
 def _cuts(config: ShrinkConfig, lab: Lab, model: Model) -> Cuts:
     return cuts_of(
         model.units._replace(width=None, head_width=None),
-        count=lambda view: lab.parameters(model, view).parameters,
-        is_stock=lambda view: lab.has_stock_config(model, view),
+        count=lambda view: lab.pruning.parameters(model, view).parameters,
+        is_stock=lambda view: lab.pruning.has_stock_config(model, view),
         round_to=config.round_to,
     )
 
