@@ -28,16 +28,26 @@ from megakd.models.lora import base_model
 from megakd.models.predictions import predict, predictions_of
 
 
-class ReadPass(NamedTuple):
-    """A pass, the inputs of its losses, and its share in the reported means of its view."""
+class Forward(NamedTuple):
+    """A forward for a micro-batch: of the model of a role, as one of its views.
+
+    A role that no learner has is the first learner without its adapters.
+    """
+
+    role: str
+    view: str | None = None
+
+
+Outputs = Mapping[Forward, Knowledge]
+
+
+class PassInputs(NamedTuple):
+    """A pass for a micro-batch: the inputs of its losses, and its share in the reported means."""
 
     planned: Pass
-    reading: LossInputs
+    learner: str
+    inputs: LossInputs
     share: float
-
-
-Outputs = Mapping[tuple[str | None, str | None], Knowledge]
-"""Outputs of the learners for a micro-batch, by learner and view."""
 
 
 class StudentBundle(nn.Module):
@@ -73,6 +83,11 @@ class StudentBundle(nn.Module):
         self._teacher_needs = teacher_needs or Needs()
 
     @property
+    def role(self) -> str:
+        """The role of the first learner."""
+        return self._roles[0]
+
+    @property
     def student(self) -> nn.Module:
         """The first learner."""
         return self.learners[0]
@@ -84,10 +99,14 @@ class StudentBundle(nn.Module):
         A unit of the first learner has no prefix.
         """
         return {
-            _unit_of(self._key(role), unit): functools.partial(_counted_as, role, count)
+            self.unit_of(role, unit): functools.partial(_counted_as, role, count)
             for role in self._roles
             for unit, count in self.objective.counters.items()
         }
+
+    def unit_of(self, learner: str, unit: Unit) -> Unit:
+        """Return the name of a learner's unit among the counts of a step."""
+        return unit if learner == self.role else f"{learner}_{unit}"
 
     def rates(self, factors: Mapping[str, float]) -> dict[str, float]:
         """Return factors of learning rates by prefix of parameter names, from factors by role."""
@@ -131,113 +150,92 @@ class StudentBundle(nn.Module):
         if plan is None or counts is None:
             with self._viewing(view):
                 return predict(self.student, batch, self.kernels)
-        plan = [replace(planned, learner=self._key(planned.learner)) for planned in plan]
-        sums, frozen = LossSums(counts, self.objective, self.world_size), knowledge or {}
-        teaching = [name for name in teacher_names(plan) if name not in frozen]
-        beside = [(self._key(name), None) for name in teaching]
-        outputs = self._outputs(batch, plan, [*beside, *((None, view) for view in scored)])
-        answers = {**frozen, **{n: outputs[key] for n, key in zip(teaching, beside, strict=True)}}
-        readings = self._read(batch, outputs, answers, plan, sums)
+        sums, answers = LossSums(self, counts), dict(knowledge or {})
+        learning = [name for name in teacher_names(plan) if name not in answers]
+        wanted = [Forward(name) for name in learning]
+        wanted += [Forward(self.role, view) for view in scored]
+        wanted += [Forward(self._learner(planned), planned.view) for planned in plan]
+        outputs = self._outputs(batch, wanted)
+        answers |= {name: outputs[Forward(name)] for name in learning}
         # Losses run after all views of a width, so that a head has one gradient, not one per view.
-        for together in readings.values():
-            with self._viewing(together[0].planned.view):
-                evaluated = self.objective([read.reading for read in together])
-            for read, one in zip(together, evaluated, strict=True):
-                sums.add(read.planned, one, share=read.share)
+        for group in self._grouped(self._inputs(batch, plan, outputs, answers, sums)):
+            with self._viewing(group[0].planned.view):
+                evaluated = self.objective([made.inputs for made in group])
+            for made, values in zip(group, evaluated, strict=True):
+                sums.add(made, values)
         predictions = {view: self._predictions(batch, outputs, view) for view in scored}
         return sums.losses()._replace(predictions=predictions)
 
-    def _predictions(self, batch: Batch, outputs: Outputs, view: str | None) -> Predictions:
-        with self._viewing(view):  # in which the output matrix is read
-            return predictions_of(outputs[None, view], batch.of(self._roles[0]), self.kernels)
+    def _learner(self, planned: Pass) -> str:
+        return planned.learner or self.role
 
-    def _read(
-        self,
-        batch: Batch,
-        outputs: Outputs,
-        answers: Mapping[str, Knowledge],
-        plan: Sequence[Pass],
-        sums: LossSums,
-    ) -> dict[tuple[str | None, int | None], list[ReadPass]]:
-        """Return the passes with the outputs of both models, by learner and width of the view."""
-        passes = Counter((planned.learner, planned.view) for planned in plan)
-        found: dict[tuple[str | None, int | None], list[ReadPass]] = {}
-        for planned in plan:
-            key = (planned.learner, planned.view)
-            rows = batch.of(planned.learner or self._roles[0])
-            own, learned = _rows_of(planned, rows, outputs[key])
-            read = ReadPass(
-                planned,
-                self._reading(
-                    own,
-                    learned,
-                    answers[planned.teacher] if planned.teacher else None,
-                    planned,
-                    sums.per_unit(planned.learner),
-                ),
-                # The values of parts of the rows add up to the value of all rows.
-                1 / passes[key] if own.extras.within is None else 1.0,
+    def _outputs(self, batch: Batch, wanted: Sequence[Forward]) -> Outputs:
+        outputs: dict[Forward, Knowledge] = {}
+        with self._sharing(several=len(set(wanted)) > 1):
+            for one in dict.fromkeys(wanted):
+                with self._viewing(one.view):
+                    outputs[one] = self._run(one.role, batch.of(one.role))
+        return outputs
+
+    def _run(self, role: str, batch: Batch) -> Knowledge:
+        if role == self.role:
+            return read_knowledge(self.student, batch, self.objective.needs)
+        if role in self._roles:
+            return read_knowledge(
+                self.learners[self._roles.index(role)], batch, self._teacher_needs
             )
-            width = self.views[planned.view].width if planned.view in self.views else None
-            found.setdefault((planned.learner, width), []).append(read)
-        return found
-
-    def _outputs(
-        self, batch: Batch, plan: Sequence[Pass], beside: Sequence[tuple[str | None, str | None]]
-    ) -> Outputs:
-        wanted = dict.fromkeys([*beside, *((planned.learner, planned.view) for planned in plan)])
-        found: dict[tuple[str | None, str | None], Knowledge] = {}
-        with self._sharing(len(wanted) > 1):
-            for role, view in wanted:
-                with self._viewing(view):
-                    found[role, view] = self._answer(role, batch.of(role or self._roles[0]))
-        return found
-
-    def _answer(self, name: str | None, batch: Batch) -> Knowledge:
-        if name is None or name in self._roles:
-            model, needs = self._model_of(name)
-            return read_knowledge(model, batch, needs)
         with base_model(self.student) as base:
             return read_knowledge(base, batch, self._teacher_needs)
 
-    def _key(self, role: str | None) -> str | None:
-        """Return the role, or None for the first learner."""
-        return None if role == self._roles[0] else role
-
-    def _model_of(self, role: str | None) -> tuple[nn.Module, Needs]:
-        number = self._roles.index(role) if role else 0
-        return self.learners[number], self._teacher_needs if number else self.objective.needs
-
-    def _reading(
+    def _inputs(
         self,
         batch: Batch,
-        said: Knowledge,
-        taught: Knowledge | None,
-        planned: Pass,
-        per_unit: Mapping[Unit, Tensor],
-    ) -> LossInputs:
-        chosen = dict(planned.weights or {})
-        reading = LossInputs(
-            student=said,
-            teacher=taught,
-            batch=batch,
-            weights=self.objective.weights | chosen,
-            per_unit=per_unit,
-            kernels=self.kernels,
-            scale=planned.scale,
-        )
-        if planned.weigh is not None:
-            factors = planned.weigh(reading)
-            chosen = {name: reading.weights[name] * factor for name, factor in factors.items()}
-        left_out = frozenset(name for name, weight in chosen.items() if weight == 0)
-        return replace(reading, weights={**reading.weights, **chosen}, left_out=left_out)
+        plan: Sequence[Pass],
+        outputs: Outputs,
+        answers: Mapping[str, Knowledge],
+        sums: LossSums,
+    ) -> list[PassInputs]:
+        passes = Counter((self._learner(planned), planned.view) for planned in plan)
+        made: list[PassInputs] = []
+        for planned in plan:
+            learner = self._learner(planned)
+            student = outputs[Forward(learner, planned.view)]
+            rows, student = _rows_of(planned, batch.of(learner), student)
+            inputs = LossInputs(
+                student=student,
+                teacher=answers[planned.teacher] if planned.teacher else None,
+                batch=rows,
+                weights=self.objective.weights,
+                per_unit=sums.per_unit(learner),
+                kernels=self.kernels,
+                scale=planned.scale,
+            )
+            # The values of parts of the rows add up to the value of all rows.
+            is_part = rows.extras.within is not None
+            share = 1.0 if is_part else 1 / passes[learner, planned.view]
+            made.append(PassInputs(planned, learner, _weighted(inputs, planned), share))
+        return made
+
+    def _grouped(self, passes: Sequence[PassInputs]) -> list[list[PassInputs]]:
+        """Return the passes of one learner and one width of its views together."""
+        groups: dict[tuple[str, int | None], list[PassInputs]] = {}
+        for one in passes:
+            view = one.planned.view
+            width = self.views[view].width if view in self.views else None
+            groups.setdefault((one.learner, width), []).append(one)
+        return list(groups.values())
+
+    def _predictions(self, batch: Batch, outputs: Outputs, view: str | None) -> Predictions:
+        with self._viewing(view):  # in which the output matrix is read
+            answer = outputs[Forward(self.role, view)]
+            return predictions_of(answer, batch.of(self.role), self.kernels)
 
     def _viewing(self, view: str | None) -> AbstractContextManager[None]:
         if self.elastic is None:
             return nullcontext()
         return self.elastic.viewing(None if view is None else self.views[view])
 
-    def _sharing(self, several: bool) -> AbstractContextManager[None]:  # noqa: FBT001
+    def _sharing(self, *, several: bool) -> AbstractContextManager[None]:
         """Look up embeddings once for all views: each gradient is as large as the table."""
         if self.elastic is None or not several:
             return nullcontext()
@@ -250,43 +248,53 @@ class LossSums:
     counts: global unit counts of the step.
     """
 
-    def __init__(self, counts: Counts, objective: Objective, world_size: int) -> None:
-        self._per_unit = unit_weights(counts, world_size)
-        self._counts, self._units, self._world_size = counts, objective.units, world_size
-        self._own_units = tuple(objective.counters)
+    def __init__(self, bundle: StudentBundle, counts: Counts) -> None:
+        self._bundle, self._counts = bundle, counts
+        self._per_unit = unit_weights(counts, bundle.world_size)
         self._total = torch.zeros((), device=next(iter(counts.values())).device)
         self._parts: dict[str, Tensor] = {}
 
-    def per_unit(self, learner: str | None) -> Mapping[Unit, Tensor]:
+    def per_unit(self, learner: str) -> Mapping[Unit, Tensor]:
         """Return the factor of each unit in a learner's losses, by the counts of its own rows."""
-        return {unit: self._per_unit[_unit_of(learner, unit)] for unit in self._own_units}
+        units = self._bundle.objective.counters
+        return {unit: self._per_unit[self._bundle.unit_of(learner, unit)] for unit in units}
 
-    def add(self, planned: Pass, evaluated: Evaluated, *, share: float) -> None:
+    def add(self, made: PassInputs, evaluated: Evaluated) -> None:
         """Add one pass; its terms are reported as a mean over the passes of its view."""
         self._total = self._total + evaluated.total
-        prefix = "".join(f"{name}/" for name in (planned.learner, planned.view) if name)
+        bundle, view = self._bundle, made.planned.view
+        learner = "" if made.learner == bundle.role else made.learner
+        prefix = "".join(f"{name}/" for name in (learner, view) if name)
         for name, value in evaluated.sums.items():
-            count = self._counts[_unit_of(planned.learner, self._units[name])].clamp(min=1)
-            known = self._parts.get(prefix + name, 0.0)
-            self._parts[prefix + name] = known + share * value.float() / count
+            unit = bundle.unit_of(made.learner, bundle.objective.units[name])
+            mean = made.share * value.float() / self._counts[unit].clamp(min=1)
+            self._parts[prefix + name] = self._parts.get(prefix + name, 0.0) + mean
 
     def losses(self) -> Losses:
         """Return the loss to minimise, and the values to report."""
-        minimised = {WEIGHTED_LOSS: self._total.detach() / self._world_size}
+        minimised = {WEIGHTED_LOSS: self._total.detach() / self._bundle.world_size}
         return Losses(self._total, self._parts | minimised)
 
 
-def _rows_of(planned: Pass, batch: Batch, said: Knowledge) -> tuple[Batch, Knowledge]:
+def _weighted(inputs: LossInputs, planned: Pass) -> LossInputs:
+    """Return the inputs with the weights that the pass gives to the terms."""
+    weights = {**inputs.weights, **(planned.weights or {})}
+    chosen = dict(planned.weights or {})
+    if planned.weigh is not None:
+        factors = planned.weigh(replace(inputs, weights=weights))
+        chosen = {name: weights[name] * factor for name, factor in factors.items()}
+    left_out = frozenset(name for name, weight in chosen.items() if weight == 0)
+    return replace(inputs, weights={**weights, **chosen}, left_out=left_out)
+
+
+def _rows_of(planned: Pass, batch: Batch, outputs: Knowledge) -> tuple[Batch, Knowledge]:
     """Return the rows of a pass and the learner's outputs for them.
 
     If the rows of a micro-batch name their teachers, a pass covers the rows of its teacher alone.
     """
-    own = batch.of(planned.teacher)
-    return (batch, said) if own.extras.within is None else (own, taken(said, own.extras.within))
-
-
-def _unit_of(learner: str | None, unit: Unit) -> Unit:
-    return f"{learner}_{unit}" if learner else unit
+    part = batch.of(planned.teacher)
+    within = part.extras.within
+    return (batch, outputs) if within is None else (part, taken(outputs, within))
 
 
 def _counted_as(role: str, count: UnitCounter, batch: Batch) -> Tensor:
