@@ -1,0 +1,292 @@
+"""Break the package in forty places, one at a time, and run the tests that must notice.
+
+    python tests/mutations.py [NUMBER ...]
+
+Every line of the table changes one text of one file. The file is restored after its tests, also
+after Ctrl+C. The exit status is 1 if the tests of a mutation pass.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutation(NamedTuple):
+    """A text of a file, what replaces it, and the tests that must fail."""
+
+    file: str
+    text: str
+    instead: str
+    tests: str
+
+
+MUTATIONS = (
+    # Losses: signs, masks, divisions.
+    Mutation(
+        "megakd/contract/unit_counts.py",
+        "isnan() if labels.is_floating_point() else labels != IGNORE).sum()",
+        "isnan() if labels.is_floating_point() else labels == labels).sum()",
+        "tests/contract/test_unit_counts.py",
+    ),
+    Mutation(
+        "megakd/contract/unit_counts.py",
+        "world_size / count.clamp(min=1).float()",
+        "world_size / count.clamp(min=1).float() ** 0",
+        "tests/contract tests/losses",
+    ),
+    Mutation(
+        "megakd/losses/rows.py", "t_squared=self.term.t_squared", "t_squared=False", "tests/losses"
+    ),
+    Mutation(
+        "megakd/losses/rows.py",
+        "valid=reading.batch.valid.any(dim=1),\n            impl",
+        "valid=None,\n            impl",
+        "tests/losses",
+    ),
+    Mutation(
+        "megakd/losses/rows.py", "return 1 / (1 + missed)", "return 1 + missed", "tests/losses"
+    ),
+    Mutation(
+        "megakd/losses/rows.py",
+        "error = (scores - target).where(counts, torch.zeros_like(scores))",
+        "error = (scores - target).nan_to_num()",
+        "tests/losses",
+    ),
+    Mutation(
+        "megakd/losses/targets.py",
+        "sums[self.hard_name] = out.row_ce[rows].sum() / scale",
+        "sums[self.hard_name] = out.row_ce[rows].sum()",
+        "tests/losses",
+    ),
+    Mutation(
+        "megakd/losses/targets.py",
+        "return weight.detach(), None if bias",
+        "return weight, None if bias",
+        "tests/losses tests/training/test_trainer.py",
+    ),
+    Mutation(
+        "megakd/losses/bundle.py",
+        "share = 1.0 if is_part else",
+        "share = 1.0 if True else",
+        "tests/losses/test_bundle.py",
+    ),
+    Mutation(
+        "megakd/losses/layers.py", "/ seen.sum(-1).clamp(min=1)", "/ seen.shape[-1]", "tests/losses"
+    ),
+    Mutation("megakd/losses/layers.py", ".where(seen, torch.zeros_like(ours))", "", "tests/losses"),
+    Mutation(
+        "kernels/megakd_kernels/small_logits.py",
+        "gradient = q.sub_(p)",
+        "gradient = p.sub_(q)",
+        "kernels tests/losses",
+    ),
+    # Steps, seeds and schedules.
+    Mutation(
+        "megakd/training/stage_run.py",
+        "learning_rate=lambda step: rate(step % steps)",
+        "learning_rate=lambda step: rate((step + 1) % steps)",
+        "tests/training/test_stage_run.py tests/golden/test_recorded_runs.py",
+    ),
+    Mutation(
+        "megakd/training/random_state.py", "seed * 10007 + rank", "seed * 10007", "tests/training"
+    ),
+    Mutation(
+        "megakd/data/splitmix.py",
+        "parts[1, : len(rows)] = draw",
+        "parts[1, : len(rows)] = 0",
+        "tests/data/test_masking.py tests/data/test_loader.py",
+    ),
+    Mutation("megakd/data/loader.py", "index // self.steps_per_epoch", "index", "tests/data"),
+    Mutation(
+        "megakd/models/sampling.py",
+        "_signed((position + 1) * _GOLDEN)",
+        "_signed(_GOLDEN)",
+        "tests/models",
+    ),
+    Mutation(
+        "megakd/models/sampling.py",
+        "return uniform.neg_().log1p_().neg_().log_().neg_()",
+        "return uniform.neg_().log1p_().neg_().log_()",
+        "tests/models",
+    ),
+    Mutation(
+        "megakd/training/stage_evaluation.py",
+        "self.misses = 0 if is_better else self.misses + 1",
+        "self.misses = self.misses + 1 if is_better else 0",
+        "tests/training/test_early_stopping.py",
+    ),
+    Mutation(
+        "megakd/training/best_checkpoint.py",
+        "not score > self.score",
+        "score > self.score",
+        "tests/training/test_best_checkpoint.py",
+    ),
+    Mutation(
+        "megakd/engine/gradients.py",
+        "loss if engine.zero_optimization() else loss * self.scale",
+        "loss",
+        "tests/distributed/test_engines.py",
+    ),
+    # Files.
+    Mutation("megakd/storage/atomic.py", "os.fsync(file.fileno())", "pass", "tests/storage"),
+    Mutation("megakd/storage/atomic.py", "            sync_tree(temporary)\n", "", "tests/storage"),
+    Mutation(
+        "megakd/storage/atomic.py",
+        "restored = aside.exists() and not path.exists()",
+        "restored = False",
+        "tests/storage",
+    ),
+    Mutation(
+        "megakd/training/checkpoint.py",
+        "if differing and not (",
+        "if False and not (",
+        "tests/training/test_checkpoint.py",
+    ),
+    Mutation(
+        "megakd/training/checkpoint.py",
+        "            if damage is None:\n                self._check_origin",
+        "            if True:\n                self._check_origin",
+        "tests/training/test_checkpoint.py",
+    ),
+    # Data.
+    Mutation(
+        "megakd/data/choosing.py",
+        "np.where(answers[numbers] > 1, prompts, keys)",
+        "keys",
+        "tests/data",
+    ),
+    Mutation(
+        "megakd/data/choosing.py",
+        "alike = np.isin(keys, keys[held])\n    if not",
+        "alike = held\n    if not",
+        "tests/data/test_splits.py tests/data",
+    ),
+    Mutation(
+        "megakd/data/token_tables.py",
+        "labels = np.append(ids[1:], np.int32(IGNORE))",
+        "labels = np.append(ids[:-1], np.int32(IGNORE))",
+        "tests/data",
+    ),
+    Mutation(
+        "megakd/data/files.py",
+        "            _refuse_missing(matches, key, pattern=path.name)\n",
+        "",
+        "tests/data",
+    ),
+    Mutation(
+        "megakd/data/chat/tokens.py",
+        "prompts = [n for n in tokens.prompts if n <= most - (not is_prompt)]",
+        "prompts = tokens.prompts",
+        "tests/data",
+    ),
+    Mutation(
+        "megakd/data/masking.py",
+        "np.where(chosen, ids, IGNORE)",
+        "np.where(chosen | ~chosen, ids, IGNORE)",
+        "tests/data/test_masking.py",
+    ),
+    # Models and pruning.
+    Mutation(
+        "megakd/contract/layer_mapping.py",
+        "(s, round(s * ratio))",
+        "(s, int(s * ratio))",
+        "tests/contract tests/losses",
+    ),
+    Mutation(
+        "megakd/models/lora.py",
+        "(config.lora_alpha / config.r)",
+        "config.lora_alpha",
+        "tests/models/test_lora.py",
+    ),
+    Mutation(
+        "megakd/models/int8.py",
+        "values = (rows / divisor[:, None]).round_()",
+        "values = (rows / divisor[:, None]).floor_()",
+        "tests/models/test_int8.py",
+    ),
+    Mutation(
+        "megakd/pruning/importance.py",
+        "(gradients / count.clamp(min=1)).abs()",
+        "(gradients / count.clamp(min=1))",
+        "tests/distributed/test_importance.py",
+    ),
+    Mutation(
+        "megakd/pruning/allocation.py",
+        "columns = round_to * round((1 - shares.width) * whole / round_to)",
+        "columns = round_to * int((1 - shares.width) * whole / round_to)",
+        "tests/pruning tests/planning",
+    ),
+    Mutation(
+        "megakd/methods/homodistil/sensitivity.py",
+        "average.lerp_(value, 1 - beta)",
+        "average.lerp_(value, beta)",
+        "tests/methods/test_pruning_scores.py",
+    ),
+    Mutation(
+        "megakd/methods/homodistil/schedule.py",
+        "return (1 - done) ** POWERS[self.shape]",
+        "return (1 - done)",
+        "tests/methods/test_pruning_schedule.py",
+    ),
+    Mutation(
+        "megakd/methods/tradeoff.py",
+        "return metric + weight * sparsity",
+        "return metric - weight * sparsity",
+        "tests/methods/test_tradeoff.py",
+    ),
+    Mutation(
+        "megakd/methods/skdbert.py",
+        "(scores.count(score) + 1) / 2",
+        "scores.count(score)",
+        "tests/methods/test_skdbert.py",
+    ),
+    # Servers and generated texts.
+    Mutation(
+        "megakd/servers/protocol.py",
+        '"temperature": sampling.temperature',
+        '"temperature": 1.0',
+        "tests/servers tests/training/test_servers.py",
+    ),
+)
+
+
+def main(numbers: list[int]) -> int:
+    """Run some mutations, or all; return the number of those that no test notices."""
+    missed = 0
+    for number, mutation in enumerate(MUTATIONS, 1):
+        if not numbers or number in numbers:
+            caught = is_caught(mutation)
+            missed += not caught
+            word = "caught" if caught else "MISSED"
+            sys.stdout.write(f"{number:2} {word}  {mutation.file}: {mutation.instead.strip()}\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"{missed} missed\n")
+    return int(missed > 0)
+
+
+def is_caught(mutation: Mutation) -> bool:
+    """Return whether the tests fail on the mutated file."""
+    file = ROOT / mutation.file
+    before = file.read_text(encoding="utf-8")
+    if before.count(mutation.text) != 1:
+        raise SystemExit(
+            f"{mutation.file} has {mutation.text!r} {before.count(mutation.text)} times"
+        )
+    file.write_text(before.replace(mutation.text, mutation.instead), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, *mutation.tests.split()], check=False, cwd=ROOT, capture_output=True
+        )
+    finally:
+        file.write_text(before, encoding="utf-8")
+    return done.returncode == 1
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(number) for number in sys.argv[1:]]))
