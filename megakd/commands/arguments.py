@@ -62,11 +62,7 @@ def add_config(parser: Parser) -> None:
 
 
 def config_of(arguments: argparse.Namespace) -> RunConfig:
-    """Return the checked config of the arguments.
-
-    Raises:
-        ConfigError: no config is given, or the config cannot work.
-    """
+    """Return the checked config of the arguments."""
     path, overrides = arguments.config, list(arguments.overrides)
     if path is None and overrides and "=" not in overrides[0]:
         path = in_home(overrides.pop(0))

@@ -18,20 +18,11 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_of(arguments)
     prefer_large_pages()
     with print_aside():
-        folders = cache_teachers(config)
+        folders = _cache_teachers(config)
     say("\n".join(map(str, folders)))
 
 
-def cache_teachers(config: RunConfig) -> list[Path]:
-    """Fine-tune the teachers if the config asks for it, and cache their outputs; a collective.
-
-    Returns:
-        The folders of the caches.
-
-    Raises:
-        ConfigError: no teacher of the config has a cache.
-        MegakdError: the input is invalid, or a folder holds other outputs.
-    """
+def _cache_teachers(config: RunConfig) -> list[Path]:
     names = [name for name, spec in config.teacher_specs.items() if spec.cache is not None]
     if not names:
         raise ConfigError(

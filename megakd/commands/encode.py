@@ -36,15 +36,10 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
     folder with the same data is left as it is.
 
     Args:
-        config: the config of the run.
         folder: the folder; None takes `task.encoded`.
 
     Returns:
         The folder.
-
-    Raises:
-        ConfigError: no folder is given, or the method needs the texts.
-        MegakdError: the input is invalid, or the folder holds other data or cannot be written.
     """
     target = folder or config.task.encoded
     if target is None:

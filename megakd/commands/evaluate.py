@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
             data=arguments.data or local,
             trusts_order=arguments.trust_label_order,
         )
-    say(json_text(scores, indent=2) if arguments.json else scores_text(scores))
+    say(json_text(scores, indent=2) if arguments.json else _scores_text(scores))
 
 
 def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
@@ -62,8 +62,7 @@ def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
     return value
 
 
-def scores_text(scores: Mapping[str, Any]) -> str:
-    """Return the result of `evaluate_model` as lines of text."""
+def _scores_text(scores: Mapping[str, Any]) -> str:
     blocks = [(f"{scores['file']}, {scores['split']}", scores)]
     blocks += [(f"{n} ({one['file']})", one) for n, one in scores["evaluation_sets"].items()]
     return "\n\n".join(_block(head, one["rows"], one["metrics"]) for head, one in blocks)

@@ -112,7 +112,6 @@ def evaluate_model(
 
 
 def _without_training_rows(config: RunConfig) -> str | None:
-    """Return the run's data set if it is a folder that can only be scored."""
     if config.task.dataset is None:
         return None
     path = Path(config.task.dataset).expanduser()
@@ -120,7 +119,6 @@ def _without_training_rows(config: RunConfig) -> str | None:
 
 
 def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
-    """Return the test rows of the run if they carry labels, else its validation rows."""
     prepared = _as_read_by(source, prepare(config), config.task)
     check_vocabularies(_own_tokenizer(config), prepared.tokenizer, [source])
     splits, encoded, name = prepared.splits, prepared.encoded, config.task.data_name
@@ -133,13 +131,11 @@ def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
 
 
 def _own_tokenizer(config: RunConfig) -> TaskConfig:
-    """Return the task without a tokenizer, if models of the run have tokenizers of their own."""
     task = config.task
     return task if config.method.own_vocabulary is None else replace(task, tokenizer=None)
 
 
 def _as_read_by(source: ModelSource, prepared: RunInputs, task: TaskConfig) -> RunInputs:
-    """Return the inputs with the tokenizer in the folder of a model, if two tokenizers are used."""
     folder, pair = source.folder, prepared.pair
     if pair is None or folder is None or not has_tokenizer_files(folder):
         return prepared
@@ -149,7 +145,6 @@ def _as_read_by(source: ModelSource, prepared: RunInputs, task: TaskConfig) -> R
 
 
 def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[RunInputs, Rows]:
-    """Return the rows of given data, with the labels and the tokenizer of the model alone."""
     task, cache = _own_tokenizer(config), cache_folder()
     if not isinstance(task.tokenizer, str):
         task = replace(task, tokenizer=None)  # a tokenizer recipe is for the run's text
@@ -189,7 +184,7 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
 
 
 def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
-    """Return the model's labels, by name or number, or the file's if the model's are generic."""
+    # By name or number, or the file's if the model's are generic.
     names = model_label_names(source.config)
     if generic_labels(source.config) is None:
         return Classes(names, numbered=True)
@@ -232,11 +227,7 @@ def _sets(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, Mapping[str, A
 
 
 def model_folder(config: RunConfig, model: str | None) -> Path:
-    """Return the given folder, or the run's `final/` if no folder is given.
-
-    Raises:
-        CheckpointError: the folder does not exist.
-    """
+    """Return the given folder, or the run's `final/` if no folder is given."""
     folder = in_home(model) if model else config.output_dir / FINAL
     if folder.is_dir():
         return folder

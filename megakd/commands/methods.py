@@ -32,10 +32,6 @@ def catalogue(name: str | None = None, *, losses: bool = False) -> str:
 
     Args:
         name: only this method or loss, which may be a `module:name`; None: all.
-        losses: whether to list the loss terms instead of the methods.
-
-    Raises:
-        ConfigError: there is no method or loss of this name.
     """
     kinds = options(TermConfig, "loss") if losses else options(MethodConfig, "name")
     if name is not None:

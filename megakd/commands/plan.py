@@ -83,7 +83,6 @@ def cluster_of(given: Mapping[str, Any]) -> Cluster:
 
 
 def _bytes(given: Mapping[str, Any], name: str) -> int | None:
-    """Return an option in bytes, or None if it is not given."""
     size = given.get(name)
     if size is not None and not 0 < size < math.inf:
         raise ConfigError(f"--{name} must be a finite number above 0, got {size:g}")
@@ -91,11 +90,8 @@ def _bytes(given: Mapping[str, Any], name: str) -> int | None:
 
 
 def _places(ranks: int | None, nodes: int | None, device: str) -> tuple[int, int]:
-    """Return the numbers of ranks and nodes.
-
-    Without both numbers the launcher's values apply. The default is 8 GPUs or one CPU rank per
-    node.
-    """
+    # Without both numbers the launcher's values apply. The default is 8 GPUs or one CPU rank per
+    # node.
     if ranks is None and nodes is None and "WORLD_SIZE" in os.environ:
         world = _number("WORLD_SIZE")
         local = next((n for n in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(n)), None)
@@ -126,7 +122,6 @@ def _own_device() -> Device:
 
 
 def _own_memory() -> int | None:
-    """Return the bytes of this machine's first GPU, or None without a GPU."""
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None

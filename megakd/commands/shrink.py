@@ -64,12 +64,7 @@ def add_options(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the config of the options and run it, or print the config, the plan or the launch.
-
-    Raises:
-        MegakdError: an option is missing or contradicts a setting, the config cannot work, or the
-            disk is full.
-    """
+    """Write the config of the options and run it, or print the config, the plan or the launch."""
     config, text = _config(arguments)
     if arguments.print_config:
         say(dump_config(config))
@@ -86,7 +81,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
-    """Return the checked run config of the options, and the text of its file."""
     _check(arguments)
     tree = with_overrides(_tree(arguments), arguments.overrides, source=SOURCE)
     if not _has_text(tree["task"]):

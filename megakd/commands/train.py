@@ -50,7 +50,6 @@ def train(config: RunConfig, command: str) -> None:
     """Run a config and print the result table.
 
     Args:
-        config: the config of the run.
         command: the command as typed, for the model card.
     """
     # The inputs of a finished run may be gone. Only rank 0 reads them; launchers end the others.

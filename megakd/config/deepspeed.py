@@ -151,12 +151,6 @@ def merged_ds_config(
     Gradient accumulation is 1: the training loop sets the accumulation boundary itself, so that
     the engine does not depend on the number of micro-batches.
 
-    Args:
-        ds: config from `load_ds_config`.
-        train: config with the micro-batch size and the clipping norm.
-        dtype: dtype of the weights in forward and backward.
-        world_size: number of ranks.
-
     Raises:
         ConfigError: the size of a shard group of `ds` does not divide the number of ranks, or the
             weights are sharded within nodes.
@@ -183,8 +177,6 @@ def frozen_ds_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -
     """Return the DeepSpeed config of an inference engine: no optimizer, ZeRO 0 or 3.
 
     Args:
-        ds: config from `load_ds_config`.
-        dtype: dtype of the weights.
         micro_batch: rows per rank, which DeepSpeed requires even without training.
 
     Raises:
@@ -281,10 +273,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _accumulation(ds: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
-    """Return the section that makes 16-bit gradients add up in fp32, where DeepSpeed can.
-
-    ZeRO 0 refuses the key, and at ZeRO 1 DeepSpeed would change to another optimizer.
-    """
+    # Makes 16-bit gradients add up in fp32. ZeRO 0 refuses the key, and at ZeRO 1 DeepSpeed would
+    # change to another optimizer.
     if dtype == "fp32" or zero_stage(ds) not in (2, 3):
         return {}
     return {"data_types": {"grad_accum_dtype": "fp32", **ds.get("data_types", {})}}
@@ -319,7 +309,7 @@ def _all_keys(node: Any) -> Iterator[str]:
 
 
 def _without_owned_keys(ds: Mapping[str, Any], source: str, *, where: str) -> dict[str, Any]:
-    """Return the config without settings of the run config, which may only be `"auto"`."""
+    # Settings of the run config may only be `"auto"`.
     owned = {key: _OWNED[key] for key, value in ds.items() if key in _OWNED and not _is_auto(value)}
     data_types = ds.get("data_types")
     if isinstance(data_types, Mapping) and "param_dtype" in data_types:
@@ -340,7 +330,6 @@ def _is_auto(value: Any) -> bool:
 
 
 def _owner(field: str, where: str) -> str:
-    """Return the run config's key for a field of `train`, given the section that holds `where`."""
     section = where.rpartition(".")[0]
     if section.endswith("finetune"):
         return f"{section}.{field}"
@@ -360,7 +349,7 @@ def _check_sections(ds: Mapping[str, Any], source: str) -> None:
 
 
 def _checked_zero(given: Any, source: str) -> dict[str, Any]:
-    """Return `zero_optimization` without `"auto"`, so that DeepSpeed's default holds."""
+    # Without `"auto"`, so that DeepSpeed's default holds.
     where = f"{source}: zero_optimization"
     _check_keys(given, _KEYS["zero_optimization"], where)
     stage = given.get("stage", 0)

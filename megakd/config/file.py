@@ -46,16 +46,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def config_of(
     tree: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
 ) -> RunConfig:
-    """Return the checked run config of plain values, such as parsed YAML or JSON.
-
-    Args:
-        tree: sections and keys as in a config file.
-        overrides: as in `load_config`.
-        source: name of the tree in messages.
-
-    Raises:
-        ConfigError: the config cannot work; one line per problem.
-    """
+    """Return the checked run config of plain values, such as parsed YAML or JSON."""
     given: dict[str, Any] = _plain(tree, (), source)
     config, problems = _checked(with_overrides(given, overrides, source=source))
     if config is None:
@@ -70,11 +61,6 @@ def with_overrides(
 
     Args:
         tree: sections and keys as in a config file; it is not changed.
-        overrides: as in `load_config`.
-        source: name of the tree in messages.
-
-    Raises:
-        ConfigError: an override is not of the form key=value.
     """
     changed: dict[str, Any] = _plain(tree, (), source)
     for override in overrides:
@@ -113,7 +99,6 @@ def _read(path: Path) -> str:
 
 
 def _checked(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """Return the run config of plain values, or None and one line per problem."""
     problems = [
         f"{dotted(path)}: must be a finite number (got {value})"
         for path, value in _scalars(tree, ())
@@ -132,7 +117,6 @@ def _checked(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
 def _sources(
     problems: Sequence[str], tree: dict[str, Any], overrides: Sequence[str], source: str
 ) -> list[tuple[str, str]]:
-    """Return every problem with its source: the file, or the override that causes the problem."""
     if not overrides:
         return [(source, problem) for problem in problems]
     without = set(_checked(tree)[1])
@@ -144,10 +128,7 @@ def _sources(
 
 
 def _culprit(problem: str, overrides: Sequence[str]) -> str | None:
-    """Return the last override that sets the key of a problem, or a section with this key.
-
-    A problem begins with its key.
-    """
+    # A problem begins with its key.
     where = re.split(r": | = ", problem, maxsplit=1)[0]
     for override in reversed(overrides):
         name = dotted([int(key) if key.isdecimal() else key for key in _keys(override)])
@@ -168,7 +149,6 @@ def _error(problems: Sequence[tuple[str, str]]) -> ConfigError:
 
 
 def _plain(value: Any, path: KeyPath, source: str) -> Any:
-    """Return a value in types of YAML and JSON: paths become text, tuples become lists."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner, (*path, str(key)), source) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -195,7 +175,7 @@ def _scalars(node: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _apply(override: str, tree: dict[str, Any]) -> None:
-    """Set one `a.b=value` in the tree; sections that are missing or null are created."""
+    # Sections that are missing or null are created.
     keys, (_, equals, text) = _keys(override), override.partition("=")
     if not equals or not all(keys):
         raise ConfigError(
@@ -212,12 +192,11 @@ def _apply(override: str, tree: dict[str, Any]) -> None:
 
 
 def _keys(override: str) -> list[str]:
-    """Return the path that an override sets; the form `objective[0].weight` is also accepted."""
+    # The form `objective[0].weight` is also accepted.
     return re.sub(r"\[(\d+)\]", r".\1", override.partition("=")[0].strip()).split(".")
 
 
 def _slot(node: Any, keys: Sequence[str], override: str) -> str | int:
-    """Return the last of `keys` as key or index of `node`; the other keys lead to `node`."""
     *parents, key = keys
     where = ".".join(parents)
     if isinstance(node, dict):
@@ -257,7 +236,7 @@ class _Dumper(yaml.SafeDumper):
     """A dumper with the same rules as `_Loader`."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Return True, so that a value that occurs twice is written twice."""
+        # A value that occurs twice is written twice.
         del data
         return True
 
@@ -276,7 +255,7 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    """Return a mapping with keys as written, so that `1:` and `on:` are kept as text."""
+    # Keys stay as written: `1:` and `on:` are text.
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
@@ -293,7 +272,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Quote text that a YAML 1.1 reader would read as another type, such as `on`."""
+    # Text that a YAML 1.1 reader would read as another type, such as `on`, is quoted.
     is_plain = _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) == f"{_TAG}str"
     style = None if is_plain else "'"
     if any(character in text for character in _LINE_BREAKS_OF_1_1):
@@ -325,7 +304,6 @@ def parse_yaml(text: str, *, source: str) -> Any:
 
     Args:
         text: YAML 1.2 with the core schema, without merge keys and application tags.
-        source: name of the text in messages.
 
     Raises:
         ConfigError: the text is not YAML, or a key is given twice; the message names the line.

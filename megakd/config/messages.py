@@ -63,7 +63,6 @@ def schema_problems(error: ValidationError, tree: Any) -> list[str]:
     """Return pydantic's errors, one line per problem, without union branches and internal names.
 
     Args:
-        error: error of the validation of `tree`.
         tree: the config as written, overrides applied.
     """
     findings = [_finding(detail, tree) for detail in error.errors()]
@@ -89,25 +88,17 @@ def cut(text: str) -> str:
     return text
 
 
-def unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
-    """Return the message for an unknown key, with the keys that may be meant or all known keys."""
+def _unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
     known = known_keys(parent, tree)
     # The keys of a loss term are its own: other sections have keys of the same names.
     is_item = any(isinstance(part, int) for part in parent)
-    meant = meant_by(key, known, elsewhere=not is_item)
+    meant = _meant_by(key, known, elsewhere=not is_item)
     if meant:
         return f"unknown key; did you mean {meant}?"
     return f"unknown key; known: {', '.join(known)}"
 
 
-def meant_by(key: str, known: Sequence[str], *, elsewhere: bool = True) -> str:
-    """Return the keys that a wrong key may mean, quoted; an empty string if there is no such key.
-
-    Args:
-        key: the key as written.
-        known: keys of the section that holds the key.
-        elsewhere: whether a key of another section may be meant.
-    """
+def _meant_by(key: str, known: Sequence[str], *, elsewhere: bool = True) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     others = paths_ending_in(key)[:1] if elsewhere else []
     found = synonyms(key, known) or others or near
@@ -115,13 +106,7 @@ def meant_by(key: str, known: Sequence[str], *, elsewhere: bool = True) -> str:
 
 
 def option_problems(kind: type, options: Mapping[str, Any], *, where: str) -> list[str]:
-    """Return what is wrong with the free options of a section, one line per problem.
-
-    Args:
-        kind: the dataclass whose fields are the options.
-        options: the options as written.
-        where: the key that holds the options.
-    """
+    """Return what is wrong with the free options of a section, one line per problem."""
     known = [field.name for field in fields(kind)]
     problems = []
     try:
@@ -140,7 +125,7 @@ def option_problems(kind: type, options: Mapping[str, Any], *, where: str) -> li
 
 
 def _finding(detail: ErrorDetails, tree: Any) -> _Finding:
-    """Convert pydantic's location to a path of the tree; other parts name a union branch."""
+    # Other parts of a location name a branch of a union.
     path: list[str | int] = []
     node, of_branch = tree, False
     for part in detail["loc"]:
@@ -173,7 +158,7 @@ def _is_echo(finding: _Finding, findings: Sequence[_Finding], tree: Any) -> bool
         wrong = "unexpected_keyword_argument"
         unknown = [other.path for other in findings if other.detail["type"] == wrong]
         same = [key for *parent, key in unknown if tuple(parent) == path[:-1]]
-        return any(f'"{path[-1]}"' in unknown_key(str(key), path[:-1], tree) for key in same)
+        return any(f'"{path[-1]}"' in _unknown_key(str(key), path[:-1], tree) for key in same)
     return False
 
 
@@ -194,7 +179,7 @@ def _line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _tag_line(path, detail, tree)
     if kind == "unexpected_keyword_argument":
-        return f"{where} = {value}: {unknown_key(str(path[-1]), path[:-1], tree)}"
+        return f"{where} = {value}: {_unknown_key(str(path[-1]), path[:-1], tree)}"
     if kind == "missing":
         return f"{where}: missing, and it has no default"
     if kind == "finite_number":
@@ -207,7 +192,6 @@ def _line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
 
 
 def _tag_line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
-    """Return the message for a loss or method that does not exist or has no name."""
     tag = detail.get("ctx", {})["discriminator"].strip("'")
     known = names(annotation_at(path, tree), tag)
     listed = f"known: {', '.join(known)}"
@@ -236,7 +220,6 @@ def _mismatch(details: Sequence[ErrorDetails]) -> str:
 
 
 def _form_hint(value: Any, expected: Sequence[str]) -> str:
-    """Return how to write a value that has the right content and the wrong form."""
     if isinstance(value, bool | int | float) and "text" in expected:
         return "; put the value in quotes to make it text"
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
@@ -247,7 +230,6 @@ def _form_hint(value: Any, expected: Sequence[str]) -> str:
 
 
 def _tag_hint(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
-    """Return how to write a method or loss that was given only by its name."""
     value = details[0]["input"]
     annotation = annotation_at(path, tree)
     tags = [tag for tag in ("name", "loss") if value in names(annotation, tag)]

@@ -196,10 +196,6 @@ class RunConfig:
         return rows or (train or self.train).rows_at_once(self.task.row_length)
 
     def key_of(self, role: str) -> str:
-        """Return the config key of a model: `student`, `teacher` or, for example, `teachers[2]`.
-
-        Args:
-            role: `student`, or a teacher's name.
-        """
+        """Return the config key of a model: `student`, `teacher` or, for example, `teachers[2]`."""
         names = [spec.name for spec in self.teachers]
         return f"teachers[{names.index(role)}]" if role in names else role

@@ -41,15 +41,12 @@ class ConstantWithWarmup:
         Args:
             step: optimizer steps taken.
             warm: steps of warm-up.
-            total: steps of the stage.
-            peak: the peak learning rate.
         """
         if step < warm:
             return peak * step / warm
         return peak * self._decay(step, warm, total, peak)
 
     def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the fraction of the peak rate at a step after the warm-up."""
         del step, warm, total, peak
         return 1.0
 
@@ -217,7 +214,7 @@ SCHEDULES: Mapping[ScheduleName, type[ConstantWithWarmup]] = dict(
 
 
 def _progress(step: int, warm: int, total: int) -> float:
-    """Return the progress of a step from the end of the warm-up (0) to the end of the stage (1)."""
+    # 0 at the end of the warm-up, 1 at the end of the stage.
     return min(1.0, (step - warm) / max(1, total - warm))
 
 

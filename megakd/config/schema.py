@@ -30,7 +30,7 @@ def variants(annotation: Any, tag: str) -> dict[str, type]:
 
 def names(annotation: Any, tag: str) -> list[str]:
     """Return the values of `tag` in a tagged union, including names of installed packages."""
-    own, package = list(variants(annotation, tag)), package_options(annotation)
+    own, package = list(variants(annotation, tag)), _package_options(annotation)
     return [*own, *(installed(package.group) if package and package.tag == tag else ())]
 
 
@@ -40,19 +40,18 @@ def options(annotation: Any, tag: str) -> dict[str, type]:
     Raises:
         ConfigError: the dataclass of an installed package is not valid.
     """
-    package = package_options(annotation)
+    package = _package_options(annotation)
     theirs = names(annotation, tag)[len(variants(annotation, tag)) :] if package else []
     return variants(annotation, tag) | {name: package.kind(name) for name in theirs if package}
 
 
-def package_options(annotation: Any) -> FromPackage | None:
-    """Return the marker of a union that accepts options of other packages; None without marker."""
+def _package_options(annotation: Any) -> FromPackage | None:
     if get_origin(annotation) is Annotated:
         inner, *marks = get_args(annotation)
         found = [mark for mark in marks if isinstance(mark, FromPackage)]
-        return found[0] if found else package_options(inner)
+        return found[0] if found else _package_options(inner)
     if get_origin(annotation) in (Union, types.UnionType):
-        found = [package_options(part) for part in get_args(annotation)]
+        found = [_package_options(part) for part in get_args(annotation)]
         return next((mark for mark in found if mark is not None), None)
     return None
 
@@ -61,7 +60,6 @@ def known_keys(path: KeyPath, tree: Any) -> list[str]:
     """Return the keys that the mapping at `path` may have; an empty list if all keys are allowed.
 
     Args:
-        path: keys and list positions from the top of the config.
         tree: the config as written; its tags select the variants.
     """
     kind = _dataclass_of(annotation_at(path, tree), value_at(path, tree))
@@ -136,8 +134,7 @@ def _tag_value(kind: type, tag: str) -> str:
 
 
 def _dataclass_of(annotation: Any, value: Any) -> type | None:
-    """Return the dataclass of a mapping: the only alternative, or the alternative of its tag."""
-    package = package_options(annotation)
+    package = _package_options(annotation)
     if package is not None and package.is_named_by(value):
         try:
             return package.kind(value[package.tag])
@@ -204,12 +201,7 @@ SYNONYMS = {
 
 
 def synonyms(word: str, known: Iterable[str] = ()) -> tuple[str, ...]:
-    """Return the keys that `word` may mean; only keys of its own section if there are any.
-
-    Args:
-        word: the key as written, in any case, with - or _.
-        known: keys of the section that holds the word.
-    """
+    """Return the keys that `word` may mean; only keys of its own section if there are any."""
     meant = SYNONYMS.get(word.lower().replace("-", "_"), ())
     here = {key.rpartition(".")[2] for key in meant}.intersection(known)
     return tuple(sorted(here)) or meant

@@ -32,7 +32,6 @@ def listed_files(files: Files | None) -> tuple[str, ...]:
 
 
 def _free_name(kind: str) -> AfterValidator:
-    """Return a check that a name is a file name and not the name of a split."""
 
     def checked(name: str) -> str:
         is_split = name in ("train", "validation", "test")

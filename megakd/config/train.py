@@ -105,7 +105,6 @@ def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
     `lr_scheduler_type` resets inherited `lr_scheduler_kwargs`.
 
     Args:
-        train: settings to inherit.
         overrides: keys of `teacher.finetune` or `alone`.
     """
     given = {k: v for k, v in asdict(overrides).items() if v is not None and k != "deepspeed"}
@@ -132,7 +131,6 @@ def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
     """Return why a schedule cannot work in a stage, or None.
 
     Args:
-        train: settings whose options already have the right types.
         total_steps: optimizer steps of the stage; None before the data are read.
     """
     options = SCHEDULES[train.lr_scheduler_type](**(train.lr_scheduler_kwargs or {}))
@@ -144,10 +142,6 @@ def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:
     """Return the function from the number of steps taken to the learning rate.
-
-    Args:
-        train: settings with the peak rate, the schedule with its options, and the warm-up.
-        total_steps: optimizer steps of the stage.
 
     Raises:
         ConfigError: the schedule's phases are longer than the stage.

@@ -73,11 +73,7 @@ def remembered_of(path: Path, compute: Callable[[], T], *parts: object) -> T:
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Return `folder`, and fill it with `fill` if it does not exist; other processes wait.
-
-    Raises:
-        DataError: the folder cannot be written.
-    """
+    """Return `folder`, and fill it with `fill` if it does not exist; other processes wait."""
     if is_whole(folder):
         return folder
     try:
@@ -166,7 +162,6 @@ def longest_of(lengths: NDArray | Mapping[int, int], share: float = 1.0) -> int:
 
     Args:
         lengths: the length of each row, or the number of rows by length.
-        share: the share.
     """
     if isinstance(lengths, Mapping):
         lengths = np.repeat(list(lengths), list(lengths.values()))

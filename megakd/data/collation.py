@@ -83,7 +83,7 @@ class Collator:
         return padded
 
     def _text_batch(self, padded: dict[str, NDArray], columns: Columns, valid: NDArray) -> Batch:
-        """Return a batch in which a dummy row attends to its first position, to avoid NaN."""
+        # A dummy row attends to its first position, to avoid NaN.
         attention = valid.astype(np.int64)
         attention[~valid.any(axis=1), 0] = 1
         inputs = {"attention_mask": torch.from_numpy(attention)}
@@ -92,7 +92,7 @@ class Collator:
         return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
 
     def _labels(self, columns: Columns, shape: tuple[int, ...]) -> NDArray:
-        """Return [B] labels; for mlm [B, T], all -100 because no token is masked yet."""
+        # [B]; for mlm [B, T], all -100 because no token is masked yet.
         if self._type == "mlm":
             return np.full(shape, IGNORE, dtype=np.int64)
         if self._type == "regression":
@@ -111,7 +111,7 @@ def padded_width(longest: int, most: int) -> int:
 
 
 def _rollout_positions(columns: Columns, valid: NDArray) -> torch.Tensor | None:
-    """Return [B, T] bool: True at the tokens of generated texts; None without such a column."""
+    # [B, T] bool: True at the tokens of generated texts.
     if "is_rollout" not in columns:
         return None
     generated, _ = columns["is_rollout"]
@@ -121,7 +121,7 @@ def _rollout_positions(columns: Columns, valid: NDArray) -> torch.Tensor | None:
 
 
 def _routes(columns: Columns, valid: NDArray) -> torch.Tensor | None:
-    """Return [B, T] int64: the number of each row's teacher; 0 at padding, or None without it."""
+    # [B, T] int64: the number of each row's teacher; 0 at padding.
     if ROUTE not in columns:
         return None
     numbers, _ = columns[ROUTE]
@@ -131,7 +131,7 @@ def _routes(columns: Columns, valid: NDArray) -> torch.Tensor | None:
 
 
 def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray) -> Batch:
-    """Return a batch with [B, T] labels; positions restart at padding, which no token sees."""
+    # Positions restart at padding, which no token sees.
     after_start = np.arange(valid.shape[1])
     after_end = after_start - lengths[:, None]  # [B, T]
     positions = np.where(valid, padded.get("position_ids", after_start), after_end)

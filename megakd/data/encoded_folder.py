@@ -73,8 +73,6 @@ def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     """Return what the rows of a folder depend on, besides the texts.
 
     Args:
-        task: the task; the keys that choose and shape the rows are facts.
-        tokenizer: the tokenizer of the data.
         seed: seed of the run; a fact only if it chooses labels to keep or rows of a mixture.
     """
     facts: dict[str, Any] = {
@@ -124,11 +122,7 @@ def read_manifest(folder: Path, *, where: str = "task.encoded") -> Record:
 
 
 def open_splits(folder: Path) -> Splits:
-    """Return the rows of a folder, memory-mapped: token numbers and labels, without texts.
-
-    Raises:
-        DataError: the folder does not exist here, is not finished, or is damaged.
-    """
+    """Return the rows of a folder, memory-mapped: token numbers and labels, without texts."""
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
     rows = {name: _mapped(folder, shards) for name, shards in manifest["shards"].items()}
@@ -162,7 +156,7 @@ def as_encoded(
             "with this config into another folder, or use the settings of the folder"
         )
     train = manifest["shards"]["train"]
-    chat = counts_of_shards([s for shards in manifest["shards"].values() for s in shards])
+    chat = _counts_of_shards([s for shards in manifest["shards"].values() for s in shards])
     if chat:
         say_chat({"train": splits.train}, chat, tokenizer)
     return Encoded(
@@ -176,8 +170,7 @@ def as_encoded(
     )
 
 
-def counts_of_shards(shards: Iterable[Record]) -> CountsByName:
-    """Return the numbers of the conversations in shards; empty for other rows."""
+def _counts_of_shards(shards: Iterable[Record]) -> CountsByName:
     counts: CountsByName = {}
     for shard in shards:
         for name, record in shard.get("chat", {}).items():
@@ -219,11 +212,6 @@ class _Progress:
         return self.folder / PROGRESS
 
     def resume(self) -> None:
-        """Read the shards of a stopped call.
-
-        Raises:
-            DataError: the folder holds shards of other texts or settings, or other files.
-        """
         if not self.path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             strangers = sorted(f.name for f in self.folder.iterdir() if f.name != MANIFEST)
@@ -242,7 +230,6 @@ class _Progress:
         self.shards, self.rests = there["shards"], there["rests"]
 
     def save(self) -> None:
-        """Record the shards; the file is replaced whole."""
         state = {"shards": self.shards, "rests": self.rests}
         write_signed(self.path, {"facts": self.facts, "keys": self.keys, **state})
 
@@ -259,10 +246,7 @@ def write_encoded(
 
     Args:
         folder: a folder that does not exist, is empty, or was begun by an earlier call.
-        splits: the texts and labels.
         tokenizer: the tokenizer, which is saved in the folder.
-        task: the task; `type`, `max_length` and `whole_word_masking` shape the rows.
-        facts: see `encoded_folder.facts_of`.
 
     Raises:
         DataError: the folder holds data of other settings or texts, cannot be written, or the
@@ -346,7 +330,7 @@ def _write_shards(
             progress.rests[name] = shard.rest
             progress.save()
     if not any(entry["rows"] for entry in done):
-        counts = counts_of_shards(done)
+        counts = _counts_of_shards(done)
         raise no_tokens(texts, task, split=name, counts=counts)
 
 
@@ -365,7 +349,7 @@ class _Shard:
     rest: list[list[int]]
 
     def write(self, path: Path, bar: tqdm[Any]) -> dict[str, Any]:
-        """Write the file of the shard, and return its entry; a shard without rows has no file."""
+        # A shard without rows has no file.
         counts = {"rows": 0, "tokens": 0}
         chat: CountsByName = {}
 

@@ -104,7 +104,6 @@ def encode_splits(
     """Encode all splits except a stream, or reuse the result of an earlier call with equal content.
 
     Args:
-        splits: texts and labels.
         tokenizer: the tokenizer; the key contains its content, not its name.
         task: the task; only `type`, `max_length` and `whole_word_masking` are used.
         cache_dir: folder for the arrow files, which are written whole or not at all into a
@@ -160,13 +159,6 @@ def encode_rows(
 
     Args:
         rows: rows by name, which messages use; all rows have the same columns.
-        tokenizer: the tokenizer; the key contains its content, not its name.
-        task: the task; only `type`, `max_length` and `whole_word_masking` are used.
-        content_hash: hash of the sources of the rows.
-        cache_dir: folder that contains the folder named by the key.
-
-    Raises:
-        DataError: see `encode_splits`.
     """
     check_room_for_text(next(iter(rows.values())), tokenizer, task)
     key = encoded_key(rows, tokenizer, task, content_hash=content_hash)
@@ -207,15 +199,8 @@ def tables_of(
     """Yield tables of encoded rows of any kind, and no table if there are no tokens.
 
     Args:
-        rows: the rows, and labels if the task has labels.
-        tokenizer: the tokenizer.
-        task: the task.
         name: name of conversations in messages and in `counts`.
         counts: filled with the numbers of conversations while the tables are read.
-        bad: what happens to a conversation that cannot be encoded.
-
-    Raises:
-        DataError: a conversation cannot be encoded.
     """
     if is_chat(rows):
         encoder = ChatEncoder(tokenizer, task, bad=bad)
@@ -253,12 +238,6 @@ def cached_tables(
 
     Args:
         tables: the tables of each file; only read if the folder of the key does not exist.
-        key: hash of everything that the tables depend on.
-        cache_dir: folder that contains the folder named by the key.
-        counts: the numbers of the conversations in the tables that are read; see `counts_of`.
-
-    Raises:
-        DataError: the cache cannot be written.
     """
 
     def build(folder: Path) -> None:

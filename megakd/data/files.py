@@ -41,12 +41,7 @@ SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
 
 
 def local_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
-    """Return the rows of the file or folder `task.dataset`, or of the files that the task names.
-
-    Raises:
-        DataError: a file does not exist, cannot be read or belongs to two splits, or columns differ
-            between files.
-    """
+    """Return the rows of the file or folder `task.dataset`, or of the files that the task names."""
     paths, key = split_files(task)
     if task.dataset is None:
         tables, name = tables_of_files(paths, key), task.data_name
@@ -62,17 +57,13 @@ def local_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
 
 
 def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
-    """Return the local files of a task by split, and the setting that names a `{split}`.
-
-    Raises:
-        DataError: a file does not exist, or is named twice.
-    """
+    """Return the local files of a task by split, and the setting that names a `{split}`."""
     if task.dataset is None:
         return named_files(task), "task.{split}_files"
     path = Path(task.dataset).expanduser()
     if not path.exists():
         raise DataError(f"task.dataset: {path} does not exist")
-    return folder_files(path) if path.is_dir() else {"train": [path]}, "task.dataset"
+    return _folder_files(path) if path.is_dir() else {"train": [path]}, "task.dataset"
 
 
 def tables_of_files(
@@ -92,11 +83,7 @@ def tables_of_files(
 
 
 def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
-    """Return the files of `task.train_files`, `validation_files` and `test_files` by split.
-
-    Raises:
-        DataError: a file does not exist, or is named twice.
-    """
+    """Return the files of `task.train_files`, `validation_files` and `test_files` by split."""
     given: dict[SplitName, Files | None] = {
         "train": task.train_files,
         "validation": task.validation_files,
@@ -168,9 +155,6 @@ def files_table(
     """Return the concatenated rows of files.
 
     Several files are called `name` in messages, or else by the setting. See also `read_documents`.
-
-    Raises:
-        DataError: a file cannot be read, or the columns of two files differ.
     """
     name = str(paths[0]) if len(paths) == 1 else name or key
     if all(path.suffix.lower() == ".txt" for path in paths):
@@ -269,12 +253,8 @@ def _data_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in DATA_SUFFIXES)
 
 
-def folder_files(folder: Path) -> dict[SplitName, list[Path]]:
-    """Return the files of each split of a folder; txt files without such names are for training.
-
-    Raises:
-        DataError: there are no training files, or two files are named like the same split.
-    """
+def _folder_files(folder: Path) -> dict[SplitName, list[Path]]:
+    # txt files without the name of a split are for training.
     shards = _shards(folder)
     if "train" in shards:
         return shards

@@ -103,12 +103,7 @@ TASKS: Mapping[str, GlueTask] = {
 
 
 def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
-    """Return the rows of `glue/<task>`.
-
-    Raises:
-        ConfigError: the task does not exist, or a key does not fit the task.
-        DataError: the files or the Hub cannot be read.
-    """
+    """Return the rows of `glue/<task>`."""
     name = glue_name(task.data_name)
     glue = TASKS[name]
     _check(task, glue)
@@ -136,11 +131,7 @@ def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
 
 
 def glue_name(dataset: str) -> str:
-    """Return the task of `glue/<task>` for any spelling, such as SST-2 or sst2.
-
-    Raises:
-        ConfigError: the task does not exist.
-    """
+    """Return the task of `glue/<task>` for any spelling, such as SST-2 or sst2."""
     written = dataset.partition("/")[2]
     names = {_plain(name): name for name in TASKS}
     if _plain(written) in names:
@@ -178,11 +169,7 @@ def _local(data_dir: Path, name: str, glue: GlueTask) -> dict[SplitName, Table]:
 
 
 def task_folder(data_dir: Path, name: str) -> Path:
-    """Return the folder of a task's TSV files: `data_dir`, or its subfolder with the task's name.
-
-    Raises:
-        DataError: the folder does not exist.
-    """
+    """Return the folder of a task's TSV files: `data_dir`, or its subfolder named after the task."""
     data_dir = data_dir.expanduser()
     if not data_dir.is_dir():
         raise DataError(f"task.data_dir: the folder {data_dir} does not exist")

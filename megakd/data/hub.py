@@ -25,13 +25,8 @@ ROWS_PER_READ = 1000
 
 
 def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
-    """Return the rows of the Hub data set `task.dataset`.
-
-    Raises:
-        DataError: the Hub cannot be reached, the data set does not exist, or its columns do not
-            fit the task.
-    """
-    tables = hub_tables(task.data_name, task.dataset_config, advice=hub_advice(task))
+    """Return the rows of the Hub data set `task.dataset`."""
+    tables = _hub_tables(task.data_name, task.dataset_config, advice=hub_advice(task))
     if "train" not in tables:
         raise DataError(f"the Hub data set {task.data_name} has no split named 'train'")
     return rows_of_tables(tables, task, name=task.data_name, cache_dir=cache_dir)
@@ -45,13 +40,7 @@ def hub_advice(task: TaskConfig) -> str:
     )
 
 
-def hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[SplitName, Table]:
-    """Return the splits of a Hub data set that have a usual name.
-
-    Raises:
-        DataError: two names mean the same split, or the data set cannot be loaded; then the
-            message ends with `advice`.
-    """
+def _hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[SplitName, Table]:
     found = load_hub(name, configuration, advice=advice)
     keys = by_split(map(str, found), f"the Hub data set {name}")
     return {split: hub_table(f"{name} ({key})", found[key]) for split, key in keys.items()}

@@ -66,9 +66,6 @@ class RowKind:
         """Return the kind of the rows of a table.
 
         Args:
-            task: the task; names the columns, or leaves them to the defaults.
-            table: the rows.
-            classes: the classes of the labels; None for scores and for rows without labels.
             as_chat: whether documents are read as conversations without a prompt.
 
         Raises:
@@ -129,11 +126,7 @@ class RowKind:
         return Features(columns)
 
     def row(self, table: Table, record: Record) -> dict[str, object]:
-        """Return a row with the columns of `features`; see `is_blank`.
-
-        Raises:
-            DataError: a value is missing or wrong; names the table, the row and the column.
-        """
+        """Return a row with the columns of `features`; see `is_blank`."""
         if isinstance(self.fields, ChatColumns):
             conversation = conversation_of(table.name, self.fields, record)
             place = place_of(table, record)

@@ -43,16 +43,12 @@ class Classes:
 
     @cached_property
     def _digits_are_names(self) -> bool:
-        """Whether a class is called by the number of another, so that 1 can only be a name."""
+        # Whether a class is called by the number of another, so that 1 can only be a name.
         return any(_integer(name) not in {None, n} for n, name in enumerate(self.names))
 
     def label(self, table: Table, column: str, record: Record) -> int:
-        """Return the class number of a row, or -100 without a label.
-
-        Raises:
-            DataError: the value is not a class of this data set.
-        """
-        value, may_be_number = class_value(table, column, record), self.numbered
+        """Return the class number of a row, or -100 without a label."""
+        value, may_be_number = _class_value(table, column, record), self.numbered
         own = table.class_names.get(column)
         if own is not None and isinstance(value, int):
             value, may_be_number = _own_name(own, value, table, record), False
@@ -110,7 +106,7 @@ def _classes_of(table: Table, column: str) -> tuple[tuple[str, ...], bool]:
     refused: DataError | None = None
     for record in table.records():
         try:
-            value = class_value(table, column, record)
+            value = _class_value(table, column, record)
         except DataError as error:  # bad rows are named together when the rows are read
             refused = refused or error
             continue
@@ -134,12 +130,7 @@ def _classes_of(table: Table, column: str) -> tuple[tuple[str, ...], bool]:
     return _numbered(table, numbers), True
 
 
-def class_value(table: Table, column: str, record: Record) -> int | str | None:
-    """Return a label as it is in the data: a number, a word, or None for "no label".
-
-    Raises:
-        DataError: the value cannot be a class.
-    """
+def _class_value(table: Table, column: str, record: Record) -> int | str | None:
     value = record.values.get(column)
     if value is None:
         return None
@@ -159,11 +150,7 @@ def class_value(table: Table, column: str, record: Record) -> int | str | None:
 
 
 def score(table: Table, column: str, record: Record) -> float:
-    """Return the score of a row, or NaN without a score.
-
-    Raises:
-        DataError: the value is not a finite number.
-    """
+    """Return the score of a row, or NaN without a score."""
     value = record.values.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
         return math.nan
@@ -191,7 +178,6 @@ def _finite_or_nan(value: object) -> float | None:
 
 
 def _own_name(names: Sequence[str], number: int, table: Table, record: Record) -> str | None:
-    """Return the class name that a file declares for its number; None for "no label"."""
     if number == NO_CLASS:
         return None
     if 0 <= number < len(names):

@@ -43,10 +43,8 @@ class OtherReading(Protocol):
         """Return the micro-batch of another model.
 
         Args:
-            rows: rows of the data set, as for `Collate`.
             numbers: numbers of the rows in the data set.
             size: number of rows of the micro-batch; dummy rows come last.
-            seed: seed of the run.
             draw: number of the pass over the data.
         """
         ...
@@ -196,13 +194,10 @@ def evaluation_batches(
     Every rank has the same number of batches. Global batch k holds the rows from k·batch_size, in
     order, and belongs to rank k modulo world; dummy rows fill the last batches. `masking` masks the
     same tokens in every evaluation of every run.
-
-    Raises:
-        DataError: there are no rows.
     """
     _check_rows(rows)
     table, batch_size = rows.with_format("arrow"), min(batch_size, len(rows))
-    for turn in range(evaluation_turns(len(rows), batch_size=batch_size, world=world)):
+    for turn in range(_evaluation_turns(len(rows), batch_size=batch_size, world=world)):
         start = (turn * world + rank) * batch_size
         end = min(start + batch_size, len(rows))
         numbers = np.arange(start, end)
@@ -225,14 +220,7 @@ def global_batches(
     the same tokens as in an evaluation.
 
     Args:
-        rows: the rows, each of which occurs once.
-        collate: function that collates a micro-batch.
         shape: split of a batch, see `StepShape.of_batch`.
-        batch_size: rows of a batch over all ranks.
-        masking: masks of mlm; None for other tasks.
-
-    Raises:
-        DataError: there are no rows.
     """
     _check_rows(rows)
     table = rows.with_format("arrow")
@@ -263,8 +251,7 @@ def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
     return table[rows] if len(rows) else {}
 
 
-def evaluation_turns(count: int, *, batch_size: int, world: int) -> int:
-    """Return the number of batches that every rank gets for `count` rows."""
+def _evaluation_turns(count: int, *, batch_size: int, world: int) -> int:
     return -(-count // (batch_size * world))
 
 
@@ -291,10 +278,6 @@ def made_ahead(tasks: Iterable[Callable[[], T]], ahead: int) -> Generator[Future
 
     The thread ends with the generator, even if the consumer stops early. An error of a task is
     raised by the result of its future.
-
-    Args:
-        tasks: functions that run one after the other in the thread; may be without end.
-        ahead: number of tasks that are started before the result of a task is asked for.
     """
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
     waiting: deque[Future[T]] = deque()

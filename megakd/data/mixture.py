@@ -39,9 +39,6 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     """Return the rows of all sources of `task.mixture`, and of the validation and test files.
 
     Rows of documents become conversations without a prompt, which are not packed.
-
-    Raises:
-        DataError: a file does not exist, is in two sources, or cannot be read.
     """
     sources, held = task.mixture or {}, named_files(task)
     keys = {name: f"task.mixture.{name}.files" for name in sources}
@@ -81,11 +78,6 @@ def mixed(rows: Dataset, sources: Mapping[str, MixtureSource], *, seed: int) -> 
 
     The source with the most rows in relation to its weight is read once. The others are read as
     often as their weight asks: whole, and then a share that the seed chooses.
-
-    Args:
-        rows: the training rows of all sources, with a column `source`.
-        sources: the sources by name.
-        seed: seed of the run.
 
     Raises:
         DataError: all rows of a source are held out.

@@ -89,8 +89,6 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
     """Return the rows of the view for the task type.
 
     Args:
-        task: a task of type classification, mlm or causal_lm.
-        cache_dir: folder in which the corpus is built once.
         roots: folders to search for modules; None searches the folders of this interpreter.
 
     Raises:

@@ -43,17 +43,12 @@ PIECE_CHARACTERS = 8000
 FEWEST_PIECES = 40
 
 
-def digest_of(path: Path) -> str:
-    """Return the sha256 of a file.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+def _digest_of(path: Path) -> str:
     with readable(path):
         return remembered_of(path, lambda: sha256_of(path), "sha256")
 
 
-def read_csv(path: Path, *, digest: Digest = digest_of) -> Table:
+def read_csv(path: Path, *, digest: Digest = _digest_of) -> Table:
     """Read a csv file with a header; fields may be quoted and contain line breaks."""
     return _with_header(path, _csv_fields, digest=digest)
 
@@ -63,15 +58,13 @@ def read_tsv(
     *,
     header: Sequence[str] | None = None,
     skip_broken: bool = False,
-    digest: Digest = digest_of,
+    digest: Digest = _digest_of,
 ) -> Table:
     """Read a tsv file without quoting.
 
     Args:
-        path: the file.
         header: names of the columns if the file has no header.
         skip_broken: whether lines with a wrong number of fields are skipped instead of refused.
-        digest: function that returns the hash of the file.
     """
     return _with_header(path, _tsv_fields, header=header, skip_broken=skip_broken, digest=digest)
 
@@ -96,7 +89,7 @@ def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
     return found
 
 
-def read_parquet(path: Path, *, digest: Digest = digest_of) -> Table:
+def read_parquet(path: Path, *, digest: Digest = _digest_of) -> Table:
     """Read a parquet file, and the class names that `datasets` may have stored in its schema."""
     with _parquet_errors(path):
         schema = pq.read_schema(path)
@@ -175,7 +168,7 @@ def _names_in_words(names: Sequence[str]) -> str:
 def _renumbered(
     values: Mapping[str, object], numberings: Mapping[str, tuple[int, ...]]
 ) -> dict[str, object]:
-    """Return a row with the class numbers of the first file; other numbers stay (-1: no class)."""
+    # Other numbers stay (-1: no class).
     changed = dict(values)
     for column, numbers in numberings.items():
         value = values.get(column)
@@ -204,12 +197,8 @@ def readable(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def text_lines(path: Path, each: Callable[[bytes], None] | None = None) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, with line ends and without a byte order mark.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not UTF-8.
-    """
+def _text_lines(path: Path, each: Callable[[bytes], None] | None = None) -> Iterator[str]:
+    # Lines with their ends, without a byte order mark.
     with readable(path), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if each is not None:
@@ -259,7 +248,7 @@ def _with_header(
 
 def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
     with _long_csv_fields():
-        reader = csv.reader(text_lines(path), strict=True)
+        reader = csv.reader(_text_lines(path), strict=True)
         while True:
             first_line = reader.line_num + 1
             try:
@@ -283,7 +272,7 @@ def _long_csv_fields() -> Iterator[None]:
 
 
 def _tsv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(text_lines(path), start=1):
+    for number, line in enumerate(_text_lines(path), start=1):
         if content := line.rstrip("\r\n"):
             yield number, content.split("\t")
 
@@ -313,7 +302,6 @@ def read_jsonl(path: Path, *, digest: Digest | None = None) -> Table:
     """Read a file with one JSON object (or one string) per line.
 
     Args:
-        path: the file.
         digest: function that returns the hash of a large file, whose columns are then the keys of
             its first row with keys. None: sha256, and the keys of all rows.
     """
@@ -342,9 +330,9 @@ def _columns_of(records: Iterable[Record]) -> list[str]:
 
 def read_json(path: Path) -> dict[SplitName, Table]:
     """Read a JSON list of strings, objects or [text, label], or a mapping from splits to lists."""
-    tree = parse_json("".join(text_lines(path)), str(path))
+    tree = parse_json("".join(_text_lines(path)), str(path))
     _refuse_doubled(tree, str(path))
-    digest = digest_of(path)
+    digest = _digest_of(path)
     if isinstance(tree, list):
         return {"train": _listed(str(path), cast("list[object]", tree), digest)}
     if isinstance(tree, dict):
@@ -389,11 +377,7 @@ class DoubledKeys(dict[str, object]):
 
 
 def parse_json(text: str, place: str) -> object:
-    """Return the content of a JSON text; objects that repeat a key become `DoubledKeys`.
-
-    Raises:
-        DataError: the text is not JSON.
-    """
+    """Return the content of a JSON text; objects that repeat a key become `DoubledKeys`."""
     try:
         return json.loads(text, object_pairs_hook=_json_object)
     except (ValueError, RecursionError) as error:
@@ -413,7 +397,7 @@ def _refuse_doubled(tree: object, place: str) -> None:
 
 
 def _jsonl_records(path: Path, each: Callable[[bytes], None] | None = None) -> Iterator[Record]:
-    for number, line in enumerate(text_lines(path, each), start=1):
+    for number, line in enumerate(_text_lines(path, each), start=1):
         if not line.strip():
             continue
         place = f"line {number}"
@@ -462,8 +446,6 @@ def read_documents(paths: Sequence[Path], name: str, *, to_be_split: bool) -> Ta
     """Return the texts of files as rows of a table.
 
     Args:
-        paths: the files.
-        name: name of the files in messages.
         to_be_split: whether a held-out split will be cut from the files, so that small files need
             shorter pieces.
     """
@@ -477,14 +459,14 @@ def read_documents(paths: Sequence[Path], name: str, *, to_be_split: bool) -> Ta
         name=name,
         columns=("text",),
         records=partial(documents_of, paths, length),
-        digest=":".join([*(digest_of(path) for path in paths), str(length)]),
+        digest=":".join([*(_digest_of(path) for path in paths), str(length)]),
     )
 
 
 def documents_of(paths: Sequence[Path], length: int = PIECE_CHARACTERS) -> Iterator[Record]:
     """Yield the pieces of files, see `pieces`."""
     for path in paths:
-        for number, piece in pieces(text_lines(path), length):
+        for number, piece in pieces(_text_lines(path), length):
             yield Record(f"{path.name} line {number}", {"text": piece})
 
 

@@ -74,7 +74,6 @@ def with_parts(batch: Batch, numbers: Mapping[str, int]) -> Batch:
 
     Args:
         batch: a micro-batch on the CPU; without `routes`, no position is valid.
-        numbers: the number of each teacher.
     """
     if batch.extras.second is not None or batch.extras.others:
         raise TypeError("rows that name their teachers cannot be read with a second vocabulary")
@@ -101,7 +100,7 @@ class _Places(NamedTuple):
 
 
 def _places(own: NDArray[np.bool_]) -> _Places:
-    """Return the places of the positions [B, T] of a part; one blank row if there are none."""
+    # A part without positions has one blank row.
     rows = np.flatnonzero(own.any(axis=1)) if own.any() else np.zeros(1, dtype=np.int64)
     mine = own[rows]  # [b, T]
     width = padded_width(int(mine.sum(axis=1).max()), own.shape[1])
@@ -112,7 +111,6 @@ def _places(own: NDArray[np.bool_]) -> _Places:
 
 
 def _part(batch: Batch, own: NDArray[np.bool_]) -> Batch:
-    """Return the rows of a micro-batch that have positions in `own` [B, T], on the CPU."""
     places = _places(own)
     positions, valid = torch.from_numpy(places.positions), torch.from_numpy(places.valid)
     rows = torch.from_numpy(places.rows)
@@ -146,18 +144,15 @@ def _labels(
 
 
 def _blanked(numbers: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Return [b] numbers of training rows, -1 for a blank row."""
+    # -1 for a blank row.
     return numbers.masked_fill(~own.any(dim=1), -1)
 
 
 def _targets(
     batch: Batch, places: _Places, own: NDArray[np.bool_]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the predicted positions of a part, and their numbers among those of the batch.
-
-    Both are None if all positions are predicted. Without a predicted position in the part, the
-    first position stands for it, which has no label there.
-    """
+    # Both are None if all positions are predicted. Without a predicted position in the part, the
+    # first position stands for it, which has no label there.
     if batch.targets is None:
         return None, None
     targets = batch.targets.numpy()
@@ -172,7 +167,7 @@ def _targets(
 
 
 def _with_documents(part: Batch) -> Batch:
-    """Return packed rows with their documents; the positions that fill a row are one document."""
+    # The positions that fill a row are one document.
     ids = part.inputs["position_ids"]
     before = part.valid.sum(dim=1, keepdim=True)
     filled = torch.arange(ids.shape[1]) - before
@@ -188,11 +183,7 @@ class RowTeacher(NamedTuple):
     name: str | None = None
 
     def of(self, table: Table, record: Record) -> str:
-        """Return the name of a row's teacher.
-
-        Raises:
-            DataError: the row names no teacher.
-        """
+        """Return the name of a row's teacher."""
         if self.name is not None:
             return self.name
         value = record.values.get(self.column or "")
@@ -205,16 +196,7 @@ class RowTeacher(NamedTuple):
 
 
 def row_teacher(table: Table, column: str | None, name: str | None = None) -> RowTeacher | None:
-    """Return where the teachers of a table come from; None if its rows name none.
-
-    Args:
-        table: the rows.
-        column: the column with the names; not read if `name` is given.
-        name: the teacher of all rows.
-
-    Raises:
-        DataError: the column does not exist.
-    """
+    """Return where the teachers of a table come from; None if its rows name none."""
     if name is not None:
         return RowTeacher(name=name)
     if column is None:

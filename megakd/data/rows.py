@@ -147,15 +147,7 @@ def rows_of_tables(
     """Return the rows of every split, in Arrow files.
 
     Args:
-        tables: tables by split, at least `train`.
-        task: the task; names the columns, or leaves them to the defaults.
-        name: name of the data set in messages.
-        cache_dir: folder in which the rows are kept, by a hash of their content.
         classes: the classes if they are known; None reads them from the training split.
-        metrics: the official metrics; None takes the usual metrics of the task type.
-
-    Raises:
-        DataError: a column does not exist, a value is wrong, or a split has no rows.
     """
     for table in tables.values():
         _require_rows(table)
@@ -221,10 +213,6 @@ def rows_of(
     """Return the rows of a table, memory-mapped; they are written when they are first asked for.
 
     Args:
-        table: the table.
-        kind: the kind of its rows.
-        task: only `bad_rows` is used.
-        cache_dir: folder in which the rows are kept, by a hash of their content.
         source: the source of a mixture, for the column `source`; None: no such column.
         teacher: where the teachers of the rows come from, for the column `route`; None: no column.
 
@@ -286,10 +274,6 @@ def scored_rows(
     """Return the rows of a file that is only scored, and not used for training or model selection.
 
     Args:
-        table: the rows of the file.
-        task: the task; names the columns, or leaves them to the defaults.
-        classes: the classes of the training rows; None without classes.
-        cache_dir: folder in which the rows are kept, by a hash of their content.
         as_chat: whether the training rows are conversations, so that documents are read as such.
 
     Raises:

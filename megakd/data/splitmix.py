@@ -29,11 +29,9 @@ def row_keys(
     """Return the keys [B] of the streams of a micro-batch's rows.
 
     Args:
-        seed: seed of the run.
         draw: number of the draw, such as the epoch, for all rows or by row.
         rows: numbers of the rows, at least 0; further rows are dummy rows, which have keys that
             nothing may depend on.
-        size: number of rows B.
         domain: purpose of the numbers; the streams of two purposes are independent.
     """
     parts = np.zeros((3, size), dtype=np.uint64)
@@ -50,7 +48,6 @@ def uniform(keys: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[n
     """Return the numbers in [0, 1) at places of streams.
 
     Args:
-        keys: keys of streams, see `row_keys`.
         counters: places in the streams, counted from 1; broadcast with `keys`.
     """
     values = _mixed(keys + counters * _GOLDEN) >> np.uint64(11)

@@ -73,14 +73,8 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     """Return the rows of the task's data, with the labels and held-out rows that the task keeps.
 
     Args:
-        task: the data, the columns, and the number of labels.
         seed: seed of the run; used only to choose the labels that `task.labelled_examples` keeps,
             and the rows of a mixture.
-        cache_dir: folder in which the rows are kept.
-
-    Raises:
-        DataError: a file, column, label or the Hub cannot be used.
-        ConfigError: keys of the task contradict each other.
     """
     if task.type in LANGUAGE_TASKS and task.labelled_examples is not None:
         raise ConfigError(f"task.labelled_examples: {task.type} has no labels; remove the key")

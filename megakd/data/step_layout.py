@@ -101,7 +101,7 @@ class StepLayout(NamedTuple):
         """
         shape = self.shape
         if self.tokens_per_rank is not None:
-            return budgeted(lengths, self.tokens_per_rank, ranks=shape.world)[
+            return _budgeted(lengths, self.tokens_per_rank, ranks=shape.world)[
                 shape.rank :: shape.world
             ]
         parts = shape.accumulation * shape.world
@@ -145,10 +145,7 @@ def micro_batch(
     """Return one micro-batch, packed if the layout says so.
 
     Args:
-        rows: the rows of the micro-batch, as `collate` takes them.
         count: number of the rows; 0 gives a micro-batch in which nothing is valid.
-        layout: how the rows become micro-batches.
-        collate: function that collates the rows.
         size: number of rows with dummy rows, which packed rows do not need.
     """
     if layout.tokens_per_rank is None:
@@ -163,7 +160,6 @@ def packed_row(batch: Batch, *, most: int) -> Batch:
     but at most `most`; padding at the end is a document of its own.
 
     Args:
-        batch: a micro-batch of a causal language model, on the CPU.
         most: largest number of tokens, at least the number of valid positions.
     """
     count = int(batch.valid.sum())
@@ -216,24 +212,11 @@ def _with_rollouts(batch: Batch) -> Batch:
     return batch.extended(is_rollout=torch.zeros_like(batch.valid))
 
 
-def budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[NDArray[np.int64]]:
-    """Return the row numbers of every micro-batch, a function of the arguments alone.
-
-    First fit by decreasing length finds the number of micro-batches, which is rounded up to a
-    multiple of the ranks. The rows are then spread evenly over all micro-batches if no micro-batch
-    exceeds the budget that way. Micro-batch k belongs to rank k modulo `ranks`.
-
-    Args:
-        lengths: [N] tokens of each row.
-        budget: the most tokens of a micro-batch.
-        ranks: number of ranks.
-
-    Returns:
-        At least one micro-batch per rank, and equally many per rank; some may have no row.
-
-    Raises:
-        DataError: a row has more tokens than the budget.
-    """
+def _budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[NDArray[np.int64]]:
+    # First fit by decreasing length finds the number of micro-batches, which is rounded up to a
+    # multiple of the ranks. The rows are then spread evenly over all micro-batches if no micro-
+    # batch exceeds the budget that way. Micro-batch k belongs to rank k modulo `ranks`; some may
+    # have no row.
     if len(lengths) and lengths.max() > budget:
         raise DataError(
             f"train.tokens_per_rank is {budget}, and a training row has {lengths.max()} tokens; "
@@ -269,18 +252,14 @@ def _spread(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 
 def _loads(chosen: NDArray[np.int64], lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Return [count] tokens of every micro-batch."""
     loads = np.zeros(count, dtype=np.int64)
     np.add.at(loads, chosen, lengths)
     return loads
 
 
 def _dealt(loads: NDArray[np.int64], ranks: int) -> list[int]:
-    """Return the numbers of the micro-batches in the order in which the ranks take turns.
-
-    Micro-batches that run at the same time are about equally long, and the longest of them goes to
-    the rank with the fewest tokens so far.
-    """
+    # Micro-batches that run at the same time are about equally long, and the longest of them goes
+    # to the rank with the fewest tokens so far.
     totals = np.zeros(ranks, dtype=np.int64)
     dealt: list[int] = []
     for turn in np.argsort(-loads, kind="stable").reshape(-1, ranks):

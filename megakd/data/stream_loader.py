@@ -240,12 +240,12 @@ class StreamLoader:
             batch = self._collate(mine)
             if self._masking is not None:
                 draw = epochs[start : start + size]
-                batch = self._masking(batch, row_hashes(mine), seed=self._rows.seed, draw=draw)
+                batch = self._masking(batch, _row_hashes(mine), seed=self._rows.seed, draw=draw)
             yield batch
 
 
-def row_hashes(rows: pa.Table) -> NDArray[np.int64]:
-    """Return a number below 2^63 per row, which depends only on the row's tokens."""
+def _row_hashes(rows: pa.Table) -> NDArray[np.int64]:
+    # Below 2^63; depends only on the row's tokens.
     column = cast("Any", rows).column("input_ids")
     texts = (ids.values.to_numpy().tobytes() for ids in column)
     digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
@@ -267,12 +267,6 @@ def batch_source(  # noqa: PLR0913  (each is another fact about the stage)
     """Return the batches of a stage.
 
     Args:
-        encoded: the encoded data.
-        collate: function that collates a micro-batch.
-        layout: rows, micro-batches and ranks of a step.
-        seed: seed of the run.
-        masking: masks of mlm; None for other tasks.
-        only_labelled: whether rows without a label are left out.
         max_steps: the steps of the stage if they do not follow from a number of epochs.
         gather: function that returns the values of all ranks, by rank; a collective.
         others: by role, functions that encode the rows for models with another tokenizer.

@@ -34,7 +34,6 @@ def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Found:
 
     Raises:
         ConfigError: there are no validation files, and `task.max_eval_examples` is not set.
-        DataError: a file does not exist or cannot be read.
     """
     paths, key = split_files(task)
     stream = file_stream(paths.pop("train"), task, key=key.format(split="train"))
@@ -49,8 +48,6 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
 
     Raises:
         ConfigError: there is no validation split, and `task.max_eval_examples` is not set.
-        DataError: the Hub cannot be reached, the data set does not exist, or its columns do not
-            fit the task.
     """
     name = task.data_name
     with hub_errors(name, task.dataset_config, advice=hub_advice(task)) as label:
@@ -135,12 +132,7 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
     """Return the texts of local files, in the order of the files.
 
     Args:
-        paths: the files.
-        task: the task; names the text columns, or leaves them to the defaults.
         key: the setting that names the files.
-
-    Raises:
-        DataError: a file cannot be read, or does not have the text columns.
     """
     tables = [table_of(path, key) for path in paths]
     # A JSON file without rows has no columns.
@@ -225,11 +217,7 @@ def table_of(path: Path, key: str) -> Table:
 
 
 def sample_of(path: Path) -> str:
-    """Return a hash of the name, the size, the first and the last 64 KiB of a file.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Return a hash of the name, the size, the first and the last 64 KiB of a file."""
     with readable(path), path.open("rb") as file:
         size = path.stat().st_size
         digest = hashlib.sha256(f"{path.name}:{size}:".encode())

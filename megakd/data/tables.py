@@ -63,12 +63,7 @@ def document_of(name: str, columns: Sequence[str], record: Record) -> str:
     """Return the document of a row, with a line per column.
 
     Args:
-        name: name of the data in messages.
         columns: the columns of text; two columns (question, answer) make one document.
-        record: the row.
-
-    Raises:
-        DataError: a value is missing or is not text.
     """
     return "\n".join(text_of(name, column, record) for column in columns)
 

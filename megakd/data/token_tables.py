@@ -34,11 +34,7 @@ _IDS = pa.list_(pa.int32())
 
 
 def with_tokens(tables: Iterable[pa.Table], error: Callable[[], DataError]) -> Iterator[pa.Table]:
-    """Yield tables, at least one.
-
-    Raises:
-        DataError: there are no tables.
-    """
+    """Yield tables, at least one."""
     empty = True
     for table in tables:
         empty = False
@@ -50,11 +46,7 @@ def with_tokens(tables: Iterable[pa.Table], error: Callable[[], DataError]) -> I
 def check_room_for_text(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> None:
-    """Raise if the tokenizer's special tokens fill the rows of a task.
-
-    Raises:
-        DataError: `max_length` leaves no room for text.
-    """
+    """Raise if the tokenizer's special tokens fill the rows of a task."""
     if task.type == "causal_lm":
         return
     is_pair = "text_pair" in rows.column_names
@@ -70,26 +62,19 @@ def check_room_for_text(
 def tables_of_texts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
-    """Yield tables of encoded rows, and no table if there are no tokens.
-
-    Args:
-        rows: texts, and labels if the task has labels.
-        tokenizer: a tokenizer, whose special tokens are added to every text.
-        task: the task; only `type`, `max_length` and `whole_word_masking` are used.
-    """
+    """Yield tables of encoded rows, and no table if there are no tokens."""
     make = {"causal_lm": _packed_tables, "mlm": _window_tables}.get(task.type, _text_tables)
     if make is _text_tables or ROUTE not in rows.column_names:
         return make(rows, tokenizer, task)
     # A packed row and a window have one teacher, so the texts of each teacher are packed apart.
     return (
         table.append_column(ROUTE, numbers_of([name] * len(table)))
-        for name, own in rows_by_route(rows)
+        for name, own in _rows_by_route(rows)
         for table in make(own, tokenizer, task)
     )
 
 
-def rows_by_route(rows: Dataset) -> Iterator[tuple[str, Dataset]]:
-    """Yield each teacher that rows name, in the order of the names, with its rows."""
+def _rows_by_route(rows: Dataset) -> Iterator[tuple[str, Dataset]]:
     found = names_of(rows)
     for name in np.unique(found).tolist():
         yield name, rows.select(np.flatnonzero(found == name))
@@ -183,10 +168,7 @@ def _table(rows: Sequence[tuple[Any, ...]], names: Sequence[str]) -> pa.Table:
 def _texts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, with_words: bool = False
 ) -> Iterator[tuple[list[int], list[int] | None]]:
-    """Yield the tokens of each text that is not empty, without special tokens, and its words.
-
-    The second value is None without `with_words`, else see `words.word_starts`.
-    """
+    # The second value is None without `with_words`, else see `words.word_starts`.
     if with_words:
         check_words(tokenizer)
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
@@ -292,7 +274,6 @@ def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
 
     Args:
         documents: token numbers of each document; empty documents are ignored.
-        length: tokens of a row, at least 1.
 
     Yields:
         Full rows, then a shorter row with the remaining tokens.
@@ -309,10 +290,6 @@ def windows(ids: Sequence[int], room: int) -> Iterator[Sequence[int]]:
     """Cut a text into as few windows as possible, whose lengths differ by at most 1.
 
     A short last window would leave its masked tokens without context.
-
-    Args:
-        ids: the tokens of a text; an empty text has no windows.
-        room: maximum number of tokens in a window.
     """
     if room < 1:
         raise ValueError(f"a window has at least 1 token, got room {room}")

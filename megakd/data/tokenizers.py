@@ -102,10 +102,6 @@ def load_tokenizer(
             first of `model_folders` that has one. If there is none, a tokenizer of at most 8000
             tokens is trained on the training text (WordPiece for encoders, byte-level BPE for
             causal_lm).
-        splits: the training text, and its content hash.
-        model_folders: the folders of the teacher's and the student's model, as far as they are
-            local.
-        cache_dir: folder below which trained tokenizers are kept.
 
     Raises:
         DataError: the folder, Hub id, template or tokenizer files cannot be used, the tokenizer of

@@ -60,34 +60,27 @@ def check_chat_models(
     Nothing is compared if the rows are no conversations. A student without a tokenizer of its own
     uses the run's.
 
-    Args:
-        task: the task.
-        rows: the training rows.
-        tokenizer: the tokenizer of the run.
-        sources: the models by role.
-
     Raises:
         ConfigError: a teacher ends its answers with a token that does not end the student's texts,
             and `task.end_tokens` does not accept this.
     """
     if not is_chat(rows) and PROMPT_LENGTH not in rows.column_names:
         return
-    student = chat_facts(sources[STUDENT], task) or _facts(STUDENT, tokenizer, sources[STUDENT])
+    student = _chat_facts(sources[STUDENT], task) or _facts(STUDENT, tokenizer, sources[STUDENT])
     problems: list[str] = []
     for role, source in sources.items():
-        teacher = None if role == STUDENT else chat_facts(source, task)
+        teacher = None if role == STUDENT else _chat_facts(source, task)
         if teacher is not None:
             for line in differences(teacher, student):
                 logger.warning("%s", line)
-            problems += other_end(teacher, student)
+            problems += _other_end(teacher, student)
     if problems and task.end_tokens == "check":
         raise ConfigError("\n".join(f"{problem}; {ACCEPT}" for problem in problems))
     for problem in problems:
         logger.warning("%s (accepted by task.end_tokens)", problem)
 
 
-def chat_facts(source: ModelSource, task: TaskConfig) -> ChatFacts | None:
-    """Return the facts of a model's folder; None if it has no tokenizer files."""
+def _chat_facts(source: ModelSource, task: TaskConfig) -> ChatFacts | None:
     if source.folder is None or not has_tokenizer_files(source.folder):
         return None
     return _facts(source.where, from_folder(source.folder, task.type), source)
@@ -99,14 +92,13 @@ def _facts(where: str, tokenizer: PreTrainedTokenizerBase, source: ModelSource) 
         where=where,
         template=tokenizer.chat_template,
         end=end,
-        ends=frozenset(_tokens(end_ids(tokenizer, source), tokenizer)),
+        ends=frozenset(_tokens(_end_ids(tokenizer, source), tokenizer)),
         tokens=len(tokenizer),
         embeddings=None if source.wants_vocabulary else getattr(source.config, "vocab_size", None),
     )
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> set[int]:
-    """Return the numbers of the tokens that end a text of a model: its files' and tokenizer's."""
+def _end_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> set[int]:
     return {*listed_ends(tokenizer), *listed_ends(generation_config_of(source))}
 
 
@@ -138,8 +130,7 @@ def differences(teacher: ChatFacts, student: ChatFacts) -> Iterator[str]:
         )
 
 
-def other_end(teacher: ChatFacts, student: ChatFacts) -> Iterator[str]:
-    """Yield the problem of a teacher whose end token does not end the student's texts."""
+def _other_end(teacher: ChatFacts, student: ChatFacts) -> Iterator[str]:
     if teacher.end is not None and teacher.end not in student.ends:
         yield (
             f"{teacher.where} ends its answers with {teacher.end}, and the texts of "
@@ -162,10 +153,7 @@ def check_answers(
     """Check that conversations have answers, and that answers end as the student's texts do.
 
     Args:
-        config: the config of the run.
         counts: the numbers of the conversations; None for other rows, which are not checked.
-        tokenizer: the tokenizer of the run.
-        student: the student's model.
 
     Raises:
         DataError: no token counts in the training rows, and the run generates no texts; or no
@@ -182,7 +170,7 @@ def check_answers(
             _refuse_prompts(config, split)
     # A stream is not encoded before the run, but its held-out rows are.
     learned = by_split.get("train", by_split.get("validation", []))
-    _check_ends(config.task, learned, end_ids(tokenizer, student), tokenizer)
+    _check_ends(config.task, learned, _end_ids(tokenizer, student), tokenizer)
 
 
 def _refuse_prompts(config: RunConfig, split: str) -> None:
@@ -208,7 +196,6 @@ def _check_ends(
     looked_for: set[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Raise a ConfigError if answers count in the training rows, and no end token does."""
     if not any(own.targets for own in trained):
         return
     if any(own.special.get(number) for own in trained for number in looked_for):

@@ -164,11 +164,7 @@ def _say_positive_label(metrics: TaskMetrics) -> None:
 
 
 def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
-    """Return the models, data and tokenizer of a run; a collective.
-
-    Raises:
-        MegakdError: the input is invalid; the message names it.
-    """
+    """Return the models, data and tokenizer of a run; a collective."""
     task, cache = config.task, cache_folder()
     sources, problems = _resolved(config)
     problems += without_tokenizer(task, sources.values())
@@ -212,7 +208,6 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
 def _student_tokenizer(
     vocabulary: StudentVocabulary, splits: Splits, teacher: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a student with a vocabulary of its own, trained on the text."""
     check_special_tokens(teacher, "the teacher's tokenizer")
     own = main_first(lambda: load_student_tokenizer(vocabulary, splits, cache_dir=cache_folder()))
     logger.info(
@@ -256,11 +251,7 @@ def _strangers(
 
 
 def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
-    """Run all checks of models and losses that are possible before any weights are loaded.
-
-    Raises:
-        MegakdError: two values do not fit; the message names the key and both values.
-    """
+    """Run all checks of models and losses that are possible before any weights are loaded."""
     for name, spec in config.teacher_specs.items():
         key = config.key_of(name)
         check_frozen_stage(
@@ -284,18 +275,11 @@ def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
         )
     if config.student.lora is not None:
         check_adapters(inputs.sources[STUDENT], config.task, config.student.lora)
-    check_losses(config, inputs)
+    _check_losses(config, inputs)
     check_caches(config, inputs.sources[STUDENT])
 
 
-def check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
-    """Check that the objective can work with every teacher.
-
-    Raises:
-        ConfigError: layers are compared, and the teachers' layers differ; or class weights do
-            not fit the labels.
-        TeacherError: a chosen term cannot match the layers or vocabularies.
-    """
+def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
     terms, task = config.objective or (), config.task.type
     shapes = {
         role: shape_of(source, task, inputs.classes) for role, source in inputs.sources.items()
@@ -315,10 +299,7 @@ def check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
 
 
 def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
-    """Return the checked models of the config by role, and the errors of the other teachers.
-
-    Rank 0 downloads before the other ranks read; all ranks return the same.
-    """
+    # Rank 0 downloads before the other ranks read; all ranks return the same.
     specs: dict[str, TeacherConfig | StudentConfig] = {
         name: spec for name, spec in config.teacher_specs.items() if spec.model != STUDENT_BASE
     }

@@ -32,33 +32,25 @@ STORED_DTYPE: dict[torch.dtype | None, Dtype] = {
 
 
 def frozen_dtype(spec: TeacherConfig, stored: torch.dtype | None, device: str) -> Dtype:
-    """Return `teacher.dtype`; by default the stored 16-bit dtype on a GPU, or `default_dtype`.
-
-    Args:
-        spec: the config of the model.
-        stored: the dtype of the weight files.
-        device: type of the device, `cpu` or `cuda`.
-    """
+    """Return `teacher.dtype`; by default the stored 16-bit dtype on a GPU, or `_default_dtype`."""
     if spec.dtype is not None:
         return spec.dtype
     found = STORED_DTYPE.get(stored, "fp32")
-    return found if device != "cpu" and found != "fp32" else default_dtype(device)
+    return found if device != "cpu" and found != "fp32" else _default_dtype(device)
 
 
 def training_dtype(train: TrainConfig, device: str) -> Dtype:
-    """Return the dtype that `train.bf16` and `train.fp16` choose, by default `default_dtype`."""
+    """Return the dtype that `train.bf16` and `train.fp16` choose, by default `_default_dtype`."""
     if train.fp16:
         return "fp16"
     if train.bf16 is None:
-        return default_dtype(device)
+        return _default_dtype(device)
     return "bf16" if train.bf16 else "fp32"
 
 
-def default_dtype(device: str) -> Dtype:
-    """Return bf16 on a GPU and fp32 elsewhere: tensor cores multiply fp32 about 10 times slower.
-
-    A plan for GPUs on a host without a GPU assumes that the GPUs have bf16, as all have since 2020.
-    """
+def _default_dtype(device: str) -> Dtype:
+    # Tensor cores multiply fp32 about 10 times slower than bf16. A plan for GPUs on a host without
+    # a GPU assumes that the GPUs have bf16, as all have since 2020.
     if device != "cuda":
         return "fp32"
     here = torch.cuda.is_available()
@@ -79,22 +71,18 @@ def say_precision(config: RunConfig, device: str) -> None:
     for name, spec in config.teacher_specs.items():
         if spec.dtype is None:
             key = config.key_of(name)
-            other = default_dtype(device)
+            other = _default_dtype(device)
             dtypes.append(f"{name} in 16 bits as stored, or {other} ({key}.dtype)")
     logger.info("precision on %s: %s", device, ", ".join(dtypes))
 
 
 def check_device(config: RunConfig, ranks: Ranks) -> None:
-    """Raise if the device lacks a dtype or kernel, before a teacher is trained in vain.
-
-    Raises:
-        ConfigError: names the dtype and the supported dtypes, or the kernels.
-    """
+    """Raise if the device lacks a dtype or kernel, before a teacher is trained in vain."""
     device = ranks.device.type
     say_precision(config, device)
     check_dtype(training_dtype(config.train, device), ranks, "train")
     check_kernels(config.train.kernels, ranks, "train")
-    check_attention(config, ranks)
+    _check_attention(config, ranks)
     for name, spec in config.teacher_specs.items():
         key = config.key_of(name)
         if spec.dtype is not None:
@@ -105,12 +93,7 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
             check_kernels(train.kernels, ranks, f"{key}.finetune")
 
 
-def check_attention(config: RunConfig, ranks: Ranks) -> None:
-    """Raise if the task, the device or this installation lacks a chosen attention.
-
-    Raises:
-        ConfigError: names the attention and those that can be used.
-    """
+def _check_attention(config: RunConfig, ranks: Ranks) -> None:
     chosen = {config.key_of(n): s.attn_implementation for n, s in config.teacher_specs.items()}
     on_gpu = ranks.device.type == "cuda"
     has = ["sdpa", "eager"] + ["varlen"] * (config.task.type == "causal_lm")
@@ -125,11 +108,7 @@ def check_attention(config: RunConfig, ranks: Ranks) -> None:
 
 
 def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:
-    """Raise if the device does not support a dtype, before anything is loaded.
-
-    Raises:
-        ConfigError: the device does not support the dtype.
-    """
+    """Raise if the device does not support a dtype, before anything is loaded."""
     known = supported_dtypes()
     if TORCH_DTYPE[dtype] not in known:
         has = ", ".join(name for name, t in TORCH_DTYPE.items() if t in known)
@@ -139,11 +118,7 @@ def check_dtype(dtype: Dtype, ranks: Ranks, where: str) -> None:
 
 
 def check_kernels(kernels: Kernels, ranks: Ranks, where: str) -> None:
-    """Raise if this device cannot run the chosen kernels, before anything is loaded.
-
-    Raises:
-        ConfigError: the device does not support the kernels.
-    """
+    """Raise if this device cannot run the chosen kernels, before anything is loaded."""
     try:
         resolve_implementation(kernels, ranks.device)
     except ValueError as error:

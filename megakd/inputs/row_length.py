@@ -103,7 +103,7 @@ def _limited(wanted: int, config: RunConfig, sources: Mapping[str, ModelSource])
 def _lengths(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> NDArray[np.int32]:
-    """Return [n, 2] the tokens of a sample of whole rows, and of the prompts in them."""
+    # [n, 2]: tokens of whole rows, and of the prompts in them.
     sample = rows.select(np.random.default_rng(0).permutation(len(rows))[:MOST_ROWS])
     whole = replace(task, max_length=MOST_TOKENS, truncation="keep_start", bad_rows="drop")
 

@@ -33,10 +33,6 @@ def splits_of(config: RunConfig) -> Splits:
     """Return the texts and labels of a run; a collective.
 
     With `task.encoded` the rows are token numbers and labels, without texts.
-
-    Raises:
-        DataError: a file, column, label or the Hub cannot be used.
-        ConfigError: keys of the task contradict each other.
     """
     task = config.task
     if task.encoded is not None:
@@ -52,14 +48,7 @@ def encoded_rows(
     *,
     with_train: bool = True,
 ) -> Encoded:
-    """Return the data as token numbers; a collective.
-
-    Args:
-        config: the config of the run.
-        splits: the texts and labels.
-        tokenizer: a tokenizer of the run.
-        with_train: whether the training rows are read.
-    """
+    """Return the data as token numbers; a collective."""
     task, cache = config.task, cache_folder()
     if task.encoded is not None:
         facts = facts_of(task, tokenizer, seed=config.seed)

@@ -41,12 +41,7 @@ class StepSize(NamedTuple):
 
 
 def largest_step(train: TrainConfig, task: TaskConfig) -> StepSize:
-    """Return the sizes of a step in which every row has `task.max_length` tokens.
-
-    Args:
-        train: settings of the stage.
-        task: the task; only `max_length` is used.
-    """
+    """Return the sizes of a step in which every row has `task.max_length` tokens."""
     shape = StepShape(train.per_device_train_batch_size, train.gradient_accumulation_steps)
     layout = StepLayout(shape, train.tokens_per_rank)
     count = layout.most_micro_batches(task.row_length)
@@ -71,11 +66,6 @@ def micro_batches_per_call(
 
     Args:
         ready: the teacher and its config; `micro_batches_per_call` overrides the default.
-        needs: outputs that the losses read.
-        train: settings of the stage.
-        config: the config of the run.
-        dtype: dtype of the teacher.
-        device: type of the device.
     """
     step = largest_step(train, config.task)
     if ready.spec.micro_batches_per_call is not None:

@@ -22,11 +22,7 @@ logger = logging.getLogger(__name__)
 def check_vocabularies(
     task: TaskConfig, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
 ) -> None:
-    """Raise if a model's weights were trained with a tokenizer other than the run's.
-
-    Raises:
-        TeacherError: names all such models.
-    """
+    """Raise if a model's weights were trained with a tokenizer other than the run's."""
     models = list(sources)
     problems = [*without_tokenizer(task, models), *other_vocabularies(task, tokenizer, models)]
     if problems:

@@ -50,7 +50,6 @@ def find_changes(case: Case, planner: Callable[[Case], tuple[float, int]]) -> li
     smallest remaining overflow is kept, and other settings are tried together with it.
 
     Args:
-        case: a run that does not fit.
         planner: returns the missing bytes and the peak bytes of a case.
     """
     found: list[Change] = []

@@ -70,11 +70,7 @@ class Cluster:
 
 
 def rates_of(path: Path) -> Rates:
-    """Load rates from a JSON file such as {"tflops": 400, "gbps": 45}.
-
-    Raises:
-        ConfigError: the file cannot be read, or its content is not a mapping of rates.
-    """
+    """Load rates from a JSON file such as {"tflops": 400, "gbps": 45}."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

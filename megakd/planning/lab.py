@@ -206,9 +206,6 @@ class PlanningLab(LabBase):
         """Run the method and the baselines, and return all phases of the run, in order.
 
         If a method chooses an assistant by score, the plan uses the largest assistant.
-
-        Raises:
-            MegakdError: the method cannot work with these models.
         """
         student = run_method(self.config.method, self)
         names = self.config.baselines

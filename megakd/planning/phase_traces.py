@@ -94,11 +94,7 @@ class Traces(dict[str, SimulatedPhase]):
 def simulated_phase(
     phase: Phase, config: RunConfig, cluster: Cluster, known: Traces
 ) -> SimulatedPhase:
-    """Trace a phase with models that have no memory.
-
-    Raises:
-        MegakdError: the losses cannot work with these models.
-    """
+    """Trace a phase with models that have no memory."""
     tracer = _Tracer(phase, config, cluster)
     key = tracer.key()
     if key not in known:
@@ -123,7 +119,7 @@ class _Tracer:
         self._memory = cluster.device_memory if cluster.device == "cuda" else None
 
     def key(self) -> str:
-        """Return everything that the traces depend on, which the learner's sharding is not."""
+        # The traces do not depend on the learner's sharding.
         phase, stage, config = self._phase, self._phase.stage, self._config
         frozen = [
             (name, planned_dtype(one, self._device), _shown(one.source))
@@ -145,7 +141,6 @@ class _Tracer:
         return repr((facts, of_stage, of_config))
 
     def training(self, stage: Stage) -> SimulatedPhase:
-        """Trace the training of a student with teachers."""
         step = largest_step(stage.train, self._task)
         batch = self._batch(step.rows, step.length)
         batch = batch.extended(others=self._mixed(stage, batch) or None)
@@ -235,7 +230,6 @@ class _Tracer:
         return Measured(teachers, answers, trace)
 
     def alone(self) -> SimulatedPhase:
-        """Trace work with frozen models: importance, scoring, timing."""
         teachers = self._phase.teachers
         return SimulatedPhase(teachers={name: self._work(one) for name, one in teachers.items()})
 

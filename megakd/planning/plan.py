@@ -276,14 +276,8 @@ def plan_run(
     """Plan a run from configs only, and search for changes if the run does not fit.
 
     Args:
-        config: config of the run.
-        cluster: machines of the run.
-        advise: whether to search for changes.
         traces: traces of earlier plans, which take most of the time; None: no earlier
             traces.
-
-    Raises:
-        MegakdError: a model's config cannot be read, or the run cannot work.
     """
     if config.task.max_length is None:
         raise ConfigError(

@@ -181,10 +181,7 @@ def trace_call(
     """Call a module once and, if requested, run the backward from the total of its losses.
 
     Args:
-        module: module whose parameters are not counted as activations.
         call: runs the forward; its result needs a field `total` for a backward.
-        backward: whether a backward follows.
-        device: cpu or cuda, which determines the attention.
         memory: bytes of a GPU, which determine the buffers of the losses; None: not known.
 
     Returns:
@@ -211,8 +208,6 @@ def repeat_alike(model: Any, device: str, *, offload: bool = False) -> None:
     A backward does not restore the torch modes of its forward.
 
     Args:
-        model: a model without values.
-        device: cpu or cuda, which determines the attention.
         offload: whether the inputs of repeated layers wait in host memory.
     """
 
@@ -332,7 +327,6 @@ class _Watch(TorchDispatchMode):
         parameter.grad = None
 
     def turn(self) -> None:
-        """Record the end of the forward."""
         self.turned = len(self.moments)
         self.moments.append(Moment("", live=self._live))
 
@@ -388,9 +382,6 @@ def loss_workspace(
     """Return the bytes that a fused loss holds in addition to its results; 0 for other operators.
 
     Args:
-        function: the operator, as torch's dispatcher names it.
-        args: arguments of the call.
-        device: cpu or cuda, which determines the chunk size.
         memory: bytes of a GPU, which determine the chunk size too; None: not known.
     """
     buffers = _WORKSPACES.get(_name(function))

@@ -20,7 +20,6 @@ class _Clock:
         self._since = time.perf_counter() - since_s
 
     def change(self, phase: str) -> str:
-        """Begin a phase and return the name of the interrupted phase."""
         now = time.perf_counter()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         # The phase `start` does not resume once another phase has begun.

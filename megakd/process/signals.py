@@ -81,7 +81,7 @@ class _Watch:
         self._before: dict[signal.Signals, Any] = {}
 
     def start(self) -> None:
-        """Install the handlers; a signal that is ignored, such as under nohup, stays ignored."""
+        # A signal that is ignored, such as under nohup, stays ignored.
         self._before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
         for number, handler in self._before.items():
             if handler is not signal.SIG_IGN:
@@ -93,7 +93,6 @@ class _Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Restore the previous handlers and end the thread."""
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -104,7 +103,7 @@ class _Watch:
             end.close()
 
     def release(self) -> None:
-        """Restore the previous handlers in a forked child, so that the parent is not notified."""
+        # In a forked child, so that the parent is not notified.
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -115,7 +114,6 @@ class _Watch:
             raise Stopped(number, self.reason)
 
     def request(self, number: int) -> bool:
-        """Record why the run stops; return False if the run is already stopping."""
         if self.requested:
             return False
         self.requested = number
@@ -123,7 +121,7 @@ class _Watch:
         return True
 
     def agree(self, number: int) -> None:
-        """Record a stop that all ranks have agreed on; this rank may not have noticed its cause."""
+        # This rank may not have noticed the cause.
         if not self.requested and self._launchers.have_ended():
             self.reason = LAUNCHER_ENDED
         self.request(number)
@@ -137,7 +135,7 @@ class _Watch:
             self._look_at_launchers()
 
     def _note(self, number: int) -> None:
-        """End the process at the second SIGINT or SIGTERM; SIGUSR1 is only an early warning."""
+        # SIGUSR1 is only an early warning.
         if number not in (signal.SIGINT, signal.SIGTERM):
             return
         now = time.monotonic()

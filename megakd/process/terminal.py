@@ -15,9 +15,6 @@ def print_aside(*, when: bool = True) -> Iterator[None]:
 
     Libraries print to standard output when they are imported or started, and a program that reads
     JSON from standard output cannot tell these prints from the answer.
-
-    Args:
-        when: whether to redirect.
     """
     if not when:
         yield

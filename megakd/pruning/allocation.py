@@ -63,8 +63,6 @@ class Rounding(NamedTuple):
         """Return the number of units to keep out of `count`.
 
         Args:
-            count: units of the layer.
-            removed: units to remove, before rounding.
             never_all: whether a layer keeps the smallest possible number of units instead of none.
         """
         removed = min(self.step * round(removed / self.step), count)
@@ -145,8 +143,6 @@ def view_at(
     heads are removed together, as many as form a multiple.
 
     Args:
-        scores: scores of the units of the whole model.
-        sparsity: share to leave out, at least 0 and below 1.
         allocation: `global` as above; `uniform` removes the same share of every layer.
         round_to: multiple of rows of the weights to round to; 1 does not round.
         head_width: rows of a head's queries, keys and values; 64 as in the paper's models.
@@ -265,15 +261,7 @@ def scores_to_json(scores: UnitScores) -> str:
 
 
 def scores_from_json(text: str, *, where: str) -> UnitScores:
-    """Return the scores in a text that `scores_to_json` wrote.
-
-    Args:
-        text: content of a file.
-        where: the file, for the message.
-
-    Raises:
-        CheckpointError: the text does not hold scores, or is damaged.
-    """
+    """Return the scores in a text that `scores_to_json` wrote."""
     try:
         tree = json.loads(text)
         found = UnitScores(_layers(tree["heads"]), _layers(tree["neurons"]))

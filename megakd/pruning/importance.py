@@ -105,16 +105,12 @@ def measure_importance(
     """Return the scores of all units of a model, the same on every rank; a collective.
 
     Args:
-        assembly: the run, with the task that determines the loss and the tokenizer for padding.
-        ready: the model, and its config.
         rows: labelled examples, such as the validation split, which the paper's code uses.
         batch_size: rows of a batch over all ranks.
-        with_width: whether the columns of the hidden states are scored too.
 
     Raises:
         DataError: no row carries a label.
         TeacherError: an importance is not finite.
-        MegakdError: the model or its DeepSpeed config cannot be used.
     """
     source = ready.source
     ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
@@ -310,14 +306,8 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
     https://arxiv.org/abs/2402.02834, section 3.2, criterion PPL, which ranks layers in the same
     order).
 
-    Args:
-        assembly: the run, with the task and the tokenizer.
-        ready: the model and its config.
-        rows: held-out rows.
-
     Raises:
         TeacherError: a loss is not finite.
-        MegakdError: the model or its DeepSpeed config cannot be used.
     """
     dtype, scorer = assembly.teacher_dtype(ready), assembly.scorer()
     count = ready.source.architecture.number_of_layers(ready.source.config)

@@ -69,8 +69,6 @@ class SortedTeacher:
         """Return the prefix of every layer that remains at a sparsity.
 
         Args:
-            sparsity: share of the units to leave out.
-            allocation: how the share is spread over the layers.
             round_to: multiple of rows and columns of the weights to round to.
             residual: whether the width of the hidden states is reduced too.
             with_heads: attentions, numbered from 0, that must keep a head.

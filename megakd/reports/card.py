@@ -85,7 +85,6 @@ def model_card(facts: CardFacts, report: Report) -> str:
 
 
 def _metadata(spec: str) -> Mapping[str, Any]:
-    """Return the metadata in the card of a model on this machine; empty without a card."""
     cached = try_to_load_from_cache(spec, CARD) if hub_id(spec) else Path(spec).expanduser() / CARD
     try:
         return metadata_load(cached) or {} if isinstance(cached, str | Path) else {}

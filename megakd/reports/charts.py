@@ -126,10 +126,7 @@ def line_chart(
     """Return a chart of lines, each with at least one point, over the steps of training.
 
     Args:
-        lines: at least one line.
-        title: title of the values.
         unit: unit of the values; with a per cent sign, fractions are shown as percentages.
-        label: description of the chart in words.
         may_be_log: whether a wide range of values gets a logarithmic scale.
         bounds: values that the y axis always contains.
     """
@@ -184,7 +181,7 @@ def plane_chart(dots: Sequence[Dot], *, metric: str, measure: str) -> Chart:
 
 
 def _numbered(dots: Sequence[Dot], x: Scale, y: Scale) -> list[tuple[Dot, float]]:
-    """Return the dots, each with the position of its number: right of the dot, on free space."""
+    # Numbers stand right of their dots, on free space.
     numbered: list[tuple[Dot, float]] = []
     for dot in dots:
         place = x(dot.x) + 8
@@ -215,7 +212,7 @@ def _vertical(
 
 
 def _horizontal(low: float, high: float, y_ticks: Ticks, *, log: bool = False) -> Scale:
-    """Return the scale of the x axis, which begins right of the texts of the y axis."""
+    # Begins right of the texts of the y axis.
     start = round(16 + LETTER * max((len(text) for _, text in y_ticks), default=0), 1)
     return Scale(low=low, high=high, start=start, end=RIGHT, log=log)
 

@@ -70,7 +70,6 @@ def training(
     """Return the figures of each stage, and the number of stages that are left out.
 
     Args:
-        stages: the logged values by stage, see `history.panels`.
         names: names of the report's stages, which come first and in this order.
     """
     order = [*(name for name in names if name in stages), *(n for n in stages if n not in names)]
@@ -113,7 +112,6 @@ def _drawable(panels: Panels) -> Panels:
 
 
 def _merged(panels: Panels) -> Panels:
-    """Return the panels with equal curves under one name, such as `loss = soft_target_kl`."""
     merged: Panels = {}
     for name, curves in panels.items():
         same = next((other for other in merged if _are_alike(merged[other], curves)), name)
@@ -158,7 +156,6 @@ def _figure(kind: str, panels: Panels, *, stage: str, limit: int) -> Figure:
 
 
 def _looks(views: Sequence[str]) -> dict[str, tuple[str, bool]]:
-    """Return colour and dashing of each view's line; the model itself has the view ""."""
     named = [view for view in views if view]
     # The page has the colours ramp-0 to ramp-11.
     ramp = {view: f"ramp-{i * 11 // max(1, len(named) - 1)}" for i, view in enumerate(named)}
@@ -191,7 +188,7 @@ def _chart(
 
 
 def _unit(name: str, kind: str) -> str:
-    """Return the unit of a value; weights of choices have no unit."""
+    # Weights of choices have no unit.
     last = without_source(name.rpartition(" = ")[2])
     if kind == EVALUATION:
         return "lower is better" if lower_is_better(last) else "%"
@@ -220,7 +217,6 @@ Buckets = Mapping[tuple[int, int], Mapping[int, float]]
 
 
 def _by_position(panels: Panels, stage: str) -> Figure | None:
-    """Return the first and the last evaluation along the texts; None without two buckets."""
     named = {name: _buckets(curves) for name, curves in panels.items()}
     named = {name: buckets for name, buckets in named.items() if len(buckets) > 1}
     steps = sorted({step for b in named.values() for values in b.values() for step in values})

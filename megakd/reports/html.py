@@ -59,13 +59,7 @@ def write_html_report(output_dir: Path) -> Path:
 
 
 def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config: str = "") -> str:
-    """Return the page as text.
-
-    Args:
-        report: the content of report.json.
-        history: the records of metrics.jsonl in order.
-        config: the content of config.yaml.
-    """
+    """Return the page as text."""
     report = completed(report)
     models = _models(report)
     stages, left_out = training(panels(history), [stage["name"] for stage in report["stages"]])
@@ -171,7 +165,6 @@ def _scored(candidates: Sequence[CandidateReport]) -> list[CandidateReport]:
 
 
 def _weight(candidates: Sequence[CandidateReport]) -> str:
-    """Return the weight of sparsity in the trade-offs if it is the same in all rows, else ""."""
     weights = [
         (row["tradeoff"] - row["metric"]) / row["sparsity"]
         for row in _scored(candidates)

@@ -62,7 +62,6 @@ def measure_latencies(
 
     Args:
         models: models by name; a loaded model stays on its device, a Hugging Face folder is loaded.
-        work: the texts.
         device: device for models that are loaded from a folder; None means the CPU.
         dtype: dtype for these models; None means the stored dtype.
 
@@ -83,7 +82,6 @@ def measure_latencies(
 def _timed(
     models: Mapping[str, PreTrainedModel], work: Work, batch: int, generated: int = 0
 ) -> Iterator[LatencyReport]:
-    """Yield the times of every model, of a forward or of the generation of tokens."""
     inputs = [_inputs(model, batch, work.length - generated) for model in models.values()]
     prepare = partial(_generation, count=generated) if generated else _forward
     calls = [prepare(*pair) for pair in zip(models.values(), inputs, strict=True)]
@@ -104,7 +102,6 @@ def _timed(
 
 
 def _place(model: PreTrainedModel) -> str:
-    """Return the name of the model's device, for a CPU with the number of threads."""
     device = next(model.parameters()).device
     threads = torch.get_num_threads()
     words = f" ({threads} thread{'' if threads == 1 else 's'})" if device.type == "cpu" else ""
@@ -131,7 +128,7 @@ def _is_enough(rounds: Sequence[Sequence[float]]) -> bool:
 
 
 def _warm_up(call: Callable[[], object]) -> float:
-    """Return the time of a long first call, or of the last of a few calls."""
+    # The time of a long first call, or of the last of a few calls.
     ms = _milliseconds(call)
     for _ in range(WARM_UP - 1):
         if ms > LONG_MS:

@@ -86,11 +86,7 @@ def environment(
 
 
 def read_report(path: Path) -> Report:
-    """Read report.json.
-
-    Raises:
-        CheckpointError: the file does not exist, or is not a report of megakd.
-    """
+    """Read report.json."""
     again = f"remove {path} and start the command of the run again, which reuses finished stages"
     if not path.is_file():
         raise CheckpointError(
@@ -115,7 +111,6 @@ def read_report(path: Path) -> Report:
 
 
 def _problems(value: Any, kind: Any, where: str = "", *, may_be_null: bool = True) -> Iterator[str]:
-    """Yield what a value has that its type in `contract.results` does not allow."""
     origin = get_origin(kind) or kind
     if origin in (Union, types.UnionType):
         if value is not None:

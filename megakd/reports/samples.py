@@ -41,14 +41,7 @@ class Answering(Protocol):
 def held_out_prompts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, device: torch.device
 ) -> Prompts | None:
-    """Return the prompts of a language model's report; None for any other task.
-
-    Args:
-        rows: encoded held-out rows; the first few are used.
-        tokenizer: tokenizer of all models.
-        task: the task; only `type` and `max_length` are used.
-        device: device of this rank.
-    """
+    """Return the prompts of a language model's report; None for any other task."""
     first = rows.select(range(min(32, len(rows))))
     if task.type == "mlm":
         return _hidden_words(first, tokenizer, task, device)
@@ -123,7 +116,6 @@ class Continuations:
         return [self._decoded(ids[: ids.index(end)] if end in ids else ids) for ids in new]
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
-        """Return a batch whose targets are the tokens after the last token of each row."""
         lengths = torch.tensor(list(map(len, rows)))
         width = int(lengths.max())
         places = torch.arange(width).expand(len(rows), -1)  # [B, T]
@@ -177,7 +169,6 @@ def _beginnings(rows: Dataset, max_length: int) -> list[list[int]]:
 
 
 def _documents(rows: Dataset) -> Iterator[list[int]]:
-    """Yield the tokens of each document that begins in a row, up to the end of the row."""
     continues = False
     for row in rows:
         ids, places, labels = (
@@ -220,6 +211,6 @@ def _hidden_words(
 
 
 def _hidden(ids: Sequence[int], special: set[int]) -> list[int]:
-    """Return up to four positions to mask: one of every six tokens, but no special tokens."""
+    # One of every six tokens, at most four, but no special tokens.
     plain = [place for place, token in enumerate(ids) if token not in special]
     return (plain[2::6] or plain[:1])[:4]

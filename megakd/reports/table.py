@@ -55,48 +55,41 @@ TEXTS_SHOWN = 8
 
 
 def result_table(report: Report, *, final: Path | None = None) -> str:
-    """Return the report as aligned plain text, for the end of a run.
-
-    Args:
-        report: the content of report.json.
-        final: folder of the student.
-    """
+    """Return the report as aligned plain text, for the end of a run."""
     report = completed(report)
     tables = [
-        class_rows(report, most=6),
-        set_rows(report),
+        _class_rows(report, most=6),
+        _set_rows(report),
         candidate_rows(report["candidates"]),
-        pool_rows(report),
+        _pool_rows(report),
         pruning_rows(report, most=6),
         generation_rows(report),
-        stage_rows(report),
+        _stage_rows(report),
     ]
-    lower = lower_metrics(report)
+    lower = _lower_metrics(report)
     notes = (
         f"{', '.join(lower)}: lower is better" if lower else "",
-        latency_note(report),
-        vocabulary_note(report),
-        adapter_note(report["student"]),
+        _latency_note(report),
+        _vocabulary_note(report),
+        _adapter_note(report["student"]),
     )
     blocks = [
         [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}"],
-        [*aligned_rows(beside(*model_parts(report))), *filter(None, notes)],
+        [*aligned_rows(beside(*_model_parts(report))), *filter(None, notes)],
         *(aligned_rows(rows) for rows in tables if rows[1:]),
         [*_time_lines(report), *([f"the student is in {final}"] if final else [])],
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
-def adapter_note(student: ModelReport) -> str:
-    """Return a line about the weights of the adapters; empty if all weights were trained."""
+def _adapter_note(student: ModelReport) -> str:
     if "trained_parameters" not in student:
         return ""
     trained, whole = map(short_count, (student["trained_parameters"], student["parameters"]))
     return f"student: {trained} parameters trained, as adapters (LoRA) of a model of {whole}"
 
 
-def vocabulary_note(report: Report) -> str:
-    """Return a line about the student's own vocabulary; empty if all models share one."""
+def _vocabulary_note(report: Report) -> str:
     vocabulary = report["vocabulary"]
     if vocabulary is None:
         return ""
@@ -194,9 +187,8 @@ def timings(report: Report) -> list[Timing]:
     return [timings[key] for key in sorted(timings)]
 
 
-def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
-    """Return the models' names, sizes, scores and times, for `beside`."""
-    timed, metrics, teacher = timings(report), metric_names(report), report["teacher"]
+def _model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
+    timed, metrics, teacher = timings(report), _metric_names(report), report["teacher"]
     reference = largest(teachers_of(report)) or TEACHER
     against = "vs teacher" if lower_is_better(report["metric_name"]) else "kept"
     names, sizes = [[""]], [["parameters", "non-embedding", "size MB"]]
@@ -218,7 +210,6 @@ def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
 
 
 def _with_int8(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
-    """Return `scored_models`, and the student's int8 weights after the student."""
     models, student = scored_models(report), report["student"]
     if "int8" in student:
         int8 = student["int8"]
@@ -247,12 +238,11 @@ def beside(*parts: Rows) -> Rows:
 
 def timed_rows(report: Report) -> Rows:
     """Return a row per model that was timed."""
-    names, _, _, times = model_parts(report)
+    names, _, _, times = _model_parts(report)
     return [row for row in beside(names, times) if set(row[1:]) - {"-"}]
 
 
-def latency_note(report: Report) -> str:
-    """Return a line with length, dtype and device of the timing, if the report has them."""
+def _latency_note(report: Report) -> str:
     timed = [entry for entry in report["latency"] if "length" in entry]
     if not timed:
         return ""
@@ -268,15 +258,14 @@ def latency_note(report: Report) -> str:
     return note
 
 
-def metric_names(report: Report) -> list[str]:
-    """Return the metrics of the table; `loss` only if lower is better for the main metric."""
+def _metric_names(report: Report) -> list[str]:
+    # `loss` only if lower is better for the main metric.
     says_more = lower_is_better(report["metric_name"])
     return [name for name in report["student"]["metrics"] if name != "loss" or says_more]
 
 
-def lower_metrics(report: Report) -> list[str]:
-    """Return the metrics of the table for which lower is better."""
-    return [name for name in metric_names(report) if lower_is_better(name)]
+def _lower_metrics(report: Report) -> list[str]:
+    return [name for name in _metric_names(report) if lower_is_better(name)]
 
 
 def score(name: str, value: float | None) -> str:
@@ -322,8 +311,7 @@ def candidate_rows(candidates: Sequence[CandidateReport]) -> Rows:
     return rows
 
 
-def class_rows(report: Report, *, most: int) -> Rows:
-    """Return the student's scores by label; no rows if there are more than `most` labels."""
+def _class_rows(report: Report, *, most: int) -> Rows:
     classes = report["student"].get("per_class", ())
     rows = [["student, by label", "precision", "recall", "f1", "rows"]]
     for one in classes if len(classes) <= most else ():
@@ -332,8 +320,7 @@ def class_rows(report: Report, *, most: int) -> Rows:
     return rows
 
 
-def set_rows(report: Report) -> Rows:
-    """Return a row per evaluation set and model."""
+def _set_rows(report: Report) -> Rows:
     metrics = list(report["student"]["metrics"])
     rows = [["evaluation set", "model", "rows", *metrics]]
     for name, entry in report["evaluation_sets"].items():
@@ -343,8 +330,7 @@ def set_rows(report: Report) -> Rows:
     return rows
 
 
-def pool_rows(report: Report) -> Rows:
-    """Return a row per teacher of a pool, with the score if teachers were ranked."""
+def _pool_rows(report: Report) -> Rows:
     pool, metric = report["pool"], report["metric_name"]
     if pool is None:
         return []
@@ -381,8 +367,7 @@ def pruning_rows(report: Report, *, most: int) -> Rows:
     return rows
 
 
-def stage_rows(report: Report) -> Rows:
-    """Return a row per stage with its time and memory."""
+def _stage_rows(report: Report) -> Rows:
     rows = [["stage", "steps", "time", "tokens/s", "peak memory"]]
     for stage in report["stages"]:
         trained = stage["steps"] > 0 and is_number(stage["tokens_per_second"])
@@ -402,12 +387,7 @@ def stage_scores(report: Report) -> Rows:
 
 
 def generation_reports(output_dir: Path, stages: Sequence[str]) -> list[GenerationReport]:
-    """Return the last evaluation on generated texts of each stage that has one.
-
-    Args:
-        output_dir: folder of a run with metrics.jsonl and the files of the texts.
-        stages: names of the stages, in order.
-    """
+    """Return the last evaluation on generated texts of each stage that has one."""
     history = panels(read_history(output_dir / "metrics.jsonl"))
     entries: list[GenerationReport] = []
     for stage in stages:
@@ -422,7 +402,6 @@ def generation_reports(output_dir: Path, stages: Sequence[str]) -> list[Generati
 
 
 def _texts(path: Path) -> list[TextReport]:
-    """Return the first texts of a file; none if the file was removed or is damaged."""
     try:
         with path.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in islice(lines, TEXTS_SHOWN)]

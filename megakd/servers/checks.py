@@ -213,10 +213,7 @@ def check_reference(
     """Compare answers of servers with a local model.
 
     Args:
-        texts: the texts.
-        answers: the answers of the servers.
         logprobs_of: function that returns the log-probabilities of the same tokens.
-        folder: where the local model comes from, for the message.
 
     Raises:
         ServerError: the answers differ by more than `REFERENCE`.

@@ -42,12 +42,7 @@ PROBES = 4
 def replicas_of(
     config: RolloutServerConfig, *, patience_s: float = PATIENCE_S
 ) -> list[VllmServer | SglangServer]:
-    """Return the replicas of `rollout.server` in the order of the config; nothing is asked yet.
-
-    Args:
-        config: the key `rollout.server`.
-        patience_s: see `JsonServer`.
-    """
+    """Return the replicas of `rollout.server` in the order of the config; nothing is asked yet."""
     kind = SglangServer if config.kind == "sglang" else VllmServer
     if kind is VllmServer and config.push == "full":
         kind = VllmWeightServer
@@ -105,12 +100,6 @@ def server_generator(
 ) -> ServerGenerator:
     """Return the generator of `rollout.server`; a collective.
 
-    Args:
-        config: a run config with `rollout.server`.
-        inputs: the inputs of the run.
-        model: the student of the run.
-        rank: rank of this process.
-
     Raises:
         ServerError: a server is not there or has changed; raised on every rank.
     """
@@ -164,11 +153,8 @@ def _served(config: RunConfig, inputs: RunInputs) -> Served | None:
 def _ends(
     kind: ServerKind, ends: frozenset[int], served: ModelSource, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    """Return the tokens that end the texts of servers.
-
-    vLLM ends texts at the tokens of the request alone. SGLang also ends texts at all end tokens in
-    the folder of the model, and at `<|eom_id|>` of Llama 3 (`additional_stop_token_ids`).
-    """
+    # vLLM ends texts at the tokens of the request alone. SGLang also ends texts at all end tokens
+    # in the folder of the model, and at `<|eom_id|>` of Llama 3 (`additional_stop_token_ids`).
     if kind == "vllm":
         return ends
     added = cast("Any", tokenizer).get_added_vocab()

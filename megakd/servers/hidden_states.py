@@ -76,10 +76,6 @@ class StatesServer(VllmServer):
     def states(self, ids: tuple[int, ...], model: str) -> ExportedStates:
         """Return the hidden states of a text, and delete their file.
 
-        Args:
-            ids: the tokens of the text.
-            model: name of the model.
-
         Raises:
             ServerError: the server does not answer, its file is missing, or the file is about
                 another text, has another width, or is not in 16 or 32 bits.
@@ -101,11 +97,11 @@ class StatesServer(VllmServer):
                     check_server=lambda: self._check_engine(file),
                 )
             finally:
-                remove_state_files([file, lock_of(file)])
+                _remove_state_files([file, _lock_of(file)])
             return ExportedStates(self._checked(tensors, ids, file), self._following(tree))
         finally:
             # A request that was sent again after a lost connection may have left another file.
-            remove_state_files(self._exports.folder.glob(f"*{name}*"))
+            _remove_state_files(self._exports.folder.glob(f"*{name}*"))
 
     def _check_engine(self, file: Path) -> None:
         problem = self._http.problem("/health")
@@ -116,10 +112,8 @@ class StatesServer(VllmServer):
             )
 
     def _file(self, tree: Any) -> Path:
-        """Return the file that an answer names; the server may see the folder under another path.
-
-        Only the name counts, so that an answer cannot name a file outside of the folder.
-        """
+        # The server may see the folder under another path. Only the name counts, so that an answer
+        # cannot name a file outside of the folder.
         given = tree.get("kv_transfer_params") if isinstance(tree, dict) else None
         if not isinstance(given, dict) or not isinstance(given.get("hidden_states_path"), str):
             raise ServerError(
@@ -140,7 +134,6 @@ class StatesServer(VllmServer):
         return tokens[0]
 
     def _checked(self, tensors: dict[str, Tensor], ids: tuple[int, ...], file: Path) -> Tensor:
-        """Return the hidden states [T, D] of a file, after comparing the file with the text."""
         where = f"{self.url}: {file}"
         missing = {"hidden_states", "token_ids"} - set(tensors)
         if missing:
@@ -181,7 +174,7 @@ class StatesServer(VllmServer):
 
 
 def _request(ids: tuple[int, ...], model: str, name: str) -> dict[str, Any]:
-    """Return the body of a request; vLLM writes the file when it has generated one token."""
+    # vLLM writes the file when it has generated one token.
     rules = TextRequest(ids, 0, Sampling(1, temperature=0.0), model, ()).rules()
     return {
         **rules,
@@ -210,7 +203,6 @@ def read_state_file(
     """Wait until the server has written a file, and return its tensors.
 
     Args:
-        file: a safetensors file, with the lock of the server beside it.
         time_limit_s: seconds to wait while the server holds the lock.
         check_server: function that raises if the server has ended; called while nobody writes.
 
@@ -239,7 +231,7 @@ def read_state_file(
 
 
 def _attempt(file: Path) -> dict[str, Tensor] | _NotYet:
-    lock = lock_of(file)
+    lock = _lock_of(file)
     try:
         with lock.open() as held:
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -259,17 +251,11 @@ def _attempt(file: Path) -> dict[str, Tensor] | _NotYet:
         ) from error
 
 
-def lock_of(file: Path) -> Path:
-    """Return the file that the server locks while it writes `file`."""
+def _lock_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.lock")
 
 
-def remove_state_files(files: Iterable[Path]) -> None:
-    """Delete files; missing files are no error.
-
-    Raises:
-        ServerError: a file cannot be deleted.
-    """
+def _remove_state_files(files: Iterable[Path]) -> None:
     try:
         for file in files:
             file.unlink(missing_ok=True)
@@ -284,13 +270,7 @@ def check_folder(folder: Path, key: str, wanted: str, *, is_made: bool = False) 
     """Check that this rank may write and delete files in a folder.
 
     Args:
-        folder: the folder that `key` of the config names.
-        key: the key.
         wanted: what the key must name.
-        is_made: whether a missing folder is made.
-
-    Raises:
-        ServerError: the folder is missing or cannot be written.
     """
     probe = folder / f"megakd-probe-{time.time_ns()}"
     try:

@@ -60,11 +60,7 @@ class Reply(NamedTuple):
             ) from error
 
     def check(self) -> None:
-        """Raise if the status is not 200.
-
-        Raises:
-            ServerError: the message has the status and the text of the answer.
-        """
+        """Raise if the status is not 200."""
         if self.status != 200:
             raise ServerError(f"{self.where} answered {self.status}: {_shown(self.text)}")
 
@@ -121,7 +117,6 @@ class JsonServer:
     def _attempt(
         self, method: str, path: str, body: str | None, *, timeout_s: float
     ) -> Reply | Exception:
-        """Return the answer to one request, or the error for which there is no whole answer."""
         try:
             return self._once(method, path, body, timeout_s=timeout_s)
         except TimeoutError as error:
@@ -167,7 +162,7 @@ class Replica:
 def _parts(
     answer: http.client.HTTPResponse, sock: socket.socket, deadline: float
 ) -> Iterator[bytes]:
-    """Yield the bytes of an answer as they come; a timeout of a socket is for one read alone."""
+    # A timeout of a socket is for one read alone.
     while not answer.isclosed():
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
         if not (part := answer.read1(_READ_BYTES)):
@@ -194,17 +189,7 @@ def _shown(text: str) -> str:
 
 
 def field_of(tree: Any, key: str, kind: type[T], where: str) -> T:
-    """Return a field of a JSON object.
-
-    Args:
-        tree: the JSON.
-        key: name of the field.
-        kind: type of the value.
-        where: address of the server, for the message.
-
-    Raises:
-        ServerError: `tree` is no object, or the field is missing or of another type.
-    """
+    """Return a field of a JSON object."""
     value = tree.get(key) if isinstance(tree, dict) else None
     if not isinstance(value, kind):
         found = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
@@ -216,11 +201,7 @@ def field_of(tree: Any, key: str, kind: type[T], where: str) -> T:
 
 
 def numbers_of(tree: Any, key: str, where: str) -> tuple[int, ...]:
-    """Return a field that holds token numbers.
-
-    Raises:
-        ServerError: the field is missing, or holds something else.
-    """
+    """Return a field that holds token numbers."""
     values = field_of(tree, key, list, where)
     wrong = next((value for value in values if type(value) is not int), None)
     if wrong is not None:

@@ -130,8 +130,6 @@ class TokenScorer(Protocol):
 
         Args:
             ids: the tokens of the text, at least two.
-            count: number of tokens per position.
-            model: name of the model.
         """
         ...
 
@@ -142,10 +140,7 @@ def checked_completion(
     """Return the completion of a prompt, after checking the answer of a server.
 
     Args:
-        text: the answer.
-        request: the request.
         vocabulary: number of tokens of the student and of its tokenizer.
-        url: address of the server, for messages.
 
     Raises:
         ServerError: the answer continues another prompt, is too long, has no tokens or unknown
@@ -191,7 +186,7 @@ def _check_prompt(text: ServedText, request: TextRequest, url: str) -> None:
 
 
 def _is_finished(text: ServedText, request: TextRequest, url: str) -> bool:
-    """Return whether the text ends with an end token, which must be its only end token."""
+    # The end token must be the only one.
     ends = [place for place, token in enumerate(text.ids) if token in request.end_tokens]
     last = len(text.ids) - 1
     if ends and ends[0] != last:

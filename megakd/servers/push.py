@@ -92,7 +92,7 @@ class FullPush:
         return Pushed(weights=name)
 
     def _write(self, target: Path, learned: Learned) -> None:
-        """Write on rank 0; every rank iterates over the state, which contains collectives."""
+        # Every rank iterates over the state, which contains collectives.
         try:
             if is_first_rank():
                 # The servers have read it, and other folders of the run are of killed starts.

@@ -96,11 +96,7 @@ class ServedTeacher(ABC, Generic[Said]):
         return next(self.answers([batch]))
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
-        """Yield the outputs for every micro-batch of a step, which are asked for together.
-
-        Raises:
-            ServerError: a server failed; raised on every rank.
-        """
+        """Yield the outputs for every micro-batch of a step, which are asked for together."""
         texts = [self.documents(batch) for batch in batches]
         every = [document.ids for found in texts for document in found]
         calls = [
@@ -154,7 +150,7 @@ class TopKTeacher(ServedTeacher["BestTokens"]):
         """
         ids, labels = batch.inputs["input_ids"].tolist(), batch.labels.tolist()
         found = []
-        for row, first, stop in document_spans(batch):
+        for row, first, stop in _document_spans(batch):
             after = [token for token in labels[row][stop - 1 : stop] if token != IGNORE]
             text = (*ids[row][first:stop], *after)
             if len(text) > 1:
@@ -184,11 +180,8 @@ class TopKTeacher(ServedTeacher["BestTokens"]):
         return Knowledge(kept=TopK(ids.to(device), logprobs.to(device)))
 
 
-def document_spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
-    """Yield the documents of a micro-batch: row, first position, and the position after the last.
-
-    Positions restart at 0 with every document.
-    """
+def _document_spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
+    # Positions restart at 0 with every document.
     positions = batch.inputs["position_ids"].tolist()
     for row, there in enumerate(batch.valid.tolist()):
         here = [place for place, is_valid in enumerate(there) if is_valid]
@@ -226,7 +219,7 @@ class StatesTeacher(ServedTeacher[ExportedStates]):
         ids, labels = batch.inputs["input_ids"].tolist(), batch.labels.tolist()
         return [
             Document(row, first, tuple(ids[row][first:stop]))
-            for row, first, stop in document_spans(batch)
+            for row, first, stop in _document_spans(batch)
             if any(label != IGNORE for label in labels[row][first:stop])
         ]
 
@@ -258,14 +251,7 @@ def states_replicas(
     *,
     patience_s: float = PATIENCE_S,
 ) -> list[StatesServer]:
-    """Return the replicas of `teacher.server` in the order of the config; nothing is asked yet.
-
-    Args:
-        server: the key `teacher.server`.
-        folder: the key `teacher.server.states`.
-        source: the model of the teacher.
-        patience_s: see `JsonServer`.
-    """
+    """Return the replicas of `teacher.server` in the order of the config; nothing is asked yet."""
     exports = Exports(
         folder,
         width=source.architecture.hidden_width(source.config),
@@ -280,7 +266,7 @@ def states_replicas(
     ]
 
 
-def states_teacher(
+def _states_teacher(
     replicas: Sequence[StatesServer],
     wanted: Wanted,
     source: ModelSource,
@@ -289,25 +275,15 @@ def states_teacher(
     config: RunConfig,
     ranks: Ranks,
 ) -> StatesTeacher:
-    """Return a teacher whose servers export hidden states; a collective.
-
-    Raises:
-        MegakdError: a server is not there or has changed, or norm or head cannot be read; raised
-            on every rank.
-    """
     models = on_main(lambda: [model.name for model in served_models(replicas, wanted)])
-    readout = together(lambda: exported_readout(source, spec, config, ranks))
+    readout = together(lambda: _exported_readout(source, spec, config, ranks))
     return StatesTeacher(replicas, models, readout=readout, ranks=ranks)
 
 
-def exported_readout(
+def _exported_readout(
     source: ModelSource, spec: TeacherConfig, config: RunConfig, ranks: Ranks
 ) -> Readout:
-    """Return the end of the teacher, in the dtype that the teacher's own engine would have.
-
-    Raises:
-        ModelError: norm or head cannot be read.
-    """
+    # In the dtype that the teacher's own engine would have.
     dtype = frozen_dtype(spec, source.stored_dtype, ranks.device.type)
     return load_readout(source, config.task, TORCH_DTYPE[dtype]).to(ranks.device)
 
@@ -393,17 +369,7 @@ def check_teacher_servers(config: RunConfig, inputs: RunInputs) -> None:
 
 
 def served_teacher(config: RunConfig, inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
-    """Return a teacher that its servers answer for; a collective.
-
-    Args:
-        config: the config of the run.
-        inputs: the inputs of the run.
-        name: the name of a teacher with `server`.
-        ranks: this process.
-
-    Raises:
-        ServerError: a server is not there or has changed; raised on every rank.
-    """
+    """Return a teacher that its servers answer for; a collective."""
     spec, wanted = config.teacher_specs[name], _wanted(config, inputs, name)
     server = spec.server
     if server is None:
@@ -411,7 +377,7 @@ def served_teacher(config: RunConfig, inputs: RunInputs, name: str, ranks: Ranks
     if server.states is not None:
         source = inputs.sources[name]
         exporting = states_replicas(server, server.states, source)
-        return states_teacher(exporting, wanted, source, spec, config=config, ranks=ranks)
+        return _states_teacher(exporting, wanted, source, spec, config=config, ranks=ranks)
     servers = scoring_replicas(server)
     models = on_main(lambda: [model.name for model in served_models(servers, wanted)])
     return TopKTeacher(
@@ -428,7 +394,7 @@ def _check(config: RunConfig, inputs: RunInputs, name: str, spec: TeacherConfig)
         source = inputs.sources[name]
         exporting = states_replicas(server, server.states, source, patience_s=FIRST_PATIENCE_S)
         models = served_models(exporting, wanted)
-        readout = exported_readout(source, spec, config, distributed.ranks())
+        readout = _exported_readout(source, spec, config, distributed.ranks())
         answers = check_states(exporting, models, texts, readout)
     else:
         replicas = scoring_replicas(server, patience_s=FIRST_PATIENCE_S)
@@ -466,7 +432,6 @@ class _Reference:
 
     @torch.no_grad()
     def logprobs(self, text: tuple[int, ...], said: BestTokens) -> NDArray[np.float32]:
-        """Return the log-probabilities of the tokens that servers have named."""
         logits = self._model(torch.tensor([text])).logits[0, :-1]  # [T - 1, V]
         tokens = torch.from_numpy(said.ids).long()  # [T - 1, k]
         return logits.float().log_softmax(-1).gather(-1, tokens).numpy()

@@ -130,10 +130,7 @@ def _completion_request(request: TextRequest) -> dict[str, Any]:
 
 
 def _weights(choice: dict[str, Any], url: str) -> str | None:
-    """Return the version of the weights that sampled a text; None: not stated.
-
-    Versions before 0.33 state none. A text that several weights have sampled has all versions.
-    """
+    # Versions before 0.33 state none. A text that several weights have sampled has all versions.
     if choice.get("weight_versions") is None:
         return None
     spans = field_of(choice, "weight_versions", list, url)
@@ -164,11 +161,7 @@ class VllmWeightServer(VllmServer):
     """A vLLM server whose weights a run replaces."""
 
     def describe(self) -> list[ServedModel]:
-        """Return the base models, and which weights they have; see `TextServer`.
-
-        Raises:
-            ServerError: the server does not take weights.
-        """
+        """Return the base models, and which weights they have; see `TextServer`."""
         models = super().describe()
         info = _in_development(self._http.get("/weight_info")).tree()
         weights = field_of(info, "weight_version", str, self.url)

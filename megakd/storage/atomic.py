@@ -30,11 +30,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file; if writing fails, the old file is unchanged.
-
-    Raises:
-        MegakdError: the disk is full.
-    """
+    """Write a UTF-8 file; if writing fails, the old file is unchanged."""
     temporary = _sibling(path, "new")
     with reports_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +60,6 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that replaces `path` when the body succeeds.
 
     If the body fails, the temporary folder is removed and `path` is unchanged.
-
-    Raises:
-        MegakdError: the disk is full.
     """
     temporary, aside = _sibling(path, "new"), _sibling(path, "old")
     with reports_full_disk(path):
@@ -117,11 +110,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def reports_full_disk(path: Path) -> Iterator[None]:
-    """Convert all errors of a full disk into one message; other errors are not changed.
-
-    Raises:
-        MegakdError: the disk is full.
-    """
+    """Convert all errors of a full disk into one message; other errors are not changed."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

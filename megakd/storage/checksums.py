@@ -38,8 +38,6 @@ def damage_of(folder: Path, entries: Entries, *, reads: bool = True) -> str | No
     """Return what is wrong with the first damaged file, or None if all files are whole.
 
     Args:
-        folder: the folder.
-        entries: what was written into the folder.
         reads: whether the files are read for their checksums; otherwise only sizes are compared.
     """
     for name, entry in entries.items():
@@ -54,7 +52,7 @@ def damage_of(folder: Path, entries: Entries, *, reads: bool = True) -> str | No
 
 
 def _known_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file; each version of a file is read once per process."""
+    # Each version of a file is read once per process.
     version = version_of(path)
     if version is None:
         return sha256_of(path)

@@ -41,11 +41,7 @@ CHECKED_BYTES = 1 << 30
 
 @contextmanager
 def sealed_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder that replaces `path` and gets checksums of its files.
-
-    Raises:
-        MegakdError: the disk is full; `path` is unchanged.
-    """
+    """Yield an empty temporary folder that replaces `path` and gets checksums of its files."""
     with atomic.replaced_folder(path) as temporary:
         yield temporary
         seal(temporary)
@@ -62,11 +58,7 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def write_finished(path: Path, files: Mapping[str, str | bytes]) -> None:
-    """Write a finished folder of small files.
-
-    Raises:
-        MegakdError: the disk is full; `path` is unchanged.
-    """
+    """Write a finished folder of small files."""
     with sealed_folder(path) as temporary:
         for name, content in files.items():
             atomic.write_content(temporary / name, content)
@@ -85,15 +77,12 @@ def copy_finished(
 
     Args:
         source: a finished folder; files that megakd did not write are not copied.
-        target: folder that is replaced as a whole when all files are written.
         changes: file name -> content of the file in the copy, or None to leave the file out.
-        remedy: see `open_finished`.
         keep: files of the old `target` to copy into the new `target`, without checksums.
         add: called with the new folder, to write files that belong to the folder.
 
     Raises:
         CheckpointError: `source` is damaged, or `add` writes a file that should be kept.
-        MegakdError: the disk is full; `target` is unchanged.
     """
     listed = open_finished(source, remedy=remedy)
     with atomic.replaced_folder(target) as temporary:
@@ -111,7 +100,6 @@ def copy_finished(
 
 
 def _check_kept(target: Path, keep: AbstractSet[str], temporary: Path) -> None:
-    """Raise if a file of the user has the name of a file that megakd has written."""
     clash = sorted(name for name in keep if (temporary / name).exists())
     if clash:
         raise CheckpointError(
@@ -147,7 +135,6 @@ def open_finished(folder: Path, *, remedy: str) -> Mapping[str, Any]:
     """Verify a folder that a run has finished, and return the entries of its files.
 
     Args:
-        folder: the folder.
         remedy: instruction for the user if the folder is damaged; part of the message.
 
     Raises:
@@ -164,11 +151,6 @@ def check_given(folder: Path, where: str, *, wanted: Callable[[str], bool] = boo
 
     Files may be missing, for example after a transfer through the Hub; a changed file is refused.
 
-    Args:
-        folder: any folder.
-        where: the key of the run config, such as `teacher.model`.
-        wanted: function from a file name to whether the file will be read.
-
     Raises:
         ModelError: a file differs from the file that megakd wrote.
     """
@@ -183,12 +165,7 @@ def check_given(folder: Path, where: str, *, wanted: Callable[[str], bool] = boo
 
 
 def damage(folder: Path, *, wanted: Callable[[str], bool] = bool) -> str | None:
-    """Return what is wrong with a finished folder, or None; the model card may be edited.
-
-    Args:
-        folder: the folder.
-        wanted: function from a file name to whether the file is checked.
-    """
+    """Return what is wrong with a finished folder, or None; the model card may be edited."""
     try:
         listed = entries(folder)
     except (OSError, ValueError) as error:
@@ -216,10 +193,6 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
 
     Args:
         folder: the folder of the result; its name should be a content key.
-        build: function that fills an existing, empty folder.
-
-    Raises:
-        DataError: the folder cannot be written.
     """
     if is_whole(folder):
         return folder
@@ -266,7 +239,7 @@ def _writable(folder: Path) -> Iterator[None]:
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:
-    """Rename the draft to `folder`; keep a whole folder that exists, replace a damaged one."""
+    # A whole folder that exists is kept, and a damaged one is replaced.
     try:
         draft.rename(folder)
     except OSError as error:
@@ -289,15 +262,7 @@ def _put_in_place(draft: Path, folder: Path) -> None:
 
 
 def check_writable(folder: Path, *, where: str) -> None:
-    """Check that a folder can be written to, or can be created.
-
-    Args:
-        folder: the folder.
-        where: the option that names the folder, for the message.
-
-    Raises:
-        ConfigError: the folder, or the nearest folder above it that exists, is not writable.
-    """
+    """Check that a folder can be written to, or can be created."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ConfigError(f"{where}: {there} is not a writable folder")

@@ -9,11 +9,7 @@ import torch
 
 
 def write_tensors(path: Path, state: Any) -> None:
-    """Call `torch.save`, and raise the operating system's own error on failure.
-
-    Raises:
-        OSError: writing failed; the error has the system's number, such as that of a full disk.
-    """
+    """Call `torch.save`, and raise the operating system's own error on failure."""
     try:
         # Into an open file: if torch opens the file itself, it hides the system's error.
         with path.open("wb") as file:

@@ -63,7 +63,6 @@ def _names(config: RunConfig) -> Iterator[str]:
 
 
 def _generates(case: Case[TeacherConfig]) -> bool:
-    """Return whether a teacher has to generate texts with its own engine."""
     rollouts = case.config.rollout
     if rollouts is None or rollouts.server is not None or rollouts.by == STUDENT:
         return False

@@ -40,10 +40,10 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
         case = Case(config, f"objective[{index}]", term)
         # A loss of another package may have options of the same names.
         yield from problems(() if isinstance(term, PluginTerm) else _OPTIONS, case)
-        if config.task.type not in tasks_of(term):
+        if config.task.type not in (tasks := _tasks_of(term)):
             yield (
-                f"{case.key}.loss: {term.loss} supports only task.type {', '.join(tasks_of(term))},"
-                f" and task.type is {config.task.type}; remove the term"
+                f"{case.key}.loss: {term.loss} supports only task.type {', '.join(tasks)}, and "
+                f"task.type is {config.task.type}; remove the term"
             )
             continue
         yield from problems(_TERM, case)
@@ -86,8 +86,7 @@ _TERM: tuple[Rule[TermConfig], ...] = (
 )
 
 
-def tasks_of(term: TermConfig) -> tuple[str, ...]:
-    """Return the values of `task.type` that a term supports."""
+def _tasks_of(term: TermConfig) -> tuple[str, ...]:
     if isinstance(term, PluginTerm):
         return term.tasks
     if isinstance(term, HardMse | SoftTargetMse):

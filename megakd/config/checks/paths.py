@@ -71,7 +71,6 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
 
 
 def _is_local(key: str, place: str) -> bool:
-    """Return true if a setting names a path, and neither a name of the Hub nor a pattern."""
     if glob.has_magic(place):
         return False
     return "files" in key or "evaluation_sets" in key or looks_like_path(place)

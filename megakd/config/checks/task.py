@@ -143,7 +143,6 @@ _STREAM: tuple[Rule[TaskConfig], ...] = (
 
 
 def _steps(config: RunConfig) -> Iterator[str]:
-    """Yield the trainings on a stream without a number of steps."""
     unlimited = [where for where, train in config.trainings.items() if train.max_steps is None]
     # The other sections inherit the key of `train`.
     for where in unlimited[:1] if "train" in unlimited else unlimited:
@@ -163,7 +162,6 @@ _UNROUTED: tuple[Rule[TaskConfig | MixtureSource], ...] = given(
 
 
 def _names_teachers(task: TaskConfig) -> bool:
-    """Return whether every source of a mixture names its teacher."""
     return bool(task.mixture) and all(source.teacher for source in task.mixture.values())
 
 

@@ -91,7 +91,6 @@ def _baselines(config: RunConfig) -> Iterator[str]:
 
 
 def _budgets(config: RunConfig) -> Iterator[str]:
-    """Yield the settings that cannot be combined with rows packed by a token budget."""
     budgets = {
         f"{where}.tokens_per_rank": Case(config, where, train)
         for where, train in config.trainings.items()

@@ -93,8 +93,7 @@ CountsByName = dict[str, ChatCounts]
 """Numbers by the name of the rows: a split, or `split/source` of a mixture."""
 
 
-def say_counts(counts: Mapping[str, ChatCounts]) -> None:
-    """Log the table of the encoded conversations, and warn about what is probably a mistake."""
+def _say_counts(counts: Mapping[str, ChatCounts]) -> None:
     logger.info("conversations:\n%s", "\n".join(table_lines(counts)))
     for name, own in counts.items():
         for number, what in (
@@ -131,13 +130,12 @@ def say_chat(
     rows: Mapping[str, Dataset], counts: CountsByName, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Log the table of encoded conversations and the first row with its counted parts marked."""
-    say_counts(counts)
+    _say_counts(counts)
     name = next(iter(rows))
-    logger.info("first row of %s, [[what counts]]: %s", name, shown_row(rows[name][0], tokenizer))
+    logger.info("first row of %s, [[what counts]]: %s", name, _shown_row(rows[name][0], tokenizer))
 
 
-def shown_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of an encoded row with [[ and ]] around the tokens that count."""
+def _shown_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     ids, labels = row["input_ids"], row["labels"]
     counts = [False, *(label != IGNORE for label in labels[:-1])]
     parts: list[str] = []

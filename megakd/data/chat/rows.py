@@ -144,11 +144,7 @@ def _require_named(table: Table, named: ChatColumns) -> None:
 
 
 def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversation:
-    """Return the conversation of a row.
-
-    Raises:
-        DataError: the row is not a conversation; names `name`, the row and what is wrong.
-    """
+    """Return the conversation of a row."""
     if columns.text:
         return Conversation(completion=document_of(name, columns.text, record))
     if columns.messages is not None:
@@ -184,10 +180,7 @@ def _of_prompt(name: str, columns: ChatColumns, record: Record) -> Conversation:
 
 
 def _chat(name: str, record: Record, messages: list[Message], *, first: int) -> Conversation:
-    """Return a conversation whose answers begin at message `first`.
-
-    Messages after the last answer are left out, because no token after them counts.
-    """
+    # Messages after the last answer are left out, because no token after them counts.
     where = f"{name}, {record.place}"
     options = {
         "tools": _value(record, TOOLS, list, where),

@@ -37,11 +37,7 @@ SHOWN_CHARACTERS = 40
 
 
 def read_template(file: str) -> str:
-    """Return the chat template in a file.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Return the chat template in a file."""
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -176,11 +172,9 @@ class _View:
         self._messages = messages
 
     def up_to(self, count: int, *, prompted: bool) -> str:
-        """Return the text of the first messages, with the prompt for an answer on request."""
         return self._rendered(count, add_generation_prompt=prompted)[0]
 
     def by_prefixes(self, counted: Sequence[int]) -> Rendered:
-        """Return the text, with answers found from the renderings up to each answer."""
         text = self._whole()[0]
         answers: list[tuple[int, int]] = []
         for number in counted:
@@ -191,7 +185,6 @@ class _View:
         return Rendered(text, answers, answers[-1][0])
 
     def by_marks(self, counted: Sequence[int]) -> Rendered:
-        """Return the text, with answers as the template marks them."""
         text, marks = self._whole(return_assistant_tokens_mask=True)
         turns = [n for n, m in enumerate(self._messages) if m["role"] == ASSISTANT]
         marks = [mark for mark in marks if mark[0] < mark[1]]
@@ -252,11 +245,8 @@ class _View:
 def _require_calls(
     messages: Sequence[Message], text: str, *, answers: Mapping[int, str], where: str
 ) -> None:
-    """Check that a text has the names of the tools that its messages call.
-
-    The templates of Llama 3, Gemma 2 and ChatML write `content` alone, so that an answer with a
-    call would be learned as an empty answer.
-    """
+    # The templates of Llama 3, Gemma 2 and ChatML write `content` alone, so that an answer with a
+    # call would be learned as an empty answer.
     for number, message in enumerate(messages):
         for call in message.get("tool_calls", ()):
             name = call["function"]["name"]
@@ -268,11 +258,8 @@ def _require_calls(
 
 
 def _loses_tools(conversation: Conversation, text: str) -> bool:
-    """Return whether a text lacks the name of a tool that the conversation's row offers.
-
-    The templates of Gemma 2 and ChatML take no tools. OpenAI's form of a tool is an object with the
-    key `function`, whose value has the name; a tool may also be this value alone.
-    """
+    # The templates of Gemma 2 and ChatML take no tools. OpenAI's form of a tool is an object with
+    # the key `function`, whose value has the name; a tool may also be this value alone.
     for tool in conversation.tools or ():
         found = tool.get("function", tool) if isinstance(tool, Mapping) else None
         name = found.get("name") if isinstance(found, Mapping) else None
