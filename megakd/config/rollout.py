@@ -254,11 +254,9 @@ class GenerationConfig:
 
     @property
     def longest(self) -> int:
-        """The length limit."""
         return self.max_new_tokens
 
     @property
     def how(self) -> Sampling:
-        """The settings of the generator."""
         given = self.sampling
         return Sampling(self.max_new_tokens, given.temperature, given.top_p, given.top_k)

@@ -51,7 +51,6 @@ class ConstantWithWarmup:
         return 1.0
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Return why the options cannot work in a stage, or None; `total` may be unknown."""
         del warm, total, peak
 
 
@@ -60,7 +59,6 @@ class Constant(ConstantWithWarmup):
     """The peak rate at every step."""
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Return a message if there is a warm-up, which this schedule does not have."""
         del total, peak
         if warm:
             return "this schedule has no warm-up; use constant_with_warmup, or remove the warm-up"
@@ -108,7 +106,6 @@ class Polynomial(ConstantWithWarmup):
         return ((peak - self.lr_end) * remaining**self.power + self.lr_end) / peak
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Return a message if `lr_end` is not below the peak rate."""
         del warm, total
         if self.lr_end >= peak:
             return f"lr_end {self.lr_end:g} must be below learning_rate {peak:g}"
@@ -142,7 +139,6 @@ class CosineWithMinLr(ConstantWithWarmup):
         return _above(lowest, _cosine(self.num_cycles, _progress(step, warm, total)))
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Return a message unless exactly one lowest rate is set and is below the peak rate."""
         del warm, total
         if (self.min_lr is None) == (self.min_lr_rate is None):
             return "set exactly one of min_lr and min_lr_rate"
@@ -167,7 +163,6 @@ class WarmupStableDecay(ConstantWithWarmup):
     num_cycles: Positive = 0.5
 
     def rate(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the learning rate at a step."""
         if step >= warm:
             return super().rate(step, warm, total, peak)
         progress = step / warm
@@ -192,7 +187,6 @@ class WarmupStableDecay(ConstantWithWarmup):
         return _above(self.min_lr_ratio, falling[self.decay_type])
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        """Return a message if the phases are longer than the stage."""
         del peak
         stable = self.num_stable_steps or 0
         needed = warm + stable + self.num_decay_steps

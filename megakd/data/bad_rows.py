@@ -66,17 +66,13 @@ class BadRows:
 
 @dataclass
 class BlankRows:
-    """Rows of a split with an empty text: their number, and the place of the first.
-
-    bad: the rows that cannot be read.
-    """
+    """Rows of a split with an empty text: their number, and the place of the first."""
 
     count: int = 0
     first: str = ""
     bad: BadRows = field(default_factory=BadRows)
 
     def add(self, record: Record) -> None:
-        """Count one more row."""
         self.first = self.first or record.place
         self.count += 1
 

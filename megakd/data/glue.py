@@ -33,9 +33,7 @@ class GlueTask:
     classes: class names in GLUE's order; empty for regression.
     folder: name of the task's folder and of its Hub configuration if it differs from the task.
     numbered: whether the files hold class numbers instead of names.
-    header: the columns if the files have no header.
     validation: stem of the validation file.
-    skip_broken: whether lines with a wrong number of fields are skipped.
     """
 
     text: tuple[str, ...]
@@ -169,7 +167,7 @@ def _local(data_dir: Path, name: str, glue: GlueTask) -> dict[SplitName, Table]:
 
 
 def task_folder(data_dir: Path, name: str) -> Path:
-    """Return the folder of a task's TSV files: `data_dir`, or its subfolder named after the task."""
+    """Return the folder of a task's TSV files: `data_dir`, or its subfolder for the task."""
     data_dir = data_dir.expanduser()
     if not data_dir.is_dir():
         raise DataError(f"task.data_dir: the folder {data_dir} does not exist")

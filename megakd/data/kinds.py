@@ -92,7 +92,6 @@ class RowKind:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the rows are conversations."""
         return isinstance(self.fields, ChatColumns)
 
     @property
@@ -114,7 +113,6 @@ class RowKind:
 
     @property
     def features(self) -> Features:
-        """The columns of the rows."""
         names = ["text"]
         if self.is_chat:
             names += [CONVERSATION, PLACE]

@@ -47,7 +47,6 @@ class Classes:
         return any(_integer(name) not in {None, n} for n, name in enumerate(self.names))
 
     def label(self, table: Table, column: str, record: Record) -> int:
-        """Return the class number of a row, or -100 without a label."""
         value, may_be_number = _class_value(table, column, record), self.numbered
         own = table.class_names.get(column)
         if own is not None and isinstance(value, int):

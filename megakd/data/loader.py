@@ -137,7 +137,6 @@ class StepLoader:
         """Do nothing."""
 
     def scalars(self) -> dict[str, float]:
-        """Return {}: a loader logs nothing."""
         return {}
 
     def _micro_batch(self, index: int, mine: NDArray[np.int64]) -> Batch:

@@ -360,15 +360,11 @@ class Unreadable(dict[str, object]):
         self._error = error
 
     def get(self, *_: object) -> NoReturn:
-        """Raise the error."""
         raise self._error
 
 
 class DoubledKeys(dict[str, object]):
-    """A JSON object with a repeated key.
-
-    key: the first repeated key.
-    """
+    """A JSON object with a repeated key."""
 
     def __init__(self, pairs: Sequence[tuple[str, object]]) -> None:
         super().__init__(pairs)

@@ -36,7 +36,6 @@ class RoutedSource:
 
     Args:
         source: the batches; rows with a token have `routes`.
-        teachers: names of all teachers of the stage.
     """
 
     def __init__(self, source: BatchSource, teachers: Sequence[str]) -> None:
@@ -47,22 +46,18 @@ class RoutedSource:
         """Seconds that the loop has waited for the batches of the source."""
 
     def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
-        """Yield the micro-batches of each step, see `BatchSource`."""
         with closing(self._source.iterate(start, stop)) as steps:
             for batches in steps:
                 self.waited_s = self._source.waited_s
                 yield [with_parts(batch, self._numbers) for batch in batches]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the source."""
         return self._source.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of the source."""
         self._source.load_state_dict(state)
 
     def scalars(self) -> Mapping[str, float]:
-        """Return the values that the source logs."""
         return self._source.scalars()
 
 
@@ -183,7 +178,6 @@ class RowTeacher(NamedTuple):
     name: str | None = None
 
     def of(self, table: Table, record: Record) -> str:
-        """Return the name of a row's teacher."""
         if self.name is not None:
             return self.name
         value = record.values.get(self.column or "")

@@ -49,9 +49,7 @@ class TextStream:
 
     table: the raw rows of all ranks.
     rows: the raw rows; `datasets` reads the share of each rank and says where a rank is.
-    kind: the kind of the rows.
     held_out: hashes of the validation texts, or of their prompts, which the stream leaves out.
-    bad: what happens to rows that cannot be read.
     """
 
     table: Table
@@ -62,7 +60,6 @@ class TextStream:
 
     @property
     def name(self) -> str:
-        """Name of the rows in messages."""
         return self.table.name
 
     def share(self, rank: int, world: int) -> IterableDataset:
@@ -117,7 +114,6 @@ class Found:
     """The rows of a data set before a selection; columns as in `splits.Splits`.
 
     name: name of the data set in messages.
-    classes: classes with which labels are read; None without classes.
     source_hash: sha256 of the sources of the rows.
     stream: the training texts if they are read during training; the training split is then empty.
     """
@@ -131,7 +127,6 @@ class Found:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Class names in the order of their numbers."""
         return self.classes.names if self.classes else ()
 
 

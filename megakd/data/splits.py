@@ -41,7 +41,6 @@ class Splits(NamedTuple):
         causal_lm have no column `label`, and conversations have the columns of `chat.rows`.
         test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
-    metrics: names of the official metrics.
     content_hash: sha256 of the sources of the rows and of their selection, without the evaluation
         sets.
     evaluation_sets: further rows to score, by name; always with labels.

@@ -63,7 +63,6 @@ class StepShape(NamedTuple):
 
     @property
     def rows_per_step(self) -> int:
-        """Number of rows of a step over all ranks and micro-batches."""
         return self.per_device * self.accumulation * self.world
 
     def most_rows(self, rows: int) -> int:

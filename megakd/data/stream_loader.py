@@ -216,12 +216,10 @@ class StreamLoader:
         return {"step": self._step, "ranks": self._gather(self._position._asdict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
         self._step = state["step"]
         self._position = Position(**state["ranks"][self._rows.shape.rank])
 
     def scalars(self) -> dict[str, float]:
-        """Return {}: a loader logs nothing."""
         return {}
 
     def _steps(

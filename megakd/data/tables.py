@@ -37,7 +37,6 @@ class Table:
     """A split whose text and label columns are not yet chosen.
 
     name: name of the table in messages.
-    columns: names of all columns.
     records: function that reads all rows from the beginning, with constant memory.
     digest: sha256 of the source of the rows.
     class_names: class names by column, if the data itself declares class names.

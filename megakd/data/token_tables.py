@@ -227,7 +227,6 @@ class Packer:
     """Rows under construction; a document that does not fit continues in the next row.
 
     Args:
-        length: tokens of a row, at least 1.
         begun: an unfinished row, see `rest`.
     """
 

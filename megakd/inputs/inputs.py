@@ -60,7 +60,6 @@ class UnencodedInputs:
 
     tokenizer: the tokenizer of the data and of all models; with `teacher_tokenizer`, the student's.
     sources: the teachers by name, then `student`.
-    metrics: the metrics that an evaluation computes.
     teacher_tokenizer: the tokenizer of the teachers, if the student has a vocabulary of its own.
     """
 

@@ -32,7 +32,6 @@ class Case(NamedTuple):
     settings: tuple[str, ...] = ()
 
     def changed(self, setting: str) -> Case:
-        """Return the case with overrides of the config, separated by spaces."""
         config = config_of(config_tree(self.config), setting.split())
         return Case(config, self.cluster, (*self.settings, setting))
 

@@ -140,7 +140,6 @@ class Frozen:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks that share the model."""
         return self.cluster.ranks
 
     @property
@@ -150,7 +149,6 @@ class Frozen:
 
     @property
     def stage(self) -> int:
-        """The ZeRO stage."""
         return int(self.zero.get("stage", 0))
 
     @property

@@ -155,7 +155,6 @@ class Phase:
     rows: rows of a batch of other work on one rank.
     forwards: number of forwards of other work that is more than one pass.
     with_width: whether the importance of the width is measured too.
-    student: the student of the run, for a stage whose models read its vocabulary.
     """
 
     name: str
@@ -176,7 +175,6 @@ class Phase:
 
     @property
     def teaching(self) -> list[ModelSource]:
-        """The models of all teachers."""
         return [*(ready.source for ready in self.teachers.values()), *self.bases.values()]
 
 
@@ -313,7 +311,6 @@ class PlanningLab(LabBase):
         return self.as_teacher(result, like=like)
 
     def metric(self, name: str | None) -> Any:
-        """Return a metric of the task; without data one with the same score for every model."""
         if self._prepared is None:
             return SimpleNamespace(of=lambda _: 0.5)
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)

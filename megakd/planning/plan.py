@@ -34,7 +34,6 @@ Measured on CPU ranks: 15 MB before the first model, 45 MB by the end of the fir
 class Plan:
     """Resources that a run needs.
 
-    phases: in the order of the run.
     host_base_bytes: bytes of a rank's process before its models, libraries included.
     """
 
@@ -122,7 +121,6 @@ class Plan:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
         last = self.last_training
         return {
             "ranks": self.cluster.ranks,

@@ -54,19 +54,15 @@ class Amount(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All bytes."""
         return self.small + self.large
 
     def plus(self, other: Amount) -> Amount:
-        """Return the sum of both amounts."""
         return Amount(self.small + other.small, self.large + other.large)
 
     def times(self, share: float) -> Amount:
-        """Return the amount multiplied by `share`."""
         return Amount(round(self.small * share), round(self.large * share))
 
     def most(self, other: Amount) -> Amount:
-        """Return the maximum of both amounts for each kind of block."""
         return Amount(max(self.small, other.small), max(self.large, other.large))
 
 
@@ -106,7 +102,6 @@ class Inventory(tuple[Parameter, ...]):
     __slots__ = ()
 
     def of(self, numbers: Iterable[int]) -> Inventory:
-        """Return the inventory of some parameters."""
         return Inventory(self[number] for number in numbers)
 
     @property
@@ -116,7 +111,6 @@ class Inventory(tuple[Parameter, ...]):
 
     @property
     def numel(self) -> int:
-        """Number of weights."""
         return sum(parameter.numel for parameter in self)
 
     @property
@@ -166,7 +160,6 @@ class Trace:
 
     @property
     def most_live(self) -> int:
-        """Peak bytes of activations."""
         return max(moment.live.total for moment in self.moments)
 
 

@@ -45,8 +45,6 @@ class Stopped(BaseException):
     stop.
 
     Args:
-        number: the signal.
-        reason: the cause of the stop, such as the name of the signal.
         saved: description of what was saved, such as "student saved at step 8".
     """
 

@@ -38,7 +38,6 @@ class CardFacts:
     student: Hub id or folder that the student started from; None for random weights.
     teachers: Hub ids or folders of the teachers; None for random weights.
     objective: one readable line per loss term.
-    command: the command that trained the model.
     brings_code: whether the model's class is stored with the weights, see `brings_code`.
     """
 

@@ -64,7 +64,6 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return the position of a value."""
         low, high, value = ((math.log(v) if self.log else v) for v in (self.low, self.high, value))
         return round(self.start + (self.end - self.start) * (value - low) / (high - low), 1)
 
@@ -93,9 +92,6 @@ class Scale:
 class Chart:
     """One chart: its scales, and the values to draw.
 
-    title: title of the chart; `unit` follows the title.
-    label: description of the chart in words, for screen readers.
-    x_title: title of the x axis.
     x_ticks, y_ticks: position and text of each tick.
     dots: each dot with the position of its number.
     chosen: the point of the chosen candidate.

@@ -52,7 +52,6 @@ class Figure(NamedTuple):
     legend: name, colour and look of each line.
     numbers: titles, then one row per step or position.
     extent: how many of the rows are shown, such as "15 of 400 steps"; empty if all are.
-    is_folded: whether the charts are shown on demand.
     """
 
     kind: str

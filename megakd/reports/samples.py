@@ -58,10 +58,7 @@ def held_out_prompts(
 
 @dataclass(frozen=True)
 class Sampler:
-    """The outputs of several models for the same prompts.
-
-    prompts: the prompts; None if the task has no prompts.
-    """
+    """The outputs of several models for the same prompts."""
 
     prompts: Prompts | None
     _answers: dict[str, list[str]] = field(default_factory=dict)
@@ -105,7 +102,6 @@ class Continuations:
         return [self._decoded(ids) for ids in self.ids]
 
     def answers(self, model: Answering) -> list[str]:
-        """Return the most likely continuation of each beginning, token by token."""
         rows = [list(row) for row in self.ids]
         for _ in range(self.new_tokens):
             next_ids = model.top_k(self._batch(rows), 1).ids  # [B, 1]
@@ -136,7 +132,6 @@ class HiddenWords:
     """Texts with masked tokens that a masked language model predicts.
 
     batch: the texts with masks, on this rank's device; `targets` are the masked positions.
-    shown: the texts.
     masks: number of masked tokens of each text, in the order of the targets.
     """
 
@@ -146,7 +141,6 @@ class HiddenWords:
     tokenizer: PreTrainedTokenizerBase
 
     def answers(self, model: Answering) -> list[str]:
-        """Return the most likely token of each mask, with the tokens of a text in one line."""
         texts = model.top_k(self.batch, 1).ids.flatten().split(list(self.masks))
         words = ([self.tokenizer.decode([token]) for token in ids.tolist()] for ids in texts)
         return [", ".join(cast("str", word).strip() for word in text) for text in words]

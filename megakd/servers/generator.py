@@ -42,10 +42,8 @@ class ServerGenerator:
     r begins with replica r.
 
     Args:
-        servers: the replicas.
         models: the name of the model at each replica.
         push: how the replicas get the weights of the student; None: they keep their weights.
-        wanted: the tokens of the texts.
         place: rank of this process, and the number of requests that it makes at the same time.
     """
 

@@ -62,12 +62,7 @@ class Exports(NamedTuple):
 
 
 class StatesServer(VllmServer):
-    """One replica of a vLLM server that exports hidden states.
-
-    Args:
-        http: the connection to the server.
-        exports: the files of the server.
-    """
+    """One replica of a vLLM server that exports hidden states."""
 
     def __init__(self, http: JsonServer, exports: Exports) -> None:
         super().__init__(http)

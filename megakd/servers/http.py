@@ -60,7 +60,6 @@ class Reply(NamedTuple):
             ) from error
 
     def check(self) -> None:
-        """Raise if the status is not 200."""
         if self.status != 200:
             raise ServerError(f"{self.where} answered {self.status}: {_shown(self.text)}")
 
@@ -69,7 +68,6 @@ class JsonServer:
     """A server that is asked by JSON over HTTP; calls from several threads are independent.
 
     Args:
-        url: address of the server.
         time_limit_s: seconds for the answer to one request, including all retries.
         patience_s: seconds in which a server that gives no whole answer is asked again: the name is
             not resolved, or the connection is refused or lost, also in the middle of an answer.
@@ -144,18 +142,13 @@ class JsonServer:
 
 
 class Replica:
-    """One replica of an inference server; its methods may be called from several threads.
-
-    Args:
-        http: the connection to the server.
-    """
+    """One replica of an inference server; its methods may be called from several threads."""
 
     def __init__(self, http: JsonServer) -> None:
         self._http = http
 
     @property
     def url(self) -> str:
-        """The address of the server."""
         return self._http.url
 
 

@@ -19,7 +19,6 @@ LEAST_BIAS = -100.0
 class ServedModel(NamedTuple):
     """The statements of a server about its model.
 
-    name: the name of the model in requests.
     names: all names and paths by which the server states the model.
     version: version of the server's program.
     context: largest number of tokens of prompt and completion; None: not stated.

@@ -64,8 +64,6 @@ class FullPush:
     """Pushes the whole model by a model folder; adapters are merged into the weights.
 
     Args:
-        model: the student, sharded or not.
-        servers: all replicas.
         folder: from `start_folder`, in a folder for this run alone that rank 0 and the servers see.
     """
 
@@ -115,9 +113,6 @@ class AdapterPush:
     """Pushes the adapters of a student, under a new name for each version.
 
     Args:
-        model: a student with adapters, sharded or not.
-        servers: all replicas.
-        folder: from `start_folder`, in a folder for this run alone that rank 0 and the servers see.
         keep: number of versions that stay loaded.
     """
 
@@ -129,7 +124,6 @@ class AdapterPush:
         self._loaded: list[str] | None = None  # None: adapters of a killed run may be loaded
 
     def push(self, version: int) -> Pushed:
-        """Give all servers the adapters, and unload old versions; see `FullPush`."""
         files = adapter_files(self._model)
         name = f"{self._folder.name}-{version}"
         on_main(lambda: self._load(name, files))

@@ -21,7 +21,6 @@ class SglangServer(Replica):
     """One replica of an SGLang server."""
 
     def describe(self) -> list[ServedModel]:
-        """Return the base model; see `TextServer`."""
         path = field_of(self._http.get("/get_model_info").tree(), "model_path", str, self.url)
         cards = field_of(self._http.get("/v1/models").tree(), "data", list, self.url)
         base = [card for card in cards if card.get("parent") is None]
@@ -36,7 +35,6 @@ class SglangServer(Replica):
         return field_of(reply.tree(), "version", str, self.url)
 
     def complete(self, request: TextRequest) -> ServedText:
-        """Continue one prompt; see `TextServer`."""
         reply = self._http.post("/generate", _generate_request(request)).tree()
         if isinstance(reply, list):
             raise ServerError(f"{self.url}: {len(reply)} texts came back for one prompt")

@@ -58,7 +58,6 @@ class Document(NamedTuple):
     """A document of a micro-batch that is a request.
 
     row, first: the place of its first token.
-    ids: its tokens, as a server gets them.
     """
 
     row: int
@@ -70,10 +69,6 @@ class ServedTeacher(ABC, Generic[Said]):
     """A teacher whose servers answer micro-batches of a language model; a collective.
 
     Each document is a request of its own. The documents of a rank go to all replicas in turn.
-
-    Args:
-        replicas: number of replicas.
-        ranks: this process.
     """
 
     def __init__(self, replicas: int, ranks: Ranks) -> None:
@@ -92,7 +87,6 @@ class ServedTeacher(ABC, Generic[Said]):
         """Return the outputs for a micro-batch from the answers to its documents."""
 
     def __call__(self, batch: Batch) -> Knowledge:
-        """Return the outputs for a micro-batch; a collective."""
         return next(self.answers([batch]))
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
@@ -121,11 +115,7 @@ class TopKTeacher(ServedTeacher["BestTokens"]):
     """A served teacher that answers with its most likely tokens at every position (`TopK`).
 
     Args:
-        servers: the replicas.
-        models: the name of the model at each replica.
-        top_k: number of tokens per position.
         vocabulary: number of tokens of teacher and student; every token is below this number.
-        ranks: this process.
     """
 
     def __init__(
@@ -158,7 +148,6 @@ class TopKTeacher(ServedTeacher["BestTokens"]):
         return found
 
     def ask(self, replica: int, ids: tuple[int, ...]) -> BestTokens:
-        """Return the most likely tokens after each token of a text but the last."""
         server = self._servers[replica]
         said = server.top_k(ids, self._top_k, self._models[replica])
         largest = said.ids.max()
@@ -170,7 +159,6 @@ class TopKTeacher(ServedTeacher["BestTokens"]):
         return said
 
     def knowledge(self, batch: Batch, said: Sequence[tuple[Document, BestTokens]]) -> Knowledge:
-        """Return the tokens at their positions; see `ServedTeacher`."""
         size = (*batch.valid.shape, self._top_k)
         ids, logprobs = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)  # [B, T, k]
         for (row, first, _), best in said:
@@ -197,10 +185,7 @@ class StatesTeacher(ServedTeacher[ExportedStates]):
     tokens.
 
     Args:
-        servers: the replicas.
-        models: the name of the model at each replica.
         readout: the final norm and the output matrix of the teacher, on the device of the rank.
-        ranks: this process.
     """
 
     def __init__(
@@ -224,7 +209,6 @@ class StatesTeacher(ServedTeacher[ExportedStates]):
         ]
 
     def ask(self, replica: int, ids: tuple[int, ...]) -> ExportedStates:
-        """Return the hidden states of a text."""
         return self._servers[replica].states(ids, self._models[replica])
 
     @torch.no_grad()
@@ -335,11 +319,9 @@ class StatesAsScores:
 
     @property
     def url(self) -> str:
-        """The address of the server."""
         return self._server.url
 
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
-        """Return the most likely next tokens after each token of a text but the last."""
         said = self._server.states(ids, model)
         last = self._readout.logprobs(said.states[-1:])[0]  # [V]
         if said.following >= len(last):

@@ -27,7 +27,6 @@ class VllmServer(Replica):
     """One replica of a vLLM server."""
 
     def describe(self) -> list[ServedModel]:
-        """Return the base models; see `TextServer`."""
         version = field_of(self._http.get("/version").tree(), "version", str, self.url)
         return [
             ServedModel(
@@ -41,7 +40,6 @@ class VllmServer(Replica):
         ]
 
     def complete(self, request: TextRequest) -> ServedText:
-        """Continue one prompt; see `TextServer`."""
         reply = self._http.post("/v1/completions", _completion_request(request)).tree()
         choices = field_of(reply, "choices", list, self.url)
         if len(choices) != 1:
@@ -62,7 +60,6 @@ class VllmServer(Replica):
         )
 
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
-        """Return the most likely next tokens at every position; see `TokenScorer`."""
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "n": 1}
         reply = self._http.post(
             "/v1/completions",
@@ -161,7 +158,6 @@ class VllmWeightServer(VllmServer):
     """A vLLM server whose weights a run replaces."""
 
     def describe(self) -> list[ServedModel]:
-        """Return the base models, and which weights they have; see `TextServer`."""
         models = super().describe()
         info = _in_development(self._http.get("/weight_info")).tree()
         weights = field_of(info, "weight_version", str, self.url)

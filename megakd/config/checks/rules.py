@@ -28,12 +28,10 @@ class Case(NamedTuple, Generic[T_co]):
 
     @property
     def task(self) -> TaskConfig:
-        """The section `task`."""
         return self.config.task
 
     @property
     def method(self) -> MethodOptions:
-        """The section `method`."""
         return self.config.method
 
     def is_set(self, path: str) -> bool:

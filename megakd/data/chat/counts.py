@@ -69,7 +69,6 @@ class ChatCounts:
         return self.too_long + self.long_prompt + self.nothing_counts
 
     def add(self, other: ChatCounts) -> None:
-        """Add the numbers of further rows."""
         for name in (entry.name for entry in dataclasses.fields(self)):
             here, more = getattr(self, name), getattr(other, name)
             if isinstance(more, dict):
@@ -79,7 +78,6 @@ class ChatCounts:
                 setattr(self, name, here + more)
 
     def to_record(self) -> dict[str, Any]:
-        """Return the numbers as JSON can store them."""
         return dataclasses.asdict(self)
 
     @staticmethod

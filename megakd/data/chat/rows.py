@@ -43,7 +43,6 @@ class Conversation:
 
     messages: the messages; None for plain text.
     counted: the numbers of the messages whose tokens can count; none in a row that is a prompt.
-    tools: the tools that the chat template is given.
     options: further arguments of the chat template, in place of `task.chat_template_kwargs`.
     prompt, completion: the plain text; without a completion the row is a prompt, and with an empty
         prompt the row is a document.
@@ -77,7 +76,6 @@ class Conversation:
         return "\n".join(map(_text_of_message, self.messages[:first])) or self.text
 
     def to_json(self) -> str:
-        """Return the conversation as JSON."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @staticmethod
@@ -100,9 +98,7 @@ def is_chat(rows: Dataset) -> bool:
 class ChatColumns(NamedTuple):
     """The columns of a table of conversations; None or empty: not a column of the table.
 
-    messages: the column of messages.
     prompt, completion: the columns of a prompt and its answer, texts or lists of messages.
-    text: the columns of a document.
     """
 
     messages: str | None = None
