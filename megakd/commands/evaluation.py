@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 
-from megakd.config.task import listed_files
+from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig, listed_files
 from megakd.contract.tasks import STUDENT
 from megakd.data.choosing import VALIDATION_FRACTION
 from megakd.data.encoding import Encoded, encode_rows
@@ -18,6 +20,7 @@ from megakd.data.kinds import RowKind
 from megakd.data.labels import Classes, find_classes
 from megakd.data.rows import DEFAULT_METRICS, scored_rows
 from megakd.data.splits import Splits
+from megakd.data.tables import Table
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first, on_main
 from megakd.errors import CheckpointError, TeacherError
@@ -33,19 +36,11 @@ from megakd.process.terminal import in_home
 from megakd.run.finished_run import FINAL
 from megakd.run.main import started
 from megakd.scoring.metrics import task_metrics
+from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.engines import Assembly
 from megakd.training.evaluation_sets import row_count
 from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.training.recipes import scoring_preset
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from megakd.config.run import RunConfig
-    from megakd.config.task import TaskConfig
-    from megakd.data.tables import Table
-    from megakd.models.source import ModelSource
-    from megakd.teachers.frozen import FrozenTeacher
 
 
 class Rows(NamedTuple):

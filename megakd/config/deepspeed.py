@@ -11,13 +11,11 @@ import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megakd.config.train import TrainConfig
+from megakd.contract.tasks import Dtype
 from megakd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megakd.config.train import TrainConfig
-    from megakd.contract.tasks import Dtype
 
 OWN_SECTION = "megakd"
 """The section with megakd's own keys, which DeepSpeed never gets."""

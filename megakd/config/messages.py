@@ -8,9 +8,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from megakd.config.schema import (
     KeyPath,
@@ -23,9 +24,6 @@ from megakd.config.schema import (
     value_at,
 )
 from megakd.errors import suggestion
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 _EXPECTED = {
     "string_type": "text",

@@ -6,12 +6,10 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from megakd.data.tables import Record
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from megakd.data.tables import Record
 
 logger = logging.getLogger(__name__)
 MOST_NAMED = 20

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +21,11 @@ from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import generate_fingerprint
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from megakd.errors import DataError
 from megakd.storage.checksums import read_signed, version_of, write_signed
 from megakd.storage.folders import is_whole, whole_folder
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from numpy.typing import NDArray
 
 T = TypeVar("T")
 # Increase this number when a remembered value would differ.

@@ -6,21 +6,18 @@ Shapes: B rows of a micro-batch, T positions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch, Documents
 from megakd.contract.routes import ROUTE
 from megakd.data.words import WORD_STARTS
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
 
 LENGTH_MULTIPLE = 8
 _FILL = {"labels": IGNORE, "token_type_ids": 0, WORD_STARTS: 0}

@@ -12,17 +12,18 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from megakd.config.task import TokenizerConfig
+from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.data.bad_rows import BadRows
 from megakd.data.cache import TEXTS_AT_ONCE, key_of, read_rows, write_tables
-from megakd.data.chat.counts import SETS, ChatCounts, say_chat
+from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
 from megakd.data.chat.rows import is_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.encoding import (
@@ -46,13 +47,6 @@ from megakd.storage.atomic import full_disk_reason, sync_tree
 from megakd.storage.checksums import entry_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
 from megakd.storage.folders import damage_at_start
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
-    from megakd.data.chat.counts import CountsByName
 
 FORMAT = 1
 MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer"

@@ -9,12 +9,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE
 from megakd.data.bad_rows import BadRows
 from megakd.data.cache import (
@@ -30,18 +32,13 @@ from megakd.data.chat.rows import is_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.collation import columns_of
+from megakd.data.rows import TextStream
+from megakd.data.splits import Splits
 from megakd.data.token_tables import check_room_for_text, tables_of_texts, with_tokens
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of, write_json
 from megakd.storage.checksums import files_of
 from megakd.storage.folders import whole_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
-    from megakd.data.rows import TextStream
-    from megakd.data.splits import Splits
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000

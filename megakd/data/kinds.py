@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from datasets import Features, Value
 
-from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.config.task import TaskConfig
+from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.data.cache import PLACE
 from megakd.data.chat.rows import (
     CONVERSATION,
@@ -20,13 +21,8 @@ from megakd.data.chat.rows import (
     conversation_of,
 )
 from megakd.data.labels import Classes, score
-from megakd.data.tables import document_of, require, text_of
+from megakd.data.tables import Record, SplitName, Table, document_of, require, text_of
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from megakd.config.task import TaskConfig
-    from megakd.contract.tasks import TaskType
-    from megakd.data.tables import Record, SplitName, Table
 
 PAIR_DEFAULTS = (
     ("sentence1", "sentence2"),

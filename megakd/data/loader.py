@@ -5,29 +5,24 @@ from __future__ import annotations
 import time
 import zlib
 from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
+from datasets import Dataset
+from numpy.typing import NDArray
 
+from megakd.contract.batch import Batch
 from megakd.data.cache import arrow_batches
 from megakd.data.chat.tokens import PROMPT_LENGTH
-from megakd.data.step_layout import micro_batch, row_lengths
+from megakd.data.masking import Masking
+from megakd.data.step_layout import Collate, StepLayout, StepShape, micro_batch, row_lengths
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-
-    from datasets import Dataset
-    from numpy.typing import NDArray
-
-    from megakd.contract.batch import Batch
-    from megakd.data.masking import Masking
-    from megakd.data.step_layout import Collate, StepLayout, StepShape
 
 STEPS_AHEAD = 2
 LENGTHS_AT_ONCE = 100_000

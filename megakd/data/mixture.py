@@ -8,27 +8,22 @@ each epoch anew.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
+from numpy.typing import NDArray
 
+from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.cache import key_of
 from megakd.data.chat.rows import SOURCE
 from megakd.data.files import files_table, matching_files, named_files, refuse_shared
 from megakd.data.kinds import RowKind
 from megakd.data.routes import row_teacher
 from megakd.data.rows import DEFAULT_METRICS, Found, rows_of
+from megakd.data.tables import SplitName
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from numpy.typing import NDArray
-
-    from megakd.config.task import MixtureSource, TaskConfig
-    from megakd.data.tables import SplitName
 
 logger = logging.getLogger(__name__)
 MANY_TIMES = 10

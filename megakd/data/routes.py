@@ -9,25 +9,21 @@ import logging
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from datasets import Dataset
+from numpy.typing import NDArray
 
 from megakd.contract.batch import IGNORE, Batch, Extras, Within
 from megakd.contract.routes import ROUTE, teacher_number
 from megakd.data.cache import PLACE
 from megakd.data.chat.rows import is_chat
 from megakd.data.collation import documents_of, padded_width
-from megakd.data.tables import require
+from megakd.data.tables import Record, Table, require
 from megakd.errors import DataError, suggestion
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from numpy.typing import NDArray
-
-    from megakd.contract.batch import BatchSource
-    from megakd.data.tables import Record, Table
 logger = logging.getLogger(__name__)
 
 

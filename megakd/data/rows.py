@@ -6,28 +6,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-from datasets import Features, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets.distributed import split_dataset_by_node
 
+from megakd.config.task import TaskConfig
 from megakd.contract.routes import ROUTE
 from megakd.data.bad_rows import BadRows, BlankRows
 from megakd.data.cache import PLACE, cached_folder, key_of, read_rows, write_rows
 from megakd.data.chat.rows import CONVERSATION, SOURCE, Conversation, chat_columns
 from megakd.data.choosing import is_labelled, text_hash
 from megakd.data.kinds import RowKind, is_blank, place_of
-from megakd.data.labels import find_classes
-from megakd.data.routes import row_teacher
+from megakd.data.labels import Classes, find_classes
+from megakd.data.routes import RowTeacher, row_teacher
 from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
-    from megakd.config.task import TaskConfig
-    from megakd.data.labels import Classes
-    from megakd.data.routes import RowTeacher
 
 # Increase this number when the same source results in different rows.
 VERSION = 2

@@ -9,31 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice, repeat
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from numpy.typing import NDArray
 
+from megakd.contract.batch import Batch, BatchSource
 from megakd.data.chat.rows import CONVERSATION
-from megakd.data.encoding import labelled_only, tables_of
-from megakd.data.loader import STEPS_AHEAD, StepLoader, awaited, made_ahead
+from megakd.data.encoding import Encoded, StreamedRows, labelled_only, tables_of
+from megakd.data.loader import STEPS_AHEAD, OtherReading, StepLoader, awaited, made_ahead
+from megakd.data.masking import Masking
+from megakd.data.step_layout import Collate, StepLayout, StepShape
 from megakd.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from megakd.contract.batch import Batch, BatchSource
-    from megakd.data.encoding import Encoded, StreamedRows
-    from megakd.data.loader import OtherReading
-    from megakd.data.masking import Masking
-    from megakd.data.step_layout import Collate, StepLayout, StepShape
 
 logger = logging.getLogger(__name__)
 BLOCK_CHARACTERS = 1_000_000

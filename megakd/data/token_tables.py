@@ -11,24 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import ArrayLike, NDArray
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE, teacher_number
 from megakd.data.cache import TEXTS_AT_ONCE, arrow_batches
 from megakd.data.routes import names_of
 from megakd.data.words import WORD_STARTS, check_words, word_starts
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from numpy.typing import ArrayLike, NDArray
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
 
 _IDS = pa.list_(pa.int32())
 

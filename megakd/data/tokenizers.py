@@ -6,39 +6,34 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     AlbertTokenizer,
     AutoTokenizer,
     BertTokenizer,
     GPT2Tokenizer,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from megakd.config.paths import is_path
-from megakd.config.task import TokenizerConfig
+from megakd.config.task import TaskConfig, TokenizerConfig
+from megakd.contract.tasks import TaskType
 from megakd.data.cache import arrow_batches, key_of, rows_key
 from megakd.data.chat.template import read_template
 from megakd.data.encoded_folder import TOKENIZER
+from megakd.data.splits import Splits
 from megakd.data.vocabularies import VERSION, encoder_template, train_tokenizer
 from megakd.data.words import check_words
 from megakd.errors import DataError
 from megakd.storage.folders import check_given, whole_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
-    from megakd.contract.tasks import TaskType
-    from megakd.data.splits import Splits
 
 logger = logging.getLogger(__name__)
 

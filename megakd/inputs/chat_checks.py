@@ -9,25 +9,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import LogitWarp
 from megakd.contract.tasks import STUDENT
-from megakd.data.chat.counts import SETS
+from megakd.data.chat.counts import SETS, ChatCounts
 from megakd.data.chat.rows import is_chat
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, DataError
 from megakd.models.generation import generation_config_of, listed_ends
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.run import RunConfig
-    from megakd.config.task import TaskConfig
-    from megakd.data.chat.counts import ChatCounts
-    from megakd.models.source import ModelSource
+from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 ACCEPT = "set task.end_tokens: accept to train nevertheless"

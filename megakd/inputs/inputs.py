@@ -10,14 +10,18 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
 
 from megakd.config.deepspeed import check_frozen_stage, load_ds_config
 from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.contract.metrics import Metric
+from megakd.contract.results import VocabularyReport
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
 from megakd.contract.terms import looks_inside
+from megakd.contract.vocabulary import StudentVocabulary
 from megakd.data.encoding import Encoded
 from megakd.data.routes import check_routes
 from megakd.data.shared_words import VocabularyPair
@@ -44,12 +48,6 @@ from megakd.models.lora import check_adapters
 from megakd.models.source import ModelSource
 from megakd.rollouts.prompts import check_generated_texts
 from megakd.scoring.metrics import TaskMetrics, task_metrics
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.contract.results import VocabularyReport
-    from megakd.contract.vocabulary import StudentVocabulary
 
 logger = logging.getLogger(__name__)
 

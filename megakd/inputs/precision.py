@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from megakd.config.train import inherit
-from megakd.engine.distributed import supported_dtypes
+from megakd.config.models import TeacherConfig
+from megakd.config.run import RunConfig
+from megakd.config.train import TrainConfig, inherit
+from megakd.contract.tasks import Dtype, Kernels
+from megakd.engine.distributed import Ranks, supported_dtypes
 from megakd.errors import ConfigError
 from megakd_kernels.settings import resolve_implementation
-
-if TYPE_CHECKING:
-    from megakd.config.models import TeacherConfig
-    from megakd.config.run import RunConfig
-    from megakd.config.train import TrainConfig
-    from megakd.contract.tasks import Dtype, Kernels
-    from megakd.engine.distributed import Ranks
 
 logger = logging.getLogger(__name__)
 TORCH_DTYPE: dict[Dtype, torch.dtype] = {

@@ -6,31 +6,26 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
-from megakd.config.task import MOST_TOKENS
+from megakd.config.run import RunConfig
+from megakd.config.task import MOST_TOKENS, TaskConfig
 from megakd.data.bad_rows import BadRows
 from megakd.data.cache import PLACE, longest_of
 from megakd.data.chat.rows import CONVERSATION, Conversation, is_chat
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoded_folder import read_manifest
 from megakd.data.encoding import encoded_key
+from megakd.data.splits import Splits
 from megakd.data.token_tables import documents_of
 from megakd.inputs.run_data import cache_folder, once
 from megakd.models.generation import context_length
+from megakd.models.source import ModelSource
 from megakd.storage.folders import whole_folder
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.run import RunConfig
-    from megakd.config.task import TaskConfig
-    from megakd.data.splits import Splits
-    from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 PARTS = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}

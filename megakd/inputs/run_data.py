@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from megakd.config.run import RunConfig
 from megakd.data.cache import cache_folder
 from megakd.data.encoded_folder import as_encoded, facts_of, open_splits
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.mixed_text import encode_mixed
+from megakd.data.shared_words import VocabularyPair
 from megakd.data.splits import Splits, load_splits
 from megakd.engine.collectives import main_first, once_per_node
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.run import RunConfig
-    from megakd.data.shared_words import VocabularyPair
 
 T = TypeVar("T")
 

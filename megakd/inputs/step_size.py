@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from megakd.config.deepspeed import load_ds_config, zero_stage
+from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig
+from megakd.config.train import TrainConfig
+from megakd.contract.tasks import Dtype
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.inputs.precision import TORCH_DTYPE
-
-if TYPE_CHECKING:
-    from megakd.config.run import RunConfig
-    from megakd.config.task import TaskConfig
-    from megakd.config.train import TrainConfig
-    from megakd.contract.tasks import Dtype
-    from megakd.models.knowledge import Needs
-    from megakd.models.source import ReadyTeacher
+from megakd.models.knowledge import Needs
+from megakd.models.source import ReadyTeacher
 
 BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Bytes for the answers of a step and the activations of the forward that computes them."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from transformers import PreTrainedTokenizerBase
+
+from megakd.config.task import TaskConfig
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files
 from megakd.errors import TeacherError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
-    from megakd.models.source import ModelSource
+from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 

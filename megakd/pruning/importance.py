@@ -16,13 +16,15 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from megakd.config.deepspeed import load_ds_config
-from megakd.contract.batch import LossInputs
+from megakd.contract.batch import Batch, LossInputs
 from megakd.contract.unit_counts import count_units
 from megakd.data.loader import global_batches
 from megakd.data.step_layout import StepShape
@@ -39,16 +41,10 @@ from megakd.models.architectures import architecture_of
 from megakd.models.axes import weight_axes
 from megakd.models.knowledge import Needs
 from megakd.models.layers import left_out
+from megakd.models.source import ReadyTeacher
 from megakd.pruning.allocation import UnitScores
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel
-
-    from megakd.contract.batch import Batch
-    from megakd.models.source import ReadyTeacher
-    from megakd.teachers.frozen import FrozenModel
-    from megakd.training.engines import Assembly
+from megakd.teachers.frozen import FrozenModel
+from megakd.training.engines import Assembly
 
 SMALLEST_NORM = 1e-17
 """Added to norms, so that scores of zero stay zero; the value of the authors' code."""

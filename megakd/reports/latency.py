@@ -9,20 +9,17 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from megakd.contract.results import LatencyReport
 from megakd.engine.memory import device_name
 from megakd.errors import ModelError
 from megakd.models.own_models import own_class, register_own_models
 from megakd.storage.folders import check_given
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 WARM_UP = 3
 LONG_MS = 100.0

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from megakd.contract.results import PruningReport, Report
 from megakd.reports.charts import Chart, Line, line_chart
 from megakd.reports.curves import POINTS_MARKED, ROWS_SHOWN, THINNED, Figure
 from megakd.reports.history import LARGEST, Points, thinned
 from megakd.reports.quantities import is_number, short_count, step_time
 from megakd.reports.table import pruning_course, pruning_rows
-
-if TYPE_CHECKING:
-    from megakd.contract.results import PruningReport, Report
 
 Key = Literal["teacher_kl", "parameters", "step_seconds"]
 

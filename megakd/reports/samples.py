@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch, TopK
+from megakd.contract.results import SampleReport
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.collation import Collator
 from megakd.engine.student import device_batch
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
-    from megakd.contract.results import SampleReport
 
 PROMPTS = 3
 PROMPT_TOKENS, NEW_TOKENS = 16, 16

@@ -9,9 +9,19 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from megakd.contract.metrics import lower_is_better
+from megakd.contract.results import (
+    CandidateReport,
+    CostReport,
+    GenerationReport,
+    LatencyReport,
+    ModelReport,
+    PruningReport,
+    Report,
+    TextReport,
+)
 from megakd.contract.tasks import (
     MATCH,
     STUDENT,
@@ -32,18 +42,6 @@ from megakd.reports.quantities import (
     step_time,
 )
 from megakd.reports.report import completed
-
-if TYPE_CHECKING:
-    from megakd.contract.results import (
-        CandidateReport,
-        CostReport,
-        GenerationReport,
-        LatencyReport,
-        ModelReport,
-        PruningReport,
-        Report,
-        TextReport,
-    )
 
 Rows = list[list[str]]
 INT8_ROW = f"{STUDENT} (int8)"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megakd.contract.rollouts import Sampling
 from megakd.errors import ServerError
@@ -19,9 +20,6 @@ from megakd.servers.protocol import (
     checked_completion,
     first_difference,
 )
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 PROBE_TOKENS = 16
 """Tokens of the greedy texts that replicas are compared by."""

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from megakd.config.rollout import (
+    RolloutConfig,
+    RolloutServerConfig,
+    ServerKind,
+    TeacherServerConfig,
+)
+from megakd.config.run import RunConfig
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import on_main
 from megakd.errors import ServerError
+from megakd.inputs.inputs import RunInputs
 from megakd.models.generation import generation_config_of, listed_ends
+from megakd.models.source import ModelSource
 from megakd.rollouts.generators import text_tokens
 from megakd.rollouts.prompts import prompts_of
 from megakd.servers.checks import Wanted, check_agreement, check_sampling, served_models
 from megakd.servers.generator import ServerGenerator
 from megakd.servers.hidden_states import check_folder
 from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer
+from megakd.servers.protocol import TextServer
 from megakd.servers.push import AdapterPush, FullPush, run_name, start_folder
 from megakd.servers.sglang import SglangServer
 from megakd.servers.vllm import VllmServer, VllmWeightServer
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.rollout import (
-        RolloutConfig,
-        RolloutServerConfig,
-        ServerKind,
-        TeacherServerConfig,
-    )
-    from megakd.config.run import RunConfig
-    from megakd.inputs.inputs import RunInputs
-    from megakd.models.source import ModelSource
-    from megakd.servers.protocol import TextServer
 
 PROBES = 4
 """Prompts by whose greedy texts the replicas are compared."""

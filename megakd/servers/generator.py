@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
+from megakd.contract.rollouts import Completion, Sampling
 from megakd.engine.collectives import together
 from megakd.errors import ServerError
+from megakd.servers.checks import Wanted
 from megakd.servers.http import Running
-from megakd.servers.protocol import checked_completion
-from megakd.servers.push import Pushed
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from megakd.contract.rollouts import Completion, Sampling
-    from megakd.servers.checks import Wanted
-    from megakd.servers.protocol import TextServer
-    from megakd.servers.push import AdapterPush, FullPush
+from megakd.servers.protocol import TextServer, checked_completion
+from megakd.servers.push import AdapterPush, FullPush, Pushed
 
 
 class AskedTexts:

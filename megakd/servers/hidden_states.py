@@ -9,25 +9,20 @@ from __future__ import annotations
 import fcntl
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from megakd.contract.rollouts import Sampling
 from megakd.errors import ServerError
-from megakd.servers.http import field_of, numbers_of
+from megakd.servers.http import JsonServer, field_of, numbers_of
 from megakd.servers.protocol import TextRequest, first_difference
 from megakd.servers.vllm import VllmServer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from torch import Tensor
-
-    from megakd.servers.http import JsonServer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEN_WITHIN_S = 30.0

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic_core import from_json
 
 from megakd.errors import ServerError
-
-if TYPE_CHECKING:
-    import socket
-    from collections.abc import Iterator
 
 BUSY = (429, 502, 503, 504)
 """Status codes of a server, or of a gateway before the server, that may answer later."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megakd.contract.rollouts import Completion, Sampling
 from megakd.errors import ServerError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 LEAST_BIAS = -100.0
 """The smallest number that vLLM adds to a logit; the token is then never drawn in practice."""

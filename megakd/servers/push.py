@@ -9,8 +9,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 from uuid import uuid4
+
+from torch import nn
 
 from megakd.engine.collectives import agree, on_main, together
 from megakd.engine.sharding import full_shape, is_first_rank
@@ -19,16 +23,9 @@ from megakd.models.export import fill_serving_folder
 from megakd.models.learned import Learned
 from megakd.models.lora import adapter_files
 from megakd.servers.http import Running
+from megakd.servers.sglang import SglangServer
+from megakd.servers.vllm import VllmServer, VllmWeightServer
 from megakd.storage import atomic
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from torch import nn
-
-    from megakd.servers.sglang import SglangServer
-    from megakd.servers.vllm import VllmServer, VllmWeightServer
 
 SHARD_BYTES = 256_000_000
 """Largest size of a shard; rank 0 holds one shard and one parameter at a time."""

@@ -9,40 +9,34 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
+from datasets import Dataset
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from megakd.config.models import TeacherConfig
+from megakd.config.rollout import TeacherServerConfig
+from megakd.config.run import RunConfig
 from megakd.contract.batch import IGNORE, Batch, Knowledge, TopK
 from megakd.contract.tasks import STUDENT
 from megakd.engine import distributed
 from megakd.engine.collectives import on_main, together
+from megakd.engine.distributed import Ranks
 from megakd.errors import ServerError
+from megakd.inputs.inputs import RunInputs
 from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype
-from megakd.models.readout import load_readout
+from megakd.models.readout import Readout, load_readout
+from megakd.models.source import ModelSource
 from megakd.servers.checks import REFERENCE, Wanted, check_reference, check_scores, served_models
 from megakd.servers.connect import scoring_replicas
 from megakd.servers.hidden_states import ExportedStates, Exports, StatesServer, check_folder
 from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, Running
-from megakd.servers.protocol import BestTokens
+from megakd.servers.protocol import BestTokens, ServedModel, TokenScorer
 from megakd.storage.folders import check_given
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import numpy as np
-    from datasets import Dataset
-    from numpy.typing import NDArray
-
-    from megakd.config.models import TeacherConfig
-    from megakd.config.rollout import TeacherServerConfig
-    from megakd.config.run import RunConfig
-    from megakd.engine.distributed import Ranks
-    from megakd.inputs.inputs import RunInputs
-    from megakd.models.readout import Readout
-    from megakd.models.source import ModelSource
-    from megakd.servers.protocol import ServedModel, TokenScorer
 
 Said = TypeVar("Said")
 AT_ONCE = 64

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from megakd.errors import ServerError
-from megakd.servers.http import Replica, field_of, numbers_of
+from megakd.servers.http import Replica, Reply, field_of, numbers_of
 from megakd.servers.protocol import BestTokens, ServedModel, ServedText, TextRequest
-
-if TYPE_CHECKING:
-    from megakd.servers.http import Reply
 
 MOST_PROBABILITY = 1.01
 """Sum of the probabilities of a position, with room for rounding in 16 bits."""

@@ -17,14 +17,11 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from safetensors import SafetensorError
 
 from megakd.errors import MegakdError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megakd.config.checks.models import model_problems
 from megakd.config.checks.objective import objective_problems
 from megakd.config.checks.paths import address_problems
 from megakd.config.checks.rollout import rollout_problems
 from megakd.config.checks.task import task_problems
 from megakd.config.checks.train import training_problems
-
-if TYPE_CHECKING:
-    from megakd.config.run import RunConfig
+from megakd.config.run import RunConfig
 
 
 def config_problems(config: RunConfig) -> list[str]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from megakd.config.checks.rules import Case, Rule, conflict, given, only, problems
 from megakd.config.deepspeed import check_frozen_stage, check_trained_sharding, load_ds_config
 from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
+from megakd.config.run import RunConfig
 from megakd.contract.options import no_such_teacher
 from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, STUDENT_BASE, TEACHER
 from megakd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megakd.config.run import RunConfig
 
 
 def model_problems(config: RunConfig) -> Iterator[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from megakd.config.checks.rules import Case, Rule, given, only, problems
+from megakd.config.run import RunConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.contract.term_names import source_of
 from megakd.contract.terms import (
@@ -20,9 +21,6 @@ from megakd.contract.terms import (
     compares,
     looks_inside,
 )
-
-if TYPE_CHECKING:
-    from megakd.config.run import RunConfig
 
 
 def objective_problems(config: RunConfig) -> Iterator[str]:

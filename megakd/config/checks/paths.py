@@ -6,15 +6,12 @@ import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megakd.config.paths import looks_like_path
+from megakd.config.run import RunConfig
 from megakd.config.task import listed_files
 from megakd.contract.tasks import STUDENT
 from megakd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megakd.config.run import RunConfig
 
 
 def address_problems(config: RunConfig) -> Iterator[str]:

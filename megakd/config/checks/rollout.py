@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from megakd.config.checks.rules import Case, Rule, conflict, given, only, problems
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig
+from megakd.config.run import RunConfig
 from megakd.contract.options import no_such_teacher
 from megakd.contract.tasks import STUDENT
 from megakd.contract.term_names import source_of
-
-if TYPE_CHECKING:
-    from megakd.config.run import RunConfig
 
 
 def rollout_problems(config: RunConfig) -> Iterator[str]:

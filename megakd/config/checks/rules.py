@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig
+from megakd.contract.options import MethodOptions
 from megakd.methods import methods_with
-
-if TYPE_CHECKING:
-    from megakd.config.run import RunConfig
-    from megakd.config.task import TaskConfig
-    from megakd.contract.options import MethodOptions
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megakd.config.checks.rules import Case, Rule, conflict, given, only, problems
+from megakd.config.run import RunConfig
 from megakd.config.task import MixtureSource, TaskConfig, TokenizerConfig
 from megakd.contract.options import no_such_teacher
 from megakd.contract.tasks import LANGUAGE_TASKS
-
-if TYPE_CHECKING:
-    from megakd.config.run import RunConfig
 
 # The keys of conversations.
 _CHAT = (

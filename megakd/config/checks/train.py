@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from megakd.config.checks.rules import Case, Rule, given, only, problems
 from megakd.config.messages import option_problems
+from megakd.config.run import EvalConfig, RunConfig
 from megakd.config.schedules import SCHEDULES
 from megakd.config.train import TrainConfig, TrainOverrides, schedule_problem
 from megakd.contract.plugins import is_metric, metric_of
-from megakd.contract.tasks import LANGUAGE_TASKS, METRICS
-from megakd.contract.terms import HiddenCosine, HiddenMse, PluginTerm, RelationFsp
+from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, TaskType
+from megakd.contract.terms import HiddenCosine, HiddenMse, PluginTerm, RelationFsp, TermConfig
 from megakd.errors import ConfigError, suggestion
 from megakd.methods import baselines_of
-
-if TYPE_CHECKING:
-    from megakd.config.run import EvalConfig, RunConfig
-    from megakd.contract.tasks import TaskType
-    from megakd.contract.terms import TermConfig
 
 
 def training_problems(config: RunConfig) -> Iterator[str]:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+from datasets import Dataset
+
+from megakd.config.task import TaskConfig
 from megakd.data.chat.messages import (
     ASSISTANT,
     Message,
@@ -20,14 +23,8 @@ from megakd.data.chat.messages import (
     messages_of,
     without_nulls,
 )
-from megakd.data.tables import document_of, require, text_of
+from megakd.data.tables import Record, Table, document_of, require, text_of
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from megakd.config.task import TaskConfig
-    from megakd.data.tables import Record, Table
 
 CONVERSATION = "conversation"
 SOURCE = "source"

@@ -12,19 +12,15 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from megakd.data.chat.messages import ASSISTANT, with_arguments
+from megakd.config.task import TaskConfig
+from megakd.data.chat.messages import ASSISTANT, Message, with_arguments
+from megakd.data.chat.rows import Conversation
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
-    from megakd.data.chat.messages import Message
-    from megakd.data.chat.rows import Conversation
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
