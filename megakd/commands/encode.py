@@ -34,12 +34,6 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
 
     Only rank 0 works. A call that was stopped goes on after its last whole shard, and a finished
     folder with the same data is left as it is.
-
-    Args:
-        folder: the folder; None takes `task.encoded`.
-
-    Returns:
-        The folder.
     """
     target = folder or config.task.encoded
     if target is None:

@@ -28,11 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def catalogue(name: str | None = None, *, losses: bool = False) -> str:
-    """Return the methods, or the loss terms, with their docstrings and options.
-
-    Args:
-        name: only this method or loss, which may be a `module:name`; None: all.
-    """
+    """Return the methods, or the loss terms, with their docstrings and options."""
     kinds = options(TermConfig, "loss") if losses else options(MethodConfig, "name")
     if name is not None:
         kinds = {name: _named(name, kinds, losses=losses)}

@@ -47,11 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def train(config: RunConfig, command: str) -> None:
-    """Run a config and print the result table.
-
-    Args:
-        command: the command as typed, for the model card.
-    """
+    """Run a config and print the result table."""
     # The inputs of a finished run may be gone. Only rank 0 reads them; launchers end the others.
     if is_rank_0() and not (config.output_dir / "report.json").is_file():
         check_paths(config)

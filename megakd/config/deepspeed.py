@@ -172,14 +172,7 @@ def merged_ds_config(
 
 
 def frozen_ds_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> dict[str, Any]:
-    """Return the DeepSpeed config of an inference engine: no optimizer, ZeRO 0 or 3.
-
-    Args:
-        micro_batch: rows per rank, which DeepSpeed requires even without training.
-
-    Raises:
-        ConfigError: the ZeRO stage is 1 or 2, or the config needs an optimizer.
-    """
+    """Return the DeepSpeed config of an engine without an optimizer, at ZeRO 0 or 3."""
     check_frozen_stage(ds, where="teacher.deepspeed")
     frozen = _engine_config(ds, dtype=dtype, micro_batch=micro_batch)
     frozen.get("zero_optimization", {}).pop("offload_optimizer", None)
@@ -187,11 +180,7 @@ def frozen_ds_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -
 
 
 def check_frozen_stage(ds: Mapping[str, Any], *, where: str) -> None:
-    """Check that a DeepSpeed config works for an engine without an optimizer.
-
-    Raises:
-        ConfigError: the ZeRO stage is 1 or 2, or weights are sharded a second time per node.
-    """
+    """Check the sharding of a frozen model: ZeRO 0 or 3, and not a second time per node."""
     stage = zero_stage(ds)
     if stage not in (0, 3):
         raise ConfigError(
@@ -207,11 +196,7 @@ def check_frozen_stage(ds: Mapping[str, Any], *, where: str) -> None:
 
 
 def check_trained_sharding(ds: Mapping[str, Any], *, where: str) -> None:
-    """Check that a DeepSpeed config works for a model that learns.
-
-    Raises:
-        ConfigError: the weights are sharded within nodes.
-    """
+    """Check the sharding of a model that learns: over all ranks, not within nodes."""
     if shards_within_node(ds):
         raise ConfigError(
             f"{where}: megakd.shard_within_node works only for a frozen model, because a model "

@@ -57,11 +57,7 @@ def config_of(
 def with_overrides(
     tree: Mapping[str, Any], overrides: Sequence[str], *, source: str = "config"
 ) -> dict[str, Any]:
-    """Return plain values with overrides applied, not yet checked.
-
-    Args:
-        tree: sections and keys as in a config file; it is not changed.
-    """
+    """Return plain values with overrides applied, not yet checked."""
     changed: dict[str, Any] = _plain(tree, (), source)
     for override in overrides:
         _apply(override, changed)
@@ -301,9 +297,6 @@ _Dumper.add_representer(str, _text)
 
 def parse_yaml(text: str, *, source: str) -> Any:
     """Return the value of the single document in `text`.
-
-    Args:
-        text: YAML 1.2 with the core schema, without merge keys and application tags.
 
     Raises:
         ConfigError: the text is not YAML, or a key is given twice; the message names the line.

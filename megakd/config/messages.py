@@ -58,11 +58,7 @@ class _Finding(NamedTuple):
 
 
 def schema_problems(error: ValidationError, tree: Any) -> list[str]:
-    """Return pydantic's errors, one line per problem, without union branches and internal names.
-
-    Args:
-        tree: the config as written, overrides applied.
-    """
+    """Return pydantic's errors, one line per problem, without union branches and internal names."""
     findings = [_finding(detail, tree) for detail in error.errors()]
     findings = [finding for finding in findings if not _is_echo(finding, findings, tree)]
     groups: dict[KeyPath, list[_Finding]] = {}

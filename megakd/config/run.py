@@ -187,11 +187,7 @@ class RunConfig:
         return self.student.lora if role == STUDENT else None
 
     def eval_rows(self, train: TrainConfig | None = None) -> int:
-        """Return the number of rows that a rank scores at a time.
-
-        Args:
-            train: settings of the stage that is evaluated; None outside the stages.
-        """
+        """Return the number of rows that a rank scores at a time."""
         rows = self.eval.per_device_eval_batch_size
         return rows or (train or self.train).rows_at_once(self.task.row_length)
 

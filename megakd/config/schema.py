@@ -35,11 +35,7 @@ def names(annotation: Any, tag: str) -> list[str]:
 
 
 def options(annotation: Any, tag: str) -> dict[str, type]:
-    """Return the dataclasses of a tagged union by name, including those of installed packages.
-
-    Raises:
-        ConfigError: the dataclass of an installed package is not valid.
-    """
+    """Return the dataclasses of a tagged union by name, including those of installed packages."""
     package = _package_options(annotation)
     theirs = names(annotation, tag)[len(variants(annotation, tag)) :] if package else []
     return variants(annotation, tag) | {name: package.kind(name) for name in theirs if package}
@@ -57,11 +53,7 @@ def _package_options(annotation: Any) -> FromPackage | None:
 
 
 def known_keys(path: KeyPath, tree: Any) -> list[str]:
-    """Return the keys that the mapping at `path` may have; an empty list if all keys are allowed.
-
-    Args:
-        tree: the config as written; its tags select the variants.
-    """
+    """Return the keys that the mapping at `path` may have; [] if all keys are allowed."""
     kind = _dataclass_of(annotation_at(path, tree), value_at(path, tree))
     return [] if kind is None else [field.name for field in dataclasses.fields(kind)]
 

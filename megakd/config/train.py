@@ -103,9 +103,6 @@ def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
     An override of `num_train_epochs` resets an inherited `max_steps`, and an override of
     `warmup_ratio` resets inherited `warmup_steps`, which would otherwise win. An override of
     `lr_scheduler_type` resets inherited `lr_scheduler_kwargs`.
-
-    Args:
-        overrides: keys of `teacher.finetune` or `alone`.
     """
     given = {k: v for k, v in asdict(overrides).items() if v is not None and k != "deepspeed"}
     if "num_train_epochs" in given and "max_steps" not in given:
@@ -128,11 +125,7 @@ def warmup_steps(train: TrainConfig, total_steps: int) -> int:
 
 
 def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
-    """Return why a schedule cannot work in a stage, or None.
-
-    Args:
-        total_steps: optimizer steps of the stage; None before the data are read.
-    """
+    """Return why a schedule cannot work in a stage, or None."""
     options = SCHEDULES[train.lr_scheduler_type](**(train.lr_scheduler_kwargs or {}))
     # Before the data are read, a ratio only tells whether there is a warm-up.
     warm = warmup_steps(train, total_steps or 1)
@@ -141,11 +134,7 @@ def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:
-    """Return the function from the number of steps taken to the learning rate.
-
-    Raises:
-        ConfigError: the schedule's phases are longer than the stage.
-    """
+    """Return the function from the number of steps taken to the learning rate."""
     problem = schedule_problem(train, total_steps)
     if problem:
         raise ConfigError(f"train.lr_scheduler_type: {problem}")

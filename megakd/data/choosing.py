@@ -65,9 +65,6 @@ def cut_validation(rows: Dataset, *, name: str) -> tuple[Dataset, Dataset]:
 
     Rows with equal text stay together, and so do all answers to a prompt, so that no held-out text
     or prompt is trained on.
-
-    Raises:
-        DataError: there are fewer than two different texts or prompts, or no labels.
     """
     held, left_out = remembered_of_rows(rows, "cut", lambda: _cut(rows, name))
     return rows.select(np.delete(np.arange(len(rows)), held + left_out)), rows.select(held)
@@ -108,11 +105,7 @@ def _lowest(rows: Dataset, count: int) -> list[int]:
 
 
 def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Dataset:
-    """Return the rows with only `count` labels, chosen by a hash of seed and text.
-
-    Raises:
-        DataError: fewer than `count` rows carry a label.
-    """
+    """Return the rows with only `count` labels, chosen by a hash of seed and text."""
     if count is None:
         return rows
     candidates = np.flatnonzero(is_labelled(rows))

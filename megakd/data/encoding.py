@@ -152,11 +152,7 @@ def encode_rows(
     content_hash: str,
     cache_dir: Path,
 ) -> tuple[dict[str, Dataset], str]:
-    """Encode rows of text like `encode_splits`, and return the encoded rows by name, and the key.
-
-    Args:
-        rows: rows by name, which messages use; all rows have the same columns.
-    """
+    """Encode rows by name like `encode_splits`, and return the encoded rows and their key."""
     check_room_for_text(next(iter(rows.values())), tokenizer, task)
     key = encoded_key(rows, tokenizer, task, content_hash=content_hash)
     counts: CountsByName = {}
@@ -273,11 +269,7 @@ def tokens_key(rows: Dataset) -> str:
 
 
 def labelled_only(rows: Dataset) -> Dataset:
-    """Return the rows that carry a label, memory-mapped; all rows for language tasks.
-
-    Raises:
-        DataError: no row carries a label.
-    """
+    """Return the rows that carry a label, memory-mapped; all rows for language tasks."""
     if "label" not in rows.column_names:
         return rows
     tables = arrow_batches(rows.select_columns("label"), LABELS_AT_ONCE)

@@ -99,11 +99,7 @@ def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
 
 
 def matching_files(files: Files, key: str) -> list[Path]:
-    """Return the files that a setting names, in order; files of a pattern are sorted by name.
-
-    Raises:
-        DataError: a file does not exist, a pattern matches no file, or a file is named twice.
-    """
+    """Return the files that a setting names, in order; files of a pattern are sorted by name."""
     found: list[Path] = []
     for given in listed_files(files):
         path = Path(given).expanduser()
@@ -181,9 +177,6 @@ def scored_table(given: str) -> tuple[Table, str]:
 
     All rows of files are scored. Of a folder or a JSON file with splits, the test rows are scored,
     or the validation rows if there is no test split.
-
-    Raises:
-        DataError: there are no rows to score.
     """
     path = Path(given).expanduser()
     if path.is_dir():
@@ -269,11 +262,7 @@ def _folder_files(folder: Path) -> dict[SplitName, list[Path]]:
 
 
 def known_suffix(path: Path, key: str) -> str:
-    """Return the ending of a file, lower-cased.
-
-    Raises:
-        DataError: no reader reads files with this ending.
-    """
+    """Return the ending of a file, lower-cased."""
     suffix = path.suffix.lower()
     if suffix not in DATA_SUFFIXES:
         raise DataError(

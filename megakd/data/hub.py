@@ -47,11 +47,7 @@ def _hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[Sp
 
 
 def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDict:
-    """Return all splits of a Hub data set, downloaded or from the cache of `datasets`.
-
-    Raises:
-        DataError: the data set cannot be loaded; the message ends with `advice`.
-    """
+    """Return all splits of a Hub data set, downloaded or from the cache of `datasets`."""
     with hub_errors(name, configuration, advice=advice) as label:
         found = datasets.load_dataset(name, configuration)
     if not isinstance(found, DatasetDict):

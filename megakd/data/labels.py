@@ -87,10 +87,6 @@ def find_classes(table: Table, column: str) -> Classes:
 
     The classes are the class names that the table declares, or else the numbers 0..n-1, or else
     the sorted words of the column.
-
-    Raises:
-        DataError: numbers and words are mixed, numbers have gaps, or there are fewer than two
-            classes.
     """
     if column in table.class_names:
         unlabelled = frozenset({NO_CLASS, IGNORE})

@@ -212,9 +212,6 @@ def global_batches(
     The rows of a batch do not depend on the split into micro-batches and ranks. Every rank has the
     same number of micro-batches in every batch; dummy rows fill the micro-batches. `masking` masks
     the same tokens as in an evaluation.
-
-    Args:
-        shape: split of a batch, see `StepShape.of_batch`.
     """
     _check_rows(rows)
     table = rows.with_format("arrow")

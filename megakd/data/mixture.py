@@ -73,9 +73,6 @@ def mixed(rows: Dataset, sources: Mapping[str, MixtureSource], *, seed: int) -> 
 
     The source with the most rows in relation to its weight is read once. The others are read as
     often as their weight asks: whole, and then a share that the seed chooses.
-
-    Raises:
-        DataError: all rows of a source are held out.
     """
     of_row = np.asarray(rows.select_columns(SOURCE).with_format("numpy")[:][SOURCE])
     places = {name: np.flatnonzero(of_row == name) for name in sources}

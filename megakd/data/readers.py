@@ -60,21 +60,12 @@ def read_tsv(
     skip_broken: bool = False,
     digest: Digest = _digest_of,
 ) -> Table:
-    """Read a tsv file without quoting.
-
-    Args:
-        header: names of the columns if the file has no header.
-        skip_broken: whether lines with a wrong number of fields are skipped instead of refused.
-    """
+    """Read a tsv file without quoting."""
     return _with_header(path, _tsv_fields, header=header, skip_broken=skip_broken, digest=digest)
 
 
 def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
-    """Return the name of every split among names; names that mean no split are left out.
-
-    Raises:
-        DataError: two names mean the same split.
-    """
+    """Return the name of every split among names; names that mean no split are left out."""
     found: dict[SplitName, str] = {}
     for name in names:
         split = SPLIT_ALIASES.get(name)
@@ -116,11 +107,7 @@ def is_plain(feature: object) -> bool:
 
 
 def joined(tables: Sequence[Table], name: str) -> Table:
-    """Return the concatenation of tables, such as the shards of one split.
-
-    Raises:
-        DataError: the columns of two tables differ, or the class names of a column.
-    """
+    """Return the concatenation of tables, such as the shards of one split."""
     if len(tables) == 1:
         return tables[0]
     first = tables[0]

@@ -133,11 +133,7 @@ def rows_of_tables(
     classes: Classes | None = None,
     metrics: tuple[str, ...] | None = None,
 ) -> Found:
-    """Return the rows of every split, in Arrow files.
-
-    Args:
-        classes: the classes if they are known; None reads them from the training split.
-    """
+    """Return the rows of every split, in Arrow files."""
     for table in tables.values():
         _require_rows(table)
     tables = {split: tables[split] for split in SPLIT_NAMES if split in tables}
@@ -261,9 +257,6 @@ def scored_rows(
     as_chat: bool = False,
 ) -> Dataset:
     """Return the rows of a file that is only scored, and not used for training or model selection.
-
-    Args:
-        as_chat: whether the training rows are conversations, so that documents are read as such.
 
     Raises:
         DataError: a column does not exist, a label is not a class, or no row has a label.

@@ -41,11 +41,7 @@ def row_keys(
 
 
 def uniform(keys: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Return the numbers in [0, 1) at places of streams.
-
-    Args:
-        counters: places in the streams, counted from 1; broadcast with `keys`.
-    """
+    """Return the numbers in [0, 1) at places of streams."""
     values = _mixed(keys + counters * _GOLDEN) >> np.uint64(11)
     return values.astype(np.float64) * 2.0**-53
 

@@ -153,9 +153,6 @@ def packed_row(batch: Batch, *, most: int) -> Batch:
 
     Positions restart with every row, and wherever they restarted in a row. T is a multiple of 8,
     but at most `most`; padding at the end is a document of its own.
-
-    Args:
-        most: largest number of tokens, at least the number of valid positions.
     """
     count = int(batch.valid.sum())
     padding = padded_width(count, most) - count

@@ -77,11 +77,7 @@ class EncodedStream:
         self._characters = characters or least
 
     def parts(self, position: Position) -> Generator[tuple[Parts, Position], None, None]:
-        """Yield parts of blocks with a rank's rows of a step, and the position after them.
-
-        Raises:
-            DataError: the rank's share has no text.
-        """
+        """Yield parts of blocks with a rank's rows of a step, and the position after them."""
         parts: Parts = []
         missing = size = self.shape.per_device * self.shape.accumulation
         blocks = self._blocks(position)

@@ -45,9 +45,6 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
 
     The held-out rows are the first `task.max_eval_examples` of a split, because a stream can only
     be read from its beginning.
-
-    Raises:
-        ConfigError: there is no validation split, and `task.max_eval_examples` is not set.
     """
     name = task.data_name
     with hub_errors(name, task.dataset_config, advice=hub_advice(task)) as label:
@@ -129,11 +126,7 @@ def _cut(stream: TextStream, task: TaskConfig, *, cache_dir: Path) -> tuple[Text
 
 
 def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStream:
-    """Return the texts of local files, in the order of the files.
-
-    Args:
-        key: the setting that names the files.
-    """
+    """Return the texts of local files, in the order of the files."""
     tables = [table_of(path, key) for path in paths]
     # A JSON file without rows has no columns.
     tables = [table for table in tables if table.columns]
@@ -200,9 +193,6 @@ def table_of(path: Path, key: str) -> Table:
     """Return the rows of a file that may be large: nothing is read before a row is needed.
 
     The columns of a jsonl file are the keys of its first row with keys; later rows may have more.
-
-    Raises:
-        DataError: the file cannot be read row by row.
     """
     suffix = known_suffix(path, key)
     if suffix == ".json":

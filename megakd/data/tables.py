@@ -59,20 +59,12 @@ def require(table: Table, column: str, key: str) -> None:
 
 
 def document_of(name: str, columns: Sequence[str], record: Record) -> str:
-    """Return the document of a row, with a line per column.
-
-    Args:
-        columns: the columns of text; two columns (question, answer) make one document.
-    """
+    """Return the document of a row, with a line per column."""
     return "\n".join(text_of(name, column, record) for column in columns)
 
 
 def text_of(name: str, column: str, record: Record) -> str:
-    """Return the text in a column of a row.
-
-    Raises:
-        DataError: the value is missing or is not text.
-    """
+    """Return the text in a column of a row."""
     text = record.values.get(column)
     if not isinstance(text, str):
         problem = "is missing" if text is None else f"is not text: {text!r}"

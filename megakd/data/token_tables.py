@@ -268,9 +268,6 @@ class Packer:
 def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
     """Pack documents in their order.
 
-    Args:
-        documents: token numbers of each document; empty documents are ignored.
-
     Yields:
         Full rows, then a shorter row with the remaining tokens.
     """

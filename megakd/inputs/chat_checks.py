@@ -149,9 +149,6 @@ def check_answers(
 ) -> None:
     """Check that conversations have answers, and that answers end as the student's texts do.
 
-    Args:
-        counts: the numbers of the conversations; None for other rows, which are not checked.
-
     Raises:
         DataError: no token counts in the training rows, and the run generates no texts; or no
             token counts in a split that is scored.
@@ -220,12 +217,7 @@ def _check_ends(
 
 
 def check_caches(config: RunConfig, student: ModelSource) -> None:
-    """Raise if the loss on the cached probabilities does not have the logits of the student.
-
-    Raises:
-        ConfigError: a language model is taught from a cache, and the logits of the student are
-            multiplied with a factor or capped.
-    """
+    """Raise if the loss on the cached probabilities does not have the logits of the student."""
     cached = [
         f"{config.key_of(name)}.{'cache' if spec.cache else 'server'}"
         for name, spec in config.teacher_specs.items()

@@ -61,9 +61,6 @@ def micro_batches_per_call(
 
     By default a replicated teacher answers them one by one. A teacher at ZeRO 3 is gathered in
     every forward, so it answers as many together as fit into `BUDGET`.
-
-    Args:
-        ready: the teacher and its config; `micro_batches_per_call` overrides the default.
     """
     step = largest_step(train, config.task)
     if ready.spec.micro_batches_per_call is not None:

@@ -47,9 +47,6 @@ def find_changes(case: Case, planner: Callable[[Case], tuple[float, int]]) -> li
 
     Single settings are tried one by one. If no single setting is enough, the setting with the
     smallest remaining overflow is kept, and other settings are tried together with it.
-
-    Args:
-        planner: returns the missing bytes and the peak bytes of a case.
     """
     found: list[Change] = []
     for _ in range(_MOST_TOGETHER):

@@ -315,10 +315,6 @@ class Trained(Frozen):
 
         The values lie where the product of a weight and its gradient lies: beside the shards of the
         optimizer. At ZeRO 1 and 2 a shard may consist of these weights alone.
-
-        Args:
-            numbers: numbers of the weights for which values are kept.
-            values: number of fp32 values per element.
         """
         weights = self.inventory.of(numbers)
         most, shard = self.share(weights.numel), self.share(self.learned.numel)

@@ -271,12 +271,7 @@ def plan_run(
     advise: bool = True,
     traces: Traces | None = None,
 ) -> Plan:
-    """Plan a run from configs only, and search for changes if the run does not fit.
-
-    Args:
-        traces: traces of earlier plans, which take most of the time; None: no earlier
-            traces.
-    """
+    """Plan a run from configs only, and search for changes if the run does not fit."""
     if config.task.max_length is None:
         raise ConfigError(
             "task.max_length: missing, and a plan reads no data; set it to the tokens of the "

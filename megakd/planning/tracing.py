@@ -372,11 +372,7 @@ def _storage(tensor: Tensor) -> int:
 def loss_workspace(
     function: Any, args: tuple[Any, ...], device: str, memory: int | None = None
 ) -> int:
-    """Return the bytes that a fused loss holds in addition to its results; 0 for other operators.
-
-    Args:
-        memory: bytes of a GPU, which determine the chunk size too; None: not known.
-    """
+    """Return the bytes that a fused loss holds beside its results; 0 for other operators."""
     buffers = _WORKSPACES.get(_name(function))
     budget = CPU_CHUNK_MB if device == "cpu" else chunk_budget(memory)
     return 0 if buffers is None else buffers(args, device, budget)

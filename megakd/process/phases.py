@@ -30,11 +30,7 @@ class _Clock:
 
 @contextmanager
 def counted(*, since_s: float = 0.0) -> Iterator[None]:
-    """Count the seconds of a run, which begins with the phase `start`; a nested call does nothing.
-
-    Args:
-        since_s: seconds since the run began.
-    """
+    """Count the seconds of a run from its phase `start`; a nested call does nothing."""
     if _running.get() is not None:
         yield
         return

@@ -60,11 +60,7 @@ class Rounding(NamedTuple):
         return Rounding(round_to // math.gcd(round_to, rows), -(-round_to // rows))
 
     def kept(self, count: int, removed: int, *, never_all: bool = False) -> int:
-        """Return the number of units to keep out of `count`.
-
-        Args:
-            never_all: whether a layer keeps the smallest possible number of units instead of none.
-        """
+        """Return the number of units to keep out of `count`."""
         removed = min(self.step * round(removed / self.step), count)
         kept = count - removed
         if kept >= self.least or not removed:

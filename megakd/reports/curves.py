@@ -66,11 +66,7 @@ class Figure(NamedTuple):
 def training(
     stages: Mapping[str, Mapping[str, Panels]], names: Sequence[str]
 ) -> tuple[dict[str, list[Figure]], int]:
-    """Return the figures of each stage, and the number of stages that are left out.
-
-    Args:
-        names: names of the report's stages, which come first and in this order.
-    """
+    """Return the figures of each stage, and the number of stages that are left out."""
     order = [*(name for name in names if name in stages), *(n for n in stages if n not in names)]
     drawable = {name: kinds for name in order if (kinds := _kinds(stages[name]))}
     shown = dict(list(drawable.items())[:STAGES_SHOWN])

@@ -29,9 +29,6 @@ from megakd.storage import atomic
 def write_html_report(output_dir: Path) -> Path:
     """Write report.html of a finished run, whole or not at all; an old file is replaced.
 
-    Returns:
-        The path of the file.
-
     Raises:
         CheckpointError: report.json does not exist or is not a report of megakd, config.yaml is
             damaged, or the file cannot be written.

@@ -115,9 +115,6 @@ def check_agreement(
     Replicas that state different models or weights are not compared with each other, and paused
     replicas are not asked: some have weights that an interrupted run has pushed, and all get new
     weights before the first text.
-
-    Raises:
-        ServerError: two texts for one prompt differ, or an answer cannot be used.
     """
     greedy = Sampling(PROBE_TOKENS, temperature=0.0)
     for number, prompt in enumerate(prompts):
@@ -138,11 +135,7 @@ def check_sampling(
     wanted: Wanted,
     sampling: Sampling,
 ) -> None:
-    """Let every replica that is not paused continue a prompt by the sampling rules of the run.
-
-    Raises:
-        ServerError: a server does not follow a rule; vLLM takes temperatures up to 2 alone.
-    """
+    """Let every replica that is not paused continue a prompt by the sampling rules of the run."""
     for server, model in zip(servers, models, strict=True):
         if not model.paused:
             try:
@@ -183,11 +176,7 @@ def check_scores(
     texts: Sequence[tuple[int, ...]],
     top_k: int,
 ) -> list[BestTokens]:
-    """Return the answers to some texts, after comparing all replicas, each asked `TIMES` times.
-
-    Raises:
-        ServerError: two answers differ by more than `REPEATED`, or cannot be used.
-    """
+    """Return the answers to some texts, after comparing all replicas, each asked `TIMES` times."""
     first = [servers[0].top_k(text, top_k, models[0]) for text in texts]
     for server, model in zip(servers, models, strict=True):
         for _ in range(TIMES if server is not servers[0] else TIMES - 1):
@@ -212,9 +201,6 @@ def check_reference(
 
     Args:
         logprobs_of: function that returns the log-probabilities of the same tokens.
-
-    Raises:
-        ServerError: the answers differ by more than `REFERENCE`.
     """
     pairs = zip(texts, answers, strict=True)
     found = _mean([np.abs(best.logprobs - logprobs_of(text, best)).mean() for text, best in pairs])

@@ -95,11 +95,7 @@ def check_servers(config: RunConfig, inputs: RunInputs) -> None:
 def server_generator(
     config: RunConfig, inputs: RunInputs, model: nn.Module, *, rank: int
 ) -> ServerGenerator:
-    """Return the generator of `rollout.server`; a collective.
-
-    Raises:
-        ServerError: a server is not there or has changed; raised on every rank.
-    """
+    """Return the generator of `rollout.server`; a collective."""
     served = _served(config, inputs)
     if served is None:
         raise TypeError("the run has no rollout.server")

@@ -21,11 +21,7 @@ class AskedTexts:
         self._running = running
 
     def completions(self) -> list[Completion]:
-        """Wait for the texts and return them in the order of the prompts; a collective.
-
-        Raises:
-            MegakdError: a server failed; raised on every rank.
-        """
+        """Wait for the texts and return them in the order of the prompts; a collective."""
         return together(self._running.results)
 
 
@@ -79,11 +75,7 @@ class ServerGenerator:
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
-        """Continue this rank's prompts with the weights of the last update; a collective.
-
-        Raises:
-            MegakdError: a server failed; raised on every rank.
-        """
+        """Continue this rank's prompts with the weights of the last update; a collective."""
         return self.begin(prompts, seeds, sampling).completions()
 
     def _complete(

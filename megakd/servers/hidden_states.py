@@ -257,11 +257,7 @@ def _remove_state_files(files: Iterable[Path]) -> None:
 
 
 def check_folder(folder: Path, key: str, wanted: str, *, is_made: bool = False) -> None:
-    """Check that this rank may write and delete files in a folder.
-
-    Args:
-        wanted: what the key must name.
-    """
+    """Check that this rank may write and delete files in a folder."""
     probe = folder / f"megakd-probe-{time.time_ns()}"
     try:
         if is_made:

@@ -124,11 +124,7 @@ class TokenScorer(Protocol):
         ...
 
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
-        """Return the most likely next tokens after each token of a text but the last.
-
-        Args:
-            ids: the tokens of the text, at least two.
-        """
+        """Return the most likely next tokens after each token of a text but the last."""
         ...
 
 
@@ -136,9 +132,6 @@ def checked_completion(
     text: ServedText, request: TextRequest, *, vocabulary: int, url: str
 ) -> Completion:
     """Return the completion of a prompt, after checking the answer of a server.
-
-    Args:
-        vocabulary: number of tokens of the student and of its tokenizer.
 
     Raises:
         ServerError: the answer continues another prompt, is too long, has no tokens or unknown

@@ -72,9 +72,6 @@ class FullPush:
     def push(self, version: int) -> Pushed:
         """Give all servers the weights that the student has now; a collective.
 
-        Args:
-            version: number of updates of the student.
-
         Raises:
             MegakdError: the folder cannot be written, or a server does not load the weights; raised
                 on every rank.

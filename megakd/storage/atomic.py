@@ -79,11 +79,7 @@ def write_content(path: Path, content: str | bytes) -> None:
 
 
 def recover(path: Path) -> bool:
-    """Clean up after a killed `replaced_folder(path)`; does nothing if there is nothing to clean.
-
-    Returns:
-        True if the old folder was restored.
-    """
+    """Clean up after a killed `replaced_folder(path)`; return whether the old folder is back."""
     temporary, aside = _sibling(path, "new"), _sibling(path, "old")
     restored = aside.exists() and not path.exists()
     if restored:

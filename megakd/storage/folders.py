@@ -136,9 +136,6 @@ def open_finished(folder: Path, *, remedy: str) -> Mapping[str, Any]:
 
     Args:
         remedy: instruction for the user if the folder is damaged; part of the message.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or changed.
     """
     found = damage(folder)
     if found is not None:
@@ -150,9 +147,6 @@ def check_given(folder: Path, where: str, *, wanted: Callable[[str], bool] = boo
     """Verify a folder that a user names, if megakd wrote the folder.
 
     Files may be missing, for example after a transfer through the Hub; a changed file is refused.
-
-    Raises:
-        ModelError: a file differs from the file that megakd wrote.
     """
     if not (folder / CHECKSUMS).is_file():
         return
@@ -190,9 +184,6 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     Several processes may build at once: the first process to rename wins, and the others use its
     result. A damaged folder is moved away and never changed in place, so that a process that has
     its files memory-mapped keeps reading the same content.
-
-    Args:
-        folder: the folder of the result; its name should be a content key.
     """
     if is_whole(folder):
         return folder

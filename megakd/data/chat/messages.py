@@ -28,11 +28,7 @@ SHAREGPT_ROLES = {
 
 
 def messages_of(value: object, *, where: str) -> list[Message]:
-    """Return the messages of a column: a list of messages, or such a list as JSON text.
-
-    Raises:
-        DataError: the value is not a list of messages; names the message.
-    """
+    """Return the messages of a column: a list of messages, or such a list as JSON text."""
     listed = from_json(value)
     if not isinstance(listed, list) or not listed:
         raise DataError(

@@ -118,11 +118,7 @@ class ChatTemplate:
         return made._replace(answers=ends, lost_reasoning=lost, lost_tools=lost_tools)
 
     def source(self, tools: Sequence[Any] | None) -> str:
-        """Return the text of the template, with a fixed date in place of today's.
-
-        Raises:
-            DataError: the tokenizer has several templates and none for these tools.
-        """
+        """Return the text of the template, with a fixed date in place of today's."""
         key = tools is not None  # some tokenizers have a template of their own for tools
         if key not in self._sources:
             try:
