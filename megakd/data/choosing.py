@@ -96,12 +96,12 @@ def at_most(rows: Dataset, count: int | None) -> Dataset:
     """
     if count is None or count >= len(rows):
         return rows
-    return rows.select(remembered_of_rows(rows, ("lowest", count), lambda: _lowest(rows, count)))
 
+    def lowest() -> list[int]:
+        order = np.lexsort((row_keys(rows), ~is_labelled(rows)))
+        return np.sort(order[:count]).tolist()
 
-def _lowest(rows: Dataset, count: int) -> list[int]:
-    order = np.lexsort((row_keys(rows), ~is_labelled(rows)))
-    return np.sort(order[:count]).tolist()
+    return rows.select(remembered_of_rows(rows, ("lowest", count), lowest))
 
 
 def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Dataset:

@@ -262,7 +262,19 @@ def write_encoded(
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
         tokenizer.save_pretrained(folder / TOKENIZER)
         sync_tree(folder)
-        write_signed(folder / MANIFEST, _manifest(progress, splits))
+        write_signed(
+            folder / MANIFEST,
+            {
+                "facts": facts,
+                "keys": keys,
+                "shards": progress.shards,
+                "label_names": splits.label_names,
+                "metrics": splits.metrics,
+                "content_hash": splits.content_hash,
+                "sets_hash": splits.sets_hash,
+                "is_cut": splits.is_cut,
+            },
+        )
         progress.path.unlink()
     except OSError as error:
         raise DataError(
@@ -290,19 +302,6 @@ def _check_same(folder: Path, facts: Fingerprint, keys: Mapping[str, Any]) -> No
 
 def _differing(there: Mapping[str, Any], facts: Fingerprint, keys: Mapping[str, Any]) -> str:
     return differences({**there["facts"], **there["keys"]}, {**facts, **keys})
-
-
-def _manifest(progress: _Progress, splits: Splits) -> dict[str, Any]:
-    return {
-        "facts": progress.facts,
-        "keys": progress.keys,
-        "shards": progress.shards,
-        "label_names": splits.label_names,
-        "metrics": splits.metrics,
-        "content_hash": splits.content_hash,
-        "sets_hash": splits.sets_hash,
-        "is_cut": splits.is_cut,
-    }
 
 
 def _write_shards(

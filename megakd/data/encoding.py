@@ -112,7 +112,9 @@ def encode_splits(
         DataError: `max_length` leaves no room for text, a split has no tokens, or the cache
             cannot be written.
     """
-    present = {n: r for n, r in _named(splits) if r is not None and (with_train or n != "train")}
+    train = splits.train if splits.stream is None and with_train else None
+    named = {"train": train, "validation": splits.validation, "test": splits.test}
+    present = {name: rows for name, rows in named.items() if rows is not None}
     made, key = encode_rows(
         present, tokenizer, task, content_hash=splits.content_hash, cache_dir=cache_dir
     )
@@ -281,11 +283,6 @@ def labelled_only(rows: Dataset) -> Dataset:
             "labels; check task.label_column, or train without this stage"
         )
     return rows if carries.all() else rows.select(np.flatnonzero(carries))
-
-
-def _named(splits: Splits) -> tuple[tuple[str, Dataset | None], ...]:
-    train = splits.train if splits.stream is None else None
-    return (("train", train), ("validation", splits.validation), ("test", splits.test))
 
 
 def _token_count(rows: Dataset) -> int:

@@ -18,7 +18,7 @@ from megakd.config.task import TaskConfig
 from megakd.data.cache import remembered_of_rows
 from megakd.data.readers import by_split, class_names_of, is_plain
 from megakd.data.rows import Found, rows_of_tables
-from megakd.data.tables import Record, SplitName, Table
+from megakd.data.tables import Record, Table
 from megakd.errors import DataError
 
 ROWS_PER_READ = 1000
@@ -26,10 +26,13 @@ ROWS_PER_READ = 1000
 
 def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     """Return the rows of the Hub data set `task.dataset`."""
-    tables = _hub_tables(task.data_name, task.dataset_config, advice=hub_advice(task))
+    name = task.data_name
+    found = load_hub(name, task.dataset_config, advice=hub_advice(task))
+    keys = by_split(map(str, found), f"the Hub data set {name}")
+    tables = {split: hub_table(f"{name} ({key})", found[key]) for split, key in keys.items()}
     if "train" not in tables:
-        raise DataError(f"the Hub data set {task.data_name} has no split named 'train'")
-    return rows_of_tables(tables, task, name=task.data_name, cache_dir=cache_dir)
+        raise DataError(f"the Hub data set {name} has no split named 'train'")
+    return rows_of_tables(tables, task, name=name, cache_dir=cache_dir)
 
 
 def hub_advice(task: TaskConfig) -> str:
@@ -38,12 +41,6 @@ def hub_advice(task: TaskConfig) -> str:
         "task.dataset may also be pydocs, glue/<task>, or a local file or folder, but "
         f"{task.data_name!r} does not exist on this machine"
     )
-
-
-def _hub_tables(name: str, configuration: str | None, *, advice: str) -> dict[SplitName, Table]:
-    found = load_hub(name, configuration, advice=advice)
-    keys = by_split(map(str, found), f"the Hub data set {name}")
-    return {split: hub_table(f"{name} ({key})", found[key]) for split, key in keys.items()}
 
 
 def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDict:

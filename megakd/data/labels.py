@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -21,8 +21,6 @@ INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 MAX_NAMES_SHOWN = 8
 NO_CLASS = -1
 """`datasets` writes this number into a column with class names for a row without a class."""
-
-Labeller = Callable[[Table, str, Record], "int | float"]
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,12 @@ class StepLoader:
         if self._masking is not None:
             batch = self._masking(batch, mine, **drawn)
         others = {
-            role: read(rows, mine, size=self._size, **drawn | {"seed": _seed_of(self._seed, role)})
+            role: read(
+                rows,
+                mine,
+                size=self._size,
+                **drawn | {"seed": zlib.crc32(f"{self._seed}:{role}".encode())},
+            )
             for role, read in self._others.items()
         }
         numbers = np.full(self._size, -1)
@@ -170,10 +175,6 @@ def lengths_of_rows(rows: Dataset) -> NDArray[np.int64]:
     return np.concatenate([row_lengths(table) for table in tables])
 
 
-def _seed_of(seed: int, role: str) -> int:
-    return zlib.crc32(f"{seed}:{role}".encode())
-
-
 def evaluation_batches(
     rows: Dataset,
     collate: Collate,
@@ -191,7 +192,7 @@ def evaluation_batches(
     """
     _check_rows(rows)
     table, batch_size = rows.with_format("arrow"), min(batch_size, len(rows))
-    for turn in range(_evaluation_turns(len(rows), batch_size=batch_size, world=world)):
+    for turn in range(-(-len(rows) // (batch_size * world))):
         start = (turn * world + rank) * batch_size
         end = min(start + batch_size, len(rows))
         numbers = np.arange(start, end)
@@ -240,10 +241,6 @@ def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size
 
 def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
     return table[rows] if len(rows) else {}
-
-
-def _evaluation_turns(count: int, *, batch_size: int, world: int) -> int:
-    return -(-count // (batch_size * world))
 
 
 class Waits(Protocol):

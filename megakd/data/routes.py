@@ -134,11 +134,6 @@ def _labels(
     return batch.labels[rows].masked_fill(~own.any(dim=1), none)
 
 
-def _blanked(numbers: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    # -1 for a blank row.
-    return numbers.masked_fill(~own.any(dim=1), -1)
-
-
 def _targets(
     batch: Batch, places: _Places, own: NDArray[np.bool_]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -213,7 +208,7 @@ def check_routes(rows: Dataset, teachers: Sequence[str]) -> None:
         DataError: a row names an unknown teacher, or no row names one of the teachers.
     """
     names = names_of(rows)
-    counts = _counted(names)
+    counts = Counter(names.tolist())
     for name in counts:
         if name not in teachers:
             row = int(np.flatnonzero(names == name)[0])
@@ -233,8 +228,4 @@ def check_routes(rows: Dataset, teachers: Sequence[str]) -> None:
 
 def rows_of_teachers(rows: Dataset) -> dict[str, int]:
     """Return the number of rows that name each teacher, by name, in the order of the rows."""
-    return _counted(names_of(rows))
-
-
-def _counted(names: NDArray[np.str_]) -> dict[str, int]:
-    return dict(Counter(names.tolist()))
+    return dict(Counter(names_of(rows).tolist()))

@@ -17,13 +17,8 @@ from megakd.data.cache import key_of
 from megakd.data.chat.rows import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.files import files_table, local_rows, matching_files
-from megakd.data.glue import glue_rows
-from megakd.data.hub import hub_rows
-from megakd.data.mixture import mixed, mixture_rows
-from megakd.data.pydocs import pydocs_rows
 from megakd.data.routes import without_routes
 from megakd.data.rows import Found, TextStream, scored_rows
-from megakd.data.streams import streamed_files, streamed_hub_rows
 from megakd.data.tables import Table
 from megakd.errors import ConfigError, DataError
 
@@ -91,6 +86,8 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     if test is not None and not is_labelled(test).any():
         test = None
     if task.mixture is not None:
+        from megakd.data.mixture import mixed
+
         train = mixed(train, task.mixture, seed=seed)
     return Splits(
         train=keep_labels(train, task.labelled_examples, seed=seed, name=found.name),
@@ -133,28 +130,39 @@ def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir
 
 
 def _find(task: TaskConfig, cache_dir: Path) -> Found:
-    files = streamed_files if task.streaming else local_rows
+    # A run imports the reader of its own source alone.
     if task.mixture is not None:
-        find = mixture_rows
-    elif task.dataset is None:
-        find = files
-    elif task.dataset == "pydocs" or task.dataset.startswith("glue/"):
-        find = pydocs_rows if task.dataset == "pydocs" else glue_rows
-    elif task.data_dir is not None:
+        from megakd.data.mixture import mixture_rows as find
+    elif task.dataset == "pydocs":
+        from megakd.data.pydocs import pydocs_rows as find
+    elif (task.dataset or "").startswith("glue/"):
+        from megakd.data.glue import glue_rows as find
+    elif _is_on_hub(task) and task.streaming:
+        from megakd.data.streams import streamed_hub_rows as find
+    elif _is_on_hub(task):
+        from megakd.data.hub import hub_rows as find
+    elif task.streaming:
+        from megakd.data.streams import streamed_files as find
+    else:
+        find = local_rows
+    return find(task, cache_dir=cache_dir)
+
+
+def _is_on_hub(task: TaskConfig) -> bool:
+    if task.dataset is None:
+        return False
+    if task.data_dir is not None:
         raise ConfigError(
             f"task.data_dir: {task.data_dir} is used only for glue/<task>, and task.dataset "
             f"{task.dataset!r} names its own file, folder or Hub id; remove the key"
         )
-    elif not (Path(task.dataset).expanduser().exists() or looks_like_path(task.dataset)):
-        find = streamed_hub_rows if task.streaming else hub_rows
-    elif task.dataset_config is not None:
+    is_local = Path(task.dataset).expanduser().exists() or looks_like_path(task.dataset)
+    if is_local and task.dataset_config is not None:
         raise ConfigError(
             f"task.dataset_config: {task.dataset_config!r} names a configuration on the Hub, "
             f"but task.dataset {task.dataset!r} is a local path; remove the key"
         )
-    else:
-        find = files
-    return find(task, cache_dir=cache_dir)
+    return not is_local
 
 
 def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:

@@ -125,13 +125,20 @@ def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Ba
     """
     lengths = row_lengths(rows)
     size = layout.shape.most_rows(len(lengths))
-    found = tuple(
+    batches = tuple(
         micro_batch(_taken(rows, mine), len(mine), layout, collate, size=size)
         for mine in layout.micro_batches(lengths)
     )
-    if "is_rollout" not in _names(rows):
-        return found
-    return tuple(_with_rollouts(batch) for batch in found)
+    names = cast("Any", rows).column_names if isinstance(rows, pa.Table) else rows
+    if "is_rollout" not in cast("Sequence[str]", names):
+        return batches
+    # A micro-batch without rows has no such column.
+    return tuple(
+        batch
+        if batch.is_rollout is not None
+        else batch._replace(is_rollout=torch.zeros_like(batch.valid))
+        for batch in batches
+    )
 
 
 def micro_batch(

@@ -140,14 +140,10 @@ def conversation_of(name: str, columns: ChatColumns, record: Record) -> Conversa
     """Return the conversation of a row."""
     if columns.text:
         return Conversation(completion=document_of(name, columns.text, record))
-    if columns.messages is not None:
-        return _of_messages(name, columns.messages, record)
-    return _of_prompt(name, columns, record)
-
-
-def _of_messages(name: str, column: str, record: Record) -> Conversation:
-    where = f"{name}, {record.place}: column {column!r}"
-    messages = messages_of(_present(record, column, where), where=where)
+    if columns.messages is None:
+        return _of_prompt(name, columns, record)
+    where = f"{name}, {record.place}: column {columns.messages!r}"
+    messages = messages_of(_present(record, columns.messages, where), where=where)
     return _chat(name, record, messages, first=0)
 
 
