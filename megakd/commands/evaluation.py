@@ -27,7 +27,7 @@ from megakd.errors import CheckpointError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.row_length import with_row_length
 from megakd.inputs.run_data import cache_folder
-from megakd.inputs.vocabulary_checks import check_vocabularies, without_tokenizer
+from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, model_label_names
 from megakd.models.loading import resolve_model

@@ -34,10 +34,15 @@ from megakd.data.student_vocabularies import (
 from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import gather, main_first
 from megakd.errors import ConfigError, MegakdError, TeacherError
-from megakd.inputs.chat_checks import check_answers, check_caches, check_chat_models
 from megakd.inputs.row_length import with_row_length
 from megakd.inputs.run_data import MixedRows, cache_folder, encoded_rows, mixed_rows, splits_of
-from megakd.inputs.vocabulary_checks import other_vocabularies, without_tokenizer
+from megakd.inputs.tokenizer_checks import (
+    check_answers,
+    check_caches,
+    check_chat_models,
+    other_vocabularies,
+    without_tokenizer,
+)
 from megakd.losses.class_weights import with_class_weights
 from megakd.losses.objective import check_terms
 from megakd.losses.stage_losses import shape_of

@@ -17,9 +17,8 @@ from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.errors import CheckpointError
 from megakd.reports import table
 from megakd.reports.charts import Chart, Dot, choice_charts, plane_chart
-from megakd.reports.curves import training
+from megakd.reports.curves import pruning_section, training
 from megakd.reports.history import panels, read_history
-from megakd.reports.pruning import pruning_section
 from megakd.reports.quantities import is_number
 from megakd.reports.report import completed, read_report
 from megakd.reports.templating import TEMPLATES

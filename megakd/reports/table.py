@@ -1,6 +1,7 @@
 """The tables of a report as rows of text, and the report as plain text.
 
-The first row of a table has the titles; a table without further rows is left out.
+The first row of a table has the titles; a table without further rows is left out. The templates of
+the page call the public functions.
 """
 
 from __future__ import annotations
@@ -56,38 +57,40 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     """Return the report as aligned plain text, for the end of a run."""
     report = completed(report)
     tables = [
-        _class_rows(report, most=6),
-        _set_rows(report),
+        class_rows(report, most=6),
+        set_rows(report),
         candidate_rows(report["candidates"]),
-        _pool_rows(report),
+        pool_rows(report),
         pruning_rows(report, most=6),
         generation_rows(report),
-        _stage_rows(report),
+        stage_rows(report),
     ]
-    lower = _lower_metrics(report)
+    lower = lower_metrics(report)
     notes = (
         f"{', '.join(lower)}: lower is better" if lower else "",
-        _latency_note(report),
-        _vocabulary_note(report),
-        _adapter_note(report["student"]),
+        latency_note(report),
+        vocabulary_note(report),
+        adapter_note(report["student"]),
     )
     blocks = [
         [f"{report['method']} on {report['task']}, scored on {report['evaluated_on']}"],
-        [*aligned_rows(beside(*_model_parts(report))), *filter(None, notes)],
+        [*aligned_rows(beside(*model_parts(report))), *filter(None, notes)],
         *(aligned_rows(rows) for rows in tables if rows[1:]),
         [*_time_lines(report), *([f"the student is in {final}"] if final else [])],
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
-def _adapter_note(student: ModelReport) -> str:
+def adapter_note(student: ModelReport) -> str:
+    """Return a line about the weights of the adapters; empty if all weights were trained."""
     if "trained_parameters" not in student:
         return ""
     trained, whole = map(short_count, (student["trained_parameters"], student["parameters"]))
     return f"student: {trained} parameters trained, as adapters (LoRA) of a model of {whole}"
 
 
-def _vocabulary_note(report: Report) -> str:
+def vocabulary_note(report: Report) -> str:
+    """Return a line about the student's own vocabulary; empty if all models share one."""
     vocabulary = report["vocabulary"]
     if vocabulary is None:
         return ""
@@ -185,7 +188,8 @@ def timings(report: Report) -> list[Timing]:
     return [timings[key] for key in sorted(timings)]
 
 
-def _model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
+def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
+    """Return the models' names, sizes, scores and times, for `beside`."""
     timed, metrics, teacher = timings(report), _metric_names(report), report["teacher"]
     reference = largest(teachers_of(report)) or TEACHER
     against = "vs teacher" if lower_is_better(report["metric_name"]) else "kept"
@@ -236,11 +240,12 @@ def beside(*parts: Rows) -> Rows:
 
 def timed_rows(report: Report) -> Rows:
     """Return a row per model that was timed."""
-    names, _, _, times = _model_parts(report)
+    names, _, _, times = model_parts(report)
     return [row for row in beside(names, times) if set(row[1:]) - {"-"}]
 
 
-def _latency_note(report: Report) -> str:
+def latency_note(report: Report) -> str:
+    """Return a line with length, dtype and device of the timing, if the report has them."""
     timed = [entry for entry in report["latency"] if "length" in entry]
     if not timed:
         return ""
@@ -262,7 +267,8 @@ def _metric_names(report: Report) -> list[str]:
     return [name for name in report["student"]["metrics"] if name != "loss" or says_more]
 
 
-def _lower_metrics(report: Report) -> list[str]:
+def lower_metrics(report: Report) -> list[str]:
+    """Return the metrics of the table for which lower is better."""
     return [name for name in _metric_names(report) if lower_is_better(name)]
 
 
@@ -309,7 +315,8 @@ def candidate_rows(candidates: Sequence[CandidateReport]) -> Rows:
     return rows
 
 
-def _class_rows(report: Report, *, most: int) -> Rows:
+def class_rows(report: Report, *, most: int) -> Rows:
+    """Return the student's scores by label; no rows if there are more than `most` labels."""
     classes = report["student"].get("per_class", ())
     rows = [["student, by label", "precision", "recall", "f1", "rows"]]
     for one in classes if len(classes) <= most else ():
@@ -318,7 +325,8 @@ def _class_rows(report: Report, *, most: int) -> Rows:
     return rows
 
 
-def _set_rows(report: Report) -> Rows:
+def set_rows(report: Report) -> Rows:
+    """Return a row per evaluation set and model."""
     metrics = list(report["student"]["metrics"])
     rows = [["evaluation set", "model", "rows", *metrics]]
     for name, entry in report["evaluation_sets"].items():
@@ -328,7 +336,8 @@ def _set_rows(report: Report) -> Rows:
     return rows
 
 
-def _pool_rows(report: Report) -> Rows:
+def pool_rows(report: Report) -> Rows:
+    """Return a row per teacher of a pool, with the score if teachers were ranked."""
     pool, metric = report["pool"], report["metric_name"]
     if pool is None:
         return []
@@ -365,7 +374,8 @@ def pruning_rows(report: Report, *, most: int) -> Rows:
     return rows
 
 
-def _stage_rows(report: Report) -> Rows:
+def stage_rows(report: Report) -> Rows:
+    """Return a row per stage with its time and memory."""
     rows = [["stage", "steps", "time", "tokens/s", "peak memory"]]
     for stage in report["stages"]:
         trained = stage["steps"] > 0 and is_number(stage["tokens_per_second"])

@@ -11,8 +11,8 @@ from html_page import Page
 from reports import language_report, report_of
 
 from megakd.reports.card import CardFacts, model_card
+from megakd.reports.curves import pruning_section
 from megakd.reports.html import html_report
-from megakd.reports.pruning import pruning_section
 from megakd.reports.quantities import step_time
 from megakd.reports.table import pruning_rows, result_table
 

@@ -1,14 +1,16 @@
-"""Checks of conversations before a run: the models' chat templates and their end tokens; of caches.
+"""Checks of tokenizers before a run: chat templates, end tokens, and vocabularies of the models.
 
 A student that learns answers without its own end token, or from a teacher that ends its answers
-with another token, generates texts without an end.
+with another token, generates texts without an end. Pretrained weights fit only the tokenizer that
+they were trained with.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from datasets import Dataset
@@ -21,8 +23,8 @@ from megakd.contract.tasks import STUDENT
 from megakd.data.chat.counts import SETS, ChatCounts
 from megakd.data.chat.rows import is_chat
 from megakd.data.chat.tokens import PROMPT_LENGTH
-from megakd.data.tokenizers import from_folder, has_tokenizer_files
-from megakd.errors import ConfigError, DataError
+from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files
+from megakd.errors import ConfigError, DataError, TeacherError
 from megakd.models.generation import generation_config_of, listed_ends
 from megakd.models.source import ModelSource
 
@@ -232,3 +234,79 @@ def check_caches(config: RunConfig, student: ModelSource) -> None:
             f"the output matrix ({values}), which the loss on cached probabilities does not "
             "support; remove the key, or use a student of another family"
         )
+
+
+def check_vocabularies(
+    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
+) -> None:
+    """Raise if a model's weights were trained with a tokenizer other than the run's."""
+    models = list(sources)
+    problems = [*without_tokenizer(task, models), *other_vocabularies(task, tokenizer, models)]
+    if problems:
+        raise TeacherError("\n".join(problems))
+
+
+def without_tokenizer(task: TaskConfig, sources: Iterable[ModelSource]) -> Iterator[str]:
+    """Yield an error for each model with weights and without tokenizer files; read no tokenizer.
+
+    The embeddings of such a model mean nothing with a tokenizer that is trained on the run's text,
+    or with another model's tokenizer. A tokenizer that `task.tokenizer` names is accepted.
+    """
+    if isinstance(task.tokenizer, str):
+        return
+    for source, folder in _pretrained(sources):
+        if not has_tokenizer_files(folder):
+            yield (
+                f"{source.where}: {source.name} has weights and no tokenizer files ({LOOKED_FOR}), "
+                "and its embeddings fit only the tokenizer of its training; set task.tokenizer to "
+                "a folder or Hub id with that tokenizer"
+            )
+
+
+def other_vocabularies(
+    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, sources: Iterable[ModelSource]
+) -> Iterator[str]:
+    """Yield an error for each model that comes with another tokenizer than the run's.
+
+    A tokenizer that `task.tokenizer` names is accepted, with a line in the log.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for source, folder in _pretrained(sources):
+        if not has_tokenizer_files(folder):
+            continue
+        own = from_folder(folder, task.type)
+        if own.get_vocab() == vocabulary:
+            continue
+        if isinstance(task.tokenizer, str):
+            _tell(source, own, tokenizer)
+        else:
+            yield (
+                f"{source.where} {source.name} has a tokenizer of {len(own)} tokens, and the run "
+                f"has another tokenizer, of {len(tokenizer)} tokens; soft targets need one "
+                "vocabulary: choose models with the same tokenizer, or set task.tokenizer if the "
+                "models share one"
+            )
+
+
+def _tell(
+    source: ModelSource, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    vocabulary = tokenizer.get_vocab()
+    other = sum(vocabulary.get(token) != number for token, number in own.get_vocab().items())
+    if other:
+        logger.warning(
+            "%s: %d of the %d tokens of the model's own tokenizer have another id, or no id, in "
+            "task.tokenizer %s, which is used as configured",
+            source.where,
+            other,
+            len(own),
+            tokenizer.name_or_path,
+        )
+
+
+def _pretrained(sources: Iterable[ModelSource]) -> Iterator[tuple[ModelSource, Path]]:
+    seen: set[Path] = set()
+    for source in sources:
+        if source.folder is not None and source.folder not in seen:
+            seen.add(source.folder)
+            yield source, source.folder
