@@ -24,9 +24,7 @@ from megakd.servers.protocol import (
 PROBE_TOKENS = 16
 """Tokens of the greedy texts that replicas are compared by."""
 TIMES = 2
-"""How often every replica continues every prompt of the comparison."""
-TIMES = 2
-"""How often every replica answers every text of the check."""
+"""How often every replica answers every prompt or text of a check."""
 REPEATED, REFERENCE = 0.05, 0.1
 """Largest mean difference of log-probabilities: between answers of servers, and from a local model.
 
@@ -158,11 +156,8 @@ def _continued(
 
 
 def _disagreement(one: str, other: str, number: int, prompt: tuple[int, ...], place: int) -> str:
-    pair = (
-        f"{one} answers differently when asked twice"
-        if one == other
-        else (f"{one} and {other} disagree")
-    )
+    twice = f"{one} answers differently when asked twice"
+    pair = twice if one == other else f"{one} and {other} disagree"
     return (
         f"rollout.server: {pair}: the greedy texts for prompt {number + 1} ({len(prompt)} tokens, "
         f"beginning with {list(prompt[:8])}) differ first at position {place}; check that all "

@@ -43,20 +43,20 @@ def replicas_of(
     kind = SglangServer if config.kind == "sglang" else VllmServer
     if kind is VllmServer and config.push == "full":
         kind = VllmWeightServer
-    return [
-        kind(JsonServer(url, time_limit_s=config.time_limit, patience_s=patience_s))
-        for url in config.url
-    ]
+    return list(map(kind, connections(config, patience_s)))
 
 
-def scoring_replicas(
-    config: TeacherServerConfig, *, patience_s: float = PATIENCE_S
-) -> list[VllmServer]:
-    """Return the replicas of `teacher.server` in the order of the config; nothing is asked yet."""
-    return [
-        VllmServer(JsonServer(url, time_limit_s=config.time_limit, patience_s=patience_s))
-        for url in config.url
-    ]
+def connections(
+    config: RolloutServerConfig | TeacherServerConfig, patience_s: float
+) -> list[JsonServer]:
+    """Return the connections to all replicas in the order of the config; nothing is asked yet."""
+    limit = config.time_limit
+    return [JsonServer(url, time_limit_s=limit, patience_s=patience_s) for url in config.url]
+
+
+def model_names(servers: Sequence[TextServer], wanted: Wanted) -> list[str]:
+    """Return the name of the model at each replica; a collective."""
+    return on_main(lambda: [model.name for model in served_models(servers, wanted)])
 
 
 class Served(NamedTuple):
@@ -100,10 +100,9 @@ def server_generator(
     if served is None:
         raise TypeError("the run has no rollout.server")
     servers = replicas_of(served.server)
-    models = on_main(lambda: [m.name for m in served_models(servers, served.wanted)])
     return ServerGenerator(
         servers,
-        models=models,
+        models=model_names(servers, served.wanted),
         push=_push(config, served, servers, model),
         wanted=served.wanted,
         place=(rank, served.rollouts.rows_per_call),

@@ -32,10 +32,11 @@ from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype
 from megakd.models.readout import Readout, load_readout
 from megakd.models.source import ModelSource
 from megakd.servers.checks import REFERENCE, Wanted, check_reference, check_scores, served_models
-from megakd.servers.connect import scoring_replicas
+from megakd.servers.connect import connections, model_names
 from megakd.servers.hidden_states import ExportedStates, Exports, StatesServer, check_folder
-from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, Running
+from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, Running
 from megakd.servers.protocol import BestTokens, ServedModel, TokenScorer
+from megakd.servers.vllm import VllmServer
 from megakd.storage.folders import check_given
 
 Said = TypeVar("Said")
@@ -236,26 +237,7 @@ def states_replicas(
         layers=source.architecture.number_of_layers(source.config),
         time_limit_s=server.time_limit,
     )
-    return [
-        StatesServer(
-            JsonServer(url, time_limit_s=server.time_limit, patience_s=patience_s), exports
-        )
-        for url in server.url
-    ]
-
-
-def _states_teacher(
-    replicas: Sequence[StatesServer],
-    wanted: Wanted,
-    source: ModelSource,
-    spec: TeacherConfig,
-    *,
-    config: RunConfig,
-    ranks: Ranks,
-) -> StatesTeacher:
-    models = on_main(lambda: [model.name for model in served_models(replicas, wanted)])
-    readout = together(lambda: _exported_readout(source, spec, config, ranks))
-    return StatesTeacher(replicas, models, readout=readout, ranks=ranks)
+    return [StatesServer(http, exports) for http in connections(server, patience_s)]
 
 
 def _exported_readout(
@@ -353,11 +335,16 @@ def served_teacher(config: RunConfig, inputs: RunInputs, name: str, ranks: Ranks
     if server.states is not None:
         source = inputs.sources[name]
         exporting = states_replicas(server, server.states, source)
-        return _states_teacher(exporting, wanted, source, spec, config=config, ranks=ranks)
-    servers = scoring_replicas(server)
-    models = on_main(lambda: [model.name for model in served_models(servers, wanted)])
+        models = model_names(exporting, wanted)
+        readout = together(lambda: _exported_readout(source, spec, config, ranks))
+        return StatesTeacher(exporting, models, readout=readout, ranks=ranks)
+    servers = [VllmServer(http) for http in connections(server, PATIENCE_S)]
     return TopKTeacher(
-        servers, models, top_k=server.best_tokens, vocabulary=wanted.vocabulary, ranks=ranks
+        servers,
+        model_names(servers, wanted),
+        top_k=server.best_tokens,
+        vocabulary=wanted.vocabulary,
+        ranks=ranks,
     )
 
 
@@ -373,7 +360,7 @@ def _check(config: RunConfig, inputs: RunInputs, name: str, spec: TeacherConfig)
         readout = _exported_readout(source, spec, config, distributed.ranks())
         answers = check_states(exporting, models, texts, readout)
     else:
-        replicas = scoring_replicas(server, patience_s=FIRST_PATIENCE_S)
+        replicas = [VllmServer(http) for http in connections(server, FIRST_PATIENCE_S)]
         models = served_models(replicas, wanted)
         names = [model.name for model in models]
         answers = check_scores(replicas, names, texts, server.best_tokens)
