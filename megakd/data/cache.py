@@ -127,6 +127,11 @@ def arrow_batches(rows: Dataset, size: int) -> Iterator[pa.Table]:
     return cast("Iterator[pa.Table]", rows.with_format("arrow").iter(batch_size=size))
 
 
+def column_of(rows: Dataset, name: str) -> NDArray:
+    """Return [N] the values of a column in all rows."""
+    return np.asarray(rows.select_columns(name).with_format("numpy")[:][name])
+
+
 def rows_key(rows: Dataset) -> str:
     """Return a hash of the number of rows, of all labels and of all texts, in order.
 

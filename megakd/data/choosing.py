@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, Features
 
 from megakd.contract.batch import IGNORE
-from megakd.data.cache import remembered_of_rows
+from megakd.data.cache import column_of, remembered_of_rows
 from megakd.data.chat.rows import CONVERSATION, Conversation
 from megakd.errors import DataError
 
@@ -56,7 +56,7 @@ def is_labelled(rows: Dataset) -> Chosen:
     """Return a bool per row: whether the row carries a label."""
     if "label" not in rows.column_names:
         return np.ones(len(rows), dtype=np.bool_)
-    labels = _labels(rows)
+    labels = column_of(rows, "label")
     return ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORE
 
 
@@ -117,13 +117,9 @@ def keep_labels(rows: Dataset, count: int | None, *, seed: int, name: str) -> Da
     keys = row_keys(rows, salt=str(seed))[candidates]
     # Equal texts have equal keys: the earlier row is chosen first.
     kept = candidates[np.argsort(keys, kind="stable")[:count]]
-    labels = _labels(rows)
+    labels = column_of(rows, "label")
     fewer = np.full_like(labels, np.nan if labels.dtype.kind == "f" else IGNORE)
     fewer[kept] = labels[kept]
     feature = rows.features["label"]
     fresh = Dataset.from_dict({"label": fewer}, features=Features({"label": feature}))
     return rows.remove_columns("label").add_column("label", fresh.data.column("label"))
-
-
-def _labels(rows: Dataset) -> np.ndarray:
-    return rows.with_format("numpy", columns=["label"])[:]["label"]

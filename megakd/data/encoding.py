@@ -17,10 +17,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE
 from megakd.data.bad_rows import BadRows
 from megakd.data.cache import (
-    LABELS_AT_ONCE,
     arrow_batches,
     key_of,
     read_rows,
@@ -31,6 +29,7 @@ from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
 from megakd.data.chat.rows import is_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
+from megakd.data.choosing import is_labelled
 from megakd.data.collation import columns_of
 from megakd.data.rows import TextStream
 from megakd.data.splits import Splits
@@ -274,9 +273,7 @@ def labelled_only(rows: Dataset) -> Dataset:
     """Return the rows that carry a label, memory-mapped; all rows for language tasks."""
     if "label" not in rows.column_names:
         return rows
-    tables = arrow_batches(rows.select_columns("label"), LABELS_AT_ONCE)
-    labels = np.concatenate([table.column("label").to_numpy() for table in tables])
-    carries = ~np.isnan(labels) if labels.dtype.kind == "f" else labels != IGNORE
+    carries = is_labelled(rows)
     if not carries.any():
         raise DataError(
             f"none of the {len(rows)} training rows has a label, and this stage learns only from "

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from megakd.contract.batch import Batch
-from megakd.data.cache import arrow_batches
+from megakd.data.cache import arrow_batches, column_of
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.masking import Masking
 from megakd.data.step_layout import Collate, StepLayout, StepShape, micro_batch, row_lengths
@@ -165,8 +165,7 @@ def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:
 
 def prompt_lengths(rows: Dataset) -> NDArray[np.int64]:
     """Return [N] tokens of the prompt of every row; 0: the row has no prompt."""
-    column = rows.select_columns(PROMPT_LENGTH).with_format("numpy")[:]
-    return np.asarray(cast("Mapping[str, Any]", column)[PROMPT_LENGTH], dtype=np.int64)
+    return column_of(rows, PROMPT_LENGTH).astype(np.int64)
 
 
 def lengths_of_rows(rows: Dataset) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.cache import key_of
+from megakd.data.cache import column_of, key_of
 from megakd.data.chat.rows import SOURCE
 from megakd.data.files import files_table, matching_files, named_files, refuse_shared
 from megakd.data.kinds import RowKind
@@ -74,7 +74,7 @@ def mixed(rows: Dataset, sources: Mapping[str, MixtureSource], *, seed: int) -> 
     The source with the most rows in relation to its weight is read once. The others are read as
     often as their weight asks: whole, and then a share that the seed chooses.
     """
-    of_row = np.asarray(rows.select_columns(SOURCE).with_format("numpy")[:][SOURCE])
+    of_row = column_of(rows, SOURCE)
     places = {name: np.flatnonzero(of_row == name) for name in sources}
     for name, own in places.items():
         if not len(own):

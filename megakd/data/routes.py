@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megakd.contract.batch import IGNORE, Batch, Extras, Within
 from megakd.contract.routes import ROUTE, teacher_number
-from megakd.data.cache import PLACE
+from megakd.data.cache import PLACE, column_of
 from megakd.data.chat.rows import is_chat
 from megakd.data.collation import documents_of, padded_width
 from megakd.data.tables import Record, Table, require
@@ -198,7 +198,7 @@ def without_routes(rows: Dataset) -> Dataset:
 
 def names_of(rows: Dataset) -> NDArray[np.str_]:
     """Return [N] the name of the teacher of every row."""
-    return np.asarray(rows.select_columns(ROUTE).with_format("numpy")[:][ROUTE])
+    return column_of(rows, ROUTE)
 
 
 def check_routes(rows: Dataset, teachers: Sequence[str]) -> None:

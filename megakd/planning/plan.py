@@ -16,7 +16,7 @@ from megakd.planning.engines import PARTS, Part, Place, Share
 from megakd.planning.lab import PlanningLab, planned_sources
 from megakd.planning.phase_traces import Traces
 from megakd.planning.timeline import PhasePlan, Timeline
-from megakd.reports.table import aligned_rows
+from megakd.process.terminal import aligned_rows
 
 ROLES = ("teacher", "student")
 SPARE = 0.05

@@ -118,9 +118,9 @@ class Inventory(tuple[Parameter, ...]):
         """Number of weights of the largest parameter."""
         return max((parameter.numel for parameter in self), default=0)
 
-    def amount(self, itemsize: int, ranks: int = 1) -> Amount:
-        """Return the memory of all parameters, each divided among `ranks` ranks."""
-        return amount_of(-(-parameter.numel // ranks) * itemsize for parameter in self)
+    def amount(self, itemsize: int) -> Amount:
+        """Return the memory of all parameters."""
+        return amount_of(parameter.numel * itemsize for parameter in self)
 
 
 def inventory(module: nn.Module) -> Inventory:

@@ -1,11 +1,11 @@
-"""What a command reads and prints: paths with ~, and its answer alone on standard output."""
+"""What a command reads and prints: paths with ~, tables, and its answer on standard output."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -49,3 +49,13 @@ def in_home(text: str) -> Path:
     Shells leave `--to=~/folder` unchanged. A name that is no user stays as written.
     """
     return Path(os.path.expanduser(text))  # noqa: PTH111, Path.expanduser raises RuntimeError
+
+
+def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines with the first cells left-aligned and the other cells right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines: list[str] = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return lines

@@ -32,6 +32,7 @@ from megakd.contract.tasks import (
     file_of_step,
     is_text_metric,
 )
+from megakd.process.terminal import aligned_rows
 from megakd.reports.history import LAST_STEP, evenly, panels, read_history
 from megakd.reports.quantities import (
     Ratio,
@@ -433,13 +434,3 @@ def _text_value(name: str, value: Any) -> str:
     if not is_number(value):
         return "-"
     return f"{value:.1%}" if name in SHARES else f"{value:.4g}"
-
-
-def aligned_rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines with the first cells left-aligned and the other cells right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines: list[str] = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return lines

@@ -13,6 +13,7 @@ from megakd.storage.atomic import json_text
 
 Fingerprint = dict[str, Any]
 ABSENT = object()
+_MOST_SHOWN = 5
 _BLOCK = 1 << 16
 _STRIDE = 1 << 20
 _READ_WHOLE = 1 << 28
@@ -37,15 +38,15 @@ def as_read_back(fingerprint: Fingerprint) -> Fingerprint:
     return json.loads(json_text(fingerprint))
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], *, most: int = 5) -> str:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """Return `key: 3 there, 4 here; …` for the fields that differ, or an empty string."""
     shown = [
         f"{key}: {_shown(there, key)} there, {_shown(here, key)} here"
         for key in dict.fromkeys([*there, *here])
         if there.get(key, ABSENT) != here.get(key, ABSENT)
     ]
-    if len(shown) > most:
-        shown = [*shown[:most], f"and {len(shown) - most} more"]
+    if len(shown) > _MOST_SHOWN:
+        shown = [*shown[:_MOST_SHOWN], f"and {len(shown) - _MOST_SHOWN} more"]
     return "; ".join(shown)
 
 

@@ -140,9 +140,5 @@ _PARTS: tuple[Rule[_Part], ...] = (
 )
 
 
-def _is_softened(term: TermConfig) -> bool:
-    return isinstance(term, SoftTargetKl) and term.temperature != 1
-
-
 def _needs_all(term: TermConfig) -> bool:
     return compares(term) and not looks_inside(term) and not isinstance(term, SoftTargetKl)

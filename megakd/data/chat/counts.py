@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.contract.batch import IGNORE
 from megakd.data.cache import longest_of
+from megakd.process.terminal import aligned_rows
 
 logger = logging.getLogger(__name__)
 KEYED = ("special", "lengths")
@@ -146,17 +147,7 @@ def _shown_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> st
 
 def table_lines(counts: Mapping[str, ChatCounts]) -> list[str]:
     """Return the lines of the table: a heading, and a line for each name."""
-    lines = [HEADING, *(_cells(name, own) for name, own in counts.items())]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
-            ]
-        )
-        for line in lines
-    ]
+    return aligned_rows([HEADING, *(_cells(name, own) for name, own in counts.items())])
 
 
 def _cells(name: str, own: ChatCounts) -> tuple[str, ...]:
