@@ -8,13 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megakd.config.models import (
-    KeptLayers,
-    LoraConfig,
-    PooledTeacher,
-    StudentConfig,
-    TeacherConfig,
-)
+from megakd.config.models import KeptLayers, LoraConfig, PooledTeacher, StudentConfig, TeacherConfig
 from megakd.config.paths import Folder
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig

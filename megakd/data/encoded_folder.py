@@ -51,14 +51,7 @@ from megakd.storage.folders import damage_at_start
 FORMAT = 1
 MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer"
 # Keys of `task` on which the rows do not depend, or which have facts of their own.
-_FREE = (
-    "encoded",
-    "tokenizer",
-    "mlm_probability",
-    "streaming",
-    "chat_template",
-    "end_tokens",
-)
+_FREE = ("encoded", "tokenizer", "mlm_probability", "streaming", "chat_template", "end_tokens")
 Record = Mapping[str, Any]
 TEXTS_PER_SHARD = 100_000
 

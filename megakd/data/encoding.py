@@ -18,13 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.data.bad_rows import BadRows
-from megakd.data.cache import (
-    arrow_batches,
-    key_of,
-    read_rows,
-    rows_key,
-    write_tables,
-)
+from megakd.data.cache import arrow_batches, key_of, read_rows, rows_key, write_tables
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
 from megakd.data.chat.rows import is_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION

@@ -73,10 +73,7 @@ def tables_of_files(
     is_cut = "validation" not in paths
     return {
         split: files_table(
-            files,
-            key.format(split=split),
-            name=name,
-            to_be_split=is_cut and split == "train",
+            files, key.format(split=split), name=name, to_be_split=is_cut and split == "train"
         )
         for split, files in paths.items()
     }

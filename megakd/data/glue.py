@@ -78,10 +78,7 @@ TASKS: Mapping[str, GlueTask] = {
         label="Quality",
     ),
     "stsb": GlueTask(
-        text=("sentence1", "sentence2"),
-        metrics=("pearson", "spearman"),
-        classes=(),
-        label="score",
+        text=("sentence1", "sentence2"), metrics=("pearson", "spearman"), classes=(), label="score"
     ),
     # A few lines of the published train.tsv are broken; all readers of GLUE skip these lines.
     "qqp": GlueTask(

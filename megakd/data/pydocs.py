@@ -357,9 +357,7 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
                 yield clean
 
 
-def _definitions(
-    node: ast.AST,
-) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     for block in BLOCKS:
         for child in getattr(node, block, None) or ():
             if isinstance(child, DEFINITIONS):

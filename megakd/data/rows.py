@@ -227,12 +227,7 @@ def rows_of(
 
 
 def _rows(
-    table: Table,
-    kind: RowKind,
-    blank: BlankRows,
-    *,
-    source: str | None,
-    teacher: RowTeacher | None,
+    table: Table, kind: RowKind, blank: BlankRows, *, source: str | None, teacher: RowTeacher | None
 ) -> Iterator[dict[str, object]]:
     for record in table.records():
         with blank.bad:

@@ -15,12 +15,7 @@ _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def row_keys(
-    seed: int,
-    draw: int | NDArray[np.int64],
-    rows: NDArray[np.int64],
-    *,
-    size: int,
-    domain: int = 0,
+    seed: int, draw: int | NDArray[np.int64], rows: NDArray[np.int64], *, size: int, domain: int = 0
 ) -> NDArray[np.uint64]:
     """Return the keys [B] of the streams of a micro-batch's rows.
 

@@ -278,10 +278,4 @@ def batch_source(  # noqa: PLR0913  (each is another fact about the stage)
             "true); remove one of the two"
         )
     rows = EncodedStream(encoded.stream, shape=layout.shape, seed=seed)
-    return StreamLoader(
-        rows,
-        collate,
-        steps_per_epoch=max_steps,
-        gather=gather,
-        masking=masking,
-    )
+    return StreamLoader(rows, collate, steps_per_epoch=max_steps, gather=gather, masking=masking)

@@ -26,11 +26,7 @@ from megakd.data.encoding import Encoded
 from megakd.data.routes import check_routes
 from megakd.data.shared_words import VocabularyPair
 from megakd.data.splits import Splits
-from megakd.data.student_vocabularies import (
-    check_special_tokens,
-    load_student_tokenizer,
-    overlap,
-)
+from megakd.data.student_vocabularies import check_special_tokens, load_student_tokenizer, overlap
 from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import gather, main_first
 from megakd.errors import ConfigError, MegakdError, TeacherError

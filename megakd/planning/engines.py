@@ -29,23 +29,11 @@ from megakd.planning.cluster import Cluster
 from megakd.planning.tracing import NOTHING, Amount, Inventory, Trace, amount_of, block, mapped
 
 Part = Literal[
-    "weights",
-    "gradients",
-    "optimizer",
-    "averages",
-    "activations",
-    "gather",
-    "workspace",
-    "elastic",
+    "weights", "gradients", "optimizer", "averages", "activations", "gather", "workspace", "elastic"
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
 Place = Literal["device", "host"]
-_LIFETIMES = {
-    "weights": "models",
-    "optimizer": "models",
-    "averages": "models",
-    "gather": "module",
-}
+_LIFETIMES = {"weights": "models", "optimizer": "models", "averages": "models", "gather": "module"}
 HOLES = {"step": 0.4, "module": 0.1}
 """Extra share of the heap by the lifetime of its blocks, for holes that no later block fills.
 

@@ -157,10 +157,7 @@ class Plan:
             "seconds_per_step": self.seconds_of(phase),
             "micro_batches_per_call": phase.per_call,
             "pruned_to": phase.pruned
-            and {
-                "parameters": phase.pruned.parameters,
-                "width": phase.pruned.width,
-            },
+            and {"parameters": phase.pruned.parameters, "width": phase.pruned.width},
         }
 
 
@@ -265,11 +262,7 @@ def _gigabytes(size: float) -> str:
 
 
 def plan_run(
-    config: RunConfig,
-    cluster: Cluster,
-    *,
-    advise: bool = True,
-    traces: Traces | None = None,
+    config: RunConfig, cluster: Cluster, *, advise: bool = True, traces: Traces | None = None
 ) -> Plan:
     """Plan a run from configs only, and search for changes if the run does not fit."""
     if config.task.max_length is None:

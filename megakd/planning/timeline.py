@@ -17,16 +17,7 @@ from megakd.inputs.step_size import largest_step
 from megakd.models.export import SHARD_BYTES
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import (
-    FP32,
-    Frozen,
-    Holding,
-    Ledger,
-    Part,
-    Share,
-    Trained,
-    together,
-)
+from megakd.planning.engines import FP32, Frozen, Holding, Ledger, Part, Share, Trained, together
 from megakd.planning.lab import Phase, Work
 from megakd.planning.phase_traces import Pruned, Traces, planned_dtype, simulated_phase
 from megakd.planning.tracing import NOTHING, Amount, Moment, Trace, block

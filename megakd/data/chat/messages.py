@@ -166,11 +166,7 @@ def _from_sharegpt(message: Message, where: str) -> Message:
         return {"role": role, "content": text}
     calls = from_json(text)
     listed = cast("list[object]", calls) if isinstance(calls, list) else [calls]
-    return {
-        "role": role,
-        "content": "",
-        "tool_calls": [_tool_call(call, where) for call in listed],
-    }
+    return {"role": role, "content": "", "tool_calls": [_tool_call(call, where) for call in listed]}
 
 
 def _check_encodable(message: Message, where: str) -> None:
