@@ -173,7 +173,6 @@ class RolloutConfig:
     are continued."""
 
     def sampling_at(self, step: int) -> Sampling:
-        """Return how the prompts of a step are continued."""
         given = self.sampling
         return Sampling(
             max_new_tokens=self.max_new_tokens_at(step),
@@ -183,7 +182,6 @@ class RolloutConfig:
         )
 
     def max_new_tokens_at(self, step: int) -> int:
-        """Return the length limit of a step."""
         if isinstance(self.max_new_tokens, int):
             return self.max_new_tokens
         begun = [length for length in self.max_new_tokens if length.from_step <= step]
@@ -205,7 +203,6 @@ class RolloutConfig:
 
     @property
     def longest(self) -> int:
-        """The largest length limit of all steps."""
         if isinstance(self.max_new_tokens, int):
             return self.max_new_tokens
         return max(length.max_new_tokens for length in self.max_new_tokens)

@@ -30,7 +30,6 @@ class LatencyConfig:
     """Tokens at the end of a text that a decoder also generates; 0: only forwards are timed."""
 
     def batches(self, task: TaskType) -> tuple[int, ...]:
-        """Return the numbers of texts at a time."""
         return self.batch or ((1,) if task == "causal_lm" else (1, 32))
 
 

@@ -92,7 +92,6 @@ class RowKind:
 
     @property
     def label(self) -> str | None:
-        """The column of labels."""
         return self.fields.label if isinstance(self.fields, Fields) else None
 
     @property

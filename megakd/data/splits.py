@@ -57,7 +57,6 @@ class Splits(NamedTuple):
 
     @property
     def whole_hash(self) -> str:
-        """Sha256 of all data of the run."""
         if not self.sets_hash:
             return self.content_hash
         return key_of(self.content_hash, self.sets_hash)

@@ -69,7 +69,6 @@ class StepShape(NamedTuple):
         return min(self.per_device, -(-rows // (self.accumulation * self.world)))
 
     def steps_per_epoch(self, rows: int) -> int:
-        """Return the number of steps in which every row occurs once."""
         return -(-rows // self.rows_per_step)
 
 

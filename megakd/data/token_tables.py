@@ -237,7 +237,6 @@ class Packer:
             self._tokens[:, : self._used] = np.stack(begun)
 
     def add(self, document: ArrayLike) -> Iterator[PackedRow]:
-        """Add the tokens of a document, and yield the rows that are full."""
         ids = np.asarray(document, dtype=np.int32)
         labels = np.append(ids[1:], np.int32(IGNORE))
         start = 0

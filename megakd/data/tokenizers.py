@@ -253,20 +253,20 @@ def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerB
     elif task_type != "causal_lm" and "eos_token" in roles:
         # T5's models are of this kind: no token before a text, and this token after the text.
         eos = roles["eos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"$A {eos}",
-            pair=f"$A {eos} $B {eos}",
-            special_tokens=[(eos, tokenizer.token_to_id(eos))],
-        )
+        tokenizer.post_processor = _template(tokenizer, eos, f"$A {eos}")
     elif proto.trainer_spec.model_type == _SENTENCEPIECE_BPE and "bos_token" in roles:
         # Llama's models are of this kind, and were trained with this token before every text.
         bos = roles["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, tokenizer.token_to_id(bos))],
-        )
+        tokenizer.post_processor = _template(tokenizer, bos, f"{bos} $A")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
+def _template(tokenizer: Tokenizer, token: str, single: str) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=single,
+        pair=f"{single} {single.replace('$A', '$B')}",
+        special_tokens=[(token, tokenizer.token_to_id(token))],
+    )
 
 
 def sentencepiece_backend(extractor: SentencePieceExtractor) -> Tokenizer:

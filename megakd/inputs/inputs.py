@@ -82,7 +82,6 @@ class UnencodedInputs:
 
     @property
     def metric(self) -> Metric:
-        """The metric that ranks evaluations of this task."""
         return self.metrics.main
 
     @property
@@ -127,12 +126,8 @@ def prepare(config: RunConfig) -> RunInputs:
     check_run(config, found)
     _say_positive_label(found.metrics)
     inputs = RunInputs(
+        **vars(found),
         config=config,
-        splits=found.splits,
-        metrics=found.metrics,
-        tokenizer=found.tokenizer,
-        sources=found.sources,
-        teacher_tokenizer=found.teacher_tokenizer,
         mixed=mixed_rows(config, found.splits, found.pair),
         encoded=encoded_rows(config, found.splits, found.tokenizer),
         teacher_encoded=(

@@ -34,7 +34,6 @@ class StepSize(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Positions of a micro-batch."""
         return self.rows * self.length
 
 

@@ -60,12 +60,10 @@ class Cluster:
 
     @property
     def one_node(self) -> Cluster:
-        """One node of the cluster."""
         return replace(self, ranks=self.ranks_per_node, nodes=1)
 
     @property
     def ranks_per_node(self) -> int:
-        """Number of ranks that share the memory of a node."""
         return self.ranks // self.nodes
 
 

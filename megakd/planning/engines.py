@@ -159,7 +159,6 @@ class Frozen:
         return -(-numel // self.ranks)
 
     def held(self, part: Part, amount: Amount, place: Place = "device") -> Holding:
-        """Return the holding of an amount."""
         return {Share(self.role, part, place): amount}
 
     def loading(self) -> Holding:

@@ -97,7 +97,6 @@ class Plan:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Seconds per step of the last training."""
         return self.last_training and self.seconds_of(self.last_training)
 
     def seconds_of(self, phase: PhasePlan) -> float | None:

@@ -67,7 +67,6 @@ class PhasePlan:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends in one training step."""
         return sum(self.network.values())
 
 

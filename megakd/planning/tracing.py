@@ -106,7 +106,6 @@ class Inventory(tuple[Parameter, ...]):
 
     @property
     def learned(self) -> Inventory:
-        """The inventory of the parameters that learn."""
         return Inventory(parameter for parameter in self if parameter.learns)
 
     @property
@@ -115,7 +114,6 @@ class Inventory(tuple[Parameter, ...]):
 
     @property
     def largest(self) -> int:
-        """Number of weights of the largest parameter."""
         return max((parameter.numel for parameter in self), default=0)
 
     def amount(self, itemsize: int) -> Amount:

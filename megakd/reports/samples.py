@@ -66,7 +66,6 @@ class Sampler:
         return None if prompts is None else lambda model: self.add(name, prompts.answers(model))
 
     def add(self, name: str, answers: list[str]) -> None:
-        """Store the outputs of the model `name`."""
         self._answers[name] = answers
 
     def samples(self, *, teacher: str | None, student: str) -> list[SampleReport]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -154,10 +155,8 @@ def checked_completion(
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     """Return the first position at which two sequences differ; None if they are equal."""
-    for position, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return position
-    return None if len(one) == len(other) else min(len(one), len(other))
+    pairs = enumerate(zip_longest(one, other))
+    return next((position for position, (a, b) in pairs if a != b), None)
 
 
 def _check_prompt(text: ServedText, request: TextRequest, url: str) -> None:

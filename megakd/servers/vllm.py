@@ -92,13 +92,11 @@ class VllmServer(Replica):
         reply.check()
 
     def unload_adapter(self, name: str) -> None:
-        """Remove adapters that were loaded by `load_adapter`."""
         reply = self._http.post("/v1/unload_lora_adapter", {"lora_name": name})
         if reply.status != 404 or name in self.adapters():
             reply.check()
 
     def adapters(self) -> list[str]:
-        """Return the names of all loaded adapters."""
         return [card["id"] for card in self._cards() if card.get("parent") is not None]
 
     def _cards(self) -> list[dict[str, Any]]:

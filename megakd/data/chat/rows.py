@@ -77,7 +77,6 @@ class Conversation:
 
     @staticmethod
     def from_json(text: str) -> Conversation:
-        """Return the conversation that `to_json` wrote."""
         return Conversation(**json.loads(text))
 
 

@@ -11,6 +11,7 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -222,7 +223,8 @@ class _View:
         for begun in (prefix, prefix.removesuffix(self._template.end)):
             if text.startswith(begun):
                 return len(begun)
-        same = _shared_characters(prefix, text)
+        pairs = enumerate(zip_longest(prefix, text))
+        same = next(place for place, (a, b) in pairs if a != b)
         alone, whole = (t[same : same + SHOWN_CHARACTERS] for t in (prefix, text))
         answer = count + 1 if prompted else count
         raise DataError(
@@ -258,11 +260,6 @@ def _loses_tools(conversation: Conversation, text: str) -> bool:
         if isinstance(name, str) and name not in text:
             return True
     return False
-
-
-def _shared_characters(one: str, two: str) -> int:
-    shorter = min(len(one), len(two))
-    return next((n for n in range(shorter) if one[n] != two[n]), shorter)
 
 
 def _remedy(conversation: Conversation, count: int) -> str:
