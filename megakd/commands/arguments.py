@@ -26,7 +26,6 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} ({self.prog} --help lists the options)")
 
     def print_help(self, file: Any = None) -> None:
-        del file
         say(self.format_help())
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:

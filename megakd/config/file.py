@@ -233,12 +233,10 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:
         # A value that occurs twice is written twice.
-        del data
         return True
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    del loader
     text = node.value.lower()
     try:
         if node.tag == f"{_TAG}float":

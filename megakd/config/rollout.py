@@ -115,6 +115,10 @@ class SamplingConfig:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Count | None = None
 
+    def up_to(self, max_new_tokens: int) -> Sampling:
+        """Return how a prompt is continued by at most this many tokens."""
+        return Sampling(max_new_tokens, self.temperature, self.top_p, self.top_k)
+
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class LengthStep:
@@ -173,13 +177,7 @@ class RolloutConfig:
     are continued."""
 
     def sampling_at(self, step: int) -> Sampling:
-        given = self.sampling
-        return Sampling(
-            max_new_tokens=self.max_new_tokens_at(step),
-            temperature=given.temperature,
-            top_p=given.top_p,
-            top_k=given.top_k,
-        )
+        return self.sampling.up_to(self.max_new_tokens_at(step))
 
     def max_new_tokens_at(self, step: int) -> int:
         if isinstance(self.max_new_tokens, int):
@@ -255,5 +253,4 @@ class GenerationConfig:
 
     @property
     def how(self) -> Sampling:
-        given = self.sampling
-        return Sampling(self.max_new_tokens, given.temperature, given.top_p, given.top_k)
+        return self.sampling.up_to(self.max_new_tokens)

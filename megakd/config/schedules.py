@@ -47,11 +47,10 @@ class ConstantWithWarmup:
         return peak * self._decay(step, warm, total, peak)
 
     def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        del step, warm, total, peak
         return 1.0
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        del warm, total, peak
+        return None
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -59,7 +58,6 @@ class Constant(ConstantWithWarmup):
     """The peak rate at every step."""
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        del total, peak
         if warm:
             return "this schedule has no warm-up; use constant_with_warmup, or remove the warm-up"
         return None
@@ -106,7 +104,6 @@ class Polynomial(ConstantWithWarmup):
         return ((peak - self.lr_end) * remaining**self.power + self.lr_end) / peak
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        del warm, total
         if self.lr_end >= peak:
             return f"lr_end {self.lr_end:g} must be below learning_rate {peak:g}"
         return None
@@ -139,7 +136,6 @@ class CosineWithMinLr(ConstantWithWarmup):
         return _above(lowest, _cosine(self.num_cycles, _progress(step, warm, total)))
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        del warm, total
         if (self.min_lr is None) == (self.min_lr_rate is None):
             return "set exactly one of min_lr and min_lr_rate"
         if self.min_lr is not None and self.min_lr >= peak:
@@ -187,7 +183,6 @@ class WarmupStableDecay(ConstantWithWarmup):
         return _above(self.min_lr_ratio, falling[self.decay_type])
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
-        del peak
         stable = self.num_stable_steps or 0
         needed = warm + stable + self.num_decay_steps
         if total is not None and needed > total:

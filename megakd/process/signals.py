@@ -107,7 +107,6 @@ class _Watch:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
         if self.request(number) and not self.deferred:
             raise Stopped(number, self.reason)
 

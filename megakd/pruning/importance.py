@@ -257,7 +257,6 @@ def _numbers(layers: Sequence[Tensor]) -> tuple[tuple[float, ...], ...]:
 
 def _through(gate: Tensor, size: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        del module
         return (Gate.apply(inputs[0], gate, size), *inputs[1:])
 
     return hook
@@ -265,7 +264,6 @@ def _through(gate: Tensor, size: int) -> Callable[[nn.Module, tuple[Any, ...]], 
 
 def _out_through(gate: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        del module, inputs
         if isinstance(output, Tensor):
             return Gate.apply(output, gate, 1)
         hidden, *others = output  # T5 returns the position bias in addition to the hidden states
