@@ -49,7 +49,7 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
     from megakd.data.encoded_folder import facts_of, write_encoded
     from megakd.engine.collectives import on_main
     from megakd.inputs.inputs import check_run, unencoded_inputs
-    from megakd.inputs.row_length import with_row_length
+    from megakd.inputs.run_data import with_row_length
     from megakd.run.main import started
 
     check_writable(target, where="--to")

@@ -25,8 +25,7 @@ from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokeni
 from megakd.engine.collectives import main_first, on_main
 from megakd.errors import CheckpointError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
-from megakd.inputs.row_length import with_row_length
-from megakd.inputs.run_data import cache_folder
+from megakd.inputs.run_data import cache_folder, with_row_length
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.knowledge import Needs
 from megakd.models.labels import generic_labels, model_label_names

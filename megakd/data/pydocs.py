@@ -261,13 +261,9 @@ class SourceFile(NamedTuple):
 
 
 class Docstring(NamedTuple):
-    """One docstring, without indentation.
-
-    module: dotted or slashed name of the file that contains the docstring.
-    """
+    """One docstring, without indentation, and its top-level package."""
 
     package: str
-    module: str
     text: str
 
 
@@ -307,7 +303,7 @@ def read_docstrings(files: Sequence[SourceFile]) -> Iterator[Docstring | None]:
                 yield None
                 continue
             for text in _docstrings(tree):
-                yield Docstring(file.package, file.name, text)
+                yield Docstring(file.package, text)
 
 
 def _below(root: Path) -> Iterator[SourceFile]:

@@ -30,8 +30,14 @@ from megakd.data.student_vocabularies import check_special_tokens, load_student_
 from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import gather, main_first
 from megakd.errors import ConfigError, MegakdError, TeacherError
-from megakd.inputs.row_length import with_row_length
-from megakd.inputs.run_data import MixedRows, cache_folder, encoded_rows, mixed_rows, splits_of
+from megakd.inputs.run_data import (
+    MixedRows,
+    cache_folder,
+    encoded_rows,
+    mixed_rows,
+    splits_of,
+    with_row_length,
+)
 from megakd.inputs.tokenizer_checks import (
     check_answers,
     check_caches,

@@ -1,23 +1,43 @@
-"""The rows of a run, read or encoded once per node and memory-mapped by all ranks of the node."""
+"""The rows of a run: read, measured and encoded once per node, and mapped by all its ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 from datasets import Dataset
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.run import RunConfig
-from megakd.data.cache import cache_folder
-from megakd.data.encoded_folder import as_encoded, facts_of, open_splits
-from megakd.data.encoding import Encoded, encode_splits
+from megakd.config.task import MOST_TOKENS, TaskConfig
+from megakd.data.bad_rows import BadRows
+from megakd.data.cache import PLACE, cache_folder, longest_of
+from megakd.data.chat.rows import CONVERSATION, Conversation, is_chat
+from megakd.data.chat.tokens import ChatEncoder
+from megakd.data.encoded_folder import as_encoded, facts_of, open_splits, read_manifest
+from megakd.data.encoding import Encoded, encode_splits, encoded_key
 from megakd.data.mixed_text import encode_mixed
 from megakd.data.shared_words import VocabularyPair
 from megakd.data.splits import Splits, load_splits
+from megakd.data.token_tables import documents_of
 from megakd.engine.collectives import main_first, once_per_node
+from megakd.models.generation import context_length
+from megakd.models.source import ModelSource
+from megakd.storage.folders import whole_folder
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+PARTS = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
+LEAST_PACKED = 1024
+"""Short documents need no short rows: rows are packed, and short rows would cut many of them."""
+MOST_ROWS, MOST_MEASURED, ROWS_AT_ONCE = 10_000, 5_000_000, 100
+"""Rows and tokens that are measured at most, so that the cost does not grow with the data."""
+FILE = "lengths.npy"
 
 
 class MixedRows(NamedTuple):
@@ -79,3 +99,99 @@ def mixed_rows(config: RunConfig, splits: Splits, pair: VocabularyPair | None) -
         ),
     )
     return MixedRows(*made)
+
+
+def with_row_length(
+    config: RunConfig,
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Mapping[str, ModelSource],
+) -> RunConfig:
+    """Return the config with `task.max_length`, and log what it means for the rows; a collective.
+
+    A length that is not given is that of 99 % of the training rows, or of their prompts and the
+    texts that the run generates, up to the context of all models. Nobody knows the rows of a
+    stream, so that its held-out rows are measured.
+    """
+    task, rows = config.task, splits.train if splits.stream is None else splits.validation
+    if task.encoded is not None:
+        given = task.max_length or read_manifest(task.encoded)["facts"]["task.max_length"]
+        return replace(config, task=replace(task, max_length=given))
+    # mlm splits texts into windows; the table of conversations tells their lengths.
+    if task.type == "mlm" or (task.max_length is not None and is_chat(rows)):
+        return config
+    tokens, prompts = once(config, lambda: _lengths(rows, tokenizer, task)).T
+    parts = {name: longest_of(tokens, part) for name, part in PARTS.items()}
+    told = ", ".join(f"{name} {length:,}" for name, length in parts.items()) + " tokens"
+    if len(tokens) < len(rows):
+        told += f" ({len(tokens):,} of {len(rows):,} rows)"
+    if task.max_length is None:
+        # Documents of a mixture are not measured.
+        least = 2 if is_chat(rows) and len(tokens) else LEAST_PACKED
+        wanted = max(least, parts["p99"], _generated(config, longest_of(prompts, 0.99)))
+        length, limit = _limited(-(-wanted // 8) * 8, config, sources)
+        logger.info("task.max_length: %d (not set; %s); the rows have %s", length, limit, told)
+        return replace(config, task=replace(task, max_length=length))
+    if task.type == "causal_lm" or parts["p99"] <= task.max_length:
+        logger.info("the rows have %s", told)
+    else:
+        logger.warning(
+            "%.1f %% of the rows are cut at task.max_length %d; the rows have %s; "
+            "task.max_length=%d keeps 99 %% of them whole",
+            *(100 * (tokens > task.max_length).mean(), task.max_length, told, parts["p99"]),
+        )
+    return config
+
+
+def _generated(config: RunConfig, prompt: int) -> int:
+    lengths, given = [0], config.eval.generation
+    if config.rollout is not None:
+        lengths.append((config.rollout.prompt_tokens or prompt) + config.rollout.longest)
+    if given is not None:
+        lengths.append((given.prompt_tokens or prompt) + given.max_new_tokens)
+    return max(lengths)
+
+
+def _limited(wanted: int, config: RunConfig, sources: Mapping[str, ModelSource]) -> tuple[int, str]:
+    limits = [(context_length(s.config), f"the context of {s.where}") for s in sources.values()]
+    limits += [
+        (t.tokens_per_rank, f"{where}.tokens_per_rank") for where, t in config.trainings.items()
+    ]
+    return min([(wanted, "for 99 % of the rows"), *((n, name) for n, name in limits if n)])
+
+
+def _lengths(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> NDArray[np.int32]:
+    # [n, 2]: tokens of whole rows, and of the prompts in them.
+    sample = rows.select(np.random.default_rng(0).permutation(len(rows))[:MOST_ROWS])
+    whole = replace(task, max_length=MOST_TOKENS, truncation="keep_start", bad_rows="drop")
+
+    def build(folder: Path) -> None:
+        made: list[tuple[int, int]] = []
+        for start in range(0, len(sample), ROWS_AT_ONCE):
+            part = sample.select(range(start, min(start + ROWS_AT_ONCE, len(sample))))
+            made += _measured(part, tokenizer, whole)
+            if sum(tokens for tokens, _ in made) > MOST_MEASURED:
+                break
+        np.save(folder / FILE, np.array(made, dtype=np.int32).reshape(-1, 2))
+
+    key = encoded_key({"rows": sample}, tokenizer, whole, content_hash="")
+    return np.load(whole_folder(cache_folder() / "lengths" / key, build) / FILE)
+
+
+def _measured(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> Iterator[tuple[int, int]]:
+    if is_chat(rows):
+        encoder = ChatEncoder(tokenizer, task, bad=BadRows("drop", named=0))
+        conversations = list(map(Conversation.from_json, rows[CONVERSATION]))
+        for made, counts in encoder(conversations, rows[PLACE]):
+            yield from ((n, row.prompt_length) for n in counts.lengths for row in made)
+    elif task.type == "causal_lm":
+        yield from ((len(document), 0) for document in documents_of(rows, tokenizer))
+    else:
+        texts = [list(rows[name]) for name in ("text", "text_pair") if name in rows.column_names]
+        pairs = texts[1] if len(texts) > 1 else None
+        encoded = tokenizer(texts[0], pairs, truncation=False, verbose=False)
+        yield from ((len(ids), 0) for ids in encoded["input_ids"])

@@ -10,11 +10,10 @@ import pytest
 from tiny_runs import bert, llama, write_config
 
 from megakd.config.file import load_config
-from megakd.planning.advice import Case, candidates
 from megakd.planning.cluster import Cluster
 from megakd.planning.engines import Share
 from megakd.planning.phase_traces import Traces
-from megakd.planning.plan import Plan, plan_run
+from megakd.planning.plan import Case, Plan, candidates, plan_run
 from megakd.planning.timeline import PhasePlan
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}

@@ -14,11 +14,10 @@ from megakd.inputs import step_size
 from megakd.inputs.step_size import largest_step, micro_batches_per_call
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
-from megakd.planning.advice import Case, candidates
 from megakd.planning.cluster import Cluster
 from megakd.planning.lab import planned_sources
 from megakd.planning.phase_traces import Traces
-from megakd.planning.plan import Plan, plan_run
+from megakd.planning.plan import Case, Plan, candidates, plan_run
 
 LENGTH, TRACES = 64, Traces()
 

@@ -13,8 +13,7 @@ from megakd.contract.rollouts import Completion, RemoteGenerator, Sampling
 from megakd.engine import collectives
 from megakd.errors import ServerError
 from megakd.servers.checks import Wanted
-from megakd.servers.connect import replicas_of
-from megakd.servers.generator import ServerGenerator
+from megakd.servers.connect import ServerGenerator, replicas_of
 from megakd.servers.push import Pushed
 
 PROMPTS = [[5], [8], [11], [14], [17]]
