@@ -194,9 +194,7 @@ def evaluation_batches(
     for turn in range(-(-len(rows) // (batch_size * world))):
         start = (turn * world + rank) * batch_size
         end = min(start + batch_size, len(rows))
-        numbers = np.arange(start, end)
-        batch = _collated(table, numbers, collate, size=batch_size)
-        yield batch if masking is None else masking(batch, numbers, seed=0, draw=0)
+        yield _evaluated(table, np.arange(start, end), collate, masking, size=batch_size)
 
 
 def global_batches(
@@ -214,16 +212,11 @@ def global_batches(
     the same tokens as in an evaluation.
     """
     _check_rows(rows)
-    table = rows.with_format("arrow")
-
-    def micro_batch(batch: NDArray[np.int64], number: int) -> Batch:
-        mine = batch[number :: shape.accumulation * shape.world]
-        made = _collated(table, mine, collate, size=shape.most_rows(len(rows)))
-        return made if masking is None else masking(made, mine, seed=0, draw=0)
-
+    table, size = rows.with_format("arrow"), shape.most_rows(len(rows))
     for start in range(0, len(rows), batch_size):
         batch = np.arange(start, min(start + batch_size, len(rows)))
-        yield (micro_batch(batch, number) for number in shape.micro_batches)
+        parts = [batch[n :: shape.accumulation * shape.world] for n in shape.micro_batches]
+        yield (_evaluated(table, part, collate, masking, size=size) for part in parts)
 
 
 def _check_rows(rows: Dataset) -> None:
@@ -234,8 +227,16 @@ def _check_rows(rows: Dataset) -> None:
         )
 
 
-def _collated(table: Dataset, rows: NDArray[np.int64], collate: Collate, *, size: int) -> Batch:
-    return collate(_taken(table, rows), dummy_rows=size - len(rows))
+def _evaluated(
+    table: Dataset,
+    rows: NDArray[np.int64],
+    collate: Collate,
+    masking: Masking | None,
+    *,
+    size: int,
+) -> Batch:
+    batch = collate(_taken(table, rows), dummy_rows=size - len(rows))
+    return batch if masking is None else masking(batch, rows, seed=0, draw=0)
 
 
 def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
