@@ -139,16 +139,12 @@ class StepLoader:
         batch = micro_batch(rows, len(mine), self._layout, self._collate, size=self._size)
         if self._layout.tokens_per_rank is not None:
             return batch
-        drawn = {"seed": self._seed, "draw": index // self.steps_per_epoch}
+        draw = index // self.steps_per_epoch
         if self._masking is not None:
-            batch = self._masking(batch, mine, **drawn)
+            batch = self._masking(batch, mine, seed=self._seed, draw=draw)
+        seeds = {role: zlib.crc32(f"{self._seed}:{role}".encode()) for role in self._others}
         others = {
-            role: read(
-                rows,
-                mine,
-                size=self._size,
-                **drawn | {"seed": zlib.crc32(f"{self._seed}:{role}".encode())},
-            )
+            role: read(rows, mine, size=self._size, seed=seeds[role], draw=draw)
             for role, read in self._others.items()
         }
         numbers = np.full(self._size, -1)

@@ -122,18 +122,19 @@ def full_disk_reason(error: BaseException) -> str | None:
     The chain of causes is searched: torch.save into an open file raises a RuntimeError whose
     context is the OSError. safetensors and shutil.copytree have only the number, in their text.
     """
-    link: BaseException | None = error
-    while link is not None:
-        number = getattr(link, "errno", None) or _error_number(str(link))
+    for link in chain_of(error):
+        named = re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(link))
+        number = getattr(link, "errno", None) or (int(named[1]) if named else None)
         if number in FULL_DISK:
             return os.strerror(number)
-        link = link.__cause__ or link.__context__
     return None
 
 
-def _error_number(text: str) -> int | None:
-    found = re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", text)
-    return int(found[1]) if found else None
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, its cause, the cause of this cause, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _sibling(path: Path, suffix: str) -> Path:

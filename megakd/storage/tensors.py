@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megakd.storage.atomic import chain_of
+
 
 def write_tensors(path: Path, state: Any) -> None:
     """Call `torch.save`, and raise the operating system's own error on failure."""
@@ -15,13 +17,5 @@ def write_tensors(path: Path, state: Any) -> None:
         with path.open("wb") as file:
             torch.save(state, file)
     except RuntimeError as error:
-        raise _system_error(error) from error
-
-
-def _system_error(error: BaseException) -> OSError:
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, OSError):
-            return OSError(*link.args)
-        link = link.__cause__ or link.__context__
-    return OSError(str(error).splitlines()[0])
+        system = (link.args for link in chain_of(error) if isinstance(link, OSError))
+        raise OSError(*next(system, (str(error).splitlines()[0],))) from error
