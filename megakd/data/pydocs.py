@@ -107,7 +107,11 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
 
     folder = cached_folder(cache_dir / "pydocs" / f"{key}-{view}", write_view)
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-    _warn_of_missing(about["missing"])
+    if about["missing"]:
+        logger.warning(
+            "pydocs: %s not found on this machine; the classes are the other packages",
+            ", ".join(about["missing"]),
+        )
     names = tuple(about["label_names"])
     return Found(
         name="pydocs",
@@ -237,14 +241,6 @@ def _label_names(rows: Sequence[Labelled]) -> tuple[str, ...]:
             "this machine; classification needs at least 2"
         )
     return names
-
-
-def _warn_of_missing(missing: Sequence[str]) -> None:
-    if missing:
-        logger.warning(
-            "pydocs: %s not found on this machine; the classes are the other packages",
-            ", ".join(missing),
-        )
 
 
 class SourceFile(NamedTuple):

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config.deepspeed import check_frozen_stage, load_ds_config
 from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
+from megakd.contract.batch import LogitWarp
 from megakd.contract.metrics import Metric
 from megakd.contract.results import VocabularyReport
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
@@ -40,7 +41,6 @@ from megakd.inputs.run_data import (
 )
 from megakd.inputs.tokenizer_checks import (
     check_answers,
-    check_caches,
     check_chat_models,
     other_vocabularies,
     without_tokenizer,
@@ -295,6 +295,24 @@ def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
     with_class_weights(terms, inputs.splits)
     for teacher in teachers.values() or (None,):
         check_terms(terms, task, shapes[STUDENT], teacher)
+
+
+def check_caches(config: RunConfig, student: ModelSource) -> None:
+    """Raise if the loss on the cached probabilities does not have the logits of the student."""
+    cached = [
+        f"{config.key_of(name)}.{'cache' if spec.cache else 'server'}"
+        for name, spec in config.teacher_specs.items()
+        if spec.cache or (spec.server and spec.server.states is None)
+    ]
+    warp = student.architecture.logit_warp(student.config)
+    if cached and config.task.type == "causal_lm" and warp != LogitWarp():
+        keys = [key for key in student.architecture.logits if key is not None]
+        values = ", ".join(f"{key}: {getattr(student.config, key)}" for key in keys)
+        raise ConfigError(
+            f"{cached[0]}: the {student.config.model_type} student changes its logits after "
+            f"the output matrix ({values}), which the loss on cached probabilities does not "
+            "support; remove the key, or use a student of another family"
+        )
 
 
 def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:

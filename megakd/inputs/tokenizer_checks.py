@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import LogitWarp
 from megakd.contract.tasks import STUDENT
 from megakd.data.chat.counts import SETS, ChatCounts
 from megakd.data.chat.rows import is_chat
@@ -216,24 +215,6 @@ def _check_ends(
     if task.end_tokens == "check":
         raise ConfigError(f"{problem}; {ACCEPT}")
     logger.warning("%s (accepted by task.end_tokens)", problem)
-
-
-def check_caches(config: RunConfig, student: ModelSource) -> None:
-    """Raise if the loss on the cached probabilities does not have the logits of the student."""
-    cached = [
-        f"{config.key_of(name)}.{'cache' if spec.cache else 'server'}"
-        for name, spec in config.teacher_specs.items()
-        if spec.cache or (spec.server and spec.server.states is None)
-    ]
-    warp = student.architecture.logit_warp(student.config)
-    if cached and config.task.type == "causal_lm" and warp != LogitWarp():
-        keys = [key for key in student.architecture.logits if key is not None]
-        values = ", ".join(f"{key}: {getattr(student.config, key)}" for key in keys)
-        raise ConfigError(
-            f"{cached[0]}: the {student.config.model_type} student changes its logits after "
-            f"the output matrix ({values}), which the loss on cached probabilities does not "
-            "support; remove the key, or use a student of another family"
-        )
 
 
 def check_vocabularies(

@@ -8,7 +8,7 @@ from tiny_runs import config_tree, llama, write_config
 from megakd.config.file import load_config
 from megakd.config.models import ScratchModel
 from megakd.errors import ConfigError
-from megakd.inputs.tokenizer_checks import check_caches
+from megakd.inputs.inputs import check_caches
 from megakd.models.loading import resolve_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -29,7 +29,7 @@ def test_models_that_agree_are_silent(tmp_path, caplog):
 
     prepare(config_of(tmp_path))
 
-    assert not [r for r in caplog.records if "chat_checks" in r.name]
+    assert not [r for r in caplog.records if "tokenizer_checks" in r.name]
 
 
 def test_every_difference_is_one_line_with_the_choice(tmp_path, caplog):
@@ -39,7 +39,7 @@ def test_every_difference_is_one_line_with_the_choice(tmp_path, caplog):
 
     prepare(config_of(tmp_path))
 
-    lines = [r.getMessage() for r in caplog.records if r.name.endswith("chat_checks")]
+    lines = [r.getMessage() for r in caplog.records if r.name.endswith("tokenizer_checks")]
     assert len(lines) == 3
     for line, words in zip(
         lines,
@@ -147,4 +147,4 @@ def test_documents_are_not_compared(tmp_path, caplog):
 
     prepare(config)
 
-    assert not [r for r in caplog.records if "chat_checks" in r.name]
+    assert not [r for r in caplog.records if "tokenizer_checks" in r.name]
