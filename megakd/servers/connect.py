@@ -44,7 +44,7 @@ def replicas_of(
     kind = SglangServer if config.kind == "sglang" else VllmServer
     if kind is VllmServer and config.push == "full":
         kind = VllmWeightServer
-    return list(map(kind, connections(config, patience_s)))
+    return [kind(http) for http in connections(config, patience_s)]
 
 
 def connections(
