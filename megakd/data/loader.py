@@ -224,12 +224,7 @@ def _check_rows(rows: Dataset) -> None:
 
 
 def _evaluated(
-    table: Dataset,
-    rows: NDArray[np.int64],
-    collate: Collate,
-    masking: Masking | None,
-    *,
-    size: int,
+    table: Dataset, rows: NDArray[np.int64], collate: Collate, masking: Masking | None, *, size: int
 ) -> Batch:
     batch = collate(_taken(table, rows), dummy_rows=size - len(rows))
     return batch if masking is None else masking(batch, rows, seed=0, draw=0)
