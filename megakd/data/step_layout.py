@@ -212,9 +212,8 @@ def _with_rollouts(batch: Batch) -> Batch:
 
 def _budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[NDArray[np.int64]]:
     # First fit by decreasing length finds the number of micro-batches, which is rounded up to a
-    # multiple of the ranks. The rows are then spread evenly over all micro-batches if no micro-
-    # batch exceeds the budget that way. Micro-batch k belongs to rank k modulo `ranks`; some may
-    # have no row.
+    # multiple of the ranks. The rows are then spread evenly over all micro-batches if none exceeds
+    # the budget that way. Micro-batch k belongs to rank k modulo `ranks`; some may have no row.
     if len(lengths) and lengths.max() > budget:
         raise DataError(
             f"train.tokens_per_rank is {budget}, and a training row has {lengths.max()} tokens; "
