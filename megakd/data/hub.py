@@ -18,7 +18,7 @@ from megakd.config.task import TaskConfig
 from megakd.data.cache import remembered_of_rows
 from megakd.data.readers import by_split, class_names_of, is_plain
 from megakd.data.rows import Found, rows_of_tables
-from megakd.data.tables import Record, Table
+from megakd.data.tables import Record, SplitName, Table
 from megakd.errors import DataError
 
 ROWS_PER_READ = 1000
@@ -29,7 +29,9 @@ def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     name = task.data_name
     found = load_hub(name, task.dataset_config, advice=hub_advice(task))
     keys = by_split(map(str, found), f"the Hub data set {name}")
-    tables = {split: hub_table(f"{name} ({key})", found[key]) for split, key in keys.items()}
+    tables: dict[SplitName, Table] = {
+        split: hub_table(f"{name} ({key})", found[key]) for split, key in keys.items()
+    }
     if "train" not in tables:
         raise DataError(f"the Hub data set {name} has no split named 'train'")
     return rows_of_tables(tables, task, name=name, cache_dir=cache_dir)

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from megakd.contract.batch import IGNORE, Batch, Extras, Within
+from megakd.contract.batch import IGNORE, Batch, BatchSource, Extras, Within
 from megakd.contract.routes import ROUTE, teacher_number
 from megakd.data.cache import PLACE, column_of
 from megakd.data.chat.rows import is_chat
@@ -116,7 +116,8 @@ def _part(batch: Batch, own: NDArray[np.bool_]) -> Batch:
         _labels(batch, rows, positions, own=valid),
         valid,
         targets=targets,
-        rows=None if batch.rows is None else _blanked(batch.rows[rows], valid),
+        # -1: a blank row.
+        rows=None if batch.rows is None else batch.rows[rows].masked_fill(~valid.any(dim=1), -1),
         extras=Extras(
             is_rollout=None if rollouts is None else at(rollouts) & valid,
             within=Within(rows, positions, numbers),

@@ -134,8 +134,8 @@ def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Ba
     # A micro-batch without rows has no such column.
     return tuple(
         batch
-        if batch.is_rollout is not None
-        else batch._replace(is_rollout=torch.zeros_like(batch.valid))
+        if batch.extras.is_rollout is not None
+        else batch.extended(is_rollout=torch.zeros_like(batch.valid))
         for batch in batches
     )
 
