@@ -56,15 +56,6 @@ def test_another_version_setting_or_form_is_refused_by_name(tmp_path, changes, n
     assert all(name in str(refused.value) for name in [str(path), *names])
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"version": 1}', '{"version": 1, "ce'])
-def test_a_damaged_file_is_refused_by_name(tmp_path, text):
-    path = tmp_path / "madeup-clinc150-few.json"
-    path.write_text(text)
-
-    with pytest.raises(StoredCellError, match=str(path)):
-        read_stored(path)
-
-
 @pytest.mark.parametrize("score", [float("nan"), None, "80"])
 def test_a_score_that_is_no_number_is_refused(tmp_path, score):
     path = write_stored(tmp_path, stored(cells("a", (score,))))

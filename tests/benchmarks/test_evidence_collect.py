@@ -18,7 +18,7 @@ from evidence.collect import (
     mixed_vocabulary_cells,
     shrink_cells,
 )
-from evidence.others import COLLECTED, titles_of
+from evidence.others import COLLECTED
 from lib.launching import write_config
 from megakd.errors import MegakdError
 from methods import homodistil, mixed_vocabulary, on_policy
@@ -109,16 +109,6 @@ def test_a_run_that_has_not_finished_is_named_and_left_out(sums, capsys):
     assert stored.of("on_policy").keys() == {1, 2}
 
 
-def test_a_setting_without_its_reference_arm_is_not_stored(sums, capsys):
-    for seed in (1, 2):
-        shutil.rmtree(sums / f"runs/on_policy-{seed}")
-
-    evidence_collect.collect(sums / "evidence", sums / "data", ["on_policy"])
-
-    assert "not stored without the arm on_policy" in capsys.readouterr().out
-    assert not (sums / "evidence").exists()
-
-
 def test_a_run_of_other_settings_is_refused_with_its_folder_and_the_key(sums):
     given = on_policy.parse(COLLECTED["on_policy"].sources["arithmetic"].options)
     other = on_policy.arm(given, "mixed", given.out / "half-way-1" / "final")
@@ -155,33 +145,6 @@ def test_collecting_draws_the_page_next_to_the_stored_cells_and_writes_no_config
     assert "### on_policy on arithmetic" in page
     assert "sums of eight digits in steps" in page
     assert sorted(sums.glob("runs/**/*.yaml")) == configs
-
-
-@pytest.mark.parametrize(
-    ("name", "setting", "missing"),
-    [
-        ("shrink", "stories260K", "layers-2-5"),
-        ("shrink", "books", "layers-6-3"),
-        ("homodistil", "novels", "one_shot-2"),
-        ("homodistil", "stories260K", "magnitude-3"),
-        ("mixed_vocabulary", "books", "does not exist"),
-    ],
-)
-def test_a_comparison_without_any_run_stores_nothing_and_says_how_to_make_them(
-    tmp_path, monkeypatch, capsys, name, setting, missing
-):
-    found = COLLECTED[name]
-    source = found.sources[setting]
-    moved = dataclasses.replace(source, words=(*source.words, "--out", str(tmp_path / "out")))
-    monkeypatch.setitem(COLLECTED, name, dataclasses.replace(found, sources={setting: moved}))
-
-    evidence_collect.collect(tmp_path / "evidence", tmp_path / "data", [name])
-
-    said = capsys.readouterr().out
-    assert missing in said
-    assert f"{source.benchmark or found.benchmark} --data FOLDER" in said
-    assert f"--seeds {','.join(map(str, source.seeds))}`" in said
-    assert [*tmp_path.iterdir()] == []
 
 
 def on_text(loss: float, stages: dict[str, tuple[int, float]], **baselines: float) -> dict:
@@ -293,18 +256,6 @@ def test_shrink_is_stored_without_its_baseline_and_with_the_loss_of_its_cut(tmp_
         "random weights": (3.0, 46, 5.0, 184),
     }
     assert cells["shrink"].details == {"layers": 2, "loss before repair": 7.0}
-
-
-@pytest.mark.parametrize("name", COLLECTED)
-def test_the_reference_the_plain_and_the_labels_arm_exist_and_have_no_group(name):
-    found = COLLECTED[name]
-
-    named = {found.reference, found.plain, found.labels} - {None}
-    assert named <= found.arms.keys()
-    assert {found.reference_of(arm, found.arms) for arm in found.arms} == {found.reference}
-    assert not any("," in arm for arm in found.arms)
-    assert name in evidence_collect.READERS
-    assert [*titles_of(name)] == [*found.sources]
 
 
 @pytest.mark.parametrize("name", COLLECTED)

@@ -85,16 +85,6 @@ def test_plain_distillation_has_to_beat_labels_by_two_standard_errors():
     assert "+1.00 points, two standard errors 1.15, 3 seeds" in states["wide"].says
 
 
-def test_a_seed_alone_fails_and_says_that_two_are_needed():
-    one = stored(cells("best teacher", (80.0,)), cells("labels", (70.0, 71.0)))
-
-    gate = distils(one, plain="best teacher", labels="labels")
-
-    assert gate.state == "failed"
-    assert "seeds in common: 1" in gate.says
-    assert "two" in gate.says
-
-
 @pytest.mark.parametrize("lacking", [{"plain": None}, {"labels": None}, {"labels": "no such arm"}])
 def test_a_gate_without_its_arm_is_not_applicable_and_says_so(lacking):
     found = assess(example(), dataclasses.replace(COMPARISON, **lacking))
@@ -127,24 +117,3 @@ def test_a_group_fails_alone_and_the_others_are_corrected_without_it():
         ("labels", "method, T 1"),
     ]
     assert "`best teacher, T 4` less `labels`" in found.groups[1].gates[1].says
-
-
-def test_labels_are_compared_with_the_group_that_is_trained():
-    """As after `--groups "T 4"`, which trains no arm of the first group."""
-    arms = ("method, T 1", "best teacher, T 1", "method, T 4", "best teacher, T 4", "labels")
-    trained = (
-        cells("best teacher, T 4", (80.0, 81.0, 82.0)),
-        cells("labels", (70.0, 71.1, 72.0)),
-        cells("method, T 4", (79.0, 79.7, 81.0)),
-    )
-
-    found = assess(stored(*trained), MadeUp(arms=arms))
-    begun = assess(stored(*trained[:2]), MadeUp(arms=arms))
-
-    assert [(group.name, group.is_compared) for group in found.groups] == [("T 4", True)]
-    assert {(one.arm, one.reference) for one in found.differences} == {
-        ("best teacher, T 4", "method, T 4"),
-        ("labels", "method, T 4"),
-    }
-    # The runs that decide the gate come before those of the reference.
-    assert [(group.name, group.is_compared) for group in begun.groups] == [("T 4", True)]

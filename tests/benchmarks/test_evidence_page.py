@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import yaml
-from stored_cells import RISING, MadeUp, cells, example, stored
+from stored_cells import RISING, MadeUp, example
 
 from evidence.cells import STORED, StoredCellError, write_stored
-from evidence.page import PAGE, conclusion, draw
-from evidence.statistics import assess
+from evidence.page import PAGE, draw
 
-ROOT = Path(__file__).resolve().parents[2]
 MADE_UP = {"madeup": MadeUp()}
 NOT_YET = "no cell of the evidence is stored yet"
 
@@ -58,65 +55,6 @@ def test_the_table_has_the_numbers_computed_by_hand(docs):
     assert "| 400 / 700 |" in rows_of(page, "other")[0]
     assert "| <0.001 | worse |" in rows_of(page, "labels")[0]
     assert "| **method** | 3 | 81.00 (1.00) | reference | reference |" in page
-
-
-def test_the_sentence_says_whether_the_method_helps_and_by_how_much(docs):
-    said = unwrapped(drawn(docs))
-
-    assert (
-        "Compared with `best teacher` at equal steps, `method` **helps** in "
-        "clinc150-few (+1.07 points, 95 % interval +0.69 to +1.45). Differences of the other arms: "
-        "1 in favour of the other arm (`other` in clinc150-few at equal steps, +1.60 points), 1 in "
-        "favour of `method`, 1 that cannot be told from zero."
-    ) in said
-
-
-@pytest.mark.parametrize(
-    ("plain", "words"), [(79.0, "**helps** in"), (81.0, "**does not help** in")]
-)
-def test_a_control_that_is_worse_says_that_the_method_helps(plain, words):
-    method, gains = (80.0, 82.0, 81.0, 80.5), (0.0, 2.1, 0.9, 0.5)
-    again = [score + 0.1 for score in method]
-    found = stored(
-        cells("method", method),
-        cells("best teacher", [plain + gain for gain in gains]),
-        cells("labels", again),
-    )
-    without = dataclasses.replace(MADE_UP["madeup"], labels=None)
-
-    assert words in conclusion([assess(found, without)], "method")
-
-
-def test_a_setting_whose_gate_fails_shows_its_cells_and_its_gate_but_no_verdict(docs):
-    page = drawn(docs)
-
-    failed = page[page.index("### madeup on banking77") :]
-    assert "Teachers have converged: **failed**" in failed
-    assert "+2.00" in failed
-    assert (
-        "**Not compared**, because a gate has failed: all arms (Teachers have converged)." in failed
-    )
-    assert "| best teacher | 3 | 79.93 (0.81) | 0.2500 (0.0000) | 400 | 60 | 25,600 |" in failed
-    assert "verdict" not in failed
-    assert "better" not in failed
-    assert "in clinc150-few" in page
-    assert "in banking77" not in page
-
-
-def test_a_comparison_without_a_setting_that_passes_has_neither_picture_nor_verdict(tmp_path):
-    write_stored(tmp_path / "evidence", example(curve=RISING))
-    old = tmp_path / "images/evidence-madeup.svg"
-    old.parent.mkdir()
-    old.write_text("an old picture")
-    kept = tmp_path / "images/quality.svg"
-    kept.write_text("another picture")
-
-    page = drawn(tmp_path)
-
-    assert "**Not compared**: no setting passes its gates" in page
-    assert "images/" not in page
-    assert not old.exists()
-    assert kept.exists()
 
 
 def test_drawing_twice_gives_the_same_bytes_and_the_order_of_cells_does_not_matter(docs):

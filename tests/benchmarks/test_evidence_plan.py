@@ -55,15 +55,6 @@ def test_cost_is_the_median_over_the_seeds_that_both_arms_have():
     assert evidence_plan.cost_share(stored, "alike", "ours") == 1.0
 
 
-def test_a_lesser_control_has_no_cell_at_equal_cost(tmp_path):
-    arms = ("soft", "random soft", "random hard", "only soft_target_kl", "only hidden_mse")
-    stored = stored_of(*(one_cell(arm, 100) for arm in arms), comparison="selection")
-
-    _, left = evidence_plan.known_and_left(bench_of(tmp_path), stored, [1], arms, "cost")
-
-    assert [run.name for run in left] == ["random soft", "only soft_target_kl"]
-
-
 def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
     bench, arms = bench_of(tmp_path), ("uniform, T 1", "takd, T 1", "mean, T 1", "labels")
     ours, takd, mean = (
@@ -84,14 +75,6 @@ def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
         bench, stored_of(ours, takd, paid), [1], arms[:2], "cost"
     )
     assert (known, left) == ([paid], [])
-
-
-def test_labels_cost_as_much_as_the_reference_of_the_group_that_is_trained(tmp_path):
-    stored = stored_of(one_cell("uniform, T 4", 100), one_cell("labels", 200))
-
-    _, left = evidence_plan.known_and_left(bench_of(tmp_path), stored, [1], ["labels"], "cost")
-
-    assert [(run.name, run.steps) for run in left] == [("labels", 200)]
 
 
 def trial(chosen: float, **scores: float) -> Stored:
@@ -125,13 +108,6 @@ def test_an_arm_with_the_choice_of_the_reference_is_a_copy_of_its_cell(arm, is_s
     if copy is not None:
         assert (copy.arm, copy.basis, copy.score) == (arm, basis, 50.0)
         assert copy.details[SAME_RUN]
-
-
-def test_a_target_that_is_barred_is_no_copy_of_a_run_that_it_has_won():
-    stored = trial(chosen=0.9, **{**SCORES, "s0.9": 0.89})
-
-    assert evidence_plan.copied(stored, "target barred, 0.9", 1, "steps") is None
-    assert evidence_plan.copied(stored, "lambda 0.4, 0.9", 1, "steps") is not None
 
 
 def test_cells_of_another_setting_have_another_digest():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -65,15 +64,6 @@ def test_a_group_whose_gate_has_failed_is_not_trained(tmp_path, monkeypatch, cap
     assert "no run of uniform, T 4 and its controls, because a gate" in capsys.readouterr().out
 
 
-def test_the_gates_of_one_group_need_the_arms_without_a_group(tmp_path, monkeypatch):
-    fake = Fake(monkeypatch, labels=40.0)
-
-    run_skdbert(tmp_path, stored_of(), (1, 2), groups=("T 4",))
-
-    wanted = {arm for arm in COMPARISONS["skdbert"].arms if arm.endswith("T 4")}
-    assert {arm for arm, _, _ in fake.ran} == wanted | {"labels"}
-
-
 def test_teachers_are_trained_for_the_seeds_that_need_them_and_the_largest_is_the_first(
     tmp_path, monkeypatch
 ):
@@ -119,16 +109,6 @@ def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(
     assert "mean, T 1: exit code 1; the other runs go on" in capsys.readouterr().err
 
 
-def test_quick_trains_the_method_plain_distillation_and_labels_of_one_group(tmp_path):
-    quick = evidence.parse(["--quick", "--out", str(tmp_path)])
-
-    arms = evidence._chosen_arms(quick, stored_of())
-
-    assert arms == ["uniform, T 1", "best teacher, T 1", "labels"]
-    assert quick.only == ["selection", "minidisc"]
-    assert len(evidence._chosen_arms(evidence.parse([]), stored_of())) > len(arms)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -163,12 +143,3 @@ def test_what_cannot_be_run_is_said_before_the_first_cell(tmp_path, monkeypatch,
 
     with pytest.raises(UnusableError, match=message):
         evidence.main([*words.split(), *folders])
-
-
-def test_a_full_disk_is_said_before_the_first_cell(tmp_path, monkeypatch):
-    usage = SimpleNamespace(free=10**9)
-    monkeypatch.setattr(evidence.shutil, "disk_usage", lambda _: usage)
-    places = list(evidence.chosen(evidence.parse(["--only", "skdbert"])))[:1]
-
-    with pytest.raises(UnusableError, match=r"1\.0 GB free; 12 teachers"):
-        evidence.need_space(tmp_path, places, 2)

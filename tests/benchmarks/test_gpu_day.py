@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpu_day import agreement, cases, kernel_tests, llama, process, release, results, runs, variants
+from gpu_day import agreement, cases, kernel_tests, process, release, runs
 from gpu_day import main as gpu_day
 from gpu_day.parts import PARTS, Part, Setting
 from lib.launching import ROOT
@@ -70,15 +67,6 @@ def test_without_a_gpu_the_command_says_so_and_ends(monkeypatch, capsys, tmp_pat
     assert code == 1
     assert "torch finds no GPU on this machine; --rehearse runs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_without_an_installed_megakd_the_command_says_how_to_install_it(tmp_path):
-    command = [sys.executable, "-S", str(ROOT / "benchmarks" / "gpu_day.py"), "--rehearse"]
-
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("gpu_day: error: this Python has no megakd; install the")
 
 
 def test_a_part_that_hangs_is_ended_at_its_limit_and_the_others_still_run(tmp_path):
@@ -136,17 +124,6 @@ def test_a_part_that_this_machine_cannot_run_is_skipped_with_its_reason(tmp_path
     assert parts_of(tmp_path)["skips"]["reason"] == "triton is not installed"
 
 
-def test_the_page_has_every_part_also_one_that_was_not_asked_for(tmp_path):
-    start(tmp_path, [part("works", WORKS), part("other", WORKS)], "--parts", "works")
-
-    page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert "**A rehearsal**" in page
-    assert "| works | finished |" in page
-    assert "| other | not run |" in page
-    assert "| answer | 42 |" in page
-    assert "### rows\n\n| a |\n| --- |\n| 1 |" in page
-
-
 def test_a_rehearsal_is_not_continued_on_a_gpu(monkeypatch, capsys, tmp_path):
     start(tmp_path, [part("works", WORKS)])
     monkeypatch.setattr(gpu_day, "has_gpu", lambda: True)
@@ -161,29 +138,6 @@ def test_numbers_of_which_the_last_line_was_cut_are_left_out():
     assert process.numbers_of('numbers: {"a": 1}\nnumbers: {"a": 2}\n') == {"a": 2}
     assert process.numbers_of('numbers: {"a": 1}\nnumbers: {"a"') == {}
     assert process.numbers_of("nothing") == {}
-
-
-def test_the_machine_has_the_clocks_as_nvidia_smi_prints_them(monkeypatch, tmp_path):
-    program = tmp_path / "nvidia-smi"
-    answers = "NVIDIA H200, 580.159.04, 143771 MiB, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz"
-    program.write_text(f"#!/bin/sh\necho '{answers}, 700.00 W, 31'\n", encoding="utf-8")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-
-    found = results.describe(rehearsal=False)
-
-    assert found["GPU"] == "NVIDIA H200"
-    assert found["driver"] == "580.159.04"
-    assert found["SM clock now"] == "345 MHz"
-    assert found["temperature (C)"] == "31"
-    assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
-
-
-def test_correctness_comes_before_speed_and_all_parts_fit_into_the_time():
-    names = [part.name for part in PARTS]
-
-    assert names[:5] == ["kernel-tests", "agreement", "causal-lm", "minidisc", "release"]
-    assert sum(part.limit_s for part in PARTS) <= 60 * gpu_day.parse([]).minutes == 1800
 
 
 @pytest.mark.parametrize("rehearse", [False, True])
@@ -247,20 +201,6 @@ def test_memory_that_is_left_on_a_gpu_or_a_model_that_is_left_is_a_failure(
     row = {"before": 100.0, "after collecting": 100.0 + left_mb, "models left": models}
 
     assert release.is_released([row], torch.device(device)) == holds
-
-
-def test_the_kernels_of_an_attention_are_found_and_operators_are_not_counted_twice():
-    def event(key: str, device: str, spent: float) -> Any:
-        kind = SimpleNamespace(name=device)
-        return SimpleNamespace(key=key, device_type=kind, self_device_time_total=spent)
-
-    names = ["void flash_fwd_kernel<…>", "aten::_varlen_attn", "ampere_gemm", "fmha_cutlassF"]
-    events = [event("aten::mm", "CPU", 900.0), event("gemm", "CUDA", 900.0)]
-    rows = llama.most_expensive([*events, event("softmax", "CUDA", 300.0)], on_gpu=True)
-
-    assert [bool(llama.ATTENTION.search(name)) for name in names] == [1, 1, 0, 1]
-    assert [(row["kernel"], row["%"]) for row in rows] == [("gemm", 75.0), ("softmax", 25.0)]
-    assert not variants.is_read("MEGAKD_NO_SUCH_SETTING")
 
 
 def rehearse(out: Path, parts: list[str]) -> str:

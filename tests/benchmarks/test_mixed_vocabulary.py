@@ -122,18 +122,6 @@ def test_a_model_of_a_task_is_read_with_its_own_tokenizer(data, teacher):
     assert texts["large_alone-1"].task.tokenizer == str(teacher)
 
 
-def test_options_change_the_small_student_and_the_training(data, teacher):
-    more = ["--width", "32", "--vocabulary", "500", "--steps", "7", "--teacher-rate", "0"]
-    given = mixed.parse(with_teacher(data, teacher, *more))
-
-    config = mixed.students_config(given)
-
-    assert config["student"]["model"]["config"]["hidden_size"] == 32
-    assert config["method"]["student_vocabulary"]["size"] == 500
-    assert "method.teacher_learning_rate=0.0" in mixed.arm_overrides("down", given.student)
-    assert config["train"]["max_steps"] == 7
-
-
 def parameters(shape: dict, vocabulary: int) -> int:
     """Return the number of weights of a masked language model of a shape."""
     keys = {key: value for key, value in shape.items() if key != "model_type"}
@@ -212,17 +200,6 @@ def test_the_baseline_and_the_teacher_are_read_from_the_run_of_alone(found):
     assert "seconds" not in teacher
 
 
-def test_the_test_split_is_read_where_no_set_has_a_name():
-    report = text_report(1.0) | {"evaluation_sets": {}}
-    for name, nats in (("student", 0.7), ("teacher", 0.4)):
-        report[name]["metrics"] = {"nats_per_character": nats}
-    report["baselines"] = {"patient_kd": {"nats_per_character": 0.6}}
-
-    read = [mixed.nats(report, name) for name in ("alone", "down", "patient_kd", "teacher")]
-
-    assert read == [0.7, 0.7, 0.6, 0.4]
-
-
 def test_differences_pair_the_seeds_that_both_have(found):
     lines = {model: mixed.numbers(found, model) for model in mixed.MODELS}
 
@@ -230,20 +207,6 @@ def test_differences_pair_the_seeds_that_both_have(found):
 
     assert gains["nats/char"] == pytest.approx({1: 0.7, 2: 0.8})
     assert gains["sst2"] == pytest.approx({1: 30.0})
-
-
-def test_the_tables_and_rows_show_means_differences_and_verdicts(found, capsys):
-    mixed.show(found, "books", "python x.py")
-
-    shown = capsys.readouterr().out
-    assert "2.5 ±0.71" in shown
-    assert "+0.75 ±0.071 (+0.7, +0.8)" in shown
-    assert "small student: 100 parameters, 0.00 MB, below 7 MB: yes" in shown
-    assert "large_alone: 1,000 parameters, 10.00 times as many, at least 10: yes" in shown
-    best = "SST-2: best small student version_2 80.00, large_alone 82.00; within 3 points: yes"
-    assert best in shown
-    assert "| mixed vocabulary, books, alone | `python x.py` |" in shown
-    assert "less alone: nats/char " in shown
 
 
 @pytest.mark.slow

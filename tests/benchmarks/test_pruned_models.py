@@ -274,13 +274,6 @@ def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refuse
         launching.finished(other)
 
 
-def test_a_leg_is_started_by_the_launcher_with_its_overrides():
-    command = launching.launch_command("train", Path("out/run.yaml"), 2, ["seed=3"])
-
-    assert command[1:4] == ["-m", "deepspeed.launcher.runner", "--quiet"]
-    assert command[-4:] == ["launch/train.py", "--config", "out/run.yaml", "seed=3"]
-
-
 def shrink_given(folder: Path, *words: str):
     given = shrink.parse(["--data", str(folder), "--out", str(folder / "out"), *words])
     launching.write_config(given.out / "run.yaml", shrink.config(given))
@@ -357,21 +350,3 @@ def test_the_choice_of_shrink_is_compared_with_the_best_of_all_if_all_have_finis
     shown = capsys.readouterr().out
     assert "the best alone have 3; the best candidate alone in 0 of 1 seeds" in shown
     assert "; final/ opens |" in shown
-
-
-def test_the_teacher_of_the_books_holds_out_what_shrink_holds_out(tmp_path):
-    given = shrink_given(tmp_path, "--case", "books")
-    teacher = books.decoder_config(given.data, given.teacher)
-    trained = load_config(launching.write_config(tmp_path / "teacher.yaml", teacher)).task
-    cut = load_config(given.out / "run.yaml").task
-
-    assert (cut.dataset, cut.max_length) == (trained.dataset, trained.max_length)
-    # The held-out pieces of a smaller number are some of those of a larger number.
-    assert cut.max_eval_examples < trained.max_eval_examples
-
-
-def test_hops_are_those_of_the_stories(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        shrink.parse(["--data", str(tmp_path), "--case", "books", "--hops"])
-
-    assert "embeddings" in capsys.readouterr().err

@@ -11,9 +11,9 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import launching, seeds, stories
+from lib import launching, stories
 from megakd.config.file import load_config
-from methods import cache_draws, kept_layers, on_policy, quickstart_seeds, real_runs
+from methods import cache_draws, on_policy, quickstart_seeds, real_runs
 
 ROOT = launching.ROOT
 MERGED = (" a", "b", " ab", "c", "bc", "a")
@@ -90,19 +90,6 @@ def test_maxidisc_tries_every_assistant_of_the_quickstarts_grid(tmp_path):
     assert config.method.sparsities == plain.method.sparsities
     assert config.method.target_sparsity == plain.method.target_sparsity
     assert config.teacher == plain.teacher
-
-
-def test_a_stage_that_only_one_seed_needed_leaves_a_gap_and_a_lower_loss_is_a_gain(capsys):
-    found = {
-        1: report(distilled=5.0, alone=7.0, metric="perplexity"),
-        2: report(distilled=6.0, alone=7.0, metric="perplexity", trial=5.0),
-    }
-
-    seeds.show("runs", "python x", found)
-
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines[1:5]] == ["-", "5", "5", "0"]
-    assert "gain 1.5000" in lines[-1]
 
 
 def write_llama2c(path: Path, pieces: tuple[str, ...]) -> Path:
@@ -218,9 +205,3 @@ def test_the_students_of_sums_are_valid_take_equal_steps_and_only_two_write_text
         valid(tree, tmp_path)
     assert {name for name, tree in arms.items() if "rollout" in tree} == {"on_policy", "mixed"}
     assert len({tree["train"]["max_steps"] for tree in arms.values()}) == 1
-
-
-def test_the_rule_before_drops_the_first_layer_and_spacing_keeps_it():
-    assert kept_layers.of_old(30, 20)[:2] == (2, 3)
-    assert kept_layers.evenly(30, 20)[0] == 1
-    assert kept_layers.evenly(30, 20)[-1] == 30
