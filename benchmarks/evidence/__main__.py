@@ -58,7 +58,6 @@ TEACHER_SPACE, CELL_SPACE = 0.1 * GIGABYTE, 1.0 * GIGABYTE
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what has not finished, store it, and draw the page."""
     given = parse(arguments)
     if given.collect:
         collect(given.stored, given.data, given.collect)
@@ -166,7 +165,6 @@ def _opened(folder: Path, name: str, setting: Setting) -> Stored:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
     import torch
     import transformers
 
@@ -294,7 +292,6 @@ def _known_cost(stored: Stored, arm: str) -> float:
 
 
 def line(cell: Cell) -> str:
-    """Return a cell as one line."""
     divergence = "-" if cell.divergence is None else f"{cell.divergence:.4f}"
     return (
         f"{cell.arm} seed {cell.seed}, equal {cell.basis}: {cell.score:.2f}, KL {divergence}, "
@@ -303,7 +300,6 @@ def line(cell: Cell) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options."""
     parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, default=ROOT / SHARED)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/evidence")

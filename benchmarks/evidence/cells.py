@@ -94,11 +94,9 @@ class Stored:
     cells: tuple[Cell, ...] = ()
 
     def of(self, arm: str, basis: Basis = "steps") -> dict[int, Cell]:
-        """Return the cells of an arm by seed."""
         return {c.seed: c for c in self.cells if c.arm == arm and c.basis == basis}
 
     def arms(self, basis: Basis = "steps") -> list[str]:
-        """Return the arms that have cells, in the stored order."""
         return list(dict.fromkeys(cell.arm for cell in self.cells if cell.basis == basis))
 
     def runs(self) -> list[Cell]:
@@ -108,7 +106,6 @@ class Stored:
 
 
 def stored_path(folder: Path, comparison: str, setting: str) -> Path:
-    """Return the file of a comparison in a setting."""
     return folder / f"{comparison}-{setting}.json"
 
 
@@ -122,15 +119,6 @@ def write_stored(folder: Path, stored: Stored) -> Path:
 
 
 def read_stored(path: Path, *, settings: str | None = None) -> Stored:
-    """Return what a file holds.
-
-    Args:
-        path: of the file.
-        settings: digest that the file must have; None: any.
-
-    Raises:
-        StoredCellError: the file is damaged, or of another version or setting.
-    """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         version = tree.pop("version")

@@ -67,15 +67,6 @@ def collect(folder: Path, data: Path, names: Iterable[str]) -> None:
 
     A setting is stored as soon as the reference arm has a cell. Stored cells of the same settings
     stay, unless a run of the same arm and seed is found.
-
-    Args:
-        folder: folder of the stored cells.
-        data: data folder that the runs have read.
-        names: of the comparisons.
-
-    Raises:
-        MegakdError: a folder of runs holds a run of other settings.
-        StoredCellError: the stored cells belong to other settings.
     """
     for name in names:
         for setting, source in COLLECTED[name].sources.items():
@@ -117,7 +108,6 @@ def _stored(folder: Path, name: str, setting: str, read: Read) -> Stored:
 
 
 def digest(name: str, setting: str) -> str:
-    """Return a digest of the definitions of a comparison in a setting."""
     found = COLLECTED[name]
     source = {**dataclasses.asdict(found.sources[setting]), "title": None}
     del source["benchmark"], source["seeds"]
@@ -138,14 +128,6 @@ def reports_of(
 
     The configs that the legs override are written to a temporary folder, so that a benchmark that
     runs at the same time keeps its own.
-
-    Args:
-        legs: of one benchmark.
-        trees: the configs that the legs override, by name.
-        overrides: of all configs.
-
-    Raises:
-        MegakdError: a folder holds a run of other settings.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_leg_configs(Path(folder), trees)
@@ -211,13 +193,7 @@ def _mixed_teachers(
 def mixed_vocabulary_cells(
     found: mixed_vocabulary.Found, *, task: str | None, rows: int
 ) -> list[Cell]:
-    """Return the cells on text, or on a task that the students learned after the text.
-
-    Args:
-        found: the reports.
-        task: name of the task; None: text.
-        rows: of a step on text, over all ranks.
-    """
+    """Return the cells on text, or on a task that the students learned after the text."""
     cells = list[Cell]()
     for arm, seed in itertools.product(COLLECTED["mixed_vocabulary"].arms, found.seeds):
         report = found.on_text(arm, seed)
@@ -282,13 +258,7 @@ def _pruned_gates(
 
 
 def homodistil_cells(found: homodistil.Found, loss_of: LossOf, *, rows: int) -> list[Cell]:
-    """Return the cells on held-out text, at equal steps.
-
-    Args:
-        found: the reports.
-        loss_of: the held-out loss of a variant with a seed; None if its run has not finished.
-        rows: of a step, over all ranks.
-    """
+    """Return the cells on held-out text, at equal steps."""
     cells = list[Cell]()
     for arm, seed in itertools.product(COLLECTED["homodistil"].arms, found.seeds):
         report, score = found.pruning(arm, seed), loss_of(found, arm, seed)
@@ -315,20 +285,13 @@ def homodistil_cells(found: homodistil.Found, loss_of: LossOf, *, rows: int) -> 
 def homodistil_cost_cells(
     cells: Iterable[Cell], longer: Iterable[Cell], arms: Container[str]
 ) -> list[Cell]:
-    """Return the cells at equal cost; the method and `random` have none.
-
-    Args:
-        cells: at equal steps.
-        longer: of the runs that learned for as long as the method.
-        arms: that have such runs; the other arms cost as much as the method at equal steps.
-    """
+    """Return the cells at equal cost; the method and `random` have none."""
     same = [cell for cell in cells if cell.arm not in (CUBIC, RANDOM) and cell.arm not in arms]
     chosen = [*same, *(cell for cell in longer if cell.arm in arms)]
     return [dataclasses.replace(cell, basis="cost") for cell in chosen]
 
 
 def read_on_policy(_: str, source: Source, __: Path) -> Read:
-    """Return the runs on sums in steps."""
     given = on_policy.parse(source.options)
     arms = {
         f"{name}-{seed}": (arm, seed)
@@ -367,7 +330,6 @@ def _sums(arm: str, seed: int, report: Report, scored: Mapping[str, float], rows
 
 
 def read_shrink(_: str, source: Source, data: Path) -> Read:
-    """Return the runs of a case."""
     given = shrink.parse(["--data", str(data), *source.options])
     names = [name for name in given.runs if name in COLLECTED["shrink"].arms.values()]
     tree = shrink.config(given)
@@ -391,14 +353,6 @@ def read_shrink(_: str, source: Source, data: Path) -> Read:
 
 
 def shrink_cells(reports: Reports, seed: int, *, run: Path, rows: int) -> list[Cell]:
-    """Return the cells of a seed.
-
-    Args:
-        reports: of the runs of the seed, by name in the benchmark.
-        seed: of the runs.
-        run: folder of the run `shrink`.
-        rows: of a step.
-    """
     cells = list[Cell]()
     for arm, name in COLLECTED["shrink"].arms.items():
         report = reports.get(name)

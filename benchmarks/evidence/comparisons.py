@@ -98,7 +98,6 @@ class Trained(Comparison):
     cached: bool = False
 
     def arms_in(self, setting: str) -> dict[str, Arm]:
-        """Return the arms that are trained in a setting."""
         is_first = setting == next(iter(self.seeds))
         chosen = () if is_first else self.deciding
         return {name: self.arms[name] for name in chosen or self.arms}
@@ -125,12 +124,10 @@ def arm_beside(arms: Iterable[str], name: str, arm: str) -> str | None:
 
 
 def in_group(arm: str, group: str) -> str:
-    """Return the name of an arm in a group."""
     return f"{arm}{GROUP}{group}"
 
 
 def grouped(group: str, arms: Mapping[str, Arm]) -> dict[str, Arm]:
-    """Return the arms with the name of their group."""
     return {
         in_group(name, group): replace(arm, after=in_group(arm.after, group)) if arm.after else arm
         for name, arm in arms.items()
@@ -233,7 +230,6 @@ def _chain(temperature: float) -> Arm:
 
 
 def pool_arms(temperature: float) -> dict[str, Arm]:
-    """Return SKDBERT and its baselines at one temperature."""
     weighed = _soft(temperature, row_weight="teacher_loss")
     return {
         "uniform": _pool_arm(temperature, name="skdbert"),
@@ -349,7 +345,6 @@ def _other_choice(sparsity: float, **options: Any) -> Arm:
 
 
 def assistant_arms(sparsity: float) -> dict[str, Arm]:
-    """Return MiniDisc and its controls at one sparsity."""
     return {
         "minidisc": _assistants(sparsity, name="minidisc"),
         "target barred": _other_choice(sparsity, target_may_win=False),

@@ -52,14 +52,6 @@ def draw(
 
     The files depend on the stored cells and notes alone. Pictures lie in `images/` next to the
     page; a picture of the evidence that is no longer drawn is removed.
-
-    Args:
-        folder: folder of the stored cells, with or without notes.yaml.
-        page: file of the page.
-        comparisons: by name, in the order of the page.
-
-    Raises:
-        StoredCellError: a file is damaged, of another version, or of an unknown comparison.
     """
     found = read_folder(folder, comparisons)
     notes = read_notes(folder / NOTES, comparisons)
@@ -88,12 +80,7 @@ def draw(
 
 
 def read_folder(folder: Path, comparisons: Mapping[str, Comparison]) -> dict[str, list[Assessed]]:
-    """Return the stored settings of each comparison, both in the order of their definitions.
-
-    Raises:
-        StoredCellError: a file is damaged, of another version, of an unknown comparison, or has
-            the name of another comparison or setting.
-    """
+    """Return the stored settings of each comparison, both in the order of their definitions."""
     found: dict[str, list[Assessed]] = {}
     for path in sorted(folder.glob("*.json")):
         stored = read_stored(path)
@@ -123,11 +110,7 @@ def _place(stored: Stored) -> tuple[int, str]:
 
 
 def read_notes(path: Path, known: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return the hand-written notes by comparison; empty if the file does not exist.
-
-    Raises:
-        StoredCellError: the file has another form, or a key or comparison that does not exist.
-    """
+    """Return the hand-written notes by comparison; empty if the file does not exist."""
     if not path.is_file():
         return {}
     try:
@@ -374,7 +357,6 @@ def spread(values: Sequence[float], decimals: int) -> str:
 
 
 def whole(values: Sequence[float]) -> str:
-    """Return the mean as a whole number."""
     return f"{statistics.fmean(values):,.0f}"
 
 
@@ -410,10 +392,6 @@ def conclusion(settings: Sequence[Assessed], reference: str) -> str:
     """Return whether the method helps, against plain distillation and against the other arms.
 
     Plain distillation is replaced by labels alone in a comparison without plain distillation.
-
-    Args:
-        settings: all settings of the comparison.
-        reference: the method's arm, without its group.
     """
     groups = [(one, group) for one in settings for group in one.groups if group.is_compared]
     if not groups:

@@ -54,11 +54,7 @@ DRAWING: Mapping[Any, Any] = MappingProxyType(
 
 
 def forest_plot(panels: Sequence[Assessed]) -> str:
-    """Return the SVG of the differences of a comparison.
-
-    Args:
-        panels: the settings of the comparison, each with at least one difference.
-    """
+    """Return the SVG of the differences of a comparison."""
     arms = list(dict.fromkeys(one.arm for panel in panels for one in panel.differences))
     rows, columns = math.ceil(len(panels) / WIDE), min(WIDE, len(panels))
     size = (NAMES + PANEL * columns, rows * (FRAME + LINE * len(arms)) + 0.5)

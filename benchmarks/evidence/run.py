@@ -67,7 +67,6 @@ class Bench:
     encoder: str
 
     def folder(self, setting: Setting) -> Path:
-        """Return the folder of a setting."""
         return self.out / setting.name
 
 
@@ -189,11 +188,6 @@ def run_config(
 
 
 def run_once(folder: Path, config: Config) -> dict[str, Any]:
-    """Run a config in its folder and return the report.
-
-    Raises:
-        RunFailedError: the command failed, or ended without a report.
-    """
     start(folder, config, program="train")
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
@@ -203,9 +197,6 @@ def start(folder: Path, config: Config, *, program: str) -> None:
 
     A folder that was begun with another config is removed first: the steps of a cell at equal cost
     follow measured costs, which more seeds change.
-
-    Raises:
-        RunFailedError: the command failed.
     """
     path, tree = folder / "evidence.yaml", {"output_dir": str(folder), **config}
     if path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) != _plain(tree):
@@ -267,12 +258,10 @@ def is_done(path: Path, config: Config) -> bool:
 
 
 def write_done(path: Path, config: Config, result: Mapping[str, Any]) -> None:
-    """Store a result with its config, whole or not at all."""
     write_text(path, json.dumps({"config": _plain(config), "result": result}, indent=1))
 
 
 def read_done(path: Path) -> dict[str, Any]:
-    """Return a stored result."""
     return json.loads(path.read_text(encoding="utf-8"))["result"]
 
 
@@ -283,7 +272,6 @@ def _plain(config: Config) -> Config:
 def known_and_left(
     bench: Bench, stored: Stored, seeds: Sequence[int], arms: Sequence[str], basis: Basis
 ) -> tuple[list[Cell], list[Planned]]:
-    """Return the cells that need no run, and the runs that are left."""
     known, left = list[Cell](), list[Planned]()
     for seed, arm in product(seeds, arms):
         if copy := copied(stored, arm, seed, basis):
@@ -456,13 +444,7 @@ def score_teacher(folder: Path, rows: Path, max_length: int) -> float:
 
 
 def score_student(student: Path, teacher: Path, rows: Path) -> tuple[float, float]:
-    """Return the accuracy of a student, and the mean KL(teacher || student) in nats.
-
-    Args:
-        student: folder of a model.
-        teacher: folder with the teacher's stored answers.
-        rows: file of the split that the teacher has answered.
-    """
+    """Return the accuracy of a student, and the mean KL(teacher || student) in nats."""
     stored, (texts, labels) = np.load(teacher / ANSWERS), test_rows(rows)
     answered = answers_of(student, texts, int(stored["max_length"]))
     return accuracy(answered, labels), mean_divergence(stored["logits"], answered.logits)

@@ -36,7 +36,6 @@ class Learning:
     bf16: bool = True
 
     def train(self) -> Config:
-        """Return the section `train`."""
         return {
             "per_device_train_batch_size": self.rows,
             "max_steps": self.steps,
@@ -84,7 +83,6 @@ class Setting:
     in_plan: bool = True
 
     def facts(self) -> Config:
-        """Return what the results of the setting depend on."""
         return {key: value for key, value in vars(self).items() if key not in NO_FACTS}
 
     def task(self, folder: Path) -> Config:
@@ -98,7 +96,6 @@ class Setting:
         return {**section, "label_column": "label", "max_length": self.max_length, **labels}
 
     def write_splits(self, data: Path, folder: Path) -> None:
-        """Write the three splits of the data folder as csv."""
         for split, rows in self.splits(data).items():
             write_labelled(folder / f"{split}.csv", rows)
 

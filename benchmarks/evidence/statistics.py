@@ -90,14 +90,6 @@ def unit_of(stored: Stored) -> Unit:
 def differences(
     stored: Stored, references: Iterable[tuple[str, str]], *, first: Container[str] = ()
 ) -> tuple[Difference, ...]:
-    """Return the differences of arms from their references.
-
-    Args:
-        stored: the cells.
-        references: each arm with its reference. An arm is compared on every basis on which the
-            arm has cells; a pair without a common seed is left out.
-        first: arms whose tests are a family of their own for Holm's correction.
-    """
     pairs = [(arm, reference) for arm, reference in references if arm != reference]
     scores = _scores(stored, pairs)
     alike = alike_noisy(scores)
@@ -223,7 +215,6 @@ def _scores(
 
 
 def _run_of(stored: Stored, arm: str, basis: Basis) -> tuple[str, Basis]:
-    """Return the arm and the basis of the runs that serve an arm on a basis."""
     return arm, BASES[0] if has_same_runs(stored, arm) else basis
 
 
@@ -276,12 +267,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pairs_needed(deviation: float, difference: float) -> int | None:
-    """Return the pairs at which a two-sided test at 5 % sees a difference with 80 % power.
-
-    Args:
-        deviation: standard deviation of the paired differences; NaN gives None.
-        difference: positive, in the unit of the deviation.
-    """
+    """Return the pairs at which a two-sided test at 5 % sees a difference with 80 % power."""
     if math.isnan(deviation):
         return None
     effect, power = difference / max(deviation, SAME), TTestPower().power

@@ -91,7 +91,6 @@ def compared(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def errors_of(name: str, problem: Problem, truth: Truth) -> dict[str, float | None]:
-    """Return the errors of an implementation, with its name in the keys."""
     from bench import ours
 
     found = truth.errors(ours.load(problem.case, name))

@@ -121,7 +121,6 @@ def _task(kind: str, folder: Path, *, length: int, rehearse: bool) -> Tree:
 
 
 def write_texts(folder: Path) -> Path:
-    """Write texts of two topics, and return their folder."""
     for split, count in MADE_UP_ROWS.items():
         rng = random.Random(split)
         rows = (_made_up(rng, topic) for topic in rng.choices(list(TOPICS), k=count))
@@ -147,5 +146,4 @@ def llama(layers: int, width: int, *, length: int, vocabulary: int | None = None
 
 
 def bert(layers: int, width: int) -> Tree:
-    """Return a BERT with random weights."""
     return {"config": data.bert(layers, width, max(2, width // 32))}

@@ -44,7 +44,6 @@ SHOWN = 15
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the speed, the memory and the profile of the steps."""
     given = part_parser(__doc__).parse_args(arguments)
     tree = gpu_day_cases.llama_tree(given.folder, rehearse=given.rehearse)
     config = load_config(write_config(given.folder / "run.yaml", tree))

@@ -82,7 +82,6 @@ def run_parts(chosen: Sequence[Part], results: Results, given: argparse.Namespac
 
 
 def run_part(part: Part, given: argparse.Namespace) -> Outcome:
-    """Run a part from its beginning."""
     folder, log = given.out / "work" / part.name, given.out / "logs" / f"{part.name}.log"
     # What an earlier try has left would be resumed, and an uninterrupted run is what is measured.
     shutil.rmtree(folder, ignore_errors=True)
@@ -97,7 +96,6 @@ def run_part(part: Part, given: argparse.Namespace) -> Outcome:
 
 
 def outcome_of(part: Part, ended: Ended, log: str) -> Outcome:
-    """Return what happened to a part that has ended."""
     state, reason = _judged(part, ended, log)
     return Outcome(
         state=state,
@@ -110,7 +108,6 @@ def outcome_of(part: Part, ended: Ended, log: str) -> Outcome:
 
 
 def _judged(part: Part, ended: Ended, log: str) -> tuple[State, str]:
-    """Return the state of a part that has ended, and why the part has not finished."""
     if ended.code is None:
         return "timed out", f"ended at its limit of {part.limit_s:g} s"
     if ended.code != 0:
@@ -120,7 +117,6 @@ def _judged(part: Part, ended: Ended, log: str) -> tuple[State, str]:
 
 
 def parse(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> argparse.Namespace:
-    """The options."""
     known = words_of([part.name for part in parts])
     listed = "\n".join(f"  {part.name}: {part.about}" for part in parts)
     parser = parser_of(f"{__doc__}\nparts:\n{listed}")

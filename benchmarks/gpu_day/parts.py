@@ -48,7 +48,6 @@ def causal_lm(setting: Setting) -> list[str]:
 
 
 def minidisc(setting: Setting) -> list[str]:
-    """Do the same with MiniDisc."""
     return program("gpu_day.runs", setting, "minidisc")
 
 
@@ -70,7 +69,6 @@ def bench(setting: Setting) -> list[str]:
 
 
 def more_losses(setting: Setting) -> list[str]:
-    """Time the other losses."""
     cases = ("relation", "stats", "topk")
     rehearsed = ("smoke-relation",)
     return _bench(setting, rehearsed if setting.rehearse else cases, ("megakd-triton", "eager"))

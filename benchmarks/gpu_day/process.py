@@ -49,21 +49,15 @@ def part_parser(about: str | None) -> argparse.ArgumentParser:
 
 
 def words(text: str) -> list[str]:
-    """Return the parts of `one,two`."""
     return text.split(",")
 
 
 def say(numbers: Mapping[str, Any]) -> None:
-    """Print the numbers of this part."""
     print(f"{NUMBERS}{json_text(dict(numbers))}", flush=True)
 
 
 def skip(reason: str) -> NoReturn:
-    """End this part, which this machine cannot run.
-
-    Raises:
-        SystemExit: always.
-    """
+    """End this part, which this machine cannot run."""
     print(f"{SKIPPED}{reason}", flush=True)
     sys.exit(0)
 
@@ -107,14 +101,7 @@ def environment(*, rehearse: bool) -> dict[str, str]:
 def run_limited(
     command: Sequence[str], log: Path, *, limit_s: float, variables: Mapping[str, str]
 ) -> Ended:
-    """Run a command in a process group of its own, which ends at the limit.
-
-    Args:
-        command: the program and its arguments.
-        log: the file for standard output and standard error.
-        limit_s: seconds that the command may take.
-        variables: the whole environment of the command.
-    """
+    """Run a command in a process group of its own, which ends at the limit."""
     log.parent.mkdir(parents=True, exist_ok=True)
     # A Python process that is aborted prints where it hangs.
     tracebacks = {"PYTHONFAULTHANDLER": "1"}

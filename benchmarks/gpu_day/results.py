@@ -63,7 +63,6 @@ class Results:
 
     @property
     def machine(self) -> dict[str, Any]:
-        """The machine of the last start."""
         return self._tree["machine"]
 
     @property
@@ -73,7 +72,6 @@ class Results:
 
     @property
     def parts(self) -> dict[str, Outcome]:
-        """All outcomes by name."""
         return {name: Outcome(**found) for name, found in self._tree["parts"].items()}
 
     def is_finished(self, name: str) -> bool:
@@ -172,12 +170,6 @@ def _output(command: Sequence[str]) -> str:
 
 
 def page_of(results: Results, abouts: Mapping[str, str]) -> str:
-    """Return the page.
-
-    Args:
-        results: the outcomes.
-        abouts: what all parts do, by name; a part without an outcome is listed as not run.
-    """
     parts = results.parts
     abouts = {**abouts, **{name: found.about for name, found in parts.items()}}
     blocks = ["# First day on a GPU", *([NOTE] if results.is_rehearsal else [])]

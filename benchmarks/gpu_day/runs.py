@@ -60,11 +60,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run_all(config: Path, given: Namespace, numbers: dict[str, Any]) -> None:
-    """Run all legs, and print the numbers after each.
-
-    Raises:
-        RunFailedError: a leg failed, or was over before the kill.
-    """
     first, resumed, repeated = (given.folder / leg for leg in LEGS)
     legs: list[dict[str, Any]] = []
     numbers |= {"seconds": legs, **whole_run(config, first, given, legs)}
@@ -84,11 +79,7 @@ def run_all(config: Path, given: Namespace, numbers: dict[str, Any]) -> None:
 def whole_run(
     config: Path, output: Path, given: Namespace, legs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Run to the end, from where the folder is, and return the numbers of the report.
-
-    Raises:
-        RunFailedError: the run failed.
-    """
+    """Run to the end, from where the folder is, and return the numbers of the report."""
     began = time.monotonic()
     with start(config, output, given) as process:
         code = process.wait()
@@ -103,11 +94,7 @@ def whole_run(
 def kill_in_the_middle(
     config: Path, output: Path, given: Namespace, legs: list[dict[str, Any]]
 ) -> int:
-    """Kill a run after its checkpoint at half of the steps, and return the newest one's step.
-
-    Raises:
-        RunFailedError: the run failed, or the stage was over before the kill at every try.
-    """
+    """Kill a run after its checkpoint at half of the steps, and return the newest one's step."""
     steps = CASES[given.case].tree(given.folder, rehearse=given.rehearse)["train"]["max_steps"]
     step = 0
     for _ in range(TRIES):

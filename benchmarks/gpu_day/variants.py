@@ -31,7 +31,6 @@ TIMED = "timed: "
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Time all values in turns, or be the process of one value."""
     given = parse(arguments)
     if given.value is not None:
         measure(given)
@@ -48,7 +47,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options."""
     parser = part_parser(__doc__)
     parser.add_argument("--variable", required=True, help=f"an environment variable or {CHUNK_MB}")
     parser.add_argument("--values", type=words, required=True)

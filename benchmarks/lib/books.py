@@ -69,7 +69,6 @@ class Sizes(NamedTuple):
 
     @property
     def short_rows(self) -> int:
-        """The rows of a global batch of short rows."""
         return self.rows * self.length // self.short
 
 
@@ -98,7 +97,6 @@ QUICK = Sizes(
 
 
 def changed(given: argparse.Namespace, names: Mapping[str, type]) -> dict[str, Any]:
-    """Return the options with these names that were given."""
     return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 
 
@@ -212,7 +210,6 @@ def task_legs_of(
 
 
 def text_train(rows: int, steps: int, rate: float) -> Config:
-    """The section `train` of the encoders."""
     return train_section(rows, steps, rate, weight_decay=0.01)
 
 
@@ -235,11 +232,7 @@ DECODER_TRAIN = {"per_device_train_batch_size": 4, "learning_rate": 2e-3, "warmu
 
 
 def train_decoder(data: Path, folder: Path, *, jobs: int) -> None:
-    """Train a Llama of 1.5 million weights on the books in a folder, unless it is trained.
-
-    Raises:
-        RunFailedError: the training failed.
-    """
+    """Train a Llama of 1.5 million weights on the books in a folder, unless it is trained."""
     config = folder.parent / "configs" / f"{folder.name}.yaml"
     write_config(config, decoder_config(data, folder))
     report_of(Leg(folder.name, config, folder, ()), ranks=1, jobs=jobs)

@@ -38,6 +38,5 @@ def over_ranks(by_rank: Sequence[Sequence[Sequence[Sequence[float]]]]) -> list[l
 
 
 def line(spread: Spread) -> str:
-    """Return a ratio with its spread."""
     low, high = spread.quartiles
     return f"{spread.median:.4f} (quartiles {low:.4f} to {high:.4f}, 95 % {spread.between()})"

@@ -15,7 +15,6 @@ CLINC150_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 
 def bert(layers: int, width: int, heads: int, **keys: Any) -> Config:
-    """Return the config of a BERT."""
     return {
         "model_type": "bert",
         "hidden_size": width,
@@ -27,7 +26,6 @@ def bert(layers: int, width: int, heads: int, **keys: Any) -> Config:
 
 
 def llama(layers: int, width: int, heads: int, neurons: int, **keys: Any) -> Config:
-    """Return the config of a Llama."""
     return {
         "model_type": "llama",
         "hidden_size": width,
@@ -45,14 +43,12 @@ def sizes_of(text: str) -> tuple[int, int]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def write_labelled(path: Path, rows: Iterable[Iterable[str]]) -> Path:
-    """Write texts with their labels as csv."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("text", "label"), *rows])

@@ -63,7 +63,6 @@ def fetch_teacher() -> Path:
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> Path:
-    """Write a run config as YAML."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
     return path
@@ -72,18 +71,7 @@ def write_config(path: Path, config: Mapping[str, Any]) -> Path:
 def trained(
     config: Path, output: Path, *, ranks: int, overrides: Sequence[str], jobs: int = 1
 ) -> dict[str, Any]:
-    """Return the report of a run, which is started, resumed, or has finished before.
-
-    Args:
-        config: the run's YAML file, seen from the repository.
-        output: the folder that the run writes.
-        ranks: CPU processes; the cores are shared among them.
-        overrides: `key=value` that win over the file's.
-        jobs: as many runs share the cores.
-
-    Raises:
-        RunFailedError: the command failed, or ended without a report.
-    """
+    """Return the report of a run, which is started, resumed, or has finished before."""
     code = launched("train", config, ranks, [*overrides, f"output_dir={output}"], jobs)
     report = ROOT / output / "report.json"
     # The launcher also returns 0 when a rank was killed by a signal.
@@ -134,17 +122,7 @@ def start_ranks(
     environment: Mapping[str, str] | None = None,
     is_quiet: bool = False,
 ) -> None:
-    """Run Python once per rank, with the cores shared among them.
-
-    Args:
-        words: the arguments of Python.
-        ranks: the number of processes.
-        environment: variables that win over those of this process.
-        is_quiet: whether standard output is dropped.
-
-    Raises:
-        RunFailedError: a rank failed. The other ranks, which would wait for it, are ended.
-    """
+    """Run Python once per rank, with the cores shared among them."""
     port = quickstart().free_port()
     threads = max(1, (os.cpu_count() or 1) // ranks)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
@@ -198,7 +176,6 @@ def write_leg_configs(out: Path, trees: Mapping[str, Any]) -> None:
 
 
 def leg_of(out: Path, name: str, config: str, overrides: Iterable[str]) -> Leg:
-    """Return the leg of a folder that overrides one of its configs."""
     return Leg(name, out / "configs" / f"{config}.yaml", out / name, tuple(overrides))
 
 
@@ -218,11 +195,7 @@ def reports_of(some: Iterable[Leg]) -> dict[str, dict[str, Any] | None]:
 
 
 def finished(leg: Leg) -> dict[str, Any] | None:
-    """Return the report of a leg that is done; None if it is not.
-
-    Raises:
-        MegakdError: the folder holds a run of other settings.
-    """
+    """Return the report of a leg that is done; None if it is not."""
     from megakd.config.file import load_config
     from megakd.run.finished_run import is_finished
 
@@ -241,7 +214,6 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def stage_of(report: Report, name: str) -> Report:
-    """Return a stage of a report."""
     return next(stage for stage in report["stages"] if stage["name"] == name)
 
 

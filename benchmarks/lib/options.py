@@ -16,7 +16,6 @@ def parser_of(about: str | None) -> argparse.ArgumentParser:
 
 
 def command_of(module: str, arguments: Sequence[str]) -> str:
-    """Return the command of a benchmark, for the rows that it prints."""
     return shlex.join(["python", "benchmarks", module.removesuffix(".__main__"), *arguments])
 
 

@@ -43,7 +43,6 @@ def table(rows: Mapping[object, Mapping[str, float]]) -> str:
 
 
 def show(what: str, command: str, reports: Mapping[int, Report]) -> None:
-    """Print the table of all seeds, and the row for notebook/measurements.md."""
     rows = {
         seed: {**scores(report), "gain": gain(report)}
         | {f"{stage} s": spent for stage, spent in seconds_of(report).items()}

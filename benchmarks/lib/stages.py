@@ -43,12 +43,7 @@ TRAINING_ROWS = 4096
 
 
 def step_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """Return the parser of a benchmark of steps; sizes are layers x width.
-
-    Args:
-        about: the docstring of the benchmark.
-        defaults: of options, in place of those of most benchmarks.
-    """
+    """Return the parser of a benchmark of steps; sizes are layers x width."""
     parser = parser_of(about)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=20)
@@ -101,7 +96,6 @@ def write_case(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_tree(folder: Path, tree: dict[str, Any]) -> None:
-    """Write the run config of a case."""
     (folder / "run.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
@@ -138,14 +132,7 @@ Measure = Callable[[RunConfig, Ranks, argparse.Namespace], Any]
 def on_ranks(
     module: str, given: argparse.Namespace, write: Callable[[Path], object], *words: str
 ) -> Any:
-    """Return what all ranks of a benchmark have measured in a case of their own.
-
-    Args:
-        module: the benchmark, whose ranks get the option `--case`.
-        given: the options.
-        write: writes run.yaml and what it reads into the folder of the case.
-        words: further words of the command of a rank.
-    """
+    """Return what all ranks of a benchmark have measured in a case of their own."""
     with tempfile.TemporaryDirectory(prefix="megakd-steps-") as name:
         write(Path(name))
         start_benchmark(module, [*given.arguments, "--case", name, *words], given.ranks)
@@ -170,7 +157,6 @@ class Bench:
         self.lab = Lab(config, self.prepared, ranks, self.reporter)
 
     def stage(self, name: str, teachers: Sequence[str], strategy: Any, **changes: Any) -> Stage:
-        """Return a stage with the objective and the training of the run."""
         fields = {
             "objective": self.config.objective or (),
             "strategy": strategy,
@@ -215,7 +201,6 @@ class WatchedCollate:
         self._changed = threading.Condition()
 
     def __call__(self, rows: object, *, dummy_rows: int = 0) -> Batch:
-        """Pad and join."""
         batch = self._collate(rows, dummy_rows=dummy_rows)
         with self._changed:
             self._made += 1

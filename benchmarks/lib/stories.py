@@ -35,11 +35,7 @@ class Piece(NamedTuple):
 
 
 def read_pieces(path: Path) -> list[Piece]:
-    """The pieces of a llama2.c tokenizer file, in the order of their numbers.
-
-    Raises:
-        ValueError: the file ends in the middle of a piece, or begins with other pieces.
-    """
+    """The pieces of a llama2.c tokenizer file, in the order of their numbers."""
     content, position, pieces = path.read_bytes(), 4, []
     while position < len(content):
         if position + 8 > len(content):
@@ -125,7 +121,6 @@ def write_stories_tokenizer(data: Path, out: Path) -> None:
 
 
 def tokenizer(out: Path) -> Path:
-    """Return the folder of the tokenizer."""
     return out / "tokenizer"
 
 
@@ -142,5 +137,4 @@ def stories_task(data: Path, out: Path) -> dict[str, Any]:
 
 
 def stories_teacher(data: Path) -> dict[str, Any]:
-    """Return the section `teacher`."""
     return {"model": str(data / MODEL / "hf"), "deepspeed": "teacher_zero0"}

@@ -27,7 +27,6 @@ class Spread(NamedTuple):
     interval: tuple[float, float]
 
     def between(self, decimals: int = 3) -> str:
-        """Return the interval as text."""
         low, high = self.interval
         return f"{low:.{decimals}f} to {high:.{decimals}f}"
 

@@ -158,7 +158,6 @@ def write_teacher(folder: Path, case: Case) -> int:
 
 
 def run_tree(case: Case, folder: Path) -> dict[str, Any]:
-    """One trial of one step."""
     labels = {} if case.task == "causal_lm" else {"label_column": "label"}
     task = {"type": case.task, "dataset": str(folder / "data"), "max_length": LENGTH}
     return {
@@ -190,7 +189,6 @@ def run_tree(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options."""
     parser = parser_of(__doc__)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="default: all")
     parser.add_argument("--ranks", type=int, default=2)

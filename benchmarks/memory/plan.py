@@ -75,7 +75,6 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In a table."""
         batch = f"{self.rows} x {self.length}"
         return f"{self.teacher} to {self.student}, {batch}, {' '.join(self.settings)}"
 
@@ -135,7 +134,6 @@ def _base_bytes() -> int:
 
 
 def config_of(case: Case, folder: Path) -> RunConfig:
-    """The run config of a case, written with its data."""
     given = step_parser(None).parse_args(["--student", case.student])
     given.teacher, given.rows, given.length = case.teacher.split()[0], case.rows, case.length
     write_case(folder, given)

@@ -117,7 +117,6 @@ def cell(plan: Plan) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the table."""
     parser = parser_of(__doc__)
     parser.add_argument("--rows", help=f"some of {','.join(LABELS)}; default: all")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="keep the run configs there")

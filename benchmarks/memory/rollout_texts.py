@@ -34,7 +34,6 @@ VOCABULARY, PROMPT, BEST, SCORED, TIMES = 150_000, 64, 64, 512, 5
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print one line for each cost."""
     parser = parser_of(__doc__)
     for name, default in (("steps", 64), ("rows", 64), ("tokens", 1024)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -67,7 +66,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write(store: RolloutStore, steps: int, rows: int, tokens: int) -> None:
-    """Write random texts."""
     random = np.random.default_rng(0)
     for step in range(steps):
         ids = random.integers(VOCABULARY, size=(rows, PROMPT + tokens)).tolist()
@@ -122,7 +120,6 @@ class Server:
         self.text = text
 
     def post(self, path: str, tree: object) -> Reply:
-        """Return the answer."""
         del tree
         return Reply(200, self.text, path)
 

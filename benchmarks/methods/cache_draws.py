@@ -39,7 +39,6 @@ VARIANTS = ("full", *CACHES)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the caches, run what has not finished, and print the table."""
     given = parse(arguments)
     need(given.data / part for part in PARTS)
     prepare(given)
@@ -65,7 +64,6 @@ def prepare(given: argparse.Namespace) -> None:
 
 
 def config(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the run that the variants change."""
     return {
         "output_dir": str(given.out / "run"),
         "task": {
@@ -104,11 +102,6 @@ def cache_folder(given: argparse.Namespace, name: str, seed: int) -> Path:
 
 
 def write_caches(given: argparse.Namespace) -> None:
-    """Write all caches that are not complete.
-
-    Raises:
-        RunFailedError: a command failed.
-    """
     legs = {cache_folder(given, n, s): leg(given, n, s) for n in CACHES for s in given.seeds}
     for folder, own in legs.items():
         output = f"output_dir={given.out / 'cache_run'}"
@@ -146,7 +139,6 @@ def divergence(teacher: Path, student: Path, tokenizer: Path, texts: Sequence[st
 
 
 def show(scores: Mapping[str, Sequence[float]], sizes: Mapping[str, float], command: str) -> None:
-    """Print the table, and the row for notebook/measurements.md."""
     lines = {
         name: {"KL": mean_text(values, 4)}
         | ({"bytes per token": f"{sizes[name]:.1f}"} if name in sizes else {})
@@ -159,7 +151,6 @@ def show(scores: Mapping[str, Sequence[float]], sizes: Mapping[str, float], comm
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="holds lm/ and weights/")
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")

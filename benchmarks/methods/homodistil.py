@@ -76,7 +76,6 @@ class Found(NamedTuple):
     tasks: Sequence[str]
 
     def pruning(self, variant: str, seed: int) -> Report | None:
-        """Return the report of the run that made a student."""
         return self.reports.get(f"{run_of(variant)}-{seed}")
 
     def score(self, task: str, variant: str, seed: int) -> float | None:
@@ -86,7 +85,6 @@ class Found(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what has not finished of the stages that were asked for."""
     given = parse(arguments)
     need(given.data / part for part in (BOOKS, *(TASKS[name].data for name in given.tasks)))
     write_text(given.data, given.out / "text", given.sizes)
@@ -143,7 +141,6 @@ def tune(given: argparse.Namespace) -> None:
 
 
 def tell(given: argparse.Namespace) -> None:
-    """Print the table of what has finished."""
     runs = [*teacher_legs(given), *pruning_legs(given), *task_legs(given)]
     show(Found(reports_of(runs), given.seeds, given.tasks), given.command)
 
@@ -201,7 +198,6 @@ def run_of(variant: str) -> str:
 
 
 def show(found: Found, command: str) -> None:
-    """Print the table, the jumps, and the row for notebook/measurements.md."""
     columns = {name: numbers(found, name) for name in (TEACHER, *PRUNED, *BASELINES)}
     lines = {
         name: {title: _cell(values) for title, values in line.items()}
@@ -257,13 +253,11 @@ def parameters(found: Found, variant: str, seed: int) -> int | None:
 
 
 def seconds(found: Found, variant: str, seed: int) -> float | None:
-    """Return the seconds of training on text."""
     report = _trained(found, variant, seed)
     return None if report is None else sum(s["seconds"] for s in stages_of(report, variant))
 
 
 def stages_of(report: Report, variant: str) -> list[Report]:
-    """Return the stages that trained a variant, from the report of its run."""
     stages = {stage["name"]: stage for stage in report["stages"]}
     if variant in BASELINES:
         return [stages[variant]]
@@ -293,7 +287,6 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="holds lm/, glue/, clinc150/, …")
     parser.add_argument("--stages", type=words_of(STAGES), default=[*STAGES], help="with commas")

@@ -65,7 +65,6 @@ Rows = dict[str, list[tuple[float, float | None]]]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what has not finished, and print the table."""
     given = parse(arguments)
     need(given.data / part for part in PARTS)
     write_stories_tokenizer(given.data, given.out)
@@ -169,7 +168,6 @@ def loss_of(found: Found, variant: str, seed: int) -> float | None:
 
 
 def show(found: Rows, command: str) -> None:
-    """Print the table, and the row for notebook/measurements.md."""
     losses = {name: [loss for loss, _ in pairs] for name, pairs in found.items()}
     lines = {
         name: {
@@ -190,7 +188,6 @@ def show(found: Rows, command: str) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="holds lm/ and weights/")
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")

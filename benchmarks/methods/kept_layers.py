@@ -55,7 +55,6 @@ def answers(given: argparse.Namespace) -> list[tuple[Tensor, int]]:
 
 @torch.inference_mode()
 def loss(model: torch.nn.Module, rows: Sequence[tuple[Tensor, int]], kept: Sequence[int]) -> float:
-    """Return the loss of a model with some of its layers."""
     total, count = 0.0, 0
     layers = range(1, model.config.num_hidden_layers + 1)  # type: ignore[union-attr]
     with ExitStack() as stack:
@@ -69,7 +68,6 @@ def loss(model: torch.nn.Module, rows: Sequence[tuple[Tensor, int]], kept: Seque
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the losses, and a row for notebook/measurements.md for every number of layers."""
     given = parse(arguments)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     metrics = json.loads((given.run / "stages" / "layers" / "result.json").read_text())["metrics"]
@@ -89,7 +87,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = parser_of(__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)

@@ -68,7 +68,6 @@ class Outcome(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what has not finished, and print all tasks and seeds."""
     given = parse(arguments)
     need(ROOT / given.data / NEEDED[task] for task in given.tasks if task in NEEDED)
     outcomes: list[Outcome] = []
@@ -88,7 +87,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def task_section(task: str, data: Path, folder: Path) -> Config:
-    """Return the section `task` of a task, and write the data that it reads."""
     if task == "pydocs":
         section: Config = {"dataset": "pydocs", "max_length": 24, "max_eval_examples": 2000}
     elif task == "sst2":
@@ -163,7 +161,6 @@ def legs(folder: Path, seed: int, given: argparse.Namespace) -> list[Leg]:
 
 
 def outcome(task: str, seed: int, reports: Mapping[str, Report]) -> Outcome:
-    """Read the reports of one task and seed, by method."""
     minidisc, maxidisc = reports["minidisc"], reports["maxidisc"]
     students = {row["sparsity"]: row["student_metric"] for row in maxidisc["candidates"]}
     tried = {row["sparsity"]: row["tradeoff"] for row in maxidisc["candidates"]}
@@ -265,7 +262,6 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = parser_of(__doc__)
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], help="default: all")
     parser.add_argument("--seeds", type=integers, default=[1], help="separated by commas")

@@ -130,7 +130,6 @@ class Found(NamedTuple):
     teacher_bytes: int
 
     def on_text(self, model: str, seed: int) -> Report | None:
-        """Return the report of the run that scored a model on text."""
         run = ALONE if model in (TEACHER, PATIENT_KD) else model
         return self.reports.get(f"{run}-{seed}")
 
@@ -167,7 +166,6 @@ def check(given: argparse.Namespace) -> None:
 
 
 def reads_books(given: argparse.Namespace) -> bool:
-    """Return whether a run learns the books."""
     return given.text == "books" or given.trains_teacher
 
 
@@ -250,7 +248,6 @@ def small_shape(given: argparse.Namespace) -> Config:
 
 
 def large_shape(teacher: Path) -> Config:
-    """The shape of the teacher in a folder."""
     config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
     shape = {key: config[key] for key in SHAPE}
     return {**shape, "initializer_range": INITIALIZER_RANGE, **NO_DROPOUT}
@@ -275,7 +272,6 @@ def tune(given: argparse.Namespace) -> None:
 
 
 def tell(given: argparse.Namespace) -> None:
-    """Print the tables of what has finished."""
     reports = reports_of([*student_legs(given), *task_legs(given)])
     teacher_bytes = sum(file.stat().st_size for file in given.teacher.glob("*.safetensors"))
     show(Found(reports, given.seeds, given.tasks, teacher_bytes), given.text, given.command)
@@ -318,7 +314,6 @@ def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
 
 
 def show(found: Found, text: str, command: str) -> None:
-    """Print the tables, the verdicts, and the rows for notebook/measurements.md."""
     lines = {model: numbers(found, model) for model in MODELS}
     print(table_of("model", _texts(lines, _cell)))
     gains = {model: less_alone(lines, model, found.tasks) for model in (LARGE, *SMALL[1:])}
@@ -353,7 +348,6 @@ def numbers(found: Found, model: str) -> Numbers:
 
 
 def on_text(found: Found, model: str, report: Report) -> dict[str, float | None]:
-    """Return the numbers of a run on text."""
     whole = found.teacher_parameters()
     values: dict[str, float | None] = {NATS: nats(report, model)}
     if model == TEACHER:
@@ -452,7 +446,6 @@ def _answer(is_met: bool) -> str:  # noqa: FBT001
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = _parser()
     given = parser.parse_args(arguments)
     given.command = command_of(__name__, arguments)

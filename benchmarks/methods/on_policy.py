@@ -51,7 +51,6 @@ Cells = dict[str, dict[str, list[float]]]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs what has not finished, and prints the table."""
     given = parse(arguments)
     write_data(given.out / "data")
     teacher = last_evaluation(run(given, "teacher", 0, teacher_config(given)), "student")
@@ -92,7 +91,6 @@ def sums(count: int, rng: random.Random) -> Iterator[dict[str, str]]:
 
 
 def common(given: argparse.Namespace, steps: int, rate: float) -> dict[str, Any]:
-    """The sections that all runs share."""
     data = given.out / "data"
     return {
         "task": {
@@ -164,20 +162,17 @@ def run(given: argparse.Namespace, name: str, seed: int, config: Mapping[str, An
 
 
 def last_evaluation(folder: Path, stage: str) -> dict[str, float]:
-    """The numbers of the last evaluation of a stage."""
     records = reversed(records_of(folder))
     return next(r for r in records if r["stage"] == stage and "eval/match" in r)
 
 
 def add(cells: dict[str, list[float]], found: Mapping[str, float]) -> None:
-    """Add the numbers of one seed."""
     for metric, key in METRICS.items():
         if key in found:
             cells.setdefault(metric, []).append(found[key])
 
 
 def show(cells: Cells, command: str) -> None:
-    """Print the table, and the row for notebook/measurements.md."""
     lines = {
         name: {metric: mean_text(metrics.get(metric, ()), 3) for metric in METRICS}
         for name, metrics in cells.items()
@@ -188,7 +183,6 @@ def show(cells: Cells, command: str) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options."""
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--steps", type=int, default=300, help="of the second training")

@@ -25,7 +25,6 @@ TEACHER_STAGE = "teacher-finetune"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what has not finished, and print all seeds."""
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--ranks", type=int, default=2)

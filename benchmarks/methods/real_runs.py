@@ -153,7 +153,6 @@ CASES = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what has not finished, and print all seeds."""
     parser = parser_of(__doc__)
     parser.add_argument("name", choices=list(CASES))
     parser.add_argument("--seeds", type=integers, default=[1], help="separated by commas")

@@ -141,7 +141,6 @@ class Scores(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what has not finished, and print the table."""
     given = parse(arguments)
     case = CASES[given.case]
     need(given.data / part for part in case.parts)
@@ -155,7 +154,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def config(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the run that the variants change."""
     case = CASES[given.case]
     return {
         "output_dir": str(given.out / "run"),
@@ -174,7 +172,6 @@ def config(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def variants(given: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    """Return the overrides of the run by the name of the variant."""
     if given.hops:
         # Equal numbers of steps to a quarter of the weights.
         far = ("method.target_sparsity=0.75", "method.candidates=6")
@@ -197,7 +194,6 @@ def variants(given: argparse.Namespace) -> dict[str, tuple[str, ...]]:
 
 
 def leg(given: argparse.Namespace, name: str, seed: int) -> Leg:
-    """Return one run."""
     folder, overrides = f"{name}-{seed}", variants(given)[name]
     return Leg(folder, given.out / "run.yaml", given.out / folder, (*overrides, f"seed={seed}"))
 
@@ -205,13 +201,7 @@ def leg(given: argparse.Namespace, name: str, seed: int) -> Leg:
 def scores_of(
     reports: Mapping[str, Report | None], depths: Sequence[int], run: Path
 ) -> Scores | None:
-    """Return the losses of a seed; None without the report of `shrink`.
-
-    Args:
-        reports: the reports of the runs of the seed, by name of the variant.
-        depths: numbers of layers of the candidates.
-        run: folder of the run `shrink`.
-    """
+    """Return the losses of a seed; None without the report of `shrink`."""
     report = reports["shrink"]
     if report is None:
         return None
@@ -352,7 +342,6 @@ def show_trials(given: argparse.Namespace, command: str) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="holds lm/ and weights/")
     parser.add_argument("--case", choices=CASES, default="stories")

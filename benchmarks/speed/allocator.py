@@ -28,7 +28,6 @@ WARM_UP_STEPS = 3
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure every setting `--rounds` times by turns and print a table."""
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)

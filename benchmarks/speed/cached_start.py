@@ -37,7 +37,6 @@ KINDS = ("texts", "conversations")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure the starts and print a row for notebook/measurements.md."""
     given = parse(arguments)
     if given.start is not None:
         starts(given)
@@ -53,7 +52,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=5)
@@ -148,7 +146,6 @@ def start(kind: str, out: Path, rows: int) -> float:
 
 
 def show(given: argparse.Namespace, what: str, first: float, cached: Sequence[float]) -> None:
-    """Print the row for notebook/measurements.md."""
     parts = f"first {first:.1f} s, cached {statistics.median(cached):.2f} s"
     spread = f"{min(cached):.2f} to {max(cached):.2f} s"
     print_rows(given.command, (f"CPU, {given.rows:,} {what}", parts, spread))

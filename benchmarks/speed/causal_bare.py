@@ -127,13 +127,7 @@ def run_tree(folder: Path, sizes: Sizes, divergence: str) -> dict[str, Any]:
 
 
 def write_chat(folder: Path, sizes: Sizes, counted: str) -> None:
-    """Write the texts of a case as conversations, a chat template, and run.yaml of a run on them.
-
-    Args:
-        folder: the folder of the case, see `write_case`.
-        sizes: the sizes of the case.
-        counted: a key of COUNTED.
-    """
+    """Write the texts of a case as conversations, a chat template, and a run.yaml."""
     chat = folder / CHAT
     words = 0 if counted == SAME_TARGETS else sizes.length // 2
     for path in (folder / DATA).iterdir():
@@ -192,7 +186,6 @@ class Bare:
         models.teacher.eval().requires_grad_(requires_grad=False)
 
     def step(self, index: int) -> None:
-        """Take the step of a batch."""
         self._forward(self._ids[index]).backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRAD_NORM)
         self._optimizer.step()
@@ -216,28 +209,16 @@ class Bare:
 
 
 def loss_of(divergence: str, mixture: str) -> Loss:
-    """Return the loss between logits [B, T, V] of the student and of the teacher, a sum in nats.
-
-    Args:
-        divergence: `forward_kl` or `jsd`.
-        mixture: how jsd forms the logarithms of the mixture; see `jsd`.
-    """
+    """Return the loss between logits [B, T, V] of the student and of the teacher, a sum in nats."""
     return forward_kl if divergence == "forward_kl" else functools.partial(jsd, mixture=mixture)
 
 
 def forward_kl(logits: Tensor, soft: Tensor) -> Tensor:
-    """Return KL(teacher || student)."""
     return _kl(F.log_softmax(soft, dim=-1), F.log_softmax(logits, dim=-1))
 
 
 def jsd(logits: Tensor, soft: Tensor, *, mixture: str) -> Tensor:
-    """Return the Jensen-Shannon divergence with weights of one half.
-
-    Args:
-        logits: of the student.
-        soft: of the teacher.
-        mixture: `logaddexp`, or `stacked`, TRL's logsumexp of both stacked, which takes longer.
-    """
+    """Return the Jensen-Shannon divergence with weights of one half."""
     log_q, log_p = F.log_softmax(logits, dim=-1), F.log_softmax(soft, dim=-1)
     if mixture == "stacked":
         shares = [log_q + math.log1p(-BETA), log_p + math.log(BETA)]
@@ -306,11 +287,7 @@ def timed(step: Callable[[int], None], index: int) -> float:
 
 
 def check_agree(side: Steps, beside: Steps, steps: int) -> None:
-    """Compare the losses of both sides after so many steps.
-
-    Raises:
-        ValueError: they differ, so the sides do not compute the same.
-    """
+    """Compare the losses of both sides after so many steps."""
     ours, theirs = side.loss(steps), beside.loss(steps)
     if abs(ours - theirs) > CLOSE * abs(theirs):
         raise ValueError(f"after {steps} steps the loss is {ours}, and the other side's {theirs}")

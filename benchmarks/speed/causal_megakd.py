@@ -52,7 +52,6 @@ class Megakd:
 
     @property
     def student(self) -> LlamaForCausalLM:
-        """The model that learns."""
         return self._stage.student.student
 
     @property
@@ -91,11 +90,6 @@ def opened_chat(case: Path, count: int) -> Iterator[tuple[Megakd, Megakd]]:
 
 
 def check_same_tokens(chat: list[Tensor], text: list[Tensor]) -> None:
-    """Compare the tokens of all batches.
-
-    Raises:
-        ValueError: the tokens differ, so the sides do not compute the same.
-    """
     if any(not ours.equal(theirs) for ours, theirs in zip(chat, text, strict=True)):
         raise ValueError("the batches of chat rows do not have the tokens of the text rows")
 

@@ -65,7 +65,6 @@ Row = tuple[str, str, str]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure every divergence in processes of its own, or be one of these processes."""
     given = parse(arguments)
     if given.case is not None:
         measure(given)
@@ -164,14 +163,7 @@ def row_of(
     memory: tuple[int, int] | None,
     given: argparse.Namespace,
 ) -> Row:
-    """Print the line of a side; return the row for notebook/measurements.md.
-
-    Args:
-        what: the divergence and the side, or the kind of chat rows.
-        pairs: CPU seconds of the steps of both sides.
-        memory: bytes of a step of the side and of the bare loop; None for chat rows.
-        given: the options.
-    """
+    """Print the line of a side; return the row for notebook/measurements.md."""
     ratio = ratio_of(pairs)
     ours, theirs = (1000 * statistics.median(each) for each in zip(*pairs, strict=True))
     numbers = f"CPU time {ratio.median:.4f} ({ours:.1f} against {theirs:.1f} ms)"
@@ -191,7 +183,6 @@ def row_of(
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=20, help="at least 2")
     parser.add_argument("--warm-up", type=int, default=4, help="steps that do not count")

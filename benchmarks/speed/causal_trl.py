@@ -54,7 +54,6 @@ class Trl:
         trainer.model.train()
 
     def step(self, index: int) -> None:
-        """Take the step of a batch."""
         trainer, ids = self._trainer, self._ids[index]
         trainer.training_step(trainer.model, self._inputs_of(ids), targets_of(ids))
         trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), MAX_GRAD_NORM)

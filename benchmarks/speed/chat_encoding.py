@@ -41,7 +41,6 @@ def conversations(file: Path, turns: int) -> Dataset:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Encode the conversations several times, and print the times."""
     parser = parser_of(__doc__)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--rows", type=Path, required=True)

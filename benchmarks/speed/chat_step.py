@@ -51,7 +51,6 @@ class ChatBare(Bare):
 
 
 def case_of(given: argparse.Namespace, zero: str, teacher_zero: str, folder: Path) -> Path:
-    """Write the run config of the repair, and return its path."""
     tree: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "task": {
@@ -98,7 +97,6 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure every pair of presets in a process of its own."""
     parser = parser_of(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a Llama, with its tokenizer")
     parser.add_argument("--data", type=Path, required=True, help="conversations, as jsonl")

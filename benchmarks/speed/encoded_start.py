@@ -37,7 +37,6 @@ FIRST, CACHED, ENCODED = "texts, first", "texts, cached", "encoded"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure the starts and print a row for notebook/measurements.md."""
     given = parse(arguments)
     texts = write_texts(given.out / "texts.jsonl", given.rows)
     config = write_config(given.out / "run.yaml", run_config(texts))
@@ -58,7 +57,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--ranks", type=int, default=2)
@@ -109,7 +107,6 @@ def start_of(given: argparse.Namespace, config: Path, name: str, overrides: Sequ
 
 
 def show(given: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
-    """Print the seconds, and the row for notebook/measurements.md."""
     parts = [f"{name} {statistics.median(found):.1f} s" for name, found in seconds.items()]
     spread = "; ".join(
         f"{name} {min(found):.1f} to {max(found):.1f} s"

@@ -116,7 +116,6 @@ def run_rank(given: argparse.Namespace) -> None:
 
 
 def show(pairs: Sequence[Sequence[Clocks]], size: int, given: argparse.Namespace) -> None:
-    """Print the seconds of both kinds, their ratio, and the row for notebook/measurements.md."""
     medians, numbers, spreads = [], [], []
     for clock in Clocks._fields:
         both = [[getattr(side, clock) for side in pair] for pair in pairs]
@@ -133,7 +132,6 @@ def show(pairs: Sequence[Sequence[Clocks]], size: int, given: argparse.Namespace
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Start the ranks, or be one of them."""
     parser = parser_of(__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=8)

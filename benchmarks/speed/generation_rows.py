@@ -128,13 +128,11 @@ def measure(case: Case, given: argparse.Namespace, kinds: list[str], temperature
 
 
 def timed(call: Callable[[float], Texts], temperature: float) -> tuple[Texts, float]:
-    """Return the texts of a call, and its CPU time in seconds."""
     began = time.process_time()
     return call(temperature), time.process_time() - began
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure the most likely tokens, and samples."""
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--model", default="8x256", help="layers x width, or a folder")

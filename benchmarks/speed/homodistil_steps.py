@@ -53,7 +53,6 @@ Clocks = tuple[float, float]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Start the ranks and print what they have measured, or be one of them."""
     given = parse(arguments)
     if given.case is not None:
         torch.set_num_threads(given.threads)
@@ -104,7 +103,6 @@ class PrunedTo(Constant):
 
     @property
     def pruned_to(self) -> View:
-        """The units that are left."""
         return self.left
 
 
@@ -150,7 +148,6 @@ def timed_step(run: StageRun, batch: Batch, averages: Averages) -> Clocks:
 
 
 def show(by_rank: Sequence[Sequence[Any]], given: argparse.Namespace) -> None:
-    """Print the ratios with their spread, and the row for notebook/measurements.md."""
     columns = list(zip(*by_rank, strict=True))
     steps, averages = (
         {name: [sum(rank[name][place] for rank in one) for one in columns] for name in SIDES}
@@ -178,7 +175,6 @@ def show(by_rank: Sequence[Sequence[Any]], given: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = step_parser(__doc__, ranks=1, pairs=30, student="6x384", vocabulary=300)
     parser.add_argument("--threads", type=int, default=1, help="of every rank")
     parser.add_argument("--heads", type=int, default=12)

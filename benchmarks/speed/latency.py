@@ -29,7 +29,6 @@ WHOLE = "whole"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the median ratio of every sparsity, batch and length."""
     given = parse(arguments)
     torch.set_num_threads(given.threads)
     models = cut_models(given)
@@ -70,7 +69,6 @@ def cut_models(given: argparse.Namespace) -> dict[str, PreTrainedModel]:
 def rounds(
     models: Mapping[str, PreTrainedModel], given: argparse.Namespace, length: int
 ) -> dict[tuple[str, int], list[float]]:
-    """The ratios of all rounds, by model and batch."""
     ratios: dict[tuple[str, int], list[float]] = {}
     for _ in range(given.ratios):
         measured = measure_latencies(models, Work(given.batches, length))
@@ -83,7 +81,6 @@ def rounds(
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options."""
     parser = parser_of(__doc__)
     parser.add_argument("--shape", default="6x384", help="layers x width, 12 heads")
     parser.add_argument("--grid", type=fractions, default=[0.5, 0.7, 0.8, 0.9, 0.95])

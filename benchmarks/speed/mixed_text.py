@@ -54,7 +54,6 @@ class MicroBatch(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure every number of rows and print tokens per CPU second."""
     parser = parser_of(__doc__)
     parser.add_argument("--data", type=Path, help="folder with lm/standard-ebooks")
     parser.add_argument("--texts", type=int, default=600, help="pieces of text to encode")
@@ -92,12 +91,10 @@ def read_texts(data: Path | None, count: int, task: TaskConfig, folder: Path) ->
 
 
 def trained(texts: list[str], size: int) -> Any:
-    """Return a WordPiece tokenizer."""
     return train_tokenizer(lambda: texts, kind="wordpiece", vocab_size=size, for_encoder=True)
 
 
 def encoded(texts: list[str], pair: VocabularyPair, task: TaskConfig, folder: Path) -> Dataset:
-    """Return the encoded rows, and print the speed of encoding."""
     began = time.process_time()
     rows, _ = encode_mixed(
         Dataset.from_dict({"text": texts}), pair, task, content_hash="", cache_dir=folder
@@ -150,7 +147,6 @@ def token_count(batches: Sequence[MicroBatch], make: Make) -> int:
 
 
 def cpu_seconds(batches: Sequence[MicroBatch], make: Make) -> float:
-    """Return the CPU seconds of all micro-batches."""
     began = time.process_time()
     for batch in batches:
         make(*batch)

@@ -39,7 +39,6 @@ class Spent(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the pairs and print the medians of both checkouts."""
     parser = parser_of(__doc__)
     parser.add_argument("--against", type=Path, help="another checkout of megakd")
     parser.add_argument("--pairs", type=int, default=3)

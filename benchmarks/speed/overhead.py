@@ -103,7 +103,6 @@ class BareLoop:
         self._student.train()
 
     def step(self, batch: Batch) -> None:
-        """Take one optimizer step."""
         with torch.no_grad():
             soft = self._teacher(batch, bare=True)
         loss = self._student(batch, soft=soft)
@@ -112,7 +111,6 @@ class BareLoop:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Start the ranks, or be one of them."""
     given = parse(arguments)
     if given.case is not None:
         run_rank(given, measure)
@@ -168,7 +166,6 @@ def data_share(stage: StageRun, steps: Iterator[None], count: int) -> float:
 
 
 def show(pairs: Sequence[Sequence[Clocks]], share: float, given: argparse.Namespace) -> None:
-    """Print the numbers, and the row for notebook/measurements.md."""
     ratios = dict[str, Spread]()
     for clock in Clocks._fields:
         ours, bare = ([getattr(pair[side], clock) for pair in pairs] for side in (0, 1))
@@ -189,7 +186,6 @@ def show(pairs: Sequence[Sequence[Clocks]], share: float, given: argparse.Namesp
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = step_parser(__doc__, ranks=1, pairs=100, warm_up=10, student="2x128")
     parser.add_argument("--alone", type=int, default=50, help="steps that measure the data wait")
     parser.add_argument("--profile", action="store_true", help="show where megakd's steps spend")

@@ -47,7 +47,6 @@ LEFT_OUT = {"hidden_mse": 0.0, "relation_fsp": 0.0}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure each comparison with ranks of its own, or be one of them."""
     given = parse(arguments)
     if given.case is not None:
         run_rank(given, measure)
@@ -92,7 +91,6 @@ def strategies(names: Sequence[str], given: argparse.Namespace) -> tuple[Any, An
 
 
 def show(by_rank: Sequence[Any], given: argparse.Namespace, what: str) -> None:
-    """Print the row for notebook/measurements.md."""
     ratio = ratio_over_ranks([rank[:-1] for rank in by_rank])
     numbers = f"CPU time {ratio.median:.3f} ({ratio.milliseconds})"
     if what == "pool":
@@ -103,7 +101,6 @@ def show(by_rank: Sequence[Any], given: argparse.Namespace, what: str) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = step_parser(__doc__)
     parser.add_argument("what", nargs="*", choices=[*WHAT, []], help="default: both")
     given = parsed(parser, __name__, arguments)

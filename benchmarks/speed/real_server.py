@@ -53,14 +53,12 @@ class Case:
         self.ends = end_tokens_of(self.tokenizer, self.model.config, generation)
 
     def own_texts(self) -> list[tuple[int, ...]]:
-        """The greedy texts of the own engine."""
         tokens = TextTokens(self.ends, known=self.known)
         seeds = [0] * len(self.prompts)
         texts = complete(self.model, self.prompts, seeds, GREEDY, tokens=tokens, rows_at_once=8)
         return [text.ids for text in texts]
 
     def served_texts(self, server: VllmServer) -> list[tuple[int, ...]]:
-        """The greedy texts of a server."""
         padding = range(self.known, self.model.config.vocab_size)
         rules = GREEDY, str(self.folder), tuple(sorted(self.ends)), padding
         return [server.complete(TextRequest(p, 0, *rules)).ids for p in self.prompts]
@@ -103,7 +101,6 @@ def served_numbers(case: Case, url: str, pushed: Path) -> Iterator[tuple[str, st
 
 
 def scale(module: Any, factor: float) -> None:
-    """Multiply all weights of a module."""
     for parameter in module.parameters():
         parameter.data.mul_(factor)
 
@@ -132,17 +129,14 @@ def states_numbers(case: Case, url: str, folder: Path) -> Iterator[tuple[str, st
 
 
 def equal(texts: Sequence[Any], wanted: Sequence[Any]) -> str:
-    """How many texts are equal."""
     return f"{sum(a == b for a, b in zip(texts, wanted, strict=True))} of {len(wanted)} equal"
 
 
 def different(texts: Sequence[Any], others: Sequence[Any]) -> str:
-    """How many texts differ."""
     return f"{sum(a != b for a, b in zip(texts, others, strict=True))} of {len(texts)}"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Start both servers in turn, and print a table."""
     parser = parser_of(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a causal LM")
     parser.add_argument("--prompts", type=int, default=16)

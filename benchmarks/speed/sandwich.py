@@ -44,7 +44,6 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure each ZeRO stage with ranks of its own, or be one of them."""
     given = parse(arguments)
     if given.case is not None:
         run_rank(given, measure)
@@ -98,7 +97,6 @@ def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list[
 def show(
     by_rank: Sequence[Sequence[Sequence[float]]], given: argparse.Namespace, stage: int
 ) -> None:
-    """Print the ratio, and the row for notebook/measurements.md."""
     ratio = ratio_over_ranks(by_rank)
     print(f"ZeRO {stage}: {ratio.median:.3f} (95 %: {ratio.between}), {ratio.milliseconds}")
     target = TARGETS.get(stage)
@@ -111,7 +109,6 @@ def show(
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
     parser = step_parser(__doc__, pairs=12, warm_up=2, teacher_deepspeed="teacher_zero0")
     parser.add_argument("--stages", type=integers, default=[0, 2, 3], help="ZeRO's, of the student")
     parser.add_argument("--grid", type=fractions, default=[0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95])

@@ -45,7 +45,6 @@ class SubmissionError(MegakdError):
 
 
 def test_files(config: RunConfig, name: str) -> dict[str, Path]:
-    """Return the file with the test rows for every file of the submission."""
     if config.task.data_dir is None:
         raise SubmissionError("task.data_dir: missing; give the folder of GLUE's TSV files")
     folder = task_folder(config.task.data_dir, TASKS[name].folder or name)

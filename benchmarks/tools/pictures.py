@@ -20,7 +20,6 @@ STYLE = "svg { background: var(--paper) } text.title { fill: var(--ink); font-we
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the pictures."""
     report = Path(*arguments) if arguments else ROOT / "runs/quickstart/report.html"
     page = report.read_text(encoding="utf-8")
     rules = re.findall(r"^:root.*$|^@media screen.*$|^svg [^{].*$(?:\n  .*$)?", page, re.MULTILINE)

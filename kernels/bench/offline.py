@@ -40,11 +40,7 @@ class _AbsentGpu:
 
 
 def compile_instead_of_launching(compiled: Callable[[str, Any], None]) -> None:
-    """Replace every launch of this process by a compilation.
-
-    Args:
-        compiled: called with the name and the compiled kernel of every launch.
-    """
+    """Replace every launch of this process by a compilation."""
     for module in pkgutil.iter_modules(kernels.__path__):
         importlib.import_module(f"{kernels.__name__}.{module.name}")
     absent: Any = _AbsentGpu()

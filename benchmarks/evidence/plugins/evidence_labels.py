@@ -21,7 +21,6 @@ class Labels(AssistantOptions):
 
     @property
     def used_sparsities(self) -> tuple[float, ...]:
-        """The target alone."""
         return (self.target_sparsity,)
 
     @property
