@@ -32,33 +32,9 @@ def program(name: str, setting: Setting, *words: str) -> list[str]:
     return [*script, *(["--rehearse"] if setting.rehearse else []), *words]
 
 
-def kernel_tests(setting: Setting) -> list[str]:
-    """Run the tests of the kernels that need a GPU, then all tests of the Triton kernels."""
-    return program("gpu_day.kernel_tests", setting)
-
-
-def agreement(setting: Setting) -> list[str]:
-    """Compare the Triton kernels with the reference at a large vocabulary."""
-    return program("gpu_day.agreement", setting)
-
-
-def causal_lm(setting: Setting) -> list[str]:
-    """Train a language model at ZeRO 3, kill the run, resume it, and compare the weights."""
-    return program("gpu_day.runs", setting, "causal_lm")
-
-
-def minidisc(setting: Setting) -> list[str]:
-    return program("gpu_day.runs", setting, "minidisc")
-
-
-def release(setting: Setting) -> list[str]:
-    """Measure the memory before and after `destroy`."""
-    return program("gpu_day.release", setting)
-
-
-def llama(setting: Setting) -> list[str]:
-    """Profile three steps of a Llama of a billion weights."""
-    return program("gpu_day.llama", setting)
+def started(name: str, *words: str) -> Callable[[Setting], list[str]]:
+    """Return the command of a part whose words are the same at all sizes."""
+    return lambda setting: program(name, setting, *words)
 
 
 def bench(setting: Setting) -> list[str]:
@@ -105,12 +81,29 @@ def _variants(setting: Setting, variable: str, values: str, cases: str) -> list[
 
 
 PARTS = (
-    Part("kernel-tests", "tests of the Triton kernels", 220, kernel_tests),
-    Part("agreement", "Triton against the reference, V = 128256", 120, agreement),
-    Part("causal-lm", "causal_lm at ZeRO 3 / 3: evaluate, save, kill, resume", 300, causal_lm),
-    Part("minidisc", "MiniDisc at ZeRO 3 / 3: evaluate, save, kill, resume", 270, minidisc),
-    Part("release", "memory before and after `destroy`", 90, release),
-    Part("llama", "Llama of 1B weights, bf16, packed 4 x 4096: three steps", 200, llama),
+    Part("kernel-tests", "tests of the Triton kernels", 220, started("gpu_day.kernel_tests")),
+    Part(
+        "agreement", "Triton against the reference, V = 128256", 120, started("gpu_day.agreement")
+    ),
+    Part(
+        "causal-lm",
+        "causal_lm at ZeRO 3 / 3: evaluate, save, kill, resume",
+        300,
+        started("gpu_day.runs", "causal_lm"),
+    ),
+    Part(
+        "minidisc",
+        "MiniDisc at ZeRO 3 / 3: evaluate, save, kill, resume",
+        270,
+        started("gpu_day.runs", "minidisc"),
+    ),
+    Part("release", "memory before and after `destroy`", 90, started("gpu_day.release")),
+    Part(
+        "llama",
+        "Llama of 1B weights, bf16, packed 4 x 4096: three steps",
+        200,
+        started("gpu_day.llama"),
+    ),
     Part("bench", "`python -m bench`: row kernels, forward KL, products", 190, bench),
     Part("more-losses", "`python -m bench`: relation, stats, topk", 100, more_losses),
     Part("stages", "pipelining depth of the row kernels", 130, stages),
