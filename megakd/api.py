@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from megakd.config import file as config_file
-from megakd.config.messages import shown
+from megakd.config.error_text import shown
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, suggestion
 from megakd.process import signals
@@ -150,7 +150,7 @@ def evaluate(
     """
     checked = load_config(config, overrides)
     with _undone():
-        from megakd.commands.evaluation import evaluate_model
+        from megakd.commands.scored_models import evaluate_model
 
         given, folder = (None if path is None else str(path) for path in (data, model))
         return dict(evaluate_model(checked, folder, data=given)["metrics"])

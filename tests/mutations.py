@@ -40,19 +40,25 @@ MUTATIONS = (
         "tests/contract tests/losses",
     ),
     Mutation(
-        "megakd/losses/rows.py", "t_squared=self.term.t_squared", "t_squared=False", "tests/losses"
+        "megakd/losses/class_targets.py",
+        "t_squared=self.term.t_squared",
+        "t_squared=False",
+        "tests/losses",
     ),
     Mutation(
-        "megakd/losses/rows.py",
+        "megakd/losses/class_targets.py",
         "valid=reading.batch.valid.any(dim=1),\n            impl",
         "valid=None,\n            impl",
         "tests/losses",
     ),
     Mutation(
-        "megakd/losses/rows.py", "return 1 / (1 + missed)", "return 1 + missed", "tests/losses"
+        "megakd/losses/class_targets.py",
+        "return 1 / (1 + missed)",
+        "return 1 + missed",
+        "tests/losses",
     ),
     Mutation(
-        "megakd/losses/rows.py",
+        "megakd/losses/class_targets.py",
         "error = (scores - target).where(counts, torch.zeros_like(scores))",
         "error = (scores - target).nan_to_num()",
         "tests/losses",
@@ -76,9 +82,14 @@ MUTATIONS = (
         "tests/losses/test_bundle.py",
     ),
     Mutation(
-        "megakd/losses/layers.py", "/ seen.sum(-1).clamp(min=1)", "/ seen.shape[-1]", "tests/losses"
+        "megakd/losses/layer_terms.py",
+        "/ seen.sum(-1).clamp(min=1)",
+        "/ seen.shape[-1]",
+        "tests/losses",
     ),
-    Mutation("megakd/losses/layers.py", ".where(seen, torch.zeros_like(ours))", "", "tests/losses"),
+    Mutation(
+        "megakd/losses/layer_terms.py", ".where(seen, torch.zeros_like(ours))", "", "tests/losses"
+    ),
     Mutation(
         "kernels/megakd_kernels/small_logits.py",
         "gradient = q.sub_(p)",

@@ -61,7 +61,7 @@ class Runs(types.ModuleType):
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     fake = Runs()
-    monkeypatch.setitem(sys.modules, "megakd.commands.evaluation", fake)
+    monkeypatch.setitem(sys.modules, "megakd.commands.scored_models", fake)
     for name in ("main", "finished_run"):
         monkeypatch.setitem(sys.modules, f"megakd.run.{name}", fake)
         monkeypatch.setattr(megakd.run, name, fake, raising=False)

@@ -220,7 +220,9 @@ def test_some_files_import_even_less(importer: str) -> None:
 
 
 def test_only_the_commands_import_the_lab() -> None:
-    importers = {module_name(p) for p in package_sources() if wrong_imports(p, ("megakd.run.lab",))}
+    importers = {
+        module_name(p) for p in package_sources() if wrong_imports(p, ("megakd.run.run_lab",))
+    }
 
     assert importers <= {"megakd.run.main", "megakd.run.run_report", "megakd.commands.cache"}
 
@@ -261,10 +263,12 @@ def test_an_import_for_types_alone_may_not_point_upwards_either(
     folder = tmp_path / "megakd" / "contract"
     folder.mkdir(parents=True)
     file = folder / "stage.py"
-    file.write_text("if TYPE_CHECKING:\n    from megakd.run.lab import Lab\n", encoding="utf-8")
+    file.write_text(
+        "if TYPE_CHECKING:\n    from megakd.run.run_lab import RunLab\n", encoding="utf-8"
+    )
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
 
-    assert upward_imports(file) == ["megakd.run.lab.Lab"]
+    assert upward_imports(file) == ["megakd.run.run_lab.RunLab"]
 
 
 def test_imports_inside_functions_count_and_imports_for_types_do_not() -> None:

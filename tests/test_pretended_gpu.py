@@ -23,8 +23,8 @@ from megakd.models.architectures import FAMILIES
 from megakd.models.packed_attention import set_attention
 from megakd.planning import phase_traces
 from megakd.planning.cluster import Cluster
-from megakd.planning.lab import PlanningLab, planned_sources
 from megakd.planning.phase_traces import SimulatedPhase, _ones, _Tracer
+from megakd.planning.planning_lab import PlanningLab, planned_sources
 from megakd.planning.tracing import Inventory, Trace
 from megakd_kernels import chunking
 

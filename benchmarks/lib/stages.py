@@ -29,8 +29,8 @@ from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.inputs.inputs import prepare
-from megakd.run.lab import Lab
 from megakd.run.main import started
+from megakd.run.run_lab import RunLab
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
@@ -154,7 +154,7 @@ class Bench:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.prepared = config, prepare(config)
         self.reporter = Reporter(config.output_dir, is_main=ranks.is_main)
-        self.lab = Lab(config, self.prepared, ranks, self.reporter)
+        self.lab = RunLab(config, self.prepared, ranks, self.reporter)
 
     def stage(self, name: str, teachers: Sequence[str], strategy: Any, **changes: Any) -> Stage:
         fields = {
@@ -166,7 +166,7 @@ class Bench:
         return Stage(name=name, teachers=tuple(teachers), **fields | changes)
 
     def teacher(self, name: str, stage: Stage) -> FrozenTeacher:
-        """Return the engine of a teacher, as `Lab.train` opens it."""
+        """Return the engine of a teacher, as `RunLab.train` opens it."""
         return self.lab.pool.open(name, stage)
 
     @contextmanager

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from lib.options import parser_of
 from megakd.contract.batch import Batch
-from megakd.contract.rollouts import Completion, Rollout
+from megakd.contract.completions import Completion, Rollout
 from megakd.rollouts.generators import FileGenerator
 from megakd.rollouts.store import RolloutStore, rollout_files
 from megakd.servers.http import Reply

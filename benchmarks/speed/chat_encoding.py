@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 from lib.options import parser_of
 from megakd.config.task import TaskConfig
-from megakd.data.cache import PLACE
-from megakd.data.chat.rows import CONVERSATION, Conversation
+from megakd.data.arrow import PLACE
+from megakd.data.chat.conversations import CONVERSATION, Conversation
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.process import workers
 

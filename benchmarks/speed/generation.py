@@ -30,7 +30,7 @@ from lib.options import command_of, parser_of
 from lib.tables import print_rows, ratio_of, spread_of
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
-from megakd.contract.rollouts import Completion, Sampling, TextTokens
+from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.engine import distributed
 from megakd.engine.collectives import gather
 from megakd.engine.initialize import Engine, frozen_engine

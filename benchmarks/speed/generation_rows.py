@@ -33,7 +33,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from lib.data import llama, sizes_of
 from lib.options import command_of, parser_of
 from lib.tables import print_rows, ratio_of
-from megakd.contract.rollouts import Sampling, TextTokens
+from megakd.contract.completions import Sampling, TextTokens
 from megakd.models import continuation
 from megakd.models.generation import complete
 

@@ -37,10 +37,10 @@ from megakd.contract.tasks import STUDENT
 from megakd.contract.views import View
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
-from megakd.methods.homodistil.pruning import cut_of, everything, select
-from megakd.methods.homodistil.schedule import Shares, Target
+from megakd.methods.homodistil.schedule import Target, TargetShares
 from megakd.methods.homodistil.sensitivity import Averages, group_sizes, update_averages
-from megakd.pruning.store import shape_of_cut
+from megakd.methods.homodistil.strategy import cut_of, everything, select
+from megakd.pruning.builder import shape_of_cut
 from megakd.training.recipes import label_terms
 from megakd.training.stage_run import StageRun
 
@@ -109,7 +109,7 @@ class PrunedTo(Constant):
 def goal_of(whole: View, share: float) -> View:
     """Return the units of the student: the same share of every kind, and all heads."""
     part = Fraction(str(share))
-    return Target(whole, Shares(Fraction(1), part, part, part)).goal
+    return Target(whole, TargetShares(Fraction(1), part, part, part)).goal
 
 
 def mask(student: Any, goal: View) -> None:

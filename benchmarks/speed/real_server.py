@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lib.launching import ROOT
 from lib.options import command_of, parser_of
 from lib.tables import machine
-from megakd.contract.rollouts import Sampling, TextTokens
+from megakd.contract.completions import Sampling, TextTokens
 from megakd.models.generation import complete
 from megakd.rollouts.generators import end_tokens_of
 from megakd.servers.hidden_states import Exports, StatesServer

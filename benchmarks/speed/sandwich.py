@@ -35,7 +35,7 @@ from megakd.config.run import RunConfig
 from megakd.contract.stage import Constant, Pass
 from megakd.engine.distributed import Ranks
 from megakd.methods.minidisc import Sandwich
-from megakd.pruning.store import shape_of_cut, unscored
+from megakd.pruning.builder import shape_of_cut, unscored
 
 TARGETS = {0: 1.75, 2: 1.75, 3: 2.1}
 TARGET_SIZE = ("6x384", 16, 64)

@@ -33,8 +33,8 @@ def _cache_teachers(config: RunConfig) -> list[Path]:
     from megakd.inputs.inputs import prepare
     from megakd.inputs.precision import check_device
     from megakd.run.holder import held
-    from megakd.run.lab import Lab
     from megakd.run.main import reporter_of, started
+    from megakd.run.run_lab import RunLab
     from megakd.training.label_check import check_label_orders
 
     with started(config) as ranks, held(config.output_dir):
@@ -43,7 +43,7 @@ def _cache_teachers(config: RunConfig) -> list[Path]:
         reporter = reporter_of(config, ranks)
         try:
             prepared = prepare(config)
-            lab = Lab(prepared.config, prepared, ranks, reporter)
+            lab = RunLab(prepared.config, prepared, ranks, reporter)
             check_label_orders(lab.assembly)
             return [lab.cache(lab.teacher(name)) for name in names]
         finally:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_of(arguments)
     prefer_large_pages()
     with print_aside():
-        from megakd.commands.evaluation import evaluate_model
+        from megakd.commands.scored_models import evaluate_model
 
         scores = evaluate_model(
             config,

@@ -16,7 +16,7 @@ from megakd.commands.arguments import (
     say,
 )
 from megakd.commands.plan import print_plan
-from megakd.config.checks.paths import check_paths
+from megakd.config.checks.path_rules import check_paths
 from megakd.config.file import dump_config
 from megakd.config.run import RunConfig
 from megakd.process.garbage import no_collections

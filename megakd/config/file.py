@@ -14,7 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megakd.config.checks import config_problems
-from megakd.config.messages import cut, schema_problems, shown
+from megakd.config.error_text import cut, schema_problems, shown
 from megakd.config.run import RunConfig
 from megakd.config.schema import KeyPath, dotted
 from megakd.errors import ConfigError

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Folder
 from megakd.config.task import Files
-from megakd.contract.rollouts import Sampling
+from megakd.contract.completions import Sampling
 from megakd.contract.sources import Source
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import STRICT, Count, Fraction, Positive

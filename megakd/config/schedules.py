@@ -54,7 +54,7 @@ class ConstantWithWarmup:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class Constant(ConstantWithWarmup):
+class ConstantRate(ConstantWithWarmup):
     """The peak rate at every step."""
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
@@ -194,7 +194,7 @@ class WarmupStableDecay(ConstantWithWarmup):
 
 
 _KINDS = (
-    *(Linear, Cosine, Constant, ConstantWithWarmup, Polynomial),
+    *(Linear, Cosine, ConstantRate, ConstantWithWarmup, Polynomial),
     *(CosineWithRestarts, InverseSqrt, CosineWithMinLr, WarmupStableDecay),
 )
 SCHEDULES: Mapping[ScheduleName, type[ConstantWithWarmup]] = dict(

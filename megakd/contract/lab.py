@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from megakd.contract.metrics import Metric
+from megakd.contract.metric import Metric
 from megakd.contract.results import MethodRecord, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import TermConfig

@@ -11,8 +11,8 @@ import numpy as np
 from datasets import Dataset, Features
 
 from megakd.contract.batch import IGNORE
-from megakd.data.cache import column_of, remembered_of_rows
-from megakd.data.chat.rows import CONVERSATION, Conversation
+from megakd.data.arrow import column_of, remembered_of_rows
+from megakd.data.chat.conversations import CONVERSATION, Conversation
 from megakd.errors import DataError
 
 VALIDATION_FRACTION = 0.05

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig, TokenizerConfig
+from megakd.data.arrow import TEXTS_AT_ONCE, key_of, read_rows, write_tables
 from megakd.data.bad_rows import BadRows
-from megakd.data.cache import TEXTS_AT_ONCE, key_of, read_rows, write_tables
+from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
-from megakd.data.chat.rows import is_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.encoding import (
     VERSION,

@@ -17,10 +17,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
+from megakd.data.arrow import arrow_batches, key_of, read_rows, rows_key, write_tables
 from megakd.data.bad_rows import BadRows
-from megakd.data.cache import arrow_batches, key_of, read_rows, rows_key, write_tables
+from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
-from megakd.data.chat.rows import is_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
 from megakd.data.choosing import is_labelled

@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.task import TaskConfig
-from megakd.data.cache import remembered_of_rows
+from megakd.data.arrow import remembered_of_rows
 from megakd.data.readers import by_split, class_names_of, is_plain
 from megakd.data.rows import Found, rows_of_tables
 from megakd.data.tables import Record, SplitName, Table

@@ -11,8 +11,8 @@ from datasets import Features, Value
 
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
-from megakd.data.cache import PLACE
-from megakd.data.chat.rows import (
+from megakd.data.arrow import PLACE
+from megakd.data.chat.conversations import (
     CONVERSATION,
     OPTIONS,
     TOOLS,

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from megakd.contract.batch import IGNORE
-from megakd.data.cache import remembered
+from megakd.data.arrow import remembered
 from megakd.data.tables import Record, Table
 from megakd.errors import DataError
 

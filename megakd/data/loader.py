@@ -18,7 +18,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from megakd.contract.batch import Batch
-from megakd.data.cache import arrow_batches, column_of
+from megakd.data.arrow import arrow_batches, column_of
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.masking import Masking
 from megakd.data.step_layout import Collate, StepLayout, StepShape, micro_batch, row_lengths

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
-from megakd.data.cache import TEXTS_AT_ONCE, arrow_batches, key_of, rows_key
+from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, key_of, rows_key
 from megakd.data.collation import Collator, Columns, columns_of
 from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
 from megakd.data.masking import task_masking
@@ -274,12 +274,12 @@ def encode_mixed(
         }
     )
     names = (*_COLUMNS, WORD_STARTS) if task.whole_word_masking else _COLUMNS
-    tables = tables_of_lists(_rows(rows, cutter, _Shape.of(pair, task)), names)
+    tables = tables_of_lists(_rows(rows, cutter, _RowShape.of(pair, task)), names)
     made = with_tokens(tables, lambda: no_tokens(rows, task, split="train", counts={}))
     return cached_tables({"train": made}, key, cache_dir=cache_dir)["train"], key
 
 
-class _Shape(NamedTuple):
+class _RowShape(NamedTuple):
     """The shape of the rows.
 
     room: maximum number of pieces of a row, without special tokens.
@@ -292,13 +292,13 @@ class _Shape(NamedTuple):
     has_word_starts: bool
 
     @staticmethod
-    def of(pair: VocabularyPair, task: TaskConfig) -> _Shape:
+    def of(pair: VocabularyPair, task: TaskConfig) -> _RowShape:
         before, after = (np.array(ids, dtype=np.int32) for ids in frame(pair.student))
         special = max(len(before) + len(after), sum(map(len, frame(pair.teacher))))
-        return _Shape(task.row_length - special, before, after, task.whole_word_masking)
+        return _RowShape(task.row_length - special, before, after, task.whole_word_masking)
 
 
-def _rows(rows: Dataset, cutter: WordCutter, shape: _Shape) -> Iterator[_Row]:
+def _rows(rows: Dataset, cutter: WordCutter, shape: _RowShape) -> Iterator[_Row]:
     too_long, first_word = 0, ""
     for batch in arrow_batches(rows, TEXTS_AT_ONCE):
         for words in cutter(batch.column("text").to_pylist()):
@@ -318,7 +318,7 @@ def _rows(rows: Dataset, cutter: WordCutter, shape: _Shape) -> Iterator[_Row]:
         )
 
 
-def _text_rows(words: SharedWords, sizes: NDArray[np.int64], shape: _Shape) -> Iterator[_Row]:
+def _text_rows(words: SharedWords, sizes: NDArray[np.int64], shape: _RowShape) -> Iterator[_Row]:
     """Yield the columns of the rows of a text; `sizes` are the most pieces of each word."""
     student_lengths, teacher_lengths = words.student.lengths, words.teacher.lengths
     for first, last in word_windows(sizes, shape.room):
@@ -362,7 +362,7 @@ def word_windows(sizes: NDArray[np.int64], room: int) -> Iterator[tuple[int, int
         first = last
 
 
-def _word_starts(lengths: NDArray[np.int64], shape: _Shape) -> NDArray[np.int32]:
+def _word_starts(lengths: NDArray[np.int64], shape: _RowShape) -> NDArray[np.int32]:
     sizes = np.concatenate([np.ones_like(shape.before), lengths, np.ones_like(shape.after)])
     return np.repeat(np.cumsum(sizes) - sizes, sizes).astype(np.int32)
 

@@ -16,11 +16,11 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.cache import column_of, key_of
-from megakd.data.chat.rows import SOURCE
+from megakd.data.arrow import column_of, key_of
+from megakd.data.chat.conversations import SOURCE
 from megakd.data.files import files_table, matching_files, named_files, refuse_shared
 from megakd.data.kinds import RowKind
-from megakd.data.routes import row_teacher
+from megakd.data.routed_rows import row_teacher
 from megakd.data.rows import DEFAULT_METRICS, Found, rows_of
 from megakd.data.tables import SplitName
 from megakd.errors import DataError

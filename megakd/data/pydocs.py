@@ -28,7 +28,7 @@ from datasets import Features, Value
 
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import TaskType
-from megakd.data.cache import cached_folder, key_of, read_rows, write_rows
+from megakd.data.arrow import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import HASH_RANGE, text_hash
 from megakd.data.labels import Classes
 from megakd.data.rows import Found

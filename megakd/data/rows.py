@@ -13,13 +13,13 @@ from datasets.distributed import split_dataset_by_node
 
 from megakd.config.task import TaskConfig
 from megakd.contract.routes import ROUTE
+from megakd.data.arrow import PLACE, cached_folder, key_of, read_rows, write_rows
 from megakd.data.bad_rows import BadRows, BlankRows
-from megakd.data.cache import PLACE, cached_folder, key_of, read_rows, write_rows
-from megakd.data.chat.rows import CONVERSATION, SOURCE, Conversation, chat_columns
+from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns
 from megakd.data.choosing import is_labelled, text_hash
 from megakd.data.kinds import RowKind, is_blank, place_of
 from megakd.data.labels import Classes, find_classes
-from megakd.data.routes import RowTeacher, row_teacher
+from megakd.data.routed_rows import RowTeacher, row_teacher
 from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
 from megakd.errors import DataError
 

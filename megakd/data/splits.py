@@ -13,11 +13,11 @@ from datasets import Dataset
 from megakd.config.paths import looks_like_path
 from megakd.config.task import Files, TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
-from megakd.data.cache import key_of
-from megakd.data.chat.rows import is_chat
+from megakd.data.arrow import key_of
+from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.files import files_table, local_rows, matching_files
-from megakd.data.routes import without_routes
+from megakd.data.routed_rows import without_routes
 from megakd.data.rows import Found, TextStream, scored_rows
 from megakd.data.tables import Table
 from megakd.errors import ConfigError, DataError

@@ -22,7 +22,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from megakd.contract.batch import Batch, BatchSource
-from megakd.data.chat.rows import CONVERSATION
+from megakd.data.chat.conversations import CONVERSATION
 from megakd.data.encoding import Encoded, StreamedRows, labelled_only, tables_of
 from megakd.data.loader import STEPS_AHEAD, OtherReading, StepLoader, awaited, made_ahead
 from megakd.data.masking import Masking

@@ -14,9 +14,9 @@ import datasets
 from datasets import Dataset, DatasetBuilder, IterableDataset
 
 from megakd.config.task import TaskConfig
+from megakd.data.arrow import PLACE, key_of
 from megakd.data.bad_rows import BadRows
-from megakd.data.cache import PLACE, key_of
-from megakd.data.chat.rows import OPTIONS, TOOLS
+from megakd.data.chat.conversations import OPTIONS, TOOLS
 from megakd.data.choosing import prompt_keys
 from megakd.data.files import READERS, known_suffix, split_files, tables_of_files
 from megakd.data.hub import hub_advice, hub_errors

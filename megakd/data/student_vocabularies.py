@@ -12,7 +12,7 @@ from tokenizers import Regex, normalizers
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from megakd.contract.vocabulary import SMALLEST_VOCABULARY
-from megakd.data.cache import key_of, rows_key
+from megakd.data.arrow import key_of, rows_key
 from megakd.data.tokenizers import (
     MODEL_FILE,
     SentencePieceTokenizer,

@@ -22,8 +22,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE, teacher_number
-from megakd.data.cache import TEXTS_AT_ONCE, arrow_batches
-from megakd.data.routes import names_of
+from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches
+from megakd.data.routed_rows import names_of
 from megakd.data.words import WORD_STARTS, check_words, word_starts
 from megakd.errors import DataError
 

@@ -26,7 +26,7 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor
 from megakd.config.paths import is_path
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.contract.tasks import TaskType
-from megakd.data.cache import arrow_batches, key_of, rows_key
+from megakd.data.arrow import arrow_batches, key_of, rows_key
 from megakd.data.chat.template import read_template
 from megakd.data.encoded_folder import TOKENIZER
 from megakd.data.splits import Splits

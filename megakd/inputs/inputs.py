@@ -18,13 +18,13 @@ from megakd.config.deepspeed import check_frozen_stage, load_ds_config
 from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.contract.batch import LogitWarp
-from megakd.contract.metrics import Metric
+from megakd.contract.metric import Metric
 from megakd.contract.results import VocabularyReport
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
 from megakd.contract.terms import looks_inside
 from megakd.contract.vocabulary import StudentVocabulary
 from megakd.data.encoding import Encoded
-from megakd.data.routes import check_routes
+from megakd.data.routed_rows import check_routes
 from megakd.data.shared_words import VocabularyPair
 from megakd.data.splits import Splits
 from megakd.data.student_vocabularies import check_special_tokens, load_student_tokenizer, overlap
@@ -48,7 +48,7 @@ from megakd.inputs.tokenizer_checks import (
 from megakd.losses.class_weights import with_class_weights
 from megakd.losses.objective import check_terms
 from megakd.losses.stage_losses import shape_of
-from megakd.models.labels import label_order
+from megakd.models.label_order import label_order
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
 from megakd.models.lora import check_adapters

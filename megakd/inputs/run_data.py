@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.run import RunConfig
 from megakd.config.task import MOST_TOKENS, TaskConfig
+from megakd.data.arrow import PLACE, cache_folder, longest_of
 from megakd.data.bad_rows import BadRows
-from megakd.data.cache import PLACE, cache_folder, longest_of
-from megakd.data.chat.rows import CONVERSATION, Conversation, is_chat
+from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoded_folder import as_encoded, facts_of, open_splits, read_manifest
 from megakd.data.encoding import Encoded, encode_splits, encoded_key

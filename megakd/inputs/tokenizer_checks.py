@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import STUDENT
+from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts
-from megakd.data.chat.rows import is_chat
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, DataError, TeacherError

@@ -31,7 +31,8 @@ from megakd.contract.terms import (
 )
 from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.errors import ConfigError, TeacherError
-from megakd.losses.layers import (
+from megakd.losses.class_targets import HardClasses, RegressionScores, SoftClasses
+from megakd.losses.layer_terms import (
     AttentionMatrices,
     FspMatrices,
     HiddenStates,
@@ -40,7 +41,6 @@ from megakd.losses.layers import (
 )
 from megakd.losses.parameter_projections import ParameterProjections
 from megakd.losses.plugin_losses import PluginLoss
-from megakd.losses.rows import HardClasses, RegressionScores, SoftClasses
 from megakd.losses.targets import AGREEMENTS, Evaluated, TermGroup, language_model_groups
 from megakd.models.knowledge import Needs
 

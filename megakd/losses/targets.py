@@ -132,7 +132,7 @@ class LanguageModelTargets(TermGroup):
         totals = [out.loss, *(out.loss.new_zeros(()) for _ in others)]
         return [Evaluated(*pair) for pair in zip(totals, sums, strict=True)]
 
-    def _scored(self, rows: Rows, reading: LossInputs) -> megakd_kernels.KDOutput:
+    def _scored(self, rows: TargetRows, reading: LossInputs) -> megakd_kernels.KDOutput:
         head, bias = _head(reading.student)
         if rows.kept is not None:
             return self._scored_from_cache(rows, rows.kept, reading)
@@ -167,7 +167,7 @@ class LanguageModelTargets(TermGroup):
         )
 
     def _scored_from_cache(
-        self, rows: Rows, kept: TopK | Draws, reading: LossInputs
+        self, rows: TargetRows, kept: TopK | Draws, reading: LossInputs
     ) -> megakd_kernels.KDOutput:
         """Compute the loss from a cache of the most likely tokens or of random draws.
 
@@ -207,7 +207,7 @@ class LanguageModelTargets(TermGroup):
             sums[self.agreement] = out.row_agrees[rows].sum()
         return sums
 
-    def _stacked(self, readings: Sequence[LossInputs]) -> Rows:
+    def _stacked(self, readings: Sequence[LossInputs]) -> TargetRows:
         """Concatenate the rows of readings of one batch, and weight the rows by the scales."""
         first, count = readings[0], len(readings)
         own = chosen_targets(first.batch, self.source)
@@ -215,11 +215,11 @@ class LanguageModelTargets(TermGroup):
         taught = own.of(_hidden(first.taught)) if self.soft and kept is None else None
         kept = None if kept is None else kept._make(map(own.of, kept))
         if count == 1:
-            return Rows(own.of(_hidden(first.student)), taught, own.labels, None, kept)
+            return TargetRows(own.of(_hidden(first.student)), taught, own.labels, None, kept)
         labels = own.labels.flatten()
         # Filled on the device: copying a list to a GPU would wait for the GPU.
         scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
-        return Rows(
+        return TargetRows(
             torch.cat([own.of(_hidden(reading.student)).flatten(0, -2) for reading in readings]),
             None if taught is None else taught.flatten(0, -2).repeat(count, 1),
             labels.repeat(count),
@@ -240,7 +240,7 @@ class LanguageModelTargets(TermGroup):
         return weight.detach(), None if bias is None else bias.detach()
 
 
-class Rows(NamedTuple):
+class TargetRows(NamedTuple):
     """Inputs of one pass of `LanguageModelTargets`, [N] rows; weight None: equal weights."""
 
     student: Tensor

@@ -40,7 +40,7 @@ from megakd.methods.tradeoff import choose, tradeoff
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab, Model, SortedModel
-    from megakd.contract.metrics import Metric
+    from megakd.contract.metric import Metric
     from megakd.contract.results import CandidateReport, CostReport
 
 
@@ -167,7 +167,7 @@ def trial(
     config: MiniDiscConfig, lab: Lab, ranked: SortedModel, link: Link, iteration: int
 ) -> Stage:
     """Return the stage of a trial: all candidates from the link's sparsity on learn together."""
-    from megakd.contract.metrics import MetricJudge
+    from megakd.contract.metric import MetricJudge
 
     sparsities = [s for s in config.sparsities if s >= link.sparsity]
     metric, views = lab.metric(config.metric), views_of(config, lab, ranked, sparsities)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.metrics import WHOLE
+from megakd.contract.metric import WHOLE
 from megakd.contract.options import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Scores, Stage, Verdict
 from megakd.contract.tasks import STUDENT

@@ -9,7 +9,7 @@ from megakd.contract.batch import LogitWarp
 from megakd.contract.shapes import Heads
 from megakd.contract.views import View
 from megakd.errors import ModelError
-from megakd.models.paths import (
+from megakd.models.given_paths import (
     ATTENTION_OF_BERT,
     FEED_FORWARD_OF_BERT,
     AttentionPaths,

@@ -22,7 +22,7 @@ from megakd.models.architecture import (
     Architecture,
 )
 from megakd.models.decoders import DECODERS
-from megakd.models.paths import (
+from megakd.models.given_paths import (
     MASKED_HEADS,
     AttentionPaths,
     FeedForwardPaths,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import BoolTensor, LongTensor
 
-    from megakd.contract.rollouts import Sampling, TextTokens
+    from megakd.contract.completions import Sampling, TextTokens
 
 SHARE_TO_LEAVE = 0.125
 """Share of the rows of a batch that have ended when these rows leave the batch.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megakd.models.architecture import Architecture, LogitKeys
-from megakd.models.paths import ATTENTION_OF_LLAMA, AttentionPaths, FeedForwardPaths
+from megakd.models.given_paths import ATTENTION_OF_LLAMA, AttentionPaths, FeedForwardPaths
 
 HEAD_NORMS = ATTENTION_OF_LLAMA._replace(norms=("self_attn.q_norm", "self_attn.k_norm"))
 ROUTES_TOKENS = "a router chooses the experts of each token"

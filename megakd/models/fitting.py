@@ -12,7 +12,7 @@ from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError
 from megakd.models.architectures import AUTO_CLASSES
-from megakd.models.labels import label_order, labels_agree, set_labels
+from megakd.models.label_order import label_order, labels_agree, set_labels
 from megakd.models.matching import (
     Match,
     check_backbone,

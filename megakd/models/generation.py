@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from megakd.contract.rollouts import Completion
+from megakd.contract.completions import Completion
 from megakd.engine.whole_model import evaluating
 from megakd.errors import DataError, ModelError
 from megakd.models.continuation import continued
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-    from megakd.contract.rollouts import Sampling, TextTokens
+    from megakd.contract.completions import Sampling, TextTokens
     from megakd.models.source import ModelSource
 
 

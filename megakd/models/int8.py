@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, initialization
 
 from megakd.errors import ModelError
-from megakd.models.export import INDEX_NAME, write_weights
 from megakd.models.fitting import one_line
 from megakd.models.loading import CONFIG_ERRORS
+from megakd.models.model_folder import INDEX_NAME, write_weights
 from megakd.models.own_models import own_class, register_own_models
 from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
 from megakd.storage.atomic import write_content

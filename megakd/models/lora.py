@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from megakd.config.models import LoraConfig
     from megakd.config.task import TaskConfig
     from megakd.models.architectures import Architecture
-    from megakd.models.export import Extra
+    from megakd.models.model_folder import Extra
     from megakd.models.source import ModelSource
 
 ADAPTER = "adapter"
@@ -201,7 +201,7 @@ def base_model(model: nn.Module) -> Iterator[nn.Module]:
         model.train(was_training)
 
 
-class _Part(NamedTuple):
+class _AdapterPart(NamedTuple):
     """A tensor of an adapted layer.
 
     layer: path of the layer.
@@ -212,14 +212,14 @@ class _Part(NamedTuple):
     kind: str
 
 
-def _part_of(name: str) -> _Part | None:
+def _part_of(name: str) -> _AdapterPart | None:
     """Return the adapted layer that a tensor belongs to; None for other tensors."""
     path, _, last = name.rpartition(".")
     owner, _, kind = path.rpartition(".")
     if kind == "base_layer":
-        return _Part(owner, f"{kind}.{last}")
+        return _AdapterPart(owner, f"{kind}.{last}")
     layer, _, factor = owner.rpartition(".")
-    return _Part(layer, factor) if factor in ("lora_A", "lora_B") else None
+    return _AdapterPart(layer, factor) if factor in ("lora_A", "lora_B") else None
 
 
 def merged_state(model: Any) -> tuple[Iterator[tuple[str, Tensor]], Extra]:

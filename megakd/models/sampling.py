@@ -23,7 +23,7 @@ from transformers import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megakd.contract.rollouts import Sampling
+    from megakd.contract.completions import Sampling
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

@@ -32,8 +32,8 @@ from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.models.valueless_experts import send_tokens_to_one_expert
 from megakd.planning.cluster import Cluster, Device
-from megakd.planning.engines import FP32
-from megakd.planning.lab import Phase
+from megakd.planning.engine_memory import FP32
+from megakd.planning.planning_lab import Phase
 from megakd.planning.tracing import (
     VALUELESS,
     Amount,
@@ -46,12 +46,12 @@ from megakd.planning.tracing import (
 )
 from megakd.pruning.importance import GateGradients
 from megakd.teachers.frozen import FrozenModel
-from megakd.training.engines import second_sizes
+from megakd.training.assembly import second_sizes
 
 PLANS = 100  # steps over which the use of teachers is counted
 
 
-class Measured(NamedTuple):
+class TracedMemory(NamedTuple):
     """The losses of held-out rows, without gradient: teachers, bytes of their outputs, learner."""
 
     teachers: Mapping[str, Trace]
@@ -83,7 +83,7 @@ class SimulatedPhase:
     masked: Sequence[Trace] = ()
     of_one_view: int | None = None
     evaluation: Trace | None = None
-    measured: Measured | None = None
+    measured: TracedMemory | None = None
     pruned: Pruned | None = None
 
 
@@ -216,7 +216,7 @@ class _Tracer:
 
     def _measured(
         self, stage: Stage, bundle: StudentBundle, losses: StageLosses, batch: Batch
-    ) -> Measured | None:
+    ) -> TracedMemory | None:
         step = largest_step(stage.train, self._task)
         if not stage.measures_losses or batch.valid.numel() <= step.tokens:
             return None
@@ -227,7 +227,7 @@ class _Tracer:
         trace, _ = self._forward(
             bundle.eval(), batch, knowledge, passes, _ones(bundle), scored=scored
         )
-        return Measured(teachers, answers, trace)
+        return TracedMemory(teachers, answers, trace)
 
     def alone(self) -> SimulatedPhase:
         teachers = self._phase.teachers

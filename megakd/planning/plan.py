@@ -14,9 +14,9 @@ from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.inputs.precision import training_dtype
 from megakd.planning.cluster import GIGA, Cluster, Device
-from megakd.planning.engines import PARTS, Part, Place, Share
-from megakd.planning.lab import PlanningLab, planned_sources
+from megakd.planning.engine_memory import PARTS, Part, Place, Share
 from megakd.planning.phase_traces import Traces
+from megakd.planning.planning_lab import PlanningLab, planned_sources
 from megakd.planning.timeline import PhasePlan, Timeline
 from megakd.process.terminal import aligned_rows
 
@@ -276,17 +276,17 @@ def plan_run(
         )
     base, known = host_base_bytes(), Traces() if traces is None else traces
 
-    def planned(case: Case) -> Plan:
+    def planned(case: SizedCase) -> Plan:
         ranks, device = case.cluster.ranks, case.cluster.device
         lab = PlanningLab(case.config, planned_sources(case.config), ranks=ranks, device=device)
         phases = [Timeline(phase, case.config, case.cluster, known).play() for phase in lab.play()]
         return Plan(config=case.config, cluster=case.cluster, phases=phases, host_base_bytes=base)
 
-    def tried(case: Case) -> tuple[float, int]:
+    def tried(case: SizedCase) -> tuple[float, int]:
         plan = planned(case)
         return plan.overflow, plan.peak_bytes_per_rank
 
-    case = Case(config, cluster)
+    case = SizedCase(config, cluster)
     plan = planned(case)
     if plan.fits is not False or not advise:
         return plan
@@ -312,25 +312,27 @@ class Change(NamedTuple):
     peak_bytes_per_rank: int
 
 
-class Case(NamedTuple):
+class SizedCase(NamedTuple):
     """A variant of a run, and the settings that lead to it, as typed after the command."""
 
     config: RunConfig
     cluster: Cluster
     settings: tuple[str, ...] = ()
 
-    def changed(self, setting: str) -> Case:
+    def changed(self, setting: str) -> SizedCase:
         config = config_of(config_tree(self.config), setting.split())
-        return Case(config, self.cluster, (*self.settings, setting))
+        return SizedCase(config, self.cluster, (*self.settings, setting))
 
-    def on_more_nodes(self) -> Case:
+    def on_more_nodes(self) -> SizedCase:
         """Return the case on twice as many nodes."""
         nodes, ranks = 2 * self.cluster.nodes, 2 * self.cluster.ranks
         cluster = replace(self.cluster, nodes=nodes, ranks=ranks)
-        return Case(self.config, cluster, (*self.settings, f"--nodes {nodes} --ranks {ranks}"))
+        return SizedCase(self.config, cluster, (*self.settings, f"--nodes {nodes} --ranks {ranks}"))
 
 
-def find_changes(case: Case, planner: Callable[[Case], tuple[float, int]]) -> list[Change]:
+def find_changes(
+    case: SizedCase, planner: Callable[[SizedCase], tuple[float, int]]
+) -> list[Change]:
     """Return at most three ways to make a run fit, in order of increasing cost in speed.
 
     Single settings are tried one by one. If no single setting is enough, the setting with the
@@ -338,7 +340,7 @@ def find_changes(case: Case, planner: Callable[[Case], tuple[float, int]]) -> li
     """
     found: list[Change] = []
     for _ in range(_MOST_TOGETHER):
-        rest: list[tuple[float, Case]] = []
+        rest: list[tuple[float, SizedCase]] = []
         for other in candidates(case):
             overflow, peak = planner(other)
             if overflow > 0:
@@ -353,7 +355,7 @@ def find_changes(case: Case, planner: Callable[[Case], tuple[float, int]]) -> li
     return found
 
 
-def candidates(case: Case) -> Iterator[Case]:
+def candidates(case: SizedCase) -> Iterator[SizedCase]:
     """Yield single settings that save memory, in order of increasing cost in speed."""
     if case.cluster.ranks > 1:
         yield from map(case.changed, _sharding(case.config))

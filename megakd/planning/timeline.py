@@ -14,12 +14,21 @@ from megakd.contract.stage import Stage, backward_groups
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.inputs.precision import TORCH_DTYPE, training_dtype
 from megakd.inputs.step_size import largest_step
-from megakd.models.export import SHARD_BYTES
+from megakd.models.model_folder import SHARD_BYTES
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import FP32, Frozen, Holding, Ledger, Part, Share, Trained, together
-from megakd.planning.lab import Phase, Work
+from megakd.planning.engine_memory import (
+    FP32,
+    Frozen,
+    Holding,
+    Ledger,
+    Part,
+    Share,
+    Trained,
+    together,
+)
 from megakd.planning.phase_traces import Pruned, Traces, planned_dtype, simulated_phase
+from megakd.planning.planning_lab import Phase, Work
 from megakd.planning.tracing import NOTHING, Amount, Moment, Trace, block
 
 # Logits of one position, the logits of the sampling rules, the noise, and their sum.

@@ -178,7 +178,7 @@ def trace_call(
     Returns:
         The trace, and the result of the call.
     """
-    with _Watch(module, device, memory) as watch:
+    with _AllocationWatch(module, device, memory) as watch:
         with _without_values(device), nullcontext() if backward else torch.no_grad():
             result = call()
         watch.turn()
@@ -270,7 +270,7 @@ class _Valueless(TorchFunctionMode):
         return mixed + attn_mask.sum() * 0 if attn_mask is not None and is_learned else mixed
 
 
-class _Watch(TorchDispatchMode):
+class _AllocationWatch(TorchDispatchMode):
     """Mode that counts the memory in use by active module."""
 
     def __init__(self, module: nn.Module, device: str, memory: int | None) -> None:
@@ -284,7 +284,7 @@ class _Watch(TorchDispatchMode):
         self.moments = [Moment("")]
         self.turned, self.flops = 0, 0.0
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _AllocationWatch:
         for path, child in self._module.named_modules():
             numbers = {self._number[_storage(p)] for p in child.parameters(recurse=False)}
             if numbers or next(child.children(), None) is None:

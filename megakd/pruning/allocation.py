@@ -182,7 +182,7 @@ def view_at(
     return View(heads, neurons, width)
 
 
-class Cut(NamedTuple):
+class LayerCuts(NamedTuple):
     """The units of a kind that each layer has, loses before rounding, and keeps."""
 
     counts: Sequence[int]
@@ -219,7 +219,7 @@ def _cut(
     allocation: Allocation,
     rounding: Rounding,
     fewest: Sequence[int] | None = None,
-) -> Cut:
+) -> LayerCuts:
     # Leave out a share of the units of a kind; a layer that must keep units has its `fewest`.
     least = fewest or [0] * len(layers)
     removed = (
@@ -232,7 +232,7 @@ def _cut(
         rounding.kept(count, lost, never_all=bool(spared))
         for count, lost, spared in zip(counts, removed, least, strict=True)
     ]
-    return Cut(counts, removed, kept, rounding)
+    return LayerCuts(counts, removed, kept, rounding)
 
 
 def _least_important(layers: Layers, share: Fraction, fewest: Sequence[int]) -> list[int]:

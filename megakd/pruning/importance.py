@@ -44,7 +44,7 @@ from megakd.models.layers import left_out
 from megakd.models.source import ReadyTeacher
 from megakd.pruning.allocation import UnitScores
 from megakd.teachers.frozen import FrozenModel
-from megakd.training.engines import Assembly
+from megakd.training.assembly import Assembly
 
 SMALLEST_NORM = 1e-17
 """Added to norms, so that scores of zero stay zero; the value of the authors' code."""

@@ -12,9 +12,9 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from megakd.contract.results import Report
 from megakd.contract.tasks import TaskType
-from megakd.models.export import hub_id
+from megakd.models.model_folder import hub_id
 from megakd.reports.quantities import short_count
-from megakd.reports.report import completed
+from megakd.reports.report_file import completed
 from megakd.reports.table import megabytes, result_table, times_smaller
 from megakd.reports.templating import TEMPLATES
 from megakd.storage.folders import CARD

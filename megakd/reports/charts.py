@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megakd.contract.metrics import lower_is_better
+from megakd.contract.metric import lower_is_better
 from megakd.contract.results import CandidateReport
 from megakd.reports.quantities import short_count
 from megakd.reports.table import score

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from megakd.contract.metrics import lower_is_better
+from megakd.contract.metric import lower_is_better
 from megakd.contract.results import PruningReport, Report
 from megakd.contract.sources import without_source
 from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, is_text_metric
@@ -277,14 +277,14 @@ def _position_chart(
     return replace(chart, x_title="position of the token")
 
 
-class Pruning(NamedTuple):
+class PruningRun(NamedTuple):
     """The content of the section: sizes, divergence and step time in words and as charts."""
 
     sentences: Sequence[str]
     figure: Figure
 
 
-def pruning_section(report: Report) -> Pruning | None:
+def pruning_section(report: Report) -> PruningRun | None:
     """Return the section, or None for a method that does not prune during training."""
     rows = pruning_course(report)
     if not rows:
@@ -306,7 +306,7 @@ def pruning_section(report: Report) -> Pruning | None:
         total, [len(points) for points in curves.values() if len(points) > 1]
     )
     figure = Figure("Pruning", charts, caption, numbers, extent)
-    return Pruning([sentence for sentence in sentences if sentence], figure)
+    return PruningRun([sentence for sentence in sentences if sentence], figure)
 
 
 def _pruning_points(rows: Sequence[PruningReport], key: Key) -> Points:

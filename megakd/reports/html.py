@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megakd.contract.metrics import lower_is_better
+from megakd.contract.metric import lower_is_better
 from megakd.contract.results import CandidateReport, Report
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.errors import CheckpointError
@@ -20,7 +20,7 @@ from megakd.reports.charts import Chart, Dot, choice_charts, plane_chart
 from megakd.reports.curves import pruning_section, training
 from megakd.reports.history import panels, read_history
 from megakd.reports.quantities import is_number
-from megakd.reports.report import completed, read_report
+from megakd.reports.report_file import completed, read_report
 from megakd.reports.templating import TEMPLATES
 from megakd.storage import atomic
 
@@ -133,7 +133,7 @@ def _planes(report: Report, models: Sequence[Dot]) -> list[Chart]:
     return [plane_chart(dots, metric=metric, measure=m) for m, dots in shown.items() if dots]
 
 
-class Choice(NamedTuple):
+class ChartChoice(NamedTuple):
     """The candidates of one iteration; without charts if less than two were scored."""
 
     rows: table.Rows
@@ -142,8 +142,8 @@ class Choice(NamedTuple):
     best: CandidateReport | None
 
 
-def _choices(candidates: Sequence[CandidateReport]) -> dict[int, Choice]:
-    choices: dict[int, Choice] = {}
+def _choices(candidates: Sequence[CandidateReport]) -> dict[int, ChartChoice]:
+    choices: dict[int, ChartChoice] = {}
     for iteration in sorted({row["iteration"] for row in candidates}):
         rows = [row for row in candidates if row["iteration"] == iteration]
         scored = _scored(rows)
@@ -152,7 +152,7 @@ def _choices(candidates: Sequence[CandidateReport]) -> dict[int, Choice]:
         # Candidates of one size have no curve over sizes.
         single = len(scored) < 2 or any("shape" in row for row in rows)
         charts = [] if chosen is None or single else choice_charts(scored, chosen)
-        choices[iteration] = Choice(table.candidate_rows(rows), charts, chosen, best)
+        choices[iteration] = ChartChoice(table.candidate_rows(rows), charts, chosen, best)
     return choices
 
 

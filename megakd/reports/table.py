@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megakd.contract.metrics import lower_is_better
+from megakd.contract.metric import lower_is_better
 from megakd.contract.results import (
     CandidateReport,
     CostReport,
@@ -43,7 +43,7 @@ from megakd.reports.quantities import (
     short_count,
     step_time,
 )
-from megakd.reports.report import completed
+from megakd.reports.report_file import completed
 
 Rows = list[list[str]]
 INT8_ROW = f"{STUDENT} (int8)"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megakd.contract.rollouts import Completion, Sampling, TextTokens
+from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import on_main, together
 from megakd.engine.whole_model import whole_model

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megakd.errors import ConfigError
 from megakd.models.generation import context_length
-from megakd.rollouts.rows import Prompts
+from megakd.rollouts.text_rows import Prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megakd.contract.rollouts import DISTINCT, TOKENS_PER_TEXT, TRUNCATED
+from megakd.contract.completions import DISTINCT, TOKENS_PER_TEXT, TRUNCATED
 
 if TYPE_CHECKING:
     from megakd.contract.results import WarningReport

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
-from megakd.contract.rollouts import Completion, Rollout
+from megakd.contract.completions import Completion, Rollout
 from megakd.errors import DataError
 from megakd.storage.atomic import set_aside, write_json, write_text
 from megakd.storage.fingerprint import Fingerprint, as_read_back

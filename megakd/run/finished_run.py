@@ -20,12 +20,12 @@ from megakd.data.encoding import tokenizer_content
 from megakd.engine.collectives import agree, on_main
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
-from megakd.models.export import brings_code
 from megakd.models.int8 import INT8, write_int8
+from megakd.models.model_folder import brings_code
 from megakd.models.own_models import current_files
 from megakd.reports.card import CardFacts, model_card
 from megakd.reports.html import write_html_report
-from megakd.reports.report import read_report, write_report
+from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
 from megakd.storage import atomic
@@ -39,8 +39,8 @@ from megakd.storage.folders import (
     open_finished,
     users_files,
 )
+from megakd.training.assembly import model_identity
 from megakd.training.best_checkpoint import RECORD
-from megakd.training.engines import model_identity
 from megakd.training.stage_folder import RESULT, files_of_others, is_longer, keeps_last, remake
 from megakd.training.window_state import files_of_window
 

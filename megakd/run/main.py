@@ -25,12 +25,12 @@ from megakd.errors import CheckpointError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device
 from megakd.methods import run_method
-from megakd.planning.lab import check_method
+from megakd.planning.planning_lab import check_method
 from megakd.process.phases import counted, phase
 from megakd.process.signals import Stopped
 from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, publish, run_inputs
 from megakd.run.holder import held
-from megakd.run.lab import Lab
+from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
 from megakd.run.upload import check_hub, push_to_hub
 from megakd.storage import atomic
@@ -96,7 +96,7 @@ def started(config: RunConfig) -> Iterator[Ranks]:
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     with closing(reporter_of(config, ranks)) as reporter:
         prepared = _checked_inputs(config, ranks)
-        lab = Lab(prepared.config, prepared, ranks, reporter)
+        lab = RunLab(prepared.config, prepared, ranks, reporter)
         check_label_orders(lab.assembly)
         check_method(prepared.config, prepared, ranks)
         inputs = on_main(lambda: _record(config, prepared))

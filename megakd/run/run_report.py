@@ -32,18 +32,18 @@ from megakd.engine.memory import (
 from megakd.engine.sharding import is_first_rank
 from megakd.inputs.inputs import vocabulary_report
 from megakd.inputs.precision import TORCH_DTYPE
-from megakd.models.export import weight_bytes
 from megakd.models.int8 import INT8, write_int8, write_restored
 from megakd.models.lora import adapter_parameters
+from megakd.models.model_folder import weight_bytes
 from megakd.process.phases import phase, seconds
 from megakd.reports.history import read_history
 from megakd.reports.latency import Work, measure_latencies
 from megakd.reports.quantities import paired_ratio
-from megakd.reports.report import environment
+from megakd.reports.report_file import environment
 from megakd.reports.samples import Sampler
 from megakd.reports.table import generation_reports, largest
 from megakd.rollouts.runaway import text_warnings
-from megakd.run.lab import Lab
+from megakd.run.run_lab import RunLab
 from megakd.training.evaluation_sets import SetScores
 from megakd.training.recipes import scoring_preset
 
@@ -52,7 +52,7 @@ INT8_FOLDER = ".int8"
 """Folder below `output_dir` that exists only during the scoring."""
 
 
-def _teachers(lab: Lab, sampler: Sampler, sets: SetScores) -> dict[str, ModelReport]:
+def _teachers(lab: RunLab, sampler: Sampler, sets: SetScores) -> dict[str, ModelReport]:
     """Return size and metrics of every teacher; add its answers and its metrics on the sets."""
     reports = {}
     for name in lab.pool.folders:
@@ -65,7 +65,7 @@ def _teachers(lab: Lab, sampler: Sampler, sets: SetScores) -> dict[str, ModelRep
 
 
 def report_of(
-    lab: Lab,
+    lab: RunLab,
     student: StageResult,
     baselines: Mapping[str, StageResult],
 ) -> Report:
@@ -126,7 +126,7 @@ def _student(scored: ModelReport, folder: Path) -> ModelReport:
     return report if trained is None else {**report, "trained_parameters": trained}
 
 
-def _assistant(lab: Lab, assistant: Assistant) -> AssistantReport:
+def _assistant(lab: RunLab, assistant: Assistant) -> AssistantReport:
     scored = lab.score(lab.source(assistant.folder), scoring_preset(lab.config.student.deepspeed))
     return {
         "name": assistant.name,
@@ -147,7 +147,9 @@ def _stage_entry(result: StageResult) -> Any:
     }
 
 
-def _latency(lab: Lab, students: Mapping[str, Path], device: torch.device) -> list[LatencyReport]:
+def _latency(
+    lab: RunLab, students: Mapping[str, Path], device: torch.device
+) -> list[LatencyReport]:
     """Time all models side by side on rank 0, if all of them fit into the device's memory."""
     config = lab.config
     if config.eval.latency is False:
@@ -194,7 +196,7 @@ def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup |
     return {**times, "low": ratio.low, "high": ratio.high}
 
 
-def score_int8(lab: Lab, student: Path, deepspeed: str | Mapping[str, Any]) -> QuantizedReport:
+def score_int8(lab: RunLab, student: Path, deepspeed: str | Mapping[str, Any]) -> QuantizedReport:
     """Return the size and the metrics of a student's int8 weights; a collective.
 
     The weights are restored to fp32 in a temporary folder, and scored as the student is scored.
@@ -202,7 +204,7 @@ def score_int8(lab: Lab, student: Path, deepspeed: str | Mapping[str, Any]) -> Q
     Args:
         lab: the lab of the run.
         student: the model folder of the student in full precision.
-        deepspeed: see `Lab.score`.
+        deepspeed: see `RunLab.score`.
 
     Raises:
         MegakdError: a weight is not finite, or the disk is full.

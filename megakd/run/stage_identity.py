@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megakd.config.rollout import RolloutConfig
     from megakd.config.train import TrainConfig
     from megakd.contract.stage import Stage
-    from megakd.training.engines import Assembly
+    from megakd.training.assembly import Assembly
 
 _PLAIN = (str, int, float, bool, type(None))
 

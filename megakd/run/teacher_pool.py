@@ -25,7 +25,7 @@ from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.process.phases import phase
 from megakd.reports.samples import held_out_prompts
-from megakd.scoring.evaluation import numbers
+from megakd.scoring.scores import numbers
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, as_read_back, flatten
 from megakd.teachers.cached import CachedTeacher
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from megakd.contract.stage import Stage
     from megakd.reports.samples import Prompts
     from megakd.servers.teachers import ServedTeacher
-    from megakd.training.engines import Assembly
+    from megakd.training.assembly import Assembly
 
     Opened = FrozenTeacher | CachedTeacher | ServedTeacher
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megakd.contract.batch import IGNORE
-from megakd.contract.metrics import Metric
+from megakd.contract.metric import Metric
 from megakd.contract.plugins import metric_of
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS
 from megakd.errors import ConfigError, DataError, TrainingError, suggestion
-from megakd.scoring.evaluation import headline
+from megakd.scoring.scores import headline
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

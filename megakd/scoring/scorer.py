@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch, Predictions
-from megakd.contract.metrics import WHOLE
+from megakd.contract.metric import WHOLE
 from megakd.contract.results import ClassReport
 from megakd.data.collation import Collator
 from megakd.data.loader import evaluation_batches
@@ -20,8 +20,8 @@ from megakd.engine.activity import reached
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
-from megakd.scoring.evaluation import language_model_metrics
 from megakd.scoring.metrics import TaskMetrics
+from megakd.scoring.scores import language_model_metrics
 
 Predict = Callable[[Batch], Predictions]
 PredictViews = Callable[[Batch], Mapping[str, Predictions]]

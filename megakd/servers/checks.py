@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.contract.rollouts import Sampling
+from megakd.contract.completions import Sampling
 from megakd.errors import ServerError
 from megakd.servers.protocol import (
     BestTokens,

@@ -16,7 +16,7 @@ from megakd.config.rollout import (
     TeacherServerConfig,
 )
 from megakd.config.run import RunConfig
-from megakd.contract.rollouts import Completion, Sampling
+from megakd.contract.completions import Completion, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import on_main, together
 from megakd.errors import ServerError
@@ -27,7 +27,7 @@ from megakd.rollouts.generators import text_tokens
 from megakd.rollouts.prompts import prompts_of
 from megakd.servers.checks import Wanted, check_agreement, check_sampling, served_models
 from megakd.servers.hidden_states import check_folder
-from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, Running
+from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, RunningCalls
 from megakd.servers.protocol import TextServer, checked_completion
 from megakd.servers.push import AdapterPush, FullPush, Pushed, run_name, start_folder
 from megakd.servers.sglang import SglangServer
@@ -165,7 +165,7 @@ def _ends(
 class AskedTexts:
     """The texts that a rank has asked for; see `RequestedTexts`."""
 
-    def __init__(self, running: Running[Completion]) -> None:
+    def __init__(self, running: RunningCalls[Completion]) -> None:
         self._running = running
 
     def completions(self) -> list[Completion]:
@@ -218,7 +218,7 @@ class ServerGenerator:
             partial(self._complete, number, (tuple(prompt), seed, sampling), self._pushed)
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        return AskedTexts(Running(calls, at_once=self._at_once))
+        return AskedTexts(RunningCalls(calls, at_once=self._at_once))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling

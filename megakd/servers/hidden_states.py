@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megakd.contract.rollouts import Sampling
+from megakd.contract.completions import Sampling
 from megakd.errors import ServerError
 from megakd.servers.http import JsonServer, field_of, numbers_of
 from megakd.servers.protocol import TextRequest, first_difference

@@ -195,7 +195,7 @@ def numbers_of(tree: Any, key: str, where: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-class Running(Generic[T]):
+class RunningCalls(Generic[T]):
     """Calls that run in threads of their own, which do not keep the process from ending.
 
     After the first error no further call is started.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.contract.rollouts import Completion, Sampling
+from megakd.contract.completions import Completion, Sampling
 from megakd.errors import ServerError
 
 LEAST_BIAS = -100.0

@@ -19,10 +19,10 @@ from torch import nn
 from megakd.engine.collectives import agree, on_main, together
 from megakd.engine.sharding import full_shape, is_first_rank
 from megakd.errors import ServerError
-from megakd.models.export import fill_serving_folder
 from megakd.models.learned import Learned
 from megakd.models.lora import adapter_files
-from megakd.servers.http import Running
+from megakd.models.model_folder import fill_serving_folder
+from megakd.servers.http import RunningCalls
 from megakd.servers.sglang import SglangServer
 from megakd.servers.vllm import VllmServer, VllmWeightServer
 from megakd.storage import atomic
@@ -146,7 +146,7 @@ class AdapterPush:
 
 def _each(servers: Sequence[Any], action: Callable[[Any], None]) -> None:
     calls = [lambda server=server: action(server) for server in servers]
-    Running(calls, at_once=len(calls)).results()
+    RunningCalls(calls, at_once=len(calls)).results()
 
 
 def _bytes_of(model: nn.Module) -> int:

@@ -34,7 +34,7 @@ from megakd.models.source import ModelSource
 from megakd.servers.checks import REFERENCE, Wanted, check_reference, check_scores, served_models
 from megakd.servers.connect import connections, model_names
 from megakd.servers.hidden_states import ExportedStates, Exports, StatesServer, check_folder
-from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, Running
+from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, RunningCalls
 from megakd.servers.protocol import BestTokens, ServedModel, TokenScorer
 from megakd.servers.vllm import VllmServer
 from megakd.storage.folders import check_given
@@ -92,7 +92,7 @@ class ServedTeacher(ABC, Generic[Said]):
             partial(self.ask, (self._ranks.rank + number) % self._replicas, ids)
             for number, ids in enumerate(every)
         ]
-        said = iter(together(Running(calls, at_once=AT_ONCE).results))
+        said = iter(together(RunningCalls(calls, at_once=AT_ONCE).results))
         for batch, found in zip(batches, texts, strict=True):
             yield self.knowledge(batch, [(document, next(said)) for document in found])
 

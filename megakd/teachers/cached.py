@@ -46,7 +46,7 @@ Answers = Mapping[str, Tensor]
 """Answers to some rows: `logits` [B, C]; `ids` and `logprobs` [B, T, k]; or `ids` and `counts`."""
 
 
-class Shard(NamedTuple):
+class AnswerShard(NamedTuple):
     """A range of consecutive rows: the first row, the number of rows, and the files' checksums."""
 
     name: str
@@ -103,7 +103,7 @@ def build_cache(
         for numbers in missing:
             part = answer(rows.select(numbers), numbers.start)
 
-            def write(start: int = numbers.start, part: Answers = part) -> Shard:
+            def write(start: int = numbers.start, part: Answers = part) -> AnswerShard:
                 return _write(folder, start, part)
 
             shards.append(on_main(write))
@@ -112,7 +112,7 @@ def build_cache(
             logger.info("%s: %d of %d rows", folder, done, len(rows))
 
 
-def _whole_shards(folder: Path, shards: Sequence[Shard], ranks: Ranks) -> list[Shard]:
+def _whole_shards(folder: Path, shards: Sequence[AnswerShard], ranks: Ranks) -> list[AnswerShard]:
     """Return the undamaged shards, and log a warning for damaged shards; a collective."""
     mine = shards[ranks.rank :: ranks.world_size]
     found = together(lambda: {s.name: damage_of(folder / s.name, s.files) for s in mine})
@@ -122,7 +122,7 @@ def _whole_shards(folder: Path, shards: Sequence[Shard], ranks: Ranks) -> list[S
     return [shard for shard in shards if shard.name not in damaged]
 
 
-def _missing(shards: Sequence[Shard], total: int, step: int) -> Iterator[range]:
+def _missing(shards: Sequence[AnswerShard], total: int, step: int) -> Iterator[range]:
     """Yield the numbers of the rows that no shard holds, at most `step` numbers at a time."""
     first = 0
     ends = [(shard.start, shard.start + shard.rows) for shard in _in_order(shards)]
@@ -132,7 +132,7 @@ def _missing(shards: Sequence[Shard], total: int, step: int) -> Iterator[range]:
         first = stop
 
 
-def _in_order(shards: Iterable[Shard]) -> list[Shard]:
+def _in_order(shards: Iterable[AnswerShard]) -> list[AnswerShard]:
     return sorted(shards, key=lambda shard: shard.start)
 
 
@@ -146,32 +146,32 @@ def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
     )
 
 
-def _begun(folder: Path, facts: Fingerprint) -> list[Shard]:
+def _begun(folder: Path, facts: Fingerprint) -> list[AnswerShard]:
     if not (folder / MANIFEST).is_file():
         return []
     return _read_manifest(folder, facts)[0]
 
 
-def _write(folder: Path, start: int, part: Answers) -> Shard:
+def _write(folder: Path, start: int, part: Answers) -> AnswerShard:
     name = f"{start:010d}"
     with atomic.replaced_folder(folder / name) as made:
         for key, tensor in part.items():
             np.save(made / f"{key}.npy", tensor.numpy())
     count = len(next(iter(part.values())))
-    return Shard(name, start, count, entries_of(folder / name, files_of(folder / name)))
+    return AnswerShard(name, start, count, entries_of(folder / name, files_of(folder / name)))
 
 
-def _record(folder: Path, facts: Fingerprint, shards: Sequence[Shard], *, total: int) -> None:
+def _record(folder: Path, facts: Fingerprint, shards: Sequence[AnswerShard], *, total: int) -> None:
     listed = [shard._asdict() for shard in _in_order(shards)]
     tree = {"version": VERSION, "rows": total, "facts": facts, "shards": listed}
     write_signed(folder / MANIFEST, tree)
 
 
-def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[Shard], int]:
+def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[AnswerShard], int]:
     path = folder / MANIFEST
     try:
         tree = read_signed(path)
-        shards = [Shard(**shard) for shard in tree["shards"]]
+        shards = [AnswerShard(**shard) for shard in tree["shards"]]
         there, rows, version = tree["facts"], int(tree["rows"]), tree["version"]
     except FileNotFoundError as error:
         raise TeacherError(
@@ -252,7 +252,7 @@ def _draws(ids: Tensor, counts: Tensor) -> Draws:
     return Draws(ids, shares.log())
 
 
-def _verify(folder: Path, shards: Sequence[Shard]) -> None:
+def _verify(folder: Path, shards: Sequence[AnswerShard]) -> None:
     for shard in shards:
         damage = damage_of(folder / shard.name, shard.files)
         if damage is not None:
@@ -262,7 +262,7 @@ def _verify(folder: Path, shards: Sequence[Shard]) -> None:
             )
 
 
-def _opened(folder: Path, shard: Shard) -> dict[str, Any]:
+def _opened(folder: Path, shard: AnswerShard) -> dict[str, Any]:
     return {
         name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in shard.files
     }

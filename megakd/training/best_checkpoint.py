@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd.engine.collectives import on_main
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
-from megakd.scoring.evaluation import Evaluation
+from megakd.scoring.scores import Evaluation
 from megakd.storage import atomic
 from megakd.storage.folders import damage, write_finished
 
@@ -108,7 +108,7 @@ class BestCheckpoint:
             return None
 
 
-class Kept(NamedTuple):
+class ReturnedWeights(NamedTuple):
     """The weights that a stage has kept, with their evaluations.
 
     folder: the folder of the weights; None if the learner has them.
@@ -162,7 +162,7 @@ class BestCheckpoints:
         for name, best in self._named():
             best.resume(step, steps.get(name))
 
-    def kept(self) -> Kept | None:
+    def kept(self) -> ReturnedWeights | None:
         """Return the weights that the stage gives; None if no evaluation was kept; a collective."""
         record = on_main(self.all.kept)
         if record is None:
@@ -171,8 +171,8 @@ class BestCheckpoints:
         own = self.own.get(chosen.view or "")
         of_view = None if own is None else on_main(own.kept)
         if own is None or of_view is None:
-            return Kept(self.all.folder, chosen, chosen)
-        return Kept(own.folder, chosen, Evaluation.read(of_view["evaluation"]))
+            return ReturnedWeights(self.all.folder, chosen, chosen)
+        return ReturnedWeights(own.folder, chosen, Evaluation.read(of_view["evaluation"]))
 
     def _named(self) -> list[tuple[str, BestCheckpoint]]:
         return [("best", self.all), *((f"best-{view}", own) for view, own in self.own.items())]

@@ -46,7 +46,7 @@ _PREFIX = "step-"
 _NAME = re.compile(_PREFIX + r"\d+")
 
 
-class State(NamedTuple):
+class CheckpointState(NamedTuple):
     """A part of the state of a stage, as plain values and tensors.
 
     of_rank: whether the part differs between ranks.
@@ -78,7 +78,7 @@ class Checkpoints:
         self,
         step: int,
         write_engine: Callable[[Path, str], list[Path]],
-        states: Mapping[str, State],
+        states: Mapping[str, CheckpointState],
     ) -> Path:
         """Write one checkpoint.
 
@@ -274,7 +274,7 @@ class Checkpoints:
         self,
         checkpoint: Path,
         read_engine: Callable[[Path, str], None],
-        states: Mapping[str, State],
+        states: Mapping[str, CheckpointState],
     ) -> None:
         """Load engine shards, the states in their order, and the random numbers of this rank."""
         read_engine(checkpoint.parent, checkpoint.name)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from megakd.contract.results import EvaluationSetReport
     from megakd.teachers.frozen import FrozenTeacher
-    from megakd.training.engines import Assembly
+    from megakd.training.assembly import Assembly
 
 
 def row_count(rows: Dataset) -> int:

@@ -11,11 +11,11 @@ from megakd.data.files import matching_files
 from megakd.data.loader import RowOrder
 from megakd.engine.collectives import on_main
 from megakd.engine.student import StudentEngine
-from megakd.rollouts.evaluation import TextEvaluation
+from megakd.rollouts.batches import RolloutSource, StepRows
 from megakd.rollouts.generators import FileGenerator, LocalGenerator, text_tokens
 from megakd.rollouts.prompts import prompts_of
-from megakd.rollouts.source import RolloutSource, StepRows
 from megakd.rollouts.store import RolloutStore
+from megakd.rollouts.text_evaluation import TextEvaluation
 from megakd.servers.connect import server_generator
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.checkpoint import oldest_step
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from megakd.config.rollout import GenerationConfig
-    from megakd.contract.rollouts import Generator
+    from megakd.contract.completions import Generator
     from megakd.contract.stage import MeanLosses, Teacher
-    from megakd.training.engines import Assembly
+    from megakd.training.assembly import Assembly
 
 ROLLOUTS = "rollouts"
 """Folder of the generated texts in the folder of a run."""

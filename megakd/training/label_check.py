@@ -18,9 +18,9 @@ import numpy as np
 from megakd.contract.batch import IGNORE
 from megakd.errors import TeacherError
 from megakd.models.knowledge import Needs
-from megakd.models.labels import generic_labels, listed
+from megakd.models.label_order import generic_labels, listed
 from megakd.models.source import ReadyTeacher
-from megakd.training.engines import Assembly
+from megakd.training.assembly import Assembly
 from megakd.training.once import measured_once
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 from megakd.contract.stage import StageResult, untrained
 from megakd.errors import CheckpointError
 from megakd.storage.fingerprint import Fingerprint, flatten
-from megakd.training.engines import Assembly
+from megakd.training.assembly import Assembly
 from megakd.training.stage_folder import read_result, write_result
 
 

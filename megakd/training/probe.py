@@ -30,7 +30,7 @@ BEGINNING = "beginning"
 
 
 @dataclass(frozen=True)
-class HeldOutProbe:
+class StageProbe:
     """Sums over ranks, the loss on held-out rows, and the initial state of the student.
 
     scorer: the scorer of the run. rows: the rows that the loss is measured on.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megakd.contract.rollouts import TOKENS_PER_TEXT, TRUNCATED
+from megakd.contract.completions import TOKENS_PER_TEXT, TRUNCATED
 from megakd.engine.activity import reached
 from megakd.errors import MegakdError
 from megakd.rollouts.runaway import TextWatch

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from megakd.contract.tasks import STUDENT
 from megakd.data.mixed_text import MixedText
-from megakd.data.routes import RoutedSource
+from megakd.data.routed_rows import RoutedSource
 from megakd.data.stream_loader import batch_source
 from megakd.engine.collectives import gather
 from megakd.training.probe import Beginning
@@ -34,7 +34,7 @@ def extras_of(parts: StageParts) -> list[StageExtra]:
 
         extras.append(Rollouts(parts))
     if stage.mixed:
-        extras.append(MixedRows(parts))
+        extras.append(BothVocabularies(parts))
     if stage.strategy.routes_rows:
         extras.append(Routing(parts))
     if generation is not None and stage.role == STUDENT and not stage.views:
@@ -76,7 +76,7 @@ def row_batches(
     )
 
 
-class MixedRows(StageExtra):
+class BothVocabularies(StageExtra):
     """The rows that are encoded for both vocabularies, for models that read mixed text."""
 
     def __init__(self, parts: StageParts) -> None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.contract.metrics import WHOLE, MetricJudge
+from megakd.contract.metric import WHOLE, MetricJudge
 from megakd.contract.unit_counts import SOURCE_UNITS, count_units
 from megakd.engine.collectives import all_reduce_
-from megakd.scoring.evaluation import Evaluation
-from megakd.training.best_checkpoint import BestCheckpoints, Kept
-from megakd.training.checkpoint import State
+from megakd.scoring.scores import Evaluation
+from megakd.training.best_checkpoint import BestCheckpoints, ReturnedWeights
+from megakd.training.checkpoint import CheckpointState
 
 if TYPE_CHECKING:
     from megakd.contract.batch import Batch, Predictions
@@ -57,7 +57,7 @@ class StageEvaluation:
         )
 
     @property
-    def states(self) -> dict[str, State]:
+    def states(self) -> dict[str, CheckpointState]:
         """What a checkpoint keeps; the step of the loop is loaded before."""
 
         def save() -> dict[str, Any]:
@@ -67,9 +67,11 @@ class StageEvaluation:
             self._latest = Evaluation.read(record)
 
         return {
-            "evaluation": State(save, load),
-            "early_stopping": State(self.stopping.state_dict, self.stopping.load_state_dict),
-            "best_steps": State(self._best.steps, self.resume_best),
+            "evaluation": CheckpointState(save, load),
+            "early_stopping": CheckpointState(
+                self.stopping.state_dict, self.stopping.load_state_dict
+            ),
+            "best_steps": CheckpointState(self._best.steps, self.resume_best),
         }
 
     def resume_best(self, steps: Mapping[str, int | None]) -> None:
@@ -96,10 +98,10 @@ class StageEvaluation:
         if self._keeps_best:
             self._best.consider(step, scores, verdict)
 
-    def returned(self) -> Kept:
+    def returned(self) -> ReturnedWeights:
         """Return the weights that the stage returns: the best, or else those of its last step."""
         kept = self._best.kept() if self._keeps_best else None
-        return kept or Kept(None, self._latest, self._latest)
+        return kept or ReturnedWeights(None, self._latest, self._latest)
 
     def _scores(self) -> dict[str, dict[str, float]]:
         views = tuple(self._stage.views) or (WHOLE,)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megakd.engine.distributed import Ranks
     from megakd.engine.student import StudentEngine
     from megakd.storage.fingerprint import Fingerprint
-    from megakd.training.engines import Assembly
+    from megakd.training.assembly import Assembly
 
 
 class StageParts(NamedTuple):

@@ -22,8 +22,8 @@ from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
-from megakd.models.export import Extra, fill_model_folder, write_model_folder
-from megakd.scoring.evaluation import numbers
+from megakd.models.model_folder import Extra, fill_model_folder, write_model_folder
+from megakd.scoring.scores import numbers
 from megakd.storage import atomic
 from megakd.storage.fingerprint import ABSENT, Fingerprint, as_read_back, differences
 from megakd.storage.folders import CHECKSUMS, open_finished, sealed_folder, write_finished

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megakd.contract.views import Cut
 from megakd.engine.collectives import on_main, together
 from megakd.models.learned import Learned
-from megakd.scoring.evaluation import Evaluation
+from megakd.scoring.scores import Evaluation
 from megakd.storage import atomic
 from megakd.storage.folders import copy_finished
-from megakd.training.best_checkpoint import RECORD, Kept, adapters_put_back, write_best_adapters
+from megakd.training.best_checkpoint import (
+    RECORD,
+    ReturnedWeights,
+    adapters_put_back,
+    write_best_adapters,
+)
 from megakd.training.stage_folder import consume, write_stage_folder
 from megakd.training.window_state import WindowState
 
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
     from megakd.contract.stage import Stage
     from megakd.engine.student import StudentEngine
     from megakd.losses.bundle import StudentBundle
-    from megakd.training.engines import Assembly
+    from megakd.training.assembly import Assembly
 
 
 class StageModel(NamedTuple):
@@ -36,7 +41,9 @@ class StageModel(NamedTuple):
     bundle: StudentBundle
     source: BatchSource
 
-    def write_returned(self, folder: Path, record: Mapping[str, str | bytes], kept: Kept) -> None:
+    def write_returned(
+        self, folder: Path, record: Mapping[str, str | bytes], kept: ReturnedWeights
+    ) -> None:
         """Write the model that the stage returns, with small files."""
         best = kept.folder
         if best is None or adapters_put_back(self.bundle.student, best):

@@ -25,8 +25,8 @@ from megakd.process import signals
 from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.watched import WatchedTeacher
-from megakd.training.checkpoint import Checkpoints, State
-from megakd.training.engines import Assembly
+from megakd.training.assembly import Assembly
+from megakd.training.checkpoint import Checkpoints, CheckpointState
 from megakd.training.meters import TrainMeter
 from megakd.training.progress import Extent, Reporter
 from megakd.training.random_state import seed_everything
@@ -87,7 +87,7 @@ class StageRun:
         self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
         self.states = self._states()
 
-    def _states(self) -> dict[str, State]:
+    def _states(self) -> dict[str, CheckpointState]:
         """Return everything that a checkpoint keeps beside the engine, in the order of loading."""
         trainer, source, health = self.trainer, self.source, self.health
         strategy = self.stage.strategy
@@ -96,11 +96,11 @@ class StageRun:
             return {kind: dict(parts) for kind, parts in strategy.shards().items()}
 
         return {
-            "shards": State(shards, strategy.load_shards, of_rank=True),
-            "trainer": State(trainer.state_dict, trainer.load_state_dict),
-            "batches": State(source.state_dict, source.load_state_dict),
-            "health": State(health.state_dict, health.load_state_dict),
-            "window": State(health.window_state, health.load_window_state, of_rank=True),
+            "shards": CheckpointState(shards, strategy.load_shards, of_rank=True),
+            "trainer": CheckpointState(trainer.state_dict, trainer.load_state_dict),
+            "batches": CheckpointState(source.state_dict, source.load_state_dict),
+            "health": CheckpointState(health.state_dict, health.load_state_dict),
+            "window": CheckpointState(health.window_state, health.load_window_state, of_rank=True),
             **self.evaluation.states,
         }
 

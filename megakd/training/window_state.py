@@ -18,7 +18,7 @@ import torch
 from megakd.engine.collectives import gather, on_main
 from megakd.errors import CheckpointError
 from megakd.models.cutting import cut_state
-from megakd.models.export import write_weights
+from megakd.models.model_folder import write_weights
 from megakd.models.weights import WeightReader, check_weight_files
 from megakd.storage.atomic import write_content
 from megakd.storage.folders import check_given

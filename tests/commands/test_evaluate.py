@@ -14,7 +14,7 @@ from tiny_runs import config_tree, reviews, write_config, write_jsonl, write_rev
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import WholeRun, finish, read
 
-from megakd.commands.evaluation import model_folder
+from megakd.commands.scored_models import model_folder
 from megakd.config.file import load_config
 
 

@@ -8,7 +8,7 @@ import pytest
 from run_files import RUN, message_of
 
 from megakd import cli
-from megakd.commands.evaluation import model_folder
+from megakd.commands.scored_models import model_folder
 from megakd.config.file import config_of, load_config
 from megakd.config.run import RunConfig
 from megakd.config.schema import SYNONYMS, annotation_at

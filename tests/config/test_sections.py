@@ -15,7 +15,7 @@ from megakd.config.rollout import (
     rollout_block,
 )
 from megakd.config.run import RunConfig
-from megakd.contract.rollouts import Sampling
+from megakd.contract.completions import Sampling
 
 TEXT = ("task={type: causal_lm, dataset: rows.jsonl}", "objective=[{loss: soft_target_kl}]")
 SERVER = "url: ['http://a:8000/'], kind: sglang"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megakd.contract import lab as contract
-from megakd.planning.lab import PlannedPruning, PlanningLab
-from megakd.pruning.store import Pruning
-from megakd.run.lab import Lab
+from megakd.planning.planning_lab import PlannedPruning, PlanningLab
+from megakd.pruning.builder import ModelPruning
+from megakd.run.run_lab import RunLab
 from megakd.training.lab_base import LabBase
 
 
@@ -22,8 +22,8 @@ def methods(promised: type) -> dict[str, Any]:
 PROMISES = [
     (kind, name, method)
     for promised, kinds in (
-        (contract.Lab, (Lab, PlanningLab)),
-        (contract.Pruning, (Pruning, PlannedPruning)),
+        (contract.Lab, (RunLab, PlanningLab)),
+        (contract.Pruning, (ModelPruning, PlannedPruning)),
     )
     for name, method in methods(promised).items()
     for kind in kinds
@@ -40,7 +40,7 @@ def test_a_lab_takes_the_arguments_that_the_contract_names(kind, name, method):
     assert parameters(getattr(kind, name)) == parameters(method)
 
 
-@pytest.mark.parametrize("lab", [Lab, PlanningLab])
+@pytest.mark.parametrize("lab", [RunLab, PlanningLab])
 def test_a_lab_sets_the_attributes_of_the_contract_when_it_is_made(lab):
     base, own = (inspect.getsource(made.__init__) for made in (LabBase, lab))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megakd.config.schema import variants
-from megakd.contract.metrics import lower_is_better
+from megakd.contract.metric import lower_is_better
 from megakd.contract.terms import TermConfig
 
 

@@ -16,7 +16,7 @@ from megakd import cli
 from megakd.config.file import config_of, config_tree, dump_config, load_config
 from megakd.contract import plugins
 from megakd.contract.batch import Batch, Knowledge, LogitWarp, LossInputs
-from megakd.contract.metrics import lower_is_better
+from megakd.contract.metric import lower_is_better
 from megakd.contract.shapes import Shape
 from megakd.errors import ConfigError
 from megakd.losses.objective import build_objective, teacher_needs

@@ -14,8 +14,8 @@ from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy
 from megakd.contract.unit_counts import count_units, unit_weights
 from megakd.losses.bundle import StudentBundle
+from megakd.losses.class_targets import HardClasses
 from megakd.losses.objective import Objective, build_objective
-from megakd.losses.rows import HardClasses
 from megakd.losses.targets import Evaluated, TermGroup
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")

@@ -12,8 +12,9 @@ from datasets import Dataset, DatasetDict
 from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data import cache, hub, readers
-from megakd.data.cache import remembered_of
+from megakd.data import arrow as cache
+from megakd.data import hub, readers
+from megakd.data.arrow import remembered_of
 from megakd.data.encoding import encode_splits
 from megakd.data.splits import load_splits
 from megakd.storage import checksums

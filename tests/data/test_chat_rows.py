@@ -19,7 +19,7 @@ from datasets import Dataset, Json, List
 from tiny_runs import write_jsonl
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.chat.rows import CONVERSATION, Conversation, is_chat
+from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.choosing import text_hash
 from megakd.data.files import files_table
 from megakd.data.hub import hub_table

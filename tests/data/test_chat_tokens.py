@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megakd.data.chat.rows import Conversation
+from megakd.data.chat.conversations import Conversation
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.errors import DataError
 

@@ -32,7 +32,7 @@ from transformers import (
 
 from megakd.config.task import TaskConfig
 from megakd.data import encoding
-from megakd.data.cache import rows_key
+from megakd.data.arrow import rows_key
 from megakd.data.collation import Collator
 from megakd.data.encoding import encode_rows, encode_splits, labelled_only, tokenizer_content
 from megakd.data.token_tables import PackedRow, document_ends
@@ -377,7 +377,7 @@ def test_keys_do_not_depend_on_the_process(tmp_path):
         "from transformers import PreTrainedTokenizerFast\n"
         "from datasets import Dataset\n"
         "from megakd.data.encoding import tokenizer_content\n"
-        "from megakd.data.cache import rows_key\n"
+        "from megakd.data.arrow import rows_key\n"
         f"tokenizer = PreTrainedTokenizerFast.from_pretrained({str(folder)!r})\n"
         "rows = Dataset.from_dict({'text': ['a', 'b'], 'label': [0, 1]})\n"
         "print(json.dumps([tokenizer_content(tokenizer), rows_key(rows)]))\n"

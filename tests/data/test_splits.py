@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megakd.config.task import TaskConfig
 from megakd.data import splits
-from megakd.data.cache import cached_folder
+from megakd.data.arrow import cached_folder
 from megakd.data.choosing import at_most, cut_validation, keep_labels
 from megakd.data.splits import Splits, load_splits
 from megakd.errors import ConfigError, DataError

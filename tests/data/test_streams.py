@@ -18,7 +18,7 @@ from datasets import IterableDataset
 from tiny_runs import save_tokenizer, write_jsonl
 
 from megakd.config.task import TaskConfig
-from megakd.data.chat.rows import CONVERSATION, Conversation
+from megakd.data.chat.conversations import CONVERSATION, Conversation
 from megakd.data.choosing import text_hash
 from megakd.data.encoding import encode_splits
 from megakd.data.files import local_rows

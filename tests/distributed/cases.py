@@ -12,7 +12,7 @@ from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import full_shape, gathered_state
 from megakd.inputs.inputs import prepare
-from megakd.run.lab import Lab
+from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 
@@ -56,7 +56,7 @@ def train(config_path: str, overrides: list[str], steps: int, *, generates: bool
     """
     config = load_config(Path(config_path), overrides)
     prepared = prepare(config)
-    lab = Lab(config, prepared, distributed.ranks(), Reporter(config.output_dir, is_main=False))
+    lab = RunLab(config, prepared, distributed.ranks(), Reporter(config.output_dir, is_main=False))
     teachers = (lab.teacher(),) if config.teacher else ()
     watching = Watching((Pass(teacher=teachers[0] if teachers else None),))
     Watching.gradients.clear()
@@ -110,7 +110,7 @@ def steps_taken(config_path: str) -> int:
     """Train the student's stage to its end and return the number of its steps on this rank."""
     config = load_config(Path(config_path))
     reporter = Reporter(config.output_dir, is_main=False)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     teacher = lab.teacher()
     strategy = Constant((Pass(teacher=teacher),))
     stage = Stage(

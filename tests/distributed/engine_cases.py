@@ -13,7 +13,7 @@ from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine import distributed
 from megakd.engine.memory import forget_models
 from megakd.inputs.inputs import prepare
-from megakd.run.lab import Lab
+from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 
@@ -49,7 +49,7 @@ def _started(config_path: str, overrides: list[str] | None = None, *, scores: bo
     config = load_config(Path(config_path), overrides or [])
     ranks, prepared = distributed.ranks(), prepare(config)
     reporter = Reporter(config.output_dir, is_main=False)
-    lab = Lab(config, prepared, ranks, reporter)
+    lab = RunLab(config, prepared, ranks, reporter)
     name = lab.teacher()
     stage = Stage(
         name="student",
@@ -86,7 +86,7 @@ def consecutive_stages(config_path: str, out: str, *closed: str) -> int:
     """Two stages with one teacher, `closed` between them; how often the teacher was opened."""
     config = load_config(Path(config_path), [f"output_dir={out}"])
     reporter = Reporter(config.output_dir, is_main=False)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     teacher = lab.teacher()
     with patch.object(lab.pool, "open", wraps=lab.pool.open) as opening:
         for name, terms in (("first", config.objective), ("second", config.objective[:1])):

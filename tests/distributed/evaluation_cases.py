@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megakd.config.file import load_config
-from megakd.contract.metrics import WHOLE, Metric, MetricJudge
+from megakd.contract.metric import WHOLE, Metric, MetricJudge
 from megakd.contract.stage import Pass, Stage
 from megakd.contract.views import View
 from megakd.engine import distributed
 from megakd.inputs.inputs import prepare
 from megakd.methods.minidisc import Sandwich
-from megakd.run.lab import Lab
+from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
 from megakd.training.recipes import completed
 from megakd.training.stage_evaluation import HeldOutLosses
@@ -32,7 +32,7 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
     """
     config = load_config(Path(config_path), overrides)
     reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     views = VIEWS if kind == "trial" else {}
     teacher = lab.teacher()
     strategy = Sandwich(teacher, tuple(views) or (None,))  # type: ignore[arg-type]

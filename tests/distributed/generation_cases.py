@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from engine_cases import _started
 
-from megakd.contract.rollouts import Sampling, TextTokens
+from megakd.contract.completions import Sampling, TextTokens
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import gathered_state, is_sharded
 from megakd.engine.whole_model import whole_model

@@ -14,7 +14,7 @@ from megakd.errors import MegakdError
 from megakd.inputs.inputs import prepare
 from megakd.models.source import ReadyTeacher
 from megakd.pruning.importance import Gates
-from megakd.training.engines import Assembly
+from megakd.training.assembly import Assembly
 
 ROWS_PER_BATCH = 6
 """Of all ranks together."""

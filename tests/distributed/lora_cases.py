@@ -9,7 +9,7 @@ from megakd.config.file import load_config
 from megakd.engine import distributed
 from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
-from megakd.run.lab import Lab
+from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
 
 
@@ -17,7 +17,7 @@ def finish(config_path: str, overrides: list[str]) -> str:
     """Run the method of a config to its end, from a checkpoint if there is one."""
     config = load_config(Path(config_path), overrides)
     reporter = Reporter(config.output_dir, is_main=False)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     try:
         return str(run_method(config.method, lab).folder)
     finally:

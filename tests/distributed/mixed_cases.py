@@ -14,8 +14,8 @@ from megakd.inputs.inputs import prepare
 from megakd.losses.parameter_projections import LayerErrors
 from megakd.methods import run_method
 from megakd.models.second_vocabulary import FILE
-from megakd.run.lab import Lab
-from megakd.training.engines import Assembly
+from megakd.run.run_lab import RunLab
+from megakd.training.assembly import Assembly
 from megakd.training.progress import Reporter
 from megakd.training.trainer import Trainer
 
@@ -24,7 +24,7 @@ def learn(config_path: str, overrides: list[str]) -> dict[str, Any]:
     """Run the method; return by stage: initial weights, batches, gradients and final weights."""
     config = load_config(Path(config_path), overrides)
     reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     notes: dict[str, dict[str, Any]] = {}
     build, step = Assembly.student, Trainer.train_step
 

@@ -13,7 +13,7 @@ from megakd.engine import distributed, prefetch
 from megakd.engine.prefetch import Prefetch
 from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
-from megakd.run.lab import Lab
+from megakd.run.run_lab import RunLab
 from megakd.teachers.cached import CachedTeacher
 from megakd.training.progress import Reporter
 
@@ -53,7 +53,7 @@ def learn(config_path: str, overrides: list[str]) -> dict:
     """Runs the method: who was asked in which order, what each teacher held, and the student."""
     config = load_config(Path(config_path), overrides)
     reporter = Reporter(config.output_dir, is_main=False)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     asked: list[str] = []
     held: dict[str, int] = {}
     frozen = lab.pool.open
@@ -74,7 +74,7 @@ def cache(config_path: str, overrides: list[str]) -> list[str]:
     """Makes the caches of a config's teachers: what rank 0 wrote, and how each is listed."""
     config = load_config(Path(config_path), overrides)
     reporter = Reporter(config.output_dir, is_main=False)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     folders = [lab.cache(lab.teacher(name)) for name in config.teacher_specs]
     return [str(file) for folder in folders for file in sorted(folder.glob("*/*.npy"))]
 

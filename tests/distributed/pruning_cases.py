@@ -16,8 +16,8 @@ from megakd.engine import distributed
 from megakd.engine.sharding import full_shape
 from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
-from megakd.methods.homodistil import pruning
-from megakd.run.lab import Lab
+from megakd.methods.homodistil import strategy as pruning
+from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
 
 
@@ -25,9 +25,9 @@ def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
     """Run the method; return the weights, every selection, and the held-out losses by step."""
     config = load_config(Path(config_path), overrides)
     reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     notes: list[dict[str, Any]] = []
-    select, update = pruning.select, pruning.Pruning.before_update
+    select, update = pruning.select, pruning.PruningStrategy.before_update
 
     def selecting(scores, kept, wanted, student, *, monotone):
         found = select(scores, kept, wanted, student, monotone=monotone)
@@ -42,11 +42,11 @@ def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
             sensitivities.append(whole_sensitivities(student))
         update(self, step, student)
 
-    pruning.select, pruning.Pruning.before_update = selecting, updating
+    pruning.select, pruning.PruningStrategy.before_update = selecting, updating
     try:
         result = run_method(config.method, lab)
     finally:
-        pruning.select, pruning.Pruning.before_update = select, update
+        pruning.select, pruning.PruningStrategy.before_update = select, update
         lab.close()
     gc.collect()
     return {
@@ -83,7 +83,7 @@ def alive_after(config_path: str) -> int:
     before = sum(isinstance(found, PreTrainedModel) for found in gc.get_objects())
     config = load_config(Path(config_path))
     reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     run_method(config.method, lab)
     lab.close()
     del lab

@@ -16,8 +16,8 @@ from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
 from megakd.methods.knowledge_selection.selecting import Selecting
 from megakd.methods.knowledge_selection.selector import Selector
-from megakd.run.lab import Lab
-from megakd.training.probe import HeldOutProbe
+from megakd.run.run_lab import RunLab
+from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
 
 
@@ -31,7 +31,7 @@ class Watch:
         self._fresh = False
 
     def __enter__(self):
-        self._kept = Selecting._chosen, HeldOutProbe.loss, HeldOutProbe.reset, StudentEngine.step
+        self._kept = Selecting._chosen, StageProbe.loss, StageProbe.reset, StudentEngine.step
         chosen, loss, reset, step = self._kept
         watch = self
 
@@ -56,12 +56,12 @@ class Watch:
                 watch.beginnings.append(before)
             watch._fresh = False
 
-        Selecting._chosen, HeldOutProbe.loss = choosing, measuring
-        HeldOutProbe.reset, StudentEngine.step = resetting, stepping
+        Selecting._chosen, StageProbe.loss = choosing, measuring
+        StageProbe.reset, StudentEngine.step = resetting, stepping
         return self
 
     def __exit__(self, *_):
-        Selecting._chosen, HeldOutProbe.loss, HeldOutProbe.reset, StudentEngine.step = self._kept
+        Selecting._chosen, StageProbe.loss, StageProbe.reset, StudentEngine.step = self._kept
 
     def _digest(self, student) -> str:
         """Of the weights, and of the moments that the optimizer has."""
@@ -100,7 +100,7 @@ def learn(config_path: str, overrides: list[str]) -> dict:
     """Runs the method and tells what was seen of it."""
     config = load_config(Path(config_path), overrides)
     reporter = Reporter(config.output_dir, is_main=False)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     with Watch() as watch:
         result = run_method(config.method, lab)
         lab.close()

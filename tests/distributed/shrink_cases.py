@@ -14,7 +14,7 @@ from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
 from megakd.models.knowledge import Needs
 from megakd.models.layers import with_layers
-from megakd.run.lab import Lab
+from megakd.run.run_lab import RunLab
 from megakd.scoring.scorer import few
 from megakd.training.progress import Reporter
 
@@ -23,7 +23,7 @@ def shrink(config_path: str, overrides: list[str]) -> dict[str, Any]:
     """Run the method; return the student's weights, the candidates, and scores of the layers."""
     config = load_config(Path(config_path), overrides)
     reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     try:
         result = run_method(config.method, lab)
         layers = lab.pruning.layer_scores("teacher")
@@ -42,7 +42,7 @@ def layer_losses(config_path: str, overrides: list[str]) -> tuple[list[float], l
     """Return the scores of the layers, and the rise of the loss of models without each layer."""
     config = load_config(Path(config_path), overrides)
     reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
-    lab = Lab(config, prepare(config), distributed.ranks(), reporter)
+    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     name = lab.teacher()
     scores, source, assembly = lab.pruning.layer_scores(name), lab.model(name), lab.assembly
     rows = few(assembly.prepared.encoded.validation)

@@ -21,7 +21,7 @@ from tiny_texts import WORDS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from megakd.contract.rollouts import Completion, Sampling, TextTokens
+from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.errors import ServerError
 from megakd.models.generation import complete
 from megakd.servers.checks import (

@@ -15,7 +15,7 @@ from server_stubs import Stub, serving
 from test_rollouts import STEPS, finish, texts_of, weights, write_config
 from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
 
-from megakd.contract.rollouts import Rollout
+from megakd.contract.completions import Rollout
 from megakd.rollouts.store import read_rollouts, rollout_files
 
 GREEDY = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}}

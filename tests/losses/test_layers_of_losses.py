@@ -14,7 +14,13 @@ from unit_counts import counts_of
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs
 from megakd.contract.terms import AttentionMse, EmbeddingMse, HiddenMse, RelationKl
 from megakd.contract.unit_counts import unit_weights
-from megakd.losses.layers import AttentionMatrices, HiddenStates, Relations, documents, visible_keys
+from megakd.losses.layer_terms import (
+    AttentionMatrices,
+    HiddenStates,
+    Relations,
+    documents,
+    visible_keys,
+)
 
 LN3 = math.log(3)
 ONE_EACH = unit_weights(counts_of(1, 1, 1), 1)

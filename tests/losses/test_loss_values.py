@@ -30,7 +30,7 @@ from megakd.contract.terms import (
     TermConfig,
 )
 from megakd.contract.unit_counts import unit_weights
-from megakd.losses.layers import HiddenStates
+from megakd.losses.layer_terms import HiddenStates
 from megakd.losses.objective import Objective, build_objective
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")

@@ -17,7 +17,7 @@ from megakd.methods.minidisc import MiniDiscConfig
 from megakd.models.architectures import architecture_of
 from megakd.models.source import ModelSource
 from megakd.pruning.allocation import UnitScores
-from megakd.pruning.store import SortedTeacher, unscored
+from megakd.pruning.builder import SortedTeacher, unscored
 
 RESIDUAL = DirectConfig(name="direct", residual=True)
 PLAIN = DirectConfig(name="direct")

@@ -7,7 +7,7 @@ import pytest
 from megakd.contract.tasks import METRICS
 from megakd.errors import ConfigError
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
-from megakd.scoring.evaluation import headline, weighable
+from megakd.scoring.scores import headline, weighable
 
 ACCURACY = headline(["accuracy"])
 BOTH = headline(["accuracy", "f1"])

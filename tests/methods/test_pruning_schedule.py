@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from megakd.contract.views import View
 from megakd.errors import ConfigError
-from megakd.methods.homodistil.schedule import Course, Schedule, Scoring, Shares, Target
+from megakd.methods.homodistil.schedule import Course, Schedule, Scoring, Target, TargetShares
 from megakd.methods.homodistil.target import target_of
 
 BERT_BASE = View((12,) * 12, (3072,) * 12, 768, 64)
 LLAMA = View((8,) * 4, (1792,) * 4, 512)
-HALF = Target(View((4,) * 2, (40,) * 2, 24, 6), Shares(Fraction(1), *[Fraction(1, 2)] * 3))
+HALF = Target(View((4,) * 2, (40,) * 2, 24, 6), TargetShares(Fraction(1), *[Fraction(1, 2)] * 3))
 schedules = st.builds(
     lambda shape, start, length, every, rest: Schedule(
         shape, start, start + length, every, start + length + rest

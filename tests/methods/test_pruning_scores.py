@@ -12,7 +12,6 @@ from tiny_cuts import build, full_view
 
 from megakd.contract.views import Axis, Cut, Maker, UnitOrder, View
 from megakd.engine.shards import Shard
-from megakd.methods.homodistil.pruning import cut_of, everything, select
 from megakd.methods.homodistil.sensitivity import (
     SENSITIVITY,
     UNCERTAINTY,
@@ -22,6 +21,7 @@ from megakd.methods.homodistil.sensitivity import (
     unit_sums,
     update_averages,
 )
+from megakd.methods.homodistil.strategy import cut_of, everything, select
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import unit_makers
 

@@ -27,7 +27,7 @@ from megakd.methods.knowledge_selection.selector import (
     Transition,
 )
 from megakd.training.checkpoint import check_plain
-from megakd.training.probe import HeldOutProbe
+from megakd.training.probe import StageProbe
 
 KINDS = ("labels", "responses", "features")
 STUDENT, TEACHER = 2, 3
@@ -103,7 +103,7 @@ def learning(
         "teacher",
         selector(),
         choosing(hard=hard),
-        cast("HeldOutProbe", measured),
+        cast("StageProbe", measured),
         course=Episodes(**{"number": 1, **shape}, exploration=exploration),
         learning=Learning(),
     )
@@ -248,7 +248,7 @@ def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed(
 
 
 def test_a_step_has_one_action_for_all_its_micro_batches():
-    strategy = Selecting("teacher", selector(), choosing(), cast("HeldOutProbe", Measured([])))
+    strategy = Selecting("teacher", selector(), choosing(), cast("StageProbe", Measured([])))
 
     first, second = weighed(strategy, 0, said(0)), weighed(strategy, 0, said(1))
 
@@ -257,7 +257,7 @@ def test_a_step_has_one_action_for_all_its_micro_batches():
 
 def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
     def taken_with(*, ahead: bool) -> tuple[dict[str, float], dict[str, float]]:
-        strategy = Selecting("teacher", selector(), choosing(), cast("HeldOutProbe", Measured([])))
+        strategy = Selecting("teacher", selector(), choosing(), cast("StageProbe", Measured([])))
         (now,) = strategy.passes(0)
         assert now.weigh is not None
         first = dict(now.weigh(said(0)))
@@ -274,7 +274,7 @@ def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
 def test_a_frozen_selector_stays_as_it_is():
     frozen = selector()
     before = frozen.to_bytes()
-    strategy = Selecting("teacher", frozen, choosing(), cast("HeldOutProbe", Measured([])))
+    strategy = Selecting("teacher", frozen, choosing(), cast("StageProbe", Measured([])))
 
     for step in range(5):
         weighed(strategy, step, said(step))
@@ -293,7 +293,7 @@ class FirstRankSays(Measured):
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_the_action_of_the_first_rank_is_taken_whatever_this_rank_computes(hard):
-    probe = cast("HeldOutProbe", FirstRankSays([]))
+    probe = cast("StageProbe", FirstRankSays([]))
     strategy = Selecting("teacher", selector(), choosing(hard=hard), probe)
 
     assert weighed(strategy, 0, said(0)) == dict(zip(KINDS, (0.0, 1.0, 1.0), strict=True))
@@ -310,14 +310,14 @@ class Noisy(Selecting):
 
 
 def test_a_hard_action_far_below_the_threshold_still_uses_the_kind_with_the_largest_value():
-    probe = cast("HeldOutProbe", Measured([]))
+    probe = cast("StageProbe", Measured([]))
     strategy = Noisy("teacher", selector(), choosing(hard=True), probe)
 
     assert list(weighed(strategy, 0, said(0)).values()) == [0.0, 1.0, 0.0]
 
 
 def test_a_soft_action_may_use_no_kind_and_stays_between_0_and_1():
-    probe = cast("HeldOutProbe", Measured([]))
+    probe = cast("StageProbe", Measured([]))
     strategy = Noisy("teacher", selector(), choosing(), probe)
     none = list(weighed(strategy, 0, said(0)).values())
     strategy.noise = (3.0, -3.0, 0.0)
@@ -354,7 +354,7 @@ def test_a_state_is_the_mean_over_first_tokens_or_over_all_without_padding(whole
     valid = torch.tensor([[True, True, False], [False, False, False]])
     reading = said(0, valid)
     how = choosing(whole_texts=whole_texts)
-    strategy = Selecting("teacher", selector(), how, cast("HeldOutProbe", Measured([])))
+    strategy = Selecting("teacher", selector(), how, cast("StageProbe", Measured([])))
 
     found = strategy._summaries(reading)
 

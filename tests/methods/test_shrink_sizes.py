@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tiny_runs import config_tree, llama
 
 from megakd.config.file import config_of
-from megakd.contract.metrics import Metric
+from megakd.contract.metric import Metric
 from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.shrink import KL, LARGEST_HOP, BestCandidate, hops
-from megakd.methods.shrink.sizes import TOLERANCE, Candidate, Cuts, candidates_of, cuts_of
+from megakd.methods.shrink.candidates import TOLERANCE, Candidate, Cuts, candidates_of, cuts_of
 
 # Qwen3-8B: 36 layers, 8 key-value groups of 4 query heads of 128, 12288 neurons, width 4096.
 WIDTH, VOCABULARY = 4096, 151936

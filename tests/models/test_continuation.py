@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from megakd.contract.rollouts import Sampling, TextTokens
+from megakd.contract.completions import Sampling, TextTokens
 from megakd.contract.views import Cut
 from megakd.models import continuation
 from megakd.models.elastic import Elastic

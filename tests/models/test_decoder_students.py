@@ -17,10 +17,10 @@ from megakd.losses.stage_losses import shape_of
 from megakd.models.architectures import FAMILIES, architecture_of
 from megakd.models.cutting import cut_config
 from megakd.models.elastic import Elastic
-from megakd.models.export import write_model_folder
 from megakd.models.knowledge import language_model_head, read_knowledge
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model
+from megakd.models.model_folder import write_model_folder
 
 DECODERS = [name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks]
 DENSE = [name for name in DECODERS if FAMILIES[name].experts is None]

@@ -18,7 +18,7 @@ from megakd.models.depth import naming, renumbered, without_layers
 from megakd.models.elastic import Elastic
 from megakd.models.layers import with_layers
 from megakd.models.loading import load_model
-from megakd.pruning.store import counts_in_view, weights_of
+from megakd.pruning.builder import counts_in_view, weights_of
 
 CUTTABLE = tuple(f for f in DECODERS if architecture_of(build(f).config).uncut is None)
 

@@ -29,8 +29,8 @@ from transformers import (
 
 from megakd.contract.results import Report
 from megakd.errors import MegakdError
-from megakd.models import export
-from megakd.models.export import hub_id, weight_bytes, write_model_folder, write_weights
+from megakd.models import model_folder as export
+from megakd.models.model_folder import hub_id, weight_bytes, write_model_folder, write_weights
 from megakd.reports.card import CardFacts, model_card
 
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])

@@ -27,7 +27,7 @@ from tiny_cuts import (
 from transformers import AutoTokenizer
 
 from megakd.models.architectures import architecture_of
-from megakd.models.export import brings_code, write_model_folder
+from megakd.models.model_folder import brings_code, write_model_folder
 from megakd.models.own_models import OWN_MODELS
 from megakd.reports.latency import Work, measure_latencies
 from megakd.run.finished_run import export_run

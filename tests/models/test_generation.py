@@ -13,7 +13,7 @@ from scipy import stats
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from megakd.contract.rollouts import Sampling, TextTokens
+from megakd.contract.completions import Sampling, TextTokens
 from megakd.errors import DataError, ModelError
 from megakd.models.generation import check_prompt_lengths, complete, context_length
 from megakd.models.packed_attention import VARLEN, register_packed_attention

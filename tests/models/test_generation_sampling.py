@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from megakd.contract.rollouts import Sampling
+from megakd.contract.completions import Sampling
 from megakd.models.sampling import GumbelNoise, _gumbel, sampling_processors
 
 LOGITS = torch.tensor([2.0, 0.5, -1.0, 1.0, 0.0, -0.5, 1.5, -3.0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from elastic_views import NARROW, UNEVEN, WITHOUT, cut, family_model, masked
 
-from megakd.contract.rollouts import Sampling, TextTokens
+from megakd.contract.completions import Sampling, TextTokens
 from megakd.contract.views import Cut
 from megakd.models.elastic import Elastic
 from megakd.models.generation import complete

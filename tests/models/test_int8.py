@@ -25,8 +25,7 @@ from transformers import (
 
 import megakd
 from megakd.errors import ModelError
-from megakd.models import export
-from megakd.models.export import weight_bytes, write_model_folder
+from megakd.models import model_folder as export
 from megakd.models.int8 import (
     FORMAT,
     dequantize,
@@ -35,6 +34,7 @@ from megakd.models.int8 import (
     write_int8,
     write_restored,
 )
+from megakd.models.model_folder import weight_bytes, write_model_folder
 from megakd.models.weights import SAFETENSORS
 from megakd.storage.folders import CHECKSUMS, damage
 

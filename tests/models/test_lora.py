@@ -16,7 +16,6 @@ from megakd.config.models import LoraConfig
 from megakd.contract.batch import Batch
 from megakd.errors import ConfigError
 from megakd.models.architectures import FAMILIES
-from megakd.models.export import write_model_folder
 from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.lora import (
     ADAPTER,
@@ -28,6 +27,7 @@ from megakd.models.lora import (
     check_adapters,
     merged_state,
 )
+from megakd.models.model_folder import write_model_folder
 
 DECODERS = [name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks]
 # peft 0.21.2 reads a property that transformers 5.23 renames.

@@ -15,8 +15,8 @@ from megakd.inputs.step_size import micro_batches_per_call
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
-from megakd.planning.lab import planned_sources
 from megakd.planning.plan import Plan, page, plan_run
+from megakd.planning.planning_lab import planned_sources
 
 
 def config_of(folder: Path, *overrides: str) -> RunConfig:

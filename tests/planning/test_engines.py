@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import (
+from megakd.planning.engine_memory import (
     HOLES,
     Frozen,
     Holding,

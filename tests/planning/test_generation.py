@@ -13,7 +13,7 @@ from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 from megakd.config.file import load_config
 from megakd.contract.tasks import STUDENT
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import Share
+from megakd.planning.engine_memory import Share
 from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, plan_run
 from megakd.planning.timeline import cached_numbers

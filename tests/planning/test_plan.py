@@ -15,7 +15,7 @@ from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, ModelError
 from megakd.planning.cluster import Cluster, Rates, rates_of
-from megakd.planning.engines import PARTS, Peak
+from megakd.planning.engine_memory import PARTS, Peak
 from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, page, plan_run
 

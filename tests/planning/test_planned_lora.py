@@ -12,7 +12,7 @@ from tiny_runs import llama, write_config
 from megakd.config.file import load_config
 from megakd.errors import ConfigError
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import Holding, Part, Share, Trained
+from megakd.planning.engine_memory import Holding, Part, Share, Trained
 from megakd.planning.plan import Plan, plan_run
 from megakd.planning.tracing import Inventory, Parameter
 

@@ -11,9 +11,9 @@ from tiny_runs import bert, llama, write_config
 
 from megakd.config.file import load_config
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import Share
+from megakd.planning.engine_memory import Share
 from megakd.planning.phase_traces import Traces
-from megakd.planning.plan import Case, Plan, candidates, plan_run
+from megakd.planning.plan import Plan, SizedCase, candidates, plan_run
 from megakd.planning.timeline import PhasePlan
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}
@@ -89,7 +89,7 @@ def test_pilots_are_planned_too(tmp_path):
 def test_a_change_is_named_for_every_teacher_of_the_pool(tmp_path):
     plan = planned(tmp_path, "ab", {"name": "skdbert"})
 
-    on_cpu = Case(plan.config, replace(plan.cluster, device="cpu"))
+    on_cpu = SizedCase(plan.config, replace(plan.cluster, device="cpu"))
     changes = {case.settings: case.config for case in candidates(on_cpu)}
 
     found = changes["teachers.0.dtype=bf16 teachers.1.dtype=bf16",]

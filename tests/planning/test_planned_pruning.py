@@ -11,13 +11,13 @@ from tiny_runs import bert, write_config
 from megakd.config.file import load_config
 from megakd.contract.views import View
 from megakd.planning.cluster import Cluster
-from megakd.planning.engines import Place, Share, Trained
-from megakd.planning.lab import planned_sources
+from megakd.planning.engine_memory import Place, Share, Trained
 from megakd.planning.phase_traces import Traces, largest_mask
 from megakd.planning.plan import Plan, page, plan_run
+from megakd.planning.planning_lab import planned_sources
 from megakd.planning.timeline import PhasePlan
 from megakd.planning.tracing import Inventory, Parameter, Trace
-from megakd.pruning.store import shape_of_cut, weights_of
+from megakd.pruning.builder import shape_of_cut, weights_of
 
 VOCABULARY = 512
 METHOD = {"name": "homodistil", "target_width": 16, "cuts": 2, "pruning_end": 6}

@@ -15,9 +15,9 @@ from megakd.inputs.step_size import largest_step, micro_batches_per_call
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
-from megakd.planning.lab import planned_sources
 from megakd.planning.phase_traces import Traces
-from megakd.planning.plan import Case, Plan, candidates, plan_run
+from megakd.planning.plan import Plan, SizedCase, candidates, plan_run
+from megakd.planning.planning_lab import planned_sources
 
 LENGTH, TRACES = 64, Traces()
 
@@ -128,7 +128,7 @@ def test_offloaded_layer_inputs_are_on_the_host_and_not_on_the_device(tmp_path):
 
 def test_a_smaller_budget_is_among_the_proposed_changes(tmp_path):
     def proposed(*overrides: str) -> list[str]:
-        case = Case(config_of(tmp_path, *overrides), Cluster(ranks=2, device="cuda"))
+        case = SizedCase(config_of(tmp_path, *overrides), Cluster(ranks=2, device="cuda"))
         found = [setting for other in candidates(case) for setting in other.settings]
         return [setting for setting in found if "batch_size" in setting or "tokens" in setting]
 

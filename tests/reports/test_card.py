@@ -12,7 +12,7 @@ import yaml
 from reports import report_of
 
 from megakd.reports.card import CardFacts, model_card
-from megakd.reports.report import read_report, write_report
+from megakd.reports.report_file import read_report, write_report
 
 FACTS = CardFacts(
     title="a student",

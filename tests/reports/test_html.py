@@ -16,7 +16,7 @@ from whole_run import WholeRun, read
 from megakd import cli
 from megakd.errors import CheckpointError
 from megakd.reports.html import html_report, write_html_report
-from megakd.reports.report import write_report
+from megakd.reports.report_file import write_report
 from megakd.run import finished_run
 
 CONFIG = "method: {name: minidisc}\n"

@@ -26,7 +26,7 @@ from megakd.engine.memory import peak_memory_bytes
 from megakd.errors import CheckpointError
 from megakd.models.counting import named_shapes, parameter_counts
 from megakd.reports.html import html_report, write_html_report
-from megakd.reports.report import environment, read_report, write_report
+from megakd.reports.report_file import environment, read_report, write_report
 
 
 def test_the_report_file_has_exactly_the_documented_keys(tmp_path: Path) -> None:

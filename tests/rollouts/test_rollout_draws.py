@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.config.rollout import RolloutConfig
-from megakd.rollouts.source import REPLAYED_STEPS, RolloutDraws
+from megakd.rollouts.batches import REPLAYED_STEPS, RolloutDraws
 
 
 def _draws(seed: int = 0, **given: object) -> RolloutDraws:

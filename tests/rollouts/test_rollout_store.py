@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.contract.rollouts import Completion, Rollout
+from megakd.contract.completions import Completion, Rollout
 from megakd.errors import DataError
 from megakd.rollouts.store import RolloutStore, read_rollouts, rollout_files
 

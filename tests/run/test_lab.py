@@ -29,8 +29,8 @@ from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import HiddenMse, SoftTargetKl
 from megakd.errors import CheckpointError, ConfigError, TeacherError
 from megakd.inputs.inputs import check_run
-from megakd.run import lab as lab_module
-from megakd.run.lab import Lab
+from megakd.run import run_lab as lab_module
+from megakd.run.run_lab import RunLab
 from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import differences
 from megakd.training.recipes import completed, scoring_preset
@@ -79,7 +79,7 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
         found.append(earlier())
         return torch.nn.Linear(1, 1)
 
-    monkeypatch.setattr("megakd.training.engines.load_model", load_model)
+    monkeypatch.setattr("megakd.training.assembly.load_model", load_model)
     gc.disable()
     try:
         source = lab._prepared.sources["student"]
@@ -282,7 +282,7 @@ def result(folder: Path) -> StageResult:
     )
 
 
-def finished(lab: Lab, stage: Stage) -> StageResult:
+def finished(lab: RunLab, stage: Stage) -> StageResult:
     """Leaves the stage's result where a finished stage has it."""
     folder = lab.config.output_dir / "stages" / stage.name
     write_result(result(folder), stage_identity(completed(stage, lab.config), lab.assembly))

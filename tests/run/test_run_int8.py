@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import WholeRun, finish, read
 
 import megakd
-from megakd.models.export import weight_bytes
 from megakd.models.int8 import INT8, dequantize, quantize
+from megakd.models.model_folder import weight_bytes
 from megakd.models.weights import SAFETENSORS
 from megakd.storage.folders import entries
 

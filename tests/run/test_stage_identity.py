@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from megakd.contract.metrics import MetricJudge
+from megakd.contract.metric import MetricJudge
 from megakd.contract.stage import Constant, Pass, Strategy
 from megakd.errors import MegakdError
 from megakd.methods.knowledge_selection.selecting import RandomWeights
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
 from megakd.methods.skdbert import Drawn
 from megakd.run.stage_identity import facts_of
-from megakd.scoring.evaluation import headline
+from megakd.scoring.scores import headline
 
 
 class Halving(Strategy):

@@ -12,7 +12,7 @@ from lab_scene import config_of, lab_of, pretend_one_rank, save_teacher, stage_o
 from whole_run import finish, forgotten, read
 
 from megakd.errors import TeacherError
-from megakd.run import lab as lab_module
+from megakd.run import run_lab as lab_module
 from megakd.run.teacher_pool import _read
 
 TEACHER = "stages/teacher-finetune"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from server_stubs import END, VOCABULARY, Stub, serving
 
-from megakd.contract.rollouts import Completion, Sampling
+from megakd.contract.completions import Completion, Sampling
 from megakd.errors import ServerError
 from megakd.servers.http import JsonServer
 from megakd.servers.protocol import TextRequest, checked_completion

@@ -6,13 +6,13 @@ import threading
 
 import pytest
 
-from megakd.servers.http import Running
+from megakd.servers.http import RunningCalls
 
 
 def test_results_have_the_order_of_the_calls_and_the_caller_is_not_held_up():
     gate = threading.Event()
 
-    running = Running([lambda n=n: (gate.wait(60), n)[1] for n in range(7)], at_once=3)
+    running = RunningCalls([lambda n=n: (gate.wait(60), n)[1] for n in range(7)], at_once=3)
     gate.set()
 
     assert running.results() == [*range(7)]
@@ -29,7 +29,7 @@ def test_no_more_calls_run_at_the_same_time_than_allowed():
         with lock:
             state[0] -= 1
 
-    Running([call] * 9, at_once=3).results()
+    RunningCalls([call] * 9, at_once=3).results()
 
     assert state == [0, 3]
 
@@ -42,7 +42,7 @@ def test_the_first_error_is_raised_and_later_calls_do_not_start():
         if number == 1:
             raise OSError("broken")
 
-    running = Running([lambda n=n: call(n) for n in range(50)], at_once=1)
+    running = RunningCalls([lambda n=n: call(n) for n in range(50)], at_once=1)
 
     with pytest.raises(OSError, match="broken"):
         running.results()
@@ -50,4 +50,4 @@ def test_the_first_error_is_raised_and_later_calls_do_not_start():
 
 
 def test_no_calls_give_no_results():
-    assert Running([], at_once=4).results() == []
+    assert RunningCalls([], at_once=4).results() == []

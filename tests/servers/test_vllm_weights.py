@@ -12,7 +12,7 @@ import pytest
 from server_stubs import END, VOCABULARY, Counting, Stub, serving
 
 from megakd.config.rollout import RolloutServerConfig
-from megakd.contract.rollouts import Sampling
+from megakd.contract.completions import Sampling
 from megakd.errors import ServerError
 from megakd.servers.checks import Wanted, check_agreement, served_models
 from megakd.servers.connect import replicas_of

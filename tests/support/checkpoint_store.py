@@ -12,7 +12,7 @@ import torch
 
 from megakd.engine.distributed import Ranks
 from megakd.storage.tensors import write_tensors
-from megakd.training.checkpoint import Checkpoints, State
+from megakd.training.checkpoint import Checkpoints, CheckpointState
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 SHARD = "shard.pt"
@@ -36,10 +36,14 @@ def save(store: Checkpoints, *steps: int) -> Path:
     return written
 
 
-def states_of(values: dict[str, Any], *, of_rank: Collection[str] = ()) -> dict[str, State]:
+def states_of(
+    values: dict[str, Any], *, of_rank: Collection[str] = ()
+) -> dict[str, CheckpointState]:
     """States that are saved as these values, and that put what is loaded back into them."""
     return {
-        name: State(lambda name=name: values[name], partial(setitem, values, name), name in of_rank)
+        name: CheckpointState(
+            lambda name=name: values[name], partial(setitem, values, name), name in of_rank
+        )
         for name in values
     }
 

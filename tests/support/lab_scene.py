@@ -21,9 +21,9 @@ from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs
 from megakd.methods.single import SingleConfig
 from megakd.models.loading import resolve_model
-from megakd.run.lab import Lab
-from megakd.scoring.evaluation import headline
+from megakd.run.run_lab import RunLab
 from megakd.scoring.metrics import TaskMetrics
+from megakd.scoring.scores import headline
 
 SIZE = {
     "vocab_size": 20,
@@ -77,9 +77,9 @@ def prepared_of(config: RunConfig, content: str = "rows") -> RunInputs:
     )
 
 
-def lab_of(config: RunConfig, content: str = "rows") -> Lab:
+def lab_of(config: RunConfig, content: str = "rows") -> RunLab:
     reporter: Any = None
-    return Lab(config, prepared_of(config, content), ONE_RANK, reporter)
+    return RunLab(config, prepared_of(config, content), ONE_RANK, reporter)
 
 
 def stage_of(**changes: Any) -> Stage:

@@ -64,13 +64,13 @@ class OneRank:
 
 def _serve(requests: Connection, variables: dict[str, str]) -> None:
     settle_in(variables)
-    import megakd.training.engines
+    import megakd.training.assembly
     from megakd import cli
     from megakd.engine import distributed
     from megakd.training.stage_run import StageRun
 
     loaded: list[str] = []
-    _note_loads(megakd.training.engines, loaded)
+    _note_loads(megakd.training.assembly, loaded)
     stops: list[tuple[str, int] | None] = [None]
     _send_signals(StageRun, stops)
     distributed.stop = lambda **_: None

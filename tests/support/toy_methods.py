@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.metrics import WHOLE, Metric
+from megakd.contract.metric import WHOLE, Metric
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import (
     Constant,

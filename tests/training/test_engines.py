@@ -8,7 +8,7 @@ from typing import Any
 from transformers import BertConfig, T5Config
 
 from megakd.storage.fingerprint import flatten
-from megakd.training.engines import model_identity
+from megakd.training.assembly import model_identity
 
 
 def identity(config: Any) -> dict[str, Any]:

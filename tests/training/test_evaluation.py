@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megakd.contract.metrics import WHOLE, MetricJudge
+from megakd.contract.metric import WHOLE, MetricJudge
 from megakd.contract.stage import Verdict
 from megakd.errors import DataError, TrainingError
-from megakd.scoring.evaluation import Evaluation, headline, language_model_metrics
 from megakd.scoring.metrics import TaskMetrics
+from megakd.scoring.scores import Evaluation, headline, language_model_metrics
 from megakd.storage.atomic import json_text
 
 

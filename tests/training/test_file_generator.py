@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megakd.contract.rollouts import Completion, Rollout, Sampling
+from megakd.contract.completions import Completion, Rollout, Sampling
 from megakd.engine import collectives
 from megakd.errors import DataError
 from megakd.rollouts.generators import FileGenerator

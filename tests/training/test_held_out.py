@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from source_scene import Texts, objective_of
 
-from megakd.contract.metrics import WHOLE
+from megakd.contract.metric import WHOLE
 from megakd.contract.terms import HardCrossEntropy
 from megakd.engine import distributed
 from megakd.training.stage_evaluation import HeldOutLosses

@@ -16,7 +16,7 @@ from megakd.config.run import EvalConfig
 from megakd.config.task import TaskConfig
 from megakd.contract import plugins
 from megakd.errors import CheckpointError
-from megakd.run.lab import Lab
+from megakd.run.run_lab import RunLab
 from megakd.training.once import measured_once
 
 METRIC = "def mine(outputs, labels):\n    return 1.0\n\n\nmine.higher_is_better = True\n"
@@ -28,11 +28,11 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def scored(tmp_path: Path) -> Callable[..., tuple[Lab, list[str]]]:
+def scored(tmp_path: Path) -> Callable[..., tuple[RunLab, list[str]]]:
     """A lab in which a teacher has a score, and the list of its measurements."""
     save_teacher(tmp_path / "teacher")
 
-    def make(**sections: Any) -> tuple[Lab, list[str]]:
+    def make(**sections: Any) -> tuple[RunLab, list[str]]:
         lab, measured = lab_of(config_of(tmp_path, **sections)), list[str]()
 
         def score(name: str) -> dict[str, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megakd.contract.rollouts import Completion, Rollout
-from megakd.rollouts.source import RolloutStatistics
+from megakd.contract.completions import Completion, Rollout
+from megakd.rollouts.batches import RolloutStatistics
 
 
 def text(*ids: int, finished: bool = True, version: int = 5) -> Rollout:

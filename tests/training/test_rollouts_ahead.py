@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig
-from megakd.contract.rollouts import Completion, RemoteGenerator
+from megakd.contract.completions import Completion, RemoteGenerator
 from megakd.data.loader import RowOrder
 from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine import activity, collectives
-from megakd.rollouts import source as rollout_source
-from megakd.rollouts.rows import TrainingRow
-from megakd.rollouts.source import RolloutSource, StepRows
+from megakd.rollouts import batches as rollout_source
+from megakd.rollouts.batches import RolloutSource, StepRows
 from megakd.rollouts.store import RolloutStore, read_rollouts
+from megakd.rollouts.text_rows import TrainingRow
 from megakd.training.checkpoint import oldest_step
 
 ROWS = 4
@@ -106,7 +106,7 @@ def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
 
     The texts of 30 steps are replayed here.
     """
-    monkeypatch.setattr("megakd.rollouts.source.REPLAYED_STEPS", 30)
+    monkeypatch.setattr("megakd.rollouts.batches.REPLAYED_STEPS", 30)
     learned: dict[int, Any] = {}
 
     def run(start: int, stop: int) -> None:

@@ -13,9 +13,9 @@ from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import MegakdError
-from megakd.scoring.evaluation import headline
 from megakd.scoring.metrics import TaskMetrics
 from megakd.scoring.scorer import Scorer
+from megakd.scoring.scores import headline
 
 ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
 

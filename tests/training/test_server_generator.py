@@ -9,7 +9,7 @@ import pytest
 from server_stubs import END, VOCABULARY, Stub, serving
 
 from megakd.config.rollout import RolloutServerConfig
-from megakd.contract.rollouts import Completion, RemoteGenerator, Sampling
+from megakd.contract.completions import Completion, RemoteGenerator, Sampling
 from megakd.engine import collectives
 from megakd.errors import ServerError
 from megakd.servers.checks import Wanted

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megakd.contract.batch import IGNORE, Batch, LossInputs
 from megakd.contract.stage import Pass
-from megakd.rollouts import evaluation
-from megakd.rollouts.evaluation import (
+from megakd.rollouts import text_evaluation as evaluation
+from megakd.rollouts.text_evaluation import (
     BUCKETS,
     TextCurves,
     bucket_ends,

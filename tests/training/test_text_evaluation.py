@@ -12,9 +12,9 @@ from datasets import Dataset
 
 from megakd.config.rollout import GenerationConfig, SamplingConfig
 from megakd.contract.batch import IGNORE
-from megakd.contract.rollouts import Completion, Sampling
-from megakd.rollouts.evaluation import TextEvaluation, distinct_pairs
-from megakd.rollouts.rows import Prompts
+from megakd.contract.completions import Completion, Sampling
+from megakd.rollouts.text_evaluation import TextEvaluation, distinct_pairs
+from megakd.rollouts.text_rows import Prompts
 
 LETTERS = " abcdefgh"
 
@@ -74,9 +74,9 @@ def evaluation(data: Dataset, folder: Path, one_rank: Any, **keys: Any) -> tuple
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     import torch
 
-    monkeypatch.setattr("megakd.rollouts.evaluation.gather", lambda value: [value])
-    monkeypatch.setattr("megakd.rollouts.evaluation.on_main", lambda action: action())
-    monkeypatch.setattr("megakd.rollouts.evaluation.all_reduce_", lambda tensor: tensor)
+    monkeypatch.setattr("megakd.rollouts.text_evaluation.gather", lambda value: [value])
+    monkeypatch.setattr("megakd.rollouts.text_evaluation.on_main", lambda action: action())
+    monkeypatch.setattr("megakd.rollouts.text_evaluation.all_reduce_", lambda tensor: tensor)
     return SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from megakd.config.checks.models import model_problems
-from megakd.config.checks.objective import objective_problems
-from megakd.config.checks.paths import address_problems
-from megakd.config.checks.rollout import rollout_problems
-from megakd.config.checks.task import task_problems
-from megakd.config.checks.train import training_problems
+from megakd.config.checks.model_rules import model_problems
+from megakd.config.checks.objective_rules import objective_problems
+from megakd.config.checks.path_rules import address_problems
+from megakd.config.checks.rollout_rules import rollout_problems
+from megakd.config.checks.task_rules import task_problems
+from megakd.config.checks.train_rules import training_problems
 from megakd.config.run import RunConfig
 
 

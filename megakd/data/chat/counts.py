@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megakd.contract.batch import IGNORE
-from megakd.data.cache import longest_of
+from megakd.data.arrow import longest_of
 from megakd.process.terminal import aligned_rows
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megakd.config.task import TaskConfig
+from megakd.data.chat.conversations import Conversation
 from megakd.data.chat.messages import ASSISTANT, Message, with_arguments
-from megakd.data.chat.rows import Conversation
 from megakd.errors import DataError
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")

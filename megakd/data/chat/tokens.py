@@ -19,10 +19,10 @@ import pyarrow as pa
 
 from megakd.contract.batch import IGNORE
 from megakd.contract.routes import ROUTE
+from megakd.data.arrow import PLACE
 from megakd.data.bad_rows import BadRows
-from megakd.data.cache import PLACE
+from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation
 from megakd.data.chat.counts import ChatCounts
-from megakd.data.chat.rows import CONVERSATION, SOURCE, Conversation
 from megakd.data.chat.template import ChatTemplate, Rendered, without_reasoning
 from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
 from megakd.errors import DataError
@@ -88,7 +88,7 @@ def tables_of_conversations(
     starts = range(0, len(rows), ROWS_AT_ONCE)
     processes = processes_for(len(rows), each=ROWS_OF_A_PROCESS)
 
-    def part(start: int) -> _Part:
+    def part(start: int) -> _EncodedPart:
         if processes > 1:  # this process is one of many, and a forked one must not use threads
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         batch = needed.select(range(start, min(start + ROWS_AT_ONCE, len(rows))))
@@ -106,13 +106,13 @@ def tables_of_conversations(
     bad.finish()
 
 
-class _Part(NamedTuple):
+class _EncodedPart(NamedTuple):
     table: pa.Table | None
     counts: CountsByName
     errors: Sequence[str]
 
 
-def _part(batch: pa.Table, encoder: ChatEncoder, name: str) -> _Part:
+def _part(batch: pa.Table, encoder: ChatEncoder, name: str) -> _EncodedPart:
     columns: dict[str, list[str]] = {
         column: batch.column(column).to_pylist() for column in batch.column_names
     }
@@ -129,7 +129,7 @@ def _part(batch: pa.Table, encoder: ChatEncoder, name: str) -> _Part:
         made += rows
         routes += [teacher] * len(rows)
     table = _table(made, routes if ROUTE in columns else None) if made else None
-    return _Part(table, counts, bad.errors)
+    return _EncodedPart(table, counts, bad.errors)
 
 
 def _table(rows: Sequence[ChatRow], routes: Sequence[str] | None) -> pa.Table:

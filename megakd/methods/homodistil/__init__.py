@@ -187,10 +187,12 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
 
 def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) -> Stage:
     """Return the stage of a window, which starts from the model of the previous window."""
-    from megakd.methods.homodistil.pruning import HomotopyJudge, Pruning
+    from megakd.methods.homodistil.strategy import HomotopyJudge, PruningStrategy
 
     name = STUDENT if window.last == window.total else f"pruning-{number}"
-    pruning = Pruning(course, window, lab.probe(name), functools.partial(_parameters, lab, start))
+    pruning = PruningStrategy(
+        course, window, lab.probe(name), functools.partial(_parameters, lab, start)
+    )
     return Stage(
         name=name,
         teachers=(course.teacher,),

@@ -22,7 +22,7 @@ SHARE_OF_RUN = 0.7
 """Part of the steps after which pruning ends if the config does not say when."""
 
 
-class Shares(NamedTuple):
+class TargetShares(NamedTuple):
     """The share of the units of each kind that the student keeps."""
 
     heads: Fraction
@@ -38,12 +38,12 @@ class Target(NamedTuple):
     """
 
     whole: View
-    shares: Shares
+    shares: TargetShares
 
     def at(self, left: Fraction) -> View:
         """Return the units that remain when `left` of the way to the student is left, 1 to 0."""
         whole, shares = self
-        parts = Shares(*(share + (1 - share) * left for share in shares))
+        parts = TargetShares(*(share + (1 - share) * left for share in shares))
         columns = whole.head_width
         return View(
             tuple(round(parts.heads * count) for count in whole.heads),

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from megakd.errors import ConfigError
-from megakd.methods.homodistil.schedule import Shares, Target
+from megakd.methods.homodistil.schedule import Target, TargetShares
 
 if TYPE_CHECKING:
     from megakd.contract.views import View
@@ -43,23 +43,23 @@ def target_of(
         raise ConfigError(_impossible(asked, there, grid))
     if grid == 1:
         share = Fraction(wanted, there) if width else share
-        found = Target(whole, Shares(Fraction(1), share, share, share))
+        found = Target(whole, TargetShares(Fraction(1), share, share, share))
     else:
         found = Target(whole, _on_grid(whole, share, Fraction(wanted, there), grid))
     _check_goal(found)
     return found
 
 
-def _on_grid(whole: View, share: Fraction, width: Fraction, grid: int) -> Shares:
+def _on_grid(whole: View, share: Fraction, width: Fraction, grid: int) -> TargetShares:
     """Return shares that give multiples of the grid, and whole heads unless columns are pruned."""
     # A teacher that was cut may have layers without heads or neurons.
     neurons, heads = max(whole.neurons), max(whole.heads)
     kept = max(grid, grid * round(share * neurons / grid))
     of_neurons = min(Fraction(kept, neurons), Fraction(1)) if neurons else Fraction(1)
     if whole.head_width is not None:
-        return Shares(Fraction(1), of_neurons, width, share)
+        return TargetShares(Fraction(1), of_neurons, width, share)
     of_heads = Fraction(max(1, round(share * heads)), heads) if heads else Fraction(1)
-    return Shares(of_heads, of_neurons, width, Fraction(1))
+    return TargetShares(of_heads, of_neurons, width, Fraction(1))
 
 
 def _check_goal(target: Target) -> None:

@@ -33,7 +33,7 @@ from megakd.contract.terms import (
     SoftTargetKl,
 )
 from megakd.methods.minidisc import Sandwich
-from megakd.methods.shrink.sizes import (
+from megakd.methods.shrink.candidates import (
     Candidate,
     Cuts,
     candidates_of,
@@ -43,7 +43,7 @@ from megakd.methods.shrink.sizes import (
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab, Model
-    from megakd.contract.metrics import Metric
+    from megakd.contract.metric import Metric
     from megakd.contract.results import CandidateReport
     from megakd.contract.terms import TermConfig
     from megakd.contract.views import View
@@ -156,7 +156,7 @@ class ShrinkConfig(MethodOptions):
             )
 
 
-class Link(NamedTuple):
+class ShrinkLink(NamedTuple):
     """The start of a hop.
 
     teacher: name of the model that teaches.
@@ -175,7 +175,7 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     ranked = lab.pruning.sorted_teacher(
         teacher, config.importance_split, batch_size=config.importance_batch_size, residual=False
     )
-    link = Link(teacher, ranked.source, lab.pruning.layer_scores(teacher))
+    link = ShrinkLink(teacher, ranked.source, lab.pruning.layer_scores(teacher))
     *between, last = hops(config, _cuts(config, lab, ranked.source).whole.parameters)
     for number, target in enumerate(between, start=1):
         link = _assistant(config, lab, link, target, number)
@@ -208,18 +208,20 @@ def _cuts(config: ShrinkConfig, lab: Lab, model: Model) -> Cuts:
     )
 
 
-def _assistant(config: ShrinkConfig, lab: Lab, link: Link, target: int, number: int) -> Link:
+def _assistant(
+    config: ShrinkConfig, lab: Lab, link: ShrinkLink, target: int, number: int
+) -> ShrinkLink:
     chosen, kept = _choose(config, lab, link, target, number)
     stage = _repair(config, lab, link.teacher, chosen)
     train = _train(lab, config.repair_steps)
     name = f"{ASSISTANT}{number}"
     result = lab.train(dataclasses.replace(stage, name=name, rollouts=None, train=train))
     scores = tuple(link.layer_scores[layer - 1] for layer in kept)
-    return Link(lab.assistant(result, None), lab.source(result.folder), scores)
+    return ShrinkLink(lab.assistant(result, None), lab.source(result.folder), scores)
 
 
 def _choose(
-    config: ShrinkConfig, lab: Lab, link: Link, target: int, number: int
+    config: ShrinkConfig, lab: Lab, link: ShrinkLink, target: int, number: int
 ) -> tuple[StageResult, tuple[int, ...]]:
     """Run the trial of a hop; return its result, the best candidate, and the layers it keeps."""
     cuts = _cuts(config, lab, link.start)
@@ -233,7 +235,7 @@ def _choose(
 
 
 def _trial(
-    config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
+    config: ShrinkConfig, lab: Lab, link: ShrinkLink, candidates: Sequence[Candidate], number: int
 ) -> Stage:
     views: dict[str, View] = {one.name: one.view(link.layer_scores) for one in candidates}
     steps = config.trial_steps or max(1, round(SHARE_OF_REPAIR * _repair_steps(config, lab)))
@@ -252,7 +254,7 @@ def _trial(
 
 
 def _metric(config: ShrinkConfig, lab: Lab) -> Metric:
-    from megakd.contract.metrics import Metric
+    from megakd.contract.metric import Metric
 
     if config.metric is not None:
         return lab.metric(config.metric)

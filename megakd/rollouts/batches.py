@@ -13,23 +13,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from megakd.config.rollout import rollout_block
-from megakd.contract.rollouts import DISTINCT, TOKENS_PER_TEXT, TRUNCATED, RemoteGenerator, Rollout
+from megakd.contract.completions import (
+    DISTINCT,
+    TOKENS_PER_TEXT,
+    TRUNCATED,
+    RemoteGenerator,
+    Rollout,
+)
 from megakd.data.step_layout import StepLayout, collate_step
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
-from megakd.rollouts.evaluation import distinct_pairs
-from megakd.rollouts.rows import columns_of_rows, rollout_row
+from megakd.rollouts.text_evaluation import distinct_pairs
+from megakd.rollouts.text_rows import columns_of_rows, rollout_row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from megakd.config.rollout import RolloutConfig, RowSource
     from megakd.contract.batch import Batch
-    from megakd.contract.rollouts import Completion, Generator, RequestedTexts, Sampling
+    from megakd.contract.completions import Completion, Generator, RequestedTexts, Sampling
     from megakd.data.loader import RowOrder
     from megakd.data.step_layout import Collate
-    from megakd.rollouts.rows import Prompts, TrainingRow
     from megakd.rollouts.store import RolloutStore
+    from megakd.rollouts.text_rows import Prompts, TrainingRow
 
 _SOURCES: tuple[RowSource, ...] = ("rollout", "replay", "data")
 _DRAW, _REPLAY = 1, 2

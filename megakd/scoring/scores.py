@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megakd.contract.metrics import WHOLE, Metric, lower_is_better
+from megakd.contract.metric import WHOLE, Metric, lower_is_better
 from megakd.contract.stage import Scores
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ConfigError, DataError

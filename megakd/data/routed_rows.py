@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from megakd.contract.batch import IGNORE, Batch, BatchSource, Extras, Within
 from megakd.contract.routes import ROUTE, teacher_number
-from megakd.data.cache import PLACE, column_of
-from megakd.data.chat.rows import is_chat
+from megakd.data.arrow import PLACE, column_of
+from megakd.data.chat.conversations import is_chat
 from megakd.data.collation import documents_of, padded_width
 from megakd.data.tables import Record, Table, require
 from megakd.errors import DataError, suggestion

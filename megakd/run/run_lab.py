@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from megakd.config.run import RunConfig
 from megakd.config.train import total_steps
-from megakd.contract.metrics import Metric
+from megakd.contract.metric import Metric
 from megakd.contract.results import Assistant, ModelReport
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.data.routes import rows_of_teachers
+from megakd.data.routed_rows import rows_of_teachers
 from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first
 from megakd.engine.distributed import Ranks
@@ -24,16 +24,16 @@ from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
 from megakd.models.second_vocabulary import FILE, with_table
 from megakd.models.source import ModelSource
-from megakd.pruning.store import Pruning
+from megakd.pruning.builder import ModelPruning
 from megakd.run.stage_identity import stage_identity
 from megakd.run.teacher_pool import TeacherPool, model_report
-from megakd.scoring.evaluation import weighable
+from megakd.scoring.scores import weighable
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.training.engines import Assembly
+from megakd.training.assembly import Assembly
 from megakd.training.lab_base import LabBase
 from megakd.training.once import measured_once
-from megakd.training.probe import HeldOutProbe
+from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import completed
 from megakd.training.stage_extra import step_shape
@@ -45,7 +45,7 @@ T = TypeVar("T")
 Look = Callable[[FrozenTeacher], None]
 
 
-class Lab(LabBase):
+class RunLab(LabBase):
     """Runner of the stages of one run config; each stage runs once.
 
     config: the run.
@@ -64,7 +64,9 @@ class Lab(LabBase):
             config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
         )
         self.pool = TeacherPool(self.assembly)
-        self.pruning = Pruning(self.assembly, self.results, source=self.source, close=self.close)
+        self.pruning = ModelPruning(
+            self.assembly, self.results, source=self.source, close=self.close
+        )
 
     def worth(self, metrics: Mapping[str, float]) -> float:
         """Return the main metric of the task, negated if lower values are better."""
@@ -150,9 +152,9 @@ class Lab(LabBase):
         student = self._prepared.sources[STUDENT]
         return main_first(lambda: with_table(student, self.config.task, result.folder / FILE))
 
-    def probe(self, stage: str) -> HeldOutProbe | None:
+    def probe(self, stage: str) -> StageProbe | None:
         """Return the probe of a stage, for strategies that measure."""
-        return HeldOutProbe(
+        return StageProbe(
             scorer=self.assembly.scorer(),
             rows=self._prepared.encoded.validation,
             folder=self.config.output_dir / "checkpoints" / stage,

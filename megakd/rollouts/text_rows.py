@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    from megakd.contract.rollouts import Rollout
+    from megakd.contract.completions import Rollout
 
 
 class TrainingRow(NamedTuple):

@@ -28,7 +28,7 @@ from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.run_data import cache_folder, with_row_length
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
 from megakd.models.knowledge import Needs
-from megakd.models.labels import generic_labels, model_label_names
+from megakd.models.label_order import generic_labels, model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
 from megakd.process.terminal import in_home
@@ -36,13 +36,13 @@ from megakd.run.finished_run import FINAL
 from megakd.run.main import started
 from megakd.scoring.metrics import task_metrics
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.training.engines import Assembly
+from megakd.training.assembly import Assembly
 from megakd.training.evaluation_sets import row_count
 from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.training.recipes import scoring_preset
 
 
-class Rows(NamedTuple):
+class ScoredRows(NamedTuple):
     """The rows that are scored: the file or data set, their split, and their number."""
 
     file: str
@@ -112,16 +112,16 @@ def _without_training_rows(config: RunConfig) -> str | None:
     return config.task.dataset if path.is_dir() and not has_train_split(path) else None
 
 
-def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, Rows]:
+def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, ScoredRows]:
     prepared = _as_read_by(source, prepare(config), config.task)
     check_vocabularies(_own_tokenizer(config), prepared.tokenizer, [source])
     splits, encoded, name = prepared.splits, prepared.encoded, config.task.data_name
     if splits.test is not None and encoded.test is not None:
-        return prepared, Rows(name, "test", row_count(splits.test), encoded.test)
+        return prepared, ScoredRows(name, "test", row_count(splits.test), encoded.test)
     split = "validation"
     if splits.is_cut:
         split += f" ({VALIDATION_FRACTION:.0%} of the training rows, selected by hash)"
-    return prepared, Rows(name, split, row_count(splits.validation), encoded.validation)
+    return prepared, ScoredRows(name, split, row_count(splits.validation), encoded.validation)
 
 
 def _own_tokenizer(config: RunConfig) -> TaskConfig:
@@ -138,7 +138,7 @@ def _as_read_by(source: ModelSource, prepared: RunInputs, task: TaskConfig) -> R
     return prepared.of(roles[0]) if is_teacher else prepared
 
 
-def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[RunInputs, Rows]:
+def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[RunInputs, ScoredRows]:
     task, cache = _own_tokenizer(config), cache_folder()
     if not isinstance(task.tokenizer, str):
         task = replace(task, tokenizer=None)  # a tokenizer recipe is for the run's text
@@ -174,7 +174,7 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
         sources={},
         encoded=Encoded(held, held, None, key, 0.0),
     )
-    return prepared, Rows(given, split, row_count(rows), held)
+    return prepared, ScoredRows(given, split, row_count(rows), held)
 
 
 def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
@@ -192,7 +192,7 @@ def _metrics(
     assembly: Assembly,
     source: ModelSource,
     loaded: FrozenTeacher,
-    rows: Rows,
+    rows: ScoredRows,
     *,
     trusts_order: bool,
 ) -> dict[str, float]:

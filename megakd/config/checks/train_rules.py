@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megakd.config.checks.rules import Case, Rule, given, only, problems
-from megakd.config.messages import option_problems
+from megakd.config.error_text import option_problems
 from megakd.config.run import EvalConfig, RunConfig
 from megakd.config.schedules import SCHEDULES
 from megakd.config.train import TrainConfig, TrainOverrides, schedule_problem

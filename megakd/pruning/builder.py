@@ -25,8 +25,8 @@ from megakd.models.axes import lengths, weight_axes
 from megakd.models.counting import parameter_counts
 from megakd.models.cutting import CUT, cut_config, reshape_folder
 from megakd.models.depth import naming
-from megakd.models.export import Extra
 from megakd.models.fitting import valueless_model
+from megakd.models.model_folder import Extra
 from megakd.models.source import ModelSource
 from megakd.pruning.allocation import (
     UnitScores,
@@ -38,7 +38,7 @@ from megakd.pruning.allocation import (
 from megakd.pruning.importance import measure_importance, measure_layers
 from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
-from megakd.training.engines import Assembly
+from megakd.training.assembly import Assembly
 from megakd.training.once import measured_once, once
 from megakd.training.stage_folder import RESULT, result_text
 
@@ -143,7 +143,7 @@ class Shapes:
         return self._weights[model]
 
 
-class Pruning(Shapes):
+class ModelPruning(Shapes):
     """The builder of model folders in `stages/` without training; each folder is built once.
 
     Every method is a collective.

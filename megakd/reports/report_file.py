@@ -22,7 +22,7 @@ from typing import (
     is_typeddict,
 )
 
-from megakd.config.messages import shown
+from megakd.config.error_text import shown
 from megakd.contract.results import Report
 from megakd.errors import CheckpointError
 from megakd.reports.history import LARGEST

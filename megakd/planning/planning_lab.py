@@ -41,10 +41,10 @@ from megakd.models.loading import resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.pruning.store import Shapes, SortedTeacher, shape_of_cut, unscored
-from megakd.scoring.evaluation import weighable
+from megakd.pruning.builder import Shapes, SortedTeacher, shape_of_cut, unscored
 from megakd.scoring.scorer import FEW
-from megakd.training.engines import learning_models
+from megakd.scoring.scores import weighable
+from megakd.training.assembly import learning_models
 from megakd.training.lab_base import LabBase
 from megakd.training.recipes import baseline_stage, completed, scoring_preset
 

@@ -94,7 +94,7 @@ def _tasks_of(term: TermConfig) -> tuple[str, ...]:
     return classes if of_classes else ("classification", "regression", *LANGUAGE_TASKS)
 
 
-class _Part(NamedTuple):
+class _TermPart(NamedTuple):
     """A term with the key that replaces a teacher by some of its outputs."""
 
     term: TermConfig
@@ -104,18 +104,18 @@ class _Part(NamedTuple):
     remedy: str
 
 
-def _parts(config: RunConfig, name: str, term: TermConfig) -> Iterator[_Part]:
+def _parts(config: RunConfig, name: str, term: TermConfig) -> Iterator[_TermPart]:
     spec, key = config.teacher_specs[name], config.key_of(name)
     largest = "the largest probabilities"
     if spec.cache is not None:
         held = largest if spec.cache_draws is None else "random draws"
-        yield _Part(term, f"{key}.cache", held if config.task.type == "causal_lm" else "", "")
+        yield _TermPart(term, f"{key}.cache", held if config.task.type == "causal_lm" else "", "")
     if spec.server is not None:
         remedy = f"export hidden states with {key}.server.states, or "
-        yield _Part(term, f"{key}.server", "" if spec.server.states else largest, remedy)
+        yield _TermPart(term, f"{key}.server", "" if spec.server.states else largest, remedy)
 
 
-_PARTS: tuple[Rule[_Part], ...] = (
+_PARTS: tuple[Rule[_TermPart], ...] = (
     Rule(
         lambda c: looks_inside(c.item.term),
         ".loss",

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from megakd.contract.batch import IGNORE
-from megakd.contract.rollouts import Completion, Rollout
+from megakd.contract.completions import Completion, Rollout
 from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, file_of_step
 from megakd.data.step_layout import StepLayout, StepShape, collate_step
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.student import device_batch
 from megakd.losses.text_statistics import ENTROPY, KL, TEACHER_ENTROPY, TOKENS, sums_by_group
-from megakd.rollouts.rows import columns_of_rows, rollout_row
+from megakd.rollouts.text_rows import columns_of_rows, rollout_row
 from megakd.scoring.answers import matcher
 from megakd.storage.atomic import json_text, write_text
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
     from megakd.config.rollout import GenerationConfig
     from megakd.contract.batch import Batch, LossInputs
-    from megakd.contract.rollouts import Generator
+    from megakd.contract.completions import Generator
     from megakd.contract.stage import MeanLosses, Pass
     from megakd.engine.distributed import Ranks
-    from megakd.rollouts.rows import Prompts
+    from megakd.rollouts.text_rows import Prompts
     from megakd.scoring.scorer import Scorer
 
 BUCKETS = 8

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.contract.metrics import WHOLE
+from megakd.contract.metric import WHOLE
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Cut, UnitOrder, View
 from megakd.methods.homodistil.schedule import AVERAGES, ROWS, Course
@@ -59,7 +59,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Pruning(Strategy):
+class PruningStrategy(Strategy):
     """Removes the least sensitive units a few at a time, as the schedule says.
 
     course: the run from the teacher to the student.
@@ -330,7 +330,7 @@ class HomotopyJudge:
     worth: the main metric of the task, negated if lower values are better.
     """
 
-    pruning: Pruning
+    pruning: PruningStrategy
     worth: Callable[[Mapping[str, float]], float]
 
     @property
