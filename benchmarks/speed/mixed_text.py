@@ -32,11 +32,11 @@ from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch
 from megakd.data.collation import Collator
 from megakd.data.masking import task_masking
-from megakd.data.mixed_text import MixedText, encode_mixed
 from megakd.data.pydocs import pydocs_rows
-from megakd.data.shared_words import VocabularyPair
 from megakd.data.token_tables import documents_of
+from megakd.data.tokenizers import VocabularyPair
 from megakd.data.vocabularies import train_tokenizer
+from megakd.methods.mixed_vocabulary.mixed_text import MixedText, encode_mixed
 
 Make = Callable[[pa.Table, NDArray[np.int64]], Batch]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
@@ -46,10 +47,38 @@ class MethodOptions:
         """The vocabulary that is trained for the student alone; None: all models share one."""
         return None
 
-    def reads_mixed_rows(self, config: Any) -> bool:
-        """Return whether a stage of the run reads rows that are cut with two vocabularies."""
-        del config
-        return False
+    def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
+        """Return the tokenizer of the student alone, or None; called if `own_vocabulary` is set.
+
+        Args:
+            splits: the texts of the run (`data.splits.Splits`).
+            teacher: the tokenizer of the teachers.
+            cache_dir: the folder in which the tokenizer is kept.
+        """
+        del splits, teacher, cache_dir
+
+    def rows(self, config: Any, splits: Any, pair: Any, *, cache_dir: Path) -> Any:
+        """Return training rows that a stage reads beside the encoded rows, and their key, or None.
+
+        Args:
+            config: the `RunConfig`.
+            splits: as for `student_tokenizer`.
+            pair: the tokenizers of student and teachers (`data.tokenizers.VocabularyPair`).
+            cache_dir: the folder in which the rows are kept.
+        """
+        del config, splits, pair, cache_dir
+
+    def extras(self, parts: Any) -> Sequence[Any]:
+        """Return features that the method adds to a stage; a collective.
+
+        Args:
+            parts: the parts of the stage (`training.stage_extra.StageParts`).
+
+        Returns:
+            `training.stage_extra.StageExtra`s.
+        """
+        del parts
+        return ()
 
     def problems(self, config: Any) -> Iterator[str]:
         """Yield a line for every setting of the `RunConfig` that the method cannot work with."""

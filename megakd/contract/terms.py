@@ -14,6 +14,8 @@ from megakd.contract.sources import Source
 from megakd.contract.unit_counts import COUNTERS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from megakd.contract.batch import Batch, Knowledge
@@ -269,23 +271,24 @@ class RelationKl:
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class ParameterProjection:
-    """Squared error between weights of the student and of a teacher that learns beside it.
+class MethodTerm:
+    """Base class of a term that a method sets; it is not an option of `objective`."""
 
-    A method sets this term; it is not an option of `objective`.
-
-    direction: `down` maps the teacher's weights to the student's shapes, `up` the reverse.
-    layers: whether the weights of the layers are compared.
-    embeddings: whether the tables of embeddings for the student's pieces are compared too.
-    epsilon: divisor of the sum of squared errors; null: the number of compared elements.
-    """
-
-    loss: Literal["parameter_projection"] = "parameter_projection"
-    direction: Literal["down", "up"]
-    layers: bool = True
-    embeddings: bool = True
-    epsilon: Positive | None = None
+    loss: str
     weight: Weight = 1.0
+
+    def check(self, student: Shape, teacher: Shape | None, families: Sequence[str]) -> None:
+        """Raise a MegakdError if the term cannot work with the models of a stage.
+
+        Args:
+            student: the shape of the first model that learns.
+            teacher: the shape of the first teacher, frozen or learning.
+            families: the families (`model_type`) of the models that learn.
+        """
+
+    def group(self) -> Any:
+        """Return the module that computes the term (`losses.targets.TermGroup`)."""
+        raise TypeError(f"{type(self).__name__} does not implement group()")
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -52,6 +52,32 @@ _USUAL_NAMES = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<|endoftext|>"),
     "eos_token": ("</s>", "<|end_of_text|>", "<|endoftext|>"),
 }
+
+
+class VocabularyPair(NamedTuple):
+    """The tokenizers of a student and of its teacher, which reads the pieces of both.
+
+    In the teacher's input, numbers below `offset` are the teacher's tokens; `offset` + n is the
+    student's token n.
+    """
+
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase
+
+    @property
+    def offset(self) -> int:
+        """The number of the student's token 0 in the teacher's input."""
+        return len(self.teacher)
+
+    @property
+    def overlap(self) -> float:
+        """The share of the student's pieces that are in the teacher's vocabulary, from 0 to 1.
+
+        Pieces are compared as strings, so that `##s` and `s` differ. Special tokens do not count.
+        """
+        pieces = set(self.student.get_vocab()).difference(self.student.all_special_tokens)
+        known = set(self.teacher.get_vocab()).difference(self.teacher.all_special_tokens)
+        return len(pieces & known) / max(1, len(pieces))
 
 
 class SentencePieceTokenizer(PreTrainedTokenizerFast):

@@ -25,17 +25,15 @@ from megakd.contract.terms import looks_inside
 from megakd.contract.vocabulary import StudentVocabulary
 from megakd.data.encoding import Encoded
 from megakd.data.routed_rows import check_routes
-from megakd.data.shared_words import VocabularyPair
 from megakd.data.splits import Splits
-from megakd.data.student_vocabularies import check_special_tokens, load_student_tokenizer, overlap
-from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
+from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import gather, main_first
 from megakd.errors import ConfigError, MegakdError, TeacherError
 from megakd.inputs.run_data import (
-    MixedRows,
+    MethodRows,
     cache_folder,
     encoded_rows,
-    mixed_rows,
+    method_rows,
     splits_of,
     with_row_length,
 )
@@ -103,13 +101,13 @@ class RunInputs(UnencodedInputs):
     config: the config of the run, with the measured length of the rows.
     encoded: the data for `tokenizer`.
     teacher_encoded: the data for `teacher_tokenizer`.
-    mixed: the training rows for both tokenizers; None if the method does not read such rows.
+    method_rows: training rows that the method makes for itself; None: it reads `encoded` alone.
     """
 
     config: RunConfig
     encoded: Encoded
     teacher_encoded: Encoded | None = None
-    mixed: MixedRows | None = None
+    method_rows: MethodRows | None = None
 
     def of(self, role: str) -> RunInputs:
         """Return the inputs with the tokenizer of a role, and with the data for this tokenizer."""
@@ -134,7 +132,7 @@ def prepare(config: RunConfig) -> RunInputs:
     inputs = RunInputs(
         **vars(found),
         config=config,
-        mixed=mixed_rows(config, found.splits, found.pair),
+        method_rows=method_rows(config, found.splits, found.pair),
         encoded=encoded_rows(config, found.splits, found.tokenizer),
         teacher_encoded=(
             None
@@ -189,7 +187,7 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     if problems:
         raise TeacherError("\n".join(problems))
     check_chat_models(task, splits.train, tokenizer, sources)
-    own = None if vocabulary is None else _student_tokenizer(vocabulary, splits, tokenizer)
+    own = None if vocabulary is None else _student_tokenizer(config, vocabulary, splits, tokenizer)
     found = UnencodedInputs(
         splits=splits,
         metrics=metrics,
@@ -205,16 +203,20 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
 
 
 def _student_tokenizer(
-    vocabulary: StudentVocabulary, splits: Splits, teacher: PreTrainedTokenizerBase
+    config: RunConfig,
+    vocabulary: StudentVocabulary,
+    splits: Splits,
+    teacher: PreTrainedTokenizerBase,
 ) -> PreTrainedTokenizerBase:
-    check_special_tokens(teacher, "the teacher's tokenizer")
-    own = main_first(lambda: load_student_tokenizer(vocabulary, splits, cache_dir=cache_folder()))
+    own = main_first(
+        lambda: config.method.student_tokenizer(splits, teacher, cache_dir=cache_folder())
+    )
     logger.info(
         "student's vocabulary: a %s of %d pieces trained on the training text; %.1f %% of the "
         "pieces are in the teacher's vocabulary of %d too",
         vocabulary.type,
         len(own),
-        100 * overlap(own, teacher),
+        100 * VocabularyPair(own, teacher).overlap,
         len(teacher),
     )
     return own
@@ -229,7 +231,7 @@ def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> VocabularyR
         "type": vocabulary.type,
         "size": len(pair.student),
         "teacher_size": len(pair.teacher),
-        "overlap": overlap(*pair),
+        "overlap": pair.overlap,
     }
 
 

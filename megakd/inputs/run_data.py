@@ -21,10 +21,9 @@ from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoded_folder import as_encoded, facts_of, open_splits, read_manifest
 from megakd.data.encoding import Encoded, encode_splits, encoded_key
-from megakd.data.mixed_text import encode_mixed
-from megakd.data.shared_words import VocabularyPair
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import documents_of
+from megakd.data.tokenizers import VocabularyPair
 from megakd.engine.collectives import main_first, once_per_node
 from megakd.models.generation import context_length
 from megakd.models.source import ModelSource
@@ -40,8 +39,8 @@ MOST_ROWS, MOST_MEASURED, ROWS_AT_ONCE = 10_000, 5_000_000, 100
 FILE = "lengths.npy"
 
 
-class MixedRows(NamedTuple):
-    """Training rows that are encoded for two vocabularies, and their key; see `data.mixed_text`."""
+class MethodRows(NamedTuple):
+    """Training rows that a method makes for itself, and their key."""
 
     rows: Dataset
     key: str
@@ -84,21 +83,15 @@ def once(config: RunConfig, action: Callable[[], T]) -> T:
     return once_per_node(action, place=str(cache_folder()))
 
 
-def mixed_rows(config: RunConfig, splits: Splits, pair: VocabularyPair | None) -> MixedRows | None:
-    """Return the training rows for both vocabularies, if the method reads such rows; collective."""
-    if pair is None or not config.method.reads_mixed_rows(config):
+def method_rows(
+    config: RunConfig, splits: Splits, pair: VocabularyPair | None
+) -> MethodRows | None:
+    """Return the training rows that the method makes for itself, if any; a collective."""
+    if pair is None:
         return None
-    made = once(
-        config,
-        lambda: encode_mixed(
-            splits.train,
-            pair,
-            config.task,
-            content_hash=splits.content_hash,
-            cache_dir=cache_folder(),
-        ),
-    )
-    return MixedRows(*made)
+    cache = cache_folder()
+    made = once(config, lambda: config.method.rows(config, splits, pair, cache_dir=cache))
+    return None if made is None else MethodRows(*made)
 
 
 def with_row_length(

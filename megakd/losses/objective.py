@@ -20,7 +20,7 @@ from megakd.contract.terms import (
     AttentionMse,
     HardCrossEntropy,
     HardMse,
-    ParameterProjection,
+    MethodTerm,
     PluginTerm,
     RelationFsp,
     RelationKl,
@@ -39,7 +39,6 @@ from megakd.losses.layer_terms import (
     Projections,
     Relations,
 )
-from megakd.losses.parameter_projections import ParameterProjections
 from megakd.losses.plugin_losses import PluginLoss
 from megakd.losses.targets import AGREEMENTS, Evaluated, TermGroup, language_model_groups
 from megakd.models.knowledge import Needs
@@ -147,7 +146,7 @@ def build_objective(
         groups.extend(SoftClasses(t) for t in soft)
     groups.extend(PluginLoss(t, student.layers) for t in terms if isinstance(t, PluginTerm))
     groups.extend(RegressionScores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
-    groups.extend(ParameterProjections(t) for t in terms if isinstance(t, ParameterProjection))
+    groups.extend(t.group() for t in terms if isinstance(t, MethodTerm))
     if teacher is not None:
         groups.extend(_intermediate_groups(terms, task, student, teacher))
     return Objective(groups, {term_name(t): t.weight for t in terms})

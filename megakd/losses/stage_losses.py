@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from megakd.contract.shapes import Shape
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import TaskType
-from megakd.contract.terms import ParameterProjection, hard_terms
-from megakd.errors import TeacherError
+from megakd.contract.terms import MethodTerm, hard_terms
 from megakd.losses.objective import Objective, build_objective, check_terms, teacher_needs
 from megakd.models.knowledge import Needs
 from megakd.models.source import ModelSource
@@ -44,26 +43,9 @@ class StageLosses:
             MegakdError: a term does not work; the message names the term and both values.
         """
         check_terms(self.stage.objective, self.task, self.student, self.teacher)
-        terms = (t for t in self.stage.objective if isinstance(t, ParameterProjection))
-        if self.teacher is not None and any(term.layers for term in terms):
-            self._check_alike(self.teacher)
-
-    def _check_alike(self, teacher: Shape) -> None:
-        if self.student.layers != teacher.layers:
-            raise TeacherError(
-                "method.projections: compares the models layer by layer, and the teacher has "
-                f"{teacher.layers} layers and the student {self.student.layers}; set the "
-                f"student's number of layers to {teacher.layers}, set method.version to 2, which "
-                "compares no weights, or set method.projections to dual"
-            )
-        if len(set(self.families)) > 1:
-            student, other = self.families
-            raise TeacherError(
-                "method.projections: compares weights by name, and the teacher is a model of type "
-                f"{other} and the student of type {student}; set model_type of the student to "
-                f"{other}, set method.version to 2, which compares no weights, or set "
-                "method.projections to dual"
-            )
+        for term in self.stage.objective:
+            if isinstance(term, MethodTerm):
+                term.check(self.student, self.teacher, self.families)
 
     def objective(self) -> Objective:
         """Build the objective, which also states the outputs needed from the student's forward.

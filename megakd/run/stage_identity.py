@@ -54,7 +54,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         tree["lora"] = asdict(lora)
     if stage.mixed:
         tree["mixed"] = {role: reading._asdict() for role, reading in stage.mixed.items()}
-        tree["mixed_rows"] = assembly.mixed_rows.key
+        tree["mixed_rows"] = assembly.method_rows.key
     return flatten(tree)
 
 

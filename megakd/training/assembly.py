@@ -37,7 +37,7 @@ from megakd.inputs.precision import (
     scoring_dtype,
     training_dtype,
 )
-from megakd.inputs.run_data import MixedRows
+from megakd.inputs.run_data import MethodRows
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.class_weights import with_class_weights
 from megakd.losses.stage_losses import StageLosses, learners_of, stage_losses
@@ -108,11 +108,11 @@ class Assembly:
         return model_identity(source, seed=self.config.seed)
 
     @property
-    def mixed_rows(self) -> MixedRows:
-        """The training rows for both vocabularies."""
-        if self.prepared.mixed is None:
-            raise TypeError("a stage reads mixed text, and its method declares no mixed rows")
-        return self.prepared.mixed
+    def method_rows(self) -> MethodRows:
+        """The training rows that the method makes for itself."""
+        if self.prepared.method_rows is None:
+            raise TypeError("a stage reads rows of its method, and the method makes no rows")
+        return self.prepared.method_rows
 
     @property
     def conditions(self) -> Mapping[str, Any]:

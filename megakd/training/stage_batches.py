@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from megakd.contract.tasks import STUDENT
-from megakd.data.mixed_text import MixedText
 from megakd.data.routed_rows import RoutedSource
 from megakd.data.stream_loader import batch_source
 from megakd.engine.collectives import gather
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from megakd.contract.batch import BatchSource
     from megakd.data.encoding import Encoded
+    from megakd.data.loader import OtherReading
 
 
 def extras_of(parts: StageParts) -> list[StageExtra]:
@@ -33,8 +33,7 @@ def extras_of(parts: StageParts) -> list[StageExtra]:
         from megakd.training.generated_texts import Rollouts
 
         extras.append(Rollouts(parts))
-    if stage.mixed:
-        extras.append(BothVocabularies(parts))
+    extras.extend(parts.assembly.config.method.extras(parts))
     if stage.strategy.routes_rows:
         extras.append(Routing(parts))
     if generation is not None and stage.role == STUDENT and not stage.views:
@@ -59,7 +58,7 @@ def stage_batches(parts: StageParts, extras: Sequence[StageExtra]) -> BatchSourc
 
 
 def row_batches(
-    parts: StageParts, encoded: Encoded, others: Mapping[str, MixedText] | None = None
+    parts: StageParts, encoded: Encoded, others: Mapping[str, OtherReading] | None = None
 ) -> BatchSource:
     """Return the batches of encoded rows; `others` by role as in `data.loader`."""
     stage, scorer = parts.stage, parts.own.scorer(parts.stage.train)
@@ -74,25 +73,6 @@ def row_batches(
         gather=gather,
         others=others or {},
     )
-
-
-class BothVocabularies(StageExtra):
-    """The rows that are encoded for both vocabularies, for models that read mixed text."""
-
-    def __init__(self, parts: StageParts) -> None:
-        self._parts = parts
-
-    @override
-    def source(self) -> BatchSource:
-        stage, assembly = self._parts.stage, self._parts.assembly
-        pair, task = assembly.prepared.pair, assembly.config.task
-        encoded = self._parts.own.prepared.encoded._replace(train=assembly.mixed_rows.rows)
-        others = {
-            role: MixedText(pair, task, probability=reading.probability)
-            for role, reading in stage.mixed.items()
-            if pair is not None
-        }
-        return row_batches(self._parts, encoded, others)
 
 
 class Routing(StageExtra):

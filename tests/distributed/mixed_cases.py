@@ -11,8 +11,8 @@ from megakd.config.file import load_config
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import gathered_state
 from megakd.inputs.inputs import prepare
-from megakd.losses.parameter_projections import LayerErrors
 from megakd.methods import run_method
+from megakd.methods.mixed_vocabulary.parameter_projections import LayerErrors
 from megakd.models.second_vocabulary import FILE
 from megakd.run.run_lab import RunLab
 from megakd.training.assembly import Assembly

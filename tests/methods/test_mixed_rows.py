@@ -20,11 +20,12 @@ from megakd.config.task import TaskConfig
 from megakd.data import encoding
 from megakd.data.collation import Collator
 from megakd.data.encoding import encode_rows
-from megakd.data.mixed_text import encode_mixed, word_windows
-from megakd.data.shared_words import ALWAYS_STUDENT, ALWAYS_TEACHER, FREE, VocabularyPair
+from megakd.data.tokenizers import VocabularyPair
 from megakd.data.vocabularies import train_tokenizer
 from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
+from megakd.methods.mixed_vocabulary.mixed_text import encode_mixed, word_windows
+from megakd.methods.mixed_vocabulary.shared_words import ALWAYS_STUDENT, ALWAYS_TEACHER, FREE
 
 LETTERS = " ".join("abcdefgh")
 COMMON = [LETTERS, "face bad cafe head", "feed bee, gag!"] * 3

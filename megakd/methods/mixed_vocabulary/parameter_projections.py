@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from megakd.contract.batch import Batch, LossInputs, Unit
-from megakd.contract.terms import ParameterProjection
 from megakd.contract.unit_counts import UnitCounter
 from megakd.engine.sharding import full_shape
 from megakd.errors import TeacherError
 from megakd.losses.targets import Evaluated, TermGroup
+from megakd.methods.mixed_vocabulary import ParameterProjection
 from megakd.models.architectures import architecture_of
 from megakd.models.second_vocabulary import second_vocabulary
 

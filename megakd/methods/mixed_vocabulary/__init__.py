@@ -15,8 +15,9 @@ sentences too; here it learns masked tokens only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -31,14 +32,16 @@ from megakd.contract.terms import (
     Count,
     Fraction,
     HiddenCosine,
-    ParameterProjection,
+    MethodTerm,
     Positive,
     Weight,
 )
 from megakd.contract.vocabulary import MixedReading, StudentVocabulary
+from megakd.errors import TeacherError
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab
+    from megakd.contract.shapes import Shape
     from megakd.contract.stage import StageResult
 
 Projections = Literal["none", "dual", "down", "up"]
@@ -50,6 +53,49 @@ OF_VERSION = {
     "teacher_steps": 2,
 }
 """Options that only one version has."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ParameterProjection(MethodTerm):
+    """Squared error between weights of the student and of a teacher that learns beside it.
+
+    direction: `down` maps the teacher's weights to the student's shapes, `up` the reverse.
+    layers: whether the weights of the layers are compared.
+    embeddings: whether the tables of embeddings for the student's pieces are compared too.
+    epsilon: divisor of the sum of squared errors; null: the number of compared elements.
+    """
+
+    loss: str = "parameter_projection"
+    direction: Literal["down", "up"]
+    layers: bool = True
+    embeddings: bool = True
+    epsilon: Positive | None = None
+
+    def check(self, student: Shape, teacher: Shape | None, families: Sequence[str]) -> None:
+        """Raise a TeacherError if layers are compared and the models have other layers."""
+        if not self.layers or teacher is None:
+            return
+        if student.layers != teacher.layers:
+            raise TeacherError(
+                "method.projections: compares the models layer by layer, and the teacher has "
+                f"{teacher.layers} layers and the student {student.layers}; set the "
+                f"student's number of layers to {teacher.layers}, set method.version to 2, which "
+                "compares no weights, or set method.projections to dual"
+            )
+        if len(set(families)) > 1:
+            ours, other = families
+            raise TeacherError(
+                "method.projections: compares weights by name, and the teacher is a model of type "
+                f"{other} and the student of type {ours}; set model_type of the student to "
+                f"{other}, set method.version to 2, which compares no weights, or set "
+                "method.projections to dual"
+            )
+
+    def group(self) -> Any:
+        """Return the module that holds the projections."""
+        from megakd.methods.mixed_vocabulary.parameter_projections import ParameterProjections
+
+        return ParameterProjections(self)
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -105,6 +151,36 @@ class MixedVocabularyConfig(OneTeacherOptions):
     def reads_mixed_rows(self, config: Any) -> bool:
         """Return whether a model reads rows that are encoded for both vocabularies."""
         return self.trains_teacher or PATIENT_KD in config.baselines
+
+    def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
+        """Train the student's tokenizer, and check that the teacher's can be mixed with it."""
+        from megakd.methods.mixed_vocabulary.tokenizer import (
+            check_special_tokens,
+            load_student_tokenizer,
+        )
+
+        check_special_tokens(teacher, "the teacher's tokenizer")
+        return load_student_tokenizer(self.student_vocabulary, splits, cache_dir=cache_dir)
+
+    def rows(self, config: Any, splits: Any, pair: Any, *, cache_dir: Path) -> Any:
+        """Return the training rows for both vocabularies, if a model reads such rows."""
+        from megakd.methods.mixed_vocabulary.mixed_text import encode_mixed
+
+        if not self.reads_mixed_rows(config):
+            return None
+        return encode_mixed(
+            splits.train,
+            pair,
+            config.task,
+            content_hash=splits.content_hash,
+            cache_dir=cache_dir,
+        )
+
+    def extras(self, parts: Any) -> Sequence[Any]:
+        """Return the batches of a stage with a model that reads mixed text."""
+        from megakd.methods.mixed_vocabulary.mixed_batches import BothVocabularies
+
+        return [BothVocabularies(parts)] if parts.stage.mixed else []
 
     def problems(self, config: Any) -> Iterator[str]:
         """Yield a line for every setting that does not fit the method or its version."""

@@ -100,16 +100,6 @@ def load_student_tokenizer(
     return from_folder(folder, "classification")
 
 
-def overlap(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> float:
-    """Return the share of the student's pieces that are in the teacher's vocabulary, from 0 to 1.
-
-    Pieces are compared as strings, so that `##s` and `s` differ. Special tokens do not count.
-    """
-    pieces = set(student.get_vocab()).difference(student.all_special_tokens)
-    known = set(teacher.get_vocab()).difference(teacher.all_special_tokens)
-    return len(pieces & known) / max(1, len(pieces))
-
-
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Check the pad, unk, cls, sep and mask token, and that cls and sep are around every text.
 

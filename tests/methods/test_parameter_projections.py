@@ -8,9 +8,9 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from megakd.contract.batch import Batch, Knowledge, LossInputs
-from megakd.contract.terms import ParameterProjection
 from megakd.errors import TeacherError
-from megakd.losses.parameter_projections import NAME, ParameterProjections
+from megakd.methods.mixed_vocabulary import ParameterProjection
+from megakd.methods.mixed_vocabulary.parameter_projections import NAME, ParameterProjections
 from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 
 PIECES = 20

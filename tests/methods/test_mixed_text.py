@@ -18,10 +18,10 @@ from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data.collation import Collator
 from megakd.data.masking import task_masking
-from megakd.data.mixed_text import MixedText, encode_mixed
-from megakd.data.shared_words import VocabularyPair
+from megakd.data.tokenizers import VocabularyPair
 from megakd.data.vocabularies import train_tokenizer
 from megakd.data.words import WORD_STARTS
+from megakd.methods.mixed_vocabulary.mixed_text import MixedText, encode_mixed
 
 COMMON = [" ".join("abcdefgh"), "face bad cafe head", "feed bee, gag!"] * 3
 LENGTH = 24

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from megakd.data.token_tables import plain_encoding
+from megakd.data.tokenizers import VocabularyPair
 from megakd.data.words import check_words, word_starts
 from megakd.errors import DataError
 
@@ -32,22 +33,6 @@ _ADVICE = (
     "use a WordPiece teacher such as BERT, and a WordPiece student vocabulary with the teacher's "
     "normalizer and pre-tokenizer"
 )
-
-
-class VocabularyPair(NamedTuple):
-    """The tokenizers of a student and of its teacher, which reads the pieces of both.
-
-    In the teacher's input, numbers below `offset` are the teacher's tokens; `offset` + n is the
-    student's token n.
-    """
-
-    student: PreTrainedTokenizerBase
-    teacher: PreTrainedTokenizerBase
-
-    @property
-    def offset(self) -> int:
-        """The number of the student's token 0 in the teacher's input."""
-        return len(self.teacher)
 
 
 class WordPieces(NamedTuple):

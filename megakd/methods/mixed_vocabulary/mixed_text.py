@@ -27,7 +27,6 @@ from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, key_of, rows_key
 from megakd.data.collation import Collator, Columns, columns_of
 from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
 from megakd.data.masking import task_masking
-from megakd.data.shared_words import ALWAYS_STUDENT, FREE, VocabularyPair, WordCutter
 from megakd.data.splitmix import row_keys, uniform
 from megakd.data.token_tables import (
     check_room_for_text,
@@ -35,8 +34,10 @@ from megakd.data.token_tables import (
     tables_of_lists,
     with_tokens,
 )
+from megakd.data.tokenizers import VocabularyPair
 from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
+from megakd.methods.mixed_vocabulary.shared_words import ALWAYS_STUDENT, FREE, WordCutter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from megakd.config.task import TaskConfig
     from megakd.contract.batch import Batch
-    from megakd.data.shared_words import SharedWords
+    from megakd.methods.mixed_vocabulary.shared_words import SharedWords
 
 # Any number but 0, which is the domain of the masks.
 _COINS = 0x6D69786564

@@ -18,16 +18,15 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertTokenizer, PreTrainedTokenizerFast
 
 from megakd.contract.vocabulary import StudentVocabulary
-from megakd.data import student_vocabularies
 from megakd.data.encoding import tokenizer_content
-from megakd.data.student_vocabularies import (
-    check_special_tokens,
-    load_student_tokenizer,
-    overlap,
-)
-from megakd.data.tokenizers import from_folder
+from megakd.data.tokenizers import VocabularyPair, from_folder
 from megakd.data.vocabularies import encoder_template
 from megakd.errors import DataError
+from megakd.methods.mixed_vocabulary import tokenizer as student_tokenizer
+from megakd.methods.mixed_vocabulary.tokenizer import (
+    check_special_tokens,
+    load_student_tokenizer,
+)
 
 FIRST = "The teacher writes a letter; the student, naïve, reads 42 (short) letters!"
 
@@ -158,7 +157,7 @@ def test_equal_texts_give_equal_files_in_every_process(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_vocabulary_is_trained_once(tmp_path, monkeypatch, kind):
     first = _load(tmp_path, kind)
-    monkeypatch.setattr(student_vocabularies, "_trained", None)
+    monkeypatch.setattr(student_tokenizer, "_trained", None)
 
     assert tokenizer_content(_load(tmp_path, kind)) == tokenizer_content(first)
 
@@ -293,9 +292,9 @@ def test_overlap_is_the_share_of_the_pieces_that_the_teacher_has():
     student = _word_level([*ROLES.values(), "the", "##s", "s", "cat"])
     teacher = _word_level(["[unused0]", *ROLES.values(), "the", "##s", "dog", "##cat", "a"])
 
-    assert overlap(student, teacher) == 0.5
-    assert overlap(teacher, student) == 2 / 6
-    assert overlap(student, student) == 1.0
+    assert VocabularyPair(student, teacher).overlap == 0.5
+    assert VocabularyPair(teacher, student).overlap == 2 / 6
+    assert VocabularyPair(student, student).overlap == 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
