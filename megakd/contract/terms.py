@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.batch import Unit
 from megakd.contract.plugins import LOSSES, OURS, THEIRS, FromPackage, wrong_options
-from megakd.contract.sources import Source
+from megakd.contract.sources import Source, on_source
 from megakd.contract.unit_counts import COUNTERS
 
 if TYPE_CHECKING:
@@ -396,3 +396,16 @@ def soft_terms(task: str, weight: float = 1.0) -> tuple[SoftTargetMse | SoftTarg
     if task == "regression":
         return (SoftTargetMse(loss="soft_target_mse", weight=weight),)
     return (SoftTargetKl(loss="soft_target_kl", weight=weight),)
+
+
+def source_of(term: TermConfig | MethodTerm) -> Source | None:
+    """Return the source that a term is limited to by `on`; None: all targets."""
+    # A loss of another package may have an option `on` of its own.
+    if isinstance(term, (HardCrossEntropy, *SOFT_TARGET_DIVERGENCES)):
+        return term.on
+    return None
+
+
+def term_name(term: TermConfig | MethodTerm) -> str:
+    """Return `loss`, or `loss_on_source` for a term that is limited to a source."""
+    return on_source(term.loss, source_of(term))

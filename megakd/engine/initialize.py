@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 from deepspeed.runtime import compiler
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from megakd.config.deepspeed import frozen_ds_config, merged_ds_config
 from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
-from megakd.engine.experts import gather_experts_together
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types
 RATE = "rate"
@@ -132,3 +135,22 @@ def _offloads_optimizer(ds: Mapping[str, Any]) -> bool:
     zero = ds.get("zero_optimization") or {}
     target = zero.get("offload_optimizer") or {}  # `null` is an absent section
     return target.get("device", "none") != "none"
+
+
+EXPERTS = "experts"
+"""Name of the child with the experts, in every block of transformers that routes tokens."""
+
+
+def gather_experts_together(model: nn.Module) -> None:
+    """Let ZeRO 3 gather each block of experts as a whole; call before `deepspeed.initialize`.
+
+    ZeRO 3 gathers the weights of a module when the forward of the module begins. If the experts are
+    modules, each rank calls the experts of its own tokens: the ranks would gather different weights
+    with one collective. A block that ZeRO 3 treats as a leaf is gathered by all ranks alike.
+
+    Args:
+        model: any model; the function does nothing without blocks of experts or without ZeRO 3.
+    """
+    for module in model.modules():
+        if hasattr(module, EXPERTS):
+            set_z3_leaf_module(module, flag=True)

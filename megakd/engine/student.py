@@ -31,7 +31,7 @@ from megakd.engine.memory import destroy
 from megakd.engine.optimizer_state import OptimizerState
 from megakd.engine.shards import Shard, local_shards
 from megakd.errors import CheckpointError
-from megakd.storage.tensors import write_tensors
+from megakd.storage.atomic import write_tensors
 
 
 class StudentEngine:

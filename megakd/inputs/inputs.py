@@ -51,7 +51,6 @@ from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary
 from megakd.models.lora import check_adapters
 from megakd.models.source import ModelSource
-from megakd.rollouts.prompts import check_generated_texts
 from megakd.scoring.metrics import TaskMetrics, task_metrics
 
 logger = logging.getLogger(__name__)
@@ -146,7 +145,10 @@ def prepare(config: RunConfig) -> RunInputs:
         ),
     )
     check_answers(config, inputs.encoded.chat, inputs.tokenizer, inputs.sources[STUDENT])
-    check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
+    if config.rollout is not None or config.eval.generation is not None:
+        from megakd.rollouts.prompts import check_generated_texts
+
+        check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
     return inputs
 
 

@@ -19,13 +19,12 @@ from megakd.data.arrow import PLACE, cache_folder, longest_of
 from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.chat.tokens import ChatEncoder
-from megakd.data.encoded_folder import as_encoded, facts_of, open_splits, read_manifest
 from megakd.data.encoding import Encoded, encode_splits, encoded_key
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import documents_of
 from megakd.data.tokenizers import VocabularyPair
 from megakd.engine.collectives import main_first, once_per_node
-from megakd.models.generation import context_length
+from megakd.models.sizes import context_length
 from megakd.models.source import ModelSource
 from megakd.storage.folders import whole_folder
 
@@ -53,6 +52,8 @@ def splits_of(config: RunConfig) -> Splits:
     """
     task = config.task
     if task.encoded is not None:
+        from megakd.data.encoded_folder import open_splits
+
         folder = task.encoded
         return once_per_node(lambda: open_splits(folder), place=str(folder))
     return once(config, lambda: load_splits(task, seed=config.seed, cache_dir=cache_folder()))
@@ -68,6 +69,8 @@ def encoded_rows(
     """Return the data as token numbers; a collective."""
     task, cache = config.task, cache_folder()
     if task.encoded is not None:
+        from megakd.data.encoded_folder import as_encoded, facts_of
+
         facts = facts_of(task, tokenizer, seed=config.seed)
         return as_encoded(task.encoded, splits, tokenizer, facts)
     return once(
@@ -108,6 +111,8 @@ def with_row_length(
     """
     task, rows = config.task, splits.train if splits.stream is None else splits.validation
     if task.encoded is not None:
+        from megakd.data.encoded_folder import read_manifest
+
         given = task.max_length or read_manifest(task.encoded)["facts"]["task.max_length"]
         return replace(config, task=replace(task, max_length=given))
     # mlm splits texts into windows; the table of conversations tells their lengths.

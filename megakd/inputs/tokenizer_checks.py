@@ -24,7 +24,6 @@ from megakd.data.chat.counts import SETS, ChatCounts
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.tokenizers import LOOKED_FOR, from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, DataError, TeacherError
-from megakd.models.generation import generation_config_of, listed_ends
 from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -97,6 +96,8 @@ def _facts(where: str, tokenizer: PreTrainedTokenizerBase, source: ModelSource) 
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> set[int]:
+    from megakd.models.generation import generation_config_of, listed_ends
+
     return {*listed_ends(tokenizer), *listed_ends(generation_config_of(source))}
 
 

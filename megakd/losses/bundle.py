@@ -23,9 +23,8 @@ from megakd.losses.stage_losses import StageLosses
 from megakd.losses.targets import Evaluated
 from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic import Elastic
-from megakd.models.knowledge import Needs, opened_head, read_knowledge
+from megakd.models.knowledge import Needs, opened_head, predict, predictions_of, read_knowledge
 from megakd.models.lora import base_model
-from megakd.models.predictions import predict, predictions_of
 
 
 class Forward(NamedTuple):

@@ -12,7 +12,6 @@ from megakd.contract.batch import Knowledge, LossInputs, Unit
 from megakd.contract.layer_mapping import check_heads, layer_pairs, relation_heads
 from megakd.contract.shapes import Shape
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
-from megakd.contract.term_names import term_name
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     INTERMEDIATE_TERMS,
@@ -28,6 +27,7 @@ from megakd.contract.terms import (
     TermConfig,
     compares,
     reads_states,
+    term_name,
 )
 from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.errors import ConfigError, TeacherError

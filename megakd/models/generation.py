@@ -15,13 +15,13 @@ from megakd.engine.whole_model import evaluating
 from megakd.errors import DataError, ModelError
 from megakd.models.continuation import continued
 from megakd.models.packed_attention import VARLEN
+from megakd.models.sizes import context_length
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import nn
-    from transformers import PretrainedConfig
 
     from megakd.contract.completions import Sampling, TextTokens
     from megakd.models.source import ModelSource
@@ -64,11 +64,6 @@ def complete(
             texts = continued(generative, *chosen, sampling, tokens)
             found |= zip(rows, (_completion(ids, tokens.end) for ids in texts), strict=True)
     return [found[row] for row in range(len(prompts))]
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """Return the number of positions of a model; None if its config states no limit."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def generation_config_of(source: ModelSource) -> GenerationConfig | None:

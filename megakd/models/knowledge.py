@@ -5,23 +5,28 @@ Teachers and students run their forward only here, so that both are read in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, Knowledge, LogitWarp
+import megakd_kernels
+from megakd.contract.batch import IGNORE, Batch, Knowledge, LogitWarp, Predictions
+from megakd.contract.tasks import Kernels
 from megakd.engine.sharding import gathered
 from megakd.models.architectures import architecture_of
 from megakd.models.attention import AttentionNotes
 from megakd.models.elastic_modules import weights_in_view
 from megakd.models.packed_attention import document_arguments
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
-from megakd.models.states import StateNotes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Needs(NamedTuple):
@@ -158,3 +163,79 @@ def _of_second_vocabulary(model: nn.Module, batch: Batch, hidden: Tensor) -> Kno
     chosen = hidden.flatten(0, 1)[batch.extras.second.positions]
     chosen = second.before_head(architecture.before_language_head(model, chosen))
     return Knowledge(hidden=chosen, head=SecondHead(second))
+
+
+def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predictions:
+    """Return logits or scores of a micro-batch; for a language model, the sums for its metrics."""
+    return predictions_of(read_knowledge(model, batch, Needs()), batch, kernels)
+
+
+def predictions_of(read: Knowledge, batch: Batch, kernels: Kernels = "auto") -> Predictions:
+    """Return the predictions in a model's outputs for a micro-batch; see `predict`."""
+    if read.logits is not None:
+        return Predictions(outputs=read.logits.float(), sums=None)
+    if read.head is None or read.hidden is None:
+        raise TypeError("a language model was read without its head")
+    weight, bias = read.head.read()
+    stats = megakd_kernels.linear_stats(
+        read.hidden,
+        weight,
+        labels=batch.target_labels,
+        ignore_index=IGNORE,
+        student_bias=bias,
+        softcap_s=read.head.warp.softcap,
+        logit_scale_s=read.head.warp.scale,
+        impl=kernels,
+    )
+    sums = torch.stack([stats.ce_sum.double(), stats.agreement.double(), stats.n_valid.double()])
+    return Predictions(outputs=None, sums=sums)
+
+
+class StateNotes:
+    """Recorder of the hidden states of one forward.
+
+    The states are those of transformers: 0 is the input of the first layer, and the last layer's
+    states are after the norm that follows the layers. The hooks are removed before gradient
+    checkpointing repeats the forward, and run after the hooks of DeepSpeed, like those of
+    `AttentionNotes`.
+
+    Args:
+        model: a model with a head.
+        layers: numbers of the layers, 0 being the embedding output.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+        self._architecture = architecture_of(model.config)
+        self._count = self._architecture.number_of_layers(model.config)
+        self._model, self._layers = model, layers
+        self._states: dict[int, Tensor] = {}
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Record the states of the layers that run inside the context."""
+        with ExitStack() as hooks:
+            for layer in self._layers:
+                hooks.callback(self._hook(layer).remove)
+            yield
+
+    def _hook(self, layer: int) -> Any:
+        if layer == 0:
+            first = self._architecture.block_of(self._model, 1)
+            return first.register_forward_pre_hook(self._note_input, with_kwargs=True)
+        is_last = layer == self._count
+        of = self._architecture
+        module = of.backbone_of(self._model) if is_last else of.block_of(self._model, layer)
+
+        def note(module: nn.Module, inputs: object, output: Any) -> None:
+            del module, inputs
+            self._states[layer] = output if isinstance(output, Tensor) else output[0]
+
+        return module.register_forward_hook(note)
+
+    def _note_input(self, module: nn.Module, inputs: Sequence[Any], named: dict[str, Any]) -> None:
+        del module
+        self._states[0] = inputs[0] if inputs else named["hidden_states"]
+
+    def states(self) -> tuple[Tensor | None, ...]:
+        """Return the states by layer, [B, T, D]; None for a layer that was not requested."""
+        return tuple(self._states.get(layer) for layer in range(self._count + 1))

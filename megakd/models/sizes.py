@@ -46,3 +46,8 @@ def _size_keys(architecture: Architecture) -> tuple[str, ...]:
     own = (architecture.layers, architecture.width, architecture.attention_heads)
     shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
     return (*own, architecture.neurons, architecture.positions or "d_kv", *shared)
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return the number of positions of a model; None if its config states no limit."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

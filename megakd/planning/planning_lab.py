@@ -7,10 +7,9 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
@@ -28,7 +27,6 @@ from megakd.contract.tasks import (
     TEACHER,
     Dtype,
 )
-from megakd.contract.views import View
 from megakd.data.step_layout import StepShape
 from megakd.engine.distributed import Ranks
 from megakd.errors import ModelError
@@ -41,17 +39,18 @@ from megakd.models.loading import resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.pruning.builder import Shapes, SortedTeacher, shape_of_cut, unscored
-from megakd.scoring.scorer import FEW
+from megakd.planning.phase import Phase
 from megakd.scoring.scores import weighable
 from megakd.training.assembly import learning_models
 from megakd.training.lab_base import LabBase
 from megakd.training.recipes import baseline_stage, completed, scoring_preset
 
+if TYPE_CHECKING:
+    from megakd.planning.planned_pruning import PlannedPruning
+
 _TRAINED_VOCABULARY = 8000
 _CONFIG = "config.json"
 UNKNOWN_STEPS = 10**6
-Work = Literal["training", "importance", "scoring", "timing"]
 
 
 def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
@@ -143,41 +142,6 @@ def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A part of a run with a fixed set of models in memory.
-
-    work: training, or a kind of work with frozen models.
-    stage: the stage that is trained; None for other work.
-    learners: the trained models by role; empty for other work.
-    bases: by name, the teachers that are the learner without its adapters.
-    teachers: the frozen models by name: teachers of a training, or the models of other work.
-    rows: rows of a batch of other work on one rank.
-    forwards: number of forwards of other work that is more than one pass.
-    with_width: whether the importance of the width is measured too.
-    """
-
-    name: str
-    work: Work = "training"
-    stage: Stage | None = None
-    learners: Mapping[str, ModelSource] = field(default_factory=dict)
-    bases: Mapping[str, ModelSource] = field(default_factory=dict)
-    teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
-    rows: int = 0
-    forwards: int = 0
-    with_width: bool = False
-    student: ModelSource | None = None
-
-    @property
-    def learner(self) -> ModelSource:
-        """The model that the stage returns."""
-        return next(iter(self.learners.values()))
-
-    @property
-    def teaching(self) -> list[ModelSource]:
-        return [*(ready.source for ready in self.teachers.values()), *self.bases.values()]
-
-
 class PlanningLab(LabBase):
     """Lab that records the stages of a method instead of running them.
 
@@ -198,7 +162,22 @@ class PlanningLab(LabBase):
         self.phases: list[Phase] = []
         self._assistants: list[StageResult] = []
         self._made: dict[Path, ModelSource] = {}
-        self.pruning = PlannedPruning(self, sources, self._teachers)
+        self._pruning: PlannedPruning | None = None
+
+    @property
+    def pruning(self) -> PlannedPruning:
+        """The tools of methods that cut models."""
+        from megakd.planning.planned_pruning import PlannedPruning
+
+        if self._pruning is None:
+            self._pruning = PlannedPruning(
+                self.config,
+                self._sources,
+                teachers=self._teachers,
+                phases=self.phases,
+                world=self.world,
+            )
+        return self._pruning
 
     def play(self) -> list[Phase]:
         """Run the method and the baselines, and return all phases of the run, in order.
@@ -218,7 +197,7 @@ class PlanningLab(LabBase):
         loaded = [n for n, spec in self.config.teacher_specs.items() if spec.server is None]
         teachers = {name: self._teachers[name] for name in loaded if name in self._teachers}
         for name, ready in {**made, **teachers}.items():
-            self.record_scoring(name, ready)
+            self._record_scoring(name, ready)
         stored = {
             name: ready
             for name, ready in teachers.items()
@@ -266,15 +245,12 @@ class PlanningLab(LabBase):
 
     def dev_score(self, name: str) -> float:
         """Record the scoring of a teacher; return the same score for all teachers."""
-        self.record_scoring(name, self._teachers[name])
+        self._record_scoring(name, self._teachers[name])
         return 0.5
 
-    def record_scoring(self, name: str, ready: ReadyTeacher, forwards: int = 0) -> None:
-        """Record that a model is scored, by this number of forwards if it is not one pass."""
-        name, teachers = name if forwards else f"{name}-scored", {name: ready}
-        rows = self.config.eval_rows()
-        phase = Phase(name=name, work="scoring", teachers=teachers, rows=rows, forwards=forwards)
-        self.phases.append(phase)
+    def _record_scoring(self, name: str, ready: ReadyTeacher) -> None:
+        rows, scored = self.config.eval_rows(), f"{name}-scored"
+        self.phases.append(Phase(name=scored, work="scoring", teachers={name: ready}, rows=rows))
 
     def train(self, stage: Stage) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
@@ -314,50 +290,6 @@ class PlanningLab(LabBase):
         if self._prepared is None:
             return SimpleNamespace(of=lambda _: 0.5)
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)
-
-
-class PlannedPruning(Shapes):
-    """Tools of methods that cut models, which record work with models instead of doing it."""
-
-    def __init__(
-        self,
-        lab: PlanningLab,
-        sources: Mapping[str, ModelSource],
-        teachers: Mapping[str, ReadyTeacher],
-    ) -> None:
-        super().__init__(lab.config, sources)
-        self._lab, self._teachers = lab, teachers
-
-    def sorted_teacher(
-        self, teacher: str, split: str, *, batch_size: int, residual: bool
-    ) -> SortedTeacher:
-        """Record the importance phase, once per run."""
-        ready = self._teachers[teacher]
-        if not any(known.work == "importance" for known in self._lab.phases):
-            # Several ranks may use fewer rows per micro-batch.
-            most = self.config.train.rows_at_once(self.config.task.row_length)
-            phase = Phase(
-                name="specification",
-                work="importance",
-                teachers={teacher: ready},
-                rows=StepShape.of_batch(batch_size, most, rank=0, world=1).per_device,
-                with_width=residual,
-            )
-            self._lab.phases.append(phase)
-        return unscored(ready.source)
-
-    def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Record the scoring of the teacher, once; return the same importance for all layers."""
-        ready, rows = self._teachers[teacher], self.config.eval_rows()
-        layers = ready.source.architecture.number_of_layers(ready.source.config)
-        if not any(known.forwards for known in self._lab.phases):
-            forwards = (layers + 1) * -(-FEW // (rows * self._lab.world))
-            self._lab.record_scoring("layers", ready, forwards=forwards)
-        return (1.0,) * layers
-
-    def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
-        """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
-        return shape_of_cut(source, view, self.config.task.type)
 
 
 def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> ReadyTeacher:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megakd.config.file import config_tree, dump_config, dump_yaml, load_config, parse_yaml
 from megakd.config.paths import is_path
@@ -20,11 +20,8 @@ from megakd.data.encoding import tokenizer_content
 from megakd.engine.collectives import agree, on_main
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
-from megakd.models.int8 import INT8, write_int8
 from megakd.models.model_folder import brings_code
 from megakd.models.own_models import current_files
-from megakd.reports.card import CardFacts, model_card
-from megakd.reports.html import write_html_report
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
@@ -42,7 +39,9 @@ from megakd.storage.folders import (
 from megakd.training.assembly import model_identity
 from megakd.training.best_checkpoint import RECORD
 from megakd.training.stage_folder import RESULT, files_of_others, is_longer, keeps_last, remake
-from megakd.training.window_state import files_of_window
+
+if TYPE_CHECKING:
+    from megakd.reports.card import CardFacts
 
 logger = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -303,6 +302,8 @@ def publish(
 
 def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -> None:
     """Copy a stage's model to `final/` with its card; keep the files of the user."""
+    from megakd.reports.card import model_card
+
     final, remedy = config.output_dir / FINAL, remake(stage)
     there = open_finished(stage, remedy=remedy)
     kept = users_files(final)
@@ -317,10 +318,14 @@ def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -
 
 
 def _add_int8(folder: Path) -> None:
+    from megakd.models.int8 import INT8, write_int8
+
     write_int8(folder, folder / INT8)
 
 
 def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
+    from megakd.reports.card import CardFacts
+
     models = {name: spec.model for name, spec in config.teacher_specs.items()}
     models |= dict.fromkeys(config.base_teachers, config.student.model)
     start = {**models, STUDENT: config.student.model}[config.start_role]
@@ -341,6 +346,8 @@ def _line(term: Mapping[str, Any]) -> str:
 
 
 def _draw(output_dir: Path) -> None:
+    from megakd.reports.html import write_html_report
+
     try:
         write_html_report(output_dir)
     except Exception as error:  # noqa: BLE001 - a picture must not fail a finished run
@@ -361,6 +368,8 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
         CheckpointError: the stage has not finished or is damaged, or the folder exists.
         ConfigError: the folder cannot be written to.
     """
+    from megakd.training.window_state import files_of_window
+
     stages = config.output_dir / "stages"
     name = stage or _student_stage(config.output_dir)
     if name not in _with_model(stages):

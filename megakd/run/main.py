@@ -32,7 +32,6 @@ from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, 
 from megakd.run.holder import held
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
-from megakd.run.upload import check_hub, push_to_hub
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint
 from megakd.storage.folders import check_writable, users_files
@@ -65,8 +64,11 @@ def run(config: RunConfig, *, command: str) -> str:
                 lock.enter_context(held(config.output_dir))
                 table = _run(config, command, ranks)
         # All ranks have left the process group, so no rank waits for the upload.
-        uploaded = push_to_hub(config.save, config.output_dir / FINAL) if ranks.is_main else None
-    return table if uploaded is None else f"{table}\n{uploaded}"
+        if config.save.push_to_hub is not None and ranks.is_main:
+            from megakd.run.upload import push_to_hub
+
+            table += f"\n{push_to_hub(config.save, config.output_dir / FINAL)}"
+    return table
 
 
 @contextmanager
@@ -114,7 +116,10 @@ def _checked_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     """Return the inputs of a run after all checks that need no weights; a collective."""
     check_device(config, ranks)
     check_nodes(config)
-    on_main(lambda: check_hub(config.save))
+    if config.save.push_to_hub is not None:
+        from megakd.run.upload import check_hub
+
+        on_main(lambda: check_hub(config.save))
     with phase("data"), doing("reading the data"):
         prepared = prepare(config)
         _check_servers(prepared.config, prepared)

@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megakd.config.run import RunConfig
 from megakd.config.train import total_steps
+from megakd.contract.lab import Pruning
 from megakd.contract.metric import Metric
 from megakd.contract.results import Assistant, ModelReport
 from megakd.contract.stage import Stage, StageResult
@@ -22,9 +23,7 @@ from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs
 from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
-from megakd.models.second_vocabulary import FILE, with_table
 from megakd.models.source import ModelSource
-from megakd.pruning.builder import ModelPruning
 from megakd.run.stage_identity import stage_identity
 from megakd.run.teacher_pool import TeacherPool, model_report
 from megakd.scoring.scores import weighable
@@ -39,6 +38,9 @@ from megakd.training.recipes import completed
 from megakd.training.stage_extra import step_shape
 from megakd.training.stage_folder import may_grow, read_result
 from megakd.training.stage_run import StageRun, stage_checkpoints
+
+if TYPE_CHECKING:
+    from megakd.pruning.builder import ModelPruning
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,9 +66,18 @@ class RunLab(LabBase):
             config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
         )
         self.pool = TeacherPool(self.assembly)
-        self.pruning = ModelPruning(
-            self.assembly, self.results, source=self.source, close=self.close
-        )
+        self._pruning: ModelPruning | None = None
+
+    @property
+    def pruning(self) -> Pruning:
+        """The tools of methods that cut models."""
+        from megakd.pruning.builder import ModelPruning
+
+        if self._pruning is None:
+            self._pruning = ModelPruning(
+                self.assembly, self.results, source=self.source, close=self.close
+            )
+        return self._pruning
 
     def worth(self, metrics: Mapping[str, float]) -> float:
         """Return the main metric of the task, negated if lower values are better."""
@@ -149,6 +160,8 @@ class RunLab(LabBase):
 
     def with_embeddings(self, result: StageResult) -> ModelSource:
         """Return the student with the embeddings that a stage has learned for its vocabulary."""
+        from megakd.models.second_vocabulary import FILE, with_table
+
         student = self._prepared.sources[STUDENT]
         return main_first(lambda: with_table(student, self.config.task, result.folder / FILE))
 
@@ -174,7 +187,9 @@ class RunLab(LabBase):
         if ready.spec.cache is None:
             raise TypeError(f"{name} has no cache")
         self.close()
-        self.assembly.build_cache(ready, ready.spec.cache)
+        from megakd.training.answer_cache import fill_cache
+
+        fill_cache(self.assembly, ready, ready.spec.cache)
         return ready.spec.cache
 
     def _source(self, folder: Path, role: str) -> ModelSource:

@@ -32,7 +32,6 @@ from megakd.engine.memory import (
 from megakd.engine.sharding import is_first_rank
 from megakd.inputs.inputs import vocabulary_report
 from megakd.inputs.precision import TORCH_DTYPE
-from megakd.models.int8 import INT8, write_int8, write_restored
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.process.phases import phase, seconds
@@ -211,6 +210,8 @@ def score_int8(lab: RunLab, student: Path, deepspeed: str | Mapping[str, Any]) -
     """
     folder = lab.config.output_dir / INT8_FOLDER
     restored = folder / "restored"
+
+    from megakd.models.int8 import INT8, write_int8, write_restored
 
     def write() -> int:
         write_int8(student, folder / INT8)

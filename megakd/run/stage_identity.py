@@ -12,7 +12,6 @@ from megakd.data.files import matching_files
 from megakd.errors import MegakdError
 from megakd.inputs.precision import training_dtype
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
-from megakd.training.cached_tokens import kept_facts
 
 if TYPE_CHECKING:
     from megakd.config.rollout import RolloutConfig
@@ -79,6 +78,8 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
         return {**facts, "served": "states" if server.states else server.best_tokens}
     if ready.spec.cache is None:
         return facts
+    from megakd.training.cached_tokens import kept_facts
+
     kept = kept_facts(ready.spec)
     return {**facts, "cached": kept.get("top_k", kept)}
 

@@ -125,7 +125,9 @@ class TeacherPool:
             prepared, ranks = self.assembly.prepared, self.assembly.ranks
             return served_teacher(self._config, prepared, name, ranks)
         if ready.spec.cache is not None:
-            return self.assembly.cached(ready, ready.spec.cache)
+            from megakd.training.answer_cache import open_cache
+
+            return open_cache(self.assembly, ready, ready.spec.cache)
         dtype, spec = self.assembly.teacher_dtype(ready), ready.spec.deepspeed
         teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
         self._ask(teacher, name, stage, needs)

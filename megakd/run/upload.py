@@ -23,8 +23,6 @@ def check_hub(config: SaveConfig) -> None:
     Raises:
         ConfigError: there is no token, the Hub refuses the token, or the Hub cannot be reached.
     """
-    if config.push_to_hub is None:
-        return
     try:
         HfApi().whoami()
     except _FAILURES as error:
@@ -35,8 +33,8 @@ def check_hub(config: SaveConfig) -> None:
         ) from error
 
 
-def push_to_hub(config: SaveConfig, final: Path) -> str | None:
-    """Upload the student and return a status line; return None if the config asks for no upload.
+def push_to_hub(config: SaveConfig, final: Path) -> str:
+    """Upload the student to `save.push_to_hub`, and return a status line.
 
     A finished run does not fail here: after an error, the line says how to repeat the upload.
 
@@ -44,9 +42,7 @@ def push_to_hub(config: SaveConfig, final: Path) -> str | None:
         config: the settings that name the repository.
         final: the student's folder.
     """
-    repository = config.push_to_hub
-    if repository is None:
-        return None
+    repository = cast("str", config.push_to_hub)
     try:
         api = HfApi()
         api.create_repo(repository, private=config.hub_private, exist_ok=True)

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -180,3 +181,16 @@ def _finite(tree: object) -> object:
     if isinstance(tree, list | tuple):
         return [_finite(value) for value in tree]
     return tree
+
+
+def write_tensors(path: Path, state: Any) -> None:
+    """Call `torch.save`, and raise the operating system's own error on failure."""
+    import torch
+
+    try:
+        # Into an open file: if torch opens the file itself, it hides the system's error.
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        system = (link.args for link in chain_of(error) if isinstance(link, OSError))
+        raise OSError(*next(system, (str(error).splitlines()[0],))) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,10 +18,12 @@ from megakd.models.knowledge import (
     Needs,
     language_model_head,
     opened_head,
+    predict,
     read_knowledge,
 )
-from megakd.models.next_tokens import TokenCounts, drawn, most_likely
-from megakd.models.predictions import predict
+
+if TYPE_CHECKING:
+    from megakd.models.next_tokens import TokenCounts
 
 
 class FrozenModel(nn.Module):
@@ -57,8 +59,12 @@ class FrozenModel(nn.Module):
         `numbers` are the random numbers of the draws.
         """
         if top_k is not None:
+            from megakd.models.next_tokens import most_likely
+
             return most_likely(self.model, batch, top_k)
         if numbers is not None:
+            from megakd.models.next_tokens import drawn
+
             return drawn(self.model, batch, numbers)
         if scoring:
             said = predict(self.model, batch, self.kernels)

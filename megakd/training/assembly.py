@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,12 +13,11 @@ from megakd.config.deepspeed import load_ds_config
 from megakd.config.file import config_tree
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
-from megakd.contract.batch import Batch
 from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import STUDENT, Dtype
 from megakd.data.collation import Collator
-from megakd.data.encoding import tokenizer_content, tokens_key
+from megakd.data.encoding import tokens_key
 from megakd.data.masking import task_masking
 from megakd.data.tokenizers import characters_of_tokens
 from megakd.engine.activity import doing
@@ -51,21 +49,13 @@ from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.phases import phase
 from megakd.process.seeding import cpu_seeded
 from megakd.scoring.scorer import Scorer
-from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
-from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
+from megakd.storage.fingerprint import files_identity, flatten
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd.training.cached_tokens import (
-    ask_tokens,
-    bytes_per_token,
-    kept_facts,
-    whole_answers,
-)
 from megakd.training.stage_folder import keeps_last
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from datasets import Dataset
     from transformers import PreTrainedModel
 
 _UNREAD = ("per_device_eval_batch_size", "latency")
@@ -240,77 +230,10 @@ class Assembly:
         kernels = self.config.train.kernels
         return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)
 
-    def cached(self, ready: ReadyTeacher, folder: Path) -> CachedTeacher:
-        """Return a teacher whose answers are read from disk.
-
-        Raises:
-            TeacherError: the answers are damaged, incomplete, or for other inputs.
-        """
-        return CachedTeacher(folder, self._cache_facts(ready), self.ranks)
-
-    def build_cache(self, ready: ReadyTeacher, folder: Path) -> None:
-        """Query a teacher with every training row and cache its answers; a collective.
-
-        Raises:
-            MegakdError: the teacher cannot be used, or the folder holds other answers.
-        """
-        encoded = self.prepared.encoded
-        build_cache(
-            folder,
-            self._cache_facts(ready),
-            encoded.train,
-            ranks=self.ranks,
-            layout=Layout(self._answer_bytes(ready), encoded.tokens_per_row),
-            asking=lambda: self._asking(ready),
-        )
-
-    @contextmanager
-    def _asking(self, ready: ReadyTeacher) -> Iterator[Callable[[Dataset, int], Answers]]:
-        dtype = self.teacher_dtype(ready)
-        model = self.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
-        try:
-            yield lambda rows, first: self._answers(model, ready, rows, first)
-        finally:
-            model.destroy()
-
-    def _answers(
-        self, model: FrozenTeacher, ready: ReadyTeacher, rows: Dataset, first: int
-    ) -> Answers:
-        if self.config.task.type != "causal_lm":
-            return {"logits": self.scorer().outputs(model.predict, rows).float()}
-        length = self.config.task.row_length
-
-        def ask(batch: Batch) -> dict[str, torch.Tensor]:
-            return ask_tokens(model, batch, ready.spec, length=length)
-
-        return whole_answers(self.scorer().answers(ask, rows, first=first), first=first)
-
-    def _answer_bytes(self, ready: ReadyTeacher) -> int:
-        """Return the bytes of one row: fp32 logits, or the tokens of all positions."""
-        task = self.config.task
-        if task.type == "causal_lm":
-            return task.row_length * bytes_per_token(ready.spec)
-        return 4 * max(1, len(self.prepared.splits.label_names))
-
     @cached_property
-    def _texts(self) -> str:
+    def texts_key(self) -> str:
         """A key of the training rows as a teacher reads them; computing it reads all rows."""
         return on_main(lambda: tokens_key(self.prepared.encoded.train))
-
-    def _cache_facts(self, ready: ReadyTeacher) -> Fingerprint:
-        task, prepared = self.config.task, self.prepared
-        facts: dict[str, Any] = {
-            "task": task.type,
-            "labels": list(prepared.splits.label_names),
-            "max_length": task.row_length,
-            "texts": self._texts,
-            "tokenizer": tokenizer_content(prepared.tokenizer),
-            "teacher": self.identity_of(ready.source),
-            "dtype": self.teacher_dtype(ready),
-        }
-        if task.type == "causal_lm":
-            facts |= kept_facts(ready.spec)
-        return flatten(facts)
 
     def scorer(self, train: TrainConfig | None = None) -> Scorer:
         """Return a scorer for any model on a held-out split of this run.

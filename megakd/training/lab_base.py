@@ -24,8 +24,6 @@ class LabBase(ABC):
     config, results, record, pruning: see `contract.lab.Lab`.
     """
 
-    pruning: Pruning
-
     def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
         self.config = config
         self.results: list[StageResult] = []
@@ -83,6 +81,11 @@ class LabBase(ABC):
             return None
         scores = self.pruning.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
         return as_student(self._teachers[self.teacher(role)].source, self.config, scores)
+
+    @property
+    @abstractmethod
+    def pruning(self) -> Pruning:
+        """The tools of methods that cut models."""
 
     def given(self, role: str) -> ModelSource:
         """Return the model that the config gives for a role, before any training."""

@@ -19,7 +19,6 @@ from megakd.training.best_checkpoint import (
     write_best_adapters,
 )
 from megakd.training.stage_folder import consume, write_stage_folder
-from megakd.training.window_state import WindowState
 
 if TYPE_CHECKING:
     from megakd.contract.batch import BatchSource
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from megakd.engine.student import StudentEngine
     from megakd.losses.bundle import StudentBundle
     from megakd.training.assembly import Assembly
+    from megakd.training.window_state import WindowState
 
 
 class StageModel(NamedTuple):
@@ -85,5 +85,7 @@ class StageModel(NamedTuple):
         together(write)
 
     def _window(self, cut: Cut | None) -> WindowState:
+        from megakd.training.window_state import WindowState
+
         strategy, axes = self.stage.strategy, self.bundle.axes
         return WindowState.of(self.student, strategy, self.source, axes=axes, cut=cut)

@@ -36,7 +36,6 @@ from megakd.training.stage_extra import StageParts
 from megakd.training.stage_folder import RESULT, may_grow, result_text
 from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
-from megakd.training.window_state import continue_window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,6 +189,8 @@ class StageRun:
             return self.trainer.step
         self.evaluation.resume_best({})
         if self.first_step:
+            from megakd.training.window_state import continue_window
+
             previous = self._previous()
             self._say(f"{name}: continues from {previous.name} at step {self.first_step}")
             continue_window(previous, self.student, self.stage.strategy, self.source, self.ranks)

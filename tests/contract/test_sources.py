@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from megakd.contract.batch import IGNORE, Batch, Extras, Targets
 from megakd.contract.joined_batches import joined
 from megakd.contract.sources import of_source, on_source, without_source
-from megakd.contract.term_names import source_of, term_name
-from megakd.contract.terms import HardCrossEntropy, HiddenMse, PluginTerm, SoftTargetKl
+from megakd.contract.terms import (
+    HardCrossEntropy,
+    HiddenMse,
+    PluginTerm,
+    SoftTargetKl,
+    source_of,
+    term_name,
+)
 from megakd.contract.unit_counts import count_units, source_counters
 
 BOTH = {**source_counters("rollouts"), **source_counters("data")}

@@ -22,7 +22,7 @@ from megakd.contract.unit_counts import count_units
 from megakd.contract.views import View
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
-from megakd.models.predictions import predict
+from megakd.models.knowledge import predict
 
 CE = HardCrossEntropy(loss="hard_cross_entropy", weight=0.25)
 KL = SoftTargetKl(loss="soft_target_kl", weight=0.75)

@@ -16,7 +16,6 @@ from waiting import no_waiting
 
 import megakd_kernels
 from megakd.contract.batch import IGNORE, Knowledge, LossInputs
-from megakd.contract.term_names import term_name
 from megakd.contract.terms import (
     HardCrossEntropy,
     SoftTargetJsd,
@@ -25,6 +24,7 @@ from megakd.contract.terms import (
     SoftTargetSkewKl,
     SoftTargetSkewReverseKl,
     SoftTargetTvd,
+    term_name,
 )
 from megakd.contract.unit_counts import unit_weights
 

@@ -15,9 +15,8 @@ from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
 from megakd.losses.plugin_losses import logits_of
 from megakd.models.architectures import FAMILIES
-from megakd.models.knowledge import Needs, language_model_head, read_knowledge
+from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
 from megakd.models.next_tokens import most_likely
-from megakd.models.predictions import predict
 from megakd.teachers.frozen import FrozenModel
 
 TERMS = (

@@ -12,10 +12,9 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 from megakd.contract.batch import IGNORE, Batch
 from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
-from megakd.models.knowledge import Needs, language_model_head, read_knowledge
+from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
 from megakd.models.loading import check_model
 from megakd.models.model_folder import write_model_folder
-from megakd.models.predictions import predict
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra"]
 TIES = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -388,7 +388,7 @@ def test_a_picture_that_fails_does_not_spoil_the_run(
     def fail(folder: Path) -> Path:
         raise ArithmeticError(f"no room in {folder.name}")
 
-    monkeypatch.setattr(finished_run, "write_html_report", fail)
+    monkeypatch.setattr("megakd.reports.html.write_html_report", fail)
 
     finished_run._draw(tmp_path / "out")
 

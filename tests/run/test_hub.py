@@ -40,13 +40,6 @@ def api(monkeypatch):
     return made
 
 
-def test_without_the_key_the_hub_is_not_asked(api, tmp_path):
-    upload.check_hub(SaveConfig())
-
-    assert upload.push_to_hub(SaveConfig(), tmp_path) is None
-    assert api.calls == []
-
-
 def test_the_token_is_checked_before_a_run_starts(api):
     upload.check_hub(PRIVATE)
     assert api.calls == [("whoami", {})]
@@ -95,7 +88,7 @@ def happened(api, monkeypatch):
         yield value
         order.append(word)
 
-    def upload(*_):
+    def uploading(*_):
         order.append("uploaded")
         return "uploaded"
 
@@ -105,7 +98,7 @@ def happened(api, monkeypatch):
     monkeypatch.setattr(main, "check_output_folder", lambda _: None)
     monkeypatch.setattr(main, "_run", lambda *_: "table")
     monkeypatch.setattr(main, "finished_table", lambda *_, **__: "table")
-    monkeypatch.setattr(main, "push_to_hub", upload)
+    monkeypatch.setattr(upload, "push_to_hub", uploading)
     return order
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megakd.engine.distributed import Ranks
-from megakd.storage.tensors import write_tensors
+from megakd.storage.atomic import write_tensors
 from megakd.training.checkpoint import Checkpoints, CheckpointState
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

@@ -27,8 +27,7 @@ from checkpoint_store import (
 from megakd.engine import distributed
 from megakd.engine.student import CarefulWriter
 from megakd.errors import CheckpointError
-from megakd.storage.atomic import write_text
-from megakd.storage.tensors import write_tensors
+from megakd.storage.atomic import write_tensors, write_text
 from megakd.training import checkpoint as checkpoint_module
 from megakd.training.checkpoint import Checkpoints
 

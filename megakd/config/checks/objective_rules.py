@@ -9,7 +9,6 @@ from typing import NamedTuple
 from megakd.config.checks.rules import Case, Rule, given, only, problems
 from megakd.config.run import RunConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
-from megakd.contract.term_names import source_of
 from megakd.contract.terms import (
     SOFT_TARGET_DIVERGENCES,
     HardCrossEntropy,
@@ -20,6 +19,7 @@ from megakd.contract.terms import (
     TermConfig,
     compares,
     looks_inside,
+    source_of,
 )
 
 

@@ -9,7 +9,7 @@ from megakd.config.rollout import RolloutConfig, RolloutServerConfig
 from megakd.config.run import RunConfig
 from megakd.contract.options import no_such_teacher
 from megakd.contract.tasks import STUDENT
-from megakd.contract.term_names import source_of
+from megakd.contract.terms import source_of
 
 
 def rollout_problems(config: RunConfig) -> Iterator[str]:

@@ -20,8 +20,16 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.options import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import STUDENT
-from megakd.contract.term_names import term_name
-from megakd.contract.terms import STRICT, Count, Fraction, HiddenMse, Positive, RelationFsp, Weight
+from megakd.contract.terms import (
+    STRICT,
+    Count,
+    Fraction,
+    HiddenMse,
+    Positive,
+    RelationFsp,
+    Weight,
+    term_name,
+)
 from megakd.errors import ConfigError, TeacherError
 from megakd.methods.unused_options import unused
 

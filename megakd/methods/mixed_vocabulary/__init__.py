@@ -178,7 +178,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     def extras(self, parts: Any) -> Sequence[Any]:
         """Return the batches of a stage with a model that reads mixed text."""
-        from megakd.methods.mixed_vocabulary.mixed_batches import BothVocabularies
+        from megakd.methods.mixed_vocabulary.mixed_text import BothVocabularies
 
         return [BothVocabularies(parts)] if parts.stage.mixed else []
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
+from typing_extensions import override
 
 from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, key_of, rows_key
 from megakd.data.collation import Collator, Columns, columns_of
@@ -38,6 +39,8 @@ from megakd.data.tokenizers import VocabularyPair
 from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
 from megakd.methods.mixed_vocabulary.shared_words import ALWAYS_STUDENT, FREE, WordCutter
+from megakd.training.stage_batches import row_batches
+from megakd.training.stage_extra import StageExtra, StageParts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
     from megakd.config.task import TaskConfig
     from megakd.contract.batch import Batch
     from megakd.methods.mixed_vocabulary.shared_words import SharedWords
+
+if TYPE_CHECKING:
+    from megakd.contract.batch import BatchSource
 
 # Any number but 0, which is the domain of the masks.
 _COINS = 0x6D69786564
@@ -376,3 +382,22 @@ def _check_numbers(role: str, tokenizer: PreTrainedTokenizerBase) -> None:
             f"and one of them has the number {highest}; use a tokenizer whose tokens are numbered "
             "without gaps"
         )
+
+
+class BothVocabularies(StageExtra):
+    """The rows that are encoded for both vocabularies, for models that read mixed text."""
+
+    def __init__(self, parts: StageParts) -> None:
+        self._parts = parts
+
+    @override
+    def source(self) -> BatchSource:
+        stage, assembly = self._parts.stage, self._parts.assembly
+        pair, task = assembly.prepared.pair, assembly.config.task
+        encoded = self._parts.own.prepared.encoded._replace(train=assembly.method_rows.rows)
+        others = {
+            role: MixedText(pair, task, probability=reading.probability)
+            for role, reading in stage.mixed.items()
+            if pair is not None
+        }
+        return row_batches(self._parts, encoded, others)
