@@ -112,7 +112,12 @@ MUTATIONS = (
         "parts[1, : len(rows)] = 0",
         "tests/data/test_masking.py tests/data/test_loader.py",
     ),
-    Mutation("megakd/data/loader.py", "index // self.steps_per_epoch", "index", "tests/data"),
+    Mutation(
+        "megakd/data/loader.py",
+        "index // self.steps_per_epoch",
+        "index",
+        "tests/data/test_masking.py",
+    ),
     Mutation(
         "megakd/models/sampling.py",
         "_signed((position + 1) * _GOLDEN)",
@@ -141,7 +146,7 @@ MUTATIONS = (
         "megakd/engine/gradients.py",
         "loss if engine.zero_optimization() else loss * self.scale",
         "loss",
-        "tests/distributed/test_engines.py",
+        "tests/distributed/test_gradients.py",
     ),
     # Files.
     Mutation("megakd/storage/atomic.py", "os.fsync(file.fileno())", "pass", "tests/storage"),

@@ -222,6 +222,16 @@ def test_every_epoch_masks_the_rows_anew():
     assert shown(steps[0]) != shown(steps[1]) != shown(steps[2]) != shown(steps[0])
 
 
+def test_the_masks_of_an_epoch_do_not_depend_on_the_rows_of_a_step():
+    rows = encoded(12)
+
+    def of_epoch(size: int) -> list:
+        steps = [loader(rows, StepShape(size, 1)).step(index) for index in range(12 // size)]
+        return shown(batch for step in steps for batch in step)
+
+    assert of_epoch(2) == of_epoch(3) == of_epoch(12)
+
+
 def test_an_evaluation_has_the_same_masks_every_time_on_any_ranks():
     rows, collate = encoded(11), Collator(tokenizer(), task())
 
