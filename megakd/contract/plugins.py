@@ -129,8 +129,7 @@ class FromPackage:
         """Return the schema with which pydantic validates and serializes the value."""
         del source, handler
         return core_schema.no_info_plain_validator_function(
-            self.validated,
-            serialization=core_schema.plain_serializer_function_ser_schema(_as_json),
+            self.validated, serialization=core_schema.plain_serializer_function_ser_schema(_as_json)
         )
 
 

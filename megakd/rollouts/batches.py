@@ -212,11 +212,7 @@ class RolloutSource:
         own = [
             (step, Rollout(row, prompt, completion, request.version, seed))
             for (step, row), prompt, completion, seed in zip(
-                self._mine(request.wanted),
-                request.prompts,
-                completions,
-                request.seeds,
-                strict=True,
+                self._mine(request.wanted), request.prompts, completions, request.seeds, strict=True
             )
         ]
         parts, world = gather(own), self._rows.layout.shape.world

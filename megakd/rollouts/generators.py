@@ -42,11 +42,7 @@ class LocalGenerator:
     """
 
     def __init__(
-        self,
-        engine: StudentEngine | FrozenTeacher,
-        *,
-        tokens: TextTokens,
-        rows_at_once: int,
+        self, engine: StudentEngine | FrozenTeacher, *, tokens: TextTokens, rows_at_once: int
     ) -> None:
         self._engine = engine
         self._tokens = tokens

@@ -16,10 +16,7 @@ from megakd.engine import distributed
 from megakd.engine.activity import doing, told
 from megakd.engine.collectives import agree, on_main, reports_lost_peer
 from megakd.engine.distributed import Ranks, warn_of_missing_variables
-from megakd.engine.memory import (
-    earlier_objects_left_alone,
-    keep_freed_memory,
-)
+from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.engine.nodes import check_nodes
 from megakd.errors import CheckpointError
 from megakd.inputs.inputs import RunInputs, prepare
@@ -162,9 +159,7 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
     on_main(lambda: check_trackers(services))
     trackers = make_trackers(services, config.output_dir, config_tree(config))
     reporter = Reporter(
-        config.output_dir,
-        is_main=ranks.is_main,
-        trackers=trackers if ranks.is_main else (),
+        config.output_dir, is_main=ranks.is_main, trackers=trackers if ranks.is_main else ()
     )
     on_main(reporter.check)
     return reporter

@@ -200,11 +200,7 @@ class RunLab(LabBase):
 
     @doing("scoring a finished model")
     def score(
-        self,
-        source: ModelSource,
-        deepspeed: str | Mapping[str, Any],
-        *,
-        look: Look | None = None,
+        self, source: ModelSource, deepspeed: str | Mapping[str, Any], *, look: Look | None = None
     ) -> ModelReport:
         """Return the size and metrics of a finished model on the held-out rows; a collective.
 

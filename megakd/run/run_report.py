@@ -25,10 +25,7 @@ from megakd.contract.tasks import STUDENT
 from megakd.data.loader import lengths_of_rows
 from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
-from megakd.engine.memory import (
-    forget_models,
-    free_memory_bytes,
-)
+from megakd.engine.memory import forget_models, free_memory_bytes
 from megakd.engine.sharding import is_first_rank
 from megakd.inputs.inputs import vocabulary_report
 from megakd.inputs.precision import TORCH_DTYPE
@@ -63,11 +60,7 @@ def _teachers(lab: RunLab, sampler: Sampler, sets: SetScores) -> dict[str, Model
     return reports
 
 
-def report_of(
-    lab: RunLab,
-    student: StageResult,
-    baselines: Mapping[str, StageResult],
-) -> Report:
+def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
     """Score the finished models, measure their latency, and return the report; a collective."""
     config, prepared, ranks = lab.config, lab.assembly.prepared, lab.assembly.ranks
     out = config.output_dir

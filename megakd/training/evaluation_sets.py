@@ -42,9 +42,7 @@ class SetScores:
     _metrics: dict[str, dict[str, Mapping[str, float]]] = field(default_factory=dict)
 
     def scoring(
-        self,
-        model: str,
-        and_then: Callable[[FrozenTeacher], None] | None,
+        self, model: str, and_then: Callable[[FrozenTeacher], None] | None
     ) -> Callable[[FrozenTeacher], None]:
         """Return a function that scores a loaded model and then calls `and_then`.
 

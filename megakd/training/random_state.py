@@ -12,11 +12,7 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """Return the state of all random generators of this rank, as plain values."""
-    state = {
-        "python": random.getstate(),
-        "numpy": _numpy_state(),
-        "torch": torch.get_rng_state(),
-    }
+    state = {"python": random.getstate(), "numpy": _numpy_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

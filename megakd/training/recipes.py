@@ -29,9 +29,7 @@ def finetuning_stage(config: RunConfig, name: str) -> Stage | None:
     if config.teacher_specs[name].finetune is None:
         return None
     return Stage(
-        name=f"{name}-finetune",
-        learners={name: 1.0},
-        objective=label_terms(config, smoothed=False),
+        name=f"{name}-finetune", learners={name: 1.0}, objective=label_terms(config, smoothed=False)
     )
 
 

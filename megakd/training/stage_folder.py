@@ -61,11 +61,7 @@ def consume(models: Mapping[str, Learned], window: WindowState | None) -> None:
 
 
 def write_stage_folder(
-    folder: Path,
-    models: Mapping[str, Learned],
-    *,
-    extra: Extra,
-    window: WindowState | None = None,
+    folder: Path, models: Mapping[str, Learned], *, extra: Extra, window: WindowState | None = None
 ) -> None:
     """Write the models of a stage completely or not at all; call on the rank that writes.
 

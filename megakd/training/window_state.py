@@ -113,11 +113,7 @@ def _cut(
 
 
 def continue_window(
-    folder: Path,
-    student: StudentEngine,
-    strategy: Strategy,
-    batches: BatchSource,
-    ranks: Ranks,
+    folder: Path, student: StudentEngine, strategy: Strategy, batches: BatchSource, ranks: Ranks
 ) -> None:
     """Load the state that the previous window of a run has written; a collective.
 
@@ -144,10 +140,7 @@ def continue_window(
     stored, reader = check_weight_files(folder / FOLDER, where), WeightReader(where)
     rest = torch.load(folder / FOLDER / REST, weights_only=True)
     values = student.optimizer_state
-    values.load(
-        lambda kind, name: reader.read(stored[f"{kind}/{name}"]),
-        steps=rest["steps"],
-    )
+    values.load(lambda kind, name: reader.read(stored[f"{kind}/{name}"]), steps=rest["steps"])
     shards: dict[str, dict[str, Tensor]] = {}
     for key in sorted(stored):
         kind, _, name = key.partition("/")
