@@ -48,8 +48,6 @@ REPORT = "report.json"
 CONFIG = "config.yaml"
 FINAL = "final"
 RUN = "run.json"
-
-
 _FREE = (
     "resume_from_checkpoint",
     "per_device_eval_batch_size",
@@ -69,10 +67,8 @@ def is_finished(config: RunConfig) -> bool:
     """Return true if the output folder holds the finished run of this config; read only the config.
 
     A run is not finished if the config asks for more steps than the run in the folder took, for
-    int8 weights that the run did not write, or for other times of the models.
-
-    Raises:
-        CheckpointError: the folder holds another config's finished run.
+    int8 weights that the run did not write, or for other times of the models. The finished run of
+    another config is an error.
     """
     if not (config.output_dir / REPORT).is_file() or config.train.resume_from_checkpoint is False:
         return False
@@ -91,11 +87,11 @@ def is_finished(config: RunConfig) -> bool:
             f"{config.output_dir}; to train its student further, set student.model="
             f"{config.output_dir / FINAL} and another output_dir"
         )
-    return timed[0] == timed[1] and (not config.save.int8 or _has_int8(config.output_dir))
+    has_int8 = flatten(_config_there(config.output_dir / CONFIG)).get("save.int8") is True
+    return timed[0] == timed[1] and (not config.save.int8 or has_int8)
 
 
 def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
-    """Return the stored config and this config, reduced to the keys that results depend on."""
     trees = (_config_there(config.output_dir / CONFIG), config_tree(config))
     there, here = ({k: v for k, v in flatten(t).items() if not _is_free(k)} for t in trees)
     for fields in (there, here):
@@ -105,17 +101,12 @@ def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
 
 
 def _config_there(path: Path) -> Any:
-    """Return the config that a run was started with, with all keys of this version."""
     if not path.is_file():
         return {}
     try:
         return config_tree(load_config(path))
     except ConfigError:  # from a version with other keys: the file is shown unchanged
         return parse_yaml(path.read_text(encoding="utf-8", errors="replace"), source=str(path))
-
-
-def _has_int8(out: Path) -> bool:
-    return flatten(_config_there(out / CONFIG)).get("save.int8") is True
 
 
 def _is_free(key: str) -> bool:
@@ -125,14 +116,7 @@ def _is_free(key: str) -> bool:
 def finished_table(config: RunConfig, *, command: str) -> str:
     """Verify a finished run and return its result table; a collective.
 
-    A `final/` that was removed is copied again from its stage.
-
-    Args:
-        config: the config of the run.
-        command: the command as typed, for the model card of a `final/` that is copied again.
-
-    Raises:
-        CheckpointError: the data or a model has changed since, or a file is damaged.
+    A `final/` that was removed is copied again from its stage; the card names the `command`.
     """
     out = config.output_dir
     record = on_main(lambda: _record_there(out))
@@ -167,7 +151,6 @@ def run_inputs(config: RunConfig, found: UnencodedInputs) -> Fingerprint:
 
 
 def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
-    """Raise if the inputs of a run have changed; warn if inputs are no longer on this machine."""
     try:
         found = unencoded_inputs(config)
         here = on_main(lambda: run_inputs(config, found))
@@ -191,11 +174,8 @@ def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
 
 
 def _not_here(config: RunConfig, error: MegakdError) -> list[str]:
-    """Return the keys whose model or data is no longer here, and therefore led to an error.
-
-    A name that may be the Hub's counts only if the error is about the Hub: every name of the Hub
-    is without a path on this machine.
-    """
+    # Of the keys whose model or data is no longer on this machine. A name that may be the Hub's
+    # counts only if the error is about the Hub: such a name has no path here.
     task = config.task
     specs = {f"{config.key_of(n)}.model": spec.model for n, spec in config.teacher_specs.items()}
     specs |= {"student.model": config.student.model, "task.tokenizer": task.tokenizer}
@@ -212,7 +192,6 @@ def _not_here(config: RunConfig, error: MegakdError) -> list[str]:
 
 
 def _record_there(out: Path) -> dict[str, Any] | None:
-    """Read run.json; return None for a run of a version that did not write the file."""
     path = out / RUN
     if not path.is_file():
         logger.warning(
@@ -247,7 +226,6 @@ def _check_final_there(out: Path) -> None:
 
 
 def _missing_of_final(out: Path, record: Mapping[str, Any]) -> list[str]:
-    """Check that `final/` is this run's student, and return the names of the missing files."""
     final = out / FINAL
     atomic.recover(final)
     missing = [name for name in record["final"] if not (final / name).is_file()]
@@ -270,15 +248,7 @@ def publish(
 ) -> str:
     """Write final/, run.json and then report.json, which marks the run as finished.
 
-    Args:
-        config: the config of the run.
-        student: the folder of the stage that becomes `final/`.
-        report: the report of the run.
-        inputs: see `run_inputs`.
-        command: the command as typed, for the model card.
-
-    Returns:
-        The result table.
+    Return the result table. `student`: the folder of the stage that becomes `final/`.
     """
     out = config.output_dir
     _write_final(config, student, report, command)
@@ -286,14 +256,9 @@ def publish(
     # not finished, and the next start publishes again.
     (out / REPORT).unlink(missing_ok=True)
     own = {name: entry for name, entry in entries(out / FINAL).items() if name != CARD}
-    record = {
-        "student": student.name,
-        "final": own,
-        "report": checksum_of(report),
-        "inputs": inputs,
-    }
+    record = {"student": student.name, "final": own, "report": checksum_of(report)}
     atomic.write_text(out / CONFIG, dump_config(config))
-    write_signed(out / RUN, record)
+    write_signed(out / RUN, record | {"inputs": inputs})
     write_next_config(config, out / FINAL)
     write_report(out / REPORT, report)
     _draw(out)
@@ -301,7 +266,6 @@ def publish(
 
 
 def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -> None:
-    """Copy a stage's model to `final/` with its card; keep the files of the user."""
     from megakd.reports.card import model_card
 
     final, remedy = config.output_dir / FINAL, remake(stage)
@@ -357,16 +321,9 @@ def _draw(output_dir: Path) -> None:
 
 
 def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
-    """Copy a finished stage's model to a folder of its own.
+    """Copy a finished stage's model to a new folder `to`; None: the stage of `final/`.
 
-    Args:
-        config: the config of the run; with `save.int8`, the int8 weights are written too.
-        stage: the stage's name; None takes the stage that became `final/`.
-        to: a folder that does not exist.
-
-    Raises:
-        CheckpointError: the stage has not finished or is damaged, or the folder exists.
-        ConfigError: the folder cannot be written to.
+    With `save.int8`, the int8 weights are written too.
     """
     from megakd.training.window_state import files_of_window
 
@@ -409,7 +366,7 @@ def _finished_stages(stages: Path) -> str:
 
 
 def _with_model(stages: Path) -> list[str]:
-    """Return the finished stages that give a model; others, such as a scoring, give only scores."""
+    # Others, such as a scoring, give only scores.
     finished = (path.parent for path in stages.glob(f"*/{RESULT}"))
     return sorted(folder.name for folder in finished if (folder / "config.json").is_file())
 
@@ -418,10 +375,6 @@ def write_next_config(config: RunConfig, final: Path) -> None:
     """Write finetune.yaml beside `final/` if the student is a masked language model.
 
     An existing file is left alone, because it belongs to the user.
-
-    Args:
-        config: the config of the run.
-        final: the folder of the student.
     """
     path = config.output_dir / FINETUNE
     if config.task.type == "mlm" and not path.exists():

@@ -88,12 +88,7 @@ def process_start(pid: int) -> str | None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold an output folder on rank 0 while the body runs; a collective.
-
-    Raises:
-        InUseError: another run holds the folder, on all ranks alike.
-        ConfigError: a node does not see the folder, on all ranks alike.
-    """
+    """Hold an output folder on rank 0 while the body runs; a collective, also in its errors."""
     lock: FolderLock | None = None
 
     def take() -> Holder:
@@ -112,7 +107,6 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _check_shared(path: Path, holder: Holder) -> None:
-    """Check that every rank sees the lock of rank 0, as it must see checkpoints and results."""
     blind = ""
     for look in range(round(DEAD_AFTER_S / LOOK_EVERY_S)):
         place = f"{path.absolute()} on {node_name()}"
@@ -132,9 +126,7 @@ def _check_shared(path: Path, holder: Holder) -> None:
 class FolderLock:
     """The lock of one folder, for one process.
 
-    Args:
-        folder: the folder.
-        lost: called, in a thread, if another run takes the lock while this holder is alive.
+    `lost` is called, in a thread, if another run takes the lock while this holder is alive.
     """
 
     def __init__(self, folder: Path, lost: Callable[[Path], None] | None = None) -> None:
@@ -146,12 +138,7 @@ class FolderLock:
         self._thread = threading.Thread(target=self._give_signs, name="lock", daemon=True)
 
     def take(self) -> None:
-        """Take the lock of the folder.
-
-        Raises:
-            InUseError: another run holds the folder.
-            CheckpointError: the folder cannot be written to.
-        """
+        """Take the lock of the folder; raise InUseError if another run holds the folder."""
         try:
             self._is_new = not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +149,6 @@ class FolderLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Release the folder for other runs."""
         self._released.set()
         self._thread.join()
         if read_holder(self.path) == self.holder:
@@ -277,7 +263,7 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def _changed_at(path: Path) -> int | None:
-    """Return the time of the last change; network storage reports it only for an open file."""
+    # Network storage reports the time of the last change only for an open file.
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns

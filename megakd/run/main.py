@@ -41,15 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, *, command: str) -> str:
-    """Run everything that the config asks for and return the result table.
-
-    Args:
-        config: the config of the run.
-        command: the command as typed, for the model card.
-
-    Raises:
-        MegakdError: the input is invalid or the run cannot continue, on all ranks alike.
-    """
+    """Run everything that the config asks for and return the result table; `command` as typed."""
     finished = is_finished(config)
     if not finished:
         check_output_folder(config)
@@ -110,7 +102,6 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
 
 
 def _checked_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
-    """Return the inputs of a run after all checks that need no weights; a collective."""
     check_device(config, ranks)
     check_nodes(config)
     if config.save.push_to_hub is not None:
@@ -135,13 +126,10 @@ def _check_servers(config: RunConfig, prepared: RunInputs) -> None:
 
 
 def _record(config: RunConfig, prepared: RunInputs) -> Fingerprint:
-    """Write config.yaml of a new run, and return the facts of its inputs.
-
-    A file that exists is replaced when the run has finished. Therefore a start that is refused
-    because of another config changes nothing.
-    """
     inputs = run_inputs(config, prepared)
     users_files(config.output_dir / FINAL)
+    # A file that exists is replaced when the run has finished: a start that is refused because of
+    # another config changes nothing.
     path = config.output_dir / CONFIG
     if not path.exists():
         atomic.write_text(path, dump_config(config))
@@ -149,12 +137,7 @@ def _record(config: RunConfig, prepared: RunInputs) -> Fingerprint:
 
 
 def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
-    """Return the reporter that logs a run; a collective.
-
-    Raises:
-        MegakdError: the library of a service in `log.report_to` is not installed, or the path of
-            the log is used by something else.
-    """
+    """Return the reporter that logs a run; a collective."""
     services = config.log.report_to
     on_main(lambda: check_trackers(services))
     trackers = make_trackers(services, config.output_dir, config_tree(config))
@@ -166,12 +149,7 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
 
 
 def check_output_folder(config: RunConfig) -> None:
-    """Refuse to overwrite a run or to resume from a checkpoint path that does not exist.
-
-    Raises:
-        CheckpointError: the folder holds a run that may not be resumed, or the path is wrong.
-        ConfigError: the folder cannot be written to.
-    """
+    """Refuse to overwrite a run or to resume from a checkpoint path that does not exist."""
     out, resume = config.output_dir, config.train.resume_from_checkpoint
     if resume is False and any((out / name).exists() for name in (CONFIG, "checkpoints", "stages")):
         raise CheckpointError(
@@ -187,11 +165,7 @@ def check_output_folder(config: RunConfig) -> None:
 
 
 def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001
-    """Refuse a checkpoint path that does not exist.
-
-    Raises:
-        CheckpointError: the path does not exist.
-    """
+    """Refuse a checkpoint path that does not exist."""
     if isinstance(path, str) and not Path(path).is_dir():
         raise CheckpointError(
             f"{where}: {path} does not exist; give a folder such as "

@@ -48,13 +48,10 @@ Look = Callable[[FrozenTeacher], None]
 
 
 class RunLab(LabBase):
-    """Runner of the stages of one run config; each stage runs once.
+    """Runner of the stages of one run config; each stage runs once. See `contract.lab.Lab`.
 
-    config: the run.
     assembly: the parts that the engines of all stages are built from.
     pool: the frozen teachers of all stages.
-    results: the stages that have finished, in order.
-    record: the additional results of a method for the report.
     """
 
     def __init__(
@@ -80,39 +77,24 @@ class RunLab(LabBase):
         return self._pruning
 
     def worth(self, metrics: Mapping[str, float]) -> float:
-        """Return the main metric of the task, negated if lower values are better."""
         metric = self._prepared.metric
         return metric.of(metrics) if metric.higher_is_better else -metric.of(metrics)
 
     def dev_score(self, name: str) -> float:
-        """Return the worth of a teacher on the validation split; measured once."""
-
-        def measure() -> Mapping[str, float]:
-            return self.pool.score(name)
-
         facts = self.assembly.frozen_facts(self._teachers[name])
-        return self.worth(measured_once(self.assembly, f"{name}-scored", facts, measure).metrics)
+        scored = measured_once(
+            self.assembly, f"{name}-scored", facts, lambda: self.pool.score(name)
+        )
+        return self.worth(scored.metrics)
 
     def metric(self, name: str | None) -> Metric:
-        """Return a metric that can be weighed against sparsity; None: the main metric of the task.
-
-        Raises:
-            ConfigError: the task has no such metric, or the metric is not a score between 0 and 1.
-        """
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
     def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
-        """Make a stage's model a teacher, and list it in the report."""
         self.record.assistants.append(Assistant(result.name, sparsity, result.folder))
         return self.as_teacher(result, like=like)
 
     def train(self, stage: Stage) -> StageResult:
-        """Run a stage, or return its result if it has already finished; a collective.
-
-        Raises:
-            MegakdError: the input is invalid, a loss is not finite, or a checkpoint belongs to
-                another config.
-        """
         ranks, device = self._ranks.world_size, self._ranks.device.type
         stage = completed(stage, self.config, ranks=ranks, device=device)
         if stage.start is None and stage.role == STUDENT:
@@ -143,30 +125,25 @@ class RunLab(LabBase):
                 return run.run(folder)
 
     def close(self) -> None:
-        """Close the teachers that the last stage has left open."""
         self.pool.close()
 
     def rows_of_teachers(self) -> dict[str, int]:
-        """Return the number of training rows that name each teacher of the config."""
         counts = rows_of_teachers(self._prepared.splits.train)
         return {name: counts[name] for name in self.config.teacher_specs}
 
     def steps_of_student(self) -> int:
-        """Return the number of optimiser steps that `train` asks for if all rows are used."""
         shape = step_shape(self.config.train, self._ranks)
         return total_steps(
             self.config.train, shape.steps_per_epoch(len(self._prepared.encoded.train))
         )
 
     def with_embeddings(self, result: StageResult) -> ModelSource:
-        """Return the student with the embeddings that a stage has learned for its vocabulary."""
         from megakd.models.second_vocabulary import FILE, with_table
 
         student = self._prepared.sources[STUDENT]
         return main_first(lambda: with_table(student, self.config.task, result.folder / FILE))
 
     def probe(self, stage: str) -> StageProbe | None:
-        """Return the probe of a stage, for strategies that measure."""
         return StageProbe(
             scorer=self.assembly.scorer(),
             rows=self._prepared.encoded.validation,
@@ -174,15 +151,10 @@ class RunLab(LabBase):
         )
 
     def made_by(self, result: StageResult, name: str, read: Callable[[str], T]) -> T | None:
-        """Read a file that the strategy of a stage has written into the stage's folder."""
         return main_first(lambda: read(str(result.folder / name)))
 
     def cache(self, name: str) -> Path:
-        """Cache a teacher's answers to the training rows in the configured folder; a collective.
-
-        Raises:
-            MegakdError: the folder holds other answers, or the teacher cannot be used.
-        """
+        """Cache a teacher's answers to the training rows in the configured folder; a collective."""
         ready = self._teachers[name]
         if ready.spec.cache is None:
             raise TypeError(f"{name} has no cache")
@@ -204,10 +176,7 @@ class RunLab(LabBase):
     ) -> ModelReport:
         """Return the size and metrics of a finished model on the held-out rows; a collective.
 
-        Args:
-            source: the model, which has the student's tokenizer.
-            deepspeed: the DeepSpeed config that defines the sharding.
-            look: called with the model while it is loaded, on all ranks.
+        The model has the student's tokenizer; `look` is called with it while it is loaded.
         """
         self.close()
         dtype = self.assembly.scoring_dtype()

@@ -49,7 +49,6 @@ INT8_FOLDER = ".int8"
 
 
 def _teachers(lab: RunLab, sampler: Sampler, sets: SetScores) -> dict[str, ModelReport]:
-    """Return size and metrics of every teacher; add its answers and its metrics on the sets."""
     reports = {}
     for name in lab.pool.folders:
         measured = lab.pool.measured(name)
@@ -142,7 +141,6 @@ def _stage_entry(result: StageResult) -> Any:
 def _latency(
     lab: RunLab, students: Mapping[str, Path], device: torch.device
 ) -> list[LatencyReport]:
-    """Time all models side by side on rank 0, if all of them fit into the device's memory."""
     config = lab.config
     if config.eval.latency is False:
         return []
@@ -176,7 +174,6 @@ def _latency(
 
 
 def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
-    """Return the times of the largest teacher and the student at the smallest batch size."""
     forwards = [entry for entry in latency if "generated" not in entry]
     batch = min((entry["batch"] for entry in forwards), default=0)
     of = {entry["model"]: entry for entry in forwards if entry["batch"] == batch}
@@ -192,14 +189,6 @@ def score_int8(lab: RunLab, student: Path, deepspeed: str | Mapping[str, Any]) -
     """Return the size and the metrics of a student's int8 weights; a collective.
 
     The weights are restored to fp32 in a temporary folder, and scored as the student is scored.
-
-    Args:
-        lab: the lab of the run.
-        student: the model folder of the student in full precision.
-        deepspeed: see `RunLab.score`.
-
-    Raises:
-        MegakdError: a weight is not finite, or the disk is full.
     """
     folder = lab.config.output_dir / INT8_FOLDER
     restored = folder / "restored"

@@ -25,9 +25,7 @@ _PLAIN = (str, int, float, bool, type(None))
 def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     """Return everything that a stage's weights depend on, except for the number of ranks.
 
-    Args:
-        stage: the stage with all options set, see `recipes.completed`.
-        assembly: the assembly of the run, in which the stage's teachers are ready.
+    The stage is complete, see `recipes.completed`, and its teachers are ready.
     """
     config, where = assembly.config, f"{assembly.config.key_of(stage.role)}.deepspeed"
     tree: dict[str, Any] = {
@@ -96,10 +94,9 @@ def _rollouts(rollouts: RolloutConfig) -> Mapping[str, Any]:
 
 
 def _training(train: TrainConfig, device: str) -> Mapping[str, Any]:
-    """Return the training options that must not change in a run; all kernels compute the same."""
     bf16 = training_dtype(train, device) == "bf16"
     tree = asdict(train) | {"resume_from_checkpoint": None, "bf16": bf16}
-    del tree["kernels"], tree["collective_timeout"]
+    del tree["kernels"], tree["collective_timeout"]  # all kernels compute the same
     return tree
 
 
@@ -109,9 +106,6 @@ def facts_of(value: Any) -> Mapping[str, Any]:
     A class states its facts by a `facts` property, or by being a dataclass of plain values itself.
     The attributes of a plain subclass would not count, and a changed option would reuse the result
     of another option.
-
-    Raises:
-        MegakdError: the class states no facts, or a fact is not a plain value.
     """
     kind = type(value).__name__
     if hasattr(value, "facts"):

@@ -55,11 +55,7 @@ class Measured(NamedTuple):
 
 
 class TeacherPool:
-    """The frozen teachers of a run: their engines, and what the report says of them.
-
-    Args:
-        assembly: the assembly of the run, which knows the teachers that are ready.
-    """
+    """The frozen teachers of a run: their engines, and what the report says of them."""
 
     def __init__(self, assembly: Assembly) -> None:
         self.assembly, self._config = assembly, assembly.config
@@ -93,7 +89,6 @@ class TeacherPool:
                 teacher.destroy()
 
     def _asked(self, name: str, stage: Stage) -> Opened:
-        """Return a teacher of a stage; one that the last stage has asked is still open."""
         if name in self._open:
             _, teacher = self._open[name]
             self._ask(teacher, name, stage, self._needs(stage))
@@ -106,11 +101,7 @@ class TeacherPool:
         return teacher
 
     def open(self, name: str, stage: Stage) -> Opened:
-        """Return a teacher that gives the outputs that the losses of a stage read; a collective.
-
-        Raises:
-            MegakdError: the teacher cannot be used, or a cache or a server lacks these outputs.
-        """
+        """Return a teacher that gives the outputs that the losses of a stage read; a collective."""
         ready = self.assembly.teachers[name]
         needs = self._needs(stage)
         part = "server" if ready.spec.cache is None else "cache"
@@ -151,7 +142,6 @@ class TeacherPool:
         teacher.ask_for(needs, per_call=per_call)
 
     def _measure_opened(self, name: str, teacher: Opened) -> None:
-        """Measure a teacher of the config before the student is built, when memory is free."""
         if name not in self._config.teacher_specs or not isinstance(teacher, FrozenTeacher):
             return
         if self._read_once(name) is None:
@@ -191,10 +181,7 @@ class TeacherPool:
 
     @property
     def folders(self) -> dict[str, Path | None]:
-        """The folders with the weights of the configured teachers that a method has asked for.
-
-        Served teachers are left out, because their weights are not loaded.
-        """
+        """The folders of the configured teachers that a method asked for, without served ones."""
         ready, specs = self.assembly.teachers, self._config.teacher_specs.items()
         names = [name for name, spec in specs if name in ready and spec.server is None]
         return {name: ready[name].source.folder for name in names}
@@ -235,12 +222,7 @@ class TeacherPool:
 
 
 def model_report(own: Assembly, model: FrozenTeacher) -> ModelReport:
-    """Return size and metrics of a loaded model on the held-out rows; a collective.
-
-    Args:
-        own: the assembly with the tokenizer of the model.
-        model: the model.
-    """
+    """Return size and metrics of a loaded model on the held-out rows; a collective."""
     scored = own.scorer().scored(model.predict, own.prepared.encoded.held_out)
     counts = parameter_counts(named_shapes(model.model))
     report: ModelReport = {
@@ -254,7 +236,6 @@ def model_report(own: Assembly, model: FrozenTeacher) -> ModelReport:
 
 
 def _read(path: Path, facts: Fingerprint) -> Measured | None:
-    """Read a measurement; None if there is none, or if it is damaged or of other inputs."""
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if record["facts"] != as_read_back(facts):

@@ -18,11 +18,7 @@ _FAILURES = cast("tuple[type[Exception], ...]", (ValueError, *HfHubHTTPError.__b
 
 
 def check_hub(config: SaveConfig) -> None:
-    """Check, before a run starts, that the Hub knows the token of `save.push_to_hub`.
-
-    Raises:
-        ConfigError: there is no token, the Hub refuses the token, or the Hub cannot be reached.
-    """
+    """Check, before a run starts, that the Hub knows the token of `save.push_to_hub`."""
     try:
         HfApi().whoami()
     except _FAILURES as error:
@@ -37,10 +33,6 @@ def push_to_hub(config: SaveConfig, final: Path) -> str:
     """Upload the student to `save.push_to_hub`, and return a status line.
 
     A finished run does not fail here: after an error, the line says how to repeat the upload.
-
-    Args:
-        config: the settings that name the repository.
-        final: the student's folder.
     """
     repository = cast("str", config.push_to_hub)
     try:

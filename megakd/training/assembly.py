@@ -65,13 +65,7 @@ _UNREAD = ("per_device_eval_batch_size", "latency")
 def learning_models(
     stage: Stage, sources: Mapping[str, ModelSource], teachers: Mapping[str, ReadyTeacher]
 ) -> dict[str, ModelSource]:
-    """Return the models that learn in a stage, by role; the first is the stage's result.
-
-    Args:
-        stage: the stage.
-        sources: the models of the config by role.
-        teachers: the teachers that are ready; they replace the models of the config.
-    """
+    """Return the models that learn in a stage, by role; ready `teachers` replace `sources`."""
     ready = {name: teacher.source for name, teacher in teachers.items()}
     return learners_of(stage, {**sources, **ready})
 
@@ -94,7 +88,6 @@ class Assembly:
         return self if own is self.prepared else replace(self, prepared=own)
 
     def identity_of(self, source: ModelSource) -> Mapping[str, Any]:
-        """Return a model's identity, independent of its folder; random weights depend on a seed."""
         return model_identity(source, seed=self.config.seed)
 
     @property
@@ -128,11 +121,9 @@ class Assembly:
         return {"model": self.identity_of(ready.source), "dtype": self.teacher_dtype(ready)}
 
     def stage_folder(self, name: str) -> Path:
-        """Return the folder of a finished stage."""
         return self.config.output_dir / "stages" / name
 
     def learners(self, stage: Stage) -> dict[str, ModelSource]:
-        """Return the models that learn in a stage, by role; the first is the stage's result."""
         return learning_models(stage, self.prepared.sources, self.teachers)
 
     def losses(self, stage: Stage) -> StageLosses:
@@ -149,11 +140,7 @@ class Assembly:
     @phase("models")
     @doing("loading a model")
     def student(self, stage: Stage) -> tuple[StudentEngine, StudentBundle]:
-        """Return the engine of the models that learn in this stage, and the bundle in the engine.
-
-        Raises:
-            MegakdError: a model or the DeepSpeed config cannot be used.
-        """
+        """Return the engine of the models that learn in this stage, and the bundle in it."""
         losses = self.losses(stage)
         losses.check()  # before anything is loaded
         ds = load_ds_config(stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed")
@@ -205,11 +192,6 @@ class Assembly:
     def frozen(
         self, source: ModelSource, spec: str | Mapping[str, Any], *, dtype: Dtype, needs: Needs
     ) -> FrozenTeacher:
-        """Return a frozen model, in its own engine.
-
-        Raises:
-            MegakdError: the model or its DeepSpeed config cannot be used.
-        """
         ds = load_ds_config(spec, where="teacher.deepspeed")
         module = self.frozen_module(source, ds, dtype=dtype, needs=needs)
         rows = self.config.train.per_device_train_batch_size
@@ -218,11 +200,7 @@ class Assembly:
     def frozen_module(
         self, source: ModelSource, ds: Mapping[str, Any], *, dtype: Dtype, needs: Needs
     ) -> FrozenModel:
-        """Load a model for an engine without an optimizer; `ds` is the config of that engine.
-
-        Raises:
-            MegakdError: the model cannot be used.
-        """
+        """Load a model for an engine without an optimizer; `ds` is the config of that engine."""
         check_dtype(dtype, self.ranks, "teacher.dtype")
         check_kernels(self.config.train.kernels, self.ranks, "train")
         model = self._load(source, ds, dtype, need_head=True)
@@ -236,11 +214,7 @@ class Assembly:
         return on_main(lambda: tokens_key(self.prepared.encoded.train))
 
     def scorer(self, train: TrainConfig | None = None) -> Scorer:
-        """Return a scorer for any model on a held-out split of this run.
-
-        Args:
-            train: the settings of the stage that is evaluated; None: outside the stages.
-        """
+        """Return a scorer on held-out rows; `train`: the settings of the evaluated stage."""
         return Scorer(
             metrics=self.prepared.metrics,
             collate=Collator(self.prepared.tokenizer, self.config.task),
@@ -257,11 +231,9 @@ class Assembly:
         return characters_of_tokens(self.prepared.tokenizer)
 
     def scoring_dtype(self) -> Dtype:
-        """Return the dtype in which finished models are scored."""
         return scoring_dtype(self.config.train, self.ranks.device.type)
 
     def teacher_dtype(self, ready: ReadyTeacher) -> Dtype:
-        """Return the dtype of a frozen model's weights."""
         return frozen_dtype(ready.spec, ready.source.stored_dtype, self.ranks.device.type)
 
     def _load(
@@ -291,11 +263,8 @@ def second_sizes(
 ) -> dict[str, SecondSize]:
     """Return the second vocabularies that the learners of a stage get, by role.
 
-    Args:
-        stage: the stage.
-        student: the student, whose table a narrow table is as wide as.
-        pieces: size of the student's vocabulary.
-        offset: size of the vocabulary of the learners that read mixed text.
+    pieces: size of the student's vocabulary. offset: size of the vocabulary before it in mixed
+        text. A narrow table is as wide as the student's.
     """
     narrow = student.architecture.embedding_width(student.config)
     return {

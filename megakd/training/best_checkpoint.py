@@ -42,11 +42,8 @@ class BestCheckpoint:
     def resume(self, step: int, best_step: int | None) -> None:
         """Take over the stored best weights; remove them if the run resumes before their step.
 
-        Damaged weights are set aside: shared storage may show their files later.
-
-        Args:
-            step: the step that the run resumes from.
-            best_step: the step of the best evaluation until then, as recorded in the checkpoint.
+        Damaged weights are set aside: shared storage may show their files later. `best_step` is the
+        step of the best evaluation, as recorded in the checkpoint of `step`.
         """
 
         def read() -> Mapping[str, Any] | None:
@@ -72,10 +69,7 @@ class BestCheckpoint:
     def consider(self, step: int, score: float, evaluation: Mapping[str, Any]) -> bool:
         """Keep the learner's weights if no earlier evaluation was as good; a collective.
 
-        Args:
-            step: the step of the evaluation.
-            score: higher is better; a tie keeps the earlier weights, and NaN never wins.
-            evaluation: the record that is stored beside the weights.
+        A higher score is better, a tie keeps the earlier weights, and NaN never wins.
         """
         if math.isnan(score) or (self.score is not None and not score > self.score):
             return False
@@ -124,10 +118,7 @@ class ReturnedWeights(NamedTuple):
 class BestCheckpoints:
     """The best evaluation of a stage, and the best evaluation of each view that its judge requests.
 
-    Args:
-        folder: the folder of the stage's checkpoints; gets `best/` and `best-<view>/`.
-        write: see `BestCheckpoint.write`.
-        views: the views that the judge may request.
+    The folders `best/` and `best-<view>/` lie beside the stage's checkpoints.
     """
 
     def __init__(
@@ -142,7 +133,6 @@ class BestCheckpoints:
         }
 
     def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
-        """Keep the learner's weights if no earlier evaluation was as good; a collective."""
         evaluation = Evaluation(scores, verdict.view, verdict.cut)
         self.all.consider(step, verdict.score, evaluation.record())
         for view, score in verdict.own.items():
@@ -153,12 +143,7 @@ class BestCheckpoints:
         return {name: best.step for name, best in self._named()}
 
     def resume(self, step: int, steps: Mapping[str, int | None]) -> None:
-        """Take over the stored best weights; remove the weights later than `step`; a collective.
-
-        Args:
-            step: the step that the run resumes from.
-            steps: the steps recorded in the checkpoint.
-        """
+        """Take over the best weights of `steps`, none later than `step`; a collective."""
         for name, best in self._named():
             best.resume(step, steps.get(name))
 
@@ -181,11 +166,7 @@ class BestCheckpoints:
 def write_best_adapters(folder: Path, model: Any, extra: Mapping[str, str | bytes]) -> bool:
     """Write the adapters of a model with small files, whole or not at all; a collective.
 
-    Returns:
-        False if the model has no adapters; nothing is written.
-
-    Raises:
-        MegakdError: the disk is full; the old folder is unchanged.
+    Return False, and write nothing, if the model has no adapters.
     """
     if adapter_config(model) is None:
         return False
@@ -195,11 +176,7 @@ def write_best_adapters(folder: Path, model: Any, extra: Mapping[str, str | byte
 
 
 def adapters_put_back(model: Any, best: Path) -> bool:
-    """Put the adapters of the best evaluation back into a model; a collective.
-
-    Returns:
-        False if the model has no adapters, and is therefore unchanged.
-    """
+    """Put the best adapters back into a model; False if it has none; a collective."""
     if adapter_config(model) is None:
         return False
     load_adapters(model, best)

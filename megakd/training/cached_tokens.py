@@ -49,15 +49,9 @@ def ask_tokens(
 ) -> dict[str, Tensor]:
     """Return what a cache keeps of a teacher's answers to a micro-batch with row numbers.
 
-    Args:
-        model: the teacher.
-        batch: the micro-batch.
-        spec: the teacher's section of the config.
-        length: positions of every row of the cache; positions after the batch have negative ids.
-
     Returns:
-        `ids` [B, length, k] int32 with `logprobs` fp16 or `counts` uint8, and `broken` [B] bool:
-        whether a row has an answer that is not finite, see `whole_answers`.
+        `ids` [B, length, k] int32, negative after the batch's positions, with `logprobs` fp16 or
+        `counts` uint8, and `broken` [B] bool: whether an answer is not finite, see `whole_answers`.
     """
     if spec.cache_draws is None:
         ids, logprobs = model.top_k(batch, spec.cache_top_k)
@@ -72,11 +66,7 @@ def ask_tokens(
 
 
 def whole_answers(answers: Mapping[str, Tensor], *, first: int) -> dict[str, Tensor]:
-    """Return answers of `ask_tokens` to many rows, without `broken`.
-
-    Args:
-        answers: the answers, the same on every rank.
-        first: number of the first row.
+    """Return answers of `ask_tokens` to the rows from `first` on, without `broken`.
 
     Raises:
         TeacherError: a row has an answer that is not finite.
@@ -92,7 +82,6 @@ def whole_answers(answers: Mapping[str, Tensor], *, first: int) -> dict[str, Ten
 
 
 def _numbers(batch: Batch, draws: int, seed: int) -> Tensor:
-    """Return the random numbers [B, T, n] of draws, a function of (seed, row, position)."""
     if batch.rows is None:
         raise TypeError("draws depend on the numbers of the rows, and this batch has none")
     size, length = batch.valid.shape

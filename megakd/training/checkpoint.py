@@ -85,9 +85,6 @@ class Checkpoints:
             step: the number of optimiser steps taken.
             write_engine: writes the engine's shards into (folder, tag); returns this rank's files.
             states: everything else that a resumed stage needs, by name.
-
-        Raises:
-            CheckpointError: the checkpoint could not be written; earlier checkpoints are untouched.
         """
         partial = self.folder / f"{_PREFIX}{step}{_PARTIAL}"
         common, own = (
@@ -191,11 +188,7 @@ class Checkpoints:
         return next((c for c in self._newest_first() if c.is_dir()), None)
 
     def to_resume(self, wanted: bool | str) -> Path | None:  # noqa: FBT001 - a value of the config
-        """Return the verified checkpoint that `resume_from_checkpoint` asks for, if there is one.
-
-        Raises:
-            CheckpointError: the checkpoint may not be used, or there should be none.
-        """
+        """Return the verified checkpoint that `resume_from_checkpoint` asks for, or None."""
         checkpoint = self.given(Path(wanted)) if isinstance(wanted, str) else None
         checkpoint = checkpoint or self.newest_good()
         if checkpoint is not None and wanted is False:
@@ -208,9 +201,7 @@ class Checkpoints:
     def newest_good(self) -> Path | None:
         """Return the newest undamaged checkpoint of this run; None if the stage has none yet.
 
-        Raises:
-            CheckpointError: the checkpoint belongs to another config or another number of ranks,
-                or every checkpoint is damaged: shared storage may show a file late.
+        If every checkpoint is damaged, shared storage may show files late: that is an error.
         """
         damages: dict[Path, str] = {}
         for candidate in agree(self._newest_first()):
@@ -285,11 +276,7 @@ class Checkpoints:
         set_random_state(mine["random"])
 
     def given(self, checkpoint: Path) -> Path | None:
-        """Verify a checkpoint that the user named; return None if it belongs to another stage.
-
-        Raises:
-            CheckpointError: the checkpoint is damaged or belongs to another run.
-        """
+        """Verify a checkpoint that the user named; return None if it belongs to another stage."""
         if together(lambda: self._stage_of(checkpoint)) != self.folder.name:
             return None
         damage = self.damage(checkpoint)
@@ -311,10 +298,8 @@ class Checkpoints:
 def synced_entries(folder: Path, written: Sequence[Path]) -> dict[str, Any]:
     """Force files to the disk; return the entries of the files of all ranks; a collective.
 
-    Args:
-        folder: the folder of the files. It is not listed, because on shared storage a rank may not
-            see the files of another rank yet.
-        written: the files that this rank has written, which no other rank can sync.
+    Each rank syncs the files that it has `written`. The folder is not listed: on shared storage a
+    rank may not see the files of another rank yet.
     """
 
     def read_back() -> dict[str, dict[str, Any]]:
@@ -342,13 +327,9 @@ def oldest_step(folder: Path) -> int:
 
 
 def check_plain(state: Any, key: str = "state") -> None:
-    """Raise if a state holds an object of a class: its pickle would name the file of the class.
+    """Raise TypeError if a state holds an object of a class, because a pickle names its file.
 
-    A checkpoint of plain values can be read by every later version, even if the code of a strategy
-    has moved.
-
-    Raises:
-        TypeError: a value is neither a tensor nor a number, string, list, tuple or mapping.
+    Every later version reads plain values, even if the code of a strategy has moved.
     """
     if type(state) in (list, tuple):
         for index, value in enumerate(state):
@@ -365,8 +346,7 @@ def check_plain(state: Any, key: str = "state") -> None:
 
 
 def _read_plain(path: Path, device: torch.device) -> dict[str, Any]:
-    """Load a file of values that `check_plain` has accepted; those of any GPU to `device`."""
-
+    # Values that `check_plain` has accepted; those of any GPU go to `device`.
     def place(storage: Any, at: str) -> Any:
         return storage if at == "cpu" else storage.to(device=device)
 

@@ -24,12 +24,7 @@ def row_count(rows: Dataset) -> int:
 
 
 def set_metrics(own: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:
-    """Return the metrics of a loaded model on each set, by name; a collective.
-
-    Args:
-        own: the assembly with the tokenizer of the model.
-        loaded: the model.
-    """
+    """Return the metrics of a loaded model, with its tokenizer in `own`, by set; a collective."""
     sets = own.prepared.encoded.evaluation_sets
     return {name: own.scorer().score(loaded.predict, rows) for name, rows in sets.items()}
 
@@ -44,12 +39,7 @@ class SetScores:
     def scoring(
         self, model: str, and_then: Callable[[FrozenTeacher], None] | None
     ) -> Callable[[FrozenTeacher], None]:
-        """Return a function that scores a loaded model and then calls `and_then`.
-
-        Args:
-            model: name of the model in the report, which has the student's tokenizer.
-            and_then: called with the loaded model; None: nothing.
-        """
+        """Return a function that scores a loaded model under a name, and then calls `and_then`."""
 
         def score(loaded: FrozenTeacher) -> None:
             self.add(model, set_metrics(self.assembly, loaded))
@@ -59,12 +49,10 @@ class SetScores:
         return score
 
     def add(self, model: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        """Add the metrics of a model on each set."""
         for name, measured in metrics.items():
             self._metrics.setdefault(name, {})[model] = measured
 
     def report(self) -> dict[str, EvaluationSetReport]:
-        """Return the scores in the format of report.json."""
         return {
             name: {"rows": row_count(rows), "metrics": self._metrics.get(name, {})}
             for name, rows in self.assembly.prepared.splits.evaluation_sets.items()

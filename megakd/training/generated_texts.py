@@ -35,15 +35,7 @@ ROLLOUTS = "rollouts"
 
 
 class Rollouts(StageExtra):
-    """Batches in which generated texts replace rows.
-
-    Args:
-        parts: the parts of a stage with `rollouts`.
-
-    Raises:
-        MegakdError: texts cannot be written, a file of `rollout.files` cannot be read, or a server
-            of `rollout.server` is not there.
-    """
+    """Batches in which generated texts replace rows."""
 
     def __init__(self, parts: StageParts) -> None:
         self._parts, self._generator = parts, generator_of(parts)
@@ -75,11 +67,7 @@ class Rollouts(StageExtra):
 
 
 def generator_of(parts: StageParts) -> Generator:
-    """Return the generator of a stage's texts; a collective.
-
-    Raises:
-        MegakdError: see `Rollouts`.
-    """
+    """Return the generator of a stage's texts: files, a server, or the weights of a model."""
     rollouts, own, assembly = parts.stage.rollouts, parts.own, parts.assembly
     if rollouts.files is not None:
         return FileGenerator(matching_files(rollouts.files, "rollout.files"))
@@ -93,11 +81,7 @@ def generator_of(parts: StageParts) -> Generator:
 
 
 class Texts(StageExtra):
-    """The evaluation of the student on generated texts.
-
-    Raises:
-        MegakdError: the held-out rows have no prompts, or a package is missing.
-    """
+    """The evaluation of the student on generated texts."""
 
     def __init__(self, parts: StageParts, generation: GenerationConfig) -> None:
         own, config = parts.own, parts.assembly.config

@@ -19,10 +19,7 @@ from megakd.training.recipes import finetuning_stage
 
 
 class LabBase(ABC):
-    """The part of a lab that follows from the configs of the run and of its models.
-
-    config, results, record, pruning: see `contract.lab.Lab`.
-    """
+    """The part of a lab that follows from the configs of the run and of its models; see `Lab`."""
 
     def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
         self.config = config
@@ -32,27 +29,22 @@ class LabBase(ABC):
         self._teachers: dict[str, ReadyTeacher] = {}
 
     @abstractmethod
-    def train(self, stage: Stage) -> StageResult:
-        """Run or record a stage."""
+    def train(self, stage: Stage) -> StageResult: ...
 
     @abstractmethod
-    def with_embeddings(self, result: StageResult) -> ModelSource:
-        """Return the student with the embeddings that a stage has learned for its vocabulary."""
+    def with_embeddings(self, result: StageResult) -> ModelSource: ...
 
     @abstractmethod
     def _source(self, folder: Path, role: str) -> ModelSource:
         """Return the model that a stage wrote; messages name the config's section of `role`."""
 
     def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """Return the loss on labels that fits the task."""
         return hard_terms(self.config.task.type, weight)
 
     def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """Return the loss on the teacher's outputs that fits the task."""
         return soft_terms(self.config.task.type, weight)
 
     def teacher(self, name: str | None = None) -> str:
-        """Return a teacher's name, by default `teacher`, after fine-tuning it if configured."""
         name = name or TEACHER
         if name not in self._teachers:
             stage = finetuning_stage(self.config, name)
@@ -63,12 +55,6 @@ class LabBase(ABC):
         return name
 
     def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
-        """Make a stage's model a teacher under the stage's name, and return the name.
-
-        Args:
-            result: the result of the stage.
-            like: the configured teacher whose engine and dtype are used.
-        """
         # A cache holds the answers of the configured teacher, not those of another model.
         spec = dataclasses.replace(self.config.teacher_specs[like], cache=None)
         self._teachers[result.name] = ReadyTeacher(self._source(result.folder, like), spec)
@@ -88,13 +74,10 @@ class LabBase(ABC):
         """The tools of methods that cut models."""
 
     def given(self, role: str) -> ModelSource:
-        """Return the model that the config gives for a role, before any training."""
         return self._sources[role]
 
     def source(self, folder: Path) -> ModelSource:
-        """Return the model in the folder of a finished stage."""
         return self._source(folder, STUDENT)
 
     def model(self, teacher: str) -> ModelSource:
-        """Return the model of a teacher that is ready."""
         return self._teachers[teacher].source

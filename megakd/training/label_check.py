@@ -56,7 +56,6 @@ class LabelFit:
 
     @property
     def is_good(self) -> bool:
-        """True if the order can be trusted."""
         return self.better is None and self.score >= self.chance + self.margin
 
 
@@ -97,7 +96,6 @@ def _balanced(counts: NDArray[Any], order: NDArray[Any]) -> float:
 
 
 def _clearly_better(counts: NDArray[Any], given: NDArray[Any]) -> NDArray[Any] | None:
-    """Return the order with the most correct rows, if it is clearly better than the given order."""
     from scipy.optimize import linear_sum_assignment
 
     _, order = linear_sum_assignment(counts, maximize=True)
@@ -108,17 +106,7 @@ def _clearly_better(counts: NDArray[Any], given: NDArray[Any]) -> NDArray[Any] |
 
 
 def require_fit(fit: LabelFit, source: ModelSource, names: Sequence[str], *, remedy: str) -> None:
-    """Log a good fit; raise on any other fit.
-
-    Args:
-        fit: the fit of the model's outputs.
-        source: the model.
-        names: the data's labels in their order.
-        remedy: the option that accepts the order unchanged.
-
-    Raises:
-        TeacherError: the fit is not good; names both lists, the score and the order that fits.
-    """
+    """Log a good fit; raise TeacherError on another. `remedy`: the option that accepts it."""
     both = _both(source, names)
     scored = (
         f"balanced accuracy {fit.score:.3f} on {fit.rows} labelled rows, where chance is "
@@ -156,47 +144,21 @@ def check_label_orders(assembly: Assembly) -> None:
     """Check every teacher of the config that has generic labels and no fine-tuning; a collective.
 
     A check costs one evaluation on the validation split. Its result is kept below `stages/`.
-
-    Raises:
-        TeacherError: the labels of a teacher do not seem to be in the data's order.
     """
-    config = assembly.config
-    for name, spec in config.teacher_specs.items():
-        ready = ReadyTeacher(assembly.prepared.sources[name], spec)
-        if spec.finetune is None:
-            remedy = f"set {config.key_of(name)}.label_order to data"
-            is_accepted = spec.label_order == "data"
-            check_label_order(assembly, ready, name, is_accepted=is_accepted, remedy=remedy)
+    names = assembly.prepared.splits.label_names
+    for name, spec in assembly.config.teacher_specs.items():
+        source = assembly.prepared.sources[name]
+        if spec.finetune is not None or source.folder is None or not needs_check(source, names):
+            continue
+        if spec.label_order == "data":
+            tell_order(source, names)
+        else:
+            _check_once(assembly, ReadyTeacher(source, spec), name)
 
 
-def check_label_order(
-    assembly: Assembly, ready: ReadyTeacher, name: str | None, *, is_accepted: bool, remedy: str
-) -> None:
-    """Check one model on the validation split; a collective.
-
-    Args:
-        assembly: the assembly of the run.
-        ready: the model.
-        name: the name of the folder that keeps the result; None keeps nothing.
-        is_accepted: the user states that the labels are in the data's order.
-        remedy: the option with which the user can state this.
-
-    Raises:
-        TeacherError: see `require_fit`.
-    """
+def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str) -> None:
     names, source = assembly.prepared.splits.label_names, ready.source
-    if not names or source.folder is None or not needs_check(source, names):
-        return
-    if is_accepted:
-        tell_order(source, names)
-    elif name is None:
-        require_fit(_measured(assembly, ready), source, names, remedy=remedy)
-    else:
-        _check_once(assembly, ready, name, remedy=remedy)
-
-
-def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str, *, remedy: str) -> None:
-    names, source = assembly.prepared.splits.label_names, ready.source
+    remedy = f"set {assembly.config.key_of(name)}.label_order to data"
 
     def measure() -> Mapping[str, float]:
         fit = _measured(assembly, ready)
@@ -211,7 +173,7 @@ def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str, *, remedy: s
 
 
 def needs_check(source: ModelSource, names: Sequence[str]) -> bool:
-    """Return true if a model's labels are generic and the data's labels are names."""
+    """Return true if a model's labels are generic and the data has labels, which are names."""
     own = generic_labels(source.config)
     return own is not None and not all(name.isdecimal() or name in own for name in names)
 

@@ -53,7 +53,6 @@ class TrainMeter:
         self._began = time.perf_counter()
 
     def begin(self) -> None:
-        """Start the clock."""
         self._began = time.perf_counter()
         self._since, self._window_before = self._began - self._window_before, 0.0
 
@@ -142,14 +141,7 @@ class TrainMeter:
         self._warned = bool(empty)
 
     def check_finite(self, newest: Callable[[], Path | None]) -> None:
-        """Raise at a loss or gradient that is NaN or infinite; a collective.
-
-        Args:
-            newest: finds the last good checkpoint; called, on rank 0, only if the run stops.
-
-        Raises:
-            TrainingError: names the first such step and the last good checkpoint.
-        """
+        """Raise TrainingError at a loss or gradient that is not finite; a collective."""
         first = self._trainer.meter.first_bad_step
         if first is None:
             return
@@ -164,7 +156,7 @@ class TrainMeter:
             )
 
     def _remedy(self) -> str:
-        """Return advice for the user; a teacher with NaN outputs is named before anything else."""
+        # A teacher with NaN outputs is named before anything else.
         failed = failed_teachers(self._trainer.teachers, self._ranks.device)
         if failed:
             return (
@@ -182,7 +174,6 @@ class TrainMeter:
         return self._elapsed_before + time.perf_counter() - self._began
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the totals so far."""
         return {
             "tokens": self._total_tokens,
             "seconds": self._total_seconds,
@@ -190,7 +181,6 @@ class TrainMeter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the totals that `state_dict` returned."""
         self._total_tokens, self._total_seconds = state["tokens"], state["seconds"]
         self._elapsed_before = state["elapsed"]
 
@@ -206,7 +196,6 @@ class TrainMeter:
         }
 
     def load_window_state(self, state: Mapping[str, Any]) -> None:
-        """Load the values of `window_state` on this rank; `begin` then continues its clock."""
         device = self._ranks.device
         self._parts = {name: value.to(device) for name, value in state["parts"].items()}
         self._counts = dict(state["counts"])

@@ -21,16 +21,10 @@ def once(
     facts: Mapping[str, Any],
     make: Callable[[Path, Fingerprint], None],
 ) -> StageResult:
-    """Return the result of an untrained stage; make the folder if it does not exist; a collective.
+    """Return the result of an untrained stage; make its folder if it does not exist; a collective.
 
-    Args:
-        assembly: the assembly of the run.
-        name: the name of the folder in `stages/`.
-        facts: what the result depends on, in addition to the conditions of the run.
-        make: writes the folder with a result of the given fingerprint.
-
-    Raises:
-        CheckpointError: the folder is damaged, or holds the result of another config.
+    facts: what the result depends on, in addition to the conditions of the run.
+    make: writes the folder with a result of the given fingerprint.
     """
     folder = assembly.stage_folder(name)
     fingerprint = flatten({**assembly.conditions, **facts})

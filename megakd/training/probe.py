@@ -31,10 +31,9 @@ BEGINNING = "beginning"
 
 @dataclass(frozen=True)
 class StageProbe:
-    """Sums over ranks, the loss on held-out rows, and the initial state of the student.
+    """A `HeldOutProbe`: sums over ranks, the loss on held-out rows, and the initial student.
 
-    scorer: the scorer of the run. rows: the rows that the loss is measured on.
-    folder: the folder that stores the initial state of the student.
+    folder: stores the initial state of the student.
     """
 
     scorer: Scorer
@@ -42,19 +41,15 @@ class StageProbe:
     folder: Path
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks, in place."""
         return all_reduce_(tensor)
 
     def agree(self, value: T) -> T:
-        """Return the value of rank 0 on every rank."""
         return agree(value)
 
     def loss(self, student: StudentEngine) -> float:
-        """Return cross-entropy or squared error on the rows, the same on every rank."""
         return self.scorer.loss(student.predict, self.rows)
 
     def remember(self, student: StudentEngine) -> None:
-        """Save the student, its optimizer included, whole or not at all."""
         partial = self.folder / f"{BEGINNING}.partial"
         on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
         files = synced_entries(partial, student.save(self.folder, partial.name))
@@ -66,15 +61,9 @@ class StageProbe:
         partial.rename(self.folder / BEGINNING)
 
     def reset(self, student: StudentEngine) -> None:
-        """Restore the saved student without a new engine."""
         student.load(self.folder, BEGINNING)
 
     def check_remembered(self) -> None:
-        """Check that there is a saved student.
-
-        Raises:
-            CheckpointError: there is none, or it is damaged.
-        """
         on_main(self._check_folder)
 
     def _check_folder(self) -> None:
@@ -89,10 +78,7 @@ class StageProbe:
 
 
 class Beginning(StageExtra):
-    """The initial student of a stage, which a start from another run's checkpoint takes over.
-
-    folder: the folder of the stage's own checkpoints.
-    """
+    """The initial student of a stage, which a start from another run's checkpoint takes over."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -46,19 +46,13 @@ SHOWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """The length of a stage.
-
-    step: optimiser steps that were done before this start.
-    total_steps: the optimiser steps of the stage.
-    steps_per_epoch: the optimiser steps of one pass over the rows.
-    """
+    """The length of a stage in optimiser steps: done before this start, in total, and per epoch."""
 
     step: int
     total_steps: int
     steps_per_epoch: int
 
     def epoch(self, step: int) -> float:
-        """Return the number of passes over the rows that are completed after a step."""
         return round(step / self.steps_per_epoch, 4)
 
 
@@ -78,7 +72,6 @@ class Progress:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Show the latest numbers."""
         shown = _shown(scalars)
         if self._bar is None:
             total, epoch = self._extent.total_steps, self._extent.epoch(step)
@@ -96,7 +89,6 @@ class Progress:
         return (time.perf_counter() - self._began) / done * (self._extent.total_steps - step)
 
     def close(self) -> None:
-        """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -108,7 +100,7 @@ def _bar(stage: str, step: int, total_steps: int) -> tqdm:
 
 
 def _shown(scalars: Mapping[str, float]) -> list[str]:
-    """Return the numbers of a short line; metrics.jsonl has all numbers, also those of views."""
+    # metrics.jsonl has all numbers, also those of views.
     training = [f"{name} {_short(k, scalars[k])}" for k, name in SHOWN.items() if k in scalars]
     return training + [
         f"{key} {value:.4g}"
@@ -144,17 +136,12 @@ class Reporter:
         self._progress: Progress | None = None
 
     def check(self) -> None:
-        """Check that metrics.jsonl can be written, before any long work.
-
-        Raises:
-            MegakdError: the run could not log its first number.
-        """
+        """Raise MegakdError if metrics.jsonl cannot be written, before any long work."""
         with _reports_unusable(self._path):
             if self._is_main and self._path.exists():
                 self._path.open("ab").close()
 
     def begin(self, stage: str, extent: Extent) -> None:
-        """Start or resume a stage."""
         self._end_progress()
         self.resume(stage, extent.step)
         self._extents[stage] = extent
@@ -244,7 +231,6 @@ def _whole_lines(path: Path) -> Iterator[str]:
 
 
 def _watch(stage: str, lines: Sequence[str]) -> TextWatch:
-    """Return the watch over the texts of a stage with the values of an earlier start."""
     watch = TextWatch(stage)
     for record in map(json.loads, lines):
         if record.get("stage") == stage:

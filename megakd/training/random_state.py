@@ -37,11 +37,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 def seed_everything(seed: int, rank: int, first_step: int = 0) -> None:
     """Seed a stage's random generators; only torch's, which dropout uses, differs between ranks.
 
-    Args:
-        seed: the seed of the run.
-        rank: the rank of this process.
-        first_step: the first step of the stage's window, which must not repeat the random numbers
-            of the previous window.
+    `first_step` of a window, so that it does not repeat the random numbers of the one before.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 
 def finetuning_stage(config: RunConfig, name: str) -> Stage | None:
-    """Return the stage that fine-tunes a teacher; None if the config does not ask for it.
-
-    Args:
-        config: the config of the run.
-        name: the name of the teacher.
-    """
+    """Return the stage that fine-tunes a teacher; None if the config does not ask for it."""
     if config.teacher_specs[name].finetune is None:
         return None
     return Stage(
@@ -36,10 +31,8 @@ def finetuning_stage(config: RunConfig, name: str) -> Stage | None:
 def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig, ...]:
     """Return the loss on labels alone, with the options that the objective gives to this term.
 
-    Args:
-        config: the config of the run.
-        smoothed: keep the label smoothing. Teachers are trained without: the outputs of a smoothed
-            teacher say less about the similarity of labels (Mueller et al. 2019).
+    Teachers are trained without smoothing: the outputs of a smoothed teacher say less about the
+    similarity of labels (Mueller et al. 2019).
     """
     given = [t for t in config.objective or () if isinstance(t, HardCrossEntropy)]
     if not given:
@@ -77,11 +70,8 @@ def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
 
 
 def _alone(lab: Lab, student: StageResult) -> Stage:
-    """Return the stage that trains the student on labels alone, by `alone` if set, else by `train`.
-
-    A student that was cut out of its teacher has no weights of its own at the start, so its shape
-    starts from random weights. A student made of layers of a model starts from these layers again.
-    """
+    # A student that was cut out of its teacher has no weights of its own at the start, so its shape
+    # starts from random weights. One made of layers of a model starts from these layers again.
     config = lab.config
     is_cut = config.student.model == FROM_TEACHER and config.student.layers is None
     return Stage(

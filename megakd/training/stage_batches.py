@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 
 def extras_of(parts: StageParts) -> list[StageExtra]:
-    """Return the features that a stage and the config of its run ask for; a collective.
-
-    Raises:
-        MegakdError: a feature cannot work with the rows, the models or the servers of the run.
-    """
+    """Return the features that a stage and the config of its run ask for; a collective."""
     stage, generation = parts.stage, parts.assembly.config.eval.generation
     extras: list[StageExtra] = [Beginning(parts.checkpoints)]
     if stage.rollouts is not None:
@@ -44,11 +40,7 @@ def extras_of(parts: StageParts) -> list[StageExtra]:
 
 
 def stage_batches(parts: StageParts, extras: Sequence[StageExtra]) -> BatchSource:
-    """Return the batches of a stage, for this rank; a collective.
-
-    Raises:
-        MegakdError: there are no rows, or a stream has no number of steps.
-    """
+    """Return the batches of a stage, for this rank; a collective."""
     sources = (extra.source() for extra in extras)
     source = next((made for made in sources if made is not None), None)
     source = source or row_batches(parts, parts.own.prepared.encoded)

@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 class StageEvaluation:
     """Scores the held-out rows while a stage runs, and remembers what the stage returns.
 
-    Args:
-        model: the models that learn in the stage.
-        trainer: the loop of the stage, with its teachers.
-        folder: the folder of the stage's checkpoints; the best weights lie beside them.
-        extras: features that add scores.
+    folder: the folder of the stage's checkpoints; the best weights lie beside them.
     """
 
     def __init__(
@@ -75,12 +71,10 @@ class StageEvaluation:
         }
 
     def resume_best(self, steps: Mapping[str, int | None]) -> None:
-        """Take over the best weights up to the step of the loop; see `BestCheckpoints.resume`."""
         self._best.resume(self._trainer.step, steps)
 
     @property
     def _keeps_best(self) -> bool:
-        """True if the stage returns the best evaluation instead of the last step."""
         if self._stage.goes_on:
             return False
         wanted = self._eval.keep_best
@@ -133,14 +127,7 @@ class StageEvaluation:
 
 
 class HeldOutLosses:
-    """Means of the loss terms by view; a micro-batch asks every teacher and runs every view once.
-
-    Args:
-        trainer: the loop of the stage, with its student and teachers.
-        bundle: the module of the student's engine.
-        plan: the passes of a step.
-        views: the views of the first learner that are measured, or `WHOLE` alone.
-    """
+    """Means of the loss terms by view; a micro-batch asks each teacher and runs each view once."""
 
     def __init__(
         self,
@@ -173,8 +160,7 @@ class HeldOutLosses:
     def means(self) -> dict[str, dict[str, float]]:
         """Return the mean of every term over its own unit, by view; a collective.
 
-        A term that is limited to a source (`on`) is left out if the rows have no text of this
-        source.
+        A term limited to a source (`on`) is left out if the rows have no text of this source.
         """
         units, (*sums, count) = self._bundle.objective.units, all_reduce_(self._sums)
         known = [
@@ -213,7 +199,6 @@ class EarlyStopping:
 
     @property
     def stopped(self) -> bool:
-        """True if the stage must end."""
         return self.patience is not None and self.misses >= self.patience
 
     def extend(self) -> None:
@@ -222,9 +207,7 @@ class EarlyStopping:
             self.misses = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed stage needs."""
         return {"best": self.best, "misses": self.misses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state that `state_dict` returned."""
         self.best, self.misses = state["best"], state["misses"]

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 class StageParts(NamedTuple):
-    """What the extras of a stage are made from.
-
-    models: the engines of the stage: `student`, and the frozen teachers by name.
-    """
+    """What the extras of a stage are made from; `models`: `student`, and frozen teachers."""
 
     stage: Stage
     assembly: Assembly

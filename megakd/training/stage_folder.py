@@ -42,11 +42,7 @@ LENGTHS = tuple(
 
 
 def files_of_others(names: Iterable[str]) -> list[str]:
-    """Return the files of the models that learned beside a stage's own model.
-
-    Args:
-        names: the files of a stage's folder.
-    """
+    """Return, of the files of a stage's folder, those of the models that learned beside its own."""
     known = list(names)
     roles = {name.removesuffix(f"/{CHECKSUMS}") for name in known if name.endswith(f"/{CHECKSUMS}")}
     return [name for name in known if name.partition("/")[0] in roles]
@@ -65,15 +61,10 @@ def write_stage_folder(
 ) -> None:
     """Write the models of a stage completely or not at all; call on the rank that writes.
 
-    Args:
-        folder: replaced as a whole after everything is written and synced.
-        models: the models by role; the first is written into `folder` itself. All states are
-            consumed even if writing fails.
-        extra: small files that belong to `folder`, see `write_model_folder`.
-        window: the training state, if the next window of the run continues.
-
-    Raises:
-        MegakdError: the disk is full; the old folder is unchanged.
+    models: by role; the first is written into `folder` itself. All states are consumed even if
+        writing fails.
+    extra: small files that belong to `folder`.
+    window: the training state, if the next window of the run continues.
     """
     (first, *_), others = models.values(), list(models.items())[1:]
     try:
@@ -105,14 +96,10 @@ def read_result(
 ) -> StageResult | None:
     """Return a finished stage's result; None if the stage has steps to take; a collective.
 
-    Args:
-        folder: the folder of the stage.
-        fingerprint: what the result depends on.
-        may_grow: whether a result of fewer steps may be continued, see `longer`.
+    With `may_grow`, a result of fewer steps may be continued, see `is_longer`.
 
     Raises:
-        CheckpointError: the folder is damaged, or holds the result of another config; the message
-            names the differing fields.
+        CheckpointError: the folder is damaged, or holds the result of another config.
     """
     # Only rank 0 reads: on a network disk, other ranks may not see the files yet.
     found = on_main(lambda: _result_there(folder))

@@ -53,7 +53,6 @@ class StageModel(NamedTuple):
             on_main(lambda: copy_finished(best, folder, changes=record, remedy=remedy))
 
     def write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """Write the weights of the best evaluation, with its record."""
         text = atomic.json_text(record, indent=2)
         if not write_best_adapters(folder, self.bundle.student, {RECORD: text}):
             self._write(folder, {RECORD: text}, Evaluation.read(record["evaluation"]))
@@ -66,7 +65,6 @@ class StageModel(NamedTuple):
         *,
         goes_on: bool = False,
     ) -> None:
-        """Write the learners, the first cut as an evaluation says."""
         stage, first, *beside = self.stage, *self.bundle.learners
         view = stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))

@@ -44,10 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class StageRun:
-    """One stage, from its engines to its finished model folder.
-
-    The constructor builds the engines, and `close` frees them.
-    """
+    """One stage, from its engines, which the constructor builds, to its finished model folder."""
 
     def __init__(
         self,
@@ -87,7 +84,7 @@ class StageRun:
         self.states = self._states()
 
     def _states(self) -> dict[str, CheckpointState]:
-        """Return everything that a checkpoint keeps beside the engine, in the order of loading."""
+        # In the order of loading.
         trainer, source, health = self.trainer, self.source, self.health
         strategy = self.stage.strategy
 
@@ -107,11 +104,7 @@ class StageRun:
         return self.stop_vote.sum_counts(count_units(batches, self.bundle.counters))
 
     def run(self, folder: Path) -> StageResult:
-        """Train the remaining steps and write the model folder; a collective.
-
-        Raises:
-            MegakdError: the loss is not finite, or a checkpoint cannot be read or written.
-        """
+        """Train the remaining steps and write the model folder; a collective."""
         with doing(f"loading stage {self.stage.name}"):
             start = self._resume()
         # On rank 0; a full disk there is an error on all ranks.
@@ -149,7 +142,6 @@ class StageRun:
         return result
 
     def _tell_kept_layers(self) -> None:
-        """Log the loss of a language model made of some layers; warn if guessing is better."""
         kept = self.assembly.learners(self.stage)[self.stage.role].layers
         if kept is None or self.config.task.type not in LANGUAGE_TASKS:
             return
@@ -164,7 +156,6 @@ class StageRun:
         self._say(text, logging.WARNING if loss > guess else logging.INFO)
 
     def extent(self, step: int) -> Extent:
-        """Return the length of the stage at a start from `step`, for its log."""
         return Extent(
             step=step, total_steps=self.steps, steps_per_epoch=self.source.steps_per_epoch
         )
@@ -228,7 +219,6 @@ class StageRun:
             raise signals.stopped(number, f"{self.stage.name} saved at step {step}")
 
     def _stop_early(self, step: int) -> None:
-        """Log the steps since the last logging step, as at the end of any stage."""
         if not _due(step, self.config.log.logging_steps):
             self._log(step)
         self._say(
@@ -258,7 +248,6 @@ class StageRun:
 
     @contextmanager
     def _saving(self, step: int) -> Iterator[None]:
-        """Name the activity, and warn if the limit of collectives is too low for a save."""
         began = time.perf_counter()
         with doing(f"saving step {step} of stage {self.stage.name}"):
             yield
@@ -279,7 +268,6 @@ class StageRun:
             logger.log(level, text)
 
     def close(self) -> None:
-        """Free the engine."""
         self.student.destroy()
 
 

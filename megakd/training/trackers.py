@@ -43,11 +43,7 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that the libraries of `log.report_to` can be imported.
-
-    Raises:
-        ConfigError: a library is missing; names its pip package.
-    """
+    """Raise ConfigError if a library of `log.report_to` cannot be imported."""
     for name in names:
         try:
             importlib.import_module(_MODULES[name])
@@ -61,13 +57,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def make_trackers(
     names: Sequence[str], folder: Path, config: Mapping[str, Any] | None = None
 ) -> list[Tracker]:
-    """Return the trackers of a run.
-
-    Args:
-        names: as in `log.report_to`.
-        folder: the run's `output_dir`, whose name identifies the run.
-        config: the run config that a service shows beside the curves.
-    """
+    """Return the trackers of `log.report_to`; they show `config` beside the curves."""
     makers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder),
         "wandb": lambda: WeightsAndBiases(folder, config or {}),
@@ -134,7 +124,6 @@ class TensorBoard:
         )
 
     def close(self) -> None:
-        """Close the files of all stages."""
         while self._writers:
             with self._forgiving():
                 self._writers.popitem()[1].close()
@@ -153,7 +142,6 @@ class _Service:
         return importlib.import_module(self.name)
 
     def _known(self, stage: str, step: int) -> str | None:
-        """Return the run to continue; None if the stage starts anew."""
         return self._ids().get(self.name, {}).get(stage) if step else None
 
     def _remember(self, stage: str, run_id: str) -> None:
@@ -177,7 +165,6 @@ class WeightsAndBiases(_Service):
         self._stage: str | None = None
 
     def begin(self, stage: str, step: int) -> None:
-        """Finish the run of the previous stage, and start or resume the run of this stage."""
         self.close()
         known = self._known(stage, step)
         try:
@@ -205,7 +192,6 @@ class WeightsAndBiases(_Service):
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Finish the run."""
         if self._run is not None:
             self._run.finish()
         self._run = self._stage = None
@@ -222,7 +208,6 @@ class MLflow(_Service):
         self._lost = False
 
     def begin(self, stage: str, step: int) -> None:
-        """Start or resume the run of a stage."""
         try:
             self._runs[stage] = self._known(stage, step) or self._start(stage)
         except self._library.MlflowException as error:
@@ -260,7 +245,6 @@ class MLflow(_Service):
             )
 
     def close(self) -> None:
-        """Mark the runs as finished."""
         for stage, run_id in self._runs.items():
             try:
                 self._library.MlflowClient().set_terminated(run_id)

@@ -62,7 +62,6 @@ class Meter:
         self._parts: dict[str, Tensor] = {}
 
     def add(self, step: int, losses: Losses) -> None:
-        """Add one micro-batch; remember the first step whose loss is not finite."""
         for name, value in losses.parts.items():
             self._parts[name] = self._parts[name] + value if name in self._parts else value
         total = losses.total.detach()
@@ -79,13 +78,9 @@ class Meter:
 
 @dataclass
 class Trainer:
-    """Training loop that takes steps until it is told to stop.
+    """Training loop that takes steps until it is told to stop; `strategy` plans each step.
 
-    student: the engine that learns.
-    teachers: the teachers that the strategy may plan, by name.
-    strategy: plans each step.
     count_units: micro-batches of this rank -> global unit counts, on the device.
-    learning_rate: step -> rate.
     """
 
     student: Learner
@@ -106,7 +101,6 @@ class Trainer:
             yield self.train_step(batches)
 
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
-        """Take one optimiser step over this rank's micro-batches."""
         plan = self.strategy.passes(self.step)
         counts = self.count_units(batches)
         for batch, knowledge, is_last in self._answered(plan, batches):
@@ -147,7 +141,7 @@ class Trainer:
         return [name for name in teacher_names(plan) if name in self.teachers]
 
     def _prefetch(self, plan: Sequence[Pass]) -> None:
-        """Prefetch the teachers of the next step while the student learns, and evict the others."""
+        # The teachers of the next step are fetched while the student learns.
         if self.teachers.keys() <= {*teacher_names(plan)}:
             return
         upcoming = teacher_names(self.strategy.passes(self.step + 1))
@@ -157,10 +151,8 @@ class Trainer:
             (teacher.prefetch if name in upcoming else teacher.evict)()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that the loop must resume, the same on every rank."""
         return {"step": self.step, "strategy": self.strategy.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state that `state_dict` returned."""
         self.step = state["step"]
         self.strategy.load_state_dict(state["strategy"])

@@ -58,15 +58,7 @@ class WindowState(NamedTuple):
         axes: Mapping[str, Axes],
         cut: Cut | None,
     ) -> WindowState:
-        """Return the state of a stage, cut if `cut` is given; a collective.
-
-        Args:
-            student: the engine.
-            strategy: its shards continue.
-            batches: the source of the stage's batches, whose position continues.
-            axes: the axes of the weights in the engine's module.
-            cut: how the model of the stage is cut.
-        """
+        """Return the state of a stage, cut like its model if `cut` is given; a collective."""
         tensors = _whole(student, strategy)
         if cut is not None:
             tensors = _cut(tensors, axes, cut)
@@ -115,20 +107,9 @@ def _cut(
 def continue_window(
     folder: Path, student: StudentEngine, strategy: Strategy, batches: BatchSource, ranks: Ranks
 ) -> None:
-    """Load the state that the previous window of a run has written; a collective.
+    """Load the state that the previous window of a run wrote into `folder`; a collective.
 
     The random numbers continue if the number of ranks is the same, else the stage's seed counts.
-
-    Args:
-        folder: the folder of the previous window's stage.
-        student: the engine of this window, whose model has the shape of the previous result.
-        strategy: gets its shards.
-        batches: gets its position.
-        ranks: the ranks of the run.
-
-    Raises:
-        CheckpointError: the folder has no training state.
-        ModelError: the training state is damaged.
     """
     if not on_main((folder / FOLDER / REST).is_file):
         raise CheckpointError(
