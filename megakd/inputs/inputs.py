@@ -119,10 +119,8 @@ class RunInputs(UnencodedInputs):
 def prepare(config: RunConfig) -> RunInputs:
     """Find, check and encode the inputs of a run; a collective.
 
-    Raises:
-        MegakdError: the input is invalid; the message names it. No model's weights have been
-            loaded. All problems that configs, labels and vocabularies show are raised before the
-            data is encoded.
+    All problems that configs, labels and vocabularies show are raised before the data is encoded,
+    and before any model's weights are loaded.
     """
     found = unencoded_inputs(config)
     config = with_row_length(config, found.splits, found.tokenizer, found.sources)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megakd.data.loader import RowOrder
     from megakd.data.step_layout import Collate
     from megakd.rollouts.store import RolloutStore
-    from megakd.rollouts.text_rows import Prompts, TrainingRow
+    from megakd.rollouts.text_rows import Prompts
 
 _SOURCES: tuple[RowSource, ...] = ("rollout", "replay", "data")
 _DRAW, _REPLAY = 1, 2
@@ -46,10 +46,7 @@ REPLAYED_STEPS = 100
 class StepRows(NamedTuple):
     """The data behind a stage's rollouts.
 
-    prompts: the rows and their prompts.
     continued, learned: the rows of each step where it continues prompts, and where it uses data.
-    collate: function that collates a micro-batch.
-    layout: how the rows of a step become micro-batches.
     """
 
     prompts: Prompts
@@ -107,7 +104,6 @@ class RolloutSource:
         self._ahead: _Request | None = None
 
     def iterate(self, start: int, stop: int) -> Iteration[Sequence[Batch], None, None]:
-        """Yield this rank's micro-batches of each step; every step is a collective."""
         for step in range(start, stop):
             began = time.perf_counter()
             batches = self.step(step)
@@ -117,33 +113,28 @@ class RolloutSource:
             yield batches
 
     def step(self, step: int) -> Sequence[Batch]:
-        """Return this rank's micro-batches of a step; a collective."""
         drawn = self._drawn(step)
         sources = [source for _, source in drawn]
         fresh = iter(self._fresh(step) if "rollout" in sources else ())
         replayed = iter(self._replayed(step, sources) if "replay" in sources else ())
-        made = [
-            self._rows.prompts.row(row)
-            if source == "data"
-            else self._row_of(next(fresh if source == "rollout" else replayed))
-            for row, source in drawn
-        ]
+        prompts, made = self._rows.prompts, []
+        for row, source in drawn:
+            if source == "data":
+                made.append(prompts.row(row))
+            else:
+                text = next(fresh if source == "rollout" else replayed)
+                made.append(rollout_row(text, prompts.route(text.row)))
         return collate_step(columns_of_rows(made), self._rows.layout, self._rows.collate)
 
     def _drawn(self, step: int) -> list[tuple[int, str]]:
-        """Return row and source of each row of a step: as many as all of its sources have."""
+        # Row and source of each row of a step: as many as all of its sources have.
         sources = self._draws.sources(step, self._rows.layout.shape.rows_per_step).tolist()
         orders = {"data": self._rows.learned}
         rows = {s: orders.get(s, self._rows.continued)(step) for s in set(sources)}
         count = min(map(len, rows.values()))
         return [(int(rows[s][place]), s) for place, s in enumerate(sources[:count])]
 
-    def _row_of(self, rollout: Rollout) -> TrainingRow:
-        """Return a generated text as a row, with the teacher that the row of its prompt names."""
-        return rollout_row(rollout, self._rows.prompts.route(rollout.row))
-
     def scalars(self) -> dict[str, float]:
-        """Return statistics of the texts since the last call, the same on every rank."""
         found, self._statistics = self._statistics.scalars(), RolloutStatistics()
         return found
 
@@ -155,7 +146,6 @@ class RolloutSource:
         """Do nothing."""
 
     def _replayed(self, step: int, sources: Sequence[str]) -> list[Rollout]:
-        """Return the texts of earlier steps that some rows repeat; a collective."""
         steps = self._draws.replayable(step)
         drawn = [
             self._draws.replayed(step, position, count=len(steps))
@@ -165,7 +155,6 @@ class RolloutSource:
         return on_main(lambda: [self._store.read_one(steps[at], part) for at, part in drawn])
 
     def _fresh(self, step: int) -> list[Rollout]:
-        """Return the new texts of a step in the order of its rows; a collective."""
         if not on_main(lambda: self._store.has(step)):
             request, self._ahead = self._ahead, None
             if request is None or step not in request.steps:
@@ -177,7 +166,7 @@ class RolloutSource:
         return texts
 
     def _request_ahead(self, step: int) -> None:
-        """Let a remote generator make the next texts while the student learns; a collective."""
+        # A remote generator makes the next texts while the student learns.
         following = step + 1
         if not self._config.works_ahead or following < self._config.from_step:
             return
@@ -186,7 +175,6 @@ class RolloutSource:
             self._ahead = self._request(block, version=step)
 
     def _request(self, steps: Sequence[int], *, version: int) -> _Request:
-        """Return what is generated for some steps; a remote generator begins. A collective."""
         wanted = [(at, row) for at in steps for row, of in self._drawn(at) if of == "rollout"]
         mine = self._mine(wanted)
         request = _Request(
@@ -204,7 +192,6 @@ class RolloutSource:
         return request._replace(texts=texts)
 
     def _generate(self, request: _Request) -> None:
-        """Generate and write the texts of some steps; a collective."""
         began = time.perf_counter()
         with doing(f"generating {len(request.wanted)} texts at step {request.steps[0]}"):
             completions = self._completions(request)
@@ -245,10 +232,7 @@ class RolloutSource:
 
 @dataclass
 class RolloutStatistics:
-    """Sums over the new texts since the last logged step.
-
-    seconds: time that generation has taken.
-    """
+    """Sums over the new texts since the last logged step; `seconds` of generation."""
 
     texts: int = 0
     tokens: int = 0
@@ -258,7 +242,6 @@ class RolloutStatistics:
     seconds: float = 0.0
 
     def add(self, rollouts: Sequence[Rollout], step: int) -> None:
-        """Add the new texts of a step."""
         self.texts += len(rollouts)
         self.tokens += sum(len(rollout.completion.ids) for rollout in rollouts)
         self.finished += sum(rollout.completion.finished for rollout in rollouts)
@@ -266,7 +249,6 @@ class RolloutStatistics:
         self.distinct += sum(distinct_pairs([rollout.completion]) for rollout in rollouts)
 
     def scalars(self) -> dict[str, float]:
-        """Return means over the texts; {} without texts."""
         if not self.texts:
             return {}
         return {
@@ -279,13 +261,7 @@ class RolloutStatistics:
 
 
 class RolloutDraws:
-    """The random choices of a stage that trains on rollouts.
-
-    Args:
-        config: the section `rollout`.
-        seed: seed of the run.
-        rows: function that returns the number of rows of a step.
-    """
+    """The random choices of a stage that trains on rollouts."""
 
     def __init__(self, config: RolloutConfig, *, seed: int) -> None:
         self._config, self._seed = config, seed
@@ -293,14 +269,10 @@ class RolloutDraws:
         self._known = config.from_step
 
     def sources(self, step: int, rows: int) -> NDArray[np.str_]:
-        """Return the source of each row of a step: `rollout`, `replay` or `data`.
+        """Return the source of each row of a step, over all ranks: `rollout`, `replay` or `data`.
 
         Before the first step that generates texts, there is nothing to replay, and `replay` means
         `rollout`.
-
-        Args:
-            step: number of the step.
-            rows: number of rows of the step over all ranks.
         """
         if step < self._config.from_step:
             return np.full(rows, "data")
@@ -324,13 +296,7 @@ class RolloutDraws:
         return self._generating[max(end - REPLAYED_STEPS, 0) : end]
 
     def replayed(self, step: int, position: int, *, count: int) -> tuple[int, float]:
-        """Return the step whose text a row repeats, and which text, as a number from 0 to 1.
-
-        Args:
-            step: number of the step that learns.
-            position: position of the row in the step.
-            count: number of steps that `replayable` returns.
-        """
+        """Return the step whose text a row repeats, one of `count`, and which text, from 0 to 1."""
         generator = np.random.default_rng([self._seed, _REPLAY, step, position])
         return int(generator.integers(count)), float(generator.random())
 

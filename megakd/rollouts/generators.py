@@ -30,16 +30,7 @@ if TYPE_CHECKING:
 
 
 class LocalGenerator:
-    """Continues prompts with the weights that a student or a frozen teacher has at the moment.
-
-    At ZeRO 3 each call gathers the weights once, and frees them at its end. Weights, gradients,
-    random generators and the engine are the same after a call.
-
-    Args:
-        engine: the engine of the model; of a student with several learners, the first learner.
-        tokens: the tokens of the texts, see `text_tokens`.
-        rows_at_once: number of prompts that a rank continues at the same time.
-    """
+    """A generator that uses the weights of an engine, `rows_at_once` prompts on a rank."""
 
     def __init__(
         self, engine: StudentEngine | FrozenTeacher, *, tokens: TextTokens, rows_at_once: int
@@ -51,11 +42,6 @@ class LocalGenerator:
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
-        """Continue this rank's prompts, in order; a collective. There may be no prompts.
-
-        Raises:
-            MegakdError: the prompts of a rank or the model cannot be used; raised on every rank.
-        """
         with whole_model(self._model()) as model:
             # Ranks that finish early wait here, however long the others generate.
             return together(
@@ -79,11 +65,7 @@ class LocalGenerator:
 def text_tokens(
     tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, ModelSource]
 ) -> TextTokens:
-    """Return the tokens of the texts that the student or a teacher of a run generates.
-
-    Raises:
-        MegakdError: no token ends a text, or the generation config of the student cannot be read.
-    """
+    """Return the tokens of the texts that the student or a teacher of a run generates."""
     source = sources[STUDENT]
     pad = tokenizer.pad_token_id
     sizes = [one.config.vocab_size for one in sources.values()]
@@ -105,14 +87,6 @@ def end_tokens_of(
     A config may list end tokens without that of the tokenizer. They are default numbers in the
     model's config (2 in Llama's), which is then left out. In the generation config, the tokens that
     were added to the vocabulary of the tokenizer count, and ordinary tokens are default numbers.
-
-    Args:
-        tokenizer: the tokenizer of the model.
-        config: the config of the model.
-        generation: the generation config in the folder of the model; None: there is none.
-
-    Raises:
-        DataError: neither the tokenizer nor a config has an end token.
     """
     own = tokenizer.eos_token_id
     of_model, given = listed_ends(config), listed_ends(generation)
@@ -132,12 +106,6 @@ class FileGenerator:
 
     A prompt may have several texts in the files; the seed chooses one of them. Only the places of
     the texts are in memory.
-
-    Args:
-        paths: the files.
-
-    Raises:
-        DataError: a file cannot be read.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -147,11 +115,7 @@ class FileGenerator:
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
-        """Return a text for each prompt, cut to `max_new_tokens`; a collective.
-
-        Raises:
-            DataError: a prompt has no text in the files.
-        """
+        """Return a text for each prompt, cut to `max_new_tokens`; a collective."""
         pairs = list(zip(prompts, seeds, strict=True))
         return together(lambda: [self._text(tuple(p), seed, sampling) for p, seed in pairs])
 
@@ -173,7 +137,6 @@ class FileGenerator:
 
 
 def _places(paths: Sequence[Path]) -> NDArray[np.void]:
-    """Return the places of all texts, by the key of the prompt, else in the order of the files."""
     found = [
         (_key(rollout.prompt), number, offset)
         for number, path in enumerate(paths)

@@ -21,12 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSource) -> None:
-    """Check and log which rows `rollout` and `eval.generation` use.
-
-    Raises:
-        DataError: the rows have no prompts.
-        ConfigError: no prompt fits, or the run learns from data of which nothing can be learned.
-    """
+    """Check and log which rows `rollout` and `eval.generation` use."""
     rollouts, generation = config.rollout, config.eval.generation
     if rollouts is not None and encoded.stream is None:
         prompts = prompts_of(encoded.train, rollouts, config, student)
@@ -48,18 +43,8 @@ def prompts_of(
 ) -> Prompts:
     """Return the prompts of encoded rows; those that leave room for the longest text are continued.
 
-    The room is `task.max_length`, or the context of the student if it is smaller.
-
-    Args:
-        rows: the rows.
-        section: the section of the config that asks for texts, named `key`.
-        config: the config of the run.
-        student: the model of the student.
-        key: see `section`.
-
-    Raises:
-        DataError: the rows have no prompts.
-        ConfigError: no prompt leaves room for the longest text.
+    The room is `task.max_length`, or the context of the student if it is smaller. `section` of the
+    config, named `key`, asks for the texts.
     """
     room, limit, remedy = config.task.row_length, "task.max_length", "raise task.max_length"
     context = context_length(student.config)

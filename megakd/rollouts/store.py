@@ -34,11 +34,7 @@ class RolloutStore:
     def begin(self, fingerprint: Fingerprint) -> None:
         """Keep the texts of an interrupted run of the same stage, and set others aside.
 
-        Args:
-            fingerprint: everything that the texts depend on, except for the number of steps.
-
-        Raises:
-            MegakdError: the disk is full.
+        `fingerprint`: everything that the texts depend on, except for the number of steps.
         """
         path = self.folder / _FINGERPRINT
         wanted = as_read_back(fingerprint)
@@ -47,15 +43,9 @@ class RolloutStore:
         write_json(path, wanted)
 
     def has(self, step: int) -> bool:
-        """Return whether the texts of a step are written."""
         return self._path(step).is_file()
 
     def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Write the texts of a step.
-
-        Raises:
-            MegakdError: the disk is full.
-        """
         head = {"format": _FORMAT, "step": step, "rollouts": len(rollouts)}
         lines = [
             json.dumps(tree, separators=(",", ":")) for tree in [head, *map(_record, rollouts)]
@@ -63,11 +53,7 @@ class RolloutStore:
         write_text(self._path(step), "\n".join([*lines, ""]))
 
     def read(self, step: int) -> list[Rollout]:
-        """Return the texts of a step, in the order in which they were written.
-
-        Raises:
-            DataError: the file is damaged.
-        """
+        """Return the texts of a step, in the order in which they were written."""
         return read_rollouts(self._path(step))
 
     def read_one(self, step: int, part: float) -> Rollout:
@@ -79,7 +65,6 @@ class RolloutStore:
         return read_text(path, offsets[int(part * len(offsets))])
 
     def remove_before(self, first: int, *, kept: Container[int]) -> None:
-        """Remove the texts of the steps before a step, except for some."""
         for path in rollout_files(self.folder):
             step = int(path.stem.rpartition("-")[2])
             if step < first and step not in kept:
@@ -91,11 +76,7 @@ class RolloutStore:
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
-    """Return the texts of a file of a `RolloutStore`.
-
-    Raises:
-        DataError: the file cannot be read, has another format, or is not complete.
-    """
+    """Return the texts of a file of a `RolloutStore`; raise DataError if it is not whole."""
     with _damage_named(path):
         head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         if head["format"] != _FORMAT:

@@ -50,7 +50,6 @@ class Text(NamedTuple):
     matches: bool | None
 
     def record(self) -> dict[str, object]:
-        """Return the text as JSON can store it."""
         return {
             "prompt": self.prompt,
             "text": self.text,
@@ -63,16 +62,7 @@ class Text(NamedTuple):
 class TextEvaluation:
     """Continues held-out prompts, and scores the texts; every call is a collective.
 
-    Args:
-        config: the section `eval.generation`.
-        prompts: the validation rows and their prompts; the first that are continued are used.
-        tokenizer: the tokenizer of the student.
-        generator: the generator of the texts.
-        scorer: the scorer of the stage, whose micro-batches are used.
-        folder: folder for the texts, a file per evaluation.
-
-    Raises:
-        MegakdError: a package is missing.
+    The first prompts that are continued are used; `folder` gets a file of texts per evaluation.
     """
 
     def __init__(
@@ -96,13 +86,8 @@ class TextEvaluation:
     def scores(self, version: int, losses: MeanLosses | None) -> dict[str, float]:
         """Generate and score the texts, and write them; the same on every rank.
 
-        Args:
-            version: number of updates of the student.
-            losses: function that returns the mean losses of micro-batches; None: no losses, and
-                nothing by position.
-
-        Raises:
-            MegakdError: the texts cannot be written.
+        Without `losses`, which returns the mean losses of micro-batches, nothing is measured by
+        position. `version`: number of updates of the student.
         """
         texts = self.texts(version)
         lines = [json_text(text.record()) + "\n" for text in texts]
@@ -118,11 +103,7 @@ class TextEvaluation:
         return found
 
     def texts(self, version: int) -> list[Text]:
-        """Return the texts for the first rows, the same on every rank.
-
-        Args:
-            version: number of updates of the student.
-        """
+        """Return the texts for the first rows, the same on every rank."""
         ranks: Ranks = self._scorer.ranks
         mine = self._rows[ranks.rank :: ranks.world_size]
         prompts = [self._prompts.prompt(row) for row in mine]
@@ -180,13 +161,10 @@ def distinct_pairs(completions: Sequence[Completion]) -> float:
 
 
 def bucket_ends(longest: int) -> tuple[int, ...]:
-    """Return the end of every bucket of positions, not included.
+    """Return the end of every bucket of the positions of the longest text, not included.
 
     A bucket has twice as many positions as the bucket before it, up to rounding, because most
     changes are at the beginning of a text.
-
-    Args:
-        longest: number of positions of the longest text.
     """
     return tuple(sorted({-(-longest // 2**power) for power in range(BUCKETS)}))
 
@@ -197,11 +175,7 @@ def bucket_names(ends: Sequence[int]) -> list[str]:
 
 
 class TextCurves:
-    """Sums over the positions of generated texts, collected while losses are measured.
-
-    Args:
-        longest: number of tokens of the longest completion.
-    """
+    """Sums over the positions of generated texts, collected while losses are measured."""
 
     def __init__(self, longest: int) -> None:
         self._ends = bucket_ends(longest)

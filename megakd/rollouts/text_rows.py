@@ -34,12 +34,7 @@ class TrainingRow(NamedTuple):
 
 
 def rollout_row(rollout: Rollout, route: int | None = None) -> TrainingRow:
-    """Return a generated text as a row in which every token of the completion is a target.
-
-    Args:
-        rollout: the text and its prompt.
-        route: the number of the teacher that the prompt's row names, if the rows name teachers.
-    """
+    """Return a text as a row whose completion is the target; `route`: as in its prompt's row."""
     ids = np.array(rollout.prompt + rollout.completion.ids, dtype=np.int32)
     labels = np.full(len(ids), IGNORE, dtype=np.int32)
     first = len(rollout.prompt) - 1  # the position that predicts the first generated token
@@ -59,18 +54,10 @@ def columns_of_rows(rows: Sequence[TrainingRow]) -> dict[str, list[Any]]:
 class Prompts:
     """The rows of a split and the prompts in them.
 
-    lengths: [N] tokens of every prompt; 0: the row has no prompt.
-    continued: numbers of the rows whose prompt a generator continues.
+    lengths: [N] tokens of every prompt; 0: the row has no prompt. Rows without a column
+        `prompt_length` begin with `prompt_tokens` of prompt.
+    continued: numbers of the rows whose prompt, of at most `most` tokens, a generator continues.
     learned: numbers of the rows that can be learned from as they are.
-
-    Args:
-        rows: encoded rows of causal_lm.
-        prompt_tokens: length of the prompts if the rows do not have a column `prompt_length`.
-        most: largest number of tokens of a prompt that is continued.
-        key: section of the config that asks for prompts, for messages.
-
-    Raises:
-        DataError: the rows have no prompts, or have prompts and `prompt_tokens` is given.
     """
 
     def __init__(
@@ -101,7 +88,6 @@ class Prompts:
         return tuple(np.asarray(found["input_ids"])[: self.lengths[row]].tolist())
 
     def row(self, row: int) -> TrainingRow:
-        """Return a row of the data as it is."""
         found = cast("dict[str, Any]", self._rows[int(row)])
         ids = np.asarray(found["input_ids"], dtype=np.int32)
         positions = found.get("position_ids")
