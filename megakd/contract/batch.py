@@ -6,7 +6,7 @@ Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -170,10 +170,10 @@ class AttentionVectors(NamedTuple):
     width: int
     scale: float | None = None
 
-    def detached(self) -> AttentionVectors:
-        """Return the vectors detached from the graph."""
-        queries, keys, values = (p.detach() for p in (self.queries, self.keys, self.values))
-        return AttentionVectors(queries, keys, values, self.width, self.scale)
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> AttentionVectors:
+        """Return the vectors with a function applied to queries, keys and values."""
+        queries, keys, values = map(change, self[:3])
+        return self._replace(queries=queries, keys=keys, values=values)
 
 
 class TopK(NamedTuple):
@@ -225,27 +225,34 @@ class Knowledge(NamedTuple):
     second: Knowledge | None = None
 
     def states(self, layer: int) -> Tensor:
-        """Return the hidden states [B, T, D] of a layer; negative numbers count from the end.
-
-        Raises:
-            TypeError: the layer was not requested.
-        """
+        """Return the hidden states [B, T, D] of a layer; negative numbers count from the end."""
         found = self.hidden_states[layer] if self.hidden_states else None
         if found is None:
             raise TypeError(f"the hidden states of layer {layer} were not read")
         return found
 
+    def mapped(
+        self,
+        logits: Callable[[Tensor], Tensor],
+        hidden: Callable[[Tensor], Tensor],
+        states: Callable[[Tensor], Tensor],
+    ) -> Knowledge:
+        """Return the outputs with functions applied to logits, `hidden`, and values of layers."""
+        return self._replace(
+            logits=None if self.logits is None else logits(self.logits),
+            hidden=None if self.hidden is None else hidden(self.hidden),
+            hidden_states=tuple(None if s is None else states(s) for s in self.hidden_states),
+            attention=tuple(None if a is None else a.mapped(states) for a in self.attention),
+        )
+
     def detached(self) -> Knowledge:
         """Return the outputs detached from the graph."""
-        return Knowledge(
-            logits=None if self.logits is None else self.logits.detach(),
-            hidden=None if self.hidden is None else self.hidden.detach(),
-            head=self.head,
-            hidden_states=tuple(None if s is None else s.detach() for s in self.hidden_states),
-            attention=tuple(None if one is None else one.detached() for one in self.attention),
-            kept=self.kept,
-            second=None if self.second is None else self.second.detached(),
-        )
+
+        def detach(tensor: Tensor) -> Tensor:
+            return tensor.detach()
+
+        second = None if self.second is None else self.second.detached()
+        return self.mapped(detach, detach, detach)._replace(second=second)
 
 
 class Losses(NamedTuple):

@@ -45,8 +45,7 @@ class Completion(NamedTuple):
     """The continuation of one prompt.
 
     ids: the generated token numbers, with the end token if the completion is finished.
-    finished: whether the model ended the completion; False if the completion reached
-        `max_new_tokens`.
+    finished: False if the completion reached `max_new_tokens` without an end.
     """
 
     ids: tuple[int, ...]
@@ -78,16 +77,13 @@ class Generator(Protocol):
     ) -> list[Completion]:
         """Continue this rank's prompts, in order; there may be none.
 
-        A completion depends on the weights, the prompt, the seed and `sampling`, but not on the
+        A completion depends on the weights, the prompt, its seed and `sampling`, but not on the
         other prompts of the call or on the rank.
 
         Args:
             prompts: token numbers of each prompt.
             seeds: a seed for each prompt.
             sampling: how the prompts are continued.
-
-        Raises:
-            MegakdError: the generator cannot be used.
         """
         ...
 
@@ -96,11 +92,7 @@ class RequestedTexts(Protocol):
     """Texts that a remote generator is making."""
 
     def completions(self) -> list[Completion]:
-        """Wait for the texts and return them in the order of the prompts; a collective.
-
-        Raises:
-            MegakdError: a text cannot be had; raised on every rank.
-        """
+        """Wait for the texts; return them in the order of the prompts; a collective."""
         ...
 
 
@@ -113,24 +105,11 @@ class RemoteGenerator(Generator, Protocol):
     """
 
     def update(self, version: int) -> None:
-        """Give the generator the weights that the student has now; a collective.
-
-        Args:
-            version: number of updates of the student.
-
-        Raises:
-            MegakdError: the generator does not take the weights.
-        """
+        """Give the generator the weights of the student after `version` updates; a collective."""
         ...
 
     def begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> RequestedTexts:
-        """Ask for the continuations of this rank's prompts, and return at once; no collective.
-
-        Args:
-            prompts: token numbers of each prompt.
-            seeds: a seed for each prompt.
-            sampling: how the prompts are continued.
-        """
+        """Ask for the texts of `generate`, and return at once; no collective."""
         ...

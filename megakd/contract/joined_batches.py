@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from megakd.contract.batch import (
     IGNORE,
-    AttentionVectors,
     Batch,
     Documents,
     Extras,
@@ -35,13 +34,10 @@ class Part(NamedTuple):
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Return the rows of all micro-batches, padded to the longest row.
+    """Return the rows of all micro-batches of a task, padded to the longest row.
 
     The rows have no numbers, no readings of models with other tokenizers, and no mark of rollouts:
     these belong to the micro-batches, and the models that answer do not read them.
-
-    Args:
-        batches: micro-batches of one task, on one device.
     """
     length = max(batch.valid.shape[1] for batch in batches)
     return Batch(
@@ -58,7 +54,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
 
 
 def _longer(name: str, values: Tensor, length: int) -> Tensor:
-    """Return [B, length] values; padding is a document of its own, and no target."""
+    # [B, length]; padding is a document of its own, and no target.
     more = length - values.shape[1] if values.dim() > 1 else 0
     if more == 0:
         return values
@@ -130,31 +126,16 @@ def parts_of(batches: Sequence[Batch]) -> Iterator[Part]:
         row, target, second = row + rows, target + targets, second + others
 
 
-def part_of(said: Knowledge, part: Part) -> Knowledge:
+def part_of(outputs: Knowledge, part: Part) -> Knowledge:
     """Return the outputs for one micro-batch of a joined batch, without a copy."""
-    return said._replace(
-        logits=None if said.logits is None else said.logits[part.rows],
-        hidden=None if said.hidden is None else _hidden(said.hidden, part),
-        hidden_states=tuple(None if s is None else _cut(s, part) for s in said.hidden_states),
-        attention=tuple(None if a is None else _vectors(a, part) for a in said.attention),
-        second=None if said.second is None else _second_part(said.second, part),
-    )
 
+    def cut(values: Tensor) -> Tensor:
+        return values[part.rows, : part.length]
 
-def _hidden(hidden: Tensor, part: Part) -> Tensor:
-    """Return [N, D] at the targets, or [B, T, D]."""
-    return hidden[part.targets] if hidden.dim() == 2 else _cut(hidden, part)
+    def hidden(values: Tensor) -> Tensor:  # [N, D] at the targets, or [B, T, D]
+        return values[part.targets] if values.dim() == 2 else cut(values)
 
-
-def _cut(values: Tensor, part: Part) -> Tensor:
-    return values[part.rows, : part.length]
-
-
-def _vectors(vectors: AttentionVectors, part: Part) -> AttentionVectors:
-    queries, keys, values = (_cut(v, part) for v in vectors[:3])
-    return vectors._replace(queries=queries, keys=keys, values=values)
-
-
-def _second_part(said: Knowledge, part: Part) -> Knowledge:
-    hidden = said.hidden
-    return said if hidden is None else said._replace(hidden=hidden[part.second])
+    second = outputs.second
+    if second is not None and second.hidden is not None:
+        second = second._replace(hidden=second.hidden[part.second])
+    return outputs.mapped(lambda logits: logits[part.rows], hidden, cut)._replace(second=second)

@@ -50,9 +50,6 @@ class SortedModel(Protocol):
             round_to: multiple of rows and columns of the weights to round to.
             residual: whether the width of the hidden states shrinks too.
             with_heads: attentions, numbered from 0, that must keep a head.
-
-        Raises:
-            TeacherError: no heads, neurons or width would remain.
         """
         ...
 
@@ -78,9 +75,6 @@ class Pruning(Protocol):
             split: the split whose labels determine the importance.
             batch_size: rows whose gradient is summed before the absolute value is taken.
             residual: whether the columns of the hidden states are units too.
-
-        Raises:
-            MegakdError: the importance cannot be measured.
         """
         ...
 
@@ -88,12 +82,6 @@ class Pruning(Protocol):
         """Return the importance of each layer of a teacher, which is measured once.
 
         The importance is the rise of the loss on held-out rows if the layer is left out.
-
-        Args:
-            teacher: name of the teacher.
-
-        Raises:
-            MegakdError: the importance cannot be measured.
         """
         ...
 
@@ -137,11 +125,7 @@ class HeldOutProbe(Protocol):
         ...
 
     def check_remembered(self) -> None:
-        """Check that `reset` has something to restore.
-
-        Raises:
-            MegakdError: nothing is kept; the message tells what to do.
-        """
+        """Raise MegakdError if `reset` has nothing to restore."""
         ...
 
 
@@ -171,11 +155,7 @@ class Lab(Protocol):
         ...
 
     def teacher(self, name: str | None = None) -> str:
-        """Fine-tune a teacher if the config asks for it, and return its name.
-
-        Args:
-            name: name of the teacher; None if the config has only one teacher.
-        """
+        """Fine-tune a teacher if the config asks for it; return its name. None: the only one."""
         ...
 
     def worth(self, metrics: Mapping[str, float]) -> float:
@@ -217,18 +197,15 @@ class Lab(Protocol):
     def with_embeddings(self, result: StageResult) -> Model:
         """Return the student with the embeddings that a stage has learned for its vocabulary.
 
-        Args:
-            result: result of a stage whose model read mixed text through a table as wide as the
-                student's, see `Stage.mixed`.
+        The stage's model read mixed text through a table as wide as the student's, see
+        `Stage.mixed`.
         """
         ...
 
     def as_teacher(self, result: StageResult, *, like: str = "teacher") -> str:
         """Register a stage's model as a teacher, and return the stage's name.
 
-        Args:
-            result: result of the stage.
-            like: the teacher of the config whose engine and dtype are used.
+        `like` names the teacher of the config whose engine and dtype are used.
         """
         ...
 
@@ -237,10 +214,7 @@ class Lab(Protocol):
     ) -> str:
         """Register a stage's model as a teacher, and report it as an assistant.
 
-        Args:
-            result: result of the stage.
-            sparsity: share of the teacher's units that the model lacks; None if it was not cut.
-            like: see `as_teacher`.
+        `sparsity`: share of the teacher's units that the model lacks; None if it was not cut.
         """
         ...
 

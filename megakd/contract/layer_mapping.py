@@ -27,7 +27,7 @@ def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape)
 
     Raises:
         TeacherError: a pair names a layer that a model does not have, or the attention of the
-            embedding output. The message quotes the pair as written.
+            embedding output.
     """
     mapping: LayerMapping = ("0:0",) if isinstance(term, EmbeddingMse) else term.layer_mapping
     if mapping == "last":
@@ -54,11 +54,7 @@ def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape)
 
 
 def check_heads(term: AttentionTerm, student: Shape, teacher: Shape) -> None:
-    """Check that a loss on attention can compare the heads of the student and the teacher.
-
-    Raises:
-        TeacherError: the numbers of heads do not fit.
-    """
+    """Raise TeacherError if a loss on attention cannot compare the heads of two models."""
     if isinstance(term, RelationKl):
         relation_heads(term, student, teacher)
         return
@@ -76,8 +72,7 @@ def relation_heads(term: RelationKl, student: Shape, teacher: Shape) -> int:
     """Return the number of parts into which the vectors of both models are cut.
 
     Raises:
-        TeacherError: the number does not divide a width. The message names the number, the width
-            and the numbers that divide all widths.
+        TeacherError: the number does not divide a width.
     """
     ours, theirs = _heads(term, student, "student"), _heads(term, teacher, "teacher")
     count = term.relation_heads or theirs.queries

@@ -96,7 +96,6 @@ class OneTeacherOptions(MethodOptions):
     teacher: str | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line if no teacher was chosen or the chosen teacher does not exist."""
         names = [spec.name for spec in config.teachers]
         if names and self.teacher is None:
             yield (

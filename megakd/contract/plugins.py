@@ -41,11 +41,8 @@ def load_plugin(group: str, name: str) -> Any:
     """Import the object that a name in a config refers to.
 
     Args:
-        group: group of entry points: `megakd.losses`, `megakd.metrics` or `megakd.methods`.
+        group: `LOSSES`, `METRICS` or `METHODS`.
         name: `module:name`, or the name of an entry point.
-
-    Raises:
-        ConfigError: the module cannot be imported, or does not have the name.
     """
     found = installed(group).get(name)
     module_name, _, attribute = (found.value if found else name).partition(":")
@@ -79,11 +76,7 @@ class FromPackage:
     check: Callable[[Any], str | None]
 
     def kind(self, name: str) -> type:
-        """Return the dataclass that a name refers to.
-
-        Raises:
-            ConfigError: the name does not exist, or the dataclass is not valid.
-        """
+        """Return the dataclass that a name refers to; raise ConfigError if it is not valid."""
         kind = load_plugin(self.group, name)
         wrong = self.check(kind)
         if wrong is not None:
@@ -99,7 +92,6 @@ class FromPackage:
 
     @functools.cached_property
     def own_names(self) -> frozenset[str]:
-        """The names of megakd's own dataclasses."""
         return frozenset(map(self.name_of, get_args(get_args(self.own)[0])))
 
     def name_of(self, kind: type) -> str:
@@ -107,15 +99,10 @@ class FromPackage:
         return get_args(get_type_hints(kind)[self.tag])[0]
 
     def branch(self, value: Any) -> str:
-        """Return the branch of the union of megakd's own options and plug-in options."""
         return THEIRS if self.is_named_by(value) else OURS
 
     def validated(self, value: Any) -> Any:
-        """Return the options object for a mapping; return an options object unchanged.
-
-        Raises:
-            ValueError: the options are not valid; pydantic adds the location to the message.
-        """
+        """Return the options object for a mapping; return an options object unchanged."""
         name = value[self.tag] if isinstance(value, dict) else getattr(value, self.tag)
         try:
             kind = self.kind(name)
@@ -126,7 +113,6 @@ class FromPackage:
         return TypeAdapter(kind).validate_json(json.dumps(value))
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
-        """Return the schema with which pydantic validates and serializes the value."""
         del source, handler
         return core_schema.no_info_plain_validator_function(
             self.validated, serialization=core_schema.plain_serializer_function_ser_schema(_as_json)
@@ -160,11 +146,7 @@ def is_metric(name: str) -> bool:
 
 
 def metric_of(name: str) -> Callable[[Any, Any], float]:
-    """Return the function of a metric of another package.
-
-    Raises:
-        ConfigError: the metric does not exist, or the function has no `higher_is_better`.
-    """
+    """Return the function of a metric of another package; raise ConfigError if it is none."""
     found = load_plugin(METRICS, name)
     if not (callable(found) and isinstance(getattr(found, "higher_is_better", None), bool)):
         raise ConfigError(
@@ -177,8 +159,8 @@ def metric_of(name: str) -> Callable[[Any, Any], float]:
 def code_of(value: Any) -> dict[str, str]:
     """Return a hash of the file of an object of another package; {} for megakd's own objects.
 
-    The file is the module of the object's class, or of the function. The hash is part of a
-    result's fingerprint: after an edit, results of the old code are not reused.
+    The hash is part of a result's fingerprint: after an edit, results of the old code are not
+    reused.
     """
     module = sys.modules.get(value.__module__)
     if module is None or module.__name__.partition(".")[0] == "megakd":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megakd.contract.batch import AttentionVectors, Knowledge, Within
+    from megakd.contract.batch import Knowledge, Within
 
 ROUTE = "route"
 """Column with the teacher of a row: its name in rows of text, its number in encoded rows."""
@@ -23,30 +23,13 @@ def teacher_number(name: str) -> int:
     return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
 
 
-def taken(said: Knowledge, within: Within) -> Knowledge:
-    """Return a model's outputs for a part of a micro-batch, with gradient.
+def taken(outputs: Knowledge, within: Within) -> Knowledge:
+    """Return a model's outputs for the part `within` a micro-batch, with gradient."""
 
-    Args:
-        said: outputs for the whole micro-batch.
-        within: the places of the part.
-    """
-    return said._replace(
-        logits=None if said.logits is None else said.logits[within.rows],
-        hidden=None if said.hidden is None else _hidden(said.hidden, within),
-        hidden_states=tuple(None if s is None else _states(s, within) for s in said.hidden_states),
-        attention=tuple(None if a is None else _vectors(a, within) for a in said.attention),
-    )
+    def states(values: Tensor) -> Tensor:  # [b, t, D]
+        return values.flatten(0, 1)[within.positions]
 
+    def hidden(values: Tensor) -> Tensor:  # [n, D] at the targets, or [b, t, D]
+        return states(values) if within.targets is None else values[within.targets]
 
-def _hidden(hidden: Tensor, within: Within) -> Tensor:
-    """Return [n, D] at the targets, or [b, t, D]."""
-    return _states(hidden, within) if within.targets is None else hidden[within.targets]
-
-
-def _states(values: Tensor, within: Within) -> Tensor:
-    return values.flatten(0, 1)[within.positions]
-
-
-def _vectors(vectors: AttentionVectors, within: Within) -> AttentionVectors:
-    queries, keys, values = (_states(part, within) for part in vectors[:3])
-    return vectors._replace(queries=queries, keys=keys, values=values)
+    return outputs.mapped(lambda logits: logits[within.rows], hidden, states)

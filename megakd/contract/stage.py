@@ -52,17 +52,10 @@ class Pass:
 
 
 def backward_groups(plan: Sequence[Pass], size: int | None) -> list[Sequence[Pass]]:
-    """Split passes into groups that share a backward.
+    """Split passes into groups of `size` that share a backward; None: one group.
 
     Every backward reduces all gradients, so the number of groups should be as small as memory
     allows.
-
-    Args:
-        plan: the passes of a step.
-        size: passes per group; None puts all passes into one group.
-
-    Raises:
-        MegakdError: the plan is empty.
     """
     if not plan:
         raise MegakdError(
@@ -200,7 +193,6 @@ class Constant(Strategy):
     planned: tuple[Pass, ...] = (Pass(),)
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """Return the planned passes."""
         del step
         return self.planned
 
@@ -237,13 +229,9 @@ class Judge(Protocol):
     """A function that scores an evaluation of a stage's views and chooses one of the views."""
 
     def __call__(self, scores: Scores, step: int) -> Verdict:
-        """Return the verdict on an evaluation, which must be the same on every rank.
+        """Return the verdict, which decides which weights are kept, the same on every rank.
 
-        The verdict decides which weights are kept.
-
-        Args:
-            scores: metrics of one evaluation, by view.
-            step: number of steps that the stage has taken.
+        `scores` are the metrics of one evaluation by view, after `step` steps of the stage.
         """
         ...
 

@@ -52,10 +52,7 @@ SOURCE_UNITS: Mapping[Source, Unit] = MappingProxyType(
 
 
 def source_counters(source: Source | None) -> Mapping[Unit, UnitCounter]:
-    """Return the function that counts the labelled positions of a source, by unit.
-
-    Without a source, `COUNTERS` has the unit.
-    """
+    """Return the counter of the labelled positions of a source; none without: `COUNTERS` has it."""
     return {} if source is None else {SOURCE_UNITS[source]: functools.partial(_targets_on, source)}
 
 

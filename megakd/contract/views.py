@@ -135,9 +135,7 @@ class Axis(NamedTuple):
     def rows(self, cut: Cut, length: int) -> list[int]:
         """Return the rows or columns that a cut keeps, in the order of the cut model.
 
-        Args:
-            cut: the cut.
-            length: rows or columns of the whole weight along this dimension.
+        `length`: rows or columns of the whole weight along this dimension.
         """
         part = length // self.parts
         order = None if cut.order is None else cut.order.of(self.kind, self.number)

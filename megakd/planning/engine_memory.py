@@ -141,7 +141,6 @@ class Frozen:
 
     @property
     def is_cpu(self) -> bool:
-        """True on a CPU, where host and device are the same."""
         return self.cluster.device == "cpu"
 
     @property
@@ -150,12 +149,10 @@ class Frozen:
         return 2 if self.is_cpu and self.ranks > 1 else 1
 
     def place(self, offload: str) -> Place:
-        """Return the place that `offload_optimizer` or `offload_param` names."""
         is_away = (self.zero.get(offload) or {}).get("device") == "cpu"
         return "host" if is_away else "device"
 
     def share(self, numel: int) -> int:
-        """Return the padded share of a rank in `numel` elements."""
         return -(-numel // self.ranks)
 
     def held(self, part: Part, amount: Amount, place: Place = "device") -> Holding:
@@ -259,7 +256,6 @@ class Trained(Frozen):
 
     @cached_property
     def learned(self) -> Inventory:
-        """The weights that learn; the others have no gradient and no optimizer state."""
         return self.inventory.learned
 
     def initializing(self) -> Holding:
@@ -320,12 +316,10 @@ class Trained(Frozen):
         return self.held("gradients", self.learned.amount(self.itemsize))
 
     def backward(self, done: Inventory, *, adds: bool, last: bool = False) -> Holding:
-        """Return the additional memory of gradients during a backward.
+        """Return the additional memory of gradients during a backward, complete for `done`.
 
-        Args:
-            done: parameters with a complete gradient.
-            adds: whether the gradients are added to those of an earlier backward of the step.
-            last: whether this is the end of the step's last backward.
+        With `adds`, they are added to those of an earlier backward of the step; `last`: at the end
+        of the step's last backward.
         """
         done = done.learned
         if self.stage == 3:  # the copies of the bucket that order gradients by rank

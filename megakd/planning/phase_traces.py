@@ -111,8 +111,6 @@ def planned_dtype(teacher: ReadyTeacher, device: Device) -> Dtype:
 
 
 class _Tracer:
-    """Traces one phase."""
-
     def __init__(self, phase: Phase, config: RunConfig, cluster: Cluster) -> None:
         self._phase, self._config, self._task = phase, config, config.task
         self._device: Device = cluster.device
@@ -382,9 +380,7 @@ class Pruned:
     def state(self, *, values: int, kept: int) -> Amount:
         """Return the memory of the training state for the next window, whole tensors in fp32.
 
-        Args:
-            values: values of the optimizer for every weight.
-            kept: values of the strategy for every weight that produces units.
+        values: of the optimizer for every weight. kept: of the strategy for a weight of `makers`.
         """
         return amount_of(
             parameter.numel * FP32

@@ -24,9 +24,7 @@ ROLES = ("teacher", "student")
 SPARE = 0.05
 """Fraction of an accelerator's memory that its allocator cannot use because of fragmentation."""
 MISCELLANY = 60_000_000
-"""Bytes of a process in addition to its imports.
-
-They hold the process group, data, the tokenizer, and code that DeepSpeed loads at first use.
+"""Bytes of a process in addition to its imports: process group, data, tokenizer, DeepSpeed's code.
 
 Measured on CPU ranks: 15 MB before the first model, 45 MB by the end of the first step.
 """
@@ -50,12 +48,10 @@ class Plan:
 
     @property
     def required(self) -> list[PhasePlan]:
-        """The phases that are required for the run."""
         return [phase for phase in self.phases if phase.required]
 
     @property
     def highest(self) -> PhasePlan:
-        """The required phase with the highest device memory of a rank."""
         return max(self.required, key=lambda phase: phase.ledger.peaks["device"].total)
 
     @property
@@ -97,7 +93,7 @@ class Plan:
 
     @property
     def last_training(self) -> PhasePlan | None:
-        """The last phase that trains; its speed is the speed of the run."""
+        # Its speed is the speed of the run.
         return next((phase for phase in reversed(self.phases) if phase.flops), None)
 
     @property
@@ -105,10 +101,7 @@ class Plan:
         return self.last_training and self.seconds_of(self.last_training)
 
     def seconds_of(self, phase: PhasePlan) -> float | None:
-        """Return the seconds of a step: operations, then network, without overlap.
-
-        The result is None if the phase does not train, or if a rate is missing.
-        """
+        """Return the seconds of a step: operations, then network; None if a rate is missing."""
         rates = self.cluster.rates
         if not phase.flops or rates.tflops is None or (rates.gbps is None and phase.sent):
             return None
@@ -294,10 +287,7 @@ def plan_run(
 
 
 def host_base_bytes() -> int:
-    """Return the bytes of a rank's process before its models are built.
-
-    The result is the size of this process, after the imports of a run, plus `MISCELLANY`.
-    """
+    """Return the bytes of this process after the imports of a run, plus `MISCELLANY`."""
     from megakd.reports import html
     from megakd.training import progress, stage_run
 
@@ -324,7 +314,6 @@ class SizedCase(NamedTuple):
         return SizedCase(config, self.cluster, (*self.settings, setting))
 
     def on_more_nodes(self) -> SizedCase:
-        """Return the case on twice as many nodes."""
         nodes, ranks = 2 * self.cluster.nodes, 2 * self.cluster.ranks
         cluster = replace(self.cluster, nodes=nodes, ranks=ranks)
         return SizedCase(self.config, cluster, (*self.settings, f"--nodes {nodes} --ranks {ranks}"))
@@ -335,8 +324,8 @@ def find_changes(
 ) -> list[Change]:
     """Return at most three ways to make a run fit, in order of increasing cost in speed.
 
-    Single settings are tried one by one. If no single setting is enough, the setting with the
-    smallest remaining overflow is kept, and other settings are tried together with it.
+    Single settings are tried one by one. If none is enough, the setting with the smallest remaining
+    overflow is kept, and other settings are tried together with it.
     """
     found: list[Change] = []
     for _ in range(_MOST_TOGETHER):

@@ -54,11 +54,7 @@ UNKNOWN_STEPS = 10**6
 
 
 def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
-    """Return the models of the config by role, with matching vocabularies and classes.
-
-    Raises:
-        ModelError: a config is missing, cannot be read, or has no model for the task.
-    """
+    """Return the models of the config by role, with matching vocabularies and classes."""
     specs: dict[str, Any] = {**config.teacher_specs, STUDENT: config.student}
     register_own_models()
     sources = {
@@ -216,11 +212,9 @@ class PlanningLab(LabBase):
         return self._made[folder]
 
     def rows_of_teachers(self) -> dict[str, int]:
-        """Return the same number for all teachers: the rows are not read."""
-        return dict.fromkeys(self.config.teacher_specs, 1)
+        return dict.fromkeys(self.config.teacher_specs, 1)  # the rows are not read
 
     def steps_of_student(self) -> int:
-        """Return the steps of `train` on all rows; a large number if the rows are not counted."""
         train = self.config.train
         if self._prepared is None:
             return train.max_steps or UNKNOWN_STEPS
@@ -230,21 +224,16 @@ class PlanningLab(LabBase):
         return total_steps(train, shape.steps_per_epoch(len(self._prepared.encoded.train)))
 
     def with_embeddings(self, result: StageResult) -> ModelSource:
-        """Return the student; its size does not depend on the embeddings."""
-        return self._sources[STUDENT]
+        return self._sources[STUDENT]  # its size does not depend on the embeddings
 
-    def probe(self, stage: str) -> None:
-        """Do nothing, because there is nothing to measure."""
+    def probe(self, stage: str) -> None: ...
 
-    def made_by(self, result: StageResult, name: str, read: Any) -> None:
-        """Return None, because nothing was trained."""
+    def made_by(self, result: StageResult, name: str, read: Any) -> None: ...
 
     def worth(self, metrics: Any) -> float:
-        """Return the same worth for all models."""
         return 0.5
 
     def dev_score(self, name: str) -> float:
-        """Record the scoring of a teacher; return the same score for all teachers."""
         self._record_scoring(name, self._teachers[name])
         return 0.5
 
@@ -282,7 +271,6 @@ class PlanningLab(LabBase):
         return result
 
     def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
-        """Make a stage's model a teacher that is scored at the end."""
         self._assistants.append(result)
         return self.as_teacher(result, like=like)
 
@@ -297,12 +285,7 @@ def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> Read
 
 
 def check_method(config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
-    """Check the method, its stages and the baselines, so that errors appear now and not later.
-
-    Raises:
-        MegakdError: an option does not fit the data or the models, or a loss cannot work between
-            the models of a stage.
-    """
+    """Check the method, its stages and the baselines, so that errors appear now and not later."""
     device = ranks.device.type
     lab = PlanningLab(
         config, prepared.sources, ranks=ranks.world_size, device=device, prepared=prepared

@@ -56,11 +56,8 @@ class PhasePlan:
     """Resources of a phase on a rank.
 
     load_peak: peak bytes of the host while the models are built and loaded.
-    flops, network: operations, and bytes sent by role, of one training step, or of one of
-        `forwards`.
-    forwards: number of forwards of work that does not train, if known.
+    flops, network: operations, and bytes sent by role, of a training step or of one of `forwards`.
     required: False if the run continues without the phase when memory is short.
-    pruned: what is left of a learner that is pruned in the phase.
     per_call: micro-batches of a step that teachers answer in one forward, if more than one.
     """
 
@@ -91,7 +88,6 @@ class Timeline:
         self._answers: Holding = {Share(TEACHER, "activations"): block(self.traced.answers)}
 
     def play(self) -> PhasePlan:
-        """Record the memory of the phase from the first build to the last checkpoint."""
         if self.phase.stage is None:
             self._work_alone(self.phase.work)
         else:
@@ -315,9 +311,8 @@ class Timeline:
     def _count(self, learner: Trained, frozen: Mapping[str, Frozen], micro_batches: int) -> None:
         flops = micro_batches * sum(run.flops for run in self.traced.learner)
         answered, stage = 0.0, self.phase.stage
-        rows = (
-            1 / len(frozen) if stage is not None and stage.strategy.routes_rows and frozen else 1.0
-        )
+        is_routed = stage is not None and stage.strategy.routes_rows
+        rows = 1 / len(frozen) if is_routed and frozen else 1.0
         for name, engine in frozen.items():
             run, per_call = self.traced.teachers[name], self.traced.per_call[name]
             asked, rest = self.traced.asked[name], engine.received

@@ -44,10 +44,7 @@ _RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
 class Amount(NamedTuple):
-    """Bytes in small and in large blocks.
-
-    When blocks are freed, the C library's heap keeps small blocks and returns large blocks.
-    """
+    """Bytes in small and in large blocks: the C library's heap keeps only freed small blocks."""
 
     small: int = 0
     large: int = 0
@@ -117,7 +114,6 @@ class Inventory(tuple[Parameter, ...]):
         return max((parameter.numel for parameter in self), default=0)
 
     def amount(self, itemsize: int) -> Amount:
-        """Return the memory of all parameters."""
         return amount_of(parameter.numel * itemsize for parameter in self)
 
 
@@ -169,14 +165,10 @@ def trace_call(
     device: str,
     memory: int | None = None,
 ) -> tuple[Trace, Any]:
-    """Call a module once and, if requested, run the backward from the total of its losses.
+    """Return the trace of one call of a module, and its result.
 
-    Args:
-        call: runs the forward; its result needs a field `total` for a backward.
-        memory: bytes of a GPU, which determine the buffers of the losses; None: not known.
-
-    Returns:
-        The trace, and the result of the call.
+    With `backward`, the result has a `total`. `memory`: bytes of a GPU, which determine the buffers
+    of the losses; None: not known.
     """
     with _AllocationWatch(module, device, memory) as watch:
         with _without_values(device), nullcontext() if backward else torch.no_grad():
@@ -196,30 +188,25 @@ def _without_values(device: str) -> Iterator[None]:
 def repeat_alike(model: Any, device: str, *, offload: bool = False) -> None:
     """Make forwards that gradient checkpointing repeats run in the modes of the first forward.
 
-    A backward does not restore the torch modes of its forward.
-
-    Args:
-        offload: whether the inputs of repeated layers wait in host memory.
+    A backward does not restore the torch modes of its forward. `offload`: the inputs of repeated
+    layers wait in host memory.
     """
+
+    def shape_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        return tensor.shape, tensor.dtype
+
+    def made_of(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(saved[0], dtype=saved[1], device=VALUELESS)
 
     def repeated(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         modes = {"context_fn": lambda: (nullcontext(), _without_values(device))}
-        with saved_tensors_hooks(_shape_of, _made_of) if offload else nullcontext():
+        with saved_tensors_hooks(shape_of, made_of) if offload else nullcontext():
             return checkpoint(function, *inputs, use_reentrant=False, **modes, **options)
 
     model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             module._gradient_checkpointing_func = repeated  # noqa: SLF001  (transformers' own)
-
-
-def _shape_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
-
-
-def _made_of(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
-    shape, dtype = saved
-    return torch.empty(shape, dtype=dtype, device=VALUELESS)
 
 
 class _Valueless(TorchFunctionMode):
