@@ -22,7 +22,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError with the message and the way to the options."""
         raise ConfigError(f"{message} ({self.prog} --help lists the options)")
 
     def print_help(self, file: Any = None) -> None:

@@ -64,11 +64,7 @@ def print_plan(config: RunConfig, arguments: argparse.Namespace) -> None:
 
 
 def cluster_of(given: Mapping[str, Any]) -> Cluster:
-    """Return the machines that the options describe; defaults come from this machine.
-
-    Raises:
-        ConfigError: a number is out of range, or GPU memory is given for CPU ranks.
-    """
+    """Return the machines that the options describe; defaults come from this machine."""
     memory, host = _bytes(given, "gpu_memory_gb"), _bytes(given, "host_memory_gb")
     device: Device = given.get("device") or ("cuda" if memory is not None else _own_device())
     if device == "cpu" and memory is not None:

@@ -27,17 +27,17 @@ from megakd.errors import CheckpointError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.run_data import cache_folder, with_row_length
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
-from megakd.models.knowledge import Needs
 from megakd.models.label_order import generic_labels, model_label_names
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
 from megakd.process.terminal import in_home
 from megakd.run.finished_run import FINAL
 from megakd.run.main import started
+from megakd.run.run_report import row_count
+from megakd.run.teacher_pool import set_metrics
 from megakd.scoring.metrics import task_metrics
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
-from megakd.training.evaluation_sets import row_count
 from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.training.recipes import scoring_preset
 
@@ -65,9 +65,6 @@ def evaluate_model(
     Returns:
         `model`, `file`, `split`, `rows`, `metrics`, and `evaluation_sets`: by name `file`, `rows`
         and `metrics`.
-
-    Raises:
-        MegakdError: the model or the data does not exist, or they do not fit each other.
     """
     folder = model_folder(config, model)
     given = data or _without_training_rows(config)
@@ -88,13 +85,9 @@ def evaluate_model(
             prepared, rows = _held_out(config, source)
         assembly = Assembly(config=prepared.config, prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
-        dtype = assembly.scoring_dtype()
-        loaded = assembly.frozen(source, preset, dtype=dtype, needs=Needs())
-        try:
+        with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
             metrics = _metrics(assembly, source, loaded, rows, trusts_order=trusts_order)
             sets = _sets(assembly, loaded)
-        finally:
-            loaded.destroy()
     return {
         "model": str(folder),
         "file": rows.file,
@@ -208,15 +201,14 @@ def _metrics(
 
 
 def _sets(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, Mapping[str, Any]]:
-    prepared, scorer = assembly.prepared, assembly.scorer()
-    files = assembly.config.task.evaluation_sets
+    files, rows = assembly.config.task.evaluation_sets, assembly.prepared.splits.evaluation_sets
     return {
         name: {
             "file": ", ".join(listed_files(files[name])),
-            "rows": row_count(prepared.splits.evaluation_sets[name]),
-            "metrics": scorer.score(loaded.predict, rows),
+            "rows": row_count(rows[name]),
+            "metrics": metrics,
         }
-        for name, rows in prepared.encoded.evaluation_sets.items()
+        for name, metrics in set_metrics(assembly, loaded).items()
     }
 
 

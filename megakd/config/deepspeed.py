@@ -102,9 +102,6 @@ def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, An
     Args:
         spec: a preset's name, the path of a JSON file, or the mapping itself.
         where: the key of the run config that holds `spec`, such as `student.deepspeed`.
-
-    Raises:
-        ConfigError: the preset or file does not exist, or sets a value of the run config.
     """
     source, content = where, spec
     if isinstance(spec, str):
@@ -148,10 +145,6 @@ def merged_ds_config(
 
     Gradient accumulation is 1: the training loop sets the accumulation boundary itself, so that
     the engine does not depend on the number of micro-batches.
-
-    Raises:
-        ConfigError: the size of a shard group of `ds` does not divide the number of ranks, or the
-            weights are sharded within nodes.
     """
     check_trained_sharding(ds, where="student.deepspeed")
     group = ds.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)

@@ -31,8 +31,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         overrides: `a.b=value` or `a.0.b=value` with a YAML value; later overrides win.
 
     Raises:
-        ConfigError: the file cannot be read or the config cannot work. The message has one line
-            per problem, each with the file or the override that causes the problem.
+        ConfigError: one line per problem, each with the file or the override that causes it.
     """
     of_run = path / "config.yaml"
     path = of_run if of_run.is_file() else path
@@ -294,11 +293,7 @@ _Dumper.add_representer(str, _text)
 
 
 def parse_yaml(text: str, *, source: str) -> Any:
-    """Return the value of the single document in `text`.
-
-    Raises:
-        ConfigError: the text is not YAML, or a key is given twice; the message names the line.
-    """
+    """Return the value of the single document in `text`; raise ConfigError with the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  # _Loader builds plain values only
     except RecursionError as error:

@@ -70,10 +70,7 @@ class TeacherConfig:
 
     @property
     def served_model(self) -> str | None:
-        """Name of the model that the servers of this teacher have to serve.
-
-        `server.model`, else `model`; None if the config has no name for the model.
-        """
+        """Name of the model that the teacher's servers have to serve; None if it has no name."""
         if not isinstance(self.model, str) or self.model == STUDENT_BASE:
             return None
         return self.model if self.server is None or self.server.model is None else self.server.model

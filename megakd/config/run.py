@@ -156,11 +156,7 @@ class RunConfig:
 
     @property
     def served_model(self) -> str | None:
-        """Name of the model that the servers of `rollout.server` have to serve.
-
-        `rollout.server.model`, else the model of `rollout.by` in the config; None if the config
-        has no name for the model, such as for a model from random weights.
-        """
+        """Name of the model that the servers of `rollout.server` serve; None if it has no name."""
         rollouts = self.rollout
         if rollouts is None or rollouts.server is None:
             return None

@@ -36,12 +36,7 @@ class ConstantWithWarmup:
     """Linear warm-up, then the peak rate."""
 
     def rate(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the learning rate at a step.
-
-        Args:
-            step: optimizer steps taken.
-            warm: steps of warm-up.
-        """
+        """Return the rate after `step` optimizer steps, of which `warm` are warm-up."""
         if step < warm:
             return peak * step / warm
         return peak * self._decay(step, warm, total, peak)

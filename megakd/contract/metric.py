@@ -49,7 +49,6 @@ class MetricJudge:
     view: str = WHOLE
 
     def __call__(self, scores: Scores, step: int) -> Verdict:
-        """Return the metric, negated if lower is better."""
         del step
         value = self.metric.of(scores[self.view])
         return Verdict(value if self.metric.higher_is_better else -value, self.view)

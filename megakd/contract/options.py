@@ -48,34 +48,23 @@ class MethodOptions:
         return None
 
     def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
-        """Return the tokenizer of the student alone, or None; called if `own_vocabulary` is set.
+        """Return the tokenizer of the student alone; called if `own_vocabulary` is set.
 
-        Args:
-            splits: the texts of the run (`data.splits.Splits`).
-            teacher: the tokenizer of the teachers.
-            cache_dir: the folder in which the tokenizer is kept.
+        `splits`: the texts of the run; `teacher`: the tokenizer of the teachers.
         """
         del splits, teacher, cache_dir
 
     def rows(self, config: Any, splits: Any, pair: Any, *, cache_dir: Path) -> Any:
-        """Return training rows that a stage reads beside the encoded rows, and their key, or None.
+        """Return rows that a stage reads beside the encoded rows, and their key, or None.
 
-        Args:
-            config: the `RunConfig`.
-            splits: as for `student_tokenizer`.
-            pair: the tokenizers of student and teachers (`data.tokenizers.VocabularyPair`).
-            cache_dir: the folder in which the rows are kept.
+        `pair`: the tokenizers of student and teachers (`data.tokenizers.VocabularyPair`).
         """
         del config, splits, pair, cache_dir
 
     def extras(self, parts: Any) -> Sequence[Any]:
-        """Return features that the method adds to a stage; a collective.
+        """Return features that the method adds to a stage with these `StageParts`; a collective.
 
-        Args:
-            parts: the parts of the stage (`training.stage_extra.StageParts`).
-
-        Returns:
-            `training.stage_extra.StageExtra`s.
+        See `training.stage_extra`.
         """
         del parts
         return ()

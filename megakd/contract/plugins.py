@@ -37,13 +37,8 @@ def installed(group: str) -> dict[str, EntryPoint]:
     return {found.name: found for found in entry_points(group=group)}
 
 
-def load_plugin(group: str, name: str) -> Any:
-    """Import the object that a name in a config refers to.
-
-    Args:
-        group: `LOSSES`, `METRICS` or `METHODS`.
-        name: `module:name`, or the name of an entry point.
-    """
+def _load_plugin(group: str, name: str) -> Any:
+    # The object of `module:name`, or of an entry point's name.
     found = installed(group).get(name)
     module_name, _, attribute = (found.value if found else name).partition(":")
     try:
@@ -77,7 +72,7 @@ class FromPackage:
 
     def kind(self, name: str) -> type:
         """Return the dataclass that a name refers to; raise ConfigError if it is not valid."""
-        kind = load_plugin(self.group, name)
+        kind = _load_plugin(self.group, name)
         wrong = self.check(kind)
         if wrong is not None:
             raise ConfigError(f'"{name}": {wrong}; docs/plugins.md shows an example')
@@ -147,7 +142,7 @@ def is_metric(name: str) -> bool:
 
 def metric_of(name: str) -> Callable[[Any, Any], float]:
     """Return the function of a metric of another package; raise ConfigError if it is none."""
-    found = load_plugin(METRICS, name)
+    found = _load_plugin(METRICS, name)
     if not (callable(found) and isinstance(getattr(found, "higher_is_better", None), bool)):
         raise ConfigError(
             f'"{name}" is not a function(outputs, labels) with an attribute higher_is_better, true '

@@ -326,29 +326,6 @@ def _wrong_term(kind: Any) -> str | None:
     return wrong
 
 
-OwnTerm = Annotated[
-    HardCrossEntropy
-    | HardMse
-    | SoftTargetKl
-    | SoftTargetReverseKl
-    | SoftTargetJsd
-    | SoftTargetSkewKl
-    | SoftTargetSkewReverseKl
-    | SoftTargetTvd
-    | SoftTargetMse
-    | HiddenMse
-    | HiddenCosine
-    | EmbeddingMse
-    | RelationFsp
-    | AttentionMse
-    | RelationKl,
-    Field(discriminator="loss"),
-]
-PLUGIN_TERM = FromPackage(LOSSES, "loss", OwnTerm, _wrong_term)
-TermConfig = Annotated[
-    Annotated[OwnTerm, Tag(OURS)] | Annotated[PluginTerm, PLUGIN_TERM, Tag(THEIRS)],
-    Discriminator(PLUGIN_TERM.branch),
-]
 SoftTarget = (
     SoftTargetKl
     | SoftTargetReverseKl
@@ -359,6 +336,15 @@ SoftTarget = (
 )
 StateTerm = HiddenMse | HiddenCosine | EmbeddingMse | RelationFsp
 AttentionTerm = AttentionMse | RelationKl
+OwnTerm = Annotated[
+    HardCrossEntropy | HardMse | SoftTarget | SoftTargetMse | StateTerm | AttentionTerm,
+    Field(discriminator="loss"),
+]
+PLUGIN_TERM = FromPackage(LOSSES, "loss", OwnTerm, _wrong_term)
+TermConfig = Annotated[
+    Annotated[OwnTerm, Tag(OURS)] | Annotated[PluginTerm, PLUGIN_TERM, Tag(THEIRS)],
+    Discriminator(PLUGIN_TERM.branch),
+]
 SOFT_TARGET_DIVERGENCES: tuple[type[SoftTarget], ...] = get_args(SoftTarget)
 STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)
 ATTENTION_TERMS: tuple[type[AttentionTerm], ...] = get_args(AttentionTerm)

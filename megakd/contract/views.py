@@ -63,7 +63,6 @@ class UnitOrder(NamedTuple):
     values: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     def of(self, kind: Kind, number: int) -> tuple[int, ...] | None:
-        """Return the order of one attention, of one feed-forward, or of the width."""
         if kind == "width":
             return self.width
         return (self.heads if kind == "heads" else self.neurons)[number]

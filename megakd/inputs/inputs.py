@@ -89,7 +89,6 @@ class UnencodedInputs:
 
     @property
     def classes(self) -> int:
-        """The number of classes in the data; 0 for a task without classes."""
         return len(self.splits.label_names)
 
 
@@ -195,10 +194,11 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
         sources=sources,
         teacher_tokenizer=tokenizer if own else None,
     )
-    sized = {
-        role: _with_vocabulary_of(found.tokenizer_of(role), source)
-        for role, source in sources.items()
-    }
+    sized = {}
+    for role, source in sources.items():
+        own = found.tokenizer_of(role)
+        pad = cast("int | None", own.pad_token_id)  # transformers' own type allows several
+        sized[role] = with_vocabulary(source, len(own), pad_token_id=pad)
     return dataclasses.replace(found, sources=sized)
 
 
@@ -233,11 +233,6 @@ def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> VocabularyR
         "teacher_size": len(pair.teacher),
         "overlap": pair.overlap,
     }
-
-
-def _with_vocabulary_of(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> ModelSource:
-    pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
-    return with_vocabulary(source, len(tokenizer), pad_token_id=pad)
 
 
 def _strangers(

@@ -43,7 +43,7 @@ from megakd.planning.phase import Phase
 from megakd.scoring.scores import weighable
 from megakd.training.assembly import learning_models
 from megakd.training.lab_base import LabBase
-from megakd.training.recipes import baseline_stage, completed, scoring_preset
+from megakd.training.recipes import baseline_stage, scoring_preset
 
 if TYPE_CHECKING:
     from megakd.planning.planned_pruning import PlannedPruning
@@ -243,9 +243,7 @@ class PlanningLab(LabBase):
 
     def train(self, stage: Stage) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
-        stage = completed(stage, self.config, ranks=self.world, device=self._device)
-        if stage.start is None and stage.role == STUDENT:
-            stage = dataclasses.replace(stage, start=self._start())
+        stage = self._completed(stage, ranks=self.world, device=self._device)
         learners = learning_models(stage, self._sources, self._teachers)
         teachers = {name: self._teachers[name] for name in stage.teachers}
         bases = {n: teachers.pop(n).source for n in self.config.base_teachers if n in teachers}

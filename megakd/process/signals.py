@@ -39,13 +39,10 @@ LAUNCHER_VARIABLES = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
 
 
 class Stopped(BaseException):
-    """The run was stopped by a signal or by the end of its launcher.
+    """The run was stopped by a signal or by the end of its launcher; `saved` tells what is saved.
 
     Not an `Exception`: code that ignores the errors of a chart or a stopwatch must not ignore a
     stop.
-
-    Args:
-        saved: description of what was saved, such as "student saved at step 8".
     """
 
     def __init__(self, number: int, reason: str, saved: str = "") -> None:
@@ -192,9 +189,7 @@ def watched() -> Iterator[None]:
 def deferred() -> Iterator[None]:
     """Record stop signals in the body instead of raising; the body calls `requested`.
 
-    Raises:
-        Stopped: a signal came, and the body ended without an answer to it. Like a signal outside
-            the body, it is raised on each rank that has received the signal.
+    A signal without an answer is raised after the body, on each rank that has received it.
     """
     watch = _active
     if watch is None:
@@ -239,7 +234,6 @@ class Launchers:
         self._was_gone = is_launched and not self.chain and os.getppid() == 1
 
     def have_ended(self) -> bool:
-        """Return true if any process of the chain has ended."""
         return self._was_gone or not all(map(_is_alive, self.chain))
 
 

@@ -29,9 +29,6 @@ def in_processes(
 
     Process k computes items k, k + processes, ...; it waits while its next results are not read,
     and ends with its parent, however the parent ends.
-
-    Raises:
-        MegakdError: a process ended early; its own error is on stderr.
     """
     if processes == 1:
         yield from map(function, items)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from megakd.config.rollout import RolloutConfig, RowSource
     from megakd.contract.batch import Batch
-    from megakd.contract.completions import Completion, Generator, RequestedTexts, Sampling
+    from megakd.contract.completions import Generator, RequestedTexts, Sampling
     from megakd.data.loader import RowOrder
     from megakd.data.step_layout import Collate
     from megakd.rollouts.store import RolloutStore
@@ -142,8 +142,7 @@ class RolloutSource:
         """Return {}: the sources follow from the seed, and the texts are on disk."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing."""
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def _replayed(self, step: int, sources: Sequence[str]) -> list[Rollout]:
         steps = self._draws.replayable(step)
@@ -194,7 +193,11 @@ class RolloutSource:
     def _generate(self, request: _Request) -> None:
         began = time.perf_counter()
         with doing(f"generating {len(request.wanted)} texts at step {request.steps[0]}"):
-            completions = self._completions(request)
+            if request.texts is None:
+                sampling = self._sampling(request)
+                completions = self._generator.generate(request.prompts, request.seeds, sampling)
+            else:
+                completions = request.texts.completions()
         self._statistics.seconds += time.perf_counter() - began
         own = [
             (step, Rollout(row, prompt, completion, request.version, seed))
@@ -205,11 +208,6 @@ class RolloutSource:
         parts, world = gather(own), self._rows.layout.shape.world
         made = [parts[number % world][number // world] for number in range(len(request.wanted))]
         on_main(lambda: self._write(request.steps, made))
-
-    def _completions(self, request: _Request) -> list[Completion]:
-        if request.texts is not None:
-            return request.texts.completions()
-        return self._generator.generate(request.prompts, request.seeds, self._sampling(request))
 
     def _sampling(self, request: _Request) -> Sampling:
         return self._config.sampling_at(request.steps[0])

@@ -121,9 +121,9 @@ def finished_table(config: RunConfig, *, command: str) -> str:
     out = config.output_dir
     record = on_main(lambda: _record_there(out))
     report = on_main(lambda: _report_there(out, record))
-    if record is None:
-        on_main(lambda: _check_final_there(out))
-    else:
+    if record is None and not on_main((out / FINAL).is_dir):
+        raise CheckpointError(f"{out / FINAL} does not exist; {_again(out / REPORT)}")
+    if record is not None:
         _compare_inputs(config, record["inputs"])
         missing = on_main(lambda: _missing_of_final(out, record))
         if missing:
@@ -220,11 +220,6 @@ def _again(report: Path) -> str:
     )
 
 
-def _check_final_there(out: Path) -> None:
-    if not (out / FINAL).is_dir():
-        raise CheckpointError(f"{out / FINAL} does not exist; {_again(out / REPORT)}")
-
-
 def _missing_of_final(out: Path, record: Mapping[str, Any]) -> list[str]:
     final = out / FINAL
     atomic.recover(final)
@@ -259,7 +254,7 @@ def publish(
     record = {"student": student.name, "final": own, "report": checksum_of(report)}
     atomic.write_text(out / CONFIG, dump_config(config))
     write_signed(out / RUN, record | {"inputs": inputs})
-    write_next_config(config, out / FINAL)
+    _write_next_config(config, out / FINAL)
     write_report(out / REPORT, report)
     _draw(out)
     return result_table(report, final=out / FINAL)
@@ -371,18 +366,15 @@ def _with_model(stages: Path) -> list[str]:
     return sorted(folder.name for folder in finished if (folder / "config.json").is_file())
 
 
-def write_next_config(config: RunConfig, final: Path) -> None:
-    """Write finetune.yaml beside `final/` if the student is a masked language model.
-
-    An existing file is left alone, because it belongs to the user.
-    """
+def _write_next_config(config: RunConfig, final: Path) -> None:
+    # An existing file is left alone, because it belongs to the user.
     path = config.output_dir / FINETUNE
     if config.task.type == "mlm" and not path.exists():
-        atomic.write_text(path, finetune_config(config, final))
+        atomic.write_text(path, _finetune_config(config, final))
 
 
-def finetune_config(config: RunConfig, final: Path) -> str:
-    """Return the text of finetune.yaml: BERT's settings for GLUE (Devlin et al. 2019, A.3)."""
+def _finetune_config(config: RunConfig, final: Path) -> str:
+    # BERT's settings for GLUE (Devlin et al. 2019, A.3).
     tree = {
         "output_dir": str(config.output_dir / "finetuned"),
         "seed": config.seed,

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from megakd.config.run import RunConfig
 from megakd.config.train import total_steps
@@ -21,7 +21,6 @@ from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first
 from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs
-from megakd.models.knowledge import Needs
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
 from megakd.run.stage_identity import stage_identity
@@ -34,7 +33,7 @@ from megakd.training.lab_base import LabBase
 from megakd.training.once import measured_once
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
-from megakd.training.recipes import completed
+from megakd.training.recipes import scoring_preset
 from megakd.training.stage_extra import step_shape
 from megakd.training.stage_folder import may_grow, read_result
 from megakd.training.stage_run import StageRun, stage_checkpoints
@@ -96,9 +95,7 @@ class RunLab(LabBase):
 
     def train(self, stage: Stage) -> StageResult:
         ranks, device = self._ranks.world_size, self._ranks.device.type
-        stage = completed(stage, self.config, ranks=ranks, device=device)
-        if stage.start is None and stage.role == STUDENT:
-            stage = dataclasses.replace(stage, start=self._start())
+        stage = self._completed(stage, ranks=ranks, device=device)
         fingerprint = stage_identity(stage, self.assembly)
         folder = self.assembly.stage_folder(stage.name)
         result = read_result(folder, fingerprint, may_grow=may_grow(stage.name, self.config))
@@ -171,20 +168,16 @@ class RunLab(LabBase):
         return dataclasses.replace(found, attn_implementation=spec.attn_implementation)
 
     @doing("scoring a finished model")
-    def score(
-        self, source: ModelSource, deepspeed: str | Mapping[str, Any], *, look: Look | None = None
-    ) -> ModelReport:
+    def score(self, folder: Path, *, look: Look | None = None) -> ModelReport:
         """Return the size and metrics of a finished model on the held-out rows; a collective.
 
         The model has the student's tokenizer; `look` is called with it while it is loaded.
         """
         self.close()
         dtype = self.assembly.scoring_dtype()
-        model = self.assembly.frozen(source, deepspeed, dtype=dtype, needs=Needs())
-        try:
+        preset = scoring_preset(self.config.student.deepspeed)
+        with self.assembly.loaded(self.source(folder), preset, dtype) as model:
             report = model_report(self.assembly, model)
             if look is not None:
                 look(model)
-        finally:
-            model.destroy()
         return report

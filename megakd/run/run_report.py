@@ -10,18 +10,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from megakd.contract.results import (
     Assistant,
     AssistantReport,
+    EvaluationSetReport,
     LatencyReport,
     ModelReport,
     QuantizedReport,
     Report,
     Speedup,
+    StageReport,
 )
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT
+from megakd.data.choosing import is_labelled
 from megakd.data.loader import lengths_of_rows
 from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
@@ -40,20 +44,23 @@ from megakd.reports.samples import Sampler
 from megakd.reports.table import generation_reports, largest
 from megakd.rollouts.runaway import text_warnings
 from megakd.run.run_lab import RunLab
-from megakd.training.evaluation_sets import SetScores
-from megakd.training.recipes import scoring_preset
+from megakd.run.teacher_pool import set_metrics
+from megakd.teachers.frozen import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 INT8_FOLDER = ".int8"
 """Folder below `output_dir` that exists only during the scoring."""
 
 
-def _teachers(lab: RunLab, sampler: Sampler, sets: SetScores) -> dict[str, ModelReport]:
+Sets = dict[str, Mapping[str, Mapping[str, float]]]
+"""The metrics of each model on each named evaluation set."""
+
+
+def _teachers(lab: RunLab, sampler: Sampler, sets: Sets) -> dict[str, ModelReport]:
     reports = {}
     for name in lab.pool.folders:
         measured = lab.pool.measured(name)
-        reports[name] = measured.report
-        sets.add(name, measured.sets)
+        reports[name], sets[name] = measured.report, measured.sets
         if measured.answers is not None:
             sampler.add(name, measured.answers)
     return reports
@@ -63,20 +70,16 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     """Score the finished models, measure their latency, and return the report; a collective."""
     config, prepared, ranks = lab.config, lab.assembly.prepared, lab.assembly.ranks
     out = config.output_dir
-    preset = scoring_preset(config.student.deepspeed)
-    sampler, sets = Sampler(lab.pool.prompts), SetScores(lab.assembly)
+    sampler, sets = Sampler(lab.pool.prompts), Sets()
+    students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
     with phase("scoring"):
         teachers = _teachers(lab, sampler, sets)
         scored = {
-            name: lab.score(
-                lab.source(result.folder), preset, look=sets.scoring(name, sampler.asking(name))
-            )
-            for name, result in {STUDENT: student, **baselines}.items()
+            name: _scored(lab, name, folder, sampler, sets) for name, folder in students.items()
         }
         if config.save.int8:
-            scored[STUDENT]["int8"] = score_int8(lab, student.folder, preset)
+            scored[STUDENT]["int8"] = _score_int8(lab, student.folder)
         assistants = [_assistant(lab, made) for made in lab.record.assistants]
-    students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
     forget_models()
     with phase("latency"), doing("measuring latency"):
         latency = on_main(lambda: _latency(lab, students, ranks.device))
@@ -101,7 +104,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
         generation=on_main(lambda: generation_reports(out, [made.name for made in lab.results])),
         warnings=on_main(lambda: text_warnings(read_history(out / "metrics.jsonl"))),
-        evaluation_sets=sets.report(),
+        evaluation_sets=_set_reports(prepared.splits.evaluation_sets, sets),
         seconds=seconds(),
         environment=environment(
             ranks=ranks.world_size,
@@ -111,6 +114,32 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     )
 
 
+def _scored(lab: RunLab, name: str, folder: Path, sampler: Sampler, sets: Sets) -> ModelReport:
+    asking = sampler.asking(name)
+
+    def look(loaded: FrozenTeacher) -> None:
+        sets[name] = set_metrics(lab.assembly, loaded)
+        if asking is not None:
+            asking(loaded)
+
+    return lab.score(folder, look=look)
+
+
+def row_count(rows: Dataset) -> int:
+    """Return the number of scored rows: rows with a label, or all rows of a language task."""
+    return int(np.count_nonzero(is_labelled(rows)))
+
+
+def _set_reports(rows: Mapping[str, Dataset], sets: Sets) -> dict[str, EvaluationSetReport]:
+    return {
+        name: {
+            "rows": row_count(of_set),
+            "metrics": {model: known[name] for model, known in sets.items() if name in known},
+        }
+        for name, of_set in rows.items()
+    }
+
+
 def _student(scored: ModelReport, folder: Path) -> ModelReport:
     report: ModelReport = {**scored, "bytes": weight_bytes(folder)}
     trained = adapter_parameters(folder)
@@ -118,7 +147,7 @@ def _student(scored: ModelReport, folder: Path) -> ModelReport:
 
 
 def _assistant(lab: RunLab, assistant: Assistant) -> AssistantReport:
-    scored = lab.score(lab.source(assistant.folder), scoring_preset(lab.config.student.deepspeed))
+    scored = lab.score(assistant.folder)
     return {
         "name": assistant.name,
         "sparsity": assistant.sparsity,
@@ -128,14 +157,7 @@ def _assistant(lab: RunLab, assistant: Assistant) -> AssistantReport:
 
 
 def _stage_entry(result: StageResult) -> Any:
-    return {
-        "name": result.name,
-        "steps": result.steps,
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "metrics": dict(result.metrics),
-    }
+    return {key: getattr(result, key) for key in StageReport.__annotations__}
 
 
 def _latency(
@@ -185,11 +207,8 @@ def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup |
     return {**times, "low": ratio.low, "high": ratio.high}
 
 
-def score_int8(lab: RunLab, student: Path, deepspeed: str | Mapping[str, Any]) -> QuantizedReport:
-    """Return the size and the metrics of a student's int8 weights; a collective.
-
-    The weights are restored to fp32 in a temporary folder, and scored as the student is scored.
-    """
+def _score_int8(lab: RunLab, student: Path) -> QuantizedReport:
+    # The weights are restored to fp32 in a temporary folder, and scored as the student is scored.
     folder = lab.config.output_dir / INT8_FOLDER
     restored = folder / "restored"
 
@@ -202,7 +221,7 @@ def score_int8(lab: RunLab, student: Path, deepspeed: str | Mapping[str, Any]) -
 
     try:
         size = on_main(write)
-        metrics = lab.score(lab.source(restored), deepspeed)["metrics"]
+        metrics = lab.score(restored)["metrics"]
     finally:
         # All ranks have read the folder: scoring ends with a collective.
         if is_first_rank():

@@ -30,7 +30,6 @@ from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, as_read_back, flatten
 from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
-from megakd.training.evaluation_sets import set_metrics
 
 if TYPE_CHECKING:
     from megakd.contract.stage import Stage
@@ -154,17 +153,12 @@ class TeacherPool:
         """Load a teacher alone, and measure it unless it is measured; a collective."""
         self.close()
         ready, own = self.assembly.teachers[name], self.assembly.of(name)
-        dtype = own.teacher_dtype(ready)
-        model = own.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
-        try:
+        with own.loaded(ready.source, ready.spec.deepspeed, own.teacher_dtype(ready)) as model:
             if self._read_once(name) is None:
                 self._measure(name, model)
             yield model
-        finally:
-            model.destroy()
 
     def score(self, name: str) -> Mapping[str, float]:
-        """Return the metrics of a teacher on the validation split; a collective."""
         own = self.assembly.of(name)
         with self.loaded(name) as model:
             return own.scorer().score(model.predict, own.prepared.encoded.validation)
@@ -233,6 +227,12 @@ def model_report(own: Assembly, model: FrozenTeacher) -> ModelReport:
     if scored.by_class:
         report["per_class"] = scored.by_class
     return report
+
+
+def set_metrics(own: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:
+    """Return the metrics of a loaded model, with its tokenizer in `own`, by set; a collective."""
+    sets = own.prepared.encoded.evaluation_sets
+    return {name: own.scorer().score(loaded.predict, rows) for name, rows in sets.items()}
 
 
 def _read(path: Path, facts: Fingerprint) -> Measured | None:

@@ -38,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -71,7 +71,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             recover(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
 def write_content(path: Path, content: str | bytes) -> None:
@@ -86,7 +86,10 @@ def recover(path: Path) -> bool:
     if restored:
         aside.replace(path)
     for leftover in (temporary, aside):
-        _remove(leftover)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
     return restored
 
 
@@ -143,29 +146,15 @@ def _sibling(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def sync_tree(folder: Path) -> None:
     """Wait until all files below a folder, and their names, are on the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
+    for path in [*sorted(folder.rglob("*")), folder]:
+        if path.is_file() or path.is_dir():
             _sync(path)
-        elif path.is_dir():
-            _sync_folder(path)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without this sync, the files are on disk, but their names in the folder may not be.
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:
+    # Of a folder too: the files may be on disk, and their names in the folder not.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -35,11 +35,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def damage_of(folder: Path, entries: Entries, *, reads: bool = True) -> str | None:
-    """Return what is wrong with the first damaged file, or None if all files are whole.
-
-    Args:
-        reads: whether the files are read for their checksums; otherwise only sizes are compared.
-    """
+    """Return what is wrong with the first damaged file, or None; with `reads`, by its checksum."""
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
@@ -79,12 +75,7 @@ def write_signed(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_signed(path: Path) -> dict[str, Any]:
-    """Return a record that `write_signed` wrote.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the content differs from what was written.
-    """
+    """Return a record that `write_signed` wrote; raise ValueError if its content differs."""
     record = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(record, dict) or record.pop(CHECKSUM, None) != checksum_of(record):
         raise ValueError("its checksum differs")

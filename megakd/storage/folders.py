@@ -76,13 +76,10 @@ def copy_finished(
     """Verify a finished folder and make `target` a finished folder with the same files.
 
     Args:
-        source: a finished folder; files that megakd did not write are not copied.
         changes: file name -> content of the file in the copy, or None to leave the file out.
+        remedy: see `open_finished`.
         keep: files of the old `target` to copy into the new `target`, without checksums.
         add: called with the new folder, to write files that belong to the folder.
-
-    Raises:
-        CheckpointError: `source` is damaged, or `add` writes a file that should be kept.
     """
     listed = open_finished(source, remedy=remedy)
     with atomic.replaced_folder(target) as temporary:
@@ -109,11 +106,7 @@ def _check_kept(target: Path, keep: AbstractSet[str], temporary: Path) -> None:
 
 
 def users_files(folder: Path) -> list[str]:
-    """Return the files that a user added to a finished folder, and the card if it was edited.
-
-    Raises:
-        CheckpointError: the checksums cannot be read, or a file other than the card was changed.
-    """
+    """Return the files that a user added to a finished folder, and the card if it was edited."""
     there = set(files_of(folder)) - {CHECKSUMS} if folder.is_dir() else set[str]()
     if not there:
         return []
@@ -134,8 +127,7 @@ def users_files(folder: Path) -> list[str]:
 def open_finished(folder: Path, *, remedy: str) -> Mapping[str, Any]:
     """Verify a folder that a run has finished, and return the entries of its files.
 
-    Args:
-        remedy: instruction for the user if the folder is damaged; part of the message.
+    The message about a damaged folder ends with the `remedy`.
     """
     found = damage(folder)
     if found is not None:
@@ -169,12 +161,7 @@ def damage(folder: Path, *, wanted: Callable[[str], bool] = bool) -> str | None:
 
 
 def entries(folder: Path) -> Mapping[str, Any]:
-    """Return the size and the checksum of every file that megakd wrote into a folder.
-
-    Raises:
-        OSError: the folder has no checksums.
-        ValueError: the checksums are damaged.
-    """
+    """Return the size and the checksum of every file that megakd wrote into a folder."""
     return read_signed(folder / CHECKSUMS)["files"]
 
 

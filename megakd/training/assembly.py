@@ -92,7 +92,6 @@ class Assembly:
 
     @property
     def method_rows(self) -> MethodRows:
-        """The training rows that the method makes for itself."""
         if self.prepared.method_rows is None:
             raise TypeError("a stage reads rows of its method, and the method makes no rows")
         return self.prepared.method_rows
@@ -127,7 +126,6 @@ class Assembly:
         return learning_models(stage, self.prepared.sources, self.teachers)
 
     def losses(self, stage: Stage) -> StageLosses:
-        """Return the loss terms of a stage, and the outputs that they need from its teachers."""
         terms = with_class_weights(stage.objective, self.prepared.splits)
         return stage_losses(
             replace(stage, objective=terms),
@@ -196,6 +194,17 @@ class Assembly:
         module = self.frozen_module(source, ds, dtype=dtype, needs=needs)
         rows = self.config.train.per_device_train_batch_size
         return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
+
+    @contextmanager
+    def loaded(
+        self, source: ModelSource, spec: str | Mapping[str, Any], dtype: Dtype
+    ) -> Iterator[FrozenTeacher]:
+        """Load a frozen model that only answers, for the length of the body."""
+        model = self.frozen(source, spec, dtype=dtype, needs=Needs())
+        try:
+            yield model
+        finally:
+            model.destroy()
 
     def frozen_module(
         self, source: ModelSource, ds: Mapping[str, Any], *, dtype: Dtype, needs: Needs

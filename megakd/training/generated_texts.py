@@ -77,7 +77,7 @@ def generator_of(parts: StageParts) -> Generator:
             raise TypeError(f"a {type(student).__name__} does not learn")
         rank = assembly.ranks.rank
         return server_generator(assembly.config, own.prepared, student.student, rank=rank)
-    return local_generator(parts.models[rollouts.by], own, rows_at_once=rollouts.rows_per_call)
+    return _local_generator(parts.models[rollouts.by], own, rows_at_once=rollouts.rows_per_call)
 
 
 class Texts(StageExtra):
@@ -90,7 +90,7 @@ class Texts(StageExtra):
             generation,
             prompts_of(rows, generation, config, student, key="eval.generation"),
             own.prepared.tokenizer,
-            generator=local_generator(
+            generator=_local_generator(
                 parts.models[STUDENT], own, rows_at_once=generation.rows_per_call
             ),
             scorer=own.scorer(parts.stage.train),
@@ -108,19 +108,9 @@ class Texts(StageExtra):
         return self._texts.by_position
 
 
-def local_generator(
+def _local_generator(
     engine: StudentEngine | Teacher, own: Assembly, *, rows_at_once: int
 ) -> LocalGenerator:
-    """Return the generator that uses the weights of an engine.
-
-    Args:
-        engine: engine of the student or of a frozen teacher.
-        own: the assembly with the tokenizer of the student.
-        rows_at_once: number of prompts that a rank continues at the same time.
-
-    Raises:
-        MegakdError: no token ends a text.
-    """
     if not isinstance(engine, StudentEngine | FrozenTeacher):
         raise TypeError(f"a {type(engine).__name__} generates no text")
     tokens = text_tokens(own.prepared.tokenizer, own.prepared.sources)

@@ -15,7 +15,7 @@ from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import TermConfig, hard_terms, soft_terms
 from megakd.inputs.inputs import as_student
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.training.recipes import finetuning_stage
+from megakd.training.recipes import completed, finetuning_stage
 
 
 class LabBase(ABC):
@@ -59,6 +59,12 @@ class LabBase(ABC):
         spec = dataclasses.replace(self.config.teacher_specs[like], cache=None)
         self._teachers[result.name] = ReadyTeacher(self._source(result.folder, like), spec)
         return result.name
+
+    def _completed(self, stage: Stage, *, ranks: int, device: str) -> Stage:
+        stage = completed(stage, self.config, ranks=ranks, device=device)
+        if stage.start is not None or stage.role != STUDENT:
+            return stage
+        return dataclasses.replace(stage, start=self._start())
 
     def _start(self) -> ModelSource | None:
         """Return the layers of the teacher, as it teaches, that the student keeps, if it does."""

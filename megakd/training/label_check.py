@@ -17,7 +17,6 @@ import numpy as np
 
 from megakd.contract.batch import IGNORE
 from megakd.errors import TeacherError
-from megakd.models.knowledge import Needs
 from megakd.models.label_order import generic_labels, listed
 from megakd.models.source import ReadyTeacher
 from megakd.training.assembly import Assembly
@@ -180,13 +179,10 @@ def needs_check(source: ModelSource, names: Sequence[str]) -> bool:
 
 def _measured(assembly: Assembly, ready: ReadyTeacher) -> LabelFit:
     rows = assembly.prepared.encoded.validation
-    dtype = assembly.teacher_dtype(ready)
     logger.info(
         "%s: checking the order of the generic labels on %d rows", ready.source.where, len(rows)
     )
-    model = assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
-    try:
+    dtype = assembly.teacher_dtype(ready)
+    with assembly.loaded(ready.source, ready.spec.deepspeed, dtype) as model:
         outputs = assembly.scorer().outputs(model.predict, rows)
-    finally:
-        model.destroy()
     return label_fit(outputs, rows["label"])

@@ -75,7 +75,7 @@ class TrainMeter:
         self._without_targets = empty if before is None else before + empty
 
     def _has_value(self, name: str, report: StepReport) -> int | Tensor:
-        """Return 1 for a step that has a value, which a step without texts of a source has not."""
+        # A step without texts of a source has no value for the term of this source.
         unit = self._objective.units.get(name.rpartition("/")[2])
         if unit is None or unit not in SOURCE_UNITS.values():
             return 1
@@ -83,7 +83,6 @@ class TrainMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude evaluations and saves from the speed."""
         began = time.perf_counter()
         yield
         self._paused_s += time.perf_counter() - began

@@ -59,11 +59,16 @@ class Extent:
 class Progress:
     """The progress bar of one stage if standard error is a terminal, else log lines."""
 
+    _bar: tqdm | None = None
+
     def __init__(self, stage: str, extent: Extent) -> None:
         self._stage, self._extent = stage, extent
         self._began = time.perf_counter()
-        total, done = extent.total_steps, extent.step
-        self._bar = _bar(stage, done, total) if sys.stderr.isatty() else None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            total, done = extent.total_steps, extent.step
+            self._bar = tqdm(total=total, initial=done, desc=stage, unit="step", dynamic_ncols=True)
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`, and note the step for a log that is silent."""
@@ -91,12 +96,6 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _bar(stage: str, step: int, total_steps: int) -> tqdm:
-    from tqdm import tqdm
-
-    return tqdm(total=total_steps, initial=step, desc=stage, unit="step", dynamic_ncols=True)
 
 
 def _shown(scalars: Mapping[str, float]) -> list[str]:
@@ -163,12 +162,10 @@ class Reporter:
             tracker.begin(stage, step)
 
     def advance(self, step: int) -> None:
-        """Move the progress bar; cheap enough for every step."""
         if self._progress is not None:
             self._progress.advance(step)
 
     def log(self, step: int, scalars: Mapping[str, float], *, stage: str) -> None:
-        """Record numbers of an optimiser step, or of an evaluation after it."""
         if not self._is_main:
             return
         values = {key: float(value) for key, value in scalars.items()}

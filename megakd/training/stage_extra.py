@@ -34,13 +34,11 @@ class StageParts(NamedTuple):
 
     @property
     def layout(self) -> StepLayout:
-        """How the rows of a step become micro-batches of this rank."""
         train = self.stage.train
         return StepLayout(step_shape(train, self.assembly.ranks), train.tokens_per_rank)
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the stage's checkpoints."""
         return self.assembly.config.output_dir / "checkpoints" / self.stage.name
 
 

@@ -44,7 +44,6 @@ class StageModel(NamedTuple):
     def write_returned(
         self, folder: Path, record: Mapping[str, str | bytes], kept: ReturnedWeights
     ) -> None:
-        """Write the model that the stage returns, with small files."""
         best = kept.folder
         if best is None or adapters_put_back(self.bundle.student, best):
             self._write(folder, record, kept.chosen, goes_on=self.stage.goes_on)

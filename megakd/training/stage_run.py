@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megakd.config.train import learning_rate_schedule, total_steps
-from megakd.contract.batch import Batch, Counts
+from megakd.contract.batch import Batch
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
@@ -72,7 +72,9 @@ class StageRun:
             student=self.student,
             teachers={name: WatchedTeacher(teacher) for name, teacher in teachers.items()},
             strategy=stage.strategy,
-            count_units=self._count_units,
+            count_units=lambda batches: self.stop_vote.sum_counts(
+                count_units(batches, self.bundle.counters)
+            ),
             learning_rate=lambda step: rate(step % steps),
             step=self.first_step,
         )
@@ -99,9 +101,6 @@ class StageRun:
             "window": CheckpointState(health.window_state, health.load_window_state, of_rank=True),
             **self.evaluation.states,
         }
-
-    def _count_units(self, batches: Sequence[Batch]) -> Counts:
-        return self.stop_vote.sum_counts(count_units(batches, self.bundle.counters))
 
     def run(self, folder: Path) -> StageResult:
         """Train the remaining steps and write the model folder; a collective."""
@@ -243,24 +242,15 @@ class StageRun:
 
     def _save(self, step: int) -> None:
         self.health.check_finite(self.checkpoints.newest)
-        with self.health.paused(), self._saving(step):
-            self.checkpoints.save(step, self.student.save, self.states)
-
-    @contextmanager
-    def _saving(self, step: int) -> Iterator[None]:
         began = time.perf_counter()
-        with doing(f"saving step {step} of stage {self.stage.name}"):
-            yield
+        with self.health.paused(), doing(f"saving step {step} of stage {self.stage.name}"):
+            self.checkpoints.save(step, self.student.save, self.states)
         seconds, limit = time.perf_counter() - began, self.config.train.collective_timeout
         if seconds > limit / 2 and self.ranks.is_main:
             logger.warning(
                 "%s: saving step %d took %.1f s, and train.collective_timeout is %g s; ranks "
                 "write at different speeds, so set it to %.0f or more",
-                self.stage.name,
-                step,
-                seconds,
-                limit,
-                10 * seconds,
+                *(self.stage.name, step, seconds, limit, 10 * seconds),
             )
 
     def _say(self, text: str, level: int = logging.INFO) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,43 +14,8 @@ from megakd.contract.batch import Batch, Counts, Knowledge, Losses
 from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
 from megakd.engine.activity import Stopwatch
 
-
-class Learner(Protocol):
-    """Interface of the student's engine that the loop uses."""
-
-    def forward_backward(
-        self,
-        batch: Batch,
-        knowledge: Mapping[str, Knowledge],
-        plan: Sequence[Pass],
-        counts: Counts,
-        *,
-        boundary: bool,
-    ) -> Losses:
-        """Add one micro-batch to the step's gradient."""
-        ...
-
-    def measure(
-        self,
-        batch: Batch,
-        knowledge: Mapping[str, Knowledge],
-        plan: Sequence[Pass],
-        scored: Sequence[str | None] = (),
-    ) -> Losses:
-        """Return the losses of one micro-batch, and the predictions of views, without learning."""
-        ...
-
-    def step(self, learning_rate: float) -> None:
-        """Apply the step's gradient."""
-        ...
-
-    def gradient_norm(self) -> Tensor | None:
-        """Return the gradient norm of the last step, before clipping."""
-        ...
-
-    def scaling(self) -> Mapping[str, float]:
-        """Return the scale of the loss under fp16, and the number of steps that overflowed."""
-        ...
+if TYPE_CHECKING:
+    from megakd.engine.student import StudentEngine
 
 
 class Meter:
@@ -83,7 +48,7 @@ class Trainer:
     count_units: micro-batches of this rank -> global unit counts, on the device.
     """
 
-    student: Learner
+    student: StudentEngine
     teachers: Mapping[str, Teacher]
     strategy: Strategy
     count_units: Callable[[Sequence[Batch]], Counts]
@@ -94,8 +59,8 @@ class Trainer:
     def fit(self, steps: Iterable[Sequence[Batch]]) -> Iterator[StepReport]:
         """Take one optimiser step per item of `steps` and yield its report.
 
-        The caller logs, evaluates and saves between two steps. `self.step` is then the number of
-        steps taken. The loop resumes from `self.step` and the strategy's state alone.
+        The caller logs, evaluates and saves between two steps. The loop resumes from `step`, the
+        number of steps taken, and the strategy's state alone.
         """
         for batches in steps:
             yield self.train_step(batches)

@@ -111,7 +111,7 @@ def epoch(config_path: str) -> dict:
     """How many examples each step of one epoch counts over all ranks, and what this rank has."""
     run, teacher = _started(config_path)
     steps = [run.source.step(index) for index in range(run.source.steps_per_epoch)]
-    counted = [run._count_units(batches)["examples"].item() for batches in steps]
+    counted = [run.trainer.count_units(batches)["examples"].item() for batches in steps]
     mine = [sum(int(b.valid.any(1).sum()) for b in batches) for batches in steps]
     run.close()
     teacher.destroy()

@@ -31,9 +31,6 @@ def check_paths(config: RunConfig) -> None:
     """Check, before torch is loaded, that the models and files of a run are on this machine.
 
     Names that may be the Hub's, and patterns of files, are checked where they are read.
-
-    Raises:
-        ConfigError: paths do not exist; one line per path.
     """
     specs = {f"{config.key_of(name)}.model": spec for name, spec in config.teacher_specs.items()}
     unread = {"output_dir", "task.chat_template"}

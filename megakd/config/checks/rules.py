@@ -60,15 +60,12 @@ class Rule(NamedTuple, Generic[T]):
 def problems(rules: Iterable[Rule[T]], *cases: Case[T]) -> Iterator[str]:
     """Yield the problems of cases, one line per problem."""
     for case in cases:
+        names = {"method": case.method.name, "teachers": " or ".join(case.config.teacher_specs)}
+        values = {**case._asdict(), **names, "task": case.task, "methods": _MethodsWith()}
         for rule in rules:
             if rule.when(case):
                 where = f"{case.key}{rule.where}" if rule.where[:1] in (".", "") else rule.where
-                yield f"{where}: {_filled(rule.text, case)}"
-
-
-def _filled(text: str, case: Case[Any]) -> str:
-    names = {"method": case.method.name, "teachers": " or ".join(case.config.teacher_specs)}
-    return text.format(**case._asdict(), **names, task=case.task, methods=_MethodsWith())
+                yield f"{where}: {rule.text.format(**values)}"
 
 
 class _MethodsWith(dict[str, str]):
