@@ -190,7 +190,7 @@ def _metrics(
     trusts_order: bool,
 ) -> dict[str, float]:
     names, scorer = assembly.prepared.splits.label_names, assembly.scorer()
-    if not names or not needs_check(source, names):
+    if not needs_check(source, names):
         return scorer.score(loaded.predict, rows.encoded)
     if trusts_order:
         tell_order(source, names)

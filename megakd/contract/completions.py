@@ -56,8 +56,6 @@ class Rollout(NamedTuple):
     """One generated text, as it is written before the student learns from it.
 
     row: number of the training row whose prompt was continued.
-    prompt: token numbers of the prompt.
-    completion: the continuation.
     version: number of updates of the student that generated the text.
     seed: seed of the completion's random numbers.
     """

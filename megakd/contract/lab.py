@@ -71,7 +71,6 @@ class Pruning(Protocol):
         """Sort the units of a teacher by importance, which is measured once.
 
         Args:
-            teacher: name of the teacher.
             split: the split whose labels determine the importance.
             batch_size: rows whose gradient is summed before the absolute value is taken.
             residual: whether the columns of the hidden states are units too.

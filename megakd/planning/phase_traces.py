@@ -380,7 +380,9 @@ class Pruned:
     def state(self, *, values: int, kept: int) -> Amount:
         """Return the memory of the training state for the next window, whole tensors in fp32.
 
-        values: of the optimizer for every weight. kept: of the strategy for a weight of `makers`.
+        Args:
+            values: values of the optimizer for every weight.
+            kept: values of the strategy for every weight that produces units.
         """
         return amount_of(
             parameter.numel * FP32

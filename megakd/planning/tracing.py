@@ -142,7 +142,6 @@ class Moment:
 class Trace:
     """Record of one forward, and optionally its backward, run without computing any values.
 
-    inventory: the weights of the module.
     moments: moments of forward and backward, in order; the backward begins at `turn`.
     flops: operations of matrix products.
     """

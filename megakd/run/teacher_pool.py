@@ -41,10 +41,8 @@ if TYPE_CHECKING:
 
 
 class Measured(NamedTuple):
-    """What the report says of a model.
+    """What the report says of a model: its size and metrics, also those on the named sets.
 
-    report: size, and metrics on the held-out rows.
-    sets: metrics on the named evaluation sets.
     answers: answers to the prompts; None without prompts, or with another tokenizer.
     """
 

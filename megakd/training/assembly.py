@@ -272,8 +272,9 @@ def second_sizes(
 ) -> dict[str, SecondSize]:
     """Return the second vocabularies that the learners of a stage get, by role.
 
-    pieces: size of the student's vocabulary. offset: size of the vocabulary before it in mixed
-        text. A narrow table is as wide as the student's.
+    Args:
+        pieces: size of the student's vocabulary; a narrow table is as wide as the student's.
+        offset: size of the vocabulary before it in mixed text.
     """
     narrow = student.architecture.embedding_width(student.config)
     return {

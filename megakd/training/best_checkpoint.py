@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd.engine.collectives import on_main
-from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.scoring.scores import Evaluation
 from megakd.storage import atomic
-from megakd.storage.folders import damage, write_finished
+from megakd.storage.folders import damage
 
 if TYPE_CHECKING:
     from megakd.contract.stage import Scores, Verdict
@@ -161,23 +160,3 @@ class BestCheckpoints:
 
     def _named(self) -> list[tuple[str, BestCheckpoint]]:
         return [("best", self.all), *((f"best-{view}", own) for view, own in self.own.items())]
-
-
-def write_best_adapters(folder: Path, model: Any, extra: Mapping[str, str | bytes]) -> bool:
-    """Write the adapters of a model with small files, whole or not at all; a collective.
-
-    Return False, and write nothing, if the model has no adapters.
-    """
-    if adapter_config(model) is None:
-        return False
-    files = adapter_files(model)
-    on_main(lambda: write_finished(folder, {**files, **extra}))
-    return True
-
-
-def adapters_put_back(model: Any, best: Path) -> bool:
-    """Put the best adapters back into a model; False if it has none; a collective."""
-    if adapter_config(model) is None:
-        return False
-    load_adapters(model, best)
-    return True

@@ -58,13 +58,11 @@ class CheckpointState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """The checkpoints of one stage.
+    """The checkpoints of one stage in `checkpoints/<stage>`; every method is a collective.
 
-    folder: `checkpoints/<stage>`.
     fingerprint: what the run depends on; a checkpoint with another fingerprint is refused.
     keep: the number of checkpoints to keep; None keeps all, also those of a finished stage.
-    ranks: the ranks of the run; every method is a collective.
-    may_grow: whether the checkpoint of a shorter run may be continued, see `longer`.
+    may_grow: whether the checkpoint of a shorter run may be continued, see `is_longer`.
     """
 
     folder: Path

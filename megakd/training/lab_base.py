@@ -15,7 +15,7 @@ from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import TermConfig, hard_terms, soft_terms
 from megakd.inputs.inputs import as_student
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.training.recipes import completed, finetuning_stage
+from megakd.training.recipes import completed, label_terms
 
 
 class LabBase(ABC):
@@ -47,11 +47,12 @@ class LabBase(ABC):
     def teacher(self, name: str | None = None) -> str:
         name = name or TEACHER
         if name not in self._teachers:
-            stage = finetuning_stage(self.config, name)
-            source = self._sources[name]
-            if stage is not None:
+            spec, source = self.config.teacher_specs[name], self._sources[name]
+            if spec.finetune is not None:
+                objective = label_terms(self.config, smoothed=False)
+                stage = Stage(name=f"{name}-finetune", learners={name: 1.0}, objective=objective)
                 source = self._source(self.train(stage).folder, name)
-            self._teachers[name] = ReadyTeacher(source, self.config.teacher_specs[name])
+            self._teachers[name] = ReadyTeacher(source, spec)
         return name
 
     def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:

@@ -23,8 +23,9 @@ def once(
 ) -> StageResult:
     """Return the result of an untrained stage; make its folder if it does not exist; a collective.
 
-    facts: what the result depends on, in addition to the conditions of the run.
-    make: writes the folder with a result of the given fingerprint.
+    Args:
+        facts: what the result depends on, in addition to the conditions of the run.
+        make: writes the folder with a result of the given fingerprint.
     """
     folder = assembly.stage_folder(name)
     fingerprint = flatten({**assembly.conditions, **facts})

@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from megakd.contract.lab import Lab
 
 
-def finetuning_stage(config: RunConfig, name: str) -> Stage | None:
-    """Return the stage that fine-tunes a teacher; None if the config does not ask for it."""
-    if config.teacher_specs[name].finetune is None:
-        return None
-    return Stage(
-        name=f"{name}-finetune", learners={name: 1.0}, objective=label_terms(config, smoothed=False)
-    )
-
-
 def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig, ...]:
     """Return the loss on labels alone, with the options that the objective gives to this term.
 
@@ -62,17 +53,12 @@ def completed(stage: Stage, config: RunConfig, *, ranks: int = 1, device: str = 
 
 
 def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:
-    """Return the stage of a baseline that the config lists; methods define further baselines."""
-    if name == "alone":
-        return _alone(lab, student)
-    method = lab.config.method
-    return file_of(method).BASELINES[name](method, lab, student)
-
-
-def _alone(lab: Lab, student: StageResult) -> Stage:
+    """Return the stage of a baseline that the config lists; methods define all but `alone`."""
+    config = lab.config
+    if name != "alone":
+        return file_of(config.method).BASELINES[name](config.method, lab, student)
     # A student that was cut out of its teacher has no weights of its own at the start, so its shape
     # starts from random weights. One made of layers of a model starts from these layers again.
-    config = lab.config
     is_cut = config.student.model == FROM_TEACHER and config.student.layers is None
     return Stage(
         name="alone",

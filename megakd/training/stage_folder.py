@@ -61,10 +61,12 @@ def write_stage_folder(
 ) -> None:
     """Write the models of a stage completely or not at all; call on the rank that writes.
 
-    models: by role; the first is written into `folder` itself. All states are consumed even if
-        writing fails.
-    extra: small files that belong to `folder`.
-    window: the training state, if the next window of the run continues.
+    Args:
+        folder: replaced as a whole after everything is written and synced.
+        models: by role; the first is written into `folder` itself. All states are consumed even if
+            writing fails.
+        extra: small files that belong to `folder`.
+        window: the training state, if the next window of the run continues.
     """
     (first, *_), others = models.values(), list(models.items())[1:]
     try:

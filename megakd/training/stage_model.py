@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megakd.contract.views import Cut
 from megakd.engine.collectives import on_main, together
 from megakd.models.learned import Learned
+from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.scoring.scores import Evaluation
 from megakd.storage import atomic
-from megakd.storage.folders import copy_finished
-from megakd.training.best_checkpoint import (
-    RECORD,
-    ReturnedWeights,
-    adapters_put_back,
-    write_best_adapters,
-)
+from megakd.storage.folders import copy_finished, write_finished
+from megakd.training.best_checkpoint import RECORD, ReturnedWeights
 from megakd.training.stage_folder import consume, write_stage_folder
 
 if TYPE_CHECKING:
@@ -44,17 +40,23 @@ class StageModel(NamedTuple):
     def write_returned(
         self, folder: Path, record: Mapping[str, str | bytes], kept: ReturnedWeights
     ) -> None:
-        best = kept.folder
-        if best is None or adapters_put_back(self.bundle.student, best):
+        best, student = kept.folder, self.bundle.student
+        if best is not None and adapter_config(student) is not None:
+            load_adapters(student, best)
+            best = None
+        if best is None:
             self._write(folder, record, kept.chosen, goes_on=self.stage.goes_on)
-        else:
-            remedy = f"remove {best} and start the same command again"
-            on_main(lambda: copy_finished(best, folder, changes=record, remedy=remedy))
+            return
+        remedy = f"remove {best} and start the same command again"
+        on_main(lambda: copy_finished(best, folder, changes=record, remedy=remedy))
 
     def write_best(self, folder: Path, record: Mapping[str, Any]) -> None:
-        text = atomic.json_text(record, indent=2)
-        if not write_best_adapters(folder, self.bundle.student, {RECORD: text}):
+        text, student = atomic.json_text(record, indent=2), self.bundle.student
+        if adapter_config(student) is None:
             self._write(folder, {RECORD: text}, Evaluation.read(record["evaluation"]))
+            return
+        files = adapter_files(student)
+        on_main(lambda: write_finished(folder, {**files, RECORD: text}))
 
     def _write(
         self,

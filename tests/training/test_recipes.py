@@ -13,7 +13,7 @@ from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig, inherit
 from megakd.contract.stage import Stage
 from megakd.methods.takd import TakdConfig
-from megakd.training.recipes import completed, finetuning_stage
+from megakd.training.recipes import completed
 
 
 def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
@@ -107,8 +107,3 @@ def test_one_rank_in_fp32_shards_nothing_unless_asked(role, ranks, bf16, preset)
     )
 
     assert stage.deepspeed == preset
-
-
-def test_a_teacher_without_finetune_is_not_fine_tuned():
-    assert finetuning_stage(two_teachers(), "large") is None
-    assert finetuning_stage(two_teachers(), "small") is not None
