@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megakd.data.encoding import tokenizer_content
-from megakd.models.knowledge import Needs
 from megakd.storage.fingerprint import Fingerprint, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.training.cached_tokens import (
@@ -57,11 +56,8 @@ def fill_cache(assembly: Assembly, ready: ReadyTeacher, folder: Path) -> None:
 @contextmanager
 def _asking(assembly: Assembly, ready: ReadyTeacher) -> Iterator[Callable[[Dataset, int], Answers]]:
     dtype = assembly.teacher_dtype(ready)
-    model = assembly.frozen(ready.source, ready.spec.deepspeed, dtype=dtype, needs=Needs())
-    try:
+    with assembly.loaded(ready.source, ready.spec.deepspeed, dtype) as model:
         yield lambda rows, first: _answers(assembly, model, ready, rows, first)
-    finally:
-        model.destroy()
 
 
 def _answers(
