@@ -41,12 +41,7 @@ _NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
 
 
 def backend_for(device: str, own: str) -> str:
-    """Return the backends of the default process group.
-
-    Args:
-        device: type of the accelerator's devices: `cpu`, `cuda`.
-        own: backend of the accelerator, such as `nccl`.
-    """
+    """Return the backends of the default process group."""
     return own if device == "cpu" else f"cpu:gloo,{device}:{own}"
 
 

@@ -53,9 +53,6 @@ class Ranks:
 def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
     """Join the process group of the launcher, or create a group of one process without launcher.
 
-    Args:
-        collective_timeout_s: limit of a collective of tensors.
-
     Raises:
         MegakdError: the launcher's variables are incomplete, or a rank cannot be reached.
     """

@@ -15,11 +15,7 @@ from torch import Tensor
 
 
 class StepGradients:
-    """The backwards of a step: `begin` and `backward` for each, then `forget` after the update.
-
-    Args:
-        engine: a DeepSpeed training engine.
-    """
+    """The backwards of a step: `begin` and `backward` for each, then `forget` after the update."""
 
     def __init__(self, engine: Any) -> None:
         self._engine, self._is_first = engine, True

@@ -39,10 +39,6 @@ def training_engine(
 
     Args:
         model: the bundle; its parameters may be sharded already.
-        ds: a loaded `ds_configs` file.
-        train: config of learning rate, clipping and batch size.
-        dtype: dtype of the weights in the forward.
-        world_size: number of ranks.
         rates: by prefix of parameter names, the factor of their learning rate; others have 1.
     """
     config = merged_ds_config(ds, train, dtype=dtype, world_size=world_size)
@@ -65,8 +61,6 @@ def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows
 
     Args:
         model: the teacher; its parameters may be sharded already.
-        ds: a loaded `ds_configs` file.
-        dtype: dtype of the weights.
         rows: micro-batch size, which DeepSpeed requires.
     """
     model.requires_grad_(requires_grad=False)

@@ -46,9 +46,6 @@ def node_group() -> dist.ProcessGroup | None:
 def ranks_by_node(names: Sequence[str]) -> list[list[int]]:
     """Return the ranks of each node.
 
-    Args:
-        names: the name of the node of each rank.
-
     Raises:
         ConfigError: the nodes have different numbers of ranks.
     """

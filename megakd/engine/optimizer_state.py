@@ -37,9 +37,6 @@ class OptimizerState:
     """The values that a training engine's optimizer keeps, one whole tensor at a time.
 
     Every method is a collective.
-
-    Args:
-        engine: a DeepSpeed engine with AdamW or SGD.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -85,7 +82,6 @@ class OptimizerState:
 
         Args:
             read: function from the kind of value and the name of the weight to the whole tensor.
-            steps: see the property.
         """
         owners: dict[int, Tensor] = {}
         for name, parameter in self._parameters.items():
@@ -105,7 +101,6 @@ class OptimizerState:
         """Return a whole tensor on the CPU, of the parts of a weight that the ranks hold.
 
         Args:
-            name: name of the weight in the engine's module.
             part: [n] values of the elements that `local_shards` gives this rank; may be empty.
         """
         parameter = self._parameters[name]

@@ -15,9 +15,6 @@ class Prefetch:
     DeepSpeed copies a shard when the forward reaches its layer, and the forward waits for the
     copy. DeepSpeed reads `ds_tensor` on any device, so this class replaces the storage of
     `ds_tensor`. Shards on the device, and models that are not sharded, are left unchanged.
-
-    Args:
-        module: the module of an initialised engine.
     """
 
     def __init__(self, module: nn.Module) -> None:

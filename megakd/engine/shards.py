@@ -41,7 +41,6 @@ def local_shards(model: nn.Module, *, loss_scale: float = 1.0) -> Iterator[Shard
     Frozen weights and weights without a gradient are left out.
 
     Args:
-        model: a model inside a training engine.
         loss_scale: factor by which the engine multiplies the loss under fp16.
     """
     for name, parameter in model.named_parameters():
@@ -100,7 +99,6 @@ def own_partition(parameter: Any, size: int) -> tuple[int, int]:
     """Return the offset and the length of this rank's part of a weight that ZeRO 3 has split.
 
     Args:
-        parameter: the weight.
         size: elements that every rank holds; the last ranks hold padding.
     """
     offset = dist.get_rank() * size

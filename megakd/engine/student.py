@@ -69,12 +69,8 @@ class StudentEngine:
         """Add the gradient of one micro-batch to the gradient of the step.
 
         Args:
-            batch: one micro-batch.
             knowledge: outputs of each frozen teacher of the passes, by name; the teachers' heads
                 are kept gathered during the student's forward, which computes gradients.
-            plan: the passes of the step.
-            counts: global unit counts of the step.
-            boundary: whether this is the step's last micro-batch.
         """
         self._engine.train()
         total, parts = torch.zeros((), device=batch.labels.device), dict[str, Tensor]()

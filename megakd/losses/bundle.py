@@ -138,10 +138,8 @@ class StudentBundle(nn.Module):
         """Compute the losses of all passes on one micro-batch, or predictions without passes.
 
         Args:
-            batch: one micro-batch.
             knowledge: outputs of each frozen teacher of the passes, by the teacher's name.
             plan: the passes of the step; None returns predictions.
-            counts: global unit counts of the step, for all `counters`.
             view: the view to predict with; not used with `plan`.
             scored: views of the first learner whose predictions are returned beside the losses;
                 None is the whole model. A view that also has a pass runs once.
@@ -242,10 +240,7 @@ class StudentBundle(nn.Module):
 
 
 class LossSums:
-    """Sum of the losses of all passes of a micro-batch.
-
-    counts: global unit counts of the step.
-    """
+    """Sum of the losses of all passes of a micro-batch."""
 
     def __init__(self, bundle: StudentBundle, counts: Counts) -> None:
         self._bundle, self._counts = bundle, counts
@@ -312,11 +307,7 @@ def build_bundle(
     """Build the module that the engine of a stage trains, for a run or for a memory plan.
 
     Args:
-        losses: losses of the stage.
         learners: the models that learn, by role; the stage's own model comes first.
-        dtype: dtype of the models.
-        world_size: number of ranks.
-        kernels: code path of the losses.
 
     Raises:
         MegakdError: a loss term cannot work with these models.

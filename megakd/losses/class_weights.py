@@ -19,7 +19,6 @@ def with_class_weights(terms: Sequence[TermConfig], splits: Splits) -> tuple[Ter
     """Return the terms with a weight for every label, in the order of the data's labels.
 
     Args:
-        terms: terms of an objective.
         splits: the data. `balanced` gives label c the weight rows / (labels · rows of c), counted
             over the labelled training rows, so that the mean weight of these rows is 1.
 

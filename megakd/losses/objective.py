@@ -126,9 +126,6 @@ def build_objective(
     """Build the objective of a stage from its terms.
 
     Args:
-        terms: the terms of the run config.
-        task: classification, regression, mlm or causal_lm.
-        student: the student's shape.
         teacher: the teacher's shape; None for supervised training.
 
     Raises:

@@ -15,7 +15,6 @@ class PluginLoss(TermGroup):
     """A term whose sum over the unit is computed by another package.
 
     Args:
-        term: the term.
         layers: number of layers of the student; the term may read the states of all.
     """
 

@@ -72,8 +72,6 @@ def stage_losses(
     """Return the losses of a stage.
 
     Args:
-        stage: the stage.
-        task: the task of the models.
         learners: see `learners_of`.
         teachers: the models of the stage's frozen teachers, in the stage's order.
         classes: number of classes of the data, see `shape_of`.
@@ -86,12 +84,7 @@ def stage_losses(
 
 
 def learners_of(stage: Stage, sources: Mapping[str, ModelSource]) -> dict[str, ModelSource]:
-    """Return the models that learn in a stage, by role; the first is the stage's own model.
-
-    Args:
-        stage: the stage.
-        sources: the models of the run by role.
-    """
+    """Return the models that learn in a stage, by role; the first is the stage's own model."""
     first = stage.start or sources[stage.role]
     return {stage.role: first, **{role: sources[role] for role in stage.beside}}
 
@@ -106,7 +99,6 @@ def shape_of(source: ModelSource, task: TaskType, classes: int) -> Shape:
 
     Args:
         source: the model; a classifier gets a head for the classes of the data.
-        task: the task of the model.
         classes: number of classes of the data; ignored for tasks without classes.
     """
     config, architecture = source.config, source.architecture

@@ -25,7 +25,6 @@ def sums_by_group(reading: LossInputs, groups: Tensor, count: int) -> Tensor:
         reading: outputs of the student, and of the teacher if there is one, for a micro-batch.
         groups: [B, T] int64 number of the group of each position, from 0 to `count` - 1; -1 for
             positions that do not count.
-        count: number of groups K.
 
     Returns:
         [K, 4] fp64: number of targets, and sums in nats of the entropy of the student, of

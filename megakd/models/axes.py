@@ -28,9 +28,6 @@ def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
     """Return the axes of all parameters that contain prunable units, by name on the model.
 
     The result is empty for a family that cannot be cut.
-
-    Args:
-        model: any model of a known family, on any device, sharded or not.
     """
     architecture = architecture_of(model.config)
     if architecture.uncut is not None:
@@ -137,8 +134,6 @@ def narrowed(tensor: Tensor, axes: Axes, view: View) -> Tensor:
 
     Args:
         tensor: the weight; the result shares its memory if each dimension keeps one prefix.
-        axes: the axes of this weight.
-        view: the units to keep.
     """
     cut = Cut(None, view)
     for dimension, axis in enumerate(axes):

@@ -57,9 +57,6 @@ def continued(
     Args:
         model: a model of transformers whose own generation config sets nothing.
         prompts: token numbers of each prompt; at least one prompt.
-        seeds: a seed for each prompt.
-        sampling: how the prompts are continued.
-        tokens: the tokens of the texts.
     """
     running, found = _padded(prompts, tokens.pad, model.device), {}
     length, ends = running.ids.shape[1], _tensor(tokens.end, model.device)
@@ -83,7 +80,6 @@ class EnoughHaveEnded(StoppingCriteria):
     """Stops all rows as soon as `SHARE_TO_LEAVE` of the rows have ended.
 
     Args:
-        ends: the end tokens.
         rows: number of rows; none has ended.
     """
 

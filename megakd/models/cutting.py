@@ -57,7 +57,6 @@ def cut_config(
 
     Args:
         config: the config of the whole model, which may itself be cut; it is not changed.
-        view: the units to keep, out of the units of the config's model.
         order: the order of the units before the cut. The config records it only if the heads have
             columns in a shared position bias.
         learns: whether the model continues to learn with its optimizer's state, so that its weights
@@ -88,9 +87,7 @@ def rescaled(
     columns, the factor sqrt(new width / old width) in the queries keeps the scores.
 
     Args:
-        state: names and tensors of the cut model.
         config: the config of the model before the cut.
-        view: the cut.
     """
     architecture = architecture_of(config)
     factor = (_head_width(config, view) / architecture.score_width(config)) ** 0.5
@@ -121,9 +118,6 @@ def cut_state(
     Args:
         state: names and whole tensors, one at a time. An empty vector, which stands for a tensor on
             ranks that do not hold it, is passed on unchanged.
-        axes: the axes of the model that the state belongs to.
-        view: None keeps all units.
-        order: None keeps the order of the units.
     """
     for name, tensor in state:
         of_tensor = axes.get(name)
@@ -152,13 +146,6 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
 
     Args:
         source: from `resolve_model`; the written model has the head that the task needs.
-        folder: written completely or not at all.
-        task: the task of the model.
-        label_names: the data's labels.
-        tokenizer: saved beside the weights.
-        view: the units to keep; None: all.
-        order: the order of the units before the cut; None: unchanged.
-        extra: small files that belong to the folder, see `write_model_folder`.
 
     Raises:
         ModelError: the model does not fit the task, or has fewer units than the view keeps.

@@ -81,9 +81,7 @@ def renumbered(
     """Yield the weights of the layers that a view keeps, with the new numbers of their layers.
 
     Args:
-        state: names and values, all of which are read.
         config: the config of the model before the cut.
-        view: the cut.
     """
     rename = naming(config, view)
     for name, value in state:

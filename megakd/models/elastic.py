@@ -142,13 +142,10 @@ class Elastic:
             yield
 
     def keep(self, cut: Cut | None) -> None:
-        """Run the model as a cut of itself from now on, without changing a weight.
+        """Run the model as a cut of itself, the same on all ranks, from now on; None: whole.
 
         The outputs are those of the model that is cut in this way (`cut_state`). Weights that are
         not kept get gradients of zero.
-
-        Args:
-            cut: the units to keep, the same on all ranks; None for the whole model.
 
         Raises:
             ModelError: The cut does not fit the model.

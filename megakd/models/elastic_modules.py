@@ -41,11 +41,7 @@ class NarrowLinear(torch.autograd.Function):
         """Return outputs [..., O] of inputs [..., I]; the kept part defines O and I.
 
         Args:
-            ctx: the autograd context.
-            inputs: tensor with any number of leading dimensions.
             weight: whole, or sharded and currently gathered.
-            bias: whole, or None.
-            kept: kept parts of the weight's two dimensions.
             output_dimension: dimension of the outputs in the weight: 0 in a Linear, 1 in a Conv1D.
         """
         ctx.save_for_backward(inputs if ctx.needs_input_grad[1] else None, weight)

@@ -28,11 +28,6 @@ def initialize_parameters(
     Each module draws from its own generator, seeded by (seed, module name), in fp32 on the CPU. The
     values do not depend on other modules, the device, the dtype or the ranks. Only one module is
     whole at a time, on the ranks that write. This is a collective for a sharded model.
-
-    Args:
-        model: The model, sharded or not.
-        parameters: The parameters to set; all others keep their values.
-        seed: The run's seed.
     """
     waiting = {id(parameter) for parameter in parameters}
     with _hidden(model) as parts:

@@ -45,11 +45,8 @@ def complete(
     Args:
         model: a model of transformers with whole weights, on the device that computes.
         prompts: token numbers of each prompt; there may be none.
-        seeds: a seed for each prompt, any integer.
-        sampling: how the prompts are continued.
         tokens: the tokens of the texts; prompts and completions may contain the token of the
             padding.
-        rows_at_once: number of prompts that are continued at the same time.
 
     Raises:
         DataError: a prompt is empty, or is too long for the model's context.
@@ -95,11 +92,6 @@ def listed_ends(config: Any) -> frozenset[int]:
 
 def check_prompt_lengths(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> None:
     """Check that every prompt has tokens, and leaves room for its completion.
-
-    Args:
-        lengths: number of tokens of each prompt.
-        max_new_tokens: maximum number of tokens of a completion.
-        context: number of positions of the model, see `context_length`.
 
     Raises:
         DataError: a prompt is empty or too long; the message names the first such prompt.

@@ -91,7 +91,6 @@ def write_int8(folder: Path, to: Path) -> None:
 
     Args:
         folder: a finished model folder in fp32, bf16 or fp16; the weights may be in shards.
-        to: folder that is replaced as a whole.
 
     Raises:
         ModelError: a weight is not finite or already int8, or `load_int8` cannot build the model.

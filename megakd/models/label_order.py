@@ -23,7 +23,6 @@ def label_order(
     Args:
         model_config: Its `id2label` names the columns of the logits.
         label_names: The data's names, in the data's order; empty if the task has none.
-        where: The key of the run config that names the model, for error messages.
 
     Returns:
         `order` such that `logits[:, order]` is in the data's order; None if no change is needed.

@@ -46,9 +46,7 @@ def with_layers(
     """Return the model with fewer layers, in the given order; embeddings and head stay.
 
     Args:
-        source: a stored model, or the shape of one.
         wanted: numbers of layers from 1, or the count of layers.
-        where: the key of the run config that sets the layers.
         scores: importance of every layer, by which a count of layers is chosen; None: the first
             layer, the last layer, and evenly spaced layers between them.
 
@@ -134,7 +132,6 @@ def renumbering(architecture: Architecture, numbers: Sequence[int]) -> Callable[
     The function returns None for a weight of a layer that is left out.
 
     Args:
-        architecture: the family of the model.
         numbers: the layers that stay, counted from 1, in their new order.
     """
     # A checkpoint of the bare backbone omits the name of the backbone.

@@ -24,8 +24,6 @@ class Learned(NamedTuple):
     """A model to write.
 
     state: names and tensors; every rank must iterate to the end.
-    tokenizer: saved beside the weights.
-    architecture: the class of the model, for config.json.
     extra: further files of the model by name, see `write_model_folder`.
     """
 
@@ -46,9 +44,6 @@ class Learned(NamedTuple):
         """Return a model of an engine.
 
         Args:
-            model: the model.
-            tokenizer: the tokenizer of the model.
-            cut: how the model is cut; None: not.
             learns: whether the model continues to learn, see `cut_config`.
         """
         whole, state = model.config, gathered_state(model)

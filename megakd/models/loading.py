@@ -81,11 +81,7 @@ def resolve_model(
 
     Args:
         spec: A folder, a Hub id, or a config to start from random weights.
-        task: The task of the model.
-        where: The key of the run config, such as `teacher.model`, for messages.
         architecture: The model type to read a T5 checkpoint as, see `original_t5`; None: `enct5`.
-        trust_remote_code: Whether code that comes with a model may be run.
-        allow_pickle: Whether pickle weights may be read.
 
     Raises:
         ModelError: The model does not exist, is damaged, or cannot be used for the task.
@@ -126,8 +122,6 @@ def with_vocabulary(
     """Set the vocabulary size of a model from scratch if its config does not set one.
 
     Args:
-        source: Any source; a source with its own vocabulary is returned unchanged.
-        size: Number of tokens of the tokenizer.
         pad_token_id: The tokenizer's, whose embedding row stays zero; None keeps the config's.
     """
     if not source.wants_vocabulary:
@@ -154,10 +148,7 @@ def check_model(
     """Check that a model fits the run, based on headers and configs alone.
 
     Args:
-        source: From `resolve_model`.
-        task: The task of the model.
         label_names: The data's labels in the data's order; empty if there are none.
-        tokenizer_size: Number of tokens of the tokenizer.
         need_head: Whether the head must come with the weights (a teacher that is not trained).
 
     Raises:
@@ -194,13 +185,7 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     and do not depend on the stage or the number of ranks.
 
     Args:
-        source: From `resolve_model`.
-        task: The task of the model.
-        label_names: The data's labels in the data's order; empty if there are none.
-        tokenizer_size: Number of tokens of the tokenizer.
         ds: A loaded `ds_configs` file; None for a model without an engine.
-        dtype: The dtype of the parameters.
-        seed: The run's seed.
         need_head: Whether the head must come with the weights; otherwise a head that is missing
             or was made for other labels is replaced by a new one.
         device: Device of a model that is not sharded; None: the CPU.

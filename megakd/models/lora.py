@@ -67,8 +67,6 @@ def adapted_modules(
     """Return the paths of the linear layers that get adapters, in the order of the model.
 
     Args:
-        model: the model without adapters.
-        architecture: the entry of the model's family.
         lora: the config; without `target_modules`, all linear layers of attention and MLP.
 
     Raises:
@@ -117,13 +115,6 @@ def add_adapters(
     A is random and B is 0. The adapters have the dtype of the weights. They are drawn alike on all
     ranks and are not sharded: the engine shards them with the other modules. The head of a
     classifier, which is usually new, learns as a whole.
-
-    Args:
-        model: the model, sharded or not.
-        source: the source of the model.
-        task: the task of the model.
-        lora: the config of the adapters.
-        seed: the run's seed.
 
     Raises:
         ConfigError: a name in `target_modules` is no linear layer of attention or MLP.
@@ -177,8 +168,7 @@ def adapter_config(model: Any) -> PeftConfig | None:
 def base_model(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model without its adapters, without dropout and without gradients.
 
-    Args:
-        model: a model with adapters, inside its engine's forward if the model is sharded.
+    Call this inside the engine's forward if the model is sharded.
 
     Raises:
         TypeError: the model has no adapters.
@@ -204,7 +194,6 @@ def base_model(model: nn.Module) -> Iterator[nn.Module]:
 class _AdapterPart(NamedTuple):
     """A tensor of an adapted layer.
 
-    layer: path of the layer.
     kind: `base_layer.weight`, `base_layer.bias`, `lora_A` or `lora_B`.
     """
 
@@ -226,9 +215,6 @@ def merged_state(model: Any) -> tuple[Iterator[tuple[str, Tensor]], Extra]:
     """Return the state of the plain model with merged adapters, and the files of the adapters.
 
     The weights are gathered one at a time and merged in fp32 on rank 0.
-
-    Args:
-        model: a model with adapters, sharded or not.
 
     Returns:
         Names and tensors, which every rank must iterate to the end, and the files in the format of

@@ -43,11 +43,6 @@ def match_names(
 
     The prefix of the backbone is added if a bare backbone was stored, and the names of old
     TensorFlow checkpoints (gamma, beta) are read.
-
-    Args:
-        model: The model, on any device; its names and ties are read.
-        stored: The checkpoint's tensors.
-        leave_out: Modules that must not be loaded.
     """
     tensors = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}

@@ -46,11 +46,8 @@ def write_model_folder(
 
     Args:
         folder: replaced as a whole after everything is written and synced.
-        config: the config of the model; it is not changed.
         state: names and tensors; each tensor is needed only until its shard of 5 GB is written. The
             iterator is consumed even if writing fails, because it may contain collectives.
-        tokenizer: saved beside the weights.
-        architecture: the class of the model, for config.json.
         extra: small files that belong to the folder, by name: README.md, result.json. A function
             is called after the weights are written.
 
@@ -107,10 +104,6 @@ def fill_serving_folder(
     Names and bytes of the tensors are those of `fill_model_folder`.
 
     Args:
-        folder: an empty folder.
-        config: the config of the model; it is not changed.
-        state: names and tensors; each tensor is needed only until its shard is written.
-        architecture: the class of the model, for config.json.
         shard_bytes: largest size of a shard with more than one tensor.
     """
     dtype = write_weights(folder, state, shard_bytes=shard_bytes)
@@ -125,7 +118,6 @@ def write_weights(
     Tied weights, which are two names of one memory, are written once if they are in one shard.
 
     Args:
-        folder: a folder without weights.
         state: names and tensors; each tensor is needed only until its shard is written.
         shard_bytes: largest size of a shard with more than one tensor; None: 5 GB.
 

@@ -53,8 +53,6 @@ def drawn(model: nn.Module, batch: Batch, numbers: Tensor) -> TokenCounts:
     Under ZeRO 3, call inside a module's forward.
 
     Args:
-        model: a causal language model.
-        batch: inputs as the model's forward takes them.
         numbers: [B, T, n] fp64 random numbers in [0, 1), a number for each draw.
     """
     flat = numbers.flatten(0, 1)
@@ -72,7 +70,7 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     vocabulary.
 
     Args:
-        logits: [C, V] logits.
+        logits: [C, V].
         numbers: [C, n] fp64 random numbers in [0, 1).
 
     Returns:

@@ -32,9 +32,7 @@ def built_as(model_type: str, wanted: str | None, where: str) -> str:
     """Return the model type that a stored or named model is built as.
 
     Args:
-        model_type: the type in config.json or in the run config.
         wanted: `teacher.architecture` or `student.architecture`.
-        where: the key of the run config that names the model.
 
     Raises:
         ModelError: this model cannot be read as `wanted`.

@@ -83,11 +83,8 @@ def set_attention(
     """Choose the attention of a loaded model.
 
     Args:
-        model: the model.
         source: the origin of the model. Without `attn_implementation`, packed rows on a GPU use
             `varlen` if torch's kernel supports the model; transformers chooses elsewhere.
-        task: the task of the model.
-        device: the device that the model runs on.
 
     Raises:
         ModelError: torch's kernel does not support the model, or the chosen attention lacks a part
@@ -159,14 +156,12 @@ def attend(  # noqa: PLR0913  (the arguments are transformers')
         module: the attention, which has no dropout.
         query: [B, heads, T, width].
         key: [B, key heads, T, width].
-        value: like `key`.
         attention_mask: not used; transformers builds no mask for this attention.
         scaling: factor of the scores; None: 1 / sqrt(width).
         sliding_window: number of positions that a query sees, itself included; None: all.
         cu_seq_lens_q: [documents + 1] int32, the first position of each document in [B * T], and
             B * T; None: every row is a document.
         max_length_q: length of the longest document.
-        unused: further arguments of transformers.
 
     Returns:
         [B, T, heads, width], and no attention weights.

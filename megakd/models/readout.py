@@ -70,8 +70,6 @@ def load_readout(source: ModelSource, task: TaskConfig, dtype: torch.dtype) -> R
 
     Args:
         source: a language model with weight files that fit the config (`check_model`).
-        task: the task of the model.
-        dtype: the dtype of norm and output matrix.
 
     Returns:
         The end of the model on the CPU, without gradients.

@@ -43,9 +43,7 @@ def sampling_processors(
 
     Args:
         sampling: a temperature of 0 leaves the logits unchanged.
-        seeds: the seed of each of the B rows.
         prompt_length: tokens of the prompts, padding included.
-        device: device of the logits.
         count: tokens from this number on are never chosen; None: all tokens may be.
     """
     processors = LogitsProcessorList([] if count is None else [FirstTokens(count)])
@@ -75,13 +73,7 @@ class FirstTokens(LogitsProcessor):
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds the Gumbel noise of each row's stream to the logits.
-
-    Args:
-        seeds: the seed of each row.
-        prompt_length: tokens before the completion.
-        device: device of the logits.
-    """
+    """Adds the Gumbel noise of each row's stream to the logits."""
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, device: torch.device) -> None:
         signed = torch.tensor([_signed(seed) for seed in seeds], dtype=torch.long, device=device)

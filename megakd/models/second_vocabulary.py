@@ -39,7 +39,6 @@ TABLE = "table.weight"
 class SecondSize(NamedTuple):
     """The shape of a second vocabulary.
 
-    pieces: number of pieces.
     offset: number of the first piece in a model's `input_ids`, the size of the first vocabulary.
     width: columns of the table; None: those of the model's own table.
     """
@@ -56,9 +55,7 @@ class SecondVocabulary(nn.Module):
     output matrix is then the lifted table, whose constant part changes no softmax.
 
     Args:
-        size: shape of the vocabulary.
         width: columns of the model's own table.
-        dtype: dtype of the parameters.
     """
 
     def __init__(self, size: SecondSize, width: int, dtype: torch.dtype) -> None:
@@ -74,7 +71,6 @@ class SecondVocabulary(nn.Module):
 
         Args:
             ids: [B, T] numbers; those from `offset` on are of the second vocabulary.
-            table: the model's own table of embeddings.
 
         Returns:
             [B, T, D].
@@ -122,15 +118,7 @@ def add_second_vocabulary(
     dtype: torch.dtype,
     seed: int,
 ) -> None:
-    """Give a model a second vocabulary with new weights; a collective under ZeRO 3.
-
-    Args:
-        model: the model, sharded or not.
-        size: shape of the vocabulary.
-        ds: the loaded `ds_configs` file that the model was built with.
-        dtype: dtype of the parameters.
-        seed: the run's seed; the new weights do not depend on the number of ranks.
-    """
+    """Give a model a second vocabulary with new weights; a collective under ZeRO 3."""
     second = build_second_vocabulary(model, size, ds=ds, dtype=dtype)
     drawn = [p for name, p in second.named_parameters() if name != "bias"]
     initialize_parameters(model, drawn, seed=seed)
@@ -155,9 +143,6 @@ def without_second_vocabulary(
 ) -> tuple[Iterator[tuple[str, Tensor]], Callable[[], bytes]]:
     """Split a model's state: the plain model, and the content of `FILE`.
 
-    Args:
-        state: names and tensors of the model.
-
     Returns:
         The names and tensors of the plain model, and a function that returns the weights of the
         second vocabulary in the safetensors format, to be called after the iterator has ended.
@@ -178,8 +163,6 @@ def with_table(source: ModelSource, task: TaskConfig, file: Path) -> ModelSource
     """Return a model from random weights whose table of embeddings is read from a `FILE`.
 
     Args:
-        source: a model that starts from random weights.
-        task: the task of the model.
         file: weights of a second vocabulary with as many pieces and columns as the model's table.
     """
     empty = valueless_model(source, task, source.config)

@@ -17,11 +17,6 @@ LARGEST = 2**24
 def check_sizes(config: PretrainedConfig, architecture: Architecture, where: str) -> None:
     """Raise if no module can be built from a config.
 
-    Args:
-        config: the config of the model.
-        architecture: the entry that names the keys.
-        where: the key of the run config or the file that the config comes from.
-
     Raises:
         ModelError: a size is not a whole number from 1 to `LARGEST`, or the heads do not divide the
             width.

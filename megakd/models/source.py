@@ -21,7 +21,6 @@ from megakd.models.weights import StoredTensor
 class ModelSource:
     """A model that was found and whose files are complete; no weights are in memory.
 
-    name: Name for messages and the report.
     folder: None for a model that starts from random weights.
     where: The key of the run config, such as `teacher.model`.
     stored: The tensors of its weight files.

@@ -28,7 +28,6 @@ def with_joint_experts(
     """Return the stored tensors with one entry in place of those of single experts.
 
     Args:
-        stored: the tensors of a checkpoint.
         names: the names of the model's tensors; only tensors that the model has are joined, and
             only if the checkpoint has all parts of the experts from 0 on, with equal shapes.
     """

@@ -77,11 +77,6 @@ def check_weight_files(
 
     Headers and lengths are compared; no tensor is read.
 
-    Args:
-        folder: A Hugging Face model folder.
-        where: The key of the run config that names the folder, such as `teacher.model`.
-        allow_pickle: Whether a folder that holds only pickle files may be used.
-
     Returns:
         The stored tensors by their names in the checkpoint.
 

@@ -102,7 +102,6 @@ def shares_of(scores: UnitScores, sparsity: float, head_width: int) -> Shares:
     Args:
         scores: scores of all units, including the width if the width is removed too.
         sparsity: in [0, 1); interpreted as the decimal number that is written.
-        head_width: rows of a head's queries, keys and values.
     """
     share = Fraction(str(float(sparsity)))
     if scores.width is None:

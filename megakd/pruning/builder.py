@@ -70,7 +70,6 @@ class SortedTeacher:
 
         Args:
             round_to: multiple of rows and columns of the weights to round to.
-            residual: whether the width of the hidden states is reduced too.
             with_heads: attentions, numbered from 0, that must keep a head.
 
         Raises:
@@ -105,12 +104,7 @@ class Reshaping(NamedTuple):
 
 
 class Shapes:
-    """What the configs of models tell about their cuts, without weights.
-
-    Args:
-        config: the config of the run.
-        sources: the models of the config by role.
-    """
+    """What the configs of models tell about their cuts, without weights."""
 
     def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
         self.config, self._sources = config, sources
@@ -147,12 +141,6 @@ class ModelPruning(Shapes):
     """The builder of model folders in `stages/` without training; each folder is built once.
 
     Every method is a collective.
-
-    Args:
-        assembly: the assembly of the run, which knows the teachers that are ready.
-        results: the results of the run, to which those of this class are added.
-        source: returns the model in the folder of a stage.
-        close: frees the memory of the models that the last stage has left open.
     """
 
     def __init__(

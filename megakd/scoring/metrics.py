@@ -37,8 +37,6 @@ class TaskMetrics:
     """The metrics that an evaluation computes.
 
     names: metric names in the order of the report; the loss on labels is always computed too.
-    main: the metric that ranks evaluations.
-    label_names: the names of the classes; empty without classes.
     positive: the class that f1, precision and recall are about.
     """
 
@@ -102,12 +100,6 @@ def task_metrics(
     config: EvalConfig, task: TaskType, official: Sequence[str], label_names: Sequence[str] = ()
 ) -> TaskMetrics:
     """Return the metrics of a run: the official metrics of its data, and those in the config.
-
-    Args:
-        config: names further metrics, the one that ranks evaluations, and the positive label.
-        task: classification, regression, mlm or causal_lm.
-        official: the official metrics of the data set.
-        label_names: the names of the classes.
 
     Raises:
         ConfigError: a metric needs a positive label and there is none, or the label is unknown.

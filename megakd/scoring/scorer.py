@@ -69,7 +69,6 @@ class Seen(NamedTuple):
 class Scorer:
     """Scorer that computes the task's metrics from a split and a forward.
 
-    metrics: the metrics to compute, from sums for a language model, else from all outputs.
     batch_size: rows per rank.
     masking: hides tokens of every row, the same tokens at every evaluation (mlm).
     characters: [V] number of characters of every token, for mlm, see `characters_of_tokens`.
@@ -150,8 +149,6 @@ class Scorer:
         Args:
             ask: returns tensors of one shape, by name, for every micro-batch, whose rows are
                 numbered; rows come first.
-            rows: the rows to ask about, in their order.
-            first: number of the first row.
         """
         said = [ask(batch) for batch in self._numbered(rows, first)]
         found = {}

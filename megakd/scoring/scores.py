@@ -89,9 +89,7 @@ def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
     """Return a metric that can be weighed against sparsity: at most 1, and higher is better.
 
     Args:
-        name: the name of the metric; None takes the metric that ranks evaluations.
         main: the metric that ranks evaluations.
-        metrics: the names of all metrics that an evaluation computes.
 
     Raises:
         ConfigError: there is no such metric; the message lists the others.

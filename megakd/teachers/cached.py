@@ -81,11 +81,7 @@ def build_cache(
     """Write the answers to all rows that no undamaged shard holds; a collective.
 
     Args:
-        folder: folder of the cache.
-        facts: fingerprint of the answers.
-        rows: the training split.
         ranks: this process and the number of ranks; each rank verifies a part of the shards.
-        layout: size of the answer to one row.
         asking: context manager that loads the teacher and returns a function from rows and the
             number of the first row to answers; entered only if answers are missing. The answers
             are the same on every rank.
