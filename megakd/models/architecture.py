@@ -261,3 +261,8 @@ class Architecture:
     def of_the_task(self, name: str) -> bool:
         """Return true if a parameter belongs to the task and not to the backbone."""
         return any(name.startswith(f"{module}.") for module in (self.head, *self.renewed))
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return the number of positions of a model; None if its config states no limit."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -15,7 +15,7 @@ from megakd.engine.whole_model import evaluating
 from megakd.errors import DataError, ModelError
 from megakd.models.continuation import continued
 from megakd.models.packed_attention import VARLEN
-from megakd.models.sizes import context_length
+from megakd.models.architecture import context_length
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:

@@ -29,12 +29,11 @@ from megakd.engine.sharding import (
 )
 from megakd.engine.shards import names_of_bad_weights
 from megakd.errors import ModelError
-from megakd.models.architectures import architecture_named
+from megakd.models.architectures import HEAD_COUNTS, architecture_named
 from megakd.models.fitting import build_empty, one_line, plan_loading
 from megakd.models.fresh import initialize_parameters
 from megakd.models.original_t5 import built_as, read_original
 from megakd.models.own_models import register_own_models
-from megakd.models.sizes import check_sizes
 from megakd.models.source import ModelSource
 from megakd.models.weights import WeightReader, check_weight_files, gguf_hint
 from megakd.storage.folders import check_given
@@ -42,7 +41,7 @@ from megakd.storage.folders import check_given
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from megakd.config.task import TaskConfig
     from megakd.models.architectures import Architecture
@@ -66,6 +65,8 @@ CONFIG_ERRORS = (
     AttributeError,
     KeyError,
 )
+LARGEST_SIZE = 2**24
+"""Larger than any size in a model, and small enough for products of two sizes."""
 
 
 def resolve_model(
@@ -102,7 +103,7 @@ def resolve_model(
         )
     except CONFIG_ERRORS as error:
         raise _invalid_config(error, f"{where}: {folder / 'config.json'}", model_type) from error
-    check_sizes(config, family, f"{where}: {folder / 'config.json'}")
+    _check_sizes(config, family, f"{where}: {folder / 'config.json'}")
     if model_type != keys["model_type"]:
         config, stored = read_original(config, stored, model_type, where)
     return ModelSource(
@@ -225,7 +226,7 @@ def _scratch_source(
         config = CONFIG_MAPPING[model_type](**rest)
     except CONFIG_ERRORS as error:
         raise _invalid_config(error, f"{where}.config", model_type) from error
-    check_sizes(config, family, f"{where}.config")
+    _check_sizes(config, family, f"{where}.config")
     if getattr(config, "sinusoidal_pos_embds", False):
         raise ModelError(
             f"{where}.config: sinusoidal_pos_embds: true is not supported for a model from "
@@ -270,6 +271,29 @@ def _architecture(model_type: str, task: TaskConfig, where: str) -> Architecture
         return architecture_named(model_type, task.type)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from None
+
+
+def _check_sizes(config: PretrainedConfig, architecture: Architecture, where: str) -> None:
+    if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have no heads or neurons left
+        return
+    for key in _size_keys(architecture):
+        size = getattr(config, key, None)
+        if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
+            raise ModelError(
+                f"{where}: {key} must be a whole number from 1 to {LARGEST_SIZE:,} (got {size!r})"
+            )
+    heads, width = getattr(config, architecture.attention_heads), architecture.hidden_width(config)
+    if getattr(config, "head_dim", None) is None and width % heads:
+        raise ModelError(
+            f"{where}: {architecture.width} {width} is not divisible by "
+            f"{architecture.attention_heads} {heads}"
+        )
+
+
+def _size_keys(architecture: Architecture) -> tuple[str, ...]:
+    own = (architecture.layers, architecture.width, architecture.attention_heads)
+    shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
+    return (*own, architecture.neurons, architecture.positions or "d_kv", *shared)
 
 
 def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: bool) -> Path:

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from megakd.errors import ConfigError
-from megakd.models.sizes import context_length
+from megakd.models.architecture import context_length
 from megakd.rollouts.text_rows import Prompts
 
 if TYPE_CHECKING:
