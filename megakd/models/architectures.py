@@ -10,24 +10,15 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
 )
+from transformers.activations import ACT2FN
 
 from megakd.errors import ModelError
 from megakd.models.architecture import (
-    HEAD_COLUMNS,
-    HEAD_COUNTS,
-    HEAD_WIDTH,
-    NEURON_COUNTS,
-    QUERIES_PER_KEY,
-    SCORE_WIDTH,
     Architecture,
-)
-from megakd.models.decoders import DECODERS
-from megakd.models.given_paths import (
-    MASKED_HEADS,
     AttentionPaths,
     FeedForwardPaths,
-    attention_of_t5,
-    feed_forward_of_t5,
+    LogitKeys,
+    MaskedHead,
 )
 
 if TYPE_CHECKING:
@@ -37,27 +28,42 @@ if TYPE_CHECKING:
 
     from megakd.contract.tasks import TaskType
 
-__all__ = [
-    "ARCHITECTURES",
-    "AUTO_CLASSES",
-    "FAMILIES",
-    "HEAD_COLUMNS",
-    "HEAD_COUNTS",
-    "HEAD_WIDTH",
-    "MASKED_HEADS",
-    "NEURON_COUNTS",
-    "QUERIES_PER_KEY",
-    "SCORE_WIDTH",
-    "Architecture",
-    "architecture_named",
-    "architecture_of",
-]
 SEQUENCE_TASKS: tuple[TaskType, ...] = ("classification", "regression")
 AUTO_CLASSES: Mapping[TaskType, type] = {
     "classification": AutoModelForSequenceClassification,
     "regression": AutoModelForSequenceClassification,
     "mlm": AutoModelForMaskedLM,
     "causal_lm": AutoModelForCausalLM,
+}
+
+ATTENTION_OF_LLAMA = AttentionPaths(
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj", "self_attn"
+)
+HEAD_NORMS = ATTENTION_OF_LLAMA._replace(norms=("self_attn.q_norm", "self_attn.k_norm"))
+ROUTES_TOKENS = "a router chooses the experts of each token"
+
+MASKED_HEADS: Mapping[str, MaskedHead] = {
+    "bert": MaskedHead(
+        modules=("cls",),
+        transform=("cls.predictions.transform",),
+        decoder="cls.predictions.decoder",
+    ),
+    "roberta": MaskedHead(
+        modules=("lm_head",),
+        transform=("lm_head.dense", ACT2FN["gelu"], "lm_head.layer_norm"),
+        decoder="lm_head.decoder",
+    ),
+    "distilbert": MaskedHead(
+        modules=("vocab_transform", "vocab_layer_norm"),
+        transform=("vocab_transform", "activation", "vocab_layer_norm"),
+        decoder="vocab_projector",
+    ),
+    # The head of the generator; a discriminator has none.
+    "electra": MaskedHead(
+        modules=("generator_predictions",),
+        transform=("generator_predictions",),
+        decoder="generator_lm_head",
+    ),
 }
 
 
@@ -73,6 +79,16 @@ def _encoder(model_type: str, *, renewed: tuple[str, ...] = ()) -> Architecture:
     )
 
 
+def _attention_of_t5(module: str) -> AttentionPaths:
+    return AttentionPaths((f"{module}.q", f"{module}.k", f"{module}.v"), f"{module}.o", module)
+
+
+def _feed_forward_of_t5(module: str) -> FeedForwardPaths:
+    return FeedForwardPaths(
+        (f"{module}.wi",), f"{module}.wo", gated=(f"{module}.wi_0", f"{module}.wi_1")
+    )
+
+
 def _t5(model_type: str) -> Architecture:
     return Architecture(
         model_type=model_type,
@@ -81,13 +97,108 @@ def _t5(model_type: str) -> Architecture:
         head="classifier",
         blocks="block",
         embeddings="embed_tokens",
-        attention=attention_of_t5("layer.0.SelfAttention"),
-        feed_forward=feed_forward_of_t5("layer.1.DenseReluDense"),
+        attention=_attention_of_t5("layer.0.SelfAttention"),
+        feed_forward=_feed_forward_of_t5("layer.1.DenseReluDense"),
         neurons="d_ff",
         positions=None,
         shares_bias=True,
     )
 
+
+def _decoder(model_type: str) -> Architecture:
+    return Architecture(
+        model_type=model_type,
+        tasks=("causal_lm",),
+        backbone="model",
+        head="lm_head",
+        blocks="layers",
+        embeddings="embed_tokens",
+        final_norm="norm",
+        attention=ATTENTION_OF_LLAMA,
+        feed_forward=FeedForwardPaths(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+        rotary="rotary_emb",
+    )
+
+
+def _gpt2() -> Architecture:
+    return replace(
+        _decoder("gpt2"),
+        backbone="transformer",
+        blocks="h",
+        embeddings="wte",
+        final_norm="ln_f",
+        attention=AttentionPaths(
+            ("attn.c_attn", "attn.c_attn", "attn.c_attn"), "attn.c_proj", "attn"
+        ),
+        feed_forward=FeedForwardPaths(("mlp.c_fc",), "mlp.c_proj"),
+        neurons="n_inner",
+        rotary=None,
+    )
+
+
+def _phi() -> Architecture:
+    return replace(
+        _decoder("phi"),
+        final_norm="final_layernorm",
+        attention=ATTENTION_OF_LLAMA._replace(output="self_attn.dense"),
+        feed_forward=FeedForwardPaths(("mlp.fc1",), "mlp.fc2"),
+    )
+
+
+def _phi3() -> Architecture:
+    joint = "self_attn.qkv_proj"
+    return replace(
+        _decoder("phi3"),
+        attention=ATTENTION_OF_LLAMA._replace(projections=(joint, joint, joint)),
+        feed_forward=FeedForwardPaths(("mlp.gate_up_proj",), "mlp.down_proj"),
+        uncut="one matrix makes queries, keys and values, and another one gates and neurons",
+    )
+
+
+def _gpt_oss() -> Architecture:
+    return replace(
+        _decoder("gpt_oss"),
+        has_sinks=True,
+        masks_documents=False,
+        rotary_form="half_width",
+        experts="mlp",
+        uncut=ROUTES_TOKENS,
+    )
+
+
+def _qwen3_moe() -> Architecture:
+    return replace(
+        _decoder("qwen3_moe"),
+        attention=HEAD_NORMS,
+        neurons="moe_intermediate_size",
+        experts="mlp",
+        uncut=ROUTES_TOKENS,
+    )
+
+
+DECODERS = (
+    _decoder("llama"),
+    _decoder("mistral"),
+    _decoder("qwen2"),
+    replace(_decoder("qwen3"), attention=HEAD_NORMS),
+    replace(
+        _decoder("gemma2"),
+        logits=LogitKeys(softcap="final_logit_softcapping"),
+        score_softcap="attn_logit_softcapping",
+    ),
+    replace(
+        _decoder("gemma3_text"),
+        attention=HEAD_NORMS,
+        norms_by_head=True,
+        logits=LogitKeys(softcap="final_logit_softcapping"),
+    ),
+    _phi(),
+    _phi3(),
+    replace(_decoder("granite"), logits=LogitKeys(divisor="logits_scaling")),
+    _gpt_oss(),
+    _qwen3_moe(),
+    _gpt2(),
+)
 
 FAMILIES: Mapping[str, Architecture] = {
     entry.model_type: entry
@@ -116,10 +227,10 @@ FAMILIES: Mapping[str, Architecture] = {
             # The decoder's only token is the learned prompt.
             renewed=("decoder.embed_tokens",),
             more_attentions=(
-                attention_of_t5("decoder.block.0.layer.0.SelfAttention"),
-                attention_of_t5("decoder.block.0.layer.1.EncDecAttention"),
+                _attention_of_t5("decoder.block.0.layer.0.SelfAttention"),
+                _attention_of_t5("decoder.block.0.layer.1.EncDecAttention"),
             ),
-            more_feed_forwards=(feed_forward_of_t5("decoder.block.0.layer.2.DenseReluDense"),),
+            more_feed_forwards=(_feed_forward_of_t5("decoder.block.0.layer.2.DenseReluDense"),),
             more_blocks=("decoder.block.0",),
         ),
     )

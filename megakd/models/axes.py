@@ -19,7 +19,7 @@ from megakd.models.architectures import architecture_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from megakd.models.architectures import Architecture
+    from megakd.models.architecture import Architecture
 
 WIDTH = Axis("width")
 

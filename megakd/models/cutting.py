@@ -10,16 +10,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from megakd.errors import ModelError
-from megakd.models.architectures import (
+from megakd.models.architecture import (
     HEAD_COLUMNS,
     HEAD_COUNTS,
     HEAD_WIDTH,
     NEURON_COUNTS,
     QUERIES_PER_KEY,
     SCORE_WIDTH,
-    architecture_named,
-    architecture_of,
 )
+from megakd.models.architectures import architecture_named, architecture_of
 from megakd.models.axes import lengths, narrowed, ordered, output_modules, weight_axes
 from megakd.models.depth import naming, renumbered, without_layers
 from megakd.models.fitting import plan_loading, valueless_model

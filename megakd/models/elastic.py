@@ -40,7 +40,7 @@ from megakd.models.kept import Elasticity, Views
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from megakd.models.architectures import Architecture
+    from megakd.models.architecture import Architecture
 
 MIXINS: Mapping[type[nn.Module], type[ElasticModule]] = {
     nn.Linear: ElasticLinear,

@@ -13,9 +13,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from megakd.contract.completions import Completion
 from megakd.engine.whole_model import evaluating
 from megakd.errors import DataError, ModelError
+from megakd.models.architecture import context_length
 from megakd.models.continuation import continued
 from megakd.models.packed_attention import VARLEN
-from megakd.models.architecture import context_length
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:

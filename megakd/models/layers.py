@@ -12,12 +12,8 @@ from torch import Tensor
 
 from megakd.contract.views import most_important
 from megakd.errors import ModelError
-from megakd.models.architectures import (
-    HEAD_COLUMNS,
-    HEAD_COUNTS,
-    NEURON_COUNTS,
-    architecture_of,
-)
+from megakd.models.architecture import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS
+from megakd.models.architectures import architecture_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-    from megakd.models.architectures import Architecture
+    from megakd.models.architecture import Architecture
     from megakd.models.source import ModelSource
     from megakd.models.weights import StoredTensor
 

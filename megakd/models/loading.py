@@ -29,7 +29,8 @@ from megakd.engine.sharding import (
 )
 from megakd.engine.shards import names_of_bad_weights
 from megakd.errors import ModelError
-from megakd.models.architectures import HEAD_COUNTS, architecture_named
+from megakd.models.architecture import HEAD_COUNTS
+from megakd.models.architectures import architecture_named
 from megakd.models.fitting import build_empty, one_line, plan_loading
 from megakd.models.fresh import initialize_parameters
 from megakd.models.original_t5 import built_as, read_original
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from megakd.config.task import TaskConfig
-    from megakd.models.architectures import Architecture
+    from megakd.models.architecture import Architecture
     from megakd.models.matching import Match
 
 logger = logging.getLogger(__name__)

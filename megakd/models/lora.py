@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from megakd.config.models import LoraConfig
     from megakd.config.task import TaskConfig
-    from megakd.models.architectures import Architecture
+    from megakd.models.architecture import Architecture
     from megakd.models.model_folder import Extra
     from megakd.models.source import ModelSource
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from megakd.config.models import TeacherConfig
 from megakd.contract.shapes import Heads
 from megakd.contract.views import View
-from megakd.models.architectures import Architecture
+from megakd.models.architecture import Architecture
 from megakd.models.weights import StoredTensor
 
 
