@@ -1,5 +1,4 @@
 import pytest
-import torch
 from transformers import BartConfig
 
 from megakd.errors import ModelError
@@ -11,9 +10,6 @@ from megakd.models.architectures import (
     architecture_of,
 )
 
-READING_POSITIONS = [
-    name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks and entry.masks_documents
-]
 CUTTABLE = [name for name, entry in FAMILIES.items() if entry.uncut is None]
 
 
@@ -75,33 +71,18 @@ def _outputs(module):
 
 
 def test_gpt2s_config_may_leave_its_neurons_open(tiny):
-    keys = {"n_inner": None}
-    model = tiny.load(tiny.scratch("gpt2", **keys), tiny.task("causal_lm"), need_head=False)
+    config = tiny.resolve(tiny.scratch("gpt2", n_inner=None), tiny.task("causal_lm")).config
 
-    assert architecture_of(model.config).units(model.config).neurons == (64, 64)
-
-
-def test_only_positions_that_are_counted_limit_the_length(tiny):
-    limits = {name: _longest(tiny, name) for name in ("bert", "roberta", "gpt2", "enct5")}
-
-    assert limits == {"bert": 64, "roberta": 62, "gpt2": 64, "enct5": None}
+    assert architecture_of(config).units(config).neurons == (64, 64)
 
 
-def _longest(tiny, model_type):
+@pytest.mark.parametrize(
+    ("model_type", "longest"), [("bert", 64), ("roberta", 62), ("gpt2", 64), ("enct5", None)]
+)
+def test_only_positions_that_are_counted_limit_the_length(tiny, model_type, longest):
     source = tiny.resolve(tiny.scratch(model_type), tiny.task_for(model_type))
-    return source.architecture.longest_input(source.config)
 
-
-@pytest.mark.parametrize("model_type", READING_POSITIONS)
-def test_a_packed_document_is_read_as_it_would_be_alone(tiny, model_type):
-    model = tiny.load(tiny.save(model_type), tiny.task("causal_lm"))
-    ids, ends = tiny.input_ids[:1], [(0, 5), (5, 8), (8, 12)]
-    positions = torch.cat([torch.arange(stop - start) for start, stop in ends])[None]
-
-    packed = model(ids, position_ids=positions, use_cache=False).logits
-
-    alone = [model(ids[:, start:stop], use_cache=False).logits for start, stop in ends]
-    torch.testing.assert_close(packed, torch.cat(alone, dim=1))
+    assert source.architecture.longest_input(source.config) == longest
 
 
 @pytest.mark.parametrize("model_type", MASKED_HEADS)
@@ -129,16 +110,12 @@ def test_a_pooler_and_a_head_belong_to_the_task_and_a_layer_does_not():
     assert not bert.of_the_task("bert.encoder.layer.0.output.dense.weight")
 
 
-def test_an_unknown_family_is_an_error_that_names_those_known():
-    with pytest.raises(ModelError, match=r"'bart' is not supported; use one of bert, .*llama"):
-        architecture_of(BartConfig())
-
-
-def test_an_unknown_family_is_an_error_that_says_what_to_write_and_where():
+def test_an_unknown_family_is_an_error_that_names_those_known_and_says_what_to_write_where():
     with pytest.raises(ModelError) as caught:
         architecture_of(BartConfig())
 
     text = str(caught.value)
+    assert "'bart' is not supported; use one of bert, " in text
     assert "add the family to FAMILIES in megakd/models/architectures.py" in text
     assert "an Architecture with model_type, tasks, backbone, head, and, where" in text
     assert "attention, feed_forward," in text

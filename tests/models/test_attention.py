@@ -105,14 +105,6 @@ def test_nothing_stays_on_the_model_when_its_forward_is_over(tiny, fails):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_only_the_layers_that_are_wanted_are_noted(tiny):
-    model = tiny.load(tiny.scratch("bert"), tiny.task(), need_head=False)
-
-    vectors, _ = noted(model, (2,), input_ids=tiny.input_ids)
-
-    assert [layer is None for layer in vectors] == [True, True, False]
-
-
 def test_norms_that_the_table_does_not_list_are_refused(tiny):
     model = tiny.load(tiny.save("phi", qk_layernorm=True), tiny.task("causal_lm"))
 

@@ -92,33 +92,6 @@ def test_a_view_keeps_the_first_units_of_every_weight(tiny, model_type):
         ), name
 
 
-@pytest.mark.parametrize("model_type", CUTTABLE)
-def test_every_head_and_neuron_has_the_same_number_of_weights(tiny, model_type):
-    model = whole(tiny, model_type)
-    axes, parameters = weight_axes(model), dict(model.named_parameters())
-    architecture, full = architecture_of(model.config), units_of(model)
-    heads = architecture.heads(model.config)
-
-    for number, count in enumerate(full.heads):
-        mine = of_unit(axes, parameters, "heads", number)
-        per_head = heads.width * (2 + 2 * heads.queries // heads.keys)
-        assert mine == count * per_head * 16
-    for number, count in enumerate(full.neurons):
-        made = len(architecture.feed_forwards(model.config)[number].inputs)
-        assert of_unit(axes, parameters, "neurons", number) == count * (made + 1) * 16
-
-
-def of_unit(axes, parameters, kind, number):
-    """Elements of the matrices that have an axis of these units."""
-    return sum(
-        parameters[name].numel()
-        for name, of_tensor in axes.items()
-        if name in parameters
-        and len(of_tensor) == 2
-        and any(axis and (axis.kind, axis.number) == (kind, number) for axis in of_tensor)
-    )
-
-
 # As many classes, tokens or columns as the layers are wide, and heads as wide as a layer.
 @pytest.mark.parametrize(
     ("model_type", "keys", "name", "expected"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from tiny_cuts import (
     LABELS,
     build,
@@ -18,14 +17,12 @@ from tiny_cuts import (
     tokenizer,
     view_of,
 )
-from transformers import ElectraConfig
 
 from megakd.config.models import ScratchModel
 from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.models import cutting
-from megakd.models.axes import weight_axes
-from megakd.models.cutting import cut_class_name, cut_config, cut_state, reshape_folder
+from megakd.models.cutting import cut_class_name, cut_config, reshape_folder
 from megakd.models.loading import resolve_model
 
 
@@ -80,19 +77,11 @@ def test_weights_of_another_model_are_refused(tmp_path):
     found = source(tmp_path)
     file = tmp_path / "whole" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 21}))
-    other = source_of(found.folder, "classification")
 
-    with pytest.raises(
-        ModelError, match=r"check that config\.json and the weights belong to the same model"
-    ):
-        reshape(other, tmp_path / "cut")
+    with pytest.raises(ModelError, match=r"check that config\.json and the weights belong to the"):
+        reshape(source_of(found.folder, "classification"), tmp_path / "cut")
 
     assert not (tmp_path / "cut").exists()
-
-
-def test_other_labels_are_refused(tmp_path):
-    with pytest.raises(ModelError, match="labels"):
-        reshape(source(tmp_path), tmp_path / "cut", label_names=("a", "b"))
 
 
 def test_a_file_that_is_cut_short_meanwhile_leaves_what_was_there(tmp_path):
@@ -109,30 +98,13 @@ def test_a_file_that_is_cut_short_meanwhile_leaves_what_was_there(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
 
 
-def test_a_table_that_disagrees_with_the_class_is_found_before_anything_is_read(
-    tmp_path, monkeypatch
-):
-    found = source(tmp_path)
+def test_a_table_that_disagrees_with_the_class_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(cutting, "weight_axes", lambda model: {})
 
     with pytest.raises(RuntimeError, match="does not agree with its class"):
-        reshape(found, tmp_path / "cut", view=View((2, 2, 2), (8, 8, 8)))
+        reshape(source(tmp_path), tmp_path / "cut", view=View((2, 2, 2), (8, 8, 8)))
 
     assert not (tmp_path / "cut").exists()
-
-
-def test_what_stands_for_a_tensor_on_other_ranks_comes_through(tmp_path):
-    model = build("bert")
-    names = [name for name, _ in model.named_parameters()]
-
-    here = cut_state(
-        ((name, torch.empty(0)) for name in names),
-        weight_axes(model),
-        view_of(model, "ragged"),
-        order_of(model),
-    )
-
-    assert [(name, tensor.shape) for name, tensor in here] == [(n, (0,)) for n in names]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +133,7 @@ def test_the_class_of_a_cut_of_a_cut_model_has_the_same_head():
 
 
 def test_embeddings_that_would_lose_their_projection_are_refused():
-    config = ElectraConfig(
-        hidden_size=24, embedding_size=16, num_attention_heads=4, num_hidden_layers=1
-    )
-    view = View((4,), (config.intermediate_size,), 16)
+    view = View((6, 6, 6), (20, 20, 20), 16)
 
     with pytest.raises(ModelError, match="width of 16, which is the embedding_size"):
-        cut_config(config, view)
+        cut_config(build("electra").config, view)
