@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from unit_counts import counts_of
 
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs
-from megakd.contract.terms import AttentionMse, EmbeddingMse, HiddenMse, RelationKl
+from megakd.contract.terms import AttentionMse, HiddenMse, RelationKl
 from megakd.contract.unit_counts import unit_weights
 from megakd.losses.layer_terms import (
     AttentionMatrices,
     HiddenStates,
     Relations,
-    documents,
     visible_keys,
 )
 
@@ -63,24 +62,6 @@ def test_attention_mse_has_its_hand_value(term, causal, value):
     assert sum_of(group, ours, theirs, whole(2)) == pytest.approx(value)
 
 
-def test_attention_mse_is_a_mean_over_heads_whose_scores_have_the_models_scale():
-    group = AttentionMatrices(SCORES, ((1, 1),), causal=False)
-    ours = vectors(torch.tensor([[[2.0, 0.0, 0.0, 6.0]]]), torch.ones(1, 1, 4), width=2)
-    theirs = vectors(torch.zeros(1, 1, 4), torch.ones(1, 1, 4), width=2)
-
-    assert sum_of(group, ours, theirs, whole(1)) == pytest.approx((2**2 / 2 + 6**2 / 2) / 2)
-
-
-def test_several_heads_of_queries_share_a_head_of_keys_as_the_model_has_it():
-    group = AttentionMatrices(SCORES, ((1, 1),), causal=False)
-    queries, nothing = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.zeros(1, 1, 4)
-    keys = torch.tensor([[[1.0, 10.0]]])  # of the first two heads, of the last two
-
-    found = sum_of(group, vectors(queries, keys), vectors(nothing, keys), whole(1))
-
-    assert found == pytest.approx((1 + 4 + 900 + 1600) / 4)
-
-
 def relation(ours: Any, theirs: Any, batch: Batch, **options: Any) -> float:
     term = RelationKl(loss="relation_kl", **options)
     group = Relations(term, ((1, 1),), heads=options.get("relation_heads", 1), causal=False)
@@ -97,22 +78,6 @@ def test_relation_kl_has_its_hand_value():
     mixed = vectors(told, NOTHING, NOTHING)
     assert relation(mixed, theirs, whole(2)) == pytest.approx(value / 3)
     assert relation(mixed, theirs, whole(2), relations=("query",)) == pytest.approx(value)
-
-
-def test_relation_kl_of_queries_and_keys_is_the_kl_of_attention_where_the_heads_are_the_models():
-    torch.manual_seed(0)
-    ours, theirs = (vectors(torch.randn(1, 3, 8), torch.randn(1, 3, 4), width=2) for _ in range(2))
-    p, q = (attention(x.attention[1]) for x in (theirs, ours))
-
-    found = relation(ours, theirs, whole(3), relations=("query_key",), relation_heads=4)
-
-    assert found == pytest.approx((p * (p / q).log()).sum().item() / 4)
-
-
-def attention(of: AttentionVectors) -> torch.Tensor:
-    queries, keys = of.queries.unflatten(-1, (-1, 2)), of.keys.unflatten(-1, (-1, 2))
-    keys = keys.repeat_interleave(2, dim=2)  # as `repeat_kv` of transformers
-    return torch.einsum("btha,bsha->bhts", queries, keys).div(math.sqrt(2)).softmax(-1)
 
 
 @pytest.mark.parametrize("fit", ["scores", "probabilities", "relation"])
@@ -132,14 +97,6 @@ def test_a_loss_on_attention_is_finite_and_never_negative(fit, numbers):
     assert found >= -1e-5
 
 
-def test_embedding_mse_compares_what_the_embeddings_give_out():
-    group = HiddenStates(EmbeddingMse(loss="embedding_mse"), ((0, 0),), (2, 2))
-    states = [torch.tensor([[[1.0, 2.0]]]), torch.full((1, 1, 2), 9.0)]
-    ours, theirs = (Knowledge(hidden_states=tuple(s * x for s in states)) for x in (1, 3))
-
-    assert sum_of(group, ours, theirs, whole(1)) == pytest.approx((4 + 16) / 2)
-
-
 def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
     term = HiddenMse(loss="hidden_mse", positions="first", layer_mapping=("0:0",))
     group = HiddenStates(term, ((0, 0),), (1, 1))
@@ -150,34 +107,20 @@ def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
     assert sum_of(group, ours, theirs, Batch({}, torch.zeros(3), valid)) == 2.0**2 + 3.0**2
 
 
-def test_a_query_sees_all_keys_that_are_no_padding():
-    seen = visible_keys(whole(3, 1), causal=False)
-
-    assert seen.int().tolist() == [[[1, 1, 1]] * 3, [[1, 0, 0], [0, 0, 0], [0, 0, 0]]]
-
-
-def test_a_causal_query_sees_the_keys_before_it_in_its_own_document():
-    batch = whole(4, position_ids=torch.tensor([[3, 4, 0, 1]]))
-
-    seen = visible_keys(batch, causal=True)
-
-    assert seen.int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
-
-
 @pytest.mark.parametrize(
-    ("positions", "numbers"),
+    ("positions", "seen"),
     [
-        ([0, 1, 2, 3], [0, 0, 0, 0]),
-        ([5, 6, 0, 1], [0, 0, 1, 1]),
-        ([0, 0, 0, 1], [0, 1, 2, 2]),  # documents of one token
+        ([0, 1, 2, 3], ["1000", "1100", "1110", "1111"]),
+        ([3, 4, 0, 1], ["1000", "1100", "0010", "0011"]),
+        ([0, 0, 0, 1], ["1000", "0100", "0010", "0011"]),  # documents of one token
     ],
 )
-def test_documents_are_told_apart_by_restarting_positions(positions, numbers):
-    assert documents(whole(4, position_ids=torch.tensor([positions]))).tolist() == [numbers]
+def test_a_causal_query_sees_the_keys_before_it_in_its_own_document(positions, seen):
+    batch = whole(4, position_ids=torch.tensor([positions]))
 
+    found = visible_keys(batch, causal=True)[0].int().tolist()
 
-def test_a_batch_without_positions_has_no_documents_to_tell_apart():
-    assert documents(whole(2)) is None
+    assert ["".join(map(str, row)) for row in found] == seen
 
 
 def test_attention_that_was_not_read_is_an_error_that_names_the_layer():

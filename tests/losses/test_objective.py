@@ -75,49 +75,21 @@ def named(case: Any) -> str:
     return case if isinstance(case, str) else case.loss
 
 
-def mapped(mapping: Any, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
-    term = HiddenMse(loss="hidden_mse", layer_mapping=mapping)
-    return layer_pairs(term, Shape(student, 4, 3), Shape(teacher, 4, 3))
-
-
 @pytest.mark.parametrize(
-    ("student", "teacher", "pairs"),
+    ("mapping", "student", "teacher", "pairs"),
     [
-        (4, 12, ((1, 3), (2, 6), (3, 9), (4, 12))),
-        (3, 3, ((1, 1), (2, 2), (3, 3))),
-        (4, 6, ((1, 2), (2, 3), (3, 4), (4, 6))),  # 1.5 and 4.5 round to even
-        (1, 6, ((1, 6),)),
+        ("uniform", 4, 12, ((1, 3), (2, 6), (3, 9), (4, 12))),
+        ("uniform", 3, 3, ((1, 1), (2, 2), (3, 3))),
+        ("uniform", 4, 6, ((1, 2), (2, 3), (3, 4), (4, 6))),  # 1.5 and 4.5 round to even
+        ("uniform", 1, 6, ((1, 6),)),
+        ("last", 4, 12, ((4, 12),)),
+        (("0:0", "2:11"), 2, 12, ((0, 0), (2, 11))),  # 0 is the embedding output
     ],
 )
-def test_uniform_spreads_the_students_layers_over_the_teachers(student, teacher, pairs):
-    assert mapped("uniform", student, teacher) == pairs
+def test_layers_are_mapped_as_the_config_says(mapping, student, teacher, pairs):
+    term = replace(HIDDEN_MSE, layer_mapping=mapping)
 
-
-def test_last_maps_the_last_layer_to_the_last():
-    assert mapped("last", 4, 12) == ((4, 12),)
-
-
-def test_pairs_are_taken_as_written_and_0_is_the_embedding_output():
-    assert mapped(("0:0", "2:11"), 2, 12) == ((0, 0), (2, 11))
-
-
-@pytest.mark.parametrize("pair", ["7:1", "1:13"])
-def test_a_pair_beyond_a_model_is_refused_as_written_with_both_layer_counts(pair):
-    with pytest.raises(
-        TeacherError,
-        match=(
-            rf"hidden_mse\.layer_mapping {pair}: a layer does not exist; the student has layers 0 "
-            r"to 2, the teacher 0 to 12"
-        ),
-    ):
-        mapped(("1:1", pair), 2, 12)
-
-
-def test_a_pair_beyond_a_model_is_found_before_anything_is_built():
-    term = HiddenCosine(loss="hidden_cosine", layer_mapping=("7:1",))
-
-    with pytest.raises(TeacherError, match=r"hidden_cosine\.layer_mapping 7:1"):
-        check_terms((CE, term), "classification", STUDENT, TEACHER)
+    assert layer_pairs(term, Shape(student, 4, 3), Shape(teacher, 4, 3)) == pairs
 
 
 @pytest.mark.parametrize("term", COMPARING, ids=named)
@@ -132,22 +104,6 @@ def test_a_term_that_compares_is_refused_without_a_teacher(term):
 def test_classes_that_differ_are_refused_with_both_numbers(term):
     with pytest.raises(TeacherError, match=f"{term.loss}: the teacher has 5 classes, the student"):
         build_objective((term,), "classification", STUDENT, Shape(12, 6, 5))
-
-
-def test_vocabularies_of_different_padding_are_no_reason_to_refuse_a_language_model():
-    padded = Shape(12, 6, 152064)
-
-    objective = build_objective((KL,), "causal_lm", Shape(2, 4, 151936), padded)
-
-    assert objective.needs_teacher
-    assert "soft_target_kl" in objective.weights
-
-
-def test_terms_that_compare_need_a_teacher_and_hard_ones_do_not():
-    hard = build_objective((CE,), "classification", STUDENT, None)
-    both = build_objective((CE, KL), "classification", STUDENT, TEACHER)
-
-    assert [hard.needs_teacher, both.needs_teacher] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -212,46 +168,41 @@ def test_a_model_is_asked_for_what_the_terms_read_and_nothing_else(terms, studen
     assert teacher_needs(terms, STUDENT, TEACHER) == teacher
 
 
-@pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
-@pytest.mark.parametrize("pair", ["0:1", "1:0"])
-def test_the_embedding_has_no_attention_to_map(term, pair):
-    mapped_wrongly = replace(term, layer_mapping=(pair,))
-
-    with pytest.raises(TeacherError, match=rf"{term.loss}\.layer_mapping {pair}: 0 is the embedd"):
-        check_terms((mapped_wrongly,), "classification", STUDENT, TEACHER)
+BEYOND = "a layer does not exist; the student has layers 0 to 2, the teacher 0 to 12"
 
 
-@pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
-def test_an_attention_layer_beyond_a_model_is_refused_as_written(term):
-    mapped_wrongly = replace(term, layer_mapping=("3:1",))
+@pytest.mark.parametrize(
+    ("term", "pair", "message"),
+    [
+        (HIDDEN_MSE, "7:1", BEYOND),
+        (HIDDEN_COSINE, "1:13", BEYOND),
+        *((term, "3:1", BEYOND) for term in (ATTENTION, RELATION)),
+        *((t, pair, "0 is the embedd") for t in (ATTENTION, RELATION) for pair in ("0:1", "1:0")),
+    ],
+)
+def test_a_pair_of_layers_that_cannot_be_compared_is_refused_as_written(term, pair, message):
+    wrong = replace(term, layer_mapping=("1:1", pair))
 
-    with pytest.raises(
-        TeacherError,
-        match=(
-            rf"{term.loss}\.layer_mapping 3:1: a layer does not exist; the student has layers 0 "
-            r"to 2"
+    with pytest.raises(TeacherError, match=rf"{term.loss}\.layer_mapping {pair}: {message}"):
+        check_terms((CE, wrong), "classification", STUDENT, TEACHER)
+
+
+@pytest.mark.parametrize(
+    ("term", "heads", "message"),
+    [
+        (ATTENTION, None, "attention_mse: megakd does not support the attention of the teacher"),
+        (RELATION, None, "relation_kl: megakd does not support the attention of the teacher"),
+        (
+            ATTENTION,
+            Heads(16, 16, 4),
+            r"attention_mse: the teacher has 16 attention heads, the student 2.*"
+            r"use relation_kl, which supports different numbers of heads",
         ),
-    ):
-        check_terms((mapped_wrongly,), "classification", STUDENT, TEACHER)
-
-
-@pytest.mark.parametrize("term", [ATTENTION, RELATION], ids=named)
-def test_a_model_without_attention_has_none_to_compare(term):
-    with pytest.raises(
-        TeacherError, match=f"{term.loss}: megakd does not support the attention of the teacher"
-    ):
-        check_terms((term,), "classification", STUDENT, Shape(12, 6, 3))
-
-
-def test_attention_of_other_heads_is_refused_with_both_numbers_and_a_term_that_would_do():
-    teacher = Shape(12, 64, 3, Heads(16, 16, 4))
-
-    with pytest.raises(
-        TeacherError,
-        match=r"attention_mse: the teacher has 16 attention heads, the student 2.*"
-        r"use relation_kl, which supports different numbers of heads",
-    ):
-        check_terms((ATTENTION,), "classification", STUDENT, teacher)
+    ],
+)
+def test_a_teacher_without_attention_or_with_other_heads_is_refused(term, heads, message):
+    with pytest.raises(TeacherError, match=message):
+        check_terms((term,), "classification", STUDENT, Shape(12, 64, 3, heads))
 
 
 def heads_of(student: Heads, teacher: Heads, **options: Any) -> int:
@@ -264,6 +215,8 @@ def test_relations_have_the_teachers_heads_unless_told_otherwise():
 
     assert heads_of(student, teacher) == 12
     assert heads_of(student, teacher, relation_heads=8) == 8
+    # What is not compared sets no bounds.
+    assert heads_of(Heads(12, 4, 8), Heads(12, 3, 16), relations=("query",)) == 12
 
 
 @pytest.mark.parametrize(
@@ -289,10 +242,6 @@ def test_relations_have_the_teachers_heads_unless_told_otherwise():
 def test_relation_heads_that_do_not_divide_are_refused_with_those_that_would(options, message):
     with pytest.raises(TeacherError, match=message):
         heads_of(Heads(12, 4, 8), Heads(12, 3, 16), **options)
-
-
-def test_a_relation_that_is_not_compared_sets_no_bounds():
-    assert heads_of(Heads(12, 4, 8), Heads(12, 3, 16), relations=("query",)) == 12
 
 
 def test_projections_are_parameters_of_the_objective():
@@ -333,21 +282,6 @@ def test_hard_terms_average_over_labelled_rows_and_soft_terms_over_all():
     assert hard.total.item() == pytest.approx(math.log(4 / 3))  # one row of one
     assert soft.total.item() == pytest.approx(0.5 * math.log(4 / 3))  # the mean of two equal rows
     assert soft.sums["soft_target_kl"].item() == pytest.approx(math.log(4 / 3))
-
-
-def test_the_total_is_the_weighted_sum_of_the_terms():
-    terms = (
-        HardCrossEntropy(loss="hard_cross_entropy", weight=0.25),
-        SoftTargetKl(loss="soft_target_kl", weight=3.0),
-    )
-    objective = build_objective(terms, "classification", STUDENT, TEACHER)
-    batch = labelled(torch.tensor([2, IGNORE]), [[1], [1]])
-    torch.manual_seed(0)
-
-    total, sums = read(objective, batch, torch.randn(2, 3), torch.randn(2, 3))
-
-    expected = 0.25 * sums["hard_cross_entropy"] / 1 + 3.0 * sums["soft_target_kl"] / 2
-    assert total.item() == pytest.approx(expected.item())
 
 
 def test_agreement_counts_the_rows_on_which_both_choose_the_same_class():

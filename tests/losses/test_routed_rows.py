@@ -218,20 +218,6 @@ def test_a_teacher_reads_the_tokens_of_its_own_rows_alone(scene):
     assert parts.of("student") is parts
 
 
-def test_nan_of_a_teacher_in_its_rows_reaches_no_other_row(scene):
-    """The parts share no positions, so a broken expert spoils the step and names itself."""
-    (batch,) = scene.batches(rows_of(["math", "code"], seed=6, task=scene.task))
-    parts = with_parts(batch, NUMBERS)
-    math, code = (parts.of(name).extras.within for name in ("math", "code"))
-
-    assert math is not None
-    assert code is not None
-    mine = math.positions[parts.of("math").valid]
-    theirs = code.positions[parts.of("code").valid]
-    assert not {*mine.tolist()} & {*theirs.tolist()}
-    assert {*mine.tolist(), *theirs.tolist()} == {*np.flatnonzero(batch.valid.numpy()).tolist()}
-
-
 @settings(max_examples=40, deadline=None)
 @given(routes=ROUTES, seed=st.integers(0, 99), budget=st.sampled_from([None, 96]))
 def test_a_part_is_the_micro_batch_of_its_rows_alone(routes, seed, budget):

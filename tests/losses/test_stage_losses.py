@@ -95,15 +95,6 @@ def test_hidden_states_are_read_for_losses_and_for_a_strategy(
     assert losses.objective().needs == Needs(hidden_layers=student)
 
 
-def test_a_model_that_learns_alone_asks_no_teacher(tmp_path: Path) -> None:
-    source = planned_sources(config_of(tmp_path, "regression", bert))[STUDENT]
-    stage = Stage(name="alone", strategy=Reading())
-
-    losses = stage_losses(stage, "regression", learners={STUDENT: source}, teachers=[], classes=0)
-
-    assert losses.teacher_needs() == Needs()
-
-
 def test_a_plan_holds_the_hidden_states_that_a_strategy_reads(tmp_path: Path) -> None:
     config = config_of(tmp_path, "classification", bert)
     sources, known = planned_sources(config), Traces()

@@ -71,14 +71,8 @@ CASES = [
     *(("regression", term) for term in (HARD_MSE, SOFT_MSE, *STATES, FLOWS, *ATTENTION)),
     *(("causal_lm", term) for term in (*OF_CLASSES, *STATES, FLOWS, *ATTENTION)),
 ]
-OWN_SUMS = (
-    *OF_LABELS,
-    HARD_MSE,
-    SOFT_MSE,
-    FLOWS,
-    SCORES,
-    PROBABILITIES,
-)  # a few lines of torch, no kernel
+# A few lines of torch, no kernel.
+OWN_SUMS = (*OF_LABELS, HARD_MSE, SOFT_MSE, FLOWS, SCORES, PROBABILITIES)
 COMPARING = [(task, term) for task, term in CASES if term not in (CE, *OF_LABELS, HARD_MSE)]
 
 
@@ -339,15 +333,3 @@ def test_a_step_in_which_nothing_counts_gives_zero_and_no_gradient(task, term):
     assert found.total.item() == 0.0
     assert all(not g.any() for g in found.gradients.values())  # NaN would count as something
     assert all(value.item() == 0 for value in found.sums.values())
-
-
-@pytest.mark.parametrize("term", [HARD_MSE, SOFT_MSE], ids=named)
-def test_a_squared_error_has_its_hand_value(term):
-    scene = Scene("regression", term)
-    scene.leaves["logits"] = torch.tensor([[2.0], [3.0], [-1.0], [7.0]])
-    scene.teacher["logits"] = torch.tensor([[2.0], [0.0], [1.0], [9.0]])
-
-    total = scene.result().total.item()
-
-    # Hard: rows 0 and 2 carry the labels 0.5 and -1. Soft: all but the dummy row.
-    assert total == pytest.approx(1.5**2 / 2 if term is HARD_MSE else (9 + 4) / 3)
