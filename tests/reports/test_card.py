@@ -12,7 +12,6 @@ import yaml
 from reports import report_of
 
 from megakd.reports.card import CardFacts, model_card
-from megakd.reports.report_file import read_report, write_report
 
 FACTS = CardFacts(
     title="a student",
@@ -25,10 +24,9 @@ FACTS = CardFacts(
 INT8: Any = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74, "mean_accuracy_f1": 0.79}}
 
 
-def int8_report() -> Any:
+def report_with(**of_student: Any) -> Any:
     report = report_of()
-    report["student"]["int8"] = INT8
-    return report
+    return {**report, "student": {**report["student"], **of_student}}
 
 
 def test_the_card_says_how_large_the_student_is_and_how_much_smaller_than_its_teacher() -> None:
@@ -55,37 +53,19 @@ def test_a_student_without_a_teacher_or_as_large_as_its_teacher_is_not_compared(
 
 
 def test_int8_weights_are_in_the_size_the_results_and_the_use() -> None:
-    card = model_card(FACTS, int8_report())
+    card = model_card(FACTS, report_with(int8=INT8))
 
     assert "in 8.4 MB of weights (2.2 MB as int8); it is 10.9x smaller" in card
     assert re.search(r"^student \(int8\) .* 74\.0%", card, re.MULTILINE)
     assert 'model = megakd.load_int8("path/to/this/folder/int8")' in card
-
-
-def test_a_card_without_int8_weights_does_not_name_them() -> None:
+    assert "\n\n\n" not in card
     assert "int8" not in model_card(FACTS, report_of())
 
 
-def test_a_card_has_no_two_blank_lines_in_a_row() -> None:
-    card = model_card(FACTS, int8_report())
-
-    assert "\n\n\n" not in card
-
-
-def test_a_report_with_int8_weights_is_read_as_it_was_written(tmp_path) -> None:
-    write_report(tmp_path / "report.json", int8_report())
-
-    assert read_report(tmp_path / "report.json")["student"].get("int8") == INT8
-
-
-def adapted_report() -> Any:
-    report = report_of()
-    report["student"]["trained_parameters"] = 40_000
-    return report
-
-
 def test_the_card_of_adapters_says_how_many_weights_were_trained_and_how_to_load_both() -> None:
-    card = model_card(dataclasses.replace(FACTS, student="org/base"), adapted_report())
+    card = model_card(
+        dataclasses.replace(FACTS, student="org/base"), report_with(trained_parameters=40_000)
+    )
 
     assert "2.09M parameters (40.00k of them trained, as adapters) in 8.4 MB of weights;" in card
     assert 'base = AutoModelForSequenceClassification.from_pretrained("org/base")' in card
@@ -94,10 +74,48 @@ def test_the_card_of_adapters_says_how_many_weights_were_trained_and_how_to_load
     assert "\n\n\n" not in card
 
 
+def test_the_card_says_how_the_model_was_made() -> None:
+    teacher, objective = "textattack/bert-base-uncased-SST-2", ("soft_target_kl, weight 1.0",)
+    facts = dataclasses.replace(FACTS, teachers=(teacher,), objective=objective, brings_code=True)
+
+    card = model_card(facts, report_of(environment={"versions": {"torch": "2.13.0"}}))
+
+    assert front_of(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["megakd", "knowledge-distillation", "single"],
+        "base_model": teacher,
+        "license": "unknown",
+        "metrics": ["accuracy", "f1", "mean_accuracy_f1"],
+    }
+    for text in (
+        "method `single` on `glue/mrpc` by distilling `textattack/",
+        "starting from random weights",
+        "85.0%",
+        "soft_target_kl, weight 1.0",
+        "megakd train run.yaml",
+        "torch 2.13.0",
+        "No licence is claimed",
+        "AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)",
+    ):
+        assert text in card
+    assert "from_pretrained(folder)" in model_card(FACTS, report_of())
+
+
+def test_a_folder_of_this_machine_is_no_base_model_and_its_path_is_not_told(tmp_path) -> None:
+    facts = dataclasses.replace(FACTS, teachers=(str(tmp_path / "my-teacher"),))
+
+    card = model_card(facts, report_of())
+
+    assert "base_model" not in front_of(card)
+    assert str(tmp_path) not in card
+    assert "distilling `my-teacher`" in card
+
+
 def test_a_card_names_no_folder_of_a_machine_as_the_base_of_its_adapters() -> None:
     facts = dataclasses.replace(FACTS, student="/somewhere/base")
 
-    card = model_card(facts, adapted_report())
+    card = model_card(facts, report_with(trained_parameters=40_000))
 
     assert "/somewhere" not in card
     assert 'from_pretrained("path/to/the/base/model")' in card

@@ -9,7 +9,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reports import candidates, report_of
+from reports import report_of
 
 from megakd.reports.charts import (
     BOTTOM,
@@ -19,7 +19,6 @@ from megakd.reports.charts import (
     Dot,
     Line,
     Scale,
-    choice_charts,
     line_chart,
     plane_chart,
 )
@@ -85,29 +84,6 @@ def test_a_wide_range_is_logarithmic_and_says_so() -> None:
     assert lines(wide, unit="nats", may_be_log=True, bounds=(0.0, 1.0)).unit == "nats"
 
 
-def test_fractions_are_percentages_and_none_is_above_a_hundred() -> None:
-    chart = lines([(1, 0.5), (2, 1.0)], unit="%")
-
-    assert [text for _, text in chart.y_ticks] == ["60", "80", "100"]
-
-
-def test_bounds_are_always_shown() -> None:
-    chart = lines([(1, 0.4), (2, 0.5)], bounds=(0.0, 1.0))
-
-    assert [text for _, text in chart.y_ticks][0::2] == ["0", "1"]
-
-
-def test_the_chosen_candidate_is_marked() -> None:
-    rows = candidates()[4:]
-
-    metric, tradeoff = choice_charts(rows, rows[-1])
-
-    assert metric.chosen == pytest.approx((0.1, 0.8677))
-    assert tradeoff.chosen == pytest.approx((0.1, 0.8677 + 0.2 * 0.9))
-    assert [text for _, text in metric.x_ticks] == ["0.1", "0.2", "0.3"]
-    assert metric.lines[0].points[0] == metric.chosen
-
-
 def numbers(chart: Chart) -> list[tuple[float, float, float, float]]:
     boxes = [(place, chart.y(dot.y), 7 * len(str(dot.number))) for dot, place in chart.dots]
     return [(x, y - 4, x + width, y + 4) for x, y, width in boxes]
@@ -115,6 +91,14 @@ def numbers(chart: Chart) -> list[tuple[float, float, float, float]]:
 
 def overlap(a, b) -> bool:
     return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+
+
+def test_fractions_are_percentages_up_to_a_hundred_and_bounds_are_always_shown() -> None:
+    percent = lines([(1, 0.5), (2, 1.0)], unit="%")
+    bounded = lines([(1, 0.4), (2, 0.5)], bounds=(0.0, 1.0))
+
+    assert [text for _, text in percent.y_ticks] == ["60", "80", "100"]
+    assert [text for _, text in bounded.y_ticks][0::2] == ["0", "1"]
 
 
 def test_numbers_stand_right_of_their_dots_and_do_not_cover_each_other() -> None:

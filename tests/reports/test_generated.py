@@ -83,8 +83,11 @@ def test_metrics_remain_without_the_file_of_the_texts(tmp_path: Path, content: s
     assert found == [{"stage": "student", "step": 10, "metrics": METRICS, "texts": []}]
 
 
-def test_the_page_shows_prompt_text_wanted_text_and_match() -> None:
-    text = html_report(language_report(generation=[ENTRY]), [])
+def test_the_page_shows_warnings_prompt_text_wanted_text_and_match() -> None:
+    alone = {**ENTRY, "stage": "other", "texts": [{**TEXT, "matches": None}]}
+    report = language_report(generation=[ENTRY, alone], warnings=[WARNING])
+
+    text = html_report(report, [])
 
     page = Page(text)
     assert page.faults == []
@@ -94,15 +97,9 @@ def test_the_page_shows_prompt_text_wanted_text_and_match() -> None:
     assert "step 1,200: the texts for the first 2 prompts, 1 of 2 match" in text
     assert "ended, no match" in text
     assert "cut at the limit of tokens, match" in text
-
-
-def test_texts_that_are_not_compared_have_no_match() -> None:
-    texts = [{**TEXT, "matches": None}]
-
-    text = html_report(language_report(generation=[{**ENTRY, "texts": texts}]), [])
-
     assert "the texts for the first 1 prompts</summary>" in text
     assert '<p class="muted">ended</p>' in text
+    assert text.index("texts &lt;run&gt; away") < text.index("Scores on")
 
 
 def test_the_table_of_a_run_has_a_row_for_match() -> None:
@@ -128,12 +125,6 @@ def test_metrics_of_generated_texts_are_not_repeated_in_the_table_of_the_stages(
     assert titles[5:] == ["perplexity", "match"]
 
 
-def test_a_warning_is_shown_above_the_scores() -> None:
-    text = html_report(language_report(warnings=[WARNING]), [])
-
-    assert text.index("texts &lt;run&gt; away") < text.index("Scores on")
-
-
 def test_texts_and_warnings_are_read_back(tmp_path: Path) -> None:
     texts = [TEXT, {**TEXT, "matches": None}]
     report = language_report(generation=[{**ENTRY, "texts": texts}], warnings=[WARNING])
@@ -143,12 +134,6 @@ def test_texts_and_warnings_are_read_back(tmp_path: Path) -> None:
 
     assert found["generation"][0]["texts"] == texts
     assert found["warnings"] == [WARNING]
-
-
-def test_a_report_of_an_earlier_version_has_no_generated_texts(tmp_path: Path) -> None:
-    write_report(tmp_path / "report.json", language_report())
-
-    assert "Generated texts" not in html_report(read_report(tmp_path / "report.json"), [])
 
 
 def test_length_truncation_staleness_match_and_divergence_are_drawn_over_the_steps() -> None:

@@ -17,25 +17,9 @@ from megakd.reports import latency
 from megakd.reports.latency import Work, measure_latencies
 
 
-def llama(layers: int = 1, width: int = 8) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=2 * width,
-    )
-    return LlamaForCausalLM(config)
-
-
-def milliseconds(
-    teacher: LlamaForCausalLM | Path, student: LlamaForCausalLM | Path, **shape: int
-) -> list[float]:
-    """Of the two at one batch."""
-    models = {"teacher": teacher, "student": student}
-    work = Work((shape.pop("batch"),), **shape)
-    return [entry["ms"] for entry in measure_latencies(models, work)]
+def llama() -> LlamaForCausalLM:
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
 
 
 def seen_by(model: torch.nn.Module) -> list[dict]:
@@ -79,10 +63,10 @@ def test_each_time_says_what_was_timed_and_where() -> None:
 
 
 def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
-    model = llama().train()
-    calls = seen_by(model)
+    model, other = llama().train(), llama()
+    calls, before = seen_by(model), torch.get_rng_state()
 
-    milliseconds(model, llama(), batch=3, length=7, rounds=2)
+    measure_latencies({"teacher": model, "student": other}, Work((3,), 7, rounds=2))
 
     assert len(calls) == latency.WARM_UP + 2
     assert calls[-1]["input_ids"].shape == (3, 7)
@@ -90,6 +74,7 @@ def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
     assert not calls[-1]["training"]
     assert not calls[-1]["gradient"]
     assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -122,26 +107,6 @@ def test_a_decoder_also_generates_the_last_tokens_of_a_text() -> None:
     assert [call["input_ids"].shape for call in calls[-3:]] == [(2, 5), (2, 1), (2, 1)]
 
 
-def test_the_random_state_of_the_run_is_untouched() -> None:
-    model, other = llama(), llama()
-    before = torch.get_rng_state()
-
-    milliseconds(model, other, batch=1, length=4, rounds=1)
-
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_two_models_are_timed_by_turns_that_swap_places() -> None:
-    order: list[str] = []
-    teacher, student = llama(), llama()
-    teacher.register_forward_pre_hook(lambda *_: order.append("t"))
-    student.register_forward_pre_hook(lambda *_: order.append("s"))
-
-    milliseconds(teacher, student, batch=1, length=4, rounds=3)
-
-    assert "".join(order[-6:]) == "tsstts"
-
-
 def test_several_models_take_every_place_by_turns_at_every_batch() -> None:
     order: list[str] = []
     models = {name: llama() for name in "abc"}
@@ -160,33 +125,13 @@ def test_several_models_take_every_place_by_turns_at_every_batch() -> None:
     assert order[-9:] == ["a2", "b2", "c2", "b2", "c2", "a2", "c2", "a2", "b2"]
 
 
-def test_the_larger_model_takes_longer() -> None:
-    larger, smaller = milliseconds(llama(8, 128), llama(1, 8), batch=4, length=16, rounds=5)
-
-    assert larger > smaller > 0
-
-
-def test_a_folder_is_loaded_and_timed(tmp_path: Path) -> None:
-    config = RobertaConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-    )
-    Roberta(config).save_pretrained(tmp_path)
-
-    assert milliseconds(tmp_path, llama(), batch=2, length=8, rounds=1)[0] > 0
-
-
 def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(tree | {"architectures": ["Novel"]}))
 
     with pytest.raises(ModelError, match=r"config\.json names the architecture 'Novel'"):
-        milliseconds(llama(), tmp_path, batch=1, length=4)
+        measure_latencies({"teacher": llama(), "student": tmp_path}, Work((1,), 4))
 
 
 def test_a_causal_model_is_timed_with_the_logits_of_the_last_position_alone(monkeypatch):

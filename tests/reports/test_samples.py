@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 import torch
 from datasets import Dataset
-from tiny_runs import bert, config_tree, llama, write_config, write_text
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from whole_run import finish, read
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch, TopK
 from megakd.contract.tasks import TaskType
 from megakd.data.token_tables import pack
 from megakd.models.next_tokens import most_likely
-from megakd.reports.samples import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, Sampler, held_out_prompts
+from megakd.reports.samples import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    PROMPTS,
+    Prompts,
+    Sampler,
+    held_out_prompts,
+)
 
 CPU = torch.device("cpu")
 EOS = 1
@@ -63,16 +66,18 @@ def packed(*documents: tuple[int, int], row: int = 64) -> Dataset:
     return Dataset.from_list([{k: v.tolist() for k, v in r._asdict().items()} for r in rows])
 
 
-def task(kind: TaskType, length: int = 64) -> TaskConfig:
-    return TaskConfig(type=kind, dataset="pydocs", max_length=length)
+def prompts_of(rows: Dataset, kind: TaskType = "causal_lm", length: int = 64) -> Prompts:
+    task = TaskConfig(type=kind, dataset="pydocs", max_length=length)
+    prompts = held_out_prompts(rows, Letters(), task, CPU)  # type: ignore[arg-type]
+    assert prompts is not None
+    return prompts
 
 
 def test_prompts_are_beginnings_of_documents_and_of_one_length() -> None:
     rows = packed((3, 40), (5, 10), (7, 30), (9, 30), (11, 30), (13, 30))
 
-    prompts = held_out_prompts(rows, Letters(), task("causal_lm"), CPU)  # type: ignore[arg-type]
+    prompts = prompts_of(rows)
 
-    assert prompts is not None
     # The document of ten tokens is too short; of the next one the first row holds 14.
     assert prompts.shown == [Letters().decode([*range(first, first + 16)]) for first in (3, 9, 11)]
     assert len(prompts.shown) == PROMPTS
@@ -81,8 +86,7 @@ def test_prompts_are_beginnings_of_documents_and_of_one_length() -> None:
 
 def test_a_decoder_continues_token_by_token_up_to_the_end_of_the_text() -> None:
     rows = packed((3, 20), (30, 20))
-    prompts = held_out_prompts(rows, Letters(), task("causal_lm"), CPU)  # type: ignore[arg-type]
-    assert prompts is not None
+    prompts = prompts_of(rows)
     model = Counting()
 
     first = prompts.answers(model)[0]
@@ -100,8 +104,7 @@ def test_a_text_ends_at_its_end_token_and_all_ranks_ask_as_often() -> None:
                 said._replace(ids=torch.full_like(said.ids, EOS)) if len(self.asked) > 2 else said
             )
 
-    prompts = held_out_prompts(packed((3, 20)), Letters(), task("causal_lm"), CPU)  # type: ignore[arg-type]
-    assert prompts is not None
+    prompts = prompts_of(packed((3, 20)))
     model = Ending()
 
     assert prompts.answers(model) == [Letters().decode([19, 20])]
@@ -112,9 +115,8 @@ def test_a_prompt_with_end_tokens_of_earlier_turns_is_shown_whole() -> None:
     ids = [5, 6, EOS, 7, 8, EOS, 9]
     rows = Dataset.from_list([{"input_ids": [*ids, 10], "prompt_length": len(ids)}])
 
-    prompts = held_out_prompts(rows, Letters(), task("causal_lm"), CPU)  # type: ignore[arg-type]
+    prompts = prompts_of(rows)
 
-    assert prompts is not None
     assert prompts.shown == [Letters().decode([5, 6, 7, 8, 9])]
 
 
@@ -125,8 +127,7 @@ def test_a_decoder_says_what_transformers_generates() -> None:
         num_key_value_heads=1, intermediate_size=32, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    prompts = held_out_prompts(packed((3, 20), (9, 20)), Letters(), task("causal_lm"), CPU)  # type: ignore[arg-type]
-    assert prompts is not None
+    prompts = prompts_of(packed((3, 20), (9, 20)))
 
     ids = torch.tensor([[*range(3, 19)], [*range(9, 25)]])
     wanted = model.generate(
@@ -141,8 +142,7 @@ def test_a_decoder_says_what_transformers_generates() -> None:
 
 
 def test_a_prompt_and_its_answer_fit_the_length_of_the_task() -> None:
-    prompts = held_out_prompts(packed((3, 20)), Letters(), task("causal_lm", 10), CPU)  # type: ignore[arg-type]
-    assert prompts is not None
+    prompts = prompts_of(packed((3, 20)), length=10)
     model = Counting()
 
     prompts.answers(model)
@@ -153,8 +153,7 @@ def test_a_prompt_and_its_answer_fit_the_length_of_the_task() -> None:
 
 def test_a_masked_model_fills_hidden_tokens_that_are_not_special() -> None:
     rows = Dataset.from_dict({"input_ids": [[0, *range(3, 13), 1], [0, 5, 1], [0, 1]]})
-    prompts = held_out_prompts(rows, Letters(), task("mlm"), CPU)  # type: ignore[arg-type]
-    assert prompts is not None
+    prompts = prompts_of(rows, "mlm")
     model = Counting()
 
     answers = prompts.answers(model)
@@ -168,71 +167,10 @@ def test_a_masked_model_fills_hidden_tokens_that_are_not_special() -> None:
 
 def test_other_tasks_have_no_prompt_and_no_sample() -> None:
     rows = Dataset.from_dict({"input_ids": [[3, 4]], "label": [1]})
-    prompts = held_out_prompts(rows, Letters(), task("classification"), CPU)  # type: ignore[arg-type]
+    task = TaskConfig(type="classification", dataset="pydocs", max_length=64)
+    prompts = held_out_prompts(rows, Letters(), task, CPU)  # type: ignore[arg-type]
     sampler = Sampler(prompts)
 
     assert prompts is None
     assert sampler.asking("student") is None
     assert sampler.samples(teacher="teacher", student="student") == []
-
-
-@pytest.fixture(scope="module")
-def decoder_run(one_rank, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("samples")
-    tree = config_tree(
-        folder / "out",
-        {
-            "type": "causal_lm",
-            "dataset": str(write_text(folder / "stories.txt")),
-            "tokenizer": {"type": "bpe", "vocab_size": 320},
-        },
-        teacher={"model": llama(1), "finetune": {"max_steps": 4}, "deepspeed": "teacher_zero3"},
-        method={"name": "single"},
-        baselines=["alone"],
-    )
-    finish(one_rank, write_config(folder / "run.yaml", tree))
-    return folder / "out"
-
-
-def test_a_run_of_decoders_has_samples_of_teacher_and_student(decoder_run):
-    found = read(decoder_run)["samples"]
-
-    assert found
-    assert all(entry.keys() == {"prompt", "teacher", "student"} for entry in found)
-    final = AutoModelForCausalLM.from_pretrained(decoder_run / "final").eval()
-    tokenizer = AutoTokenizer.from_pretrained(decoder_run / "final")
-    text = tokenizer(found[0]["prompt"], return_tensors="pt", add_special_tokens=False)
-    ids = final.generate(**text, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    written = tokenizer.decode(ids[0, text["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert found[0]["student"] == written
-
-
-def test_baselines_are_timed_beside_teacher_and_student(decoder_run):
-    latency = read(decoder_run)["latency"]
-
-    assert [(entry["model"], entry.get("generated")) for entry in latency] == [
-        (name, generated) for generated in (None, 15) for name in ("teacher", "student", "alone")
-    ]
-    assert {(entry["length"], entry["batch"]) for entry in latency} == {(16, 1)}
-
-
-def test_a_run_of_masked_models_has_filled_masks(one_rank, tmp_path):
-    tree = config_tree(
-        tmp_path / "out",
-        {
-            "type": "mlm",
-            "dataset": str(write_text(tmp_path / "stories.txt")),
-            "tokenizer": {"type": "wordpiece", "vocab_size": 300},
-        },
-        student={"model": bert(1)},
-        method={"name": "finetune"},
-    )
-
-    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
-
-    found = read(tmp_path / "out")["samples"]
-    assert len(found) == PROMPTS
-    assert all("[MASK]" in entry["prompt"] and entry["teacher"] is None for entry in found)
-    assert all(
-        len(entry["student"].split(", ")) == entry["prompt"].count("[MASK]") for entry in found
-    )
