@@ -11,7 +11,7 @@ import pytest
 
 from evidence import __main__ as evidence
 from evidence import collect as evidence_collect
-from evidence.cells import STORED, Cell, read_stored, stored_path
+from evidence.cells import STORED, read_stored, stored_path
 from evidence.collect import (
     homodistil_cells,
     homodistil_cost_cells,
@@ -89,14 +89,10 @@ def test_reports_and_logs_become_cells_with_score_divergence_steps_cost_and_rows
     assert (labels.score, labels.divergence, labels.teacher_rows) == (pytest.approx(41), None, 0)
     assert stored.arms() == [*RIGHT]
     assert all(stored.of(arm).keys() == {1, 2} for arm in RIGHT)
-    assert stored.versions == {"python": "3", "megakd": "1", "torch": "2", "transformers": "5"}
-
-
-def test_the_curve_of_a_teacher_that_the_benchmark_trained_is_stored(sums):
-    (gate,) = collected(sums).teachers
-
+    (gate,) = stored.teachers
     assert gate.scores == pytest.approx([50, 90, 98])
     assert gate.final == pytest.approx(98)
+    assert stored.versions == {"python": "3", "megakd": "1", "torch": "2", "transformers": "5"}
 
 
 def test_a_run_that_has_not_finished_is_named_and_left_out(sums, capsys):
@@ -154,44 +150,32 @@ def on_text(loss: float, stages: dict[str, tuple[int, float]], **baselines: floa
     return {**report, "evaluation_sets": {"held_out": {"metrics": metrics}}}
 
 
-def on_task(accuracy: float) -> dict:
-    student = {"metrics": {"accuracy": accuracy}}
-    return report_of({"student": (60, 3.0)}, metric_name="accuracy", student=student)
-
-
-@pytest.fixture
-def mixed() -> mixed_vocabulary.Found:
-    """One seed of which `up` has not finished, and one task."""
+def test_a_vocabulary_costs_all_stages_of_its_arm_on_both_ranks_and_a_task_its_own_too():
+    task = report_of(
+        {"student": (60, 3.0)}, metric_name="accuracy", student={"metrics": {"accuracy": 0.75}}
+    )
     reports = {
         "alone-1": on_text(2.0, {"student": (50, 4.0), "patient_kd": (50, 7.0)}, patient_kd=1.9),
         "down-1": on_text(1.8, {"student": (50, 20.0)}),
         "version_2-1": on_text(2.2, {"mixed-teacher": (25, 9.0), "student": (50, 5.0)}),
         "up-1": None,
-        "sst2-down-1": on_task(0.75),
+        "sst2-down-1": task,
         "sst2-alone-1": None,
     }
-    return mixed_vocabulary.Found(reports, (1,), ("sst2",), 0)
+    found = mixed_vocabulary.Found(reports, (1,), ("sst2",), 0)
 
+    texts = mixed_vocabulary_cells(found, task=None, rows=8)
+    (on_task,) = mixed_vocabulary_cells(found, task="sst2", rows=8)
 
-def test_a_vocabulary_costs_all_stages_of_its_arm_on_both_ranks(mixed):
-    found = {cell.arm: cell for cell in mixed_vocabulary_cells(mixed, task=None, rows=8)}
-
-    numbers = {
-        arm: (cell.score, cell.steps, cell.cpu_seconds, cell.teacher_rows)
-        for arm, cell in found.items()
-    }
-    assert numbers == {
+    assert {c.arm: (c.score, c.steps, c.cpu_seconds, c.teacher_rows) for c in texts} == {
         "down": (1.8, 50, 40.0, 400),
         "version_2": (2.2, 50, 28.0, 200),
         "patient_kd": (1.9, 50, 14.0, 400),
         "alone": (2.0, 50, 8.0, 0),
     }
-
-
-def test_a_task_is_scored_in_points_and_costs_its_own_steps_too(mixed):
-    (cell,) = mixed_vocabulary_cells(mixed, task="sst2", rows=8)
-
-    assert (cell.arm, cell.score, cell.steps, cell.cpu_seconds) == ("down", 75.0, 110, 43.0)
+    assert (on_task.arm, on_task.score, on_task.steps, on_task.cpu_seconds) == (
+        *("down", 75.0, 110, 43.0),
+    )
 
 
 def test_pruned_students_and_students_from_random_weights_have_the_same_steps():
@@ -204,10 +188,9 @@ def test_pruned_students_and_students_from_random_weights_have_the_same_steps():
     reports = {"homodistil-1": first, "early-1": None, "one_shot-1": None}
     found = homodistil.Found(reports, (1,), ())
 
-    found_cells = homodistil_cells(found, homodistil.held_out, rows=8)
+    at_steps = homodistil_cells(found, homodistil.held_out, rows=8)
 
-    cells = {cell.arm: cell for cell in found_cells}
-
+    cells = {cell.arm: cell for cell in at_steps}
     assert {arm: (c.score, c.cpu_seconds, c.teacher_rows) for arm, c in cells.items()} == {
         "homodistil": (3.5, 6.0, 80),
         "random": (4.5, 10.0, 80),
@@ -215,20 +198,11 @@ def test_pruned_students_and_students_from_random_weights_have_the_same_steps():
     }
     assert {cell.steps for cell in cells.values()} == {10}
     assert cells["homodistil"].divergence == 0.5
-
-
-def test_equal_cost_takes_longer_runs_where_there_are_any_and_else_the_same_cells():
-    def cells(score: float, *arms: str) -> list[Cell]:
-        numbers = {"divergence": None, "steps": 4, "cpu_seconds": 1.0, "teacher_rows": 8}
-        return [Cell(arm=arm, seed=1, basis="steps", score=score, **numbers) for arm in arms]
-
-    short = cells(2.0, "homodistil", "early", "one_shot", "random", "alone")
-    longer = cells(1.5, "homodistil", "one_shot", "alone")
-
-    found = homodistil_cost_cells(short, longer, {"one_shot": 5, "alone": 9})
-
-    assert {cell.basis for cell in found} == {"cost"}
-    assert {c.arm: c.score for c in found} == {"early": 2.0, "one_shot": 1.5, "alone": 1.5}
+    # Equal cost takes longer runs where there are any, and else the same cells.
+    longer = [dataclasses.replace(cells["alone"], score=5.5)]
+    at_cost = homodistil_cost_cells(at_steps, longer, {"one_shot": 5, "alone": 9})
+    assert {cell.basis for cell in at_cost} == {"cost"}
+    assert {c.arm: c.score for c in at_cost}["alone"] == 5.5
 
 
 def shrunk(loss: float, layers: int, **baselines: float) -> dict:

@@ -53,13 +53,6 @@ def test_the_reference_the_plain_and_the_labels_arm_exist(comparison):
     assert found.seeds.keys() <= SETTINGS.keys()
 
 
-def test_an_arm_is_compared_within_its_group():
-    found = COMPARISONS["skdbert"]
-
-    assert found.reference_of("mean, T 4", found.arms) == "uniform, T 4"
-    assert found.reference_of("labels", found.arms) == "uniform, T 1"
-
-
 @pytest.mark.parametrize("name", COMPARISONS)
 def test_settings_after_the_first_repeat_the_arms_that_decide(name):
     found = COMPARISONS[name]

@@ -20,39 +20,31 @@ if TYPE_CHECKING:
     from evidence_cells import Stored
 
 
-def test_a_cell_at_equal_cost_takes_the_steps_that_the_reference_pays_for():
+@pytest.mark.parametrize(
+    ("arm", "share"),
+    [
+        ("ours", None),
+        ("twice", 0.5),
+        ("same", 1.0),
+        ("first", 0.5),
+        ("dear before its first step", None),
+        ("not yet run", None),
+        ("other seeds", 0.4),
+        ("alike", 1.0),
+    ],
+)
+def test_equal_cost_is_a_share_of_the_steps_by_the_median_over_the_seeds_of_both(arm, share):
     stored = stored_of(
-        one_cell("ours", 100),
+        *(one_cell("ours", 100, seed=seed) for seed in (1, 2, 3)),
         one_cell("twice", 200),
         one_cell("same", 105),
         one_cell("first", 150, fixed=50),
+        one_cell("dear before its first step", 300, fixed=99),
+        *(one_cell("other seeds", cost, seed=n) for n, cost in enumerate((400, 200, 250, 1), 1)),
+        *(one_cell("alike", cost, seed=n) for n, cost in enumerate((80, 105, 104), 1)),
     )
 
-    assert evidence_plan.cost_share(stored, "ours", "ours") is None
-    assert evidence_plan.cost_share(stored, "twice", "ours") == 0.5
-    assert evidence_plan.cost_share(stored, "same", "ours") == 1.0
-    assert evidence_plan.cost_share(stored, "first", "ours") == 0.5
-
-
-def test_an_arm_that_is_too_dear_before_its_first_step_has_no_cell_at_equal_cost():
-    stored = stored_of(one_cell("ours", 100), one_cell("dear", 300, fixed=99))
-
-    assert evidence_plan.cost_share(stored, "dear", "ours") is None
-    assert evidence_plan.cost_share(stored, "not yet run", "ours") is None
-
-
-def test_cost_is_the_median_over_the_seeds_that_both_arms_have():
-    stored = stored_of(
-        *(one_cell("ours", 100, seed=seed) for seed in (1, 2, 3)),
-        *(
-            one_cell("other", cost, seed=seed)
-            for seed, cost in enumerate((400, 200, 250, 1), start=1)
-        ),
-        *(one_cell("alike", cost, seed=seed) for seed, cost in enumerate((80, 105, 104), start=1)),
-    )
-
-    assert evidence_plan.cost_share(stored, "other", "ours") == 0.4
-    assert evidence_plan.cost_share(stored, "alike", "ours") == 1.0
+    assert evidence_plan.cost_share(stored, arm, "ours") == share
 
 
 def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
@@ -151,22 +143,13 @@ def test_a_cell_goes_on_where_it_was_unless_its_config_has_changed(
     ids=["drawn", "all", "pilots", "selector"],
 )
 def test_a_teacher_is_counted_in_every_step_that_it_answers(stages, pool, steps):
-    def rows(counts):
-        return [{"name": name, "steps": count} for name, count in counts.items()]
-
-    report = {"pool": {"teachers": rows(pool)} if pool else None, "stages": rows(stages)}
+    stages, teachers = (
+        [{"name": name, "steps": count} for name, count in (counts or {}).items()]
+        for counts in (stages, pool)
+    )
+    report = {"pool": {"teachers": teachers} if pool else None, "stages": stages}
 
     assert evidence_plan.teacher_steps(report) == steps
-
-
-def test_the_weights_of_a_selector_are_their_mean_over_the_students_steps(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"stage": "selector", "step": 1, "select/soft": 0.9}\n'
-        '{"stage": "student", "step": 1, "select/soft": 0.2, "train/loss": 3}\n'
-        '{"stage": "student", "step": 2, "select/soft": 0.4}\n'
-    )
-
-    assert evidence_plan.selected(tmp_path) == {"soft": pytest.approx(0.3)}
 
 
 def test_scores_are_those_of_their_definitions():

@@ -10,7 +10,6 @@ import pytest
 from stored_cells import FLAT, bench_of, one_cell, stored_of
 
 from evidence import __main__ as evidence
-from evidence import run as evidence_plan
 from evidence.cells import Cell, Stored, TeacherGate, read_stored, write_stored
 from evidence.comparisons import COMPARISONS
 from evidence.run import Planned
@@ -75,19 +74,6 @@ def test_teachers_are_trained_for_the_seeds_that_need_them_and_the_largest_is_th
 
     assert fake.taught[:4] == [(name, 2) for name in ("six", "four", "two", "one")]
     assert {seed for _, seed in fake.taught} == {2}
-
-
-def test_equal_cost_begins_when_all_seeds_have_their_costs(tmp_path, monkeypatch):
-    fake = Fake(monkeypatch, labels=40.0)
-    begun = []
-    cost = evidence_plan.cost_share
-    monkeypatch.setattr(
-        evidence_plan, "cost_share", lambda *given: begun.append(len(fake.ran)) or cost(*given)
-    )
-
-    run_skdbert(tmp_path, stored_of(), (1, 2))
-
-    assert {*begun} == {2 * len(COMPARISONS["skdbert"].arms)}
 
 
 def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(

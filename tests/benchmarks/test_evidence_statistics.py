@@ -56,17 +56,6 @@ def test_holm_is_right_on_the_textbook_example():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_the_verdict_turns_with_the_sign_and_with_a_score_where_less_is_better():
-    up = tuple(score + gain for score, gain in zip(FIVE, (1.0, 1.1, 0.9, 1.2, 1.0), strict=True))
-
-    assert measured(up, FIVE).verdict == "better"
-    assert measured(FIVE, up).verdict == "worse"
-    assert measured(up, FIVE, lower_is_better=True).verdict == "worse"
-    assert measured(FIVE, up, lower_is_better=True).verdict == "better"
-    assert measured(up, FIVE).mean == -measured(FIVE, up).mean
-    assert measured(up, FIVE).low == pytest.approx(-measured(FIVE, up).high)
-
-
 GAINS = (0.2, 1.0, 0.5, 0.9, 0.7)
 
 
@@ -130,12 +119,9 @@ def test_without_effects_the_tests_are_right_as_often_as_they_say():
     for _ in range(400):
         seeds = rng.normal(0, 2, size=3)
         arms = {f"{n}": seeds + rng.normal(0, 0.4, size=3) for n in range(8)}
-        found = differences(stored(*(cells(n, list(x)) for n, x in arms.items())), [("1", "0")])
-        every = differences(
-            stored(*(cells(n, list(x)) for n, x in arms.items())), [(n, "0") for n in arms]
-        )
-        wrong += any(one.verdict != "cannot be told" for one in every)
-        assert found[0].pairs == 3
+        scores = stored(*(cells(n, list(x)) for n, x in arms.items()))
+        found = differences(scores, [(n, "0") for n in arms])
+        wrong += any(one.verdict != "cannot be told" for one in found)
     assert wrong / 400 < 0.08
 
 
@@ -168,13 +154,19 @@ def test_the_pairs_needed_are_those_of_published_tables(effect, pairs):
     assert pairs_needed(1, effect) == pairs
 
 
-def test_the_smallest_difference_depends_on_the_unit():
-    assert unit_of(stored()) == POINTS
-    assert unit_of(stored(lower_is_better=True)) == NATS
-    ours, theirs = (2.0, 2.1, 2.4), (2.01, 2.13, 2.38)
-    losses = measured(ours, theirs, lower_is_better=True)
-    assert losses.pairs_needed == pairs_needed(losses.deviation, 0.01)
-    assert measured(ours, theirs).pairs_needed == pairs_needed(losses.deviation, 0.5)
+@pytest.mark.parametrize(
+    ("is_loss", "unit", "smallest"), [(False, POINTS, 0.5), (True, NATS, 0.01)]
+)
+def test_verdict_and_smallest_difference_are_those_of_the_unit(is_loss, unit, smallest):
+    up = tuple(score + gain for score, gain in zip(FIVE, (1.0, 1.1, 0.9, 1.2, 1.0), strict=True))
+
+    above, below = (measured(*pair, lower_is_better=is_loss) for pair in ((up, FIVE), (FIVE, up)))
+
+    assert unit_of(stored(lower_is_better=is_loss)) == unit
+    assert [above.verdict, below.verdict] == (["better", "worse"][:: -1 if is_loss else 1])
+    assert above.mean == -below.mean
+    assert above.low == pytest.approx(-below.high)
+    assert above.pairs_needed == pairs_needed(above.deviation, smallest)
 
 
 def test_copied_cells_do_not_make_the_noise_seem_smaller():

@@ -14,7 +14,6 @@ from transformers import BertConfig, BertForMaskedLM
 from lib.books import Sizes
 from lib.data import BOOKS
 from lib.launching import UnusableError, write_leg_configs
-from megakd.config.file import load_config
 from methods import mixed_vocabulary as mixed
 from methods.mixed_vocabulary import Found
 
@@ -52,30 +51,22 @@ def words(data: Path, *more: str) -> list[str]:
     return ["--data", str(data), "--out", out, "--tasks", "clinc150", *more]
 
 
-def with_teacher(data: Path, teacher: Path, *more: str) -> list[str]:
-    return words(data, "--teacher", str(teacher), *more)
-
-
-def loaded(given) -> tuple[dict, dict]:
+@pytest.fixture
+def configs(data, teacher, load):
     """Return the configs of the runs on text, and of those on tasks, by name."""
-    mixed.make_teacher(given)
-    write_leg_configs(given.out, mixed.trees(given))
-    texts, tasks = (
-        {
-            leg.name: load_config(leg.config, [*leg.overrides, f"output_dir={leg.output}"])
-            for leg in legs
-        }
-        for legs in (mixed.student_legs(given), mixed.task_legs(given))
-    )
-    return texts, tasks
+
+    def of(*more: str):
+        given = mixed.parse(words(data, "--teacher", str(teacher), *more))
+        mixed.make_teacher(given)
+        write_leg_configs(given.out, mixed.trees(given))
+        return given, load(mixed.student_legs(given)), load(mixed.task_legs(given))
+
+    return of
 
 
 @pytest.mark.parametrize("text", ["books", "pydocs"])
-def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(data, teacher, text):
-    given = mixed.parse(with_teacher(data, teacher, "--seeds", "1,2", "--quick", "--text", text))
-
-    texts, _ = loaded(given)
-
+def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(configs, teacher, text):
+    given, texts, by_task = configs("--seeds", "1,2", "--quick", "--text", text)
     assert [*texts] == [f"{arm}-{seed}" for seed in (1, 2) for arm in (*ARMS, "large_alone")]
     assert len({config.train for config in texts.values()}) == 1
     tasks = [config.task for config in texts.values()]
@@ -85,13 +76,17 @@ def test_every_run_is_a_valid_config_of_the_same_text_steps_and_rate(data, teach
     }
     assert {(task.max_length, task.whole_word_masking) for task in tasks} == {(16, True)}
     assert all(config.eval.keep_best is False for config in texts.values())
+    # A model of a task is read with its own tokenizer.
+    assert len(by_task) == 4 + len(texts)
+    assert {config.task.tokenizer for config in by_task.values()} == {None}
+    assert by_task["clinc150-teacher-1"].student.model == str(teacher)
+    patient = given.out / "alone-1" / "stages" / "patient_kd"
+    assert by_task["clinc150-patient_kd-1"].student.model == str(patient)
+    assert texts["large_alone-1"].task.tokenizer == str(teacher)
 
 
-def test_the_arms_differ_in_the_method_alone(data, teacher):
-    given = mixed.parse(with_teacher(data, teacher, "--seeds", "3"))
-
-    texts, _ = loaded(given)
-
+def test_the_arms_differ_in_the_method_alone(configs):
+    _, texts, _ = configs("--seeds", "3")
     small = [texts[f"{arm}-3"] for arm in ARMS]
     methods = [config.method for config in small]
     assert [(m.version, m.direction, m.embeddings) for m in methods] == [
@@ -108,20 +103,6 @@ def test_the_arms_differ_in_the_method_alone(data, teacher):
     assert len({(str(config.student), config.teacher.model) for config in small}) == 1
 
 
-def test_a_model_of_a_task_is_read_with_its_own_tokenizer(data, teacher):
-    given = mixed.parse(with_teacher(data, teacher, "--seeds", "1"))
-
-    texts, tasks = loaded(given)
-
-    assert len(tasks) == 2 + len(texts)
-    assert {config.task.tokenizer for config in tasks.values()} == {None}
-    assert tasks["clinc150-teacher-1"].student.model == str(teacher)
-    assert tasks["clinc150-patient_kd-1"].student.model == str(
-        given.out / "alone-1" / "stages" / "patient_kd"
-    )
-    assert texts["large_alone-1"].task.tokenizer == str(teacher)
-
-
 def parameters(shape: dict, vocabulary: int) -> int:
     """Return the number of weights of a masked language model of a shape."""
     keys = {key: value for key, value in shape.items() if key != "model_type"}
@@ -131,7 +112,7 @@ def parameters(shape: dict, vocabulary: int) -> int:
 
 
 def test_the_small_student_takes_under_7_mb_and_a_tenth_of_the_large_one(data, teacher):
-    given = mixed.parse(with_teacher(data, teacher))
+    given = mixed.parse(words(data, "--teacher", str(teacher)))
 
     small = parameters(mixed.small_shape(given), given.student.vocabulary)
     large = parameters(mixed.large_shape(teacher), TEACHER.vocabulary)
@@ -142,7 +123,7 @@ def test_the_small_student_takes_under_7_mb_and_a_tenth_of_the_large_one(data, t
 
 def test_a_teacher_or_data_that_is_not_there_is_named(data):
     with pytest.raises(UnusableError, match=r"make it with `python benchmarks methods\.homodistil"):
-        mixed.main(with_teacher(data, data / "no"))
+        mixed.main(words(data, "--teacher", str(data / "no")))
     (data / "clinc150" / "data_full.json").unlink()
     with pytest.raises(UnusableError, match=r"data_full\.json does not exist"):
         mixed.main(words(data, "--quick"))
@@ -180,31 +161,24 @@ def found() -> Found:
 
 
 def test_a_line_has_the_scores_sizes_and_times_of_its_model(found):
-    first = {title: by[1] for title, by in mixed.numbers(found, "version_2").items()}
+    lines = {model: mixed.numbers(found, model) for model in mixed.MODELS}
 
+    first = {title: by[1] for title, by in lines["version_2"].items()}
     assert first["nats/char"] == pytest.approx(2.7)
     assert first["sst2"] == pytest.approx(80)
     assert first["parameters"] == 100
     assert first["MB"] == pytest.approx(4e-4)
     assert first["of teacher"] == pytest.approx(0.1)
     assert first["seconds"] == 7.0
-
-
-def test_the_baseline_and_the_teacher_are_read_from_the_run_of_alone(found):
-    patient, teacher = (mixed.numbers(found, name) for name in ("patient_kd", "teacher"))
-
-    assert mixed.numbers(found, "alone")["seconds"] == {1: 4.0, 2: 4.0}
+    # The baseline and the teacher are read from the run of `alone`.
+    patient, teacher = lines["patient_kd"], lines["teacher"]
+    assert lines["alone"]["seconds"] == {1: 4.0, 2: 4.0}
     assert patient["nats/char"] == pytest.approx({1: 1.9, 2: 2.9})
     assert patient["seconds"] == {1: 6.0, 2: 6.0}
     assert (teacher["parameters"][1], teacher["MB"][1]) == (1000, 2.0)
     assert "seconds" not in teacher
-
-
-def test_differences_pair_the_seeds_that_both_have(found):
-    lines = {model: mixed.numbers(found, model) for model in mixed.MODELS}
-
+    # Differences pair the seeds that both have.
     gains = mixed.less_alone(lines, "version_2", ["sst2"])
-
     assert gains["nats/char"] == pytest.approx({1: 0.7, 2: 0.8})
     assert gains["sst2"] == pytest.approx({1: 30.0})
 

@@ -69,8 +69,6 @@ def test_a_piece_of_text_is_learned_or_held_out_and_the_sample_is_held_out(data,
     assert len(held_out) == pytest.approx(len(train) / 19, abs=2)
     assert len(sample) >= 2
     assert all(any(piece.startswith(part) for piece in held_out) for part in sample)
-    texts = [(data / BOOKS / f"{book}.txt").read_text() for book in ("one", "two")]
-    assert sum(map(len, texts)) == pytest.approx(sum(map(len, train + held_out)), rel=0.01)
 
 
 def text_report(loss: float, jump: float) -> dict:
@@ -202,25 +200,24 @@ def test_an_outcome_of_minidisc_judges_the_choice_by_the_students_of_the_same_as
 
 
 @pytest.mark.parametrize(
-    ("differences", "shown"),
+    ("differences", "mean", "interval"),
     [
-        ((-0.1, -0.2, -0.15), "the mean yes, its whole interval yes"),
-        ((-2.0, 0.2, 1.0), "the mean yes, its whole interval no"),
-        ((-2.0, -0.2, -1.0), "the mean no, its whole interval no"),
-        ((0.0,), "the mean yes, its whole interval no"),
+        ((-0.1, -0.2, -0.15), "yes", "yes"),
+        ((-2.0, 0.2, 1.0), "yes", "no"),
+        ((-2.0, -0.2, -1.0), "no", "no"),
+        ((0.0,), "yes", "no"),
     ],
 )
 def test_the_difference_is_held_against_its_target_with_and_without_its_interval(
-    reports, differences, shown
+    reports, differences, mean, interval
 ):
     one = minidisc.outcome("pydocs", 1, reports)._replace(tried=math.nan)
     outcomes = [one._replace(to_best=difference) for difference in differences]
 
     told = minidisc.verdict(outcomes)
 
-    assert f"at least -0.5: {shown}" in told
+    assert f"at least -0.5: the mean {mean}, its whole interval {interval}" in told
     assert "assistants tried: not defined" in told
-    assert [what for what, *_ in minidisc.rows(outcomes, "a teacher")] == ["pydocs, a teacher"]
 
 
 @pytest.fixture
@@ -298,10 +295,12 @@ def test_the_variants_of_shrink_are_valid_and_take_equal_steps(tmp_path, load, c
 
 
 def test_hops_take_equal_steps_and_trials_differ_in_their_length_alone(tmp_path, load):
-    given = shrink_given(tmp_path, "--hops")
-    one, two = (c.method for c in load(shrink.leg(given, n, 7) for n in given.runs).values())
-    given = shrink_given(tmp_path, "--trials", "40,120")
-    short, long = (c.method for c in load(shrink.leg(given, n, 7) for n in given.runs).values())
+    def methods(*words: str):
+        given = shrink_given(tmp_path, *words)
+        return (c.method for c in load(shrink.leg(given, n, 7) for n in given.runs).values())
+
+    one, two = methods("--hops")
+    short, long = methods("--trials", "40,120")
 
     assert (one.assistant, two.assistant) == ("never", "auto_2.5")
     assert len(hops(two, 260_032)) == 2

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -43,13 +44,6 @@ def valid(tree: dict, folder: Path):
 @pytest.mark.parametrize("name", list(real_runs.CASES))
 def test_a_real_run_is_a_valid_config_with_a_baseline(name, tmp_path):
     assert valid(real_runs.CASES[name].config(tmp_path), tmp_path).baselines == ("alone",)
-
-
-def test_a_real_run_without_its_data_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(real_runs, "SHARED", tmp_path)
-
-    with pytest.raises(launching.UnusableError, match="MRPC does not exist"):
-        real_runs.main(["mrpc"])
 
 
 def test_minidisc_and_maxidisc_are_run_and_compared_seed_by_seed(monkeypatch, capsys, tmp_path):
@@ -168,15 +162,9 @@ def test_the_divergence_of_a_cached_student_is_that_of_full_logits(tmp_path):
     found = cache_draws.divergence(teacher, student, tmp_path, ["a b c"])
 
     ids = tokenizer.encode("a b c").ids
-    p, q = (model(torch_ids(ids)).logits[0].double().softmax(-1) for model in both)
+    p, q = (model(torch.tensor([ids])).logits[0].double().softmax(-1) for model in both)
     assert found == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-6)
     assert cache_draws.divergence(teacher, teacher, tmp_path, ["a b"]) == 0
-
-
-def torch_ids(ids: list[int]):
-    import torch
-
-    return torch.tensor([ids])
 
 
 def test_the_sums_have_partial_sums_a_token_per_character_and_no_prompt_in_both_splits(tmp_path):

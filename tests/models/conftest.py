@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -103,6 +105,15 @@ class TinyModels:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         model.save_pretrained(self.folder)
         return self.folder
+
+    def rewrite(self, change) -> None:
+        """Replace the weights of the saved folder by `change(tensors)`."""
+        file = self.folder / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+    def rewrite_config(self, **keys) -> None:
+        file = self.folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
 
     def scratch(self, model_type: str, **changes) -> ScratchModel:
         return ScratchModel(config={"model_type": model_type, **self.keys(model_type), **changes})

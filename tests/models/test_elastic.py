@@ -63,30 +63,22 @@ def assert_zero_outside(gradients: dict, model, view: View) -> None:
 
 
 @pytest.mark.parametrize("view", [UNEVEN, WITHOUT, NOTHING], ids=["uneven", "without", "nothing"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_view_is_the_masked_dense_model(family, view):
-    model = family_model(family)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *((family, {"attn_implementation": "eager"}) for family in ("bert", "llama", "gpt2")),
+        ("enct5", {"attn_implementation": "eager"}),
+        ("t5_encoder", {"feed_forward_proj": "gated-gelu"}),
+    ],
+    ids=str,
+)
+def test_a_view_is_the_masked_dense_model(family, changes, view):
+    model = family_model(family, **changes)
     view = view_for(model, view)
     reference = masked(model, view)
 
     assert_like_the_masked(model, Elastic(model), reference, view)
-
-
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "enct5"])
-def test_a_view_is_the_masked_dense_model_where_attention_is_computed_eagerly(family):
-    model = family_model(family, attn_implementation="eager")
-    assert model.config._attn_implementation == "eager"
-    view = view_for(model, WITHOUT)
-    reference = masked(model, view)
-
-    assert_like_the_masked(model, Elastic(model), reference, view)
-
-
-def test_a_view_of_gated_neurons_is_the_masked_dense_model():
-    model = family_model("t5_encoder", feed_forward_proj="gated-gelu")
-    reference = masked(model, UNEVEN)
-
-    assert_like_the_masked(model, Elastic(model), reference, UNEVEN)
 
 
 @pytest.mark.parametrize("family", ["cut_bert", "cut_llama", "cut_gpt2"])
@@ -99,27 +91,20 @@ def test_a_view_of_a_cut_model_is_the_masked_cut_model(family):
     assert_like_the_masked(model, Elastic(model), reference, view)
 
 
+DENSE = {family: family_model(family) for family in ("bert", "llama")}
+ELASTIC = {family: copy.deepcopy(model) for family, model in DENSE.items()}
+VIEWING = {family: Elastic(model) for family, model in ELASTIC.items()}
+
+
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_any_view_is_the_masked_dense_model(family, data, elastic_models):
-    model, elastic, dense = elastic_models[family]
+@pytest.mark.parametrize("family", DENSE)
+def test_any_view_is_the_masked_dense_model(family, data):
     heads = st.tuples(*[st.integers(0, HEADS)] * LAYERS)
     neurons = st.tuples(*[st.integers(0, NEURONS)] * LAYERS)
     view = View(data.draw(heads), data.draw(neurons))
 
-    assert_like_the_masked(model, elastic, masked(dense, view), view)
-
-
-@pytest.fixture(scope="module")
-def elastic_models() -> dict:
-    """By family: model, its Elastic, a dense copy; kept for many views."""
-    found = {}
-    for family in ("bert", "llama"):
-        model = family_model(family)
-        dense = copy.deepcopy(model)
-        found[family] = (model, Elastic(model), dense)
-    return found
+    assert_like_the_masked(ELASTIC[family], VIEWING[family], masked(DENSE[family], view), view)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -221,18 +206,6 @@ def test_a_view_works_in_bf16(precision):
     assert_same(gradients_of(model), gradients_of(reference), tolerance=0.05)
 
 
-def test_attentions_that_can_do_without_heads_are_given_none(monkeypatch):
-    model = family_model("bert")
-    core = type(model.bert.encoder.layer[0].attention.self)
-    monkeypatch.setattr(core, "handles_no_heads", True, raising=False)
-    hidden = torch.zeros(2, 5, WIDTH, dtype=torch.float64)
-
-    with Elastic(model).viewing(WITHOUT):
-        layers = model.bert.encoder.layer
-        assert layers[0].attention.self.query(hidden).shape == (2, 5, 0)
-        assert layers[1].attention.self.query(hidden).shape == (2, 5, 16)
-
-
 @pytest.mark.parametrize(
     ("view", "message"),
     [
@@ -247,16 +220,11 @@ def test_attentions_that_can_do_without_heads_are_given_none(monkeypatch):
     ],
 )
 def test_a_view_of_another_model_is_an_error(view, message):
-    elastic = Elastic(family_model("bert"))
+    model = family_model("bert")
+    elastic = Elastic(model)
 
     with pytest.raises(ModelError, match=message), elastic.viewing(view):
         pass
-
-
-def test_a_model_is_made_elastic_once():
-    model = family_model("bert")
-    Elastic(model)
-
     with pytest.raises(ModelError, match="already elastic"):
         Elastic(model)
 

@@ -23,7 +23,7 @@ from torch import nn
 from megakd.models.architectures import architecture_of
 from megakd.models.elastic import Elastic
 from megakd.models.elastic_modules import NarrowLinear
-from megakd.models.kept import Kept, padded, taken
+from megakd.models.kept import Kept
 
 SEVERAL = (UNEVEN, WITHOUT, None, NARROW)
 
@@ -159,14 +159,3 @@ def test_gradients_of_a_prefix_are_those_of_finite_differences(inputs, outputs, 
     assert torch.autograd.gradcheck(
         lambda b: NarrowLinear.apply(*given[:2], b, prefixes, side), given[2:]
     )
-
-
-def test_a_prefix_of_several_parts_is_one_of_each():
-    whole = torch.arange(12).view(1, 12)
-    prefixes = (Kept(1), Kept(2, 3))
-
-    part = taken(whole, prefixes)
-
-    assert part.tolist() == [[0, 1, 4, 5, 8, 9]]
-    back = padded(part, whole.shape, prefixes)
-    assert back.tolist() == [[0, 1, 0, 0, 4, 5, 0, 0, 8, 9, 0, 0]]

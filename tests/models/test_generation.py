@@ -8,13 +8,15 @@ import random
 import numpy as np
 import pytest
 import torch
-from elastic_views import VOCABULARY, family_model
+from elastic_views import NARROW, UNEVEN, VOCABULARY, WITHOUT, cut, family_model, masked
 from scipy import stats
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megakd.contract.completions import Sampling, TextTokens
+from megakd.contract.views import Cut
 from megakd.errors import DataError, ModelError
+from megakd.models.elastic import Elastic
 from megakd.models.generation import check_prompt_lengths, complete, context_length
 from megakd.models.packed_attention import VARLEN, register_packed_attention
 
@@ -140,40 +142,28 @@ def test_tokens_that_the_tokenizer_does_not_have_are_never_generated(sampling):
     assert max(map(max, found)) < 20
 
 
-def test_prompts_and_completions_may_contain_the_padding():
-    model = model_of("llama")
-    expected = texts(model)
-
-    for pad in (5, 9, expected[0][1], expected[2][0]):
-        assert texts(model, tokens=TextTokens(frozenset(), pad)) == expected
-
-
-def test_no_prompts_give_no_completions():
-    assert completed(model_of("gpt2"), prompts=[], seeds=[]) == []
-
-
-def test_a_prompt_that_leaves_no_room_is_refused_with_both_numbers():
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[3], []], "prompt 1 has no tokens"),
+        ([[3], [3] * 9], r"prompt 1 has 9 tokens.*16 tokens.* 8 leave 8 tokens"),
+    ],
+)
+def test_prompts_without_tokens_or_room_are_refused(prompts, message):
     model = model_of("gpt2", n_positions=16)
 
+    assert completed(model, prompts=[], seeds=[]) == []
     assert len(texts(model, prompts=[[3] * 8], seeds=[0])[0]) == 8
-    with pytest.raises(DataError, match=r"prompt 1 has 9 tokens.*16 tokens.* 8 leave 8 tokens"):
-        completed(model, prompts=[[3], [3] * 9], seeds=[0, 0])
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(DataError, match="prompt 1 has no tokens"):
-        completed(model_of("llama"), prompts=[[3], []], seeds=[0, 0])
+    with pytest.raises(DataError, match=message):
+        completed(model, prompts=prompts, seeds=[0, 0])
+    with pytest.raises(ModelError, match="DistilBertForSequenceClassification cannot generate"):
+        completed(family_model("distilbert"))
 
 
 def test_a_model_without_a_limit_takes_prompts_of_any_length():
     assert context_length(CONFIG_MAPPING["bloom"]()) is None
 
     check_prompt_lengths([10**9], 10, None)
-
-
-def test_a_model_of_another_task_is_refused():
-    with pytest.raises(ModelError, match="DistilBertForSequenceClassification cannot generate"):
-        completed(family_model("distilbert"))
 
 
 def test_the_models_own_generation_config_changes_nothing_and_is_kept():
@@ -210,26 +200,36 @@ def test_training_goes_on_as_if_nothing_had_been_generated():
     assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
 
 
-def test_a_model_with_the_attention_of_packed_rows_generates_with_another_and_keeps_its_own():
+def test_a_model_with_the_attention_of_packed_rows_keeps_it_also_after_a_failure(monkeypatch):
     register_packed_attention()
     model = model_of("llama")
     expected = texts(model)
-    model.set_attn_implementation(VARLEN)
+    model.train().set_attn_implementation(VARLEN)
+    own = model.generation_config
 
     assert texts(model) == expected
-    assert model.config._attn_implementation == VARLEN
-
-
-def test_a_failure_restores_the_model(monkeypatch):
-    register_packed_attention()
-    model = model_of("llama").train()
-    model.set_attn_implementation(VARLEN)
-    own = model.generation_config
     monkeypatch.setattr(nn.Linear, "forward", lambda *_: 1 / 0)
-
     with pytest.raises(ZeroDivisionError):
         completed(model)
 
     assert model.generation_config is own
     assert model.config._attn_implementation == VARLEN
     assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    ("view", "dense"),
+    [(UNEVEN, masked), (WITHOUT, masked), (NARROW, cut)],
+    ids=["uneven", "without", "narrow"],
+)
+def test_an_elastic_model_generates_as_the_model_that_it_runs_as(family, view, dense):
+    model = family_model(family, tie_word_embeddings=False)
+    whole, expected = texts(model), texts(dense(model, view))
+    elastic = Elastic(model)
+
+    elastic.keep(Cut(None, view))
+    assert texts(model) == expected != whole
+
+    elastic.keep(None)
+    assert texts(model) == whole

@@ -22,7 +22,7 @@ from megakd.contract.batch import Batch
 from megakd.contract.views import View
 from megakd.models.architectures import architecture_of
 from megakd.models.elastic import Elastic
-from megakd.models.knowledge import Needs, language_model_head, read_knowledge
+from megakd.models.knowledge import Needs, read_knowledge
 from megakd.models.modeling.modeling_t5 import (
     EncT5Config,
     EncT5ForSequenceClassification,
@@ -138,38 +138,25 @@ def test_the_second_texts_type_reaches_only_models_that_know_one(family, reads_t
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_causal_lm_is_read_as_hidden_states_and_a_head_that_stand_for_its_logits(tied):
+def test_a_causal_lm_is_read_as_hidden_states_and_a_head_that_stand_for_its_logits(
+    tied, monkeypatch
+):
     model = decoder(tied=tied)
     theirs = model(input_ids=IDS, attention_mask=MASK).logits
+    monkeypatch.setattr(model.lm_head, "forward", None)  # the logits are never formed
 
     read = read_knowledge(model, batch(IDS), STATES)
 
-    assert read.logits is None
+    assert (read.logits, read.attention) == (None, ())
     assert read.hidden is not None
     assert read.head is not None
     with read.head.open():
         weight, bias = read.head.read()
+    assert weight is (model.model.embed_tokens if tied else model.lm_head).weight
     torch.testing.assert_close(read.hidden @ weight.T, theirs)
     assert bias is None
     assert len(read.hidden_states) == 3
-
-
-def test_what_an_enct5_says_of_hidden_states_is_what_its_encoder_says():
-    model = encoder("enct5")
-
-    read = read_knowledge(model, batch(torch.tensor([0, 1])), STATES)
-
-    theirs = model.encoder(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
-    assert len(read.hidden_states) == model.config.num_layers + 1
-    torch.testing.assert_close(read.hidden_states, tuple(theirs))
-
-
-def test_a_tied_head_is_the_embedding_itself():
-    model = decoder(tied=True)
-
-    weight, _ = language_model_head(model).read()
-
-    assert weight is model.model.embed_tokens.weight
+    assert read_knowledge(model, batch(IDS), Needs()).hidden_states == ()
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -192,14 +179,6 @@ def test_the_head_is_as_narrow_as_the_view_and_teaches_the_whole_weight(tied):
     assert read.head.read()[0] is model.lm_head.weight
 
 
-@pytest.mark.parametrize("is_language", [False, True], ids=["classifier", "causal lm"])
-def test_hidden_states_are_kept_only_where_they_are_needed(is_language):
-    model = decoder(tied=True) if is_language else encoder("bert")
-    labels = IDS if is_language else torch.tensor([0, 1])
-
-    assert read_knowledge(model, batch(labels), Needs()).hidden_states == ()
-
-
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(family):
     model = encoder("bert") if family == "bert" else decoder(tied=True)
@@ -216,19 +195,3 @@ def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(family)
     keys = 8 if family == "bert" else 4  # one head of keys for two of queries
     assert [part.shape[-1] for part in vectors[:3]] == [8, keys, keys]
     assert vectors.width == 4
-
-
-def test_attention_is_not_read_where_nobody_needs_it():
-    assert read_knowledge(encoder("bert"), batch(torch.tensor([0, 1])), STATES).attention == ()
-
-
-def test_the_logits_of_a_causal_lm_are_never_formed(monkeypatch):
-    model = decoder(tied=False)
-    monkeypatch.setattr(model.lm_head, "forward", None)
-
-    read = read_knowledge(model, batch(IDS), Needs())
-
-    assert read.logits is None
-    assert read.hidden is not None
-    assert read.head is not None
-    assert read.head.read()[0] is model.lm_head.weight

@@ -20,11 +20,13 @@ from tiny_cuts import (
     task_of,
     view_of,
 )
+from transformers import BertConfig
 
+from megakd.config.models import ScratchModel
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.layers import left_out, with_layers
-from megakd.models.loading import load_model
+from megakd.models.loading import load_model, resolve_model
 
 KEY = "student.layers"
 TOKENS = torch.arange(2, 14).reshape(2, 6)
@@ -42,17 +44,6 @@ def fewer(folder, kind, wanted):
         seed=1,
         need_head=True,
     )
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_layers_are_the_model_itself(tmp_path, family):
-    source = source_of(saved(build(family), tmp_path / "model"), task_of(family))
-
-    same = with_layers(source, 3, where=KEY)
-
-    assert same.layers == (1, 2, 3)
-    assert same.stored == source.stored
-    assert same.config.to_dict() == source.config.to_dict()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,17 +76,6 @@ def test_what_a_cut_model_says_of_every_layer_goes_with_it(tmp_path):
 
     assert list(found.config.head_counts) == [2, 1]
     assert list(found.config.neuron_counts) == [1, 7]
-
-
-def test_a_folder_of_the_bare_backbone_will_do(tmp_path):
-    model = build("bert")
-    bare = saved(model.bert, tmp_path / "bare")
-
-    source = with_layers(source_of(bare, "classification"), (3,), where=KEY)
-
-    names = {name for name in source.stored if "layer." in name}
-    assert names
-    assert all(name.startswith("encoder.layer.0.") for name in names)
 
 
 @given(st.integers(1, 40), st.data())
@@ -136,11 +116,6 @@ def test_a_model_without_a_layer_computes_what_the_model_of_the_others_does(
 
 
 def source_like(layers: int):
-    from transformers import BertConfig
-
-    from megakd.config.models import ScratchModel
-    from megakd.models.loading import resolve_model
-
     keys = BertConfig(num_hidden_layers=layers).to_diff_dict()
     model = ScratchModel(config={**keys, "model_type": "bert"})
     return resolve_model(model, task(), where="student.model")

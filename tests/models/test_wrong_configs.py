@@ -1,7 +1,5 @@
 """Model configs with values of the wrong form, what the Hub is asked for, and counted weights."""
 
-import json
-
 import pytest
 from transformers import ElectraConfig, ElectraForMaskedLM
 
@@ -14,8 +12,7 @@ from megakd.models.loading import check_model
 
 def saved_with(tiny, family, **keys):
     folder = tiny.save(family, num_labels=2)
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+    tiny.rewrite_config(**keys)
     return folder
 
 
@@ -76,29 +73,21 @@ def test_a_roberta_without_a_padding_token_is_refused(tiny):
 def test_the_hub_is_asked_for_chat_templates_and_not_for_the_weights_twice(tiny, monkeypatch):
     asked = {}
     folder = tiny.save("bert", num_labels=3)
+    monkeypatch.setattr(
+        loading, "snapshot_download", lambda _, **patterns: asked.update(patterns) or str(folder)
+    )
 
-    def fetched(_, **patterns):
-        asked.update(patterns)
-        return str(folder)
+    source = tiny.resolve("org/teacher", tiny.task())
 
-    monkeypatch.setattr(loading, "snapshot_download", fetched)
-
-    tiny.resolve("org/teacher", tiny.task())
-
+    assert (source.name, source.folder) == ("org/teacher", folder)
     assert "*.jinja" in asked["allow_patterns"]
     assert "consolidated*.safetensors" in asked["ignore_patterns"]
 
 
 def test_the_output_bias_of_a_masked_electra_is_not_counted_with_its_encoder():
-    config = ElectraConfig(
-        vocab_size=1000,
-        hidden_size=16,
-        embedding_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    model = ElectraForMaskedLM(config)
+    sizes = {"hidden_size": 16, "embedding_size": 16, "intermediate_size": 16}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ElectraForMaskedLM(ElectraConfig(vocab_size=1000, **sizes, **layers))
 
     counts = parameter_counts(named_shapes(model))
 
