@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gpu_day import agreement, cases, kernel_tests, process, release, runs
+from gpu_day import agreement, cases, kernel_tests, release, runs
 from gpu_day import main as gpu_day
 from gpu_day.parts import PARTS, Part, Setting
 from lib.launching import ROOT
@@ -118,8 +118,6 @@ def test_a_part_that_does_not_fit_into_the_time_or_cannot_run_here_is_listed_wit
     )
 
 
-
-
 def test_a_rehearsal_is_not_continued_on_a_gpu(monkeypatch, capsys, tmp_path):
     start(tmp_path, [part("works", WORKS)])
     monkeypatch.setattr(gpu_day, "has_gpu", lambda: True)
@@ -128,8 +126,6 @@ def test_a_rehearsal_is_not_continued_on_a_gpu(monkeypatch, capsys, tmp_path):
 
     assert code == 1
     assert "holds the results of a rehearsal" in capsys.readouterr().err
-
-
 
 
 @pytest.mark.parametrize("rehearse", [False, True])
