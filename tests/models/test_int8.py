@@ -121,8 +121,9 @@ def test_the_file_has_matrices_as_int8_with_scales_and_the_rest_unchanged(final,
     assert weight_bytes(int8) < 0.5 * weight_bytes(final)  # rows of 24: scales and header count
 
 
-@pytest.mark.parametrize("is_cut", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "is_cut"), [*((name, False) for name in FAMILIES), ("bert", True), ("gpt2", True)]
+)
 def test_the_loaded_model_has_the_restored_weights_and_nearly_the_same_logits(
     tmp_path, family, is_cut
 ) -> None:
@@ -135,7 +136,8 @@ def test_the_loaded_model_has_the_restored_weights_and_nearly_the_same_logits(
 
     state = model.state_dict()
     for name, tensor in loaded.state_dict().items():
-        expected = dequantize(*quantize(state[name])) if tensor.ndim > 1 else state[name]
+        has_scales = tensor.ndim > 1 and tensor.numel() > 0
+        expected = dequantize(*quantize(state[name])) if has_scales else state[name]
         assert torch.equal(tensor, expected), name
     assert (type(loaded), loaded.training) == (type(model), False)
     full = logits(model)
