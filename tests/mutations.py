@@ -103,9 +103,7 @@ MUTATIONS = (
         "learning_rate=lambda step: rate((step + 1) % steps)",
         "tests/training/test_stage_run.py tests/golden/test_recorded_runs.py",
     ),
-    Mutation(
-        "megakd/training/random_state.py", "seed * 10007 + rank", "seed * 10007", "tests/training"
-    ),
+    Mutation("megakd/process/seeding.py", "seed * 10007 + rank", "seed * 10007", "tests/training"),
     Mutation(
         "megakd/data/splitmix.py",
         "parts[1, : len(rows)] = draw",

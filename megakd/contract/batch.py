@@ -6,6 +6,7 @@ Shapes: B rows of a micro-batch, T positions, V vocabulary or classes, D width, 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from megakd.contract.tasks import Kernels
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Unit = str
@@ -24,6 +26,8 @@ Counts = Mapping[Unit, "Tensor"]
 IGNORE = -100
 MOST_DRAWS = 255
 """Most draws of a position in a cache, which keeps the count of a token in a byte."""
+ROUTE = "route"
+"""Column with the teacher of a row: its name in rows of text, its number in encoded rows."""
 
 
 class Targets(NamedTuple):
@@ -72,7 +76,7 @@ class Extras(NamedTuple):
     is_rollout: [B, T] bool, the positions of texts that a model has generated during the run, on
         the CPU, so that losses select positions without a host sync; None if there are none.
     routes: [B, T] int64, for every position the number of the teacher that its row names (see
-        `contract.routes`), 0 at padding, on the CPU; None if the rows name no teachers.
+        `teacher_number`), 0 at padding, on the CPU; None if the rows name no teachers.
     within: where the rows are in the micro-batch that they were taken out of; None for others.
     """
 
@@ -254,6 +258,17 @@ class Knowledge(NamedTuple):
         second = None if self.second is None else self.second.detached()
         return self.mapped(detach, detach, detach)._replace(second=second)
 
+    def taken(self, within: Within) -> Knowledge:
+        """Return the outputs for the part `within` a micro-batch, with gradient."""
+
+        def states(values: Tensor) -> Tensor:  # [b, t, D]
+            return values.flatten(0, 1)[within.positions]
+
+        def hidden(values: Tensor) -> Tensor:  # [n, D] at the targets, or [b, t, D]
+            return states(values) if within.targets is None else values[within.targets]
+
+        return self.mapped(lambda logits: logits[within.rows], hidden, states)
+
 
 class Losses(NamedTuple):
     """Return value of the student's forward; a NamedTuple, so that ZeRO-3 finds the tensors.
@@ -344,3 +359,19 @@ class BatchSource(Protocol):
     def scalars(self) -> Mapping[str, float]:
         """Return values to log for the steps since the last call, the same on every rank."""
         ...
+
+
+def copied_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device, without a host sync; the tensor itself if it is there."""
+    # A copy from memory that is not pinned makes the host wait for the device.
+    pinned = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+
+
+def teacher_number(name: str) -> int:
+    """Return the number of a teacher in encoded rows: a hash of the name, from 1 to 2**48.
+
+    The number does not depend on the other teachers, so that encoded rows can be used again with
+    another list of teachers. Two of 1000 names have the same number with a probability of 2e-9.
+    """
+    return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")

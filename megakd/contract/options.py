@@ -5,16 +5,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.plugins import wrong_options
 from megakd.contract.terms import STRICT
 from megakd.errors import suggestion
 
-if TYPE_CHECKING:
-    from megakd.contract.vocabulary import StudentVocabulary
+SMALLEST_VOCABULARY = 100
+VocabularyType = Literal["wordpiece", "unigram", "bpe"]
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class StudentVocabulary:
+    """A lower-cased vocabulary that is trained on the training text of the run.
+
+    type: `wordpiece` is BERT's kind. `unigram` and `bpe` are SentencePiece models, whose words are
+        not the words of a WordPiece teacher.
+    size: number of pieces, including the five special tokens. 4928 is the size of Zhao et al. 2019.
+    """
+
+    type: VocabularyType = "wordpiece"
+    size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] = 4928
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

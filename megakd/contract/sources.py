@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Literal, get_args
 
-from megakd.contract.moving import copied_to
+from megakd.contract.batch import copied_to
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from megakd.contract.batch import Batch, Counts, Knowledge
     from megakd.contract.views import Cut, View
-    from megakd.contract.vocabulary import MixedReading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +233,19 @@ class Judge(Protocol):
         `scores` are the metrics of one evaluation by view, after `step` steps of the stage.
         """
         ...
+
+
+class MixedReading(NamedTuple):
+    """Text as a model with a tokenizer of its own reads it in a stage.
+
+    probability: probability of each word to be cut with the student's vocabulary. Above 0, the
+        model gets a second table of embeddings and a second output layer, for the student's pieces.
+    is_narrow: whether this table has the columns of the student's table and is lifted by an affine
+        map; otherwise the table has the columns of the model's own table.
+    """
+
+    probability: float
+    is_narrow: bool = False
 
 
 class Window(NamedTuple):

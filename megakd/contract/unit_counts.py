@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from megakd.contract.batch import IGNORE, Batch, Counts, Unit
-from megakd.contract.moving import copied_to
+from megakd.contract.batch import IGNORE, Batch, Counts, Unit, copied_to
 from megakd.contract.sources import Source, of_source, second_targets
 
 if TYPE_CHECKING:

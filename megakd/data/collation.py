@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch, Documents
-from megakd.contract.routes import ROUTE
+from megakd.contract.batch import IGNORE, ROUTE, Batch, Documents
 from megakd.data.words import WORD_STARTS
 
 LENGTH_MULTIPLE = 8

@@ -58,7 +58,7 @@ class Encoded(NamedTuple):
     `token_tables`), and `word_starts` for whole-word masking (see `words`). For causal_lm:
     `input_ids`, `position_ids` and `labels` (see `PackedRow`), or for conversations `input_ids`,
     `labels` and `prompt_length` (see `chat.tokens`). Rows that name their teacher also have its
-    number in `route` (see `contract.routes`).
+    number in `route` (see `contract.batch.teacher_number`).
 
     tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
         without padding.

@@ -16,8 +16,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from megakd.contract.batch import IGNORE, Batch, BatchSource, Extras, Within
-from megakd.contract.routes import ROUTE, teacher_number
+from megakd.contract.batch import IGNORE, ROUTE, Batch, BatchSource, Extras, Within, teacher_number
 from megakd.data.arrow import PLACE, column_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.collation import documents_of, padded_width

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.distributed import split_dataset_by_node
 
 from megakd.config.task import TaskConfig
-from megakd.contract.routes import ROUTE
+from megakd.contract.batch import ROUTE
 from megakd.data.arrow import PLACE, cached_folder, key_of, read_rows, write_rows
 from megakd.data.bad_rows import BadRows, BlankRows
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns

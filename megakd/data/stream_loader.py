@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice, repeat
-from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -21,10 +20,10 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from megakd.contract.batch import Batch, BatchSource
+from megakd.contract.batch import Batch
 from megakd.data.chat.conversations import CONVERSATION
-from megakd.data.encoding import Encoded, StreamedRows, labelled_only, tables_of
-from megakd.data.loader import STEPS_AHEAD, OtherReading, StepLoader, awaited, made_ahead
+from megakd.data.encoding import StreamedRows, tables_of
+from megakd.data.loader import STEPS_AHEAD, awaited, made_ahead
 from megakd.data.masking import Masking
 from megakd.data.step_layout import Collate, StepLayout, StepShape
 from megakd.errors import ConfigError, DataError
@@ -240,32 +239,12 @@ def _row_hashes(rows: pa.Table) -> NDArray[np.int64]:
     return np.array([int.from_bytes(d, "little") >> 1 for d in digests], dtype=np.int64)
 
 
-def batch_source(  # noqa: PLR0913  (each is another fact about the stage)
-    encoded: Encoded,
-    collate: Collate,
-    *,
-    layout: StepLayout,
-    seed: int,
-    masking: Masking | None,
-    only_labelled: bool,
-    max_steps: int | None,
-    gather: Callable[[Any], list[Any]],
-    others: Mapping[str, OtherReading] = MappingProxyType({}),
-) -> BatchSource:
-    """Return the batches of a stage.
-
-    Args:
-        max_steps: the steps of the stage if they do not follow from a number of epochs.
-        gather: function that returns the values of all ranks, by rank; a collective.
-        others: by role, functions that encode the rows for models with another tokenizer.
+def steps_of_stream(layout: StepLayout, max_steps: int | None) -> int:
+    """Return the steps of a stage that trains on a stream, which has no epochs.
 
     Raises:
-        ConfigError: a stream has no number of steps, or its rows are to be packed by tokens.
-        DataError: there are no rows.
+        ConfigError: the stage has no number of steps, or its rows are to be packed by tokens.
     """
-    if encoded.stream is None:
-        rows = labelled_only(encoded.train) if only_labelled else encoded.train
-        return StepLoader(rows, collate, layout=layout, seed=seed, masking=masking, others=others)
     if max_steps is None:
         raise ConfigError(
             "max_steps: missing for a stage that trains on a stream (task.streaming is true); set "
@@ -277,5 +256,4 @@ def batch_source(  # noqa: PLR0913  (each is another fact about the stage)
             "together, and with a stream every rank reads rows of its own (task.streaming is "
             "true); remove one of the two"
         )
-    rows = EncodedStream(encoded.stream, shape=layout.shape, seed=seed)
-    return StreamLoader(rows, collate, steps_per_epoch=max_steps, gather=gather, masking=masking)
+    return max_steps

@@ -20,8 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE
-from megakd.contract.routes import ROUTE, teacher_number
+from megakd.contract.batch import IGNORE, ROUTE, teacher_number
 from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches
 from megakd.data.routed_rows import names_of
 from megakd.data.words import WORD_STARTS, check_words, word_starts

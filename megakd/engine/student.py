@@ -20,8 +20,8 @@ from megakd.contract.batch import (
     Predictions,
     Targets,
     Within,
+    copied_to,
 )
-from megakd.contract.moving import copied_to
 from megakd.contract.stage import Pass, backward_groups
 from megakd.contract.views import Cut, Maker, View
 from megakd.engine.collectives import together

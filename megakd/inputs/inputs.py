@@ -19,10 +19,10 @@ from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.contract.batch import LogitWarp
 from megakd.contract.metric import Metric
+from megakd.contract.options import StudentVocabulary
 from megakd.contract.results import VocabularyReport
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
 from megakd.contract.terms import looks_inside
-from megakd.contract.vocabulary import StudentVocabulary
 from megakd.data.encoding import Encoded
 from megakd.data.routed_rows import check_routes
 from megakd.data.splits import Splits

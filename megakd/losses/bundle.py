@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from megakd.contract.batch import Batch, Counts, Knowledge, Losses, LossInputs, Predictions, Unit
-from megakd.contract.routes import taken
 from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
 from megakd.contract.unit_counts import UnitCounter, unit_weights
@@ -288,7 +287,7 @@ def _rows_of(planned: Pass, batch: Batch, outputs: Knowledge) -> tuple[Batch, Kn
     """
     part = batch.of(planned.teacher)
     within = part.extras.within
-    return (batch, outputs) if within is None else (part, taken(outputs, within))
+    return (batch, outputs) if within is None else (part, outputs.taken(within))
 
 
 def _counted_as(role: str, count: UnitCounter, batch: Batch) -> Tensor:

@@ -18,8 +18,17 @@ import torch
 from torch import Tensor, nn
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Batch, Draws, Knowledge, LogitWarp, LossInputs, TopK, Unit
-from megakd.contract.moving import copied_to
+from megakd.contract.batch import (
+    IGNORE,
+    Batch,
+    Draws,
+    Knowledge,
+    LogitWarp,
+    LossInputs,
+    TopK,
+    Unit,
+    copied_to,
+)
 from megakd.contract.sources import Source, of_source, on_source, second_targets
 from megakd.contract.terms import HardCrossEntropy, SoftTarget, SoftTargetKl, source_of, term_name
 from megakd.contract.unit_counts import SOURCE_UNITS, UnitCounter, source_counters

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from megakd.contract.batch import IGNORE
-from megakd.contract.routes import ROUTE
+from megakd.contract.batch import IGNORE, ROUTE
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.loader import lengths_of_rows, prompt_lengths, rows_with_targets
 from megakd.errors import DataError

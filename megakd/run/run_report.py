@@ -37,14 +37,13 @@ from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.process.phases import phase, seconds
 from megakd.reports.history import read_history
-from megakd.reports.latency import Work, measure_latencies
 from megakd.reports.quantities import paired_ratio
 from megakd.reports.report_file import environment
 from megakd.reports.samples import Sampler
 from megakd.reports.table import generation_reports, largest
-from megakd.rollouts.runaway import text_warnings
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import set_metrics
+from megakd.scoring.runaway import text_warnings
 from megakd.teachers.frozen import FrozenTeacher
 
 logger = logging.getLogger(__name__)
@@ -183,6 +182,8 @@ def _latency(
             device,
         )
         return []
+    from megakd.reports.latency import Work, measure_latencies
+
     try:
         wanted, rows = config.eval.latency, lab.assembly.prepared.encoded.held_out
         length = wanted.tokens or int(np.median(lengths_of_rows(rows)))

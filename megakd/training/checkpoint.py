@@ -29,10 +29,10 @@ from torch import Tensor
 from megakd.engine.collectives import agree, gather, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError, MegakdError
+from megakd.process.seeding import random_state, set_random_state
 from megakd.storage.atomic import full_disk_reason, set_aside, write_tensors, write_text
 from megakd.storage.checksums import damage_of, entries_of, files_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
-from megakd.training.random_state import random_state, set_random_state
 from megakd.training.stage_folder import is_longer
 
 logger = logging.getLogger(__name__)

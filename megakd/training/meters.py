@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.contract.moving import copied_to
+from megakd.contract.batch import copied_to
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
 from megakd.engine.collectives import all_reduce_, on_main

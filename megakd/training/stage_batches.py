@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from megakd.contract.tasks import STUDENT
+from megakd.data.encoding import labelled_only
+from megakd.data.loader import StepLoader
 from megakd.data.routed_rows import RoutedSource
-from megakd.data.stream_loader import batch_source
 from megakd.engine.collectives import gather
 from megakd.training.probe import Beginning
 from megakd.training.stage_extra import StageExtra, StageParts
@@ -53,18 +54,17 @@ def row_batches(
     parts: StageParts, encoded: Encoded, others: Mapping[str, OtherReading] | None = None
 ) -> BatchSource:
     """Return the batches of encoded rows; `others` by role as in `data.loader`."""
-    stage, scorer = parts.stage, parts.own.scorer(parts.stage.train)
-    return batch_source(
-        encoded,
-        scorer.collate,
-        layout=parts.layout,
-        seed=parts.assembly.config.seed,
-        masking=scorer.masking,
-        only_labelled=stage.labelled_only,
-        max_steps=stage.train.max_steps,
-        gather=gather,
-        others=others or {},
-    )
+    stage, layout, seed = parts.stage, parts.layout, parts.assembly.config.seed
+    scorer = parts.own.scorer(stage.train)
+    collate, masking, others = scorer.collate, scorer.masking, others or {}
+    if encoded.stream is None:
+        rows = labelled_only(encoded.train) if stage.labelled_only else encoded.train
+        return StepLoader(rows, collate, layout=layout, seed=seed, masking=masking, others=others)
+    from megakd.data.stream_loader import EncodedStream, StreamLoader, steps_of_stream
+
+    steps = steps_of_stream(layout, stage.train.max_steps)
+    rows = EncodedStream(encoded.stream, shape=layout.shape, seed=seed)
+    return StreamLoader(rows, collate, steps_per_epoch=steps, gather=gather, masking=masking)
 
 
 class Routing(StageExtra):

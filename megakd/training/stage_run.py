@@ -22,6 +22,7 @@ from megakd.engine.memory import peak_memory_bytes
 from megakd.engine.stop_vote import StopVote, agreed_signal
 from megakd.engine.student import device_batch
 from megakd.process import signals
+from megakd.process.seeding import seed_everything
 from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.watched import WatchedTeacher
@@ -29,7 +30,6 @@ from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints, CheckpointState
 from megakd.training.meters import TrainMeter
 from megakd.training.progress import Extent, Reporter
-from megakd.training.random_state import seed_everything
 from megakd.training.stage_batches import extras_of, stage_batches
 from megakd.training.stage_evaluation import StageEvaluation
 from megakd.training.stage_extra import StageParts

@@ -20,9 +20,9 @@ from megakd.errors import CheckpointError
 from megakd.models.cutting import cut_state
 from megakd.models.model_folder import write_weights
 from megakd.models.weights import WeightReader, check_weight_files
+from megakd.process.seeding import random_state, set_random_state
 from megakd.storage.atomic import write_content
 from megakd.storage.folders import check_given
-from megakd.training.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,7 @@ from tiny_runs import SENTENCES, save_tokenizer, write_jsonl
 from transformers import AutoTokenizer
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.contract.batch import Batch
-from megakd.contract.routes import ROUTE, teacher_number
+from megakd.contract.batch import ROUTE, Batch, teacher_number
 from megakd.data.collation import Collator
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.masking import task_masking

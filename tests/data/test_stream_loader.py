@@ -19,11 +19,10 @@ from tiny_runs import write_jsonl
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data.collation import Collator
-from megakd.data.encoding import Encoded, StreamedRows, encode_rows
-from megakd.data.loader import StepLoader
+from megakd.data.encoding import StreamedRows, encode_rows
 from megakd.data.masking import task_masking
 from megakd.data.step_layout import StepLayout, StepShape
-from megakd.data.stream_loader import EncodedStream, Position, StreamLoader, batch_source
+from megakd.data.stream_loader import EncodedStream, Position, StreamLoader, steps_of_stream
 from megakd.data.streams import file_stream
 from megakd.data.vocabularies import train_tokenizer
 from megakd.errors import ConfigError, DataError
@@ -344,27 +343,9 @@ def test_only_a_bounded_part_of_the_texts_is_read_ahead(tmp_path, tokenizers, mo
     assert len(read) < 60
 
 
-def source(encoded: Encoded, *, max_steps: int | None = None) -> Any:
-    return batch_source(
-        encoded,
-        lambda *_, **__: None,  # type: ignore[arg-type]
-        layout=StepLayout(StepShape(1, 1)),
-        seed=0,
-        masking=None,
-        only_labelled=False,
-        max_steps=max_steps,
-        gather=lambda value: [value],
-    )
+def test_a_stage_on_a_stream_needs_a_number_of_steps():
+    layout = StepLayout(StepShape(1, 1))
 
-
-def test_the_source_of_a_stage_follows_from_its_rows(scene):
-    rows = Dataset.from_dict({"input_ids": [[1]]})
-    finite = Encoded(rows, rows, None, "key", 1.0)
-    streamed = finite._replace(train=rows.select([]), stream=scene.rows)
-
-    assert isinstance(source(finite), StepLoader)
-    made = source(streamed, max_steps=7)
-    assert isinstance(made, StreamLoader)
-    assert made.steps_per_epoch == 7
+    assert steps_of_stream(layout, 7) == 7
     with pytest.raises(ConfigError, match=r"max_steps: missing .*\(task.streaming is true\)"):
-        source(streamed)
+        steps_of_stream(layout, None)

@@ -19,8 +19,7 @@ from transformers import (
 )
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch, Losses
-from megakd.contract.routes import teacher_number
+from megakd.contract.batch import IGNORE, Batch, Losses, teacher_number
 from megakd.contract.shapes import Heads, Shape
 from megakd.contract.stage import Pass
 from megakd.contract.terms import (

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertTokenizer, PreTrainedTokenizerFast
 
-from megakd.contract.vocabulary import StudentVocabulary
+from megakd.contract.options import StudentVocabulary
 from megakd.data.encoding import tokenizer_content
 from megakd.data.tokenizers import VocabularyPair, from_folder
 from megakd.data.vocabularies import encoder_template

@@ -32,9 +32,9 @@ from checkpoint_store import (
 from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
+from megakd.process.seeding import seed_everything
 from megakd.training import checkpoint as checkpoint_module
 from megakd.training.checkpoint import Checkpoints, check_plain
-from megakd.training.random_state import seed_everything
 
 
 @pytest.fixture(autouse=True)

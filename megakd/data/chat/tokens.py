@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import pyarrow as pa
 
-from megakd.contract.batch import IGNORE
-from megakd.contract.routes import ROUTE
+from megakd.contract.batch import IGNORE, ROUTE
 from megakd.data.arrow import PLACE
 from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation

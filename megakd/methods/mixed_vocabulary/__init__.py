@@ -24,8 +24,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.metric import WHOLE
-from megakd.contract.options import OneTeacherOptions
-from megakd.contract.stage import Constant, Pass, Scores, Stage, Verdict
+from megakd.contract.options import OneTeacherOptions, StudentVocabulary
+from megakd.contract.stage import Constant, MixedReading, Pass, Scores, Stage, Verdict
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import (
     STRICT,
@@ -36,7 +36,6 @@ from megakd.contract.terms import (
     Positive,
     Weight,
 )
-from megakd.contract.vocabulary import MixedReading, StudentVocabulary
 from megakd.errors import TeacherError
 
 if TYPE_CHECKING:

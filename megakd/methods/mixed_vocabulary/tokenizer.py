@@ -11,7 +11,7 @@ import sentencepiece
 from tokenizers import Regex, normalizers
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
-from megakd.contract.vocabulary import SMALLEST_VOCABULARY
+from megakd.contract.options import SMALLEST_VOCABULARY
 from megakd.data.arrow import key_of, rows_key
 from megakd.data.tokenizers import (
     MODEL_FILE,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.contract.vocabulary import StudentVocabulary, VocabularyType
+    from megakd.contract.options import StudentVocabulary, VocabularyType
     from megakd.data.splits import Splits
 
     Texts = Callable[[], Iterable[str]]
