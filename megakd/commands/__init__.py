@@ -1,1 +1,1 @@
-"""The commands of `megakd`, one file a command: its options, and what it does."""
+"""The commands of `megakd`, one file a command: its options and its code."""

@@ -1,4 +1,4 @@
-"""What the commands share: the parser, the config argument and the output of rank 0."""
+"""Shared parts of the commands: the parser, the config argument and the output of rank 0."""
 
 from __future__ import annotations
 

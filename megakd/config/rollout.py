@@ -187,7 +187,7 @@ class RolloutConfig:
 
     @property
     def draws(self) -> set[Source]:
-        """What the steps learn from: generated texts (`rollouts`), and the `data` as it is."""
+        """Sources that the steps learn from: generated texts (`rollouts`) and the `data`."""
         drawn: set[Source] = {"data"} if self.from_step else set()
         for name, share in self.mix.items():
             if share:

@@ -20,7 +20,7 @@ from megakd.methods import MethodConfig
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class LatencyConfig:
-    """How all models are timed at the end of a run."""
+    """Timing of all models at the end of a run."""
 
     batch: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     """Texts at a time, one measurement each; None: 1 and 32, for a decoder 1."""
@@ -131,7 +131,7 @@ class RunConfig:
 
     @property
     def ranks_layers(self) -> bool:
-        """Whether the student keeps the most important layers of the teacher that it starts as."""
+        """True if the student keeps the most important layers of the teacher that it starts as."""
         kept = self.student.layers
         if self.start_role == STUDENT or kept is None or isinstance(kept, tuple):
             return False

@@ -66,7 +66,7 @@ class Within(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What single features add to a micro-batch.
+    """Values that single features add to a micro-batch.
 
     others: by role, the same rows encoded for models with another tokenizer; or by the name of a
         teacher, the rows that learn from this teacher (see `within`).

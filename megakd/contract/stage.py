@@ -106,17 +106,17 @@ class Strategy:
 
     @property
     def episodes(self) -> int:
-        """How often the steps of `Stage.train` are repeated, each time from their first rate."""
+        """Number of times that the steps of `Stage.train` run, each time from their first rate."""
         return 1
 
     @property
     def reads_states(self) -> bool:
-        """Whether the strategy reads the last hidden states of both models."""
+        """True if the strategy reads the last hidden states of both models."""
         return False
 
     @property
     def routes_rows(self) -> bool:
-        """Whether every row names its teacher.
+        """True if every row names its teacher.
 
         A pass then covers the rows of its teacher alone, and the teacher is asked about these rows
         alone. Every teacher of the stage has a pass.
@@ -318,12 +318,12 @@ class Stage:
 
     @property
     def goes_on(self) -> bool:
-        """Whether another window of the run follows: the stage then returns its last step."""
+        """True if another window of the run follows: the stage then returns its last step."""
         return self.window is not None and self.window.last < self.window.total
 
     @property
     def labelled_only(self) -> bool:
-        """Whether only the rows that carry a label are trained on."""
+        """True if only the rows that carry a label are trained on."""
         return not self.teachers and not self.beside
 
 

@@ -45,7 +45,7 @@ class Fields(NamedTuple):
 
 @dataclass(frozen=True)
 class RowKind:
-    """What the rows of a table are, and the columns that they are read from.
+    """Kind of the rows of a table, and the columns that they are read from.
 
     fields: the columns of a conversation; or of a text or a pair with its label, or of a document.
     classes: the classes of the labels; None for scores and for rows without labels.
@@ -96,7 +96,7 @@ class RowKind:
 
     @property
     def keeps_blank(self) -> bool:
-        """Whether rows without text are used."""
+        """True if rows without text are used."""
         return self.type not in LANGUAGE_TASKS
 
     @property

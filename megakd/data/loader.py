@@ -235,7 +235,7 @@ def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
 
 
 class Waits(Protocol):
-    """What waits for values that a thread makes.
+    """An object that waits for values that a thread makes.
 
     waited_s: seconds that it has waited.
     """

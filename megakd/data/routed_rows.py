@@ -77,7 +77,7 @@ def with_parts(batch: Batch, numbers: Mapping[str, int]) -> Batch:
 
 
 class _Places(NamedTuple):
-    """Where the rows of a part are.
+    """Places of the rows of a part.
 
     rows: [b] rows of the micro-batch, at least one.
     positions: [b, t] positions of the flattened micro-batch, each row's own positions first.
@@ -163,7 +163,7 @@ def _with_documents(part: Batch) -> Batch:
 
 
 class RowTeacher(NamedTuple):
-    """Where the teacher of a row comes from: a column, or one name for all rows."""
+    """Source of the teacher of a row: a column, or one name for all rows."""
 
     column: str | None = None
     name: str | None = None

@@ -167,7 +167,7 @@ class StreamLoader:
         self._rows, self._collate, self._masking = rows, collate, masking
         self._gather = gather
         self.steps_per_epoch = steps_per_epoch
-        """Steps that the log counts as one epoch, because nobody knows the length of a stream."""
+        """Steps that the log counts as one epoch, because the length of a stream is unknown."""
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
         self._step, self._position = 0, Position()

@@ -116,7 +116,7 @@ def _others() -> str:
         for rank, record in found.items()
         if record is not None and record[0] != _current[-1]
     ]
-    # With many ranks, those that do something else are the interesting ones.
+    # With many ranks, the ranks that do something else are the interesting ones.
     return ", ".join(told[:8]) or "all other ranks were doing the same"
 
 

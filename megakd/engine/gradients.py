@@ -52,7 +52,7 @@ class StepGradients:
 
     @property
     def _copies_once(self) -> bool:
-        """Whether all gradients are copied to an offloaded optimizer after several backwards.
+        """True if all gradients are copied to an offloaded optimizer after several backwards.
 
         At ZeRO 2 and 3, the last backward would copy only gradients of weights that it reaches.
         """

@@ -39,7 +39,7 @@ FILE = "lengths.npy"
 
 
 class MethodRows(NamedTuple):
-    """Training rows that a method makes for itself, and their key."""
+    """Training rows that a method makes, and their key."""
 
     rows: Dataset
     key: str
@@ -89,7 +89,7 @@ def once(config: RunConfig, action: Callable[[], T]) -> T:
 def method_rows(
     config: RunConfig, splits: Splits, pair: VocabularyPair | None
 ) -> MethodRows | None:
-    """Return the training rows that the method makes for itself, if any; a collective."""
+    """Return the training rows that the method makes, if any; a collective."""
     if pair is None:
         return None
     cache = cache_folder()

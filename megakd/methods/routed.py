@@ -57,7 +57,7 @@ class RoutedConfig(MethodOptions):
 
 @dataclasses.dataclass(frozen=True)
 class OwnRows(Constant):
-    """The same passes at every step, each over the rows that name its teacher."""
+    """Equal passes at every step, each over the rows that name its teacher."""
 
     @property
     def routes_rows(self) -> bool:

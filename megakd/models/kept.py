@@ -131,7 +131,7 @@ class Elasticity:
 
     @property
     def cut(self) -> Cut | None:
-        """How the model runs now."""
+        """The cut that the model runs as now; None: whole."""
         return self.views.current
 
     def kept(self, name: str, device: torch.device) -> Dimensions | None:

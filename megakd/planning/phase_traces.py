@@ -365,7 +365,7 @@ def _shown(source: ModelSource) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What is left at the end of a stage with `pruned_to`.
+    """Weights that remain at the end of a stage with `pruned_to`.
 
     left: the weights that the engine trains, as they are cut, in the order of the engine's module.
     makers: numbers of the weights that produce units; the strategy keeps values for them.

@@ -1,4 +1,4 @@
-"""What a command reads and prints: paths with ~, tables, and its answer on standard output."""
+"""Input and output of a command: paths with ~, tables, and its answer on standard output."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def in_processes(
             f"one of {processes} processes that encode rows ended early; its error is above, or "
             "the machine has no memory left: allow fewer cores (taskset -c 0-3 ...)"
         ) from None
-    finally:  # a process that still sends ends, because nobody reads
+    finally:  # a process that still sends ends, because its pipe is closed
         for reader in readers:
             reader.close()
         for worker in workers:

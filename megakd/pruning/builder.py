@@ -104,7 +104,7 @@ class Reshaping(NamedTuple):
 
 
 class Shapes:
-    """What the configs of models tell about their cuts, without weights."""
+    """Shapes of cut models by their configs, without weights."""
 
     def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
         self.config, self._sources = config, sources

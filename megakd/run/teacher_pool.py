@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Measured(NamedTuple):
-    """What the report says of a model: its size and metrics, also those on the named sets.
+    """Entry of the report on a model: its size and metrics, also those on the named sets.
 
     answers: answers to the prompts; None without prompts, or with another tokenizer.
     """

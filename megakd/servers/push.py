@@ -32,7 +32,7 @@ SHARD_BYTES = 256_000_000
 
 
 class Pushed(NamedTuple):
-    """How servers name the weights that they got.
+    """Names of pushed weights on the servers.
 
     adapter: the name of the adapters in requests; None: the model itself has the weights.
     weights: the version that answers state; None: answers state no version.

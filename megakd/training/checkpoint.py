@@ -218,7 +218,7 @@ class Checkpoints:
         return None
 
     def _newest_first(self) -> list[Path]:
-        """Return the checkpoints, first the one that `latest` names, even if it is not there."""
+        """Return the checkpoints; the checkpoint that `latest` names is first, even if missing."""
         every, pointer = self._by_age(), self.folder / LATEST
         name = pointer.read_text("utf-8", errors="replace").strip() if pointer.is_file() else ""
         named = [self.folder / name] if _NAME.fullmatch(name) else []

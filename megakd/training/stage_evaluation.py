@@ -54,7 +54,7 @@ class StageEvaluation:
 
     @property
     def states(self) -> dict[str, CheckpointState]:
-        """What a checkpoint keeps; the step of the loop is loaded before."""
+        """Return the state that a checkpoint keeps; the step of the loop is loaded before."""
 
         def save() -> dict[str, Any]:
             return self._latest.record()

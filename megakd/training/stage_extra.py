@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StageParts(NamedTuple):
-    """What the extras of a stage are made from; `models`: `student`, and frozen teachers."""
+    """Parts that the extras of a stage are made from; `models`: `student`, and frozen teachers."""
 
     stage: Stage
     assembly: Assembly

@@ -40,7 +40,7 @@ LEARNER = "learners.0."
 
 
 class WindowState(NamedTuple):
-    """What the next window needs in addition to the model.
+    """State that the next window needs in addition to the model.
 
     tensors: keys `<kind>/<weight>` and whole tensors; every rank must iterate to the end.
     rest: the remaining values, as the content of a file.
