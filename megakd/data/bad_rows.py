@@ -47,11 +47,7 @@ class BadRows:
         return True
 
     def finish(self) -> None:
-        """Raise the kept errors as one, unless the rows are left out.
-
-        Raises:
-            DataError: rows cannot be used.
-        """
+        """Raise the kept errors as one, unless the rows are left out."""
         if self.count == 1 and self.errors:
             raise DataError(self.errors[0])
         if self.errors:
@@ -75,22 +71,14 @@ class BlankRows:
         self.count += 1
 
     def write(self, folder: Path) -> None:
-        """Write the numbers beside the rows.
-
-        Raises:
-            DataError: there are bad rows, which are not left out.
-        """
+        """Write the numbers beside the rows."""
         self.bad.finish()
         record = {"count": self.count, "first": self.first, "bad": self.bad.count}
         (folder / FILE).write_text(json.dumps(record), encoding="utf-8")
 
     @staticmethod
     def tell(folder: Path, name: str, *, rows: int, are_kept: bool) -> None:
-        """Log a warning for the rows that `write` has counted.
-
-        Raises:
-            DataError: all kept rows have no text.
-        """
+        """Log a warning for the rows that `write` has counted."""
         there = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if there.get("bad"):
             logger.warning("%s: %d bad row(s) left out (task.bad_rows: drop)", name, there["bad"])

@@ -82,11 +82,7 @@ def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int)
 
 
 def read_manifest(folder: Path, *, where: str = "task.encoded") -> Record:
-    """Return the manifest of a finished folder.
-
-    Raises:
-        DataError: the folder does not exist here, is not finished, or is damaged.
-    """
+    """Return the manifest of a finished folder."""
     if not folder.is_dir():
         raise DataError(
             f"{where}: {folder} does not exist on {socket.gethostname()}; write it with `megakd "

@@ -94,16 +94,10 @@ def encode_splits(
     """Encode all splits except a stream, or reuse the result of an earlier call with equal content.
 
     Args:
-        tokenizer: the tokenizer; the key contains its content, not its name.
-        task: the task; only `type`, `max_length` and `whole_word_masking` are used.
         cache_dir: folder for the arrow files, which are written whole or not at all into a
             subfolder named by a content key. Ranks may call this function at the same time, but it
             is cheaper to let one rank run first.
         with_train: whether the training rows are encoded; otherwise `train` is empty.
-
-    Raises:
-        DataError: `max_length` leaves no room for text, a split has no tokens, or the cache
-            cannot be written.
     """
     train = splits.train if splits.stream is None and with_train else None
     named = {"train": train, "validation": splits.validation, "test": splits.test}

@@ -63,10 +63,6 @@ class RowKind:
 
         Args:
             as_chat: whether documents are read as conversations without a prompt.
-
-        Raises:
-            DataError: a column that the task names does not exist, or the task names no column and
-                none of the usual columns exists.
         """
         chat = chat_columns(table, task)
         if chat is None and as_chat:

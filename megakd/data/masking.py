@@ -150,11 +150,8 @@ def task_masking(
 ) -> Masking | None:
     """Return the masking of an mlm task; None for other tasks.
 
-    Args:
-        tokenizer: the tokenizer of the rows, which has the mask token.
-        task: the task; only `type` and `mlm_probability` are used.
-        second: the tokenizer of the second vocabulary, whose token 0 has the number
-            `len(tokenizer)` in the rows; None if the rows have one vocabulary.
+    `second` is the tokenizer of a second vocabulary, whose token 0 has the number `len(tokenizer)`
+    in the rows.
     """
     if task.type != "mlm":
         return None

@@ -94,15 +94,9 @@ def mixed(rows: Dataset, sources: Mapping[str, MixtureSource], *, seed: int) -> 
 
 
 def rows_of_sources(sizes: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the rows that an epoch reads of each source.
+    """Return [S] the rows that an epoch reads of each source, at least all of its rows.
 
-    Args:
-        sizes: [S] rows of each source, at least 1.
-        weights: [S] positive weights.
-
-    Returns:
-        [S] numbers of rows, each at least the rows of its source. The shares differ from the
-        weights by less than a row.
+    The shares differ from the weights by less than a row.
     """
     total = (sizes / weights).max()
     return np.maximum(sizes, np.rint(total * weights).astype(np.int64))

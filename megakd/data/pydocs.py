@@ -90,10 +90,6 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
 
     Args:
         roots: folders to search for modules; None searches the folders of this interpreter.
-
-    Raises:
-        ConfigError: a key of the task does not fit.
-        DataError: fewer than two of the packages are installed.
     """
     _check(task)
     view = VIEW_OF[task.type]

@@ -65,11 +65,7 @@ class TextStream:
         return split_dataset_by_node(self.rows, rank=rank, world_size=world)
 
     def row(self, raw: Mapping[str, object]) -> dict[str, str] | None:
-        """Return a row; None for a row without text, a validation row and a row that is left out.
-
-        Raises:
-            DataError: a value is missing or is not text, unless such rows are left out.
-        """
+        """Return a row; None for a row without text, held out, or left out as bad."""
         with self.bad:
             if ERROR in raw:
                 raise DataError(str(raw[ERROR]))
@@ -200,9 +196,6 @@ def rows_of(
     Args:
         source: the source of a mixture, for the column `source`; None: no such column.
         teacher: where the teachers of the rows come from, for the column `route`; None: no column.
-
-    Raises:
-        DataError: rows cannot be used, or name no teacher; or no row has text.
     """
     classes = kind.classes and (kind.classes.names, kind.classes.numbered)
     read = (kind.type, kind.is_chat, kind.fields, classes)
@@ -251,11 +244,7 @@ def scored_rows(
     cache_dir: Path,
     as_chat: bool = False,
 ) -> Dataset:
-    """Return the rows of a file that is only scored, and not used for training or model selection.
-
-    Raises:
-        DataError: a column does not exist, a label is not a class, or no row has a label.
-    """
+    """Return the rows of a file that is scored alone, neither trained on nor selected by."""
     _require_rows(table)
     kind = RowKind.of(task, table, classes, as_chat=as_chat)
     rows = rows_of(table, kind, task, cache_dir=cache_dir)

@@ -89,9 +89,6 @@ class StepLayout(NamedTuple):
 
         Args:
             lengths: [N] tokens of every row of the step, which are the same on all ranks.
-
-        Raises:
-            DataError: a row has more tokens than a micro-batch may have.
         """
         shape = self.shape
         if self.tokens_per_rank is not None:
@@ -116,11 +113,6 @@ def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Ba
     Args:
         rows: an arrow table or a mapping of columns with ALL rows of the step, in order, the same
             on all ranks. A column `is_rollout` (one bool per row) fills `Extras.is_rollout`.
-        layout: how the rows become micro-batches.
-        collate: function that collates a micro-batch.
-
-    Raises:
-        DataError: a row has more tokens than a micro-batch may have.
     """
     lengths = row_lengths(rows)
     size = layout.shape.most_rows(len(lengths))
@@ -196,18 +188,6 @@ def _taken(rows: object, numbers: NDArray[np.int64]) -> object:
         return cast("Any", rows).take(numbers)
     columns = cast("Mapping[str, Sequence[object]]", rows)
     return {name: [values[number] for number in numbers] for name, values in columns.items()}
-
-
-def _names(rows: object) -> Sequence[str]:
-    if isinstance(rows, pa.Table):
-        return cast("Any", rows).column_names
-    return tuple(cast("Mapping[str, object]", rows))
-
-
-def _with_rollouts(batch: Batch) -> Batch:
-    if batch.extras.is_rollout is not None:
-        return batch
-    return batch.extended(is_rollout=torch.zeros_like(batch.valid))
 
 
 def _budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[NDArray[np.int64]]:

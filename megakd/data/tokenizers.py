@@ -123,11 +123,6 @@ def load_tokenizer(
             first of `model_folders` that has one. If there is none, a tokenizer of at most 8000
             tokens is trained on the training text (WordPiece for encoders, byte-level BPE for
             causal_lm).
-
-    Raises:
-        DataError: the folder, Hub id, template or tokenizer files cannot be used, the tokenizer of
-            an encoder has no pad token, the tokenizer for mlm has no mask token, or the tokenizer
-            for whole-word masking does not tell words.
     """
     tokenizer, origin = _resolved(task, splits, model_folders, cache_dir)
     if tokenizer.pad_token_id is None:

@@ -27,15 +27,9 @@ def check_words(
     whose: str = "task.whole_word_masking: the tokenizer",
     otherwise: str = ", or remove the key",
 ) -> None:
-    """Raise if a tokenizer does not tell the words that tokens belong to.
+    """Raise a DataError if a tokenizer does not tell the words that tokens belong to.
 
-    Args:
-        tokenizer: any tokenizer.
-        whose: the key that needs words, and the tokenizer, for the message.
-        otherwise: what the user can do instead, for the message.
-
-    Raises:
-        DataError: the tokenizer is not a fast tokenizer.
+    `whose` is the key that needs words, and `otherwise` what the user can do instead.
     """
     if not tokenizer.is_fast:
         raise DataError(

@@ -26,12 +26,7 @@ from megakd.storage import atomic
 
 
 def write_html_report(output_dir: Path) -> Path:
-    """Write report.html of a finished run, whole or not at all; an old file is replaced.
-
-    Raises:
-        CheckpointError: report.json does not exist or is not a report of megakd, config.yaml is
-            damaged, or the file cannot be written.
-    """
+    """Write report.html of a finished run, whole or not at all; an old file is replaced."""
     if output_dir.is_file():
         raise CheckpointError(
             f"{output_dir} is a file; give the output_dir of a finished run, such as "

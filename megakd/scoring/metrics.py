@@ -54,10 +54,6 @@ class TaskMetrics:
 
         Returns:
             One value per name, the number that ranks evaluations, and the mean loss on labels.
-
-        Raises:
-            DataError: no row carries a label.
-            TrainingError: an output is not finite.
         """
         predicted, truth = _scored_rows(outputs, labels)
         loss = _squared_error if labels.is_floating_point() else _cross_entropy
@@ -99,11 +95,7 @@ class TaskMetrics:
 def task_metrics(
     config: EvalConfig, task: TaskType, official: Sequence[str], label_names: Sequence[str] = ()
 ) -> TaskMetrics:
-    """Return the metrics of a run: the official metrics of its data, and those in the config.
-
-    Raises:
-        ConfigError: a metric needs a positive label and there is none, or the label is unknown.
-    """
+    """Return the metrics of a run: the official metrics of its data, and those in the config."""
     chosen = () if config.metric is None else (config.metric,)
     names = METRICS[task] if task in LANGUAGE_TASKS else (*official, *chosen, *config.metrics)
     names = tuple(dict.fromkeys(names))

@@ -82,27 +82,15 @@ class Scorer:
     characters: torch.Tensor | None = None
 
     def score(self, predict: Predict, rows: Dataset) -> dict[str, float]:
-        """Return the metrics of `predict` on `rows`, the same on every rank.
-
-        Raises:
-            MegakdError: nothing can be scored, on all ranks alike.
-        """
+        """Return the metrics of `predict` on `rows`, the same on every rank."""
         return self.scored(predict, rows).metrics
 
     def scored(self, predict: Predict, rows: Dataset) -> Scored:
-        """Return the metrics of `predict` on `rows`, also by class, the same on every rank.
-
-        Raises:
-            MegakdError: nothing can be scored, on all ranks alike.
-        """
+        """Return the metrics of `predict` on `rows`, also by class, the same on every rank."""
         return self.scored_views(lambda batch: {WHOLE: predict(batch)}, rows)[WHOLE]
 
     def scored_views(self, predict: PredictViews, rows: Dataset) -> dict[str, Scored]:
-        """Return the metrics of `predict` on `rows` by view, the same on every rank.
-
-        Raises:
-            MegakdError: nothing can be scored, on all ranks alike.
-        """
+        """Return the metrics of `predict` on `rows` by view, the same on every rank."""
         views: dict[str, Seen] = {}
         for batch in self.batches(rows):
             characters = self._characters_of(batch)

@@ -90,9 +90,6 @@ def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
 
     Args:
         main: the metric that ranks evaluations.
-
-    Raises:
-        ConfigError: there is no such metric; the message lists the others.
     """
     found = [main, *(headline([metric]) for metric in metrics)]
     known = {metric.name: metric for metric in found if metric.higher_is_better}
@@ -118,9 +115,6 @@ def language_model_metrics(sums: Tensor) -> dict[str, float]:
     Args:
         sums: [3], see `Predictions.sums`: cross-entropy in nats, correct tokens, targets; or [4],
             followed by the number of characters of the targets.
-
-    Raises:
-        DataError: there is no target.
     """
     nats, right, targets, *characters = (float(value) for value in sums.tolist())
     if targets == 0:

@@ -60,12 +60,7 @@ class Wanted(NamedTuple):
 
 
 def served_models(servers: Sequence[TextServer], wanted: Wanted) -> list[ServedModel]:
-    """Return the model of every replica, after checking that all replicas serve the same model.
-
-    Raises:
-        ServerError: a replica is not there, serves another model, has another version than the
-            first replica, or has too small a context.
-    """
+    """Return the model of every replica, after checking that all replicas serve the same model."""
     found = [_served(server, wanted) for server in servers]
     for server, model in zip(servers, found, strict=True):
         if model.version != found[0].version:

@@ -64,12 +64,7 @@ class StatesServer(VllmServer):
         self._exports = exports
 
     def states(self, ids: tuple[int, ...], model: str) -> ExportedStates:
-        """Return the hidden states of a text, and delete their file.
-
-        Raises:
-            ServerError: the server does not answer, its file is missing, or the file is about
-                another text, has another width, or is not in 16 or 32 bits.
-        """
+        """Return the hidden states of a text, and delete their file."""
         name = f"megakd-{uuid.uuid4().hex}"
         try:
             reply = self._http.post("/v1/completions", _request(ids, model, name))
@@ -195,10 +190,6 @@ def read_state_file(
     Args:
         time_limit_s: seconds to wait while the server holds the lock.
         check_server: function that raises if the server has ended; called while nobody writes.
-
-    Raises:
-        ServerError: the file or its lock is missing, the file is damaged or cut short, the lock is
-            held for too long, or the server has ended.
     """
     began, pause, last_written = time.monotonic(), _FIRST_PAUSE_S, time.monotonic()
     while True:

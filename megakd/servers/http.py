@@ -79,9 +79,6 @@ class JsonServer:
 
         A busy server and lost connections are asked again with pauses that double. A request may
         therefore arrive twice, and must have the same effect twice.
-
-        Raises:
-            ServerError: the server cannot be reached, or does not answer within the time limit.
         """
         return self._ask("POST", path, json.dumps(tree, allow_nan=False))
 

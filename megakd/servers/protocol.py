@@ -132,12 +132,7 @@ class TokenScorer(Protocol):
 def checked_completion(
     text: ServedText, request: TextRequest, *, vocabulary: int, url: str
 ) -> Completion:
-    """Return the completion of a prompt, after checking the answer of a server.
-
-    Raises:
-        ServerError: the answer continues another prompt, is too long, has no tokens or unknown
-            tokens, or did not end as requested.
-    """
+    """Return the completion of a prompt, after checking the answer of a server."""
     _check_prompt(text, request, url)
     ids, most = text.ids, request.sampling.max_new_tokens
     if not 0 < len(ids) <= most:

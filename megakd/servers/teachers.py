@@ -259,10 +259,6 @@ def check_states(
     The first token that a server generates after a text must be a most likely token by its own
     hidden states: otherwise the states are those of another layer, or norm and head are those of
     another model.
-
-    Raises:
-        ServerError: two answers of servers differ, a token of a server is unlikely, or an answer
-            cannot be used.
     """
     scored = [StatesAsScores(server, readout) for server in replicas]
     count = min(COMPARED, readout.weight.shape[0])

@@ -108,9 +108,6 @@ def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
 
     Columns that the task names decide. Otherwise messages come first, then a prompt with a
     completion, then a text, then a prompt alone.
-
-    Raises:
-        DataError: a column that the task names does not exist.
     """
     if task.type != "causal_lm" or task.text_columns is not None:
         return None

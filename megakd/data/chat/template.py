@@ -58,11 +58,7 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer with the settings of a task.
-
-    Raises:
-        DataError: the tokenizer has no chat template.
-    """
+    """The chat template of a tokenizer with the settings of a task."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
         if not tokenizer.chat_template:
@@ -78,13 +74,7 @@ class ChatTemplate:
         self._sources: dict[bool, str] = {}
 
     def render(self, conversation: Conversation, *, where: str) -> Rendered:
-        """Return the text of a conversation and the parts that count.
-
-        Raises:
-            DataError: the template refuses the conversation, leaves out a message or a call of a
-                tool, or renders the beginning of the conversation differently when the rest
-                follows.
-        """
+        """Return the text of a conversation and the parts that count."""
         messages = [_prepared(m, self._task) for m in conversation.messages or ()]
         try:
             made = [with_arguments(message, as_text=False) for message in messages]

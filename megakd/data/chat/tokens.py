@@ -73,14 +73,7 @@ def tables_of_conversations(
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded conversations, and no table if no row is left.
 
-    Args:
-        rows: conversations, see `kinds`.
-        encoder: the encoder.
-        name: name of the rows in messages and in `counts`.
-        counts: filled with the numbers of the rows while the tables are read.
-
-    Raises:
-        DataError: a row cannot be rendered.
+    `counts` gets the numbers of the rows, under `name`, while the tables are read.
     """
     kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
     needed = rows.select_columns([column for column in kept if column in rows.column_names])
@@ -143,16 +136,7 @@ def _table(rows: Sequence[ChatRow], routes: Sequence[str] | None) -> pa.Table:
 
 
 class ChatEncoder:
-    """Encoder of conversations.
-
-    Args:
-        tokenizer: a fast tokenizer.
-        task: the keys of conversations and `max_length`.
-        bad: what happens to a conversation that cannot be encoded; None: its error is raised.
-
-    Raises:
-        DataError: the tokenizer is not a fast tokenizer.
-    """
+    """Encoder of conversations; without `bad`, one that cannot be encoded raises its error."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig, *, bad: BadRows | None = None
@@ -176,15 +160,7 @@ class ChatEncoder:
     def __call__(
         self, conversations: Sequence[Conversation], places: Sequence[str]
     ) -> Iterator[tuple[list[ChatRow], ChatCounts]]:
-        """Yield the rows of each conversation, and their numbers.
-
-        Args:
-            conversations: the conversations.
-            places: the places of the conversations, for messages of errors.
-
-        Raises:
-            DataError: a conversation cannot be rendered or encoded.
-        """
+        """Yield the rows of each conversation, and their numbers; errors name its place."""
         rendered = [self._rendered(c, p) for c, p in zip(conversations, places, strict=True)]
         encoded = (
             tokens
