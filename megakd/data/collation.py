@@ -68,10 +68,10 @@ class Collator:
         }
         if self._type == "causal_lm":
             batch = _language_batch(padded, valid, lengths)
-            batch = batch.extended(is_rollout=_rollout_positions(columns, valid))
+            batch = batch.extended(is_rollout=_at_tokens(columns, "is_rollout", valid, bool))
         else:
             batch = self._text_batch(padded, columns, valid)
-        return batch.extended(routes=_routes(columns, valid))
+        return batch.extended(routes=_at_tokens(columns, ROUTE, valid, np.int64))
 
     def _padded(self, name: str, values: NDArray, valid: NDArray) -> NDArray[np.int64]:
         padded = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
@@ -106,24 +106,16 @@ def padded_width(longest: int, most: int) -> int:
     return min(rounded, most)
 
 
-def _rollout_positions(columns: Columns, valid: NDArray) -> torch.Tensor | None:
-    # [B, T] bool: True at the tokens of generated texts.
-    if "is_rollout" not in columns:
+def _at_tokens(
+    columns: Columns, name: str, valid: NDArray, dtype: type[bool | np.int64]
+) -> torch.Tensor | None:
+    # [B, T]: the value of each row at its tokens, 0 at padding and in dummy rows.
+    if name not in columns:
         return None
-    generated, _ = columns["is_rollout"]
-    positions = valid.copy()
-    positions[: len(generated)] &= generated.astype(bool)[:, None]
-    return torch.from_numpy(positions)
-
-
-def _routes(columns: Columns, valid: NDArray) -> torch.Tensor | None:
-    # [B, T] int64: the number of each row's teacher; 0 at padding.
-    if ROUTE not in columns:
-        return None
-    numbers, _ = columns[ROUTE]
-    routes = np.zeros(valid.shape, dtype=np.int64)
-    routes[: len(numbers)] = numbers.astype(np.int64)[:, None]
-    return torch.from_numpy(np.where(valid, routes, 0))
+    given, _ = columns[name]
+    values = np.zeros((len(valid), 1), dtype=dtype)
+    values[: len(given), 0] = given
+    return torch.from_numpy(valid * values)
 
 
 def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray) -> Batch:

@@ -106,9 +106,9 @@ def encode_splits(
         present, tokenizer, task, content_hash=splits.content_hash, cache_dir=cache_dir
     )
     chat = counts_of(cache_dir, key)
-    counted, stream = made.get("train", made["validation"]), None
-    if splits.stream is not None:
-        stream = StreamedRows(splits.stream, tokenizer, task)
+    counted = made.get("train", made["validation"])
+    ids = counted.data.column("input_ids")
+    stream = None if splits.stream is None else StreamedRows(splits.stream, tokenizer, task)
     made.setdefault("train", made["validation"].select([]))
     sets: Mapping[str, Dataset] = {}
     if splits.evaluation_sets:
@@ -126,7 +126,7 @@ def encode_splits(
         validation=made["validation"],
         test=made.get("test"),
         content_hash=key,
-        tokens_per_row=_token_count(counted) / len(counted),
+        tokens_per_row=sum(len(chunk.flatten()) for chunk in ids.chunks) / len(counted),
         evaluation_sets=sets,
         stream=stream,
         chat=chat or None,
@@ -268,11 +268,6 @@ def labelled_only(rows: Dataset) -> Dataset:
             "labels; check task.label_column, or train without this stage"
         )
     return rows if carries.all() else rows.select(np.flatnonzero(carries))
-
-
-def _token_count(rows: Dataset) -> int:
-    column = rows.data.column("input_ids")
-    return sum(len(chunk.flatten()) for chunk in column.chunks)
 
 
 def encoded_key(

@@ -25,7 +25,7 @@ from megakd.data.readers import (
     read_tsv,
 )
 from megakd.data.rows import Found, rows_of_tables
-from megakd.data.tables import SPLIT_ALIASES, SplitName, Table
+from megakd.data.tables import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table
 from megakd.errors import DataError
 
 READERS = {
@@ -81,14 +81,12 @@ def tables_of_files(
 
 def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
     """Return the files of `task.train_files`, `validation_files` and `test_files` by split."""
-    given: dict[SplitName, Files | None] = {
-        "train": task.train_files,
-        "validation": task.validation_files,
-        "test": task.test_files,
-    }
-    paths: dict[SplitName, list[Path]] = {
+    given = zip(
+        SPLIT_NAMES, (task.train_files, task.validation_files, task.test_files), strict=True
+    )
+    paths = {
         split: matching_files(files, f"task.{split}_files")
-        for split, files in given.items()
+        for split, files in given
         if files is not None
     }
     refuse_shared({f"task.{split}_files": found for split, found in paths.items()})
@@ -206,17 +204,14 @@ def _shards(folder: Path) -> dict[SplitName, list[Path]]:
         if split is not None:
             shards.setdefault(split, []).append(path)
     for paths in shards.values():
-        _refuse_two_names(paths, folder)
+        names = {SHARD.sub(r"-*-of-\2", path.stem) + path.suffix for path in paths}
+        if len(names) > 1:
+            raise DataError(
+                f"{folder}: {' and '.join(sorted(names))} are names of the same split; keep one of "
+                "them"
+            )
         _refuse_missing(paths, str(folder))
     return shards
-
-
-def _refuse_two_names(paths: Sequence[Path], folder: Path) -> None:
-    names = {SHARD.sub(r"-*-of-\2", path.stem) + path.suffix for path in paths}
-    if len(names) > 1:
-        raise DataError(
-            f"{folder}: {' and '.join(sorted(names))} are names of the same split; keep one of them"
-        )
 
 
 def _refuse_missing(paths: Sequence[Path], place: str, *, pattern: str = "*") -> None:

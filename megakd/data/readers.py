@@ -234,26 +234,16 @@ def _with_header(
 
 
 def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    with _long_csv_fields():
-        reader = csv.reader(_text_lines(path), strict=True)
-        while True:
-            first_line = reader.line_num + 1
-            try:
-                values = next(reader, None)
-            except csv.Error as error:
-                raise DataError(f"{path}, line {first_line}: not valid CSV: {error}") from error
-            if values is None:
-                return
-            if values:
-                yield first_line, values
-
-
-@contextmanager
-def _long_csv_fields() -> Iterator[None]:
     # `csv` refuses fields of more than 131072 characters by default; documents may be longer.
     limit = csv.field_size_limit(sys.maxsize)
+    reader, first_line = csv.reader(_text_lines(path), strict=True), 1
     try:
-        yield
+        for values in reader:
+            if values:
+                yield first_line, values
+            first_line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {first_line}: not valid CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -437,7 +427,6 @@ def read_documents(paths: Sequence[Path], name: str, *, to_be_split: bool) -> Ta
         with readable(path):
             size += path.stat().st_size
     length = min(PIECE_CHARACTERS, size // FEWEST_PIECES) if to_be_split else PIECE_CHARACTERS
-
     return Table(
         name=name,
         columns=("text",),

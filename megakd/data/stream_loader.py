@@ -187,18 +187,14 @@ class StreamLoader:
         with closing(steps), closing(made_ahead(tasks, STEPS_AHEAD)) as futures:
             for step, future in enumerate(futures, start=start + 1):
                 batches, position = awaited(future, self)
-                self._say_epoch(position)
+                if self._rows.shape.rank == 0 and position.epoch > self._position.epoch:
+                    logger.info(
+                        "%s: rank 0 has read its texts %d time(s) and starts again",
+                        *(self._rows.name, position.epoch),
+                    )
                 # Of the step that is used, not of the steps that are prepared.
                 self._step, self._position = step, position
                 yield batches
-
-    def _say_epoch(self, position: Position) -> None:
-        if self._rows.shape.rank == 0 and position.epoch > self._position.epoch:
-            logger.info(
-                "%s: rank 0 has read its texts %d time(s) and starts again",
-                self._rows.name,
-                position.epoch,
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the positions of all ranks after the last step of `iterate`; a collective."""

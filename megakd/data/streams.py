@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-from datasets import Dataset, DatasetBuilder, IterableDataset
+from datasets import Dataset, IterableDataset
 
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import PLACE, key_of
@@ -53,7 +53,9 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
         keys = by_split(map(str, splits), f"the Hub data set {label}")
         if "train" not in keys:
             raise DataError(f"the Hub data set {label} has no split named 'train'")
-        digest = key_of(name, task.dataset_config, builder.hash, _addresses(builder))
+        files: Mapping[Any, Any] = builder.config.data_files or {}
+        addresses = {str(split): list(map(str, listed)) for split, listed in files.items()}
+        digest = key_of(name, task.dataset_config, builder.hash, addresses)
         tables: dict[SplitName, Table] = {
             split: _hub_table(f"{name} ({key})", splits[key], key_of(digest, key), task)
             for split, key in keys.items()
@@ -66,11 +68,6 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     rows = splits[keys["train"]].select_columns(list(columns))
     table = replace(train, name=name, digest=key_of(digest, columns))
     return _found(TextStream(table=table, rows=rows, kind=kind), tables, task, cache_dir=cache_dir)
-
-
-def _addresses(builder: DatasetBuilder) -> dict[str, list[str]]:
-    files: Mapping[Any, Any] = builder.config.data_files or {}
-    return {str(split): list(map(str, addresses)) for split, addresses in files.items()}
 
 
 def _hub_table(name: str, rows: IterableDataset, digest: str, task: TaskConfig) -> Table:

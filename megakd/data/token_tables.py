@@ -21,6 +21,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROUTE, teacher_number
+from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches
 from megakd.data.routed_rows import names_of
 from megakd.data.words import WORD_STARTS, check_words, word_starts
@@ -59,21 +60,17 @@ def tables_of_texts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded rows, and no table if there are no tokens."""
-    make = {"causal_lm": _packed_tables, "mlm": _window_tables}.get(task.type, _text_tables)
-    if make is _text_tables or ROUTE not in rows.column_names:
-        return make(rows, tokenizer, task)
+    if task.type not in LANGUAGE_TASKS:
+        return _text_tables(rows, tokenizer, task)
+    if ROUTE not in rows.column_names:
+        return _language_tables(rows, tokenizer, task)
     # A packed row and a window have one teacher, so the texts of each teacher are packed apart.
+    names = names_of(rows)
     return (
         table.append_column(ROUTE, numbers_of([name] * len(table)))
-        for name, own in _rows_by_route(rows)
-        for table in make(own, tokenizer, task)
+        for name in np.unique(names).tolist()
+        for table in _language_tables(rows.select(np.flatnonzero(names == name)), tokenizer, task)
     )
-
-
-def _rows_by_route(rows: Dataset) -> Iterator[tuple[str, Dataset]]:
-    found = names_of(rows)
-    for name in np.unique(found).tolist():
-        yield name, rows.select(np.flatnonzero(found == name))
 
 
 def numbers_of(names: Sequence[str]) -> Any:
@@ -105,23 +102,20 @@ def _text_tables(
         yield pa.table(made)
 
 
-def _packed_tables(
+def _language_tables(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
 ) -> Iterator[pa.Table]:
-    return tables_of_lists(pack(documents_of(rows, tokenizer), task.row_length), PackedRow._fields)
+    if task.type == "causal_lm":
+        packed = pack(documents_of(rows, tokenizer), task.row_length)
+        return tables_of_lists(packed, PackedRow._fields)
+    names = ("input_ids", WORD_STARTS) if task.whole_word_masking else ("input_ids",)
+    return tables_of_lists(_window_rows(rows, tokenizer, task), names)
 
 
 def documents_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Yield the tokens of every text that is not empty, as documents of causal_lm."""
     prefix, suffix = document_ends(tokenizer)
     yield from (prefix + ids + suffix for ids, _ in _texts(rows, tokenizer))
-
-
-def _window_tables(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
-) -> Iterator[pa.Table]:
-    names = ("input_ids", WORD_STARTS) if task.whole_word_masking else ("input_ids",)
-    return tables_of_lists(_window_rows(rows, tokenizer, task), names)
 
 
 def _window_rows(
@@ -174,7 +168,9 @@ def _texts(
         yield from ((ids, own) for ids, own in zip(encoded["input_ids"], starts) if ids)  # noqa: B905
 
 
-def plain_encoding(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+def plain_encoding(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, with_offsets: bool = False
+) -> BatchEncoding:
     """Return the encoding of whole texts, without special tokens."""
     return tokenizer(
         list(texts),
@@ -182,6 +178,7 @@ def plain_encoding(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
+        return_offsets_mapping=with_offsets,
         verbose=False,
     )
 

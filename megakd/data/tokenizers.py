@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.convert_slow_tokenizer import SentencePieceExtractor
+from transformers.convert_slow_tokenizer import SentencePieceExtractor, bytes_to_unicode
 
 from megakd.config.paths import is_path
 from megakd.config.task import TaskConfig, TokenizerConfig
@@ -88,13 +88,6 @@ class SentencePieceTokenizer(PreTrainedTokenizerFast):
 
     sentencepiece_model: bytes
 
-    @classmethod
-    def with_model(cls, folder: Path) -> SentencePieceTokenizer:
-        """Read a tokenizer and its SentencePiece model from a folder."""
-        tokenizer = cls.from_pretrained(folder, local_files_only=True)
-        tokenizer.sentencepiece_model = (folder / MODEL_FILE).read_bytes()
-        return tokenizer
-
     def _save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -142,11 +135,10 @@ def load_tokenizer(
 
 def has_tokenizer_files(folder: Path) -> bool:
     """Return whether the folder has files that a tokenizer can be read from."""
-    names = ("tokenizer.json", "vocab.txt")
-    has_bpe = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    files = {path.name for path in folder.glob("*") if path.is_file()}
     return (
-        any((folder / name).is_file() for name in names)
-        or has_bpe
+        not files.isdisjoint(("tokenizer.json", "vocab.txt"))
+        or {"vocab.json", "merges.txt"} <= files
         or _sentencepiece_file(folder) is not None
     )
 
@@ -223,35 +215,27 @@ def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
 
 
 def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
-    says_its_class = any(
-        (folder / name).is_file() for name in ("tokenizer_config.json", "config.json")
-    )
-    model = _sentencepiece_file(folder)
-    has_others = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
-    is_bare_model = not has_others and not (folder / "vocab.json").is_file()
+    files, model = {path.name for path in folder.iterdir()}, _sentencepiece_file(folder)
+    says_its_class = not files.isdisjoint(("tokenizer_config.json", "config.json"))
+    is_bare_model = files.isdisjoint(("tokenizer.json", "vocab.txt", "vocab.json"))
     if is_bare_model and model and not (says_its_class and model.name in _STOCK_MODEL_NAMES):
         return _from_sentencepiece(model, task_type)
     if says_its_class:
         found = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        is_generic = (
-            type(found) is PreTrainedTokenizerFast and (folder / "tokenizer.json").is_file()
-        )
-        if is_generic and (folder / MODEL_FILE).is_file():
-            return SentencePieceTokenizer.with_model(folder)
+        is_generic = type(found) is PreTrainedTokenizerFast
+        if is_generic and {"tokenizer.json", MODEL_FILE} <= files:
+            found = SentencePieceTokenizer.from_pretrained(folder, local_files_only=True)
+            found.sentencepiece_model = (folder / MODEL_FILE).read_bytes()
         return found
-    if (folder / "tokenizer.json").is_file():
-        return _from_json(folder / "tokenizer.json", task_type)
-    if (folder / "vocab.txt").is_file():
+    if "tokenizer.json" in files:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        roles = _special_roles(tokenizer, task_type)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+    if "vocab.txt" in files:
         return BertTokenizer.from_pretrained(folder, local_files_only=True)
     return GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _from_json(path: Path, task_type: TaskType) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer.from_file(str(path))
-    roles = _special_roles(tokenizer, task_type)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
 def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
@@ -429,22 +413,7 @@ def _counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
         prefix: str = backend.model.continuing_subword_prefix
         return lambda token: len(token.removeprefix(prefix))
     if backend is not None and isinstance(backend.decoder, decoders.ByteLevel):
-        return _begun_characters
+        signs = bytes_to_unicode().items()  # GPT-2 shows every byte of a text as a sign
+        none = {sign for byte, sign in signs if 128 <= byte < 192 or bytes([byte]).isspace()}
+        return lambda token: sum(sign not in none for sign in token)
     return lambda token: len(token.replace(_SPACE, ""))
-
-
-def _begun_characters(token: str) -> int:
-    return sum(sign not in _NO_CHARACTER for sign in token)
-
-
-def _signs_without_character() -> frozenset[str]:
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = [byte for byte in range(256) if byte not in plain]
-    signs = {byte: chr(byte) for byte in plain}
-    # GPT-2 shows the other bytes, in their order, as the characters from 256 on.
-    signs |= {byte: chr(256 + number) for number, byte in enumerate(moved)}
-    left_out = [byte for byte in range(256) if 128 <= byte < 192 or bytes([byte]).isspace()]
-    return frozenset(signs[byte] for byte in left_out)
-
-
-_NO_CHARACTER = _signs_without_character()

@@ -54,17 +54,12 @@ def from_json(value: object) -> object:
 def is_message_list(value: object) -> bool:
     """Return whether a value is a list of messages, or JSON text with such a list."""
     listed = from_json(value)
-    return (
-        isinstance(listed, list)
-        and bool(listed)
-        and all(_looks_like_message(entry) for entry in cast("list[object]", listed))
-    )
+    return isinstance(listed, list) and bool(listed) and all(map(_looks_like_message, listed))
 
 
 def _looks_like_message(value: object) -> bool:
-    return isinstance(value, Mapping) and (
-        {"role"} <= value.keys() or {"from", "value"} <= value.keys()
-    )
+    keys = value.keys() if isinstance(value, Mapping) else ()
+    return "role" in keys or ("from" in keys and "value" in keys)
 
 
 def with_arguments(message: Message, *, as_text: bool) -> Message:
@@ -110,7 +105,10 @@ def _message(value: object, *, where: str) -> Message:
     for key in ("role", "content"):
         if not isinstance(made[key], str):
             raise DataError(f"{where}: {key} is not text: {made[key]!r:.80}")
-    _check_encodable(made, where)
+    try:
+        json.dumps(made, ensure_ascii=False).encode("utf-8")
+    except (UnicodeEncodeError, TypeError) as error:
+        raise DataError(f"{where}: the message cannot be written as UTF-8 JSON: {error}") from error
     return made
 
 
@@ -167,10 +165,3 @@ def _from_sharegpt(message: Message, where: str) -> Message:
     calls = from_json(text)
     listed = cast("list[object]", calls) if isinstance(calls, list) else [calls]
     return {"role": role, "content": "", "tool_calls": [_tool_call(call, where) for call in listed]}
-
-
-def _check_encodable(message: Message, where: str) -> None:
-    try:
-        json.dumps(message, ensure_ascii=False).encode("utf-8")
-    except (UnicodeEncodeError, TypeError) as error:
-        raise DataError(f"{where}: the message cannot be written as UTF-8 JSON: {error}") from error

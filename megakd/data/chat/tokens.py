@@ -98,10 +98,8 @@ def tables_of_conversations(
     bad.finish()
 
 
-class _EncodedPart(NamedTuple):
-    table: pa.Table | None
-    counts: CountsByName
-    errors: Sequence[str]
+_EncodedPart = tuple["pa.Table | None", "CountsByName", Sequence[str]]
+"""Table, numbers of the rows, and errors of the rows that cannot be encoded."""
 
 
 def _part(batch: pa.Table, encoder: ChatEncoder, name: str) -> _EncodedPart:
@@ -121,7 +119,7 @@ def _part(batch: pa.Table, encoder: ChatEncoder, name: str) -> _EncodedPart:
         made += rows
         routes += [teacher] * len(rows)
     table = _table(made, routes if ROUTE in columns else None) if made else None
-    return _EncodedPart(table, counts, bad.errors)
+    return table, counts, bad.errors
 
 
 def _table(rows: Sequence[ChatRow], routes: Sequence[str] | None) -> pa.Table:
@@ -224,15 +222,7 @@ class ChatEncoder:
         return next((n for n in range(last, 0, -1) if pieces.ids[n] in self._separate), 0)
 
     def _pieces(self, texts: Sequence[str]) -> list[_Pieces]:
-        made = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        made = plain_encoding(texts, self._tokenizer, with_offsets=True)
         return [
             _Pieces(ids, [begin for begin, _ in offsets])
             for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True)
