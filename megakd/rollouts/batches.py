@@ -23,8 +23,8 @@ from megakd.contract.completions import (
 from megakd.data.step_layout import StepLayout, collate_step
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
+from megakd.rollouts.prompts import columns_of_rows, rollout_row
 from megakd.rollouts.text_evaluation import distinct_pairs
-from megakd.rollouts.text_rows import columns_of_rows, rollout_row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from megakd.contract.completions import Generator, RequestedTexts, Sampling
     from megakd.data.loader import RowOrder
     from megakd.data.step_layout import Collate
+    from megakd.rollouts.prompts import Prompts
     from megakd.rollouts.store import RolloutStore
-    from megakd.rollouts.text_rows import Prompts
 
 _SOURCES: tuple[RowSource, ...] = ("rollout", "replay", "data")
 _DRAW, _REPLAY = 1, 2

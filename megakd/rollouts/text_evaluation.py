@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,9 +17,9 @@ from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, file_of_step
 from megakd.data.step_layout import StepLayout, StepShape, collate_step
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.student import device_batch
+from megakd.errors import ConfigError
 from megakd.losses.text_statistics import ENTROPY, KL, TEACHER_ENTROPY, TOKENS, sums_by_group
-from megakd.rollouts.text_rows import columns_of_rows, rollout_row
-from megakd.scoring.answers import matcher
+from megakd.rollouts.prompts import columns_of_rows, rollout_row
 from megakd.storage.atomic import json_text, write_text
 
 if TYPE_CHECKING:
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
     from megakd.contract.completions import Generator
     from megakd.contract.stage import MeanLosses, Pass
     from megakd.engine.distributed import Ranks
-    from megakd.rollouts.text_rows import Prompts
+    from megakd.rollouts.prompts import Prompts
     from megakd.scoring.scorer import Scorer
 
+Match = Callable[[str, str], bool]
+"""Function from a generated text and the text of the data to whether their answers are equal."""
 BUCKETS = 8
 """Most buckets of positions."""
 NAMES = {"kl": KL, "entropy": ENTROPY, "teacher_entropy": TEACHER_ENTROPY}
@@ -136,6 +140,44 @@ class TextEvaluation:
         answer = decoded(wanted, skip=True)
         matches = None if self._match is None else self._match(text, answer)
         return Text(rollout, decoded(rollout.prompt, skip=False), text, answer, matches)
+
+
+def matcher(config: GenerationConfig) -> Match | None:
+    """Return the comparison of a config; None if texts are not compared."""
+    if config.match is None:
+        return None
+    equal = operator.eq if config.match == "exact" else _same_mathematics()
+
+    def match(text: str, wanted: str) -> bool:
+        said, there = answer_of(text, config.answer), answer_of(wanted, config.answer)
+        return said is not None and there is not None and equal(said, there)
+
+    return match
+
+
+def answer_of(text: str, pattern: str | None) -> str | None:
+    """Return the answer in a text: the group of the last match; None without a match."""
+    if pattern is None:
+        return text.strip()
+    found = re.findall(pattern, text)
+    return found[-1].strip() if found else None
+
+
+def _same_mathematics() -> Match:
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ConfigError(
+            "eval.generation.match: math needs the package math-verify, which is not installed; "
+            "install megakd[eval], or set the key to exact"
+        ) from error
+
+    def is_equal(said: str, wanted: str) -> bool:
+        # The time limit of math-verify is a signal, which only a main thread may set.
+        gold, answer = (parse(text, parsing_timeout=None) for text in (wanted, said))
+        return bool(verify(gold, answer, timeout_seconds=None))
+
+    return is_equal
 
 
 def text_metrics(texts: Sequence[Text]) -> dict[str, float]:

@@ -46,14 +46,10 @@ class TaskMetrics:
     positive: int = 1
 
     def of(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Return the metrics of a classification or regression task.
+        """Return one value per name, the number that ranks evaluations, and the mean loss.
 
-        Args:
-            outputs: [N, C] logits, or [N, 1] or [N] scores.
-            labels: [N] class numbers (-100 = none) or scores (NaN = none).
-
-        Returns:
-            One value per name, the number that ranks evaluations, and the mean loss on labels.
+        `outputs` are [N, C] logits, or [N, 1] or [N] scores; `labels` are [N] class numbers (-100 =
+        none) or scores (NaN = none).
         """
         predicted, truth = _scored_rows(outputs, labels)
         loss = _squared_error if labels.is_floating_point() else _cross_entropy
@@ -70,15 +66,13 @@ class TaskMetrics:
             logger.info(
                 "%s is undefined because no label and no prediction is positive: counted as 0", name
             )
-        return _of_one_label(name, said, is_so)
+        return float(_sklearn(f"{name}_score")(is_so, said, zero_division=0))
 
     def by_class(self, outputs: Tensor, labels: Tensor) -> list[ClassReport]:
         """Return precision, recall and F1 of every class; empty without classes."""
         if not self.label_names:
             return []
-        from sklearn import metrics
-
-        of: Callable[..., Any] = metrics.precision_recall_fscore_support
+        of = _sklearn("precision_recall_fscore_support")
         predicted, truth = _scored_rows(outputs, labels)
         numbers = np.arange(len(self.label_names), dtype=np.float64)
         # One call for all classes: a call per class takes seconds with hundreds of classes.
@@ -166,11 +160,10 @@ def _squared_error(predicted: Numbers, truth: Numbers) -> float:
     return float(np.square(predicted[:, 0] - truth).mean())
 
 
-def _of_one_label(name: str, said: NDArray[np.bool_], is_so: NDArray[np.bool_]) -> float:
+def _sklearn(name: str) -> Callable[..., Any]:
     from sklearn import metrics
 
-    of: Callable[..., float] = getattr(metrics, f"{name}_score")
-    return float(of(is_so, said, zero_division=0))
+    return getattr(metrics, name)
 
 
 def _over_labels(name: str) -> Callable[[Numbers, Numbers], float]:
@@ -178,30 +171,25 @@ def _over_labels(name: str) -> Callable[[Numbers, Numbers], float]:
     kind, _, average = name.partition("_")
 
     def value(predicted: Numbers, truth: Numbers) -> float:
-        from sklearn import metrics
-
-        of: Callable[..., float] = getattr(metrics, f"{kind}_score")
+        of = _sklearn(f"{kind}_score")
         return float(of(truth, _classes(predicted), average=average, zero_division=0))
 
     return value
 
 
 def _matthews(predicted: Numbers, truth: Numbers) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return _correlation("matthews_correlation", matthews_corrcoef, _classes(predicted), truth)
-
-
-def _pearson(predicted: Numbers, truth: Numbers) -> float:
-    from scipy.stats import pearsonr
-
-    return _correlation("pearson", lambda a, b: pearsonr(a, b)[0], predicted[:, 0], truth)
+    of = _sklearn("matthews_corrcoef")
+    return _correlation("matthews_correlation", of, _classes(predicted), truth)
 
 
-def _spearman(predicted: Numbers, truth: Numbers) -> float:
-    from scipy.stats import spearmanr
+def _of_scores(name: str) -> Callable[[Numbers, Numbers], float]:
+    def value(predicted: Numbers, truth: Numbers) -> float:
+        from scipy import stats
 
-    return _correlation("spearman", lambda a, b: spearmanr(a, b)[0], predicted[:, 0], truth)
+        of: Callable[..., Any] = getattr(stats, f"{name}r")
+        return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
+
+    return value
 
 
 def _correlation(
@@ -225,8 +213,8 @@ def _correlation(
 _METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
     "accuracy": _accuracy,
     "matthews_correlation": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
+    "pearson": _of_scores("pearson"),
+    "spearman": _of_scores("spearman"),
     **{
         name: _over_labels(name)
         for name in METRICS["classification"]

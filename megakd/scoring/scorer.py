@@ -82,7 +82,6 @@ class Scorer:
     characters: torch.Tensor | None = None
 
     def score(self, predict: Predict, rows: Dataset) -> dict[str, float]:
-        """Return the metrics of `predict` on `rows`, the same on every rank."""
         return self.scored(predict, rows).metrics
 
     def scored(self, predict: Predict, rows: Dataset) -> Scored:
@@ -119,11 +118,7 @@ class Scorer:
         return total / max(1.0, count)
 
     def outputs(self, predict: Predict, rows: Dataset) -> torch.Tensor:
-        """Return the outputs of `predict` for every row, labelled or not, the same on every rank.
-
-        Returns:
-            [N, C] fp32 logits or [N, 1] scores, in the order of the rows.
-        """
+        """Return [N, C] fp32 logits or [N, 1] scores of all rows, the same on every rank."""
 
         def ask(batch: Batch) -> dict[str, torch.Tensor]:
             outputs = predict(batch).outputs

@@ -88,8 +88,7 @@ def headline(metrics: Sequence[str]) -> Metric:
 def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
     """Return a metric that can be weighed against sparsity: at most 1, and higher is better.
 
-    Args:
-        main: the metric that ranks evaluations.
+    Without a name it is `main`, the metric that ranks evaluations.
     """
     found = [main, *(headline([metric]) for metric in metrics)]
     known = {metric.name: metric for metric in found if metric.higher_is_better}

@@ -55,7 +55,6 @@ class Wanted(NamedTuple):
     def request(
         self, prompt: tuple[int, ...], seed: int, sampling: Sampling, model: str
     ) -> TextRequest:
-        """Return the request to continue a prompt."""
         return TextRequest(prompt, seed, sampling, model, self.end_tokens, self.padding)
 
 
@@ -118,7 +117,14 @@ def check_agreement(
                 other, text = first.setdefault((*model.names, model.weights), (server.url, ids))
                 place = first_difference(text, ids)
                 if place is not None:
-                    raise ServerError(_disagreement(other, server.url, number, prompt, place))
+                    twice = f"{other} answers differently when asked twice"
+                    pair = f"{other} and {server.url} disagree" if other != server.url else twice
+                    raise ServerError(
+                        f"rollout.server: {pair}: the greedy texts for prompt {number + 1} "
+                        f"({len(prompt)} tokens, beginning with {list(prompt[:8])}) differ first "
+                        f"at position {place}; check that all replicas serve the same weights in "
+                        "the same precision, and that nobody else uses them"
+                    )
 
 
 def check_sampling(
@@ -150,16 +156,6 @@ def _continued(
     return checked_completion(text, request, vocabulary=wanted.vocabulary, url=server.url).ids
 
 
-def _disagreement(one: str, other: str, number: int, prompt: tuple[int, ...], place: int) -> str:
-    twice = f"{one} answers differently when asked twice"
-    pair = twice if one == other else f"{one} and {other} disagree"
-    return (
-        f"rollout.server: {pair}: the greedy texts for prompt {number + 1} ({len(prompt)} tokens, "
-        f"beginning with {list(prompt[:8])}) differ first at position {place}; check that all "
-        "replicas serve the same weights in the same precision, and that nobody else uses them"
-    )
-
-
 def check_scores(
     servers: Sequence[TokenScorer],
     models: Sequence[str],
@@ -187,11 +183,7 @@ def check_reference(
     logprobs_of: Callable[[tuple[int, ...], BestTokens], NDArray[np.float32]],
     folder: object,
 ) -> None:
-    """Compare answers of servers with a local model.
-
-    Args:
-        logprobs_of: function that returns the log-probabilities of the same tokens.
-    """
+    """Compare answers of servers with a local model, which gives `logprobs_of` the same tokens."""
     pairs = zip(texts, answers, strict=True)
     found = _mean([np.abs(best.logprobs - logprobs_of(text, best)).mean() for text, best in pairs])
     if found > REFERENCE:

@@ -162,15 +162,12 @@ def _ends(
     return ends
 
 
-class AskedTexts:
+class AskedTexts(RunningCalls[Completion]):
     """The texts that a rank has asked for; see `RequestedTexts`."""
-
-    def __init__(self, running: RunningCalls[Completion]) -> None:
-        self._running = running
 
     def completions(self) -> list[Completion]:
         """Wait for the texts and return them in the order of the prompts; a collective."""
-        return together(self._running.results)
+        return together(self.results)
 
 
 class ServerGenerator:
@@ -218,7 +215,7 @@ class ServerGenerator:
             partial(self._complete, number, (tuple(prompt), seed, sampling), self._pushed)
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        return AskedTexts(RunningCalls(calls, at_once=self._at_once))
+        return AskedTexts(calls, at_once=self._at_once)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling

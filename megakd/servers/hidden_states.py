@@ -10,6 +10,7 @@ import fcntl
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from megakd.contract.completions import Sampling
 from megakd.errors import ServerError
 from megakd.servers.http import JsonServer, field_of, numbers_of
 from megakd.servers.protocol import TextRequest, first_difference
-from megakd.servers.vllm import VllmServer
+from megakd.servers.vllm import VllmServer, completion_request
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEN_WITHIN_S = 30.0
@@ -76,11 +77,8 @@ class StatesServer(VllmServer):
             tree = reply.tree()
             file = self._file(tree)
             try:
-                tensors = read_state_file(
-                    file,
-                    time_limit_s=self._exports.time_limit_s,
-                    check_server=lambda: self._check_engine(file),
-                )
+                check, limit = partial(self._check_engine, file), self._exports.time_limit_s
+                tensors = read_state_file(file, time_limit_s=limit, check_server=check)
             finally:
                 _remove_state_files([file, _lock_of(file)])
             return ExportedStates(self._checked(tensors, ids, file), self._following(tree))
@@ -159,20 +157,10 @@ class StatesServer(VllmServer):
 
 
 def _request(ids: tuple[int, ...], model: str, name: str) -> dict[str, Any]:
-    # vLLM writes the file when it has generated one token.
-    rules = TextRequest(ids, 0, Sampling(1, temperature=0.0), model, ()).rules()
-    return {
-        **rules,
-        "model": model,
-        "prompt": list(ids),
-        "max_tokens": 1,
-        "seed": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "request_id": name,
-        # Tokens from the prefix cache have no hidden states; the cache is kept apart by its salt.
-        "cache_salt": name,
-    }
+    # vLLM writes the file when it has generated one token. Tokens from the prefix cache have no
+    # hidden states; the cache is kept apart by its salt.
+    one_token = TextRequest(ids, 0, Sampling(1, temperature=0.0), model, ())
+    return {**completion_request(one_token), "request_id": name, "cache_salt": name}
 
 
 class _NotYet(NamedTuple):

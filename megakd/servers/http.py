@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -71,7 +72,6 @@ class JsonServer:
         self._limit, self._patience = time_limit_s, min(patience_s, time_limit_s)
 
     def get(self, path: str) -> Reply:
-        """Return the answer to GET; see `post`."""
         return self._ask("GET", path, None)
 
     def post(self, path: str, tree: object) -> Reply:
@@ -135,11 +135,7 @@ class Replica:
     """One replica of an inference server; its methods may be called from several threads."""
 
     def __init__(self, http: JsonServer) -> None:
-        self._http = http
-
-    @property
-    def url(self) -> str:
-        return self._http.url
+        self._http, self.url = http, http.url
 
 
 def _parts(
@@ -203,14 +199,12 @@ class RunningCalls(Generic[T]):
     """
 
     def __init__(self, calls: Sequence[Callable[[], T]], *, at_once: int) -> None:
-        self._calls = list(calls)
+        self._waiting = deque(enumerate(calls))
         self._results: dict[int, T] = {}
         self._errors: dict[int, Exception] = {}
-        self._lock = threading.Lock()
-        self._next = 0
         self._threads = [
             threading.Thread(target=self._work, name=f"megakd-request-{number}", daemon=True)
-            for number in range(min(at_once, len(self._calls)))
+            for number in range(min(at_once, len(calls)))
         ]
         for thread in self._threads:
             thread.start()
@@ -221,18 +215,15 @@ class RunningCalls(Generic[T]):
             thread.join()
         if self._errors:
             raise self._errors[min(self._errors)]
-        return [self._results[number] for number in range(len(self._calls))]
+        return [self._results[number] for number in sorted(self._results)]
 
     def _work(self) -> None:
-        while (number := self._taken()) is not None:
+        while not self._errors:
             try:
-                self._results[number] = self._calls[number]()
+                number, call = self._waiting.popleft()
+            except IndexError:  # no call is left
+                return
+            try:
+                self._results[number] = call()
             except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
                 self._errors[number] = error
-
-    def _taken(self) -> int | None:
-        with self._lock:
-            if self._errors or self._next == len(self._calls):
-                return None
-            self._next += 1
-            return self._next - 1

@@ -92,18 +92,13 @@ class TextServer(Protocol):
     documentation says.
     """
 
-    @property
-    def url(self) -> str:
-        """The address of the server."""
-        ...
+    url: str
 
     def describe(self) -> Sequence[ServedModel]:
         """Return the base models that the server serves; without adapters."""
         ...
 
-    def complete(self, request: TextRequest) -> ServedText:
-        """Continue one prompt."""
-        ...
+    def complete(self, request: TextRequest) -> ServedText: ...
 
 
 class BestTokens(NamedTuple):
@@ -119,10 +114,7 @@ class BestTokens(NamedTuple):
 class TokenScorer(Protocol):
     """Source of the probabilities of the tokens of a given text."""
 
-    @property
-    def url(self) -> str:
-        """The address of the server."""
-        ...
+    url: str
 
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
         """Return the most likely next tokens after each token of a text but the last."""

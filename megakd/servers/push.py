@@ -90,7 +90,13 @@ class FullPush:
                 # The servers have read it, and other folders of the run are of killed starts.
                 shutil.rmtree(self._folder.parent, ignore_errors=True)
                 self._folder.mkdir(parents=True)
-                _check_room(self._folder, _bytes_of(self._model))
+                needed, free = _bytes_of(self._model), shutil.disk_usage(self._folder).free
+                if free < needed:
+                    raise ServerError(
+                        f"rollout.server.folder: {self._folder} has {free / 1e9:.1f} GB free, and "
+                        f"the weights of the student take {needed / 1e9:.1f} GB; free some space, "
+                        "or name another folder"
+                    )
                 with atomic.replaced_folder(target) as temporary:
                     fill_serving_folder(
                         temporary,
@@ -151,12 +157,3 @@ def _each(servers: Sequence[Any], action: Callable[[Any], None]) -> None:
 
 def _bytes_of(model: nn.Module) -> int:
     return sum(full_shape(p).numel() * p.element_size() for p in model.parameters())
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ServerError(
-            f"rollout.server.folder: {folder} has {free / 1e9:.1f} GB free, and the weights of the "
-            f"student take {needed / 1e9:.1f} GB; free some space, or name another folder"
-        )

@@ -286,12 +286,8 @@ class StatesAsScores:
     """
 
     def __init__(self, server: StatesServer, readout: Readout) -> None:
-        self._server, self._readout = server, readout
+        self._server, self._readout, self.url = server, readout, server.url
         self.gaps: list[float] = []
-
-    @property
-    def url(self) -> str:
-        return self._server.url
 
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
         said = self._server.states(ids, model)

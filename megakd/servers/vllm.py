@@ -37,7 +37,7 @@ class VllmServer(Replica):
         ]
 
     def complete(self, request: TextRequest) -> ServedText:
-        reply = self._http.post("/v1/completions", _completion_request(request)).tree()
+        reply = self._http.post("/v1/completions", completion_request(request)).tree()
         choices = field_of(reply, "choices", list, self.url)
         if len(choices) != 1:
             raise ServerError(f"{self.url}: {len(choices)} texts came back for one prompt")
@@ -106,7 +106,8 @@ class VllmServer(Replica):
         return cards
 
 
-def _completion_request(request: TextRequest) -> dict[str, Any]:
+def completion_request(request: TextRequest) -> dict[str, Any]:
+    """Return the body of a request to `/v1/completions`."""
     return {
         **request.rules(),
         "model": request.model,

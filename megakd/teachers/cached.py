@@ -143,9 +143,7 @@ def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
 
 
 def _begun(folder: Path, facts: Fingerprint) -> list[AnswerShard]:
-    if not (folder / MANIFEST).is_file():
-        return []
-    return _read_manifest(folder, facts)[0]
+    return _read_manifest(folder, facts)[0] if (folder / MANIFEST).is_file() else []
 
 
 def _write(folder: Path, start: int, part: Answers) -> AnswerShard:
@@ -204,7 +202,10 @@ class CachedTeacher:
         together(lambda: _verify(folder, mine))
         self._device = ranks.device
         self._starts = [shard.start for shard in shards]
-        self._shards = [_opened(folder / shard.name, shard) for shard in shards]
+        self._shards: list[dict[str, Any]] = [
+            {Path(file).stem: np.load(folder / s.name / file, mmap_mode="r") for file in s.files}
+            for s in shards
+        ]
 
     def __call__(self, batch: Batch) -> Knowledge:
         """Return the teacher's answers to the rows of a batch; dummy rows get zeros."""
@@ -220,10 +221,12 @@ class CachedTeacher:
             return Knowledge(logits=moved["logits"])
         length = batch.valid.shape[1]
         ids, others = (tensor[:, :length] for tensor in (moved.pop("ids"), *moved.values()))
-        return Knowledge(kept=_draws(ids, others) if "counts" in moved else TopK(ids, others))
+        if "counts" not in self._shards[0]:
+            return Knowledge(kept=TopK(ids, others))
+        shares = others.float() / others.sum(-1, keepdim=True).clamp(min=1)
+        return Knowledge(kept=Draws(ids, shares.log()))
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
-        """Yield the answers to every micro-batch."""
         return map(self, batches)
 
     def prefetch(self) -> None:
@@ -243,11 +246,6 @@ class CachedTeacher:
         self._shards.clear()
 
 
-def _draws(ids: Tensor, counts: Tensor) -> Draws:
-    shares = counts.float() / counts.sum(-1, keepdim=True).clamp(min=1)
-    return Draws(ids, shares.log())
-
-
 def _verify(folder: Path, shards: Sequence[AnswerShard]) -> None:
     for shard in shards:
         damage = damage_of(folder / shard.name, shard.files)
@@ -256,9 +254,3 @@ def _verify(folder: Path, shards: Sequence[AnswerShard]) -> None:
                 f"{folder / shard.name} is damaged: {damage}; launch/cache_teacher.py --config F "
                 "computes its rows again"
             )
-
-
-def _opened(folder: Path, shard: AnswerShard) -> dict[str, Any]:
-    return {
-        name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in shard.files
-    }

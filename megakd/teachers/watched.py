@@ -41,21 +41,14 @@ class WatchedTeacher:
         return read
 
     def prefetch(self) -> None:
-        """Call `prefetch` of the teacher."""
         self._teacher.prefetch()
 
     def evict(self) -> None:
-        """Call `evict` of the teacher."""
         self._teacher.evict()
 
 
 def failed_teachers(teachers: Mapping[str, object], device: torch.device) -> list[str]:
-    """Return the teachers with an answer that was not finite on any rank; a collective.
-
-    Args:
-        teachers: teachers of a stage, by name; a teacher that is not watched has not failed.
-        device: device of the flags.
-    """
+    """Return the watched teachers with an answer that was not finite on any rank; a collective."""
     if not teachers:
         return []
     notes = [getattr(teacher, "failed", None) for teacher in teachers.values()]

@@ -22,7 +22,7 @@ from megakd.data.splits import Splits, load_splits
 from megakd.data.step_layout import StepLayout, StepShape, collate_step
 from megakd.data.token_tables import PackedRow
 from megakd.errors import DataError
-from megakd.rollouts.text_rows import Prompts
+from megakd.rollouts.prompts import Prompts
 
 NAMES = ("math", "code")
 MATH, CODE = map(teacher_number, NAMES)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megakd.contract.batch import IGNORE
 from megakd.contract.completions import Completion, Rollout
 from megakd.errors import DataError
-from megakd.rollouts.text_rows import Prompts, columns_of_rows, rollout_row
+from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
 
 _tokens = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
 

@@ -8,7 +8,7 @@ import pytest
 
 from megakd.config.rollout import GenerationConfig
 from megakd.errors import ConfigError
-from megakd.scoring.answers import answer_of, matcher
+from megakd.rollouts.text_evaluation import answer_of, matcher
 
 GSM8K = r"#### (.+)"
 

@@ -20,8 +20,8 @@ from megakd.data.step_layout import StepLayout, StepShape
 from megakd.engine import activity, collectives
 from megakd.rollouts import batches as rollout_source
 from megakd.rollouts.batches import RolloutSource, StepRows
+from megakd.rollouts.prompts import TrainingRow
 from megakd.rollouts.store import RolloutStore, read_rollouts
-from megakd.rollouts.text_rows import TrainingRow
 from megakd.training.checkpoint import oldest_step
 
 ROWS = 4

@@ -13,8 +13,8 @@ from datasets import Dataset
 from megakd.config.rollout import GenerationConfig, SamplingConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.completions import Completion, Sampling
+from megakd.rollouts.prompts import Prompts
 from megakd.rollouts.text_evaluation import TextEvaluation, distinct_pairs
-from megakd.rollouts.text_rows import Prompts
 
 LETTERS = " abcdefgh"
 
