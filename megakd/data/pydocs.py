@@ -81,34 +81,21 @@ BLOCKS = ("body", "orelse", "finalbody", "handlers")
 ROWS_FILE = "{split}.arrow"
 ABOUT_FILE = "about.json"
 
-Labelled = tuple[str, str]
-"""(package, text)"""
-
 
 def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | None = None) -> Found:
     """Return the rows of the view for the task type.
 
-    Args:
-        roots: folders to search for modules; None searches the folders of this interpreter.
+    Modules are looked for below `roots`, by default in the folders of this interpreter.
     """
     _check(task)
     view = VIEW_OF[task.type]
     files = source_files(roots if roots is not None else source_roots())
     key = key_of(VERSION, [(f.name, f.size, f.modified_ns) for f in files])[:32]
-    corpus = cache_dir / "pydocs" / f"{key}-docstrings"
-
-    def write_view(fresh: Path) -> None:
-        cached_folder(corpus, partial(_write_corpus, files))
-        _write_view(view, _read_corpus(corpus), fresh)
-
-    folder = cached_folder(cache_dir / "pydocs" / f"{key}-{view}", write_view)
+    folder = cached_folder(cache_dir / "pydocs" / key, partial(_write_views, files)) / view
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-    if about["missing"]:
-        logger.warning(
-            "pydocs: %s not found on this machine; the classes are the other packages",
-            ", ".join(about["missing"]),
-        )
     names = tuple(about["label_names"])
+    if view == "classification":
+        _check_classes(names)
     return Found(
         name="pydocs",
         splits={split: read_rows(folder / ROWS_FILE.format(split=split)) for split in SPLIT_NAMES},
@@ -116,6 +103,19 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
         metrics=("accuracy",) if view == "classification" else ("perplexity",),
         source_hash=about["sha256"],
     )
+
+
+def _check_classes(names: Sequence[str]) -> None:
+    if len(names) < 2:
+        raise DataError(
+            f"pydocs: only {len(names)} of its packages ({', '.join(PACKAGES)}) have docstrings on "
+            "this machine; classification needs at least 2"
+        )
+    if missing := [name for name in PACKAGES if name not in names]:
+        logger.warning(
+            "pydocs: %s not found on this machine; the classes are the other packages",
+            ", ".join(missing),
+        )
 
 
 def first_sentence(docstring: str) -> str:
@@ -130,12 +130,12 @@ def masked(text: str) -> str:
     return NAMED.sub(MASK, text)
 
 
-def classification_rows(corpus: Iterable[Labelled]) -> list[Labelled]:
-    """Return (package, masked first sentence) of each unique text.
+def classification_rows(corpus: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return (package, masked first sentence) of each unique text of (package, docstring).
 
     Texts that occur in two packages are left out.
     """
-    owners: dict[str, Labelled] = {}
+    owners: dict[str, tuple[str, str]] = {}
     shared: set[str] = set()
     for package, docstring in corpus:
         if package not in PACKAGES:
@@ -176,67 +176,38 @@ def _check(task: TaskConfig) -> None:
         )
 
 
-def _write_corpus(files: Sequence[SourceFile], folder: Path) -> None:
+def _write_views(files: Sequence[SourceFile], folder: Path) -> None:
     logger.info("building the corpus pydocs from %d modules (under a minute, once)", len(files))
-    unreadable = 0
-
-    def rows() -> Iterator[dict[str, object]]:
-        nonlocal unreadable
-        for docstring in read_docstrings(files):
-            if docstring is None:
-                unreadable += 1
-            else:
-                yield {"package": docstring.package, "text": docstring.text}
-
-    features = Features({"package": Value("string"), "text": Value("string")})
-    write_rows(rows(), features, folder / "docstrings.arrow")
-    if unreadable:
+    docstrings = list(read_docstrings(files))
+    corpus = [docstring for docstring in docstrings if docstring is not None]
+    if unreadable := len(docstrings) - len(corpus):
         logger.info("pydocs: %d modules could not be parsed and were left out", unreadable)
+    texts = dict.fromkeys(text for _, text in corpus)
+    _write_view("text", [("", text) for text in texts], ("",), folder / "text")
+    rows = classification_rows(corpus)
+    counts = Counter(package for package, _ in rows)
+    names = tuple(name for name in PACKAGES if counts[name] >= FEWEST_ROWS_PER_CLASS)
+    _write_view("classification", rows, names, folder / "classification")
 
 
-def _read_corpus(folder: Path) -> Iterator[Labelled]:
-    for batch in read_rows(folder / "docstrings.arrow").iter(batch_size=1000):
-        columns: Mapping[str, list[str]] = batch  # pyright: ignore[reportAssignmentType]
-        yield from zip(columns["package"], columns["text"], strict=True)
-
-
-def _write_view(view: str, corpus: Iterable[Labelled], folder: Path) -> None:
-    if view == "classification":
-        rows = classification_rows(corpus)
-        names = _label_names(rows)
-    else:
-        rows = [("", text) for text in dict.fromkeys(text for _, text in corpus)]
-        names = ("",)
-    numbers = {name: number for number, name in enumerate(names)}
+def _write_view(
+    view: str, rows: Iterable[tuple[str, str]], names: Sequence[str], folder: Path
+) -> None:
+    folder.mkdir()
     features = Features({"text": Value("string")})
     if view == "classification":
         features["label"] = Value("int64")
     digest = hashlib.sha256()
     parts: dict[SplitName, list[dict[str, object]]] = {split: [] for split in SPLIT_NAMES}
     for package, text in rows:
-        if package in numbers:
+        if package in names:
             split = split_of(text, view)
             digest.update(json.dumps([split, package, text]).encode())
-            parts[split].append({"text": text, "label": numbers[package]})
+            parts[split].append({"text": text, "label": names.index(package)})
     for split, part in parts.items():
         write_rows(part, features, folder / ROWS_FILE.format(split=split))
-    about = {
-        "label_names": [name for name in names if name],
-        "missing": [name for name in PACKAGES if view == "classification" and name not in names],
-        "sha256": digest.hexdigest(),
-    }
+    about = {"label_names": [*filter(None, names)], "sha256": digest.hexdigest()}
     write_json(folder / ABOUT_FILE, about)
-
-
-def _label_names(rows: Sequence[Labelled]) -> tuple[str, ...]:
-    counts = Counter(package for package, _ in rows)
-    names = tuple(name for name in PACKAGES if counts[name] >= FEWEST_ROWS_PER_CLASS)
-    if len(names) < 2:
-        raise DataError(
-            f"pydocs: only {len(names)} of its packages ({', '.join(PACKAGES)}) have docstrings on "
-            "this machine; classification needs at least 2"
-        )
-    return names
 
 
 class SourceFile(NamedTuple):
