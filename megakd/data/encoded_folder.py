@@ -52,6 +52,8 @@ FORMAT = 1
 MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer"
 # Keys of `task` on which the rows do not depend, or which have facts of their own.
 _FREE = ("encoded", "tokenizer", "mlm_probability", "streaming", "chat_template", "end_tokens")
+# Fields of `Splits` that the manifest keeps.
+_KEPT = ("label_names", "metrics", "content_hash", "sets_hash", "is_cut")
 Record = Mapping[str, Any]
 TEXTS_PER_SHARD = 100_000
 
@@ -257,11 +259,7 @@ def write_encoded(
                 "facts": facts,
                 "keys": keys,
                 "shards": progress.shards,
-                "label_names": splits.label_names,
-                "metrics": splits.metrics,
-                "content_hash": splits.content_hash,
-                "sets_hash": splits.sets_hash,
-                "is_cut": splits.is_cut,
+                **{name: getattr(splits, name) for name in _KEPT},
             },
         )
         progress.path.unlink()

@@ -10,22 +10,18 @@ Shapes: B rows of a micro-batch, T positions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch, Extras, Targets
 from megakd.data.splitmix import row_keys, uniform
 from megakd.data.words import WORD_STARTS
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
 
 DEFAULT_PROBABILITY = 0.15
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1

@@ -7,7 +7,8 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import sentencepiece
 from tokenizers import (
@@ -23,9 +24,6 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
 
 logger = logging.getLogger(__name__)
 # Part of every key: increase this number when the trained tokenizers would differ.

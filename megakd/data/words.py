@@ -7,15 +7,12 @@ The second rule is for tokenizers that do not cut texts at white space before th
 from __future__ import annotations
 
 import unicodedata
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+
+from tokenizers import Encoding
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from megakd.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from tokenizers import Encoding
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 WORD_STARTS = "word_starts"
 """Column of encoded rows: by token, the position in the row of the first token of its word."""

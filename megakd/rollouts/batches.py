@@ -8,34 +8,30 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megakd.config.rollout import rollout_block
+from megakd.config.rollout import RolloutConfig, RowSource, rollout_block
+from megakd.contract.batch import Batch
 from megakd.contract.completions import (
     DISTINCT,
     TOKENS_PER_TEXT,
     TRUNCATED,
+    Generator,
     RemoteGenerator,
+    RequestedTexts,
     Rollout,
+    Sampling,
 )
-from megakd.data.step_layout import StepLayout, collate_step
+from megakd.data.loader import RowOrder
+from megakd.data.step_layout import Collate, StepLayout, collate_step
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
-from megakd.rollouts.prompts import columns_of_rows, rollout_row
+from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
+from megakd.rollouts.store import RolloutStore
 from megakd.rollouts.text_evaluation import distinct_pairs
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from megakd.config.rollout import RolloutConfig, RowSource
-    from megakd.contract.batch import Batch
-    from megakd.contract.completions import Generator, RequestedTexts, Sampling
-    from megakd.data.loader import RowOrder
-    from megakd.data.step_layout import Collate
-    from megakd.rollouts.prompts import Prompts
-    from megakd.rollouts.store import RolloutStore
 
 _SOURCES: tuple[RowSource, ...] = ("rollout", "replay", "data")
 _DRAW, _REPLAY = 1, 2

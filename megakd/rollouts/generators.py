@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import on_main, together
+from megakd.engine.student import StudentEngine
 from megakd.engine.whole_model import whole_model
 from megakd.errors import DataError
 from megakd.models.generation import complete, generation_config_of, listed_ends
+from megakd.models.source import ModelSource
 from megakd.rollouts.store import read_rollouts, read_text, text_offsets
 from megakd.teachers.frozen import FrozenTeacher
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from numpy.typing import NDArray
-    from torch import nn
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-
-    from megakd.engine.student import StudentEngine
-    from megakd.models.source import ModelSource
 
 
 class LocalGenerator:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
 
+from megakd.config.rollout import GenerationConfig, RolloutConfig
+from megakd.config.run import RunConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.batch import ROUTE
+from megakd.contract.completions import Rollout
 from megakd.data.chat.tokens import PROMPT_LENGTH
+from megakd.data.encoding import Encoded
 from megakd.data.loader import lengths_of_rows, prompt_lengths, rows_with_targets
 from megakd.errors import ConfigError, DataError
 from megakd.models.architecture import context_length
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from numpy.typing import NDArray
-
-    from megakd.config.rollout import GenerationConfig, RolloutConfig
-    from megakd.config.run import RunConfig
-    from megakd.contract.completions import Rollout
-    from megakd.data.encoding import Encoded
-    from megakd.models.source import ModelSource
+from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 

@@ -7,34 +7,27 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from megakd.contract.batch import IGNORE
-from megakd.contract.completions import Completion, Rollout
+from megakd.config.rollout import GenerationConfig
+from megakd.contract.batch import IGNORE, Batch, LossInputs
+from megakd.contract.completions import Completion, Generator, Rollout
+from megakd.contract.stage import MeanLosses, Pass
 from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, file_of_step
 from megakd.data.step_layout import StepLayout, StepShape, collate_step
 from megakd.engine.collectives import all_reduce_, gather, on_main
+from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.errors import ConfigError
 from megakd.losses.text_statistics import ENTROPY, KL, TEACHER_ENTROPY, TOKENS, sums_by_group
-from megakd.rollouts.prompts import columns_of_rows, rollout_row
+from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
+from megakd.scoring.scorer import Scorer
 from megakd.storage.atomic import json_text, write_text
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.rollout import GenerationConfig
-    from megakd.contract.batch import Batch, LossInputs
-    from megakd.contract.completions import Generator
-    from megakd.contract.stage import MeanLosses, Pass
-    from megakd.engine.distributed import Ranks
-    from megakd.rollouts.prompts import Prompts
-    from megakd.scoring.scorer import Scorer
 
 Match = Callable[[str, str], bool]
 """Function from a generated text and the text of the data to whether their answers are equal."""

@@ -7,27 +7,22 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
+from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.metric import Metric
 from megakd.contract.plugins import metric_of
-from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS
+from megakd.contract.results import ClassReport
+from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS, TaskType
 from megakd.errors import ConfigError, DataError, TrainingError, suggestion
 from megakd.scoring.scores import headline
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from megakd.config.run import EvalConfig
-    from megakd.contract.results import ClassReport
-    from megakd.contract.tasks import TaskType
-
-    Numbers = NDArray[np.float64]
-
+Numbers = NDArray[np.float64]
 logger = logging.getLogger(__name__)
 LOSS = "loss"
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from megakd.contract.completions import DISTINCT, TOKENS_PER_TEXT, TRUNCATED
-
-if TYPE_CHECKING:
-    from megakd.contract.results import WarningReport
+from megakd.contract.results import WarningReport
 
 WINDOW = 6
 """Number of the last evaluations, or of the last logged values of rollouts, that are compared."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from megakd.contract.metric import WHOLE, Metric, lower_is_better
 from megakd.contract.stage import Scores
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Evaluation(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +21,7 @@ from megakd.models.knowledge import (
     predict,
     read_knowledge,
 )
-
-if TYPE_CHECKING:
-    from megakd.models.next_tokens import TokenCounts
+from megakd.models.next_tokens import TokenCounts, drawn, most_likely
 
 
 class FrozenModel(nn.Module):
@@ -59,12 +57,8 @@ class FrozenModel(nn.Module):
         `numbers` are the random numbers of the draws.
         """
         if top_k is not None:
-            from megakd.models.next_tokens import most_likely
-
             return most_likely(self.model, batch, top_k)
         if numbers is not None:
-            from megakd.models.next_tokens import drawn
-
             return drawn(self.model, batch, numbers)
         if scoring:
             said = predict(self.model, batch, self.kernels)

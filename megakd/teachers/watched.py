@@ -6,17 +6,13 @@ The error message can then name the teacher instead of the learning rate as the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from megakd.contract.batch import Batch, Knowledge
+from megakd.contract.stage import Teacher
 from megakd.engine.collectives import all_reduce_
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from megakd.contract.batch import Batch, Knowledge
-    from megakd.contract.stage import Teacher
 
 
 class WatchedTeacher:

@@ -12,28 +12,24 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROUTE
 from megakd.data.arrow import PLACE
 from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation
-from megakd.data.chat.counts import ChatCounts
+from megakd.data.chat.counts import ChatCounts, CountsByName
 from megakd.data.chat.template import ChatTemplate, Rendered, without_reasoning
 from megakd.data.token_tables import document_ends, numbers_of, plain_encoding
 from megakd.errors import DataError
 from megakd.process.workers import in_processes, processes_for
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
-    from megakd.data.chat.counts import CountsByName
 
 # Part of the key of encoded rows: increase this number when the encoded rows would differ.
 VERSION = 3
