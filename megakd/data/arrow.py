@@ -162,8 +162,7 @@ def _rows_key(rows: Dataset) -> str:
 def longest_of(lengths: NDArray | Mapping[int, int], share: float = 1.0) -> int:
     """Return the smallest length that this share of the rows does not exceed; 0 without rows.
 
-    Args:
-        lengths: the length of each row, or the number of rows by length.
+    `lengths` holds the length of each row, or the number of rows by length.
     """
     if isinstance(lengths, Mapping):
         lengths = np.repeat(list(lengths), list(lengths.values()))

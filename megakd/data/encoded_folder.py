@@ -61,8 +61,7 @@ TEXTS_PER_SHARD = 100_000
 def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Fingerprint:
     """Return what the rows of a folder depend on, besides the texts.
 
-    Args:
-        seed: seed of the run; a fact only if it chooses labels to keep or rows of a mixture.
+    The seed is a fact only if it chooses labels to keep or rows of a mixture.
     """
     facts: dict[str, Any] = {
         "format": FORMAT,
@@ -128,11 +127,7 @@ def open_splits(folder: Path) -> Splits:
 def as_encoded(
     folder: Path, splits: Splits, tokenizer: PreTrainedTokenizerBase, facts: Fingerprint
 ) -> Encoded:
-    """Return the rows of `open_splits` as the encoded rows of a run.
-
-    Raises:
-        DataError: the rows were encoded with another tokenizer or with other settings.
-    """
+    """Return the rows of `open_splits` as the encoded rows of a run, if they have its facts."""
     manifest = read_manifest(folder)
     differing = differences(manifest["facts"], facts)
     if differing:
@@ -229,13 +224,7 @@ def write_encoded(
 ) -> None:
     """Encode all rows of a run into a folder, or go on where an earlier call was stopped.
 
-    Args:
-        folder: a folder that does not exist, is empty, or was begun by an earlier call.
-        tokenizer: the tokenizer, which is saved in the folder.
-
-    Raises:
-        DataError: the folder holds data of other settings or texts, cannot be written, or the
-            texts have no tokens.
+    The tokenizer is saved in the folder too.
     """
     rows = _rows_of(splits)
     check_room_for_text(splits.train, tokenizer, task)

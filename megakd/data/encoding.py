@@ -93,11 +93,9 @@ def encode_splits(
 ) -> Encoded:
     """Encode all splits except a stream, or reuse the result of an earlier call with equal content.
 
-    Args:
-        cache_dir: folder for the arrow files, which are written whole or not at all into a
-            subfolder named by a content key. Ranks may call this function at the same time, but it
-            is cheaper to let one rank run first.
-        with_train: whether the training rows are encoded; otherwise `train` is empty.
+    The arrow files are written whole or not at all into a subfolder of `cache_dir` that is named by
+    a content key, with the tokenizer's content in it. Ranks may call this function at the same
+    time, but it is cheaper to let one rank run first. Without `with_train`, `train` is empty.
     """
     train = splits.train if splits.stream is None and with_train else None
     named = {"train": train, "validation": splits.validation, "test": splits.test}
@@ -180,9 +178,7 @@ def tables_of(
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded rows of any kind, and no table if there are no tokens.
 
-    Args:
-        name: name of conversations in messages and in `counts`.
-        counts: filled with the numbers of conversations while the tables are read.
+    `counts` gets the numbers of conversations, under `name`, while the tables are read.
     """
     if is_chat(rows):
         encoder = ChatEncoder(tokenizer, task, bad=bad)
@@ -216,11 +212,7 @@ def cached_tables(
     cache_dir: Path,
     counts: Mapping[str, ChatCounts] = MappingProxyType({}),
 ) -> dict[str, Dataset]:
-    """Return encoded rows by name, memory-mapped.
-
-    Args:
-        tables: the tables of each file; only read if the folder of the key does not exist.
-    """
+    """Return encoded rows by name, memory-mapped; `tables` are read if the key has no folder."""
 
     def build(folder: Path) -> None:
         logger.info("encoding the rows of %s", ", ".join(tables))
@@ -303,10 +295,7 @@ def encoded_key(
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a sha256 of everything that determines the tokens of a text.
-
-    The hash is the same in every process.
-    """
+    """Return a sha256 of all that determines the tokens of a text, the same in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: Any = _saved_files(tokenizer)

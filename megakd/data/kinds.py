@@ -59,11 +59,7 @@ class RowKind:
     def of(
         task: TaskConfig, table: Table, classes: Classes | None = None, *, as_chat: bool = False
     ) -> RowKind:
-        """Return the kind of the rows of a table.
-
-        Args:
-            as_chat: whether documents are read as conversations without a prompt.
-        """
+        """Return the kind of the rows; `as_chat` makes documents conversations without a prompt."""
         chat = chat_columns(table, task)
         if chat is None and as_chat:
             chat = ChatColumns(text=_text_columns(table, task))

@@ -35,12 +35,9 @@ class OtherReading(Protocol):
     def __call__(
         self, rows: object, numbers: NDArray[np.int64], *, size: int, seed: int, draw: int
     ) -> Batch:
-        """Return the micro-batch of another model.
+        """Return the micro-batch of `size` rows, dummy rows last, of another model.
 
-        Args:
-            numbers: numbers of the rows in the data set.
-            size: number of rows of the micro-batch; dummy rows come last.
-            draw: number of the pass over the data.
+        `numbers` are those of the rows in the data set, `draw` is that of the pass over the data.
         """
         ...
 

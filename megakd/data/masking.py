@@ -96,15 +96,10 @@ class Masking:
     def __call__(
         self, batch: Batch, rows: NDArray[np.int64], *, seed: int, draw: int | NDArray[np.int64]
     ) -> Batch:
-        """Return the batch with masked `input_ids`, and with `labels` [B, T] and `targets`.
+        """Return the batch, on the CPU, with masked `input_ids`, `labels` [B, T] and `targets`.
 
-        Args:
-            batch: batch on the CPU, which is not changed. If its `inputs` have `word_starts`
-                [B, T], all tokens of a word are chosen together; see `words`.
-            rows: numbers of the batch's rows in the data set, at least 0; further rows are dummy
-                rows.
-            seed: seed of the run.
-            draw: number of the mask to use for a row, such as the epoch, for all rows or by row.
+        If its `inputs` have `word_starts` [B, T], all tokens of a word are chosen together; see
+        `words`. `rows` and `draw`: see `splitmix.row_keys`.
         """
         ids = batch.inputs["input_ids"].numpy()  # [B, T]
         real = batch.valid.numpy()

@@ -278,9 +278,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 def read_jsonl(path: Path, *, digest: Digest | None = None) -> Table:
     """Read a file with one JSON object (or one string) per line.
 
-    Args:
-        digest: function that returns the hash of a large file, whose columns are then the keys of
-            its first row with keys. None: sha256, and the keys of all rows.
+    A large file has a `digest` of its own, and the keys of its first row with keys as columns.
     """
     read = partial(_jsonl_records, path)
     if digest is None:
@@ -418,9 +416,7 @@ def _listed_records(name: str, rows: list[object]) -> Iterator[Record]:
 def read_documents(paths: Sequence[Path], name: str, *, to_be_split: bool) -> Table:
     """Return the texts of files as rows of a table.
 
-    Args:
-        to_be_split: whether a held-out split will be cut from the files, so that small files need
-            shorter pieces.
+    Small files from which a held-out split will be cut (`to_be_split`) need shorter pieces.
     """
     size = 0
     for path in paths:
@@ -443,13 +439,10 @@ def documents_of(paths: Sequence[Path], length: int = PIECE_CHARACTERS) -> Itera
 
 
 def pieces(lines: Iterator[str], length: int) -> Iterator[tuple[int, str]]:
-    """Cut lines into pieces of at least `length` characters.
+    """Yield number of the first line and text of pieces of at least `length` characters.
 
     A piece ends at the first blank line after `length` characters, or at the first end of a line
     after twice as many characters.
-
-    Yields:
-        Number of the first line, and text of the piece.
     """
     held: list[str] = []
     characters, first = 0, 1

@@ -27,11 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class RoutedSource:
-    """The batches of a stage, in which `Extras.others` has the part of each teacher.
-
-    Args:
-        source: the batches; rows with a token have `routes`.
-    """
+    """The batches of a stage, in which `Extras.others` has the part of each teacher."""
 
     def __init__(self, source: BatchSource, teachers: Sequence[str]) -> None:
         self._source = source
@@ -60,10 +56,8 @@ def with_parts(batch: Batch, numbers: Mapping[str, int]) -> Batch:
     """Return a micro-batch with the part of every teacher in `others`.
 
     The part of a teacher has the positions of the rows that name this teacher. A teacher without
-    rows has a part with a blank row, so that all ranks ask the same teachers.
-
-    Args:
-        batch: a micro-batch on the CPU; without `routes`, no position is valid.
+    rows has a part with a blank row, so that all ranks ask the same teachers. The batch is on the
+    CPU; without `routes`, no position is valid.
     """
     if batch.extras.second is not None or batch.extras.others:
         raise TypeError("rows that name their teachers cannot be read with a second vocabulary")
@@ -202,11 +196,7 @@ def names_of(rows: Dataset) -> NDArray[np.str_]:
 
 
 def check_routes(rows: Dataset, teachers: Sequence[str]) -> None:
-    """Check that the training rows name the teachers of the config, and log the numbers of rows.
-
-    Raises:
-        DataError: a row names an unknown teacher, or no row names one of the teachers.
-    """
+    """Check that the training rows name all teachers and no other, and log their numbers."""
     names = names_of(rows)
     counts = Counter(names.tolist())
     for name in counts:

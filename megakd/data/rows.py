@@ -193,9 +193,7 @@ def rows_of(
 ) -> Dataset:
     """Return the rows of a table, memory-mapped; they are written when they are first asked for.
 
-    Args:
-        source: the source of a mixture, for the column `source`; None: no such column.
-        teacher: where the teachers of the rows come from, for the column `route`; None: no column.
+    The source of a mixture gives them a column `source`, and a teacher a column `route`.
     """
     classes = kind.classes and (kind.classes.names, kind.classes.numbered)
     read = (kind.type, kind.is_chat, kind.fields, classes)

@@ -19,11 +19,9 @@ def row_keys(
 ) -> NDArray[np.uint64]:
     """Return the keys [B] of the streams of a micro-batch's rows.
 
-    Args:
-        draw: number of the draw, such as the epoch, for all rows or by row.
-        rows: numbers of the rows, at least 0; further rows are dummy rows, which have keys that
-            nothing may depend on.
-        domain: purpose of the numbers; the streams of two purposes are independent.
+    `draw` is the number of the draw, such as the epoch, for all rows or by row. `rows` are numbers
+    of at least 0; further rows, up to `size`, are dummy rows, on whose keys nothing may depend. The
+    streams of two domains are independent.
     """
     parts = np.zeros((3, size), dtype=np.uint64)
     parts[0] = seed

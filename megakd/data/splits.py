@@ -65,9 +65,7 @@ class Splits(NamedTuple):
 def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     """Return the rows of the task's data, with the labels and held-out rows that the task keeps.
 
-    Args:
-        seed: seed of the run; used only to choose the labels that `task.labelled_examples` keeps,
-            and the rows of a mixture.
+    The seed chooses the labels of `task.labelled_examples` and the rows of a mixture alone.
     """
     if task.type in LANGUAGE_TASKS and task.labelled_examples is not None:
         raise ConfigError(f"task.labelled_examples: {task.type} has no labels; remove the key")

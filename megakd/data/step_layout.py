@@ -44,10 +44,9 @@ class StepShape(NamedTuple):
 
     @staticmethod
     def of_batch(batch_size: int, most: int, *, rank: int, world: int) -> StepShape:
-        """Return the shape that splits a global batch evenly into micro-batches of `most` rows.
+        """Return the shape that splits a global batch evenly into micro-batches.
 
-        Micro-batches have at most `most` rows. The last row of the last micro-batches may be a
-        dummy row.
+        They have at most `most` rows, of which the last may be a dummy row.
         """
         accumulation = -(-batch_size // (most * world))
         return StepShape(-(-batch_size // (accumulation * world)), accumulation, rank, world)
@@ -62,10 +61,7 @@ class StepShape(NamedTuple):
         return self.per_device * self.accumulation * self.world
 
     def most_rows(self, rows: int) -> int:
-        """Return the rows of a micro-batch if a step has at most `rows` rows.
-
-        Small data sets need fewer dummy rows this way.
-        """
+        """Return the rows of a micro-batch if a step has at most `rows`, to save dummy rows."""
         return min(self.per_device, -(-rows // (self.accumulation * self.world)))
 
     def steps_per_epoch(self, rows: int) -> int:
@@ -87,8 +83,7 @@ class StepLayout(NamedTuple):
     def micro_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Return the numbers of the rows in every micro-batch of this rank, equally many per rank.
 
-        Args:
-            lengths: [N] tokens of every row of the step, which are the same on all ranks.
+        `lengths` [N], the tokens of every row of the step, are the same on all ranks.
         """
         shape = self.shape
         if self.tokens_per_rank is not None:
@@ -110,9 +105,8 @@ class StepLayout(NamedTuple):
 def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Batch, ...]:
     """Return this rank's micro-batches of a step.
 
-    Args:
-        rows: an arrow table or a mapping of columns with ALL rows of the step, in order, the same
-            on all ranks. A column `is_rollout` (one bool per row) fills `Extras.is_rollout`.
+    `rows` is an arrow table or a mapping of columns with ALL rows of the step, in order, the same
+    on all ranks. A column `is_rollout` (one bool per row) fills `Extras.is_rollout`.
     """
     lengths = row_lengths(rows)
     size = layout.shape.most_rows(len(lengths))
@@ -135,11 +129,9 @@ def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Ba
 def micro_batch(
     rows: object, count: int, layout: StepLayout, collate: Collate, *, size: int
 ) -> Batch:
-    """Return one micro-batch, packed if the layout says so.
+    """Return one micro-batch of `count` rows, packed if the layout says so.
 
-    Args:
-        count: number of the rows; 0 gives a micro-batch in which nothing is valid.
-        size: number of rows with dummy rows, which packed rows do not need.
+    Other micro-batches have dummy rows up to `size`. Without rows, nothing is valid.
     """
     if layout.tokens_per_rank is None:
         return collate(rows, dummy_rows=size - count)

@@ -30,11 +30,7 @@ SAMPLED_BYTES = 1 << 16
 
 
 def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Found:
-    """Return a stream of local files, and the rows of the held-out files.
-
-    Raises:
-        ConfigError: there are no validation files, and `task.max_eval_examples` is not set.
-    """
+    """Return a stream of local files, and the rows of the held-out files."""
     paths, key = split_files(task)
     stream = file_stream(paths.pop("train"), task, key=key.format(split="train"))
     return _found(stream, tables_of_files(paths, key), task, cache_dir=cache_dir)

@@ -217,10 +217,9 @@ class PackedRow(NamedTuple):
 
 
 class Packer:
-    """Rows under construction; a document that does not fit continues in the next row.
+    """Rows under construction, from an unfinished row on; see `rest`.
 
-    Args:
-        begun: an unfinished row, see `rest`.
+    A document that does not fit continues in the next row.
     """
 
     def __init__(self, length: int, begun: PackedRow | None = None) -> None:
@@ -261,11 +260,7 @@ class Packer:
 
 
 def pack(documents: Iterable[ArrayLike], length: int) -> Iterator[PackedRow]:
-    """Pack documents in their order.
-
-    Yields:
-        Full rows, then a shorter row with the remaining tokens.
-    """
+    """Yield documents packed in their order: full rows, then a shorter row with the rest."""
     packer = Packer(length)
     for document in documents:
         yield from packer.add(document)

@@ -111,11 +111,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer of all data and all models of a run.
 
-    Args:
-        task: `tokenizer` is a folder, a Hub id, a recipe or None. None takes the tokenizer of the
-            first of `model_folders` that has one. If there is none, a tokenizer of at most 8000
-            tokens is trained on the training text (WordPiece for encoders, byte-level BPE for
-            causal_lm).
+    Without `task.tokenizer` it is that of the first of `model_folders` that has one. If there is
+    none, a tokenizer of at most 8000 tokens is trained on the training text (WordPiece for
+    encoders, byte-level BPE for causal_lm).
     """
     tokenizer, origin = _resolved(task, splits, model_folders, cache_dir)
     if tokenizer.pad_token_id is None:
@@ -196,12 +194,7 @@ def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
 
 
 def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a folder.
-
-    Raises:
-        DataError: the files cannot be read.
-        ModelError: megakd wrote the folder, and a file was changed.
-    """
+    """Read the tokenizer of a folder, unless megakd wrote it and a file was changed."""
     # Weights are verified when they are loaded.
     check_given(folder, "task.tokenizer", wanted=lambda name: not name.endswith(".safetensors"))
     try:
@@ -392,12 +385,10 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def characters_of_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return the number of characters of every token, without white space.
+    """Return [V] int64 the number of characters of every token, without white space.
 
-    A special token has none. A token of bytes counts the characters that begin in the token.
-
-    Returns:
-        [V] int64, where V is the largest token number plus 1.
+    A special token has none. A token of bytes counts the characters that begin in the token. V is
+    the largest token number plus 1.
     """
     tokens = tokenizer.get_vocab()
     counts = torch.zeros(max(tokens.values()) + 1, dtype=torch.long)

@@ -121,10 +121,8 @@ def line_chart(
 ) -> Chart:
     """Return a chart of lines, each with at least one point, over the steps of training.
 
-    Args:
-        unit: unit of the values; with a per cent sign, fractions are shown as percentages.
-        may_be_log: whether a wide range of values gets a logarithmic scale.
-        bounds: values that the y axis always contains.
+    With a per cent sign in `unit`, fractions are shown as percentages. A wide range may get a
+    logarithmic scale (`may_be_log`). The y axis always contains `bounds`.
     """
     xs, ys = ([point[axis] for line in lines for point in line.points] for axis in (0, 1))
     ys = [*ys, *bounds]

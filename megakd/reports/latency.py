@@ -55,15 +55,9 @@ def measure_latencies(
 
     The order of the models rotates, because a forward depends on the caches that the previous
     forward filled. All models are in memory at once. A causal LM computes the logits of the last
-    position, as it does before it generates.
-
-    Args:
-        models: models by name; a loaded model stays on its device, a Hugging Face folder is loaded.
-        device: device for models that are loaded from a folder; None means the CPU.
-        dtype: dtype for these models; None means the stored dtype.
-
-    Returns:
-        The forwards and then the generation of each batch, in the order of `models`.
+    position, as it does before it generates. Models in a Hugging Face folder are loaded, by default
+    on the CPU and in their stored dtype. The result has the forwards and then the generation of
+    each batch, in the order of `models`.
     """
     generated = min(work.generate, work.length - 1)
     with ExitStack() as stack:

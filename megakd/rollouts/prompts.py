@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.run import RunConfig
-from megakd.contract.batch import IGNORE
-from megakd.contract.batch import ROUTE
+from megakd.contract.batch import IGNORE, ROUTE
 from megakd.contract.completions import Rollout
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.encoding import Encoded

@@ -108,11 +108,9 @@ def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
 def language_model_metrics(sums: Tensor) -> dict[str, float]:
     """Return the loss in nats per target, its perplexity, and the share of correct targets.
 
-    The loss in nats per character compares models with different vocabularies.
-
-    Args:
-        sums: [3], see `Predictions.sums`: cross-entropy in nats, correct tokens, targets; or [4],
-            followed by the number of characters of the targets.
+    `sums` [3]: see `Predictions.sums`, cross-entropy in nats, correct tokens, targets; or [4],
+    followed by the characters of the targets: the loss in nats per character compares models with
+    different vocabularies.
     """
     nats, right, targets, *characters = (float(value) for value in sums.tolist())
     if targets == 0:

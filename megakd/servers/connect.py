@@ -70,12 +70,7 @@ class Served(NamedTuple):
 
 
 def check_servers(config: RunConfig, inputs: RunInputs) -> None:
-    """Check the servers of `rollout.server` before any model loads; a collective.
-
-    Raises:
-        ServerError: a server is not there, serves another model or version, has too small a
-            context, or disagrees with itself or with another replica; raised on every rank.
-    """
+    """Check the servers of `rollout.server` before any model loads; a collective."""
     served = _served(config, inputs)
     if served is None:
         return
@@ -198,11 +193,7 @@ class ServerGenerator:
         self._pushed = Pushed()
 
     def update(self, version: int) -> None:
-        """Push the weights that the student has now, once per version; a collective.
-
-        Raises:
-            MegakdError: the weights cannot be pushed; raised on every rank.
-        """
+        """Push the weights that the student has now, once per version; a collective."""
         if self._push is not None and version != self._version:
             self._pushed = self._push.push(version)
             self._version = version

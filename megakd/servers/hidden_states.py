@@ -175,9 +175,8 @@ def read_state_file(
 ) -> dict[str, Tensor]:
     """Wait until the server has written a file, and return its tensors.
 
-    Args:
-        time_limit_s: seconds to wait while the server holds the lock.
-        check_server: function that raises if the server has ended; called while nobody writes.
+    The time limit counts while the server holds the lock. `check_server` raises if the server has
+    ended; it is called while nobody writes.
     """
     began, pause, last_written = time.monotonic(), _FIRST_PAUSE_S, time.monotonic()
     while True:

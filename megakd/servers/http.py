@@ -191,11 +191,8 @@ def numbers_of(tree: Any, key: str, where: str) -> tuple[int, ...]:
 class RunningCalls(Generic[T]):
     """Calls that run in threads of their own, which do not keep the process from ending.
 
-    After the first error no further call is started.
-
-    Args:
-        calls: functions without collectives; they start in this order.
-        at_once: number of calls that run at the same time.
+    They start in order, `at_once` at a time, and contain no collectives. After the first error no
+    further call is started.
     """
 
     def __init__(self, calls: Sequence[Callable[[], T]], *, at_once: int) -> None:

@@ -60,8 +60,7 @@ def start_folder(pushed: Path) -> Path:
 class FullPush:
     """Pushes the whole model by a model folder; adapters are merged into the weights.
 
-    Args:
-        folder: from `start_folder`, in a folder for this run alone that rank 0 and the servers see.
+    The folder is one of `start_folder`, which rank 0 and the servers see.
     """
 
     def __init__(
@@ -70,12 +69,7 @@ class FullPush:
         self._model, self._servers, self._folder = model, servers, folder
 
     def push(self, version: int) -> Pushed:
-        """Give all servers the weights that the student has now; a collective.
-
-        Raises:
-            MegakdError: the folder cannot be written, or a server does not load the weights; raised
-                on every rank.
-        """
+        """Give all servers the weights that the student has now; a collective."""
         target = self._folder / f"version-{version}"
         name = f"{self._folder.name}-{version}"
         learned = Learned.of(self._model, None)
@@ -110,11 +104,7 @@ class FullPush:
 
 
 class AdapterPush:
-    """Pushes the adapters of a student, under a new name for each version.
-
-    Args:
-        keep: number of versions that stay loaded.
-    """
+    """Pushes the adapters of a student, a name per version; `keep` versions stay loaded."""
 
     def __init__(
         self, model: nn.Module, servers: Sequence[VllmServer], folder: Path, *, keep: int

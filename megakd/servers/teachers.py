@@ -109,8 +109,7 @@ class ServedTeacher(ABC, Generic[Said]):
 class TopKTeacher(ServedTeacher["BestTokens"]):
     """A served teacher that answers with its most likely tokens at every position (`TopK`).
 
-    Args:
-        vocabulary: number of tokens of teacher and student; every token is below this number.
+    All tokens are below `vocabulary`, which teacher and student share.
     """
 
     def __init__(
@@ -303,12 +302,7 @@ class StatesAsScores:
 
 
 def check_teacher_servers(config: RunConfig, inputs: RunInputs) -> None:
-    """Check the servers of all teachers before any model loads; a collective.
-
-    Raises:
-        ServerError: a server is not there or serves another model, or the servers disagree with
-            each other or with `server.check_against`; raised on every rank.
-    """
+    """Check the servers of all teachers before any model loads; a collective."""
     for name, spec in config.teacher_specs.items():
         if spec.server is None:
             continue

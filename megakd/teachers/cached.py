@@ -62,10 +62,7 @@ class Layout(NamedTuple):
     tokens_per_row: float
 
     def rows_per_shard(self) -> int:
-        """Return the rows per shard: few, so that a killed process loses little work.
-
-        The limits are `SHARD_ROWS` rows and `SHARD_BYTES` bytes.
-        """
+        """Return the rows per shard: few, so that a killed process loses little work."""
         return max(1, min(SHARD_ROWS, SHARD_BYTES // self.row_bytes))
 
 
@@ -85,10 +82,6 @@ def build_cache(
         asking: context manager that loads the teacher and returns a function from rows and the
             number of the first row to answers; entered only if answers are missing. The answers
             are the same on every rank.
-
-    Raises:
-        TeacherError: the folder holds answers with another fingerprint.
-        MegakdError: the disk is full, or the teacher cannot answer.
     """
     shards = _whole_shards(folder, on_main(lambda: _begun(folder, facts)), ranks)
     _announce(folder, layout, len(rows), sum(shard.rows for shard in shards))
