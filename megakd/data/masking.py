@@ -31,14 +31,6 @@ The other chosen tokens are not changed.
 """
 
 
-class _Numbers(NamedTuple):
-    """Three random numbers in [0, 1) for each position, [B, T] fp64."""
-
-    choice: NDArray[np.float64]
-    fate: NDArray[np.float64]
-    token: NDArray[np.float64]
-
-
 class SecondTokens(NamedTuple):
     """The tokens of a second vocabulary, between the tokens of the first in `input_ids`.
 
@@ -104,12 +96,15 @@ class Masking:
         ids = batch.inputs["input_ids"].numpy()  # [B, T]
         real = batch.valid.numpy()
         maskable = real & ~np.isin(ids, self._special_ids)
-        numbers = _numbers(seed, draw, rows, ids.shape)
-        starts, choice = batch.inputs.get(WORD_STARTS), numbers.choice
+        keys = row_keys(seed, draw, rows, size=len(ids))[:, None]
+        # Three numbers in [0, 1) for each position, [B, T]: whether, how, and by which token.
+        numbers = uniform(keys, np.arange(1, 3 * ids.shape[1] + 1, dtype=np.uint64))
+        choice, fate, token = (numbers[:, part::3] for part in range(3))
+        starts = batch.inputs.get(WORD_STARTS)
         if starts is not None:
             choice = np.take_along_axis(choice, starts.numpy(), axis=1)
         chosen = _chosen(choice, maskable, self._probability)
-        shown = np.where(chosen, self._shown(ids, numbers), ids)
+        shown = np.where(chosen, self._shown(ids, fate, token), ids)
         inputs = {**batch.inputs, "input_ids": torch.from_numpy(shown)}
         inputs.pop(WORD_STARTS, None)
         second = None if self._second is None else self._second.targets(ids, chosen)
@@ -123,13 +118,14 @@ class Masking:
             extras=Extras(second=second, routes=batch.extras.routes),
         )
 
-    def _shown(self, ids: NDArray[np.int64], numbers: _Numbers) -> NDArray[np.int64]:
-        random = _picked(self._vocabulary, numbers.token)
+    def _shown(
+        self, ids: NDArray[np.int64], fate: NDArray[np.float64], token: NDArray[np.float64]
+    ) -> NDArray[np.int64]:
+        random = _picked(self._vocabulary, token)
         if self._second is not None:
-            others = _picked(self._second.vocabulary, numbers.token)
+            others = _picked(self._second.vocabulary, token)
             random = np.where(self._second.contains(ids), others, random)
-        is_masked = numbers.fate < MASKED_SHARE
-        is_random = numbers.fate < MASKED_SHARE + RANDOM_SHARE
+        is_masked, is_random = fate < MASKED_SHARE, fate < MASKED_SHARE + RANDOM_SHARE
         return np.where(is_masked, self._mask_id, np.where(is_random, random, ids))
 
 
@@ -185,14 +181,3 @@ def _chosen(
     """
     lowest = np.where(maskable, choice, np.inf).min(axis=1, keepdims=True)
     return maskable & ((choice < probability) | (choice == lowest))
-
-
-def _numbers(
-    seed: int,
-    draw: int | NDArray[np.int64],
-    rows: NDArray[np.int64],
-    shape: tuple[int, ...],
-) -> _Numbers:
-    keys = row_keys(seed, draw, rows, size=shape[0])[:, None]
-    values = uniform(keys, np.arange(1, 3 * shape[1] + 1, dtype=np.uint64))  # [B, 3T]
-    return _Numbers(values[:, 0::3], values[:, 1::3], values[:, 2::3])

@@ -113,9 +113,5 @@ def _tell(name: str, size: int, count: int, *, share: float) -> None:
         logging.WARNING if times > MANY_TIMES else logging.INFO,
         "mixture: %s has %d training rows; an epoch reads %d rows of it (%.1f %% of all rows, each "
         "row %.2f times)",
-        name,
-        size,
-        count,
-        100 * share,
-        times,
+        *(name, size, count, 100 * share, times),
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from datasets import Dataset
 
 from megakd.config.paths import looks_like_path
-from megakd.config.task import Files, TaskConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.arrow import key_of
 from megakd.data.chat.conversations import is_chat
@@ -70,7 +70,10 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     if task.type in LANGUAGE_TASKS and task.labelled_examples is not None:
         raise ConfigError(f"task.labelled_examples: {task.type} has no labels; remove the key")
     # Missing files are found before the training rows are read.
-    sets = {name: _set_table(name, files) for name, files in task.evaluation_sets.items()}
+    sets: dict[str, Table] = {}
+    for name, files in task.evaluation_sets.items():
+        key = f"task.evaluation_sets.{name}"
+        sets[name] = files_table(matching_files(files, key), key)
     found = _find(task, cache_dir)
     scored = {name: _set_rows(name, table, task, found, cache_dir) for name, table in sets.items()}
     train, validation = found.splits["train"], found.splits.get("validation")
@@ -98,11 +101,6 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         is_cut=is_cut,
         stream=found.stream,
     )
-
-
-def _set_table(name: str, files: Files) -> Table:
-    key = f"task.evaluation_sets.{name}"
-    return files_table(matching_files(files, key), key)
 
 
 def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir: Path) -> Dataset:
@@ -168,8 +166,7 @@ def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:
     logger.info(
         "validation: %d of the %d rows that are held out are scored; task.max_eval_examples sets "
         "another number",
-        MOST_CUT_ROWS,
-        len(rows),
+        *(MOST_CUT_ROWS, len(rows)),
     )
     return at_most(rows, MOST_CUT_ROWS)
 

@@ -160,11 +160,7 @@ def tell_long_words(texts: Iterable[str], words: Callable[[str], Iterable[str]])
         logger.warning(
             "the training text has %d word(s) of more than %d characters, the longest of %d "
             "(%s…): the tokenizer is trained on pieces of %d characters of such words",
-            len(found),
-            LONGEST_WORD,
-            max(map(len, found)),
-            found[0][:20],
-            LONGEST_WORD,
+            *(len(found), LONGEST_WORD, max(map(len, found)), found[0][:20], LONGEST_WORD),
         )
 
 

@@ -154,8 +154,7 @@ def _say_positive_label(metrics: TaskMetrics) -> None:
     if about_one and metrics.label_names:
         logger.info(
             "%s: computed for the label %s (eval.positive_label)",
-            ", ".join(about_one),
-            metrics.label_names[metrics.positive],
+            *(", ".join(about_one), metrics.label_names[metrics.positive]),
         )
 
 
@@ -214,10 +213,7 @@ def _student_tokenizer(
     logger.info(
         "student's vocabulary: a %s of %d pieces trained on the training text; %.1f %% of the "
         "pieces are in the teacher's vocabulary of %d too",
-        vocabulary.type,
-        len(own),
-        100 * VocabularyPair(own, teacher).overlap,
-        len(teacher),
+        *(vocabulary.type, len(own), 100 * VocabularyPair(own, teacher).overlap, len(teacher)),
     )
     return own
 
@@ -257,8 +253,7 @@ def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
             logger.warning(
                 "%s.model has random weights and %s.finetune is not set: the student would learn "
                 "from an untrained teacher",
-                key,
-                key,
+                *(key, key),
             )
     load_ds_config(config.student.deepspeed, where="student.deepspeed")
     for role, source in inputs.sources.items():

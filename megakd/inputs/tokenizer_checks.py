@@ -272,10 +272,7 @@ def _tell(
         logger.warning(
             "%s: %d of the %d tokens of the model's own tokenizer have another id, or no id, in "
             "task.tokenizer %s, which is used as configured",
-            source.where,
-            other,
-            len(own),
-            tokenizer.name_or_path,
+            *(source.where, other, len(own), tokenizer.name_or_path),
         )
 
 

@@ -104,18 +104,16 @@ def _rounds(calls: Sequence[Callable[[], object]], most: int) -> list[list[float
         return []
     first = [_warm_up(call) for call in calls]
     rounds = [first] if min(first) > LONG_MS else []
-    while len(rounds) < most and not _is_enough(rounds):
+    while len(rounds) < most:
+        limit = MOST_MS if len(rounds) < LEAST_ROUNDS else ENOUGH_MS
+        if len(rounds) > 1 and sum(map(sum, rounds)) > limit:
+            break
         times = [0.0] * len(calls)
         for turn in range(len(calls)):
             index = (turn + len(rounds)) % len(calls)
             times[index] = _milliseconds(calls[index])
         rounds.append(times)
     return rounds
-
-
-def _is_enough(rounds: Sequence[Sequence[float]]) -> bool:
-    limit = MOST_MS if len(rounds) < LEAST_ROUNDS else ENOUGH_MS
-    return len(rounds) > 1 and sum(map(sum, rounds)) > limit
 
 
 def _warm_up(call: Callable[[], object]) -> float:
