@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -100,9 +101,8 @@ def encode_splits(
     train = splits.train if splits.stream is None and with_train else None
     named = {"train": train, "validation": splits.validation, "test": splits.test}
     present = {name: rows for name, rows in named.items() if rows is not None}
-    made, key = encode_rows(
-        present, tokenizer, task, content_hash=splits.content_hash, cache_dir=cache_dir
-    )
+    encode = partial(encode_rows, tokenizer=tokenizer, task=task, cache_dir=cache_dir)
+    made, key = encode(present, content_hash=splits.content_hash)
     chat = counts_of(cache_dir, key)
     counted = made.get("train", made["validation"])
     ids = counted.data.column("input_ids")
@@ -110,13 +110,7 @@ def encode_splits(
     made.setdefault("train", made["validation"].select([]))
     sets: Mapping[str, Dataset] = {}
     if splits.evaluation_sets:
-        sets, sets_key = encode_rows(
-            splits.evaluation_sets,
-            tokenizer,
-            task,
-            content_hash=splits.sets_hash,
-            cache_dir=cache_dir,
-        )
+        sets, sets_key = encode(splits.evaluation_sets, content_hash=splits.sets_hash)
         scored = counts_of(cache_dir, sets_key)
         chat |= {f"{SETS}/{name}": own for name, own in scored.items()}
     return Encoded(

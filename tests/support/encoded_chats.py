@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megakd.config.task import TaskConfig
-from megakd.data.chat.conversations import Conversation
-from megakd.data.chat.messages import messages_of
+from megakd.data.chat.conversations import Conversation, messages_of
 from megakd.data.chat.tokens import ChatEncoder, ChatRow
 
 IGNORE = -100

@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megakd.config.task import TaskConfig
-from megakd.data.chat.conversations import Conversation
-from megakd.data.chat.messages import ASSISTANT, Message, with_arguments
+from megakd.data.chat.conversations import ASSISTANT, Conversation, Message, with_arguments
 from megakd.errors import DataError
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
