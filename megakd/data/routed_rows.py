@@ -190,14 +190,9 @@ def without_routes(rows: Dataset) -> Dataset:
     return rows.remove_columns([name for name in rows.column_names if name in gone])
 
 
-def names_of(rows: Dataset) -> NDArray[np.str_]:
-    """Return [N] the name of the teacher of every row."""
-    return column_of(rows, ROUTE)
-
-
 def check_routes(rows: Dataset, teachers: Sequence[str]) -> None:
     """Check that the training rows name all teachers and no other, and log their numbers."""
-    names = names_of(rows)
+    names = column_of(rows, ROUTE)
     counts = Counter(names.tolist())
     for name in counts:
         if name not in teachers:
@@ -218,4 +213,4 @@ def check_routes(rows: Dataset, teachers: Sequence[str]) -> None:
 
 def rows_of_teachers(rows: Dataset) -> dict[str, int]:
     """Return the number of rows that name each teacher, by name, in the order of the rows."""
-    return dict(Counter(names_of(rows).tolist()))
+    return dict(Counter(column_of(rows, ROUTE).tolist()))

@@ -22,8 +22,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROUTE, teacher_number
 from megakd.contract.tasks import LANGUAGE_TASKS
-from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches
-from megakd.data.routed_rows import names_of
+from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, column_of
 from megakd.data.words import WORD_STARTS, check_words, word_starts
 from megakd.errors import DataError
 
@@ -65,7 +64,7 @@ def tables_of_texts(
     if ROUTE not in rows.column_names:
         return _language_tables(rows, tokenizer, task)
     # A packed row and a window have one teacher, so the texts of each teacher are packed apart.
-    names = names_of(rows)
+    names = column_of(rows, ROUTE)
     return (
         table.append_column(ROUTE, numbers_of([name] * len(table)))
         for name in np.unique(names).tolist()
