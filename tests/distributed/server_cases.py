@@ -10,8 +10,8 @@ from engine_cases import _started
 from megakd.engine import distributed
 from megakd.errors import MegakdError
 from megakd.models.learned import Learned
+from megakd.servers.connect import AdapterPush, FullPush
 from megakd.servers.http import JsonServer
-from megakd.servers.push import AdapterPush, FullPush
 from megakd.servers.sglang import SglangServer
 from megakd.servers.vllm import VllmServer, VllmWeightServer
 from megakd.training.stage_folder import consume, write_stage_folder
@@ -26,7 +26,7 @@ def full(
     server = VllmWeightServer if kind == "vllm" else SglangServer
     servers = [server(JsonServer(url, time_limit_s=60)) for url in urls]
     push = FullPush(student, servers, Path(folder) / "run" / "run-s1")
-    with patch("megakd.servers.push.SHARD_BYTES", 3000):
+    with patch("megakd.servers.connect.SHARD_BYTES", 3000):
         for version in (1, 2):
             run.trainer.train_step(run.source.step(version - 1))
             pushed = push.push(version)
@@ -48,7 +48,7 @@ def refused(config_path: str, overrides: list[str], folder: str, urls: list[str]
     said = []
     for needed in (10**18, 1):
         try:
-            with patch("megakd.servers.push._bytes_of", lambda _, needed=needed: needed):
+            with patch("megakd.servers.connect._bytes_of", lambda _, needed=needed: needed):
                 push.push(1)
         except MegakdError as error:
             said.append(str(error))

@@ -13,8 +13,7 @@ from megakd.contract.completions import Completion, RemoteGenerator, Sampling
 from megakd.engine import collectives
 from megakd.errors import ServerError
 from megakd.servers.checks import Wanted
-from megakd.servers.connect import ServerGenerator, replicas_of
-from megakd.servers.push import Pushed
+from megakd.servers.connect import Pushed, ServerGenerator, replicas_of
 
 PROMPTS = [[5], [8], [11], [14], [17]]
 SAMPLING = Sampling(3, temperature=0.7)

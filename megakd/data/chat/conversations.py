@@ -317,10 +317,9 @@ def _content(value: object, where: str) -> object:
         return value
     texts: list[str] = []
     for part in cast("list[Any]", value):
-        text = part.get("text") if isinstance(part, Mapping) else part
-        if not isinstance(text, str) or (
-            isinstance(part, Mapping) and part.get("type") not in ("text", None)
-        ):
+        is_typed = isinstance(part, Mapping)
+        kind, text = (part.get("type"), part.get("text")) if is_typed else (None, part)
+        if not isinstance(text, str) or kind not in ("text", None):
             raise DataError(
                 f"{where}: a part of the content is not text ({part!r:.80}); only text is supported"
             )
