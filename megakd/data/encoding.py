@@ -292,7 +292,10 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a sha256 of all that determines the tokens of a text, the same in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        content: Any = _saved_files(tokenizer)
+        with tempfile.TemporaryDirectory() as saved:
+            tokenizer.save_pretrained(saved)
+            folder = Path(saved)
+            content: Any = {name: sha256_of(folder / name) for name in files_of(folder)}
     else:
         content = json.loads(backend.to_str())
         # The settings of the last call, which are not properties of the tokenizer.
@@ -308,9 +311,3 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
             "split_special_tokens": tokenizer.split_special_tokens,
         }
     )
-
-
-def _saved_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {name: sha256_of(Path(folder, name)) for name in files_of(Path(folder))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -134,20 +135,14 @@ def rows_of_tables(
         _require_rows(table)
     tables = {split: tables[split] for split in SPLIT_NAMES if split in tables}
     kinds = _kinds_of(tables, task, classes)
-    # Only training rows have teachers.
     teacher = row_teacher(tables["train"], task.teacher_column)
+    rows = partial(rows_of, task=task, cache_dir=cache_dir)
+    # Only training rows have teachers.
+    train = rows(tables["train"], kinds["train"], teacher=teacher)
+    held = {split: rows(table, kinds[split]) for split, table in tables.items() if split != "train"}
     return Found(
         name=name,
-        splits={
-            split: rows_of(
-                table,
-                kinds[split],
-                task,
-                cache_dir=cache_dir,
-                teacher=teacher if split == "train" else None,
-            )
-            for split, table in tables.items()
-        },
+        splits={"train": train, **held},
         classes=kinds["train"].classes,
         metrics=metrics or DEFAULT_METRICS[task.type],
         source_hash=_source_hash(tables, kinds, teacher),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,24 +31,14 @@ class LocalGenerator:
         self, engine: StudentEngine | FrozenTeacher, *, tokens: TextTokens, rows_at_once: int
     ) -> None:
         self._engine = engine
-        self._tokens = tokens
-        self._rows_at_once = rows_at_once
+        self._complete = partial(complete, tokens=tokens, rows_at_once=rows_at_once)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
         with whole_model(self._model()) as model:
             # Ranks that finish early wait here, however long the others generate.
-            return together(
-                lambda: complete(
-                    model,
-                    prompts,
-                    seeds,
-                    sampling,
-                    tokens=self._tokens,
-                    rows_at_once=self._rows_at_once,
-                )
-            )
+            return together(lambda: self._complete(model, prompts, seeds, sampling))
 
     def _model(self) -> nn.Module:
         if isinstance(self._engine, FrozenTeacher):

@@ -141,10 +141,6 @@ def _classes(predicted: Numbers) -> Numbers:
     return predicted.argmax(axis=1).astype(np.float64)
 
 
-def _accuracy(predicted: Numbers, truth: Numbers) -> float:
-    return float((_classes(predicted) == truth).mean())
-
-
 def _cross_entropy(predicted: Numbers, truth: Numbers) -> float:
     shifted = predicted - predicted.max(axis=1, keepdims=True)
     chosen = shifted[np.arange(len(truth)), truth.astype(int)]
@@ -206,7 +202,7 @@ def _correlation(
 
 
 _METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
-    "accuracy": _accuracy,
+    "accuracy": lambda predicted, truth: (_classes(predicted) == truth).mean(),
     "matthews_correlation": _matthews,
     "pearson": _of_scores("pearson"),
     "spearman": _of_scores("spearman"),

@@ -68,7 +68,11 @@ class StatesServer(VllmServer):
         """Return the hidden states of a text, and delete their file."""
         name = f"megakd-{uuid.uuid4().hex}"
         try:
-            reply = self._http.post("/v1/completions", _request(ids, model, name))
+            # vLLM writes the file when it has generated one token. Tokens from the prefix cache
+            # have no hidden states; the cache is kept apart by its salt.
+            one_token = TextRequest(ids, 0, Sampling(1, temperature=0.0), model, ())
+            body = {**completion_request(one_token), "request_id": name, "cache_salt": name}
+            reply = self._http.post("/v1/completions", body)
             if reply.status == 400:
                 raise ServerError(
                     f"{reply.where} answered 400: {reply.text}; start vLLM with --max-model-len of "
@@ -154,13 +158,6 @@ class StatesServer(VllmServer):
                 "vLLM with --kv-cache-dtype auto and --dtype bfloat16, float16 or float32"
             )
         return states[:, 0]
-
-
-def _request(ids: tuple[int, ...], model: str, name: str) -> dict[str, Any]:
-    # vLLM writes the file when it has generated one token. Tokens from the prefix cache have no
-    # hidden states; the cache is kept apart by its salt.
-    one_token = TextRequest(ids, 0, Sampling(1, temperature=0.0), model, ())
-    return {**completion_request(one_token), "request_id": name, "cache_salt": name}
 
 
 class _NotYet(NamedTuple):
