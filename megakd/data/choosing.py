@@ -90,10 +90,7 @@ def _cut(rows: Dataset, name: str) -> tuple[list[int], list[int]]:
 
 
 def at_most(rows: Dataset, count: int | None) -> Dataset:
-    """Return the `count` rows with the lowest hashes, in their order; all rows if None.
-
-    Labelled rows come first, because rows without a label are not scored.
-    """
+    """Return the `count` rows, labelled first, with the lowest hashes, in order; None: all rows."""
     if count is None or count >= len(rows):
         return rows
 

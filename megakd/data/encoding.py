@@ -229,10 +229,7 @@ def counts_of(cache_dir: Path, key: str) -> CountsByName:
 
 
 def tokens_key(rows: Dataset) -> str:
-    """Return a sha256 of the model inputs in all rows of an encoded split, in order.
-
-    The hash does not depend on labels or on the choice of held-out rows.
-    """
+    """Return a sha256 of the model inputs, without labels, in all rows of a split, in order."""
     names = sorted(set(rows.column_names) - {"label", "labels"})
     digest = hashlib.sha256()
     for table in arrow_batches(rows.select_columns(names), ROWS_AT_ONCE):

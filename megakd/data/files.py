@@ -143,10 +143,7 @@ def refuse_shared(paths: Mapping[str, Sequence[Path]]) -> None:
 def files_table(
     paths: Sequence[Path], key: str, *, name: str | None = None, to_be_split: bool = False
 ) -> Table:
-    """Return the concatenated rows of files.
-
-    Several files are called `name` in messages, or else by the setting. See also `read_documents`.
-    """
+    """Return the concatenated rows of files, which messages call `name`, or else by the setting."""
     name = str(paths[0]) if len(paths) == 1 else name or key
     if all(path.suffix.lower() == ".txt" for path in paths):
         return read_documents(paths, name, to_be_split=to_be_split)

@@ -81,10 +81,7 @@ def hub_errors(name: str, configuration: str | None, *, advice: str) -> Iterator
 
 
 def hub_table(name: str, rows: Dataset) -> Table:
-    """Return a split of the Hub as a table.
-
-    Only plain columns are read, and no pictures or sounds; see `readers.is_plain`.
-    """
+    """Return a split of the Hub as a table of its plain columns; see `readers.is_plain`."""
     plain = [column for column, feature in rows.features.items() if is_plain(feature)]
     rows = rows.select_columns(plain)
     return Table(

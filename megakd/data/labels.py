@@ -81,11 +81,7 @@ class Classes:
 
 
 def find_classes(table: Table, column: str) -> Classes:
-    """Return the classes of the training split.
-
-    The classes are the class names that the table declares, or else the numbers 0..n-1, or else
-    the sorted words of the column.
-    """
+    """Return the class names that a table declares, else the numbers 0..n-1, else the words."""
     if column in table.class_names:
         unlabelled = frozenset({NO_CLASS, IGNORE})
         return Classes(table.class_names[column], numbered=True, unlabelled=unlabelled)

@@ -111,11 +111,7 @@ class StepLoader:
         return tuple(self._micro_batch(index, rows[part]) for part in parts)
 
     def iterate(self, start: int, stop: int) -> Generator[tuple[Batch, ...], None, None]:
-        """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
-
-        The thread ends with the iterator, even if the consumer stops early. An error in the thread
-        is raised here.
-        """
+        """Yield the steps from `start` up to, excluding, `stop`, prepared by `made_ahead`."""
         steps = (partial(self.step, index) for index in range(start, stop))
         with closing(made_ahead(steps, STEPS_AHEAD)) as futures:
             for step in futures:
@@ -232,10 +228,7 @@ def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
 
 
 class Waits(Protocol):
-    """An object that waits for values that a thread makes.
-
-    waited_s: seconds that it has waited.
-    """
+    """An object that waits for values that a thread makes, and the seconds that it waited."""
 
     waited_s: float
 
@@ -252,8 +245,7 @@ def awaited(future: Future[T], waits: Waits) -> T:
 def made_ahead(tasks: Iterable[Callable[[], T]], ahead: int) -> Generator[Future[T], None, None]:
     """Yield the result of each task, in order, while a thread runs the next `ahead` tasks.
 
-    The thread ends with the generator, even if the consumer stops early. An error of a task is
-    raised by the result of its future.
+    The thread ends with the generator. The result of a future raises the error of its task.
     """
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
     waiting: deque[Future[T]] = deque()

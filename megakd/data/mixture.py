@@ -33,7 +33,7 @@ MANY_TIMES = 10
 def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     """Return the rows of all sources of `task.mixture`, and of the validation and test files.
 
-    Rows of documents become conversations without a prompt, which are not packed.
+    Documents become conversations without a prompt, which are not packed.
     """
     sources, held = task.mixture or {}, named_files(task)
     keys = {name: f"task.mixture.{name}.files" for name in sources}

@@ -83,10 +83,7 @@ ABOUT_FILE = "about.json"
 
 
 def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | None = None) -> Found:
-    """Return the rows of the view for the task type.
-
-    Modules are looked for below `roots`, by default in the folders of this interpreter.
-    """
+    """Return the rows of the task's view, by default of the modules of this interpreter."""
     _check(task)
     view = VIEW_OF[task.type]
     files = source_files(roots if roots is not None else source_roots())
@@ -131,10 +128,7 @@ def masked(text: str) -> str:
 
 
 def classification_rows(corpus: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return (package, masked first sentence) of each unique text of (package, docstring).
-
-    Texts that occur in two packages are left out.
-    """
+    """Return (package, masked first sentence) of the docstrings, each text of one package alone."""
     owners: dict[str, tuple[str, str]] = {}
     shared: set[str] = set()
     for package, docstring in corpus:
@@ -150,10 +144,7 @@ def classification_rows(corpus: Iterable[tuple[str, str]]) -> list[tuple[str, st
 
 
 def split_of(text: str, view: str) -> SplitName:
-    """Return the split of a text, which depends only on its words.
-
-    Equal texts are therefore in the same split.
-    """
+    """Return the split of a text, which depends only on its words: equal texts share a split."""
     position = text_hash(_normal(text), salt="pydocs split") / HASH_RANGE
     if position < HELD_OUT[view]:
         return "test"
@@ -211,10 +202,7 @@ def _write_view(
 
 
 class SourceFile(NamedTuple):
-    """The file of one module.
-
-    package: name of the top-level package or module that the file belongs to.
-    """
+    """The file of one module; `package` is the top-level package that it belongs to."""
 
     package: str
     name: str

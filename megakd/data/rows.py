@@ -58,10 +58,9 @@ class TextStream:
         return self.table.name
 
     def share(self, rank: int, world: int) -> IterableDataset:
-        """Return the raw rows of one rank, from the beginning.
+        """Return the raw rows of one rank: its own files if their number is a multiple of `world`.
 
-        If the number of files is a multiple of `world`, a rank reads only its own files. Otherwise
-        every rank reads all files and uses one row of each `world` rows.
+        Otherwise every rank reads all files and uses one row of each `world` rows.
         """
         return split_dataset_by_node(self.rows, rank=rank, world_size=world)
 
@@ -102,12 +101,7 @@ def _asked(row: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The rows of a data set before a selection; columns as in `splits.Splits`.
-
-    name: name of the data set in messages.
-    source_hash: sha256 of the sources of the rows.
-    stream: the training texts if they are read during training; the training split is then empty.
-    """
+    """The rows of a data set before a selection; columns and stream as in `splits.Splits`."""
 
     name: str
     splits: Mapping[SplitName, Dataset]

@@ -22,11 +22,7 @@ SPLIT_ALIASES: Mapping[str, SplitName] = {
 
 
 class Record(NamedTuple):
-    """One row.
-
-    place: place of the row in messages, such as `line 7`.
-    values: values by column; a missing value is None.
-    """
+    """One row: its place in messages, such as `line 7`, and values by column; None is missing."""
 
     place: str
     values: Mapping[str, object]
@@ -36,7 +32,6 @@ class Record(NamedTuple):
 class Table:
     """A split whose text and label columns are not yet chosen.
 
-    name: name of the table in messages.
     records: function that reads all rows from the beginning, with constant memory.
     digest: sha256 of the source of the rows.
     class_names: class names by column, if the data itself declares class names.

@@ -332,10 +332,7 @@ def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
 
 
 def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:
-    """Return the sources with the student, derived from the model that it starts as.
-
-    A teacher that is the student without its adapters has the same source.
-    """
+    """Return the sources with the student, and with teachers that are it without its adapters."""
     student = as_student(sources[config.start_role], config)
     bases = {
         name: dataclasses.replace(student, where=f"{config.key_of(name)}.model")

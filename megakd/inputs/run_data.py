@@ -46,10 +46,7 @@ class MethodRows(NamedTuple):
 
 
 def splits_of(config: RunConfig) -> Splits:
-    """Return the texts and labels of a run; a collective.
-
-    With `task.encoded` the rows are token numbers and labels, without texts.
-    """
+    """Return the texts (token numbers with `task.encoded`) and labels of a run; a collective."""
     task = config.task
     if task.encoded is not None:
         from megakd.data.encoded_folder import open_splits

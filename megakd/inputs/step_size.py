@@ -22,11 +22,7 @@ _IN_FLIGHT = 12
 
 
 class StepSize(NamedTuple):
-    """Sizes of the largest step of a rank.
-
-    micro_batches: number of micro-batches.
-    rows, length: rows of a micro-batch, and positions per row.
-    """
+    """The largest step of a rank: micro-batches, rows of each, and positions per row."""
 
     micro_batches: int
     rows: int

@@ -146,10 +146,7 @@ def check_answers(
     tokenizer: PreTrainedTokenizerBase,
     student: ModelSource,
 ) -> None:
-    """Check that conversations have answers, and that answers end as the student's texts do.
-
-    `task.end_tokens` can accept answers that end otherwise.
-    """
+    """Check that conversations have answers, which end as the student's texts do."""
     by_split: dict[str, list[ChatCounts]] = {}
     for name, own in (counts or {}).items():
         split = name if name.startswith(f"{SETS}/") else name.split("/")[0]

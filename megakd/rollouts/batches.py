@@ -278,8 +278,7 @@ class RolloutDraws:
     def replayable(self, step: int) -> list[int]:
         """Return the newest earlier steps that generate texts, in order.
 
-        The first rows of a step decide: a step counts if its first row is a new text. So the list
-        does not depend on the number of rows.
+        The first row of a step decides, so that the list does not depend on the number of rows.
         """
         while self._known < step:
             first = self._drawn(self._known, 1)[0]

@@ -25,16 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingRow(NamedTuple):
-    """One row of a step: tokens, next tokens (-100: not counted), and positions, all [T].
-
-    route: the number of the row's teacher; None if the rows name no teachers.
-    """
+    """One row: tokens, next tokens (-100: not counted) and positions, all [T]."""
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     position_ids: NDArray[np.int32]
     is_rollout: bool
-    route: int | None = None
+    route: int | None = None  # see `Prompts.route`
 
 
 def rollout_row(rollout: Rollout, route: int | None = None) -> TrainingRow:

@@ -32,10 +32,7 @@ class RolloutStore:
         self._offsets: dict[int, list[int]] = {}
 
     def begin(self, fingerprint: Fingerprint) -> None:
-        """Keep the texts of an interrupted run of the same stage, and set others aside.
-
-        `fingerprint`: everything that the texts depend on, except for the number of steps.
-        """
+        """Keep the texts of an interrupted run with the same fingerprint, and set others aside."""
         path = self.folder / _FINGERPRINT
         wanted = as_read_back(fingerprint)
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != wanted:

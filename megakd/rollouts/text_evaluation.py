@@ -187,9 +187,9 @@ def text_metrics(texts: Sequence[Text]) -> dict[str, float]:
 
 
 def distinct_pairs(completions: Sequence[Completion]) -> float:
-    """Return the share of distinct pairs among all pairs of neighbouring tokens; 1 without pairs.
+    """Return distinct-2 (Li et al. 2016, "A diversity-promoting objective function").
 
-    Li et al. 2016, "A diversity-promoting objective function", distinct-2.
+    It is the share of distinct pairs among all pairs of neighbouring tokens; 1 without pairs.
     """
     pairs = [pair for c in completions for pair in zip(c.ids, c.ids[1:], strict=False)]
     return len(set(pairs)) / len(pairs) if pairs else 1.0
@@ -198,8 +198,7 @@ def distinct_pairs(completions: Sequence[Completion]) -> float:
 def bucket_ends(longest: int) -> tuple[int, ...]:
     """Return the end of every bucket of the positions of the longest text, not included.
 
-    A bucket has twice as many positions as the bucket before it, up to rounding, because most
-    changes are at the beginning of a text.
+    A bucket is twice as long as the one before: most changes are at the beginning of a text.
     """
     return tuple(sorted({-(-longest // 2**power) for power in range(BUCKETS)}))
 

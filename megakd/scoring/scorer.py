@@ -45,10 +45,7 @@ class Scored(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Predictions of a model so far: sums of a language model, else outputs of the real rows.
-
-    sums: [4], see `language_model_metrics`.
-    """
+    """Predictions so far: sums, see `language_model_metrics`, or the outputs of the real rows."""
 
     sums: torch.Tensor
     outputs: list[torch.Tensor]

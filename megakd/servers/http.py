@@ -32,10 +32,7 @@ T = TypeVar("T")
 
 
 class Reply(NamedTuple):
-    """The answer to a request.
-
-    where: method and address of the request, for messages.
-    """
+    """The answer to a request; `where` is its method and address, for messages."""
 
     status: int
     text: str

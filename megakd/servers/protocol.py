@@ -73,9 +73,8 @@ class ServedText(NamedTuple):
 
     ids: the generated tokens, with the token that ended the text.
     reason: why the text ends: `stop`, `length`, or another word of the server.
-    prompt: the tokens that the server has continued; None: not stated.
-    prompt_tokens: the number of these tokens; None: not stated.
-    weights: version of the weights that generated the text; None: not stated.
+    prompt, prompt_tokens: the tokens that the server has continued, and their number.
+    weights: version of the weights that generated the text. None: not stated, like the prompt.
     """
 
     ids: tuple[int, ...]
@@ -86,11 +85,7 @@ class ServedText(NamedTuple):
 
 
 class TextServer(Protocol):
-    """One replica of an inference server; its methods may be called from several threads.
-
-    All methods raise `ServerError` if the server cannot be reached, or does not answer as its
-    documentation says.
-    """
+    """One replica of a server; its methods may run in several threads, and raise `ServerError`."""
 
     url: str
 

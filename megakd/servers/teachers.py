@@ -50,10 +50,7 @@ CHECKED_ROWS = 8
 
 
 class Document(NamedTuple):
-    """A document of a micro-batch that is a request.
-
-    row, first: the place of its first token.
-    """
+    """A document of a micro-batch that is a request, and the place of its first token."""
 
     row: int
     first: int

@@ -52,10 +52,7 @@ class FrozenModel(nn.Module):
         top_k: int | None = None,
         numbers: torch.Tensor | None = None,
     ) -> Knowledge | Predictions | TopK | TokenCounts:
-        """Return the outputs for the student's losses, predictions, the `top_k` tokens, or draws.
-
-        `numbers` are the random numbers of the draws.
-        """
+        """Return the outputs for the student's losses, predictions, `top_k` tokens, or draws."""
         if top_k is not None:
             return most_likely(self.model, batch, top_k)
         if numbers is not None:

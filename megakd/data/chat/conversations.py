@@ -268,11 +268,7 @@ def with_arguments(message: Message, *, as_text: bool) -> Message:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a JSON value without the nulls in its objects.
-
-    Tables with typed columns give every object the keys of all objects, with null for a missing
-    value.
-    """
+    """Return a JSON value without the nulls that typed columns give objects for missing keys."""
     if isinstance(value, Mapping):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):

@@ -32,17 +32,15 @@ SETS = "sets"
 class ChatCounts:
     """Numbers of conversations and tokens.
 
-    rows: conversations that were read.
-    kept: encoded rows.
+    rows, kept: conversations that were read, and encoded rows.
     tokens, targets: tokens of the encoded rows, and the tokens that count.
     truncated: rows that were cut at max_length.
-    too_long: rows that were left out because of `task.truncation: drop`.
-    long_prompt: rows that were left out because their prompt fills max_length.
-    nothing_counts: rows with an answer that were left out because no token counts.
     prompts: rows without an answer.
-    bad: rows that cannot be encoded, and were left out because of `task.bad_rows: drop`.
-    lost_reasoning: rows in which the chat template leaves out the reasoning of an answer.
-    lost_tools: rows in which the chat template leaves out a tool of the column `tools`.
+    too_long, long_prompt, nothing_counts, bad: rows that were left out because of
+        `task.truncation: drop`, because their prompt fills max_length, because no token of their
+        answer counts, and because they cannot be encoded (`task.bad_rows: drop`).
+    lost_reasoning, lost_tools: rows in which the chat template leaves out the reasoning of an
+        answer, or a tool of the column `tools`.
     special: by the number of a special token, how many of the tokens that count it is.
     lengths: by the number of tokens before a row is cut, how many rows have it. Documents, which
         are cut into rows without losing a token, are not counted.
