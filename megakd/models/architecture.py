@@ -279,11 +279,7 @@ class Architecture:
         return self.backbone_of(model).get_submodule(f"{self.blocks}.{layer - 1}")
 
     def vectors_of(self, model: nn.Module, layer: int) -> tuple[nn.Module, ...]:
-        """Return the modules that produce queries, keys and values of a layer, counted from 1.
-
-        Raises:
-            ModelError: the config adds norms that the entry does not list (Phi's `qk_layernorm`).
-        """
+        """Return the modules that produce queries, keys and values of a layer, counted from 1."""
         if getattr(model.config, "qk_layernorm", False) and self.attention.norms is None:
             raise ModelError(
                 "attention_mse and relation_kl do not support a model with qk_layernorm: true; use "
@@ -313,11 +309,7 @@ class Architecture:
         return [f"{path}.{number}" for number in range(self.number_of_layers(config))]
 
     def units(self, config: PretrainedConfig) -> View:
-        """Return the numbers of units of a config's model; the config of a cut model lists them.
-
-        Raises:
-            ModelError: the family cannot be cut.
-        """
+        """Return the numbers of units of a config's model; the config of a cut model lists them."""
         if self.uncut is not None:
             raise ModelError(
                 f"a {config.model_type} model cannot be cut in width, heads or neurons: "

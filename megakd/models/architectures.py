@@ -247,20 +247,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """Return the entry of a model's family.
-
-    Raises:
-        ModelError: The family is not known.
-    """
+    """Return the entry of a model's family."""
     return architecture_named(config.model_type)
 
 
 def architecture_named(model_type: str, task: TaskType | None = None) -> Architecture:
-    """Return the entry of `model_type`, with the head of `task` if a task is given.
-
-    Raises:
-        ModelError: The family is not known, or has no model for the task.
-    """
+    """Return the entry of `model_type`, with the head of `task` if a task is given."""
     known = ", ".join(a.model_type for a in FAMILIES.values() if task in (None, *a.tasks))
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None:

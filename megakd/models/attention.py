@@ -145,7 +145,6 @@ def turned(
         vectors: [B, T, heads * width].
         turns: cosines and sines, [1 or B, T, turned columns] each, or a half for `half_width`. The
             columns of a head after the turned columns do not change.
-        width: the width of one head.
         form: the pairs of columns, see `Architecture.rotary_form`.
     """
     cosines, sines = (turn[:, :, None] for turn in turns)  # [B, T, 1, turned columns]

@@ -132,8 +132,7 @@ def _outside_layers(
 def narrowed(tensor: Tensor, axes: Axes, view: View) -> Tensor:
     """Return the part of a whole weight that a view keeps; the units are sorted by importance.
 
-    Args:
-        tensor: the weight; the result shares its memory if each dimension keeps one prefix.
+    The part shares the memory of the weight if each dimension keeps one prefix.
     """
     cut = Cut(None, view)
     for dimension, axis in enumerate(axes):

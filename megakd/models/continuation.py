@@ -54,9 +54,7 @@ def continued(
 ) -> list[list[int]]:
     """Return the new tokens of each prompt; further tokens may follow an end token.
 
-    Args:
-        model: a model of transformers whose own generation config sets nothing.
-        prompts: token numbers of each prompt; at least one prompt.
+    There is at least one prompt, and the model's own generation config sets nothing.
     """
     running, found = _padded(prompts, tokens.pad, model.device), {}
     length, ends = running.ids.shape[1], _tensor(tokens.end, model.device)
@@ -77,11 +75,7 @@ def continued(
 
 
 class EnoughHaveEnded(StoppingCriteria):
-    """Stops all rows as soon as `SHARE_TO_LEAVE` of the rows have ended.
-
-    Args:
-        rows: number of rows; none has ended.
-    """
+    """Stops all rows as soon as `SHARE_TO_LEAVE` of the rows have ended."""
 
     def __init__(self, ends: Tensor, rows: int) -> None:
         self._ends = ends

@@ -60,9 +60,6 @@ def cut_config(
             columns in a shared position bias.
         learns: whether the model continues to learn with its optimizer's state, so that its weights
             must not be rescaled; see `rescaled`.
-
-    Raises:
-        ModelError: the view keeps more units than the model has.
     """
     config, view = without_layers(config, view)
     architecture = architecture_of(config)
@@ -83,10 +80,8 @@ def rescaled(
     """Yield a cut model's weights so that scores are divided by the root of the new head width.
 
     A stock model divides attention scores by the root of the width of its heads. If heads lose
-    columns, the factor sqrt(new width / old width) in the queries keeps the scores.
-
-    Args:
-        config: the config of the model before the cut.
+    columns, the factor sqrt(new width / old width) in the queries keeps the scores. The config is
+    that of the model before the cut.
     """
     architecture = architecture_of(config)
     factor = (_head_width(config, view) / architecture.score_width(config)) ** 0.5
@@ -114,9 +109,7 @@ def cut_state(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield weights with their units reordered, and then cut to a view.
 
-    Args:
-        state: names and whole tensors, one at a time. An empty vector, which stands for a tensor on
-            ranks that do not hold it, is passed on unchanged.
+    An empty vector, which stands for a tensor on ranks that do not hold it, is passed on unchanged.
     """
     for name, tensor in state:
         of_tensor = axes.get(name)
@@ -140,15 +133,8 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
 ) -> None:
     """Write a stored model with its units sorted, cut to a view, or both; call on one rank.
 
-    Tensors are copied from file to file, one at a time, in their own dtypes. The head stays, with
-    its labels in the data's order, as in a model that continues to learn.
-
-    Args:
-        source: from `resolve_model`; the written model has the head that the task needs.
-
-    Raises:
-        ModelError: the model does not fit the task, or has fewer units than the view keeps.
-        MegakdError: the disk is full.
+    Tensors are copied from file to file, one at a time, in their own dtypes. The model has the head
+    that the task needs, with labels in the data's order, as in a model that continues to learn.
     """
     if source.folder is None:
         raise ModelError(f"{source.where}: {source.name} has no stored weights that could be cut")

@@ -25,16 +25,7 @@ if TYPE_CHECKING:
 
 
 def without_layers(config: PretrainedConfig, view: View) -> tuple[PretrainedConfig, View]:
-    """Return the config and the view of the layers that a view keeps; both unchanged if all stay.
-
-    Args:
-        config: the config of the whole model.
-        view: its `layers` are counted from 1.
-
-    Raises:
-        ModelError: a layer that is left out has units or does not exist, or the family has other
-            parts than a stack of layers that pass hidden states on.
-    """
+    """Return the config and the view of the layers that a view keeps; both as given if all stay."""
     if view.layers is None:
         return config, view
     architecture = architecture_of(config)
@@ -80,8 +71,7 @@ def renumbered(
 ) -> Iterator[tuple[str, T]]:
     """Yield the weights of the layers that a view keeps, with the new numbers of their layers.
 
-    Args:
-        config: the config of the model before the cut.
+    The config is that of the model before the cut.
     """
     rename = naming(config, view)
     for name, value in state:

@@ -55,9 +55,6 @@ class Elastic:
     The parameters, their names, the state dict, and the function of the model outside `viewing` do
     not change. Every module runs in every view, also in layers without heads, so that ZeRO 3 sees
     the same modules in the same order. Several views may run forward before one backward.
-
-    Raises:
-        ModelError: The family is not known, or the model is already elastic.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -127,12 +124,8 @@ class Elastic:
     def viewing(self, view: View | None) -> Iterator[None]:
         """Run the model as a view of itself inside the context; the innermost context counts.
 
-        Args:
-            view: the units to keep, the same on all ranks; None runs the model as `keep` has left
-                it, by default whole.
-
-        Raises:
-            ModelError: The view does not fit the model.
+        The view is the same on all ranks; None runs the model as `keep` has left it, by default
+        whole.
         """
         cut = self._views.base
         if view is not None:
@@ -146,19 +139,15 @@ class Elastic:
 
         The outputs are those of the model that is cut in this way (`cut_state`). Weights that are
         not kept get gradients of zero.
-
-        Raises:
-            ModelError: The cut does not fit the model.
         """
         if cut is not None and cut.view is not None:
             self._check(cut.view)
         self._views.keep(cut)
 
     def follow(self, linear: nn.Module) -> None:
-        """Let a linear map outside the model take the kept columns of the hidden states as input.
+        """Let a linear map [O, D] outside the model take the kept columns of the hidden states.
 
-        Args:
-            linear: map [O, D] whose `weights_in_view` then have only the kept columns.
+        Its `weights_in_view` then have only the kept columns.
         """
         axes = {"weight": (None, WIDTH)}
         shapes = {name: full_shape(weight) for name, weight in linear.named_parameters()}

@@ -40,9 +40,7 @@ class NarrowLinear(torch.autograd.Function):
     ) -> Tensor:
         """Return outputs [..., O] of inputs [..., I]; the kept part defines O and I.
 
-        Args:
-            weight: whole, or sharded and currently gathered.
-            output_dimension: dimension of the outputs in the weight: 0 in a Linear, 1 in a Conv1D.
+        The outputs are dimension 0 of the weight of a Linear, and 1 of that of a Conv1D.
         """
         ctx.save_for_backward(inputs if ctx.needs_input_grad[1] else None, weight)
         ctx.kept, ctx.output_dimension = kept, output_dimension
@@ -266,14 +264,10 @@ def make_elastic(module: nn.Module, mixin: type[ElasticModule], elasticity: Elas
 
 
 def weights_in_view(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return the weight and bias of a linear map in the current view, for code that reads them.
+    """Return the weight [O, I] and bias [O] or None of a linear map in the current view.
 
-    Args:
-        module: elastic or not; under ZeRO 3, call inside the forward of a module that owns it.
-
-    Returns:
-        weight [O, I] and bias [O] or None. Slices share the memory of the weight, and gradients
-        flow to the weight.
+    Slices share the memory of the weight, and gradients flow to the weight. Under ZeRO 3, call this
+    inside the forward of a module that owns the map.
     """
     weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     bias: Tensor | None = getattr(module, "bias", None)

@@ -44,13 +44,8 @@ def complete(
 
     Args:
         model: a model of transformers with whole weights, on the device that computes.
-        prompts: token numbers of each prompt; there may be none.
         tokens: the tokens of the texts; prompts and completions may contain the token of the
             padding.
-
-    Raises:
-        DataError: a prompt is empty, or is too long for the model's context.
-        ModelError: the model cannot generate text.
     """
     generative, lengths = _generative(model), [len(prompt) for prompt in prompts]
     check_prompt_lengths(lengths, sampling.max_new_tokens, context_length(generative.config))
@@ -64,11 +59,7 @@ def complete(
 
 
 def generation_config_of(source: ModelSource) -> GenerationConfig | None:
-    """Return the generation config in a model's folder, which may list further end tokens.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
+    """Return the generation config in a model's folder, which may list further end tokens."""
     if source.folder is None or not (Path(source.folder) / GENERATION_CONFIG_NAME).is_file():
         return None
     check_given(
@@ -91,11 +82,7 @@ def listed_ends(config: Any) -> frozenset[int]:
 
 
 def check_prompt_lengths(lengths: Sequence[int], max_new_tokens: int, context: int | None) -> None:
-    """Check that every prompt has tokens, and leaves room for its completion.
-
-    Raises:
-        DataError: a prompt is empty or too long; the message names the first such prompt.
-    """
+    """Check that every prompt has tokens, and leaves room for its completion."""
     longest = None if context is None else context - max_new_tokens
     for number, length in enumerate(lengths):
         if length == 0:

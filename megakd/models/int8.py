@@ -91,10 +91,6 @@ def write_int8(folder: Path, to: Path) -> None:
 
     Args:
         folder: a finished model folder in fp32, bf16 or fp16; the weights may be in shards.
-
-    Raises:
-        ModelError: a weight is not finite or already int8, or `load_int8` cannot build the model.
-        MegakdError: the disk is full; `to` is unchanged.
     """
     check_given(folder, _WHERE)
     state = dict(_quantized(folder))
@@ -106,11 +102,7 @@ def write_int8(folder: Path, to: Path) -> None:
 
 
 def write_restored(folder: Path, to: Path) -> None:
-    """Write a model folder with the fp32 weights that `load_int8` computes from an int8 folder.
-
-    Raises:
-        ModelError: `folder` is damaged, or does not hold int8 weights of megakd.
-    """
+    """Write a model folder with the fp32 weights that `load_int8` computes from an int8 folder."""
     reader, places = WeightReader(_WHERE), _places(folder)
     with sealed_folder(to) as temporary:
         write_weights(temporary, ((n, _restored(reader, place)) for n, place in places.items()))

@@ -96,11 +96,8 @@ def _is_language(batch: Batch) -> bool:
 def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     """Run the model once and return the outputs that the losses need.
 
-    Args:
-        model: a classifier or regressor (logits [B, C]), or a language model, which runs up to
-            its output matrix: the losses take (hidden, head) and never form [B, T, V].
-        batch: inputs as the model's forward takes them.
-        needs: the layers whose hidden states and attention vectors are needed.
+    A classifier or regressor gives logits [B, C]. A language model runs up to its output matrix:
+    the losses take (hidden, head) and never form [B, T, V].
     """
     if needs == Needs():
         return _read(model, batch)
@@ -198,10 +195,6 @@ class StateNotes:
     states are after the norm that follows the layers. The hooks are removed before gradient
     checkpointing repeats the forward, and run after the hooks of DeepSpeed, like those of
     `AttentionNotes`.
-
-    Args:
-        model: a model with a head.
-        layers: numbers of the layers, 0 being the embedding output.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:

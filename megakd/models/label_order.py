@@ -18,17 +18,9 @@ GENERIC = re.compile(r"LABEL_\d+")
 def label_order(
     model_config: PretrainedConfig, label_names: Sequence[str], *, where: str
 ) -> tuple[int, ...] | None:
-    """Return the index that brings a model's logits into the data's order of labels.
+    """Return `order` such that `logits[:, order]` is in the data's order of labels.
 
-    Args:
-        model_config: Its `id2label` names the columns of the logits.
-        label_names: The data's names, in the data's order; empty if the task has none.
-
-    Returns:
-        `order` such that `logits[:, order]` is in the data's order; None if no change is needed.
-
-    Raises:
-        ModelError: The number of labels differs, or the names do not match.
+    None: the model's order is that of the data, or the task has no labels.
     """
     if not label_names:
         return None

@@ -45,9 +45,6 @@ def with_layers(
         wanted: numbers of layers from 1, or the count of layers.
         scores: importance of every layer, by which a count of layers is chosen; None: the first
             layer, the last layer, and evenly spaced layers between them.
-
-    Raises:
-        ModelError: the model has no such layer.
     """
     architecture = source.architecture
     count = architecture.number_of_layers(source.config)
@@ -125,10 +122,8 @@ def _renamed(
 def renumbering(architecture: Architecture, numbers: Sequence[int]) -> Callable[[str], str | None]:
     """Return a function from a weight's name to its name in the model with fewer layers.
 
-    The function returns None for a weight of a layer that is left out.
-
-    Args:
-        numbers: the layers that stay, counted from 1, in their new order.
+    The numbers are those of the layers that stay, counted from 1, in their new order. The function
+    returns None for a weight of a layer that is left out.
     """
     # A checkpoint of the bare backbone omits the name of the backbone.
     path = rf"((?:{re.escape(architecture.backbone)}\.)?{re.escape(architecture.blocks)}\.)(\d+)\."

@@ -41,11 +41,7 @@ class Learned(NamedTuple):
         cut: Cut | None = None,
         learns: bool = False,
     ) -> Learned:
-        """Return a model of an engine.
-
-        Args:
-            learns: whether the model continues to learn, see `cut_config`.
-        """
+        """Return a model of an engine; for `learns` see `cut_config`."""
         whole, state = model.config, gathered_state(model)
         if cut is None or cut.view is None:
             extra: dict[str, Any] = {}

@@ -84,9 +84,6 @@ def resolve_model(
     Args:
         spec: A folder, a Hub id, or a config to start from random weights.
         architecture: The model type to read a T5 checkpoint as, see `original_t5`; None: `enct5`.
-
-    Raises:
-        ModelError: The model does not exist, is damaged, or cannot be used for the task.
     """
     register_own_models()
     if isinstance(spec, ScratchModel):
@@ -123,8 +120,7 @@ def with_vocabulary(
 ) -> ModelSource:
     """Set the vocabulary size of a model from scratch if its config does not set one.
 
-    Args:
-        pad_token_id: The tokenizer's, whose embedding row stays zero; None keeps the config's.
+    The embedding of the token `pad_token_id` stays zero; None keeps the token of the config.
     """
     if not source.wants_vocabulary:
         return source
@@ -149,13 +145,7 @@ def check_model(
 ) -> None:
     """Check that a model fits the run, based on headers and configs alone.
 
-    Args:
-        label_names: The data's labels in the data's order; empty if there are none.
-        need_head: Whether the head must come with the weights (a teacher that is not trained).
-
-    Raises:
-        ModelError: Tokenizer, length, head, labels or weights do not fit, checked in this order;
-            or a mixture of experts is to be trained.
+    With `need_head`, the head must come with the weights (a teacher that is not trained).
     """
     if source.architecture.experts is not None and not need_head:
         raise ModelError(
@@ -195,9 +185,6 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     Returns:
         The model in training mode. With `need_head` the outputs are in the order of the
         checkpoint's labels (see `label_order`), otherwise in the data's.
-
-    Raises:
-        ModelError: See `check_model`.
     """
     source = with_vocabulary(source, tokenizer_size)
     config, match = plan_loading(
@@ -367,11 +354,7 @@ def _check_sharded(model: PreTrainedModel) -> None:
 
 
 def check_finite(model: PreTrainedModel, source: ModelSource) -> None:
-    """Raise if a model's weights would make every loss NaN, before the learning rate is blamed.
-
-    Raises:
-        ModelError: a weight is not finite; raised on all ranks alike.
-    """
+    """Raise if a model's weights would make every loss NaN, before the learning rate is blamed."""
     bad = names_of_bad_weights(model)
     if bad:
         dtype = str(model.dtype).removeprefix("torch.")

@@ -52,11 +52,7 @@ _PEFT_TASKS = {
 
 
 def check_adapters(source: ModelSource, task: TaskConfig, lora: LoraConfig) -> None:
-    """Check the targets of the adapters on a model without memory, before any weight is loaded.
-
-    Raises:
-        ConfigError: a name in `target_modules` is no linear layer of attention or MLP.
-    """
+    """Check the targets of the adapters on a model without memory, before any weight is loaded."""
     model = valueless_model(source, task, source.config)
     adapted_modules(model, source.architecture, lora)
 
@@ -66,11 +62,7 @@ def adapted_modules(
 ) -> tuple[str, ...]:
     """Return the paths of the linear layers that get adapters, in the order of the model.
 
-    Args:
-        lora: the config; without `target_modules`, all linear layers of attention and MLP.
-
-    Raises:
-        ConfigError: a name in `target_modules` is no linear layer of attention or MLP.
+    Without `target_modules`, these are all linear layers of attention and MLP.
     """
     inside = _linear_layers(model, architecture)
     if lora.target_modules is None:
@@ -115,9 +107,6 @@ def add_adapters(
     A is random and B is 0. The adapters have the dtype of the weights. They are drawn alike on all
     ranks and are not sharded: the engine shards them with the other modules. The head of a
     classifier, which is usually new, learns as a whole.
-
-    Raises:
-        ConfigError: a name in `target_modules` is no linear layer of attention or MLP.
     """
     from peft import inject_adapter_in_model
 
@@ -169,9 +158,6 @@ def base_model(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model without its adapters, without dropout and without gradients.
 
     Call this inside the engine's forward if the model is sharded.
-
-    Raises:
-        TypeError: the model has no adapters.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -273,8 +259,7 @@ def _config_text(config: PeftConfig) -> str:
 def adapter_files(model: Any) -> dict[str, str | bytes]:
     """Return the files of a model's adapters by name, in the format of peft; a collective.
 
-    Returns:
-        The content of the files on rank 0; the weights are missing on the other ranks.
+    The weights are missing on ranks other than 0.
     """
     config = adapter_config(model)
     if config is None:
@@ -295,9 +280,6 @@ def load_adapters(model: Any, folder: Path) -> None:
 
     Rank 0 reads. Below ZeRO 3 the other ranks keep their weights, so the model may only be written
     afterwards, which rank 0 does.
-
-    Raises:
-        ModelError: a file of the folder has changed.
     """
     on_main(lambda: check_given(folder, "best checkpoint"))
     file = folder / Path(WEIGHTS).name

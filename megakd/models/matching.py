@@ -73,9 +73,8 @@ def with_joint_experts(
 ) -> Mapping[str, StoredTensor]:
     """Return the stored tensors with one entry in place of those of single experts.
 
-    Args:
-        names: the names of the model's tensors; only tensors that the model has are joined, and
-            only if the checkpoint has all parts of the experts from 0 on, with equal shapes.
+    Only tensors that the model has are joined, and only if the checkpoint has all parts of the
+    experts from 0 on, with equal shapes.
     """
     experts: dict[str, dict[int, dict[str, StoredTensor]]] = {}
     for key, tensor in stored.items():

@@ -50,9 +50,6 @@ def write_model_folder(
             iterator is consumed even if writing fails, because it may contain collectives.
         extra: small files that belong to the folder, by name: README.md, result.json. A function
             is called after the weights are written.
-
-    Raises:
-        MegakdError: the disk is full; the old folder is unchanged.
     """
     tensors = iter(state)
     try:
@@ -102,9 +99,6 @@ def fill_serving_folder(
     """Write the weights and the config for an inference server into a folder.
 
     Names and bytes of the tensors are those of `fill_model_folder`.
-
-    Args:
-        shard_bytes: largest size of a shard with more than one tensor.
     """
     dtype = write_weights(folder, state, shard_bytes=shard_bytes)
     _write_config(folder, _exported(config, dtype, architecture), None)
@@ -113,19 +107,13 @@ def fill_serving_folder(
 def write_weights(
     folder: Path, state: Iterable[tuple[str, Tensor]], *, shard_bytes: int | None = None
 ) -> torch.dtype:
-    """Stream tensors into model.safetensors, or into shards with an index.
+    """Stream tensors into model.safetensors, or into shards of up to 5 GB with an index.
 
-    Tied weights, which are two names of one memory, are written once if they are in one shard.
-
-    Args:
-        state: names and tensors; each tensor is needed only until its shard is written.
-        shard_bytes: largest size of a shard with more than one tensor; None: 5 GB.
+    Tied weights, which are two names of one memory, are written once if they are in one shard. Each
+    tensor is needed only until its shard is written, and a single tensor may exceed `shard_bytes`.
 
     Returns:
         The dtype of most floating-point weights.
-
-    Raises:
-        ValueError: there is no tensor.
     """
     shards: list[dict[str, int]] = []
     dtypes: Counter[torch.dtype] = Counter()

@@ -50,10 +50,8 @@ def most_likely(model: nn.Module, batch: Batch, count: int) -> TopK:
 def drawn(model: nn.Module, batch: Batch, numbers: Tensor) -> TokenCounts:
     """Return draws from a language model's softmax at every position, [B, T, n].
 
-    Under ZeRO 3, call inside a module's forward.
-
-    Args:
-        numbers: [B, T, n] fp64 random numbers in [0, 1), a number for each draw.
+    Under ZeRO 3, call inside a module's forward. The numbers [B, T, n] are fp64 and random in [0,
+    1).
     """
     flat = numbers.flatten(0, 1)
 
@@ -64,17 +62,11 @@ def drawn(model: nn.Module, batch: Batch, numbers: Tensor) -> TokenCounts:
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    """Return tokens [C, n] drawn from softmax(logits) by inversion of the cumulative sums.
+    """Draw int64 tokens [C, n] from softmax(logits [C, V]) by inversion of the cumulative sums.
 
-    The sums are in fp64: in fp32, their rounding exceeds the probability of most tokens of a large
-    vocabulary.
-
-    Args:
-        logits: [C, V].
-        numbers: [C, n] fp64 random numbers in [0, 1).
-
-    Returns:
-        int64 token numbers; -1 in rows with logits that are not finite numbers or -inf.
+    The numbers [C, n] are fp64 and random in [0, 1). The sums are in fp64: in fp32, their rounding
+    exceeds the probability of most tokens of a large vocabulary. Rows with logits that are not
+    finite numbers or -inf get -1.
     """
     sums = logits.double().softmax(-1).cumsum_(-1)
     total = sums[:, -1:]
@@ -87,8 +79,7 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 def count_draws(ids: Tensor) -> TokenCounts:
     """Return the different tokens of each row of draws [C, n], with their counts.
 
-    Args:
-        ids: token numbers, at most 255 per row; -1 for no token.
+    There are at most 255 draws per row; -1 is no token.
     """
     ordered = ids.sort(-1).values
     slots = (ordered.diff(dim=-1) != 0).cumsum(-1)

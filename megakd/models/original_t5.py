@@ -29,14 +29,7 @@ EMBEDDINGS = {"shared.weight": "encoder.embed_tokens.weight", "decoder.embed_tok
 
 
 def built_as(model_type: str, wanted: str | None, where: str) -> str:
-    """Return the model type that a stored or named model is built as.
-
-    Args:
-        wanted: `teacher.architecture` or `student.architecture`.
-
-    Raises:
-        ModelError: this model cannot be read as `wanted`.
-    """
+    """Return the model type that a stored or named model is built as."""
     if model_type in ORIGINALS:
         return wanted or next(iter(READ_AS))
     if wanted not in (None, model_type):
@@ -54,9 +47,6 @@ def read_original(
 
     The original has no prompt and no head, which start new. Of its decoder, only the first layer is
     used.
-
-    Raises:
-        ModelError: The original has no decoder, and the model needs one.
     """
     if model_type == EncT5Config.model_type and not any(key.startswith(DECODER) for key in stored):
         raise ModelError(

@@ -82,13 +82,8 @@ def set_attention(
 ) -> None:
     """Choose the attention of a loaded model.
 
-    Args:
-        source: the origin of the model. Without `attn_implementation`, packed rows on a GPU use
-            `varlen` if torch's kernel supports the model; transformers chooses elsewhere.
-
-    Raises:
-        ModelError: torch's kernel does not support the model, or the chosen attention lacks a part
-            of the model's attention.
+    Without `attn_implementation`, packed rows on a GPU use `varlen` if torch's kernel supports the
+    model; transformers chooses elsewhere.
     """
     register_packed_attention()
     _check_scores(model, source)
@@ -153,10 +148,8 @@ def attend(  # noqa: PLR0913  (the arguments are transformers')
     """Return causal attention within documents, as transformers calls its attentions.
 
     Args:
-        module: the attention, which has no dropout.
         query: [B, heads, T, width].
         key: [B, key heads, T, width].
-        attention_mask: not used; transformers builds no mask for this attention.
         scaling: factor of the scores; None: 1 / sqrt(width).
         sliding_window: number of positions that a query sees, itself included; None: all.
         cu_seq_lens_q: [documents + 1] int32, the first position of each document in [B * T], and

@@ -55,10 +55,10 @@ class Readout(nn.Module):
         return self.head.warp(product.float()).log_softmax(-1)
 
     def most_likely(self, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the most likely next tokens for states [N, D], most likely first.
+        """Return the most likely next tokens for states [N, D], most likely first, on the CPU.
 
         Returns:
-            (log-probabilities [N, count] in fp32, token numbers [N, count]), on the CPU.
+            fp32 log-probabilities [N, count], and token numbers [N, count].
         """
         found = [self.logprobs(some).topk(count) for some in states.split(_POSITIONS)]
         values, tokens = zip(*found, strict=True)
@@ -66,16 +66,9 @@ class Readout(nn.Module):
 
 
 def load_readout(source: ModelSource, task: TaskConfig, dtype: torch.dtype) -> Readout:
-    """Build the end of a model, and read only its tensors from the weight files of the model.
+    """Build the end of a language model on the CPU, without gradients, from its weight files.
 
-    Args:
-        source: a language model with weight files that fit the config (`check_model`).
-
-    Returns:
-        The end of the model on the CPU, without gradients.
-
-    Raises:
-        ModelError: the family has no final norm, or a tensor is not in the weight files.
+    Only the tensors of the end are read.
     """
     architecture = source.architecture
     if architecture.final_norm is None:

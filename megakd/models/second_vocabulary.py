@@ -53,9 +53,6 @@ class SecondVocabulary(nn.Module):
 
     A narrower table is lifted to the width of the model by an affine map (EACL 2021, stage I). The
     output matrix is then the lifted table, whose constant part changes no softmax.
-
-    Args:
-        width: columns of the model's own table.
     """
 
     def __init__(self, size: SecondSize, width: int, dtype: torch.dtype) -> None:
@@ -67,14 +64,7 @@ class SecondVocabulary(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size.pieces, dtype=dtype))
 
     def forward(self, ids: Tensor, table: nn.Module) -> Tensor:
-        """Return the embeddings of joint numbers.
-
-        Args:
-            ids: [B, T] numbers; those from `offset` on are of the second vocabulary.
-
-        Returns:
-            [B, T, D].
-        """
+        """Return embeddings [B, T, D] of joint numbers [B, T], the second from `offset` on."""
         is_second = ids >= self.offset
         ours = self.table((ids - self.offset).clamp(min=0))
         ours = ours if self.lift is None else self.lift(ours)
@@ -162,8 +152,7 @@ def without_second_vocabulary(
 def with_table(source: ModelSource, task: TaskConfig, file: Path) -> ModelSource:
     """Return a model from random weights whose table of embeddings is read from a `FILE`.
 
-    Args:
-        file: weights of a second vocabulary with as many pieces and columns as the model's table.
+    The file has as many pieces and columns as the model's table.
     """
     empty = valueless_model(source, task, source.config)
     table = empty.get_input_embeddings().weight

@@ -73,15 +73,9 @@ class _Entry(NamedTuple):
 def check_weight_files(
     folder: Path, where: str, *, allow_pickle: bool = False
 ) -> dict[str, StoredTensor]:
-    """Return the stored tensors of a model folder, after checking that its files are complete.
+    """Return the tensors of a model folder by name, after checking that its files are complete.
 
     Headers and lengths are compared; no tensor is read.
-
-    Returns:
-        The stored tensors by their names in the checkpoint.
-
-    Raises:
-        ModelError: A file is missing, truncated or damaged, or is a pickle that is not allowed.
     """
     if not folder.is_dir():
         raise ModelError(f"{where}: {folder} does not exist or is not a folder")

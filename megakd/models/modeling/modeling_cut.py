@@ -110,11 +110,7 @@ class _Shape:
         return found
 
     def validate(self: Any) -> None:
-        """Apply all stock rules except that all heads together are as wide as the hidden states.
-
-        Raises:
-            ValueError: A list does not have one number for each layer.
-        """
+        """Apply all stock rules except that all heads together are as wide as the hidden states."""
         for rule in self.__class_validators__:
             if rule.__name__ != "validate_architecture":
                 rule(self)

@@ -46,11 +46,7 @@ class T5EncoderConfig(T5Config):
     head_columns: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Set the derived values, and check that the lists fit the layers.
-
-        Raises:
-            ValueError: A list does not have one entry for each attention or feed-forward.
-        """
+        """Set the derived values, and check that the lists fit the layers."""
         if self.head_width is not None:
             self.d_kv = self.head_width
         super().__post_init__(**kwargs)
