@@ -76,11 +76,7 @@ def gather(value: T) -> list[T]:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0, and return its result or raise its error on every rank.
-
-    Raises:
-        MegakdError: the error of rank 0, on all ranks, so that no rank waits for another rank.
-    """
+    """Run `action` on rank 0, and return its result or raise its error on every rank."""
     outcome: tuple[T | None, Exception | None] = (None, None)
     if dist.get_rank() == 0:
         try:
@@ -96,8 +92,7 @@ def on_main(action: Callable[[], T]) -> T:
 def main_first(action: Callable[[], T]) -> T:
     """Run `action` on rank 0, then on the other ranks, which can reuse the files of rank 0.
 
-    Raises:
-        MegakdError: the error of the first rank that failed, on all ranks.
+    The error of the first rank that failed is raised on all ranks.
     """
     first: T | None = None
 
@@ -118,9 +113,6 @@ def once_per_node(action: Callable[[], T], *, place: str) -> T:
     Args:
         action: function that writes files, or finds the files, and returns what maps the files.
         place: folder of the files; ranks of one host with different folders are different nodes.
-
-    Raises:
-        MegakdError: the error of the first rank that failed, on all ranks.
     """
     if dist.get_world_size() == 1:
         return action()
@@ -156,11 +148,7 @@ def _can_open(made: bytes) -> bool:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Run `action`, which has no collectives, on every rank; raise on all ranks if one fails.
-
-    Raises:
-        MegakdError: the error of the first rank that failed.
-    """
+    """Run `action`, which has no collectives, on every rank; raise on all ranks if one fails."""
     result: T | None = None
     error: Exception | None = None
     try:

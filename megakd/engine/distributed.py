@@ -51,11 +51,7 @@ class Ranks:
 
 
 def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
-    """Join the process group of the launcher, or create a group of one process without launcher.
-
-    Raises:
-        MegakdError: the launcher's variables are incomplete, or a rank cannot be reached.
-    """
+    """Join the process group of the launcher, or create a group of one process without launcher."""
     adopt_slurm_variables()
     _complete_environment()
     _share_interface()
@@ -279,9 +275,8 @@ def keep_group() -> None:
 def stop(*, failure: BaseException | None = None) -> None:
     """Leave the process group; otherwise a gloo run aborts at exit.
 
-    Args:
-        failure: the error because of which this rank leaves, so that other ranks may not call
-            `stop`, and this rank must not wait for them.
+    After a failure of this rank, other ranks may not call `stop`, and this rank must not wait for
+    them.
     """
     gc.collect()
     if _KEPT or not dist.is_initialized():

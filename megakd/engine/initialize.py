@@ -37,9 +37,8 @@ def training_engine(
 ) -> Engine:
     """Return a training engine: AdamW or SGD, explicit clipping, one micro-batch per backward.
 
-    Args:
-        model: the bundle; its parameters may be sharded already.
-        rates: by prefix of parameter names, the factor of their learning rate; others have 1.
+    The parameters of the bundle may be sharded already. `rates` gives factors of the learning rate
+    by prefix of parameter names; other parameters have 1.
     """
     config = merged_ds_config(ds, train, dtype=dtype, world_size=world_size)
     gather_experts_together(model)
@@ -59,9 +58,7 @@ def training_engine(
 def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows: int) -> Engine:
     """Return an inference engine: no optimizer, no gradient, ZeRO 0 or 3.
 
-    Args:
-        model: the teacher; its parameters may be sharded already.
-        rows: micro-batch size, which DeepSpeed requires.
+    The parameters may be sharded already. DeepSpeed requires `rows`, the micro-batch size.
     """
     model.requires_grad_(requires_grad=False)
     gather_experts_together(model)
@@ -141,9 +138,6 @@ def gather_experts_together(model: nn.Module) -> None:
     ZeRO 3 gathers the weights of a module when the forward of the module begins. If the experts are
     modules, each rank calls the experts of its own tokens: the ranks would gather different weights
     with one collective. A block that ZeRO 3 treats as a leaf is gathered by all ranks alike.
-
-    Args:
-        model: any model; the function does nothing without blocks of experts or without ZeRO 3.
     """
     for module in model.modules():
         if hasattr(module, EXPERTS):

@@ -47,8 +47,7 @@ def freed_memory_returned() -> Iterator[None]:
 def keep_freed_memory() -> bool:
     """Keep freed tensors in the process, because the next step allocates the same amount.
 
-    Returns:
-        Whether the allocator accepted the setting; only glibc's allocator has the setting.
+    Return whether the allocator accepted the setting; only glibc's allocator has it.
     """
     return set_thresholds(mapped=KEPT_BYTES, trimmed=TRIMMED_BYTES)
 
@@ -80,14 +79,10 @@ def forget_models() -> None:
 
 
 def set_thresholds(*, mapped: int, trimmed: int) -> bool:
-    """Set when glibc returns memory to the system.
+    """Set when glibc returns memory to the system; return whether it accepted both settings.
 
-    Args:
-        mapped: freed blocks of more bytes are returned.
-        trimmed: a heap is trimmed when it has this many unused bytes at its end.
-
-    Returns:
-        Whether the allocator accepted both settings.
+    Freed blocks of more than `mapped` bytes are returned. A heap is trimmed when it has `trimmed`
+    unused bytes at its end.
     """
     mallopt = getattr(_c_library(), "mallopt", None)
     if mallopt is None:

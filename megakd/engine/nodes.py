@@ -25,13 +25,9 @@ _GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup | None] = {}
 
 
 def node_group() -> dist.ProcessGroup | None:
-    """Return the process group of this rank's node; the first call is a collective.
+    """Return the process group of this rank's node; None for a single node.
 
-    Returns:
-        The group; None if the run has one node, whose group is the default group.
-
-    Raises:
-        ConfigError: the nodes have different numbers of ranks; raised on all ranks alike.
+    The first call is a collective.
     """
     world = dist.group.WORLD
     if world is None:
@@ -44,11 +40,7 @@ def node_group() -> dist.ProcessGroup | None:
 
 
 def ranks_by_node(names: Sequence[str]) -> list[list[int]]:
-    """Return the ranks of each node.
-
-    Raises:
-        ConfigError: the nodes have different numbers of ranks.
-    """
+    """Return the ranks of each node; all nodes must have the same number of ranks."""
     nodes: dict[str, list[int]] = {}
     for rank, name in enumerate(names):
         nodes.setdefault(name, []).append(rank)
@@ -77,9 +69,6 @@ def check_nodes(config: RunConfig) -> None:
     """Raise if the nodes cannot hold a copy of a teacher each, before it is trained in vain.
 
     A collective if a teacher is sharded within nodes.
-
-    Raises:
-        ConfigError: the nodes have different numbers of ranks.
     """
     specs = {f"{config.key_of(n)}.deepspeed": s.deepspeed for n, s in config.teacher_specs.items()}
     if any(shards_within_node(load_ds_config(spec, where=key)) for key, spec in specs.items()):

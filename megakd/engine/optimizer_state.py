@@ -67,9 +67,8 @@ class OptimizerState:
     def whole(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield the kind of value, the name of the weight, and the value; ranks must all iterate.
 
-        Yields:
-            fp32 tensors on the CPU, in the shape of the weight; ranks other than 0 get an empty
-            tensor.
+        The values are fp32 tensors on the CPU, in the shape of the weight; ranks other than 0 get
+        an empty tensor.
         """
         for name, parameter in self._parameters.items():
             slot = self._slot(parameter)
@@ -78,11 +77,7 @@ class OptimizerState:
                 yield kind, name, here if is_first_rank() else torch.empty(0)
 
     def load(self, read: Callable[[str, str], Tensor], *, steps: int) -> None:
-        """Set all values, in the order of `whole`.
-
-        Args:
-            read: function from the kind of value and the name of the weight to the whole tensor.
-        """
+        """Set all values, in the order of `whole`, as `read(kind, name)` gives them as a whole."""
         owners: dict[int, Tensor] = {}
         for name, parameter in self._parameters.items():
             slot = self._slot(parameter)
@@ -98,11 +93,7 @@ class OptimizerState:
         self._set_steps(owners.values(), steps)
 
     def put_together(self, name: str, part: Tensor) -> Tensor:
-        """Return a whole tensor on the CPU, of the parts of a weight that the ranks hold.
-
-        Args:
-            part: [n] values of the elements that `local_shards` gives this rank; may be empty.
-        """
+        """Return a whole tensor on the CPU, of the parts [n] as `local_shards` splits a weight."""
         parameter = self._parameters[name]
         return _put_together(part, self._slot(parameter).offset, parameter)
 

@@ -41,7 +41,6 @@ def sharded_construction(
 
     Args:
         ds: a loaded `ds_configs` file; None for a model without an engine.
-        dtype: dtype of the parameters; the caller builds the modules in this dtype.
         device: device of modules that are not sharded. The ranks of a node would otherwise each
             hold a whole model in the memory of the host. None: the CPU.
     """
@@ -106,12 +105,8 @@ def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractC
 
     A parameter that appears twice (tied embeddings) is gathered once. A parameter that is already
     gathered, by the forward of its module or by an outer context, is not gathered or released.
-    Parameters that are not sharded are left unchanged.
-
-    Args:
-        parameters: any mixture of sharded and plain parameters.
-        modify: whether values are sent on exit from the rank that wrote them (`writes_here`) to
-            all ranks that share the parameter.
+    Parameters that are not sharded are left unchanged. With `modify`, values are sent on exit from
+    the rank that wrote them (`writes_here`) to all ranks that share the parameter.
     """
     unique = {id(parameter): parameter for parameter in parameters if is_zero_param(parameter)}
     closed = [
@@ -127,10 +122,8 @@ def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractC
 def gathered_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the module's state, one whole tensor at a time; every rank must iterate to the end.
 
-    Tied tensors are yielded once, under their first name.
-
-    Yields:
-        Name and a copy on the CPU; ranks other than 0 get an empty tensor instead of the copy.
+    Tied tensors are yielded once, under their first name. Rank 0 gets a copy on the CPU, and the
+    other ranks an empty tensor.
     """
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():

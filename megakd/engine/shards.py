@@ -38,10 +38,8 @@ class Shard(NamedTuple):
 def local_shards(model: nn.Module, *, loss_scale: float = 1.0) -> Iterator[Shard]:
     """Yield this rank's shards between the last backward of a step and the update.
 
-    Frozen weights and weights without a gradient are left out.
-
-    Args:
-        loss_scale: factor by which the engine multiplies the loss under fp16.
+    Frozen weights and weights without a gradient are left out. The engine has multiplied the loss
+    by `loss_scale` under fp16.
     """
     for name, parameter in model.named_parameters():
         found = _shard_of(parameter) if parameter.requires_grad else None
@@ -98,8 +96,7 @@ def own_part(parameter: Tensor) -> slice:
 def own_partition(parameter: Any, size: int) -> tuple[int, int]:
     """Return the offset and the length of this rank's part of a weight that ZeRO 3 has split.
 
-    Args:
-        size: elements that every rank holds; the last ranks hold padding.
+    Every rank holds `size` elements; the last ranks hold padding.
     """
     offset = dist.get_rank() * size
     return offset, max(0, min(size, parameter.ds_numel - offset))

@@ -99,11 +99,7 @@ def _files_in_use() -> Iterator[str]:
 
 
 def check_shared_memory(ranks: int, folder: Path = SHARED_MEMORY) -> None:
-    """Check that the buffers of CPU ranks fit; otherwise the ranks would die with a bus error.
-
-    Raises:
-        MegakdError: the buffers do not fit; the message names the needed and the free memory.
-    """
+    """Check that the buffers of CPU ranks fit; otherwise the ranks would die with a bus error."""
     if not folder.is_dir():
         return
     free, needed = shutil.disk_usage(folder).free, ranks * BYTES_PER_RANK

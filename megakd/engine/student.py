@@ -68,9 +68,8 @@ class StudentEngine:
     ) -> Losses:
         """Add the gradient of one micro-batch to the gradient of the step.
 
-        Args:
-            knowledge: outputs of each frozen teacher of the passes, by name; the teachers' heads
-                are kept gathered during the student's forward, which computes gradients.
+        The heads of the frozen teachers, whose outputs stand by name, are kept gathered during the
+        student's forward, which computes gradients.
         """
         self._engine.train()
         total, parts = torch.zeros((), device=batch.labels.device), dict[str, Tensor]()
@@ -186,8 +185,7 @@ class StudentEngine:
     def save(self, folder: Path, tag: str) -> list[Path]:
         """Write the engine's shards into folder/tag; return this rank's files; a collective.
 
-        Raises:
-            OSError: a write failed on any rank; raised on every rank.
+        A failed write is raised on every rank.
         """
         engine = self._engine
         writer, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script  # noqa: SLF001
@@ -207,11 +205,7 @@ class StudentEngine:
         return careful.written
 
     def load(self, folder: Path, tag: str) -> None:
-        """Read a checkpoint that `save` wrote; a collective.
-
-        Raises:
-            CheckpointError: DeepSpeed could not read the checkpoint.
-        """
+        """Read a checkpoint that `save` wrote; a collective."""
         is_whole = not self._frozen_names()
         path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=is_whole)
         if path is None:  # DeepSpeed only warns, and the run would continue with new weights

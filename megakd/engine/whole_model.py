@@ -29,9 +29,6 @@ def whole_model(module: nn.Module) -> Iterator[nn.Module]:
 
     The body has no collectives: ranks may call the model different numbers of times.
 
-    Args:
-        module: the module of an engine at any ZeRO stage, or a part of the module.
-
     Yields:
         The module itself, in which the caller may not change anything, or at ZeRO 3 a copy without
         the hooks of the engine. The copy has the dtype and the device of the gathered weights, and

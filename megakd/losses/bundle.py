@@ -305,11 +305,7 @@ def build_bundle(
 ) -> StudentBundle:
     """Build the module that the engine of a stage trains, for a run or for a memory plan.
 
-    Args:
-        learners: the models that learn, by role; the stage's own model comes first.
-
-    Raises:
-        MegakdError: a loss term cannot work with these models.
+    The learners stand by role; the stage's own model comes first.
     """
     objective = losses.objective()
     objective.bind(learners)

@@ -18,13 +18,8 @@ if TYPE_CHECKING:
 def with_class_weights(terms: Sequence[TermConfig], splits: Splits) -> tuple[TermConfig, ...]:
     """Return the terms with a weight for every label, in the order of the data's labels.
 
-    Args:
-        splits: the data. `balanced` gives label c the weight rows / (labels · rows of c), counted
-            over the labelled training rows, so that the mean weight of these rows is 1.
-
-    Raises:
-        ConfigError: a label is unknown, a label has no weight, or `balanced` is set and a label
-            has no training row.
+    `balanced` gives label c the weight rows / (labels · rows of c), counted over the labelled
+    training rows, so that the mean weight of these rows is 1.
     """
     return tuple(
         dataclasses.replace(term, class_weights=_in_order(term, splits))

@@ -62,12 +62,9 @@ class LayerTerm(TermGroup):
 
 
 class Projections(nn.ModuleList):
-    """Linear projections, one per mapped layer.
+    """Linear projections, one per mapped layer, between the widths of student and teacher.
 
-    Args:
-        layers: number of mapped layers.
-        student, teacher: widths of the hidden states.
-        is_identity: whether the projections exist also for equal widths and start as the identity.
+    With `is_identity`, they also exist for equal widths, and start as the identity.
     """
 
     def __init__(

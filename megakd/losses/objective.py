@@ -71,11 +71,8 @@ class Objective(nn.Module):
     def forward(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Return for each reading the weighted and scaled total with gradient, and detached sums.
 
-        A group may put the total of several readings into one of them, so only the sum of all
-        totals has a meaning.
-
-        Args:
-            readings: loss inputs of one batch, by views of one width.
+        The readings are of one batch, by views of one width. A group may put the total of several
+        readings into one of them, so only the sum of all totals has a meaning.
         """
         wanted = self._wanted(readings)
         if not wanted:
@@ -84,11 +81,7 @@ class Objective(nn.Module):
         return [_added(parts) for parts in zip(*of_groups, strict=True)]
 
     def bind(self, learners: Mapping[str, nn.Module]) -> None:
-        """Show the models of the stage, by role, to the groups that read weights.
-
-        Raises:
-            MegakdError: a group cannot work with these models.
-        """
+        """Show the models of the stage, by role, to the groups that read weights."""
         for group in cast("list[TermGroup]", list(self.groups)):
             group.bind(learners)
 
@@ -123,15 +116,7 @@ def _added(parts: Sequence[Evaluated]) -> Evaluated:
 def build_objective(
     terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
 ) -> Objective:
-    """Build the objective of a stage from its terms.
-
-    Args:
-        teacher: the teacher's shape; None for supervised training.
-
-    Raises:
-        ConfigError: a term needs a teacher and the stage has none.
-        TeacherError: a term cannot match the layers or vocabularies of the models.
-    """
+    """Build the objective of a stage from its terms; without a teacher, for supervised training."""
     check_terms(terms, task, student, teacher)
     soft = tuple(t for t in terms if isinstance(t, SOFT_TARGET_DIVERGENCES))
     hard = tuple(t for t in terms if isinstance(t, HardCrossEntropy))
@@ -188,12 +173,7 @@ def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -
 def check_terms(
     terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
 ) -> None:
-    """Check the terms against the shapes of both models, before any model is loaded.
-
-    Raises:
-        ConfigError: a term needs a teacher and the stage has none.
-        TeacherError: a term cannot match the layers, heads or classes of the models.
-    """
+    """Check the terms against the shapes of both models, before any model is loaded."""
     for term in terms:
         if compares(term) and teacher is None:
             raise ConfigError(

@@ -14,8 +14,7 @@ from megakd.models.knowledge import Needs
 class PluginLoss(TermGroup):
     """A term whose sum over the unit is computed by another package.
 
-    Args:
-        layers: number of layers of the student; the term may read the states of all.
+    The term may read the states of all `layers` of the student.
     """
 
     def __init__(self, term: PluginTerm, layers: int) -> None:
@@ -28,11 +27,7 @@ class PluginLoss(TermGroup):
         self.needs_teacher = term.needs_teacher
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """Weight and normalise the sum that the package returns.
-
-        Raises:
-            ConfigError: the package does not return a 0-dimensional tensor.
-        """
+        """Weight and normalise the sum that the package returns."""
         name = self.term.loss
         total = self.term.total(reading.student, reading.teacher, reading.batch)
         if not isinstance(total, Tensor) or total.dim() != 0:

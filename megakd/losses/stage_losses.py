@@ -37,22 +37,14 @@ class StageLosses:
         return self._with_states(needs, self.teacher)
 
     def check(self) -> None:
-        """Check that all terms work with these models.
-
-        Raises:
-            MegakdError: a term does not work; the message names the term and both values.
-        """
+        """Check that all terms work with these models."""
         check_terms(self.stage.objective, self.task, self.student, self.teacher)
         for term in self.stage.objective:
             if isinstance(term, MethodTerm):
                 term.check(self.student, self.teacher, self.families)
 
     def objective(self) -> Objective:
-        """Build the objective, which also states the outputs needed from the student's forward.
-
-        Raises:
-            MegakdError: a term cannot work with these models.
-        """
+        """Build the objective, which also states the outputs needed from the student's forward."""
         made = build_objective(self.stage.objective, self.task, self.student, self.teacher)
         made.needs = self._with_states(made.needs, self.student)
         return made
@@ -69,13 +61,7 @@ def stage_losses(
     teachers: Sequence[ModelSource],
     classes: int,
 ) -> StageLosses:
-    """Return the losses of a stage.
-
-    Args:
-        learners: see `learners_of`.
-        teachers: the models of the stage's frozen teachers, in the stage's order.
-        classes: number of classes of the data, see `shape_of`.
-    """
+    """Return the losses of a stage with its learners (`learners_of`) and its frozen teachers."""
     student, *beside = (shape_of(source, task, classes) for source in learners.values())
     frozen = (shape_of(source, task, classes) for source in teachers)
     teacher = next(iter((*frozen, *beside)), None)
@@ -95,12 +81,7 @@ def label_objective(source: ModelSource, task: TaskType, classes: int) -> Object
 
 
 def shape_of(source: ModelSource, task: TaskType, classes: int) -> Shape:
-    """Return the shape of a model, as losses need it.
-
-    Args:
-        source: the model; a classifier gets a head for the classes of the data.
-        classes: number of classes of the data; ignored for tasks without classes.
-    """
+    """Return the shape of a model, as losses need it; a classifier has the classes of the data."""
     config, architecture = source.config, source.architecture
     outputs = {"classification": classes, "regression": 1}.get(task)
     return Shape(

@@ -22,7 +22,6 @@ def sums_by_group(reading: LossInputs, groups: Tensor, count: int) -> Tensor:
     Under ZeRO 3, call this inside the student's forward with both heads open.
 
     Args:
-        reading: outputs of the student, and of the teacher if there is one, for a micro-batch.
         groups: [B, T] int64 number of the group of each position, from 0 to `count` - 1; -1 for
             positions that do not count.
 

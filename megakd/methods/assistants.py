@@ -193,11 +193,7 @@ def size_at(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: f
 
 
 def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel]:
-    """Return the name of the teacher, and the sorted teacher, with which these methods begin.
-
-    Raises:
-        MegakdError: see `check_reach`; the teacher cannot be fine-tuned or measured.
-    """
+    """Return the name of the teacher, and the sorted teacher, with which these methods begin."""
     check_reach(config, lab)
     teacher = lab.teacher()
     return teacher, ranked_units(config, lab, teacher)
@@ -214,12 +210,7 @@ def ranked_units(config: AssistantOptions, lab: Lab, teacher: str) -> SortedMode
 
 
 def check_reach(config: AssistantOptions, lab: Lab) -> None:
-    """Check, before any training, that all models can be cut that the method will cut.
-
-    Raises:
-        MegakdError: heads, neurons or the width run out, the metric cannot be weighed, or
-            relations cannot be compared between candidates.
-    """
+    """Check, before any training, that all models can be cut that the method will cut."""
     if config.weighs:
         lab.metric(config.metric)
     terms = objective_of(config, lab)

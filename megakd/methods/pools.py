@@ -30,12 +30,7 @@ def taught_by_all(
 ) -> StageResult:
     """Train the student with all teachers at every step and a single forward of the student.
 
-    Args:
-        lab: the lab of the run.
-        names: names of the teachers.
-        objective: loss terms of every pass.
-        share: factor of the loss of each pass.
-        how: name of the distribution in the report.
+    The loss of each pass counts `share`; `how` names the distribution in the report.
     """
     stage = Stage(
         name="student",
@@ -57,8 +52,6 @@ def taught(
     """Train the student, and report in how many steps each teacher of the pool ran.
 
     Args:
-        lab: the lab of the run.
-        stage: the stage of the student.
         weights: weights of the teachers by name: probabilities, or shares of the loss.
         how: name of the distribution in the report.
         rows: number of training rows of each teacher; None if every row may learn from any teacher.

@@ -56,11 +56,7 @@ class TakdConfig(MethodOptions):
 
 
 def run(config: TakdConfig, lab: Lab) -> StageResult:
-    """Train one leg per teacher after the first teacher, then the leg of the student.
-
-    Raises:
-        ConfigError: a setting contradicts the chain; raised before anything is trained.
-    """
+    """Train one leg per teacher after the first teacher, then the leg of the student."""
     first, *others = chain = config.order or lab.pruning.largest_first()
     problems = "\n".join(_problems_of_chain(lab.config, chain))
     if problems:

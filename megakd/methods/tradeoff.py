@@ -60,15 +60,10 @@ def choose(
 
     Args:
         scores: metric by sparsity; candidates less sparse than the teacher are ignored.
-        tradeoff: lambda.
         teacher_sparsity: sparsity of the candidates' teacher; 0 for the original teacher.
         target: the sparsity at which the schedule ends.
         target_may_win: False excludes the target and sparser candidates, so that an assistant is
             chosen.
-
-    Raises:
-        ConfigError: the target is not a candidate, or the metric is not a fraction.
-        TrainingError: a metric is NaN.
     """
     candidates = {s: metric for s, metric in scores.items() if s >= teacher_sparsity}
     if target not in candidates:
@@ -93,12 +88,7 @@ def _weighed(candidates: Mapping[float, float], weight: float) -> dict[float, fl
 
 
 def check_metric(metric: float, sparsity: float) -> None:
-    """Check that a metric can be traded off against sparsity.
-
-    Raises:
-        ConfigError: the metric is neither a fraction nor a correlation.
-        TrainingError: the metric is NaN.
-    """
+    """Check that a metric can be traded off against sparsity."""
     if math.isnan(metric):
         raise TrainingError(
             f"the candidate of sparsity {sparsity:g} has no score (nan), so no candidate can be "

@@ -11,10 +11,7 @@ from megakd.contract.options import MethodOptions
 def unused(options: MethodOptions, names: Collection[str], why: str) -> Iterator[str]:
     """Yield a line for every option that differs from its default and has no effect.
 
-    Args:
-        options: the options of a method.
-        names: names of the options that have no effect.
-        why: clause that states why, such as `method.distribution uniform ranks no teacher`.
+    The clause `why` states the reason, such as `method.distribution uniform ranks no teacher`.
     """
     for option in dataclasses.fields(options):
         value = getattr(options, option.name)

@@ -143,10 +143,6 @@ def view_at(
         head_width: rows of a head's queries, keys and values; 64 as in the paper's models.
         with_heads: attentions, numbered from 0, that keep their most important head at any
             sparsity.
-
-    Raises:
-        ConfigError: the sparsity is out of range.
-        TeacherError: no heads, neurons or width would remain (`uniform`: in a layer).
     """
     if not 0 <= sparsity < 1:
         raise ConfigError(

@@ -71,9 +71,6 @@ class SortedTeacher:
         Args:
             round_to: multiple of rows and columns of the weights to round to.
             with_heads: attentions, numbered from 0, that must keep a head.
-
-        Raises:
-            TeacherError: no heads, neurons or width would remain.
         """
         return view_at(
             self.scores if residual else self.scores._replace(width=None),
@@ -158,11 +155,7 @@ class ModelPruning(Shapes):
     def sorted_teacher(
         self, teacher: str, split: str, *, batch_size: int, residual: bool
     ) -> SortedTeacher:
-        """Return a teacher with sorted units, which computes the same outputs; see `contract.lab`.
-
-        Raises:
-            MegakdError: the importance cannot be measured, or the folder cannot be written.
-        """
+        """Return a teacher with sorted units and the same outputs; see `contract.lab`."""
         self._close()
         ready = self.assembly.teachers[teacher]
 

@@ -100,13 +100,8 @@ def measure_importance(
 ) -> UnitScores:
     """Return the scores of all units of a model, the same on every rank; a collective.
 
-    Args:
-        rows: labelled examples, such as the validation split, which the paper's code uses.
-        batch_size: rows of a batch over all ranks.
-
-    Raises:
-        DataError: no row carries a label.
-        TeacherError: an importance is not finite.
+    The rows carry labels, such as those of the validation split, which the paper's code uses. A
+    batch has `batch_size` rows over all ranks.
     """
     source = ready.source
     ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
@@ -224,9 +219,6 @@ class Gates:
 
         Args:
             totals: [units], sums of absolute gradients in the order of `gradients`.
-
-        Raises:
-            TeacherError: a sum is not finite.
         """
         layers = totals.double().cpu().split([gate.numel() for gate in self.tensors])
         for number, layer in enumerate(layers):
@@ -299,9 +291,6 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
     Each layer is left out alone, from the whole model, as in Shortened LLaMA (Kim et al. 2024,
     https://arxiv.org/abs/2402.02834, section 3.2, criterion PPL, which ranks layers in the same
     order).
-
-    Raises:
-        TeacherError: a loss is not finite.
     """
     dtype, scorer = assembly.teacher_dtype(ready), assembly.scorer()
     count = ready.source.architecture.number_of_layers(ready.source.config)

@@ -77,7 +77,6 @@ def copy_finished(
 
     Args:
         changes: file name -> content of the file in the copy, or None to leave the file out.
-        remedy: see `open_finished`.
         keep: files of the old `target` to copy into the new `target`, without checksums.
         add: called with the new folder, to write files that belong to the folder.
     """

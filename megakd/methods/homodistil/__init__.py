@@ -210,11 +210,7 @@ def _parameters(lab: Lab, model: Model, view: View) -> int:
 
 
 def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
-    """Return the schedule of a run.
-
-    Raises:
-        ConfigError: pruning ends before it starts, or after the run.
-    """
+    """Return the schedule of a run; pruning ends after it starts, and within the run."""
     total, start = lab.steps_of_student(), config.pruning_start
     end = config.pruning_end or max(start + 1, int(SHARE_OF_RUN * total))
     last = start if config.schedule == "one_shot" else end
@@ -237,9 +233,6 @@ def objective_of(lab: Lab, teacher: View, student: View) -> tuple[TermConfig, ..
     """Return the objective of the config, or the objective of the paper with equal weights.
 
     Attention can be compared only if the student keeps all heads.
-
-    Raises:
-        ConfigError: the objective compares attention, and the student loses heads.
     """
     keeps_heads = student.heads == teacher.heads
     given = lab.config.objective

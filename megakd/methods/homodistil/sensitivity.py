@@ -38,7 +38,6 @@ def update_averages(
     Args:
         averages: changed; the averages start at zero.
         shards: this rank's part of the weights and gradients, see `local_shards`.
-        beta: decay of the average.
         uncertainty_beta: decay of the uncertainty; None keeps no uncertainty.
     """
     for shard in shards:
@@ -75,13 +74,8 @@ def unit_sums(
     """Return the L1 scores of all groups side by side, fp64, of this rank's elements.
 
     The score of a unit is the sum over the weights that produce the unit, except for weights whose
-    input is removed. The sum over all ranks is the score of the whole model.
-
-    Args:
-        values: by name of the weight, this rank's values [n] and their offset in the weight.
-        makers: the matrices that produce units.
-        units: the units of the model.
-        cut: the units that are kept now.
+    input is removed. The sum over all ranks is the score of the whole model. The values [n] of this
+    rank stand by name of the weight, with their offset in the weight.
     """
     sizes = group_sizes(makers, units)
     sums = {group: torch.zeros(size, dtype=torch.float64) for group, size in sizes.items()}
@@ -99,11 +93,8 @@ def unit_sums(
 def line_sums(values: Tensor, offset: int, maker: Maker, cut: Cut) -> Tensor:
     """Return the sums of absolute values over a part of a matrix, fp64, per row or column.
 
-    Args:
-        values: [n] consecutive elements of the flattened matrix.
-        offset: index of the first element.
-        maker: the matrix, and the dimension to sum along.
-        cut: only values with kept inputs count.
+    The values [n] are consecutive elements of the flattened matrix, from `offset` on; only values
+    with kept inputs count.
     """
     columns, dimension = maker.shape[1], maker.dimension
     first, before = divmod(offset, columns)

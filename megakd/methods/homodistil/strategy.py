@@ -241,12 +241,7 @@ def everything(student: Any) -> Chosen:
 def select(scores: Tensor, kept: Chosen, wanted: View, student: Any, *, monotone: bool) -> Chosen:
     """Return the units with the highest scores in every group; of equal scores, the first units.
 
-    Args:
-        scores: scores of all groups side by side, as `unit_sums` returns them.
-        kept: the units that are kept now.
-        wanted: number of units to keep.
-        student: the student.
-        monotone: whether only units that are kept now can be kept.
+    The scores are those of `unit_sums`. With `monotone`, only units that are kept now can be kept.
     """
     found: Chosen = {}
     groups = group_sizes(student.makers, student.units)

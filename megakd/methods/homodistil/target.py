@@ -21,14 +21,7 @@ def target_of(
     """Return the target: the same share of every kind of units, on a grid if there is one.
 
     Args:
-        whole: the teacher's units.
-        width: `method.target_width`.
-        sparsity: `method.target_sparsity`, if `width` is None.
         round_to: `method.round_to`; None: 1 if columns of heads are pruned, else 64.
-
-    Raises:
-        ConfigError: the target is not below the teacher's width, not on the grid, or leaves a
-            kind of units empty; the message lists the widths that are possible.
     """
     there = whole.width or 0
     grid = round_to or (1 if whole.head_width is not None else DECODER_GRID)

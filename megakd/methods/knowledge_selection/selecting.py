@@ -231,12 +231,7 @@ class LearningToSelect(Selecting):
         return {**super().facts, **vars(self.course), **vars(self.learning)}
 
     def begin(self, student: Any, step: int) -> None:
-        """Keep the initial student, to which every episode is reset.
-
-        Raises:
-            MegakdError: the stage continues with episodes left, and the initial student is not
-                there.
-        """
+        """Keep the initial student, to which every episode is reset."""
         self._student = student
         if self.probe is None:
             return

@@ -75,11 +75,7 @@ class Selector(nn.Module):
 
 
 def load_selector(path: str) -> Selector:
-    """Load a selector that `Selector.to_bytes` wrote.
-
-    Raises:
-        TeacherError: the file does not exist, or is not a selector.
-    """
+    """Load a selector that `Selector.to_bytes` wrote."""
     file_name = Path(path).name
     check_given(Path(path).parent, "method.selector", wanted=lambda name: name == file_name)
     try:

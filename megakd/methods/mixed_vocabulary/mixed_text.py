@@ -103,13 +103,11 @@ class MixedText:
         seed: int,
         draw: int | NDArray[np.int64],
     ) -> Batch:
-        """Return the teacher's micro-batch.
+        """Return the teacher's micro-batch of `size` rows; those beyond the numbers are dummy rows.
 
         Args:
-            rows: an arrow table or another slice of the rows of `encode_mixed`, as for `Collator`.
+            rows: a slice of the rows of `encode_mixed`, as for `Collator`.
             numbers: numbers of the rows in the data set, at least 0.
-            size: number of rows of the micro-batch; further rows are dummy rows.
-            seed: seed of the run.
             draw: number of the segmentation and of the mask, such as the epoch, for all rows or by
                 row.
 
@@ -250,20 +248,8 @@ def encode_mixed(
     A row is a window of whole words of one text. Every mix of the vocabularies fits in
     `task.max_length`. Words that alone do not fit in a row are left out with a warning.
 
-    Args:
-        rows: the texts, in the column `text`.
-        pair: the tokenizers; the key contains their content, not their names.
-        task: the task; only `max_length` and `whole_word_masking` are used.
-        content_hash: hash of the sources of the rows.
-        cache_dir: folder that contains the folder named by the key.
-
     Returns:
-        The encoded rows, memory-mapped, and the key.
-
-    Raises:
-        DataError: a tokenizer is not a fast tokenizer or its token numbers have gaps, the
-            vocabularies cut a text into different words or spell a word differently, `max_length`
-            leaves no room for text, the rows have no tokens, or the cache cannot be written.
+        The encoded rows, memory-mapped, and the key, which contains the content of the tokenizers.
     """
     for role, tokenizer in zip(pair._fields, pair, strict=True):
         check_room_for_text(rows, tokenizer, task)
@@ -350,7 +336,6 @@ def word_windows(sizes: NDArray[np.int64], room: int) -> Iterator[tuple[int, int
 
     Args:
         sizes: number of pieces of each word [words], at most `room`; no words have no windows.
-        room: maximum number of pieces in a window.
 
     Yields:
         The first word of each window, and the word after its last one.

@@ -61,8 +61,7 @@ class Compared(NamedTuple):
 class SharedProjections(nn.ParameterDict):
     """The matrices of all pairs of sizes, for rows and for columns.
 
-    Args:
-        direction: `down` maps weights of the teacher, `up` maps weights of the student.
+    With the direction `down` they map weights of the teacher, with `up` weights of the student.
     """
 
     def __init__(self, direction: str) -> None:
@@ -114,10 +113,6 @@ class LayerErrors(nn.Module):
 
     Under ZeRO 3 the weights of one layer of each model are gathered for this module's forward, and
     again for its backward.
-
-    Args:
-        compared: the weights of the layer.
-        projections: the shared matrices, which are parameters of another module.
     """
 
     def __init__(self, compared: tuple[Compared, ...], projections: SharedProjections) -> None:
@@ -151,14 +146,7 @@ class ParameterProjections(TermGroup):
         self.elements = 0
 
     def bind(self, learners: Mapping[str, nn.Module]) -> None:
-        """Find the weights to compare, and create the matrices.
-
-        Args:
-            learners: the student and the teacher, which learn together.
-
-        Raises:
-            TeacherError: the models do not have the same layers and weights.
-        """
+        """Find the weights to compare, and create the matrices."""
         student, teacher = learners.values()
         layers = compared_layers(student, teacher) if self.term.layers else []
         if self.term.embeddings:
@@ -178,11 +166,7 @@ class ParameterProjections(TermGroup):
 
 
 def compared_layers(student: nn.Module, teacher: nn.Module) -> list[list[Compared]]:
-    """Return the weights of all layers of two models of one family and depth, by layer.
-
-    Raises:
-        TeacherError: a layer of one of the models has other weights.
-    """
+    """Return the weights of all layers of two models of one family and depth, by layer."""
     ours, theirs = _blocks(student), _blocks(teacher)
     if len(ours) != len(theirs) or any(
         own.keys() != other.keys() for own, other in zip(ours, theirs, strict=False)

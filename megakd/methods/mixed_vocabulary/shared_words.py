@@ -89,11 +89,7 @@ class SharedWords(NamedTuple):
 
 
 class WordCutter:
-    """A function that cuts texts into words in both vocabularies.
-
-    Raises:
-        DataError: a tokenizer is not a fast tokenizer.
-    """
+    """A function that cuts texts into words in both vocabularies."""
 
     def __init__(self, pair: VocabularyPair) -> None:
         for role, tokenizer in zip(pair._fields, pair, strict=True):
@@ -105,12 +101,7 @@ class WordCutter:
         self._known = functools.lru_cache(KNOWN_WORDS)(self._fixed)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[SharedWords]:
-        """Yield the words of each text.
-
-        Raises:
-            DataError: the vocabularies cut a text into different words, or spell a word
-                differently.
-        """
+        """Yield the words of each text; both vocabularies must cut and spell them alike."""
         ours, theirs = (_words(plain_encoding(texts, part), texts) for part in self._pair)
         for text, (student, spans), (teacher, others) in zip(texts, ours, theirs, strict=True):
             if not np.array_equal(spans, others):

@@ -73,10 +73,6 @@ def load_student_tokenizer(
       and SentencePiece reads the characters;
     * characters that the normalizers of the two libraries treat differently: U+0085, İ, and
       accents on letters in unusual forms, such as two accents on one letter.
-
-    Raises:
-        DataError: the training text is streamed, gives fewer pieces than `vocabulary.size`, or has
-            more characters than fit.
     """
     if splits.stream is not None:
         raise DataError(
@@ -103,13 +99,7 @@ def load_student_tokenizer(
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Check the pad, unk, cls, sep and mask token, and that cls and sep are around every text.
 
-    Args:
-        tokenizer: the tokenizer of a teacher or a student.
-        where: start of the error message: a config key, a folder or a name.
-
-    Raises:
-        DataError: a special token is missing, is not in the vocabulary under one id, has two
-            roles, or is in the wrong place around a text.
+    An error message begins with `where`: a config key, a folder or a name.
     """
     taken: dict[int, str] = {}
     for role in _NEEDED_FOR:

@@ -184,12 +184,7 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
 
 
 def hops(config: ShrinkConfig, parameters: int) -> list[int]:
-    """Return the sizes to shrink to, one after the other; the last is the student's.
-
-    Args:
-        config: the options.
-        parameters: number of weights of the teacher.
-    """
+    """Return the numbers of weights to shrink to, in order; the last is the student's."""
     share = 1 - (config.target_sparsity or 0.0)
     target = config.parameters or round(share * parameters)
     count = math.ceil(math.log(max(parameters / target, 1)) / math.log(LARGEST_HOP) - 1e-9)

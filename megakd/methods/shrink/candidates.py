@@ -22,11 +22,7 @@ _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parameters_of(value: object) -> object:
-    """Return the whole number that a text such as "0.6B" or "600M" writes; other values unchanged.
-
-    Raises:
-        ValueError: the text is not a number with K, M, B or T, or is no whole number of weights.
-    """
+    """Return the whole number that a text such as "0.6B" or "600M" writes; others unchanged."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, str):
@@ -57,11 +53,7 @@ class Candidate(NamedTuple):
         return f"{self.layers} layers, {self.heads} key-value groups, {self.neurons} neurons"
 
     def view(self, layer_scores: Sequence[float]) -> View:
-        """Return the candidate as a view of the teacher with its most important layers.
-
-        Args:
-            layer_scores: importance of each layer.
-        """
+        """Return the candidate as a view of the teacher with its most important layers."""
         numbers = range(1, len(layer_scores) + 1)
         kept = most_important(layer_scores, self.layers)
         return View(
@@ -131,14 +123,10 @@ def cuts_of(
     """Return the shapes that can be cut out of a decoder.
 
     Args:
-        whole: the units of the decoder.
         count: returns the number of weights of a view.
         is_stock: returns whether the stock config of the family describes a view.
         round_to: multiple of the number of neurons; None: the largest divisor of 64 that divides
             the number of neurons of the decoder.
-
-    Raises:
-        ConfigError: the layers of the decoder differ, or `round_to` leaves no smaller number.
     """
     depth, heads, neurons = len(whole.heads), whole.heads[0], whole.neurons[0]
     if {*whole.heads} != {heads} or {*whole.neurons} != {neurons} or 0 in (heads, neurons):
@@ -179,13 +167,9 @@ def candidates_of(cuts: Cuts, target: int, wanted: int | Sequence[float]) -> lis
     """Return candidates of one size, from all layers with narrow ones to few layers as they are.
 
     Args:
-        cuts: the possible shapes.
         target: the wanted number of weights; a candidate is at most `TOLERANCE` off.
         wanted: number of candidates, which are spread evenly over the possible numbers of layers;
             or the share of the layers that each candidate keeps.
-
-    Raises:
-        ConfigError: the size cannot be cut; the message names the nearest possible sizes.
     """
     if target >= cuts.whole.parameters:
         raise ConfigError(
