@@ -77,13 +77,7 @@ def gather(value: T) -> list[T]:
 
 def on_main(action: Callable[[], T]) -> T:
     """Run `action` on rank 0, and return its result or raise its error on every rank."""
-    outcome: tuple[T | None, Exception | None] = (None, None)
-    if dist.get_rank() == 0:
-        try:
-            outcome = (action(), None)
-        except (MegakdError, OSError) as error:
-            outcome = (None, error)
-    result, error = agree(outcome)
+    result, error = agree(_outcome(action) if dist.get_rank() == 0 else (None, None))
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -94,14 +88,9 @@ def main_first(action: Callable[[], T]) -> T:
 
     The error of the first rank that failed is raised on all ranks.
     """
-    first: T | None = None
-
-    def run() -> None:
-        nonlocal first
-        first = action()
-
-    on_main(run)
-    return together(lambda: first if dist.get_rank() == 0 else action())  # type: ignore[return-value]
+    made: list[T] = []  # on rank 0
+    on_main(lambda: made.append(action()))
+    return together(lambda: made[0] if made else action())
 
 
 def once_per_node(action: Callable[[], T], *, place: str) -> T:
@@ -149,17 +138,18 @@ def _can_open(made: bytes) -> bool:
 
 def together(action: Callable[[], T]) -> T:
     """Run `action`, which has no collectives, on every rank; raise on all ranks if one fails."""
-    result: T | None = None
-    error: Exception | None = None
-    try:
-        result = action()
-    except (MegakdError, OSError) as raised:
-        error = raised
-    errors = gather(error)
-    first = next((e for e in errors if e is not None), None)
+    result, error = _outcome(action)
+    first = next((e for e in gather(error) if e is not None), None)
     if first is not None:
         raise first
     return result  # type: ignore[return-value]
+
+
+def _outcome(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except (MegakdError, OSError) as error:
+        return None, error
 
 
 def _default_group() -> dist.ProcessGroup:

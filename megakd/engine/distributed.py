@@ -87,15 +87,11 @@ def _accelerator() -> Any:
     return get_accelerator()
 
 
-def _set_timeout(timeout: timedelta) -> None:
-    public = getattr(dist, "set_timeout", None)  # since torch 2.14
-    (public or distributed_c10d._set_pg_timeout)(timeout)  # noqa: SLF001
-
-
 def _init_process_group(timeout: timedelta) -> None:
     if dist.is_initialized():
         # The group of an earlier run in this process.
-        _set_timeout(timeout)
+        public = getattr(dist, "set_timeout", None)  # since torch 2.14
+        (public or distributed_c10d._set_pg_timeout)(timeout)  # noqa: SLF001
         return
     # DeepSpeed's groups use torch's default timeout and ignore the timeout that DeepSpeed is given.
     distributed_c10d.default_pg_timeout = timeout
@@ -142,9 +138,8 @@ def adopt_slurm_variables() -> None:
     Only tasks that srun started are treated as ranks. The batch script is task 0 of its job too,
     but a plain python in the batch script is a single process.
     """
-    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ:
-        return
-    if os.environ.get("SLURM_NTASKS", "1") == "1":
+    is_task = "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1"
+    if "RANK" in os.environ or not is_task:
         return
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
@@ -229,15 +224,12 @@ def _share_cores() -> None:
     # torchrun sets 1 where the user sets nothing, which leaves the optimizer on the CPU one core.
     if local_world == 1 or (given is not None and not (given == "1" and TORCHRUN in os.environ)):
         return
-    torch.set_num_threads(max(1, _cores_of_rank(local_world)))
-
-
-def _cores_of_rank(local_world: int) -> int:
-    """Return this rank's cores; the cores that the process may use, not those of the host."""
+    # The cores that the process may use, not those of the host. srun gives each task its own
+    # cores; other launchers give all ranks the same cores.
     allowed = len(os.sched_getaffinity(0))
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    # srun gives each task its own cores; other launchers give all ranks the same cores.
-    return min(allowed, int(per_task)) if per_task.isdigit() else allowed // local_world
+    cores = min(allowed, int(per_task)) if per_task.isdigit() else allowed // local_world
+    torch.set_num_threads(max(1, cores))
 
 
 def _put_ninja_on_path() -> None:

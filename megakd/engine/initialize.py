@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -17,9 +17,6 @@ from torch import nn
 from megakd.config.deepspeed import frozen_ds_config, merged_ds_config
 from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types
 RATE = "rate"
@@ -90,17 +87,17 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     if train.optim == "sgd":
         return torch.optim.SGD(groups, lr=train.learning_rate)
-    betas = (train.adam_beta1, train.adam_beta2)
+    options: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_epsilon,
+    }
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(
-            groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, adamw_mode=True
-        )
+        return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
     # One pass over the weights, on a GPU and on a CPU, without temporary tensors.
-    return torch.optim.AdamW(
-        groups, lr=train.learning_rate, betas=betas, eps=train.adam_epsilon, fused=True
-    )
+    return torch.optim.AdamW(groups, **options, fused=True)
 
 
 def _parameter_groups(

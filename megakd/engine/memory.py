@@ -14,7 +14,7 @@ import gc
 import re
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +156,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with suppress(OSError):  # only Linux has the file, and some containers refuse the write
         (PROCESS / "clear_refs").write_text("5", encoding="ascii")
-    except OSError:  # only Linux has the file, and some containers refuse the write
-        return
 
 
 def destroy(engine: Any) -> None:
@@ -173,14 +171,8 @@ def destroy(engine: Any) -> None:
     running = parameter_offload.FWD_MODULE_STACK
     running[:] = [other for other in running if other is not module]
     # The cache is shared by all engines; another engine fills it again.
-    for function in _cached_functions():
-        function.cache_clear()
-
-
-def _cached_functions() -> list[Any]:
-    found: list[Any] = []
     for function in vars(PartitionedParameterCoordinator).values():
         # DeepSpeed wraps the cached function without a reference of its own.
         inner = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-        found += [f for f in (function, *inner) if hasattr(f, "cache_clear")]
-    return found
+        for cached in (f for f in (function, *inner) if hasattr(f, "cache_clear")):
+            cached.cache_clear()

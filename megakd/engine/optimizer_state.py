@@ -135,7 +135,10 @@ class OptimizerState:
 
     def _slot(self, parameter: Any) -> Slot:
         if is_zero_param(parameter):
-            return self._slot_of_partition(parameter)
+            place = self._outer.grad_position[self._outer.get_param_id(parameter)]
+            group, start, size = (int(number) for number in place)
+            offset, own = own_partition(parameter, size)
+            return Slot(self._outer.fp32_partitioned_groups_flat[group], start, offset, own)
         if not hasattr(parameter, "_hp_mapping"):  # every rank holds and updates the whole weight
             part: slice = own_part(parameter)
             owner = self._masters.get(id(parameter))
@@ -148,12 +151,6 @@ class OptimizerState:
         flats = self._outer.fp32_groups_flat_partition if flats is None else flats
         there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
         return Slot(flats[mapping.param_group_index], there.start, here.start, there.numel)
-
-    def _slot_of_partition(self, parameter: Any) -> Slot:
-        place = self._outer.grad_position[self._outer.get_param_id(parameter)]
-        group, start, size = (int(number) for number in place)
-        offset, own = own_partition(parameter, size)
-        return Slot(self._outer.fp32_partitioned_groups_flat[group], start, offset, own)
 
 
 def _masters(optimizer: Any) -> dict[int, Tensor]:

@@ -46,17 +46,14 @@ def sharded_construction(
     """
     found = transformers_switch._hf_deepspeed_config_weak_ref  # noqa: SLF001  (no public reader)
     transformers_switch.unset_hf_deepspeed_config()
+    plain = nullcontext() if device is None or device.type == "cpu" else device
     try:
-        with _zero_init(ds, dtype) if ds is not None and zero_stage(ds) == 3 else _on(device):
+        with _zero_init(ds, dtype) if ds is not None and zero_stage(ds) == 3 else plain:
             yield
     finally:
         owner = found() if found is not None else None
         if owner is not None:
             transformers_switch.set_hf_deepspeed_config(owner)
-
-
-def _on(device: torch.device | None) -> AbstractContextManager[Any]:
-    return nullcontext() if device is None or device.type == "cpu" else device
 
 
 def _zero_init(ds: Mapping[str, Any], dtype: torch.dtype) -> AbstractContextManager[Any]:

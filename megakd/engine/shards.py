@@ -43,10 +43,9 @@ def local_shards(model: nn.Module, *, loss_scale: float = 1.0) -> Iterator[Shard
     """
     for name, parameter in model.named_parameters():
         found = _shard_of(parameter) if parameter.requires_grad else None
-        if found is None:
-            continue
-        weight, gradient, offset = found
-        yield Shard(name, weight, gradient.float() / loss_scale, offset)
+        if found is not None:
+            weight, gradient, offset = found
+            yield Shard(name, weight, gradient.float() / loss_scale, offset)
 
 
 def _shard_of(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
@@ -110,7 +109,9 @@ def names_of_bad_weights(module: nn.Module) -> list[str]:
     """
     named = [(name, _own_part(parameter)) for name, parameter in module.named_parameters()]
     named = [(name, part) for name, part in named if part.numel()]
-    finite = torch.stack([_is_finite(part) for _, part in named]).tolist() if named else []
+    # Minimum and maximum need no memory, unlike `isfinite` of all values.
+    ends = [torch.stack(torch.aminmax(part)).isfinite().all() for _, part in named]
+    finite = torch.stack(ends).tolist() if named else []
     bad = [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
     return list(dict.fromkeys(name for found in gather(bad) for name in found))
 
@@ -122,9 +123,3 @@ def _own_part(parameter: Tensor) -> Tensor:
     rank = torch.distributed.get_rank(parameter.ds_process_group)  # pyright: ignore[reportAttributeAccessIssue]
     left = parameter.ds_numel - rank * shard.numel()  # pyright: ignore[reportAttributeAccessIssue]
     return shard.detach()[: max(0, min(left, shard.numel()))]
-
-
-def _is_finite(part: Tensor) -> Tensor:
-    """Return a bool scalar; minimum and maximum need no memory, unlike `isfinite` of all values."""
-    low, high = torch.aminmax(part)
-    return torch.isfinite(low) & torch.isfinite(high)

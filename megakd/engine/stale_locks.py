@@ -52,7 +52,9 @@ def _remove_unused(paths: Sequence[Path]) -> list[Path]:
     unused = _unused(list(moved.values()))
     for path, aside in moved.items():
         if aside not in unused:
-            _put_back(aside, path)
+            # A process has it open. A file of another process is never replaced.
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(aside)
         aside.unlink(missing_ok=True)
     return [path for path, aside in moved.items() if aside in unused]
 
@@ -80,12 +82,6 @@ def _move_aside(path: Path, version: tuple[int, int]) -> Path | None:
         return path.rename(aside)
     except FileNotFoundError:
         return None
-
-
-def _put_back(aside: Path, path: Path) -> None:
-    """Restore a file that a process has open; never replace a file of another process."""
-    with contextlib.suppress(FileExistsError):
-        path.hardlink_to(aside)
 
 
 def _files_in_use() -> Iterator[str]:

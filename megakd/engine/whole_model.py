@@ -75,7 +75,9 @@ def _plain_members(part: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
         if isinstance(empty, dict):
             # Objects that remove a hook refer to these; the hooks themselves refer to the engine.
             memo[id(vars(part)[name])] = empty
-    own = {name: value for name, value in vars(part).items() if _belongs_to_model(name, members)}
+    # Neither torch's attributes nor those that DeepSpeed adds at ZeRO 3.
+    foreign = {*members, "_external_params", "_original_parameters"}
+    own = {n: v for n, v in vars(part).items() if n not in foreign and not n.startswith("ds_")}
     members |= copy.deepcopy(own, memo)
     members["_buffers"] = copy.deepcopy(dict(part._buffers), memo)  # noqa: SLF001
     members["_non_persistent_buffers_set"] = set(part._non_persistent_buffers_set)  # noqa: SLF001
@@ -83,12 +85,6 @@ def _plain_members(part: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
         items = vars(part)[name].items()
         members[name] = {key: None if item is None else memo[id(item)] for key, item in items}
     return members
-
-
-def _belongs_to_model(name: str, members: dict[str, Any]) -> bool:
-    """Return whether an attribute is neither torch's nor one that DeepSpeed adds at ZeRO 3."""
-    of_deepspeed = name in ("_external_params", "_original_parameters") or name.startswith("ds_")
-    return name not in members and not of_deepspeed
 
 
 def _whole_parameters(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
