@@ -76,11 +76,7 @@ def _route(config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, sparsity: floa
 
 
 def _record(
-    config: MaxiDiscConfig,
-    lab: Lab,
-    ranked: SortedModel,
-    routes: list[Route],
-    best: Route,
+    config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, routes: list[Route], best: Route
 ) -> None:
     metric = lab.metric(config.metric)
     views = views_of(config, lab, ranked, [path.sparsity for path in routes])

@@ -54,10 +54,7 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
     and feed-forwards, heads by queries, keys and values, neurons by the inputs of feed-forwards.
     """
     architecture, table = architecture_of(model.config), weight_axes(model)
-    layers = (
-        *architecture.attentions(model.config),
-        *architecture.feed_forwards(model.config),
-    )
+    layers = (*architecture.attentions(model.config), *architecture.feed_forwards(model.config))
     paths = {path for part in layers for path in part.makers}
     found: dict[str, Maker] = {}
     for path, module in model.named_modules():

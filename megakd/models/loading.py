@@ -58,14 +58,7 @@ LEGACY_KEYS = frozenset(
 )
 
 # What transformers raises for a config with a wrong value.
-CONFIG_ERRORS = (
-    StrictDataclassError,
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-)
+CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, AttributeError, KeyError)
 LARGEST_SIZE = 2**24
 """Larger than any size in a model, and small enough for products of two sizes."""
 

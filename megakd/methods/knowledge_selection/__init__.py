@@ -219,10 +219,7 @@ def _stage_1(
         _choosing(config, lab),
         lab.probe(STAGE),
         course=Episodes(
-            number=config.episodes,
-            steps=steps,
-            phase_steps=phase,
-            exploration=config.exploration,
+            number=config.episodes, steps=steps, phase_steps=phase, exploration=config.exploration
         ),
         learning=Learning(
             rate=config.selector_learning_rate,

@@ -45,12 +45,7 @@ if TYPE_CHECKING:
 
 Projections = Literal["none", "dual", "down", "up"]
 PATIENT_KD = "patient_kd"
-OF_VERSION = {
-    "projections": 1,
-    "embeddings": 1,
-    "epsilon": 1,
-    "teacher_steps": 2,
-}
+OF_VERSION = {"projections": 1, "embeddings": 1, "epsilon": 1, "teacher_steps": 2}
 """Options that only one version has."""
 
 
@@ -168,11 +163,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
         if not self.reads_mixed_rows(config):
             return None
         return encode_mixed(
-            splits.train,
-            pair,
-            config.task,
-            content_hash=splits.content_hash,
-            cache_dir=cache_dir,
+            splits.train, pair, config.task, content_hash=splits.content_hash, cache_dir=cache_dir
         )
 
     def extras(self, parts: Any) -> Sequence[Any]:

@@ -29,12 +29,7 @@ from megakd.data.collation import Collator, Columns, columns_of
 from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
 from megakd.data.masking import task_masking
 from megakd.data.splitmix import row_keys, uniform
-from megakd.data.token_tables import (
-    check_room_for_text,
-    frame,
-    tables_of_lists,
-    with_tokens,
-)
+from megakd.data.token_tables import check_room_for_text, frame, tables_of_lists, with_tokens
 from megakd.data.tokenizers import VocabularyPair
 from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError

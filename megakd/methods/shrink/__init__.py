@@ -26,20 +26,9 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import Constant, Pass, Scores, Stage, StageResult, Verdict
 from megakd.contract.tasks import FROM_TEACHER, STUDENT
-from megakd.contract.terms import (
-    ATTENTION_TERMS,
-    STRICT,
-    Count,
-    SoftTargetKl,
-)
+from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, SoftTargetKl
 from megakd.methods.minidisc import Sandwich
-from megakd.methods.shrink.candidates import (
-    Candidate,
-    Cuts,
-    candidates_of,
-    cuts_of,
-    parameters_of,
-)
+from megakd.methods.shrink.candidates import Candidate, Cuts, candidates_of, cuts_of, parameters_of
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab, Model
