@@ -55,24 +55,19 @@ class HardClasses(TermGroup):
 
     def _weighted(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the sum over rows of (1 - s)·w[y]·-log p[y] + s/C·sum of w[c]·-log p[c]."""
+        if self.class_weights is not None and self._on_device is None:
+            # [C] fp32, not a buffer: DeepSpeed would round a buffer to the model's dtype.
+            self._on_device = torch.tensor(self.class_weights, device=logits.device)
         # Masked before the softmax: the gradient of the softmax at NaN is NaN, even times 0.
         known = (labels != IGNORE).unsqueeze(-1)
         return functional.cross_entropy(
             logits.float().where(known, 0.0),
             labels,
-            weight=self._weights(logits.device),
+            weight=self._on_device,
             label_smoothing=self.smoothing,
             ignore_index=IGNORE,
             reduction="sum",
         )
-
-    def _weights(self, device: torch.device) -> Tensor | None:
-        """Return [C] fp32, not a buffer: DeepSpeed would round a buffer to the model's dtype."""
-        if self.class_weights is None:
-            return None
-        if self._on_device is None:
-            self._on_device = torch.tensor(self.class_weights, device=device)
-        return self._on_device
 
 
 class SoftClasses(TermGroup):
@@ -125,7 +120,9 @@ class RegressionScores(TermGroup):
         error = (scores - target).where(counts, torch.zeros_like(scores))
         rows = error.square()
         if self.trusts:
-            rows = rows * _trust_in_scores(target, reading.batch.labels.float())
+            # The teacher's squared error is 0 for rows without label.
+            missed = (target - reading.batch.labels.float()).square().nan_to_num(0.0)
+            rows = rows * (1 / (1 + missed))
         total = rows.sum()
         scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
         return Evaluated(total * scale, {self.name: total.detach()})
@@ -142,11 +139,6 @@ def _trust_in_classes(taught: Tensor, labels: Tensor) -> Tensor:
     """Return [B] fp32: 1 / (1 + the teacher's cross-entropy), and 1 for rows without label."""
     missed = functional.cross_entropy(taught.float(), labels, ignore_index=IGNORE, reduction="none")
     return 1 / (1 + missed)
-
-
-def _trust_in_scores(taught: Tensor, labels: Tensor) -> Tensor:
-    """Return [B] fp32: 1 / (1 + the teacher's squared error), and 1 for rows without label."""
-    return 1 / (1 + (taught - labels).square().nan_to_num(0.0))
 
 
 def _logits(knowledge: Knowledge) -> Tensor:

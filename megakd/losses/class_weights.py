@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,19 +21,20 @@ def with_class_weights(terms: Sequence[TermConfig], splits: Splits) -> tuple[Ter
     `balanced` gives label c the weight rows / (labels · rows of c), counted over the labelled
     training rows, so that the mean weight of these rows is 1.
     """
-    return tuple(
-        dataclasses.replace(term, class_weights=_in_order(term, splits))
-        if isinstance(term, HardCrossEntropy) and term.class_weights is not None
-        else term
-        for term in terms
-    )
+    return _with_weights(terms, lambda term: _in_order(term, splits))
 
 
 def with_even_weights(terms: Sequence[TermConfig], classes: int) -> tuple[TermConfig, ...]:
     """Return the terms with weight 1 for every label, for a memory plan without data."""
     even = {str(number): 1.0 for number in range(classes)}
+    return _with_weights(terms, lambda _: even)
+
+
+def _with_weights(
+    terms: Sequence[TermConfig], weights_of: Callable[[HardCrossEntropy], dict[str, float]]
+) -> tuple[TermConfig, ...]:
     return tuple(
-        dataclasses.replace(term, class_weights=even)
+        dataclasses.replace(term, class_weights=weights_of(term))
         if isinstance(term, HardCrossEntropy) and term.class_weights is not None
         else term
         for term in terms

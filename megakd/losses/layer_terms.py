@@ -215,12 +215,9 @@ class Relations(LayerTerm):
 
 def _sides(relation: Relation, vectors: AttentionVectors) -> tuple[Tensor, Tensor | None]:
     """Return the two sides of a relation; None as second side relates the vectors to themselves."""
-    if relation == "query":
-        return vectors.queries, None
-    if relation == "key":
-        return vectors.keys, None
-    if relation == "value":
-        return vectors.values, None
+    alone = {"query": vectors.queries, "key": vectors.keys, "value": vectors.values}
+    if relation in alone:
+        return alone[relation], None
     keys = vectors.keys.unflatten(-1, (-1, vectors.width))
     groups = vectors.queries.shape[-1] // vectors.keys.shape[-1]
     return vectors.queries, keys.repeat_interleave(groups, dim=2).flatten(2)

@@ -259,12 +259,10 @@ def is_launcher(process: psutil.Process) -> bool:
     if program.startswith(SLURM):
         return True
     shown = words[:1] if not program.startswith("python") else words[1:6]
-    return any(_names_launcher(word) for word in shown)
-
-
-def _names_launcher(word: str) -> bool:
-    is_program = PurePath(word).name in PROGRAMS
-    return is_program or word.startswith(MODULES) or word.endswith(FILES)
+    return any(
+        PurePath(word).name in PROGRAMS or word.startswith(MODULES) or word.endswith(FILES)
+        for word in shown
+    )
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -26,7 +26,6 @@ from megakd.models.counting import parameter_counts
 from megakd.models.cutting import CUT, cut_config, reshape_folder
 from megakd.models.depth import naming
 from megakd.models.fitting import valueless_model
-from megakd.models.model_folder import Extra
 from megakd.models.source import ModelSource
 from megakd.pruning.allocation import (
     UnitScores,
@@ -109,11 +108,14 @@ class Shapes:
 
     def largest_first(self) -> tuple[str, ...]:
         """Return the names of all teachers by number of weights, the largest first."""
-        sizes = {name: self._size(self._sources[name]) for name in self.config.teacher_specs}
+        weights = {
+            name: self._weights_of(self._sources[name]) for name in self.config.teacher_specs
+        }
+        sizes = {
+            name: parameter_counts((n, shape) for n, shape, _ in of_model).parameters
+            for name, of_model in weights.items()
+        }
         return tuple(sorted(sizes, key=lambda name: -sizes[name]))
-
-    def _size(self, source: ModelSource) -> int:
-        return parameter_counts((n, s) for n, s, _ in self._weights_of(source)).parameters
 
     def unscored(self) -> SortedTeacher:
         """Return the teacher with equal scores of all units, to check a grid of sparsities."""
@@ -221,7 +223,19 @@ class ModelPruning(Shapes):
             reshaping = prepare()
             text = self._result_text(untrained(name, folder), fingerprint, began)
             forget_models()
-            on_main(lambda: self._reshape(reshaping, folder, {**reshaping.extra, RESULT: text}))
+            prepared = self.assembly.prepared
+            on_main(
+                lambda: reshape_folder(
+                    reshaping.source,
+                    folder,
+                    task=self.config.task,
+                    label_names=prepared.splits.label_names,
+                    tokenizer=prepared.tokenizer,
+                    view=reshaping.view,
+                    order=reshaping.order,
+                    extra={**reshaping.extra, RESULT: text},
+                )
+            )
 
         return once(self.assembly, name, facts, make)
 
@@ -239,19 +253,6 @@ class ModelPruning(Shapes):
             return result_text(measured, fingerprint)
 
         return text
-
-    def _reshape(self, reshaping: Reshaping, folder: Path, extra: Extra) -> None:
-        prepared = self.assembly.prepared
-        reshape_folder(
-            reshaping.source,
-            folder,
-            task=self.assembly.config.task,
-            label_names=prepared.splits.label_names,
-            tokenizer=prepared.tokenizer,
-            view=reshaping.view,
-            order=reshaping.order,
-            extra=extra,
-        )
 
 
 def shape_of_cut(source: ModelSource, view: View, task: TaskType) -> ModelSource:

@@ -111,14 +111,17 @@ def measure_importance(
     shape = StepShape.of_batch(batch_size, most, rank=ranks.rank, world=ranks.world_size)
     frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())
     objective = label_objective(source, assembly.config.task.type, assembly.prepared.classes)
-    device = ranks.device
+    device, scorer = ranks.device, assembly.scorer()
     module = GateGradients(frozen, objective, device, with_width=with_width)
     engine = frozen_engine(module, ds=ds, dtype=dtype, rows=shape.per_device)
     try:
         # ZeRO 3 allocates blocks of many sizes; if they were kept, the heap would grow to twice
         # their size.
         with freed_memory_returned():
-            totals = _totals(engine, _dealt(assembly, rows, shape, batch_size))
+            batches = global_batches(
+                rows, scorer.collate, shape=shape, batch_size=batch_size, masking=scorer.masking
+            )
+            totals = _totals(engine, ((device_batch(b, device) for b in of) for of in batches))
     finally:
         destroy(engine)
     if totals is None:
@@ -128,16 +131,6 @@ def measure_importance(
         )
     # The last digits of a sum may differ between ranks, but the order of units must be equal.
     return module.gates.scores(agree(totals.cpu()))
-
-
-def _dealt(
-    assembly: Assembly, rows: Dataset, shape: StepShape, batch_size: int
-) -> Iterator[Iterator[Batch]]:
-    scorer, device = assembly.scorer(), assembly.ranks.device
-    for batch in global_batches(
-        rows, scorer.collate, shape=shape, batch_size=batch_size, masking=scorer.masking
-    ):
-        yield (device_batch(micro_batch, device) for micro_batch in batch)
 
 
 @torch.no_grad()
@@ -302,15 +295,6 @@ def measure_layers(assembly: Assembly, ready: ReadyTeacher, rows: Dataset) -> tu
                 losses.append(scorer.loss(model.predict, rows))
     finally:
         model.destroy()
-    _check_finite(losses)
-    # Processors may round differently, but the order of layers must be equal on all ranks.
-    scores = agree(tuple(loss - losses[0] for loss in losses[1:]))
-    text = "layers: the loss on %d held-out rows is %.3f; without layer 1, 2, … it rises by %s"
-    logger.info(text, len(rows), losses[0], " ".join(f"{score:.3f}" for score in scores))
-    return scores
-
-
-def _check_finite(losses: list[float]) -> None:
     bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
     if bad:
         where = f"without layer {bad[0]}" if bad[0] else "with all layers"
@@ -318,3 +302,8 @@ def _check_finite(losses: list[float]) -> None:
             f"the loss of the teacher on the held-out rows {where} is {losses[bad[0]]}, so that "
             "layers cannot be ranked; set teacher.dtype to fp32, or use another teacher"
         )
+    # Processors may round differently, but the order of layers must be equal on all ranks.
+    scores = agree(tuple(loss - losses[0] for loss in losses[1:]))
+    text = "layers: the loss on %d held-out rows is %.3f; without layer 1, 2, … it rises by %s"
+    logger.info(text, len(rows), losses[0], " ".join(f"{score:.3f}" for score in scores))
+    return scores
