@@ -85,16 +85,13 @@ class SkdbertConfig(MethodOptions):
 
 def run(config: SkdbertConfig, lab: Lab) -> StageResult:
     """Prepare the teachers and their probabilities, then train the student."""
-    names = tuple(name for name in lab.config.teacher_specs if _may_teach(config, name))
+    specs, given = lab.config.teacher_specs, config.weights
+    names = tuple(name for name in specs if given is None or given[name] > 0)
     probabilities = probabilities_of(config, lab, tuple(map(lab.teacher, names)))
     drawn = Drawn(names, tuple(probabilities.values()), lab.config.seed)
     stage = Stage(name="student", teachers=names, objective=soft_objective(lab), strategy=drawn)
-    never = dict.fromkeys(lab.config.teacher_specs, 0.0)
+    never = dict.fromkeys(specs, 0.0)
     return taught(lab, stage, weights=never | probabilities, how=config.distribution)
-
-
-def _may_teach(config: SkdbertConfig, name: str) -> bool:
-    return config.weights is None or config.weights[name] > 0
 
 
 def probabilities_of(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> dict[str, float]:

@@ -16,11 +16,8 @@ def unused(options: MethodOptions, names: Collection[str], why: str) -> Iterator
     for option in dataclasses.fields(options):
         value = getattr(options, option.name)
         if option.name in names and value != option.default:
+            default = "null" if option.default is None else option.default
             yield (
-                f"method.{option.name}: {value} has no effect (default {_shown(option.default)}), "
-                f"because {why}; remove the key"
+                f"method.{option.name}: {value} has no effect (default {default}), because {why}; "
+                "remove the key"
             )
-
-
-def _shown(default: object) -> str:
-    return "null" if default is None else str(default)

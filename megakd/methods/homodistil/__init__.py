@@ -15,7 +15,6 @@ removed do not return (`monotone`).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,7 +180,7 @@ def run(config: HomoDistilConfig, lab: Lab) -> StageResult:
         if results:
             start = lab.source(results[-1].folder)
         results.append(lab.train(_stage(course, lab, start, window, number)))
-        lab.record.pruning += _rows(lab, results[-1])
+        lab.record.pruning += lab.made_by(results[-1], ROWS, _read) or []
     return results[-1]
 
 
@@ -191,7 +190,10 @@ def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) 
 
     name = STUDENT if window.last == window.total else f"pruning-{number}"
     pruning = PruningStrategy(
-        course, window, lab.probe(name), functools.partial(_parameters, lab, start)
+        course,
+        window,
+        lab.probe(name),
+        size=lambda view: lab.pruning.parameters(start, view).parameters,
     )
     return Stage(
         name=name,
@@ -203,10 +205,6 @@ def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) 
         window=window,
         measures_losses=True,
     )
-
-
-def _parameters(lab: Lab, model: Model, view: View) -> int:
-    return lab.pruning.parameters(model, view).parameters
 
 
 def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
@@ -275,10 +273,6 @@ def random_start(config: HomoDistilConfig, lab: Lab, student: StageResult) -> St
 
 
 BASELINES = {"random": random_start}
-
-
-def _rows(lab: Lab, result: StageResult) -> list[PruningReport]:
-    return lab.made_by(result, ROWS, _read) or []
 
 
 def _read(path: str) -> list[PruningReport]:

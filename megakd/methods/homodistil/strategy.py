@@ -7,7 +7,7 @@ import json
 import operator
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -122,24 +122,23 @@ class PruningStrategy(Strategy):
         if self.course.scoring.score == "random":
             self.now.scores = self._random_scores(step + 1, student) if due else None
             return
+        is_averaged = self.course.scoring.score != "magnitude"
         values: dict[str, tuple[Tensor, int]] = {}
-        for shard in self._scored(student, due=due):
-            self._observe(shard)
+        for shard in student.local_shards() if due or is_averaged else ():
+            if shard.name not in student.makers:
+                continue
+            if is_averaged:
+                self._observe(shard)
             if due:
                 values[shard.name] = (self._weight_scores(shard), shard.offset)
         if due:
-            self.now.scores = self._unit_scores(values, student)
-
-    def _scored(self, student: Any, *, due: bool) -> Iterator[Any]:
-        """Yield the shards of the weights that produce units, if this step reads them."""
-        if due or self.course.scoring.score != "magnitude":
-            yield from (shard for shard in student.local_shards() if shard.name in student.makers)
+            here = unit_sums(values, student.makers, student.units, self.cut)
+            probe = self.probe
+            # The same on every rank.
+            self.now.scores = here if probe is None else probe.agree(probe.add_up(here))
 
     def _observe(self, shard: Any) -> None:
-        """Add the sensitivities of a shard to the averages, for the scores that need them."""
         scoring = self.course.scoring
-        if scoring.score == "magnitude":
-            return
         uncertainty = scoring.uncertainty_beta if scoring.score == "platon" else None
         averages, beta = self.now.averages, scoring.sensitivity_beta
         update_averages(averages, [shard], beta=beta, uncertainty_beta=uncertainty)
@@ -148,13 +147,6 @@ class PruningStrategy(Strategy):
         count = sum(group_sizes(student.makers, student.units).values())
         generator = torch.Generator().manual_seed(self.course.scoring.seed * 1_000_003 + step)
         return torch.rand(count, generator=generator, dtype=torch.float64)
-
-    def _unit_scores(self, values: Mapping[str, tuple[Tensor, int]], student: Any) -> Tensor:
-        """Return the scores of all units, the same on every rank."""
-        here = unit_sums(values, student.makers, student.units, self.cut)
-        if self.probe is None:
-            return here
-        return self.probe.agree(self.probe.add_up(here))
 
     def _weight_scores(self, shard: Any) -> Tensor:
         """Return the scores [n] of this rank's elements of a weight."""

@@ -300,12 +300,8 @@ def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
 
 
 def _rate(config: MixedVocabularyConfig, lab: Lab) -> float:
-    rate = lab.config.train.learning_rate
-    return (
-        1.0
-        if config.teacher_learning_rate is None or not rate
-        else (config.teacher_learning_rate / rate)
-    )
+    rate, wanted = lab.config.train.learning_rate, config.teacher_learning_rate
+    return 1.0 if wanted is None or not rate else wanted / rate
 
 
 def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> StageResult:

@@ -46,11 +46,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megakd.config.task import TaskConfig
-    from megakd.contract.batch import Batch
+    from megakd.contract.batch import Batch, BatchSource
     from megakd.methods.mixed_vocabulary.shared_words import SharedWords
-
-if TYPE_CHECKING:
-    from megakd.contract.batch import BatchSource
 
 # Any number but 0, which is the domain of the masks.
 _COINS = 0x6D69786564
@@ -129,7 +126,8 @@ class MixedText:
         is_known = (fixed == ALWAYS_STUDENT) & (self._probability > 0)
         is_student = np.where(fixed == FREE, heads, is_known)
         lengths = np.where(is_student, columns["student_lengths"][0], columns["teacher_lengths"][0])
-        starts = np.where(is_student, self._student_starts(columns), self._teacher_starts(columns))
+        teacher_starts = _sums(columns["teacher_lengths"][0])[:-1]
+        starts = np.where(is_student, self._student_starts(columns), teacher_starts)
         pieces = [columns["teacher_ids"][0], columns["input_ids"][0] + self._offset]
         tokens = np.concatenate(pieces)[_ranges(starts, lengths)]
         layout = _Layout.of(lengths, words, self._teacher)
@@ -137,10 +135,6 @@ class MixedText:
         if self._has_word_starts:
             made[WORD_STARTS] = layout.word_starts(lengths)
         return _table(made, layout.rows)
-
-    def _teacher_starts(self, columns: Columns) -> NDArray[np.int64]:
-        """Return the position of each word [W] in `teacher_ids`."""
-        return _sums(columns["teacher_lengths"][0])[:-1]
 
     def _student_starts(self, columns: Columns) -> NDArray[np.int64]:
         """Return the position of each word [W] in `teacher_ids` followed by `input_ids`."""

@@ -154,7 +154,16 @@ def _trained(vocabulary: StudentVocabulary, texts: Texts) -> PreTrainedTokenizer
     if len(tokenizer) > vocabulary.size:
         raise _too_small(len(tokenizer), vocabulary.size)
     if len(tokenizer) < vocabulary.size:
-        raise _too_large(_largest(vocabulary.type, texts, len(tokenizer)), vocabulary)
+        largest = _largest(vocabulary.type, texts, len(tokenizer))
+        # SentencePiece also takes pieces that occur once.
+        which = " that occur at least twice" if vocabulary.type == "wordpiece" else ""
+        lower = (
+            f"set {SIZE_KEY} to at most {largest}, or " if largest >= SMALLEST_VOCABULARY else ""
+        )
+        raise DataError(
+            f"the training text gives only {largest} pieces{which}, special tokens included, and "
+            f"{SIZE_KEY} is {vocabulary.size}; {lower}give more text"
+        )
     return tokenizer
 
 
@@ -162,16 +171,6 @@ def _too_small(smallest: int, size: int) -> DataError:
     return DataError(
         f"the special tokens and the characters of the training text take {smallest} pieces, and "
         f"{SIZE_KEY} is {size}; set {SIZE_KEY} to at least {smallest}"
-    )
-
-
-def _too_large(largest: int, vocabulary: StudentVocabulary) -> DataError:
-    # SentencePiece also takes pieces that occur once.
-    which = " that occur at least twice" if vocabulary.type == "wordpiece" else ""
-    lower = f"set {SIZE_KEY} to at most {largest}, or " if largest >= SMALLEST_VOCABULARY else ""
-    return DataError(
-        f"the training text gives only {largest} pieces{which}, special tokens included, and "
-        f"{SIZE_KEY} is {vocabulary.size}; {lower}give more text"
     )
 
 

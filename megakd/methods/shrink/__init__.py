@@ -324,23 +324,17 @@ def random_start(config: ShrinkConfig, lab: Lab, student: StageResult) -> Stage:
 
     The model is distilled with the same objective, for the steps of all trials and repairs.
     """
-    teacher, steps = lab.teacher(), sum(r.steps for r in lab.results if _is_trained(r.name))
-    stage = _repair(config, lab, teacher, student)
+    trained = [r for r in lab.results if r.name == STUDENT or r.name.startswith((TRIAL, ASSISTANT))]
+    steps = sum(result.steps for result in trained)
+    stage = _repair(config, lab, lab.teacher(), student)
+    rollouts, first = stage.rollouts, max(steps - config.on_policy_steps, 0)
     return dataclasses.replace(
         stage,
         name="random",
         start=lab.source(student.folder).fresh,
         train=_train(lab, steps or None),
-        rollouts=_shifted(stage.rollouts, steps - config.on_policy_steps),
+        rollouts=rollouts and dataclasses.replace(rollouts, from_step=first),
     )
-
-
-def _is_trained(name: str) -> bool:
-    return name == STUDENT or name.startswith((TRIAL, ASSISTANT))
-
-
-def _shifted(rollout: Any, step: int) -> Any:
-    return None if rollout is None else dataclasses.replace(rollout, from_step=max(step, 0))
 
 
 BASELINES = {"random": random_start}

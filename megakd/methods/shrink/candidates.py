@@ -6,6 +6,7 @@ All layers of a candidate have the same shape, so that the stock config of the f
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -150,17 +151,15 @@ def cuts_of(
     layer = (empty - weights(0, 0, 1)) // (depth - 1) if depth > 1 else 0
     return Cuts(
         layers=depth,
-        heads=tuple(n for n in range(1, heads + 1) if is_stock(_uniform(depth, n, neurons))),
+        heads=tuple(
+            n for n in range(1, heads + 1) if is_stock(View((n,) * depth, (neurons,) * depth))
+        ),
         neurons=(*range(grid, neurons, grid), neurons),
         outside=empty - depth * layer,
         layer=layer,
         head=(weights(1, 0) - empty) // depth,
         neuron=(weights(0, 1) - empty) // depth,
     )
-
-
-def _uniform(depth: int, heads: int, neurons: int) -> View:
-    return View((heads,) * depth, (neurons,) * depth)
 
 
 def candidates_of(cuts: Cuts, target: int, wanted: int | Sequence[float]) -> list[Candidate]:
@@ -210,15 +209,12 @@ def _no_such_size(cuts: Cuts, target: int) -> str:
         for heads in cuts.heads
         for one in cuts.nearest(target, depth, heads)
     ]
-    below = max((one for one in found if one.parameters < target), key=_size, default=None)
-    above = min((one for one in found if one.parameters > target), key=_size, default=None)
+    size = operator.attrgetter("parameters")
+    below = max((one for one in found if one.parameters < target), key=size, default=None)
+    above = min((one for one in found if one.parameters > target), key=size, default=None)
     near = [f"{one.parameters:,} ({one.shape()})" for one in (below, above) if one is not None]
     return (
         f"method.parameters: no model of {target:,} weights (within {TOLERANCE:.0%}) can be cut "
         f"out of the teacher ({cuts.whole.shape()}, {cuts.whole.parameters:,} weights); the "
         f"nearest possible sizes are {' and '.join(near)}"
     )
-
-
-def _size(one: Candidate) -> int:
-    return one.parameters
