@@ -44,7 +44,10 @@ class AttentionNotes:
     def taking(self) -> Iterator[None]:
         """Record the vectors of the attentions that run inside the context."""
         modules = list(dict.fromkeys(m for parts in self._sources.values() for m in parts))
-        modules += [block for block in self._blocks.values() if _is_repeated_in_shards(block)]
+        for block in self._blocks.values():
+            # See `BackThroughLayer`.
+            is_repeated = getattr(block, "gradient_checkpointing", False) and block.training
+            modules += [block] if is_repeated and is_sharded(block) else []
         modules += [] if self._rotary is None else [self._rotary]
         with ExitStack() as hooks:
             for module in modules:
@@ -83,16 +86,14 @@ class AttentionNotes:
         queries = _side_by_side(parts[0], width * shared)
         keys, values = (_side_by_side(part, width) for part in parts[1:])
         if self._rotary is not None:
-            turns, form = self._turns(layer), self._architecture.rotary_form
+            # The cosines and sines of a layer may be those of its type.
+            kinds = getattr(self._config, "layer_types", None)
+            of_kind = (self._rotary, kinds[layer - 1] if kinds else None)
+            turns = self._seen[of_kind if of_kind in self._seen else self._rotary]
+            form = self._architecture.rotary_form
             queries, keys = (turned(part, turns, width, form) for part in (queries, keys))
         scale = getattr(core, "scaling", width**-0.5)
         return AttentionVectors(queries, keys, values, width, float(scale))
-
-    def _turns(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of a layer, which may be those of its type."""
-        kinds = getattr(self._config, "layer_types", None)
-        of_kind = (self._rotary, kinds[layer - 1] if kinds else None)
-        return self._seen[of_kind if of_kind in self._seen else self._rotary]
 
 
 def _split(joint: Tensor, shared: int) -> Sequence[Tensor]:
@@ -131,11 +132,6 @@ class BackThroughLayer(torch.autograd.Function):
         return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device), *gradients
 
 
-def _is_repeated_in_shards(block: nn.Module) -> bool:
-    is_repeated = getattr(block, "gradient_checkpointing", False) and block.training
-    return is_repeated and is_sharded(block)
-
-
 def turned(
     vectors: Tensor, turns: tuple[Tensor, Tensor], width: int, form: RotaryForm = "halves"
 ) -> Tensor:
@@ -152,9 +148,6 @@ def turned(
         cosines, sines = (torch.cat((turn, turn), dim=-1) for turn in (cosines, sines))
     heads = vectors.unflatten(-1, (-1, width))  # [B, T, heads, width]
     moving, rest = heads.tensor_split((cosines.shape[-1],), dim=-1)
-    return torch.cat((moving * cosines + _swapped(moving) * sines, rest), dim=-1).flatten(2)
-
-
-def _swapped(heads: Tensor) -> Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+    first, second = moving.chunk(2, dim=-1)
+    swapped = torch.cat((-second, first), dim=-1)
+    return torch.cat((moving * cosines + swapped * sines, rest), dim=-1).flatten(2)

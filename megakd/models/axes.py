@@ -42,8 +42,10 @@ def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
             # The other weights of an attention are as wide as one head (the norms of Qwen3), or
             # have a column for each original head (the positions of T5): they are never cut.
             if full not in table and not full.startswith(tuple(attentions)):
-                shape = full_shape(parameter)
-                table[full] = _outside_layers(module, shape, width, path in outputs)
+                axes = [WIDTH if size == width else None for size in full_shape(parameter)]
+                if isinstance(module, nn.Embedding) or path in outputs:
+                    axes[0] = None  # tokens, positions or classes, even as many as the width
+                table[full] = tuple(axes)
     return {name: axes for name, axes in table.items() if any(axes)}
 
 
@@ -112,18 +114,6 @@ def _linear(
     )
     if getattr(module, "bias", None) is not None:
         yield f"{path}.bias", (outputs,)
-
-
-def _outside_layers(
-    module: nn.Module,
-    shape: torch.Size,
-    width: int,
-    is_output: bool,  # noqa: FBT001
-) -> Axes:
-    axes = [WIDTH if size == width else None for size in shape]
-    if isinstance(module, nn.Embedding) or is_output:
-        axes[0] = None  # tokens, positions or classes, even if their number equals the width
-    return tuple(axes)
 
 
 def narrowed(tensor: Tensor, axes: Axes, view: View) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ def parameter_counts(shapes: Iterable[tuple[str, Sequence[int]]]) -> ParameterCo
     """Count weights from their names and full shapes; tied weights must be listed once."""
     total = inside = 0
     for name, shape in shapes:
-        count = _product(shape)
+        count = math.prod(shape)
         total += count
         inside += 0 if OUTSIDE_THE_ENCODER.intersection(name.split(".")) else count
     return ParameterCounts(total, inside)
@@ -33,10 +34,3 @@ def named_shapes(model: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
     """Yield the name and full shape of each parameter, also for ZeRO-3 shards."""
     for name, parameter in model.named_parameters():
         yield name, tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _product(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

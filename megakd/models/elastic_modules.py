@@ -124,11 +124,6 @@ class ElasticEmbedding(ElasticModule):
 
     weight: Tensor
 
-    @property
-    def weight_width(self) -> int:
-        """The columns of the whole weight, which may be sharded."""
-        return full_shape(self.weight)[1]
-
     def forward(self, numbers: Tensor) -> Tensor:
         """Return the embeddings [..., D] of numbers [...]; scaled ones as a cut model does."""
         rows = super().forward(numbers)
@@ -137,7 +132,7 @@ class ElasticEmbedding(ElasticModule):
             return rows
         columns = kept[1]
         if hasattr(self, "scalar_embed_scale"):  # Gemma's: the root of the width
-            rows = rows * (columns.length / self.weight_width) ** 0.5
+            rows = rows * (columns.length / full_shape(self.weight)[1]) ** 0.5
         if columns.rows is None:
             return rows[..., : columns.length]
         return rows.index_select(-1, columns.rows)

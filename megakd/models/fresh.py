@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -36,19 +35,11 @@ def initialize_parameters(
             if not fresh:
                 continue
             waiting.difference_update(id(parameter) for parameter in fresh.values())
-            values = _draw(model, name, _seed_of(seed, name)) if _any_written(fresh) else {}
+            values = _draw(model, name, seed) if any(map(writes_here, fresh.values())) else {}
             for key, parameter in fresh.items():
                 with gathered([parameter], modify=True), torch.no_grad():
                     if writes_here(parameter):
                         parameter.copy_(_complete(values[key], f"{name}.{key}"))
-
-
-def _any_written(parameters: dict[str, nn.Parameter]) -> bool:
-    return any(writes_here(parameter) for parameter in parameters.values())
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
 def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:
@@ -57,9 +48,10 @@ def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:
     After the module itself, the modules around it may change the values, from the inside out, as in
     transformers: an attention may know the scale of its weights better than the Linear (GPT-2, T5).
     """
+    module_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
     path = name.split(".") if name else []
     owners = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
-    with _stand_ins(owners[0]) as values, cpu_seeded(seed), torch.no_grad():
+    with _stand_ins(owners[0]) as values, cpu_seeded(module_seed), torch.no_grad():
         for owner in owners:
             model._init_weights(owner)  # noqa: SLF001  (the class's rule; nothing public has it)
     return {key: parameter.data for key, parameter in values.items()}

@@ -47,7 +47,12 @@ def complete(
         tokens: the tokens of the texts; prompts and completions may contain the token of the
             padding.
     """
-    generative, lengths = _generative(model), [len(prompt) for prompt in prompts]
+    if not isinstance(model, GenerationMixin):
+        raise ModelError(
+            f"{type(model).__name__} cannot generate text; use a causal language model"
+        )
+    generative: Any = model
+    lengths = [len(prompt) for prompt in prompts]
     check_prompt_lengths(lengths, sampling.max_new_tokens, context_length(generative.config))
     found: dict[int, Completion] = {}
     with torch.no_grad(), evaluating(model), _settings(generative):
@@ -93,14 +98,6 @@ def check_prompt_lengths(lengths: Sequence[int], max_new_tokens: int, context: i
                 f"max_new_tokens {max_new_tokens} leave {longest} tokens for a prompt; shorten the "
                 "prompts or lower max_new_tokens"
             )
-
-
-def _generative(model: Any) -> Any:
-    if not isinstance(model, GenerationMixin):
-        raise ModelError(
-            f"{type(model).__name__} cannot generate text; use a causal language model"
-        )
-    return model
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def _quantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
             continue
         seen.add(id(tensors.get(name)))
         tensor = _checked(reader.read(place), f"{folder}: {name}")
-        if not _is_matrix(tensor):
+        if not tensor.is_floating_point() or tensor.ndim < 2 or not tensor.numel():
             yield name, tensor
             continue
         if name + SCALE in stored:
@@ -169,10 +169,6 @@ def _sort_metadata(file: Path) -> None:
         stream.seek(8)
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
         stream.write(text.encode().ljust(size))
-
-
-def _is_matrix(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 0
 
 
 def _checked(tensor: Tensor, where: str) -> Tensor:

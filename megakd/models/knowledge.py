@@ -23,10 +23,7 @@ from megakd.models.packed_attention import document_arguments
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Needs(NamedTuple):
@@ -114,13 +111,9 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
 def _read(model: nn.Module, batch: Batch) -> Knowledge:
     if _is_language(batch):
         return _read_language_model(model, batch)
-    return Knowledge(logits=model(**_accepted_inputs(model, batch)).logits)
-
-
-def _accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    if getattr(model.config, "type_vocab_size", 0) > 1:
-        return batch.inputs
-    return {name: value for name, value in batch.inputs.items() if name != "token_type_ids"}
+    has_types = getattr(model.config, "type_vocab_size", 0) > 1
+    inputs = {n: value for n, value in batch.inputs.items() if has_types or n != "token_type_ids"}
+    return Knowledge(logits=model(**inputs).logits)
 
 
 def _read_language_model(model: nn.Module, batch: Batch) -> Knowledge:

@@ -16,7 +16,7 @@ from megakd.models.architecture import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS
 from megakd.models.architectures import architecture_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
     from torch import nn
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from megakd.models.architecture import Architecture
     from megakd.models.source import ModelSource
-    from megakd.models.weights import StoredTensor
 
 _PER_LAYER = (HEAD_COUNTS, NEURON_COUNTS, HEAD_COLUMNS, "layer_types")
 """Config keys that list a value per layer, followed by values for parts outside the layers."""
@@ -49,10 +48,12 @@ def with_layers(
     architecture = source.architecture
     count = architecture.number_of_layers(source.config)
     numbers = _numbers(wanted, count, where, scores)
+    renumber = renumbering(architecture, numbers)
+    names = {name: renumber(name) for name in source.stored}
     return dataclasses.replace(
         source,
         config=config_with_layers(source.config, architecture, numbers),
-        stored=_renamed(source.stored, architecture, numbers),
+        stored={new: source.stored[name] for name, new in names.items() if new is not None},
         layers=numbers,
     )
 
@@ -109,14 +110,6 @@ def config_with_layers(
             setattr(fewer, key, [*(listed[n - 1] for n in numbers), *listed[count:]])
     setattr(fewer, architecture.layers, len(numbers))
     return fewer
-
-
-def _renamed(
-    stored: Mapping[str, StoredTensor], architecture: Architecture, numbers: Sequence[int]
-) -> dict[str, StoredTensor]:
-    renumber = renumbering(architecture, numbers)
-    names = {name: renumber(name) for name in stored}
-    return {new: stored[name] for name, new in names.items() if new is not None}
 
 
 def renumbering(architecture: Architecture, numbers: Sequence[int]) -> Callable[[str], str | None]:

@@ -257,7 +257,9 @@ def _architecture(model_type: str, task: TaskConfig, where: str) -> Architecture
 def _check_sizes(config: PretrainedConfig, architecture: Architecture, where: str) -> None:
     if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have no heads or neurons left
         return
-    for key in _size_keys(architecture):
+    own = (architecture.layers, architecture.width, architecture.attention_heads)
+    shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
+    for key in (*own, architecture.neurons, architecture.positions or "d_kv", *shared):
         size = getattr(config, key, None)
         if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
             raise ModelError(
@@ -269,12 +271,6 @@ def _check_sizes(config: PretrainedConfig, architecture: Architecture, where: st
             f"{where}: {architecture.width} {width} is not divisible by "
             f"{architecture.attention_heads} {heads}"
         )
-
-
-def _size_keys(architecture: Architecture) -> tuple[str, ...]:
-    own = (architecture.layers, architecture.width, architecture.attention_heads)
-    shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
-    return (*own, architecture.neurons, architecture.positions or "d_kv", *shared)
 
 
 def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: bool) -> Path:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -177,24 +177,17 @@ def base_model(model: nn.Module) -> Iterator[nn.Module]:
         model.train(was_training)
 
 
-class _AdapterPart(NamedTuple):
-    """A tensor of an adapted layer.
+def _part_of(name: str) -> tuple[str, str] | None:
+    """Return the adapted layer that a tensor belongs to, and its role; None for other tensors.
 
-    kind: `base_layer.weight`, `base_layer.bias`, `lora_A` or `lora_B`.
+    The role is `base_layer.weight`, `base_layer.bias`, `lora_A` or `lora_B`.
     """
-
-    layer: str
-    kind: str
-
-
-def _part_of(name: str) -> _AdapterPart | None:
-    """Return the adapted layer that a tensor belongs to; None for other tensors."""
     path, _, last = name.rpartition(".")
     owner, _, kind = path.rpartition(".")
     if kind == "base_layer":
-        return _AdapterPart(owner, f"{kind}.{last}")
+        return owner, f"{kind}.{last}"
     layer, _, factor = owner.rpartition(".")
-    return _AdapterPart(layer, factor) if factor in ("lora_A", "lora_B") else None
+    return (layer, factor) if factor in ("lora_A", "lora_B") else None
 
 
 def merged_state(model: Any) -> tuple[Iterator[tuple[str, Tensor]], Extra]:
@@ -228,17 +221,17 @@ def _merged_tensors(
     """Yield the tensors of the plain model; put the adapters into `kept` by peft's names."""
     parts: dict[str, Tensor] = {}
     for name, tensor in gathered_state(model):
-        part = _part_of(name)
-        if part is None:
+        layer, role = _part_of(name) or ("", "")
+        if not role:
             yield name, tensor
-        elif part.kind == "base_layer.bias":
-            yield f"{part.layer}.bias", tensor
+        elif role == "base_layer.bias":
+            yield f"{layer}.bias", tensor
         else:
-            parts[part.kind] = tensor
-        if part is not None and part.kind == "lora_B":  # the last part of a layer
+            parts[role] = tensor
+        if role == "lora_B":  # the last part of a layer
             for factor in ("lora_A", "lora_B"):
-                kept[_peft_name(f"{part.layer}.{factor}.{_NAME}.weight")] = parts[factor]
-            yield f"{part.layer}.weight", _merged(parts, config)
+                kept[_peft_name(f"{layer}.{factor}.{_NAME}.weight")] = parts[factor]
+            yield f"{layer}.weight", _merged(parts, config)
 
 
 def _merged(parts: Mapping[str, Tensor], config: PeftConfig) -> Tensor:

@@ -164,14 +164,10 @@ def check_dtypes(match: Match, model: PreTrainedModel, *, where: str) -> None:
     for name, stored in match.stored.items():
         if tensors[name].is_floating_point() and not stored.dtype.is_floating_point:
             raise ModelError(
-                f"{where}: {stored.file} holds {stored.key} as {_dtype_name(stored.dtype)}, which "
-                "is not a floating-point type, and quantized models are not supported; give the "
-                "model in fp32, bf16 or fp16"
+                f"{where}: {stored.file} holds {stored.key} as "
+                f"{str(stored.dtype).removeprefix('torch.')}, which is not a floating-point type, "
+                "and quantized models are not supported; give the model in fp32, bf16 or fp16"
             )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_ties(model: PreTrainedModel, stored: Mapping[str, StoredTensor], *, where: str) -> None:

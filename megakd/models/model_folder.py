@@ -121,7 +121,8 @@ def write_weights(
         # The final name contains the number of shards, which is not known yet.
         save_file(shard, folder / f"{number}.part", metadata={"format": "pt"})
         shards.append({name: tensor.nbytes for name, tensor in shard.items()})
-        _count_dtypes(shard, dtypes)
+        for tensor in shard.values():
+            dtypes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
         shard.clear()  # frees the tensors before the next shard is filled
     if not shards:
         raise ValueError(f"the model to be written to {folder} has no tensors")
@@ -212,11 +213,6 @@ def _plain(tensor: Tensor) -> Tensor:
     """Return a dense CPU tensor that shares memory with no other; copy only if necessary."""
     plain = tensor.detach().to("cpu").contiguous()
     return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
-
-
-def _count_dtypes(shard: Mapping[str, Tensor], dtypes: Counter[torch.dtype]) -> None:
-    for tensor in shard.values():
-        dtypes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:

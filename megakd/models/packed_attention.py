@@ -202,7 +202,10 @@ def _one_by_one(
     parts = []
     for first, end in pairwise(starts):
         query, key, value = (part[first:end].transpose(0, 1) for part in flat)
-        near = None if window is None or end - first <= window else _near(query, window)
+        near = None  # [T, T] bool: True where a query sees a key
+        if window is not None and end - first > window:
+            near = query.new_ones(end - first, end - first, dtype=torch.bool).tril()
+            near = near.triu(1 - window)
         parts.append(
             functional.scaled_dot_product_attention(
                 query,
@@ -225,9 +228,3 @@ def _without_values(flat: list[Tensor], longest: int) -> Tensor:
         query, key, value, is_causal=True, enable_gqa=is_grouped
     )
     return out.transpose(1, 2).flatten(0, 1)
-
-
-def _near(query: Tensor, window: int) -> Tensor:
-    """Return [T, T] bool: True where a query sees a key."""
-    seen = query.new_ones(query.shape[1], query.shape[1], dtype=torch.bool).tril()
-    return seen.triu(1 - window)

@@ -77,17 +77,14 @@ def load_readout(source: ModelSource, task: TaskConfig, dtype: torch.dtype) -> R
             "so its logits cannot be computed from exported hidden states; use teacher.server.top_k"
         )
     empty = valueless_model(source, task, source.config)
-    found = _all_names(empty, match_names(empty, source.stored).stored)
+    stored = match_names(empty, source.stored).stored
+    # Under all names of tied tensors, not only under the first name.
+    tensors = empty.state_dict(keep_vars=True)
+    of_tensor = {id(tensors[name]): place for name, place in stored.items()}
+    found = {name: of_tensor[id(t)] for name, t in tensors.items() if id(t) in of_tensor}
     paths = (f"{architecture.backbone}.{architecture.final_norm}", architecture.head)
     norm, output = (_read(empty.get_submodule(path), path, found, source, dtype) for path in paths)
     return Readout(norm, output, architecture.logit_warp(source.config))
-
-
-def _all_names(model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Return the stored tensors under all names of tied tensors, not only under the first name."""
-    tensors = model.state_dict(keep_vars=True)
-    of_tensor = {id(tensors[name]): found for name, found in stored.items()}
-    return {name: of_tensor[id(t)] for name, t in tensors.items() if id(t) in of_tensor}
 
 
 def _read(

@@ -84,11 +84,16 @@ def check_weight_files(
         if not files:
             continue
         if single == PICKLE and not allow_pickle:
-            raise ModelError(_pickle_refused(folder, files[0].name, where))
+            raise ModelError(
+                f"{where}: {folder} has only pickle weights ({files[0].name}), which may run code "
+                "when they are read; convert them to safetensors or set"
+                f" {where.partition('.')[0]}.allow_pickle: true"
+            )
         stored: dict[str, StoredTensor] = {}
         for file in files:
             stored.update(_read_keys(file, where))
-        _check_index(folder / index, stored, where, used=files[0].name != single)
+        if files[0].name != single:
+            _check_index(folder / index, stored, where)
         return stored
     raise ModelError(
         f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} exists "
@@ -134,30 +139,15 @@ def _weight_map(index: Path, where: str) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(
-    index: Path, stored: Mapping[str, StoredTensor], where: str, *, used: bool
-) -> None:
-    if not used:
-        return
+def _check_index(index: Path, stored: Mapping[str, StoredTensor], where: str) -> None:
+    files = {key: tensor.file.name for key, tensor in stored.items()}
     expected = _weight_map(index, where)
-    absent = [key for key, name in expected.items() if _file_name(stored, key) != name]
+    absent = [key for key, name in expected.items() if files.get(key) != name]
     if absent:
         raise ModelError(
             f"{where}: {index} lists {len(expected)} tensors and {len(absent)} of them are not in"
             f" the files it names ({', '.join(absent[:3])}); fetch the model again"
         )
-
-
-def _file_name(stored: Mapping[str, StoredTensor], key: str) -> str | None:
-    return stored[key].file.name if key in stored else None
-
-
-def _pickle_refused(folder: Path, name: str, where: str) -> str:
-    return (
-        f"{where}: {folder} has only pickle weights ({name}), which may run code when they are"
-        " read; convert them to safetensors or set"
-        f" {where.partition('.')[0]}.allow_pickle: true"
-    )
 
 
 def _read_keys(file: Path, where: str) -> dict[str, StoredTensor]:
