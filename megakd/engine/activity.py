@@ -143,7 +143,6 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Measure the time of the body."""
         if not torch.cuda.is_available():
             began = time.perf_counter()
             yield

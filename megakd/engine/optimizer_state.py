@@ -53,7 +53,6 @@ class OptimizerState:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of values: the weights, then the moments."""
         return (WEIGHT, *self.moments)
 
     @property

@@ -49,7 +49,6 @@ class StudentEngine:
 
     @property
     def bundle(self) -> nn.Module:
-        """The module that the engine trains."""
         return self._engine.module
 
     @property
@@ -108,11 +107,9 @@ class StudentEngine:
 
     @property
     def optimizer_state(self) -> OptimizerState:
-        """The weights and moments that the optimizer keeps."""
         return OptimizerState(self._engine)
 
     def keep(self, cut: Cut | None) -> None:
-        """Run the first learner as a cut of itself from now on, see `Elastic.keep`."""
         self._engine.module.elastic.keep(cut)
 
     @property
@@ -217,7 +214,6 @@ class StudentEngine:
         return frozenset(name for name, parameter in named if not parameter.requires_grad)
 
     def destroy(self) -> None:
-        """Free the engine's memory and remove its hooks."""
         destroy(self._engine)
 
 
@@ -239,7 +235,6 @@ class CarefulWriter:
         return getattr(self._writer, name)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file; if writing fails, keep the error."""
         if self._leave_out and "module" in state_dict:
             module = state_dict["module"].items()
             kept = {name: value for name, value in module if name not in self._leave_out}
@@ -251,7 +246,6 @@ class CarefulWriter:
             self._failure = error
 
     def raise_failure(self) -> None:
-        """Raise the error of the last failed write, if a write failed."""
         if self._failure is not None:
             raise self._failure
 

@@ -82,12 +82,10 @@ class StudentBundle(nn.Module):
 
     @property
     def role(self) -> str:
-        """The role of the first learner."""
         return self._roles[0]
 
     @property
     def student(self) -> nn.Module:
-        """The first learner."""
         return self.learners[0]
 
     @property
@@ -264,7 +262,6 @@ class LossSums:
             self._parts[prefix + name] = self._parts.get(prefix + name, 0.0) + mean
 
     def losses(self) -> Losses:
-        """Return the loss to minimise, and the values to report."""
         minimised = {WEIGHTED_LOSS: self._total.detach() / self._bundle.world_size}
         return Losses(self._total, self._parts | minimised)
 

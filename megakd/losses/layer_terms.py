@@ -51,7 +51,6 @@ class LayerTerm(TermGroup):
         raise TypeError(f"{type(self).__name__} does not implement layer()")
 
     def layers(self, reading: LossInputs) -> Sequence[Tensor]:
-        """Return the sums of all pairs."""
         return [self.layer(reading, index) for index in range(len(self.pairs))]
 
     def forward(self, reading: LossInputs) -> Evaluated:
@@ -97,7 +96,6 @@ class FspMatrices(LayerTerm):
         self.projections = Projections(len(pairs), *widths)
 
     def layers(self, reading: LossInputs) -> Sequence[Tensor]:
-        """Return the sums over rows of all flows."""
         weights = [self.projections.weight(index) for index in range(len(self.projections))]
         return flow_errors(
             [reading.student.states(student) for student, _ in self.pairs],
@@ -130,7 +128,6 @@ class HiddenStates(LayerTerm):
             self.units = {term.loss: "examples"}
 
     def layer(self, reading: LossInputs, index: int) -> Tensor:
-        """Return the squared error, or one minus the cosine."""
         student, teacher = self.pairs[index]
         valid = reading.batch.valid
         ours = reading.student.states(student)
@@ -156,7 +153,6 @@ class AttentionMatrices(LayerTerm):
         self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
 
     def layer(self, reading: LossInputs, index: int) -> Tensor:
-        """Return the squared error of scores or probabilities."""
         student, teacher = self.pairs[index]
         seen = visible_keys(reading.batch, causal=self.causal)[:, None]  # [B, 1, T, T]
         ours = self._matrix(_vectors(reading.student, student), reading.batch.valid, seen)

@@ -37,7 +37,6 @@ class StageLosses:
         return self._with_states(needs, self.teacher)
 
     def check(self) -> None:
-        """Check that all terms work with these models."""
         check_terms(self.stage.objective, self.task, self.student, self.teacher)
         for term in self.stage.objective:
             if isinstance(term, MethodTerm):

@@ -101,7 +101,6 @@ class AssistantOptions(MethodOptions):
         return True
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line for every setting that contradicts a student cut out of one teacher."""
         if config.teachers:
             yield (
                 f'teachers: method "{self.name}" needs exactly one teacher; use the section '

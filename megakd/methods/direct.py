@@ -22,7 +22,6 @@ class DirectConfig(AssistantOptions):
 
     @property
     def used_sparsities(self) -> tuple[float, ...]:
-        """The target alone."""
         return (self.target_sparsity,)
 
     @property

@@ -24,7 +24,6 @@ class FinetuneConfig(MethodOptions):
     name: Literal["finetune"]
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line for every section of a teacher, which would not be used."""
         for key in ("teacher", "teachers"):
             if getattr(config, key):
                 yield (

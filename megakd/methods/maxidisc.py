@@ -36,7 +36,6 @@ class MaxiDiscConfig(AssistantOptions):
 
     @property
     def used_sparsities(self) -> tuple[float, ...]:
-        """The sparsities up to the target."""
         return tuple(s for s in self.sparsities if s <= self.target_sparsity)
 
 

@@ -63,7 +63,6 @@ class MiniDiscConfig(AssistantOptions):
     passes_per_backward: Count | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield the problems of `AssistantOptions`, and a grid without a possible assistant."""
         yield from super().problems(config)
         wants_assistant = not self.target_may_win and self.iterations > 1
         if wants_assistant and min(self.sparsities) >= self.target_sparsity:

@@ -32,7 +32,6 @@ class RoutedConfig(MethodOptions):
     name: Literal["routed"]
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line if there is no choice of teachers, or a teacher does not fit its rows."""
         specs = config.teacher_specs
         if len(specs) == 1:
             yield (

@@ -49,7 +49,6 @@ class SkdbertConfig(MethodOptions):
     pilot_steps: Count | None = None
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line if weights or other keys do not fit the distribution or the teachers."""
         if self.distribution == "weights":
             yield from self._problems_of_weights(config)
         elif self.weights is not None:
@@ -144,7 +143,6 @@ class Drawn(Strategy):
     seed: int
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """Return a pass with the teacher of the step, for all micro-batches of the step."""
         drawn = random.Random(f"{self.seed}:teacher:{step}")
         (teacher,) = drawn.choices(self.teachers, self.probabilities)
         return (Pass(teacher=teacher),)

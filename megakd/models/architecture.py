@@ -65,7 +65,6 @@ class AttentionPaths(NamedTuple):
 
     @property
     def makers(self) -> tuple[str, ...]:
-        """Paths of all linear maps."""
         return (*self.projections, self.output)
 
     @property
@@ -97,7 +96,6 @@ class FeedForwardPaths(NamedTuple):
 
     @property
     def makers(self) -> tuple[str, ...]:
-        """Paths of all linear maps."""
         return (*self.inputs, self.output)
 
     def of_kind(self, *, is_gated: bool) -> FeedForwardPaths:
@@ -105,7 +103,6 @@ class FeedForwardPaths(NamedTuple):
         return FeedForwardPaths(self.gated if is_gated and self.gated else self.inputs, self.output)
 
     def under(self, module: str) -> FeedForwardPaths:
-        """Return the same paths, relative to the owner of `module`."""
         inputs, gated = (
             tuple(f"{module}.{path}" for path in paths) for paths in (self.inputs, self.gated)
         )
@@ -204,7 +201,6 @@ class Architecture:
     uncut: str | None = None
 
     def number_of_layers(self, config: PretrainedConfig) -> int:
-        """Return the number of layers in a config."""
         return getattr(config, self.layers)
 
     def hidden_width(self, config: PretrainedConfig) -> int:
@@ -224,7 +220,6 @@ class Architecture:
         return Heads(queries, keys, width)
 
     def logit_warp(self, config: PretrainedConfig) -> LogitWarp:
-        """Return the factor and the cap of the logits."""
         keys = self.logits
         factor = 1.0 if keys.factor is None else float(getattr(config, keys.factor))
         divisor = 1.0 if keys.divisor is None else float(getattr(config, keys.divisor))
@@ -289,7 +284,6 @@ class Architecture:
         return tuple(block.get_submodule(path) for path in self.attention.vectors)
 
     def attentions(self, config: PretrainedConfig) -> tuple[AttentionPaths, ...]:
-        """Return all attentions of a model with a head, as paths on the model."""
         layers = tuple(self.attention.under(block) for block in self._blocks(config))
         return layers + self.more_attentions
 

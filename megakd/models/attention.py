@@ -42,7 +42,6 @@ class AttentionNotes:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Record the vectors of the attentions that run inside the context."""
         modules = list(dict.fromkeys(m for parts in self._sources.values() for m in parts))
         for block in self._blocks.values():
             # See `BackThroughLayer`.

@@ -56,7 +56,6 @@ class NarrowLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of inputs, weight and bias."""
         inputs, weight = ctx.saved_tensors
         (gradient,) = gradients
         rows, shapes = _as_rows(gradient), ctx.shapes  # [N, O]

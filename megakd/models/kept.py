@@ -82,7 +82,6 @@ class Views:
 
     @contextmanager
     def at(self, cut: Cut | None) -> Iterator[None]:
-        """Run as a cut inside the context, and restore the previous state afterwards."""
         former, self.current = self.current, cut
         try:
             yield
@@ -131,7 +130,6 @@ class Elasticity:
 
     @property
     def cut(self) -> Cut | None:
-        """The cut that the model runs as now; None: whole."""
         return self.views.current
 
     def kept(self, name: str, device: torch.device) -> Dimensions | None:

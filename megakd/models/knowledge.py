@@ -37,11 +37,9 @@ class Needs(NamedTuple):
     attention_layers: tuple[int, ...] = ()
 
     def with_hidden(self, *layers: int) -> Needs:
-        """Return the needs with the hidden states of further layers."""
         return self._replace(hidden_layers=tuple(sorted({*self.hidden_layers, *layers})))
 
     def with_attention(self, *layers: int) -> Needs:
-        """Return the needs with the attention vectors of further layers."""
         return self._replace(attention_layers=tuple(sorted({*self.attention_layers, *layers})))
 
 
@@ -198,7 +196,6 @@ class StateNotes:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Record the states of the layers that run inside the context."""
         with ExitStack() as hooks:
             for layer in self._layers:
                 hooks.callback(self._hook(layer).remove)

@@ -42,17 +42,14 @@ class ModelSource:
 
     @property
     def depth(self) -> int:
-        """The number of layers."""
         return self.architecture.number_of_layers(self.config)
 
     @property
     def heads(self) -> Heads:
-        """The attention heads of a layer."""
         return self.architecture.heads(self.config)
 
     @property
     def width(self) -> int:
-        """The width of the hidden states."""
         return self.architecture.hidden_width(self.config)
 
     @property

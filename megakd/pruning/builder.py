@@ -126,7 +126,6 @@ class Shapes:
         return not cut_config(source.config, view).model_type.startswith(CUT)
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
-        """Return the number of weights of a model at a view."""
         return counts_in_view(self._weights_of(source), source, view)
 
     def _weights_of(self, source: ModelSource) -> Weights:

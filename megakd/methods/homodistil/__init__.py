@@ -103,7 +103,6 @@ class HomoDistilConfig(OneTeacherOptions):
         return True
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line for every setting that contradicts a student pruned out of its teacher."""
         yield from super().problems(config)
         if (self.target_width is None) == (self.target_sparsity is None):
             yield (

@@ -54,7 +54,6 @@ class Target(NamedTuple):
 
     @property
     def goal(self) -> View:
-        """The units of the student."""
         return self.at(Fraction(0))
 
 

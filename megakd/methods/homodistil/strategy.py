@@ -76,7 +76,6 @@ class PruningStrategy(Strategy):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """The values that the decisions of the strategy depend on."""
         course = self.course
         return {
             "teacher": course.teacher,
@@ -87,12 +86,10 @@ class PruningStrategy(Strategy):
 
     @property
     def pruned_to(self) -> View:
-        """The units that remain at the end of the window."""
         return self.course.target.at(self.course.schedule.left(self.window.last))
 
     @property
     def values_per_weight(self) -> int:
-        """The number of averages."""
         return AVERAGES[self.course.scoring.score]
 
     def begin(self, student: Any, step: int) -> None:
@@ -110,7 +107,6 @@ class PruningStrategy(Strategy):
         student.keep(self.now.cut)
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """Return one pass with the teacher."""
         return (Pass(teacher=self.course.teacher),)
 
     def before_update(self, step: int, student: Any) -> None:
@@ -171,7 +167,6 @@ class PruningStrategy(Strategy):
 
     @property
     def cut(self) -> Cut:
-        """The cut of the student now."""
         return self.now.cut
 
     def note(self, step: int, scores: Mapping[str, float]) -> None:
@@ -192,7 +187,6 @@ class PruningStrategy(Strategy):
         self.now.clock = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the kept units and the rows of the report."""
         kept = self.now.kept or {}
         return {
             "kept": [[list(group), units] for group, units in kept.items()],
@@ -200,27 +194,22 @@ class PruningStrategy(Strategy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
         self.now.kept = {Group(*group): list(units) for group, units in state["kept"]} or None
         self.now.rows = list(state["rows"])
 
     def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return the averages of this rank's weights."""
         return self.now.averages
 
     def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore the averages."""
         self.now.averages = {kind: dict(values) for kind, values in shards.items()}
 
     def scalars(self) -> Mapping[str, float]:
-        """Return the width and the number of weights of the student."""
         view = self.cut.view
         if view is None:
             return {}
         return {"pruning/width": view.width or 0, "pruning/parameters": self.size(view)}
 
     def files(self) -> Mapping[str, bytes]:
-        """Return the rows of the report."""
         return {ROWS: json.dumps(self.now.rows).encode()}
 
 

@@ -101,7 +101,6 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
         return self.policy == "learned"
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line for every key without effect, and for every kind that is never used."""
         yield from super().problems(config)
         policy, action = f"method.policy {self.policy}", f"method.action {self.action}"
         if self.policy != "learned":

@@ -75,7 +75,6 @@ class Selecting(Strategy):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Plain values that the stage's result depends on."""
         frozen = hashlib.sha256(self.selector.to_bytes()).hexdigest()
         return {"selector": frozen, **vars(self.choosing)}
 
@@ -140,11 +139,9 @@ class Selecting(Strategy):
         return {f"select/{kind}": mean for kind, mean in zip(kinds, means, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the actions since the last logging."""
         return {"window": list(self._window)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
         self._window = list(state["window"])
 
 
@@ -195,7 +192,6 @@ class Running:
 
     @staticmethod
     def of(state: Mapping[str, Any]) -> Running:
-        """Return the phase from a state that `state_dict` returned."""
         counts = {tuple(action): count for action, count in state["counts"]}
         rewards = deque(state["rewards"], maxlen=WINDOW)
         return Running(**{**state, "rewards": rewards, "counts": counts})
@@ -222,12 +218,10 @@ class LearningToSelect(Selecting):
 
     @property
     def episodes(self) -> int:
-        """The number of episodes."""
         return self.course.number
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Plain values that the stage's result depends on."""
         return {**super().facts, **vars(self.course), **vars(self.learning)}
 
     def begin(self, student: Any, step: int) -> None:
@@ -324,12 +318,10 @@ class LearningToSelect(Selecting):
         return {SELECTOR: self.selector.to_bytes()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the selector, of the optimizers and of the current phase."""
         learner = self.learner.state_dict()
         return {**super().state_dict(), "learner": learner, "running": self.running.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
         super().load_state_dict(state)
         self.learner.load_state_dict(state["learner"])
         self.running = Running.of(state["running"])
@@ -352,7 +344,6 @@ class RandomWeights(Strategy):
     threshold: float = 0.5
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        """Return one pass with the weights of the step."""
         drawn = random.Random(f"{self.seed}:kinds:{step}")
         factors = tuple(drawn.random() for _ in self.kinds)
         if self.hard:

@@ -217,7 +217,6 @@ class ActorCritic:
         self._actor.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs."""
         return {
             "selector": self.selector.state_dict(),
             "actor": self._actor.state_dict(),
@@ -227,7 +226,6 @@ class ActorCritic:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
         self.selector.load_state_dict(state["selector"])
         self._actor.load_state_dict(state["actor"])
         self._critic.load_state_dict(state["critic"])

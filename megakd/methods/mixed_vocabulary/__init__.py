@@ -86,7 +86,6 @@ class ParameterProjection(MethodTerm):
             )
 
     def group(self) -> Any:
-        """Return the module that holds the projections."""
         from megakd.methods.mixed_vocabulary.parameter_projections import ParameterProjections
 
         return ParameterProjections(self)
@@ -129,7 +128,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     @property
     def own_vocabulary(self) -> StudentVocabulary:
-        """The vocabulary of the student."""
         return self.student_vocabulary
 
     @property
@@ -173,7 +171,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
         return [BothVocabularies(parts)] if parts.stage.mixed else []
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line for every setting that does not fit the method or its version."""
         yield from super().problems(config)
         yield from self._of_another_version()
         yield from self._without_effect(config)

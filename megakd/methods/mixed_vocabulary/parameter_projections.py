@@ -90,7 +90,6 @@ class SharedProjections(nn.ParameterDict):
         return value.float() - other.read().float()
 
     def elements(self, compared: Compared) -> int:
-        """Return the number of differences."""
         return torch.Size(self._ends(compared.teacher, compared.student)[1].shape).numel()
 
     def _ends(self, teacher: Place, student: Place) -> tuple[Place, Place]:
@@ -146,7 +145,6 @@ class ParameterProjections(TermGroup):
         self.elements = 0
 
     def bind(self, learners: Mapping[str, nn.Module]) -> None:
-        """Find the weights to compare, and create the matrices."""
         student, teacher = learners.values()
         layers = compared_layers(student, teacher) if self.term.layers else []
         if self.term.embeddings:

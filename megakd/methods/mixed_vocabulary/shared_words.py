@@ -73,12 +73,10 @@ class SharedWords(NamedTuple):
     fixed: NDArray[np.int32]
 
     def word(self, number: int) -> str:
-        """Return a word as it stands in the text."""
         first, last = self.spans[number]
         return self.text[first:last]
 
     def only(self, kept: NDArray[np.bool_]) -> SharedWords:
-        """Return the words that a mask [words] keeps."""
         return SharedWords(
             self.text,
             self.spans[kept],

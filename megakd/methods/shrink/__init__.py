@@ -92,7 +92,6 @@ class ShrinkConfig(MethodOptions):
         return True
 
     def problems(self, config: Any) -> Iterator[str]:
-        """Yield a line for every setting that contradicts a decoder cut out of one teacher."""
         if (self.parameters is None) == (self.target_sparsity is None):
             yield (
                 f"method: set exactly one of parameters (got {self.parameters}) and "

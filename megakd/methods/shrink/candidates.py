@@ -50,7 +50,6 @@ class Candidate(NamedTuple):
         return f"layers-{self.layers}"
 
     def shape(self) -> str:
-        """Return the shape in words."""
         return f"{self.layers} layers, {self.heads} key-value groups, {self.neurons} neurons"
 
     def view(self, layer_scores: Sequence[float]) -> View:
@@ -82,13 +81,11 @@ class Cuts(NamedTuple):
     neuron: int
 
     def candidate(self, layers: int, heads: int, neurons: int) -> Candidate:
-        """Return a shape with its number of weights."""
         each = self.layer + heads * self.head + neurons * self.neuron
         return Candidate(layers, heads, neurons, self.outside + layers * each)
 
     @property
     def whole(self) -> Candidate:
-        """The shape of the decoder itself."""
         return self.candidate(self.layers, self.heads[-1], self.neurons[-1])
 
     def nearest(self, target: int, layers: int, heads: int) -> Iterator[Candidate]:

@@ -61,15 +61,12 @@ class T5EncoderConfig(T5Config):
                 raise ValueError(f"{key} must have {count} entries (got {len(given)})")
 
     def counts(self) -> tuple[int, int]:
-        """Return the numbers of attentions and feed-forwards of the model."""
         return self.num_layers, self.num_layers
 
     def heads_of(self, attention: int) -> int:
-        """Return the number of heads of one attention."""
         return self.num_heads if self.head_counts is None else self.head_counts[attention]
 
     def neurons_of(self, feed_forward: int) -> int:
-        """Return the number of neurons of one feed-forward."""
         return self.d_ff if self.neuron_counts is None else self.neuron_counts[feed_forward]
 
 
@@ -257,11 +254,9 @@ class T5ClassifierModel(T5PreTrainedModel):
         self.classifier = nn.Linear(config.d_model, self.num_labels)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the embeddings of the tokens."""
         return self.encoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Set the embeddings of the tokens."""
         self.encoder.embed_tokens = value
 
     @torch.no_grad()
@@ -347,7 +342,6 @@ class EncT5ForSequenceClassification(T5ClassifierModel):
         self.post_init()
 
     def summary(self, encoded: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return the decoder's output for its prompt, [B, D]."""
         prompt = torch.zeros(len(encoded), 1, dtype=torch.long, device=encoded.device)
         decoded = self.decoder(
             input_ids=prompt,
