@@ -141,7 +141,7 @@ MUTATIONS = (
         "tests/training/test_best_checkpoint.py",
     ),
     Mutation(
-        "megakd/engine/gradients.py",
+        "megakd/engine/student.py",
         "loss if engine.zero_optimization() else loss * self.scale",
         "loss",
         "tests/distributed/test_gradients.py",

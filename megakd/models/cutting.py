@@ -20,9 +20,9 @@ from megakd.models.architecture import (
 )
 from megakd.models.architectures import architecture_named, architecture_of
 from megakd.models.axes import lengths, narrowed, ordered, output_modules, weight_axes
-from megakd.models.depth import naming, renumbered, without_layers
 from megakd.models.fitting import plan_loading, valueless_model
 from megakd.models.label_order import label_order, set_labels
+from megakd.models.layers import naming, renumbered, without_layers
 from megakd.models.model_folder import Extra, write_model_folder
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.weights import WeightReader

@@ -10,7 +10,7 @@ from megakd.contract.views import Cut
 from megakd.engine.sharding import gathered_state
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_class_name, cut_config, cut_state, rescaled
-from megakd.models.depth import renumbered
+from megakd.models.layers import renumbered
 from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra
 from megakd.models.second_vocabulary import FILE, second_vocabulary, without_second_vocabulary

@@ -24,8 +24,8 @@ from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, weight_axes
 from megakd.models.counting import parameter_counts
 from megakd.models.cutting import CUT, cut_config, reshape_folder
-from megakd.models.depth import naming
 from megakd.models.fitting import valueless_model
+from megakd.models.layers import naming
 from megakd.models.source import ModelSource
 from megakd.pruning.allocation import (
     UnitScores,

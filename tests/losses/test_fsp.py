@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megakd.losses import fsp as flows
-from megakd.losses.fsp import flow_errors
+from megakd.losses import layer_terms as flows
+from megakd.losses.layer_terms import flow_errors
 
 States = tuple[Tensor, ...]
 

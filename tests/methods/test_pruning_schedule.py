@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 
 from megakd.contract.views import View
 from megakd.errors import ConfigError
-from megakd.methods.homodistil.schedule import Course, Schedule, Scoring, Target, TargetShares
-from megakd.methods.homodistil.target import target_of
+from megakd.methods.homodistil.schedule import (
+    Course,
+    Schedule,
+    Scoring,
+    Target,
+    TargetShares,
+    target_of,
+)
 
 BERT_BASE = View((12,) * 12, (3072,) * 12, 768, 64)
 LLAMA = View((8,) * 4, (1792,) * 4, 512)

@@ -14,9 +14,8 @@ from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import CUT, cut_config, cut_state, reshape_folder
-from megakd.models.depth import naming, renumbered, without_layers
 from megakd.models.elastic import Elastic
-from megakd.models.layers import with_layers
+from megakd.models.layers import naming, renumbered, with_layers, without_layers
 from megakd.models.loading import load_model
 from megakd.pruning.builder import counts_in_view, weights_of
 

@@ -45,8 +45,8 @@ from megakd.methods.homodistil.schedule import (
     Score,
     Scoring,
     Shape,
+    target_of,
 )
-from megakd.methods.homodistil.target import target_of
 
 if TYPE_CHECKING:
     from megakd.contract.lab import Lab, Model
