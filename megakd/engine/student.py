@@ -128,9 +128,13 @@ class StudentEngine:
             group["lr"] = learning_rate * group.get(RATE, 1.0)
         # An update may change the scale. At ZeRO 0, DeepSpeed's norm includes the scale.
         scale = 1.0 if self._engine.zero_optimization() else self._gradients.scale
-        norm = self._whole_gradient_norm()
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        engine, norm = self._engine, None
+        if not (engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled()):
+            # DeepSpeed keeps no norm, but ranks have all gradients.
+            gradients = [p.grad for p in self.bundle.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        engine.step()
+        norm = engine.get_global_grad_norm() if norm is None else norm
         self._norm = None if norm is None else torch.as_tensor(norm) / scale
         self._gradients.forget()
 
@@ -142,14 +146,6 @@ class StudentEngine:
         """Return the scale of the loss under fp16, and the number of steps that overflowed."""
         skipped = float(self._engine.skipped_steps)
         return {"train/loss_scale": self._gradients.scale, "train/skipped_steps": skipped}
-
-    def _whole_gradient_norm(self) -> Tensor | None:
-        """Return the norm at ZeRO 0, where DeepSpeed keeps no norm but ranks have all gradients."""
-        engine = self._engine
-        if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
-            return None
-        gradients = [p.grad for p in self.bundle.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
 
     @torch.no_grad()
     def measure(

@@ -165,7 +165,9 @@ class StudentBundle(nn.Module):
 
     def _outputs(self, batch: Batch, wanted: Sequence[Forward]) -> Outputs:
         outputs: dict[Forward, Knowledge] = {}
-        with self._sharing(several=len(set(wanted)) > 1):
+        # Embeddings are looked up once for all views: each gradient is as large as the table.
+        elastic = self.elastic if len(set(wanted)) > 1 else None
+        with nullcontext() if elastic is None else elastic.sharing_embeddings():
             for one in dict.fromkeys(wanted):
                 with self._viewing(one.view):
                     outputs[one] = self._run(one.role, batch.of(one.role))
@@ -228,12 +230,6 @@ class StudentBundle(nn.Module):
         if self.elastic is None:
             return nullcontext()
         return self.elastic.viewing(None if view is None else self.views[view])
-
-    def _sharing(self, *, several: bool) -> AbstractContextManager[None]:
-        """Look up embeddings once for all views: each gradient is as large as the table."""
-        if self.elastic is None or not several:
-            return nullcontext()
-        return self.elastic.sharing_embeddings()
 
 
 class LossSums:

@@ -52,10 +52,7 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     _, ranked = ranked_teacher(config, lab)
     metric = lab.metric(config.metric)
     routes = [_route(config, lab, ranked, sparsity) for sparsity in config.used_sparsities]
-    best = routes[0]
-    for path in routes[1:]:
-        if metric.of(path.student.metrics) > metric.of(best.student.metrics):
-            best = path
+    best = max(routes, key=lambda path: metric.of(path.student.metrics))
     _record(config, lab, ranked, routes, best)
     return best.student
 

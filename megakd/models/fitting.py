@@ -72,16 +72,6 @@ def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> 
             f"model has {source.config.vocab_size}; set task.tokenizer to the tokenizer of the "
             "model"
         )
-    _check_padding(source)
-    longest = source.architecture.longest_input(source.config)
-    if longest is not None and task.row_length > longest:
-        raise ModelError(
-            f"{source.where}: task.max_length is {task.row_length} and the model takes at most"
-            f" {longest} tokens; lower task.max_length"
-        )
-
-
-def _check_padding(source: ModelSource) -> None:
     token = source.config.pad_token_id
     if source.architecture.counts_padding and not isinstance(token, int):
         file = ".config" if source.folder is None else f": {source.folder / 'config.json'}"
@@ -89,6 +79,12 @@ def _check_padding(source: ModelSource) -> None:
             f"{source.where}{file}: pad_token_id must be a whole number (got {token!r}), because "
             f"a {source.config.model_type} model counts positions from it; set pad_token_id to the "
             "number of the padding token of the tokenizer"
+        )
+    longest = source.architecture.longest_input(source.config)
+    if longest is not None and task.row_length > longest:
+        raise ModelError(
+            f"{source.where}: task.max_length is {task.row_length} and the model takes at most"
+            f" {longest} tokens; lower task.max_length"
         )
 
 

@@ -119,38 +119,21 @@ def _read_language_model(model: nn.Module, batch: Batch) -> Knowledge:
     # Encoders have no cache, and some of them do not accept the option.
     options = {} if architecture.masked else {"use_cache": False}
     options |= document_arguments(model, batch)
-    backbone = architecture.backbone_of(model)
-    inputs = _of_both_vocabularies(model, batch)
-    out = backbone(**inputs, **options)
-    hidden = out.last_hidden_state
-    if batch.targets is not None:
-        # The head of an MLM is applied to a few positions only: [N, D].
-        hidden = hidden.flatten(0, 1)[batch.targets]
-    return Knowledge(
-        hidden=architecture.before_language_head(model, hidden),
-        head=language_model_head(model),
-        second=_of_second_vocabulary(model, batch, out.last_hidden_state),
-    )
-
-
-def _of_both_vocabularies(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Return the inputs, with embeddings in place of token numbers if a batch is mixed."""
-    second = second_vocabulary(model)
-    if second is None or batch.extras.second is None:
-        return batch.inputs
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    inputs = dict(batch.inputs)
-    return {"inputs_embeds": second(inputs.pop("input_ids"), table), **inputs}
-
-
-def _of_second_vocabulary(model: nn.Module, batch: Batch, hidden: Tensor) -> Knowledge | None:
-    second = second_vocabulary(model)
-    if second is None or batch.extras.second is None:
-        return None
-    architecture = architecture_of(model.config)  # type: ignore[arg-type]
-    chosen = hidden.flatten(0, 1)[batch.extras.second.positions]
-    chosen = second.before_head(architecture.before_language_head(model, chosen))
-    return Knowledge(hidden=chosen, head=SecondHead(second))
+    inputs, pieces = dict(batch.inputs), batch.extras.second
+    second = None if pieces is None else second_vocabulary(model)
+    if second is not None:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+        inputs["inputs_embeds"] = second(inputs.pop("input_ids"), table)
+    states = architecture.backbone_of(model)(**inputs, **options).last_hidden_state
+    # The head of an MLM is applied to a few positions only: [N, D].
+    hidden = states if batch.targets is None else states.flatten(0, 1)[batch.targets]
+    hidden = architecture.before_language_head(model, hidden)
+    read = Knowledge(hidden=hidden, head=language_model_head(model))
+    if second is None or pieces is None:
+        return read
+    chosen = architecture.before_language_head(model, states.flatten(0, 1)[pieces.positions])
+    chosen = second.before_head(chosen)
+    return read._replace(second=Knowledge(hidden=chosen, head=SecondHead(second)))
 
 
 def predict(model: nn.Module, batch: Batch, kernels: Kernels = "auto") -> Predictions:

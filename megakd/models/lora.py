@@ -64,22 +64,18 @@ def adapted_modules(
 
     Without `target_modules`, these are all linear layers of attention and MLP.
     """
-    inside = _linear_layers(model, architecture)
+    blocks = [f"{block}." for stream in architecture.streams(model.config) for block in stream]  # type: ignore[arg-type]
+    inside = tuple(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and path.startswith(tuple(blocks))
+    )
     if lora.target_modules is None:
         return inside
     for name in lora.target_modules:
         if not any(_is_named(path, name) for path in inside):
             raise ConfigError(_no_target(model, inside, name))
     return tuple(p for p in inside if any(_is_named(p, name) for name in lora.target_modules))
-
-
-def _linear_layers(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
-    blocks = [f"{block}." for stream in architecture.streams(model.config) for block in stream]  # type: ignore[arg-type]
-    return tuple(
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and path.startswith(tuple(blocks))
-    )
 
 
 def _is_named(path: str, name: str) -> bool:

@@ -54,18 +54,8 @@ AUTO_CLASSES = {
     "LMHeadModel": "AutoModelForCausalLM",
 }
 CUT_FAMILIES = (
-    "Bert",
-    "Roberta",
-    "DistilBert",
-    "Electra",
-    "Llama",
-    "Mistral",
-    "Qwen2",
-    "Qwen3",
-    "Gemma2",
-    "Phi",
-    "Granite",
-    "GPT2",
+    *("Bert", "Roberta", "DistilBert", "Electra"),
+    *("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Phi", "Granite", "GPT2"),
 )
 
 

@@ -263,17 +263,14 @@ class WeightReader:
                 [torch.cat([self.read(part) for part in parts]) for parts in stored.parts]
             )
         if stored.file.suffix != ".safetensors":
-            return self._unpickled(stored.file)[stored.key]
+            if self._pickle is None or self._pickle[0] != stored.file:
+                self._pickle = (stored.file, _load_pickle(stored.file, self.where))
+            return self._pickle[1][stored.key]
         data = torch.empty(math.prod(stored.shape) * stored.dtype.itemsize, dtype=torch.uint8)
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.offset)
             _read_into(stream, data.numpy().data, stored, self.where)
         return data.view(stored.dtype).reshape(stored.shape)
-
-    def _unpickled(self, file: Path) -> dict[str, Tensor]:
-        if self._pickle is None or self._pickle[0] != file:
-            self._pickle = (file, _load_pickle(file, self.where))
-        return self._pickle[1]
 
 
 def _read_into(stream: RawIOBase, buffer: memoryview, stored: StoredTensor, where: str) -> None:

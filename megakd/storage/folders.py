@@ -14,7 +14,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,19 +88,15 @@ def copy_finished(
                 atomic.write_content(temporary / name, content)
         if add is not None:
             add(temporary)
-            _check_kept(target, {*keep} - changes.keys(), temporary)
+            clash = sorted(n for n in {*keep} - changes.keys() if (temporary / n).exists())
+            if clash:
+                raise CheckpointError(
+                    f"{target} holds files that megakd did not write and has to write: "
+                    f"{', '.join(clash)}; move these files away and start the same command again"
+                )
         seal(temporary)
         for name in keep:
             _copy_file(target / name, temporary / name)
-
-
-def _check_kept(target: Path, keep: AbstractSet[str], temporary: Path) -> None:
-    clash = sorted(name for name in keep if (temporary / name).exists())
-    if clash:
-        raise CheckpointError(
-            f"{target} holds files that megakd did not write and has to write: {', '.join(clash)}; "
-            "move these files away and start the same command again"
-        )
 
 
 def users_files(folder: Path) -> list[str]:

@@ -270,17 +270,13 @@ class LearningToSelect(Selecting):
     def _end_phase(self) -> None:
         run = self.running
         loss = self._measuring.loss(self._student)
-        actions = torch.tensor(run.actions)
-        reward = self._usual(run.loss - loss) + self._exploration(actions)
+        actions, gain = torch.tensor(run.actions), run.loss - loss
+        run.rewards.append(gain)
+        size = math.sqrt(sum(value * value for value in run.rewards) / len(run.rewards))
+        reward = (gain / size if size > 0 else 0.0) + self._exploration(actions)
         run.pending = (torch.stack(run.summaries), actions, reward)
         run.loss, run.summaries, run.actions = loss, [], []
         run.logged.append(reward)
-
-    def _usual(self, gain: float) -> float:
-        rewards = self.running.rewards
-        rewards.append(gain)
-        size = math.sqrt(sum(value * value for value in rewards) / len(rewards))
-        return gain / size if size > 0 else 0.0
 
     def _exploration(self, actions: Tensor) -> float:
         """Return the exploration reward.

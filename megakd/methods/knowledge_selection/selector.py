@@ -143,14 +143,13 @@ class Samples(NamedTuple):
     def of(phase: Transition) -> Samples:
         """Return the steps of a phase, which share the reward and the following summary."""
         steps, following = len(phase.summaries), phase.following
-        ends = following is None
         then = phase.summaries[-1] if following is None else following
         return Samples(
             phase.summaries,
             phase.actions,
             torch.full((steps,), phase.reward),
             then.expand(steps, -1),
-            torch.full((steps,), float(not ends)),
+            torch.full((steps,), float(following is not None)),
         )
 
     def joined(self, others: Samples, most: int) -> Samples:

@@ -82,7 +82,10 @@ class MixedText:
         self._masking = masking
         self._collate = Collator(pair.teacher, task)
         self._offset = pair.offset
-        self._student, self._teacher = (_Frame.of(*frame(tokenizer)) for tokenizer in pair)
+        self._student, self._teacher = (
+            _Frame(*(np.array(ids, dtype=np.int64) for ids in frame(tokenizer)))
+            for tokenizer in pair
+        )
         self._has_word_starts = task.whole_word_masking
         self._probability = probability
 
@@ -111,7 +114,10 @@ class MixedText:
         table: object = {}
         if len(numbers):
             columns = columns_of(rows)
-            coins = _coins(columns["fixed"][1], numbers, seed=seed, draw=draw)
+            words = columns["fixed"][1]
+            keys = row_keys(seed, draw, numbers, size=len(numbers), domain=_COINS)
+            places = _ranges(np.ones_like(words), words).astype(np.uint64)
+            coins = uniform(np.repeat(keys, words), places)  # [W]
             table = self._mixed(columns, coins < self._probability)
         batch = self._collate(table, dummy_rows=size - len(numbers))
         return self._masking(batch, numbers, seed=seed, draw=draw)
@@ -147,10 +153,6 @@ class MixedText:
 class _Frame(NamedTuple):
     before: NDArray[np.int64]
     after: NDArray[np.int64]
-
-    @staticmethod
-    def of(before: list[int], after: list[int]) -> _Frame:
-        return _Frame(np.array(before, dtype=np.int64), np.array(after, dtype=np.int64))
 
     @property
     def size(self) -> int:
@@ -191,19 +193,6 @@ class _Layout(NamedTuple):
         starts = np.arange(self.rows[-1])
         starts[self.places] = np.repeat(self.places[_sums(lengths)[:-1]], lengths)
         return starts - np.repeat(self.rows[:-1], np.diff(self.rows))
-
-
-def _coins(
-    words: NDArray[np.int64],
-    numbers: NDArray[np.int64],
-    *,
-    seed: int,
-    draw: int | NDArray[np.int64],
-) -> NDArray[np.float64]:
-    """Return a random number in [0, 1) for each word [W] of rows of `words` [B] words."""
-    keys = row_keys(seed, draw, numbers, size=len(numbers), domain=_COINS)
-    places = _ranges(np.ones_like(words), words).astype(np.uint64)
-    return uniform(np.repeat(keys, words), places)
 
 
 def _sums(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
