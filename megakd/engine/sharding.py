@@ -7,8 +7,9 @@ the same order.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import deepspeed
 import torch
@@ -18,16 +19,11 @@ from deepspeed.runtime.zero.partition_parameters import (
     ZeroParamStatus,
     is_zero_param,
 )
+from torch import Tensor, nn
 from transformers.integrations import deepspeed as transformers_switch
 
 from megakd.config.deepspeed import shards_within_node, zero_stage
 from megakd.engine.nodes import node_group
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-    from contextlib import AbstractContextManager
-
-    from torch import Tensor, nn
 
 
 @contextmanager

@@ -7,17 +7,13 @@ token, and all ranks would have to generate equally many tokens.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from megakd.engine.sharding import full_shape, gathered, is_sharded
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from torch import Tensor
 
 GROUP_ELEMENTS = 1 << 26
 """Elements that are gathered at a time, beside the copy."""

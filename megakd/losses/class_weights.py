@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megakd.contract.terms import HardCrossEntropy, TermConfig
+from megakd.data.splits import Splits
 from megakd.errors import ConfigError, suggestion
-
-if TYPE_CHECKING:
-    from megakd.data.splits import Splits
 
 
 def with_class_weights(terms: Sequence[TermConfig], splits: Splits) -> tuple[TermConfig, ...]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from megakd.contract.batch import LogitWarp
 from megakd.contract.shapes import Heads
+from megakd.contract.tasks import TaskType
 from megakd.contract.views import View
 from megakd.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor, nn
-    from transformers import PretrainedConfig
-
-    from megakd.contract.tasks import TaskType
-
 
 # Config keys of a cut model, whose layers differ in shape.
 HEAD_COUNTS, NEURON_COUNTS, HEAD_WIDTH = "head_counts", "neuron_counts", "head_width"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
-from typing import TYPE_CHECKING
 
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
 )
 from transformers.activations import ACT2FN
 
+from megakd.contract.tasks import TaskType
 from megakd.errors import ModelError
 from megakd.models.architecture import (
     Architecture,
@@ -20,13 +22,6 @@ from megakd.models.architecture import (
     LogitKeys,
     MaskedHead,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from transformers import PretrainedConfig
-
-    from megakd.contract.tasks import TaskType
 
 SEQUENCE_TASKS: tuple[TaskType, ...] = ("classification", "regression")
 AUTO_CLASSES: Mapping[TaskType, type] = {

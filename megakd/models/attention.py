@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from megakd.contract.batch import AttentionVectors
 from megakd.engine.sharding import is_sharded
+from megakd.models.architecture import RotaryForm
 from megakd.models.architectures import architecture_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from megakd.models.architecture import RotaryForm
 
 
 class AttentionNotes:

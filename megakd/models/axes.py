@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from megakd.contract.views import Axes, Axis, Cut, Maker, UnitOrder, View
 from megakd.engine.sharding import full_shape
+from megakd.models.architecture import Architecture
 from megakd.models.architectures import architecture_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from megakd.models.architecture import Architecture
 
 WIDTH = Axis("width")
 

@@ -8,21 +8,16 @@ of the cache.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import BoolTensor, LongTensor, Tensor
 from torch.nn import functional
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from megakd.contract.completions import Sampling, TextTokens
 from megakd.models.sampling import sampling_processors
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import BoolTensor, LongTensor
-
-    from megakd.contract.completions import Sampling, TextTokens
 
 SHARE_TO_LEAVE = 0.125
 """Share of the rows of a batch that have ended when these rows leave the batch.

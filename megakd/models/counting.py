@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from megakd.contract.results import ParameterCounts
-
-if TYPE_CHECKING:
-    from torch import nn
 
 OUTSIDE_THE_ENCODER = frozenset(
     # Embeddings, poolers and heads, as Hugging Face's models name them.

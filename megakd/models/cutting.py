@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import CONFIG_MAPPING
 
+from megakd.config.task import TaskConfig
+from megakd.contract.views import Axes, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architecture import (
     HEAD_COLUMNS,
@@ -23,22 +28,14 @@ from megakd.models.axes import lengths, narrowed, ordered, output_modules, weigh
 from megakd.models.fitting import plan_loading, valueless_model
 from megakd.models.label_order import label_order, set_labels
 from megakd.models.layers import naming, renumbered, without_layers
+from megakd.models.matching import Match
 from megakd.models.model_folder import Extra, write_model_folder
 from megakd.models.own_models import OWN_MODELS
+from megakd.models.source import ModelSource
 from megakd.models.weights import WeightReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
-    from typing import Any
-
-    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from megakd.config.task import TaskConfig
-    from megakd.contract.views import Axes, UnitOrder, View
-    from megakd.models.matching import Match
-    from megakd.models.source import ModelSource
 
 CUT = "cut_"
 """Prefix of model types that no stock config can describe; their classes start with `Cut`."""

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from megakd.contract.views import Axes, Cut, Maker, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
+from megakd.models.architecture import Architecture
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import WIDTH, unit_makers, weight_axes
 from megakd.models.elastic_modules import (
@@ -39,8 +40,6 @@ from megakd.models.kept import Elasticity, Views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from megakd.models.architecture import Architecture
 
 MIXINS: Mapping[type[nn.Module], type[ElasticModule]] = {
     nn.Linear: ElasticLinear,

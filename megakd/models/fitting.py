@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import initialization
 
+from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError
@@ -23,14 +25,10 @@ from megakd.models.matching import (
     match_names,
 )
 from megakd.models.own_models import register_own_models
+from megakd.models.source import ModelSource
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from megakd.config.task import TaskConfig
-    from megakd.models.source import ModelSource
 
 
 def plan_loading(

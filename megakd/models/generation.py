@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from megakd.contract.completions import Completion
+from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.engine.whole_model import evaluating
 from megakd.errors import DataError, ModelError
 from megakd.models.architecture import context_length
 from megakd.models.continuation import continued
 from megakd.models.packed_attention import VARLEN
+from megakd.models.source import ModelSource
 from megakd.storage.folders import check_given
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import nn
-
-    from megakd.contract.completions import Sampling, TextTokens
-    from megakd.models.source import ModelSource
 
 
 def complete(

@@ -12,14 +12,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, initialization
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
 
 from megakd.errors import ModelError
 from megakd.models.fitting import one_line
@@ -29,12 +37,6 @@ from megakd.models.own_models import own_class, register_own_models
 from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
 from megakd.storage.atomic import write_content
 from megakd.storage.folders import CHECKSUMS, check_given, sealed_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from torch import Tensor
-    from transformers import PretrainedConfig
 
 INT8 = "int8"
 """Name of the folder below `final/`."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
 
 from megakd.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from transformers import PretrainedConfig
 
 GENERIC = re.compile(r"LABEL_\d+")
 

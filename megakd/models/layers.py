@@ -10,28 +10,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from megakd.contract.views import most_important
+from megakd.contract.views import View, most_important
 from megakd.errors import ModelError
-from megakd.models.architecture import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS
+from megakd.models.architecture import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS, Architecture
 from megakd.models.architectures import architecture_of
+from megakd.models.source import ModelSource
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, TypeVar
+T = TypeVar("T")
 
-    from torch import nn
-    from transformers import PretrainedConfig
-
-    from megakd.contract.views import View
-    from megakd.models.architecture import Architecture
-    from megakd.models.source import ModelSource
-
-    T = TypeVar("T")
 
 _PER_LAYER = (HEAD_COUNTS, NEURON_COUNTS, HEAD_COLUMNS, "layer_types")
 """Config keys that list a value per layer, followed by values for parts outside the layers."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import Tensor
+
 from megakd.contract.views import Cut
 from megakd.engine.sharding import gathered_state
 from megakd.models.axes import weight_axes
@@ -16,7 +18,6 @@ from megakd.models.model_folder import Extra
 from megakd.models.second_vocabulary import FILE, second_vocabulary, without_second_vocabulary
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 

@@ -10,6 +10,7 @@ import copy
 import difflib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from megakd.config.models import ScratchModel
+from megakd.config.task import TaskConfig
 from megakd.engine.sharding import (
     gathered,
     is_first_rank,
@@ -29,10 +31,11 @@ from megakd.engine.sharding import (
 )
 from megakd.engine.shards import names_of_bad_weights
 from megakd.errors import ModelError
-from megakd.models.architecture import HEAD_COUNTS
+from megakd.models.architecture import HEAD_COUNTS, Architecture
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import build_empty, one_line, plan_loading
 from megakd.models.fresh import initialize_parameters
+from megakd.models.matching import Match
 from megakd.models.original_t5 import built_as, read_original
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
@@ -40,13 +43,7 @@ from megakd.models.weights import WeightReader, check_weight_files, gguf_hint
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from megakd.config.task import TaskConfig
-    from megakd.models.architecture import Architecture
-    from megakd.models.matching import Match
 
 logger = logging.getLogger(__name__)
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md")

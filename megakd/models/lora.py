@@ -19,23 +19,22 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from megakd.config.models import LoraConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.collectives import on_main
 from megakd.engine.sharding import gathered, gathered_state, is_first_rank
 from megakd.errors import ConfigError
+from megakd.models.architecture import Architecture
 from megakd.models.fitting import valueless_model
+from megakd.models.model_folder import Extra
+from megakd.models.source import ModelSource
 from megakd.models.weights import stored_tensors
 from megakd.process.seeding import cpu_seeded
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from peft import LoraConfig as PeftConfig
-
-    from megakd.config.models import LoraConfig
-    from megakd.config.task import TaskConfig
-    from megakd.models.architecture import Architecture
-    from megakd.models.model_folder import Extra
-    from megakd.models.source import ModelSource
 
 ADAPTER = "adapter"
 """Folder beside a merged model that holds the adapters in the format of peft."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from megakd.errors import ModelError
-from megakd.models.weights import StoredExperts, WeightReader
+from megakd.models.source import ModelSource
+from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
-
     from transformers import PreTrainedModel
-
-    from megakd.models.source import ModelSource
-    from megakd.models.weights import StoredTensor
 
 _OF_ONE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _JOINT = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

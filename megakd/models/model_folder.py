@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -20,8 +22,6 @@ from megakd.storage.atomic import write_content
 from megakd.storage.folders import sealed_folder
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+
+from transformers import PretrainedConfig
 
 from megakd.errors import ModelError
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from transformers import PretrainedConfig
-
-    from megakd.models.weights import StoredTensor
+from megakd.models.weights import StoredTensor
 
 ORIGINALS = ("t5", "mt5")
 READ_AS = {cls.model_type: cls for cls in (EncT5Config, T5EncoderConfig)}

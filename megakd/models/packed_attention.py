@@ -14,22 +14,20 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from megakd.contract.batch import Batch
+from megakd.contract.tasks import TaskType
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
+from megakd.models.source import ModelSource
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from megakd.contract.batch import Batch
-    from megakd.contract.tasks import TaskType
-    from megakd.models.source import ModelSource
 
 _MOST_WIDTH = 256
 # torch 2.11 has no grouped queries here; later versions do.

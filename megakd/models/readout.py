@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from megakd.config.task import TaskConfig
+from megakd.contract.batch import LogitWarp
 from megakd.errors import ModelError
 from megakd.models.fitting import valueless_model
 from megakd.models.knowledge import LanguageModelHead
 from megakd.models.matching import match_names
-from megakd.models.weights import WeightReader
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from megakd.config.task import TaskConfig
-    from megakd.contract.batch import LogitWarp
-    from megakd.models.source import ModelSource
-    from megakd.models.weights import StoredTensor
+from megakd.models.source import ModelSource
+from megakd.models.weights import StoredTensor, WeightReader
 
 _POSITIONS = 512
 """Positions whose logits are in memory at a time."""

@@ -8,7 +8,7 @@ those of SplitMix64 (Steele, Lea and Flood 2014).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from megakd.contract.completions import Sampling
+from megakd.contract.completions import Sampling
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

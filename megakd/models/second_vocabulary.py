@@ -10,25 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import LogitWarp
 from megakd.engine.sharding import full_shape, gathered, sharded_construction, writes_here
 from megakd.models.fitting import valueless_model
 from megakd.models.fresh import initialize_parameters
+from megakd.models.source import ModelSource
 from megakd.models.weights import stored_tensors
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
-
-    from megakd.config.task import TaskConfig
-    from megakd.models.source import ModelSource
 
 SECOND = "second_vocabulary"
 FILE = f"{SECOND}.safetensors"

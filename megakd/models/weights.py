@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from io import RawIOBase
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from megakd.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from io import RawIOBase
-    from pathlib import Path
-
-    from torch import Tensor
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
