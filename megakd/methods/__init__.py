@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Discriminator, Field, Tag
 
+from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions, wrong_method
 from megakd.contract.plugins import METHODS, OURS, THEIRS, FromPackage
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
-    from megakd.contract.stage import StageResult
+from megakd.contract.stage import StageResult
 
 
 def _options() -> tuple[type[MethodOptions], ...]:

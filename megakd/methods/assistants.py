@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab, Model, SortedModel
+from megakd.contract.layer_mapping import layer_pairs
 from megakd.contract.options import MethodOptions
+from megakd.contract.shapes import Heads, Shape
+from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import FROM_TEACHER, TEACHER
 from megakd.contract.terms import (
     ATTENTION_TERMS,
@@ -21,19 +26,11 @@ from megakd.contract.terms import (
     Count,
     HiddenMse,
     RelationKl,
+    TermConfig,
     Weight,
 )
+from megakd.contract.views import View
 from megakd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from typing import Any
-
-    from megakd.contract.lab import Lab, Model, SortedModel
-    from megakd.contract.shapes import Heads
-    from megakd.contract.stage import Stage
-    from megakd.contract.terms import TermConfig
-    from megakd.contract.views import View
 
 logger = logging.getLogger(__name__)
 DEPTHS = 6
@@ -176,9 +173,6 @@ def view_of(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: f
 
 def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
     """Return attentions, numbered from 0, whose vectors a loss compares; they must keep a head."""
-    from megakd.contract.layer_mapping import layer_pairs
-    from megakd.contract.shapes import Shape
-
     shape = Shape(lab.given(TEACHER).depth, width=0, vocabulary=0)
     terms = [term for term in objective_of(config, lab) if isinstance(term, ATTENTION_TERMS)]
     pairs = [pair for term in terms for pair in layer_pairs(term, shape, shape)]
@@ -288,8 +282,6 @@ def _states_and_targets(lab: Lab) -> tuple[TermConfig, ...]:
 
 def leg(config: AssistantOptions, lab: Lab, name: str, *, teacher: str, start: Model) -> Stage:
     """Return a stage with one teacher and one model of fixed size, cut out of the teacher."""
-    from megakd.contract.stage import Constant, Pass, Stage
-
     return Stage(
         name=name,
         teachers=(teacher,),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab, Model
+from megakd.contract.stage import StageResult
 from megakd.contract.terms import STRICT
 from megakd.methods.assistants import AssistantOptions, leg, ranked_teacher, view_of
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab, Model
-    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

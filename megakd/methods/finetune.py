@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions
+from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import STRICT
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
-    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -34,8 +32,6 @@ class FinetuneConfig(MethodOptions):
 
 def run(config: FinetuneConfig, lab: Lab) -> StageResult:
     """Train the student on the rows that carry a label."""
-    from megakd.contract.stage import Stage
-
     del config
     objective = lab.config.objective or lab.hard_terms()
     return lab.train(Stage(name="student", objective=objective))

@@ -8,10 +8,12 @@ that has finished is not trained again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab, SortedModel
+from megakd.contract.stage import StageResult
 from megakd.contract.terms import STRICT
 from megakd.methods.assistants import (
     AssistantOptions,
@@ -22,10 +24,6 @@ from megakd.methods.assistants import (
     views_of,
 )
 from megakd.methods.tradeoff import tradeoff
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab, SortedModel
-    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

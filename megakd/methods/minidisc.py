@@ -18,11 +18,14 @@ import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab, Model, SortedModel
+from megakd.contract.metric import Metric, MetricJudge
+from megakd.contract.results import CandidateReport, CostReport
 from megakd.contract.stage import Pass, Scores, Stage, StageResult, Strategy, Verdict
 from megakd.contract.terms import STRICT, Count
 from megakd.methods.assistants import (
@@ -37,11 +40,6 @@ from megakd.methods.assistants import (
     views_of,
 )
 from megakd.methods.tradeoff import choose, tradeoff
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab, Model, SortedModel
-    from megakd.contract.metric import Metric
-    from megakd.contract.results import CandidateReport, CostReport
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -166,8 +164,6 @@ def trial(
     config: MiniDiscConfig, lab: Lab, ranked: SortedModel, link: Link, iteration: int
 ) -> Stage:
     """Return the stage of a trial: all candidates from the link's sparsity on learn together."""
-    from megakd.contract.metric import MetricJudge
-
     sparsities = [s for s in config.sparsities if s >= link.sparsity]
     metric, views = lab.metric(config.metric), views_of(config, lab, ranked, sparsities)
     # Units that no candidate has would take memory and communication without being trained.

@@ -9,17 +9,15 @@ Differs from the paper: for a row without a label, every teacher has weight 1, a
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions
+from megakd.contract.stage import StageResult
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import all_teachers, taught_by_all
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
-    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from megakd.contract.stage import Constant, Pass, Stage, teacher_names
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from megakd.contract.lab import Lab
-    from megakd.contract.stage import StageResult
-    from megakd.contract.terms import TermConfig
+from megakd.contract.lab import Lab
+from megakd.contract.stage import Constant, Pass, Stage, StageResult, teacher_names
+from megakd.contract.terms import TermConfig
 
 
 def soft_objective(lab: Lab) -> tuple[TermConfig, ...]:

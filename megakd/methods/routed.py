@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions
-from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.stage import Constant, Pass, Stage, StageResult
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import all_teachers, soft_objective, taught
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
-    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

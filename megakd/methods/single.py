@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions
+from megakd.contract.stage import Constant, Pass, Stage, StageResult
 from megakd.contract.terms import STRICT
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
-    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -25,8 +23,6 @@ class SingleConfig(OneTeacherOptions):
 
 def run(config: SingleConfig, lab: Lab) -> StageResult:
     """Distil on all rows, labelled or not; by default with half hard and half soft targets."""
-    from megakd.contract.stage import Constant, Pass, Stage
-
     teacher = lab.teacher(config.teacher)
     return lab.train(
         Stage(

@@ -12,19 +12,16 @@ import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions, no_such_teacher
-from megakd.contract.stage import Constant, Pass, Stage, Strategy
+from megakd.contract.stage import Constant, Pass, Stage, StageResult, Strategy
 from megakd.contract.terms import STRICT, Count, Weight
 from megakd.methods.pools import soft_objective, taught
 from megakd.methods.unused_options import unused
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
-    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions, no_such_teacher
-from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.stage import Constant, Pass, Stage, StageResult
 from megakd.contract.terms import STRICT
 from megakd.errors import ConfigError
 from megakd.methods.pools import soft_objective
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
-    from megakd.contract.stage import StageResult
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -18,13 +18,15 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab, Model
 from megakd.contract.options import OneTeacherOptions
-from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.results import PruningReport
+from megakd.contract.stage import Constant, Pass, Stage, StageResult, Window
 from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
     STRICT,
@@ -35,7 +37,9 @@ from megakd.contract.terms import (
     HiddenMse,
     RelationFsp,
     RelationKl,
+    TermConfig,
 )
+from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.homodistil.schedule import (
     ROWS,
@@ -47,13 +51,6 @@ from megakd.methods.homodistil.schedule import (
     Shape,
     target_of,
 )
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab, Model
-    from megakd.contract.results import PruningReport
-    from megakd.contract.stage import StageResult, Window
-    from megakd.contract.terms import TermConfig
-    from megakd.contract.views import View
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -9,11 +9,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from megakd.contract.lab import HeldOutProbe
 from megakd.contract.metric import WHOLE
+from megakd.contract.results import PruningReport
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Cut, UnitOrder, View
 from megakd.methods.homodistil.schedule import AVERAGES, ROWS, Course
@@ -24,12 +27,6 @@ from megakd.methods.homodistil.sensitivity import (
     unit_sums,
     update_averages,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from megakd.contract.lab import HeldOutProbe
-    from megakd.contract.results import PruningReport
 
 Chosen = dict[Group, list[int]]
 """Kept units of every group, rising; columns inside heads are numbered over all heads."""

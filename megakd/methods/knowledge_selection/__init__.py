@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions
-from megakd.contract.stage import Constant, Pass, Stage
-from megakd.contract.tasks import STUDENT
+from megakd.contract.stage import Constant, Pass, Stage, StageResult, Strategy
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
     STRICT,
     Count,
@@ -27,6 +29,7 @@ from megakd.contract.terms import (
     HiddenMse,
     Positive,
     RelationFsp,
+    TermConfig,
     Weight,
     term_name,
 )
@@ -34,11 +37,6 @@ from megakd.errors import ConfigError, TeacherError
 from megakd.methods.unused_options import unused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from megakd.contract.lab import Lab
-    from megakd.contract.stage import StageResult, Strategy
-    from megakd.contract.terms import TermConfig
     from megakd.methods.knowledge_selection.selecting import Choosing
     from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
 
@@ -159,7 +157,6 @@ def _random(
 
 
 def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
-    from megakd.contract.tasks import LANGUAGE_TASKS
     from megakd.methods.knowledge_selection.selecting import Choosing
 
     return Choosing(

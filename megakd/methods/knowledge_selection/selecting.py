@@ -9,12 +9,13 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megakd.contract.batch import first_positions
+from megakd.contract.batch import LossInputs, first_positions
+from megakd.contract.lab import HeldOutProbe
 from megakd.contract.stage import Pass, Strategy
 from megakd.methods.knowledge_selection.selector import (
     ActorCritic,
@@ -24,10 +25,6 @@ from megakd.methods.knowledge_selection.selector import (
     alike,
     hardened,
 )
-
-if TYPE_CHECKING:
-    from megakd.contract.batch import LossInputs
-    from megakd.contract.lab import HeldOutProbe
 
 SELECTOR = "selector.safetensors"
 WINDOW = 20

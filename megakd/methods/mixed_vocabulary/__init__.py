@@ -18,14 +18,24 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab
 from megakd.contract.metric import WHOLE
 from megakd.contract.options import OneTeacherOptions, StudentVocabulary
-from megakd.contract.stage import Constant, MixedReading, Pass, Scores, Stage, Verdict
+from megakd.contract.shapes import Shape
+from megakd.contract.stage import (
+    Constant,
+    MixedReading,
+    Pass,
+    Scores,
+    Stage,
+    StageResult,
+    Verdict,
+)
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import (
     STRICT,
@@ -37,11 +47,6 @@ from megakd.contract.terms import (
     Weight,
 )
 from megakd.errors import TeacherError
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
-    from megakd.contract.shapes import Shape
-    from megakd.contract.stage import StageResult
 
 Projections = Literal["none", "dual", "down", "up"]
 PATIENT_KD = "patient_kd"

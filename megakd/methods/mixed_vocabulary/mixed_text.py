@@ -18,12 +18,16 @@ Shapes: B rows of a micro-batch, T positions, W words of all rows together.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 from typing_extensions import override
 
+from megakd.config.task import TaskConfig
+from megakd.contract.batch import Batch, BatchSource
 from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, key_of, rows_key
 from megakd.data.collation import Collator, Columns, columns_of
 from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
@@ -33,21 +37,20 @@ from megakd.data.token_tables import check_room_for_text, frame, tables_of_lists
 from megakd.data.tokenizers import VocabularyPair
 from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
-from megakd.methods.mixed_vocabulary.shared_words import ALWAYS_STUDENT, FREE, WordCutter
+from megakd.methods.mixed_vocabulary.shared_words import (
+    ALWAYS_STUDENT,
+    FREE,
+    SharedWords,
+    WordCutter,
+)
 from megakd.training.stage_batches import row_batches
 from megakd.training.stage_extra import StageExtra, StageParts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from datasets import Dataset
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from megakd.config.task import TaskConfig
-    from megakd.contract.batch import Batch, BatchSource
-    from megakd.methods.mixed_vocabulary.shared_words import SharedWords
 
 # Any number but 0, which is the domain of the masks.
 _COINS = 0x6D69786564

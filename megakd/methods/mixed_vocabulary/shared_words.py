@@ -7,6 +7,7 @@ a word must spell the same word in both.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -18,8 +19,6 @@ from megakd.data.words import check_words, word_starts
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from numpy.typing import NDArray
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,8 +12,9 @@ import sentencepiece
 from tokenizers import Regex, normalizers
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
-from megakd.contract.options import SMALLEST_VOCABULARY
+from megakd.contract.options import SMALLEST_VOCABULARY, StudentVocabulary, VocabularyType
 from megakd.data.arrow import key_of, rows_key
+from megakd.data.splits import Splits
 from megakd.data.tokenizers import (
     MODEL_FILE,
     SentencePieceTokenizer,
@@ -33,12 +35,7 @@ from megakd.errors import DataError
 from megakd.storage.folders import whole_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
     from transformers import PreTrainedTokenizerBase
-
-    from megakd.contract.options import StudentVocabulary, VocabularyType
-    from megakd.data.splits import Splits
 
     Texts = Callable[[], Iterable[str]]
 

@@ -18,24 +18,21 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from megakd.contract.lab import Lab, Model
+from megakd.contract.metric import Metric
 from megakd.contract.options import MethodOptions
+from megakd.contract.results import CandidateReport
 from megakd.contract.stage import Constant, Pass, Scores, Stage, StageResult, Verdict
 from megakd.contract.tasks import FROM_TEACHER, STUDENT
-from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, SoftTargetKl
+from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, SoftTargetKl, TermConfig
+from megakd.contract.views import View
 from megakd.methods.minidisc import Sandwich
 from megakd.methods.shrink.candidates import Candidate, Cuts, candidates_of, cuts_of, parameters_of
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab, Model
-    from megakd.contract.metric import Metric
-    from megakd.contract.results import CandidateReport
-    from megakd.contract.terms import TermConfig
-    from megakd.contract.views import View
 
 LARGEST_HOP = 2.5
 """Ratio of the teacher's weights to the student's beyond which an assistant may help."""
@@ -237,7 +234,6 @@ def _trial(
 
 
 def _metric(config: ShrinkConfig, lab: Lab) -> Metric:
-    from megakd.contract.metric import Metric
 
     if config.metric is not None:
         return lab.metric(config.metric)
