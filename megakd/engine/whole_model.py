@@ -23,12 +23,9 @@ GROUP_ELEMENTS = 1 << 26
 def whole_model(module: nn.Module) -> Iterator[nn.Module]:
     """Give a model of an engine with whole weights in evaluation mode; a collective at ZeRO 3.
 
-    The body has no collectives: ranks may call the model different numbers of times.
-
-    Yields:
-        The module itself, in which the caller may not change anything, or at ZeRO 3 a copy without
-        the hooks of the engine. The copy has the dtype and the device of the gathered weights, and
-        is freed at the end of the body.
+    The body has no collectives: ranks may call the model different numbers of times. The caller may
+    not change anything in the model, which at ZeRO 3 is a copy without the hooks of the engine. The
+    copy has the dtype and the device of the gathered weights, and is freed at the end of the body.
     """
     if not is_sharded(module):
         with evaluating(module):

@@ -286,9 +286,6 @@ def flow_errors(
     Returns:
         One scalar per flow, fp32 (fp64 if an input is fp64): per row the mean over the [D, D]
         entries of the squared difference, summed over the rows.
-
-    Raises:
-        RuntimeError: a second derivative is requested and `kernels` is not `reference`.
     """
     # A state is cast once for the two flows that use it, so its gradients are added in fp32.
     ours, theirs = ([counted(state, valid) for state in states] for states in (student, teacher))

@@ -48,7 +48,6 @@ def taught(
 
     Args:
         weights: weights of the teachers by name: probabilities, or shares of the loss.
-        how: name of the distribution in the report.
         rows: number of training rows of each teacher; None if every row may learn from any teacher.
     """
     result = lab.train(stage)

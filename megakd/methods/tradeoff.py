@@ -33,10 +33,7 @@ class Choice(NamedTuple):
 def tradeoff(metric: float, sparsity: float, weight: float) -> float:
     """Return the trade-off of a candidate: metric + lambda * sparsity.
 
-    Args:
-        metric: from 0 (a correlation from -1) to 1, higher is better.
-        sparsity: share of the units that the candidate lacks.
-        weight: lambda.
+    The metric is from 0 (a correlation from -1) to 1, higher is better.
     """
     return metric + weight * sparsity
 

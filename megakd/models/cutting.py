@@ -52,7 +52,6 @@ def cut_config(
     """Return the config of a model cut to a view: a stock config if it can describe the shape.
 
     Args:
-        config: the config of the whole model, which may itself be cut; it is not changed.
         order: the order of the units before the cut. The config records it only if the heads have
             columns in a shared position bias.
         learns: whether the model continues to learn with its optimizer's state, so that its weights

@@ -31,16 +31,12 @@ def complete(
     tokens: TextTokens,
     rows_at_once: int,
 ) -> list[Completion]:
-    """Continue prompts with a causal language model.
+    """Continue prompts with a causal language model with whole weights.
 
     A completion depends on the weights, the prompt, the seed and `sampling`. The other prompts and
     `rows_at_once` only change the rounding of the logits. The random generators, the model's
-    settings and the mode of its modules are the same afterwards.
-
-    Args:
-        model: a model of transformers with whole weights, on the device that computes.
-        tokens: the tokens of the texts; prompts and completions may contain the token of the
-            padding.
+    settings and the mode of its modules are the same afterwards. Texts may contain the token of the
+    padding.
     """
     if not isinstance(model, GenerationMixin):
         raise ModelError(

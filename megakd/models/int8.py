@@ -61,14 +61,9 @@ class _Place(NamedTuple):
 def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return int8 values and the scale of each row, so that weights are about values * scale.
 
-    In fp32, |values * scale - weights| <= scale / 2, up to rounding in the last digits.
-
-    Args:
-        weights: [rows, ...], finite, of a floating-point dtype.
-
-    Returns:
-        Values between -127 and 127 in the shape of `weights`, and fp32 scales [rows]: max |row| /
-        127, or 0 for a row of zeros.
+    The weights [rows, ...] are finite. In fp32, |values * scale - weights| <= scale / 2, up to
+    rounding in the last digits. The values are between -127 and 127 in the shape of the weights,
+    and the fp32 scales [rows] are max |row| / 127, or 0 for a row of zeros.
     """
     rows = weights.to(torch.float32).flatten(1)
     largest = rows.abs().amax(1)
@@ -87,12 +82,9 @@ def dequantize(values: Tensor, scale: Tensor) -> Tensor:
 def write_int8(folder: Path, to: Path) -> None:
     """Write a finished model with int8 weights into a folder of its own, whole or not at all.
 
-    The folder also holds the config and the tokenizer. `load_int8` loads the folder. The config
-    states the dtype int8, so that plain transformers refuses the folder by default; transformers
-    would take the int8 values for weights.
-
-    Args:
-        folder: a finished model folder in fp32, bf16 or fp16; the weights may be in shards.
+    The weights are in fp32, bf16 or fp16, and may be in shards. The folder also holds the config
+    and the tokenizer. `load_int8` loads the folder. The config states the dtype int8, so that plain
+    transformers refuses the folder by default; transformers would take the int8 values for weights.
     """
     check_given(folder, _WHERE)
     state = dict(_quantized(folder))

@@ -188,11 +188,8 @@ def _part_of(name: str) -> tuple[str, str] | None:
 def merged_state(model: Any) -> tuple[Iterator[tuple[str, Tensor]], Extra]:
     """Return the state of the plain model with merged adapters, and the files of the adapters.
 
-    The weights are gathered one at a time and merged in fp32 on rank 0.
-
-    Returns:
-        Names and tensors, which every rank must iterate to the end, and the files in the format of
-        peft, whose content is complete when the iterator has ended.
+    The weights are gathered one at a time and merged in fp32 on rank 0. Every rank must iterate to
+    the end; then the content of the files, in the format of peft, is complete.
     """
     config = adapter_config(model)
     if config is None:

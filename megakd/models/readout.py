@@ -50,10 +50,9 @@ class Readout(nn.Module):
         return self.head.warp(product.float()).log_softmax(-1)
 
     def most_likely(self, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the most likely next tokens for states [N, D], most likely first, on the CPU.
+        """Return fp32 log-probabilities and numbers [N, count] of the likeliest next tokens.
 
-        Returns:
-            fp32 log-probabilities [N, count], and token numbers [N, count].
+        For states [N, D]; the most likely tokens come first. Both tensors are on the CPU.
         """
         found = [self.logprobs(some).topk(count) for some in states.split(_POSITIONS)]
         values, tokens = zip(*found, strict=True)

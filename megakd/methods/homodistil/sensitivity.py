@@ -36,8 +36,6 @@ def update_averages(
     uncertainty is the average of |sensitivity - average| (PLATON, Zhang et al. 2022, equation 7).
 
     Args:
-        averages: changed; the averages start at zero.
-        shards: this rank's part of the weights and gradients, see `local_shards`.
         uncertainty_beta: decay of the uncertainty; None keeps no uncertainty.
     """
     for shard in shards:

@@ -313,13 +313,9 @@ def _text_rows(words: SharedWords, sizes: NDArray[np.int64], shape: _RowShape) -
 
 
 def word_windows(sizes: NDArray[np.int64], room: int) -> Iterator[tuple[int, int]]:
-    """Cut a text into windows of whole words with about equal numbers of pieces.
+    """Yield windows of whole words with about equal numbers of pieces, as (first word, end).
 
-    Args:
-        sizes: number of pieces of each word [words], at most `room`; no words have no windows.
-
-    Yields:
-        The first word of each window, and the word after its last one.
+    Each of the sizes [words] is a number of pieces, at most `room`; no words have no windows.
     """
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0

@@ -121,8 +121,6 @@ def cuts_of(
     """Return the shapes that can be cut out of a decoder.
 
     Args:
-        count: returns the number of weights of a view.
-        is_stock: returns whether the stock config of the family describes a view.
         round_to: multiple of the number of neurons; None: the largest divisor of 64 that divides
             the number of neurons of the decoder.
     """
