@@ -38,7 +38,6 @@ class StopVote:
         return dict(zip(counts, summed, strict=True))
 
     def passed(self) -> bool:
-        """Return True if any rank had to stop when the last counts were summed."""
         if self._votes is None:
             return False
         if self._copied is not None:

@@ -119,7 +119,6 @@ class StudentBundle(nn.Module):
         return own | {f"{name}.weight": (None, WIDTH) for name in names}
 
     def opened_head(self, batch: Batch) -> AbstractContextManager[object]:
-        """Gather the student's output matrix during a forward without passes."""
         return opened_head(self.student, batch)
 
     def forward(

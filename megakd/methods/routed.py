@@ -57,7 +57,6 @@ class OwnRows(Constant):
 
     @property
     def routes_rows(self) -> bool:
-        """A pass covers the rows of its teacher alone."""
         return True
 
 

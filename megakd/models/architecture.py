@@ -95,7 +95,6 @@ class FeedForwardPaths(NamedTuple):
         return (*self.inputs, self.output)
 
     def of_kind(self, *, is_gated: bool) -> FeedForwardPaths:
-        """Return the paths with the inputs of the gated or the ungated kind."""
         return FeedForwardPaths(self.gated if is_gated and self.gated else self.inputs, self.output)
 
     def under(self, module: str) -> FeedForwardPaths:
@@ -284,7 +283,6 @@ class Architecture:
         return layers + self.more_attentions
 
     def feed_forwards(self, config: PretrainedConfig) -> tuple[FeedForwardPaths, ...]:
-        """Return all feed-forwards of a model with a head, as paths on the model."""
         layers = tuple(self.feed_forward.under(block) for block in self._blocks(config))
         is_gated = bool(getattr(config, "is_gated_act", False))
         return tuple(paths.of_kind(is_gated=is_gated) for paths in layers + self.more_feed_forwards)

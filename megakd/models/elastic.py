@@ -77,7 +77,6 @@ class Elastic:
 
     @cached_property
     def makers(self) -> dict[str, Maker]:
-        """The matrices that produce units, by name."""
         return unit_makers(self._model)
 
     def _lay_over_weights(self, model: PreTrainedModel, architecture: Architecture) -> None:

@@ -143,7 +143,6 @@ class ElasticNorm(ElasticModule):
     weight: Tensor
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the normalized hidden states [..., D]."""
         kept = self.elasticity.kept("weight", self.weight.device)
         if kept is None:
             return super().forward(hidden)

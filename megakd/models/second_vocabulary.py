@@ -88,7 +88,6 @@ class SecondHead:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Keep the matrix gathered inside the context; a collective under ZeRO-3."""
         with gathered([self._second.table.weight, self._second.bias]):
             yield
 

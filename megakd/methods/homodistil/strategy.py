@@ -308,7 +308,6 @@ class HomotopyJudge:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """The step from which evaluations count."""
         return {"end": self.pruning.course.schedule.end}
 
     def __call__(self, scores: Scores, step: int) -> Verdict:

@@ -67,7 +67,6 @@ class Selecting(Strategy):
 
     @property
     def reads_states(self) -> bool:
-        """The state of a step is computed from hidden states."""
         return True
 
     @property

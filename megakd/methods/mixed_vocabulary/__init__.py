@@ -142,7 +142,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     @property
     def trains_teacher(self) -> bool:
-        """Return whether the teacher reads mixed text."""
         return self.version == 2 or self.direction != "none"
 
     def reads_mixed_rows(self, config: Any) -> bool:
@@ -170,7 +169,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
         )
 
     def extras(self, parts: Any) -> Sequence[Any]:
-        """Return the batches of a stage with a model that reads mixed text."""
         from megakd.methods.mixed_vocabulary.mixed_text import BothVocabularies
 
         return [BothVocabularies(parts)] if parts.stage.mixed else []

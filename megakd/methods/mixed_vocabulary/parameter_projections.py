@@ -120,7 +120,6 @@ class LayerErrors(nn.Module):
         self._compared, self._projections = compared, (projections,)
 
     def forward(self) -> Tensor:
-        """Return the sum over all weights of the layer, fp32."""
         (projections,) = self._projections
         sums = [projections.errors(compared).square().sum() for compared in self._compared]
         return torch.stack(sums).sum()

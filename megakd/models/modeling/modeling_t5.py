@@ -81,7 +81,6 @@ class EncT5Config(T5EncoderConfig):
         super().__post_init__(**kwargs)
 
     def counts(self) -> tuple[int, int]:
-        """Return two attentions and one feed-forward more than in the encoder."""
         return self.num_layers + 2, self.num_layers + 1
 
 
@@ -319,7 +318,6 @@ class T5EncoderForSequenceClassification(T5ClassifierModel):
         self.post_init()
 
     def summary(self, encoded: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return the mean over the tokens that are not padding, [B, D]."""
         if attention_mask is None:
             return encoded.mean(1)
         weights = attention_mask.to(encoded.dtype)[..., None]
