@@ -84,7 +84,7 @@ def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
     given = zip(
         SPLIT_NAMES, (task.train_files, task.validation_files, task.test_files), strict=True
     )
-    paths = {
+    paths: dict[SplitName, list[Path]] = {
         split: matching_files(files, f"task.{split}_files")
         for split, files in given
         if files is not None

@@ -133,10 +133,13 @@ def rows_of_tables(
     rows = partial(rows_of, task=task, cache_dir=cache_dir)
     # Only training rows have teachers.
     train = rows(tables["train"], kinds["train"], teacher=teacher)
-    held = {split: rows(table, kinds[split]) for split, table in tables.items() if split != "train"}
+    splits: dict[SplitName, Dataset] = {"train": train}
+    splits |= {
+        split: rows(table, kinds[split]) for split, table in tables.items() if split != "train"
+    }
     return Found(
         name=name,
-        splits={"train": train, **held},
+        splits=splits,
         classes=kinds["train"].classes,
         metrics=metrics or DEFAULT_METRICS[task.type],
         source_hash=_source_hash(tables, kinds, teacher),

@@ -167,7 +167,8 @@ def _same_mathematics() -> Match:
 
     def is_equal(said: str, wanted: str) -> bool:
         # The time limit of math-verify is a signal, which only a main thread may set.
-        gold, answer = (parse(text, parsing_timeout=None) for text in (wanted, said))
+        without: Any = {"parsing_timeout": None}
+        gold, answer = (parse(text, **without) for text in (wanted, said))
         return bool(verify(gold, answer, timeout_seconds=None))
 
     return is_equal
