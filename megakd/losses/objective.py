@@ -39,7 +39,6 @@ from megakd.losses.layer_terms import (
     Projections,
     Relations,
 )
-from megakd.losses.plugin_losses import PluginLoss
 from megakd.losses.targets import AGREEMENTS, Evaluated, TermGroup, language_model_groups
 from megakd.models.knowledge import Needs
 
@@ -126,7 +125,10 @@ def build_objective(
     else:
         groups.extend(HardClasses(t) for t in hard)
         groups.extend(SoftClasses(t) for t in soft)
-    groups.extend(PluginLoss(t, student.layers) for t in terms if isinstance(t, PluginTerm))
+    if plugins := [term for term in terms if isinstance(term, PluginTerm)]:
+        from megakd.losses.plugin_losses import PluginLoss
+
+        groups.extend(PluginLoss(term, student.layers) for term in plugins)
     groups.extend(RegressionScores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
     groups.extend(t.group() for t in terms if isinstance(t, MethodTerm))
     if teacher is not None:

@@ -38,7 +38,6 @@ from megakd.pruning.importance import measure_importance, measure_layers
 from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
 from megakd.training.assembly import Assembly
-from megakd.training.once import measured_once, once
 from megakd.training.stage_folder import RESULT, result_text
 
 UNITS = "units.json"
@@ -191,7 +190,7 @@ class ModelPruning(Shapes):
             return {f"layer_{number}": score for number, score in enumerate(scores, start=1)}
 
         facts = {**self.assembly.frozen_facts(ready), "rows": len(rows)}
-        result = measured_once(self.assembly, "layers", facts, measure)
+        result = self.assembly.measured_once("layers", facts, measure)
         # As metrics of a stage, the scores would be a column for each layer in the report.
         self._listed(dataclasses.replace(result, metrics={}))
         layers = range(1, len(result.metrics) + 1)
@@ -236,7 +235,7 @@ class ModelPruning(Shapes):
                 )
             )
 
-        return once(self.assembly, name, facts, make)
+        return self.assembly.once(name, facts, make)
 
     def _result_text(
         self, result: StageResult, fingerprint: Fingerprint, began: float

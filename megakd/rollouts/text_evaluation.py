@@ -167,8 +167,10 @@ def _same_mathematics() -> Match:
 
     def is_equal(said: str, wanted: str) -> bool:
         # The time limit of math-verify is a signal, which only a main thread may set.
-        without: Any = {"parsing_timeout": None}
-        gold, answer = (parse(text, **without) for text in (wanted, said))
+        gold, answer = (
+            parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+            for text in (wanted, said)
+        )
         return bool(verify(gold, answer, timeout_seconds=None))
 
     return is_equal

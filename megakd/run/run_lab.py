@@ -30,7 +30,6 @@ from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.lab_base import LabBase
-from megakd.training.once import measured_once
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import scoring_preset
@@ -81,9 +80,7 @@ class RunLab(LabBase):
 
     def dev_score(self, name: str) -> float:
         facts = self.assembly.frozen_facts(self._teachers[name])
-        scored = measured_once(
-            self.assembly, f"{name}-scored", facts, lambda: self.pool.score(name)
-        )
+        scored = self.assembly.measured_once(f"{name}-scored", facts, lambda: self.pool.score(name))
         return self.worth(scored.metrics)
 
     def metric(self, name: str | None) -> Metric:

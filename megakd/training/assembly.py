@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from megakd.config.file import config_tree
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.plugins import code_of, is_metric, metric_of
-from megakd.contract.stage import Stage
+from megakd.contract.stage import Stage, StageResult, untrained
 from megakd.contract.tasks import STUDENT, Dtype
 from megakd.data.collation import Collator
 from megakd.data.encoding import tokens_key
@@ -27,6 +28,7 @@ from megakd.engine.distributed import Ranks
 from megakd.engine.initialize import training_engine
 from megakd.engine.memory import forget_models, freed_memory_returned
 from megakd.engine.student import StudentEngine
+from megakd.errors import CheckpointError
 from megakd.inputs.inputs import RunInputs
 from megakd.inputs.precision import (
     TORCH_DTYPE,
@@ -50,9 +52,9 @@ from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.phases import phase
 from megakd.process.seeding import cpu_seeded
 from megakd.scoring.scorer import Scorer
-from megakd.storage.fingerprint import files_identity, flatten
+from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
-from megakd.training.stage_folder import keeps_last
+from megakd.training.stage_folder import keeps_last, read_result, write_result
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,6 +117,40 @@ class Assembly:
             "eval": evaluation | free,
             "metrics": {name: code_of(metric_of(name)) for name in metrics},
         }
+
+    def once(
+        self, name: str, facts: Mapping[str, Any], make: Callable[[Path, Fingerprint], None]
+    ) -> StageResult:
+        """Return the result of an untrained stage; make its folder if missing; a collective.
+
+        Args:
+            facts: what the result depends on, in addition to the conditions of the run.
+            make: writes the folder with a result of the given fingerprint.
+        """
+        folder = self.stage_folder(name)
+        fingerprint = flatten({**self.conditions, **facts})
+        result = read_result(folder, fingerprint)
+        if result is None:
+            make(folder, fingerprint)
+            result = read_result(folder, fingerprint)
+        if result is None:
+            raise CheckpointError(
+                f"{folder} was removed while megakd wrote it; start the run again"
+            )
+        return result
+
+    def measured_once(
+        self, name: str, facts: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]
+    ) -> StageResult:
+        """Return the result of a measurement, see `once`; `measure` returns the metrics."""
+
+        def make(folder: Path, fingerprint: Fingerprint) -> None:
+            began = time.perf_counter()
+            metrics = measure()
+            result = untrained(name, folder, time.perf_counter() - began)
+            write_result(replace(result, metrics=metrics), fingerprint)
+
+        return self.once(name, facts, make)
 
     def frozen_facts(self, ready: ReadyTeacher) -> Mapping[str, Any]:
         """Return what the answers of a frozen model depend on."""

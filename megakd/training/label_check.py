@@ -20,7 +20,6 @@ from megakd.errors import TeacherError
 from megakd.models.label_order import generic_labels, listed
 from megakd.models.source import ReadyTeacher
 from megakd.training.assembly import Assembly
-from megakd.training.once import measured_once
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -166,7 +165,7 @@ def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str) -> None:
         return {key: getattr(fit, key) for key in ("score", "chance", "margin", "rows")}
 
     facts = {**assembly.frozen_facts(ready), "labels": list(names)}
-    known = measured_once(assembly, f"{name}-labels", facts, measure)
+    known = assembly.measured_once(f"{name}-labels", facts, measure)
     fit = LabelFit(**dict[str, Any](known.metrics))
     require_fit(fit, source, names, remedy=remedy)
 

@@ -17,7 +17,6 @@ from megakd.config.task import TaskConfig
 from megakd.contract import plugins
 from megakd.errors import CheckpointError
 from megakd.run.run_lab import RunLab
-from megakd.training.once import measured_once
 
 METRIC = "def mine(outputs, labels):\n    return 1.0\n\n\nmine.higher_is_better = True\n"
 
@@ -105,5 +104,5 @@ def test_a_measurement_that_fails_keeps_nothing(scored):
         raise ValueError("no rows")
 
     with pytest.raises(ValueError, match="no rows"):
-        measured_once(lab.assembly, "teacher-scored", {}, fails)
+        lab.assembly.measured_once("teacher-scored", {}, fails)
     assert not (lab.config.output_dir / "stages").exists()
