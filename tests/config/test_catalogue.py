@@ -7,7 +7,7 @@ import pytest
 from megakd import cli
 
 
-def test_methods_lists_every_method_with_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_lists_every_method_with_what_it_is(capsys):
     assert cli.main(["methods"]) == 0
 
     listed = capsys.readouterr().out
@@ -15,9 +15,7 @@ def test_methods_lists_every_method_with_what_it_is(capsys: pytest.CaptureFixtur
     assert "finetune\n  Train the student on the labels alone." in listed
 
 
-def test_methods_lists_losses_with_options_and_defaults(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_methods_lists_losses_with_options_and_defaults(capsys):
     assert cli.main(["methods", "--losses"]) == 0
 
     listed = capsys.readouterr().out
@@ -36,9 +34,7 @@ def test_methods_lists_losses_with_options_and_defaults(
         (["soft_target_kl", "--losses"], "soft_target_kl", "hidden_mse"),
     ],
 )
-def test_one_method_or_loss_is_listed_alone(
-    words: list[str], first: str, absent: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_method_or_loss_is_listed_alone(words, first, absent, capsys):
     assert cli.main(["methods", *words]) == 0
 
     shown = capsys.readouterr().out
@@ -62,9 +58,7 @@ def test_one_method_or_loss_is_listed_alone(
         (["no_such_module:X"], "module no_such_module cannot be imported"),
     ],
 )
-def test_a_method_that_does_not_exist_gets_the_nearest_name(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_method_that_does_not_exist_gets_the_nearest_name(words, message, capsys):
     assert cli.main(["methods", *words]) == 2
 
     shown = capsys.readouterr()

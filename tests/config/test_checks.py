@@ -54,14 +54,8 @@ TASK = [
     (f"{TEXT}; task.completion_column=a", "task.prompt_column: missing, and task.completion_col"),
     (f"{TEXT}; task.chat_template=no.jinja", "task.chat_template: the file no.jinja does not exis"),
     (f"{NO_SET}; task.mixture={{}}", "task.mixture: has no source; name at least"),
-    (
-        f"{NO_SET}; task.train_files=a; {MIXTURE}",
-        "task.mixture: cannot be combined w",
-    ),
-    (
-        f"{NO_SET}; task.streaming=true; train.max_steps=3; {MIXTURE}",
-        "with task.strea",
-    ),
+    (f"{NO_SET}; task.train_files=a; {MIXTURE}", "task.mixture: cannot be combined w"),
+    (f"{NO_SET}; task.streaming=true; train.max_steps=3; {MIXTURE}", "with task.strea"),
 ]
 STREAMS = [
     (
@@ -78,14 +72,8 @@ STREAMS = [
 ]
 ROUTES = [
     ("task.teacher_column=t", 'task.teacher_column: method "single" does not choose teachers by'),
-    (
-        f"{NO_SET}; {A}}}",
-        'task.mixture.a.teacher: method "single" does not choose',
-    ),
-    (
-        ROUTED,
-        "task.teacher_column: missing, and every training",
-    ),
+    (f"{NO_SET}; {A}}}", 'task.mixture.a.teacher: method "single" does not choose'),
+    (ROUTED, "task.teacher_column: missing, and every training"),
     (
         f"{ROUTED}; task.dataset=null; {A}, b: {{files: b, weight: 1}}}}",
         "task.mixture.b.teacher: missing, and every training row has to name its teacher",
@@ -194,10 +182,7 @@ OBJECTIVE = [
         "and task.type is regression",
     ),
     ("objective.1={loss: hard_cross_entropy}", '"hard_cross_entropy" is listed 2 times; keep one'),
-    (
-        f"{TEXT}; objective=[{KL_ON}, {KL_ON}]",
-        '"soft_target_kl" with on: data is listed 2 times',
-    ),
+    (f"{TEXT}; objective=[{KL_ON}, {KL_ON}]", '"soft_target_kl" with on: data is listed 2 times'),
     ("objective.0.weight=0; objective.1.weight=0", "objective: every weight is 0; set at least"),
     (f"{TEXT}; objective.0.on=rollouts", "objective[0].on: rollouts, and this run generates no te"),
     *(
@@ -324,11 +309,7 @@ ROLLOUT = [
     ("files: a, max_staleness: 1", "seed=1", "rollout.max_staleness: 1 applies to texts that are"),
     ("files: a, by: teacher", "seed=1", "rollout.by: teacher does not generate texts if rollout.f"),
     ("by: student", "teacher.cache=c", "teacher.cache: cannot be combined with rollout, whose te"),
-    (
-        "by: student",
-        f"student.model=from_teacher; {CUT}",
-        'rollout: method "minidisc" do',
-    ),
+    ("by: student", f"student.model=from_teacher; {CUT}", 'rollout: method "minidisc" do'),
     ("by: student", "task.streaming=true; train.max_steps=3", "rollout: cannot be combined with t"),
     (
         f"server: {{{URL}, kind: sglang, push: adapter, folder: w}}",
@@ -366,10 +347,7 @@ LINES = [
         for section, more, text in ROLLOUT
     ),
     *(
-        (
-            f"{TEXT}; rollout={{max_new_tokens: 4, server: {{{URL}, {server}}}{more}}}",
-            text,
-        )
+        (f"{TEXT}; rollout={{max_new_tokens: 4, server: {{{URL}, {server}}}{more}}}", text)
         for server, more, text in SERVER
     ),
 ]

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,16 +48,16 @@ def message_of(spec: Any, where: str = WHERE) -> str:
 
 
 @pytest.mark.parametrize(("name", "stage"), PRESETS.items())
-def test_a_preset_has_the_stage_its_name_says(name: str, stage: int) -> None:
+def test_a_preset_has_the_stage_its_name_says(name, stage):
     assert zero_stage(load_ds_config(name, where=WHERE)) == stage
 
 
-def test_the_presets_are_those_that_are_documented() -> None:
+def test_the_presets_are_those_that_are_documented():
     assert preset_names() == sorted(PRESETS)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "offload" in name])
-def test_an_offload_preset_offloads_what_its_model_has(name: str) -> None:
+def test_an_offload_preset_offloads_what_its_model_has(name):
     zero = load_ds_config(name, where=WHERE)["zero_optimization"]
 
     offloaded = {key for key in zero if key.startswith("offload_")}
@@ -72,7 +71,7 @@ def test_an_offload_preset_offloads_what_its_model_has(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_of_stage_0_and_3_alone_serve_a_frozen_model(name: str) -> None:
+def test_presets_of_stage_0_and_3_alone_serve_a_frozen_model(name):
     where, stage = "teacher.deepspeed", PRESETS[name]
     refused = pytest.raises(ConfigError, match=rf"^{where}: ZeRO stage {stage} ")
 
@@ -81,16 +80,14 @@ def test_presets_of_stage_0_and_3_alone_serve_a_frozen_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_deepspeed_accepts_every_preset(name: str) -> None:
+def test_deepspeed_accepts_every_preset(name):
     config = pytest.importorskip("deepspeed.runtime.zero.config")
     zero = load_ds_config(name, where=WHERE)["zero_optimization"]
 
     assert config.DeepSpeedZeroConfig(**zero).stage == PRESETS[name]
 
 
-def test_presets_of_an_installed_package_are_found_inside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_presets_of_an_installed_package_are_found_inside_it(tmp_path, monkeypatch):
     (tmp_path / "megakd" / "ds_configs").mkdir(parents=True)
     (tmp_path / "megakd" / "ds_configs" / "mine.json").write_text("{}")
     monkeypatch.setattr(ds_config, "__file__", str(tmp_path / "megakd" / "config" / "deepspeed.py"))
@@ -99,7 +96,7 @@ def test_presets_of_an_installed_package_are_found_inside_it(
     assert load_ds_config("mine", where=WHERE) == {}
 
 
-def test_a_path_and_an_inline_mapping_mean_the_same(tmp_path: Path) -> None:
+def test_a_path_and_an_inline_mapping_mean_the_same(tmp_path):
     inline = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(inline))
@@ -107,7 +104,7 @@ def test_a_path_and_an_inline_mapping_mean_the_same(tmp_path: Path) -> None:
     assert load_ds_config(str(path), where=WHERE) == load_ds_config(inline, where=WHERE) == inline
 
 
-def test_an_inline_mapping_is_left_as_it_was() -> None:
+def test_an_inline_mapping_is_left_as_it_was():
     inline = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
 
     loaded = load_ds_config(inline, where=WHERE)
@@ -117,7 +114,7 @@ def test_an_inline_mapping_is_left_as_it_was() -> None:
     assert inline == {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
 
 
-def test_an_unknown_preset_names_the_nearest_and_all() -> None:
+def test_an_unknown_preset_names_the_nearest_and_all():
     message = message_of("zero_2")
 
     assert message.startswith('student.deepspeed: unknown preset "zero_2"; did you mean "zero2"?')
@@ -125,7 +122,7 @@ def test_an_unknown_preset_names_the_nearest_and_all() -> None:
 
 
 @pytest.mark.parametrize("spec", ["mine.json", "some/where", "~/nowhere.json"])
-def test_a_path_that_does_not_exist_is_named(spec: str) -> None:
+def test_a_path_that_does_not_exist_is_named(spec):
     assert message_of(spec) == f"student.deepspeed: the DeepSpeed config {spec} does not exist"
 
 
@@ -139,9 +136,7 @@ def test_a_path_that_does_not_exist_is_named(spec: str) -> None:
     ],
     ids=["broken", "twice", "latin-1", "list"],
 )
-def test_a_file_that_is_no_json_object_is_refused(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, message):
     path = tmp_path / "mine.json"
     path.write_bytes(content)
 
@@ -168,9 +163,7 @@ def test_a_file_that_is_no_json_object_is_refused(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_knob_of_the_run_config_is_refused_naming_its_owner(
-    key: str, value: object, owner: str
-) -> None:
+def test_a_knob_of_the_run_config_is_refused_naming_its_owner(key, value, owner):
     expected = (
         f'sets "{key}", which megakd takes from {owner}; remove the key there and set {owner}'
     )
@@ -188,24 +181,24 @@ def test_a_knob_of_the_run_config_is_refused_naming_its_owner(
         ("teacher.finetune.deepspeed", "optimizer", "teacher.finetune.learning_rate"),
     ],
 )
-def test_the_owner_depends_on_whose_config_it_is(where: str, key: str, owner: str) -> None:
+def test_the_owner_depends_on_whose_config_it_is(where, key, owner):
     assert f"which megakd takes from {owner};" in message_of({key: 1}, where)
 
 
-def test_the_file_that_sets_a_knob_is_named(tmp_path: Path) -> None:
+def test_the_file_that_sets_a_knob_is_named(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"gradient_clipping": 0.5}')
 
     assert message_of(str(path)).startswith('student.deepspeed: mine.json sets "gradient_clipping"')
 
 
-def test_parameter_dtype_belongs_to_the_run_config() -> None:
+def test_parameter_dtype_belongs_to_the_run_config():
     message = message_of({"data_types": {"param_dtype": "bf16"}})
 
     assert 'sets "data_types.param_dtype", which megakd takes from train.bf16' in message
 
 
-def test_knobs_left_to_the_trainer_are_left_out() -> None:
+def test_knobs_left_to_the_trainer_are_left_out():
     spec = {
         "train_micro_batch_size_per_gpu": "auto",
         "bf16": {"enabled": "auto"},
@@ -289,22 +282,20 @@ def test_knobs_left_to_the_trainer_are_left_out() -> None:
         ),
     ],
 )
-def test_what_deepspeed_would_ignore_or_refuse_later_is_refused(
-    spec: dict[str, Any], message: str
-) -> None:
+def test_what_deepspeed_would_ignore_or_refuse_later_is_refused(spec, message):
     text = message_of(spec)
 
     assert text.startswith("student.deepspeed: ")
     assert message in text
 
 
-def test_offload_to_nowhere_asks_for_no_stage() -> None:
+def test_offload_to_nowhere_asks_for_no_stage():
     spec = {"zero_optimization": {"stage": 0, "offload_param": {"device": "none"}}}
 
     assert load_ds_config(spec, where=WHERE) == spec
 
 
-def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
+def test_the_known_keys_are_those_of_the_installed_deepspeed():
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero import config, offload_config
 
@@ -332,7 +323,7 @@ def field_names(model: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.5])
-def test_a_training_engine_gets_what_the_run_config_owns(clipping: float) -> None:
+def test_a_training_engine_gets_what_the_run_config_owns(clipping):
     train = TrainConfig(
         per_device_train_batch_size=4, gradient_accumulation_steps=7, max_grad_norm=clipping
     )
@@ -356,7 +347,7 @@ def test_a_training_engine_gets_what_the_run_config_owns(clipping: float) -> Non
     ("dtype", "precision"),
     [("fp32", {}), ("bf16", {"bf16": {"enabled": True}}), ("fp16", {"fp16": {"enabled": True}})],
 )
-def test_precision_follows_the_dtype(dtype: Any, precision: dict[str, Any]) -> None:
+def test_precision_follows_the_dtype(dtype, precision):
     merged = merged_ds_config({}, TrainConfig(), dtype=dtype, world_size=1)
     frozen = frozen_ds_config({}, dtype=dtype, micro_batch=1)
 
@@ -364,13 +355,13 @@ def test_precision_follows_the_dtype(dtype: Any, precision: dict[str, Any]) -> N
         assert {k: v for k, v in config.items() if k in ("bf16", "fp16")} == precision
 
 
-def test_a_line_every_few_steps_can_be_asked_for() -> None:
+def test_a_line_every_few_steps_can_be_asked_for():
     merged = merged_ds_config({"steps_per_print": 5}, TrainConfig(), dtype="fp32", world_size=1)
 
     assert merged["steps_per_print"] == 5
 
 
-def test_a_second_shard_group_has_to_divide_the_ranks() -> None:
+def test_a_second_shard_group_has_to_divide_the_ranks():
     ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
 
     assert merged_ds_config(ds, TrainConfig(), dtype="fp32", world_size=4)
@@ -378,7 +369,7 @@ def test_a_second_shard_group_has_to_divide_the_ranks() -> None:
         merged_ds_config(ds, TrainConfig(), dtype="fp32", world_size=3)
 
 
-def test_a_frozen_engine_has_no_optimizer_and_no_clipping() -> None:
+def test_a_frozen_engine_has_no_optimizer_and_no_clipping():
     ds = load_ds_config("zero3_offload", where="teacher.deepspeed")
 
     frozen = frozen_ds_config(ds, dtype="fp32", micro_batch=2)
@@ -395,7 +386,7 @@ def test_a_frozen_engine_has_no_optimizer_and_no_clipping() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_frozen_engine_at_stage_1_or_2_is_refused_naming_0_and_3(stage: int) -> None:
+def test_a_frozen_engine_at_stage_1_or_2_is_refused_naming_0_and_3(stage):
     message = (
         f"teacher.deepspeed: ZeRO stage {stage} shards gradients and optimizer state, and a frozen "
         "model has neither; use stage 0 (teacher_zero0, a copy per rank) or 3 (teacher_zero3, "
@@ -406,14 +397,14 @@ def test_a_frozen_engine_at_stage_1_or_2_is_refused_naming_0_and_3(stage: int) -
         frozen_ds_config({"zero_optimization": {"stage": stage}}, dtype="fp32", micro_batch=1)
 
 
-def test_a_frozen_engine_cannot_shard_a_second_time() -> None:
+def test_a_frozen_engine_cannot_shard_a_second_time():
     ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
 
     with pytest.raises(ConfigError, match="cannot use zero_hpz_partition_size without an optimiz"):
         frozen_ds_config(ds, dtype="fp32", micro_batch=1)
 
 
-def test_a_config_without_a_zero_section_is_stage_0() -> None:
+def test_a_config_without_a_zero_section_is_stage_0():
     assert zero_stage({}) == 0
 
 
@@ -422,9 +413,7 @@ def test_a_config_without_a_zero_section_is_stage_0() -> None:
     [(0, "bf16", None), (1, "bf16", None), (2, "bf16", "fp32"), (3, "fp16", "fp32")]
     + [(stage, "fp32", None) for stage in range(4)],
 )
-def test_16_bit_gradients_add_up_in_fp32_where_deepspeed_can(
-    stage: int, dtype: Any, accumulates: str | None
-) -> None:
+def test_16_bit_gradients_add_up_in_fp32_where_deepspeed_can(stage, dtype, accumulates):
     ds = {"zero_optimization": {"stage": stage}}
 
     merged = merged_ds_config(ds, TrainConfig(), dtype=dtype, world_size=1)
@@ -432,7 +421,7 @@ def test_16_bit_gradients_add_up_in_fp32_where_deepspeed_can(
     assert merged.get("data_types", {}).get("grad_accum_dtype") == accumulates
 
 
-def test_a_file_may_name_another_dtype_for_gradients() -> None:
+def test_a_file_may_name_another_dtype_for_gradients():
     ds = {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}
 
     merged = merged_ds_config(ds, TrainConfig(), dtype="bf16", world_size=1)
@@ -440,7 +429,7 @@ def test_a_file_may_name_another_dtype_for_gradients() -> None:
     assert merged["data_types"] == {"grad_accum_dtype": "bf16"}
 
 
-def test_auto_in_a_nested_section_is_left_out() -> None:
+def test_auto_in_a_nested_section_is_left_out():
     offload = {"device": "cpu", "pin_memory": "auto", "buffer_count": "auto"}
     spec = {"zero_optimization": {"stage": 2, "offload_optimizer": offload}}
 
@@ -449,14 +438,14 @@ def test_auto_in_a_nested_section_is_left_out() -> None:
     assert zero == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 
-def test_a_whole_number_may_be_written_with_an_exponent() -> None:
+def test_a_whole_number_may_be_written_with_an_exponent():
     spec = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}}
 
     assert load_ds_config(spec, where=WHERE) == spec
 
 
 @pytest.mark.parametrize("value", ["4", None, True, 1.5, -1, math.inf, math.nan, [4]])
-def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value: object) -> None:
+def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value):
     zero = {"stage": 3, "zero_hpz_partition_size": value}
     offload = {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": value}}
 
@@ -469,7 +458,7 @@ def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value: object
     ]
 
 
-def test_the_presets_send_gradients_during_the_backward_at_stage_3_alone() -> None:
+def test_the_presets_send_gradients_during_the_backward_at_stage_3_alone():
     """`tests/distributed/test_overlap.py` and docs/two-models.md say why."""
     config = pytest.importorskip("deepspeed.runtime.zero.config")
     presets = {name: load_ds_config(name, where=WHERE) for name in preset_names()}
@@ -483,7 +472,7 @@ def test_the_presets_send_gradients_during_the_backward_at_stage_3_alone() -> No
     assert overlapping == {name for name, ds in presets.items() if zero_stage(ds) == 3}
 
 
-def test_overlap_that_gives_wrong_gradients_is_refused() -> None:
+def test_overlap_that_gives_wrong_gradients_is_refused():
     refused, accepted = (
         {"zero_optimization": {"stage": stage, "overlap_comm": True}} for stage in (1, 2)
     )
@@ -493,7 +482,7 @@ def test_overlap_that_gives_wrong_gradients_is_refused() -> None:
     assert load_ds_config(accepted, where=WHERE) == accepted
 
 
-def test_the_keys_with_whole_numbers_are_those_of_the_installed_deepspeed() -> None:
+def test_the_keys_with_whole_numbers_are_those_of_the_installed_deepspeed():
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero import config, offload_config
 
@@ -518,7 +507,7 @@ def within(value: Any, stage: int = 3) -> dict[str, Any]:
     return {"megakd": section, "zero_optimization": {"stage": stage}}
 
 
-def test_the_preset_is_teacher_zero3_with_the_key() -> None:
+def test_the_preset_is_teacher_zero3_with_the_key():
     node, everywhere = (load_ds_config(name, where=TEACHER) for name in (NODE, "teacher_zero3"))
 
     assert shards_within_node(node)
@@ -527,7 +516,7 @@ def test_the_preset_is_teacher_zero3_with_the_key() -> None:
     assert node == everywhere
 
 
-def test_deepspeed_gets_no_key_of_megakd() -> None:
+def test_deepspeed_gets_no_key_of_megakd():
     ds = load_ds_config(NODE, where=TEACHER)
     unused = load_ds_config(within(value=False), where="student.deepspeed")
 
@@ -546,7 +535,7 @@ def test_deepspeed_gets_no_key_of_megakd() -> None:
         (within(value=True, stage=0), "needs ZeRO stage 3, which shards the weights, and the st"),
     ],
 )
-def test_a_section_that_cannot_be_meant_is_refused(spec: dict[str, Any], message: str) -> None:
+def test_a_section_that_cannot_be_meant_is_refused(spec, message):
     with pytest.raises(ConfigError) as caught:
         load_ds_config(spec, where=TEACHER)
 
@@ -554,7 +543,7 @@ def test_a_section_that_cannot_be_meant_is_refused(spec: dict[str, Any], message
 
 
 @pytest.mark.parametrize("where", ["student.deepspeed", "teacher.finetune.deepspeed"])
-def test_a_model_that_learns_cannot_be_sharded_within_nodes(run_file: Path, where: str) -> None:
+def test_a_model_that_learns_cannot_be_sharded_within_nodes(run_file, where):
     message = f"{where}: megakd.shard_within_node works only for a frozen model"
 
     with pytest.raises(ConfigError, match=message):

@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "launch" / "examples"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_an_example_is_a_valid_config_with_a_comment(path: Path) -> None:
+def test_an_example_is_a_valid_config_with_a_comment(path):
     config = load_config(path, ())
 
     assert path.read_text(encoding="utf-8").startswith("# ")
@@ -21,5 +21,5 @@ def test_an_example_is_a_valid_config_with_a_comment(path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["direct", "maxidisc"])
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("minidisc_*.yaml")), ids=lambda p: p.stem)
-def test_an_example_of_minidisc_takes_another_assistant_by_one_switch(path, method) -> None:
+def test_an_example_of_minidisc_takes_another_assistant_by_one_switch(path, method):
     assert load_config(path, (f"method.name={method}",)).method.name == method

@@ -20,7 +20,7 @@ from megakd.contract.terms import HiddenMse, SoftTargetKl
 from megakd.methods.single import SingleConfig
 
 
-def test_defaults_fill_what_the_file_leaves_out(run_file: Path) -> None:
+def test_defaults_fill_what_the_file_leaves_out(run_file):
     config = load_config(run_file)
 
     assert config.train == TrainConfig()
@@ -29,7 +29,7 @@ def test_defaults_fill_what_the_file_leaves_out(run_file: Path) -> None:
     assert config.objective[1] == SoftTargetKl(loss="soft_target_kl", weight=0.5)
 
 
-def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file: Path) -> None:
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
     config = load_config(
         run_file,
         [
@@ -54,13 +54,13 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file: Path)
     assert config.task.data_dir == Path("a=b")
 
 
-def test_an_override_fills_a_section_that_is_null(run_file: Path) -> None:
+def test_an_override_fills_a_section_that_is_null(run_file):
     config = load_config(run_file, ["teacher=null", "teacher.model=other"])
 
     assert config.teacher == TeacherConfig(model="other")
 
 
-def test_a_section_is_removed_with_null(run_file: Path) -> None:
+def test_a_section_is_removed_with_null(run_file):
     overrides = ["teacher=null", "method.name=finetune", "objective=null"]
 
     assert load_config(run_file, overrides).teacher is None
@@ -82,9 +82,7 @@ def test_a_section_is_removed_with_null(run_file: Path) -> None:
         ("train.max_steps=[1", 'override "train.max_steps=[1": line 1: while parsing a flow seq'),
     ],
 )
-def test_an_override_that_cannot_be_applied_is_refused(
-    run_file: Path, override: str, message: str
-) -> None:
+def test_an_override_that_cannot_be_applied_is_refused(run_file, override, message):
     assert message in message_of(run_file, override)
 
 
@@ -190,9 +188,7 @@ def test_an_override_that_cannot_be_applied_is_refused(
         ("train.kernels=cuda", 'train.kernels: must be "auto", "triton", "chunked" or "reference"'),
     ],
 )
-def test_a_value_that_does_not_fit_gets_one_line(
-    run_file: Path, override: str, message: str
-) -> None:
+def test_a_value_that_does_not_fit_gets_one_line(run_file, override, message):
     text = message_of(run_file, override)
 
     assert message in text
@@ -201,7 +197,7 @@ def test_a_value_that_does_not_fit_gets_one_line(
     assert "Value error" not in text
 
 
-def test_several_problems_are_listed_one_per_line(run_file: Path) -> None:
+def test_several_problems_are_listed_one_per_line(run_file):
     text = message_of(run_file, "objective.1.temperature=-1", "train.lr=1", "task.max_length=1")
 
     first, *lines = text.split("\n")
@@ -213,7 +209,7 @@ def test_several_problems_are_listed_one_per_line(run_file: Path) -> None:
     ]
 
 
-def test_a_long_value_is_cut_in_the_message(run_file: Path) -> None:
+def test_a_long_value_is_cut_in_the_message(run_file):
     text = message_of(run_file, f"train.max_steps={'x' * 500}")
 
     assert len(text) < len(str(run_file)) + 150
@@ -230,9 +226,7 @@ def test_a_long_value_is_cut_in_the_message(run_file: Path) -> None:
     ],
     ids=["missing", "latin-1", "broken", "empty", "list"],
 )
-def test_a_file_that_cannot_be_read_is_named(
-    tmp_path: Path, content: bytes | None, message: str
-) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
     path = tmp_path / "run.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -240,7 +234,7 @@ def test_a_file_that_cannot_be_read_is_named(
     assert message in message_of(path)
 
 
-def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_the_file_is_named(tmp_path):
     assert f"config file {tmp_path} is a folder without config.yaml" in message_of(tmp_path)
 
 
@@ -289,16 +283,14 @@ configs = st.builds(
 
 @settings(deadline=None, max_examples=50)
 @given(configs)
-def test_a_written_config_is_read_back_equal(
-    tmp_path_factory: pytest.TempPathFactory, config: RunConfig
-) -> None:
+def test_a_written_config_is_read_back_equal(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
 
     assert load_config(path) == config
 
 
-def test_the_tree_holds_plain_values_for_every_key(run_file: Path) -> None:
+def test_the_tree_holds_plain_values_for_every_key(run_file):
     tree = config_tree(load_config(run_file))
 
     assert tree["output_dir"] == "runs/x"
@@ -313,7 +305,7 @@ def test_the_tree_holds_plain_values_for_every_key(run_file: Path) -> None:
     }
 
 
-def test_the_config_modules_load_no_heavy_library() -> None:
+def test_the_config_modules_load_no_heavy_library():
     code = (
         "import sys, megakd.config.run, megakd.config.file, megakd.cli; "
         "print(sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)))"
@@ -324,7 +316,7 @@ def test_the_config_modules_load_no_heavy_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_print_config_answers_without_a_heavy_library(run_file: Path) -> None:
+def test_print_config_answers_without_a_heavy_library(run_file):
     heavy = "{'torch', 'deepspeed', 'transformers', 'datasets'}"
     code = f"import sys, megakd.cli as c; c.train_main(); print({heavy} & set(sys.modules))"
     command = [sys.executable, "-c", code, "--print-config", "--config", str(run_file)]

@@ -15,13 +15,13 @@ from megakd.config.schema import SYNONYMS, annotation_at
 from megakd.errors import ConfigError, MegakdError
 
 
-def test_a_mistake_on_the_command_line_names_the_override_and_not_the_file(run_file: Path) -> None:
+def test_a_mistake_on_the_command_line_names_the_override_and_not_the_file(run_file):
     text = message_of(run_file, "seed=7", "train.max_steps=-1")
 
     assert text == ('override "train.max_steps=-1": train.max_steps: must be at least 1 (got -1)')
 
 
-def test_a_mistake_of_the_file_names_the_file_whatever_is_overridden(run_file: Path) -> None:
+def test_a_mistake_of_the_file_names_the_file_whatever_is_overridden(run_file):
     run_file.write_text(RUN + "train: {max_steps: -1}\n", encoding="utf-8")
 
     text = message_of(run_file, "seed=7")
@@ -29,14 +29,14 @@ def test_a_mistake_of_the_file_names_the_file_whatever_is_overridden(run_file: P
     assert text == f"{run_file}: train.max_steps: must be at least 1 (got -1)"
 
 
-def test_settings_that_contradict_each_other_through_an_override_blame_it(run_file: Path) -> None:
+def test_settings_that_contradict_each_other_through_an_override_blame_it(run_file):
     text = message_of(run_file, "train.bf16=true", "train.fp16=true")
 
     assert text.startswith('override "train.bf16=true train.fp16=true": train: bf16 and fp16')
     assert str(run_file) not in text
 
 
-def test_mistakes_of_both_are_told_apart(run_file: Path) -> None:
+def test_mistakes_of_both_are_told_apart(run_file):
     run_file.write_text(RUN + "train: {max_steps: -1}\n", encoding="utf-8")
 
     first, *lines = message_of(run_file, "objective=[{loss: soft_target_k}]").split("\n")
@@ -69,20 +69,18 @@ def test_mistakes_of_both_are_told_apart(run_file: Path) -> None:
         ("teacher.finetune={epochs: 1}", '"num_train_epochs"'),
     ],
 )
-def test_names_of_hugging_face_are_known(run_file: Path, override: str, meant: str) -> None:
+def test_names_of_hugging_face_are_known(run_file, override, meant):
     assert f"unknown key; did you mean {meant}?" in message_of(run_file, override)
 
 
-def test_an_option_named_as_hugging_face_names_it_is_told_as_a_setting(
-    run_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_option_named_as_hugging_face_names_it_is_told_as_a_setting(run_file, capsys):
     cli.main(["train", "--config", str(run_file), "--lr", "1e-4"])
 
     assert "settings are written train.learning_rate=value" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", SYNONYMS)
-def test_every_synonym_stands_for_keys_that_exist_and_is_none_itself(word: str) -> None:
+def test_every_synonym_stands_for_keys_that_exist_and_is_none_itself(word):
     tree = {"task": {}, "teacher": {}, "student": {}, "train": {}}
     for key in SYNONYMS[word]:
         assert annotation_at(tuple(key.split(".")), tree) is not None
@@ -109,9 +107,7 @@ def test_every_synonym_stands_for_keys_that_exist_and_is_none_itself(word: str) 
         ("task.tokenizer=https://x.org/t", '(got the URL "https://x.org/t")'),
     ],
 )
-def test_a_web_address_is_refused_as_it_was_written(
-    run_file: Path, override: str, message: str
-) -> None:
+def test_a_web_address_is_refused_as_it_was_written(run_file, override, message):
     assert message in message_of(run_file, override)
 
 
@@ -126,19 +122,17 @@ def test_a_web_address_is_refused_as_it_was_written(
         ("objective=[{loss: 3}]", "objective[0].loss: must be text (got 3); known: hard_cross_en"),
     ],
 )
-def test_a_value_in_the_wrong_form_is_told_in_the_right_one(
-    run_file: Path, override: str, message: str
-) -> None:
+def test_a_value_in_the_wrong_form_is_told_in_the_right_one(run_file, override, message):
     assert message in message_of(run_file, override)
 
 
-def test_the_folder_of_a_run_stands_for_its_config(run_file: Path) -> None:
+def test_the_folder_of_a_run_stands_for_its_config(run_file):
     run_file.rename(run_file.parent / "config.yaml")
 
     assert load_config(run_file.parent) == load_config(run_file.parent / "config.yaml")
 
 
-def test_an_evaluated_model_that_is_not_there_is_named(run_file: Path) -> None:
+def test_an_evaluated_model_that_is_not_there_is_named(run_file):
     config = load_config(run_file)
 
     with pytest.raises(MegakdError) as given:
@@ -150,7 +144,7 @@ def test_an_evaluated_model_that_is_not_there_is_named(run_file: Path) -> None:
     assert "give --model" not in str(given.value)
 
 
-def test_plain_values_make_the_config_that_the_file_makes(run_file: Path) -> None:
+def test_plain_values_make_the_config_that_the_file_makes(run_file):
     tree = {
         "output_dir": Path("runs/x"),
         "task": {"type": "classification", "dataset": "pydocs"},

@@ -17,9 +17,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_folder_of_the_config_may_begin_with_the_home_folder(
-    run_file: Path, home: Path
-) -> None:
+def test_every_folder_of_the_config_may_begin_with_the_home_folder(run_file, home):
     overrides = [
         "output_dir=~/runs/x",
         "teacher.cache=~/answers",
@@ -42,14 +40,14 @@ def test_every_folder_of_the_config_may_begin_with_the_home_folder(
     ]
 
 
-def test_true_and_false_for_a_checkpoint_are_no_paths(run_file: Path) -> None:
+def test_true_and_false_for_a_checkpoint_are_no_paths(run_file):
     config = load_config(run_file, ["train.resume_from_checkpoint=false"])
 
     assert config.train.resume_from_checkpoint is False
 
 
 @pytest.mark.parametrize("key", ["output_dir", "train.resume_from_checkpoint"])
-def test_the_home_folder_of_nobody_is_refused(run_file: Path, key: str) -> None:
+def test_the_home_folder_of_nobody_is_refused(run_file, key):
     text = message_of(run_file, f"{key}=~nosuchuser/x")
 
     assert f"{key}: ~nosuchuser is the home folder of a user that does not exist" in text
@@ -60,8 +58,8 @@ def test_the_home_folder_of_nobody_is_refused(run_file: Path, key: str) -> None:
     ("value", "folder"), [("", ".cache/megakd"), ("~", "."), ("~/fast/cache", "fast/cache")]
 )
 def test_an_empty_cache_variable_is_the_default_and_a_home_folder_is_expanded(
-    home: Path, monkeypatch: pytest.MonkeyPatch, value: str, folder: str
-) -> None:
+    home, monkeypatch, value, folder
+):
     monkeypatch.setenv("MEGAKD_CACHE", value)
 
     assert cache_folder() == home / folder

@@ -8,12 +8,7 @@ import pytest
 
 from megakd.commands.methods import catalogue
 from megakd.config.file import load_config
-from megakd.config.rollout import (
-    LengthStep,
-    RolloutConfig,
-    RolloutServerConfig,
-    rollout_block,
-)
+from megakd.config.rollout import LengthStep, RolloutConfig, RolloutServerConfig, rollout_block
 from megakd.config.run import RunConfig
 from megakd.contract.completions import Sampling
 
@@ -25,7 +20,7 @@ def loaded(run_file: Path, *overrides: str) -> RunConfig:
     return load_config(run_file, (*TEXT, *overrides))
 
 
-def test_a_mixture_replaces_the_data_set(run_file: Path) -> None:
+def test_a_mixture_replaces_the_data_set(run_file):
     mixture = "task.mixture={a: {files: a.jsonl, weight: 1}, b: {files: [b.jsonl], weight: 0.5}}"
 
     task = loaded(run_file, "task.dataset=null", mixture).task
@@ -36,7 +31,7 @@ def test_a_mixture_replaces_the_data_set(run_file: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["on", "'on'"])
-def test_a_loss_may_be_listed_once_for_each_source_of_texts(run_file: Path, key: str) -> None:
+def test_a_loss_may_be_listed_once_for_each_source_of_texts(run_file, key):
     """The key `on` is text, also without quotes, and counts all targets if it is missing."""
     losses = [f"{{loss: soft_target_kl, {key}: {source}}}" for source in ("data", "rollouts")]
     objective = f"objective=[{{loss: soft_target_kl}}, {', '.join(losses)}]"
@@ -47,7 +42,7 @@ def test_a_loss_may_be_listed_once_for_each_source_of_texts(run_file: Path, key:
     assert [getattr(term, "on", "missing") for term in terms] == [None, "data", "rollouts"]
 
 
-def test_the_list_of_losses_has_the_key_at_the_terms_of_a_language_model() -> None:
+def test_the_list_of_losses_has_the_key_at_the_terms_of_a_language_model():
     for loss in ("hard_cross_entropy", "soft_target_kl", "soft_target_tvd"):
         assert "    on: null" in catalogue(loss, losses=True)
     assert "    on:" not in catalogue("hidden_mse", losses=True)
@@ -55,21 +50,15 @@ def test_the_list_of_losses_has_the_key_at_the_terms_of_a_language_model() -> No
 
 @pytest.mark.parametrize(
     ("override", "rows"),
-    [
-        ("seed=1", 4),
-        ("train.tokens_per_rank=4096", 32),
-        ("eval.per_device_eval_batch_size=9", 9),
-    ],
+    [("seed=1", 4), ("train.tokens_per_rank=4096", 32), ("eval.per_device_eval_batch_size=9", 9)],
 )
-def test_models_are_scored_on_as_many_rows_as_fit_into_the_budget(
-    run_file: Path, override: str, rows: int
-) -> None:
+def test_models_are_scored_on_as_many_rows_as_fit_into_the_budget(run_file, override, rows):
     train = "train={per_device_train_batch_size: 32, tokens_per_rank: 256}"
 
     assert loaded(run_file, "task.max_length=64", train, override).eval_rows() == rows
 
 
-def test_the_shortest_rollout_generates_all_rows_from_the_student_as_it_is(run_file: Path) -> None:
+def test_the_shortest_rollout_generates_all_rows_from_the_student_as_it_is(run_file):
     rollout = loaded(run_file, "rollout={max_new_tokens: 8}").rollout
 
     assert rollout is not None
@@ -78,7 +67,7 @@ def test_the_shortest_rollout_generates_all_rows_from_the_student_as_it_is(run_f
     assert rollout.max_staleness == 0
 
 
-def test_a_length_holds_from_its_step_on() -> None:
+def test_a_length_holds_from_its_step_on():
     steps = {0: 4, 10: 16}
     lengths = (LengthStep(from_step=step, max_new_tokens=n) for step, n in steps.items())
     rollout = RolloutConfig(max_new_tokens=tuple(lengths))
@@ -89,16 +78,11 @@ def test_a_length_holds_from_its_step_on() -> None:
 
 @pytest.mark.parametrize("is_served", [False, True])
 @pytest.mark.parametrize("staleness", [0, 1, 2, 5])
-def test_no_text_is_staler_than_allowed_and_every_step_is_in_its_own_block(
-    staleness: int, *, is_served: bool
-) -> None:
+def test_no_text_is_staler_than_allowed_and_every_step_is_in_its_own_block(staleness, *, is_served):
     """A server generates the texts of a block one step before the block."""
     server = RolloutServerConfig(url=("http://a:1",), kind="sglang", push="none")
     rollout = RolloutConfig(
-        max_new_tokens=4,
-        max_staleness=staleness,
-        from_step=5,
-        server=server if is_served else None,
+        max_new_tokens=4, max_staleness=staleness, from_step=5, server=server if is_served else None
     )
 
     for step in range(5, 40):
@@ -118,8 +102,8 @@ def test_no_text_is_staler_than_allowed_and_every_step_is_in_its_own_block(
     ],
 )
 def test_the_served_model_is_the_one_that_generates_unless_it_has_another_name(
-    run_file: Path, section: str, model: str
-) -> None:
+    run_file, section, model
+):
     config = loaded(run_file, f"rollout={{max_new_tokens: 4, {section}}}")
 
     assert config.served_model == model
@@ -128,16 +112,14 @@ def test_the_served_model_is_the_one_that_generates_unless_it_has_another_name(
     assert config.rollout.server.url == ("http://a:8000",)
 
 
-def test_an_address_of_ipv6_is_taken() -> None:
+def test_an_address_of_ipv6_is_taken():
     url = "http://[::1]:8000"
 
     assert RolloutServerConfig(url=(url,), kind="vllm", push="none").url == (url,)
 
 
 @pytest.mark.parametrize(("more", "model"), [("", "big"), (", model: m", "m")])
-def test_a_served_teacher_answers_with_64_tokens_of_its_own_model(
-    run_file: Path, more: str, model: str
-) -> None:
+def test_a_served_teacher_answers_with_64_tokens_of_its_own_model(run_file, more, model):
     server = f"{{url: ['http://a:1']{more}}}"
 
     teacher = loaded(run_file, f"teacher={{model: big, server: {server}}}").teacher

@@ -35,7 +35,7 @@ from megakd.errors import ConfigError
     ],
     ids=repr,
 )
-def test_scalars_mean_what_yaml_1_2_says(text: str, value: object) -> None:
+def test_scalars_mean_what_yaml_1_2_says(text, value):
     parsed = parse_yaml(text, source="test")
 
     assert (type(parsed), parsed) == (type(value), value)
@@ -58,7 +58,7 @@ def test_scalars_mean_what_yaml_1_2_says(text: str, value: object) -> None:
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_broken_yaml_is_refused_naming_the_line(text: str, message: str) -> None:
+def test_broken_yaml_is_refused_naming_the_line(text, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_yaml(text, source="run.yaml")
 
@@ -92,9 +92,9 @@ def test_broken_yaml_is_refused_naming_the_line(text: str, message: str) -> None
         max_leaves=8,
     )
 )
-def test_what_is_written_is_read_back(tree: object) -> None:
+def test_what_is_written_is_read_back(tree):
     assert parse_yaml(dump_yaml(tree), source="test") == tree
 
 
-def test_written_words_are_quoted_where_older_yaml_reads_them_otherwise() -> None:
+def test_written_words_are_quoted_where_older_yaml_reads_them_otherwise():
     assert dump_yaml({"a": "on", "b": "7:1"}) == "a: 'on'\nb: '7:1'\n"

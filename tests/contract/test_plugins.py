@@ -138,10 +138,7 @@ def test_the_run_config_of_the_page_is_valid_and_survives_being_written(page, tm
         ),
         ({"loss": "no_such_module:X"}, "module no_such_module cannot be imported"),
         ({"loss": "huberr"}, 'unknown loss "huberr"'),
-        (
-            {"loss": "broken_plugins:NoUnit"},
-            "NoUnit.unit must be examples, targets or tokens",
-        ),
+        ({"loss": "broken_plugins:NoUnit"}, "NoUnit.unit must be examples, targets or tokens"),
         ({"loss": "broken_plugins:NoTotal"}, "NoTotal has no total()"),
         ({"loss": "broken_plugins:Plain"}, "Plain lacks the decorator @dataclass(config=STRICT"),
         ({"loss": "json:loads"}, "loads is not a dataclass derived from PluginTerm"),
@@ -273,7 +270,7 @@ def test_logits_of_a_language_model_are_formed_at_its_targets():
     assert read.tolist() == [[2.0, 3.0, 1.0]]
 
 
-def test_a_result_depends_on_the_file_of_a_plugin(packages: Path, monkeypatch):
+def test_a_result_depends_on_the_file_of_a_plugin(packages, monkeypatch):
     path = packages / "changing_plugin.py"
     path.write_text(BASE, encoding="utf-8")
     importlib.invalidate_caches()

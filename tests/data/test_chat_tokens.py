@@ -119,10 +119,7 @@ def test_without_thinking_the_empty_thinking_belongs_to_the_prompt(by_row):
     assert_row(
         row,
         tokenizer,
-        (
-            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-            False,
-        ),
+        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
         ("Hello<|im_end|>", True),
         ("\n", False),
     )

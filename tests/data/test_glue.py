@@ -34,7 +34,7 @@ def in_both(folder: Path, *rows: list[str], bom: bool = False, dev: str = "dev")
 
 @pytest.mark.parametrize("folder", ["SST-2", "sst2", "SST2", "."])
 @pytest.mark.parametrize("name", ["sst2", "SST-2"])
-def test_sst2_is_found_however_its_folder_is_written(folder: str, name: str, tmp_path: Path):
+def test_sst2_is_found_however_its_folder_is_written(folder, name, tmp_path):
     in_both(tmp_path / "glue" / folder, ["sentence", "label"], ["so good ", "1"], ["bad", "0"])
     write(tmp_path / "glue" / folder / "test.tsv", ["index", "sentence"], ["0", "?"])
 
@@ -46,7 +46,7 @@ def test_sst2_is_found_however_its_folder_is_written(folder: str, name: str, tmp
     assert splits.test is None
 
 
-def test_cola_has_no_header(tmp_path: Path):
+def test_cola_has_no_header(tmp_path):
     in_both(tmp_path, ["gj04", "1", "", "We sailed."], ["gj04", "0", "*", "Sailed we the."])
 
     splits = load("cola", tmp_path, tmp_path)
@@ -56,7 +56,7 @@ def test_cola_has_no_header(tmp_path: Path):
     assert splits.metrics == ("matthews_correlation",)
 
 
-def test_mrpc_has_a_byte_order_mark_and_quotes_that_are_text(tmp_path: Path):
+def test_mrpc_has_a_byte_order_mark_and_quotes_that_are_text(tmp_path):
     header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
     in_both(tmp_path, header, ["1", "7", "8", '" Half a quote', 'and " more'], bom=True)
 
@@ -66,7 +66,7 @@ def test_mrpc_has_a_byte_order_mark_and_quotes_that_are_text(tmp_path: Path):
     assert splits.metrics == ("accuracy", "f1")
 
 
-def test_stsb_has_ten_columns_and_scores(tmp_path: Path):
+def test_stsb_has_ten_columns_and_scores(tmp_path):
     row = ["0", "captions", "MSRvid", "2012", "1", "none", "none", 'A "plane', "An air", "3.800"]
     in_both(tmp_path, STSB_HEADER, row)
 
@@ -85,7 +85,7 @@ def test_stsb_has_ten_columns_and_scores(tmp_path: Path):
         ("qnli", ["index", "question", "sentence", "label"]),
     ],
 )
-def test_words_are_labels_in_glues_order(name: str, header: list[str], tmp_path: Path):
+def test_words_are_labels_in_glues_order(name, header, tmp_path):
     rows = [["0", "a", "b", "not_entailment"], ["1", "c", "d", "entailment"]]
     in_both(tmp_path, header, *rows)
 
@@ -95,7 +95,7 @@ def test_words_are_labels_in_glues_order(name: str, header: list[str], tmp_path:
     assert splits.train[0] == {"text": "a", "text_pair": "b", "label": 1}
 
 
-def test_wnli_numbers_its_classes_the_other_way_round(tmp_path: Path):
+def test_wnli_numbers_its_classes_the_other_way_round(tmp_path):
     in_both(tmp_path, ["index", "sentence1", "sentence2", "label"], ["0", "a", "b", "1"])
 
     splits = load("wnli", tmp_path, tmp_path)
@@ -103,7 +103,7 @@ def test_wnli_numbers_its_classes_the_other_way_round(tmp_path: Path):
     assert splits.label_names[splits.train["label"][0]] == "entailment"
 
 
-def test_broken_lines_of_qqp_are_left_out(tmp_path: Path):
+def test_broken_lines_of_qqp_are_left_out(tmp_path):
     header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
     in_both(tmp_path, header, ["1", "2", "3", "a?", "b?", "1"], ["4", "5", "a broken line"])
 
@@ -113,7 +113,7 @@ def test_broken_lines_of_qqp_are_left_out(tmp_path: Path):
     assert splits.metrics == ("accuracy", "f1")
 
 
-def test_mnli_is_scored_on_the_validation_split_it_names(tmp_path: Path):
+def test_mnli_is_scored_on_the_validation_split_it_names(tmp_path):
     row = ["0", "1", "(p)", "a", "b", "neutral"]
     in_both(tmp_path / "MNLI", MNLI_HEADER, row, dev="dev_matched")
     write(tmp_path / "MNLI" / "dev_mismatched.tsv", MNLI_HEADER, row, row)
@@ -165,7 +165,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("name", "given", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_task_that_cannot_be_read_is_refused(tmp_path: Path, name: str, given, message: str):
+def test_a_task_that_cannot_be_read_is_refused(tmp_path, name, given, message):
     (tmp_path / "RTE").mkdir()
     keys = {"data_dir": tmp_path, **given}
     for split in ("train", "dev"):
@@ -177,9 +177,7 @@ def test_a_task_that_cannot_be_read_is_refused(tmp_path: Path, name: str, given,
         load_splits(task, seed=1, cache_dir=tmp_path / "cache")
 
 
-def test_the_hub_gives_the_same_rows_as_the_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_hub_gives_the_same_rows_as_the_folders(tmp_path, monkeypatch):
     names = ClassLabel(names=["not_equivalent", "equivalent"])
     string = Value("string")
     features = Features({"sentence1": string, "sentence2": string, "label": names})
@@ -217,9 +215,7 @@ def test_the_hub_gives_the_same_rows_as_the_folders(
         ("wnli", 635, 71),
     ],
 )
-def test_the_real_files_have_all_their_rows(
-    name: str, train: int, validation: int, shared_data: Path, tmp_path: Path
-):
+def test_the_real_files_have_all_their_rows(name, train, validation, shared_data, tmp_path):
     type_ = "classification" if TASKS[name].classes else "regression"
 
     splits = load(name, shared_data / "glue", tmp_path, type_=type_)

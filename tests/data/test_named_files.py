@@ -50,7 +50,7 @@ def texts(rows: Dataset) -> Sequence[str]:
 
 
 @pytest.mark.parametrize("train", [("one.jsonl", "two.jsonl"), "[ot]*.jsonl"])
-def test_files_are_named_in_a_list_or_by_a_pattern(folder: Path, train: Any):
+def test_files_are_named_in_a_list_or_by_a_pattern(folder, train):
     splits = load(folder, train_files=train, validation_files="dev.jsonl", test_files="hard.jsonl")
 
     assert texts(splits.train) == ["t1", "t2", "t3", "t4"]
@@ -60,14 +60,14 @@ def test_files_are_named_in_a_list_or_by_a_pattern(folder: Path, train: Any):
     assert not splits.is_cut
 
 
-def test_without_validation_files_some_training_rows_are_cut_off(folder: Path):
+def test_without_validation_files_some_training_rows_are_cut_off(folder):
     splits = load(folder, train_files=("one.jsonl", "two.jsonl"))
 
     assert splits.is_cut
     assert len(splits.train) + len(splits.validation) == 4
 
 
-def test_text_files_of_a_language_model_are_named_too(folder: Path):
+def test_text_files_of_a_language_model_are_named_too(folder):
     write_text(folder / "a.txt", documents=4)
     write_text(folder / "b.txt", documents=4)
 
@@ -82,7 +82,7 @@ def test_text_files_of_a_language_model_are_named_too(folder: Path):
     assert len(splits.evaluation_sets["books"]) == len(splits.train) + len(splits.validation)
 
 
-def test_evaluation_sets_are_whole_and_have_the_training_rows_classes(folder: Path):
+def test_evaluation_sets_are_whole_and_have_the_training_rows_classes(folder):
     write_jsonl(folder / "b.jsonl", [{"text": "x", "label": "b"}])
 
     splits = load(
@@ -104,13 +104,13 @@ def test_evaluation_sets_are_whole_and_have_the_training_rows_classes(folder: Pa
     assert splits.evaluation_sets["only-b"]["label"][:] == [1]
 
 
-def test_evaluation_sets_go_with_any_data_set(folder: Path):
+def test_evaluation_sets_go_with_any_data_set(folder):
     splits = load(folder, dataset="dev.jsonl", evaluation_sets={"hard": "hard.jsonl"})
 
     assert texts(splits.evaluation_sets["hard"]) == ["h1"]
 
 
-def test_every_file_counts_in_the_hash_and_the_sets_apart_from_what_is_trained_on(folder: Path):
+def test_every_file_counts_in_the_hash_and_the_sets_apart_from_what_is_trained_on(folder):
     def hashes() -> tuple[str, str]:
         splits = load(
             folder,
@@ -133,7 +133,7 @@ def test_every_file_counts_in_the_hash_and_the_sets_apart_from_what_is_trained_o
     assert len(set(content)) == 4
 
 
-def test_class_numbers_of_a_file_that_names_them_otherwise_are_matched_by_name(folder: Path):
+def test_class_numbers_of_a_file_that_names_them_otherwise_are_matched_by_name(folder):
     for name, order in {"x": ["no", "yes"], "y": ["yes", "no"]}.items():
         features = Features({"text": Value("string"), "label": ClassLabel(names=order)})
         table = Dataset.from_dict(
@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_files_that_cannot_be_used_are_refused_with_their_key(folder: Path, case: str):
+def test_files_that_cannot_be_used_are_refused_with_their_key(folder, case):
     write_jsonl(folder / "body.jsonl", [{"body": "x", "label": "a"}])
     write_jsonl(folder / "pairs.jsonl", [{"text1": "x", "text2": "y", "label": "a"}])
     write_jsonl(folder / "c.jsonl", [{"text": "x", "label": "c"}])
@@ -211,7 +211,7 @@ def test_files_that_cannot_be_used_are_refused_with_their_key(folder: Path, case
         load(folder, **keys)
 
 
-def test_a_missing_set_is_found_before_the_training_rows_are_read(folder: Path):
+def test_a_missing_set_is_found_before_the_training_rows_are_read(folder):
     (folder / "one.jsonl").write_text("no json")
 
     with pytest.raises(DataError, match=r"evaluation_sets\.hard"):
@@ -231,7 +231,7 @@ def named_labels(splits: Splits, part: Dataset) -> dict[str, str | None]:
     return dict(zip(part["text"][:], labels, strict=True))
 
 
-def test_files_of_one_list_with_other_orders_of_the_classes_are_matched_by_name(folder: Path):
+def test_files_of_one_list_with_other_orders_of_the_classes_are_matched_by_name(folder):
     write_classes(folder / "x.parquet", ["neg", "pos"], {"n1": 0, "p1": 1})
     write_classes(folder / "y.parquet", ["pos", "neg"], {"p2": 0, "n2": 1, "none": -1})
 
@@ -256,9 +256,7 @@ def test_files_of_one_list_with_other_orders_of_the_classes_are_matched_by_name(
         (None, "no class names"),
     ],
 )
-def test_files_of_one_list_with_other_class_names_are_refused_with_both_lists(
-    folder: Path, names: Sequence[str] | None, own: str
-):
+def test_files_of_one_list_with_other_class_names_are_refused_with_both_lists(folder, names, own):
     write_classes(folder / "x.parquet", ["neg", "pos"], {"a": 0, "b": 1})
     write_classes(folder / "y.parquet", names, {"c": 0, "d": 1})
 
@@ -267,7 +265,7 @@ def test_files_of_one_list_with_other_class_names_are_refused_with_both_lists(
         load(folder, train_files=("x.parquet", "y.parquet"))
 
 
-def test_classes_with_digits_as_names_are_matched_by_name(folder: Path):
+def test_classes_with_digits_as_names_are_matched_by_name(folder):
     write_classes(folder / "x.parquet", ["1", "2", "3"], {"one": 0, "two": 1, "three": 2})
     write_classes(folder / "y.parquet", ["2", "3", "1"], {"two": 0, "three": 1, "one": 2})
     (folder / "z.csv").write_text("text,label\none,1\ntwo,2.0\nthree,3\n")
@@ -284,7 +282,7 @@ def test_classes_with_digits_as_names_are_matched_by_name(folder: Path):
         assert named_labels(splits, part) == expected
 
 
-def test_a_number_that_is_no_class_is_refused_where_classes_have_digits_as_names(folder: Path):
+def test_a_number_that_is_no_class_is_refused_where_classes_have_digits_as_names(folder):
     write_classes(folder / "x.parquet", ["1", "2", "3"], {"one": 0, "two": 1, "three": 2})
     (folder / "z.csv").write_text("text,label\none,0\ntwo,1\n")
 
@@ -294,7 +292,7 @@ def test_a_number_that_is_no_class_is_refused_where_classes_have_digits_as_names
 
 
 @pytest.mark.parametrize("order", [["neg", "pos"], ["pos", "neg"]])
-def test_words_and_numbers_with_these_names_are_the_same_classes(folder: Path, order: list[str]):
+def test_words_and_numbers_with_these_names_are_the_same_classes(folder, order):
     (folder / "words.csv").write_text("text,label\na,neg\nb,pos\n")
     labels = {"n": order.index("neg"), "p": order.index("pos"), "none": -1}
     write_classes(folder / "y.parquet", order, labels)
@@ -304,7 +302,7 @@ def test_words_and_numbers_with_these_names_are_the_same_classes(folder: Path, o
     assert named_labels(splits, splits.validation) == {"n": "neg", "p": "pos", "none": None}
 
 
-def test_a_number_beyond_the_class_names_of_its_file_is_refused_with_them(folder: Path):
+def test_a_number_beyond_the_class_names_of_its_file_is_refused_with_them(folder):
     write_classes(folder / "x.parquet", ["a", "b"], {"x": 0, "y": 1})
     table = pq.read_table(folder / "x.parquet")
     wrong = pa.table({"text": ["x", "y"], "label": [0, 7]}, schema=table.schema)
@@ -315,13 +313,13 @@ def test_a_number_beyond_the_class_names_of_its_file_is_refused_with_them(folder
         load(folder, train_files="one.jsonl", validation_files="y.parquet")
 
 
-def test_a_file_in_two_spellings_is_refused_with_both(folder: Path):
+def test_a_file_in_two_spellings_is_refused_with_both(folder):
     with pytest.raises(DataError, match=r"one\.jsonl is listed more than once \(also as .*\.\./"):
         load(folder, train_files=(f"../{folder.name}/one.jsonl", "one.jsonl"))
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_file_of_two_splits_is_refused_with_both_keys(folder: Path, split: str):
+def test_a_file_of_two_splits_is_refused_with_both_keys(folder, split):
     (folder / "link.jsonl").symlink_to(folder / "two.jsonl")
     keys = {"train_files": ("one.jsonl", "two.jsonl"), f"{split}_files": "link.jsonl"}
 

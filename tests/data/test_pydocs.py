@@ -59,7 +59,7 @@ def docstrings_of(root: Path) -> list[tuple[str, str]]:
     return [(doc.package, doc.text) for doc in found if doc is not None]
 
 
-def test_docstrings_come_in_source_order_and_without_import(tmp_path: Path):
+def test_docstrings_come_in_source_order_and_without_import(tmp_path):
     source = '''"""Module."""
 raise SystemExit("imported")
 class A:
@@ -95,7 +95,7 @@ except ValueError:
     ]
 
 
-def test_files_that_are_no_python_are_counted_and_left_out(tmp_path: Path):
+def test_files_that_are_no_python_are_counted_and_left_out(tmp_path):
     (tmp_path / "a.py").write_text('print "python 2" """x"""')
     (tmp_path / "b.py").write_bytes(b'"""\xff\xfe not UTF-8"""')
     (tmp_path / "c.py").write_bytes('# coding: latin-1\n"""Café."""'.encode("latin-1"))
@@ -113,7 +113,7 @@ def test_files_that_are_no_python_are_counted_and_left_out(tmp_path: Path):
     ]
 
 
-def test_tests_vendored_copies_and_megakd_itself_are_left_out(tmp_path: Path):
+def test_tests_vendored_copies_and_megakd_itself_are_left_out(tmp_path):
     for name in ("a", "a/tests", "a/_vendor/b", "megakd", "a/__pycache__"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "m.py").write_text('"""A text."""')
@@ -122,7 +122,7 @@ def test_tests_vendored_copies_and_megakd_itself_are_left_out(tmp_path: Path):
     assert [file.name for file in source_files([tmp_path])] == ["a/m.py"]
 
 
-def test_a_package_in_two_places_is_read_where_python_would_find_it(tmp_path: Path):
+def test_a_package_in_two_places_is_read_where_python_would_find_it(tmp_path):
     for place in ("one", "two"):
         (tmp_path / place / "torch").mkdir(parents=True)
         (tmp_path / place / "torch" / "m.py").write_text(f'"""From {place}."""')
@@ -145,7 +145,7 @@ def test_a_package_in_two_places_is_read_where_python_would_find_it(tmp_path: Pa
         ("Uses torch.nn.Linear v1.2 inside! `So` it is.", "Uses torch.nn.Linear v1.2 inside!"),
     ],
 )
-def test_the_first_sentence_ends_where_a_new_one_begins(docstring: str, sentence: str):
+def test_the_first_sentence_ends_where_a_new_one_begins(docstring, sentence):
     assert first_sentence(docstring) == sentence
 
 
@@ -159,7 +159,7 @@ def test_the_first_sentence_ends_where_a_new_one_begins(docstring: str, sentence
         ("torchlight and pandemonium stay", "torchlight and pandemonium stay"),
     ],
 )
-def test_names_of_packages_are_masked(text: str, expected: str):
+def test_names_of_packages_are_masked(text, expected):
     assert masked(text) == expected
 
 
@@ -169,7 +169,7 @@ def test_names_of_packages_are_masked(text: str, expected: str):
     st.sampled_from(["", " ", ".", "_", "`", "(", "-"]),
     st.sampled_from(["", " ", ".nn", "_x", "`", ")", "'s", ":"]),
 )
-def test_no_name_survives_in_any_surrounding(name: str, case, before: str, after: str):
+def test_no_name_survives_in_any_surrounding(name, case, before, after):
     text = masked(f"the{before or ' '}{case(name)}{after or ' '} here")
 
     words = re.split(r"[\W_]+", text.lower())
@@ -192,11 +192,11 @@ def test_a_text_of_two_packages_belongs_to_none():
 
 @settings(max_examples=50)
 @given(st.text(alphabet="abc ABC.,", min_size=1), st.sampled_from(["classification", "text"]))
-def test_case_and_punctuation_do_not_move_a_text_to_another_split(text: str, view: str):
+def test_case_and_punctuation_do_not_move_a_text_to_another_split(text, view):
     assert split_of(text, view) == split_of(f" {text.upper()}!", view)
 
 
-def test_the_classification_view_names_its_classes(root: Path, tmp_path: Path):
+def test_the_classification_view_names_its_classes(root, tmp_path):
     found = pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
 
     assert found.label_names == ("torch", "sympy")
@@ -209,7 +209,7 @@ def test_the_classification_view_names_its_classes(root: Path, tmp_path: Path):
         assert ("hcrot" in row["text"]) == (row["label"] == 0)
 
 
-def test_the_text_view_has_every_docstring_once(root: Path, tmp_path: Path):
+def test_the_text_view_has_every_docstring_once(root, tmp_path):
     (root / "other" / "copy.py").write_text((root / "other" / "__init__.py").read_text())
 
     found = pydocs_rows(TEXT, cache_dir=tmp_path / "cache", roots=[root])
@@ -220,9 +220,7 @@ def test_the_text_view_has_every_docstring_once(root: Path, tmp_path: Path):
     assert found.splits["train"].column_names == ["text"]
 
 
-def test_missing_packages_are_warned_about_and_leave_the_classes(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_missing_packages_are_warned_about_and_leave_the_classes(root, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
 
@@ -230,16 +228,14 @@ def test_missing_packages_are_warned_about_and_leave_the_classes(
     assert "tkinter" in caplog.text
 
 
-def test_fewer_than_two_packages_are_refused(tmp_path: Path):
+def test_fewer_than_two_packages_are_refused(tmp_path):
     root = write_packages(tmp_path / "site-packages", {"torch": 100, "sympy": 3})
 
     with pytest.raises(DataError, match=r"pydocs: only 1 of its packages .* needs at least 2"):
         pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
 
 
-def test_the_corpus_is_built_once_and_anew_when_a_module_changes(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_corpus_is_built_once_and_anew_when_a_module_changes(root, tmp_path, monkeypatch):
     calls = []
     read = pydocs.read_docstrings
     monkeypatch.setattr(pydocs, "read_docstrings", lambda files: calls.append(1) or read(files))
@@ -256,7 +252,7 @@ def test_the_corpus_is_built_once_and_anew_when_a_module_changes(
     assert fresh != hashes[0]
 
 
-def test_neither_hash_seed_nor_place_changes_the_rows(root: Path, tmp_path: Path):
+def test_neither_hash_seed_nor_place_changes_the_rows(root, tmp_path):
     program = (
         "import sys; from pathlib import Path; from megakd.config.task import TaskConfig\n"
         "from megakd.data.pydocs import pydocs_rows\n"
@@ -294,7 +290,7 @@ def test_neither_hash_seed_nor_place_changes_the_rows(root: Path, tmp_path: Path
     ],
     ids=["type", "data_dir"],
 )
-def test_keys_that_do_not_fit_are_refused(keys: dict, message: str, tmp_path: Path):
+def test_keys_that_do_not_fit_are_refused(keys, message, tmp_path):
     task = TaskConfig(**{"type": "classification", "dataset": "pydocs", **keys})
 
     with pytest.raises(ConfigError, match=message):

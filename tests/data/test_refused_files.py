@@ -1,4 +1,4 @@
-"""Local data that cannot be used is refused with the file, the place and the value."""
+"""Data that cannot be used is refused with the file, the place and the value."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from megakd.config.task import TaskConfig
-from megakd.data.splits import load_splits
-from megakd.errors import DataError
+from megakd.errors import ConfigError, DataError
 
 GOOD = "text,label\na,0\nb,1\nc,0\n"
 LANGUAGE = {"type": "causal_lm"}
@@ -144,19 +142,57 @@ CASES: list[tuple[dict[str, str], str, dict[str, Any]]] = [
         r"dev\.csv, line 2: label 'postive' is not one of the 2 .* did you mean 'positive'\?",
         {},
     ),
+    (
+        {"train.csv": GOOD, "dev.csv": "text,label\na,\n"},
+        r"the validation split of .* has no labelled rows",
+        {},
+    ),
+    # Keys
+    (
+        {"x.csv": GOOD},
+        r"column 'topic' \(task\.label_column\) does not exist; the columns are text, label",
+        {"label_column": "topic"},
+    ),
+    (
+        {"train.csv": GOOD, "dev.csv": GOOD},
+        r"task\.labelled_examples: 4, .* has 3 labelled rows",
+        {"labelled_examples": 4},
+    ),
+    *(
+        (
+            {"x.csv": GOOD},
+            f"labelled_examples: {t} has no labels",
+            {"type": t, "labelled_examples": 1},
+        )
+        for t in ("mlm", "causal_lm")
+    ),
+    (
+        {"x.csv": GOOD},
+        r"task\.data_dir: glue is used only for glue/<task>",
+        {"data_dir": Path("glue")},
+    ),
+    (
+        {"x.csv": GOOD},
+        r"task\.dataset_config: 'en' names a configuration on the Hub",
+        {"dataset_config": "en"},
+    ),
+    # Data sets of the Hub; tests/conftest.py sets HF_HUB_OFFLINE
+    (
+        {},
+        r"the Hub cannot be reached to load the data set someone/somedata \(en\), .* pydocs",
+        {"dataset": "someone/somedata", "dataset_config": "en"},
+    ),
+    ({}, r"the data set what is this\?", {"dataset": "what is this?"}),
 ]
 
 
 @pytest.mark.parametrize(("files", "message", "keys"), CASES, ids=[case[1][:40] for case in CASES])
-def test_files_that_cannot_be_used_are_refused_with_the_reason(
-    tmp_path: Path, files: dict[str, str], message: str, keys: dict[str, Any]
-):
+def test_data_that_cannot_be_used_is_refused_with_the_reason(load, tmp_path, files, message, keys):
     folder = tmp_path / "data"
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
-    given = folder if len(files) > 1 else folder / next(iter(files))
-    task = TaskConfig(**{"type": "classification", "dataset": str(given), **keys})
+    given = folder / next(iter(files)) if len(files) == 1 else folder
 
-    with pytest.raises(DataError, match=message):
-        load_splits(task, seed=1, cache_dir=tmp_path / "cache")
+    with pytest.raises((ConfigError, DataError), match=message):
+        load(**{"dataset": given, **keys})

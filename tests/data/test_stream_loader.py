@@ -134,9 +134,7 @@ def test_an_epoch_has_every_window_once_as_without_streaming(scene, tmp_path):
 
 
 @given(
-    files=st.integers(1, 4),
-    world=st.integers(1, 3),
-    characters=st.sampled_from([1, 150, 10_000]),
+    files=st.integers(1, 4), world=st.integers(1, 3), characters=st.sampled_from([1, 150, 10_000])
 )
 @settings(max_examples=20, deadline=None)
 def test_the_ranks_share_every_row_of_an_epoch(

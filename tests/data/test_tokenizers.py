@@ -129,8 +129,7 @@ def test_other_text_gets_another_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "model"),
-    [("classification", "WordPiece"), ("mlm", "WordPiece"), ("causal_lm", "BPE")],
+    ("kind", "model"), [("classification", "WordPiece"), ("mlm", "WordPiece"), ("causal_lm", "BPE")]
 )
 def test_without_any_tokenizer_one_is_trained_to_fit_the_task(tmp_path, kind, model):
     empty = tmp_path / "model"

@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_text_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_text_file_is_replaced_and_nothing_else_is_left(tmp_path):
     path = tmp_path / "new" / "file.txt"
 
     write_text(path, "first")
@@ -49,7 +49,7 @@ def test_a_text_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> Non
     assert names(path.parent) == ["file.txt"]
 
 
-def test_a_failed_text_write_keeps_the_old_file(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_text_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     write_text(path, "old")
 
@@ -64,7 +64,7 @@ def test_a_failed_text_write_keeps_the_old_file(tmp_path: Path, monkeypatch) -> 
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
+def test_json_has_null_where_a_number_is_not_finite(tmp_path):
     write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, float("inf")], "c": (1, "é")})
 
     tree = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
@@ -72,11 +72,11 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
     assert tree == {"a": None, "b": [1.5, None], "c": [1, "é"]}
 
 
-def test_json_on_one_line_has_no_line_break() -> None:
+def test_json_on_one_line_has_no_line_break():
     assert json_text({"a": 1, "b": "x\ny"}) == '{"a": 1, "b": "x\\ny"}'
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_whole(tmp_path):
     path = folder_with(tmp_path / "final", "old")
 
     with replaced_folder(path) as folder:
@@ -88,7 +88,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["final"]
 
 
-def test_a_failure_in_the_body_leaves_the_old_folder(tmp_path: Path) -> None:
+def test_a_failure_in_the_body_leaves_the_old_folder(tmp_path):
     path = folder_with(tmp_path / "final", "old")
 
     def fail_half_way() -> None:
@@ -103,7 +103,7 @@ def test_a_failure_in_the_body_leaves_the_old_folder(tmp_path: Path) -> None:
     assert names(tmp_path) == ["final"]
 
 
-def test_a_failure_of_the_last_rename_puts_the_old_one_back(tmp_path: Path, monkeypatch) -> None:
+def test_a_failure_of_the_last_rename_puts_the_old_one_back(tmp_path, monkeypatch):
     path = folder_with(tmp_path / "final", "old")
     rename = Path.replace
 
@@ -120,7 +120,7 @@ def test_a_failure_of_the_last_rename_puts_the_old_one_back(tmp_path: Path, monk
     assert names(tmp_path) == ["final"]
 
 
-def test_a_kill_between_the_renames_is_undone_by_recover(tmp_path: Path) -> None:
+def test_a_kill_between_the_renames_is_undone_by_recover(tmp_path):
     folder_with(tmp_path / ".final.old", "old")
     folder_with(tmp_path / ".final.new", "new")
 
@@ -131,7 +131,7 @@ def test_a_kill_between_the_renames_is_undone_by_recover(tmp_path: Path) -> None
     assert names(tmp_path) == ["final"]
 
 
-def test_recover_keeps_the_new_folder_when_both_renames_were_done(tmp_path: Path) -> None:
+def test_recover_keeps_the_new_folder_when_both_renames_were_done(tmp_path):
     folder_with(tmp_path / ".final.old", "old")
     folder_with(tmp_path / "final", "new")
 
@@ -143,7 +143,7 @@ def test_recover_keeps_the_new_folder_when_both_renames_were_done(tmp_path: Path
 
 
 @pytest.mark.parametrize("call", ["temporary.replace", "path.replace", "fsync", "rmtree"])
-def test_a_process_killed_anywhere_leaves_old_or_new(tmp_path: Path, call: str) -> None:
+def test_a_process_killed_anywhere_leaves_old_or_new(tmp_path, call):
     path = folder_with(tmp_path / "final", "old")
     program = f"""
 import os, shutil, signal
@@ -210,9 +210,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
 
 
 @pytest.mark.parametrize("writer", ["text", "weights", "pickle", "copy"])
-def test_a_size_limit_is_reported_as_no_space(
-    limited: tuple[Path, dict[str, str]], writer: str
-) -> None:
+def test_a_size_limit_is_reported_as_no_space(limited, writer):
     folder, said = limited
 
     assert "no space left while writing" in said[writer]
@@ -220,16 +218,16 @@ def test_a_size_limit_is_reported_as_no_space(
     assert names(folder / writer) == []
 
 
-def test_other_errors_keep_their_type(tmp_path: Path) -> None:
+def test_other_errors_keep_their_type(tmp_path):
     with pytest.raises(SafetensorError, match="header"), reports_full_disk(tmp_path):
         raise SafetensorError("header too small")
 
 
-def test_the_digest_is_the_files(tmp_path: Path) -> None:
+def test_the_digest_is_the_files(tmp_path):
     save_file({"a": torch.arange(5)}, tmp_path / "a")
 
     assert sha256_of(tmp_path / "a") == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
 
 
-def test_an_error_of_another_number_is_no_full_disk() -> None:
+def test_an_error_of_another_number_is_no_full_disk():
     assert atomic.full_disk_reason(OSError(errno.EACCES, "refused")) is None

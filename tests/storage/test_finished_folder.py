@@ -38,15 +38,13 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_finished_folder_lists_every_file_that_was_written(finished: Path) -> None:
+def test_a_finished_folder_lists_every_file_that_was_written(finished):
     assert names(finished) == {*FILES, CHECKSUMS}
     assert open_finished(finished, remedy=REMEDY).keys() == FILES.keys()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_changed_file_is_refused_naming_the_file_and_what_to_do(
-    finished: Path, name: str
-) -> None:
+def test_a_changed_file_is_refused_naming_the_file_and_what_to_do(finished, name):
     (finished / name).write_text("x" * len(FILES[name]))
 
     message = f"{finished} is damaged: the checksum of {name} differs; {REMEDY}"
@@ -56,7 +54,7 @@ def test_a_changed_file_is_refused_naming_the_file_and_what_to_do(
         check_given(finished, "teacher.model")
 
 
-def test_a_changed_card_and_added_files_are_the_users_own(finished: Path) -> None:
+def test_a_changed_card_and_added_files_are_the_users_own(finished):
     (finished / CARD).write_text("what I think of the model")
     (finished / "notes.txt").write_text("mine")
 
@@ -64,9 +62,7 @@ def test_a_changed_card_and_added_files_are_the_users_own(finished: Path) -> Non
     check_given(finished, "teacher.model")
 
 
-def test_a_missing_file_is_damage_in_a_run_and_allowed_in_a_folder_from_elsewhere(
-    finished: Path,
-) -> None:
+def test_a_missing_file_is_damage_in_a_run_and_allowed_in_a_folder_from_elsewhere(finished):
     """The Hub gives only the files that were asked for."""
     (finished / "tokenizer.json").unlink()
 
@@ -75,9 +71,7 @@ def test_a_missing_file_is_damage_in_a_run_and_allowed_in_a_folder_from_elsewher
     check_given(finished, "teacher.model")
 
 
-def test_a_folder_that_megakd_did_not_write_is_taken_as_given_and_no_result_of_a_run(
-    finished: Path,
-) -> None:
+def test_a_folder_that_megakd_did_not_write_is_taken_as_given_and_no_result_of_a_run(finished):
     (finished / CHECKSUMS).unlink()
 
     check_given(finished, "teacher.model")
@@ -86,7 +80,7 @@ def test_a_folder_that_megakd_did_not_write_is_taken_as_given_and_no_result_of_a
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": {}}'])
-def test_damaged_checksums_are_damage_themselves(finished: Path, text: str) -> None:
+def test_damaged_checksums_are_damage_themselves(finished, text):
     (finished / CHECKSUMS).write_text(text)
 
     with pytest.raises(CheckpointError, match=f"{CHECKSUMS} cannot be read"):
@@ -95,7 +89,7 @@ def test_damaged_checksums_are_damage_themselves(finished: Path, text: str) -> N
         check_given(finished, "teacher.model")
 
 
-def test_a_checksum_that_was_edited_with_its_file_is_found(finished: Path) -> None:
+def test_a_checksum_that_was_edited_with_its_file_is_found(finished):
     listing = json.loads((finished / CHECKSUMS).read_text())
     (finished / "config.json").write_text("[]")
     listing["files"]["config.json"] = checksums.entry_of(finished / "config.json")
@@ -104,15 +98,13 @@ def test_a_checksum_that_was_edited_with_its_file_is_found(finished: Path) -> No
     assert damage(finished) is not None
 
 
-def test_only_files_that_are_read_have_to_be_whole(finished: Path) -> None:
+def test_only_files_that_are_read_have_to_be_whole(finished):
     (finished / "model.safetensors").write_text("changed")
 
     check_given(finished, "task.tokenizer", wanted=lambda name: name == "tokenizer.json")
 
 
-def test_a_copy_has_checksums_of_its_own_and_no_file_of_a_user(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_a_copy_has_checksums_of_its_own_and_no_file_of_a_user(finished, tmp_path):
     (finished / "notes.txt").write_text("mine")
     target = tmp_path / "final"
 
@@ -125,7 +117,7 @@ def test_a_copy_has_checksums_of_its_own_and_no_file_of_a_user(
     assert names(finished) == {*FILES, "notes.txt", CHECKSUMS}
 
 
-def test_a_damaged_folder_is_not_copied(finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_not_copied(finished, tmp_path):
     (finished / "model.safetensors").write_text("weighty")
 
     with pytest.raises(CheckpointError, match=r"model.safetensors differs"):
@@ -134,7 +126,7 @@ def test_a_damaged_folder_is_not_copied(finished: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "final").exists()
 
 
-def test_a_copy_seals_the_files_that_are_added(finished: Path, tmp_path: Path) -> None:
+def test_a_copy_seals_the_files_that_are_added(finished, tmp_path):
     def add(folder: Path) -> None:
         (folder / "int8").mkdir()
         (folder / "int8" / "model.safetensors").write_text("small")
@@ -145,9 +137,7 @@ def test_a_copy_seals_the_files_that_are_added(finished: Path, tmp_path: Path) -
     assert open_finished(copy, remedy=REMEDY).keys() == {*FILES, "int8/model.safetensors"}
 
 
-def test_a_file_of_the_user_is_not_replaced_by_one_that_is_added(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_a_file_of_the_user_is_not_replaced_by_one_that_is_added(finished, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "notes.txt").write_text("mine")
@@ -165,7 +155,7 @@ def test_a_file_of_the_user_is_not_replaced_by_one_that_is_added(
     assert (copy / "notes.txt").read_text() == "mine"
 
 
-def test_a_folder_whose_writing_fails_is_not_finished(tmp_path: Path) -> None:
+def test_a_folder_whose_writing_fails_is_not_finished(tmp_path):
     def fail() -> None:
         with sealed_folder(tmp_path / "student") as made:
             (made / "config.json").write_text("{}")
@@ -177,9 +167,7 @@ def test_a_folder_whose_writing_fails_is_not_finished(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_a_file_is_read_once_in_a_process_until_it_is_written_again(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_read_once_in_a_process_until_it_is_written_again(finished, monkeypatch):
     read: list[str] = []
 
     def reading(path: Path) -> str:
@@ -202,7 +190,7 @@ def test_a_file_is_read_once_in_a_process_until_it_is_written_again(
 READERS = {"from_pretrained", "safe_open", "load_file", "check_weight_files"}
 
 
-def test_every_file_that_reads_a_model_folder_verifies_the_folder(repository: Path) -> None:
+def test_every_file_that_reads_a_model_folder_verifies_the_folder(repository):
     """The memory plan reads the shape of a model alone; a server's state files are no models."""
     reading = {
         path.relative_to(repository / "megakd").as_posix(): path.read_text(encoding="utf-8")

@@ -89,7 +89,7 @@ def batch_of(lengths: list[list[int]], labelled: list[bool]) -> Batch:
     has_targets=st.booleans(),
 )
 def test_the_outputs_are_those_of_the_own_engine_where_labels_are(
-    lengths: list[list[int]], labelled: list[bool], *, has_targets: bool
+    lengths, labelled, *, has_targets
 ):
     batch = batch_of(lengths, labelled)
     chosen = (batch.labels != IGNORE).flatten().nonzero()[:, 0]

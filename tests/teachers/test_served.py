@@ -62,7 +62,7 @@ def batch_of(rows: list[list[int]], lengths: list[list[int]]) -> Batch:
 
 
 @given(st.lists(st.lists(st.integers(1, 4), max_size=3), min_size=1, max_size=4))
-def test_answers_are_those_of_each_document_alone(lengths: list[list[int]]):
+def test_answers_are_those_of_each_document_alone(lengths):
     rows = [[7 * number + place for place in range(sum(c))] for number, c in enumerate(lengths)]
     first, second = Sums(), Sums()
 

@@ -1,0 +1,70 @@
+"""What the tests of data share: how a task is loaded, and files with a text and a label."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megakd.config.task import TaskConfig
+from megakd.data.splits import Splits, load_splits
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Splits]:
+    """Load the splits of a task, which is a classification unless its keys say otherwise."""
+
+    def load(dataset: Path | str | None = None, *, seed: int = 1, **keys: Any) -> Splits:
+        given = {"type": "classification", "dataset": dataset and str(dataset), **keys}
+        return load_splits(TaskConfig(**given), seed=seed, cache_dir=tmp_path / "cache")
+
+    return load
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, datasets.Dataset]:
+    """The splits that the Hub has for every data set."""
+    splits = datasets.DatasetDict()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
+    return splits
+
+
+@pytest.fixture
+def write_rows() -> Callable[..., Path]:
+    """Write rows into a file of the format that its name ends with."""
+
+    def write(path: Path, rows: list[tuple], header: tuple[str, ...] = ("text", "label")) -> Path:
+        WRITERS[path.suffix](path, [header, *rows])
+        return path
+
+    return write
+
+
+def _csv(path: Path, rows: list[tuple]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def _tsv(path: Path, rows: list[tuple]) -> None:
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
+
+
+def _named(rows: list[tuple]) -> list[dict[str, Any]]:
+    header, *values = rows
+    return [dict(zip(header, row, strict=True)) for row in values]
+
+
+WRITERS: dict[str, Callable[[Path, list[tuple]], object]] = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".jsonl": lambda path, rows: path.write_text("\n".join(map(json.dumps, _named(rows)))),
+    ".json": lambda path, rows: path.write_text(json.dumps(_named(rows))),
+    ".parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(_named(rows)), path),
+}
