@@ -1,3 +1,5 @@
+"""GLUE: the files of its tasks, the Hub, and what is refused."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,39 +8,26 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from megakd.config.task import TaskConfig
 from megakd.data.glue import TASKS
-from megakd.data.splits import Splits, load_splits
 from megakd.errors import ConfigError, DataError
 
-STSB_HEADER = ["index", *(f"column{n}" for n in range(6)), "sentence1", "sentence2", "score"]
 MNLI_HEADER = ["index", "promptID", "sentence1_parse", "sentence1", "sentence2", "gold_label"]
 
 
-def write(path: Path, *rows: list[str], bom: bool = False) -> None:
+def write(path, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join("\t".join(row) + "\n" for row in rows)
-    path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
-
-
-def load(name: str, folder: Path | None, tmp_path: Path, *, type_: str = "classification"):
-    keys = {"type": type_, "dataset": f"glue/{name}", "data_dir": folder}
-    task = TaskConfig(**keys)
-    return load_splits(task, seed=1, cache_dir=tmp_path / "cache")
-
-
-def in_both(folder: Path, *rows: list[str], bom: bool = False, dev: str = "dev") -> None:
-    write(folder / "train.tsv", *rows, bom=bom)
-    write(folder / f"{dev}.tsv", *rows, bom=bom)
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.mark.parametrize("folder", ["SST-2", "sst2", "SST2", "."])
 @pytest.mark.parametrize("name", ["sst2", "SST-2"])
-def test_sst2_is_found_however_its_folder_is_written(folder, name, tmp_path):
-    in_both(tmp_path / "glue" / folder, ["sentence", "label"], ["so good ", "1"], ["bad", "0"])
+def test_sst2_is_found_however_its_folder_is_written(load, folder, name, tmp_path):
+    for split in ("train", "dev"):
+        rows = ["sentence", "label"], ["so good ", "1"], ["bad", "0"]
+        write(tmp_path / "glue" / folder / f"{split}.tsv", *rows)
     write(tmp_path / "glue" / folder / "test.tsv", ["index", "sentence"], ["0", "?"])
 
-    splits = load(name, tmp_path / "glue", tmp_path)
+    splits = load(f"glue/{name}", data_dir=tmp_path / "glue")
 
     assert splits.label_names == ("negative", "positive")
     assert splits.train["label"][:] == [1, 0]
@@ -46,79 +35,89 @@ def test_sst2_is_found_however_its_folder_is_written(folder, name, tmp_path):
     assert splits.test is None
 
 
-def test_cola_has_no_header(tmp_path):
-    in_both(tmp_path, ["gj04", "1", "", "We sailed."], ["gj04", "0", "*", "Sailed we the."])
-
-    splits = load("cola", tmp_path, tmp_path)
-
-    assert splits.train["text"][:] == ["We sailed.", "Sailed we the."]
-    assert splits.label_names == ("unacceptable", "acceptable")
-    assert splits.metrics == ("matthews_correlation",)
-
-
-def test_mrpc_has_a_byte_order_mark_and_quotes_that_are_text(tmp_path):
-    header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-    in_both(tmp_path, header, ["1", "7", "8", '" Half a quote', 'and " more'], bom=True)
-
-    splits = load("mrpc", tmp_path, tmp_path)
-
-    assert splits.train[0] == {"text": '" Half a quote', "text_pair": 'and " more', "label": 1}
-    assert splits.metrics == ("accuracy", "f1")
-
-
-def test_stsb_has_ten_columns_and_scores(tmp_path):
-    row = ["0", "captions", "MSRvid", "2012", "1", "none", "none", 'A "plane', "An air", "3.800"]
-    in_both(tmp_path, STSB_HEADER, row)
-
-    splits = load("stsb", tmp_path, tmp_path, type_="regression")
-
-    assert splits.train[0]["text"] == 'A "plane'
-    assert splits.train[0]["label"] == pytest.approx(3.8)
-    assert splits.label_names == ()
-    assert splits.metrics == ("pearson", "spearman")
-
-
-@pytest.mark.parametrize(
-    ("name", "header"),
-    [
-        ("rte", ["index", "sentence1", "sentence2", "label"]),
-        ("qnli", ["index", "question", "sentence", "label"]),
-    ],
-)
-def test_words_are_labels_in_glues_order(name, header, tmp_path):
-    rows = [["0", "a", "b", "not_entailment"], ["1", "c", "d", "entailment"]]
-    in_both(tmp_path, header, *rows)
-
-    splits = load(name, tmp_path, tmp_path)
-
-    assert splits.label_names == ("entailment", "not_entailment")
-    assert splits.train[0] == {"text": "a", "text_pair": "b", "label": 1}
-
-
-def test_wnli_numbers_its_classes_the_other_way_round(tmp_path):
-    in_both(tmp_path, ["index", "sentence1", "sentence2", "label"], ["0", "a", "b", "1"])
-
-    splits = load("wnli", tmp_path, tmp_path)
-
-    assert splits.label_names[splits.train["label"][0]] == "entailment"
-
-
-def test_broken_lines_of_qqp_are_left_out(tmp_path):
-    header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
-    in_both(tmp_path, header, ["1", "2", "3", "a?", "b?", "1"], ["4", "5", "a broken line"])
-
-    splits = load("qqp", tmp_path, tmp_path)
-
-    assert splits.train.to_list() == [{"text": "a?", "text_pair": "b?", "label": 1}]
-    assert splits.metrics == ("accuracy", "f1")
+PAIR = {"text": "a", "text_pair": "b"}
+ENTAILED = ("entailment", "not_entailment")
+BOTH = ("accuracy", "f1")
+# The lines of a file, and its first row, its classes and its metrics.
+FILES = {
+    "cola": (
+        ["gj04\t1\t\tWe sailed.", "gj04\t0\t*\tSailed we the."],  # no header
+        {"text": "We sailed.", "label": 1},
+        ("unacceptable", "acceptable"),
+        ("matthews_correlation",),
+    ),
+    "mrpc": (  # a byte order mark, and quotes that are text
+        [
+            "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+            '1\t7\t8\t" Half a quote\tand " more',
+        ],
+        {"text": '" Half a quote', "text_pair": 'and " more', "label": 1},
+        ("not_equivalent", "equivalent"),
+        BOTH,
+    ),
+    "stsb": (
+        [
+            "index\tgenre\tfile\tyear\told\ts1\ts2\tsentence1\tsentence2\tscore",
+            "0\tcaptions\tMSRvid\t2012\t1\tnone\tnone\ta\tb\t3.750",
+        ],
+        {**PAIR, "label": 3.75},
+        (),
+        ("pearson", "spearman"),
+    ),
+    "rte": (
+        ["index\tsentence1\tsentence2\tlabel", "0\ta\tb\tnot_entailment"],
+        {**PAIR, "label": 1},
+        ENTAILED,
+        ("accuracy",),
+    ),
+    "qnli": (
+        ["index\tquestion\tsentence\tlabel", "0\ta\tb\tentailment"],
+        {**PAIR, "label": 0},
+        ENTAILED,
+        ("accuracy",),
+    ),
+    "wnli": (  # numbers its classes the other way round
+        ["index\tsentence1\tsentence2\tlabel", "0\ta\tb\t1"],
+        {**PAIR, "label": 1},
+        ENTAILED[::-1],
+        ("accuracy",),
+    ),
+    "qqp": (
+        [
+            "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+            "4\t5\ta broken line",
+            "1\t2\t3\ta\tb\t1",
+        ],
+        {**PAIR, "label": 1},
+        ("not_duplicate", "duplicate"),
+        BOTH,
+    ),
+}
 
 
-def test_mnli_is_scored_on_the_validation_split_it_names(tmp_path):
+@pytest.mark.parametrize(("name", "given"), FILES.items(), ids=FILES)
+def test_the_files_of_a_task_are_read_as_they_are(load, name, given, tmp_path):
+    lines, row, classes, metrics = given
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    splits = load(
+        f"glue/{name}", data_dir=tmp_path, type="regression" if name == "stsb" else "classification"
+    )
+
+    assert splits.train[0] == row
+    assert splits.label_names == classes
+    assert splits.metrics == metrics
+
+
+def test_mnli_is_scored_on_the_validation_split_it_names(load, tmp_path):
     row = ["0", "1", "(p)", "a", "b", "neutral"]
-    in_both(tmp_path / "MNLI", MNLI_HEADER, row, dev="dev_matched")
-    write(tmp_path / "MNLI" / "dev_mismatched.tsv", MNLI_HEADER, row, row)
+    for split, rows in {"train": [row], "dev_matched": [row], "dev_mismatched": [row, row]}.items():
+        write(tmp_path / "MNLI" / f"{split}.tsv", MNLI_HEADER, *rows)
 
-    found = {name: load(name, tmp_path, tmp_path) for name in TASKS if name.startswith("mnli")}
+    found = {
+        name: load(f"glue/{name}", data_dir=tmp_path) for name in TASKS if name.startswith("mnli")
+    }
 
     assert {name: len(splits.validation) for name, splits in found.items()} == {
         "mnli": 1,
@@ -126,10 +125,10 @@ def test_mnli_is_scored_on_the_validation_split_it_names(tmp_path):
         "mnli_mismatched": 2,
     }
     assert found["mnli"].label_names == ("entailment", "neutral", "contradiction")
-    assert load("mnli-mismatched", tmp_path, tmp_path).train[0]["label"] == 1
+    assert load("glue/mnli-mismatched", data_dir=tmp_path).train[0]["label"] == 1
 
 
-PAIR = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n"
+WRONG = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n"
 REFUSED = {
     "an unknown task": ("sst3", {}, r"no GLUE task 'sst3'; did you mean glue/sst2\?"),
     "a type of another task": ("stsb", {}, r"type: must be regression for glue/stsb \(got class"),
@@ -153,7 +152,7 @@ REFUSED = {
     "no file": ("sst2", {"train": "sentence\tlabel\na\t1\n"}, r"dev\.tsv does not exist"),
     "other columns": (
         "sst2",
-        {"train": PAIR, "dev": PAIR},
+        {"train": WRONG, "dev": WRONG},
         r"column 'sentence' .* does not exist; the columns are index, sentence1",
     ),
     "a label outside the classes": (
@@ -165,38 +164,34 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("name", "given", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_task_that_cannot_be_read_is_refused(tmp_path, name, given, message):
+def test_a_task_that_cannot_be_read_is_refused(load, tmp_path, name, given, message):
     (tmp_path / "RTE").mkdir()
     keys = {"data_dir": tmp_path, **given}
     for split in ("train", "dev"):
         if split in keys:
             (tmp_path / f"{split}.tsv").write_text(keys.pop(split))
-    task = TaskConfig(type="classification", dataset=f"glue/{name}", **keys)
-
     with pytest.raises((ConfigError, DataError), match=message):
-        load_splits(task, seed=1, cache_dir=tmp_path / "cache")
+        load(f"glue/{name}", **keys)
 
 
-def test_the_hub_gives_the_same_rows_as_the_folders(tmp_path, monkeypatch):
+def test_the_hub_gives_the_same_rows_as_the_folders(load, tmp_path, monkeypatch):
     names = ClassLabel(names=["not_equivalent", "equivalent"])
     string = Value("string")
     features = Features({"sentence1": string, "sentence2": string, "label": names})
     rows = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "label": [1, 0]}
-    hidden = rows | {"label": [-1, -1]}
-    hub = DatasetDict(
-        {
-            "train": Dataset.from_dict(rows, features=features),
-            "validation": Dataset.from_dict(rows, features=features),
-            "test": Dataset.from_dict(hidden, features=features),
-        }
+    labelled, hidden = (
+        Dataset.from_dict(columns, features=features)
+        for columns in (rows, rows | {"label": [-1, -1]})
     )
+    hub = DatasetDict(train=labelled, validation=labelled, test=hidden)
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *what: asked.append(what) or hub)
     header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-    in_both(tmp_path, header, ["1", "", "", "a", "b"], ["0", "", "", "c", "d"])
+    for split in ("train", "dev"):
+        lines = ["1", "", "", "a", "b"], ["0", "", "", "c", "d"]
+        write(tmp_path / f"{split}.tsv", header, *lines)
 
-    online: Splits = load("mrpc", None, tmp_path)
-    offline: Splits = load("mrpc", tmp_path, tmp_path)
+    online, offline = load("glue/mrpc"), load("glue/mrpc", data_dir=tmp_path)
 
     assert asked == [("nyu-mll/glue", "mrpc")]
     assert online.train.to_list() == offline.train.to_list()
@@ -215,10 +210,10 @@ def test_the_hub_gives_the_same_rows_as_the_folders(tmp_path, monkeypatch):
         ("wnli", 635, 71),
     ],
 )
-def test_the_real_files_have_all_their_rows(name, train, validation, shared_data, tmp_path):
+def test_the_real_files_have_all_their_rows(load, name, train, validation, shared_data):
     type_ = "classification" if TASKS[name].classes else "regression"
 
-    splits = load(name, shared_data / "glue", tmp_path, type_=type_)
+    splits = load(f"glue/{name}", data_dir=shared_data / "glue", type=type_)
 
     assert (len(splits.train), len(splits.validation)) == (train, validation)
     if type_ == "classification":
