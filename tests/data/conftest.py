@@ -61,10 +61,15 @@ def _named(rows: list[tuple]) -> list[dict[str, Any]]:
     return [dict(zip(header, row, strict=True)) for row in values]
 
 
+def _jsonl(path: Path, rows: list[tuple]) -> None:
+    path.write_text("\n".join(map(json.dumps, _named(rows))), encoding="utf-8")
+
+
 WRITERS: dict[str, Callable[[Path, list[tuple]], object]] = {
     ".csv": _csv,
     ".tsv": _tsv,
-    ".jsonl": lambda path, rows: path.write_text("\n".join(map(json.dumps, _named(rows)))),
-    ".json": lambda path, rows: path.write_text(json.dumps(_named(rows))),
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": lambda path, rows: path.write_text(json.dumps(_named(rows)), encoding="utf-8"),
     ".parquet": lambda path, rows: pq.write_table(pa.Table.from_pylist(_named(rows)), path),
 }

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import slow_tokenizer
@@ -19,6 +13,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_process import said_elsewhere
 from packed import unpack
 from slow_tokenizer import Words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -35,6 +30,7 @@ from megakd.data import encoding
 from megakd.data.arrow import rows_key
 from megakd.data.collation import Collator
 from megakd.data.encoding import encode_rows, encode_splits, labelled_only, tokenizer_content
+from megakd.data.splits import Splits
 from megakd.data.token_tables import PackedRow, document_ends
 from megakd.errors import DataError
 
@@ -43,15 +39,8 @@ WORDS = [*SPECIAL.values(), *"abcdefghijklmnopqrstuvwxyz"]
 MARKER = "<|endoftext|>"
 
 
-class _Splits(NamedTuple):
-    train: Any
-    validation: Any
-    test: Any
-    label_names: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
-    content_hash: str = "content"
-    evaluation_sets: Any = MappingProxyType({})
-    stream: Any = None
+def _splits(train: Dataset, validation: Any, test: Any = None) -> Splits:
+    return Splits(train, validation, test, (), (), "content")
 
 
 def _bert(words=WORDS) -> PreTrainedTokenizerFast:
@@ -77,31 +66,42 @@ def _gpt() -> PreTrainedTokenizerFast:
 
 
 def _task(kind="classification", **keys) -> TaskConfig:
-    return TaskConfig(type=kind, dataset="none", **({"max_length": 8} | keys))
+    return TaskConfig(**{"type": kind, "dataset": "none", "max_length": 8} | keys)
 
 
-def _pairs() -> _Splits:
+def _pairs() -> Splits:
     rows = Dataset.from_dict(
         {"text": ["a b", "c", "d e f"], "text_pair": ["x", "y z", "q"], "label": [0, -100, 1]}
     )
-    return _Splits(rows, rows.select([0]), rows.select([1, 2]))
+    return _splits(rows, rows.select([0]), rows.select([1, 2]))
 
 
-def _texts(count=30) -> _Splits:
+def _texts(count=30) -> Splits:
     letters = "abcdefghijklmnopqrstuvwxyz"
     texts = [" ".join(letters[: 1 + n % 9]) for n in range(count)]
     rows = Dataset.from_dict({"text": texts, "label": [n % 3 for n in range(count)]})
-    return _Splits(rows, rows.select(range(5)), None)
+    return _splits(rows, rows.select(range(5)))
 
 
-def _documents() -> _Splits:
+def _documents() -> Splits:
     rows = Dataset.from_dict({"text": ["a b c", "d", "e f g h i j k l m n", "", "o p"]})
-    return _Splits(rows, rows.select([0, 1]), None)
+    return _splits(rows, rows.select([0, 1]))
 
 
-def test_pairs_get_token_types_and_single_texts_do_not(tmp_path):
-    pairs = encode_splits(_pairs(), _bert(), _task(), cache_dir=tmp_path)
-    texts = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+@pytest.fixture
+def encode(tmp_path):
+    """Encode splits as a run does."""
+
+    def encode(splits, tokenizer=None, kind="classification", **keys):
+        task = _task(kind, **keys)
+        return encode_splits(splits, tokenizer or _bert(), task, cache_dir=tmp_path)
+
+    return encode
+
+
+def test_pairs_get_token_types_and_single_texts_do_not(encode):
+    pairs = encode(_pairs())
+    texts = encode(_texts())
 
     assert pairs.train[0] == {
         "input_ids": [2, 4, 5, 3, 27, 3],
@@ -116,30 +116,28 @@ def test_pairs_get_token_types_and_single_texts_do_not(tmp_path):
     assert pairs.tokens_per_row == pytest.approx((6 + 6 + 7) / 3)
 
 
-def test_pairs_have_no_token_types_where_the_tokenizer_makes_none(tmp_path):
+def test_pairs_have_no_token_types_where_the_tokenizer_makes_none(encode):
     tokenizer = _bert()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
 
-    assert "token_type_ids" not in (
-        encode_splits(_pairs(), tokenizer, _task(), cache_dir=tmp_path).train.column_names
-    )
+    assert "token_type_ids" not in encode(_pairs(), tokenizer).train.column_names
 
 
-def test_texts_are_cut_to_the_longest_allowed(tmp_path):
-    encoded = encode_splits(_texts(), _bert(), _task(max_length=5), cache_dir=tmp_path)
+def test_texts_are_cut_to_the_longest_allowed(encode):
+    encoded = encode(_texts(), max_length=5)
 
     assert max(len(ids) for ids in encoded.train["input_ids"]) == 5
 
 
-def test_encoded_rows_are_mapped_from_disk_in_int32(tmp_path):
-    encoded = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+def test_encoded_rows_are_mapped_from_disk_in_int32(encode):
+    encoded = encode(_texts())
 
     assert encoded.train.features["input_ids"].feature.dtype == "int32"
     assert [file["filename"] for file in encoded.train.cache_files]
 
 
-def test_documents_come_back_with_the_end_marker(tmp_path):
-    encoded = encode_splits(_documents(), _gpt(), _task("causal_lm"), cache_dir=tmp_path)
+def test_documents_come_back_with_the_end_marker(encode):
+    encoded = encode(_documents(), _gpt(), "causal_lm")
     rows = encoded.train.with_format("numpy")
 
     packed = [PackedRow(r["input_ids"], r["position_ids"], r["labels"]) for r in rows]
@@ -160,11 +158,11 @@ def test_what_the_tokenizer_puts_around_a_text_is_kept_around_a_document():
     assert (plain, framed, document_ends(begins)) == (([], [0]), ([2], [3]), ([0], [0]))
 
 
-def test_encoding_again_reads_what_is_there(tmp_path, monkeypatch):
-    first = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+def test_encoding_again_reads_what_is_there(encode, monkeypatch):
+    first = encode(_texts())
     monkeypatch.setattr(encoding, "write_tables", None)
 
-    again = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+    again = encode(_texts())
 
     assert again.train.to_dict() == first.train.to_dict()
     assert again.content_hash == first.content_hash
@@ -172,27 +170,20 @@ def test_encoding_again_reads_what_is_there(tmp_path, monkeypatch):
 
 # The last one: other labels on the same texts, under the same content hash.
 CHANGES = {
-    "content": (_texts()._replace(content_hash="other"), _bert(), _task()),
-    "tokenizer": (_texts(), _bert([*WORDS, "##b"]), _task()),
-    "length": (_texts(), _bert(), _task(max_length=7)),
-    "type": (_texts(), _bert(), _task("regression")),
-    "rows": (_texts(29), _bert(), _task()),
-    "labels": (
-        _texts()._replace(
-            train=_texts().train.remove_columns("label").add_column("label", [1] * 30)
-        ),
-        _bert(),
-        _task(),
-    ),
+    "content": {"splits": _texts()._replace(content_hash="other")},
+    "tokenizer": {"tokenizer": _bert([*WORDS, "##b"])},
+    "length": {"max_length": 7},
+    "type": {"kind": "regression"},
+    "rows": {"splits": _texts(29)},
+    "labels": {"splits": _texts()._replace(train=_texts().train.map(lambda _: {"label": 1}))},
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_changes_the_rows_changes_the_key(tmp_path, change):
-    first = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
-    splits, tokenizer, task = CHANGES[change]
+def test_whatever_changes_the_rows_changes_the_key(encode, change):
+    first = encode(_texts())
 
-    other = encode_splits(splits, tokenizer, task, cache_dir=tmp_path)
+    other = encode(**{"splits": _texts(), **CHANGES[change]})
 
     assert other.content_hash != first.content_hash
 
@@ -206,32 +197,22 @@ def test_calling_a_tokenizer_does_not_change_its_content():
     assert tokenizer_content(tokenizer) == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no checksums"])
-def test_a_damaged_cache_is_built_again(tmp_path, damage):
-    first = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+@pytest.mark.parametrize("file", ["train.arrow", "checksums.json"])
+def test_a_damaged_cache_is_built_again(encode, tmp_path, file):
+    first = encode(_texts())
     wanted = first.train.to_dict()
-    folder = tmp_path / "encoded" / first.content_hash
-    file = folder / "train.arrow"
-    content = file.read_bytes()
-    middle = len(content) // 2
-    spoil = {
-        "truncated": lambda: file.write_bytes(content[:middle]),
-        "changed": lambda: file.write_bytes(content[:middle] + b"\xff" + content[middle + 1 :]),
-        "missing": file.unlink,
-        "no checksums": (folder / "checksums.json").unlink,
-    }
-    # A copy in its place: the mapped file itself must stay as it is.
-    file.unlink()
-    file.write_bytes(content)
-    spoil[damage]()
+    damaged = tmp_path / "encoded" / first.content_hash / file
+    content = damaged.read_bytes()
+    damaged.unlink()  # a file in its place: the mapped file itself must stay as it is
+    damaged.write_bytes(content[: len(content) // 2])
 
-    again = encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+    again = encode(_texts())
 
     assert again.train.to_dict() == wanted
-    assert sorted(path.name for path in (tmp_path / "encoded").iterdir()) == [first.content_hash]
+    assert [path.name for path in (tmp_path / "encoded").iterdir()] == [first.content_hash]
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_a_build_that_fails_leaves_nothing(encode, tmp_path, monkeypatch):
     def broken(path, tables):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -239,31 +220,20 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "write_tables", broken)
 
     with pytest.raises(DataError, match=r"cannot write prepared data to .*No space left on device"):
-        encode_splits(_texts(), _bert(), _task(), cache_dir=tmp_path)
+        encode(_texts())
     assert list((tmp_path / "encoded").iterdir()) == []
 
 
-def test_builders_at_the_same_time_do_not_disturb_each_other(tmp_path):
-    def build(_):
-        return encode_splits(_texts(300), _bert(), _task(), cache_dir=tmp_path).train.to_dict()
-
-    with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(build, range(4)))
-
-    assert all(rows == made[0] for rows in made)
-    assert len(list((tmp_path / "encoded").iterdir())) == 1
-
-
-def test_no_room_for_text_is_an_error(tmp_path):
+def test_no_room_for_text_is_an_error(encode):
     with pytest.raises(DataError, match=r"task.max_length is 3, but the tokenizer adds 3 special"):
-        encode_splits(_pairs(), _bert(), _task(max_length=3), cache_dir=tmp_path)
+        encode(_pairs(), max_length=3)
 
 
-def test_a_split_without_tokens_is_an_error(tmp_path):
+def test_a_split_without_tokens_is_an_error(encode):
     splits = _documents()._replace(validation=Dataset.from_dict({"text": ["", ""]}))
 
     with pytest.raises(DataError, match="validation split has 2 rows and no tokens"):
-        encode_splits(splits, _gpt(), _task("causal_lm"), cache_dir=tmp_path)
+        encode(splits, _gpt(), "causal_lm")
 
 
 @pytest.mark.parametrize("labels", [[0, -100, 2], [0.5, math.nan, 2.5]], ids=["class", "score"])
@@ -307,8 +277,8 @@ def test_batches_are_padded_to_the_longest_row_and_no_more(lengths, dummies, max
     assert batch.labels.tolist() == [*[n % 3 for n in lengths], *[-100] * dummies]
 
 
-def test_every_form_of_rows_gives_the_same_batch(tmp_path):
-    rows = encode_splits(_pairs(), _bert(), _task(), cache_dir=tmp_path).train
+def test_every_form_of_rows_gives_the_same_batch(encode):
+    rows = encode(_pairs()).train
     collator = Collator(_bert(), _task())
     forms = [rows[:2], [rows[0], rows[1]], rows.with_format("arrow")[[0, 1]]]
     forms.append(rows.with_format("numpy")[:2])
@@ -369,37 +339,17 @@ def test_padding_is_right_without_a_pad_token():
     assert batch.inputs["input_ids"].tolist() == [[0] * 8]
 
 
-def test_keys_do_not_depend_on_the_process(tmp_path):
-    folder = tmp_path / "tokenizer"
-    _bert().save_pretrained(folder)
-    code = (
-        "import sys, json\n"
-        "from transformers import PreTrainedTokenizerFast\n"
-        "from datasets import Dataset\n"
-        "from megakd.data.encoding import tokenizer_content\n"
-        "from megakd.data.arrow import rows_key\n"
-        f"tokenizer = PreTrainedTokenizerFast.from_pretrained({str(folder)!r})\n"
-        "rows = Dataset.from_dict({'text': ['a', 'b'], 'label': [0, 1]})\n"
-        "print(json.dumps([tokenizer_content(tokenizer), rows_key(rows)]))\n"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={"PYTHONHASHSEED": "1", "PYTHONPATH": ":".join(sys.path), "HF_HUB_OFFLINE": "1"},
-    ).stdout
-
+def keys_of(folder: Path) -> str:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
-    assert json.loads(printed) == [tokenizer_content(_bert()), rows_key(rows)]
+    return f"{tokenizer_content(tokenizer)} {rows_key(rows)}"
 
 
-def test_max_length_is_the_tasks(tmp_path):
-    task = replace(_task("causal_lm"), max_length=5)
+def test_keys_do_not_depend_on_the_process(tmp_path):
+    _bert().save_pretrained(tmp_path)
 
-    rows = encode_splits(_documents(), _gpt(), task, cache_dir=tmp_path).train
-
-    assert [len(ids) for ids in rows["input_ids"]] == [5, 5, 5, 5]
+    assert said_elsewhere(__file__, "keys_of", tmp_path) == keys_of(tmp_path)
+    assert tokenizer_content(_bert()) in keys_of(tmp_path)
 
 
 TASK = TaskConfig(type="classification", dataset="none", max_length=2)

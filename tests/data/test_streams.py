@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -22,175 +19,175 @@ from megakd.data.chat.conversations import CONVERSATION, Conversation
 from megakd.data.choosing import text_hash
 from megakd.data.encoding import encode_splits
 from megakd.data.files import local_rows
-from megakd.data.rows import TextStream
-from megakd.data.splits import Splits, load_splits
+from megakd.data.splits import load_splits
 from megakd.data.streams import file_stream, sample_of, table_of
 from megakd.data.tokenizers import from_folder, load_tokenizer
 from megakd.errors import ConfigError, DataError
 
 WORDS = "abcdefghij"
+KEY = "task.train_files"
 
 
-def texts(*words: str) -> list[dict[str, str]]:
-    return [{"text": word} for word in words]
+@pytest.fixture
+def jsonl(tmp_path):
+    """Write texts, or rows, into a file of the test, and return its path as a config has it."""
+
+    def write(name, rows):
+        rows = [{"text": row} if isinstance(row, str) else row for row in rows]
+        return str(write_jsonl(tmp_path / f"{name}.jsonl", rows))
+
+    return write
 
 
-def task(**keys: Any) -> TaskConfig:
-    return TaskConfig(type=keys.pop("type", "mlm"), streaming=True, **keys)
+@pytest.fixture
+def load(tmp_path):
+    """Load the splits of a task that streams."""
+
+    def load(kind="mlm", **keys):
+        given = TaskConfig(type=kind, streaming=True, **keys)
+        return load_splits(given, seed=1, cache_dir=tmp_path / "cache")
+
+    return load
 
 
-def load(given: TaskConfig, cache: Path) -> Splits:
-    return load_splits(given, seed=1, cache_dir=cache)
-
-
-def streamed(splits: Splits) -> list[str]:
-    assert splits.stream is not None
+def streamed(splits):
     assert len(splits.train) == 0
     return [row["text"] for row in splits.stream.read()]
 
 
-def test_validation_and_test_files_are_read_and_training_files_are_streamed(tmp_path):
-    train = [str(write_jsonl(tmp_path / f"{n}.jsonl", texts(*WORDS[n::2]))) for n in range(2)]
-    held = {
-        f"{split}_files": str(write_jsonl(tmp_path / f"{split}.jsonl", texts(f"{split} text")))
-        for split in ("validation", "test")
-    }
+def stream(*paths, kind="mlm", **keys):
+    task = TaskConfig(type=kind, train_files=tuple(map(str, paths)), **keys)
+    return file_stream(tuple(map(Path, paths)), task, key=KEY)
 
-    splits = load(task(train_files=tuple(train), **held), tmp_path / "cache")
+
+def texts_of(stream):
+    return [row["text"] for row in stream.read()]
+
+
+def test_validation_and_test_files_are_read_and_training_files_are_streamed(load, jsonl):
+    held = {f"{split}_files": jsonl(split, [f"{split} text"]) for split in ("validation", "test")}
+
+    splits = load(train_files=tuple(jsonl(f"{n}", WORDS[n::2]) for n in range(2)), **held)
 
     assert streamed(splits) == [*WORDS[0::2], *WORDS[1::2]]
     assert splits.validation["text"][:] == ["validation text"]
-    assert splits.test is not None
     assert splits.test["text"][:] == ["test text"]
     assert splits.metrics == ("perplexity",)
 
 
-def test_the_training_texts_are_not_copied_to_the_cache(tmp_path):
-    train = write_jsonl(tmp_path / "train.jsonl", texts("unmistakable") * 1000)
-    held = write_jsonl(tmp_path / "held.jsonl", texts("held"))
+def test_the_training_texts_are_not_copied_to_the_cache(tmp_path, jsonl):
+    files = {"train_files": jsonl("train", ["unmistakable"] * 1000)}
+    files["validation_files"] = jsonl("held", ["held"])
     cache = tmp_path / "cache"
     tokenizer = from_folder(save_tokenizer(tmp_path / "t", ["held"], kind="wordpiece"), "mlm")
-    given = task(train_files=str(train), validation_files=str(held))
+    given = TaskConfig(type="mlm", streaming=True, **files)
 
-    encoded = encode_splits(load(given, cache), tokenizer, given, cache_dir=cache)
+    splits = load_splits(given, seed=1, cache_dir=cache)
+    encoded = encode_splits(splits, tokenizer, given, cache_dir=cache)
 
-    files = [path for path in cache.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 10_000 < train.stat().st_size
-    assert not any(b"unmistakable" in path.read_bytes() for path in files)
+    contents = [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
+    assert sum(map(len, contents)) < 10_000
+    assert not any(b"unmistakable" in content for content in contents)
     assert len(encoded.train) == 0
     assert encoded.train.column_names == encoded.validation.column_names
     assert encoded.stream is not None
     assert encoded.tokens_per_row == 3  # of the validation rows
 
 
-def test_a_folder_has_its_own_validation_files(tmp_path):
-    write_jsonl(tmp_path / "d" / "train-00000-of-00002.jsonl", texts("a"))
-    write_jsonl(tmp_path / "d" / "train-00001-of-00002.jsonl", texts("b"))
-    write_jsonl(tmp_path / "d" / "validation.jsonl", texts("v"))
+def test_a_folder_has_its_own_validation_files(load, jsonl, tmp_path):
+    for number, word in enumerate("ab"):
+        jsonl(f"d/train-0000{number}-of-00002", [word])
+    jsonl("d/validation", ["v"])
 
-    splits = load(task(dataset=str(tmp_path / "d")), tmp_path / "cache")
+    splits = load(dataset=str(tmp_path / "d"))
 
     assert streamed(splits) == ["a", "b"]
     assert splits.validation["text"][:] == ["v"]
 
 
-def test_without_validation_texts_the_first_texts_are_held_out(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", texts("a", " ", "b", "a", "c", "d"))
-
-    splits = load(task(dataset=str(path), max_eval_examples=2), tmp_path / "cache")
+def test_without_validation_texts_the_first_texts_are_held_out(load, jsonl):
+    splits = load(dataset=jsonl("a", ["a", " ", "b", "a", "c", "d"]), max_eval_examples=2)
 
     assert splits.validation["text"][:] == ["a", "b"]
     assert streamed(splits) == ["c", "d"]  # not the second "a" either
 
 
-def test_without_validation_texts_and_without_a_number_the_run_is_refused(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", texts("a", "b"))
+def test_without_validation_texts_and_without_a_number_the_run_is_refused(load, jsonl):
+    path = jsonl("a", ["a", "b"])
 
     with pytest.raises(ConfigError, match=r"task.streaming: .*a.jsonl has no validation split, .*"):
-        load(task(dataset=str(path)), tmp_path / "cache")
+        load(dataset=path)
     with pytest.raises(DataError, match=r"task.max_eval_examples: 3 texts .*has 2 and no further"):
-        load(task(dataset=str(path), max_eval_examples=3), tmp_path / "cache")
+        load(dataset=path, max_eval_examples=3)
 
 
-def test_the_content_hash_names_the_files_the_columns_and_the_held_out_texts(tmp_path):
-    held = str(write_jsonl(tmp_path / "held.jsonl", [{"text": "v", "q": "w"}]))
-    path = tmp_path / "a.jsonl"
-
-    def content(rows: list[dict[str, str]], **keys: Any) -> str:
-        write_jsonl(path, rows)
-        return load(task(**keys), tmp_path / "cache").content_hash
-
+def test_the_content_hash_names_the_files_the_columns_and_the_held_out_texts(load, jsonl):
     rows = [{"text": "a", "q": "b"}] * 3
-    files = {"train_files": str(path), "validation_files": held}
-    plain = content(rows, **files)
-    assert plain == content(rows, **files)
+    more = [*rows, {"text": "c", "q": "d"}]
+    held = jsonl("held", [{"text": "v", "q": "w"}])
+
+    def content(rows, **keys):
+        path = jsonl("a", rows)
+        files = {"train_files": path, "validation_files": held}
+        return load(**({"dataset": path} if keys.pop("cut", False) else files), **keys).content_hash
+
+    plain = content(rows)
+    assert plain == content(rows)
     others = (
-        content([*rows, {"text": "c", "q": "d"}], **files),
-        content(rows, **files, text_columns=("q",)),
-        content(rows, **files, max_eval_examples=1),
-        content([*rows, {"text": "c", "q": "d"}], dataset=str(path), max_eval_examples=1),
+        content(more),
+        content(rows, text_columns=("q",)),
+        content(rows, max_eval_examples=1),
+        content(more, cut=True, max_eval_examples=1),
     )
     assert len({plain, *others}) == 5
 
 
-def test_a_tokenizer_is_not_trained_on_a_stream(tmp_path):
-    held = write_jsonl(tmp_path / "held.jsonl", texts("v"))
-    given = task(train_files=str(held.with_name("held.jsonl")), max_eval_examples=1)
-    write_jsonl(tmp_path / "held.jsonl", texts("v", "w"))
-    splits = load(given, tmp_path / "cache")
+def test_a_tokenizer_is_not_trained_on_a_stream(load, jsonl, tmp_path):
+    keys = {"train_files": jsonl("a", ["v", "w"]), "max_eval_examples": 1}
+    given = TaskConfig(type="mlm", streaming=True, **keys)
 
     with pytest.raises(DataError, match=r"task.tokenizer: not set, .*task.streaming is true"):
-        load_tokenizer(given, splits, model_folders=[], cache_dir=tmp_path / "cache")
+        load_tokenizer(given, load(**keys), model_folders=[], cache_dir=tmp_path / "cache")
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """A folder in the place of a data set of the Hub."""
+def hub(tmp_path, monkeypatch):
+    """Write a split of the only data set of the Hub."""
     folder = tmp_path / "hub"
     folder.mkdir()
+    original = datasets.load_dataset_builder
 
-    def builder(name: str, configuration: str | None) -> Any:
+    def builder(name, configuration):
         assert (name, configuration) == ("user/corpus", None)
         return original(str(folder), cache_dir=str(tmp_path / "datasets"))
 
-    original = datasets.load_dataset_builder
+    def write(split, words):
+        table = pa.table({"text": list(words), "url": [f"u{word}" for word in words]})
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
-    return folder
+    return write
 
 
-def write_split(hub: Path, split: str, words: str) -> None:
-    table = pa.table({"text": list(words), "url": [f"u{word}" for word in words]})
-    pq.write_table(table, hub / f"{split}-00000-of-00001.parquet")
+@pytest.mark.parametrize(
+    ("validation", "count", "held", "rest"),
+    [("vw", None, "vw", WORDS), ("vw", 1, "v", WORDS), (None, 3, WORDS[:3], WORDS[3:])],
+)
+def test_a_data_set_of_the_hub_is_streamed(load, hub, validation, count, held, rest):
+    hub("train", WORDS)
+    if validation:
+        hub("validation", validation)
+
+    splits, again = (load(dataset="user/corpus", max_eval_examples=count) for _ in range(2))
+
+    assert streamed(splits) == [*rest]
+    assert splits.validation["text"][:] == [*held]
+    assert splits.content_hash == again.content_hash
 
 
-@pytest.mark.parametrize(("count", "held"), [(None, "vw"), (1, "v")])
-def test_a_data_set_of_the_hub_is_streamed_with_its_own_validation_split(
-    hub, tmp_path, count, held
-):
-    write_split(hub, "train", WORDS)
-    write_split(hub, "validation", "vw")
-
-    given = task(dataset="user/corpus", max_eval_examples=count)
-    splits = load(given, tmp_path / "cache")
-
-    assert streamed(splits) == list(WORDS)
-    assert splits.validation["text"][:] == list(held)
-    assert splits.content_hash == load(given, tmp_path / "cache").content_hash
-
-
-def test_a_data_set_of_the_hub_without_a_validation_split_gives_its_first_texts(hub, tmp_path):
-    write_split(hub, "train", WORDS)
-
-    splits = load(task(dataset="user/corpus", max_eval_examples=3), tmp_path / "cache")
-
-    assert splits.validation["text"][:] == list(WORDS[:3])
-    assert streamed(splits) == list(WORDS[3:])
-
-
-def test_a_share_of_the_hub_resumes_where_it_was(hub, tmp_path):
-    write_split(hub, "train", WORDS)
-    splits = load(task(dataset="user/corpus", max_eval_examples=1), tmp_path / "cache")
-    assert splits.stream is not None
+def test_a_share_of_the_hub_resumes_where_it_was(load, hub):
+    hub("train", WORDS)
+    splits = load(dataset="user/corpus", max_eval_examples=1)
     share = splits.stream.share(1, 2)
     rows = iter(share)
     first = [next(rows)["text"] for _ in range(2)]
@@ -204,14 +201,19 @@ def test_a_share_of_the_hub_resumes_where_it_was(hub, tmp_path):
     assert first + rest == list(WORDS[1::2])
 
 
-def test_a_data_set_that_cannot_be_reached_is_named(monkeypatch, tmp_path):
-    def refuse(*_: Any) -> Any:
-        raise ConnectionError("no route\nto host")
+def refuse(error):
+    def raising(*_, **__):
+        raise error
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
+    return raising
+
+
+def test_a_data_set_that_cannot_be_reached_is_named(load, monkeypatch):
+    lost = refuse(ConnectionError("no route\nto host"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lost)
 
     with pytest.raises(DataError, match=r"the Hub cannot be reached .* user/corpus, .*no route"):
-        load(task(dataset="user/corpus"), tmp_path / "cache")
+        load(dataset="user/corpus")
 
 
 @pytest.mark.parametrize(
@@ -221,140 +223,86 @@ def test_a_data_set_that_cannot_be_reached_is_named(monkeypatch, tmp_path):
         (("text", "answer"), ['{"text": "x"}', '{"text": "x", "answer": null}', "no JSON"]),
     ],
 )
-@pytest.mark.parametrize("held", ["held.jsonl", None])
-def test_bad_documents_of_a_stream_are_named_or_left_out(tmp_path, caplog, held, columns, bad):
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_bad_documents_of_a_stream_are_named_or_left_out(
+    load, jsonl, tmp_path, caplog, is_cut, columns, bad
+):
     good = [json.dumps({"text": word, "answer": word}) for word in "abcd"]
-    train = tmp_path / "train.jsonl"
-    write_jsonl(tmp_path / "held.jsonl", [{"text": "v", "answer": "v"}])
-    given = task(
-        train_files=str(train),
-        validation_files=None if held is None else str(tmp_path / held),
-        max_eval_examples=1,
-        text_columns=columns,
-    )
+    train, held = tmp_path / "train.jsonl", jsonl("held", [{"text": "v", "answer": "v"}])
+    files = {"train_files": str(train), "validation_files": None if is_cut else held}
+    keys = {**files, "max_eval_examples": 1, "text_columns": columns}
     for line in bad:
         train.write_text("\n".join([*good[:2], line, *good[2:]]), encoding="utf-8")
         with pytest.raises(DataError, match=r"train\.jsonl, line 3"):
-            streamed(load(given, tmp_path / "cache"))
+            streamed(load(**keys))
 
     train.write_text("\n".join([bad[-1], *good[:2], *bad, *good[2:]]), encoding="utf-8")
     with pytest.raises(DataError, match=r"train\.jsonl, line 1"):
-        load(given, tmp_path / "cache")
+        load(**keys)
     caplog.clear()
-    splits = load(replace(given, bad_rows="drop"), tmp_path / "cache")
+    texts = streamed(load(**keys, bad_rows="drop"))
 
-    assert [text[0] for text in streamed(splits)] == [*"abcd"[held is None :]]
+    assert texts == [f"{word}\n{word}" if columns else word for word in "abcd"[is_cut:]]
     for number in (1, *range(4, 4 + len(bad))):
         assert f"a row is left out (task.bad_rows: drop): {train}, line {number}" in caplog.text
 
 
-def test_a_line_of_conversations_that_is_not_json_is_named_or_left_out(tmp_path):
-    rows = [json.dumps({"messages": asked("Hi", answer)}) for answer in "abc"]
-    train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
-    train.write_text("\n".join([rows[0], "no JSON", *rows[1:]]), encoding="utf-8")
-    held.write_text(rows[0], encoding="utf-8")
-    given = task(type="causal_lm", train_files=str(train), validation_files=str(held))
-
-    with pytest.raises(DataError, match=r"train\.jsonl, line 2 is not JSON"):
-        streamed(load(given, tmp_path / "cache"))
-    assert len(streamed(load(replace(given, bad_rows="drop"), tmp_path / "cache"))) == 3
-
-
-def test_a_bad_conversation_of_a_stream_is_named_or_left_out(tmp_path, caplog):
+@pytest.mark.parametrize(
+    "bad", ["no JSON", json.dumps({"messages": [{"role": "user", "content": "no answer"}]})]
+)
+def test_a_bad_conversation_of_a_stream_is_named_or_left_out(load, jsonl, tmp_path, caplog, bad):
     good = [{"messages": asked("Hi", answer)} for answer in "ab"]
-    bad = [good[0], {"messages": [{"role": "user", "content": "no answer"}]}, good[1]]
-    held = str(write_jsonl(tmp_path / "held.jsonl", good))
-    train = str(write_jsonl(tmp_path / "train.jsonl", bad))
-    given = task(type="causal_lm", train_files=train, validation_files=held)
+    train = tmp_path / "train.jsonl"
+    train.write_text("\n".join([json.dumps(good[0]), bad, json.dumps(good[1])]))
+    keys = {"train_files": str(train), "validation_files": jsonl("held", good)}
 
     with pytest.raises(DataError, match="line 2"):
-        streamed(load(given, tmp_path / "cache"))
+        streamed(load("causal_lm", **keys))
 
-    left = streamed(load(replace(given, bad_rows="drop"), tmp_path / "cache"))
-    assert len(left) == 2
+    assert len(streamed(load("causal_lm", **keys, bad_rows="drop"))) == 2
     assert "a row is left out (task.bad_rows: drop): " in caplog.text
 
 
 TEXTS = ["one, two", 'say "three"', "four", "  ", "five\nsix"]
-KEY = "task.train_files"
-
-
-def task_of(*paths: Path, **keys: Any) -> TaskConfig:
-    return TaskConfig(type="mlm", train_files=tuple(map(str, paths)), **keys)
-
-
-def stream(*paths: Path, **keys: Any) -> TextStream:
-    return file_stream(paths, task_of(*paths, **keys), key=KEY)
-
-
-def texts_of(streamed: TextStream) -> list[str]:
-    return [row["text"] for row in streamed.read()]
-
-
-def write(path: Path, texts: list[str]) -> Path:
-    """The texts in the format that the ending names."""
-    quoted = ['"{}"'.format(text.replace('"', '""')) for text in texts]
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table({"text": texts, "number": range(len(texts))}), path)
-    elif path.suffix == ".csv":
-        path.write_text("\n".join(["text", *quoted]) + "\n", encoding="utf-8")
-    elif path.suffix == ".tsv":
-        path.write_text("\n".join(["text", *texts[:3]]) + "\n", encoding="utf-8")
-    elif path.suffix == ".txt":
-        path.write_text("\n\n".join(text * 900 for text in texts), encoding="utf-8")
-    else:
-        write_jsonl(path, ({"text": text} for text in texts))
-    return path
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "ndjson", "csv", "tsv", "parquet", "txt"])
-def test_a_stream_has_the_texts_of_the_files_as_without_streaming(tmp_path, ending):
-    paths = [write(tmp_path / f"{n}.{ending}", TEXTS[n:]) for n in range(2)]
-    held = write_jsonl(tmp_path / "held.jsonl", [{"text": "held"}])
-    rows = local_rows(task_of(*paths, validation_files=str(held)), cache_dir=tmp_path / "cache")
+def test_a_stream_has_the_texts_of_the_files_as_without_streaming(
+    tmp_path, write_rows, jsonl, ending
+):
+    paths = [tmp_path / f"{n}.{ending}" for n in range(2)]
+    for number, path in enumerate(paths):
+        texts = TEXTS[number:3] if ending == "tsv" else TEXTS[number:]
+        if ending == "txt":
+            path.write_text("\n\n".join(text * 900 for text in texts), encoding="utf-8")
+        else:
+            write_rows(path, [(text, 7) for text in texts], header=("text", "number"))
+    files = {"train_files": tuple(map(str, paths)), "validation_files": jsonl("held", ["held"])}
+    rows = local_rows(TaskConfig(type="mlm", **files), cache_dir=tmp_path / "cache")
 
     assert texts_of(stream(*paths)) == rows.splits["train"]["text"][:]
     assert texts_of(stream(*paths))  # a second time
 
 
-def test_two_columns_make_one_document(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "why", "a": "so"}])
-
-    assert texts_of(stream(path, text_columns=("q", "a"))) == ["why\nso"]
-
-
-def test_only_the_beginning_of_a_jsonl_file_is_read_before_training(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\nthis is no JSON\n', encoding="utf-8")
-    made = stream(path)
-
-    with pytest.raises(DataError, match=r"a.jsonl, line 2 is not JSON"):
-        texts_of(made)
-
-
-def test_columns_of_conversations_may_begin_with_any_row(tmp_path):
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+def test_columns_of_conversations_may_begin_with_any_row(tmp_path, write_rows, jsonl):
+    chat = asked("Hi", "Hello")
     tools, options = [{"type": "function", "function": {"name": "add"}}], {"effort": "low"}
     rows = [{"messages": chat}] * 3 + [
         {"messages": chat, "tools": tools},
         {"chat_template_kwargs": options, "id": 7, "messages": chat},
     ]
-    bare, rich = (
-        write_jsonl(tmp_path / "0.jsonl", rows[:1]),
-        write_jsonl(tmp_path / "1.jsonl", rows),
+    columns = ("tools", "messages")
+    csv = [(json.dumps(tools), json.dumps(chat))]
+    paths = (
+        jsonl("0", rows[:1]),
+        jsonl("1", rows),
+        write_rows(tmp_path / "2.parquet", [(tools, chat)], header=columns),
+        write_rows(tmp_path / "3.csv", csv, header=columns),
     )
-    table = pa.table({"messages": [chat], "tools": [tools]})
-    pq.write_table(table, tmp_path / "2.parquet")
-    with (tmp_path / "3.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["tools", "messages"], [json.dumps(tools), json.dumps(chat)]])
-    paths = (bare, rich, tmp_path / "2.parquet", tmp_path / "3.csv")
-    given = TaskConfig(type="causal_lm", train_files=tuple(map(str, paths)))
 
-    found = [
-        Conversation.from_json(row[CONVERSATION])
-        for row in file_stream(paths, given, key=KEY).read()
-    ]
+    read = stream(*paths, kind="causal_lm").read()
 
+    found = [Conversation.from_json(row[CONVERSATION]) for row in read]
     plain = (None, {})
     expected = [*[plain] * 4, (tools, {}), (None, options), (tools, {}), (tools, {})]
     assert [(row.tools, row.options) for row in found] == expected
@@ -363,43 +311,33 @@ def test_columns_of_conversations_may_begin_with_any_row(tmp_path):
 @pytest.mark.parametrize(
     ("first", "later", "message"),
     [
-        (
-            {"prompt": "a"},
-            {"prompt": "b", "completion": "c"},
-            "from prompt and completion, .* prompt;",
-        ),
-        ({"text": "a"}, {"text": "b", "messages": []}, "from messages, but .* from text; give"),
-        ({"content": "a"}, {"content": "b", "text": "c"}, "from text, but .* from content; give"),
+        ({"prompt": "a"}, {"prompt": "b", "completion": "c"}, "prompt and completion, .* prompt;"),
+        ({"text": "a"}, {"text": "b", "messages": []}, "messages, but .* from text; give"),
+        ({"content": "a"}, {"content": "b", "text": "c"}, "text, but .* from content; give"),
     ],
 )
-def test_rows_that_would_be_read_otherwise_are_refused_not_cut(tmp_path, first, later, message):
-    one = write_jsonl(tmp_path / "a.jsonl", [first, first, later])
-    other = write_jsonl(tmp_path / "b.jsonl", [later])
+def test_rows_that_would_be_read_otherwise_are_refused_not_cut(
+    tmp_path, jsonl, first, later, message
+):
+    one, other = jsonl("a", [first, first, later]), jsonl("b", [later])
     pq.write_table(pa.Table.from_pylist([later]), tmp_path / "c.parquet")
-    given = TaskConfig(type="causal_lm", train_files=str(one))
 
-    with pytest.raises(DataError, match=f"a.jsonl, line 3 would be read {message}"):
-        list(file_stream([one], given, key=KEY).read())
+    with pytest.raises(DataError, match=f"a.jsonl, line 3 would be read from {message}"):
+        list(stream(one, kind="causal_lm").read())
     for path in (other, tmp_path / "c.parquet"):
-        with pytest.raises(DataError, match=f"{path.name} would be read {message}"):
-            file_stream([one, path], given, key=KEY)
+        with pytest.raises(DataError, match=f"/[bc].[a-z]+ would be read from {message}"):
+            stream(one, path, kind="causal_lm")
 
 
-def test_a_file_without_the_column_is_named_before_training(tmp_path):
-    paths = [
-        write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]),
-        write_jsonl(tmp_path / "b.jsonl", [{"body": "b"}]),
-    ]
-
+def test_a_file_without_the_column_is_named_before_training(jsonl):
     with pytest.raises(DataError, match=r"b.jsonl: column 'text' does not exist; .* are body"):
-        stream(*paths)
+        stream(jsonl("a", ["a"]), jsonl("b", [{"body": "b"}]))
 
 
-def test_files_without_rows_are_refused_only_if_all_are_empty(tmp_path):
-    empty, full = (tmp_path / "a.jsonl"), write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
-    empty.write_text("", encoding="utf-8")
+def test_files_without_rows_are_refused_only_if_all_are_empty(jsonl):
+    empty = jsonl("a", [])
 
-    assert texts_of(stream(empty, full)) == ["b"]
+    assert texts_of(stream(empty, jsonl("b", ["b"]))) == ["b"]
     with pytest.raises(DataError, match=r"task.train_files: .*a.jsonl has no rows"):
         stream(empty)
 
@@ -413,43 +351,38 @@ def test_a_json_file_is_refused_because_it_is_read_whole(tmp_path):
 
 
 def test_the_digest_reads_name_size_beginning_and_end(tmp_path):
-    path = tmp_path / "a.txt"
-    content = bytearray(b"x" * 300_000)
-
-    def digest(name: str = "a.txt", at: int | None = None, extra: bytes = b"") -> str:
-        changed = bytearray(content)
+    def digest(name="a.txt", at=None, size=300_000):
+        content = bytearray(b"x" * size)
         if at is not None:
-            changed[at] = ord("y")
-        path.write_bytes(changed + extra)
-        return sample_of(path.rename(tmp_path / name))
+            content[at] = ord("y")
+        (tmp_path / name).write_bytes(content)
+        return sample_of(tmp_path / name)
 
     plain = digest()
     assert plain == digest()
     assert plain == digest(at=150_000)  # the price of a digest that is cheap
-    assert len({plain, digest(at=3), digest(at=299_990), digest(extra=b"x"), digest("b.txt")}) == 5
+    assert len({plain, digest(at=3), digest(at=299_990), digest(size=300_001), digest("b")}) == 5
 
 
-def test_texts_that_are_held_out_are_left_out_wherever_they_stand(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ({"text": text} for text in "abacad"))
-    plain = stream(path)
+def test_texts_that_are_held_out_are_left_out_wherever_they_stand(jsonl):
+    plain = stream(jsonl("a", "abacad"))
     rest = dataclasses.replace(plain, held_out=frozenset([text_hash("a")]))
 
     assert texts_of(rest) == ["b", "c", "d"]
     assert [record.values["text"] for record in plain.first_rows(2).records()] == ["a", "b"]
 
 
-def test_each_rank_reads_only_its_own_files_if_their_number_is_a_multiple(tmp_path):
-    paths = [write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n}"}] * 3) for n in range(4)]
+def test_each_rank_reads_only_its_own_files_if_their_number_is_a_multiple(jsonl):
+    paths = [jsonl(f"{n}", [f"{n}"] * 3) for n in range(4)]
+
     shares = [{row["text"] for row in stream(*paths).share(rank, 2)} for rank in range(2)]
 
     assert shares == [{"0", "2"}, {"1", "3"}]
 
 
-def test_a_cache_of_datasets_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise PermissionError(13, "Permission denied", "datasets")
-
-    monkeypatch.setattr(IterableDataset, "from_generator", refuse)
+def test_a_cache_of_datasets_that_cannot_be_written_is_named(jsonl, monkeypatch):
+    error = PermissionError(13, "Permission denied", "datasets")
+    monkeypatch.setattr(IterableDataset, "from_generator", refuse(error))
 
     with pytest.raises(DataError, match=r"`datasets` cannot be used: .*set HF_DATASETS_CACHE"):
-        stream(write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]))
+        stream(jsonl("a", ["a"]))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,36 +18,23 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from megakd.config.task import TaskConfig
 from megakd.data.collation import Collator
 from megakd.data.encoding import Encoded, encode_splits
+from megakd.data.splits import Splits
 from megakd.data.token_tables import pack, windows
 from megakd.errors import DataError
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=40), max_size=12)
 
 
-class _PadTokenizer:
-    """As much of a tokenizer as a collator asks for."""
-
-    pad_token_id = 7
-
-
 def _collator(length: int) -> Collator:
     task = TaskConfig(type="causal_lm", dataset="none", max_length=length)
-    return Collator(_PadTokenizer(), task)
+    return Collator(SimpleNamespace(pad_token_id=7), task)
 
 
 def _llama(attention: str = "sdpa") -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attn_implementation=attention,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": attention}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False)).eval()
 
 
 def _rows(documents: list[list[int]], length: int) -> list[dict[str, list[int]]]:
@@ -59,25 +45,13 @@ def _rows(documents: list[list[int]], length: int) -> list[dict[str, list[int]]]
 
 
 @given(documents=DOCUMENTS, length=st.integers(1, 17))
-@settings(max_examples=150, deadline=None)
-def test_unpacking_gives_the_packed_documents_back(documents, length):
-    assert list(unpack(pack(documents, length))) == documents
+@settings(max_examples=150)
+def test_packed_rows_are_full_and_hold_the_documents_and_their_targets(documents, length):
+    rows = list(pack(documents, length))
 
-
-@given(documents=DOCUMENTS, length=st.integers(1, 17))
-@settings(max_examples=150, deadline=None)
-def test_every_row_but_the_last_is_full(documents, length):
-    lengths = [len(row.input_ids) for row in pack(documents, length)]
-
-    assert all(count == length for count in lengths[:-1])
-    assert sum(lengths) == sum(len(document) for document in documents)
-
-
-@given(documents=DOCUMENTS, length=st.integers(1, 17))
-@settings(max_examples=150, deadline=None)
-def test_every_token_but_the_first_of_a_document_is_a_target_once(documents, length):
-    targets = [label for row in pack(documents, length) for label in row.labels if label != -100]
-
+    assert list(unpack(rows)) == documents
+    assert all(len(row.input_ids) == length for row in rows[:-1])
+    targets = [label for row in rows for label in row.labels if label != -100]
     assert targets == [token for document in documents for token in document[1:]]
 
 
@@ -91,9 +65,10 @@ def test_positions_restart_at_every_document_and_every_row():
     assert (third.input_ids.tolist(), third.labels.tolist()) == ([7], [-100])
 
 
-def test_a_row_of_no_tokens_is_refused():
-    with pytest.raises(ValueError, match="at least 1 token, got length 0"):
-        list(pack([[1]], 0))
+@pytest.mark.parametrize("cut", [pack, windows])
+def test_rows_and_windows_without_room_are_refused(cut):
+    with pytest.raises(ValueError, match=r"at least 1 token, got (length|room) 0"):
+        list(cut([[1]], 0))
 
 
 # 19 + 9 tokens in rows of 16: a document that goes on in the next row, and a padded tail;
@@ -167,15 +142,6 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 TEXTS = ["a b c", "d", "e f g h i j k l m n", "", "o p"]
 
 
-class _Splits(NamedTuple):
-    train: Any
-    validation: Any
-    test: Any = None
-    content_hash: str = "content"
-    evaluation_sets: Any = MappingProxyType({})
-    stream: Any = None
-
-
 def _tokenizer(**roles: str) -> PreTrainedTokenizerFast:
     words = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz"]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=SPECIAL[1]))
@@ -193,7 +159,7 @@ def _task(max_length: int = 8) -> TaskConfig:
 
 def _encoded(tmp_path, tokenizer=None, **keys) -> Encoded:
     rows = Dataset.from_dict({"text": TEXTS})
-    splits: Any = _Splits(rows, rows)
+    splits = Splits(rows, rows, None, (), (), "content")
     return encode_splits(splits, tokenizer or _tokenizer(), _task(**keys), cache_dir=tmp_path)
 
 
@@ -206,11 +172,6 @@ def test_windows_lose_nothing_and_are_few_full_and_alike(ids, room):
     lengths = {len(window) for window in cut}
     assert max(lengths, default=0) - min(lengths, default=0) <= 1
     assert all(1 <= length <= room for length in lengths)
-
-
-def test_a_window_without_room_is_an_error():
-    with pytest.raises(ValueError, match="at least 1 token, got room 0"):
-        list(windows([1], 0))
 
 
 def test_a_text_for_mlm_is_cut_into_framed_windows_of_its_own(tmp_path):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from typing import Any, NamedTuple
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
+import sentencepiece
 from datasets import Dataset
 from other_process import said_elsewhere
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, RobertaConfig
 
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.data import tokenizers, vocabularies
-from megakd.data.tokenizers import has_tokenizer_files, load_tokenizer
+from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.errors import DataError
 
 SENTENCES = [
@@ -26,52 +28,50 @@ SENTENCES = [
 KINDS = ["wordpiece", "bpe", "unigram"]
 
 
-class _Splits(NamedTuple):
-    train: Any
-    content_hash: str = "content"
-    stream: Any = None
-
-
-def _splits(texts=SENTENCES, pairs=None) -> _Splits:
-    columns = {"text": list(texts) * 5} | ({"text_pair": list(pairs) * 5} if pairs else {})
-    return _Splits(Dataset.from_dict(columns))
-
-
-def _task(kind="classification", tokenizer=None) -> TaskConfig:
-    return TaskConfig(type=kind, dataset="none", tokenizer=tokenizer)
-
-
-def _recipe(kind, size=400) -> TokenizerConfig:
+def recipe(kind, size=400):
     return TokenizerConfig(type=kind, vocab_size=size)
 
 
-def _load(task, tmp_path, *, folders=(), splits=None):
-    splits = splits or _splits()
-    return load_tokenizer(task, splits, model_folders=folders, cache_dir=tmp_path / "cache")
+@pytest.fixture
+def load(tmp_path):
+    """Load the tokenizer of a task: of a recipe, of a folder, or of its models and texts."""
+
+    def load(tokenizer=None, task="classification", *, folders=(), texts=SENTENCES, **columns):
+        given = tokenizer if isinstance(tokenizer, TokenizerConfig | None) else str(tokenizer)
+        rows = Dataset.from_dict({"text": [*texts] * 5, **columns})
+        splits = SimpleNamespace(train=rows, content_hash="content", stream=None)
+        config = TaskConfig(type=task, dataset="none", tokenizer=given)
+        return load_tokenizer(config, splits, model_folders=folders, cache_dir=tmp_path / "cache")
+
+    return load
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder."""
+    (tmp_path / "bare").mkdir()
+    return tmp_path / "bare"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_encoder_tokenizer_frames_texts_and_pairs(tmp_path, kind):
-    tokenizer = _load(_task(tokenizer=_recipe(kind)), tmp_path)
+def test_a_trained_encoder_tokenizer_frames_texts_and_pairs(load, kind):
+    tokenizer = load(recipe(kind))
 
     single, pair = tokenizer("The student"), tokenizer("The student", "a letter")
 
     assert len(tokenizer) <= 400
-    assert [single["input_ids"][0], single["input_ids"][-1]] == [
-        tokenizer.cls_token_id,
-        tokenizer.sep_token_id,
-    ]
+    assert single["input_ids"][0] == tokenizer.cls_token_id
+    assert single["input_ids"][-1] == tokenizer.sep_token_id
     assert pair["input_ids"].count(tokenizer.sep_token_id) == 2
     assert set(pair["token_type_ids"]) == {0, 1}
     assert tokenizer.unk_token_id not in pair["input_ids"]
-    assert tokenizer.decode(single["input_ids"], skip_special_tokens=True).strip().lower() == (
-        "the student"
-    )
+    text = tokenizer.decode(single["input_ids"], skip_special_tokens=True)
+    assert text.strip().lower() == "the student"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_decoder_tokenizer_ends_texts_and_frames_nothing(tmp_path, kind):
-    tokenizer = _load(_task("causal_lm", _recipe(kind)), tmp_path)
+def test_a_trained_decoder_tokenizer_ends_texts_and_frames_nothing(load, kind):
+    tokenizer = load(recipe(kind), "causal_lm")
 
     ids = tokenizer("The student")["input_ids"]
 
@@ -81,73 +81,70 @@ def test_a_trained_decoder_tokenizer_ends_texts_and_frames_nothing(tmp_path, kin
     assert tokenizer.eos_token_id not in ids
 
 
-def test_byte_level_bpe_loses_nothing(tmp_path):
-    tokenizer = _load(_task("causal_lm", _recipe("bpe")), tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_tokenizer_has_a_mask_token_for_mlm(load, kind):
+    made = load(recipe(kind), "mlm")
+
+    assert made("the [MASK] reads")["input_ids"].count(made.mask_token_id) == 1
+
+
+def test_byte_level_bpe_loses_nothing(load):
+    tokenizer = load(recipe("bpe"), "causal_lm")
     text = "  Ünïcode \n\t and “quotes” 漢字 🙂 "
 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_what_texts_are_paired_with_is_trained_on_too(tmp_path):
-    splits = _splits(["aaa"] * 2, ["zyx zyx"] * 2)
-
-    tokenizer = _load(_task(tokenizer=_recipe("wordpiece")), tmp_path, splits=splits)
+def test_what_texts_are_paired_with_is_trained_on_too(load):
+    tokenizer = load(recipe("wordpiece"), texts=["aaa"] * 2, text_pair=["zyx zyx"] * 10)
 
     assert tokenizer.tokenize("zyx") == ["zyx"]
 
 
-def trained_backends(folder) -> str:
+def trained_backends(_) -> str:
     """All there is to know about one tokenizer of each kind."""
-    made = [_load(_task(tokenizer=_recipe(kind)), folder) for kind in KINDS]
+    made = [
+        vocabularies.train_tokenizer(
+            lambda: SENTENCES * 5, kind=kind, vocab_size=400, for_encoder=True
+        )
+        for kind in KINDS
+    ]
     return json.dumps([tokenizer.backend_tokenizer.to_str() for tokenizer in made])
 
 
 def test_the_same_text_gives_the_same_tokenizers_in_every_process(tmp_path):
-    elsewhere = said_elsewhere(__file__, "trained_backends", tmp_path / "there")
-
-    assert elsewhere == trained_backends(tmp_path / "here")
+    assert said_elsewhere(__file__, "trained_backends", tmp_path) == trained_backends(tmp_path)
 
 
-def test_a_trained_tokenizer_is_reused_and_trained_again_when_damaged(tmp_path, monkeypatch):
-    task = _task(tokenizer=_recipe("wordpiece"))
-    first = _load(task, tmp_path).get_vocab()
-    (folder,) = (tmp_path / "cache" / "tokenizers").iterdir()
+def test_a_trained_tokenizer_is_reused_and_trained_again_when_damaged(load, tmp_path, monkeypatch):
+    first = load(recipe("wordpiece")).get_vocab()
+    (kept,) = (tmp_path / "cache" / "tokenizers").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(tokenizers, "train_tokenizer", None)
-        assert _load(task, tmp_path).get_vocab() == first
+        assert load(recipe("wordpiece")).get_vocab() == first
 
-    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    (kept / "tokenizer.json").write_text("{", encoding="utf-8")
 
-    assert _load(task, tmp_path).get_vocab() == first
-
-
-def test_other_text_gets_another_tokenizer(tmp_path):
-    task = _task(tokenizer=_recipe("wordpiece"))
-    first = _load(task, tmp_path).get_vocab()
-
-    assert _load(task, tmp_path, splits=_splits(["quite other text"] * 4)).get_vocab() != first
+    assert load(recipe("wordpiece")).get_vocab() == first
+    assert load(recipe("wordpiece"), texts=["quite other text"]).get_vocab() != first
 
 
 @pytest.mark.parametrize(
-    ("kind", "model"), [("classification", "WordPiece"), ("mlm", "WordPiece"), ("causal_lm", "BPE")]
+    ("task", "model"), [("classification", "WordPiece"), ("mlm", "WordPiece"), ("causal_lm", "BPE")]
 )
-def test_without_any_tokenizer_one_is_trained_to_fit_the_task(tmp_path, kind, model):
-    empty = tmp_path / "model"
-    empty.mkdir()
-
-    tokenizer = _load(_task(kind), tmp_path, folders=[empty])
+def test_without_any_tokenizer_one_is_trained_to_fit_the_task(load, folder, task, model):
+    tokenizer = load(task=task, folders=[folder])
 
     assert type(tokenizer.backend_tokenizer.model).__name__ == model
     assert len(tokenizer) <= 8000
 
 
-def test_the_first_model_that_has_a_tokenizer_gives_it(tmp_path):
-    empty, teacher, student = (tmp_path / name for name in ("empty", "teacher", "student"))
-    empty.mkdir()
-    _load(_task(tokenizer=_recipe("wordpiece", 320)), tmp_path).save_pretrained(teacher)
-    _load(_task(tokenizer=_recipe("unigram", 310)), tmp_path).save_pretrained(student)
+def test_the_first_model_that_has_a_tokenizer_gives_it(load, folder, tmp_path):
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    load(recipe("wordpiece", 320)).save_pretrained(teacher)
+    load(recipe("unigram", 310)).save_pretrained(student)
 
-    tokenizer = _load(_task(), tmp_path, folders=[empty, teacher, student])
+    tokenizer = load(folders=[folder, teacher, student])
 
     assert type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece"
 
@@ -164,13 +161,13 @@ def test_the_first_model_that_has_a_tokenizer_gives_it(tmp_path):
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_tokenizer_beside_a_model_loads_with_transformers_alone(
-    tmp_path, config, task, kind
+    load, folder, config, task, kind
 ):
-    tokenizer = _load(_task(task, _recipe(kind)), tmp_path)
-    tokenizer.save_pretrained(tmp_path / "final")
-    config.save_pretrained(tmp_path / "final")
+    tokenizer = load(recipe(kind), task)
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
 
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "final")
+    loaded = AutoTokenizer.from_pretrained(folder)
 
     text = "The naïve Student, reads"
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
@@ -178,126 +175,96 @@ def test_a_trained_tokenizer_beside_a_model_loads_with_transformers_alone(
     assert loaded.special_tokens_map == tokenizer.special_tokens_map
 
 
-def test_a_bare_tokenizer_json_finds_its_special_tokens(tmp_path):
-    folder = tmp_path / "bare"
-    folder.mkdir()
-    trained = _load(_task(tokenizer=_recipe("wordpiece")), tmp_path)
+def test_a_bare_tokenizer_json_finds_its_special_tokens(load, folder):
+    trained = load(recipe("wordpiece"))
     trained.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
-    tokenizer = _load(_task(tokenizer=str(folder)), tmp_path)
+    tokenizer = load(folder)
 
     assert tokenizer("a letter")["input_ids"] == trained("a letter")["input_ids"]
     assert (tokenizer.pad_token, tokenizer.cls_token) == ("[PAD]", "[CLS]")
 
 
-def test_a_bare_bert_vocabulary_is_read(tmp_path):
-    folder = tmp_path / "bare"
-    folder.mkdir()
+def test_a_bare_bert_vocabulary_is_read(load, folder):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "teacher", "##s"]
     (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
 
-    tokenizer = _load(_task(tokenizer=str(folder)), tmp_path)
-
-    assert tokenizer("The teachers")["input_ids"] == [2, 5, 6, 7, 3]
+    assert load(folder)("The teachers")["input_ids"] == [2, 5, 6, 7, 3]
 
 
-def test_a_bare_gpt2_vocabulary_is_read(tmp_path):
-    folder = tmp_path / "bare"
-    folder.mkdir()
-    (folder / "vocab.json").write_text(
-        json.dumps({"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}), encoding="utf-8"
-    )
+def test_a_bare_gpt2_vocabulary_is_read(load, folder):
+    (folder / "vocab.json").write_text(json.dumps({"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}))
     (folder / "merges.txt").write_text("#version: 0.2\na b\n", encoding="utf-8")
 
-    tokenizer = _load(_task("causal_lm", str(folder)), tmp_path)
+    tokenizer = load(folder, "causal_lm")
 
     assert tokenizer("abb")["input_ids"] == [3, 2]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
 
 
-def test_a_tokenizer_without_a_mask_token_is_refused_for_mlm_alone(tmp_path):
-    folder = tmp_path / "maskless"
-    _load(_task(tokenizer=_recipe("wordpiece")), tmp_path).save_pretrained(folder)
+def test_a_tokenizer_without_a_mask_token_is_refused_for_mlm_alone(load, folder):
+    load(recipe("wordpiece")).save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
     kept = {k: v for k, v in json.loads(settings.read_text()).items() if k != "mask_token"}
     settings.write_text(json.dumps(kept))
 
-    assert _load(_task("classification", str(folder)), tmp_path).mask_token is None
-    for task, folders in ((_task("mlm", str(folder)), ()), (_task("mlm"), [folder])):
-        with pytest.raises(DataError, match=r"maskless.* has no mask token, which mlm puts in th"):
-            _load(task, tmp_path, folders=folders)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_tokenizer_has_a_mask_token_for_mlm(tmp_path, kind):
-    made = _load(_task("mlm", _recipe(kind)), tmp_path)
-    assert made("the [MASK] reads")["input_ids"].count(made.mask_token_id) == 1
+    assert load(folder).mask_token is None
+    for spec, folders in ((folder, ()), (None, [folder])):
+        with pytest.raises(DataError, match=r"bare.* has no mask token, which mlm puts in th"):
+            load(spec, "mlm", folders=folders)
 
 
 @pytest.mark.parametrize("spec", ["./nowhere", "/no/where", "some/where/else"])
-def test_a_folder_that_is_not_there_is_named(tmp_path, spec):
+def test_a_folder_that_is_not_there_is_named(load, spec):
     with pytest.raises(DataError, match=f'task.tokenizer "{spec}": the folder does not exist'):
-        _load(_task(tokenizer=spec), tmp_path)
+        load(spec)
 
 
-def test_a_folder_without_tokenizer_files_says_what_was_looked_for(tmp_path):
-    with pytest.raises(
-        DataError, match=r"has no tokenizer files; the folder must hold tokenizer\.json, v"
-    ):
-        _load(_task(tokenizer=str(tmp_path)), tmp_path)
+def test_a_folder_without_tokenizer_files_says_what_was_looked_for(load, folder):
+    message = r"has no tokenizer files; the folder must hold tokenizer\.json, v"
+    with pytest.raises(DataError, match=message):
+        load(folder)
 
 
-def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
-    file = tmp_path / "tokenizer.json"
-    file.write_text("{}", encoding="utf-8")
+def test_a_file_instead_of_a_folder_is_an_error(load, folder):
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
 
     with pytest.raises(DataError, match="is a file; give the folder that holds it"):
-        _load(_task(tokenizer=str(file)), tmp_path)
+        load(folder / "tokenizer.json")
 
 
 # Empty objects and cut files fail in different places of transformers and tokenizers.
 @pytest.mark.parametrize("content", ["{", "{}", '{"model": {"type": "WordPiece", "vocab": 3}}'])
 @pytest.mark.parametrize("beside", [None, "tokenizer_config.json", "config.json"])
-def test_a_broken_tokenizer_file_is_named(tmp_path, content, beside):
-    folder = tmp_path / "broken"
-    folder.mkdir()
+def test_a_broken_tokenizer_file_is_named_and_not_passed_over(load, folder, content, beside):
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     if beside:
         (folder / beside).write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")
 
-    with pytest.raises(DataError, match=r"the tokenizer files in .*broken cannot be read"):
-        _load(_task(tokenizer=str(folder)), tmp_path)
+    for spec, folders in ((folder, ()), (None, [folder])):
+        with pytest.raises(DataError, match=r"the tokenizer files in .*bare cannot be read"):
+            load(spec, folders=folders)
 
 
-def test_a_broken_tokenizer_of_a_model_is_not_passed_over(tmp_path):
-    folder = tmp_path / "teacher"
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
-
-    with pytest.raises(DataError, match=r"the tokenizer files in .*teacher cannot be read"):
-        _load(_task(), tmp_path, folders=[folder])
-
-
-def test_a_hub_id_without_a_network_is_explained(tmp_path, monkeypatch):
+def test_a_hub_id_without_a_network_is_explained(load, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    with pytest.raises(
-        DataError, match=r'"no-one/nothing" is not a local folder and cannot be loaded'
-    ):
-        _load(_task(tokenizer="no-one/nothing"), tmp_path)
+    message = r'"no-one/nothing" is not a local folder and cannot be loaded'
+    with pytest.raises(DataError, match=message):
+        load("no-one/nothing")
 
 
-def test_text_too_varied_for_the_vocabulary_is_an_error(tmp_path):
-    varied = _splits([" ".join(chr(0x4E00 + n) for n in range(600))])
+def test_text_too_varied_for_the_vocabulary_is_an_error(load):
+    varied = [" ".join(chr(0x4E00 + n) for n in range(600))]
 
     with pytest.raises(DataError, match=r"a unigram tokenizer of .* cannot be trained"):
-        _load(_task(tokenizer=_recipe("unigram", 300)), tmp_path, splits=varied)
+        load(recipe("unigram", 300), texts=varied)
 
 
-def test_a_wordpiece_of_varied_text_keeps_to_its_size(tmp_path):
-    varied = _splits(["".join(chr(0x400 + n) for n in range(200)), *SENTENCES])
+def test_a_wordpiece_of_varied_text_keeps_to_its_size(load):
+    varied = ["".join(chr(0x400 + n) for n in range(200)), *SENTENCES]
 
-    tokenizer = _load(_task(tokenizer=_recipe("wordpiece", 300)), tmp_path, splits=varied)
+    tokenizer = load(recipe("wordpiece", 300), texts=varied)
 
     assert len(tokenizer) <= 300
     assert tokenizer.unk_token_id not in tokenizer("the student")["input_ids"]
@@ -312,15 +279,14 @@ def test_a_wordpiece_of_varied_text_keeps_to_its_size(tmp_path):
         ("albert", 30000, [2, 5839, 121, 13, 16550, 3]),
     ],
 )
-def test_published_vocabularies_are_read(tmp_path, shared_data, name, size, ids):
-    folder = shared_data / "tokenizers" / name
-    if not folder.is_dir():
+def test_published_vocabularies_are_read(load, shared_data, name, size, ids):
+    published = shared_data / "tokenizers" / name
+    if not published.is_dir():
         pytest.skip(f"needs {name} in ../shared/data/tokenizers")
-    kind = "causal_lm" if name == "gpt2" else "classification"
 
-    tokenizer = _load(_task(kind, str(folder)), tmp_path)
+    tokenizer = load(published, "causal_lm" if name == "gpt2" else "classification")
 
-    assert has_tokenizer_files(folder)
+    assert has_tokenizer_files(published)
     assert len(tokenizer) == size
     assert tokenizer("Hello world")["input_ids"] == ids
 
@@ -349,3 +315,68 @@ def test_a_text_without_spaces_is_not_lost_to_a_trained_unigram():
     )
 
     assert {"東", "京", "大", "阪"} <= set("".join(tokenizer.get_vocab()))
+
+
+def write_sentencepiece(path, kind="unigram", **options):
+    """Train a SentencePiece model, and return it as SentencePiece reads it."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "anything.model"])
+def test_a_bare_sentencepiece_model_is_read_as_sentencepiece_reads_it(load, folder, kind, name):
+    reference = write_sentencepiece(folder / name, kind)
+
+    tokenizer = load(folder, "causal_lm")
+
+    text = "The  naïve student reads letters."
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
+    assert len(tokenizer) == len(reference)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
+
+
+def test_a_sentencepiece_model_frames_texts_for_an_encoder(load, folder):
+    write_sentencepiece(folder / "a.model", pad_id=3)
+
+    tokenizer = load(folder)
+
+    assert tokenizer("")["input_ids"] == [1, 2]
+    assert tokenizer.pad_token_id == 3
+
+
+# With its config transformers' own class reads it, which adds T5's sentinels.
+@pytest.mark.parametrize(("model_type", "extra"), [(None, 0), ("t5", 100), ("mt5", 100)])
+def test_a_sentencepiece_model_of_t5_ends_every_text(load, folder, tmp_path, model_type, extra):
+    roles = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    reference = write_sentencepiece(folder / "spiece.model", **roles)
+    if model_type is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+    tokenizer = load(folder)
+
+    one, two = reference.encode(["the student", "reads"])
+    assert tokenizer("the student", "reads")["input_ids"] == [*one, 1, *two, 1]
+    assert tokenizer.pad_token_id == 0
+    assert len(tokenizer) == len(reference) + extra
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert from_folder(tmp_path / "again", "classification")("reads")["input_ids"] == [*two, 1]
+
+
+def test_an_encoder_needs_a_pad_token_and_a_decoder_does_not(load, folder):
+    write_sentencepiece(folder / "a.model", bos_id=-1, eos_id=-1)
+
+    with pytest.raises(DataError, match="has no pad token, which classification needs"):
+        load(folder)
+    assert load(folder, "causal_lm").pad_token is None
