@@ -122,17 +122,6 @@ def test_a_prompt_that_fills_the_row_is_not_the_prompt_of_the_row(tmp_path, more
     assert row["prompt_length"] == len(prompts if answer == "Hello" else before)
 
 
-def test_labels_are_the_next_tokens(tmp_path):
-    rows = Data(tmp_path, chats(("Hi", "abc"), ("Hi", "x" * 60))).encoded().train
-
-    assert rows.column_names == ["input_ids", "labels", "prompt_length"]
-    for row in rows:
-        pairs = zip(row["input_ids"][1:], row["labels"][:-1], strict=True)
-        assert all(label in (IGNORE, token) for token, label in pairs)
-        assert row["labels"][-1] == IGNORE
-        assert row["labels"][row["prompt_length"] - 1] == row["input_ids"][row["prompt_length"]]
-
-
 def test_a_split_without_a_row_to_learn_from_is_refused_with_the_reasons(tmp_path):
     with pytest.raises(DataError, match=r"2 have a prompt that fills task\.max_length \(64\)"):
         Data(tmp_path, chats(("y" * 60, "a"), ("z" * 60, "b"))).encoded()

@@ -15,19 +15,14 @@ from megakd.data.chat.conversations import Conversation
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.errors import DataError
 
+# The beginning of a turn, its end and what follows, the name of who answers, and the first token.
+CHATML = ("<|im_start|>{}\n", "<|im_end|>", "\n", "assistant", "")
+GEMMA = ("<start_of_turn>{}\n", "<end_of_turn>", "\n", "model", "<bos>")
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 TURNS = {
-    "qwen3": ("<|im_start|>{}\n", "<|im_end|>", "\n", "assistant", ""),
-    "chatml": ("<|im_start|>{}\n", "<|im_end|>", "\n", "assistant", ""),
-    "marks": ("<|im_start|>{}\n", "<|im_end|>", "\n", "assistant", ""),
-    "llama3": (
-        "<|start_header_id|>{}<|end_header_id|>\n\n",
-        "<|eot_id|>",
-        "",
-        "assistant",
-        "<|begin_of_text|>",
-    ),
-    "gemma": ("<start_of_turn>{}\n", "<end_of_turn>", "\n", "model", "<bos>"),
-    "gemma3": ("<start_of_turn>{}\n", "<end_of_turn>", "\n", "model", "<bos>"),
+    **dict.fromkeys(("qwen3", "chatml", "marks"), CHATML),
+    "llama3": (HEADER, "<|eot_id|>", "", "assistant", "<|begin_of_text|>"),
+    **dict.fromkeys(("gemma", "gemma3"), GEMMA),
 }
 
 
@@ -43,6 +38,15 @@ def parts_of(family: str, *contents: str) -> list[tuple[str, bool]]:
         else:
             text += header.format("user") + content + end + after
     return [*parts, (text, False)] if text else parts
+
+
+def plain(row):
+    return row.input_ids.tolist(), row.labels.tolist(), row.prompt_length
+
+
+def learned(tokenizer, row):
+    """The text of all targets."""
+    return tokenizer.decode(row.labels[row.labels != IGNORE].tolist())
 
 
 @pytest.mark.parametrize("merges", [False, True])
@@ -64,65 +68,57 @@ TEXTS = st.text(
 ).filter(lambda text: bool(text.strip()))
 
 
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
-def test_a_template_with_marks_gives_the_rows_of_the_prefixes(turns):
-    conversation = chat(asked(*(text for turn in turns for text in turn)))
-
-    rows = [encoded(chat_tokenizer(f), conversation) for f in ("chatml", "marks")]
-
-    assert rows[0].input_ids.tolist() == rows[1].input_ids.tolist()
-    assert rows[0].labels.tolist() == rows[1].labels.tolist()
-    assert rows[0].prompt_length == rows[1].prompt_length
+CONVERSATIONS = st.lists(TEXTS, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0)
 
 
-@given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), st.sampled_from(sorted(TURNS)))
-def test_a_prompt_is_what_a_generator_continues(turns, family):
+@given(CONVERSATIONS)
+def test_a_template_with_marks_gives_the_rows_of_the_prefixes(texts):
+    one, other = (encoded(chat_tokenizer(f), chat(asked(*texts))) for f in ("chatml", "marks"))
+
+    assert plain(one) == plain(other)
+
+
+@given(CONVERSATIONS, st.sampled_from(sorted(TURNS)))
+def test_a_prompt_is_what_a_generator_continues(texts, family):
     """The first tokens of the row are the tokens of the prompt alone, and the answer follows."""
     tokenizer = chat_tokenizer(family)
-    messages = asked(*(text for turn in turns for text in turn))
+    messages = asked(*texts)
 
     row = encoded(tokenizer, chat(messages), train_on="last")
 
     alone = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
     assert row.input_ids[: row.prompt_length].tolist() == alone["input_ids"]
     assert (row.labels[: row.prompt_length - 1] == IGNORE).all()
-    said = row.labels[row.prompt_length - 1 :]
-    text = tokenizer.decode(said[said != IGNORE].tolist())
-    assert text.endswith(FAMILIES[family].end)
-    assert messages[-1]["content"].strip() in text
+    answer = learned(tokenizer, row)
+    assert answer.endswith(FAMILIES[family].end)
+    assert texts[-1].strip() in answer
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(row.input_ids.tolist()) == whole
 
 
-def test_qwen3_without_reasoning_learns_the_empty_thinking_of_its_template():
+NO_THINKING = {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("of_row", "of_task", "is_learned"),
+    [
+        ({}, {}, True),
+        ({"options": NO_THINKING}, {}, False),
+        ({}, {"chat_template_kwargs": NO_THINKING}, False),
+    ],
+    ids=["default", "by row", "by task"],
+)
+def test_the_empty_thinking_of_qwen3_is_learned_unless_the_prompt_has_it(
+    of_row, of_task, is_learned
+):
     tokenizer = chat_tokenizer("qwen3")
 
-    row = encoded(tokenizer, chat(asked("Hi", "Hello")))
+    row = encoded(tokenizer, chat(asked("Hi", "Hello"), **of_row), **of_task)
 
-    assert_row(
-        row,
-        tokenizer,
-        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", False),
-        ("<think>\n\n</think>\n\nHello<|im_end|>", True),
-        ("\n", False),
-    )
-
-
-@pytest.mark.parametrize("by_row", [False, True])
-def test_without_thinking_the_empty_thinking_belongs_to_the_prompt(by_row):
-    tokenizer, options = chat_tokenizer("qwen3"), {"enable_thinking": False}
-    own = {"options": options} if by_row else {}
-    keys = {} if by_row else {"chat_template_kwargs": options}
-
-    row = encoded(tokenizer, chat(asked("Hi", "Hello"), **own), **keys)
-
-    assert_row(
-        row,
-        tokenizer,
-        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", False),
-        ("Hello<|im_end|>", True),
-        ("\n", False),
-    )
+    prompt, answer = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello<|im_end|>"
+    thinking = "<think>\n\n</think>\n\n"
+    parts = (prompt, thinking + answer) if is_learned else (prompt + thinking, answer)
+    assert_row(row, tokenizer, (parts[0], False), (parts[1], True), ("\n", False))
 
 
 def test_tools_and_reasoning_of_an_answer_count():
@@ -169,10 +165,7 @@ def test_reasoning_is_stripped_on_request(answer):
     stripped = encoded(tokenizer, chat(messages), reasoning="strip")
 
     assert "Hm." in tokenizer.decode(kept.input_ids.tolist())
-    assert (
-        stripped.input_ids.tolist()
-        == encoded(tokenizer, chat(asked("Hi", "Hello"))).input_ids.tolist()
-    )
+    assert plain(stripped) == plain(encoded(tokenizer, chat(asked("Hi", "Hello"))))
 
 
 def test_a_template_that_rewrites_earlier_answers_is_refused_with_the_row_and_the_key():
@@ -185,36 +178,45 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_with_the_row_and_th
 
     for words in ("row 1", "answer 2", "<think>", "'Hello", "task.train_on: last"):
         assert words in str(caught.value)
-    said = row.labels[row.labels != IGNORE].tolist()
-    assert tokenizer.decode(said) == "<think>\n\n</think>\n\nSee you<|im_end|>"
+    assert learned(tokenizer, row) == "<think>\n\n</think>\n\nSee you<|im_end|>"
 
 
-def test_reasoning_against_enable_thinking_false_is_refused():
-    tokenizer = chat_tokenizer("qwen3")
-    conversation = chat(asked("Hi", "<think>\nHm.\n</think>\n\nHello"))
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "4"}
+FOUR = {"role": "assistant", "content": "It is 4."}
+ROUND = [*asked("2 + 2?"), CALLING, RESULT, FOUR]
+LOST = "leaves out a call of the tool 'add'"
+# The family, the messages, what the message says, and the keys of the task.
+REFUSED = {
+    "system": ("gemma", asked("Hi", "Hello", system="Be kind"), "system.*System role not su", {}),
+    "turns": ("gemma", [*asked("Hi"), *asked("Hi", "Hello")], "user, user.*must alternate", {}),
+    "developer": (
+        "qwen3",
+        [{"role": "developer", "content": "Be kind"}, *asked("Hi", "Hello")],
+        "developer.*leaves out|leaves out.*developer",
+        {},
+    ),
+    "thinking": (
+        "qwen3",
+        asked("Hi", "<think>\nHm.\n</think>\n\nHello"),
+        r"task\.chat_template_kwargs and task\.reasoning",
+        {"chat_template_kwargs": NO_THINKING},
+    ),
+    # The answer would be learned, or read, as an empty answer.
+    **{
+        f"call, {family}, {train_on}": (family, ROUND, LOST, {"train_on": train_on})
+        for family in ("chatml", "marks", "llama3")
+        for train_on in ("all", "last")
+    },
+    # The name of the tool stands elsewhere in the text.
+    "call": ("chatml", [*asked("Please add 2 and 2"), CALLING], LOST, {}),
+}
 
-    with pytest.raises(DataError, match=r"task\.chat_template_kwargs and task\.reasoning"):
-        encoded(tokenizer, conversation, chat_template_kwargs={"enable_thinking": False})
 
-
-@pytest.mark.parametrize(
-    ("family", "messages", "words"),
-    [
-        ("gemma", asked("Hi", "Hello", system="Be kind"), ("System role not supported", "system")),
-        ("gemma", [*asked("Hi"), *asked("Hi", "Hello")], ("must alternate", "user, user")),
-        (
-            "qwen3",
-            [{"role": "developer", "content": "Be kind"}, *asked("Hi", "Hello")],
-            ("developer", "leaves out"),
-        ),
-    ],
-)
-def test_a_role_that_the_template_does_not_know_is_refused(family, messages, words):
-    with pytest.raises(DataError) as caught:
-        encoded(chat_tokenizer(family), chat(messages))
-
-    for word in ("row 1", *words):
-        assert word in str(caught.value)
+@pytest.mark.parametrize(("family", "messages", "said", "keys"), REFUSED.values(), ids=REFUSED)
+def test_what_a_template_cannot_write_is_refused_with_the_row(family, messages, said, keys):
+    with pytest.raises(DataError, match=rf"(?s)row 1.*({said})"):
+        encoded(chat_tokenizer(family), chat(messages, tools=[ADD]), **keys)
 
 
 def test_plain_texts_are_concatenated_and_end_with_the_end_token():
@@ -273,7 +275,7 @@ def test_only_answers_of_the_completion_count():
 
     row = encoded(tokenizer, conversation)
 
-    assert tokenizer.decode(row.labels[row.labels != IGNORE].tolist()) == "See you<|im_end|>"
+    assert learned(tokenizer, row) == "See you<|im_end|>"
     assert encoded(chat_tokenizer("marks"), conversation).labels.tolist() == row.labels.tolist()
 
 
@@ -295,8 +297,7 @@ def test_a_line_break_that_ends_an_answer_without_an_end_token_counts():
 
     row = encoded(tokenizer, chat(asked("Hi", "Hello", "Bye", "See you")))
 
-    said = row.labels[row.labels != IGNORE].tolist()
-    assert tokenizer.decode(said) == "Hello\nSee you\n"
+    assert learned(tokenizer, row) == "Hello\nSee you\n"
 
 
 def test_a_document_loses_no_target():
@@ -318,8 +319,6 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_key():
         encoded(tokenizer, chat(asked("Hi", "Hello")))
 
 
-CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-RESULT = {"role": "tool", "content": "4"}
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 
 
@@ -362,17 +361,11 @@ def test_llama_writes_a_system_message_with_a_date_that_is_always_the_same(syste
 
 def test_a_call_of_llama_counts_and_its_result_does_not():
     tokenizer = chat_tokenizer("llama32")
-    messages = [*asked("2 + 2?"), CALLING, RESULT, {"role": "assistant", "content": "It is 4."}]
 
-    row = encoded(tokenizer, chat(messages, tools=[ADD]))
+    row = encoded(tokenizer, chat(ROUND, tools=[ADD]))
 
-    beginning = tokenizer.apply_chat_template(
-        messages[:1],
-        tools=[ADD],
-        tokenize=False,
-        add_generation_prompt=True,
-        date_string="26 Jul 2024",
-    )
+    options = {"tools": [ADD], "add_generation_prompt": True, "date_string": "26 Jul 2024"}
+    beginning = tokenizer.apply_chat_template(ROUND[:1], tokenize=False, **options)
     result = llama("ipython", '"4"') + "<|start_header_id|>assistant<|end_header_id|>\n\n"
     assert_row(
         row,
@@ -382,23 +375,6 @@ def test_a_call_of_llama_counts_and_its_result_does_not():
         (result, False),
         ("It is 4.<|eot_id|>", True),
     )
-
-
-@pytest.mark.parametrize("train_on", ["all", "last"])
-@pytest.mark.parametrize("family", ["chatml", "marks", "llama3"])
-def test_a_template_that_leaves_out_calls_is_refused_with_the_row_and_the_tool(family, train_on):
-    """The answer would be learned, or read, as an empty answer."""
-    messages = [*asked("2 + 2?"), CALLING, RESULT, {"role": "assistant", "content": "It is 4."}]
-
-    with pytest.raises(DataError, match=r"row 1: .* leaves out a call of the tool 'add'"):
-        encoded(chat_tokenizer(family), chat(messages, tools=[ADD]), train_on=train_on)
-
-
-def test_the_name_of_a_tool_elsewhere_in_the_text_does_not_hide_a_lost_call():
-    messages = [*asked("Please add 2 and 2"), CALLING]
-
-    with pytest.raises(DataError, match="leaves out a call of the tool 'add'"):
-        encoded(chat_tokenizer("chatml"), chat(messages))
 
 
 @pytest.mark.parametrize(("family", "line"), [("phi3", "\n"), ("phi4_mini", "")])
@@ -430,7 +406,7 @@ def test_calls_of_deepseek_have_their_arguments_as_json_text(arguments, content)
     tokenizer = chat_tokenizer("deepseek")
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
     calling = {"role": "assistant", "content": content, "tool_calls": [call, call]}
-    messages = [*asked("2 + 2?"), calling, RESULT, {"role": "assistant", "content": "It is 4."}]
+    messages = [*asked("2 + 2?"), calling, RESULT, FOUR]
 
     row = encoded(tokenizer, chat(messages))
 

@@ -1,15 +1,15 @@
+"""The corpus of docstrings: what is read, what is masked, and how it is split."""
+
 from __future__ import annotations
 
 import logging
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_process import said_elsewhere
 
 from megakd.config.task import TaskConfig
 from megakd.data import pydocs
@@ -25,8 +25,7 @@ from megakd.data.pydocs import (
     source_roots,
     split_of,
 )
-from megakd.data.splits import load_splits
-from megakd.errors import ConfigError, DataError
+from megakd.errors import DataError
 
 CLASSIFICATION = TaskConfig(type="classification", dataset="pydocs")
 TEXT = TaskConfig(type="causal_lm", dataset="pydocs")
@@ -52,6 +51,12 @@ def write_packages(root: Path, counts: dict[str, int]) -> Path:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return write_packages(tmp_path / "site-packages", {"torch": 150, "sympy": 90, "other": 40})
+
+
+@pytest.fixture
+def rows_of(root, tmp_path):
+    """Read the rows of a task from the packages of the test."""
+    return lambda task: pydocs_rows(task, cache_dir=tmp_path / "cache", roots=[root])
 
 
 def docstrings_of(root: Path) -> list[tuple[str, str]]:
@@ -85,14 +90,8 @@ except ValueError:
 
     texts = [text for _, text in docstrings_of(tmp_path)]
 
-    assert texts == [
-        "Module.",
-        "Class\nindented.",
-        "Method.",
-        "Inner.",
-        "Conditional.",
-        "In a handler.",
-    ]
+    found = ["Module.", "Class\nindented.", "Method.", "Inner.", "Conditional.", "In a handler."]
+    assert texts == found
 
 
 def test_files_that_are_no_python_are_counted_and_left_out(tmp_path):
@@ -196,8 +195,8 @@ def test_case_and_punctuation_do_not_move_a_text_to_another_split(text, view):
     assert split_of(text, view) == split_of(f" {text.upper()}!", view)
 
 
-def test_the_classification_view_names_its_classes(root, tmp_path):
-    found = pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
+def test_the_classification_view_names_its_classes(rows_of):
+    found = rows_of(CLASSIFICATION)
 
     assert found.label_names == ("torch", "sympy")
     assert found.metrics == ("accuracy",)
@@ -209,10 +208,10 @@ def test_the_classification_view_names_its_classes(root, tmp_path):
         assert ("hcrot" in row["text"]) == (row["label"] == 0)
 
 
-def test_the_text_view_has_every_docstring_once(root, tmp_path):
+def test_the_text_view_has_every_docstring_once(rows_of, root):
     (root / "other" / "copy.py").write_text((root / "other" / "__init__.py").read_text())
 
-    found = pydocs_rows(TEXT, cache_dir=tmp_path / "cache", roots=[root])
+    found = rows_of(TEXT)
 
     texts = [text for rows in found.splits.values() for text in rows["text"]]
     assert len(texts) == len(set(texts)) == 150 + 90 + 40 + 3
@@ -220,9 +219,9 @@ def test_the_text_view_has_every_docstring_once(root, tmp_path):
     assert found.splits["train"].column_names == ["text"]
 
 
-def test_missing_packages_are_warned_about_and_leave_the_classes(root, tmp_path, caplog):
+def test_missing_packages_are_warned_about_and_leave_the_classes(rows_of, caplog):
     with caplog.at_level(logging.WARNING):
-        pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
+        rows_of(CLASSIFICATION)
 
     assert "pydocs: transformers, pandas, networkx" in caplog.text
     assert "tkinter" in caplog.text
@@ -235,66 +234,29 @@ def test_fewer_than_two_packages_are_refused(tmp_path):
         pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
 
 
-def test_the_corpus_is_built_once_and_anew_when_a_module_changes(root, tmp_path, monkeypatch):
+def test_the_corpus_is_built_once_and_anew_when_a_module_changes(rows_of, root, monkeypatch):
     calls = []
     read = pydocs.read_docstrings
     monkeypatch.setattr(pydocs, "read_docstrings", lambda files: calls.append(1) or read(files))
 
-    hashes = [
-        pydocs_rows(task, cache_dir=tmp_path / "cache", roots=[root]).source_hash
-        for task in (CLASSIFICATION, TEXT, CLASSIFICATION)
-    ]
+    hashes = [rows_of(task).source_hash for task in (CLASSIFICATION, TEXT, CLASSIFICATION)]
     (root / "torch" / "new.py").write_text('"""Return something that is new here."""')
-    fresh = pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root]).source_hash
+    fresh = rows_of(CLASSIFICATION).source_hash
 
     assert len(calls) == 2
     assert hashes[0] == hashes[2] != hashes[1]
     assert fresh != hashes[0]
 
 
+def hash_of(root: Path) -> str:
+    task = TaskConfig(type="classification", dataset="pydocs")
+    return pydocs_rows(task, cache_dir=root.with_name("cache"), roots=[root]).source_hash
+
+
 def test_neither_hash_seed_nor_place_changes_the_rows(root, tmp_path):
-    program = (
-        "import sys; from pathlib import Path; from megakd.config.task import TaskConfig\n"
-        "from megakd.data.pydocs import pydocs_rows\n"
-        "task = TaskConfig(type='classification', dataset='pydocs')\n"
-        "root, cache = map(Path, sys.argv[1:])\n"
-        "print(pydocs_rows(task, cache_dir=cache, roots=[root]).source_hash)"
-    )
-    moved = tmp_path / "moved"
-    write_packages(moved, {"other": 40, "sympy": 90, "torch": 150})
+    moved = write_packages(tmp_path / "moved" / "there", {"other": 40, "sympy": 90, "torch": 150})
 
-    hashes = [
-        subprocess.run(
-            [sys.executable, "-c", program, str(place), str(tmp_path / f"cache{seed}")],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            cwd=Path(pydocs.__file__).parents[2],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for seed, place in (("0", root), ("1", moved))
-    ]
-
-    assert hashes[0] == hashes[1] != ""
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (
-            {"type": "regression"},
-            r"task\.type: task\.dataset pydocs supports classification, mlm, causal_lm \(got "
-            r"regression\)",
-        ),
-        ({"data_dir": Path("x")}, r"task\.data_dir: not supported with task\.dataset pydocs"),
-    ],
-    ids=["type", "data_dir"],
-)
-def test_keys_that_do_not_fit_are_refused(keys, message, tmp_path):
-    task = TaskConfig(**{"type": "classification", "dataset": "pydocs", **keys})
-
-    with pytest.raises(ConfigError, match=message):
-        load_splits(task, seed=1, cache_dir=tmp_path)
+    assert said_elsewhere(__file__, "hash_of", moved) == hash_of(root)
 
 
 def test_the_standard_library_is_read_in_this_interpreter():

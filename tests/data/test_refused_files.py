@@ -182,6 +182,16 @@ CASES: list[tuple[dict[str, str], str, dict[str, Any]]] = [
         r"the Hub cannot be reached to load the data set someone/somedata \(en\), .* pydocs",
         {"dataset": "someone/somedata", "dataset_config": "en"},
     ),
+    (
+        {},
+        r"task\.dataset pydocs supports classification, mlm, causal_lm \(got regression\)",
+        {"dataset": "pydocs", "type": "regression"},
+    ),
+    (
+        {},
+        r"task\.data_dir: not supported with task\.dataset pydocs",
+        {"dataset": "pydocs", "data_dir": Path("x")},
+    ),
     ({}, r"the data set what is this\?", {"dataset": "what is this?"}),
 ]
 
