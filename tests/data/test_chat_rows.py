@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from chat_tokenizers import asked
 from datasets import Dataset, Json, List
@@ -22,35 +19,38 @@ from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.choosing import text_hash
 from megakd.data.files import files_table
-from megakd.data.hub import hub_table
 from megakd.data.kinds import RowKind, is_blank
 from megakd.data.splits import load_splits
-from megakd.errors import ConfigError, DataError
+from megakd.errors import DataError
 
 HELLO = asked("Hi", "Hello")
 CALL = {"name": "add", "arguments": {"a": 2, "b": 2}}
 
 
-def task(path: Path, **keys: Any) -> TaskConfig:
-    return TaskConfig(**{"type": "causal_lm", "train_files": str(path), **keys})
+@pytest.fixture
+def load(tmp_path):
+    """Load the splits of rows."""
+
+    def load(rows=(), **keys):
+        path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+        files = {"train_files": path} if rows else {}
+        task = TaskConfig(type="causal_lm", **files, **keys)
+        return load_splits(task, seed=0, cache_dir=tmp_path / "cache")
+
+    return load
 
 
 def read(path: Path, **keys: Any) -> list[Conversation]:
     """The rows of a file."""
     table = files_table([path], "task.train_files")
-    kind = RowKind.of(task(path, **keys), table, as_chat=True)
+    task = TaskConfig(type="causal_lm", train_files=str(path), **keys)
+    kind = RowKind.of(task, table, as_chat=True)
     rows = [kind.row(table, record) for record in table.records()]
     return [Conversation.from_json(str(row[CONVERSATION])) for row in rows if not is_blank(row)]
 
 
 def first_of(folder: Path, row: dict[str, Any], **keys: Any) -> Conversation:
     return read(write_jsonl(folder / "rows.jsonl", [row]), **keys)[0]
-
-
-def refused(folder: Path, row: dict[str, Any], **keys: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        first_of(folder, row, **keys)
-    return str(caught.value)
 
 
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -94,12 +94,8 @@ def test_a_prompt_of_messages_has_no_answer_to_learn(tmp_path):
     assert found.messages == asked("Hi", "Hello", "Bye")
 
 
-def test_a_table_with_text_and_a_prompt_is_read_as_text(tmp_path):
-    path = write_jsonl(
-        tmp_path / "rows.jsonl", [{"text": f"a {n}", "prompt": "b"} for n in range(9)]
-    )
-
-    assert not is_chat(load_splits(task(path), seed=0, cache_dir=tmp_path / "cache").train)
+def test_a_table_with_text_and_a_prompt_is_read_as_text(load):
+    assert not is_chat(load([{"text": f"a {n}", "prompt": "b"} for n in range(9)]).train)
 
 
 @pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
@@ -130,20 +126,17 @@ def test_tools_and_options_of_a_row_are_read_from_json_and_from_lists(tmp_path):
         )
 
 
-def test_parquet_and_csv_and_the_hub_give_the_rows_of_jsonl(tmp_path):
-    rows = [
-        {"messages": asked("Hi", f"Hello {n}", system="Be kind"), "tools": None} for n in range(4)
-    ]
-    expected = read(write_jsonl(tmp_path / "rows.jsonl", rows))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerows([["messages"], *([json.dumps(row["messages"])] for row in rows)])
+def test_parquet_and_csv_give_the_rows_of_jsonl(tmp_path, write_rows):
+    rows = [(asked("Hi", f"Hello {n}", system="Be kind"), None) for n in range(4)]
+    texts = [(json.dumps(messages), "") for messages, _ in rows]
+    given = {"jsonl": rows, "parquet": rows, "csv": texts}
 
-    assert read(tmp_path / "rows.parquet") == expected
-    assert read(tmp_path / "rows.csv") == expected
-    table = hub_table("hub", Dataset.from_list(rows))
-    assert "messages" in table.columns
+    first, *others = (
+        read(write_rows(tmp_path / f"rows.{kind}", values, header=("messages", "tools")))
+        for kind, values in given.items()
+    )
+
+    assert others == [first, first]
 
 
 def mixed_rows() -> list[dict[str, Any]]:
@@ -162,20 +155,21 @@ def mixed_rows() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
 @pytest.mark.parametrize("source", ["parquet", "hub"])
-def test_json_columns_of_datasets_give_the_rows_of_jsonl(tmp_path, monkeypatch, source, streaming):
+def test_json_columns_of_datasets_give_the_rows_of_jsonl(
+    load, tmp_path, monkeypatch, source, streaming
+):
     given = Dataset.from_list(mixed_rows(), on_mixed_types="use_json")
     assert given.features["messages"] == List(Json())
     path = tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
     given.to_parquet(path)
     for name in ("load_dataset", "load_dataset_builder"):
-        load = partial(getattr(datasets, name), str(tmp_path / "hub"), cache_dir=str(tmp_path))
-        monkeypatch.setattr(datasets, name, lambda *_, load=load: load())
+        hub = partial(getattr(datasets, name), str(tmp_path / "hub"), cache_dir=str(tmp_path))
+        monkeypatch.setattr(datasets, name, lambda *_, hub=hub: hub())
     keys = {"train_files": str(path)} if source == "parquet" else {"dataset": "user/chats"}
     held = {"streaming": True, "max_eval_examples": 1} if streaming else {}
 
-    own = TaskConfig(type="causal_lm", **keys, **held)
-    splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
+    splits = load(**keys, **held)
 
     found = [*splits.train["conversation"], *splits.validation["conversation"]]
     found += [r[CONVERSATION] for r in splits.stream.read()] if splits.stream else []
@@ -191,70 +185,48 @@ def test_an_answer_with_weight_0_does_not_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "words", "keys"),
     [
-        ({"messages": asked("Hi")}, ("line 1", "'assistant'", "roles: user", "task.prompt_column")),
-        ({"messages": "Hi"}, ("line 1", "'messages'", "list of messages")),
-        ({"messages": [{"role": "user"}]}, ("message 1", "'user'", "no content")),
-        ({"messages": [{"text": "Hi"}]}, ("message 1", "role and content")),
-        ({"messages": [{"from": "moderator", "value": "Hi"}]}, ("'moderator'", "human")),
+        (
+            {"messages": asked("Hi")},
+            ("line 1", "'assistant'", "roles: user", "task.prompt_column"),
+            {},
+        ),
+        ({"messages": "Hi"}, ("line 1", "'messages'", "list of messages"), {}),
+        ({"messages": [{"role": "user"}]}, ("message 1", "'user'", "no content"), {}),
+        ({"messages": [{"text": "Hi"}]}, ("message 1", "role and content"), {}),
+        ({"messages": [{"from": "moderator", "value": "Hi"}]}, ("'moderator'", "human"), {}),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             ("image_url", "text"),
+            {},
         ),
-        ({"messages": HELLO, "tools": "add"}, ("'tools'", "not a list")),
-        ({"prompt": HELLO[:1], "completion": "Hello"}, ("'prompt'", "'completion'", "both")),
-        ({"prompt": 3, "completion": "Hello"}, ("'prompt'", "not text")),
-        ({"prompt": "Hi", "completion": None}, ("'completion'", "missing")),
+        ({"messages": HELLO, "tools": "add"}, ("'tools'", "not a list"), {}),
+        ({"prompt": HELLO[:1], "completion": "Hello"}, ("'prompt'", "'completion'", "both"), {}),
+        ({"prompt": 3, "completion": "Hello"}, ("'prompt'", "not text"), {}),
+        ({"prompt": "Hi", "completion": None}, ("'completion'", "missing"), {}),
+        ({"messages": HELLO}, ("task.messages_column", "'chat'"), {"messages_column": "chat"}),
+        ({"instruction": "Hi", "output": "Hello"}, ("set task.text_columns",), {}),
     ],
 )
-def test_a_row_that_is_no_conversation_is_refused_with_its_place(tmp_path, row, words):
-    message = refused(tmp_path, row)
+def test_a_row_that_is_no_conversation_is_refused_with_its_place(tmp_path, row, words, keys):
+    with pytest.raises(DataError) as caught:
+        first_of(tmp_path, row, **keys)
 
     for word in words:
-        assert word in message
+        assert word in str(caught.value)
 
 
-def test_a_column_that_does_not_exist_is_refused_with_the_key(tmp_path):
-    message = refused(tmp_path, {"messages": HELLO}, messages_column="chat")
-
-    assert "task.messages_column" in message
-    assert "'chat'" in message
-
-
-def test_rows_of_unknown_shape_keep_the_message_about_text(tmp_path):
-    assert "set task.text_columns" in refused(tmp_path, {"instruction": "Hi", "output": "Hello"})
-
-
-def test_a_stream_has_the_conversations_of_the_files_without_those_held_out(tmp_path):
+def test_a_stream_has_the_conversations_of_the_files_without_those_held_out(load, tmp_path):
     rows = [{"messages": asked(f"Question {n}", f"Answer {n}"), "id": n} for n in range(9)]
     paths = [str(write_jsonl(tmp_path / f"{n}.jsonl", rows[n::2])) for n in range(2)]
-    own = task(tmp_path, train_files=tuple(paths), streaming=True, max_eval_examples=2)
 
-    splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
+    splits = load(train_files=tuple(paths), streaming=True, max_eval_examples=2)
 
-    assert splits.stream is not None
     streamed = [row[CONVERSATION] for row in splits.stream.read()]
     held = splits.validation["conversation"][:]
     assert is_chat(splits.train)
     assert held + streamed == [c.to_json() for path in paths for c in read(Path(path))]
-
-
-def test_a_stream_without_validation_rows_says_how_to_hold_some_out(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": HELLO}] * 4)
-
-    with pytest.raises(ConfigError, match=r"task\.max_eval_examples"):
-        load_splits(task(path, streaming=True), seed=0, cache_dir=tmp_path / "cache")
-
-
-def test_equal_conversations_stay_in_one_split(tmp_path):
-    rows = [{"messages": asked(f"Question {n % 20}", "Answer")} for n in range(80)]
-    splits = load_splits(
-        task(write_jsonl(tmp_path / "rows.jsonl", rows)), seed=0, cache_dir=tmp_path / "cache"
-    )
-
-    assert not {*splits.train["text"]} & {*splits.validation["text"]}
-    assert len(splits.train) + len(splits.validation) == len(rows)
 
 
 def prompts_of(conversations: Iterable[str]) -> Counter[str]:
@@ -273,15 +245,12 @@ ANSWERED = {
 
 @pytest.mark.parametrize("shape", ANSWERED)
 @pytest.mark.parametrize("source", ["files", "mixture"])
-def test_all_answers_to_a_prompt_stay_in_one_split(tmp_path, shape, source):
+def test_all_answers_to_a_prompt_stay_in_one_split(load, tmp_path, shape, source):
     rows = [ANSWERED[shape](f"Question {n % 220}", f"Answer {n}") for n in range(880)]
-    path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
-    keys = {"train_files": path}
-    if source == "mixture":
-        keys = {"mixture": {"all": MixtureSource(files=path, weight=1)}}
+    mixed = str(write_jsonl(tmp_path / "mixed.jsonl", rows))
+    mixture = {"all": MixtureSource(files=mixed, weight=1)}
 
-    own = TaskConfig(type="causal_lm", **keys)
-    splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
+    splits = load(rows) if source == "files" else load(mixture=mixture)
 
     train, held = (prompts_of(part["conversation"]) for part in splits[:2])
     assert not train.keys() & held.keys()
@@ -289,33 +258,28 @@ def test_all_answers_to_a_prompt_stay_in_one_split(tmp_path, shape, source):
     assert 3 <= len(held) <= 22
 
 
-def test_a_stream_leaves_out_all_answers_to_a_held_out_prompt(tmp_path):
+def test_a_stream_leaves_out_all_answers_to_a_held_out_prompt(load):
     rows = [{"messages": asked(f"Question {n % 9}", f"Answer {n}")} for n in range(36)]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
 
-    own = task(path, streaming=True, max_eval_examples=2)
-    splits = load_splits(own, seed=0, cache_dir=tmp_path / "cache")
+    splits = load(rows, streaming=True, max_eval_examples=2)
 
-    assert splits.stream is not None
     assert prompts_of(splits.validation["conversation"]).keys() == {"Question 0", "Question 1"}
     streamed = prompts_of(row[CONVERSATION] for row in splits.stream.read())
     assert streamed == {f"Question {n}": 4 for n in range(2, 9)}
 
 
-def test_prompts_with_one_answer_are_held_out_by_their_whole_text(tmp_path):
+def test_prompts_with_one_answer_are_held_out_by_their_whole_text(load):
     rows = [{"messages": asked(f"Question {n}", "Yes")} for n in range(400)]
     expected = {f"Question {n}\nYes" for n in range(400)}
     expected = {text for text in expected if text_hash(text) < 0.05 * 2**64}
 
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    splits = load_splits(task(path), seed=0, cache_dir=tmp_path / "cache")
+    splits = load(rows)
 
     assert {*splits.validation["text"]} == expected
 
 
-def test_one_prompt_alone_cannot_be_cut(tmp_path):
+def test_one_prompt_alone_cannot_be_cut(load):
     rows = [{"prompt": "Write a story.", "completion": f"Story {n}"} for n in range(40)]
 
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(DataError, match=r"a cut needs 2 different texts \(or prompts\)"):
-        load_splits(task(path), seed=0, cache_dir=tmp_path / "cache")
+        load(rows)

@@ -243,8 +243,8 @@ def test_a_tokenizer_that_cannot_cut_the_text_at_the_answer_is_refused_with_the_
     """Metaspace puts a space before every part, so that the parts are another text."""
     pieces = [("<unk>", 0.0), ("▁unhappy", -1.0), ("▁un", -2.0), ("▁happy", -2.0), ("</s>", -3.0)]
     made = Tokenizer(models.Unigram(pieces, unk_id=0))
-    made.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
-    made.decoder = decoders.Metaspace()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
     special = {"eos_token": "</s>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **special)
 

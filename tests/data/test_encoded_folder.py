@@ -62,6 +62,14 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(encoded_folder, "TEXTS_PER_SHARD", 10)
 
 
+@pytest.fixture
+def written(tmp_path):
+    """A classification whose folder is written."""
+    data = Data(tmp_path, "classification")
+    data.write()
+    return data
+
+
 def plain(encoded):
     """All rows of encoded data as Python values."""
     sets = {name: rows.to_dict() for name, rows in encoded.evaluation_sets.items()}
@@ -111,73 +119,58 @@ def test_a_stopped_call_goes_on_after_its_last_whole_shard(tmp_path, monkeypatch
     assert not set(written) & set(again)
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_a_finished_folder_is_left_as_it_is(tmp_path):
-    data = Data(tmp_path, "mlm")
-    data.write()
-    before = {f.name: f.stat().st_mtime_ns for f in data.folder.iterdir()}
+def test_a_finished_folder_is_left_as_it_is(written):
+    before = {f.name: f.stat().st_mtime_ns for f in written.folder.iterdir()}
 
-    data.write()
+    written.write()
 
-    assert {f.name: f.stat().st_mtime_ns for f in data.folder.iterdir()} == before
+    assert {f.name: f.stat().st_mtime_ns for f in written.folder.iterdir()} == before
 
 
-def test_another_setting_is_refused_with_both_values(tmp_path):
-    data = Data(tmp_path, "classification")
-    data.write()
-
+def test_other_settings_and_another_tokenizer_are_refused_with_both_values(written):
     with pytest.raises(DataError, match=r"task.max_length: 16 there, 32 here"):
-        data.from_folder(max_length=32)
+        written.from_folder(max_length=32)
     with pytest.raises(DataError, match=r"task.max_length: 16 there, 32 here.*another folder"):
-        data.write(max_length=32)
-
-
-def test_another_tokenizer_is_refused(tmp_path):
-    data = Data(tmp_path, "mlm")
-    data.write()
-    data.tokenizer.add_tokens(["another"])
-
+        written.write(max_length=32)
+    written.tokenizer.add_tokens(["another"])
     with pytest.raises(DataError, match=r"tokenizer.tokens: \d+ there, \d+ here"):
-        data.from_folder()
+        written.from_folder()
 
 
-def test_the_seed_counts_only_if_it_chooses_labels(tmp_path):
-    data = Data(tmp_path, "classification")
-    fewer = dataclasses.replace(data.task, labelled_examples=10)
+def test_the_seed_counts_only_if_it_chooses_labels(written):
+    fewer = dataclasses.replace(written.task, labelled_examples=10)
 
-    def fact(task, seed):
-        return facts_of(task, data.tokenizer, seed=seed)
+    first, second = (
+        [facts_of(task, written.tokenizer, seed=seed) for task in (written.task, fewer)]
+        for seed in (1, 2)
+    )
 
-    assert fact(data.task, 1) == fact(data.task, 2)
-    assert fact(fewer, 1) != fact(fewer, 2)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
 
 
-def test_other_texts_are_refused_when_they_are_encoded_into_the_folder(tmp_path):
-    data = Data(tmp_path, "classification")
-    data.write()
-    shutil.rmtree(data.cache)
+def test_other_texts_are_refused_when_they_are_encoded_into_the_folder(written, tmp_path):
+    shutil.rmtree(written.cache)
 
     with pytest.raises(DataError, match=r"holds data of other settings or texts \(.*key: "):
         Data(tmp_path, "classification", count=80).write()
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_another_version_and_a_damaged_file_are_refused(tmp_path, monkeypatch):
-    data = Data(tmp_path, "classification")
-    data.write()
-    shard = next(data.folder.glob("train-00001-*"))
+def test_another_version_and_a_damaged_file_are_refused(small_shards, written, monkeypatch):
+    shard = next(written.folder.glob("train-00001-*"))
     whole = shard.read_bytes()
 
-    shard.write_bytes(whole[:-1])
-    with pytest.raises(DataError, match=rf"is damaged: {shard.name} has {len(whole) - 1} bytes"):
-        data.from_folder()
-    shard.write_bytes(whole[:-1] + b"x")
-    with pytest.raises(DataError, match=rf"is damaged: the checksum of {shard.name} differs"):
-        data.from_folder()
+    for content, damage in (
+        (whole[:-1], f"{shard.name} has {len(whole) - 1} bytes"),
+        (whole[:-1] + b"x", f"the checksum of {shard.name} differs"),
+    ):
+        shard.write_bytes(content)
+        with pytest.raises(DataError, match=f"is damaged: {damage}"):
+            written.from_folder()
     shard.write_bytes(whole)
     monkeypatch.setattr(encoded_folder, "FORMAT", 2)
     with pytest.raises(DataError, match=r"has format 1, and this version of megakd reads format 2"):
-        data.from_folder()
+        written.from_folder()
 
 
 def test_a_folder_that_is_not_there_names_the_host(tmp_path, monkeypatch):
@@ -197,15 +190,12 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     assert not (data.folder / MANIFEST).exists()
 
 
-def test_a_changed_manifest_is_refused(tmp_path):
-    data = Data(tmp_path, "classification")
-    data.write()
-    manifest = json.loads((data.folder / MANIFEST).read_text())
-    manifest["label_names"] = ["x", "y"]
-    (data.folder / MANIFEST).write_text(json.dumps(manifest))
+def test_a_changed_manifest_is_refused(written):
+    manifest = json.loads((written.folder / MANIFEST).read_text())
+    (written.folder / MANIFEST).write_text(json.dumps(manifest | {"label_names": ["x", "y"]}))
 
     with pytest.raises(DataError, match=r"manifest.json cannot be read \(its checksum differs\)"):
-        open_splits(data.folder)
+        open_splits(written.folder)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

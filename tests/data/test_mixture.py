@@ -79,7 +79,6 @@ def test_the_table_has_a_line_for_every_source(tmp_path):
 
     encoded = encode_splits(splits, tokenizer, own, cache_dir=tmp_path / "cache")
 
-    assert encoded.chat is not None
     assert list(encoded.chat) == ["train/chat", "train/books", "validation"]
     assert encoded.chat["train/books"].kept > encoded.chat["train/books"].rows == 30
     assert encoded.train.column_names == ["input_ids", "labels", "prompt_length"]

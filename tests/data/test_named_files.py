@@ -114,14 +114,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train_files": "."}, r"task\.train_files: .* is a folder; name its files"),
     ({"train_files": "x.xml"}, r"task\.train_files: .*x\.xml has an unsupported ending"),
     # Files that occur twice
-    (
-        {"train_files": ("one.jsonl", "o*.jsonl")},
-        r"task\.train_files: .*one\.jsonl is listed more than once",
-    ),
-    (
-        {"train_files": ("../here/one.jsonl", "one.jsonl")},
-        r"one\.jsonl is listed more than once \(also as .*\.\./",
-    ),
+    ({"train_files": ("one.jsonl", "o*.jsonl")}, r"task\.train_files: .*one\.jsonl is listed more"),
+    ({"train_files": ("../here/one.jsonl", "one.jsonl")}, r"more than once \(also as .*\.\./"),
     *(
         (
             {"train_files": ("one.jsonl", "two.jsonl"), f"{split}_files": "link.jsonl"},
@@ -130,20 +124,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         for split in ("validation", "test")
     ),
     # Columns
-    (
-        {"train_files": ("one.jsonl", "body.jsonl")},
-        r"body\.jsonl has the columns body, label, but .*one\.jsonl has text, label",
-    ),
+    ({"train_files": ("one.jsonl", "body.jsonl")}, r"body\.jsonl has the columns body, label, but"),
     ({"test_files": "body.jsonl"}, r"body\.jsonl: column 'text' .* does not exist"),
     # Evaluation sets
     (
         {"evaluation_sets": {"hard": ("hard.jsonl", "gone.jsonl")}},
         r"task\.evaluation_sets\.hard: .*gone\.jsonl does not exist",
     ),
-    (
-        {"evaluation_sets": {"p": "pairs.jsonl"}},
-        r"task\.evaluation_sets\.p: .* holds pairs of texts, and the training rows are single",
-    ),
+    ({"evaluation_sets": {"p": "pairs.jsonl"}}, r"task\.evaluation_sets\.p: .* holds pairs of tex"),
     (
         {"evaluation_sets": {"c": ("hard.jsonl", "c.jsonl")}},
         r"evaluation_sets\.c, c\.jsonl line 1: label 'c' is not one of the 2 classes",
@@ -165,10 +153,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"train_files": "digits.parquet", "validation_files": "numbers.csv"},
         r"numbers\.csv, line 2: label 0 is not one of the 3 classes .* \(1, 2, 3\)",
     ),
-    (
-        {"validation_files": "seven.parquet"},
-        r"seven\.parquet, row 2: label 7 is outside 0\.\.1, the 2 class names .* \(a, b\)",
-    ),
+    ({"validation_files": "seven.parquet"}, r"seven\.parquet, row 2: label 7 is outside 0\.\.1, t"),
 ]
 
 

@@ -91,12 +91,10 @@ def test_windows_of_a_text_have_the_teacher_of_the_text(tmp_path, tokenizer):
     made, task = encoded(tmp_path, tokenizer, type="mlm")
     assert len(made.train) > len(texts())
     collate, masking = Collator(tokenizer, task), task_masking(tokenizer, task)
-    assert masking is not None
 
     batch = collate(made.train.with_format("arrow")[:], dummy_rows=1)
     masked = masking(batch, torch.arange(len(made.train)).numpy(), seed=0, draw=0)
 
-    assert masked.extras.routes is not None
     found = masked.extras.routes.amax(1).tolist()
     assert found == [*made.train[ROUTE], 0]
     assert (masked.extras.routes > 0).equal(masked.valid)
@@ -133,7 +131,6 @@ def test_packed_micro_batches_keep_the_teacher_of_every_token(tmp_path, tokenize
     def tokens(batches: list[Batch]) -> Counter:
         found: Counter = Counter()
         for batch in batches:
-            assert batch.extras.routes is not None
             at = batch.valid
             ids = batch.inputs["input_ids"][at].tolist()
             found.update(zip(ids, batch.extras.routes[at].tolist(), strict=True))

@@ -32,7 +32,7 @@ def write_csv(path: Path, count: int) -> Path:
 texts_with_repeats = st.lists(st.sampled_from([f"text {n}" for n in range(30)]), min_size=2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts_with_repeats.filter(lambda texts: len(set(texts)) > 1))
 def test_no_text_is_both_trained_on_and_held_out(texts):
     train, validation = cut_validation(rows_of(texts), name="x")
@@ -43,7 +43,7 @@ def test_no_text_is_both_trained_on_and_held_out(texts):
     assert not set(train["text"]) & set(validation["text"])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.permutations([f"text {n}" for n in range(40)]))
 def test_the_cut_does_not_depend_on_the_order_of_the_rows(texts):
     _, validation = cut_validation(rows_of(texts), name="x")
@@ -70,7 +70,7 @@ def test_nothing_can_be_cut_from_one_text(texts):
         cut_validation(rows_of(texts), name="x")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts_with_repeats, st.integers(0, 3), st.data())
 def test_exactly_as_many_labels_are_kept_as_asked_for(texts, seed, data):
     count = data.draw(st.integers(1, len(texts)))

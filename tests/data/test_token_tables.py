@@ -132,7 +132,6 @@ def test_no_gradient_flows_from_one_document_to_another():
     out = model(inputs_embeds=embedded, position_ids=batch.inputs["position_ids"]).logits
     out[0, 3:5].sum().backward()
 
-    assert embedded.grad is not None
     assert embedded.grad[0, :3].abs().max() == 0
     assert embedded.grad[0, 5:].abs().max() == 0
     assert embedded.grad[0, 3:5].abs().max() > 0
