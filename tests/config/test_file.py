@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_files import message_of
 
-from megakd.config.file import config_tree, dump_config, load_config
+from megakd.config.file import dump_config, load_config
 from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
@@ -25,7 +25,6 @@ def test_defaults_fill_what_the_file_leaves_out(run_file):
 
     assert config.train == TrainConfig()
     assert config.output_dir == Path("runs/x")
-    assert config.objective is not None
     assert config.objective[1] == SoftTargetKl(loss="soft_target_kl", weight=0.5)
 
 
@@ -45,10 +44,8 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
     )
 
     assert config.train.learning_rate == 3e-4
-    assert config.objective is not None
     assert [term.weight for term in config.objective] == [0.25, 0.5]
-    assert config.objective[1].temperature == 2  # type: ignore[union-attr]
-    assert config.teacher is not None
+    assert config.objective[1].temperature == 2
     assert config.teacher.finetune == FinetuneOverrides(max_steps=10)
     assert config.student.model == ScratchModel(config={"model_type": "bert", "hidden_size": 64})
     assert config.task.data_dir == Path("a=b")
@@ -72,10 +69,7 @@ def test_a_section_is_removed_with_null(run_file):
         ("train.max_steps", 'override "train.max_steps" is not of the form key=value'),
         ("=3", 'override "=3" is not of the form key=value'),
         ("a..b=3", 'override "a..b=3" is not of the form key=value'),
-        (
-            "objective.2.weight=1",
-            "objective is a list of 2 items, numbered from 0, without an item",
-        ),
+        ("objective.2.weight=1", "objective is a list of 2 items, numbered from 0, without an ite"),
         ("objective.x=1", 'objective is a list of 2 items, numbered from 0, without an item "x"'),
         ("student.model.config=1", 'student.model is "student" and has no keys'),
         ("output_dir.a.b=1", 'output_dir is "runs/x" and has no keys'),
@@ -107,10 +101,7 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
         ("objective=[3]", "objective[0]: must be a mapping (got 3)"),
         ("objective=[]", "objective: needs at least 1 item(s) (got [])"),
         ("objective=[hidden_mse]", 'must be a mapping (got "hidden_mse"); write {loss: hidden_'),
-        (
-            "method.name=singl",
-            'method.name: unknown method "singl"; did you mean "single"? known: ',
-        ),
+        ("method.name=singl", 'method.name: unknown method "singl"; did you mean "single"? known:'),
         ("method.name=zzzzz", 'method.name: unknown method "zzzzz"; known: direct, finetune'),
         ("method={}", "method.name: missing; known: direct, finetune"),
         ("method=single", 'method: must be a mapping (got "single"); write {name: single}'),
@@ -118,10 +109,7 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
         ("student=null", "student: must be a mapping (got null)"),
         ("student={}", "student.model: missing, and it has no default"),
         ("student.model=3", "student.model: must be text or a mapping (got 3); put the value in"),
-        (
-            "output_dir=2024",
-            "output_dir: must be text (got 2024); put the value in quotes to make it text",
-        ),
+        ("output_dir=2024", "output_dir: must be text (got 2024); put the value in quotes to make"),
         ("train.max_steps=true", "train.max_steps: must be a whole number (got true)"),
         ("train.max_steps=1e3", "train.max_steps: must be a whole number (got 1000.0)"),
         ("train.max_steps='10'", 'train.max_steps: must be a whole number (got "10")'),
@@ -134,10 +122,7 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
         ("train.warmup_ratio=2", "train.warmup_ratio: must be at most 1 (got 2)"),
         ("train.max_steps=0", "train.max_steps: must be at least 1 (got 0)"),
         ("train.resume_from_checkpoint=3", "must be true or false or text (got 3)"),
-        (
-            "train.lr_scheduler_type=cosin",
-            '"cosine_with_min_lr" or "warmup_stable_decay" (got "cosin"); did you mean "cosine"?',
-        ),
+        ("train.lr_scheduler_type=cosin", '"cosine_with_min_lr" or "warmup_stable_decay" (got "co'),
         ("task.type=clasification", '(got "clasification"); did you mean "classification"?'),
         ("task.text_columns=a", 'task.text_columns: must be a list (got "a")'),
         ("task.text_columns=[a, b, c]", "task.text_columns: takes at most 2 item(s) (got"),
@@ -153,10 +138,7 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
             "objective.1={loss: hidden_mse, layer_mapping: ['7:1', 7-2]}",
             "objective[1].layer_mapping[1]: must be a layer pair student:teacher, such as 2:6 (got",
         ),
-        (
-            "objective.1={loss: hidden_mse, layer_mapping: []}",
-            "objective[1].layer_mapping: needs at least 1 item(s) (got [])",
-        ),
+        ("objective.1={loss: hidden_mse, layer_mapping: []}", "objective[1].layer_mapping: needs"),
         (
             "objective.1={loss: relation_fsp, layer_mapping: last}",
             'objective[1].layer_mapping: must be "uniform"',
@@ -173,18 +155,9 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
             "objective.1={loss: relation_kl, relations: [value, value]}",
             "objective[1].relations: value is listed twice",
         ),
-        (
-            "objective.1={loss: relation_kl, relation_heads: 0}",
-            "objective[1].relation_heads: must be at least 1 (got 0)",
-        ),
-        (
-            "objective.1={loss: attention_mse, fit: score}",
-            'objective[1].fit: must be "scores" or "probabilities" (got "score"); did you mean',
-        ),
-        (
-            "objective.1={loss: soft_target_skew_kl, skew: 1}",
-            "objective[1].skew: must be below 1 (got 1)",
-        ),
+        ("objective.1={loss: relation_kl, relation_heads: 0}", "objective[1].relation_heads: must"),
+        ("objective.1={loss: attention_mse, fit: score}", 'objective[1].fit: must be "scores" or'),
+        ("objective.1={loss: soft_target_skew_kl, skew: 1}", "objective[1].skew: must be below 1"),
         ("train.kernels=cuda", 'train.kernels: must be "auto", "triton", "chunked" or "reference"'),
     ],
 )
@@ -281,7 +254,7 @@ configs = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(configs)
 def test_a_written_config_is_read_back_equal(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "written.yaml"
@@ -290,35 +263,9 @@ def test_a_written_config_is_read_back_equal(tmp_path_factory, config):
     assert load_config(path) == config
 
 
-def test_the_tree_holds_plain_values_for_every_key(run_file):
-    tree = config_tree(load_config(run_file))
-
-    assert tree["output_dir"] == "runs/x"
-    assert tree["baselines"] == []
-    assert tree["train"]["adam_beta2"] == 0.999
-    assert tree["objective"][0] == {
-        "loss": "hard_cross_entropy",
-        "weight": 1.0,
-        "class_weights": None,
-        "label_smoothing": 0.0,
-        "on": None,
-    }
-
-
-def test_the_config_modules_load_no_heavy_library():
-    code = (
-        "import sys, megakd.config.run, megakd.config.file, megakd.cli; "
-        "print(sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)))"
-    )
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    assert done.stdout.strip() == "[]"
-
-
 def test_print_config_answers_without_a_heavy_library(run_file):
     heavy = "{'torch', 'deepspeed', 'transformers', 'datasets'}"
-    code = f"import sys, megakd.cli as c; c.train_main(); print({heavy} & set(sys.modules))"
+    code = f"import sys, megakd.cli as c; c.train_main(); print({heavy} & {{*sys.modules}})"
     command = [sys.executable, "-c", code, "--print-config", "--config", str(run_file)]
 
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -30,9 +30,6 @@ def test_every_folder_of_the_config_may_begin_with_the_home_folder(run_file, hom
     config = load_config(run_file, overrides)
 
     assert config.output_dir == home / "runs/x"
-    assert config.teacher is not None
-    assert config.teacher.finetune is not None
-    assert config.alone is not None
     assert config.teacher.cache == home / "answers"
     trainings = (config.train, config.teacher.finetune, config.alone)
     assert [train.resume_from_checkpoint for train in trainings] == [

@@ -8,7 +8,6 @@ from transformers import get_scheduler
 
 from megakd.config.schedules import SCHEDULES
 from megakd.config.train import TrainConfig, learning_rate_schedule, warmup_steps
-from megakd.errors import ConfigError
 
 OPTIONS = [
     ("linear", {}),
@@ -74,15 +73,6 @@ def test_a_stage_of_one_step_has_a_rate(name):
     rate = learning_rate_schedule(train, 1)
 
     assert rate(0) == train.learning_rate
-
-
-def test_phases_longer_than_the_stage_are_refused_with_both_numbers():
-    train = TrainConfig(
-        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 30}
-    )
-
-    with pytest.raises(ConfigError, match="decay 30 take 30 steps, and the stage has 20"):
-        learning_rate_schedule(train, 20)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.config.file import dump_yaml, parse_yaml
@@ -63,7 +63,6 @@ def test_broken_yaml_is_refused_naming_the_line(text, message):
         parse_yaml(text, source="run.yaml")
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         st.none()
@@ -71,21 +70,8 @@ def test_broken_yaml_is_refused_naming_the_line(text, message):
         | st.integers()
         | st.floats(allow_nan=False)
         | st.text(st.characters(codec="utf-8"), max_size=8)
-        | st.sampled_from(
-            [
-                "on",
-                "1e-4",
-                "7:1",
-                "null",
-                "0x1F",
-                "<<",
-                ".inf",
-                "2024-01-01",
-                "\x85",
-                "a\u2028b",
-                "\r",
-            ]
-        ),
+        | st.sampled_from(["on", "1e-4", "7:1", "null", "0x1F", "<<", ".inf", "2024-01-01"])
+        | st.sampled_from(["\x85", "a\u2028b", "\r"]),
         lambda inner: (
             st.lists(inner, max_size=3) | st.dictionaries(st.text("ab<=1~", max_size=3), inner)
         ),
