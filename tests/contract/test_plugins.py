@@ -120,80 +120,61 @@ def test_the_run_config_of_the_page_is_valid_and_survives_being_written(page, tm
     }
 
 
-@pytest.mark.parametrize(
-    ("term", "message"),
-    [
-        (
-            {"loss": "my_losses:Huber", "detla": 2},
-            'objective[0].detla = 2: unknown key; did you mean "delta"?',
-        ),
-        ({"loss": "my_losses:Huber", "delta": 0}, "objective[0].delta: must be above 0 (got 0)"),
-        (
-            {"loss": "my_losses:Huber", "reduction": "men"},
-            'objective[0].reduction: must be "mean" or "sum" (got "men"); did you mean "mean"?',
-        ),
-        (
-            {"loss": "my_losses:Hubber"},
-            "module my_losses has no Hubber; did you mean my_losses:Huber?",
-        ),
-        ({"loss": "no_such_module:X"}, "module no_such_module cannot be imported"),
-        ({"loss": "huberr"}, 'unknown loss "huberr"'),
-        ({"loss": "broken_plugins:NoUnit"}, "NoUnit.unit must be examples, targets or tokens"),
-        ({"loss": "broken_plugins:NoTotal"}, "NoTotal has no total()"),
-        ({"loss": "broken_plugins:Plain"}, "Plain lacks the decorator @dataclass(config=STRICT"),
-        ({"loss": "json:loads"}, "loads is not a dataclass derived from PluginTerm"),
-    ],
-)
-def test_options_of_a_plugin_are_checked_as_megakds_own_are(term, message):
-    assert message in message_of(objective=[term])
+HUBER, WARM_UP = {"loss": "my_losses:Huber"}, {"name": "my_method:WarmUp"}
+CACHED = {"model": "teacher", "cache": "answers"}
+# A section of the run config, its value, and the message.
+REFUSED = [
+    ("objective", HUBER | {"detla": 2}, '[0].detla = 2: unknown key; did you mean "delta"?'),
+    ("objective", HUBER | {"delta": 0}, "objective[0].delta: must be above 0 (got 0)"),
+    ("objective", HUBER | {"reduction": "men"}, 'or "sum" (got "men"); did you mean "mean"?'),
+    *(
+        ("objective", {"loss": name}, message)
+        for name, message in {
+            "my_losses:Hubber": "module my_losses has no Hubber; did you mean my_losses:Huber?",
+            "no_such_module:X": "module no_such_module cannot be imported",
+            "huberr": 'unknown loss "huberr"',
+            "broken_plugins:NoUnit": "NoUnit.unit must be examples, targets or tokens",
+            "broken_plugins:NoTotal": "NoTotal has no total()",
+            "broken_plugins:Plain": "Plain lacks the decorator @dataclass(config=STRICT",
+            "json:loads": "loads is not a dataclass derived from PluginTerm",
+        }.items()
+    ),
+    ("method", WARM_UP | {"label_step": 2}, "label_step = 2: unknown key; did you mean "),
+    ("method", WARM_UP | {"label_steps": 0}, "method.label_steps: must be at least 1"),
+    ("method", {"name": "broken_plugins:NoRun"}, "has no function run(config, lab)"),
+    ("method", {"name": "broken_plugins:Good"}, "is not a dataclass derived from MethodOptions"),
+    ("eval", {"metric": "my_metrics:worst_labl"}, "did you mean my_metrics:worst_label?"),
+    ("eval", {"metrics": ["json:loads"]}, '[0]: "json:loads" is not a function(outputs'),
+    ("eval", {"metric": "no_such_module:x"}, "module no_such_module cannot be imported"),
+]
+
+
+@pytest.mark.parametrize(("section", "value", "message"), REFUSED)
+def test_options_of_a_plugin_are_checked_as_megakds_own_are(section, value, message):
+    assert message in message_of(**{section: [value] if section == "objective" else value})
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("sections", "message"),
     [
         (
-            {"name": "my_method:WarmUp", "label_step": 2},
-            'method.label_step = 2: unknown key; did you mean "label_steps"?',
+            {"objective": [HUBER], "task": {"type": "causal_lm", "dataset": "pydocs"}},
+            "supports only task.type classification, regression, and task.type is causal_lm",
         ),
-        ({"name": "my_method:WarmUp", "label_steps": 0}, "method.label_steps: must be at least 1"),
-        ({"name": "broken_plugins:NoRun"}, "has no function run(config, lab)"),
-        ({"name": "broken_plugins:Good"}, "Good is not a dataclass derived from MethodOptions"),
+        (
+            {"objective": [HUBER], "method": {"name": "finetune"}, "teacher": None},
+            'my_losses:Huber compares with a teacher, and method "finetune" has no teacher',
+        ),
+        ({"method": WARM_UP, "teacher": None}, 'WarmUp" needs a teacher; set teacher.model'),
+        (
+            {"objective": [{"loss": "broken_plugins:Inside"}], "teacher": CACHED},
+            "Inside needs more than the outputs of the teacher, and teacher.cache holds",
+        ),
     ],
+    ids=["task", "loss without teacher", "method without teacher", "cache"],
 )
-def test_options_of_a_plugged_in_method_are_checked(method, message):
-    assert message in message_of(method=method)
-
-
-def test_a_plugin_is_refused_where_its_task_or_a_teacher_is_missing():
-    huber = {"loss": "my_losses:Huber"}
-
-    text = message_of(objective=[huber], task={"type": "causal_lm", "dataset": "pydocs"})
-    alone = message_of(objective=[huber], method={"name": "finetune"}, teacher=None)
-    without = message_of(method={"name": "my_method:WarmUp"}, teacher=None)
-    cached = message_of(
-        objective=[{"loss": "broken_plugins:Inside"}],
-        teacher={"model": "teacher", "cache": "answers"},
-    )
-
-    assert "supports only task.type classification, regression, and task.type is causal_lm" in text
-    assert 'my_losses:Huber compares with a teacher, and method "finetune" has no teacher' in alone
-    assert 'and method "my_method:WarmUp" needs a teacher; set teacher.model' in without
-    assert (
-        "broken_plugins:Inside needs more than the outputs of the teacher, and teacher.cache holds"
-        in cached
-    )
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"metric": "my_metrics:worst_labl"}, "did you mean my_metrics:worst_label?"),
-        ({"metrics": ["json:loads"]}, 'eval.metrics[0]: "json:loads" is not a function(outputs'),
-        ({"metric": "no_such_module:x"}, "module no_such_module cannot be imported"),
-    ],
-)
-def test_a_metric_of_a_package_is_checked(section, message):
-    assert message in message_of(eval=section)
+def test_a_plugin_is_refused_where_its_task_or_a_teacher_is_missing(sections, message):
+    assert message in message_of(**sections)
 
 
 def test_a_metric_of_a_package_ranks_evaluations_as_it_says(monkeypatch):

@@ -63,25 +63,32 @@ def build(folder: Path, rows: Dataset, teacher: Answering, facts=FACTS) -> Path:
     return folder
 
 
+@pytest.fixture
+def kept(tmp_path, rows) -> Path:
+    """A complete cache."""
+    return build(tmp_path / "cache", rows, Teacher())
+
+
+def read(folder: Path, facts=FACTS) -> CachedTeacher:
+    return CachedTeacher(folder, facts, ONE_RANK)
+
+
 def batch(numbers: list[int], length: int = 4) -> Batch:
     valid = torch.ones(len(numbers), length, dtype=torch.bool)
     return Batch({}, torch.zeros(len(numbers)), valid, rows=torch.tensor(numbers))
 
 
-def test_every_row_gets_its_own_answer_whatever_the_order(tmp_path, rows):
-    teacher = CachedTeacher(build(tmp_path / "cache", rows, Teacher()), FACTS, ONE_RANK)
+def test_every_row_gets_its_own_answer_whatever_the_order(kept):
     order = torch.randperm(ROWS).tolist()
 
-    said = teacher(batch(order)).logits
+    said = read(kept)(batch(order)).logits
 
     expected = torch.tensor([[n, n + 0.5, n**2] for n in order])
     torch.testing.assert_close(said, expected, rtol=0, atol=0)
 
 
-def test_a_row_that_keeps_the_ranks_in_step_gets_zeros(tmp_path, rows):
-    teacher = CachedTeacher(build(tmp_path / "cache", rows, Teacher()), FACTS, ONE_RANK)
-
-    assert teacher(batch([4, -1])).logits[1].tolist() == [0, 0, 0]
+def test_a_row_that_keeps_the_ranks_in_step_gets_zeros(kept):
+    assert read(kept)(batch([4, -1])).logits[1].tolist() == [0, 0, 0]
 
 
 def test_draws_are_read_as_the_shares_of_their_tokens(tmp_path, rows):
@@ -92,7 +99,7 @@ def test_draws_are_read_as_the_shares_of_their_tokens(tmp_path, rows):
         return {"ids": ids.repeat(len(part), 1, 1), "counts": counts.repeat(len(part), 1, 1)}
 
     folder = build(tmp_path / "cache", rows, say)
-    kept = CachedTeacher(folder, FACTS, ONE_RANK)(batch([4, -1], length=2)).kept
+    kept = read(folder)(batch([4, -1], length=2)).kept
 
     assert isinstance(kept, Draws)
     assert kept.ids[0].tolist() == [[3, 8, -1, -1], [-1] * 4]
@@ -108,19 +115,19 @@ def test_a_start_that_was_killed_is_gone_on_with_and_no_row_is_asked_twice(tmp_p
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cache", rows, first)
     with pytest.raises(TeacherError, match=r"holds 10 of 23 rows; complete the cache: launch"):
-        CachedTeacher(tmp_path / "cache", FACTS, ONE_RANK)
+        read(tmp_path / "cache")
 
     folder = build(tmp_path / "cache", rows, second)
 
     assert first.asked + second.asked == list(range(ROWS))
-    said = CachedTeacher(folder, FACTS, ONE_RANK)(batch([0, 22])).logits
+    said = read(folder)(batch([0, 22])).logits
     assert said[:, 0].tolist() == [0, 22]
 
 
-def test_a_cache_that_is_complete_asks_nothing(tmp_path, rows):
-    folder, idle = build(tmp_path / "cache", rows, Teacher()), Teacher()
+def test_a_cache_that_is_complete_asks_nothing(kept, rows):
+    idle = Teacher()
 
-    build(folder, rows, idle)
+    build(kept, rows, idle)
 
     assert idle.asked == []
 
@@ -135,23 +142,21 @@ def test_a_shard_that_a_killed_start_left_half_written_is_written_anew(tmp_path,
 
     build(folder, rows, Teacher())
 
-    assert CachedTeacher(folder, FACTS, ONE_RANK)(batch([11])).logits[0, 0] == 11
+    assert read(folder)(batch([11])).logits[0, 0] == 11
 
 
-def test_answers_to_something_else_are_refused_naming_what_differs(tmp_path, rows):
-    folder = build(tmp_path / "cache", rows, Teacher())
+def test_answers_to_something_else_are_refused_naming_what_differs(kept, rows):
     other = {**FACTS, "data": "others"}
 
     with pytest.raises(TeacherError, match="data: 'these' there, 'others' here"):
-        CachedTeacher(folder, other, ONE_RANK)
+        read(kept, other)
     with pytest.raises(TeacherError, match="data: 'these' there, 'others' here"):
-        build(folder, rows, Teacher(), facts=other)
+        build(kept, rows, Teacher(), facts=other)
 
 
 @pytest.mark.parametrize("damage", ["byte", "gone"])
-def test_a_damaged_shard_is_named(tmp_path, rows, damage):
-    folder = build(tmp_path / "cache", rows, Teacher())
-    file = folder / "0000000005" / "logits.npy"
+def test_a_damaged_shard_is_named(kept, damage):
+    file = kept / "0000000005" / "logits.npy"
     if damage == "gone":
         file.unlink()
     else:
@@ -160,34 +165,32 @@ def test_a_damaged_shard_is_named(tmp_path, rows, damage):
         file.write_bytes(content)
 
     with pytest.raises(TeacherError, match=r"0000000005 is damaged: .*logits\.npy"):
-        CachedTeacher(folder, FACTS, ONE_RANK)
+        read(kept)
 
 
 @pytest.mark.parametrize("name", ["0000000005", "0000000020"])
-def test_a_damaged_shard_is_asked_again_and_no_other_row(tmp_path, rows, name, caplog):
-    folder = build(tmp_path / "cache", rows, Teacher())
-    whole = (folder / name / "logits.npy").read_bytes()
-    (folder / name / "logits.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+def test_a_damaged_shard_is_asked_again_and_no_other_row(kept, rows, name, caplog):
+    whole = (kept / name / "logits.npy").read_bytes()
+    (kept / name / "logits.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     again = Teacher()
 
-    build(folder, rows, again)
+    build(kept, rows, again)
 
     assert again.asked == list(range(ROWS))[int(name) : int(name) + PER_SHARD]
-    assert f"{folder / name} is damaged (the checksum of logits.npy differs)" in caplog.text
-    assert (folder / name / "logits.npy").read_bytes() == whole
-    said = CachedTeacher(folder, FACTS, ONE_RANK)(batch(list(range(ROWS)))).logits
+    assert f"{kept / name} is damaged (the checksum of logits.npy differs)" in caplog.text
+    assert (kept / name / "logits.npy").read_bytes() == whole
+    said = read(kept)(batch(list(range(ROWS)))).logits
     assert said[:, 0].tolist() == list(range(ROWS))
 
 
-def test_an_edited_list_of_shards_is_refused_with_what_to_remove(tmp_path, rows):
-    folder = build(tmp_path / "cache", rows, Teacher())
-    listing = folder / "cache.json"
+def test_an_edited_list_of_shards_is_refused_with_what_to_remove(kept, rows):
+    listing = kept / "cache.json"
     listing.write_text(listing.read_text().replace('"start": 5', '"start": 6'))
 
-    with pytest.raises(TeacherError, match=f"{listing} is damaged .*; remove {folder}"):
-        build(folder, rows, Teacher())
-    with pytest.raises(TeacherError, match=f"{listing} is damaged .*; remove {folder}"):
-        CachedTeacher(folder, FACTS, ONE_RANK)
+    with pytest.raises(TeacherError, match=f"{listing} is damaged .*; remove {kept}"):
+        build(kept, rows, Teacher())
+    with pytest.raises(TeacherError, match=f"{listing} is damaged .*; remove {kept}"):
+        read(kept)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +208,7 @@ def test_a_folder_without_its_list_is_refused(tmp_path, content, message):
         (folder / "cache.json").write_text(content)
 
     with pytest.raises(TeacherError, match=message):
-        CachedTeacher(folder, FACTS, ONE_RANK)
+        read(folder)
 
 
 def test_what_it_will_take_is_said_before_it_begins(tmp_path, rows, caplog):
@@ -220,11 +223,10 @@ def test_what_it_will_take_is_said_before_it_begins(tmp_path, rows, caplog):
     )
 
 
-def test_the_list_has_a_checksum_for_every_file(tmp_path, rows):
-    folder = build(tmp_path / "cache", rows, Teacher())
+def test_the_list_has_a_checksum_for_every_file(kept):
 
-    listed = json.loads((folder / "cache.json").read_text())["shards"]
+    listed = json.loads((kept / "cache.json").read_text())["shards"]
 
     files = {f"{s['name']}/{file}" for s in listed for file in s["files"]}
-    assert files == {str(p.relative_to(folder)) for p in folder.glob("*/*.npy")}
-    assert sum(np.load(folder / file).shape[0] for file in files) == ROWS
+    assert files == {str(p.relative_to(kept)) for p in kept.glob("*/*.npy")}
+    assert sum(np.load(kept / file).shape[0] for file in files) == ROWS
