@@ -158,25 +158,25 @@ def test_another_failure_of_the_same_type_is_shown_as_it_is():
         raise RuntimeError("wrong shape")
 
 
+STEP = {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
+ONE = {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0", "LOCAL_SIZE": "2"}
+
+
 @pytest.mark.parametrize(
-    ("node", "ranks"), [("0", 4), ("1", 4), ("2", 3)], ids=["first", "repeated", "last"]
+    ("variables", "ranks"),
+    [
+        (STEP | {"SLURM_NODEID": "0"}, 4),
+        (STEP | {"SLURM_NODEID": "1"}, 4),
+        (STEP | {"SLURM_NODEID": "2"}, 3),
+        (ONE, 2),
+        ({"SLURM_NTASKS_PER_NODE": "2"}, 2),
+    ],
+    ids=["first node", "repeated", "last", "a number of the launcher wins", "an older Slurm"],
 )
-def test_a_step_of_srun_gives_the_ranks_of_each_node(monkeypatch, node, ranks):
-    slurm_step(monkeypatch, SLURM_STEP_TASKS_PER_NODE="4(x2),3", SLURM_NODEID=node)
+def test_a_step_of_srun_gives_the_ranks_of_each_node(monkeypatch, variables, ranks):
+    slurm_step(monkeypatch, **variables)
 
     assert distributed._local_world() == ranks
-
-
-def test_the_launchers_own_number_of_ranks_wins_over_slurms(monkeypatch):
-    slurm_step(monkeypatch, SLURM_STEP_TASKS_PER_NODE="1(x2)", SLURM_NODEID="0", LOCAL_SIZE="2")
-
-    assert distributed._local_world() == 2
-
-
-def test_an_older_slurm_gives_the_tasks_that_were_asked_for(monkeypatch):
-    slurm_step(monkeypatch, SLURM_NTASKS_PER_NODE="2")
-
-    assert distributed._local_world() == 2
 
 
 def test_a_gpu_has_a_backend_of_its_own_and_one_for_the_cpu():
@@ -198,32 +198,22 @@ def threads(monkeypatch):
     return found
 
 
-def test_ranks_share_the_cores_that_they_may_use_and_not_those_of_the_host(threads):
-    distributed._share_cores()
-
-    assert threads == [2]
-
-
-def test_a_task_of_srun_uses_the_cores_of_its_own(threads, monkeypatch):
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
-
-    distributed._share_cores()
-
-    assert threads == [6]
-
-
-def test_a_number_of_threads_that_the_user_sets_is_left(threads, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    distributed._share_cores()
-
-    assert threads == []
-
-
-def test_the_one_thread_that_torchrun_sets_is_raised(threads, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+@pytest.mark.parametrize(
+    ("variables", "set_to"),
+    [
+        ({}, [2]),
+        ({"SLURM_CPUS_PER_TASK": "6"}, [6]),
+        ({"OMP_NUM_THREADS": "1"}, []),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, [2]),
+    ],
+    ids=["shared by the ranks", "of the task of srun", "of the user", "of torchrun"],
+)
+def test_ranks_share_the_cores_unless_a_number_of_threads_is_set(
+    threads, monkeypatch, variables, set_to
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
     distributed._share_cores()
 
-    assert threads == [2]
+    assert threads == set_to

@@ -1,3 +1,5 @@
+"""What models leave in memory, and the peaks of a stage and of the process."""
+
 import gc
 import platform
 import subprocess
@@ -7,7 +9,16 @@ import weakref
 import pytest
 import torch
 
-from megakd.engine.memory import earlier_objects_left_alone, forget_models, keep_freed_memory
+from megakd.engine import memory
+from megakd.engine.memory import (
+    earlier_objects_left_alone,
+    forget_models,
+    keep_freed_memory,
+    left_out_of_peak,
+    peak_memory_bytes,
+    peak_memory_of_process,
+    reset_peak_memory,
+)
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 # The heap of a new process: 40 tensors of 4 MB are made and freed, below one that stays.
@@ -27,24 +38,16 @@ def make_and_free():
 
 memory.keep_freed_memory()
 before = resident_mb()
-if {returned}:
-    with memory.freed_memory_returned():
-        stays = make_and_free()
-        print(resident_mb() - before)
-else:
+with memory.freed_memory_returned():
     stays = make_and_free()
     print(resident_mb() - before)
+del stays
+before = resident_mb()
+stays = make_and_free()
+print(resident_mb() - before)
+memory.forget_models()
+print(resident_mb() - before)
 """
-
-
-def megabytes_left(*, returned):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(returned=returned)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout)
 
 
 def test_the_allocator_takes_the_setting_where_it_is_glibc():
@@ -52,9 +55,15 @@ def test_the_allocator_takes_the_setting_where_it_is_glibc():
 
 
 @pytest.mark.skipif(not GLIBC, reason="only glibc has these settings")
-def test_freed_tensors_go_back_while_a_model_loads_and_stay_afterwards():
-    assert megabytes_left(returned=True) < 40
-    assert megabytes_left(returned=False) > 120
+def test_freed_tensors_go_back_while_a_model_loads_and_when_a_model_is_forgotten():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+    )
+    while_loading, afterwards, forgotten = map(float, done.stdout.split())
+
+    assert while_loading < 40
+    assert afterwards > 120
+    assert forgotten < 40
 
 
 class Engine:
@@ -95,15 +104,72 @@ def test_what_a_run_leaves_is_collected_when_the_run_ends():
     assert gc.get_freeze_count() == 0
 
 
-@pytest.mark.skipif(not GLIBC, reason="only glibc can be told to return memory")
-def test_the_memory_of_a_forgotten_model_goes_back_to_the_system():
-    program = PROGRAM.format(returned=False)
-    program += "memory.forget_models()\nprint(resident_mb() - before)\n"
+CPU = torch.device("cpu")
+LARGE = 400 << 20
 
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    kept, left = map(float, done.stdout.split())
 
-    assert kept > 120
-    assert left < 40
+def held_for_a_moment(size: int) -> None:
+    held = bytearray(size)
+    assert held[-1] == 0
+
+
+@pytest.fixture(autouse=True)
+def _own_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_EARLIER", {})
+    monkeypatch.setattr(memory, "_COUNTED", {})
+
+
+def test_a_peak_from_before_the_reset_counts_for_the_process_alone():
+    held_for_a_moment(LARGE)
+    before = peak_memory_bytes(CPU)
+
+    reset_peak_memory(CPU)
+
+    assert peak_memory_bytes(CPU) < before - LARGE / 2
+    assert peak_memory_of_process(CPU) == before
+
+
+def test_a_peak_after_the_reset_counts_although_the_memory_is_free_again():
+    reset_peak_memory(CPU)
+    before = peak_memory_bytes(CPU)
+
+    held_for_a_moment(LARGE)
+
+    assert peak_memory_bytes(CPU) > before + LARGE / 2
+
+
+def test_memory_that_is_left_out_counts_for_the_process_alone():
+    reset_peak_memory(CPU)
+    held_for_a_moment(LARGE)
+    counted = peak_memory_bytes(CPU)
+
+    with left_out_of_peak(CPU):
+        held_for_a_moment(2 * LARGE)
+
+    assert peak_memory_bytes(CPU) == counted
+    assert peak_memory_of_process(CPU) > counted + LARGE / 2
+    reset_peak_memory(CPU)
+    assert peak_memory_bytes(CPU) < counted - LARGE / 2
+
+
+def test_without_a_reset_of_the_system_the_peak_of_the_process_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "PROCESS", tmp_path / "none")
+    held_for_a_moment(LARGE)
+    before = peak_memory_bytes(CPU)
+
+    reset_peak_memory(CPU)
+
+    assert peak_memory_bytes(CPU) == before
+    assert peak_memory_of_process(CPU) == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_peak_of_a_gpu_is_reset_too():
+    gpu = torch.device("cuda")
+    torch.empty(LARGE, dtype=torch.uint8, device=gpu)
+    before = peak_memory_bytes(gpu)
+
+    reset_peak_memory(gpu)
+
+    assert peak_memory_bytes(gpu) <= before - LARGE
+    assert peak_memory_of_process(gpu) == before

@@ -19,7 +19,7 @@ def sharded() -> nn.Module:
     for index, name in enumerate(("a", "b")):
         shard: Any = torch.arange(3.0) + index
         shard.final_location = OffloadDeviceEnum.cpu
-        module[name].ds_tensor = shard  # pyright: ignore[reportAttributeAccessIssue]
+        module[name].ds_tensor = shard
     return module
 
 

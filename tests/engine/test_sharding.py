@@ -23,38 +23,18 @@ from megakd.models.loading import load_model, resolve_model
 PROGRAM = Path(__file__).with_name("sharding_ranks.py")
 # A start takes seconds; many times that on a busy machine.
 TIMEOUT_S = 240
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-    "vocab_size": 300,
-}
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 32}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}
+BERT = {"model_type": "bert", **SIZES}
 
 
 def tiny_llama():
-    return LlamaConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        vocab_size=300,
-        tie_word_embeddings=True,
-    )
+    return LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=True)
 
 
 def run_ranks(arguments, *, world, log_folder):
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(world),
-        "LOCAL_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {**os.environ, **place, "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
     logs = [log_folder / f"log{rank}.txt" for rank in range(world)]
     ranks = [
         start_rank(

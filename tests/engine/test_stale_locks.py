@@ -42,23 +42,17 @@ def test_a_lock_that_a_process_holds_open_stays(tmp_path):
     assert lock.exists()
 
 
-def test_a_buffer_that_no_process_maps_is_removed(buffer, tmp_path):
+def test_a_buffer_is_removed_unless_a_process_maps_it_or_has_it_open(buffer, tmp_path):
+    with buffer.open("r+b"):  # a start has created it and not yet mapped it
+        assert remove_dead_buffers(tmp_path) == []
+    with buffer.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 4096)
+    with mapped:
+        assert remove_dead_buffers(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == [buffer.name]
+
     assert remove_dead_buffers(tmp_path) == [buffer]
     assert not buffer.exists()
-
-
-def test_a_buffer_that_a_process_maps_stays(buffer, tmp_path):
-    with buffer.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-        assert remove_dead_buffers(tmp_path) == []
-
-    assert buffer.exists()
-
-
-def test_a_buffer_that_a_start_has_created_and_not_yet_mapped_stays(buffer, tmp_path):
-    with buffer.open("r+b"):
-        assert remove_dead_buffers(tmp_path) == []
-
-    assert [path.name for path in tmp_path.iterdir()] == [buffer.name]
 
 
 def test_a_buffer_that_another_process_holds_open_stays(buffer, tmp_path):
@@ -67,7 +61,6 @@ def test_a_buffer_that_another_process_holds_open_stays(buffer, tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", program, str(buffer)], stdin=pipe, stdout=pipe
     ) as other:
-        assert other.stdout is not None
         other.stdout.readline()
 
         assert remove_dead_buffers(tmp_path) == []

@@ -70,10 +70,7 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path):
     tree = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
 
     assert tree == {"a": None, "b": [1.5, None], "c": [1, "é"]}
-
-
-def test_json_on_one_line_has_no_line_break():
-    assert json_text({"a": 1, "b": "x\ny"}) == '{"a": 1, "b": "x\\ny"}'
+    assert json_text({"a": 1, "b": "x\ny"}) == '{"a": 1, "b": "x\\ny"}'  # on one line
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
@@ -120,25 +117,15 @@ def test_a_failure_of_the_last_rename_puts_the_old_one_back(tmp_path, monkeypatc
     assert names(tmp_path) == ["final"]
 
 
-def test_a_kill_between_the_renames_is_undone_by_recover(tmp_path):
+@pytest.mark.parametrize(("left", "whole"), [(".final.new", "old"), ("final", "new")])
+def test_recover_undoes_a_first_rename_and_keeps_what_both_have_made(tmp_path, left, whole):
     folder_with(tmp_path / ".final.old", "old")
-    folder_with(tmp_path / ".final.new", "new")
+    folder_with(tmp_path / left, "new")
 
     restored = recover(tmp_path / "final")
 
-    assert restored
-    assert (tmp_path / "final" / "content.txt").read_text() == "old"
-    assert names(tmp_path) == ["final"]
-
-
-def test_recover_keeps_the_new_folder_when_both_renames_were_done(tmp_path):
-    folder_with(tmp_path / ".final.old", "old")
-    folder_with(tmp_path / "final", "new")
-
-    restored = recover(tmp_path / "final")
-
-    assert not restored
-    assert (tmp_path / "final" / "content.txt").read_text() == "new"
+    assert restored == (whole == "old")
+    assert (tmp_path / "final" / "content.txt").read_text() == whole
     assert names(tmp_path) == ["final"]
 
 
