@@ -61,13 +61,8 @@ def test_every_answer_and_its_end_token_count_and_nothing_else(family, merges):
     assert int(row.labels[row.labels != IGNORE][-1]) == tokenizer.eos_token_id
 
 
-TEXTS = st.text(
-    st.characters(codec="utf-8", exclude_characters="<", exclude_categories=["Cs"]),
-    min_size=1,
-    max_size=12,
-).filter(lambda text: bool(text.strip()))
-
-
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="<", exclude_categories=["Cs"])
+TEXTS = st.text(CHARACTERS, min_size=1, max_size=12).filter(lambda text: bool(text.strip()))
 CONVERSATIONS = st.lists(TEXTS, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0)
 
 
@@ -124,25 +119,21 @@ def test_the_empty_thinking_of_qwen3_is_learned_unless_the_prompt_has_it(
 def test_tools_and_reasoning_of_an_answer_count():
     tokenizer = chat_tokenizer("qwen3")
     calling = {"role": "assistant", "reasoning_content": "I add.", "tool_calls": [CALL]}
-    messages = [*asked("2 + 2?"), calling, {"role": "tool", "content": "4"}]
+    question, result = asked("2 + 2?"), {"role": "tool", "content": "4"}
     final = {"role": "assistant", "content": "<think>\nSo 4.\n</think>\n\nIt is 4."}
 
-    row = encoded(tokenizer, chat([*messages, final], tools=[ADD]))
+    row = encoded(tokenizer, chat([*question, calling, result, final], tools=[ADD]))
 
-    beginning = tokenizer.apply_chat_template(
-        messages[:1], tools=[ADD], tokenize=False, add_generation_prompt=True
-    )
+    options = {"tools": [ADD], "tokenize": False, "add_generation_prompt": True}
+    beginning = tokenizer.apply_chat_template(question, **options)
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'
+    response = "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>"
     assert_row(
         row,
         tokenizer,
         (beginning, False),
         ("<think>\nI add.\n</think>\n\n" + call, True),
-        (
-            "\n<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n"
-            "<|im_start|>assistant\n",
-            False,
-        ),
+        (f"\n{response}\n<|im_start|>assistant\n", False),
         ("<think>\nSo 4.\n</think>\n\nIt is 4.<|im_end|>", True),
         ("\n", False),
     )

@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from megakd.data.glue import TASKS
 from megakd.errors import ConfigError, DataError
 
+STSB_HEADER = ["index", *(f"column{n}" for n in range(6)), "sentence1", "sentence2", "score"]
 MNLI_HEADER = ["index", "promptID", "sentence1_parse", "sentence1", "sentence2", "gold_label"]
 
 
@@ -37,7 +38,8 @@ def test_sst2_is_found_however_its_folder_is_written(load, folder, name, tmp_pat
 
 PAIR = {"text": "a", "text_pair": "b"}
 ENTAILED = ("entailment", "not_entailment")
-BOTH = ("accuracy", "f1")
+BOTH, ACCURACY = ("accuracy", "f1"), ("accuracy",)
+NUMBERED = "index\tsentence1\tsentence2\tlabel"
 # The lines of a file, and its first row, its classes and its metrics.
 FILES = {
     "cola": (
@@ -47,47 +49,28 @@ FILES = {
         ("matthews_correlation",),
     ),
     "mrpc": (  # a byte order mark, and quotes that are text
-        [
-            "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
-            '1\t7\t8\t" Half a quote\tand " more',
-        ],
-        {"text": '" Half a quote', "text_pair": 'and " more', "label": 1},
+        ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", '1\t7\t8\t" Half\tand " more'],
+        {"text": '" Half', "text_pair": 'and " more', "label": 1},
         ("not_equivalent", "equivalent"),
         BOTH,
     ),
     "stsb": (
-        [
-            "index\tgenre\tfile\tyear\told\ts1\ts2\tsentence1\tsentence2\tscore",
-            "0\tcaptions\tMSRvid\t2012\t1\tnone\tnone\ta\tb\t3.750",
-        ],
+        ["\t".join(STSB_HEADER), "0\tcaptions\tMSRvid\t2012\t1\tnone\tnone\ta\tb\t3.750"],
         {**PAIR, "label": 3.75},
         (),
         ("pearson", "spearman"),
     ),
-    "rte": (
-        ["index\tsentence1\tsentence2\tlabel", "0\ta\tb\tnot_entailment"],
-        {**PAIR, "label": 1},
-        ENTAILED,
-        ("accuracy",),
-    ),
+    "rte": ([NUMBERED, "0\ta\tb\tnot_entailment"], {**PAIR, "label": 1}, ENTAILED, ACCURACY),
     "qnli": (
         ["index\tquestion\tsentence\tlabel", "0\ta\tb\tentailment"],
         {**PAIR, "label": 0},
         ENTAILED,
-        ("accuracy",),
+        ACCURACY,
     ),
-    "wnli": (  # numbers its classes the other way round
-        ["index\tsentence1\tsentence2\tlabel", "0\ta\tb\t1"],
-        {**PAIR, "label": 1},
-        ENTAILED[::-1],
-        ("accuracy",),
-    ),
+    # numbers its classes the other way round
+    "wnli": ([NUMBERED, "0\ta\tb\t1"], {**PAIR, "label": 1}, ENTAILED[::-1], ACCURACY),
     "qqp": (
-        [
-            "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
-            "4\t5\ta broken line",
-            "1\t2\t3\ta\tb\t1",
-        ],
+        ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "4\t5\tbroken", "1\t2\t3\ta\tb\t1"],
         {**PAIR, "label": 1},
         ("not_duplicate", "duplicate"),
         BOTH,
