@@ -312,15 +312,16 @@ def test_settings_near_those_refusals_are_accepted(run_file, overrides):
         ("train.tokens_per_rank=7", "train.tokens_per_rank: must be at least 8 (got 7)"),
         ("rollout={mix: {rollout: 1}}", "rollout.max_new_tokens: missing"),
         ("rollout={max_new_tokens: 0}", "rollout.max_new_tokens: must be at least 1"),
-        (
-            "rollout={max_new_tokens: 4, mix: {rollout: 0.5, data: 0.4}}",
-            "must add up to 1 (got 0.9",
-        ),
-        ("rollout={max_new_tokens: 4, mix: {rollouts: 1.0}}", "rollout.mix"),
-        ("rollout={max_new_tokens: 4, sampling: {top_p: 0}}", "rollout.sampling.top_p"),
-        (
-            "rollout={max_new_tokens: 4, sampling: {temperature: -1}}",
-            "rollout.sampling.temperature",
+        *(
+            (f"rollout={{max_new_tokens: 4, {section}}}", text)
+            for section, text in {
+                "mix: {rollout: 0.5, data: 0.4}": "must add up to 1 (got 0.9",
+                "mix: {rollouts: 1.0}": "rollout.mix",
+                "sampling: {top_p: 0}": "rollout.sampling.top_p",
+                "sampling: {temperature: -1}": "rollout.sampling.temperature",
+                f"server: {{{URL}, kind: tgi, push: none}}": "server.kind",
+                f"server: {{{URL}, kind: vllm}}": "server.push: missing",
+            }.items()
         ),
         (
             "rollout={max_new_tokens: [{from_step: 5, max_new_tokens: 4}]}",
@@ -336,8 +337,6 @@ def test_settings_near_those_refusals_are_accepted(run_file, overrides):
                 "'http://a:1', 'http://a:1/'": "must name each replica once (got http://a:1 more",
             }.items()
         ),
-        (f"rollout={{max_new_tokens: 4, server: {{{URL}, kind: tgi, push: none}}}}", "server.kind"),
-        (f"rollout={{max_new_tokens: 4, server: {{{URL}, kind: vllm}}}}", "server.push: missing"),
     ],
 )
 def test_a_value_that_a_key_cannot_have_is_refused(run_file, overrides, text):

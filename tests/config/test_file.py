@@ -129,35 +129,21 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
         ("task.tokenizer={type: wordpice}", 'task.tokenizer.type: must be "wordpiece", "bpe" or'),
         ("task={type: classification}", "task.dataset: missing, and it has no default"),
         ('task.dataset="\\ud800"', "the config: Invalid JSON"),
-        (
-            "objective.1={loss: hidden_mse, layer_mapping: unform}",
-            'objective[1].layer_mapping: must be "uniform", "last" or a list (got "unform"); '
-            'did you mean "uniform"?',
+        *(
+            (f"objective.1={{loss: {term}}}", text)
+            for term, text in {
+                "hidden_mse, layer_mapping: unform": 'list (got "unform"); did you mean "uniform"?',
+                "hidden_mse, layer_mapping: ['7:1', 7-2]": "layer_mapping[1]: must be a layer pair",
+                "hidden_mse, layer_mapping: []": "layer_mapping: needs at least 1 item(s) (got [])",
+                "relation_fsp, layer_mapping: last": 'layer_mapping: must be "uniform"',
+                "relation_fsp, layer_mapping: ['1:2']": "layer_mapping: needs at least 2 item(s)",
+                "relation_kl, relations: [query, keys]": '"value" or "query_key" (got "key',
+                "relation_kl, relations: [value, value]": "relations: value is listed twice",
+                "relation_kl, relation_heads: 0": "relation_heads: must be at least 1 (got 0)",
+                "attention_mse, fit: score": '"probabilities" (got "score"); did you mean',
+                "soft_target_skew_kl, skew: 1": "objective[1].skew: must be below 1 (got 1)",
+            }.items()
         ),
-        (
-            "objective.1={loss: hidden_mse, layer_mapping: ['7:1', 7-2]}",
-            "objective[1].layer_mapping[1]: must be a layer pair student:teacher, such as 2:6 (got",
-        ),
-        ("objective.1={loss: hidden_mse, layer_mapping: []}", "objective[1].layer_mapping: needs"),
-        (
-            "objective.1={loss: relation_fsp, layer_mapping: last}",
-            'objective[1].layer_mapping: must be "uniform"',
-        ),
-        (
-            "objective.1={loss: relation_fsp, layer_mapping: ['1:2']}",
-            "objective[1].layer_mapping: needs at least 2 item(s)",
-        ),
-        (
-            "objective.1={loss: relation_kl, relations: [query, keys]}",
-            'objective[1].relations[1]: must be "query", "key", "value" or "query_key" (got "key',
-        ),
-        (
-            "objective.1={loss: relation_kl, relations: [value, value]}",
-            "objective[1].relations: value is listed twice",
-        ),
-        ("objective.1={loss: relation_kl, relation_heads: 0}", "objective[1].relation_heads: must"),
-        ("objective.1={loss: attention_mse, fit: score}", 'objective[1].fit: must be "scores" or'),
-        ("objective.1={loss: soft_target_skew_kl, skew: 1}", "objective[1].skew: must be below 1"),
         ("train.kernels=cuda", 'train.kernels: must be "auto", "triton", "chunked" or "reference"'),
     ],
 )
