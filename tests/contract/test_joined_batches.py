@@ -52,11 +52,11 @@ def outputs(knowledge: Knowledge, batch: Batch) -> list[torch.Tensor | None]:
 
 def assert_answered_as_one_by_one(model, batches):
     with torch.no_grad():
-        said = read_knowledge(model, joined(batches), NEEDS)
+        together = read_knowledge(model, joined(batches), NEEDS)
         for batch, part in zip(batches, parts_of(batches), strict=True):
-            found = outputs(part_of(said, part), batch)
+            of_part = outputs(part_of(together, part), batch)
             expected = outputs(read_knowledge(model, batch, NEEDS), batch)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(of_part, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "varlen"])

@@ -204,9 +204,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("family", "messages", "said", "keys"), REFUSED.values(), ids=REFUSED)
-def test_what_a_template_cannot_write_is_refused_with_the_row(family, messages, said, keys):
-    with pytest.raises(DataError, match=rf"(?s)row 1.*({said})"):
+@pytest.mark.parametrize(("family", "messages", "reason", "keys"), REFUSED.values(), ids=REFUSED)
+def test_what_a_template_cannot_write_is_refused_with_the_row(family, messages, reason, keys):
+    with pytest.raises(DataError, match=rf"(?s)row 1.*({reason})"):
         encoded(chat_tokenizer(family), chat(messages, tools=[ADD]), **keys)
 
 

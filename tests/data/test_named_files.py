@@ -141,9 +141,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"train_files": ("classes.parquet", f"{name}.parquet")},
-            rf"{name}\.parquet: column 'label' has {said}, but in .*s\.parquet it has .* neg, pos",
+            rf"{name}\.parquet: column 'label' has {names}, but in .*s\.parquet it has .* neg, pos",
         )
-        for name, said in (
+        for name, names in (
             ("other", "the class names neg, other"),
             ("more", "the class names neg, pos, other"),
             ("nameless", "no class names"),

@@ -90,8 +90,8 @@ except ValueError:
 
     texts = [text for _, text in docstrings_of(tmp_path)]
 
-    found = ["Module.", "Class\nindented.", "Method.", "Inner.", "Conditional.", "In a handler."]
-    assert texts == found
+    expected = ["Module.", "Class\nindented.", "Method.", "Inner.", "Conditional.", "In a handler."]
+    assert texts == expected
 
 
 def test_files_that_are_no_python_are_counted_and_left_out(tmp_path):

@@ -199,7 +199,7 @@ def test_every_row_occurs_once_within_the_budget_and_the_ranks_share_the_tokens(
     # First fit needs at most twice the number of full micro-batches, and then fills up the ranks.
     assert count * ranks < 2 * lengths.sum() / BUDGET + 1 + ranks
     # Dealt in turns, the longest of a turn to the rank with the fewest tokens so far.
-    totals = [sum(own) for own in by_rank]
+    totals = [sum(tokens) for tokens in by_rank]
     assert max(totals) - min(totals) <= max(map(max, by_rank))
 
 

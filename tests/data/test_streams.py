@@ -302,10 +302,10 @@ def test_columns_of_conversations_may_begin_with_any_row(tmp_path, write_rows, j
 
     read = stream(*paths, kind="causal_lm").read()
 
-    found = [Conversation.from_json(row[CONVERSATION]) for row in read]
+    rows = [Conversation.from_json(row[CONVERSATION]) for row in read]
     plain = (None, {})
     expected = [*[plain] * 4, (tools, {}), (None, options), (tools, {}), (tools, {})]
-    assert [(row.tools, row.options) for row in found] == expected
+    assert [(row.tools, row.options) for row in rows] == expected
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ def test_an_optimizer_is_offloaded_if_it_has_a_target():
     targets = (None, {}, {"device": "none"}, {"device": "cpu"})
     given = [{"zero_optimization": {"offload_optimizer": target}} for target in targets]
 
-    found = [_offloads_optimizer(ds) for ds in (*given, {"zero_optimization": None}, {})]
+    offloaded = [_offloads_optimizer(ds) for ds in (*given, {"zero_optimization": None}, {})]
 
-    assert found == [False, False, False, True, False, False]
+    assert offloaded == [False, False, False, True, False, False]
 
 
 def test_deepspeed_is_told_that_sgd_may_be_used():

@@ -179,19 +179,19 @@ def test_exported_states_give_the_outputs_of_the_own_engine_where_labels_are(
         batch = batch._replace(targets=chosen)
     first, second = Layers(), Layers()
 
-    said = states_teacher(first, second)(batch)
+    answer = states_teacher(first, second)(batch)
 
     with torch.no_grad():
-        own = read_knowledge(MODEL, batch, Needs()).hidden
-    assert said.hidden.shape == own.shape
+        engine = read_knowledge(MODEL, batch, Needs()).hidden
+    assert answer.hidden.shape == engine.shape
     if batch.targets is None:
-        found, wanted = said.hidden.flatten(0, 1)[chosen], own.flatten(0, 1)[chosen]
+        outputs, wanted = answer.hidden.flatten(0, 1)[chosen], engine.flatten(0, 1)[chosen]
     else:
-        found, wanted = said.hidden, own
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
-    assert torch.equal(said.head.read()[0], MODEL.lm_head.weight)
-    assert said.hidden.isfinite().all()
-    assert not said.hidden.requires_grad
+        outputs, wanted = answer.hidden, engine
+    torch.testing.assert_close(outputs, wanted, rtol=0, atol=1e-10)
+    assert torch.equal(answer.head.read()[0], MODEL.lm_head.weight)
+    assert answer.hidden.isfinite().all()
+    assert not answer.hidden.requires_grad
     asked = sum(map(len, first.asked)) + sum(map(len, second.asked))
     assert asked == len(chosen)
     assert abs(len(first.asked) - len(second.asked)) <= 1
@@ -200,9 +200,11 @@ def test_exported_states_give_the_outputs_of_the_own_engine_where_labels_are(
 def test_the_micro_batches_of_a_step_get_their_own_states():
     batches = [labelled_batch(rows, [True]) for rows in ([[3]], [[2, 2]], [[]])]
 
-    said = list(states_teacher(Layers()).answers(batches))
+    answers = list(states_teacher(Layers()).answers(batches))
 
-    for batch, found in zip(batches, said, strict=True):
+    for batch, outputs in zip(batches, answers, strict=True):
         with torch.no_grad():
-            own = read_knowledge(MODEL, batch, Needs()).hidden
-        torch.testing.assert_close(found.hidden[batch.valid], own[batch.valid], rtol=0, atol=1e-10)
+            engine = read_knowledge(MODEL, batch, Needs()).hidden
+        torch.testing.assert_close(
+            outputs.hidden[batch.valid], engine[batch.valid], rtol=0, atol=1e-10
+        )
