@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 PARTS = ("megakd", "kernels", "launch", "ds_configs", "tests/support", "tests/conftest.py")
+METHOD, TEST = "megakd/methods/born_again.py", "tests/methods/test_born_again.py"
+LIST = "from megakd.cli import main; main(['methods', 'born_again'])"
+CONFIG = ("--config", "launch/examples/born_again.yaml", "--print-config")
 
 
 @pytest.fixture(scope="module")
@@ -36,42 +39,28 @@ def followed(
     return copy
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(folder), str(folder / "kernels")])
-    return subprocess.run(
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (("-c", LIST), "generations: 2"),
+        (("-m", "pytest", "-q", TEST), "2 passed"),
+        (("launch/train.py", *CONFIG), "generations: 3"),
+        (("-m", "ruff", "check", METHOD, TEST), "passed"),
+        (("-m", "ruff", "format", "--check", METHOD, TEST), "already formatted"),
+    ],
+    ids=["listed", "tested", "configured", "linted", "formatted"],
+)
+def test_the_method_of_the_page_works_with_its_test_and_its_config(followed, command, shown):
+    path = os.pathsep.join([str(followed), str(followed / "kernels")])
+
+    said = subprocess.run(
         [sys.executable, *command],
-        cwd=folder,
+        cwd=followed,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
 
-
-def test_the_pages_method_is_found_and_its_test_passes(followed):
-    command = "from megakd.cli import main; main(['methods', 'born_again'])"
-    listed = run(followed, "-c", command)
-    tested = run(followed, "-m", "pytest", "-q", "tests/methods/test_born_again.py")
-
-    assert "generations: 2" in listed.stdout, listed.stderr
-    assert tested.returncode == 0, tested.stdout
-    assert "2 passed" in tested.stdout
-
-
-def test_the_pages_config_is_accepted(followed):
-    shown = run(
-        followed, "launch/train.py", "--config", "launch/examples/born_again.yaml", "--print-config"
-    )
-
-    assert shown.returncode == 0, shown.stderr
-    assert "generations: 3" in shown.stdout
-
-
-def test_the_pages_files_pass_the_linter(followed):
-    files = ["megakd/methods/born_again.py", "tests/methods/test_born_again.py"]
-
-    checked = run(followed, "-m", "ruff", "check", *files)
-    formatted = run(followed, "-m", "ruff", "format", "--check", *files)
-
-    assert checked.returncode == 0, checked.stdout
-    assert formatted.returncode == 0, formatted.stdout
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert shown in said.stdout

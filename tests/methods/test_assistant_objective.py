@@ -60,15 +60,11 @@ def test_narrower_hidden_states_are_compared_by_relations_of_the_last_layer(head
     assert f"with {count} relation heads" in caplog.text
 
 
-def test_hidden_states_of_one_width_are_compared_themselves():
-    terms = objective_of(PLAIN, lab(BertConfig(**BASE)))
-
-    assert [term.loss for term in terms] == ["hidden_mse", "soft_target_kl"]
-
-
-def test_relations_have_as_many_parts_as_the_teacher_has_heads_whoever_teaches():
+def test_hidden_states_of_one_width_are_compared_and_relations_have_the_teachers_heads():
+    alone = objective_of(PLAIN, lab(BertConfig(**BASE)))
     teacher = lab(BertConfig(**BASE), (SOFT, relations(), relations(relation_heads=4)))
 
+    assert [term.loss for term in alone] == ["hidden_mse", "soft_target_kl"]
     assert objective_of(RESIDUAL, teacher) == (
         SOFT,
         relations(relation_heads=12),
@@ -111,15 +107,12 @@ def test_a_sparsity_that_is_never_cut_at_is_not_checked(method):
 
 
 def test_a_metric_is_asked_for_only_where_something_is_weighed():
-    teacher = lab(BertConfig(**BASE))
-    asked: list[str | None] = []
+    teacher, asked = lab(BertConfig(**BASE)), list[str | None]()
     teacher.metric = asked.append
 
     check_reach(PLAIN, teacher)
-    none = list(asked)
     check_reach(MaxiDiscConfig(name="maxidisc", metric="f1"), teacher)
 
-    assert none == []
     assert asked == ["f1"]
 
 

@@ -11,10 +11,8 @@ import pytest
 import torch
 from one_rank import OneRank
 from safetensors.torch import load_file
-from tiny_runs import bert, config_tree, write_config, write_reviews, write_scored_pairs
+from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_reviews, write_scored_pairs
 from whole_run import finish, read, records
-
-from megakd.methods.tradeoff import choose
 
 GRID, TARGET, TRADEOFF = [0.25, 0.5, 0.75], 0.75, 0.2
 STEPS, EVAL_STEPS = 8, 4
@@ -26,8 +24,7 @@ class Bench:
     def __init__(self, one_rank: OneRank, folder: Path, task: dict[str, Any]) -> None:
         self.one_rank, self.folder, self.task = one_rank, folder, task
         # A cut model draws no dropout for heads that it does not have.
-        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        model = bert(2, width=32, num_attention_heads=4, **dropout)
+        model = bert(2, width=32, num_attention_heads=4, **NO_DROPOUT)
         tree = config_tree(folder / "teacher", task, student={"model": model})
         tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 30}
         finish(one_rank, write_config(folder / "teacher.yaml", tree))
@@ -65,11 +62,6 @@ def minidisc(bench) -> Path:
     return bench.run("minidisc", {"name": "minidisc"}, **given)
 
 
-def kept(out: Path, stage: str) -> dict[str, Any]:
-    """What a trial's folder is of."""
-    return json.loads((out / "stages" / stage / "result.json").read_text())
-
-
 def test_every_trial_chooses_one_candidate_by_scores_of_one_evaluation(minidisc):
     candidates = read(minidisc)["candidates"]
 
@@ -86,25 +78,6 @@ def test_every_trial_chooses_one_candidate_by_scores_of_one_evaluation(minidisc)
         assert row["tradeoff"] == pytest.approx(row["metric"] + TRADEOFF * row["sparsity"])
 
 
-def test_the_evaluation_that_is_kept_has_the_highest_tradeoff_of_the_trial(minidisc):
-    rows = [row for row in read(minidisc)["candidates"] if row["iteration"] == 1]
-    evaluations = [r for r in records(minidisc, "trial-1") if "eval/accuracy" in r]
-
-    def highest(scores: dict[float, float]) -> float:
-        return max(value + TRADEOFF * s for s, value in scores.items())
-
-    seen = [{s: e[f"eval/sparsity-{s:g}/accuracy"] for s in GRID} for e in evaluations]
-    assert len(seen) == STEPS // EVAL_STEPS
-    assert max(row["tradeoff"] for row in rows) == pytest.approx(max(map(highest, seen)))
-    chosen = choose(
-        {row["sparsity"]: row["metric"] for row in rows},
-        tradeoff=TRADEOFF,
-        teacher_sparsity=0.0,
-        target=TARGET,
-    )
-    assert next(row["sparsity"] for row in rows if row["chosen"]) == chosen.sparsity
-
-
 def test_the_student_is_the_target_cut_to_its_size(minidisc):
     report = read(minidisc)
     weights = load_file(minidisc / "final" / "model.safetensors")
@@ -117,38 +90,23 @@ def test_the_student_is_the_target_cut_to_its_size(minidisc):
     assert (heads, neurons) == (round(0.25 * 8), round(0.25 * 128))
 
 
-def student_stage(out: Path) -> str:
-    """The trial that gave the student."""
-    return [s["name"] for s in read(out)["stages"] if s["name"].startswith("trial-")][-1]
-
-
 def test_direct_is_the_target_cut_out_of_the_teacher_with_the_steps_of_all_trials(minidisc):
-    ours, direct, start, ordered = (
+    student = [s["name"] for s in read(minidisc)["stages"] if s["name"].startswith("trial-")][-1]
+    ours, direct, alone, start, ordered = (
         load_file(minidisc / "stages" / stage / "model.safetensors")
-        for stage in (student_stage(minidisc), "direct", "cut-direct", "specification")
+        for stage in (student, "direct", "alone", "cut-direct", "specification")
     )
     stages = [(stage["name"], stage["steps"]) for stage in read(minidisc)["stages"]]
 
     trials = sum(steps for name, steps in stages if name.startswith("trial-"))
-    assert dict(stages)["direct"] == trials
+    assert (dict(stages)["direct"], dict(stages)["alone"]) == (trials, 3)
     assert len(stages) == len(dict(stages))  # importance is measured once
-    assert {n: t.shape for n, t in direct.items()} == {n: t.shape for n, t in ours.items()}
+    for baseline in (direct, alone):
+        assert {n: t.shape for n, t in baseline.items()} == {n: t.shape for n, t in ours.items()}
     embeddings = "bert.embeddings.word_embeddings.weight"
     assert torch.equal(start[embeddings], ordered[embeddings])
     assert not torch.equal(direct[embeddings], start[embeddings])
-    baselines = read(minidisc)["baselines"]
-    assert baselines["direct"].keys() == baselines["alone"].keys()
-
-
-def test_the_baseline_has_the_students_shape_and_none_of_its_weights(minidisc):
-    ours, alone = (
-        load_file(minidisc / "stages" / stage / "model.safetensors")
-        for stage in (student_stage(minidisc), "alone")
-    )
-
-    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in alone.items()}
     assert set(read(minidisc)["baselines"]) == {"alone", "direct"}
-    assert [s["steps"] for s in read(minidisc)["stages"] if s["name"] == "alone"] == [3]
 
 
 def test_the_sorted_teacher_computes_what_the_teacher_does(minidisc, bench):
@@ -164,27 +122,6 @@ def test_the_sorted_teacher_computes_what_the_teacher_does(minidisc, bench):
         torch.testing.assert_close(ordered(ids).logits, teacher(ids).logits, atol=1e-6, rtol=0)
     query = "bert.encoder.layer.0.attention.self.query.weight"
     assert not torch.equal(teacher.get_parameter(query), ordered.get_parameter(query))
-
-
-def test_a_finished_run_started_again_loads_nothing(minidisc, bench):
-    report = (minidisc / "report.json").read_bytes()
-
-    said = finish(bench.one_rank, bench.folder / "minidisc.yaml")
-
-    assert said.loaded == ()
-    assert (minidisc / "report.json").read_bytes() == report
-
-
-def test_the_last_trial_is_what_is_exported_by_default(minidisc, bench, tmp_path):
-    config = bench.folder / "minidisc.yaml"
-
-    said = bench.one_rank.megakd("export", config, "--to", tmp_path / "student")
-
-    assert said.code == 0, said.err
-    exported, final = (
-        folder / "model.safetensors" for folder in (tmp_path / "student", minidisc / "final")
-    )
-    assert exported.read_bytes() == final.read_bytes()
 
 
 def test_a_large_weight_on_size_ends_with_the_target_after_one_trial(bench):
@@ -213,12 +150,9 @@ def test_the_assistant_is_cut_and_teaches_the_second_trial(one_rank, tmp_path):
     columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
     pairs = write_scored_pairs(tmp_path / "pairs")
     bench = Bench(one_rank, tmp_path, {"type": "regression", "dataset": str(pairs), **columns})
-    grid: dict[str, Any] = {
-        "sparsities": [0.25, 0.5, 0.85],
-        "target_sparsity": 0.85,
-        "tradeoff": 0.0,
-    }
-    method = {"name": "minidisc", **grid, "sampled_candidates": 0}
+    grid = [0.25, 0.5, 0.85]
+    method = {"name": "minidisc", "sparsities": grid, "target_sparsity": 0.85, "tradeoff": 0.0}
+    method["sampled_candidates"] = 0
     out = bench.run("wide", method, seed=1, train={"learning_rate": 0.001})
     report = read(out)
     first = next(r for r in report["candidates"] if r["iteration"] == 1 and r["chosen"])
@@ -227,11 +161,10 @@ def test_the_assistant_is_cut_and_teaches_the_second_trial(one_rank, tmp_path):
     assert assistant["sparsity"] == first["sparsity"]
     assert assistant["parameters"] == first["parameters"]
     second = [row for row in report["candidates"] if row["iteration"] == 2]
-    assert [row["sparsity"] for row in second] == [
-        s for s in grid["sparsities"] if s >= first["sparsity"]
-    ]
+    assert [row["sparsity"] for row in second] == [s for s in grid if s >= first["sparsity"]]
     assert next(row["sparsity"] for row in second if row["chosen"]) == 0.85
-    assert kept(out, "trial-2")["view"] == "sparsity-0.85"
+    result = json.loads((out / "stages" / "trial-2" / "result.json").read_text())
+    assert result["view"] == "sparsity-0.85"
 
 
 def test_one_candidate_learns_what_a_cut_model_learns_alone(bench):
@@ -246,59 +179,35 @@ def test_one_candidate_learns_what_a_cut_model_learns_alone(bench):
         torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
-def test_maxidisc_tries_every_assistant_and_keeps_the_best_student(bench):
+def test_maxidisc_keeps_the_best_student_and_trains_no_finished_leg_again(bench):
     out = bench.run("maxidisc", {"name": "maxidisc"})
-    report = read(out)
-    rows = report["candidates"]
-
-    assert [row["sparsity"] for row in rows] == GRID
-    assert [row["chosen"] for row in rows].count(True) == 1
-    chosen = next(row for row in rows if row["chosen"])
-    assert chosen["student_metric"] == max(row["student_metric"] for row in rows)
-    legs = [stage["name"] for stage in report["stages"]]
-    assert legs == [
-        "specification",
-        *(
-            leg
-            for s in GRID[:-1]
-            for leg in (f"leg-sparsity-{s:g}", f"student-through-sparsity-{s:g}")
-        ),
-        f"leg-sparsity-{TARGET:g}",
-    ]
-    (assistants, at_target) = (report["assistants"], chosen["sparsity"] == TARGET)
-    assert len(assistants) == (0 if at_target else 1)
-
-
-def test_a_leg_that_has_finished_is_not_trained_again(bench):
-    out = bench.folder / "maxidisc"
+    rows = read(out)["candidates"]
+    (chosen,) = [row for row in rows if row["chosen"]]
     (out / "report.json").unlink()
     before = {p: p.stat().st_mtime_ns for p in out.glob("stages/*/model.safetensors")}
 
     said = finish(bench.one_rank, bench.folder / "maxidisc.yaml")
 
+    assert [row["sparsity"] for row in rows] == GRID
+    assert chosen["student_metric"] == max(row["student_metric"] for row in rows)
     assert {p: p.stat().st_mtime_ns for p in out.glob("stages/*/model.safetensors")} == before
     assert "already finished, taken from" in said.err
     assert len(before) == 2 * len(GRID) - 1 + 1 + 2 * len(GRID) - 1
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
+    ("options", "message"),
     [
         (
-            {"name": "minidisc", "sparsities": [0.75, 0.95], "allocation": "uniform"},
+            {"sparsities": [0.75, 0.95], "allocation": "uniform"},
             r"no attention heads .* of the teacher are left: attention \d of 2 has 4 and would "
             r"keep 0 \(at sparsity",
         ),
-        (
-            {"name": "minidisc", "metric": "f1"},
-            "method.metric: f1 cannot be weighed against sparsity in this task",
-        ),
+        ({"metric": "f1"}, "method.metric: f1 cannot be weighed against sparsity in this task"),
     ],
 )
-def test_what_cannot_be_cut_or_weighed_is_said_before_a_model_loads(bench, method, message):
-    config = bench.config(f"bad-{method['name']}-{len(method)}", method)
-
-    said = bench.one_rank.train("--config", config)
+def test_what_cannot_be_cut_or_weighed_is_said_before_a_model_loads(bench, options, message):
+    said = bench.one_rank.train("--config", bench.config("bad", {"name": "minidisc", **options}))
 
     assert said.code == 2
     assert said.loaded == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -51,20 +52,21 @@ def test_of_a_large_vocabulary_the_largest_are_kept_and_the_rest_is_one_more(lan
 
 
 def test_a_cache_of_other_texts_or_another_teacher_is_refused(classes):
-    config = classes.config("first", cache="first-answers")
-    classes.cache(config)
-    shorter = classes.config("shorter", cache="first-answers", task={"max_length": 8})
-    other = {"model": bert(3, width=24, **NO_DROPOUT)}
-    larger = classes.config("larger", cache="first-answers", teacher=other)
-
-    said = [classes.one_rank.train("--config", path) for path in (shorter, larger)]
-
-    assert [one.code for one in said] == [2, 2]
-    assert (
+    classes.cache(classes.config("first", cache="first-answers"))
+    other = {"teacher": {"model": bert(3, width=24, **NO_DROPOUT)}}
+    wrong: dict[str, dict[str, Any]] = {
         "first-answers holds the cache of another teacher, other data or another setting "
-        "(max_length: " in said[0].err
-    )
-    assert "teacher.config.num_hidden_layers: 2 there, 3 here" in said[1].err
+        "(max_length: ": {"task": {"max_length": 8}},
+        "teacher.config.num_hidden_layers: 2 there, 3 here": other,
+        "seed: 42 there, 9 here": {"seed": 9},  # the teacher's weights are random
+    }
+    for message, sections in wrong.items():
+        config = classes.config("other", cache="first-answers", **sections)
+
+        said = classes.one_rank.train("--config", config)
+
+        assert said.code == 2
+        assert message in said.err
 
 
 def test_a_cache_serves_other_seeds_and_other_choices_of_labels_and_held_out_rows(classes):
@@ -75,27 +77,8 @@ def test_a_cache_serves_other_seeds_and_other_choices_of_labels_and_held_out_row
     fewer = {"labelled_examples": 10, "max_eval_examples": 3}
 
     again = classes.config("again", cache="kept-answers", task=fewer, teacher=stored, seed=9)
-    said = classes.one_rank.train("--config", again)
 
-    assert said.code == 0, said.err
-
-
-def test_a_teacher_of_random_weights_is_another_with_another_seed(classes):
-    classes.cache(classes.config("drawn", cache="drawn-answers"))
-
-    said = classes.one_rank.train(
-        "--config", classes.config("drawn-anew", cache="drawn-answers", seed=9)
-    )
-
-    assert said.code == 2
-    assert "seed: 42 there, 9 here" in said.err
-
-
-def test_a_cache_that_was_not_made_is_asked_for(classes):
-    said = classes.one_rank.train("--config", classes.config("early", cache="nowhere"))
-
-    assert said.code == 2
-    assert "nowhere/cache.json does not exist; create the cache first" in said.err
+    finish(classes.one_rank, again)
 
 
 def test_a_config_without_a_cache_has_nothing_to_make(classes):
@@ -106,10 +89,10 @@ def test_a_config_without_a_cache_has_nothing_to_make(classes):
 
 
 def test_every_teacher_of_a_pool_has_its_own_cache(classes):
-    names = ("a", "b")
+    caches = [classes.folder / "of-1", classes.folder / "of-2"]
     pool = [
-        {"name": n, "model": bert(1 + i, **NO_DROPOUT), "cache": str(classes.folder / f"of-{n}")}
-        for i, n in enumerate(names)
+        {"name": f"of-{n}", "model": bert(n, **NO_DROPOUT), "cache": str(cache)}
+        for n, cache in enumerate(caches, 1)
     ]
     tree = json.loads(classes.config("pool").read_text())
     del tree["teacher"]
@@ -119,22 +102,17 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
     classes.cache(config)
     finish(classes.one_rank, config)
 
-    assert all((classes.folder / f"of-{name}" / "cache.json").is_file() for name in names)
+    assert all((cache / "cache.json").is_file() for cache in caches)
 
 
 @pytest.mark.parametrize(
     ("kind", "sections", "message"),
     [
+        ("classes", {}, "some/cache.json does not exist; create the cache first"),
         (
             "classes",
             {"objective": [{"loss": "hidden_mse"}]},
             "hidden_mse needs more than the outputs of the teacher",
-        ),
-        ("classes", {"task": {"type": "mlm"}}, "task.type mlm masks other tokens in every epoch"),
-        (
-            "classes",
-            {"method": {"name": "knowledge_selection"}},
-            'method "knowledge_selection" needs more than the outputs of the teacher',
         ),
         (
             "language",
@@ -170,3 +148,88 @@ def test_kinds_that_look_inside_cannot_be_weighed_from_a_cache(classes):
 
     assert said.code == 2
     assert "teacher.cache holds only the outputs of the teacher" in said.err
+
+
+DRAWS = {"cache_draws": 16}
+
+
+@pytest.fixture(scope="module")
+def drawing(one_rank, tmp_path_factory) -> Bench:
+    return Bench(one_rank, tmp_path_factory.mktemp("draws"), language=True)
+
+
+def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(drawing):
+    online = drawing.weights(drawing.config("online"))
+    initial = drawing.weights(drawing.config("none", train={"learning_rate": 0.0}))
+    found = []
+    for draws in (1, 255):
+        config = drawing.config(f"of-{draws}", cache=f"of-{draws}", teacher={"cache_draws": draws})
+        said = drawing.cache(config)
+        assert f"rows of {16 * draws * 5} bytes" in said  # 16 positions, ids of 4 bytes and counts
+        found.append(drawing.weights(config))
+
+    assert all(torch.isfinite(weight).all() for weight in found[1].values())
+    few, many = (furthest(weights, online) for weights in found)
+    assert many < furthest(initial, online) / 2
+    assert many < few / 2
+
+
+def test_a_cache_of_the_other_kind_is_refused_naming_both(drawing):
+    drawing.cache(drawing.config("kept", cache="of-the-best"))
+    drawing.cache(drawing.config("drawn", cache="of-draws", teacher=DRAWS))
+    wrong = [
+        drawing.config("want-draws", cache="of-the-best", teacher=DRAWS),
+        drawing.config("want-best", cache="of-draws"),
+        drawing.config("want-more", cache="of-draws", teacher={"cache_draws": 17}),
+        drawing.config("want-other", cache="of-draws", teacher={**DRAWS, "cache_seed": 3}),
+    ]
+
+    trained = [drawing.one_rank.train("--config", path) for path in wrong]
+    written = [drawing.one_rank.megakd("cache", path) for path in wrong]
+
+    for said in (trained, written):
+        assert [one.code for one in said] == [2] * 4
+        assert "top_k: 64 there, absent here; draws: absent there, 16 here" in said[0].err
+        assert "draws: 16 there, absent here" in said[1].err
+        assert "draws: 16 there, 17 here" in said[2].err
+        assert "draws_seed: 0 there, 3 here" in said[3].err
+
+
+def test_a_run_from_other_draws_is_another_run(drawing):
+    config = drawing.config("run", cache="run-draws", teacher=DRAWS)
+    drawing.cache(config)
+    drawing.weights(config)
+    other = drawing.config("run", cache="other-draws", teacher={**DRAWS, "cache_seed": 3})
+    drawing.cache(other)
+
+    said = drawing.one_rank.train("--config", other)
+
+    assert said.code == 2
+    assert "teacher.cache_seed: 0 there, 3 here" in said.err
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"objective": [{"loss": "soft_target_jsd"}]},
+            "and teacher.cache holds only random draws, which suffice",
+        ),
+        (
+            {"objective": [{"loss": "soft_target_kl", "temperature": 2.0}]},
+            "at temperature 2: teacher.cache holds only random draws, at temperature 1",
+        ),
+        (
+            {"task": {"type": "classification"}},
+            "teacher.cache_draws: supported only for causal_lm, and task.type is classification",
+        ),
+        ({"teacher": {"cache_draws": 256}}, "teacher.cache_draws: must be at most 255"),
+    ],
+)
+def test_what_draws_cannot_tell_or_count_is_refused(drawing, sections, message):
+    config = drawing.config("refused", **{"cache": "some", "teacher": DRAWS, **sections})
+
+    said = drawing.one_rank.train("--config", config)
+
+    assert said.code == 2
+    assert message in said.err

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
+from safetensors.torch import load_file
 from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_text
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from whole_run import finish, read, records
 
 METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6}
 TRAIN = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+EVERY_STEP = {"eval_steps": 1, "keep_best": False}
 
 
 def pruning(folder: Path, kind: str = "mlm", **sections: Any) -> Path:
@@ -43,15 +45,22 @@ def pruning(folder: Path, kind: str = "mlm", **sections: Any) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "model.safetensors")
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    one, other = weights(out / "final"), weights(whole / "final")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    rows, reference = read(out)["pruning"], read(whole)["pruning"]
+    assert [r["teacher_kl"] for r in rows] == [r["teacher_kl"] for r in reference]
 
 
 @pytest.fixture(scope="module")
 def finished(one_rank, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     """The folder of a run, and the models that it has loaded."""
     folder = tmp_path_factory.mktemp("homodistil")
-    said = one_rank.train("--config", pruning(folder, eval={"eval_steps": 1, "keep_best": False}))
-    assert said.code == 0, said.err
+    said = finish(one_rank, pruning(folder, eval=EVERY_STEP))
     return folder / "out", tuple(Path(name).name for name in said.loaded)
 
 
@@ -61,94 +70,80 @@ def pruned(finished) -> Path:
 
 
 def test_all_windows_and_the_report_load_the_teacher_once(finished):
-    """`new bert` is the teacher, then the student, which starts as the teacher."""
-    _, loaded = finished
-
-    assert loaded == ("new bert", "new bert", "pruning-1", "pruning-2", "student")
+    # `new bert` is the teacher, then the student, which starts as the teacher.
+    assert finished[1] == ("new bert", "new bert", "pruning-1", "pruning-2", "student")
 
 
 def test_the_student_has_the_target_width_in_every_matrix(pruned):
     config = json.loads((pruned / "final" / "config.json").read_text())
 
     # 3 heads of 4 columns are 12: the stock class can say the shape.
-    assert (config["model_type"], config["hidden_size"], config["intermediate_size"]) == (
-        "bert",
-        12,
-        24,
-    )
+    sizes = config["model_type"], config["hidden_size"], config["intermediate_size"]
+    assert sizes == ("bert", 12, 24)
     model = AutoModelForMaskedLM.from_pretrained(pruned / "final")
     assert model.bert.encoder.layer[0].attention.self.query.weight.shape == (12, 12)
 
 
-def test_the_first_row_of_the_report_is_the_teacher_itself(pruned):
-    first = json.loads((pruned / "report.json").read_text())["pruning"][0]
-
-    assert (first["step"], first["width"], first["teacher_kl"]) == (0, 24, 0.0)
-
-
 def test_sizes_fall_at_the_cuts_and_the_report_lists_them(pruned):
-    rows = json.loads((pruned / "report.json").read_text())["pruning"]
+    rows = read(pruned)["pruning"]
+    first, last = rows[0], rows[-1]
 
+    assert (first["width"], first["teacher_kl"], last["width"]) == (24, 0.0, 12)  # the teacher
     assert [row["step"] for row in rows] == [*range(9)]
     assert [row["width"] for row in rows] == sorted((row["width"] for row in rows), reverse=True)
-    assert rows[-1]["width"] == 12
     stages = ["pruning-1", "pruning-2", "student"]
     sizes = [sum(w.numel() for w in weights(pruned / "stages" / s).values()) for s in stages]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] == rows[-1]["parameters"]
-    by_step = {row["step"]: row["parameters"] for row in rows}
-    assert sizes[0] in by_step.values()
+    assert sizes[-1] == last["parameters"]
+    assert sizes[0] in {row["parameters"] for row in rows}
 
 
-def test_a_model_in_flight_loads_with_plain_transformers_and_keeps_its_scale(pruned):
-    config = json.loads((pruned / "stages" / "pruning-1" / "config.json").read_text())
+def test_windows_continue_one_schedule_and_one_count_of_steps(pruned):
+    stages = ("pruning-1", "pruning-2", "student")
+    logged = [r for s in stages for r in records(pruned, s) if "train/learning_rate" in r]
+    rates = {record["step"]: record["train/learning_rate"] for record in logged}
 
-    assert config["model_type"] == "cut_bert"
-    assert config["score_width"] == 8
-    AutoModelForMaskedLM.from_pretrained(pruned / "stages" / "pruning-1", trust_remote_code=True)
+    # One linear decay over all eight steps, whatever ends in between.
+    assert rates == pytest.approx({step: 0.01 * (9 - step) / 8 for step in rates})
+    assert (len(rates), max(rates)) == (len(logged), 8)
 
 
-def test_an_exported_model_in_flight_has_no_training_state(one_rank, pruned, tmp_path):
-    config = pruned.parent / "run.yaml"
+def test_a_model_in_flight_loads_with_plain_transformers_and_is_exported_without_its_state(
+    one_rank, pruned, tmp_path
+):
+    stage, model = pruned / "stages" / "pruning-1", tmp_path / "model"
+    config = json.loads((stage / "config.json").read_text())
 
-    said = one_rank.megakd("export", config, "--stage", "pruning-1", "--to", tmp_path / "model")
+    said = one_rank.megakd(
+        "export", pruned.parent / "run.yaml", "--stage", "pruning-1", "--to", model
+    )
 
     assert said.code == 0, said.err
-    assert (pruned / "stages" / "pruning-1" / "training_state").is_dir()
-    assert not (tmp_path / "model" / "training_state").exists()
-    AutoModelForMaskedLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert config["model_type"] == "cut_bert"
+    assert config["score_width"] == 8
+    assert (stage / "training_state").is_dir()
+    assert not (model / "training_state").exists()
+    for folder in (stage, model):
+        AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
 
 
-@pytest.mark.parametrize("stop", [("pruning-1", 1), ("pruning-2", 3), ("student", 7)])
-def test_a_run_stopped_in_any_window_ends_with_the_same_weights(one_rank, pruned, tmp_path, stop):
-    config = pruning(tmp_path, save={"save_steps": 1}, eval={"eval_steps": 1, "keep_best": False})
+@pytest.mark.parametrize(
+    ("stage", "step", "saves"),
+    [("pruning-1", 1, 1), ("pruning-2", 3, 1), ("student", 7, 1), ("pruning-2", 3, None)],
+    ids=["first window", "second window", "student", "between windows"],
+)
+def test_a_run_stopped_anywhere_ends_with_the_same_weights(
+    one_rank, pruned, tmp_path, stage, step, saves
+):
+    save = {"save": {"save_steps": saves}} if saves else {}
+    config = pruning(tmp_path, eval=EVERY_STEP, **save)
 
-    stopped = one_rank.train("--config", config, stop_at=stop)
-    finished = one_rank.train("--config", config)
+    assert one_rank.train("--config", config, stop_at=(stage, step)).code != 0
+    if not saves:  # the first window has finished; the second has not saved anything yet
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / stage)
+    finish(one_rank, config)
 
-    assert stopped.code != 0
-    assert finished.code == 0, finished.err
-    one, other = weights(tmp_path / "out" / "final"), weights(pruned / "final")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    rows, reference = (
-        json.loads((out / "report.json").read_text())["pruning"]
-        for out in (tmp_path / "out", pruned)
-    )
-    assert [r["teacher_kl"] for r in rows] == [r["teacher_kl"] for r in reference]
-
-
-def test_a_run_stopped_between_two_windows_ends_with_the_same_weights(one_rank, pruned, tmp_path):
-    config = pruning(tmp_path, eval={"eval_steps": 1, "keep_best": False})
-
-    # The first window has finished; the second has not saved anything yet.
-    one_rank.train("--config", config, stop_at=("pruning-2", 3))
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / "pruning-2")
-    finished = one_rank.train("--config", config)
-
-    assert finished.code == 0, finished.err
-    one, other = weights(tmp_path / "out" / "final"), weights(pruned / "final")
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert_same(tmp_path / "out", pruned)
 
 
 def test_a_damaged_training_state_is_named(one_rank, tmp_path):
@@ -166,58 +161,51 @@ def test_a_damaged_training_state_is_named(one_rank, tmp_path):
 
 
 def test_a_decoder_is_pruned_to_a_stock_model(one_rank, tmp_path):
-    said = one_rank.train("--config", pruning(tmp_path, "causal_lm"))
+    finish(one_rank, pruning(tmp_path, "causal_lm"))
 
-    assert said.code == 0, said.err
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final").config
-    assert (config.model_type, config.hidden_size, config.num_key_value_heads) == ("llama", 16, 1)
-    assert config.num_attention_heads == 2
-    assert config.intermediate_size == 32
+    assert (config.model_type, config.hidden_size, config.intermediate_size) == ("llama", 16, 32)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (2, 1)
 
 
 def test_best_evaluations_count_only_after_the_end_of_pruning(one_rank, tmp_path):
-    config = pruning(tmp_path, eval={"eval_steps": 1, "keep_best": True})
+    finish(one_rank, pruning(tmp_path, eval={"eval_steps": 1, "keep_best": True}))
 
-    said = one_rank.train("--config", config)
-
-    assert said.code == 0, said.err
     best = json.loads((tmp_path / "out/checkpoints/student/best/best.json").read_text())
     assert best["step"] >= METHOD["pruning_end"]
     assert not (tmp_path / "out/checkpoints/pruning-1/best").exists()
+    final = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
+    assert final["hidden_size"] == 12
 
 
 def test_early_stopping_waits_for_the_end_of_pruning(one_rank, tmp_path):
     config = pruning(
         tmp_path,
-        method={"cuts": 0, "pruning_end": 6},
+        method={"cuts": 0},
         train={"early_stopping_patience": 1},
         eval={"eval_steps": 1},
     )
 
-    said = one_rank.train("--config", config)
+    finish(one_rank, config)
 
-    assert said.code == 0, said.err
     final = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
     assert final["hidden_size"] == 12
 
 
 def test_the_random_baseline_has_the_shape_of_the_student(one_rank, tmp_path):
-    config = pruning(tmp_path, baselines=["alone", "random"], method={"cuts": 1})
+    finish(one_rank, pruning(tmp_path, baselines=["alone", "random"], method={"cuts": 1}))
 
-    said = one_rank.train("--config", config)
-
-    assert said.code == 0, said.err
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["baselines"].keys() == {"alone", "random"}
-    shapes = [
-        {name: tuple(w.shape) for name, w in weights(tmp_path / "out/stages" / stage).items()}
+    assert read(tmp_path / "out")["baselines"].keys() == {"alone", "random"}
+    student, random = (
+        {name: weight.shape for name, weight in weights(tmp_path / "out/stages" / stage).items()}
         for stage in ("student", "random")
-    ]
-    assert shapes[0] == shapes[1]
+    )
+    assert student == random
 
 
 def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
     """The homotopy: small steps keep the divergence small. One of 24 columns is a large step."""
+    teacher = bert(2, 24, num_attention_heads=3, initializer_range=0.5, **NO_DROPOUT)
     jumps = {}
     for schedule in ("one_shot", "cubic"):
         config = pruning(
@@ -225,14 +213,10 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
             method={"schedule": schedule, "pruning_start": 10, "pruning_end": 40, "cuts": 0},
             train={"max_steps": 50, "learning_rate": 0.003},
             eval={"eval_steps": 1},
-            teacher={
-                "model": bert(2, 24, num_attention_heads=3, initializer_range=0.5, **NO_DROPOUT)
-            },
+            teacher={"model": teacher},
         )
-        said = one_rank.train("--config", config)
-        assert said.code == 0, said.err
-        rows = json.loads((tmp_path / schedule / "out" / "report.json").read_text())["pruning"]
-        course = [row["teacher_kl"] for row in rows]
+        finish(one_rank, config)
+        course = [row["teacher_kl"] for row in read(tmp_path / schedule / "out")["pruning"]]
         jumps[schedule] = max(b - a for a, b in pairwise(course))
 
     assert jumps["cubic"] <= jumps["one_shot"] / 2
@@ -255,6 +239,11 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
             "method.target_sparsity: 0.001",
         ),
         ({"objective": [{"loss": "hidden_cosine"}]}, "hidden_mse with projection: identity"),
+        (
+            {"kind": "causal_lm", "objective": [{"loss": "attention_mse"}]},
+            "the student loses heads (from 2 to 1 key-value groups",
+        ),
+        ({"kind": "classification"}, "homodistil prunes on text and needs"),
         ({"train": {"max_steps": None, "num_train_epochs": 0.1}}, "num_train_epochs 0.1 over the"),
     ],
 )
@@ -266,22 +255,3 @@ def test_settings_that_cannot_work_are_refused_before_training(
     assert said.code != 0
     assert message in said.err, said.err
     assert not (tmp_path / "out" / "checkpoints").exists()
-
-
-def test_a_decoder_that_loses_heads_cannot_compare_attention(one_rank, tmp_path):
-    objective = [{"loss": "soft_target_kl"}, {"loss": "attention_mse"}]
-
-    said = one_rank.train("--config", pruning(tmp_path, "causal_lm", objective=objective))
-
-    assert said.code != 0
-    assert "the student loses heads (from 2 to 1 key-value groups" in said.err
-
-
-def test_a_task_with_labels_is_refused(one_rank, tmp_path):
-    config = json.loads(pruning(tmp_path).read_text())
-    config["task"] = {"type": "classification", "dataset": "pydocs", "max_length": 16}
-
-    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", config))
-
-    assert said.code != 0
-    assert "homodistil prunes on text and needs" in said.err

@@ -1,4 +1,4 @@
-"""Mixed vocabularies through the real commands: results, stops, and settings that cannot work."""
+"""Mixed vocabularies through the real commands: results, stops, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 from mixed_runs import SENTENCEPIECE, mixed, plain, words
 from safetensors.torch import load_file
+from tiny_runs import bert, write_jsonl
 from transformers import AutoModelForMaskedLM, AutoTokenizer
+from whole_run import finish, read
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -32,9 +34,7 @@ def trained(one_rank, tmp_path_factory) -> Path:
     """A run of version 1 with both baselines."""
     folder = tmp_path_factory.mktemp("mixed")
     path = mixed(folder, baselines=["alone", "patient_kd"], eval={"eval_steps": 3})
-    said = one_rank.train("--config", path)
-    assert said.code == 0, said.err
-    assert "100 pieces trained on the training text" in said.err
+    assert "100 pieces trained on the training text" in finish(one_rank, path).err
     return folder / "out"
 
 
@@ -42,9 +42,7 @@ def trained(one_rank, tmp_path_factory) -> Path:
 def after_teacher(one_rank, tmp_path_factory) -> Path:
     """A run of version 2."""
     folder = tmp_path_factory.mktemp("mixed-2")
-    path = mixed(folder, method={"version": 2, "teacher_steps": 4})
-    said = one_rank.train("--config", path)
-    assert said.code == 0, said.err
+    finish(one_rank, mixed(folder, method={"version": 2, "teacher_steps": 4}))
     return folder / "out"
 
 
@@ -86,7 +84,7 @@ def test_the_stage_keeps_the_teacher_with_its_tokenizer_and_both_vocabularies(tr
 
 
 def test_the_report_compares_models_by_nats_per_character(trained):
-    report = json.loads((trained / "report.json").read_text())
+    report = read(trained)
 
     assert report["metric_name"] == "nats_per_character"
     assert report["vocabulary"]["size"] == 100
@@ -98,25 +96,10 @@ def test_the_report_compares_models_by_nats_per_character(trained):
     assert all(sample["teacher"] is None for sample in report["samples"])
 
 
-def test_the_teacher_is_scored_on_text_in_its_own_tokens(one_rank, trained, tmp_path):
-    """The scores of the report are those of the same model in a run of its own."""
-    report = json.loads((trained / "report.json").read_text())
-    path = plain(tmp_path, trained.parent / "text.txt")
-
-    said = one_rank.train("--config", path, "train.learning_rate=0", "train.max_steps=1")
-
-    assert said.code == 0, said.err
-    own = json.loads((tmp_path / "out" / "report.json").read_text())["student"]["metrics"]
-    assert report["teacher"]["metrics"] == pytest.approx(own)
-
-
 def test_the_student_starts_from_the_table_that_its_teacher_learned(after_teacher):
-    stages = json.loads((after_teacher / "report.json").read_text())["stages"]
+    steps = {stage["name"]: stage["steps"] for stage in read(after_teacher)["stages"]}
 
-    assert [(stage["name"], stage["steps"]) for stage in stages] == [
-        ("mixed-teacher", 4),
-        ("student", 6),
-    ]
+    assert steps == {"mixed-teacher": 4, "student": 6}
     second = load_file(after_teacher / "stages/mixed-teacher/second_vocabulary.safetensors")
     assert second["table.weight"].shape == (100, 8)
     assert second["lift.weight"].shape == (16, 8)
@@ -142,43 +125,32 @@ def test_a_stopped_run_goes_on_to_the_same_weights_of_all_models(
 
 
 def test_a_changed_option_trains_the_stage_again(one_rank, tmp_path):
-    first = one_rank.train("--config", mixed(tmp_path))
+    finish(one_rank, mixed(tmp_path))
     for method in ({"p": 0.25}, {"teacher_learning_rate": 0.001}, {"projections": "up"}):
-        path = mixed(tmp_path, method=method)
-        said = one_rank.train("--config", path)
+        said = one_rank.train("--config", mixed(tmp_path, method=method))
 
         assert said.code != 0
         assert "another config" in said.err
-    assert first.code == 0, first.err
 
 
-def test_a_finished_run_prints_its_table_again(one_rank, trained):
-    path = trained.parent / "run.yaml"
+def test_a_finished_run_prints_its_vocabulary_again(one_rank, trained):
+    said = finish(one_rank, trained.parent / "run.yaml")
 
-    said = one_rank.train("--config", path)
-
-    assert said.code == 0, said.err
-    assert said.loaded == ()
     assert "student's vocabulary: wordpiece of 100 pieces" in said.out
 
 
 def test_the_student_is_fine_tuned_by_the_config_that_the_run_writes(one_rank, trained, tmp_path):
-    rows = [
-        json.dumps({"text": word, "label": "long" if len(word) > 4 else "short"})
-        for word in words()
-    ]
-    (tmp_path / "task.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    rows = ({"text": word, "label": "long" if len(word) > 4 else "short"} for word in words())
 
-    said = one_rank.train(
-        "--config",
+    finish(
+        one_rank,
         trained / "finetune.yaml",
-        f"task.dataset={tmp_path / 'task.jsonl'}",
+        f"task.dataset={write_jsonl(tmp_path / 'task.jsonl', rows)}",
         "task.label_column=label",
         "train.max_steps=3",
         f"output_dir={tmp_path / 'tuned'}",
     )
 
-    assert said.code == 0, said.err
     assert len(AutoTokenizer.from_pretrained(tmp_path / "tuned" / "final")) == 100
 
 
@@ -193,43 +165,23 @@ def test_a_plan_covers_both_models_and_both_vocabularies(one_rank, tmp_path):
     assert peaks["none"] < peaks["dual"] < peaks["down"]
 
 
-ELECTRA = {
-    "config": {
-        "model_type": "electra",
-        "num_hidden_layers": 2,
-        "hidden_size": 12,
-        "embedding_size": 8,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "max_position_embeddings": 32,
-    }
-}
-
-
 def test_a_student_with_a_table_narrower_than_its_states_starts_from_its_teachers(
     one_rank, tmp_path
 ):
-    path = mixed(tmp_path, method={"version": 2}, student={"model": ELECTRA})
+    electra = bert(2, 12, model_type="electra", embedding_size=8)
 
-    said = one_rank.train("--config", path)
+    finish(one_rank, mixed(tmp_path, method={"version": 2}, student={"model": electra}))
 
-    assert said.code == 0, said.err
     folder = tmp_path / "out/stages/mixed-teacher"
     assert load_file(folder / "second_vocabulary.safetensors")["table.weight"].shape == (100, 8)
 
 
 def test_the_table_of_the_last_step_is_handed_over(one_rank, tmp_path):
     # The teacher's own text is learned best at once, and forgotten at this rate.
-    path = mixed(
-        tmp_path,
-        method={"version": 2, "p": 1.0},
-        train={"learning_rate": 0.3},
-        eval={"eval_steps": 1},
-    )
+    method, train = {"version": 2, "p": 1.0}, {"learning_rate": 0.3}
 
-    said = one_rank.train("--config", path)
+    finish(one_rank, mixed(tmp_path, method=method, train=train, eval={"eval_steps": 1}))
 
-    assert said.code == 0, said.err
     best = tmp_path / "out/checkpoints/mixed-teacher/best/best.json"
     assert json.loads(best.read_text())["step"] == 6
 
@@ -237,43 +189,36 @@ def test_the_table_of_the_last_step_is_handed_over(one_rank, tmp_path):
 @pytest.mark.parametrize("sections", [{"baselines": ["patient_kd"]}, {"method": {"p": 0.0}}])
 def test_words_that_the_teacher_does_not_know_are_unknown_to_it(one_rank, tmp_path, sections):
     mixed(tmp_path)
-    known = (tmp_path / "text.txt").read_text()
-    (tmp_path / "known.txt").write_text(known, encoding="utf-8")
-    teacher = one_rank.train("--config", plain(tmp_path / "teacher", tmp_path / "known.txt"))
-    rare = "".join(f"\n\n\u0436\u0448 {word}" for word in words())
-    (tmp_path / "text.txt").write_text(known + rare, encoding="utf-8")
-    folder = str(tmp_path / "teacher/out/final")
+    text, known = tmp_path / "text.txt", tmp_path / "known.txt"
+    known.write_bytes(text.read_bytes())
+    finish(one_rank, plain(tmp_path / "teacher", known))
+    with text.open("a", encoding="utf-8") as more:
+        more.write("".join(f"\n\n\u0436\u0448 {word}" for word in words()))
+    teacher = {"model": str(tmp_path / "teacher/out/final")}
 
-    said = one_rank.train(
-        "--config", mixed(tmp_path, task={"tokenizer": None}, teacher={"model": folder}, **sections)
-    )
-
-    assert (teacher.code, said.code) == (0, 0), said.err
+    finish(one_rank, mixed(tmp_path, task={"tokenizer": None}, teacher=teacher, **sections))
 
 
 def test_each_model_is_evaluated_with_its_own_tokenizer(one_rank, trained, tmp_path):
-    report = json.loads((trained / "report.json").read_text())
-    own = plain(tmp_path, trained.parent / "text.txt")
-    teacher = trained / "stages/student/teacher"
-    configs = {"mixed": trained.parent / "run.yaml", "own": own}
+    configs = trained.parent / "run.yaml", plain(tmp_path, trained.parent / "text.txt")
 
-    def metrics_of(config: str, model: Path) -> dict[str, float]:
-        said = one_rank.megakd("evaluate", configs[config], "--model", model, "--json")
+    def metrics_of(config: Path, model: Path) -> dict[str, float]:
+        said = one_rank.megakd("evaluate", config, "--model", model, "--json")
         assert said.code == 0, said.err
         return json.loads(said.out)["metrics"]
 
-    student = metrics_of("mixed", trained / "final")
-    assert student == pytest.approx(report["student"]["metrics"])
-    mixed_run, own_run = (metrics_of(name, teacher) for name in configs)
-    assert mixed_run == pytest.approx(own_run)
+    student = metrics_of(configs[0], trained / "final")
+    assert student == pytest.approx(read(trained)["student"]["metrics"])
+    teacher = trained / "stages/student/teacher"
+    assert metrics_of(configs[0], teacher) == pytest.approx(metrics_of(configs[1], teacher))
 
 
 def test_a_finished_run_is_compared_with_the_tokenizer_of_the_teacher(one_rank, tmp_path):
     mixed(tmp_path)
-    made = one_rank.train("--config", plain(tmp_path / "teacher", tmp_path / "text.txt"))
+    finish(one_rank, plain(tmp_path / "teacher", tmp_path / "text.txt"))
     folder = tmp_path / "teacher/out/final"
     path = mixed(tmp_path, task={"tokenizer": None}, teacher={"model": str(folder)})
-    first = one_rank.train("--config", path)
+    finish(one_rank, path)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     one, other = [*vocabulary][-2:]
@@ -283,17 +228,78 @@ def test_a_finished_run_is_compared_with_the_tokenizer_of_the_teacher(one_rank, 
 
     again = one_rank.train("--config", path)
 
-    assert (made.code, first.code) == (0, 0), first.err
     assert again.code != 0
     assert "task.tokenizer" in again.err
 
 
 def test_a_vocabulary_of_sentencepiece_is_used_alone(one_rank, tmp_path):
-    path = mixed(tmp_path, method={**SENTENCEPIECE, "projections": "none"})
+    finish(one_rank, mixed(tmp_path, method={**SENTENCEPIECE, "projections": "none"}))
 
-    said = one_rank.train("--config", path)
-
-    assert said.code == 0, said.err
     final = tmp_path / "out" / "final"
     assert (final / "spiece.model").is_file()
     assert len(AutoTokenizer.from_pretrained(final)) == 100
+
+
+WRONG = {
+    "task": ({"task": {"type": "causal_lm"}}, "needs mlm"),
+    "p": ({"method": {"p": 1.5}}, "method.p"),
+    "version 1 option": (
+        {"method": {"version": 2, "projections": "down"}},
+        "method.projections: an option of version 1, and method.version is 2",
+    ),
+    "version 2 option": (
+        {"method": {"teacher_steps": 5}},
+        "method.teacher_steps: an option of version 2",
+    ),
+    "depth": ({"student": {"model": bert(1, 8)}}, "the teacher has 2 layers and the student 1"),
+    "family": (
+        {"student": {"model": bert(2, 8, model_type="electra", embedding_size=8)}},
+        "of type bert and the student of type electra",
+    ),
+    "size": (
+        {"method": {"student_vocabulary": {"size": 5000}}},
+        "method.student_vocabulary.size is 5000",
+    ),
+    "small size": ({"method": {"student_vocabulary": {"size": 10}}}, "method.student_vocabulary"),
+    "words": ({"method": SENTENCEPIECE}, "a unigram vocabulary has other words than the teacher's"),
+    "teacher's words": (
+        {"task": {"tokenizer": {"type": "bpe", "vocab_size": 300}}},
+        "method.student_vocabulary: the two vocabularies cut the text into different words",
+    ),
+    "stream": ({"task": {"streaming": True}}, "task.streaming"),
+    "objective": ({"objective": [{"loss": "hard_cross_entropy"}]}, "objective: mixed_vocabulary"),
+    "student's folder": ({"student": {"model": "some/model"}}, "starts from random weights"),
+    "student's size": (
+        {"student": {"model": bert(2, 8, vocab_size=50)}},
+        "student.model.config.vocab_size: 50, and method.student_vocabulary.size is 100",
+    ),
+    "no tables": ({"method": {"p": 0.0, "embeddings": True}}, "method.embeddings: compares tables"),
+    "nothing to read": (
+        {"method": {"version": 2, "p": 0.0}},
+        "method.p: 0, and in version 2 the student starts from the pieces that its teacher has",
+    ),
+    "no comparison": (
+        {"method": {"projections": "dual", "epsilon": 3.0}},
+        "method.epsilon: has no effect, because method.projections dual compares nothing",
+    ),
+    "alone": (
+        {"method": {"projections": "none", "teacher_learning_rate": 0.1}},
+        "method.teacher_learning_rate: has no effect",
+    ),
+    "no rate": (
+        {"method": {"teacher_learning_rate": 0.1}, "train": {"learning_rate": 0.0}},
+        "method.teacher_learning_rate: 0.1 follows the schedule of train.learning_rate",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_work_is_refused_before_any_training(one_rank, tmp_path, name):
+    sections, message = WRONG[name]
+
+    said = one_rank.train("--config", mixed(tmp_path, **sections))
+
+    assert said.code != 0
+    assert message in said.err
+    assert not said.loaded
+    assert "Traceback" not in said.err

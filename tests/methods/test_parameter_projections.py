@@ -19,16 +19,9 @@ BATCH = Batch({}, torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
 
 def bert(width: int, *, layers: int = 2, neurons: int | None = None, size: int = 30) -> nn.Module:
     torch.manual_seed(width + layers)
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=size,
-            num_hidden_layers=layers,
-            hidden_size=width,
-            num_attention_heads=2,
-            intermediate_size=neurons or 2 * width,
-            max_position_embeddings=8,
-        )
-    ).double()
+    sizes = {"vocab_size": size, "num_hidden_layers": layers, "hidden_size": width}
+    sizes |= {"intermediate_size": neurons or 2 * width, "max_position_embeddings": 8}
+    return BertForMaskedLM(BertConfig(**sizes, num_attention_heads=2)).double()
 
 
 def with_second(teacher: nn.Module) -> nn.Module:
@@ -45,12 +38,9 @@ def bound(student: nn.Module, teacher: nn.Module, **options) -> ParameterProject
 
 
 def loss_of(group: ParameterProjections) -> torch.Tensor:
+    per_unit, nothing = {"once": torch.ones(())}, Knowledge()
     reading = LossInputs(
-        student=Knowledge(),
-        teacher=None,
-        batch=BATCH,
-        weights={NAME: 1.0},
-        per_unit={"once": torch.ones(())},
+        student=nothing, teacher=None, batch=BATCH, weights={NAME: 1.0}, per_unit=per_unit
     )
     return group(reading).total
 
@@ -117,13 +107,13 @@ def test_gradients_agree_with_the_closed_form(direction):
 
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_the_number_of_matrices_does_not_grow_with_the_layers(direction):
-    names = []
-    for layers in (1, 3):
-        student, teacher = bert(6, layers=layers, size=PIECES), with_second(bert(8, layers=layers))
-        names.append([*bound(student, teacher, direction=direction).projections])
+    one, three = (
+        bound(bert(6, layers=n, size=PIECES), with_second(bert(8, layers=n)), direction=direction)
+        for n in (1, 3)
+    )
 
-    assert names[0] == names[1]
-    assert len(names[0]) == 4  # rows and columns, of the hidden axis and of the neurons
+    assert [*one.projections] == [*three.projections]
+    assert len(one.projections) == 4  # rows and columns, of the hidden axis and of the neurons
 
 
 def test_epsilon_divides_the_sum_of_squared_errors():
@@ -140,17 +130,16 @@ def test_epsilon_divides_the_sum_of_squared_errors():
 
 
 def test_the_loss_counts_every_micro_batch_once():
-    counted = ParameterProjections(ParameterProjection(direction="down")).counters["once"]
+    group = ParameterProjections(ParameterProjection(direction="down"))
 
-    assert counted(BATCH) == 1
+    assert group.counters["once"](BATCH) == 1
 
 
-def test_other_weights_than_the_teachers_are_refused():
-    student = RobertaForMaskedLM(
-        RobertaConfig(vocab_size=30, num_hidden_layers=2, hidden_size=6, num_attention_heads=2)
-    )
+def test_layers_of_the_same_weights_are_compared_and_no_others():
+    sizes = {"num_hidden_layers": 2, "hidden_size": 6, "num_attention_heads": 2}
+    roberta = RobertaForMaskedLM(RobertaConfig(vocab_size=30, **sizes))
 
+    # The weights of BERT's and RoBERTa's layers have the same names.
+    bound(roberta, bert(8), direction="down", embeddings=False)
     with pytest.raises(TeacherError, match="1 and 2 layers"):
         bound(bert(6, layers=1), bert(8), direction="down", embeddings=False)
-    # The weights of BERT's and RoBERTa's layers have the same names.
-    bound(student, bert(8), direction="down", embeddings=False)

@@ -1,4 +1,4 @@
-"""Whole runs with several teachers, as a user starts them."""
+"""Whole runs with several teachers, and pools that are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from pool_bench import SIZES, STEPS, Bench
 from safetensors.torch import load_file
-from tiny_runs import bert
-from whole_run import forgotten, read
+from tiny_runs import bert, config_tree, llama, reviews, write_config, write_jsonl, write_reviews
+from whole_run import finish, forgotten, read
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +41,31 @@ def stages(out: Path) -> list[str]:
     return [stage["name"] for stage in read(out)["stages"]]
 
 
-def test_every_step_has_one_teacher_and_the_report_counts_them(drawn):
-    counted = {name: entry["steps"] for name, entry in pool(drawn).items()}
-
-    assert sum(counted.values()) == STEPS
-    assert set(counted) == set(SIZES)
-    assert [entry["weight"] for entry in pool(drawn).values()] == pytest.approx([1 / 3] * 3)
-    assert read(drawn)["pool"]["distribution"] == "uniform"
+def accuracy(out: Path, stage: str) -> float:
+    result = json.loads((out / "stages" / stage / "result.json").read_text())
+    return result["metrics"]["accuracy"]
 
 
-def test_the_report_has_every_teacher_and_measures_against_the_largest(drawn):
+def test_every_step_has_one_teacher_and_the_largest_is_what_the_report_compares_with(drawn):
     report = read(drawn)
-
-    assert [entry["name"] for entry in report["teachers"]] == list(SIZES)
     sizes = {entry["name"]: entry["parameters"] for entry in report["teachers"]}
+
+    assert list(pool(drawn)) == list(sizes) == list(SIZES)
+    assert sum(entry["steps"] for entry in pool(drawn).values()) == STEPS
+    assert [entry["weight"] for entry in pool(drawn).values()] == pytest.approx([1 / 3] * 3)
     assert sizes["small"] < sizes["middle"] < sizes["large"]
     assert report["teacher"]["parameters"] == sizes["large"]
     assert {entry["model"] for entry in report["latency"]} == {*SIZES, "student"}
 
 
-def test_the_page_and_the_card_name_the_teachers(drawn):
+def test_the_page_the_card_and_the_table_name_the_teachers(bench, drawn):
     page = (drawn / "report.html").read_text()
     card = (drawn / "final" / "README.md").read_text()
 
     assert all(name in page and name in card for name in SIZES)
     assert "the largest teacher" in page
     assert "Who taught" in page
+    assert "taught by" in finish(bench.one_rank, bench.folder / "uniform.yaml").out
 
 
 @pytest.mark.parametrize("method", ["skdbert", "mean_of_teachers", "takd"])
@@ -88,9 +87,8 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, tmp_path):
     whole = bench.run("whole", {"name": "skdbert"}, **save)
     killed = forgotten(whole, tmp_path / "killed", stage="student", after=5)
 
-    said = bench.one_rank.train("--config", bench.folder / "whole.yaml", f"output_dir={killed}")
+    said = finish(bench.one_rank, bench.folder / "whole.yaml", f"output_dir={killed}")
 
-    assert said.code == 0, said.err
     assert "student: resumed at step 5" in said.err
     assert same(killed, whole)
     assert read(killed)["pool"] == read(whole)["pool"]
@@ -102,31 +100,18 @@ def test_one_teacher_may_be_drawn_always_and_the_others_never_run(bench):
 
     out = bench.run("weights", method)
 
-    assert {name: entry["steps"] for name, entry in pool(out).items()} == {
-        "small": 0,
-        "middle": STEPS,
-        "large": 0,
-    }
-    plain = bench.run(
-        "middle-alone",
-        {"name": "single", "teacher": "middle"},
-        objective=[{"loss": "soft_target_kl"}],
-    )
-    assert same(out, plain)
+    steps = {name: entry["steps"] for name, entry in pool(out).items()}
+    assert steps == {"small": 0, "middle": STEPS, "large": 0}
+    method = {"name": "single", "teacher": "middle"}
+    assert same(out, bench.run("middle-alone", method, objective=[{"loss": "soft_target_kl"}]))
 
 
 def test_teachers_are_ranked_by_their_own_scores_which_are_measured_once(bench):
     out = bench.run("teacher-rank", {"name": "skdbert", "distribution": "teacher_rank"})
 
-    entries = pool(out)
-    results = {
-        name: json.loads((out / "stages" / f"{name}-scored" / "result.json").read_text())
-        for name in SIZES
-    }
-    assert {n: e["score"] for n, e in entries.items()} == {
-        name: result["metrics"]["accuracy"] for name, result in results.items()
-    }
-    by_score = sorted(entries.values(), key=lambda entry: entry["score"])
+    for name, entry in pool(out).items():
+        assert entry["score"] == accuracy(out, f"{name}-scored")
+    by_score = sorted(pool(out).values(), key=lambda entry: entry["score"])
     likely = [entry["weight"] for entry in by_score]
     assert likely == sorted(likely)
     assert sum(likely) == pytest.approx(1)
@@ -137,36 +122,29 @@ def test_students_of_each_teacher_are_tried_and_shown_with_their_cost(bench):
 
     out = bench.run("student-rank", method)
 
-    assert stages(out) == ["pilot-small", "pilot-middle", "pilot-large", "student"]
     taken = {stage["name"]: stage["steps"] for stage in read(out)["stages"]}
-    assert taken == {"pilot-small": 3, "pilot-middle": 3, "pilot-large": 3, "student": STEPS}
+    assert taken == {**{f"pilot-{name}": 3 for name in SIZES}, "student": STEPS}
     for name, entry in pool(out).items():
-        pilot = json.loads((out / "stages" / f"pilot-{name}" / "result.json").read_text())
-        assert entry["score"] == pilot["metrics"]["accuracy"]
+        assert entry["score"] == accuracy(out, f"pilot-{name}")
 
 
-def test_all_teachers_run_at_every_step_of_their_mean(bench):
-    out = bench.run("mean", {"name": "mean_of_teachers"})
+def test_all_teachers_run_at_every_step_of_their_mean_and_trust_in_labels_changes_it(bench):
+    mean = bench.run("mean", {"name": "mean_of_teachers"})
+    trusted = bench.run("mt-bert", {"name": "mt_bert"})
 
-    assert {entry["steps"] for entry in pool(out).values()} == {STEPS}
-    assert sum(entry["weight"] for entry in pool(out).values()) == pytest.approx(1)
-
-
-def test_trust_in_labels_changes_what_the_mean_teaches(bench):
-    out = bench.run("mt-bert", {"name": "mt_bert"})
-
-    assert {entry["steps"] for entry in pool(out).values()} == {STEPS}
-    assert not same(out, bench.run("mean-again", {"name": "mean_of_teachers"}))
+    for out in (mean, trusted):
+        assert {entry["steps"] for entry in pool(out).values()} == {STEPS}
+    assert sum(entry["weight"] for entry in pool(mean).values()) == pytest.approx(1)
+    assert not same(trusted, mean)
 
 
 def test_teachers_in_a_row_begin_with_the_largest(bench):
     out = bench.run("takd", {"name": "takd"})
 
     assert stages(out) == ["middle-taught", "small-taught", "student"]
-    legs = {one["name"]: one for one in read(out)["assistants"]}
-    assert list(legs) == ["middle-taught", "small-taught"]
-    assert {one["sparsity"] for one in legs.values()} == {None}
-    assert all(one["metrics"]["accuracy"] >= 0 for one in legs.values())
+    legs = read(out)["assistants"]
+    assert [leg["name"] for leg in legs] == ["middle-taught", "small-taught"]
+    assert all(leg["sparsity"] is None and leg["metrics"]["accuracy"] >= 0 for leg in legs)
     given = load_file(bench.folder / "small" / "final" / "model.safetensors")
     taught = load_file(out / "stages" / "small-taught" / "model.safetensors")
     assert given.keys() == taught.keys()
@@ -184,18 +162,10 @@ def test_teachers_of_the_pool_are_fine_tuned_one_by_one(bench):
     assert stages(out) == [*(f"{name}-finetune" for name in SIZES), "student"]
 
 
-def test_a_finished_run_started_again_prints_its_table(bench, drawn):
-    said = bench.one_rank.train("--config", bench.folder / "uniform.yaml")
-
-    assert said.code == 0
-    assert "taught by" in said.out
-    assert not said.loaded
-
-
 def test_a_student_begins_as_layers_of_a_teacher_as_it_teaches(bench):
     """Fine-tuned, head included; without a step to take its weights are still the teacher's."""
-    large = {"name": "large", "model": str(bench.folder / "large" / "final")}
-    pool = [*bench.teachers("small"), {**large, "finetune": {"max_steps": 3}}]
+    small, large = bench.teachers("small", "large")
+    pool = [small, {**large, "finetune": {"max_steps": 3}}]
     student = {"model": "from_teacher", "teacher": "large", "layers": [1, 3]}
 
     out = bench.run(
@@ -222,3 +192,142 @@ def test_other_layers_are_another_student(bench):
 
     assert said.code == 2
     assert "holds the result of another config (model.layers.1: 2 there, 3 here" in said.err
+
+
+SKDBERT = {"name": "skdbert"}
+WEIGHTS = {**SKDBERT, "distribution": "weights"}
+FROM_LARGE = {"model": "from_teacher", "teacher": "large"}
+# By name: the method, sections beside a pool of small and large, and parts of the message.
+BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "one name twice": (
+        SKDBERT,
+        {"teachers": ["small", "large", "small"]},
+        ('the name "small" is used 2 times',),
+    ),
+    "the student's name": (
+        SKDBERT,
+        {"teachers": [{"name": "student", "model": bert(1)}]},
+        ("teachers[0].name", '"student" is the name of another model of the run'),
+    ),
+    "a negative weight": (
+        {**WEIGHTS, "weights": {"small": -1, "large": 1}},
+        {},
+        ("method.weights.small", "must be at least 0"),
+    ),
+    "weights of zero": (
+        {**WEIGHTS, "weights": {"small": 0, "large": 0}},
+        {},
+        ("method.weights: every weight is 0",),
+    ),
+    "a weight of nobody": (
+        {**WEIGHTS, "weights": {"smal": 1, "large": 1}},
+        {},
+        ('no teacher "smal"; did you mean "small"?', "method.weights: no weight for small"),
+    ),
+    "weights without use": (
+        {**SKDBERT, "weights": {"small": 1, "large": 1}},
+        {},
+        ("method.distribution uniform does not use weights",),
+    ),
+    "one of several": ({"name": "single"}, {}, ("set method.teacher to small or large",)),
+    "kinds of one of several": (
+        {"name": "knowledge_selection"},
+        {},
+        ('method "knowledge_selection" uses one of the teachers',),
+    ),
+    "nobody": (
+        {"name": "single", "teacher": "huge"},
+        {},
+        ('method.teacher: there is no teacher "huge"',),
+    ),
+    "a cut of several": (
+        {"name": "minidisc"},
+        {"student": {"model": "from_teacher"}},
+        ('method "minidisc" needs exactly one teacher',),
+    ),
+    "layers of unlike teachers": (
+        SKDBERT,
+        {"objective": [{"loss": "hidden_mse"}]},
+        ("hidden_mse compares layers", "small 1 x 16, large 3 x 32"),
+    ),
+    "a student without layers": (SKDBERT, {"student": FROM_LARGE}, ("set student.layers",)),
+    "more layers than there are": (
+        SKDBERT,
+        {"student": {**FROM_LARGE, "layers": [1, 4]}},
+        ("student.layers: layer 4 does not exist; the model has the layers 1 to 3",),
+    ),
+    "a round trip": (
+        {"name": "takd", "order": ["large", "small", "large"]},
+        {},
+        ('"large" is listed 2 times',),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_pools_that_cannot_work_are_refused_before_anything_is_loaded(bench, case):
+    method, sections, fragments = BAD[case]
+    given = sections.get("teachers", ["small", "large"])
+    pool = given if isinstance(given[0], dict) else bench.teachers(*given)
+
+    said = bench.refused(method, **{**sections, "teachers": pool})
+
+    for fragment in fragments:
+        assert fragment in said.err
+
+
+def test_a_cache_of_a_teacher_that_is_taught_first_is_refused_before_its_leg(bench):
+    """Without method.order the sizes of the teachers tell which are taught."""
+    small, large = bench.teachers("small", "large")
+
+    said = bench.refused({"name": "takd"}, teachers=[{**small, "cache": "answers"}, large])
+
+    assert 'teachers[0].cache: method "takd" trains small before small teaches' in said.err
+    assert "only the first teacher, large, can have a cache" in said.err
+
+
+def test_all_teachers_with_another_task_other_labels_or_tokens_are_named_at_once(bench, tmp_path):
+    """A pool is put together from many places: one message per start would take all day."""
+    data = tmp_path / "three-classes"
+    for split in ("train", "validation"):
+        rows = ({"text": f"word {n % 3} of many", "label": "abc"[n % 3]} for n in range(24))
+        write_jsonl(data / f"{split}.jsonl", rows)
+    tree = config_tree(
+        tmp_path / "three",
+        {**bench.task, "dataset": str(data)},
+        student={"model": bert(1, width=16, num_labels=3)},
+    )
+    finish(bench.one_rank, write_config(tmp_path / "three.yaml", tree))
+    other = {"name": "other", "model": str(tmp_path / "three" / "final")}
+    speaks = {"name": "speaks", "model": llama(1)}
+
+    said = bench.refused(
+        SKDBERT, teachers=[*bench.teachers("small"), other, {**other, "name": "again"}, speaks]
+    )
+
+    assert "teachers[3].model" in said.err
+    assert "llama" in said.err
+    assert "teachers[1].model: the model has 3 labels" in said.err
+    assert "teachers[2].model: the model has 3 labels" in said.err
+    assert "teachers[1].model" in said.err.split("has a tokenizer")[0]
+    assert "has a tokenizer" in said.err
+
+
+def test_ranks_without_labels_to_rank_by_are_refused(bench, tmp_path):
+    data = write_reviews(tmp_path / "unlabelled")
+    blank = ({**row, "label": None} for row in reviews(26, "validation"))
+    write_jsonl(data / "validation.jsonl", blank)
+
+    method = {**SKDBERT, "distribution": "student_rank"}
+    said = bench.refused(method, task={"dataset": str(data)})
+
+    assert "has no labelled rows to score" in said.err
+
+
+def test_where_no_teacher_is_left_nothing_else_is_looked_for(bench, tmp_path):
+    gone = [{"name": name, "model": str(tmp_path / name)} for name in ("one", "two")]
+
+    said = bench.refused({"name": "skdbert"}, teachers=gone)
+
+    assert all(f"teachers[{i}].model: {gone[i]['model']}" in said.err for i in (0, 1))
+    assert "tokenizer" not in said.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -36,9 +37,12 @@ schedules = st.builds(
 
 
 def course(schedule: Schedule) -> Course:
-    return Course(
-        "teacher", HALF, schedule, Scoring("sensitivity", 0.85, 0.95, monotone=True, seed=1)
-    )
+    scoring = Scoring("sensitivity", 0.85, 0.95, monotone=True, seed=1)
+    return Course("teacher", HALF, schedule, scoring)
+
+
+def target(view: View, **options: Any) -> Target:
+    return target_of(view, **{"width": None, "sparsity": None, "round_to": None, **options})
 
 
 @given(schedules)
@@ -95,76 +99,54 @@ def test_cuts_follow_as_soon_as_their_share_of_the_units_is_masked():
         assert before < Fraction(number, 4) <= now
 
 
-def test_without_cuts_a_run_is_one_window():
+def test_a_run_has_one_window_without_cuts_and_plans_those_of_a_long_run_at_once():
     assert len(course(Schedule("cubic", 0, 70, 1, 100)).windows(0)) == 1
-
-
-def test_a_long_run_plans_its_windows_at_once():
     # `megakd plan` does not know the rows and takes a million steps.
     assert len(course(Schedule("cubic", 0, 700_000, 1, 10**6)).windows(4)) == 5
 
 
 @pytest.mark.parametrize(
-    ("width", "head_width", "neurons"),
-    [(576, 48, 2304), (256, 21, 1024), (240, 20, 960), (224, 19, 896)],
+    ("view", "options", "goal"),
+    [
+        *(
+            (BERT_BASE, {"width": width}, View((12,) * 12, (neurons,) * 12, width, columns))
+            for width, columns, neurons in (
+                (576, 48, 2304),
+                (256, 21, 1024),
+                (240, 20, 960),
+                (224, 19, 896),
+            )
+        ),
+        (BERT_BASE, {"sparsity": 0.75}, View((12,) * 12, (768,) * 12, 192, 16)),
+        # Decoders lose whole heads and keep multiples of 64, at any sparsity at least one of each.
+        (LLAMA, {"sparsity": 0.5}, View((4,) * 4, (896,) * 4, 256)),
+        (LLAMA, {"width": 64}, View((1,) * 4, (256,) * 4, 64)),
+    ],
 )
-def test_the_widths_of_the_paper_are_the_same_share_of_everything(width, head_width, neurons):
-    goal = target_of(BERT_BASE, width=width, sparsity=None, round_to=None).goal
-
-    assert goal == View((12,) * 12, (neurons,) * 12, width, head_width)
+def test_the_target_keeps_the_same_share_of_everything(view, options, goal):
+    assert target(view, **options).goal == goal
 
 
-@given(st.integers(1, 767), st.integers(0, 1000))
+@given(st.integers(12, 767), st.integers(0, 1000))
 def test_every_kind_keeps_the_same_rounded_share_at_every_time(width, thousandths):
-    left = Fraction(thousandths, 1000)
-    target = target_of(BERT_BASE, width=width, sparsity=None, round_to=1) if width >= 12 else None
-    if target is None:
-        return
-    share = Fraction(width, 768)
+    left, share = Fraction(thousandths, 1000), Fraction(width, 768)
     part = share + (1 - share) * left
 
-    assert target.at(left) == View(
+    assert target(BERT_BASE, width=width, round_to=1).at(left) == View(
         (12,) * 12, (round(part * 3072),) * 12, round(part * 768), round(part * 64)
     )
 
 
-def test_a_sparsity_is_the_share_that_every_kind_loses():
-    goal = target_of(BERT_BASE, width=None, sparsity=0.75, round_to=None).goal
-
-    assert goal == View((12,) * 12, (768,) * 12, 192, 16)
-
-
-def test_decoders_lose_whole_heads_and_keep_multiples_of_64():
-    goal = target_of(LLAMA, width=None, sparsity=0.5, round_to=None).goal
-
-    assert goal == View((4,) * 4, (896,) * 4, 256)
-
-
-def test_a_decoder_keeps_a_head_and_a_grid_step_of_neurons_at_any_sparsity():
-    goal = target_of(LLAMA, width=64, sparsity=None, round_to=None).goal
-
-    assert goal == View((1,) * 4, (256,) * 4, 64)
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("view", "options", "message"),
     [
-        (
-            {"width": 100},
-            "100 is not possible for a teacher of width 512; use a width of 64, 128, 192",
-        ),
-        ({"width": 512}, "512 is not possible for a teacher of width 512"),
-        ({"width": 600}, "multiples of 64, see method.round_to"),
-        ({"width": 8, "round_to": 700}, "no multiple of 700 is below 512"),
+        (LLAMA, {"width": 100}, "of width 512; use a width of 64, 128, 192"),
+        (LLAMA, {"width": 512}, "512 is not possible for a teacher of width 512"),
+        (LLAMA, {"width": 600}, "multiples of 64, see method.round_to"),
+        (LLAMA, {"width": 8, "round_to": 700}, "no multiple of 700 is below 512"),
+        (BERT_BASE, {"width": 4}, "without columns of heads"),
     ],
 )
-def test_a_width_that_the_grid_cannot_make_is_refused_with_those_it_can(options, message):
-    options = {"width": None, "sparsity": None, "round_to": None} | options
-
+def test_a_width_that_cannot_be_made_is_refused_with_those_that_can(view, options, message):
     with pytest.raises(ConfigError, match=message):
-        target_of(LLAMA, **options)
-
-
-def test_a_target_that_leaves_a_head_without_columns_is_refused():
-    with pytest.raises(ConfigError, match="without columns of heads"):
-        target_of(BERT_BASE, width=4, sparsity=None, round_to=None)
+        target(view, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -28,47 +29,42 @@ from megakd.models.axes import unit_makers
 NEURONS = Axis("neurons", 0)
 WIDTH = Axis("width")
 EVERYTHING = Cut(None, None)
+BERT = build("bert", "mlm")
 
 
 def shards(weight, gradient):
     return [Shard("w", torch.tensor(weight), torch.tensor(gradient), 0)]
 
 
-def test_the_average_is_the_exponential_mean_of_the_sensitivities():
+@pytest.mark.parametrize(
+    ("steps", "beta", "sensitivity", "uncertainty"),
+    [
+        # The mean of half the first step (1, 1.5) and the second step (4, 1).
+        ([([2.0, -3.0], [1.0, 1.0]), ([4.0, 0.5], [-1.0, 2.0])], 0.5, [2.5, 1.25], None),
+        ([([5.0], [-3.0]), ([2.0], [-3.0])], 0.0, [6.0], None),
+        # The average is 1, the sensitivity 2: a quarter of the distance of 1.
+        ([([2.0], [1.0])], 0.5, [1.0], [0.25]),
+        # A step that overflowed.
+        ([([1.0] * 3, [math.inf, math.nan, 2.0])], 0.5, [0.0, 0.0, 1.0], [0.0, 0.0, 0.25]),
+    ],
+    ids=["mean", "last step", "uncertainty", "overflow"],
+)
+def test_averages_are_exponential_means_of_sensitivities_and_their_distances(
+    steps, beta, sensitivity, uncertainty
+):
     averages: dict = {}
+    uncertainty_beta = None if uncertainty is None else 0.75
 
-    update_averages(averages, shards([2.0, -3.0], [1.0, 1.0]), beta=0.5, uncertainty_beta=None)
-    update_averages(averages, shards([4.0, 0.5], [-1.0, 2.0]), beta=0.5, uncertainty_beta=None)
+    for weight, gradient in steps:
+        (shard,) = shards(weight, gradient)
+        update_averages(averages, [shard], beta=beta, uncertainty_beta=uncertainty_beta)
+        assert shard.weight.tolist() == weight
 
-    # The mean of half the first step (1, 1.5) and the second step (4, 1).
-    assert averages[SENSITIVITY]["w"].tolist() == [2.5, 1.25]
-    assert UNCERTAINTY not in averages
-
-
-def test_beta_0_keeps_the_sensitivities_of_the_last_step():
-    averages: dict = {}
-
-    for weight in ([5.0], [2.0]):
-        update_averages(averages, shards(weight, [-3.0]), beta=0.0, uncertainty_beta=None)
-
-    assert averages[SENSITIVITY]["w"].tolist() == [6.0]
-
-
-def test_the_uncertainty_is_the_mean_distance_from_the_average():
-    averages: dict = {}
-
-    update_averages(averages, shards([2.0], [1.0]), beta=0.5, uncertainty_beta=0.75)
-
-    # The average is 1, the sensitivity 2: a quarter of the distance of 1.
-    assert averages[UNCERTAINTY]["w"].tolist() == [0.25]
-
-
-def test_updates_leave_weights_and_gradients_alone():
-    (shard,) = shards([2.0], [-1.0])
-
-    update_averages({}, [shard], beta=0.5, uncertainty_beta=0.5)
-
-    assert (shard.weight.tolist(), shard.gradient.tolist()) == ([2.0], [-1.0])
+    assert averages[SENSITIVITY]["w"].tolist() == sensitivity
+    if uncertainty is None:
+        assert UNCERTAINTY not in averages
+    else:
+        assert averages[UNCERTAINTY]["w"].tolist() == uncertainty
 
 
 @given(
@@ -128,20 +124,16 @@ def student_of(model):
     return SimpleNamespace(makers=unit_makers(model), units=architecture.prunable(model.config))
 
 
-def test_bert_has_a_group_for_each_axis_of_every_layer():
-    groups = group_sizes(**vars(student_of(build("bert", "mlm"))))
+def test_every_axis_of_every_layer_has_a_group():
+    groups = group_sizes(**vars(student_of(BERT)))
+    decoder = group_sizes(**vars(student_of(build("llama", "causal_lm"))))
 
     assert groups[Group("width", 0, None)] == 24
     assert groups[Group("heads", 2, "queries")] == groups[Group("heads", 2, "values")] == 24
     assert groups[Group("neurons", 1, None)] == 20
     assert len(groups) == 1 + 3 * 3
-
-
-def test_llama_has_a_group_of_key_value_groups():
-    groups = group_sizes(**vars(student_of(build("llama", "causal_lm"))))
-
-    assert groups[Group("heads", 0, None)] == 3
-    assert all(group.columns is None for group in groups)
+    assert decoder[Group("heads", 0, None)] == 3  # key-value groups
+    assert all(group.columns is None for group in decoder)
 
 
 @settings(max_examples=30, deadline=None)
@@ -164,9 +156,6 @@ def test_a_selection_keeps_the_best_units_of_every_group(seed, width, columns):
     queries = kept[Group("heads", 0, "queries")]
     assert [place // 4 for place in queries] == [head for head in range(6) for _ in range(columns)]
     assert cut_of(student, kept).view == wanted
-
-
-BERT = build("bert", "mlm")
 
 
 def test_removed_units_return_only_if_the_selection_is_not_monotone():
@@ -194,15 +183,3 @@ def test_of_equal_scores_the_first_units_stay():
 
     assert kept[Group("width", 0, None)] == [0, 1, 2]
     assert kept[Group("heads", 1, "values")][:4] == [0, 1, 4, 5]
-
-
-def test_a_step_that_overflowed_leaves_finite_averages():
-    averages: dict = {}
-
-    update_averages(
-        averages, shards([1.0, 1.0, 1.0], [float("inf"), float("nan"), 2.0]), beta=0.5,
-        uncertainty_beta=0.5,
-    )  # fmt: skip
-
-    assert averages[SENSITIVITY]["w"].tolist() == [0.0, 0.0, 1.0]
-    assert all(values["w"].isfinite().all() for values in averages.values())

@@ -41,15 +41,15 @@ class Residual:
     def __init__(self, one_rank: OneRank, folder: Path, task: dict[str, Any]) -> None:
         self.one_rank, self.folder, self.kind = one_rank, folder, task["type"]
         self.out = folder / "out"
-        made = bert if self.kind != "causal_lm" else llama
-        grouped = {} if made is bert else {"num_key_value_heads": 2}
+        model = (
+            llama(2, width=WIDTH, num_attention_heads=4, num_key_value_heads=2)
+            if self.kind == "causal_lm"
+            else bert(2, width=WIDTH, num_attention_heads=4)
+        )
         self.tree = config_tree(
             self.out,
             task,
-            teacher={
-                "model": made(2, width=WIDTH, num_attention_heads=4, **grouped),
-                "finetune": {"max_steps": 12},
-            },
+            teacher={"model": model, "finetune": {"max_steps": 12}},
             student={"model": "from_teacher"},
             eval={"eval_steps": 4},
         )
@@ -72,6 +72,18 @@ class Residual:
         return load_model(source, task=task, label_names=labels, tokenizer_size=size, **facts)
 
 
+def text_task(folder: Path, kind: str, tokenizer: str) -> tuple[Path, dict[str, Any]]:
+    text = write_text(folder / "text.txt", documents=20)
+    made = {"type": tokenizer, "vocab_size": 320}
+    return folder, {"type": kind, "dataset": str(text), "tokenizer": made}
+
+
+@pytest.fixture
+def classifier(one_rank, tmp_path) -> Residual:
+    reviews = write_reviews(tmp_path / "reviews")
+    return Residual(one_rank, tmp_path, {"type": "classification", "dataset": str(reviews)})
+
+
 def result(out: Path, stage: str) -> dict[str, Any]:
     return json.loads((out / "stages" / stage / "result.json").read_text())
 
@@ -84,10 +96,7 @@ def logits(model) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def masked(one_rank, tmp_path_factory) -> tuple[Residual, Said]:
     """One trial with the objective that is there without one."""
-    folder = tmp_path_factory.mktemp("masked")
-    text = write_text(folder / "text.txt", documents=20)
-    tokenizer = {"type": "wordpiece", "vocab_size": 320}
-    run = Residual(one_rank, folder, {"type": "mlm", "dataset": str(text), "tokenizer": tokenizer})
+    run = Residual(one_rank, *text_task(tmp_path_factory.mktemp("masked"), "mlm", "wordpiece"))
     return run, run.run(name="minidisc", iterations=1)
 
 
@@ -131,12 +140,7 @@ def test_columns_are_sorted_in_the_specification_and_the_teacher_is_what_it_was(
 @pytest.fixture(scope="module")
 def causal(one_rank, tmp_path_factory) -> Residual:
     """Two trials of a sharded decoder; its heads of queries share keys by twos."""
-    folder = tmp_path_factory.mktemp("causal")
-    text = write_text(folder / "text.txt", documents=20)
-    tokenizer = {"type": "bpe", "vocab_size": 320}
-    run = Residual(
-        one_rank, folder, {"type": "causal_lm", "dataset": str(text), "tokenizer": tokenizer}
-    )
+    run = Residual(one_rank, *text_task(tmp_path_factory.mktemp("causal"), "causal_lm", "bpe"))
     run.tree["objective"] = [{"loss": "soft_target_kl"}, {"loss": "relation_kl"}]
     run.tree["student"]["deepspeed"] = "zero3"
     run.run(name="minidisc", tradeoff=0.0)
@@ -178,9 +182,8 @@ def test_what_is_exported_loads_without_megakd_and_computes_the_same(masked, cau
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["direct", "maxidisc"])
-def test_a_dense_cut_is_the_sorted_teachers_view(one_rank, tmp_path, name):
-    reviews = write_reviews(tmp_path / "reviews")
-    run = Residual(one_rank, tmp_path, {"type": "classification", "dataset": str(reviews)})
+def test_a_dense_cut_is_the_sorted_teachers_view(classifier, name):
+    run = classifier
 
     run.run(name=name)
 
@@ -191,22 +194,20 @@ def test_a_dense_cut_is_the_sorted_teachers_view(one_rank, tmp_path, name):
         for path, rows in (("attention.self.query", 8), ("intermediate.dense", 1))
     )
     ordered = run.model(run.out / "stages" / "specification")
-    elastic = Elastic(ordered)
-    with elastic.viewing(View(heads, neurons, 12)):
+    with Elastic(ordered).viewing(View(heads, neurons, 12)):
         expected = logits(ordered)
     torch.testing.assert_close(logits(cut), expected, atol=1e-5, rtol=0)
     assert heads[-1] > 0  # whose relations are compared
 
 
-def test_relations_that_no_candidate_can_be_cut_into_are_refused_before_a_model_loads(
-    one_rank, tmp_path
-):
-    reviews = write_reviews(tmp_path / "reviews")
-    run = Residual(one_rank, tmp_path, {"type": "classification", "dataset": str(reviews)})
-    run.tree["objective"] = [{"loss": "relation_kl", "relation_heads": 16}]
-    run.tree["method"] = {"name": "minidisc", "residual": True, "round_to": 4}
+def test_relations_that_no_candidate_can_be_cut_into_are_refused_before_a_model_loads(classifier):
+    tree = {
+        **classifier.tree,
+        "objective": [{"loss": "relation_kl", "relation_heads": 16}],
+        "method": {"name": "minidisc", "residual": True, "round_to": 4},
+    }
 
-    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", run.tree))
+    said = classifier.one_rank.train("--config", write_config(classifier.folder / "r.yaml", tree))
 
     assert (said.code, said.loaded) == (2, ())
     wanted = r"relation_heads 16 .* does not divide 8, the width that .* use one of 1, 2, 4, 8"

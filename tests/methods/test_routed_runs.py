@@ -1,13 +1,14 @@
-"""Whole runs in which every row learns from the teacher that it names."""
+"""Rows that learn from the teacher they name, and routes that are refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from routed_bench import EXPERTS, STEPS, RoutedBench, furthest, rows, taught_by
-from tiny_runs import NO_DROPOUT, bert
-from whole_run import forgotten, read
+from tiny_runs import NO_DROPOUT, bert, write_jsonl
+from whole_run import finish, forgotten, read
 
 SOFT = [{"loss": "soft_target_kl"}]
 STUDENT = {"model": bert(1, **NO_DROPOUT)}
@@ -33,9 +34,7 @@ def test_the_log_and_the_report_count_the_rows_of_each_teacher(bench, routed):
     shares = [entry["weight"] for entry in taught_by(routed).values()]
     assert shares == pytest.approx([count / len(named) for count in counts.values()])
     assert read(routed)["pool"]["distribution"] == "routed"
-    said = bench.one_rank.train("--config", bench.folder / "routed.yaml")
-    assert "taught by" in said.out
-    assert "rows" in said.out
+    assert "taught by" in finish(bench.one_rank, bench.folder / "routed.yaml").out
 
 
 @pytest.mark.parametrize("objective", [SOFT, INNER], ids=["outputs", "layers"])
@@ -62,9 +61,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(bench, tmp_path):
     whole = bench.run("whole", save={"save_steps": 2, "save_total_limit": None})
     killed = forgotten(whole, tmp_path / "killed", stage="student", after=2)
 
-    said = bench.one_rank.train("--config", bench.folder / "whole.yaml", f"output_dir={killed}")
+    said = finish(bench.one_rank, bench.folder / "whole.yaml", f"output_dir={killed}")
 
-    assert said.code == 0, said.err
     assert "student: resumed at step 2" in said.err
     assert furthest(killed, whole) == 0
     assert read(killed)["pool"] == read(whole)["pool"]
@@ -74,10 +72,93 @@ def test_accumulation_does_not_change_what_the_rows_teach(bench):
     settings = {"student": STUDENT, "objective": INNER}
     whole = bench.run("one-micro-batch", **settings)
 
-    parts = bench.run(
-        "micro-batches",
-        train={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-        **settings,
-    )
+    steps = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    parts = bench.run("micro-batches", train=steps, **settings)
 
     assert furthest(parts, whole) < 2e-6
+
+
+TEXT = {"type": "causal_lm", "dataset": None, "teacher_column": None}
+
+
+MATH, CODE = ({"name": name, "model": bert(1)} for name in ("math", "code"))
+CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "no such column": (
+        {"task": {"teacher_column": "domain"}},
+        ("column 'domain' (task.teacher_column) does not exist", "text, label, expert"),
+    ),
+    "one teacher": (
+        {"teachers": [MATH]},
+        ("math is the only teacher", 'set method.name to "single"'),
+    ),
+    "a teacher that no row names": (
+        {"teachers": [{**MATH, "name": n, "dtype": "fp32"} for n in ("math", "code", "chat")]},
+        ("no training row names chat", "the rows name math, code"),
+    ),
+    "layers of unlike teachers": (
+        {"teachers": [MATH, {**CODE, "model": bert(2)}], "objective": [{"loss": "hidden_mse"}]},
+        ("hidden_mse compares layers", "math 1 x 16, code 2 x 16"),
+    ),
+    "a teacher to fine-tune": (
+        {"teachers": [{**MATH, "finetune": {}}, CODE]},
+        ("teachers[0].finetune: trains on the rows of all teachers",),
+    ),
+    "cached answers": (
+        {"teachers": [MATH, {**CODE, "cache": "caches/code"}]},
+        ("teachers[1].cache: holds answers to all training rows",),
+    ),
+    "a stream": (
+        {"task": {"type": "mlm", "streaming": True}, "student": {"model": bert(1)}},
+        ("task.streaming: not supported by method routed",),
+    ),
+    "a source of nobody": (
+        {"task": {**TEXT, "mixture": {"sums": {"files": "a", "weight": 1, "teacher": "maths"}}}},
+        ('task.mixture.sums.teacher: there is no teacher "maths"; did you mean "math"?',),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_routes_that_cannot_work_are_refused_before_anything_is_loaded(bench, case):
+    sections, fragments = CONFIGS[case]
+
+    said = bench.refused(**sections)
+
+    for fragment in fragments:
+        assert fragment in said.err
+
+
+ROWS: dict[str, tuple[object, str]] = {
+    "an unknown name": ("mathh", 'there is no teacher "mathh"; did you mean "math"?'),
+    "an empty name": (" ", "names no teacher (got ' ')"),
+    "a missing name": (None, "names no teacher (got None)"),
+    "a number": (3, "names no teacher (got 3)"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_with_a_bad_name_is_refused_with_its_file_and_place(bench, tmp_path, case):
+    value, message = ROWS[case]
+    bad = [*rows(12), {**rows(1)[0], "expert": value}]
+    write_jsonl(tmp_path / "data" / "train.jsonl", bad)
+    write_jsonl(tmp_path / "data" / "validation.jsonl", rows(4))
+
+    said = bench.refused(task={"dataset": str(tmp_path / "data")})
+
+    for fragment in (message, "train.jsonl", "line 13"):
+        assert fragment in said.err
+
+
+def test_held_out_rows_need_no_teacher(bench, tmp_path):
+    held = [{k: v for k, v in row.items() if k != "expert"} for row in rows(8)]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows())
+    write_jsonl(tmp_path / "data" / "validation.jsonl", held)
+    more = {"evaluation_sets": {"more": str(write_jsonl(tmp_path / "scored.jsonl", held))}}
+
+    bench.run("held-out", task={"dataset": str(tmp_path / "data"), **more})
+
+
+def test_rows_that_are_held_out_of_the_training_rows_are_scored_like_others(bench, tmp_path):
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows(60))
+
+    bench.run("cut", task={"dataset": str(tmp_path / "data")})

@@ -21,15 +21,15 @@ ROLLOUT = {"max_new_tokens": 5, "mix": {"rollout": 0.5, "replay": 0.2, "data": 0
 
 def rows() -> list[dict[str, Any]]:
     """Prompts with answers; the first two of three name sums, the third names talk."""
-    sums = [
-        {"prompt": f"{n} + {n % 3} =", "completion": f" {n + n % 3}", "expert": "sums"}
-        for n in range(20)
-    ]
-    talk = [
-        {"prompt": f"say {n}", "completion": f" {SENTENCES[n % 4]}", "expert": "talk"}
-        for n in range(10)
-    ]
-    return [row for n in range(10) for row in (sums[2 * n], sums[2 * n + 1], talk[n])]
+
+    def one(number: int) -> dict[str, Any]:
+        n, place = divmod(number, 3)
+        if place == 2:
+            return {"prompt": f"say {n}", "completion": f" {SENTENCES[n % 4]}", "expert": "talk"}
+        n = 2 * n + place
+        return {"prompt": f"{n} + {n % 3} =", "completion": f" {n + n % 3}", "expert": "sums"}
+
+    return [one(number) for number in range(30)]
 
 
 class Bench:
@@ -39,14 +39,11 @@ class Bench:
         self.one_rank, self.folder = one_rank, folder
         self.data = write_jsonl(folder / "rows.jsonl", rows())
         self.held = write_jsonl(folder / "held.jsonl", rows()[:6])
-        for name in EXPERTS:
-            own = [row for row in rows() if row["expert"] == name]
-            write_jsonl(folder / f"{name}.jsonl", own)
-            write_jsonl(
-                folder / f"{name}-texts.jsonl",
-                [{"text": f"{r['prompt']}{r['completion']}", "expert": name} for r in own],
-            )
         for number, name in enumerate(EXPERTS):
+            taught = [row for row in rows() if row["expert"] == name]
+            texts = ({"text": r["prompt"] + r["completion"], "expert": name} for r in taught)
+            write_jsonl(folder / f"{name}.jsonl", taught)
+            write_jsonl(folder / f"{name}-texts.jsonl", texts)
             known = {"tokenizer": {"type": "bpe", "vocab_size": 300}} if number == 0 else {}
             self.finish(
                 name,
@@ -74,11 +71,8 @@ class Bench:
         return [{"name": a, "model": str(self.folder / b / "final")} for a, b in pairs]
 
     def config(self, out: str, task: dict[str, Any] | None = None, **sections: Any) -> Path:
-        given: dict[str, Any] = {
-            "teachers": self.teachers(*EXPERTS),
-            "method": {"name": "routed"},
-            "objective": SOFT,
-        }
+        models = {"teachers": self.teachers(*EXPERTS), "method": {"name": "routed"}}
+        given: dict[str, Any] = {**models, "objective": SOFT}
         keys = {k: v for k, v in (self.task | (task or {})).items() if v is not None}
         tree = config_tree(self.folder / out, keys, **{**given, **sections})
         # Adam would turn rounding of tiny gradients into whole steps.
@@ -97,34 +91,29 @@ def bench(one_rank, tmp_path_factory) -> Bench:
 
 
 COLUMN = {"teacher_column": "expert"}
-CASES: dict[str, dict[str, Any]] = {
-    "padded": {},
-    "tokens": {"train": {"tokens_per_rank": 40}},
-    "rollouts": {"rollout": {**ROLLOUT, "mix_per": "row"}},
-    "packed-rollouts": {
-        "rollout": {**ROLLOUT, "mix_per": "row"},
-        "train": {"tokens_per_rank": 40},
-    },
-}
+ROWS = {"rollout": {**ROLLOUT, "mix_per": "row"}}
+PACKED = {"train": {"tokens_per_rank": 40}}
+CASES = [
+    pytest.param({}, id="padded"),
+    pytest.param(PACKED, id="tokens"),
+    pytest.param(ROWS, id="rollouts", marks=pytest.mark.slow),
+    pytest.param({**ROWS, **PACKED}, id="packed-rollouts"),
+]
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["padded", "tokens", pytest.param("rollouts", marks=pytest.mark.slow), "packed-rollouts"],
-)
-def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, case):
+@pytest.mark.parametrize("sections", CASES)
+def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, request, sections):
+    case = request.node.callspec.id
+    method = {"name": "single", "teacher": "talk"}
     alone = bench.finish(
-        f"alone-{case}",
-        teachers=bench.teachers("talk"),
-        method={"name": "single", "teacher": "talk"},
-        **CASES[case],
+        f"alone-{case}", teachers=bench.teachers("talk"), method=method, **sections
     )
 
     twice = bench.finish(
-        f"twice-{case}", task=COLUMN, teachers=bench.teachers("sums:talk", "talk"), **CASES[case]
+        f"twice-{case}", task=COLUMN, teachers=bench.teachers("sums:talk", "talk"), **sections
     )
 
-    other = bench.finish(f"other-{case}", task=COLUMN, **CASES[case])
+    other = bench.finish(f"other-{case}", task=COLUMN, **sections)
     assert furthest(twice, alone) < 2e-6
     assert furthest(other, alone) > 1e-4
 
@@ -141,16 +130,16 @@ def test_texts_are_evaluated_without_a_teacher(bench):
 
 
 def test_the_student_without_its_adapters_may_be_one_of_the_teachers(bench):
-    base = str(bench.folder / "sums" / "final")
-    student = {"student": {"model": base, "lora": {"r": 2}}}
-    other = bench.teachers("talk")
+    sums, talk = bench.teachers(*EXPERTS)
+    student = {"model": sums["model"], "lora": {"r": 2}}
+    base = {**sums, "model": "student_base"}
 
-    given = bench.finish("lora", task=COLUMN, teachers=[*bench.teachers("sums"), *other], **student)
-    own = bench.finish(
-        "base", task=COLUMN, teachers=[{"name": "sums", "model": "student_base"}, *other], **student
+    given, other = (
+        bench.finish(out, task=COLUMN, teachers=[teacher, talk], student=student)
+        for out, teacher in {"lora": sums, "base": base}.items()
     )
 
-    assert furthest(own, given) < 2e-6
+    assert furthest(other, given) < 2e-6
 
 
 def sources(bench: Bench, **teachers: str | None) -> dict[str, Any]:
@@ -170,10 +159,8 @@ def test_a_source_of_a_mixture_names_its_teacher_once(bench):
 
     swapped = bench.finish("swapped", task=sources(bench, sums="talk", talk="sums"))
 
-    assert {name: entry["rows"] for name, entry in taught_by(given).items()} == {
-        "sums": 20,
-        "talk": 10,
-    }
+    counts = {name: entry["rows"] for name, entry in taught_by(given).items()}
+    assert counts == {"sums": 20, "talk": 10}
     assert furthest(given, read_from) == 0
     assert furthest(given, mixed) == 0
     assert furthest(given, swapped) > 1e-4

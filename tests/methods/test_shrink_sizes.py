@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -89,9 +91,7 @@ def test_candidates_go_from_width_alone_to_depth_alone():
     assert first.layers == 36
     assert (first.heads, first.neurons) != (8, 12288)
     # One layer less could not hold the weights, so that the widths are nearly the teacher's.
-    assert last.layers == min(
-        depth for depth in range(1, 37) if cuts().with_layers(4 * 10**9, depth)
-    )
+    assert last.layers == min(n for n in range(1, 37) if cuts().with_layers(4 * 10**9, n))
     assert last.heads == 8
     assert last.neurons > 0.85 * 12288
 
@@ -129,19 +129,11 @@ def test_a_size_has_candidates_or_the_message_names_the_nearest_sizes(
 
 def test_the_nearest_sizes_can_be_cut():
     possible = cuts(layers=2, heads=1, neurons=640)
-    with pytest.raises(ConfigError, match="nearest possible sizes") as error:
+    with pytest.raises(ConfigError, match="1 layers, 1 key-value groups, 64 neurons") as error:
         candidates_of(possible, possible.outside // 2, 6)
 
-    size = int(
-        str(error.value).split("nearest possible sizes are ")[1].split(" ")[0].replace(",", "")
-    )
-    assert candidates_of(possible, size, 1)
-    assert "1 layers, 1 key-value groups, 64 neurons" in str(error.value)
-
-
-def test_a_size_that_is_not_below_the_teachers_is_refused():
-    with pytest.raises(ConfigError, match=r"the teacher has 8,190,735,360; give a smaller"):
-        candidates_of(cuts(), 9_000_000_000, 6)
+    (size,) = re.findall(r"nearest possible sizes are ([\d,]+) ", str(error.value))
+    assert candidates_of(possible, int(size.replace(",", "")), 1)
 
 
 def test_shares_of_layers_give_one_candidate_each():
@@ -150,11 +142,20 @@ def test_shares_of_layers_give_one_candidate_each():
     assert [one.layers for one in found] == [36, 27]
 
 
-def test_a_share_of_layers_that_cannot_hold_the_weights_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"method\.candidates: no model .* has 9 of the teacher's 36"
-    ):
-        candidates_of(cuts(), 5_000_000_000, (0.25,))
+@pytest.mark.parametrize(
+    ("target", "wanted", "message"),
+    [
+        (9_000_000_000, 6, r"the teacher has 8,190,735,360; give a smaller"),
+        (
+            5_000_000_000,
+            (0.25,),
+            r"method\.candidates: no model .* has 9 of the teacher's 36",
+        ),
+    ],
+)
+def test_a_size_or_a_share_of_layers_that_cannot_be_cut_is_refused(target, wanted, message):
+    with pytest.raises(ConfigError, match=message):
+        candidates_of(cuts(), target, wanted)
 
 
 @pytest.mark.parametrize(
@@ -169,21 +170,17 @@ def test_neurons_stay_on_a_grid_that_divides_the_teachers(neurons, round_to, gri
     assert found[-1] == neurons
 
 
-def test_a_grid_larger_than_the_teacher_is_refused():
+def test_a_grid_larger_than_the_teacher_and_layers_that_differ_are_refused():
     with pytest.raises(ConfigError, match=r"method\.round_to: 256 is larger than 172"):
         cuts(neurons=172, round_to=256)
-
-
-def test_a_teacher_whose_layers_differ_is_refused():
     with pytest.raises(ConfigError, match="all have the same numbers"):
         cuts_of(View((2, 1), (8, 8)), count=counted, is_stock=lambda _: True, round_to=None)
 
 
 def test_heads_that_no_stock_config_describes_are_no_candidates():
     whole = View((8,) * 36, (12288,) * 36)
-    found = cuts_of(
-        whole, count=counted, is_stock=lambda view: view.heads[0] in (4, 8), round_to=None
-    )
+
+    found = cuts_of(whole, count=counted, is_stock=lambda v: v.heads[0] in (4, 8), round_to=None)
 
     assert found.heads == (4, 8)
 
@@ -209,17 +206,16 @@ def test_a_single_hop_needs_no_assistant(options):
     assert len(hops(config(method={"parameters": "1B", **options}).method, 8_000_000_000)) == 1
 
 
-def test_the_judge_takes_the_lowest_divergence_and_the_first_of_equals():
+@pytest.mark.parametrize(
+    ("divergences", "score", "chosen"),
+    [([0.5, 0.2, 0.2], -0.2, "b"), ([math.nan, 9.0, 9.5], -9.0, "b")],
+    ids=["first of equals", "not a number"],
+)
+def test_the_judge_takes_the_lowest_divergence(divergences, score, chosen):
     judge = BestCandidate(Metric(name=KL, parts=(KL,), higher_is_better=False), ("a", "b", "c"))
-    scores = {"a": {KL: 0.5}, "b": {KL: 0.2}, "c": {KL: 0.2}}
+    scores = {name: {KL: value} for name, value in zip("abc", divergences, strict=True)}
 
-    assert judge(scores, 3)[:2] == (-0.2, "b")
-
-
-def test_a_divergence_that_is_not_a_number_loses():
-    judge = BestCandidate(Metric(name=KL, parts=(KL,), higher_is_better=False), ("a", "b"))
-
-    assert judge({"a": {KL: float("nan")}, "b": {KL: 9.0}}, 1).view == "b"
+    assert judge(scores, 3)[:2] == (score, chosen)
 
 
 @pytest.mark.parametrize(
@@ -242,4 +238,4 @@ def test_a_divergence_that_is_not_a_number_loses():
 )
 def test_settings_that_contradict_shrink_are_refused(sections, message):
     with pytest.raises(ConfigError, match=message):
-        config(**json.loads(json.dumps(sections)))
+        config(**copy.deepcopy(sections))

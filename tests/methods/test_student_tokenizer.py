@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,10 +24,7 @@ from megakd.data.tokenizers import VocabularyPair, from_folder
 from megakd.data.vocabularies import encoder_template
 from megakd.errors import DataError
 from megakd.methods.mixed_vocabulary import tokenizer as student_tokenizer
-from megakd.methods.mixed_vocabulary.tokenizer import (
-    check_special_tokens,
-    load_student_tokenizer,
-)
+from megakd.methods.mixed_vocabulary.tokenizer import check_special_tokens, load_student_tokenizer
 
 FIRST = "The teacher writes a letter; the student, naïve, reads 42 (short) letters!"
 
@@ -40,13 +38,7 @@ def _invented() -> list[str]:
 
 
 SENTENCES = _invented()
-ROLES = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+ROLES = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
 KINDS = ["wordpiece", "unigram", "bpe"]
 SENTENCEPIECE_KINDS = ["unigram", "bpe"]
 
@@ -80,14 +72,11 @@ def test_a_student_tokenizer_has_the_size_and_frames_texts_and_pairs(tmp_path, k
     assert tokenizer("the [MASK] reads")["input_ids"].count(4) == 1
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_are_the_papers_and_values_outside_the_choices_are_refused():
     assert StudentVocabulary() == StudentVocabulary(type="wordpiece", size=4928)
-
-
-@pytest.mark.parametrize("wrong", [{"size": 99}, {"type": "char"}, {"vocab_size": 200}])
-def test_values_outside_the_choices_are_refused(wrong):
-    with pytest.raises(ValidationError):
-        StudentVocabulary(**wrong)
+    for wrong in ({"size": 99}, {"type": "char"}, {"vocab_size": 200}):
+        with pytest.raises(ValidationError):
+            StudentVocabulary(**wrong)
 
 
 @pytest.fixture(scope="module", params=SENTENCEPIECE_KINDS)
@@ -104,38 +93,35 @@ CHARACTERS = [*sorted(set("".join(SENTENCES))), "É", "E\u0301", "Q\u0303", "▁
 @given(text=st.lists(st.sampled_from(CHARACTERS)).map("".join) | st.text("tari ", max_size=60))
 def test_texts_are_encoded_as_sentencepiece_encodes_them(trained, text):
     tokenizer, reference = trained
+    # Many segmentations of repeated letters have the same score.
+    texts = [text, *(part * n for part in ("e", "ta", "est", "erer") for n in (1, 2, 3, 17, 58))]
 
-    assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text)
+    assert tokenizer(texts, add_special_tokens=False)["input_ids"] == reference.encode(texts)
 
 
 def test_ids_and_pieces_are_those_of_the_sentencepiece_model(trained):
     tokenizer, reference = trained
-    numbers = list(range(100))
 
     assert len(tokenizer) == len(reference) == 100
-    assert tokenizer.convert_ids_to_tokens(numbers) == reference.id_to_piece(numbers)
+    assert tokenizer.convert_ids_to_tokens([*range(100)]) == reference.id_to_piece([*range(100)])
 
 
-# Many segmentations of such words have the same score.
-def test_repeated_letters_are_encoded_as_sentencepiece_encodes_them(trained):
-    tokenizer, reference = trained
-    words = [part * n for part in ("e", "r", "ta", "est", "erer") for n in range(1, 60)]
-
-    assert tokenizer(words, add_special_tokens=False)["input_ids"] == reference.encode(words)
+@pytest.fixture
+def wikitext(shared_data) -> list[str]:
+    file = shared_data / "lm" / "wikitext-2-raw" / "valid.txt"
+    if not file.is_file():
+        pytest.skip("needs wikitext-2-raw in ../shared/data/lm")
+    return file.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
-def test_real_text_is_encoded_as_sentencepiece_encodes_it(tmp_path, shared_data, kind):
-    folder = shared_data / "lm" / "wikitext-2-raw"
-    if not folder.is_dir():
-        pytest.skip("needs wikitext-2-raw in ../shared/data/lm")
-    lines = (folder / "valid.txt").read_text(encoding="utf-8").splitlines()
-    tokenizer = _load(tmp_path, kind, 1000, lines[:300])
+def test_real_text_is_encoded_as_sentencepiece_encodes_it(tmp_path, wikitext, kind):
+    tokenizer = _load(tmp_path, kind, 1000, wikitext[:300])
     reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.sentencepiece_model)
 
-    encoded = tokenizer(lines[300:1000], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(wikitext[300:1000], add_special_tokens=False)["input_ids"]
 
-    assert encoded == reference.encode(lines[300:1000])
+    assert encoded == reference.encode(wikitext[300:1000])
 
 
 def trained_backends(folder) -> str:
@@ -166,34 +152,25 @@ def test_a_vocabulary_is_trained_once(tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
 def test_the_sentencepiece_model_is_saved_wherever_the_tokenizer_is_saved(tmp_path, kind, config):
     tokenizer = _load(tmp_path / "cache", kind)
-    tokenizer.save_pretrained(tmp_path / "final")
+    final, copy, bare = (tmp_path / name for name in ("final", "copy", "bare"))
+    tokenizer.save_pretrained(final)
     if config is not None:
-        config.save_pretrained(tmp_path / "final")
+        config.save_pretrained(final)
+    bare.mkdir()
+    (bare / "spiece.model").write_bytes(tokenizer.sentencepiece_model)
 
-    again = from_folder(tmp_path / "final", "classification")
-    again.save_pretrained(tmp_path / "copy")
-    plain = AutoTokenizer.from_pretrained(tmp_path / "copy")
+    again, alone = from_folder(final, "classification"), from_folder(bare, "classification")
+    again.save_pretrained(copy)
+    plain = AutoTokenizer.from_pretrained(copy)
 
-    model = tokenizer.sentencepiece_model
-    assert (tmp_path / "final" / "spiece.model").read_bytes() == model
-    assert (tmp_path / "copy" / "spiece.model").read_bytes() == model
+    for folder in (final, copy):
+        assert (folder / "spiece.model").read_bytes() == tokenizer.sentencepiece_model
     assert type(plain) is PreTrainedTokenizerFast
     assert tokenizer_content(plain) == tokenizer_content(again) == tokenizer_content(tokenizer)
+    assert alone.special_tokens_map == tokenizer.special_tokens_map
     text = "The naïve Student, reads 42 [MASK]"
-    assert plain(text)["input_ids"] == again(text)["input_ids"] == tokenizer(text)["input_ids"]
-
-
-@pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
-def test_the_sentencepiece_model_alone_gives_the_same_tokenizer(tmp_path, kind):
-    tokenizer = _load(tmp_path / "cache", kind)
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "spiece.model").write_bytes(tokenizer.sentencepiece_model)
-
-    bare = from_folder(tmp_path / "bare", "classification")
-
-    text = "The naïve Student, reads"
-    assert bare(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert bare.special_tokens_map == tokenizer.special_tokens_map
+    for one in (plain, again, alone):
+        assert one(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def _largest(error: Any) -> int:
@@ -202,11 +179,11 @@ def _largest(error: Any) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_too_little_text_is_an_error_that_names_the_largest_size(tmp_path, kind):
-    with pytest.raises(
-        DataError,
-        match=r"the training text gives only \d+ pieces.*method\.student_vocabulary\.size is 5000; "
-        r"set method\.student_vocabulary\.size to at most \d+, or give more text",
-    ) as error:
+    message = (
+        r"the training text gives only \d+ pieces.*method\.student_vocabulary\.size is 5000; "
+        r"set method\.student_vocabulary\.size to at most \d+, or give more text"
+    )
+    with pytest.raises(DataError, match=message) as error:
         _load(tmp_path, kind, 5000)
 
     largest = _largest(error)
@@ -229,10 +206,8 @@ def test_the_largest_size_of_a_varied_text_is_reachable(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tmp_path, kind):
     varied = [" ".join(chr(0x400 + n) for n in range(48, 200)), *SENTENCES]
-
-    with pytest.raises(
-        DataError, match=r"take \d+ pieces, and method\.student_vocabulary\.size is 100; set"
-    ) as error:
+    message = r"take \d+ pieces, and method\.student_vocabulary\.size is 100; set"
+    with pytest.raises(DataError, match=message) as error:
         _load(tmp_path, kind, 100, varied)
 
     smallest = int(str(error.value).rsplit(" ", 1)[1])
@@ -242,11 +217,8 @@ def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tm
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_real_text_fits_the_smallest_size_or_names_a_size_that_fits(tmp_path, shared_data, kind):
-    file = shared_data / "lm" / "wikitext-2-raw" / "valid.txt"
-    if not file.is_file():
-        pytest.skip("needs wikitext-2-raw in ../shared/data/lm")
-    lines = file.read_text(encoding="utf-8").splitlines()[:200]
+def test_real_text_fits_the_smallest_size_or_names_a_size_that_fits(tmp_path, wikitext, kind):
+    lines = wikitext[:200]
 
     try:
         size = len(_load(tmp_path, kind, 100, lines))
@@ -272,9 +244,7 @@ def test_a_stream_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
 def test_long_texts_and_reserved_characters_are_not_lost_to_the_vocabulary(tmp_path, kind):
-    texts = [*SENTENCES, "zebra ▅ " * 3000]
-
-    tokenizer = _load(tmp_path, kind, 100, texts)
+    tokenizer = _load(tmp_path, kind, 100, [*SENTENCES, "zebra ▅ " * 3000])
 
     assert "▁zebra" in tokenizer.get_vocab()
 
@@ -305,66 +275,45 @@ def test_special_tokens_of_trained_vocabularies_are_accepted(tmp_path, kind):
 WORDS = [*ROLES.values(), "a"]
 
 
-@pytest.mark.parametrize("role", ["pad", "unk", "cls", "sep", "mask"])
-def test_a_missing_special_token_is_named(role):
-    tokenizer = _word_level(WORDS, roles={f"{role}_token": None})
-
-    with pytest.raises(
-        DataError,
-        match=f"^teacher.model: the tokenizer has no {role} token, which .*; set {role}_token in",
-    ):
-        check_special_tokens(tokenizer, "teacher.model")
+def _with_ids(vocabulary: dict[str, int]) -> Any:
+    """A tokenizer whose vocabulary is not what its special tokens say."""
+    return SimpleNamespace(
+        **ROLES,
+        get_vocab=lambda: vocabulary,
+        convert_ids_to_tokens=lambda number: {n: token for token, n in vocabulary.items()}[number],
+    )
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("tokenizer", "message"),
     [
+        *(
+            (
+                _word_level(WORDS, roles={f"{role}_token": None}),
+                rf"^student: the tokenizer has no {role} token, which .*; set {role}_token in",
+            )
+            for role in ("pad", "unk", "cls", "sep", "mask")
+        ),
         (
-            {"roles": {"sep_token": "[PAD]"}},
+            _word_level(WORDS, roles={"sep_token": "[PAD]"}),
             r"student: \[PAD\] is both the pad token and the sep token",
         ),
         (
-            {"roles": {"cls_token": "[SEP]", "sep_token": "[CLS]"}},
+            _word_level(WORDS, roles={"cls_token": "[SEP]", "sep_token": "[CLS]"}),
             r"student: the tokenizer puts \[CLS\] first .* and \[SEP\], its cls token,",
         ),
         (
-            {"template": ("[CLS]", "[MASK]")},
+            _word_level(WORDS, template=("[CLS]", "[MASK]")),
             r"puts \[MASK\] last in an encoded text, and \[SEP\], its sep token,",
         ),
+        (_with_ids({"[PAD]": 0}), r"student: the unk token \[UNK\] is not in the vocabulary"),
+        (
+            _with_ids({"[PAD]": 0, "x": 0}),
+            r"the pad token \[PAD\] has the id 0, which is the id of x",
+        ),
     ],
-    ids=["two roles", "swapped", "wrong last token"],
 )
-def test_special_tokens_in_wrong_places_are_refused(keys, message):
-    with pytest.raises(DataError, match=message):
-        check_special_tokens(_word_level(WORDS, **keys), "student")
-
-
-class _Forgetful:
-    """A tokenizer whose vocabulary is not what its special tokens say."""
-
-    def __init__(self, vocabulary) -> None:
-        self._vocabulary = vocabulary
-        for role, token in ROLES.items():
-            setattr(self, role, token)
-
-    def get_vocab(self):
-        return self._vocabulary
-
-    def convert_ids_to_tokens(self, number):
-        return {number: token for token, number in self._vocabulary.items()}[number]
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "message"),
-    [
-        ({"[PAD]": 0}, r"student: the unk token \[UNK\] is not in the vocabulary"),
-        ({"[PAD]": 0, "x": 0}, r"the pad token \[PAD\] has the id 0, which is the id of x"),
-    ],
-    ids=["absent", "id of another token"],
-)
-def test_a_special_token_without_an_id_of_its_own_is_refused(vocabulary, message):
-    tokenizer: Any = _Forgetful(vocabulary)
-
+def test_special_tokens_that_are_missing_or_in_wrong_places_are_refused(tokenizer, message):
     with pytest.raises(DataError, match=message):
         check_special_tokens(tokenizer, "student")
 

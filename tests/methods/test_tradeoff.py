@@ -1,4 +1,4 @@
-"""The trade-off of score and size, and who wins it."""
+"""The trade-off of score and size, who wins it, and which candidates learn."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import math
 
 import pytest
 
+from megakd.contract.tasks import METRICS
 from megakd.errors import ConfigError, TrainingError
+from megakd.methods.minidisc import Sandwich, TradeoffJudge
 from megakd.methods.tradeoff import choose, tradeoff
+from megakd.scoring.scores import headline, weighable
 
 LAMBDA = 0.2
 READ = 0.0025  # what the authors' figure can be read to
@@ -33,8 +36,26 @@ def test_the_trade_off_is_the_one_that_the_authors_drew(metrics, drawn):
     assert computed == pytest.approx(drawn, abs=READ)
 
 
-def test_the_authors_qqp_assistant_is_chosen():
-    assert chosen(QQP)[:3] == (0.8, pytest.approx(1.0295), False)
+@pytest.mark.parametrize(
+    ("scores", "options", "chosen_one"),
+    [
+        (QQP, {}, (0.8, pytest.approx(1.0295), False)),
+        (GRID, {"weight": 0.0}, (0.7, 0.91, False)),
+        # Candidates that are less sparse than their teacher take no part; one as sparse does.
+        (GRID, {"weight": 0.0, "teacher": 0.9}, (0.9, 0.80, True)),
+        (GRID, {"weight": 0.0, "teacher": 0.7}, (0.7, 0.91, False)),
+        # The target is taken in place of a sparser one, with its own value.
+        ({0.5: 0.5, 0.9: 0.8, 0.95: 0.99}, {}, (0.9, pytest.approx(0.98), True)),
+        # Equal trade-offs go to the sparser candidate.
+        ({0.5: 0.75, 0.25: 0.8125, 0.9: 0.0}, {"weight": 0.25}, (0.5, 0.875, False)),
+        # A correlation may be negative, or above one by a rounding error.
+        ({0.5: -0.3, 0.9: -1.0}, {}, (0.5, pytest.approx(-0.2), False)),
+        ({0.5: 1.0 + 1e-12, 0.9: 0.0}, {}, (0.5, pytest.approx(1.1), False)),
+    ],
+)
+def test_the_highest_trade_off_is_chosen(scores, options, chosen_one):
+    assert chosen(scores, **options)[:3] == chosen_one
+    assert chosen(dict(reversed(scores.items())), **options)[:3] == chosen_one
 
 
 def test_of_the_authors_mrpc_scores_the_target_wins_and_then_the_two_they_draw_highest():
@@ -45,59 +66,110 @@ def test_of_the_authors_mrpc_scores_the_target_wins_and_then_the_two_they_draw_h
     assert tradeoff(MRPC[best], best, LAMBDA) - tradeoff(MRPC[second], second, LAMBDA) < READ
 
 
-def test_without_a_weight_the_best_metric_wins():
-    assert chosen(GRID, weight=0.0)[:3] == (0.7, 0.91, False)
-
-
 @pytest.mark.parametrize("weight", [1e6, 1e300, math.inf])
 def test_with_a_large_weight_the_sparsest_wins(weight):
     assert chosen(GRID, weight=weight, target=0.95).sparsity == 0.95
 
 
-def test_candidates_that_are_less_sparse_than_their_teacher_take_no_part():
-    assert chosen(GRID, weight=0.0, teacher=0.9)[:3] == (0.9, 0.80, True)
-
-
-def test_a_candidate_as_sparse_as_its_teacher_takes_part():
-    assert chosen(GRID, weight=0.0, teacher=0.7).sparsity == 0.7
-
-
-def test_the_target_is_taken_in_place_of_a_sparser_one_with_its_own_value():
-    scores = {0.5: 0.5, 0.9: 0.8, 0.95: 0.99}
-
-    assert chosen(scores) == (0.9, pytest.approx(0.98), True, pytest.approx(1.18))
-
-
-def test_equal_trade_offs_go_to_the_sparser_candidate():
-    assert chosen({0.5: 0.75, 0.25: 0.8125, 0.9: 0.0}, weight=0.25).sparsity == 0.5
-
-
-def test_the_order_of_the_candidates_does_not_matter():
-    assert chosen(dict(reversed(QQP.items()))) == chosen(QQP)
-
-
-def test_a_correlation_may_be_negative():
-    assert chosen({0.5: -0.3, 0.9: -1.0}).sparsity == 0.5
-
-
-def test_a_score_that_is_not_a_number_is_refused():
-    with pytest.raises(TrainingError, match=r"sparsity 0\.7 has no score \(nan\)"):
-        chosen(GRID | {0.7: math.nan})
-
-
-@pytest.mark.parametrize("metric", [38.2, -1.5, math.inf])
-def test_a_metric_that_is_no_fraction_is_refused_with_one_that_is(metric):
-    with pytest.raises(
-        ConfigError, match=r"sparsity 0\.7 scores .*method\.metric, for example to accuracy"
-    ):
-        chosen(GRID | {0.7: metric})
-
-
-def test_a_correlation_a_rounding_error_above_one_is_fine():
-    assert chosen({0.5: 1.0 + 1e-12, 0.9: 0.0}).sparsity == 0.5
+@pytest.mark.parametrize(
+    ("score", "error", "message"),
+    [
+        (math.nan, TrainingError, r"sparsity 0\.7 has no score \(nan\)"),
+        *(
+            (score, ConfigError, r"0\.7 scores .*method\.metric, for example to accuracy")
+            for score in (38.2, -1.5, math.inf)
+        ),
+    ],
+)
+def test_a_score_that_is_no_fraction_is_refused_with_a_metric_that_is(score, error, message):
+    with pytest.raises(error, match=message):
+        chosen(GRID | {0.7: score})
 
 
 @pytest.mark.parametrize(("teacher", "target"), [(0.0, 0.8), (0.93, 0.9)])
 def test_a_target_that_is_no_candidate_is_refused(teacher, target):
     with pytest.raises(ConfigError, match=rf"target_sparsity {target} is not among .*0\.95"):
         chosen(GRID, teacher=teacher, target=target)
+
+
+ACCURACY = headline(["accuracy"])
+NAMES = ("sparsity-0.5", "sparsity-0.7", "sparsity-0.8", "sparsity-0.9", "sparsity-0.95")
+
+
+def judged(scores: dict[float, float], *, tradeoff: float = 0.2, target: float = 0.9, **options):
+    judge = TradeoffJudge(ACCURACY, tuple(scores), tradeoff, target, **options)
+    return judge({f"sparsity-{s:g}": {"accuracy": value} for s, value in scores.items()}, 0)
+
+
+def test_all_candidates_learn_in_every_step_and_the_loss_is_their_mean():
+    plan = Sandwich("teacher", NAMES).passes(7)
+
+    assert [planned.view for planned in plan] == list(NAMES)
+    assert {planned.teacher for planned in plan} == {"teacher"}
+    assert sum(planned.scale for planned in plan) == pytest.approx(1.0)
+    assert len({planned.scale for planned in plan}) == 1
+
+
+@pytest.mark.parametrize("sampled", [0, 1, 2])
+def test_the_sandwich_rule_keeps_the_ends_and_draws_the_middle(sampled):
+    sandwich = Sandwich("teacher", NAMES, sampled, seed=3)
+    plans = [[planned.view for planned in sandwich.passes(step)] for step in range(60)]
+
+    for plan in plans:
+        assert len(plan) == sampled + 2
+        assert (plan[0], plan[-1]) == (NAMES[0], NAMES[-1])
+        assert plan == sorted(plan, key=NAMES.index)
+    drawn = {view for plan in plans for view in plan[1:-1]}
+    assert drawn == (set(NAMES[1:-1]) if sampled else set())
+
+
+def test_a_step_draws_the_same_candidates_whenever_it_is_asked():
+    first, again = (Sandwich("teacher", NAMES, 1, seed=3) for _ in range(2))
+    other = Sandwich("teacher", NAMES, 1, seed=4)
+
+    assert [first.passes(step) for step in range(20)] == [again.passes(step) for step in range(20)]
+    assert [first.passes(step) for step in range(20)] != [other.passes(step) for step in range(20)]
+
+
+@pytest.mark.parametrize("names", [NAMES[:1], NAMES[:2]])
+def test_a_grid_without_a_middle_learns_whole(names):
+    plan = Sandwich("teacher", names, 1).passes(0)
+
+    assert [planned.view for planned in plan] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "chosen", "worth", "kept_apart"),
+    [
+        ({0.5: 0.80, 0.7: 0.79, 0.9: 0.60}, {}, 0.7, 0.79 + 0.2 * 0.7, {"sparsity-0.9": 0.60}),
+        ({0.5: 0.5, 0.9: 0.8, 0.95: 0.82}, {}, 0.9, 0.82 + 0.2 * 0.95, {"sparsity-0.9": 0.8}),
+        (
+            {0.5: 0.5, 0.7: 0.6, 0.9: 0.8, 0.95: 0.82},
+            {"target_may_win": False},
+            *(0.7, 0.6 + 0.2 * 0.7, {}),
+        ),
+        ({0.5: 0.80, 0.9: 0.60}, {"tradeoff": 0.0}, 0.5, 0.80, {"sparsity-0.9": 0.60}),
+    ],
+    ids=["best", "beyond the target", "target may not win", "no weight on size"],
+)
+def test_the_best_tradeoff_is_chosen_and_the_target_has_its_own_score(
+    scores, options, chosen, worth, kept_apart
+):
+    verdict = judged(scores, **options)
+
+    assert verdict.view == f"sparsity-{chosen:g}"
+    assert verdict.score == pytest.approx(worth)
+    assert verdict.own == kept_apart
+
+
+def test_one_metric_of_which_more_is_better_is_weighed():
+    loss, both = headline(["perplexity"]), headline(["accuracy", "f1"])
+
+    assert weighable("accuracy", loss, METRICS["causal_lm"]) == ACCURACY
+    assert weighable("f1", both, both.parts) == headline(["f1"])
+    assert weighable(None, both, both.parts).parts == ("accuracy", "f1")
+    wrong = r"method.metric: perplexity, the default of this task.*to accuracy"
+    with pytest.raises(ConfigError, match=wrong):
+        weighable(None, loss, METRICS["causal_lm"])
+    with pytest.raises(ConfigError, match=r"method.metric: recall cannot.*accuracy, f1"):
+        weighable("recall", both, both.parts)
