@@ -32,21 +32,13 @@ def test_the_last_match_of_a_text_is_its_answer(text, pattern, answer):
     assert answer_of(text, pattern) == answer
 
 
-def test_texts_are_compared_by_their_answers_alone():
-    match = _matcher("exact", GSM8K)
+def test_texts_are_compared_by_their_answers_alone_and_match_nothing_without_one():
+    match, text = _matcher("exact", GSM8K), "Natalia sold 48.\n#### 72"
 
-    assert match("anything\n#### 72", "Natalia sold 48.\n#### 72")
-    assert not match("anything\n#### 73", "Natalia sold 48.\n#### 72")
-
-
-def test_a_text_without_an_answer_matches_nothing():
-    match = _matcher("exact", GSM8K)
-
+    assert match("anything\n#### 72", text)
+    assert not match("anything\n#### 73", text)
     assert not match("72", "72")
-    assert not match("72", "#### 72")
-
-
-def test_without_a_comparison_there_is_no_matcher():
+    assert not match("72", text)
     assert matcher(GenerationConfig(max_new_tokens=4)) is None
 
 

@@ -11,18 +11,10 @@ from typing import Any
 import pytest
 
 from megakd.contract.stage import Verdict
-from megakd.engine import distributed
 from megakd.errors import MegakdError
 from megakd.storage.atomic import json_text
 from megakd.storage.folders import CHECKSUMS, sealed_folder
 from megakd.training.best_checkpoint import BestCheckpoint, BestCheckpoints
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank without a process group."""
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
 
 
 def best_of(tmp_path: Path) -> BestCheckpoint:
@@ -57,40 +49,22 @@ def test_the_best_evaluation_is_kept_and_a_tie_keeps_the_earlier(tmp_path):
 
 
 def test_a_score_that_is_no_number_never_wins(tmp_path):
-    best = evaluated(best_of(tmp_path), {3: math.nan, 6: 0.1, 9: math.nan})
+    assert best_of_stage(tmp_path).kept() is None
+    assert evaluated(best_of(tmp_path), {3: math.nan, 6: 0.1, 9: math.nan}).step == 6
 
-    assert best.step == 6
 
-
-@pytest.mark.parametrize("score", [math.inf, -math.inf])
-def test_an_infinite_score_is_the_same_after_a_resume(tmp_path, score):
+@pytest.mark.parametrize("score", [0.7, math.inf, -math.inf])
+@pytest.mark.parametrize("step", [4, 3])  # 3: the evaluation is at the very step of the checkpoint
+def test_a_run_that_goes_on_has_its_best(tmp_path, score, step):
     evaluated(best_of(tmp_path), {3: score})
     best = best_of(tmp_path)
 
-    best.resume(4, best_step=3)
+    best.resume(step, best_step=3)
 
     assert (best.step, best.score) == (3, score)
-
-
-def test_a_resumed_run_goes_on_with_the_best_it_had(tmp_path):
-    evaluated(best_of(tmp_path), {3: 0.7})
-    best = best_of(tmp_path)
-
-    best.resume(4, best_step=3)
-
-    assert (best.step, best.score) == (3, 0.7)
-    assert not considered(best, 6, 0.6)
-    assert not considered(best, 9, 0.7)
+    assert not considered(best, 6, score)
     assert weights(tmp_path) == "3"
-
-
-def test_an_evaluation_at_the_very_step_of_the_checkpoint_counts(tmp_path):
-    evaluated(best_of(tmp_path), {4: 0.7})
-    best = best_of(tmp_path)
-
-    best.resume(4, best_step=4)
-
-    assert best.step == 4
+    assert considered(best, 9, 100.0) is (score < 100)
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -161,16 +135,6 @@ def test_damaged_weights_of_the_best_are_not_resumed_from(tmp_path, caplog, dama
     assert left == {"weights", "best.json", CHECKSUMS} - {damaged}
 
 
-def test_a_number_that_is_not_finite_does_not_stop_a_resume(tmp_path):
-    evaluated(best_of(tmp_path), {3: -math.inf})
-    best = best_of(tmp_path)
-
-    best.resume(4, best_step=3)
-
-    assert (best.step, best.score) == (3, -math.inf)
-    assert considered(best, 6, -100.0)
-
-
 def test_a_failed_write_keeps_the_old_best(tmp_path):
     best = evaluated(best_of(tmp_path), {3: 0.5})
 
@@ -196,28 +160,31 @@ def judged(bests: BestCheckpoints, evaluations: Mapping[int, tuple[float, float,
         bests.consider(step, scores, Verdict(score, view, {"target": target}))
 
 
-def test_a_chosen_target_is_given_as_it_was_at_its_own_best_evaluation(tmp_path):
+@pytest.mark.parametrize(
+    ("evaluations", "view", "compared", "step"),
+    [
+        # A target is given as it was at its own best evaluation.
+        (
+            {3: (0.7, 0.9, "wide"), 6: (0.8, 0.6, "target"), 9: (0.5, 0.9, "target")},
+            *("target", 0.6, 3),
+        ),
+        # Another view is given as it was when it was chosen.
+        ({3: (0.7, 0.9, "target"), 6: (0.8, 0.6, "wide")}, *("wide", 0.8, 6)),
+    ],
+    ids=["target", "another view"],
+)
+def test_a_stage_gives_the_best_of_the_view_that_is_chosen(
+    tmp_path, evaluations, view, compared, step
+):
     bests = best_of_stage(tmp_path)
-    judged(bests, {3: (0.7, 0.9, "wide"), 6: (0.8, 0.6, "target"), 9: (0.5, 0.9, "target")})
+    judged(bests, evaluations)
 
     kept = bests.kept()
 
     assert kept is not None
-    assert kept.chosen.view == "target"
-    assert kept.chosen.metrics == {"accuracy": 0.6}  # the scores that were compared
-    assert kept.evaluation.metrics == {"accuracy": 0.9}
-    assert (kept.folder / "weights").read_text() == "3"
-
-
-def test_another_view_is_given_as_it_was_when_it_was_chosen(tmp_path):
-    bests = best_of_stage(tmp_path)
-    judged(bests, {3: (0.7, 0.9, "target"), 6: (0.8, 0.6, "wide")})
-
-    kept = bests.kept()
-
-    assert kept is not None
-    assert kept.chosen == kept.evaluation
-    assert (kept.folder / "weights").read_text() == "6"
+    assert (kept.chosen.view, kept.chosen.metrics) == (view, {"accuracy": compared})
+    assert kept.evaluation.metrics == {"accuracy": 0.9 if view == "target" else compared}
+    assert (kept.folder / "weights").read_text() == str(step)
 
 
 def test_a_resume_forgets_every_best_that_comes_after_it(tmp_path):
@@ -234,7 +201,3 @@ def test_a_resume_forgets_every_best_that_comes_after_it(tmp_path):
     kept = again.kept()
     assert kept is not None
     assert (kept.folder / "weights").read_text() == "6"
-
-
-def test_without_an_evaluation_nothing_is_kept(tmp_path):
-    assert best_of_stage(tmp_path).kept() is None

@@ -12,6 +12,7 @@ from megakd.inputs.inputs import check_caches
 from megakd.models.loading import resolve_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SERVER = {"url": ["http://a:1"]}
 
 
 def checked(tmp_path, family, *, cache="answers", server=None, **keys):
@@ -30,17 +31,20 @@ def checked(tmp_path, family, *, cache="answers", server=None, **keys):
 
 
 @pytest.mark.parametrize(
-    ("family", "said"),
+    ("family", "keys", "message"),
     [
-        ("gemma2", r"gemma2 student .*\(final_logit_softcapping: 30.0\)"),
-        ("granite", r"granite student .*\(logits_scaling: 0.5\)"),
+        ("gemma2", {}, r"gemma2 student .*\(final_logit_softcapping: 30.0\)"),
+        ("granite", {"logits_scaling": 0.5}, r"granite student .*\(logits_scaling: 0.5\)"),
     ],
 )
-def test_a_student_with_a_cap_or_a_factor_is_refused(tmp_path, family, said):
-    keys = {"logits_scaling": 0.5} if family == "granite" else {}
-
-    with pytest.raises(ConfigError, match=f"^teacher.cache: the {said}"):
+def test_a_student_with_a_cap_or_a_factor_is_refused(tmp_path, family, keys, message):
+    with pytest.raises(ConfigError, match=f"^teacher.cache: the {message}"):
         checked(tmp_path, family, **keys)
+    checked(tmp_path, family, cache=None, **keys)
+    with pytest.raises(ConfigError, match=f"^teacher.server: the {message}"):
+        checked(tmp_path, family, cache=None, server=SERVER, **keys)
+    # Exported hidden states teach every student.
+    checked(tmp_path, family, cache=None, server={**SERVER, "states": str(tmp_path)}, **keys)
 
 
 @pytest.mark.parametrize(
@@ -54,19 +58,3 @@ def test_a_student_with_a_cap_or_a_factor_is_refused(tmp_path, family, said):
 )
 def test_other_students_learn_from_a_cache(tmp_path, family, keys):
     checked(tmp_path, family, **keys)
-
-
-def test_without_a_cache_every_student_is_right(tmp_path):
-    checked(tmp_path, "gemma2", cache=None)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_exported_hidden_states_teach_every_student(tmp_path, family):
-    server = {"url": ["http://a:1"], "states": str(tmp_path)}
-
-    checked(tmp_path, family, cache=None, server=server)
-
-
-def test_probabilities_of_a_server_do_not_teach_a_student_with_a_cap(tmp_path):
-    with pytest.raises(ConfigError, match=r"^teacher\.server: the gemma2 student"):
-        checked(tmp_path, "gemma2", cache=None, server={"url": ["http://a:1"]})

@@ -51,12 +51,14 @@ def asked(rows: list[int], spec: TeacherConfig = DRAWS, *, length=LENGTH, **fact
     return ask_tokens(teacher, batch, spec, length=LENGTH)
 
 
-def test_draws_depend_on_the_row_and_not_on_the_batch_around_it():
+def test_draws_depend_on_the_row_and_the_seed_and_not_on_the_batch_around_it():
     together, one = asked([3, 9, 12]), asked([9])
+    other = TeacherConfig(model="a", cache_draws=4, cache_seed=1)
 
     for name in ("ids", "counts"):
         assert torch.equal(together[name][1], one[name][0])
     assert not torch.equal(together["ids"][0], together["ids"][1])
+    assert not torch.equal(one["ids"], asked([9], other)["ids"])
 
 
 def test_draws_depend_on_the_position_and_not_on_the_length_of_the_batch():
@@ -66,12 +68,6 @@ def test_draws_depend_on_the_position_and_not_on_the_length_of_the_batch():
     assert (shorter["ids"][:, 4:] == -1).all()
     assert (shorter["counts"][:, 4:] == 0).all()
     assert len({tuple(ids) for ids in longer["ids"][0].tolist()}) > LENGTH // 2
-
-
-def test_another_seed_gives_other_draws():
-    other = TeacherConfig(model="a", cache_draws=4, cache_seed=1)
-
-    assert not torch.equal(asked([3])["ids"], asked([3], other)["ids"])
 
 
 @BOTH

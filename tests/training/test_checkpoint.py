@@ -29,7 +29,6 @@ from checkpoint_store import (
     write_engine,
 )
 
-from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
 from megakd.process.seeding import seed_everything
@@ -37,19 +36,16 @@ from megakd.training import checkpoint as checkpoint_module
 from megakd.training.checkpoint import Checkpoints, check_plain
 
 
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank without a process group."""
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+@pytest.fixture
+def store(tmp_path) -> Checkpoints:
+    return checkpoints(tmp_path)
 
 
 def draws() -> list[float]:
     return [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
 
 
-def test_state_and_random_numbers_come_back_after_the_shards_are_read(tmp_path):
-    store = checkpoints(tmp_path)
+def test_state_and_random_numbers_come_back_after_the_shards_are_read(store):
     seed_everything(3, rank=0)
     folder = save(store, 4)
     wanted = draws()
@@ -62,9 +58,8 @@ def test_state_and_random_numbers_come_back_after_the_shards_are_read(tmp_path):
     assert draws() == wanted
 
 
-def test_tensors_of_a_gpu_are_read_to_the_device_of_the_rank(tmp_path, monkeypatch):
+def test_tensors_of_a_gpu_are_read_to_the_device_of_the_rank(store, monkeypatch):
     """The file may be read on a node where the rank has another GPU."""
-    store = checkpoints(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
         values = {"average": torch.ones(3)}
@@ -99,12 +94,8 @@ def test_the_newest_are_kept_and_latest_names_the_last(tmp_path, keep, kept):
     assert store.newest_good() == newest
 
 
-def test_a_stage_without_checkpoints_starts_at_the_beginning(tmp_path):
-    assert checkpoints(tmp_path).newest_good() is None
-
-
-def test_numbers_not_names_tell_which_is_newer(tmp_path):
-    store = checkpoints(tmp_path)
+def test_the_newest_is_known_by_its_number_without_a_pointer(store):
+    assert store.newest_good() is None
     save(store, 8, 12)
     (store.folder / "latest").unlink()
 
@@ -112,8 +103,7 @@ def test_numbers_not_names_tell_which_is_newer(tmp_path):
 
 
 @pytest.mark.parametrize("pointer", [b"", b"\xff\xfe", b"../student", b"best"])
-def test_a_pointer_that_names_no_checkpoint_is_passed_over(tmp_path, pointer):
-    store = checkpoints(tmp_path)
+def test_a_pointer_that_names_no_checkpoint_is_passed_over(store, pointer):
     newest = save(store, 4, 8)
     (store.folder / "latest").write_bytes(pointer)
     (store.folder / "best").mkdir()
@@ -138,9 +128,8 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    tmp_path, caplog, name: str, damage: Callable[[Path], None], said: str | None
+    store, caplog, name: str, damage: Callable[[Path], None], said: str | None
 ):
-    store = checkpoints(tmp_path)
     newest = save(store, 4, 8)
     damage(newest / name)
 
@@ -153,10 +142,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert re.search(told, caplog.text, re.MULTILINE)
 
 
-def test_the_manifest_names_what_was_written_even_if_a_listing_does_not_show_it(
-    tmp_path, monkeypatch
-):
-    store = checkpoints(tmp_path)
+def test_the_manifest_names_what_was_written_even_if_a_listing_does_not_show_it(store, monkeypatch):
     with monkeypatch.context() as stale:
         stale.setattr(Path, "rglob", lambda *_: iter(()))
         stale.setattr(Path, "iterdir", lambda _: iter([store.folder / "step-4"]))
@@ -167,8 +153,7 @@ def test_the_manifest_names_what_was_written_even_if_a_listing_does_not_show_it(
     assert json.loads((newest / "manifest.json").read_text())["files"].keys() == set(FILES)
 
 
-def test_no_bit_of_a_manifest_can_change_unseen(tmp_path):
-    store = checkpoints(tmp_path)
+def test_no_bit_of_a_manifest_can_change_unseen(store):
     newest = save(store, 4, 8)
     path = newest / "manifest.json"
     content = path.read_bytes()
@@ -181,8 +166,7 @@ def test_no_bit_of_a_manifest_can_change_unseen(tmp_path):
         assert damaged or json.loads(changed) == json.loads(content)
 
 
-def test_a_run_whose_checkpoints_all_look_damaged_is_refused_and_goes_on_when_they_do_not(tmp_path):
-    store = checkpoints(tmp_path)
+def test_a_run_whose_checkpoints_all_look_damaged_is_refused_and_goes_on_when_they_do_not(store):
     newest = save(store, 4, 8)
     for folder in store.folder.glob("step-*"):
         (folder / SHARD).rename(folder / "not visible")
@@ -196,8 +180,7 @@ def test_a_run_whose_checkpoints_all_look_damaged_is_refused_and_goes_on_when_th
     assert store.newest_good() == newest
 
 
-def test_a_run_whose_pointer_alone_is_visible_does_not_start_over(tmp_path):
-    store = checkpoints(tmp_path)
+def test_a_run_whose_pointer_alone_is_visible_does_not_start_over(store, tmp_path):
     save(store, 4)
     (store.folder / "step-4").rename(tmp_path / "not visible")
 
@@ -256,14 +239,12 @@ def test_a_checkpoint_of_other_ranks_is_refused_with_both_numbers(tmp_path):
     newest = save(checkpoints(tmp_path), 4)
     four = Ranks(rank=0, world_size=4, local_rank=0, device=torch.device("cpu"))
 
-    with pytest.raises(
-        CheckpointError, match="written by 1 ranks and this run has 4; start this run with 1"
-    ):
+    message = "written by 1 ranks and this run has 4; start this run with 1"
+    with pytest.raises(CheckpointError, match=message):
         checkpoints(tmp_path, ranks=four)._check_origin(newest)
 
 
-def test_a_checkpoint_that_was_named_is_used_by_its_stage_alone(tmp_path):
-    store = checkpoints(tmp_path)
+def test_a_checkpoint_that_was_named_is_used_by_its_stage_alone(store, tmp_path):
     save(store, 4, 8)
     named = store.folder / "step-4"
     copied = tmp_path / "elsewhere"
@@ -275,8 +256,7 @@ def test_a_checkpoint_that_was_named_is_used_by_its_stage_alone(tmp_path):
     assert other.given(named) is None
 
 
-def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(tmp_path):
-    store = checkpoints(tmp_path)
+def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(store):
     named = save(store, 4)
 
     with pytest.raises(CheckpointError, match=r"student cannot be resumed from: manifest.json"):
@@ -315,20 +295,17 @@ def test_an_object_of_a_class_is_refused_before_it_gets_into_a_checkpoint(tmp_pa
         check_plain({"strategy": value})
 
 
-def test_a_checkpoint_that_names_a_class_is_refused_in_one_line(tmp_path):
-    store = checkpoints(tmp_path)
+def test_a_checkpoint_that_names_a_class_is_refused_in_one_line(store):
     saved = save(store, 3)
     torch.save({"strategy": Counted(3)}, saved / "state.pt")
 
-    with pytest.raises(CheckpointError, match="another version") as refused:
+    with pytest.raises(CheckpointError, match=rf"^.*{store.folder}.*another version.*$") as refused:
         load(store, saved)
 
     assert "\n" not in str(refused.value)
-    assert str(store.folder) in str(refused.value)
 
 
-def test_a_checkpoint_whose_contents_had_other_names_is_refused_in_one_line(tmp_path, monkeypatch):
-    store = checkpoints(tmp_path)
+def test_a_checkpoint_whose_contents_had_other_names_is_refused_in_one_line(store, monkeypatch):
     with monkeypatch.context() as earlier:
         earlier.setattr("megakd.training.checkpoint.FORMAT", 1)
         save(store, 3)

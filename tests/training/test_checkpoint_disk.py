@@ -14,29 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_store import (
-    ALONE,
-    SHARD,
-    checkpoints,
-    flip,
-    load,
-    names,
-    save,
-)
+from checkpoint_store import ALONE, SHARD, checkpoints, flip, load, names, save
 
-from megakd.engine import distributed
 from megakd.engine.student import CarefulWriter
 from megakd.errors import CheckpointError
 from megakd.storage.atomic import write_tensors, write_text
 from megakd.training import checkpoint as checkpoint_module
 from megakd.training.checkpoint import Checkpoints
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank without a process group."""
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
 
 
 class Killed(BaseException):
@@ -103,7 +87,12 @@ def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def assert_nothing_destroyed(store: Checkpoints) -> None:
+@pytest.fixture
+def store(tmp_path) -> Iterator[Checkpoints]:
+    """A folder with the checkpoint of step 4, which is still there after a save that fails."""
+    store = checkpoints(tmp_path)
+    save(store, 4)
+    yield store
     assert names(store) == ["latest", "step-4"]
     assert store.newest_good() == store.folder / "step-4"
 
@@ -117,27 +106,17 @@ def refuses_for_lack_of_space(store: Checkpoints) -> Any:
     )
 
 
-def test_a_disk_that_fills_up_under_the_engine_destroys_nothing(tmp_path):
-    store = checkpoints(tmp_path)
-    save(store, 4)
-
+def test_a_disk_that_fills_up_under_the_engine_destroys_nothing(store):
     with refuses_for_lack_of_space(store):
         store.save(8, full_disk, {})
 
-    assert_nothing_destroyed(store)
-
 
 @pytest.mark.parametrize("owner", [os, checkpoint_module.Path])
-def test_a_disk_that_fills_up_at_the_end_of_a_save_destroys_nothing(tmp_path, monkeypatch, owner):
-    store = checkpoints(tmp_path)
-    save(store, 4)
-
+def test_a_disk_that_fills_up_at_the_end_of_a_save_destroys_nothing(store, monkeypatch, owner):
     with monkeypatch.context() as patch:
         patch.setattr(owner, "fsync" if owner is os else "rename", full_disk)
         with refuses_for_lack_of_space(store):
             save(store, 8)
-
-    assert_nothing_destroyed(store)
 
 
 @contextmanager
@@ -151,14 +130,10 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_torch_that_cannot_write_gives_the_systems_own_reason(tmp_path):
-    store = checkpoints(tmp_path)
-    save(store, 4)
-
+def test_torch_that_cannot_write_gives_the_systems_own_reason(store, tmp_path):
     with largest_file(3000), refuses_for_lack_of_space(store):
         save(store, 8)
 
-    assert_nothing_destroyed(store)
     with largest_file(3000), pytest.raises(OSError, match="File too large"):
         write_tensors(tmp_path / "x.pt", {"weight": torch.zeros(1000)})
 
@@ -173,28 +148,21 @@ def test_the_engines_files_wait_with_their_failure_until_all_ranks_can_hear(tmp_
         writer.raise_failure()
 
 
-def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    store = checkpoints(tmp_path)
-    save(store, 4)
+def test_too_little_space_is_said_before_anything_is_written(store, monkeypatch):
     usage = shutil._ntuple_diskusage(10, 9, 1)  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: usage)
-
-    with refuses_for_lack_of_space(store):
-        save(store, 8)
-
-    assert_nothing_destroyed(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: usage)
+        with refuses_for_lack_of_space(store):
+            save(store, 8)
 
 
 def test_another_failure_is_reported_as_what_it_is(tmp_path):
-    store = checkpoints(tmp_path)
-
     def refused(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "shard.pt")
 
-    with pytest.raises(
-        CheckpointError, match=r"Permission denied.*there is no earlier checkpoint; start"
-    ):
-        store.save(8, refused, {})
+    message = r"Permission denied.*there is no earlier checkpoint; start"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints(tmp_path).save(8, refused, {})
 
 
 def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path, caplog):

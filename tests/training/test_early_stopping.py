@@ -48,38 +48,29 @@ def test_small_improvements_do_not_count_and_raise_the_best_score_all_the_same()
     assert stops_at([0.50, 0.56, 0.62, 0.68], patience=3, threshold=0.05) is None
 
 
-def test_a_stage_that_gets_more_steps_stops_after_as_many_evaluations_again():
-    stopping = EarlyStopping(patience=2, best=0.5, misses=2)
+def test_a_stage_that_had_stopped_and_gets_more_steps_counts_again():
+    stopped, going_on = (EarlyStopping(patience=2, best=0.5, misses=n) for n in (2, 1))
 
-    stopping.extend()
+    for stopping in (stopped, going_on):
+        stopping.extend()
 
-    assert not stopping.stopped
-    stopping.consider(0.4)
-    assert not stopping.stopped
-    stopping.consider(0.4)
-    assert stopping.stopped
-
-
-def test_a_stage_that_had_not_stopped_keeps_its_count_when_it_gets_more_steps():
-    stopping = EarlyStopping(patience=2, best=0.5, misses=1)
-
-    stopping.extend()
-
-    assert stopping.misses == 1
+    assert (stopped.misses, going_on.misses) == (0, 1)
+    assert not stopped.stopped
 
 
 @pytest.fixture(scope="module")
 def stopped(one_rank, tmp_path_factory) -> Path:
     """A config whose student stops early: no score rises by more than 1."""
     folder = tmp_path_factory.mktemp("stopped")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    sections = {"eval": {"eval_steps": EVALUATED_EVERY}, "save": {"save_steps": 3}}
-    tree = config_tree(folder / "out", task, **sections, log={"logging_steps": 4})
-    tree["train"] |= {
-        "max_steps": PLANNED,
-        "early_stopping_patience": PATIENCE,
-        "early_stopping_threshold": 1.0,
-    }
+    tree = config_tree(
+        folder / "out",
+        {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))},
+        eval={"eval_steps": EVALUATED_EVERY},
+        save={"save_steps": 3},
+        log={"logging_steps": 4},
+    )
+    stops = {"early_stopping_patience": PATIENCE, "early_stopping_threshold": 1.0}
+    tree["train"] |= {"max_steps": PLANNED, **stops}
     config = write_config(folder / "run.yaml", tree)
     said = finish(one_rank, config)
     assert f"student: stopped at step {STOPPED} of {PLANNED}" in said.err

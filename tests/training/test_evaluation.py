@@ -1,19 +1,24 @@
-"""Metrics against hand values, and what degenerate inputs give."""
+"""Metrics against hand values, degenerate inputs, and scores of every real row once."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 
+from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metric import WHOLE, MetricJudge
 from megakd.contract.stage import Verdict
-from megakd.errors import DataError, TrainingError
+from megakd.engine.distributed import Ranks
+from megakd.errors import DataError, MegakdError, TrainingError
 from megakd.scoring.metrics import TaskMetrics
+from megakd.scoring.scorer import Scorer
 from megakd.scoring.scores import Evaluation, headline, language_model_metrics
 from megakd.storage.atomic import json_text
 
@@ -29,61 +34,49 @@ def logits_of(classes: list[int], count: int = 2) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor(classes), count).float()
 
 
-def test_accuracy_and_f1_are_the_hand_values_and_the_mean_is_added() -> None:
-    predicted = logits_of([1, 1, 0, 0, 1])
-    labels = torch.tensor([1, 0, 1, 0, 1])
+@pytest.mark.parametrize(
+    ("names", "outputs", "labels", "wanted"),
+    [
+        # 2 true positives, 1 false positive, 1 false negative: F1 = 4 / 6.
+        (
+            ("accuracy", "f1"),
+            [1, 1, 0, 0, 1],
+            [1, 0, 1, 0, 1],
+            {"accuracy": 3 / 5, "f1": 2 / 3, "mean_accuracy_f1": (3 / 5 + 2 / 3) / 2},
+        ),
+        # (2·2 - 1·1) / sqrt(3·3·3·3) = 1/3
+        (
+            ("matthews_correlation",),
+            [1, 1, 0, 0, 1, 0],
+            [1, 1, 0, 0, 0, 1],
+            {"matthews_correlation": 1 / 3},
+        ),
+        (("accuracy",), [1, 1, 0], [1, -100, 0], {"accuracy": 1.0}),
+        (("f1",), [1], [1], {"f1": 1.0}),
+    ],
+    ids=["two metrics", "matthews", "row without a class", "one row"],
+)
+def test_metrics_of_classes_are_the_hand_values(names, outputs, labels, wanted) -> None:
+    said = logits_of(outputs)
 
-    values = metrics_of(("accuracy", "f1"), predicted, labels)
-
-    # 2 true positives, 1 false positive, 1 false negative: F1 = 4 / 6.
-    assert values == pytest.approx(
-        {"accuracy": 3 / 5, "f1": 2 / 3, "mean_accuracy_f1": (3 / 5 + 2 / 3) / 2}
-    )
-
-
-def test_matthews_correlation_is_the_hand_value() -> None:
-    values = metrics_of(
-        ("matthews_correlation",), logits_of([1, 1, 0, 0, 1, 0]), torch.tensor([1, 1, 0, 0, 0, 1])
-    )
-
-    # (2·2 - 1·1) / sqrt(3·3·3·3) = 1/3
-    assert values == {"matthews_correlation": pytest.approx(1 / 3)}
-
-
-def test_correlations_of_scores_are_the_hand_values() -> None:
-    scores = torch.tensor([[1.0], [2.0], [3.0], [8.0]])
-
-    values = metrics_of(("pearson", "spearman"), scores, torch.tensor([1.0, 2.0, 3.0, 4.0]))
-
-    # deviations (-2.5, -1.5, -0.5, 4.5) and (-1.5, -0.5, 0.5, 1.5): 11 / sqrt(29 · 5)
-    assert values["pearson"] == pytest.approx(11 / math.sqrt(29 * 5))
-    assert values["spearman"] == pytest.approx(1.0)
+    assert metrics_of(names, said, torch.tensor(labels)) == pytest.approx(wanted)
+    assert metrics_of(names, said.bfloat16(), torch.tensor(labels)) == pytest.approx(wanted)
 
 
-def test_rows_without_a_class_are_left_out() -> None:
-    labels = torch.tensor([1, -100, 0])
+@pytest.mark.parametrize(
+    ("name", "scores", "labels", "wanted"),
+    [
+        # deviations (-2.5, -1.5, -0.5, 4.5) and (-1.5, -0.5, 0.5, 1.5): 11 / sqrt(29 · 5)
+        ("pearson", [1.0, 2, 3, 8], [1.0, 2, 3, 4], 11 / math.sqrt(29 * 5)),
+        ("spearman", [1.0, 2, 3, 8], [1.0, 2, 3, 4], 1.0),
+        ("pearson", [1.0, math.nan, 2.0], [3.0, math.nan, 4.0], 1.0),  # a row without a score
+        ("spearman", [-90.0, 1.0, 2.0], [-100.0, 1.0, 2.0], 1.0),  # -100 is a score
+    ],
+)
+def test_correlations_are_the_hand_values(name, scores, labels, wanted) -> None:
+    values = metrics_of((name,), torch.tensor(scores)[:, None], torch.tensor(labels))
 
-    assert metrics_of(("accuracy",), logits_of([1, 1, 0]), labels) == {"accuracy": 1.0}
-
-
-def test_rows_without_a_score_are_left_out_even_if_their_output_is_not_finite() -> None:
-    scores = torch.tensor([1.0, float("nan"), 2.0])
-    labels = torch.tensor([3.0, float("nan"), 4.0])
-
-    assert metrics_of(("pearson",), scores, labels)["pearson"] == pytest.approx(1.0)
-
-
-def test_a_score_of_minus_100_is_a_score() -> None:
-    scores = torch.tensor([-90.0, 1.0, 2.0])
-    labels = torch.tensor([-100.0, 1.0, 2.0])
-
-    assert metrics_of(("spearman",), scores, labels)["spearman"] == pytest.approx(1.0)
-
-
-def test_half_precision_outputs_are_scored() -> None:
-    outputs = logits_of([1, 0]).bfloat16()
-
-    assert metrics_of(("accuracy",), outputs, torch.tensor([1, 0])) == {"accuracy": 1.0}
+    assert values[name] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("name", ["pearson", "spearman"])
@@ -111,27 +104,22 @@ def test_nearly_constant_scores_raise_no_warning() -> None:
     assert math.isfinite(metrics_of(("pearson",), scores, torch.tensor([1.0, 2, 3]))["pearson"])
 
 
-def test_one_predicted_class_gives_0_for_matthews_and_f1(caplog) -> None:
+@pytest.mark.parametrize(
+    ("names", "outputs", "labels"),
+    [
+        (("matthews_correlation", "f1"), [0, 0, 0], [1, 0, 1]),
+        (("f1",), [0, 0], [0, 0]),
+    ],
+    ids=["one predicted class", "no positive"],
+)
+def test_a_metric_of_classes_that_is_undefined_is_0_and_said(
+    names, outputs, labels, caplog
+) -> None:
     with caplog.at_level(logging.INFO):
-        values = metrics_of(
-            ("matthews_correlation", "f1"), logits_of([0, 0, 0]), torch.tensor([1, 0, 1])
-        )
+        values = metrics_of(names, logits_of(outputs), torch.tensor(labels))
 
-    assert values["matthews_correlation"] == 0.0
-    assert values["f1"] == 0.0
-    assert "matthews_correlation is undefined" in caplog.text
-
-
-def test_an_f1_without_any_positive_is_0_and_said(caplog) -> None:
-    with caplog.at_level(logging.INFO):
-        values = metrics_of(("f1",), logits_of([0, 0]), torch.tensor([0, 0]))
-
-    assert values == {"f1": 0.0}
-    assert "f1 is undefined" in caplog.text
-
-
-def test_one_row_of_one_class_has_an_f1() -> None:
-    assert metrics_of(("f1",), logits_of([1]), torch.tensor([1])) == {"f1": 1.0}
+    assert [values[name] for name in names] == [0.0] * len(names)
+    assert f"{names[0]} is undefined" in caplog.text
 
 
 def test_no_labelled_row_is_an_error() -> None:
@@ -147,16 +135,14 @@ def test_outputs_that_are_not_finite_are_an_error() -> None:
         metrics_of(("accuracy",), outputs, torch.tensor([0, 1, 1]))
 
 
-def test_perplexity_is_the_exponential_of_nats_per_target() -> None:
-    values = language_model_metrics(torch.tensor([20.0, 3.0, 10.0], dtype=torch.float64))
+@pytest.mark.parametrize(
+    ("sums", "perplexity"), [([20.0, 3.0, 10.0], math.exp(2)), ([1e6, 3.0, 10.0], math.inf)]
+)
+def test_perplexity_is_the_exponential_of_nats_per_target(sums, perplexity) -> None:
+    values = language_model_metrics(torch.tensor(sums, dtype=torch.float64))
 
-    assert values == pytest.approx({"perplexity": math.exp(2), "loss": 2.0, "accuracy": 0.3})
-
-
-def test_a_hopeless_perplexity_does_not_overflow() -> None:
-    values = language_model_metrics(torch.tensor([1e6, 0.0, 10.0], dtype=torch.float64))
-
-    assert values["perplexity"] == math.inf
+    wanted = {"perplexity": perplexity, "loss": sums[0] / 10, "accuracy": 0.3}
+    assert values == pytest.approx(wanted)
 
 
 def test_a_text_without_targets_is_an_error() -> None:
@@ -170,9 +156,6 @@ def test_the_headline_of_two_metrics_is_their_mean() -> None:
     assert metric.name == "mean_pearson_spearman"
     assert metric.of({"pearson": 0.8, "spearman": 0.6, "loss": 9.0}) == pytest.approx(0.7)
     assert metric.higher_is_better
-
-
-def test_the_headline_of_one_metric_is_that_metric() -> None:
     assert headline(("matthews_correlation",)).name == "matthews_correlation"
 
 
@@ -187,18 +170,15 @@ def test_a_judge_says_that_more_is_better_whatever_the_metric(metric, score) -> 
 
 def test_an_evaluation_is_read_as_it_was_recorded() -> None:
     scores = {"wide": {"accuracy": 0.5}, "narrow": {"accuracy": 0.25}}
-    evaluation = Evaluation(scores, "narrow")
+    evaluation, endless = Evaluation(scores, "narrow"), Evaluation({WHOLE: {"x": math.inf}}, WHOLE)
 
-    assert Evaluation.read(json.loads(json_text(evaluation.record()))) == evaluation
+    read, nothing = (
+        Evaluation.read(json.loads(json_text(one.record()))) for one in (evaluation, endless)
+    )
+
+    assert read == evaluation
     assert evaluation.metrics == {"accuracy": 0.25}
-
-
-def test_a_score_that_is_not_finite_is_read_as_none() -> None:
-    evaluation = Evaluation({WHOLE: {"perplexity": math.inf}}, WHOLE)
-
-    read = Evaluation.read(json.loads(json_text(evaluation.record())))
-
-    assert math.isnan(read.metrics["perplexity"])
+    assert math.isnan(nothing.metrics["x"])
 
 
 def test_the_log_shows_every_view_and_what_is_kept() -> None:
@@ -211,3 +191,71 @@ def test_the_log_shows_every_view_and_what_is_kept() -> None:
         "eval/accuracy": 0.25,
     }
     assert whole.scalars() == {"eval/accuracy": 0.5}
+
+
+ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+def collate(rows: Any, *, dummy_rows: int = 0) -> Batch:
+    """One token per row: its number, which the fake models answer from."""
+    numbers, labels = (rows[name].to_pylist() for name in ("number", "label"))
+    ids = torch.tensor([*numbers, *[0] * dummy_rows])[:, None]
+    valid = torch.tensor([*[True] * len(numbers), *[False] * dummy_rows])[:, None]
+    return Batch({"input_ids": ids}, torch.tensor([*labels, *[IGNORE] * dummy_rows]), valid)
+
+
+def scorer(names: tuple[str, ...], batch_size: int) -> Scorer:
+    metrics = TaskMetrics(names=names, main=headline(names), label_names=("even", "odd"))
+    return Scorer(metrics=metrics, collate=collate, batch_size=batch_size, ranks=ONE_RANK)  # type: ignore[arg-type]
+
+
+def odd_or_even(batch: Batch) -> Predictions:
+    """Says class number % 2; of a dummy row nothing that could be scored."""
+    said = torch.nn.functional.one_hot(batch.inputs["input_ids"][:, 0] % 2, 2).float()
+    return Predictions(outputs=said.masked_fill(~batch.valid, math.nan), sums=None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    ("labels", "accuracy"), [([1, 0, 1, 1, 1], 0.8), ([1, IGNORE, 0, IGNORE, 1], 2 / 3)]
+)
+def test_metrics_are_of_the_labelled_rows_whatever_the_batch_size(batch_size, labels, accuracy):
+    rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": labels})
+    one = scorer(("accuracy",), batch_size)
+
+    found = one.score(odd_or_even, rows)
+
+    assert found["accuracy"] == pytest.approx(accuracy)
+    # The loss beside the metrics is that of a pass of its own.
+    assert found["loss"] == pytest.approx(one.loss(odd_or_even, rows), abs=1e-12)
+
+
+def test_a_classifier_is_scored_by_label_too():
+    rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": [1, 0, 0, IGNORE, 1]})
+
+    even, odd = scorer(("accuracy",), 2).scored(odd_or_even, rows).by_class
+
+    scores = {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)}
+    assert even == {"label": "even", **scores, "rows": 2}
+    assert (odd["label"], odd["rows"]) == ("odd", 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_language_models_metrics_come_from_sums_over_all_batches(batch_size):
+    rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": [0] * 5})
+
+    def predict(batch: Batch) -> Predictions:
+        numbers = batch.inputs["input_ids"][batch.valid].double()
+        right, targets = (numbers > 3).sum().double(), numbers.sum()  # a row of n has n targets
+        return Predictions(outputs=None, sums=torch.stack([2 * targets, right, targets]))
+
+    found = scorer(("perplexity",), batch_size).score(predict, rows)
+
+    assert found == pytest.approx({"loss": 2.0, "perplexity": math.exp(2), "accuracy": 2 / 15})
+
+
+def test_a_split_that_cannot_be_scored_is_an_error():
+    rows = Dataset.from_dict({"number": [1, 2], "label": [IGNORE, IGNORE]})
+
+    with pytest.raises(MegakdError, match="label"):
+        scorer(("accuracy",), 2).score(odd_or_even, rows)

@@ -29,15 +29,9 @@ SERVED = ServedModel("tiny", ("tiny",), "0.33.0", 64)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32}
+    heads = {"num_attention_heads": 2, "max_position_embeddings": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, num_hidden_layers=3))
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(tmp_path / "model")
@@ -82,15 +76,35 @@ def test_the_answers_are_the_probabilities_of_the_model(folder: Path, stub: Expo
     assert len(stub.of("/v1/completions")) == 2 * len(TEXTS)
 
 
-def other_layer(stub: Exporting, count: int) -> None:
+def other_layer(stub: Exporting, count: int = 2) -> None:
     """Let the server export the output of an earlier layer."""
     stub.model.layers.layers = stub.model.layers.layers[:count]
 
 
-def test_states_of_another_layer_are_found_without_a_reference(folder: Path, stub: Exporting):
-    other_layer(stub, 2)
+def other_token(stub: Exporting) -> None:
+    stub.model.continue_ = lambda _prompt, _rules: [40]
 
-    with pytest.raises(ServerError, match=r"greedy tokens of .* less likely .* \[num_hidden_layer"):
+
+def other_width(stub: Exporting) -> None:
+    stub.change = lambda tensors: (
+        tensors | {"hidden_states": tensors["hidden_states"][..., :8].contiguous()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_layer, r"greedy tokens of .* less likely .* \[num_hidden_layer"),
+        (other_token, r"generated token 40, and the teacher has 40 tokens"),
+        (other_width, r"shape \[4, 1, 8\] .* \[4, 1, 16\] is expected"),
+    ],
+)
+def test_a_server_of_another_model_is_found_without_a_reference(
+    folder: Path, stub: Exporting, spoil: Any, message: str
+):
+    spoil(stub)
+
+    with pytest.raises(ServerError, match=message):
         checked(folder, readout_of(folder), stub)
 
 
@@ -112,19 +126,3 @@ def test_replicas_that_disagree_are_refused(folder: Path, stub: Exporting):
 
     assert stub.url in str(caught.value)
     assert other.url in str(caught.value)
-
-
-def test_a_token_beyond_the_vocabulary_is_refused(folder: Path, stub: Exporting):
-    stub.model.continue_ = lambda _prompt, _rules: [40]
-
-    with pytest.raises(ServerError, match=r"generated token 40, and the teacher has 40 tokens"):
-        checked(folder, readout_of(folder), stub)
-
-
-def test_the_width_is_that_of_the_teacher(folder: Path, stub: Exporting):
-    stub.change = lambda tensors: (
-        tensors | {"hidden_states": tensors["hidden_states"][..., :8].contiguous()}
-    )
-
-    with pytest.raises(ServerError, match=r"shape \[4, 1, 8\] .* \[4, 1, 16\] is expected"):
-        checked(folder, readout_of(folder), stub)

@@ -16,26 +16,15 @@ from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import FinetuneOverrides
 from megakd.contract.shapes import Shape
-from megakd.engine import distributed
 from megakd.errors import DataError, ModelError, TeacherError
 from megakd.inputs.inputs import prepare
 from megakd.losses.stage_losses import shape_of
 from megakd.methods.single import SingleConfig
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film")
-SIZE = {
-    "hidden_size": 8,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "max_position_embeddings": 32,
-}
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank without a process group."""
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+SPECIAL = {f"{word[1:-1].lower()}_token": word for word in WORDS[:5]}
+SIZE = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+SIZE |= {"max_position_embeddings": 32}
 
 
 def model_folder(folder: Path, words: tuple[str, ...] = WORDS, **changes: Any) -> str:
@@ -47,14 +36,7 @@ def model_folder(folder: Path, words: tuple[str, ...] = WORDS, **changes: Any) -
     BertForSequenceClassification(config).save_pretrained(folder)
     plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=WORDS[1]))  # type: ignore[call-arg]
     plain.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    special = {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-    }
-    PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=plain, **SPECIAL).save_pretrained(folder)
     return str(folder)
 
 
@@ -85,76 +67,59 @@ def config_of(data: Path, *, teacher: str, student: Any, tokenizer: str | None =
     )
 
 
-def scratch(**changes: Any) -> ScratchModel:
-    return ScratchModel(
-        config={"model_type": "bert", **SIZE, "hidden_size": 4, "num_hidden_layers": 1, **changes}
-    )
+def scratch() -> ScratchModel:
+    sizes = {**SIZE, "hidden_size": 4, "num_hidden_layers": 1}
+    return ScratchModel(config={"model_type": "bert", **sizes})
 
 
-def test_a_run_is_prepared_without_loading_any_weights(data, tmp_path, monkeypatch):
-    config = config_of(data, teacher=model_folder(tmp_path / "teacher"), student=scratch())
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    return model_folder(tmp_path / "teacher")
+
+
+def test_a_run_is_prepared_without_loading_any_weights(data, teacher, monkeypatch):
+    config = config_of(data, teacher=teacher, student=scratch())
     monkeypatch.setattr("megakd.models.weights.WeightReader", None)
-
-    prepared = prepare(config)
-
-    assert list(prepared.sources) == ["teacher", "student"]
-    assert prepared.splits.label_names == ("bad", "good")
-    assert len(prepared.encoded.train) == 8
-    assert prepared.metric.name == "accuracy"
-
-
-def test_a_shape_has_the_models_layers_width_and_heads_and_the_datas_classes(data, tmp_path):
-    config = config_of(data, teacher=model_folder(tmp_path / "teacher"), student=scratch())
 
     prepared = prepare(config)
 
     def shape(role: str) -> Shape:
         return shape_of(prepared.sources[role], config.task.type, prepared.classes)
 
-    assert shape("teacher") == (2, 8, 2, (2, 2, 4))
+    assert list(prepared.sources) == ["teacher", "student"]
+    assert prepared.splits.label_names == ("bad", "good")
+    assert len(prepared.encoded.train) == 8
+    assert prepared.metric.name == "accuracy"
+    assert shape("teacher") == (2, 8, 2, (2, 2, 4))  # layers, width, classes, heads
     assert shape("student") == (1, 4, 2, (2, 2, 2))
-
-
-def test_a_student_from_scratch_gets_the_teachers_vocabulary_and_padding(data, tmp_path):
-    config = config_of(data, teacher=model_folder(tmp_path / "teacher"), student=scratch())
-
-    student = prepare(config).sources["student"].config
-
+    student = prepared.sources["student"].config
     assert (student.vocab_size, student.pad_token_id) == (len(WORDS), 0)
 
 
-def test_models_with_different_vocabularies_are_refused_with_both_sizes(data, tmp_path):
-    teacher = model_folder(tmp_path / "teacher")
-    student = model_folder(tmp_path / "student", (*WORDS, "more", "words"))
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*WORDS, "more", "words"), r"student\.model .*has a tokenizer of 10 tokens, .* 8 "),
+        ((*WORDS[:-1], "movie"), r"set task\.tokenizer if the models share one"),
+    ],
+    ids=["more words", "other words"],
+)
+def test_models_with_different_vocabularies_are_refused_unless_a_tokenizer_is_chosen(
+    data, teacher, tmp_path, words, message
+):
+    student = model_folder(tmp_path / "student", words)
 
-    with pytest.raises(
-        TeacherError, match=r"student\.model .*student has a tokenizer of 10 tokens, .* 8 "
-    ):
+    with pytest.raises(TeacherError, match=message):
         prepare(config_of(data, teacher=teacher, student=student))
 
-
-def test_vocabularies_of_one_size_and_other_words_are_refused_too(data, tmp_path):
-    teacher = model_folder(tmp_path / "teacher")
-    student = model_folder(tmp_path / "student", (*WORDS[:-1], "movie"))
-
-    with pytest.raises(TeacherError, match=r"set task\.tokenizer if the models share one"):
-        prepare(config_of(data, teacher=teacher, student=student))
+    prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=student))
+    assert len(prepared.tokenizer) == len(words)
 
 
-def test_models_of_one_vocabulary_and_different_embedding_sizes_are_fine(data, tmp_path):
-    teacher = model_folder(tmp_path / "teacher")
+def test_models_of_one_vocabulary_and_different_embedding_sizes_are_fine(data, teacher, tmp_path):
     student = model_folder(tmp_path / "student", vocab_size=64, num_hidden_layers=1)
 
     assert len(prepare(config_of(data, teacher=teacher, student=student)).tokenizer) == len(WORDS)
-
-
-def test_a_tokenizer_that_was_chosen_is_taken_at_its_word(data, tmp_path):
-    teacher = model_folder(tmp_path / "teacher")
-    student = model_folder(tmp_path / "student", (*WORDS, "more"))
-
-    prepared = prepare(config_of(data, teacher=teacher, student=student, tokenizer=student))
-
-    assert len(prepared.tokenizer) == len(WORDS) + 1
 
 
 def without_tokenizer(folder: str) -> str:
@@ -164,20 +129,17 @@ def without_tokenizer(folder: str) -> str:
 
 
 @pytest.mark.parametrize("finetune", [None, FinetuneOverrides()], ids=["given", "finetuned"])
-def test_weights_without_a_tokenizer_are_refused_before_one_is_trained(data, tmp_path, finetune):
-    folder = without_tokenizer(model_folder(tmp_path / "teacher"))
-    config = config_of(data, teacher=folder, student=scratch())
-    config = dataclasses.replace(config, teacher=TeacherConfig(model=folder, finetune=finetune))
+def test_weights_without_a_tokenizer_are_refused_before_one_is_trained(data, teacher, finetune):
+    config = config_of(data, teacher=without_tokenizer(teacher), student=scratch())
+    config = dataclasses.replace(config, teacher=TeacherConfig(model=teacher, finetune=finetune))
     (data / "train.tsv").unlink()
 
-    with pytest.raises(
-        TeacherError, match=r"teacher\.model: .*teacher has weights and no .*set task\.tokenizer to"
-    ):
+    message = r"teacher\.model: .*teacher has weights and no .*set task\.tokenizer to"
+    with pytest.raises(TeacherError, match=message):
         prepare(config)
 
 
-def test_weights_without_a_tokenizer_do_not_take_that_of_another_model(data, tmp_path):
-    teacher = model_folder(tmp_path / "teacher")
+def test_weights_without_a_tokenizer_do_not_take_that_of_another_model(data, teacher, tmp_path):
     student = without_tokenizer(model_folder(tmp_path / "student", num_hidden_layers=1))
 
     with pytest.raises(TeacherError, match=r"student\.model: .* no tokenizer files"):
@@ -197,10 +159,10 @@ def test_a_tokenizer_trained_on_the_text_does_not_replace_the_teachers_own(data,
         prepare(config)
 
 
-def test_a_named_tokenizer_whose_numbers_differ_from_a_models_own_is_told(data, tmp_path, caplog):
-    teacher = model_folder(tmp_path / "teacher")
-    changed = (*WORDS[:-2], WORDS[-1], WORDS[-2], "more")
-    named = model_folder(tmp_path / "named", changed)
+def test_a_named_tokenizer_whose_numbers_differ_from_a_models_own_is_told(
+    data, teacher, tmp_path, caplog
+):
+    named = model_folder(tmp_path / "named", (*WORDS[:-2], WORDS[-1], WORDS[-2], "more"))
 
     prepare(config_of(data, teacher=teacher, student=scratch(), tokenizer=named))
 
@@ -214,18 +176,15 @@ def test_a_teacher_of_other_labels_is_refused_before_it_is_loaded(data, tmp_path
         prepare(config_of(data, teacher=teacher, student=scratch()))
 
 
-def test_damaged_weights_are_found_before_the_data_is_read(data, tmp_path):
-    teacher = Path(model_folder(tmp_path / "teacher"))
-    weights = teacher / "model.safetensors"
+def test_damaged_weights_are_found_before_the_data_is_read(data, teacher):
+    weights = Path(teacher) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     (data / "train.tsv").unlink()
 
     with pytest.raises(ModelError, match=r"teacher\.model.*model\.safetensors"):
-        prepare(config_of(data, teacher=str(teacher), student=scratch()))
+        prepare(config_of(data, teacher=teacher, student=scratch()))
 
 
-def test_data_that_is_not_there_is_refused(tmp_path):
-    teacher = model_folder(tmp_path / "teacher")
-
+def test_data_that_is_not_there_is_refused(teacher, tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         prepare(config_of(tmp_path / "nowhere", teacher=teacher, student=scratch()))

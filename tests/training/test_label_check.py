@@ -22,9 +22,9 @@ def answers(given: list[int], classes: int) -> torch.Tensor:
 
 
 def test_chance_is_one_over_the_classes_that_occur_however_many_rows_each_has():
-    labels = [0] * 90 + [1] * 10
+    labels = [0] * 90 + [1] * 10 + [-100] * 5  # rows without a label do not count
 
-    constant = label_fit(answers([0] * 100, 3), labels)
+    constant = label_fit(answers([0] * 105, 3), labels)
 
     assert (constant.score, constant.chance, constant.rows) == (0.5, 0.5, 100)
     assert not constant.is_good  # though 90 % of the rows are right
@@ -40,30 +40,17 @@ def test_the_margin_shrinks_with_the_rows_and_not_below_five_points():
     assert many.is_good
 
 
-def test_rows_without_a_label_do_not_count():
-    fit = label_fit(answers([0, 1, 0, 0] * 20, 2), [0, 1, -100, -100] * 20)
-
-    assert (fit.rows, fit.score) == (40, 1.0)
-
-
-def test_two_classes_that_changed_places_are_found_among_many_that_did_not():
+def test_two_classes_that_changed_places_are_found_and_those_a_little_confused_are_not():
     """The score is far above chance, and yet the order is wrong."""
     labels = [0, 1, 2, 3, 4] * 20
     swapped = [{3: 4, 4: 3}.get(label, label) for label in labels]
+    confused = [0] * 11 + [1] * 9 + [1] * 8 + [0] * 12  # one row more: right the other way
 
     fit = label_fit(answers(swapped, 5), labels)
 
     assert fit.score == pytest.approx(0.6)
-    assert fit.better == (0, 1, 2, 4, 3)
-    assert fit.better_score == 1.0
-    assert not fit.is_good
-
-
-def test_classes_that_are_confused_a_little_are_not_taken_for_swapped():
-    labels = [0] * 20 + [1] * 20
-    given = [0] * 11 + [1] * 9 + [1] * 8 + [0] * 12  # one row more would be right the other way
-
-    assert label_fit(answers(given, 2), labels).better is None
+    assert (fit.better, fit.better_score, fit.is_good) == ((0, 1, 2, 4, 3), 1.0, False)
+    assert label_fit(answers(confused, 2), [0] * 20 + [1] * 20).better is None
 
 
 @pytest.fixture
@@ -79,9 +66,8 @@ def generic(whole_run: WholeRun, tmp_path: Path) -> Path:
 
 def turned_round(folder: Path) -> Path:
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    with torch.no_grad():
-        model.classifier.weight.copy_(model.classifier.weight.flip(0))
-        model.classifier.bias.copy_(model.classifier.bias.flip(0))
+    for parameter in model.classifier.parameters():
+        parameter.data = parameter.data.flip(0)
     model.save_pretrained(folder)
     return folder
 

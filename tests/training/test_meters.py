@@ -17,7 +17,6 @@ from megakd.contract.shapes import Shape
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.tasks import TaskType
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, TermConfig
-from megakd.engine import distributed
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
@@ -29,17 +28,6 @@ KL = SoftTargetKl(loss="soft_target_kl")
 ON_ROLLOUTS = SoftTargetKl(loss="soft_target_kl", on="rollouts")
 FULL = (4, 3, 50)  # examples, targets, tokens of a step
 MASKED = (4, 0, 50)
-
-
-def nothing_saved() -> Path | None:
-    """There is no checkpoint yet."""
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank without a process group."""
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
 
 
 class Watched:
@@ -78,41 +66,54 @@ class Watched:
         return self.health.scalars(waited_s=waited_s)
 
 
-def test_a_run_whose_losses_are_finite_goes_on():
-    watched = Watched()
-
-    watched.health.check_finite(nothing_saved)  # before the first step
-    watched.step()
-    watched.health.check_finite(nothing_saved)
+def check(watched: Watched, newest: Path | None = None) -> None:
+    watched.health.check_finite(lambda: newest)
 
 
+@pytest.mark.parametrize(
+    ("is_fp16", "norm"),
+    [(False, 1.0), (False, None), *((True, norm) for norm in (math.nan, math.inf, -1.0))],
+)
+def test_a_run_whose_losses_are_finite_goes_on_and_under_fp16_skips_gradients(is_fp16, norm):
+    watched = Watched(fp16=is_fp16)
+    scaling = {"train/loss_scale": 512.0, "train/skipped_steps": 2.0}
+    watched.trainer.student = SimpleNamespace(scaling=lambda: scaling if is_fp16 else {})
+
+    check(watched)  # before the first step
+    watched.step(norm=norm)
+    check(watched)
+
+    scalars = watched.scalars()
+    assert ("train/gradient_norm" in scalars) is (norm is not None)
+    assert (scaling.items() <= scalars.items()) is is_fp16
+
+
+@pytest.mark.parametrize("is_fp16", [False, True])
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(loss):
-    watched = Watched()
-    for value in (1.0, loss, 1.0):
-        watched.step(loss=value)
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(loss, is_fp16):
+    watched, newest = Watched(fp16=is_fp16), Path("checkpoints/distil/step-1")
+    for value, norm in ((1.0, 1.0), (loss, 1.0), (1.0, math.nan)):  # the gradient that followed
+        watched.step(loss=value, norm=norm)
 
     with pytest.raises(TrainingError) as caught:
-        watched.health.check_finite(lambda: Path("checkpoints/distil/step-1"))
+        check(watched, newest)
 
     assert "distil: the loss or its gradient is not finite" in str(caught.value)
     assert "at step 2;" in str(caught.value)  # the second, as the log counts them
-    assert f"the last good checkpoint is {Path('checkpoints/distil/step-1')};" in str(caught.value)
+    assert f"the last good checkpoint is {newest};" in str(caught.value)
 
 
 def test_a_teacher_whose_answers_are_not_finite_is_blamed_in_place_of_the_learning_rate():
     watched = Watched()
+    failures = {"calm": torch.tensor(0), "mad": torch.tensor(1), "unasked": None}
     watched.trainer.teachers = {
-        "calm": SimpleNamespace(failed=torch.tensor(False)),  # noqa: FBT003
-        "mad": SimpleNamespace(failed=torch.tensor(True)),  # noqa: FBT003
-        "unasked": SimpleNamespace(failed=None),
+        name: SimpleNamespace(failed=None if value is None else value.bool())
+        for name, value in failures.items()
     }
     watched.step(loss=math.nan)
 
-    with pytest.raises(TrainingError) as caught:
-        watched.health.check_finite(nothing_saved)
-
-    assert "the outputs of mad are not finite: check the weights" in str(caught.value)
+    with pytest.raises(TrainingError, match="outputs of mad are not finite: check the") as caught:
+        check(watched)
     assert "learning_rate" not in str(caught.value)
 
 
@@ -121,7 +122,7 @@ def test_a_run_that_stops_before_its_first_checkpoint_says_that_there_is_none():
     watched.step(loss=math.nan)
 
     with pytest.raises(TrainingError, match=r"checkpoint is none \(nothing was saved yet\); lower"):
-        watched.health.check_finite(nothing_saved)
+        check(watched)
 
 
 # DeepSpeed's norm is -1 where a gradient is not finite.
@@ -132,76 +133,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_its_step(norm):
         watched.step(norm=value)
 
     with pytest.raises(TrainingError, match="at step 2; "):
-        watched.health.check_finite(nothing_saved)
-
-
-@pytest.mark.parametrize("norm", [math.nan, math.inf, -1.0])
-def test_under_fp16_an_overflowed_gradient_is_a_step_skipped_and_no_reason_to_stop(norm):
-    watched = Watched(fp16=True)
-    watched.step(norm=norm)
-
-    watched.health.check_finite(nothing_saved)
-
-
-def test_under_fp16_the_log_has_the_scale_and_the_skipped_steps():
-    watched = Watched(fp16=True)
-    scaling = {"train/loss_scale": 512.0, "train/skipped_steps": 2.0}
-    watched.trainer.student = SimpleNamespace(scaling=lambda: scaling)
-    watched.step(norm=math.inf)
-
-    assert scaling.items() <= watched.scalars().items()
-
-
-def test_under_fp16_a_loss_that_is_not_finite_still_stops_the_run():
-    watched = Watched(fp16=True)
-    watched.step(loss=math.nan)
-
-    with pytest.raises(TrainingError, match="at step 1; "):
-        watched.health.check_finite(nothing_saved)
-
-
-def test_an_earlier_bad_loss_is_named_and_not_the_gradient_that_followed():
-    watched = Watched()
-    watched.step(loss=math.nan)
-    watched.step(norm=math.nan)
-
-    with pytest.raises(TrainingError, match="at step 1; "):
-        watched.health.check_finite(nothing_saved)
-
-
-def test_a_run_without_a_gradient_norm_is_watched_by_its_losses():
-    watched = Watched()
-    watched.step(norm=None)
-
-    watched.health.check_finite(nothing_saved)
-
-    assert "train/gradient_norm" not in watched.scalars()
+        check(watched)
 
 
 def test_steps_without_any_label_are_warned_about_once(caplog):
     watched = Watched()
-    for counts in (FULL, MASKED, MASKED):
-        watched.step(counts=counts)
-
-    watched.scalars()
-    watched.step(counts=MASKED)
-    watched.scalars()
+    for counts in ((FULL,), (FULL, MASKED, MASKED), (MASKED,)):
+        for one in counts:
+            watched.step(counts=one)
+        watched.scalars()
 
     assert [record.getMessage() for record in caplog.records] == [
         "distil: 2 of the last 3 steps had no label at all (all masked) and contribute zero "
         "(logged once)"
     ]
-
-
-def test_a_first_window_with_labels_does_not_use_up_the_warning(caplog):
-    watched = Watched()
-    watched.step(counts=FULL)
-    watched.scalars()
-    watched.step(counts=MASKED)
-
-    watched.scalars()
-
-    assert "1 of the last 1 steps had no label" in caplog.text
 
 
 def test_steps_without_labels_are_no_news_where_no_term_reads_them(caplog):

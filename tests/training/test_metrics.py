@@ -49,12 +49,15 @@ def test_every_metric_that_a_config_may_name_can_be_computed():
 
 
 def test_f1_precision_and_recall_are_about_the_label_that_is_named():
-    names = ("precision", "recall", "f1")
+    names, outputs, truth = ("precision", "recall", "f1"), torch.eye(2)[[0, 0, 1]], [0, 1, 1]
 
     values = chosen(metrics=names, positive_label="good").of(OUTPUTS, TRUTH)
 
     # Three of four are found, and three of four that are said are right.
     assert [values[name] for name in names] == [0.75, 0.75, 0.75]
+    for keys, recall in (({}, 0.5), ({"positive_label": "no"}, 1.0)):  # the second of two labels
+        two = chosen(("no", "yes"), metric="recall", **keys).of(outputs, torch.tensor(truth))
+        assert two["recall"] == recall
 
 
 @given(
@@ -80,14 +83,6 @@ def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_labe
         assert row["recall"] == pytest.approx(both / max(1, int(is_so.sum())))
         share = 2 * both / max(1, int(is_so.sum()) + int(is_said.sum()))
         assert row["f1"] == pytest.approx(share)
-
-
-def test_of_two_labels_the_second_is_the_positive_one_unless_another_is_named():
-    outputs, truth = torch.eye(2)[[0, 0, 1]], torch.tensor([0, 1, 1])
-
-    assert chosen(("no", "yes"), metric="recall").of(outputs, truth)["recall"] == 0.5
-    no = chosen(("no", "yes"), metric="recall", positive_label="no")
-    assert no.of(outputs, truth)["recall"] == 1.0
 
 
 def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
@@ -121,13 +116,8 @@ def out(one_rank, tmp_path_factory):
     """A run that is ranked by the F1 of one label."""
     folder = tmp_path_factory.mktemp("metrics")
     task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    evaluation = {
-        "eval_steps": 2,
-        "metric": "f1",
-        "metrics": ["f1_macro"],
-        "positive_label": "negative",
-    }
-    tree = config_tree(folder / "out", task, eval=evaluation)
+    named = {"metric": "f1", "metrics": ["f1_macro"], "positive_label": "negative"}
+    tree = config_tree(folder / "out", task, eval={"eval_steps": 2, **named})
     said = finish(one_rank, write_config(folder / "run.yaml", tree))
     (folder / "said").write_text(said.out)
     return folder / "out"

@@ -1,4 +1,4 @@
-"""A measurement is made once, and never taken for one under other conditions."""
+"""A measurement is made once, and never taken for one of another model or condition."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lab_scene import config_of, lab_of, pretend_one_rank, save_teacher
+from lab_scene import config_of, lab_of, save_teacher
+from transformers import BertConfig, T5Config
 
 from megakd.config.run import EvalConfig
 from megakd.config.task import TaskConfig
 from megakd.contract import plugins
 from megakd.errors import CheckpointError
 from megakd.run.run_lab import RunLab
+from megakd.storage.fingerprint import flatten
+from megakd.training.assembly import model_identity
 
 METRIC = "def mine(outputs, labels):\n    return 1.0\n\n\nmine.higher_is_better = True\n"
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_one_rank(monkeypatch)
 
 
 @pytest.fixture
@@ -60,10 +59,7 @@ def test_a_measurement_is_made_once_and_kept_for_the_next_start(scored):
     [
         ({"eval": EvalConfig(metric="f1")}, "eval.metric"),
         ({"eval": EvalConfig(metric="f1", positive_label="yes")}, "eval.positive_label"),
-        (
-            {"task": TaskConfig(type="classification", dataset="d", max_length=16)},
-            "task.max_length",
-        ),
+        ({"task": TaskConfig(type="classification", dataset="d", max_length=16)}, "max_length"),
     ],
 )
 def test_a_score_under_other_conditions_is_refused_with_the_key(scored, sections, field):
@@ -79,21 +75,21 @@ def test_a_score_under_other_conditions_is_refused_with_the_key(scored, sections
 
 
 def test_a_score_by_a_metric_whose_code_was_edited_is_refused(scored, tmp_path, monkeypatch):
-    path = tmp_path / "edited_metric.py"
     monkeypatch.syspath_prepend(tmp_path)
-    for edited in ("", "# edited\n"):
-        path.write_text(METRIC + edited, encoding="utf-8")
+
+    def lab_with(code: str) -> RunLab:
+        (tmp_path / "edited_metric.py").write_text(code, encoding="utf-8")
         importlib.invalidate_caches()
         plugins._hash_of.cache_clear()
         lab, _ = scored()
         metrics = dataclasses.replace(lab._prepared.metrics, names=("edited_metric:mine",))
         prepared = dataclasses.replace(lab._prepared, metrics=metrics)
         lab.assembly = dataclasses.replace(lab.assembly, prepared=prepared)
-        if edited:
-            with pytest.raises(CheckpointError, match=r"metrics\.edited_metric:mine\.code"):
-                lab.dev_score("teacher")
-        else:
-            lab.dev_score("teacher")
+        return lab
+
+    lab_with(METRIC).dev_score("teacher")
+    with pytest.raises(CheckpointError, match=r"metrics\.edited_metric:mine\.code"):
+        lab_with(f"{METRIC}# edited\n").dev_score("teacher")
     del sys.modules["edited_metric"]
 
 
@@ -106,3 +102,21 @@ def test_a_measurement_that_fails_keeps_nothing(scored):
     with pytest.raises(ValueError, match="no rows"):
         lab.assembly.measured_once("teacher-scored", {}, fails)
     assert not (lab.config.output_dir / "stages").exists()
+
+
+def identity(config: Any) -> dict[str, Any]:
+    source: Any = SimpleNamespace(config=config, stored={}, layers=None, folder=None)
+    return flatten(model_identity(source, seed=1))
+
+
+def test_another_version_of_transformers_is_the_same_model(monkeypatch):
+    before = identity(BertConfig(num_hidden_layers=3))
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0.0")
+
+    assert identity(BertConfig(num_hidden_layers=3)) == before
+
+
+def test_a_model_is_recognized_by_its_config_and_its_seed():
+    assert identity(BertConfig(num_hidden_layers=3)) != identity(BertConfig(num_hidden_layers=4))
+    assert identity(T5Config(d_ff=8))["config.d_ff"] == 8
+    assert identity(BertConfig())["seed"] == 1

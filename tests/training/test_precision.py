@@ -9,35 +9,24 @@ from megakd.config.file import load_config
 from megakd.config.models import TeacherConfig
 from megakd.config.train import TrainConfig
 from megakd.inputs import precision
-from megakd.inputs.precision import (
-    frozen_dtype,
-    say_precision,
-    scoring_dtype,
-    training_dtype,
-)
-
-
-@pytest.fixture
-def without_bf16(monkeypatch):
-    """A GPU from before bf16."""
-    monkeypatch.setattr(precision.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(precision.torch.cuda, "is_bf16_supported", lambda **_: False)
+from megakd.inputs.precision import frozen_dtype, say_precision, scoring_dtype, training_dtype
 
 
 @pytest.mark.parametrize(
-    ("keys", "on_cpu", "on_gpu"),
+    ("keys", "on_cpu", "on_gpu", "scored_on_gpu"),
     [
-        ({}, "fp32", "bf16"),
-        ({"bf16": True}, "bf16", "bf16"),
-        ({"bf16": False}, "fp32", "fp32"),
-        ({"fp16": True}, "fp16", "fp16"),
+        ({}, "fp32", "bf16", "bf16"),
+        ({"bf16": True}, "bf16", "bf16", "bf16"),
+        ({"bf16": False}, "fp32", "fp32", "fp32"),
+        ({"fp16": True}, "fp16", "fp16", "fp16"),
     ],
     ids=["default", "bf16", "not bf16", "fp16"],
 )
-def test_a_gpu_trains_in_bf16_unless_the_config_says_otherwise(keys, on_cpu, on_gpu):
+def test_a_gpu_trains_in_bf16_unless_the_config_says_otherwise(keys, on_cpu, on_gpu, scored_on_gpu):
     train = TrainConfig(**keys)
 
     assert (training_dtype(train, "cpu"), training_dtype(train, "cuda")) == (on_cpu, on_gpu)
+    assert (scoring_dtype(train, "cpu"), scoring_dtype(train, "cuda")) == ("fp32", scored_on_gpu)
 
 
 @pytest.mark.parametrize(
@@ -60,16 +49,12 @@ def test_a_teacher_runs_in_16_bits_on_a_gpu_unless_the_config_says_otherwise(
     assert frozen_dtype(spec, stored, "cuda") == on_gpu
 
 
-@pytest.mark.usefixtures("without_bf16")
-def test_a_gpu_without_bf16_stays_at_fp32_by_default():
+def test_a_gpu_without_bf16_stays_at_fp32_by_default(monkeypatch):
+    monkeypatch.setattr(precision.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(precision.torch.cuda, "is_bf16_supported", lambda **_: False)
+
     assert training_dtype(TrainConfig(), "cuda") == "fp32"
     assert frozen_dtype(TeacherConfig(model="x"), torch.float32, "cuda") == "fp32"
-
-
-def test_models_are_scored_as_they_run_on_a_gpu_and_in_fp32_on_a_cpu():
-    assert scoring_dtype(TrainConfig(), "cuda") == "bf16"
-    assert scoring_dtype(TrainConfig(bf16=False), "cuda") == "fp32"
-    assert scoring_dtype(TrainConfig(bf16=True), "cpu") == "fp32"
 
 
 def test_the_log_says_what_a_gpu_chooses(run_file, caplog):

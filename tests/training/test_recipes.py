@@ -21,9 +21,8 @@ def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
 
     found = inherit(train, FinetuneOverrides(learning_rate=2.0, bf16=False, deepspeed="zero3"))
 
-    expected = {"per_device_train_batch_size": 3, "learning_rate": 2.0, "bf16": False}
-    assert {key: getattr(found, key) for key in expected} == expected
-    assert found.max_steps == 9
+    assert (found.per_device_train_batch_size, found.max_steps) == (3, 9)
+    assert (found.learning_rate, found.bf16) == (2.0, False)
 
 
 @pytest.mark.parametrize(
@@ -44,22 +43,17 @@ def test_max_steps_and_num_train_epochs_displace_each_other(train, overrides, de
 
 @pytest.mark.parametrize(
     ("overrides", "decides"),
-    [
-        ({"warmup_ratio": 0.1}, (0, 0.1)),
-        ({"warmup_steps": 3}, (3, 0.5)),
-        ({}, (9, 0.5)),
-    ],
+    [({"warmup_ratio": 0.1}, (0, 0.1)), ({"warmup_steps": 3}, (3, 0.5)), ({}, (9, 0.5))],
     ids=["ratio there", "steps there", "neither"],
 )
 def test_a_warm_up_of_its_own_displaces_that_of_train(overrides, decides):
-    train = TrainConfig(warmup_steps=9, warmup_ratio=0.5)
-
-    found = inherit(train, FinetuneOverrides(**overrides))
+    found = inherit(TrainConfig(warmup_steps=9, warmup_ratio=0.5), FinetuneOverrides(**overrides))
 
     assert (found.warmup_steps, found.warmup_ratio) == decides
 
 
 def two_teachers() -> RunConfig:
+    finetune = FinetuneOverrides(max_steps=7, deepspeed="zero3")
     return RunConfig(
         output_dir=Path("out"),
         task=TaskConfig(type="classification", dataset="pydocs"),
@@ -67,14 +61,15 @@ def two_teachers() -> RunConfig:
         method=TakdConfig(name="takd"),
         teachers=(
             PooledTeacher(name="large", model="large"),
-            PooledTeacher(
-                name="small",
-                model="small",
-                finetune=FinetuneOverrides(max_steps=7, deepspeed="zero3"),
-            ),
+            PooledTeacher(name="small", model="small", finetune=finetune),
         ),
         train=TrainConfig(max_steps=9, learning_rate=0.5),
     )
+
+
+def stage_of(role: str, config: RunConfig, *, ranks: int = 1) -> Stage:
+    stage = Stage(name="any", learners={role: 1.0}, objective=())
+    return completed(stage, config, ranks=ranks, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -82,9 +77,7 @@ def two_teachers() -> RunConfig:
     [("student", (9, "zero1")), ("large", (9, "zero1")), ("small", (7, "zero3"))],
 )
 def test_a_teacher_that_learns_does_as_its_own_finetune_says(role, learns):
-    stage = completed(
-        Stage(name="any", learners={role: 1.0}, objective=()), two_teachers(), ranks=1, device="cpu"
-    )
+    stage = stage_of(role, two_teachers())
 
     assert stage.train is not None
     assert (stage.train.max_steps, stage.deepspeed) == learns
@@ -102,8 +95,4 @@ def test_one_rank_in_fp32_shards_nothing_unless_asked(role, ranks, bf16, preset)
     student, train = StudentConfig(model="student"), replace(config.train, bf16=bf16)
     config = replace(config, teachers=(teacher,), student=student, train=train)
 
-    stage = completed(
-        Stage(name="any", learners={role: 1.0}, objective=()), config, ranks=ranks, device="cpu"
-    )
-
-    assert stage.deepspeed == preset
+    assert stage_of(role, config, ranks=ranks).deepspeed == preset

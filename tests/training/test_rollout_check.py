@@ -18,9 +18,7 @@ SECTIONS: dict[str, Any] = {
     "rollout": RolloutConfig(max_new_tokens=16),
     "eval.generation": GenerationConfig(max_new_tokens=16),
 }
-STUDENT: Any = SimpleNamespace(
-    config=LlamaConfig(max_position_embeddings=64), where="student.model"
-)
+
 ROWS = Dataset.from_dict({"input_ids": [[1] * 6, [1] * 20], "prompt_length": [4, 20]})
 """A row with a prompt of 4 tokens and an answer, and a prompt of 20 tokens alone."""
 
@@ -32,9 +30,14 @@ def config_of(max_length: int = 64, **keys: Any) -> Any:
     return SimpleNamespace(task=task, method=method, teacher_specs={}, **given)
 
 
+def student(context: int = 64) -> Any:
+    config = LlamaConfig(max_position_embeddings=context)
+    return SimpleNamespace(config=config, where="student.model")
+
+
 def check(rows: Dataset, **keys: Any) -> None:
     encoded: Any = SimpleNamespace(train=rows, validation=rows, stream=None)
-    check_generated_texts(config_of(**keys), encoded, STUDENT)
+    check_generated_texts(config_of(**keys), encoded, student())
 
 
 @pytest.mark.parametrize("key", SECTIONS)
@@ -43,20 +46,16 @@ def test_a_prompt_without_room_for_a_text_is_left_out(
     key: str, room: int, continued: list[int]
 ) -> None:
     for max_length, context in ((room, 64), (64, room)):
-        student: Any = SimpleNamespace(
-            config=LlamaConfig(max_position_embeddings=context), where="student.model"
-        )
-
-        prompts = prompts_of(ROWS, SECTIONS[key], config_of(max_length), student, key=key)
+        config = config_of(max_length)
+        prompts = prompts_of(ROWS, SECTIONS[key], config, student(context), key=key)
 
         assert prompts.continued.tolist() == continued
 
 
 @pytest.mark.parametrize("key", SECTIONS)
 def test_a_run_says_how_many_rows_are_left_out(key: str, caplog: pytest.LogCaptureFixture) -> None:
-    section = {"rollout": {"rollout": SECTIONS[key]}}.get(
-        key, {"eval": SimpleNamespace(generation=SECTIONS[key])}
-    )
+    given = SECTIONS[key]
+    section = {"eval": SimpleNamespace(generation=given)} if "." in key else {"rollout": given}
     with caplog.at_level(logging.WARNING):
         check(ROWS, max_length=35, **section)
 
@@ -74,11 +73,8 @@ def test_a_run_says_how_many_rows_are_left_out(key: str, caplog: pytest.LogCaptu
 def test_a_run_in_which_no_prompt_fits_is_refused(
     key: str, room: tuple[int, int], limit: str
 ) -> None:
-    student: Any = SimpleNamespace(
-        config=LlamaConfig(max_position_embeddings=room[1]), where="student.model"
-    )
     with pytest.raises(ConfigError) as caught:
-        prompts_of(ROWS, SECTIONS[key], config_of(room[0]), student, key=key)
+        prompts_of(ROWS, SECTIONS[key], config_of(room[0]), student(room[1]), key=key)
 
     message = str(caught.value)
     assert message.startswith(f"{key}.max_new_tokens: 16 leaves 3 tokens of {limit} (19)")
@@ -91,7 +87,7 @@ def test_documents_alone_are_no_prompts() -> None:
     rows = Dataset.from_dict({"input_ids": [[1] * 6], "prompt_length": [0]})
 
     with pytest.raises(ConfigError, match="none of the 0 prompts in 1 rows"):
-        prompts_of(rows, SECTIONS["rollout"], config_of(), STUDENT)
+        prompts_of(rows, SECTIONS["rollout"], config_of(), student())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from megakd.config.rollout import RolloutConfig, RolloutServerConfig
 from megakd.contract.completions import Completion, RemoteGenerator
 from megakd.data.loader import RowOrder
 from megakd.data.step_layout import StepLayout, StepShape
-from megakd.engine import activity, collectives
+from megakd.engine import activity
 from megakd.rollouts import batches as rollout_source
 from megakd.rollouts.batches import RolloutSource, StepRows
 from megakd.rollouts.prompts import TrainingRow
@@ -29,9 +29,7 @@ SERVER = RolloutServerConfig(url=("http://a:1",), kind="sglang", push="none")
 
 
 @pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(collectives.dist, "get_rank", lambda: 0)
+def _without_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activity, "_publish", lambda: None)
     monkeypatch.setattr(rollout_source, "collate_step", lambda *_: ())
 
@@ -56,9 +54,8 @@ class Remote:
         assert sampling.max_new_tokens == 4
         self.seeds += seeds
         self.outstanding += 1
-        made = [
-            Completion((10 + (self.version or 0), *prompt), finished=True) for prompt in prompts
-        ]
+        first = 10 + (self.version or 0)
+        made = [Completion((first, *prompt), finished=True) for prompt in prompts]
 
         def completions() -> list[Completion]:
             self.outstanding -= 1
@@ -126,10 +123,7 @@ def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
     run(190, 240)
 
     kept = len(list(tmp_path.glob("*.jsonl")))
-    if keep_texts:
-        assert kept > 200
-    else:
-        assert kept <= 20 + ("replay" in mix) * 30
+    assert kept > 200 if keep_texts else kept <= 20 + ("replay" in mix) * 30
 
 
 def learn(made: RolloutSource, generator: Remote, start: int, stop: int) -> None:
@@ -201,18 +195,12 @@ def test_data_rows_can_be_learned_from_and_texts_continue_prompts_that_fit(
     shape = StepShape(ROWS, 1)
     orders = [RowOrder(np.array(sorted(rows)), shape, seed=5) for rows in (continued, learned)]
     drawn: list[list[tuple[int, bool]]] = []
-    monkeypatch.setattr(
-        rollout_source,
-        "collate_step",
-        lambda columns, *_: drawn.append(
-            [
-                (int(ids[0]), made)
-                for ids, made in zip(
-                    *(columns[n] for n in ("input_ids", "is_rollout")), strict=True
-                )
-            ]
-        ),
-    )
+
+    def collate(columns: Any, *_: Any) -> None:
+        rows = zip(columns["input_ids"], columns["is_rollout"], strict=True)
+        drawn.append([(int(ids[0]), is_rollout) for ids, is_rollout in rows])
+
+    monkeypatch.setattr(rollout_source, "collate_step", collate)
     prompts = SimpleNamespace(
         prompt=lambda number: (number,),
         row=lambda number: TrainingRow(*[np.array([number])] * 3, is_rollout=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,6 @@ from megakd.config.file import config_of as checked
 from megakd.config.rollout import RolloutConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import MixtureSource
-from megakd.engine import distributed
 from megakd.errors import ConfigError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.planning.cluster import Cluster
@@ -26,11 +26,8 @@ from megakd.planning.plan import plan_run
 
 
 @pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One rank without a process group, and a log of all lines."""
+def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MEGAKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
 
 
 def tokens(*messages: str) -> int:
@@ -78,11 +75,8 @@ def test_the_length_is_at_most_the_context_of_every_model(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     config = run_of(tmp_path, chats(*[1] * 10, *[200] * 10))
     settings = tmp_path / "teacher/config.json"
-    text = settings.read_text(encoding="utf-8")
-    settings.write_text(
-        text.replace('"max_position_embeddings": 2048', '"max_position_embeddings": 100'),
-        encoding="utf-8",
-    )
+    context = {"max_position_embeddings": 100}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | context))
 
     prepared = prepare(config)
 
@@ -95,9 +89,7 @@ def test_a_shorter_length_is_told_with_the_rows_that_it_cuts(tmp_path, caplog):
     prepare(run_of(tmp_path, chats(*[1] * 60, *[60] * 40), max_length=64))
 
     whole = tokens("Q", "x" * 60)
-    assert (
-        "train: 40 of 100 rows are longer than task.max_length (40 of them are cut)" in caplog.text
-    )
+    assert "train: 40 of 100 rows are longer than task.max_length (40 of them are" in caplog.text
     assert f"at most {whole} tokens (task.max_length={whole} keeps them whole)" in caplog.text
 
 
@@ -116,11 +108,19 @@ def test_documents_are_packed_to_1024_tokens_or_to_the_length_of_long_documents(
     assert prepare(config).config.task.row_length == 1024
 
 
-def test_the_held_out_rows_measure_a_stream(tmp_path):
-    config = run_of(tmp_path, chats(*[40] * 8), streaming=True)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=2))
+def test_the_held_out_rows_measure_a_stream_and_encoded_data_have_a_measured_length(
+    tmp_path, monkeypatch
+):
+    config = run_of(tmp_path, chats(*[40] * 8))
+    stream = dataclasses.replace(config.task, streaming=True)
+    train = dataclasses.replace(config.train, max_steps=2)
+    monkeypatch.setattr("megakd.run.main.started", nullcontext)
+    encode_run(config, tmp_path / "encoded")
+    there = dataclasses.replace(config.task, encoded=tmp_path / "encoded")
 
-    assert prepare(config).config.task.row_length == -(-tokens("Q", "x" * 40) // 8) * 8
+    for task in (stream, there):
+        prepared = prepare(dataclasses.replace(config, task=task, train=train))
+        assert prepared.config.task.row_length == -(-tokens("Q", "x" * 40) // 8) * 8
 
 
 def test_generated_texts_have_room_behind_the_prompts(tmp_path):
@@ -140,11 +140,10 @@ def test_texts_with_labels_keep_128_tokens_and_tell_the_rows_that_are_cut(tmp_pa
         for word in range(100)
     ]
     data = write_jsonl(tmp_path / "train.jsonl", rows)
-    shape = bert(1, max_position_embeddings=512)
     tree = {
         "output_dir": str(tmp_path / "run"),
         "task": {"type": "classification", "dataset": str(data)},
-        "student": {"model": shape},
+        "student": {"model": bert(1, max_position_embeddings=512)},
         "method": {"name": "finetune"},
     }
 
@@ -153,17 +152,6 @@ def test_texts_with_labels_keep_128_tokens_and_tell_the_rows_that_are_cut(tmp_pa
     assert prepared.config.task.max_length == longest(prepared) == 128
     assert "% of the rows are cut at task.max_length 128" in caplog.text
     assert "task.max_length=302 keeps 99 %" in caplog.text
-
-
-def test_encoded_data_has_a_measured_length_that_its_runs_take_over(tmp_path, monkeypatch):
-    config = run_of(tmp_path, chats(*[40] * 30))
-    monkeypatch.setattr("megakd.run.main.started", nullcontext)
-    encode_run(config, tmp_path / "encoded")
-    there = dataclasses.replace(config.task, encoded=tmp_path / "encoded")
-
-    prepared = prepare(dataclasses.replace(config, task=there))
-
-    assert prepared.config.task.row_length == -(-tokens("Q", "x" * 40) // 8) * 8
 
 
 def test_a_plan_asks_for_the_length_that_it_cannot_measure(tmp_path):

@@ -15,17 +15,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig, SamplingConfig
 from megakd.contract.tasks import STUDENT
-from megakd.engine import collectives
 from megakd.errors import ServerError
 from megakd.servers.connect import check_servers
 
 WORDS, FURTHER_END = 38, 37
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(collectives.dist, "get_rank", lambda: 0)
 
 
 @pytest.fixture(params=["vllm", "sglang"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +12,12 @@ from typing import Any
 import pytest
 
 from megakd.contract.stage import StageResult
-from megakd.engine import distributed
 from megakd.errors import CheckpointError
 from megakd.storage.folders import CHECKSUMS, write_finished
 from megakd.training.checkpoint import Checkpoints
 from megakd.training.stage_folder import RESULT, read_result, result_text
 
 FINGERPRINT = {"seed": 1, "train.learning_rate": 0.1}
-
-
-@pytest.fixture(autouse=True)
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank without a process group."""
-    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
 
 
 def test_a_stage_that_may_not_resume_refuses_to_write_over_its_checkpoints():
@@ -50,30 +43,28 @@ def written(folder: Path, **changes: Any) -> StageResult:
     return result
 
 
-def test_a_finished_stage_is_taken_as_it_was(tmp_path):
-    result = written(tmp_path / "student")
-
-    assert read_result(tmp_path / "student", FINGERPRINT) == result
-
-
-def test_a_metric_that_is_no_number_is_still_one_after_a_restart(tmp_path):
-    result = written(
-        tmp_path / "student", metrics={"own": math.nan}, scores={"w": {"own": math.inf}}
-    )
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"metrics": {"mine": math.nan}, "scores": {"w": {"mine": math.inf}}}],
+    ids=["numbers", "no numbers"],
+)
+def test_a_finished_stage_is_taken_as_it_was(tmp_path, changes):
+    result = written(tmp_path / "student", **changes)
 
     found = read_result(tmp_path / "student", FINGERPRINT)
 
     assert found is not None
-    assert found.steps == result.steps
-    assert math.isnan(found.metrics["own"])
-    assert math.isnan(found.scores["w"]["own"])
+    if changes:
+        assert math.isnan(found.metrics["mine"])
+        assert math.isnan(found.scores["w"]["mine"])
+        found = replace(found, metrics=result.metrics, scores=result.scores)
+    assert found == result
+    text = (tmp_path / "student" / RESULT).read_text()
+    assert json.loads(text)["fingerprint"] == FINGERPRINT
 
 
-def test_a_stage_without_a_result_has_not_finished(tmp_path):
+def test_a_stage_without_a_folder_has_not_finished_and_one_without_a_result_is_damaged(tmp_path):
     assert read_result(tmp_path / "student", FINGERPRINT) is None
-
-
-def test_a_folder_of_a_stage_without_a_result_is_damaged(tmp_path):
     with pytest.raises(CheckpointError, match=r"checksums\.json cannot be read"):
         read_result(tmp_path, FINGERPRINT)
 
@@ -86,40 +77,33 @@ def test_the_result_of_another_config_is_refused_with_the_fields_that_differ(tmp
         read_result(tmp_path / "student", {**FINGERPRINT, "train.learning_rate": 0.2})
 
 
-def test_a_result_says_what_it_depends_on(tmp_path):
-    written(tmp_path / "student")
-
-    assert json.loads((tmp_path / "student" / RESULT).read_text())["fingerprint"] == FINGERPRINT
+def edit(path: Path) -> None:
+    path.write_text(path.read_text().replace("0.5", "0.9"))
 
 
-def test_edited_metrics_of_a_finished_stage_are_refused(tmp_path):
+def truncate(path: Path) -> None:
+    path.write_text(path.read_text()[:20])
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (edit, RESULT, f"is damaged: the checksum of {RESULT} differs"),
+        *(
+            (damage, name, name)
+            for damage in (truncate, Path.unlink)
+            for name in (RESULT, CHECKSUMS)
+        ),
+    ],
+)
+def test_a_damaged_file_of_a_finished_stage_is_named_with_what_to_remove(
+    tmp_path, damage, name, message
+):
     folder = tmp_path / "student"
     written(folder)
-    result = folder / RESULT
-    result.write_text(result.read_text().replace("0.5", "0.9"))
+    damage(folder / name)
 
-    message = f"{folder} is damaged: the checksum of {RESULT} differs; remove {folder}"
-    with pytest.raises(CheckpointError, match=message):
-        read_result(folder, FINGERPRINT)
-
-
-@pytest.mark.parametrize("name", [RESULT, CHECKSUMS])
-def test_a_truncated_file_of_a_finished_stage_is_named_with_what_to_remove(tmp_path, name):
-    folder = tmp_path / "student"
-    written(folder)
-    (folder / name).write_text((folder / name).read_text()[:20])
-
-    with pytest.raises(CheckpointError, match=f"{name}.*; remove {folder}"):
-        read_result(folder, FINGERPRINT)
-
-
-@pytest.mark.parametrize("name", [RESULT, CHECKSUMS])
-def test_a_finished_stage_that_lost_a_file_is_not_trained_over(tmp_path, name):
-    folder = tmp_path / "student"
-    written(folder)
-    (folder / name).unlink()
-
-    with pytest.raises(CheckpointError, match=f"{name}.*; remove {folder}"):
+    with pytest.raises(CheckpointError, match=f"{message}.*; remove {folder}"):
         read_result(folder, FINGERPRINT)
 
 

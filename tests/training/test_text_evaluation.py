@@ -1,20 +1,40 @@
-"""Evaluation on generated texts: the texts, their metrics, and the batches of their losses."""
+"""Evaluation on generated texts: their metrics, their losses, and curves by position."""
 
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from source_scene import Texts, objective_of
 
 from megakd.config.rollout import GenerationConfig, SamplingConfig
-from megakd.contract.batch import IGNORE
+from megakd.config.task import TaskConfig
+from megakd.contract.batch import IGNORE, Batch, LossInputs
 from megakd.contract.completions import Completion, Sampling
+from megakd.contract.metric import WHOLE
+from megakd.contract.stage import Pass
+from megakd.contract.terms import HardCrossEntropy
+from megakd.data.collation import Collator
+from megakd.rollouts import text_evaluation
+from megakd.rollouts.text_evaluation import (
+    BUCKETS,
+    TextCurves,
+    TextEvaluation,
+    bucket_ends,
+    bucket_names,
+    by_position,
+    distinct_pairs,
+)
 from megakd.rollouts.prompts import Prompts
-from megakd.rollouts.text_evaluation import TextEvaluation, distinct_pairs
+from megakd.training.stage_evaluation import HeldOutLosses
 
 LETTERS = " abcdefgh"
 
@@ -48,39 +68,24 @@ def rows() -> Dataset:
 
 
 def evaluation(data: Dataset, folder: Path, one_rank: Any, **keys: Any) -> tuple[Any, Echo]:
-    from megakd.config.task import TaskConfig
-    from megakd.data.collation import Collator
-
-    task = TaskConfig(type="causal_lm", dataset="x", max_length=16)
-    scorer = SimpleNamespace(
-        ranks=one_rank,
-        collate=Collator(Letters(), task),
-        batch_size=2,  # type: ignore[arg-type]
-    )
-    generator = Echo()
+    collate = Collator(Letters(), TaskConfig(type="causal_lm", dataset="x", max_length=16))  # type: ignore[arg-type]
+    scorer: Any = SimpleNamespace(ranks=one_rank, collate=collate, batch_size=2)
+    generator, tokenizer = Echo(), cast("Any", Letters())
     config = GenerationConfig(**{"max_new_tokens": 4, **keys})
-    made = TextEvaluation(
-        config,
-        Prompts(data, prompt_tokens=None, most=12),
-        Letters(),
-        generator=generator,
-        scorer=scorer,
-        folder=folder,  # type: ignore[arg-type]
-    )
-    return made, generator
+    prompts = Prompts(data, prompt_tokens=None, most=12)
+    places: Any = {"generator": generator, "scorer": scorer, "folder": folder}
+    return TextEvaluation(config, prompts, tokenizer, **places), generator
 
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
-    import torch
-
     monkeypatch.setattr("megakd.rollouts.text_evaluation.gather", lambda value: [value])
     monkeypatch.setattr("megakd.rollouts.text_evaluation.on_main", lambda action: action())
     monkeypatch.setattr("megakd.rollouts.text_evaluation.all_reduce_", lambda tensor: tensor)
     return SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def test_texts_are_scored_against_the_completions_of_the_rows(rows, tmp_path, one_rank):
+def test_texts_are_scored_against_the_completions_and_written(rows, tmp_path, one_rank):
     made, _ = evaluation(rows, tmp_path, one_rank, match="exact")
 
     scores = made.scores(version=7, losses=None)
@@ -88,25 +93,16 @@ def test_texts_are_scored_against_the_completions_of_the_rows(rows, tmp_path, on
     assert scores["match"] == pytest.approx(2 / 3)  # the second row's completion is not its prompt
     assert scores["text_tokens"] == 3
     assert scores["text_truncated"] == pytest.approx(1 / 3)
-
-
-def test_the_texts_of_an_evaluation_are_written_with_what_was_wanted(rows, tmp_path, one_rank):
-    made, _ = evaluation(rows, tmp_path, one_rank, match="exact", rows=2)
-
-    made.scores(version=7, losses=None)
-
     lines = (tmp_path / "step-00000007.jsonl").read_text().splitlines()
-    first, second = map(json.loads, lines)
-    assert first == {
-        "prompt": "ab", "text": "ab", "wanted": "ab", "finished": True, "matches": True
-    }  # fmt: skip
+    first, second, _ = map(json.loads, lines)
+    texts = dict.fromkeys(("prompt", "text", "wanted"), "ab")
+    assert first == {**texts, "finished": True, "matches": True}
     assert (second["text"], second["wanted"], second["matches"]) == ("cd", "cc", False)
 
 
 def test_every_evaluation_asks_for_the_same_prompts_with_the_same_seeds(rows, tmp_path, one_rank):
-    made, generator = evaluation(
-        rows, tmp_path, one_rank, sampling=SamplingConfig(temperature=0.5), rows=2
-    )
+    keys = {"sampling": SamplingConfig(temperature=0.5), "rows": 2}
+    made, generator = evaluation(rows, tmp_path, one_rank, **keys)
 
     made.texts(0)
     made.texts(9)
@@ -139,3 +135,115 @@ def test_losses_see_every_generated_token_once_and_no_token_of_the_data(rows, tm
 )
 def test_repeated_pairs_lower_the_share_of_distinct_pairs(texts, share):
     assert distinct_pairs([Completion(ids, finished=True) for ids in texts]) == share
+
+
+TERMS = tuple(HardCrossEntropy(loss="hard_cross_entropy", on=on) for on in (None, "rollouts"))
+
+
+def losses(batches: list[Any], value: float) -> Any:
+    """Losses of a model that has the same value at every target."""
+    objective = objective_of(TERMS)
+    bundle = SimpleNamespace(objective=objective, counters=objective.counters)
+
+    def measure(batch: Any, knowledge: object, plan: object, scored: tuple) -> Any:
+        counted = {unit: count(batch) for unit, count in objective.counters.items()}
+        parts = {n: value * counted[u] for n, u in objective.units.items()}
+        return SimpleNamespace(parts=parts, predictions=dict.fromkeys(scored))
+
+    student = SimpleNamespace(measure=measure)
+    trainer = SimpleNamespace(student=student, ask_teachers=lambda plan, batch: {})
+    found = HeldOutLosses(trainer, bundle, ())  # type: ignore[arg-type]
+    for batch in batches:
+        found.add(batch)
+    return found.means()[WHOLE]
+
+
+def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
+    batch = Texts().batch()
+
+    both = losses([batch, batch.extended(is_rollout=None)], 0.5)
+    data = losses([batch.extended(is_rollout=None)], 0.5)
+
+    assert both == pytest.approx({"hard_cross_entropy": 0.5, "hard_cross_entropy_on_rollouts": 0.5})
+    assert data == pytest.approx({"hard_cross_entropy": 0.5})
+
+
+FIRST, SECOND = [IGNORE, 5, 5, 5, IGNORE], [5, 5, 5, 5, 5]
+
+
+@pytest.fixture(autouse=True)
+def one_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_evaluation, "all_reduce_", lambda tensor: tensor)
+
+
+@pytest.fixture
+def positions_as_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of a group are those of the positions in the row; a teacher is not there."""
+
+    def sums(reading: LossInputs, groups: torch.Tensor, count: int) -> torch.Tensor:
+        columns = torch.arange(groups.shape[1]).expand_as(groups).double()
+        found = torch.full((count, 4), torch.nan, dtype=torch.float64)
+        for number in range(count):
+            mine = groups == number
+            found[number, :2] = torch.stack([mine.sum().double(), (columns * mine).sum()])
+        return found
+
+    monkeypatch.setattr(text_evaluation, "sums_by_group", sums)
+
+
+def watched(curves: TextCurves, *rows: list[int], plan: tuple[Pass, ...] = (Pass(),)) -> Any:
+    labels = torch.tensor(rows)
+    batch = Batch({}, labels, labels != IGNORE)
+    reading: Any = LossInputs(student=None, teacher=None, batch=batch, weights={}, per_unit={})  # type: ignore[arg-type]
+    return curves.watching(plan)[0].weigh(reading)  # type: ignore[misc]
+
+
+@given(st.integers(1, 100_000))
+def test_every_position_is_in_one_bucket_and_buckets_grow(longest: int) -> None:
+    ends = bucket_ends(longest)
+
+    sizes = [end - start for start, end in zip((0, *ends[:-1]), ends, strict=True)]
+    assert ends[-1] == longest
+    assert len(ends) <= BUCKETS
+    assert min(sizes) >= 1
+    assert all(later >= size - 1 for size, later in pairwise(sizes[1:]))
+
+
+def test_buckets_are_named_by_their_first_and_last_position() -> None:
+    assert bucket_ends(512) == (4, 8, 16, 32, 64, 128, 256, 512)
+    assert bucket_names(bucket_ends(10)) == ["0-0", "1-1", "2-2", "3-4", "5-9"]
+
+
+def test_positions_count_from_the_first_generated_token(positions_as_entropy) -> None:
+    curves = TextCurves(4)  # buckets 0, 1, 2-3
+
+    watched(curves, FIRST)
+
+    found = {bucket: values["entropy"] for bucket, values in curves.take().items()}
+    assert found == {"": 2.0, "0-0": 1.0, "1-1": 2.0, "2-3": 3.0}
+
+
+def test_means_are_over_all_tokens_of_all_micro_batches(positions_as_entropy) -> None:
+    curves = TextCurves(5)
+    watched(curves, FIRST, [IGNORE] * 5)
+    watched(curves, SECOND)
+
+    assert curves.take()[""] == {"entropy": (1 + 2 + 3 + 0 + 1 + 2 + 3 + 4) / 8}
+    assert curves.take() == {}  # the next evaluation starts from zero
+
+
+def test_a_pass_keeps_its_own_weights(positions_as_entropy) -> None:
+    """A function that weighs replaces the weights of its pass, so that zeros must come back."""
+    curves = TextCurves(5)
+
+    assert watched(curves, FIRST) == {}
+    assert watched(curves, FIRST, plan=(Pass(weights={"kl": 0.0}),)) == {"kl": 1.0}
+    weighed = Pass(weigh=lambda _: {"kl": 0.25})
+    assert watched(curves, FIRST, plan=(weighed, Pass(teacher="other"))) == {"kl": 0.25}
+    assert curves.watching((weighed, Pass(teacher="other")))[1] == Pass(teacher="other")
+
+
+def test_the_log_has_a_key_per_bucket_and_value() -> None:
+    curves = {"": {"kl": 1.0}, "0-3": {"kl": 0.5, "entropy": 2.0}}
+
+    assert by_position(curves) == {"text/0-3/kl": 0.5, "text/0-3/entropy": 2.0}

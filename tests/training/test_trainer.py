@@ -36,34 +36,21 @@ BATCH = Batch({}, torch.tensor([1]), torch.ones(1, 1, dtype=torch.bool))
 ALONE = ((Pass(),),)
 
 
-class Told:
-    """What happened, in order."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-
-    def add(self, *event: Any) -> None:
-        self.events.append(event)
-
-
 class Student:
     """Gives the losses it is told to."""
 
-    def __init__(self, told: Told, totals: Sequence[float] = ()) -> None:
+    def __init__(self, told: list[Any], totals: Sequence[float] = ()) -> None:
         self.told, self.totals = told, list(totals)
 
     def forward_backward(
         self, batch: Batch, knowledge: Mapping[str, Knowledge], plan: Any, counts: Counts, **options
     ) -> Losses:
-        self.told.add("forward_backward", tuple(knowledge), options["boundary"])
+        self.told.append(("forward_backward", tuple(knowledge), options["boundary"]))
         total = torch.tensor(self.totals.pop(0) if self.totals else 1.0)
         return Losses(total, {"term": total / 2})
 
     def step(self, learning_rate: float) -> None:
-        self.told.add("step", learning_rate)
-
-    def scaling(self) -> dict[str, float]:
-        return {}
+        self.told.append(("step", learning_rate))
 
     def gradient_norm(self) -> Tensor | None:
         return torch.tensor(3.0)
@@ -72,48 +59,48 @@ class Student:
 class Teacher:
     """Knows nothing."""
 
-    def __init__(self, told: Told, name: str) -> None:
+    def __init__(self, told: list[Any], name: str) -> None:
         self.told, self.name = told, name
 
     def __call__(self, batch: Batch) -> Knowledge:
-        self.told.add("asked", self.name)
+        self.told.append(("asked", self.name))
         return Knowledge()
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
         return map(self, batches)
 
     def prefetch(self) -> None:
-        self.told.add("next", self.name)
+        self.told.append(("next", self.name))
 
     def evict(self) -> None:
-        self.told.add("idle", self.name)
+        self.told.append(("idle", self.name))
 
 
 class Steering:
     """A strategy that plans different teachers at different steps."""
 
-    def __init__(self, told: Told, plans: Sequence[tuple[Pass, ...]]) -> None:
+    def __init__(self, told: list[Any], plans: Sequence[tuple[Pass, ...]]) -> None:
         self.told, self.plans, self.reports = told, plans, []
 
     def passes(self, step: int) -> tuple[Pass, ...]:
-        self.told.add("plan", step)
+        self.told.append(("plan", step))
         return self.plans[step % len(self.plans)]
 
     def before_update(self, step: int, student: Any) -> None:
-        self.told.add("before_update", step)
+        self.told.append(("before_update", step))
 
     def after_update(self, report: StepReport) -> None:
-        self.told.add("after_update", report.step)
+        self.told.append(("after_update", report.step))
         self.reports.append(report)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn": len(self.told.events)}
+        return {"drawn": len(self.told)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.told.add("loaded", state["drawn"])
+        self.told.append(("loaded", state["drawn"]))
 
 
-def trainer_of(told: Told, *, plans: Any = ALONE, totals: Any = (), teachers: Any = ()):
+def trainer_of(told: list[Any], *, plans: Any = ALONE, totals: Any = (), teachers: Any = ()):
     return Trainer(
         student=Student(told, totals),
         teachers={name: Teacher(told, name) for name in teachers},
@@ -124,11 +111,11 @@ def trainer_of(told: Told, *, plans: Any = ALONE, totals: Any = (), teachers: An
 
 
 def test_a_step_plans_learns_updates_and_reports_in_this_order():
-    told = Told()
+    told = []
 
     trainer_of(told).train_step([BATCH, BATCH, BATCH])
 
-    assert told.events == [
+    assert told == [
         ("plan", 0),
         ("forward_backward", (), False),
         ("forward_backward", (), False),
@@ -140,13 +127,13 @@ def test_a_step_plans_learns_updates_and_reports_in_this_order():
 
 
 def test_a_planned_teacher_is_asked_once_per_micro_batch_and_the_others_not_at_all():
-    told = Told()
+    told = []
     plan = (Pass(teacher="b"), Pass(teacher="a", view="small"), Pass(teacher="b", view="large"))
     trainer = trainer_of(told, plans=(plan,), teachers=("a", "b", "c"))
 
     trainer.train_step([BATCH, BATCH])
 
-    assert [e for e in told.events if e[0] in {"asked", "forward_backward"}] == [
+    assert [e for e in told if e[0] in {"asked", "forward_backward"}] == [
         ("asked", "b"),
         ("asked", "a"),
         ("forward_backward", ("b", "a"), False),
@@ -158,13 +145,13 @@ def test_a_planned_teacher_is_asked_once_per_micro_batch_and_the_others_not_at_a
 
 
 def test_the_next_steps_teachers_make_ready_before_the_student_learns_and_the_others_rest_first():
-    told = Told()
+    told = []
     plans = ((Pass(teacher="b"),), (Pass(teacher="a"),))
     trainer = trainer_of(told, plans=plans, teachers=("a", "b", "c"))
 
     trainer.train_step([BATCH, BATCH])
 
-    assert told.events[:9] == [
+    assert told[:9] == [
         ("plan", 0),
         ("asked", "b"),
         ("forward_backward", ("b",), False),
@@ -179,27 +166,27 @@ def test_the_next_steps_teachers_make_ready_before_the_student_learns_and_the_ot
 
 @pytest.mark.parametrize("teachers", [(), ("a",), ("a", "b")], ids=len)
 def test_where_no_teacher_is_idle_nothing_is_planned_ahead(teachers):
-    told = Told()
+    told = []
     plan = tuple(Pass(teacher=name) for name in teachers) or (Pass(),)
 
     trainer_of(told, plans=(plan,), teachers=teachers).train_step([BATCH, BATCH])
 
-    assert [event for event in told.events if event[0] in {"plan", "idle", "next"}] == [("plan", 0)]
+    assert [event for event in told if event[0] in {"plan", "idle", "next"}] == [("plan", 0)]
 
 
 def test_every_step_is_planned_anew_and_has_its_own_learning_rate():
-    told = Told()
+    told = []
     trainer = trainer_of(told, plans=((Pass(teacher="a"),), (Pass(),)), teachers=("a",))
 
     reports = list(trainer.fit([[BATCH]] * 3))
 
     assert [report.step for report in reports] == [0, 1, 2]
-    assert [e[1] for e in told.events if e[0] == "forward_backward"] == [("a",), (), ("a",)]
-    assert [e[1] for e in told.events if e[0] == "step"] == [0.0, 0.1, 0.2]
+    assert [e[1] for e in told if e[0] == "forward_backward"] == [("a",), (), ("a",)]
+    assert [e[1] for e in told if e[0] == "step"] == [0.0, 0.1, 0.2]
 
 
 def test_a_report_sums_the_terms_of_its_own_micro_batches():
-    trainer = trainer_of(Told(), totals=(1.0, 2.0, 10.0))
+    trainer = trainer_of([], totals=(1.0, 2.0, 10.0))
 
     first, second = trainer.fit([[BATCH, BATCH], [BATCH]])
 
@@ -219,7 +206,7 @@ def test_a_report_sums_the_terms_of_its_own_micro_batches():
     ],
 )
 def test_the_first_step_with_a_loss_that_is_not_finite_is_remembered(totals, first_bad):
-    trainer = trainer_of(Told(), totals=totals)
+    trainer = trainer_of([], totals=totals)
 
     list(trainer.fit([[BATCH, BATCH]] * 2))
 
@@ -232,7 +219,7 @@ def test_a_meter_that_has_seen_nothing_knows_of_no_bad_step():
 
 
 def test_the_step_and_the_strategy_are_all_that_a_resumed_loop_needs():
-    trainer, told = trainer_of(Told()), Told()
+    trainer, told = trainer_of([]), []
     list(trainer.fit([[BATCH]] * 3))
 
     resumed = trainer_of(told)
@@ -240,7 +227,7 @@ def test_the_step_and_the_strategy_are_all_that_a_resumed_loop_needs():
     report = resumed.train_step([BATCH])
 
     assert trainer.state_dict()["step"] == report.step == 3
-    assert told.events[:2] == [("loaded", 15), ("plan", 3)]
+    assert told[:2] == [("loaded", 15), ("plan", 3)]
 
 
 class Body(nn.Module):
@@ -288,9 +275,6 @@ class Learner:
             for parameter in self.bundle.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(learning_rate * parameter.grad)
-
-    def scaling(self) -> dict[str, float]:
-        return {}
 
     def gradient_norm(self) -> Tensor | None:
         return None
