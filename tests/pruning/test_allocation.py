@@ -141,21 +141,13 @@ def test_a_layer_of_fewer_than_eight_rows_keeps_none():
 
 def test_layers_that_matter_less_lose_more_and_may_lose_all():
     found = UnitScores(heads=((0.1, 0.2), (0.8, 0.9)), neurons=((0.1,) * 16, (0.9,) * 16))
+    apart = found._replace(heads=((0.8, 0.9), (0.1, 0.2)))  # heads and neurons are ranked apart
+    equal = UnitScores(heads=((1.0,) * 4,) * 3, neurons=((1.0,) * 32,) * 3)
 
     assert view_at(found, 0.5) == View((0, 2), (0, 16))
     assert view_at(found, 0.5, allocation="uniform") == View((1, 1), (8, 8))
-
-
-def test_heads_and_neurons_are_ranked_apart():
-    found = UnitScores(heads=((9.0, 8.0), (7.0, 6.0)), neurons=((0.1,) * 16, (0.2,) * 16))
-
-    assert view_at(found, 0.5).heads == (2, 0)
-
-
-def test_equal_units_are_taken_from_all_layers_alike():
-    found = UnitScores(heads=((1.0,) * 4,) * 3, neurons=((1.0,) * 32,) * 3)
-
-    assert view_at(found, 0.5) == View((2, 2, 2), (16, 16, 16))
+    assert view_at(apart, 0.5) == View((2, 0), (0, 16))
+    assert view_at(equal, 0.5) == View((2, 2, 2), (16, 16, 16))
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95])
@@ -216,9 +208,8 @@ def test_the_width_is_a_multiple_of_the_rounding_or_whole(found, sparsity, round
 def test_hidden_states_that_run_out_of_width_are_refused():
     found = scores((12,), (3072,))._replace(width=(1.0,) * 24)
 
-    with pytest.raises(
-        TeacherError, match=r"are 24 wide and would keep 2.4, .*rounds to 0 in steps of 8"
-    ):
+    message = r"are 24 wide and would keep 2.4, .*rounds to 0 in steps of 8"
+    with pytest.raises(TeacherError, match=message):
         view_at(found, 0.99)
     assert view_at(found, 0.99, round_to=1).width == 2
 
@@ -252,25 +243,29 @@ def test_a_sparsity_out_of_range_is_refused(sparsity):
         view_at(scores((2,), (32,)), sparsity)
 
 
-def test_a_teacher_without_enough_heads_is_refused():
-    with pytest.raises(
-        TeacherError, match=r"attention heads .*of 2 has 2 and would keep 0"
-    ) as info:
-        view_at(scores((2, 2), (32, 32)), 0.9)
-
-    assert "(at sparsity 0.9); lower method.target_sparsity" in str(info.value)
-
-
-def test_a_teacher_without_enough_neurons_is_refused_saying_what_rounding_does():
-    with pytest.raises(
-        TeacherError,
-        match="neurons of the teacher are left: feed-forward 1 of 1 has 32 and would keep 3",
-    ):
-        view_at(scores((20,), (32,)), 0.9)
-    with pytest.raises(
-        TeacherError, match="removes units in steps of 8 and keeps at least 8 or none"
-    ):
-        view_at(scores((20,), (32,)), 0.9)
+@pytest.mark.parametrize(
+    ("heads", "neurons", "message"),
+    [
+        (
+            (2, 2),
+            (32, 32),
+            r"attention heads .*of 2 has 2 and would keep 0 .*\(at sparsity 0.9\); "
+            r"lower method.target_sparsity",
+        ),
+        (
+            (20,),
+            (32,),
+            "neurons of the teacher are left: feed-forward 1 of 1 has 32 and would keep 3.*"
+            "removes units in steps of 8 and keeps at least 8 or none",
+        ),
+    ],
+    ids=["heads", "neurons"],
+)
+def test_a_teacher_without_enough_units_is_refused_saying_what_rounding_does(
+    heads, neurons, message
+):
+    with pytest.raises(TeacherError, match=message):
+        view_at(scores(heads, neurons), 0.9)
 
 
 def test_a_uniform_cut_may_leave_no_layer_empty():
@@ -298,13 +293,16 @@ def test_scores_are_read_back_to_the_last_digit(found):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"heads": [[1.0]]}', '{"heads": [["x"]], "neurons": []}', "[[1"]
+    ("text", "message"),
+    [
+        *(
+            (text, r"units\.json does not hold")
+            for text in ("", "[]", "{}", '{"heads": [[1.0]]}', '{"heads": [["x"]], "neurons": []}')
+        ),
+        ("[[1", r"units\.json does not hold"),
+        ('{"heads": [[NaN]], "neurons": [[1.0]]}', "not finite"),
+    ],
 )
-def test_a_file_that_holds_something_else_is_named(text):
-    with pytest.raises(CheckpointError, match=r"units\.json does not hold"):
+def test_a_file_that_holds_something_else_is_named(text, message):
+    with pytest.raises(CheckpointError, match=message):
         scores_from_json(text, where="units.json")
-
-
-def test_scores_that_are_not_finite_are_not_read():
-    with pytest.raises(CheckpointError, match="not finite"):
-        scores_from_json('{"heads": [[NaN]], "neurons": [[1.0]]}', where="units.json")

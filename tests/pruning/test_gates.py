@@ -97,19 +97,6 @@ def test_a_columns_gradient_is_what_the_loss_changes_with_it_in_all_places(famil
         assert found[column].item() == pytest.approx(slope, rel=5e-3, abs=1e-5)
 
 
-def test_the_width_has_scores_only_where_they_are_asked_for():
-    model = family_model("bert")
-    totals = torch.ones(3 * HEADS + 3 * NEURONS + WIDTH)
-    totals[-WIDTH:] = torch.arange(WIDTH)
-
-    with_width = Gates(model, CPU, with_width=True).scores(totals)
-    without = Gates(model, CPU).scores(totals[:-WIDTH])
-
-    norm = math.sqrt(sum(number**2 for number in range(WIDTH)))
-    assert with_width.width == pytest.approx([number / norm for number in range(WIDTH)])
-    assert without == with_width._replace(width=None)
-
-
 @pytest.mark.parametrize("with_width", [False, True])
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "enct5"])
 def test_gates_change_no_output_and_are_gone_afterwards(family, with_width):
@@ -122,15 +109,6 @@ def test_gates_change_no_output_and_are_gone_afterwards(family, with_width):
         gates.gradients(loss_of(model))
 
     assert inside == before == loss_of(model)
-
-
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_units_are_counted_as_the_model_has_them(family):
-    gates = Gates(family_model(family), CPU)
-
-    counts = [gate.numel() for gate in gates.tensors]
-
-    assert counts == [HEADS] * 3 + [NEURONS] * 3  # groups, where heads share keys
 
 
 # EncT5's decoder has two attentions and a feed-forward more.
@@ -157,39 +135,36 @@ def test_a_cut_model_has_gates_for_what_is_left(family, view):
     assert tuple(map(len, scores.neurons)) == view.neurons
 
 
-def test_a_gate_sums_over_positions_and_the_columns_of_its_unit():
+def test_a_gate_sums_over_positions_and_the_columns_of_its_unit_in_fp32():
     values = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]], requires_grad=True)
     weights = torch.tensor([[1.0, 0.0, -1.0, 2.0], [0.5, 1.0, 0.0, 1.0]])
-    gate = torch.ones(2, requires_grad=True)
+    gate, other = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
 
     (Gate.apply(values, gate, 2) * weights).sum().backward()
+    out = Gate.apply(torch.ones(257, 1, dtype=torch.bfloat16), other, 1)
+    out.float().sum().backward()
 
     assert gate.grad.tolist() == [1 + 0 + 2.5 + 6, -3 + 8 + 0 + 8]
     assert values.grad.equal(weights)
-
-
-def test_gates_sum_in_fp32_whatever_the_models_dtype():
-    values = torch.ones(257, 1, dtype=torch.bfloat16)
-    gate = torch.ones(1, requires_grad=True)
-
-    out = Gate.apply(values, gate, 1)
-    out.float().sum().backward()
-
     assert out.dtype == torch.bfloat16
-    assert gate.grad.tolist() == [257.0]  # bf16 has no such number
+    assert other.grad.tolist() == [257.0]  # bf16 has no such number
 
 
-def test_scores_are_divided_by_the_norm_of_their_layer():
-    gates = Gates(family_model("bert"), CPU)
-    totals = torch.zeros(3 * HEADS + 3 * NEURONS, dtype=torch.float64)
+def test_scores_are_divided_by_the_norm_of_their_layer_and_the_width_has_some_if_asked():
+    model = family_model("bert")
+    totals = torch.zeros(3 * HEADS + 3 * NEURONS + WIDTH, dtype=torch.float64)
     totals[:3] = torch.tensor([3.0, 0.0, 4.0])
     totals[3 * HEADS : 3 * HEADS + 2] = torch.tensor([5.0, 12.0])
+    totals[-2:] = torch.tensor([8.0, 15.0])
 
-    scores = gates.scores(totals)
+    with_width = Gates(model, CPU, with_width=True).scores(totals)
+    without = Gates(model, CPU).scores(totals[:-WIDTH])
 
-    assert scores.heads[0] == pytest.approx((0.6, 0.0, 0.8))
-    assert scores.heads[1:] == ((0.0,) * HEADS,) * 2
-    assert scores.neurons[0] == pytest.approx((5 / 13, 12 / 13, *[0.0] * (NEURONS - 2)))
+    assert without == with_width._replace(width=None)
+    assert without.heads[0] == pytest.approx((0.6, 0.0, 0.8))
+    assert without.heads[1:] == ((0.0,) * HEADS,) * 2
+    assert without.neurons[0] == pytest.approx((5 / 13, 12 / 13, *[0.0] * (NEURONS - 2)))
+    assert with_width.width == pytest.approx((*[0.0] * (WIDTH - 2), 8 / 17, 15 / 17))
 
 
 @pytest.mark.parametrize(

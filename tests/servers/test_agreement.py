@@ -37,6 +37,7 @@ def test_equal_replicas_pass_and_each_is_asked_twice_per_prompt(pair):
     for stub in pair:
         texts = stub.of("/v1/completions") or stub.of("/generate")
         assert len(texts) == 2 * len(PROMPTS)
+    checked(*pair, wanted=WANTED._replace(name="/models/tiny"))  # the path of the model
 
 
 class Deviating(Counting):
@@ -83,15 +84,24 @@ def test_a_replica_that_disagrees_with_itself_is_refused():
         checked(stub)
 
 
-def test_another_model_is_refused_with_both_names(pair):
-    pair[1].name, pair[1].path = "big", "/models/big"
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"name": "big", "path": "/models/big"},
+            r"serves .*big.*, and the run needs tiny; start",
+        ),
+        ({"version": "0.32.1"}, r"has version 0\.32\.1, and .* has version 0\.33\.0"),
+        ({"context": 19}, r"context of 19 tokens, and .* have 20"),
+    ],
+    ids=["model", "version", "context"],
+)
+def test_a_replica_that_does_not_fit_is_refused(pair, changes, message):
+    for name, value in changes.items():
+        setattr(pair[1], name, value)
 
-    with pytest.raises(ServerError, match=r"serves .*big.*, and the run needs tiny; start"):
+    with pytest.raises(ServerError, match=message):
         checked(*pair)
-
-
-def test_a_model_is_recognized_by_its_path(pair):
-    checked(*pair, wanted=WANTED._replace(name="/models/tiny"))
 
 
 def test_pushed_weights_of_an_interrupted_run_are_recognized_and_not_compared(tmp_path: Path):
@@ -102,20 +112,6 @@ def test_pushed_weights_of_an_interrupted_run_are_recognized_and_not_compared(tm
         checked(*stubs, wanted=WANTED._replace(pushed=tmp_path / "run"))
         with pytest.raises(ServerError, match="the run needs tiny"):
             checked(*stubs, wanted=WANTED._replace(pushed=tmp_path / "other"))
-
-
-def test_replicas_of_two_versions_are_refused(pair):
-    pair[1].version = "0.32.1"
-
-    with pytest.raises(ServerError, match=r"has version 0\.32\.1, and .* has version 0\.33\.0"):
-        checked(*pair)
-
-
-def test_a_context_without_room_for_the_texts_is_refused(pair):
-    pair[0].context = 19
-
-    with pytest.raises(ServerError, match=r"context of 19 tokens, and .* have 20"):
-        checked(*pair)
 
 
 def test_a_replica_that_is_not_there_is_named(pair):

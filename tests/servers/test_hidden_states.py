@@ -38,21 +38,17 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hidden_states, "SEEN_WITHIN_S", 0.2)
 
 
-def test_the_states_of_every_token_and_the_next_token_come_back(stub: Exporting):
-    said = connected(stub).states(TEXT, "tiny")
-
-    assert torch.equal(said.states, Widths().last_layer(list(TEXT))[:, 0])
-    assert said.following == TEXT[-1] + 3
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_states_of_16_bits_stay_as_they_are(stub: Exporting, dtype: torch.dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_states_of_every_token_and_the_next_token_come_back(
+    stub: Exporting, dtype: torch.dtype
+):
     stub.change = lambda tensors: tensors | {"hidden_states": tensors["hidden_states"].to(dtype)}
 
     said = connected(stub).states(TEXT, "tiny")
 
     assert said.states.dtype == dtype
     assert torch.equal(said.states.float(), Widths().last_layer(list(TEXT))[:, 0])
+    assert said.following == TEXT[-1] + 3
 
 
 def test_many_answers_at_once_are_not_mixed_up_and_leave_nothing(stub: Exporting):
@@ -165,9 +161,8 @@ def test_an_engine_that_ends_before_its_file_is_named_at_once(stub: Exporting):
     stub.change, stub.dead = lambda _: None, True
     began = time.monotonic()
 
-    with pytest.raises(
-        ServerError, match=rf"{stub.url} has ended .*/health answered 503"
-    ) as caught:
+    message = rf"{stub.url} has ended .*/health answered 503"
+    with pytest.raises(ServerError, match=message) as caught:
         connected(stub).states(TEXT, "tiny")
 
     assert stub.written[0] in str(caught.value)
@@ -211,30 +206,22 @@ def test_a_file_that_another_node_sees_late_is_read(tmp_path: Path, stub: Export
 
 
 def test_a_server_that_exports_nothing_names_its_flags(stub: Exporting):
-    def spoil(_: str, tree: Any) -> Any:
-        return tree | {"kv_transfer_params": None}
-
-    stub.spoil = spoil
+    stub.spoil = lambda _, tree: tree | {"kv_transfer_params": None}
 
     with pytest.raises(ServerError, match=r"names no file .*--speculative-config.*--kv-transfer"):
         connected(stub).states(TEXT, "tiny")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_path_outside_of_the_folder_is_not_followed(stub: Exporting, tmp_path: Path):
     """Only the name of the file counts."""
     outside = tmp_path.parent / "precious.safetensors"
     outside.touch()
+    path = {"hidden_states_path": f"{tmp_path}/../{outside.name}"}
 
-    def spoil(_: str, tree: Any) -> Any:
-        return tree | {
-            "kv_transfer_params": {"hidden_states_path": f"{tmp_path}/../{outside.name}"}
-        }
-
-    stub.spoil = spoil
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hidden_states, "SEEN_WITHIN_S", 0.1)
-        with pytest.raises(ServerError, match="does not exist"):
-            connected(stub).states(TEXT, "tiny")
+    stub.spoil = lambda _, tree: tree | {"kv_transfer_params": path}
+    with pytest.raises(ServerError, match="does not exist"):
+        connected(stub).states(TEXT, "tiny")
 
     assert outside.exists()
 

@@ -1,4 +1,4 @@
-"""JSON over HTTP: limits that hold, retries that end, and messages that name the server."""
+"""JSON over HTTP: limits that hold, retries that end, calls at once, and what is named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from server_stubs import Stub, serving
 
 from megakd.errors import ServerError
-from megakd.servers.http import JsonServer
+from megakd.servers.http import JsonServer, RunningCalls
 
 BODY = {"model": "tiny", "prompt": [4, 7], "max_tokens": 3, "seed": 0, "temperature": 0.0}
 BODY |= {"stop_token_ids": [1]}
@@ -66,40 +66,34 @@ def speaking(
     thread.join()
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:1", r"GET http://127\.0\.0\.1:1/version: no server answers .*refused"),
+        ("http://no-such-host.invalid:8000", r"http://no-such-host\.invalid:8000/version"),
+    ],
+)
+def test_a_server_that_is_not_there_is_named_at_once(url, message):
+    with pytest.raises(ServerError, match=message):
+        JsonServer(url, time_limit_s=600, patience_s=0.3).get("/version")
 
 
-def test_a_server_that_is_not_there_is_named_at_once():
-    url = f"http://127.0.0.1:{free_port()}"
+@pytest.mark.parametrize(
+    "error", [ConnectionRefusedError("refused"), socket.gaierror(-3, "Temporary failure")]
+)
+def test_a_server_or_a_name_that_comes_up_during_the_patience_is_waited_for(
+    stub: Stub, monkeypatch, error
+):
+    resolve, failures = socket.getaddrinfo, [error]
 
-    with pytest.raises(ServerError) as caught:
-        JsonServer(url, time_limit_s=600, patience_s=0.3).get("/v1/models")
+    def flaky(*arguments, **keys):
+        if failures:
+            raise failures.pop()
+        return resolve(*arguments, **keys)
 
-    assert f"GET {url}/v1/models: no server answers there" in str(caught.value)
-    assert "refused" in str(caught.value)
-
-
-def test_a_host_that_does_not_exist_is_named():
-    with pytest.raises(ServerError, match=r"http://no-such-host\.invalid:8000/version"):
-        JsonServer("http://no-such-host.invalid:8000", time_limit_s=5, patience_s=0).get("/version")
-
-
-def test_a_server_that_comes_up_during_the_patience_is_waited_for():
-    stub = Stub("vllm")
-    answered: list[int] = []
-
-    class Late(JsonServer):
-        def _once(self, method, path, body, *, timeout_s):
-            if not answered:
-                answered.append(1)
-                raise ConnectionRefusedError("refused")
-            return super()._once(method, path, body, timeout_s=timeout_s)
-
-    with serving(stub):
-        assert Late(stub.url, time_limit_s=30).get("/version").tree() == {"version": "0.33.0"}
+    monkeypatch.setattr(socket, "getaddrinfo", flaky)
+    version = JsonServer(stub.url, time_limit_s=30).get("/version").tree()
+    assert version == {"version": "0.33.0"}
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
@@ -112,26 +106,11 @@ def test_a_busy_server_is_asked_again(stub: Stub, status: int):
     assert len(stub.of("/v1/completions")) == 4
 
 
-def test_an_answer_that_breaks_off_is_asked_for_again():
+def test_an_answer_that_breaks_off_is_asked_for_again_and_named_in_the_end():
     with speaking([WHOLE[:-5], WHOLE]) as url:
         assert JsonServer(url, time_limit_s=30).get("/version").tree() == {"version": "0.33.0"}
-
-
-def test_an_answer_that_always_breaks_off_is_named():
     with speaking([WHOLE[:-5]]) as url, pytest.raises(ServerError, match=r"IncompleteRead.*5 more"):
         JsonServer(url, time_limit_s=30, patience_s=0.2).get("/version")
-
-
-def test_a_name_that_is_not_resolved_for_a_moment_is_asked_again(stub: Stub, monkeypatch):
-    resolve, failures = socket.getaddrinfo, [socket.gaierror(-3, "Temporary failure")]
-
-    def flaky(*arguments, **keys):
-        if failures:
-            raise failures.pop()
-        return resolve(*arguments, **keys)
-
-    monkeypatch.setattr(socket, "getaddrinfo", flaky)
-    assert JsonServer(stub.url, time_limit_s=30).get("/version").status == 200
 
 
 def test_the_time_limit_is_for_the_whole_answer():
@@ -175,17 +154,59 @@ def test_a_refusal_of_the_server_is_shown_and_not_tried_again(stub: Stub):
     assert len(stub.of("/v1/completions")) == 1
 
 
-def test_text_that_is_not_json_is_shown(stub: Stub):
-    stub.spoil = lambda *_: "<html>proxy</html>"
+@pytest.mark.parametrize(
+    ("path", "answer", "message"),
+    [
+        ("/version", "<html>proxy</html>", "not JSON: <html>proxy</html>"),
+        ("/nothing", json.dumps({"error": "x" * 5000}), "x{100}"),
+    ],
+    ids=["not JSON", "long"],
+)
+def test_an_answer_that_is_not_understood_is_shown_in_part(stub: Stub, path, answer, message):
+    stub.spoil = lambda *_: answer
 
-    with pytest.raises(ServerError, match="not JSON: <html>proxy</html>"):
-        JsonServer(stub.url, time_limit_s=60).get("/version").tree()
-
-
-def test_a_long_answer_is_shortened_in_the_message(stub: Stub):
-    stub.spoil = lambda *_: json.dumps({"error": "x" * 5000})
-
-    with pytest.raises(ServerError) as caught:
-        JsonServer(stub.url, time_limit_s=60).get("/nothing").tree()
+    with pytest.raises(ServerError, match=message) as caught:
+        JsonServer(stub.url, time_limit_s=60).get(path).tree()
 
     assert len(str(caught.value)) < 700
+
+
+def test_results_have_the_order_of_the_calls_and_the_caller_is_not_held_up():
+    gate = threading.Event()
+
+    running = RunningCalls([lambda n=n: (gate.wait(60), n)[1] for n in range(7)], at_once=3)
+    gate.set()
+
+    assert running.results() == [*range(7)]
+    assert RunningCalls([], at_once=4).results() == []
+
+
+def test_no_more_calls_run_at_the_same_time_than_allowed():
+    barrier, lock, state = threading.Barrier(3, timeout=60), threading.Lock(), [0, 0]
+
+    def call() -> None:
+        with lock:
+            state[0] += 1
+            state[1] = max(state)
+        barrier.wait()  # passes only when three calls run
+        with lock:
+            state[0] -= 1
+
+    RunningCalls([call] * 9, at_once=3).results()
+
+    assert state == [0, 3]
+
+
+def test_the_first_error_is_raised_and_later_calls_do_not_start():
+    begun = []
+
+    def call(number: int) -> None:
+        begun.append(number)
+        if number == 1:
+            raise OSError("broken")
+
+    running = RunningCalls([lambda n=n: call(n) for n in range(50)], at_once=1)
+
+    with pytest.raises(OSError, match="broken"):
+        running.results()
+    assert begun == [0, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +38,46 @@ def stub(request: pytest.FixtureRequest) -> Any:
         yield stub
 
 
-def set_ids(stub: Stub, ids: list[int]) -> None:
+def text_of(stub: Stub, tree: Any) -> Any:
+    """The part of an answer that holds the text."""
+    return tree["choices"][0] if stub.kind == "vllm" else tree
+
+
+def spoil(stub: Stub, change: Callable[[Any], Any]) -> None:
+    """Change the texts that the server returns."""
+
+    def spoiled(path: str, tree: Any) -> Any:
+        if path != ASKED[stub.kind]:
+            return tree
+        return change(tree) or tree
+
+    stub.spoil = spoiled
+
+
+def set_ids(stub: Stub, ids: list[int], reason: str | None = None) -> None:
     """Let the server return other tokens."""
 
-    def spoil(path: str, tree: Any) -> Any:
-        if path == "/v1/completions":
-            tree["choices"][0]["token_ids"] = ids
-        if path == "/generate":
-            tree["output_ids"] = ids
-        return tree
+    def change(tree: Any) -> None:
+        text = text_of(stub, tree)
+        text["token_ids" if stub.kind == "vllm" else "output_ids"] = ids
+        if reason and stub.kind == "vllm":
+            text["finish_reason"] = reason
+        elif reason:
+            text["meta_info"]["finish_reason"] = {"type": reason}
 
-    stub.spoil = spoil
-
-
-def test_a_text_comes_back_with_its_end_token(stub: Stub):
-    assert completion(stub) == Completion((33, 36, 39, END), finished=True)
+    spoil(stub, change)
 
 
-def test_a_text_that_reaches_the_limit_is_not_finished(stub: Stub):
+def test_a_text_comes_back_with_its_end_token_or_is_not_finished_at_the_limit(stub: Stub):
     short = REQUEST._replace(sampling=Sampling(2))
 
+    assert completion(stub) == Completion((33, 36, 39, END), finished=True)
     assert completion(stub, short) == Completion((33, 36), finished=False)
+
+
+def rules_of(stub: Stub) -> dict[str, Any]:
+    body = stub.of(ASKED[stub.kind])[0]
+    return body if stub.kind == "vllm" else body["sampling_params"]
 
 
 def test_all_sampling_rules_are_stated(stub: Stub):
@@ -65,8 +86,7 @@ def test_all_sampling_rules_are_stated(stub: Stub):
 
     completion(stub, REQUEST._replace(sampling=sampling, seed=2**62 + 7))
 
-    body = stub.of(ASKED[stub.kind])[0]
-    rules = body if stub.kind == "vllm" else body["sampling_params"]
+    rules = rules_of(stub)
     wanted = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.0}
     wanted |= {"repetition_penalty": 1.0, "stop_token_ids": [END], "n": 1}
     assert rules.items() >= wanted.items()
@@ -78,76 +98,49 @@ def test_all_sampling_rules_are_stated(stub: Stub):
 def test_without_top_k_all_tokens_may_be_drawn(stub: Stub, temperature: float):
     completion(stub, REQUEST._replace(sampling=Sampling(8, temperature=temperature)))
 
-    body = stub.of(ASKED[stub.kind])[0]
-    assert (body if stub.kind == "vllm" else body["sampling_params"])["top_k"] == -1
+    assert rules_of(stub)["top_k"] == -1
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"),
+    ("ids", "reason", "message"),
     [
-        ([33] * 8 + [END] * 2, "a text of 10 tokens came back, and 1 to 8 were asked for"),
-        ([33, VOCABULARY, END], "holds token 40, and the student and its tokenizer have 40 tokens"),
-        ([33, END, 36, 39], "goes on after the end token 1 at position 1"),
+        ([33] * 8 + [END] * 2, None, "a text of 10 tokens came back, and 1 to 8 were asked for"),
+        ([33, VOCABULARY, END], None, "token 40, and the student and its tokenizer have 40 tokens"),
+        ([33, END, 36, 39], None, "goes on after the end token 1 at position 1"),
+        ([33], "abort", r"broken off \(finish_reason abort\)"),
+        ([33, 36], "length", "was cut after 2 tokens, and 8 were asked for"),
     ],
 )
-def test_an_answer_of_other_tokens_than_asked_for_is_refused(stub, ids, message):
-    set_ids(stub, ids)
+def test_an_answer_of_other_tokens_than_asked_for_is_refused(stub, ids, reason, message):
+    set_ids(stub, ids, reason)
 
     with pytest.raises(ServerError, match=message):
         completion(stub)
 
 
-def test_an_answer_to_another_prompt_is_refused(stub: Stub):
-    def spoil(path: str, tree: Any) -> Any:
-        (tree["choices"][0] if path == "/v1/completions" else tree)["prompt_token_ids"] = [5, 31]
-        return tree
-
-    stub.spoil = spoil
-    with pytest.raises(ServerError, match="prompt of 2 tokens that differs at position 1"):
-        completion(stub)
+def other_prompt(stub: Stub, tree: Any) -> None:
+    text_of(stub, tree)["prompt_token_ids"] = [5, 31]
 
 
-def test_a_prompt_that_the_server_has_lengthened_is_refused(stub: Stub):
-    def spoil(_: str, tree: Any) -> Any:
-        tree.get("usage", tree.get("meta_info"))["prompt_tokens"] = 3
-        return tree
-
-    stub.spoil = spoil
-    with pytest.raises(ServerError, match="counts 3 tokens in a prompt of 2"):
-        completion(stub)
+def longer_prompt(stub: Stub, tree: Any) -> None:
+    tree.get("usage", tree.get("meta_info"))["prompt_tokens"] = 3
 
 
-def test_several_texts_for_one_prompt_are_refused(stub: Stub):
-    def spoil(path: str, tree: Any) -> Any:
-        if path == "/generate":
-            return [tree, tree]
-        return tree | {"choices": tree["choices"] * 2}
-
-    stub.spoil = spoil
-    with pytest.raises(ServerError, match="2 texts came back for one prompt"):
-        completion(stub)
+def two_texts(stub: Stub, tree: Any) -> Any:
+    return [tree, tree] if stub.kind == "sglang" else tree | {"choices": tree["choices"] * 2}
 
 
 @pytest.mark.parametrize(
-    ("reason", "ids", "message"),
+    ("change", "message"),
     [
-        ("abort", [33], r"broken off \(finish_reason abort\)"),
-        ("length", [33, 36], "was cut after 2 tokens, and 8 were asked for"),
+        (other_prompt, "prompt of 2 tokens that differs at position 1"),
+        (longer_prompt, "counts 3 tokens in a prompt of 2"),
+        (two_texts, "2 texts came back for one prompt"),
     ],
 )
-def test_a_text_that_was_broken_off_is_refused(stub, reason, ids, message):
-    set_ids(stub, ids)
-    first = stub.spoil
+def test_an_answer_to_another_request_is_refused(stub, change, message):
+    spoil(stub, partial(change, stub))
 
-    def spoil(path: str, tree: Any) -> Any:
-        tree = first(path, tree)
-        if path == "/generate":
-            tree["meta_info"]["finish_reason"] = {"type": reason}
-        else:
-            tree["choices"][0]["finish_reason"] = reason
-        return tree
-
-    stub.spoil = spoil
     with pytest.raises(ServerError, match=message):
         completion(stub)
 

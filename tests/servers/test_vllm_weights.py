@@ -88,32 +88,25 @@ def test_no_text_comes_from_prefixes_of_earlier_weights(stub, tmp_path, deaf):
     assert server.complete(REQUEST).ids[:2] == (35, 2)
 
 
-def test_texts_in_work_are_finished_with_the_weights_that_they_began_with(stub, tmp_path):
-    stub.delay_s = 0.2
+@pytest.mark.parametrize(
+    ("is_paused", "ids", "weights"),
+    [(False, (33, 36), "default"), (True, (35, 2), "run-4")],
+    ids=["in work", "asked for meanwhile"],
+)
+def test_texts_in_work_are_finished_with_their_weights_and_later_ones_wait_for_the_new(
+    stub, tmp_path, is_paused, ids, weights
+):
+    stub.delay_s, stub.paused = 0.0 if is_paused else 0.2, is_paused
     (server,), found = connected(stub), []
     texts = threading.Thread(target=lambda: found.append(server.complete(REQUEST)))
     texts.start()
-    while not stub.at_once:
+    while not (stub.of("/v1/completions") if is_paused else stub.at_once):
         time.sleep(0.01)
 
     server.load_weights(folder_of(tmp_path, 5), "run-4")
     texts.join()
 
-    assert (found[0].ids[:2], found[0].weights) == ((33, 36), "default")
-
-
-def test_texts_that_are_asked_for_meanwhile_wait_for_the_new_weights(stub, tmp_path):
-    stub.paused, (server,) = True, connected(stub)
-    found = []
-    texts = threading.Thread(target=lambda: found.append(server.complete(REQUEST)))
-    texts.start()
-    while not stub.of("/v1/completions"):
-        time.sleep(0.01)
-
-    server.load_weights(folder_of(tmp_path, 5), "run-4")
-    texts.join()
-
-    assert (found[0].ids[:2], found[0].weights) == ((35, 2), "run-4")
+    assert (found[0].ids[:2], found[0].weights) == (ids, weights)
 
 
 def test_a_folder_that_the_server_does_not_read_is_named_with_replica_and_version(stub, tmp_path):
@@ -152,13 +145,19 @@ def test_a_server_outside_development_mode_names_the_variable(stub, tmp_path):
             action()
 
 
-def test_a_version_of_vllm_that_states_no_weights_is_refused(stub):
+def stating(stub: Stub, versions: Any) -> None:
+    """Let the texts of the server state these versions of the weights."""
+
     def spoil(path: str, tree: Any) -> Any:
         if path == "/v1/completions":
-            del tree["choices"][0]["weight_versions"]
+            tree["choices"][0]["weight_versions"] = versions
         return tree
 
     stub.spoil = spoil
+
+
+def test_a_version_of_vllm_that_states_no_weights_is_refused(stub):
+    stating(stub, None)
     with pytest.raises(ServerError, match=r"no weight_versions.*from 0\.33 on"):
         connected(stub)[0].complete(REQUEST)
     # Nothing is pushed here: any version will do.
@@ -168,13 +167,7 @@ def test_a_version_of_vllm_that_states_no_weights_is_refused(stub):
 
 def test_a_text_of_two_versions_states_both(stub):
     spans = [{"version": "run-4", "start": 0, "end": 3}, {"version": "run-5", "start": 3, "end": 8}]
-
-    def spoil(path: str, tree: Any) -> Any:
-        if path == "/v1/completions":
-            tree["choices"][0]["weight_versions"] = spans
-        return tree
-
-    stub.spoil = spoil
+    stating(stub, spans)
     assert connected(stub)[0].complete(REQUEST).weights == "run-4, run-5"
 
 
