@@ -511,7 +511,7 @@ def test_texts_cut_into_different_words_are_refused_with_both_cuts(
     pair, tmp_path, text, parts, message
 ):
     teacher = trained(COMMON, 60)
-    teacher.add_tokens(["Bad"])
+    teacher.add_tokens(["Bad"] if "Bad" in text else [])
     for name, part in parts.items():
         setattr(teacher.backend_tokenizer, name, part)  # type: ignore[attr-defined]
 
