@@ -1,40 +1,128 @@
-"""What the gloo ranks run: real stages over the documented rooms, weights and gradients out."""
+"""What the gloo ranks run: labs, stages and methods of run configs, weights and gradients out."""
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import deepspeed
 import torch
 
 from megakd.config.file import load_config
-from megakd.contract.stage import Constant, Pass, Stage
+from megakd.contract.stage import Constant, Pass, Stage, Strategy
 from megakd.engine import collectives, distributed
 from megakd.engine.sharding import full_shape, gathered_state
 from megakd.inputs.inputs import prepare
+from megakd.methods import run_method
 from megakd.run.run_lab import RunLab
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 
 
-class Watching(Constant):
+@contextmanager
+def lab_of(
+    config_path: str, overrides: Sequence[str] = (), *, writes: bool = False
+) -> Iterator[RunLab]:
+    """The lab of a run; with `writes`, rank 0 logs to metrics.jsonl."""
+    config = load_config(Path(config_path), overrides)
+    ranks = distributed.ranks()
+    reporter = Reporter(config.output_dir, is_main=writes and ranks.is_main)
+    lab = RunLab(config, prepare(config), ranks, reporter)
+    try:
+        yield lab
+    finally:
+        lab.close()
+
+
+def finish(config_path: str, overrides: Sequence[str] = ()) -> str:
+    """Run the method of a config to its end, from a checkpoint if there is one."""
+    with lab_of(config_path, overrides) as lab:
+        return str(run_method(lab.config.method, lab).folder)
+
+
+@contextmanager
+def started(
+    config_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    strategy=Constant,
+    generates: bool = False,
+    scores: bool = False,
+):
+    """The stage of a run's student and its teacher, None if that is the student's own base.
+
+    generates: the student learns from its own texts if the config has `rollout`.
+    scores: the teacher is scored before the stage begins.
+    """
+    with lab_of(config_path, overrides) as lab:
+        config = lab.config
+        name = lab.teacher()
+        stage = Stage(
+            name="student",
+            teachers=(name,),
+            objective=config.objective,
+            strategy=strategy((Pass(teacher=name),)),
+            rollouts=config.rollout if generates else None,
+            train=config.train,
+            deepspeed=config.student.deepspeed,
+        )
+        teacher = None if name in config.base_teachers else lab.pool.open(name, stage)
+        if scores:
+            lab.pool._measure_opened(name, teacher)
+        run = StageRun(
+            stage,
+            lab.assembly,
+            teachers={name: teacher} if teacher else {},
+            reporter=lab._reporter,
+            fingerprint={},
+        )
+        yield run, teacher
+        run.close()
+        if teacher:
+            teacher.destroy()
+
+
+def sgd_engine(module, rate: float, stage: int, **zero):
+    """Plain SGD with DeepSpeed, at a ZeRO stage that keeps no weight whole for long."""
+    if stage == 3:
+        kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        zero |= {f"stage3_{key}": 0 for key in (*kept, "prefetch_bucket_size")}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, **zero},
+    }
+    optimizer = torch.optim.SGD(module.parameters(), lr=rate)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return engine
+
+
+class Watching(Strategy):
     """Keeps the whole gradient of every step, as it is before the update."""
 
-    gradients: list = []  # noqa: RUF012 - emptied by every case
-    shards: list = []  # noqa: RUF012
+    def __init__(self, planned) -> None:
+        self.planned = planned
+        self.gradients: list[dict] = []
+        self.shards: dict = {}
+
+    def passes(self, step):
+        return self.planned
 
     def before_update(self, step, student):
         from deepspeed.utils import safe_get_full_grad
 
-        found = {}
+        gradients = {}
         for name, parameter in student.bundle.named_parameters():
             full = safe_get_full_grad(parameter)
             full = parameter.grad if full is None else full
             if full is not None:
-                found[name] = full.detach().float().cpu().clone()
-        self.gradients.append(found)
+                gradients[name] = full.detach().float().cpu().clone()
+        self.gradients.append(gradients)
         if step == 0:
-            self.shards.append(joined_shards(student))
+            self.shards = joined_shards(student)
 
 
 def joined_shards(student) -> dict:
@@ -49,74 +137,43 @@ def joined_shards(student) -> dict:
     return {name: collectives.all_reduce_(both) for name, both in whole.items()}
 
 
-def train(config_path: str, overrides: list[str], steps: int, *, generates: bool = True) -> dict:
-    """Train `steps` steps of a run config's student; return weights, gradients and losses.
-
-    generates: whether the student learns from its own texts if the config has `rollout`.
-    """
-    config = load_config(Path(config_path), overrides)
-    prepared = prepare(config)
-    lab = RunLab(config, prepared, distributed.ranks(), Reporter(config.output_dir, is_main=False))
-    teachers = (lab.teacher(),) if config.teacher else ()
-    watching = Watching((Pass(teacher=teachers[0] if teachers else None),))
-    Watching.gradients.clear()
-    Watching.shards.clear()
-    stage = Stage(
-        name="student",
-        teachers=teachers,
-        objective=config.objective,
-        strategy=watching,
-        rollouts=config.rollout if generates else None,
-        train=config.train,
-        deepspeed=config.student.deepspeed,
-    )
-    asked = [name for name in teachers if name not in config.base_teachers]
-    frozen = {name: lab.pool.open(name, stage) for name in asked}
-    run = StageRun(
-        stage,
-        lab.assembly,
-        teachers=frozen,
-        reporter=Reporter(config.output_dir, is_main=False),
-        fingerprint={},
-    )
-    initial = dict(gathered_state(run.student.bundle))
-    losses = []
-    for index in range(steps):
-        report = run.trainer.train_step(run.source.step(index))
-        parts = {n: collectives.all_reduce_(v.clone().float()) for n, v in report.parts.items()}
-        losses.append({name: float(value) for name, value in parts.items()})
-    norm = run.student.gradient_norm()
-    result = {
-        "initial": initial,
-        "final": dict(gathered_state(run.student.bundle)),
-        "gradients": list(Watching.gradients),
-        "shards": list(Watching.shards),
-        "losses": losses,
-        "gradient_norm": None if norm is None else float(norm),
-        "scores": run.evaluation.scorer.score(run.student.predict, prepared.encoded.validation),
-        "local_elements": sum(
-            getattr(p, "ds_tensor", p).numel() for p in run.student.bundle.parameters()
-        ),
+def summed(parts: dict) -> dict[str, float]:
+    """The losses of a step, of all ranks together."""
+    return {
+        name: float(collectives.all_reduce_(part.clone().float())) for name, part in parts.items()
     }
-    run.close()
-    for teacher in frozen.values():
-        teacher.destroy()
-    del run, frozen
-    gc.collect()
-    return result
+
+
+def train(config_path: str, overrides: list[str], steps: int, *, generates: bool = True) -> dict:
+    """Train `steps` steps of a run config's student; return weights, gradients and losses."""
+    running = started(config_path, overrides, strategy=Watching, generates=generates)
+    with running as (run, _):
+        initial = dict(gathered_state(run.student.bundle))
+        losses = [
+            summed(run.trainer.train_step(run.source.step(step)).parts) for step in range(steps)
+        ]
+        norm = run.student.gradient_norm()
+        rows = run.assembly.prepared.encoded.validation
+        return {
+            "initial": initial,
+            "final": dict(gathered_state(run.student.bundle)),
+            "gradients": run.stage.strategy.gradients,
+            "shards": run.stage.strategy.shards,
+            "losses": losses,
+            "gradient_norm": None if norm is None else float(norm),
+            "scores": run.evaluation.scorer.score(run.student.predict, rows),
+            "local_elements": sum(
+                getattr(p, "ds_tensor", p).numel() for p in run.student.bundle.parameters()
+            ),
+        }
 
 
 def steps_taken(config_path: str) -> int:
     """Train the student's stage to its end and return the number of its steps on this rank."""
-    config = load_config(Path(config_path))
-    reporter = Reporter(config.output_dir, is_main=False)
-    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
-    teacher = lab.teacher()
-    strategy = Constant((Pass(teacher=teacher),))
-    stage = Stage(
-        name="student", teachers=(teacher,), objective=config.objective, strategy=strategy
-    )
-    result = lab.train(stage)
-    lab.close()
-    gc.collect()
-    return result.steps
+    with lab_of(config_path) as lab:
+        teacher = lab.teacher()
+        strategy = Constant((Pass(teacher=teacher),))
+        terms = lab.config.objective
+        return lab.train(
+            Stage(name="student", teachers=(teacher,), objective=terms, strategy=strategy)
+        ).steps

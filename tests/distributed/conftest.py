@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -135,3 +136,44 @@ def workers(built_operator: None) -> Iterator[Callable[[int], GlooWorkers]]:
     yield of
     for group in groups.values():
         group.stop()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and models of `equal_runs`."""
+    from equal_runs import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def write_run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Write the config of a student of `equal_runs`, with sections that are merged in.
+
+    stages: the ZeRO stages of student and teacher.
+    """
+    import equal_runs
+
+    folder = tmp_path_factory.mktemp("runs")
+
+    def write(name: str, terms, stages=(0, 0), **sections) -> str:
+        path = folder / f"{len(list(folder.glob('*.yaml')))}.yaml"
+        tree = equal_runs.config_tree(models, name, terms, stages)
+        tree["output_dir"] = f"{path}-out"
+        for section, keys in sections.items():
+            tree[section] = {**tree.get(section, {}), **keys} if isinstance(keys, dict) else keys
+        path.write_text(json.dumps(tree))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def distil(workers, write_run) -> Callable[..., tuple[str, list]]:
+    """Train a student of `equal_runs`: its config, and what every rank has found."""
+
+    def train(name, terms, stages, *, ranks=2, steps=3, case="train", **sections):
+        path = write_run(name, terms, stages, **sections)
+        return path, workers(ranks).run(case, path, [], steps)
+
+    return train

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-
-import deepspeed
 import torch
+from cases import sgd_engine
 from tiny_cuts import VOCABULARY, loaded, source_of, task
 
 from megakd.engine import distributed
@@ -36,28 +34,18 @@ def reference(folder, kind: str) -> dict[str, torch.Tensor]:
 
 def train(folder: str, kind: str, stage: int) -> dict:
     """Weights after a few steps, and whether any parameter had no gradient."""
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": 0.0,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-    }
-    if stage == 3:
-        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     model = load_model(
         source_of(folder, kind),
         task=task(kind),
         label_names=("no", "yes", "perhaps") if kind == "classification" else (),
         tokenizer_size=VOCABULARY,
-        ds=config,
+        ds={"zero_optimization": {"stage": stage}},
         dtype=torch.float32,
         seed=1,
         need_head=True,
     )
     model.eval()  # no dropout
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine = sgd_engine(model, RATE, stage)
     ranks = distributed.ranks()
     tokens = TOKENS.chunk(ranks.world_size)[ranks.rank]
     for _ in range(STEPS):
@@ -65,5 +53,4 @@ def train(folder: str, kind: str, stage: int) -> dict:
         engine.step()
     weights = dict(gathered_state(engine.module))
     engine.destroy()
-    gc.collect()
     return weights

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
-import deepspeed
 import torch
+from cases import sgd_engine
 from elastic_views import (
     TOKENS,
     cut,
@@ -41,16 +41,11 @@ class AllViews(nn.Module):
         self.elastic: Elastic | None = None
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.shares:
-            with self.elastic.sharing_embeddings():
-                return self._mean(tokens)
-        return self._mean(tokens)
-
-    def _mean(self, tokens: torch.Tensor) -> torch.Tensor:
         losses = []
-        for view in self.views:
-            with self.elastic.viewing(view):
-                losses.append(loss_of(self.model, tokens))
+        with self.elastic.sharing_embeddings() if self.shares else nullcontext():
+            for view in self.views:
+                with self.elastic.viewing(view):
+                    losses.append(loss_of(self.model, tokens))
         return torch.stack(losses).mean()
 
 
@@ -97,7 +92,8 @@ def train(family: str, views: Sequence[View], stage: int, options: dict) -> dict
     )
     if not options.get("late"):
         bundle.elastic = Elastic(model)
-    engine = _engine(bundle, stage)
+    engine = sgd_engine(bundle, RATE, stage)
+    engine.train()
     bundle.elastic = bundle.elastic or Elastic(model)
     gathered = _watch_weights(model)
     invalidations = _count_invalidations(engine) if stage == 3 else []
@@ -112,26 +108,7 @@ def train(family: str, views: Sequence[View], stage: int, options: dict) -> dict
         engine.step()
     weights = dict(gathered_state(model))
     engine.destroy()
-    gc.collect()
     return {"weights": weights, "held": held, "seen": seen, "invalidations": len(invalidations)}
-
-
-def _engine(bundle: nn.Module, stage: int):
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": 0.0,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-    }
-    if stage == 3:
-        keys = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-        config["zero_optimization"] |= {f"stage3_{key}": 0 for key in keys}
-        config["zero_optimization"] |= {"stage3_prefetch_bucket_size": 0}
-    optimizer = torch.optim.SGD(bundle.parameters(), lr=RATE)
-    engine, *_ = deepspeed.initialize(model=bundle, optimizer=optimizer, config=config)
-    engine.train()
-    return engine
 
 
 def _watch_weights(model: nn.Module) -> list[StorageWeakRef]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import pytest
+import reference
 import torch
-import yaml
-from tiny_runs import save_tokenizer
+from tiny_runs import save_tokenizer, write_jsonl
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -30,6 +29,8 @@ SETTINGS = {
     "max_grad_norm": 0.5,
     "temperature": 2.0,
     "total_steps": 100,
+    "pairs": ((1, 2), (2, 4)),
+    "heads": 4,
 }
 CLASSIFICATION = {
     "hard_cross_entropy": 0.3,
@@ -49,22 +50,21 @@ INNER = {
     "attention_mse": 4.0,
     "relation_kl": 0.5,
 }
-RELATION_HEADS = 4
-PAIRS = ["1:2", "2:4"]
+PAIRS = {"layer_mapping": ["1:2", "2:4"]}
 OPTIONS = {
     "soft_target_kl": {"temperature": SETTINGS["temperature"]},
     "soft_target_reverse_kl": {"temperature": SETTINGS["temperature"]},
-    "hidden_mse": {"layer_mapping": PAIRS},
-    "hidden_cosine": {"layer_mapping": PAIRS},
-    "attention_mse": {"layer_mapping": PAIRS, "fit": "probabilities"},
+    "hidden_mse": PAIRS,
+    "hidden_cosine": PAIRS,
+    "attention_mse": {**PAIRS, "fit": "probabilities"},
     "relation_kl": {
-        "layer_mapping": PAIRS,
+        **PAIRS,
         "relations": ["query", "key", "value", "query_key"],
-        "relation_heads": RELATION_HEADS,
+        "relation_heads": SETTINGS["heads"],
     },
 }
-
-
+# (ranks, rows per micro-batch, micro-batches): each makes the same 12 rows a step.
+CUTS = [(1, 12, 1), (1, 2, 6), (2, 6, 1), (2, 1, 6), (3, 4, 1), (3, 2, 2)]
 # The task, the teacher, and how transformers loads a student, by the first part of its name.
 KINDS = {
     "bert": ("classification", "bert-teacher", AutoModelForSequenceClassification),
@@ -106,7 +106,7 @@ def distilbert(layers, width):
     )
 
 
-def llama(layers, width, *, vocabulary, tied):
+def llama(layers, width, *, vocabulary, tied=False):
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -119,6 +119,20 @@ def llama(layers, width, *, vocabulary, tied):
     )
 
 
+CONFIGS = {
+    "bert-teacher": bert(4, 32),
+    "bert-student": bert(2, 16),
+    "llama-teacher": llama(4, 32, vocabulary=328),
+    "llama-tied": llama(2, 16, vocabulary=320, tied=True),
+    "llama-untied": llama(2, 16, vocabulary=336),
+    "masked-teacher": bert(4, 32, vocabulary=328),
+    "masked-tied": bert(2, 16),
+    "masked-untied": bert(2, 16, vocabulary=336, tie_word_embeddings=False),
+    "masked-roberta": bert(2, 16, config=RobertaConfig, pad_token_id=0),
+    "masked-distilbert": distilbert(2, 16),
+}
+
+
 def rows(count, seed):
     rng = random.Random(seed)
     for number in range(count):
@@ -128,33 +142,14 @@ def rows(count, seed):
 
 def write_folder(folder: Path) -> Path:
     """Write data and models that both sides read."""
-    data = folder / "data"
-    data.mkdir()
     for split, count in {"train": 40, "validation": 13}.items():
-        lines = [json.dumps(row) for row in rows(count, seed=count)]
-        (data / f"{split}.jsonl").write_text("\n".join(lines))
+        write_jsonl(folder / "data" / f"{split}.jsonl", rows(count, seed=count))
+    texts = [row["text"] for row in rows(40, seed=40)]
     for kind in ("bpe", "wordpiece"):
-        texts = [row["text"] for row in rows(40, seed=40)]
         save_tokenizer(folder / kind, texts, kind=kind)
     torch.manual_seed(0)
-    models = {
-        "bert-teacher": AutoModelForSequenceClassification.from_config(bert(4, 32)),
-        "bert-student": AutoModelForSequenceClassification.from_config(bert(2, 16)),
-        "llama-teacher": AutoModelForCausalLM.from_config(llama(4, 32, vocabulary=328, tied=False)),
-        "llama-tied": AutoModelForCausalLM.from_config(llama(2, 16, vocabulary=320, tied=True)),
-        "llama-untied": AutoModelForCausalLM.from_config(llama(2, 16, vocabulary=336, tied=False)),
-    }
-    models |= {
-        name: AutoModelForMaskedLM.from_config(config)
-        for name, config in {
-            "masked-teacher": bert(4, 32, vocabulary=328),
-            "masked-tied": bert(2, 16),
-            "masked-untied": bert(2, 16, vocabulary=336, tie_word_embeddings=False),
-            "masked-roberta": bert(2, 16, config=RobertaConfig, pad_token_id=0),
-            "masked-distilbert": distilbert(2, 16),
-        }.items()
-    }
-    for name, model in models.items():
+    for name, config in CONFIGS.items():
+        model = kind_of(name)[-1].from_config(config)
         # Larger than usual, so that teacher and student really disagree.
         for parameter in model.parameters():
             parameter.data.mul_(3 if parameter.dim() > 1 else 1)
@@ -162,24 +157,32 @@ def write_folder(folder: Path) -> Path:
     return folder
 
 
-def config_tree(folder, student, weights, *, student_zero, teacher_zero):
+def zero(stage):
+    return ZERO3 if stage == 3 else {"zero_optimization": {"stage": stage}}
+
+
+def config_tree(folder, student, terms, stages=(0, 0)):
+    """A run of 12 rows a step on two ranks.
+
+    terms: weight by loss.
+    stages: the ZeRO stages of student and teacher.
+    """
     task, teacher, _ = kind_of(student)
-    terms = [
-        {"loss": name, "weight": weight, **OPTIONS.get(name, {})}
-        for name, weight in weights.items()
-    ]
+    student_stage, teacher_stage = stages
     return {
-        "output_dir": str(folder / "out"),
         "task": {
             "type": task,
             "dataset": str(folder / "data"),
             "max_length": 16,
             "tokenizer": str(folder / ("bpe" if task == "causal_lm" else "wordpiece")),
         },
-        "teacher": {"model": str(folder / teacher), "deepspeed": zero(teacher_zero)},
-        "student": {"model": str(folder / student), "deepspeed": zero(student_zero)},
+        "teacher": {"model": str(folder / teacher), "deepspeed": zero(teacher_stage)},
+        "student": {"model": str(folder / student), "deepspeed": zero(student_stage)},
         "method": {"name": "single"},
-        "objective": terms,
+        "objective": [
+            {"loss": name, "weight": weight, **OPTIONS.get(name, {})}
+            for name, weight in terms.items()
+        ],
         "train": {
             "per_device_train_batch_size": 3,
             "gradient_accumulation_steps": 2,
@@ -192,62 +195,62 @@ def config_tree(folder, student, weights, *, student_zero, teacher_zero):
     }
 
 
-def zero(stage):
-    return ZERO3 if stage == 3 else {"zero_optimization": {"stage": stage}}
+def cut_of(cut) -> dict:
+    """The keys of `train` for (ranks, rows per micro-batch, micro-batches)."""
+    _, rows, micro_batches = cut
+    return {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": micro_batches,
+    }
 
 
-def write(tree, path: Path) -> str:
-    path.write_text(yaml.safe_dump(tree))
-    return str(path)
-
-
-def plain_run(config_path, weights, initial, adapt=lambda student: student):
+def plain_run(config_path, terms, initial, adapt=lambda student: student):
     """The same steps by `reference.train`, from the same weights and rows.
 
     adapt: student -> the student that learns, such as a student with adapters.
     """
-    import reference
-
     from megakd.config.file import load_config
-    from megakd.data.collation import Collator
-    from megakd.data.encoding import encode_splits
     from megakd.data.loader import StepLoader
-    from megakd.data.masking import task_masking
-    from megakd.data.splits import load_splits
     from megakd.data.step_layout import StepLayout, StepShape
-    from megakd.data.tokenizers import load_tokenizer
-    from megakd.inputs.run_data import cache_folder
 
-    config = load_config(Path(config_path), [])
-    cache, task = cache_folder(), config.task
-    splits = load_splits(task, seed=config.seed, cache_dir=cache)
-    tokenizer = load_tokenizer(task, splits, model_folders=[], cache_dir=cache)
-    encoded = encode_splits(splits, tokenizer, task, cache_dir=cache)
-    collate = Collator(tokenizer, task)
-    loader = StepLoader(
-        encoded.train,
-        collate,
-        layout=StepLayout(StepShape(ROWS, 1)),
-        seed=config.seed,
-        masking=task_masking(tokenizer, task),
-    )
+    config = load_config(Path(config_path))
+    encoded, collate, masking = inputs_of(config)
+    layout = StepLayout(StepShape(ROWS, 1))
+    loader = StepLoader(encoded.train, collate, layout=layout, seed=config.seed, masking=masking)
     *_, kind = kind_of(Path(config.student.model).name)
-    projected = [name for name in weights if name.startswith(("hidden", "embedding"))]
-    settings = SETTINGS | {
-        "weights": weights,
-        "pairs": ((1, 2), (2, 4)),
-        "offset": {name: 2 * index for index, name in enumerate(projected)},
-        "heads": RELATION_HEADS,
-    }
-    attention = {"attn_implementation": "eager"} if "attention_mse" in weights else {}
+    projected = [name for name in terms if name.startswith(("hidden", "embedding"))]
+    offset = {name: 2 * index for index, name in enumerate(projected)}
+    attention = {"attn_implementation": "eager"} if "attention_mse" in terms else {}
     projections = {n: v for n, v in initial.items() if not n.startswith("learners.")}
     return reference.train(
         adapt(kind.from_pretrained(config.student.model, **attention)),
         kind.from_pretrained(config.teacher.model, **attention).eval(),
         projections,
         [loader.step(index)[0] for index in range(STEPS)],
-        settings,
+        SETTINGS | {"weights": terms, "offset": offset},
     )
+
+
+def inputs_of(config):
+    """The encoded rows, the collator and the masking of a run, made without its lab."""
+    from megakd.data.collation import Collator
+    from megakd.data.encoding import encode_splits
+    from megakd.data.masking import task_masking
+    from megakd.data.splits import load_splits
+    from megakd.data.tokenizers import load_tokenizer
+    from megakd.inputs.run_data import cache_folder
+
+    cache, task = cache_folder(), config.task
+    splits = load_splits(task, seed=config.seed, cache_dir=cache)
+    tokenizer = load_tokenizer(task, splits, model_folders=[], cache_dir=cache)
+    encoded = encode_splits(splits, tokenizer, task, cache_dir=cache)
+    return encoded, Collator(tokenizer, task), task_masking(tokenizer, task)
+
+
+def difference(found, wanted) -> float:
+    """The largest difference of any weight."""
+    assert found.keys() == wanted.keys()
+    return max((found[name].float() - wanted[name].float()).abs().max().item() for name in wanted)
 
 
 def assert_same(found, expected):
@@ -266,14 +269,9 @@ def assert_same(found, expected):
         assert torch.allclose(found["final"][name], weight, atol=3e-6), name
 
 
-# (ranks, rows per micro-batch, micro-batches): each makes the same 12 rows a step.
-CUTS = [(1, 12, 1), (1, 2, 6), (2, 6, 1), (2, 1, 6), (3, 4, 1), (3, 2, 2)]
-
-
 def assert_same_shards(found):
     """The shards of all ranks are each weight and each gradient once, before the first update."""
-    (shards,) = found["shards"]
-    for own_name, (weight, gradient) in shards.items():
+    for own_name, (weight, gradient) in found["shards"].items():
         name = f"learners.0.{own_name}"
         assert torch.equal(weight, found["initial"][name].float().flatten()), name
         if name in found["gradients"][0]:

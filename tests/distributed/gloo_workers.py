@@ -36,10 +36,10 @@ class GlooWorkers:
             rank.start()
         self._collect(START_TIMEOUT_S, "start")
 
-    def run(self, case: str, *arguments, timeout_s: float = CALL_TIMEOUT_S) -> list:
-        """What `cases.<case>(*arguments)`, or a `module.case`, returned on each rank."""
+    def run(self, case: str, *arguments, timeout_s: float = CALL_TIMEOUT_S, **options) -> list:
+        """What `cases.<case>(*arguments, **options)`, or a `module.case`, returned on each rank."""
         for end in self._ends:
-            end.send((case, arguments))
+            end.send((case, arguments, options))
         return self._collect(timeout_s, case)
 
     def _collect(self, timeout_s: float, what: str) -> list:
@@ -76,16 +76,17 @@ def _serve(
     _answer(requests, distributed.start)
     while True:
         try:
-            name, arguments = requests.recv()
+            name, arguments, options = requests.recv()
         except EOFError:
             return
         module, _, function = name.rpartition(".")
-        _answer(requests, getattr(importlib.import_module(module or "cases"), function), *arguments)
+        case = getattr(importlib.import_module(module or "cases"), function)
+        _answer(requests, case, *arguments, **options)
         leave_modules_alone()
 
 
-def _answer(requests: Connection, action, *arguments) -> None:
+def _answer(requests: Connection, action, *arguments, **options) -> None:
     try:
-        requests.send((True, action(*arguments)))
+        requests.send((True, action(*arguments, **options)))
     except Exception:  # noqa: BLE001 - whatever it is, the test has to show it
         requests.send((False, traceback.format_exc()))

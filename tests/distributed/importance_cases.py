@@ -2,112 +2,79 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
+from cases import lab_of
+from engine_cases import elements, local
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import megakd.pruning.importance
-from megakd.config.file import load_config
-from megakd.engine import distributed
 from megakd.errors import MegakdError
-from megakd.inputs.inputs import prepare
 from megakd.models.source import ReadyTeacher
-from megakd.pruning.importance import Gates
-from megakd.training.assembly import Assembly
+from megakd.pruning import importance
 
 ROWS_PER_BATCH = 6
 """Of all ranks together."""
 
 
-def measured(config_path: str, overrides: list[str]) -> dict:
-    """Scores of the config's teacher on the validation split."""
-    return _measured(config_path, overrides, lambda rows: rows)
-
-
-def measured_with_width(config_path: str, overrides: list[str]) -> dict:
-    """The same, and of the columns of its hidden states."""
-    return _measured(config_path, overrides, lambda rows: rows, with_width=True)
-
-
-def measured_without_labels(config_path: str) -> dict:
-    """The same on the rows that carry no label."""
-    return _measured(
-        config_path, [], lambda rows: rows.select([i for i, y in enumerate(rows["label"]) if y < 0])
-    )
-
-
-def _measured(config_path: str, overrides: list[str], chosen, *, with_width=False) -> dict:
-    config = load_config(Path(config_path), overrides)
-    prepared = prepare(config)
-    assembly = Assembly(config=config, prepared=prepared, ranks=distributed.ranks())
-    rows = chosen(prepared.encoded.validation)
-    watch = Watch()
-    try:
-        with watch.watching():
-            scores = megakd.pruning.importance.measure_importance(
-                assembly,
-                ReadyTeacher(prepared.sources["teacher"], config.teacher),
-                rows,
-                batch_size=ROWS_PER_BATCH,
-                with_width=with_width,
-            )
-    except MegakdError as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    return {**scores._asdict(), **watch.facts()}
-
-
-class Watch:
-    """Looks into the engine that measures."""
-
-    def __init__(self):
-        self.module = None
-        self.local = 0
-        self.used = []
-        self.held = []
-
-    def facts(self) -> dict:
-        """local: elements of this rank. held: per batch, of how many weights the whole is there."""
-        weights = [*self.module.parameters()]
+def measured(
+    config_path: str, overrides: list[str], *, with_width: bool = False, labelled: bool = True
+) -> dict:
+    """Scores of the config's teacher on the validation split, or on its rows without a label."""
+    with lab_of(config_path, overrides) as lab:
+        prepared = lab.assembly.prepared
+        rows = prepared.encoded.validation
+        if not labelled:
+            rows = rows.select([i for i, label in enumerate(rows["label"]) if label < 0])
+        try:
+            with watching() as facts:
+                scores = importance.measure_importance(
+                    lab.assembly,
+                    ReadyTeacher(prepared.sources["teacher"], lab.config.teacher),
+                    rows,
+                    batch_size=ROWS_PER_BATCH,
+                    with_width=with_width,
+                )
+        except MegakdError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        module = facts.pop("module")
+        weights = [*module.parameters()]
         return {
-            "local": self.local,
-            "whole": sum(getattr(w, "ds_numel", w.numel()) for w in weights),
-            "held": self.held,
+            **scores._asdict(),
+            **facts,
             "learning": sum(w.requires_grad for w in weights),
             "gradients": sum(w.grad is not None for w in weights),
         }
 
-    def watching(self):
-        """Watches what is measured inside."""
-        from contextlib import ExitStack
-        from unittest.mock import patch
 
-        stack = ExitStack()
-        start, gradients = megakd.pruning.importance.frozen_engine, Gates.gradients
+@contextmanager
+def watching():
+    """The engine's module; this rank's share of it; per batch, how many weights are whole."""
+    facts, used = {"held": []}, []
+    start, gradients = importance.frozen_engine, importance.Gates.gradients
 
-        def engine(module, **options):
-            started = start(module, **options)
-            self._look_into(module)
-            return started
+    def note(module, inputs):
+        used.append(StorageWeakRef(module.weight.untyped_storage()))
 
-        def at_the_backward(gates, loss):
-            self.held.append(sum(not weight.expired() for weight in self.used))
-            self.used.clear()
-            return gradients(gates, loss)
-
-        # A student at ZeRO 3 may have replaced torch's own function in this process before.
-        linear = torch._C._nn.linear
-        stack.enter_context(patch.object(torch.nn.functional, "linear", linear))
-        stack.enter_context(patch.object(megakd.pruning.importance, "frozen_engine", engine))
-        stack.enter_context(patch.object(Gates, "gradients", at_the_backward))
-        return stack
-
-    def _look_into(self, module):
-        self.module = module
-        self.local = sum(getattr(w, "ds_tensor", w).numel() for w in module.parameters())
+    def engine(module, **options):
+        started = start(module, **options)
+        facts["module"] = module
+        facts["share"] = sum(local(w).numel() for w in module.parameters()) / elements(module)
         for part in module.modules():
             if isinstance(part, torch.nn.Linear):
-                part.register_forward_pre_hook(self._note)
+                part.register_forward_pre_hook(note)
+        return started
 
-    def _note(self, linear, inputs):
-        self.used.append(StorageWeakRef(linear.weight.untyped_storage()))
+    def at_the_backward(gates, loss):
+        facts["held"].append(sum(not weight.expired() for weight in used))
+        used.clear()
+        return gradients(gates, loss)
+
+    with (
+        # A student at ZeRO 3 may have replaced torch's own function in this process before.
+        patch.object(torch.nn.functional, "linear", torch._C._nn.linear),
+        patch.object(importance, "frozen_engine", engine),
+        patch.object(importance.Gates, "gradients", at_the_backward),
+    ):
+        yield facts

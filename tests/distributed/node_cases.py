@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch.distributed as dist
+from cases import started, summed
 from deepspeed.runtime.zero import partition_parameters
-from engine_cases import _local, _started, _weights
+from engine_cases import elements, local
 
-from megakd.engine import collectives, nodes
+from megakd.engine import nodes
 from megakd.engine.memory import forget_models
 from megakd.engine.sharding import gathered_state
 
@@ -20,33 +21,24 @@ from megakd.engine.sharding import gathered_state
 def taught(config_path: str, overrides: list[str], count: int) -> dict:
     """Two steps with a teacher on `count` nodes: losses, weights, shards, and the gathers."""
     with claimed_nodes(count), gathers() as groups:
-        run, teacher = _started(config_path, overrides)
-        batches = run.source.step(0)
-        groups.clear()
-        logits = teacher(batches[0]).logits
-        answering = list(groups)
-        losses = [_losses(run.trainer.train_step(run.source.step(step))) for step in range(2)]
-        facts = {
-            "logits": logits,
-            "losses": losses,
-            "groups": answering,
-            "weights": dict(gathered_state(teacher.model)),
-            "share": sum(_local(p).numel() for p in _weights(teacher))
-            / sum(getattr(p, "ds_numel", p.numel()) for p in _weights(teacher)),
-        }
-        model = weakref.ref(teacher.model)
-        run.close()
-        teacher.destroy()
-        del run, teacher
+        with started(config_path, overrides) as (run, teacher):
+            batches = run.source.step(0)
+            groups.clear()
+            logits = teacher(batches[0]).logits
+            answering = list(groups)
+            losses = [summed(run.trainer.train_step(run.source.step(n)).parts) for n in range(2)]
+            shards = [local(p) for p in teacher.model.parameters()]
+            facts = {
+                "logits": logits,
+                "losses": losses,
+                "groups": answering,
+                "weights": dict(gathered_state(teacher.model)),
+                "share": sum(shard.numel() for shard in shards) / elements(teacher.model),
+            }
+            model = weakref.ref(teacher.model)
+        del run, teacher, shards
         forget_models()
     return {**facts, "freed": model() is None}
-
-
-def _losses(report) -> dict[str, float]:
-    return {
-        name: float(collectives.all_reduce_(value.clone().float()))
-        for name, value in report.parts.items()
-    }
 
 
 @contextmanager

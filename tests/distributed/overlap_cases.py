@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import deepspeed
 import torch
 import torch.distributed as dist
+from cases import sgd_engine
 from torch import Tensor, nn
 
 from megakd.engine.memory import destroy
@@ -23,24 +23,12 @@ class Pair(nn.Module):
         return (said + self.second(inputs)).sum() if both else said.sum()
 
 
-def update(zero: dict) -> dict[str, float]:
+def update(**zero: object) -> dict[str, float]:
     """The change of each matrix in a step of SGD; the mean over ranks is 2 · 1.5 and 1.5."""
     torch.manual_seed(0)
     pair = Pair()
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        "zero_optimization": {
-            "reduce_bucket_size": 1000,
-            "stage3_param_persistence_threshold": 0,
-            **zero,
-        },
-    }
     before = {name: weight.clone() for name, weight in gathered_state(pair)}
-    optimizer = torch.optim.SGD(pair.parameters(), lr=1.0)
-    engine, *_ = deepspeed.initialize(model=pair, optimizer=optimizer, config=config)
+    engine = sgd_engine(pair, 1.0, reduce_bucket_size=1000, **zero)
     inputs = torch.full((1, 4), float(dist.get_rank() + 1))
     for is_last in (False, True):
         engine.set_gradient_accumulation_boundary(is_last)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from unittest import mock
 
 import torch
+from cases import lab_of
+from engine_cases import local
 from safetensors.torch import load_file
 
-from megakd.config.file import load_config
-from megakd.engine import distributed, prefetch
+from megakd.engine import prefetch
 from megakd.engine.prefetch import Prefetch
-from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
-from megakd.run.run_lab import RunLab
 from megakd.teachers.cached import CachedTeacher
-from megakd.training.progress import Reporter
 
 
 class Watched:
@@ -39,8 +36,7 @@ class Watched:
         """Of its weights on this rank; none where its answers are on disk."""
         if isinstance(self.teacher, CachedTeacher):
             return 0
-        weights = self.teacher.model.parameters()
-        return sum(getattr(weight, "ds_tensor", weight).numel() for weight in weights)
+        return sum(local(weight).numel() for weight in self.teacher.model.parameters())
 
     def answers(self, batches):
         return map(self, batches)
@@ -51,31 +47,26 @@ class Watched:
 
 def learn(config_path: str, overrides: list[str]) -> dict:
     """Runs the method: who was asked in which order, what each teacher held, and the student."""
-    config = load_config(Path(config_path), overrides)
-    reporter = Reporter(config.output_dir, is_main=False)
-    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     asked: list[str] = []
     held: dict[str, int] = {}
-    frozen = lab.pool.open
+    with lab_of(config_path, overrides) as lab:
+        frozen = lab.pool.open
 
-    def watched(name, stage):
-        teacher = Watched(name, frozen(name, stage), asked)
-        held[name] = teacher.elements
-        return teacher
+        def watched(name, stage):
+            teacher = Watched(name, frozen(name, stage), asked)
+            held[name] = teacher.elements
+            return teacher
 
-    lab.pool.open = watched
-    result = run_method(config.method, lab)
-    lab.close()
+        lab.pool.open = watched
+        result = run_method(lab.config.method, lab)
     weights = load_file(result.folder / "model.safetensors")
     return {"asked": asked, "held": held, "weights": weights, "record": lab.record.pool}
 
 
 def cache(config_path: str, overrides: list[str]) -> list[str]:
     """Makes the caches of a config's teachers: what rank 0 wrote, and how each is listed."""
-    config = load_config(Path(config_path), overrides)
-    reporter = Reporter(config.output_dir, is_main=False)
-    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
-    folders = [lab.cache(lab.teacher(name)) for name in config.teacher_specs]
+    with lab_of(config_path, overrides) as lab:
+        folders = [lab.cache(lab.teacher(name)) for name in lab.config.teacher_specs]
     return [str(file) for folder in folders for file in sorted(folder.glob("*/*.npy"))]
 
 

@@ -6,56 +6,47 @@ import gc
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from cases import joined_shards
+from cases import joined_shards, lab_of
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from megakd.config.file import load_config
-from megakd.engine import distributed
 from megakd.engine.sharding import full_shape
-from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
 from megakd.methods.homodistil import strategy as pruning
-from megakd.run.run_lab import RunLab
-from megakd.training.progress import Reporter
 
 
 def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
     """Run the method; return the weights, every selection, and the held-out losses by step."""
-    config = load_config(Path(config_path), overrides)
-    reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
-    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
     notes: list[dict[str, Any]] = []
+    sensitivities: list[dict] = []
     select, update = pruning.select, pruning.PruningStrategy.before_update
 
     def selecting(scores, kept, wanted, student, *, monotone):
-        found = select(scores, kept, wanted, student, monotone=monotone)
-        units = {group: list(places) for group, places in found.items()}
+        chosen = select(scores, kept, wanted, student, monotone=monotone)
+        units = {group: list(places) for group, places in chosen.items()}
         notes.append({"scores": scores.clone(), "kept": units, "wanted": wanted})
-        return found
-
-    sensitivities: list[dict] = []
+        return chosen
 
     def updating(self, step, student):
         if len(sensitivities) < 2:
             sensitivities.append(whole_sensitivities(student))
         update(self, step, student)
 
-    pruning.select, pruning.PruningStrategy.before_update = selecting, updating
-    try:
-        result = run_method(config.method, lab)
-    finally:
-        pruning.select, pruning.PruningStrategy.before_update = select, update
-        lab.close()
-    gc.collect()
+    with (
+        patch.object(pruning, "select", selecting),
+        patch.object(pruning.PruningStrategy, "before_update", updating),
+        lab_of(config_path, overrides, writes=True) as lab,
+    ):
+        result = run_method(lab.config.method, lab)
     return {
         "state": load_file(result.folder / "model.safetensors"),
         "notes": notes,
         "sensitivities": sensitivities,
-        "rows": lab.record.pruning,
-        "stages": [found.name for found in lab.results],
-        "logged": logged(config.output_dir),
+        "stages": [result.name for result in lab.results],
+        "logged": logged(lab.config.output_dir),
     }
 
 
@@ -77,15 +68,13 @@ def whole_sensitivities(student) -> dict[str, torch.Tensor]:
 
 def alive_after(config_path: str) -> int:
     """Run the method; return the number of models that are still in memory afterwards."""
-    from transformers import PreTrainedModel
-
-    gc.collect()
-    before = sum(isinstance(found, PreTrainedModel) for found in gc.get_objects())
-    config = load_config(Path(config_path))
-    reporter = Reporter(config.output_dir, is_main=distributed.ranks().is_main)
-    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
-    run_method(config.method, lab)
-    lab.close()
+    before = models_in_memory()
+    with lab_of(config_path, writes=True) as lab:
+        run_method(lab.config.method, lab)
     del lab
+    return models_in_memory() - before
+
+
+def models_in_memory() -> int:
     gc.collect()
-    return sum(isinstance(found, PreTrainedModel) for found in gc.get_objects()) - before
+    return sum(isinstance(found, PreTrainedModel) for found in gc.get_objects())

@@ -53,7 +53,7 @@ def step_terms(student, teacher, projections, batch, settings) -> dict:
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
     labelled = batch.labels != -100
     terms = {}
-    for name, weight in settings["weights"].items():
+    for name in settings["weights"]:
         if name == "hard_cross_entropy":
             terms[name] = F.cross_entropy(said.logits[labelled], batch.labels[labelled])
         elif name.startswith("soft_target"):
@@ -68,7 +68,6 @@ def step_terms(student, teacher, projections, batch, settings) -> dict:
             terms[name] = _hidden(
                 name, said.hidden_states, taught.hidden_states, projections, batch, settings
             )
-        assert weight > 0
     return terms
 
 
@@ -78,11 +77,8 @@ def _soft(name, student_logits, teacher_logits, settings):
     q = F.softmax(student_logits / temperature, -1)
     if name == "soft_target_kl":
         rows = (p * (p.log() - q.log())).sum(-1)
-    elif name == "soft_target_reverse_kl":
-        rows = (q * (q.log() - p.log())).sum(-1)
     else:
-        m = 0.5 * (p + q)
-        rows = 0.5 * (p * (p.log() - m.log())).sum(-1) + 0.5 * (q * (q.log() - m.log())).sum(-1)
+        rows = (q * (q.log() - p.log())).sum(-1)
     return rows.mean() * temperature**2
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 
-import elastic_cases
 import torch
 import torch.nn.functional as F
+from cases import sgd_engine
 from elastic_views import TOKENS, VOCABULARY, cut, family_model, gradients_of, without_dropout
 from unit_counts import counts_of
 
@@ -76,7 +75,7 @@ def train(family: str, task: str, stage: int) -> dict:
     shape = Shape(3, 24, VOCABULARY)
     objective = build_objective(TERMS, task, shape, shape)
     bundle = StudentBundle({"student": model}, objective, world_size=ranks.world_size, views=VIEWS)
-    engine = elastic_cases._engine(bundle, stage)
+    engine = sgd_engine(bundle, RATE, stage)
     with torch.no_grad():
         knowledge = {"teacher": read_knowledge(teacher, batch, Needs())}
         engine.eval()
@@ -88,5 +87,4 @@ def train(family: str, task: str, stage: int) -> dict:
     engine.step()
     weights = dict(gathered_state(model))
     engine.destroy()
-    gc.collect()
     return {"weights": weights, "scores": scores}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from contextlib import contextmanager
 from unittest.mock import patch
 
+from cases import lab_of
 from safetensors.torch import load_file
 
-from megakd.config.file import load_config
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
 from megakd.engine.student import StudentEngine
-from megakd.inputs.inputs import prepare
 from megakd.methods import run_method
 from megakd.methods.knowledge_selection.selecting import Selecting
 from megakd.methods.knowledge_selection.selector import Selector
-from megakd.run.run_lab import RunLab
 from megakd.training.probe import StageProbe
-from megakd.training.progress import Reporter
 
 
 class Watch:
@@ -30,62 +27,59 @@ class Watch:
         self.measured = 0
         self._fresh = False
 
-    def __enter__(self):
-        self._kept = Selecting._chosen, StageProbe.loss, StageProbe.reset, StudentEngine.step
-        chosen, loss, reset, step = self._kept
-        watch = self
+    @contextmanager
+    def watching(watch):  # noqa: N805 - the functions below have a `self`, too
+        chosen, loss = Selecting._chosen, StageProbe.loss
+        reset, step = StageProbe.reset, StudentEngine.step
 
-        def choosing(strategy, step, summaries):
-            action = chosen(strategy, step, summaries)
-            watch.actions.append(action)
-            return action
+        def choosing(self, number, summaries):
+            watch.actions.append(chosen(self, number, summaries))
+            return watch.actions[-1]
 
-        def measuring(probe, student):
+        def measuring(self, student):
             watch.measured += 1
             watch._fresh = watch._fresh or watch.measured == 1
-            return loss(probe, student)
+            return loss(self, student)
 
-        def resetting(probe, student):
-            reset(probe, student)
+        def resetting(self, student):
+            reset(self, student)
             watch._fresh = True
 
-        def stepping(student, rate):
-            before = watch._digest(student) if watch._fresh else ""
-            step(student, rate)
+        def stepping(self, rate):
             if watch._fresh:
-                watch.beginnings.append(before)
+                watch.beginnings.append(digest(self))
+            step(self, rate)
             watch._fresh = False
 
-        Selecting._chosen, StageProbe.loss = choosing, measuring
-        StageProbe.reset, StudentEngine.step = resetting, stepping
-        return self
+        with (
+            patch.object(Selecting, "_chosen", choosing),
+            patch.object(StageProbe, "loss", measuring),
+            patch.object(StageProbe, "reset", resetting),
+            patch.object(StudentEngine, "step", stepping),
+        ):
+            yield
 
-    def __exit__(self, *_):
-        Selecting._chosen, StageProbe.loss, StageProbe.reset, StudentEngine.step = self._kept
 
-    def _digest(self, student) -> str:
-        """Of the weights, and of the moments that the optimizer has."""
-        found = hashlib.sha256()
-        for _, tensor in gathered_state(student.student):
-            found.update(tensor.float().numpy().tobytes())
-        for state in student._engine.optimizer.state.values():
-            found.update(str(float(state["exp_avg"].abs().sum())).encode())
-        return found.hexdigest()
+def digest(student) -> str:
+    """Of the weights, and of the moments that the optimizer has."""
+    hashed = hashlib.sha256()
+    for _, tensor in gathered_state(student.student):
+        hashed.update(tensor.float().numpy().tobytes())
+    for state in student._engine.optimizer.state.values():
+        hashed.update(str(float(state["exp_avg"].abs().sum())).encode())
+    return hashed.hexdigest()
 
 
 def learn_apart(config_path: str, overrides: list[str]) -> dict:
     """Runs the method on ranks whose actors say something else, as on other processors."""
-    said, rank = Selector.action, distributed.ranks().rank
+    action = Selector.action
 
     def other(selector, state):
-        action = said(selector, state)
-        return action if rank == 0 else 1 - action
+        said = action(selector, state)
+        return said if distributed.ranks().is_main else 1 - said
 
-    Selector.action = other
-    try:
+    with patch.object(Selector, "action", other):
         return learn(config_path, overrides)
-    finally:
-        Selector.action = said
 
 
 def device_seeds(config_path: str, overrides: list[str]) -> list[int]:
@@ -98,12 +92,9 @@ def device_seeds(config_path: str, overrides: list[str]) -> list[int]:
 
 def learn(config_path: str, overrides: list[str]) -> dict:
     """Runs the method and tells what was seen of it."""
-    config = load_config(Path(config_path), overrides)
-    reporter = Reporter(config.output_dir, is_main=False)
-    lab = RunLab(config, prepare(config), distributed.ranks(), reporter)
-    with Watch() as watch:
-        result = run_method(config.method, lab)
-        lab.close()
+    watch = Watch()
+    with watch.watching(), lab_of(config_path, overrides) as lab:
+        result = run_method(lab.config.method, lab)
     weights = load_file(result.folder / "model.safetensors")
     facts = {"actions": watch.actions, "beginnings": watch.beginnings, "measured": watch.measured}
     return {**facts, "weights": weights}

@@ -7,6 +7,7 @@ import functools
 import elastic_cases
 import pytest
 from elastic_views import EVERYTHING, NARROW, NOTHING, WITHOUT
+from equal_runs import difference
 
 VIEWS = (WITHOUT, NARROW, NOTHING, EVERYTHING)
 
@@ -14,11 +15,6 @@ VIEWS = (WITHOUT, NARROW, NOTHING, EVERYTHING)
 @functools.cache
 def expected(family: str) -> dict:
     return elastic_cases.reference(family, VIEWS)
-
-
-def largest_difference(found: dict, wanted: dict) -> float:
-    assert found.keys() == wanted.keys()
-    return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +36,8 @@ def test_two_ranks_train_all_views_as_dense_models_would_be(workers, stage, fami
     found = workers(2).run("elastic_cases.train", family, VIEWS, stage, options)[0]
 
     start = dict(elastic_cases.prepared(family).named_parameters())
-    assert largest_difference(start, expected(family)) > 1e-3
-    assert largest_difference(found["weights"], expected(family)) <= 1e-6
+    assert difference(start, expected(family)) > 1e-3
+    assert difference(found["weights"], expected(family)) <= 1e-6
     assert found["invalidations"] == 0
     if stage == 3:
         assert found["seen"] > 0

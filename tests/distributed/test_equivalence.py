@@ -9,191 +9,95 @@ from equal_runs import (
     CUTS,
     INNER,
     LANGUAGE,
-    STEPS,
     assert_same,
     assert_same_shards,
-    config_tree,
+    cut_of,
     plain_run,
-    write,
-    write_folder,
 )
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("equivalence"))
+RECOMPUTED = {"gradient_checkpointing": True}
+CHUNKED, REFERENCE = {"kernels": "chunked"}, {"kernels": "reference"}
 
 
-def slow(cases):
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+def terms_of(student):
+    return CLASSIFICATION if student.startswith("bert") else LANGUAGE
 
 
-SHARDED = [(0, 0), (1, 3), (2, 3), (3, 0), (3, 3)]
-SLOW_SHARDED = [(0, 3), (1, 0), (2, 0)]
+# (student, ZeRO stage of the student, of the teacher)
+STAGES = [("bert-student", *stages) for stages in ((0, 0), (1, 3), (2, 3), (3, 0), (3, 3))]
+STAGES += [("llama-tied", *stages) for stages in ((0, 0), (1, 3), (2, 0), (3, 3))]
+STAGES += [("llama-untied", *stages) for stages in ((2, 0), (3, 3))]
+STAGES += [("masked-tied", student, 3) for student in range(4)]
+STAGES += [("masked-untied", 2, 0), ("masked-untied", 3, 3)]
+STAGES += [("masked-roberta", 3, 3), ("masked-distilbert", 3, 3)]
+SLOW = [("bert-student", *stages) for stages in ((0, 3), (1, 0), (2, 0))]
+SLOW += [("llama-tied", *stages) for stages in ((2, 3), (3, 0))]
+SLOW += [("llama-untied", *stages) for stages in ((0, 0), (1, 3), (2, 3), (3, 0))]
+SLOW += [("masked-tied", student, 0) for student in range(4)] + [("masked-untied", 0, 3)]
+# Micro-batches and ranks for every kind of student, either of them alone for one.
+CUT = [("bert-student", cut) for cut in CUTS]
+LANGUAGE_CUTS = [(student, cut) for student in ("llama-tied", "masked-tied") for cut in CUTS]
+CUT += [(student, cut) for student, cut in LANGUAGE_CUTS if cut[-1] > 1]
+SLOW_CUT = [case for case in LANGUAGE_CUTS if case not in CUT]
+ONE_BY_ONE = {"micro_batches_per_call": 1}
 
 
-@pytest.mark.parametrize(("student_zero", "teacher_zero"), [*SHARDED, *slow(SLOW_SHARDED)])
-def test_a_classifier_distils_as_in_one_plain_process(
-    workers, folder, tmp_path, student_zero, teacher_zero
-):
-    tree = config_tree(
-        folder, "bert-student", CLASSIFICATION, student_zero=student_zero, teacher_zero=teacher_zero
-    )
-    path = write(tree, tmp_path / "config.yaml")
-
-    found = workers(2).run("train", path, [], STEPS)[0]
-
-    assert_same(found, plain_run(path, CLASSIFICATION, found["initial"]))
+def cases(stages, cuts):
+    """(student, its terms, stages, ranks, sections of the config)"""
+    yield from ((student, terms_of(student), zero, 2, {}) for student, *zero in stages)
+    for student, cut in cuts:
+        yield student, terms_of(student), (2, 3), cut[0], {"train": cut_of(cut)}
 
 
-@pytest.mark.parametrize("student_zero", [0, 1, 2, 3])
-def test_the_shards_of_a_bf16_student_are_its_fp32_weights_and_gradients(
-    workers, folder, tmp_path, student_zero
-):
-    tree = config_tree(
-        folder, "bert-student", CLASSIFICATION, student_zero=student_zero, teacher_zero=0
-    )
-    path = write(tree, tmp_path / "config.yaml")
-
-    found = workers(2).run("train", path, ["train.bf16=true"], 1)[0]
-
-    assert_same_shards(found)
-
-
-LLAMAS = [("llama-tied", *stages) for stages in ((0, 0), (1, 3), (2, 0), (3, 3))]
-LLAMAS += [("llama-untied", *stages) for stages in ((2, 0), (3, 3))]
-SLOW_LLAMAS = [("llama-tied", *stages) for stages in ((2, 3), (3, 0))]
-SLOW_LLAMAS += [("llama-untied", *stages) for stages in ((0, 0), (1, 3), (2, 3), (3, 0))]
-
-
-@pytest.mark.parametrize(("student", "student_zero", "teacher_zero"), [*LLAMAS, *slow(SLOW_LLAMAS)])
-def test_a_language_model_distils_as_in_one_plain_process(
-    workers, folder, tmp_path, student, student_zero, teacher_zero
-):
-    tree = config_tree(
-        folder, student, LANGUAGE, student_zero=student_zero, teacher_zero=teacher_zero
-    )
-    path = write(tree, tmp_path / "config.yaml")
-
-    found = workers(2).run("train", path, [], STEPS)[0]
-
-    assert_same(found, plain_run(path, LANGUAGE, found["initial"]))
-
-
-MASKED = [("masked-tied", student, 3) for student in range(4)]
-MASKED += [("masked-untied", *stages) for stages in ((2, 0), (3, 3))]
-SLOW_MASKED = [("masked-tied", student, 0) for student in range(4)] + [("masked-untied", 0, 3)]
-MASKED += [(f"masked-{family}", 3, 3) for family in ("roberta", "distilbert")]
-
-
-@pytest.mark.parametrize(("student", "student_zero", "teacher_zero"), [*MASKED, *slow(SLOW_MASKED)])
-def test_a_masked_lm_distils_as_in_one_plain_process(
-    workers, folder, tmp_path, student, student_zero, teacher_zero
-):
-    tree = config_tree(
-        folder, student, LANGUAGE, student_zero=student_zero, teacher_zero=teacher_zero
-    )
-    path = write(tree, tmp_path / "config.yaml")
-
-    found = workers(2).run("train", path, [], STEPS)[0]
-
-    assert_same(found, plain_run(path, LANGUAGE, found["initial"]))
-
-
-# (student, student's ZeRO stage, teacher's, train.gradient_checkpointing, train.kernels)
-INNER_CASES = [
-    ("bert-student", 0, 3, False, "reference"),
-    ("bert-student", 1, 0, True, "auto"),
-    ("bert-student", 3, 3, False, "auto"),
-    ("masked-tied", 2, 3, False, "auto"),
-    ("llama-tied", 2, 0, False, "chunked"),
-    ("llama-untied", 2, 3, True, "reference"),
-    ("llama-tied", 3, 3, True, "auto"),
-    *slow([("llama-untied", 3, 0, False, "reference")]),
+CASES = [
+    *cases(STAGES, CUT),
+    # The answers of a teacher to a whole step at once are those to one micro-batch after another.
+    *(
+        (student, terms_of(student), (2, 3), 2, {"teacher": ONE_BY_ONE})
+        for student in ("bert-student", "llama-tied", "masked-tied")
+    ),
+    ("bert-student", INNER, (0, 3), 2, {"train": REFERENCE}),
+    ("bert-student", INNER, (1, 0), 2, {"train": RECOMPUTED}),
+    ("bert-student", INNER, (3, 3), 2, {}),
+    ("bert-student", CLASSIFICATION, (3, 3), 2, {"train": RECOMPUTED}),
+    ("masked-tied", INNER, (2, 3), 2, {}),
+    ("llama-tied", INNER, (2, 0), 2, {"train": CHUNKED}),
+    ("llama-untied", INNER, (2, 3), 2, {"train": RECOMPUTED | REFERENCE}),
+    ("llama-tied", INNER, (3, 3), 2, {"train": RECOMPUTED}),
 ]
+SLOW_CASES = [*cases(SLOW, SLOW_CUT), ("llama-untied", INNER, (3, 0), 2, {"train": REFERENCE})]
 
 
 @pytest.mark.parametrize(
-    ("student", "student_zero", "teacher_zero", "checkpointing", "kernels"), INNER_CASES
+    ("student", "terms", "stages", "ranks", "sections"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+    ids=lambda value: None if isinstance(value, dict) else str(value),
 )
-def test_attention_relations_and_embeddings_distil_as_in_one_plain_process(
-    workers, folder, tmp_path, student, student_zero, teacher_zero, checkpointing, kernels
-):
-    tree = config_tree(folder, student, INNER, student_zero=student_zero, teacher_zero=teacher_zero)
-    tree["train"] |= {"gradient_checkpointing": checkpointing, "kernels": kernels}
-    path = write(tree, tmp_path / "config.yaml")
+def test_a_student_distils_as_in_one_plain_process(distil, student, terms, stages, ranks, sections):
+    path, found = distil(student, terms, stages, ranks=ranks, **sections)
 
-    found = workers(2).run("train", path, [], STEPS)[0]
+    assert_same(found[0], plain_run(path, terms, found[0]["initial"]))
+    if stages[0] == 3:  # the student is really sharded
+        whole = sum(weight.numel() for weight in found[0]["initial"].values())
+        assert all(rank["local_elements"] <= 0.51 * whole for rank in found)
 
-    assert_same(found, plain_run(path, INNER, found["initial"]))
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_shards_of_a_bf16_student_are_its_fp32_weights_and_gradients(distil, stage):
+    _, found = distil("bert-student", CLASSIFICATION, (stage, 0), steps=1, train={"bf16": True})
+
+    assert_same_shards(found[0])
 
 
 # Nothing but a layer's projections has a gradient then, and the layer is repeated in the backward.
-@pytest.mark.parametrize(("student", "student_zero"), [("masked-tied", 3), ("llama-tied", 2)])
-def test_relations_can_be_all_that_is_learned(workers, folder, tmp_path, student, student_zero):
+@pytest.mark.parametrize(("student", "stage"), [("masked-tied", 3), ("llama-tied", 2)])
+def test_relations_can_be_all_that_is_learned(distil, student, stage):
     alone = {"relation_kl": 1.0}
-    tree = config_tree(folder, student, alone, student_zero=student_zero, teacher_zero=3)
-    tree["train"] |= {"gradient_checkpointing": True}
-    path = write(tree, tmp_path / "config.yaml")
 
-    found = workers(2).run("train", path, [], 1)[0]
+    path, (found, _) = distil(student, alone, (stage, 3), steps=1, train=RECOMPUTED)
 
     expected = plain_run(path, alone, found["initial"])
     assert found["losses"][0]["relation_kl"] == pytest.approx(expected["losses"][0]["relation_kl"])
     for name, gradient in found["gradients"][0].items():
         wanted = expected["gradients"][0].get(name, torch.zeros_like(gradient))
         assert torch.allclose(gradient, wanted, atol=1e-6), name
-
-
-# Micro-batches and ranks for every kind of student, either of them alone for one.
-CUT_CASES = [("bert-student", *cut) for cut in CUTS]
-LANGUAGE_CUTS = [(kind, *cut) for kind in ("llama-tied", "masked-tied") for cut in CUTS]
-CUT_CASES += [case for case in LANGUAGE_CUTS if case[-1] > 1]
-
-
-@pytest.mark.parametrize(
-    ("student", "ranks", "size", "accumulation"),
-    [*CUT_CASES, *slow(case for case in LANGUAGE_CUTS if case not in CUT_CASES)],
-)
-def test_the_cut_of_a_step_into_ranks_and_micro_batches_changes_nothing(
-    workers, folder, tmp_path, student, ranks, size, accumulation
-):
-    weights = CLASSIFICATION if student.startswith("bert") else LANGUAGE
-    tree = config_tree(folder, student, weights, student_zero=2, teacher_zero=3)
-    tree["train"] |= {
-        "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": accumulation,
-    }
-    path = write(tree, tmp_path / "config.yaml")
-
-    found = workers(ranks).run("train", path, [], STEPS)[0]
-
-    assert_same(found, plain_run(path, weights, found["initial"]))
-
-
-def test_a_sharded_student_is_really_sharded(workers, folder, tmp_path):
-    tree = config_tree(folder, "bert-student", CLASSIFICATION, student_zero=3, teacher_zero=3)
-    path = write(tree, tmp_path / "config.yaml")
-
-    shares = workers(2).run("train", path, [], 1)
-
-    whole = sum(tensor.numel() for tensor in shares[0]["initial"].values())
-    assert all(share["local_elements"] <= 0.51 * whole for share in shares)
-
-
-@pytest.mark.parametrize("student", ["bert-student", "llama-tied", "masked-tied"])
-def test_a_teacher_that_answers_a_step_at_once_teaches_the_same(workers, folder, tmp_path, student):
-    weights = CLASSIFICATION if student.startswith("bert") else LANGUAGE
-    tree = config_tree(folder, student, weights, student_zero=2, teacher_zero=3)
-    tree["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
-    path = write(tree, tmp_path / "config.yaml")
-
-    together, one_by_one = (
-        workers(2).run("train", path, [f"teacher.micro_batches_per_call={count}"], STEPS)[0]
-        for count in (3, 1)
-    )
-
-    for ours, theirs in zip(together["losses"], one_by_one["losses"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
-    for name, weight in together["final"].items():
-        torch.testing.assert_close(weight, one_by_one["final"][name], rtol=1e-5, atol=1e-6)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import config_tree, save_tokenizer, write_config, write_text
-from transformers import AutoModelForCausalLM, LlamaConfig
+from equal_runs import ZERO3
+from tiny_runs import config_tree, llama, save_tokenizer, write_config, write_text
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROWS = 5
 """Rows of an evaluation's micro-batch; a training step has others."""
-ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 PRESETS = {2: ("zero2", "teacher_zero0"), 3: (ZERO3, "teacher_zero3")}
 TERMS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse")
 
@@ -22,16 +22,9 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation")
     text = write_text(folder / "text.txt", documents=120)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        num_hidden_layers=2,
-        hidden_size=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "llama")
+    keys = llama(2, intermediate_size=16, num_attention_heads=4, num_key_value_heads=2)["config"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=320, **keys))
+    model.save_pretrained(folder / "llama")
     save_tokenizer(folder / "llama", text.read_text().split("\n\n"), kind="bpe")
     return folder
 

@@ -6,44 +6,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from equal_runs import ZERO3, difference
 from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
 
-NODE = {
-    "megakd": {"shard_within_node": True},
-    # Small weights are sharded too, and gathered in every forward.
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-}
+# Small weights are sharded too, and gathered in every forward.
+NODE = {"megakd": {"shard_within_node": True}, **ZERO3}
+KL, HIDDEN = {"loss": "soft_target_kl"}, {"loss": "hidden_mse", "layer_mapping": ["1:2"]}
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """A config with a student at a stage: `written(language=..., student=...)`."""
-    folder = tmp_path_factory.mktemp("nodes")
-    write_reviews(folder / "reviews", train=41, validation=9)
-    write_text(folder / "text.txt")
-
-    def write(*, language: bool, student: str) -> str:
-        task = {"type": "classification", "dataset": str(folder / "reviews")}
-        if language:
-            task = {"type": "causal_lm", "dataset": str(folder / "text.txt")}
-            task["tokenizer"] = {"type": "bpe", "vocab_size": 320}
-        model = llama(2, width=24) if language else bert(2, width=24, **NO_DROPOUT)
-        tree = config_tree(
-            Path("unused"),
-            task,
-            teacher={"model": model, "deepspeed": NODE},
-            student={"model": llama(1) if language else bert(1, **NO_DROPOUT)},
-            method={"name": "single"},
-            objective=[
-                {"loss": "soft_target_kl"},
-                {"loss": "hidden_mse", "layer_mapping": ["1:2"]},
-            ],
-            train={"gradient_accumulation_steps": 2},
-        )
-        tree["student"]["deepspeed"] = student
-        return str(write_config(folder / f"{language}-{student}.yaml", tree))
-
-    return write
+def config_of(folder: Path, *, language: bool, student: str) -> str:
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews", train=41))}
+    model = bert(2, width=24, **NO_DROPOUT)
+    if language:
+        task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
+        task["tokenizer"] = {"type": "bpe", "vocab_size": 320}
+        model = llama(2, width=24)
+    tree = config_tree(
+        folder / "out",
+        task,
+        teacher={"model": model, "deepspeed": NODE},
+        student={"model": llama(1) if language else bert(1, **NO_DROPOUT), "deepspeed": student},
+        method={"name": "single"},
+        objective=[KL, HIDDEN],
+        train={"gradient_accumulation_steps": 2},
+    )
+    return str(write_config(folder / "run.yaml", tree))
 
 
 @pytest.mark.parametrize(
@@ -57,9 +44,9 @@ def written(tmp_path_factory):
     ],
 )
 def test_each_node_has_one_copy_of_a_teacher_that_answers_as_if_whole(
-    workers, written, ranks, nodes, language, student
+    workers, tmp_path, ranks, nodes, language, student
 ):
-    path, of_node = written(language=language, student=student), ranks // nodes
+    path, of_node = config_of(tmp_path, language=language, student=student), ranks // nodes
     whole = ["teacher.deepspeed=teacher_zero0"]
 
     expected = workers(ranks).run("node_cases.taught", path, whole, nodes)
@@ -73,6 +60,4 @@ def test_each_node_has_one_copy_of_a_teacher_that_answers_as_if_whole(
         if not language:
             torch.testing.assert_close(with_copy["logits"], with_whole["logits"])
         assert with_copy["freed"]
-    weights = expected[0]["weights"]
-    assert found[0]["weights"].keys() == weights.keys()
-    assert all(torch.equal(found[0]["weights"][name], weights[name]) for name in weights)
+    assert difference(found[0]["weights"], expected[0]["weights"]) == 0

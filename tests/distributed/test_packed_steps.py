@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from equal_runs import INNER, LANGUAGE, ROWS, STEPS, assert_same, config_tree, plain_run, write
-from equal_runs import write_folder as write_models
+from equal_runs import INNER, LANGUAGE, ROWS, assert_same, plain_run
 
 BUDGET = 40
 RAGGED_STEPS = 4
@@ -19,11 +18,6 @@ MIXES = {"on-policy": {"rollout": 1.0}, "mixed": {"rollout": 0.5, "data": 0.5}}
 MOST_NEW_TOKENS = 8
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("packed"))
-
-
 def both(workers, path, ranks):
     """The same steps with padded rows and with packed rows, in folders of their own."""
     cuts = MICRO_BATCHES[ranks]
@@ -32,9 +26,9 @@ def both(workers, path, ranks):
     packed = [*rows, f"train.tokens_per_rank={BUDGET}"]
     return tuple(
         workers(ranks).run(
-            "packed_cases.train", path, [f"output_dir={path}-{name}", *given], RAGGED_STEPS
+            "packed_cases.train", path, [f"output_dir={path}-{name}", *keys], RAGGED_STEPS
         )[0]
-        for name, given in (("padded", rows), ("packed", packed))
+        for name, keys in (("padded", rows), ("packed", packed))
     )
 
 
@@ -67,30 +61,19 @@ CASES += [(1, 2, 3, True, INNER), (2, 0, 3, False, INNER), (2, 3, 0, False, INNE
 CASES += [(3, 3, 3, True, INNER)]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "student_zero", "teacher_zero", "checkpointing", "terms"),
-    CASES,
-)
+@pytest.mark.parametrize(("ranks", "student", "teacher", "recomputes", "terms"), CASES)
 def test_packed_rows_give_the_losses_and_gradients_of_padded_rows(
-    workers, folder, tmp_path, ranks, student_zero, teacher_zero, checkpointing, terms
+    workers, write_run, ranks, student, teacher, recomputes, terms
 ):
-    tree = config_tree(
-        folder, "llama-tied", terms, student_zero=student_zero, teacher_zero=teacher_zero
-    )
-    tree["train"]["gradient_checkpointing"] = checkpointing
-    path = write(tree, tmp_path / "config.yaml")
+    train = {"gradient_checkpointing": recomputes}
+    path = write_run("llama-tied", terms, (student, teacher), train=train)
 
     padded, packed = both(workers, path, ranks)
 
     assert_equal(packed, padded)
 
 
-QUICK = {
-    ("on-policy", 1, 0, 0),
-    ("mixed", 2, 3, 3),
-    ("mixed", 3, 2, 0),
-    ("on-policy", 3, 3, 3),
-}
+QUICK = {("on-policy", 1, 0, 0), ("mixed", 2, 3, 3), ("mixed", 3, 2, 0), ("on-policy", 3, 3, 3)}
 """(source, ranks, student's ZeRO stage, teacher's) of the cases that every test run includes."""
 GENERATED = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
@@ -98,20 +81,16 @@ GENERATED = [
 ]
 
 
-@pytest.mark.parametrize(("source", "ranks", "student_zero", "teacher_zero"), GENERATED)
+@pytest.mark.parametrize(("source", "ranks", "student", "teacher"), GENERATED)
 def test_packed_texts_of_the_student_give_the_losses_and_gradients_of_padded_texts(
-    workers, folder, tmp_path, source, ranks, student_zero, teacher_zero
+    workers, write_run, source, ranks, student, teacher
 ):
-    tree = config_tree(
-        folder, "llama-tied", LANGUAGE, student_zero=student_zero, teacher_zero=teacher_zero
-    )
-    tree["task"]["max_length"] += MOST_NEW_TOKENS
-    tree["rollout"] = {
-        "max_new_tokens": MOST_NEW_TOKENS,
-        "mix": MIXES[source],
-        "mix_per": "row",
+    mix = {"mix": MIXES[source], "mix_per": "row"}
+    sections = {
+        "rollout": {"max_new_tokens": MOST_NEW_TOKENS, **mix},
+        "task": {"max_length": 16 + MOST_NEW_TOKENS},
     }
-    path = write(tree, tmp_path / "config.yaml")
+    path = write_run("llama-tied", LANGUAGE, (student, teacher), **sections)
 
     padded, packed = both(workers, path, ranks)
 
@@ -120,31 +99,25 @@ def test_packed_texts_of_the_student_give_the_losses_and_gradients_of_padded_tex
     assert_equal(packed, padded)
 
 
+def packed_by(ranks):
+    return {
+        "per_device_train_batch_size": ROWS // ranks,
+        "gradient_accumulation_steps": 1,
+        "tokens_per_rank": BUDGET,
+    }
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_packed_text_distils_as_in_one_plain_process(workers, folder, tmp_path, ranks):
-    tree = config_tree(folder, "llama-untied", LANGUAGE, student_zero=2, teacher_zero=3)
-    tree["train"] |= {
-        "per_device_train_batch_size": 12 // ranks,
-        "gradient_accumulation_steps": 1,
-        "tokens_per_rank": BUDGET,
-    }
-    path = write(tree, tmp_path / "config.yaml")
+def test_packed_text_distils_as_in_one_plain_process(distil, ranks):
+    path, found = distil("llama-untied", LANGUAGE, (2, 3), ranks=ranks, train=packed_by(ranks))
 
-    found = workers(ranks).run("train", path, [], STEPS)[0]
-
-    assert_same(found, plain_run(path, LANGUAGE, found["initial"]))
+    assert_same(found[0], plain_run(path, LANGUAGE, found[0]["initial"]))
 
 
-@pytest.mark.parametrize("student_zero", [2, 3])
-def test_offloaded_layer_inputs_give_the_same_gradients(workers, folder, tmp_path, student_zero):
-    tree = config_tree(folder, "llama-tied", LANGUAGE, student_zero=student_zero, teacher_zero=3)
-    tree["train"] |= {
-        "per_device_train_batch_size": 6,
-        "gradient_accumulation_steps": 1,
-        "tokens_per_rank": BUDGET,
-        "gradient_checkpointing": True,
-    }
-    path = write(tree, tmp_path / "config.yaml")
+@pytest.mark.parametrize("student", [2, 3])
+def test_offloaded_layer_inputs_give_the_same_gradients(workers, write_run, student):
+    train = {**packed_by(2), "gradient_checkpointing": True}
+    path = write_run("llama-tied", LANGUAGE, (student, 3), train=train)
 
     kept = workers(2).run("packed_cases.train", path, [], 2)[0]
     settings = ["train.activation_offload=true"]

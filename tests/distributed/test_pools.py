@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
+from equal_runs import ZERO3, difference
 from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_reviews
 
 STEPS, MICRO_BATCHES = 6, 2
@@ -47,11 +49,6 @@ def learn(workers, config, tmp_path):
     return learned
 
 
-def furthest(found: dict, expected: dict) -> float:
-    assert found.keys() == expected.keys()
-    return max((found[name] - expected[name]).abs().max().item() for name in found)
-
-
 @pytest.mark.parametrize(
     ("method", "student", "teacher"),
     [
@@ -71,45 +68,38 @@ def test_two_ranks_learn_from_a_pool_as_one_does(learn, method, student, teacher
     (alone,) = learn(1, f"method.name={method}", "student.deepspeed=zero0", teacher=0)
 
     assert first["asked"] == second["asked"] == alone["asked"]
-    assert furthest(first["weights"], alone["weights"]) <= 1e-5
+    assert difference(first["weights"], alone["weights"]) <= 1e-5
 
 
-def test_one_draw_serves_all_micro_batches_of_a_step_and_the_others_do_not_run(learn):
-    asked = learn(2)[0]["asked"]
+def test_one_draw_serves_a_step_and_every_rank_holds_its_shard_of_every_teacher(learn):
+    (whole,), ranks = learn(1, teacher=0), learn(2)
 
+    asked = ranks[0]["asked"]
     assert len(asked) == STEPS * MICRO_BATCHES
     drawn = [asked[i : i + MICRO_BATCHES] for i in range(0, len(asked), MICRO_BATCHES)]
     assert all(len(set(step)) == 1 for step in drawn)
     assert len({step[0] for step in drawn}) > 1
+    for name, elements in whole["held"].items():
+        shares = [rank["held"][name] for rank in ranks]
+        assert shares[0] == shares[1]
+        # Every weight's halves are padded to the same length.
+        assert elements / 2 <= shares[0] < elements / 2 + 100
 
 
 @pytest.mark.parametrize("method", ["skdbert", "mean_of_teachers"])
 def test_the_next_drawn_teacher_is_read_from_its_shards_that_were_fetched_ahead(learn, method):
-    # A threshold of 0 shards the small tensors too.
-    zero3 = "{zero_optimization: {stage: 3, stage3_param_persistence_threshold: 0}}"
-    everywhere = [f"teachers.{i}.deepspeed={zero3}" for i in range(len(SIZES))]
+    everywhere = [f"teachers.{i}.deepspeed={json.dumps(ZERO3)}" for i in range(len(SIZES))]
     settings = [f"method.name={method}", *everywhere]
 
     plain, ahead = learn(2, *settings)[0], learn(2, *settings, case="learn_ahead")[0]
 
     assert ahead["asked"] == plain["asked"]
-    assert furthest(ahead["weights"], plain["weights"]) == 0
+    assert difference(ahead["weights"], plain["weights"]) == 0
     drawn = plain["asked"][::MICRO_BATCHES]
     changes = sum(before != after for before, after in itertools.pairwise(drawn))
     # The last step fetches for one that does not come.
     fetched = {"skdbert": range(changes, changes + 3), "mean_of_teachers": range(1)}
     assert ahead["fetched"] in fetched[method]
-
-
-def test_every_rank_holds_its_shard_of_every_teacher_and_no_more(learn):
-    whole = learn(1, teacher=0)[0]["held"]
-    ranks = [rank["held"] for rank in learn(2)]
-
-    for name, elements in whole.items():
-        shares = [rank[name] for rank in ranks]
-        assert shares[0] == shares[1]
-        # Every weight's halves are padded to the same length.
-        assert elements / 2 <= shares[0] < elements / 2 + 100
 
 
 def test_two_ranks_keep_the_answers_that_one_does_and_learn_from_them(
@@ -128,4 +118,4 @@ def test_two_ranks_keep_the_answers_that_one_does_and_learn_from_them(
     offline = learn(2, *caches("two"))[0]
 
     assert offline["asked"] == online["asked"]
-    assert furthest(offline["weights"], online["weights"]) <= 1e-5
+    assert difference(offline["weights"], online["weights"]) <= 1e-5

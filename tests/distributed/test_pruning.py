@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from equal_runs import difference, zero
 from safetensors.torch import load_file
 from tiny_runs import config_tree, save_tokenizer, write_config, write_text
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, LlamaConfig
 
-ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 SIZES = {
     "vocab_size": 320,
     "num_hidden_layers": 2,
@@ -46,41 +45,58 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def config_of(folder: Path, out: Path, name: str = "bert", *, zero=0, **sections) -> Path:
-    kind = "causal_lm" if name == "llama" else "mlm"
-    method = {**METHOD, **sections.pop("method", {})}
-    if name == "llama":
-        method |= {"target_width": 16, "round_to": 8}
-    preset = ZERO3 if zero == 3 else f"zero{zero}"
+@pytest.fixture
+def config_of(folder, tmp_path):
+    """A config in a folder of its own: `config_of(model, ZeRO stage, options, train=...)`."""
+
+    def written(name="bert", stage=0, method=None, **sections) -> Path:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        return write_run(folder, out, name, stage, method or {}, **sections)
+
+    return written
+
+
+def write_run(folder: Path, out: Path, name: str, stage: int, method: dict, **sections) -> Path:
+    is_llama = name == "llama"
     tree = config_tree(
         out / "out",
-        {"type": kind, "dataset": str(folder / "text.txt")},
+        {"type": "causal_lm" if is_llama else "mlm", "dataset": str(folder / "text.txt")},
         teacher={"model": str(folder / name)},
-        method=method,
-        train={
-            "per_device_train_batch_size": 3,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 8,
-            "learning_rate": 0.01,
-            "adam_epsilon": 0.01,
-            "weight_decay": 0.01,
-        },
+        method=METHOD | ({"target_width": 16, "round_to": 8} if is_llama else {}) | method,
     )
-    tree["student"] = {"model": "from_teacher", "deepspeed": preset}
+    tree["student"] = {"model": "from_teacher", "deepspeed": zero(stage)}
+    tree["train"] = {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 8,
+        "learning_rate": 0.01,
+        "adam_epsilon": 0.01,
+        "weight_decay": 0.01,
+    }
     for key, section in sections.items():
-        tree[key] = {**tree.get(key, {}), **section}
+        tree[key] = {**tree.get(key, {}), **section} if isinstance(section, dict) else section
     return write_config(out / "run.yaml", tree)
 
 
 @pytest.fixture(scope="module")
-def alone(workers, folder, tmp_path_factory) -> dict:
+def pruned(workers):
+    """The findings of all ranks: `pruned(config, ranks)`."""
+    return lambda path, ranks=2: workers(ranks).run("pruning_cases.prune", str(path), [])
+
+
+TWO_RANKS = {"per_device_train_batch_size": 6}
+
+
+@pytest.fixture(scope="module")
+def alone(pruned, folder, tmp_path_factory) -> dict:
     """By model: one rank at ZeRO 0 that never cuts, with the batch of two ranks."""
-    found = {}
-    for name in ("bert", "llama"):
-        train = {"per_device_train_batch_size": 6}
-        path = config_of(folder, tmp_path_factory.mktemp(name), name, train=train)
-        found[name] = workers(1).run("pruning_cases.prune", str(path), ["method.cuts=0"])[0]
-    return found
+    configs = {
+        name: write_run(
+            folder, tmp_path_factory.mktemp(name), name, 0, {"cuts": 0}, train=TWO_RANKS
+        )
+        for name in ("bert", "llama")
+    }
+    return {name: pruned(config, 1)[0] for name, config in configs.items()}
 
 
 def assert_same(found: dict, reference: dict, *, tolerance=1e-5) -> None:
@@ -92,14 +108,10 @@ def assert_same(found: dict, reference: dict, *, tolerance=1e-5) -> None:
         )
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_two_ranks_with_cuts_end_as_one_rank_that_only_masks(
-    workers, folder, tmp_path, alone, name, zero
-):
-    path = config_of(folder, tmp_path, name, zero=zero)
-
-    both = workers(2).run("pruning_cases.prune", str(path), [])
+def test_two_ranks_with_cuts_end_as_one_rank_that_only_masks(pruned, config_of, alone, name, stage):
+    both = pruned(config_of(name, stage))
 
     assert both[0]["stages"] == ["pruning-1", "pruning-2", "student"]
     assert_same(both[0], alone[name])
@@ -110,25 +122,17 @@ def test_two_ranks_with_cuts_end_as_one_rank_that_only_masks(
 
 
 @pytest.mark.parametrize("score", ["platon", "magnitude", "random"])
-def test_other_scores_do_not_depend_on_ranks_or_cuts(workers, folder, tmp_path, score):
-    one = config_of(
-        folder, tmp_path / "one", method={"score": score}, train={"per_device_train_batch_size": 6}
-    )
-    two = config_of(folder, tmp_path / "two", zero=2, method={"score": score})
+def test_other_scores_do_not_depend_on_ranks_or_cuts(pruned, config_of, score):
+    alone = pruned(config_of(method={"score": score}, train=TWO_RANKS), 1)[0]
 
-    alone = workers(1).run("pruning_cases.prune", str(one), ["method.cuts=2"])[0]
-    both = workers(2).run("pruning_cases.prune", str(two), [])[0]
-
-    assert_same(both, alone)
+    assert_same(pruned(config_of("bert", 2, {"score": score}))[0], alone)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_scores_are_the_sums_of_whole_matrices(workers, folder, tmp_path, zero):
-    path = config_of(folder, tmp_path, zero=zero, method={"sensitivity_beta": 0.0})
-
-    found = workers(2).run("pruning_cases.prune", str(path), [])[0]
-
+@pytest.mark.parametrize("stage", [0, 3])
+def test_scores_are_the_sums_of_whole_matrices(pruned, config_of, stage):
     # beta 0: the sensitivities of the very step after which the first units go.
+    found = pruned(config_of("bert", stage, {"sensitivity_beta": 0.0}))[0]
+
     reference = reference_scores(found["sensitivities"][0])
     torch.testing.assert_close(found["notes"][0]["scores"], reference, rtol=1e-5, atol=1e-9)
 
@@ -153,29 +157,20 @@ def reference_scores(sensitivities: dict) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_cut_changes_nothing_of_what_follows_with_dropout(workers, folder, tmp_path, zero):
-    masked = config_of(folder, tmp_path / "masked", "dropout", zero=zero)
-    cut = config_of(folder, tmp_path / "cut", "dropout", zero=zero)
-
-    without = workers(2).run("pruning_cases.prune", str(masked), ["method.cuts=0"])[0]
-    with_cuts = workers(2).run("pruning_cases.prune", str(cut), ["method.cuts=3"])[0]
-
-    assert len(with_cuts["stages"]) > len(without["stages"]) == 1
-    assert_same(with_cuts, without)
+# (model, ZeRO stage, bf16, largest difference): dropout draws the same after a cut, and a student
+# in bf16 keeps its fp32 weights.
+CUTS = [("dropout", stage, False, 1e-5) for stage in (0, 2, 3)]
+CUTS += [("bert", stage, True, 2e-2) for stage in (0, 2)]
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-def test_bf16_students_keep_their_fp32_weights_across_cuts(workers, folder, tmp_path, zero):
-    masked, cut = (
-        config_of(folder, tmp_path / kind, zero=zero, train={"bf16": True})
-        for kind in ("masked", "cut")
+@pytest.mark.parametrize(("name", "stage", "bf16", "tolerance"), CUTS)
+def test_a_cut_changes_nothing_of_what_follows(pruned, config_of, name, stage, bf16, tolerance):
+    without, with_cuts = (
+        pruned(config_of(name, stage, {"cuts": cuts}, train={"bf16": bf16}))[0] for cuts in (0, 3)
     )
 
-    without = workers(2).run("pruning_cases.prune", str(masked), ["method.cuts=0"])[0]
-    with_cuts = workers(2).run("pruning_cases.prune", str(cut), ["method.cuts=2"])[0]
-
-    assert_same(with_cuts, without, tolerance=2e-2)
+    assert len(with_cuts["stages"]) > len(without["stages"]) == 1
+    assert_same(with_cuts, without, tolerance=tolerance)
 
 
 DISTILLATION = [
@@ -186,31 +181,26 @@ DISTILLATION = [
 ]
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_at_step_0_no_term_separates_the_student_from_its_teacher(workers, folder, tmp_path, zero):
-    path = config_of(folder, tmp_path, zero=zero, method={"cuts": 0})
-    tree = json.loads(path.read_text())
-    write_config(path, {**tree, "objective": DISTILLATION, "log": {"logging_steps": 1}})
+@pytest.mark.parametrize("stage", [0, 3])
+def test_at_step_0_no_term_separates_the_student_from_its_teacher(pruned, config_of, stage):
+    sections = {"objective": DISTILLATION, "log": {"logging_steps": 1}}
 
-    found = workers(2).run("pruning_cases.prune", str(path), [])[0]
+    found = pruned(config_of("bert", stage, {"cuts": 0}, **sections))[0]
 
     assert all(values.count_nonzero() == 0 for values in found["sensitivities"][0].values())
     first = found["logged"][0]
     assert [first[f"train/{term['loss']}"] for term in DISTILLATION] == [0.0] * 4
 
 
-@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_run_killed_within_a_window_ends_with_the_same_weights(launch, folder, tmp_path, zero):
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_run_killed_within_a_window_ends_with_the_same_weights(launch, config_of, stage):
     settings = {"save": {"save_steps": 1}, "log": {"logging_steps": 1}}
-    whole, killed = (
-        config_of(folder, tmp_path / kind, "dropout", zero=zero, **settings)
-        for kind in ("whole", "killed")
-    )
-    checkpoints = tmp_path / "killed" / "out" / "checkpoints" / "pruning-2"
+    whole, killed = (config_of("dropout", stage, **settings) for _ in range(2))
+    latest = killed.parent / "out" / "checkpoints" / "pruning-2" / "latest"
 
     assert launch("--config", str(whole)).wait() == [0, 0]
     first = launch("--config", str(killed))
-    assert first.wait_until((checkpoints / "latest").exists), first.text
+    assert first.wait_until(latest.exists), first.text
     first.kill()
     second = launch("--config", str(killed))
 
@@ -218,15 +208,14 @@ def test_a_run_killed_within_a_window_ends_with_the_same_weights(launch, folder,
     # The kill may come late, in the window after it.
     assert re.search("(pruning-2|student): resumed at step", second.text)
     one, other = (
-        load_file(tmp_path / kind / "out" / "final" / "model.safetensors")
-        for kind in ("whole", "killed")
+        load_file(config.parent / "out" / "final" / "model.safetensors")
+        for config in (whole, killed)
     )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert difference(one, other) == 0
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_no_engine_of_a_finished_window_stays_in_memory(workers, folder, tmp_path, zero):
-    path = config_of(folder, tmp_path, zero=zero)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_no_engine_of_a_finished_window_stays_in_memory(workers, config_of, stage):
+    config = config_of("bert", stage)
 
-    assert workers(2).run("pruning_cases.alive_after", str(path)) == [0, 0]
+    assert workers(2).run("pruning_cases.alive_after", str(config)) == [0, 0]

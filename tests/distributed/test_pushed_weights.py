@@ -6,27 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from equal_runs import LANGUAGE, config_tree, write, write_folder
+from equal_runs import LANGUAGE
 from safetensors.torch import load_file
 from server_stubs import Stub, serving
 from transformers import AutoModelForCausalLM
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("pushed"))
-
-
-def tree(folder, *, zero, student="llama-tied"):
-    return config_tree(folder, student, LANGUAGE, student_zero=zero, teacher_zero=0)
-
-
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
-
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def pushes_of(stub: Stub) -> list[tuple[str, str]]:
@@ -49,24 +36,23 @@ def pushes_of(stub: Stub) -> list[tuple[str, str]]:
     ],
 )
 def test_names_and_bytes_pushed_are_those_of_the_exported_model(
-    workers, folder, tmp_path, zero, student, kind
+    workers, write_run, tmp_path, zero, student, kind
 ):
-    path = write(tree(folder, zero=zero, student=student), tmp_path / "c.yaml")
+    path = write_run(student, LANGUAGE, (zero, 0))
     stubs = [Stub(kind), Stub(kind)]
     for stub in stubs:
         stub.development = True
     with serving(*stubs) as urls:
         versions = workers(2).run("server_cases.full", path, [], str(tmp_path), kind, urls)
 
-    run = tmp_path / "run" / "run-s1"
-    last = run / "version-2"
+    run, last = tmp_path / "run" / "run-s1", tmp_path / "run" / "run-s1" / "version-2"
     pushed, wanted = tensors_of(last), tensors_of(tmp_path / "export")
     assert versions == ["run-s1-2", "run-s1-2"]
     assert len(list(last.glob("*.safetensors"))) > 3
     assert pushed.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert pushed[name].dtype == tensor.dtype
-        assert bytes_of(pushed[name]) == bytes_of(tensor), name
+        assert torch.equal(*(t.contiguous().view(torch.uint8) for t in (pushed[name], tensor)))
     # Earlier versions make room; every replica reads every version.
     assert [path.name for path in run.iterdir()] == ["version-2"]
     for stub in stubs:
@@ -76,9 +62,8 @@ def test_names_and_bytes_pushed_are_those_of_the_exported_model(
     assert reloaded.config.architectures == ["LlamaForCausalLM"]
 
 
-def test_a_push_that_fails_ends_on_all_ranks_with_the_same_message(workers, folder, tmp_path):
-    path = write(tree(folder, zero=3), tmp_path / "c.yaml")
-    stub = Stub("sglang")
+def test_a_push_that_fails_ends_on_all_ranks_with_the_same_message(workers, write_run, tmp_path):
+    path, stub = write_run("llama-tied", LANGUAGE, (3, 0)), Stub("sglang")
     failed = {"success": False, "message": "out of memory", "num_paused_requests": 0}
     stub.spoil = lambda *_: failed
     with serving(stub) as urls:
@@ -94,11 +79,10 @@ def test_a_push_that_fails_ends_on_all_ranks_with_the_same_message(workers, fold
 
 @pytest.mark.parametrize("zero", [0, 3])
 def test_adapters_get_a_new_name_per_version_and_old_versions_are_unloaded(
-    workers, folder, tmp_path, zero
+    workers, write_run, tmp_path, zero
 ):
-    config = tree(folder, zero=zero)
-    config["student"]["lora"] = {"r": 4}
-    path, stubs = write(config, tmp_path / "c.yaml"), [Stub("vllm"), Stub("vllm")]
+    path = write_run("llama-tied", LANGUAGE, (zero, 0), student={"lora": {"r": 4}})
+    stubs = [Stub("vllm"), Stub("vllm")]
     for stub in stubs:  # a killed run has left its adapters, and another run uses the server
         stub.loaded = {"run-2": "gone", "other-1": "there"}
     with serving(*stubs) as urls:

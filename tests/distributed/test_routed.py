@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from equal_runs import difference
 from routed_bench import EXPERTS, rows
 from tiny_runs import (
     NO_DROPOUT,
@@ -80,11 +81,6 @@ def learn(workers, configs, tmp_path):
     return learned
 
 
-def furthest(found: dict, wanted: dict) -> float:
-    assert found.keys() == wanted.keys()
-    return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
-
-
 @pytest.mark.parametrize(
     ("task", "student", "teacher", "settings"),
     [
@@ -103,7 +99,7 @@ def test_two_ranks_learn_as_one_and_ask_the_same_teachers(learn, task, student, 
     assert first["asked"] == second["asked"]
     assert {*first["asked"]} == {*EXPERTS}
     assert first["record"] == alone["record"]
-    assert furthest(first["weights"], alone["weights"]) < 2e-5
+    assert difference(first["weights"], alone["weights"]) < 2e-5
 
 
 def test_a_teacher_of_all_rows_but_a_few_is_not_the_other_teacher(learn, configs):
@@ -119,4 +115,4 @@ def test_a_teacher_of_all_rows_but_a_few_is_not_the_other_teacher(learn, configs
         teacher=0,
     )
 
-    assert furthest(mixed["weights"], single["weights"]) > 1e-4
+    assert difference(mixed["weights"], single["weights"]) > 1e-4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from equal_runs import STEPS, config_tree, write, write_folder
+from equal_runs import STEPS, cut_of
 
 # DistiLLM-2: skew KL on texts of the data, skew reverse KL on texts of the student.
 PAIR = [
@@ -19,57 +19,43 @@ NAMES = ("loss", "soft_target_skew_kl_on_data", "soft_target_skew_reverse_kl_on_
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("sources"))
+def trained(distil):
+    """Rank 0's findings: `trained(terms, ZeRO stage, cut)`."""
 
+    def of(terms, zero, cut):
+        sections = {"objective": terms, "train": cut_of(cut)}
+        sections["rollout"] = {"max_new_tokens": 8, "prompt_tokens": 4}
+        stages = (zero, zero // 3 * 3)
+        case = "source_cases.train"
+        return distil("llama-untied", {}, stages, ranks=cut[0], case=case, **sections)[1][0]
 
-def trained(workers, folder, path, terms, *, zero=0, cut=(1, 12, 1), student="llama-untied"):
-    ranks, rows, micro_batches = cut
-    tree = config_tree(folder, student, {}, student_zero=zero, teacher_zero=zero // 3 * 3)
-    tree |= {"objective": terms, "rollout": {"max_new_tokens": 8, "prompt_tokens": 4}}
-    tree["train"] |= {
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": micro_batches,
-    }
-    run = workers(ranks).run("source_cases.train", write(tree, path / "config.yaml"), [], STEPS)
-    return run[0]
-
-
-def assert_same(found, wanted):
-    for step in range(STEPS):
-        for name, value in wanted["losses"][step].items():
-            assert found["losses"][step][name] == pytest.approx(value, rel=2e-6, abs=1e-6), name
-        for name, gradient in wanted["gradients"][step].items():
-            torch.testing.assert_close(
-                found["gradients"][step][name], gradient, rtol=1e-5, atol=1e-6, msg=name
-            )
-    for name, weight in wanted["final"].items():
-        torch.testing.assert_close(found["final"][name], weight, rtol=0, atol=3e-6, msg=name)
+    return of
 
 
 @pytest.fixture(scope="module")
-def whole(workers, folder, tmp_path_factory):
+def whole(trained):
     """Whole steps in one micro-batch of one rank."""
-    found = trained(workers, folder, tmp_path_factory.mktemp("whole"), PAIR)
-    assert all(found["losses"][step][name] > 0 for step in (0, 2) for name in NAMES)
-    return found
+    return trained(PAIR, 0, (1, 12, 1))
 
 
 # Of micro-batches of one row, most have one source at step 0, and another on each rank.
 @pytest.mark.parametrize(
     ("zero", "cut"), [(0, (2, 1, 6)), (2, (2, 1, 6)), (3, (2, 1, 6)), (3, (2, 6, 1))]
 )
-def test_the_pair_of_distillm_2_learns_the_same_in_any_cut(
-    workers, folder, tmp_path, whole, zero, cut
-):
-    assert_same(trained(workers, folder, tmp_path, PAIR, zero=zero, cut=cut), whole)
+def test_the_pair_of_distillm_2_learns_the_same_in_any_cut(trained, whole, zero, cut):
+    found = trained(PAIR, zero, cut)
+
+    assert all(whole["losses"][step][name] > 0 for step in (0, 2) for name in NAMES)
+    for step in range(STEPS):
+        assert found["losses"][step] == pytest.approx(whole["losses"][step], rel=2e-6, abs=1e-6)
+        for name, gradient in whole["gradients"][step].items():
+            ours = found["gradients"][step][name]
+            torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("zero", [0, 3])
-def test_a_step_of_data_is_zero_for_terms_on_rollouts_and_the_run_continues(
-    workers, folder, tmp_path, zero
-):
-    found = trained(workers, folder, tmp_path, ON_ROLLOUTS, zero=zero, cut=(2, 1, 6))
+def test_a_step_of_data_is_zero_for_terms_on_rollouts_and_the_run_continues(trained, zero):
+    found = trained(ON_ROLLOUTS, zero, (2, 1, 6))
 
     assert set(found["losses"][1].values()) == {0.0}
     assert not any(gradient.any() for gradient in found["gradients"][1].values())

@@ -1,48 +1,49 @@
-"""Class weights and early stopping under several ranks."""
+"""Class weights, early stopping and stop signals under several ranks."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
-from equal_runs import CLASSIFICATION, CUTS, STEPS, config_tree, write, write_folder
+from equal_runs import CLASSIFICATION, CUTS, STEPS, cut_of
+
+HARD = {"loss": "hard_cross_entropy", "class_weights": "balanced", "label_smoothing": 0.1}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("equivalence"))
+def test_class_weights_and_label_smoothing_weigh_alike_in_every_cut(distil):
+    def trained(cut, term):
+        terms = [term, {"loss": "soft_target_kl"}]
+        train = {"objective": terms, "train": cut_of(cut)}
+        return distil("bert-student", {}, (2, 0), ranks=cut[0], **train)[1][0]
 
+    whole, *others = (trained(cut, HARD) for cut in (CUTS[0], CUTS[3], CUTS[5]))
 
-def test_class_weights_and_label_smoothing_weigh_alike_in_every_cut(workers, folder, tmp_path):
-    found = []
-    for ranks, size, accumulation in (CUTS[0], CUTS[3], CUTS[5]):
-        tree = config_tree(folder, "bert-student", CLASSIFICATION, student_zero=2, teacher_zero=0)
-        tree["objective"][0] |= {"class_weights": "balanced", "label_smoothing": 0.1}
-        tree["train"] |= {
-            "per_device_train_batch_size": size,
-            "gradient_accumulation_steps": accumulation,
-        }
-        path = write(tree, tmp_path / f"config-{ranks}-{size}.yaml")
-        found.append(workers(ranks).run("train", path, [], STEPS)[0])
-
-    whole, *cut = found
-    for run in cut:
+    for run in others:
         for step in range(STEPS):
             assert run["losses"][step] == pytest.approx(whole["losses"][step], rel=2e-6, abs=1e-6)
             for name, gradient in whole["gradients"][step].items():
                 assert torch.allclose(run["gradients"][step][name], gradient, atol=1e-6), name
-    plain = config_tree(folder, "bert-student", CLASSIFICATION, student_zero=2, teacher_zero=0)
-    unweighted = workers(1).run("train", write(plain, tmp_path / "plain.yaml"), [], 1)[0]
+    unweighted = trained(CUTS[0], {"loss": "hard_cross_entropy"})
     assert unweighted["losses"][0] != pytest.approx(whole["losses"][0], rel=1e-3)
 
 
-def test_all_ranks_stop_early_at_the_same_step(workers, folder, tmp_path):
-    tree = config_tree(folder, "bert-student", CLASSIFICATION, student_zero=3, teacher_zero=3)
+def test_all_ranks_stop_early_at_the_same_step(workers, write_run):
     # The first evaluation sets the score, and no later one can be so much better.
     stopping = {"early_stopping_patience": 2, "early_stopping_threshold": 1e9, "max_steps": 8}
-    tree["train"] |= stopping
-    tree["eval"] = {"eval_steps": 1}
-    tree["output_dir"] = str(tmp_path / "run")
+    sections = {"train": stopping, "eval": {"eval_steps": 1}}
 
-    steps = workers(2).run("steps_taken", write(tree, tmp_path / "config.yaml"))
+    path = write_run("bert-student", CLASSIFICATION, (3, 3), **sections)
 
-    assert steps == [3, 3]
+    assert workers(2).run("steps_taken", path) == [3, 3]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_at_the_next_step(workers, rank):
+    votes = workers(2).run("stop_cases.votes", rank)
+
+    assert [vote["decided"] for vote in votes] == [[False, False, False, True]] * 2
+    assert [vote["signal"] for vote in votes] == [signal.SIGUSR1] * 2
+    # The vote leaves the counts as they are.
+    assert [vote["summed"] for vote in votes] == [[(6, 4, 3)] * 3] * 2
+    assert [vote["kept"] for vote in votes] == [(3, 2, 1), (3, 2, 2)]
