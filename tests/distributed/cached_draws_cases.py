@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from pool_cases import cache, learn
+from pool_cases import cache
 
 from megakd.teachers import cached
 from megakd.teachers.frozen import FrozenTeacher
@@ -44,6 +44,3 @@ def _ending(draw: Callable, calls: int) -> Callable:
         return draw(*arguments)
 
     return ending
-
-
-__all__ = ["learn", "write", "write_until"]

@@ -177,3 +177,15 @@ def distil(workers, write_run) -> Callable[..., tuple[str, list]]:
         return path, workers(ranks).run(case, path, [], steps)
 
     return train
+
+
+@pytest.fixture
+def run_case(workers, tmp_path: Path) -> Callable[..., list]:
+    """Run a case in a folder of its own, with 4 rows of all ranks per micro-batch."""
+
+    def run(case: str, config: str, ranks: int, *overrides: str) -> list:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        rows = f"train.per_device_train_batch_size={4 // ranks}"
+        return workers(ranks).run(case, config, [f"output_dir={out}", rows, *overrides])
+
+    return run

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.distributed as dist
+from equal_runs import ZERO3
 from torch import Tensor, nn
 
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
-
-ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
 class Mixture(nn.Module):
@@ -32,8 +33,7 @@ def farthest_from_whole() -> float:
     """The largest error of a sharded block, each rank using the expert of its own number."""
     torch.manual_seed(0)
     whole = Mixture()
-    torch.manual_seed(0)
-    sharded = nn.Sequential(Mixture())
+    sharded = nn.Sequential(copy.deepcopy(whole))
     tokens = torch.rand(3, 4)
     tokens[:, 0] = dist.get_rank()
     engine = frozen_engine(sharded, ds=ZERO3, dtype="fp32", rows=3)

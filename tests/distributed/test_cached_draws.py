@@ -7,48 +7,44 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from equal_runs import difference
 from tiny_runs import config_tree, llama, write_config, write_text
-
-DRAWS = 6
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("draws")
-    text = write_text(folder / "text.txt")
+    text = str(write_text(folder / "text.txt"))
+    tokenizer = {"type": "bpe", "vocab_size": 320}
     tree = config_tree(
         folder / "unused",
-        {
-            "type": "causal_lm",
-            "dataset": str(text),
-            "tokenizer": {"type": "bpe", "vocab_size": 320},
-        },
-        teacher={"model": llama(2, width=24, initializer_range=0.5), "cache_draws": DRAWS},
-        student={"model": llama(1)},
+        {"type": "causal_lm", "dataset": text, "tokenizer": tokenizer},
+        teacher={"model": llama(2, width=24, initializer_range=0.5), "cache_draws": 6},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}],
+        train={"max_steps": 6, "adam_epsilon": 0.01},
     )
-    tree["train"] |= {"max_steps": 6, "adam_epsilon": 0.01}
     return str(write_config(folder / "run.yaml", tree))
 
 
-@pytest.fixture
-def write(workers, config, tmp_path):
+@pytest.fixture(scope="module")
+def write(workers, config, tmp_path_factory):
     """Write a cache with some ranks and rows per call, in shards of 8 rows.
 
-    With `calls`, end after so many calls; `shard`: rows per shard.
+    calls: end after so many calls. shard: rows per shard.
     """
 
-    def written(name: str, *, ranks: int, rows: int, teacher: int = 0, **more: int):
+    def written(*, ranks: int, rows: int, teacher: int = 0, folder: Path | None = None, **more):
+        folder = folder or tmp_path_factory.mktemp("cache") / "cache"
         settings = [
-            f"output_dir={tmp_path / 'unused'}",
-            f"teacher.cache={tmp_path / name}",
+            f"output_dir={folder.parent / 'unused'}",
+            f"teacher.cache={folder}",
             f"teacher.deepspeed=teacher_zero{teacher}",
             f"eval.per_device_eval_batch_size={rows}",
         ]
         case = "write_until" if "calls" in more else "write"
-        workers(ranks).run(f"cached_draws_cases.{case}", config, settings, *more.values())
-        return tmp_path / name
+        workers(ranks).run(f"cached_draws_cases.{case}", config, settings, **more)
+        return folder
 
     return written
 
@@ -67,34 +63,34 @@ def assert_same(found: Path, expected: Path) -> None:
     assert listed[0] == listed[1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def alone(write) -> Path:
     """The cache that one rank writes in one go."""
-    return write("alone", ranks=1, rows=8)
+    return write(ranks=1, rows=8)
 
 
 @pytest.mark.parametrize(("ranks", "rows", "teacher"), [(1, 3, 0), (2, 2, 0), (2, 3, 3)])
 def test_ranks_and_batches_do_not_change_the_draws(write, alone, ranks, rows, teacher):
-    assert_same(write("other", ranks=ranks, rows=rows, teacher=teacher), alone)
+    assert_same(write(ranks=ranks, rows=rows, teacher=teacher), alone)
 
 
 def test_a_cache_that_is_gone_on_with_after_a_kill_has_the_same_files(write, alone):
-    partly = write("stopped", ranks=2, rows=2, calls=5)
+    partly = write(ranks=2, rows=2, calls=5)
     shards = len(contents(partly)) // 2
 
-    whole = write("stopped", ranks=1, rows=5)
+    whole = write(ranks=1, rows=5, folder=partly)
 
     assert 0 < shards < len(contents(whole)) // 2
     assert_same(whole, alone)
 
 
 def test_the_number_of_the_row_decides_and_not_its_place_in_a_shard(write, alone):
-    other = write("other", ranks=1, rows=8, shard=5)
+    caches = [contents(cache) for cache in (write(ranks=1, rows=8, shard=5), alone)]
 
     for kind in ("ids", "counts"):
         found, expected = (
-            np.concatenate([v for name, v in sorted(contents(f).items()) if kind in name])
-            for f in (other, alone)
+            np.concatenate([values for name, values in sorted(cache.items()) if kind in name])
+            for cache in caches
         )
         np.testing.assert_array_equal(found, expected)
 
@@ -107,9 +103,8 @@ def test_two_ranks_learn_from_draws_as_one_does(workers, write, alone, config, t
             f"train.per_device_train_batch_size={4 // ranks}",
             f"student.deepspeed={stage}",
         ]
-        return workers(ranks).run("cached_draws_cases.learn", config, settings)[0]["weights"]
+        return workers(ranks).run("pool_cases.learn", config, settings)[0]["weights"]
 
     expected = learned(1, "zero0")
     for stage in ("zero2", "zero3"):
-        found = learned(2, stage)
-        assert max((found[n] - w).abs().max().item() for n, w in expected.items()) <= 1e-5
+        assert difference(learned(2, stage), expected) <= 1e-5

@@ -1,137 +1,134 @@
-"""Every shape of model trains sharded as it does whole: fused, normed and tied parts, decoders."""
+"""Every shape of model trains sharded as it does whole: fused, normed and tied parts, experts."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from equal_runs import difference, zero
+from tiny_runs import config_tree, llama, write_config, write_jsonl
 
+TIMEOUT_S = 120
 STEPS = 2
-WORDS = ("the", "red", "green", "dog", "cat", "runs", "sees", "over", "house", "slowly")
-ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-QWEN3 = {
-    "model_type": "qwen3",
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-}
-GPT2 = {
-    "model_type": "gpt2",
-    "n_head": 2,
-    "n_positions": 32,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}
-T5 = {"num_heads": 4, "d_kv": 6, "d_ff": 32, "dropout_rate": 0.0}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DECODER = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 32,
-    "max_position_embeddings": 32,
+    "max_position_embeddings": 64,
 }
 GEMMA = {**DECODER, "head_dim": 6, "sliding_window": 5, "query_pre_attn_scalar": 6}
-DEPTH, WIDTH = "num_hidden_layers", "hidden_size"
+GPT2 = {"n_head": 2, "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+T5 = {"num_heads": 4, "d_kv": 6, "d_ff": 32, "dropout_rate": 0.0}
+# The names of depth and width.
+USUAL, OF_GPT2 = ("num_hidden_layers", "hidden_size"), ("n_layer", "n_embd")
+OF_T5 = ("num_layers", "d_model")
 # Keys that all layers share, then the names of depth and width.
 FAMILIES = {
-    "gemma2": ({**GEMMA, "model_type": "gemma2", "final_logit_softcapping": 0.5}, DEPTH, WIDTH),
-    "gemma3_text": ({**GEMMA, "model_type": "gemma3_text"}, DEPTH, WIDTH),
-    "phi": (
-        {**DECODER, "model_type": "phi", "num_attention_heads": 2, "num_key_value_heads": 1},
-        *(DEPTH, WIDTH),
-    ),
-    "phi3": ({**DECODER, "model_type": "phi3"}, DEPTH, WIDTH),
-    "granite": ({**DECODER, "model_type": "granite", "logits_scaling": 0.5}, DEPTH, WIDTH),
-    "qwen3": (QWEN3, "num_hidden_layers", "hidden_size"),
-    "gpt2": (GPT2, "n_layer", "n_embd"),
-    "t5_encoder": ({**T5, "model_type": "t5_encoder"}, "num_layers", "d_model"),
-    "enct5": (
-        {**T5, "model_type": "enct5", "feed_forward_proj": "gated-gelu"},
-        "num_layers",
-        "d_model",
-    ),
+    "gemma2": ({**GEMMA, "final_logit_softcapping": 0.5}, USUAL),
+    "gemma3_text": (GEMMA, USUAL),
+    "phi": ({**DECODER, "num_attention_heads": 2, "num_key_value_heads": 1}, USUAL),
+    "phi3": (DECODER, USUAL),
+    "granite": ({**DECODER, "logits_scaling": 0.5}, USUAL),
+    "qwen3": ({**DECODER, "head_dim": 6}, USUAL),
+    "gpt2": (GPT2, OF_GPT2),
+    "t5_encoder": (T5, OF_T5),
+    "enct5": ({**T5, "feed_forward_proj": "gated-gelu"}, OF_T5),
+}
+QUICK = ("gemma2", "phi3", "gpt2", "enct5")
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family not in QUICK]
+EXPERTS = {"num_experts_per_tok": 2, "initializer_range": 0.5}
+TEACHERS = {
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16},
+    "gpt_oss": {"num_local_experts": 8, "head_dim": 6},
 }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
+    """Documents of random letters, so that no two rows choose the same experts."""
     folder = tmp_path_factory.mktemp("families")
     rng = random.Random(0)
     for split, count in {"train": 40, "validation": 9}.items():
-        rows = [
-            {"text": " ".join(rng.choices(WORDS, k=rng.randint(1, 20))), "label": number % 2}
+        rows = (
+            {"text": "".join(rng.choices(LETTERS, k=rng.randint(3, 40))), "label": number % 2}
             for number in range(count)
-        ]
-        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        )
+        write_jsonl(folder / f"{split}.jsonl", rows)
     return folder
 
 
-def config_tree(data: Path, out: Path, family: str, *, stage: int) -> dict:
-    keys, depth, width = FAMILIES[family]
-    is_language = family not in ("t5_encoder", "enct5")
-    ds = ZERO3 if stage == 3 else {"zero_optimization": {"stage": stage}}
-    frozen = ZERO3 if stage == 3 else {"zero_optimization": {"stage": 0}}
-    return {
-        "output_dir": str(out),
-        "task": {
-            "type": "causal_lm" if is_language else "classification",
-            "dataset": str(data),
-            "max_length": 16,
-            "tokenizer": {"type": "bpe" if is_language else "unigram", "vocab_size": 300},
-        },
-        "teacher": {"model": {"config": {**keys, depth: 3, width: 24}}, "deepspeed": frozen},
-        "student": {"model": {"config": {**keys, depth: 2, width: 16}}, "deepspeed": ds},
-        "method": {"name": "single"},
-        "objective": [
-            {"loss": "soft_target_kl", "temperature": 2.0},
-            {"loss": "hard_cross_entropy"},
-            {"loss": "hidden_mse", "layer_mapping": ["1:2", "2:3"]},
-            {"loss": "relation_kl", "layer_mapping": ["2:3"], "relation_heads": 2},
-        ],
-        "train": {
-            "per_device_train_batch_size": 3 if stage == 3 else 6,
-            "max_steps": 100,
-            "learning_rate": 0.05,
-            "adam_epsilon": 0.01,
-            "gradient_checkpointing": stage == 3,
-        },
-    }
+@pytest.fixture
+def whole_and_sharded(workers, data, tmp_path):
+    """The findings of one rank at ZeRO 0, and of two ranks at ZeRO 3."""
+
+    def train(teacher, student, *, is_language):
+        for ranks, stage in ((1, 0), (2, 3)):
+            tree = config_tree(
+                tmp_path / str(ranks),
+                {
+                    "type": "causal_lm" if is_language else "classification",
+                    "dataset": str(data),
+                    "tokenizer": {"type": "bpe" if is_language else "unigram", "vocab_size": 300},
+                },
+                teacher={"model": teacher, "deepspeed": zero(stage)},
+                student={"model": student, "deepspeed": zero(stage)},
+                method={"name": "single"},
+                objective=[
+                    {"loss": "soft_target_kl", "temperature": 2.0},
+                    {"loss": "hard_cross_entropy"},
+                    {"loss": "hidden_mse", "layer_mapping": ["1:2", "2:3"]},
+                    {"loss": "relation_kl", "layer_mapping": ["2:3"], "relation_heads": 2},
+                ],
+            )
+            tree["train"] = {
+                "per_device_train_batch_size": 6 // ranks,
+                "max_steps": 100,
+                "learning_rate": 0.05,
+                "adam_epsilon": 0.01,
+                "gradient_checkpointing": stage == 3,
+            }
+            path = write_config(tmp_path / f"{ranks}.yaml", tree)
+            yield workers(ranks).run("train", str(path), [], STEPS, timeout_s=TIMEOUT_S)[0]
+
+    return train
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param("qwen3", marks=pytest.mark.slow),
-        "gemma2",
-        "phi3",
-        *(
-            pytest.param(family, marks=pytest.mark.slow)
-            for family in ("gemma3_text", "phi", "granite")
-        ),
-        "gpt2",
-        pytest.param("t5_encoder", marks=pytest.mark.slow),
-        "enct5",
-    ],
-)
-def test_a_family_trains_sharded_as_it_does_whole(workers, data, tmp_path, family):
-    found = []
-    for ranks, stage in ((1, 0), (2, 3)):
-        tree = config_tree(data, tmp_path / str(stage), family, stage=stage)
-        path = tmp_path / f"{stage}.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        found.append(workers(ranks).run("train", str(path), [], STEPS)[0])
-
-    whole, sharded = found
-    assert all(torch.equal(sharded["initial"][name], v) for name, v in whole["initial"].items())
+def assert_same(whole, sharded):
+    assert difference(sharded["initial"], whole["initial"]) == 0
     for step in range(STEPS):
         assert sharded["losses"][step] == pytest.approx(whole["losses"][step], rel=1e-4)
     for name, weight in whole["final"].items():
         assert torch.allclose(sharded["final"][name], weight, atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", [*QUICK, *SLOW])
+def test_a_family_trains_sharded_as_it_does_whole(whole_and_sharded, family):
+    keys, (depth, width) = FAMILIES[family]
+    keys = {**keys, "model_type": family}
+    teacher, student = ({"config": {**keys, depth: n, width: 8 * n}} for n in (3, 2))
+    is_language = family not in ("t5_encoder", "enct5")
+
+    whole, sharded = whole_and_sharded(teacher, student, is_language=is_language)
+
+    assert_same(whole, sharded)
     moved = [n for n, v in whole["initial"].items() if (whole["final"][n] != v).any()]
     assert len(moved) > 0.9 * len(whole["initial"])
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_a_teacher_with_experts_teaches_sharded_as_it_does_whole(whole_and_sharded, family):
+    """The tokens of the ranks choose different experts."""
+    sizes = {"num_hidden_layers": 3, "hidden_size": 24, "intermediate_size": 16}
+    keys = {"model_type": family, **DECODER, **sizes, **EXPERTS, **TEACHERS[family]}
+
+    assert_same(*whole_and_sharded({"config": keys}, llama(2), is_language=True))
+
+
+def test_experts_that_are_modules_are_gathered_as_one_block(workers):
+    """Gathered one by one, the ranks wait for each other until the time limit."""
+    errors = workers(2).run("expert_cases.farthest_from_whole", timeout_s=TIMEOUT_S)
+
+    assert max(errors) < 1e-6

@@ -36,15 +36,12 @@ def config(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def learn(workers, config, tmp_path):
+def learn(run_case, config):
     """The findings of all ranks."""
 
     def learned(ranks: int, *overrides: str, teacher: int = 3, case: str = "learn") -> list[dict]:
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
         presets = [f"teachers.{i}.deepspeed=teacher_zero{teacher}" for i in range(len(SIZES))]
-        rows = f"train.per_device_train_batch_size={4 // ranks}"
-        settings = [f"output_dir={out}", rows, *presets, *overrides]
-        return workers(ranks).run(f"pool_cases.{case}", config, settings)
+        return run_case(f"pool_cases.{case}", config, ranks, *presets, *overrides)
 
     return learned
 

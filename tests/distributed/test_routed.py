@@ -68,15 +68,12 @@ def configs(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture
-def learn(workers, configs, tmp_path):
-    """The findings of all ranks, for 4 rows per micro-batch of all ranks together."""
+def learn(run_case, configs):
+    """The findings of all ranks."""
 
     def learned(task: str, ranks: int, *overrides: str, teacher: int) -> list[dict]:
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
         presets = [f"teachers.{i}.deepspeed=teacher_zero{teacher}" for i in range(len(SIZES))]
-        size = f"train.per_device_train_batch_size={4 // ranks}"
-        settings = [f"output_dir={out}", size, *presets, *overrides]
-        return workers(ranks).run("pool_cases.learn", configs[task], settings)
+        return run_case("pool_cases.learn", configs[task], ranks, *presets, *overrides)
 
     return learned
 

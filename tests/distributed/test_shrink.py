@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from equal_runs import ZERO3
 from tiny_runs import (
     NO_DROPOUT,
     bert,
     config_tree,
+    llama,
     save_tokenizer,
     write_config,
     write_reviews,
     write_text,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from whole_run import finish
 
-ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 STAGES = {2: ("zero2", "teacher_zero0"), 3: (ZERO3, "teacher_zero3")}
 
 
@@ -29,17 +30,9 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shrink")
     text = write_text(folder / "text.txt", documents=120)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        num_hidden_layers=4,
-        hidden_size=24,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "tie_word_embeddings": False}
+    keys = llama(4, **sizes, num_attention_heads=4, num_key_value_heads=2)["config"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=320, **keys))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder / "llama")
@@ -77,24 +70,26 @@ def alone(workers, folder, tmp_path_factory) -> dict:
     return workers(1).run("shrink_cases.shrink", str(config), [])[0]
 
 
+def assert_same(rank: dict, alone: dict) -> None:
+    assert rank["layers"] == pytest.approx(alone["layers"], abs=1e-5)
+    assert rank["state"].keys() == alone["state"].keys()
+    for name, weight in alone["state"].items():
+        torch.testing.assert_close(rank["state"][name], weight, atol=1e-4, rtol=1e-3, msg=name)
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_ranks_choose_and_train_what_one_rank_does(workers, folder, alone, tmp_path, zero):
     config = config_of(folder, tmp_path, rows=3, zero=zero)
 
-    found = workers(2).run("shrink_cases.shrink", str(config), [])
+    first, second = workers(2).run("shrink_cases.shrink", str(config), [])
 
-    assert found[0]["candidates"] == found[1]["candidates"]
-    assert found[0]["layers"] == found[1]["layers"]
-    for rank in found:
-        assert rank["layers"] == pytest.approx(alone["layers"], abs=1e-5)
-        assert [row["chosen"] for row in rank["candidates"]] == [
-            row["chosen"] for row in alone["candidates"]
-        ]
-        metrics, expected = ([row["metric"] for row in run["candidates"]] for run in (rank, alone))
-        assert metrics == pytest.approx(expected, rel=1e-3)
-        assert rank["state"].keys() == alone["state"].keys()
-        for name, weight in alone["state"].items():
-            torch.testing.assert_close(rank["state"][name], weight, atol=1e-4, rtol=1e-3, msg=name)
+    for key in ("candidates", "layers"):
+        assert first[key] == second[key]
+    for ours, theirs in zip(first["candidates"], alone["candidates"], strict=True):
+        assert ours["chosen"] == theirs["chosen"]
+        assert ours["metric"] == pytest.approx(theirs["metric"], rel=1e-3)
+    for rank in (first, second):
+        assert_same(rank, alone)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +133,7 @@ def test_two_ranks_keep_the_layers_of_an_encoder_that_one_rank_keeps(
     (alone,) = workers(1).run("shrink_cases.shrink", str(one), [])
 
     for rank in workers(2).run("shrink_cases.shrink", str(two), []):
-        assert rank["layers"] == pytest.approx(alone["layers"], abs=1e-5)
-        for name, weight in alone["state"].items():
-            torch.testing.assert_close(rank["state"][name], weight, atol=1e-4, rtol=1e-3, msg=name)
+        assert_same(rank, alone)
 
 
 def test_the_score_of_a_layer_is_the_rise_of_the_loss_without_the_layer(workers, folder, tmp_path):
