@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from equal_runs import difference
 from safetensors.torch import load_file
+from tiny_runs import write_jsonl
 from tiny_texts import small_llama, write_texts
 
 STEPS = 6
@@ -54,16 +56,26 @@ def write_config(folder: Path, texts: Path, *, zero: int, **sections: Any) -> Pa
         "log": {"logging_steps": 1, "report_to": []},
     }
     for name, keys in sections.items():
-        tree[name] |= keys
+        tree[name] = {**tree.get(name, {}), **keys} if isinstance(keys, dict) else keys
     path = folder / "run.yaml"
     path.write_text(json.dumps(tree))
     return path
 
 
-def finish(launch: Callable[..., Any], config: Path, out: Path, *, world: int = 2) -> Path:
-    group = launch("--config", str(config), f"output_dir={out}", world=world)
+def finish(
+    launch: Callable[..., Any], config: Path, out: Path, *overrides: str, world: int = 2
+) -> Path:
+    group = launch("--config", str(config), f"output_dir={out}", *overrides, world=world)
     assert group.wait() == [0] * world, group.text
     return out
+
+
+def refused(launch: Callable[..., Any], config: Path, out: Path) -> str:
+    """What is said by a run that ends with an error on all ranks."""
+    group = launch("--config", str(config), f"output_dir={out}")
+    assert all(group.wait()), group.text
+    assert "Traceback" not in group.text
+    return group.text
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -110,21 +122,24 @@ def test_texts_and_weights_do_not_depend_on_ranks_or_sharding(
 
 
 @pytest.mark.parametrize(
-    "mix",
+    ("mix", "train"),
     [
-        {"rollout": 0.6, "replay": 0.2, "data": 0.2},
-        pytest.param({"rollout": 0.7, "data": 0.3}, marks=pytest.mark.slow),
+        ({"rollout": 0.6, "replay": 0.2, "data": 0.2}, {}),
+        pytest.param(
+            {"rollout": 0.7, "data": 0.3}, {"tokens_per_rank": 60}, marks=pytest.mark.slow
+        ),
     ],
+    ids=["padded", "packed"],
 )
 def test_a_run_killed_before_it_learns_from_a_text_ends_as_if_it_had_never_been(
-    launch, texts, tmp_path, mix
+    launch, texts, tmp_path, mix, train
 ):
     """The kill falls on generation, on learning, or on a checkpoint; texts are stale by a step.
 
     Without replay, the texts before the oldest checkpoint are removed.
     """
     keys = {"max_staleness": 1, "mix": mix}
-    config = write_config(tmp_path, texts, zero=2, rollout=keys)
+    config = write_config(tmp_path, texts, zero=2, rollout=keys, train=train)
     wanted = finish(launch, config, tmp_path / "wanted")
     out, store = tmp_path / "killed", tmp_path / "killed" / "rollouts" / "student"
 
@@ -139,8 +154,7 @@ def test_a_run_killed_before_it_learns_from_a_text_ends_as_if_it_had_never_been(
     assert all(found.get(name, text) == text for name, text in written.items())
     assert found.items() >= kept.items()  # the last kill may fall between a text and the removal
     assert len(kept) == (STEPS if "replay" in mix else STEPS - 2)
-    for name, weight in weights(wanted).items():
-        assert torch.equal(weights(out)[name], weight), name
+    assert difference(weights(out), weights(wanted)) == 0
 
 
 def test_a_lost_text_is_generated_again(launch, texts, tmp_path):
@@ -156,8 +170,7 @@ def test_a_lost_text_is_generated_again(launch, texts, tmp_path):
     finish(launch, config, out, world=1)
 
     assert texts_of(out) == wanted
-    for name, weight in before.items():
-        assert torch.equal(weights(out)[name], weight), name
+    assert difference(weights(out), before) == 0
 
 
 def test_a_student_learns_from_the_texts_of_its_teacher_and_of_another_run(launch, texts, tmp_path):
@@ -170,8 +183,7 @@ def test_a_student_learns_from_the_texts_of_its_teacher_and_of_another_run(launc
 
     second = finish(launch, config, tmp_path / "second", world=1)
 
-    for name, weight in weights(first).items():
-        assert torch.equal(weights(second)[name], weight), name
+    assert difference(weights(second), weights(first)) == 0
 
 
 @pytest.mark.slow
@@ -184,21 +196,17 @@ def test_a_student_learns_school_mathematics_from_its_own_answers_on_two_ranks(
         {"prompt": row["question"] + "\n", "completion": row["answer"]}
         for row in map(json.loads, lines[:300])
     ]
-    for split, part in (("train", rows[:280]), ("validation", rows[280:])):
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        (tmp_path / f"{split}.jsonl").write_text(text)
     task = {
-        "train_files": str(tmp_path / "train.jsonl"),
-        "validation_files": str(tmp_path / "validation.jsonl"),
+        "train_files": str(write_jsonl(tmp_path / "train.jsonl", rows[:280])),
+        "validation_files": str(write_jsonl(tmp_path / "validation.jsonl", rows[280:])),
         "tokenizer": {"type": "bpe", "vocab_size": 1000},
         "max_length": 384,
     }
     rollout = {"max_new_tokens": 12, "prompt_tokens": None}
     train = {"per_device_train_batch_size": 4, "max_steps": 3, "tokens_per_rank": 1024}
-    config = write_config(tmp_path, tmp_path, zero=3, task=task, rollout=rollout, train=train)
     generation = {"max_new_tokens": 12, "rows": 4, "match": "exact", "answer": "#### (.+)"}
-    tree = json.loads(config.read_text())
-    config.write_text(json.dumps(tree | {"eval": {"losses": True, "generation": generation}}))
+    sections = {"task": task, "eval": {"losses": True, "generation": generation}}
+    config = write_config(tmp_path, tmp_path, zero=3, rollout=rollout, train=train, **sections)
 
     out = finish(launch, config, tmp_path / "out")
 

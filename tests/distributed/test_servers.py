@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from equal_runs import difference
 from safetensors.torch import load_file
 from served_models import Transformer
 from server_stubs import Stub, serving
-from test_rollouts import STEPS, finish, texts_of, weights, write_config
+from test_rollouts import STEPS, finish, refused, texts_of, weights, write_config
 from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
 
 from megakd.contract.completions import Rollout
 from megakd.rollouts.store import read_rollouts, rollout_files
 
 GREEDY = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}}
-SHORT = {"max_steps": 3}
+SHORT = {"max_steps": 4}
 AHEAD = {"mix": {"rollout": 1.0}, "max_staleness": 1, "keep_texts": True}
 
 
-@pytest.fixture
-def stub() -> Iterator[Stub]:
-    """An SGLang server whose model is a plain Llama with the weights that are pushed."""
-    stub = Stub("sglang", name="student", model=Transformer())
-    with serving(stub):
-        yield stub
+def replicas(kind: str) -> list[Stub]:
+    """Two servers whose model is a plain Llama with the weights that are pushed."""
+    stubs = [Stub(kind, name="student", model=Transformer()) for _ in range(2)]
+    for stub in stubs:
+        stub.development = True
+    return stubs
 
 
 def served(stub: Stub, folder: Path, **keys: Any) -> dict[str, Any]:
     server = {"url": [stub.url], "kind": stub.kind, "model": stub.name, "push": "full"}
     return {"server": {**server, "folder": str(folder), "time_limit": 120, **keys}}
+
+
+def versions_of(stub: Stub) -> list[str]:
+    """The numbers of the versions that the server got."""
+    is_vllm = stub.kind == "vllm"
+    asked = stub.of("/update_weight_version" if is_vllm else "/update_weights_from_disk")
+    names = [body["new_version" if is_vllm else "weight_version"] for body in asked]
+    return [name.rpartition("-")[2] for name in names]
 
 
 def rollouts_of(out: Path) -> dict[int, list[Rollout]]:
@@ -42,33 +51,49 @@ def rollouts_of(out: Path) -> dict[int, list[Rollout]]:
     return {int(path.stem.rpartition("-")[2]): read_rollouts(path) for path in files}
 
 
+@pytest.fixture(scope="module")
+def own(launch, texts, tmp_path_factory):
+    """A ZeRO stage -> the finished run with greedy texts of the run's own engine."""
+
+    @functools.cache
+    def of(zero: int) -> Path:
+        folder = tmp_path_factory.mktemp("own")
+        config = write_config(folder, texts, zero=zero, rollout=GREEDY, train=SHORT)
+        return finish(launch, config, folder / "out")
+
+    return of
+
+
 @pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 3])
-def test_greedy_texts_of_a_server_train_as_those_of_the_own_engine(
-    launch, texts, stub, tmp_path, zero
+@pytest.mark.parametrize("kind", ["sglang", "vllm"])
+def test_greedy_texts_of_servers_train_as_those_of_the_own_engine(
+    launch, texts, own, tmp_path, kind, zero
 ):
-    """The weights reach the server before every step, and no answer is lost or exchanged."""
-    local = write_config(tmp_path, texts, zero=zero, rollout=GREEDY, train=SHORT)
-    own = finish(launch, local, tmp_path / "own")
-    keys = GREEDY | served(stub, tmp_path / "w")
-    config = write_config(tmp_path, texts, zero=zero, rollout=keys, train=SHORT)
+    """Replicas that are slow, busy at times, and remember the prefixes of earlier texts."""
+    stubs = replicas(kind)
+    for stub in stubs:
+        stub.busy, stub.delay_s = 3, 0.01
+    with serving(*stubs) as urls:
+        keys = GREEDY | served(stubs[0], tmp_path / "w", url=urls)
+        config = write_config(tmp_path, texts, zero=zero, rollout=keys, train=SHORT)
+        out = finish(launch, config, tmp_path / "out")
 
-    out = finish(launch, config, tmp_path / "out")
+    assert texts_of(out) == texts_of(own(zero))
+    assert difference(weights(out), weights(own(zero))) == 0
+    for stub in stubs:
+        assert versions_of(stub) == ["0", "1", "2", "3"]
+        assert not stub.paused
 
-    assert texts_of(out) == texts_of(own)
-    assert len(stub.model.folders) == SHORT["max_steps"]
-    for name, weight in weights(own).items():
-        assert torch.equal(weights(out)[name], weight), name
 
-
-def test_the_next_texts_are_made_while_the_student_learns(launch, texts, stub, tmp_path):
-    keys = AHEAD | served(stub, tmp_path / "w")
-
-    out = finish(launch, write_config(tmp_path, texts, zero=2, rollout=keys), tmp_path / "out")
+def test_the_next_texts_are_made_while_the_student_learns(launch, texts, tmp_path):
+    (stub, _) = replicas("sglang")
+    with serving(stub):
+        keys = AHEAD | served(stub, tmp_path / "w")
+        out = finish(launch, write_config(tmp_path, texts, zero=2, rollout=keys), tmp_path / "out")
 
     versions = {step: {text.version for text in said} for step, said in rollouts_of(out).items()}
     assert versions == {0: {0}} | {step: {step - 1} for step in range(1, STEPS)}
-    pushed = [body["weight_version"] for body in stub.of("/update_weights_from_disk")]
-    assert [name.rpartition("-")[2] for name in pushed] == [str(k) for k in range(STEPS - 1)]
+    assert versions_of(stub) == [str(k) for k in range(STEPS - 1)]
     assert all(0 < len(t.completion.ids) <= 10 for said in rollouts_of(out).values() for t in said)
 
 
@@ -78,17 +103,19 @@ def asked_seeds(asked: list[tuple[str, Any]]) -> set[int]:
     return {rules["sampling_seed"] for rules in sampled if rules["temperature"] > 0}
 
 
-def test_a_killed_run_reads_its_texts_and_asks_only_for_others(launch, texts, stub, tmp_path):
-    keys = AHEAD | served(stub, tmp_path / "w")
-    config, out = write_config(tmp_path, texts, zero=0, rollout=keys), tmp_path / "out"
-    group = launch("--config", str(config), f"output_dir={out}")
-    third = out / "rollouts" / "student" / "step-00000003.jsonl"
-    assert group.wait_until(third.exists), group.text
-    group.kill()
-    written, before = texts_of(out), len(stub.asked)
-    on_disk = {text.seed % 2**31 for said in rollouts_of(out).values() for text in said}
+def test_a_killed_run_reads_its_texts_and_asks_only_for_others(launch, texts, tmp_path):
+    (stub, _), out = replicas("sglang"), tmp_path / "out"
+    with serving(stub):
+        keys = AHEAD | served(stub, tmp_path / "w")
+        config = write_config(tmp_path, texts, zero=0, rollout=keys)
+        group = launch("--config", str(config), f"output_dir={out}")
+        third = out / "rollouts" / "student" / "step-00000003.jsonl"
+        assert group.wait_until(third.exists), group.text
+        group.kill()
+        written, before = texts_of(out), len(stub.asked)
+        on_disk = {text.seed % 2**31 for said in rollouts_of(out).values() for text in said}
 
-    finish(launch, config, out)
+        finish(launch, config, out)
 
     assert written.items() <= texts_of(out).items()
     assert len(texts_of(out)) == STEPS
@@ -98,52 +125,42 @@ def test_a_killed_run_reads_its_texts_and_asks_only_for_others(launch, texts, st
     assert on_disk.isdisjoint(later)
 
 
-def refused(launch: Callable[..., Any], config: Path, out: Path) -> str:
-    group = launch("--config", str(config), f"output_dir={out}")
-    assert all(group.wait()), group.text
-    return group.text
+def test_a_run_that_was_killed_during_a_push_is_resumed(launch, texts, own, tmp_path):
+    """The kill leaves one of two replicas paused, with the weights of the version before."""
+    stubs = first, other = replicas("vllm")
+    answer = other.answer
+
+    def stuck(path: str, body: Any) -> tuple[int, Any]:
+        if path == "/collective_rpc" and body["kwargs"]["weights_path"].endswith("version-3"):
+            return 503, {"message": "loading"}
+        return answer(path, body)
+
+    other.answer = stuck
+    with serving(*stubs) as urls:
+        keys = GREEDY | served(first, tmp_path / "w", url=urls)
+        config = write_config(tmp_path, texts, zero=0, rollout=keys, train=SHORT)
+        out = tmp_path / "out"
+        group = launch("--config", str(config), f"output_dir={out}")
+        assert group.wait_until(lambda: first.weights.endswith("-3")), group.text
+        group.kill()
+        written = texts_of(out)
+        assert other.paused
+        assert other.weights.endswith("-2")
+        other.answer = answer
+
+        finish(launch, config, out)
+
+    assert written.items() <= texts_of(out).items()
+    assert texts_of(out) == texts_of(own(0))
+    assert difference(weights(out), weights(own(0))) == 0
 
 
-def test_replicas_that_disagree_are_refused_before_a_model_loads(launch, texts, stub, tmp_path):
-    class Wrong(Transformer):
-        def continue_(self, prompt: list[int], rules: dict[str, Any]) -> list[int]:
-            return [*super().continue_(prompt, rules)[:4], 2, 2, 2, 2, 2, 2]
-
-    other = Stub("sglang", name="student", model=Wrong())
-    with serving(other):
-        server = served(stub, tmp_path / "w", url=[stub.url, other.url])
-        config = write_config(tmp_path, texts, zero=0, rollout=GREEDY | server)
-        said = refused(launch, config, tmp_path / "out")
-
-    assert f"{stub.url} and {other.url} disagree" in said
-    assert "Traceback" not in said
-    assert stub.model.folders == []
+def disagree(stub: Stub) -> None:
+    continue_ = stub.model.continue_
+    stub.model.continue_ = lambda *given: [*continue_(*given)[:4], *[2] * 6]
 
 
-def test_a_server_that_is_not_there_is_named_before_a_model_loads(launch, texts, stub, tmp_path):
-    gone = Stub("sglang", name="student")
-    with serving(gone):
-        pass
-    config = write_config(tmp_path, texts, zero=0, rollout=GREEDY | served(gone, tmp_path / "w"))
-
-    said = refused(launch, config, tmp_path / "out")
-
-    assert f"GET {gone.url}/get_model_info: no server answers there" in said
-    assert "Traceback" not in said
-
-
-def test_a_folder_that_cannot_be_written_is_named(launch, texts, stub, tmp_path):
-    (tmp_path / "file").touch()
-    server = served(stub, tmp_path / "file")
-    config = write_config(tmp_path, texts, zero=0, rollout=GREEDY | server)
-
-    said = refused(launch, config, tmp_path / "out")
-
-    assert f"rollout.server.folder: {tmp_path / 'file'}" in said
-    assert "Traceback" not in said
-
-
-def test_a_server_that_loses_the_pushed_weights_stops_the_run(launch, texts, stub, tmp_path):
+def lose_weights(stub: Stub) -> None:
     """A restarted server would otherwise answer with the weights that it started with."""
 
     def spoil(path: str, tree: Any) -> Any:
@@ -152,46 +169,114 @@ def test_a_server_that_loses_the_pushed_weights_stops_the_run(launch, texts, stu
         return tree
 
     stub.spoil = spoil
-    config = write_config(tmp_path, texts, zero=0, rollout=GREEDY | served(stub, tmp_path / "w"))
-
-    said = refused(launch, config, tmp_path / "out")
-
-    assert "was generated with the weights default, and out-" in said
-    assert len(texts_of(tmp_path / "out")) == 2
 
 
-@pytest.fixture(scope="module")
-def adapted(launch, texts, tmp_path_factory) -> Path:
-    """A trained student, which adapters can build on."""
-    folder = tmp_path_factory.mktemp("base")
-    keys = {"max_steps": 2}
-    return finish(launch, write_config(folder, texts, zero=0, train=keys), folder / "out") / "final"
+def restart(stub: Stub) -> None:
+    """Between two blocks: it has the weights of its start, and would answer without complaint."""
+    answer, sampled = stub.answer, []
+
+    def restarting(path: str, body: Any) -> tuple[int, Any]:
+        if path == "/v1/completions" and stub.weights.endswith("-2") and not sampled:
+            sampled.append(body)
+            stub.restart()
+        return answer(path, body)
+
+    stub.answer = restarting
+
+
+def see_another_folder(stub: Stub) -> None:
+    """The folder is on the node of rank 0 alone."""
+    answer = stub.answer
+
+    def elsewhere(path: str, body: Any) -> tuple[int, Any]:
+        if path == "/collective_rpc":
+            body["kwargs"]["weights_path"] = "/gone/version-0"
+        return answer(path, body)
+
+    stub.answer = elsewhere
+
+
+def leave_development(stub: Stub) -> None:
+    stub.development = False
+
+
+# What is wrong with the second replica, what is said of it, and after how many steps.
+@pytest.mark.parametrize(
+    ("kind", "spoil", "messages", "steps"),
+    [
+        ("sglang", disagree, [" and {url} disagree"], 0),
+        ("sglang", lose_weights, ["was generated with the weights default, and out-"], 2),
+        (
+            "vllm",
+            restart,
+            ["was generated with the weights default, and out-", "the server was restarted"],
+            2,
+        ),
+        (
+            "vllm",
+            leave_development,
+            ["{url}/weight_info answered 404", "VLLM_SERVER_DEV_MODE=1"],
+            0,
+        ),
+        (
+            "vllm",
+            see_another_folder,
+            ["{url}/collective_rpc answered 500 and did not load out-", "-0 from {folder}"],
+            0,
+        ),
+    ],
+)
+def test_a_replica_that_fails_ends_the_run(launch, texts, tmp_path, kind, spoil, messages, steps):
+    stubs, folder = replicas(kind), tmp_path / "w"
+    with serving(*stubs) as urls:
+        spoil(stubs[1])
+        keys = GREEDY | served(stubs[0], folder, url=urls)
+        said = refused(
+            launch, write_config(tmp_path, texts, zero=0, rollout=keys), tmp_path / "out"
+        )
+
+    for message in messages:
+        assert message.format(url=urls[1], folder=folder) in said
+    assert len(texts_of(tmp_path / "out")) == steps
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_a_model_loads(launch, texts, tmp_path):
+    (stub, _), folder = replicas("sglang"), tmp_path / "file"
+    folder.touch()
+    with serving(stub):
+        keys = GREEDY | served(stub, folder)
+        said = refused(
+            launch, write_config(tmp_path, texts, zero=0, rollout=keys), tmp_path / "out"
+        )
+
+    assert f"rollout.server.folder: {folder}" in said
+    assert stub.model.folders == []
 
 
 @pytest.mark.slow
-def test_adapters_reach_a_vllm_server_before_every_step(launch, texts, adapted, tmp_path):
+def test_adapters_reach_a_vllm_server_before_every_step(launch, texts, tmp_path):
     """Also those of a run that is started again: the server keeps cached texts of every name."""
-    stub = Stub("vllm", name="base", model=Transformer(adapted))
-    keys = {"student": {"model": str(adapted), "lora": {"r": 4}}, "train": SHORT}
-    keys["task"] = {"tokenizer": str(adapted)}
+    short = write_config(tmp_path, texts, zero=0, train={"max_steps": 2})
+    base = finish(launch, short, tmp_path / "base") / "final"
+    stub = Stub("vllm", name="base", model=Transformer(base))
+    keys = {"student": {"model": str(base), "lora": {"r": 4}}, "train": SHORT}
+    keys["task"] = {"tokenizer": str(base)}
     own = write_config(tmp_path, texts, zero=3, rollout=GREEDY, **keys)
     wanted, out = finish(launch, own, tmp_path / "own"), tmp_path / "out"
     with serving(stub):
         server = served(stub, tmp_path / "w", push="adapter")
         config = write_config(tmp_path, texts, zero=3, rollout=GREEDY | server, **keys)
-        group = launch("--config", str(config), f"output_dir={out}", "train.learning_rate=0.5")
-        assert group.wait() == [0, 0], group.text
+        finish(launch, config, out, "train.learning_rate=0.5")
         shutil.rmtree(out)
         finish(launch, config, out)
 
     asked = stub.of("/v1/load_lora_adapter")
     names = [body["lora_name"] for body in asked]
-    assert [name.rpartition("-")[2] for name in names] == ["0", "1", "2"] * 2
+    assert [name.rpartition("-")[2] for name in names] == ["0", "1", "2", "3"] * 2
     assert len({*names, *(body["lora_path"] for body in asked)}) == 2 * len(asked)
     assert [*stub.loaded] == names[-1:]
     assert texts_of(out) == texts_of(wanted)
-    found = load_file(out / "final" / "adapter" / "adapter_model.safetensors")
-    for name, tensor in load_file(
-        wanted / "final" / "adapter" / "adapter_model.safetensors"
-    ).items():
+    file = Path("final") / "adapter" / "adapter_model.safetensors"
+    found = load_file(out / file)
+    for name, tensor in load_file(wanted / file).items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5, msg=name)

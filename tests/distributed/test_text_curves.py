@@ -3,62 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tiny_texts import small_llama, write_texts
+from test_rollouts import finish, write_config
+from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
 
 TOKENS, ROWS = 6, 5
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    return write_texts(folder, train=60, validation=8)
-
-
-def evaluated(
-    launch: Callable[..., Any], folder: Path, texts: Path, *, zero: int, world: int
-) -> dict[str, float]:
+def evaluated(launch, folder: Path, texts: Path, *, zero: int, world: int) -> dict[str, float]:
     """The values of texts in the only evaluation of a run."""
-    tree: dict[str, Any] = {
-        "output_dir": str(folder / "out"),
-        "task": {
-            "type": "causal_lm",
-            "train_files": str(texts / "train.txt"),
-            "validation_files": str(texts / "validation.txt"),
-            "max_length": 24,
-            "tokenizer": {"type": "bpe", "vocab_size": 300},
-        },
-        "teacher": {
-            "model": small_llama(2, 16),
-            "deepspeed": f"teacher_zero{3 if zero == 3 else 0}",
-        },
-        "student": {"model": small_llama(1, 8), "deepspeed": f"zero{zero}"},
-        "method": {"name": "single"},
-        "objective": [{"loss": "soft_target_kl"}],
-        "train": {
-            "per_device_train_batch_size": 12 // world,
-            "max_steps": 2,
-            "learning_rate": 0.01,
-            "adam_epsilon": 0.01,
-        },
-        "eval": {
-            "eval_steps": 2,
-            "keep_best": False,
-            "generation": {"max_new_tokens": TOKENS, "rows": ROWS, "prompt_tokens": 4},
-        },
-        "log": {"report_to": []},
-    }
-    (folder / "run.yaml").write_text(json.dumps(tree))
-    group = launch("--config", str(folder / "run.yaml"), world=world)
-    assert group.wait() == [0] * world, group.text
-    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "eval/text_kl" in record]
-    assert len(records) == 1
-    return {k: v for k, v in records[0].items() if k.startswith(("text/", "eval/text_"))}
+    generation = {"max_new_tokens": TOKENS, "rows": ROWS, "prompt_tokens": 4}
+    path = write_config(
+        folder,
+        texts,
+        zero=zero,
+        train={"per_device_train_batch_size": 12 // world, "max_steps": 2},
+        objective=[{"loss": "soft_target_kl"}],
+        rollout=None,
+        eval={"eval_steps": 2, "keep_best": False, "generation": generation},
+    )
+    out = finish(launch, path, folder / "out", world=world)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (record,) = [record for record in map(json.loads, lines) if "eval/text_kl" in record]
+    return {k: v for k, v in record.items() if k.startswith(("text/", "eval/text_"))}
 
 
 @pytest.fixture(scope="module")
