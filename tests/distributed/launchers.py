@@ -10,25 +10,19 @@ from collections.abc import Mapping, Sequence
 from conftest import ROOT
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
-DEEPSPEED = ("-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "2", "--master_port")
+RUNNER = ("-m", "deepspeed.launcher.runner", "--quiet")
+DEEPSPEED = (*RUNNER, "--num_gpus", "2", "--master_port")
 
 
 def start(words: Sequence[str], variables: Mapping[str, object]) -> subprocess.Popen[str]:
-    """A process of its own, with the environment of `environment`."""
-    search = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    """A process of its own, with the machine's environment and no launcher's but `variables`."""
+    launchers = ("SLURM_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return subprocess.Popen(
         [sys.executable, *words],
-        env=environment({**search, **variables}),
+        env=kept | {name: str(value) for name, value in variables.items()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def environment(variables: Mapping[str, object]) -> dict[str, str]:
-    """The machine's environment and no launcher's, but for `variables`."""
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LOCAL_", "MASTER_"))
-    }
-    kept = {k: v for k, v in kept.items() if k not in ("RANK", "WORLD_SIZE")}
-    return {**kept, **{name: str(value) for name, value in variables.items()}}

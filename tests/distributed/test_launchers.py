@@ -1,19 +1,19 @@
-"""The same file starts under every launcher and ends with the same weights."""
+"""The same file starts under every launcher, on one node or two, and ends with the same weights."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import random
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from conftest import TIMEOUT_S, TRAIN, free_port
-from forked_ranks import start_rank
-from launchers import DEEPSPEED, TORCHRUN, environment, start
+from launchers import DEEPSPEED, RUNNER, TORCHRUN, start
 from tiny_runs import bert, config_tree, write_config, write_reviews
 
 STEPS = 2
@@ -27,22 +27,28 @@ def config(tmp_path_factory) -> Path:
     tree = config_tree(
         Path("unused"),
         task,
-        teacher={"model": bert(2), "finetune": {}},
+        teacher={"model": bert(2), "deepspeed": "teacher_zero3", "finetune": {}},
         student={"model": bert(1), "deepspeed": "zero3"},
         method={"name": "single"},
-        log={"report_to": []},
+        train={"max_steps": STEPS},
+        log={"report_to": [], "logging_steps": 1},
     )
-    tree["train"] |= {"max_steps": STEPS}
     return write_config(folder / "run.yaml", tree)
 
 
 @pytest.fixture(scope="module")
-def by_hand(launch, config, tmp_path_factory) -> Path:
-    """Two ranks that were told everything a launcher tells them."""
-    out = tmp_path_factory.mktemp("by-hand") / "out"
-    group = launch("--config", str(config), f"output_dir={out}")
-    assert group.wait() == [0, 0], group.text
-    return out
+def by_hand(launch, config, tmp_path_factory) -> Callable[[str], Path]:
+    """The student's preset -> a run of two ranks that were told what a launcher tells them."""
+
+    @functools.cache
+    def of(student: str) -> Path:
+        out = tmp_path_factory.mktemp("by-hand") / "out"
+        words = (f"output_dir={out}", f"student.deepspeed={student}")
+        group = launch("--config", str(config), *words)
+        assert group.wait() == [0, 0], group.text
+        return out
+
+    return of
 
 
 def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -50,24 +56,6 @@ def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     try:
         said = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
         return [(p.returncode, text) for p, text in zip(processes, said, strict=True)]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def finish_forked(
-    words: Sequence[str], *places: Mapping[str, object], logs: Path
-) -> list[tuple[int, str]]:
-    """The same for processes that need not be started from nothing, one for each place."""
-    files = [logs / f"log-{rank}.txt" for rank in range(len(places))]
-    processes = [
-        start_rank(words, variables=environment(place), log=file)
-        for place, file in zip(places, files, strict=True)
-    ]
-    try:
-        for process in processes:
-            process.join(TIMEOUT_S)
-        return [(p.exitcode, file.read_text()) for p, file in zip(processes, files, strict=True)]
     finally:
         for process in processes:
             process.kill()
@@ -99,7 +87,7 @@ def test_a_launcher_of_two_ranks_trains_as_two_ranks_by_hand(config, by_hand, tm
     said = finish([start((*launcher, str(free_port()), *train(config, out)), {})])
 
     assert_finished(said, out, ranks=2)
-    assert weights(out) == weights(by_hand)
+    assert weights(out) == weights(by_hand("zero3"))
 
 
 def slurm(rank: int, ranks: int, job: int = 1) -> dict[str, object]:
@@ -120,14 +108,12 @@ def job_of_a_free_port() -> int:
 
 
 def test_processes_that_srun_starts_find_each_other(config, by_hand, tmp_path):
-    out = tmp_path / "out"
+    out, job = tmp_path / "out", job_of_a_free_port()
 
-    job = job_of_a_free_port()
-    places = [slurm(rank, 2, job) for rank in range(2)]
-    said = finish_forked(train(config, out), *places, logs=tmp_path)
+    said = finish([start(train(config, out), slurm(rank, 2, job)) for rank in range(2)])
 
     assert_finished(said, out, ranks=2)
-    assert weights(out) == weights(by_hand)
+    assert weights(out) == weights(by_hand("zero3"))
 
 
 @pytest.mark.parametrize(
@@ -143,17 +129,7 @@ def test_one_process_needs_no_launcher(config, by_hand, tmp_path, variables):
     said = finish([start(train(config, out), variables)])
 
     assert_finished(said, out, ranks=1)
-    assert weights(out) != weights(by_hand)
-
-
-def test_half_of_a_launchers_variables_is_an_error_that_names_the_other_half(config, tmp_path):
-    half = {"RANK": 0, "WORLD_SIZE": 2}
-    said = finish_forked(train(config, tmp_path / "out"), half, logs=tmp_path)
-
-    assert said[0][0] == 2
-    message = "megakd: error: RANK is set without MASTER_ADDR, MASTER_PORT; start with `deepspeed`"
-    assert message in said[0][1]
-    assert "Traceback" not in said[0][1]
+    assert weights(out) != weights(by_hand("zero3"))
 
 
 def test_bad_input_is_said_once_and_ends_every_rank(launch, config, tmp_path):
@@ -168,3 +144,54 @@ def test_bad_input_is_said_once_and_ends_every_rank(launch, config, tmp_path):
     assert group.text.count("megakd: error: ") == 1
     assert f"{broken / 'train.jsonl'}, line 65: text is not UTF-8 (byte 0xff" in group.text
     assert "Traceback" not in group.text
+
+
+def hostfile(folder: Path) -> list[list[str]]:
+    """The commands of DeepSpeed's launcher on each node, without ssh."""
+    hosts = folder / "hosts"
+    hosts.write_text("node-a slots=1\nnode-b slots=1\n")
+    meeting = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    words = [*RUNNER, "--hostfile", str(hosts), "--no_ssh"]
+    return [[*words, "--node_rank", str(node), *meeting] for node in range(2)]
+
+
+def rendezvous(folder: Path) -> list[list[str]]:
+    """The command of torchrun, the same on each node."""
+    del folder
+    words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
+    return [[*words, *meeting, "--rdzv_id", "job", "--local_addr", "127.0.0.1"]] * 2
+
+
+def losses(out: Path) -> dict[tuple[str, int], float]:
+    """The loss of every step of every stage."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return {
+        (line["stage"], line["step"]): line["train/loss"] for line in lines if "train/loss" in line
+    }
+
+
+# On one node the teacher is always sharded over all ranks.
+@pytest.mark.parametrize(
+    ("launcher", "stage", "teacher"),
+    [
+        (hostfile, "zero3", "teacher_zero3"),
+        (rendezvous, "zero3", "teacher_zero3_node"),
+        pytest.param(hostfile, "zero2", "teacher_zero3_node", marks=pytest.mark.slow),
+        pytest.param(rendezvous, "zero2", "teacher_zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_two_nodes_give_the_losses_of_one(config, by_hand, tmp_path, launcher, stage, teacher):
+    out, caches = tmp_path / "out", [tmp_path / f"cache-{node}" for node in range(2)]
+    run = (*train(config, out), f"student.deepspeed={stage}", f"teacher.deepspeed={teacher}")
+
+    said = finish(
+        [
+            start((*words, *run), {"MEGAKD_CACHE": cache})
+            for words, cache in zip(launcher(tmp_path), caches, strict=True)
+        ]
+    )
+
+    assert [code for code, _ in said] == [0, 0], said
+    assert losses(out) == pytest.approx(losses(by_hand(stage)))
+    assert {stage for stage, _ in losses(out)} == {"teacher-finetune", "student"}
