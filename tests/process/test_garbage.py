@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 
 import pytest
 
 from megakd.process.garbage import no_collections
 
 
-def test_no_collection_runs_inside_and_all_run_again_behind_it():
-    with no_collections():
-        assert not gc.isenabled()
-
-    assert gc.isenabled()
-
-
-def test_an_error_inside_switches_collections_on_again():
-    with pytest.raises(ImportError), no_collections():
-        raise ImportError
-
-    assert gc.isenabled()
-
-
-def test_collections_that_were_off_before_stay_off():
-    gc.disable()
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("error", [ImportError, None])
+def test_no_collection_runs_inside_and_afterwards_all_is_as_before(enabled, error):
+    (gc.enable if enabled else gc.disable)()
     try:
-        with no_collections():
-            pass
-        assert not gc.isenabled()
+        with suppress(ImportError), no_collections():
+            assert not gc.isenabled()
+            if error:
+                raise error
+        assert gc.isenabled() is enabled
     finally:
         gc.enable()

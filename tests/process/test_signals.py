@@ -56,20 +56,19 @@ def send(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)
-def test_a_command_that_does_not_train_ends_at_once_with_one_line(capsys, number):
-    code = cli._guarded(lambda: send(number))
+def test_a_command_that_does_not_train_ends_at_once_with_one_line_of_rank_0(
+    capsys, monkeypatch, number
+):
+    codes, said = [], []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        codes.append(cli._guarded(lambda: send(number)))
+        said.append(capsys.readouterr().err)
 
-    shown = capsys.readouterr().err
+    assert codes == [128 + number] * 2
     name = signal.Signals(number).name
-    assert code == 128 + number
-    assert shown == f"megakd: stopped by {name}; start the same command again to continue\n"
-
-
-def test_only_rank_0_says_that_the_run_was_stopped(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-
-    assert cli._guarded(lambda: send(signal.SIGTERM)) == 143
-    assert capsys.readouterr().err == ""
+    line = f"megakd: stopped by {name}; start the same command again to continue\n"
+    assert said == [line, ""]
 
 
 def test_what_forgives_errors_does_not_forgive_a_stop():
@@ -134,25 +133,17 @@ def test_a_rank_that_another_rank_tells_of_the_end_of_their_launcher_says_so(
     assert stop.reason == ("SIGTERM" if own_signal else signals.LAUNCHER_ENDED)
 
 
-def test_afterwards_signals_do_what_they_did_before():
+def test_an_ignored_signal_stays_ignored_and_afterwards_all_are_as_before():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
 
     with watched():
+        signal.raise_signal(signal.SIGINT)
+        assert requested() == 0
         assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] != before
 
     assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
-
-
-def test_a_signal_that_is_ignored_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with watched():
-            signal.raise_signal(signal.SIGINT)
-
-            assert requested() == 0
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def run(program: str) -> subprocess.Popen[str]:
