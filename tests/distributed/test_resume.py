@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import bert, config_tree, write_config
 
 TEACHER = "teacher-finetune"
 # What learns under a method, after the teacher; the last one is the student.
@@ -80,63 +81,51 @@ def write_data(folder: Path) -> None:
             csv.writer(file).writerows([("text", "score"), *rows(count, random.Random(name))])
 
 
-def bert(layers: int) -> dict[str, Any]:
-    # Dropout is left on: without it a run could lose its random numbers and nobody would see.
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 32}
-    shape = {"num_hidden_layers": layers, "num_attention_heads": 2}
-    return {"config": {"model_type": "bert", **sizes, **shape}}
-
-
 def sections(method: str, preset: str) -> dict[str, Any]:
     """One teacher and one student, or a student that is cut out of its teacher in two trials."""
-    if method != "minidisc":
-        hidden = {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]}
-        student: dict[str, Any] = {"model": bert(1), "deepspeed": preset}
-        options: dict[str, Any] = {}
-    if method == "knowledge_selection":
-        # Episodes and phases end at other steps than logging, evaluations and saves.
-        options = {"episodes": 2, "episode_steps": STEPS // 2, "phase_steps": 5, "hidden": 8}
+    hidden = {"loss": "hidden_mse", "weight": 0.1}
+    # Dropout is left on: without it a run could lose its random numbers and nobody would see.
+    student, options = {"model": bert(1), "deepspeed": preset}, {}
     if method == "minidisc":
-        hidden = {"loss": "hidden_mse", "weight": 0.1}
-        student = {"model": "from_teacher", "deepspeed": preset}
+        student["model"] = "from_teacher"
         # No weight on size: a wide candidate becomes the assistant, and there is a second trial.
         options = {"sparsities": [0.25, 0.5, 0.75], "target_sparsity": 0.75, "tradeoff": 0.0}
         # Even sizes: ZeRO 3 pads the halves of an odd one with what it finds in memory.
         options |= {"round_to": 2, "sampled_candidates": 0}
-    return {"student": student, "method": {"name": method, **options}, "objective": [hidden]}
+    else:
+        hidden["layer_mapping"] = ["1:2"]
+    if method == "knowledge_selection":
+        # Episodes and phases end at other steps than logging, evaluations and saves.
+        options = {"episodes": 2, "episode_steps": STEPS // 2, "phase_steps": 5, "hidden": 8}
+    terms = [
+        hidden,
+        {"loss": "hard_mse", "weight": 0.5},
+        {"loss": "soft_target_mse", "weight": 0.5},
+    ]
+    return {"student": student, "method": {"name": method, **options}, "objective": terms}
 
 
-def write_config(folder: Path, preset: str, method: str) -> Path:
+def write_run(folder: Path, preset: str, method: str) -> Path:
     """Logging, evaluation and saving fall on different steps, so that each is resumed midway."""
+    write_data(folder / "data")
     finetune = {"max_steps": STEPS, "learning_rate": 0.003, "deepspeed": preset}
-    tree = {
-        "output_dir": "unused",
-        "task": {
+    tree = config_tree(
+        Path("unused"),
+        {
             "type": "regression",
             "dataset": str(folder / "data"),
             "text_columns": ["text"],
             "label_column": "score",
-            "max_length": 16,
         },
-        "teacher": {"model": bert(2), "deepspeed": "teacher_zero3", "finetune": finetune},
+        teacher={"model": bert(2), "deepspeed": "teacher_zero3", "finetune": finetune},
+        eval={"eval_steps": 3},
+        save={"save_steps": SAVE_STEPS},  # all are kept, to be compared
+        log={"logging_steps": 3, "report_to": []},
         **sections(method, preset),
-        "train": {
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "max_steps": STEPS,
-            "learning_rate": 0.005,
-        },
-        "eval": {"eval_steps": 3},
-        "save": {"save_steps": SAVE_STEPS, "save_total_limit": None},  # all, to be compared
-        "log": {"logging_steps": 3, "report_to": []},
-    }
-    tree["objective"] += [
-        {"loss": "hard_mse", "weight": 0.5},
-        {"loss": "soft_target_mse", "weight": 0.5},
-    ]
-    path = folder / "run.yaml"
-    path.write_text(json.dumps(tree))
-    return path
+    )
+    steps = {"gradient_accumulation_steps": 2, "max_steps": STEPS, "learning_rate": 0.005}
+    tree["train"] |= steps
+    return write_config(folder / "run.yaml", tree)
 
 
 @pytest.fixture(
@@ -151,8 +140,7 @@ def truth(request, launch, tmp_path_factory) -> Run:
     """The run that nobody interrupts."""
     preset, method = request.param
     folder = tmp_path_factory.mktemp(preset)
-    write_data(folder / "data")
-    run = Run(write_config(folder, preset, method), folder / "truth", method)
+    run = Run(write_run(folder, preset, method), folder / "truth", method)
     finish(launch, run)
     for stage in run.stages:
         assert [r for r in run.records() if r["stage"] == stage and "eval/pearson" in r], stage
@@ -173,11 +161,8 @@ def assert_same_run(run: Run, truth: Run) -> None:
     assert logged(run) == logged(truth)
     for stage in run.stages:
         best = f"checkpoints/{stage}/best/best.json"
-        assert json.loads((run.out / best).read_text()) == json.loads(
-            (truth.out / best).read_text()
-        )
-        last, wanted = (r.checkpoint(stage, STEPS) for r in (run, truth))
-        assert_same_tensors(last, wanted)
+        assert (run.out / best).read_bytes() == (truth.out / best).read_bytes(), best
+        assert_same_tensors(run.checkpoint(stage, STEPS), truth.checkpoint(stage, STEPS))
 
 
 def logged(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -190,21 +175,18 @@ def assert_same_tensors(folder: Path, wanted: Path) -> None:
     """The last weights, Adam's moments and the random numbers: the best may be older."""
     shards = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(WORLD)]
     for name in [*shards, *(f"rank-{rank}.pt" for rank in range(WORLD))]:
-        found, there = tensors_of(folder / name), tensors_of(wanted / name)
-        assert there
-        assert found.keys() == there.keys()
         # A shard ends in padding that nobody has written to, where it does not come out even.
         padding = WORLD - 1 if name in shards else 0
-        found, there = ({k: without(padding, t) for k, t in f.items()} for f in (found, there))
+        found, there = (
+            {
+                key: tensor.flatten()[: tensor.numel() - padding]
+                for key, tensor in tensors(torch.load(at / name, weights_only=False), name)
+            }
+            for at in (folder, wanted)
+        )
+        assert there
+        assert found.keys() == there.keys()
         assert [key for key in there if not torch.equal(found[key], there[key])] == []
-
-
-def without(padding: int, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.flatten()[: tensor.numel() - padding]
-
-
-def tensors_of(file: Path) -> dict[str, torch.Tensor]:
-    return dict(tensors(torch.load(file, weights_only=False), file.name))
 
 
 def tensors(tree: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -302,16 +284,6 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(truth, launch
     assert not [path.name for path in run.out.rglob(".*.new")]
 
 
-def flip_a_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    path.write_bytes(content)
-
-
-def cut_short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The lock of a start that was killed, in an extensions folder of the test's own."""
@@ -333,8 +305,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, l
     for stage in ("teacher-finetune", student):
         shutil.rmtree(out / "stages" / stage)
     shard = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    flip_a_byte(run.checkpoint("teacher-finetune", STEPS) / shard)
-    cut_short(run.checkpoint(student, STEPS) / "rank-1.pt")
+    flipped = run.checkpoint(TEACHER, STEPS) / shard
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    flipped.write_bytes(content)
+    short = run.checkpoint(student, STEPS) / "rank-1.pt"
+    short.write_bytes(short.read_bytes()[:-100])
 
     said = finish(launch, run)
 
