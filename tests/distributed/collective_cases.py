@@ -19,22 +19,8 @@ from megakd.inputs.inputs import prepare
 from megakd.run import holder
 
 
-def different_rank_errors() -> str:
-    """Rank 1 alone fails; every rank must learn of it instead of waiting."""
-
-    def action():
-        if distributed.ranks().rank == 1:
-            raise DataError("rank 1 has no such file")
-
-    try:
-        collectives.together(action)
-    except DataError as error:
-        return str(error)
-    return "nothing was raised"
-
-
-def main_first_errors(failing: int) -> str:
-    """One rank alone fails inside `main_first`; the others must not go on."""
+def errors(kind: str, failing: int) -> str:
+    """One rank alone fails inside a collective; every rank must learn of it instead of waiting."""
 
     def action():
         if distributed.ranks().rank == failing:
@@ -42,7 +28,7 @@ def main_first_errors(failing: int) -> str:
         return "went on"
 
     try:
-        return collectives.main_first(action)
+        return getattr(collectives, kind)(action)
     except DataError as error:
         return str(error)
 

@@ -9,15 +9,11 @@ from tiny_runs import config_tree, write_config, write_reviews
 PROGRAM = Path(__file__).with_name("collective_ranks.py")
 
 
-def test_every_rank_learns_of_an_error_on_one_rank(workers):
-    said = workers(2).run("collective_cases.different_rank_errors")
-
-    assert said == ["rank 1 has no such file"] * 2
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, failing):
-    said = workers(2).run("collective_cases.main_first_errors", failing)
+@pytest.mark.parametrize(
+    ("kind", "failing"), [("together", 1), ("main_first", 0), ("main_first", 1)]
+)
+def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, kind, failing):
+    said = workers(2).run("collective_cases.errors", kind, failing)
 
     assert said == [f"rank {failing} cannot read it"] * 2
 
@@ -30,22 +26,17 @@ def test_one_rank_of_a_node_makes_the_rows_and_the_others_map_its_files(workers,
     assert second["files"] == first["files"]
 
 
-def test_a_node_that_sees_the_files_of_rank_0_makes_none(workers, tmp_path):
+@pytest.mark.parametrize("sees", [True, False])
+def test_a_node_makes_rows_of_its_own_if_it_does_not_see_the_files_of_rank_0(
+    workers, tmp_path, sees
+):
     places = [str(tmp_path / "a"), str(tmp_path / "b")]
+    case = "rows_of_node" if sees else "rows_of_separate_node"
 
-    first, second = workers(2).run("collective_cases.rows_of_node", places)
+    first, second = workers(2).run(f"collective_cases.{case}", places)
 
-    assert (first["ran"], second["ran"]) == ([0], [])
-    assert second["rows"] == first["rows"]
-
-
-def test_a_node_that_does_not_see_the_files_of_rank_0_makes_its_own(workers, tmp_path):
-    places = [str(tmp_path / "a"), str(tmp_path / "b")]
-
-    first, second = workers(2).run("collective_cases.rows_of_separate_node", places)
-
-    assert (first["ran"], second["ran"]) == ([0], [1])
-    assert (first["rows"], second["rows"]) == ([0, 20], [1, 20])
+    assert (first["ran"], second["ran"]) == ([0], [] if sees else [1])
+    assert (first["rows"], second["rows"]) == ([0, 20], [0, 20] if sees else [1, 20])
 
 
 def test_an_output_folder_that_a_node_shows_late_is_waited_for(workers, tmp_path):
@@ -104,13 +95,9 @@ def test_a_rank_that_waits_too_long_says_who_is_doing_what(launch):
     assert "while training stage student; rank 0 was saving step 5, begun " in ranks.text
 
 
-def test_a_wait_for_the_work_of_rank_0_may_exceed_the_limit(launch):
-    ranks = launch("work", program=PROGRAM)
-
-    assert ranks.wait() == [0, 0], ranks.text
-
-
-def test_a_tensor_on_the_cpu_is_reduced_by_a_group_without_a_backend_for_it(launch):
-    ranks = launch("accelerators", program=PROGRAM)
+# Rank 0 may work for longer than the limit; a group of NCCL has no backend for the CPU.
+@pytest.mark.parametrize("case", ["work", "accelerators"])
+def test_ranks_wait_for_work_and_reduce_tensors_on_the_cpu(launch, case):
+    ranks = launch(case, program=PROGRAM)
 
     assert ranks.wait() == [0, 0], ranks.text
