@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from spoiling import LATE, Bench, assert_refused
-from tiny_runs import bert, llama, write_jsonl, write_reviews, write_scored_pairs
+from spoiling import LATE, assert_refused
+from tiny_runs import bert, llama, write_jsonl, write_reviews
+
+from megakd.config.file import load_config
+from megakd.errors import ConfigError
 
 GOOD_ROWS = '{"text":"a b","label":"x"}\n{"text":"c d","label":"y"}\n{"text":"e","label":"y"}\n'
-
-
-@pytest.fixture
-def bench(whole_run, tmp_path, one_rank) -> Bench:
-    return Bench(tmp_path, whole_run.reviews, whole_run.teacher, one_rank)
-
-
+COLUMNS = "columns are text, label"
+# A file, its content, keys of the task, and parts of the message.
 DATA: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
     "no rows": ("train.jsonl", "", {}, ("train.jsonl has no rows",)),
     "only a header": ("train.csv", "text,label\n", {}, ("train.csv has no rows",)),
@@ -30,13 +28,13 @@ DATA: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
         "train.jsonl",
         GOOD_ROWS,
         {"text_columns": ["body"]},
-        ("column 'body' (task.text_columns) does not exist", "columns are text, label"),
+        ("column 'body' (task.text_columns) does not exist", COLUMNS),
     ),
     "no such label column": (
         "train.jsonl",
         GOOD_ROWS,
         {"label_column": "class"},
-        ("column 'class' (task.label_column) does not exist", "columns are text, label"),
+        ("column 'class' (task.label_column) does not exist", COLUMNS),
     ),
     "a label outside the range": (
         "train.jsonl",
@@ -62,6 +60,12 @@ DATA: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
         {"labelled_examples": 9},
         ("task.labelled_examples: 9", "labelled rows"),
     ),
+    "no room for a pair": (
+        "train.jsonl",
+        "".join(f'{{"text":"a {n}","other":"c","label":1.5}}\n' for n in range(20)),
+        {"type": "regression", "text_columns": ["text", "other"], "max_length": 3},
+        ("task.max_length is 3", "3 special tokens to every pair"),
+    ),
 }
 
 
@@ -71,10 +75,8 @@ def test_data_that_cannot_be_used(bench, case):
     data = bench.folder / "data"
     data.mkdir()
     (data / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    models = {}
-    if task.get("type") in ("causal_lm", "regression"):
-        own = llama(1) if task["type"] == "causal_lm" else bert(1)
-        models = {"teacher": {"model": own, "finetune": {}}, "student": {"model": own}}
+    make = llama if task.get("type") == "causal_lm" else bert
+    models = {"teacher": {"model": make(1), "finetune": {}}, "student": {"model": make(1)}}
 
     said = bench.start(bench.tree({"dataset": str(data), **task}, **models))
 
@@ -90,25 +92,6 @@ def test_a_validation_file_with_a_class_of_its_own(bench):
     assert_refused(said, bench, "validation.jsonl, line 1", "'neutral' is not one of the 2 classes")
 
 
-@pytest.mark.parametrize(
-    ("key", "fragments"),
-    [
-        ("task.dataset", ("task.dataset: {} does not exist",)),
-        ("teacher.model", ("teacher.model: {} does not exist",)),
-        ("student.model", ("student.model: {} does not exist",)),
-        ("task.tokenizer", ("task.tokenizer: {} does not exist",)),
-        ("train.resume_from_checkpoint", ("train.resume_from_checkpoint: {} does not exist",)),
-        ("student.deepspeed", ("student.deepspeed: the DeepSpeed config {} does not exist",)),
-    ],
-)
-def test_a_path_that_is_not_there(bench, key, fragments):
-    path = bench.folder / "nowhere"
-
-    said = bench.start(bench.tree(), f"{key}={path}")
-
-    assert_refused(said, bench, *(fragment.format(path) for fragment in fragments))
-
-
 @pytest.mark.parametrize("below", ["", "x/y"])
 def test_an_output_folder_that_cannot_be(bench, below):
     file = bench.folder / "file"
@@ -119,130 +102,105 @@ def test_an_output_folder_that_cannot_be(bench, below):
     assert_refused(said, bench, f"output_dir: {file} is not a writable folder")
 
 
-HIDDEN = {"loss": "hidden_mse"}
-BROKEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "a pair beyond the student": (
-        {"objective": [{**HIDDEN, "layer_mapping": ["7:1"]}], "teacher": LATE},
-        ("hidden_mse.layer_mapping 7:1", "the student has layers 0 to 1, the teacher 0 to 2"),
+MAPPING = "a layer does not exist; the student has layers 0 to 1, the teacher 0 to 2"
+# Overrides of a run whose teacher is fine-tuned first, and parts of the message.
+SETTINGS = [
+    ("objective=[{loss: hidden_mse, layer_mapping: ['7:1']}]", "layer_mapping 7:1", MAPPING),
+    ("objective=[{loss: hidden_mse, layer_mapping: ['1:1', '1:9']}]", "mapping 1:9", MAPPING),
+    ("objective=[{loss: relation_kl, layer_mapping: ['1:3']}]", "layer_mapping 1:3", MAPPING),
+    (
+        "student.model.config.vocab_size=10",
+        "student.model: the tokenizer has",
+        "the embedding of the model has 10",
     ),
-    "a pair beyond the teacher": (
-        {"objective": [{**HIDDEN, "layer_mapping": ["1:1", "1:9"]}]},
-        ("hidden_mse.layer_mapping 1:9", "the student has layers 0 to 1, the teacher 0 to 2"),
+    ("task.max_length=99", "task.max_length is 99", "at most 32 tokens"),
+    (
+        "student.model.config.num_attention_heads=3",
+        "student.model.config: hidden_size 16 is not divisible by num_attention_heads 3",
     ),
-    "a small embedding": (
-        {"student": {"model": bert(1, vocab_size=10)}, "teacher": LATE},
-        ("student.model: the tokenizer has", "the embedding of the model has 10"),
+    (
+        "student.model.config.hiden_size=3",
+        "student.model.config.hiden_size",
+        "did you mean hidden_size?",
     ),
-    "a long text": (
-        {"task": {"max_length": 99}, "teacher": LATE},
-        ("task.max_length is 99", "at most 32 tokens"),
+    (
+        "student.model.config.model_type=llama",
+        "student.model.config: model_type 'llama' supports causal_lm",
+        "task.type classification",
     ),
-    "heads that do not divide": (
-        {"student": {"model": bert(1, num_attention_heads=3)}, "teacher": LATE},
-        ("student.model.config: hidden_size 16 is not divisible by num_attention_heads 3",),
+    (
+        "train.fp16=true; teacher.finetune.fp16=false",
+        "train: fp16 is not supported on cpu; supported: fp32, bf16",
     ),
-    "a key no model has": (
-        {"student": {"model": bert(1, hiden_size=3)}},
-        ("student.model.config.hiden_size", "did you mean hidden_size?"),
+    ("teacher.dtype=fp16", "teacher.dtype: fp16 is not supported on cpu; supported: fp32, bf16"),
+    ("train.kernels=triton", "train.kernels: impl 'triton' ", "use 'chunked'"),
+    (
+        "student.model.config.num_attention_heads=4; objective=[{loss: attention_mse}]",
+        "attention_mse: the teacher has 2 attention heads, the student 4",
+        "relation_kl",
     ),
-    "a family for another task": (
-        {"student": {"model": llama(1)}},
-        ("student.model.config: model_type 'llama' supports causal_lm", "task.type classification"),
+    (
+        "objective=[{loss: relation_kl, relation_heads: 3}]",
+        "relation_kl.relation_heads 3 does not divide",
+        "all of the vectors: 1, 2, 4, 8, 16",
     ),
-    "a dtype that the device lacks": (
-        {"train": {"fp16": True}, "teacher": {**LATE, "finetune": {"fp16": False}}},
-        ("train: fp16 is not supported on cpu; supported: fp32, bf16",),
+    (
+        "objective=[{loss: relation_fsp}]",
+        "relation_fsp needs two mapped layers",
+        "uniform maps the only layer",
+        '["0:0", "1:2"]',
     ),
-    "a dtype that the teacher's device lacks": (
-        {"teacher": {**LATE, "dtype": "fp16"}},
-        ("teacher.dtype: fp16 is not supported on cpu; supported: fp32, bf16",),
+    *(
+        (f"{key}=./nowhere", f"{key}: nowhere does not exist")
+        for key in ("task.dataset", "teacher.model", "student.model", "task.tokenizer")
     ),
-    "kernels that the device lacks": (
-        {"train": {"kernels": "triton"}, "teacher": {**LATE, "finetune": {}}},
-        ("train.kernels: impl 'triton' ", "use 'chunked'"),
+    ("train.resume_from_checkpoint=nowhere", "train.resume_from_checkpoint: nowhere does not exi"),
+    ("train.lerning_rate=3", 'train.lerning_rate = 3: unknown key; did you mean "learning_rate"?'),
+    # Numbers beyond all measure.
+    ("seed=1180591620717411303424", "seed: must be below 4.29497e+09"),
+    ("train.max_steps=1000000000000000000000", "train.max_steps: must be at most"),
+    ("train.num_train_epochs=1e300", "train.num_train_epochs: must be at most"),
+    (
+        "train.gradient_accumulation_steps=1000000000000",
+        "train.gradient_accumulation_steps: must be at most",
     ),
-    "attention of other heads": (
-        {
-            "teacher": LATE,
-            "student": {"model": bert(1, num_attention_heads=4)},
-            "objective": [{"loss": "attention_mse"}],
-        },
-        ("attention_mse: the teacher has 2 attention heads, the student 4", "relation_kl"),
-    ),
-    "relation heads that do not divide": (
-        {"teacher": LATE, "objective": [{"loss": "relation_kl", "relation_heads": 3}]},
-        ("relation_kl.relation_heads 3 does not divide", "all of the vectors: 1, 2, 4, 8, 16"),
-    ),
-    "a flow from the only layer": (
-        {"teacher": LATE, "objective": [{"loss": "relation_fsp"}]},
+    ("task.max_length=1000000000000", "task.max_length: must be at most"),
+    ("log.logging_steps=1000000000000000000000000", "log.logging_steps: must be at most"),
+    *(
         (
-            "relation_fsp needs two mapped layers",
-            "uniform maps the only layer",
-            '["0:0", "1:2"]',
-        ),
+            f"student.model.config.{key}={size}",
+            f"student.model.config: {key} must be a whole number from 1 to 16,777,216 (got {size})",
+        )
+        for key, size in (
+            *(("hidden_size", size) for size in (0, -16, 10**12)),
+            *(("num_attention_heads", 0), ("num_hidden_layers", 0), ("intermediate_size", 0)),
+            *(("vocab_size", 0), ("max_position_embeddings", 0)),
+        )
     ),
-    "a layer that is no layer": (
-        {"teacher": LATE, "objective": [{"loss": "relation_kl", "layer_mapping": ["1:3"]}]},
-        (
-            "relation_kl.layer_mapping 1:3: a layer does not exist; the student has layers 0 to "
-            "1, the teacher 0 to 2",
-        ),
-    ),
-    "a preset that only trains": (
-        {"teacher": {**LATE, "deepspeed": "zero2"}},
-        ("teacher.deepspeed: ZeRO stage 2", "teacher_zero3"),
-    ),
-    "a temperature of 0": (
-        {"objective": [{"loss": "soft_target_kl", "temperature": 0}]},
-        ("objective[0].temperature: must be above 0 (got 0)",),
-    ),
-    "an unknown loss": (
-        {"objective": [{"loss": "soft_target_k"}]},
-        ('unknown loss "soft_target_k"; did you mean "soft_target_kl"?',),
-    ),
-    "an unknown method": (
-        {"method": {"name": "singel"}},
-        ('unknown method "singel"; did you mean "single"?',),
-    ),
-    "an unknown preset": (
-        {"student": {"deepspeed": "zero22"}},
-        ('student.deepspeed: unknown preset "zero22"; did you mean "zero2"?',),
-    ),
-    "an unknown key": (
-        {"train": {"lerning_rate": 3}},
-        ('train.lerning_rate = 3: unknown key; did you mean "learning_rate"?',),
-    ),
-    "a wrong type": (
-        {"train": {"learning_rate": "fast"}},
-        ('train.learning_rate: must be a number (got "fast")',),
-    ),
-}
+]
 
 
-@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("case", SETTINGS, ids=lambda case: case[0])
 def test_settings_that_cannot_work(bench, case):
-    sections, fragments = BROKEN[case]
-    tree = bench.tree(**{k: v for k, v in sections.items() if k != "task"})
-    tree["task"] |= sections.get("task", {})
+    overrides, *fragments = case
 
-    assert_refused(bench.start(tree), bench, *fragments)
+    said = bench.start(bench.tree(teacher=LATE), *overrides.split("; "))
 
-
-def test_a_deepspeed_file_with_a_knob_of_the_run_config(bench):
-    file = bench.folder / "mine.json"
-    file.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}')
-
-    said = bench.start(bench.tree(student={"deepspeed": str(file)}))
-
-    assert_refused(said, bench, 'mine.json sets "gradient_clipping"', "train.max_grad_norm")
+    assert_refused(said, bench, *fragments)
 
 
-def test_no_room_for_text_between_the_special_tokens(bench):
-    data = write_scored_pairs(bench.folder / "pairs")
-    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
-    pairs = {"type": "regression", **columns}
-    tree = bench.tree({**pairs, "dataset": str(data), "max_length": 3}, teacher=LATE)
+def test_a_batch_of_more_rows_than_there_are_is_a_batch_of_all_rows(bench):
+    keys = ("train.per_device_train_batch_size", "eval.per_device_eval_batch_size")
 
-    said = bench.start(tree)
+    said = bench.start(bench.tree(), "train.max_steps=2", *(f"{key}={10**12}" for key in keys))
 
-    assert_refused(said, bench, "task.max_length is 3", "3 special tokens to every pair")
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ("{a: ", "}")])
+def test_a_config_that_is_nested_without_measure_is_refused_in_one_line(tmp_path, opening, closing):
+    path = tmp_path / "deep.yaml"
+    path.write_text(f"task: {opening * 3000}1{closing * 3000}\n")
+
+    with pytest.raises(ConfigError, match=r"nested too deeply.*\Z"):
+        load_config(path)

@@ -9,32 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from spoiling import LATE, Bench, assert_refused
-from tiny_runs import config_tree, write_config, write_jsonl, write_scored_pairs, write_text
+from spoiling import LATE, assert_refused
+from tiny_runs import config_tree, write_config, write_jsonl, write_text
 
 WEIGHTS = "model.safetensors"
-PAIRS = {
-    "type": "regression",
-    "text_columns": ["first", "second"],
-    "label_column": "similarity",
-}
-
-
-@pytest.fixture
-def bench(whole_run, tmp_path, one_rank) -> Bench:
-    return Bench(tmp_path, whole_run.reviews, whole_run.teacher, one_rank)
 
 
 def cut_short(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50])
-
-
-def damage_header(folder: Path) -> None:
-    content = bytearray((folder / WEIGHTS).read_bytes())
-    content[10:20] = bytes(10)
-    (folder / WEIGHTS).write_bytes(content)
 
 
 def break_tokenizer(folder: Path) -> None:
@@ -50,15 +33,6 @@ def rename_labels(folder: Path) -> None:
     change_config(folder, id2label={"0": "cat", "1": "dog"}, label2id={"cat": 0, "dog": 1})
 
 
-def into_pickle(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
-    (folder / WEIGHTS).unlink()
-
-
-def into_own_code(folder: Path) -> None:
-    change_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
-
-
 def into_other_family(folder: Path) -> None:
     change_config(folder, model_type="bart")
 
@@ -70,12 +44,9 @@ def change_config(folder: Path, **keys: Any) -> None:
 
 TEACHERS: dict[str, tuple[tuple[Callable[[Path], None], ...], tuple[str, ...]]] = {
     "cut short": ((cut_short,), (WEIGHTS, "is cut short or damaged", "bytes and the file has")),
-    "header": ((damage_header,), (WEIGHTS, "is damaged: its header cannot be read")),
     "tokenizer": ((break_tokenizer,), ("the tokenizer files in", "cannot be read")),
     "no head": ((remove_head,), ("teacher.model", "has no head for classification")),
     "labels": ((rename_labels,), ("labels (cat, dog)", "of the data (negative, positive)")),
-    "pickle": ((into_pickle,), ("only pickle weights", "set teacher.allow_pickle: true")),
-    "own code": ((into_own_code,), ("its own code", "teacher.trust_remote_code: true")),
     "family": ((into_other_family,), ("model_type 'bart' is not supported", "bert, roberta")),
     # Several faults at once: weight files, then the tokenizer, then head and labels.
     "all": ((remove_head, break_tokenizer, cut_short), ("is cut short or damaged",)),
@@ -104,21 +75,20 @@ def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench)
     assert_refused(said, bench, f"student.model: {folder / WEIGHTS} is cut short")
 
 
-def test_a_teacher_of_other_classes(bench):
-    rows = [{"text": f"word{i} x", "label": "abc"[i % 3]} for i in range(30)]
+@pytest.mark.parametrize(
+    ("type_of_task", "labels", "fragments"),
+    [
+        ("classification", "abc", ("the model has 2 labels", "the data 3 (a, b, c)")),
+        ("regression", (0.5, 1.5), ("has 2 outputs and regression needs 1",)),
+    ],
+)
+def test_a_teacher_of_other_labels(bench, type_of_task, labels, fragments):
+    rows = [{"text": f"word{i} x", "label": labels[i % len(labels)]} for i in range(30)]
     data = write_jsonl(bench.folder / "data" / "train.jsonl", rows).parent
 
-    said = bench.start(bench.tree({"dataset": str(data)}))
+    said = bench.start(bench.tree({"type": type_of_task, "dataset": str(data)}))
 
-    assert_refused(said, bench, "teacher.model: the model has 2 labels", "the data 3 (a, b, c)")
-
-
-def test_a_classifier_as_teacher_of_scores(bench):
-    data = write_scored_pairs(bench.folder / "pairs")
-
-    said = bench.start(bench.tree({**PAIRS, "dataset": str(data)}))
-
-    assert_refused(said, bench, "teacher.model", "has 2 outputs and regression needs 1")
+    assert_refused(said, bench, "teacher.model", *fragments)
 
 
 @pytest.fixture(scope="module")
