@@ -53,12 +53,6 @@ def finished(one_rank: OneRank, original: Path, tmp_path: Path) -> Iterator[Fini
     shutil.move(backup, original)
 
 
-def flip(path: Path) -> None:
-    """Change the last byte of a file."""
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
 def assert_refused(said: Said, *fragments: object) -> None:
     assert said.code == 2, said.out
     message = said.err[said.err.index("megakd: error: ") :]
@@ -69,38 +63,91 @@ def assert_refused(said: Said, *fragments: object) -> None:
     assert said.loaded == ()
 
 
-def test_a_finished_run_prints_its_table_and_loads_nothing(finished):
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def flip(path: Path) -> None:
+    """Change the last byte of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def edit(path: Path) -> None:
+    path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1', 1))
+
+
+def truncate(path: Path) -> None:
+    path.write_text(path.read_text()[:40])
+
+
+def reword(path: Path) -> None:
+    path.write_text(path.read_text().replace("good", "fine"))
+
+
+REPORT, STAGE, STUDENT = "out/report.json", "out/stages/student", "out/final"
+CHECKSUMS = "teacher/checksums.json"
+OTHER = "was made from other data or models"
+NOT_THE_STUDENT = f"{{}}/{STUDENT} is not the student of this run: the checksum of"
+# What happens to files of the run, and parts of the message; {} is the folder of the run.
+DAMAGE: dict[str, tuple[dict[str, Callable[[Path], None]], tuple[str, ...]]] = {
+    "other rows": (
+        {"reviews/train.jsonl": reword},
+        (OTHER, "task.dataset", "use another output"),
+    ),
+    "another teacher": (
+        {CHECKSUMS: remove, f"teacher/{WEIGHTS}": flip},
+        (OTHER, "teacher.model.weights"),
+    ),
+    "a damaged teacher": (
+        {f"teacher/{WEIGHTS}": flip},
+        (
+            f"teacher.model: {{}}/teacher is damaged: the checksum of {WEIGHTS}",
+            f"remove {{}}/{CHECKSUMS}",
+        ),
+    ),
+    "weights of the student": (
+        {f"{STUDENT}/{WEIGHTS}": flip},
+        (f"{NOT_THE_STUDENT} {WEIGHTS} differs", f"move {{}}/{STUDENT} away"),
+    ),
+    "tokenizer of the student": (
+        {f"{STUDENT}/tokenizer.json": flip},
+        (f"{NOT_THE_STUDENT} tokenizer.json differs",),
+    ),
+    "no student and a damaged stage": (
+        {STUDENT: remove, f"{STAGE}/{WEIGHTS}": flip},
+        (f"{{}}/{STAGE} is damaged", f"remove {{}}/{STAGE} and {{}}/{REPORT}"),
+    ),
+    "a stage that is not recorded": (
+        {REPORT: remove, "out/run.json": remove, f"{STAGE}/result.json": edit},
+        (f"{{}}/{STAGE} is damaged: ", "result.json", f"remove {{}}/{STAGE}"),
+    ),
+    "a file that would be replaced": (
+        {REPORT: remove, f"{STUDENT}/{WEIGHTS}": flip},
+        (f"the checksum of {WEIGHTS} differs", "megakd removes no file that it"),
+    ),
+    **{
+        f"{spoil.__name__} {name}": ({name: spoil}, (f"{{}}/{name}", f"remove {{}}/{REPORT}"))
+        for name, spoil in (
+            *((REPORT, edit), (REPORT, truncate), ("out/run.json", truncate)),
+            ("out/run.json", flip),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_run_whose_files_have_changed_is_refused_saying_what_to_do(finished, case):
+    damage, fragments = DAMAGE[case]
+    for name, spoil in damage.items():
+        spoil(finished.folder / name)
+
     said = finished.again()
 
-    assert said.code == 0, said.err
-    assert f"the student is in {finished.out / 'final'}" in said.out
-    assert said.loaded == ()
-
-
-def test_a_run_whose_data_has_changed_since_is_refused(finished):
-    rows = finished.folder / "reviews" / "train.jsonl"
-    rows.write_text(rows.read_text().replace("good", "fine"))
-
-    assert_refused(
-        finished.again(), "was made from other data or models", "task.dataset", "use another output"
-    )
-
-
-def test_a_run_whose_teacher_has_changed_since_is_refused(finished):
-    (finished.folder / "teacher" / "checksums.json").unlink()
-    flip(finished.folder / "teacher" / WEIGHTS)
-
-    assert_refused(finished.again(), "was made from other data or models", "teacher.model.weights")
-
-
-def test_a_damaged_teacher_is_named_with_its_file(finished):
-    flip(finished.folder / "teacher" / WEIGHTS)
-
-    assert_refused(
-        finished.again(),
-        f"teacher.model: {finished.folder / 'teacher'} is damaged: the checksum of {WEIGHTS}",
-        f"remove {finished.folder / 'teacher' / 'checksums.json'}",
-    )
+    assert_refused(said, *(part.replace("{}", str(finished.folder)) for part in fragments))
 
 
 def test_a_teacher_that_is_gone_is_said_and_the_table_is_printed(finished):
@@ -132,57 +179,11 @@ def test_a_student_that_was_removed_is_copied_again_from_its_stage(finished, mis
     assert finished.again().err.count("copied again") == 0
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json"])
-def test_a_student_that_was_changed_is_refused_saying_what_to_do(finished, name):
-    flip(finished.out / "final" / name)
-
-    assert_refused(
-        finished.again(),
-        f"{finished.out / 'final'} is not the student of this run: the checksum of {name} differs",
-        f"move {finished.out / 'final'} away",
-    )
-
-
 def test_the_student_of_another_run_is_refused(finished, whole_run):
     shutil.rmtree(finished.out / "final")
     shutil.copytree(whole_run.out / "final", finished.out / "final")
 
     assert_refused(finished.again(), "is not the student of this run")
-
-
-def test_a_student_is_not_made_again_from_a_damaged_stage(finished):
-    stage = finished.out / "stages" / "student"
-    shutil.rmtree(finished.out / "final")
-    flip(stage / WEIGHTS)
-
-    assert_refused(
-        finished.again(), f"{stage} is damaged", f"remove {stage} and {finished.out}/report.json"
-    )
-
-
-def edited(path: Path) -> None:
-    path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1', 1))
-
-
-def truncated(path: Path) -> None:
-    path.write_text(path.read_text()[:40])
-
-
-@pytest.mark.parametrize(
-    ("name", "spoil"),
-    [
-        ("report.json", edited),
-        ("report.json", truncated),
-        ("run.json", truncated),
-        ("run.json", flip),
-    ],
-)
-def test_a_damaged_record_of_a_run_is_refused_with_what_to_remove(
-    finished, name: str, spoil: Callable[[Path], None]
-):
-    spoil(finished.out / name)
-
-    assert_refused(finished.again(), finished.out / name, f"remove {finished.out / 'report.json'}")
 
 
 @pytest.mark.parametrize("content", [b"", b"task: [", b"\xff\xfe\x00", b"- 1\n"])
@@ -206,15 +207,6 @@ def test_a_report_that_was_removed_is_made_again_and_files_of_the_user_stay(fini
     assert finished.again().code == 0
 
 
-def test_a_file_that_megakd_did_not_write_stops_a_run_before_it_is_replaced(finished):
-    (finished.out / "report.json").unlink()
-    flip(finished.out / "final" / WEIGHTS)
-
-    assert_refused(
-        finished.again(), f"the checksum of {WEIGHTS} differs", "megakd removes no file that it"
-    )
-
-
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
 def test_a_damaged_student_is_neither_scored_nor_exported(finished, name, tmp_path):
     flip(finished.out / "final" / name)
@@ -226,15 +218,6 @@ def test_a_damaged_student_is_neither_scored_nor_exported(finished, name, tmp_pa
     assert_refused(scored, f"{finished.out / 'final'} is damaged: the checksum of {name} differs")
     assert_refused(exported, f"{finished.out / 'stages' / 'student'} is damaged")
     assert not (tmp_path / "x").exists()
-
-
-def test_a_damaged_stage_is_not_taken_as_finished(finished):
-    stage = finished.out / "stages" / "student"
-    for path in (finished.out / "report.json", finished.out / "run.json"):
-        path.unlink()
-    edited(stage / "result.json")
-
-    assert_refused(finished.again(), f"{stage} is damaged: ", "result.json", f"remove {stage}")
 
 
 def test_a_stage_that_was_removed_is_made_again_with_the_same_weights(finished):
@@ -276,21 +259,21 @@ def test_a_longer_run_that_is_killed_while_it_is_published_goes_on(finished, mon
     assert finished.again("train.max_steps=6").code == 0
 
 
+HUB = "teacher.model: owner/name cannot be downloaded from the Hub"
+
+
 @pytest.mark.parametrize(
-    ("error", "gone"),
+    ("override", "error", "gone"),
     [
-        ("reviews/train.jsonl: row 3 has no label", []),
-        ("teacher.model: owner/name cannot be downloaded from the Hub", ["teacher.model"]),
+        ("teacher.model=owner/name", "reviews/train.jsonl: row 3 has no label", []),
+        ("teacher.model=owner/name", HUB, ["teacher.model"]),
+        ("teacher.model=./nowhere", "anything", ["teacher.model"]),
+        ("task.dataset=./nowhere", "anything", ["task.dataset"]),
     ],
 )
-def test_a_name_on_the_hub_excuses_only_an_error_of_the_hub(original, error, gone):
-    config = load_config(original / "run.yaml", ["teacher.model=owner/name"])
+def test_a_path_that_is_gone_excuses_any_error_and_a_name_one_of_the_hub(
+    original, override, error, gone
+):
+    config = load_config(original / "run.yaml", [override])
 
     assert finished_run._not_here(config, DataError(error)) == gone
-
-
-@pytest.mark.parametrize("key", ["teacher.model", "task.dataset"])
-def test_a_path_that_is_gone_excuses_any_error(original, key):
-    config = load_config(original / "run.yaml", [f"{key}=./nowhere"])
-
-    assert finished_run._not_here(config, DataError("anything")) == [key]
