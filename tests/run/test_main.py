@@ -19,47 +19,7 @@ from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, read, records
 from megakd.config.file import load_config
 from megakd.config.run import EvalConfig, LatencyConfig
 from megakd.data.splits import load_splits
-from megakd.errors import CheckpointError
 from megakd.run import run_report
-from megakd.run.main import check_checkpoint_given
-
-REPORT_KEYS = {
-    "method",
-    "task",
-    "metric_name",
-    "evaluated_on",
-    "teacher",
-    "teachers",
-    "assistants",
-    "student",
-    "baselines",
-    "candidates",
-    "stages",
-    "speedup",
-    "latency",
-    "samples",
-    "generation",
-    "warnings",
-    "vocabulary",
-    "seconds",
-    "cost",
-    "pool",
-    "pruning",
-    "evaluation_sets",
-    "environment",
-}
-MODEL_KEYS = {"parameters", "encoder_parameters", "metrics", "per_class"}
-STAGE_KEYS = {"name", "steps", "seconds", "tokens_per_second", "peak_memory_bytes", "metrics"}
-
-
-@pytest.fixture
-def out(whole_run) -> Path:
-    return whole_run.out
-
-
-@pytest.fixture
-def config(whole_run) -> Path:
-    return whole_run.config
 
 
 def test_a_run_ends_with_its_table_and_no_stray_warning(whole_run, out):
@@ -73,33 +33,20 @@ def test_a_run_ends_with_its_table_and_no_stray_warning(whole_run, out):
     assert re.search(r"\bwarn|Warning", whole_run.said.err + whole_run.said.out) is None
 
 
-def test_the_report_has_the_keys_of_the_contract_and_sane_values(out, whole_run):
+def test_the_report_has_times_of_all_models_and_of_all_that_the_run_did(out):
     report = read(out)
 
-    assert report.keys() == REPORT_KEYS
-    assert report["teacher"].keys() == MODEL_KEYS
-    assert report["student"].keys() == MODEL_KEYS | {"bytes"}
-    assert [stage.keys() for stage in report["stages"]] == [STAGE_KEYS] * 3
-    assert (report["method"], report["task"]) == ("single", str(whole_run.reviews))
-    assert (report["metric_name"], report["evaluated_on"]) == ("accuracy", "validation")
-    assert report["candidates"] == []
-    assert report["teacher"]["parameters"] > report["student"]["parameters"]
-    assert (report["assistants"], report["cost"]) == ([], None)
-    assert [(e["model"], e["batch"]) for e in report["latency"]] == [
-        (model, batch) for batch in (1, 32) for model in ("teacher", "student", "alone")
+    assert [(e["model"], e["batch"], e["dtype"]) for e in report["latency"]] == [
+        (model, batch, "float32") for batch in (1, 32) for model in ("teacher", "student", "alone")
     ]
-    assert {entry["dtype"] for entry in report["latency"]} == {"float32"}
     assert report["speedup"].keys() == {"batch", "teacher_ms", "student_ms", "low", "high"}
     assert all(value > 0 for value in report["speedup"].values())
     assert (report["environment"]["ranks"], report["environment"]["device"]) == (1, "cpu")
     phases = {"start", "data", "models", "training", "scoring", "latency"}
     assert report["seconds"].keys() - {"other"} == phases
     for stage in report["stages"]:
-        assert stage["seconds"] > 0
-        assert stage["tokens_per_second"] > 0
+        assert min(stage["seconds"], stage["tokens_per_second"]) > 0
         assert stage["peak_memory_bytes"] > 10**8
-    for metrics in (report["teacher"]["metrics"], report["baselines"]["alone"]):
-        assert 0 <= metrics["accuracy"] <= 1
 
 
 def test_sizes_in_the_report_are_those_of_the_exported_model(out):
@@ -188,18 +135,6 @@ def test_projections_are_trained_and_kept_with_the_checkpoint_and_nothing_of_the
     assert {n.removeprefix("learners.0.") for n in names} - set(beside) == set(student.state_dict())
 
 
-def test_the_model_card_says_where_the_student_comes_from(out, config, whole_run):
-    card = (out / "final" / "README.md").read_text()
-
-    assert f"by distilling `{whole_run.teacher.name}`" in card
-    assert "method `single`" in card
-    assert "reviews" in card
-    assert "soft_target_kl (weight 0.5, temperature 2.0" in card
-    assert "hidden_mse (weight 0.1" in card
-    assert f"{read(out)['student']['metrics']['accuracy']:.1%}" in card
-    assert f"launch/train.py --config {config}" in card
-
-
 def test_every_term_apart_and_the_runs_health_are_logged(out):
     logged = [r for r in records(out, "student") if "train/loss" in r]
 
@@ -241,9 +176,7 @@ def test_the_best_evaluation_is_what_a_stage_gives(out, stage):
 
     assert len(scores) >= 2
     assert best["score"] == max(scores.values())
-    assert best["step"] == min(
-        step for step, score in scores.items() if score == max(scores.values())
-    )
+    assert best["step"] == max(scores, key=scores.get)
     reported = next(s for s in read(out)["stages"] if s["name"] == stage)
     assert reported["metrics"]["accuracy"] == max(scores.values())
     weights = "model.safetensors"
@@ -256,14 +189,6 @@ def test_the_resolved_config_is_written_as_it_is_printed(one_rank, out, config):
 
     assert printed.out.strip() == (out / "config.yaml").read_text().strip()
     assert load_config(out / "config.yaml") == load_config(config)
-
-
-def test_a_checkpoint_path_that_is_not_there_is_refused_with_its_key(tmp_path):
-    with pytest.raises(CheckpointError, match=r"train\.resume.*: nowhere does not exist; give"):
-        check_checkpoint_given("train.resume_from_checkpoint", "nowhere")
-
-    for fine in (str(tmp_path), True, None):
-        check_checkpoint_given("train.resume_from_checkpoint", fine)
 
 
 def scene(folder: Path, *, timed: bool = True, task: str = "mlm", **options: Any) -> Any:
@@ -283,6 +208,13 @@ def scene(folder: Path, *, timed: bool = True, task: str = "mlm", **options: Any
     )
 
 
+def latency_of(scene, monkeypatch, measure):
+    """The latencies of the report of a lab, where models are timed by `measure`."""
+    monkeypatch.setattr(run_report, "measure_latencies", measure)
+    monkeypatch.setattr(run_report, "weight_bytes", lambda _: 1)
+    return run_report._latency(scene, {}, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("options", "work"),
     [
@@ -294,24 +226,13 @@ def scene(folder: Path, *, timed: bool = True, task: str = "mlm", **options: Any
 def test_all_models_are_timed_in_one_dtype_at_the_length_of_the_data(
     tmp_path, monkeypatch, options, work
 ):
-    timed: list[Any] = []
-    monkeypatch.setattr(
-        run_report, "measure_latencies", lambda *a, **k: timed.append((*a, k)) or []
-    )
-    monkeypatch.setattr(run_report, "weight_bytes", lambda _: 1)
+    def measure(models, done, **how):
+        assert (models, done[:3]) == ({"teacher": tmp_path}, work)
+        assert how == {"device": torch.device("cpu"), "dtype": torch.float32}
+        return ["timed"]
 
-    run_report._latency(scene(tmp_path, **options), {}, torch.device("cpu"))
-
-    ((models, done, how),) = timed
-    assert models == {"teacher": tmp_path}
-    assert done[:3] == work
-    assert how == {"device": torch.device("cpu"), "dtype": torch.float32}
-
-
-def test_latency_can_be_switched_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_report, "measure_latencies", lambda *_, **__: pytest.fail("timed"))
-
-    assert run_report._latency(scene(tmp_path, timed=False), {}, torch.device("cpu")) == []
+    assert latency_of(scene(tmp_path, **options), monkeypatch, measure) == ["timed"]
+    assert latency_of(scene(tmp_path, timed=False), monkeypatch, pytest.fail) == []
 
 
 @pytest.mark.parametrize("error", [AttributeError("no such layer"), ImportError("no einops")])
@@ -321,8 +242,5 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(run_report, "measure_latencies", fail)
-    monkeypatch.setattr(run_report, "weight_bytes", lambda _: 1)
-
-    assert run_report._latency(scene(tmp_path), {}, torch.device("cpu")) == []
+    assert latency_of(scene(tmp_path), monkeypatch, fail) == []
     assert f"latency could not be measured: {error}" in caplog.text
