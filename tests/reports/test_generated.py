@@ -11,7 +11,6 @@ from html_page import Page
 from reports import language_report
 
 from megakd.reports.html import html_report
-from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import TEXTS_SHOWN, generation_reports, result_table
 from megakd.storage.atomic import json_text
 
@@ -123,17 +122,6 @@ def test_metrics_of_generated_texts_are_not_repeated_in_the_table_of_the_stages(
 
     titles = next(row for row in rows if row[:2] == ["stage", "steps"])
     assert titles[5:] == ["perplexity", "match"]
-
-
-def test_texts_and_warnings_are_read_back(tmp_path: Path) -> None:
-    texts = [TEXT, {**TEXT, "matches": None}]
-    report = language_report(generation=[{**ENTRY, "texts": texts}], warnings=[WARNING])
-    write_report(tmp_path / "report.json", report)
-
-    found = read_report(tmp_path / "report.json")
-
-    assert found["generation"][0]["texts"] == texts
-    assert found["warnings"] == [WARNING]
 
 
 def test_length_truncation_staleness_match_and_divergence_are_drawn_over_the_steps() -> None:

@@ -103,6 +103,7 @@ def test_times_say_their_length_device_and_dtype() -> None:
     note = "ms: median of one forward, 24 tokens per text, float32, on cpu (1 thread)"
 
     assert note in result_table(chosen_report()).splitlines()
+    assert note.removeprefix("ms: ") in html_report(chosen_report(), [])
     assert "ms:" not in result_table(report_of())
 
 
@@ -239,28 +240,20 @@ def test_numbers_that_are_not_finite_are_dashes() -> None:
     assert "inf" not in table
 
 
-def test_int8_weights_are_a_row_after_the_student() -> None:
-    report = report_of()
-    int8: Any = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74, "mean_accuracy_f1": 0.79}}
-    report["student"]["int8"] = int8
+def test_int8_weights_are_a_row_after_the_student_and_no_dot() -> None:
+    report = chosen_report()
+    metrics = {"accuracy": 0.74, "mean_accuracy_f1": 0.79}
+    report["student"]["int8"] = {"bytes": 2_190_000, "metrics": metrics}
 
-    table = result_table(report)
+    table, page = result_table(report), html_report(report, [])
 
     assert cells(table, "student (int8)") == [
         *("student (int8)", "2.09M", "99.97k", "2.2", "10.9x"),
-        *("74.0%", "-", "79.0%", "92.9%", "-", "-"),
+        *("74.0%", "-", "79.0%", "92.9%", "-", "-", "-", "-"),
     ]
-    names = [line.split("  ")[0] for line in table.splitlines()[3:7]]
-    assert names == ["teacher", "student", "student (int8)", "alone"]
-
-
-def test_int8_weights_are_a_row_of_the_table_and_no_dot() -> None:
-    report = chosen_report()
-    report["student"]["int8"] = {"bytes": 2_190_000, "metrics": {"mean_accuracy_f1": 0.79}}
-
-    text = html_report(report, [])
-
-    assert re.search(r"student \(int8\)</th>.*?92\.9%.*?>2\.2<.*?>10\.9x<", text, re.DOTALL)
-    legend = re.findall(r'<span class="key \w+"[^>]*></span>(.+?)<', text)
+    names = [line.split("  ")[0] for line in table.splitlines()[3:8]]
+    assert names == ["teacher", "assistant-1", "student", "student (int8)", "alone"]
+    assert re.search(r"student \(int8\)</th>.*?92\.9%.*?>2\.2<.*?>10\.9x<", page, re.DOTALL)
+    legend = re.findall(r'<span class="key \w+"[^>]*></span>(.+?)<', page)
     assert legend[:4] == ["1 teacher", "2 assistant-1", "3 student", "4 alone"]
     assert not [entry for entry in legend if "int8" in entry]
