@@ -35,19 +35,15 @@ def test_the_card_says_how_large_the_student_is_and_how_much_smaller_than_its_te
     assert f"\n\n{line} teacher.\n\n" in model_card(FACTS, report_of())
 
 
-def test_of_several_teachers_the_largest_is_compared() -> None:
-    teacher = report_of()["teacher"]
+def test_a_student_is_compared_with_the_largest_teacher_that_is_larger() -> None:
+    report = report_of()
+    teacher = report["teacher"]
     assert teacher is not None
     pool = [{"name": name, **teacher} for name in ("small", "large")]
-
-    assert "smaller than its largest teacher." in model_card(FACTS, report_of(teachers=pool))
-
-
-def test_a_student_without_a_teacher_or_as_large_as_its_teacher_is_not_compared() -> None:
-    report = report_of()
     alone = model_card(dataclasses.replace(FACTS, teachers=()), report_of(teacher=None))
     alike = model_card(FACTS, report_of(teacher=report["student"]))
 
+    assert "smaller than its largest teacher." in model_card(FACTS, report_of(teachers=pool))
     for card in (alone, alike):
         assert "\n\nThe student has 2.09M parameters in 8.4 MB of weights.\n\n" in card
 
@@ -102,22 +98,15 @@ def test_the_card_says_how_the_model_was_made() -> None:
     assert "from_pretrained(folder)" in model_card(FACTS, report_of())
 
 
-def test_a_folder_of_this_machine_is_no_base_model_and_its_path_is_not_told(tmp_path) -> None:
-    facts = dataclasses.replace(FACTS, teachers=(str(tmp_path / "my-teacher"),))
-
-    card = model_card(facts, report_of())
-
-    assert "base_model" not in front_of(card)
-    assert str(tmp_path) not in card
-    assert "distilling `my-teacher`" in card
-
-
-def test_a_card_names_no_folder_of_a_machine_as_the_base_of_its_adapters() -> None:
-    facts = dataclasses.replace(FACTS, student="/somewhere/base")
+def test_a_card_names_no_folder_of_a_machine() -> None:
+    facts = dataclasses.replace(FACTS, student="/somewhere/base", teachers=("/home/my-teacher",))
 
     card = model_card(facts, report_with(trained_parameters=40_000))
 
+    assert "base_model" not in front_of(card)
     assert "/somewhere" not in card
+    assert "/home" not in card
+    assert "distilling `my-teacher`" in card
     assert 'from_pretrained("path/to/the/base/model")' in card
 
 

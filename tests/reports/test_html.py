@@ -40,11 +40,11 @@ def text() -> str:
 
 
 @pytest.fixture(scope="module")
-def page(text: str) -> Page:
+def page(text) -> Page:
     return Page(text)
 
 
-def test_the_page_is_well_formed_and_asks_nothing_of_the_outside(text: str, page: Page) -> None:
+def test_the_page_is_well_formed_and_asks_nothing_of_the_outside(text, page):
     assert page.faults == []
     assert len(set(page.ids)) == len(page.ids)
     assert all(page.labels)
@@ -55,11 +55,7 @@ def test_the_page_is_well_formed_and_asks_nothing_of_the_outside(text: str, page
     assert {"script", "link", "iframe", "img"}.isdisjoint(page.tags)
 
 
-def test_the_same_input_gives_the_same_bytes(text: str) -> None:
-    assert html_report(chosen_report(), iter(history()), config=CONFIG) == text
-
-
-def test_every_candidate_stands_there_with_its_numbers_and_one_of_each_is_marked(page) -> None:
+def test_every_candidate_stands_there_with_its_numbers_and_one_of_each_is_marked(page):
     rows = [cells for _, cells in page.rows]
     marked = [cells for kind, cells in page.rows if kind == "chosen"]
 
@@ -71,7 +67,7 @@ def test_every_candidate_stands_there_with_its_numbers_and_one_of_each_is_marked
     assert [(r[0], r[1], r[-1]) for r in marked] == [("1", "0.7", "yes"), ("2", "0.9", "yes")]
 
 
-def test_each_iteration_has_its_curves_and_the_weight_of_sparsity(text: str, page: Page) -> None:
+def test_each_iteration_has_its_curves_and_the_weight_of_sparsity(text, page):
     assert [h for h in page.headings if h.startswith("Iteration")] == ["Iteration 1", "Iteration 2"]
     assert "with λ = 0.2;" in text
     assert sum("Chosen: sparsity 0.7, metric 0.8990" in x for x in page.labels) == 1
@@ -79,14 +75,14 @@ def test_each_iteration_has_its_curves_and_the_weight_of_sparsity(text: str, pag
     assert text.count(">chosen: 0.8990<") == text.count(">chosen: 1.0390<") == 1
 
 
-def test_a_choice_that_is_not_the_highest_is_told() -> None:
+def test_a_choice_that_is_not_the_highest_is_told():
     report = chosen_report()
     report["candidates"][3]["tradeoff"] = 1.5
 
     assert "The highest trade-off is that of sparsity 0.9." in html_report(report, [])
 
 
-def test_every_model_has_its_sizes_scores_and_times(page: Page) -> None:
+def test_every_model_has_its_sizes_scores_and_times(page):
     titles = next(cells for _, cells in page.rows if "non-embedding" in cells)
     scored, timed = (
         {cells[0]: cells[1:] for _, cells in page.rows if len(cells) == width} for width in (9, 5)
@@ -99,7 +95,7 @@ def test_every_model_has_its_sizes_scores_and_times(page: Page) -> None:
     assert {"teacher", "alone"} <= set(scored)
 
 
-def test_the_legend_explains_the_number_of_every_dot(text: str) -> None:
+def test_the_legend_explains_the_number_of_every_dot(text):
     legend = re.findall(r'<span class="key (\w+)" style="color:var\(--(\w+)\)"></span>(.+?)<', text)
 
     assert legend[:4] == [
@@ -116,7 +112,7 @@ def test_the_legend_explains_the_number_of_every_dot(text: str) -> None:
         ]
 
 
-def test_a_model_keeps_its_number_where_another_has_no_time() -> None:
+def test_a_model_keeps_its_number_where_another_has_no_time():
     report = chosen_report()
     report["latency"] = [one for one in report["latency"] if one["model"] != "assistant-1"]
 
@@ -129,12 +125,7 @@ def test_a_model_keeps_its_number_where_another_has_no_time() -> None:
     ]
 
 
-def test_what_trying_every_assistant_costs_stands_beside_this_run(text: str) -> None:
-    assert "7 trials, about 25m 00s (2.5x)" in text
-    assert "<span>MaxiDisc</span>" in text
-
-
-def test_each_stage_has_its_losses_evaluations_and_speed(page: Page) -> None:
+def test_each_stage_has_its_losses_evaluations_and_speed(page):
     kinds = [label.partition(" over")[0] for label in page.labels if "of stage" in label]
 
     assert list(dict.fromkeys(kinds)) == [
@@ -144,7 +135,7 @@ def test_each_stage_has_its_losses_evaluations_and_speed(page: Page) -> None:
     ]
 
 
-def test_environment_and_config_are_there() -> None:
+def test_environment_and_config_are_there():
     environment = {"versions": {"torch": "2.13.0"}, "ranks": 2, "corpus_content_hash": None}
 
     found = Page(html_report(report_of(environment=environment), [], config="seed: <7>\n"))
@@ -154,7 +145,7 @@ def test_environment_and_config_are_there() -> None:
     assert found.headings[-2:] == ["Environment", "Config"]
 
 
-def test_text_of_others_is_escaped_everywhere() -> None:
+def test_text_of_others_is_escaped_everywhere():
     bad = "<script>$x_1$ & \"q\" 'p'"
     report = chosen_report(task=bad, environment={bad: bad}, baselines={bad: {"f1": 0.5}})
     report["stages"][0]["name"] = bad
@@ -178,7 +169,7 @@ def test_text_of_others_is_escaped_everywhere() -> None:
     ],
     ids=["no line", "one line", "nothing finite", "an empty stage"],
 )
-def test_without_a_curve_there_is_no_picture_of_training(lines: list[dict[str, Any]]) -> None:
+def test_without_a_curve_there_is_no_picture_of_training(lines):
     found = Page(html_report(report_of(), lines))
 
     assert "Training" not in found.headings
@@ -188,7 +179,7 @@ def test_without_a_curve_there_is_no_picture_of_training(lines: list[dict[str, A
     assert [h for h in found.headings if h != "Training"] == wanted
 
 
-def test_a_report_with_hardly_anything_has_a_page() -> None:
+def test_a_report_with_hardly_anything_has_a_page():
     report = report_of(teacher=None, speedup=None, stages=[], baselines={})
     report["student"]["metrics"] = {"mean_accuracy_f1": None}  # type: ignore[dict-item]
 
@@ -198,7 +189,7 @@ def test_a_report_with_hardly_anything_has_a_page() -> None:
     assert found.labels == []
 
 
-def test_candidates_without_finite_scores_have_a_table_and_no_picture() -> None:
+def test_candidates_without_finite_scores_have_a_table_and_no_picture():
     report = chosen_report()
     for row in report["candidates"]:
         row["tradeoff"] = math.nan
@@ -209,7 +200,7 @@ def test_candidates_without_finite_scores_have_a_table_and_no_picture() -> None:
     assert ["1", "0.7", "3.00M", "0.8990", "-", "yes"] in [cells for _, cells in found.rows]
 
 
-def test_what_is_not_finite_or_thinned_is_told() -> None:
+def test_what_is_not_finite_or_thinned_is_told():
     lines = [{"stage": "a", "step": s, "train/loss": 1 / s, "eval/f1": s} for s in range(1, 401)]
     lines[7]["train/loss"] = math.nan
 
@@ -221,7 +212,7 @@ def test_what_is_not_finite_or_thinned_is_told() -> None:
     assert "15 of 400 steps" in text
 
 
-def test_a_long_history_of_many_stages_stays_small() -> None:
+def test_a_long_history_of_many_stages_stays_small():
     lines = (
         {"stage": f"trial-{step % 25}", "step": step, "train/loss": math.sin(step) + 2}
         for step in range(1, 100_001)
@@ -242,9 +233,7 @@ def folder_of(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_command_draws_the_page_of_a_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_draws_the_page_of_a_folder(tmp_path, capsys):
     folder = folder_of(tmp_path)
 
     assert cli.main(["report", str(folder)]) == 0
@@ -267,9 +256,7 @@ def test_the_command_draws_the_page_of_a_folder(
     ],
     ids=["half", "list", "empty", "not UTF-8", "folder", "digits", "brackets"],
 )
-def test_a_file_of_the_folder_that_cannot_be_used_is_named(
-    tmp_path: Path, name: str, content: str | bytes | None, message: str
-) -> None:
+def test_a_file_of_the_folder_that_cannot_be_used_is_named(tmp_path, name, content, message):
     path = folder_of(tmp_path) / name
     if content is None:
         path.mkdir()
@@ -280,7 +267,7 @@ def test_a_file_of_the_folder_that_cannot_be_used_is_named(
         write_html_report(tmp_path)
 
 
-def test_what_is_no_folder_of_a_finished_run_is_named(tmp_path, capsys) -> None:
+def test_what_is_no_folder_of_a_finished_run_is_named(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 2
     message = "does not exist: megakd writes the file when the run is complete"
     assert f"{tmp_path / 'report.json'} {message}" in capsys.readouterr().err
@@ -291,7 +278,7 @@ def test_what_is_no_folder_of_a_finished_run_is_named(tmp_path, capsys) -> None:
     assert f"{file} {message}" in capsys.readouterr().err
 
 
-def test_records_with_numbers_beyond_any_axis_are_passed_over(tmp_path: Path) -> None:
+def test_records_with_numbers_beyond_any_axis_are_passed_over(tmp_path):
     folder = folder_of(tmp_path)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('\n{"stage": "student", "step": ' + "9" * 5000 + ', "train/loss": 1.0}\n')
@@ -306,14 +293,14 @@ def test_records_with_numbers_beyond_any_axis_are_passed_over(tmp_path: Path) ->
     ("student", "said"),
     [(2_000_000, "5.3x fewer"), (21_291_264, "2.0x more"), (10_645_633, "as many")],
 )
-def test_the_sizes_of_student_and_teacher_are_compared(student: int, said: str) -> None:
+def test_the_sizes_of_student_and_teacher_are_compared(student, said):
     report = report_of()
     report["student"]["encoder_parameters"] = student
 
     assert f"It has {said} parameters without embeddings" in html_report(report, [])
 
 
-def test_nats_are_those_of_the_exact_perplexities() -> None:
+def test_nats_are_those_of_the_exact_perplexities():
     report = language_report()
     assert report["teacher"] is not None
     report["teacher"]["metrics"]["perplexity"] = 1000.0
@@ -322,9 +309,7 @@ def test_nats_are_those_of_the_exact_perplexities() -> None:
     assert "-5.52 nats" in html_report(report, [])
 
 
-def test_a_picture_that_fails_does_not_spoil_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_picture_that_fails_does_not_spoil_the_run(tmp_path, monkeypatch, caplog):
     def fail(folder: Path) -> Path:
         raise ArithmeticError(f"no room in {folder.name}")
 

@@ -9,6 +9,7 @@ from html_page import Page
 from reports import chosen_report, language_report, report_of
 
 from megakd.reports.html import html_report
+from megakd.reports.table import result_table
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,10 @@ def test_of_a_perplexity_lower_is_better_everywhere() -> None:
 def test_of_an_accuracy_higher_is_better() -> None:
     text = html_report(report_of(), [])
 
+    table = result_table(report_of())
+    assert "kept" in table
+    assert "vs teacher" not in table
+    assert "lower is better" not in table
     assert "It keeps 94.1% of the teacher&#39;s score." in text
     assert "Higher and further to the left is better" in text
     assert "lower is better" not in text

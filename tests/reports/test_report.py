@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from transformers import (
     DistilBertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -63,15 +61,13 @@ LLAMA_LAYERS = 2 * (4 * 64 + 3 * 128 + 16) + 8
     ],
     ids=["bert", "roberta", "distilbert", "llama", "tied llama"],
 )
-def test_encoder_parameters_leave_out_embeddings_pooler_and_head(
-    model: PreTrainedModel, inside: int
-) -> None:
+def test_encoder_parameters_leave_out_embeddings_pooler_and_head(model, inside):
     counts = parameter_counts(named_shapes(model))
 
     assert counts == (model.num_parameters(), inside)
 
 
-def test_a_sharded_parameter_counts_in_full() -> None:
+def test_a_sharded_parameter_counts_in_full():
     model = torch.nn.Linear(4, 3)
     model.weight.ds_shape = torch.Size((4, 3))  # type: ignore[attr-defined]
     model.weight.data = torch.empty(0)
@@ -79,7 +75,7 @@ def test_a_sharded_parameter_counts_in_full() -> None:
     assert parameter_counts(named_shapes(model)).parameters == 15
 
 
-def test_the_environment_names_versions_ranks_and_data() -> None:
+def test_the_environment_names_versions_ranks_and_data():
     found = environment(ranks=2, device=torch.device("cpu"), corpus_content_hash="abc")
 
     # Only some builds have their tag in both versions.
@@ -118,7 +114,7 @@ DAMAGE: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_named_by_its_key(tmp_path: Path, case: str) -> None:
+def test_damage_is_named_by_its_key(tmp_path, case):
     keys, value, message = DAMAGE[case]
     report: Any = json.loads(json.dumps(report_of()))
     node = report
@@ -136,7 +132,7 @@ def test_damage_is_named_by_its_key(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("report", [report_of(), chosen_report(), language_report()])
-def test_what_a_run_writes_is_read_back(tmp_path: Path, report: Any) -> None:
+def test_what_a_run_writes_is_read_back(tmp_path, report):
     report["student"]["metrics"] = dict.fromkeys(report["student"]["metrics"], math.nan)
     report["student"]["int8"] = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74}}
     report["pruning"] = [ROW, {**ROW, "step": 2, "teacher_kl": math.nan, "step_seconds": 0.5}]
