@@ -72,7 +72,6 @@ def _outputs(module):
 
 def test_gpt2s_config_may_leave_its_neurons_open(tiny):
     config = tiny.resolve(tiny.scratch("gpt2", n_inner=None), tiny.task("causal_lm")).config
-
     assert architecture_of(config).units(config).neurons == (64, 64)
 
 
@@ -81,7 +80,6 @@ def test_gpt2s_config_may_leave_its_neurons_open(tiny):
 )
 def test_only_positions_that_are_counted_limit_the_length(tiny, model_type, longest):
     source = tiny.resolve(tiny.scratch(model_type), tiny.task_for(model_type))
-
     assert source.architecture.longest_input(source.config) == longest
 
 
@@ -104,7 +102,6 @@ def test_the_map_says_what_belongs_to_a_masked_language_model(tiny, model_type):
 
 def test_a_pooler_and_a_head_belong_to_the_task_and_a_layer_does_not():
     bert = ARCHITECTURES["bert"]
-
     assert bert.of_the_task("classifier.weight")
     assert bert.of_the_task("bert.pooler.dense.bias")
     assert not bert.of_the_task("bert.encoder.layer.0.output.dense.weight")

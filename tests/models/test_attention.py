@@ -107,6 +107,5 @@ def test_nothing_stays_on_the_model_when_its_forward_is_over(tiny, fails):
 
 def test_norms_that_the_table_does_not_list_are_refused(tiny):
     model = tiny.load(tiny.save("phi", qk_layernorm=True), tiny.task("causal_lm"))
-
     with pytest.raises(ModelError, match="do not support a model with qk_layernorm: true"):
         AttentionNotes(model, (1,))

@@ -121,14 +121,12 @@ def test_a_view_keeps_the_first_units_of_every_weight(tiny, model_type):
 )
 def test_sizes_that_are_equal_by_chance_are_told_apart(tiny, model_type, keys, name, expected):
     model = whole(tiny, model_type, **keys)
-
     assert name in dict(model.named_parameters())
     assert weight_axes(model).get(name) == expected
 
 
 def test_a_view_lies_within_another_that_has_as_much_everywhere():
     large, small = View((2, 2), (8, 8), 4), View((2, 0), (8, 1), 4)
-
     assert small.within(large)
     assert small.within(small)
     assert not large.within(small)

@@ -118,9 +118,7 @@ def test_texts_are_those_of_single_rows(
 @given(ends=st.frozensets(st.integers(0, 59), max_size=30), pad=st.integers(0, 59))
 def test_the_padding_may_be_a_token_of_the_texts_or_an_end(ends, pad):
     model, sampling = model_of("llama"), Sampling(10)
-
     found = completed(model, PROMPTS, ends, sampling, pad=pad)
-
     assert [text.ids for text in found] == without_batch(model, PROMPTS, ends, sampling)
 
 
@@ -144,7 +142,6 @@ def test_rows_that_end_at_different_tokens_are_counted_together():
     enough = continuation.EnoughHaveEnded(torch.tensor([7]), rows=16)
     one, another = torch.zeros(2, 16, 1, dtype=torch.long).unbind()
     one[3], another[5] = 7, 7
-
     assert enough(one, None).tolist() == [False] * 16
     assert enough(another, None).tolist() == [True] * 16
 

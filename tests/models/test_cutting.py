@@ -88,9 +88,7 @@ def test_a_stock_config_is_used_wherever_it_can_say_the_shape(family, view, expe
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_view_is_the_config_itself(family):
     config = build(family).config
-
     same = cut_config(config, architecture_of(config).units(config))
-
     assert type(same) is type(config)
     assert same.to_dict() == config.to_dict()
     assert same is not config
@@ -108,9 +106,7 @@ def test_other_keys_of_the_config_stay():
 
 def test_embeddings_as_wide_as_the_layers_are_narrowed_with_them():
     model = build("electra", embedding_size=24)
-
     smaller = cut(model, "classification", RAGGED._replace(heads=(1, 6, 2), width=10))
-
     assert smaller.config.embedding_size == 10
     assert logits(smaller).shape == (2, len(LABELS))
 

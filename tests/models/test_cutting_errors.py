@@ -49,17 +49,14 @@ def reshape(found, folder, **changes):
 )
 def test_a_view_lies_within_the_model(tmp_path, view, message):
     found = source(tmp_path)
-
     with pytest.raises(ModelError, match=message):
         reshape(found, tmp_path / "cut", view=view)
-
     assert not (tmp_path / "cut").exists()
 
 
 def test_an_order_has_every_unit_once(tmp_path):
     found, order = source(tmp_path), order_of(build("bert"))
     twice = order._replace(heads=((0, 0, 1, 2, 3, 4), *order.heads[1:]))
-
     for wrong in (twice, order._replace(neurons=order.neurons[1:])):
         with pytest.raises(ModelError, match="an order must list every unit of the model once"):
             reshape(found, tmp_path / "cut", order=wrong)
@@ -68,7 +65,6 @@ def test_an_order_has_every_unit_once(tmp_path):
 def test_a_model_without_weights_has_nothing_to_cut(tmp_path):
     spec = ScratchModel(config={"model_type": "bert"})
     scratch = resolve_model(spec, task(), where="teacher.model")
-
     with pytest.raises(ModelError, match=r"teacher\.model: new bert has no stored weights"):
         reshape(scratch, tmp_path / "cut")
 
@@ -100,10 +96,8 @@ def test_a_file_that_is_cut_short_meanwhile_leaves_what_was_there(tmp_path):
 
 def test_a_table_that_disagrees_with_the_class_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(cutting, "weight_axes", lambda model: {})
-
     with pytest.raises(RuntimeError, match="does not agree with its class"):
         reshape(source(tmp_path), tmp_path / "cut", view=View((2, 2, 2), (8, 8, 8)))
-
     assert not (tmp_path / "cut").exists()
 
 
@@ -119,14 +113,12 @@ def test_a_table_that_disagrees_with_the_class_is_refused(tmp_path, monkeypatch)
 )
 def test_the_class_of_a_cut_model_has_the_same_head(family, kind, view, expected):
     model = build(family, kind)
-
     assert cut_class_name(model, cut_config(model.config, view_of(model, view))) == expected
 
 
 def test_the_class_of_a_cut_of_a_cut_model_has_the_same_head():
     model = cut(build("qwen2"), "causal_lm", View((1, 3, 2), (7, 20, 1)))
     config = cut_config(model.config, View((1, 1, 1), (1, 1, 1)))
-
     assert cut_class_name(model, model.config) == "CutQwen2ForCausalLM"
     assert cut_class_name(model, config) == "Qwen2ForCausalLM"
     assert full_view(model) == View((1, 3, 2), (7, 20, 1), 24)
@@ -134,6 +126,5 @@ def test_the_class_of_a_cut_of_a_cut_model_has_the_same_head():
 
 def test_embeddings_that_would_lose_their_projection_are_refused():
     view = View((6, 6, 6), (20, 20, 20), 16)
-
     with pytest.raises(ModelError, match="width of 16, which is the embedding_size"):
         cut_config(build("electra").config, view)

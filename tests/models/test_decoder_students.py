@@ -98,7 +98,6 @@ def test_a_student_of_some_layers_learns_and_opens_in_transformers(tiny, tmp_pat
 def test_a_family_that_cannot_be_cut_says_why(tiny, family):
     model = tiny.load(tiny.save(family), tiny.task("causal_lm"))
     view = FAMILIES["llama"].units(model.config)
-
     for action in (lambda: Elastic(model), lambda: cut_config(model.config, view)):
         with pytest.raises(ModelError, match=f"a {family} model cannot be cut .* student.layers"):
             action()

@@ -135,9 +135,7 @@ def test_a_view_counts_the_weights_that_its_cut_has(tmp_path_factory, layers, he
 
 def test_a_sliding_window_stays_with_its_layer():
     config = build("gemma2").config
-
     cut, _ = without_layers(config, depth_view(build("gemma2"), (2, 3)))
-
     assert cut.layer_types == ["full_attention", "sliding_attention"]
 
 
@@ -151,7 +149,6 @@ def test_a_sliding_window_stays_with_its_layer():
 )
 def test_layers_that_a_model_does_not_have_are_refused(layers, message):
     model = build("llama")
-
     with pytest.raises(ModelError, match=message):
         cut_config(model.config, depth_view(model, layers))
 
@@ -159,13 +156,11 @@ def test_layers_that_a_model_does_not_have_are_refused(layers, message):
 def test_a_layer_with_units_cannot_be_left_out():
     model = build("llama")
     view = depth_view(model, (1, 2))._replace(neurons=(20, 20, 5))
-
     with pytest.raises(ModelError, match=r"leaves out layer 3 and keeps .*\(0, 5\)"):
         cut_config(model.config, view)
 
 
 def test_layers_of_an_encoder_do_not_pass_hidden_states_on():
     model = build("bert")
-
     with pytest.raises(ModelError, match="does not pass hidden states on"):
         cut_config(model.config, View((6, 0, 6), (20, 0, 20), layers=(1, 3)))

@@ -77,7 +77,6 @@ def test_a_view_is_the_masked_dense_model(family, changes, view):
     model = family_model(family, **changes)
     view = view_for(model, view)
     reference = masked(model, view)
-
     assert_like_the_masked(model, Elastic(model), reference, view)
 
 
@@ -87,7 +86,6 @@ def test_a_view_of_a_cut_model_is_the_masked_cut_model(family):
     model = family_model(family, **counts)
     view = View((1, 0, 2), (7, 0, 5))
     reference = masked(model, view)
-
     assert_like_the_masked(model, Elastic(model), reference, view)
 
 
@@ -103,7 +101,6 @@ def test_any_view_is_the_masked_dense_model(family, data):
     heads = st.tuples(*[st.integers(0, HEADS)] * LAYERS)
     neurons = st.tuples(*[st.integers(0, NEURONS)] * LAYERS)
     view = View(data.draw(heads), data.draw(neurons))
-
     assert_like_the_masked(ELASTIC[family], VIEWING[family], masked(DENSE[family], view), view)
 
 

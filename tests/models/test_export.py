@@ -129,9 +129,7 @@ def test_views_of_larger_memory_and_transposed_weights_are_written_as_they_read(
     tmp_path: Path,
 ) -> None:
     base = torch.arange(12.0).reshape(3, 4)
-
     write_weights(tmp_path, [("row", base[1]), ("turned", base.T), ("again", base[1])])
-
     stored = load_file(tmp_path / "model.safetensors")
     assert torch.equal(stored["row"], base[1])
     assert torch.equal(stored["turned"], base.T)
@@ -183,9 +181,7 @@ def test_the_config_has_the_dtype_of_the_weights_and_the_given_one_is_unchanged(
 
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     write(bert(), tmp_path / "final")
-
     loaded = AutoTokenizer.from_pretrained(tmp_path / "final")
-
     assert loaded("a b z")["input_ids"] == tokenizer()("a b z")["input_ids"]
     assert loaded.pad_token == "[PAD]"  # noqa: S105  (no password)
 
@@ -243,7 +239,6 @@ def test_a_failure_keeps_the_old_folder_and_takes_the_state_to_its_end(
 def test_the_size_is_that_of_the_weights(tmp_path: Path) -> None:
     model = bert()
     write(model, tmp_path / "final")
-
     header = 8 + 8192
     assert 4 * model.num_parameters() < weight_bytes(tmp_path / "final")
     assert weight_bytes(tmp_path / "final") < 4 * model.num_parameters() + header
@@ -263,5 +258,4 @@ def test_the_size_is_that_of_the_weights(tmp_path: Path) -> None:
 def test_a_hub_id_is_told_from_a_path(tmp_path: Path, monkeypatch, spec: str, *, is_id) -> None:
     (tmp_path / "runs" / "final").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-
     assert (hub_id(spec) is not None) is is_id

@@ -104,9 +104,7 @@ def test_a_stock_model_brings_no_code(first, tmp_path):
 
 def test_a_copy_of_the_folder_keeps_the_code(tmp_path):
     folder = write(smaller("bert"), tmp_path / "stage")
-
     copy_finished(folder, tmp_path / "final", changes={"README.md": "card"}, remedy="")
-
     assert (tmp_path / "final" / "modeling_cut.py").is_file()
     assert brings_code(tmp_path / "final")
 

@@ -94,9 +94,7 @@ def test_a_temperature_of_0_takes_the_most_likely_tokens(family):
 
 def test_equal_seeds_and_prompts_give_equal_completions_and_other_seeds_others():
     model = model_of("llama")
-
     first, second, other = texts(model, prompts=[[5, 6]] * 3, seeds=[1, 1, 2])
-
     assert first == second != other
 
 
@@ -136,9 +134,7 @@ def test_a_completion_ends_with_its_first_end_token(rows_at_once, pads_with_end)
 def test_tokens_that_the_tokenizer_does_not_have_are_never_generated(sampling):
     model = model_of("llama")
     assert max(map(max, texts(model, sampling))) >= 20
-
     found = texts(model, sampling, tokens=TextTokens(frozenset(), pad=1, known=20))
-
     assert max(map(max, found)) < 20
 
 
@@ -162,7 +158,6 @@ def test_prompts_without_tokens_or_room_are_refused(prompts, message):
 
 def test_a_model_without_a_limit_takes_prompts_of_any_length():
     assert context_length(CONFIG_MAPPING["bloom"]()) is None
-
     check_prompt_lengths([10**9], 10, None)
 
 

@@ -67,16 +67,13 @@ def test_the_noise_is_made_of_splitmix64_of_seed_position_and_token(seed, positi
 
 def test_the_noise_is_finite_for_all_bits():
     bits = torch.tensor([0, 1, -1, -2, 2**63 - 1, -(2**63)])
-
     noise = _gumbel(bits)
-
     assert noise.isfinite().all()
     assert noise.max() > 30
 
 
 def test_tokens_over_the_positions_of_one_seed_follow_the_softmax():
     tokens = np.concatenate([sampled([42], position) for position in range(2000)])
-
     assert_follows(tokens, softmax(LOGITS))
 
 
@@ -112,14 +109,11 @@ def test_tokens_of_two_positions_or_seeds_are_independent(first, second):
 def test_tokens_over_seeds_follow_the_softmax_over_those_that_are_kept(sampling, kept):
     probabilities = softmax(LOGITS / sampling.temperature)
     probabilities[np.argsort(-probabilities)[kept:]] = 0
-
     tokens = sampled(range(DRAWS), sampling=sampling)
-
     assert_follows(tokens, probabilities / probabilities.sum())
 
 
 def test_a_seed_gives_the_same_tokens_in_every_row():
     alone = sampled([7])
     among_others = sampled([3, 7, 2**63 + 5, -1, 7])
-
     assert among_others[1] == among_others[4] == alone[0]

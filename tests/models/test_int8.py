@@ -101,7 +101,6 @@ def test_a_weight_moves_by_at_most_half_a_step_of_its_row(weights: np.ndarray) -
 
 def test_the_largest_weight_of_a_row_is_the_last_step_and_zeros_stay_zeros() -> None:
     values, scale = quantize(torch.tensor([[0.5, -2.54, 1.0], [127.0, 1.0, 0.4], [0.0] * 3]))
-
     assert values.tolist() == [[25, -127, 50], [127, 1, 0], [0, 0, 0]]
     assert scale.tolist() == pytest.approx([0.02, 1.0, 0.0])
     assert not dequantize(values, scale)[2].any()
@@ -184,7 +183,6 @@ def test_equal_weights_have_equal_bytes(final, tmp_path) -> None:
 
 def test_the_folder_stands_alone_and_is_sealed(final, int8) -> None:
     names = {path.name for path in int8.iterdir()}
-
     assert {"config.json", SAFETENSORS, "tokenizer.json", CHECKSUMS} <= names
     assert damage(int8) is None
     assert len(AutoTokenizer.from_pretrained(int8)) == len(AutoTokenizer.from_pretrained(final))
@@ -230,7 +228,6 @@ def test_transformers_and_a_run_refuse_the_int8_folder_itself(int8) -> None:
 
 def test_the_restored_folder_is_a_plain_model_with_the_same_weights(int8, tmp_path) -> None:
     write_restored(int8, tmp_path / "restored")
-
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "restored").eval()
     assert loaded.dtype == torch.float32
     assert torch.equal(logits(loaded), logits(load_int8(int8)))
@@ -254,7 +251,6 @@ def test_a_weight_that_is_not_finite_is_an_error_before_anything_is_written(
 
 def test_a_weight_with_the_name_of_a_scale_is_refused(final, tmp_path) -> None:
     rewrite(final, lambda state: state.update({f"{WORD}.scale": torch.ones(1)}))
-
     with pytest.raises(ModelError, match=r"has a weight .*\.scale, which is the name of a scale"):
         write_int8(final, tmp_path / "int8")
 
@@ -278,7 +274,6 @@ def test_a_weight_with_the_name_of_a_scale_is_refused(final, tmp_path) -> None:
 )
 def test_a_file_that_does_not_belong_to_its_config_is_refused(int8, change, message) -> None:
     rewrite(int8, change)
-
     with pytest.raises(ModelError, match=message):
         load_int8(int8)
 
@@ -332,6 +327,5 @@ def test_a_config_that_cannot_be_built_is_refused(int8, changes, message) -> Non
     (int8 / CHECKSUMS).unlink()
     keys = json.loads((int8 / "config.json").read_text())
     (int8 / "config.json").write_text(json.dumps(keys | changes))
-
     with pytest.raises(ModelError, match=message):
         load_int8(int8)

@@ -130,10 +130,8 @@ def test_the_states_of_other_layers_are_free_when_the_next_layers_run(family):
 )
 def test_the_second_texts_type_reaches_only_models_that_know_one(family, reads_them):
     model, labels = encoder(family), torch.tensor([0, 1])
-
     plain = read_knowledge(model, batch(labels), Needs())
     typed = read_knowledge(model, batch(labels, token_type_ids=MASK), Needs())
-
     assert torch.equal(plain.logits, typed.logits) != reads_them
 
 

@@ -11,7 +11,6 @@ def named(*names):
 
 def test_names_in_another_order_give_the_index_that_restores_the_datas_order():
     order = label_order(named("c", "a", "b"), ("a", "b", "c"), where="teacher.model")
-
     assert order == (1, 2, 0)
     assert [("c", "a", "b")[column] for column in order] == ["a", "b", "c"]
     assert not labels_agree(named("b", "a"), ("a", "b"))
@@ -57,9 +56,7 @@ def test_labels_that_differ_only_in_case_are_matched_exactly():
 
 def test_labels_are_written_into_a_config():
     classifier, regressor = BertConfig(), BertConfig()
-
     set_labels(classifier, ("x", "y", "z"))
     set_labels(regressor, ())
-
     assert (classifier.num_labels, classifier.label2id) == (3, {"x": 0, "y": 1, "z": 2})
     assert (regressor.num_labels, regressor.problem_type) == (1, "regression")

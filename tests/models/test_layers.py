@@ -71,9 +71,7 @@ def test_layers_keep_their_weights_under_new_numbers_and_all_else_stays(tmp_path
 def test_what_a_cut_model_says_of_every_layer_goes_with_it(tmp_path):
     model = build("bert")
     ragged = cut(model, "classification", view_of(model, "ragged"))
-
     found = fewer(saved(ragged, tmp_path / "cut"), "classification", (3, 1))
-
     assert list(found.config.head_counts) == [2, 1]
     assert list(found.config.neuron_counts) == [1, 7]
 
@@ -94,7 +92,6 @@ def test_a_number_of_layers_keeps_the_first_the_last_and_equal_gaps_between(coun
 
 def test_scores_choose_the_most_important_layers_and_the_first_of_equals():
     numbers = with_layers(source_like(4), 2, where=KEY, scores=(0.5, -1.0, 0.5, 0.5)).layers
-
     assert numbers == (1, 3)
 
 
@@ -131,6 +128,5 @@ def source_like(layers: int):
 )
 def test_layers_that_are_not_there_are_refused(tmp_path, wanted, message):
     source = source_of(saved(build("bert"), tmp_path / "model"), "classification")
-
     with pytest.raises(ModelError, match=message):
         with_layers(source, wanted, where=KEY)

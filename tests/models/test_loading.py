@@ -41,7 +41,6 @@ def test_a_language_model_answers_exactly_as_transformers_loads_it(tiny, model_t
 @pytest.mark.parametrize("model_type", ["t5_encoder", "enct5"])
 def test_all_weights_of_a_t5_have_the_dtype_that_was_asked_for(tiny, model_type):
     model = tiny.load(tiny.save(model_type), tiny.task(), dtype=torch.bfloat16)
-
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model(tiny.input_ids).logits.isfinite().all()
 
@@ -91,14 +90,12 @@ def test_the_head_of_a_tied_model_may_be_the_only_copy(tiny):
     folder = tiny.save("llama", tie_word_embeddings=True)
     expected = tiny.load(folder, tiny.task("causal_lm"))
     tiny.rewrite(lambda t: {"lm_head.weight": t.pop("model.embed_tokens.weight"), **t})
-
     assert same_values(tiny.load(folder, tiny.task("causal_lm")), expected)
 
 
 def test_tied_names_with_different_values_are_refused(tiny):
     folder = tiny.save("llama", tie_word_embeddings=True)
     tiny.rewrite(lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"] + 1})
-
     with pytest.raises(ModelError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"):
         tiny.load(folder, tiny.task("causal_lm"))
 
@@ -152,9 +149,7 @@ def test_a_scratch_model_forgets_special_tokens_beyond_its_vocabulary(tiny):
     spec = tiny.scratch("gpt2")
     for key in ("vocab_size", "bos_token_id", "eos_token_id"):
         del spec.config[key]
-
     config = with_vocabulary(tiny.resolve(spec, tiny.task("causal_lm")), 777).config
-
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (777, None, None)
 
 
@@ -184,9 +179,7 @@ def test_the_switch_of_transformers_does_not_shard_a_plain_model_and_stays_set(t
 
 def test_the_real_llama_of_the_shared_data_answers_as_transformers_loads_it(tiny, shared_data):
     folder = shared_data / "weights" / "stories260K" / "hf"
-
     model = tiny.load(folder, tiny.task("causal_lm"))
-
     reference = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model(tiny.input_ids).logits, reference(tiny.input_ids).logits)
 
@@ -195,7 +188,5 @@ def test_the_real_llama_of_the_shared_data_answers_as_transformers_loads_it(tiny
 def test_a_model_is_built_on_its_device_and_never_whole_on_the_host(tiny, model_type):
     """`meta` stands for a GPU: a tensor of the host among these would be found."""
     task = tiny.task_for(model_type)
-
     model = tiny.load(tiny.save(model_type), task, device=torch.device("meta"))
-
     assert {p.device.type for p in model.parameters()} == {"meta"}

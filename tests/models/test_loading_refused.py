@@ -24,9 +24,7 @@ def refusal(tiny, folder, task, **changes):
 def test_texts_longer_than_the_positions_are_refused_with_both_numbers(tiny, model_type, longest):
     folder = tiny.save(model_type, num_labels=3)
     fits, too_long = tiny.task(max_length=longest), tiny.task(max_length=longest + 1)
-
     tiny.load(folder, fits, label_names=NAMES)
-
     text = refusal(tiny, folder, too_long, label_names=NAMES)
     assert f"task.max_length is {longest + 1} and the model takes at most {longest} tokens" in text
 
@@ -55,9 +53,7 @@ def test_texts_longer_than_the_positions_are_refused_with_both_numbers(tiny, mod
 )
 def test_a_teacher_that_does_not_fit_task_or_tokenizer_is_refused(tiny, kind, keys, facts, message):
     folder = tiny.save("bert", **keys)
-
     text = refusal(tiny, folder, tiny.task(kind), **{"label_names": NAMES, **facts})
-
     assert text.startswith("teacher.model: ")
     assert message in text
 
@@ -65,9 +61,7 @@ def test_a_teacher_that_does_not_fit_task_or_tokenizer_is_refused(tiny, kind, ke
 def test_missing_backbone_weights_are_counted_and_three_of_them_named(tiny):
     folder = tiny.save("bert", num_labels=3)
     tiny.rewrite(lambda t: {key: t[key] for key in t if "layer.1." not in key})
-
     text = refusal(tiny, folder, tiny.task(), label_names=NAMES)
-
     assert "lacks 16 weights of a bert model (bert.encoder.layer.1.attention.self.query" in text
     assert text.count("layer.1.") == 3
 
@@ -75,9 +69,7 @@ def test_missing_backbone_weights_are_counted_and_three_of_them_named(tiny):
 def test_shapes_that_differ_are_named_with_both(tiny):
     folder = tiny.save("llama")
     tiny.rewrite_config(vocab_size=301)
-
     text = refusal(tiny, folder, tiny.task("causal_lm"))
-
     assert "weight of shape [300, 16]" in text
     assert "config.json requires [301, 16]" in text
 
@@ -104,14 +96,12 @@ def test_shapes_that_differ_are_named_with_both(tiny):
 def test_a_scratch_config_that_cannot_be_used_is_refused(tiny, keys, expected):
     with pytest.raises(ModelError) as caught:
         tiny.resolve(ScratchModel(config=keys), tiny.task(), "student.model")
-
     assert expected in str(caught.value)
 
 
 def test_a_model_that_transformers_cannot_build_is_refused_with_its_words(tiny):
     with pytest.raises(ModelError, match=r"student\.model.config: hidden_size 15 is not divisible"):
         tiny.resolve(tiny.scratch("bert", hidden_size=15), tiny.task(), "student.model")
-
     source = tiny.resolve(tiny.scratch("bert", hidden_act="nosuch"), tiny.task(), "student.model")
     with pytest.raises(ModelError, match=r"student\.model: a bert model cannot be built .*nosuch"):
         tiny.load(source, tiny.task(), label_names=NAMES, need_head=False)

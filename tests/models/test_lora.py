@@ -286,7 +286,6 @@ def test_targets_that_cannot_be_adapted_are_refused_before_anything_is_loaded(
 
 def test_a_plain_model_has_no_adapters(tiny, tmp_path):
     model = tiny.load(tiny.save("llama"), tiny.task("causal_lm"))
-
     assert adapter_config(model) is None
     assert adapter_parameters(tiny.folder) is None
     with pytest.raises(TypeError, match="no adapters"):

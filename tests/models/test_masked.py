@@ -42,9 +42,7 @@ def embedding_of(model):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_masked_lm_answers_exactly_as_transformers_loads_it(tiny, model_type, tied):
     folder = saved(tiny, model_type, tie_word_embeddings=tied)
-
     model = tiny.load(folder, tiny.task("mlm"))
-
     reference = AutoModelForMaskedLM.from_pretrained(folder)
     assert torch.equal(model(tiny.input_ids).logits, reference(tiny.input_ids).logits)
     assert (language_model_head(model).read()[0] is embedding_of(model)) == tied
@@ -70,9 +68,7 @@ def test_hidden_states_times_the_head_plus_its_bias_are_the_models_logits(tiny, 
 # ELECTRA's generator has a head narrower than its layers.
 def test_a_head_may_be_narrower_than_the_layers(tiny):
     model = tiny.load(saved(tiny, "electra", embedding_size=6), tiny.task("mlm"))
-
     read = read_knowledge(model, batch(tiny, targets=True), Needs(hidden_layers=(0, 1, 2)))
-
     assert read.hidden.shape == (3, 6)
     assert read.hidden_states[0].shape == (2, 12, 16)
 
@@ -150,9 +146,7 @@ def test_an_exported_folder_is_the_same_model_for_transformers(tiny, tmp_path, m
 
 def test_a_classifier_of_a_masked_lm_is_loaded_without_the_old_head(tiny):
     folder = saved(tiny, "distilbert")
-
     model = tiny.load(folder, tiny.task(), label_names=("a", "b"), need_head=False)
-
     assert model.classifier.weight.shape == (2, 16)
 
 
@@ -176,9 +170,7 @@ def refusal(tiny, spec, *, need_head=True) -> str:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_teacher_without_a_masked_head_is_refused(tiny, model_type, auto):
     folder = tiny.save(model_type, auto=auto)
-
     text = refusal(tiny, folder)
-
     assert f"teacher.model: {folder} has no head for mlm (" in text
     assert "set teacher.finetune or give a folder that was fine-tuned for the task" in text
 
@@ -195,6 +187,5 @@ def test_missing_backbone_weights_are_no_missing_head(tiny):
 
 def test_a_decoder_is_refused_and_the_families_that_can_are_named(tiny):
     text = refusal(tiny, tiny.scratch("llama"), need_head=False)
-
     assert "model_type 'llama' supports causal_lm and not task.type mlm" in text
     assert text.endswith("use one of bert, roberta, distilbert, electra")

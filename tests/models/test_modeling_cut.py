@@ -178,7 +178,6 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
 def test_what_has_no_elements_is_no_parameter_and_yet_has_a_name():
     whole = build("bert")
     smaller = cut(whole, "classification", view_of(whole, "empty"))
-
     assert all(parameter.numel() for parameter in smaller.parameters())
     assert set(smaller.state_dict()) == set(whole.state_dict())
 
@@ -224,7 +223,6 @@ def test_layers_are_made_one_by_one_so_that_no_whole_model_is_in_memory(monkeypa
 
 def test_a_config_without_counts_is_that_of_the_whole_model():
     config = CutBertConfig(**SHAPE, intermediate_size=20)
-
     assert config.head_counts == [6, 6, 6]
     assert config.neuron_counts == [20, 20, 20]
     assert config.head_width == 4

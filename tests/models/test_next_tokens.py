@@ -64,9 +64,7 @@ def test_every_token_of_a_large_vocabulary_has_its_part_of_the_numbers():
     """Sums in fp32 would draw some tokens twice and leave others out."""
     vocabulary = 100_003
     numbers = (torch.arange(vocabulary, dtype=torch.float64) + 0.5) / vocabulary
-
     said = draw(torch.zeros(1, vocabulary), numbers[None])
-
     assert torch.equal(said[0], torch.arange(vocabulary))
 
 
@@ -74,16 +72,13 @@ def test_a_token_without_probability_is_never_drawn():
     nothing = -math.inf
     logits = torch.tensor([[nothing, 0.0, nothing, 1.0, nothing], [nothing] * 4 + [0.0]])
     numbers = torch.tensor([0.0, ALMOST_ONE], dtype=torch.float64).expand(2, 2)
-
     assert draw(logits, numbers).tolist() == [[1, 3], [4, 4]]
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_logits_that_are_not_finite_give_no_token(wrong):
     logits = torch.tensor([[0.0, wrong, 1.0], [0.0, 0.0, 0.0]])
-
     said = count_draws(draw(logits, torch.full((2, 4), 0.5, dtype=torch.float64)))
-
     assert said.ids.tolist() == [[-1, -1, -1, -1], [1, -1, -1, -1]]
     assert said.counts.tolist() == [[0, 0, 0, 0], [4, 0, 0, 0]]
 

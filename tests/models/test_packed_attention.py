@@ -89,10 +89,8 @@ def test_documents_one_by_one_equal_masked_rows(tiny, family):
 def test_documents_in_bf16_equal_masked_rows_up_to_rounding(tiny, family):
     model, batch = model_of(tiny, family, torch.bfloat16), packed(tiny)
     set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
-
     ours, _ = hidden_and_gradient(model, batch, VARLEN)
     theirs, _ = hidden_and_gradient(model, batch, masked_attention(family))
-
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=5e-2, atol=5e-2)
 
 
@@ -166,9 +164,7 @@ def test_packed_rows_use_it_on_a_gpu_whose_kernel_supports_the_model(
     tiny, dtype, keys, task, device, chosen
 ):
     model = model_of(tiny, "llama", dtype, **keys)
-
     set_attention(model, source_with(None), task, torch.device(device))
-
     assert model.config._attn_implementation == chosen
 
 
@@ -182,9 +178,7 @@ def test_it_is_refused_where_the_kernel_of_the_gpu_does_not_support_the_model(ti
 def test_a_saved_model_opens_with_the_attention_of_transformers(tiny, tmp_path):
     model = model_of(tiny, "llama")
     set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
-
     model.save_pretrained(tmp_path)
-
     assert "varlen" not in (tmp_path / "config.json").read_text()
 
 
@@ -230,7 +224,6 @@ def test_packed_documents_are_read_as_they_would_be_alone(tiny, family):
 )
 def test_an_attention_that_leaves_out_a_part_of_the_model_is_refused(tiny, family, message, name):
     model = tiny.load(tiny.save(family), tiny.task("causal_lm"))
-
     with pytest.raises(ModelError, match=f"{message}, which {name} does not support; use eager"):
         set_attention(model, source_with(name), "causal_lm", torch.device("cpu"))
 
@@ -239,7 +232,5 @@ def test_an_attention_that_leaves_out_a_part_of_the_model_is_refused(tiny, famil
 def test_a_gpu_computes_what_only_eager_attention_can_with_eager_attention(tiny, family):
     model = tiny.load(tiny.save(family), tiny.task("causal_lm")).to(torch.bfloat16)
     model.eval()
-
     set_attention(model, source_with(None), "causal_lm", torch.device("cuda"))
-
     assert model.config._attn_implementation == "eager"

@@ -125,9 +125,7 @@ def test_text_without_pieces_of_the_student_has_the_plain_loss(family):
     model, plain = model_of(family), AutoModelForMaskedLM.from_config(CONFIGS[family]).eval()
     plain.load_state_dict(model.state_dict(), strict=False)
     batch = batch_of([1, 5, 8, 7, 2], {1: 6, 3: 7}, {})
-
     mixed, ordinary = loss_of(model, batch), loss_of(plain, batch.extended(second=None))
-
     assert torch.equal(mixed, ordinary)
 
 

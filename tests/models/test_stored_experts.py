@@ -29,9 +29,7 @@ def changed(folder: Path, change) -> None:
 
 def test_transformers_stores_one_tensor_per_expert_and_the_model_has_one_for_all(tiny, folder):
     names = load_file(folder / "model.safetensors").keys()
-
     model = tiny.load(folder, tiny.task("causal_lm"))
-
     assert f"{PATH}.3.gate_proj.weight" in names
     assert f"{PATH}.gate_up_proj" not in names
     assert model.get_parameter(f"{PATH}.gate_up_proj").shape == (4, 64, 16)
@@ -39,9 +37,7 @@ def test_transformers_stores_one_tensor_per_expert_and_the_model_has_one_for_all
 
 def test_the_gate_of_an_expert_comes_before_its_neurons(tiny, folder):
     stored = load_file(folder / "model.safetensors")
-
     model = tiny.load(folder, tiny.task("causal_lm"))
-
     for number in range(4):
         parts = [stored[f"{PATH}.{number}.{name}_proj.weight"] for name in ("gate", "up")]
         assert torch.equal(model.get_parameter(f"{PATH}.gate_up_proj")[number], torch.cat(parts))
@@ -50,7 +46,6 @@ def test_the_gate_of_an_expert_comes_before_its_neurons(tiny, folder):
 @pytest.mark.parametrize("missing", ["1.up_proj", "0.down_proj", "2.gate_proj"])
 def test_an_expert_that_lacks_a_part_is_a_missing_weight(tiny, folder, missing):
     changed(folder, lambda tensors: tensors.pop(f"{PATH}.{missing}.weight"))
-
     with pytest.raises(ModelError, match=r"lacks 1 weights of a qwen3_moe model \(model.layers.0"):
         tiny.load(folder, tiny.task("causal_lm"))
 

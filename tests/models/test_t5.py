@@ -105,19 +105,15 @@ def test_t5_encoder_answers_from_the_mean_over_a_texts_tokens(tiny):
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_padding_changes_nothing(tiny, model_type):
     model = fresh(tiny, model_type)
-
     padded = model(tiny.input_ids, mask_of(tiny)).logits
     alone = model(tiny.input_ids[1:, :7]).logits
-
     torch.testing.assert_close(padded[1:], alone)
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_labels_give_a_loss(tiny, model_type):
     model, labels = fresh(tiny, model_type), torch.tensor([2, 0])
-
     out = model(tiny.input_ids, labels=labels)
-
     torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, labels))
     assert len(model(tiny.input_ids, labels=labels, return_dict=False)) == 2
 
@@ -180,9 +176,7 @@ def test_a_published_t5_is_read_as_the_model_that_is_asked_for(tiny, wanted, kin
 def test_mt5_is_read_the_same_way(tiny):
     keys = {**SHAPE, "num_layers": 2, "num_decoder_layers": 2}
     MT5ForConditionalGeneration(MT5Config(**keys)).save_pretrained(tiny.folder)
-
     model = read(tiny, tiny.folder)
-
     assert model.config.model_type == "enct5"
     assert model.config.is_gated_act
 
@@ -200,7 +194,6 @@ def test_a_file_that_holds_the_embedding_three_times_is_read(tiny):
 
 def test_what_is_missing_of_the_decoder_is_named(tiny):
     folder = published(tiny, lambda t: {n: v for n, v in t.items() if "EncDecAttention" not in n})
-
     with pytest.raises(
         ModelError, match=r"lacks 4 weights of a enct5 model \(decoder\.block\.0\.l"
     ):
@@ -209,7 +202,6 @@ def test_what_is_missing_of_the_decoder_is_named(tiny):
 
 def test_an_encoder_alone_is_refused_as_enct5_and_read_as_t5_encoder(tiny):
     T5EncoderModel(original()).save_pretrained(tiny.folder)
-
     with pytest.raises(ModelError, match=r"set teacher\.architecture: t5_encoder"):
         read(tiny, tiny.folder)
     assert read(tiny, tiny.folder, architecture="t5_encoder").config.num_layers == 2
@@ -274,9 +266,7 @@ def test_every_weight_of_a_model_without_heads_and_neurons_gets_a_gradient(tiny,
     model = fresh(tiny, model_type)
     heads, neurons = VIEWS[model_type][-1]
     cut = CLASSES[model_type]._from_config(cut_config(model.config, View(heads, neurons))).train()
-
     cut(tiny.input_ids).logits.sum().backward()
-
     assert [name for name, p in cut.named_parameters() if p.grad is None] == []
 
 
@@ -298,6 +288,5 @@ def test_heads_keep_their_columns_of_the_bias_wherever_they_stand(tiny):
 @pytest.mark.parametrize("key", ["head_counts", "neuron_counts", "head_columns"])
 def test_lists_that_do_not_fit_the_layers_are_refused(tiny, key):
     spec = tiny.scratch("enct5", **{key: [[1]] if key == "head_columns" else [1]})
-
     with pytest.raises(ModelError, match=rf"{key} must have [34] entries \(got 1\)"):
         tiny.resolve(spec, tiny.task())

@@ -48,7 +48,6 @@ def test_a_whole_file_gives_its_tensors_with_shape_and_dtype(folder):
 
 def test_shards_are_read_as_one_checkpoint(shards):
     stored = check_weight_files(shards, "teacher.model")
-
     reader = WeightReader("teacher.model")
     assert [int(reader.read(stored[key])[0]) for key in "aba"] == [97, 98, 97]
 
@@ -71,7 +70,6 @@ def test_a_file_with_bytes_to_spare_is_refused(folder):
     file = folder / "model.safetensors"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes() + b"more")
-
     assert f"its header says {size} bytes and the file has {size + 4}" in refusal(folder)
 
 
@@ -97,47 +95,39 @@ def test_a_file_with_bytes_to_spare_is_refused(folder):
 )
 def test_a_header_that_contradicts_itself_is_refused(tmp_path, header, expected):
     write(tmp_path / "model.safetensors", header, bytes(8))
-
     assert expected in refusal(tmp_path)
 
 
 def test_a_git_lfs_pointer_is_recognised(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-
     assert "is a Git LFS pointer, not weights: run git lfs pull" in refusal(tmp_path)
 
 
 def test_a_missing_shard_is_named(shards):
     (shards / "model-2.safetensors").unlink()
-
     assert "1 of them do not exist (model-2.safetensors)" in refusal(shards)
 
 
 def test_a_damaged_shard_is_named(shards):
     file = shards / "model-2.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-
     assert f"{file} is cut short or damaged" in refusal(shards)
 
 
 def test_a_shard_without_what_the_index_promises_is_refused(shards):
     save_file({"c": torch.ones(1)}, shards / "model-2.safetensors")
-
     assert "lists 2 tensors and 1 of them are not in the files it names (b)" in refusal(shards)
 
 
 def test_an_index_that_cannot_be_read_is_named(shards):
     (shards / "model.safetensors.index.json").write_text("[]")
-
     assert "model.safetensors.index.json is not a weight index" in refusal(shards)
 
 
 def test_a_folder_that_does_not_exist_and_one_without_weights_are_told_apart(tmp_path):
     assert "absent does not exist" in refusal(tmp_path / "absent")
     assert "has no weights: neither model.safetensors nor" in refusal(tmp_path)
-
     (tmp_path / "model-q4.gguf").touch()
-
     assert "model-q4.gguf is a quantized GGUF file: give the model that" in refusal(tmp_path)
 
 
@@ -169,7 +159,6 @@ def test_a_file_that_shrinks_after_the_check_is_named(folder):
     stored = check_weight_files(folder, "teacher.model")["b"]
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-
     with pytest.raises(ModelError, match=r"safetensors ended after 19 of the 24 bytes of b"):
         WeightReader("teacher.model").read(stored)
 
@@ -178,6 +167,5 @@ def test_scalars_and_empty_tensors_are_read(tmp_path):
     values = {"scalar": torch.tensor(3.0), "empty": torch.ones(0, 2), "half": torch.ones(3).half()}
     save_file(values, tmp_path / "model.safetensors")
     stored, reader = check_weight_files(tmp_path, "teacher.model"), WeightReader("teacher.model")
-
     for key, value in values.items():
         assert torch.equal(reader.read(stored[key]), value)

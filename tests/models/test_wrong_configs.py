@@ -26,14 +26,12 @@ def saved_with(tiny, family, **keys):
 )
 def test_a_wrong_value_in_a_config_file_is_refused_with_the_file(tiny, keys, message):
     folder = saved_with(tiny, "bert", **keys)
-
     with pytest.raises(ModelError, match=rf"teacher\.model: .*config\.json: {message}"):
         tiny.resolve(folder, tiny.task())
 
 
 def test_labels_as_a_list_are_refused_for_a_model_from_scratch(tiny):
     spec = tiny.scratch("bert", id2label=["a", "b"])
-
     with pytest.raises(ModelError, match=r"student\.model\.config: .*id2label is a mapping"):
         tiny.resolve(spec, tiny.task(), "student.model")
 
@@ -42,7 +40,6 @@ def test_a_folder_in_the_place_of_a_config_file_is_refused(tiny):
     folder = tiny.save("bert", num_labels=2)
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-
     with pytest.raises(ModelError, match=r"config\.json cannot be read: Is a directory"):
         tiny.resolve(folder, tiny.task())
 
