@@ -50,18 +50,14 @@ def test_what_is_written_is_read(tmp_path):
 def test_another_version_setting_or_form_is_refused_by_name(tmp_path, changes, names):
     path = write_stored(tmp_path, example())
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
     with pytest.raises(StoredCellError) as refused:
         read_stored(path, settings="0123")
-
     assert all(name in str(refused.value) for name in [str(path), *names])
 
 
 def test_a_new_cell_replaces_that_of_its_arm_seed_and_basis_alone():
     before = stored(cells("a", (1.0, 2.0)), cells("a", (3.0,), basis="cost"), cells("b", (4.0,)))
-
     after = with_cells(before, cells("a", (9.0,)))
-
     assert [cell.score for cell in after.cells] == [9.0, 2.0, 3.0, 4.0]
     assert after.arms() == ["a", "b"]
 
@@ -69,7 +65,6 @@ def test_a_new_cell_replaces_that_of_its_arm_seed_and_basis_alone():
 def test_pairs_are_those_of_seeds_that_both_have_and_positive_is_better():
     found = stored(cells("a", (1.0, 5.0, 9.0)), cells("b", (2.0, 3.0)), lower_is_better=False)
     late = dataclasses.replace(cells("b", (0.0,))[0], seed=7)
-
     assert paired(with_cells(found, [late]), "a", "b", basis="steps") == [-1.0, 2.0]
     losses = stored(cells("a", (1.0, 5.0)), cells("b", (2.0, 3.0)), lower_is_better=True)
     assert paired(losses, "a", "b", basis="steps") == [1.0, -2.0]

@@ -97,9 +97,7 @@ def test_reports_and_logs_become_cells_with_score_divergence_steps_cost_and_rows
 
 def test_a_run_that_has_not_finished_is_named_and_left_out(sums, capsys):
     (sums / "runs/mixed-2/report.json").unlink()
-
     stored = collected(sums)
-
     assert "on_policy on arithmetic: mixed-2 has not finished" in capsys.readouterr().out
     assert stored.of("mixed").keys() == {1}
     assert stored.of("on_policy").keys() == {1, 2}

@@ -88,7 +88,6 @@ def test_plain_distillation_has_to_beat_labels_by_two_standard_errors():
 @pytest.mark.parametrize("lacking", [{"plain": None}, {"labels": None}, {"labels": "no such arm"}])
 def test_a_gate_without_its_arm_is_not_applicable_and_says_so(lacking):
     found = assess(example(), dataclasses.replace(COMPARISON, **lacking))
-
     gate = next(gate for gate in found.groups[0].gates if gate.name == DISTILLS)
     assert gate.state == "not applicable"
     assert "no arm" in gate.says

@@ -121,9 +121,7 @@ def test_cells_of_another_comparison_version_or_file_are_refused_and_the_page_st
 def test_the_page_in_the_repository_is_that_of_its_stored_cells(tmp_path):
     # The links of the page depend on where the cells lie.
     (tmp_path / "evidence").symlink_to(STORED)
-
     draw(tmp_path / "evidence", tmp_path / "evidence.md")
-
     assert (tmp_path / "evidence.md").read_text() == PAGE.read_text()
     names = sorted(path.name for path in (tmp_path / "images").glob("*"))
     assert names == sorted(path.name for path in (PAGE.parent / "images").glob("evidence-*.svg"))

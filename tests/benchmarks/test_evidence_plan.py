@@ -106,7 +106,6 @@ def test_cells_of_another_setting_have_another_digest():
     longer = Learning(steps=1, rows=64, rate=1e-3)
     others = [dataclasses.replace(FEW, **{model: longer}) for model in ("student", "teacher")]
     renamed = dataclasses.replace(FEW, title="other words", in_plan=False)
-
     assert len({digest("skdbert", setting) for setting in (FEW, *others)}) == 3
     assert digest("skdbert", renamed) == digest("skdbert", FEW)
 

@@ -108,7 +108,6 @@ def test_a_cell_that_fails_does_not_keep_the_others_from_being_stored(
 def test_an_unusable_option_is_refused_with_its_value(capsys, words, message):
     with pytest.raises(SystemExit):
         evidence.main(words)
-
     assert message in capsys.readouterr().err
 
 

@@ -53,7 +53,6 @@ def rates(out: Path, stage: str) -> list[float]:
 def test_a_variant_without_changes_is_the_paper(one_rank, sorted_teacher):
     ours = variant(one_rank, sorted_teacher, "ours")
     papers = variant(one_rank, sorted_teacher, "papers", name="minidisc", target_may_win=False)
-
     texts = [(out / "stages/trial-2/result.json").read_text() for out in (ours, papers)]
     scores = [json.loads(text)["metrics"] for text in texts]
     assert scores[0] == scores[1]
@@ -61,7 +60,6 @@ def test_a_variant_without_changes_is_the_paper(one_rank, sorted_teacher):
 
 def test_one_schedule_goes_on_with_the_learning_rate_of_the_first_trial(one_rank, sorted_teacher):
     out = variant(one_rank, sorted_teacher, "one", one_schedule=True, teaches="split", alone=True)
-
     first, second = rates(out, "trial-1"), rates(out, "trial-2")
     assert max(second) < min(first)
 

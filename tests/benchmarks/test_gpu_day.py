@@ -61,9 +61,7 @@ def parts_of(out: Path) -> dict[str, dict]:
 
 def test_without_a_gpu_the_command_says_so_and_ends(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu_day, "has_gpu", lambda: False)
-
     code = gpu_day.main(["--out", str(tmp_path / "out")], [part("works", WORKS)])
-
     assert code == 1
     assert "torch finds no GPU on this machine; --rehearse runs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -121,9 +119,7 @@ def test_a_part_that_does_not_fit_into_the_time_or_cannot_run_here_is_listed_wit
 def test_a_rehearsal_is_not_continued_on_a_gpu(monkeypatch, capsys, tmp_path):
     start(tmp_path, [part("works", WORKS)])
     monkeypatch.setattr(gpu_day, "has_gpu", lambda: True)
-
     code = gpu_day.main(["--out", str(tmp_path)], [part("works", WORKS)])
-
     assert code == 1
     assert "holds the results of a rehearsal" in capsys.readouterr().err
 
@@ -158,7 +154,6 @@ def test_failures_of_kernel_tests_are_listed_with_the_first_line_of_the_message(
 )
 def test_an_error_that_is_large_or_no_number_does_not_hold(loss, dx, dw, holds):
     row = {"triton loss": loss, "triton dx": dx, "triton dw": dw}
-
     assert agreement.is_small(row, "bf16") == holds
 
 
@@ -185,7 +180,6 @@ def test_memory_that_is_left_on_a_gpu_or_a_model_that_is_left_is_a_failure(
     device, left_mb, models, holds
 ):
     row = {"before": 100.0, "after collecting": 100.0 + left_mb, "models left": models}
-
     assert release.is_released([row], torch.device(device)) == holds
 
 
@@ -224,7 +218,6 @@ def test_a_rehearsal_finishes_all_parts_and_a_second_start_repeats_nothing(
 @pytest.mark.slow
 def test_the_other_parts_can_be_rehearsed_too(built_operator, tmp_path):
     rehearse(tmp_path, [*LONG])
-
     found = parts_of(tmp_path)
     assert [found[name]["state"] for name in LONG] == ["finished"] * len(LONG)
     assert 20 <= found["minidisc"]["numbers"]["killed after step"] < 40

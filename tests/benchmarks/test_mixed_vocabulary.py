@@ -113,10 +113,8 @@ def parameters(shape: dict, vocabulary: int) -> int:
 
 def test_the_small_student_takes_under_7_mb_and_a_tenth_of_the_large_one(data, teacher):
     given = mixed.parse(words(data, "--teacher", str(teacher)))
-
     small = parameters(mixed.small_shape(given), given.student.vocabulary)
     large = parameters(mixed.large_shape(teacher), TEACHER.vocabulary)
-
     assert 4 * small < 7e6
     assert large >= 10 * small
 

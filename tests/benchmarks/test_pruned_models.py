@@ -213,9 +213,7 @@ def test_the_difference_is_held_against_its_target_with_and_without_its_interval
 ):
     one = minidisc.outcome("pydocs", 1, reports)._replace(tried=math.nan)
     outcomes = [one._replace(to_best=difference) for difference in differences]
-
     told = minidisc.verdict(outcomes)
-
     assert f"at least -0.5: the mean {mean}, its whole interval {interval}" in told
     assert "assistants tried: not defined" in told
 

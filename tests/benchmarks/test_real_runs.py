@@ -124,10 +124,8 @@ def test_the_better_merge_comes_first_and_an_unknown_character_is_its_bytes(tmp_
 def test_the_stories_model_knows_the_converted_tokenizer(shared_data, tmp_path):
     stories.write_stories_tokenizer(shared_data, tmp_path)
     texts = json.loads((shared_data / stories.STORIES).read_text(encoding="utf-8"))[:100]
-
     model = shared_data / stories.MODEL / "hf"
     loss = stories.nats_per_token(model, tmp_path / "tokenizer", texts)
-
     assert loss == pytest.approx(1.663, abs=0.005)
 
 

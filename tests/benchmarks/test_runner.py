@@ -15,7 +15,6 @@ FAILS = "import os, sys, time\nsys.exit(3) if os.environ['RANK'] == '1' else tim
 
 def test_without_a_name_all_benchmarks_are_listed_and_each_can_be_imported(run):
     names = re.findall(r"^([a-z_.]+)  ", run().stdout, re.MULTILINE)
-
     assert {"evidence", "speed.overhead", "memory.plan", "methods.shrink"} <= {*names}
     for name in names:
         module = f"{name}.__main__" if name == "evidence" else name
@@ -25,14 +24,12 @@ def test_without_a_name_all_benchmarks_are_listed_and_each_can_be_imported(run):
 @pytest.mark.parametrize("name", ["speed.overhed", "speed", "../launch/train"])
 def test_an_unknown_name_is_refused_with_the_known_ones(run, name):
     ended = run(name)
-
     assert ended.returncode == 2
     assert f"there is no benchmark {name}; known:\nevidence" in ended.stderr
 
 
 def test_what_keeps_a_benchmark_from_running_is_one_line(run, tmp_path):
     ended = run("methods.homodistil_decoder", "--data", str(tmp_path))
-
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert line.startswith("methods.homodistil_decoder: error: ")
@@ -46,7 +43,6 @@ def test_a_rank_that_fails_ends_the_others():
 
 def test_a_spread_has_the_median_the_quartiles_and_an_interval_around_it():
     spread = spread_of([1.0, 2.0, 3.0, 4.0, 5.0])
-
     assert spread.median == 3.0
     assert spread.quartiles == (2.0, 4.0)
     assert spread.interval[0] < 3.0 < spread.interval[1]
@@ -55,7 +51,6 @@ def test_a_spread_has_the_median_the_quartiles_and_an_interval_around_it():
 
 def test_an_interval_is_students_and_a_single_value_has_none():
     mean, low, high = mean_interval([1.0, 2.0, 3.0])
-
     # 4.3027 is the 97.5 % quantile of t with two degrees of freedom.
     assert (mean, high - mean) == (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-4))
     assert mean - low == pytest.approx(high - mean)

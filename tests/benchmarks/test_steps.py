@@ -47,7 +47,6 @@ COMMANDS = [
 )
 def test_both_sides_are_measured_and_printed(built_operator, run, command, shown):
     ended = run(*command.split())
-
     assert ended.returncode == 0, ended.stderr
     assert shown in ended.stdout
     assert command.split()[0] in ended.stdout or "| what |" not in ended.stdout
@@ -61,9 +60,7 @@ def logits():
 
 def test_forward_kl_is_the_sum_over_positions_of_the_teachers_divergence_from_the_student(logits):
     student, teacher = (F.softmax(each, dim=-1) for each in logits)
-
     found = causal_bare.forward_kl(*logits)
-
     assert torch.allclose(found, (teacher * (teacher / student).log()).sum())
 
 
@@ -71,9 +68,7 @@ def test_forward_kl_is_the_sum_over_positions_of_the_teachers_divergence_from_th
 def test_both_mixtures_give_the_jensen_shannon_divergence(logits, mixture):
     q, p = (F.softmax(each, dim=-1) for each in logits)
     m = (p + q) / 2
-
     found = causal_bare.loss_of("jsd", mixture)(*logits)
-
     assert torch.allclose(found, ((p * (p / m).log()) + (q * (q / m).log())).sum() / 2)
 
 
@@ -124,14 +119,11 @@ def test_sides_that_compute_different_things_are_refused():
 
 def test_cpu_time_is_that_of_all_ranks_and_wall_clock_that_of_the_slowest():
     by_rank = [[[(1.0, 4.0), (2.0, 2.0)]], [[(3.0, 5.0), (2.5, 1.0)]]]
-
     assert over_ranks(by_rank) == [[Clocks(4.0, 5.0), Clocks(4.5, 2.0)]]
 
 
 def test_a_ratio_is_of_the_sums_over_ranks_and_the_fastest_steps_need_not_be_one_pair():
     # Per step: rank 0 takes 3 against 2 seconds, rank 1 takes 1 against 2.
     assert ratio_over_ranks([[[3.0, 2.0]] * 3, [[1.0, 2.0]] * 3]).median == 1.0
-
     ratio = ratio_over_ranks([[[4.0, 3.0], [5.0, 2.0]], [[2.0, 1.0], [9.0, 9.0]]])
-
     assert ratio.least == pytest.approx((4 + 2) / (2 + 1))
