@@ -26,8 +26,8 @@ from megakd.config.run import EvalConfig, LogConfig, RunConfig, SaveConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.terms import HiddenMse, SoftTargetKl
-from megakd.errors import CheckpointError, ConfigError, TeacherError
+from megakd.contract.terms import SoftTargetKl
+from megakd.errors import CheckpointError, TeacherError
 from megakd.inputs.inputs import check_run
 from megakd.run import run_lab as lab_module
 from megakd.run.run_lab import RunLab
@@ -121,7 +121,6 @@ def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teache
 )
 def test_the_default_terms_fit_the_task(tmp_path, teacher, task, losses):
     lab = lab_of(config_of(tmp_path, task=TaskConfig(type=task, dataset="d", max_length=32)))
-
     assert [term.loss for term in (*lab.hard_terms(0.5), *lab.soft_terms(0.5))] == losses
 
 
@@ -153,47 +152,28 @@ def test_a_stage_is_scored_as_many_rows_at_a_time_as_it_trains_with(tmp_path, te
 )
 def test_what_weights_do_not_depend_on_changes_no_fingerprint(tmp_path, teacher, sections):
     base, other = config_of(tmp_path), config_of(tmp_path, **sections)
-
     assert differences(fingerprint(base), fingerprint(other)) == ""
 
 
 @pytest.mark.parametrize(
-    ("changes", "field"),
+    ("of_config", "of_stage", "field"),
     [
-        ({"seed": 7}, "seed"),
-        ({"train": TrainConfig(learning_rate=1.0)}, "train.learning_rate"),
-        ({"train": TrainConfig(gradient_accumulation_steps=2)}, "train.gradient_accumulation"),
-        ({"eval": EvalConfig(eval_steps=3)}, "eval.eval_steps"),
-        ({"task": TaskConfig(type="classification", dataset="e", max_length=32)}, "task.dataset"),
+        ({"seed": 7}, {}, "seed"),
+        ({"train": TrainConfig(learning_rate=1.0)}, {}, "train.learning_rate"),
+        ({"train": TrainConfig(gradient_accumulation_steps=2)}, {}, "train.gradient_accumulation"),
+        ({"eval": EvalConfig(eval_steps=3)}, {}, "eval.eval_steps"),
+        ({"task": TaskConfig(type="classification", dataset="e", max_length=32)}, {}, "task.data"),
+        ({}, {"content": "other rows"}, "data: "),
+        ({}, {"objective": (SoftTargetKl(loss="soft_target_kl", weight=2.0),)}, "objective.0.wei"),
+        ({}, {"deepspeed": "zero3"}, "deepspeed.zero_optimization.stage"),
+        ({}, {"learners": {"teacher": 1.0}}, "model."),
+        ({}, {"teachers": ()}, "teachers.teacher."),
     ],
-    ids=["seed", "rate", "accumulation", "best evaluation", "data"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_weights_depend_on_in_the_config_is_named(tmp_path, teacher, changes, field):
-    base, other = config_of(tmp_path), config_of(tmp_path, **changes)
-
-    assert differences(fingerprint(base), fingerprint(other)).startswith(field)
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"objective": (SoftTargetKl(loss="soft_target_kl", weight=2.0),)}, "objective.0.weight"),
-        ({"deepspeed": "zero3"}, "deepspeed.zero_optimization.stage"),
-        ({"learners": {"teacher": 1.0}}, "model."),
-        ({"teachers": ()}, "teachers.teacher."),
-    ],
-    ids=["objective", "zero stage", "learner", "teacher"],
-)
-def test_what_weights_depend_on_in_the_stage_is_named(tmp_path, teacher, changes, field):
-    config = config_of(tmp_path)
-
-    assert field in differences(fingerprint(config), fingerprint(config, **changes))
-
-
-def test_other_rows_are_another_fingerprint(tmp_path, teacher):
-    config = config_of(tmp_path)
-
-    assert differences(fingerprint(config), fingerprint(config, "others")).startswith("data: ")
+def test_what_weights_depend_on_is_named(tmp_path, teacher, of_config, of_stage, field):
+    before = fingerprint(config_of(tmp_path))
+    assert field in differences(before, fingerprint(config_of(tmp_path, **of_config), **of_stage))
 
 
 def test_other_weights_of_a_teacher_are_another_fingerprint(tmp_path, teacher):
@@ -201,7 +181,6 @@ def test_other_weights_of_a_teacher_are_another_fingerprint(tmp_path, teacher):
     before = fingerprint(config)
     weights = teacher / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-
     assert differences(before, fingerprint(config)).startswith("teachers.teacher.model.weights: ")
 
 
@@ -225,9 +204,7 @@ def test_a_model_that_becomes_a_teacher_does_not_answer_from_the_cache_of_anothe
 ):
     spec = TeacherConfig(model=str(teacher), cache=tmp_path / "answers")
     lab = lab_of(config_of(tmp_path, teacher=spec))
-
     name = lab.as_teacher(result(teacher))
-
     assert lab._teachers[name].spec == dataclasses.replace(spec, cache=None)
 
 
@@ -256,18 +233,10 @@ def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_another(
 
 
 def test_a_teacher_that_was_only_moved_is_the_same(tmp_path, teacher):
-    before = fingerprint(config_of(tmp_path))
+    before = json.loads(json.dumps(fingerprint(config_of(tmp_path))))
     moved = teacher.rename(tmp_path / "moved")
-
     after = fingerprint(config_of(tmp_path, teacher=TeacherConfig(model=str(moved))))
-
     assert differences(before, after) == ""
-
-
-def test_a_fingerprint_survives_json(tmp_path, teacher):
-    found = fingerprint(config_of(tmp_path))
-
-    assert json.loads(json.dumps(found)) == found
 
 
 def result(folder: Path) -> StageResult:
@@ -312,37 +281,11 @@ def test_a_result_of_another_config_is_refused_with_the_fields_that_differ(tmp_p
         lab.train(stage_of(teachers=()))
 
 
-def test_a_layer_mapping_beyond_a_model_is_refused_before_anything_loads(tmp_path, teacher):
-    term = HiddenMse(loss="hidden_mse", layer_mapping=("7:1",))
-    config = config_of(tmp_path, objective=(term,))
-
-    with pytest.raises(
-        TeacherError,
-        match="layer_mapping 7:1: a layer does not exist; the student has layers 0 to 1",
-    ):
-        check_run(config, prepared_of(config))
-
-
-def test_a_frozen_teacher_at_zero_2_is_refused(tmp_path, teacher):
-    config = config_of(tmp_path, teacher=TeacherConfig(model=str(teacher), deepspeed="zero2"))
-
-    with pytest.raises(ConfigError, match=r"teacher\.deepspeed"):
-        check_run(config, prepared_of(config))
-
-
 def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_path, caplog):
     scratch = ScratchModel(config={"model_type": "bert", **SIZE, "num_hidden_layers": 2})
     config = config_of(tmp_path, teacher=TeacherConfig(model=scratch))
-
     check_run(config, prepared_of(config))
-
     assert "teacher.model has random weights" in caplog.text
-
-
-def test_a_run_that_fits_is_not_refused(tmp_path, teacher):
-    config = config_of(tmp_path, objective=(HiddenMse(loss="hidden_mse"),))
-
-    check_run(config, prepared_of(config))
 
 
 @pytest.mark.parametrize(
