@@ -44,9 +44,7 @@ def parts(tmp_path: Path, student: dict[str, Any]) -> dict[str, int]:
 
 def test_a_plan_has_moments_of_the_adapters_alone_and_the_weights_of_all(tmp_path: Path) -> None:
     whole = parts(tmp_path, {"deepspeed": "zero0"})
-
     found = parts(tmp_path, {"deepspeed": "zero0", "lora": {"r": RANK}})
-
     assert found["optimizer"] == 2 * 4 * ADAPTERS
     assert found["weights"] == whole["weights"] + 4 * ADAPTERS
     assert found["gradients"] < whole["gradients"] / 3

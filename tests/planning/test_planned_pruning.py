@@ -106,7 +106,6 @@ def test_the_ranks_share_the_averages_of_the_weights_that_produce_units(
 @pytest.mark.parametrize("preset", ["zero2_offload", "zero3_offload"])
 def test_averages_are_on_the_host_if_the_optimizer_is(tmp_path, preset):
     first = windows(planned(tmp_path, f"student.deepspeed={preset}"))[0]
-
     assert averages(first) == 0
     assert averages(first, "host") == 4 * makers_of(32)
 
@@ -188,7 +187,5 @@ def test_another_plan_of_the_same_run_uses_its_traces(tmp_path):
     traces = Traces()
     planned(tmp_path, traces=traces)
     known = len(traces)
-
     planned(tmp_path, traces=traces, ranks=4)
-
     assert len(traces) == known

@@ -58,7 +58,6 @@ def budget(texts: int) -> str:
 )
 def test_the_largest_step_has_one_row_of_the_budget_per_micro_batch(tmp_path, overrides, size):
     config = config_of(tmp_path, *overrides)
-
     assert largest_step(config.train, config.task) == size
 
 
@@ -105,7 +104,6 @@ def test_a_step_costs_as_many_operations_however_its_rows_are_packed(tmp_path):
 def test_on_a_cpu_a_packed_row_also_has_a_mask_of_all_its_positions(tmp_path):
     padded = activations(planned(tmp_path, device="cpu"))
     packed = activations(planned(tmp_path, budget(8), device="cpu"))
-
     assert packed > padded + (8 * LENGTH) ** 2
 
 

@@ -31,7 +31,6 @@ def report_with(**of_student: Any) -> Any:
 
 def test_the_card_says_how_large_the_student_is_and_how_much_smaller_than_its_teacher() -> None:
     line = "The student has 2.09M parameters in 8.4 MB of weights; it is 10.9x smaller than its"
-
     assert f"\n\n{line} teacher.\n\n" in model_card(FACTS, report_of())
 
 

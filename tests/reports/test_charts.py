@@ -60,7 +60,6 @@ def test_a_larger_value_stands_higher_and_all_lines_stay_inside() -> None:
 )
 def test_any_values_have_ticks_inside_in_rising_order(points) -> None:
     chart = lines(sorted(points), may_be_log=True)
-
     heights = [y for y, _ in chart.y_ticks]
     assert all(TOP - 1 <= y <= BOTTOM + 1 for y in heights)
     assert all(a > b for a, b in itertools.pairwise(heights))
@@ -77,7 +76,6 @@ def test_ticks_are_round_numbers() -> None:
 
 def test_a_wide_range_is_logarithmic_and_says_so() -> None:
     wide, zero = [(1.0, 100.0), (2.0, 1.0)], [(1.0, 100.0), (2.0, 0.0)]
-
     assert lines(wide, unit="nats", may_be_log=True).unit == "nats, log scale"
     assert lines(zero, unit="nats", may_be_log=True).unit == "nats"
     assert lines(wide, unit="nats").unit == "nats"
@@ -96,7 +94,6 @@ def overlap(a, b) -> bool:
 def test_fractions_are_percentages_up_to_a_hundred_and_bounds_are_always_shown() -> None:
     percent = lines([(1, 0.5), (2, 1.0)], unit="%")
     bounded = lines([(1, 0.4), (2, 0.5)], bounds=(0.0, 1.0))
-
     assert [text for _, text in percent.y_ticks] == ["60", "80", "100"]
     assert [text for _, text in bounded.y_ticks][0::2] == ["0", "1"]
 
@@ -120,9 +117,7 @@ def test_numbers_stand_right_of_their_dots_and_do_not_cover_each_other() -> None
 @pytest.mark.parametrize("spread", [1.0, 1.5, 3.0, 10.0, 100.0, 1e4, 1e9])
 def test_a_scale_of_sizes_has_ticks_that_do_not_touch(spread: float) -> None:
     dots = [Dot(1, "a", "teacher", 3.3e3, 0.5), Dot(2, "b", "student", 3.3e3 * spread, 0.6)]
-
     ticks = plane_chart(dots, metric="accuracy", measure="size").x_ticks
-
     assert len(ticks) > 1
     boxes = [(x - 3 * len(text), x + 3 * len(text)) for x, text in ticks]
     assert all(a[1] < b[0] for a, b in itertools.pairwise(boxes))
@@ -156,7 +151,6 @@ def colours(request: pytest.FixtureRequest) -> dict[str, str]:
 
 def test_every_colour_stands_out_on_its_page(colours: dict[str, str]) -> None:
     words = {name: colour for name, colour in colours.items() if name not in ("paper", "line")}
-
     assert {n for n, c in words.items() if contrast(c, colours["paper"]) < 4.5} == set()
     assert {"teacher", "assistant", "student", "baseline", "chosen"} < set(words)
     assert len({colours[f"ramp-{i}"] for i in range(12)}) == 12
@@ -164,7 +158,6 @@ def test_every_colour_stands_out_on_its_page(colours: dict[str, str]) -> None:
 
 def test_four_lines_of_a_chart_have_colours_that_differ(colours: dict[str, str]) -> None:
     shown = [colours[f"ramp-{i * 11 // 3}"] for i in range(4)]
-
     rgb = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in shown]
     assert min(math.dist(a, b) for a, b in itertools.combinations(rgb, 2)) > 60
 

@@ -57,7 +57,6 @@ def test_the_report_has_the_texts_and_metrics_of_the_last_evaluation(tmp_path: P
 
 def test_a_run_without_generated_texts_has_no_entry(tmp_path: Path) -> None:
     out = write_run(tmp_path, [evaluation(10, perplexity=9.0)], {})
-
     assert generation_reports(out, ["student"]) == []
     assert "Generated texts" not in html_report(language_report(), [])
 
@@ -67,7 +66,6 @@ def test_the_texts_of_an_evaluation_may_hold_the_line_separators_of_unicode(tmp_
     out = write_run(tmp_path, [evaluation(10, **METRICS)], {})
     path = out / "texts" / "student" / "step-00000010.jsonl"
     path.write_text("".join(json_text(text) + "\n" for text in texts), encoding="utf-8")
-
     assert generation_reports(out, ["student"])[0]["texts"] == texts
 
 
@@ -76,9 +74,7 @@ def test_metrics_remain_without_the_file_of_the_texts(tmp_path: Path, content: s
     out = write_run(tmp_path, [evaluation(10, **METRICS)], {})
     if content is not None:
         (out / "texts" / "student" / "step-00000010.jsonl").write_text(content)
-
     found = generation_reports(out, ["student"])
-
     assert found == [{"stage": "student", "step": 10, "metrics": METRICS, "texts": []}]
 
 
@@ -103,7 +99,6 @@ def test_the_page_shows_warnings_prompt_text_wanted_text_and_match() -> None:
 
 def test_the_table_of_a_run_has_a_row_for_match() -> None:
     table = result_table(language_report(generation=[ENTRY])).splitlines()
-
     place = next(i for i, row in enumerate(table) if row.startswith("generated texts"))
     assert table[place].split()[2:] == ["step", "match", "tokens", "truncated"]
     assert table[place + 1].split() == ["student", "1,200", "50.0%", "37.5", "25.0%"]

@@ -36,32 +36,25 @@ def test_numbers_become_curves_by_stage_group_and_name() -> None:
 def test_views_of_a_number_share_a_panel_in_the_order_of_their_numbers() -> None:
     views = ("sparsity-0.9", "sparsity-0.85", "sparsity-0.5")
     history = [line(1, **{f"eval/{view}/f1": 0.5 for view in views}, **{"eval/f1": 0.6})]
-
     shown = panels(history)["student"]["eval"]
-
     assert list(shown) == ["f1"]
     assert list(shown["f1"]) == ["", "sparsity-0.5", "sparsity-0.85", "sparsity-0.9"]
 
 
 def test_a_step_that_comes_again_counts_as_it_was_last_logged() -> None:
     steps = [(10, 1.0), (20, 9.0), (30, 9.0), (20, 2.0), (30, 3.0)]
-
     found = panels(line(step, **{"train/loss": value}) for step, value in steps)
-
     assert found["student"]["train"]["loss"][""].points == ((10, 1.0), (20, 2.0), (30, 3.0))
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
     values = [1.0, None, math.nan, math.inf, -math.inf, 10**400, 2.0]
-
     found = panels(line(i, **{"train/loss": value}) for i, value in enumerate(values))
-
     assert found["student"]["train"]["loss"][""] == Curve(((0, 1.0), (6, 2.0)), 5)
 
 
 def test_records_of_another_kind_are_passed_over() -> None:
     strange = [{"note": "x"}, {"stage": 3, "step": 1, "train/loss": 1.0}, {"stage": "a"}]
-
     assert panels(strange) == {}
     assert panels([line(1, **{"train/words": "many"})])["student"] == {}  # type: ignore[arg-type]
 
@@ -69,7 +62,6 @@ def test_records_of_another_kind_are_passed_over() -> None:
 def test_damaged_and_half_lines_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "a"\n[1]\n' + json.dumps({"step": 1}) + '\n{"step": 2, "tr')
-
     assert list(read_history(path)) == [{"step": 1}]
 
 
@@ -95,7 +87,6 @@ def test_a_thinned_curve_keeps_its_ends_its_extremes_and_its_order(
 @pytest.mark.parametrize("length", [1, 2, 7, 100])
 def test_evenly_spread_items_keep_both_ends(length: int) -> None:
     found = evenly(range(length), 5)
-
     assert len(found) == min(length, 5)
     assert (found[0], found[-1]) == (0, length - 1)
     assert found == sorted(set(found))

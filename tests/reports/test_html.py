@@ -78,7 +78,6 @@ def test_each_iteration_has_its_curves_and_the_weight_of_sparsity(text, page):
 def test_a_choice_that_is_not_the_highest_is_told():
     report = chosen_report()
     report["candidates"][3]["tradeoff"] = 1.5
-
     assert "The highest trade-off is that of sparsity 0.9." in html_report(report, [])
 
 
@@ -137,9 +136,7 @@ def test_each_stage_has_its_losses_evaluations_and_speed(page):
 
 def test_environment_and_config_are_there():
     environment = {"versions": {"torch": "2.13.0"}, "ranks": 2, "corpus_content_hash": None}
-
     found = Page(html_report(report_of(environment=environment), [], config="seed: <7>\n"))
-
     assert ["versions torch", "2.13.0"] in [cells for _, cells in found.rows]
     assert ["ranks", "2"] in [cells for _, cells in found.rows]
     assert found.headings[-2:] == ["Environment", "Config"]
@@ -182,9 +179,7 @@ def test_without_a_curve_there_is_no_picture_of_training(lines):
 def test_a_report_with_hardly_anything_has_a_page():
     report = report_of(teacher=None, speedup=None, stages=[], baselines={})
     report["student"]["metrics"] = {"mean_accuracy_f1": None}  # type: ignore[dict-item]
-
     found = Page(html_report(report, []))
-
     assert found.faults == []
     assert found.labels == []
 
@@ -235,9 +230,7 @@ def folder_of(tmp_path: Path) -> Path:
 
 def test_the_command_draws_the_page_of_a_folder(tmp_path, capsys):
     folder = folder_of(tmp_path)
-
     assert cli.main(["report", str(folder)]) == 0
-
     assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
     written = (folder / "report.html").read_text(encoding="utf-8")
     assert written == html_report(report_of(), history()[:8], config=CONFIG)
@@ -296,7 +289,6 @@ def test_records_with_numbers_beyond_any_axis_are_passed_over(tmp_path):
 def test_the_sizes_of_student_and_teacher_are_compared(student, said):
     report = report_of()
     report["student"]["encoder_parameters"] = student
-
     assert f"It has {said} parameters without embeddings" in html_report(report, [])
 
 
@@ -305,7 +297,6 @@ def test_nats_are_those_of_the_exact_perplexities():
     assert report["teacher"] is not None
     report["teacher"]["metrics"]["perplexity"] = 1000.0
     report["student"]["metrics"]["perplexity"] = 4.0  # a ratio of 0.004, 0.00 once rounded
-
     assert "-5.52 nats" in html_report(report, [])
 
 

@@ -129,7 +129,6 @@ def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(tree | {"architectures": ["Novel"]}))
-
     with pytest.raises(ModelError, match=r"config\.json names the architecture 'Novel'"):
         measure_latencies({"teacher": llama(), "student": tmp_path}, Work((1,), 4))
 
@@ -153,7 +152,5 @@ def test_a_causal_model_is_timed_with_the_logits_of_the_last_position_alone(monk
 
 def test_a_stored_model_is_timed_in_the_dtype_asked_for(tmp_path):
     llama().save_pretrained(tmp_path)
-
     found = measure_latencies({"a": tmp_path}, Work((1,), 4, rounds=1), dtype=torch.bfloat16)
-
     assert [entry["dtype"] for entry in found] == ["bfloat16"]

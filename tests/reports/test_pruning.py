@@ -125,9 +125,7 @@ def test_charts_of_all_values_start_at_zero_and_describe_themselves() -> None:
 )
 def test_extreme_numbers_have_a_page_and_a_table(rows: list[Any]) -> None:
     report = report_of(pruning=rows)
-
     text = html_report(report, [])
-
     assert Page(text).faults == []
     assert len(re.findall("<svg", section_of(text))) == 3
     assert not re.search(r"\b(nan|inf)\b", section_of(text) + result_table(report))
@@ -135,7 +133,6 @@ def test_extreme_numbers_have_a_page_and_a_table(rows: list[Any]) -> None:
 
 def test_steps_beyond_any_axis_are_left_out() -> None:
     report = report_of(pruning=[row(10), row(1e200), row(10**30)])
-
     assert (
         pruning_rows(report, most=6)[1:] == pruning_rows(report_of(pruning=[row(10)]), most=6)[1:]
     )
@@ -157,7 +154,6 @@ def test_thousands_of_evaluations_stay_small_and_keep_the_largest_rise() -> None
 @pytest.mark.parametrize("pruning", [[], ()], ids=["a list", "a tuple"])
 def test_a_method_that_does_not_prune_during_training_has_no_section(pruning: Any) -> None:
     report = report_of(pruning=pruning)
-
     assert "Pruning" not in Page(html_report(report, [])).headings
     assert result_table(report) == result_table(report_of())
     assert "was pruned" not in model_card(FACTS, report)
@@ -166,7 +162,6 @@ def test_a_method_that_does_not_prune_during_training_has_no_section(pruning: An
 def test_a_report_without_a_teacher_gives_no_size_of_the_teacher() -> None:
     report = report_of(pruning=ROWS, teacher=None)
     section = pruning_section(report)
-
     assert section is not None
     assert section.sentences[0].startswith("The student starts as its teacher and loses units")
     assert "from 19.00M to 2.09M parameters" in model_card(FACTS, report)
@@ -200,7 +195,6 @@ def test_a_step_time_has_a_unit_of_its_size(seconds: float | None, text: str) ->
 
 def test_the_model_card_says_that_the_student_was_pruned_from_its_teacher() -> None:
     card = model_card(FACTS, language_report(pruning=ROWS))
-
     line = "from 22.71M to 2.09M parameters."
     assert f"\n\nThe student was pruned from its teacher during distillation, {line}\n\n" in card
     assert "pruned, step" in card

@@ -63,7 +63,6 @@ LLAMA_LAYERS = 2 * (4 * 64 + 3 * 128 + 16) + 8
 )
 def test_encoder_parameters_leave_out_embeddings_pooler_and_head(model, inside):
     counts = parameter_counts(named_shapes(model))
-
     assert counts == (model.num_parameters(), inside)
 
 
@@ -71,7 +70,6 @@ def test_a_sharded_parameter_counts_in_full():
     model = torch.nn.Linear(4, 3)
     model.weight.ds_shape = torch.Size((4, 3))  # type: ignore[attr-defined]
     model.weight.data = torch.empty(0)
-
     assert parameter_counts(named_shapes(model)).parameters == 15
 
 

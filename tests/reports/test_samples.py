@@ -114,9 +114,7 @@ def test_a_text_ends_at_its_end_token_and_all_ranks_ask_as_often() -> None:
 def test_a_prompt_with_end_tokens_of_earlier_turns_is_shown_whole() -> None:
     ids = [5, 6, EOS, 7, 8, EOS, 9]
     rows = Dataset.from_list([{"input_ids": [*ids, 10], "prompt_length": len(ids)}])
-
     prompts = prompts_of(rows)
-
     assert prompts.shown == [Letters().decode([5, 6, 7, 8, 9])]
 
 
@@ -144,9 +142,7 @@ def test_a_decoder_says_what_transformers_generates() -> None:
 def test_a_prompt_and_its_answer_fit_the_length_of_the_task() -> None:
     prompts = prompts_of(packed((3, 20)), length=10)
     model = Counting()
-
     prompts.answers(model)
-
     assert model.asked[0].inputs["input_ids"].shape[1] == 5
     assert model.asked[-1].inputs["input_ids"].shape[1] == 9
 

@@ -64,7 +64,6 @@ def test_of_a_perplexity_the_factor_is_told_and_nothing_is_kept() -> None:
 
 def test_of_other_metrics_that_should_be_low_the_difference_is_told() -> None:
     table = result_table(language_report() | {"metric_name": "loss"})
-
     assert cells(table, "student")[-1] == "+0.224"
     assert cells(table, "teacher")[-1] == "+0.000"
 
@@ -84,7 +83,6 @@ def test_a_teacher_ranked_by_perplexity_shows_its_perplexity() -> None:
 
 def test_a_run_without_teacher_or_stages_has_a_table_without_comparison() -> None:
     table = result_table(report_of(teacher=None, speedup=None, stages=[], baselines={}))
-
     assert table.splitlines()[2].split()[-1] == "mean_accuracy_f1"
     assert "teacher" not in table
     assert "size MB" in table
@@ -93,7 +91,6 @@ def test_a_run_without_teacher_or_stages_has_a_table_without_comparison() -> Non
 
 def test_times_say_their_length_device_and_dtype() -> None:
     note = "ms: median of one forward, 24 tokens per text, float32, on cpu (1 thread)"
-
     assert note in result_table(chosen_report()).splitlines()
     assert note.removeprefix("ms: ") in html_report(chosen_report(), [])
     assert "ms:" not in result_table(report_of())
@@ -111,9 +108,7 @@ def timed(student: list[float], teacher: list[float], **more: object) -> list[di
 def test_a_speed_up_is_the_median_of_the_rounds_with_its_range() -> None:
     # One round was disturbed, in which both models were slow; the ratios are 2 to 2.4.
     latency = timed([10, 10, 10, 100, 10], [20, 22, 24, 220, 22])
-
     table = result_table(report_of(latency=latency, speedup=None))
-
     assert "2.20x (2.00-2.40)" in table
     assert "speed-up: median and range of the rounds; a range alone is within the noise" in table
     assert "is 2.20x (2.00-2.40) as fast at batch 1" in html_report(report_of(latency=latency), [])
@@ -129,7 +124,6 @@ def test_a_speed_up_is_the_median_of_the_rounds_with_its_range() -> None:
 )
 def test_a_speed_up_within_the_noise_is_a_range_alone(student, teacher, shown) -> None:
     report = report_of(latency=timed(student, teacher), speedup=None)
-
     assert cells(result_table(report), "student")[-1] == shown
     assert ("as fast" in html_report(report, [])) == ("-" not in shown)
 
@@ -153,7 +147,6 @@ def test_a_decoder_also_has_the_tokens_that_it_generates_in_a_second() -> None:
 
 def test_a_stage_without_steps_has_no_speed() -> None:
     stage = report_of()["stages"][0] | {"steps": 0, "tokens_per_second": 0.0, "name": "cut"}
-
     assert cells(result_table(report_of(stages=[stage])), "cut")[3] == "-"
 
 
@@ -207,7 +200,6 @@ def test_a_report_of_an_earlier_version_has_a_table_and_a_page() -> None:
     earlier: Any = report_of()
     for key in ("assistants", "latency", "cost", "samples"):
         del earlier[key]
-
     assert result_table(earlier) == result_table(report_of())
     assert html_report(earlier, []) == html_report(report_of(), [])
 

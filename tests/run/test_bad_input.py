@@ -86,9 +86,7 @@ def test_data_that_cannot_be_used(bench, case):
 def test_a_validation_file_with_a_class_of_its_own(bench):
     data = write_reviews(bench.folder / "data")
     write_jsonl(data / "validation.jsonl", [{"text": "a", "label": "neutral"}])
-
     said = bench.start(bench.tree({"dataset": str(data)}))
-
     assert_refused(said, bench, "validation.jsonl, line 1", "'neutral' is not one of the 2 classes")
 
 
@@ -96,9 +94,7 @@ def test_a_validation_file_with_a_class_of_its_own(bench):
 def test_an_output_folder_that_cannot_be(bench, below):
     file = bench.folder / "file"
     file.write_text("")
-
     said = bench.start(bench.tree(), f"output_dir={file / below}")
-
     assert_refused(said, bench, f"output_dir: {file} is not a writable folder")
 
 
@@ -183,17 +179,13 @@ SETTINGS = [
 @pytest.mark.parametrize("case", SETTINGS, ids=lambda case: case[0])
 def test_settings_that_cannot_work(bench, case):
     overrides, *fragments = case
-
     said = bench.start(bench.tree(teacher=LATE), *overrides.split("; "))
-
     assert_refused(said, bench, *fragments)
 
 
 def test_a_batch_of_more_rows_than_there_are_is_a_batch_of_all_rows(bench):
     keys = ("train.per_device_train_batch_size", "eval.per_device_eval_batch_size")
-
     said = bench.start(bench.tree(), "train.max_steps=2", *(f"{key}={10**12}" for key in keys))
-
     assert said.code == 0, said.err
 
 
@@ -201,6 +193,5 @@ def test_a_batch_of_more_rows_than_there_are_is_a_batch_of_all_rows(bench):
 def test_a_config_that_is_nested_without_measure_is_refused_in_one_line(tmp_path, opening, closing):
     path = tmp_path / "deep.yaml"
     path.write_text(f"task: {opening * 3000}1{closing * 3000}\n")
-
     with pytest.raises(ConfigError, match=r"nested too deeply.*\Z"):
         load_config(path)

@@ -69,9 +69,7 @@ def test_a_teacher_folder_that_cannot_be_used(bench, case):
 def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench):
     folder = bench.copied()
     cut_short(folder)
-
     said = bench.start(bench.tree(teacher=LATE, student={"model": str(folder)}))
-
     assert_refused(said, bench, f"student.model: {folder / WEIGHTS} is cut short")
 
 
@@ -85,9 +83,7 @@ def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench)
 def test_a_teacher_of_other_labels(bench, type_of_task, labels, fragments):
     rows = [{"text": f"word{i} x", "label": labels[i % len(labels)]} for i in range(30)]
     data = write_jsonl(bench.folder / "data" / "train.jsonl", rows).parent
-
     said = bench.start(bench.tree({"type": type_of_task, "dataset": str(data)}))
-
     assert_refused(said, bench, "teacher.model", *fragments)
 
 
@@ -131,9 +127,7 @@ def test_a_model_with_another_tokenizer_is_not_scored(bench, other_tokenizer):
     other = without_a_token(other_tokenizer, bench.folder / "other")
     config = other_tokenizer.parents[1] / "run.yaml"
     override = f"student.model={other_tokenizer}"
-
     said = bench.one_rank.megakd("evaluate", config, override, "--model", other)
-
     assert_refused(said, bench, f"{other} has a tokenizer of")
 
 
@@ -141,5 +135,4 @@ def test_a_model_to_score_that_is_not_there(bench):
     said = bench.one_rank.megakd(
         "evaluate", write_config(bench.folder / "run.yaml", bench.tree()), "--model", "nowhere"
     )
-
     assert_refused(said, bench, "--model nowhere: the folder does not exist; give the folder of a")

@@ -144,17 +144,13 @@ def test_a_run_whose_files_have_changed_is_refused_saying_what_to_do(finished, c
     damage, fragments = DAMAGE[case]
     for name, spoil in damage.items():
         spoil(finished.folder / name)
-
     said = finished.again()
-
     assert_refused(said, *(part.replace("{}", str(finished.folder)) for part in fragments))
 
 
 def test_a_teacher_that_is_gone_is_said_and_the_table_is_printed(finished):
     shutil.rmtree(finished.folder / "teacher")
-
     said = finished.again()
-
     assert said.code == 0, said.err
     assert "teacher.model cannot be compared with the inputs that the run was made from" in said.err
 
@@ -182,14 +178,12 @@ def test_a_student_that_was_removed_is_copied_again_from_its_stage(finished, mis
 def test_the_student_of_another_run_is_refused(finished, whole_run):
     shutil.rmtree(finished.out / "final")
     shutil.copytree(whole_run.out / "final", finished.out / "final")
-
     assert_refused(finished.again(), "is not the student of this run")
 
 
 @pytest.mark.parametrize("content", [b"", b"task: [", b"\xff\xfe\x00", b"- 1\n"])
 def test_a_damaged_config_of_a_finished_run_is_refused(finished, content):
     (finished.out / "config.yaml").write_bytes(content)
-
     assert_refused(finished.again(), finished.out)
 
 
@@ -233,7 +227,6 @@ def test_a_stage_that_was_removed_is_made_again_with_the_same_weights(finished):
 
 def test_the_record_names_the_stage_of_the_student_and_what_it_was_made_from(finished):
     record = json.loads((finished.out / "run.json").read_text())
-
     assert record["student"] == "student"
     assert {"task.dataset", "task.tokenizer", "teacher.model.weights"} <= record["inputs"].keys()
     assert WEIGHTS in record["final"]
@@ -275,5 +268,4 @@ def test_a_path_that_is_gone_excuses_any_error_and_a_name_one_of_the_hub(
     original, override, error, gone
 ):
     config = load_config(original / "run.yaml", [override])
-
     assert finished_run._not_here(config, DataError(error)) == gone

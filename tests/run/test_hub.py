@@ -43,7 +43,6 @@ def api(monkeypatch):
 def test_the_token_is_checked_before_a_run_starts(api):
     upload.check_hub(PRIVATE)
     assert api.calls == [("whoami", {})]
-
     api.failing = ("whoami",)
     with pytest.raises(ConfigError, match=r"save.push_to_hub: me/student .*hf auth login"):
         upload.check_hub(PRIVATE)
@@ -51,7 +50,6 @@ def test_the_token_is_checked_before_a_run_starts(api):
 
 def test_a_real_client_without_network_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "none")
-
     with pytest.raises(ConfigError, match=r"save\.push_to_hub: .*the check failed"):
         upload.check_hub(PRIVATE)
 

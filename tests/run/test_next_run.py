@@ -28,7 +28,6 @@ def pretrained(one_rank, tmp_path_factory) -> Path:
 
 def test_the_config_is_valid_and_starts_from_the_student(pretrained):
     config = load_config(pretrained / "out" / "finetune.yaml")
-
     assert config.method.name == "finetune"
     assert config.student.model == str(pretrained / "out" / "final")
 

@@ -110,7 +110,6 @@ def t5_run(one_rank, tmp_path_factory) -> Path:
 
 def test_both_readings_of_a_published_t5_learn(t5_run):
     report = read(t5_run / "out")
-
     assert report["teacher"]["metrics"]["accuracy"] > 0.7
     assert report["student"]["metrics"]["accuracy"] > 0.7
     assert report["student"]["encoder_parameters"] < report["teacher"]["encoder_parameters"]

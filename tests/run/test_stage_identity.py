@@ -53,14 +53,12 @@ ACCURACY = headline(["accuracy"])
 def test_a_class_that_states_no_facts_is_refused_with_the_two_ways_to_state_them(value):
     with pytest.raises(MegakdError, match=type(value).__name__) as refused:
         facts_of(value)
-
     assert "@dataclass(frozen=True)" in str(refused.value)
     assert "`facts`" in str(refused.value)
 
 
 def test_facts_that_are_stated_tell_options_apart():
     stated = facts_of(Stating(3))
-
     assert stated == {"kind": "Stating", "every": 3, "code": stated["code"]} != facts_of(Stating(4))
 
 
