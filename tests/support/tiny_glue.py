@@ -20,53 +20,37 @@ from megakd.data.glue import TASKS
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEST_ROWS = 11
-PARSES = ("promptID", "sentence1_parse", "sentence2_parse")
-STSB = ("index", "genre", "filename", "year", "old_index", "source1", "source2")
 # What stands in a submission for the classes, as GLUE's own page lists them.
 WORDS = {
     "mnli": ("entailment", "neutral", "contradiction"),
     "qnli": ("entailment", "not_entailment"),
     "rte": ("entailment", "not_entailment"),
 }
+PARSES = "promptID,sentence1_parse,sentence2_parse"
+STSB = "index,genre,filename,year,old_index,source1,source2,sentence1,sentence2"
+PAIR = "index,sentence1,sentence2"
 # folder, columns of the training files, columns of the test files
 LAYOUTS = {
-    "cola": ("CoLA", ("source", "label", "star", "sentence"), ("index", "sentence")),
-    "sst2": ("SST-2", ("sentence", "label"), ("index", "sentence")),
-    "mrpc": (
-        "MRPC",
-        ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
-        ("index", "#1 ID", "#2 ID", "#1 String", "#2 String"),
-    ),
-    "stsb": (
-        "STS-B",
-        (*STSB, "sentence1", "sentence2", "score"),
-        (*STSB, "sentence1", "sentence2"),
-    ),
-    "qqp": (
-        "QQP",
-        ("id", "qid1", "qid2", "question1", "question2", "is_duplicate"),
-        ("id", "question1", "question2"),
-    ),
-    "mnli": (
-        "MNLI",
-        ("index", *PARSES, "sentence1", "sentence2", "gold_label"),
-        ("index", *PARSES, "sentence1", "sentence2"),
-    ),
-    "qnli": (
-        "QNLI",
-        ("index", "question", "sentence", "label"),
-        ("index", "question", "sentence"),
-    ),
-    "rte": (
-        "RTE",
-        ("index", "sentence1", "sentence2", "label"),
-        ("index", "sentence1", "sentence2"),
-    ),
-    "wnli": (
-        "WNLI",
-        ("index", "sentence1", "sentence2", "label"),
-        ("index", "sentence1", "sentence2"),
-    ),
+    name: (folder, columns.split(","), test_columns.split(","))
+    for name, (folder, columns, test_columns) in {
+        "cola": ("CoLA", "source,label,star,sentence", "index,sentence"),
+        "sst2": ("SST-2", "sentence,label", "index,sentence"),
+        "mrpc": (
+            "MRPC",
+            "Quality,#1 ID,#2 ID,#1 String,#2 String",
+            "index,#1 ID,#2 ID,#1 String,#2 String",
+        ),
+        "stsb": ("STS-B", f"{STSB},score", STSB),
+        "qqp": ("QQP", "id,qid1,qid2,question1,question2,is_duplicate", "id,question1,question2"),
+        "mnli": (
+            "MNLI",
+            f"index,{PARSES},sentence1,sentence2,gold_label",
+            f"index,{PARSES},sentence1,sentence2",
+        ),
+        "qnli": ("QNLI", "index,question,sentence,label", "index,question,sentence"),
+        "rte": ("RTE", f"{PAIR},label", PAIR),
+        "wnli": ("WNLI", f"{PAIR},label", PAIR),
+    }.items()
 }
 TEST_STEMS = {"mnli": ("test_matched", "test_mismatched")}
 
