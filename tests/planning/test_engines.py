@@ -73,45 +73,25 @@ def test_a_second_bucket_is_counted_where_gradients_are_sent_during_the_backward
     assert sent[1] - sent[0] == 4 * P
 
 
-def test_zero_0_keeps_weights_and_both_moments_whole() -> None:
-    resting = engine({"stage": 0}).resting()
-
-    assert held(resting, "weights") == 4 * P
-    assert held(resting, "optimizer") == 8 * P
-
-
-def test_zero_0_in_bf16_keeps_weights_in_fp32_too() -> None:
-    resting = engine({"stage": 0}, itemsize=2).resting()
-
-    assert held(resting, "weights") == 2 * P
-    assert held(resting, "optimizer") == 12 * P
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_zero_1_and_2_shard_all_but_the_weights(stage: int, itemsize: int) -> None:
-    resting = engine({"stage": stage}, itemsize=itemsize).resting()
-
-    assert held(resting, "weights") == itemsize * P
-    assert held(resting, "optimizer") == 12 * P // RANKS
-
-
-@pytest.mark.parametrize(("itemsize", "moments"), [(4, 8), (2, 12)])
-def test_zero_3_shards_everything(itemsize: int, moments: int) -> None:
-    resting = engine({"stage": 3}, itemsize=itemsize).resting()
-
-    assert held(resting, "weights") == itemsize * P // RANKS
-    assert held(resting, "optimizer") == moments * P // RANKS
-
-
 @pytest.mark.parametrize(
-    ("stage", "itemsize", "kept"),
-    [(0, 4, 0), (0, 2, 4 * P), (1, 4, P), (2, 2, P), (3, 4, 0), (3, 2, P)],
+    ("stage", "itemsize", "moments", "weights", "optimizer"),
+    [
+        (0, 4, 2, 4 * P, 8 * P),
+        (0, 2, 2, 2 * P, 12 * P),  # the weights in fp32 too
+        *((stage, size, 2, size * P, 12 * P // RANKS) for stage in (1, 2) for size in (2, 4)),
+        (3, 4, 2, 4 * P // RANKS, 8 * P // RANKS),
+        (3, 2, 2, 2 * P // RANKS, 12 * P // RANKS),
+        # SGD keeps no moments: the weights in fp32, at most.
+        *((0, 4, 0, 4 * P, 0), (0, 2, 0, 2 * P, 4 * P)),
+        *((1, 4, 0, 4 * P, P), (2, 2, 0, 2 * P, P)),
+        *((3, 4, 0, P, 0), (3, 2, 0, P // 2, P)),
+    ],
 )
-def test_sgd_keeps_no_moments(stage: int, itemsize: int, kept: int) -> None:
-    resting = engine({"stage": stage}, itemsize=itemsize, moments=0).resting()
-
-    assert held(resting, "optimizer") == kept  # the weights in fp32, at most
+def test_each_stage_shards_what_it_says(
+    stage: int, itemsize: int, moments: int, weights: int, optimizer: int
+) -> None:
+    resting = engine({"stage": stage}, itemsize=itemsize, moments=moments).resting()
+    assert (held(resting, "weights"), held(resting, "optimizer")) == (weights, optimizer)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -119,14 +99,12 @@ def test_sgd_takes_less_at_its_peak(stage: int) -> None:
     adamw, sgd = (
         most(step(engine({"stage": stage}, itemsize=2, moments=moments))) for moments in (2, 0)
     )
-
     assert sgd < adamw
 
 
 def test_gradients_are_whole_at_zero_1_and_in_shards_at_zero_2() -> None:
     one, two = (engine({"stage": stage}).backward(inventory(), adds=False) for stage in (1, 2))
     bucket, sent = 10, SIZES[0]  # a gradient is larger than the bucket, and is sent directly
-
     assert held(one, "gradients") == 4 * P
     assert held(two, "gradients") == 4 * (P // RANKS + bucket + sent)
 
@@ -135,7 +113,6 @@ def test_gradients_are_whole_at_zero_1_and_in_shards_at_zero_2() -> None:
 def test_whole_gradients_appear_one_by_one_in_the_first_backward_only(stage: int) -> None:
     half = inventory(SIZES[: len(SIZES) // 2])
     first, later = (engine({"stage": stage}).backward(half, adds=adds) for adds in (False, True))
-
     assert held(first, "gradients") == 2 * P
     assert held(later, "gradients") == 4 * P
 
@@ -145,16 +122,13 @@ def test_a_full_bucket_of_zero_2_is_copied_before_it_is_sent() -> None:
     two, three = (
         held(small.backward(inventory(SIZES[:n]), adds=False), "gradients") for n in (2, 3)
     )
-
     assert three - two == 4 * 1000
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offload_moves_the_optimizer_to_the_host(stage: int) -> None:
     offload = {"offload_optimizer": {"device": "cpu"}}
-
     here, away = engine({"stage": stage}), engine({"stage": stage, **offload})
-
     assert held(away.resting(), "optimizer") == 0
     assert held(away.resting(), "optimizer", "host") >= 12 * P // RANKS
     assert most(step(away)) < most(step(here))
@@ -175,7 +149,6 @@ def test_16_bit_gradients_of_zero_2_are_summed_in_fp32_on_the_device_also_with_o
 
 def test_offload_of_weights_leaves_none_on_the_device() -> None:
     resting = engine({"stage": 3, "offload_param": {"device": "cpu"}}).resting()
-
     assert held(resting, "weights") == 0
     assert held(resting, "weights", "host") == 4 * P // RANKS
 
@@ -183,14 +156,12 @@ def test_offload_of_weights_leaves_none_on_the_device() -> None:
 def test_a_frozen_model_has_its_weights_and_nothing_else() -> None:
     for zero, expected in (({"stage": 0}, 4 * P), ({"stage": 3}, 4 * P // RANKS)):
         resting = Frozen(**model(zero)).resting()
-
         assert held(resting, "weights") == expected
         assert list(resting) == [Share("student", "weights")]
 
 
 def test_a_whole_model_is_read_on_the_host_and_a_sharded_one_a_tensor_at_a_time() -> None:
     whole, shards = (Frozen(**model({"stage": stage})).loading() for stage in (0, 3))
-
     assert held(whole, "weights", "host") == 4 * (P + SIZES[-1])
     assert held(shards, "weights", "host") == 4 * max(SIZES)
 
@@ -208,14 +179,23 @@ def gathered(order: tuple[int, ...], turn: int, zero: dict[str, Any]) -> tuple[l
     return [amount.total for amount in frozen.gathered(trace)], frozen.fetched(trace)
 
 
-def test_weights_of_a_forward_leave_after_their_only_use() -> None:
-    assert gathered((0, 1, 2, 3), 3, {}) == ([400] * 4, 400)
+# Every module fetches a bucket of what comes next through a buffer: of the first two, three
+# weights are whole, and two have arrived in a buffer.
+AHEAD = [2 * 400 + 2 * 400, 3 * 400 + 2 * 400, 2 * 400, 400]
 
 
-def test_weights_stay_from_the_forward_to_the_backward() -> None:
-    kept = [400, 800, 1200, 1600, 1600, 1200, 800, 400]
-
-    assert gathered(THERE_AND_BACK, 3, {}) == (kept, 400)
+@pytest.mark.parametrize(
+    ("order", "limits", "alive"),
+    [
+        ((0, 1, 2, 3), {}, [400] * 4),
+        (THERE_AND_BACK, {}, [400, 800, 1200, 1600, 1600, 1200, 800, 400]),
+        ((0, 1, 2, 3), {"prefetch_bucket_size": 150}, AHEAD),
+        ((0, 1, 2, 3), {"param_persistence_threshold": 100}, [400, 800, 1200, 1600]),
+    ],
+    ids=["used once", "until the backward", "fetched ahead", "small"],
+)
+def test_weights_stay_from_their_first_to_their_last_use(order, limits, alive) -> None:
+    assert gathered(order, 3, limits) == (alive, 400)
 
 
 @pytest.mark.parametrize(
@@ -229,33 +209,18 @@ def test_weights_stay_from_the_forward_to_the_backward() -> None:
 )  # fmt: skip
 def test_weights_beyond_the_limit_are_gathered_again(limits, most, elements) -> None:
     kept, fetched = gathered(THERE_AND_BACK, 3, limits)
-
     assert (max(kept), fetched) == (most, elements)
-
-
-def test_every_module_fetches_a_bucket_of_what_comes_next_through_a_buffer() -> None:
-    # Of the first two, three weights are whole, and two have arrived in a buffer.
-    assert gathered((0, 1, 2, 3), 3, {"prefetch_bucket_size": 150})[0] == [
-        2 * 400 + 2 * 400, 3 * 400 + 2 * 400, 2 * 400, 400
-    ]  # fmt: skip
 
 
 def test_no_more_is_fetched_ahead_than_may_be_alive() -> None:
     limits = {"prefetch_bucket_size": 10**9, "max_live_parameters": 200, "max_reuse_distance": 0}
-
     assert max(gathered((0, 1, 2, 3), 3, limits)[0]) <= 2 * 400 + 2 * 400
-
-
-def test_small_weights_stay_whole() -> None:
-    assert gathered((0, 1, 2, 3), 3, {"param_persistence_threshold": 100})[0][-1] == 1600
 
 
 def test_a_single_rank_gathers_only_weights_that_are_on_the_host() -> None:
     trace = Trace(inventory(), [Moment("m", {0})], 0, flops=0.0)
     away = {"stage": 3, "offload_param": {"device": "cpu"}}
-
     here, there = (Frozen(**model(zero, ranks=1)) for zero in ({"stage": 3}, away))
-
     assert here.fetched(trace) == here.gathered(trace)[0].total == 0
     assert there.gathered(trace)[0].total == 4 * SIZES[0]
 
@@ -266,7 +231,6 @@ MASTERS = Share("student", "optimizer", "host")
 
 def test_holdings_of_one_kind_are_added() -> None:
     held = together({WEIGHTS: Amount(1, 2)}, {WEIGHTS: Amount(10, 20), LIVE: Amount(5)}, {})
-
     assert held == {WEIGHTS: Amount(11, 22), LIVE: Amount(5)}
 
 
@@ -293,23 +257,15 @@ def test_host_and_device_are_apart_on_a_gpu_and_one_on_a_cpu() -> None:
 def test_a_cpu_keeps_small_blocks_with_holes_and_hands_large_ones_back() -> None:
     ledger = Ledger("cpu")
     ledger.look("", {LIVE: Amount(small=50, large=500)})
+    ledger.look("", {})
+    ledger.look("", {LIVE: Amount(small=50)})  # in memory that was kept
     ledger.look("", {WEIGHTS: Amount(large=600)})
 
     assert ledger.peaks["device"].total == 600 + round(50 * (1 + HOLES["step"]))
-
-
-def test_memory_that_was_kept_serves_the_next_step() -> None:
-    ledger = Ledger("cpu")
-    for _ in range(3):
-        ledger.look("", {LIVE: Amount(small=50)})
-        ledger.look("", {})
-
-    assert ledger.peaks["device"].total == round(50 * (1 + HOLES["step"]))
 
 
 def test_the_moment_of_the_peak_is_named() -> None:
     ledger = Ledger("cuda")
     for when, size in (("a", 1), ("b", 3), ("c", 2)):
         ledger.look(when, {LIVE: Amount(small=size)})
-
     assert ledger.peaks["device"].when == "b"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,24 +11,9 @@ import pytest
 from megakd import cli
 from megakd.config.run import RunConfig
 
-RUN = """
-output_dir: runs/x
-task: {type: classification, dataset: pydocs}
-teacher: {model: teacher}
-student: {model: student}
-method: {name: single}
-"""
-
-
-@pytest.fixture
-def run_file(tmp_path: Path) -> str:
-    path = tmp_path / "run.yaml"
-    path.write_text(RUN)
-    return str(path)
-
 
 @pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -50,18 +34,16 @@ class Page(types.ModuleType):
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> Page:
+def plans(monkeypatch) -> Page:
     fake = Page()
     monkeypatch.setitem(sys.modules, "megakd.planning.plan", fake)
     return fake
 
 
-def test_plan_takes_the_machines_from_its_options(
-    plans: Page, run_file: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_takes_the_machines_from_its_options(plans, run_file, capsys):
     words = ["--nodes", "2", "--gpu_memory_gb", "141", "--json", "train.max_steps=3"]
 
-    code = cli.main(["plan", run_file, *words])
+    code = cli.main(["plan", str(run_file), *words])
 
     config, cluster = plans.asked[0]
     assert code == 0
@@ -72,15 +54,15 @@ def test_plan_takes_the_machines_from_its_options(
 
 
 def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with(
-    plans: Page,
-    run_file: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    plans,
+    run_file,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
 
-    code = cli.train_main(["--config", run_file, "--dry_run"])
+    code = cli.train_main(["--config", str(run_file), "--dry_run"])
 
     cluster = plans.asked[0][1]
     assert code == 0
@@ -101,22 +83,19 @@ def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with(
     ],
 )
 def test_machines_that_cannot_be_are_refused(
-    plans: Page,
-    run_file: str,
-    words: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert cli.main(["plan", run_file, *words]) == 2
+    plans,
+    run_file,
+    words,
+    message,
+    capsys,
+):
+    assert cli.main(["plan", str(run_file), *words]) == 2
     assert message in capsys.readouterr().err
     assert plans.asked == []
 
 
-def test_the_other_ranks_of_a_dry_run_are_silent(
-    plans: Page, run_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_other_ranks_of_a_dry_run_are_silent(plans, run_file, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-
-    assert cli.train_main(["--config", run_file, "--dry_run"]) == 0
+    assert cli.train_main(["--config", str(run_file), "--dry_run"]) == 0
     assert plans.asked == []
     assert capsys.readouterr().out == ""

@@ -77,6 +77,13 @@ def held(traced: Trace) -> int:
     return traced.moments[traced.turn].live.total
 
 
+@pytest.fixture(scope="module")
+def traced_llama() -> tuple[nn.Module, Trace]:
+    with VALUELESS:
+        module, ids = llama(), torch.ones(ROWS, LENGTH, dtype=torch.long)
+    return module, trace_call(module, lambda: module(ids), backward=True, device="cpu")[0]
+
+
 @pytest.mark.parametrize("make", [llama, lambda: bert(0.0), lambda: bert(0.1)])
 def test_a_trace_holds_what_autograd_saves(make: Any) -> None:
     real = saved_bytes(make())
@@ -89,11 +96,8 @@ def test_a_trace_holds_what_autograd_saves(make: Any) -> None:
     assert real - ids.nbytes <= held(traced) <= 1.1 * real + 8192
 
 
-def test_every_gradient_is_finished_once_and_activations_are_freed() -> None:
-    with VALUELESS:
-        module, ids = llama(), torch.ones(ROWS, LENGTH, dtype=torch.long)
-
-    traced, _ = trace_call(module, lambda: module(ids), backward=True, device="cpu")
+def test_every_gradient_is_finished_once_and_activations_are_freed(traced_llama) -> None:
+    module, traced = traced_llama
 
     finished = [number for moment in traced.moments for number in moment.finished]
     assert sorted(finished) == list(range(len(inventory(module))))
@@ -111,11 +115,8 @@ def test_a_tied_weight_is_counted_once() -> None:
     assert inventory(own).numel - inventory(tied).numel == embedding.numel()
 
 
-def test_the_modules_come_in_the_order_of_forward_and_backward() -> None:
-    with VALUELESS:
-        module, ids = llama(), torch.ones(ROWS, LENGTH, dtype=torch.long)
-
-    traced, _ = trace_call(module, lambda: module(ids), backward=True, device="cpu")
+def test_the_modules_come_in_the_order_of_forward_and_backward(traced_llama) -> None:
+    module, traced = traced_llama
 
     owners = {
         path for path, child in module.named_modules() if list(child.parameters(recurse=False))
