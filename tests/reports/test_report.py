@@ -25,27 +25,14 @@ from megakd.models.counting import named_shapes, parameter_counts
 from megakd.reports.html import html_report, write_html_report
 from megakd.reports.report_file import environment, read_report, write_report
 
-BERT = {
-    "vocab_size": 50,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 16,
-}
+SIZES = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 16}
+BERT = {**SIZES, "intermediate_size": 16, "max_position_embeddings": 16}
 # Per layer: 4 attention maps of 8·8+8, two norms of 16, 8·16+16 and 16·8+8 of the feed-forward.
 BERT_LAYERS = 2 * (4 * 72 + 2 * 16 + 144 + 136)
 DISTILBERT = DistilBertConfig(
     vocab_size=50, dim=8, n_layers=2, n_heads=2, hidden_dim=16, max_position_embeddings=16
 )
-LLAMA = {
-    "vocab_size": 50,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 16,
-}
 # Per layer: 4 maps of 8·8, 3 of 8·16, two norms of 8; and the last norm.
 LLAMA_LAYERS = 2 * (4 * 64 + 3 * 128 + 16) + 8
 
