@@ -29,7 +29,7 @@ def dead() -> Holder:
 
 
 @pytest.fixture
-def stranger(dead: Holder) -> Holder:
+def stranger(dead) -> Holder:
     """A holder whose process no one on this host can see."""
     return dataclasses.replace(dead, host="node-7", place="node-7 another-boot")
 
@@ -80,29 +80,23 @@ def test_a_link_that_network_storage_makes_twice_does_not_lock_the_run_out(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
-    lock = FolderLock(tmp_path / "out")
+@pytest.mark.parametrize("left", [[], ["config.yaml"]], ids=["nothing", "a file"])
+def test_the_lock_names_its_holder_and_goes_with_it_and_with_an_empty_folder(tmp_path, left):
+    out = tmp_path / "out"
+    lock = FolderLock(out)
 
     lock.take()
-    shown = read_holder(tmp_path / "out" / LOCK)
+    shown = read_holder(out / LOCK)
+    for name in left:
+        (out / name).touch()
     lock.release()
 
     assert shown == lock.holder
     assert shown.pid == os.getpid()
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in out.iterdir()] == left if left else not out.exists()
 
 
-def test_a_folder_in_which_a_run_left_something_stays(tmp_path: Path) -> None:
-    lock = FolderLock(tmp_path / "out")
-    lock.take()
-    (tmp_path / "out" / "config.yaml").touch()
-
-    lock.release()
-
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
-
-
-def test_a_folder_that_a_living_run_holds_is_refused_naming_that_run(tmp_path: Path) -> None:
+def test_a_folder_that_a_living_run_holds_is_refused_naming_that_run(tmp_path):
     first, second = FolderLock(tmp_path), FolderLock(tmp_path)
     first.take()
 
@@ -116,9 +110,7 @@ def test_a_folder_that_a_living_run_holds_is_refused_naming_that_run(tmp_path: P
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-def test_the_lock_of_a_dead_process_is_taken_over_at_once(
-    tmp_path: Path, dead: Holder, monkeypatch: pytest.MonkeyPatch, *, links: bool
-) -> None:
+def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path, dead, monkeypatch, *, links):
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -137,17 +129,21 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once(
     lock.release()
 
 
-def test_a_later_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
-    leave_lock(tmp_path, dataclasses.replace(this_process(), start="before"))
+@pytest.mark.parametrize("is_half", [False, True], ids=["a later process", "half a lock"])
+def test_a_lock_without_a_living_holder_is_taken_over(tmp_path, monkeypatch, is_half):
+    path = leave_lock(tmp_path, dataclasses.replace(this_process(), start="before"))
+    if is_half:
+        path.write_text('{"host": "no')
     lock = FolderLock(tmp_path)
+    pass_time(monkeypatch, lambda: None)
 
     lock.take()
 
-    assert read_holder(tmp_path / LOCK) == lock.holder
+    assert read_holder(path) == lock.holder
     lock.release()
 
 
-def test_a_zombie_does_not_hold_a_folder(tmp_path: Path) -> None:
+def test_a_zombie_does_not_hold_a_folder(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     left = dataclasses.replace(
         this_process(), pid=process.pid, start=holder.process_start(process.pid) or ""
@@ -165,9 +161,7 @@ def test_a_zombie_does_not_hold_a_folder(tmp_path: Path) -> None:
     process.communicate()
 
 
-def test_a_holder_of_another_host_that_gives_a_sign_is_refused(
-    tmp_path: Path, stranger: Holder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_holder_of_another_host_that_gives_a_sign_is_refused(tmp_path, stranger, monkeypatch):
     path = leave_lock(tmp_path, stranger)
     lock = FolderLock(tmp_path)
     clock = pass_time(monkeypatch, lambda: os.utime(path, (clock.now, clock.now)))
@@ -179,8 +173,8 @@ def test_a_holder_of_another_host_that_gives_a_sign_is_refused(
 
 
 def test_a_holder_of_another_host_without_a_sign_is_taken_over(
-    tmp_path: Path, stranger: Holder, monkeypatch: pytest.MonkeyPatch, caplog
-) -> None:
+    tmp_path, stranger, monkeypatch, caplog
+):
     path = leave_lock(tmp_path, stranger)
     lock = FolderLock(tmp_path)
     clock = pass_time(monkeypatch, lambda: None)
@@ -190,19 +184,6 @@ def test_a_holder_of_another_host_without_a_sign_is_taken_over(
     assert read_holder(path) == lock.holder
     assert clock.now >= holder.DEAD_AFTER_S
     assert f"{path} names process {stranger.pid} on node-7" in caplog.text
-    lock.release()
-
-
-def test_half_a_lock_is_taken_over_when_nobody_goes_on_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / LOCK).write_text('{"host": "no')
-    lock = FolderLock(tmp_path)
-    pass_time(monkeypatch, lambda: None)
-
-    lock.take()
-
-    assert read_holder(tmp_path / LOCK) == lock.holder
     lock.release()
 
 
@@ -220,9 +201,7 @@ class Slow(FolderLock):
         return super()._create(path)
 
 
-def test_of_two_runs_that_find_the_same_holder_dead_the_later_one_is_refused(
-    tmp_path: Path, dead: Holder
-) -> None:
+def test_of_two_runs_that_find_the_same_holder_dead_the_later_one_is_refused(tmp_path, dead):
     leave_lock(tmp_path, dead)
     quick = FolderLock(tmp_path)
 
@@ -234,7 +213,7 @@ def test_of_two_runs_that_find_the_same_holder_dead_the_later_one_is_refused(
     quick.release()
 
 
-def test_a_run_that_came_and_went_meanwhile_is_not_in_the_way(tmp_path: Path, dead: Holder) -> None:
+def test_a_run_that_came_and_went_meanwhile_is_not_in_the_way(tmp_path, dead):
     def come_and_go() -> None:
         quick = FolderLock(tmp_path)
         quick.take()
@@ -250,9 +229,7 @@ def test_a_run_that_came_and_went_meanwhile_is_not_in_the_way(tmp_path: Path, de
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_many_runs_at_once_exactly_one_takes_a_dead_lock_over(
-    tmp_path: Path, dead: Holder
-) -> None:
+def test_of_many_runs_at_once_exactly_one_takes_a_dead_lock_over(tmp_path, dead):
     leave_lock(tmp_path, dead)
     locks = [FolderLock(tmp_path) for _ in range(8)]
     together = threading.Barrier(len(locks))
@@ -274,9 +251,7 @@ def test_of_many_runs_at_once_exactly_one_takes_a_dead_lock_over(
     winner.release()
 
 
-def test_a_holder_whose_lock_another_run_has_taken_is_told(
-    tmp_path: Path, stranger: Holder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_holder_whose_lock_another_run_has_taken_is_told(tmp_path, stranger, monkeypatch):
     monkeypatch.setattr(holder, "BEAT_S", 0.01)
     told = threading.Event()
     lock = FolderLock(tmp_path, lost=lambda _: told.set())
@@ -289,9 +264,7 @@ def test_a_holder_whose_lock_another_run_has_taken_is_told(
     assert read_holder(tmp_path / LOCK) == stranger
 
 
-def test_a_lock_that_was_removed_under_a_living_run_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_was_removed_under_a_living_run_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(holder, "BEAT_S", 0.01)
     lock = FolderLock(tmp_path)
     lock.take()
@@ -315,7 +288,3 @@ def test_a_run_in_a_folder_that_is_held_changes_nothing_there(one_rank, whole_ru
     assert f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()}" in said.err
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
     lock.release()
-
-
-def test_a_run_that_has_ended_holds_its_folder_no_more(whole_run):
-    assert not (whole_run.out / LOCK).exists()
