@@ -173,7 +173,8 @@ def test_what_weights_do_not_depend_on_changes_no_fingerprint(tmp_path, teacher,
 )
 def test_what_weights_depend_on_is_named(tmp_path, teacher, of_config, of_stage, field):
     before = fingerprint(config_of(tmp_path))
-    assert field in differences(before, fingerprint(config_of(tmp_path, **of_config), **of_stage))
+    after = fingerprint(config_of(tmp_path, **of_config), **of_stage)
+    assert any(one.startswith(field) for one in differences(before, after).split("; "))
 
 
 def test_other_weights_of_a_teacher_are_another_fingerprint(tmp_path, teacher):
