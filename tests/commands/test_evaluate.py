@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import config_tree, reviews, write_config, write_jsonl, write_reviews
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import WholeRun, finish, read
+from whole_run import finish, read
 
 from megakd.commands.scored_models import model_folder
 from megakd.config.file import load_config
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Path:
+def mine(tmp_path) -> Path:
     return write_jsonl(tmp_path / "mine.jsonl", reviews(40, "mine"))
 
 
@@ -45,12 +45,11 @@ def accuracy_by_hand(model_folder: Path, file: Path) -> float:
 
 
 @pytest.mark.parametrize("form", ["--data={}", "task.dataset={}"])
-def test_a_file_of_ones_own_is_scored_whole_and_the_output_says_so(
-    one_rank, whole_run: WholeRun, mine: Path, form: str
-):
+def test_a_file_of_ones_own_is_scored_whole_and_the_output_says_so(one_rank, whole_run, mine, form):
     argument = form.format(mine)
 
-    found = scored(one_rank.megakd("evaluate", whole_run.config, argument, "--json"))
+    few = "task.max_eval_examples=3"  # does not cut a given file
+    found = scored(one_rank.megakd("evaluate", whole_run.config, argument, few, "--json"))
 
     assert (found["file"], found["split"], found["rows"]) == (str(mine), "all rows", 40)
     by_hand = accuracy_by_hand(whole_run.out / "final", mine)
@@ -59,15 +58,7 @@ def test_a_file_of_ones_own_is_scored_whole_and_the_output_says_so(
     assert text[0] == f"{mine}, all rows: 40 rows"
 
 
-def test_max_eval_examples_does_not_cut_a_given_file(one_rank, whole_run: WholeRun, mine: Path):
-    words = (whole_run.config, "--data", mine, "task.max_eval_examples=3", "--json")
-
-    assert scored(one_rank.megakd("evaluate", *words))["rows"] == 40
-
-
-def test_rows_of_one_class_alone_and_class_numbers_are_scored(
-    one_rank, whole_run: WholeRun, tmp_path: Path
-):
+def test_rows_of_one_class_alone_and_class_numbers_are_scored(one_rank, whole_run, tmp_path):
     """The classes are the model's: negative is 0, positive is 1."""
     words = [row for row in reviews(20, "x") if row["label"] == "positive"]
     named = write_jsonl(tmp_path / "named.jsonl", words)
@@ -83,7 +74,7 @@ def test_rows_of_one_class_alone_and_class_numbers_are_scored(
 
 
 def test_a_folder_with_a_test_file_alone_needs_no_training_rows(
-    one_rank, whole_run: WholeRun, mine: Path, tmp_path: Path
+    one_rank, whole_run, mine, tmp_path
 ):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -100,7 +91,7 @@ def test_a_folder_with_a_test_file_alone_needs_no_training_rows(
         assert found["metrics"]["accuracy"] == pytest.approx(want)
 
 
-def test_a_split_that_was_cut_off_is_said_to_be_one(one_rank, whole_run: WholeRun, tmp_path: Path):
+def test_a_split_that_was_cut_off_is_said_to_be_one(one_rank, whole_run, tmp_path):
     data = write_jsonl(tmp_path / "all.jsonl", reviews(60, "all"))
     tree = json.loads(whole_run.config.read_text())
     tree["task"] = {"type": "classification", "dataset": str(data), "max_length": 16}
@@ -122,7 +113,7 @@ def test_a_split_that_was_cut_off_is_said_to_be_one(one_rank, whole_run: WholeRu
     ],
 )
 def test_a_file_that_cannot_be_scored_is_refused_before_a_model_is_loaded(
-    one_rank, whole_run: WholeRun, tmp_path: Path, name: str, content: str | None, message: str
+    one_rank, whole_run, tmp_path, name, content, message
 ):
     path = tmp_path / name
     if content is not None:
@@ -135,9 +126,7 @@ def test_a_file_that_cannot_be_scored_is_refused_before_a_model_is_loaded(
     assert said.loaded == ()
 
 
-def test_a_model_without_a_tokenizer_is_not_scored(
-    one_rank, whole_run: WholeRun, mine: Path, tmp_path: Path
-):
+def test_a_model_without_a_tokenizer_is_not_scored(one_rank, whole_run, mine, tmp_path):
     model = Path(shutil.copytree(whole_run.out / "final", tmp_path / "model"))
     for name in ("tokenizer.json", "tokenizer_config.json", "checksums.json"):
         (model / name).unlink()
@@ -151,8 +140,6 @@ def test_a_model_without_a_tokenizer_is_not_scored(
 
 def generic(model: Path, folder: Path, order: tuple[int, int]) -> Path:
     """The model with LABEL_0 and LABEL_1, its outputs in the given order."""
-    import torch
-
     made = AutoModelForSequenceClassification.from_pretrained(model)
     with torch.no_grad():
         for parameter in made.classifier.parameters():
@@ -167,7 +154,7 @@ def generic(model: Path, folder: Path, order: tuple[int, int]) -> Path:
 
 @pytest.mark.parametrize("data", ["mine", "held out"])
 def test_generic_labels_are_scored_if_they_fit_and_refused_if_they_do_not(
-    one_rank, whole_run: WholeRun, mine: Path, tmp_path: Path, data: str
+    one_rank, whole_run, mine, tmp_path, data
 ):
     words = ("--data", mine) if data == "mine" else ()
     good = generic(whole_run.teacher, tmp_path / "good", (0, 1))
@@ -186,9 +173,7 @@ def test_generic_labels_are_scored_if_they_fit_and_refused_if_they_do_not(
     assert scored(said(bad, "--trust_label_order"))["metrics"]["accuracy"] < 0.2
 
 
-def test_a_run_scores_its_evaluation_sets_at_the_end(
-    one_rank, whole_run: WholeRun, mine: Path, tmp_path: Path
-):
+def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, tmp_path):
     data = write_reviews(tmp_path / "reviews")
     task = {
         "type": "classification",
@@ -232,8 +217,8 @@ def pickled(folder: Path, copy: Path) -> Path:
 
 
 def test_pickle_weights_are_scored_with_the_setting_that_the_message_names(
-    one_rank, whole_run: WholeRun, tmp_path: Path
-) -> None:
+    one_rank, whole_run, tmp_path
+):
     model = pickled(whole_run.out / "final", tmp_path / "model")
     words = ("evaluate", whole_run.config, "--json", "--model")
     refused = one_rank.megakd(*words, model)
@@ -248,12 +233,8 @@ def test_pickle_weights_are_scored_with_the_setting_that_the_message_names(
 
 
 @pytest.mark.parametrize("place", ["~/model", "~"])
-def test_a_model_in_the_home_folder_is_found(
-    whole_run: WholeRun, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_in_the_home_folder_is_found(whole_run, tmp_path, place, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
-
     folder = model_folder(load_config(whole_run.config), place)
-
     assert folder == Path(place).expanduser()

@@ -35,10 +35,16 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
 
 
 def test_the_file_is_written_and_then_run(started):
+    cli.main([*WORDS, "--output_dir", "small"])
+    assert started == [Path("small")]
+    started.clear()
+
     assert cli.main([*WORDS, "train.learning_rate=3e-5", "method.repair_steps=40"]) == 0
 
     folder = Path("runs/Llama-1B-0.6B")
     config = load_config(folder / FILE)
+    command = "# Written by: megakd shrink org/Llama-1B --parameters 0.6B"
+    assert (folder / FILE).read_text().startswith(command)
     assert started == [folder]
     assert config.output_dir == folder
     assert config.teacher.model == "org/Llama-1B"
@@ -46,14 +52,6 @@ def test_the_file_is_written_and_then_run(started):
     assert (config.task.type, config.task.dataset) == ("causal_lm", "text.txt")
     assert (config.method.name, config.method.parameters) == ("shrink", 600_000_000)
     assert (config.method.repair_steps, config.train.learning_rate) == (40, 3e-5)
-
-
-def test_the_file_says_which_command_has_written_it(started):
-    cli.main([*WORDS, "--output_dir", "small"])
-
-    text = (Path("small") / FILE).read_text()
-    assert text.startswith("# Written by: megakd shrink org/Llama-1B --parameters 0.6B")
-    assert started == [Path("small")]
 
 
 def test_the_example_has_the_settings_of_the_command(started):
@@ -71,7 +69,6 @@ def test_the_example_has_the_settings_of_the_command(started):
 
 def test_the_size_may_be_a_share(started):
     words = ("shrink", "model", "--data", "text.txt", "method.target_sparsity=0.4")
-
     assert cli.main(words) == 0
     assert load_config(Path("runs/model-smaller") / FILE).method.target_sparsity == 0.4
     assert started
@@ -89,7 +86,6 @@ def test_several_ranks_are_started_by_the_launcher(started, capsys):
 
 def test_the_config_can_be_printed_without_writing_it(started, capsys):
     assert cli.main([*WORDS, "--print-config"]) == 0
-
     assert "parameters: 600000000" in capsys.readouterr().out
     assert not Path("runs").exists()
     assert started == []
@@ -109,7 +105,6 @@ def test_the_config_can_be_printed_without_writing_it(started, capsys):
 )
 def test_bad_options_write_nothing(started, capsys, words, message):
     assert cli.main(words) == 2
-
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()
     assert started == []
@@ -118,14 +113,12 @@ def test_bad_options_write_nothing(started, capsys, words, message):
 def test_a_bad_setting_leaves_the_file_of_the_last_command(started):
     cli.main([*WORDS])
     before = (Path("runs/Llama-1B-0.6B") / FILE).read_text()
-
     assert cli.main([*WORDS, "train.max_stepz=3"]) == 2
     assert (Path("runs/Llama-1B-0.6B") / FILE).read_text() == before
 
 
 def test_a_launcher_is_told_to_start_the_file(started, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-
     assert cli.main([*WORDS]) == 2
     assert "write the config with --ranks 4" in capsys.readouterr().err
     assert started == []

@@ -23,46 +23,38 @@ def bench(whole_run, tmp_path, one_rank) -> Bench:
 SELECTION = {"name": "knowledge_selection", "episodes": 1}
 
 
+KL = {"objective": [{"loss": "soft_target_kl"}], "student": {"model": bert(2)}}
+EPOCH = {"per_device_train_batch_size": 8, "max_steps": None, "num_train_epochs": 1}
+
+
 @pytest.mark.parametrize(
-    ("sections", "fragments"),
+    ("sections", "fragment"),
     [
         (
             {"method": SELECTION, "student": {"model": bert(1)}},
-            ("relation_fsp needs two mapped layers", "the only layer that the student has"),
+            "layer_mapping uniform maps the only layer that the student has",
         ),
         (
-            {
-                "method": {**SELECTION, "phase_steps": 9},
-                "student": {"model": bert(2)},
-                "objective": [{"loss": "soft_target_kl"}],
-            },
-            ("method.phase_steps: a phase of 9 steps does not fit into an episode of 4",),
+            {**KL, "method": {**SELECTION, "phase_steps": 9}},
+            "method.phase_steps: a phase of 9 steps does not fit into an episode of 4",
+        ),
+        # As many steps as the rows give.
+        (
+            {**KL, "method": {**SELECTION, "phase_steps": 17}, "train": EPOCH},
+            "a phase of 17 steps does not fit into an episode of 8",
         ),
         (
             {
                 "method": {"name": "minidisc", "metric": "matthews"},
                 "student": {"model": "from_teacher"},
             },
-            ("method.metric",),
+            "method.metric",
         ),
     ],
-    ids=["one layer", "phase", "metric"],
+    ids=["one layer", "phase", "phase of an epoch", "metric"],
 )
-def test_a_method_refuses_before_its_teacher_is_trained(bench, sections, fragments):
-    said = bench.start(bench.tree(teacher=LATE, **sections))
-
-    assert_refused(said, bench, *fragments)
-
-
-def test_a_phase_is_measured_against_the_steps_that_the_rows_give(bench):
-    tree = bench.tree(teacher=LATE, student={"model": bert(2)}, method=SELECTION)
-    tree["method"] = {**SELECTION, "phase_steps": 17}
-    tree["objective"] = [{"loss": "soft_target_kl"}]
-    tree["train"] = {"per_device_train_batch_size": 8, "num_train_epochs": 1}
-
-    said = bench.start(tree)
-
-    assert_refused(said, bench, "a phase of 17 steps does not fit into an episode of 8")
+def test_a_method_refuses_before_its_teacher_is_trained(bench, sections, fragment):
+    assert_refused(bench.start(bench.tree(teacher=LATE, **sections)), bench, fragment)
 
 
 def poison(folder: Path) -> None:

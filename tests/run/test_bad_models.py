@@ -37,6 +37,10 @@ def into_other_family(folder: Path) -> None:
     change_config(folder, model_type="bart")
 
 
+def without_heads(folder: Path) -> None:
+    change_config(folder, num_attention_heads=0)
+
+
 def change_config(folder: Path, **keys: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **keys}))
@@ -48,6 +52,7 @@ TEACHERS: dict[str, tuple[tuple[Callable[[Path], None], ...], tuple[str, ...]]] 
     "no head": ((remove_head,), ("teacher.model", "has no head for classification")),
     "labels": ((rename_labels,), ("labels (cat, dog)", "of the data (negative, positive)")),
     "family": ((into_other_family,), ("model_type 'bart' is not supported", "bert, roberta")),
+    "size": ((without_heads,), ("config.json", "num_attention_heads must be a whole number")),
     # Several faults at once: weight files, then the tokenizer, then head and labels.
     "all": ((remove_head, break_tokenizer, cut_short), ("is cut short or damaged",)),
     "two": ((remove_head, break_tokenizer), ("the tokenizer files in",)),

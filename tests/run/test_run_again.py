@@ -15,16 +15,6 @@ from megakd.run.finished_run import is_finished
 from megakd.storage.folders import write_finished
 
 
-@pytest.fixture
-def out(whole_run) -> Path:
-    return whole_run.out
-
-
-@pytest.fixture
-def config(whole_run) -> Path:
-    return whole_run.config
-
-
 def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(
     one_rank, whole_run, out, config
 ):
@@ -38,38 +28,42 @@ def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
-def test_a_run_that_may_not_be_resumed_is_not_overwritten(one_rank, out, config):
-    said = one_rank.train("--config", config, "train.resume_from_checkpoint=false")
-
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (
+            ["train.resume_from_checkpoint=false"],
+            ["holds a run and train.resume_from_checkpoint is false"],
+        ),
+        (
+            ["train.learning_rate=0.5", "seed=7"],
+            [
+                *("holds a finished run of another config", "train.learning_rate: 0.01 there, 0.5"),
+                *("seed: 42 there, 7 here", "to train its student further, set student.model="),
+            ],
+        ),
+    ],
+    ids=["not resumed", "another config"],
+)
+def test_a_finished_folder_is_not_overwritten(one_rank, out, config, overrides, fragments):
+    said = one_rank.train("--config", config, *overrides)
     assert said.code == 2
-    assert f"{out} holds a run and train.resume_from_checkpoint is false" in said.err
-    assert said.loaded == ()
-
-
-def test_another_config_in_a_finished_folder_is_refused_naming_what_differs(one_rank, out, config):
-    said = one_rank.train("--config", config, "train.learning_rate=0.5", "seed=7")
-
-    assert said.code == 2
-    assert f"{out} holds a finished run of another config" in said.err
-    assert "train.learning_rate" in said.err
-    assert "0.01" in said.err
-    assert "0.5" in said.err
-    assert "seed" in said.err
+    assert all(text in said.err for text in [str(out), *fragments])
     assert "weight_decay" not in said.err
-    assert f"to train its student further, set student.model={out / 'final'}" in said.err
+    assert said.loaded == ()
 
 
 def test_models_are_timed_again_without_training_if_the_times_asked_for_change(
     one_rank, whole_run, tmp_path
 ):
     out = Path(shutil.copytree(whole_run.out, tmp_path / "out"))
-    words = ("--config", whole_run.config, f"output_dir={out}", "eval.latency=false")
+    settings = {"false": [], "{batch: [4], tokens: 3, generate: 0}": [(4, 3)] * 3}
 
-    said = one_rank.train(*words)
+    for setting, timed in settings.items():
+        finish(one_rank, whole_run.config, f"output_dir={out}", f"eval.latency={setting}")
 
-    assert said.code == 0, said.err
-    assert read(out)["latency"] == []
-    assert read(out)["stages"] == read(whole_run.out)["stages"]
+        assert [(entry["batch"], entry["length"]) for entry in read(out)["latency"]] == timed
+        assert read(out)["stages"] == read(whole_run.out)["stages"]
 
 
 @pytest.mark.parametrize("chooses", [False, True])
@@ -104,9 +98,7 @@ def test_a_run_of_a_version_with_fewer_keys_is_still_finished(one_rank, out, con
 def test_a_run_of_a_version_with_other_keys_is_named_as_it_is(one_rank, out, config, tmp_path):
     other = Path(shutil.copytree(out, tmp_path / "other"))
     (other / "config.yaml").write_text((other / "config.yaml").read_text() + "forgotten: 3\n")
-
     said = one_rank.train("--config", config, f"output_dir={other}")
-
     assert said.code == 2
     assert "forgotten: 3 there" in said.err
 
@@ -157,9 +149,7 @@ def test_checkpoints_of_another_config_are_refused_naming_what_differs(
     one_rank, out, config, unfinished
 ):
     shutil.copytree(out / "checkpoints" / "student", unfinished / "checkpoints" / "student")
-
     said = one_rank.train("--config", config, f"output_dir={unfinished}", "train.max_steps=99")
-
     assert said.code == 2
     assert "train.max_steps" in said.err
     assert "99" in said.err
@@ -183,29 +173,32 @@ def test_a_stage_is_exported_once(one_rank, out, config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "near"), [("studnet", '; did you mean "student"?'), ("assistant", ";")]
+    ("words", "message"),
+    [
+        ((), "give --stage NAME; finished stages: teacher-finetune"),
+        (
+            ("--stage", "teacher-finetun"),
+            'has no stage "teacher-finetun"; did you mean "teacher-finetune"? finished stages: tea',
+        ),
+        (("--stage", "missing"), 'has no stage "missing"; finished stages: teacher-finetune'),
+        (("--stage", "assistant"), "has not finished; finished stages: teacher-finetune"),
+        # It gives only scores.
+        (("--stage", "teacher-scored"), "gives no model; finished stages: teacher-finetune\n"),
+    ],
 )
-def test_a_stage_that_does_not_exist_is_answered_with_those_that_do(
-    one_rank, config, out, tmp_path, stage, near
+def test_a_stage_without_a_model_is_not_exported(
+    one_rank, config, unfinished, tmp_path, words, message
 ):
-    said = one_rank.megakd("export", config, "--stage", stage, "--to", tmp_path / "x")
-
-    assert said.code == 2
-    known = "finished stages: alone, student, teacher-finetune"
-    assert f'{out} has no stage "{stage}"{near} {known}' in said.err
-
-
-def test_a_stage_that_has_not_finished_is_not_exported(one_rank, config, unfinished, tmp_path):
     (unfinished / "stages" / "assistant").mkdir()
+    write_finished(unfinished / "stages" / "teacher-scored", {"result.json": "{}"})
 
-    said = one_rank.megakd(
-        *("export", config, f"output_dir={unfinished}"),
-        *("--stage", "assistant", "--to", tmp_path / "x"),
-    )
+    to = ("--to", tmp_path / "x")
+    said = one_rank.megakd("export", config, f"output_dir={unfinished}", *words, *to)
 
     assert said.code == 2
-    assert "stage 'assistant'" in said.err
-    assert "has not finished; finished stages: teacher-finetune" in said.err
+    assert message in said.err
+    assert all(word in said.err for word in words[1:])
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_target_below_a_file_is_refused_with_the_option(one_rank, config, tmp_path):
@@ -219,39 +212,11 @@ def test_a_target_below_a_file_is_refused_with_the_option(one_rank, config, tmp_
     assert said.out == ""
 
 
-def test_a_stage_that_gives_only_scores_is_neither_exported_nor_offered(
-    one_rank, config, unfinished, tmp_path
-):
-    write_finished(unfinished / "stages" / "teacher-scored", {"result.json": "{}"})
-
-    said = one_rank.megakd(
-        *("export", config, f"output_dir={unfinished}"),
-        *("--stage", "teacher-scored", "--to", tmp_path / "x"),
-    )
-
-    assert said.code == 2
-    assert "stage 'teacher-scored'" in said.err
-    assert "gives no model; finished stages: teacher-finetune\n" in said.err
-    assert not (tmp_path / "x").exists()
-
-
 def test_the_stage_that_became_the_student_is_exported_by_default(one_rank, out, config, tmp_path):
     said = one_rank.megakd("export", config, "--to", tmp_path / "student")
-
     assert said.code == 0, said.err
     weights = "model.safetensors"
     assert (tmp_path / "student" / weights).read_bytes() == (out / "final" / weights).read_bytes()
-
-
-def test_a_run_that_has_not_finished_has_no_student_to_export(
-    one_rank, config, unfinished, tmp_path
-):
-    said = one_rank.megakd(
-        "export", config, f"output_dir={unfinished}", "--to", tmp_path / "student"
-    )
-
-    assert said.code == 2
-    assert "give --stage NAME; finished stages: teacher-finetune" in said.err
 
 
 def test_methods_and_losses_are_listed_without_a_run(one_rank):

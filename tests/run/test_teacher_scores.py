@@ -19,11 +19,6 @@ TEACHER = "stages/teacher-finetune"
 
 
 @pytest.fixture
-def out(whole_run) -> Path:
-    return whole_run.out
-
-
-@pytest.fixture
 def ended(out, tmp_path) -> Path:
     """The run as a kill before its report would have left it."""
     copy = Path(shutil.copytree(out, tmp_path / "ended"))
@@ -40,21 +35,14 @@ def test_a_teacher_is_loaded_once_for_teaching_and_for_the_report(whole_run, out
     assert loads(whole_run.said, out) == 1
 
 
-def test_a_teacher_that_no_stage_loads_is_loaded_for_the_report_with_the_same_scores(
-    one_rank, whole_run, out, ended
+@pytest.mark.parametrize("has_scores", [True, False])
+def test_a_teacher_that_no_stage_loads_is_loaded_for_the_report_unless_it_has_its_scores(
+    one_rank, whole_run, out, ended, has_scores
 ):
-    (ended / "checkpoints" / "teacher-scores.json").unlink()
-
+    if not has_scores:
+        (ended / "checkpoints" / "teacher-scores.json").unlink()
     said = finish(one_rank, whole_run.config, f"output_dir={ended}")
-
-    assert loads(said, ended) == 1
-    assert read(ended)["teacher"] == read(out)["teacher"]
-
-
-def test_a_run_that_goes_on_does_not_measure_its_teacher_again(one_rank, whole_run, out, ended):
-    said = finish(one_rank, whole_run.config, f"output_dir={ended}")
-
-    assert loads(said, ended) == 0
+    assert loads(said, ended) == (not has_scores)
     assert read(ended)["teacher"] == read(out)["teacher"]
 
 
