@@ -49,7 +49,7 @@ def test_the_median_of_each_model_is_told(monkeypatch) -> None:
     assert [(entry["model"], entry["batch"]) for entry in found] == [("a", 1), ("b", 1)]
 
 
-def test_each_time_says_what_was_timed_and_where() -> None:
+def test_each_time_says_what_was_timed_and_where(tmp_path: Path) -> None:
     models = {"a": llama(), "b": llama().to(torch.bfloat16)}
 
     found = measure_latencies(models, Work((2,), 4, rounds=1))
@@ -60,6 +60,9 @@ def test_each_time_says_what_was_timed_and_where() -> None:
     }
     assert [entry["length"] for entry in found] == [4, 4]
     assert [entry["dtype"] for entry in found] == ["float32", "bfloat16"]
+    models["a"].save_pretrained(tmp_path)
+    (stored,) = measure_latencies({"a": tmp_path}, Work((1,), 4, rounds=1), dtype=torch.bfloat16)
+    assert stored["dtype"] == "bfloat16"
 
 
 def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
@@ -148,9 +151,3 @@ def test_a_causal_model_is_timed_with_the_logits_of_the_last_position_alone(monk
     measure_latencies({"a": model}, Work((2,), 4, rounds=1))
 
     assert set(shapes) == {(2, 1)}
-
-
-def test_a_stored_model_is_timed_in_the_dtype_asked_for(tmp_path):
-    llama().save_pretrained(tmp_path)
-    found = measure_latencies({"a": tmp_path}, Work((1,), 4, rounds=1), dtype=torch.bfloat16)
-    assert [entry["dtype"] for entry in found] == ["bfloat16"]
