@@ -15,13 +15,11 @@ from safetensors.torch import load_file
 from tiny_runs import config_tree, llama, write_config, write_jsonl
 from whole_run import finish, read
 
-ROWS = 40
-
 
 def questions(shared_data: Path) -> list[dict[str, str]]:
     """The first questions of GSM8K with their answers."""
     with (shared_data / "gsm8k" / "train.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in islice(file, ROWS)]
+        return [json.loads(line) for line in islice(file, 40)]
 
 
 def row_of(pair: dict[str, str], shape: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import WholeRun, finish, read
 
 import megakd
-from megakd.models.int8 import INT8, dequantize, quantize
+from megakd.models.int8 import INT8
 from megakd.models.model_folder import weight_bytes
 from megakd.models.weights import SAFETENSORS
 from megakd.storage.folders import entries
@@ -58,9 +58,6 @@ def test_the_student_is_loaded_from_int8_with_nearly_the_same_logits(original):
 
     loaded = megakd.load_int8(final / INT8)
 
-    for name, weight in full.state_dict().items():
-        expected = dequantize(*quantize(weight)) if weight.ndim > 1 else weight
-        assert torch.equal(loaded.state_dict()[name], expected), name
     with torch.inference_mode():
         logits, expected = (model(**tokens).logits for model in (loaded, full))
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
@@ -109,17 +106,6 @@ def test_missing_int8_weights_are_written_again_whatever_the_config_says(folder,
     assert (final / ROW).read_bytes() == before
     assert said.loaded == ()
     assert "copied again" not in finish(one_rank, folder / "run.yaml").err
-
-
-def test_damaged_int8_weights_are_refused_with_what_to_do(folder, one_rank):
-    file = folder / "out" / "final" / ROW
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-    said = one_rank.train("--config", folder / "run.yaml")
-
-    assert said.code == 2
-    assert f"is not the student of this run: the checksum of {ROW} differs; move" in said.err
 
 
 def test_a_finished_run_without_int8_weights_adds_them_without_training(folder, one_rank):
