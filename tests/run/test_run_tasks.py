@@ -100,14 +100,15 @@ def test_scores_of_pairs_are_learned_and_correlated(one_rank, tmp_path):
     data = write_scored_pairs(tmp_path / "pairs")
     tree = config_tree(
         tmp_path / "out",
-        {"type": "regression", "dataset": str(data), **columns},
+        {"type": "regression", "dataset": str(data), "max_length": 32, **columns},
         teacher={"model": bert(2), "finetune": {"max_steps": 6}, "deepspeed": "teacher_zero0"},
         student={"model": bert(1), "deepspeed": "zero3"},
         method={"name": "single"},
         baselines=["alone"],
     )
 
-    said = finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+    config = write_config(tmp_path / "run.yaml", tree)
+    said = finish(one_rank, config)
 
     report = read(tmp_path / "out")
     assert report["metric_name"] == "mean_pearson_spearman"
@@ -120,32 +121,22 @@ def test_scores_of_pairs_are_learned_and_correlated(one_rank, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
     assert "pearson" in said.out
+    expected = pearson_by_hand(model, tmp_path / "out" / "final", config)
+    assert report["student"]["metrics"]["pearson"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_pair_is_given_to_the_student_as_a_pair(one_rank, tmp_path):
-    """The final model's scores, by hand, from a tokenizer that is given two texts."""
-    data = write_scored_pairs(tmp_path / "pairs", train=24, validation=10)
-    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
-    tree = config_tree(
-        tmp_path / "out", {"type": "regression", "dataset": str(data), "max_length": 32, **columns}
-    )
-    config = write_config(tmp_path / "run.yaml", tree)
-    finish(one_rank, config)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "final")
-    splits = load_splits(load_config(config).task, seed=0, cache_dir=tmp_path / "cache")
-
-    texts = (list(splits.validation["text"]), list(splits.validation["text_pair"]))
+def pearson_by_hand(model, final: Path, config: Path) -> float:
+    """From a tokenizer that is given two texts."""
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    held_out = load_splits(
+        load_config(config).task, seed=0, cache_dir=final.parent / "cache"
+    ).validation
+    texts = (list(held_out["text"]), list(held_out["text_pair"]))
     batch = tokenizer(*texts, padding=True, return_tensors="pt")
+    assert set(batch["token_type_ids"].flatten().tolist()) == {0, 1}
     with torch.no_grad():
         scores = model(**batch).logits[:, 0].double()
-    pearson = torch.corrcoef(torch.stack([scores, torch.tensor(splits.validation["label"])]))
-
-    assert set(batch["token_type_ids"].flatten().tolist()) == {0, 1}
-    expected = float(pearson[0, 1])
-    assert read(tmp_path / "out")["student"]["metrics"]["pearson"] == pytest.approx(
-        expected, abs=1e-4
-    )
+    return float(torch.corrcoef(torch.stack([scores, torch.tensor(held_out["label"])]))[0, 1])
 
 
 @pytest.fixture(scope="module")
@@ -172,18 +163,6 @@ def language_run(one_rank, tmp_path_factory) -> Path:
     tree["train"] |= {"max_steps": 8}
     finish(one_rank, write_config(folder / "run.yaml", tree))
     return folder
-
-
-def test_a_language_model_is_scored_by_its_perplexity(language_run):
-    report = read(language_run / "out")
-    metrics = report["student"]["metrics"]
-
-    assert report["metric_name"] == "perplexity"
-    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
-    assert 1 < report["teacher"]["metrics"]["perplexity"] < metrics["perplexity"] < 320
-    logged = [r for r in records(language_run / "out", "student") if "train/loss" in r]
-    assert logged[-1]["train/hard_cross_entropy"] < logged[0]["train/hard_cross_entropy"]
-    assert 0 <= logged[-1]["train/top1_agreement"] <= 1
 
 
 def pieces(ids: list[int], offset: int, length: int) -> Iterator[list[int]]:
@@ -216,8 +195,14 @@ def test_a_tied_language_model_is_loaded_and_scored_with_plain_transformers(lang
 
     assert "lm_head.weight" not in load_file(final / "model.safetensors")
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    reported = read(language_run / "out")["student"]["metrics"]["loss"]
-    assert loss / targets == pytest.approx(reported, rel=1e-5)
+    report = read(language_run / "out")
+    reported = report["student"]["metrics"]
+    assert loss / targets == pytest.approx(reported["loss"], rel=1e-5)
+    assert reported["perplexity"] == pytest.approx(math.exp(reported["loss"]))
+    assert 1 < report["teacher"]["metrics"]["perplexity"] < reported["perplexity"] < 320
+    logged = [r for r in records(language_run / "out", "student") if "train/loss" in r]
+    assert logged[-1]["train/hard_cross_entropy"] < logged[0]["train/hard_cross_entropy"]
+    assert 0 <= logged[-1]["train/top1_agreement"] <= 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(
