@@ -114,8 +114,8 @@ def times_of(case: Case, device: torch.device) -> dict[str, Any]:
     """Return the median time of a case, its loss, and the memory beyond its inputs."""
     from functools import partial
 
-    from bench.loading import load
     from bench.memory import peak_on_cuda
+    from bench.peers import load
     from bench.problem import drop_gradients, make_problem, run
     from bench.timing import Effort, sample_ms
 

@@ -20,7 +20,7 @@ import torch
 
 from bench.cases import Case, cases_for
 from bench.catalogue import find
-from bench.loading import load
+from bench.peers import load
 from bench.problem import Problem, drop_gradients, make_problem, run
 
 CUDA_ALLOCATOR = "allocator"

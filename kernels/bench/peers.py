@@ -1,6 +1,7 @@
-"""Losses of other packages, with the semantics of ours: means over rows, no T^2.
+"""From the name of an implementation to its loss: ours, and those of other packages.
 
-Every loader raises ImportError where the package, or the part of it, is missing.
+All are means over rows, without T^2. A loader raises ImportError where the package, or the part of
+it, is missing.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import importlib
 import torch
 from torch import nn
 
-from bench import eager
+from bench import eager, ours
 from bench.cases import BETA, Case
 from bench.problem import Loss
 
+_OURS = {"megakd-triton": "triton", "megakd-chunked": "chunked", "megakd-gemms": "auto"}
 _LIGER_ROWS = 1024  # the default chunk of LigerFusedLinearJSDLoss
 
 
 def load(name: str, case: Case) -> Loss:
     """The loss of the case by the implementation of that name."""
-    return _LOADERS[name](case)
+    impl = _OURS.get(name)
+    return _LOADERS[name](case) if impl is None else ours.load(case, impl)
 
 
 def _gkd_beta(case: Case) -> float:

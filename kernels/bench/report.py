@@ -11,10 +11,16 @@ from bench.machine import Ceilings, Machine
 from bench.results import CEILING, MEASURED, Result
 from bench.targets import Verdict
 
-_TITLES = (
-    "case", "impl", "ms", "p20-p80", "noise", "of floor", "GB/s", "peak MB", "loss err",
-    "dX err", "dW err",
-)  # fmt: skip
+_COLUMNS = {
+    "noise": ("noise", "{:.1%}"),
+    "of floor": ("frac_of_floor", "{:.1%}"),
+    "GB/s": ("gbps", "{:.0f}"),
+    "peak MB": ("peak_mb", "{:.0f}"),
+    "loss err": ("loss_relerr", "{:.0e}"),
+    "dX err": ("dx_relerr", "{:.0e}"),
+    "dW err": ("dw_relerr", "{:.0e}"),
+}
+_TITLES = ("case", "impl", "ms", "p20-p80", *_COLUMNS)
 _TEXT_COLUMNS = 2
 _WORDS = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
 
@@ -88,12 +94,10 @@ def plot(rows: Iterable[Result], path: Path) -> bool:
 
 
 def _cells(row: Result) -> tuple[str, ...]:
-    between = "" if row.ms_p20 is None else f"{_short(row.ms_p20)}-{_short(row.ms_p80)}"
-    return (
-        row.case, row.impl, _short(row.ms_median), between, _percent(row.noise),
-        _percent(row.frac_of_floor), _whole(row.gbps), _whole(row.peak_mb),
-        _error(row.loss_relerr), _error(row.dx_relerr), _error(row.dw_relerr),
-    )  # fmt: skip
+    between = "" if row.ms_p20 is None else f"{row.ms_p20:.4g}-{row.ms_p80:.4g}"
+    numbers = ((getattr(row, column), form) for column, form in _COLUMNS.values())
+    texts = ("" if value is None else form.format(value) for value, form in numbers)
+    return (row.case, row.impl, f"{row.ms_median:.4g}", between, *texts)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -105,19 +109,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
-
-
-def _whole(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
-
-
-def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.0e}"

@@ -15,8 +15,8 @@ from bench import machine
 from bench.accuracy import NO_ERRORS, Errors, Truth
 from bench.cases import ACCEPTANCE, Case, Device
 from bench.catalogue import Implementation, computes, find, reason_to_skip
-from bench.loading import load
 from bench.memory import Peak, peak_in_own_process, peak_on_cuda
+from bench.peers import load
 from bench.problem import Loss, Problem, drop_gradients, make_problem, run
 from bench.results import FAILED, SKIPPED, Ledger, Measured
 from bench.timing import Effort, sample_ms, summarise

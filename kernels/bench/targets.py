@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,105 +23,95 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """A promise about numbers of a run: `measure` may use any row; None where one is missing."""
+    """A promise about one column: of `over` alone, or divided by that of `under`.
+
+    beside_head_gradient: without the fp32 gradient of the student's head, which no loss can do
+        without; in GB.
+    """
 
     promise: str
-    measure: Callable[[_Rows], float | None]
-    holds: Callable[[float], bool]
+    column: str
+    over: str
+    under: str | None = None
+    case: str = ACCEPTANCE
+    at_least: float = 0.0
+    at_most: float = math.inf
+    beside_head_gradient: bool = False
 
 
-class _Rows:
-    """Numbers of the measured rows by case and implementation."""
-
-    def __init__(self, rows: Iterable[Result]) -> None:
-        self._rows = {(row.case, row.impl): row for row in rows if row.status == MEASURED}
-
-    def number(self, case: str, impl: str, column: str) -> float | None:
-        row = self._rows.get((case, impl))
-        return None if row is None else getattr(row, column)
-
-    def ratio(self, case: str, over: str, under: str, column: str) -> float | None:
-        """The number of one implementation over that of another."""
-        numerator, denominator = (self.number(case, impl, column) for impl in (over, under))
-        if numerator is None or not denominator:
-            return None
-        return numerator / denominator
-
-    def memory_beside_head_gradient(self) -> float | None:
-        """GB beyond the fp32 gradient of the student's head, which no loss can do without."""
-        row = self._rows.get((ACCEPTANCE, "megakd-triton"))
-        if row is None or row.peak_mb is None:
-            return None
-        return (row.peak_mb - row.V * row.Hs * 4 / 1e6) / _GIGABYTE
-
-
-def verdicts(rows: Iterable[Result], device: Device) -> list[Verdict]:
-    """Every target of the device, in order."""
-    numbers = _Rows(rows)
-    return [_verdict(target, numbers) for target in _TARGETS[device]]
-
-
-def _verdict(target: Target, rows: _Rows) -> Verdict:
-    value = target.measure(rows)
-    return Verdict(target.promise, value, None if value is None else target.holds(value))
-
-
-def _at_most(limit: float) -> Callable[[float], bool]:
-    return lambda value: value <= limit
-
-
-def _at_least(limit: float) -> Callable[[float], bool]:
-    return lambda value: value >= limit
-
-
+_TRITON, _CHUNKED = "megakd-triton", "megakd-chunked"
 _TARGETS: dict[Device, tuple[Target, ...]] = {
     "cpu": (
+        Target("time, chunked / eager, at most 0.7", "ms_median", _CHUNKED, "eager", at_most=0.7),
         Target(
-            "time, chunked / eager, at most 0.7",
-            lambda rows: rows.ratio(ACCEPTANCE, "megakd-chunked", "eager", "ms_median"),
-            _at_most(0.7),
-        ),
-        Target(
-            "peak memory, chunked / eager, at most 0.2",
-            lambda rows: rows.ratio(ACCEPTANCE, "megakd-chunked", "eager", "peak_mb"),
-            _at_most(0.2),
+            "peak memory, chunked / eager, at most 0.2", "peak_mb", _CHUNKED, "eager", at_most=0.2
         ),
     ),
     "cuda": (
         Target(
             "share of the floor 2NV(3Hs + Ht), at least 0.75",
-            lambda rows: rows.number(ACCEPTANCE, "megakd-triton", "frac_of_floor"),
-            _at_least(0.75),
+            "frac_of_floor",
+            _TRITON,
+            at_least=0.75,
         ),
         Target(
             "row kernel, GB/s, at least 3400 (of an H200)",
-            lambda rows: rows.number("rows", "megakd-triton", "gbps"),
-            _at_least(3400),
+            "gbps",
+            _TRITON,
+            case="rows",
+            at_least=3400,
         ),
         Target(
             "times as fast as LigerFusedLinearJSD, at least 2.5",
-            lambda rows: rows.ratio(ACCEPTANCE, "liger-jsd", "megakd-triton", "ms_median"),
-            _at_least(2.5),
+            "ms_median",
+            "liger-jsd",
+            _TRITON,
+            at_least=2.5,
         ),
         Target(
-            "time, triton / torch.compile, at most 1",
-            lambda rows: rows.ratio(ACCEPTANCE, "megakd-triton", "compile", "ms_median"),
-            _at_most(1.0),
+            "time, triton / torch.compile, at most 1", "ms_median", _TRITON, "compile", at_most=1.0
         ),
         Target(
             "GB of extra memory beside the head's fp32 gradient, at most 1.5",
-            _Rows.memory_beside_head_gradient,
-            _at_most(1.5),
+            "peak_mb",
+            _TRITON,
+            at_most=1.5,
+            beside_head_gradient=True,
         ),
         Target(
             "relation: times as fast as eager, at least 5",
-            lambda rows: rows.ratio("relation", "eager", "megakd-triton", "ms_median"),
-            _at_least(5),
+            "ms_median",
+            "eager",
+            _TRITON,
+            "relation",
+            at_least=5,
         ),
         Target(
             "relation: eager's peak memory over ours, at least 20",
-            lambda rows: rows.ratio("relation", "eager", "megakd-triton", "peak_mb"),
-            _at_least(20),
+            "peak_mb",
+            "eager",
+            _TRITON,
+            "relation",
+            at_least=20,
         ),
     ),
 }
+
+
+def verdicts(rows: Iterable[Result], device: Device) -> list[Verdict]:
+    """Every target of the device, in order."""
+    measured = {(row.case, row.impl): row for row in rows if row.status == MEASURED}
+    return [_verdict(target, measured) for target in _TARGETS[device]]
+
+
+def _verdict(target: Target, rows: Mapping[tuple[str, str], Result]) -> Verdict:
+    row = rows.get((target.case, target.over))
+    value = None if row is None else getattr(row, target.column)
+    if value is not None and target.under is not None:
+        other = rows.get((target.case, target.under))
+        below = None if other is None else getattr(other, target.column)
+        value = value / below if below else None
+    if value is not None and row is not None and target.beside_head_gradient:
+        value = (value - row.V * row.Hs * 4 / 1e6) / _GIGABYTE
+    holds = None if value is None else target.at_least <= value <= target.at_most
+    return Verdict(target.promise, value, holds)

@@ -41,7 +41,7 @@ def problem_of(case, dtype=None):
 def solve(name, problem):
     module = bench("problem")
     module.drop_gradients(problem)
-    loss = module.run(bench("loading").load(name, problem.case), problem)
+    loss = module.run(bench("peers").load(name, problem.case), problem)
     return [loss, *(leaf.grad for leaf in problem.leaves)]
 
 
@@ -177,7 +177,7 @@ class TestPeers:
         case = smoke(**changes)
         truth = bench("accuracy").Truth(problem_of(case))
 
-        errors = truth.errors(bench("loading").load("megakd-chunked", case))
+        errors = truth.errors(bench("peers").load("megakd-chunked", case))
 
         assert [error for error in errors if error is not None and not error < 2e-5] == []
         assert (errors.dx is None) == (case.mode == "fwd")
@@ -191,9 +191,7 @@ class TestPeers:
         problem = bench("problem").make_problem(case, device)
         before = problem.student.clone()
 
-        errors = (
-            bench("accuracy").Truth(problem).errors(bench("loading").load("megakd-triton", case))
-        )
+        errors = bench("accuracy").Truth(problem).errors(bench("peers").load("megakd-triton", case))
 
         assert errors.loss < 1e-5
         assert torch.equal(problem.student, before)
@@ -245,7 +243,7 @@ class TestPeers:
 class TestMeasuring:
     def test_an_error_of_one_percent_is_seen_in_loss_and_gradients(self):
         problem = problem_of(smoke())
-        loss = bench("loading").load("eager", problem.case)
+        loss = bench("peers").load("eager", problem.case)
 
         errors = bench("accuracy").Truth(problem).errors(lambda given: 1.01 * loss(given))
 
