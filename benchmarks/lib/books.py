@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.data import BOOKS, TASKS, Config, bert, llama, pieces, train_section, write_jsonl
+from lib.data import (
+    BOOKS,
+    NO_DROPOUT,
+    TASKS,
+    Config,
+    bert,
+    llama,
+    pieces,
+    train_section,
+    write_jsonl,
+)
 from lib.launching import Leg, leg_of, report_of, write_config
 
 SAMPLE = 450
@@ -16,7 +26,6 @@ EVERY = 20
 """One piece in so many is held out."""
 INITIALIZER_RANGE = 0.05
 """Transformers' 0.02 is meant for wide models: 192 wide, the loss falls more slowly with it."""
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TEACHER, SHORT, HELD_OUT = "teacher", "teacher-short", "held_out"
 CHANGEABLE = {
     "short_steps": int,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Config = dict[str, Any]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BOOKS = Path("lm/standard-ebooks")
 CLINC150 = Path("clinc150/data_full.json")
 CLINC150_SPLITS = {"train": "train", "validation": "val", "test": "test"}

@@ -7,12 +7,41 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from lib.launching import UnusableError
+from lib.launching import ROOT, UnusableError
 
 
 def parser_of(about: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help has the lines of a docstring."""
     return argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
+
+
+def parsed(
+    parser: argparse.ArgumentParser, module: str, arguments: Sequence[str]
+) -> argparse.Namespace:
+    """Return the options, with the words of the command; folders are those of the repository."""
+    given = parser.parse_intermixed_args(arguments)
+    given.arguments, given.command = list(arguments), command_of(module, arguments)
+    if getattr(given, "data", None) is not None:
+        given.data = given.data.resolve()
+    if getattr(given, "out", None) is not None:
+        given.out = ROOT / given.out
+    return given
+
+
+def add_runs(
+    parser: argparse.ArgumentParser, out: str, *, jobs: int | None = 2, data: str | None = None
+) -> None:
+    """Add the options of a benchmark that trains models with several seeds.
+
+    jobs: the default of `--jobs`; None: one run at a time. data: what the data folder holds.
+    """
+    parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench") / out)
+    if jobs is not None:
+        words = f"runs of one rank side by side; default: {jobs}"
+        parser.add_argument("--jobs", type=positive, default=jobs, help=words)
+    if data is not None:
+        parser.add_argument("--data", type=Path, required=True, help=f"holds {data}")
 
 
 def command_of(module: str, arguments: Sequence[str]) -> str:

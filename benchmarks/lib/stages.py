@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-import yaml
-
-from lib.data import bert, sizes_of
-from lib.launching import start_benchmark
-from lib.options import command_of, parser_of
+from lib.clocks import by_turns, timed
+from lib.data import bert, sizes_of, write_labelled
+from lib.launching import start_benchmark, write_config
+from lib.options import parser_of
 from lib.tables import spread_of
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
@@ -60,15 +57,6 @@ def step_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def parsed(
-    parser: argparse.ArgumentParser, module: str, arguments: Sequence[str]
-) -> argparse.Namespace:
-    """Return the options, with the command and the arguments of the benchmark."""
-    given = parser.parse_args(arguments)
-    given.arguments, given.command = list(arguments), command_of(module, arguments)
-    return given
-
-
 def bert_model(size: str) -> dict[str, Any]:
     """Return a BERT from scratch; `6x384` is 6 layers of width 384, heads of 32."""
     layers, width = sizes_of(size)
@@ -81,22 +69,13 @@ def write_case(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     tokenizer, data, rng = folder / "tokenizer", folder / "data", random.Random(0)
     tokenizer.mkdir()
     (tokenizer / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n", encoding="utf-8")
-    data.mkdir()
     for split, count in (("train", TRAINING_ROWS), ("validation", 32)):
-        with (data / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("text", "label"))
-            for _ in range(count):
-                # With the two special tokens, a row has as many tokens as the case says.
-                text = " ".join(rng.choices(words, k=given.length - 2))
-                writer.writerow((text, rng.choice(LABELS)))
+        # With the two special tokens, a row has as many tokens as the case says.
+        texts = (" ".join(rng.choices(words, k=given.length - 2)) for _ in range(count))
+        write_labelled(data / f"{split}.csv", ((text, rng.choice(LABELS)) for text in texts))
     tree = case_config(folder, given)
-    write_tree(folder, tree)
+    write_config(folder / "run.yaml", tree)
     return tree
-
-
-def write_tree(folder: Path, tree: dict[str, Any]) -> None:
-    (folder / "run.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
 def case_config(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -246,26 +225,18 @@ def measured_stage(config: RunConfig, ranks: Ranks) -> Iterator[tuple[MeasuredSt
         yield run, teacher
 
 
-def timed(run: StageRun, batches: Sequence[Batch]) -> float:
-    """Return the CPU seconds of one whole step, which all ranks begin together."""
-    dist.barrier()
-    began = time.process_time()
-    run.trainer.train_step(batches)
-    return time.process_time() - began
-
-
 def alternated(runs: Sequence[StageRun], given: argparse.Namespace) -> list[list[float]]:
-    """Return the seconds of the steps of all runs on the same batches, without the warm-up.
+    """Return the CPU seconds of the steps of all runs on the same batches, without the warm-up."""
+    first, count = runs[0], given.warm_up + given.pairs
+    batches = [
+        [device_batch(batch, first.ranks.device) for batch in first.source.step(index)]
+        for index in range(count)
+    ]
 
-    Who goes first changes with every batch.
-    """
-    pairs = []
-    for index in range(given.warm_up + given.pairs):
-        batches = [device_batch(b, runs[0].ranks.device) for b in runs[0].source.step(index)]
-        order = runs if index % 2 else runs[::-1]
-        seconds = [timed(run, batches) for run in order]
-        pairs.append(seconds if index % 2 else seconds[::-1])
-    return pairs[given.warm_up :]
+    def step(run: StageRun, index: int) -> float:
+        return timed(partial(run.trainer.train_step, batches[index])).cpu
+
+    return by_turns([partial(step, run) for run in runs], given.pairs, warm_up=given.warm_up)
 
 
 class Ratio(NamedTuple):

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 from lib.books import (
     HELD_OUT,
     INITIALIZER_RANGE,
-    NO_DROPOUT,
     QUICK,
     TEACHER,
     Sizes,
@@ -45,7 +44,7 @@ from lib.books import (
     text_train,
     write_text,
 )
-from lib.data import BOOKS, TASKS, Config
+from lib.data import BOOKS, NO_DROPOUT, TASKS, Config
 from lib.launching import (
     ROOT,
     Leg,

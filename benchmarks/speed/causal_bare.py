@@ -21,7 +21,6 @@ import functools
 import json
 import math
 import random
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -33,7 +32,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lib.clocks import by_turns, timed
 from lib.data import llama, write_jsonl
+from lib.launching import write_config
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SPECIAL = ("<unk>", "<pad>", "</s>")
@@ -94,8 +95,7 @@ def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
         # The end token makes a document as long as a row.
         drawn = (rng.choices(words, k=sizes.length - 1) for _ in range(batches * sizes.rows))
         write_jsonl(folder / DATA / f"{split}.jsonl", ({"text": " ".join(text)} for text in drawn))
-    tree = yaml.safe_dump(run_tree(folder, sizes, divergence), sort_keys=False)
-    (folder / RUN).write_text(tree, encoding="utf-8")
+    write_config(folder / RUN, run_tree(folder, sizes, divergence))
 
 
 def run_tree(folder: Path, sizes: Sizes, divergence: str) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def write_chat(folder: Path, sizes: Sizes, counted: str) -> None:
     tree["output_dir"] = str(chat / "run")
     del tree["task"]["text_columns"]
     tree["task"] |= {"dataset": str(chat / DATA), "chat_template": str(template)}
-    (chat / RUN).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    write_config(chat / RUN, tree)
 
 
 def messages_of(text: str, words: int) -> list[dict[str, Any]]:
@@ -254,15 +254,10 @@ def plain_copy(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return copy
 
 
-class Seconds(NamedTuple):
-    """CPU seconds of one step of each side."""
-
-    side: float
-    beside: float
-
-
-def paired(side: Steps, beside: Steps, given: argparse.Namespace, *, agree: bool) -> list[Seconds]:
-    """Take the steps of both sides by turns; with `agree`, after a look at their losses."""
+def paired(
+    side: Steps, beside: Steps, given: argparse.Namespace, *, agree: bool
+) -> list[list[float]]:
+    """Return the CPU seconds of the steps of both sides; `agree`: compare their losses, too."""
     if agree:
         check_agree(side, beside, 0)
     for index in range(given.warm_up):
@@ -270,20 +265,11 @@ def paired(side: Steps, beside: Steps, given: argparse.Namespace, *, agree: bool
         beside.step(index)
     if agree:
         check_agree(side, beside, given.warm_up)
-    pairs = []
-    for index in range(given.warm_up, given.warm_up + given.pairs):
-        # Who goes first changes with the batch.
-        order = [side, beside][:: -1 if index % 2 else 1]
-        seconds = [timed(one.step, index) for one in order]
-        pairs.append(Seconds(*seconds[:: -1 if index % 2 else 1]))
-    return pairs
 
+    def seconds(one: Steps, number: int) -> float:
+        return timed(functools.partial(one.step, given.warm_up + number)).cpu
 
-def timed(step: Callable[[int], None], index: int) -> float:
-    """Return the CPU seconds of all threads during a step."""
-    began = time.process_time()
-    step(index)
-    return time.process_time() - began
+    return by_turns([functools.partial(seconds, one) for one in (side, beside)], given.pairs)
 
 
 def check_agree(side: Steps, beside: Steps, steps: int) -> None:

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 
 from lib.launching import BENCHMARKS, bench_path, quickstart
-from lib.options import command_of, parser_of, words_of
+from lib.options import parsed, parser_of, words_of
 from lib.tables import print_rows, ratio_of
 from speed import causal_trl as trl
 from speed.causal_bare import (
@@ -49,7 +49,6 @@ from speed.causal_bare import (
     SAME_TARGETS,
     TERMS,
     Bare,
-    Seconds,
     loss_of,
     paired,
     random_ids,
@@ -152,7 +151,7 @@ def extra_memory(side: Any, given: argparse.Namespace) -> int:
     return statistics.median_low(peaks)
 
 
-def beside(side: Any, given: argparse.Namespace) -> list[Seconds]:
+def beside(side: Any, given: argparse.Namespace) -> list[list[float]]:
     """Take the steps of a side and of a bare loop by turns."""
     return paired(side, side.bare(loss_of(given.divergences[0], given.mixture)), given, agree=True)
 
@@ -196,7 +195,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--what", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    given = parsed(parser, __name__, arguments)
     given.sizes = QUICK if given.quick else FULL
-    given.arguments, given.command = list(arguments), command_of(__name__, arguments)
     return given

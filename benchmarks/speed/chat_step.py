@@ -27,7 +27,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lib.launching import BENCHMARKS, write_config
-from lib.options import command_of, parser_of, words_of
+from lib.options import parsed, parser_of, words_of
 from lib.tables import print_rows, ratio_of
 from megakd.config.file import load_config
 from megakd.contract.batch import IGNORE, Batch
@@ -108,8 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pairs", type=int, default=10, help="at least 2")
     parser.add_argument("--warm-up", type=int, default=2, help="steps that do not count")
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args(arguments)
-    given.command = command_of(__name__, arguments)
+    given = parsed(parser, __name__, arguments)
     pairs = [*itertools.product(given.zero, given.teacher_zero)]
     if len(pairs) == 1:
         measure(given)

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lib.clocks import Clocks, line, over_ranks, timed
+from lib.clocks import Clocks, by_turns, line, over_ranks, timed
 from lib.data import llama, sizes_of
 from lib.launching import ROOT, start_benchmark
-from lib.options import command_of, parser_of
+from lib.options import parsed, parser_of
 from lib.tables import print_rows, ratio_of, spread_of
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
@@ -93,14 +93,11 @@ def engine_of(given: argparse.Namespace) -> Engine:
 
 def measure(case: Case, given: argparse.Namespace) -> list[list[Clocks]]:
     """Time pairs of calls in alternating order."""
-    pairs = []
-    for number in range(given.warm_up + given.pairs):
-        order = [case.once, case.sharded][:: 1 if number % 2 == 0 else -1]
-        clocks = [timed(call) for call in order]
-        if case.texts[-1] != case.texts[-2]:
-            raise AssertionError("the two kinds of calls have generated different tokens")
-        pairs.append(clocks[:: 1 if number % 2 == 0 else -1])
-    return pairs[given.warm_up :]
+    sides = [lambda _, call=call: timed(call) for call in (case.once, case.sharded)]
+    pairs = by_turns(sides, given.pairs, warm_up=given.warm_up)
+    if case.texts[::2] != case.texts[1::2]:
+        raise AssertionError("the two kinds of calls have generated different tokens")
+    return pairs
 
 
 def run_rank(given: argparse.Namespace) -> None:
@@ -142,8 +139,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompt", type=int, default=16, help="longest prompt in tokens")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of each prompt")
     parser.add_argument("--is-rank", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    given.command = command_of(__name__, [word for word in arguments if word != "--is-rank"])
+    given = parsed(parser, __name__, [word for word in arguments if word != "--is-rank"])
+    given.is_rank = "--is-rank" in arguments
     if given.is_rank:
         run_rank(given)
     else:

@@ -21,8 +21,8 @@ import argparse
 import math
 import random
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from lib.clocks import by_turns, timed
 from lib.data import llama, sizes_of
-from lib.options import command_of, parser_of
+from lib.options import parsed, parser_of
 from lib.tables import print_rows, ratio_of
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.models import continuation
@@ -107,29 +108,26 @@ def model_of(given: argparse.Namespace) -> Any:
 
 def measure(case: Case, given: argparse.Namespace, kinds: list[str], temperature: float) -> None:
     """Time the kinds in alternating order, and print the ratios to the first kind."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     texts: dict[str, Texts] = {}
-    for number in range(given.pairs + 1):  # the first pair does not count
-        for kind in kinds[:: 1 if number % 2 else -1]:
-            texts[kind], taken = timed(getattr(case, kind), temperature)
-            seconds[kind] += [taken] if number else []
-        if any(texts[kind] != texts["leave"] for kind in kinds):
+
+    def seconds(kind: str, _: int) -> float:
+        found = list[Texts]()
+        taken = timed(lambda: found.append(getattr(case, kind)(temperature))).cpu
+        if texts.setdefault("first", found[0]) != found[0]:
             raise AssertionError("the kinds of calls have generated different texts")
-    lengths = [len(text) for text in texts["leave"]]
+        return taken
+
+    rounds = by_turns([partial(seconds, kind) for kind in kinds], given.pairs, warm_up=1)
+    lengths = [len(text) for text in texts["first"]]
     size = f"{sum(lengths)} tokens of {len(lengths)} x {max(lengths)}"
-    leave = seconds.pop("leave")
-    for kind, other in seconds.items():
+    leave, *others = zip(*rounds, strict=True)
+    for kind, other in zip(kinds[1:], others, strict=True):
         ratio = ratio_of(list(zip(leave, other, strict=True)))
         middle = f"{statistics.median(leave):.2f} against {statistics.median(other):.2f} s"
         what = f"leave / {kind}, temperature {temperature:g}, {size}, prompts of 8 to "
         what += f"{given.prompt} tokens, {len(leave)} pairs"
         numbers = f"CPU time {ratio.median:.3f} ({middle})"
         print_rows(given.command, (what, numbers, f"95 %: {ratio.between()}"))
-
-
-def timed(call: Callable[[float], Texts], temperature: float) -> tuple[Texts, float]:
-    began = time.process_time()
-    return call(temperature), time.process_time() - began
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -143,8 +141,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ends", type=int, default=60, help="number of tokens that end a text")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args(arguments)
-    given.command = command_of(__name__, arguments)
+    given = parsed(parser, __name__, arguments)
     torch.set_num_threads(given.threads)
     case = Case(given)
     measure(case, given, ["leave", "stay", "paged"], 0.0)

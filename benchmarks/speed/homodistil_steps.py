@@ -28,7 +28,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lib.stages import Bench, on_ranks, parsed, run_rank, step_parser, write_case, write_tree
+from lib.clocks import by_turns
+from lib.launching import write_config
+from lib.options import parsed
+from lib.stages import Bench, on_ranks, run_rank, step_parser, write_case
 from lib.tables import Spread, print_rows, ratio_of, spread_of
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch
@@ -70,7 +73,7 @@ def write_run(folder: Path, given: argparse.Namespace) -> None:
     tree["method"] = {"name": "finetune"}
     heads = {"num_attention_heads": given.heads, "max_position_embeddings": given.length}
     tree["student"]["model"]["config"] |= heads
-    write_tree(folder, tree)
+    write_config(folder / "run.yaml", tree)
 
 
 def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> list[dict[str, Clocks]]:
@@ -122,14 +125,16 @@ def mask(student: Any, goal: View) -> None:
 
 def rounds(runs: Mapping[str, StageRun], given: argparse.Namespace) -> list[dict[str, Clocks]]:
     """Take one step of every side per round; who goes first changes with every round."""
-    first = runs["whole"]
+    source, device = runs["whole"].source, runs["whole"].ranks.device
     averages: dict[str, Averages] = {name: {} for name in runs}
-    clocks = []
-    for index in range(given.warm_up + given.pairs):
-        (batch,) = (device_batch(b, first.ranks.device) for b in first.source.step(index))
-        order = [SIDES[(index + place) % len(SIDES)] for place in range(len(SIDES))]
-        clocks.append({name: timed_step(runs[name], batch, averages[name]) for name in order})
-    return clocks[given.warm_up :]
+
+    def step(name: str, index: int) -> Clocks:
+        (batch,) = source.step(index)
+        return timed_step(runs[name], device_batch(batch, device), averages[name])
+
+    sides = [partial(step, name) for name in SIDES]
+    found = by_turns(sides, given.pairs, warm_up=given.warm_up)
+    return [dict(zip(SIDES, one, strict=True)) for one in found]
 
 
 def timed_step(run: StageRun, batch: Batch, averages: Averages) -> Clocks:

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from lib.options import command_of, fractions, integers, parser_of
+from lib.data import sizes_of
+from lib.options import fractions, integers, parsed, parser_of
 from lib.tables import print_rows, spread_of
 from megakd.models.architectures import architecture_of
 from megakd.models.cutting import cut_class_name, cut_config
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def cut_models(given: argparse.Namespace) -> dict[str, PreTrainedModel]:
     """The whole model and what is left of it, by name."""
-    layers, width = map(int, given.shape.split("x"))
+    layers, width = sizes_of(given.shape)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     config = BertConfig(**sizes, num_attention_heads=12)
     drawn = random.Random(0)
@@ -88,6 +89,4 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", type=integers, default=[24, 128])
     parser.add_argument("--ratios", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args(arguments)
-    given.command = command_of(__name__, arguments)
-    return given
+    return parsed(parser, __name__, arguments)

@@ -29,14 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.clocks import Clocks, line, over_ranks, timed
+from lib.clocks import Clocks, by_turns, line, over_ranks, timed
+from lib.options import parsed
 from lib.stages import (
     TEMPERATURE,
     WEIGHTS,
     MeasuredStage,
     measured_stage,
     on_ranks,
-    parsed,
     run_rank,
     step_parser,
     write_case,
@@ -130,17 +130,18 @@ def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[
         stage.watched.forget()
         steps = stage.steps_one_by_one()
         profile = cProfile.Profile() if given.profile and ranks.is_main else None
-        pairs = []
-        for index, batch in enumerate(batches):
-            ours = partial(megakd_step, stage, steps, index)
+
+        def ours(index: int) -> Clocks:
+            step = partial(megakd_step, stage, steps, index)
             if profile is not None and index >= given.warm_up:
-                ours = partial(profile.runcall, ours)
-            order = [ours, partial(bare.step, batch)]
-            clocks = [timed(step) for step in order[:: 1 if index % 2 == 0 else -1]]
-            pairs.append(clocks[:: 1 if index % 2 == 0 else -1])
+                step = partial(profile.runcall, step)
+            return timed(step)
+
+        sides = [ours, lambda index: timed(partial(bare.step, batches[index]))]
+        pairs = by_turns(sides, given.pairs, warm_up=given.warm_up)
         if profile is not None:
             show_profile(profile)
-        return {"pairs": pairs[given.warm_up :], "share": data_share(stage, steps, given.alone)}
+        return {"pairs": pairs, "share": data_share(stage, steps, given.alone)}
 
 
 def megakd_step(stage: MeasuredStage, steps: Iterator[None], index: int) -> None:

@@ -25,8 +25,8 @@ COMMANDS = [
      "gathered once against sharded, 0.1M, 2 ranks, 2 x 3 tokens each"),
     ("speed.generation_rows --pairs 2 --prompt 12 --model 1x64 --vocabulary 300 --rows 6 "
      "--tokens 12 --ends 40", "leave / paged, temperature 0"),
-    (f"speed.sandwich --stages 3 {SMALL} --teacher 2x32 --grid 0.5,0.7",
-     "sandwich of 2 against a plain step, ZeRO 3, 2 rank(s), 2x32"),
+    (f"speed.paired_steps sandwich --deepspeed zero3 {TINY} --grid 0.5,0.7",
+     "a step of all candidates of MiniDisc against a plain step, 2 rank(s), teacher 2x32"),
     (f"speed.paired_steps pool {TINY} --ranks 1", "a teacher adds"),
     (f"speed.paired_steps kinds {TINY} --ranks 1", "against one with all four kinds"),
     ("speed.homodistil_steps --quick", "student's part of a step, 25% of every width, 2x32"),
