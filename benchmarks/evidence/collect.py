@@ -28,24 +28,15 @@ from evidence.cells import (
     write_stored,
 )
 from evidence.others import COLLECTED, Source
+from lib import launching
 from lib.books import TEACHER
 from lib.data import TASKS
-from lib.launching import (
-    Leg,
-    Report,
-    UnusableError,
-    finished,
-    leg_of,
-    records_of,
-    stage_of,
-    write_leg_configs,
-)
 from lib.options import command_of
 from lib.tables import machine
 from methods import homodistil, homodistil_decoder, mixed_vocabulary, on_policy, shrink
 from methods.homodistil import ALONE, BASELINES, CUBIC, ONE_SHOT_ALONE, RANDOM
 
-Reports = dict[str, Report | None]
+Reports = dict[str, launching.Report | None]
 """By name of the run; None of a run that has not finished."""
 LossOf = Callable[[homodistil.Found, str, int], float | None]
 EVERY_SEED = 0
@@ -122,7 +113,7 @@ def _versions(reports: Reports) -> dict[str, str]:
 
 
 def reports_of(
-    legs: Iterable[Leg], trees: Mapping[str, Any], overrides: Sequence[str] = ()
+    legs: Iterable[launching.Leg], trees: Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> Reports:
     """Return the reports of legs by name.
 
@@ -130,9 +121,9 @@ def reports_of(
     runs at the same time keeps its own.
     """
     with tempfile.TemporaryDirectory() as folder:
-        write_leg_configs(Path(folder), trees)
+        launching.write_leg_configs(Path(folder), trees)
         return {
-            leg.name: finished(
+            leg.name: launching.finished(
                 leg._replace(
                     config=Path(folder) / "configs" / leg.config.name,
                     overrides=(*leg.overrides, *overrides),
@@ -142,7 +133,7 @@ def reports_of(
         }
 
 
-def _seconds(report: Report, stages: Iterable[Report] | None = None) -> float:
+def _seconds(report: launching.Report, stages: Iterable[launching.Report] | None = None) -> float:
     """Return the CPU seconds of stages: their time on all threads of all ranks."""
     threads = report["environment"]["ranks"] * report["environment"]["threads"]
     chosen = report["stages"] if stages is None else stages
@@ -154,7 +145,7 @@ def _gate(final: float, curve: Sequence[float] = (), *, seed: int = EVERY_SEED) 
 
 
 def _curve(folder: Path, key: str) -> list[float]:
-    return [record[key] for record in records_of(folder) if key in record]
+    return [record[key] for record in launching.records_of(folder) if key in record]
 
 
 def read_mixed_vocabulary(setting: str, source: Source, data: Path) -> Read:
@@ -163,7 +154,7 @@ def read_mixed_vocabulary(setting: str, source: Source, data: Path) -> Read:
     task = setting if setting in TASKS else None
     try:
         mixed_vocabulary.check(given)
-    except UnusableError as error:
+    except launching.UnusableError as error:
         return Read((), (), {str(error): None})
     legs = [*mixed_vocabulary.student_legs(given)]
     legs += mixed_vocabulary.task_legs(given) if task else []
@@ -214,7 +205,8 @@ def mixed_vocabulary_cells(
                 basis="steps",
                 score=mixed_vocabulary.nats(report, arm) if score is None else score,
                 divergence=None,
-                steps=learned + (0 if tuned is None else stage_of(tuned, STUDENT)["steps"]),
+                steps=learned
+                + (0 if tuned is None else launching.stage_of(tuned, STUDENT)["steps"]),
                 cpu_seconds=_seconds(report, stages) + (0.0 if tuned is None else _seconds(tuned)),
                 teacher_rows=asked * rows,
             )
@@ -266,7 +258,7 @@ def homodistil_cells(found: homodistil.Found, loss_of: LossOf, *, rows: int) -> 
             continue
         stages = homodistil.stages_of(report, arm)
         steps = sum(stage["steps"] for stage in stages)
-        last = stage_of(report, arm if arm in BASELINES else STUDENT)
+        last = launching.stage_of(report, arm if arm in BASELINES else STUDENT)
         cells.append(
             Cell(
                 arm=arm,
@@ -303,7 +295,7 @@ def read_on_policy(_: str, source: Source, __: Path) -> Read:
         for name, (arm, seed) in arms.items()
     }
     seeds = {TEACHER: EVERY_SEED, **{name: seed for name, (_, seed) in arms.items()}}
-    legs = [leg_of(given.out, name, name, (f"seed={seeds[name]}",)) for name in trees]
+    legs = [launching.leg_of(given.out, name, name, (f"seed={seeds[name]}",)) for name in trees]
     reports = reports_of(legs, trees, source.overrides)
     rows = on_policy.common(given, 1, 1.0)["train"]["per_device_train_batch_size"]
     cells = [
@@ -315,8 +307,10 @@ def read_on_policy(_: str, source: Source, __: Path) -> Read:
     return Read(cells, [_gate(curve[-1], curve)] if reports[TEACHER] else [], reports)
 
 
-def _sums(arm: str, seed: int, report: Report, scored: Mapping[str, float], rows: int) -> Cell:
-    steps = stage_of(report, STUDENT)["steps"]
+def _sums(
+    arm: str, seed: int, report: launching.Report, scored: Mapping[str, float], rows: int
+) -> Cell:
+    steps = launching.stage_of(report, STUDENT)["steps"]
     return Cell(
         arm=arm,
         seed=seed,
@@ -368,15 +362,15 @@ def shrink_cells(reports: Reports, seed: int, *, run: Path, rows: int) -> list[C
     if report is not None:
         # The baseline of the run `shrink`.
         loss = report["baselines"]["random"]["loss"]
-        trained = [stage_of(report, "random")]
+        trained = [launching.stage_of(report, "random")]
         cells.append(_shrunk(("random weights", seed), report, trained, (loss, rows), {}))
     return cells
 
 
 def _shrunk(
     named: tuple[str, int],
-    report: Report,
-    stages: Sequence[Report],
+    report: launching.Report,
+    stages: Sequence[launching.Report],
     numbers: tuple[float, int],
     details: Mapping[str, float],
 ) -> Cell:

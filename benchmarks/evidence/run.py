@@ -38,22 +38,14 @@ from evidence.comparisons import (
     teacher_sections,
 )
 from evidence.settings import SETTINGS, Config, Setting
-from lib.launching import (
-    BENCHMARKS,
-    ROOT,
-    RunFailedError,
-    launch_command,
-    quickstart,
-    records_of,
-    write_config,
-)
+from lib import launching
 from lib.tables import SAME_COST
 from megakd.storage.atomic import write_text
 
 TEACHER_EVALUATIONS, STUDENT_EVALUATIONS = 6, 1
 SCALED = ("student", "direct", "trial-", "leg-")
 """Names, or beginnings, of stages whose steps follow train.max_steps."""
-PLUGINS = BENCHMARKS / "evidence/plugins"
+PLUGINS = launching.BENCHMARKS / "evidence/plugins"
 """Methods of the arms, by the names that the digests of the cells have."""
 REMOVED = ("checkpoints", "stages", "final", "tensorboard")
 
@@ -201,22 +193,24 @@ def start(folder: Path, config: Config, *, program: str) -> None:
     path, tree = folder / "evidence.yaml", {"output_dir": str(folder), **config}
     if path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) != _plain(tree):
         shutil.rmtree(folder)
-    write_config(path, tree)
-    command = launch_command(program, path, 1, [])
+    launching.write_config(path, tree)
+    command = launching.launch_command(program, path, 1, [])
     paths = [str(PLUGINS), os.environ.get("PYTHONPATH", "")]
     plugins = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment = os.environ | quickstart().ENVIRONMENT | plugins
+    environment = os.environ | launching.quickstart().ENVIRONMENT | plugins
     began = time.perf_counter()
     with (folder / "output.txt").open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            command, cwd=launching.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = {"cpu": usage.ru_utime + usage.ru_stime, "wall": time.perf_counter() - began}
     (folder / "process.json").write_text(json.dumps(seconds), encoding="utf-8")
     if process.returncode != 0:
-        raise RunFailedError(f"{path}: exit code {process.returncode}; see {folder}/output.txt")
+        raise launching.RunFailedError(
+            f"{path}: exit code {process.returncode}; see {folder}/output.txt"
+        )
 
 
 def _result(bench: Bench, arm: Arm, cell: Planned, report: Mapping[str, Any]) -> Cell:
@@ -247,7 +241,7 @@ def _result(bench: Bench, arm: Arm, cell: Planned, report: Mapping[str, Any]) ->
 
 def evaluations(folder: Path, metric: str) -> list[float]:
     """Return the validation scores of the evaluations of a student, in order."""
-    return [r[f"eval/{metric}"] for r in records_of(folder) if f"eval/{metric}" in r]
+    return [r[f"eval/{metric}"] for r in launching.records_of(folder) if f"eval/{metric}" in r]
 
 
 def is_done(path: Path, config: Config) -> bool:
@@ -366,7 +360,7 @@ def cost_share(stored: Stored, arm: str, reference: str) -> float | None:
 def selected(output: Path) -> dict[str, float]:
     """Return the mean weight of each kind of knowledge over the student's steps in a run."""
     logged: dict[str, list[float]] = {}
-    records = (record for record in records_of(output) if record["stage"] == "student")
+    records = (record for record in launching.records_of(output) if record["stage"] == "student")
     for key, value in (item for record in records for item in record.items()):
         if key.startswith("select/"):
             logged.setdefault(key.removeprefix("select/"), []).append(value)

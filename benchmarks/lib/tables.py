@@ -97,6 +97,10 @@ def print_scores(
     print_rows(command, (what, "; ".join([*means, *extra]), "sd: " + "; ".join(deviations)))
 
 
+def yes_or_no(is_met: object) -> str:
+    return "yes" if is_met else "no"
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Return cells in columns, flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib.data import write_jsonl
-from lib.launching import ROOT, Leg, RunFailedError, launched, run_side_by_side, write_config
-from lib.options import command_of, integers, need, parser_of, positive
+from lib.data import train_section, write_jsonl
+from lib.launching import Leg, RunFailedError, launched, run_side_by_side, write_config
+from lib.options import add_runs, need, parsed, parser_of
 from lib.stories import MODEL, PARTS, STORIES, stories_teacher, tokenizer, write_stories_tokenizer
 from lib.tables import mean_text, print_scores, table_of
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     scores = {name: [score(given, own) for own in some] for name, some in legs.items()}
     first = given.seeds[0]
     sizes = {name: bytes_per_token(cache_folder(given, name, first)) for name in CACHES}
-    show(scores, sizes, command_of(__name__, arguments))
+    show(scores, sizes, given.command)
     return 0
 
 
@@ -76,13 +76,7 @@ def config(given: argparse.Namespace) -> dict[str, Any]:
         "student": {"model": "from_teacher", "layers": 3, "deepspeed": "zero0"},
         "method": {"name": "single"},
         "objective": [{"loss": "soft_target_kl"}],
-        "train": {
-            "per_device_train_batch_size": 8,
-            "max_steps": given.steps,
-            "learning_rate": 3e-3,
-            "lr_scheduler_type": "cosine",
-            "warmup_ratio": 0.05,
-        },
+        "train": train_section(8, given.steps, 3e-3),
     }
 
 
@@ -152,12 +146,7 @@ def show(scores: Mapping[str, Sequence[float]], sizes: Mapping[str, float], comm
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="holds lm/ and weights/")
-    parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
+    add_runs(parser, "cache_draws", data="lm/ and weights/")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--stories", type=int, default=300, help="stories to learn from")
-    parser.add_argument("--jobs", type=positive, default=2, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/cache_draws"))
-    given = parser.parse_args(arguments)
-    given.data, given.out = given.data.resolve(), ROOT / given.out
-    return given
+    return parsed(parser, __name__, arguments)

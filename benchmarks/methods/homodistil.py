@@ -26,37 +26,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.books import (
-    CHANGEABLE,
-    HELD_OUT,
-    QUICK,
-    SHORT,
-    TEACHER,
-    Sizes,
-    add_changeable,
-    changed,
-    check_ranks,
-    common_sections,
-    short_config,
-    task_config,
-    task_legs_of,
-    teacher_config,
-    text_task,
-    text_train,
-    write_text,
-)
+from lib import books, launching
 from lib.data import BOOKS, TASKS, Config
-from lib.launching import (
-    ROOT,
-    Leg,
-    Report,
-    leg_of,
-    report_of,
-    reports_of,
-    run_side_by_side,
-    write_leg_configs,
-)
-from lib.options import command_of, integers, need, parser_of, positive, words_of
+from lib.options import add_runs, need, parsed, parser_of, words_of
 from lib.tables import mean_and_deviation, mean_text, print_scores, table_of
 
 CUBIC, ONE_SHOT, ONE_SHOT_ALONE, EARLY = "homodistil", "one_shot", "one_shot_alone", "early"
@@ -71,11 +43,11 @@ CHOSEN = ("sst2", "banking77", "clinc150")
 class Found(NamedTuple):
     """The reports of the runs by name, None of a run that has not finished."""
 
-    reports: Mapping[str, Report | None]
+    reports: Mapping[str, launching.Report | None]
     seeds: Sequence[int]
     tasks: Sequence[str]
 
-    def pruning(self, variant: str, seed: int) -> Report | None:
+    def pruning(self, variant: str, seed: int) -> launching.Report | None:
         return self.reports.get(f"{run_of(variant)}-{seed}")
 
     def score(self, task: str, variant: str, seed: int) -> float | None:
@@ -87,8 +59,8 @@ class Found(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
     need(given.data / part for part in (BOOKS, *(TASKS[name].data for name in given.tasks)))
-    write_text(given.data, given.out / "text", given.sizes)
-    write_leg_configs(given.out, trees(given))
+    books.write_text(given.data, given.out / "text", given.sizes)
+    launching.write_leg_configs(given.out, trees(given))
     for stage in given.stages:
         STAGES[stage](given)
     return 0
@@ -97,63 +69,63 @@ def main(arguments: Sequence[str]) -> int:
 def trees(given: argparse.Namespace) -> dict[str, Any]:
     """Return the configs that the runs override, by name."""
     return {
-        SHORT: short_config(given.out, given),
-        TEACHER: teacher_config(given.out, given),
+        books.SHORT: books.short_config(given.out, given),
+        books.TEACHER: books.teacher_config(given.out, given),
         "prune": pruning_config(given.out, given),
-        **{f"task-{name}": task_config(name, given.out, given) for name in given.tasks},
+        **{f"task-{name}": books.task_config(name, given.out, given) for name in given.tasks},
     }
 
 
 def pruning_config(folder: Path, given: argparse.Namespace) -> Config:
     """A student that is pruned out of the teacher; the schedule and the baselines win over it."""
-    sizes: Sizes = given.sizes
-    train = text_train(sizes.short_rows // given.ranks, sizes.steps, sizes.rate)
+    sizes: books.Sizes = given.sizes
+    train = books.text_train(sizes.short_rows // given.ranks, sizes.steps, sizes.rate)
     every = max(1, sizes.steps // sizes.evaluations)
     return {
-        "task": text_task(folder / "text", sizes.short),
-        "teacher": {"model": str(folder / TEACHER / "final"), "deepspeed": "teacher_zero0"},
+        "task": books.text_task(folder / "text", sizes.short),
+        "teacher": {"model": str(folder / books.TEACHER / "final"), "deepspeed": "teacher_zero0"},
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
         "method": {
             "name": "homodistil",
             "target_width": sizes.student,
             "pruning_start": sizes.start,
         },
-        **common_sections(train, evaluate_every=every, log_every=every),
+        **books.common_sections(train, evaluate_every=every, log_every=every),
     }
 
 
 def teach(given: argparse.Namespace) -> None:
     """Train the teacher, and print what it knows of the held-out text."""
-    report = [report_of(leg, ranks=given.ranks) for leg in teacher_legs(given)][-1]
-    metrics = report["evaluation_sets"][HELD_OUT]["metrics"]["student"]
+    report = [launching.report_of(leg, ranks=given.ranks) for leg in teacher_legs(given)][-1]
+    metrics = report["evaluation_sets"][books.HELD_OUT]["metrics"]["student"]
     print(f"teacher, held out: loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}")
 
 
 def prune(given: argparse.Namespace) -> None:
     """Train the students of all seeds."""
     for leg in pruning_legs(given):
-        report_of(leg, ranks=given.ranks)
+        launching.report_of(leg, ranks=given.ranks)
 
 
 def tune(given: argparse.Namespace) -> None:
     """Train every model on every task, `--jobs` side by side."""
-    run_side_by_side(task_legs(given), jobs=given.jobs)
+    launching.run_side_by_side(task_legs(given), jobs=given.jobs)
 
 
 def tell(given: argparse.Namespace) -> None:
     runs = [*teacher_legs(given), *pruning_legs(given), *task_legs(given)]
-    show(Found(reports_of(runs), given.seeds, given.tasks), given.command)
+    show(Found(launching.reports_of(runs), given.seeds, given.tasks), given.command)
 
 
 STAGES = {"teacher": teach, "prune": prune, "tasks": tune, "table": tell}
 
 
-def teacher_legs(given: argparse.Namespace) -> list[Leg]:
+def teacher_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return the runs that make the teacher; the second goes on with the model of the first."""
-    return [leg_of(given.out, name, name, ()) for name in (SHORT, TEACHER)]
+    return [launching.leg_of(given.out, name, name, ()) for name in (books.SHORT, books.TEACHER)]
 
 
-def pruning_legs(given: argparse.Namespace) -> list[Leg]:
+def pruning_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return four runs per seed; the students from random weights are baselines of the first."""
     further = {
         CUBIC: (f"baselines=[{', '.join(BASELINES)}]",),
@@ -162,7 +134,7 @@ def pruning_legs(given: argparse.Namespace) -> list[Leg]:
         EARLY: (f"method.pruning_end={given.sizes.early}",),
     }
     return [
-        leg_of(
+        launching.leg_of(
             given.out,
             f"{name}-{seed}",
             "prune",
@@ -173,12 +145,12 @@ def pruning_legs(given: argparse.Namespace) -> list[Leg]:
     ]
 
 
-def task_legs(given: argparse.Namespace) -> list[Leg]:
+def task_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return a run per model, task and seed."""
     return [
         leg
         for seed in given.seeds
-        for leg in task_legs_of(given.out, models(given, seed), given.tasks, seed=seed)
+        for leg in books.task_legs_of(given.out, models(given, seed), given.tasks, seed=seed)
     ]
 
 
@@ -186,7 +158,7 @@ def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
     """Return the folders of a seed's finished models."""
     first = given.out / f"{CUBIC}-{seed}"
     return {
-        TEACHER: given.out / TEACHER / "final",
+        books.TEACHER: given.out / books.TEACHER / "final",
         **{name: given.out / f"{name}-{seed}" / "final" for name in PRUNED},
         **{name: first / "stages" / name for name in BASELINES},
     }
@@ -198,7 +170,7 @@ def run_of(variant: str) -> str:
 
 
 def show(found: Found, command: str) -> None:
-    columns = {name: numbers(found, name) for name in (TEACHER, *PRUNED, *BASELINES)}
+    columns = {name: numbers(found, name) for name in (books.TEACHER, *PRUNED, *BASELINES)}
     lines = {
         name: {title: _cell(values) for title, values in line.items()}
         for name, line in columns.items()
@@ -227,7 +199,7 @@ def numbers(found: Found, variant: str) -> dict[str, list[float]]:
     by_task = {t: [found.score(t, variant, seed) for seed in found.seeds] for t in found.tasks}
     complete = [scores for scores in zip(*by_task.values(), strict=True) if None not in scores]
     columns |= by_task | {"tasks": [mean_and_deviation(scores)[0] for scores in complete]}
-    seeds = found.seeds[:1] if variant == TEACHER else found.seeds
+    seeds = found.seeds[:1] if variant == books.TEACHER else found.seeds
     columns["parameters"] = [parameters(found, variant, seed) for seed in seeds]
     columns["seconds"] = [seconds(found, variant, seed) for seed in seeds]
     return {t: [v for v in values if v is not None] for t, values in columns.items()}
@@ -235,15 +207,19 @@ def numbers(found: Found, variant: str) -> dict[str, list[float]]:
 
 def held_out(found: Found, variant: str, seed: int) -> float | None:
     """Return the loss of masked tokens on all held-out text, in rows of the students' length."""
-    report = found.pruning(CUBIC if variant == TEACHER else variant, seed)
+    report = found.pruning(CUBIC if variant == books.TEACHER else variant, seed)
     if report is None:
         return None
     model = "student" if variant in PRUNED else variant
-    return report["evaluation_sets"][HELD_OUT]["metrics"][model]["loss"]
+    return report["evaluation_sets"][books.HELD_OUT]["metrics"][model]["loss"]
 
 
-def _trained(found: Found, variant: str, seed: int) -> Report | None:
-    return found.reports.get(TEACHER) if variant == TEACHER else found.pruning(variant, seed)
+def _trained(found: Found, variant: str, seed: int) -> launching.Report | None:
+    return (
+        found.reports.get(books.TEACHER)
+        if variant == books.TEACHER
+        else found.pruning(variant, seed)
+    )
 
 
 def parameters(found: Found, variant: str, seed: int) -> int | None:
@@ -257,7 +233,7 @@ def seconds(found: Found, variant: str, seed: int) -> float | None:
     return None if report is None else sum(s["seconds"] for s in stages_of(report, variant))
 
 
-def stages_of(report: Report, variant: str) -> list[Report]:
+def stages_of(report: launching.Report, variant: str) -> list[launching.Report]:
     stages = {stage["name"]: stage for stage in report["stages"]}
     if variant in BASELINES:
         return [stages[variant]]
@@ -274,7 +250,7 @@ def homotopy(found: Found) -> dict[int, tuple[float, float]]:
     }
 
 
-def largest_jump(rows: Iterable[Report]) -> float:
+def largest_jump(rows: Iterable[launching.Report]) -> float:
     """Return how far the divergence rises at most between two evaluations; it starts at 0."""
     path = [0.0, *(row["teacher_kl"] for row in rows)]
     return max(after - before for before, after in pairwise(path))
@@ -288,22 +264,17 @@ def _cell(values: Sequence[float]) -> str:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="holds lm/, glue/, clinc150/, …")
+    add_runs(parser, "homodistil", data="lm/, glue/, clinc150/, …")
     parser.add_argument("--stages", type=words_of(STAGES), default=[*STAGES], help="with commas")
-    parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
     parser.add_argument("--ranks", type=int, default=2, help="of the stages teacher and prune")
-    jobs = "tasks side by side, one rank each"
-    parser.add_argument("--jobs", type=positive, default=2, help=jobs)
     bf16 = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--bf16", **bf16, help="in the stage teacher; slow on CPUs without it")
-    add_changeable(parser, CHANGEABLE)
+    books.add_changeable(parser, books.CHANGEABLE)
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/homodistil"))
-    given = parser.parse_args(arguments)
-    given.command = command_of(__name__, arguments)
-    given.sizes = (QUICK if given.quick else Sizes())._replace(**changed(given, CHANGEABLE))
-    check_ranks(parser, given, given.sizes.rows)
-    # The runs start in the repository.
-    given.data, given.out = given.data.resolve(), ROOT / given.out
+    given = parsed(parser, __name__, arguments)
+    given.sizes = (books.QUICK if given.quick else books.Sizes())._replace(
+        **books.changed(given, books.CHANGEABLE)
+    )
+    books.check_ranks(parser, given, given.sizes.rows)
     return given

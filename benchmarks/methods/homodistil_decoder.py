@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from lib.books import TEACHER
-from lib.launching import ROOT, Leg, leg_of, reports_of, run_side_by_side, write_leg_configs
-from lib.options import command_of, integers, need, parser_of, positive
+from lib.launching import Leg, leg_of, reports_of, run_side_by_side, write_leg_configs
+from lib.options import add_runs, need, parsed, parser_of
 from lib.stories import PARTS, TRAIN, stories_task, stories_teacher, write_stories_tokenizer
 from lib.tables import SAME_COST, mean_text, print_scores, table_of
 from methods.homodistil import (
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     runs = legs(given)
     run_side_by_side(runs, jobs=given.jobs)
     found = Found(reports_of(runs), given.seeds, ())
-    show(rows(found), command_of(__name__, arguments))
+    show(rows(found), given.command)
     if given.equal_cost:
         longer = cost_legs(given, steps_at_cost(found, given.steps))
         run_side_by_side(longer, jobs=given.jobs)
@@ -189,13 +188,8 @@ def show(found: Rows, command: str) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="holds lm/ and weights/")
-    parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
+    add_runs(parser, "homodistil_decoder", data="lm/ and weights/")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--jobs", type=positive, default=2, help="runs side by side, one rank each")
     words = "train the variants for as long as the method, too"
     parser.add_argument("--equal-cost", action="store_true", help=words)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/homodistil_decoder"))
-    given = parser.parse_args(arguments)
-    given.data, given.out = given.data.resolve(), ROOT / given.out
-    return given
+    return parsed(parser, __name__, arguments)

@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from lib.data import CLINC150, Config, bert, clinc150, sizes_of, write_labelled
 from lib.launching import ROOT, SHARED, Leg, Report, report_of, seconds_of, write_config
 from lib.options import command_of, fractions, integers, need, parser_of
-from lib.tables import aligned, mean_and_deviation, mean_interval, print_rows
+from lib.tables import aligned, mean_and_deviation, mean_interval, print_rows, yes_or_no
 
 METHODS = ("minidisc", "maxidisc", "direct")
 TOKENIZER = {"type": "wordpiece", "vocab_size": 8000}
@@ -214,14 +214,14 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
     tried, in_trial = (_with_interval(outcomes, name) for name in ("tried", "in_trial"))
     lines = [
         f"minidisc - maxidisc's best, points: {_with_interval(outcomes, 'to_best')}",
-        f"  at least {DIFFERENCE_TARGET}: the mean {_answer(mean >= DIFFERENCE_TARGET)}, "
-        f"its whole interval {_answer(low >= DIFFERENCE_TARGET)}",
+        f"  at least {DIFFERENCE_TARGET}: the mean {yes_or_no(mean >= DIFFERENCE_TARGET)}, "
+        f"its whole interval {yes_or_no(low >= DIFFERENCE_TARGET)}",
         f"minidisc - direct, points: {_with_interval(outcomes, 'to_direct')}",
         f"correlation of trade-off and student, assistants tried: {tried}",
         f"correlation of trade-off and student, seen in the trial: {in_trial}",
         f"regret of the choice, points: {_with_interval(outcomes, 'regret')}",
         f"training time of minidisc / maxidisc: {ratio:.2f}",
-        f"  at most {TIME_TARGET}: {_answer(ratio <= TIME_TARGET)}",
+        f"  at most {TIME_TARGET}: {yes_or_no(ratio <= TIME_TARGET)}",
     ]
     return "\n".join(lines)
 
@@ -250,10 +250,6 @@ def _with_interval(outcomes: Sequence[Outcome], name: str) -> str:
         return "not defined"
     mean, low, high = mean_interval(defined)
     return f"{mean:.2f}" if math.isnan(low) else f"{mean:.2f} (95 %: {low:.2f} to {high:.2f})"
-
-
-def _answer(is_met: bool) -> str:  # noqa: FBT001
-    return "yes" if is_met else "no"
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -27,38 +27,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.books import (
-    HELD_OUT,
-    INITIALIZER_RANGE,
-    QUICK,
-    TEACHER,
-    Sizes,
-    add_changeable,
-    changed,
-    check_ranks,
-    common_sections,
-    short_config,
-    task_config,
-    task_legs_of,
-    text_task,
-    text_train,
-    write_text,
-)
-from lib.data import BOOKS, NO_DROPOUT, TASKS, Config
-from lib.launching import (
-    ROOT,
-    Leg,
-    Report,
-    UnusableError,
-    leg_of,
-    report_of,
-    reports_of,
-    run_side_by_side,
-    seconds_of,
-    write_leg_configs,
-)
-from lib.options import command_of, integers, need, parser_of, positive, words_of
-from lib.tables import mean_and_deviation, print_rows, table_of
+from lib import books, launching
+from lib.data import BOOKS, NO_DROPOUT, TASKS, Config, bert
+from lib.options import add_runs, command_of, need, parsed, parser_of, words_of
+from lib.tables import mean_and_deviation, print_rows, table_of, yes_or_no
 
 STUDENTS = "students"
 TEXTS = ("books", "pydocs")
@@ -74,7 +46,7 @@ ARMS = {
 """The runs of the small student, with the settings that win over the config `students`."""
 SMALL = (ALONE, PATIENT_KD, *(name for name in ARMS if name != ALONE))
 """The models of the small student's shape; `patient_kd` is a baseline of the run `alone`."""
-MODELS = (TEACHER, LARGE, *SMALL)
+MODELS = (books.TEACHER, LARGE, *SMALL)
 SHAPE = (
     "model_type",
     "num_hidden_layers",
@@ -83,7 +55,7 @@ SHAPE = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-BOOK_SIZES = Sizes(evaluations=10, rate=2e-3, task_rate=1e-3)
+BOOK_SIZES = books.Sizes(evaluations=10, rate=2e-3, task_rate=1e-3)
 WIDE_RATE, WIDE_TASK_RATE = 1e-3, 1e-4
 PRETRAINED = Path("runs/bench/homodistil/teacher/final")
 CHOSEN = ("sst2", "banking77")
@@ -112,7 +84,7 @@ class Student(NamedTuple):
 
 
 QUICK_STUDENT = Student(
-    layers=QUICK.layers, width=16, heads=2, intermediate=32, vocabulary=200, teacher_steps=5
+    layers=books.QUICK.layers, width=16, heads=2, intermediate=32, vocabulary=200, teacher_steps=5
 )
 OF_STUDENT = {name: type(value) for name, value in Student()._asdict().items()}
 
@@ -123,13 +95,13 @@ class Found(NamedTuple):
     teacher_bytes: size of the teacher's weights as stored.
     """
 
-    reports: Mapping[str, Report | None]
+    reports: Mapping[str, launching.Report | None]
     seeds: Sequence[int]
     tasks: Sequence[str]
     teacher_bytes: int
 
-    def on_text(self, model: str, seed: int) -> Report | None:
-        run = ALONE if model in (TEACHER, PATIENT_KD) else model
+    def on_text(self, model: str, seed: int) -> launching.Report | None:
+        run = ALONE if model in (books.TEACHER, PATIENT_KD) else model
         return self.reports.get(f"{run}-{seed}")
 
     def score(self, task: str, model: str, seed: int) -> float | None:
@@ -148,7 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
     check(given)
     make_teacher(given)
-    write_leg_configs(given.out, trees(given))
+    launching.write_leg_configs(given.out, trees(given))
     for stage in given.stages:
         STAGES[stage](given)
     return 0
@@ -156,12 +128,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def check(given: argparse.Namespace) -> None:
     """Raise UnusableError if the data or the teacher does not exist."""
-    books = (BOOKS,) if reads_books(given) else ()
-    need(given.data / part for part in (*books, *(TASKS[name].data for name in given.tasks)))
+    text = (BOOKS,) if reads_books(given) else ()
+    need(given.data / part for part in (*text, *(TASKS[name].data for name in given.tasks)))
     if not given.trains_teacher and not (given.teacher / "config.json").is_file():
-        words = ["--data", str(given.data), "--stages", TEACHER]
+        words = ["--data", str(given.data), "--stages", books.TEACHER]
         command = command_of("methods.homodistil", words)
-        raise UnusableError(f"the teacher {given.teacher} does not exist; make it with `{command}`")
+        raise launching.UnusableError(
+            f"the teacher {given.teacher} does not exist; make it with `{command}`"
+        )
 
 
 def reads_books(given: argparse.Namespace) -> bool:
@@ -171,17 +145,21 @@ def reads_books(given: argparse.Namespace) -> bool:
 def make_teacher(given: argparse.Namespace) -> None:
     """Write the text of the books, and train the tiny teacher of `--quick`."""
     if reads_books(given):
-        write_text(given.data, given.out / "text", given.sizes)
+        books.write_text(given.data, given.out / "text", given.sizes)
     if given.trains_teacher:
-        write_leg_configs(given.out, {TEACHER: short_config(given.out, given)})
-        report_of(leg_of(given.out, TEACHER, TEACHER, ()), ranks=given.ranks)
+        launching.write_leg_configs(
+            given.out, {books.TEACHER: books.short_config(given.out, given)}
+        )
+        launching.report_of(
+            launching.leg_of(given.out, books.TEACHER, books.TEACHER, ()), ranks=given.ranks
+        )
 
 
 def trees(given: argparse.Namespace) -> dict[str, Any]:
     """Return the configs that the runs override, by name."""
     configs = {STUDENTS: students_config(given), LARGE: large_config(given)}
     for name in given.tasks:
-        configs[f"task-{name}"] = task_config(name, given.out, given)
+        configs[f"task-{name}"] = books.task_config(name, given.out, given)
         # Each model is read with the tokenizer in its own folder.
         del configs[f"task-{name}"]["task"]["tokenizer"]
     return configs
@@ -192,9 +170,9 @@ def text_section(given: argparse.Namespace) -> Config:
 
     All pieces of a word are masked together, so that vocabularies compare by characters.
     """
-    sizes: Sizes = given.sizes
+    sizes: books.Sizes = given.sizes
     if given.text == "books":
-        task = text_task(given.out / "text", sizes.short)
+        task = books.text_task(given.out / "text", sizes.short)
     else:
         task = {"type": "mlm", "dataset": "pydocs", "max_length": sizes.short}
         task["max_eval_examples"] = sizes.task_scored
@@ -235,13 +213,10 @@ def small_shape(given: argparse.Namespace) -> Config:
     """The shape of the small student; a table of positions for its short rows is enough."""
     student: Student = given.student
     return {
-        "model_type": "bert",
-        "num_hidden_layers": student.layers,
-        "hidden_size": student.width,
+        **bert(student.layers, student.width, student.heads),
         "intermediate_size": student.intermediate,
-        "num_attention_heads": student.heads,
         "max_position_embeddings": given.sizes.short,
-        "initializer_range": INITIALIZER_RANGE,
+        "initializer_range": books.INITIALIZER_RANGE,
         **NO_DROPOUT,
     }
 
@@ -249,29 +224,29 @@ def small_shape(given: argparse.Namespace) -> Config:
 def large_shape(teacher: Path) -> Config:
     config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
     shape = {key: config[key] for key in SHAPE}
-    return {**shape, "initializer_range": INITIALIZER_RANGE, **NO_DROPOUT}
+    return {**shape, "initializer_range": books.INITIALIZER_RANGE, **NO_DROPOUT}
 
 
 def _training(given: argparse.Namespace) -> Config:
-    sizes: Sizes = given.sizes
-    train = text_train(sizes.short_rows // given.ranks, sizes.steps, sizes.rate)
+    sizes: books.Sizes = given.sizes
+    train = books.text_train(sizes.short_rows // given.ranks, sizes.steps, sizes.rate)
     every = max(1, sizes.steps // sizes.evaluations)
-    return common_sections(train, evaluate_every=every, log_every=max(1, every // 2))
+    return books.common_sections(train, evaluate_every=every, log_every=max(1, every // 2))
 
 
 def learn(given: argparse.Namespace) -> None:
     """Train the students of all seeds."""
     for leg in student_legs(given):
-        report_of(leg, ranks=given.ranks)
+        launching.report_of(leg, ranks=given.ranks)
 
 
 def tune(given: argparse.Namespace) -> None:
     """Train every model on every task, `--jobs` side by side."""
-    run_side_by_side(task_legs(given), jobs=given.jobs)
+    launching.run_side_by_side(task_legs(given), jobs=given.jobs)
 
 
 def tell(given: argparse.Namespace) -> None:
-    reports = reports_of([*student_legs(given), *task_legs(given)])
+    reports = launching.reports_of([*student_legs(given), *task_legs(given)])
     teacher_bytes = sum(file.stat().st_size for file in given.teacher.glob("*.safetensors"))
     show(Found(reports, given.seeds, given.tasks, teacher_bytes), given.text, given.command)
 
@@ -279,26 +254,26 @@ def tell(given: argparse.Namespace) -> None:
 STAGES = {STUDENTS: learn, "tasks": tune, "table": tell}
 
 
-def student_legs(given: argparse.Namespace) -> list[Leg]:
+def student_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return the runs on text of all seeds; `patient_kd` is a baseline of `alone`."""
     wide = (LARGE, LARGE, (f"train.learning_rate={given.wide_rate}",))
     small = [(arm, STUDENTS, arm_overrides(arm, given.student)) for arm in given.arms]
     return [
-        leg_of(given.out, f"{name}-{seed}", config, (*overrides, f"seed={seed}"))
+        launching.leg_of(given.out, f"{name}-{seed}", config, (*overrides, f"seed={seed}"))
         for seed in given.seeds
         for name, config, overrides in (*small, wide)
     ]
 
 
-def task_legs(given: argparse.Namespace) -> list[Leg]:
+def task_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return a run per model, task and seed; wide models learn tasks at a rate of their own."""
-    legs = list[Leg]()
+    legs = list[launching.Leg]()
     for seed in given.seeds:
         small = models(given, seed)
-        wide = {name: small.pop(name) for name in (TEACHER, LARGE)}
+        wide = {name: small.pop(name) for name in (books.TEACHER, LARGE)}
         slower = (f"train.learning_rate={given.wide_task_rate}",)
-        legs += task_legs_of(given.out, wide, given.tasks, seed=seed, overrides=slower)
-        legs += task_legs_of(given.out, small, given.tasks, seed=seed)
+        legs += books.task_legs_of(given.out, wide, given.tasks, seed=seed, overrides=slower)
+        legs += books.task_legs_of(given.out, small, given.tasks, seed=seed)
     return legs
 
 
@@ -306,7 +281,7 @@ def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
     """Return the folders of a seed's finished models."""
     alone = given.out / f"{ALONE}-{seed}"
     return {
-        TEACHER: given.teacher,
+        books.TEACHER: given.teacher,
         **{name: given.out / f"{name}-{seed}" / "final" for name in (*given.arms, LARGE)},
         **({PATIENT_KD: alone / "stages" / PATIENT_KD} if ALONE in given.arms else {}),
     }
@@ -346,10 +321,10 @@ def numbers(found: Found, model: str) -> Numbers:
     return columns
 
 
-def on_text(found: Found, model: str, report: Report) -> dict[str, float | None]:
+def on_text(found: Found, model: str, report: launching.Report) -> dict[str, float | None]:
     whole = found.teacher_parameters()
     values: dict[str, float | None] = {NATS: nats(report, model)}
-    if model == TEACHER:
+    if model == books.TEACHER:
         return {**values, "parameters": whole, "MB": found.teacher_bytes / 1e6}
     parameters = report["student"]["parameters"]
     return {
@@ -361,12 +336,12 @@ def on_text(found: Found, model: str, report: Report) -> dict[str, float | None]
     }
 
 
-def nats(report: Report, model: str) -> float:
+def nats(report: launching.Report, model: str) -> float:
     """Return the nats per character on all held-out books, or on the test split of pydocs."""
-    name = model if model in (TEACHER, PATIENT_KD) else "student"
+    name = model if model in (books.TEACHER, PATIENT_KD) else "student"
     sets = report["evaluation_sets"]
-    if HELD_OUT in sets:
-        metrics = sets[HELD_OUT]["metrics"][name]
+    if books.HELD_OUT in sets:
+        metrics = sets[books.HELD_OUT]["metrics"][name]
     elif name in report["baselines"]:
         metrics = report["baselines"][name]
     else:
@@ -374,9 +349,9 @@ def nats(report: Report, model: str) -> float:
     return metrics["nats_per_character"]
 
 
-def seconds(report: Report, model: str) -> float:
+def seconds(report: launching.Report, model: str) -> float:
     """Return the seconds of training on text, with those of a teacher that learns before."""
-    stages = seconds_of(report)
+    stages = launching.seconds_of(report)
     patient = stages.pop(PATIENT_KD, 0.0)
     return patient if model == PATIENT_KD else sum(stages.values())
 
@@ -399,18 +374,18 @@ def verdicts(lines: Mapping[str, Numbers]) -> list[str]:
     if "MB" in small:
         size = _mean(small["MB"])
         line = f"small student: {_mean(small['parameters']):,.0f} parameters, {size:.2f} MB, below "
-        told.append(f"{line}{MOST_MEGABYTES} MB: {_answer(size < MOST_MEGABYTES)}")
+        told.append(f"{line}{MOST_MEGABYTES} MB: {yes_or_no(size < MOST_MEGABYTES)}")
     if "MB" in small and "MB" in large:
         ratio = _mean(large["parameters"]) / _mean(small["parameters"])
         line = f"{LARGE}: {_mean(large['parameters']):,.0f} parameters, {ratio:.2f} times as many"
-        told.append(f"{line}, at least {LEAST_RATIO}: {_answer(ratio >= LEAST_RATIO)}")
+        told.append(f"{line}, at least {LEAST_RATIO}: {yes_or_no(ratio >= LEAST_RATIO)}")
     scores = {model: _mean(lines[model][SST2]) for model in SMALL if lines[model].get(SST2)}
     if not scores or not large.get(SST2):
         return [*told, f"SST-2: the small students or {LARGE} have not been scored"]
     best, score = max(scores, key=lambda model: scores[model]), _mean(large[SST2])
     is_near = score - scores[best] <= MOST_POINTS
     line = f"SST-2: best small student {best} {scores[best]:.2f}, {LARGE} {score:.2f}; within"
-    return [*told, f"{line} {MOST_POINTS} points: {_answer(is_near)}"]
+    return [*told, f"{line} {MOST_POINTS} points: {yes_or_no(is_near)}"]
 
 
 def _texts(lines: Mapping[str, Numbers], cell: Any) -> dict[str, dict[str, str]]:
@@ -440,45 +415,39 @@ def _mean(values: Mapping[int, float]) -> float:
     return mean_and_deviation([*values.values()])[0]
 
 
-def _answer(is_met: bool) -> str:  # noqa: FBT001
-    return "yes" if is_met else "no"
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
-    given = parser.parse_args(arguments)
-    given.command = command_of(__name__, arguments)
-    given.sizes = (QUICK if given.quick else BOOK_SIZES)._replace(**changed(given, OF_TRAINING))
+    given = parsed(parser, __name__, arguments)
+    given.sizes = (books.QUICK if given.quick else BOOK_SIZES)._replace(
+        **books.changed(given, OF_TRAINING)
+    )
     student = QUICK_STUDENT if given.quick else Student()
-    given.student = student._replace(**changed(given, OF_STUDENT))
-    check_ranks(parser, given, given.sizes.short_rows)
-    # The runs start in the repository.
-    given.data, given.out = given.data.resolve(), ROOT / given.out / given.text
+    given.student = student._replace(**books.changed(given, OF_STUDENT))
+    books.check_ranks(parser, given, given.sizes.short_rows)
+    given.out /= given.text
     given.trains_teacher = given.quick and given.teacher is None
-    teacher = given.out / TEACHER / "final" if given.trains_teacher else ROOT / PRETRAINED
+    teacher = (
+        given.out / books.TEACHER / "final" if given.trains_teacher else launching.ROOT / PRETRAINED
+    )
     given.teacher = given.teacher.resolve() if given.teacher else teacher
     return given
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="holds lm/, glue/, banking77/, …")
+    add_runs(parser, "mixed_vocabulary", data="lm/, glue/, banking77/, …")
     parser.add_argument("--stages", type=words_of(STAGES), default=[*STAGES], help="with commas")
-    parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--text", choices=TEXTS, default="books")
     parser.add_argument("--teacher", type=Path, help=f"pretrained encoder; default: {PRETRAINED}")
     parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
     parser.add_argument("--arms", type=words_of(ARMS), default=[*ARMS], help=f"of {[*ARMS]}")
     parser.add_argument("--ranks", type=int, default=2, help=f"of the stage {STUDENTS}")
-    jobs = "tasks side by side, one rank each"
-    parser.add_argument("--jobs", type=positive, default=2, help=jobs)
-    add_changeable(parser, OF_TRAINING | OF_STUDENT)
+    books.add_changeable(parser, OF_TRAINING | OF_STUDENT)
     wide = "rate of large_alone, which diverges at the small models' rate"
     parser.add_argument("--wide-rate", type=float, default=WIDE_RATE, help=wide)
     on_tasks = "rate of the teacher and of large_alone on tasks"
     parser.add_argument("--wide-task-rate", type=float, default=WIDE_TASK_RATE, help=on_tasks)
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/mixed_vocabulary"))
     # The tiny teacher's config reads this option of methods.homodistil.
     parser.set_defaults(bf16=False)
     return parser

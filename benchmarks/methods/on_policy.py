@@ -23,9 +23,9 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lib.data import llama, write_jsonl
-from lib.launching import ROOT, records_of, trained, write_config
-from lib.options import command_of, integers, parser_of
+from lib.data import llama, train_section, write_jsonl
+from lib.launching import records_of, trained, write_config
+from lib.options import add_runs, parsed, parser_of
 from lib.tables import mean_text, print_scores, table_of
 
 TERMS, END = 8, "<end>"
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
             folder = run(given, f"{name}-{seed}", seed, arm(given, name, start / "final"))
             add(cells[name], last_evaluation(folder, "student"))
     print(f"teacher: right {teacher['eval/match']:.3f}, loss {teacher['eval/loss']:.4f}")
-    show(cells, command_of(__name__, arguments))
+    show(cells, given.command)
     return 0
 
 
@@ -100,13 +100,7 @@ def common(given: argparse.Namespace, steps: int, rate: float) -> dict[str, Any]
             "tokenizer": str(data / "tokenizer"),
             "max_length": 48,
         },
-        "train": {
-            "per_device_train_batch_size": 64,
-            "max_steps": steps,
-            "learning_rate": rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_ratio": 0.03,
-        },
+        "train": train_section(64, steps, rate, warmup_ratio=0.03),
         "eval": {
             "per_device_eval_batch_size": 100,
             "generation": {"max_new_tokens": 24, "rows": 300, "match": "exact"},
@@ -184,11 +178,8 @@ def show(cells: Cells, command: str) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
+    add_runs(parser, "on_policy", jobs=None)
     parser.add_argument("--steps", type=int, default=300, help="of the second training")
     parser.add_argument("--start_steps", type=int, default=400, help="of the first training")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/on_policy"))
-    given = parser.parse_args(arguments)
-    given.out = ROOT / given.out
-    return given
+    return parsed(parser, __name__, arguments)

@@ -40,7 +40,7 @@ from lib.launching import (
     stage_of,
     write_config,
 )
-from lib.options import command_of, integers, need, parser_of, positive
+from lib.options import add_runs, integers, need, parsed, parser_of
 from lib.tables import mean_and_deviation, mean_text, print_rows, print_scores, table_of
 
 TEACHER = Path("runs/bench/shrink/books-teacher")
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
     legs = [leg(given, name, seed) for seed in given.seeds for name in given.runs]
     run_side_by_side(legs, jobs=given.jobs)
     show = show_hops if given.hops else show_trials if given.trials else show_seeds
-    show(given, command_of(__name__, arguments))
+    show(given, given.command)
     return 0
 
 
@@ -343,21 +343,19 @@ def show_trials(given: argparse.Namespace, command: str) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="holds lm/ and weights/")
+    add_runs(parser, "shrink", jobs=1, data="lm/ and weights/")
+    parser.set_defaults(out=None)
     parser.add_argument("--case", choices=CASES, default="stories")
-    parser.add_argument("--seeds", type=integers, default=[1, 2, 3], help="separated by commas")
     parser.add_argument("--steps", type=int, default=400, help="of the repair")
     parser.add_argument("--trial", type=int, default=60, help="steps of the trial")
     parser.add_argument("--runs", nargs="*", help="names of the variants; default: all")
     parser.add_argument("--hops", action="store_true", help="compare one hop with two")
     parser.add_argument("--trials", type=integers, help="compare trials of so many steps")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs side by side; default: 1")
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="folder of books' teacher")
-    parser.add_argument("--out", type=Path, help="default: below runs/bench/shrink")
-    given = parser.parse_args(arguments)
+    given = parsed(parser, __name__, arguments)
     if given.hops and given.case != "stories":
         parser.error("--hops: the embeddings of books' teacher are too large for a quarter")
-    given.data, given.teacher = given.data.resolve(), ROOT / given.teacher
-    given.out = ROOT / (given.out or Path("runs/bench/shrink") / CASES[given.case].out)
+    given.teacher = ROOT / given.teacher
+    given.out = given.out or ROOT / "runs/bench/shrink" / CASES[given.case].out
     given.runs = given.runs or [*variants(given)]
     return given

@@ -29,18 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib import stages
 from lib.clocks import Clocks, by_turns, line, over_ranks, timed
 from lib.options import parsed
-from lib.stages import (
-    TEMPERATURE,
-    WEIGHTS,
-    MeasuredStage,
-    measured_stage,
-    on_ranks,
-    run_rank,
-    step_parser,
-    write_case,
-)
 from lib.tables import Spread, print_rows, ratio_of, spread_of
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Knowledge
@@ -84,12 +75,12 @@ class BareStudent(StudentBundle):
             return super().forward(batch, knowledge, plan, counts, view=view)
         logits = self.student(**batch.inputs).logits
         divergence = F.kl_div(
-            F.log_softmax(logits / TEMPERATURE, dim=-1),
-            F.softmax(soft / TEMPERATURE, dim=-1),
+            F.log_softmax(logits / stages.TEMPERATURE, dim=-1),
+            F.softmax(soft / stages.TEMPERATURE, dim=-1),
             reduction="batchmean",
         )
-        hard = WEIGHTS["hard_cross_entropy"] * F.cross_entropy(logits, batch.labels)
-        return hard + WEIGHTS["soft_target_kl"] * TEMPERATURE**2 * divergence
+        hard = stages.WEIGHTS["hard_cross_entropy"] * F.cross_entropy(logits, batch.labels)
+        return hard + stages.WEIGHTS["soft_target_kl"] * stages.TEMPERATURE**2 * divergence
 
 
 class BareLoop:
@@ -113,9 +104,9 @@ class BareLoop:
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
     if given.case is not None:
-        run_rank(given, measure)
+        stages.run_rank(given, measure)
         return 0
-    by_rank = on_ranks(__name__, given, partial(write_case, given=given))
+    by_rank = stages.on_ranks(__name__, given, partial(stages.write_case, given=given))
     pairs = over_ranks([rank["pairs"] for rank in by_rank])
     show(pairs, max(rank["share"] for rank in by_rank), given)
     return 0
@@ -123,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[str, Any]:
     """Return this rank's clocks of both loops, and its share of waiting for data."""
-    with measured_stage(config, ranks) as (stage, teacher):
+    with stages.measured_stage(config, ranks) as (stage, teacher):
         bare = BareLoop(stage, teacher)
         count = given.warm_up + given.pairs
         batches = [device_batch(stage.source.step(i)[0], ranks.device) for i in range(count)]
@@ -144,7 +135,7 @@ def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[
         return {"pairs": pairs, "share": data_share(stage, steps, given.alone)}
 
 
-def megakd_step(stage: MeasuredStage, steps: Iterator[None], index: int) -> None:
+def megakd_step(stage: stages.MeasuredStage, steps: Iterator[None], index: int) -> None:
     """Take the next step of a stage, and wait until its loader is idle."""
     next(steps)
     stage.watched.wait_for(index + 1 + STEPS_AHEAD)
@@ -187,7 +178,7 @@ def show(pairs: Sequence[Sequence[Clocks]], share: float, given: argparse.Namesp
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = step_parser(__doc__, ranks=1, pairs=100, warm_up=10, student="2x128")
+    parser = stages.step_parser(__doc__, ranks=1, pairs=100, warm_up=10, student="2x128")
     parser.add_argument("--alone", type=int, default=50, help="steps that measure the data wait")
     parser.add_argument("--profile", action="store_true", help="show where megakd's steps spend")
     return parsed(parser, __name__, arguments)
