@@ -24,15 +24,11 @@ NEVER = 10**6
 def causal_lm_tree(folder: Path, *, rehearse: bool) -> Tree:
     """Return a run of a language model at ZeRO 3 / 3, in `folder`."""
     length = 32 if rehearse else 512
-    models = {
-        "teacher": llama(2, 32, length=length) if rehearse else llama(8, 1024, length=length),
-        "student": llama(1, 16, length=length) if rehearse else llama(4, 512, length=length),
-    }
+    teacher, student = ((2, 32), (1, 16)) if rehearse else ((8, 1024), (4, 512))
     return {
-        "output_dir": str(folder / "run"),
-        "task": _task("causal_lm", folder, length=length, rehearse=rehearse),
-        "teacher": {"model": models["teacher"], "deepspeed": "teacher_zero3"},
-        "student": {"model": models["student"], "deepspeed": "zero3"},
+        **_sections("causal_lm", folder, length=length, rehearse=rehearse),
+        "teacher": {"model": llama(*teacher, length=length), "deepspeed": "teacher_zero3"},
+        "student": {"model": llama(*student, length=length), "deepspeed": "zero3"},
         "method": {"name": "single"},
         "objective": KD,
         **_schedule(60, rehearse=rehearse),
@@ -41,26 +37,24 @@ def causal_lm_tree(folder: Path, *, rehearse: bool) -> Tree:
 
 def minidisc_tree(folder: Path, *, rehearse: bool) -> Tree:
     """Return a run of MiniDisc at ZeRO 3 / 3, in `folder`."""
+    sparsities = [0.3, 0.5] if rehearse else [0.5, 0.7, 0.9]
     length = 16 if rehearse else 64
-    sections = _schedule(40, rehearse=rehearse)
-    # The teacher has random weights; untrained, all of its units are equally important.
-    finetune = {"max_steps": 4 if rehearse else 60}
     return {
-        "output_dir": str(folder / "run"),
-        "task": _task("classification", folder, length=length, rehearse=rehearse),
+        **_sections("classification", folder, length=length, rehearse=rehearse),
         "teacher": {
             "model": bert(2, 32) if rehearse else bert(6, 384),
             "deepspeed": "teacher_zero3",
-            "finetune": finetune,
+            # The teacher has random weights; untrained, all of its units are equally important.
+            "finetune": {"max_steps": 4 if rehearse else 60},
         },
         "student": {"model": "from_teacher", "deepspeed": "zero3"},
         "method": {
             "name": "minidisc",
-            "target_sparsity": 0.5 if rehearse else 0.9,
-            "sparsities": [0.3, 0.5] if rehearse else [0.5, 0.7, 0.9],
+            "target_sparsity": sparsities[-1],
+            "sparsities": sparsities,
             "iterations": 1,
         },
-        **sections,
+        **_schedule(40, rehearse=rehearse),
     }
 
 
@@ -70,10 +64,9 @@ def llama_tree(folder: Path, *, rehearse: bool) -> Tree:
     The shape is that of Llama 3.2 1B; the presets are the defaults of megakd.
     """
     length, layers, width = (64, 2, 32) if rehearse else (4096, 16, 2048)
-    model = llama(layers, width, length=length, vocabulary=512 if rehearse else 128256)
+    model = llama(layers, width, length=length, vocab_size=512 if rehearse else 128256)
     return {
-        "output_dir": str(folder / "run"),
-        "task": _task("causal_lm", folder, length=length, rehearse=rehearse),
+        **_sections("causal_lm", folder, length=length, rehearse=rehearse),
         "teacher": {"model": model, "deepspeed": "teacher_zero3"},
         "student": {"model": model, "deepspeed": "zero2"},
         "method": {"name": "single"},
@@ -86,12 +79,9 @@ def llama_tree(folder: Path, *, rehearse: bool) -> Tree:
 
 def _schedule(steps: int, *, rehearse: bool) -> Tree:
     """Return the sections of a training that is evaluated and saved at its middle and elsewhere."""
+    rows = 4 if rehearse else 16
     return {
-        "train": {
-            "per_device_train_batch_size": 4 if rehearse else 16,
-            "max_steps": steps,
-            "learning_rate": 5e-4,
-        },
+        "train": {"per_device_train_batch_size": rows, "max_steps": steps, "learning_rate": 5e-4},
         # The last step is what two runs are compared by; the best one may be from before the kill.
         "eval": {"eval_steps": steps // 2, "keep_best": False},
         "save": {"save_steps": steps // 4},
@@ -99,25 +89,17 @@ def _schedule(steps: int, *, rehearse: bool) -> Tree:
     }
 
 
-def _task(kind: str, folder: Path, *, length: int, rehearse: bool) -> Tree:
-    tokenizer = {"type": "bpe" if kind == "causal_lm" else "wordpiece"}
-    if not rehearse:
-        sizes = {"max_length": length, "max_eval_examples": 256}
-        return {
-            "type": kind,
-            "dataset": "pydocs",
-            "tokenizer": {**tokenizer, "vocab_size": 8000},
-            **sizes,
-        }
-    label = {} if kind == "causal_lm" else {"label_column": "label"}
-    return {
-        "type": kind,
-        "dataset": str(write_texts(folder / "texts")),
-        "text_columns": ["text"],
-        **label,
-        "max_length": length,
-        "tokenizer": {**tokenizer, "vocab_size": 300},
-    }
+def _sections(kind: str, folder: Path, *, length: int, rehearse: bool) -> Tree:
+    """Return the folder of the run, and the section `task`."""
+    task: Tree = {"type": kind, "max_length": length}
+    if rehearse:
+        task |= {"dataset": str(write_texts(folder / "texts")), "text_columns": ["text"]}
+        task |= {} if kind == "causal_lm" else {"label_column": "label"}
+    else:
+        task |= {"dataset": "pydocs", "max_eval_examples": 256}
+    pieces = "bpe" if kind == "causal_lm" else "wordpiece"
+    task["tokenizer"] = {"type": pieces, "vocab_size": 300 if rehearse else 8000}
+    return {"output_dir": str(folder / "run"), "task": task}
 
 
 def write_texts(folder: Path) -> Path:
@@ -133,16 +115,12 @@ def _made_up(rng: random.Random, topic: str) -> Mapping[str, str]:
     return {"text": " ".join(rng.choices(words, k=rng.randint(5, 30))), "label": topic}
 
 
-def llama(layers: int, width: int, *, length: int, vocabulary: int | None = None) -> Tree:
+def llama(layers: int, width: int, *, length: int, **keys: int) -> Tree:
     """Return a Llama with random weights and heads of 64, or of 16 in a small model."""
     heads = max(2, width // 64)
-    keys = {"max_position_embeddings": length, "tie_word_embeddings": True}
-    keys |= {} if vocabulary is None else {"vocab_size": vocabulary}
-    return {
-        "config": data.llama(
-            layers, width, heads, 4 * width, num_key_value_heads=max(1, heads // 4), **keys
-        )
-    }
+    sizes = {"max_position_embeddings": length, "num_key_value_heads": max(1, heads // 4)}
+    keys |= {**sizes, "tie_word_embeddings": True}
+    return {"config": data.llama(layers, width, heads, 4 * width, **keys)}
 
 
 def bert(layers: int, width: int) -> Tree:

@@ -69,15 +69,10 @@ def counts(report: Path) -> dict[str, Any]:
     if not report.is_file():
         return {"passed": 0, "failed": 0, "skipped": 0, "seconds": None}
     suite = next(ET.parse(report).getroot().iter("testsuite"))  # noqa: S314 - pytest wrote it
-    whole, failures, errors, skipped = (
-        int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")
-    )
-    return {
-        "passed": whole - failures - errors - skipped,
-        "failed": failures + errors,
-        "skipped": skipped,
-        "seconds": float(suite.get("time", "0")),
-    }
+    names = ("tests", "failures", "errors", "skipped")
+    whole, failures, errors, skipped = (int(suite.get(name, "0")) for name in names)
+    numbers = {"passed": whole - failures - errors - skipped, "failed": failures + errors}
+    return {**numbers, "skipped": skipped, "seconds": float(suite.get("time", "0"))}
 
 
 def failed(report: Path) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,10 @@ def main(arguments: Sequence[str]) -> int:
         with measured_stage(config, ranks) as (stage, _):
             numbers: dict[str, Any] = {"seconds to load": time.perf_counter() - began}
             steps = stage.steps_one_by_one()
-            numbers |= timed(stage, steps)
-            say(numbers)
-            numbers |= profiled(stage, steps, given.folder / "trace.json.gz")
-            say(numbers)
-            numbers |= waits_by_line(stage, steps)
-            say(numbers)
+            trace = given.folder / "trace.json.gz"
+            for measure in (timed, partial(profiled, trace=trace), waits_by_line):
+                numbers |= measure(stage, steps)
+                say(numbers)
     return 0
 
 
@@ -119,7 +118,8 @@ def profiled(stage: MeasuredStage, steps: Iterator[None], trace: Path) -> dict[s
     return {
         "kernels": "of the GPU" if on_gpu else absent,
         "waits of the host": [
-            {"call": name, "per step": count_of(events, name) / PROFILED} for name in SYNCS
+            {"call": name, "per step": sum(e.count for e in events if e.key == name) / PROFILED}
+            for name in SYNCS
         ],
         "attention": [
             {"kernel": event.key, "per step": event.count / PROFILED}
@@ -128,11 +128,6 @@ def profiled(stage: MeasuredStage, steps: Iterator[None], trace: Path) -> dict[s
         ],
         "most expensive": most_expensive(events, on_gpu=on_gpu),
     }
-
-
-def count_of(events: Sequence[FunctionEventAvg], name: str) -> int:
-    """Return how often a call was made."""
-    return sum(event.count for event in events if event.key == name)
 
 
 def most_expensive(events: Sequence[FunctionEventAvg], *, on_gpu: bool) -> list[dict[str, Any]]:

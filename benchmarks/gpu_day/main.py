@@ -43,7 +43,7 @@ def main(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
     try:
         run_parts(chosen, results, given)
     finally:  # also after Ctrl+C
-        page = page_of(results, {part.name: part.about for part in parts})
+        page = page_of(results, {part.name: part.about for part in parts}, rehearsal=given.rehearse)
         write_text(given.out / "page.md", page)
     print(f"results: {given.out / 'results.json'}\npage: {given.out / 'page.md'}", flush=True)
     return int(any(results.parts[part.name].state not in DONE for part in chosen))

@@ -7,7 +7,6 @@ become one table, and lists of rows, which become a table each.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -64,11 +63,6 @@ class Results:
     @property
     def machine(self) -> dict[str, Any]:
         return self._tree["machine"]
-
-    @property
-    def is_rehearsal(self) -> bool:
-        """True if the numbers are those of small sizes on a CPU."""
-        return self._tree["rehearsal"]
 
     @property
     def parts(self) -> dict[str, Outcome]:
@@ -139,13 +133,8 @@ def _gpus() -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
     """Return the versions of the installed packages, without importing them."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    installed = {one.name.lower(): one.version for one in metadata.distributions()}
+    return {package: installed.get(package, "not installed") for package in PACKAGES}
 
 
 def _commit() -> str:
@@ -158,8 +147,6 @@ def _commit() -> str:
 
 def _output(command: Sequence[str]) -> str:
     """Return what a program prints; empty if the program is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
     try:
         done = subprocess.run(
             list(command), capture_output=True, text=True, check=False, timeout=TIMEOUT_S
@@ -169,10 +156,10 @@ def _output(command: Sequence[str]) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def page_of(results: Results, abouts: Mapping[str, str]) -> str:
+def page_of(results: Results, abouts: Mapping[str, str], *, rehearsal: bool) -> str:
     parts = results.parts
     abouts = {**abouts, **{name: found.about for name, found in parts.items()}}
-    blocks = ["# First day on a GPU", *([NOTE] if results.is_rehearsal else [])]
+    blocks = ["# First day on a GPU", *([NOTE] if rehearsal else [])]
     blocks += ["## Machine", *_tables(results.machine), "## Parts", _overview(parts, abouts)]
     for name in abouts:
         if name in parts:
@@ -181,19 +168,19 @@ def page_of(results: Results, abouts: Mapping[str, str]) -> str:
 
 
 def _overview(parts: Mapping[str, Outcome], abouts: Mapping[str, str]) -> str:
-    rows = []
-    for name, about in abouts.items():
-        found = parts.get(name)
-        rows.append(
+    absent = Outcome(state="not run", about="")
+    return markdown_table(
+        [
             {
                 "part": name,
-                "state": found.state if found else "not run",
-                "seconds": round(found.seconds) if found else None,
+                "state": (found := parts.get(name, absent)).state,
+                "seconds": round(found.seconds) if name in parts else None,
                 "what": about,
-                "reason": found.reason if found else "",
+                "reason": found.reason,
             }
-        )
-    return markdown_table(rows)
+            for name, about in abouts.items()
+        ]
+    )
 
 
 def _part(name: str, outcome: Outcome) -> list[str]:
