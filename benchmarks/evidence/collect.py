@@ -31,12 +31,13 @@ from evidence.others import COLLECTED, Source
 from lib import launching
 from lib.books import TEACHER
 from lib.data import TASKS
+from lib.launching import Report
 from lib.options import command_of
 from lib.tables import machine
 from methods import homodistil, homodistil_decoder, mixed_vocabulary, on_policy, shrink
 from methods.homodistil import ALONE, BASELINES, CUBIC, ONE_SHOT_ALONE, RANDOM
 
-Reports = dict[str, launching.Report | None]
+Reports = dict[str, Report | None]
 """By name of the run; None of a run that has not finished."""
 LossOf = Callable[[homodistil.Found, str, int], float | None]
 EVERY_SEED = 0
@@ -133,11 +134,28 @@ def reports_of(
         }
 
 
-def _seconds(report: launching.Report, stages: Iterable[launching.Report] | None = None) -> float:
+def _seconds(report: Report, stages: Iterable[Report] | None = None) -> float:
     """Return the CPU seconds of stages: their time on all threads of all ranks."""
     threads = report["environment"]["ranks"] * report["environment"]["threads"]
     chosen = report["stages"] if stages is None else stages
     return sum(stage["seconds"] for stage in chosen) * threads
+
+
+def _cell(
+    named: tuple[str, int],
+    report: Report,
+    stages: Sequence[Report],
+    *,
+    score: float,
+    rows: int,
+    **fields: Any,
+) -> Cell:
+    """Return a cell. named: arm and seed. rows: of a step that teachers read."""
+    arm, seed = named
+    steps = sum(stage["steps"] for stage in stages)
+    spent = {"steps": steps, "cpu_seconds": _seconds(report, stages), "teacher_rows": steps * rows}
+    known = {"basis": "steps", "divergence": None, **spent, **fields}
+    return Cell(arm=arm, seed=seed, score=score, **known)
 
 
 def _gate(final: float, curve: Sequence[float] = (), *, seed: int = EVERY_SEED) -> TeacherGate:
@@ -191,26 +209,20 @@ def mixed_vocabulary_cells(
         tuned = None if task is None else found.reports.get(f"{task}-{arm}-{seed}")
         if report is None or (task is not None and tuned is None):
             continue
-        score = None if task is None else found.score(task, arm, seed)
         patient = mixed_vocabulary.PATIENT_KD
         steps = {one["name"]: one["steps"] for one in report["stages"]}
         learned = steps[patient if arm == patient else STUDENT]
         # In version 1 the teacher reads the rows beside the student, in version 2 before it.
         asked = 0 if arm == mixed_vocabulary.ALONE else steps.get("mixed-teacher", learned)
         stages = [s for s in report["stages"] if (s["name"] == patient) == (arm == patient)]
-        cells.append(
-            Cell(
-                arm=arm,
-                seed=seed,
-                basis="steps",
-                score=mixed_vocabulary.nats(report, arm) if score is None else score,
-                divergence=None,
-                steps=learned
-                + (0 if tuned is None else launching.stage_of(tuned, STUDENT)["steps"]),
-                cpu_seconds=_seconds(report, stages) + (0.0 if tuned is None else _seconds(tuned)),
-                teacher_rows=asked * rows,
-            )
-        )
+        score = mixed_vocabulary.nats(report, arm) if task is None else found.score(task, arm, seed)
+        cell = _cell((arm, seed), report, stages, score=score, rows=rows)
+        more, seconds = 0, cell.cpu_seconds
+        if tuned is not None:
+            more = launching.stage_of(tuned, STUDENT)["steps"]
+            seconds += _seconds(tuned, tuned["stages"])
+        spent = {"steps": learned + more, "cpu_seconds": seconds, "teacher_rows": asked * rows}
+        cells.append(dataclasses.replace(cell, **spent))
     return cells
 
 
@@ -256,19 +268,15 @@ def homodistil_cells(found: homodistil.Found, loss_of: LossOf, *, rows: int) -> 
         report, score = found.pruning(arm, seed), loss_of(found, arm, seed)
         if report is None or score is None:
             continue
-        stages = homodistil.stages_of(report, arm)
-        steps = sum(stage["steps"] for stage in stages)
         last = launching.stage_of(report, arm if arm in BASELINES else STUDENT)
         cells.append(
-            Cell(
-                arm=arm,
-                seed=seed,
-                basis="steps",
+            _cell(
+                (arm, seed),
+                report,
+                homodistil.stages_of(report, arm),
                 score=score,
+                rows=0 if arm in (ALONE, ONE_SHOT_ALONE) else rows,
                 divergence=last["metrics"].get(KL),
-                steps=steps,
-                cpu_seconds=_seconds(report, stages),
-                teacher_rows=0 if arm in (ALONE, ONE_SHOT_ALONE) else steps * rows,
             )
         )
     return cells
@@ -298,29 +306,24 @@ def read_on_policy(_: str, source: Source, __: Path) -> Read:
     legs = [launching.leg_of(given.out, name, name, (f"seed={seeds[name]}",)) for name in trees]
     reports = reports_of(legs, trees, source.overrides)
     rows = on_policy.common(given, 1, 1.0)["train"]["per_device_train_batch_size"]
-    cells = [
-        _sums(*arms[name], report, on_policy.last_evaluation(given.out / name, STUDENT), rows)
-        for name, report in reports.items()
-        if name in arms and report is not None
-    ]
+    cells = list[Cell]()
+    for name, named in arms.items():
+        report = reports[name]
+        if report is None:
+            continue
+        scored = on_policy.last_evaluation(given.out / name, STUDENT)
+        cells.append(
+            _cell(
+                named,
+                report,
+                report["stages"],
+                score=100 * scored["eval/match"],
+                rows=0 if report["teacher"] is None else rows,
+                divergence=scored.get(f"eval/{KL}"),
+            )
+        )
     curve = [100 * share for share in _curve(given.out / TEACHER, "eval/match")]
     return Read(cells, [_gate(curve[-1], curve)] if reports[TEACHER] else [], reports)
-
-
-def _sums(
-    arm: str, seed: int, report: launching.Report, scored: Mapping[str, float], rows: int
-) -> Cell:
-    steps = launching.stage_of(report, STUDENT)["steps"]
-    return Cell(
-        arm=arm,
-        seed=seed,
-        basis="steps",
-        score=100 * scored["eval/match"],
-        divergence=scored.get(f"eval/{KL}"),
-        steps=steps,
-        cpu_seconds=_seconds(report),
-        teacher_rows=0 if report["teacher"] is None else steps * rows,
-    )
 
 
 def read_shrink(_: str, source: Source, data: Path) -> Read:
@@ -357,36 +360,14 @@ def shrink_cells(reports: Reports, seed: int, *, run: Path, rows: int) -> list[C
         if arm == "shrink":
             details["loss before repair"] = shrink.cut_loss(run, shrink.chosen_of(report))
         loss = report[STUDENT]["metrics"]["loss"]
-        cells.append(_shrunk((arm, seed), report, stages, (loss, rows), details))
+        cells.append(_cell((arm, seed), report, stages, score=loss, rows=rows, details=details))
     report = reports["shrink"]
     if report is not None:
         # The baseline of the run `shrink`.
         loss = report["baselines"]["random"]["loss"]
-        trained = [launching.stage_of(report, "random")]
-        cells.append(_shrunk(("random weights", seed), report, trained, (loss, rows), {}))
+        stages = [launching.stage_of(report, "random")]
+        cells.append(_cell(("random weights", seed), report, stages, score=loss, rows=rows))
     return cells
-
-
-def _shrunk(
-    named: tuple[str, int],
-    report: launching.Report,
-    stages: Sequence[launching.Report],
-    numbers: tuple[float, int],
-    details: Mapping[str, float],
-) -> Cell:
-    (arm, seed), (loss, rows) = named, numbers
-    steps = sum(stage["steps"] for stage in stages)
-    return Cell(
-        arm=arm,
-        seed=seed,
-        basis="steps",
-        score=loss,
-        divergence=None,
-        steps=steps,
-        cpu_seconds=_seconds(report, stages),
-        teacher_rows=steps * rows,
-        details=details,
-    )
 
 
 READERS: Mapping[str, Callable[[str, Source, Path], Read]] = {

@@ -115,7 +115,7 @@ def test_a_cell_goes_on_where_it_was_unless_its_config_has_changed(
     tmp_path, monkeypatch, steps, is_kept
 ):
     ends = [sys.executable, "-c", "pass"]
-    monkeypatch.setattr(evidence_plan, "launch_command", lambda *given: ends)
+    monkeypatch.setattr(evidence_plan.launching, "launch_command", lambda *given: ends)
     folder = tmp_path / "cell"
 
     def config(steps: int) -> dict:
