@@ -115,6 +115,13 @@ def bench_path() -> str:
     return os.pathsep.join(filter(None, paths))
 
 
+def code_of(checkout: Path) -> dict[str, str]:
+    """Return the variables of a process that uses a checkout in place of the installed megakd."""
+    # `kernels/` is the folder of megakd_kernels.
+    path = os.pathsep.join([str(checkout), str(checkout / "kernels")])
+    return {**os.environ, **quickstart().ENVIRONMENT, "PYTHONPATH": path}
+
+
 def start_ranks(
     words: Sequence[str],
     ranks: int,

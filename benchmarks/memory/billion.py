@@ -20,9 +20,9 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lib.data import write_jsonl
+from lib.data import llama, write_jsonl
 from lib.launching import write_config
-from lib.options import command_of, parser_of
+from lib.options import parsed, parser_of
 from lib.tables import print_rows
 from megakd.config.file import dump_config, load_config
 from megakd.data.vocabularies import train_tokenizer
@@ -47,24 +47,17 @@ class Case(NamedTuple):
     optim: str
 
 
-def llama(layers: int, width: int, neurons: int, heads: tuple[int, int]) -> Any:
-    """A decoder with an output matrix of its own."""
-    return transformers.LlamaConfig(
-        vocab_size=IDS,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        intermediate_size=neurons,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=False,
-    )
+def decoder(layers: int, width: int, neurons: int, heads: tuple[int, int]) -> Any:
+    """Return the config of a Llama with an output matrix of its own."""
+    keys = {"num_key_value_heads": heads[1], "max_position_embeddings": LENGTH}
+    shape = llama(layers, width, heads[0], neurons, vocab_size=IDS, **keys)
+    return transformers.LlamaConfig(**shape, tie_word_embeddings=False)
 
 
 CASES = {
     # TinyLlama's shape; most of T5 v1.1 XL's encoder under one decoder layer; and a model of a
     # third of their weights, whose AdamW moments fit beside it.
-    "llama-sgd": Case("causal_lm", llama(22, 2048, 5632, (32, 4)), "sgd"),
+    "llama-sgd": Case("causal_lm", decoder(22, 2048, 5632, (32, 4)), "sgd"),
     "enct5-sgd": Case(
         "classification",
         EncT5Config(
@@ -79,7 +72,7 @@ CASES = {
         ),
         "sgd",
     ),
-    "llama-adamw": Case("causal_lm", llama(30, 1024, 2816, (16, 4)), "adamw"),
+    "llama-adamw": Case("causal_lm", decoder(30, 1024, 2816, (16, 4)), "adamw"),
 }
 
 
@@ -92,9 +85,8 @@ def main(arguments: Sequence[str]) -> int:
             weights, found = measured(CASES[name], Path(folder), given)
         fits = fits and found.measured <= found.predicted
         what = f"{name}, {weights / 1e9:.2f}B weights, {given.ranks} ranks"
-        numbers = (
-            f"measured {found.measured / 1e9:.2f} GB, predicted {found.predicted / 1e9:.2f} GB"
-        )
+        numbers = f"measured {found.measured / 1e9:.2f} GB, "
+        numbers += f"predicted {found.predicted / 1e9:.2f} GB"
         print(f"{what}: {numbers}", flush=True)
         rows.append((what, numbers, f"{found.error:+.1%}"))
     print_rows(given.command, *rows)
@@ -158,16 +150,13 @@ def write_teacher(folder: Path, case: Case) -> int:
 
 
 def run_tree(case: Case, folder: Path) -> dict[str, Any]:
+    teacher = str(folder / "teacher")
     labels = {} if case.task == "causal_lm" else {"label_column": "label"}
     task = {"type": case.task, "dataset": str(folder / "data"), "max_length": LENGTH}
     return {
         "output_dir": str(folder / "run"),
         "task": {**task, "text_columns": ["text"], **labels},
-        "teacher": {
-            "model": str(folder / "teacher"),
-            "deepspeed": "teacher_zero3",
-            "dtype": "bf16",
-        },
+        "teacher": {"model": teacher, "deepspeed": "teacher_zero3", "dtype": "bf16"},
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
         "method": {
             "name": "minidisc",
@@ -194,7 +183,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--scratch", type=Path, help="holds up to 15 GB meanwhile")
     parser.add_argument("--set", action="append", default=[], metavar="key=value")
-    given = parser.parse_args(arguments)
+    given = parsed(parser, __name__, arguments)
     given.cases = given.cases or list(CASES)
-    given.command = command_of(__name__, arguments)
     return given

@@ -40,17 +40,12 @@ def encoder(layers: int) -> Any:
 
 
 ENCODERS = {"XL": encoder(24), "3B": encoder(58)}
+ONE_B, EIGHT_B = (22, 2048, 5632, (32, 4)), (32, 4096, 14336, (32, 8))
 DECODERS = {
-    "7B": (decoder(32, 4096, 11008, (32, 32), 32000), decoder(22, 2048, 5632, (32, 4), 32000)),
-    "13B": (decoder(40, 5120, 13824, (40, 40), 32000), decoder(22, 2048, 5632, (32, 4), 32000)),
-    "70B": (
-        decoder(80, 8192, 28672, (64, 8), 128256),
-        decoder(32, 4096, 14336, (32, 8), 128256),
-    ),
-    "111B": (
-        decoder(64, 12288, 36864, (96, 8), 256000),
-        decoder(32, 4096, 14336, (32, 8), 256000),
-    ),
+    "7B": (decoder(32, 4096, 11008, (32, 32), 32000), decoder(*ONE_B, 32000)),
+    "13B": (decoder(40, 5120, 13824, (40, 40), 32000), decoder(*ONE_B, 32000)),
+    "70B": (decoder(80, 8192, 28672, (64, 8), 128256), decoder(*EIGHT_B, 128256)),
+    "111B": (decoder(64, 12288, 36864, (96, 8), 256000), decoder(*EIGHT_B, 256000)),
 }
 LABELS = {
     "XL": "EncT5-XL (1.3B) to a tenth, MiniDisc, 8 x 128",
@@ -64,27 +59,25 @@ LABELS = {
 
 def run_config(name: str) -> dict[str, Any]:
     """The run of one row, as YAML would say it."""
-    bf16 = {"bf16": True}
     if name in ENCODERS:
+        teacher, student, rows = ENCODERS[name], "from_teacher", 8
         task = {"type": "classification", "dataset": "glue/mrpc", "max_length": 128}
-        return {
-            "output_dir": "runs/plan",
-            "task": task,
-            "teacher": {"model": ENCODERS[name], "dtype": "bf16"},
-            "student": {"model": "from_teacher", "deepspeed": "zero2"},
-            "method": {"name": "minidisc"},
-            "train": {"per_device_train_batch_size": 8, **bf16},
-            "eval": {"per_device_eval_batch_size": 8},
-        }
-    teacher, student = DECODERS[name]
+    else:
+        (teacher, student), rows = DECODERS[name], 4
+        task = {"type": "causal_lm", "dataset": "pydocs", "max_length": 2048}
+    is_encoder = name in ENCODERS
     return {
         "output_dir": "runs/plan",
-        "task": {"type": "causal_lm", "dataset": "pydocs", "max_length": 2048},
+        "task": task,
         "teacher": {"model": teacher, "dtype": "bf16"},
-        "student": {"model": student, "deepspeed": "zero3"},
-        "method": {"name": "single"},
-        "train": {"per_device_train_batch_size": 4, "gradient_checkpointing": True, **bf16},
-        "eval": {"per_device_eval_batch_size": 4},
+        "student": {"model": student, "deepspeed": "zero2" if is_encoder else "zero3"},
+        "method": {"name": "minidisc" if is_encoder else "single"},
+        "train": {
+            "per_device_train_batch_size": rows,
+            "gradient_checkpointing": not is_encoder,
+            "bf16": True,
+        },
+        "eval": {"per_device_eval_batch_size": rows},
     }
 
 

@@ -2,7 +2,7 @@
 
 python benchmarks memory.rollout_texts [--steps 64] [--rows 64] [--tokens 1024]
 
-No model is loaded. All costs are CPU time or bytes, for each row or token. With an older version of
+No model is loaded. All costs are CPU time or bytes, for each row or token. With another version of
 megakd first in PYTHONPATH, the costs are those of that version.
 """
 
@@ -49,9 +49,8 @@ def main(arguments: Sequence[str]) -> int:
         seconds = best_of(lambda: replay(store, given.steps, given.rows))
         print(f"replay of a step of {given.rows} rows: {1e3 * seconds / given.rows:.2f} ms a row")
         seconds, held, _ = measured(lambda: FileGenerator(rollout_files(store.folder)))
-        print(
-            f"rollout.files: {held / tokens:.3f} bytes and {1e6 * seconds / tokens:.2f} us a token"
-        )
+        held, micros = held / tokens, 1e6 * seconds / tokens
+        print(f"rollout.files: {held:.3f} bytes and {micros:.2f} us a token")
     text = answer()
     batch, teacher = batch_of(), teacher_of(text)
     seconds = best_of(lambda: list(teacher.answers([batch])))
@@ -70,27 +69,18 @@ def write(store: RolloutStore, steps: int, rows: int, tokens: int) -> None:
     for step in range(steps):
         ids = random.integers(VOCABULARY, size=(rows, PROMPT + tokens)).tolist()
         texts = [(tuple(row[:PROMPT]), tuple(row[PROMPT:])) for row in ids]
-        store.write(
-            step,
-            [
-                Rollout(0, p, Completion(c, finished=True), step, number)
-                for number, (p, c) in enumerate(texts)
-            ],
+        rollouts = (
+            Rollout(0, prompt, Completion(text, finished=True), step, number)
+            for number, (prompt, text) in enumerate(texts)
         )
+        store.write(step, list(rollouts))
 
 
 def replay(store: RolloutStore, steps: int, rows: int) -> None:
-    """Read a random text of a random step for each row; older versions read whole files."""
+    """Read a random text of a random step for each row."""
     random = np.random.default_rng(1)
-    drawn = [(int(random.integers(steps)), float(random.random())) for _ in range(rows)]
-    one: Callable[[int, float], Rollout] | None = getattr(store, "read_one", None)
-    if one is not None:
-        for step, part in drawn:
-            one(step, part)
-        return
-    texts = {step: store.read(step) for step in {step for step, _ in drawn}}
-    for step, part in drawn:
-        texts[step][int(part * len(texts[step]))]
+    for _ in range(rows):
+        store.read_one(int(random.integers(steps)), float(random.random()))
 
 
 def answer() -> str:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib.options import command_of, integers, parser_of
+from lib.options import integers, parsed, parser_of
 from lib.tables import print_rows
 from megakd.contract.views import most_important
 from megakd.models.layers import left_out
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         numbers = "round(i L / N) {:.2f}, spacing {:.2f}, importance {:.2f}".format(*found)
         print(f"{keep} layers: {numbers} ({', '.join(map(str, rules[-1]))})", flush=True)
         table.append((f"loss of {keep} of {layers} layers", numbers, "-"))
-    print_rows(command_of(__name__, arguments), *table)
+    print_rows(given.command, *table)
     return 0
 
 
@@ -93,4 +93,4 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--keep", type=integers, default=[20, 15, 10])
-    return parser.parse_args(arguments)
+    return parsed(parser, __name__, arguments)

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
             print(table(outcomes), flush=True)
     print(verdict(outcomes))
     what = f"teacher {given.teacher}, grid {given.grid}, {given.steps} steps, {given.ranks} rank(s)"
-    print_rows(command_of(__name__, arguments), *rows(outcomes, what))
+    print_rows(given.command, *rows(outcomes, what))
     return 0
 
 
@@ -277,5 +277,5 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     changes = {"action": "append", "default": [], "metavar": "key=value"}
     parser.add_argument("--set", **changes, help="for the three schedules")
     given = parser.parse_args(arguments)
-    given.tasks = given.tasks or list(TASKS)
+    given.command, given.tasks = command_of(__name__, arguments), given.tasks or list(TASKS)
     return given

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from lib.launching import ROOT, Report, fetch_teacher, seconds_of, trained
-from lib.options import command_of, integers, parser_of
+from lib.options import integers, parsed, parser_of
 from lib.seeds import scores, show, table
 
 CONFIG = Path("launch/examples/quickstart.yaml")
@@ -31,14 +31,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     parser.add_argument("--maxidisc", action="store_true", help="try every assistant, too")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_intermixed_args(arguments)
+    given = parsed(parser, __name__, arguments)
     fetch_teacher()
     reports, others = {}, {}
     for seed in given.seeds:
         reports[seed] = _trained(given, f"quickstart-{seed}", seed, [])
         if given.maxidisc:
             others[seed] = _trained(given, f"quickstart-maxidisc-{seed}", seed, maxidisc())
-    show("quickstart", command_of(__name__, arguments), reports)
+    show("quickstart", given.command, reports)
     if given.maxidisc:
         print(table({seed: beside(report, others[seed]) for seed, report in reports.items()}))
     return 0

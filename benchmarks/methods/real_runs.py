@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lib.data import BOOKS, Config, bert, llama, train_section
 from lib.launching import FETCHED_TEACHER, ROOT, SHARED, fetch_teacher, trained, write_config
-from lib.options import command_of, integers, need, parser_of
+from lib.options import integers, need, parsed, parser_of
 from lib.seeds import show
 from lib.stories import MODEL, STORIES, nats_per_token, write_stories_tokenizer
 
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_intermixed_args(arguments)
+    given = parsed(parser, __name__, arguments)
     path = written(given.name, given.output / given.name)
     reports = {}
     for seed in given.seeds:
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
         overrides = [*given.overrides, f"seed={seed}"]
         reports[seed] = trained(path, output, ranks=given.ranks, overrides=overrides)
     what = f"{CASES[given.name].what}, {given.ranks} rank(s)"
-    show(what, command_of(__name__, arguments), reports)
+    show(what, given.command, reports)
     return 0
 
 

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
+from lib.clocks import by_turns
 from lib.launching import BENCHMARKS
 from lib.options import parser_of
 from lib.tables import markdown_table
@@ -36,10 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     if given.setting is not None:
         print(seconds_per_step(given.setting, given.steps))
         return 0
-    times: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    for _ in range(given.rounds):
-        for name, values in times.items():
-            values.append(_measured(name, given.steps))
+    sides = [partial(_measured, name, given.steps) for name in SETTINGS]
+    columns = zip(*by_turns(sides, given.rounds), strict=True)
+    times = dict(zip(SETTINGS, columns, strict=True))
     least = statistics.median(times["kept, large pages"])
     rows = [
         {
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _measured(name: str, steps: int) -> float:
+def _measured(name: str, steps: int, _: int) -> float:
     # In a process of its own: torch looks at its pages once, at the start.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["THP_MEM_ALLOC_ENABLE"] = "1" if "large" in name else "0"

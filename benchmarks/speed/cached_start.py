@@ -10,9 +10,7 @@ imports. With `--against`, another checkout of megakd is measured as well, with 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -22,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.launching import BENCHMARKS, ROOT
-from lib.options import command_of
+from lib.data import made_up_texts, write_jsonl
+from lib.launching import BENCHMARKS, ROOT, code_of
+from lib.options import parsed, parser_of
 from lib.tables import print_rows
 
-WORDS = ("good", "bad", "fine", "poor", "plot", "cast", "music", "light", "slow", "warm", "long")
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
@@ -52,52 +50,42 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/cached_start")
     parser.add_argument("--start", choices=KINDS, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    given = parsed(parser, __name__, arguments)
     given.against = given.against and given.against.resolve()
-    given.command = command_of(__name__, arguments)
     return given
 
 
 def write_rows(path: Path, kind: str, count: int) -> None:
     """Write made-up rows, anew if their number differs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(0)
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            text = " ".join(rng.choices(WORDS, k=rng.randint(5, 30)))
-            row: dict[str, Any] = {"text": f"{text} {number}", "label": number % 2}
-            if kind == "conversations":
-                question = {"role": "user", "content": f"Which film is number {number // 2}?"}
-                row = {"messages": [question, {"role": "assistant", "content": text}]}
-            file.write(json.dumps(row) + "\n")
+    row = conversation if kind == "conversations" else labelled
+    write_jsonl(path, (row(*numbered) for numbered in enumerate(made_up_texts(count))))
     # A file that was just written may change again within a tick of the clock.
     time.sleep(3)
 
 
+def labelled(number: int, text: str) -> dict[str, Any]:
+    return {"text": text, "label": number % 2}
+
+
+def conversation(number: int, text: str) -> dict[str, Any]:
+    question = {"role": "user", "content": f"Which film is number {number // 2}?"}
+    return {"messages": [question, {"role": "assistant", "content": text}]}
+
+
 def with_code_of(checkout: Path, given: argparse.Namespace, kind: str) -> list[float]:
     """Return the CPU seconds of several starts with the code of a checkout."""
-    program = [
-        sys.executable,
-        str(BENCHMARKS),
-        __name__,
-        "--start",
-        kind,
-        "--rows",
-        str(given.rows),
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (checkout, checkout / "kernels"))),
-        "MEGAKD_CACHE": str(given.out / "caches" / checkout.name),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    words = [*program, "--repeats", str(given.repeats), "--out", str(given.out)]
-    done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
+    words = {"start": kind, "rows": given.rows, "repeats": given.repeats, "out": given.out}
+    options = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    cache = {"MEGAKD_CACHE": str(given.out / "caches" / checkout.name)}
+    environment = code_of(checkout) | cache | {"TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(BENCHMARKS), __name__, *options]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return [float(line) for line in done.stdout.splitlines()]
 
 

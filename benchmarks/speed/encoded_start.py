@@ -10,8 +10,6 @@ two starts that read nothing new take turns.
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import shutil
 import statistics
 import subprocess
@@ -20,19 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.data import bert, made_up_texts, write_jsonl
 from lib.launching import ROOT, trained, write_config
-from lib.options import command_of
+from lib.options import parsed, parser_of
 from lib.tables import print_rows
 
-WORDS = ("good", "bad", "fine", "poor", "plot", "cast", "music", "light", "slow", "warm", "long")
-BERT = {
-    "model_type": "bert",
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 32,
-}
+BERT = bert(2, 32, 2, max_position_embeddings=32) | {"intermediate_size": 64}
 FIRST, CACHED, ENCODED = "texts, first", "texts, cached", "encoded"
 
 
@@ -57,26 +48,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/encoded_start"))
-    given = parser.parse_args(arguments)
-    given.command = command_of(__name__, arguments)
-    given.out = ROOT / given.out
-    return given
+    return parsed(parser, __name__, arguments)
 
 
 def write_texts(path: Path, rows: int) -> Path:
     """Write made-up texts, unless they are there."""
+    texts = enumerate(made_up_texts(rows))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rng = random.Random(0)
-        with path.open("w", encoding="utf-8") as file:
-            for number in range(rows):
-                text = " ".join(rng.choices(WORDS, k=rng.randint(5, 30)))
-                file.write(json.dumps({"text": f"{text} {number}", "label": number % 2}) + "\n")
+        write_jsonl(path, ({"text": text, "label": number % 2} for number, text in texts))
     return path
 
 

@@ -25,8 +25,9 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from lib.clocks import by_turns
 from lib.launching import UnusableError
-from lib.options import command_of, parser_of
+from lib.options import parsed, parser_of
 from lib.tables import print_rows, spread_of
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import Batch
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--probability", type=float, default=0.5)
     parser.add_argument("--whole_words", action="store_true", help="mask whole words")
-    given = parser.parse_args(arguments)
+    given = parsed(parser, __name__, arguments)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     task = TaskConfig(
@@ -71,10 +72,9 @@ def main(arguments: Sequence[str]) -> int:
         pair = VocabularyPair(*(trained(texts, size) for size in (STUDENT_PIECES, TEACHER_PIECES)))
         rows = encoded(texts, pair, task, Path(folder))
         speeds = [speed for size in ROWS for speed in measured(rows, pair, task, given, size)]
-    command = command_of(__name__, arguments)
     numbers = "; ".join(f"{what}: {speed}" for what, speed, _ in speeds)
     quartiles = "quartiles " + "; ".join(between for _, _, between in speeds)
-    print_rows(command, ("collators of mixed text", numbers, quartiles))
+    print_rows(given.command, ("collators of mixed text", numbers, quartiles))
     return 0
 
 
@@ -123,13 +123,13 @@ def measured(
     mixed = MixedText(pair, task, probability=given.probability)
     teacher = partial(mixed, size=size, seed=1, draw=0)
     made = {"MixedText": teacher, "student": student_collator(pair, task)}
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    tokens = {name: token_count(batches, make) for name, make in made.items()}
-    for _ in range(given.repetitions):
-        for name, make in made.items():
-            seconds[name].append(cpu_seconds(batches, make))
+    # The first run also warms up.
+    tokens = [sum(int(make(*batch).valid.sum()) for batch in batches) for make in made.values()]
+    sides = [partial(cpu_seconds, batches, make) for make in made.values()]
+    seconds = zip(*by_turns(sides, given.repetitions), strict=True)
     return [
-        speed_of(f"{name}, {size} rows", tokens[name], seconds[name], len(batches)) for name in made
+        speed_of(f"{name}, {size} rows", count, each, len(batches))
+        for name, count, each in zip(made, tokens, seconds, strict=True)
     ]
 
 
@@ -141,12 +141,7 @@ def student_collator(pair: VocabularyPair, task: TaskConfig) -> Make:
     return lambda rows, numbers: masking(collate(rows), numbers, seed=1, draw=0)
 
 
-def token_count(batches: Sequence[MicroBatch], make: Make) -> int:
-    """Return the number of tokens of all micro-batches; the first run also warms up."""
-    return sum(int(make(*batch).valid.sum()) for batch in batches)
-
-
-def cpu_seconds(batches: Sequence[MicroBatch], make: Make) -> float:
+def cpu_seconds(batches: Sequence[MicroBatch], make: Make, _: int) -> float:
     began = time.process_time()
     for batch in batches:
         make(*batch)

@@ -10,7 +10,6 @@ wall-clock of the command without the seconds of the report's stages.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import statistics
@@ -21,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.launching import ROOT, quickstart
-from lib.options import command_of, parser_of
+from lib.launching import ROOT, code_of
+from lib.options import parsed, parser_of
 from lib.tables import print_rows
 from methods.real_runs import written
 
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--against", type=Path, help="another checkout of megakd")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given = parser.parse_intermixed_args(arguments)
+    given = parsed(parser, __name__, arguments)
     config = ROOT / written("stories", FOLDER)
     checkouts = {"this": ROOT} | ({"other": given.against.resolve()} if given.against else {})
     spent: dict[str, list[Spent]] = {name: [] for name in checkouts}
@@ -52,8 +51,7 @@ def main(arguments: Sequence[str]) -> int:
             seconds = run_once(checkout, config, given.overrides)
             print(f"{name} {pair or 'uncounted'}: {seconds}", flush=True)
             spent[name] += [seconds] if pair else []
-    command = command_of(__name__, arguments)
-    print_rows(command, row(spent))
+    print_rows(given.command, row(spent))
     return 0
 
 
@@ -62,18 +60,9 @@ def run_once(checkout: Path, config: Path, overrides: Sequence[str]) -> Spent:
     output = ROOT / FOLDER / "run"
     shutil.rmtree(output, ignore_errors=True)
     script = [sys.executable, str(checkout / "launch/train.py"), "--config", str(config)]
-    # A checkout in front of the installed one; `kernels/` is the folder of megakd_kernels.
-    path = os.pathsep.join([str(checkout), str(checkout / "kernels")])
-    environment = os.environ | quickstart().ENVIRONMENT | {"PYTHONPATH": path}
+    command = [*script, f"output_dir={output}", *STEPS, *overrides]
     before, cpu = time.perf_counter(), _cpu_seconds()
-    subprocess.run(
-        [*script, f"output_dir={output}", *STEPS, *overrides],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    subprocess.run(command, cwd=ROOT, env=code_of(checkout), check=True, capture_output=True)
     whole, cpu = time.perf_counter() - before, _cpu_seconds() - cpu
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     print({name: round(value, 1) for name, value in report.get("seconds", {}).items()})
