@@ -128,13 +128,9 @@ def _plan(device: torch.device, *, quick: bool) -> Plan:
 
 def _select(cases: Sequence[Case], patterns: list[str] | None, *, quick: bool) -> list[Case]:
     if patterns is not None:
-        return [case for case in cases if _is_named(case, patterns)]
+        return [case for case in cases if any(fnmatchcase(case.name, each) for each in patterns)]
     wanted = {"quick"} if quick else {"quick", "full"}
     return [case for case in cases if case.selection in wanted]
-
-
-def _is_named(case: Case, patterns: list[str]) -> bool:
-    return any(fnmatchcase(case.name, pattern) for pattern in patterns)
 
 
 def _check_names(
@@ -145,8 +141,8 @@ def _check_names(
     where: str = "",
 ) -> None:
     for pattern in patterns or []:
-        if not any(_is_named(case, [pattern]) for case in cases):
-            known = [case.name for case in cases]
+        known = [case.name for case in cases]
+        if not any(fnmatchcase(name, pattern) for name in known):
             parser.error(f"there is no case {pattern!r}{where}{_nearest(pattern, known)}")
 
 
@@ -185,13 +181,9 @@ def _announce(name: str) -> None:
 
 
 def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
+    if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of threads")
-    return value
+    return int(text)
 
 
 if __name__ == "__main__":

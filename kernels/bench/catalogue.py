@@ -12,7 +12,7 @@ LOSSES = (*LINEAR, "logits", "hidden_mse", "hidden_cosine", "relation")
 GKD = ("forward_kl", "reverse_kl", "jsd")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Implementation:
     """One way to compute some of the losses.
 
@@ -42,87 +42,77 @@ class Implementation:
 _LIGER = ("liger_kernel", "liger-kernel")
 IMPLEMENTATIONS = (
     Implementation(
-        name="megakd-triton",
-        about='this package, impl="triton"',
-        kinds=(*LOSSES, "rows"),
+        "megakd-triton",
+        'this package, impl="triton"',
+        (*LOSSES, "rows"),
         logits="fp32",
         needs_cuda=True,
     ),
     Implementation(
-        name="megakd-chunked",
-        about='this package, impl="chunked": the same chunks, rows by torch',
-        kinds=LOSSES,
+        "megakd-chunked",
+        'this package, impl="chunked": the same chunks, rows by torch',
+        LOSSES,
         logits="fp32",
     ),
     Implementation(
-        name="eager",
-        about="full logits in the dtype of the model, widened to fp32, as Hugging Face's losses",
-        kinds=LOSSES,
+        "eager",
+        "full logits in the dtype of the model, widened to fp32, as Hugging Face's losses",
+        LOSSES,
         logits="dtype",
     ),
+    Implementation("compile", "torch.compile of eager", LOSSES, compiles=True, logits="dtype"),
     Implementation(
-        name="compile",
-        about="torch.compile of eager",
-        kinds=LOSSES,
-        compiles=True,
-        logits="dtype",
-    ),
-    Implementation(
-        name="trl-chunks",
-        about="256-row checkpointed chunks in fp32, as TRL 1.12 (huggingface/trl#6526)",
-        kinds=("linear_kd",),
+        "trl-chunks",
+        "256-row checkpointed chunks in fp32, as TRL 1.12 (huggingface/trl#6526)",
+        ("linear_kd",),
         divergences=GKD,
         mixes=False,
         logits="fp32",
     ),
     Implementation(
-        name="trl-tiles",
-        about="trl.kernels.ChunkedDivergenceFunction of newer TRL: tiles, recomputed",
-        kinds=("linear_kd",),
+        "trl-tiles",
+        "trl.kernels.ChunkedDivergenceFunction of newer TRL: tiles, recomputed",
+        ("linear_kd",),
         divergences=GKD,
         mixes=False,
         package=("trl.kernels", "a newer trl"),
     ),
     Implementation(
-        name="liger-jsd",
-        about="LigerFusedLinearJSD (Triton; gradients in the forward)",
-        kinds=("linear_kd",),
+        "liger-jsd",
+        "LigerFusedLinearJSD (Triton; gradients in the forward)",
+        ("linear_kd",),
         divergences=GKD,
         mixes=False,
         needs_cuda=True,
         package=_LIGER,
     ),
     Implementation(
-        name="liger-chunked",
-        about="LigerFusedLinearJSDLoss (torch.compile of chunks; gradients in the forward)",
-        kinds=("linear_kd",),
+        "liger-chunked",
+        "LigerFusedLinearJSDLoss (torch.compile of chunks; gradients in the forward)",
+        ("linear_kd",),
         divergences=GKD,
         compiles=True,
         package=_LIGER,
     ),
     Implementation(
-        name="liger-ce",
-        about="LigerFusedLinearCrossEntropyLoss",
-        kinds=("linear_ce",),
+        "liger-ce",
+        "LigerFusedLinearCrossEntropyLoss",
+        ("linear_ce",),
         needs_cuda=True,
         package=_LIGER,
     ),
     Implementation(
-        name="cut-ce",
-        about="cut_cross_entropy.linear_cross_entropy, which leaves small gradients out",
-        kinds=("linear_ce",),
+        "cut-ce",
+        "cut_cross_entropy.linear_cross_entropy, which leaves small gradients out",
+        ("linear_ce",),
         needs_cuda=True,
         package=("cut_cross_entropy", "cut-cross-entropy"),
     ),
+    Implementation("torch-ce", "torch.nn.functional.linear_cross_entropy, chunked", ("linear_ce",)),
     Implementation(
-        name="torch-ce",
-        about="torch.nn.functional.linear_cross_entropy, chunked",
-        kinds=("linear_ce",),
-    ),
-    Implementation(
-        name="megakd-gemms",
-        about="the matrix products of linear_kd_loss and nothing else",
-        kinds=("gemms",),
+        "megakd-gemms",
+        "the matrix products of linear_kd_loss and nothing else",
+        ("gemms",),
         logits="fp32",
     ),
 )

@@ -124,18 +124,10 @@ def _gemms(problem: Problem, impl: str) -> Tensor:
     return input_gradient[0, 0] + weight_gradient[0, 0]
 
 
-def _hidden_mse(problem: Problem, impl: str) -> Tensor:
-    total = mk.hidden_mse_projection_loss(
-        problem.student, problem.student_weight, problem.teacher, valid=None, impl=impl
-    )
-    return total / problem.case.n
-
-
-def _hidden_cosine(problem: Problem, impl: str) -> Tensor:
-    total = mk.hidden_cosine_projection_loss(
-        problem.student, problem.student_weight, problem.teacher, valid=None, impl=impl
-    )
-    return total / problem.case.n
+def _hidden(problem: Problem, impl: str) -> Tensor:
+    loss = getattr(mk, f"{problem.case.kind}_projection_loss")
+    tensors = (problem.student, problem.student_weight, problem.teacher)
+    return loss(*tensors, valid=None, impl=impl) / problem.case.n
 
 
 def _relation(problem: Problem, impl: str) -> Tensor:
@@ -153,7 +145,7 @@ _LOSSES = {
     "logits": _logits,
     "rows": _rows,
     "gemms": _gemms,
-    "hidden_mse": _hidden_mse,
-    "hidden_cosine": _hidden_cosine,
+    "hidden_mse": _hidden,
+    "hidden_cosine": _hidden,
     "relation": _relation,
 }

@@ -59,12 +59,8 @@ class Problem:
         n = min(rows, self.case.n)
         short = self._changed(lambda tensor: tensor[:, -n:] if tensor.dim() == 3 else tensor[-n:])
         whole = self._changed(lambda tensor: tensor)
-        return replace(
-            short,
-            case=self.case.cut(n),
-            student_weight=whole.student_weight,
-            teacher_weight=whole.teacher_weight,
-        )
+        heads = {name: getattr(whole, name) for name in ("student_weight", "teacher_weight")}
+        return replace(short, case=self.case.cut(n), **heads)
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Problem:
         tensors = {name: each for name, each in vars(self).items() if isinstance(each, Tensor)}
@@ -142,23 +138,15 @@ class _Source:
         case = self.case
         student = self._normal(case.n, case.hs)
         weight = self._normal(case.v, case.hs, deviation=LOGIT_DEVIATION * case.hs**-0.5)
-        if case.ht == 0 and case.kind != "topk":
-            return self._problem(student=student, student_weight=weight, labels=self._labels())
+        teacher: dict[str, Tensor] = {}
         if case.kind == "topk":
-            ids, logprobs = self._largest(student, weight)
-            return self._problem(
-                student=student, student_weight=weight, labels=self._labels(), topk_ids=ids,
-                topk_logprobs=logprobs,
-            )  # fmt: skip
-        extra = case.ht - case.hs
-        noise = self._normal(case.v, extra, deviation=TEACHER_NOISE * extra**-0.5)
-        return self._problem(
-            student=student,
-            student_weight=weight,
-            teacher=torch.cat((student, self._normal(case.n, extra)), dim=1),
-            teacher_weight=torch.cat((weight, noise), dim=1),
-            labels=self._labels(),
-        )
+            teacher["topk_ids"], teacher["topk_logprobs"] = self._largest(student, weight)
+        elif case.ht:
+            extra = case.ht - case.hs
+            noise = self._normal(case.v, extra, deviation=TEACHER_NOISE * extra**-0.5)
+            teacher["teacher"] = torch.cat((student, self._normal(case.n, extra)), dim=1)
+            teacher["teacher_weight"] = torch.cat((weight, noise), dim=1)
+        return self._problem(student, student_weight=weight, labels=self._labels(), **teacher)
 
     def _largest(self, student: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and log-probabilities of a teacher, the student with noise; unique ids."""

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from bench.accuracy import Errors
 from bench.cases import Case, bytes_moved, floating_point_operations
 from bench.catalogue import find
 from bench.machine import Ceilings, Machine
@@ -59,16 +58,6 @@ class Result:
     commit: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """The numbers of one implementation."""
-
-    times: Times
-    peak: Peak
-    errors: Errors
-    clock: float | None
-
-
 class Ledger:
     """Keeps the rows and appends each to the file as soon as it is known."""
 
@@ -92,14 +81,14 @@ class Ledger:
         """A row without numbers."""
         self._append(replace(self._row(case, implementation, status), reason=reason))
 
-    def add(self, case: Case, implementation: str, measured: Measured) -> None:
-        """A row with them."""
-        errors, peak = measured.errors, measured.peak
+    def add(
+        self, case: Case, implementation: str, times: Times, *, peak: Peak, **others: float | None
+    ) -> None:
+        """A row with its numbers; `others` are columns."""
         row = replace(
             self._row(case, implementation, MEASURED),
-            loss_relerr=errors.loss, dx_relerr=errors.dx, dw_relerr=errors.dw,
-            peak_mb=peak.bytes_ / 1e6, peak_method=peak.method, clock=measured.clock,
-            **_times(measured.times), **self._shares(case, measured.times.median / 1e3),
+            peak_mb=peak.bytes_ / 1e6, peak_method=peak.method, **others,
+            **_times(times), **self._shares(case, times.median / 1e3),
         )  # fmt: skip
         self._append(row)
 
@@ -134,12 +123,8 @@ def read(path: Path) -> list[Result]:
 
 
 def _times(times: Times) -> dict[str, float]:
-    return {
-        "ms_median": times.median,
-        "ms_p20": times.p20,
-        "ms_p80": times.p80,
-        "noise": times.noise,
-    }
+    columns = ("ms_median", "ms_p20", "ms_p80", "noise")
+    return dict(zip(columns, times, strict=True))
 
 
 def _logits_dtype(case: Case, implementation: str) -> str:

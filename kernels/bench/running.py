@@ -18,7 +18,7 @@ from bench.catalogue import Implementation, computes, find, reason_to_skip
 from bench.memory import Peak, peak_in_own_process, peak_on_cuda
 from bench.peers import load
 from bench.problem import Loss, Problem, drop_gradients, make_problem, run
-from bench.results import FAILED, SKIPPED, Ledger, Measured
+from bench.results import FAILED, SKIPPED, Ledger
 from bench.timing import Effort, sample_ms, summarise
 
 _ROUNDS = 2
@@ -111,13 +111,9 @@ class CaseRun:
 
     def _finish(self, name: str, problem: Problem) -> None:
         """Memory comes last: it needs the allocator, or a process, to itself."""
-        measured = Measured(
-            times=summarise(self._rounds[name]),
-            peak=self._peak(name, problem),
-            errors=self._errors[name],
-            clock=self._clocks[name],
-        )
-        self._ledger.add(self.case, name, measured)
+        errors = {f"{of}_relerr": error for of, error in self._errors[name]._asdict().items()}
+        times, peak = summarise(self._rounds[name]), self._peak(name, problem)
+        self._ledger.add(self.case, name, times, peak=peak, clock=self._clocks[name], **errors)
 
     def _peak(self, name: str, problem: Problem) -> Peak:
         if self._plan.kind == "cpu":
