@@ -1,27 +1,45 @@
 """Real runs on real data: teacher, distilled student, and the same student alone.
 
-`python benchmarks methods.real_runs sst2 | mrpc | stories | books [--seeds 1,2] [key=value …]`, by
-default on two CPU ranks under DeepSpeed's launcher, about five minutes each. Reads ../shared/data,
-writes runs/bench/<name>/seed-<n>; started again it goes on where it was.
+`python benchmarks methods.real_runs quickstart | sst2 | mrpc | stories | books [--seeds 1,2]
+[key=value …]`, by default on two CPU ranks under DeepSpeed's launcher, about five minutes each.
+Reads ../shared/data, writes runs/bench/<name>/seed-<n>; started again it goes on where it was.
+
+The quickstart also has the baseline `direct`, and its teacher is trained anew for every seed.
+`--maxidisc` also tries every assistant of the same grid, with the same teacher, and prints both
+scores and times.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from lib.data import BOOKS, Config, bert, llama, train_section
-from lib.launching import FETCHED_TEACHER, ROOT, SHARED, fetch_teacher, trained, write_config
+from lib.launching import (
+    FETCHED_TEACHER,
+    ROOT,
+    SHARED,
+    Report,
+    fetch_teacher,
+    seconds_of,
+    trained,
+    write_config,
+)
 from lib.options import integers, need, parsed, parser_of
-from lib.seeds import show
 from lib.stories import MODEL, STORIES, nats_per_token, write_stories_tokenizer
+from lib.tables import aligned, mean_and_deviation, print_scores
 
 MIXED = [
     {"loss": "soft_target_kl", "weight": 0.8, "temperature": 1.0},
     {"loss": "hard_cross_entropy", "weight": 0.2},
 ]
+QUICKSTART = Path("launch/examples/quickstart.yaml")
+LOWER_IS_BETTER = ("perplexity", "loss")
 SOFT = {"loss": "soft_target_kl", "weight": 1.0, "temperature": 2.0}
 
 
@@ -153,22 +171,44 @@ CASES = {
 
 
 def main(arguments: Sequence[str]) -> int:
+    given = parse(arguments)
+    reports, others = {}, {}
+    if given.name == "quickstart":
+        what, path = given.name, QUICKSTART
+        fetch_teacher()
+    else:
+        what, path = CASES[given.name].what, written(given.name, given.output / given.name)
+    for seed in given.seeds:
+        reports[seed] = _trained(given, path, given.name, seed, ())
+        if given.maxidisc:
+            others[seed] = _trained(given, path, "quickstart-maxidisc", seed, maxidisc())
+    show(f"{what}, {given.ranks} rank(s)", given.command, reports)
+    if given.maxidisc:
+        print(table({seed: beside(report, others[seed]) for seed, report in reports.items()}))
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("name", choices=list(CASES))
+    parser.add_argument("name", choices=["quickstart", *CASES])
     parser.add_argument("--seeds", type=integers, default=[1], help="separated by commas")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    words = "of the quickstart: try every assistant, too"
+    parser.add_argument("--maxidisc", action="store_true", help=words)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parsed(parser, __name__, arguments)
-    path = written(given.name, given.output / given.name)
-    reports = {}
-    for seed in given.seeds:
-        output = given.output / given.name / f"seed-{seed}"
-        overrides = [*given.overrides, f"seed={seed}"]
-        reports[seed] = trained(path, output, ranks=given.ranks, overrides=overrides)
-    what = f"{CASES[given.name].what}, {given.ranks} rank(s)"
-    show(what, given.command, reports)
-    return 0
+    if given.maxidisc and given.name != "quickstart":
+        parser.error("--maxidisc: only the quickstart has assistants")
+    return given
+
+
+def _trained(
+    given: argparse.Namespace, path: Path, name: str, seed: int, more: Sequence[str]
+) -> Any:
+    overrides = [*more, *given.overrides, f"seed={seed}"]
+    output = given.output / name / f"seed-{seed}"
+    return trained(path, output, ranks=given.ranks, overrides=overrides)
 
 
 def written(name: str, folder: Path) -> Path:
@@ -180,3 +220,83 @@ def written(name: str, folder: Path) -> Path:
     tree = {"output_dir": str(folder / "run"), **case.config(folder)}
     write_config(ROOT / folder / "run.yaml", tree)
     return folder / "run.yaml"
+
+
+def scores(report: Report) -> dict[str, float]:
+    """Return the headline metric of teacher, distilled and alone, on the report's split."""
+    metrics = {"distilled": report["student"]["metrics"], **report["baselines"]}
+    if report["teacher"] is not None:
+        metrics = {"teacher": report["teacher"]["metrics"], **metrics}
+    return {model: values[report["metric_name"]] for model, values in metrics.items()}
+
+
+def gain(report: Report) -> float:
+    """Return the gain of the distilled student over the student alone; negative for a loss."""
+    by_model = scores(report)
+    difference = by_model["distilled"] - by_model["alone"]
+    return -difference if report["metric_name"] in LOWER_IS_BETTER else difference
+
+
+def table(rows: Mapping[object, Mapping[str, float]]) -> str:
+    """Return a line per seed, then mean and standard deviation over the seeds."""
+    # One seed may need a stage that another does without.
+    titles = list(dict.fromkeys(title for row in rows.values() for title in row))
+    columns = [[row[title] for row in rows.values() if title in row] for title in titles]
+    pairs = [mean_and_deviation(column) for column in columns]
+    lines = {str(seed): row for seed, row in rows.items()}
+    for name, place in (("mean", 0), ("sd", 1)):
+        values = (pair[place] for pair in pairs)
+        lines[name] = dict(zip(titles, values, strict=True))
+    cells = [
+        [name, *(f"{row[title]:.4g}" if title in row else "-" for title in titles)]
+        for name, row in lines.items()
+    ]
+    return aligned([["seed", *titles], *cells])
+
+
+def show(what: str, command: str, reports: Mapping[int, Report]) -> None:
+    rows = {
+        seed: {**scores(report), "gain": gain(report)}
+        | {f"{stage} s": spent for stage, spent in seconds_of(report).items()}
+        for seed, report in reports.items()
+    }
+    print(table(rows))
+    first, *_ = reports.values()
+    columns = {model: [scores(r)[model] for r in reports.values()] for model in scores(first)}
+    columns["gain"] = [gain(report) for report in reports.values()]
+    spent = [sum(seconds_of(report).values()) for report in reports.values()]
+    extra = [_sizes(first), f"training {mean_and_deviation(spent)[0]:.0f} s"]
+    what = f"{what}, {first['metric_name']} on {first['evaluated_on']}, {len(reports)} seed(s)"
+    print_scores(what, command, columns, extra=extra)
+
+
+def _sizes(report: Report) -> str:
+    student = report["student"]["parameters"]
+    if report["teacher"] is None:
+        return f"{student:,} parameters"
+    teacher = report["teacher"]["parameters"]
+    return f"{teacher:,} to {student:,} parameters ({teacher / student:.1f}x)"
+
+
+def maxidisc() -> list[str]:
+    """Return the overrides that make the quickstart's run MaxiDisc, without baselines."""
+    method = yaml.safe_load((ROOT / QUICKSTART).read_text(encoding="utf-8"))["method"]
+    # MaxiDisc also trains the target without an assistant.
+    method = {key: value for key, value in method.items() if key != "target_may_win"}
+    return [f"method={json.dumps(method | {'name': 'maxidisc'})}", "baselines=[]", "alone=null"]
+
+
+def beside(report: Report, other: Report) -> dict[str, float]:
+    """Return the scores and the seconds of MiniDisc and of MaxiDisc.
+
+    The seconds are those of the search and its students: neither teacher nor baselines count.
+    """
+    score, best = scores(report)["distilled"], scores(other)["distilled"]
+    ours, theirs = _search_seconds(report), _search_seconds(other)
+    times = {"minidisc s": ours, "maxidisc s": theirs, "share": ours / theirs}
+    return {"minidisc": score, "maxidisc": best, "difference": score - best, **times}
+
+
+def _search_seconds(report: Report) -> float:
+    left_out = {"teacher-finetune", *report["baselines"]}
+    return sum(spent for stage, spent in seconds_of(report).items() if stage not in left_out)

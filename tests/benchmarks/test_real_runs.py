@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from lib import launching, stories
 from megakd.config.file import load_config
-from methods import cache_draws, on_policy, quickstart_seeds, real_runs
+from methods import cache_draws, on_policy, real_runs
 
 ROOT = launching.ROOT
 MERGED = (" a", "b", " ab", "c", "bc", "a")
@@ -50,21 +50,21 @@ def test_minidisc_and_maxidisc_are_run_and_compared_seed_by_seed(monkeypatch, ca
     calls = []
 
     def trained(config, output, *, ranks, overrides):
-        calls.append((output.name, overrides[-2:]))
-        if "maxidisc" in output.name:
+        calls.append((output.parent.name, overrides[-2:]))
+        if "maxidisc" in output.parent.name:
             return report(distilled=0.5, alone=0.4, trial=36.0) | {"baselines": {}}
         return report(distilled=0.6, alone=0.4, **{"teacher-finetune": 100.0})
 
-    monkeypatch.setattr(quickstart_seeds, "trained", trained)
-    monkeypatch.setattr(quickstart_seeds, "fetch_teacher", lambda: None)
+    monkeypatch.setattr(real_runs, "trained", trained)
+    monkeypatch.setattr(real_runs, "fetch_teacher", lambda: None)
 
-    words = ["--seeds", "1,2", "--output", str(tmp_path), "--maxidisc", "seed=9"]
-    assert quickstart_seeds.main(words) == 0
+    words = ["quickstart", "--seeds", "1,2", "--output", str(tmp_path), "--maxidisc", "seed=9"]
+    assert real_runs.main(words) == 0
 
     assert calls == [
-        (f"quickstart-{kind}{seed}", ["seed=9", f"seed={seed}"])
+        (f"quickstart{kind}", ["seed=9", f"seed={seed}"])
         for seed in (1, 2)
-        for kind in ("", "maxidisc-")
+        for kind in ("", "-maxidisc")
     ]
     shown = capsys.readouterr().out
     assert "distilled 0.6000; alone 0.4000; gain 0.2000; 800 to 100 parameters (8.0x)" in shown
@@ -75,11 +75,11 @@ def test_minidisc_and_maxidisc_are_run_and_compared_seed_by_seed(monkeypatch, ca
 
 
 def test_maxidisc_tries_every_assistant_of_the_quickstarts_grid(tmp_path):
-    overrides = [*quickstart_seeds.maxidisc(), f"output_dir={tmp_path}"]
+    overrides = [*real_runs.maxidisc(), f"output_dir={tmp_path}"]
 
-    config = load_config(ROOT / quickstart_seeds.CONFIG, overrides)
+    config = load_config(ROOT / real_runs.QUICKSTART, overrides)
 
-    plain = load_config(ROOT / quickstart_seeds.CONFIG, [])
+    plain = load_config(ROOT / real_runs.QUICKSTART, [])
     assert (config.method.name, config.baselines) == ("maxidisc", ())
     assert config.method.sparsities == plain.method.sparsities
     assert config.method.target_sparsity == plain.method.target_sparsity
