@@ -18,7 +18,6 @@ HERE = Path(__file__).resolve().parent
 
 
 def listed() -> Iterator[tuple[str, str]]:
-    """Yield the name of every benchmark with the first line of its docstring."""
     for path in sorted(HERE.glob("*/*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         is_program = any(getattr(node, "name", "") == "main" for node in tree.body)
@@ -31,7 +30,6 @@ def listed() -> Iterator[tuple[str, str]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark that is named first, and return its exit code."""
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(__doc__, *(f"{name:<28}{about}" for name, about in listed()), sep="\n")
         return 0

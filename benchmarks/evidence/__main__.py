@@ -68,7 +68,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(given: argparse.Namespace) -> None:
-    """Run the chosen comparisons in their settings."""
     places = list(chosen(given))
     check(places, given)
     begun = [(_opened(given.stored, name, setting), seeds) for name, setting, seeds in places]
@@ -101,7 +100,6 @@ def check(places: Sequence[Chosen], given: argparse.Namespace) -> None:
 
 
 def need_data(data: Path, settings: Sequence[Setting]) -> None:
-    """Raise UnusableError unless the data folder has all files of the settings."""
     for setting in settings:
         for file in setting.needs:
             if not (data / file).is_file():
@@ -112,7 +110,6 @@ def need_data(data: Path, settings: Sequence[Setting]) -> None:
 
 
 def need_space(out: Path, places: Sequence[Chosen], jobs: int) -> None:
-    """Raise UnusableError unless the disk has room for teachers, caches and running cells."""
     teachers = {
         (setting.name, teacher, seed)
         for name, setting, seeds in places
@@ -140,7 +137,6 @@ def encoder_in(out: Path) -> Path:
 
 
 def chosen(given: argparse.Namespace) -> Iterator[tuple[str, Setting, Sequence[int]]]:
-    """Yield the comparisons, settings and seeds that were asked for."""
     for name in given.only:
         for setting, seeds in COMPARISONS[name].seeds.items():
             if setting in given.settings:
@@ -148,7 +144,6 @@ def chosen(given: argparse.Namespace) -> Iterator[tuple[str, Setting, Sequence[i
 
 
 def _opened(folder: Path, name: str, setting: Setting) -> Stored:
-    """Return what is stored of a comparison in a setting, or a new record."""
     settings, found = digest(name, setting), COMPARISONS[name]
     path = stored_path(folder, name, setting.name)
     if path.is_file():
@@ -241,7 +236,6 @@ def _run_seeds(
 def _with_teachers(
     given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
 ) -> Stored:
-    """Train the teachers of the seeds and write their caches, unless that is done."""
     setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
     needed = [(name, seed) for seed in seeds for name in comparison.teachers]
     # The longest runs come first, so that no core waits for the last run.

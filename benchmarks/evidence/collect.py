@@ -74,7 +74,6 @@ def collect(folder: Path, data: Path, names: Iterable[str]) -> None:
 
 
 def advice(name: str, source: Source) -> str:
-    """Return how the runs of a setting are made."""
     found = COLLECTED[name]
     command = command_of(source.benchmark or found.benchmark, [*found.words, *source.options])
     return f"not stored without the arm {found.reference}; make the runs with `{command}`"
@@ -262,7 +261,6 @@ def _pruned_gates(
 
 
 def homodistil_cells(found: homodistil.Found, loss_of: LossOf, *, rows: int) -> list[Cell]:
-    """Return the cells on held-out text, at equal steps."""
     cells = list[Cell]()
     for arm, seed in itertools.product(COLLECTED["homodistil"].arms, found.seeds):
         report, score = found.pruning(arm, seed), loss_of(found, arm, seed)

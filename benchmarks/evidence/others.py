@@ -192,7 +192,6 @@ ALL_COMPARISONS: Mapping[str, Comparison] = {**COMPARISONS, **COLLECTED}
 
 
 def titles_of(comparison: str) -> Mapping[str, str]:
-    """Return the titles of the settings of a comparison, in the order of the page."""
     if comparison in COLLECTED:
         return {name: source.title for name, source in COLLECTED[comparison].sources.items()}
     return {name: setting.title for name, setting in SETTINGS.items()}

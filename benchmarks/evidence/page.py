@@ -80,7 +80,6 @@ def draw(
 
 
 def read_folder(folder: Path, comparisons: Mapping[str, Comparison]) -> dict[str, list[Assessed]]:
-    """Return the stored settings of each comparison, both in the order of their definitions."""
     found: dict[str, list[Assessed]] = {}
     for path in sorted(folder.glob("*.json")):
         stored = read_stored(path)
@@ -212,7 +211,6 @@ def _start(start: str, paper_start: str | None) -> str:
 
 
 def _teachers(one: Assessed) -> list[str]:
-    """Return the test scores of the teachers over the seeds."""
     finals: dict[str, list[float]] = {}
     for teacher in one.stored.teachers:
         finals.setdefault(teacher.teacher, []).append(teacher.final)
@@ -281,7 +279,6 @@ def compared_table(one: Assessed, groups: Iterable[Group]) -> str:
 
 
 def plain_table(stored: Stored, groups: Iterable[Group]) -> str:
-    """Return the Markdown table of cells that are not compared."""
     return markdown_table([_cells_of(stored, arm) for group in groups for arm in group.arms])
 
 

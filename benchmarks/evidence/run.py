@@ -157,7 +157,6 @@ class Planned:
 
 
 def cell_config(bench: Bench, arm: Arm, cell: Planned) -> Config:
-    """Return the run config of a cell, without the output folder."""
     setting, sections = cell.place.setting, arm.config(cell.place)
     train = setting.student.train() | sections.get("train", {}) | {"max_steps": cell.steps}
     sections = {**sections, "train": train}
@@ -417,7 +416,6 @@ def answers_of(model: Path, texts: Sequence[str], max_length: int) -> Answered:
 
 
 def test_rows(path: Path) -> tuple[list[str], list[str]]:
-    """Return the texts and the labels of a split."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
     return [text for text, _ in rows], [label for _, label in rows]

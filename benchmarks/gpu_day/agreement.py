@@ -35,7 +35,6 @@ LARGEST_ERROR = {"loss": {"fp32": 1e-4, "bf16": 1e-4}, "gradient": {"fp32": 1e-4
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the errors of all losses; return 1 if an error is too large."""
     given = part_parser(__doc__).parse_args(arguments)
     if given.rehearse:
         # Triton reads the variable when a kernel is defined.

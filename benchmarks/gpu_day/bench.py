@@ -33,7 +33,6 @@ EVERY_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, print its rows as they come, and return its exit code."""
     parser = part_parser(__doc__)
     parser.add_argument("--cases", type=words, required=True)
     parser.add_argument("--implementations", type=words, required=True)
@@ -56,7 +55,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that the benchmark has written, with the columns of the page."""
     lines = [line for file in folder.glob("*.jsonl") for line in whole_lines(file)]
     found = [json.loads(line) for line in lines]
     return [{title: row.get(key) for key, title in COLUMNS.items()} for row in found]
@@ -68,7 +66,6 @@ def whole_lines(file: Path) -> list[str]:
 
 
 def promises_of(folder: Path) -> list[dict[str, Any]]:
-    """Return what the repository promises of a GPU, as far as these rows tell."""
     from bench.results import read
     from bench.targets import verdicts
 

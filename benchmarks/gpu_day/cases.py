@@ -22,7 +22,6 @@ NEVER = 10**6
 
 
 def causal_lm_tree(folder: Path, *, rehearse: bool) -> Tree:
-    """Return a run of a language model at ZeRO 3 / 3, in `folder`."""
     length = 32 if rehearse else 512
     teacher, student = ((2, 32), (1, 16)) if rehearse else ((8, 1024), (4, 512))
     return {
@@ -36,7 +35,6 @@ def causal_lm_tree(folder: Path, *, rehearse: bool) -> Tree:
 
 
 def minidisc_tree(folder: Path, *, rehearse: bool) -> Tree:
-    """Return a run of MiniDisc at ZeRO 3 / 3, in `folder`."""
     sparsities = [0.3, 0.5] if rehearse else [0.5, 0.7, 0.9]
     length = 16 if rehearse else 64
     return {

@@ -27,7 +27,6 @@ SHOWN = 20
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run both groups of tests; return 1 if a test fails."""
     given = part_parser(__doc__).parse_args(arguments)
     for module in ("pytest", "triton"):
         if importlib.util.find_spec(module) is None:
@@ -76,7 +75,6 @@ def counts(report: Path) -> dict[str, Any]:
 
 
 def failed(report: Path) -> list[dict[str, str]]:
-    """Return the tests that failed, with the first line of their messages."""
     if not report.is_file():
         return []
     found = []

@@ -27,7 +27,6 @@ from megakd.storage.atomic import write_text
 
 
 def main(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
-    """Run the parts that have not finished; return 1 if one of the chosen parts has a problem."""
     given = parse(arguments, parts)
     try:
         results = opened(given)
@@ -60,7 +59,6 @@ def opened(given: argparse.Namespace) -> Results:
 
 
 def run_parts(chosen: Sequence[Part], results: Results, given: argparse.Namespace) -> None:
-    """Run every chosen part that has not finished and fits into the remaining time."""
     deadline = time.monotonic() + 60 * given.minutes
     for part in chosen:
         if results.is_finished(part.name):

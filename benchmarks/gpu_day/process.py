@@ -77,7 +77,6 @@ def reason_to_skip(log: str) -> str:
 
 
 def tail_of(log: str) -> str:
-    """Return the end of a part's output, without its numbers."""
     lines = [line for line in log.splitlines() if not line.startswith(NUMBERS)]
     return "\n".join(lines[-TAIL_LINES:])
 

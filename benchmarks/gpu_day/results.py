@@ -109,7 +109,6 @@ TIMEOUT_S = 20
 
 
 def has_gpu() -> bool:
-    """Return whether torch can use a GPU."""
     import torch  # takes seconds, and a rehearsal does not ask
 
     return torch.cuda.is_available()
@@ -122,7 +121,6 @@ def describe(*, rehearsal: bool) -> dict[str, str]:
 
 
 def _gpus() -> dict[str, str]:
-    """Return the answers of nvidia-smi for the first GPU."""
     query = [f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader"]
     lines = _output(["nvidia-smi", *query]).splitlines()
     if not lines:
@@ -132,7 +130,6 @@ def _gpus() -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the installed packages, without importing them."""
     installed = {one.name.lower(): one.version for one in metadata.distributions()}
     return {package: installed.get(package, "not installed") for package in PACKAGES}
 
@@ -192,7 +189,6 @@ def _part(name: str, outcome: Outcome) -> list[str]:
 
 
 def _tables(numbers: Mapping[str, Any]) -> list[str]:
-    """Return a table of the single values, and a table per list of rows."""
     values = [{"what": k, "value": v} for k, v in numbers.items() if not isinstance(v, list)]
     blocks = [markdown_table(values)] if values else []
     for title, rows in numbers.items():

@@ -79,7 +79,6 @@ def run_all(config: Path, given: Namespace, numbers: dict[str, Any]) -> None:
 def whole_run(
     config: Path, output: Path, given: Namespace, legs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Run to the end, from where the folder is, and return the numbers of the report."""
     began = time.monotonic()
     with start(config, output, given) as process:
         code = process.wait()
@@ -129,7 +128,6 @@ def newest_step(folder: Path) -> int:
 
 
 def start(config: Path, output: Path, given: Namespace) -> subprocess.Popen[bytes]:
-    """Start `deepspeed launch/train.py` with one rank."""
     script = ["launch/train.py", "--config", str(config), f"output_dir={output}"]
     return subprocess.Popen(under_launcher(script, 1, on_cpu=given.rehearse), cwd=ROOT)
 
@@ -156,7 +154,6 @@ def report_numbers(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(one: Path, other: Path) -> dict[str, Any]:
-    """Compare the weights of two finished runs."""
     from safetensors.torch import load_file
 
     files = [folder / "final" / "model.safetensors" for folder in (one, other)]

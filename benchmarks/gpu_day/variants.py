@@ -60,7 +60,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def timed(value: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the times of all cases with a value, from a process of its own."""
     own = {} if given.variable == CHUNK_MB else {given.variable: value}
     if given.rehearse:
         own["TRITON_INTERPRET"] = "1"
@@ -96,7 +95,6 @@ def is_read(variable: str) -> bool:
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Time the cases in this process and print a line for each."""
     import torch
 
     from bench.cases import cases_for

@@ -110,14 +110,12 @@ def changed(given: argparse.Namespace, names: Mapping[str, type]) -> dict[str, A
 
 
 def add_changeable(parser: argparse.ArgumentParser, names: Mapping[str, type]) -> None:
-    """Add an option for every size that can be changed."""
     for name, kind in names.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=kind, help="in place of the benchmark's own")
 
 
 def check_ranks(parser: argparse.ArgumentParser, given: argparse.Namespace, *batches: int) -> None:
-    """End the program unless the rows of all batches can be shared by the ranks."""
     for rows in batches:
         if rows % given.ranks:
             parser.error(f"--ranks: {rows} rows cannot be shared by {given.ranks} ranks")

@@ -154,7 +154,6 @@ def start_ranks(
 
 
 def start_benchmark(module: str, arguments: Sequence[str], ranks: int) -> None:
-    """Run a benchmark once per rank, as `start_ranks` does."""
     start_ranks([str(BENCHMARKS), module, *arguments], ranks)
 
 

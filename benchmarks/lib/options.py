@@ -49,7 +49,6 @@ def command_of(module: str, arguments: Sequence[str]) -> str:
 
 
 def need(paths: Iterable[Path]) -> None:
-    """Raise UnusableError if a path does not exist."""
     for path in paths:
         if not path.exists():
             raise UnusableError(f"{path} does not exist")

@@ -40,7 +40,6 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 
 def ratio_of(pairs: Sequence[Sequence[float]]) -> Spread:
-    """Return the spread of the first of each pair over the second."""
     return spread_of([pair[0] / pair[1] for pair in pairs])
 
 
@@ -102,7 +101,6 @@ def yes_or_no(is_met: object) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Return cells in columns, flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))

@@ -77,7 +77,6 @@ CASES = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the cases; 1 where one takes more than was predicted."""
     given = parse(arguments)
     rows, fits = [], True
     for name in given.cases:
@@ -112,7 +111,6 @@ def measured(case: Case, folder: Path, given: argparse.Namespace) -> tuple[int, 
 
 
 def write_texts(folder: Path, task: str) -> None:
-    """A few texts of random words."""
     drawn = random.Random(0)
     for split, count in (("train", 64), ("validation", 4 * ROWS)):
         rows = [{"text": " ".join(drawn.choices(WORDS, k=2 * LENGTH))} for _ in range(count)]

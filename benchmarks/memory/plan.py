@@ -119,7 +119,6 @@ class Compared(NamedTuple):
 
 
 def compared(case: Case, folder: Path) -> Compared:
-    """Plan a case, then run it in a folder of its own."""
     config = config_of(case, folder)
     plan = plan_run(config, Cluster(ranks=case.ranks), advise=False)
     measured = max(peaks_of(folder / "run.yaml", case.ranks))
@@ -163,7 +162,6 @@ def peaks_of(config: Path, ranks: int) -> list[int]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compares all cases and prints a table; 1 where one is further off than a tenth."""
     parser = parser_of(__doc__)
     parser.add_argument(
         "--cases", type=integers, help="numbers from 1, joined by commas; default: all"

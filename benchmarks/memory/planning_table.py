@@ -58,7 +58,6 @@ LABELS = {
 
 
 def run_config(name: str) -> dict[str, Any]:
-    """The run of one row, as YAML would say it."""
     if name in ENCODERS:
         teacher, student, rows = ENCODERS[name], "from_teacher", 8
         task = {"type": "classification", "dataset": "glue/mrpc", "max_length": 128}

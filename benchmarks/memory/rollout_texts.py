@@ -84,7 +84,6 @@ def replay(store: RolloutStore, steps: int, rows: int) -> None:
 
 
 def answer() -> str:
-    """Return the JSON of a vLLM server for `SCORED` positions."""
     random = np.random.default_rng(2)
 
     def entries() -> Iterator[dict[str, Any] | None]:
@@ -129,7 +128,6 @@ def batch_of() -> Batch:
 
 
 def best_of(action: Callable[[], object]) -> float:
-    """Return the least CPU time of some calls, in seconds."""
     return min(measured(action, traced=False)[0] for _ in range(TIMES))
 
 

@@ -67,7 +67,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def trees(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the configs that the runs override, by name."""
     return {
         books.SHORT: books.short_config(given.out, given),
         books.TEACHER: books.teacher_config(given.out, given),
@@ -95,20 +94,17 @@ def pruning_config(folder: Path, given: argparse.Namespace) -> Config:
 
 
 def teach(given: argparse.Namespace) -> None:
-    """Train the teacher, and print what it knows of the held-out text."""
     report = [launching.report_of(leg, ranks=given.ranks) for leg in teacher_legs(given)][-1]
     metrics = report["evaluation_sets"][books.HELD_OUT]["metrics"]["student"]
     print(f"teacher, held out: loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}")
 
 
 def prune(given: argparse.Namespace) -> None:
-    """Train the students of all seeds."""
     for leg in pruning_legs(given):
         launching.report_of(leg, ranks=given.ranks)
 
 
 def tune(given: argparse.Namespace) -> None:
-    """Train every model on every task, `--jobs` side by side."""
     launching.run_side_by_side(task_legs(given), jobs=given.jobs)
 
 
@@ -146,7 +142,6 @@ def pruning_legs(given: argparse.Namespace) -> list[launching.Leg]:
 
 
 def task_legs(given: argparse.Namespace) -> list[launching.Leg]:
-    """Return a run per model, task and seed."""
     return [
         leg
         for seed in given.seeds
@@ -155,7 +150,6 @@ def task_legs(given: argparse.Namespace) -> list[launching.Leg]:
 
 
 def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
-    """Return the folders of a seed's finished models."""
     first = given.out / f"{CUBIC}-{seed}"
     return {
         books.TEACHER: given.out / books.TEACHER / "final",

@@ -79,7 +79,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def trees(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the config that the variants override, by name."""
     tree = {
         "task": stories_task(given.data, given.out),
         "teacher": stories_teacher(given.data),
@@ -143,7 +142,6 @@ def steps_at_cost(found: Found, steps: int) -> dict[str, int]:
 
 
 def rows(found: Found) -> Rows:
-    """Return the numbers of every variant over the seeds."""
     return {
         name: [
             (loss, None if name in NO_DIVERGENCE else largest_jump(report["pruning"]))

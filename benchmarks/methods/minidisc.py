@@ -100,7 +100,6 @@ def task_section(task: str, data: Path, folder: Path) -> Config:
 
 
 def write_configs(folder: Path, task: str, given: argparse.Namespace) -> None:
-    """Write teacher.yaml and schedule.yaml of a task."""
     section = task_section(task, given.data, folder)
     is_size = re.fullmatch(r"\d+x\d+", given.teacher)
     layers, width = sizes_of(given.teacher) if is_size else (0, 0)
@@ -130,7 +129,6 @@ def write_configs(folder: Path, task: str, given: argparse.Namespace) -> None:
 
 
 def training(given: argparse.Namespace, steps: int, rate: float) -> Config:
-    """Return the settings for training, scoring and saving a leg."""
     evaluate_every = max(1, steps // given.evaluations)
     return {
         "train": {
@@ -199,7 +197,6 @@ def correlation(tradeoffs: Mapping[float, float], students: Mapping[float, float
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return a line per task and seed, and the means."""
     columns = Outcome._fields[2:]
     lines = [["task", "seed", *columns]]
     lines += ([o.task, str(o.seed), *(f"{value:.2f}" for value in o[2:])] for o in outcomes)
@@ -227,7 +224,6 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
 
 
 def rows(outcomes: Sequence[Outcome], what: str) -> list[tuple[str, str, str]]:
-    """Return a row for notebook/measurements.md per task."""
     made = []
     for task in dict.fromkeys(one.task for one in outcomes):
         mine = [one for one in outcomes if one.task == task]

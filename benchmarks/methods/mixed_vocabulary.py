@@ -116,7 +116,6 @@ class Found(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the stages that were asked for; finished runs are not repeated."""
     given = parse(arguments)
     check(given)
     make_teacher(given)
@@ -127,7 +126,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check(given: argparse.Namespace) -> None:
-    """Raise UnusableError if the data or the teacher does not exist."""
     text = (BOOKS,) if reads_books(given) else ()
     need(given.data / part for part in (*text, *(TASKS[name].data for name in given.tasks)))
     if not given.trains_teacher and not (given.teacher / "config.json").is_file():
@@ -156,7 +154,6 @@ def make_teacher(given: argparse.Namespace) -> None:
 
 
 def trees(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the configs that the runs override, by name."""
     configs = {STUDENTS: students_config(given), LARGE: large_config(given)}
     for name in given.tasks:
         configs[f"task-{name}"] = books.task_config(name, given.out, given)
@@ -235,13 +232,11 @@ def _training(given: argparse.Namespace) -> Config:
 
 
 def learn(given: argparse.Namespace) -> None:
-    """Train the students of all seeds."""
     for leg in student_legs(given):
         launching.report_of(leg, ranks=given.ranks)
 
 
 def tune(given: argparse.Namespace) -> None:
-    """Train every model on every task, `--jobs` side by side."""
     launching.run_side_by_side(task_legs(given), jobs=given.jobs)
 
 
@@ -278,7 +273,6 @@ def task_legs(given: argparse.Namespace) -> list[launching.Leg]:
 
 
 def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
-    """Return the folders of a seed's finished models."""
     alone = given.out / f"{ALONE}-{seed}"
     return {
         books.TEACHER: given.teacher,

@@ -79,7 +79,6 @@ def write_data(folder: Path) -> None:
 
 
 def sums(count: int, rng: random.Random) -> Iterator[dict[str, str]]:
-    """Yield different sums of digits with their partial sums."""
     seen = set[tuple[int, ...]]()
     while len(seen) < count:
         digits = tuple(rng.choices(range(1, 10), k=TERMS))
@@ -123,7 +122,6 @@ def teacher_config(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def half_way(given: argparse.Namespace) -> dict[str, Any]:
-    """The first training of the student on the data."""
     steps = 10 if given.quick else given.start_steps
     return {
         **common(given, steps, 2e-3),
@@ -133,7 +131,6 @@ def half_way(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def arm(given: argparse.Namespace, name: str, start: Path) -> dict[str, Any]:
-    """The second training of the student."""
     steps = 5 if given.quick else given.steps
     config = {**common(given, steps, 5e-4), "student": {"model": str(start), "deepspeed": "zero0"}}
     chosen = dict(ARMS[name])
@@ -148,7 +145,6 @@ def arm(given: argparse.Namespace, name: str, start: Path) -> dict[str, Any]:
 
 
 def run(given: argparse.Namespace, name: str, seed: int, config: Mapping[str, Any]) -> Path:
-    """The folder of a run that has finished, now or before."""
     folder = given.out / name
     path = write_config(given.out / f"{name}.yaml", {"output_dir": str(folder), **config})
     trained(path, folder, ranks=1, overrides=[f"seed={seed}"])

@@ -212,7 +212,6 @@ def _trained(
 
 
 def written(name: str, folder: Path) -> Path:
-    """Write the run config of a case, and what it reads; return its path."""
     case = CASES[name]
     need([ROOT / SHARED / case.data])
     case.prepare(folder)
@@ -279,7 +278,6 @@ def _sizes(report: Report) -> str:
 
 
 def maxidisc() -> list[str]:
-    """Return the overrides that make the quickstart's run MaxiDisc, without baselines."""
     method = yaml.safe_load((ROOT / QUICKSTART).read_text(encoding="utf-8"))["method"]
     # MaxiDisc also trains the target without an assistant.
     method = {key: value for key, value in method.items() if key != "target_may_win"}

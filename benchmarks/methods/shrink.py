@@ -318,7 +318,6 @@ def _divergences_line(divergences: Mapping[int, float]) -> str:
 
 
 def show_hops(given: argparse.Namespace, command: str) -> None:
-    """Print the losses of one hop and of two hops, as a row for notebook/measurements.md."""
     losses = {
         name: [
             _loss(report) for seed in given.seeds if (report := finished(leg(given, name, seed)))
@@ -330,7 +329,6 @@ def show_hops(given: argparse.Namespace, command: str) -> None:
 
 
 def show_trials(given: argparse.Namespace, command: str) -> None:
-    """Print the candidates that trials of several lengths chose, as a row for the measurements."""
     parts = []
     for name in variants(given):
         reports = [finished(leg(given, name, seed)) for seed in given.seeds]

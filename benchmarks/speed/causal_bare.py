@@ -82,7 +82,6 @@ TERMS = {
 
 
 def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
-    """Write the texts, the tokenizer and run.yaml of a run with one soft target."""
     words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL))]
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))

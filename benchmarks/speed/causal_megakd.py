@@ -72,7 +72,6 @@ class Megakd:
 
 @contextmanager
 def opened(case: Path, count: int) -> Iterator[Megakd]:
-    """Build the engines of the case's run, and free them at the end."""
     config = load_config(case / RUN)
     with started(config) as ranks, running(config, ranks, count) as side:
         yield side
@@ -80,7 +79,6 @@ def opened(case: Path, count: int) -> Iterator[Megakd]:
 
 @contextmanager
 def opened_chat(case: Path, count: int) -> Iterator[tuple[Megakd, Megakd]]:
-    """Build the engines of the runs on chat rows and on text rows, and free them at the end."""
     configs = [load_config(folder / RUN) for folder in (case / CHAT, case)]
     with started(configs[0]) as ranks, ExitStack() as stack:
         chat, text = (stack.enter_context(running(config, ranks, count)) for config in configs)

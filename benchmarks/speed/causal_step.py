@@ -73,7 +73,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rows_of(given: argparse.Namespace) -> list[Row]:
-    """Measure all sides against the bare loop; return the rows for notebook/measurements.md."""
     sides = ["megakd", *(trl.available() if given.peers else [])]
     rows = []
     for divergence in given.divergences:
@@ -88,7 +87,6 @@ def rows_of(given: argparse.Namespace) -> list[Row]:
 
 
 def chat_rows(given: argparse.Namespace) -> list[Row]:
-    """Measure chat rows against text rows; return the rows for notebook/measurements.md."""
     rows = []
     for divergence, counted in itertools.product(given.divergences, COUNTED):
         with tempfile.TemporaryDirectory(prefix="megakd-causal-") as name:
@@ -101,7 +99,6 @@ def chat_rows(given: argparse.Namespace) -> list[Row]:
 
 
 def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.Namespace) -> Any:
-    """Return what a process of its own has measured."""
     place = ["--case", str(case), "--side", side, "--what", what, "--divergences", divergence]
     command = [sys.executable, str(BENCHMARKS), __name__, *given.arguments, *place]
     changes = {"OMP_NUM_THREADS": str(given.threads), "PYTHONPATH": bench_path()}
@@ -111,7 +108,6 @@ def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Measure one side, and write what was found into the folder of the case."""
     torch.set_num_threads(given.threads)
     if given.chat:
         from speed.causal_megakd import opened_chat
@@ -152,7 +148,6 @@ def extra_memory(side: Any, given: argparse.Namespace) -> int:
 
 
 def beside(side: Any, given: argparse.Namespace) -> list[list[float]]:
-    """Take the steps of a side and of a bare loop by turns."""
     return paired(side, side.bare(loss_of(given.divergences[0], given.mixture)), given, agree=True)
 
 
@@ -162,7 +157,6 @@ def row_of(
     memory: tuple[int, int] | None,
     given: argparse.Namespace,
 ) -> Row:
-    """Print the line of a side; return the row for notebook/measurements.md."""
     ratio = ratio_of(pairs)
     ours, theirs = (1000 * statistics.median(each) for each in zip(*pairs, strict=True))
     numbers = f"CPU time {ratio.median:.4f} ({ours:.1f} against {theirs:.1f} ms)"

@@ -79,7 +79,6 @@ def case_of(given: argparse.Namespace, zero: str, teacher_zero: str, folder: Pat
 
 
 def measure(given: argparse.Namespace) -> None:
-    """Measure one pair of presets, and print its row."""
     torch.set_num_threads(given.threads)
     (zero,), (teacher_zero,) = given.zero, given.teacher_zero
     with tempfile.TemporaryDirectory(prefix="megakd-chat-step-") as name:

@@ -57,7 +57,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def write_texts(path: Path, rows: int) -> Path:
-    """Write made-up texts, unless they are there."""
     texts = enumerate(made_up_texts(rows))
     if not path.exists():
         write_jsonl(path, ({"text": text, "label": number % 2} for number, text in texts))

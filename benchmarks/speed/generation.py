@@ -92,7 +92,6 @@ def engine_of(given: argparse.Namespace) -> Engine:
 
 
 def measure(case: Case, given: argparse.Namespace) -> list[list[Clocks]]:
-    """Time pairs of calls in alternating order."""
     sides = [lambda _, call=call: timed(call) for call in (case.once, case.sharded)]
     pairs = by_turns(sides, given.pairs, warm_up=given.warm_up)
     if case.texts[::2] != case.texts[1::2]:
@@ -101,7 +100,6 @@ def measure(case: Case, given: argparse.Namespace) -> list[list[Clocks]]:
 
 
 def run_rank(given: argparse.Namespace) -> None:
-    """Measure on one rank; rank 0 prints the ratios of all."""
     ranks = distributed.start()
     keep_freed_memory()
     case = Case(given, ranks.rank)

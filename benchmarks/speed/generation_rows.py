@@ -107,7 +107,6 @@ def model_of(given: argparse.Namespace) -> Any:
 
 
 def measure(case: Case, given: argparse.Namespace, kinds: list[str], temperature: float) -> None:
-    """Time the kinds in alternating order, and print the ratios to the first kind."""
     texts: dict[str, Texts] = {}
 
     def seconds(kind: str, _: int) -> float:

@@ -66,7 +66,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write_run(folder: Path, given: argparse.Namespace) -> None:
-    """Write the case as masked language modelling, without a teacher."""
     tree = write_case(folder, given)
     del tree["teacher"], tree["objective"], tree["task"]["label_column"]
     tree["task"]["type"] = "mlm"
@@ -124,7 +123,6 @@ def mask(student: Any, goal: View) -> None:
 
 
 def rounds(runs: Mapping[str, StageRun], given: argparse.Namespace) -> list[dict[str, Clocks]]:
-    """Take one step of every side per round; who goes first changes with every round."""
     source, device = runs["whole"].source, runs["whole"].ranks.device
     averages: dict[str, Averages] = {name: {} for name in runs}
 

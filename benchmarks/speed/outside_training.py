@@ -56,7 +56,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run_once(checkout: Path, config: Path, overrides: Sequence[str]) -> Spent:
-    """Return the seconds of one whole run of a checkout in a new folder."""
     output = ROOT / FOLDER / "run"
     shutil.rmtree(output, ignore_errors=True)
     script = [sys.executable, str(checkout / "launch/train.py"), "--config", str(config)]
@@ -71,7 +70,6 @@ def run_once(checkout: Path, config: Path, overrides: Sequence[str]) -> Spent:
 
 
 def row(spent: dict[str, list[Spent]]) -> tuple[str, str, str]:
-    """Return the row for notebook/measurements.md."""
     numbers = "; ".join(
         f"{name}: {statistics.median(run.outside for run in runs):.1f} s outside "
         f"{statistics.median(run.training for run in runs):.1f} s of training, "

@@ -113,7 +113,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[str, Any]:
-    """Return this rank's clocks of both loops, and its share of waiting for data."""
     with stages.measured_stage(config, ranks) as (stage, teacher):
         bare = BareLoop(stage, teacher)
         count = given.warm_up + given.pairs
@@ -142,7 +141,6 @@ def megakd_step(stage: stages.MeasuredStage, steps: Iterator[None], index: int) 
 
 
 def show_profile(profile: cProfile.Profile) -> None:
-    """Print which functions take the time of megakd's steps."""
     statistics = pstats.Stats(profile)
     statistics.sort_stats("tottime").print_stats(15)
     statistics.sort_stats("cumtime").print_stats("megakd")

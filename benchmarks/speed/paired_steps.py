@@ -78,7 +78,6 @@ def as_minidisc(tree: Config) -> None:
 
 
 def alone(bench: stages.Bench, names: Sequence[str]) -> Stage:
-    """Return the stage of a student with one teacher."""
     return bench.stage("student", names, Constant((Pass(teacher=names[0]),)))
 
 

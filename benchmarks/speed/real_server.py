@@ -80,7 +80,6 @@ class Case:
 
 
 def served_numbers(case: Case, url: str, pushed: Path) -> Iterator[tuple[str, str]]:
-    """Texts, pushes and probabilities of a running server."""
     server = VllmWeightServer(JsonServer(url, time_limit_s=600))
     asked = VllmServer(JsonServer(url, time_limit_s=600))  # 0.32 states no version of the weights
     first = case.own_texts()
@@ -106,7 +105,6 @@ def scale(module: Any, factor: float) -> None:
 
 
 def difference(case: Case, server: VllmServer, prompt: tuple[int, ...]) -> float:
-    """The largest difference of log-probabilities of a text."""
     answers = server.top_k(prompt, TOP_K, str(case.folder))
     pairs = zip(answers, case.logprobs(prompt), strict=True)
     return max(
@@ -116,7 +114,6 @@ def difference(case: Case, server: VllmServer, prompt: tuple[int, ...]) -> float
 
 
 def states_numbers(case: Case, url: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """The hidden states of a running server."""
     config = case.model.config
     exports = Exports(folder, config.hidden_size, config.num_hidden_layers, 600)
     server = StatesServer(JsonServer(url, time_limit_s=600), exports)

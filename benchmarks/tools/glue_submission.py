@@ -92,7 +92,6 @@ def answers_of(outputs: torch.Tensor, glue: GlueTask, labels: Sequence[str]) -> 
 
 
 def write_submission(config: RunConfig, given: argparse.Namespace) -> list[Path]:
-    """Answer the test rows of a run's task, and return the files."""
     if not config.task.data_name.startswith("glue/"):
         raise SubmissionError(f"task.dataset: {config.task.data_name} is not a GLUE task")
     name = glue_name(config.task.data_name)
@@ -115,7 +114,6 @@ def write_submission(config: RunConfig, given: argparse.Namespace) -> list[Path]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the files and print their paths; return 2 for an error of the user."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -30,7 +30,6 @@ class Labels(AssistantOptions):
 
 
 def run(config: Labels, lab: Lab) -> StageResult:
-    """Cut the target out of the sorted teacher and train it on the rows that carry a label."""
     _, start = cut_target(config, lab)
     objective = lab.hard_terms()
     return lab.train(Stage(name="student", objective=objective, start=start))

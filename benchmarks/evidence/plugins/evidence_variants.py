@@ -38,7 +38,6 @@ class Variant(AssistantOptions):
 
 
 def run(config: Variant, lab: Lab) -> StageResult:
-    """Run the paper's first trial, then the changed second trial."""
     teacher, ranked = ranked_teacher(config, lab)
     papers = _papers(config)
     target, steps = view_name(config.target_sparsity), lab.steps_of_student()
