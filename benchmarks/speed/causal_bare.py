@@ -23,7 +23,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,6 @@ LEARNING_RATE = 1e-4
 MAX_GRAD_NORM = 1.0
 TOKENIZER, DATA, RUN, CHAT = "tokenizer", "data", "run.yaml", "chat"
 BETA = 0.5
-MIXTURES = ("logaddexp", "stacked")
 CLOSE = 1e-4
 CHAT_TARGET = 1.01
 SAME_TARGETS = "all"
@@ -158,20 +157,12 @@ class Models(NamedTuple):
     teacher: LlamaForCausalLM
 
 
-class Steps(Protocol):
-    """One way of taking a step; batches are numbered, and both sides of a pair have them."""
-
-    def step(self, index: int) -> None:
-        """Take the step of a batch; every batch is used once, in order."""
-        ...
-
-    def loss(self, index: int) -> float:
-        """Return the loss of a batch in nats per target, without learning."""
-        ...
-
-
 class Bare:
-    """The bare loop: forward of both models, loss, backward, clipping, AdamW."""
+    """The bare loop: forward of both models, loss, backward, clipping, AdamW.
+
+    As all sides of a pair: `step` takes the step of a batch, every batch once and in order; `loss`
+    returns its loss in nats per target, without learning.
+    """
 
     def __init__(self, models: Models, ids: Sequence[Any], loss: Loss) -> None:
         self._models, self._ids, self._loss = models, ids, loss
@@ -192,7 +183,6 @@ class Bare:
 
     @torch.no_grad()
     def loss(self, index: int) -> float:
-        """Return the loss of a batch in nats per target, without learning."""
         return float(self._forward(self._ids[index]))
 
     def bare(self, loss: Loss) -> Bare:
@@ -207,28 +197,24 @@ class Bare:
         return self._loss(logits[:, :-1].float(), soft[:, :-1].float()) / targets
 
 
-def loss_of(divergence: str, mixture: str) -> Loss:
-    """Return the loss between logits [B, T, V] of the student and of the teacher, a sum in nats."""
-    return forward_kl if divergence == "forward_kl" else functools.partial(jsd, mixture=mixture)
-
-
 def forward_kl(logits: Tensor, soft: Tensor) -> Tensor:
     return _kl(F.log_softmax(soft, dim=-1), F.log_softmax(logits, dim=-1))
 
 
-def jsd(logits: Tensor, soft: Tensor, *, mixture: str) -> Tensor:
+def jsd(logits: Tensor, soft: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence with weights of one half."""
     log_q, log_p = F.log_softmax(logits, dim=-1), F.log_softmax(soft, dim=-1)
-    if mixture == "stacked":
-        shares = [log_q + math.log1p(-BETA), log_p + math.log(BETA)]
-        log_m = torch.logsumexp(torch.stack(shares), dim=0)
-    else:
-        log_m = torch.logaddexp(log_p, log_q) + math.log(BETA)
+    # TRL stacks both and takes logsumexp, which takes longer.
+    log_m = torch.logaddexp(log_p, log_q) + math.log(BETA)
     return BETA * _kl(log_p, log_m) + (1 - BETA) * _kl(log_q, log_m)
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return F.kl_div(log_b, log_a, reduction="sum", log_target=True)
+
+
+LOSSES = {"forward_kl": forward_kl, "jsd": jsd}
+"""Of logits [B, T, V] of the student and of the teacher: sums in nats."""
 
 
 def random_models(sizes: Sizes) -> Models:
@@ -253,9 +239,7 @@ def plain_copy(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return copy
 
 
-def paired(
-    side: Steps, beside: Steps, given: argparse.Namespace, *, agree: bool
-) -> list[list[float]]:
+def paired(side: Any, beside: Any, given: argparse.Namespace, *, agree: bool) -> list[list[float]]:
     """Return the CPU seconds of the steps of both sides; `agree`: compare their losses, too."""
     if agree:
         check_agree(side, beside, 0)
@@ -265,13 +249,13 @@ def paired(
     if agree:
         check_agree(side, beside, given.warm_up)
 
-    def seconds(one: Steps, number: int) -> float:
+    def seconds(one: Any, number: int) -> float:
         return timed(functools.partial(one.step, given.warm_up + number)).cpu
 
     return by_turns([functools.partial(seconds, one) for one in (side, beside)], given.pairs)
 
 
-def check_agree(side: Steps, beside: Steps, steps: int) -> None:
+def check_agree(side: Any, beside: Any, steps: int) -> None:
     """Compare the losses of both sides after so many steps."""
     ours, theirs = side.loss(steps), beside.loss(steps)
     if abs(ours - theirs) > CLOSE * abs(theirs):

@@ -39,7 +39,6 @@ class Megakd:
         next(self._steps)
 
     def loss(self, index: int) -> float:
-        """Return the objective on a batch in nats per target, without learning."""
         batch, plan = self.batches[index], self._stage.stage.strategy.passes(0)
         knowledge = self._stage.trainer.ask_teachers(plan, batch)
         losses = self._stage.student.measure(batch, knowledge, plan)

@@ -44,12 +44,11 @@ from speed.causal_bare import (
     CHAT_TARGET,
     COUNTED,
     FULL,
-    MIXTURES,
+    LOSSES,
     QUICK,
     SAME_TARGETS,
     TERMS,
     Bare,
-    loss_of,
     paired,
     random_ids,
     random_models,
@@ -59,7 +58,6 @@ from speed.causal_bare import (
 
 TARGET, MEMORY_TARGET = 0.85, 0.5
 MEMORY_STEPS = 3
-MIXTURE_HELP = "the bare loop's mixture of jsd; stacked is TRL's, which takes longer"
 Row = tuple[str, str, str]
 
 
@@ -131,8 +129,8 @@ def opened(given: argparse.Namespace) -> AbstractContextManager[Any]:
 
         return opened_megakd(given.case, count)
     if given.side == "bare":
-        loss = loss_of(divergence, given.mixture)
-        return nullcontext(Bare(random_models(given.sizes), random_ids(given.sizes, count), loss))
+        models, ids = random_models(given.sizes), random_ids(given.sizes, count)
+        return nullcontext(Bare(models, ids, LOSSES[divergence]))
     return trl.opened(given.side, given.case, given.sizes, divergence, count)
 
 
@@ -148,7 +146,7 @@ def extra_memory(side: Any, given: argparse.Namespace) -> int:
 
 
 def beside(side: Any, given: argparse.Namespace) -> list[list[float]]:
-    return paired(side, side.bare(loss_of(given.divergences[0], given.mixture)), given, agree=True)
+    return paired(side, side.bare(LOSSES[given.divergences[0]]), given, agree=True)
 
 
 def row_of(
@@ -180,7 +178,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=20, help="at least 2")
     parser.add_argument("--warm-up", type=int, default=4, help="steps that do not count")
     parser.add_argument("--divergences", type=words_of(TERMS), default=list(TERMS))
-    parser.add_argument("--mixture", choices=MIXTURES, default=MIXTURES[0], help=MIXTURE_HELP)
     parser.add_argument("--threads", type=int, default=1)
     others = parser.add_mutually_exclusive_group()
     others.add_argument("--peers", action="store_true", help="TRL's trainers too")

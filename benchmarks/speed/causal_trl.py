@@ -51,7 +51,6 @@ class Trl:
 
     @torch.no_grad()
     def loss(self, index: int) -> float:
-        """Return the loss of a batch in nats per target, without learning."""
         trainer, ids = self._trainer, self._ids[index]
         inputs = self._inputs_of(ids)
         return float(
