@@ -61,7 +61,7 @@ def _measured(name: str, steps: int, _: int) -> float:
     environment["THP_MEM_ALLOC_ENABLE"] = "1" if "large" in name else "0"
     command = [sys.executable, str(BENCHMARKS), __name__, "--setting", name, "--steps", str(steps)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return float(done.stdout.splitlines()[-1])
 
 
 def seconds_per_step(name: str, steps: int) -> float:
