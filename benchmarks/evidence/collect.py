@@ -219,7 +219,7 @@ def mixed_vocabulary_cells(
         more, seconds = 0, cell.cpu_seconds
         if tuned is not None:
             more = launching.stage_of(tuned, STUDENT)["steps"]
-            seconds += _seconds(tuned, tuned["stages"])
+            seconds += _seconds(tuned)
         spent = {"steps": learned + more, "cpu_seconds": seconds, "teacher_rows": asked * rows}
         cells.append(dataclasses.replace(cell, **spent))
     return cells
