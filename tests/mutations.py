@@ -270,7 +270,7 @@ MUTATIONS = (
 
 
 def main(numbers: list[int]) -> int:
-    """Run some mutations, or all; return the number of those that no test notices."""
+    """Run some mutations, or all; return the number that no test notices."""
     missed = 0
     for number, mutation in enumerate(MUTATIONS, 1):
         if not numbers or number in numbers:

@@ -61,7 +61,7 @@ Path(sys.argv[3]).write_text(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def said(built_operator, tmp_path_factory) -> dict:
-    """What the notebook-like script has found."""
+    """Results of the notebook-like script."""
     folder = tmp_path_factory.mktemp("notebook")
     task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
     config = write_config(folder / "run.yaml", config_tree(folder / "out", task))

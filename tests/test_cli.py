@@ -30,7 +30,7 @@ method: {name: single}
 
 
 class Runs(types.ModuleType):
-    """Stands in for the modules that do the work of commands, and notes what it was asked."""
+    """A stand-in of the modules that do the work of commands, which notes its arguments."""
 
     def __init__(self) -> None:
         super().__init__("megakd.run.main")

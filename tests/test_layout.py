@@ -1,4 +1,4 @@
-"""What the repository's shape promises: packages, import directions, file sizes, pins."""
+"""Rules of the repository: packages, import directions, file sizes, pins."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_no_files_import_each_other_in_a_circle_also_for_types() -> None:
 
     graph = {name: below(name, path) for name, path in known.items()}
 
-    # A package's own `__init__` may name what lies in the package.
+    # A package's own `__init__` may name the modules of the package.
     order = TopologicalSorter({name: below - {name} for name, below in graph.items()})
     assert set(order.static_order()) >= set(known)  # raises CycleError
 
@@ -363,7 +363,7 @@ def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
         cwd=ROOT,
     )
     if shown.returncode != 0:
-        pytest.skip("needs a git checkout: the files to read are those that git tracks")
+        pytest.skip("needs a git checkout, because the files to read are the files that git tracks")
     tracked = [ROOT / name for name in shown.stdout.splitlines()]
     texts = [p for p in tracked if p.is_file() and p.suffix not in {".png", ".pdf"}]
 

@@ -85,7 +85,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def check(places: Sequence[Chosen], given: argparse.Namespace) -> None:
-    """Raise UnusableError if nothing is to be run, or a comparison has no arm of the groups."""
+    """Raise UnusableError if there is nothing to run, or a comparison has no arm of the groups."""
     if not places:
         known = {name: ", ".join(COMPARISONS[name].seeds) for name in given.only}
         words = "; ".join(f"{name} is compared in {settings}" for name, settings in known.items())

@@ -47,7 +47,7 @@ KL, STUDENT = "soft_target_kl", "student"
 
 
 class Read(NamedTuple):
-    """The runs of a comparison in a setting, by name; None of those that have not finished."""
+    """The runs of a comparison in a setting, by name; None if a run has not finished."""
 
     cells: Sequence[Cell]
     teachers: Sequence[TeacherGate]

@@ -1,4 +1,4 @@
-"""What a comparison of the evidence is made of: arms in groups, and the runs that they refer to.
+"""Comparisons of the evidence: arms in groups, and the runs that they refer to.
 
 Every arm trains the same student on the same rows with the same optimizer steps. Arms of one group,
 such as a temperature, are compared with the reference arm of their group.

@@ -121,7 +121,7 @@ def _longer(name: str, steps: int) -> tuple[str, ...]:
 
 
 def at_equal_cost(found: Found, longer: Mapping[str, Any]) -> Found:
-    """Return the reports of the runs at equal cost, under the names of those at equal steps."""
+    """Return the reports of the runs at equal cost, under the names of the runs at equal steps."""
     reports = {name.replace(COST, ""): report for name, report in longer.items()}
     return found._replace(reports=reports)
 

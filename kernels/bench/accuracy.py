@@ -1,4 +1,4 @@
-"""How far loss and gradients are from fp64, over a few rows of the case and all of its ids."""
+"""Errors of loss and gradients against fp64, over a few rows of the case and all of its ids."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Truth:
         self._expected = _solve(eager.load(problem.case), self._part.to(torch.float64))
 
     def errors(self, loss: Loss, *, whole_only: bool = False) -> Errors:
-        """Of another implementation: the gradient of these rows in the whole problem.
+        """Return the gradient of these rows in the whole problem, by another implementation.
 
         The loss itself and the weight's gradient are sums over rows, so that they come from
         these rows alone; so does a relation's gradient, which depends on all rows.
@@ -85,6 +85,6 @@ def _distance(got: Tensor, expected: Tensor) -> float:
 
 
 def _poison(device: torch.device) -> None:
-    """Leaves NaN in free memory of the GPU, for outputs that nobody writes to show."""
+    """Leave NaN in free memory of the GPU, so that unwritten outputs show."""
     if device.type == "cuda":
         torch.full((_POISONED_NUMBERS,), float("nan"), device=device)

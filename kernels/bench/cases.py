@@ -1,4 +1,4 @@
-"""What is measured: a loss, its shapes and its options. Imports no torch, so that it lists fast.
+"""Cases: a loss, its shapes and its options. Imports no torch, so that listing is fast.
 
 Shapes: N rows (positions), V ids, Hs and Ht widths of student and teacher, L positions of a
 sequence.
@@ -55,17 +55,17 @@ class Case:
 
     @property
     def divergence(self) -> str:
-        """What the loss is called in the table, such as "forward_kl + ce"."""
+        """Name of the loss in the table, such as "forward_kl + ce"."""
         names = [name for name, _ in self.mixture]
         return " + ".join([*names, "ce"] if self.ce_weight else names)
 
     def cut(self, rows: int) -> Case:
-        """The same loss over fewer rows."""
+        """Return the case with fewer rows."""
         return replace(self, n=min(self.n, rows))
 
 
 def floating_point_operations(case: Case) -> int:
-    """Of the matrix products that the exact loss cannot do without (kernels.md, 2.2).
+    """Operations of the matrix products that the exact loss needs (kernels.md, 2.2).
 
     2NV(3Hs + Ht) with gradients, 2NV(Hs + Ht) without; a relation counts its products a second
     time for the gradient, since nothing of size L x L is kept.
@@ -84,7 +84,7 @@ def floating_point_operations(case: Case) -> int:
 
 
 def bytes_moved(case: Case) -> int:
-    """Of the loss between given logits: fp32 read twice or three times, the gradient written.
+    """Bytes of the loss between given logits: fp32 read twice or three times, the gradient written.
 
     0 for every other loss, whose floor is its products'.
     """

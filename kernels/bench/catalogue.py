@@ -1,4 +1,4 @@
-"""Who is measured: every implementation, what it computes, and why it cannot run somewhere."""
+"""All implementations: their losses, and the reasons why they cannot run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Implementation:
 
     @property
     def is_ours(self) -> bool:
-        """Whether its failure is a failure of this repository."""
+        """True if its failure is a failure of this repository."""
         return self.name.startswith("megakd")
 
 
@@ -124,7 +124,7 @@ def find(name: str) -> Implementation:
 
 
 def computes(implementation: Implementation, case: Case) -> bool:
-    """Whether it knows the loss of the case."""
+    """True if the implementation has the loss of the case."""
     return case.kind in implementation.kinds
 
 

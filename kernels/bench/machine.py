@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and how fast that is: matrix products and copies."""
+"""The machine of the numbers, and its speed: matrix products and copies."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _commit() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """What the program prints, or "" where it fails."""
+    """Return the output of a program, or "" if it fails."""
     try:
         shown = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_COMMAND_TIMEOUT_S

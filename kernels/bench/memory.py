@@ -40,7 +40,7 @@ class Peak(NamedTuple):
 
 
 def peak_on_cuda(function: Callable[[], object], device: torch.device) -> Peak:
-    """What the allocator holds at most while the function runs."""
+    """Return the peak of the allocator while the function runs."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -51,7 +51,7 @@ def peak_on_cuda(function: Callable[[], object], device: torch.device) -> Peak:
 
 
 def peak_in_process(function: Callable[[], object]) -> Peak:
-    """How far the process's resident memory rises while the function runs.
+    """Return the rise of the process's resident memory while the function runs.
 
     Where the system cannot reset the peak (other than Linux), it is the rise of the largest
     resident memory ever, which is too small once more was used before.
@@ -68,7 +68,7 @@ def peak_in_process(function: Callable[[], object]) -> Peak:
 
 
 def peak_in_own_process(case: Case, implementation: str) -> Peak:
-    """The same in a fresh process; RuntimeError with its last words where it fails."""
+    """Measure in a fresh process; RuntimeError with its last words if it fails."""
     command = [sys.executable, "-m", "bench.memory", case.name, implementation]
     finished = subprocess.run(
         [*command, str(torch.get_num_threads())],
@@ -95,7 +95,7 @@ def _warm(problem: Problem, loss: Callable[[Problem], torch.Tensor]) -> None:
 
 
 def _reset_peak() -> bool:
-    """Whether the peak could be set back to the present."""
+    """True if the peak could be reset."""
     try:
         _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
     except OSError:
@@ -118,7 +118,7 @@ def _largest_ever() -> int:
 
 
 def _return_freed_memory() -> None:
-    """What glibc keeps of freed memory would hide what the function takes."""
+    """Freed memory that glibc keeps would hide the memory of the function."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

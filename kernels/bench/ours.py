@@ -83,7 +83,7 @@ def _logits(problem: Problem, impl: str) -> Tensor:
 
 
 def _rows(problem: Problem, impl: str) -> Tensor:
-    """What linear_kd does between its matrix products, in launches as long as its own."""
+    """The work of linear_kd between its matrix products, in launches of equal length."""
     case, count = problem.case, len(problem.student)
     plan = RowPlan(
         mixture=case.mixture, beta=BETA, skew=SKEW, temperature=case.temperature,

@@ -45,17 +45,17 @@ class Problem:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """What gets a gradient: hidden states first, weight second if there is one."""
+        """Tensors with gradients: hidden states first, weight second if there is one."""
         return tuple(each for each in (self.student, self.student_weight) if each.requires_grad)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same values as leaves of another type."""
+        """Return the values as leaves of another type."""
         return self._changed(
             lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
         )
 
     def cut(self, rows: int) -> Problem:
-        """The same problem over its last rows, with leaves of its own."""
+        """Return the problem of its last rows, with new leaves."""
         n = min(rows, self.case.n)
         short = self._changed(lambda tensor: tensor[:, -n:] if tensor.dim() == 3 else tensor[-n:])
         whole = self._changed(lambda tensor: tensor)

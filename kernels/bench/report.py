@@ -45,7 +45,7 @@ def table(rows: Iterable[Result]) -> list[str]:
 
 
 def missing_lines(rows: Iterable[Result]) -> list[str]:
-    """Who has no numbers, by reason."""
+    """Return the implementations without numbers, by reason."""
     cases: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     for row in rows:
         if row.status != MEASURED:

@@ -19,7 +19,7 @@ MEASURED, SKIPPED, FAILED = "measured", "skipped", "failed"
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What was measured; None where a number does not exist. README.md explains each.
+    """Measurements; None if a number does not exist. README.md explains each.
 
     Times in milliseconds, clock in MHz, peak_mb in 10^6 bytes, gbps in 10^9 bytes per second.
     """
@@ -128,7 +128,7 @@ def _times(times: Times) -> dict[str, float]:
 
 
 def _logits_dtype(case: Case, implementation: str) -> str:
-    """What the logits are rounded to; "" where that is the peer's own choice, or none exist."""
+    """Type of the logits; "" if the peer chooses it, or there are no logits."""
     if case.kind in {"hidden_mse", "hidden_cosine"} or case.name == CEILING:
         return ""
     who = find(implementation)

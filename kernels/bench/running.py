@@ -27,7 +27,7 @@ NOTHING_TO_CHECK = ("gemms",)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a run goes; with --quick nothing starts after `deadline`, in time.monotonic."""
+    """Options of a run; with --quick, nothing starts after `deadline`, in time.monotonic."""
 
     device: torch.device
     effort: Effort
@@ -35,11 +35,11 @@ class Plan:
 
     @property
     def kind(self) -> Device:
-        """Which table of cases."""
+        """Name of the table of cases."""
         return "cuda" if self.device.type == "cuda" else "cpu"
 
     def reason_to_hurry(self, case: Case, implementation: Implementation) -> str | None:
-        """What --quick leaves out."""
+        """Cases that --quick leaves out."""
         if self.deadline is None:
             return None
         if self.kind == "cpu" and implementation.compiles and case.name != ACCEPTANCE:

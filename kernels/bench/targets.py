@@ -14,7 +14,7 @@ _GIGABYTE = 1e3  # in the megabytes of Result.peak_mb
 
 
 class Verdict(NamedTuple):
-    """What was promised, what was measured, and whether that holds; None: not measured."""
+    """A promise, its measurement, and whether it holds; None: not measured."""
 
     promise: str
     value: float | None

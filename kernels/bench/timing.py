@@ -1,4 +1,4 @@
-"""How long a function takes: many runs, warm, with the device's caches cleared before each."""
+"""Times of a function: many runs, warm, with the device's caches cleared before each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_RUNS = 200
 
 
 class Effort(NamedTuple):
-    """How long one round of runs lasts; at least `least_runs` are made however long they take."""
+    """Seconds of one round of runs, which has at least `least_runs` runs."""
 
     round_s: float
     least_runs: int

@@ -96,7 +96,7 @@ def _saver(positions: tuple[int, ...]) -> Callable[..., None]:
         keyword_only_inputs: dict[str, Any] | None = None,
     ) -> None:
         del keyword_only_inputs
-        # Else autograd would form zeros as large as the gradients, for outputs that nobody uses.
+        # Else autograd would form zeros as large as the gradients, for unused outputs.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[-len(positions) :])
         ctx.count = len(inputs)

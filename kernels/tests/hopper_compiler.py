@@ -49,7 +49,7 @@ def compile_heads(dtype):
 
 
 def compile_narrow_gradients():
-    """What CUDA runs for bf16: fp32 logits, a bf16 gradient elsewhere."""
+    """The steps of CUDA for bf16: fp32 logits, a bf16 gradient elsewhere."""
     logits = torch.zeros(4, 4096)
     valid, factor = torch.ones(4, dtype=torch.bool), torch.ones(4)
     inputs = RowInputs(valid, None, factor, factor)

@@ -1,4 +1,4 @@
-"""The benchmark's own promises: what it lists, refuses, counts, writes and compares."""
+"""Promises of the benchmark: its lists, refusals, counts, files and comparisons."""
 
 from __future__ import annotations
 

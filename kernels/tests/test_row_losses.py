@@ -1,4 +1,4 @@
-"""What the divergences are: by hand, by their properties, at the edges of arithmetic."""
+"""Divergences by hand, by their properties, at the edges of arithmetic."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`linear_stats` on the torch paths: what it measures, for which rows, and in how much memory."""
+"""`linear_stats` on the torch paths: values, rows and memory."""
 
 import math
 from dataclasses import dataclass, replace

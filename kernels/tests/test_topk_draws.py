@@ -59,7 +59,7 @@ def test_the_mean_gradient_of_draws_is_the_gradient_of_the_full_divergence(impl)
 
 @IMPLS
 def test_the_best_tokens_do_not_have_the_gradient_of_the_full_divergence_on_average(impl):
-    """What the test above would miss if it were blind."""
+    """The faults that the test above would miss if it were blind."""
     (hidden, weight, taught, head), _ = models(1, seed=0)
     logprobs, ids = (taught @ head.T).log_softmax(-1).topk(4)
     first, second = (hidden.clone().requires_grad_() for _ in range(2))

@@ -1,4 +1,4 @@
-"""What only the relation kernels have: blocks that are skipped, tilings, code for a GPU."""
+"""Features of the relation kernels alone: skipped blocks, tilings, code for a GPU."""
 
 import pytest
 import torch

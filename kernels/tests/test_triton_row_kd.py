@@ -63,7 +63,7 @@ class Case:
 
 
 def make_case(rows=6, width=WIDTH, shared=None, *, seed=0, spread=3.0, invalid=(2,)):
-    """Random rows; those that do not count hold NaN."""
+    """Random rows; rows that do not count hold NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -81,7 +81,7 @@ def make_case(rows=6, width=WIDTH, shared=None, *, seed=0, spread=3.0, invalid=(
 
 
 class Answer(NamedTuple):
-    """What the kernel must find; rows that do not count are zeros."""
+    """Return the expected values; rows that do not count are zeros."""
 
     divergences: torch.Tensor
     ce: torch.Tensor

@@ -1,4 +1,4 @@
-"""How rows reach the Triton kernel: spread over ranks, in wider buffers, none at all, refused."""
+"""Rows of the Triton kernel: spread over ranks, in wider buffers, none at all, refused."""
 
 import math
 import threading

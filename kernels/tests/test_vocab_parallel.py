@@ -62,7 +62,7 @@ def all_cases():
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What each of two ranks answers to every case."""
+    """Return the answers of two ranks to every case."""
     folder = tmp_path_factory.mktemp("vocab_parallel")
     torch.save(all_cases(), folder / "cases.pt")
     results = [folder / f"rank-{rank}.pt" for rank in range(2)]

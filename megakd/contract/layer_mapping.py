@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from megakd.contract.shapes import Heads, Shape
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     AttentionTerm,
@@ -14,6 +13,7 @@ from megakd.contract.terms import (
     RelationKl,
     StateTerm,
 )
+from megakd.contract.views import Heads, Shape
 from megakd.errors import TeacherError
 
 Pairs = tuple[tuple[int, int], ...]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megakd.contract.batch import Batch, Knowledge
-    from megakd.contract.shapes import Shape
+    from megakd.contract.views import Shape
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

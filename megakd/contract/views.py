@@ -1,4 +1,4 @@
-"""Units that can be removed from a model (attention heads, neurons, residual width), and views.
+"""Shapes of models, the units that a model can lose (heads, neurons, residual width), and views.
 
 A unit of an attention is a key-value group, which is one head if every head has its own keys.
 Once the units are sorted by importance, a sub-network is a prefix of every weight, and `View`
@@ -14,6 +14,26 @@ from typing import Literal, NamedTuple
 Kind = Literal["heads", "neurons", "width"]
 Columns = Literal["queries", "values"]
 """Columns inside each head: those of its queries and keys, or those of its values."""
+
+
+class Heads(NamedTuple):
+    """Attention heads of a model's layers; keys and values may have fewer heads than queries."""
+
+    queries: int
+    keys: int
+    width: int
+
+
+class Shape(NamedTuple):
+    """Shape of a model, as losses need it: layers, hidden width, vocabulary size, heads.
+
+    vocabulary: rows of the output matrix.
+    """
+
+    layers: int
+    width: int
+    vocabulary: int
+    heads: Heads | None = None
 
 
 class View(NamedTuple):

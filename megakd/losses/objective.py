@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from megakd.contract.batch import Knowledge, LossInputs, Unit
 from megakd.contract.layer_mapping import check_heads, layer_pairs, relation_heads
-from megakd.contract.shapes import Shape
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.contract.terms import (
     ATTENTION_TERMS,
@@ -30,6 +29,7 @@ from megakd.contract.terms import (
     term_name,
 )
 from megakd.contract.unit_counts import COUNTERS, UnitCounter
+from megakd.contract.views import Shape
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.class_targets import HardClasses, RegressionScores, SoftClasses
 from megakd.losses.layer_terms import (

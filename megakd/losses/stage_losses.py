@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megakd.contract.shapes import Shape
 from megakd.contract.stage import Stage
 from megakd.contract.tasks import TaskType
 from megakd.contract.terms import MethodTerm, hard_terms
+from megakd.contract.views import Shape
 from megakd.losses.objective import Objective, build_objective, check_terms, teacher_needs
 from megakd.models.knowledge import Needs
 from megakd.models.source import ModelSource

@@ -15,7 +15,6 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.lab import Lab, Model, SortedModel
 from megakd.contract.layer_mapping import layer_pairs
 from megakd.contract.options import MethodOptions
-from megakd.contract.shapes import Heads, Shape
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import FROM_TEACHER, TEACHER
 from megakd.contract.terms import (
@@ -29,7 +28,7 @@ from megakd.contract.terms import (
     TermConfig,
     Weight,
 )
-from megakd.contract.views import View
+from megakd.contract.views import Heads, Shape, View
 from megakd.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from megakd.contract.batch import LogitWarp
-from megakd.contract.shapes import Heads
 from megakd.contract.tasks import TaskType
-from megakd.contract.views import View
+from megakd.contract.views import Heads, View
 from megakd.errors import ModelError
 
 # Config keys of a cut model, whose layers differ in shape.

@@ -11,8 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from megakd.config.models import TeacherConfig
-from megakd.contract.shapes import Heads
-from megakd.contract.views import View
+from megakd.contract.views import Heads, View
 from megakd.models.architecture import Architecture
 from megakd.models.weights import StoredTensor
 

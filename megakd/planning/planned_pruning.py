@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megakd.contract.views import View
 from megakd.data.step_layout import StepShape
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.planning.planning_lab import Phase
+from megakd.planning.phase import Phase
 from megakd.pruning.builder import Shapes, SortedTeacher, shape_of_cut, unscored
 from megakd.scoring.scorer import FEW
 

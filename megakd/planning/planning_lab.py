@@ -7,10 +7,9 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
@@ -40,6 +39,7 @@ from megakd.models.loading import resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource, ReadyTeacher
+from megakd.planning.phase import Phase
 from megakd.scoring.scores import weighable
 from megakd.training.assembly import learning_models
 from megakd.training.lab_base import LabBase
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 _TRAINED_VOCABULARY = 8000
 _CONFIG = "config.json"
 UNKNOWN_STEPS = 10**6
-Work = Literal["training", "importance", "scoring", "timing"]
 
 
 def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
@@ -137,41 +136,6 @@ def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[
         config.num_labels = outputs
         found[role] = dataclasses.replace(source, config=config)
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A part of a run with a fixed set of models in memory.
-
-    work: training, or a kind of work with frozen models.
-    stage: the stage that is trained; None for other work.
-    learners: the trained models by role; empty for other work.
-    bases: by name, the teachers that are the learner without its adapters.
-    teachers: the frozen models by name: teachers of a training, or the models of other work.
-    rows: rows of a batch of other work on one rank.
-    forwards: number of forwards of other work that is more than one pass.
-    with_width: whether the importance of the width is measured too.
-    """
-
-    name: str
-    work: Work = "training"
-    stage: Stage | None = None
-    learners: Mapping[str, ModelSource] = field(default_factory=dict)
-    bases: Mapping[str, ModelSource] = field(default_factory=dict)
-    teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
-    rows: int = 0
-    forwards: int = 0
-    with_width: bool = False
-    student: ModelSource | None = None
-
-    @property
-    def learner(self) -> ModelSource:
-        """The model that the stage returns."""
-        return next(iter(self.learners.values()))
-
-    @property
-    def teaching(self) -> list[ModelSource]:
-        return [*(ready.source for ready in self.teachers.values()), *self.bases.values()]
 
 
 class PlanningLab(LabBase):

@@ -184,7 +184,7 @@ def test_memory_that_is_left_on_a_gpu_or_a_model_that_is_left_is_a_failure(
 
 
 def rehearse(out: Path, parts: list[str]) -> str:
-    """Run the command as a user does, and return what it prints."""
+    """Run the command as a user does, and return its output."""
     words = ["--rehearse", "--out", str(out), "--parts", ",".join(parts)]
     command = [sys.executable, "benchmarks/gpu_day.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

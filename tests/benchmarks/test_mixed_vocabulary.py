@@ -53,7 +53,7 @@ def words(data: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def configs(data, teacher, load):
-    """Return the configs of the runs on text, and of those on tasks, by name."""
+    """Return the configs of the runs on text and on tasks, by name."""
 
     def of(*more: str):
         given = mixed.parse(words(data, "--teacher", str(teacher), *more))

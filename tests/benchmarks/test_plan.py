@@ -1,4 +1,4 @@
-"""What `megakd plan` predicts is what a run takes: two short runs on CPU ranks."""
+"""`megakd plan` predicts the time and memory of a run: two short runs on CPU ranks."""
 
 from __future__ import annotations
 

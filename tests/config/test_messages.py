@@ -1,4 +1,4 @@
-"""Whom a message blames, and what it offers in place of a wrong word."""
+"""The key that a message blames, and the word that it offers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the keys of a section mean: mixtures, terms on a source, budgets, rollouts, servers."""
+"""Meanings of keys: mixtures, terms on a source, budgets, rollouts, servers."""
 
 from __future__ import annotations
 

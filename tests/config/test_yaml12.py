@@ -1,4 +1,4 @@
-"""What YAML means here: version 1.2, each key once, plain values only."""
+"""YAML 1.2: each key once, plain values only."""
 
 from __future__ import annotations
 

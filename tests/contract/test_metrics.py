@@ -1,4 +1,4 @@
-"""What is better of a metric."""
+"""Directions of metrics."""
 
 from __future__ import annotations
 

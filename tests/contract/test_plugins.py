@@ -17,7 +17,7 @@ from megakd.config.file import config_of, config_tree, dump_config, load_config
 from megakd.contract import plugins
 from megakd.contract.batch import Batch, Knowledge, LogitWarp, LossInputs
 from megakd.contract.metric import lower_is_better
-from megakd.contract.shapes import Shape
+from megakd.contract.views import Shape
 from megakd.errors import ConfigError
 from megakd.losses.objective import build_objective, teacher_needs
 from megakd.losses.plugin_losses import PluginLoss, logits_of

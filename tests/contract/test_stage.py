@@ -1,4 +1,4 @@
-"""How the passes of a step are split, and what a strategy may not answer."""
+"""Splits of the passes of a step, and refused answers of strategies."""
 
 from __future__ import annotations
 

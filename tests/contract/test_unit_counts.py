@@ -1,4 +1,4 @@
-"""What a step is divided by: units counted by name, of every run and of a loss group's own."""
+"""Divisors of a step: units counted by name, of every run and of a loss group."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from unit_counts import counts_of, numbers
 
 from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
-from megakd.contract.shapes import Shape
 from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy
 from megakd.contract.unit_counts import count_units, unit_weights
+from megakd.contract.views import Shape
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.class_targets import HardClasses
 from megakd.losses.objective import Objective, build_objective

@@ -25,7 +25,7 @@ CHATS = [{"messages": asked(f"Question {n // 2}", f"Answer {n}")} for n in range
 
 @pytest.fixture
 def counts(tmp_path, monkeypatch) -> dict[str, int]:
-    """How often each function that reads rows is called; files count as settled at once."""
+    """Count the calls of each function that reads rows; files count as settled at once."""
     monkeypatch.setenv("MEGAKD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(checksums, "_SETTLED_NS", 0)
     calls: dict[str, int] = {}

@@ -108,7 +108,7 @@ def test_15_percent_are_chosen_and_of_these_80_10_10_are_masked_replaced_and_kep
 
     assert near(int(chosen.sum()), 40_000, 0.15)
     assert near(int(hidden.sum()), len(shown), 0.8)
-    # A random token may be the one that stood there.
+    # A random token may equal the original token.
     assert near(int(replaced.sum()), len(shown), 0.1 * (1 - 1 / 200))
     assert near(int(kept.sum()), len(shown), 0.1 * (1 + 1 / 200))
 

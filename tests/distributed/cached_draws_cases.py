@@ -1,4 +1,4 @@
-"""What the gloo ranks tell of a cache of draws."""
+"""Results of gloo ranks with a cache of draws."""
 
 from __future__ import annotations
 

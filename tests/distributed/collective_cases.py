@@ -1,4 +1,4 @@
-"""What gloo ranks do in `test_collectives.py`, each returning what a test looks at."""
+"""Work of the gloo ranks of `test_collectives.py`."""
 
 from __future__ import annotations
 

@@ -51,11 +51,11 @@ class Group:
 
     @property
     def text(self) -> str:
-        """What all ranks have said, rank 0 first."""
+        """Return the output of all ranks, rank 0 first."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
     def running(self) -> bool:
-        """Whether any rank is alive."""
+        """True if any rank is alive."""
         return any(process.exitcode is None for process in self.processes)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:

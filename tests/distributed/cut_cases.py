@@ -1,4 +1,4 @@
-"""What the gloo ranks run of cut models: loaded from a folder, trained for a few SGD steps."""
+"""Cut models on gloo ranks: loaded from a folder, trained for a few SGD steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def reference(folder, kind: str) -> dict[str, torch.Tensor]:
-    """The same training in one process, on the rows of all ranks."""
+    """Train in one process, on the rows of all ranks."""
     model = loaded(folder, kind)
     for _ in range(STEPS):
         model.zero_grad()

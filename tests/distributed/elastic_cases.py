@@ -1,4 +1,4 @@
-"""What the gloo ranks run of elastic models: several views, one backward, a few SGD steps."""
+"""Elastic models on gloo ranks: several views, one backward, a few SGD steps."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def prepared(family: str):
 
 
 def reference(family: str, views: Sequence[View]) -> dict[str, torch.Tensor]:
-    """The same training in one process, of dense models that are masked or cut at every step."""
+    """Train in one process dense models that are masked or cut at every step."""
     model = prepared(family)
     for _ in range(STEPS):
         gradients = [_dense_gradients(model, view_for(model, view)) for view in views]
@@ -126,7 +126,7 @@ def _watch_weights(model: nn.Module) -> list[StorageWeakRef]:
 
 
 def _still_held(weights: Sequence[StorageWeakRef]) -> int:
-    """How many are alive, once gloo's thread has let go of the last one, milliseconds later."""
+    """Count the live tensors, after gloo's thread has released the last, milliseconds later."""
     deadline = time.monotonic() + 1.0
     while not all(weight.expired() for weight in weights) and time.monotonic() < deadline:
         time.sleep(0.001)

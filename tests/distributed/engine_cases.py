@@ -1,4 +1,4 @@
-"""What the gloo ranks tell of the two engines of a run, beside weights and gradients."""
+"""Facts about the two engines of a run on gloo ranks, beside weights and gradients."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def consecutive_stages(config_path: str, out: str, *, closes: bool) -> int:
 
 
 def epoch(config_path: str) -> dict:
-    """How many examples each step of one epoch counts over all ranks, and what this rank has."""
+    """Count the examples of each step of one epoch, over all ranks and on this rank."""
     with started(config_path) as (run, _):
         steps = [run.source.step(index) for index in range(run.source.steps_per_epoch)]
         return {
@@ -88,7 +88,7 @@ def note_gathers(model, note) -> None:
 
 
 def head_gathers(config_path: str) -> list[dict]:
-    """How often the ranks make the matrix of each model's head whole, per micro-batch."""
+    """Count the gathers of the matrix of each model's head, per micro-batch."""
     with started(config_path) as (run, teacher):
         models = {"teacher": teacher.model, "student": run.student.student}
         counted = dict.fromkeys(models, 0)
@@ -114,7 +114,7 @@ def head_gathers(config_path: str) -> list[dict]:
 
 
 def teacher_gathers(config_path: str, overrides: list[str]) -> int:
-    """How many weights of the teacher the ranks make whole in the second step."""
+    """Count the weights of the teacher that the ranks gather in the second step."""
     with started(config_path, overrides) as (run, teacher):
         gathered: list = []
         note_gathers(teacher.model, gathered.extend)

@@ -1,4 +1,4 @@
-"""The same training in many cuts: data, models, configs, and one plain process to compare with."""
+"""One training in many splits: data, models, configs, and a plain process as the reference."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def cut_of(cut) -> dict:
 
 
 def plain_run(config_path, terms, initial, adapt=lambda student: student):
-    """The same steps by `reference.train`, from the same weights and rows.
+    """Run the steps by `reference.train`, from equal weights and rows.
 
     adapt: student -> the student that learns, such as a student with adapters.
     """

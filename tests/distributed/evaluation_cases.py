@@ -1,4 +1,4 @@
-"""What the gloo ranks run of evaluations: stages whose forwards are counted."""
+"""Evaluations on gloo ranks: stages whose forwards are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gloo ranks run of generation: completions, and training with and without them."""
+"""Generation on gloo ranks: completions, and training with and without them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def training(config_path: str, overrides: list[str], calls_per_step: int) -> dic
 
 
 def state_of(engine: Any) -> dict[str, Any]:
-    """What generation could disturb, as this rank has it."""
+    """Return the state of this rank that generation could disturb."""
     module = engine.bundle
     parameters = [*module.parameters()]
     return {
@@ -100,7 +100,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def copy_facts(config_path: str, overrides: list[str]) -> dict:
-    """How the copy of a sharded model is made, and what is left of it."""
+    """Copies of a sharded model: how they are made and freed."""
     with started(config_path, overrides) as (run, _):
         student = run.student.student
         before = gathered_elements(student)

@@ -1,4 +1,4 @@
-"""A model of a few matrices on gloo ranks, of which every backward reaches those that it names."""
+"""A model of a few matrices on gloo ranks; every backward reaches the matrices that it names."""
 
 from __future__ import annotations
 

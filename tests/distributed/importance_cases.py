@@ -1,4 +1,4 @@
-"""What the gloo ranks measure of a frozen model's units, and what they hold meanwhile."""
+"""Importance of a frozen model's units on gloo ranks, and the memory that it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gloo ranks run of mixed vocabularies: whole runs, with their start and batches noted."""
+"""Mixed vocabularies on gloo ranks: whole runs, with their start and batches noted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks that claim to be on several nodes tell of a teacher sharded within nodes."""
+"""A teacher sharded within nodes, on ranks that claim to be on several nodes."""
 
 from __future__ import annotations
 

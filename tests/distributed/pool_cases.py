@@ -1,4 +1,4 @@
-"""What the gloo ranks tell of a run with several teachers."""
+"""Runs with several teachers on gloo ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Watched:
 
     @property
     def elements(self) -> int:
-        """Of its weights on this rank; none where its answers are on disk."""
+        """Return the weights on this rank; none if the answers are on disk."""
         if isinstance(self.teacher, CachedTeacher):
             return 0
         return sum(local(weight).numel() for weight in self.teacher.model.parameters())
@@ -71,7 +71,7 @@ def cache(config_path: str, overrides: list[str]) -> list[str]:
 
 
 class Emptied(Prefetch):
-    """What waits on the host is worthless while its copy is on the device."""
+    """Tensors on the host are invalid while their copies are on the device."""
 
     started = 0
 

@@ -1,4 +1,4 @@
-"""What the gloo ranks run of HomoDistil: whole runs, with every selection of units noted."""
+"""HomoDistil on gloo ranks: whole runs, with every selection of units noted."""
 
 from __future__ import annotations
 

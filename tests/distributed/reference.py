@@ -96,7 +96,7 @@ def _hidden(name, student, teacher, projections, batch, settings):
 
 
 def _attention(student, teacher, batch, settings):
-    """Of the probabilities that eager attention says it has used."""
+    """Return the loss of the probabilities that eager attention returns."""
     keys = seen_keys(batch).sum(-1)  # [B, T]
     layers = [
         ((student[s - 1] - teacher[t - 1]).square().sum(-1).mean(1) / keys)[batch.valid].mean()

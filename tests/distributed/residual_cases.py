@@ -1,4 +1,4 @@
-"""What the gloo ranks run of a language model's narrower views: one step over all, and scores."""
+"""Narrower views of a language model on gloo ranks: one step over all views, and scores."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from elastic_views import TOKENS, VOCABULARY, cut, family_model, gradients_of, w
 from unit_counts import counts_of
 
 from megakd.contract.batch import IGNORE, Batch
-from megakd.contract.shapes import Shape
 from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
-from megakd.contract.views import View
+from megakd.contract.views import Shape, View
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
 from megakd.losses.bundle import StudentBundle
@@ -42,7 +41,7 @@ def prepared(family: str, task: str):
 
 
 def reference(family: str, task: str) -> dict:
-    """The same in one process: every view is a dense model that was cut to it."""
+    """Run in one process: every view is a dense model that was cut to it."""
     model = prepared(family, task)
     teacher = copy.deepcopy(model)
     gradients = {id(parameter): torch.zeros_like(parameter) for parameter in model.parameters()}

@@ -1,4 +1,4 @@
-"""What the gloo ranks tell of a run of knowledge selection."""
+"""Runs of knowledge selection on gloo ranks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Watch:
 
 
 def digest(student) -> str:
-    """Of the weights, and of the moments that the optimizer has."""
+    """Return the weights and the moments of the optimizer."""
     hashed = hashlib.sha256()
     for _, tensor in gathered_state(student.student):
         hashed.update(tensor.float().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What the gloo ranks push to inference servers, and what they export, of the same weights."""
+"""Pushes to inference servers and exports of equal weights, on gloo ranks."""
 
 from __future__ import annotations
 

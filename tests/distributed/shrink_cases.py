@@ -1,4 +1,4 @@
-"""What the gloo ranks run of shrink: a whole run of the method."""
+"""Shrink on gloo ranks: a whole run of the method."""
 
 from __future__ import annotations
 

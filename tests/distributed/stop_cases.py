@@ -1,4 +1,4 @@
-"""What the gloo ranks tell of a vote to stop."""
+"""A vote to stop on gloo ranks."""
 
 from __future__ import annotations
 

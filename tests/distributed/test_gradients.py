@@ -7,7 +7,7 @@ import torch
 from gradient_cases import EPSILON, RATE, Matrices, rows
 
 RANKS = 2
-# Of the matrices a, b and c, a backward reaches those that it names.
+# A backward reaches the matrices among a, b and c that it names.
 STEPS = {
     "a whole step": [["abc", "abc"], ["ab", "ab"], ["abc", "abc"]],
     "the first backward": [["abc", "abc"], ["ab", "abc"], ["abc", "abc"]],
@@ -23,7 +23,7 @@ ALL = [*PRESETS, *(pytest.param(preset, marks=pytest.mark.slow) for preset in SL
 
 
 def plain(steps, skipped=()) -> dict:
-    """The same steps in one process and plain PyTorch, on the rows of all ranks."""
+    """Run the steps in one process and plain PyTorch, on the rows of all ranks."""
     model = Matrices("abc", torch.float32)
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(named.values(), lr=RATE, eps=EPSILON, weight_decay=0.0)

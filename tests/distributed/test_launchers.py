@@ -91,7 +91,7 @@ def test_a_launcher_of_two_ranks_trains_as_two_ranks_by_hand(config, by_hand, tm
 
 
 def slurm(rank: int, ranks: int, job: int = 1) -> dict[str, object]:
-    """What srun sets."""
+    """Return the variables that srun sets."""
     place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": ranks}
     nodes = {"SLURM_NODELIST": "localhost", "SLURM_STEP_NODELIST": "localhost"}
     nodes |= {"SLURM_STEP_ID": 0}

@@ -19,7 +19,7 @@ MOST_NEW_TOKENS = 8
 
 
 def both(workers, path, ranks):
-    """The same steps with padded rows and with packed rows, in folders of their own."""
+    """Run the steps with padded rows and with packed rows, in two folders."""
     cuts = MICRO_BATCHES[ranks]
     rows = [f"train.per_device_train_batch_size={ROWS // ranks // cuts}"]
     rows += [f"train.gradient_accumulation_steps={cuts}"]

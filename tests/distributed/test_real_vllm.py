@@ -49,7 +49,7 @@ LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--max-cpu-
 
 
 def write_model(folder: Path, seed: int) -> Path:
-    """A Qwen2 with random weights, two end tokens, and rows for tokens that nobody knows."""
+    """A Qwen2 with random weights, two end tokens, and rows for unknown tokens."""
     tokens = Tokenizer(models.BPE())
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()

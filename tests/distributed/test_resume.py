@@ -84,7 +84,7 @@ def write_data(folder: Path) -> None:
 def sections(method: str, preset: str) -> dict[str, Any]:
     """One teacher and one student, or a student that is cut out of its teacher in two trials."""
     hidden = {"loss": "hidden_mse", "weight": 0.1}
-    # Dropout is left on: without it a run could lose its random numbers and nobody would see.
+    # Dropout is left on: without it, a run could lose its random numbers unnoticed.
     student, options = {"model": bert(1), "deepspeed": preset}, {}
     if method == "minidisc":
         student["model"] = "from_teacher"
@@ -137,7 +137,7 @@ def write_run(folder: Path, preset: str, method: str) -> Path:
     ],
 )
 def truth(request, launch, tmp_path_factory) -> Run:
-    """The run that nobody interrupts."""
+    """The run without interruption."""
     preset, method = request.param
     folder = tmp_path_factory.mktemp(preset)
     run = Run(write_run(folder, preset, method), folder / "truth", method)
@@ -166,7 +166,7 @@ def assert_same_run(run: Run, truth: Run) -> None:
 
 
 def logged(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """What each stage has logged, in order."""
+    """Return the log lines of each stage, in order."""
     records = [{k: v for k, v in record.items() if k not in TIMES} for record in run.records()]
     return {stage: [r for r in records if r["stage"] == stage] for stage in run.stages}
 
@@ -175,7 +175,7 @@ def assert_same_tensors(folder: Path, wanted: Path) -> None:
     """The last weights, Adam's moments and the random numbers: the best may be older."""
     shards = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(WORLD)]
     for name in [*shards, *(f"rank-{rank}.pt" for rank in range(WORLD))]:
-        # A shard ends in padding that nobody has written to, where it does not come out even.
+        # A shard of odd size ends in padding without defined values.
         padding = WORLD - 1 if name in shards else 0
         found, there = (
             {

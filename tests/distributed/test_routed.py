@@ -1,4 +1,4 @@
-"""Rows that name their teachers under several ranks, whichever teachers a rank has rows of."""
+"""Rows that name their teachers, under several ranks with rows of different teachers."""
 
 from __future__ import annotations
 

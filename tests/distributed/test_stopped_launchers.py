@@ -35,7 +35,7 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(launch, config, tmp_path_factory) -> bytes:
-    """The weights of the run that nobody stops."""
+    """The weights of the run without a stop."""
     out = tmp_path_factory.mktemp("truth") / "out"
     group = launch("--config", str(config), f"output_dir={out}")
     assert group.wait() == [0, 0], group.text

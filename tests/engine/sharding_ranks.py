@@ -1,4 +1,4 @@
-"""What two ranks do with sharded models; `test_sharding.py` starts it and reads the results."""
+"""Work of two ranks with sharded models; `test_sharding.py` starts it and reads the results."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def independence(folder):
 
 
 def opening(folder):
-    """What `gathered` does to tied, open, plain and modified parameters."""
+    """Return the effect of `gathered` on tied, open, plain and modified parameters."""
     model = load(folder, "causal_lm", ZERO3)
     weight, norm = model.model.embed_tokens.weight, model.model.norm.weight
     plain = torch.nn.Parameter(torch.ones(3))

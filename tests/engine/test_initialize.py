@@ -1,4 +1,4 @@
-"""Which optimizer learns, and what decays."""
+"""The optimizer of an engine, and the weights that decay."""
 
 from __future__ import annotations
 

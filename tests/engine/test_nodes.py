@@ -1,4 +1,4 @@
-"""Which ranks are on a node; `tests/distributed/test_nodes.py` shards over them."""
+"""Ranks of a node; `tests/distributed/test_nodes.py` shards over them."""
 
 from __future__ import annotations
 

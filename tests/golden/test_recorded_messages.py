@@ -1,4 +1,4 @@
-"""The texts of the package, errors and warnings among them, are those that were recorded."""
+"""The texts of the package, with errors and warnings, equal the recorded texts."""
 
 from __future__ import annotations
 

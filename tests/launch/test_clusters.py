@@ -1,4 +1,4 @@
-"""What the scripts for clusters do with the end of a run."""
+"""Scripts for clusters at the end of a run."""
 
 from __future__ import annotations
 

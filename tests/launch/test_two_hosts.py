@@ -32,7 +32,7 @@ def config(tmp_path_factory) -> Path:
 
 
 def torchrun(folder: Path, node: int) -> list[str]:
-    """The same on each host: the launchers meet by the name of the first."""
+    """Start the launcher on each host; they meet by the name of the first."""
     del folder, node
     words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     return [*words, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"node-a:{PORT}"]
@@ -75,7 +75,7 @@ def end(started: list[subprocess.Popen[str]]) -> None:
 
 
 def lines(text: str) -> list[str]:
-    """What megakd itself has said in a launcher's output."""
+    """Return the lines of megakd in a launcher's output."""
     return [line for line in text.splitlines() if line.startswith("megakd: ")]
 
 

@@ -14,12 +14,11 @@ from unit_counts import counts_of
 
 import megakd_kernels
 from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, Losses, Predictions
-from megakd.contract.shapes import Shape
 from megakd.contract.stage import Pass
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import HardCrossEntropy, HiddenMse, SoftTargetKl
 from megakd.contract.unit_counts import count_units
-from megakd.contract.views import View
+from megakd.contract.views import Shape, View
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
 

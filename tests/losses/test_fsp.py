@@ -13,7 +13,7 @@ States = tuple[Tensor, ...]
 
 
 def error(student: States, teacher: States, **options) -> Tensor:
-    """Of the one flow through two layers."""
+    """Return the error of the flow through two layers."""
     (found,) = flow_errors(student, teacher, **options)
     return found
 

@@ -15,7 +15,6 @@ from unit_counts import counts_of
 
 import megakd_kernels
 from megakd.contract.batch import IGNORE, Batch, Knowledge, LogitWarp, LossInputs
-from megakd.contract.shapes import Shape
 from megakd.contract.terms import (
     HardCrossEntropy,
     HiddenMse,
@@ -29,6 +28,7 @@ from megakd.contract.terms import (
     TermConfig,
 )
 from megakd.contract.unit_counts import unit_weights
+from megakd.contract.views import Shape
 from megakd.losses.layer_terms import HiddenStates
 from megakd.losses.objective import Objective, build_objective
 
@@ -221,7 +221,7 @@ def test_terms_that_need_calls_of_their_own_get_them_and_the_hard_term_is_in_one
 
 
 def several(objective: Objective, scales: Sequence[float]) -> list[LossInputs]:
-    """What as many views of one head said of one batch."""
+    """Return the outputs of several views of one head for one batch."""
     first = reading(objective)
     heads = first.student.head
     return [

@@ -1,4 +1,4 @@
-"""Which terms fit which models, and what a step is divided by."""
+"""Fit of terms to models, and the divisors of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
 from megakd.contract.layer_mapping import layer_pairs
-from megakd.contract.shapes import Heads, Shape
 from megakd.contract.terms import (
     AttentionMse,
     EmbeddingMse,
@@ -30,6 +29,7 @@ from megakd.contract.terms import (
     SoftTargetTvd,
 )
 from megakd.contract.unit_counts import count_units, unit_weights
+from megakd.contract.views import Heads, Shape
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.objective import (
     build_objective,

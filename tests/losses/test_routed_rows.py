@@ -20,7 +20,6 @@ from transformers import (
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch, Losses, teacher_number
-from megakd.contract.shapes import Heads, Shape
 from megakd.contract.stage import Pass
 from megakd.contract.terms import (
     HardCrossEntropy,
@@ -30,6 +29,7 @@ from megakd.contract.terms import (
     SoftTargetKl,
 )
 from megakd.contract.unit_counts import count_units
+from megakd.contract.views import Heads, Shape
 from megakd.data.collation import Collator
 from megakd.data.masking import Masking
 from megakd.data.routed_rows import with_parts

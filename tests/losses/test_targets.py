@@ -90,7 +90,7 @@ def assert_same(found: Result, wanted: Result, **tolerance: float) -> None:
 
 
 def formula(scene: Scene) -> Result:
-    """The same in fp64 from the definitions, by autograd alone."""
+    """Return the values in fp64 from the definitions, by autograd alone."""
     leaves = {n: v.double().requires_grad_() for n, v in scene.leaves.items()}
     weights = [p.detach().double().requires_grad_() for p in scene.objective.parameters()]
     teacher = {n: v.double() for n, v in scene.teacher.items()}
@@ -139,7 +139,7 @@ def label_values(
 
 
 def divergence(term: Any, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """What is summed over the classes."""
+    """Return the terms of the sum over the classes."""
     if isinstance(term, SoftTargetTvd):
         return (p - q).abs() / 2
     if isinstance(term, SoftTargetJsd):

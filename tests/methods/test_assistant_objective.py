@@ -1,4 +1,4 @@
-"""What candidates are compared by, and what that asks of their heads."""
+"""The objective of candidates, and the heads that it needs."""
 
 from __future__ import annotations
 

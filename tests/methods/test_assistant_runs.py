@@ -146,7 +146,7 @@ def test_a_large_weight_on_size_ends_with_the_target_after_one_trial(bench):
 
 
 def test_the_assistant_is_cut_and_teaches_the_second_trial(one_rank, tmp_path):
-    """Of a regression with this seed the widest candidate scores best by a hundredth."""
+    """In a regression with this seed, the widest candidate scores best by a hundredth."""
     columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
     pairs = write_scored_pairs(tmp_path / "pairs")
     bench = Bench(one_rank, tmp_path, {"type": "regression", "dataset": str(pairs), **columns})

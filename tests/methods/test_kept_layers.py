@@ -33,7 +33,7 @@ def starting_as(folder: Path, layers: Any, *, tag: str = "out", **sections: Any)
 
 
 def of_layers(out: Path, kept: list[int]) -> bool:
-    """Whether the student has the weights of these layers of the fine-tuned teacher."""
+    """True if the student has the weights of these layers of the fine-tuned teacher."""
     final = load_file(out / "final" / "model.safetensors")
     taught = load_file(out / "stages" / "teacher-finetune" / "model.safetensors")
     place = re.compile(r"(?<=layers\.)\d+")

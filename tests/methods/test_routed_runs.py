@@ -39,7 +39,7 @@ def test_the_log_and_the_report_count_the_rows_of_each_teacher(bench, routed):
 
 @pytest.mark.parametrize("objective", [SOFT, INNER], ids=["outputs", "layers"])
 def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, objective):
-    """The parts of every step add up to the step, whichever rows they hold."""
+    """The parts of every step add up to the step."""
     settings = {"objective": objective, "student": STUDENT}
     name = objective[-1]["loss"]
     alone = bench.run(

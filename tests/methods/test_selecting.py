@@ -59,7 +59,7 @@ class Measured:
 
 
 class Heard:
-    """In place of an actor-critic: what it was to learn from."""
+    """A stand-in of an actor-critic that notes its input."""
 
     def __init__(self) -> None:
         self.phases: list[Transition] = []
@@ -78,7 +78,7 @@ def choosing(**changes: Any) -> Choosing:
 
 
 def said(step: int, valid: torch.Tensor | None = None) -> Any:
-    """What both models say at a step of a batch of two texts of three tokens."""
+    """Return the outputs of both models for a batch of two texts of three tokens."""
     generator = torch.Generator().manual_seed(step)
     valid = torch.ones(2, 3, dtype=torch.bool) if valid is None else valid
     student, teacher = (
@@ -126,7 +126,7 @@ def take(strategy: LearningToSelect, step: int) -> None:
 
 
 def weighed(strategy: Selecting, step: int, reading: Any) -> dict[str, float]:
-    """What the pass of a step answers about a micro-batch."""
+    """Return the losses of a step's pass for a micro-batch."""
     (planned,) = strategy.passes(step)
     assert planned.weigh is not None
     return dict(planned.weigh(reading))

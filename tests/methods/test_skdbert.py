@@ -1,4 +1,4 @@
-"""Which teacher is drawn, how likely, and what that does to the student on average."""
+"""Draws of teachers: their probabilities, and their mean effect on the student."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Finite = st.floats(-10, 10, allow_nan=False)
 
 
 class Scored:
-    """What the method asks of the lab: scores that are known already."""
+    """A lab whose scores are known."""
 
     def __init__(self, scores: dict[str, float]) -> None:
         self.scores, self.record = scores, self
@@ -131,7 +131,7 @@ def test_a_draw_depends_on_seed_and_step_alone():
 
 
 def test_neighbouring_steps_and_seeds_draw_independently():
-    """Of two fair draws as many agree as of two coins."""
+    """Two fair draws agree as often as two coins."""
     first, second = names(drawn(0.5, 0.5), 4001), names(drawn(0.5, 0.5, seed=4), 4001)
 
     def share_alike(one: list, other: list) -> float:

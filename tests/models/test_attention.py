@@ -1,4 +1,4 @@
-"""The vectors that are noted are those that the model's attention computes with."""
+"""The noted vectors are the vectors that the model's attention computes with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be cut is refused before anything is written."""
+"""Models that cannot be cut are refused before anything is written."""
 
 from __future__ import annotations
 

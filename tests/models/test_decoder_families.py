@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch
-from megakd.contract.shapes import Shape
 from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
 from megakd.contract.unit_counts import count_units
+from megakd.contract.views import Shape
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
 from megakd.losses.plugin_losses import logits_of

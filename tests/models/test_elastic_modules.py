@@ -1,4 +1,4 @@
-"""What views must not mix up: several before one backward, recomputation, shared embeddings."""
+"""Several views before one backward, recomputation, shared embeddings."""
 
 from __future__ import annotations
 

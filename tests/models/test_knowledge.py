@@ -1,4 +1,4 @@
-"""What is read from a model is what the model itself says."""
+"""Outputs that are read from a model equal the outputs of the model itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model that cannot be used gets: an error that names it, before anything large is read."""
+"""A model that cannot be used gets an error with its name, before anything large is read."""
 
 import pytest
 import torch

@@ -49,7 +49,7 @@ def test_the_mean_share_of_a_token_is_its_probability():
 
 
 def test_the_draws_of_a_position_are_independent():
-    """As many pairs of draws agree as two independent draws would."""
+    """Pairs of draws agree as often as two independent draws."""
     logits, tries = torch.tensor([1.0, 0.5, 0.0, -1.0]), 40_000
     p = logits.double().softmax(-1)
 

@@ -1,4 +1,4 @@
-"""How many micro-batches a teacher answers in one forward: the rule, and the plan that shows it."""
+"""Micro-batches that a teacher answers in one forward: the rule, and its line in the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine holds at each ZeRO stage, what ZeRO 3 gathers, and the peak of the sum."""
+"""Memory of an engine at each ZeRO stage, the gathers of ZeRO 3, and the peak of the sum."""
 
 from __future__ import annotations
 

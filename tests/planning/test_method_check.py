@@ -1,4 +1,4 @@
-"""What a method refuses is found before the first stage, and weights that no training can mend."""
+"""Errors of a method are found before the first stage, as are damaged weights."""
 
 from __future__ import annotations
 

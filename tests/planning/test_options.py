@@ -19,7 +19,7 @@ def _no_launcher(monkeypatch):
 
 
 class Page(types.ModuleType):
-    """Stands in for megakd.planning.plan and notes what it was asked."""
+    """A stand-in of megakd.planning.plan that notes its arguments."""
 
     def __init__(self) -> None:
         super().__init__("megakd.planning.plan")

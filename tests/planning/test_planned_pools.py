@@ -1,4 +1,4 @@
-"""What several teachers cost, before any of them is loaded."""
+"""Cost of several teachers, before any teacher is loaded."""
 
 from __future__ import annotations
 

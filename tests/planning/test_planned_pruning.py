@@ -1,4 +1,4 @@
-"""What a student costs that is pruned while it trains, window by window."""
+"""Cost of a student that is pruned while it trains, by window."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def bert(dropout: float) -> Summed:
 
 
 def saved_bytes(module: nn.Module) -> int:
-    """What autograd of a real forward keeps for the backward, parameters left out."""
+    """Return the tensors that autograd keeps for the backward, without parameters."""
     known = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
     kept: dict[int, int] = {}
     alive = []

@@ -1,4 +1,4 @@
-"""Ranks end with their launchers; a process that nobody launched does not."""
+"""Ranks end with their launchers; a process without a launcher does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the seconds of a run go: every second is in one phase."""
+"""Phases of a run: every second is in one phase."""
 
 from __future__ import annotations
 

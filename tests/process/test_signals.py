@@ -1,4 +1,4 @@
-"""What a stop signal does: at once outside training, at the next step inside."""
+"""A stop signal ends a run at once outside training, and at the next step inside."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_forgives_errors_does_not_forgive_a_stop():
 
 
 def stage(seen: list[int], error: Exception | None = None) -> None:
-    """A stage that SIGTERM comes to, and what it sees before and after."""
+    """A stage that gets SIGTERM, with its state before and after."""
     with deferred():
         seen.append(requested())
         signal.raise_signal(signal.SIGTERM)

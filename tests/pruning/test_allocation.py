@@ -1,4 +1,4 @@
-"""Which units a sub-network keeps: counts, nesting, rounding, and what is refused."""
+"""Units that a sub-network keeps: counts, nesting, rounding, refused options."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ GENERATED = {
 
 
 def measured(folder: Path, page: str, width: int) -> tuple[float, float]:
-    """How wide the page is, and how high the smallest text of a chart, in pixels."""
+    """Return the width of the page and the height of a chart's smallest text, in pixels."""
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "frame.html").write_text(FRAME.format(width=width), encoding="utf-8")
     said = subprocess.run(

@@ -1,4 +1,4 @@
-"""How the page reads: on a phone, in the dark, and the right way round where lower is better."""
+"""The page on a phone, in the dark, and for metrics where lower is better."""
 
 from __future__ import annotations
 

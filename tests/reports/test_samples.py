@@ -38,7 +38,7 @@ class Letters:
 
 
 class Counting:
-    """Says the token after the last one, and notes what it is asked."""
+    """A model that answers the token after the last token, and notes its inputs."""
 
     def __init__(self) -> None:
         self.asked: list[Batch] = []

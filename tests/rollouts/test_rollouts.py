@@ -15,8 +15,8 @@ from megakd.contract.batch import IGNORE
 from megakd.contract.completions import Completion, Rollout
 from megakd.errors import DataError
 from megakd.rollouts.batches import REPLAYED_STEPS, RolloutDraws
+from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
 from megakd.rollouts.store import RolloutStore, rollout_files
-from megakd.rollouts.text_rows import Prompts, columns_of_rows, rollout_row
 
 _tokens = st.lists(st.integers(0, 1000), min_size=1, max_size=6)
 
@@ -155,7 +155,7 @@ def test_every_replayed_step_has_generated_texts(seed: int, mix_per: str) -> Non
 
 
 def test_what_later_steps_replay_is_new_or_was_already_replayable() -> None:
-    """So the texts before a step that a resumed run may read are those that this step replays."""
+    """A resumed run may therefore read the texts before the step that it replays."""
     draws = _draws(mix={"rollout": 0.7, "replay": 0.3})
 
     for step in range(0, 400, 50):

@@ -1,4 +1,4 @@
-"""What bad data, paths and settings get from the whole command: one message, nothing loaded."""
+"""Bad data, paths and settings get one message from the whole command; nothing is loaded."""
 
 from __future__ import annotations
 

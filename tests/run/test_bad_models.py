@@ -1,4 +1,4 @@
-"""What models that cannot be used get from the whole command: one message, nothing loaded."""
+"""Models that cannot be used get one message from the whole command; nothing is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is uploaded to the Hub when, through a stand-in of its client."""
+"""Uploads to the Hub, through a stand-in of its client."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_failed_upload_is_one_line_with_the_command_that_repeats_it(api, tmp_p
 
 @pytest.fixture
 def happened(api, monkeypatch):
-    """What happens in a run that has nothing to do but to begin, to end and to upload."""
+    """Run nothing but the start, the end and the upload."""
     order = []
 
     @contextmanager

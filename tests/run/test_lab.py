@@ -1,4 +1,4 @@
-"""What a stage inherits, what its result depends on, and what is refused before models load."""
+"""Inheritance of stages, facts of their results, and refusals before models load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a whole run leaves behind: report, student, card, logs and checkpoints."""
+"""Files of a whole run: report, student, card, logs and checkpoints."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def teacher(whole_run) -> Path:
 
 
 def with_labels_swapped(teacher: Path, folder: Path) -> Path:
-    """The same classifier with its classes the other way round, names and rows alike."""
+    """Return the classifier with its classes reversed, names and rows alike."""
     shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("checksums.json"))
     model = AutoModelForSequenceClassification.from_pretrained(teacher)
     with torch.no_grad():

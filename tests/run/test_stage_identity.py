@@ -1,4 +1,4 @@
-"""What strategies and judges depend on is stated in full, or their stage is refused."""
+"""Facts of strategies and judges are complete, or their stage is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megakd.scoring.scores import headline
 
 
 class Halving(Strategy):
-    """Keeps its option in an attribute, where nobody looks."""
+    """Keeps its option in an attribute that is not a fact."""
 
     def __init__(self, every: int) -> None:
         object.__setattr__(self, "every", every)

@@ -1,4 +1,4 @@
-"""What a result depends on, and how two of them differ."""
+"""Facts of results, and the differences of two."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def view_for(model, view: View | None) -> View | None:
 
 
 def masked(model, view: View):
-    """The same weights, whole, with all that other heads and neurons say set to zero."""
+    """Return the whole model with the outputs of other heads and neurons set to zero."""
     model = copy.deepcopy(model)
     architecture = architecture_of(model.config)
     heads = architecture.heads(model.config)
@@ -132,7 +132,7 @@ def loss_of(model, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 
 
 def gradients_of(model) -> dict[str, torch.Tensor]:
-    """Of every parameter; zeros where there is none."""
+    """Return the gradient of every parameter; zeros if there is none."""
     return {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         for name, parameter in model.named_parameters()

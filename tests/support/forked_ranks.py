@@ -42,7 +42,7 @@ def _run(command: list[str], variables: dict[str, str], log: str) -> None:
 
 
 def settle_in(variables: Mapping[str, str]) -> None:
-    """Give a forked process its environment, and leave what it has inherited out of collections."""
+    """Give a forked process its environment, and freeze its inherited objects."""
     os.environ.clear()
     os.environ.update(variables)
     gc.freeze()

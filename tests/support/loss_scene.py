@@ -1,4 +1,4 @@
-"""What one loss term computes from, with random contents, in every way that tests need it."""
+"""Inputs of one loss term, with random contents, in every form that tests need."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megakd.contract.batch import (
     LogitWarp,
     LossInputs,
 )
-from megakd.contract.shapes import Heads, Shape
 from megakd.contract.terms import HardCrossEntropy, HardMse
 from megakd.contract.unit_counts import count_units, unit_weights
+from megakd.contract.views import Heads, Shape
 from megakd.losses.objective import build_objective
 
 HARD = (HardCrossEntropy, HardMse)
@@ -44,7 +44,7 @@ class Matrix:
 
 
 class Scene:
-    """What one term computes from, with random contents; `leaves` are what it may change."""
+    """Inputs of one term, with random contents; `leaves` are the tensors with gradients."""
 
     def __init__(self, task: str, term: Any, *, same_widths: bool = False) -> None:
         torch.manual_seed(1)
@@ -100,7 +100,7 @@ class Scene:
         return self
 
     def counting(self, name: str) -> torch.Tensor:
-        """Where a tensor's contents may matter to this term, by the table of units."""
+        """Return the places of a tensor that the term may read, by the table of units."""
         if name.startswith(("state", *PARTS)):
             is_first = torch.arange(5) == 0
             return self.valid & is_first if self.of_first else self.valid
@@ -169,5 +169,5 @@ def knowledge(contents: dict[str, torch.Tensor], rows: slice) -> Knowledge:
 
 
 def width_of(contents: dict[str, torch.Tensor]) -> int:
-    """Of a head."""
+    """Return the gradients of a head."""
     return contents["queries1"].shape[-1] // QUERY_HEADS

@@ -22,7 +22,7 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "M
 
 
 class Said(NamedTuple):
-    """What a command came to; `loaded` names the models whose weights it has loaded."""
+    """Outcome of a command; `loaded` names the models whose weights it has loaded."""
 
     code: int
     out: str

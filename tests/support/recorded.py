@@ -1,4 +1,4 @@
-"""What a run leaves behind, without times, paths and machines, and its comparison with a record.
+"""Results of a run without times, paths and machines, and their comparison with a record.
 
 `MEGAKD_GOLDEN=write` writes the records anew.
 """

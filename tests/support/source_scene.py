@@ -1,4 +1,4 @@
-"""What loss terms that are limited to a source compute from, with random contents."""
+"""Inputs of loss terms that are limited to a source, with random contents."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megakd.contract.batch import (
     Targets,
     TopK,
 )
-from megakd.contract.shapes import Shape
 from megakd.contract.unit_counts import count_units, unit_weights
+from megakd.contract.views import Shape
 from megakd.losses.objective import Objective, build_objective
 
 ROWS, LENGTH, WIDTHS, VOCABULARY = 4, 6, (8, 12), 11

@@ -1,4 +1,4 @@
-"""A run that works, to be spoiled in one place, and what has to be said about it."""
+"""A run that works, its damage in one place, and the message about the damage."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def task_of(family: str) -> str:
 
 
 def task(kind: str = "classification") -> TaskConfig:
-    """What a model is for."""
+    """Return the task of a model."""
     return TaskConfig(type=kind, dataset="d", max_length=16)
 
 
@@ -121,7 +121,7 @@ def build(family: str, kind: str | None = None, **changes) -> PreTrainedModel:
 
 
 def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model with other weights, the same every time."""
+    """Return the model with other weights, equal at every call."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -226,7 +226,7 @@ def cut(model: PreTrainedModel, kind: str, view: View, order: UnitOrder | None =
 
 
 def logits(model: PreTrainedModel, **options) -> Tensor:
-    """Of two texts, one of them padded."""
+    """Return the logits of two texts, of which one is padded."""
     ids = torch.arange(2, 26).reshape(2, 12)
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0

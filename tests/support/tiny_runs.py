@@ -15,7 +15,7 @@ SENTENCES = ("the cat sees the dog", "a dog runs", "then it eats and sleeps", "w
 
 
 def review(rng: random.Random, *, good: bool) -> str:
-    """A text whose words say what it thinks, among others that say nothing."""
+    """A text whose words tell its class, among words that tell nothing."""
     own, other = (GOOD if good else BAD).split(), OTHER.split()
     return " ".join(
         rng.choice(own if rng.random() < 0.7 else other) for _ in range(rng.randint(3, 9))

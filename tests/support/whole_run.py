@@ -1,4 +1,4 @@
-"""One run with everything in it, done once for all tests that look at what it left behind."""
+"""One run with all features, made once for all tests that read its files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def records(out: Path, stage: str) -> list[dict[str, Any]]:
-    """What a stage has logged."""
+    """Return the log of a stage."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["stage"] == stage]
 

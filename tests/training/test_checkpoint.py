@@ -280,7 +280,7 @@ def test_an_old_one_that_cannot_be_removed_does_not_stop_the_run(tmp_path, caplo
 
 
 class Counted(NamedTuple):
-    """Of a class that a later version may have moved."""
+    """A class that a later version may have moved."""
 
     value: int
 

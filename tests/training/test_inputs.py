@@ -1,4 +1,4 @@
-"""What a run is prepared from: data, one tokenizer, and models that fit it."""
+"""Inputs of a run: data, one tokenizer, and models that fit it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import FinetuneOverrides
-from megakd.contract.shapes import Shape
+from megakd.contract.views import Shape
 from megakd.errors import DataError, ModelError, TeacherError
 from megakd.inputs.inputs import prepare
 from megakd.losses.stage_losses import shape_of

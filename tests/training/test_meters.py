@@ -1,4 +1,4 @@
-"""What a stage's log says, and when it stops a run."""
+"""The log of a stage, and the values that stop a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from unit_counts import counts_of
 
 from megakd.config.train import TrainConfig
 from megakd.contract.batch import Losses
-from megakd.contract.shapes import Shape
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.tasks import TaskType
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, TermConfig
+from megakd.contract.views import Shape
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective

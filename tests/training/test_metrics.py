@@ -1,4 +1,4 @@
-"""Which metrics a run computes, and their values against scikit-learn."""
+"""Metrics of a run, and their values against scikit-learn."""
 
 from __future__ import annotations
 

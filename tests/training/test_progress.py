@@ -223,7 +223,7 @@ def test_a_folder_in_the_place_of_the_log_ends_a_run_before_its_data_are_read(
 
 
 class Service(ModuleType):
-    """A library that records what it is asked to do."""
+    """A library that records its calls."""
 
     def __init__(self, name):
         super().__init__(name)

@@ -1,4 +1,4 @@
-"""What a stage inherits from the run's sections."""
+"""Settings that a stage inherits from the run's sections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows that are continued: those that fit are used, and a run without any is refused early."""
+"""Rows that are continued: rows that fit are used, and a run without any is refused early."""
 
 from __future__ import annotations
 

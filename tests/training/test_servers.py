@@ -18,8 +18,7 @@ from megakd.contract.completions import Completion, RemoteGenerator, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.errors import ServerError
 from megakd.servers.checks import Wanted
-from megakd.servers.connect import ServerGenerator, check_servers, replicas_of
-from megakd.servers.push import Pushed
+from megakd.servers.connect import Pushed, ServerGenerator, check_servers, replicas_of
 
 WORDS, FURTHER_END = 38, 37
 

@@ -1,4 +1,4 @@
-"""How a stage is taken up: from its checkpoint, its result, or not at all."""
+"""A stage continues from its checkpoint or its result, or is refused."""
 
 from __future__ import annotations
 

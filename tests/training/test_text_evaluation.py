@@ -24,6 +24,7 @@ from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy
 from megakd.data.collation import Collator
 from megakd.rollouts import text_evaluation
+from megakd.rollouts.prompts import Prompts
 from megakd.rollouts.text_evaluation import (
     BUCKETS,
     TextCurves,
@@ -33,7 +34,6 @@ from megakd.rollouts.text_evaluation import (
     by_position,
     distinct_pairs,
 )
-from megakd.rollouts.prompts import Prompts
 from megakd.training.stage_evaluation import HeldOutLosses
 
 LETTERS = " abcdefgh"

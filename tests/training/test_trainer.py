@@ -1,4 +1,4 @@
-"""The loop: the order of its calls, what it keeps on the device, what it resumes."""
+"""The loop: the order of its calls, the values that it keeps on the device, and resuming."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from unit_counts import numbers
 from waiting import Waiting, no_waiting
 
 from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, LogitWarp, Losses
-from megakd.contract.shapes import Shape
 from megakd.contract.stage import Constant, Pass, StepReport
 from megakd.contract.terms import (
     HardCrossEntropy,
@@ -27,6 +26,7 @@ from megakd.contract.terms import (
     SoftTargetMse,
 )
 from megakd.contract.unit_counts import count_units
+from megakd.contract.views import Shape
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
 from megakd.teachers.frozen import FrozenModel

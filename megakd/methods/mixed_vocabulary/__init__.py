@@ -26,7 +26,6 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.lab import Lab
 from megakd.contract.metric import WHOLE
 from megakd.contract.options import OneTeacherOptions, StudentVocabulary
-from megakd.contract.shapes import Shape
 from megakd.contract.stage import (
     Constant,
     MixedReading,
@@ -46,6 +45,7 @@ from megakd.contract.terms import (
     Positive,
     Weight,
 )
+from megakd.contract.views import Shape
 from megakd.errors import TeacherError
 
 Projections = Literal["none", "dual", "down", "up"]
