@@ -219,7 +219,7 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
             scoring_dtype=lambda: "fp32",
         ),
     )
-    monkeypatch.setattr(run_report, "measure_latencies", fail)
+    monkeypatch.setattr("megakd.reports.latency.measure_latencies", fail)
     monkeypatch.setattr(run_report, "weight_bytes", lambda _: 1)
 
     assert run_report._latency(lab, {}, torch.device("cpu")) == []
