@@ -96,13 +96,13 @@ def test_the_card_says_how_the_model_was_made() -> None:
 
 
 def test_a_card_names_no_folder_of_a_machine() -> None:
-    facts = dataclasses.replace(FACTS, student="/somewhere/base", teachers=("/elsewhere/my-teacher",))
+    facts = dataclasses.replace(FACTS, student="/somewhere/base", teachers=("/apart/my-teacher",))
 
     card = model_card(facts, report_with(trained_parameters=40_000))
 
     assert "base_model" not in front_of(card)
     assert "/somewhere" not in card
-    assert "/elsewhere" not in card
+    assert "/apart" not in card
     assert "distilling `my-teacher`" in card
     assert 'from_pretrained("path/to/the/base/model")' in card
 
