@@ -45,8 +45,10 @@ class AttentionNotes:
         for block in self._blocks.values():
             # See `BackThroughLayer`.
             is_repeated = getattr(block, "gradient_checkpointing", False) and block.training
-            modules += [block] if is_repeated and is_sharded(block) else []
-        modules += [] if self._rotary is None else [self._rotary]
+            if is_repeated and is_sharded(block):
+                modules.append(block)
+        if self._rotary is not None:
+            modules.append(self._rotary)
         with ExitStack() as hooks:
             for module in modules:
                 hooks.callback(module.register_forward_hook(self._note).remove)
