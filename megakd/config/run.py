@@ -13,6 +13,7 @@ from megakd.config.paths import Folder
 from megakd.config.rollout import GenerationConfig, RolloutConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import TrainConfig, TrainOverrides, inherit
+from megakd.contract.results import FORMATS
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE, TEACHER, TaskType
 from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.methods import MethodConfig
@@ -79,6 +80,11 @@ class SaveConfig:
     """Create the repository as a private repository."""
     int8: bool = False
     """Also write the student with int8 weights, one scale per row, into final/int8/."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Number formats in which the student is written too."""
+        return tuple(name for name in FORMATS if getattr(self, name))
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

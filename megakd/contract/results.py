@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
+
+FORMATS = ("int8",)
+"""Number formats in which a student's weights may be there too: keys of its `ModelReport`."""
 
 
 class ClassReport(TypedDict):
@@ -42,6 +45,12 @@ class ModelReport(TypedDict):
     trained_parameters: NotRequired[int]
     per_class: NotRequired[Sequence[ClassReport]]
     int8: NotRequired[QuantizedReport]
+
+
+def formats_of(model: ModelReport) -> dict[str, QuantizedReport]:
+    """Return the entries on a model's weights in other number formats."""
+    entries = cast("Mapping[str, Any]", model)
+    return {name: entries[name] for name in FORMATS if name in entries}
 
 
 class AssistantReport(ModelReport):

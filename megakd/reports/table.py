@@ -22,6 +22,7 @@ from megakd.contract.results import (
     PruningReport,
     Report,
     TextReport,
+    formats_of,
 )
 from megakd.contract.tasks import (
     MATCH,
@@ -46,7 +47,6 @@ from megakd.reports.quantities import (
 from megakd.reports.report_file import completed
 
 Rows = list[list[str]]
-INT8_ROW = f"{STUDENT} (int8)"
 FORWARD = "ms"
 SHARES = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("truncated", "distinct_2", "top1_agreement")))
 """Metrics of generated texts that are shares; the others are numbers of tokens, or nats."""
@@ -200,7 +200,7 @@ def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
     if teacher:
         sizes[0].append("smaller")
         scores[0].append(against)
-    for name, model, values in _with_int8(report):
+    for name, model, values in _with_formats(report):
         names.append([name])
         counts = map(short_count, (model["parameters"], model["encoder_parameters"]))
         sizes.append([*counts, megabytes(model.get("bytes"))])
@@ -212,12 +212,13 @@ def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
     return names, sizes, scores, speeds
 
 
-def _with_int8(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
+def _with_formats(report: Report) -> list[tuple[str, ModelReport, Mapping[str, float]]]:
     models, student = scored_models(report), report["student"]
-    if "int8" in student:
-        int8 = student["int8"]
-        place = [name for name, _, _ in models].index(STUDENT) + 1
-        models.insert(place, (INT8_ROW, {**student, "bytes": int8["bytes"]}, int8["metrics"]))
+    place = [name for name, _, _ in models].index(STUDENT) + 1
+    models[place:place] = [
+        (f"{STUDENT} ({name})", {**student, "bytes": entry["bytes"]}, entry["metrics"])
+        for name, entry in formats_of(student).items()
+    ]
     return models
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from megakd.config.file import config_tree, dump_config, dump_yaml, load_config, parse_yaml
 from megakd.config.paths import is_path
 from megakd.config.run import RunConfig
-from megakd.contract.results import Report
+from megakd.contract.results import Report, formats_of
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE
 from megakd.data.encoding import tokenizer_content
 from megakd.engine.collectives import agree, on_main
@@ -67,8 +67,8 @@ def is_finished(config: RunConfig) -> bool:
     """Return true if the output folder holds the finished run of this config; read only the config.
 
     A run is not finished if the config asks for more steps than the run in the folder took, for
-    int8 weights that the run did not write, or for other times of the models. The finished run of
-    another config is an error.
+    a number format that the run did not write, or for other times of the models. The finished run
+    of another config is an error.
     """
     if not (config.output_dir / REPORT).is_file() or config.train.resume_from_checkpoint is False:
         return False
@@ -87,8 +87,9 @@ def is_finished(config: RunConfig) -> bool:
             f"{config.output_dir}; to train its student further, set student.model="
             f"{config.output_dir / FINAL} and another output_dir"
         )
-    has_int8 = flatten(_config_there(config.output_dir / CONFIG)).get("save.int8") is True
-    return timed[0] == timed[1] and (not config.save.int8 or has_int8)
+    written = flatten(_config_there(config.output_dir / CONFIG))
+    has_formats = all(written.get(f"save.{name}") is True for name in config.save.formats)
+    return timed[0] == timed[1] and has_formats
 
 
 def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
@@ -271,13 +272,13 @@ def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -
     card = model_card(_card_facts(config, stage, command), report)
     changes = {CARD: card, **dict.fromkeys((RESULT, RECORD, *files_of_others(there)))}
     changes |= current_files(there)
-    # The report decides, because save.int8 may change between two starts of a finished run.
-    add = _add_int8 if "int8" in report["student"] else None
+    # The report decides, because `save` may change between two starts of a finished run.
+    add = _add_formats if formats_of(report["student"]) else None
     copy_finished(stage, final, changes=changes, keep=kept, add=add, remedy=remedy)
 
 
-def _add_int8(folder: Path) -> None:
-    from megakd.models.int8 import INT8, write_int8
+def _add_formats(folder: Path) -> None:
+    from megakd.models.int8 import INT8, write_int8  # the only format
 
     write_int8(folder, folder / INT8)
 
@@ -318,7 +319,7 @@ def _draw(output_dir: Path) -> None:
 def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
     """Copy a finished stage's model to a new folder `to`; None: the stage of `final/`.
 
-    With `save.int8`, the int8 weights are written too.
+    The number formats of `save` are written too.
     """
     from megakd.training.window_state import files_of_window
 
@@ -333,7 +334,7 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
     there = entries(folder)
     changes = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
     changes |= current_files(there)
-    add = _add_int8 if config.save.int8 else None
+    add = _add_formats if config.save.formats else None
     copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
     return to
 
