@@ -6,12 +6,11 @@ imported only when a command needs it.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Protocol
+from types import ModuleType
 
 from megakd.commands import cache, encode, evaluate, export, methods, plan, report, shrink, train
 from megakd.commands.arguments import Parser, is_rank_0, say
@@ -21,28 +20,10 @@ from megakd.process.signals import Stopped, watched
 _USER_ERROR = 2
 
 
-class Command(Protocol):
-    """A module of `megakd.commands`; its docstring describes the command in one line."""
-
-    def add_options(self, parser: Parser) -> None:
-        """Add the options of the command."""
-        ...
-
-    def run(self, arguments: argparse.Namespace) -> None:
-        """Run the command, and print its result."""
-        ...
-
-
-_COMMANDS: Mapping[str, Command] = {
-    "train": train,
-    "plan": plan,
-    "cache": cache,
-    "encode": encode,
-    "evaluate": evaluate,
-    "shrink": shrink,
-    "export": export,
-    "report": report,
-    "methods": methods,
+# A command is a module that is named like it, with its options, its code, and a line on it.
+_COMMANDS: Mapping[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (train, plan, cache, encode, evaluate, shrink, export, report, methods)
 }
 
 
@@ -88,20 +69,16 @@ def _dispatch(words: Sequence[str]) -> int:
 
 def _run_command(name: str, words: Sequence[str], *, prog: str) -> int:
     command = _COMMANDS[name]
-    parser = Parser(prog=prog, description=_summary(command))
+    parser = Parser(prog=prog, description=inspect.getdoc(command) or "")
     command.add_options(parser)
     command.run(parser.parse(words))
     return 0
 
 
 def _overview() -> str:
-    lines = [f"  {name:10}{_summary(command)}" for name, command in _COMMANDS.items()]
+    lines = [f"  {name:10}{inspect.getdoc(command)}" for name, command in _COMMANDS.items()]
     usage = "usage: megakd {" + ",".join(_COMMANDS) + "} ...\n"
     return "\n".join([usage, *lines, "\nSee also: megakd COMMAND --help, megakd --version."])
-
-
-def _summary(command: Command) -> str:
-    return inspect.getdoc(command) or ""
 
 
 def _guarded(command: Callable[[], int]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, suggestion
 
 OWN_SECTION = "megakd"
 """The section with megakd's own keys, which DeepSpeed never gets."""
@@ -216,11 +216,10 @@ def _find(spec: str, *, where: str) -> Path:
             raise ConfigError(f"{where}: the DeepSpeed config {spec} does not exist")
         return path
     if not preset.is_file():
-        near = difflib.get_close_matches(spec, preset_names(), n=1)
-        hint = f'; did you mean "{near[0]}"?' if near else ";"
+        hint, known = suggestion(spec, preset_names()) or ";", ", ".join(preset_names())
         raise ConfigError(
-            f'{where}: unknown preset "{spec}"{hint} known: {", ".join(preset_names())}; the path '
-            "of a file must end in .json"
+            f'{where}: unknown preset "{spec}"{hint} known: {known}; the path of a file must end '
+            "in .json"
         )
     return preset
 
@@ -391,10 +390,7 @@ def _check_keys(section: Any, known: Collection[str], where: str) -> None:
         raise ConfigError(f"{where} must be a mapping (got {json.dumps(section)})")
     for key in section:
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = (
-                f'; did you mean "{near[0]}"?' if near else f"; known: {', '.join(sorted(known))}"
-            )
+            hint = suggestion(key, sorted(known)) or f"; known: {', '.join(sorted(known))}"
             raise ConfigError(f'{where}: unknown key "{key}"{hint}')
 
 

@@ -448,7 +448,7 @@ def _last(count: int, kept: int | None) -> tuple[int, ...]:
 
 
 def _with_even_parts(batch: Batch, stage: Stage, make: Callable[[int, int], Batch]) -> Batch:
-    # Return a micro-batch in which every teacher of a routed stage has an equal part of the rows.
+    # Return a micro-batch in which every teacher has an equal part, if rows name their teachers.
     # The student's losses need about the same memory for every division of the rows. Only the
     # largest forward of a teacher depends on the division: it has all rows of a micro-batch.
     if not stage.strategy.routes_rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_args
 
@@ -199,11 +199,12 @@ def _phases(plan: Plan) -> list[list[str]]:
     is_pruned = any(phase.pruned for phase in plan.phases)
     rows = [[head[0], *(["width", "weights"] if is_pruned else []), *head[1:]]]
     for phase in plan.as_json()["phases"]:
-        seconds = phase["seconds_per_step"]
+        seconds, left = phase["seconds_per_step"], phase["pruned_to"]
+        size = [str(left["width"]), f"{left['parameters']:,}"] if left else ["-", "-"]
         rows.append(
             [
                 phase["name"] if phase["required"] else f"{phase['name']} (optional)",
-                *(_left(phase["pruned_to"]) if is_pruned else []),
+                *(size if is_pruned else []),
                 _gigabytes(phase["peak_bytes_per_rank"]),
                 phase["peak_moment"],
                 _gigabytes(phase["host_bytes_per_rank"]) if plan.cluster.device == "cuda" else "-",
@@ -228,10 +229,6 @@ def _calls(plan: Plan) -> list[str]:
             time = "" if one is None else f", {one * phase.forwards:.3g} s together"
             lines.append(f"{phase.name}: {phase.forwards} forwards of the teacher{time}")
     return ["\n".join(lines)] if lines else []
-
-
-def _left(size: Mapping[str, int] | None) -> list[str]:
-    return ["-", "-"] if size is None else [str(size["width"]), f"{size['parameters']:,}"]
 
 
 def _verdict(plan: Plan) -> str:

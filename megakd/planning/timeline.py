@@ -311,8 +311,8 @@ class Timeline:
     def _count(self, learner: Trained, frozen: Mapping[str, Frozen], micro_batches: int) -> None:
         flops = micro_batches * sum(run.flops for run in self.traced.learner)
         answered, stage = 0.0, self.phase.stage
-        is_routed = stage is not None and stage.strategy.routes_rows
-        rows = 1 / len(frozen) if is_routed and frozen else 1.0
+        is_divided = stage is not None and stage.strategy.routes_rows
+        rows = 1 / len(frozen) if is_divided and frozen else 1.0
         for name, engine in frozen.items():
             run, per_call = self.traced.teachers[name], self.traced.per_call[name]
             asked, rest = self.traced.asked[name], engine.received
