@@ -8,27 +8,17 @@ import pytest
 from spoiling import LATE, assert_refused
 from tiny_runs import bert, llama, write_jsonl, write_reviews
 
-from megakd.config.file import load_config
-from megakd.errors import ConfigError
-
 GOOD_ROWS = '{"text":"a b","label":"x"}\n{"text":"c d","label":"y"}\n{"text":"e","label":"y"}\n'
 COLUMNS = "columns are text, label"
 # A file, its content, keys of the task, and parts of the message.
 DATA: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
     "no rows": ("train.jsonl", "", {}, ("train.jsonl has no rows",)),
-    "only a header": ("train.csv", "text,label\n", {}, ("train.csv has no rows",)),
     "an empty text": ("train.txt", "\n\n", {"type": "causal_lm"}, ("train.txt has no rows",)),
     "no text column": (
         "train.jsonl",
         '{"body":"a","label":1}\n',
         {},
         ("column 'text' does not exist", "columns are body, label"),
-    ),
-    "no such text column": (
-        "train.jsonl",
-        GOOD_ROWS,
-        {"text_columns": ["body"]},
-        ("column 'body' (task.text_columns) does not exist", COLUMNS),
     ),
     "no such label column": (
         "train.jsonl",
@@ -41,12 +31,6 @@ DATA: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
         '{"text":"a","label":0}\n{"text":"b","label":1}\n{"text":"c","label":7}\n',
         {},
         ("line 3", "label 7 is outside 0..2"),
-    ),
-    "words for scores": (
-        "train.jsonl",
-        GOOD_ROWS.splitlines()[0],
-        {"type": "regression"},
-        ("line 1", "'x' in column 'label' is not a finite number"),
     ),
     "text that is not UTF-8": (
         "train.jsonl",
@@ -90,11 +74,10 @@ def test_a_validation_file_with_a_class_of_its_own(bench):
     assert_refused(said, bench, "validation.jsonl, line 1", "'neutral' is not one of the 2 classes")
 
 
-@pytest.mark.parametrize("below", ["", "x/y"])
-def test_an_output_folder_that_cannot_be(bench, below):
+def test_an_output_folder_that_cannot_be(bench):
     file = bench.folder / "file"
     file.write_text("")
-    said = bench.start(bench.tree(), f"output_dir={file / below}")
+    said = bench.start(bench.tree(), f"output_dir={file / 'x/y'}")
     assert_refused(said, bench, f"output_dir: {file} is not a writable folder")
 
 
@@ -102,7 +85,6 @@ MAPPING = "a layer does not exist; the student has layers 0 to 1, the teacher 0 
 # Overrides of a run whose teacher is fine-tuned first, and parts of the message.
 SETTINGS = [
     ("objective=[{loss: hidden_mse, layer_mapping: ['7:1']}]", "layer_mapping 7:1", MAPPING),
-    ("objective=[{loss: hidden_mse, layer_mapping: ['1:1', '1:9']}]", "mapping 1:9", MAPPING),
     ("objective=[{loss: relation_kl, layer_mapping: ['1:3']}]", "layer_mapping 1:3", MAPPING),
     (
         "student.model.config.vocab_size=10",
@@ -128,7 +110,6 @@ SETTINGS = [
         "train.fp16=true; teacher.finetune.fp16=false",
         "train: fp16 is not supported on cpu; supported: fp32, bf16",
     ),
-    ("teacher.dtype=fp16", "teacher.dtype: fp16 is not supported on cpu; supported: fp32, bf16"),
     ("train.kernels=triton", "train.kernels: impl 'triton' ", "use 'chunked'"),
     (
         "student.model.config.num_attention_heads=4; objective=[{loss: attention_mse}]",
@@ -151,27 +132,12 @@ SETTINGS = [
         for key in ("task.dataset", "teacher.model", "student.model", "task.tokenizer")
     ),
     ("train.resume_from_checkpoint=nowhere", "train.resume_from_checkpoint: nowhere does not exi"),
-    ("train.lerning_rate=3", 'train.lerning_rate = 3: unknown key; did you mean "learning_rate"?'),
-    # Numbers beyond all measure.
-    ("seed=1180591620717411303424", "seed: must be below 4.29497e+09"),
-    ("train.max_steps=1000000000000000000000", "train.max_steps: must be at most"),
-    ("train.num_train_epochs=1e300", "train.num_train_epochs: must be at most"),
-    (
-        "train.gradient_accumulation_steps=1000000000000",
-        "train.gradient_accumulation_steps: must be at most",
-    ),
-    ("task.max_length=1000000000000", "task.max_length: must be at most"),
-    ("log.logging_steps=1000000000000000000000000", "log.logging_steps: must be at most"),
     *(
         (
             f"student.model.config.{key}={size}",
             f"student.model.config: {key} must be a whole number from 1 to 16,777,216 (got {size})",
         )
-        for key, size in (
-            *(("hidden_size", size) for size in (0, -16, 10**12)),
-            *(("num_attention_heads", 0), ("num_hidden_layers", 0), ("intermediate_size", 0)),
-            *(("vocab_size", 0), ("max_position_embeddings", 0)),
-        )
+        for key, size in (("hidden_size", 10**12), ("num_attention_heads", 0), ("vocab_size", 0))
     ),
 ]
 
@@ -187,11 +153,3 @@ def test_a_batch_of_more_rows_than_there_are_is_a_batch_of_all_rows(bench):
     keys = ("train.per_device_train_batch_size", "eval.per_device_eval_batch_size")
     said = bench.start(bench.tree(), "train.max_steps=2", *(f"{key}={10**12}" for key in keys))
     assert said.code == 0, said.err
-
-
-@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ("{a: ", "}")])
-def test_a_config_that_is_nested_without_measure_is_refused_in_one_line(tmp_path, opening, closing):
-    path = tmp_path / "deep.yaml"
-    path.write_text(f"task: {opening * 3000}1{closing * 3000}\n")
-    with pytest.raises(ConfigError, match=r"nested too deeply.*\Z"):
-        load_config(path)

@@ -17,6 +17,7 @@ from megakd.errors import DataError
 from megakd.run import finished_run
 
 WEIGHTS = "model.safetensors"
+QUIET = {"eval": {"latency": False}}
 
 
 class Finished:
@@ -39,7 +40,7 @@ def original(one_rank: OneRank, whole_run: WholeRun, tmp_path_factory) -> Path:
     shutil.copytree(whole_run.teacher, folder / "teacher")
     task = {"type": "classification", "dataset": str(reviews)}
     teacher = {"model": str(folder / "teacher")}
-    tree = config_tree(folder / "out", task, teacher=teacher, method={"name": "single"})
+    tree = config_tree(folder / "out", task, teacher=teacher, method={"name": "single"}, **QUIET)
     finish(one_rank, write_config(folder / "run.yaml", tree))
     return folder
 
@@ -113,10 +114,6 @@ DAMAGE: dict[str, tuple[dict[str, Callable[[Path], None]], tuple[str, ...]]] = {
         {f"{STUDENT}/{WEIGHTS}": flip},
         (f"{NOT_THE_STUDENT} {WEIGHTS} differs", f"move {{}}/{STUDENT} away"),
     ),
-    "tokenizer of the student": (
-        {f"{STUDENT}/tokenizer.json": flip},
-        (f"{NOT_THE_STUDENT} tokenizer.json differs",),
-    ),
     "no student and a damaged stage": (
         {STUDENT: remove, f"{STAGE}/{WEIGHTS}": flip},
         (f"{{}}/{STAGE} is damaged", f"remove {{}}/{STAGE} and {{}}/{REPORT}"),
@@ -175,64 +172,44 @@ def test_a_student_that_was_removed_is_copied_again_from_its_stage(finished, mis
     assert finished.again().err.count("copied again") == 0
 
 
-def test_the_student_of_another_run_is_refused(finished, whole_run):
-    shutil.rmtree(finished.out / "final")
-    shutil.copytree(whole_run.out / "final", finished.out / "final")
-    assert_refused(finished.again(), "is not the student of this run")
-
-
-@pytest.mark.parametrize("content", [b"", b"task: [", b"\xff\xfe\x00", b"- 1\n"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"])
 def test_a_damaged_config_of_a_finished_run_is_refused(finished, content):
     (finished.out / "config.yaml").write_bytes(content)
     assert_refused(finished.again(), finished.out)
 
 
-def test_a_report_that_was_removed_is_made_again_and_files_of_the_user_stay(finished):
-    (finished.out / "report.json").unlink()
-    (finished.out / "final" / "notes.txt").write_text("mine")
-    (finished.out / "final" / "README.md").write_text("my card")
+def test_a_damaged_student_is_neither_scored_nor_exported(finished, tmp_path):
+    flip(finished.out / "final" / WEIGHTS)
+    flip(finished.out / "stages" / "student" / WEIGHTS)
+
+    scored = finished.one_rank.megakd("evaluate", finished.config)
+    exported = finished.one_rank.megakd("export", finished.config, "--to", tmp_path / "x")
+
+    assert_refused(
+        scored, f"{finished.out / 'final'} is damaged: the checksum of {WEIGHTS} differs"
+    )
+    assert_refused(exported, f"{finished.out / 'stages' / 'student'} is damaged")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_report_and_a_stage_that_were_removed_are_made_again_and_files_of_the_user_stay(finished):
+    out, final = finished.out, finished.out / "final"
+    before = (final / WEIGHTS).read_bytes()
+    (out / "report.json").unlink()
+    shutil.rmtree(out / "stages" / "student")
+    (final / "notes.txt").write_text("mine")
+    (final / "README.md").write_text("my card")
 
     said = finished.again()
 
     assert said.code == 0, said.err
     assert "final: files that megakd did not write are kept: README.md, notes.txt" in said.err
-    assert (finished.out / "final" / "notes.txt").read_text() == "mine"
-    assert (finished.out / "final" / "README.md").read_text() == "my card"
-    assert finished.again().code == 0
+    assert (final / "notes.txt").read_text() == "mine"
+    assert (final / "README.md").read_text() == "my card"
+    assert (final / WEIGHTS).read_bytes() == before
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
-def test_a_damaged_student_is_neither_scored_nor_exported(finished, name, tmp_path):
-    flip(finished.out / "final" / name)
-    flip(finished.out / "stages" / "student" / name)
-
-    scored = finished.one_rank.megakd("evaluate", finished.config)
-    exported = finished.one_rank.megakd("export", finished.config, "--to", tmp_path / "x")
-
-    assert_refused(scored, f"{finished.out / 'final'} is damaged: the checksum of {name} differs")
-    assert_refused(exported, f"{finished.out / 'stages' / 'student'} is damaged")
-    assert not (tmp_path / "x").exists()
-
-
-def test_a_stage_that_was_removed_is_made_again_with_the_same_weights(finished):
-    before = (finished.out / "final" / WEIGHTS).read_bytes()
-    (finished.out / "report.json").unlink()
-    shutil.rmtree(finished.out / "stages" / "student")
-
-    said = finished.again()
-
-    assert said.code == 0, said.err
-    assert (finished.out / "final" / WEIGHTS).read_bytes() == before
-
-
-def test_the_record_names_the_stage_of_the_student_and_what_it_was_made_from(finished):
-    record = json.loads((finished.out / "run.json").read_text())
-    assert record["student"] == "student"
-    assert {"task.dataset", "task.tokenizer", "teacher.model.weights"} <= record["inputs"].keys()
-    assert WEIGHTS in record["final"]
-
-
-@pytest.mark.parametrize("moment", ["dump_config", "write_signed", "write_report"])
+@pytest.mark.parametrize("moment", ["dump_config", "write_report"])
 def test_a_longer_run_that_is_killed_while_it_is_published_goes_on(finished, monkeypatch, moment):
     longer = load_config(finished.config, ["train.max_steps=6"])
     report = json.loads((finished.out / "report.json").read_text())

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -227,28 +226,6 @@ def test_a_run_that_came_and_went_meanwhile_is_not_in_the_way(tmp_path, dead):
     assert read_holder(tmp_path / LOCK) == slow.holder
     slow.release()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_of_many_runs_at_once_exactly_one_takes_a_dead_lock_over(tmp_path, dead):
-    leave_lock(tmp_path, dead)
-    locks = [FolderLock(tmp_path) for _ in range(8)]
-    together = threading.Barrier(len(locks))
-
-    def take(lock: FolderLock) -> bool:
-        together.wait()
-        try:
-            lock.take()
-        except InUseError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(len(locks)) as pool:
-        taken = list(pool.map(take, locks))
-
-    winner = locks[taken.index(True)]
-    assert taken.count(True) == 1
-    assert read_holder(tmp_path / LOCK) == winner.holder
-    winner.release()
 
 
 def test_a_holder_whose_lock_another_run_has_taken_is_told(tmp_path, stranger, monkeypatch):

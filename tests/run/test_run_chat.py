@@ -22,12 +22,6 @@ def questions(shared_data: Path) -> list[dict[str, str]]:
         return [json.loads(line) for line in islice(file, 40)]
 
 
-def row_of(pair: dict[str, str], shape: str) -> dict[str, Any]:
-    if shape == "plain":
-        return {"prompt": f"{pair['question']}\n", "completion": pair["answer"]}
-    return {"messages": asked(pair["question"], pair["answer"])}
-
-
 def write_run(folder: Path, rows: list[dict[str, Any]], out: str, **task: Any) -> Path:
     chat_tokenizer("chatml").save_pretrained(folder / "tokenizer")
     path = write_jsonl(folder / "rows.jsonl", rows)
@@ -40,22 +34,22 @@ def write_run(folder: Path, rows: list[dict[str, Any]], out: str, **task: Any) -
         student={"model": llama(1, **model)},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy"}],
+        eval={"latency": False},
     )
     return write_config(folder / f"{out}.yaml", tree)
 
 
-@pytest.mark.parametrize("shape", ["plain", "messages"])
-def test_a_run_on_real_questions_learns_and_says_what_counts(
-    one_rank, tmp_path, shared_data, shape
-):
-    rows = [row_of(pair, shape) for pair in questions(shared_data)]
+def test_a_run_on_real_questions_learns_and_says_what_counts(one_rank, tmp_path, shared_data):
+    rows = [
+        {"messages": asked(pair["question"], pair["answer"])} for pair in questions(shared_data)
+    ]
     config = write_run(tmp_path, rows, "out")
 
     said = finish(one_rank, config)
 
     report = read(tmp_path / "out")
     assert report["student"]["metrics"]["perplexity"] > 1
-    assert report["samples"][0]["prompt"].rstrip().endswith(("?", "assistant"))
+    assert report["samples"][0]["prompt"].rstrip().endswith("assistant")
     log = said.out + said.err
     for words in ("rows of", "that count", "train", "validation", "[[Natalia sold 48/2"):
         assert words in log

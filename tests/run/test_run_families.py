@@ -46,10 +46,11 @@ def test_a_gpt2_learns_from_a_qwen3(one_rank, tmp_path):
             "dataset": str(write_text(tmp_path / "stories.txt")),
             "tokenizer": {"type": "bpe", "vocab_size": 320},
         },
-        teacher={"model": qwen3(2), "finetune": {"max_steps": 12}, "deepspeed": "teacher_zero3"},
+        teacher={"model": qwen3(2), "finetune": {"max_steps": 8}, "deepspeed": "teacher_zero3"},
         student={"model": gpt2(1), "deepspeed": "zero3"},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}, RELATIONS],
+        eval={"latency": False},
     )
     tree["train"] |= {"max_steps": 8}
 
@@ -102,6 +103,7 @@ def t5_run(one_rank, tmp_path_factory) -> Path:
             {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["2:2"]},
             RELATIONS,
         ],
+        eval={"latency": False},
     )
     tree["train"] |= {"max_steps": 30, "per_device_train_batch_size": 8}
     finish(one_rank, write_config(folder / "run.yaml", tree))

@@ -35,7 +35,7 @@ def masked_run(one_rank, tmp_path_factory) -> Path:
             "mlm_probability": 0.3,
             "tokenizer": {"type": "wordpiece", "vocab_size": 320},
         },
-        teacher={"model": bert(2, width=24), "finetune": {"max_steps": 60}},
+        teacher={"model": bert(2, width=24), "finetune": {"max_steps": 40}},
         student={"model": bert(1), "deepspeed": "zero3"},
         method={"name": "single"},
         objective=[
