@@ -19,11 +19,12 @@ def test_an_example_is_a_valid_run_config_with_known_presets(path: Path) -> None
 
     assert load_ds_config(config.student.deepspeed, where="student.deepspeed")
     assert config.output_dir == Path("runs") / path.stem
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    if path.stem.startswith("minidisc_"):
+        assert load_config(path, ("method.name=maxidisc",)).method.name == "maxidisc"
 
 
-def test_the_quickstart_distils_with_an_undistilled_baseline_on_a_batch_of_64(
-    repository: Path,
-) -> None:
+def test_the_quickstart_distils_with_an_undistilled_baseline_on_a_batch_of_64(repository):
     config = load_config(repository / "launch" / "examples" / "quickstart.yaml")
 
     assert config.baselines == ("alone", "direct")

@@ -78,9 +78,7 @@ def test_table_and_comment_have_the_counted_weights_and_the_sizes_of_the_written
     assert load_config(path).save.int8 is path.stem.startswith("extreme")
 
 
-def test_a_student_of_under_seven_megabytes_is_sixty_times_smaller_with_its_token_head(
-    tmp_path: Path,
-) -> None:
+def test_a_student_of_under_seven_megabytes_is_sixty_times_smaller_with_its_token_head(tmp_path):
     shape = student_of(EXAMPLES / "extreme_92.yaml")
 
     model = BertForMaskedLM(shape)
@@ -94,9 +92,7 @@ def test_a_student_of_under_seven_megabytes_is_sixty_times_smaller_with_its_toke
 
 # 6.2M and 10.9M are the sizes that we remember from the EACL paper.
 @pytest.mark.parametrize(("layers", "weights"), [(6, "6.20M"), (12, "10.94M")])
-def test_512_positions_and_the_pooler_give_the_sizes_of_the_eacl_paper(
-    layers: int, weights: str
-) -> None:
+def test_512_positions_and_the_pooler_give_the_sizes_of_the_eacl_paper(layers, weights):
     shape = student_of(EXAMPLES / f"eacl_{layers}x256.yaml", max_position_embeddings=512)
 
     with torch.device("meta"):

@@ -84,9 +84,7 @@ def test_the_published_teacher_is_fetched_or_one_is_trained_from_scratch(
         assert not folder.exists()
 
 
-def test_the_teacher_from_scratch_is_a_valid_override_of_the_run(
-    quickstart: ModuleType, repository: Path
-) -> None:
+def test_the_teacher_from_scratch_is_a_valid_override_of_the_run(quickstart, repository):
     config = load_config(repository / quickstart.CONFIG, quickstart.SCRATCH_TEACHER)
 
     assert config.teacher is not None
@@ -94,9 +92,7 @@ def test_the_teacher_from_scratch_is_a_valid_override_of_the_run(
     assert config.teacher.model.config["hidden_size"] == 256
 
 
-def test_a_package_that_is_nowhere_gives_pips_own_last_line(
-    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_is_nowhere_gives_pips_own_last_line(quickstart, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -110,8 +106,8 @@ def test_a_package_that_is_nowhere_gives_pips_own_last_line(
 # A launcher that returns 0 without a whole report has failed.
 @pytest.mark.parametrize(
     ("report", "code"),
-    [(None, 1), ("", 1), ('{"student": ', 1), ("{}", 1), ('{"student": {}}', 0)],
-    ids=["absent", "empty", "cut off", "without a student", "whole"],
+    [(None, 1), ('{"student": ', 1), ("{}", 1), ('{"student": {}}', 0)],
+    ids=["absent", "cut off", "without a student", "whole"],
 )
 def test_a_run_is_done_with_a_whole_report_in_the_output_folder_of_the_command_line(
     quickstart, tmp_path, monkeypatch, capsys, report, code
@@ -135,15 +131,6 @@ def test_a_run_is_done_with_a_whole_report_in_the_output_folder_of_the_command_l
     else:
         line = f"quickstart: the report is {out / 'report.json'}, the student {out / 'final'}\n"
         assert shown.out == line
-
-
-def test_an_output_folder_that_is_no_path_is_refused_before_a_teacher_is_fetched(
-    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delattr(quickstart, "teacher_overrides")
-
-    assert quickstart.main(["output_dir=[a]"]) == 2
-    assert "output_dir: must be text" in capsys.readouterr().err
 
 
 # A launcher of two processes, of which the second one waits for a rank that takes its time.
@@ -174,10 +161,7 @@ sys.exit(quickstart.main([]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_waits_for_the_ranks_and_prints_no_traceback(
-    repository: Path, number: signal.Signals
-) -> None:
+def test_ctrl_c_waits_for_the_ranks_and_prints_no_traceback(repository: Path) -> None:
     words = ["-c", QUICKSTART, str(repository / "launch/quickstart.py"), RUNNER, LAUNCHER]
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -186,12 +170,11 @@ def test_ctrl_c_waits_for_the_ranks_and_prints_no_traceback(
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
 
-        # A terminal sends Ctrl+C to all of its processes, `kill` its signal to one.
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.terminate()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
 
         said, errors = process.communicate()
     assert (said, errors) == ("the ranks have saved\n", "")
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + signal.SIGINT
 
 
 def test_two_ranks_without_a_gpu_are_launched_with_the_overrides_last(quickstart):

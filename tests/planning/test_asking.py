@@ -15,6 +15,7 @@ from megakd.inputs.step_size import micro_batches_per_call
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
+from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, page, plan_run
 from megakd.planning.planning_lab import planned_sources
 from megakd.planning.timeline import PhasePlan
@@ -68,9 +69,12 @@ def test_answers_that_do_not_fit_are_asked_for_in_groups(tmp_path, monkeypatch):
     assert per_call(config) == 1
 
 
+TRACES = Traces()
+
+
 def planned(folder: Path, *overrides: str, **cluster: Any) -> Plan:
     place = Cluster(**{"ranks": 2, **cluster})
-    return plan_run(config_of(folder, *overrides), place, advise=False)
+    return plan_run(config_of(folder, *overrides), place, advise=False, traces=TRACES)
 
 
 def test_a_teacher_sharded_within_nodes_is_planned_over_the_ranks_of_a_node(tmp_path):
@@ -81,9 +85,10 @@ def test_a_teacher_sharded_within_nodes_is_planned_over_the_ranks_of_a_node(tmp_
         (training,) = (phase for phase in plan.phases if phase.flops)
         return plan.part("teacher", "weights"), training.network["teacher"]
 
-    assert weights_and_network(node) == weights_and_network()  # one node
+    on_one = weights_and_network()
+    assert weights_and_network(node) == on_one
     on_two = weights_and_network(node, ranks=4, nodes=2)
-    assert on_two == pytest.approx(weights_and_network(ranks=2))
+    assert on_two == pytest.approx(on_one)
     assert on_two[0] > weights_and_network(ranks=4, nodes=2)[0]
     assert weights_and_network(node, nodes=2)[1] == 0  # a whole copy per rank
 

@@ -78,7 +78,8 @@ def test_a_second_bucket_is_counted_where_gradients_are_sent_during_the_backward
     [
         (0, 4, 2, 4 * P, 8 * P),
         (0, 2, 2, 2 * P, 12 * P),  # the weights in fp32 too
-        *((stage, size, 2, size * P, 12 * P // RANKS) for stage in (1, 2) for size in (2, 4)),
+        (1, 4, 2, 4 * P, 12 * P // RANKS),
+        (2, 2, 2, 2 * P, 12 * P // RANKS),
         (3, 4, 2, 4 * P // RANKS, 8 * P // RANKS),
         (3, 2, 2, 2 * P // RANKS, 12 * P // RANKS),
         # SGD keeps no moments: the weights in fp32, at most.
@@ -87,19 +88,9 @@ def test_a_second_bucket_is_counted_where_gradients_are_sent_during_the_backward
         *((3, 4, 0, P, 0), (3, 2, 0, P // 2, P)),
     ],
 )
-def test_each_stage_shards_what_it_says(
-    stage: int, itemsize: int, moments: int, weights: int, optimizer: int
-) -> None:
+def test_each_stage_shards_what_it_says(stage, itemsize, moments, weights, optimizer):
     resting = engine({"stage": stage}, itemsize=itemsize, moments=moments).resting()
     assert (held(resting, "weights"), held(resting, "optimizer")) == (weights, optimizer)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_sgd_takes_less_at_its_peak(stage: int) -> None:
-    adamw, sgd = (
-        most(step(engine({"stage": stage}, itemsize=2, moments=moments))) for moments in (2, 0)
-    )
-    assert sgd < adamw
 
 
 def test_gradients_are_whole_at_zero_1_and_in_shards_at_zero_2() -> None:
@@ -229,17 +220,13 @@ WEIGHTS, LIVE = Share("student", "weights"), Share("student", "activations")
 MASTERS = Share("student", "optimizer", "host")
 
 
-def test_holdings_of_one_kind_are_added() -> None:
-    held = together({WEIGHTS: Amount(1, 2)}, {WEIGHTS: Amount(10, 20), LIVE: Amount(5)}, {})
-    assert held == {WEIGHTS: Amount(11, 22), LIVE: Amount(5)}
-
-
 def test_the_peak_is_the_highest_sum_at_one_time() -> None:
     ledger = Ledger("cuda")
     ledger.look("a", {WEIGHTS: Amount(large=100)}, {LIVE: Amount(small=50)})
     ledger.look("b", {WEIGHTS: Amount(large=120)})
 
     assert ledger.peaks["device"].total == 150
+    assert ledger.peaks["device"].when == "a"
     assert ledger.peaks["device"].shares == {WEIGHTS: 100, LIVE: 50}
     assert ledger.most == {WEIGHTS: 120, LIVE: 50}
 
@@ -262,10 +249,3 @@ def test_a_cpu_keeps_small_blocks_with_holes_and_hands_large_ones_back() -> None
     ledger.look("", {WEIGHTS: Amount(large=600)})
 
     assert ledger.peaks["device"].total == 600 + round(50 * (1 + HOLES["step"]))
-
-
-def test_the_moment_of_the_peak_is_named() -> None:
-    ledger = Ledger("cuda")
-    for when, size in (("a", 1), ("b", 3), ("c", 2)):
-        ledger.look(when, {LIVE: Amount(small=size)})
-    assert ledger.peaks["device"].when == "b"

@@ -34,10 +34,6 @@ EPOCH = {"per_device_train_batch_size": 8, "max_steps": None, "num_train_epochs"
             {"method": SELECTION, "student": {"model": bert(1)}},
             "layer_mapping uniform maps the only layer that the student has",
         ),
-        (
-            {**KL, "method": {**SELECTION, "phase_steps": 9}},
-            "method.phase_steps: a phase of 9 steps does not fit into an episode of 4",
-        ),
         # As many steps as the rows give.
         (
             {**KL, "method": {**SELECTION, "phase_steps": 17}, "train": EPOCH},
@@ -51,7 +47,7 @@ EPOCH = {"per_device_train_batch_size": 8, "max_steps": None, "num_train_epochs"
             "method.metric",
         ),
     ],
-    ids=["one layer", "phase", "phase of an epoch", "metric"],
+    ids=["one layer", "phase of an epoch", "metric"],
 )
 def test_a_method_refuses_before_its_teacher_is_trained(bench, sections, fragment):
     assert_refused(bench.start(bench.tree(teacher=LATE, **sections)), bench, fragment)
@@ -64,21 +60,21 @@ def poison(folder: Path) -> None:
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_weights_that_are_not_finite_are_blamed_in_place_of_the_learning_rate(bench, role):
+def test_weights_that_are_not_finite_are_blamed_in_place_of_the_learning_rate(bench):
     folder = bench.copied()
     poison(folder)
 
-    said = bench.start(bench.tree(**{role: {"model": str(folder)}}))
+    said = bench.start(bench.tree(teacher={"model": str(folder)}))
 
     assert said.code == 2
-    assert f"{role}.model: 1 weight tensors of {folder} are not finite" in said.err
+    assert f"teacher.model: 1 weight tensors of {folder} are not finite" in said.err
     assert "query.weight" in said.err
     assert "learning_rate" not in said.err
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("bad", "dtype"), [(torch.nan, torch.bfloat16), (-torch.inf, torch.float32)]
+)
 def test_one_bad_number_is_found_whatever_the_dtype(bad, dtype, monkeypatch):
     monkeypatch.setattr(shards, "gather", lambda value: [value])
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).to(dtype)

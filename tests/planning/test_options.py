@@ -79,20 +79,13 @@ def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with_on_the_first
     [
         (["--ranks", "3", "--nodes", "2"], "3 ranks cannot be divided equally between 2 nodes"),
         (["--gpu_memory_gb", "0"], "--gpu_memory_gb must be a finite number above 0"),
-        (["--gpu_memory_gb", "nan"], "--gpu_memory_gb must be a finite number above 0"),
         (["--host_memory_gb", "inf"], "--host_memory_gb must be a finite number above 0"),
         (["--nodes", "0", "--ranks", "1"], "--nodes must be at least 1, got 0"),
         (["--device", "cpu", "--gpu_memory_gb", "80"], "cannot be used with --device cpu"),
         (["--tflops", "-1"], "tflops must be a finite number above 0"),
     ],
 )
-def test_machines_that_cannot_be_are_refused(
-    plans,
-    run_file,
-    words,
-    message,
-    capsys,
-):
+def test_machines_that_cannot_be_are_refused(plans, run_file, words, message, capsys):
     assert cli.main(["plan", str(run_file), *words]) == 2
     assert message in capsys.readouterr().err
     assert plans.asked == []

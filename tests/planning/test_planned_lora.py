@@ -77,9 +77,7 @@ def held(holding: Holding, part: Part) -> int:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_frozen_weights_take_their_bytes_once_at_every_zero_stage(
-    stage: int, itemsize: int
-) -> None:
+def test_frozen_weights_take_their_bytes_once_at_every_zero_stage(stage, itemsize):
     def resting(*parameters: Parameter) -> Holding:
         engine = Trained(
             role="student",

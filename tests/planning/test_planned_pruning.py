@@ -89,8 +89,9 @@ def test_a_run_without_pruning_has_no_column_of_sizes(tmp_path):
     assert plan.as_json()["roles"]["student"]["averages"] == 0
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
-@pytest.mark.parametrize(("score", "kept"), [("sensitivity", 1), ("platon", 2), ("magnitude", 0)])
+@pytest.mark.parametrize(
+    ("zero", "score", "kept"), [(0, "magnitude", 0), (2, "sensitivity", 1), (3, "platon", 2)]
+)
 def test_the_ranks_share_the_averages_of_the_weights_that_produce_units(
     tmp_path, zero, score, kept
 ):
@@ -103,9 +104,8 @@ def test_the_ranks_share_the_averages_of_the_weights_that_produce_units(
     assert whole <= averages(four) <= (1.25 if zero == 2 else 1.01) * whole
 
 
-@pytest.mark.parametrize("preset", ["zero2_offload", "zero3_offload"])
-def test_averages_are_on_the_host_if_the_optimizer_is(tmp_path, preset):
-    first = windows(planned(tmp_path, f"student.deepspeed={preset}"))[0]
+def test_averages_are_on_the_host_if_the_optimizer_is(tmp_path):
+    first = windows(planned(tmp_path, "student.deepspeed=zero2_offload"))[0]
     assert averages(first) == 0
     assert averages(first, "host") == 4 * makers_of(32)
 
@@ -172,20 +172,10 @@ def test_a_window_that_is_continued_writes_whole_moments_and_averages_on_the_hos
 
 
 def test_losses_of_held_out_rows_count_where_an_evaluation_has_more_rows(tmp_path):
-    rows = "eval.per_device_eval_batch_size=64"
+    rows = ("eval.per_device_eval_batch_size=64", "method.cuts=1")
     traces = Traces()
-    plan = planned(tmp_path, rows, traces=traces)
+    plan = planned(tmp_path, *rows, traces=traces)
     measured = [traced.measured for traced in traces.values() if traced.learner]
 
     assert all(one is not None and one.answers > 0 for one in measured)
     assert "eval.per_device_eval_batch_size 64" in plan.as_json()["peak_moment"]
-    planned(tmp_path, traces=traces)
-    assert [traced.measured for traced in traces.values() if traced.learner][3:] == [None] * 3
-
-
-def test_another_plan_of_the_same_run_uses_its_traces(tmp_path):
-    traces = Traces()
-    planned(tmp_path, traces=traces)
-    known = len(traces)
-    planned(tmp_path, traces=traces, ranks=4)
-    assert len(traces) == known

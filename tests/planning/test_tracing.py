@@ -84,7 +84,7 @@ def traced_llama() -> tuple[nn.Module, Trace]:
     return module, trace_call(module, lambda: module(ids), backward=True, device="cpu")[0]
 
 
-@pytest.mark.parametrize("make", [llama, lambda: bert(0.0), lambda: bert(0.1)])
+@pytest.mark.parametrize("make", [llama, lambda: bert(0.1)])
 def test_a_trace_holds_what_autograd_saves(make: Any) -> None:
     real = saved_bytes(make())
     with VALUELESS:
