@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +16,6 @@ from megakd.config.deepspeed import (
     load_ds_config,
     merged_ds_config,
     preset_names,
-    shards_within_node,
     zero_stage,
 )
 from megakd.config.file import load_config
@@ -129,7 +127,7 @@ def test_an_unknown_preset_names_the_nearest_and_all():
     assert "teacher_zero3_offload" in message
 
 
-@pytest.mark.parametrize("spec", ["mine.json", "some/where", "~/nowhere.json"])
+@pytest.mark.parametrize("spec", ["mine.json", "~/nowhere.json"])
 def test_a_path_that_does_not_exist_is_named(spec):
     assert message_of(spec) == f"student.deepspeed: the DeepSpeed config {spec} does not exist"
 
@@ -154,23 +152,17 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("key", "value", "owner", "where"),
     [
-        ("train_batch_size", 8, "train.per_device_train_batch_size", WHERE),
         ("train_micro_batch_size_per_gpu", 8, "train.per_device_train_batch_size", WHERE),
-        ("elasticity", {"enabled": True}, "train.per_device_train_batch_size", WHERE),
         ("gradient_accumulation_steps", 1, "train.gradient_accumulation_steps", WHERE),
-        ("managed_gradient_accumulation", False, "train.gradient_accumulation_steps", WHERE),
         ("gradient_clipping", 1.0, "train.max_grad_norm", WHERE),
         ("lr", 1e-4, "train.learning_rate", WHERE),
         ("optimizer", {"type": "AdamW", "params": {"lr": "auto"}}, "train.learning_rate", WHERE),
         ("scheduler", {"type": "WarmupLR"}, "train.lr_scheduler_type", WHERE),
         ("bf16", {"enabled": True}, "train.bf16", WHERE),
         ("fp16", {"enabled": "auto", "loss_scale": 0}, "train.fp16", WHERE),
-        ("amp", {"enabled": True}, "train.bf16", WHERE),
         ("torch_autocast", {"enabled": True}, "train.bf16", WHERE),
-        ("bf16", {}, "train.bf16", WHERE),
         ("bf16", 1, "teacher.dtype", TEACHER),
         ("fp16", 1, "teachers[1].dtype", "teachers[1].deepspeed"),
-        ("gradient_clipping", 1, "train.max_grad_norm", TEACHER),
         ("bf16", 1, "teacher.finetune.bf16", "teacher.finetune.deepspeed"),
         ("optimizer", 1, "teacher.finetune.learning_rate", "teacher.finetune.deepspeed"),
     ],
@@ -225,8 +217,6 @@ def test_knobs_left_to_the_trainer_are_left_out():
         ({"zero_optimization": True}, "zero_optimization must be a mapping (got true)"),
         (zero(stage=4), "stage must be 0, 1, 2 or 3 (got 4)"),
         (zero(stage="3"), 'stage must be 0, 1, 2 or 3 (got "3")'),
-        (zero(stage=True), "stage must be 0, 1, 2 or 3 (got true)"),
-        (zero(stage="auto"), 'stage must be 0, 1, 2 or 3 (got "auto")'),
         (
             zero(stage3_param_persistance_threshold=0),
             'unknown key "stage3_param_persistance_threshold"; did you mean '
@@ -319,24 +309,6 @@ def test_a_training_engine_gets_what_the_run_config_owns(clipping):
     }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [("fp32", {}), ("bf16", {"bf16": {"enabled": True}}), ("fp16", {"fp16": {"enabled": True}})],
-)
-def test_precision_follows_the_dtype(dtype, precision):
-    merged = training({}, dtype=dtype)
-    frozen = frozen_ds_config({}, dtype=dtype, micro_batch=1)
-
-    for config in (merged, frozen):
-        assert {k: v for k, v in config.items() if k in ("bf16", "fp16")} == precision
-
-
-def test_a_line_every_few_steps_can_be_asked_for():
-    merged = training({"steps_per_print": 5})
-
-    assert merged["steps_per_print"] == 5
-
-
 def test_a_second_shard_group_has_to_divide_the_ranks():
     ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
 
@@ -361,27 +333,11 @@ def test_a_frozen_engine_has_no_optimizer_and_no_clipping():
     }
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_frozen_engine_at_stage_1_or_2_is_refused_naming_0_and_3(stage):
-    message = (
-        f"teacher.deepspeed: ZeRO stage {stage} shards gradients and optimizer state, and a frozen "
-        "model has neither; use stage 0 (teacher_zero0, a copy per rank) or 3 (teacher_zero3, "
-        "sharded)"
-    )
-
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        frozen_ds_config({"zero_optimization": {"stage": stage}}, dtype="fp32", micro_batch=1)
-
-
 def test_a_frozen_engine_cannot_shard_a_second_time():
     ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
 
     with pytest.raises(ConfigError, match="cannot use zero_hpz_partition_size without an optimiz"):
         frozen_ds_config(ds, dtype="fp32", micro_batch=1)
-
-
-def test_a_config_without_a_zero_section_is_stage_0():
-    assert zero_stage({}) == 0
 
 
 @pytest.mark.parametrize(
@@ -405,7 +361,7 @@ def test_a_file_may_name_another_dtype_for_gradients():
     assert merged["data_types"] == {"grad_accum_dtype": "bf16"}
 
 
-@pytest.mark.parametrize("value", ["4", None, True, 1.5, -1, math.inf, math.nan, [4]])
+@pytest.mark.parametrize("value", ["4", None, True, 1.5, -1, math.inf])
 def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value):
     zero = {"stage": 3, "zero_hpz_partition_size": value}
     offload = {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": value}}
@@ -417,15 +373,6 @@ def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value):
         f"{WHERE}: zero_optimization.zero_hpz_partition_size {said}",
         f"{WHERE}: zero_optimization.offload_param.buffer_count {said}",
     ]
-
-
-def test_the_preset_is_teacher_zero3_with_the_key():
-    node, everywhere = (load_ds_config(name, where=TEACHER) for name in (NODE, "teacher_zero3"))
-
-    assert shards_within_node(node)
-    assert not shards_within_node(everywhere)
-    assert node.pop("megakd") == {"shard_within_node": True}
-    assert node == everywhere
 
 
 def test_deepspeed_gets_no_key_of_megakd():

@@ -90,7 +90,6 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
         ("objective.0.temperature=2", "objective[0].temperature = 2: unknown key; known: loss, we"),
         ("student.model={confg: {}}", 'student.model.confg = {}: unknown key; did you mean "conf'),
         ("objective.1.temperature=-1", "objective[1].temperature: must be above 0 (got -1)"),
-        ("objective.1.temperature=0", "objective[1].temperature: must be above 0 (got 0)"),
         (
             "objective.1.loss=soft_target_kll",
             'objective[1].loss: unknown loss "soft_target_kll"; did you mean "soft_target_kl"? '
@@ -102,25 +101,26 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
         ("objective=[]", "objective: needs at least 1 item(s) (got [])"),
         ("objective=[hidden_mse]", 'must be a mapping (got "hidden_mse"); write {loss: hidden_'),
         ("method.name=singl", 'method.name: unknown method "singl"; did you mean "single"? known:'),
-        ("method.name=zzzzz", 'method.name: unknown method "zzzzz"; known: direct, finetune'),
         ("method={}", "method.name: missing; known: direct, finetune"),
         ("method=single", 'method: must be a mapping (got "single"); write {name: single}'),
         ("student.model={}", "student.model.config: missing, and it has no default"),
         ("student=null", "student: must be a mapping (got null)"),
-        ("student={}", "student.model: missing, and it has no default"),
         ("student.model=3", "student.model: must be text or a mapping (got 3); put the value in"),
         ("output_dir=2024", "output_dir: must be text (got 2024); put the value in quotes to make"),
         ("train.max_steps=true", "train.max_steps: must be a whole number (got true)"),
         ("train.max_steps=1e3", "train.max_steps: must be a whole number (got 1000.0)"),
-        ("train.max_steps='10'", 'train.max_steps: must be a whole number (got "10")'),
         ("train.learning_rate=on", 'train.learning_rate: must be a number (got "on")'),
         ("train.learning_rate=.nan", "train.learning_rate: must be a finite number (got nan)"),
-        ("train.warmup_ratio=-.inf", "train.warmup_ratio: must be a finite number (got -inf)"),
         ("student.model={config: {a: [.inf]}}", "student.model.config.a[0]: must be a finite num"),
         ("train.bf16=yes", 'train.bf16: must be true or false (got "yes")'),
         ("train.adam_beta2=1", "train.adam_beta2: must be below 1 (got 1)"),
         ("train.warmup_ratio=2", "train.warmup_ratio: must be at most 1 (got 2)"),
         ("train.max_steps=0", "train.max_steps: must be at least 1 (got 0)"),
+        # Numbers beyond all measure.
+        ("seed=1180591620717411303424", "seed: must be below 4.29497e+09"),
+        ("train.max_steps=1000000000000000000000", "train.max_steps: must be at most"),
+        ("train.num_train_epochs=1e300", "train.num_train_epochs: must be at most"),
+        ("task.max_length=1000000000000", "task.max_length: must be at most"),
         ("train.resume_from_checkpoint=3", "must be true or false or text (got 3)"),
         ("train.lr_scheduler_type=cosin", '"cosine_with_min_lr" or "warmup_stable_decay" (got "co'),
         ("task.type=clasification", '(got "clasification"); did you mean "classification"?'),
@@ -182,8 +182,9 @@ def test_a_long_value_is_cut_in_the_message(run_file):
         (b"a: [", "run.yaml: line 1: while parsing"),
         (b"", "run.yaml: is empty; a run config is a mapping"),
         (b"[1, 2]", "run.yaml: holds [1, 2]; a run config is a mapping"),
+        (b"task: " + b"{a: " * 3000 + b"}" * 3000, "nested too deeply"),
     ],
-    ids=["missing", "latin-1", "broken", "empty", "list"],
+    ids=["missing", "latin-1", "broken", "empty", "list", "deep"],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
     path = tmp_path / "run.yaml"
@@ -240,7 +241,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(configs)
 def test_a_written_config_is_read_back_equal(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "written.yaml"

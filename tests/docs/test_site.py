@@ -69,13 +69,3 @@ def test_code_on_a_page_is_valid(page: Path) -> None:
         ast.parse(code)
     for text in blocks(page, "yaml"):
         assert yaml.safe_load(text) is not None
-
-
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
-)
-def test_links_of_the_front_pages_lead_to_files(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    local = [link for link in links if not link.startswith("http")]
-    assert local
-    assert [link for link in local if not (page.parent / link).exists()] == []

@@ -58,8 +58,9 @@ def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("link", ["deepspeed", "launch.py"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("link", "number"), [("deepspeed", signal.SIGKILL), ("launch.py", signal.SIGTERM)]
+)
 def test_a_rank_ends_when_any_process_above_it_that_launched_it_ends(chain, link, number):
     with start(chain, RANK="0") as process:
         assert process.stdout is not None

@@ -46,13 +46,6 @@ def test_a_phase_that_fails_ends(clock):
         assert seconds() == {"data": 1.0, "other": 2.0}
 
 
-def test_a_run_inside_a_command_is_counted_with_the_command(clock):
-    with counted(since_s=5.0), counted():
-        clock.value += 1
-
-        assert seconds() == {"start": 6.0}
-
-
 def test_a_function_can_be_a_phase_and_nothing_is_counted_outside_a_run(clock):
     @phase("models")
     def load() -> None:

@@ -68,9 +68,7 @@ def measured(folder: Path, page: str, width: int) -> tuple[float, float]:
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [360, 420, 1200])
 @pytest.mark.parametrize("kind", ["minidisc", "language model"])
-def test_nothing_is_wider_than_the_screen_and_charts_can_be_read(
-    tmp_path: Path, kind: str, width: int
-) -> None:
+def test_nothing_is_wider_than_the_screen_and_charts_can_be_read(tmp_path, kind, width):
     lines = [
         {"stage": "student", "step": s, "train/loss": 9 / s, "eval/perplexity": 20 / s}
         for s in range(1, 30)

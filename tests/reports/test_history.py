@@ -53,12 +53,6 @@ def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
     assert found["student"]["train"]["loss"][""] == Curve(((0, 1.0), (6, 2.0)), 5)
 
 
-def test_records_of_another_kind_are_passed_over() -> None:
-    strange = [{"note": "x"}, {"stage": 3, "step": 1, "train/loss": 1.0}, {"stage": "a"}]
-    assert panels(strange) == {}
-    assert panels([line(1, **{"train/words": "many"})])["student"] == {}  # type: ignore[arg-type]
-
-
 def test_damaged_and_half_lines_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "a"\n[1]\n' + json.dumps({"step": 1}) + '\n{"step": 2, "tr')
@@ -67,9 +61,7 @@ def test_damaged_and_half_lines_are_passed_over(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=200), st.integers(4, 60))
-def test_a_thinned_curve_keeps_its_ends_its_extremes_and_its_order(
-    values: list[float], limit: int
-) -> None:
+def test_a_thinned_curve_keeps_its_ends_its_extremes_and_its_order(values, limit):
     points = list(enumerate(values))
 
     kept = list(thinned(points, limit))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from html_page import Page
-from reports import ASSISTANT, SCORES, TRADEOFF, chosen_report, language_report, report_of
+from reports import ASSISTANT, SCORES, TRADEOFF, chosen_report, report_of
 
 from megakd import cli
 from megakd.errors import CheckpointError
@@ -75,12 +75,6 @@ def test_each_iteration_has_its_curves_and_the_weight_of_sparsity(text, page):
     assert text.count(">chosen: 0.8990<") == text.count(">chosen: 1.0390<") == 1
 
 
-def test_a_choice_that_is_not_the_highest_is_told():
-    report = chosen_report()
-    report["candidates"][3]["tradeoff"] = 1.5
-    assert "The highest trade-off is that of sparsity 0.9." in html_report(report, [])
-
-
 def test_every_model_has_its_sizes_scores_and_times(page):
     titles = next(cells for _, cells in page.rows if "non-embedding" in cells)
     scored, timed = (
@@ -111,19 +105,6 @@ def test_the_legend_explains_the_number_of_every_dot(text):
         ]
 
 
-def test_a_model_keeps_its_number_where_another_has_no_time():
-    report = chosen_report()
-    report["latency"] = [one for one in report["latency"] if one["model"] != "assistant-1"]
-
-    charts = re.findall(r"<svg.*?</svg>", html_report(report, []), re.DOTALL)
-
-    assert [re.findall(r'class="word".*>(\d)<', chart) for chart in charts[:3]] == [
-        ["1", "2", "3", "4"],
-        ["1", "3", "4"],
-        ["1", "3", "4"],
-    ]
-
-
 def test_each_stage_has_its_losses_evaluations_and_speed(page):
     kinds = [label.partition(" over")[0] for label in page.labels if "of stage" in label]
 
@@ -132,14 +113,6 @@ def test_each_stage_has_its_losses_evaluations_and_speed(page):
         for stage in STAGES
         for kind in ("Losses", "Evaluation", "Speed and step size")
     ]
-
-
-def test_environment_and_config_are_there():
-    environment = {"versions": {"torch": "2.13.0"}, "ranks": 2, "corpus_content_hash": None}
-    found = Page(html_report(report_of(environment=environment), [], config="seed: <7>\n"))
-    assert ["versions torch", "2.13.0"] in [cells for _, cells in found.rows]
-    assert ["ranks", "2"] in [cells for _, cells in found.rows]
-    assert found.headings[-2:] == ["Environment", "Config"]
 
 
 def test_text_of_others_is_escaped_everywhere():
@@ -177,11 +150,14 @@ def test_without_a_curve_there_is_no_picture_of_training(lines):
 
 
 def test_a_report_with_hardly_anything_has_a_page():
-    report = report_of(teacher=None, speedup=None, stages=[], baselines={})
+    environment = {"versions": {"torch": "2.13.0"}, "corpus_content_hash": None}
+    report = report_of(teacher=None, speedup=None, stages=[], baselines={}, environment=environment)
     report["student"]["metrics"] = {"mean_accuracy_f1": None}  # type: ignore[dict-item]
-    found = Page(html_report(report, []))
+    found = Page(html_report(report, [], config="seed: <7>\n"))
     assert found.faults == []
     assert found.labels == []
+    assert ["versions torch", "2.13.0"] in [cells for _, cells in found.rows]
+    assert found.headings[-2:] == ["Environment", "Config"]
 
 
 def test_candidates_without_finite_scores_have_a_table_and_no_picture():
@@ -223,7 +199,8 @@ def test_a_long_history_of_many_stages_stays_small():
 def folder_of(tmp_path: Path) -> Path:
     write_report(tmp_path / "report.json", report_of())
     lines = map(json.dumps, history()[:8])
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n{half")
+    late = '{"stage": "student", "step": ' + "9" * 400 + ', "train/loss": 1.0}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, late]) + "\n{half")
     (tmp_path / "config.yaml").write_text(CONFIG)
     return tmp_path
 
@@ -244,10 +221,9 @@ def test_the_command_draws_the_page_of_a_folder(tmp_path, capsys):
         ("report.json", "{}", "megakd: baselines, cand"),
         ("config.yaml", b"seed: 1 # \xff\n", "config.yaml is damaged: it is not UTF-8 text"),
         ("report.html", None, "report.html cannot be written: Is a directory"),
-        ("report.json", "9" * 5000, "report.json is damaged: it is not JSON"),
         ("report.json", "[" * 100_000, "report.json is damaged: it is not JSON"),
     ],
-    ids=["half", "list", "empty", "not UTF-8", "folder", "digits", "brackets"],
+    ids=["half", "list", "empty", "not UTF-8", "folder", "brackets"],
 )
 def test_a_file_of_the_folder_that_cannot_be_used_is_named(tmp_path, name, content, message):
     path = folder_of(tmp_path) / name
@@ -271,17 +247,6 @@ def test_what_is_no_folder_of_a_finished_run_is_named(tmp_path, capsys):
     assert f"{file} {message}" in capsys.readouterr().err
 
 
-def test_records_with_numbers_beyond_any_axis_are_passed_over(tmp_path):
-    folder = folder_of(tmp_path)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('\n{"stage": "student", "step": ' + "9" * 5000 + ', "train/loss": 1.0}\n')
-        file.write('{"stage": "student", "step": ' + "9" * 400 + ', "train/loss": 1.0}\n')
-
-    written = write_html_report(folder).read_text(encoding="utf-8")
-
-    assert written == html_report(report_of(), history()[:8], config=CONFIG)
-
-
 @pytest.mark.parametrize(
     ("student", "said"),
     [(2_000_000, "5.3x fewer"), (21_291_264, "2.0x more"), (10_645_633, "as many")],
@@ -290,14 +255,6 @@ def test_the_sizes_of_student_and_teacher_are_compared(student, said):
     report = report_of()
     report["student"]["encoder_parameters"] = student
     assert f"It has {said} parameters without embeddings" in html_report(report, [])
-
-
-def test_nats_are_those_of_the_exact_perplexities():
-    report = language_report()
-    assert report["teacher"] is not None
-    report["teacher"]["metrics"]["perplexity"] = 1000.0
-    report["student"]["metrics"]["perplexity"] = 4.0  # a ratio of 0.004, 0.00 once rounded
-    assert "-5.52 nats" in html_report(report, [])
 
 
 def test_a_picture_that_fails_does_not_spoil_the_run(tmp_path, monkeypatch, caplog):

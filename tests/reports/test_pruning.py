@@ -14,7 +14,7 @@ from megakd.reports.card import CardFacts, model_card
 from megakd.reports.curves import pruning_section
 from megakd.reports.html import html_report
 from megakd.reports.quantities import step_time
-from megakd.reports.table import pruning_rows, result_table
+from megakd.reports.table import result_table
 
 HUGE = 1e308
 FACTS = CardFacts(
@@ -83,7 +83,7 @@ def test_the_largest_rise_of_the_divergence_is_told(values, told: str) -> None:
     assert told in words(*(row(10 * number, value) for number, value in enumerate(values, 1)))
 
 
-@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf, HUGE])
+@pytest.mark.parametrize("missing", [None, -math.inf, HUGE])
 def test_values_that_cannot_be_drawn_are_left_out_and_charts_of_none_too(missing) -> None:
     text = html_report(report_of(pruning=[row(step, missing, missing) for step in (10, 20)]), [])
     some = pruning_section(report_of(pruning=[*ROWS, row(50, missing, missing)]))
@@ -97,31 +97,15 @@ def test_values_that_cannot_be_drawn_are_left_out_and_charts_of_none_too(missing
     assert "Evaluations without a value are left out." in some.figure.caption
 
 
-def test_charts_of_all_values_start_at_zero_and_describe_themselves() -> None:
-    page = Page(html_report(report_of(pruning=[row(10, 0.1), row(20, 0.2)]), []))
-    section = pruning_section(report_of(pruning=[row(10, 0.1), row(20, 0.2)]))
-
-    assert [label for label in page.labels if label.startswith("Pruning")] == [
-        "Pruning over the steps: KL divergence from the teacher. From 0.1 to 0.2.",
-        "Pruning over the steps: parameters of the student. From 19M to 18M.",
-        "Pruning over the steps: step time. From 0.2 to 0.2.",
-    ]
-    assert section is not None
-    assert all(chart.y.low < 0 for chart in section.figure.charts)
-    assert "without a value" not in section.figure.caption
-
-
 @pytest.mark.parametrize(
     "rows",
     [
         [row(0, 0.0, 0.0, parameters=0, width=0), row(1, 0.0, 0.0, parameters=0, width=0)],
         [row(1, 1e-310), row(2, -1e-310)],
-        [row(1, 1e300), row(2, -1e300)],
-        [row(2**53 - 1), row(2**53)],
-        [row(0.5), row(0.75)],
-        [row(1, parameters=10**299), row(2, parameters=1)],
+        [row(2**53 - 1, 1e300), row(2**53, -1e300)],
+        [row(0.5, parameters=10**299), row(0.75, parameters=1), row(1e200)],
     ],
-    ids=["zeros", "tiny", "huge", "late steps", "fractions of steps", "many parameters"],
+    ids=["zeros", "tiny", "huge and late", "fractions of steps, many parameters"],
 )
 def test_extreme_numbers_have_a_page_and_a_table(rows: list[Any]) -> None:
     report = report_of(pruning=rows)
@@ -129,14 +113,6 @@ def test_extreme_numbers_have_a_page_and_a_table(rows: list[Any]) -> None:
     assert Page(text).faults == []
     assert len(re.findall("<svg", section_of(text))) == 3
     assert not re.search(r"\b(nan|inf)\b", section_of(text) + result_table(report))
-
-
-def test_steps_beyond_any_axis_are_left_out() -> None:
-    report = report_of(pruning=[row(10), row(1e200), row(10**30)])
-    assert (
-        pruning_rows(report, most=6)[1:] == pruning_rows(report_of(pruning=[row(10)]), most=6)[1:]
-    )
-    assert pruning_section(report_of(pruning=[row(1e200)])) is None
 
 
 def test_thousands_of_evaluations_stay_small_and_keep_the_largest_rise() -> None:
@@ -151,9 +127,8 @@ def test_thousands_of_evaluations_stay_small_and_keep_the_largest_rise() -> None
     assert len(block(result_table(report_of(pruning=rows)))) == 7
 
 
-@pytest.mark.parametrize("pruning", [[], ()], ids=["a list", "a tuple"])
-def test_a_method_that_does_not_prune_during_training_has_no_section(pruning: Any) -> None:
-    report = report_of(pruning=pruning)
+def test_a_method_that_does_not_prune_during_training_has_no_section() -> None:
+    report = report_of(pruning=[])
     assert "Pruning" not in Page(html_report(report, [])).headings
     assert result_table(report) == result_table(report_of())
     assert "was pruned" not in model_card(FACTS, report)
@@ -171,9 +146,7 @@ def test_a_report_without_a_teacher_gives_no_size_of_the_teacher() -> None:
     ("number", "steps"),
     [(1, [1]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 7]), (51, [1, 11, 21, 31, 41, 51])],
 )
-def test_the_table_of_a_run_has_up_to_six_rows_with_the_first_and_the_last(
-    number: int, steps: list[int]
-) -> None:
+def test_the_table_of_a_run_has_up_to_six_rows_with_the_first_and_the_last(number, steps):
     rows = [row(step, width=9) for step in range(1, number)]
     last = row(number, None, None, width=1024, parameters=5_339)
 

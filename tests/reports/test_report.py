@@ -73,25 +73,17 @@ def test_the_environment_names_versions_ranks_and_data():
 ROW = {"step": 1, "width": 8, "parameters": 90, "teacher_kl": None, "step_seconds": None}
 DAMAGE: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "no stages": (("stages",), None, "stages is null, and must be a list"),
-    "a null stage": (("stages", 0), None, "stages[0] is null, and must be a mapping"),
     "a null time": (("stages", 1, "seconds"), None, "stages[1].seconds is null"),
     "an endless time": (("seconds",), {"data": math.inf}, "seconds.data is inf"),
     "a huge size": (("student", "parameters"), 10**400, "student.parameters is 1000"),
-    "words": (("student", "parameters"), "many", 'student.parameters is "many", and must be a'),
-    "metrics in a list": (("baselines", "alone"), [0.5], "baselines.alone is [0.5], and must be"),
     "a number for a name": (("method",), 3, "method is 3, and must be text"),
-    "a text for a teacher": (("teacher",), "bert", 'teacher is "bert", and must be a mapping'),
     "int8 without bytes": (
         ("student", "int8"),
         {"metrics": {}},
         "student.int8.bytes is missing",
     ),
-    "int8 in words": (("student", "int8"), "small", 'student.int8 is "small", and must be a'),
-    "no pruning": (("pruning",), None, "pruning is null, and must be a list"),
     "pruning in one": (("pruning",), [ROW, [2]], "pruning[1] is [2], and must be a mapping"),
     "a null width": (("pruning",), [{**ROW, "width": None}], "pruning[0].width is null"),
-    "a null step": (("pruning",), [{**ROW, "step": None}], "pruning[0].step is null"),
-    "an endless size": (("pruning",), [{**ROW, "parameters": math.inf}], "pruning[0].parameters"),
     "a wordy KL": (("pruning",), [{**ROW, "teacher_kl": "far"}], 'pruning[0].teacher_kl is "far"'),
     "half a pruning": (("pruning",), [{"step": 1}], "pruning[0].width is missing"),
     "half a candidate": (("candidates",), [{"iteration": 1}], "candidates[0].sparsity is missing"),
@@ -116,7 +108,7 @@ def test_damage_is_named_by_its_key(tmp_path, case):
     assert f"remove {path} and start the command of the run again" in str(refused.value)
 
 
-@pytest.mark.parametrize("report", [report_of(), chosen_report(), language_report()])
+@pytest.mark.parametrize("report", [chosen_report(), language_report()])
 def test_what_a_run_writes_is_read_back(tmp_path, report):
     report["student"]["metrics"] = dict.fromkeys(report["student"]["metrics"], math.nan)
     report["student"]["int8"] = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74}}

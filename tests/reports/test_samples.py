@@ -139,14 +139,6 @@ def test_a_decoder_says_what_transformers_generates() -> None:
     ]
 
 
-def test_a_prompt_and_its_answer_fit_the_length_of_the_task() -> None:
-    prompts = prompts_of(packed((3, 20)), length=10)
-    model = Counting()
-    prompts.answers(model)
-    assert model.asked[0].inputs["input_ids"].shape[1] == 5
-    assert model.asked[-1].inputs["input_ids"].shape[1] == 9
-
-
 def test_a_masked_model_fills_hidden_tokens_that_are_not_special() -> None:
     rows = Dataset.from_dict({"input_ids": [[0, *range(3, 13), 1], [0, 5, 1], [0, 1]]})
     prompts = prompts_of(rows, "mlm")
