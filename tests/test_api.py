@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,15 +149,6 @@ def test_the_configs_of_the_page_are_valid(repository, tmp_path, monkeypatch):
         assert callable(getattr(megakd, name))
 
 
-def test_the_package_is_marked_as_typed(repository):
-    import tomllib
-
-    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
-
-    assert (repository / "megakd" / "py.typed").is_file()
-    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["megakd"]
-
-
 def test_a_name_that_does_not_exist_is_an_attribute_error():
     assert "train" in dir(megakd)
     assert megakd.__version__
@@ -175,7 +165,7 @@ out = Path(sys.argv[2])
 def press():
     while not (out / "metrics.jsonl").exists():
         time.sleep(0.01)
-    os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+    os.kill(os.getpid(), signal.SIGINT)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background
 threading.Thread(target=press).start()
@@ -188,19 +178,16 @@ except KeyboardInterrupt as stop:
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_training_that_is_told_to_stop_saves_and_the_next_call_goes_on(
-    built_operator, tmp_path, name
-):
+def test_a_training_that_is_told_to_stop_saves_and_the_next_call_goes_on(built_operator, tmp_path):
     task = {"type": "classification", "dataset": str(write_reviews(tmp_path / "reviews"))}
     tree = config_tree(tmp_path / "unused", task)
-    tree["train"]["max_steps"], tree["log"]["logging_steps"] = 400, 1
+    tree["train"]["max_steps"], tree["log"]["logging_steps"] = 80, 1
     config = write_config(tmp_path / "run.yaml", tree)
     script, out = tmp_path / "notebook.py", tmp_path / "out"
     script.write_text(INTERRUPTED, encoding="utf-8")
 
     done = subprocess.run(
-        [sys.executable, str(script), str(config), str(out), name],
+        [sys.executable, str(script), str(config), str(out)],
         capture_output=True,
         text=True,
         check=False,
@@ -209,11 +196,8 @@ def test_a_training_that_is_told_to_stop_saves_and_the_next_call_goes_on(
 
     said = re.search(r"stopped by (\w+), student saved at step (\d+)", done.stdout + done.stderr)
     assert said is not None, done.stderr
-    assert said[1] == name
+    assert said[1] == "SIGINT"
     assert (out / "checkpoints" / "student" / f"step-{said[2]}").is_dir()
-    if name == "SIGTERM":
-        assert done.returncode == 128 + signal.SIGTERM
-    else:
-        assert done.returncode == 0, done.stderr
-        assert f"student: resumed at step {said[2]}" in done.stderr
-        assert (out / "report.json").is_file()
+    assert done.returncode == 0, done.stderr
+    assert f"student: resumed at step {said[2]}" in done.stderr
+    assert (out / "report.json").is_file()

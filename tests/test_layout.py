@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ def is_for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def runtime_imports(node: ast.AST) -> Iterator[str]:
     """Every module imported below `node`, also inside functions, but not for types only."""
     for child in ast.iter_child_nodes(node):
@@ -82,10 +88,11 @@ def runtime_imports(node: ast.AST) -> Iterator[str]:
             yield from runtime_imports(child)
 
 
+@cache
 def all_imports(path: Path) -> list[str]:
     """Every module that a file imports anywhere, also for types only."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -98,6 +105,7 @@ def room_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+@cache
 def paper_of(module: str) -> str:
     """Return the folder of the paper that a module is a file of, or nothing for other modules."""
     parts = module.split(".")[:4]
@@ -119,8 +127,9 @@ def upward_imports(path: Path) -> list[str]:
     ]
 
 
+@cache
 def imports_of(path: Path) -> list[str]:
-    return list(runtime_imports(ast.parse(path.read_text(encoding="utf-8"))))
+    return list(runtime_imports(tree_of(path)))
 
 
 def package_sources() -> list[Path]:
@@ -164,12 +173,6 @@ def test_every_package_folder_is_listed_for_the_wheel(project: dict[str, Any]) -
 
     # The presets are a folder of JSON, found inside the package once it is installed.
     assert listed == found | {"megakd.ds_configs"}
-
-
-def test_every_package_folder_has_an_init_file() -> None:
-    folders = {p.parent for p in [*package_sources(), *kernel_sources()]}
-
-    assert [f for f in sorted(folders) if not (f / "__init__.py").is_file()] == []
 
 
 def test_the_installed_package_does_not_put_the_repository_on_the_path(tmp_path: Path) -> None:
@@ -275,30 +278,6 @@ def test_model_classes_that_go_with_a_folder_import_torch_and_transformers_alone
 
     assert files
     assert found - allowed == set()
-
-
-def test_an_import_for_types_alone_may_not_point_upwards_either(
-    tmp_path: Path, monkeypatch
-) -> None:
-    folder = tmp_path / "megakd" / "contract"
-    folder.mkdir(parents=True)
-    file = folder / "stage.py"
-    file.write_text(
-        "if TYPE_CHECKING:\n    from megakd.run.run_lab import RunLab\n", encoding="utf-8"
-    )
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-
-    assert upward_imports(file) == ["megakd.run.run_lab.RunLab"]
-
-
-def test_imports_inside_functions_count_and_imports_for_types_do_not() -> None:
-    source = (
-        "if TYPE_CHECKING:\n    import a\n"
-        "def f():\n    from b.c import d\n"
-        "try:\n    import e\nexcept ImportError:\n    import g\n"
-    )
-
-    assert list(runtime_imports(ast.parse(source))) == ["b.c.d", "e", "g"]
 
 
 # Messages advise the first two, and a command writes the config of the third; none is a paper's.

@@ -42,13 +42,6 @@ def test_the_run_config_of_the_first_page_is_valid(pages, tmp_path):
     assert load_config(path).method.name == "single"
 
 
-def test_the_command_it_starts_with_runs_as_far_as_the_config(repository, capsys):
-    config = repository / "launch" / "examples" / "quickstart.yaml"
-
-    assert train_main(["--config", str(config), "train.learning_rate=3e-4", "--print-config"]) == 0
-    assert "learning_rate: 0.0003" in capsys.readouterr().out
-
-
 def test_the_training_commands_it_lists_are_accepted(readme, repository, capsys):
     commands = re.findall(r"`deepspeed launch/train.py --config ([^\s`]+)([^`]*)`", readme)
 
@@ -86,11 +79,12 @@ def test_the_make_targets_it_names_exist(readme, repository):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_files_it_links_to_exist(readme, repository):
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", readme)
-
-    assert [link for link in links if not (repository / link.partition("#")[0]).exists()] == []
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_files_it_links_to_exist(repository, page):
+    text = (repository / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#\s]+)(?:#[^)]*)?\)", text)
     assert links
+    assert [link for link in links if not (repository / link).exists()] == []
 
 
 def test_the_result_table_is_a_real_one(readme):
@@ -99,13 +93,3 @@ def test_the_result_table_is_a_real_one(readme):
     assert re.search(r"^teacher +[\d.]+M .*%", table, re.MULTILINE)
     assert re.search(r"^student +[\d.]+M .*%", table, re.MULTILINE)
     assert re.search(r"^alone +[\d.]+M .*%", table, re.MULTILINE)
-
-
-def test_every_config_that_a_command_names_is_valid(readme, repository, capsys):
-    named = sorted(set(re.findall(r"--config (\S+\.yaml)([^`\n]*)", readme)))
-
-    for config, overrides in named:
-        words = ["--config", str(repository / config), *overrides.split(), "--print-config"]
-        assert train_main(words) == 0, config
-    capsys.readouterr()
-    assert len(named) >= 6
