@@ -8,7 +8,7 @@ import shutil
 import pytest
 from tiny_runs import config_tree, write_config, write_reviews
 
-TASKS = ("classification", "mlm", "causal_lm")
+TASKS = ("classification", "mlm")
 
 
 @pytest.fixture

@@ -14,9 +14,6 @@ from tiny_runs import config_tree, reviews, write_config, write_jsonl, write_rev
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import finish, read
 
-from megakd.commands.scored_models import model_folder
-from megakd.config.file import load_config
-
 
 @pytest.fixture
 def mine(tmp_path) -> Path:
@@ -230,11 +227,3 @@ def test_pickle_weights_are_scored_with_the_setting_that_the_message_names(
     assert allowed.code == 0, allowed.err
     original = one_rank.megakd(*words, whole_run.out / "final")
     assert json.loads(allowed.out)["metrics"] == json.loads(original.out)["metrics"]
-
-
-@pytest.mark.parametrize("place", ["~/model", "~"])
-def test_a_model_in_the_home_folder_is_found(whole_run, tmp_path, place, monkeypatch):
-    (tmp_path / "model").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    folder = model_folder(load_config(whole_run.config), place)
-    assert folder == Path(place).expanduser()

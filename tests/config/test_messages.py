@@ -8,10 +8,11 @@ import pytest
 from run_files import RUN, message_of
 
 from megakd import cli
+from megakd.commands.scored_models import model_folder
 from megakd.config.file import config_of, load_config
 from megakd.config.run import RunConfig
 from megakd.config.schema import SYNONYMS, annotation_at
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, MegakdError
 
 
 def test_a_mistake_on_the_command_line_names_the_override_and_not_the_file(run_file):
@@ -107,6 +108,20 @@ def test_the_folder_of_a_run_stands_for_its_config(run_file):
     run_file.rename(run_file.parent / "config.yaml")
 
     assert load_config(run_file.parent) == load_config(run_file.parent / "config.yaml")
+
+
+def test_an_evaluated_model_is_found_in_the_home_folder_or_named(run_file, monkeypatch):
+    config = load_config(run_file)
+    monkeypatch.setenv("HOME", str(run_file.parent))
+
+    with pytest.raises(MegakdError) as given:
+        model_folder(config, "nosuch")
+    with pytest.raises(MegakdError, match="train first, or give --model FOLDER"):
+        model_folder(config, None)
+
+    assert str(given.value).startswith("--model nosuch: the folder does not exist")
+    assert "give --model" not in str(given.value)
+    assert model_folder(config, "~") == run_file.parent
 
 
 def test_plain_values_make_the_config_that_the_file_makes(run_file):

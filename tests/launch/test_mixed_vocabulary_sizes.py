@@ -78,18 +78,6 @@ def test_table_and_comment_have_the_counted_weights_and_the_sizes_of_the_written
     assert load_config(path).save.int8 is path.stem.startswith("extreme")
 
 
-def test_a_student_of_under_seven_megabytes_is_sixty_times_smaller_with_its_token_head(tmp_path):
-    shape = student_of(EXAMPLES / "extreme_92.yaml")
-
-    model = BertForMaskedLM(shape)
-    model.save_pretrained(tmp_path)
-
-    with torch.device("meta"):
-        teacher = count(BertForMaskedLM(BertConfig()))
-    assert (tmp_path / "model.safetensors").stat().st_size < 7_000_000
-    assert teacher / count(model) > 60
-
-
 # 6.2M and 10.9M are the sizes that we remember from the EACL paper.
 @pytest.mark.parametrize(("layers", "weights"), [(6, "6.20M"), (12, "10.94M")])
 def test_512_positions_and_the_pooler_give_the_sizes_of_the_eacl_paper(layers, weights):

@@ -32,6 +32,12 @@ DATA: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
         {},
         ("line 3", "label 7 is outside 0..2"),
     ),
+    "words for scores": (
+        "train.jsonl",
+        GOOD_ROWS.splitlines()[0],
+        {"type": "regression"},
+        ("line 1", "'x' in column 'label' is not a finite number"),
+    ),
     "text that is not UTF-8": (
         "train.jsonl",
         b'{"text":"a","label":"x"}\n{"text":"\xff","label":"y"}\n',

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from spoiling import assert_refused
-from tiny_runs import bert, config_tree, llama, write_config, write_text
+from tiny_runs import bert, config_tree, write_config, write_text
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 from whole_run import finish, forgotten, read, records
 
@@ -123,23 +123,6 @@ def test_a_run_that_was_killed_sees_the_masks_and_ends_with_the_weights_it_would
 
 def masked_tree(bench, **sections):
     return bench.tree({"type": "mlm", "dataset": str(bench.reviews)}, **sections)
-
-
-def test_a_classifier_as_teacher_has_no_head_for_it(bench):
-    said = bench.start(masked_tree(bench))
-    assert_refused(said, bench, f"teacher.model: {bench.teacher} has no head for mlm (cls.predict")
-
-
-def test_an_encoder_as_student_of_a_causal_lm_is_refused(bench):
-    tree = masked_tree(bench, student={"model": bert(1)}, teacher={"model": llama(1)})
-    tree["task"]["type"] = "causal_lm"
-
-    assert_refused(
-        bench.start(tree),
-        bench,
-        "student.model.config: model_type 'bert' supports classification, regression, mlm and not",
-        "use one of llama, mistral, qwen2",
-    )
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused(bench):
