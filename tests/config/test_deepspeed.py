@@ -309,6 +309,24 @@ def test_a_training_engine_gets_what_the_run_config_owns(clipping):
     }
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [("fp32", {}), ("bf16", {"bf16": {"enabled": True}}), ("fp16", {"fp16": {"enabled": True}})],
+)
+def test_precision_follows_the_dtype(dtype, precision):
+    merged = training({}, dtype=dtype)
+    frozen = frozen_ds_config({}, dtype=dtype, micro_batch=1)
+
+    for config in (merged, frozen):
+        assert {k: v for k, v in config.items() if k in ("bf16", "fp16")} == precision
+
+
+def test_a_line_every_few_steps_can_be_asked_for():
+    merged = training({"steps_per_print": 5})
+
+    assert merged["steps_per_print"] == 5
+
+
 def test_a_second_shard_group_has_to_divide_the_ranks():
     ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
 

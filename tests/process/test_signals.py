@@ -71,6 +71,17 @@ def test_a_command_that_does_not_train_ends_at_once_with_one_line_of_rank_0(
     assert said == [line, ""]
 
 
+def test_what_forgives_errors_does_not_forgive_a_stop():
+    def forgiving() -> None:
+        try:
+            send(signal.SIGTERM)
+        except Exception:  # noqa: BLE001 - the very thing that is tested
+            pytest.fail("forgiven")
+
+    with pytest.raises(Stopped), watched():
+        forgiving()
+
+
 def stage(seen: list[int], error: Exception | None = None) -> None:
     """A stage that gets SIGTERM, with its state before and after."""
     with deferred():

@@ -75,6 +75,12 @@ def test_each_iteration_has_its_curves_and_the_weight_of_sparsity(text, page):
     assert text.count(">chosen: 0.8990<") == text.count(">chosen: 1.0390<") == 1
 
 
+def test_a_choice_that_is_not_the_highest_is_told():
+    report = chosen_report()
+    report["candidates"][3]["tradeoff"] = 1.5
+    assert "The highest trade-off is that of sparsity 0.9." in html_report(report, [])
+
+
 def test_every_model_has_its_sizes_scores_and_times(page):
     titles = next(cells for _, cells in page.rows if "non-embedding" in cells)
     scored, timed = (
