@@ -90,8 +90,8 @@ class Extras(NamedTuple):
 
     def of_rows(self, change: Callable[[Tensor], Tensor]) -> Extras:
         """Return the `ROW_EXTRAS` alone, with a function applied to each."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in ROW_EXTRAS.values()}
-        return Extras(**{n: None if v is None else change(v) for n, v in values.items()})
+        values = {name: getattr(self, name) for name in ROW_EXTRAS.values()}
+        return Extras()._replace(**{n: change(v) for n, v in values.items() if v is not None})
 
 
 class Batch(NamedTuple):
