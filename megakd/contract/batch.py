@@ -28,6 +28,8 @@ MOST_DRAWS = 255
 """Most draws of a position in a cache, which keeps the count of a token in a byte."""
 ROUTE = "route"
 """Column with the teacher of a row: its name in rows of text, its number in encoded rows."""
+ROW_EXTRAS = {"is_rollout": "is_rollout", ROUTE: "routes"}
+"""Columns of encoded rows -> the `Extras` that have a row's value at its tokens, 0 elsewhere."""
 
 
 class Targets(NamedTuple):
@@ -85,6 +87,11 @@ class Extras(NamedTuple):
     is_rollout: Tensor | None = None
     routes: Tensor | None = None
     within: Within | None = None
+
+    def of_rows(self, change: Callable[[Tensor], Tensor]) -> Extras:
+        """Return the `ROW_EXTRAS` alone, with a function applied to each."""
+        values = {name: getattr(self, name) for name in ROW_EXTRAS.values()}
+        return Extras()._replace(**{n: change(v) for n, v in values.items() if v is not None})
 
 
 class Batch(NamedTuple):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, ROUTE, Batch, Documents
+from megakd.contract.batch import IGNORE, ROW_EXTRAS, Batch, Documents
 from megakd.data.words import WORD_STARTS
 
 LENGTH_MULTIPLE = 8
@@ -31,10 +31,9 @@ class Collator:
     """A function that collates rows to one padded micro-batch.
 
     For causal_lm, `inputs` has `input_ids` and `position_ids`, and the model must be called with
-    `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. A column
-    `is_rollout`, with one bool per row, fills `Extras.is_rollout`, and a column `route`, with one
-    number per row, fills `Extras.routes`. For mlm, no tokens are masked or
-    labelled yet; see `masking`, which also takes `word_starts` out of `inputs`.
+    `use_cache=False`; see `token_tables`. A row without `position_ids` is one document. The columns
+    of `ROW_EXTRAS` have one value per row. For mlm, no tokens are masked or labelled yet; see
+    `masking`, which also takes `word_starts` out of `inputs`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, task: TaskConfig) -> None:
@@ -57,8 +56,6 @@ class Collator:
         """
         columns = columns_of(rows) or {"input_ids": _NOTHING}
         lengths = np.concatenate([columns["input_ids"][1], np.zeros(dummy_rows, dtype=np.int64)])
-        if not len(lengths):
-            raise ValueError("a micro-batch needs at least one row, which may be a dummy row")
         width = padded_width(int(lengths.max()), self._max_length)
         valid = np.arange(width) < lengths[:, None]  # [B, T]
         padded = {
@@ -68,10 +65,10 @@ class Collator:
         }
         if self._type == "causal_lm":
             batch = _language_batch(padded, valid, lengths)
-            batch = batch.extended(is_rollout=_at_tokens(columns, "is_rollout", valid, bool))
         else:
             batch = self._text_batch(padded, columns, valid)
-        return batch.extended(routes=_at_tokens(columns, ROUTE, valid, np.int64))
+        given = {name: columns[column] for column, name in ROW_EXTRAS.items() if column in columns}
+        return batch.extended(**{n: _at_tokens(values, valid) for n, (values, _) in given.items()})
 
     def _padded(self, name: str, values: NDArray, valid: NDArray) -> NDArray[np.int64]:
         padded = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
@@ -106,14 +103,9 @@ def padded_width(longest: int, most: int) -> int:
     return min(rounded, most)
 
 
-def _at_tokens(
-    columns: Columns, name: str, valid: NDArray, dtype: type[bool | np.int64]
-) -> torch.Tensor | None:
+def _at_tokens(given: NDArray, valid: NDArray) -> torch.Tensor:
     # [B, T]: the value of each row at its tokens, 0 at padding and in dummy rows.
-    if name not in columns:
-        return None
-    given, _ = columns[name]
-    values = np.zeros((len(valid), 1), dtype=dtype)
+    values = np.zeros((len(valid), 1), dtype=given.dtype)
     values[: len(given), 0] = given
     return torch.from_numpy(valid * values)
 

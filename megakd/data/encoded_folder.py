@@ -175,11 +175,8 @@ def _mapped(folder: Path, shards: list[Record]) -> Dataset:
 
 @dataclass
 class _Progress:
-    """The shards that are written, kept in the folder after every shard.
-
-    shards: by the name of the rows, the entries of the shards in order.
-    rests: by the name of the rows, the unfinished packed row after the last shard (causal_lm).
-    """
+    # By the name of the rows: the entries of the written shards in order, and the unfinished packed
+    # row after the last shard (causal_lm).
 
     folder: Path
     facts: Fingerprint
@@ -305,10 +302,7 @@ def _write_shards(
 
 @dataclass
 class _Shard:
-    """The rows of a range of texts.
-
-    rest: the unfinished packed row before and, after `write`, behind the texts; [] without one.
-    """
+    # rest: the unfinished packed row before and, after `write`, behind the texts; empty without.
 
     name: str
     texts: Dataset

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from datasets import Features, Value
 
 from megakd.config.task import TaskConfig
+from megakd.contract.batch import ROUTE
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.data.arrow import PLACE
 from megakd.data.chat.conversations import (
@@ -36,6 +37,34 @@ TEXT_DEFAULTS = (("text",), ("sentence",), ("content",), ("document",))
 LABEL_DEFAULTS = {"classification": ("label", "labels"), "regression": ("label", "score", "labels")}
 
 
+class RowTeacher(NamedTuple):
+    """Source of the teacher of a row: a column, or one name for all rows."""
+
+    column: str | None = None
+    name: str | None = None
+
+    def of(self, table: Table, record: Record) -> str:
+        if self.name is not None:
+            return self.name
+        value = record.values.get(self.column or "")
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{table.name}, {record.place}: column {self.column!r} (task.teacher_column) names "
+                f"no teacher (got {value!r:.80}); write the name of one of the teachers"
+            )
+        return value.strip()
+
+
+def row_teacher(table: Table, column: str | None, name: str | None = None) -> RowTeacher | None:
+    """Return where the teachers of a table come from; None if its rows name none."""
+    if name is not None:
+        return RowTeacher(name=name)
+    if column is None:
+        return None
+    require(table, column, "task.teacher_column")
+    return RowTeacher(column=column)
+
+
 class Fields(NamedTuple):
     """The columns of texts and labels; label is None if the rows carry no labels."""
 
@@ -49,11 +78,13 @@ class RowKind:
 
     fields: the columns of a conversation; or of a text or a pair with its label, or of a document.
     classes: the classes of the labels; None for scores and for rows without labels.
+    teacher: where the teachers of training rows come from; None if the rows name none.
     """
 
     type: TaskType
     fields: ChatColumns | Fields
     classes: Classes | None = None
+    teacher: RowTeacher | None = None
 
     @staticmethod
     def of(
@@ -108,6 +139,8 @@ class RowKind:
         columns = {name: Value("string") for name in names}
         if self.keeps_blank:
             columns["label"] = Value("int64" if self.type == "classification" else "float32")
+        if self.teacher is not None:
+            columns |= {ROUTE: Value("string"), PLACE: Value("string")}
         return Features(columns)
 
     def row(self, table: Table, record: Record) -> dict[str, object]:

@@ -88,8 +88,6 @@ class StepLoader:
         learned = rows_with_targets(rows)
         if not len(learned):
             raise DataError("the training split has no rows to learn from")
-        if layout.tokens_per_rank is not None and (masking or others):
-            raise TypeError("packed rows have no masks and no readings of other models")
         # Arrow tables do not create a Python object per token.
         self._rows = rows.with_format("arrow")
         self._collate, self._layout = collate, layout

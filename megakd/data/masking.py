@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch, Extras, Targets
+from megakd.contract.batch import IGNORE, Batch, Targets
 from megakd.data.splitmix import row_keys, uniform
 from megakd.data.words import WORD_STARTS
 
@@ -115,7 +115,7 @@ class Masking:
             torch.from_numpy(np.where(chosen, ids, IGNORE)),
             batch.valid,
             torch.from_numpy(_targets(chosen)),
-            extras=Extras(second=second, routes=batch.extras.routes),
+            extras=batch.extras._replace(second=second),
         )
 
     def _shown(
@@ -164,7 +164,6 @@ def _special_and_ordinary(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
 
 
 def _picked(vocabulary: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return a token for each random number in [0, 1)."""
     return vocabulary[(numbers * len(vocabulary)).astype(np.int64)]
 
 
@@ -175,9 +174,7 @@ def _targets(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
 def _chosen(
     choice: NDArray[np.float64], maskable: NDArray[np.bool_], probability: float
 ) -> NDArray[np.bool_]:
-    """Return [B, T] bool: maskable positions below the probability, and the lowest of each row.
-
-    The positions of a word have the same number, and the lowest are all positions of one word.
-    """
+    # [B, T]: maskable positions below the probability, and the lowest of each row. The positions of
+    # a word have the same number, and the lowest are all positions of one word.
     lowest = np.where(maskable, choice, np.inf).min(axis=1, keepdims=True)
     return maskable & ((choice < probability) | (choice == lowest))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,7 @@ from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.arrow import column_of, key_of
 from megakd.data.chat.conversations import SOURCE
 from megakd.data.files import files_table, matching_files, named_files, refuse_shared
-from megakd.data.kinds import RowKind
-from megakd.data.routed_rows import row_teacher
+from megakd.data.kinds import RowKind, row_teacher
 from megakd.data.rows import DEFAULT_METRICS, Found, rows_of
 from megakd.data.tables import SplitName
 from megakd.errors import DataError
@@ -42,21 +42,16 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     refuse_shared(found)
     tables = {key: files_table(files, key) for key, files in found.items()}
     kinds = {key: RowKind.of(task, table, as_chat=True) for key, table in tables.items()}
-    parts = [
-        rows_of(
-            tables[key],
-            kinds[key],
-            task,
-            cache_dir=cache_dir,
-            source=name,
-            teacher=row_teacher(tables[key], task.teacher_column, sources[name].teacher),
-        )
-        for name, key in keys.items()
-    ]
-    splits: dict[SplitName, Dataset] = {"train": concatenate_datasets(parts)}
-    for split in held:
-        key = f"task.{split}_files"
-        splits[split] = rows_of(tables[key], kinds[key], task, cache_dir=cache_dir)
+    for name, key in keys.items():
+        teacher = row_teacher(tables[key], task.teacher_column, sources[name].teacher)
+        kinds[key] = replace(kinds[key], teacher=teacher)
+    names = {key: name for name, key in keys.items()}
+    rows = {
+        key: rows_of(table, kinds[key], task, cache_dir=cache_dir, source=names.get(key))
+        for key, table in tables.items()
+    }
+    splits: dict[SplitName, Dataset] = {"train": concatenate_datasets([rows[key] for key in names])}
+    splits |= {split: rows[f"task.{split}_files"] for split in held}
     digests = [(key, table.digest, kinds[key].fields) for key, table in tables.items()]
     teachers = [task.teacher_column, *(part.teacher for part in sources.values())]
     return Found(

@@ -1,29 +1,20 @@
-"""Rows that name their teachers, and micro-batches with the rows of each teacher as a part.
+"""Micro-batches with the rows of each teacher as a part, for rows that name their teachers.
 
 Shapes: B rows of a micro-batch, T positions; b rows and t positions of a part.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 
-from megakd.contract.batch import IGNORE, ROUTE, Batch, BatchSource, Extras, Within, teacher_number
-from megakd.data.arrow import PLACE, column_of
-from megakd.data.chat.conversations import is_chat
+from megakd.contract.batch import IGNORE, Batch, BatchSource, Within, teacher_number
 from megakd.data.collation import documents_of, padded_width
-from megakd.data.tables import Record, Table, require
-from megakd.errors import DataError, suggestion
-
-logger = logging.getLogger(__name__)
 
 
 class RoutedSource:
@@ -103,7 +94,6 @@ def _part(batch: Batch, own: NDArray[np.bool_]) -> Batch:
         return values.flatten()[positions]
 
     targets, numbers = _targets(batch, places, own)
-    rollouts = batch.extras.is_rollout
     part = Batch(
         {name: at(values) for name, values in batch.inputs.items()},
         _labels(batch, rows, positions, own=valid),
@@ -111,9 +101,8 @@ def _part(batch: Batch, own: NDArray[np.bool_]) -> Batch:
         targets=targets,
         # -1: a blank row.
         rows=None if batch.rows is None else batch.rows[rows].masked_fill(~valid.any(dim=1), -1),
-        extras=Extras(
-            is_rollout=None if rollouts is None else at(rollouts) & valid,
-            within=Within(rows, positions, numbers),
+        extras=batch.extras.of_rows(lambda values: at(values) * valid)._replace(
+            within=Within(rows, positions, numbers)
         ),
     )
     return part if batch.documents is None else _with_documents(part)
@@ -154,63 +143,3 @@ def _with_documents(part: Batch) -> Batch:
     positions = torch.where(part.valid, ids, filled)
     inputs = {**part.inputs, "position_ids": positions}
     return part._replace(inputs=inputs, documents=documents_of(positions.numpy()))
-
-
-class RowTeacher(NamedTuple):
-    """Source of the teacher of a row: a column, or one name for all rows."""
-
-    column: str | None = None
-    name: str | None = None
-
-    def of(self, table: Table, record: Record) -> str:
-        if self.name is not None:
-            return self.name
-        value = record.values.get(self.column or "")
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(
-                f"{table.name}, {record.place}: column {self.column!r} (task.teacher_column) names "
-                f"no teacher (got {value!r:.80}); write the name of one of the teachers"
-            )
-        return value.strip()
-
-
-def row_teacher(table: Table, column: str | None, name: str | None = None) -> RowTeacher | None:
-    """Return where the teachers of a table come from; None if its rows name none."""
-    if name is not None:
-        return RowTeacher(name=name)
-    if column is None:
-        return None
-    require(table, column, "task.teacher_column")
-    return RowTeacher(column=column)
-
-
-def without_routes(rows: Dataset) -> Dataset:
-    """Return rows without the columns of their teachers, such as held-out rows."""
-    gone = {ROUTE} if is_chat(rows) else {ROUTE, PLACE}  # conversations have places of their own
-    return rows.remove_columns([name for name in rows.column_names if name in gone])
-
-
-def check_routes(rows: Dataset, teachers: Sequence[str]) -> None:
-    """Check that the training rows name all teachers and no other, and log their numbers."""
-    names = column_of(rows, ROUTE)
-    counts = Counter(names.tolist())
-    for name in counts:
-        if name not in teachers:
-            row = int(np.flatnonzero(names == name)[0])
-            raise DataError(
-                f'{rows[row][PLACE]}: there is no teacher "{name}"{suggestion(name, teachers)} '
-                f"(known: {', '.join(teachers)}; {counts[name]} row(s) name it)"
-            )
-    unused = [name for name in teachers if name not in counts]
-    if unused:
-        raise DataError(
-            f"teachers: no training row names {' or '.join(unused)} (the rows name "
-            f"{', '.join(counts)}); remove the teacher from the list, or check task.teacher_column"
-        )
-    parts = (f"{n}: {counts[n]} ({counts[n] / len(rows):.1%})" for n in teachers)
-    logger.info("training rows by teacher: %s", ", ".join(parts))
-
-
-def rows_of_teachers(rows: Dataset) -> dict[str, int]:
-    """Return the number of rows that name each teacher, by name, in the order of the rows."""
-    return dict(Counter(column_of(rows, ROUTE).tolist()))

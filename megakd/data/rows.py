@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.distributed import split_dataset_by_node
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import ROUTE
-from megakd.data.arrow import PLACE, cached_folder, key_of, read_rows, write_rows
+from megakd.data.arrow import PLACE, cached_folder, column_of, key_of, read_rows, write_rows
 from megakd.data.bad_rows import BadRows, BlankRows
-from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns
+from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns, is_chat
 from megakd.data.choosing import is_labelled, text_hash
-from megakd.data.kinds import RowKind, is_blank, place_of
+from megakd.data.kinds import RowKind, is_blank, place_of, row_teacher
 from megakd.data.labels import Classes, find_classes
-from megakd.data.routed_rows import RowTeacher, row_teacher
 from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
-from megakd.errors import DataError
+from megakd.errors import DataError, suggestion
 
+logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
 VERSION = 2
 # Increase this number when a folder of rows gets different files or rows.
@@ -129,20 +132,16 @@ def rows_of_tables(
         _require_rows(table)
     tables = {split: tables[split] for split in SPLIT_NAMES if split in tables}
     kinds = _kinds_of(tables, task, classes)
-    teacher = row_teacher(tables["train"], task.teacher_column)
-    rows = partial(rows_of, task=task, cache_dir=cache_dir)
     # Only training rows have teachers.
-    train = rows(tables["train"], kinds["train"], teacher=teacher)
-    splits: dict[SplitName, Dataset] = {"train": train}
-    splits |= {
-        split: rows(table, kinds[split]) for split, table in tables.items() if split != "train"
-    }
+    teacher = row_teacher(tables["train"], task.teacher_column)
+    kinds["train"] = replace(kinds["train"], teacher=teacher)
+    rows = partial(rows_of, task=task, cache_dir=cache_dir)
     return Found(
         name=name,
-        splits=splits,
+        splits={split: rows(table, kinds[split]) for split, table in tables.items()},
         classes=kinds["train"].classes,
         metrics=metrics or DEFAULT_METRICS[task.type],
-        source_hash=_source_hash(tables, kinds, teacher),
+        source_hash=_source_hash(tables, kinds),
     )
 
 
@@ -157,48 +156,36 @@ def _kinds_of(
     return {split: train.of_split(table, split) for split, table in tables.items()}
 
 
-def _source_hash(
-    tables: Mapping[SplitName, Table],
-    kinds: Mapping[SplitName, RowKind],
-    teacher: RowTeacher | None,
-) -> str:
+def _source_hash(tables: Mapping[SplitName, Table], kinds: Mapping[SplitName, RowKind]) -> str:
     # Runs that earlier versions began know these hashes.
     train = kinds["train"]
     if train.is_chat:
         parts = [(split, tables[split].digest, kinds[split].fields) for split in sorted(tables)]
-        return key_of("chat", parts, *([teacher.column] if teacher else ()))
+        return key_of("chat", parts, *([train.teacher.column] if train.teacher else ()))
     digests: list[object] = [VERSION, train.type, train.classes.names if train.classes else None]
     for split, table in tables.items():
-        named = teacher if split == "train" and teacher else ()
-        digests.append((split, table.digest, kinds[split].fields, *named))
+        digests.append((split, table.digest, kinds[split].fields, *(kinds[split].teacher or ())))
     return key_of(digests)
 
 
 def rows_of(
-    table: Table,
-    kind: RowKind,
-    task: TaskConfig,
-    *,
-    cache_dir: Path,
-    source: str | None = None,
-    teacher: RowTeacher | None = None,
+    table: Table, kind: RowKind, task: TaskConfig, *, cache_dir: Path, source: str | None = None
 ) -> Dataset:
     """Return the rows of a table, memory-mapped; they are written when they are first asked for.
 
-    The source of a mixture gives them a column `source`, and a teacher a column `route`.
+    The source of a mixture gives them a column `source`.
     """
     classes = kind.classes and (kind.classes.names, kind.classes.numbered)
     read = (kind.type, kind.is_chat, kind.fields, classes)
     # Messages name the file.
-    where = (Path(table.name).name, source, teacher)
+    where = (Path(table.name).name, source, kind.teacher)
     key = key_of(VERSION, LAYOUT, table.digest, read, where, task.bad_rows)
 
     def fill(fresh: Path) -> None:
         blank = BlankRows(bad=BadRows(task.bad_rows))
-        more = ([] if source is None else [SOURCE]) + ([] if teacher is None else [ROUTE, PLACE])
-        features = Features(kind.features | {name: Value("string") for name in more})
-        rows = _rows(table, kind, blank, source=source, teacher=teacher)
-        write_rows(rows, features, fresh / "rows.arrow")
+        more = {} if source is None else {SOURCE: Value("string")}
+        rows = _rows(table, kind, blank, source)
+        write_rows(rows, Features(kind.features | more), fresh / "rows.arrow")
         blank.write(fresh)
 
     folder = cached_folder(cache_dir / "rows" / key[:32], fill)
@@ -210,7 +197,7 @@ def rows_of(
 
 
 def _rows(
-    table: Table, kind: RowKind, blank: BlankRows, *, source: str | None, teacher: RowTeacher | None
+    table: Table, kind: RowKind, blank: BlankRows, source: str | None
 ) -> Iterator[dict[str, object]]:
     for record in table.records():
         with blank.bad:
@@ -221,8 +208,8 @@ def _rows(
                     continue
             if source is not None:
                 row[SOURCE] = source
-            if teacher is not None:
-                row |= {ROUTE: teacher.of(table, record), PLACE: place_of(table, record)}
+            if kind.teacher is not None:
+                row |= {ROUTE: kind.teacher.of(table, record), PLACE: place_of(table, record)}
             yield row
 
 
@@ -246,3 +233,35 @@ def scored_rows(
 def _require_rows(table: Table) -> None:
     if next(table.records(), None) is None:
         raise DataError(f"{table.name} has no rows")
+
+
+def without_teachers(rows: Dataset) -> Dataset:
+    """Return rows without the columns of their teachers, such as held-out rows."""
+    gone = {ROUTE} if is_chat(rows) else {ROUTE, PLACE}  # conversations have places of their own
+    return rows.remove_columns([name for name in rows.column_names if name in gone])
+
+
+def check_row_teachers(rows: Dataset, teachers: Sequence[str]) -> None:
+    """Check that the training rows name all teachers and no other, and log their numbers."""
+    names = column_of(rows, ROUTE)
+    counts = Counter(names.tolist())
+    for name in counts:
+        if name not in teachers:
+            row = int(np.flatnonzero(names == name)[0])
+            raise DataError(
+                f'{rows[row][PLACE]}: there is no teacher "{name}"{suggestion(name, teachers)} '
+                f"(known: {', '.join(teachers)}; {counts[name]} row(s) name it)"
+            )
+    unused = [name for name in teachers if name not in counts]
+    if unused:
+        raise DataError(
+            f"teachers: no training row names {' or '.join(unused)} (the rows name "
+            f"{', '.join(counts)}); remove the teacher from the list, or check task.teacher_column"
+        )
+    parts = (f"{n}: {counts[n]} ({counts[n] / len(rows):.1%})" for n in teachers)
+    logger.info("training rows by teacher: %s", ", ".join(parts))
+
+
+def rows_of_teachers(rows: Dataset) -> dict[str, int]:
+    """Return the number of rows that name each teacher, by name, in the order of the rows."""
+    return dict(Counter(column_of(rows, ROUTE).tolist()))

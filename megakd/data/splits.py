@@ -17,8 +17,7 @@ from megakd.data.arrow import key_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.files import files_table, local_rows, matching_files
-from megakd.data.routed_rows import without_routes
-from megakd.data.rows import Found, TextStream, scored_rows
+from megakd.data.rows import Found, TextStream, scored_rows, without_teachers
 from megakd.data.tables import Table
 from megakd.errors import ConfigError, DataError
 
@@ -91,7 +90,7 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         train = mixed(train, task.mixture, seed=seed)
     return Splits(
         train=keep_labels(train, task.labelled_examples, seed=seed, name=found.name),
-        validation=_scored(without_routes(validation), task, is_cut=is_cut),
+        validation=_scored(without_teachers(validation), task, is_cut=is_cut),
         test=None if test is None else at_most(test, task.max_eval_examples),
         label_names=found.label_names,
         metrics=found.metrics,
@@ -111,7 +110,10 @@ def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir
             f"task.evaluation_sets.{name}: {table.name} holds conversations, and the training rows "
             "are documents, which are packed; set task.text_columns to score a column of text"
         )
-    trained, here = set(without_routes(found.splits["train"]).column_names), set(rows.column_names)
+    trained, here = (
+        set(without_teachers(found.splits["train"]).column_names),
+        set(rows.column_names),
+    )
     if as_chat:
         return rows
     if trained != here:

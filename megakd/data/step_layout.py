@@ -6,7 +6,6 @@ Shapes: B rows of a micro-batch, T positions.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from megakd.contract.batch import IGNORE, Batch, Extras
+from megakd.contract.batch import IGNORE, Batch
 from megakd.data.collation import documents_of, padded_width
 from megakd.errors import DataError
 
@@ -106,23 +105,15 @@ def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Ba
     """Return this rank's micro-batches of a step.
 
     `rows` is an arrow table or a mapping of columns with ALL rows of the step, in order, the same
-    on all ranks. A column `is_rollout` (one bool per row) fills `Extras.is_rollout`.
+    on all ranks. A micro-batch without rows has all their columns, so that no rank branches on them
+    alone.
     """
-    lengths = row_lengths(rows)
+    table: Any = rows if isinstance(rows, pa.Table) else pa.table(cast("Any", rows))
+    lengths = row_lengths(table)
     size = layout.shape.most_rows(len(lengths))
-    batches = tuple(
-        micro_batch(_taken(rows, mine), len(mine), layout, collate, size=size)
-        for mine in layout.micro_batches(lengths)
-    )
-    names = cast("Any", rows).column_names if isinstance(rows, pa.Table) else rows
-    if "is_rollout" not in cast("Sequence[str]", names):
-        return batches
-    # A micro-batch without rows has no such column.
     return tuple(
-        batch
-        if batch.extras.is_rollout is not None
-        else batch.extended(is_rollout=torch.zeros_like(batch.valid))
-        for batch in batches
+        micro_batch(table.take(mine), len(mine), layout, collate, size=size)
+        for mine in layout.micro_batches(lengths)
     )
 
 
@@ -150,36 +141,21 @@ def packed_row(batch: Batch, *, most: int) -> Batch:
     def flat(values: Tensor, fill: int) -> Tensor:
         return functional.pad(values[batch.valid], (0, padding), value=fill)[None]
 
-    given, extras = batch.inputs["position_ids"][batch.valid], batch.extras
+    given = batch.inputs["position_ids"][batch.valid]
     positions = torch.cat([given, torch.arange(padding)])[None]
     return Batch(
         {"input_ids": flat(batch.inputs["input_ids"], 0), "position_ids": positions},
         flat(batch.labels, IGNORE),
         flat(batch.valid, 0),
         documents=documents_of(positions.numpy()),
-        extras=Extras(
-            is_rollout=None if extras.is_rollout is None else flat(extras.is_rollout, 0),
-            routes=None if extras.routes is None else flat(extras.routes, 0),
-        ),
+        extras=batch.extras.of_rows(lambda values: flat(values, 0)),
     )
 
 
-def row_lengths(rows: object) -> NDArray[np.int64]:
-    """Return [N] tokens of every row, without reading the tokens of an arrow table."""
-    if isinstance(rows, pa.Table):
-        column = cast("Any", rows).column("input_ids")  # pyarrow carries no types
-        return cast("Any", pc).list_value_length(column).to_numpy().astype(np.int64)
-    columns = cast("Mapping[str, Sequence[Sequence[int]]]", rows)
-    return np.array([len(ids) for ids in columns["input_ids"]], dtype=np.int64)
-
-
-def _taken(rows: object, numbers: NDArray[np.int64]) -> object:
-    if not len(numbers):
-        return {}
-    if isinstance(rows, pa.Table):
-        return cast("Any", rows).take(numbers)
-    columns = cast("Mapping[str, Sequence[object]]", rows)
-    return {name: [values[number] for number in numbers] for name, values in columns.items()}
+def row_lengths(rows: pa.Table) -> NDArray[np.int64]:
+    """Return [N] tokens of every row, without reading the tokens."""
+    column = cast("Any", rows).column("input_ids")  # pyarrow carries no types
+    return cast("Any", pc).list_value_length(column).to_numpy().astype(np.int64)
 
 
 def _budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[NDArray[np.int64]]:
@@ -189,7 +165,7 @@ def _budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[ND
     if len(lengths) and lengths.max() > budget:
         raise DataError(
             f"train.tokens_per_rank is {budget}, and a training row has {lengths.max()} tokens; "
-            "raise train.tokens_per_rank, or shorten the rows (task.max_length, or the rollouts)"
+            "raise train.tokens_per_rank, or shorten the rows (task.max_length, or generated texts)"
         )
     order = np.argsort(-lengths, kind="stable")
     tightest = _first_fit(lengths[order], budget)

@@ -165,7 +165,7 @@ def tell_long_words(texts: Iterable[str], words: Callable[[str], Iterable[str]])
 
 
 def _unigram(texts: Callable[[], Iterable[str]], size: int, special: list[str]) -> Tokenizer:
-    """Train with SentencePiece, because results of `tokenizers` depend on the order of threads."""
+    # With SentencePiece: results of `tokenizers` depend on the order of threads.
     steps = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     if "[CLS]" in special:
         steps.append(normalizers.Lowercase())

@@ -55,9 +55,5 @@ def _starts(encoding: Encoding, text: str) -> list[int]:
 
 
 def _has_space(text: str) -> bool:
-    """Return whether a text has white space that BERT's normalizer keeps.
-
-    The normalizer removes control characters such as form feeds, so that their neighbours are one
-    word.
-    """
+    # BERT's normalizer removes other control characters, so that their neighbours are one word.
     return any(sign in "\t\n\r" or unicodedata.category(sign).startswith("Z") for sign in text)

@@ -24,7 +24,7 @@ from megakd.contract.results import VocabularyReport
 from megakd.contract.tasks import FROM_TEACHER, ONE_LABEL_METRICS, STUDENT, STUDENT_BASE
 from megakd.contract.terms import looks_inside
 from megakd.data.encoding import Encoded
-from megakd.data.routed_rows import check_routes
+from megakd.data.rows import check_row_teachers
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import gather, main_first
@@ -141,11 +141,10 @@ def prepare(config: RunConfig) -> RunInputs:
             )
         ),
     )
-    check_answers(config, inputs.encoded.chat, inputs.tokenizer, inputs.sources[STUDENT])
-    if config.rollout is not None or config.eval.generation is not None:
-        from megakd.rollouts.prompts import check_generated_texts
+    from megakd.rollouts.prompts import check_generated_texts
 
-        check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
+    check_generated_texts(config, inputs.encoded, inputs.sources[STUDENT])
+    check_answers(config.task, inputs.encoded.chat, inputs.tokenizer, inputs.sources[STUDENT])
     return inputs
 
 
@@ -167,7 +166,7 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
         raise TeacherError("\n".join(problems))
     splits = splits_of(config)
     if config.method.routes_rows:
-        check_routes(splits.train, tuple(config.teacher_specs))
+        check_row_teachers(splits.train, tuple(config.teacher_specs))
     vocabulary = config.method.own_vocabulary
     # The loss per token does not compare models of different vocabularies.
     official = splits.metrics if vocabulary is None else ("nats_per_character",)

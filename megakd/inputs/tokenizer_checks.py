@@ -16,7 +16,6 @@ from typing import cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import STUDENT
 from megakd.data.chat.conversations import is_chat
@@ -141,33 +140,25 @@ def _listed(tokens: frozenset[str]) -> str:
 
 
 def check_answers(
-    config: RunConfig,
+    task: TaskConfig,
     counts: Mapping[str, ChatCounts] | None,
     tokenizer: PreTrainedTokenizerBase,
     student: ModelSource,
 ) -> None:
-    """Check that conversations have answers, which end as the student's texts do."""
+    """Check that held-out conversations have answers, and how the learned answers end."""
     by_split: dict[str, list[ChatCounts]] = {}
     for name, own in (counts or {}).items():
         split = name if name.startswith(f"{SETS}/") else name.split("/")[0]
         by_split.setdefault(split, []).append(own)
     for split, parts in by_split.items():
-        if not any(own.targets for own in parts):
-            _refuse_prompts(config, split)
+        if split != "train" and not any(own.targets for own in parts):
+            _refuse_prompts(split)
     # A stream is not encoded before the run, but its held-out rows are.
     learned = by_split.get("train", by_split.get("validation", []))
-    _check_ends(config.task, learned, _end_ids(tokenizer, student), tokenizer)
+    _check_ends(task, learned, _end_ids(tokenizer, student), tokenizer)
 
 
-def _refuse_prompts(config: RunConfig, split: str) -> None:
-    if split == "train":
-        if config.rollout is None:
-            raise DataError(
-                "the training rows are prompts without an answer, so that nothing can be learned; "
-                "give the answers in a column completion (task.completion_column), or let the "
-                "section rollout generate them"
-            )
-        return
+def _refuse_prompts(split: str) -> None:
     name = split.removeprefix(f"{SETS}/")
     key = f"task.{split}_files" if name == split else f"task.evaluation_sets.{name}"
     raise DataError(

@@ -108,8 +108,15 @@ class Prompts:
 
 
 def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSource) -> None:
-    """Check and log which rows `rollout` and `eval.generation` use."""
+    """Check and log which rows `rollout` and `eval.generation` use, and that rows have answers."""
     rollouts, generation = config.rollout, config.eval.generation
+    trained = [own for name, own in (encoded.chat or {}).items() if name.split("/")[0] == "train"]
+    if rollouts is None and trained and not any(own.targets for own in trained):
+        raise DataError(
+            "the training rows are prompts without an answer, so that nothing can be learned; give "
+            "the answers in a column completion (task.completion_column), or let the section "
+            "rollout generate them"
+        )
     if rollouts is not None and encoded.stream is None:
         prompts = prompts_of(encoded.train, rollouts, config, student)
         _say("rollout", prompts)

@@ -16,7 +16,7 @@ from megakd.contract.metric import Metric
 from megakd.contract.results import Assistant, ModelReport
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
-from megakd.data.routed_rows import rows_of_teachers
+from megakd.data.rows import rows_of_teachers
 from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first
 from megakd.engine.distributed import Ranks

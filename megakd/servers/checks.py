@@ -120,10 +120,10 @@ def check_agreement(
                     twice = f"{other} answers differently when asked twice"
                     pair = f"{other} and {server.url} disagree" if other != server.url else twice
                     raise ServerError(
-                        f"rollout.server: {pair}: the greedy texts for prompt {number + 1} "
-                        f"({len(prompt)} tokens, beginning with {list(prompt[:8])}) differ first "
-                        f"at position {place}; check that all replicas serve the same weights in "
-                        "the same precision, and that nobody else uses them"
+                        f"{pair}: the greedy texts for prompt {number + 1} ({len(prompt)} tokens, "
+                        f"beginning with {list(prompt[:8])}) differ first at position {place}; "
+                        "check that all replicas serve the same weights in the same precision, and "
+                        "that nobody else uses them"
                     )
 
 
@@ -137,10 +137,7 @@ def check_sampling(
     """Let every replica that is not paused continue a prompt by the sampling rules of the run."""
     for server, model in zip(servers, models, strict=True):
         if not model.paused:
-            try:
-                _continued(server, model, prompt, wanted, sampling)
-            except ServerError as error:
-                raise ServerError(f"rollout.sampling: {error}") from error
+            _continued(server, model, prompt, wanted, sampling)
 
 
 def _continued(

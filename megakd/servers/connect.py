@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -96,11 +97,21 @@ def check_servers(config: RunConfig, inputs: RunInputs) -> None:
             check_folder(served.wanted.pushed, "rollout.server.folder", wanted, is_made=True)
         servers = replicas_of(served.server, patience_s=FIRST_PATIENCE_S)
         models = served_models(servers, served.wanted)
-        check_agreement(servers, models, served.probes, served.wanted)
+        with _errors_of("rollout.server"):
+            check_agreement(servers, models, served.probes, served.wanted)
         sampling = served.rollouts.sampling_at(0)
-        check_sampling(servers, models, served.probes[0], served.wanted, sampling)
+        with _errors_of("rollout.sampling"):
+            check_sampling(servers, models, served.probes[0], served.wanted, sampling)
 
     on_main(check)
+
+
+@contextmanager
+def _errors_of(key: str) -> Iterator[None]:
+    try:
+        yield
+    except ServerError as error:
+        raise ServerError(f"{key}: {error}") from error
 
 
 def server_generator(

@@ -171,7 +171,7 @@ def field_of(tree: Any, key: str, kind: type[T], where: str) -> T:
         found = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
         raise ServerError(
             f"{where}: the answer has no {kind.__name__} named {key} (found: {found}); check "
-            "rollout.server.kind and the version of the server"
+            "server.kind and the version of the server"
         )
     return value
 

@@ -83,7 +83,10 @@ def build_cache(
             number of the first row to answers; entered only if answers are missing. The answers
             are the same on every rank.
     """
-    shards = _whole_shards(folder, on_main(lambda: _begun(folder, facts)), ranks)
+    shards = on_main(
+        lambda: _read_manifest(folder, facts)[0] if (folder / MANIFEST).is_file() else []
+    )
+    shards = _whole_shards(folder, shards, ranks)
     _announce(folder, layout, len(rows), sum(shard.rows for shard in shards))
     missing = list(_missing(shards, len(rows), layout.rows_per_shard()))
     if not missing:
@@ -102,7 +105,6 @@ def build_cache(
 
 
 def _whole_shards(folder: Path, shards: Sequence[AnswerShard], ranks: Ranks) -> list[AnswerShard]:
-    """Return the undamaged shards, and log a warning for damaged shards; a collective."""
     mine = shards[ranks.rank :: ranks.world_size]
     found = together(lambda: {s.name: damage_of(folder / s.name, s.files) for s in mine})
     damaged = {name: said for share in gather(found) for name, said in share.items() if said}
@@ -112,7 +114,6 @@ def _whole_shards(folder: Path, shards: Sequence[AnswerShard], ranks: Ranks) -> 
 
 
 def _missing(shards: Sequence[AnswerShard], total: int, step: int) -> Iterator[range]:
-    """Yield the numbers of the rows that no shard holds, at most `step` numbers at a time."""
     first = 0
     ends = [(shard.start, shard.start + shard.rows) for shard in _in_order(shards)]
     for start, stop in [*ends, (total, total)]:
@@ -133,10 +134,6 @@ def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
         *(folder, rows, layout.row_bytes, layout.row_bytes / max(layout.tokens_per_row, 1)),
         *(size / 1e6, -(-rows // layout.rows_per_shard()), done),
     )
-
-
-def _begun(folder: Path, facts: Fingerprint) -> list[AnswerShard]:
-    return _read_manifest(folder, facts)[0] if (folder / MANIFEST).is_file() else []
 
 
 def _write(folder: Path, start: int, part: Answers) -> AnswerShard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from megakd.data.encoding import encode_splits
 from megakd.data.splits import load_splits
 from megakd.storage import checksums
 
-TEXTS = [{"text": f"text {n:03}", "label": "ab"[n % 2]} for n in range(200)]
-CHATS = [{"messages": asked(f"Question {n // 2}", f"Answer {n}")} for n in range(200)]
+TEXTS = [{"text": f"text {n:03}", "label": "ab"[n % 2]} for n in range(60)]
+CHATS = [{"messages": asked(f"Question {n // 2}", f"Answer {n}")} for n in range(60)]
 
 
 @pytest.fixture
@@ -30,22 +31,13 @@ def counts(tmp_path, monkeypatch) -> dict[str, int]:
     monkeypatch.setattr(checksums, "_SETTLED_NS", 0)
     calls: dict[str, int] = {}
 
-    def count(module: Any, name: str) -> None:
-        original = getattr(module, name)
+    def count(name: str, original: Any, *args: Any) -> Any:
+        calls[name] = calls.get(name, 0) + 1
+        return original(*args)
 
-        def counted(*args: Any) -> Any:
-            calls[name] = calls.get(name, 0) + 1
-            return original(*args)
-
-        monkeypatch.setattr(module, name, counted)
-
-    for module, name in (
-        (readers, "parse_json"),
-        (readers, "sha256_of"),
-        (cache, "_rows_key"),
-        (hub, "_digest"),
-    ):
-        count(module, name)
+    reading = ((readers, "parse_json"), (readers, "sha256_of"), (cache, "_rows_key"))
+    for module, name in (*reading, (hub, "_digest")):
+        monkeypatch.setattr(module, name, partial(count, name, getattr(module, name)))
     return calls
 
 
@@ -57,9 +49,7 @@ def start(folder: Path, **keys: Any) -> tuple[list[str], str]:
     return splits.train["text"][:], encoded.content_hash
 
 
-@pytest.mark.parametrize(
-    ("kind", "given"), [("classification", TEXTS), ("mlm", TEXTS), ("causal_lm", CHATS)]
-)
+@pytest.mark.parametrize(("kind", "given"), [("classification", TEXTS), ("causal_lm", CHATS)])
 def test_a_second_start_reads_the_first_row_alone(tmp_path, counts, kind, given):
     path = str(write_jsonl(tmp_path / "rows.jsonl", given))
     first = start(tmp_path, type=kind, dataset=path)
@@ -83,7 +73,7 @@ def test_a_second_start_on_a_data_set_of_the_hub_reads_no_row(tmp_path, counts, 
     assert not counts
 
 
-@pytest.mark.parametrize("way", ["written over", "replaced", "linked elsewhere"])
+@pytest.mark.parametrize("way", ["written over", "linked elsewhere"])
 def test_a_changed_file_of_equal_size_and_time_is_read_again(tmp_path, counts, way):
     path = write_jsonl(tmp_path / "rows.jsonl", TEXTS)
     keys = {"type": "mlm", "dataset": str(path)}
@@ -95,12 +85,8 @@ def test_a_changed_file_of_equal_size_and_time_is_read_again(tmp_path, counts, w
         write_jsonl(path, changed)
     else:
         other = write_jsonl(tmp_path / "other.jsonl", changed)
-        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
-        if way == "replaced":
-            other.replace(path)
-        else:
-            path.unlink()
-            path.symlink_to(other)
+        path.unlink()
+        path.symlink_to(other)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     after = path.stat()
@@ -109,17 +95,6 @@ def test_a_changed_file_of_equal_size_and_time_is_read_again(tmp_path, counts, w
     assert "word 001" in {*found[0]}
     assert not {*found[0]} & {*texts}
     assert found[1] != key
-
-
-def test_other_choices_from_the_same_rows_have_other_keys(tmp_path, counts):
-    path = str(write_jsonl(tmp_path / "rows.jsonl", TEXTS))
-    keys = {"type": "classification", "dataset": path}
-    choices: list[dict[str, Any]] = [{}, {"labelled_examples": 9}, {"max_eval_examples": 3}]
-
-    found = [start(tmp_path, **keys, **choice)[1] for choice in choices * 2]
-
-    assert len(set(found)) == 3
-    assert found[:3] == found[3:]
 
 
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):

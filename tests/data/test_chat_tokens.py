@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from chat_tokenizers import FAMILIES, asked, chat_tokenizer
 from encoded_chats import ADD, CALL, IGNORE, assert_row, chat, encoded, task
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -49,16 +49,17 @@ def learned(tokenizer, row):
     return tokenizer.decode(row.labels[row.labels != IGNORE].tolist())
 
 
-@pytest.mark.parametrize("merges", [False, True])
 @pytest.mark.parametrize("family", ["chatml", "marks", "llama3", "gemma", "gemma3"])
-def test_every_answer_and_its_end_token_count_and_nothing_else(family, merges):
-    tokenizer = chat_tokenizer(family, merges=merges)
+def test_every_answer_and_its_end_token_count_and_nothing_else(family):
+    tokenizer = chat_tokenizer(family, merges=family != "llama3")
     contents = ("What is 2 + 2?", "It is 4.", "And 3 + 3?", "6")
 
     row = encoded(tokenizer, chat(asked(*contents)))
 
     assert_row(row, tokenizer, *parts_of(family, *contents))
     assert int(row.labels[row.labels != IGNORE][-1]) == tokenizer.eos_token_id
+    last = encoded(tokenizer, chat(asked(*contents), counted=[3]))
+    assert learned(tokenizer, last) == contents[-1] + FAMILIES[family].end
 
 
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="<", exclude_categories=["Cs"])
@@ -67,6 +68,7 @@ CONVERSATIONS = st.lists(TEXTS, min_size=2, max_size=6).filter(lambda texts: len
 
 
 @given(CONVERSATIONS)
+@settings(max_examples=20)
 def test_a_template_with_marks_gives_the_rows_of_the_prefixes(texts):
     one, other = (encoded(chat_tokenizer(f), chat(asked(*texts))) for f in ("chatml", "marks"))
 
@@ -74,6 +76,7 @@ def test_a_template_with_marks_gives_the_rows_of_the_prefixes(texts):
 
 
 @given(CONVERSATIONS, st.sampled_from(sorted(TURNS)))
+@settings(max_examples=40)
 def test_a_prompt_is_what_a_generator_continues(texts, family):
     """The first tokens of the row are the tokens of the prompt alone, and the answer follows."""
     tokenizer = chat_tokenizer(family)
@@ -196,8 +199,7 @@ REFUSED = {
     # The answer would be learned, or read, as an empty answer.
     **{
         f"call, {family}, {train_on}": (family, ROUND, LOST, {"train_on": train_on})
-        for family in ("chatml", "marks", "llama3")
-        for train_on in ("all", "last")
+        for family, train_on in (("chatml", "last"), ("marks", "all"))
     },
     # The name of the tool stands elsewhere in the text.
     "call": ("chatml", [*asked("Please add 2 and 2"), CALLING], LOST, {}),
@@ -208,14 +210,6 @@ REFUSED = {
 def test_what_a_template_cannot_write_is_refused_with_the_row(family, messages, reason, keys):
     with pytest.raises(DataError, match=rf"(?s)row 1.*({reason})"):
         encoded(chat_tokenizer(family), chat(messages, tools=[ADD]), **keys)
-
-
-def test_plain_texts_are_concatenated_and_end_with_the_end_token():
-    tokenizer = chat_tokenizer("chatml")
-
-    row = encoded(tokenizer, Conversation(prompt="2 + 2 =", completion=" 4"))
-
-    assert_row(row, tokenizer, ("2 + 2 =", False), (" 4<|im_end|>", True))
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("Q\n", "\nA"), ("the c", "at sees")])
@@ -260,16 +254,6 @@ def test_a_prompt_alone_has_no_labels():
     assert tokenizer.decode(rows[1].input_ids.tolist()).endswith("<|im_start|>assistant\n")
 
 
-def test_only_answers_of_the_completion_count():
-    tokenizer = chat_tokenizer("chatml")
-    conversation = chat(asked("Hi", "Hello", "Bye", "See you"), counted=[3])
-
-    row = encoded(tokenizer, conversation)
-
-    assert learned(tokenizer, row) == "See you<|im_end|>"
-    assert encoded(chat_tokenizer("marks"), conversation).labels.tolist() == row.labels.tolist()
-
-
 def test_todays_date_in_a_template_does_not_change_the_rows(monkeypatch):
     tokenizer = chat_tokenizer("chatml")
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') + '\\n' }}" + tokenizer.chat_template
@@ -300,14 +284,6 @@ def test_a_document_loses_no_target():
     assert tokenizer.decode(targets.tolist()) == "bcdefgh<|im_end|>"
     assert [row.prompt_length for row in rows] == [0] * len(rows)
     assert counts.targets == len(targets)
-
-
-def test_a_tokenizer_without_a_template_is_refused_with_the_key():
-    tokenizer = chat_tokenizer("chatml")
-    tokenizer.chat_template = None
-
-    with pytest.raises(DataError, match=r"task\.chat_template"):
-        encoded(tokenizer, chat(asked("Hi", "Hello")))
 
 
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
@@ -350,24 +326,6 @@ def test_llama_writes_a_system_message_with_a_date_that_is_always_the_same(syste
     assert row.input_ids[: row.prompt_length].tolist() == alone["input_ids"]
 
 
-def test_a_call_of_llama_counts_and_its_result_does_not():
-    tokenizer = chat_tokenizer("llama32")
-
-    row = encoded(tokenizer, chat(ROUND, tools=[ADD]))
-
-    options = {"tools": [ADD], "add_generation_prompt": True, "date_string": "26 Jul 2024"}
-    beginning = tokenizer.apply_chat_template(ROUND[:1], tokenize=False, **options)
-    result = llama("ipython", '"4"') + "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    assert_row(
-        row,
-        tokenizer,
-        (beginning, False),
-        ('{"name": "add", "parameters": {"a": 2, "b": 2}}<|eot_id|>', True),
-        (result, False),
-        ("It is 4.<|eot_id|>", True),
-    )
-
-
 @pytest.mark.parametrize(("family", "line"), [("phi3", "\n"), ("phi4_mini", "")])
 def test_every_answer_of_phi_counts_and_the_text_is_that_of_transformers(family, line):
     """The template writes its last token after the whole text, and not after each answer."""
@@ -391,8 +349,9 @@ def test_every_answer_of_phi_counts_and_the_text_is_that_of_transformers(family,
     assert row.input_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
 
 
-@pytest.mark.parametrize("arguments", ['{"a":2, "b": 2}', {"a": 2, "b": 2}])
-@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize(
+    ("arguments", "content"), [('{"a":2, "b": 2}', ""), ({"a": 2, "b": 2}, None)]
+)
 def test_calls_of_deepseek_have_their_arguments_as_json_text(arguments, content):
     tokenizer = chat_tokenizer("deepseek")
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
@@ -413,5 +372,5 @@ def test_calls_of_deepseek_have_their_arguments_as_json_text(arguments, content)
         ("<|tool_outputs_end|>", False),
         (f"It is 4.{end}", True),
     )
-    if content == "" and isinstance(arguments, str):
+    if content == "":
         assert row.input_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]

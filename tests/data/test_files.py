@@ -39,16 +39,7 @@ def test_every_format_gives_the_same_rows(load, write_rows, kind, tmp_path):
     assert splits.test is None
 
 
-def test_words_as_labels_are_numbered_in_sorted_order(load, write_rows, tmp_path):
-    rows = [("a b", "spam"), ("c d", "ham"), ("e f", "spam"), ("g h", "ham")]
-
-    splits = load(write_rows(tmp_path / "data.csv", rows))
-
-    assert splits.label_names == ("ham", "spam")
-    assert everything(splits) == {("a b", 1), ("c d", 0), ("e f", 1), ("g h", 0)}
-
-
-@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+@pytest.mark.parametrize("name", ["valid", "dev"])
 def test_a_folder_is_read_by_the_names_of_its_splits(load, write_rows, name, tmp_path):
     for split, rows in {"train": ROWS, name: ROWS[:2], "test": ROWS[2:]}.items():
         write_rows(tmp_path / f"{split}.csv", rows)
@@ -57,6 +48,30 @@ def test_a_folder_is_read_by_the_names_of_its_splits(load, write_rows, name, tmp
     splits = load(tmp_path)
 
     assert [len(part) for part in splits[:3] if part is not None] == [4, 2, 2]
+    write_rows(tmp_path / "test.csv", [("no label here",)], header=("text",))
+    assert load(tmp_path).test is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "missing", "first"),
+    [
+        ("parquet", "train", 0, 0),
+        ("jsonl", "validation", 2, 0),
+        ("json", "test", 3, 0),
+        ("csv", "train", 3, 1),
+    ],
+)
+def test_a_missing_shard_is_refused_with_its_name(
+    load, write_rows, kind, split, missing, first, tmp_path
+):
+    if split != "train":
+        write_rows(tmp_path / "train.jsonl", ROWS)
+    for number in {*range(first, first + 4)} - {missing}:
+        write_rows(tmp_path / f"{split}-{number:05}-of-00004.{kind}", ROWS)
+
+    name = rf"{split}-{missing:05}-of-00004\.{kind}"
+    with pytest.raises(DataError, match=f"the shard {name} is missing, and 3 of 00004 are there"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("hashes", [("", ""), ("-0f3b9c0d", "-1f3b9c0d")], ids=["plain", "hash"])
@@ -72,24 +87,6 @@ def test_shards_of_a_split_are_read_one_after_the_other(load, write_rows, hashes
     assert not splits.is_cut
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "csv"])
-@pytest.mark.parametrize(
-    ("split", "missing", "first"),
-    [("train", 0, 0), ("validation", 2, 0), ("test", 3, 0), ("train", 3, 1)],
-)
-def test_a_missing_shard_is_refused_with_its_name(
-    load, write_rows, kind, split, missing, first, tmp_path
-):
-    if split != "train":
-        write_rows(tmp_path / "train.jsonl", ROWS)
-    for number in {*range(first, first + 4)} - {missing}:
-        write_rows(tmp_path / f"{split}-{number:05}-of-00004.{kind}", ROWS)
-
-    name = rf"{split}-{missing:05}-of-00004\.{kind}"
-    with pytest.raises(DataError, match=f"the shard {name} is missing, and 3 of 00004 are there"):
-        load(tmp_path)
-
-
 def test_a_shard_that_a_pattern_matches_is_missed_and_others_are_not(load, write_rows, tmp_path):
     for number in (0, 1, 3):
         write_rows(tmp_path / f"part-{number:05}-of-00004.jsonl", ROWS)
@@ -102,34 +99,32 @@ def test_a_shard_that_a_pattern_matches_is_missed_and_others_are_not(load, write
         load(type="mlm", train_files=str(tmp_path / "part-*.jsonl"))
 
 
-def test_a_test_file_without_labels_is_left_out(load, write_rows, tmp_path):
-    write_rows(tmp_path / "train.csv", ROWS)
-    write_rows(tmp_path / "test.csv", [("no label here",)], header=("text",))
-
-    assert load(tmp_path).test is None
-
-
-def test_pairs_are_found_by_their_usual_names(load, write_rows, tmp_path):
-    rows = [(f"a{n}", f"b{n}", n % 2) for n in range(6)]
-    path = write_rows(tmp_path / "x.csv", rows, header=("premise", "hypothesis", "label"))
-
-    splits = load(path)
-
-    assert splits.train.column_names == ["text", "text_pair", "label"]
-    assert {row["text"][1:] == row["text_pair"][1:] for row in splits.train} == {True}
-
-
-def test_columns_may_be_named(load, write_rows, tmp_path):
-    rows = [(n % 2, f"text {n}", "x") for n in range(6)]
+def test_words_as_labels_are_numbered_in_sorted_order_and_columns_may_be_named(
+    load, write_rows, tmp_path
+):
+    rows = [("spam", "a b", "x"), ("ham", "c d", "x"), ("spam", "e f", "x"), ("ham", "g h", "x")]
     path = write_rows(tmp_path / "x.csv", rows, header=("topic", "body", "text"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark
 
     splits = load(path, text_columns=("body",), label_column="topic")
 
+    assert splits.label_names == ("ham", "spam")
     assert splits.train.column_names == ["text", "label"]
-    assert everything(splits) == {(f"text {n}", n % 2) for n in range(6)}
+    assert everything(splits) == {("a b", 1), ("c d", 0), ("e f", 1), ("g h", 0)}
 
 
-@pytest.mark.parametrize("name", ["nope.csv", "nope/", "./nope", "/nope/at/all", "a/b/c"])
+def test_pairs_are_found_by_their_usual_names(load, write_rows, tmp_path, caplog):
+    rows = [("a", "a", 0), ("c", "", 1), ("d", "d", 1)]
+    header = ("premise", "hypothesis", "label")
+
+    splits = load(write_rows(tmp_path / "x.csv", rows, header=header))
+
+    assert splits.train.column_names == ["text", "text_pair", "label"]
+    assert {row["text"] for row in splits.train if row["text"] != row["text_pair"]} <= {"c"}
+    assert "1 row(s) with an empty text, the first is line 3" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["nope.csv", "./nope", "a/b/c"])
 def test_a_path_that_does_not_exist_is_refused(load, name):
     with pytest.raises(DataError, match=r"(nope|a/b/c).* does not exist"):
         load(name)
@@ -186,6 +181,7 @@ def test_a_text_with_its_own_validation_file_keeps_long_pieces(load, tmp_path):
 
 
 @given(st.lists(st.text(alphabet="ab \n", max_size=30), max_size=20), st.integers(1, 60))
+@settings(max_examples=40)
 def test_pieces_hold_all_the_text_in_its_order(blocks, length):
     lines = "\n".join(blocks).splitlines(keepends=True)
 
@@ -222,10 +218,12 @@ def test_class_names_in_a_parquet_file_are_used(load, tmp_path):
     assert splits.train["label"][:] == [1, 0, -100]
 
 
-def test_scores_are_read_for_regression(load, write_rows, tmp_path):
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_scores_are_read_for_regression(load, write_rows, tmp_path, kind):
     for name in ("train", "dev"):
-        rows = [("a", "0.5"), ("b", ""), ("c", 3)]
-        write_rows(tmp_path / f"{name}.csv", rows, header=("text", "score"))
+        scores = ["0.5", "", 3] if kind == "csv" else [Decimal("0.5"), None, Decimal("3.0")]
+        rows = list(zip("abc", scores, strict=True))
+        write_rows(tmp_path / f"{name}.{kind}", rows, header=("text", "score"))
 
     splits = load(tmp_path, type="regression")
 
@@ -235,26 +233,12 @@ def test_scores_are_read_for_regression(load, write_rows, tmp_path):
     assert splits.metrics == ("pearson", "spearman")
 
 
-def test_decimals_in_a_parquet_file_are_scores(load, tmp_path):
-    scores = pa.array([Decimal("1.50"), Decimal("2.25"), None], pa.decimal128(5, 2))
-    for name in ("train", "dev"):
-        table = pa.table({"text": ["a", "b", "c"], "label": scores})
-        pq.write_table(table, tmp_path / f"{name}.parquet")
-
-    labels = load(tmp_path, type="regression").train["label"][:]
-
-    assert labels == pytest.approx([1.5, 2.25, float("nan")], nan_ok=True)
-
-
 def test_real_files_are_read(load, shared_data):
     banking = load(shared_data / "banking77", label_column="category")
-    clinc = load(shared_data / "clinc150" / "data_full.json")
     books = load(shared_data / "lm" / "standard-ebooks", type="causal_lm")
 
     assert len(banking.train) + len(banking.validation) == 10003
     assert (len(banking.test), len(banking.label_names)) == (3080, 77)
-    assert (len(clinc.train), len(clinc.validation), len(clinc.test)) == (15000, 3000, 4500)
-    assert len(clinc.label_names) == 150
     assert 0.03 < len(books.validation) / len(books.train) < 0.08
 
 
@@ -264,13 +248,6 @@ def test_a_tsv_has_no_quoting_and_a_csv_has(load, write_rows, tmp_path):
 
     assert everything(load(write_rows(tmp_path / "a.tsv", rows))) == {*rows}
     assert everything(load(write_rows(tmp_path / "a.csv", more))) == {*more}
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_column(load, write_rows, tmp_path):
-    path = write_rows(tmp_path / "x.csv", ROWS)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-
-    assert everything(load(path)) == {*ROWS}
 
 
 def test_a_field_may_be_longer_than_python_reads_by_default(load, write_rows, tmp_path):
@@ -284,9 +261,7 @@ def test_a_field_may_be_longer_than_python_reads_by_default(load, write_rows, tm
 
 NOT_UTF8 = {
     "csv": b"text,label\nok,1\ncaf\xe9,0",
-    "tsv": b"text\tlabel\nok\t1\ncaf\xe9\t0",
     "jsonl": b'{"text": "a"}\n{"text": "b"}\n{"text": "caf\xe9"}',
-    "json": b'[\n"ok",\n"caf\xe9"]',
     "txt": b"one\ntwo\ncaf\xe9",
 }
 
@@ -325,7 +300,7 @@ def test_parquet_text_that_is_not_utf8_is_refused(load, tmp_path):
 FIELD = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), min_size=1)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(FIELD))
 def test_csv_gives_back_what_was_written(write_rows, tmp_path, texts):
     path = write_rows(tmp_path / "x.csv", [(text, 1) for text in texts])
@@ -342,14 +317,6 @@ def test_empty_texts_are_counted_and_the_first_is_named_at_every_start(
         caplog.clear()
         assert len(texts_of(load(path))) == 6
         assert f"{path}: 2 row(s) with an empty text, the first is line 6" in caplog.text
-
-
-def test_an_empty_half_of_a_pair_counts_as_an_empty_text(load, write_rows, tmp_path, caplog):
-    rows = [("a", "b", 0), ("c", "", 1), ("d", "e", 1)]
-
-    load(write_rows(tmp_path / "x.csv", rows, header=("premise", "hypothesis", "label")))
-
-    assert "1 row(s) with an empty text, the first is line 3" in caplog.text
 
 
 def test_blank_documents_are_left_out_of_a_language_task_and_counted(load, tmp_path, caplog):

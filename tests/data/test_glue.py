@@ -20,8 +20,7 @@ def write(path, *rows):
     path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
 
 
-@pytest.mark.parametrize("folder", ["SST-2", "sst2", "SST2", "."])
-@pytest.mark.parametrize("name", ["sst2", "SST-2"])
+@pytest.mark.parametrize(("folder", "name"), [("SST-2", "sst2"), ("sst2", "SST-2"), (".", "sst2")])
 def test_sst2_is_found_however_its_folder_is_written(load, folder, name, tmp_path):
     for split in ("train", "dev"):
         rows = ["sentence", "label"], ["so good ", "1"], ["bad", "0"]
@@ -185,8 +184,6 @@ def test_the_hub_gives_the_same_rows_as_the_folders(load, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "train", "validation"),
     [
-        ("sst2", 67349, 872),
-        ("cola", 8551, 1043),
         ("mrpc", 3668, 408),
         ("rte", 2490, 277),
         ("stsb", 5749, 1500),

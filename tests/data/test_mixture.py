@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_tokenizers import asked, chat_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import write_jsonl
 
@@ -37,6 +37,7 @@ def splits_of(folder: Path, *, seed: int = 0, **weights: float) -> Splits:
     return load_splits(task(folder, **weights), seed=seed, cache_dir=folder / "cache")
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 10)), min_size=1, max_size=5))
 def test_an_epoch_has_the_shares_of_the_weights_and_every_row(sources):
     sizes, weights = (np.array(column) for column in zip(*sources, strict=True))

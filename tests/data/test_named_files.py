@@ -44,13 +44,10 @@ def test_files_are_named_in_a_list_or_by_a_pattern(load, folder, train):
     assert texts(splits.validation) == ["d1", "d2", "d3"]
     assert texts(splits.test) == ["h1"]
     assert not splits.is_cut
-
-
-def test_without_validation_files_some_training_rows_are_cut_off(load, folder):
-    splits = load(train_files=("one.jsonl", "two.jsonl"))
-
-    assert splits.is_cut
-    assert len(splits.train) + len(splits.validation) == 4
+    cut = load(train_files=train, evaluation_sets={"hard": "hard.jsonl"})
+    assert cut.is_cut
+    assert len(cut.train) + len(cut.validation) == 4
+    assert texts(cut.evaluation_sets["hard"]) == ["h1"]
 
 
 def test_text_files_of_a_language_model_are_named_too(load, folder):
@@ -71,12 +68,6 @@ def test_evaluation_sets_are_whole_and_have_the_training_rows_classes(load, fold
 
     assert [len(splits.evaluation_sets[name]) for name in sets] == [1, 1, 4]
     assert splits.evaluation_sets["only-b"]["label"][:] == [1]
-
-
-def test_evaluation_sets_go_with_any_data_set(load, folder):
-    splits = load(dataset="dev.jsonl", evaluation_sets={"hard": "hard.jsonl"})
-
-    assert texts(splits.evaluation_sets["hard"]) == ["h1"]
 
 
 def test_every_file_counts_in_the_hash_and_the_sets_apart_from_what_is_trained_on(load, folder):
@@ -127,8 +118,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train_files": ("one.jsonl", "body.jsonl")}, r"body\.jsonl has the columns body, label, but"),
     ({"test_files": "body.jsonl"}, r"body\.jsonl: column 'text' .* does not exist"),
     # Evaluation sets
-    (
-        {"evaluation_sets": {"hard": ("hard.jsonl", "gone.jsonl")}},
+    (  # before the training rows are read
+        {"train_files": "x.txt", "evaluation_sets": {"hard": ("hard.jsonl", "gone.jsonl")}},
         r"task\.evaluation_sets\.hard: .*gone\.jsonl does not exist",
     ),
     ({"evaluation_sets": {"p": "pairs.jsonl"}}, r"task\.evaluation_sets\.p: .* holds pairs of tex"),
@@ -178,13 +169,6 @@ def test_files_that_cannot_be_used_are_refused_with_their_key(load, folder, keys
 
     with pytest.raises(DataError, match=message):
         load(**{"train_files": "one.jsonl", **keys})
-
-
-def test_a_missing_set_is_found_before_the_training_rows_are_read(load, folder):
-    (folder / "one.jsonl").write_text("no json")
-
-    with pytest.raises(DataError, match=r"evaluation_sets\.hard"):
-        load(train_files="one.jsonl", evaluation_sets={"hard": "gone.jsonl"})
 
 
 def named_labels(splits: Splits, part: Dataset) -> dict[str, str | None]:

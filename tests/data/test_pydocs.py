@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from other_process import said_elsewhere
 
 from megakd.config.task import TaskConfig
 from megakd.data import pydocs
@@ -22,7 +20,6 @@ from megakd.data.pydocs import (
     pydocs_rows,
     read_docstrings,
     source_files,
-    source_roots,
     split_of,
 )
 from megakd.errors import DataError
@@ -50,7 +47,7 @@ def write_packages(root: Path, counts: dict[str, int]) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return write_packages(tmp_path / "site-packages", {"torch": 150, "sympy": 90, "other": 40})
+    return write_packages(tmp_path / "site-packages", {"torch": 60, "sympy": 40, "other": 10})
 
 
 @pytest.fixture
@@ -162,6 +159,7 @@ def test_names_of_packages_are_masked(text, expected):
     assert masked(text) == expected
 
 
+@settings(max_examples=40)
 @given(
     st.sampled_from([*PACKAGES, *ALIASES]),
     st.sampled_from([str.upper, str.title, str]),
@@ -187,21 +185,21 @@ def test_a_text_of_two_packages_belongs_to_none():
     ]
 
     assert classification_rows(corpus) == [("numpy", "Sort the package array.")]
+    for text in ("abc", "ab, c.", "a B"):
+        assert split_of(text, "text") == split_of(f" {text.upper()}!", "text")
 
 
-@settings(max_examples=50)
-@given(st.text(alphabet="abc ABC.,", min_size=1), st.sampled_from(["classification", "text"]))
-def test_case_and_punctuation_do_not_move_a_text_to_another_split(text, view):
-    assert split_of(text, view) == split_of(f" {text.upper()}!", view)
-
-
-def test_the_classification_view_names_its_classes(rows_of):
+def test_the_classification_view_names_its_classes_and_the_packages_that_are_missing(
+    rows_of, caplog
+):
     found = rows_of(CLASSIFICATION)
+
+    assert "pydocs: transformers, pandas, networkx" in caplog.text
 
     assert found.label_names == ("torch", "sympy")
     assert found.metrics == ("accuracy",)
     texts = {name: rows["text"][:] for name, rows in found.splits.items()}
-    assert sum(map(len, texts.values())) == 150 + 90 + 2
+    assert sum(map(len, texts.values())) == 60 + 40 + 2
     assert not set(texts["train"]) & {*texts["validation"], *texts["test"]}
     assert "torch" not in " ".join(texts["train"])
     for row in found.splits["train"]:
@@ -214,17 +212,9 @@ def test_the_text_view_has_every_docstring_once(rows_of, root):
     found = rows_of(TEXT)
 
     texts = [text for rows in found.splits.values() for text in rows["text"]]
-    assert len(texts) == len(set(texts)) == 150 + 90 + 40 + 3
+    assert len(texts) == len(set(texts)) == 60 + 40 + 10 + 3
     assert "Return the alpha of torch hcrot thing 0.\n\nMore." in texts
     assert found.splits["train"].column_names == ["text"]
-
-
-def test_missing_packages_are_warned_about_and_leave_the_classes(rows_of, caplog):
-    with caplog.at_level(logging.WARNING):
-        rows_of(CLASSIFICATION)
-
-    assert "pydocs: transformers, pandas, networkx" in caplog.text
-    assert "tkinter" in caplog.text
 
 
 def test_fewer_than_two_packages_are_refused(tmp_path):
@@ -246,24 +236,3 @@ def test_the_corpus_is_built_once_and_anew_when_a_module_changes(rows_of, root, 
     assert len(calls) == 2
     assert hashes[0] == hashes[2] != hashes[1]
     assert fresh != hashes[0]
-
-
-def hash_of(root: Path) -> str:
-    task = TaskConfig(type="classification", dataset="pydocs")
-    return pydocs_rows(task, cache_dir=root.with_name("cache"), roots=[root]).source_hash
-
-
-def test_neither_hash_seed_nor_place_changes_the_rows(root, tmp_path):
-    moved = write_packages(tmp_path / "moved" / "there", {"other": 40, "sympy": 90, "torch": 150})
-
-    assert said_elsewhere(__file__, "hash_of", moved) == hash_of(root)
-
-
-def test_the_standard_library_is_read_in_this_interpreter():
-    roots = source_roots()
-    asyncio = [file for file in source_files(roots[:1]) if file.package == "asyncio"]
-
-    texts = [doc.text for doc in read_docstrings(asyncio) if doc is not None]
-
-    assert len(texts) > 100
-    assert any("event loop" in text for text in texts)

@@ -66,13 +66,9 @@ def test_only_training_rows_have_teachers(tmp_path):
     assert Counter(splits.train[ROUTE]) == {"math": 20, "code": 10}
     assert ROUTE not in splits.validation.column_names
     assert splits.train[0]["place"] == "train.jsonl, line 1"
-
-
-def test_rows_cut_for_validation_lose_their_teacher(tmp_path):
-    splits = splits_of(tmp_path, type="causal_lm", validation_files=None)
-
-    assert set(splits.validation.column_names) == {"text"}
-    assert ROUTE in splits.train.column_names
+    cut = splits_of(tmp_path, type="causal_lm", validation_files=None)
+    assert set(cut.validation.column_names) == {"text"}
+    assert ROUTE in cut.train.column_names
 
 
 def test_every_packed_row_has_the_documents_of_one_teacher(tmp_path, tokenizer):
@@ -158,22 +154,12 @@ def test_a_prompt_keeps_its_teacher(tmp_path, tokenizer):
 
 
 def test_a_column_that_one_source_lacks_is_named(tmp_path):
-    rows = [{"prompt": "a", "completion": "b", "expert": "math"}] * 4
-    bare = [{"prompt": "c", "completion": "d"}] * 4
-    files = {
-        name: str(write_jsonl(tmp_path / f"{name}.jsonl", given))
-        for name, given in {"named": rows, "bare": bare}.items()
+    row = {"prompt": "a", "completion": "b"}
+    parts = {
+        name: MixtureSource(files=str(write_jsonl(tmp_path / f"{name}.jsonl", [given])), weight=1.0)
+        for name, given in {"named": row | {"expert": "math"}, "bare": row}.items()
     }
-    parts = {name: MixtureSource(files=path, weight=1.0) for name, path in files.items()}
     task = TaskConfig(type="causal_lm", mixture=parts, teacher_column="expert")
 
     with pytest.raises(DataError, match=r"bare\.jsonl: column 'expert' \(task\.teacher_column\)"):
         load_splits(task, seed=0, cache_dir=tmp_path / "cache")
-
-
-def test_numbers_of_teachers_differ_and_are_not_the_padding():
-    numbers = {teacher_number(f"expert-{n}") for n in range(1000)}
-
-    assert len(numbers) == 1000
-    assert min(numbers) > 0
-    assert max(numbers) <= 2**48

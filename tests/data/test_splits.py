@@ -32,7 +32,7 @@ def write_csv(path: Path, count: int) -> Path:
 texts_with_repeats = st.lists(st.sampled_from([f"text {n}" for n in range(30)]), min_size=2)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(texts_with_repeats.filter(lambda texts: len(set(texts)) > 1))
 def test_no_text_is_both_trained_on_and_held_out(texts):
     train, validation = cut_validation(rows_of(texts), name="x")
@@ -43,7 +43,7 @@ def test_no_text_is_both_trained_on_and_held_out(texts):
     assert not set(train["text"]) & set(validation["text"])
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(st.permutations([f"text {n}" for n in range(40)]))
 def test_the_cut_does_not_depend_on_the_order_of_the_rows(texts):
     _, validation = cut_validation(rows_of(texts), name="x")
@@ -60,17 +60,11 @@ def test_only_labelled_rows_are_held_out_and_their_texts_leave_training():
 
     assert set(validation["label"]) == {1}
     assert not set(train["text"]) & set(validation["text"])
+    with pytest.raises(DataError, match=r"x has no validation split, and megakd cannot cut one"):
+        cut_validation(rows_of(["same", "same"]), name="x")
 
 
-@pytest.mark.parametrize("texts", [["same"], ["same", "same"]], ids=["one row", "one text"])
-def test_nothing_can_be_cut_from_one_text(texts):
-    with pytest.raises(
-        DataError, match=r"x has no validation split, and megakd cannot cut one from"
-    ):
-        cut_validation(rows_of(texts), name="x")
-
-
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(texts_with_repeats, st.integers(0, 3), st.data())
 def test_exactly_as_many_labels_are_kept_as_asked_for(texts, seed, data):
     count = data.draw(st.integers(1, len(texts)))
@@ -92,14 +86,6 @@ def test_more_labels_contain_the_fewer_of_the_same_seed():
 
     assert (more | ~few).all()
     assert (other != more).any()
-
-
-def test_kept_labels_have_the_natural_class_sizes():
-    rows = rows_of([f"text {n}" for n in range(4000)], [int(n % 10 == 0) for n in range(4000)])
-
-    labels = np.array(keep_labels(rows, 1000, seed=1, name="x")["label"][:])
-
-    assert 70 < (labels == 1).sum() < 130
 
 
 def test_scores_that_are_not_kept_become_nan(load, tmp_path):
@@ -125,13 +111,6 @@ def test_held_out_rows_are_cut_to_the_same_few_in_their_old_order(load, tmp_path
     assert other_seed.validation["text"][:] == splits.validation["text"][:]
 
 
-def test_a_smaller_split_is_not_cut():
-    rows = rows_of(["a", "b"])
-
-    assert at_most(rows, 7) is rows
-    assert at_most(rows, None) is rows
-
-
 def test_held_out_rows_with_a_label_are_chosen_before_those_without():
     labels = [n % 2 if n % 50 == 0 else -100 for n in range(1000)]
     rows = rows_of([f"text {n}" for n in range(1000)], labels)
@@ -141,6 +120,7 @@ def test_held_out_rows_with_a_label_are_chosen_before_those_without():
     assert sum(label != -100 for label in chosen["label"]) == 20
     assert (len(chosen), len(fewer)) == (50, 7)
     assert all(label != -100 for label in fewer["label"])
+    assert at_most(rows, 1001) is rows
 
 
 def test_the_content_hash_tells_choices_apart(load, tmp_path):
@@ -213,15 +193,10 @@ def test_a_cut_validation_split_is_scored_up_to_a_limit_that_the_log_names(
 
     assert len(limited.validation) == 3 < len(whole.validation)
     assert len(limited.train) == len(whole.train)
+    for name in ("train", "validation"):
+        write_csv(tmp_path / f"{name}.csv", 20)
+    assert len(load(tmp_path).validation) == 20  # a split of the data has no limit
     assert caplog.messages == [
         f"validation: 3 of the {len(whole.validation)} rows that are held out are scored; "
         "task.max_eval_examples sets another number"
     ]
-
-
-def test_a_validation_split_of_the_data_has_no_limit(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(splits, "MOST_CUT_ROWS", 3)
-    write_csv(tmp_path / "train.csv", 40)
-    write_csv(tmp_path / "validation.csv", 20)
-
-    assert len(load(tmp_path).validation) == 20

@@ -45,7 +45,7 @@ def _rows(documents: list[list[int]], length: int) -> list[dict[str, list[int]]]
 
 
 @given(documents=DOCUMENTS, length=st.integers(1, 17))
-@settings(max_examples=150)
+@settings(max_examples=50)
 def test_packed_rows_are_full_and_hold_the_documents_and_their_targets(documents, length):
     rows = list(pack(documents, length))
 
@@ -65,21 +65,16 @@ def test_positions_restart_at_every_document_and_every_row():
     assert (third.input_ids.tolist(), third.labels.tolist()) == ([7], [-100])
 
 
-@pytest.mark.parametrize("cut", [pack, windows])
-def test_rows_and_windows_without_room_are_refused(cut):
-    with pytest.raises(ValueError, match=r"at least 1 token, got (length|room) 0"):
-        list(cut([[1]], 0))
-
-
 # 19 + 9 tokens in rows of 16: a document that goes on in the next row, and a padded tail;
 # 16 + 16: one document of full length in every row, where nothing marks a boundary;
 # single tokens: positions that are 0 throughout; 5: one row of one document and padding.
-LENGTHS = [(5, 3, 8), (19, 9), (16, 16), (1, 1, 1, 4), (5,), (16, 2, 2, 12, 9, 1)]
+LENGTHS = [(19, 9), (16, 16), (1, 1, 1, 4), (5,), (16, 2, 2, 12, 9, 1)]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("mode", ["eval", "train with checkpointing"])
+@pytest.mark.parametrize(
+    ("attention", "mode"), [("sdpa", "eval"), ("eager", "train with checkpointing")]
+)
 def test_a_packed_document_gets_the_logits_it_has_alone(lengths, attention, mode):
     model = _llama(attention)
     if mode != "eval":
@@ -96,20 +91,6 @@ def test_a_packed_document_gets_the_logits_it_has_alone(lengths, attention, mode
         for start, end in pairwise(starts):
             alone = model(input_ids=torch.tensor([row["input_ids"][start:end]])).logits[0]
             torch.testing.assert_close(logits[start:end], alone, atol=1e-5, rtol=1e-5)
-
-
-def test_padding_changes_no_logits():
-    model = _llama()
-    row = _rows([[5, 6, 7], [8, 9]], 16)
-    batch = _collator(16)(row)
-    other = {name: values.clone() for name, values in batch.inputs.items()}
-    other["input_ids"][~batch.valid] = 33
-
-    with torch.no_grad():
-        logits, others = model(**batch.inputs).logits, model(**other).logits
-
-    assert torch.equal(logits[batch.valid], others[batch.valid])
-    assert batch.inputs["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
 
 
 def test_with_a_cache_documents_see_each_other_so_models_must_be_called_without():
@@ -163,6 +144,7 @@ def _encoded(tmp_path, tokenizer=None, **keys) -> Encoded:
 
 
 @given(st.lists(st.integers(), max_size=200), st.integers(1, 50))
+@settings(max_examples=40)
 def test_windows_lose_nothing_and_are_few_full_and_alike(ids, room):
     cut = [*windows(ids, room)]
 
@@ -174,7 +156,7 @@ def test_windows_lose_nothing_and_are_few_full_and_alike(ids, room):
 
 
 def test_a_text_for_mlm_is_cut_into_framed_windows_of_its_own(tmp_path):
-    encoded = _encoded(tmp_path, max_length=6)
+    encoded = _encoded(tmp_path, _tokenizer(eos_token=SPECIAL[1]), max_length=6)
     rows = encoded.train["input_ids"][:]
 
     assert encoded.train.column_names == ["input_ids"]
@@ -190,21 +172,6 @@ def test_a_text_for_mlm_is_cut_into_framed_windows_of_its_own(tmp_path):
     assert encoded.tokens_per_row == pytest.approx(28 / 6)
 
 
-def test_an_end_marker_is_no_part_of_a_window(tmp_path):
-    encoded = _encoded(tmp_path, _tokenizer(eos_token=SPECIAL[1]))
-
-    assert encoded.train["input_ids"][1] == [2, 7, 3]
-
-
 def test_a_window_without_room_for_text_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"task\.max_length is 2, but the tokenizer adds 2 special"):
         _encoded(tmp_path, max_length=2)
-
-
-def test_a_micro_batch_for_mlm_attends_to_its_text_and_has_no_labels_yet():
-    batch = Collator(_tokenizer(), _task())([{"input_ids": [2, 5, 3]}], dummy_rows=1)
-
-    assert batch.inputs["input_ids"].tolist() == [[2, 5, 3, *[0] * 5], [0] * 8]
-    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, *[0] * 5], [1, *[0] * 7]]
-    assert batch.valid.sum(dim=1).tolist() == [3, 0]
-    assert batch.labels.tolist() == [[-100] * 8] * 2

@@ -11,7 +11,6 @@ import huggingface_hub.constants
 import pytest
 import sentencepiece
 from datasets import Dataset
-from other_process import said_elsewhere
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, RobertaConfig
 
 from megakd.config.task import TaskConfig, TokenizerConfig
@@ -67,6 +66,8 @@ def test_a_trained_encoder_tokenizer_frames_texts_and_pairs(load, kind):
     assert tokenizer.unk_token_id not in pair["input_ids"]
     text = tokenizer.decode(single["input_ids"], skip_special_tokens=True)
     assert text.strip().lower() == "the student"
+    made = load(recipe(kind), "mlm")
+    assert made("the [MASK] reads")["input_ids"].count(made.mask_token_id) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,13 +82,6 @@ def test_a_trained_decoder_tokenizer_ends_texts_and_frames_nothing(load, kind):
     assert tokenizer.eos_token_id not in ids
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_tokenizer_has_a_mask_token_for_mlm(load, kind):
-    made = load(recipe(kind), "mlm")
-
-    assert made("the [MASK] reads")["input_ids"].count(made.mask_token_id) == 1
-
-
 def test_byte_level_bpe_loses_nothing(load):
     tokenizer = load(recipe("bpe"), "causal_lm")
     text = "  Ünïcode \n\t and “quotes” 漢字 🙂 "
@@ -99,21 +93,6 @@ def test_what_texts_are_paired_with_is_trained_on_too(load):
     tokenizer = load(recipe("wordpiece"), texts=["aaa"] * 2, text_pair=["zyx zyx"] * 10)
 
     assert tokenizer.tokenize("zyx") == ["zyx"]
-
-
-def trained_backends(_) -> str:
-    """All there is to know about one tokenizer of each kind."""
-    made = [
-        vocabularies.train_tokenizer(
-            lambda: SENTENCES * 5, kind=kind, vocab_size=400, for_encoder=True
-        )
-        for kind in KINDS
-    ]
-    return json.dumps([tokenizer.backend_tokenizer.to_str() for tokenizer in made])
-
-
-def test_the_same_text_gives_the_same_tokenizers_in_every_process(tmp_path):
-    assert said_elsewhere(__file__, "trained_backends", tmp_path) == trained_backends(tmp_path)
 
 
 def test_a_trained_tokenizer_is_reused_and_trained_again_when_damaged(load, tmp_path, monkeypatch):
@@ -151,15 +130,16 @@ def test_the_first_model_that_has_a_tokenizer_gives_it(load, folder, tmp_path):
 
 # Each model type has a tokenizer class of its own, which must not take over.
 @pytest.mark.parametrize(
-    ("config", "task"),
+    ("config", "task", "kind"),
     [
-        (BertConfig(), "classification"),
-        (RobertaConfig(), "classification"),
-        (LlamaConfig(), "causal_lm"),
+        (BertConfig(), "classification", "wordpiece"),
+        (RobertaConfig(), "classification", "unigram"),
+        (RobertaConfig(), "classification", "bpe"),
+        (LlamaConfig(), "causal_lm", "bpe"),
+        (LlamaConfig(), "causal_lm", "unigram"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.model_type,
 )
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_tokenizer_beside_a_model_loads_with_transformers_alone(
     load, folder, config, task, kind
 ):
@@ -214,7 +194,7 @@ def test_a_tokenizer_without_a_mask_token_is_refused_for_mlm_alone(load, folder)
             load(spec, "mlm", folders=folders)
 
 
-@pytest.mark.parametrize("spec", ["./nowhere", "/no/where", "some/where/else"])
+@pytest.mark.parametrize("spec", ["./nowhere", "some/where/else"])
 def test_a_folder_that_is_not_there_is_named(load, spec):
     with pytest.raises(DataError, match=f'task.tokenizer "{spec}": the folder does not exist'):
         load(spec)
@@ -226,16 +206,11 @@ def test_a_folder_without_tokenizer_files_says_what_was_looked_for(load, folder)
         load(folder)
 
 
-def test_a_file_instead_of_a_folder_is_an_error(load, folder):
-    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
-
-    with pytest.raises(DataError, match="is a file; give the folder that holds it"):
-        load(folder / "tokenizer.json")
-
-
 # Empty objects and cut files fail in different places of transformers and tokenizers.
-@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"type": "WordPiece", "vocab": 3}}'])
-@pytest.mark.parametrize("beside", [None, "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "beside"),
+    [("{", None), ("{}", "tokenizer_config.json"), ('{"model": 3}', "config.json")],
+)
 def test_a_broken_tokenizer_file_is_named_and_not_passed_over(load, folder, content, beside):
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     if beside:
@@ -307,16 +282,6 @@ def test_a_very_long_word_is_trained_on_in_pieces_and_the_log_says_so(kind, monk
     assert "3 word(s) of more than 6 characters, the longest of 320 (abcdefghij" in caplog.text
 
 
-def test_a_text_without_spaces_is_not_lost_to_a_trained_unigram():
-    texts = ["東京大阪" * 1500]
-
-    tokenizer = vocabularies.train_tokenizer(
-        lambda: texts, kind="unigram", vocab_size=300, for_encoder=True
-    )
-
-    assert {"東", "京", "大", "阪"} <= set("".join(tokenizer.get_vocab()))
-
-
 def write_sentencepiece(path, kind="unigram", **options):
     """Train a SentencePiece model, and return it as SentencePiece reads it."""
     model = io.BytesIO()
@@ -334,8 +299,9 @@ def write_sentencepiece(path, kind="unigram", **options):
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
-@pytest.mark.parametrize("kind", ["unigram", "bpe"])
-@pytest.mark.parametrize("name", ["tokenizer.model", "anything.model"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("unigram", "tokenizer.model"), ("bpe", "anything.model")]
+)
 def test_a_bare_sentencepiece_model_is_read_as_sentencepiece_reads_it(load, folder, kind, name):
     reference = write_sentencepiece(folder / name, kind)
 
@@ -357,7 +323,7 @@ def test_a_sentencepiece_model_frames_texts_for_an_encoder(load, folder):
 
 
 # With its config transformers' own class reads it, which adds T5's sentinels.
-@pytest.mark.parametrize(("model_type", "extra"), [(None, 0), ("t5", 100), ("mt5", 100)])
+@pytest.mark.parametrize(("model_type", "extra"), [(None, 0), ("t5", 100)])
 def test_a_sentencepiece_model_of_t5_ends_every_text(load, folder, tmp_path, model_type, extra):
     roles = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
     reference = write_sentencepiece(folder / "spiece.model", **roles)

@@ -143,7 +143,7 @@ def test_sampling_that_vllm_refuses_is_found(url, folders):
     models = served_models([server], wanted)
     check_sampling([server], models, PROMPTS[0], wanted, Sampling(16, temperature=2.0))
 
-    with pytest.raises(ServerError, match=r"^rollout\.sampling: .*temperature.* got 3\.0"):
+    with pytest.raises(ServerError, match=r"temperature.* got 3\.0"):
         check_sampling([server], models, PROMPTS[0], wanted, Sampling(16, temperature=3.0))
 
 

@@ -38,7 +38,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hidden_states, "SEEN_WITHIN_S", 0.2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_states_of_every_token_and_the_next_token_come_back(
     stub: Exporting, dtype: torch.dtype
 ):
@@ -49,27 +49,22 @@ def test_the_states_of_every_token_and_the_next_token_come_back(
     assert said.states.dtype == dtype
     assert torch.equal(said.states.float(), Widths().last_layer(list(TEXT))[:, 0])
     assert said.following == TEXT[-1] + 3
+    stub.spoil = lambda _, tree: tree | {"kv_transfer_params": None}
+    with pytest.raises(ServerError, match=r"names no file .*--speculative-config.*--kv-transfer"):
+        connected(stub).states(TEXT, "tiny")
 
 
 def test_many_answers_at_once_are_not_mixed_up_and_leave_nothing(stub: Exporting):
-    stub.write_s, stub.busy = 0.02, 3
-    server, texts = connected(stub), [(number, number + 1, 7) for number in range(40)]
+    stub.write_s, stub.busy = 0.05, 3
+    server, texts = connected(stub), [(number, number + 1, 7) for number in range(20)]
+    began = time.monotonic()
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(8) as pool:
         said = list(pool.map(lambda text: server.states(text, "tiny"), texts))
 
     assert [tuple(one.states[:, 0].int().tolist()) for one in said] == texts
-    assert len(set(stub.written)) == 40
-    assert not list(stub.folder.iterdir())
-
-
-def test_a_file_is_read_after_its_lock_is_released(stub: Exporting):
-    stub.write_s = 0.4
-    began = time.monotonic()
-
-    connected(stub).states(TEXT, "tiny")
-
-    assert time.monotonic() - began >= stub.write_s
+    assert time.monotonic() - began >= stub.write_s  # a file is read when its lock is released
+    assert len(set(stub.written)) == 20
     assert not list(stub.folder.iterdir())
 
 
@@ -189,7 +184,7 @@ def test_files_of_other_requests_stay(stub: Exporting):
 
 
 def test_a_lock_that_is_never_released_ends_at_the_time_limit(stub: Exporting):
-    stub.write_s = 3
+    stub.write_s = 1
 
     with pytest.raises(ServerError, match="is still being written"):
         connected(stub, limit_s=0.3).states(TEXT, "tiny")
@@ -205,13 +200,6 @@ def test_a_file_that_another_node_sees_late_is_read(tmp_path: Path, stub: Export
         assert found.result()["token_ids"].tolist() == [1, 2]
 
 
-def test_a_server_that_exports_nothing_names_its_flags(stub: Exporting):
-    stub.spoil = lambda _, tree: tree | {"kv_transfer_params": None}
-
-    with pytest.raises(ServerError, match=r"names no file .*--speculative-config.*--kv-transfer"):
-        connected(stub).states(TEXT, "tiny")
-
-
 @pytest.mark.usefixtures("impatient")
 def test_a_path_outside_of_the_folder_is_not_followed(stub: Exporting, tmp_path: Path):
     """Only the name of the file counts."""
@@ -224,11 +212,5 @@ def test_a_path_outside_of_the_folder_is_not_followed(stub: Exporting, tmp_path:
         connected(stub).states(TEXT, "tiny")
 
     assert outside.exists()
-
-
-def test_a_folder_that_is_missing_is_refused_before_the_run(tmp_path: Path):
-    check_folder(tmp_path, "teacher.server.states", "a folder")
-    assert not list(tmp_path.iterdir())
-
     with pytest.raises(ServerError, match=r"^teacher.*gone cannot be written .* a folder"):
         check_folder(tmp_path / "gone", "teacher.server.states", "a folder")

@@ -32,16 +32,12 @@ WHOLE = HEADERS + b'{"version": "0.33.0"}'
 
 
 @contextmanager
-def speaking(
-    answers: list[bytes], *, byte_s: float = 0.0, family: int = socket.AF_INET
-) -> Iterator[str]:
+def speaking(answers: list[bytes], *, byte_s: float = 0.0) -> Iterator[str]:
     """A server that gives each connection the next answer, the last one again; its address.
 
     The body comes byte by byte, with `byte_s` before each byte.
     """
-    server = socket.create_server(
-        ("127.0.0.1" if family == socket.AF_INET else "::1", 0), family=family
-    )
+    server = socket.create_server(("::1", 0), family=socket.AF_INET6)
 
     def serve() -> None:
         for number in itertools.count():
@@ -59,8 +55,7 @@ def speaking(
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    host = "127.0.0.1" if family == socket.AF_INET else "[::1]"
-    yield f"http://{host}:{server.getsockname()[1]}"
+    yield f"http://[::1]:{server.getsockname()[1]}"
     server.shutdown(socket.SHUT_RDWR)
     server.close()
     thread.join()
@@ -96,14 +91,12 @@ def test_a_server_or_a_name_that_comes_up_during_the_patience_is_waited_for(
     assert version == {"version": "0.33.0"}
 
 
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_a_busy_server_is_asked_again(stub: Stub, status: int):
-    stub.busy, stub.busy_status = 3, status
+def test_a_busy_server_is_asked_again(stub: Stub):
+    for status in (429, 502, 503, 504):
+        stub.busy, stub.busy_status = 1, status
+        assert JsonServer(stub.url, time_limit_s=60).post("/v1/completions", BODY).status == 200
 
-    reply = JsonServer(stub.url, time_limit_s=60).post("/v1/completions", BODY)
-
-    assert reply.status == 200
-    assert len(stub.of("/v1/completions")) == 4
+    assert len(stub.of("/v1/completions")) == 8
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again_and_named_in_the_end():
@@ -116,16 +109,10 @@ def test_an_answer_that_breaks_off_is_asked_for_again_and_named_in_the_end():
 def test_the_time_limit_is_for_the_whole_answer():
     """Also if single bytes keep coming."""
     began = time.monotonic()
-    with speaking([WHOLE], byte_s=0.1) as url, pytest.raises(ServerError, match=r"within 0\.5 s"):
-        JsonServer(url, time_limit_s=0.5).get("/version")
+    with speaking([WHOLE], byte_s=0.05) as url, pytest.raises(ServerError, match=r"within 0\.3 s"):
+        JsonServer(url, time_limit_s=0.3).get("/version")
 
     assert time.monotonic() - began < 2
-
-
-def test_an_address_of_ipv6_is_asked():
-    with speaking([WHOLE], family=socket.AF_INET6) as url:
-        assert url.startswith("http://[::1]:")
-        assert JsonServer(url, time_limit_s=30).get("/version").status == 200
 
 
 def test_a_server_that_stays_busy_is_given_up_within_the_limit(stub: Stub):
@@ -141,7 +128,7 @@ def test_a_slow_answer_is_waited_for_up_to_the_limit(stub: Stub):
     stub.delay_s = 0.3
 
     assert JsonServer(stub.url, time_limit_s=60).post("/v1/completions", BODY).status == 200
-    stub.delay_s = 30
+    stub.delay_s = 2
     with pytest.raises(ServerError, match=r"no answer within 0\.2 s \(time_limit\)"):
         JsonServer(stub.url, time_limit_s=0.2).post("/v1/completions", BODY)
 
@@ -171,30 +158,23 @@ def test_an_answer_that_is_not_understood_is_shown_in_part(stub: Stub, path, ans
     assert len(str(caught.value)) < 700
 
 
-def test_results_have_the_order_of_the_calls_and_the_caller_is_not_held_up():
-    gate = threading.Event()
-
-    running = RunningCalls([lambda n=n: (gate.wait(60), n)[1] for n in range(7)], at_once=3)
-    gate.set()
-
-    assert running.results() == [*range(7)]
-    assert RunningCalls([], at_once=4).results() == []
-
-
-def test_no_more_calls_run_at_the_same_time_than_allowed():
+def test_results_have_the_order_of_the_calls_of_which_some_run_at_once():
     barrier, lock, state = threading.Barrier(3, timeout=60), threading.Lock(), [0, 0]
 
-    def call() -> None:
+    def call(number: int) -> int:
         with lock:
             state[0] += 1
             state[1] = max(state)
         barrier.wait()  # passes only when three calls run
         with lock:
             state[0] -= 1
+        return number
 
-    RunningCalls([call] * 9, at_once=3).results()
+    running = RunningCalls([lambda n=n: call(n) for n in range(9)], at_once=3)
 
+    assert running.results() == [*range(9)]
     assert state == [0, 3]
+    assert RunningCalls([], at_once=4).results() == []
 
 
 def test_the_first_error_is_raised_and_later_calls_do_not_start():

@@ -92,13 +92,9 @@ def test_all_sampling_rules_are_stated(stub: Stub):
     assert rules.items() >= wanted.items()
     assert rules.get("seed", 2**62 + 7) == 2**62 + 7
     assert 0 <= rules.get("sampling_seed", 0) < 2**31
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_without_top_k_all_tokens_may_be_drawn(stub: Stub, temperature: float):
-    completion(stub, REQUEST._replace(sampling=Sampling(8, temperature=temperature)))
-
-    assert rules_of(stub)["top_k"] == -1
+    stub.asked.clear()
+    completion(stub)
+    assert rules_of(stub)["top_k"] == -1  # all tokens may be drawn
 
 
 @pytest.mark.parametrize(
@@ -166,12 +162,6 @@ def test_an_answer_without_token_numbers_names_the_remedy():
         completion(stub)
 
 
-def test_a_server_of_the_other_kind_is_recognized():
-    stub = Stub("sglang")
-    with serving(stub), pytest.raises(ServerError, match="/version answered 404"):
-        VllmServer(JsonServer(stub.url, time_limit_s=30)).describe()
-
-
 def test_the_version_of_an_older_sglang_is_found():
     stub = Stub("sglang")
     with serving(stub):
@@ -179,6 +169,9 @@ def test_the_version_of_an_older_sglang_is_found():
         renamed = {"/get_server_info": "/server_info", "/server_info": "/gone"}
         stub.answer = lambda path, body: answer(renamed.get(path, path), body)
         assert connected(stub).describe()[0].version == "0.33.0"
+        http = JsonServer(stub.url, time_limit_s=30)
+        with pytest.raises(ServerError, match="/version answered 404"):
+            VllmServer(http).describe()  # the other kind
 
 
 def test_weights_are_loaded_under_their_version(tmp_path: Path):
@@ -216,13 +209,8 @@ def test_a_request_for_adapters_whose_answer_was_lost_may_arrive_twice(tmp_path:
         assert server.adapters() == ["run-1"]
         server.unload_adapter("run-1")
         assert server.adapters() == []
-    assert len(stub.of("/v1/load_lora_adapter")) == len(stub.of("/v1/unload_lora_adapter")) == 2
-
-
-def test_a_vllm_without_runtime_adapters_names_the_settings(tmp_path: Path):
-    stub = Stub("vllm")
-    with serving(stub):
         answer = stub.answer
         stub.answer = lambda path, body: answer(path.replace("/v1/load", "/gone"), body)
         with pytest.raises(ServerError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
-            connected(stub).load_adapter("run-1", tmp_path)
+            server.load_adapter("run-2", tmp_path)
+    assert len(stub.of("/v1/load_lora_adapter")) == len(stub.of("/v1/unload_lora_adapter")) == 2

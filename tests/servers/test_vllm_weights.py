@@ -156,19 +156,20 @@ def stating(stub: Stub, versions: Any) -> None:
     stub.spoil = spoil
 
 
-def test_a_version_of_vllm_that_states_no_weights_is_refused(stub):
-    stating(stub, None)
-    with pytest.raises(ServerError, match=r"no weight_versions.*from 0\.33 on"):
-        connected(stub)[0].complete(REQUEST)
-    # Nothing is pushed here: any version will do.
-    plain = RolloutServerConfig(url=(stub.url,), kind="vllm", push="none", time_limit=30)
-    assert replicas_of(plain)[0].complete(REQUEST).weights is None
-
-
-def test_a_text_of_two_versions_states_both(stub):
+def test_texts_state_the_versions_of_their_weights_if_weights_are_pushed(stub):
     spans = [{"version": "run-4", "start": 0, "end": 3}, {"version": "run-5", "start": 3, "end": 8}]
     stating(stub, spans)
     assert connected(stub)[0].complete(REQUEST).weights == "run-4, run-5"
+    stating(stub, None)
+    with pytest.raises(ServerError, match=r"no weight_versions.*from 0\.33 on"):
+        connected(stub)[0].complete(REQUEST)
+    # Nothing is pushed here: any version will do, without development mode.
+    stub.development = False
+    config = RolloutServerConfig(url=(stub.url,), kind="vllm", push="none", time_limit=30)
+    (plain,) = replicas_of(config)
+    assert type(plain) is VllmServer
+    assert plain.complete(REQUEST).weights is None
+    assert [model.name for model in plain.describe()] == ["tiny"]
 
 
 def test_replicas_are_compared_only_if_they_state_the_same_weights(stub):
@@ -192,13 +193,3 @@ def test_a_replica_that_a_killed_run_has_paused_is_not_asked_for_texts(stub, tmp
     servers[0].load_weights(folder_of(tmp_path, 5), "run-4")
 
     assert servers[0].complete(REQUEST).weights == "run-4"
-
-
-def test_a_server_that_keeps_its_weights_needs_no_development_mode(stub):
-    stub.development = False
-    config = RolloutServerConfig(url=(stub.url,), kind="vllm", push="none", time_limit=30)
-
-    (server,) = replicas_of(config)
-
-    assert type(server) is VllmServer
-    assert [model.name for model in server.describe()] == ["tiny"]

@@ -22,25 +22,15 @@ def test_differing_fields_are_named_with_both_values_also_where_one_side_has_non
 
     assert text == "a: 1 there, 2 here; c: 0 there, absent here; d: absent there, None here"
     assert differences({"a": 1, "b": None}, {"b": None, "a": 1}) == ""
-
-
-def test_many_differing_fields_are_cut_short_with_their_number():
-    text = differences(dict.fromkeys("abcdefgh", 1), dict.fromkeys("abcdefgh", 2))
-
-    assert text.count("there") == 5
-    assert text.endswith("; and 3 more")
+    many = differences(dict.fromkeys("abcdefgh", 1), dict.fromkeys("abcdefgh", 2))
+    assert many.count("there") == 5
+    assert many.endswith("; and 3 more")
 
 
 def write(path: Path, content: bytes) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     return path
-
-
-def test_the_same_files_in_another_folder_have_the_same_identity(tmp_path):
-    here, there = (write(tmp_path / folder / "w.bin", b"abc") for folder in ("a", "b"))
-
-    assert files_identity([here]) == files_identity([there])
 
 
 def test_another_name_size_or_byte_anywhere_is_another_identity(tmp_path):
@@ -58,6 +48,7 @@ def test_another_name_size_or_byte_anywhere_is_another_identity(tmp_path):
     found = [files_identity([write(tmp_path / name, c)]) for name, c in variants.items()]
 
     assert len(set(found)) == len(variants)
+    assert files_identity([write(tmp_path / "same" / "w.bin", content)]) == found[0]
 
 
 def sparse(folder: Path, size: int, *, at: int | None, trained: bytes) -> Path:
@@ -86,7 +77,3 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path):
     write(tmp_path / "other.bin", b"abd").replace(tmp_path / "w.bin")
 
     assert files_identity([tmp_path / "w.bin"]) != before
-
-
-def test_no_files_have_an_identity_too():
-    assert files_identity([]) == files_identity(())

@@ -36,7 +36,7 @@ def student(context: int = 64) -> Any:
 
 
 def check(rows: Dataset, **keys: Any) -> None:
-    encoded: Any = SimpleNamespace(train=rows, validation=rows, stream=None)
+    encoded: Any = SimpleNamespace(train=rows, validation=rows, stream=None, chat=None)
     check_generated_texts(config_of(**keys), encoded, student())
 
 

@@ -227,11 +227,8 @@ class ChatEncoder:
     def _cut(
         self, text: Rendered, starts: Sequence[int], whole: _Pieces, place: str
     ) -> tuple[_Pieces, dict[int, int]]:
-        """Return the tokens of a text that is cut at the starts of answers.
-
-        A tokenizer may join the end of a prompt and the beginning of an answer, such as two line
-        breaks, in one token. A generator continues the tokens of the prompt alone.
-        """
+        # A tokenizer may join the end of a prompt and the beginning of an answer, such as two line
+        # breaks, in one token. A generator continues the tokens of the prompt alone.
         edges = [0, *(start for start in starts if start), len(text.text)]
         parts = self._pieces([text.text[a:b] for a, b in pairwise(edges)])
         ids: list[int] = []
@@ -314,7 +311,7 @@ class _Pieces(NamedTuple):
 
 
 def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
-    """Return tokens with those of the answers marked; `lengths` are the tokens before a start."""
+    # `lengths` are the tokens before a start.
     counts = np.zeros(len(pieces.ids), dtype=np.bool_)
     for begin, end in text.answers:
         is_whole = end == len(text.text)
@@ -327,14 +324,13 @@ def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
 
 
 def _labels(ids: NDArray[np.int32], counts: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Return [T] the next token where the next token counts, else -100; -100 at the end."""
     labels = np.full(len(ids), IGNORE, dtype=np.int32)
     labels[:-1] = np.where(counts[1:], ids[1:], IGNORE)
     return labels
 
 
 def _document_rows(tokens: Tokens, length: int) -> Iterator[ChatRow]:
-    """Yield the rows of a document; the label of a row's last token is in the next row."""
+    # The label of a row's last token is in the next row.
     labels = np.append(tokens.ids[1:], np.int32(IGNORE))
     for start in range(0, len(tokens.ids), length):
         part = slice(start, start + length)
