@@ -62,13 +62,6 @@ def test_a_use_as_a_tuple_forms_the_statistics(output, formed, use):
         torch.testing.assert_close(*pair)
 
 
-def test_a_replaced_field_leaves_the_others(output, formed):
-    replaced = output._replace(loss=torch.tensor(5.0))
-
-    assert replaced.loss == 5
-    torch.testing.assert_close(replaced.row_ce, formed.row_ce)
-
-
 def test_an_output_shows_and_compares_like_a_tuple(output):
     assert repr(output).startswith("KDOutput(loss=tensor(")
     assert output == output._replace()

@@ -133,24 +133,12 @@ def test_weights_of_rows_that_ask_for_a_gradient_are_refused(make_problem):
         make_problem().solve(token_weight=torch.ones(13, requires_grad=True))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"skew": 1.0}, r"skew must lie in \[0, 1\), got 1.0"),
-        ({"skew": -0.1}, "skew must lie in"),
-        ({"softcap_s": 0.0}, "softcap_s must be above 0 and finite or None, got 0.0"),
-        ({"logit_scale_t": -1.0}, "logit_scale_t must be above 0 and finite, got -1.0"),
-        ({"divergence": {"tvd": float("nan")}}, "the weight of tvd must be finite, got nan"),
-        ({"impl": "triton"}, "needs CUDA tensors, got cpu; use 'chunked'"),
-    ],
-    ids=str,
-)
-def test_options_out_of_range_are_refused(make_problem, monkeypatch, options, message):
+def test_kernels_are_refused_without_a_gpu(make_problem, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("megakd_kernels.settings.HAS_TRITON", True)
 
-    with pytest.raises(ValueError, match=message):
-        make_problem().solve(**options)
+    with pytest.raises(ValueError, match="needs CUDA tensors, got cpu; use 'chunked'"):
+        make_problem().solve(impl="triton")
 
 
 def test_without_triton_asking_for_it_is_refused(make_problem, monkeypatch):

@@ -13,8 +13,6 @@ ALL = {
     "forward_kl": 0.5, "reverse_kl": 0.3, "jsd": 0.2, "skew_kl": 0.7, "skew_rkl": 0.4, "tvd": 0.6,
 }  # fmt: skip
 IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
-# A chunk of two or three rows, so that 13 rows make several and a ragged last one.
-TINY_CHUNK_MB = 0.0008
 
 
 @pytest.mark.parametrize("cuts", [(13,), (1, 12), (5, 4, 4)], ids=str)
@@ -38,27 +36,6 @@ def test_cutting_the_step_differently_gives_the_same_gradient(make_problem, cuts
 
     torch.testing.assert_close(loss, whole.loss)
     torch.testing.assert_close(weight_gradient, gradients[1])
-
-
-@pytest.mark.parametrize("chunk_mb", [1e-9, TINY_CHUNK_MB, 0.002, 1024])
-def test_the_chunk_size_changes_nothing(make_problem, chunk_mb):
-    problem = make_problem(dtype=torch.float64, bias=True, vs=41)
-    options = {"divergence": ALL, "ce_weight": 1.0, "temperature": 2.0}
-
-    output, gradients = problem.solve(chunk_mb=chunk_mb, **options)
-    expected, expected_gradients = problem.solve(impl="reference", **options)
-
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(gradients, expected_gradients)
-
-
-def test_upstream_gradient_scales_the_formed_ones(make_problem):
-    problem = make_problem(bias=True)
-
-    _, gradients = problem.solve(divergence=ALL)
-    _, scaled = problem.solve(divergence=ALL, upstream=-3.5)
-
-    torch.testing.assert_close(scaled, tuple(-3.5 * gradient for gradient in gradients))
 
 
 def test_a_loss_scale_beyond_fp16_and_a_tiny_weight_lose_nothing(make_problem, distance):
@@ -106,7 +83,7 @@ def test_the_backward_reads_neither_weights_nor_hidden_states(make_problem):
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected)
 
 
-@pytest.mark.parametrize("needed", ["100", "010", "001", "110", "101", "011"])
+@pytest.mark.parametrize("needed", ["100", "010", "001", "011"])
 def test_only_the_gradients_asked_for_are_formed(make_problem, needed):
     problem = make_problem(bias=True)
     _, everything = problem.solve(divergence=ALL, ce_weight=1.0)
@@ -142,9 +119,15 @@ def test_a_teacher_that_asks_for_a_gradient_is_refused(make_problem, impl, which
         assert mk.linear_kd_loss(*inputs, t_squared=True, impl=impl).loss > 0
 
 
-@IMPLS
-@pytest.mark.parametrize("divergence", [*mk.DIVERGENCES, ALL], ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize(
+    ("impl", "divergence", "temperature"),
+    [
+        *(("chunked", name, 1.7) for name in mk.DIVERGENCES),
+        ("chunked", ALL, 1.0),
+        ("reference", ALL, 1.7),
+    ],
+    ids=str,
+)
 def test_gradients_are_the_derivatives_of_the_loss(make_problem, impl, divergence, temperature):
     problem = make_problem(n=4, vs=6, vt=5, hs=3, ht=2, dtype=torch.float64, bias=True)
     leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]

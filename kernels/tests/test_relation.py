@@ -142,10 +142,20 @@ def test_gradients_are_the_derivatives_of_the_loss(impl, keys, masks, monkeypatc
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
-@KEYS
-@MASKS
+@pytest.mark.parametrize(
+    ("keys", "masks"),
+    [
+        (False, ()),
+        (True, ("valid",)),
+        (False, ("causal",)),
+        (True, ("segments",)),
+        (False, ("valid", "causal", "segments")),
+        (True, ("valid", "causal", "segments")),
+    ],
+    ids=str,
+)
 def test_fp32_matches_the_double_precision_reference(impl, keys, masks, distance):
-    problem = make(keys=keys, masks=(*masks, "weight"))
+    problem = make(length=17, keys=keys, masks=(*masks, "weight"))
 
     loss, gradients = problem.solve(impl)
     true_loss, true_gradients = problem.solve("reference", torch.float64)
@@ -161,11 +171,8 @@ def test_fp32_matches_the_double_precision_reference(impl, keys, masks, distance
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 1.2e-2), (torch.float16, 1e-3)], ids=str
 )
-@KEYS
-def test_narrow_types_match_double_precision_of_the_same_values(
-    impl, dtype, tolerance, keys, distance
-):
-    problem = make(keys=keys, masks=("valid", "causal"))
+def test_narrow_types_match_double_precision_of_the_same_values(impl, dtype, tolerance, distance):
+    problem = make(batch=1, length=17, keys=True, masks=("valid", "causal"))
 
     loss, gradients = problem.solve(impl, dtype)
     true_loss, true_gradients = problem.solve("reference", torch.float64)
@@ -181,7 +188,7 @@ def test_narrow_types_match_double_precision_of_the_same_values(
 # Scores around +-80 (one-hot rows), and scores of thousands that share a large part.
 @pytest.mark.parametrize(("spread", "shift"), [(9.0, 0.0), (1.0, 40.0)], ids=["80", "thousands"])
 def test_large_scores_lose_no_more_than_three_times_eager_fp32(impl, spread, shift, distance):
-    problem = make(length=19, student=4, teacher=6, spread=spread).change(lambda t: t + shift)
+    problem = make(1, 17, student=4, teacher=6, spread=spread).change(lambda t: t + shift)
 
     loss, (gradient,) = problem.solve(impl)
     eager_loss, (eager_gradient,) = problem.solve("reference")
@@ -205,7 +212,7 @@ def largest_score(problem):
 @IMPLS
 @KEYS
 def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(impl, keys):
-    problem = make(student=4, teacher=4, keys=keys, masks=("valid", "causal"))
+    problem = make(1, 17, student=4, teacher=4, keys=keys, masks=("valid", "causal"))
     tensors = {name: problem.tensors[name.replace("teacher", "student")].clone()
                for name in problem.tensors}  # fmt: skip
 
@@ -217,7 +224,7 @@ def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(impl, keys):
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_loss_is_never_negative_near_convergence(impl, seed):
     problem = make(batch=1, length=17, student=4, teacher=4, seed=seed)
     student = problem.tensors["student_queries"]
@@ -229,10 +236,9 @@ def test_the_loss_is_never_negative_near_convergence(impl, seed):
 
 
 @IMPLS
-@KEYS
-@pytest.mark.parametrize("garbage", [math.nan, 1e30])
+@pytest.mark.parametrize(("keys", "garbage"), [(False, math.nan), (True, 1e30)])
 def test_invalid_positions_may_hold_anything(impl, keys, garbage):
-    problem = make(batch=1, length=19, keys=keys, masks=("valid", "causal", "weight"))
+    problem = make(batch=1, length=17, keys=keys, masks=("valid", "causal", "weight"))
     valid, weight = problem.options["valid"], problem.options["token_weight"]
     spoiled = problem.change(lambda t: t.masked_fill(~valid[..., None], garbage))
 
@@ -245,72 +251,9 @@ def test_invalid_positions_may_hold_anything(impl, keys, garbage):
         assert spoiled_gradient[~valid].eq(0).all()
 
 
-@IMPLS
-def test_splitting_the_batch_changes_nothing(impl):
-    problem = make(batch=3, length=11, masks=("valid", "segments", "weight"))
-    masks = ("valid", "segments", "token_weight")
-
-    def part(rows):
-        options = {name: problem.options[name][rows] for name in masks}
-        return problem.change(lambda t: t[rows]).solve(impl, **options)
-
-    whole, (gradient,) = problem.solve(impl)
-    (first, (first_gradient,)), (rest, (rest_gradient,)) = part(slice(0, 1)), part(slice(1, 3))
-
-    torch.testing.assert_close(first + rest, whole)
-    torch.testing.assert_close(torch.cat((first_gradient, rest_gradient)), gradient)
-
-
-@IMPLS
-@pytest.mark.parametrize("causal", [False, True])
-def test_segments_of_a_packed_row_are_documents_of_their_own(impl, causal):
-    # The first document ends inside a block of 16, the second spans a whole one.
-    problem = make(batch=1, length=40)
-    segments = (torch.arange(40, device=DEVICE) >= 7)[None].long()
-
-    packed, (gradient,) = problem.solve(impl, segments=segments, causal=causal)
-    alone = [
-        problem.change(lambda t, rows=rows: t[:, rows]).solve(impl, causal=causal)
-        for rows in (slice(0, 7), slice(7, 40))
-    ]
-
-    torch.testing.assert_close(packed, alone[0][0] + alone[1][0])
-    expected = torch.cat((alone[0][1][0], alone[1][1][0]), dim=1)
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
-
-
-@IMPLS
-def test_causal_rows_do_not_see_what_comes_after_them(impl):
-    problem = make(batch=1, length=20, masks=("causal",))
-    early = (torch.arange(20, device=DEVICE) < 9)[None]
-
-    loss, (gradient,) = problem.solve(impl, token_weight=early.float())
-    changed, _ = problem.change(lambda t: torch.where(early[..., None], t, 5)).solve(
-        impl, token_weight=early.float()
-    )
-
-    assert torch.equal(loss, changed)
-    assert gradient[~early].eq(0).all()
-
-
-@IMPLS
-def test_the_weight_of_a_row_scales_its_part_and_hides_no_key(impl):
-    problem = make(batch=1, length=9)
-    only_first = torch.zeros(1, 9, device=DEVICE)
-    only_first[0, 0] = 1
-
-    first, (gradient,) = problem.solve(impl, token_weight=only_first)
-    thrice, _ = problem.solve(impl, token_weight=3 * only_first)
-
-    torch.testing.assert_close(thrice, 3 * first)
-    assert gradient[0, 1:].ne(0).all()
-
-
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 # Widths of a head below, at and above a power of two; wider and narrower teachers.
-@pytest.mark.parametrize(
-    ("heads", "student", "teacher"), [(1, 16, 3), (4, 17, 33), (3, 5, 40), (2, 1, 1)]
-)
+@pytest.mark.parametrize(("heads", "student", "teacher"), [(1, 16, 3), (2, 17, 33), (3, 5, 40)])
 def test_any_number_and_width_of_heads_will_do(impl, heads, student, teacher, distance):
     problem = make(batch=1, length=17, heads=heads, student=student, teacher=teacher)
 
@@ -327,7 +270,7 @@ def draw_masks(data, batch, length):
     return {"valid": grid[0], "segments": grid[1].long(), "causal": data.draw(st.booleans())}
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.data(), st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.booleans())
 def test_tiles_match_the_reference_for_any_shape_and_mask(data, batch, length, heads, keys):
     problem = make(batch, length, heads=heads, student=2, teacher=3, keys=keys)

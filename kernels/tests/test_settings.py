@@ -21,6 +21,10 @@ CPU = torch.device("cpu")
         ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be above 0 and finite, got nan"),
         ({"beta": 1.5}, r"beta must lie in \[0, 1\], got 1.5"),
+        ({"skew": 1.0}, r"skew must lie in \[0, 1\), got 1.0"),
+        ({"softcap_s": 0.0}, "softcap_s must be above 0 and finite or None, got 0.0"),
+        ({"logit_scale_t": -1.0}, "logit_scale_t must be above 0 and finite, got -1.0"),
+        ({"divergence": {"tvd": float("nan")}}, "the weight of tvd must be finite, got nan"),
         ({"chunk_mb": 0}, "chunk_mb must be above 0, got 0"),
         ({"reduction": "batchmean"}, "unknown reduction 'batchmean'; known: sum, mean"),
         ({"reduction": "num_items"}, "reduction 'num_items' needs num_items"),
@@ -111,33 +115,3 @@ def test_the_package_needs_torch_alone():
     )
 
     assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.parametrize("columns", [5, 3000])
-def test_a_few_numbers_and_many_give_the_same_as_the_reference(columns):
-    """A few numbers on a CPU take a shorter way, which no result shows."""
-    generator = torch.Generator().manual_seed(3)
-    student = torch.randn(9, columns, generator=generator)
-    # Close models, whose divergence loses its digits if it is formed carelessly.
-    teacher = student + 3e-2 * torch.randn(9, columns, generator=generator)
-    options = {"temperature": 2.0, "t_squared": True, "divergence": {"jsd": 0.5, "forward_kl": 1.0}}
-
-    def solve(dtype, **more):
-        leaf = student.to(dtype, copy=True).requires_grad_()
-        output = mk.kd_loss_from_logits(leaf, teacher.to(dtype), **options, **more)
-        output.loss.backward()
-        return output, leaf.grad
-
-    output, gradient = solve(torch.float32)
-    expected, expected_gradient = solve(torch.float64, impl="reference")
-
-    assert [part.dtype for part in output] == [
-        part.dtype for part in solve(torch.float32, impl="chunked")[0]
-    ]
-    torch.testing.assert_close(output.loss.double(), expected.loss, rtol=1e-3, atol=0)
-    torch.testing.assert_close(
-        output.row_divergences.double(), expected.row_divergences, rtol=1e-3, atol=0
-    )
-    error = (gradient.double() - expected_gradient).norm() / expected_gradient.norm()
-    assert error < 1e-3
-    assert torch.equal(output.row_agrees, expected.row_agrees)

@@ -102,7 +102,7 @@ def test_many_rows_give_the_result_of_the_reference(models, name):
 ROW = st.lists(st.floats(-80, 80, width=32), min_size=4, max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(student=ROW, teacher=ROW, temperature=st.floats(0.25, 8))
 def test_logits_of_any_size_give_the_result_of_the_reference(student, teacher, temperature):
     models = torch.tensor([student]), torch.tensor([teacher])
@@ -182,7 +182,7 @@ def test_close_models_keep_their_digits(gap, shift, distance):
     assert distance(gradient, expected) < 5 * noise
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     gap=st.floats(-3, 0.5).map(lambda exponent: 10**exponent),
     rows=st.sampled_from([1, 8, 200]),

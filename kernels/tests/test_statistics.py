@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import megakd_kernels as mk
 from megakd_kernels.statistics import _linear_stats_op, linear_stats
 
 IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
@@ -88,8 +87,9 @@ def make_heads():
 
 @IMPLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("ids", [(37, 37), (37, 41), (41, 37)], ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(
+    ("ids", "temperature"), [((37, 37), 1.0), ((37, 41), 2.5), ((41, 37), 2.5)], ids=str
+)
 def test_sums_are_those_of_full_logits_in_double_precision(
     make_heads, impl, temperature, ids, dtype
 ):
@@ -112,49 +112,6 @@ def test_softcap_scale_and_vocab_size_change_the_models_measured(make_heads, imp
     expected = heads.truth(softcap=3.0, scale=0.7, shared=30)
     for name, value in expected.items():
         assert getattr(got, name).item() == pytest.approx(value.item(), rel=1e-12), name
-
-
-@IMPLS
-def test_values_are_those_of_the_losses(make_heads, impl):
-    heads = make_heads(vt=41)
-    tensors = dict(vars(heads))
-    first = [tensors.pop(name) for name in list(tensors)[:4]]
-
-    loss = mk.linear_kd_loss(*first, **tensors, temperature=2.0, t_squared=False, ce_weight=1.0)
-    got = heads.measure(impl=impl, temperature=2.0)
-
-    torch.testing.assert_close(got.kl_sum, loss.divergence_sums[0])
-    torch.testing.assert_close(got.ce_sum, loss.ce_sum)
-    assert got.agreement == loss.agreement
-    assert got.n_valid == loss.n_valid
-
-
-@IMPLS
-def test_a_student_equal_to_its_teacher_is_at_no_distance(make_heads, impl):
-    heads = make_heads()
-    heads = replace(
-        heads, teacher_hidden=heads.student_hidden, teacher_weight=heads.student_weight,
-        teacher_bias=heads.student_bias,
-    )  # fmt: skip
-
-    got = heads.measure(impl=impl, temperature=1.7)
-
-    assert 0 <= got.kl_sum.item() < 1e-6
-    assert got.agreement == got.n_valid == 11
-
-
-@IMPLS
-@pytest.mark.parametrize("scale", [0.0, 1e4])
-def test_the_entropy_is_that_of_a_flat_or_of_a_certain_teacher(make_heads, impl, scale):
-    heads = make_heads()
-    heads = replace(
-        heads, teacher_hidden=heads.teacher_hidden * scale, teacher_bias=heads.teacher_bias * scale
-    )
-
-    entropy = heads.measure(impl=impl, token_weight=None).teacher_entropy_sum.item()
-
-    expected = 11 * math.log(37) if scale == 0 else 0.0
-    assert entropy == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 @IMPLS

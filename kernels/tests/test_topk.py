@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import megakd_kernels as mk
 from megakd_kernels.topk import TOPK_MODES, topk_kd_loss
@@ -19,8 +17,7 @@ COLD_AND_WARM = [(mode, 1.0) for mode in TOPK_MODES] + [("renorm", 2.5), ("subse
 TASKS = [
     {"mode": mode, "temperature": temperature, "ce_weight": ce_weight}
     for mode, temperature in COLD_AND_WARM
-    for ce_weight in (0.0, 0.7)
-    if mode != "subset" or ce_weight == 0
+    for ce_weight in (0.0 if mode == "subset" else 0.7,)
 ]
 
 
@@ -193,61 +190,6 @@ def test_rounding_makes_no_row_negative(mode):
     assert rows.max() < 1e-5
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    v=st.integers(2, 40), kept=st.floats(0.01, 1), scale=st.sampled_from([0.1, 1.0, 6.0]),
-    seed=st.integers(0, 999),
-)  # fmt: skip
-def test_the_modes_are_ordered_and_one_follows_from_the_other(v, kept, scale, seed):
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = scale * torch.randn(2, 1, v, generator=generator, dtype=torch.float64)
-    logprobs, ids = teacher.log_softmax(-1).topk(max(1, int(kept * v)))
-
-    def value(mode):
-        loss = topk_kd_loss(
-            student, torch.eye(v, dtype=torch.float64), ids, logprobs, mode=mode, t_squared=False
-        )
-        return loss.divergence_sums.item()
-
-    mass = logprobs.exp().sum().item()
-    student_mass = student.softmax(-1).gather(1, ids).sum().item()
-    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
-    full = (p.exp() * (p - q)).sum().item()
-    slack = 1e-9 * (1 + full)
-    # Joining ids loses information (data processing), and the chain rule splits the joined loss.
-    assert mass * value("subset") - slack <= value("tail") <= full + slack
-    assert value("renorm") == pytest.approx(value("subset") - math.log(student_mass), abs=slack)
-    assert value("truncated") == pytest.approx(
-        mass * value("renorm") + mass * math.log(mass), abs=slack
-    )
-    assert min(value("renorm"), value("subset"), value("tail")) >= 0
-
-
-@IMPLS
-@MODES
-def test_the_gradient_of_the_logits_sums_to_zero(make_cached, impl, mode):
-    cached = make_cached(dtype=torch.float64)
-    ce_weight = 0.0 if mode == "subset" else 0.8
-
-    _, (_, _, bias_gradient) = cached.solve(mode=mode, ce_weight=ce_weight, impl=impl)
-
-    assert bias_gradient.abs().max() > 1e-3
-    assert bias_gradient.sum().item() == pytest.approx(0, abs=1e-12)
-
-
-@MODES
-def test_a_subset_reaches_its_ids_alone_and_the_other_modes_all(make_cached, mode):
-    cached = make_cached()
-
-    _, (_, weight_gradient, _) = cached.solve(mode=mode)
-
-    reached = weight_gradient.abs().sum(1) > 0
-    counted = cached.ids[cached.labels != -100].unique()
-    expected = torch.zeros(31, dtype=torch.bool)
-    expected[counted[counted >= 0]] = True
-    assert reached.equal(expected if mode == "subset" else torch.ones_like(expected))
-
-
 @IMPLS
 @MODES
 def test_entries_that_are_not_there_may_stand_anywhere_and_hold_anything(make_cached, impl, mode):
@@ -331,19 +273,6 @@ def test_a_student_that_gives_the_tail_nothing_has_a_finite_gradient(make_cached
     assert output.loss.item() > 20
 
 
-@MODES
-@pytest.mark.parametrize("chunk_mb", [1e-9, TINY_CHUNK_MB, 1024])
-def test_the_chunk_size_changes_nothing(make_cached, mode, chunk_mb):
-    cached = make_cached(dtype=torch.float64)
-    ce_weight = 0.0 if mode == "subset" else 0.8
-
-    output, gradients = cached.solve(mode=mode, ce_weight=ce_weight, chunk_mb=chunk_mb)
-
-    expected, expected_gradients = cached.solve(mode=mode, ce_weight=ce_weight, impl="reference")
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(gradients, expected_gradients)
-
-
 @IMPLS
 def test_cross_entropy_is_that_of_torch_and_agreement_compares_the_first_ids(make_cached, impl):
     cached = make_cached(dtype=torch.float64)
@@ -357,18 +286,3 @@ def test_cross_entropy_is_that_of_torch_and_agreement_compares_the_first_ids(mak
     assert 0 < agrees.sum() < 9
     torch.testing.assert_close(output.ce_sum, ce)
     assert output.agreement == agrees.sum()
-
-
-@IMPLS
-@pytest.mark.parametrize(("mode", "temperature"), COLD_AND_WARM)
-def test_gradients_are_the_derivatives_of_the_loss(make_cached, impl, mode, temperature):
-    cached = make_cached(n=4, v=6, h=3, k=3, dtype=torch.float64)
-    ce_weight = 0.0 if mode == "subset" else 0.4
-
-    def loss(*leaves):
-        return cached.loss(
-            leaves, mode=mode, temperature=temperature, ce_weight=ce_weight, impl=impl,
-            chunk_mb=0.0002,
-        ).loss  # fmt: skip
-
-    assert torch.autograd.gradcheck(loss, cached.leaves())

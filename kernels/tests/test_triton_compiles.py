@@ -50,6 +50,7 @@ def test_the_tiles_of_a_gpu_multiply_on_tensor_cores(compiled):
     assert all(variant["on_tensor_cores"] for variant in products)
 
 
+@pytest.mark.slow
 def test_the_count_of_instructions_shows_every_sweep_with_its_loads_in_flight(tmp_path):
     _, _, *lines = run(tmp_path, "-m", "bench.sass")
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

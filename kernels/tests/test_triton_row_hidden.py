@@ -46,24 +46,20 @@ def check(result, expected, *, gradients=2e-6):
 
 
 @LOSSES
-def test_values_and_gradients_match_fp64(loss):
-    student, teacher, valid = make_rows()
+@pytest.mark.parametrize(
+    ("dtype", "block", "tolerance"),
+    [(torch.float32, None, 2e-6), (torch.float32, 64, 2e-6), (torch.float16, None, 1e-3)],
+    ids=["one block", "wider than a block", "half precision"],
+)
+def test_rows_become_their_gradient_and_match_fp64(loss, dtype, block, tolerance, monkeypatch):
+    if block is not None:
+        monkeypatch.setattr(row_hidden, "_WIDEST_BLOCK", block)
+    student, teacher, valid = make_rows(3, dtype=dtype)
     expected = truth(loss, student, teacher, valid)
 
     values = loss(student, teacher, valid)
 
-    check((values, student), expected)
-
-
-@LOSSES
-def test_rows_wider_than_a_block_match_fp64(loss, monkeypatch):
-    monkeypatch.setattr(row_hidden, "_WIDEST_BLOCK", 64)
-    student, teacher, valid = make_rows(3)
-    expected = truth(loss, student, teacher, valid)
-
-    values = loss(student, teacher, valid)
-
-    check((values, student), expected)
+    check((values, student), expected, gradients=tolerance)
 
 
 @LOSSES
@@ -77,16 +73,6 @@ def test_gradient_may_go_to_a_buffer_of_another_type(loss):
     check((values, buffer[:, :WIDTH]), truth(loss, before, teacher, valid))
     torch.testing.assert_close(student, before, rtol=0, atol=0, equal_nan=True)
     assert (buffer[:, WIDTH:] == 7.0).all()
-
-
-@LOSSES
-def test_half_precision_rows_become_their_gradient(loss):
-    student, teacher, valid = make_rows(3, dtype=torch.float16)
-    expected = truth(loss, student, teacher, valid)
-
-    values = loss(student, teacher, valid)
-
-    check((values, student), expected, gradients=1e-3)
 
 
 def test_a_vector_without_length_has_cosine_loss_one_and_no_gradient():

@@ -172,8 +172,10 @@ def check(case, plan, result, *, values=1e-5, gradients=2e-5):
         close("gradient", gradient, truth.gradient, single.gradient, gradients)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [*((name, 2.5) for name in NAMES), ("forward_kl", 1.0), ("jsd", 1.0), ("tvd", 1.0)],
+)
 def test_a_divergence_and_its_gradient_match_fp64(name, temperature):
     # At T = 1 the student has more ids than the teacher, and they get a gradient of zero.
     shared = WIDTH - 11 if temperature == 1.0 else WIDTH
@@ -246,14 +248,9 @@ def test_half_precision_rows_are_computed_in_fp32():
     assert gradient.dtype == torch.float16
     check(case, plan, (terms, gradient), gradients=1e-3)
     check(case, plan, (other_terms, other))
-
-
-def test_bf16_rows_work():
-    case = make_case(3).to(torch.bfloat16)
-    plan = plan_of("forward_kl")
-
-    # The interpreter truncates where a device rounds.
-    check(case, plan, case.run(plan), gradients=1.2e-2)
+    narrow, plain = case.to(torch.bfloat16), plan_of("forward_kl")
+    # The interpreter truncates bf16 where a device rounds.
+    check(narrow, plain, narrow.run(plain), gradients=1.2e-2)
 
 
 def test_gradient_elsewhere_or_not_wanted_leaves_values_and_logits_alone():
@@ -325,17 +322,6 @@ def test_agreement_takes_one_common_maximum_of_several():
     assert terms.agrees.tolist() == [True, False, True, False]
 
 
-def test_rows_that_do_not_count_are_zeros_whatever_they_hold():
-    case = make_case(3, invalid=(0, 1, 2))
-    plan = plan_of("jsd", with_ce=True)
-    case.labels[:] = 0
-
-    terms, gradient = case.run(plan)
-
-    assert all((part == 0).all() for part in terms)
-    assert (gradient == 0).all()
-
-
 def test_a_valid_row_of_weight_zero_is_valued_and_gets_no_gradient():
     case = make_case(2, invalid=())
     case.weight[0], case.ce_weight[0] = 0.0, 0.0
@@ -346,16 +332,6 @@ def test_a_valid_row_of_weight_zero_is_valued_and_gets_no_gradient():
     check(case, plan, (terms, gradient))
     assert terms.divergences[0, 0] > 0.1
     assert (gradient[0] == 0).all()
-
-
-def test_weights_of_a_divergence_that_is_named_twice_add_up():
-    case = make_case(2, invalid=())
-    twice = plan_of(("forward_kl", 0.5), ("forward_kl", 1.5))
-
-    terms, gradient = case.run(twice)
-
-    assert torch.equal(terms.divergences[0], terms.divergences[1])
-    check(case, twice, (terms, gradient))
 
 
 @pytest.mark.gpu

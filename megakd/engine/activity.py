@@ -121,7 +121,6 @@ def _others() -> str:
 
 
 def _of(rank: int) -> Any:
-    """Return a rank's activity and its time; None if the rank has told none or is gone."""
     key = f"{_PREFIX}/{rank}"
     try:
         store = _store()

@@ -113,7 +113,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _peak_of_host() -> int:
-    """Return the peak that Linux can reset, or else the peak of the whole process."""
     try:
         status = (PROCESS / "status").read_text(encoding="utf-8")
     except OSError:  # not Linux

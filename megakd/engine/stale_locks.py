@@ -74,7 +74,6 @@ def _version(path: Path) -> tuple[int, int] | None:
 
 
 def _move_aside(path: Path, version: tuple[int, int]) -> Path | None:
-    """Rename a file; return None if the file was removed, or replaced by a new owner."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.unused")
     if _version(path) != version:
         return None

@@ -53,7 +53,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _unsharded_copy(module: nn.Module) -> nn.Module:
-    """Return a copy with whole weights that need no gradient; a collective."""
     parts = list(module.modules())
     copies = {id(part): type(part).__new__(type(part)) for part in parts}
     memo: dict[int, Any] = {**copies, **_whole_parameters(module.parameters())}
@@ -81,7 +80,6 @@ def _plain_members(part: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
 
 
 def _whole_parameters(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
-    """Return copies of the gathered parameters, by the `id` of the original; a collective."""
     found: dict[int, nn.Parameter] = {}
     for group in _groups(parameters):
         with gathered(group):

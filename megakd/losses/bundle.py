@@ -212,7 +212,6 @@ class StudentBundle(nn.Module):
         return made
 
     def _grouped(self, passes: Sequence[PassInputs]) -> list[list[PassInputs]]:
-        """Return the passes of one learner and one width of its views together."""
         groups: dict[tuple[str, int | None], list[PassInputs]] = {}
         for one in passes:
             view = one.planned.view
@@ -262,7 +261,6 @@ class LossSums:
 
 
 def _weighted(inputs: LossInputs, planned: Pass) -> LossInputs:
-    """Return the inputs with the weights that the pass gives to the terms."""
     weights = {**inputs.weights, **(planned.weights or {})}
     chosen = dict(planned.weights or {})
     if planned.weigh is not None:
@@ -283,7 +281,6 @@ def _rows_of(planned: Pass, batch: Batch, outputs: Knowledge) -> tuple[Batch, Kn
 
 
 def _counted_as(role: str, count: UnitCounter, batch: Batch) -> Tensor:
-    """Count the units of the rows as encoded for the model of a role."""
     return count(batch.of(role))
 
 

@@ -83,7 +83,11 @@ class TermGroup(nn.Module):
 
     def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Return one result per reading; only the sum of the scaled totals has a meaning."""
-        return [_scaled(self(reading), reading.scale) for reading in readings]
+        found = [self(reading) for reading in readings]
+        return [
+            one._replace(total=one.total * reading.scale)
+            for one, reading in zip(found, readings, strict=True)
+        ]
 
 
 class LanguageModelTargets(TermGroup):
@@ -206,7 +210,6 @@ class LanguageModelTargets(TermGroup):
         )
 
     def _sums(self, out: megakd_kernels.KDOutput, rows: slice, scale: float) -> dict[str, Tensor]:
-        """Return the sums of some of the rows, divided by the scale of these rows."""
         divergences = out.row_divergences[:, rows].sum(1) / scale
         sums = {term_name(t): divergences[i] for i, t in enumerate(self.soft)}
         if self.hard:
@@ -216,7 +219,6 @@ class LanguageModelTargets(TermGroup):
         return sums
 
     def _stacked(self, readings: Sequence[LossInputs]) -> TargetRows:
-        """Concatenate the rows of readings of one batch, and weight the rows by the scales."""
         first, count = readings[0], len(readings)
         own = chosen_targets(first.batch, self.source)
         kept = first.taught.kept if self.soft else None
@@ -267,7 +269,6 @@ def _alike(readings: Sequence[LossInputs]) -> Iterable[list[int]]:
 
 
 def _second(reading: LossInputs) -> LossInputs | None:
-    """Return the targets of a model's second vocabulary; None if a batch has no such targets."""
     said, batch = reading.student.second, second_targets(reading.batch)
     if said is None or batch is None:
         return None
@@ -279,10 +280,6 @@ def _second(reading: LossInputs) -> LossInputs | None:
 def _joined(first: Evaluated, second: Evaluated) -> Evaluated:
     sums = {name: value + second.sums[name] for name, value in first.sums.items()}
     return Evaluated(first.total + second.total, sums)
-
-
-def _scaled(evaluated: Evaluated, scale: float) -> Evaluated:
-    return evaluated._replace(total=evaluated.total * scale)
 
 
 def _hidden(knowledge: Knowledge) -> Tensor:
@@ -302,7 +299,6 @@ def _warp(knowledge: Knowledge | None) -> LogitWarp:
 
 
 def _option(terms: Sequence[SoftTarget], name: str, default: float) -> float:
-    """Return the value of an option that a call accepts once, from the terms that have it."""
     return next((getattr(term, name) for term in terms if hasattr(term, name)), default)
 
 

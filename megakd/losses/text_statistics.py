@@ -59,7 +59,6 @@ def _rows(said: Knowledge) -> Rows | None:
 
 
 def _sums(student: Rows, teacher: Rows | None, rows: Tensor, kernels: str) -> Tensor:
-    """Return [4] fp64, the sums over some rows."""
     _, entropy = _compared(student, student, rows, kernels)
     none = torch.full_like(entropy, float("nan"))
     kl, taught = (none, none) if teacher is None else _compared(student, teacher, rows, kernels)

@@ -242,10 +242,6 @@ class Architecture:
         """Return the module that produces hidden states."""
         return model.get_submodule(self.backbone)
 
-    def head_of(self, model: nn.Module) -> nn.Module:
-        """Return the module that turns hidden states into outputs."""
-        return model.get_submodule(self.head)
-
     def for_task(self, task: TaskType) -> Architecture:
         """Return this entry with the head that the models for a task have."""
         if task != "mlm" or self.masked is None:

@@ -126,12 +126,10 @@ def _tensor(ends: frozenset[int], device: torch.device) -> Tensor:
 
 
 def _has_end(ids: Tensor, ends: Tensor) -> Tensor:
-    """Return whether each row of `ids` [B, T] has an end token: [B]."""
     return torch.isin(ids, ends).any(1)
 
 
 def _others(running: _Running, output: Any, places: Tensor, model: Any) -> _Running:
-    """Return the rows at `places`, with the tokens and the cache of an output of `generate`."""
     ids = output.sequences[places]
     mask = functional.pad(running.mask[places], (0, ids.shape[1] - running.mask.shape[1]), value=1)
     rows = [running.rows[place] for place in places.tolist()]

@@ -162,7 +162,6 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
 
 
 def _checked(config: PretrainedConfig, view: View, whole: View) -> View:
-    """Check that a view lies within the model, and return the view with an explicit width."""
     for kind, wanted, there in (
         ("heads", view.heads, whole.heads),
         ("neurons", view.neurons, whole.neurons),
@@ -186,7 +185,6 @@ def _checked(config: PretrainedConfig, view: View, whole: View) -> View:
 
 
 def _checked_heads(config: PretrainedConfig, view: View) -> int | None:
-    """Check the columns that a view keeps of every head; return None if it keeps all."""
     architecture = architecture_of(config)
     there = architecture.heads(config).width
     if view.head_width in (None, there):
@@ -201,7 +199,6 @@ def _checked_heads(config: PretrainedConfig, view: View) -> int | None:
 
 
 def _check_order(order: UnitOrder | None, units: View) -> None:
-    """Raise unless the order lists every unit of the model once."""
     if order is None:
         return
     width = [] if order.width is None else [order.width]
@@ -235,7 +232,6 @@ def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None)
 
 
 def _stock_config(config: PretrainedConfig, view: View) -> PretrainedConfig | None:
-    """Return the family's own config of this shape; None if it cannot describe the shape."""
     if any(len({*counts}) != 1 or 0 in counts for counts in (view.heads, view.neurons)):
         return None
     architecture = architecture_of(config)
@@ -293,7 +289,6 @@ def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
 def _changed(
     config: PretrainedConfig, model_type: str, changes: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """Return a config of another type with the keys of this config, except for the changes."""
     own = OWN_MODELS.get(model_type)
     made = CONFIG_MAPPING[model_type] if own is None else own.config
     kept = {key: value for key, value in config.to_dict().items() if key not in SHAPE_KEYS}
@@ -308,7 +303,6 @@ def _check_shapes(
     cut: PreTrainedModel,
     rename: Callable[[str], str | None],
 ) -> None:
-    """Check that the tensors to write fit the new config; no tensor is read yet."""
     wanted = cut.state_dict()
     for before, stored in match.stored.items():
         shape, name = torch.Size(stored.shape), rename(before)
@@ -327,7 +321,6 @@ def _check_shapes(
 def _with_labels(
     state: Iterable[tuple[str, Tensor]], outputs: Collection[str], labels: Sequence[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the state with the rows of the head's last module in the order of `labels`."""
     for name, tensor in state:
         is_output = name.rpartition(".")[0] in outputs
         yield name, tensor[list(labels)] if is_output else tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ from megakd.process.seeding import cpu_seeded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Parameters = Mapping[str, Mapping[str, nn.Parameter]]
+"""Parameters by the path of their module, and by their own name."""
+
 
 def initialize_parameters(
     model: PreTrainedModel, parameters: Iterable[nn.Parameter], *, seed: int
@@ -27,7 +30,7 @@ def initialize_parameters(
     whole at a time, on the ranks that write. This is a collective for a sharded model.
     """
     waiting = {id(parameter) for parameter in parameters}
-    with _hidden(model) as parts:
+    with _replaced(dict(model.named_modules()), _without_memory) as (parts, _):
         for name, own in parts.items():
             fresh = {key: own[key] for key in own if id(own[key]) in waiting}
             if not fresh:
@@ -49,47 +52,43 @@ def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:
     module_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
     path = name.split(".") if name else []
     owners = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
-    with _stand_ins(owners[0]) as values, cpu_seeded(module_seed), torch.no_grad():
+    with (
+        _replaced({name: owners[0]}, _not_drawn) as (_, values),
+        cpu_seeded(module_seed),
+        torch.no_grad(),
+    ):
         for owner in owners:
             model._init_weights(owner)  # noqa: SLF001  (the class's rule; nothing public has it)
-    return {key: parameter.data for key, parameter in values.items()}
+    return {key: parameter.data for key, parameter in values[name].items()}
+
+
+# The rule of a whole attention must not change the weights that the attention already has.
+def _without_memory(parameter: nn.Parameter) -> Tensor:
+    return torch.empty(full_shape(parameter), dtype=torch.float32, device="meta")
+
+
+def _not_drawn(parameter: nn.Parameter) -> Tensor:
+    return torch.full(parameter.shape, float("nan"), dtype=torch.float32)
 
 
 @contextmanager
-def _hidden(model: PreTrainedModel) -> Iterator[dict[str, dict[str, nn.Parameter]]]:
-    """Replace all parameters by parameters without memory; yield the originals by module and name.
-
-    The rule of a whole attention must not change the weights that the attention already has.
-    """
-    modules = dict(model.named_modules())
-    found = {name: dict(part.named_parameters(recurse=False)) for name, part in modules.items()}
-    parts = {name: own for name, own in found.items() if own}
+def _replaced(
+    modules: Mapping[str, nn.Module], made: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[Parameters, Parameters]]:
+    """Replace the parameters of modules in the body; yield the originals and the new ones."""
+    named = {name: dict(part.named_parameters(recurse=False)) for name, part in modules.items()}
+    new = {n: {key: nn.Parameter(made(p)) for key, p in own.items()} for n, own in named.items()}
     try:
-        for name, own in parts.items():
-            for key, parameter in own.items():
-                empty = torch.empty(full_shape(parameter), dtype=torch.float32, device="meta")
-                setattr(modules[name], key, nn.Parameter(empty))
-        yield parts
+        _put(modules, new)
+        yield named, new
     finally:
-        for name, own in parts.items():
-            for key, parameter in own.items():
-                setattr(modules[name], key, parameter)
+        _put(modules, named)
 
 
-@contextmanager
-def _stand_ins(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    own = dict(module.named_parameters(recurse=False))
-    values = {
-        key: nn.Parameter(torch.full(parameter.shape, float("nan"), dtype=torch.float32))
-        for key, parameter in own.items()
-    }
-    try:
-        for key, parameter in values.items():
-            setattr(module, key, parameter)
-        yield values
-    finally:
+def _put(modules: Mapping[str, nn.Module], parameters: Parameters) -> None:
+    for name, own in parameters.items():
         for key, parameter in own.items():
-            setattr(module, key, parameter)
+            setattr(modules[name], key, parameter)
 
 
 def _complete(values: Tensor, name: str) -> Tensor:

@@ -231,7 +231,6 @@ def _restored(reader: WeightReader, place: _Place) -> Tensor:
 
 
 def _check_fit(folder: Path, places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -> None:
-    """Raise if the stored tensors are not those of the model; tied weights have several names."""
     filled = {id(tensors[name]) for name in places if name in tensors}
     missing = [name for name, tensor in tensors.items() if id(tensor) not in filled]
     extra = [name for name in places if name not in tensors]
@@ -283,7 +282,6 @@ def _class_of(config: PretrainedConfig, file: Path) -> type[PreTrainedModel]:
 
 
 def _write_companions(folder: Path, to: Path, keys: Mapping[str, Any]) -> None:
-    """Copy the tokenizer files, and write config.json with `keys` for the dtype of the weights."""
     for path in (path for pattern in _COMPANIONS for path in folder.glob(pattern)):
         if path.name not in (INDEX_NAME, CHECKSUMS):
             shutil.copyfile(path, to / path.name)

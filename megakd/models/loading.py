@@ -221,7 +221,6 @@ def _scratch_source(
 
 
 def _invalid_config(error: Exception, where: str, model_type: str) -> ModelError:
-    """Return an error with the words of transformers, and a hint if they name no key."""
     if not isinstance(error, AttributeError | KeyError):
         return ModelError(f"{where}: {one_line(error)}")
     return ModelError(
@@ -271,7 +270,6 @@ def _check_sizes(config: PretrainedConfig, architecture: Architecture, where: st
 
 
 def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: bool) -> Path:
-    """Return the folder that holds the model; fetch it from the Hub if `spec` is no folder."""
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
@@ -354,17 +352,9 @@ def check_finite(model: PreTrainedModel, source: ModelSource) -> None:
 def _log_match(source: ModelSource, match: Match) -> None:
     if source.folder is None or not is_first_rank():
         return
-    if match.missing:
-        logger.info(
-            "%s: %d weights are newly initialized, such as %s",
-            source.where,
-            len(match.missing),
-            match.missing[0],
-        )
-    if match.unused:
-        logger.info(
-            "%s: %d stored weights are not used, such as %s",
-            source.where,
-            len(match.unused),
-            match.unused[0],
-        )
+    for text, names in (
+        ("%s: %d weights are newly initialized, such as %s", match.missing),
+        ("%s: %d stored weights are not used, such as %s", match.unused),
+    ):
+        if names:
+            logger.info(text, source.where, len(names), names[0])

@@ -210,7 +210,6 @@ def merged_state(model: Any) -> tuple[Iterator[tuple[str, Tensor]], Extra]:
 def _merged_tensors(
     model: Any, config: PeftConfig, kept: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the plain model; put the adapters into `kept` by peft's names."""
     parts: dict[str, Tensor] = {}
     for name, tensor in gathered_state(model):
         layer, role = _part_of(name) or ("", "")

@@ -112,7 +112,6 @@ def _joined(rows: list[list[StoredTensor | None]]) -> StoredExperts | None:
 
 
 def _model_name(key: str, names: Collection[str], prefix: str) -> str | None:
-    """Return the model's name for a stored key, or None if there is none."""
     ending = next((old for old in LEGACY_ENDINGS if key.endswith(old)), "")
     modern = key.removesuffix(ending) + LEGACY_ENDINGS.get(ending, "")
     for name in (key, modern, f"{prefix}.{modern}"):

@@ -98,7 +98,6 @@ def _of_logits(
     *,
     room: int = 1,
 ) -> Iterator[Tensor]:
-    """Return what a function reads from blocks of logits, as tensors [B, T, …]."""
     knowledge = read_knowledge(model, batch, Needs())
     if knowledge.hidden is None:
         raise TypeError("a language model was read without its hidden states")

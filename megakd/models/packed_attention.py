@@ -107,7 +107,6 @@ def attention_name(
 
 
 def _check_scores(model: PreTrainedModel, source: ModelSource) -> None:
-    """Raise if a model computes its attention in a way that the chosen attention lacks."""
     name = source.attn_implementation
     if name not in (VARLEN, "sdpa"):
         return

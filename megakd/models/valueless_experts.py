@@ -28,7 +28,6 @@ def send_tokens_to_one_expert(model: PreTrainedModel) -> None:
 
 
 def _of_one_expert(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return the output of the experts [N, D]."""
     rows = hidden.repeat_interleave(chosen.shape[1], dim=0)  # [N * k, D]
     # transformers gives its modules this method.
     gated = experts._apply_gate(_linear(experts, "gate_up_proj", rows))  # noqa: SLF001

@@ -59,8 +59,6 @@ class StoredExperts(StoredTensor):
 
 
 class _Entry(NamedTuple):
-    """One tensor, as described in a safetensors header."""
-
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -111,7 +109,6 @@ def gguf_hint(folder: Path) -> str:
 
 
 def _files_of(folder: Path, single: str, index: str, where: str) -> list[Path]:
-    """Return the weight files of one format in a fixed order; prefer a single file to shards."""
     if (folder / single).is_file():
         return [folder / single]
     if not (folder / index).is_file():

@@ -93,7 +93,7 @@ def head_gathers(config_path: str) -> list[dict]:
         models = {"teacher": teacher.model, "student": run.student.student}
         counted = dict.fromkeys(models, 0)
         for name, model in models.items():
-            head = architecture_of(model.config).head_of(model).weight
+            head = model.get_submodule(architecture_of(model.config).head).weight
 
             def note(weights, name=name, head=head):
                 counted[name] += any(weight is head for weight in weights)

@@ -105,7 +105,7 @@ def test_what_a_run_leaves_is_collected_when_the_run_ends():
 
 
 CPU = torch.device("cpu")
-LARGE = 400 << 20
+LARGE = 100 << 20
 
 
 def held_for_a_moment(size: int) -> None:

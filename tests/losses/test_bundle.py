@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from unit_counts import counts_of
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, Losses, Predictions
+from megakd.contract.batch import IGNORE, Batch, Knowledge, Losses, Predictions
 from megakd.contract.stage import Pass
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import HardCrossEntropy, HiddenMse, SoftTargetKl
@@ -48,28 +46,20 @@ def bundle(world_size: int = 1) -> StudentBundle:
     return StudentBundle({"student": Classifier()}, objective, world_size=world_size)
 
 
-def batch(rows: slice = slice(None)) -> Batch:
-    return Batch({"numbers": INPUTS[rows]}, LABELS[rows], VALID[rows])
+def taught(seed: int) -> Knowledge:
+    return Knowledge(logits=torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)))
 
 
-def taught(seed: int, rows: slice = slice(None)) -> Knowledge:
-    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
-    return Knowledge(logits=logits[rows])
-
-
-def losses(
-    student: StudentBundle, *plan: Pass, rows: slice = slice(None), counts: Counts | None = None
-) -> Losses:
-    counts = count_units([batch()]) if counts is None else counts
-    teachers = {"a": taught(1, rows), "b": taught(2, rows)}
-    found = student(batch(rows), teachers, plan, counts)
+def losses(student: StudentBundle, *plan: Pass) -> Losses:
+    batch = Batch({"numbers": INPUTS}, LABELS, VALID)
+    found = student(batch, {"a": taught(1), "b": taught(2)}, plan, count_units([batch]))
     assert isinstance(found, Losses)
     return found
 
 
-def gradient(student: StudentBundle, *plan: Pass, **options: Any) -> Tensor:
+def gradient(student: StudentBundle, *plan: Pass) -> Tensor:
     student.zero_grad()
-    losses(student, *plan, **options).total.backward()
+    losses(student, *plan).total.backward()
     weight = student.student.get_parameter("linear.weight")
     assert weight.grad is not None
     return weight.grad
@@ -124,32 +114,6 @@ def test_outputs_that_are_not_finite_give_a_pass_without_any_term_no_gradient():
     assert found.total.item() == 0
     assert bias.grad is not None
     assert not bias.grad.any()
-
-
-def test_micro_batches_of_any_size_add_up_to_the_whole():
-    student, plan = bundle(), Pass(teacher="a")
-    counts, whole = count_units([batch()]), losses(bundle(), plan)
-    cuts = (slice(0, 1), slice(1, 3), slice(3, 4))
-
-    found = [losses(student, plan, rows=rows, counts=counts) for rows in cuts]
-    gradients = [gradient(student, plan, rows=rows, counts=counts) for rows in cuts]
-
-    torch.testing.assert_close(sum(f.total for f in found), whole.total)
-    for name, value in whole.parts.items():
-        torch.testing.assert_close(sum(f.parts[name] for f in found), value)
-    torch.testing.assert_close(sum(gradients), gradient(bundle(), plan))
-
-
-def test_rows_without_a_label_teach_by_their_soft_targets_alone():
-    found = losses(bundle(), Pass(teacher="a")).parts
-    labelled = losses(
-        bundle(), Pass(teacher="a"), rows=slice(0, 3, 2), counts=counts_of(3, 2, 5)
-    ).parts
-
-    assert found["hard_cross_entropy"].item() == pytest.approx(
-        labelled["hard_cross_entropy"].item()
-    )
-    assert found["soft_target_kl"] > labelled["soft_target_kl"]
 
 
 def test_a_pass_may_weigh_the_terms_itself_and_is_scaled():
@@ -343,16 +307,3 @@ def test_losses_and_predictions_go_the_way_that_was_chosen(monkeypatch, kernels)
     language_model(TEXTS)
 
     assert ways == [kernels] * 3  # hard and soft targets, and what metrics are made of
-
-
-def test_a_step_without_labels_or_rows_contributes_zero_and_no_gradient():
-    student = bundle()
-    nothing = Batch({"numbers": INPUTS}, torch.full_like(LABELS, IGNORE), VALID & False)
-    counts = count_units([nothing])
-
-    found = student(nothing, {"a": taught(1)}, (Pass(teacher="a"),), counts)
-    found.total.backward()
-
-    assert found.total.item() == 0.0
-    assert not math.isnan(found.parts["soft_target_kl"].item())
-    assert not any(p.grad.any() for p in student.parameters() if p.grad is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -267,21 +266,6 @@ def read(objective: Any, batch: Batch, student: torch.Tensor, teacher: torch.Ten
         unit_weights(count_units([batch]), 1),
     )
     return objective([reading])[0]
-
-
-def test_hard_terms_average_over_labelled_rows_and_soft_terms_over_all():
-    batch = labelled(torch.tensor([1, IGNORE]), [[1], [1]])
-    log3 = math.log(3)
-    student, teacher = torch.tensor([[0.0, log3], [0.0, log3]]), torch.zeros(2, 2)
-
-    hard, soft = (
-        read(build_objective((term,), "classification", *[Shape(2, 4, 2)] * 2), batch, *said)
-        for term, said in ((CE, (student, teacher)), (KL, (student, teacher)))
-    )
-
-    assert hard.total.item() == pytest.approx(math.log(4 / 3))  # one row of one
-    assert soft.total.item() == pytest.approx(0.5 * math.log(4 / 3))  # the mean of two equal rows
-    assert soft.sums["soft_target_kl"].item() == pytest.approx(math.log(4 / 3))
 
 
 def test_agreement_counts_the_rows_on_which_both_choose_the_same_class():

@@ -160,6 +160,11 @@ def scene(request) -> Scene:
     return Scene(request.param)
 
 
+@pytest.fixture(scope="module")
+def texts() -> Scene:
+    return Scene("causal_lm")
+
+
 def assert_sum_of_parts(scene: Scene, batches: list[Batch]) -> None:
     routed = [with_parts(batch, NUMBERS) for batch in batches]
     plan = tuple(Pass(teacher=name) for name in NAMES)
@@ -173,19 +178,17 @@ def assert_sum_of_parts(scene: Scene, batches: list[Batch]) -> None:
     assert all(torch.isfinite(one.total) for one in losses)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(routes=ROUTES, seed=st.integers(0, 99))
 def test_a_step_is_the_sum_of_the_rows_of_each_teacher(scene, routes, seed):
     assert_sum_of_parts(scene, scene.batches(rows_of(routes, seed=seed, task=scene.task)))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(routes=ROUTES, seed=st.integers(0, 99), budget=st.sampled_from([LONGEST, 24, 48]))
-def test_packed_rows_of_several_teachers_are_the_sum_too(routes, seed, budget):
-    scene = Scene("causal_lm")
-
+def test_packed_rows_of_several_teachers_are_the_sum_too(texts, routes, seed, budget):
     rows = rows_of(routes, seed=seed, task="causal_lm")
-    assert_sum_of_parts(scene, scene.batches(rows, budget))
+    assert_sum_of_parts(texts, texts.batches(rows, budget))
 
 
 def test_rows_of_one_teacher_give_the_step_of_this_teacher_alone(scene):
@@ -217,15 +220,14 @@ def test_a_teacher_reads_the_tokens_of_its_own_rows_alone(scene):
     assert parts.of("student") is parts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(routes=ROUTES, seed=st.integers(0, 99), budget=st.sampled_from([None, 96]))
-def test_a_part_is_the_micro_batch_of_its_rows_alone(routes, seed, budget):
+def test_a_part_is_the_micro_batch_of_its_rows_alone(texts, routes, seed, budget):
     """Also the documents, which the attention of packed rows on a GPU reads."""
-    scene = Scene("causal_lm")
     rows = rows_of(routes, seed=seed, task="causal_lm")
-    (batch,) = scene.batches(rows, budget)
+    (batch,) = texts.batches(rows, budget)
     own = [place for place, route in enumerate(routes) if route == routes[0]]
-    (wanted,) = scene.batches({n: [column[i] for i in own] for n, column in rows.items()}, budget)
+    (wanted,) = texts.batches({n: [column[i] for i in own] for n, column in rows.items()}, budget)
 
     part = with_parts(batch, NUMBERS).of(routes[0])
 

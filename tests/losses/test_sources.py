@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from source_scene import LENGTH, ROWS, Texts, head_of, objective_of, result, with_second
 from torch import Tensor
@@ -58,6 +58,7 @@ def assert_same(found: Any, wanted: Any, **tolerance: float) -> None:
 
 
 @every_term
+@settings(max_examples=20)
 @given(rollouts=masks)
 def test_the_sums_of_both_sources_are_the_sum_over_all_targets(term, rollouts):
     texts = Texts(rollouts)
@@ -79,6 +80,7 @@ def test_the_sums_of_both_sources_are_the_sum_over_all_targets(term, rollouts):
         torch.testing.assert_close(gradients[0][name] + gradients[1][name], gradient)
 
 
+@settings(max_examples=25)
 @given(rollouts=masks)
 def test_the_pair_of_distillm_2_is_its_fp64_formula_in_value_and_gradient(rollouts):
     texts = Texts(rollouts)

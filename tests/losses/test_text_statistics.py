@@ -73,15 +73,6 @@ def test_every_group_sums_its_positions_and_no_others() -> None:
     assert found[1].tolist() == [0, 0, 0, 0]
 
 
-def test_a_student_that_equals_its_teacher_has_no_divergence_and_the_same_entropy() -> None:
-    one = said(3, warp=LogitWarp(0.5, softcap=2.0))
-
-    found = sums_by_group(reading(one, one), GROUPS, 3)
-
-    assert found[:, 2].abs().max() < 1e-5
-    torch.testing.assert_close(found[:, 1], found[:, 3])
-
-
 def test_positions_that_do_not_count_may_hold_anything() -> None:
     student, teacher = said(0), said(1)
     wanted = sums_by_group(reading(student, teacher), GROUPS, 3)

@@ -76,7 +76,7 @@ def test_a_layer_without_heads_is_noted_as_zeros(model_type):
     assert of_two.keys.shape == (2, 12, 2 * heads.width)
 
 
-@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name != "electra"])
+@pytest.mark.parametrize("model_type", ["bert", "enct5", "llama", "gpt2", "gemma2", "gpt_oss"])
 def test_gradient_checkpointing_changes_neither_the_vectors_nor_their_gradients(tiny, model_type):
     names = CONFIG_MAPPING[model_type]().to_dict()
     folder = tiny.save(model_type, **{n: 0.0 for n in names if "drop" in n})

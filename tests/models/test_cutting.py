@@ -6,9 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_cuts import (
     FAMILIES,
     LABELS,
@@ -19,7 +17,6 @@ from tiny_cuts import (
     full_view,
     loaded,
     logits,
-    masked,
     order_of,
     saved,
     source_of,
@@ -190,25 +187,13 @@ def test_a_cut_model_can_be_elastic_in_its_turn(family):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-VIEWS = {family: full_view(build(family)) for family in ("bert", "llama")}
-
-
-@given(data=st.data())
-@settings(max_examples=8, deadline=None)
-@pytest.mark.parametrize("family", VIEWS)
-def test_any_view_computes_what_is_left(family, data):
-    full = VIEWS[family]
-    heads = tuple(data.draw(st.integers(0, count)) for count in full.heads)
-    neurons = tuple(data.draw(st.integers(0, count)) for count in full.neurons)
-    whole, view = build(family), View(heads, neurons)
-
-    smaller = cut(whole, task_of(family), view)
-
-    assert torch.allclose(logits(smaller), logits(masked(whole, view)), atol=1e-5)
-
-
-@pytest.mark.parametrize("view", ["uniform", "ragged", "empty", "full"])
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "enct5"])
+@pytest.mark.parametrize(
+    ("family", "view"),
+    [
+        *((family, "empty") for family in ("bert", "llama", "gpt2", "enct5")),
+        *(("llama", view) for view in ("uniform", "ragged", "full")),
+    ],
+)
 def test_a_folder_is_cut_from_file_to_file(tmp_path, family, view):
     model, source = stored(tmp_path, family)
     kept, order = view_of(model, view), order_of(model)
@@ -251,22 +236,6 @@ def test_tied_weights_stay_tied_and_others_two(tmp_path, family, kind, tied):
     assert torch.equal(outputs, model.get_output_embeddings().weight)
     written = load_file(folder / "model.safetensors")
     assert sum(tensor.shape == (VOCABULARY, 24) for tensor in written.values()) == 2 - tied
-
-
-def test_old_names_of_weights_are_read(tmp_path):
-    model, _ = stored(tmp_path, "bert")
-    file = tmp_path / "whole" / "model.safetensors"
-
-    def old(name):
-        name = name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
-        return name.replace("LayerNorm.bias", "LayerNorm.beta")
-
-    save_file({old(name): tensor for name, tensor in load_file(file).items()}, file)
-
-    folder = reshape(source_of(tmp_path / "whole", "classification"), tmp_path / "c", view=RAGGED)
-
-    expected = cut(model, "classification", RAGGED)
-    assert torch.equal(logits(loaded(folder, "classification")), logits(expected))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "enct5"])

@@ -73,14 +73,14 @@ def test_a_student_of_some_layers_learns_and_opens_in_transformers(tiny, tmp_pat
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
 
     losses = []
-    for _ in range(3):
+    for _ in range(2):
         found = bundle(batch, {"t": said}, [Pass(teacher="t")], count_units([batch]))
         optimizer.zero_grad()
         found.total.backward()
         optimizer.step()
         losses.append(found.total.item())
 
-    assert losses[2] < losses[0]
+    assert losses[1] < losses[0]
     assert all(weight.grad is not None for weight in student.parameters())
     write_model_folder(
         tmp_path / "final",

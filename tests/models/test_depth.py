@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_cuts import AUTO, DECODERS, build, logits, saved, source_of, task, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,7 +15,7 @@ from megakd.models.architectures import architecture_of
 from megakd.models.axes import weight_axes
 from megakd.models.cutting import CUT, cut_config, cut_state, reshape_folder
 from megakd.models.elastic import Elastic
-from megakd.models.layers import naming, renumbered, with_layers, without_layers
+from megakd.models.layers import renumbered, with_layers, without_layers
 from megakd.models.loading import load_model
 from megakd.pruning.builder import counts_in_view, weights_of
 
@@ -43,8 +43,11 @@ def cut_of(model: PreTrainedModel, view: View) -> PreTrainedModel:
     return made
 
 
-@pytest.mark.parametrize("family", CUTTABLE)
-@pytest.mark.parametrize("layers", [(3,), (1, 3), (1, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [*((family, (1, 3)) for family in CUTTABLE), ("llama", (3,)), ("gpt2", (1, 2))],
+    ids=str,
+)
 def test_a_view_without_layers_computes_what_the_model_without_the_layers_computes(
     tmp_path, family, layers
 ):
@@ -84,20 +87,6 @@ def test_a_cut_in_depth_and_width_computes_what_its_view_computes(family):
     assert cut.config.num_hidden_layers == 2
 
 
-@pytest.mark.parametrize("family", CUTTABLE)
-def test_the_layers_left_out_get_no_gradient(family):
-    model = build(family)
-    view = depth_view(model, (1, 3))
-
-    with Elastic(model).viewing(view):
-        model(input_ids=torch.arange(2, 14)[None]).logits.square().sum().backward()
-
-    kept = naming(model.config, view)
-    for name, weight in model.named_parameters():
-        is_zero = weight.grad is None or not weight.grad.any()
-        assert is_zero == (kept(name) is None), name
-
-
 def test_a_folder_cut_in_depth_opens_as_a_stock_model_with_equal_outputs(tmp_path):
     model = build("qwen3")
     view = depth_view(model, (1, 3), heads=1, neurons=12)
@@ -117,6 +106,7 @@ def test_a_folder_cut_in_depth_opens_as_a_stock_model_with_equal_outputs(tmp_pat
     assert torch.equal(logits(opened), logits(cut_of(model, view)))
 
 
+@settings(max_examples=12)
 @given(
     layers=st.sets(st.integers(1, 3), min_size=1).map(lambda found: tuple(sorted(found))),
     heads=st.integers(1, 3),

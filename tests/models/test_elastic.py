@@ -62,18 +62,17 @@ def assert_zero_outside(gradients: dict, model, view: View) -> None:
         assert outside.count_nonzero() == 0, name
 
 
-@pytest.mark.parametrize("view", [UNEVEN, WITHOUT, NOTHING], ids=["uneven", "without", "nothing"])
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "view", "changes"),
     [
-        *((family, {}) for family in FAMILIES),
-        *((family, {"attn_implementation": "eager"}) for family in ("bert", "llama", "gpt2")),
-        ("enct5", {"attn_implementation": "eager"}),
-        ("t5_encoder", {"feed_forward_proj": "gated-gelu"}),
+        *((family, view, {}) for family in FAMILIES for view in (UNEVEN, WITHOUT)),
+        *((f, NOTHING, {"attn_implementation": "eager"}) for f in ("bert", "llama", "enct5")),
+        ("gpt2", WITHOUT, {"attn_implementation": "eager"}),
+        ("t5_encoder", WITHOUT, {"feed_forward_proj": "gated-gelu"}),
     ],
     ids=str,
 )
-def test_a_view_is_the_masked_dense_model(family, changes, view):
+def test_a_view_is_the_masked_dense_model(family, view, changes):
     model = family_model(family, **changes)
     view = view_for(model, view)
     reference = masked(model, view)
@@ -94,7 +93,7 @@ ELASTIC = {family: copy.deepcopy(model) for family, model in DENSE.items()}
 VIEWING = {family: Elastic(model) for family, model in ELASTIC.items()}
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("family", DENSE)
 def test_any_view_is_the_masked_dense_model(family, data):
@@ -174,17 +173,6 @@ def test_views_nest_and_the_former_one_comes_back():
     assert torch.equal(logits_of(model), whole)
     assert not torch.allclose(uneven, without)
     assert not torch.allclose(uneven, whole)
-
-
-def test_evaluation_under_a_view_keeps_no_graph():
-    model = family_model("llama")
-    reference, elastic = masked(model, WITHOUT), Elastic(model)
-
-    with torch.no_grad(), elastic.viewing(WITHOUT):
-        logits = logits_of(model)
-
-    assert not logits.requires_grad
-    torch.testing.assert_close(logits, logits_of(reference))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])

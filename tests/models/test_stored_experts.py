@@ -61,17 +61,6 @@ def test_fewer_experts_than_the_config_says_are_an_error_with_both_numbers(tiny,
         tiny.load(folder, tiny.task("causal_lm"))
 
 
-def test_tensors_that_the_model_has_one_by_one_are_left_as_they_are(tmp_path):
-    file = tmp_path / "w.safetensors"
-    stored = {
-        f"{PATH}.0.down_proj.weight": StoredTensor(
-            file=file, key="w", shape=(2, 3), dtype=torch.float32, offset=0
-        )
-    }
-
-    assert with_joint_experts(stored, {f"{PATH}.0.down_proj.weight"}) == stored
-
-
 def test_experts_are_read_from_several_files(tmp_path):
     matrices, parts = torch.arange(12.0).reshape(2, 2, 3), []
     for number, matrix in enumerate(matrices):

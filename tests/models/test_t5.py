@@ -59,8 +59,7 @@ def fresh(tiny, model_type, **keys):
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("kind", "attention"), [("relu", "sdpa"), ("gated-gelu", "eager")])
 def test_hidden_states_are_those_of_transformers_own_encoder(tiny, model_type, kind, attention):
     model = fresh(tiny, model_type, feed_forward_proj=kind)
     reference = T5EncoderModel(original(kind=kind)).eval()
@@ -100,14 +99,6 @@ def test_t5_encoder_answers_from_the_mean_over_a_texts_tokens(tiny):
     for row, length in ((0, 12), (1, 7)):
         wanted = model.classifier(states[row, :length].mean(0))
         torch.testing.assert_close(logits[row], wanted)
-
-
-@pytest.mark.parametrize("model_type", CLASSES)
-def test_padding_changes_nothing(tiny, model_type):
-    model = fresh(tiny, model_type)
-    padded = model(tiny.input_ids, mask_of(tiny)).logits
-    alone = model(tiny.input_ids[1:, :7]).logits
-    torch.testing.assert_close(padded[1:], alone)
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
@@ -153,8 +144,9 @@ def read(tiny, folder, **keys):
     return tiny.load(source, tiny.task(), label_names=NAMES, need_head=False)
 
 
-@pytest.mark.parametrize("wanted", [None, "enct5", "t5_encoder"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("wanted", "kind"), [(None, "relu"), ("enct5", "gated-gelu"), ("t5_encoder", "gated-gelu")]
+)
 def test_a_published_t5_is_read_as_the_model_that_is_asked_for(tiny, wanted, kind, caplog):
     folder = published(tiny, kind=kind, num_decoder_layers=3)
 
@@ -212,13 +204,6 @@ def test_a_key_that_is_for_t5_is_refused_for_another_family(tiny):
         tiny.resolve(tiny.save("bert"), tiny.task(), architecture="enct5")
 
 
-def test_t5_is_no_language_model_here(tiny):
-    with pytest.raises(
-        ModelError, match=r"'enct5' supports classification, regression and not task"
-    ):
-        tiny.resolve(published(tiny), tiny.task("causal_lm"))
-
-
 # Cut models.
 
 
@@ -268,21 +253,6 @@ def test_every_weight_of_a_model_without_heads_and_neurons_gets_a_gradient(tiny,
     cut = CLASSES[model_type]._from_config(cut_config(model.config, View(heads, neurons))).train()
     cut(tiny.input_ids).logits.sum().backward()
     assert [name for name, p in cut.named_parameters() if p.grad is None] == []
-
-
-def test_heads_keep_their_columns_of_the_bias_wherever_they_stand(tiny):
-    straight = fresh(tiny, "t5_encoder")
-    columns = [[3, 1], [0, 2]]
-    keys = {"head_counts": [2, 2], "head_columns": columns}
-    moved = fresh(tiny, "t5_encoder", **keys)
-    seen = []
-    for layer in (0, 1):
-        attention = moved.encoder.block[layer].layer[0].SelfAttention
-        bias = straight.encoder.block[0].layer[0].SelfAttention.compute_bias(5, 5)
-        seen.append(torch.equal(attention._own_bias(bias, 1), bias[:, columns[layer][:1]]))
-        assert torch.equal(attention._own_bias(bias, 2), bias[:, columns[layer]])
-
-    assert seen == [True, True]
 
 
 @pytest.mark.parametrize("key", ["head_counts", "neuron_counts", "head_columns"])

@@ -1,5 +1,6 @@
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,25 +104,31 @@ def test_a_git_lfs_pointer_is_recognised(tmp_path):
     assert "is a Git LFS pointer, not weights: run git lfs pull" in refusal(tmp_path)
 
 
-def test_a_missing_shard_is_named(shards):
-    (shards / "model-2.safetensors").unlink()
-    assert "1 of them do not exist (model-2.safetensors)" in refusal(shards)
-
-
-def test_a_damaged_shard_is_named(shards):
-    file = shards / "model-2.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    assert f"{file} is cut short or damaged" in refusal(shards)
-
-
-def test_a_shard_without_what_the_index_promises_is_refused(shards):
-    save_file({"c": torch.ones(1)}, shards / "model-2.safetensors")
-    assert "lists 2 tensors and 1 of them are not in the files it names (b)" in refusal(shards)
-
-
-def test_an_index_that_cannot_be_read_is_named(shards):
-    (shards / "model.safetensors.index.json").write_text("[]")
-    assert "model.safetensors.index.json is not a weight index" in refusal(shards)
+@pytest.mark.parametrize(
+    ("name", "damage", "expected"),
+    [
+        ("model-2.safetensors", Path.unlink, "1 of them do not exist (model-2.safetensors)"),
+        (
+            "model-2.safetensors",
+            lambda file: file.write_bytes(file.read_bytes()[:-1]),
+            "model-2.safetensors is cut short or damaged",
+        ),
+        (
+            "model-2.safetensors",
+            lambda file: save_file({"c": torch.ones(1)}, file),
+            "lists 2 tensors and 1 of them are not in the files it names (b)",
+        ),
+        (
+            "model.safetensors.index.json",
+            lambda file: file.write_text("[]"),
+            "model.safetensors.index.json is not a weight index",
+        ),
+    ],
+    ids=["missing", "damaged", "of another model", "index"],
+)
+def test_shards_that_do_not_fit_their_index_are_refused(shards, name, damage, expected):
+    damage(shards / name)
+    assert expected in refusal(shards)
 
 
 def test_a_folder_that_does_not_exist_and_one_without_weights_are_told_apart(tmp_path):
