@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from speed import causal_bare
+from speed import causal_step
 
 Inputs = Callable[[Tensor], dict[str, Tensor]]
 
@@ -45,7 +45,7 @@ class Trl:
     def step(self, index: int) -> None:
         trainer, ids = self._trainer, self._ids[index]
         trainer.training_step(trainer.model, self._inputs_of(ids), targets_of(ids))
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), causal_bare.MAX_GRAD_NORM)
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), causal_step.MAX_GRAD_NORM)
         trainer.optimizer.step()
         trainer.model.zero_grad()
 
@@ -57,12 +57,9 @@ class Trl:
             trainer.compute_loss(trainer.model, inputs, num_items_in_batch=targets_of(ids))
         )
 
-    def bare(self, loss: causal_bare.Loss) -> causal_bare.Bare:
-        """Return a bare loop that starts from the same weights and sees the same batches."""
+    def bare(self, loss: causal_step.Loss) -> causal_step.Bare:
         models = (self._trainer.model, self._trainer.teacher_model)
-        return causal_bare.Bare(
-            causal_bare.Models(*map(causal_bare.plain_copy, models)), self._ids, loss
-        )
+        return causal_step.bare_copy(models, self._ids, loss)
 
 
 def targets_of(ids: Tensor) -> Tensor:
@@ -92,25 +89,25 @@ def _module(name: str) -> ModuleType | None:
 
 @contextmanager
 def opened(
-    name: str, case: Path, sizes: causal_bare.Sizes, divergence: str, count: int
+    name: str, case: Path, sizes: causal_step.Sizes, divergence: str, count: int
 ) -> Iterator[Trl]:
     """Build a trainer of this name with random models, for so many batches."""
-    ids = causal_bare.random_ids(sizes, count)
+    ids = causal_step.random_ids(sizes, count)
     with tempfile.TemporaryDirectory(prefix="megakd-trl-") as folder:
         options = _options(folder, sizes, divergence)
-        tokenizer = AutoTokenizer.from_pretrained(case / causal_bare.TOKENIZER)
+        tokenizer = AutoTokenizer.from_pretrained(case / causal_step.TOKENIZER)
         if name == "GKDTrainer":
             yield Trl(_gkd(options, sizes, tokenizer), ids, _gkd_inputs)
         else:
             yield Trl(_distillation(options, sizes, tokenizer), ids, _distillation_inputs)
 
 
-def _options(folder: str, sizes: causal_bare.Sizes, divergence: str) -> dict[str, Any]:
+def _options(folder: str, sizes: causal_step.Sizes, divergence: str) -> dict[str, Any]:
     """Return the options of both trainers: fp32, the bare loop's AdamW, no log."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": sizes.rows,
-        "learning_rate": causal_bare.LEARNING_RATE,
+        "learning_rate": causal_step.LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
         "bf16": False,
@@ -122,9 +119,9 @@ def _options(folder: str, sizes: causal_bare.Sizes, divergence: str) -> dict[str
     }
 
 
-def _gkd(options: dict[str, Any], sizes: causal_bare.Sizes, tokenizer: Any) -> Any:
+def _gkd(options: dict[str, Any], sizes: causal_step.Sizes, tokenizer: Any) -> Any:
     module: Any = _module("GKDTrainer")
-    student, teacher = causal_bare.random_models(sizes)
+    student, teacher = causal_step.random_models(sizes)
     return module.GKDTrainer(
         model=student,
         teacher_model=teacher,
@@ -138,9 +135,9 @@ def _gkd_inputs(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def _distillation(options: dict[str, Any], sizes: causal_bare.Sizes, tokenizer: Any) -> Any:
+def _distillation(options: dict[str, Any], sizes: causal_step.Sizes, tokenizer: Any) -> Any:
     module: Any = _module("DistillationTrainer")
-    student, teacher = causal_bare.random_models(sizes)
+    student, teacher = causal_step.random_models(sizes)
     trainer = module.DistillationTrainer(
         model=student,
         teacher_model=teacher,
