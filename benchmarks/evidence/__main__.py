@@ -4,8 +4,7 @@
 CPU, two cells side by side. Teachers and the caches of their answers are made once per setting and
 seed; every cell has a folder below `--out` and is gone on with where it was. Results are stored in
 notebook/evidence/ as they come, and a stored cell is not run again; `--page` draws
-notebook/evidence.md from them and runs nothing. `--collect` stores the finished runs of the
-benchmarks that train their arms themselves, such as `shrink.py`, and draws the page. `--quick`
+notebook/evidence.md from them and runs nothing. `--quick`
 compares knowledge selection and MiniDisc with plain distillation and labels alone in one setting,
 with two seeds and at equal steps, in less than 20 minutes. Its results and page lie below `--out`;
 the whole run trains none of its cells again.
@@ -33,9 +32,7 @@ from evidence.cells import (
     with_cells,
     write_stored,
 )
-from evidence.collect import collect
 from evidence.comparisons import COMPARISONS, group_of, named
-from evidence.others import COLLECTED
 from evidence.page import draw
 from evidence.run import Bench, cached, digest, known_and_left, run_cell, taught
 from evidence.settings import SETTINGS, Setting
@@ -59,9 +56,7 @@ TEACHER_SPACE, CELL_SPACE = 0.1 * GIGABYTE, 1.0 * GIGABYTE
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
-    if given.collect:
-        collect(given.stored, given.data, given.collect)
-    elif not given.page:
+    if not given.page:
         run(given)
     draw(given.stored, given.stored.parent / "evidence.md")
     return 0
@@ -309,9 +304,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--groups", type=words_of(known), help=words)
     parser.add_argument("--jobs", type=positive, default=2, help="cells side by side")
     parser.add_argument("--quick", action="store_true", help="a subset of less than 20 minutes")
-    collected = {"nargs": "?", "const": list(COLLECTED), "type": words_of(COLLECTED)}
-    words = "store the finished runs of other benchmarks and run nothing; default: all of them"
-    parser.add_argument("--collect", **collected, help=words)
     parser.add_argument("--page", action="store_true", help="draw the page and run nothing")
     given = parser.parse_args(arguments)
     given.only = given.only or list(QUICK_ONLY if given.quick else COMPARISONS)

@@ -39,9 +39,10 @@ from evidence.comparisons import (
 )
 from evidence.settings import SETTINGS, Config, Setting
 from lib import launching
-from lib.tables import SAME_COST
 from megakd.storage.atomic import write_text
 
+SAME_COST = 0.1
+"""Two costs that differ by a smaller share count as equal."""
 TEACHER_EVALUATIONS, STUDENT_EVALUATIONS = 6, 1
 SCALED = ("student", "direct", "trial-", "leg-")
 """Names, or beginnings, of stages whose steps follow train.max_steps."""
