@@ -21,11 +21,10 @@ def test_without_a_name_all_benchmarks_are_listed_and_each_can_be_imported(run):
         assert callable(importlib.import_module(module).main)
 
 
-@pytest.mark.parametrize("name", ["speed.overhed", "speed", "../launch/train"])
-def test_an_unknown_name_is_refused_with_the_known_ones(run, name):
-    ended = run(name)
+def test_an_unknown_name_is_refused_with_the_known_ones(run):
+    ended = run("speed.overhed")
     assert ended.returncode == 2
-    assert f"there is no benchmark {name}; known:\nevidence" in ended.stderr
+    assert "there is no benchmark speed.overhed; known:\nevidence" in ended.stderr
 
 
 def test_what_keeps_a_benchmark_from_running_is_one_line(run, tmp_path):

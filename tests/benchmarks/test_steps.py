@@ -15,7 +15,6 @@ from speed.causal_step import check_agree
 
 SMALL = "--vocabulary 300 --rows 2 --length 8 --pairs 3 --warm-up 1"
 TINY = f"{SMALL} --teacher 2x32 --student 2x32"
-SLOW = pytest.mark.slow
 COMMANDS = [
     (f"speed.overhead {TINY} --alone 3", "step against a bare loop, 1 rank(s), 3 pairs"),
     (f"speed.paired_steps sandwich --deepspeed zero3 {TINY} --grid 0.5,0.7",
@@ -28,11 +27,8 @@ COMMANDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("command", "shown"),
-    [pytest.param(*one, marks=[SLOW] if number else []) for number, one in enumerate(COMMANDS)],
-    ids=[command.split()[0] for command, _ in COMMANDS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "shown"), COMMANDS, ids=[c.split()[0] for c, _ in COMMANDS])
 def test_both_sides_are_measured_and_printed(built_operator, run, command, shown):
     ended = run(*command.split())
     assert ended.returncode == 0, ended.stderr
