@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from lib.clocks import Clocks, over_ranks
-from lib.stages import ratio_over_ranks
 from speed import causal_step
 from speed.causal_step import check_agree
 
@@ -17,10 +16,6 @@ SMALL = "--vocabulary 300 --rows 2 --length 8 --pairs 3 --warm-up 1"
 TINY = f"{SMALL} --teacher 2x32 --student 2x32"
 COMMANDS = [
     (f"speed.overhead {TINY} --alone 3", "step against a bare loop, 1 rank(s), 3 pairs"),
-    (f"speed.paired_steps sandwich --deepspeed zero3 {TINY} --grid 0.5,0.7",
-     "a step of all candidates of MiniDisc against a plain step, 2 rank(s), teacher 2x32"),
-    (f"speed.paired_steps pool {TINY} --ranks 1", "a teacher adds"),
-    (f"speed.paired_steps kinds {TINY} --ranks 1", "against one with all four kinds"),
     ("speed.causal_step --quick --pairs 2", "jsd, megakd, a step against a bare loop, 2 pairs"),
     ("speed.latency --shape 2x48 --grid 0.5 --batches 1 --lengths 8 --ratios 2",
      "forward of 2x48 at sparsity 0.5, batch 1, 8 tokens"),
@@ -69,10 +64,3 @@ def test_sides_that_compute_different_things_are_refused():
 def test_cpu_time_is_that_of_all_ranks_and_wall_clock_that_of_the_slowest():
     by_rank = [[[(1.0, 4.0), (2.0, 2.0)]], [[(3.0, 5.0), (2.5, 1.0)]]]
     assert over_ranks(by_rank) == [[Clocks(4.0, 5.0), Clocks(4.5, 2.0)]]
-
-
-def test_a_ratio_is_of_the_sums_over_ranks_and_the_fastest_steps_need_not_be_one_pair():
-    # Per step: rank 0 takes 3 against 2 seconds, rank 1 takes 1 against 2.
-    assert ratio_over_ranks([[[3.0, 2.0]] * 3, [[1.0, 2.0]] * 3]).median == 1.0
-    ratio = ratio_over_ranks([[[4.0, 3.0], [5.0, 2.0]], [[2.0, 1.0], [9.0, 9.0]]])
-    assert ratio.least == pytest.approx((4 + 2) / (2 + 1))
