@@ -16,8 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -27,10 +26,43 @@ from transformers import AutoTokenizer
 from speed import causal_step
 
 Inputs = Callable[[Tensor], dict[str, Tensor]]
-
-
 BETAS = {"forward_kl": 0.0, "jsd": 0.5}  # TRL's convention: 0 is forward KL, 1 is reverse KL
-MODULES = {"GKDTrainer": "trl.experimental.gkd", "DistillationTrainer": "trl"}
+
+
+def _gkd_inputs(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def _distillation_inputs(ids: Tensor) -> dict[str, Tensor]:
+    """Return each row's first token as its prompt, so that all other tokens are targets."""
+    ones = torch.ones_like(ids)
+    return {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ones[:, :1],
+        "completion_ids": ids[:, 1:],
+        "completion_mask": ones[:, 1:],
+        "num_items_in_batch": targets_of(ids),
+    }
+
+
+class Kind(NamedTuple):
+    """A trainer: its module, its config, options of its own, a row of data, and its inputs."""
+
+    module: str
+    config: str
+    options: dict[str, Any]
+    row: dict[str, list[Any]]
+    inputs: Inputs
+
+
+KINDS = {
+    "GKDTrainer": Kind(
+        "trl.experimental.gkd", "GKDConfig", {"lmbda": 0.0}, {"messages": [[]]}, _gkd_inputs
+    ),
+    "DistillationTrainer": Kind(
+        "trl", "DistillationConfig", {}, {"prompt": ["a"]}, _distillation_inputs
+    ),
+}
 
 
 class Trl:
@@ -52,10 +84,9 @@ class Trl:
     @torch.no_grad()
     def loss(self, index: int) -> float:
         trainer, ids = self._trainer, self._ids[index]
+        count = targets_of(ids)
         inputs = self._inputs_of(ids)
-        return float(
-            trainer.compute_loss(trainer.model, inputs, num_items_in_batch=targets_of(ids))
-        )
+        return float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count))
 
     def bare(self, loss: causal_step.Loss) -> causal_step.Bare:
         models = (self._trainer.model, self._trainer.teacher_model)
@@ -72,17 +103,17 @@ def available() -> list[str]:
     if importlib.util.find_spec("trl") is None:
         print("trl is not installed: skipped", flush=True)
         return []
-    found = [name for name in MODULES if hasattr(_module(name), name)]
-    for name, module in MODULES.items():
+    found = [name for name, kind in KINDS.items() if hasattr(_module(kind.module), name)]
+    for name, kind in KINDS.items():
         if name not in found:
-            print(f"trl has no {module}.{name}: skipped", flush=True)
+            print(f"trl has no {kind.module}.{name}: skipped", flush=True)
     return found
 
 
-def _module(name: str) -> ModuleType | None:
+def _module(name: str) -> Any:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
-        return importlib.import_module(MODULES[name])
+        return importlib.import_module(name)
     except ModuleNotFoundError:
         return None
 
@@ -92,14 +123,24 @@ def opened(
     name: str, case: Path, sizes: causal_step.Sizes, divergence: str, count: int
 ) -> Iterator[Trl]:
     """Build a trainer of this name with random models, for so many batches."""
-    ids = causal_step.random_ids(sizes, count)
+    kind, (student, teacher) = KINDS[name], causal_step.random_models(sizes)
+    module = _module(kind.module)
     with tempfile.TemporaryDirectory(prefix="megakd-trl-") as folder:
-        options = _options(folder, sizes, divergence)
-        tokenizer = AutoTokenizer.from_pretrained(case / causal_step.TOKENIZER)
-        if name == "GKDTrainer":
-            yield Trl(_gkd(options, sizes, tokenizer), ids, _gkd_inputs)
-        else:
-            yield Trl(_distillation(options, sizes, tokenizer), ids, _distillation_inputs)
+        options = _options(folder, sizes, divergence) | kind.options
+        with warnings.catch_warnings():
+            # transformers 5.23 warns of an option that TRL sets itself.
+            warnings.simplefilter("ignore", FutureWarning)
+            config = getattr(module, kind.config)(**options)
+        trainer = getattr(module, name)(
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            train_dataset=Dataset.from_dict(kind.row),
+            processing_class=AutoTokenizer.from_pretrained(case / causal_step.TOKENIZER),
+        )
+        if name == "DistillationTrainer":
+            trainer._generate_and_score_completions = lambda given: given  # noqa: SLF001
+        yield Trl(trainer, causal_step.random_ids(sizes, count), kind.inputs)
 
 
 def _options(folder: str, sizes: causal_step.Sizes, divergence: str) -> dict[str, Any]:
@@ -117,52 +158,3 @@ def _options(folder: str, sizes: causal_step.Sizes, divergence: str) -> dict[str
         "beta": BETAS[divergence],
         "temperature": 1.0,
     }
-
-
-def _gkd(options: dict[str, Any], sizes: causal_step.Sizes, tokenizer: Any) -> Any:
-    module: Any = _module("GKDTrainer")
-    student, teacher = causal_step.random_models(sizes)
-    return module.GKDTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=_config(module.GKDConfig, {**options, "lmbda": 0.0}),
-        train_dataset=Dataset.from_dict({"messages": [[]]}),
-        processing_class=tokenizer,
-    )
-
-
-def _gkd_inputs(ids: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def _distillation(options: dict[str, Any], sizes: causal_step.Sizes, tokenizer: Any) -> Any:
-    module: Any = _module("DistillationTrainer")
-    student, teacher = causal_step.random_models(sizes)
-    trainer = module.DistillationTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=_config(module.DistillationConfig, options),
-        train_dataset=Dataset.from_dict({"prompt": ["a"]}),
-        processing_class=tokenizer,
-    )
-    trainer._generate_and_score_completions = lambda given: given  # noqa: SLF001
-    return trainer
-
-
-def _distillation_inputs(ids: Tensor) -> dict[str, Tensor]:
-    """Return each row's first token as its prompt, so that all other tokens are targets."""
-    ones = torch.ones_like(ids)
-    return {
-        "prompt_ids": ids[:, :1],
-        "prompt_mask": ones[:, :1],
-        "completion_ids": ids[:, 1:],
-        "completion_mask": ones[:, 1:],
-        "num_items_in_batch": targets_of(ids),
-    }
-
-
-def _config(kind: Any, options: dict[str, Any]) -> Any:
-    """Return the trainer's config; transformers 5.23 warns of an option that TRL sets itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return kind(**options)
