@@ -78,7 +78,7 @@ QUICK = Sizes((2, 32), (2, 64), vocabulary=300, rows=2, length=16, head=16)
 
 
 def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
-    """Write texts, a tokenizer and run.yaml: ZeRO 0, neither evaluations nor saves."""
+    """Write texts, a tokenizer and run.yaml."""
     words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL))]
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
@@ -91,8 +91,13 @@ def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
         # The end token makes a document as long as a row.
         drawn = (rng.choices(words, k=sizes.length - 1) for _ in range(batches * sizes.rows))
         write_jsonl(folder / f"data/{split}.jsonl", ({"text": " ".join(text)} for text in drawn))
+    write_config(folder / RUN, run_tree(folder, sizes, divergence))
+
+
+def run_tree(folder: Path, sizes: Sizes, divergence: str) -> dict[str, Any]:
+    """Return the run config: ZeRO 0 for both models, and neither evaluations nor saves."""
     teacher, student = ({"config": sizes.shape(size)} for size in (sizes.teacher, sizes.student))
-    tree = {
+    return {
         "output_dir": str(folder / "run"),
         "task": {
             "type": "causal_lm",
@@ -115,7 +120,6 @@ def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
         "save": {"save_steps": 10**6},
         "log": {"logging_steps": 10},
     }
-    write_config(folder / RUN, tree)
 
 
 class Models(NamedTuple):

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from lib.clocks import Clocks, over_ranks
+from lib.launching import write_config
+from megakd.config.file import load_config
+from memory import plan, planning_table
 from speed import causal_step
 from speed.causal_step import check_agree
 
@@ -37,19 +40,14 @@ def logits():
     return tuple(torch.randn(2, 3, 7, generator=drawn, dtype=torch.float64) for _ in range(2))
 
 
-def test_forward_kl_is_the_sum_over_positions_of_the_teachers_divergence_from_the_student(logits):
-    student, teacher = (F.softmax(each, dim=-1) for each in logits)
-    found = causal_step.forward_kl(*logits)
-    assert torch.allclose(found, (teacher * (teacher / student).log()).sum())
-
-
-def test_jsd_is_the_jensen_shannon_divergence(logits):
+def test_the_losses_of_the_bare_loop_are_those_of_their_definitions(logits):
     q, p = (F.softmax(each, dim=-1) for each in logits)
     m = (p + q) / 2
 
-    found = causal_step.jsd(*logits)
+    kl, jsd = causal_step.forward_kl(*logits), causal_step.jsd(*logits)
 
-    assert torch.allclose(found, ((p * (p / m).log()) + (q * (q / m).log())).sum() / 2)
+    assert torch.allclose(kl, (p * (p / q).log()).sum())
+    assert torch.allclose(jsd, ((p * (p / m).log()) + (q * (q / m).log())).sum() / 2)
 
 
 def test_sides_that_compute_different_things_are_refused():
@@ -64,3 +62,20 @@ def test_sides_that_compute_different_things_are_refused():
 def test_cpu_time_is_that_of_all_ranks_and_wall_clock_that_of_the_slowest():
     by_rank = [[[(1.0, 4.0), (2.0, 2.0)]], [[(3.0, 5.0), (2.5, 1.0)]]]
     assert over_ranks(by_rank) == [[Clocks(4.0, 5.0), Clocks(4.5, 2.0)]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [5, 6])
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured(run, number):
+    """In a process of its own: the plan counts the memory of the process that plans."""
+    ended = run("memory.plan", "--cases", str(number))
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+
+
+def test_every_case_of_a_plan_and_of_its_table_is_a_run_that_megakd_accepts(tmp_path):
+    for number in (0, 9, 10, 11):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert plan.config_of(plan.CASES[number], folder).train.max_steps == 3
+    for name in planning_table.RUNS:
+        load_config(write_config(tmp_path / f"{name}.yaml", planning_table.run_config(name)))
