@@ -4,11 +4,10 @@
 CPU, two cells side by side. Teachers and the caches of their answers are made once per setting and
 seed; every cell has a folder below `--out` and is gone on with where it was. Results are stored in
 notebook/evidence/ as they come, and a stored cell is not run again; `--page` draws
-notebook/evidence.md from them and runs nothing. `--collect` stores the finished runs of the
-benchmarks that train their arms themselves, such as `shrink.py`, and draws the page. `--quick`
-compares knowledge selection and MiniDisc with plain distillation and labels alone in one setting,
-with two seeds and at equal steps, in less than 20 minutes. Its results and page lie below `--out`;
-the whole run trains none of its cells again.
+notebook/evidence.md from them and runs nothing. `--quick` compares knowledge selection and MiniDisc
+with plain distillation and labels alone in one setting, with two seeds and at equal steps, in less
+than 20 minutes. Its results and page lie below `--out`; the whole run trains none of its cells
+again.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ from evidence.cells import (
     with_cells,
     write_stored,
 )
-from evidence.collect import collect
 from evidence.comparisons import COMPARISONS, group_of, named
-from evidence.others import COLLECTED
 from evidence.page import draw
 from evidence.run import Bench, cached, digest, known_and_left, run_cell, taught
 from evidence.settings import SETTINGS, Setting
@@ -52,16 +49,11 @@ QUICK_GROUPS = ("", "T 1", "0.97")
 """Of arms; those without a group, too."""
 Chosen = tuple[str, Setting, Sequence[int]]
 """A comparison, a setting and the seeds."""
-GIGABYTE = 10**9
-TEACHER_SPACE, CELL_SPACE = 0.1 * GIGABYTE, 1.0 * GIGABYTE
-"""Of a finished teacher with its answers, and of a running cell with its checkpoints."""
 
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
-    if given.collect:
-        collect(given.stored, given.data, given.collect)
-    elif not given.page:
+    if not given.page:
         run(given)
     draw(given.stored, given.stored.parent / "evidence.md")
     return 0
@@ -72,7 +64,6 @@ def run(given: argparse.Namespace) -> None:
     check(places, given)
     begun = [(_opened(given.stored, name, setting), seeds) for name, setting, seeds in places]
     need_data(given.data, [setting for _, setting, _ in places])
-    need_space(given.out, places, given.jobs)
     bench = Bench(
         data=given.data.resolve(),
         out=given.out.resolve(),
@@ -109,24 +100,6 @@ def need_data(data: Path, settings: Sequence[Setting]) -> None:
                 )
 
 
-def need_space(out: Path, places: Sequence[Chosen], jobs: int) -> None:
-    teachers = {
-        (setting.name, teacher, seed)
-        for name, setting, seeds in places
-        for teacher in COMPARISONS[name].teachers
-        for seed in seeds
-    }
-    needed = len(teachers) * TEACHER_SPACE + jobs * CELL_SPACE
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise UnusableError(
-            f"{out} has {free / GIGABYTE:.1f} GB free; {len(teachers)} teachers with their caches "
-            f"and {jobs} running cells need {needed / GIGABYTE:.1f} GB; name another folder with "
-            "--out, or choose fewer comparisons with --only"
-        )
-
-
 def encoder_in(out: Path) -> Path:
     """Return the folder of the pretrained encoder, which is copied next to the runs."""
     encoder = out / "encoder"
@@ -144,29 +117,25 @@ def chosen(given: argparse.Namespace) -> Iterator[tuple[str, Setting, Sequence[i
 
 
 def _opened(folder: Path, name: str, setting: Setting) -> Stored:
-    settings, found = digest(name, setting), COMPARISONS[name]
-    path = stored_path(folder, name, setting.name)
-    if path.is_file():
-        return read_stored(path, settings=settings)
-    return Stored(
-        comparison=name,
-        setting=setting.name,
-        settings=settings,
-        start=found.start,
-        metric="accuracy",
-        machine=machine(),
-        versions=versions(),
-    )
-
-
-def versions() -> dict[str, str]:
     import torch
     import transformers
 
     import megakd
 
-    found = {module.__name__: module.__version__ for module in (megakd, torch, transformers)}
-    return {"python": platform.python_version(), **found}
+    settings = digest(name, setting)
+    path = stored_path(folder, name, setting.name)
+    if path.is_file():
+        return read_stored(path, settings=settings)
+    libraries = {module.__name__: module.__version__ for module in (megakd, torch, transformers)}
+    return Stored(
+        comparison=name,
+        setting=setting.name,
+        settings=settings,
+        start=COMPARISONS[name].start,
+        metric="accuracy",
+        machine=machine(),
+        versions={"python": platform.python_version(), **libraries},
+    )
 
 
 def run_comparison(
@@ -176,24 +145,18 @@ def run_comparison(
 
     The steps at equal cost come from the measured costs of all seeds.
     """
-    chosen = _chosen_arms(given, stored)
-    gating = [arm for arm in chosen if named(arm) in _gating(stored)]
+    found, chosen = COMPARISONS[stored.comparison], _chosen_arms(given, stored)
+    gating = [arm for arm in chosen if named(arm) in (found.plain, found.labels)]
     stored = _run_seeds(given, bench, stored, seeds, gating, "steps")
     arms = _compared(stored, chosen) if len(seeds) > 1 else chosen
     for basis in BASES[:1] if given.quick else BASES:
         stored = _run_seeds(given, bench, stored, seeds, arms, basis)
 
 
-def _gating(stored: Stored) -> tuple[str, str]:
-    """Return the names of plain distillation and of labels alone, which decide a gate."""
-    found = COMPARISONS[stored.comparison]
-    return found.plain, found.labels
-
-
 def _chosen_arms(given: argparse.Namespace, stored: Stored) -> list[str]:
     """Return the arms of the groups that were asked for; arms without a group serve all groups."""
     found = COMPARISONS[stored.comparison]
-    first = (found.reference, *_gating(stored))
+    first = (found.reference, found.plain, found.labels)
     return [
         arm
         for arm in found.arms_in(stored.setting)
@@ -262,7 +225,8 @@ def _run_arms(
         stored = with_cells(stored, known)
         write_stored(given.stored, stored)
     # The longest runs come first, as with the teachers.
-    left.sort(key=lambda run: _known_cost(stored, run.name), reverse=True)
+    costs = {arm: [c.cpu_seconds for c in stored.of(arm).values()] for arm in arms}
+    left.sort(key=lambda run: max(costs[run.name], default=0.0), reverse=True)
     failures = list[BaseException]()
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = [pool.submit(run_cell, bench, comparison, cell) for cell in left]
@@ -279,10 +243,6 @@ def _run_arms(
     if failures:
         raise failures[0]
     return stored
-
-
-def _known_cost(stored: Stored, arm: str) -> float:
-    return max((cell.cpu_seconds for cell in stored.of(arm).values()), default=0.0)
 
 
 def line(cell: Cell) -> str:
@@ -309,9 +269,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--groups", type=words_of(known), help=words)
     parser.add_argument("--jobs", type=positive, default=2, help="cells side by side")
     parser.add_argument("--quick", action="store_true", help="a subset of less than 20 minutes")
-    collected = {"nargs": "?", "const": list(COLLECTED), "type": words_of(COLLECTED)}
-    words = "store the finished runs of other benchmarks and run nothing; default: all of them"
-    parser.add_argument("--collect", **collected, help=words)
     parser.add_argument("--page", action="store_true", help="draw the page and run nothing")
     given = parser.parse_args(arguments)
     given.only = given.only or list(QUICK_ONLY if given.quick else COMPARISONS)

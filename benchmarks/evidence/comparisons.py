@@ -6,7 +6,7 @@ such as a temperature, are compared with the reference arm of their group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ class Comparison:
     reference: str
     plain: str | None
     labels: str | None
-    arms: Mapping[str, object]
+    arms: Collection[str]
 
     def reference_of(self, arm: str, present: Iterable[str]) -> str:
         """Return the reference arm of an arm's group.

@@ -16,8 +16,9 @@ import subprocess
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -39,9 +40,10 @@ from evidence.comparisons import (
 )
 from evidence.settings import SETTINGS, Config, Setting
 from lib import launching
-from lib.tables import SAME_COST
 from megakd.storage.atomic import write_text
 
+SAME_COST = 0.1
+"""Two costs that differ by a smaller share count as equal."""
 TEACHER_EVALUATIONS, STUDENT_EVALUATIONS = 6, 1
 SCALED = ("student", "direct", "trial-", "leg-")
 """Names, or beginnings, of stages whose steps follow train.max_steps."""
@@ -88,16 +90,16 @@ def taught(bench: Bench, setting: Setting, name: str, seed: int) -> TeacherGate:
         "method": {"name": "finetune"},
         "train": setting.teacher.train(),
     }
-    stored = folder / "gate.json"
     config = run_config(bench, setting, seed, sections, evaluations=TEACHER_EVALUATIONS)
-    if not is_done(stored, config):
+
+    def make() -> dict[str, Any]:
         report = run_once(folder, config)
         scores = [100 * score for score in evaluations(folder, report["metric_name"])]
         final = score_teacher(folder, bench.folder(setting) / "data/test.csv", setting.max_length)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        gate = TeacherGate(teacher=name, seed=seed, scores=tuple(scores), final=final)
-        write_done(stored, config, dataclasses.asdict(gate))
-    tree = read_done(stored)
+        return {"teacher": name, "seed": seed, "scores": scores, "final": final}
+
+    tree = once(folder / "gate.json", config, make)
     return TeacherGate(**tree | {"scores": tuple(tree["scores"])})
 
 
@@ -112,9 +114,8 @@ def cached(bench: Bench, setting: Setting, names: tuple[str, ...], seed: int) ->
         "train": setting.student.train(),
     }
     config = run_config(bench, setting, seed, sections, evaluations=1)
-    if not is_done(folder / "caches.json", config):
-        start(folder, config, program="cache_teacher")
-        write_done(folder / "caches.json", config, {})
+    make = partial(start, folder, config, program="cache_teacher")
+    once(folder / "caches.json", config, make)
 
 
 def place_of(
@@ -133,15 +134,15 @@ def place_of(
 def run_cell(bench: Bench, comparison: Trained, cell: Planned) -> Cell:
     """Run a cell, unless that is done, and return its result."""
     folder, arm = cell.folder, comparison.arms[cell.name]
-    stored = folder / "cell.json"
     config = cell_config(bench, arm, cell)
-    if not is_done(stored, config):
-        report = run_once(folder, config)
-        result = _result(bench, arm, cell, report)
+
+    def make() -> dict[str, Any]:
+        result = _result(bench, arm, cell, run_once(folder, config))
         for name in REMOVED:
             shutil.rmtree(folder / name, ignore_errors=True)
-        write_done(stored, config, dataclasses.asdict(result))
-    return Cell(**read_done(stored))
+        return dataclasses.asdict(result)
+
+    return Cell(**once(folder / "cell.json", config, make))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,23 +244,19 @@ def evaluations(folder: Path, metric: str) -> list[float]:
     return [r[f"eval/{metric}"] for r in launching.records_of(folder) if f"eval/{metric}" in r]
 
 
-def is_done(path: Path, config: Config) -> bool:
-    """Return whether a result of the same config is stored."""
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["config"] == _plain(
-        config
-    )
-
-
-def write_done(path: Path, config: Config, result: Mapping[str, Any]) -> None:
+def once(path: Path, config: Config, make: Callable[[], object]) -> dict[str, Any]:
+    """Return the result of a config, which is made unless it is stored."""
+    if path.is_file():
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree["config"] == _plain(config):
+            return tree["result"]
+    result = make()
     write_text(path, json.dumps({"config": _plain(config), "result": result}, indent=1))
+    return _plain(result or {})
 
 
-def read_done(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))["result"]
-
-
-def _plain(config: Config) -> Config:
-    return json.loads(json.dumps(config))
+def _plain(tree: Any) -> Any:
+    return json.loads(json.dumps(tree))
 
 
 def known_and_left(
@@ -316,21 +313,17 @@ def planned(bench: Bench, stored: Stored, arm: str, seed: int, basis: Basis) -> 
             return None
         # With a share of 1, the cell at equal steps is the cell at equal cost (see `stored_run`).
         steps = max(2, round(share * steps))
+    finished = {one: stored.of(one).get(seed) for one in stored.arms()}
+    details = {one: cell.details for one, cell in finished.items() if cell is not None}
     name = f"{arm}-{seed}-{basis}".replace(", ", "-").replace(" ", "_")
     return Planned(
         name=arm,
         seed=seed,
         basis=basis,
         steps=steps,
-        place=place_of(
-            bench, setting, seed, {a: stored.of(a)[seed].details for a in _with_seed(stored, seed)}
-        ),
+        place=place_of(bench, setting, seed, details),
         folder=bench.folder(setting) / stored.comparison / name,
     )
-
-
-def _with_seed(stored: Stored, seed: int) -> list[str]:
-    return [arm for arm in stored.arms() if seed in stored.of(arm)]
 
 
 def cost_share(stored: Stored, arm: str, reference: str) -> float | None:

@@ -140,64 +140,47 @@ def shuffled(rows: Iterable[Any]) -> list[Any]:
 
 
 SST2_ROWS = 12_000
-
-FEW = Setting(
-    name="clinc150-few",
-    title="CLINC150, 1500 labels, unlabelled text",
-    needs=("clinc150/data_full.json",),
-    splits=clinc150,
-    labels=1500,
-    max_length=32,
-    teacher=Learning(steps=640, rows=32, rate=5e-4),
-    label_rate=1e-3,
-    cut_label_rate=2e-3,
+_CLINC = (clinc150, ("clinc150/data_full.json",), 32)
+_BANK = (banking77, ("banking77/train.csv", "banking77/test.csv"), 48)
+_SST2 = (sst2, ("glue/SST-2/train.tsv", "glue/SST-2/dev.tsv"), 48)
+_TEXT = "unlabelled text"
+_TABLE = (
+    # data, labels, the teacher's steps and rate, rates of labels alone: whole and cut student
+    ("clinc150-few", f"CLINC150, 1500 labels, {_TEXT}", _CLINC, 1500, 640, 5e-4, 1e-3, 2e-3),
+    (
+        "banking77-few",
+        f"banking77, 1000 labels, {_TEXT}",
+        _BANK,
+        1000,
+        640,
+        5e-4,
+        1e-3,
+        1e-3,
+    ),
+    ("sst2-few", f"SST-2, 500 labels, {_TEXT}", _SST2, 500, 320, 1e-4, 3e-4, 3e-4),
+    ("clinc150", "CLINC150, all labels", _CLINC, None, 1600, 3e-4, 1e-3, 1e-3),
 )
-
 SETTINGS = {
-    setting.name: setting
-    for setting in (
-        FEW,
-        Setting(
-            name="banking77-few",
-            title="banking77, 1000 labels, unlabelled text",
-            needs=("banking77/train.csv", "banking77/test.csv"),
-            splits=banking77,
-            labels=1000,
-            max_length=48,
-            teacher=Learning(steps=640, rows=32, rate=5e-4),
-            label_rate=1e-3,
-            cut_label_rate=1e-3,
-        ),
-        Setting(
-            name="sst2-few",
-            title="SST-2, 500 labels, unlabelled text",
-            needs=("glue/SST-2/train.tsv", "glue/SST-2/dev.tsv"),
-            splits=sst2,
-            labels=500,
-            max_length=48,
-            teacher=Learning(steps=320, rows=32, rate=1e-4),
-            label_rate=3e-4,
-            cut_label_rate=3e-4,
-        ),
-        Setting(
-            name="clinc150",
-            title="CLINC150, all labels",
-            needs=("clinc150/data_full.json",),
-            splits=clinc150,
-            labels=None,
-            max_length=32,
-            teacher=Learning(steps=1600, rows=32, rate=3e-4),
-            label_rate=1e-3,
-            cut_label_rate=1e-3,
-        ),
-        replace(
-            FEW,
-            name="clinc150-few-10-epochs",
-            title=f"{FEW.title}, ten epochs",
-            # Ten times the 15,000 training rows.
-            student=replace(FEW.student, steps=4688),
-            label_rate=4e-4,
-            in_plan=False,
-        ),
+    name: Setting(
+        name=name,
+        title=title,
+        splits=splits,
+        needs=needs,
+        max_length=length,
+        labels=labels,
+        teacher=Learning(steps=steps, rows=32, rate=rate),
+        label_rate=label_rate,
+        cut_label_rate=cut_rate,
     )
+    for name, title, (splits, needs, length), labels, steps, rate, label_rate, cut_rate in _TABLE
 }
+FEW = SETTINGS["clinc150-few"]
+SETTINGS["clinc150-few-10-epochs"] = replace(
+    FEW,
+    name="clinc150-few-10-epochs",
+    title=f"{FEW.title}, ten epochs",
+    # Ten times the 15,000 training rows.
+    student=replace(FEW.student, steps=4688),
+    label_rate=4e-4,
+    in_plan=False,
+)

@@ -106,7 +106,11 @@ def differences(
         for basis in BASES
         if (values := paired(stored, arm, reference, basis=basis))
     ]
-    found = [dataclasses.replace(o, pairs_needed=_needed(stored, o)) for o in found]
+    smallest = unit_of(stored).smallest
+    found = [
+        dataclasses.replace(one, pairs_needed=pairs_needed(one.deviation, smallest))
+        for one in found
+    ]
     # Runs that serve both bases are one test, and count once.
     tests = {_run_of(stored, one.arm, one.basis): one.p for one in found}
     adjusted = dict[tuple[str, Basis], float]()
@@ -117,10 +121,6 @@ def differences(
         dataclasses.replace(one, adjusted=adjusted[_run_of(stored, one.arm, one.basis)])
         for one in found
     )
-
-
-def _needed(stored: Stored, one: Difference) -> int | None:
-    return pairs_needed(one.deviation, unit_of(stored).smallest)
 
 
 class Noise(NamedTuple):
@@ -184,11 +184,11 @@ def cochran_limit(arms: int, seeds: int) -> float:
 
 def _residuals(scores: Scores) -> tuple[dict[tuple[Hashable, int], float], int]:
     """Return what remains after the effects of arms and seeds, with its degrees of freedom."""
-    arms = list(dict.fromkeys(arm for arm, _ in sorted(scores, key=repr)))
-    seeds = sorted({seed for _, seed in scores})
-    effects = np.zeros((len(scores), len(arms) + len(seeds)))
-    for row, (arm, seed) in enumerate(scores):
-        effects[row, arms.index(arm)] = effects[row, len(arms) + seeds.index(seed)] = 1.0
+    labels = [dict.fromkeys(found) for found in zip(*sorted(scores, key=repr), strict=True)]
+    effects = np.array(
+        [[x == key[place] for place in range(len(key)) for x in labels[place]] for key in scores],
+        dtype=float,
+    ).reshape(len(scores), sum(map(len, labels)))
     values = np.array([*scores.values()])
     fitted, _, rank, _ = np.linalg.lstsq(effects, values)
     residuals = (values - effects @ fitted).tolist()
@@ -242,17 +242,10 @@ def _difference(
         deviation=deviation,
         low=mean - reach,
         high=mean + reach,
-        p=two_sided_p(mean, error, freedom=noise.freedom),
+        p=1.0 if error < SAME else 2 * float(student_t.sf(abs(mean) / error, noise.freedom)),
         adjusted=math.nan,
         pairs_needed=None,
     )
-
-
-def two_sided_p(mean: float, error: float, *, freedom: int) -> float:
-    """Return the p-value of Student's t-test of a mean with its standard error; NaN gives NaN."""
-    if error < SAME:
-        return 1.0
-    return 2 * float(student_t.sf(abs(mean) / error, freedom))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -16,9 +16,7 @@ from gpu_day.process import part_parser, say, skip
 if TYPE_CHECKING:
     import torch
 
-    from bench.accuracy import Truth
     from bench.cases import Case
-    from bench.problem import Problem
 
 
 LOSSES = (
@@ -73,6 +71,7 @@ def cases(names: Sequence[str], shape: Mapping[str, int]) -> Iterator[Case]:
 
 def compared(case: Case, device: torch.device) -> dict[str, Any]:
     """Return the errors of both implementations, and whether those of Triton are small enough."""
+    from bench import ours
     from bench.accuracy import Truth
     from bench.problem import make_problem
 
@@ -81,7 +80,8 @@ def compared(case: Case, device: torch.device) -> dict[str, Any]:
     row: dict[str, Any] = {"loss": case.name, "dtype": case.dtype, "holds": True}
     for name in ("triton", "reference"):
         try:
-            row |= errors_of(name, problem, truth)
+            errors = truth.errors(ours.load(problem.case, name))
+            row |= {f"{name} {key}": getattr(errors, key) for key in ("loss", "dx", "dw")}
         except Exception as error:  # noqa: BLE001 - the other losses must be compared too
             words = str(error).strip().splitlines() or [""]
             row |= {"failed": f"{name}: {type(error).__name__}: {words[0][:200]}", "holds": False}
@@ -89,19 +89,10 @@ def compared(case: Case, device: torch.device) -> dict[str, Any]:
     return row
 
 
-def errors_of(name: str, problem: Problem, truth: Truth) -> dict[str, float | None]:
-    from bench import ours
-
-    found = truth.errors(ours.load(problem.case, name))
-    return {f"{name} {key}": getattr(found, key) for key in ("loss", "dx", "dw")}
-
-
 def is_small(row: dict[str, Any], dtype: str) -> bool:
     """Return whether the errors of Triton are within the limits of the dtype; NaN is not."""
-    limits = {
-        "triton loss": LARGEST_ERROR["loss"][dtype],
-        "triton dx": LARGEST_ERROR["gradient"][dtype],
-        "triton dw": LARGEST_ERROR["gradient"][dtype],
-    }
-    found = {key: row.get(key) for key in limits}
-    return all(value is None or value <= limits[key] for key, value in found.items())
+    kinds = {"loss": "loss", "dx": "gradient", "dw": "gradient"}
+    return all(
+        (error := row.get(f"triton {key}")) is None or error <= LARGEST_ERROR[kind][dtype]
+        for key, kind in kinds.items()
+    )

@@ -22,8 +22,7 @@ NEVER = 10**6
 
 
 def causal_lm_tree(folder: Path, *, rehearse: bool) -> Tree:
-    length = 32 if rehearse else 512
-    teacher, student = ((2, 32), (1, 16)) if rehearse else ((8, 1024), (4, 512))
+    length, teacher, student = (32, (2, 32), (1, 16)) if rehearse else (512, (8, 1024), (4, 512))
     return {
         **_sections("causal_lm", folder, length=length, rehearse=rehearse),
         "teacher": {"model": llama(*teacher, length=length), "deepspeed": "teacher_zero3"},
@@ -35,23 +34,17 @@ def causal_lm_tree(folder: Path, *, rehearse: bool) -> Tree:
 
 
 def minidisc_tree(folder: Path, *, rehearse: bool) -> Tree:
-    sparsities = [0.3, 0.5] if rehearse else [0.5, 0.7, 0.9]
+    grid, layers, width = ([0.3, 0.5], 2, 32) if rehearse else ([0.5, 0.7, 0.9], 6, 384)
+    # The teacher has random weights; untrained, all of its units are equally important.
+    finetune = {"max_steps": 4 if rehearse else 60}
+    model = {"config": data.bert(layers, width, max(2, width // 32))}
+    method = {"name": "minidisc", "target_sparsity": grid[-1], "sparsities": grid}
     length = 16 if rehearse else 64
     return {
         **_sections("classification", folder, length=length, rehearse=rehearse),
-        "teacher": {
-            "model": bert(2, 32) if rehearse else bert(6, 384),
-            "deepspeed": "teacher_zero3",
-            # The teacher has random weights; untrained, all of its units are equally important.
-            "finetune": {"max_steps": 4 if rehearse else 60},
-        },
+        "teacher": {"model": model, "deepspeed": "teacher_zero3", "finetune": finetune},
         "student": {"model": "from_teacher", "deepspeed": "zero3"},
-        "method": {
-            "name": "minidisc",
-            "target_sparsity": sparsities[-1],
-            "sparsities": sparsities,
-            "iterations": 1,
-        },
+        "method": {**method, "iterations": 1},
         **_schedule(40, rehearse=rehearse),
     }
 
@@ -89,14 +82,13 @@ def _schedule(steps: int, *, rehearse: bool) -> Tree:
 
 def _sections(kind: str, folder: Path, *, length: int, rehearse: bool) -> Tree:
     """Return the folder of the run, and the section `task`."""
-    task: Tree = {"type": kind, "max_length": length}
-    if rehearse:
-        task |= {"dataset": str(write_texts(folder / "texts")), "text_columns": ["text"]}
-        task |= {} if kind == "causal_lm" else {"label_column": "label"}
-    else:
-        task |= {"dataset": "pydocs", "max_eval_examples": 256}
     pieces = "bpe" if kind == "causal_lm" else "wordpiece"
-    task["tokenizer"] = {"type": pieces, "vocab_size": 300 if rehearse else 8000}
+    tokenizer = {"type": pieces, "vocab_size": 300 if rehearse else 8000}
+    source: Tree = {"dataset": "pydocs", "max_eval_examples": 256}
+    if rehearse:
+        label = {} if kind == "causal_lm" else {"label_column": "label"}
+        source = {"dataset": str(write_texts(folder / "texts")), "text_columns": ["text"], **label}
+    task = {"type": kind, "max_length": length, "tokenizer": tokenizer, **source}
     return {"output_dir": str(folder / "run"), "task": task}
 
 
@@ -119,7 +111,3 @@ def llama(layers: int, width: int, *, length: int, **keys: int) -> Tree:
     sizes = {"max_position_embeddings": length, "num_key_value_heads": max(1, heads // 4)}
     keys |= {**sizes, "tie_word_embeddings": True}
     return {"config": data.llama(layers, width, heads, 4 * width, **keys)}
-
-
-def bert(layers: int, width: int) -> Tree:
-    return {"config": data.bert(layers, width, max(2, width // 32))}

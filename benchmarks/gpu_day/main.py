@@ -25,18 +25,25 @@ from lib.launching import UnusableError
 from lib.options import parser_of, words_of
 from megakd.storage.atomic import write_text
 
+NO_GPU = "torch finds no GPU on this machine; --rehearse runs all parts at small sizes on the CPU"
+
 
 def main(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
     given = parse(arguments, parts)
+    if not given.rehearse and not has_gpu():
+        print(f"gpu_day: error: {NO_GPU}", file=sys.stderr)
+        return 1
     try:
-        results = opened(given)
+        results = Results(given.out, rehearsal=given.rehearse)
     except UnusableError as error:
         print(f"gpu_day: error: {error}", file=sys.stderr)
         return 1
     # A part that hangs is aborted; its tens of gigabytes must not become a core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    results.set_machine(describe(rehearsal=given.rehearse))
-    results.forget(given.again)
+    results.machine = describe(rehearsal=given.rehearse)
+    for name in given.again:
+        results.parts.pop(name, None)
+    results.write()
     wanted = {*(given.parts or [part.name for part in parts]), *given.again}
     chosen = [part for part in parts if part.name in wanted]
     try:
@@ -46,16 +53,6 @@ def main(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
         write_text(given.out / "page.md", page)
     print(f"results: {given.out / 'results.json'}\npage: {given.out / 'page.md'}", flush=True)
     return int(any(results.parts[part.name].state not in DONE for part in chosen))
-
-
-def opened(given: argparse.Namespace) -> Results:
-    """Return the results so far; raise UnusableError if only a rehearsal can run here."""
-    if not given.rehearse and not has_gpu():
-        raise UnusableError(
-            "torch finds no GPU on this machine; --rehearse runs all parts at small sizes on the "
-            "CPU"
-        )
-    return Results(given.out, rehearsal=given.rehearse)
 
 
 def run_parts(chosen: Sequence[Part], results: Results, given: argparse.Namespace) -> None:
@@ -69,12 +66,13 @@ def run_parts(chosen: Sequence[Part], results: Results, given: argparse.Namespac
             reason = f"the limit of {part.limit_s:g} s does not fit into the last {left:.0f} s"
             print(f"{part.name}: not run, {reason}", flush=True)
             # An earlier try says more.
-            if part.name not in results.parts:
-                results.record(part.name, Outcome(state="not run", about=part.about, reason=reason))
+            outcome = Outcome(state="not run", about=part.about, reason=reason)
+            results.parts.setdefault(part.name, outcome)
+            results.write()
             continue
         print(f"{part.name}: at most {part.limit_s:g} s", flush=True)
-        outcome = run_part(part, given)
-        results.record(part.name, outcome)
+        results.parts[part.name] = outcome = run_part(part, given)
+        results.write()
         line = f"{part.name}: {outcome.state} after {outcome.seconds:.0f} s {outcome.reason}"
         print(line.rstrip(), flush=True)
 
@@ -94,7 +92,14 @@ def run_part(part: Part, given: argparse.Namespace) -> Outcome:
 
 
 def outcome_of(part: Part, ended: Ended, log: str) -> Outcome:
-    state, reason = _judged(part, ended, log)
+    state: State = FINISHED
+    reason = reason_to_skip(log)
+    if ended.code is None:
+        state, reason = "timed out", f"ended at its limit of {part.limit_s:g} s"
+    elif ended.code != 0:
+        state, reason = "failed", f"exit code {ended.code}"
+    elif reason:
+        state = "skipped"
     return Outcome(
         state=state,
         about=part.about,
@@ -103,15 +108,6 @@ def outcome_of(part: Part, ended: Ended, log: str) -> Outcome:
         numbers=numbers_of(log),
         tail="" if state in DONE else tail_of(log),
     )
-
-
-def _judged(part: Part, ended: Ended, log: str) -> tuple[State, str]:
-    if ended.code is None:
-        return "timed out", f"ended at its limit of {part.limit_s:g} s"
-    if ended.code != 0:
-        return "failed", f"exit code {ended.code}"
-    skipped = reason_to_skip(log)
-    return ("skipped", skipped) if skipped else (FINISHED, "")
 
 
 def parse(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> argparse.Namespace:

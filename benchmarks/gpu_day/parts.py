@@ -26,89 +26,41 @@ class Part(NamedTuple):
     command: Callable[[Setting], list[str]]
 
 
-def program(name: str, words: str = "", rehearsed: str | None = None) -> Callable[..., list[str]]:
-    """Return the command of a program with these words, or those of a rehearsal."""
+def program(words: str, rehearsed: str = "") -> Callable[..., list[str]]:
+    """Return the command of a program; `rehearsed`: its options in a rehearsal if they differ."""
+    name, *options = words.split()
 
     def command(setting: Setting) -> list[str]:
-        script = [sys.executable, "-u", str(BENCHMARKS), name, "--folder", str(setting.folder)]
+        script = [sys.executable, "-u", str(BENCHMARKS), f"gpu_day.{name}"]
+        script += ["--folder", str(setting.folder)]
         if not setting.rehearse:
-            return [*script, *words.split()]
-        return [*script, "--rehearse", *(words if rehearsed is None else rehearsed).split()]
+            return [*script, *options]
+        return [*script, "--rehearse", *(rehearsed.split() or options)]
 
     return command
 
 
-PARTS = (
-    Part("kernel-tests", "tests of the Triton kernels", 220, program("gpu_day.kernel_tests")),
-    Part(
-        "agreement", "Triton against the reference, V = 128256", 120, program("gpu_day.agreement")
-    ),
-    Part(
-        "causal-lm",
-        "causal_lm at ZeRO 3 / 3: evaluate, save, kill, resume",
-        300,
-        program("gpu_day.runs", "causal_lm"),
-    ),
-    Part(
-        "minidisc",
-        "MiniDisc at ZeRO 3 / 3: evaluate, save, kill, resume",
-        270,
-        program("gpu_day.runs", "minidisc"),
-    ),
-    Part("release", "memory before and after `destroy`", 90, program("gpu_day.release")),
-    Part(
-        "llama",
-        "Llama of 1B weights, bf16, packed 4 x 4096: three steps",
-        200,
-        program("gpu_day.llama"),
-    ),
-    Part(
-        "bench",
-        "`python -m bench`: row kernels, forward KL, products",
-        190,
-        program(
-            "gpu_day.bench",
-            "--cases rows,forward_kl,gemms,rows-jsd "
-            "--implementations megakd-triton,megakd-gemms,eager,compile,liger-jsd",
-            "--cases smoke --implementations megakd-chunked",
-        ),
-    ),
-    Part(
-        "more-losses",
-        "`python -m bench`: relation, stats, topk",
-        100,
-        program(
-            "gpu_day.bench",
-            "--cases relation,stats,topk --implementations megakd-triton,eager",
-            "--cases smoke-relation --implementations megakd-chunked",
-        ),
-    ),
-    Part(
-        "stages",
-        "pipelining depth of the row kernels",
-        130,
-        program(
-            "gpu_day.variants",
-            "--variable MEGAKD_ROW_STAGES --values 1,2,3,4 --cases rows,rows-jsd",
-            "--variable MEGAKD_ROW_STAGES --values 1,3 --cases rows",
-        ),
-    ),
-    Part(
-        "streams",
-        "one stream against two streams",
-        80,
-        program(
-            "gpu_day.variants", "--variable MEGAKD_ROW_STREAMS --values 1,2 --cases forward_kl"
-        ),
-    ),
-    Part(
-        "chunks",
-        "memory of a chunk against time",
-        80,
-        program(
-            "gpu_day.variants",
-            "--variable chunk_mb --values 512,1024,2048,4096 --cases forward_kl --rounds 1",
-            "--variable chunk_mb --values 512,2048 --cases forward_kl --rounds 1",
-        ),
-    ),
-)
+_BENCH = "bench --implementations megakd-triton"
+_ROW_STAGES, _CHUNK_MB = "--variable MEGAKD_ROW_STAGES", "--variable chunk_mb"
+PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
+    ("kernel-tests", "tests of the Triton kernels", 220, "kernel_tests"),
+    ("agreement", "Triton against the reference, V = 128256", 120, "agreement"),
+    ("causal-lm", "causal_lm at ZeRO 3 / 3: evaluate, save, kill, resume", 300, "runs causal_lm"),
+    ("minidisc", "MiniDisc at ZeRO 3 / 3: evaluate, save, kill, resume", 270, "runs minidisc"),
+    ("release", "memory before and after `destroy`", 90, "release"),
+    ("llama", "Llama of 1B weights, bf16, packed 4 x 4096: three steps", 200, "llama"),
+    ("bench", "`python -m bench`: row kernels, forward KL, products", 190,
+     f"{_BENCH},megakd-gemms,eager,compile,liger-jsd --cases rows,forward_kl,gemms,rows-jsd",
+     "--cases smoke --implementations megakd-chunked"),
+    ("more-losses", "`python -m bench`: relation, stats, topk", 100,
+     f"{_BENCH},eager --cases relation,stats,topk",
+     "--cases smoke-relation --implementations megakd-chunked"),
+    ("stages", "pipelining depth of the row kernels", 130,
+     f"variants {_ROW_STAGES} --values 1,2,3,4 --cases rows,rows-jsd",
+     f"{_ROW_STAGES} --values 1,3 --cases rows"),
+    ("streams", "one stream against two streams", 80,
+     "variants --variable MEGAKD_ROW_STREAMS --values 1,2 --cases forward_kl"),
+    ("chunks", "memory of a chunk against time", 80,
+     f"variants {_CHUNK_MB} --values 512,1024,2048,4096 --cases forward_kl --rounds 1",
+     f"{_CHUNK_MB} --values 512,2048 --cases forward_kl --rounds 1"),
+))  # fmt: skip

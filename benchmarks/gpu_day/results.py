@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -30,12 +30,7 @@ DONE = (FINISHED, "skipped")
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The result of a part.
-
-    about: what the part does.
-    reason: why the part has not finished; empty if the part has finished.
-    tail: the end of the output of a part that has not finished.
-    """
+    """The result of a part: why it has not finished, and the end of its output in this case."""
 
     state: State
     about: str
@@ -46,65 +41,40 @@ class Outcome:
 
 
 class Results:
-    """The outcomes of a folder, written to `results.json` after every change."""
+    """The machine and the outcomes of a folder; `results.json` is whole after every `write`."""
 
     def __init__(self, folder: Path, *, rehearsal: bool) -> None:
-        self._path = folder / "results.json"
-        self._tree: dict[str, Any] = {"rehearsal": rehearsal, "machine": {}, "parts": {}}
+        self._path, self._rehearsal = folder / "results.json", rehearsal
+        tree: dict[str, Any] = {"rehearsal": rehearsal, "machine": {}, "parts": {}}
         if self._path.is_file():
-            self._tree = json.loads(self._path.read_text(encoding="utf-8"))
-        if self._tree["rehearsal"] != rehearsal:
+            tree = json.loads(self._path.read_text(encoding="utf-8"))
+        if tree["rehearsal"] != rehearsal:
             kinds = ("a run on a GPU", "a rehearsal")
             raise UnusableError(
-                f"{self._path} holds the results of {kinds[self._tree['rehearsal']]}, and this is "
+                f"{self._path} holds the results of {kinds[tree['rehearsal']]}, and this is "
                 f"{kinds[rehearsal]}; choose another --out"
             )
-
-    @property
-    def machine(self) -> dict[str, Any]:
-        return self._tree["machine"]
-
-    @property
-    def parts(self) -> dict[str, Outcome]:
-        return {name: Outcome(**found) for name, found in self._tree["parts"].items()}
+        self.machine: dict[str, Any] = tree["machine"]
+        self.parts = {name: Outcome(**found) for name, found in tree["parts"].items()}
 
     def is_finished(self, name: str) -> bool:
         """Return whether a part needs no further run."""
-        return self._tree["parts"].get(name, {}).get("state") == FINISHED
+        return name in self.parts and self.parts[name].state == FINISHED
 
-    def set_machine(self, machine: Mapping[str, Any]) -> None:
-        """Write down the machine that the next parts run on."""
-        self._tree["machine"] = dict(machine)
-        self._write()
-
-    def record(self, name: str, outcome: Outcome) -> None:
-        """Write down what happened to a part."""
-        self._tree["parts"][name] = asdict(outcome)
-        self._write()
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Remove outcomes, so that their parts are run again."""
-        for name in names:
-            self._tree["parts"].pop(name, None)
-        self._write()
-
-    def _write(self) -> None:
-        write_json(self._path, self._tree)
+    def write(self) -> None:
+        parts = {name: asdict(outcome) for name, outcome in self.parts.items()}
+        tree = {"rehearsal": self._rehearsal, "machine": self.machine, "parts": parts}
+        write_json(self._path, tree)
 
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")
-# In the order in which nvidia-smi prints them.
 ASKED = {
-    "name": "GPU",
-    "driver_version": "driver",
-    "memory.total": "memory",
-    "clocks.sm": "SM clock now",
-    "clocks.mem": "memory clock now",
-    "clocks.max.sm": "SM clock at most",
-    "clocks.max.mem": "memory clock at most",
-    "power.limit": "power limit",
-    "temperature.gpu": "temperature (C)",
-}
+    "name": "GPU", "driver_version": "driver", "memory.total": "memory",
+    "clocks.sm": "SM clock now", "clocks.mem": "memory clock now",
+    "clocks.max.sm": "SM clock at most", "clocks.max.mem": "memory clock at most",
+    "power.limit": "power limit", "temperature.gpu": "temperature (C)",
+}  # fmt: skip
+"""In the order in which nvidia-smi prints them."""
 TIMEOUT_S = 20
 
 
@@ -156,36 +126,25 @@ def _output(command: Sequence[str]) -> str:
 def page_of(results: Results, abouts: Mapping[str, str], *, rehearsal: bool) -> str:
     parts = results.parts
     abouts = {**abouts, **{name: found.about for name, found in parts.items()}}
-    blocks = ["# First day on a GPU", *([NOTE] if rehearsal else [])]
-    blocks += ["## Machine", *_tables(results.machine), "## Parts", _overview(parts, abouts)]
-    for name in abouts:
-        if name in parts:
-            blocks += _part(name, parts[name])
-    return "\n\n".join(blocks) + "\n"
-
-
-def _overview(parts: Mapping[str, Outcome], abouts: Mapping[str, str]) -> str:
     absent = Outcome(state="not run", about="")
-    return markdown_table(
-        [
-            {
-                "part": name,
-                "state": (found := parts.get(name, absent)).state,
-                "seconds": round(found.seconds) if name in parts else None,
-                "what": about,
-                "reason": found.reason,
-            }
-            for name, about in abouts.items()
-        ]
-    )
-
-
-def _part(name: str, outcome: Outcome) -> list[str]:
-    """Return the heading, the numbers, and the end of the output of a part that has failed."""
-    blocks = [f"## {name}: {outcome.state}", outcome.about]
-    blocks += [outcome.reason] if outcome.reason else []
-    blocks += _tables(outcome.numbers)
-    return [*blocks, f"```text\n{outcome.tail}\n```"] if outcome.tail else blocks
+    overview = [
+        {
+            "part": name,
+            "state": (found := parts.get(name, absent)).state,
+            "seconds": round(found.seconds) if name in parts else None,
+            "what": about,
+            "reason": found.reason,
+        }
+        for name, about in abouts.items()
+    ]
+    blocks = ["# First day on a GPU", *([NOTE] if rehearsal else []), "## Machine"]
+    blocks += [*_tables(results.machine), "## Parts", markdown_table(overview)]
+    for name in (name for name in abouts if name in parts):
+        found = parts[name]
+        blocks += [f"## {name}: {found.state}", found.about, found.reason, *_tables(found.numbers)]
+        # The end of the output of a part that has failed.
+        blocks += [f"```text\n{found.tail}\n```"] if found.tail else []
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def _tables(numbers: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,16 +48,6 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
-
-
-WORDS = ("good", "bad", "fine", "poor", "plot", "cast", "music", "light", "slow", "warm", "long")
-
-
-def made_up_texts(count: int) -> Iterator[str]:
-    """Yield different texts of 6 to 31 words, the same at every call."""
-    drawn = random.Random(0)
-    for number in range(count):
-        yield f"{' '.join(drawn.choices(WORDS, k=drawn.randint(5, 30)))} {number}"
 
 
 def write_labelled(path: Path, rows: Iterable[Iterable[str]]) -> Path:

@@ -115,13 +115,6 @@ def bench_path() -> str:
     return os.pathsep.join(filter(None, paths))
 
 
-def code_of(checkout: Path) -> dict[str, str]:
-    """Return the variables of a process that uses a checkout in place of the installed megakd."""
-    # `kernels/` is the folder of megakd_kernels.
-    path = os.pathsep.join([str(checkout), str(checkout / "kernels")])
-    return {**os.environ, **quickstart().ENVIRONMENT, "PYTHONPATH": path}
-
-
 def start_ranks(
     words: Sequence[str],
     ranks: int,
@@ -226,3 +219,17 @@ def stage_of(report: Report, name: str) -> Report:
 def seconds_of(report: Report) -> dict[str, float]:
     """Return the seconds of training by stage, evaluations and saves included."""
     return {stage["name"]: stage["seconds"] for stage in report["stages"]}
+
+
+def points(report: Report | None) -> float | None:
+    """Return the main metric of a run's student, in points; None if it has not finished."""
+    return None if report is None else 100 * report["student"]["metrics"][report["metric_name"]]
+
+
+def metric_of(report: Report, model: str, metric: str, held_out: str = "") -> float:
+    """Return a metric of a model in an evaluation set, or on the split of the report."""
+    if held_out in report["evaluation_sets"]:
+        return report["evaluation_sets"][held_out]["metrics"][model][metric]
+    if model in report["baselines"]:
+        return report["baselines"][model][metric]
+    return report[model]["metrics"][metric]

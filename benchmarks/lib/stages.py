@@ -7,28 +7,23 @@ import json
 import random
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lib.clocks import by_turns, timed
 from lib.data import bert, sizes_of, write_labelled
 from lib.launching import start_benchmark, write_config
 from lib.options import parser_of
-from lib.tables import spread_of
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
-from megakd.engine.student import device_batch
 from megakd.inputs.inputs import prepare
 from megakd.run.main import started
 from megakd.run.run_lab import RunLab
-from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.progress import Reporter
 from megakd.training.stage_run import StageRun
 
@@ -127,51 +122,6 @@ def run_rank(given: argparse.Namespace, measure: Measure) -> None:
             (given.case / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
 
 
-class Bench:
-    """The lab of a run, whose stages a benchmark takes step by step."""
-
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self.config, self.prepared = config, prepare(config)
-        self.reporter = Reporter(config.output_dir, is_main=ranks.is_main)
-        self.lab = RunLab(config, self.prepared, ranks, self.reporter)
-
-    def stage(self, name: str, teachers: Sequence[str], strategy: Any, **changes: Any) -> Stage:
-        fields = {
-            "objective": self.config.objective or (),
-            "strategy": strategy,
-            "train": self.config.train,
-            "deepspeed": self.config.student.deepspeed,
-        }
-        return Stage(name=name, teachers=tuple(teachers), **fields | changes)
-
-    def teacher(self, name: str, stage: Stage) -> FrozenTeacher:
-        """Return the engine of a teacher, as `RunLab.train` opens it."""
-        return self.lab.pool.open(name, stage)
-
-    @contextmanager
-    def runs(
-        self, stages: Sequence[Stage], teachers: dict[str, Any], kind: type[StageRun] = StageRun
-    ) -> Iterator[list[Any]]:
-        """Build the students' engines, and free them and those of the teachers at the end."""
-        with ExitStack() as stack:
-            for teacher in teachers.values():
-                stack.callback(teacher.destroy)
-            runs = list[StageRun]()
-            for stage in stages:
-                # The assembly knows the teachers that are ready.
-                runs.append(
-                    kind(
-                        stage,
-                        self.lab.assembly,
-                        teachers=teachers,
-                        reporter=self.reporter,
-                        fingerprint={},
-                    )
-                )
-                stack.callback(runs[-1].close)
-            yield runs
-
-
 class WatchedCollate:
     """Counts the batches that are made, so that one can wait for the loader's thread."""
 
@@ -217,45 +167,23 @@ class MeasuredStage(StageRun):
 @contextmanager
 def measured_stage(config: RunConfig, ranks: Ranks) -> Iterator[tuple[MeasuredStage, Any]]:
     """Build the stage that `single` plans and its teacher, and free both at the end."""
-    bench = Bench(config, ranks)
-    name = bench.lab.teacher()
-    stage = bench.stage("student", [name], Constant((Pass(teacher=name),)))
-    teacher = bench.teacher(name, stage)
-    with bench.runs([stage], {name: teacher}, MeasuredStage) as (run,):
+    reporter = Reporter(config.output_dir, is_main=ranks.is_main)
+    lab = RunLab(config, prepare(config), ranks, reporter)
+    name = lab.teacher()
+    stage = Stage(
+        name="student",
+        teachers=(name,),
+        objective=config.objective or (),
+        strategy=Constant((Pass(teacher=name),)),
+        train=config.train,
+        deepspeed=config.student.deepspeed,
+    )
+    with ExitStack() as stack:
+        teacher = lab.pool.open(name, stage)
+        stack.callback(teacher.destroy)
+        # The assembly knows the teachers that are ready.
+        run = MeasuredStage(
+            stage, lab.assembly, teachers={name: teacher}, reporter=reporter, fingerprint={}
+        )
+        stack.callback(run.close)
         yield run, teacher
-
-
-def alternated(runs: Sequence[StageRun], given: argparse.Namespace) -> list[list[float]]:
-    """Return the CPU seconds of the steps of all runs on the same batches, without the warm-up."""
-    first, count = runs[0], given.warm_up + given.pairs
-    batches = [
-        [device_batch(batch, first.ranks.device) for batch in first.source.step(index)]
-        for index in range(count)
-    ]
-
-    def step(run: StageRun, index: int) -> float:
-        return timed(partial(run.trainer.train_step, batches[index])).cpu
-
-    return by_turns([partial(step, run) for run in runs], given.pairs, warm_up=given.warm_up)
-
-
-class Ratio(NamedTuple):
-    """A ratio of CPU times, as text: its median, its interval, and the seconds behind it.
-
-    least: of the fastest steps of every rank.
-    """
-
-    median: float
-    between: str
-    least: float
-    milliseconds: str
-
-
-def ratio_over_ranks(by_rank: Sequence[Sequence[Sequence[float]]]) -> Ratio:
-    """Return the ratio of the first step of all pairs over the second, of the sums over ranks."""
-    columns = list(zip(*by_rank, strict=True))
-    spread = spread_of([sum(a for a, _ in one) / sum(b for _, b in one) for one in columns])
-    least = [sum(min(pair[side] for pair in rank) for rank in by_rank) for side in (0, 1)]
-    ms = [1000 * spread_of([pair[side] for pair in by_rank[0]]).median for side in (0, 1)]
-    milliseconds = f"{ms[0]:.0f} against {ms[1]:.0f} ms of rank 0"
-    return Ratio(spread.median, spread.between(), least[0] / least[1], milliseconds)

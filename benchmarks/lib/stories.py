@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 SPECIAL = (UNKNOWN, BEGIN, END)
@@ -95,24 +94,6 @@ def stories_tokenizer(pieces: Sequence[Piece]) -> PreTrainedTokenizerFast:
 def write_tokenizer(source: Path, folder: Path) -> None:
     """Converts a llama2.c tokenizer file into a folder."""
     stories_tokenizer(read_pieces(source)).save_pretrained(folder)
-
-
-@torch.no_grad()
-def nats_per_token(model_folder: Path, tokenizer_folder: Path, texts: Sequence[str]) -> float:
-    """Mean cross-entropy of the model over all tokens after the first of each text.
-
-    Texts are cut to the model's context.
-    """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-    model = LlamaForCausalLM.from_pretrained(model_folder).eval()
-    total, targets = 0.0, 0
-    for text in texts:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        ids = ids[:, : model.config.max_position_embeddings]
-        count = ids.shape[1] - 1
-        total += float(model(input_ids=ids, labels=ids).loss) * count
-        targets += count
-    return total / targets
 
 
 def write_stories_tokenizer(data: Path, out: Path) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap
-from scipy.stats import t as student_t
 
-SAME_COST = 0.1
-"""Two costs that differ by a smaller share count as equal."""
 TITLES = ("what", "command", "machine", "numbers", "spread")
 
 
@@ -48,23 +44,6 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def mean_text(values: Sequence[float], decimals: int) -> str:
-    """Return the mean and the deviation, or a dash without values."""
-    if not values:
-        return "-"
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.{decimals}f} ±{deviation:.{decimals}f}"
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean with Student's 95 % interval, which is NaN around a single value."""
-    mean, deviation = mean_and_deviation(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    reach = float(student_t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
-    return mean, mean - reach, mean + reach
-
-
 def machine() -> str:
     """Return the number of cores and the processor's model."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -81,38 +60,67 @@ def print_rows(command: str, *rows: tuple[str, str, str]) -> None:
         print(f"| {what} | `{command}` | {machine()} | {numbers} | {spread} |", flush=True)
 
 
-def print_scores(
-    what: str,
-    command: str,
-    scores: Mapping[str, Sequence[float]],
-    *,
-    decimals: int = 4,
-    extra: Sequence[str] = (),
-) -> None:
-    """Print the row of scores over seeds, by name; `extra` are further parts of the numbers."""
-    pairs = {name: mean_and_deviation(values) for name, values in scores.items() if values}
-    means = [f"{name} {mean:.{decimals}f}" for name, (mean, _) in pairs.items()]
-    deviations = [f"{name} {sd:.{decimals}f}" for name, (_, sd) in pairs.items()]
-    print_rows(command, (what, "; ".join([*means, *extra]), "sd: " + "; ".join(deviations)))
+Columns = dict[str, dict[int, float]]
+"""Values of a model by title and seed."""
 
 
-def yes_or_no(is_met: object) -> str:
-    return "yes" if is_met else "no"
+def columns_of(
+    seeds: Iterable[int], numbers: Callable[[int], Mapping[str, float | None]]
+) -> Columns:
+    """Return the numbers of every seed by title, without those that do not exist."""
+    found: Columns = {}
+    for seed in seeds:
+        for title, value in numbers(seed).items():
+            if value is not None:
+                found.setdefault(title, {})[seed] = value
+    return found
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+def less(ours: Columns, theirs: Columns) -> Columns:
+    """Return differences, seed by seed."""
+    return {
+        title: {s: v - theirs[title][s] for s, v in column.items() if s in theirs[title]}
+        for title, column in ours.items()
+        if title in theirs
+    }
+
+
+def print_models(what: str, command: str, models: Mapping[str, Columns], *, reference: str) -> None:
+    """Print all columns of models, and a row of each with the differences from a reference."""
+    lines = {
+        name: {title: _number(list(column.values())) for title, column in columns.items() if column}
+        for name, columns in models.items()
+    }
+    print(table_of("model", lines))
+    gains = {name: less(columns, models[reference]) for name, columns in models.items()}
+    rows = []
+    for name, line in lines.items():
+        differences = ", ".join(
+            f"{title} " + " ".join(f"{value:+.3g}" for value in column.values())
+            for title, column in gains[name].items()
+            if column and name != reference
+        )
+        numbers = ", ".join(f"{title} {text}" for title, text in line.items())
+        rows.append((f"{what}, {name}", numbers, f"less {reference}: {differences or '-'}"))
+    print_rows(command, *rows)
+
+
+def _number(values: Sequence[float]) -> str:
+    mean, deviation = mean_and_deviation(values)
+    text = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.4g}"
+    return f"{text} ±{deviation:.2g}" if deviation else text
 
 
 def table_of(corner: str, lines: Mapping[str, Mapping[str, str]]) -> str:
     """Return an aligned table with a column for every key; a missing value is a dash."""
     titles = list(dict.fromkeys(title for line in lines.values() for title in line))
     cells = [[name, *(line.get(title, "-") for title in titles)] for name, line in lines.items()]
-    return aligned([[corner, *titles], *cells])
+    rows = [[corner, *titles], *cells]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -60,20 +60,12 @@ CASES = {
     "llama-sgd": Case("causal_lm", decoder(22, 2048, 5632, (32, 4)), "sgd"),
     "enct5-sgd": Case(
         "classification",
-        EncT5Config(
-            vocab_size=IDS,
-            d_model=2048,
-            d_kv=64,
-            d_ff=5120,
-            num_layers=21,
-            num_decoder_layers=1,
-            num_heads=32,
-            feed_forward_proj="gated-gelu",
-        ),
+        EncT5Config(vocab_size=IDS, d_model=2048, d_kv=64, d_ff=5120, num_layers=21,
+                    num_decoder_layers=1, num_heads=32, feed_forward_proj="gated-gelu"),
         "sgd",
     ),
     "llama-adamw": Case("causal_lm", decoder(30, 1024, 2816, (16, 4)), "adamw"),
-}
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -151,25 +143,15 @@ def run_tree(case: Case, folder: Path) -> dict[str, Any]:
     teacher = str(folder / "teacher")
     labels = {} if case.task == "causal_lm" else {"label_column": "label"}
     task = {"type": case.task, "dataset": str(folder / "data"), "max_length": LENGTH}
+    method = {"name": "minidisc", "target_sparsity": GRID[-1], "sparsities": GRID}
+    train = {"per_device_train_batch_size": ROWS, "max_steps": 1, "learning_rate": 1e-5}
     return {
         "output_dir": str(folder / "run"),
         "task": {**task, "text_columns": ["text"], **labels},
         "teacher": {"model": teacher, "deepspeed": "teacher_zero3", "dtype": "bf16"},
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
-        "method": {
-            "name": "minidisc",
-            "target_sparsity": GRID[-1],
-            "sparsities": GRID,
-            "iterations": 1,
-            "metric": "accuracy",
-        },
-        "train": {
-            "per_device_train_batch_size": ROWS,
-            "max_steps": 1,
-            "learning_rate": 1e-5,
-            "optim": case.optim,
-            "bf16": True,
-        },
+        "method": {**method, "iterations": 1, "metric": "accuracy"},
+        "train": {**train, "optim": case.optim, "bf16": True},
         "eval": {"eval_steps": 1, "per_device_eval_batch_size": ROWS},
         "log": {"tensorboard": False},
     }

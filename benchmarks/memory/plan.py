@@ -48,6 +48,7 @@ pathlib.Path(sys.argv[2], f"peak-{os.environ['RANK']}").write_text(str(peak))
 FEW = ("train.max_steps=3", "log.report_to=[]")
 ALONE = ("method.name=finetune", "teacher=null", "objective=[{loss: hard_cross_entropy}]")
 WHOLE_TEACHER = "teacher.deepspeed=teacher_zero0"
+BF16 = (WHOLE_TEACHER, "train.bf16=true", "teacher.dtype=bf16")
 FINETUNED = "teacher.finetune={max_steps: 3}"
 MINIDISC = (
     "student.model=from_teacher",
@@ -84,14 +85,7 @@ CASES = (
     Case(2, "8x512", "6x384", 4, 32, ("student.deepspeed=zero2",)),
     Case(2, "8x512", "6x384", 4, 32, ("student.deepspeed=zero3",)),
     Case(1, "4x256", "8x512", 8, 64, ("student.deepspeed=zero3", WHOLE_TEACHER, "train.bf16=true")),
-    Case(
-        2,
-        "8x512",
-        "4x512",
-        4,
-        64,
-        ("student.deepspeed=zero1", WHOLE_TEACHER, "train.bf16=true", "teacher.dtype=bf16"),
-    ),
+    Case(2, "8x512", "4x512", 4, 64, ("student.deepspeed=zero1", *BF16)),
     Case(2, "4x256", "6x512", 16, 64, ("student.deepspeed=zero2", WHOLE_TEACHER)),
     Case(2, "8x640", "4x384", 8, 32, (FINETUNED,)),
     Case(2, "10x768", "8x448", 8, 32, (FINETUNED,)),

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lib.data import llama
+from lib.launching import write_config
 from lib.options import parser_of
 from megakd.commands.plan import DEVICE_BASE
 from megakd.config.file import load_config
@@ -21,9 +20,7 @@ from megakd.planning.cluster import GIGA, Cluster, Rates
 from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, plan_run
 
-NODES = (1, 2, 4, 8, 16, 32)
-GPUS, MEMORY_GB, HOST_GB = 8, 141, 2000
-RATES = Rates(tflops=400, gbps=45)
+NODES, GPUS = (1, 2, 4, 8, 16, 32), 8
 
 
 def decoder(layers: int, width: int, neurons: int, heads: tuple[int, int], ids: int) -> Any:
@@ -39,37 +36,31 @@ def encoder(layers: int) -> Any:
     return {"config": {"model_type": "enct5", **sizes, **others}}
 
 
-ENCODERS = {"XL": encoder(24), "3B": encoder(58)}
 ONE_B, EIGHT_B = (22, 2048, 5632, (32, 4)), (32, 4096, 14336, (32, 8))
-DECODERS = {
-    "7B": (decoder(32, 4096, 11008, (32, 32), 32000), decoder(*ONE_B, 32000)),
-    "13B": (decoder(40, 5120, 13824, (40, 40), 32000), decoder(*ONE_B, 32000)),
-    "70B": (decoder(80, 8192, 28672, (64, 8), 128256), decoder(*EIGHT_B, 128256)),
-    "111B": (decoder(64, 12288, 36864, (96, 8), 256000), decoder(*EIGHT_B, 256000)),
+RUNS = {
+    "XL": ("EncT5-XL (1.3B) to a tenth, MiniDisc", encoder(24), None),
+    "3B": ("the same with 58 layers (3B)", encoder(58), None),
+    "7B": ("7B to 1.1B", decoder(32, 4096, 11008, (32, 32), 32000), decoder(*ONE_B, 32000)),
+    "13B": ("13B to 1.1B", decoder(40, 5120, 13824, (40, 40), 32000), decoder(*ONE_B, 32000)),
+    "70B": ("70B to 8B", decoder(80, 8192, 28672, (64, 8), 128256), decoder(*EIGHT_B, 128256)),
+    "111B": ("111B to 8B", decoder(64, 12288, 36864, (96, 8), 256000), decoder(*EIGHT_B, 256000)),
 }
-LABELS = {
-    "XL": "EncT5-XL (1.3B) to a tenth, MiniDisc, 8 x 128",
-    "3B": "the same with 58 layers (3B), 8 x 128",
-    "7B": "7B to 1.1B, 4 x 2048",
-    "13B": "13B to 1.1B, 4 x 2048",
-    "70B": "70B to 8B, 4 x 2048",
-    "111B": "111B to 8B, 4 x 2048",
-}
+"""Title, teacher and student; without a student, MiniDisc cuts an encoder."""
 
 
 def run_config(name: str) -> dict[str, Any]:
-    if name in ENCODERS:
-        teacher, student, rows = ENCODERS[name], "from_teacher", 8
+    _, teacher, student = RUNS[name]
+    is_encoder = student is None
+    task = {"type": "causal_lm", "dataset": "pydocs", "max_length": 2048}
+    if is_encoder:
         task = {"type": "classification", "dataset": "glue/mrpc", "max_length": 128}
-    else:
-        (teacher, student), rows = DECODERS[name], 4
-        task = {"type": "causal_lm", "dataset": "pydocs", "max_length": 2048}
-    is_encoder = name in ENCODERS
+    rows = 8 if is_encoder else 4
+    preset = "zero2" if is_encoder else "zero3"
     return {
         "output_dir": "runs/plan",
         "task": task,
         "teacher": {"model": teacher, "dtype": "bf16"},
-        "student": {"model": student, "deepspeed": "zero2" if is_encoder else "zero3"},
+        "student": {"model": student or "from_teacher", "deepspeed": preset},
         "method": {"name": "minidisc" if is_encoder else "single"},
         "train": {
             "per_device_train_batch_size": rows,
@@ -82,11 +73,11 @@ def run_config(name: str) -> dict[str, Any]:
 
 def row(name: str, folder: Path) -> str:
     """One row of the table: memory and time by number of nodes."""
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(run_config(name), sort_keys=False), encoding="utf-8")
-    config, known = load_config(path), Traces()
+    config = load_config(write_config(folder / f"{name}.yaml", run_config(name)))
+    known, task = Traces(), config.task
     plans = [plan_run(config, on(nodes), advise=False, traces=known) for nodes in NODES]
-    return f"| {LABELS[name]} | {' | '.join(cell(plan) for plan in plans)} |"
+    title = f"{RUNS[name][0]}, {config.train.per_device_train_batch_size} x {task.max_length}"
+    return f"| {title} | {' | '.join(cell(plan) for plan in plans)} |"
 
 
 def on(nodes: int) -> Cluster:
@@ -95,10 +86,10 @@ def on(nodes: int) -> Cluster:
         ranks=GPUS * nodes,
         nodes=nodes,
         device="cuda",
-        device_memory=MEMORY_GB * GIGA,
-        host_memory=HOST_GB * GIGA,
+        device_memory=141 * GIGA,
+        host_memory=2000 * GIGA,
         device_base=DEVICE_BASE,
-        rates=RATES,
+        rates=Rates(tflops=400, gbps=45),
     )
 
 
@@ -110,15 +101,12 @@ def cell(plan: Plan) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--rows", help=f"some of {','.join(LABELS)}; default: all")
+    parser.add_argument("--rows", help=f"some of {','.join(RUNS)}; default: all")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="keep the run configs there")
     given = parser.parse_args(arguments)
-    names = given.rows.split(",") if given.rows else list(LABELS)
     titles = " | ".join(f"{nodes} x {GPUS}" for nodes in NODES)
     print(f"| run | {titles} |\n|{'---|' * (len(NODES) + 1)}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.write or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            print(row(name, folder), flush=True)
+        for name in given.rows.split(",") if given.rows else RUNS:
+            print(row(name, given.write or Path(temporary)), flush=True)
     return 0

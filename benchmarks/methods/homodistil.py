@@ -1,65 +1,66 @@
-"""HomoDistil against its controls, on text and then on tasks: one run after another.
+"""HomoDistil against its controls: on text and then on tasks, or of a pretrained decoder.
 
-`python benchmarks methods.homodistil --data FOLDER [--stages teacher,prune,tasks,table]`, on the
-CPU.
+`python benchmarks methods.homodistil --data FOLDER [--stages teacher,prune,tasks,table]
+[--decoder [--steps 1600]]`, on the CPU.
 
-* teacher: a BERT of 4 x 192 learns masked tokens of eleven novels, first in short rows.
-* prune: for every seed six students of half its width, a quarter of the encoder's weights, see the
-  same text in short rows for as many steps at the same rate: `homodistil` (cubic, over 70 % of the
-  steps), `one_shot` and `early` (cubic, over 30 %) are pruned out of the teacher while they are
-  distilled; `one_shot_alone` is pruned as `one_shot` and learns masked tokens without the teacher;
-  `random` starts from random weights and is distilled with the same losses; `alone` starts from
-  random weights and learns masked tokens.
-* tasks: all of these, and the teacher, learn three tasks from labels; the last weights are scored.
+* teacher: a BERT of 4 x 192 learns masked tokens of eleven novels, first in short rows. With
+  `--decoder`, the teacher is a Llama of 260,000 weights, pretrained on TinyStories by the author of
+  llama2.c, and there are no tasks.
+* prune: for every seed, students of half its width see the same text for as many steps at the same
+  rate: `homodistil` (cubic, over 70 % of the steps), `one_shot` and `early` (cubic, over 30 %) are
+  pruned out of the teacher while they are distilled; `one_shot_alone` is pruned as `one_shot` and
+  learns without the teacher; `platon`, `magnitude` and `random_scores` (decoder) choose the units
+  by other scores; `random` starts from random weights and is distilled with the same losses;
+  `alone` starts from random weights and learns without the teacher.
+* tasks: all of these, and the teacher, learn tasks from labels; the last weights are scored.
 * table: means and deviations over the seeds, and the largest jump of the divergence from the
   teacher between two evaluations.
 
-One held-out part of the novels serves all runs. Each run has a folder below `--out`, is gone on
-with where it was, and is done once.
+One held-out part of the text serves all runs. Each run has a folder below `--out`, is gone on with
+where it was, and is done once.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lib import books, launching
+from lib import books, launching, stories
 from lib.data import BOOKS, TASKS, Config
 from lib.options import add_runs, need, parsed, parser_of, words_of
-from lib.tables import mean_and_deviation, mean_text, print_scores, table_of
+from lib.tables import columns_of, print_models
 
-CUBIC, ONE_SHOT, ONE_SHOT_ALONE, EARLY = "homodistil", "one_shot", "one_shot_alone", "early"
-PRUNED = {CUBIC: "cubic", ONE_SHOT: "one_shot", ONE_SHOT_ALONE: "one_shot", EARLY: "cubic"}
-"""The students that are pruned, by schedule; the last has its final size sooner."""
-NO_TEACHER = "objective=[{loss: hard_cross_entropy}]"
-"""Override of `one_shot_alone`: the student starts as the teacher, and learns from text alone."""
-RANDOM, ALONE = BASELINES = ("random", "alone")
+CUBIC, ALONE = "homodistil", "alone"
+BASELINES = ("random", ALONE)
+AT_ONCE, NO_TEACHER = "method.schedule=one_shot", "objective=[{loss: hard_cross_entropy}]"
+PRUNED = {
+    CUBIC: (f"baselines=[{', '.join(BASELINES)}]",),
+    "one_shot": (AT_ONCE,),
+    "one_shot_alone": (AT_ONCE, NO_TEACHER),
+    "early": (),
+}
+"""The students that are pruned, with what wins over the config `prune`."""
+SCORES = {
+    "platon": ("method.score=platon",),
+    "magnitude": ("method.score=magnitude",),
+    "random_scores": ("method.score=random",),
+}
 CHOSEN = ("sst2", "banking77", "clinc150")
-
-
-class Found(NamedTuple):
-    """The reports of the runs by name, None of a run that has not finished."""
-
-    reports: Mapping[str, launching.Report | None]
-    seeds: Sequence[int]
-    tasks: Sequence[str]
-
-    def pruning(self, variant: str, seed: int) -> launching.Report | None:
-        return self.reports.get(f"{run_of(variant)}-{seed}")
-
-    def score(self, task: str, variant: str, seed: int) -> float | None:
-        """Return the main metric of a task, in points."""
-        report = self.reports.get(f"{task}-{variant}-{seed}")
-        return None if report is None else 100 * report["student"]["metrics"][report["metric_name"]]
+EARLY_SHARE, START = 0.3, 20
+"""Of the decoder: when `early` has its final size, and the first step that removes units."""
 
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
-    need(given.data / part for part in (BOOKS, *(TASKS[name].data for name in given.tasks)))
-    books.write_text(given.data, given.out / "text", given.sizes)
+    if given.decoder:
+        need(given.data / part for part in stories.PARTS)
+        stories.write_stories_tokenizer(given.data, given.out)
+    else:
+        need(given.data / part for part in (BOOKS, *(TASKS[name].data for name in given.tasks)))
+        books.write_text(given.data, given.out / "text", given.sizes)
     launching.write_leg_configs(given.out, trees(given))
     for stage in given.stages:
         STAGES[stage](given)
@@ -67,29 +68,40 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def trees(given: argparse.Namespace) -> dict[str, Any]:
+    if given.decoder:
+        return {"prune": decoder_config(given)}
     return {
         books.SHORT: books.short_config(given.out, given),
         books.TEACHER: books.teacher_config(given.out, given),
-        "prune": pruning_config(given.out, given),
+        "prune": encoder_config(given.out, given),
         **{f"task-{name}": books.task_config(name, given.out, given) for name in given.tasks},
     }
 
 
-def pruning_config(folder: Path, given: argparse.Namespace) -> Config:
-    """A student that is pruned out of the teacher; the schedule and the baselines win over it."""
+def encoder_config(folder: Path, given: argparse.Namespace) -> Config:
     sizes: books.Sizes = given.sizes
     train = books.text_train(sizes.short_rows // given.ranks, sizes.steps, sizes.rate)
     every = max(1, sizes.steps // sizes.evaluations)
+    method = {"target_width": sizes.student, "pruning_start": sizes.start}
     return {
         "task": books.text_task(folder / "text", sizes.short),
         "teacher": {"model": str(folder / books.TEACHER / "final"), "deepspeed": "teacher_zero0"},
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
-        "method": {
-            "name": "homodistil",
-            "target_width": sizes.student,
-            "pruning_start": sizes.start,
-        },
+        "method": {"name": "homodistil", **method},
         **books.common_sections(train, evaluate_every=every, log_every=every),
+    }
+
+
+def decoder_config(given: argparse.Namespace) -> Config:
+    """Half of the width, of the neurons and of the key-value groups are left."""
+    steps = given.sizes.steps
+    return {
+        "task": stories.stories_task(given.data, given.out),
+        "teacher": stories.stories_teacher(given.data),
+        "student": {"model": "from_teacher", "deepspeed": "zero2"},
+        "method": {"name": "homodistil", "target_width": 32, "round_to": 4, "cuts": 4},
+        "train": {**stories.TRAIN, "max_steps": steps},
+        "eval": {"eval_steps": max(1, steps // 40), "keep_best": False},
     }
 
 
@@ -100,8 +112,12 @@ def teach(given: argparse.Namespace) -> None:
 
 
 def prune(given: argparse.Namespace) -> None:
-    for leg in pruning_legs(given):
-        launching.report_of(leg, ranks=given.ranks)
+    legs = pruning_legs(given)
+    if given.decoder:
+        launching.run_side_by_side(legs, jobs=given.jobs)
+    else:
+        for leg in legs:
+            launching.report_of(leg, ranks=given.ranks)
 
 
 def tune(given: argparse.Namespace) -> None:
@@ -109,8 +125,8 @@ def tune(given: argparse.Namespace) -> None:
 
 
 def tell(given: argparse.Namespace) -> None:
-    runs = [*teacher_legs(given), *pruning_legs(given), *task_legs(given)]
-    show(Found(launching.reports_of(runs), given.seeds, given.tasks), given.command)
+    reports = launching.reports_of([*pruning_legs(given), *task_legs(given)])
+    show(reports, given)
 
 
 STAGES = {"teacher": teach, "prune": prune, "tasks": tune, "table": tell}
@@ -122,22 +138,21 @@ def teacher_legs(given: argparse.Namespace) -> list[launching.Leg]:
 
 
 def pruning_legs(given: argparse.Namespace) -> list[launching.Leg]:
-    """Return four runs per seed; the students from random weights are baselines of the first."""
-    further = {
-        CUBIC: (f"baselines=[{', '.join(BASELINES)}]",),
-        ONE_SHOT: (),
-        ONE_SHOT_ALONE: (NO_TEACHER,),
-        EARLY: (f"method.pruning_end={given.sizes.early}",),
-    }
+    """Return the runs of all seeds; students from random weights are baselines of the first."""
+    steps = int(EARLY_SHARE * given.sizes.steps) if given.decoder else given.sizes.early
+    further = {"early": (f"method.pruning_end={steps}",)}
+    if given.decoder:
+        at_once = (f"method.pruning_start={START}",)
+        further |= {"one_shot": at_once, "one_shot_alone": at_once}
     return [
         launching.leg_of(
             given.out,
             f"{name}-{seed}",
             "prune",
-            (f"method.schedule={schedule}", *further[name], f"seed={seed}"),
+            (*overrides, *further.get(name, ()), f"seed={seed}"),
         )
         for seed in given.seeds
-        for name, schedule in PRUNED.items()
+        for name, overrides in (PRUNED | (SCORES if given.decoder else {})).items()
     ]
 
 
@@ -158,117 +173,63 @@ def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
     }
 
 
-def run_of(variant: str) -> str:
-    """Return the run that trains a student; a baseline belongs to the run of the method."""
-    return CUBIC if variant in BASELINES else variant
-
-
-def show(found: Found, command: str) -> None:
-    columns = {name: numbers(found, name) for name in (books.TEACHER, *PRUNED, *BASELINES)}
+def show(reports: Mapping[str, launching.Report | None], given: argparse.Namespace) -> None:
+    variants = (books.TEACHER, *PRUNED, *(SCORES if given.decoder else ()), *BASELINES)
     lines = {
-        name: {title: _cell(values) for title, values in line.items()}
-        for name, line in columns.items()
+        name: columns_of(given.seeds, lambda seed, name=name: numbers(reports, name, seed))
+        for name in variants
     }
-    print(table_of("model", lines))
-    ratios = []
-    for seed, (cubic, one_shot) in homotopy(found).items():
-        ratios.append(f"{one_shot / cubic:.1f}")
-        print(
-            f"seed {seed}: largest jump of the divergence: cubic {cubic:.4f}, one_shot "
-            f"{one_shot:.4f}, ratio {ratios[-1]}"
-        )
-    scores = {
-        f"{name} {title}": line[title]
-        for name, line in columns.items()
-        for title in ("loss", "tasks")
-    }
-    what = "HomoDistil, held-out loss and mean score of the tasks"
-    extra = [f"jump of one_shot over cubic {', '.join(ratios)}"] if ratios else []
-    print_scores(what, command, scores, decimals=3, extra=extra)
+    for name, line in lines.items():
+        for task in given.tasks:
+            values = (launching.points(reports.get(f"{task}-{name}-{n}")) for n in given.seeds)
+            scores = zip(given.seeds, values, strict=True)
+            line[task] = {seed: value for seed, value in scores if value is not None}
+    what = "HomoDistil of a pretrained Llama" if given.decoder else "HomoDistil"
+    print_models(what, given.command, lines, reference=CUBIC)
 
 
-def numbers(found: Found, variant: str) -> dict[str, list[float]]:
-    """Return every column's values over the seeds, without those of unfinished runs."""
-    columns = {"loss": [held_out(found, variant, seed) for seed in found.seeds]}
-    by_task = {t: [found.score(t, variant, seed) for seed in found.seeds] for t in found.tasks}
-    complete = [scores for scores in zip(*by_task.values(), strict=True) if None not in scores]
-    columns |= by_task | {"tasks": [mean_and_deviation(scores)[0] for scores in complete]}
-    seeds = found.seeds[:1] if variant == books.TEACHER else found.seeds
-    columns["parameters"] = [parameters(found, variant, seed) for seed in seeds]
-    columns["seconds"] = [seconds(found, variant, seed) for seed in seeds]
-    return {t: [v for v in values if v is not None] for t, values in columns.items()}
-
-
-def held_out(found: Found, variant: str, seed: int) -> float | None:
-    """Return the loss of masked tokens on all held-out text, in rows of the students' length."""
-    report = found.pruning(CUBIC if variant == books.TEACHER else variant, seed)
+def numbers(
+    reports: Mapping[str, launching.Report | None], variant: str, seed: int
+) -> dict[str, float | None]:
+    is_pruned = variant in PRUNED | SCORES
+    report = reports.get(f"{variant if is_pruned else CUBIC}-{seed}")
     if report is None:
-        return None
-    model = "student" if variant in PRUNED else variant
-    return report["evaluation_sets"][books.HELD_OUT]["metrics"][model]["loss"]
+        return {}
+    model = "student" if is_pruned else variant
+    found = {"loss": launching.metric_of(report, model, "loss", books.HELD_OUT)}
+    seconds = launching.seconds_of(report)
+    if is_pruned:
+        found["seconds"] = sum(s for name, s in seconds.items() if name not in BASELINES)
+        found["parameters"] = report["student"]["parameters"]
+        if variant != "one_shot_alone":
+            found["largest jump"] = largest_jump(report["pruning"])
+    elif variant in BASELINES:
+        found["seconds"] = seconds[variant]
+    return found
 
 
-def _trained(found: Found, variant: str, seed: int) -> launching.Report | None:
-    return (
-        found.reports.get(books.TEACHER)
-        if variant == books.TEACHER
-        else found.pruning(variant, seed)
-    )
-
-
-def parameters(found: Found, variant: str, seed: int) -> int | None:
-    """Return the number of weights; all students have one shape."""
-    report = _trained(found, variant, seed)
-    return None if report is None else report["student"]["parameters"]
-
-
-def seconds(found: Found, variant: str, seed: int) -> float | None:
-    report = _trained(found, variant, seed)
-    return None if report is None else sum(s["seconds"] for s in stages_of(report, variant))
-
-
-def stages_of(report: launching.Report, variant: str) -> list[launching.Report]:
-    stages = {stage["name"]: stage for stage in report["stages"]}
-    if variant in BASELINES:
-        return [stages[variant]]
-    return [stage for name, stage in stages.items() if name not in BASELINES]
-
-
-def homotopy(found: Found) -> dict[int, tuple[float, float]]:
-    """Return by seed the largest jumps of the schedules, gradual and at once."""
-    pairs = {s: [found.pruning(name, s) for name in (CUBIC, ONE_SHOT)] for s in found.seeds}
-    return {
-        seed: (largest_jump(cubic["pruning"]), largest_jump(one_shot["pruning"]))
-        for seed, (cubic, one_shot) in pairs.items()
-        if cubic is not None and one_shot is not None
-    }
-
-
-def largest_jump(rows: Iterable[launching.Report]) -> float:
+def largest_jump(rows: Sequence[launching.Report]) -> float:
     """Return how far the divergence rises at most between two evaluations; it starts at 0."""
     path = [0.0, *(row["teacher_kl"] for row in rows)]
     return max(after - before for before, after in pairwise(path))
 
 
-def _cell(values: Sequence[float]) -> str:
-    if not values or max(values) < 1000:
-        return mean_text(values, 3)
-    return f"{mean_and_deviation(values)[0]:,.0f}"
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    add_runs(parser, "homodistil", data="lm/, glue/, clinc150/, …")
-    parser.add_argument("--stages", type=words_of(STAGES), default=[*STAGES], help="with commas")
+    add_runs(parser, "homodistil", data="lm/, glue/, clinc150/, weights/ …")
+    parser.add_argument("--stages", type=words_of(STAGES), help="with commas; default: all")
     parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
     parser.add_argument("--ranks", type=int, default=2, help="of the stages teacher and prune")
+    parser.add_argument("--decoder", action="store_true", help="the Llama of the stories")
     bf16 = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--bf16", **bf16, help="in the stage teacher; slow on CPUs without it")
     books.add_changeable(parser, books.CHANGEABLE)
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
     given = parsed(parser, __name__, arguments)
-    given.sizes = (books.QUICK if given.quick else books.Sizes())._replace(
-        **books.changed(given, books.CHANGEABLE)
-    )
+    sizes = books.QUICK if given.quick else books.Sizes(steps=400 if given.decoder else 1000)
+    given.sizes = sizes._replace(**books.changed(given, books.CHANGEABLE))
+    if given.decoder:
+        given.out, given.tasks = given.out / "decoder", []
+    given.stages = given.stages or (["prune", "table"] if given.decoder else [*STAGES])
     books.check_ranks(parser, given, given.sizes.rows)
     return given

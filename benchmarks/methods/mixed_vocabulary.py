@@ -23,14 +23,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib import books, launching
 from lib.data import BOOKS, NO_DROPOUT, TASKS, Config, bert
 from lib.options import add_runs, command_of, need, parsed, parser_of, words_of
-from lib.tables import mean_and_deviation, print_rows, table_of, yes_or_no
+from lib.tables import columns_of, print_models
 
 STUDENTS = "students"
 TEXTS = ("books", "pydocs")
@@ -47,23 +47,13 @@ ARMS = {
 SMALL = (ALONE, PATIENT_KD, *(name for name in ARMS if name != ALONE))
 """The models of the small student's shape; `patient_kd` is a baseline of the run `alone`."""
 MODELS = (books.TEACHER, LARGE, *SMALL)
-SHAPE = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
+SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")
 BOOK_SIZES = books.Sizes(evaluations=10, rate=2e-3, task_rate=1e-3)
 WIDE_RATE, WIDE_TASK_RATE = 1e-3, 1e-4
 PRETRAINED = Path("runs/bench/homodistil/teacher/final")
 CHOSEN = ("sst2", "banking77")
 OF_TRAINING = {"steps": int, "rate": float, "task_steps": int, "task_rate": float}
-NATS, SST2 = "nats/char", "sst2"
-MOST_MEGABYTES, LEAST_RATIO, MOST_POINTS = 7, 10, 3
-Numbers = dict[str, dict[int, float]]
-"""Values by column and seed."""
+NATS = "nats/char"
 
 
 class Student(NamedTuple):
@@ -87,32 +77,6 @@ QUICK_STUDENT = Student(
     layers=books.QUICK.layers, width=16, heads=2, intermediate=32, vocabulary=200, teacher_steps=5
 )
 OF_STUDENT = {name: type(value) for name, value in Student()._asdict().items()}
-
-
-class Found(NamedTuple):
-    """The reports of the runs by name, None of a run that has not finished.
-
-    teacher_bytes: size of the teacher's weights as stored.
-    """
-
-    reports: Mapping[str, launching.Report | None]
-    seeds: Sequence[int]
-    tasks: Sequence[str]
-    teacher_bytes: int
-
-    def on_text(self, model: str, seed: int) -> launching.Report | None:
-        run = ALONE if model in (books.TEACHER, PATIENT_KD) else model
-        return self.reports.get(f"{run}-{seed}")
-
-    def score(self, task: str, model: str, seed: int) -> float | None:
-        """Return the main metric of a task, in points."""
-        report = self.reports.get(f"{task}-{model}-{seed}")
-        return None if report is None else 100 * report["student"]["metrics"][report["metric_name"]]
-
-    def teacher_parameters(self) -> int | None:
-        """Return the number of the teacher's weights, which all runs with a teacher report."""
-        teachers = (report["teacher"] for report in self.reports.values() if report is not None)
-        return next((teacher["parameters"] for teacher in teachers if teacher), None)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -220,7 +184,7 @@ def small_shape(given: argparse.Namespace) -> Config:
 
 def large_shape(teacher: Path) -> Config:
     config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
-    shape = {key: config[key] for key in SHAPE}
+    shape = {key: config[key] for key in (*SHAPE, "num_attention_heads", "max_position_embeddings")}
     return {**shape, "initializer_range": books.INITIALIZER_RANGE, **NO_DROPOUT}
 
 
@@ -241,9 +205,7 @@ def tune(given: argparse.Namespace) -> None:
 
 
 def tell(given: argparse.Namespace) -> None:
-    reports = launching.reports_of([*student_legs(given), *task_legs(given)])
-    teacher_bytes = sum(file.stat().st_size for file in given.teacher.glob("*.safetensors"))
-    show(Found(reports, given.seeds, given.tasks, teacher_bytes), given.text, given.command)
+    show(launching.reports_of([*student_legs(given), *task_legs(given)]), given)
 
 
 STAGES = {STUDENTS: learn, "tasks": tune, "table": tell}
@@ -281,153 +243,37 @@ def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
     }
 
 
-def show(found: Found, text: str, command: str) -> None:
-    lines = {model: numbers(found, model) for model in MODELS}
-    print(table_of("model", _texts(lines, _cell)))
-    gains = {model: less_alone(lines, model, found.tasks) for model in (LARGE, *SMALL[1:])}
-    print(f"\nless {ALONE}, seed by seed, in nats/char and points:")
-    print(table_of("model", _texts(gains, _gain)))
-    print("\n".join(verdicts(lines)))
-    cells, differences = _texts(lines, _cell), _texts(gains, _gain)
-    print_rows(
-        command,
-        *(
-            (
-                f"mixed vocabulary, {text}, {model}",
-                _listed(cells[model]),
-                f"less {ALONE}: {_listed(differences[model])}" if model in differences else "-",
-            )
-            for model in MODELS
-        ),
-    )
-
-
-def numbers(found: Found, model: str) -> Numbers:
-    """Return every column's values by seed, without those of runs that have not finished."""
-    columns: Numbers = {title: {} for title in (NATS, *found.tasks)}
-    for seed in found.seeds:
-        scores = {task: found.score(task, model, seed) for task in found.tasks}
-        report = found.on_text(model, seed)
-        text = {} if report is None else on_text(found, model, report)
-        for title, value in {**text, **scores}.items():
-            if value is not None:
-                columns.setdefault(title, {})[seed] = value
-    return columns
-
-
-def on_text(found: Found, model: str, report: launching.Report) -> dict[str, float | None]:
-    whole = found.teacher_parameters()
-    values: dict[str, float | None] = {NATS: nats(report, model)}
-    if model == books.TEACHER:
-        return {**values, "parameters": whole, "MB": found.teacher_bytes / 1e6}
-    parameters = report["student"]["parameters"]
-    return {
-        **values,
-        "parameters": parameters,
-        "MB": report["student"]["bytes"] / 1e6,
-        "of teacher": None if whole is None else parameters / whole,
-        "seconds": seconds(report, model),
+def show(reports: Mapping[str, launching.Report | None], given: argparse.Namespace) -> None:
+    models = {
+        model: columns_of(
+            given.seeds, lambda seed, model=model: numbers(reports, given.tasks, model, seed)
+        )
+        for model in MODELS
     }
+    print_models(f"mixed vocabulary, {given.text}", given.command, models, reference=ALONE)
 
 
-def nats(report: launching.Report, model: str) -> float:
-    """Return the nats per character on all held-out books, or on the test split of pydocs."""
-    name = model if model in (books.TEACHER, PATIENT_KD) else "student"
-    sets = report["evaluation_sets"]
-    if books.HELD_OUT in sets:
-        metrics = sets[books.HELD_OUT]["metrics"][name]
-    elif name in report["baselines"]:
-        metrics = report["baselines"][name]
-    else:
-        metrics = report[name]["metrics"]
-    return metrics["nats_per_character"]
-
-
-def seconds(report: launching.Report, model: str) -> float:
-    """Return the seconds of training on text, with those of a teacher that learns before."""
-    stages = launching.seconds_of(report)
-    patient = stages.pop(PATIENT_KD, 0.0)
-    return patient if model == PATIENT_KD else sum(stages.values())
-
-
-def less_alone(lines: Mapping[str, Numbers], model: str, tasks: Iterable[str]) -> Numbers:
-    """Return a model's scores less those of `alone` with the same seed."""
-    return {
-        title: {
-            seed: value - lines[ALONE][title][seed]
-            for seed, value in lines[model][title].items()
-            if seed in lines[ALONE][title]
-        }
-        for title in (NATS, *tasks)
-    }
-
-
-def verdicts(lines: Mapping[str, Numbers]) -> list[str]:
-    """Return what the sizes and the scores on SST-2 say about the claims."""
-    small, large, told = lines[ALONE], lines[LARGE], list[str]()
-    if "MB" in small:
-        size = _mean(small["MB"])
-        line = f"small student: {_mean(small['parameters']):,.0f} parameters, {size:.2f} MB, below "
-        told.append(f"{line}{MOST_MEGABYTES} MB: {yes_or_no(size < MOST_MEGABYTES)}")
-    if "MB" in small and "MB" in large:
-        ratio = _mean(large["parameters"]) / _mean(small["parameters"])
-        line = f"{LARGE}: {_mean(large['parameters']):,.0f} parameters, {ratio:.2f} times as many"
-        told.append(f"{line}, at least {LEAST_RATIO}: {yes_or_no(ratio >= LEAST_RATIO)}")
-    scores = {model: _mean(lines[model][SST2]) for model in SMALL if lines[model].get(SST2)}
-    if not scores or not large.get(SST2):
-        return [*told, f"SST-2: the small students or {LARGE} have not been scored"]
-    best, score = max(scores, key=lambda model: scores[model]), _mean(large[SST2])
-    is_near = score - scores[best] <= MOST_POINTS
-    line = f"SST-2: best small student {best} {scores[best]:.2f}, {LARGE} {score:.2f}; within"
-    return [*told, f"{line} {MOST_POINTS} points: {yes_or_no(is_near)}"]
-
-
-def _texts(lines: Mapping[str, Numbers], cell: Any) -> dict[str, dict[str, str]]:
-    return {
-        model: {title: cell([*by_seed.values()]) for title, by_seed in line.items() if by_seed}
-        for model, line in lines.items()
-    }
-
-
-def _cell(values: Sequence[float]) -> str:
-    mean, deviation = mean_and_deviation(values)
-    text = f"{mean:,.0f}" if mean >= 1000 else f"{mean:.4g}"
-    return f"{text} ±{deviation:.2g}" if deviation else text
-
-
-def _gain(values: Sequence[float]) -> str:
-    mean, deviation = mean_and_deviation(values)
-    by_seed = ", ".join(f"{value:+.3g}" for value in values)
-    return by_seed if len(values) == 1 else f"{mean:+.3g} ±{deviation:.2g} ({by_seed})"
-
-
-def _listed(values: Mapping[str, str]) -> str:
-    return ", ".join(f"{title} {value}" for title, value in values.items())
-
-
-def _mean(values: Mapping[int, float]) -> float:
-    return mean_and_deviation([*values.values()])[0]
+def numbers(
+    reports: Mapping[str, launching.Report | None], tasks: Sequence[str], model: str, seed: int
+) -> dict[str, float | None]:
+    found = {task: launching.points(reports.get(f"{task}-{model}-{seed}")) for task in tasks}
+    # `patient_kd` is a baseline of `alone`, and every run has the teacher's score.
+    of_alone = model in (books.TEACHER, PATIENT_KD)
+    report = reports.get(f"{ALONE if of_alone else model}-{seed}")
+    if report is None:
+        return found
+    name = model if of_alone else "student"
+    found[NATS] = launching.metric_of(report, name, "nats_per_character", books.HELD_OUT)
+    if model != books.TEACHER:
+        # With those of a teacher that learns before.
+        stages = launching.seconds_of(report)
+        patient = stages.pop(PATIENT_KD, 0.0)
+        found["seconds"] = patient if model == PATIENT_KD else sum(stages.values())
+        found["parameters"] = report["student"]["parameters"]
+    return found
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _parser()
-    given = parsed(parser, __name__, arguments)
-    given.sizes = (books.QUICK if given.quick else BOOK_SIZES)._replace(
-        **books.changed(given, OF_TRAINING)
-    )
-    student = QUICK_STUDENT if given.quick else Student()
-    given.student = student._replace(**books.changed(given, OF_STUDENT))
-    books.check_ranks(parser, given, given.sizes.short_rows)
-    given.out /= given.text
-    given.trains_teacher = given.quick and given.teacher is None
-    teacher = (
-        given.out / books.TEACHER / "final" if given.trains_teacher else launching.ROOT / PRETRAINED
-    )
-    given.teacher = given.teacher.resolve() if given.teacher else teacher
-    return given
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
     add_runs(parser, "mixed_vocabulary", data="lm/, glue/, banking77/, …")
     parser.add_argument("--stages", type=words_of(STAGES), default=[*STAGES], help="with commas")
@@ -444,4 +290,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
     # The tiny teacher's config reads this option of methods.homodistil.
     parser.set_defaults(bf16=False)
-    return parser
+    given = parsed(parser, __name__, arguments)
+    given.sizes = (books.QUICK if given.quick else BOOK_SIZES)._replace(
+        **books.changed(given, OF_TRAINING)
+    )
+    student = QUICK_STUDENT if given.quick else Student()
+    given.student = student._replace(**books.changed(given, OF_STUDENT))
+    books.check_ranks(parser, given, given.sizes.short_rows)
+    given.out /= given.text
+    given.trains_teacher = given.quick and given.teacher is None
+    teacher = (
+        given.out / books.TEACHER / "final" if given.trains_teacher else launching.ROOT / PRETRAINED
+    )
+    given.teacher = given.teacher.resolve() if given.teacher else teacher
+    return given

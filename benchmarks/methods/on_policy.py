@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from lib.data import llama, train_section, write_jsonl
 from lib.launching import records_of, trained, write_config
 from lib.options import add_runs, parsed, parser_of
-from lib.tables import mean_text, print_scores, table_of
+from lib.tables import Columns, print_models
 
 TERMS, END = 8, "<end>"
 KL = ({"loss": "soft_target_kl", "weight": 0.5}, {"loss": "soft_target_reverse_kl", "weight": 0.5})
@@ -46,23 +46,25 @@ METRICS = {
     "KL on own texts": "eval/text_soft_target_kl",
     "loss": "eval/loss",
 }
-Cells = dict[str, dict[str, list[float]]]
-"""By arm and metric: the numbers of the seeds."""
 
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
     write_data(given.out / "data")
     teacher = last_evaluation(run(given, "teacher", 0, teacher_config(given)), "student")
-    cells: Cells = {name: {} for name in ("half-way", *ARMS)}
+    models: dict[str, Columns] = {name: {} for name in ("half-way", *ARMS)}
     for seed in given.seeds:
         start = run(given, f"half-way-{seed}", seed, half_way(given))
-        add(cells["half-way"], last_evaluation(start, "student"))
+        folders = {"half-way": start}
         for name in ARMS:
-            folder = run(given, f"{name}-{seed}", seed, arm(given, name, start / "final"))
-            add(cells[name], last_evaluation(folder, "student"))
+            folders[name] = run(given, f"{name}-{seed}", seed, arm(given, name, start / "final"))
+        for name, folder in folders.items():
+            found = last_evaluation(folder, "student")
+            for title, key in METRICS.items():
+                if key in found:
+                    models[name].setdefault(title, {})[seed] = found[key]
     print(f"teacher: right {teacher['eval/match']:.3f}, loss {teacher['eval/loss']:.4f}")
-    show(cells, given.command)
+    print_models("arithmetic in steps", given.command, models, reference="off_policy")
     return 0
 
 
@@ -154,22 +156,6 @@ def run(given: argparse.Namespace, name: str, seed: int, config: Mapping[str, An
 def last_evaluation(folder: Path, stage: str) -> dict[str, float]:
     records = reversed(records_of(folder))
     return next(r for r in records if r["stage"] == stage and "eval/match" in r)
-
-
-def add(cells: dict[str, list[float]], found: Mapping[str, float]) -> None:
-    for metric, key in METRICS.items():
-        if key in found:
-            cells.setdefault(metric, []).append(found[key])
-
-
-def show(cells: Cells, command: str) -> None:
-    lines = {
-        name: {metric: mean_text(metrics.get(metric, ()), 3) for metric in METRICS}
-        for name, metrics in cells.items()
-    }
-    print(table_of("student", lines))
-    right = {name: metrics["right"] for name, metrics in cells.items()}
-    print_scores("arithmetic in steps, share of right texts", command, right, decimals=3)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

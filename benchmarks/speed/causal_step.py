@@ -1,7 +1,7 @@
 """A causal LM step of megakd against an eager bare loop: CPU time in pairs, and memory.
 
-`python benchmarks speed.causal_step [--pairs 20] [--divergences forward_kl,jsd]
-[--peers | --chat]`, one rank.
+`python benchmarks speed.causal_step [--pairs 20] [--divergences forward_kl,jsd] [--peers]`, one
+rank.
 
 Llamas with random weights, V = 32000: a student of 4 x 256 learns from a teacher of 8 x 512, at
 ZeRO 0 in fp32, from 4 x 256 tokens per step, by one soft target and without labels.
@@ -9,8 +9,6 @@ ZeRO 0 in fp32, from 4 x 256 tokens per step, by one soft target and without lab
 * megakd: all that a stage does per step, as in `speed.overhead`.
 * bare: full logits of both models, log_softmax, the divergence, backward, clipping, AdamW.
 * `--peers`: GKDTrainer and DistillationTrainer of TRL, against the same bare loop.
-* `--chat`: instead, a step of megakd on chat rows against a step of megakd on text rows, with the
-  same tokens; see `causal_megakd.py`. CPU time only.
 
 Both sides of a pair start from the same weights, and take the same batches by turns in one process.
 Their losses must agree before the first step and after the warm-up. The extra memory of a step is
@@ -22,43 +20,230 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
+import math
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib.launching import BENCHMARKS, bench_path, quickstart
+from lib.clocks import by_turns, timed
+from lib.data import llama, write_jsonl
+from lib.launching import BENCHMARKS, bench_path, quickstart, write_config
 from lib.options import parsed, parser_of, words_of
 from lib.tables import print_rows, ratio_of
-from speed import causal_trl as trl
-from speed.causal_bare import (
-    CHAT_TARGET,
-    COUNTED,
-    FULL,
-    LOSSES,
-    QUICK,
-    SAME_TARGETS,
-    TERMS,
-    Bare,
-    paired,
-    random_ids,
-    random_models,
-    write_case,
-    write_chat,
-)
 
-TARGET, MEMORY_TARGET = 0.85, 0.5
-MEMORY_STEPS = 3
-Row = tuple[str, str, str]
+Loss = Callable[[Tensor, Tensor], Tensor]
+SPECIAL = ("<unk>", "<pad>", "</s>")
+LEARNING_RATE, MAX_GRAD_NORM, CLOSE = 1e-4, 1.0, 1e-4
+TOKENIZER, RUN = "tokenizer", "run.yaml"
+TARGET, MEMORY_TARGET, MEMORY_STEPS = 0.85, 0.5, 3
+TERMS = {
+    "forward_kl": {"loss": "soft_target_kl", "weight": 1.0},
+    "jsd": {"loss": "soft_target_jsd", "weight": 1.0, "beta": 0.5},
+}
+
+
+class Sizes(NamedTuple):
+    """Sizes of a case; a model is (layers, width), and has heads of `head` columns."""
+
+    student: tuple[int, int]
+    teacher: tuple[int, int]
+    vocabulary: int
+    rows: int
+    length: int
+    head: int
+
+    def shape(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Return the config of a Llama with an output matrix of its own."""
+        layers, width = size
+        keys = {"max_position_embeddings": self.length, "tie_word_embeddings": False}
+        return llama(layers, width, width // self.head, 3 * width, **keys)
+
+
+FULL = Sizes((4, 256), (8, 512), vocabulary=32000, rows=4, length=256, head=64)
+QUICK = Sizes((2, 32), (2, 64), vocabulary=300, rows=2, length=16, head=16)
+
+
+def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
+    """Write texts, a tokenizer and run.yaml."""
+    words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL))]
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[attr-defined]
+    roles = dict(zip(("unk_token", "pad_token", "eos_token"), SPECIAL, strict=True))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+    fast.save_pretrained(folder / TOKENIZER)
+    rng = random.Random(0)
+    for split, batches in (("train", 64), ("validation", 1)):
+        # The end token makes a document as long as a row.
+        drawn = (rng.choices(words, k=sizes.length - 1) for _ in range(batches * sizes.rows))
+        write_jsonl(folder / f"data/{split}.jsonl", ({"text": " ".join(text)} for text in drawn))
+    write_config(folder / RUN, run_tree(folder, sizes, divergence))
+
+
+def run_tree(folder: Path, sizes: Sizes, divergence: str) -> dict[str, Any]:
+    """Return the run config: ZeRO 0 for both models, and neither evaluations nor saves."""
+    teacher, student = ({"config": sizes.shape(size)} for size in (sizes.teacher, sizes.student))
+    return {
+        "output_dir": str(folder / "run"),
+        "task": {
+            "type": "causal_lm",
+            "dataset": str(folder / "data"),
+            "text_columns": ["text"],
+            "max_length": sizes.length,
+            "tokenizer": str(folder / TOKENIZER),
+        },
+        "teacher": {"model": teacher, "deepspeed": "teacher_zero0"},
+        "student": {"model": student, "deepspeed": "zero0"},
+        "method": {"name": "single"},
+        "objective": [TERMS[divergence]],
+        "train": {
+            "per_device_train_batch_size": sizes.rows,
+            "max_steps": 10**6,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": MAX_GRAD_NORM,
+        },
+        "save": {"save_steps": 10**6},
+        "log": {"logging_steps": 10},
+    }
+
+
+class Models(NamedTuple):
+    """A student and a frozen teacher of transformers."""
+
+    student: LlamaForCausalLM
+    teacher: LlamaForCausalLM
+
+
+class Bare:
+    """The bare loop: forward of both models, loss, backward, clipping, AdamW.
+
+    As all sides of a pair: `step` takes the step of a batch, every batch once and in order; `loss`
+    returns its loss in nats per target, without learning.
+    """
+
+    def __init__(self, models: Models, ids: Sequence[Tensor], loss: Loss) -> None:
+        self._models, self._ids, self._loss = models, ids, loss
+        matrices = [p for p in models.student.parameters() if p.dim() > 1]
+        others = [p for p in models.student.parameters() if p.dim() <= 1]
+        self._parameters = [*matrices, *others]
+        # The groups of megakd: matrices and others, both without decay by default.
+        groups = [{"params": group, "weight_decay": 0.0} for group in (matrices, others)]
+        self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+        models.student.train()
+        models.teacher.eval().requires_grad_(requires_grad=False)
+
+    def step(self, index: int) -> None:
+        self._forward(self._ids[index]).backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRAD_NORM)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def loss(self, index: int) -> float:
+        return float(self._forward(self._ids[index]))
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            soft = self._models.teacher(input_ids=ids, use_cache=False).logits
+        logits = self._models.student(input_ids=ids, use_cache=False).logits
+        targets = ids[:, 1:].numel()
+        return self._loss(logits[:, :-1].float(), soft[:, :-1].float()) / targets
+
+
+def bare_copy(models: Sequence[LlamaForCausalLM], ids: Sequence[Tensor], loss: Loss) -> Bare:
+    """Return a bare loop that starts from the same weights, in models that no engine knows."""
+    copies = [LlamaForCausalLM(model.config) for model in models]
+    for copy, model in zip(copies, models, strict=True):
+        copy.load_state_dict(model.state_dict())
+    return Bare(Models(*copies), ids, loss)
+
+
+def forward_kl(logits: Tensor, soft: Tensor) -> Tensor:
+    return _kl(F.log_softmax(soft, dim=-1), F.log_softmax(logits, dim=-1))
+
+
+def jsd(logits: Tensor, soft: Tensor) -> Tensor:
+    """Return the Jensen-Shannon divergence with weights of one half."""
+    log_q, log_p = F.log_softmax(logits, dim=-1), F.log_softmax(soft, dim=-1)
+    # TRL stacks both and takes logsumexp, which takes longer.
+    log_m = torch.logaddexp(log_p, log_q) + math.log(0.5)
+    return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return F.kl_div(log_b, log_a, reduction="sum", log_target=True)
+
+
+LOSSES = {"forward_kl": forward_kl, "jsd": jsd}
+"""Of logits [B, T, V] of the student and of the teacher: sums in nats."""
+
+
+def random_models(sizes: Sizes) -> Models:
+    """Return both models with random weights, the same at every call."""
+    torch.manual_seed(0)
+    shapes = (sizes.shape(size) for size in (sizes.student, sizes.teacher))
+    configs = (LlamaConfig(**shape, vocab_size=sizes.vocabulary) for shape in shapes)
+    return Models(*map(LlamaForCausalLM, configs))
+
+
+def random_ids(sizes: Sizes, count: int) -> list[Tensor]:
+    """Return token numbers [B, T] of so many batches, the same at every call."""
+    drawn = torch.Generator().manual_seed(0)
+    shape = (sizes.rows, sizes.length)
+    return [torch.randint(sizes.vocabulary, shape, generator=drawn) for _ in range(count)]
+
+
+@contextmanager
+def opened_megakd(case: Path, count: int) -> Iterator[Any]:
+    """Build the engines of a run, with so many batches, and free them at the end."""
+    # The memory of the bare loop is that of a process without megakd's engines.
+    from lib.stages import measured_stage
+    from megakd.config.file import load_config
+    from megakd.engine.student import device_batch
+    from megakd.losses.objective import WEIGHTED_LOSS
+    from megakd.run.main import started
+
+    class Megakd:
+        """A stage with its loader, its teacher, its meters and its log."""
+
+        def step(self, index: int) -> None:
+            """Take the stage's next step; the loader's thread has long finished at its end."""
+            del index  # the stage counts its own steps
+            next(steps)
+
+        def loss(self, index: int) -> float:
+            batch, plan = batches[index], stage.stage.strategy.passes(0)
+            knowledge = stage.trainer.ask_teachers(plan, batch)
+            losses = stage.student.measure(batch, knowledge, plan)
+            return float(losses.parts[WEIGHTED_LOSS] / (batch.labels != -100).sum())
+
+        def bare(self, loss: Loss) -> Bare:
+            ids = [batch.inputs["input_ids"] for batch in batches]
+            return bare_copy((stage.student.student, teacher.model), ids, loss)
+
+    config = load_config(case / RUN)
+    with started(config) as ranks, measured_stage(config, ranks) as (stage, teacher):
+        source: Any = stage.source
+        batches = [device_batch(source.step(n)[0], ranks.device) for n in range(count)]
+        steps: Any = stage.steps_one_by_one()
+        yield Megakd()
+        # Ends the loader's thread.
+        steps.close()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,34 +251,21 @@ def main(arguments: Sequence[str]) -> int:
     if given.case is not None:
         measure(given)
         return 0
-    print_rows(given.command, *(chat_rows(given) if given.chat else rows_of(given)))
-    return 0
+    from speed import causal_trl as trl
 
-
-def rows_of(given: argparse.Namespace) -> list[Row]:
-    sides = ["megakd", *(trl.available() if given.peers else [])]
     rows = []
     for divergence in given.divergences:
         with tempfile.TemporaryDirectory(prefix="megakd-causal-") as name:
             write_case(Path(name), given.sizes, divergence)
-            bare_memory = in_child("bare", "memory", divergence, Path(name), given)
-            for side in sides:
+            memory = {"bare": in_child("bare", "memory", divergence, Path(name), given)}
+            for side in ("megakd", *(trl.available() if given.peers else [])):
                 pairs = in_child(side, "pairs", divergence, Path(name), given)
-                memory = in_child(side, "memory", divergence, Path(name), given)
-                rows.append(row_of(f"{divergence}, {side}", pairs, (memory, bare_memory), given))
-    return rows
-
-
-def chat_rows(given: argparse.Namespace) -> list[Row]:
-    rows = []
-    for divergence, counted in itertools.product(given.divergences, COUNTED):
-        with tempfile.TemporaryDirectory(prefix="megakd-causal-") as name:
-            write_case(Path(name), given.sizes, divergence)
-            write_chat(Path(name), given.sizes, counted)
-            pairs = in_child(counted, "pairs", divergence, Path(name), given)
-        what = f"{divergence}, a step on chat rows ({COUNTED[counted]}) against text rows"
-        rows.append(row_of(what, pairs, None, given))
-    return rows
+                memory["ours"] = in_child(side, "memory", divergence, Path(name), given)
+                rows.append(row_of(f"{divergence}, {side}", pairs, memory))
+                if side == "megakd" and given.sizes == FULL:
+                    print(verdict(pairs, memory), flush=True)
+    print_rows(given.command, *rows)
+    return 0
 
 
 def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.Namespace) -> Any:
@@ -107,14 +279,8 @@ def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.
 
 def measure(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
-    if given.chat:
-        from speed.causal_megakd import opened_chat
-
-        with opened_chat(given.case, given.warm_up + given.pairs) as sides:
-            found: Any = paired(*sides, given, agree=given.side == SAME_TARGETS)
-    else:
-        with opened(given) as side:
-            found = extra_memory(side, given) if given.what == "memory" else beside(side, given)
+    with opened(given) as side:
+        found: Any = extra_memory(side, given) if given.what == "memory" else paired(side, given)
     path = given.case / f"{given.side}-{given.what}.json"
     path.write_text(json.dumps(found), encoding="utf-8")
 
@@ -124,13 +290,12 @@ def opened(given: argparse.Namespace) -> AbstractContextManager[Any]:
     count = given.warm_up + max(given.pairs, MEMORY_STEPS)
     divergence = given.divergences[0]
     if given.side == "megakd":
-        # The memory of the bare loop is that of a process without megakd's engines.
-        from speed.causal_megakd import opened as opened_megakd
-
         return opened_megakd(given.case, count)
     if given.side == "bare":
         models, ids = random_models(given.sizes), random_ids(given.sizes, count)
         return nullcontext(Bare(models, ids, LOSSES[divergence]))
+    from speed import causal_trl as trl
+
     return trl.opened(given.side, given.case, given.sizes, divergence, count)
 
 
@@ -145,32 +310,45 @@ def extra_memory(side: Any, given: argparse.Namespace) -> int:
     return statistics.median_low(peaks)
 
 
-def beside(side: Any, given: argparse.Namespace) -> list[list[float]]:
-    return paired(side, side.bare(LOSSES[given.divergences[0]]), given, agree=True)
+def paired(side: Any, given: argparse.Namespace) -> list[list[float]]:
+    """Return the CPU seconds of the steps of a side and of a bare loop; their losses must agree."""
+    bare = side.bare(LOSSES[given.divergences[0]])
+    check_agree(side, bare, 0)
+    for index in range(given.warm_up):
+        side.step(index)
+        bare.step(index)
+    check_agree(side, bare, given.warm_up)
+
+    def seconds(one: Any, number: int) -> float:
+        return timed(functools.partial(one.step, given.warm_up + number)).cpu
+
+    return by_turns([functools.partial(seconds, one) for one in (side, bare)], given.pairs)
+
+
+def check_agree(side: Any, beside: Any, steps: int) -> None:
+    """Compare the losses of both sides after so many steps."""
+    ours, theirs = side.loss(steps), beside.loss(steps)
+    if abs(ours - theirs) > CLOSE * abs(theirs):
+        raise ValueError(f"after {steps} steps the loss is {ours}, and the other side's {theirs}")
+    print(f"after {steps} steps the losses agree: {ours:.6f} and {theirs:.6f}", flush=True)
 
 
 def row_of(
-    what: str,
-    pairs: Sequence[Sequence[float]],
-    memory: tuple[int, int] | None,
-    given: argparse.Namespace,
-) -> Row:
-    ratio = ratio_of(pairs)
+    what: str, pairs: Sequence[Sequence[float]], memory: dict[str, int]
+) -> tuple[str, str, str]:
+    ratio, share = ratio_of(pairs), memory["ours"] / max(1, memory["bare"])
     ours, theirs = (1000 * statistics.median(each) for each in zip(*pairs, strict=True))
-    numbers = f"CPU time {ratio.median:.4f} ({ours:.1f} against {theirs:.1f} ms)"
-    met, targets = ratio.median <= CHAT_TARGET, f"{CHAT_TARGET}"
-    if memory is not None:
-        share = memory[0] / max(1, memory[1])
-        numbers += f", extra memory {share:.2f} ({memory[0] / 1e6:.0f} against "
-        numbers += f"{memory[1] / 1e6:.0f} MB)"
-        met = ratio.median <= TARGET and share <= MEMORY_TARGET
-        targets = f"{TARGET} and {MEMORY_TARGET}"
-        what = f"{what}, a step against a bare loop"
-    spread = f"95 %: {ratio.between(4)}"
-    judged = given.sizes == FULL and (memory is None or ", megakd," in what)
-    target = f"; target {targets}: {'met' if met else 'missed'}" if judged else ""
-    print(f"{what}: {numbers}, {spread}{target}", flush=True)
-    return f"{what}, {len(pairs)} pairs", numbers, spread
+    megabytes = f"{memory['ours'] / 1e6:.0f} against {memory['bare'] / 1e6:.0f} MB"
+    numbers = f"CPU time {ratio.median:.4f} ({ours:.1f} against {theirs:.1f} ms), "
+    numbers += f"extra memory {share:.2f} ({megabytes})"
+    what = f"{what}, a step against a bare loop, {len(pairs)} pairs"
+    return what, numbers, f"95 %: {ratio.between(4)}"
+
+
+def verdict(pairs: Sequence[Sequence[float]], memory: dict[str, int]) -> str:
+    share = memory["ours"] / max(1, memory["bare"])
+    met = ratio_of(pairs).median <= TARGET and share <= MEMORY_TARGET
+    return f"targets {TARGET} and {MEMORY_TARGET}: {'met' if met else 'missed'}"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -179,13 +357,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=4, help="steps that do not count")
     parser.add_argument("--divergences", type=words_of(TERMS), default=list(TERMS))
     parser.add_argument("--threads", type=int, default=1)
-    others = parser.add_mutually_exclusive_group()
-    others.add_argument("--peers", action="store_true", help="TRL's trainers too")
-    others.add_argument("--chat", action="store_true", help="chat rows against text rows")
+    parser.add_argument("--peers", action="store_true", help="TRL's trainers too")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the program")
-    parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--what", help=argparse.SUPPRESS)
+    for name in ("--side", "--what", "--case"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     given = parsed(parser, __name__, arguments)
+    given.case = given.case and Path(given.case)
     given.sizes = QUICK if given.quick else FULL
     return given

@@ -16,140 +16,21 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from speed import causal_bare
+from speed import causal_step
 
 Inputs = Callable[[Tensor], dict[str, Tensor]]
-
-
 BETAS = {"forward_kl": 0.0, "jsd": 0.5}  # TRL's convention: 0 is forward KL, 1 is reverse KL
-MODULES = {"GKDTrainer": "trl.experimental.gkd", "DistillationTrainer": "trl"}
-
-
-class Trl:
-    """A trainer of TRL that takes one step at a time."""
-
-    def __init__(self, trainer: Any, ids: Sequence[Tensor], inputs_of: Inputs) -> None:
-        self._trainer, self._ids, self._inputs_of = trainer, ids, inputs_of
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1  # else set by the loop of `train()`
-        trainer.model.train()
-
-    def step(self, index: int) -> None:
-        trainer, ids = self._trainer, self._ids[index]
-        trainer.training_step(trainer.model, self._inputs_of(ids), targets_of(ids))
-        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), causal_bare.MAX_GRAD_NORM)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
-
-    @torch.no_grad()
-    def loss(self, index: int) -> float:
-        trainer, ids = self._trainer, self._ids[index]
-        inputs = self._inputs_of(ids)
-        return float(
-            trainer.compute_loss(trainer.model, inputs, num_items_in_batch=targets_of(ids))
-        )
-
-    def bare(self, loss: causal_bare.Loss) -> causal_bare.Bare:
-        """Return a bare loop that starts from the same weights and sees the same batches."""
-        models = (self._trainer.model, self._trainer.teacher_model)
-        return causal_bare.Bare(
-            causal_bare.Models(*map(causal_bare.plain_copy, models)), self._ids, loss
-        )
-
-
-def targets_of(ids: Tensor) -> Tensor:
-    """Return the number of positions with a next token."""
-    return torch.tensor(float(ids[:, 1:].numel()))
-
-
-def available() -> list[str]:
-    """Return the names of the trainers that the installed TRL has; say what is missing."""
-    if importlib.util.find_spec("trl") is None:
-        print("trl is not installed: skipped", flush=True)
-        return []
-    found = [name for name in MODULES if hasattr(_module(name), name)]
-    for name, module in MODULES.items():
-        if name not in found:
-            print(f"trl has no {module}.{name}: skipped", flush=True)
-    return found
-
-
-def _module(name: str) -> ModuleType | None:
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    try:
-        return importlib.import_module(MODULES[name])
-    except ModuleNotFoundError:
-        return None
-
-
-@contextmanager
-def opened(
-    name: str, case: Path, sizes: causal_bare.Sizes, divergence: str, count: int
-) -> Iterator[Trl]:
-    """Build a trainer of this name with random models, for so many batches."""
-    ids = causal_bare.random_ids(sizes, count)
-    with tempfile.TemporaryDirectory(prefix="megakd-trl-") as folder:
-        options = _options(folder, sizes, divergence)
-        tokenizer = AutoTokenizer.from_pretrained(case / causal_bare.TOKENIZER)
-        if name == "GKDTrainer":
-            yield Trl(_gkd(options, sizes, tokenizer), ids, _gkd_inputs)
-        else:
-            yield Trl(_distillation(options, sizes, tokenizer), ids, _distillation_inputs)
-
-
-def _options(folder: str, sizes: causal_bare.Sizes, divergence: str) -> dict[str, Any]:
-    """Return the options of both trainers: fp32, the bare loop's AdamW, no log."""
-    return {
-        "output_dir": folder,
-        "per_device_train_batch_size": sizes.rows,
-        "learning_rate": causal_bare.LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "beta": BETAS[divergence],
-        "temperature": 1.0,
-    }
-
-
-def _gkd(options: dict[str, Any], sizes: causal_bare.Sizes, tokenizer: Any) -> Any:
-    module: Any = _module("GKDTrainer")
-    student, teacher = causal_bare.random_models(sizes)
-    return module.GKDTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=_config(module.GKDConfig, {**options, "lmbda": 0.0}),
-        train_dataset=Dataset.from_dict({"messages": [[]]}),
-        processing_class=tokenizer,
-    )
 
 
 def _gkd_inputs(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def _distillation(options: dict[str, Any], sizes: causal_bare.Sizes, tokenizer: Any) -> Any:
-    module: Any = _module("DistillationTrainer")
-    student, teacher = causal_bare.random_models(sizes)
-    trainer = module.DistillationTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=_config(module.DistillationConfig, options),
-        train_dataset=Dataset.from_dict({"prompt": ["a"]}),
-        processing_class=tokenizer,
-    )
-    trainer._generate_and_score_completions = lambda given: given  # noqa: SLF001
-    return trainer
 
 
 def _distillation_inputs(ids: Tensor) -> dict[str, Tensor]:
@@ -164,8 +45,116 @@ def _distillation_inputs(ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _config(kind: Any, options: dict[str, Any]) -> Any:
-    """Return the trainer's config; transformers 5.23 warns of an option that TRL sets itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return kind(**options)
+class Kind(NamedTuple):
+    """A trainer: its module, its config, options of its own, a row of data, and its inputs."""
+
+    module: str
+    config: str
+    options: dict[str, Any]
+    row: dict[str, list[Any]]
+    inputs: Inputs
+
+
+KINDS = {
+    "GKDTrainer": Kind(
+        "trl.experimental.gkd", "GKDConfig", {"lmbda": 0.0}, {"messages": [[]]}, _gkd_inputs
+    ),
+    "DistillationTrainer": Kind(
+        "trl", "DistillationConfig", {}, {"prompt": ["a"]}, _distillation_inputs
+    ),
+}
+
+
+class Trl:
+    """A trainer of TRL that takes one step at a time."""
+
+    def __init__(self, trainer: Any, ids: Sequence[Tensor], inputs_of: Inputs) -> None:
+        self._trainer, self._ids, self._inputs_of = trainer, ids, inputs_of
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1  # else set by the loop of `train()`
+        trainer.model.train()
+
+    def step(self, index: int) -> None:
+        trainer, ids = self._trainer, self._ids[index]
+        trainer.training_step(trainer.model, self._inputs_of(ids), targets_of(ids))
+        trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), causal_step.MAX_GRAD_NORM)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+
+    @torch.no_grad()
+    def loss(self, index: int) -> float:
+        trainer, ids = self._trainer, self._ids[index]
+        count = targets_of(ids)
+        inputs = self._inputs_of(ids)
+        return float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count))
+
+    def bare(self, loss: causal_step.Loss) -> causal_step.Bare:
+        models = (self._trainer.model, self._trainer.teacher_model)
+        return causal_step.bare_copy(models, self._ids, loss)
+
+
+def targets_of(ids: Tensor) -> Tensor:
+    """Return the number of positions with a next token."""
+    return torch.tensor(float(ids[:, 1:].numel()))
+
+
+def available() -> list[str]:
+    """Return the names of the trainers that the installed TRL has; say what is missing."""
+    if importlib.util.find_spec("trl") is None:
+        print("trl is not installed: skipped", flush=True)
+        return []
+    found = [name for name, kind in KINDS.items() if hasattr(_module(kind.module), name)]
+    for name, kind in KINDS.items():
+        if name not in found:
+            print(f"trl has no {kind.module}.{name}: skipped", flush=True)
+    return found
+
+
+def _module(name: str) -> Any:
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
+
+
+@contextmanager
+def opened(
+    name: str, case: Path, sizes: causal_step.Sizes, divergence: str, count: int
+) -> Iterator[Trl]:
+    """Build a trainer of this name with random models, for so many batches."""
+    kind, (student, teacher) = KINDS[name], causal_step.random_models(sizes)
+    module = _module(kind.module)
+    with tempfile.TemporaryDirectory(prefix="megakd-trl-") as folder:
+        options = _options(folder, sizes, divergence) | kind.options
+        with warnings.catch_warnings():
+            # transformers 5.23 warns of an option that TRL sets itself.
+            warnings.simplefilter("ignore", FutureWarning)
+            config = getattr(module, kind.config)(**options)
+        trainer = getattr(module, name)(
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            train_dataset=Dataset.from_dict(kind.row),
+            processing_class=AutoTokenizer.from_pretrained(case / causal_step.TOKENIZER),
+        )
+        if name == "DistillationTrainer":
+            trainer._generate_and_score_completions = lambda given: given  # noqa: SLF001
+        yield Trl(trainer, causal_step.random_ids(sizes, count), kind.inputs)
+
+
+def _options(folder: str, sizes: causal_step.Sizes, divergence: str) -> dict[str, Any]:
+    """Return the options of both trainers: fp32, the bare loop's AdamW, no log."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": sizes.rows,
+        "learning_rate": causal_step.LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "beta": BETAS[divergence],
+        "temperature": 1.0,
+    }

@@ -1,4 +1,4 @@
-"""The README's pictures, out of the report of a quickstart.
+"""The pictures of docs/report.md, out of the report of a quickstart.
 
 `python benchmarks tools.pictures [runs/quickstart/report.html]` writes docs/images/*.svg, each with
 the report's colours in it, for light and dark pages.

@@ -18,7 +18,6 @@ from bench.catalogue import IMPLEMENTATIONS, Implementation
 if TYPE_CHECKING:
     import torch
 
-    from bench.results import Ledger
     from bench.running import Plan
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,33 +84,23 @@ def _measure(
     from bench import machine, report
     from bench.results import Ledger
     from bench.running import run_cases
+    from bench.targets import verdicts
 
     path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{plan.device.type}.jsonl"
     described = machine.describe(plan.device)
     ceilings = machine.measure_ceilings(plan.device, plan.effort)
-    print("\n".join(report.machine_lines(described, ceilings)), flush=True)
+    about = report.machine_lines(described, ceilings)
+    print("\n".join(about), flush=True)
     with path.open("w", encoding="utf-8") as file:
         ledger = Ledger(file, described, ceilings)
         ledger.add_ceilings(cases[0].dtype)
         run_cases(cases, implementations, plan, ledger, announce=_announce)
-    _print_report(ledger, plan.device, path)
+    print(f"\nrows: {path}")
+    judged = report.verdict_lines(verdicts(ledger.rows, plan.kind))
+    for lines in (report.missing_lines(ledger.rows), about, report.table(ledger.rows), judged):
+        print("\n".join(["", *lines]))
     ours = {each.name for each in implementations if each.is_ours}
     return int(any(row.status == "failed" and row.impl in ours for row in ledger.rows))
-
-
-def _print_report(ledger: Ledger, device: torch.device, path: Path) -> None:
-    from bench import report
-    from bench.targets import verdicts
-
-    picture = path.with_suffix(".png")
-    has_plot = report.plot(ledger.rows, picture)
-    print(f"\nrows: {path}")
-    print(f"plot: {picture}" if has_plot else "no plot: matplotlib is not installed")
-    print("\n".join(["", *report.missing_lines(ledger.rows)]))
-    print("\n".join(["", *report.machine_lines(ledger.machine, ledger.ceilings)]))
-    print("\n".join(["", *report.table(ledger.rows)]))
-    kind: Device = "cuda" if device.type == "cuda" else "cpu"
-    print("\n".join(["", *report.verdict_lines(verdicts(ledger.rows, kind))]))
 
 
 def _plan(device: torch.device, *, quick: bool) -> Plan:
@@ -162,18 +151,15 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _listing() -> list[str]:
-    lines = ["implementations:"]
-    lines += [f"  {each.name:<15} {each.about}" for each in IMPLEMENTATIONS]
+    lines = ["implementations:", *(f"  {one.name:<15} {one.about}" for one in IMPLEMENTATIONS)]
+    marks = {"quick": "*", "full": " ", "named": "~"}
     for device in _DEVICES:
         lines += [f"cases on {device} (* runs with --quick, ~ only when named):"]
-        marks = {"quick": "*", "full": " ", "named": "~"}
-        lines += [f"{marks[case.selection]} {_described(case)}" for case in cases_for(device)]
+        for case in cases_for(device):
+            name = f"{marks[case.selection]} {case.name:<24} {case.kind:<13} {case.mode:<8}"
+            shape = f"N={case.n} V={case.v} Hs={case.hs} Ht={case.ht}"
+            lines += [f"{name} {shape}  {case.divergence}".rstrip()]
     return lines
-
-
-def _described(case: Case) -> str:
-    shape = f"N={case.n} V={case.v} Hs={case.hs} Ht={case.ht}"
-    return f"{case.name:<24} {case.kind:<13} {case.mode:<8} {shape}  {case.divergence}".rstrip()
 
 
 def _announce(name: str) -> None:

@@ -106,6 +106,7 @@ def _cuda_cases() -> tuple[Case, ...]:
     )
     full = replace(quick, selection="full")
     rows = replace(quick, name="rows", kind="rows")
+    shapes = ((v, hs, ht, n) for v in VOCABULARIES for hs, ht in WIDTHS for n in ROWS)
     return (
         quick,
         rows,
@@ -116,20 +117,17 @@ def _cuda_cases() -> tuple[Case, ...]:
         replace(rows, name="rows-jsd", mixture=(("jsd", 1.0),), selection="full"),
         replace(full, name="logits", kind="logits", n=2048),
         *_sweep(full, (128, 256, 512, 2048, 4096)),
-        *_grid(full),
+        *(_shaped(full, *one) for one in shapes if one != (full.v, full.hs, full.ht, full.n)),
     )
 
 
 def _variants(quick: Case, full: Case) -> tuple[Case, ...]:
     """Other losses and options at the shape of `quick`; what `--quick` can spare is `full`."""
+    kl = {"forward_kl": 0.5, "reverse_kl": 0.5}
+    others = ("reverse_kl", "skew_kl", "skew_rkl", "tvd")
     return (
-        replace(full, name="reverse_kl", mixture=(("reverse_kl", 1.0),)),
-        replace(full, name="skew_kl", mixture=(("skew_kl", 1.0),)),
-        replace(full, name="skew_rkl", mixture=(("skew_rkl", 1.0),)),
-        replace(full, name="tvd", mixture=(("tvd", 1.0),)),
-        replace(
-            full, name="mixture", mixture=(("forward_kl", 0.5), ("reverse_kl", 0.5)), ce_weight=1.0
-        ),
+        *(replace(full, name=name, mixture=((name, 1.0),)) for name in others),
+        replace(full, name="mixture", mixture=tuple(kl.items()), ce_weight=1.0),
         replace(full, name="forward_kl-t2", temperature=2.0),
         replace(full, name="forward_kl-loss", mode="fwd"),
         replace(full, name="forward_kl-bf16_logits", logits_dtype="bf16"),
@@ -145,13 +143,8 @@ def _sweep(like: Case, sizes_mb: tuple[int, ...]) -> tuple[Case, ...]:
     return tuple(replace(like, name=f"chunk-{size}mb", chunk_mb=size) for size in sizes_mb)
 
 
-def _grid(like: Case) -> tuple[Case, ...]:
-    shapes = [(v, hs, ht, n) for v in VOCABULARIES for hs, ht in WIDTHS for n in ROWS]
-    return tuple(
-        replace(like, name=f"v{v}-h{hs}x{ht}-n{n}", n=n, v=v, hs=hs, ht=ht)
-        for v, hs, ht, n in shapes
-        if (n, v, hs, ht) != (like.n, like.v, like.hs, like.ht)
-    )
+def _shaped(like: Case, v: int, hs: int, ht: int, n: int) -> Case:
+    return replace(like, name=f"v{v}-h{hs}x{ht}-n{n}", v=v, hs=hs, ht=ht, n=n, selection="full")
 
 
 def _cpu_cases() -> tuple[Case, ...]:
@@ -169,11 +162,9 @@ def _cpu_cases() -> tuple[Case, ...]:
         replace(small, name="jsd", mixture=(("jsd", 1.0),)),
         *_variants(small, replace(small, selection="full")),
         *_sweep(replace(first, selection="full"), (4, 8, 16, 32)),
-        *(
-            replace(first, name=f"v{v}-h{hs}x{ht}-n{n}", v=v, hs=hs, ht=ht, n=n, selection="full")
-            for v, hs, ht, n in ((32000, 256, 512, 256), (32000, 512, 1024, 512),
-                                 (50304, 256, 512, 512))
-        ),
+        _shaped(first, 32000, 256, 512, 256),
+        _shaped(first, 32000, 512, 1024, 512),
+        _shaped(first, 50304, 256, 512, 512),
         replace(smoke, name="smoke"),
         replace(smoke, name="smoke-relation", kind="relation", v=0, mixture=(), heads=2),
     )  # fmt: skip

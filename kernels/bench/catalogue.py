@@ -40,82 +40,32 @@ class Implementation:
 
 
 _LIGER = ("liger_kernel", "liger-kernel")
+_KD, _CE = ("linear_kd",), ("linear_ce",)
 IMPLEMENTATIONS = (
-    Implementation(
-        "megakd-triton",
-        'this package, impl="triton"',
-        (*LOSSES, "rows"),
-        logits="fp32",
-        needs_cuda=True,
-    ),
-    Implementation(
-        "megakd-chunked",
-        'this package, impl="chunked": the same chunks, rows by torch',
-        LOSSES,
-        logits="fp32",
-    ),
-    Implementation(
-        "eager",
-        "full logits in the dtype of the model, widened to fp32, as Hugging Face's losses",
-        LOSSES,
-        logits="dtype",
-    ),
+    Implementation("megakd-triton", 'this package, impl="triton"', (*LOSSES, "rows"),
+                   logits="fp32", needs_cuda=True),
+    Implementation("megakd-chunked", 'this package, impl="chunked": the same chunks, rows by torch',
+                   LOSSES, logits="fp32"),
+    Implementation("eager", "full logits in the dtype of the model, widened to fp32, as Hugging "
+                   "Face's losses", LOSSES, logits="dtype"),
     Implementation("compile", "torch.compile of eager", LOSSES, compiles=True, logits="dtype"),
-    Implementation(
-        "trl-chunks",
-        "256-row checkpointed chunks in fp32, as TRL 1.12 (huggingface/trl#6526)",
-        ("linear_kd",),
-        divergences=GKD,
-        mixes=False,
-        logits="fp32",
-    ),
-    Implementation(
-        "trl-tiles",
-        "trl.kernels.ChunkedDivergenceFunction of newer TRL: tiles, recomputed",
-        ("linear_kd",),
-        divergences=GKD,
-        mixes=False,
-        package=("trl.kernels", "a newer trl"),
-    ),
-    Implementation(
-        "liger-jsd",
-        "LigerFusedLinearJSD (Triton; gradients in the forward)",
-        ("linear_kd",),
-        divergences=GKD,
-        mixes=False,
-        needs_cuda=True,
-        package=_LIGER,
-    ),
-    Implementation(
-        "liger-chunked",
-        "LigerFusedLinearJSDLoss (torch.compile of chunks; gradients in the forward)",
-        ("linear_kd",),
-        divergences=GKD,
-        compiles=True,
-        package=_LIGER,
-    ),
-    Implementation(
-        "liger-ce",
-        "LigerFusedLinearCrossEntropyLoss",
-        ("linear_ce",),
-        needs_cuda=True,
-        package=_LIGER,
-    ),
-    Implementation(
-        "cut-ce",
-        "cut_cross_entropy.linear_cross_entropy, which leaves small gradients out",
-        ("linear_ce",),
-        needs_cuda=True,
-        package=("cut_cross_entropy", "cut-cross-entropy"),
-    ),
-    Implementation("torch-ce", "torch.nn.functional.linear_cross_entropy, chunked", ("linear_ce",)),
-    Implementation(
-        "megakd-gemms",
-        "the matrix products of linear_kd_loss and nothing else",
-        ("gemms",),
-        logits="fp32",
-    ),
-)
+    Implementation("trl-chunks", "256-row checkpointed chunks in fp32, as TRL 1.12 "
+                   "(huggingface/trl#6526)", _KD, divergences=GKD, mixes=False, logits="fp32"),
+    Implementation("trl-tiles", "trl.kernels.ChunkedDivergenceFunction of newer TRL: tiles, "
+                   "recomputed", _KD, divergences=GKD, mixes=False,
+                   package=("trl.kernels", "a newer trl")),
+    Implementation("liger-jsd", "LigerFusedLinearJSD (Triton; gradients in the forward)", _KD,
+                   divergences=GKD, mixes=False, needs_cuda=True, package=_LIGER),
+    Implementation("liger-chunked", "LigerFusedLinearJSDLoss (torch.compile of chunks; gradients "
+                   "in the forward)", _KD, divergences=GKD, compiles=True, package=_LIGER),
+    Implementation("liger-ce", "LigerFusedLinearCrossEntropyLoss", _CE, needs_cuda=True,
+                   package=_LIGER),
+    Implementation("cut-ce", "cut_cross_entropy.linear_cross_entropy, which leaves small gradients "
+                   "out", _CE, needs_cuda=True, package=("cut_cross_entropy", "cut-cross-entropy")),
+    Implementation("torch-ce", "torch.nn.functional.linear_cross_entropy, chunked", _CE),
+    Implementation("megakd-gemms", "the matrix products of linear_kd_loss and nothing else",
+                   ("gemms",), logits="fp32"),
+)  # fmt: skip
 
 
 def find(name: str) -> Implementation:

@@ -91,15 +91,10 @@ def drop_gradients(problem: Problem) -> None:
 
 def make_problem(case: Case, device: torch.device, *, seed: int = 0) -> Problem:
     """Random inputs on the device, the same at every call."""
-    generator = torch.Generator(device).manual_seed(seed)
-    source = _Source(case, device, generator)
-    if case.kind in {"rows", "logits"}:
-        return source.logits()
-    if case.kind == "relation":
-        return source.relation()
-    if case.kind in {"hidden_mse", "hidden_cosine"}:
-        return source.hidden()
-    return source.heads()
+    source = _Source(case, device, torch.Generator(device).manual_seed(seed))
+    kinds = {"rows": source.logits, "logits": source.logits, "relation": source.relation,
+             "hidden_mse": source.hidden, "hidden_cosine": source.hidden}  # fmt: skip
+    return kinds.get(case.kind, source.heads)()
 
 
 class _Source:

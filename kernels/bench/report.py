@@ -1,14 +1,13 @@
-"""The table that is printed last, the list of what was skipped, the targets, and the plot."""
+"""The table that is printed last, the list of what was skipped, and the targets."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from bench.cases import ACCEPTANCE
 from bench.machine import Ceilings, Machine
-from bench.results import CEILING, MEASURED, Result
+from bench.results import MEASURED, Result
 from bench.targets import Verdict
 
 _COLUMNS = {
@@ -63,34 +62,6 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
         for each in verdicts
     ]
     return [f'targets (case "{ACCEPTANCE}" where none is named):', *_aligned(rows)]
-
-
-def plot(rows: Iterable[Result], path: Path) -> bool:
-    """Time and peak memory of every case as a picture; False where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    measured = [row for row in rows if row.status == MEASURED and row.case != CEILING]
-    cases = list(dict.fromkeys(row.case for row in measured))
-    figure = Figure(figsize=(13, 1.5 + 0.35 * len(cases)), layout="constrained")
-    for panel, (column, title) in zip(
-        figure.subplots(1, 2, sharey=True),
-        (("ms_median", "ms, median"), ("peak_mb", "peak memory beyond the inputs, MB")),
-        strict=True,
-    ):
-        for impl in dict.fromkeys(row.impl for row in measured):
-            points = [row for row in measured if row.impl == impl and getattr(row, column)]
-            panel.plot(
-                [getattr(row, column) for row in points], [cases.index(row.case) for row in points],
-                "o", label=impl, alpha=0.7,
-            )  # fmt: skip
-        panel.set(xscale="log", xlabel=title, yticks=range(len(cases)), yticklabels=cases)
-        panel.grid(visible=True, axis="x")
-    figure.axes[0].invert_yaxis()
-    figure.axes[0].legend(fontsize="small")
-    figure.savefig(path)
-    return True
 
 
 def _cells(row: Result) -> tuple[str, ...]:

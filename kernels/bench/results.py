@@ -71,11 +71,11 @@ class Ledger:
         """The two rates of the machine as rows of a case "ceiling"."""
         rates = self.ceilings
         case = Case(name=CEILING, kind="gemms", n=0, v=0, hs=0, ht=0, dtype=dtype, mixture=())
-        matmul = self._row(case, "matmul", MEASURED)
-        matmul = replace(matmul, tflops_model=rates.matmul / 1e12)
-        copy = replace(self._row(case, "copy", MEASURED), gbps=rates.copy / 1e9)
-        self._append(replace(matmul, **_times(rates.matmul_times)))
-        self._append(replace(copy, **_times(rates.copy_times)))
+        for name, times, rate in (
+            ("matmul", rates.matmul_times, {"tflops_model": rates.matmul / 1e12}),
+            ("copy", rates.copy_times, {"gbps": rates.copy / 1e9}),
+        ):
+            self._append(replace(self._row(case, name, MEASURED), **rate, **_times(times)))
 
     def add_missing(self, case: Case, implementation: str, status: str, reason: str) -> None:
         """A row without numbers."""

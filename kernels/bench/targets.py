@@ -43,59 +43,26 @@ _TRITON, _CHUNKED = "megakd-triton", "megakd-chunked"
 _TARGETS: dict[Device, tuple[Target, ...]] = {
     "cpu": (
         Target("time, chunked / eager, at most 0.7", "ms_median", _CHUNKED, "eager", at_most=0.7),
-        Target(
-            "peak memory, chunked / eager, at most 0.2", "peak_mb", _CHUNKED, "eager", at_most=0.2
-        ),
+        Target("peak memory, chunked / eager, at most 0.2", "peak_mb", _CHUNKED, "eager",
+               at_most=0.2),
     ),
     "cuda": (
-        Target(
-            "share of the floor 2NV(3Hs + Ht), at least 0.75",
-            "frac_of_floor",
-            _TRITON,
-            at_least=0.75,
-        ),
-        Target(
-            "row kernel, GB/s, at least 3400 (of an H200)",
-            "gbps",
-            _TRITON,
-            case="rows",
-            at_least=3400,
-        ),
-        Target(
-            "times as fast as LigerFusedLinearJSD, at least 2.5",
-            "ms_median",
-            "liger-jsd",
-            _TRITON,
-            at_least=2.5,
-        ),
-        Target(
-            "time, triton / torch.compile, at most 1", "ms_median", _TRITON, "compile", at_most=1.0
-        ),
-        Target(
-            "GB of extra memory beside the head's fp32 gradient, at most 1.5",
-            "peak_mb",
-            _TRITON,
-            at_most=1.5,
-            beside_head_gradient=True,
-        ),
-        Target(
-            "relation: times as fast as eager, at least 5",
-            "ms_median",
-            "eager",
-            _TRITON,
-            "relation",
-            at_least=5,
-        ),
-        Target(
-            "relation: eager's peak memory over ours, at least 20",
-            "peak_mb",
-            "eager",
-            _TRITON,
-            "relation",
-            at_least=20,
-        ),
+        Target("share of the floor 2NV(3Hs + Ht), at least 0.75", "frac_of_floor", _TRITON,
+               at_least=0.75),
+        Target("row kernel, GB/s, at least 3400 (of an H200)", "gbps", _TRITON, case="rows",
+               at_least=3400),
+        Target("times as fast as LigerFusedLinearJSD, at least 2.5", "ms_median", "liger-jsd",
+               _TRITON, at_least=2.5),
+        Target("time, triton / torch.compile, at most 1", "ms_median", _TRITON, "compile",
+               at_most=1.0),
+        Target("GB of extra memory beside the head's fp32 gradient, at most 1.5", "peak_mb",
+               _TRITON, at_most=1.5, beside_head_gradient=True),
+        Target("relation: times as fast as eager, at least 5", "ms_median", "eager", _TRITON,
+               "relation", at_least=5),
+        Target("relation: eager's peak memory over ours, at least 20", "peak_mb", "eager", _TRITON,
+               "relation", at_least=20),
     ),
-}
+}  # fmt: skip
 
 
 def verdicts(rows: Iterable[Result], device: Device) -> list[Verdict]:

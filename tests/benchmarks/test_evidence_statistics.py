@@ -116,13 +116,13 @@ def test_a_noisier_arm_has_its_own_interval_and_does_not_widen_the_others():
 def test_without_effects_the_tests_are_right_as_often_as_they_say():
     rng = np.random.default_rng(0)
     wrong = 0
-    for _ in range(400):
+    for _ in range(150):
         seeds = rng.normal(0, 2, size=3)
         arms = {f"{n}": seeds + rng.normal(0, 0.4, size=3) for n in range(8)}
         scores = stored(*(cells(n, list(x)) for n, x in arms.items()))
         found = differences(scores, [(n, "0") for n in arms])
         wrong += any(one.verdict != "cannot be told" for one in found)
-    assert wrong / 400 < 0.08
+    assert wrong / 150 < 0.08
 
 
 def test_both_bases_are_corrected_together_but_the_same_runs_count_once():

@@ -9,6 +9,8 @@ import pytest
 from tiny_runs import bert, config_tree, write_config, write_reviews
 from whole_run import finish
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sorted_teacher(one_rank, tmp_path_factory) -> Path:

@@ -21,9 +21,6 @@ from gpu_day.parts import PARTS, Part, Setting
 from lib.launching import ROOT
 from megakd.config.file import load_config
 
-# Three starts of a longer run, and two parts that share their programs with others.
-LONG = ("minidisc", "more-losses", "streams")
-QUICK = [part.name for part in PARTS if part.name not in LONG]
 JUNIT = """<testsuites><testsuite tests="4" failures="1" errors="1" skipped="1" time="2.5">
 <testcase classname="kernels.tests.test_a" name="test_b[1]">
 <failure message="one&#10;two"/></testcase>
@@ -183,42 +180,39 @@ def test_memory_that_is_left_on_a_gpu_or_a_model_that_is_left_is_a_failure(
     assert release.is_released([row], torch.device(device)) == holds
 
 
-def rehearse(out: Path, parts: list[str]) -> str:
-    """Run the command as a user does, and return its output."""
-    words = ["--rehearse", "--out", str(out), "--parts", ",".join(parts)]
-    command = [sys.executable, "benchmarks/gpu_day.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    tails = [f"{name}: {found['tail']}" for name, found in parts_of(out).items() if found["tail"]]
-    assert done.returncode == 0, "\n".join([done.stderr, *tails])
-    return done.stdout
-
-
-def test_a_rehearsal_finishes_all_parts_and_a_second_start_repeats_nothing(
-    built_operator, tmp_path
+def test_a_rehearsal_finishes_a_part_and_a_second_start_repeats_nothing(
+    built_operator, tmp_path, capsys
 ):
-    rehearse(tmp_path, QUICK)
+    parts = [part for part in PARTS if part.name == "llama"]
 
+    assert start(tmp_path, parts) == 0, parts_of(tmp_path)["llama"]["tail"]
     found = parts_of(tmp_path)
-    assert [name for name in QUICK if found[name]["state"] != "finished"] == []
-    assert rehearse(tmp_path, QUICK).count("has finished before") == len(QUICK)
+    assert start(tmp_path, parts) == 0
+
+    assert "llama: has finished before" in capsys.readouterr().out
     assert parts_of(tmp_path) == found
-    page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    assert [name for name in QUICK if f"## {name}: finished" not in page] == []
-    assert "without clocks" in page
-    numbers = found["causal-lm"]["numbers"]
-    assert 30 <= numbers["killed after step"] < 60
-    assert numbers["same bits"]
-    assert {leg["run"] for leg in numbers["seconds"]} == {"first", "killed", "resumed"}
     assert "no CUDA kernels" in found["llama"]["numbers"]["kernels"]
-    times = found["stages"]["numbers"]["times"]
-    assert [row["MEGAKD_ROW_STAGES"] for row in times] == ["1", "3"]
-    assert times[0]["loss"] == pytest.approx(times[1]["loss"], rel=1e-5)
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "## llama: finished" in page
+    assert "without clocks" in page
 
 
 @pytest.mark.slow
-def test_the_other_parts_can_be_rehearsed_too(built_operator, tmp_path):
-    rehearse(tmp_path, [*LONG])
+def test_all_other_parts_can_be_rehearsed_as_a_user_does(built_operator, tmp_path):
+    names = [part.name for part in PARTS if part.name != "llama"]
+    words = ["--rehearse", "--out", str(tmp_path), "--parts", ",".join(names)]
+
+    command = [sys.executable, "benchmarks/gpu_day.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
     found = parts_of(tmp_path)
-    assert [found[name]["state"] for name in LONG] == ["finished"] * len(LONG)
-    assert 20 <= found["minidisc"]["numbers"]["killed after step"] < 40
-    assert found["minidisc"]["numbers"]["same bits"]
+    assert {name: found[name]["tail"] for name in names if found[name]["state"] != "finished"} == {}
+    assert done.returncode == 0, done.stderr
+    for name, steps in (("causal-lm", 60), ("minidisc", 40)):
+        numbers = found[name]["numbers"]
+        assert steps / 2 <= numbers["killed after step"] < steps
+        assert numbers["same bits"]
+        assert {leg["run"] for leg in numbers["seconds"]} == {"first", "killed", "resumed"}
+    times = found["stages"]["numbers"]["times"]
+    assert [row["MEGAKD_ROW_STAGES"] for row in times] == ["1", "3"]
+    assert times[0]["loss"] == pytest.approx(times[1]["loss"], rel=1e-5)

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lib.launching import RunFailedError, start_ranks
-from lib.tables import mean_interval, spread_of
+from lib.tables import spread_of
 
 FAILS = "import os, sys, time\nsys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)\n"
 
@@ -21,18 +21,17 @@ def test_without_a_name_all_benchmarks_are_listed_and_each_can_be_imported(run):
         assert callable(importlib.import_module(module).main)
 
 
-@pytest.mark.parametrize("name", ["speed.overhed", "speed", "../launch/train"])
-def test_an_unknown_name_is_refused_with_the_known_ones(run, name):
-    ended = run(name)
+def test_an_unknown_name_is_refused_with_the_known_ones(run):
+    ended = run("speed.overhed")
     assert ended.returncode == 2
-    assert f"there is no benchmark {name}; known:\nevidence" in ended.stderr
+    assert "there is no benchmark speed.overhed; known:\nevidence" in ended.stderr
 
 
 def test_what_keeps_a_benchmark_from_running_is_one_line(run, tmp_path):
-    ended = run("methods.homodistil_decoder", "--data", str(tmp_path))
+    ended = run("methods.homodistil", "--decoder", "--data", str(tmp_path))
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("methods.homodistil_decoder: error: ")
+    assert line.startswith("methods.homodistil: error: ")
     assert line.endswith("tinystories_1000.json does not exist")
 
 
@@ -47,11 +46,3 @@ def test_a_spread_has_the_median_the_quartiles_and_an_interval_around_it():
     assert spread.quartiles == (2.0, 4.0)
     assert spread.interval[0] < 3.0 < spread.interval[1]
     assert spread_of([1.0, 2.0, 3.0, 4.0, 5.0]) == spread
-
-
-def test_an_interval_is_students_and_a_single_value_has_none():
-    mean, low, high = mean_interval([1.0, 2.0, 3.0])
-    # 4.3027 is the 97.5 % quantile of t with two degrees of freedom.
-    assert (mean, high - mean) == (2.0, pytest.approx(4.3027 / 3**0.5, abs=1e-4))
-    assert mean - low == pytest.approx(high - mean)
-    assert str(mean_interval([1.0])) == "(1.0, nan, nan)"

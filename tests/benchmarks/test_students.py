@@ -1,0 +1,384 @@
+"""Benchmarks that train students: valid and alike runs, and the numbers of their reports."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_books import write_real_data
+from transformers import AutoTokenizer
+
+from lib import books, launching, stories
+from lib.data import BOOKS
+from lib.launching import UnusableError
+from lib.tables import columns_of
+from megakd.config.file import load_config
+from megakd.errors import CheckpointError
+from methods import homodistil, mixed_vocabulary, on_policy, quickstart, shrink
+
+RNG = random.Random(0)
+WORDS = ["".join(RNG.choices("abcdefghijklmnop", k=RNG.randint(2, 7))) for _ in range(300)]
+ARMS = ("alone", "dual", "dual_tables", "down", "up", "version_2")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two books and a task, as the folder of real data has them."""
+    return write_real_data(tmp_path / "data", BOOKS, WORDS)
+
+
+def words(data: Path, *more: str) -> list[str]:
+    out = str(data.parent / "out")
+    return ["--data", str(data), "--out", out, "--tasks", "clinc150", "--quick", *more]
+
+
+def report_of(student: dict, *, metric: str = "accuracy", seconds: dict, **more) -> dict:
+    return {
+        "metric_name": metric,
+        "teacher": {"parameters": 800, "metrics": {metric: 0.9}},
+        "student": {"parameters": 100, "metrics": student},
+        "baselines": {},
+        "evaluation_sets": {},
+        "stages": [{"name": name, "seconds": value} for name, value in seconds.items()],
+        **more,
+    }
+
+
+def held_out(metric: str, **models: float) -> dict:
+    scored = {model: {metric: value} for model, value in models.items()}
+    return {"evaluation_sets": {"held_out": {"metrics": scored}}}
+
+
+def test_every_run_of_homodistil_is_a_valid_config_of_the_same_text_steps_and_rate(data, load):
+    given = homodistil.parse(words(data, "--seeds", "1"))
+    launching.write_leg_configs(given.out, homodistil.trees(given))
+
+    pruning = load(homodistil.pruning_legs(given))
+    short, long = load(homodistil.teacher_legs(given)).values()
+    tasks = load(homodistil.task_legs(given))
+
+    found = {name: (c.method.schedule, c.method.pruning_end) for name, c in pruning.items()}
+    assert found == {
+        "homodistil-1": ("cubic", None),
+        "one_shot-1": ("one_shot", None),
+        "one_shot_alone-1": ("one_shot", None),
+        "early-1": ("cubic", given.sizes.early),
+    }
+    assert pruning["homodistil-1"].baselines == ("random", "alone")
+    assert [name for name, c in pruning.items() if c.objective] == ["one_shot_alone-1"]
+    assert len({(c.train, str(c.task.train_files)) for c in pruning.values()}) == 1
+    assert (short.task.max_length, long.task.max_length) == (given.sizes.short, given.sizes.length)
+    assert long.student.model == str(given.out / "teacher-short" / "final")
+    assert len(tasks) == 7
+    assert all(c.eval.keep_best is False for c in (*pruning.values(), *tasks.values()))
+
+
+def test_the_variants_of_the_decoder_differ_in_the_method_alone(data, load):
+    given = homodistil.parse(["--data", str(data), "--decoder", "--steps", "1000", "--seeds", "1"])
+    given.out = data / "out"
+    launching.write_leg_configs(given.out, homodistil.trees(given))
+
+    found = load(homodistil.pruning_legs(given))
+
+    assert len({(config.train, config.task.dataset) for config in found.values()}) == 1
+    methods = {name: (c.method.score, c.method.pruning_end) for name, c in found.items()}
+    assert methods["early-1"] == ("sensitivity", 300)
+    assert [methods[f"{name}-1"][0] for name in homodistil.SCORES] == [
+        *("platon", "magnitude", "random"),
+    ]
+    assert found["one_shot-1"].method.pruning_start == 20
+
+
+def test_a_piece_of_text_is_learned_or_held_out_and_the_sample_is_held_out(data, tmp_path):
+    books.write_text(data, tmp_path / "text", books.QUICK._replace(pieces=None))
+
+    train, some, sample = (
+        [json.loads(line)["text"] for line in path.read_text().splitlines()]
+        for path in (tmp_path / "text" / f"{n}.jsonl" for n in ("train", "held_out", "sample"))
+    )
+    assert not {*train} & {*some}
+    assert len(some) == pytest.approx(len(train) / 19, abs=2)
+    assert len(sample) >= 2
+    assert all(any(piece.startswith(part) for piece in some) for part in sample)
+
+
+def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_seconds():
+    kls = [{"step": n, "teacher_kl": kl} for n, kl in enumerate((0.1, 0.3, 0.2))]
+    seconds = {"pruning-1": 3.0, "student": 4.0, "random": 6.0, "alone": 5.0}
+    scored = held_out("loss", teacher=3.0, student=4.5, random=5.0, alone=6.0)
+    report = report_of({}, seconds=seconds, pruning=kls, **scored)
+
+    def of(name: str) -> dict:
+        return homodistil.numbers({"homodistil-1": report, "early-1": None}, name, 1)
+
+    assert of("homodistil") == {
+        "loss": 4.5,
+        "seconds": 7.0,
+        "parameters": 100,
+        "largest jump": pytest.approx(0.2),
+    }
+    assert of("alone") == {"loss": 6.0, "seconds": 5.0}
+    assert (of("teacher"), of("early")) == ({"loss": 3.0}, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shown", "options"),
+    [
+        ("homodistil", "| HomoDistil, homodistil |", ["--no-bf16"]),
+        ("mixed_vocabulary", "| mixed vocabulary, books, version_2 |", []),
+    ],
+)
+def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data, run, name, shown, options):
+    command = words(data, "--seeds", "1", "--ranks", "1", "--jobs", "1", *options)
+
+    first, second = (run(f"methods.{name}", *command) for _ in range(2))
+
+    assert first.returncode == 0, first.stderr
+    assert "has not finished" not in first.stdout
+    assert shown in first.stdout
+    assert "tokens/s" not in second.stdout
+    assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["books", "pydocs"])
+def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, text):
+    teacher = data.parent / "teacher"
+    teacher.mkdir()
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = dict.fromkeys((*sizes, "max_position_embeddings"), 4) | {"model_type": "bert"}
+    (teacher / "config.json").write_text(json.dumps(shape))
+    given = mixed_vocabulary.parse(
+        words(data, "--seeds", "1,2", "--text", text, "--teacher", str(teacher))
+    )
+    mixed_vocabulary.make_teacher(given)
+    launching.write_leg_configs(given.out, mixed_vocabulary.trees(given))
+
+    texts = load(mixed_vocabulary.student_legs(given))
+    by_task = load(mixed_vocabulary.task_legs(given))
+
+    assert [*texts] == [f"{arm}-{seed}" for seed in (1, 2) for arm in (*ARMS, "large_alone")]
+    assert len({config.train for config in texts.values()}) == 1
+    files = str(given.out / "text" / "train.jsonl") if text == "books" else None
+    tasks = {(c.task.dataset, c.task.train_files, c.task.max_length) for c in texts.values()}
+    assert tasks == {("pydocs" if text == "pydocs" else None, files, 16)}
+    methods = [texts[f"{arm}-1"].method for arm in ARMS]
+    assert [(m.version, m.direction, m.embeddings) for m in methods] == [
+        *((1, "none", None), (1, "dual", None), (1, "dual", True)),
+        *((1, "down", None), (1, "up", None), (2, "down", None)),
+    ]
+    assert [m.teacher_learning_rate for m in methods] == [None, *[1e-4] * 5]
+    assert methods[-1].teacher_steps == 5
+    # A model of a task is read with its own tokenizer.
+    assert len(by_task) == 4 + len(texts)
+    assert {config.task.tokenizer for config in by_task.values()} == {None}
+    patient = given.out / "alone-1" / "stages" / "patient_kd"
+    assert by_task["clinc150-patient_kd-1"].student.model == str(patient)
+    assert texts["large_alone-1"].task.tokenizer == str(teacher)
+
+
+def test_a_teacher_or_data_that_is_not_there_is_named(data):
+    command = [word for word in words(data) if word != "--quick"]
+    with pytest.raises(UnusableError, match=r"make it with `python benchmarks methods\.homodistil"):
+        mixed_vocabulary.main([*command, "--teacher", str(data / "no")])
+    (data / "clinc150" / "data_full.json").unlink()
+    with pytest.raises(UnusableError, match=r"data_full\.json does not exist"):
+        mixed_vocabulary.main(words(data))
+
+
+def test_a_small_vocabulary_has_its_nats_time_and_tasks_by_seed():
+    def of_text(nats: float, **stages: float) -> dict:
+        scored = held_out("nats_per_character", student=nats, teacher=0.5, patient_kd=nats - 0.1)
+        return report_of({}, seconds={"student": 4.0, **stages}, **scored)
+
+    reports = {"sst2-version_2-1": report_of({"accuracy": 0.8}, seconds={}), "alone-2": None}
+    reports["alone-1"] = of_text(2.0, patient_kd=6.0)
+    reports["version_2-1"] = of_text(2.7, **{"mixed-teacher": 3.0})
+
+    def of(model: str) -> dict:
+        return columns_of(
+            (1, 2), lambda seed: mixed_vocabulary.numbers(reports, ["sst2"], model, seed)
+        )
+
+    same = {"nats/char": {1: 2.7}, "seconds": {1: 7.0}, "parameters": {1: 100}}
+    assert of("version_2") == {"sst2": {1: 80.0}, **same}
+    assert (of("alone")["seconds"], of("patient_kd")["seconds"]) == ({1: 4.0}, {1: 6.0})
+    assert of("patient_kd")["nats/char"][1] == pytest.approx(1.9)
+    assert of("teacher") == {"nats/char": {1: 0.5}}
+
+
+def shrink_given(folder: Path, *words: str):
+    given = shrink.parse(["--data", str(folder), "--out", str(folder / "out"), *words])
+    launching.write_config(given.out / "run.yaml", shrink.config(given))
+    return given
+
+
+@pytest.mark.parametrize("case", shrink.CASES)
+def test_the_variants_of_shrink_are_valid_and_take_equal_steps(tmp_path, load, case):
+    given = shrink_given(tmp_path, "--case", case)
+
+    configs = load(shrink.leg(given, name, 7) for name in given.runs)
+
+    assert len({(config.train, config.task.dataset) for config in configs.values()}) == 1
+    methods = [config.method for config in configs.values()]
+    assert {m.repair_steps + m.on_policy_steps for m in methods} == {400}
+    assert {m.trial_steps for m in methods} == {60}
+    alone = [m.candidates[0] for m in methods if len(m.candidates) == 1]
+    assert alone == list(configs["shrink-7"].method.candidates)
+    depths = [round(share * shrink.CASES[case].layers) for share in alone]
+    assert depths == list(shrink.CASES[case].depths)
+    assert configs["on_policy-7"].rollout is not None
+    trials = shrink_given(tmp_path, "--case", case, "--trials", "40,120")
+    short, long = load(shrink.leg(trials, name, 7) for name in trials.runs).values()
+    assert replace(short.method, trial_steps=120) == long.method
+
+
+def test_shrink_has_the_losses_of_its_teacher_its_baseline_and_the_cut_it_chose(tmp_path):
+    log = [
+        {"stage": "other", "eval/layers-2/loss": 1.0},
+        {"stage": "trial-1", "eval/layers-2/loss": 5.0},
+        {"stage": "trial-1", "eval/layers-2/loss": 4.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    report = report_of({"loss": 2.0}, metric="loss", seconds={"trial-1": 2.0, "student": 3.0})
+    report["stages"][0]["metrics"] = {"loss": 4.0}
+    report["baselines"] = {"random": {"loss": 3.0}}
+    report["candidates"] = [
+        {"shape": f"{layers} layers, 1 neurons", "metric": kl, "chosen": layers == 2}
+        for layers, kl in {3: 0.7, 2: 0.6}.items()
+    ]
+
+    found = shrink.numbers(report, tmp_path)
+
+    assert found == {
+        "loss": 2.0,
+        "teacher": 0.9,
+        "random": 3.0,
+        "trial": 4.0,
+        "cut": 5.0,
+        "layers": 2,
+        "seconds": 5.0,
+        "trial s": 2.0,
+        "KL of 3 layers": 0.7,
+        "KL of 2 layers": 0.6,
+    }
+
+
+def test_minidisc_and_maxidisc_are_run_and_compared_seed_by_seed(monkeypatch, capsys, tmp_path):
+    calls = []
+
+    def trained(config, output, *, ranks, overrides):
+        calls.append((output.parent.name, overrides[-2:]))
+        seconds = {"student": 12.0, "alone": 8.0}
+        if "maxidisc" in output.parent.name:
+            return report_of({"accuracy": 0.5}, seconds={"student": 12.0, "trial": 36.0})
+        report = report_of({"accuracy": 0.6}, seconds={**seconds, "teacher-finetune": 100.0})
+        return report | {"baselines": {"alone": {"accuracy": 0.4}}}
+
+    monkeypatch.setattr(quickstart, "trained", trained)
+    monkeypatch.setattr(quickstart, "fetch_teacher", lambda: None)
+
+    words = ["--seeds", "1,2", "--output", str(tmp_path), "--maxidisc", "seed=9"]
+    assert quickstart.main(words) == 0
+
+    assert calls == [
+        (f"quickstart{kind}", ["seed=9", f"seed={seed}"])
+        for seed in (1, 2)
+        for kind in ("", "-maxidisc")
+    ]
+    shown = capsys.readouterr().out
+    assert "score 0.6, parameters 100, seconds 120, of the search 12" in shown
+    assert "less distilled: score -0.1 -0.1, parameters +0 +0, seconds -72 -72" in shown
+    config = load_config(
+        launching.ROOT / quickstart.CONFIG, [*quickstart.maxidisc(), f"output_dir={tmp_path}"]
+    )
+    plain = load_config(launching.ROOT / quickstart.CONFIG, [])
+    assert (config.method.name, config.baselines) == ("maxidisc", ())
+    assert config.method.sparsities == plain.method.sparsities
+
+
+def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refused(
+    data, monkeypatch
+):
+    given = shrink_given(data, "--runs", "layers-2")
+    leg = shrink.leg(given, "layers-2", 1)
+    leg.output.mkdir(parents=True)
+    config = yaml.safe_load((given.out / "run.yaml").read_text())
+    config["method"]["candidates"] = [0.4]
+    text = yaml.safe_dump(config | {"seed": 1, "output_dir": str(leg.output)})
+    (leg.output / "config.yaml").write_text(text)
+
+    assert launching.finished(leg) is None
+    (leg.output / "report.json").write_text("{}")
+    assert launching.report_of(leg, ranks=1) == {}
+    with pytest.raises(CheckpointError, match="finished run of another config"):
+        launching.finished(leg._replace(overrides=(*leg.overrides, "train.max_steps=77")))
+
+
+def write_llama2c(path: Path, pieces: tuple[str, ...]) -> Path:
+    """Begins as every such file does; of the pieces the first has the best score."""
+    bytes_ = [f"<0x{number:02X}>" for number in range(256)]
+    texts = ["<unk>", "\n<s>\n", "\n</s>\n", *bytes_, *pieces]
+    content = struct.pack("<i", 7)
+    for index, text in enumerate(texts):
+        encoded = text.encode()
+        content += struct.pack("<fi", -float(max(0, index - 259)), len(encoded)) + encoded
+    path.write_bytes(content)
+    return path
+
+
+def test_pieces_have_their_usual_names_and_a_file_that_ends_early_is_refused(tmp_path):
+    path = write_llama2c(tmp_path / "tok.bin", (" a", "b", " ab", "c", "bc", "a"))
+
+    pieces = stories.read_pieces(path)
+    path.write_bytes(path.read_bytes()[:-1])
+
+    assert [piece.text for piece in pieces[:3]] == ["<unk>", "<s>", "</s>"]
+    assert [piece.text for piece in pieces[259:]] == ["▁a", "b", "▁ab", "c", "bc", "a"]
+    with pytest.raises(ValueError, match="ends in the middle of piece 264"):
+        stories.read_pieces(path)
+
+
+def test_the_better_merge_comes_first_and_an_unknown_character_is_its_bytes(tmp_path):
+    path = write_llama2c(tmp_path / "tok.bin", ("bc", "ab", "▁", "a", "b", "c"))
+    tokenizer = stories.stories_tokenizer(stories.read_pieces(path))
+
+    ids = tokenizer("a\né")["input_ids"]
+
+    assert tokenizer.convert_ids_to_tokens(tokenizer("abc")["input_ids"]) == ["<s>", "▁", "a", "bc"]
+    assert tokenizer.convert_ids_to_tokens(ids)[3:] == ["<0x0A>", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a\né"
+
+
+def test_the_sums_have_partial_sums_a_token_per_character_and_no_prompt_in_both_splits(tmp_path):
+    on_policy.write_data(tmp_path)
+    rows = {
+        split: [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "validation")
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+    for row in rows["validation"]:
+        digits = [int(digit) for digit in row["prompt"].rstrip("=").split("+")]
+        sums = [str(sum(digits[:count])) for count in range(2, len(digits) + 1)]
+        assert row["completion"].split(",") == sums
+    trained = {row["prompt"] for row in rows["train"]}
+    assert len(trained) == len(rows["train"])
+    assert not trained & {row["prompt"] for row in rows["validation"]}
+    assert len(tokenizer("12+3=15,").input_ids) == 8
+
+
+def test_the_students_of_sums_are_valid_take_equal_steps_and_only_two_write_texts(tmp_path):
+    given = on_policy.parse(["--out", str(tmp_path)])
+    arms = {name: on_policy.arm(given, name, tmp_path / "start") for name in on_policy.ARMS}
+
+    for tree in (*arms.values(), on_policy.teacher_config(given), on_policy.half_way(given)):
+        path = launching.write_config(tmp_path / "run.yaml", {"output_dir": str(tmp_path), **tree})
+        load_config(path)
+    assert {name for name, tree in arms.items() if "rollout" in tree} == {"on_policy", "mixed"}
+    assert len({tree["train"]["max_steps"] for tree in arms.values()}) == 1
