@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import io
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import deepspeed
 import torch
 
+from megakd.cli import train_main
 from megakd.config.file import load_config
 from megakd.contract.stage import Constant, Pass, Stage, Strategy
 from megakd.engine import collectives, distributed
@@ -33,6 +38,22 @@ def lab_of(
         yield lab
     finally:
         lab.close()
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Run `launch/train.py ARGUMENTS` in the group of these ranks: its exit code and output."""
+    said, log = io.StringIO(), logging.getLogger("megakd")
+    level = log.level
+    logging.getLogger().handlers.clear()  # the last command's output
+    with (
+        patch.object(distributed, "stop", lambda **_: None),
+        redirect_stdout(said),
+        redirect_stderr(said),
+    ):
+        code = train_main(arguments)
+    log.setLevel(level)
+    gc.freeze()
+    return code, said.getvalue()
 
 
 def finish(config_path: str, overrides: Sequence[str] = ()) -> str:
@@ -166,6 +187,16 @@ def train(config_path: str, overrides: list[str], steps: int, *, generates: bool
                 getattr(p, "ds_tensor", p).numel() for p in run.student.bundle.parameters()
             ),
         }
+
+
+def local(parameter) -> torch.Tensor:
+    """This rank's share of a parameter."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def elements(module) -> int:
+    """Of all weights, on all ranks."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
 def steps_taken(config_path: str) -> int:

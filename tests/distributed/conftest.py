@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -29,25 +30,42 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 # A start takes seconds; many times that on a busy machine.
 TIMEOUT_S = 240
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port")
+RUNNER = ("-m", "deepspeed.launcher.runner", "--quiet")
+DEEPSPEED = (*RUNNER, "--num_gpus", "2", "--master_port")
+
+
+def start(words: Sequence[str], variables: Mapping[str, object]) -> subprocess.Popen[str]:
+    """A process of its own, with the machine's environment and no launcher's but `variables`."""
+    launchers = ("SLURM_", "LOCAL_", "MASTER_", "RANK", "WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.Popen(
+        [sys.executable, *words],
+        env=kept | {name: str(value) for name, value in variables.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 class Group:
-    """The ranks of one start, each in a process group of its own, as a launcher has them."""
+    """The ranks of one start, each in a process group of its own, as a launcher has them.
 
-    def __init__(self, command: Sequence[str], *, world: int, logs: Path) -> None:
+    ranks: what the launcher tells each of them in variables.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, ranks: Sequence[Mapping[str, object]], logs: Path
+    ) -> None:
         self.started = time.time()
-        self.port = free_port()
-        logs.mkdir(parents=True, exist_ok=True)
-        self.logs = [logs / f"rank-{rank}.txt" for rank in range(world)]
-        self.processes = [self._start(rank, command) for rank in range(world)]
-
-    def _start(self, rank: int, command: Sequence[str]) -> BaseProcess:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank}
-        ranks |= {"WORLD_SIZE": len(self.logs), "LOCAL_SIZE": len(self.logs)}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.port}
-        variables = {key: str(value) for key, value in {**os.environ, **ranks, **meeting}.items()}
-        self.logs[rank].touch()
-        return start_rank(command, variables=variables, log=self.logs[rank])
+        self.port = ranks[0].get("MASTER_PORT")
+        self.logs = [logs / f"rank-{number}.txt" for number in range(len(ranks))]
+        self.processes = []
+        for told, log in zip(ranks, self.logs, strict=True):
+            log.touch()
+            variables = {key: str(value) for key, value in {**os.environ, **told}.items()}
+            self.processes.append(start_rank(command, variables=variables, log=log))
 
     @property
     def text(self) -> str:
@@ -112,11 +130,19 @@ def _locks() -> str:
 
 @pytest.fixture(scope="session")
 def launch(built_operator: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
-    """Starts `launch/train.py` on two ranks: `launch("--config", path)`."""
+    """Starts `launch/train.py` on two ranks: `launch("--config", path)`.
 
-    def start(*arguments: str, world: int = 2, program: Path = TRAIN) -> Group:
+    ranks: the variables of each rank, by default those of two.
+    """
+
+    def start(
+        *arguments: str, program: Path = TRAIN, ranks: Sequence[Mapping[str, object]] = ()
+    ) -> Group:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        meeting |= {"WORLD_SIZE": 2, "LOCAL_SIZE": 2}
+        two = [{"RANK": rank, "LOCAL_RANK": rank, **meeting} for rank in range(2)]
         logs = tmp_path_factory.mktemp("logs")
-        return Group([str(program), *arguments], world=world, logs=logs)
+        return Group([str(program), *arguments], ranks=ranks or two, logs=logs)
 
     return start
 
@@ -136,6 +162,27 @@ def workers(built_operator: None) -> Iterator[Callable[[int], GlooWorkers]]:
     yield of
     for group in groups.values():
         group.stop()
+
+
+class Ended(NamedTuple):
+    """The exit codes of the ranks of a command, and their output, rank 0 first."""
+
+    codes: list[int]
+    text: str
+
+
+@pytest.fixture(scope="session")
+def command(workers: Callable[[int], GlooWorkers]) -> Callable[..., Ended]:
+    """Runs `launch/train.py ARGUMENTS` in long-lived ranks: `command("--config", path)`.
+
+    case: what runs it, if not `cases.command`.
+    """
+
+    def run(*arguments: str, world: int = 2, case: str = "command") -> Ended:
+        codes, texts = zip(*workers(world).run(case, *arguments), strict=True)
+        return Ended([*codes], "\n".join(texts))
+
+    return run
 
 
 @pytest.fixture(scope="session")

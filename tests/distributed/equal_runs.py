@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from tiny_runs import save_tokenizer, write_jsonl
+from tiny_runs import llama as scratch_llama
+from tiny_runs import save_tokenizer, write_jsonl, write_text
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -154,6 +156,19 @@ def write_folder(folder: Path) -> Path:
         for parameter in model.parameters():
             parameter.data.mul_(3 if parameter.dim() > 1 else 1)
         model.save_pretrained(folder / name)
+    return folder
+
+
+def write_llama(folder: Path, layers: int, **sizes) -> Path:
+    """Write a text, and a Llama with random weights and grouped heads."""
+    text = write_text(folder / "text.txt", documents=120)
+    torch.manual_seed(0)
+    keys = scratch_llama(layers, **sizes, num_attention_heads=4, num_key_value_heads=2)["config"]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=320, **keys))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder / "llama")
+    save_tokenizer(folder / "llama", text.read_text().split("\n\n"), kind="bpe")
     return folder
 
 

@@ -88,5 +88,5 @@ def _serve(
 def _answer(requests: Connection, action, *arguments, **options) -> None:
     try:
         requests.send((True, action(*arguments, **options)))
-    except Exception:  # noqa: BLE001 - whatever it is, the test has to show it
+    except BaseException:  # noqa: BLE001 - whatever it is, the test has to show it
         requests.send((False, traceback.format_exc()))

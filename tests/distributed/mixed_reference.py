@@ -50,7 +50,7 @@ class Pair:
         return [*found, *self.second.values(), *self.projections.values()]  # type: ignore[list-item]
 
     def weights(self, prefixes: dict[str, str]) -> dict[str, Tensor]:
-        """All weights of the models, as `mixed_cases.folder_weights` names them."""
+        """All weights of the models, as `folder_weights` of the test names them."""
         found = {
             f"{prefixes[role]}{name}": weight.detach()
             for role, model in self.models.items()

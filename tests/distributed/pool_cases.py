@@ -5,8 +5,7 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
-from cases import lab_of
-from engine_cases import local
+from cases import lab_of, local
 from safetensors.torch import load_file
 
 from megakd.engine import prefetch

@@ -1,10 +1,130 @@
 """Collectives between ranks: errors, rows made once per node, limits, and tensors on the CPU."""
 
+from __future__ import annotations
+
+import logging
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tiny_runs import config_tree, write_config, write_reviews
+
+from megakd.config.file import load_config
+from megakd.engine import collectives, distributed
+from megakd.engine.distributed import warn_of_missing_variables
+from megakd.errors import ConfigError, DataError
+from megakd.inputs.inputs import prepare
+from megakd.run import holder
+
+
+def errors(kind: str, failing: int) -> str:
+    """One rank alone fails inside a collective; every rank must learn of it instead of waiting."""
+
+    def action():
+        if distributed.ranks().rank == failing:
+            raise DataError(f"rank {failing} cannot read it")
+        return "went on"
+
+    try:
+        return getattr(collectives, kind)(action)
+    except DataError as error:
+        return str(error)
+
+
+def rows_of_node(
+    folders: list[str], failing: int | None = None, place: str | None = None
+) -> dict[str, object]:
+    """Make rows once per node, in this rank's folder."""
+    rank = distributed.ranks().rank
+    ran = []
+
+    def action() -> Dataset:
+        ran.append(rank)
+        if rank == failing:
+            raise DataError(f"rank {rank} cannot read it")
+        path = Path(folders[rank]) / "rows"
+        Dataset.from_dict({"number": [rank, 10, 20]}).save_to_disk(str(path))
+        return Dataset.load_from_disk(str(path)).select([0, 2])
+
+    try:
+        rows = collectives.once_per_node(action, place=place or folders[rank])
+    except DataError as error:
+        return {"ran": ran, "said": str(error)}
+    files = [entry["filename"] for entry in rows.cache_files]
+    return {"ran": ran, "rows": list(rows["number"]), "files": files}
+
+
+def missing_variables(lacking_rank: int) -> list[str]:
+    """Return what this rank logs if one rank lacks two variables."""
+    with pytest.MonkeyPatch.context() as patch, noted("megakd") as messages:
+        if distributed.ranks().rank != lacking_rank:
+            patch.setenv("MEGAKD_CACHE_TEST", "x")
+            patch.setenv("HF_TEST", "secret")
+            patch.setenv("UNRELATED", "x")
+        warn_of_missing_variables()
+    return messages
+
+
+@contextmanager
+def noted(name: str) -> Iterator[list[str]]:
+    """The messages that a logger gets in the body."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger(name).removeHandler(handler)
+
+
+def rows_of_separate_node(folders: list[str], failing: int | None = None) -> dict[str, object]:
+    """Do as `rows_of_node`; no rank sees the disk of another node, and all hosts have one name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GROUP_RANK", str(distributed.ranks().rank))
+        patch.setattr(collectives, "_can_open", lambda _: False)
+        return rows_of_node(folders, failing, place="cache")
+
+
+def held_folder(folders: list[str], looks: int) -> str:
+    """Hold this rank's folder; rank 1 does not see the lock before it has looked a few times."""
+    rank, seen, look = distributed.ranks().rank, [], holder.read_holder
+
+    def read(path: Path) -> holder.Holder | None:
+        seen.append(path)
+        return None if rank == 1 and len(seen) <= looks else look(path)
+
+    with pytest.MonkeyPatch.context() as patch, noted("megakd") as messages:
+        patch.setenv("GROUP_RANK", str(rank))
+        patch.setattr(holder, "DEAD_AFTER_S", 3.0)
+        patch.setattr(holder, "read_holder", read)
+        try:
+            with holder.held(Path(folders[rank])):
+                return "; ".join(["held", *messages])
+        except ConfigError as error:
+            return str(error)
+
+
+def files_read(config_path: str, folder: str) -> list[str]:
+    """Prepare the inputs of a run, and return the files below a folder that this rank has read."""
+    found: list[str] = []
+    listening = [True]
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if listening and event == "open" and str(arguments[0]).startswith(folder):
+            found.append(Path(str(arguments[0])).name)
+
+    sys.addaudithook(note)  # cannot be removed
+    try:
+        rows = prepare(load_config(Path(config_path))).encoded.train
+    finally:
+        listening.clear()
+    return [*sorted(set(found)), str(len(rows))]
+
 
 PROGRAM = Path(__file__).with_name("collective_ranks.py")
 
@@ -13,13 +133,13 @@ PROGRAM = Path(__file__).with_name("collective_ranks.py")
     ("kind", "failing"), [("together", 1), ("main_first", 0), ("main_first", 1)]
 )
 def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, kind, failing):
-    said = workers(2).run("collective_cases.errors", kind, failing)
+    said = workers(2).run("test_collectives.errors", kind, failing)
 
     assert said == [f"rank {failing} cannot read it"] * 2
 
 
 def test_one_rank_of_a_node_makes_the_rows_and_the_others_map_its_files(workers, tmp_path):
-    first, second = workers(2).run("collective_cases.rows_of_node", [str(tmp_path)] * 2)
+    first, second = workers(2).run("test_collectives.rows_of_node", [str(tmp_path)] * 2)
 
     assert (first["ran"], second["ran"]) == ([0], [])
     assert first["rows"] == second["rows"] == [0, 20]
@@ -33,14 +153,14 @@ def test_a_node_makes_rows_of_its_own_if_it_does_not_see_the_files_of_rank_0(
     places = [str(tmp_path / "a"), str(tmp_path / "b")]
     case = "rows_of_node" if sees else "rows_of_separate_node"
 
-    first, second = workers(2).run(f"collective_cases.{case}", places)
+    first, second = workers(2).run(f"test_collectives.{case}", places)
 
     assert (first["ran"], second["ran"]) == ([0], [] if sees else [1])
     assert (first["rows"], second["rows"]) == ([0, 20], [0, 20] if sees else [1, 20])
 
 
 def test_an_output_folder_that_a_node_shows_late_is_waited_for(workers, tmp_path):
-    said = workers(2).run("collective_cases.held_folder", [str(tmp_path)] * 2, 2)
+    said = workers(2).run("test_collectives.held_folder", [str(tmp_path)] * 2, 2)
 
     assert said[1].startswith("held")
     assert re.fullmatch(r"held; .* not visible yet as \S+ on \S+ \(node 1\): waiting", said[0])
@@ -49,7 +169,7 @@ def test_an_output_folder_that_a_node_shows_late_is_waited_for(workers, tmp_path
 def test_an_output_folder_that_a_node_does_not_share_ends_all_ranks(workers, tmp_path):
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
 
-    said = workers(2).run("collective_cases.held_folder", folders, 0)
+    said = workers(2).run("test_collectives.held_folder", folders, 0)
 
     assert said[0] == said[1]
     assert re.search(rf"not visible as {folders[1]}/lock.json on \S+ \(node 1\); all", said[0])
@@ -60,7 +180,7 @@ def test_an_output_folder_that_a_node_does_not_share_ends_all_ranks(workers, tmp
 def test_a_node_that_cannot_make_its_rows_ends_all_ranks(workers, tmp_path, failing):
     places = [str(tmp_path / "a"), str(tmp_path / "b")]
 
-    found = workers(2).run("collective_cases.rows_of_separate_node", places, failing)
+    found = workers(2).run("test_collectives.rows_of_separate_node", places, failing)
 
     assert [answer["said"] for answer in found] == [f"rank {failing} cannot read it"] * 2
 
@@ -70,7 +190,7 @@ def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
     config = write_config(tmp_path / "run.yaml", config_tree(tmp_path / "out", task))
 
     first, second = workers(2).run(
-        "collective_cases.files_read", str(config), str(tmp_path / "texts")
+        "test_collectives.files_read", str(config), str(tmp_path / "texts")
     )
 
     assert first == ["train.jsonl", "validation.jsonl", "64"]
@@ -78,13 +198,13 @@ def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
 
 
 def test_variables_that_a_launcher_has_not_passed_on_are_named(workers):
-    first, second = workers(2).run("collective_cases.missing_variables", 1)
+    first, second = workers(2).run("test_collectives.missing_variables", 1)
 
     (said,) = first
     assert "lacks variables that rank 0 has: HF_TEST, MEGAKD_CACHE_TEST; add lines" in said
     assert "secret" not in said
     assert second == first
-    assert workers(2).run("collective_cases.missing_variables", 0) == [[], []]
+    assert workers(2).run("test_collectives.missing_variables", 0) == [[], []]
 
 
 def test_a_rank_that_waits_too_long_says_who_is_doing_what(launch):

@@ -1,97 +1,184 @@
-"""Cut models, and several views in one backward, train on two ranks as dense models do."""
+"""Several views in one backward train on two ranks as dense models do."""
 
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 
-import cut_cases
-import elastic_cases
 import pytest
-import residual_cases
 import torch
-from elastic_views import EVERYTHING, NARROW, NOTHING, WITHOUT
+from cases import sgd_engine
+from elastic_views import (
+    EVERYTHING,
+    NARROW,
+    NOTHING,
+    TOKENS,
+    WITHOUT,
+    cut,
+    family_model,
+    gradients_of,
+    loss_of,
+    masked,
+    view_for,
+    without_dropout,
+)
 from equal_runs import difference
-from tiny_cuts import build, cut, saved, task_of, view_of
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from megakd.contract.views import View
+from megakd.engine import distributed
+from megakd.engine.sharding import gathered_state
+from megakd.models.axes import narrowed, weight_axes
+from megakd.models.elastic import Elastic
+
+STEPS, RATE = 2, 0.5
 VIEWS = (WITHOUT, NARROW, NOTHING, EVERYTHING)
+# Rows of all ranks.
+GLOBAL = torch.cat([TOKENS, TOKENS.flip(0) + 31])
+
+
+class AllViews(nn.Module):
+    """A model whose loss is the mean over its views."""
+
+    def __init__(self, model: nn.Module, views: Sequence[View], *, shares: bool) -> None:
+        super().__init__()
+        self.model, self.views, self.shares = model, views, shares
+        self.elastic: Elastic | None = None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        losses = []
+        with self.elastic.sharing_embeddings() if self.shares else nullcontext():
+            for view in self.views:
+                with self.elastic.viewing(view):
+                    losses.append(loss_of(self.model, tokens))
+        return torch.stack(losses).mean()
+
+
+def prepared(family: str, task: str | None):
+    """Return a model; the embedding of one with a named task is its head, too."""
+    tied = {} if task else {"tie_word_embeddings": False}
+    return without_dropout(family_model(family, task, **tied)).float()
 
 
 @functools.cache
-def expected(family: str) -> dict:
-    return elastic_cases.reference(family, VIEWS)
+def reference(family: str, task: str | None) -> dict[str, torch.Tensor]:
+    """Train in one process dense models that are masked or cut at every step."""
+    model = prepared(family, task)
+    for _ in range(STEPS):
+        gradients = [_dense_gradients(model, view_for(model, view)) for view in VIEWS]
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.sub_(RATE * sum(found[name] for found in gradients) / len(VIEWS))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _dense_gradients(model: nn.Module, view: View) -> dict[str, torch.Tensor]:
+    dense = masked(model, view) if view.width is None else cut(model, view)
+    loss_of(dense, GLOBAL).backward()
+    axes = weight_axes(model)
+    whole = {id(parameter): torch.zeros_like(parameter) for parameter in model.parameters()}
+    for path, gradient in gradients_of(dense).items():
+        parameter = model.get_parameter(path)  # tied ones are two in a cut model
+        numbers = torch.arange(parameter.numel()).view(parameter.shape)
+        kept = narrowed(numbers, axes.get(path, ()), view) if view.width else numbers
+        whole[id(parameter)].view(-1)[kept.flatten()] += gradient.flatten()
+    return {name: whole[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def train(family: str, task: str | None, stage: int, options: dict) -> dict:
+    """Weights after a few steps; of the last step what was alive between forward and backward.
+
+    options: `shares` the embeddings, `late`: elastic only after DeepSpeed has the model,
+    `recomputes` activations in the backward.
+    """
+    model = prepared(family, task)
+    if options.get("recomputes"):
+        # The other kind reduces gradients once per view, which DeepSpeed takes for a mistake.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    bundle = AllViews(
+        model, [view_for(model, view) for view in VIEWS], shares=options.get("shares", False)
+    )
+    if not options.get("late"):
+        bundle.elastic = Elastic(model)
+    engine = sgd_engine(bundle, RATE, stage)
+    engine.train()
+    bundle.elastic = bundle.elastic or Elastic(model)
+    gathered = _watch_weights(model)
+    invalidations = _count_invalidations(engine) if stage == 3 else []
+    tokens = GLOBAL.chunk(distributed.ranks().world_size)[distributed.ranks().rank]
+    for step in range(STEPS):
+        gathered.clear()
+        if step == 1:
+            invalidations.clear()
+        loss = engine(tokens)
+        held, seen = _still_held(gathered), len(gathered)
+        engine.backward(loss)
+        engine.step()
+    weights = dict(gathered_state(model))
+    engine.destroy()
+    return {"weights": weights, "held": held, "seen": seen, "invalidations": len(invalidations)}
+
+
+def _watch_weights(model: nn.Module) -> list[StorageWeakRef]:
+    """The memory of every weight that a module has used, for as long as something holds it."""
+    found: list[StorageWeakRef] = []
+
+    def note(module: nn.Module, *_) -> None:
+        weights = module.parameters(recurse=False)
+        found.extend(StorageWeakRef(weight.untyped_storage()) for weight in weights)
+
+    for module in model.modules():
+        # In front of DeepSpeed's, which lets go of the weights.
+        module.register_forward_hook(note, prepend=True)
+    return found
+
+
+def _still_held(weights: Sequence[StorageWeakRef]) -> int:
+    """Count the live tensors, after gloo's thread has released the last, milliseconds later."""
+    deadline = time.monotonic() + 1.0
+    while not all(weight.expired() for weight in weights) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return sum(not weight.expired() for weight in weights)
+
+
+def _count_invalidations(engine) -> list[int]:
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    found: list[int] = []
+    invalidate = coordinator._invalidate_trace
+
+    def counting() -> None:
+        found.append(1)
+        invalidate()
+
+    coordinator._invalidate_trace = counting
+    return found
 
 
 @pytest.mark.parametrize(
-    ("stage", "family", "options"),
+    ("stage", "family", "task", "options"),
     [
-        (0, "bert", {"shares": True}),
-        (1, "bert", {"late": True}),
-        (2, "bert", {"shares": True, "recomputes": True}),
-        (3, "bert", {"shares": True, "late": True}),
-        (3, "bert", {"recomputes": True}),
-        (3, "llama", {"shares": True}),
-        pytest.param(3, "bert", {}, marks=pytest.mark.slow),
-        pytest.param(3, "gpt2", {"shares": True}, marks=pytest.mark.slow),
-        pytest.param(3, "enct5", {"shares": True}, marks=pytest.mark.slow),
+        (0, "bert", None, {"shares": True}),
+        (1, "bert", None, {"late": True}),
+        (2, "bert", None, {"shares": True, "recomputes": True}),
+        (3, "bert", None, {"shares": True, "late": True}),
+        (3, "bert", None, {"recomputes": True}),
+        (3, "bert", "mlm", {}),
+        (3, "llama", None, {"shares": True}),
+        pytest.param(3, "gpt2", None, {"shares": True}, marks=pytest.mark.slow),
+        pytest.param(3, "enct5", None, {"shares": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_two_ranks_train_all_views_as_dense_models_would_be(workers, stage, family, options):
-    found = workers(2).run("elastic_cases.train", family, VIEWS, stage, options)[0]
+def test_two_ranks_train_all_views_as_dense_models_would_be(workers, stage, family, task, options):
+    found = workers(2).run("test_elastic.train", family, task, stage, options)[0]
 
-    start = dict(elastic_cases.prepared(family).named_parameters())
-    assert difference(start, expected(family)) > 1e-3
-    assert difference(found["weights"], expected(family)) <= 1e-6
+    start = dict(prepared(family, task).named_parameters())
+    assert difference(start, reference(family, task)) > 1e-3
+    assert difference(found["weights"], reference(family, task)) <= 1e-6
     assert found["invalidations"] == 0
     if stage == 3:
         assert found["seen"] > 0
         assert found["held"] == 0
-
-
-@pytest.mark.parametrize(
-    ("family", "task", "stage"),
-    [
-        ("bert", "mlm", 3),  # its head is the embedding
-        pytest.param("bert", "mlm", 0, marks=pytest.mark.slow),
-        pytest.param("bert", "mlm", 2, marks=pytest.mark.slow),
-        pytest.param("llama", "causal_lm", 3, marks=pytest.mark.slow),
-    ],
-)
-def test_a_step_of_all_views_is_that_of_dense_narrower_models(workers, family, task, stage):
-    found = workers(2).run("residual_cases.train", family, task, stage)
-
-    expected = residual_cases.reference(family, task)
-    start = dict(residual_cases.prepared(family, task).named_parameters())
-    weights = found[0]["weights"]
-    for name, value in expected["weights"].items():
-        torch.testing.assert_close(weights[name], value, atol=2e-6, rtol=1e-5, msg=name)
-    moved = {name for name in start if not torch.equal(start[name], weights[name])}
-    assert any("embed" in name for name in moved)
-    for name, score in expected["scores"].items():
-        assert sum(rank["scores"][name] for rank in found) == pytest.approx(score, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("stage", "family"),
-    # 3: parameters without elements could not be gathered; the other families work as these do.
-    [
-        (2, "bert"),
-        pytest.param(3, "bert", marks=pytest.mark.slow),
-        pytest.param(3, "qwen3", marks=pytest.mark.slow),
-        (3, "gpt2"),
-        pytest.param(3, "enct5", marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_two_ranks_train_a_cut_model_as_one_process_does(workers, tmp_path, stage, family):
-    kind, model = task_of(family), build(family)
-    folder = saved(cut(model, kind, view_of(model, "empty")), tmp_path / "cut")
-
-    found = workers(2).run("cut_cases.train", str(folder), kind, stage)[0]
-
-    expected = cut_cases.reference(folder, kind)
-    before = cut_cases.loaded(folder, kind).state_dict()
-    trained = {name: value for name, value in found.items() if value.numel()}
-    assert max((before[name] - value).abs().max().item() for name, value in trained.items()) > 1e-3
-    for name, value in trained.items():
-        assert (value - expected[name]).abs().max().item() <= 1e-5, name

@@ -3,12 +3,132 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
+import psutil
 import pytest
 import torch
+from cases import elements, lab_of, local, started
 from equal_runs import ZERO3, difference
 from safetensors.torch import load_file
 from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
+
+from megakd.contract.stage import Constant, Pass, Stage
+from megakd.engine.memory import forget_models
+from megakd.models.architectures import architecture_of
+
+
+def two_engines(config_path: str, folder: str) -> dict:
+    """One step of student and teacher, then a checkpoint: what each engine holds."""
+    with started(config_path) as (run, teacher):
+        weights = list(teacher.model.parameters())
+        before = [local(p).clone() for p in weights]
+        run.trainer.train_step(run.source.step(0))
+        run.student.save(Path(folder), "saved")
+        after = [local(p) for p in weights]
+        return {
+            "teacher_share": sum(p.numel() for p in after) / elements(teacher.model),
+            "teacher_devices": {str(p.device) for p in after},
+            "teacher_optimizer": type(teacher._engine.optimizer).__name__,
+            "teacher_trains": any(p.requires_grad for p in weights),
+            "teacher_gradients": sum(p.grad is not None for p in weights),
+            "teacher_changed": not all(map(torch.equal, before, after)),
+            "student_optimizer": type(run.student._engine.basic_optimizer).__name__,
+            "student_elements": elements(run.student.bundle),
+        }
+
+
+def losses(config_path: str, *, scores: bool) -> list[dict[str, float]]:
+    """This rank's losses of three steps, with a teacher that may be scored before them."""
+    with started(config_path, scores=scores) as (run, _):
+        reports = [run.trainer.train_step(run.source.step(step)) for step in range(3)]
+        return [{name: float(value) for name, value in r.parts.items()} for r in reports]
+
+
+def consecutive_stages(config_path: str, out: str, *, closes: bool) -> int:
+    """Two stages with one teacher, closed between them or not; how often it was opened."""
+    with lab_of(config_path, [f"output_dir={out}"]) as lab:
+        teacher, objective = lab.teacher(), lab.config.objective
+        with patch.object(lab.pool, "open", wraps=lab.pool.open) as opening:
+            for name, terms in (("first", objective), ("second", objective[:1])):
+                strategy = Constant((Pass(teacher=teacher),))
+                lab.train(Stage(name=name, teachers=(teacher,), objective=terms, strategy=strategy))
+                if closes:
+                    lab.close()
+        return opening.call_count
+
+
+def epoch(config_path: str) -> dict:
+    """Count the examples of each step of one epoch, over all ranks and on this rank."""
+    with started(config_path) as (run, _):
+        steps = [run.source.step(index) for index in range(run.source.steps_per_epoch)]
+        return {
+            "counted": [run.trainer.count_units(batches)["examples"].item() for batches in steps],
+            "mine": [sum(int(b.valid.any(1).sum()) for b in batches) for batches in steps],
+        }
+
+
+def note_gathers(model, note) -> None:
+    """Call `note` with the weights that are made whole together: one, or many by their first."""
+    for parameter in model.parameters():
+        for way in ("all_gather", "all_gather_coalesced"):
+            real = getattr(parameter, way)
+
+            def gather(*args, real=real, alone=parameter, **options):
+                note((args[0] if args else options.get("param_list")) or [alone])
+                return real(*args, **options)
+
+            setattr(parameter, way, gather)
+
+
+def head_gathers(config_path: str) -> list[dict]:
+    """Count the gathers of the matrix of each model's head, per micro-batch."""
+    with started(config_path) as (run, teacher):
+        models = {"teacher": teacher.model, "student": run.student.student}
+        counted = dict.fromkeys(models, 0)
+        for name, model in models.items():
+            head = model.get_submodule(architecture_of(model.config).head).weight
+
+            def note(weights, name=name, head=head):
+                counted[name] += any(weight is head for weight in weights)
+
+            note_gathers(model, note)
+        per_micro_batch, forward_backward = [], run.student.forward_backward
+
+        def counting(*inputs, **options):
+            losses = forward_backward(*inputs, **options)
+            per_micro_batch.append(dict(counted))
+            counted.update(dict.fromkeys(models, 0))
+            return losses
+
+        run.trainer.student.forward_backward = counting
+        for step in range(2):
+            run.trainer.train_step(run.source.step(step))
+        return per_micro_batch
+
+
+def teacher_gathers(config_path: str, overrides: list[str]) -> int:
+    """Count the weights of the teacher that the ranks gather in the second step."""
+    with started(config_path, overrides) as (run, teacher):
+        gathered: list = []
+        note_gathers(teacher.model, gathered.extend)
+        for step in range(2):
+            gathered.clear()
+            run.trainer.train_step(run.source.step(step))
+        return len(gathered)
+
+
+def resident_memory(config_path: str, stages: int) -> list[int]:
+    """The resident bytes of this rank after each of several stages, with their models freed."""
+    sizes = []
+    for _ in range(stages):
+        with started(config_path) as (run, teacher):
+            run.trainer.train_step(run.source.step(0))
+        del run, teacher
+        forget_models()
+        sizes.append(psutil.Process().memory_info().rss)
+    return sizes
+
 
 ROWS = 41  # no number of ranks or rows per step divides it
 TERMS = [
@@ -16,7 +136,6 @@ TERMS = [
     {"loss": "hard_cross_entropy", "weight": 0.5},
     {"loss": "hidden_mse", "weight": 0.2, "layer_mapping": ["1:2"]},
 ]
-TEACHERS = ["teacher_zero0", "teacher_zero3", "teacher_zero3_offload"]
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +198,8 @@ def train(workers, write):
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
-        ("zero0", "teacher_zero0"),
-        ("zero1", "teacher_zero3"),
-        ("zero2", "teacher_zero3"),
+        ("zero2", "teacher_zero0"),
         ("zero3", "teacher_zero3"),
-        pytest.param("zero3", "teacher_zero0", marks=pytest.mark.slow),
     ],
 )
 def test_both_models_in_bf16_bring_the_loss_down(workers, write, student, teacher):
@@ -115,7 +231,7 @@ def test_offloading_to_the_cpu_changes_no_weight(train, preset, like, teacher):
     assert difference(offloaded["final"], offloaded["initial"]) > 1e-3
 
 
-@pytest.mark.parametrize("student", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("student", ["zero0", "zero2", "zero3"])
 def test_odd_weights_are_trained_alike_and_clipped_by_the_norm_of_their_gradients(train, student):
     """Ranks cannot halve them. A limit of 0 clips nothing."""
     odd = {"hidden_size": 6, "intermediate_size": 7, "max_position_embeddings": 33}
@@ -136,7 +252,9 @@ def test_odd_weights_are_trained_alike_and_clipped_by_the_norm_of_their_gradient
 @pytest.mark.parametrize(
     ("student", "teacher"),
     [
-        *((student, teacher) for student in ("zero2", "zero3") for teacher in TEACHERS),
+        ("zero2", "teacher_zero0"),
+        ("zero2", "teacher_zero3_offload"),
+        ("zero3", "teacher_zero3"),
         pytest.param("zero2_offload", "teacher_zero3_offload", marks=pytest.mark.slow),
     ],
 )
@@ -145,7 +263,7 @@ def test_a_teacher_has_no_optimizer_no_gradient_and_no_place_in_a_checkpoint(
 ):
     path = write(student=student, teacher=teacher)
 
-    for facts in workers(2).run("engine_cases.two_engines", path, str(tmp_path / "saved")):
+    for facts in workers(2).run("test_engines.two_engines", path, str(tmp_path / "saved")):
         assert not facts["teacher_trains"]
         assert facts["teacher_gradients"] == 0
         assert not facts["teacher_changed"]
@@ -178,7 +296,7 @@ def tensors(value):
 def test_an_epoch_that_ends_raggedly_counts_every_row_once(workers, write, accumulation, last):
     path = write(gradient_accumulation_steps=accumulation)
 
-    first, second = workers(2).run("engine_cases.epoch", path)
+    first, second = workers(2).run("test_engines.epoch", path)
 
     assert first["counted"] == second["counted"]
     assert sum(first["counted"]) == ROWS
@@ -186,7 +304,7 @@ def test_an_epoch_that_ends_raggedly_counts_every_row_once(workers, write, accum
     assert {first["mine"][-1], second["mine"][-1]} == last
 
 
-@pytest.mark.parametrize("student", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("student", ["zero2", "zero3"])
 def test_a_ragged_end_trains_two_ranks_as_one(train, student):
     steps = ROWS // 16 + 2  # over the end, into the second epoch
 
@@ -216,7 +334,7 @@ def test_a_sharded_head_is_made_whole_once_per_micro_batch_whatever_the_losses(
         micro_batches_per_call=1,
     )
 
-    _, *found = workers(2).run("engine_cases.head_gathers", path)[0]
+    _, *found = workers(2).run("test_engines.head_gathers", path)[0]
 
     # In the first micro-batch DeepSpeed learns who reads the head.
     assert found == [{"teacher": teacher, "student": 1}] * 3
@@ -226,7 +344,7 @@ def test_a_sharded_teacher_is_made_whole_once_per_step(workers, write):
     path = write(teacher=ZERO3, gradient_accumulation_steps=3)
 
     def gathers(*overrides):
-        return workers(2).run("engine_cases.teacher_gathers", path, list(overrides))[0]
+        return workers(2).run("test_engines.teacher_gathers", path, list(overrides))[0]
 
     together, pairs = gathers(), gathers("teacher.micro_batches_per_call=2")
 
@@ -235,7 +353,7 @@ def test_a_sharded_teacher_is_made_whole_once_per_step(workers, write):
     assert gathers("teacher.micro_batches_per_call=1") == 3 * together
 
 
-@pytest.mark.parametrize(("language", "tied"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(("language", "tied"), [(False, True), (True, True)])
 def test_a_sharded_teacher_teaches_the_same_after_it_was_scored(
     workers, write, tmp_path, language, tied
 ):
@@ -244,21 +362,18 @@ def test_a_sharded_teacher_teaches_the_same_after_it_was_scored(
     path = write(language=language, student="zero3", teacher=ZERO3, models=models)
     scores = tmp_path / "out" / "checkpoints" / "teacher-scores.json"
 
-    alone = workers(2).run("engine_cases.losses", path, scores=False)
+    alone = workers(2).run("test_engines.losses", path, scores=False)
     assert not scores.exists()
-    after = workers(2).run("engine_cases.losses", path, scores=True)
+    after = workers(2).run("test_engines.losses", path, scores=True)
 
     assert scores.exists()
     assert after == alone
 
 
-@pytest.mark.parametrize("student", ["zero2", "zero3"])
-def test_a_teacher_that_stays_open_between_stages_teaches_the_same(
-    workers, write, tmp_path, student
-):
-    path = write(student=student, max_steps=3)
+def test_a_teacher_that_stays_open_between_stages_teaches_the_same(workers, write, tmp_path):
+    path = write(student="zero3", max_steps=3)
     outs = kept, reopened = tmp_path / "kept", tmp_path / "reopened"
-    case = "engine_cases.consecutive_stages"
+    case = "test_engines.consecutive_stages"
 
     assert workers(2).run(case, path, str(kept), closes=False) == [1, 1]
     assert workers(2).run(case, path, str(reopened), closes=True) == [2, 2]
@@ -267,11 +382,10 @@ def test_a_teacher_that_stays_open_between_stages_teaches_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["zero2", "zero3"])
-def test_the_memory_of_a_stage_comes_back(workers, write, student):
+def test_the_memory_of_a_stage_comes_back(workers, write):
     """Models of 20 MB and 80 MB: a leak of one model in 18 stages would be seen."""
     models = (bert(2, width=768, **NO_DROPOUT), bert(1, width=384, **NO_DROPOUT))
-    path = write(student=student, models=models)
+    path = write(student="zero3", models=models)
 
-    for sizes in workers(2).run("engine_cases.resident_memory", path, 20):
+    for sizes in workers(2).run("test_engines.resident_memory", path, 20):
         assert sizes[-1] <= 1.05 * sizes[1], [round(size / 1e6) for size in sizes]

@@ -24,21 +24,17 @@ def terms_of(student):
 
 
 # (student, ZeRO stage of the student, of the teacher)
-STAGES = [("bert-student", *stages) for stages in ((0, 0), (1, 3), (2, 3), (3, 0), (3, 3))]
-STAGES += [("llama-tied", *stages) for stages in ((0, 0), (1, 3), (2, 0), (3, 3))]
-STAGES += [("llama-untied", *stages) for stages in ((2, 0), (3, 3))]
-STAGES += [("masked-tied", student, 3) for student in range(4)]
-STAGES += [("masked-untied", 2, 0), ("masked-untied", 3, 3)]
+STAGES = [("bert-student", *stages) for stages in ((0, 0), (1, 3), (2, 3), (3, 3))]
+STAGES += [("llama-tied", *stages) for stages in ((1, 0), (2, 3), (3, 3))]
+STAGES += [("llama-untied", 3, 0), ("masked-untied", 2, 0)]
+STAGES += [("masked-tied", 0, 3), ("masked-tied", 3, 3)]
 STAGES += [("masked-roberta", 3, 3), ("masked-distilbert", 3, 3)]
-SLOW = [("bert-student", *stages) for stages in ((0, 3), (1, 0), (2, 0))]
-SLOW += [("llama-tied", *stages) for stages in ((2, 3), (3, 0))]
-SLOW += [("llama-untied", *stages) for stages in ((0, 0), (1, 3), (2, 3), (3, 0))]
-SLOW += [("masked-tied", student, 0) for student in range(4)] + [("masked-untied", 0, 3)]
+SLOW = [("bert-student", 3, 0), ("llama-tied", 0, 0), ("llama-untied", 1, 3)]
+SLOW += [("llama-untied", 3, 3), ("masked-tied", 1, 0), ("masked-tied", 2, 3)]
 # Micro-batches and ranks for every kind of student, either of them alone for one.
-CUT = [("bert-student", cut) for cut in CUTS]
-LANGUAGE_CUTS = [(student, cut) for student in ("llama-tied", "masked-tied") for cut in CUTS]
-CUT += [(student, cut) for student, cut in LANGUAGE_CUTS if cut[-1] > 1]
-SLOW_CUT = [case for case in LANGUAGE_CUTS if case not in CUT]
+CUT = [("bert-student", CUTS[number]) for number in (1, 3, 4)]
+CUT += [("llama-tied", CUTS[3]), ("masked-tied", CUTS[5])]
+SLOW_CUT = [("bert-student", CUTS[2]), ("llama-tied", CUTS[4]), ("masked-tied", CUTS[1])]
 ONE_BY_ONE = {"micro_batches_per_call": 1}
 
 
@@ -52,20 +48,18 @@ def cases(stages, cuts):
 CASES = [
     *cases(STAGES, CUT),
     # The answers of a teacher to a whole step at once are those to one micro-batch after another.
-    *(
-        (student, terms_of(student), (2, 3), 2, {"teacher": ONE_BY_ONE})
-        for student in ("bert-student", "llama-tied", "masked-tied")
-    ),
+    ("llama-tied", LANGUAGE, (2, 3), 2, {"teacher": ONE_BY_ONE}),
     ("bert-student", INNER, (0, 3), 2, {"train": REFERENCE}),
-    ("bert-student", INNER, (1, 0), 2, {"train": RECOMPUTED}),
     ("bert-student", INNER, (3, 3), 2, {}),
-    ("bert-student", CLASSIFICATION, (3, 3), 2, {"train": RECOMPUTED}),
-    ("masked-tied", INNER, (2, 3), 2, {}),
     ("llama-tied", INNER, (2, 0), 2, {"train": CHUNKED}),
-    ("llama-untied", INNER, (2, 3), 2, {"train": RECOMPUTED | REFERENCE}),
     ("llama-tied", INNER, (3, 3), 2, {"train": RECOMPUTED}),
 ]
-SLOW_CASES = [*cases(SLOW, SLOW_CUT), ("llama-untied", INNER, (3, 0), 2, {"train": REFERENCE})]
+SLOW_CASES = [
+    *cases(SLOW, SLOW_CUT),
+    ("bert-student", INNER, (1, 0), 2, {"train": RECOMPUTED}),
+    ("masked-tied", INNER, (2, 3), 2, {}),
+    ("llama-untied", INNER, (3, 0), 2, {"train": RECOMPUTED | REFERENCE}),
+]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +76,7 @@ def test_a_student_distils_as_in_one_plain_process(distil, student, terms, stage
         assert all(rank["local_elements"] <= 0.51 * whole for rank in found)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_shards_of_a_bf16_student_are_its_fp32_weights_and_gradients(distil, stage):
     _, found = distil("bert-student", CLASSIFICATION, (stage, 0), steps=1, train={"bf16": True})
 

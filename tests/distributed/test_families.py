@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from equal_runs import difference, zero
+import torch.distributed as dist
+from equal_runs import ZERO3, difference, zero
 from tiny_runs import config_tree, llama, write_config, write_jsonl
+from torch import Tensor, nn
+
+from megakd.engine.initialize import frozen_engine
+from megakd.engine.memory import destroy
+
+
+class Mixture(nn.Module):
+    """A block whose experts are modules; a token's expert is its first number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        said = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            mine = tokens[:, 0] == number
+            if mine.any():
+                said[mine] = expert(tokens[mine])
+        return said
+
+
+def farthest_from_whole() -> float:
+    """The largest error of a sharded block, each rank using the expert of its own number."""
+    torch.manual_seed(0)
+    whole = Mixture()
+    sharded = nn.Sequential(copy.deepcopy(whole))
+    tokens = torch.rand(3, 4)
+    tokens[:, 0] = dist.get_rank()
+    engine = frozen_engine(sharded, ds=ZERO3, dtype="fp32", rows=3)
+    with torch.no_grad():
+        error = max((engine(tokens) - whole(tokens)).abs().max().item() for _ in range(3))
+    destroy(engine)
+    return error
+
 
 TIMEOUT_S = 120
 STEPS = 2
@@ -129,6 +166,6 @@ def test_a_teacher_with_experts_teaches_sharded_as_it_does_whole(whole_and_shard
 
 def test_experts_that_are_modules_are_gathered_as_one_block(workers):
     """Gathered one by one, the ranks wait for each other until the time limit."""
-    errors = workers(2).run("expert_cases.farthest_from_whole", timeout_s=TIMEOUT_S)
+    errors = workers(2).run("test_families.farthest_from_whole", timeout_s=TIMEOUT_S)
 
     assert max(errors) < 1e-6

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT_S, TRAIN, free_port
-from launchers import DEEPSPEED, RUNNER, TORCHRUN, start
+from conftest import DEEPSPEED, RUNNER, TIMEOUT_S, TORCHRUN, TRAIN, free_port, start
 from tiny_runs import bert, config_tree, write_config, write_reviews
 
 STEPS = 2
@@ -37,25 +36,25 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_hand(launch, config, tmp_path_factory) -> Callable[[str], Path]:
+def by_hand(command, config, tmp_path_factory) -> Callable[[str], Path]:
     """The student's preset -> a run of two ranks that were told what a launcher tells them."""
 
     @functools.cache
     def of(student: str) -> Path:
         out = tmp_path_factory.mktemp("by-hand") / "out"
         words = (f"output_dir={out}", f"student.deepspeed={student}")
-        group = launch("--config", str(config), *words)
-        assert group.wait() == [0, 0], group.text
+        ended = command("--config", str(config), *words)
+        assert ended.codes == [0, 0], ended.text
         return out
 
     return of
 
 
-def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit code and output of every process; all are ended whatever happens."""
+def finish(processes: Sequence[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    """Exit codes and output of all processes, which are ended whatever happens."""
     try:
-        said = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
-        return [(p.returncode, text) for p, text in zip(processes, said, strict=True)]
+        text = "".join(process.communicate(timeout=TIMEOUT_S)[0] for process in processes)
+        return [process.returncode for process in processes], text
     finally:
         for process in processes:
             process.kill()
@@ -65,10 +64,9 @@ def train(config: Path, out: Path) -> tuple[str, ...]:
     return (str(TRAIN), "--config", str(config), f"output_dir={out}")
 
 
-def assert_finished(said: Sequence[tuple[int, str]], out: Path, *, ranks: int) -> None:
+def assert_finished(codes: Sequence[int], text: str, out: Path, *, ranks: int) -> None:
     """Every process ended well and rank 0 alone spoke: one table."""
-    assert [code for code, _ in said] == [0] * len(said), said
-    text = "".join(text for _, text in said)
+    assert not any(codes), text
     assert text.count(f"the student is in {out / 'final'}") == 1, text
     assert "Traceback" not in text
     report = json.loads((out / "report.json").read_text())
@@ -80,13 +78,19 @@ def weights(out: Path) -> bytes:
     return (out / "final" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(DEEPSPEED, id="deepspeed", marks=pytest.mark.slow),
+        pytest.param(TORCHRUN, id="torchrun"),
+    ],
+)
 def test_a_launcher_of_two_ranks_trains_as_two_ranks_by_hand(config, by_hand, tmp_path, launcher):
     out = tmp_path / "out"
 
-    said = finish([start((*launcher, str(free_port()), *train(config, out)), {})])
+    codes, text = finish([start((*launcher, str(free_port()), *train(config, out)), {})])
 
-    assert_finished(said, out, ranks=2)
+    assert_finished(codes, text, out, ranks=2)
     assert weights(out) == weights(by_hand("zero3"))
 
 
@@ -107,43 +111,37 @@ def job_of_a_free_port() -> int:
             return job
 
 
-def test_processes_that_srun_starts_find_each_other(config, by_hand, tmp_path):
+def test_processes_that_srun_starts_find_each_other(config, launch, by_hand, tmp_path):
     out, job = tmp_path / "out", job_of_a_free_port()
 
-    said = finish([start(train(config, out), slurm(rank, 2, job)) for rank in range(2)])
+    group = launch(*train(config, out)[1:], ranks=[slurm(rank, 2, job) for rank in range(2)])
 
-    assert_finished(said, out, ranks=2)
+    assert_finished(group.wait(), group.text, out, ranks=2)
     assert weights(out) == weights(by_hand("zero3"))
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        pytest.param({}, id="python"),
-        pytest.param(slurm(0, 1), id="srun", marks=pytest.mark.slow),
-    ],
-)
-def test_one_process_needs_no_launcher(config, by_hand, tmp_path, variables):
+@pytest.mark.parametrize("variables", [{}, slurm(0, 1)], ids=["python", "srun"])
+def test_one_process_needs_no_launcher(config, launch, by_hand, tmp_path, variables):
     out = tmp_path / "out"
 
-    said = finish([start(train(config, out), variables)])
+    group = launch(*train(config, out)[1:], ranks=[variables])
 
-    assert_finished(said, out, ranks=1)
+    assert_finished(group.wait(), group.text, out, ranks=1)
     assert weights(out) != weights(by_hand("zero3"))
 
 
-def test_bad_input_is_said_once_and_ends_every_rank(launch, config, tmp_path):
+def test_bad_input_is_said_once_and_ends_every_rank(command, config, tmp_path):
     broken = tmp_path / "data"
     write_reviews(broken)
     with (broken / "train.jsonl").open("ab") as file:
         file.write(b'{"text": "\xff", "label": "positive"}\n')
 
-    group = launch("--config", str(config), f"output_dir={tmp_path}/out", f"task.dataset={broken}")
+    out = f"output_dir={tmp_path}/out"
+    ended = command("--config", str(config), out, f"task.dataset={broken}")
 
-    assert group.wait() == [2, 2], group.text
-    assert group.text.count("megakd: error: ") == 1
-    assert f"{broken / 'train.jsonl'}, line 65: text is not UTF-8 (byte 0xff" in group.text
-    assert "Traceback" not in group.text
+    assert ended.codes == [2, 2], ended.text
+    assert ended.text.count("megakd: error: ") == 1
+    assert f"{broken / 'train.jsonl'}, line 65: text is not UTF-8 (byte 0xff" in ended.text
 
 
 def hostfile(folder: Path) -> list[list[str]]:
@@ -175,23 +173,22 @@ def losses(out: Path) -> dict[tuple[str, int], float]:
 @pytest.mark.parametrize(
     ("launcher", "stage", "teacher"),
     [
-        (hostfile, "zero3", "teacher_zero3"),
-        (rendezvous, "zero3", "teacher_zero3_node"),
-        pytest.param(hostfile, "zero2", "teacher_zero3_node", marks=pytest.mark.slow),
-        pytest.param(rendezvous, "zero2", "teacher_zero3", marks=pytest.mark.slow),
+        (hostfile, "zero3", "teacher_zero3_node"),
+        pytest.param(hostfile, "zero2", "teacher_zero3", marks=pytest.mark.slow),
+        pytest.param(rendezvous, "zero3", "teacher_zero3_node", marks=pytest.mark.slow),
     ],
 )
 def test_two_nodes_give_the_losses_of_one(config, by_hand, tmp_path, launcher, stage, teacher):
     out, caches = tmp_path / "out", [tmp_path / f"cache-{node}" for node in range(2)]
     run = (*train(config, out), f"student.deepspeed={stage}", f"teacher.deepspeed={teacher}")
 
-    said = finish(
+    codes, text = finish(
         [
             start((*words, *run), {"MEGAKD_CACHE": cache})
             for words, cache in zip(launcher(tmp_path), caches, strict=True)
         ]
     )
 
-    assert [code for code, _ in said] == [0, 0], said
+    assert codes == [0, 0], text
     assert losses(out) == pytest.approx(losses(by_hand(stage)))
     assert {stage for stage, _ in losses(out)} == {"teacher-finetune", "student"}

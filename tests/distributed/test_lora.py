@@ -36,7 +36,7 @@ def adapt(initial, targets=TARGETS, whole=()):
 
 
 @pytest.mark.parametrize(
-    ("student", "zero"), [("llama-tied", zero) for zero in range(4)] + [("llama-untied", 3)]
+    ("student", "zero"), [("llama-tied", 0), ("llama-tied", 2), ("llama-untied", 3)]
 )
 def test_adapters_learn_on_two_ranks_as_in_one_plain_process(distil, student, zero):
     path, (found, _) = distil(student, LANGUAGE, (zero, 0), student=ADAPTERS)
@@ -57,7 +57,7 @@ def test_adapters_and_the_head_of_a_classifier_learn_as_in_one_plain_process(dis
     assert_same(found, plain_run(path, CLASSIFICATION, found["initial"], reference))
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [2, 3])
 def test_the_base_without_adapters_teaches_as_a_second_model_would(distil, write_run, models, zero):
     student, base = {"lora": {**ADAPTERS["lora"], "dropout": 0.0}}, {"model": "student_base"}
     second = write_run("llama-tied", TOKENS, teacher={"model": str(models / "llama-tied")})
@@ -69,7 +69,7 @@ def test_the_base_without_adapters_teaches_as_a_second_model_would(distil, write
     assert found["losses"][-1]["soft_target_kl"] > 1e-4
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2, 3])
+@pytest.fixture(scope="module", params=[1, 3])
 def finished(request, workers, write_run):
     """The config file and the folder of a run on two ranks that saves at every second step."""
     sections = {"save": {"save_steps": 2, "save_total_limit": None}, "train": {"max_steps": 4}}
@@ -126,7 +126,7 @@ def test_a_run_saves_adapters_alone_and_ends_with_a_merged_model(finished, model
     assert not torch.allclose(logits, before, atol=1e-2)
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [0, 3])
 def test_the_adapters_of_the_best_evaluation_are_merged_and_not_the_last(
     workers, write_run, models, zero
 ):

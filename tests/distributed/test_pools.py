@@ -50,11 +50,8 @@ def learn(run_case, config):
     ("method", "student", "teacher"),
     [
         ("skdbert", "zero0", 0),
-        pytest.param("skdbert", "zero1", 3, marks=pytest.mark.slow),
         ("skdbert", "zero2", 3),
-        ("skdbert", "zero3", 3),
         ("mean_of_teachers", "zero3", 3),
-        pytest.param("mt_bert", "zero2", 3, marks=pytest.mark.slow),
         pytest.param("takd", "zero2", 3, marks=pytest.mark.slow),
     ],
 )

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 from real_vllm import HOW, states_flags, vllm_server
-from test_rollouts import finish, texts_of, write_config
+from test_rollouts import WORDS, finish, texts_of, write_config
 from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
-from tiny_texts import WORDS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -168,7 +167,7 @@ def test_a_server_takes_other_weights_and_forgets_its_prefixes(url, folders):
     assert served(url, folders[0], GREEDY) == greedy_of(folders[0])
 
 
-def test_adapters_of_every_start_are_new_to_the_server(url, folders, launch, texts, tmp_path):
+def test_adapters_of_every_start_are_new_to_the_server(url, folders, command, texts, tmp_path):
     """Two runs of one folder: the second one must not learn from texts of the first one."""
     student, teacher = map(str, folders)
     keys: dict[str, Any] = {
@@ -180,13 +179,12 @@ def test_adapters_of_every_start_are_new_to_the_server(url, folders, launch, tex
     greedy = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}, "prompt_tokens": 40}
     server = {"url": [url], "kind": "vllm", "push": "adapter", "folder": str(tmp_path / "w")}
     own = write_config(tmp_path, texts, zero=0, rollout=greedy, **keys)
-    wanted, out = finish(launch, own, tmp_path / "own", world=1), tmp_path / "out"
+    wanted, out = finish(command, own, tmp_path / "own", world=1), tmp_path / "out"
     config = write_config(tmp_path, texts, zero=0, rollout=greedy | {"server": server}, **keys)
-    first = launch("--config", str(config), f"output_dir={out}", "train.learning_rate=1", world=1)
-    assert first.wait() == [0], first.text
+    finish(command, config, out, "train.learning_rate=1", world=1)
     shutil.rmtree(out)
 
-    finish(launch, config, out, world=1)
+    finish(command, config, out, world=1)
 
     assert texts_of(out) == texts_of(wanted)
     assert len(VllmServer(http(url)).adapters()) == 1

@@ -13,9 +13,8 @@ import torch
 from exporting_stubs import Exporting, ExportingTransformer
 from served_models import Transformer
 from server_stubs import Stub, serving
-from test_rollouts import finish, refused, texts_of, weights, write_config
+from test_rollouts import finish, refused, small_llama, texts_of, weights, write_config
 from test_rollouts import texts as texts  # noqa: PLC0414 - a fixture
-from tiny_texts import small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 KL = [{"loss": "soft_target_kl"}]
@@ -28,12 +27,12 @@ PACKED = {"train": {"max_steps": 3, "tokens_per_rank": 60}}
 
 
 @pytest.fixture(scope="module")
-def trained(launch, texts, tmp_path_factory) -> Path:
+def trained(command, texts, tmp_path_factory) -> Path:
     """The folder of a model that teaches, with its tokenizer; its probabilities are not uniform."""
     folder = tmp_path_factory.mktemp("teacher")
     student = {"model": small_llama(2, 16)}
     path = write_config(folder, texts, zero=0, student=student, train={"max_steps": 1})
-    made = finish(launch, path, folder / "out", world=1) / "final"
+    made = finish(command, path, folder / "out", world=1) / "final"
     model = AutoModelForCausalLM.from_pretrained(made)
     for parameter in model.parameters():
         parameter.data.mul_(8 if parameter.dim() > 1 else 1.5)
@@ -88,7 +87,6 @@ def scoring(folder: Path, trained: Path) -> Iterator[Served]:
 @pytest.mark.parametrize(
     ("serve", "objective", "keys", "tolerance"),
     [
-        (exporting, TWO_TERMS, {}, 1e-6),
         # Packed rows, and a student with more tokens than the teacher has.
         (exporting, JSD, {**PACKED, "zero": 3, "tokens": 320}, 1e-6),
         (exporting, TWO_TERMS, {"zero": 2, "generates": True}, 1e-6),
@@ -96,12 +94,12 @@ def scoring(folder: Path, trained: Path) -> Iterator[Served]:
     ],
 )
 def test_the_weights_are_those_of_a_teacher_in_its_own_engine(
-    launch, config, trained, tmp_path, serve, objective, keys, tolerance
+    command, config, trained, tmp_path, serve, objective, keys, tolerance
 ):
-    wanted = finish(launch, config(objective, **keys), tmp_path / "own")
+    wanted = finish(command, config(objective, **keys), tmp_path / "own")
     with serve(tmp_path, trained) as (server, stubs):
         server["check_against"] = str(trained)
-        out = finish(launch, config(objective, server=server, **keys), tmp_path / "out")
+        out = finish(command, config(objective, server=server, **keys), tmp_path / "out")
 
     assert texts_of(out) == texts_of(wanted)
     assert bool(texts_of(out)) == ("generates" in keys)
@@ -111,40 +109,35 @@ def test_the_weights_are_those_of_a_teacher_in_its_own_engine(
     assert all(len(stub.of("/v1/completions")) > 8 for stub in stubs)
 
 
-@pytest.mark.parametrize(
-    ("serve", "model"), [(exporting, ExportingTransformer), (scoring, Transformer)]
-)
-def test_servers_of_other_weights_are_refused_before_the_run(
-    launch, config, trained, tmp_path, serve, model
-):
+def test_servers_of_other_weights_are_refused_before_the_run(command, config, trained, tmp_path):
     """Norm and head are those of the teacher."""
     other = AutoModelForCausalLM.from_pretrained(trained)
     torch.nn.init.normal_(other.model.layers[1].mlp.down_proj.weight)
     other.save_pretrained(tmp_path / "other")
-    with serve(tmp_path, trained) as (server, stubs):
+    with exporting(tmp_path, trained) as (server, stubs):
         for stub in stubs:
-            stub.model = model(tmp_path / "other")
+            stub.model = ExportingTransformer(tmp_path / "other")
         server["check_against"] = str(trained)
 
-        said = refused(launch, config(server=server), tmp_path / "out")
+        said = refused(command, config(server=server), tmp_path / "out")
 
     assert f"from {trained} in the mean log-probability of the best tokens of 8 texts" in said
 
 
 def test_a_folder_that_a_rank_does_not_see_is_refused_before_the_run(
-    launch, config, trained, tmp_path
+    command, config, trained, tmp_path
 ):
     with exporting(tmp_path, trained) as (server, stubs):
         server["states"] = str(tmp_path / "elsewhere")
 
-        said = refused(launch, config(server=server), tmp_path / "out")
+        said = refused(command, config(server=server), tmp_path / "out")
 
     assert f"teacher.server.states: {tmp_path / 'elsewhere'} cannot be written" in said
     assert not any(stub.of("/v1/completions") for stub in stubs)
 
 
 def test_a_server_that_mixes_up_its_files_ends_the_run_on_all_ranks(
-    launch, config, trained, tmp_path
+    command, config, trained, tmp_path
 ):
     with exporting(tmp_path, trained) as (server, (stub, _)):
         # Right before the run, wrong in the first step.
@@ -154,6 +147,6 @@ def test_a_server_that_mixes_up_its_files_ends_the_run_on_all_ranks(
             else tensors | {"token_ids": tensors["token_ids"].flip(0)}
         )
 
-        said = refused(launch, config(server=server), tmp_path / "out")
+        said = refused(command, config(server=server), tmp_path / "out")
 
     assert "tokens that differs at position" in said

@@ -52,22 +52,21 @@ def rollouts_of(out: Path) -> dict[int, list[Rollout]]:
 
 
 @pytest.fixture(scope="module")
-def own(launch, texts, tmp_path_factory):
+def own(command, texts, tmp_path_factory):
     """A ZeRO stage -> the finished run with greedy texts of the run's own engine."""
 
     @functools.cache
     def of(zero: int) -> Path:
         folder = tmp_path_factory.mktemp("own")
         config = write_config(folder, texts, zero=zero, rollout=GREEDY, train=SHORT)
-        return finish(launch, config, folder / "out")
+        return finish(command, config, folder / "out")
 
     return of
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("kind", ["sglang", "vllm"])
 def test_greedy_texts_of_servers_train_as_those_of_the_own_engine(
-    launch, texts, own, tmp_path, kind, zero
+    command, texts, own, tmp_path, kind
 ):
     """Replicas that are slow, busy at times, and remember the prefixes of earlier texts."""
     stubs = replicas(kind)
@@ -75,21 +74,21 @@ def test_greedy_texts_of_servers_train_as_those_of_the_own_engine(
         stub.busy, stub.delay_s = 3, 0.01
     with serving(*stubs) as urls:
         keys = GREEDY | served(stubs[0], tmp_path / "w", url=urls)
-        config = write_config(tmp_path, texts, zero=zero, rollout=keys, train=SHORT)
-        out = finish(launch, config, tmp_path / "out")
+        config = write_config(tmp_path, texts, zero=3, rollout=keys, train=SHORT)
+        out = finish(command, config, tmp_path / "out")
 
-    assert texts_of(out) == texts_of(own(zero))
-    assert difference(weights(out), weights(own(zero))) == 0
+    assert texts_of(out) == texts_of(own(3))
+    assert difference(weights(out), weights(own(3))) == 0
     for stub in stubs:
         assert versions_of(stub) == ["0", "1", "2", "3"]
         assert not stub.paused
 
 
-def test_the_next_texts_are_made_while_the_student_learns(launch, texts, tmp_path):
+def test_the_next_texts_are_made_while_the_student_learns(command, texts, tmp_path):
     (stub, _) = replicas("sglang")
     with serving(stub):
         keys = AHEAD | served(stub, tmp_path / "w")
-        out = finish(launch, write_config(tmp_path, texts, zero=2, rollout=keys), tmp_path / "out")
+        out = finish(command, write_config(tmp_path, texts, zero=2, rollout=keys), tmp_path / "out")
 
     versions = {step: {text.version for text in said} for step, said in rollouts_of(out).items()}
     assert versions == {0: {0}} | {step: {step - 1} for step in range(1, STEPS)}
@@ -103,7 +102,7 @@ def asked_seeds(asked: list[tuple[str, Any]]) -> set[int]:
     return {rules["sampling_seed"] for rules in sampled if rules["temperature"] > 0}
 
 
-def test_a_killed_run_reads_its_texts_and_asks_only_for_others(launch, texts, tmp_path):
+def test_a_killed_run_reads_its_texts_and_asks_only_for_others(command, launch, texts, tmp_path):
     (stub, _), out = replicas("sglang"), tmp_path / "out"
     with serving(stub):
         keys = AHEAD | served(stub, tmp_path / "w")
@@ -115,7 +114,7 @@ def test_a_killed_run_reads_its_texts_and_asks_only_for_others(launch, texts, tm
         written, before = texts_of(out), len(stub.asked)
         on_disk = {text.seed % 2**31 for said in rollouts_of(out).values() for text in said}
 
-        finish(launch, config, out)
+        finish(command, config, out)
 
     assert written.items() <= texts_of(out).items()
     assert len(texts_of(out)) == STEPS
@@ -125,7 +124,7 @@ def test_a_killed_run_reads_its_texts_and_asks_only_for_others(launch, texts, tm
     assert on_disk.isdisjoint(later)
 
 
-def test_a_run_that_was_killed_during_a_push_is_resumed(launch, texts, own, tmp_path):
+def test_a_run_that_was_killed_during_a_push_is_resumed(command, launch, texts, own, tmp_path):
     """The kill leaves one of two replicas paused, with the weights of the version before."""
     stubs = first, other = replicas("vllm")
     answer = other.answer
@@ -148,32 +147,17 @@ def test_a_run_that_was_killed_during_a_push_is_resumed(launch, texts, own, tmp_
         assert other.weights.endswith("-2")
         other.answer = answer
 
-        finish(launch, config, out)
+        finish(command, config, out)
 
     assert written.items() <= texts_of(out).items()
     assert texts_of(out) == texts_of(own(0))
     assert difference(weights(out), weights(own(0))) == 0
 
 
-def disagree(stub: Stub) -> None:
-    continue_ = stub.model.continue_
-    stub.model.continue_ = lambda *given: [*continue_(*given)[:4], *[2] * 6]
-
-
-def lose_weights(stub: Stub) -> None:
-    """A restarted server would otherwise answer with the weights that it started with."""
-
-    def spoil(path: str, tree: Any) -> Any:
-        if path == "/generate" and len(stub.model.folders) == 3:
-            tree["meta_info"]["weight_version"] = "default"
-        return tree
-
-    stub.spoil = spoil
-
-
-def restart(stub: Stub) -> None:
-    """Between two blocks: it has the weights of its start, and would answer without complaint."""
-    answer, sampled = stub.answer, []
+def test_a_replica_that_is_restarted_between_two_blocks_ends_the_run(command, texts, tmp_path):
+    """It has the weights of its start, and would answer without complaint."""
+    stubs, folder = replicas("vllm"), tmp_path / "w"
+    stub, answer, sampled = stubs[1], stubs[1].answer, []
 
     def restarting(path: str, body: Any) -> tuple[int, Any]:
         if path == "/v1/completions" and stub.weights.endswith("-2") and not sampled:
@@ -182,71 +166,23 @@ def restart(stub: Stub) -> None:
         return answer(path, body)
 
     stub.answer = restarting
-
-
-def see_another_folder(stub: Stub) -> None:
-    """The folder is on the node of rank 0 alone."""
-    answer = stub.answer
-
-    def elsewhere(path: str, body: Any) -> tuple[int, Any]:
-        if path == "/collective_rpc":
-            body["kwargs"]["weights_path"] = "/gone/version-0"
-        return answer(path, body)
-
-    stub.answer = elsewhere
-
-
-def leave_development(stub: Stub) -> None:
-    stub.development = False
-
-
-# What is wrong with the second replica, what is said of it, and after how many steps.
-@pytest.mark.parametrize(
-    ("kind", "spoil", "messages", "steps"),
-    [
-        ("sglang", disagree, [" and {url} disagree"], 0),
-        ("sglang", lose_weights, ["was generated with the weights default, and out-"], 2),
-        (
-            "vllm",
-            restart,
-            ["was generated with the weights default, and out-", "the server was restarted"],
-            2,
-        ),
-        (
-            "vllm",
-            leave_development,
-            ["{url}/weight_info answered 404", "VLLM_SERVER_DEV_MODE=1"],
-            0,
-        ),
-        (
-            "vllm",
-            see_another_folder,
-            ["{url}/collective_rpc answered 500 and did not load out-", "-0 from {folder}"],
-            0,
-        ),
-    ],
-)
-def test_a_replica_that_fails_ends_the_run(launch, texts, tmp_path, kind, spoil, messages, steps):
-    stubs, folder = replicas(kind), tmp_path / "w"
     with serving(*stubs) as urls:
-        spoil(stubs[1])
         keys = GREEDY | served(stubs[0], folder, url=urls)
-        said = refused(
-            launch, write_config(tmp_path, texts, zero=0, rollout=keys), tmp_path / "out"
-        )
+        config = write_config(tmp_path, texts, zero=0, rollout=keys)
+        said = refused(command, config, tmp_path / "out")
 
-    for message in messages:
-        assert message.format(url=urls[1], folder=folder) in said
-    assert len(texts_of(tmp_path / "out")) == steps
+    assert "was generated with the weights default, and out-" in said
+    assert "the server was restarted" in said
+    assert len(texts_of(tmp_path / "out")) == 2
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_a_model_loads(launch, texts, tmp_path):
+def test_a_folder_that_cannot_be_written_is_named_before_a_model_loads(command, texts, tmp_path):
     (stub, _), folder = replicas("sglang"), tmp_path / "file"
     folder.touch()
     with serving(stub):
         keys = GREEDY | served(stub, folder)
         said = refused(
-            launch, write_config(tmp_path, texts, zero=0, rollout=keys), tmp_path / "out"
+            command, write_config(tmp_path, texts, zero=0, rollout=keys), tmp_path / "out"
         )
 
     assert f"rollout.server.folder: {folder}" in said
@@ -254,21 +190,21 @@ def test_a_folder_that_cannot_be_written_is_named_before_a_model_loads(launch, t
 
 
 @pytest.mark.slow
-def test_adapters_reach_a_vllm_server_before_every_step(launch, texts, tmp_path):
+def test_adapters_reach_a_vllm_server_before_every_step(command, texts, tmp_path):
     """Also those of a run that is started again: the server keeps cached texts of every name."""
     short = write_config(tmp_path, texts, zero=0, train={"max_steps": 2})
-    base = finish(launch, short, tmp_path / "base") / "final"
+    base = finish(command, short, tmp_path / "base") / "final"
     stub = Stub("vllm", name="base", model=Transformer(base))
     keys = {"student": {"model": str(base), "lora": {"r": 4}}, "train": SHORT}
     keys["task"] = {"tokenizer": str(base)}
     own = write_config(tmp_path, texts, zero=3, rollout=GREEDY, **keys)
-    wanted, out = finish(launch, own, tmp_path / "own"), tmp_path / "out"
+    wanted, out = finish(command, own, tmp_path / "own"), tmp_path / "out"
     with serving(stub):
         server = served(stub, tmp_path / "w", push="adapter")
         config = write_config(tmp_path, texts, zero=3, rollout=GREEDY | server, **keys)
-        finish(launch, config, out, "train.learning_rate=0.5")
+        finish(command, config, out, "train.learning_rate=0.5")
         shutil.rmtree(out)
-        finish(launch, config, out)
+        finish(command, config, out)
 
     asked = stub.of("/v1/load_lora_adapter")
     names = [body["lora_name"] for body in asked]

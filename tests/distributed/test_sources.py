@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import cases
 import pytest
 import torch
 from equal_runs import STEPS, cut_of
+
+from megakd.training.trainer import Trainer
+
+
+def train(config_path: str, overrides: list[str], steps: int) -> dict:
+    """Train as `cases.train`, on batches that are marked."""
+    real = Trainer.train_step
+
+    def marking(self: Trainer, batches):
+        return real(self, [marked(batch, self.step) for batch in batches])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", marking)
+        return cases.train(config_path, overrides, steps, generates=False)
+
+
+def marked(batch, step: int):
+    """Return rows of either source at step 0, only data at step 1, then texts within rows."""
+    ids = batch.inputs["input_ids"]
+    if step == 1:
+        return batch
+    own = ids.sum(1, keepdim=True) % 2 == 0 if step == 0 else ids % 2 == 0
+    return batch.extended(is_rollout=own.expand(ids.shape).cpu())
+
 
 # DistiLLM-2: skew KL on texts of the data, skew reverse KL on texts of the student.
 PAIR = [
@@ -26,7 +51,7 @@ def trained(distil):
         sections = {"objective": terms, "train": cut_of(cut)}
         sections["rollout"] = {"max_new_tokens": 8, "prompt_tokens": 4}
         stages = (zero, zero // 3 * 3)
-        case = "source_cases.train"
+        case = "test_sources.train"
         return distil("llama-untied", {}, stages, ranks=cut[0], case=case, **sections)[1][0]
 
     return of

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TIMEOUT_S, TRAIN, free_port
-from launchers import DEEPSPEED, TORCHRUN, start
+from conftest import DEEPSPEED, TIMEOUT_S, TORCHRUN, TRAIN, free_port, start
 from tiny_runs import bert, config_tree, write_config, write_reviews
 
 pytestmark = pytest.mark.slow
@@ -34,11 +33,11 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def truth(launch, config, tmp_path_factory) -> bytes:
+def truth(command, config, tmp_path_factory) -> bytes:
     """The weights of the run without a stop."""
     out = tmp_path_factory.mktemp("truth") / "out"
-    group = launch("--config", str(config), f"output_dir={out}")
-    assert group.wait() == [0, 0], group.text
+    ended = command("--config", str(config), f"output_dir={out}")
+    assert ended.codes == [0, 0], ended.text
     return weights(out)
 
 
@@ -102,7 +101,6 @@ def begin(config, tmp_path) -> Iterator:
     ("launcher", "link", "number", "reason"),
     [
         ("deepspeed", "runner", signal.SIGKILL, "the end of its launcher"),
-        ("deepspeed", "node", signal.SIGKILL, "the end of its launcher"),
         ("deepspeed", "node", signal.SIGTERM, "SIGTERM"),
         ("deepspeed", "rank 1", signal.SIGUSR1, "SIGUSR1"),
         ("torchrun", "runner", signal.SIGTERM, "SIGTERM"),
@@ -110,7 +108,7 @@ def begin(config, tmp_path) -> Iterator:
     ],
 )
 def test_a_run_whose_launcher_is_stopped_saves_and_goes_on_to_the_same_weights(
-    begin, truth, launch, config, launcher, link, number, reason
+    begin, truth, command, config, launcher, link, number, reason
 ):
     run = begin(launcher)
 
@@ -123,9 +121,9 @@ def test_a_run_whose_launcher_is_stopped_saves_and_goes_on_to_the_same_weights(
     assert not (run.out / "lock.json").exists()
     assert not (run.out / "report.json").exists()
     assert run.process.returncode != 0 or number == signal.SIGKILL
-    group = launch("--config", str(config), f"output_dir={run.out}")
-    assert group.wait() == [0, 0], group.text
-    assert "student: resumed at step" in group.text
+    ended = command("--config", str(config), f"output_dir={run.out}")
+    assert ended.codes == [0, 0], ended.text
+    assert "student: resumed at step" in ended.text
     assert weights(run.out) == truth
 
 
@@ -144,15 +142,15 @@ def test_a_second_start_in_the_folder_of_a_living_run_is_refused_on_all_ranks(
     assert (run.out / "lock.json").exists()
 
 
-def test_a_run_whose_ranks_were_killed_is_taken_over_at_once(begin, launch, config, truth):
+def test_a_run_whose_ranks_were_killed_is_taken_over_at_once(begin, command, config, truth):
     run = begin("torchrun")
     for rank in run.ranks:
         rank.kill()
     run.finish()
     assert (run.out / "lock.json").exists()
 
-    group = launch("--config", str(config), f"output_dir={run.out}")
+    ended = command("--config", str(config), f"output_dir={run.out}")
 
-    assert group.wait() == [0, 0], group.text
-    assert "waiting up to" not in group.text
+    assert ended.codes == [0, 0], ended.text
+    assert "waiting up to" not in ended.text
     assert weights(run.out) == truth

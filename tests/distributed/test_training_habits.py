@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 
 import pytest
 import torch
 from equal_runs import CLASSIFICATION, CUTS, STEPS, cut_of
+from unit_counts import counts_of, numbers
+
+from megakd.engine.distributed import ranks
+from megakd.engine.stop_vote import StopVote, agreed_signal
+from megakd.process import signals
+
+
+def votes(stopping_rank: int) -> dict:
+    """One rank gets SIGUSR1 between two steps: what all of them count and decide."""
+    vote, counts = StopVote(), counts_of(3, 2, 1 + ranks().rank)
+    decided, summed = [vote.passed()], []
+    with suppress(signals.Stopped), signals.watched(), signals.deferred():
+        for step in range(3):
+            summed.append(numbers(vote.sum_counts(counts)))
+            if step == 1 and ranks().rank == stopping_rank:
+                signal.raise_signal(signal.SIGUSR1)
+            decided.append(vote.passed())
+        agreed = agreed_signal()
+    return {"decided": decided, "summed": summed, "signal": agreed, "kept": numbers(counts)}
+
 
 HARD = {"loss": "hard_cross_entropy", "class_weights": "balanced", "label_smoothing": 0.1}
 
@@ -40,7 +61,7 @@ def test_all_ranks_stop_early_at_the_same_step(workers, write_run):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_stops_all_at_the_next_step(workers, rank):
-    votes = workers(2).run("stop_cases.votes", rank)
+    votes = workers(2).run("test_training_habits.votes", rank)
 
     assert [vote["decided"] for vote in votes] == [[False, False, False, True]] * 2
     assert [vote["signal"] for vote in votes] == [signal.SIGUSR1] * 2

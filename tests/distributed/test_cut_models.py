@@ -1,10 +1,11 @@
-"""Cut models on gloo ranks: loaded from a folder, trained for a few SGD steps."""
+"""Cut models train on two ranks as in one process."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cases import sgd_engine
-from tiny_cuts import VOCABULARY, loaded, source_of, task
+from tiny_cuts import VOCABULARY, build, cut, loaded, saved, source_of, task, task_of, view_of
 
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
@@ -54,3 +55,28 @@ def train(folder: str, kind: str, stage: int) -> dict:
     weights = dict(gathered_state(engine.module))
     engine.destroy()
     return weights
+
+
+@pytest.mark.parametrize(
+    ("stage", "family"),
+    # 3: parameters without elements could not be gathered.
+    [
+        (2, "bert"),
+        pytest.param(3, "qwen3", marks=pytest.mark.slow),
+        (3, "gpt2"),
+        pytest.param(3, "enct5", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_two_ranks_train_a_cut_model_as_one_process_does(workers, tmp_path, stage, family):
+    kind, model = task_of(family), build(family)
+    folder = saved(cut(model, kind, view_of(model, "empty")), tmp_path / "cut")
+
+    found = workers(2).run("test_cut_models.train", str(folder), kind, stage)[0]
+
+    expected = reference(folder, kind)
+    before = loaded(folder, kind).state_dict()
+    trained = {name: value for name, value in found.items() if value.numel()}
+    assert max((before[name] - value).abs().max().item() for name, value in trained.items()) > 1e-3
+    for name, value in trained.items():
+        assert (value - expected[name]).abs().max().item() <= 1e-5, name
