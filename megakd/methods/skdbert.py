@@ -125,7 +125,7 @@ def _pilot(config: SkdbertConfig, lab: Lab, teacher: str) -> float:
         strategy=Constant((Pass(teacher=teacher),)),
         train=dataclasses.replace(train, max_steps=config.pilot_steps or train.max_steps),
     )
-    return lab.worth(lab.train(stage).metrics)
+    return lab.metric(None, weighed=False).worth(lab.train(stage).metrics)
 
 
 @plain_dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megakd.contract.lab import HeldOutProbe
-from megakd.contract.metric import WHOLE
+from megakd.contract.metric import WHOLE, Metric
 from megakd.contract.results import PruningReport
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Cut, UnitOrder, View
@@ -298,13 +298,10 @@ def _inside(kept: Sequence[int], heads: int, width: int) -> tuple[tuple[int, ...
 
 @dataclass
 class HomotopyJudge:
-    """Compares evaluations only after the end of pruning: before it, the student is too large.
-
-    worth: the main metric of the task, negated if lower values are better.
-    """
+    """Compares evaluations only after the end of pruning: before it, the student is too large."""
 
     pruning: PruningStrategy
-    worth: Callable[[Mapping[str, float]], float]
+    metric: Metric
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -314,5 +311,5 @@ class HomotopyJudge:
         """Return the score of the student and how it is cut now; add a row to the report."""
         self.pruning.note(step, scores[WHOLE])
         done = self.pruning.course.schedule.left(step) == 0
-        score = self.worth(scores[WHOLE]) if done else float("nan")
+        score = self.metric.worth(scores[WHOLE]) if done else float("nan")
         return Verdict(score, WHOLE, cut=self.pruning.cut, counts=done)

@@ -234,7 +234,6 @@ def _trial(
 
 
 def _metric(config: ShrinkConfig, lab: Lab) -> Metric:
-
     if config.metric is not None:
         return lab.metric(config.metric)
     return Metric(name=KL, parts=(KL,), higher_is_better=False)
@@ -283,15 +282,13 @@ def _rows(
 ) -> Iterator[CandidateReport]:
     """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
     metric = _metric(config, lab)
-    sign = 1 if metric.higher_is_better else -1
     for one in candidates:
-        value = metric.of(result.scores[one.name])
         yield {
             "iteration": number,
             "sparsity": round(1 - one.parameters / whole, 4),
             "parameters": one.parameters,
-            "metric": value,
-            "tradeoff": sign * value,
+            "metric": metric.of(result.scores[one.name]),
+            "tradeoff": metric.worth(result.scores[one.name]),
             "chosen": one.name == result.view,
             "shape": one.shape(),
         }
@@ -307,8 +304,7 @@ class BestCandidate:
     def __call__(self, scores: Scores, step: int) -> Verdict:
         """Return the best candidate; a value that is not a number loses."""
         del step
-        sign = 1 if self.metric.higher_is_better else -1
-        values = {name: sign * self.metric.of(scores[name]) for name in self.names}
+        values = {name: self.metric.worth(scores[name]) for name in self.names}
         known = {name: -math.inf if math.isnan(v) else v for name, v in values.items()}
         best = max(self.names, key=lambda name: known[name])
         return Verdict(known[best], best)
