@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from megakd.contract.batch import IGNORE, Batch, Extras, Targets
 from megakd.contract.joined_batches import joined
-from megakd.contract.sources import of_source, on_source, without_source
 from megakd.contract.terms import (
     HardCrossEntropy,
     HiddenMse,
@@ -18,7 +17,13 @@ from megakd.contract.terms import (
     source_of,
     term_name,
 )
-from megakd.contract.unit_counts import count_units, source_counters
+from megakd.contract.unit_counts import (
+    count_units,
+    of_source,
+    on_source,
+    source_counters,
+    without_source,
+)
 
 BOTH = {**source_counters("rollouts"), **source_counters("data")}
 
