@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, llama, reviews, write_config, write_jsonl, write_reviews
 from whole_run import finish, forgotten, read
 
+SKDBERT = {"name": "skdbert"}
+
 
 @pytest.fixture(scope="module")
 def bench(one_rank, tmp_path_factory) -> Bench:
@@ -21,7 +23,18 @@ def bench(one_rank, tmp_path_factory) -> Bench:
 
 @pytest.fixture(scope="module")
 def drawn(bench) -> Path:
-    return bench.run("uniform", {"name": "skdbert"})
+    return bench.run("uniform", SKDBERT, save={"save_steps": 5, "save_total_limit": None})
+
+
+@pytest.fixture(scope="module")
+def plain(bench) -> Path:
+    """Distillation of the largest teacher alone."""
+    return bench.run(
+        "plain",
+        {"name": "single", "teacher": "large"},
+        objective=[{"loss": "soft_target_kl"}],
+        teachers=bench.teachers("large"),
+    )
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -69,41 +82,21 @@ def test_the_page_the_card_and_the_table_name_the_teachers(bench, drawn):
 
 
 @pytest.mark.parametrize("method", ["skdbert", "mean_of_teachers", "takd"])
-def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, method):
+def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, plain, method):
     """Whatever a method does with several teachers, one leaves it no choice."""
-    sections = {"teachers": bench.teachers("large")}
-    plain = bench.run(
-        f"plain-{method}",
-        {"name": "single", "teacher": "large"},
-        objective=[{"loss": "soft_target_kl"}],
-        **sections,
-    )
+    pool = bench.teachers("large")
 
-    assert same(bench.run(f"one-{method}", {"name": method}, **sections), plain)
+    assert same(bench.run(f"one-{method}", {"name": method}, teachers=pool), plain)
 
 
-def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, tmp_path):
-    save = {"save": {"save_steps": 5, "save_total_limit": None}}
-    whole = bench.run("whole", {"name": "skdbert"}, **save)
-    killed = forgotten(whole, tmp_path / "killed", stage="student", after=5)
+def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, drawn, tmp_path):
+    killed = forgotten(drawn, tmp_path / "killed", stage="student", after=5)
 
-    said = finish(bench.one_rank, bench.folder / "whole.yaml", f"output_dir={killed}")
+    said = finish(bench.one_rank, bench.folder / "uniform.yaml", f"output_dir={killed}")
 
     assert "student: resumed at step 5" in said.err
-    assert same(killed, whole)
-    assert read(killed)["pool"] == read(whole)["pool"]
-
-
-def test_one_teacher_may_be_drawn_always_and_the_others_never_run(bench):
-    weights_given = {"small": 0.0, "middle": 2.0, "large": 0.0}
-    method = {"name": "skdbert", "distribution": "weights", "weights": weights_given}
-
-    out = bench.run("weights", method)
-
-    steps = {name: entry["steps"] for name, entry in pool(out).items()}
-    assert steps == {"small": 0, "middle": STEPS, "large": 0}
-    method = {"name": "single", "teacher": "middle"}
-    assert same(out, bench.run("middle-alone", method, objective=[{"loss": "soft_target_kl"}]))
+    assert same(killed, drawn)
+    assert read(killed)["pool"] == read(drawn)["pool"]
 
 
 def test_teachers_are_ranked_by_their_own_scores_which_are_measured_once(bench):
@@ -151,126 +144,48 @@ def test_teachers_in_a_row_begin_with_the_largest(bench):
     assert not all(torch.equal(given[name], taught[name]) for name in given)
 
 
-def test_teachers_of_the_pool_are_fine_tuned_one_by_one(bench):
-    trained = [
-        {"name": name, "model": bert(layers, width=width), "finetune": {"max_steps": 2}}
-        for name, (layers, width) in SIZES.items()
-    ]
-
-    out = bench.run("finetuned", {"name": "skdbert"}, teachers=trained)
-
-    assert stages(out) == [*(f"{name}-finetune" for name in SIZES), "student"]
-
-
 def test_a_student_begins_as_layers_of_a_teacher_as_it_teaches(bench):
     """Fine-tuned, head included; without a step to take its weights are still the teacher's."""
-    small, large = bench.teachers("small", "large")
-    pool = [small, {**large, "finetune": {"max_steps": 3}}]
+    tuned = {"finetune": {"max_steps": 3}}
+    pool = [{**teacher, **tuned} for teacher in bench.teachers("small", "large")]
     student = {"model": "from_teacher", "teacher": "large", "layers": [1, 3]}
+    sections = {"teachers": pool, "student": student, "train": {"learning_rate": 0.0}}
 
-    out = bench.run(
-        "layers", {"name": "skdbert"}, teachers=pool, student=student, train={"learning_rate": 0.0}
-    )
+    out = bench.run("layers", SKDBERT, **sections)
 
+    assert stages(out) == ["small-finetune", "large-finetune", "student"]
     taught = load_file(out / "stages" / "large-finetune" / "model.safetensors")
     ours = weights(out)
     assert len(ours) < len(taught)
     for name, weight in ours.items():
         theirs = taught[name.replace("layer.1.", "layer.2.")]
         torch.testing.assert_close(weight, theirs, rtol=0, atol=0)
-
-
-def test_other_layers_are_another_student(bench):
-    student = {"model": str(bench.folder / "large" / "final"), "layers": [1, 2]}
-    bench.run("two-layers", {"name": "skdbert"}, student=student)
-    (bench.folder / "two-layers" / "report.json").unlink()
-
-    said = bench.one_rank.train(
-        "--config",
-        bench.config("two-layers", {"name": "skdbert"}, student={**student, "layers": [1, 3]}),
-    )
-
+    (out / "report.json").unlink()
+    other = {**sections, "student": {**student, "layers": [1, 2]}}
+    said = bench.one_rank.train("--config", bench.config("layers", SKDBERT, **other))
     assert said.code == 2
-    assert "holds the result of another config (model.layers.1: 2 there, 3 here" in said.err
+    assert "holds the result of another config (model.layers.1: 3 there, 2 here" in said.err
 
 
-SKDBERT = {"name": "skdbert"}
-WEIGHTS = {**SKDBERT, "distribution": "weights"}
 FROM_LARGE = {"model": "from_teacher", "teacher": "large"}
-# By name: the method, sections beside a pool of small and large, and parts of the message.
-BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
-    "one name twice": (
-        SKDBERT,
-        {"teachers": ["small", "large", "small"]},
-        ('the name "small" is used 2 times',),
-    ),
-    "the student's name": (
-        SKDBERT,
-        {"teachers": [{"name": "student", "model": bert(1)}]},
-        ("teachers[0].name", '"student" is the name of another model of the run'),
-    ),
-    "a negative weight": (
-        {**WEIGHTS, "weights": {"small": -1, "large": 1}},
-        {},
-        ("method.weights.small", "must be at least 0"),
-    ),
-    "weights of zero": (
-        {**WEIGHTS, "weights": {"small": 0, "large": 0}},
-        {},
-        ("method.weights: every weight is 0",),
-    ),
-    "a weight of nobody": (
-        {**WEIGHTS, "weights": {"smal": 1, "large": 1}},
-        {},
-        ('no teacher "smal"; did you mean "small"?', "method.weights: no weight for small"),
-    ),
-    "weights without use": (
-        {**SKDBERT, "weights": {"small": 1, "large": 1}},
-        {},
-        ("method.distribution uniform does not use weights",),
-    ),
-    "one of several": ({"name": "single"}, {}, ("set method.teacher to small or large",)),
-    "kinds of one of several": (
-        {"name": "knowledge_selection"},
-        {},
-        ('method "knowledge_selection" uses one of the teachers',),
-    ),
-    "nobody": (
-        {"name": "single", "teacher": "huge"},
-        {},
-        ('method.teacher: there is no teacher "huge"',),
-    ),
-    "a cut of several": (
-        {"name": "minidisc"},
-        {"student": {"model": "from_teacher"}},
-        ('method "minidisc" needs exactly one teacher',),
-    ),
-    "layers of unlike teachers": (
-        SKDBERT,
-        {"objective": [{"loss": "hidden_mse"}]},
-        ("hidden_mse compares layers", "small 1 x 16, large 3 x 32"),
-    ),
-    "a student without layers": (SKDBERT, {"student": FROM_LARGE}, ("set student.layers",)),
-    "more layers than there are": (
-        SKDBERT,
-        {"student": {**FROM_LARGE, "layers": [1, 4]}},
-        ("student.layers: layer 4 does not exist; the model has the layers 1 to 3",),
-    ),
-    "a round trip": (
-        {"name": "takd", "order": ["large", "small", "large"]},
-        {},
-        ('"large" is listed 2 times',),
-    ),
-}
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_pools_that_cannot_work_are_refused_before_anything_is_loaded(bench, case):
-    method, sections, fragments = BAD[case]
-    given = sections.get("teachers", ["small", "large"])
-    pool = given if isinstance(given[0], dict) else bench.teachers(*given)
-
-    said = bench.refused(method, **{**sections, "teachers": pool})
+@pytest.mark.parametrize(
+    ("sections", "fragments"),
+    [
+        (
+            {"objective": [{"loss": "hidden_mse"}]},
+            ("hidden_mse compares layers", "small 1 x 16, large 3 x 32"),
+        ),
+        (
+            {"student": {**FROM_LARGE, "layers": [1, 4]}},
+            ("student.layers: layer 4 does not exist; the model has the layers 1 to 3",),
+        ),
+    ],
+    ids=["layers of unlike teachers", "more layers than there are"],
+)
+def test_pools_that_cannot_work_are_refused_before_anything_is_loaded(bench, sections, fragments):
+    said = bench.refused(SKDBERT, teachers=bench.teachers("small", "large"), **sections)
 
     for fragment in fragments:
         assert fragment in said.err
@@ -327,7 +242,7 @@ def test_ranks_without_labels_to_rank_by_are_refused(bench, tmp_path):
 def test_where_no_teacher_is_left_nothing_else_is_looked_for(bench, tmp_path):
     gone = [{"name": name, "model": str(tmp_path / name)} for name in ("one", "two")]
 
-    said = bench.refused({"name": "skdbert"}, teachers=gone)
+    said = bench.refused(SKDBERT, teachers=gone)
 
     assert all(f"teachers[{i}].model: {gone[i]['model']}" in said.err for i in (0, 1))
     assert "tokenizer" not in said.err

@@ -33,12 +33,6 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_method_of_two_models_that_learn_is_planned(one_rank, tmp_path):
-    said = one_rank.megakd("plan", pair(tmp_path))
-
-    assert said.code == 0, said.err
-
-
 def pair(folder: Path, **sections: Any) -> Path:
     tree = config_tree(
         folder / "out",
@@ -56,6 +50,7 @@ def paired(one_rank, tmp_path_factory) -> Path:
     """A run of two models that learn, which was stopped once."""
     folder = tmp_path_factory.mktemp("paired")
     config = pair(folder, log={"logging_steps": 1}, save={"save_steps": 1})
+    assert one_rank.megakd("plan", config).code == 0
     assert one_rank.train("--config", config, stop_at=("student", 2)).code != 0
     finish(one_rank, config)
     return folder / "out"

@@ -113,16 +113,15 @@ def test_the_random_baseline_has_the_shape_and_the_steps_of_the_student(shrunk):
     assert steps["random"] == steps["trial-1"] + steps["student"]
 
 
-@pytest.mark.parametrize("stop", [("trial-1", 2), ("student", 1), ("student", 4)])
-def test_a_run_stopped_in_the_trial_or_the_repair_ends_with_the_same_weights(
-    one_rank, shrunk, tmp_path, stop
+def test_a_run_stopped_in_the_trial_and_the_repair_ends_with_the_same_weights(
+    one_rank, shrunk, tmp_path
 ):
     config = shrinking(tmp_path)
 
-    stopped = one_rank.train("--config", config, stop_at=stop)
+    for stop in (("trial-1", 2), ("student", 1), ("student", 4)):
+        assert one_rank.train("--config", config, stop_at=stop).code != 0
     finish(one_rank, config)
 
-    assert stopped.code != 0
     one, other = weights(tmp_path / "out" / "final"), weights(shrunk / "final")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
