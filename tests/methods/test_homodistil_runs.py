@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_text
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-from whole_run import finish, read, records
+from whole_run import finish, read, records, same_weights, weights
 
 METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6}
 TRAIN = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 0.01}
@@ -44,14 +42,8 @@ def pruning(folder: Path, kind: str = "mlm", **sections: Any) -> Path:
     return write_config(folder / "run.yaml", tree)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def assert_same(out: Path, whole: Path) -> None:
-    one, other = weights(out / "final"), weights(whole / "final")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_weights(out / "final", whole / "final")
     rows, reference = read(out)["pruning"], read(whole)["pruning"]
     assert [r["teacher_kl"] for r in rows] == [r["teacher_kl"] for r in reference]
 

@@ -293,15 +293,6 @@ def test_labels_of_the_student_are_in_its_own_numbering_and_no_labels_of_the_tea
     assert (np.diff(positions) > 0).all()
 
 
-def test_the_text_under_the_masks_does_not_depend_on_the_masks(pair, many, tmp_path):
-    more = Scene(pair, many.texts, tmp_path, mlm_probability=0.9)
-
-    few_masks, many_masks = many.batch(), more.batch()
-
-    assert chosen(many_masks).sum() > 4 * chosen(few_masks).sum()
-    assert torch.equal(more.plain(many_masks), many.plain(few_masks))
-
-
 def test_all_pieces_of_a_word_are_chosen_together_with_whole_word_masking(pair, many, tmp_path):
     scene = Scene(pair, many.texts, tmp_path, whole_word_masking=True)
     batch = scene.batch()
@@ -318,16 +309,6 @@ def test_all_pieces_of_a_word_are_chosen_together_with_whole_word_masking(pair, 
         by_word = np.bincount(word, weights=mask[valid].numpy()) / np.bincount(word).clip(1)
         assert set(by_word.tolist()) <= {0.0, 1.0}
     assert WORD_STARTS not in batch.inputs
-
-
-@WHOLE
-def test_every_row_has_a_masked_word(pair, tmp_path, whole_words):
-    texts = ["bad", "cabbage head", "ж", "feed bee gag"]
-    keys = {"mlm_probability": 1e-9, "whole_word_masking": whole_words}
-
-    batch = Scene(pair, texts, tmp_path, **keys).batch()
-
-    assert (chosen(batch).sum(dim=1) > 0).tolist() == [True, True, False, True]
 
 
 @pytest.mark.parametrize("numbers", [[], [0, 1]], ids=["only dummy rows", "rows"])

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from pool_bench import SIZES, STEPS, Bench
-from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, llama, reviews, write_config, write_jsonl, write_reviews
-from whole_run import finish, forgotten, read
+from whole_run import finish, forgotten, read, same_weights, weights
 
 SKDBERT = {"name": "skdbert"}
 
@@ -35,15 +34,6 @@ def plain(bench) -> Path:
         objective=[{"loss": "soft_target_kl"}],
         teachers=bench.teachers("large"),
     )
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "final" / "model.safetensors")
-
-
-def same(one: Path, other: Path) -> bool:
-    ours, theirs = weights(one), weights(other)
-    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def pool(out: Path) -> dict[str, dict[str, Any]]:
@@ -86,7 +76,9 @@ def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, plain, method):
     """Whatever a method does with several teachers, one leaves it no choice."""
     pool = bench.teachers("large")
 
-    assert same(bench.run(f"one-{method}", {"name": method}, teachers=pool), plain)
+    assert same_weights(
+        bench.run(f"one-{method}", {"name": method}, teachers=pool) / "final", plain / "final"
+    )
 
 
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, drawn, tmp_path):
@@ -95,7 +87,7 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, drawn, tmp_pat
     said = finish(bench.one_rank, bench.folder / "uniform.yaml", f"output_dir={killed}")
 
     assert "student: resumed at step 5" in said.err
-    assert same(killed, drawn)
+    assert same_weights(killed / "final", drawn / "final")
     assert read(killed)["pool"] == read(drawn)["pool"]
 
 
@@ -128,7 +120,7 @@ def test_all_teachers_run_at_every_step_of_their_mean_and_trust_in_labels_change
     for out in (mean, trusted):
         assert {entry["steps"] for entry in pool(out).values()} == {STEPS}
     assert sum(entry["weight"] for entry in pool(mean).values()) == pytest.approx(1)
-    assert not same(trusted, mean)
+    assert not same_weights(trusted / "final", mean / "final")
 
 
 def test_teachers_in_a_row_begin_with_the_largest(bench):
@@ -138,10 +130,7 @@ def test_teachers_in_a_row_begin_with_the_largest(bench):
     legs = read(out)["assistants"]
     assert [leg["name"] for leg in legs] == ["middle-taught", "small-taught"]
     assert all(leg["sparsity"] is None and leg["metrics"]["accuracy"] >= 0 for leg in legs)
-    given = load_file(bench.folder / "small" / "final" / "model.safetensors")
-    taught = load_file(out / "stages" / "small-taught" / "model.safetensors")
-    assert given.keys() == taught.keys()
-    assert not all(torch.equal(given[name], taught[name]) for name in given)
+    assert not same_weights(bench.folder / "small/final", out / "stages/small-taught")
 
 
 def test_a_student_begins_as_layers_of_a_teacher_as_it_teaches(bench):
@@ -154,8 +143,8 @@ def test_a_student_begins_as_layers_of_a_teacher_as_it_teaches(bench):
     out = bench.run("layers", SKDBERT, **sections)
 
     assert stages(out) == ["small-finetune", "large-finetune", "student"]
-    taught = load_file(out / "stages" / "large-finetune" / "model.safetensors")
-    ours = weights(out)
+    taught = weights(out / "stages" / "large-finetune")
+    ours = weights(out / "final")
     assert len(ours) < len(taught)
     for name, weight in ours.items():
         theirs = taught[name.replace("layer.1.", "layer.2.")]

@@ -10,9 +10,8 @@ import pytest
 import torch
 from checkpoint_store import flip
 from one_rank import OneRank, Said
-from safetensors.torch import load_file
 from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
-from whole_run import finish, forgotten, read, records
+from whole_run import finish, forgotten, read, records, same_weights, weights
 
 EPISODES, STEPS, PHASE = 2, 8, 3
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
@@ -60,13 +59,8 @@ def soft(bench) -> Path:
     return bench.run("soft", LEARNED, save={"save_steps": 5, "save_total_limit": None})
 
 
-def weights(out: Path, stage: str = "student") -> dict[str, torch.Tensor]:
-    return load_file(out / "stages" / stage / "model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    assert one.keys() == other.keys()
-    return all(torch.equal(value, other[name]) for name, value in one.items())
+def same(one: Path, other: Path, stage: str = "student") -> bool:
+    return same_weights(*(out / "stages" / stage for out in (one, other)))
 
 
 def test_weights_rewards_and_losses_are_logged_and_drawn(soft):
@@ -92,7 +86,7 @@ def test_a_run_that_goes_on_chooses_what_it_would_have_chosen(bench, soft, tmp_p
 
     assert "selector: resumed at step 10" in said.err
     for stage in ("selector", "student"):
-        assert same(weights(killed, stage), weights(soft, stage))
+        assert same(killed, soft, stage)
     again, chosen = (
         [{k: v for k, v in record.items() if k.startswith("select/")} for record in logged]
         for logged in (records(killed, "selector"), records(soft, "selector"))
@@ -114,7 +108,7 @@ def test_a_checkpoint_of_another_folder_is_continued_with_its_initial_student(
 
     assert "selector: resumed at step 5" in continued("moved", 5).err
     for stage in ("selector", "student"):
-        assert same(weights(bench.folder / "moved", stage), weights(soft, stage))
+        assert same(bench.folder / "moved", soft, stage)
     flip(next((copied / "beginning").glob("*.pt")))
     damaged = continued("damaged", 5)
     shutil.rmtree(copied / "beginning")
@@ -140,7 +134,7 @@ def test_noise_that_switches_every_kind_off_is_a_step_without_a_loss(bench):
 def test_a_saved_selector_gives_the_same_student_without_stage_1(bench, soft):
     again = bench.run("again", {**PLAIN, "selector": str(soft / "stages" / "selector")})
 
-    assert same(weights(again), weights(soft))
+    assert same(again, soft)
     assert [stage["name"] for stage in read(again)["stages"]] == ["student"]
 
 
@@ -166,7 +160,7 @@ def test_every_episode_begins_with_the_same_student(bench):
 
     out = bench.run("episodes", method, train=whole, student={"model": bert(2, **NO_DROPOUT)})
 
-    both = weights(out, "selector"), weights(out, "student")
+    both = weights(out / "stages" / "selector"), weights(out / "stages" / "student")
     assert max((both[0][n] - both[1][n]).abs().max().item() for n in both[0]) <= 1e-5
 
 
@@ -174,7 +168,7 @@ def test_all_kinds_are_the_objective_itself(bench):
     kinds = [{"loss": kind} for kind in KINDS]
     plain = bench.run("plain", {"name": "single"}, objective=kinds)
 
-    assert same(weights(bench.run("all", {**PLAIN, "policy": "all"})), weights(plain))
+    assert same(bench.run("all", {**PLAIN, "policy": "all"}), plain)
 
 
 def test_random_weights_are_drawn_anew_at_every_step(bench):

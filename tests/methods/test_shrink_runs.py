@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_runs import config_tree, llama, write_config, write_text
 from transformers import AutoModelForCausalLM
-from whole_run import finish, read, records
+from whole_run import finish, read, records, same_weights, weights
 
 from megakd.contract.views import View
 from megakd.methods.shrink import KL
@@ -46,10 +45,6 @@ def shrinking(folder: Path, *, tag: str = "out", **sections: Any) -> Path:
     )
     tree["student"] = {"model": "from_teacher"}
     return write_config(folder / f"{tag}.yaml", tree)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +117,7 @@ def test_a_run_stopped_in_the_trial_and_the_repair_ends_with_the_same_weights(
         assert one_rank.train("--config", config, stop_at=stop).code != 0
     finish(one_rank, config)
 
-    one, other = weights(tmp_path / "out" / "final"), weights(shrunk / "final")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_weights(tmp_path / "out" / "final", shrunk / "final")
 
 
 def test_a_cut_without_learning_is_the_view_of_the_sorted_teacher(one_rank, tmp_path):

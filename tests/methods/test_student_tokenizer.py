@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from other_process import said_elsewhere
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, BertConfig, BertTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
 from megakd.contract.options import StudentVocabulary
 from megakd.data.encoding import tokenizer_content
@@ -108,24 +108,6 @@ def test_ids_and_pieces_are_those_of_the_sentencepiece_model(trained):
 
     assert len(tokenizer) == len(reference) == 100
     assert tokenizer.convert_ids_to_tokens([*range(100)]) == reference.id_to_piece([*range(100)])
-
-
-@pytest.fixture
-def wikitext(shared_data) -> list[str]:
-    file = shared_data / "lm" / "wikitext-2-raw" / "valid.txt"
-    if not file.is_file():
-        pytest.skip("needs wikitext-2-raw in ../shared/data/lm")
-    return file.read_text(encoding="utf-8").splitlines()
-
-
-@pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
-def test_real_text_is_encoded_as_sentencepiece_encodes_it(tmp_path, wikitext, kind):
-    tokenizer = _load(tmp_path, kind, 1000, wikitext[:300])
-    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.sentencepiece_model)
-
-    encoded = tokenizer(wikitext[300:1000], add_special_tokens=False)["input_ids"]
-
-    assert encoded == reference.encode(wikitext[300:1000])
 
 
 def trained_backends(folder) -> str:
@@ -293,10 +275,3 @@ def _with_ids(vocabulary: dict[str, int]) -> Any:
 def test_special_tokens_that_are_missing_or_in_wrong_places_are_refused(tokenizer, message):
     with pytest.raises(DataError, match=message):
         check_special_tokens(tokenizer, "student")
-
-
-def test_a_published_vocabulary_passes_the_check(shared_data):
-    folder = shared_data / "tokenizers" / "bert-base-uncased"
-    if not folder.is_dir():
-        pytest.skip("needs bert-base-uncased in ../shared/data/tokenizers")
-    check_special_tokens(BertTokenizer.from_pretrained(folder), "teacher")
