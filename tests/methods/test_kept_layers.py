@@ -56,7 +56,7 @@ def test_a_number_of_layers_means_those_that_the_teacher_needs_most_measured_onc
     assert stage["metrics"].keys() == {f"layer_{number}" for number in range(1, 5)}
     for shown in (" ".join(f"{score:.3f}" for score in scores), "held-out rows"):
         assert shown in said.err
-    assert "student: resumed at step 2" in again.err
+    assert "student: resumed at step 3" in again.err
 
 
 def test_spacing_measures_nothing_and_layers_that_know_less_than_guessing_are_warned_of(

@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights_of_all_models(
         assert one_rank.train("--config", path, stop_at=(stage, step)).code != 0
     said = finish(one_rank, path)
 
-    assert "student: resumed at step 4" in said.err
+    assert "student: resumed at step 5" in said.err
     for stage in stops:
         stages = (tmp_path / "out", request.getfixturevalue(whole))
         assert_same_weights(*(out / "stages" / stage for out in stages))

@@ -83,7 +83,7 @@ def test_correlations_are_the_hand_values(name, scores, labels, wanted) -> None:
     ("names", "outputs", "labels", "what"),
     [
         *(
-            ((name,), torch.tensor(scores), torch.tensor(labels), f"because all {what} are")
+            ((name,), torch.tensor(scores), torch.tensor(labels), f" because all {what} are")
             for name in ("pearson", "spearman")
             for scores, labels, what in (
                 ([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], "predictions"),
@@ -101,7 +101,7 @@ def test_an_undefined_metric_is_0_and_said(names, outputs, labels, what, caplog)
         values = metrics_of(names, outputs, labels)
 
     assert [values[name] for name in names] == [0.0] * len(names)
-    assert f"{names[0]} is undefined {what}" in caplog.text
+    assert f"{names[0]} is undefined{what}" in caplog.text
 
 
 @pytest.mark.parametrize(

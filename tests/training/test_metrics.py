@@ -59,7 +59,9 @@ def test_f1_precision_and_recall_are_about_the_label_that_is_named():
 
 
 def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent():
-    by_class = chosen((*LABELS, "absent")).by_class(torch.nn.functional.one_hot(SAID, 4), TRUTH)
+    by_class = chosen((*LABELS, "absent")).by_class(
+        torch.nn.functional.one_hot(SAID, 4).float(), TRUTH
+    )
 
     of = theirs.precision_recall_fscore_support
     wanted = zip(*of(TRUTH[KNOWN], SAID[KNOWN], labels=range(4), zero_division=0), strict=True)
