@@ -127,9 +127,3 @@ def test_held_out_rows_need_no_teacher(bench, tmp_path):
     more = {"evaluation_sets": {"more": str(write_jsonl(tmp_path / "scored.jsonl", held))}}
 
     bench.run("held-out", task={"dataset": str(tmp_path / "data"), **more})
-
-
-def test_rows_that_are_held_out_of_the_training_rows_are_scored_like_others(bench, tmp_path):
-    write_jsonl(tmp_path / "data" / "train.jsonl", rows(60))
-
-    bench.run("cut", task={"dataset": str(tmp_path / "data")})

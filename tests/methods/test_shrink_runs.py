@@ -166,14 +166,9 @@ def test_an_assistant_is_cut_and_repaired_before_the_student(one_rank, tmp_path)
 
 
 def test_the_plan_has_the_trial_and_the_student(one_rank, shrunk):
-    said = one_rank.megakd("plan", shrunk.parent / "out.yaml", "--json")
-
-    assert said.code == 0, said.err
-    plan = json.loads(said.out)
-    assert plan["peak_bytes_per_rank"] > 0
-    (layers,) = [phase for phase in plan["phases"] if phase["name"] == "layers"]
-    assert layers["forwards"] == 5 * 32 // 4
     page = one_rank.megakd("plan", shrunk.parent / "out.yaml", "--tflops", "0.0001")
+
+    assert page.code == 0, page.err
     assert "trial-1" in page.out
     assert re.search(r"layers: 40 forwards of the teacher, [\d.]+ s together", page.out)
 
