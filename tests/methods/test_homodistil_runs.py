@@ -191,8 +191,8 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
     for schedule in ("one_shot", "cubic"):
         config = pruning(
             tmp_path / schedule,
-            method={"schedule": schedule, "pruning_start": 4, "pruning_end": 20, "cuts": 0},
-            train={"max_steps": 22, "learning_rate": 0.003},
+            method={"schedule": schedule, "pruning_start": 10, "pruning_end": 40, "cuts": 0},
+            train={"max_steps": 42, "learning_rate": 0.003},
             eval={"eval_steps": 1},
             teacher={"model": teacher},
         )
