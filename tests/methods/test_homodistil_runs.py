@@ -192,7 +192,7 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
         config = pruning(
             tmp_path / schedule,
             method={"schedule": schedule, "pruning_start": 10, "pruning_end": 40, "cuts": 0},
-            train={"max_steps": 42, "learning_rate": 0.003},
+            train={"max_steps": 50, "learning_rate": 0.003},
             eval={"eval_steps": 1},
             teacher={"model": teacher},
         )
