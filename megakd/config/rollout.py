@@ -11,9 +11,9 @@ from pydantic.dataclasses import dataclass
 from megakd.config.paths import Folder
 from megakd.config.task import Files
 from megakd.contract.completions import Sampling
-from megakd.contract.sources import Source
 from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import STRICT, Count, Fraction, Positive
+from megakd.contract.unit_counts import Source
 
 _LAST_PORT = 65535
 ServerKind = Literal["vllm", "sglang"]

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megakd.contract.batch import (
-    IGNORE,
-    Batch,
-    Documents,
-    Extras,
-    Knowledge,
-    Targets,
-)
+from megakd.contract.batch import IGNORE, Batch, Documents, Extras, Knowledge, Targets
 
 
 class Part(NamedTuple):
@@ -36,8 +29,8 @@ class Part(NamedTuple):
 def joined(batches: Sequence[Batch]) -> Batch:
     """Return the rows of all micro-batches of a task, padded to the longest row.
 
-    The rows have no numbers, no readings of models with other tokenizers, and no mark of rollouts:
-    these belong to the micro-batches, and the models that answer do not read them.
+    The rows have no numbers, and of `extras` only `second`: the others belong to the micro-batches,
+    and the models that answer do not read them.
     """
     length = max(batch.valid.shape[1] for batch in batches)
     return Batch(
@@ -69,9 +62,9 @@ def _targets(
 ) -> Tensor | None:
     found, first = [], 0
     for own, batch in zip(targets, batches, strict=True):
-        rows, shorter = batch.valid.shape
         if own is None:
             return None
+        rows, shorter = batch.valid.shape
         found.append(_moved(own, shorter, length) + first * length)
         first += rows
     return torch.cat(found)
@@ -82,14 +75,12 @@ def _moved(positions: Tensor, shorter: int, length: int) -> Tensor:
 
 
 def _second(batches: Sequence[Batch], length: int) -> Targets | None:
-    given = [batch.extras.second for batch in batches]
-    if any(second is None for second in given):
+    known = [b.extras.second for b in batches if b.extras.second is not None]
+    if len(known) < len(batches):
         return None
-    known = [second for second in given if second is not None]
     positions = _targets([second.positions for second in known], batches, length)
-    if positions is None:
-        return None
-    return Targets(positions, torch.cat([second.labels for second in known]))
+    labels = torch.cat([second.labels for second in known])
+    return None if positions is None else Targets(positions, labels)
 
 
 def _documents(batches: Sequence[Batch], length: int) -> Documents | None:

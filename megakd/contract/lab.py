@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -157,12 +157,11 @@ class Lab(Protocol):
         """Fine-tune a teacher if the config asks for it; return its name. None: the only one."""
         ...
 
-    def worth(self, metrics: Mapping[str, float]) -> float:
-        """Return the main metric of the task, negated if lower is better."""
-        ...
-
     def dev_score(self, name: str) -> float:
-        """Return the `worth` of a teacher on the validation split, which is measured once."""
+        """Return the worth of the main metric of a teacher on the validation split, measured once.
+
+        See `Metric.worth`.
+        """
         ...
 
     def given(self, role: str) -> Model:
@@ -177,11 +176,12 @@ class Lab(Protocol):
         """Return the number of optimizer steps in `train` if all rows are used."""
         ...
 
-    def metric(self, name: str | None) -> Metric:
-        """Return a metric of the task that can be traded off against sparsity.
+    def metric(self, name: str | None, *, weighed: bool = True) -> Metric:
+        """Return a metric of the task; None: the main metric.
 
         Raises:
-            ConfigError: the task has no such metric, or the metric is not between 0 and 1.
+            ConfigError: the metric is `weighed` against sparsity, and the task has no such metric,
+                or the metric is not between 0 and 1.
         """
         ...
 

@@ -36,6 +36,10 @@ class Metric:
         """Return the mean of the official metrics in `parts`."""
         return sum(values[part] for part in self.parts) / len(self.parts)
 
+    def worth(self, values: Mapping[str, float]) -> float:
+        """Return the mean, negated if lower values are better."""
+        return self.of(values) if self.higher_is_better else -self.of(values)
+
 
 WHOLE = "whole"
 """The key of the model itself where scores are kept by view."""
@@ -50,5 +54,4 @@ class MetricJudge:
 
     def __call__(self, scores: Scores, step: int) -> Verdict:
         del step
-        value = self.metric.of(scores[self.view])
-        return Verdict(value if self.metric.higher_is_better else -value, self.view)
+        return Verdict(self.metric.worth(scores[self.view]), self.view)

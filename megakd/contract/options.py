@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -87,6 +88,20 @@ class MethodOptions:
         """Yield a line for every setting of the `RunConfig` that the method cannot work with."""
         del config
         return iter(())
+
+    def unused(self, names: Collection[str], why: str) -> Iterator[str]:
+        """Yield a line for every option that differs from its default and has no effect.
+
+        The clause `why` states the reason, such as `method.distribution uniform ranks no teacher`.
+        """
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.name in names and value != option.default:
+                default = "null" if option.default is None else option.default
+                yield (
+                    f"method.{option.name}: {value} has no effect (default {default}), because "
+                    f"{why}; remove the key"
+                )
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -222,11 +222,7 @@ class GenerationReport(TypedDict):
 
 
 class WarningReport(TypedDict):
-    """A warning that a stage has logged about its generated texts.
-
-    kind: `evaluation` for the texts of evaluations, `rollout` for those that the student learns
-        from.
-    """
+    """A warning that a stage has logged about its generated texts; `kind`: what they are for."""
 
     stage: str
     kind: str

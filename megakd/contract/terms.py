@@ -10,8 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.batch import Unit
 from megakd.contract.plugins import LOSSES, OURS, THEIRS, FromPackage, wrong_options
-from megakd.contract.sources import Source, on_source
-from megakd.contract.unit_counts import COUNTERS
+from megakd.contract.unit_counts import COUNTERS, Source, on_source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

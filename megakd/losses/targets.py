@@ -29,9 +29,16 @@ from megakd.contract.batch import (
     Unit,
     copied_to,
 )
-from megakd.contract.sources import Source, of_source, on_source, second_targets
 from megakd.contract.terms import HardCrossEntropy, SoftTarget, SoftTargetKl, source_of, term_name
-from megakd.contract.unit_counts import SOURCE_UNITS, UnitCounter, source_counters
+from megakd.contract.unit_counts import (
+    SOURCE_UNITS,
+    Source,
+    UnitCounter,
+    of_source,
+    on_source,
+    second_targets,
+    source_counters,
+)
 from megakd.models.knowledge import Needs
 
 DIVERGENCE = {

@@ -52,48 +52,21 @@ Grid = Annotated[tuple[Sparsity, ...], Field(min_length=1), AfterValidator(_risi
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class AssistantOptions(MethodOptions):
-    """Options of all methods with teacher assistants.
+class ImportanceOptions(MethodOptions):
+    """Options of the methods that cut the student out of one teacher by the importance of units.
 
-    target_sparsity: share of the attention heads and of the neurons that the student lacks; with
-        `residual`, share of the weights between heads or neurons and the hidden states.
-    sparsities: grid of the candidates' sparsities; must contain the target (except for direct).
-    tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity.
-    metric: metric of the trade-off; null: the main metric of the task.
-    allocation: `global` ranks the units of all layers together; `uniform` removes the same share of
-        every layer.
-    round_to: neurons and rows of heads are removed in multiples of this number.
     importance_split: split whose labels determine the importance of units.
     importance_batch_size: rows of a batch of the importance pass over all ranks; the absolute value
         is taken of a batch's gradient.
-    residual: whether the width of the hidden states is reduced too; width, heads and neurons then
-        lose 1 - sqrt(1 - sparsity) each.
     """
 
     cuts_student: ClassVar[bool] = True
-    target_sparsity: Sparsity = 0.9
-    sparsities: Grid = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-    tradeoff: Weight = 0.2
-    metric: str | None = None
-    allocation: Literal["global", "uniform"] = "global"
-    round_to: Count = 8
     importance_split: Literal["validation", "train"] = "validation"
     importance_batch_size: Count = 32
-    residual: bool = False
 
     @property
     def looks_into_teacher(self) -> bool:
         """True: the importance of units is measured inside the teacher."""
-        return True
-
-    @property
-    def used_sparsities(self) -> tuple[float, ...]:
-        """The sparsities of the grid that the method cuts at; some methods override this."""
-        return self.sparsities
-
-    @property
-    def weighs(self) -> bool:
-        """True if the method weighs a metric against sparsity; some methods override this."""
         return True
 
     def problems(self, config: Any) -> Iterator[str]:
@@ -106,6 +79,53 @@ class AssistantOptions(MethodOptions):
             yield (
                 "method.importance_split: train cannot be read with task.streaming; use validation"
             )
+
+    def ranked_units(self, lab: Lab, teacher: str, *, residual: bool = False) -> SortedModel:
+        """Return a teacher sorted by the importance of units, which is measured once."""
+        return lab.pruning.sorted_teacher(
+            teacher,
+            self.importance_split,
+            batch_size=self.importance_batch_size,
+            residual=residual,
+        )
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class AssistantOptions(ImportanceOptions):
+    """Options of all methods with teacher assistants.
+
+    target_sparsity: share of the attention heads and of the neurons that the student lacks; with
+        `residual`, share of the weights between heads or neurons and the hidden states.
+    sparsities: grid of the candidates' sparsities; must contain the target (except for direct).
+    tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity.
+    metric: metric of the trade-off; null: the main metric of the task.
+    allocation: `global` ranks the units of all layers together; `uniform` removes the same share of
+        every layer.
+    round_to: neurons and rows of heads are removed in multiples of this number.
+    residual: whether the width of the hidden states is reduced too; width, heads and neurons then
+        lose 1 - sqrt(1 - sparsity) each.
+    """
+
+    target_sparsity: Sparsity = 0.9
+    sparsities: Grid = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+    tradeoff: Weight = 0.2
+    metric: str | None = None
+    allocation: Literal["global", "uniform"] = "global"
+    round_to: Count = 8
+    residual: bool = False
+
+    @property
+    def used_sparsities(self) -> tuple[float, ...]:
+        """The sparsities of the grid that the method cuts at; some methods override this."""
+        return self.sparsities
+
+    @property
+    def weighs(self) -> bool:
+        """True if the method weighs a metric against sparsity; some methods override this."""
+        return True
+
+    def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
         yield from self._problems_of_student(config.student)
         yield from self._problems_of_objective(config.objective or ())
         if self.target_sparsity not in self.used_sparsities:
@@ -188,17 +208,7 @@ def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel
     """Return the name of the teacher, and the sorted teacher, with which these methods begin."""
     check_reach(config, lab)
     teacher = lab.teacher()
-    return teacher, ranked_units(config, lab, teacher)
-
-
-def ranked_units(config: AssistantOptions, lab: Lab, teacher: str) -> SortedModel:
-    """Return a teacher sorted by the importance of units, which is measured once."""
-    return lab.pruning.sorted_teacher(
-        teacher,
-        config.importance_split,
-        batch_size=config.importance_batch_size,
-        residual=config.residual,
-    )
+    return teacher, config.ranked_units(lab, teacher, residual=config.residual)
 
 
 def check_reach(config: AssistantOptions, lab: Lab) -> None:

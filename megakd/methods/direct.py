@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab, Model
+from megakd.contract.lab import Lab
 from megakd.contract.stage import StageResult
 from megakd.contract.terms import STRICT
 from megakd.methods.assistants import AssistantOptions, leg, ranked_teacher, view_of
@@ -30,12 +30,7 @@ class DirectConfig(AssistantOptions):
 
 def run(config: DirectConfig, lab: Lab) -> StageResult:
     """Cut the target out of the sorted teacher and distil it."""
-    teacher, start = cut_target(config, lab)
-    return lab.train(leg(config, lab, "student", teacher=teacher, start=start))
-
-
-def cut_target(config: AssistantOptions, lab: Lab) -> tuple[str, Model]:
-    """Return the name of the teacher, and the target that is cut out of the sorted teacher."""
     teacher, ranked = ranked_teacher(config, lab)
     view = view_of(config, lab, ranked, config.target_sparsity)
-    return teacher, lab.pruning.cut(ranked.source, view, "cut")
+    start = lab.pruning.cut(ranked.source, view, "cut")
+    return lab.train(leg(config, lab, "student", teacher=teacher, start=start))

@@ -33,7 +33,6 @@ from megakd.methods.assistants import (
     leg,
     objective_of,
     ranked_teacher,
-    ranked_units,
     size_at,
     view_name,
     view_of,
@@ -117,7 +116,7 @@ def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
     """
     del student
     teacher = lab.teacher()
-    ranked = ranked_units(config, lab, teacher)
+    ranked = config.ranked_units(lab, teacher, residual=config.residual)
     view = view_of(config, lab, ranked, config.target_sparsity)
     start = lab.pruning.cut(ranked.source, view, "cut-direct")
     stage = leg(config, lab, "direct", teacher=teacher, start=start)

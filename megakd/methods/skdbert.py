@@ -21,7 +21,6 @@ from megakd.contract.options import MethodOptions, no_such_teacher
 from megakd.contract.stage import Constant, Pass, Stage, StageResult, Strategy
 from megakd.contract.terms import STRICT, Count, Weight
 from megakd.methods.pools import soft_objective, taught
-from megakd.methods.unused_options import unused
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -55,9 +54,9 @@ class SkdbertConfig(MethodOptions):
             )
         how = f"method.distribution {self.distribution}"
         if self.distribution not in ("teacher_rank", "student_rank"):
-            yield from unused(self, {"rank_exponent"}, f"{how} ranks no teacher")
+            yield from self.unused({"rank_exponent"}, f"{how} ranks no teacher")
         if self.distribution != "student_rank":
-            yield from unused(self, {"pilot_steps"}, f"{how} trains no pilot student")
+            yield from self.unused({"pilot_steps"}, f"{how} trains no pilot student")
 
     def _problems_of_weights(self, config: Any) -> Iterator[str]:
         if self.weights is None:
@@ -125,7 +124,7 @@ def _pilot(config: SkdbertConfig, lab: Lab, teacher: str) -> float:
         strategy=Constant((Pass(teacher=teacher),)),
         train=dataclasses.replace(train, max_steps=config.pilot_steps or train.max_steps),
     )
-    return lab.worth(lab.train(stage).metrics)
+    return lab.metric(None, weighed=False).worth(lab.train(stage).metrics)
 
 
 @plain_dataclass(frozen=True)

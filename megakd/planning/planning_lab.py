@@ -230,9 +230,6 @@ class PlanningLab(LabBase):
 
     def made_by(self, result: StageResult, name: str, read: Any) -> None: ...
 
-    def worth(self, metrics: Any) -> float:
-        return 0.5
-
     def dev_score(self, name: str) -> float:
         self._record_scoring(name, self._teachers[name])
         return 0.5
@@ -272,9 +269,9 @@ class PlanningLab(LabBase):
         self._assistants.append(result)
         return self.as_teacher(result, like=like)
 
-    def metric(self, name: str | None) -> Any:
-        if self._prepared is None:
-            return SimpleNamespace(of=lambda _: 0.5)
+    def metric(self, name: str | None, *, weighed: bool = True) -> Any:
+        if self._prepared is None or not weighed:
+            return SimpleNamespace(of=lambda _: 0.5, worth=lambda _: 0.5)
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
 

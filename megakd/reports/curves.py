@@ -11,8 +11,8 @@ import numpy as np
 
 from megakd.contract.metric import lower_is_better
 from megakd.contract.results import PruningReport, Report
-from megakd.contract.sources import without_source
 from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, is_text_metric
+from megakd.contract.unit_counts import without_source
 from megakd.reports.charts import Chart, Line, line_chart
 from megakd.reports.history import LARGEST, Curve, Panels, Points, evenly, thinned
 from megakd.reports.quantities import is_number, short_count, step_time

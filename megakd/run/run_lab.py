@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -25,7 +25,7 @@ from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
 from megakd.run.stage_identity import stage_identity
 from megakd.run.teacher_pool import TeacherPool, model_report
-from megakd.scoring.scores import weighable
+from megakd.scoring.scores import headline, weighable
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
@@ -74,17 +74,16 @@ class RunLab(LabBase):
             )
         return self._pruning
 
-    def worth(self, metrics: Mapping[str, float]) -> float:
-        metric = self._prepared.metric
-        return metric.of(metrics) if metric.higher_is_better else -metric.of(metrics)
-
     def dev_score(self, name: str) -> float:
         facts = self.assembly.frozen_facts(self._teachers[name])
         scored = self.assembly.measured_once(f"{name}-scored", facts, lambda: self.pool.score(name))
-        return self.worth(scored.metrics)
+        return self._prepared.metric.worth(scored.metrics)
 
-    def metric(self, name: str | None) -> Metric:
-        return weighable(name, self._prepared.metric, self._prepared.metrics.names)
+    def metric(self, name: str | None, *, weighed: bool = True) -> Metric:
+        main = self._prepared.metric
+        if weighed:
+            return weighable(name, main, self._prepared.metrics.names)
+        return main if name is None else headline([name])
 
     def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
         self.record.assistants.append(Assistant(result.name, sparsity, result.folder))

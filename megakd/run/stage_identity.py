@@ -76,7 +76,7 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
         return {**facts, "served": "states" if server.states else server.best_tokens}
     if ready.spec.cache is None:
         return facts
-    from megakd.training.cached_tokens import kept_facts
+    from megakd.training.answer_cache import kept_facts
 
     kept = kept_facts(ready.spec)
     return {**facts, "cached": kept.get("top_k", kept)}

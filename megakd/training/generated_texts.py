@@ -96,7 +96,7 @@ class Texts(StageExtra):
             scorer=own.scorer(parts.stage.train),
             folder=config.output_dir / TEXTS / parts.stage.name,
         )
-        # A routed stage compares a row with its own teacher, and held-out rows name none.
+        # Where a row is compared with the teacher that it names, held-out rows name none.
         self._has_losses = not parts.stage.strategy.routes_rows
 
     @override

@@ -41,8 +41,8 @@ class TrainMeter:
         self._parts: dict[str, Tensor] = {}
         self._counts: dict[str, int | Tensor] = {}
         self._steps = 0
-        self._tokens: Tensor | None = None
-        self._without_targets: Tensor | None = None
+        self._tokens: int | Tensor = 0
+        self._without_targets: int | Tensor = 0
         self._norm: Tensor | None = None
         self._first_bad_norm = torch.full((), _NEVER, device=ranks.device)
         self._since = time.perf_counter()
@@ -68,11 +68,9 @@ class TrainMeter:
             bad = ~torch.isfinite(self._norm) | (self._norm < 0)
             step = copied_to(torch.where(bad, report.step, _NEVER), self._ranks.device)
             self._first_bad_norm = self._first_bad_norm.minimum(step)
-        tokens = report.counts["tokens"]
         empty = (report.counts["targets"] == 0).long()
-        self._tokens = tokens if self._tokens is None else self._tokens + tokens
-        before = self._without_targets
-        self._without_targets = empty if before is None else before + empty
+        self._tokens = self._tokens + report.counts["tokens"]
+        self._without_targets = self._without_targets + empty
 
     def _has_value(self, name: str, report: StepReport) -> int | Tensor:
         # A step without texts of a source has no value for the term of this source.
@@ -95,7 +93,7 @@ class TrainMeter:
         sums = dict(zip(names, all_reduce_(stacked).tolist(), strict=False))
         counts = {name: int(self._counts[name]) for name in sums}
         parts = {name: value / counts[name] for name, value in sums.items() if counts[name]}
-        tokens = int(self._tokens) if self._tokens is not None else 0
+        tokens = int(self._tokens)
         seconds = max(1e-9, time.perf_counter() - self._since - self._paused_s)
         self._total_tokens += tokens
         self._total_seconds += seconds
@@ -121,12 +119,12 @@ class TrainMeter:
 
     def _start_window(self) -> None:
         self._parts, self._counts = {}, {}
-        self._steps, self._tokens, self._without_targets = 0, None, None
+        self._steps = self._tokens = self._without_targets = 0
         self._since, self._paused_s = time.perf_counter(), 0.0
 
     def _warn_of_empty_steps(self) -> None:
         wants_targets = "targets" in self._objective.units.values()
-        if self._warned or not wants_targets or self._without_targets is None:
+        if self._warned or not wants_targets:
             return
         empty = int(self._without_targets)
         if empty and self._ranks.is_main:
@@ -189,8 +187,8 @@ class TrainMeter:
             "parts": {name: value.cpu() for name, value in self._parts.items()},
             "counts": {name: int(count) for name, count in self._counts.items()},
             "steps": self._steps,
-            "tokens": _on_cpu(self._tokens),
-            "without_targets": _on_cpu(self._without_targets),
+            "tokens": int(self._tokens),
+            "without_targets": int(self._without_targets),
             "seconds": time.perf_counter() - self._since - self._paused_s,
         }
 
@@ -199,10 +197,4 @@ class TrainMeter:
         self._parts = {name: value.to(device) for name, value in state["parts"].items()}
         self._counts = dict(state["counts"])
         self._steps, self._window_before = state["steps"], state["seconds"]
-        if state["tokens"] is not None:
-            self._tokens = state["tokens"].to(device)
-            self._without_targets = state["without_targets"].to(device)
-
-
-def _on_cpu(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.cpu()
+        self._tokens, self._without_targets = state["tokens"] or 0, state["without_targets"] or 0

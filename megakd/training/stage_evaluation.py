@@ -55,20 +55,18 @@ class StageEvaluation:
     @property
     def states(self) -> dict[str, CheckpointState]:
         """Return the state that a checkpoint keeps; the step of the loop is loaded before."""
-
-        def save() -> dict[str, Any]:
-            return self._latest.record()
-
-        def load(record: Mapping[str, Any]) -> None:
-            self._latest = Evaluation.read(record)
-
+        stopping = self.stopping
         return {
-            "evaluation": CheckpointState(save, load),
-            "early_stopping": CheckpointState(
-                self.stopping.state_dict, self.stopping.load_state_dict
-            ),
+            "evaluation": CheckpointState(self._record_latest, self._read_latest),
+            "early_stopping": CheckpointState(stopping.state_dict, stopping.load_state_dict),
             "best_steps": CheckpointState(self._best.steps, self.resume_best),
         }
+
+    def _record_latest(self) -> dict[str, Any]:
+        return self._latest.record()
+
+    def _read_latest(self, record: Mapping[str, Any]) -> None:
+        self._latest = Evaluation.read(record)
 
     def resume_best(self, steps: Mapping[str, int | None]) -> None:
         self._best.resume(self._trainer.step, steps)

@@ -181,21 +181,12 @@ class StageRun:
         if self.first_step:
             from megakd.training.window_state import continue_window
 
-            previous = self._previous()
+            previous: Path = self.stage.start.folder
             self._say(f"{name}: continues from {previous.name} at step {self.first_step}")
             continue_window(previous, self.student, self.stage.strategy, self.source, self.ranks)
         elif wanted is True:
             self._say(f"{name}: no checkpoint to resume from, starting at step 0")
         return self.first_step
-
-    def _previous(self) -> Path:
-        folder = getattr(self.stage.start, "folder", None)
-        if folder is None:
-            raise TypeError(
-                f"{self.stage.name}: a window from step {self.first_step} needs `start`, the model "
-                "of the previous window's stage"
-            )
-        return folder
 
     def _after_step(self, report: StepReport) -> None:
         step, stopping = self.trainer.step, self.evaluation.stopping

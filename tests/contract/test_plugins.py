@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -125,7 +124,6 @@ CACHED = {"model": "teacher", "cache": "answers"}
 # A section of the run config, its value, and the message.
 REFUSED = [
     ("objective", HUBER | {"detla": 2}, '[0].detla = 2: unknown key; did you mean "delta"?'),
-    ("objective", HUBER | {"delta": 0}, "objective[0].delta: must be above 0 (got 0)"),
     ("objective", HUBER | {"reduction": "men"}, 'or "sum" (got "men"); did you mean "mean"?'),
     *(
         ("objective", {"loss": name}, message)
@@ -140,7 +138,6 @@ REFUSED = [
         }.items()
     ),
     ("method", WARM_UP | {"label_step": 2}, "label_step = 2: unknown key; did you mean "),
-    ("method", WARM_UP | {"label_steps": 0}, "method.label_steps: must be at least 1"),
     ("method", {"name": "broken_plugins:NoRun"}, "has no function run(config, lab)"),
     ("method", {"name": "broken_plugins:Good"}, "is not a dataclass derived from MethodOptions"),
     ("eval", {"metric": "my_metrics:worst_labl"}, "did you mean my_metrics:worst_label?"),
@@ -219,7 +216,12 @@ def test_its_sum_is_weighed_and_counted_like_any_other_and_ignores_empty_rows():
     assert ours.grad[2].abs().sum() == 0
 
 
-def test_a_plugin_that_gives_no_single_number_is_named():
+def test_a_plugin_gets_hidden_states_of_both_models_and_is_named_without_a_single_number():
+    inside = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Inside"}]}).objective
+    shapes = Shape(1, 4, 2), Shape(2, 8, 2)
+    made = build_objective(inside, "classification", *shapes)
+    assert made.needs.hidden_layers == (0, 1)
+    assert teacher_needs(inside, *shapes).hidden_layers == (0, 1, 2)
     config = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Vector"}]})
     group = PluginLoss(config.objective[0], layers=1)
     batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
@@ -228,15 +230,6 @@ def test_a_plugin_that_gives_no_single_number_is_named():
 
     with pytest.raises(ConfigError, match=r"broken_plugins:Vector returned shape \(1, 2\); total"):
         group(reading)
-
-
-def test_a_plugin_that_reads_hidden_states_gets_them_from_both_models():
-    config = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Inside"}]})
-    shapes = Shape(1, 4, 2), Shape(2, 8, 2)
-
-    made = build_objective(config.objective, "classification", *shapes)
-    assert made.needs.hidden_layers == (0, 1)
-    assert teacher_needs(config.objective, *shapes).hidden_layers == (0, 1, 2)
 
 
 def test_logits_of_a_language_model_are_formed_at_its_targets():
@@ -292,14 +285,6 @@ def test_an_entry_point_gives_a_short_name_that_is_listed_and_suggested(capsys):
     assert "warm_up\n  Train on the labels first" in capsys.readouterr().out
     assert cli.main(["methods", "--losses"]) == 0
     assert "delta: 1.0" in capsys.readouterr().out
-
-
-def test_the_config_of_megakds_own_imports_no_plugin(monkeypatch):
-    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
-
-    config_of(CONFIG)
-
-    assert "my_losses" not in sys.modules
 
 
 def test_a_run_with_the_method_and_the_loss_of_the_page(one_rank, page, tmp_path):

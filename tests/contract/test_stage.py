@@ -1,10 +1,13 @@
-"""Splits of the passes of a step, and refused answers of strategies."""
+"""Splits of the passes of a step, refused answers of strategies, and directions of metrics."""
 
 from __future__ import annotations
 
 import pytest
 
+from megakd.config.schema import variants
+from megakd.contract.metric import lower_is_better
 from megakd.contract.stage import Pass, backward_groups
+from megakd.contract.terms import TermConfig
 from megakd.errors import MegakdError
 
 PLAN = [Pass(teacher=name) for name in "abc"]
@@ -22,3 +25,8 @@ def test_passes_share_a_backward_up_to_the_size(size, lengths):
 def test_a_step_without_a_pass_is_refused_with_what_to_return(size):
     with pytest.raises(MegakdError, match=r"passes\(\) returned 0 passes .* return a Pass"):
         backward_groups([], size)
+
+
+def test_lower_is_better_for_losses_and_higher_for_scores():
+    assert all(map(lower_is_better, variants(TermConfig, "loss")))
+    assert not any(map(lower_is_better, ("accuracy", "top1_agreement", "matthews_correlation")))

@@ -47,7 +47,7 @@ def test_of_a_large_vocabulary_the_largest_are_kept_and_the_rest_is_one_more(lan
 
     assert "of 768 bytes" in said  # 16 positions of 8 ids of 4 bytes and logarithms of 2
     assert all(torch.isfinite(weight).all() for weight in weights.values())
-    initial = language.weights(language.config("none", train={"learning_rate": 0.0}))
+    initial = language.weights(language.config("initial", train={"learning_rate": 0.0}))
     assert furthest(weights, initial) > 1e-3
 
 
@@ -153,20 +153,15 @@ def test_kinds_that_look_inside_cannot_be_weighed_from_a_cache(classes):
 DRAWS = {"cache_draws": 16}
 
 
-@pytest.fixture(scope="module")
-def drawing(one_rank, tmp_path_factory) -> Bench:
-    return Bench(one_rank, tmp_path_factory.mktemp("draws"), language=True)
-
-
-def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(drawing):
-    online = drawing.weights(drawing.config("online"))
-    initial = drawing.weights(drawing.config("none", train={"learning_rate": 0.0}))
+def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(language):
+    online = language.weights(language.config("online"))
+    initial = language.weights(language.config("initial", train={"learning_rate": 0.0}))
     found = []
     for draws in (1, 255):
-        config = drawing.config(f"of-{draws}", cache=f"of-{draws}", teacher={"cache_draws": draws})
-        said = drawing.cache(config)
+        config = language.config(f"of-{draws}", cache=f"of-{draws}", teacher={"cache_draws": draws})
+        said = language.cache(config)
         assert f"rows of {16 * draws * 5} bytes" in said  # 16 positions, ids of 4 bytes and counts
-        found.append(drawing.weights(config))
+        found.append(language.weights(config))
 
     assert all(torch.isfinite(weight).all() for weight in found[1].values())
     few, many = (furthest(weights, online) for weights in found)
@@ -174,38 +169,26 @@ def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(
     assert many < few / 2
 
 
-def test_a_cache_of_the_other_kind_is_refused_naming_both(drawing):
-    drawing.cache(drawing.config("kept", cache="of-the-best"))
-    drawing.cache(drawing.config("drawn", cache="of-draws", teacher=DRAWS))
+def test_a_cache_of_the_other_kind_is_refused_naming_both(language):
+    language.cache(language.config("kept", cache="of-the-best"))
+    language.cache(language.config("drawn", cache="of-draws", teacher=DRAWS))
     wrong = [
-        drawing.config("want-draws", cache="of-the-best", teacher=DRAWS),
-        drawing.config("want-best", cache="of-draws"),
-        drawing.config("want-more", cache="of-draws", teacher={"cache_draws": 17}),
-        drawing.config("want-other", cache="of-draws", teacher={**DRAWS, "cache_seed": 3}),
+        language.config("want-draws", cache="of-the-best", teacher=DRAWS),
+        language.config("want-best", cache="of-draws"),
+        language.config("want-more", cache="of-draws", teacher={"cache_draws": 17}),
+        language.config("want-other", cache="of-draws", teacher={**DRAWS, "cache_seed": 3}),
     ]
 
-    trained = [drawing.one_rank.train("--config", path) for path in wrong]
-    written = [drawing.one_rank.megakd("cache", path) for path in wrong]
+    said = [
+        *(language.one_rank.train("--config", path) for path in wrong[:2]),
+        *(language.one_rank.megakd("cache", path) for path in wrong[2:]),
+    ]
 
-    for said in (trained, written):
-        assert [one.code for one in said] == [2] * 4
-        assert "top_k: 64 there, absent here; draws: absent there, 16 here" in said[0].err
-        assert "draws: 16 there, absent here" in said[1].err
-        assert "draws: 16 there, 17 here" in said[2].err
-        assert "draws_seed: 0 there, 3 here" in said[3].err
-
-
-def test_a_run_from_other_draws_is_another_run(drawing):
-    config = drawing.config("run", cache="run-draws", teacher=DRAWS)
-    drawing.cache(config)
-    drawing.weights(config)
-    other = drawing.config("run", cache="other-draws", teacher={**DRAWS, "cache_seed": 3})
-    drawing.cache(other)
-
-    said = drawing.one_rank.train("--config", other)
-
-    assert said.code == 2
-    assert "teacher.cache_seed: 0 there, 3 here" in said.err
+    assert [one.code for one in said] == [2] * 4
+    assert "top_k: 64 there, absent here; draws: absent there, 16 here" in said[0].err
+    assert "draws: 16 there, absent here" in said[1].err
+    assert "draws: 16 there, 17 here" in said[2].err
+    assert "draws_seed: 0 there, 3 here" in said[3].err
 
 
 @pytest.mark.parametrize(
@@ -226,10 +209,10 @@ def test_a_run_from_other_draws_is_another_run(drawing):
         ({"teacher": {"cache_draws": 256}}, "teacher.cache_draws: must be at most 255"),
     ],
 )
-def test_what_draws_cannot_tell_or_count_is_refused(drawing, sections, message):
-    config = drawing.config("refused", **{"cache": "some", "teacher": DRAWS, **sections})
+def test_what_draws_cannot_tell_or_count_is_refused(language, sections, message):
+    config = language.config("refused", **{"cache": "some", "teacher": DRAWS, **sections})
 
-    said = drawing.one_rank.train("--config", config)
+    said = language.one_rank.train("--config", config)
 
     assert said.code == 2
     assert message in said.err

@@ -23,7 +23,6 @@ from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
 from megakd.data import encoding
 from megakd.data.collation import Collator
-from megakd.data.encoding import encode_rows
 from megakd.data.masking import task_masking
 from megakd.data.tokenizers import VocabularyPair
 from megakd.data.vocabularies import train_tokenizer
@@ -164,7 +163,7 @@ def near(count: float, of: float, share: float) -> bool:
 
 @WHOLE
 @given(texts=TEXTS, seed=st.integers(0, 99), draw=st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_with_probability_0_the_batch_is_the_one_of_the_teachers_tokenizer(
     pair, tmp_path_factory, whole_words, texts, seed, draw
 ):
@@ -187,7 +186,7 @@ def test_with_probability_0_the_batch_is_the_one_of_the_teachers_tokenizer(
 
 
 @given(texts=TEXTS, probability=PROBABILITIES.filter(bool), draw=st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_words_are_the_same_whatever_the_coins_and_no_vocabulary_cuts_an_unknown_word(
     pair, tmp_path_factory, texts, probability, draw
 ):
@@ -221,7 +220,7 @@ def test_with_probability_1_the_teachers_pieces_are_special_or_unknown_to_the_st
 
 @WHOLE
 @given(texts=TEXTS, cuts=st.lists(st.integers(0, 12), max_size=3), spare=st.integers(0, 2))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_words_and_masks_do_not_depend_on_micro_batches_and_padding(
     pair, tmp_path_factory, whole_words, texts, cuts, spare
 ):
@@ -239,17 +238,9 @@ def test_words_and_masks_do_not_depend_on_micro_batches_and_padding(
     assert rows == per_row(scene.batch())
 
 
-def test_the_order_of_the_rows_changes_no_row(many):
-    order = np.random.default_rng(1).permutation(len(many.rows))
-
-    shuffled = per_row(many.batch(order))
-
-    rows = per_row(many.batch())
-    assert shuffled == [rows[number] for number in order]
-
-
-@pytest.mark.parametrize("changed", [{"draw": 1}, {"seed": 2}], ids=["draw", "seed"])
-@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("probability", "changed"), [(0.1, {"draw": 1}), (0.5, {"seed": 2})], ids=["draw", "seed"]
+)
 def test_as_many_words_as_likely_are_the_students_and_each_draw_cuts_anew(
     many, changed, probability
 ):
@@ -302,15 +293,6 @@ def test_labels_of_the_student_are_in_its_own_numbering_and_no_labels_of_the_tea
     assert (np.diff(positions) > 0).all()
 
 
-def test_the_text_under_the_masks_does_not_depend_on_the_masks(pair, many, tmp_path):
-    more = Scene(pair, many.texts, tmp_path, mlm_probability=0.9)
-
-    few_masks, many_masks = many.batch(), more.batch()
-
-    assert chosen(many_masks).sum() > 4 * chosen(few_masks).sum()
-    assert torch.equal(more.plain(many_masks), many.plain(few_masks))
-
-
 def test_all_pieces_of_a_word_are_chosen_together_with_whole_word_masking(pair, many, tmp_path):
     scene = Scene(pair, many.texts, tmp_path, whole_word_masking=True)
     batch = scene.batch()
@@ -327,16 +309,6 @@ def test_all_pieces_of_a_word_are_chosen_together_with_whole_word_masking(pair, 
         by_word = np.bincount(word, weights=mask[valid].numpy()) / np.bincount(word).clip(1)
         assert set(by_word.tolist()) <= {0.0, 1.0}
     assert WORD_STARTS not in batch.inputs
-
-
-@WHOLE
-def test_every_row_has_a_masked_word(pair, tmp_path, whole_words):
-    texts = ["bad", "cabbage head", "ж", "feed bee gag"]
-    keys = {"mlm_probability": 1e-9, "whole_word_masking": whole_words}
-
-    batch = Scene(pair, texts, tmp_path, **keys).batch()
-
-    assert (chosen(batch).sum(dim=1) > 0).tolist() == [True, True, False, True]
 
 
 @pytest.mark.parametrize("numbers", [[], [0, 1]], ids=["only dummy rows", "rows"])
@@ -399,34 +371,22 @@ def fitting_words(
 
 
 def test_a_row_has_the_tokens_of_both_tokenizers_and_the_lengths_of_its_words(pair, tmp_path):
-    row = encoded(["Cabbage, faced. head"], pair, tmp_path, max_length=40)[0]
+    text = "Cabbage, faced. head"
+    row = encoded([text], pair, tmp_path, max_length=40)[0]
     words = ["cabbage", ",", "faced", ".", "head"]
 
-    assert row["input_ids"] == pair.student("Cabbage, faced. head")["input_ids"]
-    assert row["teacher_ids"] == pieces(pair.teacher, "Cabbage, faced. head")
-    assert row["student_lengths"] == [len(pieces(pair.student, word)) for word in words]
-    assert row["teacher_lengths"] == [len(pieces(pair.teacher, word)) for word in words]
+    # The student reads the rows that its tokenizer alone would give.
+    assert row["input_ids"] == pair.student(text)["input_ids"]
+    assert row["teacher_ids"] == pieces(pair.teacher, text)
+    for role in pair._fields:
+        lengths = [len(pieces(getattr(pair, role), word)) for word in words]
+        assert row[f"{role}_lengths"] == lengths
     assert row["student_lengths"] != row["teacher_lengths"]
     assert WORD_STARTS not in row
 
 
-def test_the_student_reads_the_rows_that_its_tokenizer_alone_would_give(pair, tmp_path):
-    given_task = task(max_length=64, whole_word_masking=True)
-    texts = Dataset.from_dict({"text": ["cabbage faced, a head", "bad"]})
-    made, _ = encode_rows(
-        {"train": texts}, pair.student, given_task, content_hash="s", cache_dir=tmp_path
-    )
-    mixed, _ = encode_mixed(texts, pair, given_task, content_hash="s", cache_dir=tmp_path)
-
-    alone = Collator(pair.student, given_task)(made["train"].with_format("arrow")[:])
-    batch = Collator(pair.student, given_task)(mixed.with_format("arrow")[:])
-
-    assert list(batch.inputs) == list(alone.inputs)
-    assert all((batch.inputs[name] == alone.inputs[name]).all() for name in alone.inputs)
-
-
 @given(texts=RAW_TEXTS, length=st.integers(4, 24))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_no_word_is_lost_or_cut_and_every_mix_of_vocabularies_fits(
     pair, tmp_path_factory, texts, length
 ):

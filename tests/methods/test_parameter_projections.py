@@ -129,12 +129,6 @@ def test_epsilon_divides_the_sum_of_squared_errors():
     assert weighted == pytest.approx(mean * count / 10.0)
 
 
-def test_the_loss_counts_every_micro_batch_once():
-    group = ParameterProjections(ParameterProjection(direction="down"))
-
-    assert group.counters["once"](BATCH) == 1
-
-
 def test_layers_of_the_same_weights_are_compared_and_no_others():
     sizes = {"num_hidden_layers": 2, "hidden_size": 6, "num_attention_heads": 2}
     roberta = RobertaForMaskedLM(RobertaConfig(vocab_size=30, **sizes))

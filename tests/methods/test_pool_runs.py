@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from pool_bench import SIZES, STEPS, Bench
-from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, llama, reviews, write_config, write_jsonl, write_reviews
-from whole_run import finish, forgotten, read
+from whole_run import finish, forgotten, read, same_weights, weights
+
+SKDBERT = {"name": "skdbert"}
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +22,18 @@ def bench(one_rank, tmp_path_factory) -> Bench:
 
 @pytest.fixture(scope="module")
 def drawn(bench) -> Path:
-    return bench.run("uniform", {"name": "skdbert"})
+    return bench.run("uniform", SKDBERT, save={"save_steps": 5, "save_total_limit": None})
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "final" / "model.safetensors")
-
-
-def same(one: Path, other: Path) -> bool:
-    ours, theirs = weights(one), weights(other)
-    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+@pytest.fixture(scope="module")
+def plain(bench) -> Path:
+    """Distillation of the largest teacher alone."""
+    return bench.run(
+        "plain",
+        {"name": "single", "teacher": "large"},
+        objective=[{"loss": "soft_target_kl"}],
+        teachers=bench.teachers("large"),
+    )
 
 
 def pool(out: Path) -> dict[str, dict[str, Any]]:
@@ -69,41 +72,23 @@ def test_the_page_the_card_and_the_table_name_the_teachers(bench, drawn):
 
 
 @pytest.mark.parametrize("method", ["skdbert", "mean_of_teachers", "takd"])
-def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, method):
+def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, plain, method):
     """Whatever a method does with several teachers, one leaves it no choice."""
-    sections = {"teachers": bench.teachers("large")}
-    plain = bench.run(
-        f"plain-{method}",
-        {"name": "single", "teacher": "large"},
-        objective=[{"loss": "soft_target_kl"}],
-        **sections,
+    pool = bench.teachers("large")
+
+    assert same_weights(
+        bench.run(f"one-{method}", {"name": method}, teachers=pool) / "final", plain / "final"
     )
 
-    assert same(bench.run(f"one-{method}", {"name": method}, **sections), plain)
 
+def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, drawn, tmp_path):
+    killed = forgotten(drawn, tmp_path / "killed", stage="student", after=5)
 
-def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, tmp_path):
-    save = {"save": {"save_steps": 5, "save_total_limit": None}}
-    whole = bench.run("whole", {"name": "skdbert"}, **save)
-    killed = forgotten(whole, tmp_path / "killed", stage="student", after=5)
-
-    said = finish(bench.one_rank, bench.folder / "whole.yaml", f"output_dir={killed}")
+    said = finish(bench.one_rank, bench.folder / "uniform.yaml", f"output_dir={killed}")
 
     assert "student: resumed at step 5" in said.err
-    assert same(killed, whole)
-    assert read(killed)["pool"] == read(whole)["pool"]
-
-
-def test_one_teacher_may_be_drawn_always_and_the_others_never_run(bench):
-    weights_given = {"small": 0.0, "middle": 2.0, "large": 0.0}
-    method = {"name": "skdbert", "distribution": "weights", "weights": weights_given}
-
-    out = bench.run("weights", method)
-
-    steps = {name: entry["steps"] for name, entry in pool(out).items()}
-    assert steps == {"small": 0, "middle": STEPS, "large": 0}
-    method = {"name": "single", "teacher": "middle"}
-    assert same(out, bench.run("middle-alone", method, objective=[{"loss": "soft_target_kl"}]))
+    assert same_weights(killed / "final", drawn / "final")
+    assert read(killed)["pool"] == read(drawn)["pool"]
 
 
 def test_teachers_are_ranked_by_their_own_scores_which_are_measured_once(bench):
@@ -135,7 +120,7 @@ def test_all_teachers_run_at_every_step_of_their_mean_and_trust_in_labels_change
     for out in (mean, trusted):
         assert {entry["steps"] for entry in pool(out).values()} == {STEPS}
     assert sum(entry["weight"] for entry in pool(mean).values()) == pytest.approx(1)
-    assert not same(trusted, mean)
+    assert not same_weights(trusted / "final", mean / "final")
 
 
 def test_teachers_in_a_row_begin_with_the_largest(bench):
@@ -145,132 +130,51 @@ def test_teachers_in_a_row_begin_with_the_largest(bench):
     legs = read(out)["assistants"]
     assert [leg["name"] for leg in legs] == ["middle-taught", "small-taught"]
     assert all(leg["sparsity"] is None and leg["metrics"]["accuracy"] >= 0 for leg in legs)
-    given = load_file(bench.folder / "small" / "final" / "model.safetensors")
-    taught = load_file(out / "stages" / "small-taught" / "model.safetensors")
-    assert given.keys() == taught.keys()
-    assert not all(torch.equal(given[name], taught[name]) for name in given)
-
-
-def test_teachers_of_the_pool_are_fine_tuned_one_by_one(bench):
-    trained = [
-        {"name": name, "model": bert(layers, width=width), "finetune": {"max_steps": 2}}
-        for name, (layers, width) in SIZES.items()
-    ]
-
-    out = bench.run("finetuned", {"name": "skdbert"}, teachers=trained)
-
-    assert stages(out) == [*(f"{name}-finetune" for name in SIZES), "student"]
+    assert not same_weights(bench.folder / "small/final", out / "stages/small-taught")
 
 
 def test_a_student_begins_as_layers_of_a_teacher_as_it_teaches(bench):
     """Fine-tuned, head included; without a step to take its weights are still the teacher's."""
-    small, large = bench.teachers("small", "large")
-    pool = [small, {**large, "finetune": {"max_steps": 3}}]
+    tuned = {"finetune": {"max_steps": 3}}
+    pool = [{**teacher, **tuned} for teacher in bench.teachers("small", "large")]
     student = {"model": "from_teacher", "teacher": "large", "layers": [1, 3]}
+    sections = {"teachers": pool, "student": student, "train": {"learning_rate": 0.0}}
 
-    out = bench.run(
-        "layers", {"name": "skdbert"}, teachers=pool, student=student, train={"learning_rate": 0.0}
-    )
+    out = bench.run("layers", SKDBERT, **sections)
 
-    taught = load_file(out / "stages" / "large-finetune" / "model.safetensors")
-    ours = weights(out)
+    assert stages(out) == ["small-finetune", "large-finetune", "student"]
+    taught = weights(out / "stages" / "large-finetune")
+    ours = weights(out / "final")
     assert len(ours) < len(taught)
     for name, weight in ours.items():
         theirs = taught[name.replace("layer.1.", "layer.2.")]
         torch.testing.assert_close(weight, theirs, rtol=0, atol=0)
-
-
-def test_other_layers_are_another_student(bench):
-    student = {"model": str(bench.folder / "large" / "final"), "layers": [1, 2]}
-    bench.run("two-layers", {"name": "skdbert"}, student=student)
-    (bench.folder / "two-layers" / "report.json").unlink()
-
-    said = bench.one_rank.train(
-        "--config",
-        bench.config("two-layers", {"name": "skdbert"}, student={**student, "layers": [1, 3]}),
-    )
-
+    (out / "report.json").unlink()
+    other = {**sections, "student": {**student, "layers": [1, 2]}}
+    said = bench.one_rank.train("--config", bench.config("layers", SKDBERT, **other))
     assert said.code == 2
-    assert "holds the result of another config (model.layers.1: 2 there, 3 here" in said.err
+    assert "holds the result of another config (model.layers.1: 3 there, 2 here" in said.err
 
 
-SKDBERT = {"name": "skdbert"}
-WEIGHTS = {**SKDBERT, "distribution": "weights"}
 FROM_LARGE = {"model": "from_teacher", "teacher": "large"}
-# By name: the method, sections beside a pool of small and large, and parts of the message.
-BAD: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
-    "one name twice": (
-        SKDBERT,
-        {"teachers": ["small", "large", "small"]},
-        ('the name "small" is used 2 times',),
-    ),
-    "the student's name": (
-        SKDBERT,
-        {"teachers": [{"name": "student", "model": bert(1)}]},
-        ("teachers[0].name", '"student" is the name of another model of the run'),
-    ),
-    "a negative weight": (
-        {**WEIGHTS, "weights": {"small": -1, "large": 1}},
-        {},
-        ("method.weights.small", "must be at least 0"),
-    ),
-    "weights of zero": (
-        {**WEIGHTS, "weights": {"small": 0, "large": 0}},
-        {},
-        ("method.weights: every weight is 0",),
-    ),
-    "a weight of nobody": (
-        {**WEIGHTS, "weights": {"smal": 1, "large": 1}},
-        {},
-        ('no teacher "smal"; did you mean "small"?', "method.weights: no weight for small"),
-    ),
-    "weights without use": (
-        {**SKDBERT, "weights": {"small": 1, "large": 1}},
-        {},
-        ("method.distribution uniform does not use weights",),
-    ),
-    "one of several": ({"name": "single"}, {}, ("set method.teacher to small or large",)),
-    "kinds of one of several": (
-        {"name": "knowledge_selection"},
-        {},
-        ('method "knowledge_selection" uses one of the teachers',),
-    ),
-    "nobody": (
-        {"name": "single", "teacher": "huge"},
-        {},
-        ('method.teacher: there is no teacher "huge"',),
-    ),
-    "a cut of several": (
-        {"name": "minidisc"},
-        {"student": {"model": "from_teacher"}},
-        ('method "minidisc" needs exactly one teacher',),
-    ),
-    "layers of unlike teachers": (
-        SKDBERT,
-        {"objective": [{"loss": "hidden_mse"}]},
-        ("hidden_mse compares layers", "small 1 x 16, large 3 x 32"),
-    ),
-    "a student without layers": (SKDBERT, {"student": FROM_LARGE}, ("set student.layers",)),
-    "more layers than there are": (
-        SKDBERT,
-        {"student": {**FROM_LARGE, "layers": [1, 4]}},
-        ("student.layers: layer 4 does not exist; the model has the layers 1 to 3",),
-    ),
-    "a round trip": (
-        {"name": "takd", "order": ["large", "small", "large"]},
-        {},
-        ('"large" is listed 2 times',),
-    ),
-}
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_pools_that_cannot_work_are_refused_before_anything_is_loaded(bench, case):
-    method, sections, fragments = BAD[case]
-    given = sections.get("teachers", ["small", "large"])
-    pool = given if isinstance(given[0], dict) else bench.teachers(*given)
-
-    said = bench.refused(method, **{**sections, "teachers": pool})
+@pytest.mark.parametrize(
+    ("sections", "fragments"),
+    [
+        (
+            {"objective": [{"loss": "hidden_mse"}]},
+            ("hidden_mse compares layers", "small 1 x 16, large 3 x 32"),
+        ),
+        (
+            {"student": {**FROM_LARGE, "layers": [1, 4]}},
+            ("student.layers: layer 4 does not exist; the model has the layers 1 to 3",),
+        ),
+    ],
+    ids=["layers of unlike teachers", "more layers than there are"],
+)
+def test_pools_that_cannot_work_are_refused_before_anything_is_loaded(bench, sections, fragments):
+    said = bench.refused(SKDBERT, teachers=bench.teachers("small", "large"), **sections)
 
     for fragment in fragments:
         assert fragment in said.err
@@ -327,7 +231,7 @@ def test_ranks_without_labels_to_rank_by_are_refused(bench, tmp_path):
 def test_where_no_teacher_is_left_nothing_else_is_looked_for(bench, tmp_path):
     gone = [{"name": name, "model": str(tmp_path / name)} for name in ("one", "two")]
 
-    said = bench.refused({"name": "skdbert"}, teachers=gone)
+    said = bench.refused(SKDBERT, teachers=gone)
 
     assert all(f"teachers[{i}].model: {gone[i]['model']}" in said.err for i in (0, 1))
     assert "tokenizer" not in said.err

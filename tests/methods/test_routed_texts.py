@@ -101,8 +101,16 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def routed(bench) -> Path:
+    """A run whose rows learn from both teachers, and whose texts are evaluated."""
+    generation = {"max_new_tokens": 4, "rows": 4, "match": "exact"}
+    evaluated = {"eval_steps": 5, "keep_best": False, "generation": generation}
+    return bench.finish("routed", task=COLUMN, eval=evaluated)
+
+
 @pytest.mark.parametrize("sections", CASES)
-def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, request, sections):
+def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, routed, request, sections):
     case = request.node.callspec.id
     method = {"name": "single", "teacher": "talk"}
     alone = bench.finish(
@@ -113,18 +121,15 @@ def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, request, se
         f"twice-{case}", task=COLUMN, teachers=bench.teachers("sums:talk", "talk"), **sections
     )
 
-    other = bench.finish(f"other-{case}", task=COLUMN, **sections)
     assert furthest(twice, alone) < 2e-6
-    assert furthest(other, alone) > 1e-4
+    if case == "padded":
+        assert furthest(routed, alone) > 1e-4
 
 
-def test_texts_are_evaluated_without_a_teacher(bench):
+def test_texts_are_evaluated_without_a_teacher(routed):
     """Held-out rows name no teacher, so generated texts are only counted and compared."""
-    generation = {"max_new_tokens": 4, "rows": 4, "match": "exact"}
+    metrics = read(routed)["stages"][0]["metrics"]
 
-    out = bench.finish("generated", task=COLUMN, eval={"eval_steps": 5, "generation": generation})
-
-    metrics = read(out)["stages"][0]["metrics"]
     assert {"text_tokens", "match"} <= metrics.keys()
     assert not [name for name in metrics if "soft_target" in name]
 
@@ -154,36 +159,27 @@ def sources(bench: Bench, **teachers: str | None) -> dict[str, Any]:
 
 def test_a_source_of_a_mixture_names_its_teacher_once(bench):
     given = bench.finish("sources", task=sources(bench, sums="sums", talk="talk"))
-    read_from = bench.finish("columns", task=sources(bench, sums=None, talk=None) | COLUMN)
     mixed = bench.finish("both", task=sources(bench, sums=None, talk="talk") | COLUMN)
-
-    swapped = bench.finish("swapped", task=sources(bench, sums="talk", talk="sums"))
 
     counts = {name: entry["rows"] for name, entry in taught_by(given).items()}
     assert counts == {"sums": 20, "talk": 10}
-    assert furthest(given, read_from) == 0
     assert furthest(given, mixed) == 0
-    assert furthest(given, swapped) > 1e-4
 
 
-@pytest.mark.parametrize("train", [{}, {"tokens_per_rank": 80}], ids=["rows", "tokens"])
-def test_packed_documents_learn_from_their_teachers(bench, train):
+def test_packed_documents_learn_from_their_teachers(bench):
     texts = [str(bench.folder / f"{name}-texts.jsonl") for name in EXPERTS]
     task = {"train_files": texts, "validation_files": None, "max_length": 32}
 
-    out = bench.finish(f"packed-{len(train)}", task=task | COLUMN, train=train)
+    out = bench.finish("packed", task=task | COLUMN, train={"tokens_per_rank": 80})
 
     # Some texts are held out.
     counts = {name: entry["rows"] for name, entry in taught_by(out).items()}
     assert 18 <= counts["sums"] <= 20
     assert 8 <= counts["talk"] <= 10
-    assert len(read(out)["pool"]["teachers"]) == 2
 
 
-def test_served_teachers_are_asked_about_their_own_rows_alone(bench):
+def test_served_teachers_are_asked_about_their_own_rows_alone(bench, routed):
     """With all tokens but one, the remaining probability is that of the last token."""
-    objective = [{"loss": "soft_target_kl"}]
-    wanted = bench.finish("engines", task=COLUMN, objective=objective)
     folders = {name: bench.folder / name / "final" for name in EXPERTS}
     size = json.loads((folders["sums"] / "config.json").read_text())["vocab_size"]
     stubs = {n: Stub("vllm", name=n, model=Transformer(f)) for n, f in folders.items()}
@@ -192,9 +188,9 @@ def test_served_teachers_are_asked_about_their_own_rows_alone(bench):
             {**spec, "server": {"url": [url], "model": spec["name"], "top_k": size - 1}}
             for spec, url in zip(bench.teachers(*EXPERTS), urls, strict=True)
         ]
-        out = bench.finish("served", task=COLUMN, objective=objective, teachers=teachers)
+        out = bench.finish("served", task=COLUMN, teachers=teachers)
 
-    assert furthest(out, wanted) < 2e-5
+    assert furthest(out, routed) < 2e-5
     asked = {name: len(stub.of("/v1/completions")) for name, stub in stubs.items()}
     # One epoch: 20 rows name sums and 10 name talk; both servers get the same requests as a check.
     assert asked["sums"] - asked["talk"] == 10

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from checkpoint_store import flip
 from tiny_runs import bert, config_tree, write_config, write_reviews
 from transformers import AutoModelForSequenceClassification
-from whole_run import finish, records
+from whole_run import finish, records, same_weights, weights
 
 from megakd.errors import CheckpointError, ModelError
 from megakd.storage.folders import check_given, open_finished
@@ -21,22 +20,6 @@ from megakd.storage.folders import check_given, open_finished
 @pytest.fixture(scope="module", autouse=True)
 def _toys(repository: Path, packages: Path) -> None:
     shutil.copy(repository / "tests" / "support" / "toy_methods.py", packages)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_method_of_two_models_that_learn_is_planned(one_rank, tmp_path):
-    said = one_rank.megakd("plan", pair(tmp_path))
-
-    assert said.code == 0, said.err
 
 
 def pair(folder: Path, **sections: Any) -> Path:
@@ -56,6 +39,7 @@ def paired(one_rank, tmp_path_factory) -> Path:
     """A run of two models that learn, which was stopped once."""
     folder = tmp_path_factory.mktemp("paired")
     config = pair(folder, log={"logging_steps": 1}, save={"save_steps": 1})
+    assert one_rank.megakd("plan", config).code == 0
     assert one_rank.train("--config", config, stop_at=("student", 2)).code != 0
     finish(one_rank, config)
     return folder / "out"
@@ -97,4 +81,4 @@ def test_the_best_evaluation_keeps_every_model_that_learns(one_rank, tmp_path):
     finish(one_rank, pair(tmp_path, eval={"eval_steps": 2, "keep_best": True}))
 
     kept = tmp_path / "out" / "checkpoints" / "student" / "best" / "teacher"
-    assert_same_weights(kept, tmp_path / "out" / "stages" / "student" / "teacher")
+    assert same_weights(kept, tmp_path / "out" / "stages" / "student" / "teacher")

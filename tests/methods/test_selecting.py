@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,10 +13,12 @@ from torch import nn
 
 from megakd.contract.batch import Knowledge
 from megakd.methods.knowledge_selection.selecting import (
+    WINDOW,
     Choosing,
     Episodes,
     LearningToSelect,
     RandomWeights,
+    Running,
     Selecting,
 )
 from megakd.methods.knowledge_selection.selector import (
@@ -24,6 +27,7 @@ from megakd.methods.knowledge_selection.selector import (
     SelectorShape,
     Transition,
 )
+from megakd.training.checkpoint import check_plain
 from megakd.training.probe import StageProbe
 
 KINDS = ("labels", "responses", "features")
@@ -229,6 +233,14 @@ def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
 
     assert [first, second] == taken_with(ahead=False)
     assert first == second
+
+
+def test_a_phase_is_stored_as_plain_values_and_read_back():
+    before = Running(rewards=deque([0.5], maxlen=WINDOW), counts={(1.0, 0.0): 2}, loss=3.0)
+
+    check_plain(before.state_dict())
+
+    assert repr(Running.of(before.state_dict())) == repr(before)
 
 
 def test_a_frozen_selector_stays_as_it_is():

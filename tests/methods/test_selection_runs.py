@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_store import flip
-from one_rank import OneRank
-from safetensors.torch import load_file
+from one_rank import OneRank, Said
 from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
-from whole_run import finish, forgotten, read, records
+from whole_run import finish, forgotten, read, records, same_weights, weights
 
 EPISODES, STEPS, PHASE = 2, 8, 3
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
@@ -58,16 +56,11 @@ def bench(one_rank, tmp_path_factory) -> Bench:
 
 @pytest.fixture(scope="module")
 def soft(bench) -> Path:
-    return bench.run("soft", LEARNED)
+    return bench.run("soft", LEARNED, save={"save_steps": 5, "save_total_limit": None})
 
 
-def weights(out: Path, stage: str = "student") -> dict[str, torch.Tensor]:
-    return load_file(out / "stages" / stage / "model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    assert one.keys() == other.keys()
-    return all(torch.equal(value, other[name]) for name, value in one.items())
+def same(one: Path, other: Path, stage: str = "student") -> bool:
+    return same_weights(*(out / "stages" / stage for out in (one, other)))
 
 
 def test_weights_rewards_and_losses_are_logged_and_drawn(soft):
@@ -83,69 +76,51 @@ def test_weights_rewards_and_losses_are_logged_and_drawn(soft):
     assert "Choices" in page
 
 
-@pytest.mark.parametrize("action", ["soft", "hard"])
-def test_a_run_that_goes_on_chooses_what_it_would_have_chosen(bench, tmp_path, action):
+def test_a_run_that_goes_on_chooses_what_it_would_have_chosen(bench, soft, tmp_path):
     """Killed in the second episode, within a phase that another is waiting to learn from."""
-    save = {"save": {"save_steps": 5, "save_total_limit": None}}
-    whole = bench.run(f"whole-{action}", {**LEARNED, "action": action}, **save)
     killed = forgotten(
-        whole, tmp_path / "killed", stage="selector", after=10, following=("student",)
+        soft, tmp_path / "killed", stage="selector", after=10, following=("student",)
     )
 
-    config = bench.folder / f"whole-{action}.yaml"
-    said = finish(bench.one_rank, config, f"output_dir={killed}")
+    said = finish(bench.one_rank, bench.folder / "soft.yaml", f"output_dir={killed}")
 
     assert "selector: resumed at step 10" in said.err
     for stage in ("selector", "student"):
-        assert same(weights(killed, stage), weights(whole, stage))
+        assert same(killed, soft, stage)
     again, chosen = (
         [{k: v for k, v in record.items() if k.startswith("select/")} for record in logged]
-        for logged in (records(killed, "selector"), records(whole, "selector"))
+        for logged in (records(killed, "selector"), records(soft, "selector"))
     )
     assert again == chosen
     selector = "stages/selector/selector.safetensors"
-    assert (killed / selector).read_bytes() == (whole / selector).read_bytes()
+    assert (killed / selector).read_bytes() == (soft / selector).read_bytes()
 
 
-def test_a_checkpoint_of_another_folder_is_continued_with_its_initial_student(bench, tmp_path):
+def test_a_checkpoint_of_another_folder_is_continued_with_its_initial_student(
+    bench, soft, tmp_path
+):
     """Every episode that is left starts from the student that the other run had stored."""
-    other = bench.run("other", LEARNED, save={"save_steps": 5, "save_total_limit": None})
-    checkpoints = other / "checkpoints" / "selector"
-    config = bench.config("moved", LEARNED)
-    given = f"train.resume_from_checkpoint={checkpoints / 'step-5'}"
+    copied = Path(shutil.copytree(soft / "checkpoints" / "selector", tmp_path / "selector"))
 
-    said = finish(bench.one_rank, config, given)
+    def continued(out: str, step: int) -> Said:
+        given = f"train.resume_from_checkpoint={copied / f'step-{step}'}"
+        return bench.one_rank.train("--config", bench.config(out, LEARNED), given)
 
-    assert "selector: resumed at step 5" in said.err
-    assert same(weights(bench.folder / "moved"), weights(other))
-    assert same(weights(bench.folder / "moved", "selector"), weights(other, "selector"))
-
-
-def change_a_weight(beginning: Path) -> None:
-    flip(next(beginning.glob("*.pt")))
-
-
-@pytest.mark.parametrize("damage", [shutil.rmtree, change_a_weight])
-def test_a_checkpoint_without_its_initial_student_is_refused_before_a_step_is_taken(bench, damage):
-    other = bench.run(damage.__name__, LEARNED, save={"save_steps": 5, "save_total_limit": None})
-    checkpoints = other / "checkpoints" / "selector"
-    damage(checkpoints / "beginning")
-    config = bench.config("refused", LEARNED)
-
-    said = [
-        bench.one_rank.train(
-            *("--config", config, f"output_dir={other}-refused-{step}"),
-            f"train.resume_from_checkpoint={checkpoints / f'step-{step}'}",
-        )
-        for step in (5, 10)
-    ]
-
-    assert [one.code for one in said] == [2, 0]  # no episode begins after step 10 of 16
-    assert "beginning is damaged" in said[0].err
+    assert "selector: resumed at step 5" in continued("moved", 5).err
+    for stage in ("selector", "student"):
+        assert same(bench.folder / "moved", soft, stage)
+    flip(next((copied / "beginning").glob("*.pt")))
+    damaged = continued("damaged", 5)
+    shutil.rmtree(copied / "beginning")
+    missing, unneeded = continued("missing", 5), continued("unneeded", 10)
+    # No episode begins after step 10 of 16.
+    assert [damaged.code, missing.code, unneeded.code] == [2, 2, 0]
+    assert "beginning is damaged" in damaged.err
+    assert "beginning is damaged" in missing.err
 
 
 def test_noise_that_switches_every_kind_off_is_a_step_without_a_loss(bench):
-    method = {**LEARNED, "noise": 20.0, "phase_steps": 1}
+    method = {**LEARNED, "noise": 20.0, "phase_steps": 1, "episodes": 1}
     kinds = [{"loss": "hard_cross_entropy"}, {"loss": "soft_target_kl"}]
 
     out = bench.run("noisy", method, objective=kinds, log={"logging_steps": 1})
@@ -156,14 +131,11 @@ def test_noise_that_switches_every_kind_off_is_a_step_without_a_loss(bench):
     assert all(record["train/loss"] == 0 for record in nothing)
 
 
-def test_a_saved_selector_gives_the_same_student_and_serves_another_without_stage_1(bench, soft):
-    method = {**PLAIN, "selector": str(soft / "stages" / "selector")}
+def test_a_saved_selector_gives_the_same_student_without_stage_1(bench, soft):
+    again = bench.run("again", {**PLAIN, "selector": str(soft / "stages" / "selector")})
 
-    again = bench.run("again", method)
-    deeper = bench.run("reused", method, student={"model": bert(3)})
-
-    assert same(weights(again), weights(soft))
-    assert [stage["name"] for stage in read(deeper)["stages"]] == ["student"]
+    assert same(again, soft)
+    assert [stage["name"] for stage in read(again)["stages"]] == ["student"]
 
 
 def test_a_selector_of_other_widths_or_kinds_is_refused(bench, soft):
@@ -188,54 +160,32 @@ def test_every_episode_begins_with_the_same_student(bench):
 
     out = bench.run("episodes", method, train=whole, student={"model": bert(2, **NO_DROPOUT)})
 
-    both = weights(out, "selector"), weights(out, "student")
+    both = weights(out / "stages" / "selector"), weights(out / "stages" / "student")
     assert max((both[0][n] - both[1][n]).abs().max().item() for n in both[0]) <= 1e-5
 
 
-def test_one_of_several_teachers_may_offer_its_kinds(bench):
-    teacher = {"model": str(bench.folder / "teacher" / "final")}
-    pool = [{**teacher, "name": "one"}, {**teacher, "name": "other"}]
-    tree = json.loads(bench.config("of-a-pool", {**LEARNED, "teacher": "other"}).read_text())
-    tree |= {"teacher": None, "teachers": pool}
+def test_all_kinds_learn_at_every_step_without_a_selector(bench):
+    out = bench.run("all", {**PLAIN, "policy": "all"})
 
-    finish(bench.one_rank, write_config(bench.folder / "of-a-pool.yaml", tree))
-
-    out = bench.folder / "of-a-pool"
-    assert [stage["name"] for stage in read(out)["stages"]] == ["selector", "student"]
-    assert [one["name"] for one in read(out)["teachers"]] == ["other"]
+    assert [stage["name"] for stage in read(out)["stages"]] == ["student"]
+    logged = [r for r in records(out, "student") if "train/loss" in r]
+    for record in logged:
+        parts = [record[f"train/{kind}"] for kind in KINDS]
+        assert record["train/loss"] == pytest.approx(sum(parts), rel=1e-4)
 
 
-def test_all_kinds_are_the_objective_itself(bench):
-    kinds = [{"loss": kind} for kind in KINDS]
-    plain = bench.run("plain", {"name": "single"}, objective=kinds)
-
-    assert same(weights(bench.run("all", {**PLAIN, "policy": "all"})), weights(plain))
-
-
-@pytest.mark.parametrize("policy", ["random_soft", "random_hard"])
-def test_random_weights_are_drawn_anew_at_every_step(bench, policy):
-    out = bench.run(policy, {**PLAIN, "policy": policy}, log={"logging_steps": 1})
+def test_random_weights_are_drawn_anew_at_every_step(bench):
+    method = {**PLAIN, "policy": "random_soft"}
+    out = bench.run("random", method, log={"logging_steps": 1})
 
     logged = [r for r in records(out, "student") if "train/loss" in r]
-    used = {tuple(f"train/{kind}" in record for kind in KINDS) for record in logged}
-    if policy == "random_hard":
-        assert len(used) > 1
-    else:
-        assert used == {(True,) * 4}
-        parts = torch.tensor([[record[f"train/{kind}"] for kind in KINDS] for record in logged])
-        losses = torch.tensor([record["train/loss"] for record in logged])
-        assert (losses < parts.sum(1)).all()
-        # No weights that stay the same give all these losses.
-        same_weights = torch.linalg.lstsq(parts, losses[:, None]).solution
-        assert torch.dist(parts @ same_weights, losses[:, None]) > 0.01 * losses.norm()
-
-
-def test_one_kind_alone_is_plain_training_with_it(bench):
-    """The invariant of an action (1, 0, 0, 0)."""
-    alone = bench.run("alone", {"name": "single"}, objective=[{"loss": "hard_cross_entropy"}])
-    none = [{"loss": kind, "weight": float(kind == "hard_cross_entropy")} for kind in KINDS]
-
-    assert same(weights(bench.run("only", {"name": "single"}, objective=none)), weights(alone))
+    assert all(f"train/{kind}" in record for record in logged for kind in KINDS)
+    parts = torch.tensor([[record[f"train/{kind}"] for kind in KINDS] for record in logged])
+    losses = torch.tensor([record["train/loss"] for record in logged])
+    assert (losses < parts.sum(1)).all()
+    # No weights that stay the same give all these losses.
+    same_weights = torch.linalg.lstsq(parts, losses[:, None]).solution
+    assert torch.dist(parts @ same_weights, losses[:, None]) > 0.01 * losses.norm()
 
 
 def test_kinds_of_a_language_model_are_weighed_too(one_rank, tmp_path):

@@ -58,11 +58,8 @@ def played(reward, phases: int = 60) -> list[float]:
     return weights.tolist()
 
 
-@pytest.mark.parametrize(
-    "place",
-    [0, *(pytest.param(place, marks=pytest.mark.slow) for place in range(1, len(KINDS)))],
-    ids=KINDS,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", range(len(KINDS)), ids=KINDS)
 def test_the_only_kind_that_helps_gets_the_highest_weight(place):
     """A bandit: the loss falls by as much as this kind counts, whatever the others do."""
     weights = played(lambda action, _: float(action[place]))
@@ -71,6 +68,7 @@ def test_the_only_kind_that_helps_gets_the_highest_weight(place):
     assert weights[place] > max(others) + 0.1
 
 
+@pytest.mark.slow
 def test_a_kind_that_harms_gets_the_lowest_weight():
     weights = played(lambda action, _: float(action[0] + action[1] + action[2] - action[3]))
 
@@ -89,7 +87,8 @@ def test_what_a_state_is_worth_does_not_hide_which_kind_helps(place):
 
 
 @pytest.mark.parametrize(
-    ("reward", "goes_on", "worth"), [(1.0, True, 1 / (1 - 0.5)), (-0.7, False, -0.7)]
+    ("reward", "goes_on", "worth"),
+    [pytest.param(1.0, True, 1 / (1 - 0.5), marks=pytest.mark.slow), (-0.7, False, -0.7)],
 )
 def test_the_critic_expects_what_rewards_add_up_to_until_the_episode_ends(reward, goes_on, worth):
     learner = ActorCritic(selector(), Learning(gamma=0.5, rate=3e-3, updates=8))

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_runs import config_tree, llama, write_config, write_text
 from transformers import AutoModelForCausalLM
-from whole_run import finish, read, records
+from whole_run import finish, read, records, same_weights, weights
 
 from megakd.contract.views import View
 from megakd.methods.shrink import KL
@@ -46,10 +45,6 @@ def shrinking(folder: Path, *, tag: str = "out", **sections: Any) -> Path:
     )
     tree["student"] = {"model": "from_teacher"}
     return write_config(folder / f"{tag}.yaml", tree)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -113,19 +108,16 @@ def test_the_random_baseline_has_the_shape_and_the_steps_of_the_student(shrunk):
     assert steps["random"] == steps["trial-1"] + steps["student"]
 
 
-@pytest.mark.parametrize("stop", [("trial-1", 2), ("student", 1), ("student", 4)])
-def test_a_run_stopped_in_the_trial_or_the_repair_ends_with_the_same_weights(
-    one_rank, shrunk, tmp_path, stop
+def test_a_run_stopped_in_the_trial_and_the_repair_ends_with_the_same_weights(
+    one_rank, shrunk, tmp_path
 ):
     config = shrinking(tmp_path)
 
-    stopped = one_rank.train("--config", config, stop_at=stop)
+    for stop in (("trial-1", 2), ("student", 1), ("student", 4)):
+        assert one_rank.train("--config", config, stop_at=stop).code != 0
     finish(one_rank, config)
 
-    assert stopped.code != 0
-    one, other = weights(tmp_path / "out" / "final"), weights(shrunk / "final")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_weights(tmp_path / "out" / "final", shrunk / "final")
 
 
 def test_a_cut_without_learning_is_the_view_of_the_sorted_teacher(one_rank, tmp_path):
@@ -174,14 +166,9 @@ def test_an_assistant_is_cut_and_repaired_before_the_student(one_rank, tmp_path)
 
 
 def test_the_plan_has_the_trial_and_the_student(one_rank, shrunk):
-    said = one_rank.megakd("plan", shrunk.parent / "out.yaml", "--json")
-
-    assert said.code == 0, said.err
-    plan = json.loads(said.out)
-    assert plan["peak_bytes_per_rank"] > 0
-    (layers,) = [phase for phase in plan["phases"] if phase["name"] == "layers"]
-    assert layers["forwards"] == 5 * 32 // 4
     page = one_rank.megakd("plan", shrunk.parent / "out.yaml", "--tflops", "0.0001")
+
+    assert page.code == 0, page.err
     assert "trial-1" in page.out
     assert re.search(r"layers: 40 forwards of the teacher, [\d.]+ s together", page.out)
 

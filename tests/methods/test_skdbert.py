@@ -128,14 +128,3 @@ def test_a_draw_depends_on_seed_and_step_alone():
 
     assert in_order == backwards[::-1]
     assert in_order != names(drawn(0.2, 0.3, 0.5, seed=4), 60)
-
-
-def test_neighbouring_steps_and_seeds_draw_independently():
-    """Two fair draws agree as often as two coins."""
-    first, second = names(drawn(0.5, 0.5), 4001), names(drawn(0.5, 0.5, seed=4), 4001)
-
-    def share_alike(one: list, other: list) -> float:
-        return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
-
-    for pair in ((first, second), (first[1:], first[:-1])):
-        assert abs(share_alike(*pair) - 0.5) < 4 * 0.5 / math.sqrt(4000)

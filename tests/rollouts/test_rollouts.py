@@ -42,18 +42,6 @@ def _rows(**columns: list) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def test_the_prompt_of_a_row_has_the_length_that_the_row_states_also_in_a_selection() -> None:
-    rows = _rows(input_ids=[[1, 2, 3], [4, 5]], prompt_length=[2, 1])
-
-    prompts, selected = (
-        Prompts(one, prompt_tokens=None, most=9) for one in (rows, rows.select([1]))
-    )
-
-    assert [prompts.prompt(row) for row in range(2)] == [(1, 2), (4,)]
-    assert prompts.lengths.tolist() == [2, 1]
-    assert selected.prompt(0) == (4,)
-
-
 def test_a_row_is_continued_if_its_prompt_fits_and_learned_from_if_more_follows() -> None:
     answered, prompt, document, long = [1, 2, 3], [4, 5], [6, 7, 8], [*range(9)]
     rows = _rows(input_ids=[answered, prompt, document, long], prompt_length=[2, 2, 0, 5])
@@ -73,25 +61,23 @@ def test_a_beginning_of_plain_text_is_no_longer_than_its_row() -> None:
     assert prompts.learned.tolist() == [0, 1]
 
 
-def test_a_row_of_the_data_keeps_its_labels_and_positions() -> None:
-    rows = _rows(input_ids=[[1, 2, 3]], labels=[[2, -100, -100]], position_ids=[[0, 1, 0]])
-
-    row = Prompts(rows, prompt_tokens=1, most=9).row(0)
-
-    assert row.labels.tolist() == [2, -100, -100]
-    assert row.position_ids.tolist() == [0, 1, 0]
-    assert not row.is_rollout
-
-
-def test_columns_hold_the_rows_in_their_order() -> None:
-    rows = _rows(input_ids=[[1, 2], [3]], labels=[[2, -100], [-100]], prompt_length=[1, 1])
-    prompts = Prompts(rows, prompt_tokens=None, most=9)
+def test_columns_hold_the_rows_in_their_order_with_labels_and_positions() -> None:
+    columns = {"labels": [[2, -100], [-100]], "position_ids": [[0, 0], [0]]}
+    rows = _rows(input_ids=[[1, 2], [3]], prompt_length=[2, 1], **columns)
+    prompts, selected = (
+        Prompts(one, prompt_tokens=None, most=9) for one in (rows, rows.select([1]))
+    )
     text = rollout_row(Rollout(0, (7,), Completion((8,), finished=True), 0, 0))
 
     columns = columns_of_rows([prompts.row(1), text, prompts.row(0)])
 
     assert [ids.tolist() for ids in columns["input_ids"]] == [[3], [7, 8], [1, 2]]
+    assert [ids.tolist() for ids in columns["labels"]] == [[-100], [8, -100], [2, -100]]
+    assert [ids.tolist() for ids in columns["position_ids"]] == [[0], [0, 1], [0, 0]]
     assert columns["is_rollout"] == [False, True, False]
+    # The prompt has the length that its row states, also in a selection.
+    assert [prompts.prompt(row) for row in range(2)] == [(1, 2), (3,)]
+    assert selected.prompt(0) == (3,)
 
 
 @pytest.mark.parametrize(
@@ -251,14 +237,14 @@ def test_texts_of_an_equal_run_are_kept_and_those_of_another_set_aside(tmp_path:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        *((lambda text, n=n: text[:n], "") for n in (0, 10, 60, -3)),
+        *((lambda text, n=n: text[:n], "") for n in (0, 60)),
         (lambda text: text[: text.rindex("\n", 0, -1) + 1], "holds 1 rollouts instead of 2"),
         (
             lambda text: text.replace('"format":1', '"format":2'),
             "format 2, and this version reads format 1",
         ),
     ],
-    ids=["empty", "10 bytes", "60 bytes", "all but 3", "a line less", "version"],
+    ids=["empty", "60 bytes", "a line less", "version"],
 )
 def test_a_damaged_file_is_named(written, damage, message) -> None:
     store, path = written

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from one_rank import OneRank, Said
+from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, write_config, write_reviews
 
 ROWS, LABELLED, ROWS_PER_STEP, EPOCHS = 64, 32, 8, 4
@@ -43,6 +45,18 @@ def records(out: Path, stage: str) -> list[dict[str, Any]]:
     """Return the log of a stage."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["stage"] == stage]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a model's folder."""
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders have models of equal weights, bit for bit."""
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def finish(one_rank: OneRank, config: Path, *overrides: str) -> Said:

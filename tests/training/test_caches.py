@@ -16,7 +16,7 @@ from megakd.errors import ConfigError, TeacherError
 from megakd.inputs.inputs import check_caches
 from megakd.models.loading import resolve_model
 from megakd.models.next_tokens import TokenCounts, count_draws, draw
-from megakd.training.cached_tokens import ask_tokens, bytes_per_token, kept_facts, whole_answers
+from megakd.training.answer_cache import ask_tokens, bytes_per_token, kept_facts, whole_answers
 
 LENGTH, VOCABULARY = 6, 40
 TOP_K = TeacherConfig(model="a", cache_top_k=5)

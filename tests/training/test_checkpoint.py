@@ -94,18 +94,13 @@ def test_the_newest_are_kept_and_latest_names_the_last(tmp_path, keep, kept):
     assert store.newest_good() == newest
 
 
-def test_the_newest_is_known_by_its_number_without_a_pointer(store):
-    assert store.newest_good() is None
-    save(store, 8, 12)
-    (store.folder / "latest").unlink()
-
-    assert store.newest_good() == store.folder / "step-12"
-
-
-@pytest.mark.parametrize("pointer", [b"", b"\xff\xfe", b"../student", b"best"])
+@pytest.mark.parametrize("pointer", [None, b"\xff\xfe", b"../student", b"best"])
 def test_a_pointer_that_names_no_checkpoint_is_passed_over(store, pointer):
+    assert store.newest_good() is None
     newest = save(store, 4, 8)
-    (store.folder / "latest").write_bytes(pointer)
+    (store.folder / "latest").unlink()
+    if pointer is not None:
+        (store.folder / "latest").write_bytes(pointer)
     (store.folder / "best").mkdir()
     (store.folder / "step-notes").mkdir()
 
@@ -118,8 +113,8 @@ def cut(path: Path) -> None:
 
 DAMAGES = [
     *((name, flip, f"the checksum of {name} differs") for name in FILES),
-    *((name, cut, rf"{name} has \d+ bytes, \d+ were written") for name in FILES),
-    *((name, Path.unlink, f"{name} is missing") for name in FILES),
+    (SHARD, cut, rf"{SHARD} has \d+ bytes, \d+ were written"),
+    (SHARD, Path.unlink, f"{SHARD} is missing"),
     ("manifest.json", flip, "manifest.json cannot be read"),
     ("manifest.json", cut, None),
     ("manifest.json", Path.unlink, "manifest.json cannot be read"),
@@ -287,33 +282,26 @@ class Counted(NamedTuple):
 
 @pytest.mark.parametrize(
     "value",
-    [Counted(3), np.float64(1.0), {"inner": [Counted(3)]}, {Counted(3): 1}, deque([1])],
-    ids=["named tuple", "numpy number", "nested", "name", "deque"],
+    [np.float64(1.0), {"inner": [Counted(3)]}, {Counted(3): 1}, deque([1])],
+    ids=["numpy number", "nested", "name", "deque"],
 )
 def test_an_object_of_a_class_is_refused_before_it_gets_into_a_checkpoint(tmp_path, value):
     with pytest.raises(TypeError, match="plain values"):
         check_plain({"strategy": value})
 
 
-def test_a_checkpoint_that_names_a_class_is_refused_in_one_line(store):
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(store, monkeypatch):
     saved = save(store, 3)
     torch.save({"strategy": Counted(3)}, saved / "state.pt")
-
-    with pytest.raises(CheckpointError, match=rf"^.*{store.folder}.*another version.*$") as refused:
-        load(store, saved)
-
-    assert "\n" not in str(refused.value)
-
-
-def test_a_checkpoint_whose_contents_had_other_names_is_refused_in_one_line(store, monkeypatch):
     with monkeypatch.context() as earlier:
         earlier.setattr("megakd.training.checkpoint.FORMAT", 1)
-        save(store, 3)
+        save(store, 4)
 
-    with pytest.raises(CheckpointError, match="another version of megakd") as refused:
-        store.newest_good()
-
-    assert "\n" not in str(refused.value)
+    message = rf"^{store.folder}.*another version of megakd.*$"
+    for read in (lambda: load(store, saved), store.newest_good):
+        with pytest.raises(CheckpointError, match=message) as refused:
+            read()
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("steps", "is_longer"), [(8, True), (4, False)])

@@ -106,17 +106,20 @@ def refuses_for_lack_of_space(store: Checkpoints) -> Any:
     )
 
 
-def test_a_disk_that_fills_up_under_the_engine_destroys_nothing(store):
+def test_a_disk_that_is_full_or_fills_up_under_the_engine_destroys_nothing(store, monkeypatch):
     with refuses_for_lack_of_space(store):
         store.save(8, full_disk, {})
+    usage = shutil._ntuple_diskusage(10, 9, 1)  # pyright: ignore[reportAttributeAccessIssue]
+    with monkeypatch.context() as patch, refuses_for_lack_of_space(store):
+        patch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: usage)
+        save(store, 8)
 
 
 @pytest.mark.parametrize("owner", [os, checkpoint_module.Path])
 def test_a_disk_that_fills_up_at_the_end_of_a_save_destroys_nothing(store, monkeypatch, owner):
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, refuses_for_lack_of_space(store):
         patch.setattr(owner, "fsync" if owner is os else "rename", full_disk)
-        with refuses_for_lack_of_space(store):
-            save(store, 8)
+        save(store, 8)
 
 
 @contextmanager
@@ -146,14 +149,6 @@ def test_the_engines_files_wait_with_their_failure_until_all_ranks_can_hear(tmp_
 
     with pytest.raises(OSError, match="File too large"):
         writer.raise_failure()
-
-
-def test_too_little_space_is_said_before_anything_is_written(store, monkeypatch):
-    usage = shutil._ntuple_diskusage(10, 9, 1)  # pyright: ignore[reportAttributeAccessIssue]
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: usage)
-        with refuses_for_lack_of_space(store):
-            save(store, 8)
 
 
 def test_another_failure_is_reported_as_what_it_is(tmp_path):

@@ -16,7 +16,7 @@ from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metric import WHOLE, MetricJudge
 from megakd.contract.stage import Verdict
 from megakd.engine.distributed import Ranks
-from megakd.errors import DataError, MegakdError, TrainingError
+from megakd.errors import DataError, TrainingError
 from megakd.scoring.metrics import TaskMetrics
 from megakd.scoring.scorer import Scorer
 from megakd.scoring.scores import Evaluation, headline, language_model_metrics
@@ -79,60 +79,55 @@ def test_correlations_are_the_hand_values(name, scores, labels, wanted) -> None:
     assert values[name] == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("name", ["pearson", "spearman"])
 @pytest.mark.parametrize(
-    ("scores", "labels", "what"),
+    ("names", "outputs", "labels", "what"),
     [
-        ([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], "predictions"),
-        ([1.0, 2.0, 3.0], [4.0, 4.0, 4.0], "labels"),
-        ([1.0], [1.0], "predictions"),
+        *(
+            ((name,), torch.tensor(scores), torch.tensor(labels), f" because all {what} are")
+            for name in ("pearson", "spearman")
+            for scores, labels, what in (
+                ([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], "predictions"),
+                ([1.0, 2.0, 3.0], [4.0, 4.0, 4.0], "labels"),
+                ([1.0], [1.0], "predictions"),
+            )
+        ),
+        # One predicted class, and no positive label.
+        (("matthews_correlation", "f1"), logits_of([0, 0, 0]), torch.tensor([1, 0, 1]), ""),
+        (("f1",), logits_of([0, 0]), torch.tensor([0, 0]), ""),
     ],
-    ids=["constant predictions", "constant labels", "one row"],
 )
-def test_an_undefined_correlation_is_0_and_said(name, scores, labels, what, caplog) -> None:
+def test_an_undefined_metric_is_0_and_said(names, outputs, labels, what, caplog) -> None:
     with caplog.at_level(logging.INFO):
-        values = metrics_of((name,), torch.tensor(scores), torch.tensor(labels))
-
-    assert values[name] == 0.0
-    assert f"{name} is undefined because all {what} are" in caplog.text
-
-
-def test_nearly_constant_scores_raise_no_warning() -> None:
-    scores = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
-    scores[0] += 1e-15
-
-    assert math.isfinite(metrics_of(("pearson",), scores, torch.tensor([1.0, 2, 3]))["pearson"])
-
-
-@pytest.mark.parametrize(
-    ("names", "outputs", "labels"),
-    [
-        (("matthews_correlation", "f1"), [0, 0, 0], [1, 0, 1]),
-        (("f1",), [0, 0], [0, 0]),
-    ],
-    ids=["one predicted class", "no positive"],
-)
-def test_a_metric_of_classes_that_is_undefined_is_0_and_said(
-    names, outputs, labels, caplog
-) -> None:
-    with caplog.at_level(logging.INFO):
-        values = metrics_of(names, logits_of(outputs), torch.tensor(labels))
+        values = metrics_of(names, outputs, labels)
 
     assert [values[name] for name in names] == [0.0] * len(names)
-    assert f"{names[0]} is undefined" in caplog.text
+    assert f"{names[0]} is undefined{what}" in caplog.text
 
 
-def test_no_labelled_row_is_an_error() -> None:
-    with pytest.raises(DataError, match="none of the 2 held-out rows has a label"):
-        metrics_of(("accuracy",), logits_of([0, 1]), torch.tensor([-100, -100]))
-
-
-def test_outputs_that_are_not_finite_are_an_error() -> None:
-    outputs = logits_of([0, 1, 1])
-    outputs[1, 0] = float("nan")
-
-    with pytest.raises(TrainingError, match="not finite for 1 of 3 held-out rows"):
-        metrics_of(("accuracy",), outputs, torch.tensor([0, 1, 1]))
+@pytest.mark.parametrize(
+    ("measure", "error", "message"),
+    [
+        (
+            lambda: metrics_of(("accuracy",), logits_of([0, 1]), torch.tensor([-100, -100])),
+            DataError,
+            "none of the 2 held-out rows has a label",
+        ),
+        (
+            lambda: metrics_of(("f1",), logits_of([0, 1, 1]) * math.nan, torch.tensor([0, 1, 1])),
+            TrainingError,
+            "not finite for 3 of 3 held-out rows",
+        ),
+        (
+            lambda: language_model_metrics(torch.zeros(3, dtype=torch.float64)),
+            DataError,
+            "no target to score",
+        ),
+    ],
+    ids=["no label", "not finite", "no target"],
+)
+def test_what_cannot_be_scored_is_an_error(measure, error, message) -> None:
+    with pytest.raises(error, match=message):
+        measure()
 
 
 @pytest.mark.parametrize(
@@ -145,27 +140,16 @@ def test_perplexity_is_the_exponential_of_nats_per_target(sums, perplexity) -> N
     assert values == pytest.approx(wanted)
 
 
-def test_a_text_without_targets_is_an_error() -> None:
-    with pytest.raises(DataError, match="no target to score"):
-        language_model_metrics(torch.zeros(3, dtype=torch.float64))
-
-
-def test_the_headline_of_two_metrics_is_their_mean() -> None:
-    metric = headline(("pearson", "spearman"))
-
-    assert metric.name == "mean_pearson_spearman"
-    assert metric.of({"pearson": 0.8, "spearman": 0.6, "loss": 9.0}) == pytest.approx(0.7)
-    assert metric.higher_is_better
-    assert headline(("matthews_correlation",)).name == "matthews_correlation"
-
-
 @pytest.mark.parametrize(("metric", "score"), [("accuracy", 0.6), ("perplexity", -0.6)])
 def test_a_judge_says_that_more_is_better_whatever_the_metric(metric, score) -> None:
     judge = MetricJudge(headline((metric,)), "narrow")
+    both = headline(("pearson", "spearman"))
 
     verdict = judge({"wide": {metric: 9.0}, "narrow": {metric: 0.6}}, 0)
 
     assert verdict == Verdict(score, "narrow")
+    assert both.name == "mean_pearson_spearman"
+    assert both.of({"pearson": 0.8, "spearman": 0.6, "loss": 9.0}) == pytest.approx(0.7)
 
 
 def test_an_evaluation_is_read_as_it_was_recorded() -> None:
@@ -215,7 +199,7 @@ def odd_or_even(batch: Batch) -> Predictions:
     return Predictions(outputs=said.masked_fill(~batch.valid, math.nan), sums=None)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize(
     ("labels", "accuracy"), [([1, 0, 1, 1, 1], 0.8), ([1, IGNORE, 0, IGNORE, 1], 2 / 3)]
 )
@@ -240,7 +224,7 @@ def test_a_classifier_is_scored_by_label_too():
     assert (odd["label"], odd["rows"]) == ("odd", 2)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [2, 5])
 def test_a_language_models_metrics_come_from_sums_over_all_batches(batch_size):
     rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": [0] * 5})
 
@@ -252,10 +236,3 @@ def test_a_language_models_metrics_come_from_sums_over_all_batches(batch_size):
     found = scorer(("perplexity",), batch_size).score(predict, rows)
 
     assert found == pytest.approx({"loss": 2.0, "perplexity": math.exp(2), "accuracy": 2 / 15})
-
-
-def test_a_split_that_cannot_be_scored_is_an_error():
-    rows = Dataset.from_dict({"number": [1, 2], "label": [IGNORE, IGNORE]})
-
-    with pytest.raises(MegakdError, match="label"):
-        scorer(("accuracy",), 2).score(odd_or_even, rows)

@@ -26,17 +26,12 @@ def generator(folder: Path, *texts: tuple[tuple[int, ...], tuple[int, ...]]) -> 
 def test_the_seed_chooses_among_the_texts_of_a_prompt_in_the_order_of_the_files(tmp_path: Path):
     made = generator(tmp_path, ((1, 2), (3,)), ((1,), (7, 8, 9)), ((1, 2), (4,)), ((1, 2), (5,)))
 
+    with pytest.raises(DataError, match=r"the 2 prompts in the files .* prompt of 3 tokens"):
+        made.generate([(1, 2, 3)], [0], Sampling(2))
     found = made.generate([(1, 2)] * 4 + [(1,)], [0, 1, 5, 3, 11], Sampling(2))
 
     assert [text.ids for text in found] == [(3,), (4,), (5,), (3,), (7, 8)]
     assert [text.finished for text in found] == [True] * 4 + [False]
-
-
-def test_a_prompt_without_a_text_is_refused(tmp_path: Path):
-    made = generator(tmp_path, ((1, 2), (3,)), ((1,), (4,)))
-
-    with pytest.raises(DataError, match=r"the 2 prompts in the files .* prompt of 3 tokens"):
-        made.generate([(1, 2, 3)], [0], Sampling(2))
 
 
 def test_memory_does_not_grow_with_the_lengths_of_the_texts(tmp_path: Path):
@@ -62,11 +57,9 @@ class Tokenizer:
 @pytest.mark.parametrize(
     ("tokenizer", "configs", "expected"),
     [
-        (7, [PretrainedConfig()], {7}),
         (7, [PretrainedConfig(eos_token_id=7), None], {7}),
         (9, [LlamaConfig(eos_token_id=[7, 8, 9])], {7, 8, 9}),
         (9, [LlamaConfig(eos_token_id=9), GenerationConfig(eos_token_id=[9, 5])], {5, 9}),
-        (None, [LlamaConfig(eos_token_id=3)], {3}),
         (None, [LlamaConfig(eos_token_id=3), GenerationConfig(eos_token_id=[4])], {3, 4}),
         (0, [PretrainedConfig(eos_token_id=0)], {0}),
     ],

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn import metrics as theirs
 from tiny_runs import config_tree, write_config, write_reviews
 from whole_run import finish, read, records
@@ -60,29 +58,16 @@ def test_f1_precision_and_recall_are_about_the_label_that_is_named():
         assert two["recall"] == recall
 
 
-@given(
-    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3)), min_size=1, max_size=30),
-    first=st.integers(0, 3),
-)
-def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent(
-    rows, first
-):
-    truth = torch.tensor([first] + [-100 if label < 0 else label for _, label in rows])
-    said = torch.tensor([first] + [number for number, _ in rows])
-    outputs = torch.nn.functional.one_hot(said, 4).float()
+def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent():
+    by_class = chosen((*LABELS, "absent")).by_class(
+        torch.nn.functional.one_hot(SAID, 4).float(), TRUTH
+    )
 
-    by_class = chosen(("a", "b", "c", "d")).by_class(outputs, truth)
-
-    known = truth != -100
-    assert [row["label"] for row in by_class] == ["a", "b", "c", "d"]
-    for number, row in enumerate(by_class):
-        is_so, is_said = (truth == number)[known], (said == number)[known]
-        both = int((is_so & is_said).sum())
-        assert row["rows"] == int(is_so.sum())
-        assert row["precision"] == pytest.approx(both / max(1, int(is_said.sum())))
-        assert row["recall"] == pytest.approx(both / max(1, int(is_so.sum())))
-        share = 2 * both / max(1, int(is_so.sum()) + int(is_said.sum()))
-        assert row["f1"] == pytest.approx(share)
+    of = theirs.precision_recall_fscore_support
+    wanted = zip(*of(TRUTH[KNOWN], SAID[KNOWN], labels=range(4), zero_division=0), strict=True)
+    assert [row["label"] for row in by_class] == [*LABELS, "absent"]
+    for row, values in zip(by_class, wanted, strict=True):
+        assert [row[key] for key in ("precision", "recall", "f1", "rows")] == pytest.approx(values)
 
 
 def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
@@ -131,7 +116,6 @@ def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_reports_it(out
     assert {"accuracy", "f1", "f1_macro", "loss"} == set(report["student"]["metrics"])
     best = max(record["eval/f1"] for record in evaluations)
     assert report["stages"][0]["metrics"]["f1"] == best == report["student"]["metrics"]["f1"]
-    assert all(record["eval/loss"] > 0 for record in evaluations)
 
 
 def test_the_report_has_the_scores_of_every_label(out):

@@ -25,31 +25,26 @@ def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
     assert (found.learning_rate, found.bf16) == (2.0, False)
 
 
+LENGTH, WARM_UP = ("max_steps", "num_train_epochs"), ("warmup_steps", "warmup_ratio")
+
+
 @pytest.mark.parametrize(
-    ("train", "overrides", "decides"),
+    ("keys", "train", "overrides", "decides"),
     [
-        ({"max_steps": 9}, {"num_train_epochs": 2.0}, (None, 2.0)),
-        ({"num_train_epochs": 5.0}, {"max_steps": 7}, (7, 5.0)),  # max_steps wins in a section
-        ({"max_steps": 9}, {"max_steps": 7}, (7, 3.0)),
-        ({"max_steps": 9}, {"max_steps": 7, "num_train_epochs": 2.0}, (7, 2.0)),
+        (LENGTH, {"max_steps": 9}, {"num_train_epochs": 2.0}, (None, 2.0)),
+        # max_steps wins in a section
+        (LENGTH, {"num_train_epochs": 5.0}, {"max_steps": 7}, (7, 5.0)),
+        (LENGTH, {"max_steps": 9}, {"max_steps": 7}, (7, 3.0)),
+        (LENGTH, {"max_steps": 9}, {"max_steps": 7, "num_train_epochs": 2.0}, (7, 2.0)),
+        (WARM_UP, dict(zip(WARM_UP, (9, 0.5), strict=True)), {"warmup_ratio": 0.1}, (0, 0.1)),
+        (WARM_UP, dict(zip(WARM_UP, (9, 0.5), strict=True)), {"warmup_steps": 3}, (3, 0.5)),
+        (WARM_UP, dict(zip(WARM_UP, (9, 0.5), strict=True)), {}, (9, 0.5)),
     ],
-    ids=["epochs there", "steps there", "steps in both", "both there"],
 )
-def test_max_steps_and_num_train_epochs_displace_each_other(train, overrides, decides):
+def test_steps_and_shares_of_a_run_displace_each_other(keys, train, overrides, decides):
     found = inherit(TrainConfig(**train), FinetuneOverrides(**overrides))
 
-    assert (found.max_steps, found.num_train_epochs) == decides
-
-
-@pytest.mark.parametrize(
-    ("overrides", "decides"),
-    [({"warmup_ratio": 0.1}, (0, 0.1)), ({"warmup_steps": 3}, (3, 0.5)), ({}, (9, 0.5))],
-    ids=["ratio there", "steps there", "neither"],
-)
-def test_a_warm_up_of_its_own_displaces_that_of_train(overrides, decides):
-    found = inherit(TrainConfig(warmup_steps=9, warmup_ratio=0.5), FinetuneOverrides(**overrides))
-
-    assert (found.warmup_steps, found.warmup_ratio) == decides
+    assert tuple(getattr(found, key) for key in keys) == decides
 
 
 def two_teachers() -> RunConfig:

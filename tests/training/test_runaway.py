@@ -16,9 +16,7 @@ from megakd.scoring.runaway import (
     KINDS,
     LONGER,
     MORE_TRUNCATED,
-    WINDOW,
     TextPoint,
-    means_of_runaway,
     text_warnings,
 )
 from megakd.training.progress import Extent, Reporter
@@ -73,13 +71,6 @@ def test_both_kinds_and_every_stage_have_a_warning_of_their_own() -> None:
 )
 def test_all_three_must_change(after: TextPoint) -> None:
     assert text_warnings(series(*[CALM] * 6, *[after] * 12)) == []
-
-
-def test_too_few_values_say_nothing() -> None:
-    half = WINDOW // 2
-    calm, away = pytest.approx(CALM), pytest.approx(AWAY)
-    assert means_of_runaway([CALM] * (half - 1) + [AWAY] * half) is None
-    assert means_of_runaway([CALM] * half + [AWAY] * half) == (calm, away)
 
 
 @given(st.integers(0, 10_000))

@@ -1,8 +1,9 @@
-"""Evaluation on generated texts: their metrics, their losses, and curves by position."""
+"""Evaluation on generated texts: metrics, losses, curves by position, and compared answers."""
 
 from __future__ import annotations
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,16 +24,19 @@ from megakd.contract.metric import WHOLE
 from megakd.contract.stage import Pass
 from megakd.contract.terms import HardCrossEntropy
 from megakd.data.collation import Collator
+from megakd.errors import ConfigError
 from megakd.rollouts import text_evaluation
 from megakd.rollouts.prompts import Prompts
 from megakd.rollouts.text_evaluation import (
     BUCKETS,
     TextCurves,
     TextEvaluation,
+    answer_of,
     bucket_ends,
     bucket_names,
     by_position,
     distinct_pairs,
+    matcher,
 )
 from megakd.training.stage_evaluation import HeldOutLosses
 
@@ -207,10 +211,6 @@ def test_every_position_is_in_one_bucket_and_buckets_grow(longest: int) -> None:
     assert len(ends) <= BUCKETS
     assert min(sizes) >= 1
     assert all(later >= size - 1 for size, later in pairwise(sizes[1:]))
-
-
-def test_buckets_are_named_by_their_first_and_last_position() -> None:
-    assert bucket_ends(512) == (4, 8, 16, 32, 64, 128, 256, 512)
     assert bucket_names(bucket_ends(10)) == ["0-0", "1-1", "2-2", "3-4", "5-9"]
 
 
@@ -247,3 +247,51 @@ def test_the_log_has_a_key_per_bucket_and_value() -> None:
     curves = {"": {"kl": 1.0}, "0-3": {"kl": 0.5, "entropy": 2.0}}
 
     assert by_position(curves) == {"text/0-3/kl": 0.5, "text/0-3/entropy": 2.0}
+
+
+GSM8K = r"#### (.+)"
+
+
+def _matcher(match: str, answer: str | None = None):
+    found = matcher(GenerationConfig(max_new_tokens=4, match=match, answer=answer))  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "answer"),
+    [
+        (" 12 \n", None, "12"),
+        ("2 + 2 = 4\n#### 4", GSM8K, "4"),
+        ("#### 3\nno, #### 4 \n", GSM8K, "4"),
+        ("the answer is 4", GSM8K, None),
+    ],
+)
+def test_the_last_match_of_a_text_is_its_answer(text, pattern, answer):
+    assert answer_of(text, pattern) == answer
+
+
+def test_texts_are_compared_by_their_answers_alone_and_match_nothing_without_one():
+    match, text = _matcher("exact", GSM8K), "Natalia sold 48.\n#### 72"
+
+    assert match("anything\n#### 72", text)
+    assert not match("anything\n#### 73", text)
+    assert not match("72", "72")
+    assert not match("72", text)
+    assert matcher(GenerationConfig(max_new_tokens=4)) is None
+
+
+def test_mathematics_is_compared_by_value():
+    pytest.importorskip("math_verify")
+    match = _matcher("math")
+
+    assert match(r"The answer is $\frac{1}{2}$", "$0.5$")
+    assert match("1,000", "$1000$")
+    assert not match("$0.4$", "$0.5$")
+
+
+def test_mathematics_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+
+    with pytest.raises(ConfigError, match=r"install megakd\[eval\], or set the key to exact"):
+        _matcher("math")

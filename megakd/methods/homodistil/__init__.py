@@ -197,7 +197,7 @@ def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) 
         start=start,
         objective=objective_of(lab, course.target.whole, course.target.goal),
         strategy=pruning,
-        judge=HomotopyJudge(pruning, lab.worth),
+        judge=HomotopyJudge(pruning, lab.metric(None, weighed=False)),
         window=window,
         measures_losses=True,
     )

@@ -8,14 +8,14 @@ import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megakd.contract.lab import HeldOutProbe
-from megakd.contract.metric import WHOLE
+from megakd.contract.metric import WHOLE, Metric
 from megakd.contract.results import PruningReport
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Cut, UnitOrder, View
@@ -32,30 +32,6 @@ Chosen = dict[Group, list[int]]
 """Kept units of every group, rising; columns inside heads are numbered over all heads."""
 
 
-@dataclass
-class State:
-    """The state of a window.
-
-    averages: see `update_averages`.
-    rows: rows of the report.
-    kept: units of the student; None before the window begins.
-    cut: how the student is cut to these units.
-    scores: scores of the last step, if units are removed after the step.
-    seconds: durations of the steps since the last row.
-    clock: end of the last step, unless something else happened since then.
-    """
-
-    averages: Averages = field(default_factory=dict)
-    rows: list[PruningReport] = field(default_factory=list)
-    kept: Chosen | None = None
-    cut: Cut = Cut(None, None)  # noqa: RUF009  (a named tuple)
-    scores: Tensor | None = None
-    student: Any = None
-    seconds: list[float] = field(default_factory=list)
-    clock: float | None = None
-
-
-@dataclass(frozen=True)
 class PruningStrategy(Strategy):
     """Removes the least sensitive units a few at a time, as the schedule says.
 
@@ -63,13 +39,26 @@ class PruningStrategy(Strategy):
     window: the part of the run that the stage covers.
     probe: None if nothing is trained.
     size: function from units to the number of weights of a model with these units.
+    cut: how the student is cut to the units that it keeps.
     """
 
-    course: Course
-    window: Window
-    probe: HeldOutProbe | None
-    size: Callable[[View], int]
-    now: State = field(default_factory=State)
+    def __init__(
+        self,
+        course: Course,
+        window: Window,
+        probe: HeldOutProbe | None,
+        *,
+        size: Callable[[View], int],
+    ) -> None:
+        self.course, self.window, self.probe, self.size = course, window, probe, size
+        self.cut = Cut(None, None)
+        self._averages: Averages = {}
+        self._rows: list[PruningReport] = []
+        self._kept: Chosen | None = None  # before the window begins
+        self._scores: Tensor | None = None  # of the last step, if units are removed after it
+        self._student: Any = None
+        self._seconds: list[float] = []  # of the steps since the last row
+        self._clock: float | None = None  # the end of the last step, unless something followed
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -91,17 +80,16 @@ class PruningStrategy(Strategy):
 
     def begin(self, student: Any, step: int) -> None:
         """Run the student as the cut of itself that it was at the last step."""
-        self.now.student = student
-        if self.now.kept is None:
-            self.now.kept = everything(student)
-            self.now.cut = cut_of(student, self.now.kept)
+        self._student = student
+        if self._kept is None:
+            self._kept = everything(student)
+            self.cut = cut_of(student, self._kept)
         else:
-            self._keep(self.now.kept)
+            self._keep(self._kept)
 
     def _keep(self, kept: Chosen) -> None:
-        student = self.now.student
-        self.now.kept, self.now.cut = kept, cut_of(student, kept)
-        student.keep(self.now.cut)
+        self._kept, self.cut = kept, cut_of(self._student, kept)
+        self._student.keep(self.cut)
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         return (Pass(teacher=self.course.teacher),)
@@ -113,7 +101,7 @@ class PruningStrategy(Strategy):
         """
         due = self.course.schedule.prunes_after(step + 1)
         if self.course.scoring.score == "random":
-            self.now.scores = self._random_scores(step + 1, student) if due else None
+            self._scores = self._random_scores(step + 1, student) if due else None
             return
         is_averaged = self.course.scoring.score != "magnitude"
         values: dict[str, tuple[Tensor, int]] = {}
@@ -128,13 +116,13 @@ class PruningStrategy(Strategy):
             here = unit_sums(values, student.makers, student.units, self.cut)
             probe = self.probe
             # The same on every rank.
-            self.now.scores = here if probe is None else probe.agree(probe.add_up(here))
+            self._scores = here if probe is None else probe.agree(probe.add_up(here))
 
     def _observe(self, shard: Any) -> None:
         scoring = self.course.scoring
         uncertainty = scoring.uncertainty_beta if scoring.score == "platon" else None
-        averages, beta = self.now.averages, scoring.sensitivity_beta
-        update_averages(averages, [shard], beta=beta, uncertainty_beta=uncertainty)
+        beta = scoring.sensitivity_beta
+        update_averages(self._averages, [shard], beta=beta, uncertainty_beta=uncertainty)
 
     def _random_scores(self, step: int, student: Any) -> Tensor:
         count = sum(group_sizes(student.makers, student.units).values())
@@ -145,60 +133,55 @@ class PruningStrategy(Strategy):
         """Return the scores [n] of this rank's elements of a weight."""
         if self.course.scoring.score == "magnitude":
             return shard.weight.detach()
-        kinds = (kind[shard.name] for kind in self.now.averages.values())
+        kinds = (kind[shard.name] for kind in self._averages.values())
         return functools.reduce(operator.mul, kinds)
 
     def after_update(self, report: StepReport) -> None:
         """Remove the units with the lowest scores if a removal is due."""
         now, step = time.perf_counter(), report.step + 1
-        if self.now.clock is not None:
-            self.now.seconds.append(now - self.now.clock)
-        self.now.clock = now
-        if self.now.scores is None or self.now.kept is None:
+        if self._clock is not None:
+            self._seconds.append(now - self._clock)
+        self._clock = now
+        if self._scores is None or self._kept is None:
             return
-        student, scores = self.now.student, self.now.scores
         wanted = self.course.target.at(self.course.schedule.left(step))
         monotone = self.course.scoring.monotone
-        self._keep(select(scores, self.now.kept, wanted, student, monotone=monotone))
-        self.now.scores = None
-
-    @property
-    def cut(self) -> Cut:
-        return self.now.cut
+        self._keep(select(self._scores, self._kept, wanted, self._student, monotone=monotone))
+        self._scores = None
 
     def note(self, step: int, scores: Mapping[str, float]) -> None:
         """Add a row of the report: the size and the distance from the teacher after a step."""
         view = self.cut.view
         if view is None:
             return
-        self.now.rows.append(
+        self._rows.append(
             {
                 "step": step,
                 "width": view.width or 0,
                 "parameters": self.size(view),
                 "teacher_kl": scores.get("soft_target_kl"),
-                "step_seconds": statistics.median(self.now.seconds) if self.now.seconds else None,
+                "step_seconds": statistics.median(self._seconds) if self._seconds else None,
             }
         )
-        self.now.seconds.clear()
-        self.now.clock = None
+        self._seconds.clear()
+        self._clock = None
 
     def state_dict(self) -> dict[str, Any]:
-        kept = self.now.kept or {}
+        kept = self._kept or {}
         return {
             "kept": [[list(group), units] for group, units in kept.items()],
-            "rows": self.now.rows,
+            "rows": self._rows,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.now.kept = {Group(*group): list(units) for group, units in state["kept"]} or None
-        self.now.rows = list(state["rows"])
+        self._kept = {Group(*group): list(units) for group, units in state["kept"]} or None
+        self._rows = list(state["rows"])
 
     def shards(self) -> Mapping[str, Mapping[str, Tensor]]:
-        return self.now.averages
+        return self._averages
 
     def load_shards(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.now.averages = {kind: dict(values) for kind, values in shards.items()}
+        self._averages = {kind: dict(values) for kind, values in shards.items()}
 
     def scalars(self) -> Mapping[str, float]:
         view = self.cut.view
@@ -207,7 +190,7 @@ class PruningStrategy(Strategy):
         return {"pruning/width": view.width or 0, "pruning/parameters": self.size(view)}
 
     def files(self) -> Mapping[str, bytes]:
-        return {ROWS: json.dumps(self.now.rows).encode()}
+        return {ROWS: json.dumps(self._rows).encode()}
 
 
 def everything(student: Any) -> Chosen:
@@ -298,13 +281,10 @@ def _inside(kept: Sequence[int], heads: int, width: int) -> tuple[tuple[int, ...
 
 @dataclass
 class HomotopyJudge:
-    """Compares evaluations only after the end of pruning: before it, the student is too large.
-
-    worth: the main metric of the task, negated if lower values are better.
-    """
+    """Compares evaluations only after the end of pruning: before it, the student is too large."""
 
     pruning: PruningStrategy
-    worth: Callable[[Mapping[str, float]], float]
+    metric: Metric
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -314,5 +294,5 @@ class HomotopyJudge:
         """Return the score of the student and how it is cut now; add a row to the report."""
         self.pruning.note(step, scores[WHOLE])
         done = self.pruning.course.schedule.left(step) == 0
-        score = self.worth(scores[WHOLE]) if done else float("nan")
+        score = self.metric.worth(scores[WHOLE]) if done else float("nan")
         return Verdict(score, WHOLE, cut=self.pruning.cut, counts=done)

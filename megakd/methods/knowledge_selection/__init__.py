@@ -34,7 +34,6 @@ from megakd.contract.terms import (
     term_name,
 )
 from megakd.errors import ConfigError, TeacherError
-from megakd.methods.unused_options import unused
 
 if TYPE_CHECKING:
     from megakd.methods.knowledge_selection.selecting import Choosing
@@ -102,12 +101,12 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
         yield from super().problems(config)
         policy, action = f"method.policy {self.policy}", f"method.action {self.action}"
         if self.policy != "learned":
-            yield from unused(self, STAGE_1 | {"action", "selector"}, f"{policy} has no selector")
+            yield from self.unused(STAGE_1 | {"action", "selector"}, f"{policy} has no selector")
         elif self.selector is not None:
-            yield from unused(self, STAGE_1, "method.selector gives a selector that has learned")
+            yield from self.unused(STAGE_1, "method.selector gives a selector that has learned")
         if self.policy != "random_hard" and (self.policy, self.action) != ("learned", "hard"):
             how = action if self.policy == "learned" else policy
-            yield from unused(self, {"threshold"}, f"{how} does not choose by a threshold")
+            yield from self.unused({"threshold"}, f"{how} does not choose by a threshold")
         for term in (config.objective or ()) if self.policy != "all" else ():
             if term.weight == 0:
                 yield (

@@ -33,12 +33,9 @@ WINDOW = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Choosing:
-    """Settings of the conversion from outputs of the actor to actions.
+    """Settings of the conversion from outputs of the actor to actions, see the method's options.
 
     hard: whether a kind is either used or not, instead of a weight between 0 and 1.
-    threshold: smallest value at which a hard action uses a kind.
-    noise: standard deviation of the noise added to a phase's actions while learning, for
-        exploration.
     whole_texts: whether a state is the mean over all tokens, not only over each text's first token.
     """
 
@@ -143,13 +140,7 @@ class Selecting(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """Settings of the episodes and of their rewards.
-
-    number: number of episodes.
-    steps: steps of an episode.
-    phase_steps: steps of a phase, after which the reward is measured.
-    exploration: beta, weight of the reward for actions that differ from earlier actions.
-    """
+    """Numbers of episodes, of their steps, of steps of a phase, and beta of the exploration."""
 
     number: int
     steps: int

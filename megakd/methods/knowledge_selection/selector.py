@@ -93,16 +93,9 @@ def load_selector(path: str) -> Selector:
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """Settings of the training of a selector.
+    """Settings of the training of a selector, see `KnowledgeSelectionConfig`.
 
-    rate: learning rate of actor and critic.
-    gamma: discount factor of later rewards.
-    gamma_on: `next` discounts the value after a phase, as usual; `reward` discounts the reward of
-        the phase, as the equation is printed in one of the method's publications.
-    restraint: strength of the penalty that keeps the actor's weights near 0.5. Without the penalty,
-        any slope of the critic, however small, eventually drives a weight to 0 or 1.
-    updates: training steps of actor and critic after every phase, each on `samples` stored steps.
-    memory: maximum number of stored steps.
+    samples, memory: stored steps that a training step reads, and the most that are stored.
     """
 
     rate: float = 1e-3

@@ -85,10 +85,7 @@ class MixedText:
         self._masking = masking
         self._collate = Collator(pair.teacher, task)
         self._offset = pair.offset
-        self._student, self._teacher = (
-            _Frame(*(np.array(ids, dtype=np.int64) for ids in frame(tokenizer)))
-            for tokenizer in pair
-        )
+        self._student, self._teacher = map(_Frame.of, pair)
         self._has_word_starts = task.whole_word_masking
         self._probability = probability
 
@@ -156,6 +153,10 @@ class MixedText:
 class _Frame(NamedTuple):
     before: NDArray[np.int64]
     after: NDArray[np.int64]
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerBase) -> _Frame:
+        return _Frame(*(np.array(ids, dtype=np.int64) for ids in frame(tokenizer)))
 
     @property
     def size(self) -> int:
@@ -254,22 +255,15 @@ def encode_mixed(
 
 
 class _RowShape(NamedTuple):
-    """The shape of the rows.
-
-    room: maximum number of pieces of a row, without special tokens.
-    before, after: the student's special tokens around the pieces.
-    """
-
-    room: int
-    before: NDArray[np.int32]
-    after: NDArray[np.int32]
+    room: int  # the most pieces of a row, without special tokens
+    special: _Frame  # of the student
     has_word_starts: bool
 
     @staticmethod
     def of(pair: VocabularyPair, task: TaskConfig) -> _RowShape:
-        before, after = (np.array(ids, dtype=np.int32) for ids in frame(pair.student))
-        special = max(len(before) + len(after), sum(map(len, frame(pair.teacher))))
-        return _RowShape(task.row_length - special, before, after, task.whole_word_masking)
+        student, teacher = map(_Frame.of, pair)
+        room = task.row_length - max(student.size, teacher.size)
+        return _RowShape(room, student, task.whole_word_masking)
 
 
 def _rows(rows: Dataset, cutter: WordCutter, shape: _RowShape) -> Iterator[_Row]:
@@ -303,7 +297,7 @@ def _text_rows(words: SharedWords, sizes: NDArray[np.int64], shape: _RowShape) -
         )
         lengths = student_lengths[part]
         row = (
-            np.concatenate([shape.before, student, shape.after]),
+            np.concatenate([shape.special.before, student, shape.special.after]),
             teacher,
             lengths,
             teacher_lengths[part],
@@ -332,7 +326,8 @@ def word_windows(sizes: NDArray[np.int64], room: int) -> Iterator[tuple[int, int
 
 
 def _word_starts(lengths: NDArray[np.int64], shape: _RowShape) -> NDArray[np.int32]:
-    sizes = np.concatenate([np.ones_like(shape.before), lengths, np.ones_like(shape.after)])
+    before, after = map(np.ones_like, shape.special)
+    sizes = np.concatenate([before, lengths, after])
     return np.repeat(np.cumsum(sizes) - sizes, sizes).astype(np.int32)
 
 

@@ -25,12 +25,12 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab, Model
 from megakd.contract.metric import Metric
-from megakd.contract.options import MethodOptions
 from megakd.contract.results import CandidateReport
 from megakd.contract.stage import Constant, Pass, Scores, Stage, StageResult, Verdict
 from megakd.contract.tasks import FROM_TEACHER, STUDENT
 from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, SoftTargetKl, TermConfig
 from megakd.contract.views import View
+from megakd.methods.assistants import ImportanceOptions
 from megakd.methods.minidisc import Sandwich
 from megakd.methods.shrink.candidates import Candidate, Cuts, candidates_of, cuts_of, parameters_of
 
@@ -46,7 +46,7 @@ Shares = Annotated[tuple[Share, ...], Field(min_length=1)]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class ShrinkConfig(MethodOptions):
+class ShrinkConfig(ImportanceOptions):
     """Cut a decoder to a size: the best of several depths and widths, repaired by distillation.
 
     parameters: number of weights of the student, such as 0.6B, 600M or 600000000, as exported.
@@ -63,11 +63,8 @@ class ShrinkConfig(MethodOptions):
     assistant: `auto_2.5` shrinks in several hops of at most 2.5 times, with an assistant after each
         hop; `never` shrinks in one hop.
     passes_per_backward: number of candidates that keep their activations at a time; null: all.
-    importance_split: split whose labels determine the importance of heads and neurons.
-    importance_batch_size: rows of a batch of the importance pass over all ranks.
     """
 
-    cuts_student: ClassVar[bool] = True
     learns_from_rollouts: ClassVar[bool] = True
     name: Literal["shrink"]
     parameters: Parameters | None = None
@@ -80,24 +77,13 @@ class ShrinkConfig(MethodOptions):
     metric: str | None = None
     assistant: Literal["never", "auto_2.5"] = "never"
     passes_per_backward: Count | None = None
-    importance_split: Literal["validation", "train"] = "validation"
-    importance_batch_size: Count = 32
-
-    @property
-    def looks_into_teacher(self) -> bool:
-        """True: the importance of units and layers is measured inside the teacher."""
-        return True
 
     def problems(self, config: Any) -> Iterator[str]:
+        yield from super().problems(config)
         if (self.parameters is None) == (self.target_sparsity is None):
             yield (
                 f"method: set exactly one of parameters (got {self.parameters}) and "
                 f"target_sparsity (got {self.target_sparsity})"
-            )
-        if config.teachers:
-            yield (
-                'teachers: method "shrink" needs exactly one teacher; use the section teacher, or '
-                "set method.name to a method for several teachers"
             )
         if config.task.type != "causal_lm":
             yield f"task.type: shrink cuts decoders and needs causal_lm (got {config.task.type})"
@@ -105,10 +91,6 @@ class ShrinkConfig(MethodOptions):
             yield (
                 f'student: method "shrink" cuts the student out of its teacher; set student.model '
                 f'to "{FROM_TEACHER}" and remove student.layers'
-            )
-        if config.task.streaming and self.importance_split == "train":
-            yield (
-                "method.importance_split: train cannot be read with task.streaming; use validation"
             )
         yield from self._problems_of_rollout(config.rollout)
         yield from self._problems_of_objective(config.objective)
@@ -157,9 +139,7 @@ class ShrinkLink(NamedTuple):
 def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     """Sort the teacher, then choose a cut and repair it, once for each hop."""
     teacher = lab.teacher()
-    ranked = lab.pruning.sorted_teacher(
-        teacher, config.importance_split, batch_size=config.importance_batch_size, residual=False
-    )
+    ranked = config.ranked_units(lab, teacher)
     link = ShrinkLink(teacher, ranked.source, lab.pruning.layer_scores(teacher))
     *between, last = hops(config, _cuts(config, lab, ranked.source).whole.parameters)
     for number, target in enumerate(between, start=1):
@@ -234,7 +214,6 @@ def _trial(
 
 
 def _metric(config: ShrinkConfig, lab: Lab) -> Metric:
-
     if config.metric is not None:
         return lab.metric(config.metric)
     return Metric(name=KL, parts=(KL,), higher_is_better=False)
@@ -283,15 +262,13 @@ def _rows(
 ) -> Iterator[CandidateReport]:
     """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
     metric = _metric(config, lab)
-    sign = 1 if metric.higher_is_better else -1
     for one in candidates:
-        value = metric.of(result.scores[one.name])
         yield {
             "iteration": number,
             "sparsity": round(1 - one.parameters / whole, 4),
             "parameters": one.parameters,
-            "metric": value,
-            "tradeoff": sign * value,
+            "metric": metric.of(result.scores[one.name]),
+            "tradeoff": metric.worth(result.scores[one.name]),
             "chosen": one.name == result.view,
             "shape": one.shape(),
         }
@@ -307,8 +284,7 @@ class BestCandidate:
     def __call__(self, scores: Scores, step: int) -> Verdict:
         """Return the best candidate; a value that is not a number loses."""
         del step
-        sign = 1 if self.metric.higher_is_better else -1
-        values = {name: sign * self.metric.of(scores[name]) for name in self.names}
+        values = {name: self.metric.worth(scores[name]) for name in self.names}
         known = {name: -math.inf if math.isnan(v) else v for name, v in values.items()}
         best = max(self.names, key=lambda name: known[name])
         return Verdict(known[best], best)
