@@ -1,0 +1,118 @@
+"""GLUE's submission files: the official names, words and numbers, row by row in order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_glue import (
+    TEST_ROWS,
+    answers_by_hand,
+    rows_of,
+    write_diagnostic,
+    write_glue,
+    write_model,
+    write_run,
+    write_tokenizer,
+)
+from transformers import AutoModelForSequenceClassification, BertTokenizer
+
+from megakd.data.glue import TASKS
+from tools import glue_submission
+
+FILES = {
+    "cola": {"CoLA.tsv": "CoLA/test.tsv"},
+    "sst2": {"SST-2.tsv": "SST-2/test.tsv"},
+    "mrpc": {"MRPC.tsv": "MRPC/test.tsv"},
+    "stsb": {"STS-B.tsv": "STS-B/test.tsv"},
+    "qqp": {"QQP.tsv": "QQP/test.tsv"},
+    "mnli": {
+        "MNLI-m.tsv": "MNLI/test_matched.tsv",
+        "MNLI-mm.tsv": "MNLI/test_mismatched.tsv",
+        "AX.tsv": "AX/AX.tsv",
+    },
+    "qnli": {"QNLI.tsv": "QNLI/test.tsv"},
+    "rte": {"RTE.tsv": "RTE/test.tsv"},
+    "wnli": {"WNLI.tsv": "WNLI/test.tsv"},
+}
+
+
+def write_whole_model(folder: Path, classes: tuple[str, ...]) -> Path:
+    """A model with its tokenizer, as `final/` is."""
+    BertTokenizer.from_pretrained(write_tokenizer(folder)).save_pretrained(folder)
+    return write_model(folder, classes)
+
+
+def submit(run: Path, model: Path, to: Path, *words: str) -> int:
+    command = ["--config", str(run), "--model", str(model), "--to", str(to), *words]
+    return glue_submission.main(command)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_submission_has_the_models_answer_to_every_test_row_in_order(tmp_path, capsys, name):
+    write_glue(tmp_path / "glue", name)
+    write_diagnostic(tmp_path / "glue")
+    classes = TASKS[name].classes
+    model = write_whole_model(tmp_path / "model", classes)
+    run = write_run(tmp_path, name, tmp_path / "glue")
+
+    assert submit(run, model, tmp_path / "answers") == 0
+
+    named = capsys.readouterr().out.splitlines()
+    assert named == [str(tmp_path / "answers" / file) for file in FILES[name]]
+    for file, test in FILES[name].items():
+        header, indices, predictions = rows_of(tmp_path / "answers" / file)
+        expected = answers_by_hand(name, model, tmp_path / "tokenizer", tmp_path / "glue" / test)
+        assert header == "index\tprediction"
+        assert indices == list(range(TEST_ROWS))
+        assert predictions == expected
+        assert len(set(predictions)) > 1
+
+
+def test_labels_are_matched_by_name_not_by_number(tmp_path):
+    write_glue(tmp_path / "glue", "rte")
+    run = write_run(tmp_path, "rte", tmp_path / "glue")
+    model = write_whole_model(tmp_path / "model", TASKS["rte"].classes[::-1])
+
+    assert submit(run, model, tmp_path) == 0
+
+    swapped = dict(zip(TASKS["rte"].classes, TASKS["rte"].classes[::-1], strict=True))
+    test = tmp_path / "glue" / "RTE" / "test.tsv"
+    by_number = answers_by_hand("rte", model, tmp_path / "tokenizer", test)
+    assert rows_of(tmp_path / "RTE.tsv")[2] == [swapped[answer] for answer in by_number]
+
+
+def not_finite(folder: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.bert.pooler.dense.weight.data.fill_(0.0)
+    model.bert.pooler.dense.bias.data.fill_(10.0)
+    model.classifier.weight.data.fill_(torch.finfo(torch.float32).max)
+    model.save_pretrained(folder)
+
+
+def test_what_makes_no_submission_is_named_and_nothing_is_written(tmp_path, capsys):
+    write_glue(tmp_path / "glue", "rte")
+    run = write_run(tmp_path, "rte", tmp_path / "glue")
+    model = write_whole_model(tmp_path / "model", TASKS["rte"].classes)
+    other = write_whole_model(tmp_path / "other", ("yes", "no"))
+    infinite = write_whole_model(tmp_path / "infinite", TASKS["rte"].classes)
+    not_finite(infinite)
+    tree = json.loads(run.read_text())
+    tree["task"] = {"type": "classification", "dataset": "pydocs"}
+    (tmp_path / "pydocs.yaml").write_text(json.dumps(tree))
+
+    cases = {
+        "pydocs is not a GLUE task": (tmp_path / "pydocs.yaml", model),
+        "nowhere holds no model": (run, tmp_path / "nowhere"),
+        "the model's labels (yes, no) are not those of the task": (run, other),
+        f"are not finite for {TEST_ROWS} of {TEST_ROWS} rows": (run, infinite),
+    }
+    for message, (config, folder) in cases.items():
+        assert submit(config, folder, tmp_path / "to") == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "glue" / "RTE" / "test.tsv").unlink()
+    assert submit(run, model, tmp_path / "to") == 2
+    assert "RTE/test.tsv does not exist, and RTE.tsv needs its rows" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
