@@ -22,6 +22,7 @@ from tiny_cuts import (
     view_of,
 )
 
+from megakd.config.run import SaveConfig
 from megakd.models.model_folder import brings_code, write_model_folder
 from megakd.models.own_models import OWN_MODELS
 from megakd.reports.latency import Work, measure_latencies
@@ -157,7 +158,7 @@ def test_the_export_of_a_folder_that_an_older_version_wrote_brings_todays_code(t
     (stage / "modeling_cut.py").write_text("# of an older version")
     (stage / CHECKSUMS).unlink()
     seal(stage)
-    config: Any = SimpleNamespace(output_dir=tmp_path, save=SimpleNamespace(int8=False))
+    config: Any = SimpleNamespace(output_dir=tmp_path, save=SaveConfig())
 
     exported = export_run(config, "student", tmp_path / "exported")
 

@@ -11,8 +11,7 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.lab import Lab
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import STRICT
-from megakd.methods.assistants import AssistantOptions
-from megakd.methods.direct import cut_target
+from megakd.methods.assistants import AssistantOptions, ranked_teacher, view_of
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -30,6 +29,8 @@ class Labels(AssistantOptions):
 
 
 def run(config: Labels, lab: Lab) -> StageResult:
-    _, start = cut_target(config, lab)
+    _, ranked = ranked_teacher(config, lab)
+    view = view_of(config, lab, ranked, config.target_sparsity)
+    start = lab.pruning.cut(ranked.source, view, "cut")
     objective = lab.hard_terms()
     return lab.train(Stage(name="student", objective=objective, start=start))
