@@ -46,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	[ $$missing = 0 ] || exit 1
 	if [ -e $@ ]; then rm $@; else "$$python" -m venv --clear $(VENV); fi
 	$(ACTIVATE)
-	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,lora,eval]'
+	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,lora,eval,onnx]'
 	# CUDA builds of torch bring their own; elsewhere the kernels' tests need its interpreter.
 	python -c 'import triton' 2>/dev/null ||
 		python -m pip install --disable-pip-version-check --no-deps 'triton==$(TRITON)' ||

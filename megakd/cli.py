@@ -12,7 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from types import ModuleType
 
-from megakd.commands import cache, encode, evaluate, export, methods, plan, report, shrink, train
+from megakd.commands import (
+    cache,
+    encode,
+    evaluate,
+    export,
+    methods,
+    plan,
+    predict,
+    report,
+    shrink,
+    train,
+)
 from megakd.commands.arguments import Parser, is_rank_0, say
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.process.signals import Stopped, watched
@@ -23,7 +34,10 @@ _USER_ERROR = 2
 # A command is a module that is named like it, with its options, its code, and a line on it.
 _COMMANDS: Mapping[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (train, plan, cache, encode, evaluate, shrink, export, report, methods)
+    for module in (
+        *(train, plan, cache, encode, evaluate, predict),
+        *(shrink, export, report, methods),
+    )
 }
 
 

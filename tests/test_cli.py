@@ -53,7 +53,10 @@ class Runs(types.ModuleType):
         found = {"file": "reviews", "split": "test", "rows": 7, "metrics": metrics}
         return {"model": "final", **found, "evaluation_sets": sets}
 
-    def export_run(self, config: RunConfig, stage: str | None, to: Path) -> Path:
+    def export_run(
+        self, config: RunConfig, stage: str | None, to: Path, *, add: object = None
+    ) -> Path:
+        assert add is None
         self.asked.append(("export", config.output_dir, stage, to))
         return to
 
@@ -247,7 +250,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
 def test_the_commands_are_listed(words, code, capsys):
     assert cli.main(words) == code
     usage = capsys.readouterr().out.splitlines()[0]
-    commands = "train,plan,cache,encode,evaluate,shrink,export,report,methods"
+    commands = "train,plan,cache,encode,evaluate,predict,shrink,export,report,methods"
     assert usage == f"usage: megakd {{{commands}}} ..."
 
 

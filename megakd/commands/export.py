@@ -1,8 +1,9 @@
-"""Write a finished stage as a Hugging Face folder."""
+"""Write a finished stage as a Hugging Face folder, or as ONNX."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from megakd.commands.arguments import Parser, add_config, config_of, say
 from megakd.errors import ConfigError
@@ -10,7 +11,7 @@ from megakd.process.terminal import in_home, print_aside
 
 
 def add_options(parser: Parser) -> None:
-    """Add the config, the stage and the folder to write."""
+    """Add the config, the stage, and the folder to write with its format."""
     add_config(parser)
     parser.add_argument(
         "--stage",
@@ -18,15 +19,41 @@ def add_options(parser: Parser) -> None:
         help="the stage to export; default: the stage that final/ was copied from",
     )
     parser.add_argument("--to", metavar="FOLDER", type=in_home, help="the folder to write to")
+    parser.add_argument(
+        "--format",
+        choices=("transformers", "onnx"),
+        default="transformers",
+        help="onnx: a graph in place of the weights, compared with torch",
+    )
+    parser.add_argument(
+        "--int8", action="store_true", help="with --format onnx: int8 weights in the graph"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Export the stage and print the folder."""
+    """Export the stage; print the folder, and how far a graph is from torch."""
     config = config_of(arguments)
     if arguments.to is None:
         raise ConfigError("--to is missing; give the folder to write the model to")
+    if arguments.int8 and arguments.format != "onnx":
+        raise ConfigError("--int8 needs --format onnx; for torch, give save.int8=true")
+    differences: list[float] = []
+
+    def to_graph(folder: Path) -> None:
+        differences.append(write_onnx(folder, int8=arguments.int8))
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+
     with print_aside():
+        add = None
+        if arguments.format == "onnx":
+            from megakd.models.onnx import check_packages, write_onnx
+
+            check_packages("--format onnx")
+            add = to_graph
         from megakd.run import finished_run
 
-        folder = finished_run.export_run(config, arguments.stage, arguments.to)
+        folder = finished_run.export_run(config, arguments.stage, arguments.to, add=add)
     say(str(folder))
+    if differences:
+        say(f"the graph's logits differ from torch's by at most {differences[0]:.1e}")

@@ -6,11 +6,13 @@ import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import transformers
 from transformers import AutoConfig
 
+from megakd.errors import ModelError
 from megakd.models.modeling import modeling_cut
 from megakd.models.modeling.modeling_t5 import (
     EncT5Config,
@@ -18,6 +20,7 @@ from megakd.models.modeling.modeling_t5 import (
     T5EncoderConfig,
     T5EncoderForSequenceClassification,
 )
+from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -108,3 +111,33 @@ def own_class(name: str) -> type[PreTrainedModel] | None:
     """Return megakd's model class of this name, or None."""
     classes = (cls for model in OWN_MODELS.values() for cls in model.models.values())
     return next((cls for cls in classes if cls.__name__ == name), None)
+
+
+def load_finished(
+    folder: Path,
+    where: str,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Return the model of a folder as its config.json names it, of megakd or of transformers.
+
+    Args:
+        where: the key or option that asks for the model, for messages.
+        device: default: the CPU.
+        dtype: default: the stored dtype.
+
+    Raises:
+        ModelError: the folder is damaged, or its class does not exist.
+    """
+    check_given(folder, where)
+    register_own_models()
+    name = (AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
+    model_class: Any = own_class(name) or getattr(transformers, name, None)
+    if model_class is None:
+        raise ModelError(
+            f"{folder / 'config.json'} names the architecture {name!r}, which transformers "
+            f"{transformers.__version__} does not have ({where})"
+        )
+    model = model_class.from_pretrained(folder, dtype=dtype or "auto")
+    return model.to(device or torch.device("cpu"))

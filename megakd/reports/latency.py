@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from megakd.contract.results import LatencyReport
 from megakd.engine.memory import device_name
-from megakd.errors import ModelError
-from megakd.models.own_models import own_class, register_own_models
-from megakd.storage.folders import check_given
+from megakd.models.own_models import load_finished
 
 WARM_UP = 3
 LONG_MS = 100.0
@@ -130,28 +127,14 @@ def _warm_up(call: Callable[[], object]) -> float:
 def _ready(
     model: PreTrainedModel | Path, device: torch.device | None, dtype: torch.dtype | None
 ) -> Iterator[PreTrainedModel]:
-    loaded = _load(model, device, dtype) if isinstance(model, Path) else model
+    is_folder = isinstance(model, Path)
+    loaded = load_finished(model, "latency", device=device, dtype=dtype) if is_folder else model
     was_training = loaded.training
     loaded.eval()
     try:
         yield loaded
     finally:
         loaded.train(was_training)
-
-
-def _load(folder: Path, device: torch.device | None, dtype: torch.dtype | None) -> PreTrainedModel:
-    check_given(folder, "latency")
-    register_own_models()
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or ["none"])[0]
-    model_class: Any = own_class(name) or getattr(transformers, name, None)
-    if model_class is None:
-        raise ModelError(
-            f"{folder / 'config.json'} names the architecture {name!r}, which transformers "
-            f"{transformers.__version__} does not have: its latency cannot be measured"
-        )
-    model = model_class.from_pretrained(folder, dtype=dtype or "auto")
-    return model.to(device or torch.device("cpu"))
 
 
 def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:

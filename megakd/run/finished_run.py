@@ -7,7 +7,7 @@ the stage that became `final/`, and the checksums of `final/` and of the report.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,10 +316,19 @@ def _draw(output_dir: Path) -> None:
         )
 
 
-def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
+def export_run(
+    config: RunConfig,
+    stage: str | None,
+    to: Path,
+    *,
+    add: Callable[[Path], None] | None = None,
+) -> Path:
     """Copy a finished stage's model to a new folder `to`; None: the stage of `final/`.
 
-    The number formats of `save` are written too.
+    The number formats of `save` are written too, unless another is added.
+
+    Args:
+        add: called with the copy before it takes its name, to write another format of the model.
     """
     from megakd.training.window_state import files_of_window
 
@@ -334,7 +343,7 @@ def export_run(config: RunConfig, stage: str | None, to: Path) -> Path:
     there = entries(folder)
     changes = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
     changes |= current_files(there)
-    add = _add_formats if config.save.formats else None
+    add = add or (_add_formats if config.save.formats else None)
     copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
     return to
 

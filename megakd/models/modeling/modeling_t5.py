@@ -340,7 +340,8 @@ class EncT5ForSequenceClassification(T5ClassifierModel):
         self.post_init()
 
     def summary(self, encoded: Tensor, attention_mask: Tensor | None) -> Tensor:
-        prompt = torch.zeros(len(encoded), 1, dtype=torch.long, device=encoded.device)
+        # Not len(encoded): torch.export would take it for a constant.
+        prompt = torch.zeros(encoded.shape[0], 1, dtype=torch.long, device=encoded.device)
         decoded = self.decoder(
             input_ids=prompt,
             encoder_hidden_states=encoded,

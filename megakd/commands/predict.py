@@ -1,0 +1,57 @@
+"""Print what a finished model answers to texts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from megakd.commands.arguments import Parser, say
+from megakd.errors import ConfigError
+from megakd.process.terminal import in_home, print_aside
+from megakd.storage.atomic import json_text
+
+
+def add_options(parser: Parser) -> None:
+    """Add the model, the texts and the form of the answers."""
+    parser.add_argument(
+        "model", metavar="MODEL", type=in_home, help="a run's final/, or its export"
+    )
+    parser.add_argument(
+        "texts",
+        nargs="*",
+        metavar="TEXT",
+        help="a tab parts the two texts of a pair; default: the lines of standard input",
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=64, help="of a decoder's text; default 64"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per text")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print one line per text: label and probability, a number, or the continuation."""
+    if not arguments.model.is_dir():
+        raise ConfigError(f"{arguments.model} is not a folder; give a model such as a run's final/")
+    texts = arguments.texts or [line.rstrip("\n") for line in sys.stdin]
+    if not texts:
+        raise ConfigError("no text is given; write texts behind MODEL, or one per line on stdin")
+    with print_aside():
+        from transformers.utils import logging
+
+        from megakd.models.answers import answers_of
+
+        logging.disable_progress_bar()
+        answers = list(answers_of(arguments.model, texts, new_tokens=arguments.max_new_tokens))
+    for answer in answers:
+        say(json_text(answer) if arguments.json else _line(answer))
+
+
+def _line(answer: Mapping[str, Any]) -> str:
+    """Return an answer of one kind: label, number, tokens of each mask, or text."""
+    if "label" in answer:
+        return f"{answer['label']}\t{answer['probability']:.3f}"
+    if "tokens" in answer:
+        return "\t".join(" ".join(tokens) for tokens in answer["tokens"])
+    return answer["text"] if "text" in answer else f"{answer['value']:.4g}"

@@ -1,0 +1,131 @@
+"""The answers of a finished model to texts: labels, numbers, filled masks or continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from megakd.data.tokenizers import has_tokenizer_files
+from megakd.errors import ModelError
+from megakd.models.architecture import context_length
+from megakd.models.onnx import MODEL, OnnxModel
+from megakd.models.own_models import load_finished, register_own_models
+
+ROWS = 32
+"""Texts of a batch."""
+SHOWN = 5
+"""Tokens that a masked position may be filled with."""
+Answer = Mapping[str, Any]
+
+
+class TorchModel:
+    """A model of transformers on the CPU in fp32."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: PreTrainedModel = load_finished(folder, "MODEL", dtype=torch.float32).eval()
+        self.inputs = tuple(signature(self.model.forward).parameters)
+
+    @torch.inference_mode()
+    def logits(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        """Return the logits [B, C] or [B, T, V]."""
+        return self.model(**inputs).logits.numpy()
+
+
+def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> Iterator[Answer]:
+    """Yield one answer per text.
+
+    A classifier gives `label`, `probability` and `probabilities`, a regression model `value`, a
+    masked language model the `tokens` of each masked position, and a decoder its greedy `text`; a
+    chat template, if there is one, makes the text a user's turn.
+
+    Args:
+        folder: a model folder of megakd or transformers, or one with an ONNX graph.
+        texts: a tab parts the two texts of a pair.
+        new_tokens: most tokens of a decoder's text.
+
+    Raises:
+        ModelError: the folder has no tokenizer, or its model is no model of these tasks.
+    """
+    register_own_models()
+    config = AutoConfig.from_pretrained(folder)
+    task = next((n for n in _TASKS if n in (config.architectures or [""])[0]), None)
+    graph = folder / MODEL
+    if task is None or (task in _GENERATES and graph.is_file()):
+        raise ModelError(
+            f"{folder}: {'a graph' if task else 'the model'} of {config.architectures} gives no "
+            "answers to texts; give a classifier, a masked language model or a decoder's weights"
+        )
+    if not has_tokenizer_files(folder):
+        raise ModelError(f"{folder} has no tokenizer; copy the tokenizer's files there")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = OnnxModel(graph) if graph.is_file() else TorchModel(folder)
+    if isinstance(model, TorchModel) and task in _GENERATES:
+        yield from (_continued(model.model, tokenizer, text, new_tokens) for text in texts)
+        return
+    for start in range(0, len(texts), ROWS):
+        encoded = _encoded(tokenizer, texts[start : start + ROWS], config)
+        logits = model.logits({name: encoded[name] for name in encoded if name in model.inputs})
+        answer = _filled if task == "ForMaskedLM" else _classified
+        yield from (
+            answer(row, ids, config, tokenizer)
+            for row, ids in zip(logits, encoded["input_ids"], strict=True)
+        )
+
+
+_GENERATES = ("ForCausalLM", "LMHeadModel")
+_TASKS = ("ForSequenceClassification", "ForMaskedLM", *_GENERATES)
+
+
+def _encoded(
+    tokenizer: Any, texts: Sequence[str], config: PretrainedConfig
+) -> Mapping[str, Tensor]:
+    pairs = [tuple(text.split("\t", 1)) if "\t" in text else text for text in texts]
+    # RoBERTa's tokenizer knows that two of its positions are for no token.
+    longest = min(context_length(config) or tokenizer.model_max_length, tokenizer.model_max_length)
+    return tokenizer(pairs, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+
+
+def _classified(
+    logits: NDArray[np.float32], ids: Tensor, config: PretrainedConfig, tokenizer: Any
+) -> Answer:
+    del ids, tokenizer
+    if len(logits) == 1:
+        return {"value": float(logits[0])}
+    shares = torch.from_numpy(logits).softmax(-1).tolist()
+    names: Any = config.id2label
+    best = max(range(len(shares)), key=shares.__getitem__)
+    probabilities = {names[number]: share for number, share in enumerate(shares)}
+    return {
+        "label": names[best],
+        "probability": shares[best],
+        "probabilities": probabilities,
+    }
+
+
+def _filled(
+    logits: NDArray[np.float32], ids: Tensor, config: PretrainedConfig, tokenizer: Any
+) -> Answer:
+    del config
+    places = (ids == tokenizer.mask_token_id).nonzero().flatten().tolist()
+    best = [logits[place].argsort()[::-1][:SHOWN].tolist() for place in places]
+    return {"tokens": [tokenizer.convert_ids_to_tokens(one) for one in best]}
+
+
+def _continued(model: Any, tokenizer: Any, text: str, new_tokens: int) -> Answer:
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    given = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    with torch.inference_mode():
+        tokens = model.generate(**given, max_new_tokens=new_tokens, do_sample=False)
+    return {
+        "text": tokenizer.decode(tokens[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    }

@@ -1,0 +1,205 @@
+"""A finished model as an ONNX graph: written, compared with torch, and opened by onnxruntime.
+
+    model.onnx    inputs as the tokenizer names them, int64 [B, T]; output `logits`, fp32
+
+B and T are free. The folder also holds the config and the tokenizer, as optimum and transformers.js
+expect them. A decoder's graph has no cache of keys and values: it scores texts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from megakd.data.tokenizers import has_tokenizer_files
+from megakd.errors import ConfigError, ModelError
+from megakd.models.architecture import context_length
+from megakd.models.own_models import load_finished
+
+MODEL = "model.onnx"
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_TOLERANCE = 1e-4
+"""Largest difference of a logit from torch, relative to the largest logit if that is above 1."""
+_SHAPES = ((2, 7), (1, 1), (1, 19), (3, 32))
+"""Rows and tokens of the inputs that are compared; the first is the one that is traced."""
+_INPUTS = ("input_ids", "attention_mask")
+_OPSET = 18
+_MOST_IN_ONE_FILE = 1_500_000_000
+"""Bytes of weights beyond which they go into a file beside the graph: protobuf ends at 2 GiB."""
+
+
+def check_packages(where: str) -> None:
+    """Raise ConfigError if a package is missing that writes or runs a graph."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{where} needs {', '.join(missing)}, not installed; pip install 'megakd[onnx]'"
+        )
+
+
+def write_onnx(folder: Path, *, int8: bool = False) -> float:
+    """Write `model.onnx` beside the weights of a finished model.
+
+    Args:
+        folder: a model folder of megakd or of transformers.
+        int8: quantise the weights of matrix products to int8, one scale per column; activations are
+            quantised when the graph runs (onnxruntime's dynamic quantisation).
+
+    Returns:
+        The largest difference of a logit from torch, over batches of several shapes with padding.
+
+    Raises:
+        ModelError: the model cannot be expressed as ONNX, or the fp32 graph computes other logits.
+    """
+    model = load_finished(folder, "--format onnx", dtype=torch.float32).eval()
+    # The exporter splits fused attention into operators whose strides T5's views refuse.
+    model.set_attn_implementation("eager")
+    graph = folder / (f"whole-{MODEL}" if int8 else MODEL)
+    _export(model, _input_names(model, folder), graph)
+    worst, largest = _differences(model, graph)
+    if not worst <= _TOLERANCE * max(1.0, largest):
+        raise ModelError(
+            f"the ONNX graph of this {model.config.model_type} model computes other logits than "
+            f"torch: they differ by {worst:.1e}, and at most {_TOLERANCE:.0e} is allowed; export "
+            "the model without --format"
+        )
+    if int8:
+        _quantize(graph, folder / MODEL, large=_bytes(model) > _MOST_IN_ONE_FILE)
+        worst, _ = _differences(model, folder / MODEL)
+    return worst
+
+
+class OnnxModel:
+    """A graph on the CPU that answers like the model."""
+
+    def __init__(self, graph: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(
+            str(graph), options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = tuple(one.name for one in self._session.get_inputs())
+
+    def logits(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        """Return the logits [B, C] or [B, T, V] of token numbers and masks [B, T]."""
+        given = {name: inputs[name].numpy() for name in self.inputs}
+        (logits,) = self._session.run(["logits"], given)
+        return np.asarray(logits)
+
+
+class _Logits(nn.Module):
+    """The model with positional inputs and nothing but logits as output."""
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+
+
+def _input_names(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
+    known = signature(model.forward).parameters
+    named = ()
+    if has_tokenizer_files(folder):  # its token_type_ids tell the texts of a pair apart
+        named = AutoTokenizer.from_pretrained(folder).model_input_names
+    return (*_INPUTS, *(name for name in named if name not in _INPUTS and name in known))
+
+
+def _export(model: PreTrainedModel, names: Sequence[str], graph: Path) -> None:
+    model.config.use_cache = False
+    inputs = _example(model, names, _SHAPES[0])
+    free = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=1)}
+    try:
+        with warnings.catch_warnings(), _silent(logging.getLogger("torch.onnx")):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Logits(model, names),
+                tuple(inputs.values()),
+                graph,
+                input_names=list(inputs),
+                output_names=["logits"],
+                dynamic_shapes=((free,) * len(inputs),),
+                opset_version=_OPSET,
+                external_data=_bytes(model) > _MOST_IN_ONE_FILE,
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ModelError(
+            f"a {model.config.model_type} model cannot be expressed as ONNX ({reason}); export the "
+            "model without --format"
+        ) from error
+
+
+def _differences(model: PreTrainedModel, graph: Path) -> tuple[float, float]:
+    """Return the largest difference from torch and the largest logit, over all shapes."""
+    onnx, worst, largest = OnnxModel(graph), 0.0, 0.0
+    for shape in _SHAPES:
+        inputs = _example(model, onnx.inputs, shape)
+        with torch.inference_mode():
+            wanted = model(**inputs).logits.numpy()
+        got = onnx.logits(inputs)
+        if wanted.ndim > 2:  # the logits at padding are computed for nobody
+            real = inputs["attention_mask"].bool().numpy()
+            wanted, got = wanted[real], got[real]
+        worst = max(worst, float(np.abs(got - wanted).max()))
+        largest = max(largest, float(np.abs(wanted).max()))
+    return worst, largest
+
+
+def _example(
+    model: PreTrainedModel, names: Sequence[str], shape: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Return random tokens [B, T]; the second half of the last row is padding."""
+    config = model.config.get_text_config()
+    rows, tokens = shape[0], min(shape[1], context_length(config) or shape[1])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, (tokens + 1) // 2 :] = 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    return {name: given.get(name, torch.zeros_like(ids)) for name in names}
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return sum(one.nbytes for one in model.parameters())
+
+
+def _quantize(whole: Path, graph: Path, *, large: bool) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _silent(logging.getLogger()):
+        quantize_dynamic(
+            whole,
+            graph,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=large,
+        )
+    for path in whole.parent.glob(f"{whole.name}*"):
+        path.unlink()
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,141 @@
+"""`megakd predict` and `megakd export --format onnx`, on models that a run has written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_runs import bert, config_tree, write_config, write_scored_pairs, write_text
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from whole_run import finish
+
+from megakd.errors import ConfigError
+from megakd.models import onnx
+
+TEXTS = ("a good fine film", "the poor ugly cat and it was awful", "")
+
+
+def answers(said):
+    assert said.code == 0, said.err
+    return [json.loads(line) for line in said.out.splitlines()]
+
+
+def logits_by_hand(folder, text):
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model, model(
+            **AutoTokenizer.from_pretrained(folder)(*text, return_tensors="pt")
+        ).logits[0]
+
+
+@pytest.fixture(scope="module")
+def exported(one_rank, whole_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "graph"
+    said = one_rank.megakd("export", whole_run.config, "--to", folder, "--format", "onnx")
+    assert said.code == 0, said.err
+    return folder, said
+
+
+def test_a_classifier_answers_with_the_probabilities_of_plain_transformers(one_rank, whole_run):
+    final = whole_run.out / "final"
+
+    found = answers(one_rank.megakd("predict", final, *TEXTS, "--json"))
+
+    for text, answer in zip(TEXTS, found, strict=True):
+        model, logits = logits_by_hand(final, (text,))
+        shares = logits.softmax(-1)
+        assert answer["label"] == model.config.id2label[int(shares.argmax())]
+        assert list(answer["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)
+    lines = one_rank.megakd("predict", final, *TEXTS).out.splitlines()
+    assert lines == [f"{one['label']}\t{one['probability']:.3f}" for one in found]
+
+
+def test_the_graph_takes_the_place_of_the_weights_and_answers_alike(one_rank, whole_run, exported):
+    folder, said = exported
+
+    assert said.out.splitlines()[0] == str(folder)
+    assert (folder / "model.onnx").is_file()
+    assert not list(folder.glob("*.safetensors*"))
+    torch_answers = answers(one_rank.megakd("predict", whole_run.out / "final", *TEXTS, "--json"))
+    onnx_answers = answers(one_rank.megakd("predict", folder, *TEXTS, "--json"))
+    for one, other in zip(torch_answers, onnx_answers, strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-4)
+
+
+def test_int8_makes_the_graph_smaller(one_rank, whole_run, exported, tmp_path):
+    small = tmp_path / "int8"
+
+    said = one_rank.megakd("export", whole_run.config, "--to", small, "--format", "onnx", "--int8")
+
+    assert said.code == 0, said.err
+    assert [path.name for path in small.glob("*.onnx*")] == ["model.onnx"]
+    size = (exported[0] / "model.onnx").stat().st_size
+    assert (small / "model.onnx").stat().st_size < size
+    assert len(answers(one_rank.megakd("predict", small, *TEXTS, "--json"))) == len(TEXTS)
+
+
+def test_a_pair_is_two_texts_with_a_tab_and_a_score_is_a_number(one_rank, tmp_path):
+    pairs = write_scored_pairs(tmp_path / "pairs")
+    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
+    task = {"type": "regression", "dataset": str(pairs), **columns}
+    config = write_config(tmp_path / "run.yaml", config_tree(tmp_path / "out", task))
+    finish(one_rank, config)
+    final = tmp_path / "out/final"
+
+    (found,) = answers(one_rank.megakd("predict", final, "good film\tthe film", "--json"))
+
+    _, logits = logits_by_hand(final, ("good film", "the film"))
+    assert found["value"] == pytest.approx(float(logits), abs=1e-5)
+
+
+def test_a_decoder_continues_and_a_masked_model_fills_its_masks(one_rank, tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    finals = {}
+    for kind in ("causal_lm", "mlm"):
+        task = {"type": kind, "dataset": str(text)}
+        sections = {"student": {"model": bert(1)}} if kind == "mlm" else {}
+        tree = config_tree(tmp_path / kind, task, **sections)
+        finish(one_rank, write_config(tmp_path / f"{kind}.yaml", tree))
+        finals[kind] = tmp_path / kind / "final"
+
+    decoder = finals["causal_lm"]
+    (found,) = answers(
+        one_rank.megakd("predict", decoder, "the cat", "--max_new_tokens", "5", "--json")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    given = tokenizer("the cat", return_tensors="pt")
+    tokens = AutoModelForCausalLM.from_pretrained(decoder).generate(**given, max_new_tokens=5)
+    rest = tokens[0, given["input_ids"].shape[1] :]
+    assert found["text"] == tokenizer.decode(rest, skip_special_tokens=True)
+
+    (found,) = answers(one_rank.megakd("predict", finals["mlm"], "the [MASK] sees", "--json"))
+    assert [len(tokens) for tokens in found["tokens"]] == [5]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("predict", "nowhere", "text"), "nowhere is not a folder"),
+        (("predict", "{tokenless}", "text"), "has no tokenizer"),
+        (("export", "{config}", "--to", "{tokenless}/x", "--int8"), "--int8 needs --format onnx"),
+    ],
+)
+def test_what_cannot_answer_is_refused(one_rank, whole_run, tmp_path, words, message):
+    tokenless = tmp_path / "tokenless"
+    shutil.copytree(
+        whole_run.out / "final", tokenless, ignore=shutil.ignore_patterns("tok*", "check*")
+    )
+    names = {"tokenless": tokenless, "config": whole_run.config}
+
+    said = one_rank.megakd(*(word.format(**names) for word in words))
+
+    assert said.code == 2
+    assert message in said.err
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
+    monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs onnx, onnxscript, onnxruntime.*'megakd\[onnx\]'"):
+        onnx.check_packages("--format onnx")
