@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from megakd.data.tokenizers import has_tokenizer_files
+from megakd.contract.tasks import TaskType
+from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ModelError
 from megakd.models.architecture import context_length
 from megakd.models.onnx import MODEL, OnnxModel
 from megakd.models.own_models import load_finished, register_own_models
+from megakd.storage.folders import check_given
 
 ROWS = 32
 """Texts of a batch."""
@@ -54,6 +56,7 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
     Raises:
         ModelError: the folder has no tokenizer, or its model is no model of these tasks.
     """
+    check_given(folder, "MODEL")
     register_own_models()
     config = AutoConfig.from_pretrained(folder)
     task = next((n for n in _TASKS if n in (config.architectures or [""])[0]), None)
@@ -65,7 +68,7 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
         )
     if not has_tokenizer_files(folder):
         raise ModelError(f"{folder} has no tokenizer; copy the tokenizer's files there")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = from_folder(folder, _TASKS[task])
     model = OnnxModel(graph) if graph.is_file() else TorchModel(folder)
     if isinstance(model, TorchModel) and task in _GENERATES:
         yield from (_continued(model.model, tokenizer, text, new_tokens) for text in texts)
@@ -81,7 +84,11 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
 
 
 _GENERATES = ("ForCausalLM", "LMHeadModel")
-_TASKS = ("ForSequenceClassification", "ForMaskedLM", *_GENERATES)
+_TASKS: Mapping[str, TaskType] = {
+    "ForSequenceClassification": "classification",
+    "ForMaskedLM": "mlm",
+    **dict.fromkeys(_GENERATES, "causal_lm"),
+}
 
 
 def _encoded(

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from megakd.data.tokenizers import has_tokenizer_files
+from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, ModelError
 from megakd.models.architecture import context_length
 from megakd.models.own_models import load_finished
@@ -115,7 +115,7 @@ def _input_names(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     known = signature(model.forward).parameters
     named = ()
     if has_tokenizer_files(folder):  # its token_type_ids tell the texts of a pair apart
-        named = AutoTokenizer.from_pretrained(folder).model_input_names
+        named = from_folder(folder, "classification").model_input_names
     return (*_INPUTS, *(name for name in named if name not in _INPUTS and name in known))
 
 

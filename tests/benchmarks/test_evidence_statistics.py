@@ -33,6 +33,7 @@ def measured(ours, theirs, **changes):
     return differences(found, [("a", "b"), ("b", "b")])[0]
 
 
+@pytest.mark.slow
 @given(SCORES)
 def test_interval_and_p_are_those_of_the_paired_t_test(rows):
     ours, theirs = ([row[place] / 7 for row in rows] for place in (0, 1))
@@ -113,6 +114,7 @@ def test_a_noisier_arm_has_its_own_interval_and_does_not_widen_the_others():
     assert (together[0].low, together[0].high) == pytest.approx((interval.low, interval.high))
 
 
+@pytest.mark.slow
 def test_without_effects_the_tests_are_right_as_often_as_they_say():
     rng = np.random.default_rng(0)
     wrong = 0
