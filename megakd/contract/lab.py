@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from megakd.contract.metric import Metric
 from megakd.contract.results import MethodRecord, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import TermConfig
-from megakd.contract.views import View
+from megakd.contract.views import Allocation, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class SortedModel(Protocol):
         self,
         sparsity: float,
         *,
-        allocation: Literal["global", "uniform"],
+        allocation: Allocation,
         round_to: int,
         residual: bool = False,
         with_heads: Collection[int] = (),

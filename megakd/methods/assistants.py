@@ -28,7 +28,7 @@ from megakd.contract.terms import (
     TermConfig,
     Weight,
 )
-from megakd.contract.views import Heads, Shape, View
+from megakd.contract.views import Allocation, Heads, Shape, View
 from megakd.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,9 @@ class AssistantOptions(ImportanceOptions):
     sparsities: grid of the candidates' sparsities; must contain the target (except for direct).
     tradeoff: lambda, the weight of sparsity in metric + lambda * sparsity.
     metric: metric of the trade-off; null: the main metric of the task.
-    allocation: `global` ranks the units of all layers together; `uniform` removes the same share of
-        every layer.
+    allocation: `global` ranks the units of all layers together, by importance in units of the L2
+        norm of their layer, as in the authors' code; `global_raw` by the importance itself;
+        `uniform` removes the same share of every layer.
     round_to: neurons and rows of heads are removed in multiples of this number.
     residual: whether the width of the hidden states is reduced too; width, heads and neurons then
         lose 1 - sqrt(1 - sparsity) each.
@@ -110,7 +111,7 @@ class AssistantOptions(ImportanceOptions):
     sparsities: Grid = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
     tradeoff: Weight = 0.2
     metric: str | None = None
-    allocation: Literal["global", "uniform"] = "global"
+    allocation: Allocation = "global"
     round_to: Count = 8
     residual: bool = False
 
@@ -228,7 +229,7 @@ def check_reach(config: AssistantOptions, lab: Lab) -> None:
             getattr(term, "relation_heads", None),
         )
     # The distribution of units over the layers, and so the effect of rounding, is not yet known.
-    exact = dataclasses.replace(config, round_to=1) if config.allocation == "global" else config
+    exact = dataclasses.replace(config, round_to=1) if config.allocation != "uniform" else config
     views_of(exact, lab, lab.pruning.unscored(), config.used_sparsities)
 
 

@@ -11,14 +11,13 @@ import math
 from collections.abc import Collection, Sequence
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from megakd.contract.views import UnitOrder, View
+from megakd.contract.views import Allocation, UnitOrder, View
 from megakd.errors import CheckpointError, ConfigError, TeacherError
 
-Allocation = Literal["global", "uniform"]
 Layers = tuple[tuple[float, ...], ...]
 """One number per unit, layer by layer."""
 
@@ -27,12 +26,14 @@ _NAMES = {
     "heads": ("attention", "attention heads (key-value groups where heads share keys)"),
     "neurons": ("feed-forward", "neurons"),
 }
+SMALLEST_NORM = 1e-17
+"""Added to norms, so that scores of zero stay zero; the value of the authors' code."""
 MOST_HEADS = Fraction(9, 10)
 """Maximum share of heads to remove if the residual width is removed too; neurons lose the rest."""
 
 
 class UnitScores(NamedTuple):
-    """Importance of the units of a model; only the order of the scores of a kind has a meaning.
+    """Importance of the units of a model; only the ratios of the scores of a kind have a meaning.
 
     heads: per attention, one score per key-value group.
     neurons: per feed-forward, one score per neuron.
@@ -42,6 +43,19 @@ class UnitScores(NamedTuple):
     heads: Layers
     neurons: Layers
     width: tuple[float, ...] | None = None
+
+    def scaled(self) -> UnitScores:
+        """Return the scores of each layer divided by their L2 norm, as in the authors' code."""
+        return UnitScores(
+            tuple(map(_scaled, self.heads)),
+            tuple(map(_scaled, self.neurons)),
+            None if self.width is None else _scaled(self.width),
+        )
+
+
+def _scaled(layer: Sequence[float]) -> tuple[float, ...]:
+    values = np.asarray(layer, dtype=float)
+    return tuple((values / (np.linalg.norm(values) + SMALLEST_NORM)).tolist())
 
 
 class Rounding(NamedTuple):
@@ -138,7 +152,8 @@ def view_at(
     heads are removed together, as many as form a multiple.
 
     Args:
-        allocation: `global` as above; `uniform` removes the same share of every layer.
+        allocation: `uniform` removes the same share of every layer; otherwise as above, with the
+            scores as they are given.
         round_to: multiple of rows of the weights to round to; 1 does not round.
         head_width: rows of a head's queries, keys and values; 64 as in the paper's models.
         with_heads: attentions, numbered from 0, that keep their most important head at any
@@ -158,7 +173,7 @@ def view_at(
         _cut(scores.neurons, shares.neurons, allocation, Rounding.of(1, round_to)),
     )
     problems = [
-        cut.problem(kind, may_be_empty=allocation == "global")
+        cut.problem(kind, may_be_empty=allocation != "uniform")
         for kind, cut in zip(_NAMES, cuts, strict=True)
     ]
     if shares.width and columns == 0:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from megakd.config.task import TaskConfig
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult, untrained
 from megakd.contract.tasks import TEACHER, TaskType
-from megakd.contract.views import Axes, UnitOrder, View
+from megakd.contract.views import Allocation, Axes, UnitOrder, View
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.models.architectures import architecture_named
@@ -59,7 +59,7 @@ class SortedTeacher:
         self,
         sparsity: float,
         *,
-        allocation: Literal["global", "uniform"],
+        allocation: Allocation,
         round_to: int,
         residual: bool = False,
         with_heads: Collection[int] = (),
@@ -67,11 +67,15 @@ class SortedTeacher:
         """Return the prefix of every layer that remains at a sparsity.
 
         Args:
+            allocation: `global` ranks the units of all layers by their scores in units of the L2
+                norm of their layer, `global_raw` by the scores themselves; `uniform` removes the
+                same share of every layer.
             round_to: multiple of rows and columns of the weights to round to.
             with_heads: attentions, numbered from 0, that must keep a head.
         """
+        scores = self.scores if residual else self.scores._replace(width=None)
         return view_at(
-            self.scores if residual else self.scores._replace(width=None),
+            scores.scaled() if allocation == "global" else scores,
             sparsity,
             allocation=allocation,
             round_to=round_to,

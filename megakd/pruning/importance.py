@@ -46,8 +46,6 @@ from megakd.pruning.allocation import UnitScores
 from megakd.teachers.frozen import FrozenModel
 from megakd.training.assembly import Assembly
 
-SMALLEST_NORM = 1e-17
-"""Added to norms, so that scores of zero stay zero; the value of the authors' code."""
 logger = logging.getLogger(__name__)
 
 
@@ -208,7 +206,7 @@ class Gates:
         return torch.cat(torch.autograd.grad(loss, self.tensors))
 
     def scores(self, totals: Tensor) -> UnitScores:
-        """Return the scores of each layer and of the width, each divided by its L2 norm.
+        """Return the scores of all units.
 
         Args:
             totals: [units], sums of absolute gradients in the order of `gradients`.
@@ -217,10 +215,9 @@ class Gates:
         for number, layer in enumerate(layers):
             if not layer.isfinite().all():
                 raise TeacherError(self._not_finite(number))
-        normalised = [layer / (layer.norm() + SMALLEST_NORM) for layer in layers]
         parts = self._attentions, self._attentions + self._feed_forwards
-        heads, neurons = normalised[: parts[0]], normalised[parts[0] : parts[1]]
-        width = _numbers(normalised[parts[1] :])
+        heads, neurons = layers[: parts[0]], layers[parts[0] : parts[1]]
+        width = _numbers(layers[parts[1] :])
         return UnitScores(_numbers(heads), _numbers(neurons), *width)
 
     def _not_finite(self, number: int) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megakd.contract.views import View
+from megakd.contract.views import Heads, View
 from megakd.errors import CheckpointError, ConfigError, TeacherError
 from megakd.pruning.allocation import (
     UnitScores,
@@ -19,6 +21,7 @@ from megakd.pruning.allocation import (
     unit_order,
     view_at,
 )
+from megakd.pruning.builder import SortedTeacher
 
 GRID = (0.0, 0.1, 0.3, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 # Few different scores, so that many are equal.
@@ -30,6 +33,12 @@ residual_scores = st.builds(UnitScores, layers.map(tuple), layers.map(tuple), co
 allocations = st.sampled_from(["global", "uniform"])
 roundings = st.sampled_from([1, 2, 8])
 head_widths = st.sampled_from([4, 12, 16, 64])
+
+
+def ranked(found):
+    architecture = SimpleNamespace(heads=lambda _: Heads(4, 4, 8))
+    source: Any = SimpleNamespace(architecture=architecture, config=None)
+    return SortedTeacher(source=source, scores=found)
 
 
 def spread(count, layer):
@@ -71,6 +80,18 @@ def test_no_removed_unit_is_more_important_than_a_kept_one(found, sparsity):
         inside = [s for layer, count in zip(falling, kept, strict=True) for s in layer[:count]]
         outside = [s for layer, count in zip(falling, kept, strict=True) for s in layer[count:]]
         assert max(outside, default=0.0) <= min(inside, default=1.0)
+
+
+def test_raw_importance_is_compared_between_layers_which_their_norms_make_alike():
+    found = UnitScores(((30.0, 40.0), (3.0, 4.0)), ((6.0, 8.0, 0.0), (0.6, 0.8, 0.0)))
+
+    raw = ranked(found).view_at(0.5, allocation="global_raw", round_to=1)
+    scaled = ranked(found).view_at(0.5, allocation="global", round_to=1)
+
+    assert (raw.heads, raw.neurons) == ((2, 0), (2, 1))
+    assert (scaled.heads, scaled.neurons) == ((1, 1), (2, 1))
+    louder = UnitScores((found.heads[0], (3e3, 4e3)), found.neurons)
+    assert ranked(louder).view_at(0.5, allocation="global", round_to=1) == scaled
 
 
 @settings(max_examples=50)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from itertools import chain
 
 import pytest
 import torch
@@ -150,16 +151,18 @@ def test_a_gate_sums_over_positions_and_the_columns_of_its_unit_in_fp32():
     assert other.grad.tolist() == [257.0]  # bf16 has no such number
 
 
-def test_scores_are_divided_by_the_norm_of_their_layer_and_the_width_has_some_if_asked():
+def test_scores_in_units_of_the_norm_of_their_layer_and_the_width_has_some_if_asked():
     model = family_model("bert")
     totals = torch.zeros(3 * HEADS + 3 * NEURONS + WIDTH, dtype=torch.float64)
     totals[:3] = torch.tensor([3.0, 0.0, 4.0])
     totals[3 * HEADS : 3 * HEADS + 2] = torch.tensor([5.0, 12.0])
     totals[-2:] = torch.tensor([8.0, 15.0])
 
-    with_width = Gates(model, CPU, with_width=True).scores(totals)
-    without = Gates(model, CPU).scores(totals[:-WIDTH])
+    raw = Gates(model, CPU, with_width=True).scores(totals)
+    with_width = raw.scaled()
+    without = Gates(model, CPU).scores(totals[:-WIDTH]).scaled()
 
+    assert [*chain(*raw.heads, *raw.neurons, raw.width or ())] == totals.tolist()
     assert without == with_width._replace(width=None)
     assert without.heads[0] == pytest.approx((0.6, 0.0, 0.8))
     assert without.heads[1:] == ((0.0,) * HEADS,) * 2
