@@ -47,9 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
     with print_aside():
         add = None
         if arguments.format == "onnx":
+            from transformers.utils import logging
+
             from megakd.models.onnx import check_packages, write_onnx
 
             check_packages("--format onnx")
+            logging.disable_progress_bar()
             add = to_graph
         from megakd.run import finished_run
 
