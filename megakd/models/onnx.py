@@ -167,7 +167,8 @@ def _example(
 ) -> dict[str, Tensor]:
     """Return random tokens [B, T]; the second half of the last row is padding."""
     config = model.config.get_text_config()
-    rows, tokens = shape[0], min(shape[1], context_length(config) or shape[1])
+    # RoBERTa has two positions more than it has tokens.
+    rows, tokens = shape[0], min(shape[1], (context_length(config) or shape[1] + 2) - 2)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)

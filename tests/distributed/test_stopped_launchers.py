@@ -33,11 +33,11 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def truth(command, config, tmp_path_factory) -> bytes:
+def truth(launch, config, tmp_path_factory) -> bytes:
     """The weights of the run without a stop."""
     out = tmp_path_factory.mktemp("truth") / "out"
-    ended = command("--config", str(config), f"output_dir={out}")
-    assert ended.codes == [0, 0], ended.text
+    group = launch("--config", str(config), f"output_dir={out}")
+    assert group.wait() == [0, 0], group.text
     return weights(out)
 
 
@@ -108,7 +108,7 @@ def begin(config, tmp_path) -> Iterator:
     ],
 )
 def test_a_run_whose_launcher_is_stopped_saves_and_goes_on_to_the_same_weights(
-    begin, truth, command, config, launcher, link, number, reason
+    begin, truth, launch, config, launcher, link, number, reason
 ):
     run = begin(launcher)
 
@@ -121,9 +121,9 @@ def test_a_run_whose_launcher_is_stopped_saves_and_goes_on_to_the_same_weights(
     assert not (run.out / "lock.json").exists()
     assert not (run.out / "report.json").exists()
     assert run.process.returncode != 0 or number == signal.SIGKILL
-    ended = command("--config", str(config), f"output_dir={run.out}")
-    assert ended.codes == [0, 0], ended.text
-    assert "student: resumed at step" in ended.text
+    group = launch("--config", str(config), f"output_dir={run.out}")
+    assert group.wait() == [0, 0], group.text
+    assert "student: resumed at step" in group.text
     assert weights(run.out) == truth
 
 
@@ -142,15 +142,15 @@ def test_a_second_start_in_the_folder_of_a_living_run_is_refused_on_all_ranks(
     assert (run.out / "lock.json").exists()
 
 
-def test_a_run_whose_ranks_were_killed_is_taken_over_at_once(begin, command, config, truth):
+def test_a_run_whose_ranks_were_killed_is_taken_over_at_once(begin, launch, config, truth):
     run = begin("torchrun")
     for rank in run.ranks:
         rank.kill()
     run.finish()
     assert (run.out / "lock.json").exists()
 
-    ended = command("--config", str(config), f"output_dir={run.out}")
+    group = launch("--config", str(config), f"output_dir={run.out}")
 
-    assert ended.codes == [0, 0], ended.text
-    assert "waiting up to" not in ended.text
+    assert group.wait() == [0, 0], group.text
+    assert "waiting up to" not in group.text
     assert weights(run.out) == truth
