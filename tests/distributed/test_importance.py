@@ -64,7 +64,7 @@ def measured(
         module = facts.pop("module")
         weights = [*module.parameters()]
         return {
-            **scores._asdict(),
+            **scores.scaled()._asdict(),
             **facts,
             "learning": sum(w.requires_grad for w in weights),
             "gradients": sum(w.grad is not None for w in weights),
