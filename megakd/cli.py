@@ -34,10 +34,7 @@ _USER_ERROR = 2
 # A command is a module that is named like it, with its options, its code, and a line on it.
 _COMMANDS: Mapping[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (
-        *(train, plan, cache, encode, evaluate, predict),
-        *(shrink, export, report, methods),
-    )
+    for module in (train, plan, cache, encode, evaluate, predict, shrink, export, report, methods)
 }
 
 

@@ -33,7 +33,7 @@ from megakd.errors import ModelError
 from megakd.models.fitting import one_line
 from megakd.models.loading import CONFIG_ERRORS
 from megakd.models.model_folder import INDEX_NAME, write_weights
-from megakd.models.own_models import own_class, register_own_models
+from megakd.models.own_models import class_of, register_own_models
 from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
 from megakd.storage.atomic import write_content
 from megakd.storage.folders import CHECKSUMS, check_given, sealed_folder
@@ -271,8 +271,7 @@ def _built(folder: Path) -> PreTrainedModel:
 
 
 def _class_of(config: PretrainedConfig, file: Path) -> type[PreTrainedModel]:
-    name = (config.architectures or ["none"])[0]
-    model_class: Any = own_class(name) or getattr(transformers, name, None)
+    name, model_class = class_of(config)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise ModelError(
             f"{file} names the architecture {name!r}, which neither megakd nor transformers "

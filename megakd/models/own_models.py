@@ -113,6 +113,12 @@ def own_class(name: str) -> type[PreTrainedModel] | None:
     return next((cls for cls in classes if cls.__name__ == name), None)
 
 
+def class_of(config: PretrainedConfig) -> tuple[str, Any]:
+    """Return the name of a config's architecture, and megakd's or transformers' class, or None."""
+    name = (config.architectures or ["none"])[0]
+    return name, own_class(name) or getattr(transformers, name, None)
+
+
 def load_finished(
     folder: Path,
     where: str,
@@ -132,8 +138,7 @@ def load_finished(
     """
     check_given(folder, where)
     register_own_models()
-    name = (AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
-    model_class: Any = own_class(name) or getattr(transformers, name, None)
+    name, model_class = class_of(AutoConfig.from_pretrained(folder))
     if model_class is None:
         raise ModelError(
             f"{folder / 'config.json'} names the architecture {name!r}, which transformers "
