@@ -46,9 +46,10 @@ class TeacherConfig:
     label_order: Literal["data"] | None = None
     """`data`: generic labels (LABEL_0, …) have the order of the data's labels; None: the order is
     checked."""
-    cache: Folder | None = None
+    cache: Literal["auto"] | Folder | None = None
     """Folder with the teacher's answers to the training rows, written by launch/cache_teacher.py.
-    The student learns from the folder instead of the model."""
+    The student learns from the folder instead of the model. `auto`: the run asks the teacher once
+    about every row, and keeps the answers in its own folder."""
     cache_top_k: Count = 64
     """Number of tokens to keep per position; only for language models."""
     cache_draws: Annotated[int, Field(ge=1, le=MOST_DRAWS)] | None = None
@@ -150,6 +151,9 @@ class StudentConfig:
     """Name of the teacher for `from_teacher`, if there are several teachers."""
     lora: LoraConfig | None = None
     """Train low-rank adapters of the model instead of its weights; None: train all weights."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout in place of every dropout of the model's config, also in its exported config; None:
+    as the config has it. 0 makes the targets of distillation easier to match."""
     deepspeed: str | dict[str, Any] = "auto"
     """`auto`: zero0 on one rank in fp32, where sharding would only copy, else zero2."""
     architecture: Literal["enct5", "t5_encoder"] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -144,7 +145,7 @@ class RunConfig:
         if isinstance(kept, KeptLayers) and kept.by is not None:
             return kept.by == "importance"
         teacher = self.teacher_specs[self.start_role]
-        return teacher.cache is None and teacher.server is None
+        return not isinstance(teacher.cache, Path) and teacher.server is None
 
     @property
     def overrides(self) -> dict[str, TrainOverrides]:

@@ -15,6 +15,8 @@ TEACHER = "teacher"
 """The name of the teacher if the config has only one."""
 FROM_TEACHER = "from_teacher"
 """Value of `student.model` for a student that is made of parts of the teacher."""
+AUTO = "auto"
+"""Value of `teacher.cache` for answers that the run itself keeps."""
 STUDENT_BASE = "student_base"
 """Value of `teacher.model` for the student without its adapters, with no second model in memory."""
 LANGUAGE_TASKS: tuple[TaskType, ...] = ("mlm", "causal_lm")

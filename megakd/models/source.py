@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +16,9 @@ from megakd.config.models import TeacherConfig
 from megakd.contract.views import Heads, View
 from megakd.models.architecture import Architecture
 from megakd.models.weights import StoredTensor
+
+_DROPOUT = re.compile(r"dropout(_prob|_rate)?$|_pdrop$")
+"""Config keys of dropout, as the families name them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,16 @@ class ModelSource:
     def fresh(self) -> ModelSource:
         """The model of the same shape that starts from random weights."""
         return replace(self, folder=None, stored={})
+
+    def with_dropout(self, dropout: float | None) -> ModelSource:
+        """Return the model with this dropout wherever its config has one; None: unchanged."""
+        if dropout is None:
+            return self
+        config = copy.deepcopy(self.config)
+        for key, value in config.to_dict().items():
+            if _DROPOUT.search(key) and isinstance(value, int | float):
+                setattr(config, key, dropout)
+        return replace(self, config=config)
 
     @property
     def stored_dtype(self) -> torch.dtype | None:

@@ -241,7 +241,7 @@ class PlanningLab(LabBase):
     def train(self, stage: Stage) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
         stage = self._completed(stage, ranks=self.world, device=self._device)
-        learners = learning_models(stage, self._sources, self._teachers)
+        learners = learning_models(stage, self._sources, self._teachers, self.config.student)
         teachers = {name: self._teachers[name] for name in stage.teachers}
         bases = {n: teachers.pop(n).source for n in self.config.base_teachers if n in teachers}
         phase = Phase(

@@ -148,14 +148,12 @@ class RunLab(LabBase):
 
     def cache(self, name: str) -> Path:
         """Cache a teacher's answers to the training rows in the configured folder; a collective."""
-        ready = self._teachers[name]
-        if ready.spec.cache is None:
-            raise TypeError(f"{name} has no cache")
+        folder = self.pool.cache_folder(name)
         self.close()
         from megakd.training.answer_cache import fill_cache
 
-        fill_cache(self.assembly, ready, ready.spec.cache)
-        return ready.spec.cache
+        fill_cache(self.assembly, self._teachers[name], folder)
+        return folder
 
     def _source(self, folder: Path, role: str) -> ModelSource:
         where = f"{self.config.key_of(role)}.model"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from megakd.contract.results import ModelReport
+from megakd.contract.tasks import AUTO
 from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
@@ -112,14 +113,26 @@ class TeacherPool:
 
             prepared, ranks = self.assembly.prepared, self.assembly.ranks
             return served_teacher(self._config, prepared, name, ranks)
-        if ready.spec.cache is not None:
-            from megakd.training.answer_cache import open_cache
+        # The answers that the run keeps are for training rows; held-out losses ask the model.
+        is_asked = ready.spec.cache == AUTO and stage.measures_losses
+        if ready.spec.cache is not None and not is_asked:
+            from megakd.training.answer_cache import fill_cache, open_cache
 
-            return open_cache(self.assembly, ready, ready.spec.cache)
+            folder = self.cache_folder(name)
+            if ready.spec.cache == AUTO:
+                fill_cache(self.assembly, ready, folder)
+            return open_cache(self.assembly, ready, folder)
         dtype, spec = self.assembly.teacher_dtype(ready), ready.spec.deepspeed
         teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
         self._ask(teacher, name, stage, needs)
         return teacher
+
+    def cache_folder(self, name: str) -> Path:
+        """Return the folder of a teacher's cached answers."""
+        cache = self.assembly.teachers[name].spec.cache
+        if cache is None:
+            raise TypeError(f"{name} has no cache")
+        return self.assembly.stage_folder(f"{name}-answers") if cache == AUTO else cache
 
     def _needs(self, stage: Stage) -> Needs:
         return self.assembly.losses(stage).teacher_needs()

@@ -13,6 +13,7 @@ import torch
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.file import config_tree
+from megakd.config.models import StudentConfig
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.plugins import code_of, is_metric, metric_of
@@ -66,11 +67,17 @@ _UNREAD = ("per_device_eval_batch_size", "latency")
 
 
 def learning_models(
-    stage: Stage, sources: Mapping[str, ModelSource], teachers: Mapping[str, ReadyTeacher]
+    stage: Stage,
+    sources: Mapping[str, ModelSource],
+    teachers: Mapping[str, ReadyTeacher],
+    student: StudentConfig,
 ) -> dict[str, ModelSource]:
     """Return the models that learn in a stage, by role; ready `teachers` replace `sources`."""
     ready = {name: teacher.source for name, teacher in teachers.items()}
-    return learners_of(stage, {**sources, **ready})
+    learners = learners_of(stage, {**sources, **ready})
+    if STUDENT in learners:
+        learners[STUDENT] = learners[STUDENT].with_dropout(student.dropout)
+    return learners
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +167,7 @@ class Assembly:
         return self.config.output_dir / "stages" / name
 
     def learners(self, stage: Stage) -> dict[str, ModelSource]:
-        return learning_models(stage, self.prepared.sources, self.teachers)
+        return learning_models(stage, self.prepared.sources, self.teachers, self.config.student)
 
     def losses(self, stage: Stage) -> StageLosses:
         terms = with_class_weights(stage.objective, self.prepared.splits)

@@ -30,6 +30,15 @@ def test_a_classifier_learns_from_its_cache_what_it_learns_from_the_teacher(clas
     assert furthest(classes.weights(config), online) <= 1e-5
 
 
+def test_a_run_that_keeps_the_answers_itself_learns_what_it_learns_from_the_teacher(classes):
+    online = classes.weights(classes.config("asked", train={"num_train_epochs": 2}))
+    kept = {"teacher": {"cache": "auto"}, "train": {"num_train_epochs": 2}}
+
+    assert furthest(classes.weights(classes.config("kept", **kept)), online) <= 1e-5
+
+    assert (classes.folder / "kept" / "stages" / "teacher-answers").is_dir()
+
+
 def test_a_cache_of_the_whole_vocabulary_teaches_what_the_teacher_does(language):
     online = language.weights(language.config("online"))
     config = language.config("offline", cache="all", teacher={"cache_top_k": VOCABULARY})

@@ -11,7 +11,7 @@ from megakd.config.deepspeed import check_frozen_stage, check_trained_sharding, 
 from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.contract.options import no_such_teacher
-from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, STUDENT_BASE, TEACHER
+from megakd.contract.tasks import AUTO, FROM_TEACHER, LANGUAGE_TASKS, STUDENT, STUDENT_BASE, TEACHER
 from megakd.errors import ConfigError
 
 
@@ -75,9 +75,9 @@ _TEACHER: tuple[Rule[TeacherConfig], ...] = (
     ),
     *given(
         ".cache",
-        lambda c: c.method.looks_into_teacher,
+        lambda c: c.method.looks_into_teacher and c.item.cache != AUTO,
         'method "{method}" needs more than the outputs of the teacher, and a cache holds only '
-        "outputs; remove the key",
+        'outputs; remove the key, or set it to "auto"',
     ),
     *conflict(".cache", "rollout", ", whose texts are not the training rows that it answers"),
     *conflict(".cache", "task.streaming", ", whose rows have no numbers to find their answers by"),

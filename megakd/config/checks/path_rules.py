@@ -34,7 +34,7 @@ def check_paths(config: RunConfig) -> None:
     """
     specs = {f"{config.key_of(name)}.model": spec for name, spec in config.teacher_specs.items()}
     unread = {"output_dir", "task.chat_template"}
-    unread |= {key for key, spec in specs.items() if spec.cache or spec.server}
+    unread |= {key for key, spec in specs.items() if isinstance(spec.cache, Path) or spec.server}
     missing = [
         f"{key}: {path} does not exist"
         for key, value in _places(config)
