@@ -47,7 +47,7 @@ class View(NamedTuple):
     head_width: columns kept in every head, of its queries and keys and of its values; None keeps
         all columns.
     layers: numbers, from 1, of the layers that the model has once it is cut; None keeps all. The
-        other layers have no heads and no neurons in this view, so that hidden states pass through.
+        other layers have no heads and no neurons in this view, and hidden states pass them by.
     """
 
     heads: tuple[int, ...]

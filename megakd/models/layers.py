@@ -1,9 +1,4 @@
-"""Models made of some layers of a stored model; no weight is read or copied for this.
-
-A decoder adds the output of every attention and feed-forward to the hidden states. A layer without
-heads and neurons therefore passes its input on, and the model without the layer computes the same
-function.
-"""
+"""Models made of some layers of a stored model; no weight is read or copied for this."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -85,11 +81,6 @@ def left_out(model: nn.Module, layer: int) -> Iterator[None]:
 
     The layer still computes, so that ZeRO 3 sees the same modules in the same order.
     """
-
-    def passed_by(_: nn.Module, given: Sequence[Any], named: dict[str, Any], output: Any) -> Any:
-        hidden = given[0] if given else named["hidden_states"]
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
     config: PretrainedConfig = model.config  # type: ignore[assignment]
     block = architecture_of(config).block_of(model, layer)
     hook = block.register_forward_hook(passed_by, with_kwargs=True)
@@ -97,6 +88,29 @@ def left_out(model: nn.Module, layer: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def passed_by(_: nn.Module, given: Sequence[Any], named: dict[str, Any], output: Any) -> Any:
+    """Replace the hidden states that a layer returns by those that it was given, as a hook."""
+    hidden = given[0] if given else named["hidden_states"]
+    if isinstance(output, Tensor):
+        return PassedBy.apply(hidden, output)
+    return (PassedBy.apply(hidden, output[0]), *output[1:])
+
+
+class PassedBy(torch.autograd.Function):
+    """The input of a layer in place of its output; the weights of the layer get gradients of zero.
+
+    Without a gradient, ZeRO 3 would see other modules in the backward than in the forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, output: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.zeros_like(gradients[0])
 
 
 def config_with_layers(
@@ -139,27 +153,23 @@ def without_layers(config: PretrainedConfig, view: View) -> tuple[PretrainedConf
         return config, view
     architecture = architecture_of(config)
     _check_view(config, view, view.layers)
-    kept = view._replace(
-        heads=tuple(view.heads[number - 1] for number in view.layers),
-        neurons=tuple(view.neurons[number - 1] for number in view.layers),
-        layers=None,
+    count = architecture.number_of_layers(config)
+    heads, neurons = (
+        tuple(units[number - 1] for number in view.layers) + units[count:]
+        for units in (view.heads, view.neurons)
     )
+    kept = view._replace(heads=heads, neurons=neurons, layers=None)
     return config_with_layers(config, architecture, view.layers), kept
 
 
 def _check_view(config: PretrainedConfig, view: View, layers: tuple[int, ...]) -> None:
     architecture = architecture_of(config)
     count = architecture.number_of_layers(config)
-    if "causal_lm" not in architecture.tasks:
-        raise ModelError(
-            f"the view leaves out layers, and a layer of a {config.model_type} model without heads "
-            "and neurons does not pass hidden states on unchanged; use student.layers"
-        )
     if list(layers) != sorted({*layers} & {*range(1, count + 1)}) or not layers:
         raise ModelError(
             f"the view keeps the layers {layers}, and the model has the layers 1 to {count}"
         )
-    units = [*zip(view.heads, view.neurons, strict=True)]
+    units = [*zip(view.heads[:count], view.neurons[:count], strict=True)]
     for number in sorted({*range(1, count + 1)} - {*layers}):
         if any(units[number - 1]):
             raise ModelError(

@@ -1,4 +1,4 @@
-"""Views that leave out whole layers of a decoder: outputs, names, counts, and errors."""
+"""Views that leave out whole layers of a model: outputs, names, counts, and errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_cuts import AUTO, DECODERS, build, logits, saved, source_of, task, tokenizer
+from tiny_cuts import (
+    AUTO,
+    FAMILIES,
+    LABELS,
+    T5S,
+    build,
+    logits,
+    saved,
+    source_of,
+    task,
+    task_of,
+    tokenizer,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megakd.contract.views import View
@@ -19,25 +31,31 @@ from megakd.models.layers import renumbered, with_layers, without_layers
 from megakd.models.loading import load_model
 from megakd.pruning.builder import counts_in_view, weights_of
 
-CUTTABLE = tuple(f for f in DECODERS if architecture_of(build(f).config).uncut is None)
+KEEPS_HEADS = ("bert", "roberta", "distilbert", "electra", "gpt2")
+"""Families whose stock class has heads as wide as the hidden states divided by their number."""
 
 
 def depth_view(
     model: PreTrainedModel, layers: tuple[int, ...], heads: int | None = None, neurons: int = 20
 ) -> View:
     """A view with the same units in the layers that it keeps, and none in the others."""
-    whole = architecture_of(model.config).units(model.config)
-    numbers = range(1, len(whole.heads) + 1)
+    architecture = architecture_of(model.config)
+    whole = architecture.units(model.config)
+    depth = architecture.number_of_layers(model.config)
+    numbers = range(1, depth + 1)
+    # What lies outside the layers, as in EncT5's decoder, stays.
     return View(
-        tuple((heads or whole.heads[0]) if number in layers else 0 for number in numbers),
-        tuple(neurons if number in layers else 0 for number in numbers),
+        tuple((heads or whole.heads[0]) if number in layers else 0 for number in numbers)
+        + whole.heads[depth:],
+        tuple(neurons if number in layers else 0 for number in numbers) + whole.neurons[depth:],
         layers=layers,
     )
 
 
 def cut_of(model: PreTrainedModel, view: View) -> PreTrainedModel:
     """The cut made in memory, of every tensor."""
-    made = AUTO["causal_lm"].from_config(cut_config(model.config, view)).eval()
+    kind = task_of(model.config.model_type)
+    made = AUTO[kind].from_config(cut_config(model.config, view)).eval()
     state = cut_state(model.state_dict().items(), weight_axes(model), view)
     made.load_state_dict(dict(renumbered(state, model.config, view)), strict=True)
     return made
@@ -45,20 +63,19 @@ def cut_of(model: PreTrainedModel, view: View) -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("family", "layers"),
-    [*((family, (1, 3)) for family in CUTTABLE), ("llama", (3,)), ("gpt2", (1, 2))],
+    [*((family, (1, 3)) for family in FAMILIES), *(("llama", (3,)), ("bert", (3,)))]
+    + [(family, (2, 3)) for family in T5S],
     ids=str,
 )
 def test_a_view_without_layers_computes_what_the_model_without_the_layers_computes(
     tmp_path, family, layers
 ):
-    model = build(family)
-    source = with_layers(
-        source_of(saved(model, tmp_path / "model"), "causal_lm"), layers, where="student.layers"
-    )
+    model, kind = build(family), task_of(family)
+    stored = source_of(saved(model, tmp_path / "model"), kind)
     fewer = load_model(
-        source,
-        task=task("causal_lm"),
-        label_names=(),
+        with_layers(stored, layers, where="student.layers"),
+        task=task(kind),
+        label_names=LABELS if kind == "classification" else (),
         tokenizer_size=60,
         ds=None,
         dtype=torch.float32,
@@ -72,10 +89,10 @@ def test_a_view_without_layers_computes_what_the_model_without_the_layers_comput
     assert torch.allclose(found, logits(fewer), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", CUTTABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_cut_in_depth_and_width_computes_what_its_view_computes(family):
     model = build(family)
-    heads = None if family == "gpt2" else 2
+    heads = None if family in KEEPS_HEADS else 2
     view = depth_view(model, (1, 3), heads=heads, neurons=8)
     cut = cut_of(model, view)
 
@@ -84,7 +101,19 @@ def test_a_cut_in_depth_and_width_computes_what_its_view_computes(family):
 
     assert torch.allclose(found, logits(cut), atol=2e-6, rtol=1e-5)
     assert not cut.config.model_type.startswith(CUT)
-    assert cut.config.num_hidden_layers == 2
+    assert architecture_of(cut.config).number_of_layers(cut.config) == 2
+
+
+@pytest.mark.parametrize("family", ["bert", "t5_encoder", "llama"])
+def test_layers_that_a_view_leaves_out_get_gradients_of_zero(family):
+    model = build(family)
+    left = architecture_of(model.config).block_of(model, 2)
+
+    with Elastic(model).viewing(depth_view(model, (1, 3))):
+        model(input_ids=torch.arange(2, 26).reshape(2, 12)).logits.sum().backward()
+
+    # What all layers share, T5's position bias, lies in the first layer.
+    assert all(not weight.grad.any() for weight in left.parameters())
 
 
 def test_a_folder_cut_in_depth_opens_as_a_stock_model_with_equal_outputs(tmp_path):
@@ -148,9 +177,3 @@ def test_a_layer_with_units_cannot_be_left_out():
     view = depth_view(model, (1, 2))._replace(neurons=(20, 20, 5))
     with pytest.raises(ModelError, match=r"leaves out layer 3 and keeps .*\(0, 5\)"):
         cut_config(model.config, view)
-
-
-def test_layers_of_an_encoder_do_not_pass_hidden_states_on():
-    model = build("bert")
-    with pytest.raises(ModelError, match="does not pass hidden states on"):
-        cut_config(model.config, View((6, 0, 6), (20, 0, 20), layers=(1, 3)))
