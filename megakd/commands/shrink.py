@@ -1,11 +1,13 @@
-"""Cut a decoder to a size, and repair it."""
+"""Cut a model to a budget, and repair it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,24 @@ from megakd.commands.plan import print_plan
 from megakd.commands.train import train
 from megakd.config.file import config_of, dump_config, dump_yaml, with_overrides
 from megakd.config.run import RunConfig
-from megakd.contract.tasks import FROM_TEACHER
+from megakd.contract.tasks import AUTO, FROM_TEACHER
 from megakd.errors import ConfigError
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_text
 
 FILE = "shrink.yaml"
+EXAMPLES = {"parameters": "parameters 0.6B", "flops": "flops 12%", "speedup": "speedup 8x"}
+"""Options of the size, which are options of the method too, with an example of each."""
+SIZES = ("method.target_sparsity=", *(f"method.{key}=" for key in EXAMPLES))
+WIDTHS = ("hidden_size", "dim", "d_model")
+"""Keys of the width in the configs of encoders."""
 SOURCE = "the config of megakd shrink"
 
 
 def add_options(parser: Parser) -> None:
     """Add the model, the size, the text and the place of the result."""
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="the decoder to shrink: a folder or a Hub id"
+        "model", nargs="?", metavar="MODEL", help="the model to shrink: a folder or a Hub id"
     )
     parser.add_argument(
         "overrides",
@@ -34,11 +41,22 @@ def add_options(parser: Parser) -> None:
         metavar="key=value",
         help="further settings of the run, such as train.learning_rate=3e-5",
     )
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         "--parameters", metavar="N", help="weights of the student: 0.6B, 600M or 600000000"
     )
+    size.add_argument("--flops", metavar="S", help="share of the layers' operations: 12%% or 0.12")
+    size.add_argument("--speedup", metavar="X", help="how much faster than the model: 8x")
     parser.add_argument(
-        "--data", metavar="F", help="the text to learn from; the same as task.dataset=F"
+        "--at",
+        metavar="batch=B,tokens=T",
+        help="the forward of --speedup: texts at a time, and tokens per text, or data for the "
+        "lengths of the held-out rows; default: batch=32,tokens=data",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="the device of --speedup")
+    parser.add_argument("--runtime", choices=("torch", "onnx"), help="the runtime of --speedup")
+    parser.add_argument(
+        "--data", metavar="F", help="the rows to learn from; the same as task.dataset=F"
     )
     parser.add_argument(
         "--output_dir",
@@ -83,20 +101,23 @@ def run(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
     _check(arguments)
     tree = with_overrides(_tree(arguments), arguments.overrides, source=SOURCE)
-    if not _has_text(tree["task"]):
-        raise ConfigError("the text to learn from is missing; give --data F, or task.dataset=F")
+    if not _has_rows(tree["task"]):
+        raise ConfigError("the rows to learn from are missing; give --data F, or task.dataset=F")
     # The overrides are given again, so that a message names the override that is wrong.
     config = config_of(_tree(arguments), arguments.overrides, source=SOURCE)
     return config, f"# Written by: {arguments.command}\n{dump_yaml(tree)}"
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    usage = "megakd shrink MODEL --parameters 0.6B --data FILE"
+    usage = f"megakd shrink MODEL --{' | --'.join(EXAMPLES.values())} --data FILE"
     if arguments.model is None or ("=" in arguments.model and not Path(arguments.model).exists()):
         raise ConfigError(f"the model to shrink is missing; write: {usage}")
-    size = ("method.parameters=", "method.target_sparsity=")
-    if arguments.parameters is None and not any(o.startswith(size) for o in arguments.overrides):
-        raise ConfigError(f"--parameters is missing, the size of the student; write: {usage}")
+    given = any(getattr(arguments, key) is not None for key in EXAMPLES)
+    if not given and not any(o.startswith(SIZES) for o in arguments.overrides):
+        raise ConfigError(f"the size of the student is missing; write: {usage}")
+    timed = [key for key in ("at", "device", "runtime") if getattr(arguments, key) is not None]
+    if timed and arguments.speedup is None:
+        raise ConfigError(f"--{timed[0]} says what --speedup times, and --speedup is missing")
     if arguments.ranks < 1:
         raise ConfigError(f"--ranks must be at least 1 (got {arguments.ranks})")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -108,28 +129,87 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
-    task: dict[str, Any] = {"type": "causal_lm", "max_eval_examples": 200}
-    method: dict[str, Any] = {"name": "shrink", "passes_per_backward": 1}
+    keys = _keys_of(arguments.model)
+    tree = _of_encoder(keys) if _is_encoder(keys) else _of_decoder()
     if arguments.data is not None:
-        task["dataset"] = arguments.data
-    if arguments.parameters is not None:
-        method["parameters"] = arguments.parameters
+        tree["task"]["dataset"] = arguments.data
+    for key in EXAMPLES:
+        if getattr(arguments, key) is not None:
+            tree["method"][key] = getattr(arguments, key)
+    timing = _timing(arguments)
+    if timing:
+        tree["method"]["timing"] = timing
+    teacher = {"model": arguments.model, **tree.pop("teacher", {})}
     return {
         "output_dir": str(arguments.output_dir or _folder(arguments)),
-        "task": task,
-        "teacher": {"model": arguments.model},
+        "teacher": teacher,
+        **tree,
+    }
+
+
+def _of_decoder() -> dict[str, Any]:
+    return {
+        "task": {"type": "causal_lm", "max_eval_examples": 200},
         "student": {"model": FROM_TEACHER},
-        "method": method,
+        "method": {"name": "shrink", "passes_per_backward": 1},
         "train": {"learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03},
     }
 
 
+def _of_encoder(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a classifier, which is fine-tuned first if it has no classes."""
+    narrow = 384 / next((keys[key] for key in WIDTHS if key in keys), 768)
+    rows = {"per_device_train_batch_size": 32, "num_train_epochs": 10}
+    schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
+    teacher: dict[str, Any] = {"cache": AUTO}
+    if not _architecture(keys).endswith("ForSequenceClassification"):
+        teacher["finetune"] = {"learning_rate": round(3e-4 * narrow**2, 7)}
+    return {
+        "task": {"type": "classification"},
+        "teacher": teacher,
+        "student": {"model": FROM_TEACHER, "dropout": 0.0},
+        "method": {"name": "shrink"},
+        "train": {**rows, "learning_rate": round(1e-3 * narrow, 7), **schedule},
+    }
+
+
+def _keys_of(model: str) -> Mapping[str, Any]:
+    """Return the keys of a model's config.json; none if the file cannot be read here."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        folder = Path(model).expanduser()
+        path = folder / "config.json" if folder.exists() else hf_hub_download(model, "config.json")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the run reports it
+        return {}
+
+
+def _architecture(keys: Mapping[str, Any]) -> str:
+    return str((keys.get("architectures") or [""])[0])
+
+
+def _is_encoder(keys: Mapping[str, Any]) -> bool:
+    return bool(keys) and not _architecture(keys).endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _timing(arguments: argparse.Namespace) -> dict[str, Any]:
+    timing = {key: getattr(arguments, key) for key in ("device", "runtime")}
+    for part in (arguments.at or "").split(","):
+        key, _, value = part.partition("=")
+        if part and key not in ("batch", "tokens"):
+            raise ConfigError(f'--at takes batch=B,tokens=T (got "{arguments.at}")')
+        timing[key] = int(value) if value.isdecimal() else value
+    return {key: value for key, value in timing.items() if key and value is not None}
+
+
 def _folder(arguments: argparse.Namespace) -> Path:
     model = Path(arguments.model).name or "model"
-    size = arguments.parameters or "smaller"
+    sizes = (getattr(arguments, key) for key in EXAMPLES)
+    size = next((size for size in sizes if size is not None), "smaller")
     return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{model}-{size}")
 
 
-def _has_text(task: Any) -> bool:
+def _has_rows(task: Any) -> bool:
     keys = ("dataset", "train_files", "mixture", "encoded")
     return isinstance(task, dict) and any(task.get(key) is not None for key in keys)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from megakd.contract.metric import Metric
 from megakd.contract.results import MethodRecord, ParameterCounts
@@ -54,6 +54,15 @@ class SortedModel(Protocol):
         ...
 
 
+class TimedWork(NamedTuple):
+    """The forward that is timed; see `method.timing` of shrink."""
+
+    batch: int
+    tokens: int | Literal["data"]
+    device: Literal["cpu", "cuda"]
+    runtime: Literal["torch", "onnx"]
+
+
 class Pruning(Protocol):
     """Sizes, importance and cuts of models."""
 
@@ -94,6 +103,15 @@ class Pruning(Protocol):
 
     def parameters(self, source: Model, view: View) -> ParameterCounts:
         """Return the number of weights of a view."""
+        ...
+
+    def relative_times(
+        self, source: Model, views: Mapping[str, View], name: str, work: TimedWork
+    ) -> Mapping[str, float]:
+        """Return the time of a forward of each view, relative to the whole model's; measured once.
+
+        The views are built with random weights. `name` is that of the stage that keeps the times.
+        """
         ...
 
 

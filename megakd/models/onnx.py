@@ -80,6 +80,13 @@ def write_onnx(folder: Path, *, int8: bool = False) -> float:
     return worst
 
 
+def graph_of(model: PreTrainedModel, folder: Path) -> OnnxModel:
+    """Write a model's graph into a folder and open it; the graph takes numbers and mask alone."""
+    model.set_attn_implementation("eager")
+    _export(model, _INPUTS, folder / MODEL)
+    return OnnxModel(folder / MODEL)
+
+
 class OnnxModel:
     """A graph on the CPU that answers like the model."""
 

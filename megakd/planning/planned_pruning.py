@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megakd.contract.lab import TimedWork
 from megakd.contract.views import View
 from megakd.data.step_layout import StepShape
 from megakd.models.source import ModelSource, ReadyTeacher
@@ -62,6 +63,18 @@ class PlannedPruning(Shapes):
             )
             self._phases.append(phase)
         return (1.0,) * layers
+
+    def relative_times(
+        self, source: ModelSource, views: Mapping[str, View], name: str, work: TimedWork
+    ) -> Mapping[str, float]:
+        """Return the views' shares of the weights of the layers; a plan times nothing."""
+        del name, work
+        units = source.architecture.units(source.config)
+        whole = self.parameters(source, units).encoder_parameters
+        return {
+            known: self.parameters(source, view).encoder_parameters / whole
+            for known, view in views.items()
+        }
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""

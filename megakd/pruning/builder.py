@@ -14,12 +14,15 @@ import torch
 
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
+from megakd.contract.lab import TimedWork
 from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult, untrained
 from megakd.contract.tasks import TEACHER, TaskType
 from megakd.contract.views import Allocation, Axes, UnitOrder, View
+from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
+from megakd.errors import ModelError
 from megakd.models.architectures import architecture_named
 from megakd.models.axes import lengths, weight_axes
 from megakd.models.counting import parameter_counts
@@ -35,6 +38,7 @@ from megakd.pruning.allocation import (
     view_at,
 )
 from megakd.pruning.importance import measure_importance, measure_layers
+from megakd.pruning.timing import Stopwatch
 from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
 from megakd.training.assembly import Assembly
@@ -126,7 +130,10 @@ class Shapes:
 
     def has_stock_config(self, source: ModelSource, view: View) -> bool:
         """Return whether transformers' own class of the family can have the shape of a cut."""
-        return not cut_config(source.config, view).model_type.startswith(CUT)
+        try:
+            return not cut_config(source.config, view).model_type.startswith(CUT)
+        except ModelError:
+            return False
 
     def parameters(self, source: ModelSource, view: View) -> ParameterCounts:
         return counts_in_view(self._weights_of(source), source, view)
@@ -199,6 +206,27 @@ class ModelPruning(Shapes):
         self._listed(dataclasses.replace(result, metrics={}))
         layers = range(1, len(result.metrics) + 1)
         return tuple(result.metrics[f"layer_{number}"] for number in layers)
+
+    def relative_times(
+        self, source: ModelSource, views: Mapping[str, View], name: str, work: TimedWork
+    ) -> Mapping[str, float]:
+        """Return the times of cuts of a model relative to the whole; see `contract.lab`."""
+        self._close()
+        lengths = sorted(map(len, self.assembly.prepared.encoded.validation["input_ids"]))
+
+        def measure() -> Mapping[str, float]:
+            watch = Stopwatch(source, self.config.task, work, lengths)
+            with doing("timing shapes"):
+                return on_main(lambda: watch.ratios(views))
+
+        facts = {
+            "model": self.assembly.identity_of(source),
+            "work": work._asdict(),
+            "views": {name: view._asdict() for name, view in views.items()},
+        }
+        result = self.assembly.measured_once(name, facts, measure)
+        self._listed(dataclasses.replace(result, metrics={}))
+        return result.metrics
 
     def _listed(self, result: StageResult) -> StageResult:
         if all(known.name != result.name for known in self._results):

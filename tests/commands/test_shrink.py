@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megakd.commands.shrink import FILE
 from megakd.config.file import load_config
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "launch" / "examples" / "shrink.yaml"
+FASTER = ("shrink", "model", "--data", "texts.csv", "--speedup", "8x")
 WORDS = ("shrink", "org/Llama-1B", "--parameters", "0.6B", "--data", "text.txt")
 
 
@@ -67,6 +69,30 @@ def test_the_example_has_the_settings_of_the_command(started):
     assert ours.task.max_eval_examples == example.task.max_eval_examples
 
 
+@pytest.mark.parametrize(
+    ("architecture", "finetune"),
+    [("BertModel", {"learning_rate": 3e-4}), ("BertForSequenceClassification", None)],
+)
+def test_an_encoder_becomes_a_classifier_that_is_fine_tuned_if_it_is_none(
+    started, architecture, finetune
+):
+    Path("model").mkdir()
+    keys = {"architectures": [architecture], "hidden_size": 384}
+    Path("model/config.json").write_text(json.dumps(keys))
+
+    cli.main([*FASTER, "--at", "batch=1,tokens=64", "--runtime", "onnx"])
+
+    config = load_config(Path("runs/model-8x") / FILE)
+    assert started == [Path("runs/model-8x")]
+    assert (config.task.type, config.task.dataset) == ("classification", "texts.csv")
+    assert (config.teacher.cache, config.student.dropout) == ("auto", 0.0)
+    assert (config.method.speedup, config.train.learning_rate) == (8.0, 1e-3)
+    timing = config.method.timing
+    assert (timing.batch, timing.tokens, timing.runtime) == (1, 64, "onnx")
+    given = config.teacher.finetune
+    assert given == finetune or given.learning_rate == finetune["learning_rate"]
+
+
 def test_the_size_may_be_a_share(started):
     words = ("shrink", "model", "--data", "text.txt", "method.target_sparsity=0.4")
     assert cli.main(words) == 0
@@ -96,8 +122,13 @@ def test_the_config_can_be_printed_without_writing_it(started, capsys):
     [
         (["shrink"], "the model to shrink is missing"),
         (["shrink", "train.max_steps=3"], "the model to shrink is missing"),
-        (["shrink", "model", "--data", "f"], "--parameters is missing"),
-        (["shrink", "model", "--parameters", "1B"], "the text to learn from is missing"),
+        (["shrink", "model", "--data", "f"], "the size of the student is missing"),
+        (["shrink", "model", "--parameters", "1B"], "the rows to learn from are missing"),
+        ([*WORDS, "--speedup", "8x"], "not allowed with argument --parameters"),
+        ([*WORDS, "--at", "batch=1"], "--at says what --speedup times"),
+        ([*FASTER, "--at", "rows=1"], "--at takes batch=B,tokens=T"),
+        ([*FASTER, "--at", "tokens=few"], "method.timing.tokens"),
+        (["shrink", "model", "--data", "f", "--speedup", "fast"], "must be a number such as 8x"),
         ([*WORDS, "--ranks", "0"], "--ranks must be at least 1"),
         ([*WORDS, "train.max_stepz=3"], 'override "train.max_stepz=3"'),
         ([*WORDS, "--parameters", "much"], "must be a number of weights such as 0.6B"),

@@ -174,7 +174,7 @@ def test_the_plan_has_the_trial_and_the_student(one_rank, shrunk):
 
 
 @pytest.mark.parametrize(
-    ("size", "message"), [("1K", "nearest possible sizes are"), ("1B", "give a smaller number")]
+    ("size", "message"), [("1K", "nearest possible sizes are"), ("1B", "give a smaller size")]
 )
 def test_a_size_that_cannot_be_cut_is_refused_before_anything_is_trained(
     one_rank, tmp_path, size, message

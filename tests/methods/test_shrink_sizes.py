@@ -1,9 +1,10 @@
-"""The shapes that shrink can cut out of a decoder: sizes, candidates, hops and messages."""
+"""The shapes that shrink can cut out of a model: sizes, candidates, hops and messages."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from megakd.config.file import config_of
 from megakd.contract.metric import Metric
 from megakd.contract.views import View
 from megakd.errors import ConfigError
-from megakd.methods.shrink import KL, LARGEST_HOP, BestCandidate, hops
-from megakd.methods.shrink.candidates import TOLERANCE, Candidate, Cuts, candidates_of, cuts_of
+from megakd.methods.shrink import KL, LARGEST_HOP, BestCandidate, budgets
+from megakd.methods.shrink.budget import TOLERANCE
+from megakd.methods.shrink.candidates import Budget, Candidate, Cuts, Family, candidates_of, cuts_of
 
 # Qwen3-8B: 36 layers, 8 key-value groups of 4 query heads of 128, 12288 neurons, width 4096.
 WIDTH, VOCABULARY = 4096, 151936
@@ -36,8 +38,26 @@ def counted(view: View) -> int:
 def cuts(
     layers: int = 36, heads: int = 8, neurons: int = 12288, round_to: int | None = None
 ) -> Cuts:
-    whole = View((heads,) * layers, (neurons,) * layers)
-    return cuts_of(whole, count=counted, is_stock=lambda _: True, round_to=round_to)
+    return cuts_of(family(layers, heads, neurons, round_to=round_to), counted)
+
+
+def family(
+    layers: int = 36,
+    heads: int = 8,
+    neurons: int = 12288,
+    *,
+    is_stock: Callable[[View], bool] = lambda _: True,
+    round_to: int | None = None,
+) -> Family:
+    return Family(View((heads,) * layers, (neurons,) * layers), layers, is_stock, round_to)
+
+
+def budget(target: int) -> Budget:
+    return Budget("method.parameters", target, TOLERANCE, lambda size: f"{size:,.0f} weights")
+
+
+def chosen(possible: Cuts, target: int, wanted: Any) -> list[Candidate]:
+    return candidates_of([possible], budget(target), wanted)
 
 
 def config(**method: Any) -> Any:
@@ -68,18 +88,20 @@ def test_the_sizes_of_shapes_are_those_of_an_8b_model():
 
 
 def test_candidates_go_from_width_alone_to_depth_alone():
-    first, *_, last = candidates_of(cuts(), 4_000_000_000, 6)
+    first, *_, last = chosen(cuts(), 4_000_000_000, 6)
 
     assert first.layers == 36
     assert (first.heads, first.neurons) != (8, 12288)
     # One layer less could not hold the weights, so that the widths are nearly the teacher's.
-    assert last.layers == min(n for n in range(1, 37) if cuts().with_layers(4 * 10**9, n))
+    assert last.layers == min(
+        n for n in range(1, 37) if cuts().with_layers(4 * 10**9, n, tolerance=TOLERANCE)
+    )
     assert last.heads == 8
     assert last.neurons > 0.85 * 12288
 
 
 def test_heads_and_neurons_shrink_by_about_the_same_share():
-    for one in candidates_of(cuts(), 5_000_000_000, 6):
+    for one in chosen(cuts(), 5_000_000_000, 6):
         assert one.heads / 8 == pytest.approx(one.neurons / 12288, abs=0.13)
 
 
@@ -94,17 +116,19 @@ def test_a_size_has_candidates_or_the_message_names_the_nearest_sizes(
     layers, heads, neurons, share, wanted
 ):
     possible = cuts(layers, heads, neurons)
-    target = round(share * possible.whole.parameters)
-    if not any(possible.with_layers(target, depth) for depth in range(1, layers + 1)):
+    target = round(share * possible.whole.size)
+    if not any(
+        possible.with_layers(target, depth, tolerance=TOLERANCE) for depth in range(1, layers + 1)
+    ):
         with pytest.raises(ConfigError, match="nearest possible sizes are"):
-            candidates_of(possible, target, wanted)
+            chosen(possible, target, wanted)
         return
 
-    found = candidates_of(possible, target, wanted)
+    found = chosen(possible, target, wanted)
 
     assert 1 <= len(found) <= wanted
     assert len({one.name for one in found}) == len(found)
-    assert all(abs(one.parameters - target) <= TOLERANCE * target for one in found)
+    assert all(abs(one.size - target) <= TOLERANCE * target for one in found)
     assert all(one == possible.candidate(*one[:3]) for one in found)
     depths = [one.layers for one in found]
     assert depths == sorted(depths, reverse=True)
@@ -113,14 +137,14 @@ def test_a_size_has_candidates_or_the_message_names_the_nearest_sizes(
 def test_the_nearest_sizes_can_be_cut():
     possible = cuts(layers=2, heads=1, neurons=640)
     with pytest.raises(ConfigError, match="1 layers, 1 key-value groups, 64 neurons") as error:
-        candidates_of(possible, possible.outside // 2, 6)
+        chosen(possible, possible.outside // 2, 6)
 
     (size,) = re.findall(r"nearest possible sizes are ([\d,]+) ", str(error.value))
-    assert candidates_of(possible, int(size.replace(",", "")), 1)
+    assert chosen(possible, int(size.replace(",", "")), 1)
 
 
 def test_shares_of_layers_give_one_candidate_each():
-    found = candidates_of(cuts(), 5_000_000_000, (1.0, 0.75))
+    found = chosen(cuts(), 5_000_000_000, (1.0, 0.75))
 
     assert [one.layers for one in found] == [36, 27]
 
@@ -128,7 +152,7 @@ def test_shares_of_layers_give_one_candidate_each():
 @pytest.mark.parametrize(
     ("target", "wanted", "message"),
     [
-        (9_000_000_000, 6, r"the teacher has 8,190,735,360; give a smaller"),
+        (9_000_000_000, 6, r"the teacher has 8,190,735,360 weights; give a smaller"),
         (
             5_000_000_000,
             (0.25,),
@@ -138,7 +162,7 @@ def test_shares_of_layers_give_one_candidate_each():
 )
 def test_a_size_or_a_share_of_layers_that_cannot_be_cut_is_refused(target, wanted, message):
     with pytest.raises(ConfigError, match=message):
-        candidates_of(cuts(), target, wanted)
+        chosen(cuts(), target, wanted)
 
 
 @pytest.mark.parametrize(
@@ -157,25 +181,25 @@ def test_a_grid_larger_than_the_teacher_and_layers_that_differ_are_refused():
     with pytest.raises(ConfigError, match=r"method\.round_to: 256 is larger than 172"):
         cuts(neurons=172, round_to=256)
     with pytest.raises(ConfigError, match="all have the same numbers"):
-        cuts_of(View((2, 1), (8, 8)), count=counted, is_stock=lambda _: True, round_to=None)
+        cuts_of(Family(View((2, 1), (8, 8)), 2, lambda _: True, None), counted)
 
 
 def test_heads_that_no_stock_config_describes_are_no_candidates():
-    whole = View((8,) * 36, (12288,) * 36)
-
-    found = cuts_of(whole, count=counted, is_stock=lambda v: v.heads[0] in (4, 8), round_to=None)
+    found = cuts_of(family(is_stock=lambda view: view.heads[0] in (4, 8)), counted)
 
     assert found.heads == (4, 8)
 
 
 def test_the_most_important_layers_are_kept_in_their_order():
-    view = Candidate(2, 3, 5, 0).view((0.1, 0.9, 0.2, 0.9))
+    view = Candidate(2, 3, 5, 0).view((0.1, 0.9, 0.2, 0.9), View((8,) * 4, (8,) * 4))
 
     assert view == View((0, 3, 0, 3), (0, 5, 0, 5), layers=(2, 4))
 
 
 def test_hops_are_at_most_two_and_a_half_and_end_at_the_target():
-    found = hops(config(method={"assistant": "auto_2.5", "parameters": "1B"}).method, 8_000_000_000)
+    method = config(method={"assistant": "auto_2.5", "parameters": "1B"}).method
+
+    found = [one.target for one in budgets(method, 8_000_000_000)]
 
     ratios = [big / small for big, small in pairwise([8_000_000_000, *found])]
     assert found[-1] == 1_000_000_000
@@ -186,7 +210,7 @@ def test_hops_are_at_most_two_and_a_half_and_end_at_the_target():
 
 @pytest.mark.parametrize("options", [{}, {"assistant": "auto_2.5", "parameters": "3.2B"}])
 def test_a_single_hop_needs_no_assistant(options):
-    assert len(hops(config(method={"parameters": "1B", **options}).method, 8_000_000_000)) == 1
+    assert len(budgets(config(method={"parameters": "1B", **options}).method, 8_000_000_000)) == 1
 
 
 @pytest.mark.parametrize(

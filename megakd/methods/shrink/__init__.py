@@ -1,11 +1,12 @@
-"""Shrink a decoder: choose depth and width in one trial, repair the cut, finish on policy.
+"""Shrink a model to a budget: choose depth and width in one trial, and repair the cut.
 
 The method follows MiniDisc (Zhang et al. 2024, arXiv 2205.14570): candidates are views of the
 teacher with sorted units, and all candidates learn from the teacher at the same time with shared
 weights. Here the candidates have the same size and differ in the share of depth and width. The
 layers to keep are those whose absence raises the held-out loss most (Shortened LLaMA, Kim et al.
 2024, arXiv 2402.02834). The best candidate is cut out, and then learns from the teacher on the
-training text, and at last on texts that it generates (GKD, Agarwal et al. 2024, arXiv 2306.13649).
+training rows; a decoder learns at last on texts that it generates (GKD, Agarwal et al. 2024, arXiv
+2306.13649).
 
 Differs from MiniDisc: candidates are compared by their divergence from the teacher, because they
 have the same size; the chosen candidate keeps the weights of the trial and is trained further; all
@@ -20,19 +21,35 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.contract.lab import Lab, Model
+from megakd.contract.lab import Lab, Model, TimedWork
 from megakd.contract.metric import Metric
 from megakd.contract.results import CandidateReport
 from megakd.contract.stage import Constant, Pass, Scores, Stage, StageResult, Verdict
-from megakd.contract.tasks import FROM_TEACHER, STUDENT
-from megakd.contract.terms import ATTENTION_TERMS, STRICT, Count, SoftTargetKl, TermConfig
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
+from megakd.contract.terms import (
+    ATTENTION_TERMS,
+    STATE_TERMS,
+    STRICT,
+    Count,
+    SoftTargetKl,
+    TermConfig,
+)
 from megakd.contract.views import View
 from megakd.methods.assistants import ImportanceOptions
 from megakd.methods.minidisc import Sandwich
-from megakd.methods.shrink.candidates import Candidate, Cuts, candidates_of, cuts_of, parameters_of
+from megakd.methods.shrink.budget import (
+    SPEED_TOLERANCE,
+    TOLERANCE,
+    Parameters,
+    Share,
+    Sizes,
+    Speedup,
+    timed_candidates,
+)
+from megakd.methods.shrink.candidates import Budget, Candidate, Family, candidates_of
 
 LARGEST_HOP = 2.5
 """Ratio of the teacher's weights to the student's beyond which an assistant may help."""
@@ -40,18 +57,41 @@ SHARE_OF_REPAIR = 0.3
 """The trial takes this share of the repair's steps by default; a tenth chose worse candidates."""
 KL = "soft_target_kl"
 TRIAL, ASSISTANT = "trial-", "assistant-"
-Parameters = Annotated[int, BeforeValidator(parameters_of), Field(ge=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Shares = Annotated[tuple[Share, ...], Field(min_length=1)]
+Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
+NARROWER = (0.75, 0.5)
+"""Shares of the residual width of candidates, beside the whole width."""
+BUDGETS = ("parameters", "target_sparsity", "flops", "speedup")
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TimingConfig:
+    """The forward that `speedup` is about.
+
+    batch: texts at a time.
+    tokens: `data` times the lengths of the held-out rows; or a number of tokens per text.
+    device: `cpu` in fp32, or `cuda` in bf16.
+    runtime: `torch`, or the graph that `megakd export --format onnx` writes.
+    """
+
+    batch: Count = 32
+    tokens: Count | Literal["data"] = "data"
+    device: Literal["cpu", "cuda"] = "cpu"
+    runtime: Literal["torch", "onnx"] = "torch"
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class ShrinkConfig(ImportanceOptions):
-    """Cut a decoder to a size: the best of several depths and widths, repaired by distillation.
+    """Cut a model to a budget: the best of several depths and widths, repaired by distillation.
+
+    Exactly one of the first four options is the budget.
 
     parameters: number of weights of the student, such as 0.6B, 600M or 600000000, as exported.
-    target_sparsity: share of the teacher's weights to remove, in place of `parameters`; 0.1 to 0.6
-        is usual.
+    target_sparsity: share of the teacher's weights to remove; 0.1 to 0.6 is usual.
+    flops: share of the multiplications in the teacher's layers that the student's layers need, such
+        as 12%; attention scores, embeddings and output layer are not counted.
+    speedup: how much faster than its teacher the student is on this machine, such as 8x; shapes
+        with random weights are timed before anything is trained.
+    timing: the forward that is timed for `speedup`.
     candidates: number of candidates, from all layers with fewer heads and neurons to few layers
         with all; or the share of the layers that each candidate keeps, such as [1.0, 0.75].
     round_to: multiple of the number of neurons; null: the largest divisor of 64 that divides the
@@ -69,6 +109,9 @@ class ShrinkConfig(ImportanceOptions):
     name: Literal["shrink"]
     parameters: Parameters | None = None
     target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    flops: Share | None = None
+    speedup: Speedup | None = None
+    timing: TimingConfig = TimingConfig()
     candidates: Count | Shares = 6
     round_to: Count | None = None
     trial_steps: Count | None = None
@@ -80,13 +123,15 @@ class ShrinkConfig(ImportanceOptions):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        if (self.parameters is None) == (self.target_sparsity is None):
+        budgets = {key: getattr(self, key) for key in BUDGETS}
+        if sum(value is not None for value in budgets.values()) != 1:
+            given = ", ".join(f"{key} (got {value})" for key, value in budgets.items())
+            yield f"method: set exactly one of {given}"
+        if self.assistant != "never" and self.speedup is not None:
             yield (
-                f"method: set exactly one of parameters (got {self.parameters}) and "
-                f"target_sparsity (got {self.target_sparsity})"
+                f"method.assistant: {self.assistant} divides a number of weights into hops, and "
+                "method.speedup is a time; set method.parameters, or method.assistant to never"
             )
-        if config.task.type != "causal_lm":
-            yield f"task.type: shrink cuts decoders and needs causal_lm (got {config.task.type})"
         if config.student.model != FROM_TEACHER or config.student.layers is not None:
             yield (
                 f'student: method "shrink" cuts the student out of its teacher; set student.model '
@@ -123,7 +168,7 @@ class ShrinkConfig(ImportanceOptions):
             )
 
 
-class ShrinkLink(NamedTuple):
+class Link(NamedTuple):
     """The start of a hop.
 
     teacher: name of the model that teaches.
@@ -137,67 +182,111 @@ class ShrinkLink(NamedTuple):
 
 
 def run(config: ShrinkConfig, lab: Lab) -> StageResult:
-    """Sort the teacher, then choose a cut and repair it, once for each hop."""
+    """Find the candidates, sort the teacher, then choose a cut and repair it, for each hop."""
+    sizes = sizes_of(config, lab, lab.given(TEACHER))
+    first, *others = budgets(config, sizes.weights(sizes.family.units))
+    candidates = _candidates(config, sizes, first)
     teacher = lab.teacher()
-    ranked = config.ranked_units(lab, teacher)
-    link = ShrinkLink(teacher, ranked.source, lab.pruning.layer_scores(teacher))
-    *between, last = hops(config, _cuts(config, lab, ranked.source).whole.parameters)
-    for number, target in enumerate(between, start=1):
-        link = _assistant(config, lab, link, target, number)
-    chosen, _ = _choose(config, lab, link, last, len(between) + 1)
+    ranked = config.ranked_units(lab, teacher, residual=len(sizes.widths) > 1)
+    link = Link(teacher, ranked.source, lab.pruning.layer_scores(teacher))
+    for number, budget in enumerate(others, start=1):
+        link = _assistant(config, lab, link, candidates, number)
+        candidates = _candidates(config, sizes_of(config, lab, link.start), budget)
+    chosen, _ = _choose(config, lab, link, candidates, len(others) + 1)
     return lab.train(_repair(config, lab, link.teacher, chosen))
 
 
-def hops(config: ShrinkConfig, parameters: int) -> list[int]:
-    """Return the numbers of weights to shrink to, in order; the last is the student's."""
+def budgets(config: ShrinkConfig, parameters: int) -> list[Budget]:
+    """Return the sizes to shrink to, in order; the last is the student's.
+
+    `parameters`: number of weights of the teacher.
+    """
+    if config.flops is not None:
+        return [Budget("method.flops", config.flops, TOLERANCE, _of_operations)]
+    if config.speedup is not None:
+        return [Budget("method.speedup", 1 / config.speedup, SPEED_TOLERANCE, _speedup)]
     share = 1 - (config.target_sparsity or 0.0)
     target = config.parameters or round(share * parameters)
     count = math.ceil(math.log(max(parameters / target, 1)) / math.log(LARGEST_HOP) - 1e-9)
-    if config.assistant == "never" or count < 2:
-        return [target]
-    ratio = (target / parameters) ** (1 / count)
-    return [*(round(parameters * ratio**hop) for hop in range(1, count)), target]
+    ratio = (target / parameters) ** (1 / max(count, 1))
+    hops = range(1, 1 if config.assistant == "never" else count)
+    targets = [*(round(parameters * ratio**hop) for hop in hops), target]
+    return [Budget("method.parameters", one, TOLERANCE, _weights) for one in targets]
 
 
-def _cuts(config: ShrinkConfig, lab: Lab, model: Model) -> Cuts:
-    return cuts_of(
-        model.units._replace(width=None, head_width=None),
-        count=lambda view: lab.pruning.parameters(model, view).parameters,
-        is_stock=lambda view: lab.pruning.has_stock_config(model, view),
+def _weights(size: float) -> str:
+    return f"{round(size):,} weights"
+
+
+def _of_operations(size: float) -> str:
+    return f"{size:.1%} of the layers' operations"
+
+
+def _speedup(size: float) -> str:
+    return f"a speed-up of {1 / size:.2f}x"
+
+
+def sizes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Sizes:
+    """Return the sizes of the shapes that can be cut out of a model."""
+    pruning = lab.pruning
+    family = Family(
+        units=model.units._replace(width=None, head_width=None),
+        depth=model.depth,
+        is_stock=lambda view: pruning.has_stock_config(model, view),
         round_to=config.round_to,
     )
+    return Sizes(lab, model, family, (None, *_widths(config, lab, model, family)))
+
+
+def _widths(config: ShrinkConfig, lab: Lab, model: Model, family: Family) -> Iterator[int]:
+    """Yield narrower widths of the hidden states; a decoder keeps its width."""
+    if lab.config.task.type == "causal_lm" or isinstance(config.candidates, tuple):
+        return
+    if any(isinstance(term, STATE_TERMS) for term in objective_of(lab)):
+        return
+    head = model.width // model.heads.keys
+    for share in NARROWER:
+        width = round(share * model.heads.keys) * head
+        if 0 < width < model.width and family.possible(width)[0]:
+            yield width
+
+
+def _candidates(config: ShrinkConfig, sizes: Sizes, budget: Budget) -> list[Candidate]:
+    if config.speedup is not None:
+        work = TimedWork(**vars(config.timing))
+        return timed_candidates(sizes, budget, config.candidates, work)
+    size = sizes.weights if config.flops is None else sizes.operations
+    return candidates_of(sizes.of(size), budget, config.candidates)
 
 
 def _assistant(
-    config: ShrinkConfig, lab: Lab, link: ShrinkLink, target: int, number: int
-) -> ShrinkLink:
-    chosen, kept = _choose(config, lab, link, target, number)
+    config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
+) -> Link:
+    chosen, kept = _choose(config, lab, link, candidates, number)
     stage = _repair(config, lab, link.teacher, chosen)
     train = _train(lab, config.repair_steps)
     name = f"{ASSISTANT}{number}"
     result = lab.train(dataclasses.replace(stage, name=name, rollouts=None, train=train))
     scores = tuple(link.layer_scores[layer - 1] for layer in kept)
-    return ShrinkLink(lab.assistant(result, None), lab.source(result.folder), scores)
+    return Link(lab.assistant(result, None), lab.source(result.folder), scores)
 
 
 def _choose(
-    config: ShrinkConfig, lab: Lab, link: ShrinkLink, target: int, number: int
+    config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
 ) -> tuple[StageResult, tuple[int, ...]]:
     """Run the trial of a hop; return its result, the best candidate, and the layers it keeps."""
-    cuts = _cuts(config, lab, link.start)
-    candidates = candidates_of(cuts, target, config.candidates)
     stage = _trial(config, lab, link, candidates, number)
     result = lab.train(stage)
-    whole = cuts.whole.parameters
-    lab.record.candidates += _rows(config, lab, result, candidates, number=number, whole=whole)
+    lab.record.candidates += _rows(config, lab, link, result, stage, candidates)
     kept = stage.views[result.view or candidates[0].name].layers or ()
     return result, kept
 
 
 def _trial(
-    config: ShrinkConfig, lab: Lab, link: ShrinkLink, candidates: Sequence[Candidate], number: int
+    config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
 ) -> Stage:
-    views: dict[str, View] = {one.name: one.view(link.layer_scores) for one in candidates}
+    units = link.start.units
+    views: dict[str, View] = {one.name: one.view(link.layer_scores, units) for one in candidates}
     steps = config.trial_steps or max(1, round(SHARE_OF_REPAIR * _repair_steps(config, lab)))
     return Stage(
         name=f"{TRIAL}{number}",
@@ -254,24 +343,27 @@ def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
 def _rows(
     config: ShrinkConfig,
     lab: Lab,
+    link: Link,
     result: StageResult,
+    stage: Stage,
     candidates: Sequence[Candidate],
-    *,
-    number: int,
-    whole: int,
 ) -> Iterator[CandidateReport]:
     """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
-    metric = _metric(config, lab)
+    metric, count = _metric(config, lab), lab.pruning.parameters
+    units = link.start.units._replace(head_width=None)
+    whole = count(link.start, units).parameters
     for one in candidates:
-        yield {
-            "iteration": number,
-            "sparsity": round(1 - one.parameters / whole, 4),
-            "parameters": one.parameters,
+        parameters = count(link.start, stage.views[one.name]).parameters
+        row: CandidateReport = {
+            "iteration": int(stage.name.removeprefix(TRIAL)),
+            "sparsity": round(1 - parameters / whole, 4),
+            "parameters": parameters,
             "metric": metric.of(result.scores[one.name]),
             "tradeoff": metric.worth(result.scores[one.name]),
             "chosen": one.name == result.view,
             "shape": one.shape(),
         }
+        yield row
 
 
 @plain_dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sizes of the models that can be cut out of a decoder, and candidates of one size.
+"""Shapes that can be cut out of a model, their sizes, and candidates of one size.
 
 All layers of a candidate have the same shape, so that the stock config of the family describes it.
 """
@@ -7,188 +7,239 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from megakd.contract.views import View, most_important
 from megakd.errors import ConfigError
 
-TOLERANCE = 0.03
-"""How far the size of a candidate may be from the wanted size."""
 ERROR_WEIGHT = 10.0
 """A size that is 1 % off counts as much as shares of heads and neurons that differ by 0.1."""
 LARGEST_GRID = 64
-_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def parameters_of(value: object) -> object:
-    """Return the whole number that a text such as "0.6B" or "600M" writes; others unchanged."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
-    if match is None:
-        raise ValueError(
-            f'must be a number of weights such as 0.6B, 600M or 600000000 (got "{value}")'
-        )
-    return round(float(match[1]) * _FACTORS[match[2].upper()])
 
 
 class Candidate(NamedTuple):
-    """The shape of a model that can be cut out of the teacher, and its number of weights."""
+    """The shape of a model that can be cut out of the teacher, and its size.
+
+    width: width of the hidden states; None: the teacher's.
+    """
 
     layers: int
     heads: int
     neurons: int
-    parameters: int
+    size: float
+    width: int | None = None
 
     @property
     def name(self) -> str:
-        """The name of the candidate's view; candidates of one size differ in their layers."""
-        return f"layers-{self.layers}"
+        """The name of the candidate's view; candidates of one size differ in layers or width."""
+        return f"layers-{self.layers}" + (f"-width-{self.width}" if self.width else "")
 
     def shape(self) -> str:
-        return f"{self.layers} layers, {self.heads} key-value groups, {self.neurons} neurons"
+        width = f", width {self.width}" if self.width else ""
+        return f"{self.layers} layers, {self.heads} key-value groups, {self.neurons} neurons{width}"
 
-    def view(self, layer_scores: Sequence[float]) -> View:
-        """Return the candidate as a view of the teacher with its most important layers."""
-        numbers = range(1, len(layer_scores) + 1)
+    def view(self, layer_scores: Sequence[float], whole: View) -> View:
+        """Return the candidate as a view of the teacher with its most important layers.
+
+        Args:
+            whole: the units of the teacher; what lies outside the layers stays.
+        """
+        depth = len(layer_scores)
         kept = most_important(layer_scores, self.layers)
+        heads, neurons = (
+            tuple(count if number in kept else 0 for number in range(1, depth + 1))
+            for count in (self.heads, self.neurons)
+        )
         return View(
-            heads=tuple(self.heads if number in kept else 0 for number in numbers),
-            neurons=tuple(self.neurons if number in kept else 0 for number in numbers),
+            heads=heads + whole.heads[depth:],
+            neurons=neurons + whole.neurons[depth:],
+            width=self.width,
             layers=kept,
         )
 
 
 class Cuts(NamedTuple):
-    """All shapes that can be cut out of a decoder, and their numbers of weights.
+    """All shapes of one width that can be cut out of a model, and their sizes.
 
-    layers: layers of the decoder.
+    layers: layers of the model.
     heads, neurons: possible numbers of key-value groups and of neurons per layer, in rising order.
-    outside: weights outside the layers. layer: weights of a layer without groups and neurons.
-    head, neuron: weights of one key-value group with its queries, and of one neuron.
+    outside: size outside the layers. layer: size of a layer without groups and neurons.
+    head, neuron: size of one key-value group with its queries, and of one neuron.
+    width: width of the hidden states; None: the teacher's.
     """
 
     layers: int
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
-    outside: int
-    layer: int
-    head: int
-    neuron: int
+    outside: float
+    layer: float
+    head: float
+    neuron: float
+    width: int | None = None
 
     def candidate(self, layers: int, heads: int, neurons: int) -> Candidate:
         each = self.layer + heads * self.head + neurons * self.neuron
-        return Candidate(layers, heads, neurons, self.outside + layers * each)
+        return Candidate(layers, heads, neurons, self.outside + layers * each, self.width)
 
     @property
     def whole(self) -> Candidate:
         return self.candidate(self.layers, self.heads[-1], self.neurons[-1])
 
-    def nearest(self, target: int, layers: int, heads: int) -> Iterator[Candidate]:
+    def nearest(self, target: float, layers: int, heads: int) -> Iterator[Candidate]:
         """Yield the shapes with the nearest sizes below and above a size, if there are any."""
-        spare = (target - self.outside) / layers - self.layer - heads * self.head
-        wanted = spare / self.neuron
-        below = [count for count in self.neurons if count <= wanted]
-        above = [count for count in self.neurons if count > wanted]
-        for neurons in (*below[-1:], *above[:1]):
-            yield self.candidate(layers, heads, neurons)
+        shapes = [self.candidate(layers, heads, neurons) for neurons in self.neurons]
+        below = [one for one in shapes if one.size <= target]
+        above = [one for one in shapes if one.size > target]
+        yield from (*below[-1:], *above[:1])
 
-    def with_layers(self, target: int, layers: int) -> Candidate | None:
+    def with_layers(self, target: float, layers: int, *, tolerance: float) -> Candidate | None:
         """Return the shape with a number of layers that meets a size best; None: no shape does.
 
         The share of the key-value groups and the share of the neurons are as equal as possible.
         """
-        found = [one for heads in self.heads for one in self.nearest(target, layers, heads)]
-        fitting = [one for one in found if abs(one.parameters - target) <= TOLERANCE * target]
+        near = [one for heads in self.heads for one in self.nearest(target, layers, heads)]
+        fitting = [one for one in near if abs(one.size - target) <= tolerance * target]
         return min(fitting, key=lambda one: self._cost(one, target), default=None)
 
-    def _cost(self, one: Candidate, target: int) -> float:
+    def _cost(self, one: Candidate, target: float) -> float:
         uneven = abs(one.heads / self.heads[-1] - one.neurons / self.neurons[-1])
-        return uneven + ERROR_WEIGHT * abs(one.parameters / target - 1)
+        return uneven + ERROR_WEIGHT * abs(one.size / target - 1)
 
 
-def cuts_of(
-    whole: View,
-    *,
-    count: Callable[[View], int],
-    is_stock: Callable[[View], bool],
-    round_to: int | None,
-) -> Cuts:
-    """Return the shapes that can be cut out of a decoder.
+class Family(NamedTuple):
+    """The model that shapes are cut out of: its units, its layers, and what its cuts can be.
 
-    Args:
-        round_to: multiple of the number of neurons; None: the largest divisor of 64 that divides
-            the number of neurons of the decoder.
+    units: numbers of heads and neurons of the whole model.
+    is_stock: whether the stock config of the family describes a view.
+    round_to: multiple of the number of neurons; None: the largest divisor of 64 that divides the
+        number of neurons of the model.
     """
-    depth, heads, neurons = len(whole.heads), whole.heads[0], whole.neurons[0]
-    if {*whole.heads} != {heads} or {*whole.neurons} != {neurons} or 0 in (heads, neurons):
-        raise ConfigError(
-            "method: shrink needs a teacher whose layers all have the same numbers of heads and "
-            f"neurons (got {whole.heads} key-value groups and {whole.neurons} neurons); use a "
-            "teacher that was not cut layer by layer"
-        )
-    grid = round_to or math.gcd(LARGEST_GRID, neurons)
-    if grid > neurons:
-        raise ConfigError(
-            f"method.round_to: {grid} is larger than {neurons}, the number of neurons of the "
-            "teacher's layers; lower method.round_to"
-        )
 
-    def weights(of_heads: int, of_neurons: int, layers: int = depth) -> int:
-        numbers = tuple(range(1, layers + 1))
-        return count(View((of_heads,) * depth, (of_neurons,) * depth, layers=numbers))
+    units: View
+    depth: int
+    is_stock: Callable[[View], bool]
+    round_to: int | None
 
-    empty = weights(0, 0)
-    layer = (empty - weights(0, 0, 1)) // (depth - 1) if depth > 1 else 0
-    return Cuts(
-        layers=depth,
-        heads=tuple(
-            n for n in range(1, heads + 1) if is_stock(View((n,) * depth, (neurons,) * depth))
-        ),
-        neurons=(*range(grid, neurons, grid), neurons),
-        outside=empty - depth * layer,
-        layer=layer,
-        head=(weights(1, 0) - empty) // depth,
-        neuron=(weights(0, 1) - empty) // depth,
+    def view(self, layers: int, heads: int, neurons: int, width: int | None = None) -> View:
+        """Return a view of the first layers; which layers they are does not change a size."""
+        numbers = tuple(float(-number) for number in range(self.depth))
+        return Candidate(layers, heads, neurons, 0, width).view(numbers, self.units)
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """The numbers of key-value groups and neurons, which are the same in all layers."""
+        heads, neurons = self.units.heads[: self.depth], self.units.neurons[: self.depth]
+        if len({*heads}) != 1 or len({*neurons}) != 1 or 0 in (heads[0], neurons[0]):
+            raise ConfigError(
+                "method: shrink needs a teacher whose layers all have the same numbers of heads "
+                f"and neurons (got {heads} key-value groups and {neurons} neurons); use a teacher "
+                "that was not cut layer by layer"
+            )
+        return heads[0], neurons[0]
+
+    def possible(self, width: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the numbers of key-value groups and of neurons that a layer can have."""
+        heads, neurons = self.most
+        grid = self.round_to or math.gcd(LARGEST_GRID, neurons)
+        if grid > neurons:
+            raise ConfigError(
+                f"method.round_to: {grid} is larger than {neurons}, the number of neurons of the "
+                "teacher's layers; lower method.round_to"
+            )
+        stock = (
+            n for n in range(1, heads + 1) if self.is_stock(self.view(self.depth, n, grid, width))
+        )
+        return tuple(stock), (*range(grid, neurons, grid), neurons)
+
+
+def cuts_of(family: Family, size: Callable[[View], float], width: int | None = None) -> Cuts:
+    """Return the shapes of one width; their sizes follow from the sizes of four of them.
+
+    A size is linear in the number of layers, and in the units of a layer.
+    """
+    heads, neurons = family.possible(width)
+    whole, fewer_heads, fewer_neurons, one_layer = map(size, corners_of(family, width))
+    depth = family.depth
+    head = (whole - fewer_heads) / depth / max(heads[-1] - heads[0], 1)
+    neuron = (whole - fewer_neurons) / depth / max(neurons[-1] - neurons[0], 1)
+    layer = (whole - one_layer) / (depth - 1) if depth > 1 else whole
+    inside = layer - heads[-1] * head - neurons[-1] * neuron
+    return Cuts(depth, heads, neurons, whole - depth * layer, inside, head, neuron, width)
+
+
+def corners_of(family: Family, width: int | None = None) -> tuple[View, View, View, View]:
+    """Return the shapes whose sizes give those of all other shapes of a width.
+
+    They are the whole, and that with the fewest heads, with the fewest neurons, and with one layer.
+    """
+    heads, neurons = family.possible(width)
+    depth, most = family.depth, (heads[-1], neurons[-1])
+    return (
+        family.view(depth, *most, width),
+        family.view(depth, heads[0], neurons[-1], width),
+        family.view(depth, heads[-1], neurons[0], width),
+        family.view(1, *most, width),
     )
 
 
-def candidates_of(cuts: Cuts, target: int, wanted: int | Sequence[float]) -> list[Candidate]:
+class Budget(NamedTuple):
+    """The size that a student should have.
+
+    key: the option that asks for it.
+    target: the size, in the unit of the cuts.
+    tolerance: how far the size of a candidate may be from the target, as a share of it.
+    text: writes a size.
+    """
+
+    key: str
+    target: float
+    tolerance: float
+    text: Callable[[float], str]
+
+
+def candidates_of(
+    cuts: Sequence[Cuts], budget: Budget, wanted: int | Sequence[float]
+) -> list[Candidate]:
     """Return candidates of one size, from all layers with narrow ones to few layers as they are.
 
     Args:
-        target: the wanted number of weights; a candidate is at most `TOLERANCE` off.
-        wanted: number of candidates, which are spread evenly over the possible numbers of layers;
-            or the share of the layers that each candidate keeps.
+        cuts: shapes of each width, the teacher's first.
+        wanted: number of candidates, which are spread evenly over the possible numbers of layers
+            of each width; or the share of the layers that each candidate keeps.
     """
-    if target >= cuts.whole.parameters:
+    whole, target = cuts[0].whole, budget.target
+    if target >= whole.size:
         raise ConfigError(
-            f"method.parameters: the student would have {target:,} weights, and the teacher has "
-            f"{cuts.whole.parameters:,}; give a smaller number"
+            f"{budget.key}: the student would have {budget.text(target)}, and the teacher has "
+            f"{budget.text(whole.size)}; give a smaller size"
         )
-    depths = range(cuts.layers, 0, -1)
-    fitting = [one for depth in depths if (one := cuts.with_layers(target, depth))]
+    fitting = [
+        one
+        for of_width in cuts
+        for depth in range(whole.layers, 0, -1)
+        if (one := of_width.with_layers(target, depth, tolerance=budget.tolerance))
+    ]
     if not fitting:
-        raise ConfigError(_no_such_size(cuts, target))
-    if isinstance(wanted, int):
-        return _spread(fitting, wanted)
-    by_layers = {one.layers: one for one in fitting}
-    asked = sorted({max(1, round(share * cuts.layers)) for share in wanted}, reverse=True)
+        raise ConfigError(_no_such_size(cuts, budget))
+    return _spread(fitting, wanted) if isinstance(wanted, int) else _asked(fitting, wanted, cuts[0])
+
+
+def _asked(fitting: Sequence[Candidate], shares: Sequence[float], cuts: Cuts) -> list[Candidate]:
+    by_layers = {one.layers: one for one in fitting if one.width is None}
+    asked = sorted({max(1, round(share * cuts.layers)) for share in shares}, reverse=True)
     missing = [depth for depth in asked if depth not in by_layers]
     if missing:
         known = ", ".join(f"{depth / cuts.layers:.2g}" for depth in by_layers)
         raise ConfigError(
-            f"method.candidates: no model of {target:,} weights has {missing[0]} of the teacher's "
+            f"method.candidates: no model of the wanted size has {missing[0]} of the teacher's "
             f"{cuts.layers} layers; use some of the shares {known}, or a number of candidates"
         )
     return [by_layers[depth] for depth in asked]
 
 
 def _spread(fitting: Sequence[Candidate], count: int) -> list[Candidate]:
+    """Return at most `count` candidates, evenly spread."""
     if count >= len(fitting):
         return list(fitting)
     if count == 1:
@@ -197,19 +248,25 @@ def _spread(fitting: Sequence[Candidate], count: int) -> list[Candidate]:
     return [fitting[round(place * last / (count - 1))] for place in range(count)]
 
 
-def _no_such_size(cuts: Cuts, target: int) -> str:
-    found = [
+def _no_such_size(cuts: Sequence[Cuts], budget: Budget) -> str:
+    near = [
         one
-        for depth in range(1, cuts.layers + 1)
-        for heads in cuts.heads
-        for one in cuts.nearest(target, depth, heads)
+        for of_width in cuts
+        for depth in range(1, of_width.layers + 1)
+        for heads in of_width.heads
+        for one in of_width.nearest(budget.target, depth, heads)
     ]
-    size = operator.attrgetter("parameters")
-    below = max((one for one in found if one.parameters < target), key=size, default=None)
-    above = min((one for one in found if one.parameters > target), key=size, default=None)
-    near = [f"{one.parameters:,} ({one.shape()})" for one in (below, above) if one is not None]
+    return no_candidate(budget, near, cuts[0].whole)
+
+
+def no_candidate(budget: Budget, near: Sequence[Candidate], whole: Candidate) -> str:
+    """Return the message that no shape has the size of the budget; it names the nearest ones."""
+    size = operator.attrgetter("size")
+    below = max((one for one in near if one.size < budget.target), key=size, default=None)
+    above = min((one for one in near if one.size > budget.target), key=size, default=None)
+    texts = [f"{budget.text(one.size)} ({one.shape()})" for one in (below, above) if one]
     return (
-        f"method.parameters: no model of {target:,} weights (within {TOLERANCE:.0%}) can be cut "
-        f"out of the teacher ({cuts.whole.shape()}, {cuts.whole.parameters:,} weights); the "
-        f"nearest possible sizes are {' and '.join(near)}"
+        f"{budget.key}: no model with {budget.text(budget.target)} (within {budget.tolerance:.0%}) "
+        f"can be cut out of the teacher ({whole.shape()}, {budget.text(whole.size)}); the nearest "
+        f"possible sizes are {' and '.join(texts)}"
     )

@@ -1,0 +1,153 @@
+"""Shrink of classifiers: depth, width and residual width, sizes in operations and in time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_runs import bert, config_tree, write_config, write_reviews
+from transformers import AutoModelForSequenceClassification
+from whole_run import finish, read, same_weights
+
+from megakd.contract.lab import TimedWork
+from megakd.contract.views import View
+from megakd.errors import ConfigError
+from megakd.methods.shrink.budget import Sizes, timed_candidates
+from megakd.methods.shrink.candidates import Budget, Family
+
+TEACHER = bert(4, width=32, num_attention_heads=4, intermediate_size=64)
+METHOD = {"name": "shrink", "flops": "40%", "candidates": 20, "round_to": 4, "trial_steps": 3}
+WORK = TimedWork(batch=1, tokens="data", device="cpu", runtime="torch")
+
+
+def shrinking(folder: Path, *, tag: str = "out", **sections: Any) -> Path:
+    """A run config of a classifier that is fine-tuned for a few steps."""
+    reviews = folder / "reviews"
+    if not reviews.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_reviews(reviews)
+    tree = config_tree(
+        folder / tag,
+        {"type": "classification", "dataset": str(reviews)},
+        teacher={"model": TEACHER, "finetune": {"max_steps": 8}, "cache": "auto"},
+        method={**METHOD, "repair_steps": 4, **sections.pop("method", {})},
+        save={"save_steps": 1},
+        **sections,
+    )
+    tree["student"] = {"model": "from_teacher", "dropout": 0.0}
+    return write_config(folder / f"{tag}.yaml", tree)
+
+
+@pytest.fixture(scope="module")
+def shrunk(one_rank, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shrink")
+    finish(one_rank, shrinking(folder))
+    return folder / "out"
+
+
+def test_a_classifier_loses_depth_and_width_and_stays_a_stock_model(shrunk):
+    report = read(shrunk)
+
+    model = AutoModelForSequenceClassification.from_pretrained(shrunk / "final")
+
+    assert type(model).__name__ == "BertForSequenceClassification"
+    counts = {one: report[one]["encoder_parameters"] for one in ("student", "teacher")}
+    assert counts["student"] == pytest.approx(0.4 * counts["teacher"], rel=0.05)
+    shapes = [row["shape"] for row in report["candidates"]]
+    assert any("width" in shape for shape in shapes)
+    assert len({shape.split()[0] for shape in shapes}) > 1
+    (chosen,) = [row for row in report["candidates"] if row["chosen"]]
+    assert chosen["metric"] == min(row["metric"] for row in report["candidates"])
+
+
+def test_the_student_has_no_dropout_and_its_teacher_keeps_its_own(shrunk):
+    student, teacher = (
+        json.loads((shrunk / folder / "config.json").read_text())
+        for folder in ("final", "stages/teacher-finetune")
+    )
+
+    assert student["hidden_dropout_prob"] == student["attention_probs_dropout_prob"] == 0.0
+    assert teacher["hidden_dropout_prob"] == 0.1
+
+
+def test_a_run_stopped_in_every_stage_ends_with_the_same_weights(one_rank, shrunk, tmp_path):
+    config = shrinking(tmp_path)
+
+    for stop in (("teacher-finetune", 3), ("trial-1", 2), ("student", 1), ("student", 3)):
+        assert one_rank.train("--config", config, stop_at=stop).code != 0
+    finish(one_rank, config)
+
+    assert same_weights(tmp_path / "out" / "final", shrunk / "final")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"flops": "0.1%"}, r"no model with 0\.1% of the layers' operations .*the nearest"),
+        ({"flops": None, "parameters": "1B"}, "give a smaller size"),
+    ],
+)
+def test_a_budget_that_no_shape_meets_is_refused_before_anything_is_trained(
+    one_rank, tmp_path, method, message
+):
+    said = one_rank.train("--config", shrinking(tmp_path, method=method))
+
+    assert said.code == 2
+    assert re.search(message, said.err)
+    assert said.loaded == ()
+
+
+def test_a_speedup_is_timed_once_before_the_teacher_learns(one_rank, tmp_path):
+    method = {"flops": None, "speedup": 1000, "timing": {"batch": 1}}
+    config = shrinking(tmp_path, method=method)
+
+    said = one_rank.train("--config", config)
+
+    assert said.code == 2
+    assert "no model with a speed-up of 1000.00x" in said.err
+    assert "the nearest possible sizes are a speed-up of" in said.err
+    stages = {folder.name for folder in (tmp_path / "out" / "stages").glob("*")}
+    assert stages <= {"times"}
+
+
+def clock(view: View) -> float:
+    """Time of a view in no line: layers cost as much as all their neurons, and the first more."""
+    kept = [*zip(view.heads, view.neurons, strict=True)]
+    depth = sum(any(layer) for layer in kept)
+    return 2 + depth**1.1 * (10 + (max(neurons for _, neurons in kept) / 16) ** 1.05)
+
+
+def sizes() -> Sizes:
+    family = Family(View((4,) * 6, (256,) * 6), 6, lambda view: max(view.heads) == 4, 8)
+
+    def times(_: object, views: Mapping[str, View], *__: object) -> Mapping[str, float]:
+        return {name: clock(view) / clock(family.units) for name, view in views.items()}
+
+    lab: Any = SimpleNamespace(pruning=SimpleNamespace(relative_times=times))
+    return Sizes(lab, None, family, (None,))
+
+
+def speedup(factor: float) -> Budget:
+    return Budget("method.speedup", 1 / factor, 0.05, lambda size: f"{1 / size:.1f}x")
+
+
+def test_timed_candidates_have_the_wanted_time_though_times_lie_on_no_line():
+    measured = sizes()
+
+    found = timed_candidates(measured, speedup(3), 6, WORK)
+
+    assert len(found) > 1
+    whole = clock(measured.family.units)
+    for one in found:
+        assert whole / clock(measured.view(one)) == pytest.approx(3, rel=0.06)
+        assert one.size == clock(measured.view(one)) / whole
+
+
+def test_a_speedup_that_no_shape_reaches_names_the_fastest():
+    with pytest.raises(ConfigError, match=r"with 50\.0x .*sizes are [\d.]+x \(1 layers"):
+        timed_candidates(sizes(), speedup(50), 6, WORK)
