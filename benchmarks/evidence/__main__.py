@@ -32,6 +32,7 @@ from evidence.cells import (
     with_cells,
     write_stored,
 )
+from evidence.collect import collect
 from evidence.comparisons import COMPARISONS, group_of, named
 from evidence.page import draw
 from evidence.run import Bench, cached, digest, known_and_left, run_cell, taught
@@ -53,7 +54,10 @@ Chosen = tuple[str, Setting, Sequence[int]]
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
-    if not given.page:
+    if given.collect is not None:
+        name, folder = given.collect
+        collect(given.stored / f"{name}.json", Path(folder))
+    elif not given.page:
         run(given)
     draw(given.stored, given.stored.parent / "evidence.md")
     return 0
@@ -269,6 +273,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--groups", type=words_of(known), help=words)
     parser.add_argument("--jobs", type=positive, default=2, help="cells side by side")
     parser.add_argument("--quick", action="store_true", help="a subset of less than 20 minutes")
+    words = "store the runs of another benchmark, such as shrink-books runs/bench/shrink/books"
+    parser.add_argument("--collect", nargs=2, metavar=("CELLS", "FOLDER"), help=words)
     parser.add_argument("--page", action="store_true", help="draw the page and run nothing")
     given = parser.parse_args(arguments)
     given.only = given.only or list(QUICK_ONLY if given.quick else COMPARISONS)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from evidence.settings import Setting
+from evidence.settings import EQUAL, POOL, Setting
 from megakd.methods.tradeoff import choose
 
 Config = dict[str, Any]
@@ -193,7 +193,6 @@ def teacher_sections(place: Place, names: tuple[str, ...], *, cached: bool = Tru
     ]
 
 
-POOL = ("one", "two", "four", "six")
 CHAIN = ("six", "four")
 
 
@@ -202,7 +201,7 @@ def _pool_arm(temperature: float, **keys: Any) -> Arm:
 
     def config(place: Place) -> Config:
         sections = {
-            "teachers": teacher_sections(place, POOL),
+            "teachers": teacher_sections(place, tuple(place.setting.pool)),
             "method": keys,
             "objective": objective,
         }
@@ -254,9 +253,9 @@ def _kinds_arm(objective: list[Config] | None = None, **method: Any) -> Arm:
     return Arm(config=lambda place: _kinds(place, objective, **method))
 
 
-def _selector(**options: Any) -> Arm:
+def _selector(objective: list[Config] | None = None, **options: Any) -> Arm:
     method = {"name": "knowledge_selection", "episodes": 3, "episode_steps": 100, **options}
-    return _kinds_arm(None, **method)
+    return _kinds_arm(objective, **method)
 
 
 def _fixed(place: Place) -> Config:
@@ -266,8 +265,8 @@ def _fixed(place: Place) -> Config:
     return _kinds(place, objective, name="knowledge_selection", policy="all")
 
 
-def _policy(policy: str) -> Arm:
-    return _kinds_arm(None, name="knowledge_selection", policy=policy)
+def _policy(policy: str, objective: list[Config] | None = None) -> Arm:
+    return _kinds_arm(objective, name="knowledge_selection", policy=policy)
 
 
 def _only(kind: str) -> Arm:
@@ -279,6 +278,8 @@ def _at_equal_steps(arm: Arm) -> Arm:
     return replace(arm, at_equal_cost=False)
 
 
+PER_ROW: list[Config] = [{"loss": KINDS[0], "count": "rows"}, *({"loss": k} for k in KINDS[1:])]
+"""All kinds; a labelled row weighs as much as a row of the soft targets."""
 OTHER_KINDS = tuple(kind for kind in KINDS if kind != "soft_target_kl")
 SELECTION_ARMS = {
     "soft": _selector(),
@@ -293,6 +294,8 @@ SELECTION_ARMS = {
     "restraint 0.002": _selector(restraint=0.002),
     "phases of 1": _selector(phase_steps=1),
     "no exploration": _selector(exploration=0),
+    "all kinds per row": _at_equal_steps(_policy("all", PER_ROW)),
+    "soft per row": _at_equal_steps(_selector(PER_ROW)),
     "labels": LABELS,
 }
 
@@ -409,11 +412,28 @@ COMPARISONS = {
             "sst2-few": THREE,
         },
         deciding=(*(in_group(arm, t) for t in ("T 1", "T 4") for arm in POOL_DECIDING), "labels"),
-        teachers=POOL,
+        teachers=tuple(POOL),
         cached=True,
         arms={
             **grouped("T 1", pool_arms(1.0)),
             **grouped("T 4", pool_arms(4.0)),
+            "labels": LABELS,
+        },
+    ),
+    "equal_teachers": Trained(
+        title="Equal teachers: one that is drawn at every step, against their mean",
+        page="pools.md",
+        start="layers 2 and 5 of the teacher `six`",
+        reference="uniform",
+        plain="one teacher",
+        labels="labels",
+        seeds={"clinc150-few-equal": THREE},
+        teachers=(*EQUAL, BEST),
+        cached=True,
+        arms={
+            "uniform": _pool_arm(1.0, name="skdbert"),
+            "mean": _pool_arm(1.0, name="mean_of_teachers"),
+            "one teacher": _pool_arm(1.0, name="single", teacher=BEST),
             "labels": LABELS,
         },
     ),

@@ -1,12 +1,12 @@
 """Comparisons of the page whose arms are trained by benchmarks of their own, such as `shrink`.
 
-Their cells were stored from the reports of these benchmarks.
+`evidence --collect` stores their cells from the reports of these benchmarks (`collect.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from evidence.comparisons import COMPARISONS, Comparison
 from evidence.settings import SETTINGS
@@ -14,10 +14,17 @@ from evidence.settings import SETTINGS
 
 @dataclass(frozen=True, kw_only=True)
 class Collected(Comparison):
-    """A comparison whose cells came from another benchmark; sources: titles of its settings."""
+    """A comparison whose cells come from another benchmark.
+
+    sources: titles of its settings. runs: name of an arm's run, if it is not the arm's. baselines:
+        the run whose baseline is an arm, and its name there. no_teacher: arms without a teacher.
+    """
 
     arms: tuple[str, ...]
     sources: Mapping[str, str]
+    runs: Mapping[str, str] = field(default_factory=dict)
+    baselines: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    no_teacher: tuple[str, ...] = ("alone", "labels")
 
 
 COLLECTED = {
@@ -31,6 +38,7 @@ COLLECTED = {
         plain="patient_kd",
         labels="alone",
         arms=("down", "up", "dual", "version_2", "patient_kd", "alone"),
+        baselines={"patient_kd": ("alone", "patient_kd")},
         sources={
             "books": "masked words of eleven novels",
             "pydocs": "masked words of Python docstrings, which the teacher has never seen",
@@ -48,6 +56,8 @@ COLLECTED = {
         # Three arms choose units by another score than the sensitivity.
         arms=("homodistil", "early", "one_shot", "platon", "magnitude", "random_scores",
               "one_shot_alone", "random", "alone"),
+        baselines={name: ("homodistil", name) for name in ("random", "alone")},
+        no_teacher=("alone", "one_shot_alone"),
         sources={
             "stories260K": "a pretrained Llama of 260,032 weights to half of its width, TinyStories"
         },
@@ -70,6 +80,8 @@ COLLECTED = {
         labels=None,
         arms=("shrink", *(f"{layers} layers alone" for layers in (6, 5, 4, 3, 2)),
               "random weights"),
+        runs={f"{layers} layers alone": f"layers-{layers}" for layers in (6, 5, 4, 3, 2)},
+        baselines={"random weights": ("shrink", "random")},
         sources={
             "stories260K": "a pretrained Llama of 260,032 weights to 0.4 of its weights, "
             "TinyStories",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -35,7 +35,16 @@ from evidence.cells import (
 from evidence.comparisons import COMPARISONS, Comparison, named
 from evidence.others import ALL_COMPARISONS, titles_of
 from evidence.pictures import forest_plot
-from evidence.statistics import Assessed, Difference, Gate, Group, Unit, assess, unit_of
+from evidence.statistics import (
+    Assessed,
+    Difference,
+    Gate,
+    Group,
+    Unit,
+    Verdict,
+    assess,
+    unit_of,
+)
 from lib.launching import ROOT
 from lib.tables import markdown_table, mean_and_deviation
 from megakd.storage.atomic import write_text
@@ -48,7 +57,9 @@ NONE = "-"
 """The text of a value that does not exist."""
 METHOD_VERDICTS = {
     "worse": "**helps** in",
+    "perhaps worse": "**perhaps helps** in",
     "better": "**does not help** in",
+    "perhaps better": "**perhaps does not help** in",
     "cannot be told": "**cannot be told apart** in",
 }
 """The verdict about the method, by the verdict about the control."""
@@ -214,6 +225,7 @@ def _row(one: Assessed, arm: str, *, is_reference: bool) -> dict[str, str]:
         "equal steps (95 %)": texts[0],
         "equal cost (95 %)": texts[1],
         "p after Holm": both(lambda each: p_text(each.adjusted)),
+        "paired t (p)": both(paired_text),
         "verdict": " / ".join(dict.fromkeys(each.verdict for each in found if each)) or NONE,
         "pairs needed": both(lambda each: str(each.pairs_needed or NONE)),
         **cells,
@@ -273,6 +285,12 @@ def p_text(p: float) -> str:
     if math.isnan(p):
         return NONE
     return "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def paired_text(each: Difference) -> str:
+    if math.isnan(each.paired_t):
+        return NONE
+    return f"{each.paired_t:+.1f} ({p_text(each.paired_p)})"
 
 
 def signed(value: float, unit: Unit) -> str:
@@ -353,17 +371,29 @@ def _others(others: Sequence[Found], reference: str) -> str:
     for one in others:
         same = replace(one.difference, basis=BASES[0])
         bases[one._replace(difference=same)].append(one.difference.basis)
-    better, worse, untold = (
-        [one for one in bases if one.difference.verdict == verdict]
-        for verdict in ("better", "worse", "cannot be told")
-    )
-    names = "; ".join(
-        f"`{one.difference.arm}` in {one.setting} at equal {' and '.join(bases[one])}, "
-        f"{signed(one.difference.mean, one.unit)} {one.unit.name}"
-        for one in better
+    by_verdict: dict[Verdict, list[Found]] = {
+        verdict: [one for one in bases if one.difference.verdict == verdict]
+        for verdict in get_args(Verdict)
+    }
+
+    def names(verdict: Verdict) -> str:
+        listed = "; ".join(
+            f"`{one.difference.arm}` in {one.setting} at equal {' and '.join(bases[one])}, "
+            f"{signed(one.difference.mean, one.unit)} {one.unit.name}"
+            for one in by_verdict[verdict]
+        )
+        return f"{len(by_verdict[verdict])}{f' ({listed})' if listed else ''}"
+
+    perhaps = "".join(
+        f"{names(verdict)} perhaps in favour of {whom}, "
+        for verdict, whom in (
+            ("perhaps better", "the other arm"),
+            ("perhaps worse", f"`{reference}`"),
+        )
+        if by_verdict[verdict]
     )
     return (
-        f"Differences of the other arms: {len(better)} in favour of the other arm"
-        f"{f' ({names})' if names else ''}, {len(worse)} in favour of `{reference}`, "
-        f"{len(untold)} that cannot be told from zero."
+        f"Differences of the other arms: {names('better')} in favour of the other arm, "
+        f"{len(by_verdict['worse'])} in favour of `{reference}`, {perhaps}"
+        f"{len(by_verdict['cannot be told'])} that cannot be told from zero."
     )

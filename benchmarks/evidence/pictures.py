@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from evidence.cells import BASES
-from evidence.statistics import Assessed, Difference, unit_of
+from evidence.statistics import Assessed, Difference, Verdict, unit_of
 
 COLOURS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -29,12 +29,22 @@ COLOURS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "line": ("#dbe0e6", "#333c47"),
         "better": ("#1668ad", "#62b0f2"),
         "worse": ("#c4244f", "#ff7d9c"),
+        "perhaps-better": ("#7ba7cc", "#4a7396"),
+        "perhaps-worse": ("#d98ba1", "#99586a"),
         "untold": ("#66717d", "#a3aeb9"),
     }
 )
 """Colours of the report on light and on dark pages."""
 LIGHT = MappingProxyType({name: pair[0] for name, pair in COLOURS.items()})
-SHADES = MappingProxyType({"better": "better", "worse": "worse", "cannot be told": "untold"})
+SHADES: Mapping[Verdict, str] = MappingProxyType(
+    {
+        "better": "better",
+        "worse": "worse",
+        "perhaps better": "perhaps-better",
+        "perhaps worse": "perhaps-worse",
+        "cannot be told": "untold",
+    }
+)
 """The name of the colour of each verdict."""
 WIDE = 3
 """Panels side by side."""
@@ -68,7 +78,7 @@ def forest_plot(panels: Sequence[Assessed]) -> str:
             else:
                 axes.set_visible(False)
         # One panel alone is too narrow for the whole legend in a line.
-        legend = {"loc": "outside lower center", "ncols": 5 if columns > 1 else 3}
+        legend = {"loc": "outside lower center", "ncols": 4 if columns > 1 else 3}
         figure.legend(handles=_legend(), **legend, frameon=False)
         written = io.StringIO()
         canvas.print_svg(written, metadata={"Date": None, "Creator": None})

@@ -11,6 +11,7 @@ import hashlib
 import json
 import operator
 import os
+import random
 import shutil
 import subprocess
 import threading
@@ -40,6 +41,7 @@ from evidence.comparisons import (
 )
 from evidence.settings import SETTINGS, Config, Setting
 from lib import launching
+from lib.data import write_labelled
 from megakd.storage.atomic import write_text
 
 SAME_COST = 0.1
@@ -90,9 +92,12 @@ def taught(bench: Bench, setting: Setting, name: str, seed: int) -> TeacherGate:
         "method": {"name": "finetune"},
         "train": setting.teacher.train(),
     }
-    config = run_config(bench, setting, seed, sections, evaluations=TEACHER_EVALUATIONS)
+    labels = run_config(bench, setting, seed, sections, evaluations=TEACHER_EVALUATIONS)
+    config = labels | of_bootstrap(bench, setting, name, seed)
 
     def make() -> dict[str, Any]:
+        if setting.bootstrap:
+            write_bootstrap(labels, config)
         report = run_once(folder, config)
         scores = [100 * score for score in evaluations(folder, report["metric_name"])]
         final = score_teacher(folder, bench.folder(setting) / "data/test.csv", setting.max_length)
@@ -101,6 +106,32 @@ def taught(bench: Bench, setting: Setting, name: str, seed: int) -> TeacherGate:
 
     tree = once(folder / "gate.json", config, make)
     return TeacherGate(**tree | {"scores": tuple(tree["scores"])})
+
+
+def of_bootstrap(bench: Bench, setting: Setting, name: str, seed: int) -> Config:
+    """Return the sections of a teacher with rows and a seed of its own; else none."""
+    if not setting.bootstrap:
+        return {}
+    rows = bench.folder(setting) / f"data/bootstrap-{name}-{seed}.csv"
+    task = {**setting.task(bench.folder(setting) / "data"), "train_files": str(rows)}
+    del task["labelled_examples"]
+    return {"task": task, "seed": 100 * seed + [*setting.pool].index(name)}
+
+
+def write_bootstrap(labels: Config, config: Config) -> None:
+    """Write the rows of a teacher, drawn with replacement from the labelled rows of a run."""
+    from megakd.config.file import load_config
+    from megakd.data.splits import load_splits
+    from megakd.inputs.run_data import cache_folder
+
+    rows = Path(config["task"]["train_files"])
+    path = launching.write_config(rows.with_suffix(".yaml"), {"output_dir": "-", **labels})
+    run = load_config(path)
+    splits = load_splits(run.task, seed=run.seed, cache_dir=cache_folder())
+    given = zip(splits.train["text"], splits.train["label"], strict=True)
+    labelled = [(text, splits.label_names[label]) for text, label in given if label >= 0]
+    drawn = random.Random(config["seed"]).choices(labelled, k=len(labelled))
+    write_labelled(rows, drawn)
 
 
 def cached(bench: Bench, setting: Setting, names: tuple[str, ...], seed: int) -> None:

@@ -49,8 +49,12 @@ class Learning:
 
 NO_FACTS = ("title", "splits", "in_plan")
 """Fields of a setting that its results do not depend on."""
+NEW_FACTS = ("bootstrap",)
+"""Fields that stored digests have only where they are set."""
 POOL = {"one": 1, "two": 2, "four": 4, "six": 6}
 """The teacher of one layer is weaker than the student of two."""
+EQUAL = ("second", "third", "fourth")
+"""Teachers of six layers beside `six`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,8 @@ class Setting:
     label_rate: learning rate of a student that learns from labels alone.
     cut_label_rate: the same, of a student that is cut out of the teacher's heads and neurons.
     pool: layers of the pretrained encoder that each teacher has.
+    bootstrap: whether every teacher has a seed of its own, and labelled rows drawn with
+        replacement from those of the run.
     student_layers: layers of the teacher of six layers that the student starts from.
     in_plan: whether the setting is trained without being named.
     """
@@ -79,11 +85,13 @@ class Setting:
     label_rate: float
     cut_label_rate: float
     pool: Mapping[str, int] = field(default_factory=POOL.copy)
+    bootstrap: bool = False
     student_layers: tuple[int, ...] = (2, 5)
     in_plan: bool = True
 
     def facts(self) -> Config:
-        return {key: value for key, value in vars(self).items() if key not in NO_FACTS}
+        facts = {key: value for key, value in vars(self).items() if key not in NO_FACTS}
+        return {key: value for key, value in facts.items() if value or key not in NEW_FACTS}
 
     def task(self, folder: Path) -> Config:
         """Return the section `task` of the files that `write_splits` has written to a folder.
@@ -182,5 +190,13 @@ SETTINGS["clinc150-few-10-epochs"] = replace(
     # Ten times the 15,000 training rows.
     student=replace(FEW.student, steps=4688),
     label_rate=4e-4,
+    in_plan=False,
+)
+SETTINGS["clinc150-few-equal"] = replace(
+    FEW,
+    name="clinc150-few-equal",
+    title=f"{FEW.title}, four teachers on bootstraps of the labels",
+    pool=dict.fromkeys((*EQUAL, "six"), 6),
+    bootstrap=True,
     in_plan=False,
 )

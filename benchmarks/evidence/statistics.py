@@ -6,7 +6,8 @@ the compared arms of a setting together, as in a randomised block design whose b
 about it. Arms that are noisier than the others (Cochran's C test, as in ISO 5725-2) have no part in
 this estimate, and an estimate of their own. The p-values of a family of tests are corrected
 together after Holm (A simple sequentially rejective multiple test procedure, Scandinavian Journal
-of Statistics 6, 1979), so that the best of many arms is not a lucky arm.
+of Statistics 6, 1979), so that the best of many arms is not a lucky arm. Beside it stands the
+paired t-test of each comparison, which shares no noise with other arms and is not corrected.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.stats import f as fisher_f
-from scipy.stats import norm
+from scipy.stats import norm, ttest_1samp
 from scipy.stats import t as student_t
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
@@ -30,7 +31,7 @@ from evidence.cells import BASES, SAME_RUN, Basis, Stored, TeacherGate, paired
 from evidence.comparisons import Comparison, arm_beside, group_of
 from lib.tables import mean_and_deviation
 
-Verdict = Literal["better", "worse", "cannot be told"]
+Verdict = Literal["better", "worse", "perhaps better", "perhaps worse", "cannot be told"]
 LEVEL, POWER = 0.05, 0.8
 NOISIER = 0.01
 """Level of the test for arms that are noisier than the others."""
@@ -59,6 +60,7 @@ class Difference:
         compared arms, or from these pairs if arm or reference is noisier. low, high, p: Student's
         95 % interval and two-sided p-value; NaN where the noise cannot be estimated. adjusted: the
         p-value after Holm in its family.
+    paired_t, paired_p: of the paired t-test of these pairs alone; NaN for one pair or no spread.
     pairs_needed: pairs at which a test sees the unit's smallest difference; None: not known.
     """
 
@@ -72,14 +74,18 @@ class Difference:
     high: float
     p: float
     adjusted: float
+    paired_t: float
+    paired_p: float
     pairs_needed: int | None
 
     @property
     def verdict(self) -> Verdict:
-        """The result of the test after Holm's correction."""
-        if not self.adjusted < LEVEL:
-            return "cannot be told"
-        return "better" if self.mean > 0 else "worse"
+        """The result of the test after Holm's correction, else `perhaps` that of the pairs."""
+        if self.adjusted < LEVEL:
+            return "better" if self.mean > 0 else "worse"
+        if self.paired_p < LEVEL:
+            return "perhaps better" if self.mean > 0 else "perhaps worse"
+        return "cannot be told"
 
 
 def unit_of(stored: Stored) -> Unit:
@@ -150,6 +156,14 @@ def own_noise(values: Sequence[float]) -> Noise:
     if len(values) == 1:
         return Noise(math.nan, 0)
     return Noise(statistics.stdev(values) / math.sqrt(2), len(values) - 1)
+
+
+def paired_test(values: Sequence[float]) -> tuple[float, float]:
+    """Return t and the two-sided p-value of paired differences; NaN for one pair or no spread."""
+    if len(values) == 1 or statistics.stdev(values) < SAME:
+        return math.nan, math.nan
+    tested = ttest_1samp(values, 0.0)
+    return float(tested.statistic), float(tested.pvalue)
 
 
 def alike_noisy(scores: Scores) -> Scores:
@@ -233,6 +247,7 @@ def _difference(
         deviation = math.nan
     error = deviation / math.sqrt(len(values))
     reach = float(student_t.isf(LEVEL / 2, noise.freedom)) * error
+    paired_t, paired_p = paired_test(values)
     return Difference(
         arm=arm,
         reference=reference,
@@ -244,6 +259,8 @@ def _difference(
         high=mean + reach,
         p=1.0 if error < SAME else 2 * float(student_t.sf(abs(mean) / error, noise.freedom)),
         adjusted=math.nan,
+        paired_t=paired_t,
+        paired_p=paired_p,
         pairs_needed=None,
     )
 

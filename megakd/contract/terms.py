@@ -67,6 +67,8 @@ class HardCrossEntropy:
     class_weights: `balanced`, or a weight for every label by name (classification). The sum over
         rows is divided by the number of rows, not by the sum of weights.
     label_smoothing: the share of the target that is spread evenly over all labels (classification).
+    count: the sum is divided by the labelled rows of a step (`labels`), or by all rows (`rows`),
+        so that a labelled row weighs as much as a row of a soft target (classification).
     on: only the targets of `rollouts` or of `data`; null: of both (causal_lm).
     """
 
@@ -74,6 +76,7 @@ class HardCrossEntropy:
     weight: Weight = 1.0
     class_weights: Literal["balanced"] | ClassWeights | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    count: Literal["labels", "rows"] = "labels"
     on: Source | None = None
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,12 +13,12 @@ from megakd.losses.targets import AGREEMENT, DIVERGENCE, Evaluated, TermGroup
 
 
 class HardClasses(TermGroup):
-    """`hard_cross_entropy` of a classifier, over the rows that carry a label."""
-
-    units: Mapping[str, Unit] = MappingProxyType({"hard_cross_entropy": "targets"})
+    """`hard_cross_entropy` of a classifier, summed over the rows that carry a label."""
 
     def __init__(self, term: HardCrossEntropy) -> None:
         super().__init__()
+        self.unit: Unit = "examples" if term.count == "rows" else "targets"
+        self.units = {term.loss: self.unit}
         self.smoothing = term.label_smoothing
         if term.class_weights == "balanced":
             raise TypeError(
@@ -38,7 +35,7 @@ class HardClasses(TermGroup):
         else:
             total = self._weighted(_logits(reading.student), reading.batch.labels)
             reported = total.detach()
-        scale = reading.weights["hard_cross_entropy"] * reading.per_unit["targets"]
+        scale = reading.weights["hard_cross_entropy"] * reading.per_unit[self.unit]
         return Evaluated(total * scale, {"hard_cross_entropy": reported})
 
     def _plain(self, reading: LossInputs) -> tuple[Tensor, Tensor]:

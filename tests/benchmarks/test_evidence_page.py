@@ -45,15 +45,17 @@ def test_the_table_has_the_numbers_computed_by_hand(docs):
     # standard error of a mean difference is 0.1653, and 2.306 of these are 0.381.
     row = rows_of(page, "best teacher")[0]
     assert row.startswith(
-        "| best teacher | 3 | 79.93 (0.81) | -1.07 (-1.45 to -0.69) | - | <0.001 | worse |"
+        "| best teacher | 3 | 79.93 (0.81) | -1.07 (-1.45 to -0.69) | - | <0.001 "
+        "| -4.6 (0.045) | worse |"
     )
     assert row.endswith("| 0.2500 (0.0000) | 400 | 60 | 25,600 |")
     assert rows_of(page, "other")[0].startswith(
         "| other | 3 / 3 | 82.60 (1.10) / 81.00 (0.75) | +1.60 (+1.22 to +1.98) | "
-        "+0.00 (-0.38 to +0.38) | <0.001 / 1.000 | better / cannot be told |"
+        "+0.00 (-0.38 to +0.38) | <0.001 / 1.000 | +27.7 (0.001) / +0.0 (1.000) "
+        "| better / cannot be told |"
     )
     assert "| 400 / 700 |" in rows_of(page, "other")[0]
-    assert "| <0.001 | worse |" in rows_of(page, "labels")[0]
+    assert "| <0.001 | -151.0 (<0.001) | worse |" in rows_of(page, "labels")[0]
     assert "| **method** | 3 | 81.00 (1.00) | reference | reference |" in page
 
 

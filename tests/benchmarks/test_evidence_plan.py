@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ from evidence import run as evidence_plan
 from evidence.cells import SAME_RUN
 from evidence.run import Answered, accuracy, digest, mean_divergence
 from evidence.settings import SETTINGS, Learning, read_table
+from lib.data import write_labelled
 
 if TYPE_CHECKING:
     from evidence_cells import Stored
@@ -108,6 +110,39 @@ def test_cells_of_another_setting_have_another_digest():
     renamed = dataclasses.replace(FEW, title="other words", in_plan=False)
     assert len({digest("skdbert", setting) for setting in (FEW, *others)}) == 3
     assert digest("skdbert", renamed) == digest("skdbert", FEW)
+
+
+def test_equal_teachers_learn_from_bootstraps_of_the_same_labels_with_other_seeds(
+    tmp_path, monkeypatch
+):
+    started = {}
+
+    def run(folder, config):
+        started[folder.name] = config
+        return {"metric_name": "accuracy"}
+
+    monkeypatch.setattr(evidence_plan, "run_once", run)
+    monkeypatch.setattr(evidence_plan, "score_teacher", lambda *given: 80.0)
+    bench = bench_of(tmp_path)
+    setting = dataclasses.replace(SETTINGS["clinc150-few-equal"], labels=20)
+    texts = [(f"text {number}", f"label {number % 4}") for number in range(60)]
+    for split in ("train", "validation"):
+        write_labelled(bench.folder(setting) / f"data/{split}.csv", texts)
+
+    for name in ("second", "six"):
+        evidence_plan.taught(bench, setting, name, 3)
+
+    second, six = (read_table_of(started[f"{name}-3"]) for name in ("second", "six"))
+    assert len(second) == len(six) == 20
+    assert second != six
+    assert len({*second, *six}) <= 20  # of the labelled rows of the run
+    assert all(label == f"label {int(text.split()[1]) % 4}" for text, label in second)
+    assert started["second-3"]["seed"] != started["six-3"]["seed"]
+
+
+def read_table_of(config: dict) -> list[tuple[str, str]]:
+    path = Path(config["task"]["train_files"])
+    return read_table(path, ("text", "label"), delimiter=",")
 
 
 @pytest.mark.parametrize(("steps", "is_kept"), [(4, True), (5, False)])

@@ -49,6 +49,7 @@ def test_interval_and_p_are_those_of_the_paired_t_test(rows):
     assert one.deviation == pytest.approx(statistics.stdev(gaps))
     assert (one.low, one.high) == pytest.approx((interval.low, interval.high), abs=1e-9)
     assert one.p == pytest.approx(expected.pvalue)
+    assert (one.paired_t, one.paired_p) == pytest.approx((expected.statistic, expected.pvalue))
     assert one.adjusted == one.p
 
 
@@ -78,7 +79,7 @@ def test_many_arms_take_a_verdict_away_that_one_arm_alone_has():
     assert alone.verdict == "better"
     assert alone.adjusted == alone.p == together.p
     assert together.adjusted == pytest.approx(min(1, 41 * together.p))
-    assert together.verdict == "cannot be told"
+    assert together.verdict == "perhaps better"
     assert (together.low, together.high) == (alone.low, alone.high)
 
 
@@ -114,6 +115,28 @@ def test_a_noisier_arm_has_its_own_interval_and_does_not_widen_the_others():
     assert (together[0].low, together[0].high) == pytest.approx((interval.low, interval.high))
 
 
+def test_a_difference_that_every_seed_shows_is_perhaps_better_in_the_noise_of_other_arms():
+    """As `early` of HomoDistil: three seeds agree, and an arm beside it is noisy."""
+    base, gain = (80.0, 82.0, 81.0), (0.50, 0.52, 0.55)
+    up = [score + more for score, more in zip(base, gain, strict=True)]
+    noisy = cells("noisy", (82.0, 81.0, 83.5))
+    pairs = [("up", "b"), ("down", "b"), ("noisy", "b")]
+    down = [score - more for score, more in zip(base, gain, strict=True)]
+
+    better, worse, other = differences(
+        stored(cells("up", up), cells("down", down), noisy, cells("b", base)), pairs
+    )
+
+    expected = ttest_rel(up, base)
+    assert (better.paired_t, better.paired_p) == pytest.approx(
+        (expected.statistic, expected.pvalue)
+    )
+    assert better.paired_p < 0.01
+    assert better.p > 0.1
+    verdicts = [one.verdict for one in (better, worse, other)]
+    assert verdicts == ["perhaps better", "perhaps worse", "cannot be told"]
+
+
 @pytest.mark.slow
 def test_without_effects_the_tests_are_right_as_often_as_they_say():
     rng = np.random.default_rng(0)
@@ -123,7 +146,7 @@ def test_without_effects_the_tests_are_right_as_often_as_they_say():
         arms = {f"{n}": seeds + rng.normal(0, 0.4, size=3) for n in range(8)}
         scores = stored(*(cells(n, list(x)) for n, x in arms.items()))
         found = differences(scores, [(n, "0") for n in arms])
-        wrong += any(one.verdict != "cannot be told" for one in found)
+        wrong += any(one.verdict in {"better", "worse"} for one in found)
     assert wrong / 150 < 0.08
 
 
@@ -146,6 +169,7 @@ def test_a_pair_alone_or_equal_gains_have_no_test():
     for one in (single, equal):
         assert one.mean == 1
         assert all(math.isnan(x) for x in (one.low, one.high, one.p, one.deviation, one.adjusted))
+        assert math.isnan(one.paired_p)
         assert (one.verdict, one.pairs_needed) == ("cannot be told", None)
     assert measured(FIVE, FIVE).p == 1
 

@@ -166,6 +166,10 @@ OBJECTIVE = [
         f"{TEXT}; objective=[{{loss: hard_cross_entropy, label_smoothing: 0.1}}]",
         "objective[0].label_smoothing: supported only for classification",
     ),
+    (
+        f"{TEXT}; objective=[{{loss: hard_cross_entropy, count: rows}}]",
+        "objective[0].count: supported only for classification, which has rows without labels",
+    ),
 ]
 TRAIN = [
     ("train.bf16=true; train.fp16=true", "train: bf16 and fp16 are both true; set one of them"),

@@ -32,21 +32,30 @@ def votes(stopping_rank: int) -> dict:
 HARD = {"loss": "hard_cross_entropy", "class_weights": "balanced", "label_smoothing": 0.1}
 
 
-def test_class_weights_and_label_smoothing_weigh_alike_in_every_cut(distil):
-    def trained(cut, term):
+OVER_ROWS = {"loss": "hard_cross_entropy", "count": "rows"}
+
+
+@pytest.fixture
+def trained(distil):
+    def train(cut, term):
         terms = [term, {"loss": "soft_target_kl"}]
         train = {"objective": terms, "train": cut_of(cut)}
         return distil("bert-student", {}, (2, 0), ranks=cut[0], **train)[1][0]
 
-    whole, *others = (trained(cut, HARD) for cut in (CUTS[0], CUTS[3], CUTS[5]))
+    return train
+
+
+@pytest.mark.parametrize("term", [HARD, OVER_ROWS], ids=["weights and smoothing", "all rows"])
+def test_options_of_the_loss_on_labels_weigh_alike_in_every_cut(trained, term):
+    whole, *others = (trained(cut, term) for cut in (CUTS[0], CUTS[3], CUTS[5]))
 
     for run in others:
         for step in range(STEPS):
             assert run["losses"][step] == pytest.approx(whole["losses"][step], rel=2e-6, abs=1e-6)
             for name, gradient in whole["gradients"][step].items():
                 assert torch.allclose(run["gradients"][step][name], gradient, atol=1e-6), name
-    unweighted = trained(CUTS[0], {"loss": "hard_cross_entropy"})
-    assert unweighted["losses"][0] != pytest.approx(whole["losses"][0], rel=1e-3)
+    plain = trained(CUTS[0], {"loss": "hard_cross_entropy"})
+    assert plain["losses"][0] != pytest.approx(whole["losses"][0], rel=1e-3)
 
 
 def test_all_ranks_stop_early_at_the_same_step(workers, write_run):

@@ -25,7 +25,7 @@ from megakd.contract.terms import (
     SoftTargetTvd,
     TermConfig,
 )
-from megakd.contract.unit_counts import unit_weights
+from megakd.contract.unit_counts import count_units, unit_weights
 from megakd.contract.views import Shape
 from megakd.losses.layer_terms import HiddenStates
 from megakd.losses.objective import Objective, build_objective
@@ -82,6 +82,26 @@ def test_a_row_counts_less_where_the_teacher_misses_its_label(task, label, expec
     (found,) = objective([LossInputs(*both, batch, objective.weights, ONE_EACH)])
 
     assert found.total.item() == pytest.approx(plain * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "divisor"), [("labels", 2), ("rows", 4)])
+def test_the_loss_on_labels_is_divided_by_the_labelled_rows_or_by_all_rows(count, divisor):
+    term, shape = replace(CE, count=count), Shape(2, 4, 2)
+    objective = build_objective((term,), "classification", shape, None)
+    labels = torch.tensor([0, IGNORE, 1, IGNORE])
+    batch = Batch({}, labels, torch.ones(4, 1, dtype=torch.bool))
+    logits = torch.tensor([[1 / 4, 3 / 4], [1 / 8, 7 / 8]]).log().repeat_interleave(2, 0)
+    student = Knowledge(logits=logits.requires_grad_())
+    units = unit_weights(count_units([batch]), 1)
+
+    (found,) = objective([LossInputs(student, None, batch, objective.weights, units)])
+    found.total.backward()
+
+    assert found.total.item() == pytest.approx((math.log(4) + math.log(8 / 7)) / divisor)
+    expected = torch.tensor([[-3 / 4, 3 / 4], [0, 0], [1 / 8, -1 / 8], [0, 0]]) / divisor
+    torch.testing.assert_close(logits.grad, expected)
+    # The logged value has the same divisor.
+    assert units[objective.units[CE.loss]].item() == 1 / divisor
 
 
 def test_widths_that_differ_get_a_projection_per_pair_and_equal_widths_none():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +12,6 @@ from torch import nn
 
 from megakd.contract.batch import Knowledge
 from megakd.methods.knowledge_selection.selecting import (
-    WINDOW,
     Choosing,
     Episodes,
     LearningToSelect,
@@ -68,8 +66,9 @@ class Heard:
     def __init__(self) -> None:
         self.phases: list[Transition] = []
 
-    def learn(self, phase: Transition) -> None:
+    def learn(self, phase: Transition) -> float:
         self.phases.append(phase)
+        return 0.0
 
 
 def selector() -> Selector:
@@ -137,14 +136,9 @@ def weighed(strategy: Selecting, step: int, reading: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("losses", "shape", "rewards"),
+    ("losses", "shape", "worth"),
     [
-        # The fall of the loss, in units of the root mean square of all falls so far.
-        (
-            [5.0, 4.0, 2.0, 2.5],
-            {"steps": 6, "phase_steps": 2},
-            [1.0, 2.0 / math.sqrt(5 / 2), -0.5 / math.sqrt(5.25 / 3)],
-        ),
+        ([5.0, 4.0, 2.0, 2.5], {"steps": 6, "phase_steps": 2}, [1.0, 2.0, -0.5]),
         ([5.0, 5.0], {"steps": 2, "phase_steps": 2}, [0.0]),
         # The same weights as in the phase before cost beta; an episode begins with no such phase.
         ([5.0] * 4, {"exploration": 0.3, "steps": 3, "phase_steps": 1}, [0.0, -0.3, -0.3]),
@@ -162,14 +156,14 @@ def weighed(strategy: Selecting, step: int, reading: Any) -> dict[str, float]:
     ],
     ids=["falls", "still", "soft", "episodes", "hard"],
 )
-def test_a_phase_is_worth_the_fall_of_the_loss_and_what_is_new_about_it(losses, shape, rewards):
+def test_a_phase_is_worth_the_fall_of_the_loss_and_what_is_new_about_it(losses, shape, worth):
     strategy, _, heard = learning(losses, **shape)
     if "exploration" in shape:
         blind(strategy)
 
     taken(strategy, shape.get("number", 1) * shape["steps"])
 
-    assert [phase.reward for phase in heard.phases] == pytest.approx(rewards)
+    assert [phase.fall + phase.exploration for phase in heard.phases] == pytest.approx(worth)
 
 
 def test_phases_hold_their_own_steps_and_what_came_next():
@@ -193,8 +187,7 @@ def test_the_student_begins_every_episode_but_none_after_the_last():
     assert (measured.remembered, measured.resets) == (1, 1)
     # The second falls from 5 again, which is not measured twice.
     assert measured.asked == 3
-    first, second = (phase.reward for phase in heard.phases)
-    assert (first, second) == pytest.approx((1.0, 1.0 / math.sqrt((4 + 1) / 2)))
+    assert [phase.fall for phase in heard.phases] == [2.0, 1.0]
 
 
 def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed():
@@ -236,7 +229,7 @@ def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
 
 
 def test_a_phase_is_stored_as_plain_values_and_read_back():
-    before = Running(rewards=deque([0.5], maxlen=WINDOW), counts={(1.0, 0.0): 2}, loss=3.0)
+    before = Running(logged=[0.5], counts={(1.0, 0.0): 2}, loss=3.0)
 
     check_plain(before.state_dict())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -87,19 +89,44 @@ def test_what_a_state_is_worth_does_not_hide_which_kind_helps(place):
 
 
 @pytest.mark.parametrize(
-    ("reward", "goes_on", "worth"),
-    [pytest.param(1.0, True, 1 / (1 - 0.5), marks=pytest.mark.slow), (-0.7, False, -0.7)],
+    ("fall", "goes_on", "worth"),
+    [pytest.param(0.3, True, 1 / (1 - 0.5), marks=pytest.mark.slow), (-0.7, False, -1.0)],
 )
-def test_the_critic_expects_what_rewards_add_up_to_until_the_episode_ends(reward, goes_on, worth):
+def test_the_critic_expects_what_rewards_add_up_to_until_the_episode_ends(fall, goes_on, worth):
     learner = ActorCritic(selector(), Learning(gamma=0.5, rate=3e-3, updates=8))
     seen, actions = summaries(8), torch.full((8, len(KINDS)), 0.5)
 
     for _ in range(150):
-        learner.learn(Transition(seen, actions, reward, seen[0] if goes_on else None))
+        learner.learn(Transition(seen, actions, fall, seen[0] if goes_on else None))
 
     with torch.no_grad():
         value = learner.selector.value(learner.selector.state(seen), actions).mean()
     assert float(value) == pytest.approx(worth, rel=0.15 if goes_on else 0.07)
+
+
+@pytest.mark.parametrize(
+    ("falls", "rewards"),
+    [
+        ([3.0, 0.0, 0.0, 1.0], [1.0, 0.1, 0.1, 1.0 / math.sqrt(10 / 4) + 0.1]),
+        ([0.0, 0.0], [0.0, 0.1]),
+    ],
+    ids=["falls", "still"],
+)
+def test_all_stored_falls_are_divided_by_their_root_mean_square_and_bonuses_are_not(falls, rewards):
+    learner, seen = ActorCritic(selector(), Learning(updates=1)), summaries(2)
+    actions = torch.full((2, len(KINDS)), 0.5)
+
+    found = [
+        learner.learn(Transition(seen, actions, fall, None, 0.1 if phase else 0.0))
+        for phase, fall in enumerate(falls)
+    ]
+
+    assert found == pytest.approx(rewards)
+    # A phase that is learned later changes the scale of the phases before it.
+    assert learner._memory is not None
+    scaled = learner._memory.scaled().falls[::2].tolist()
+    usual = math.sqrt(sum(fall**2 for fall in falls) / len(falls)) or 1.0
+    assert scaled == pytest.approx([fall / usual for fall in falls])
 
 
 @pytest.mark.parametrize("goes_on", [True, False], ids=["goes on", "ends"])

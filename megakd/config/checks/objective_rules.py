@@ -57,6 +57,7 @@ _OPTIONS: tuple[Rule[TermConfig], ...] = (
         ("classification",),
         ", whose loss forms all probabilities",
     ),
+    *only(".count", ("classification",), ", which has rows without labels"),
     *given(
         ".on",
         lambda c: c.task.type != "causal_lm",

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import math
 import random
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +26,6 @@ from megakd.methods.knowledge_selection.selector import (
 )
 
 SELECTOR = "selector.safetensors"
-WINDOW = 20
-"""Number of recent phases from which the usual size of a reward is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,38 +147,35 @@ class Episodes:
 
 @dataclass
 class Running:
-    """The current phase, and the memory of earlier phases.
+    """The current phase, and what is known of earlier phases.
 
     summaries, actions: states and actions of the steps of the current phase.
     loss: loss on held-out rows at the last measurement.
     beginning: loss on held-out rows of the initial student.
-    rewards: decreases of the loss in the last phases, before the division by their usual size.
     before: mean action of the previous phase.
     counts: number of phases by their usual hard action.
     pending: the last phase, which is learned when the first state after the phase is known.
-    logged: rewards since the last logging.
+    logged: rewards of learned phases since the last logging.
     """
 
     summaries: list[Tensor] = field(default_factory=list)
     actions: list[tuple[float, ...]] = field(default_factory=list)
     loss: float = math.nan
     beginning: float = math.nan
-    rewards: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     before: Tensor | None = None
     counts: dict[tuple[float, ...], int] = field(default_factory=dict)
-    pending: tuple[Tensor, Tensor, float] | None = None
+    pending: tuple[Tensor, Tensor, float, float] | None = None
     logged: list[float] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the phase as plain values, which later versions of the code can read."""
         counts = [(list(action), count) for action, count in self.counts.items()]
-        return {**vars(self), "rewards": list(self.rewards), "counts": counts}
+        return {**vars(self), "counts": counts}
 
     @staticmethod
     def of(state: Mapping[str, Any]) -> Running:
         counts = {tuple(action): count for action, count in state["counts"]}
-        rewards = deque(state["rewards"], maxlen=WINDOW)
-        return Running(**{**state, "rewards": rewards, "counts": counts})
+        return Running(**{**state, "counts": counts})
 
 
 class LearningToSelect(Selecting):
@@ -257,13 +251,9 @@ class LearningToSelect(Selecting):
     def _end_phase(self) -> None:
         run = self.running
         loss = self._measuring.loss(self._student)
-        actions, gain = torch.tensor(run.actions), run.loss - loss
-        run.rewards.append(gain)
-        size = math.sqrt(sum(value * value for value in run.rewards) / len(run.rewards))
-        reward = (gain / size if size > 0 else 0.0) + self._exploration(actions)
-        run.pending = (torch.stack(run.summaries), actions, reward)
+        actions, fall = torch.tensor(run.actions), run.loss - loss
+        run.pending = (torch.stack(run.summaries), actions, fall, self._exploration(actions))
         run.loss, run.summaries, run.actions = loss, [], []
-        run.logged.append(reward)
 
     def _exploration(self, actions: Tensor) -> float:
         """Return the exploration reward.
@@ -283,8 +273,9 @@ class LearningToSelect(Selecting):
     def _learn(self, following: Tensor | None) -> None:
         if self.running.pending is None:
             return
-        summaries, actions, reward = self.running.pending
-        self.learner.learn(Transition(summaries, actions, reward, following))
+        summaries, actions, fall, exploration = self.running.pending
+        phase = Transition(summaries, actions, fall, following, exploration)
+        self.running.logged.append(self.learner.learn(phase))
         self.running.pending = None
 
     def scalars(self) -> Mapping[str, float]:

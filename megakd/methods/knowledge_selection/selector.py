@@ -108,39 +108,43 @@ class Learning:
 
 
 class Transition(NamedTuple):
-    """A phase: summaries and actions of its steps, the reward, and the following summary.
+    """A phase: summaries and actions of its steps, what it is worth, and the following summary.
 
-    summaries: [N, S + T]. actions: [N, K]. following: [S + T], or None at the end of an episode.
+    summaries: [N, S + T]. actions: [N, K]. fall: decrease of the held-out loss, in units of the
+    loss. following: [S + T], or None at the end of an episode. exploration: reward for new actions.
     """
 
     summaries: Tensor
     actions: Tensor
-    reward: float
+    fall: float
     following: Tensor | None
+    exploration: float = 0.0
 
 
 class Samples(NamedTuple):
     """Steps of many phases.
 
-    summaries: [N, S + T]. actions: [N, K]. rewards: [N], the reward of each step's phase.
+    summaries: [N, S + T]. actions: [N, K]. falls, exploration: [N], those of each step's phase.
     following: [N, S + T]. goes_on: [N], 0 if the episode ended with the phase, else 1.
     """
 
     summaries: Tensor
     actions: Tensor
-    rewards: Tensor
+    falls: Tensor
+    exploration: Tensor
     following: Tensor
     goes_on: Tensor
 
     @staticmethod
     def of(phase: Transition) -> Samples:
-        """Return the steps of a phase, which share the reward and the following summary."""
+        """Return the steps of a phase, which share its worth and the following summary."""
         steps, following = len(phase.summaries), phase.following
         then = phase.summaries[-1] if following is None else following
         return Samples(
             phase.summaries,
             phase.actions,
-            torch.full((steps,), phase.reward),
+            torch.full((steps,), phase.fall),
+            torch.full((steps,), phase.exploration),
             then.expand(steps, -1),
             torch.full((steps,), float(following is not None)),
         )
@@ -149,9 +153,18 @@ class Samples(NamedTuple):
         """Return these samples followed by other samples, truncated to the last `most` samples."""
         return Samples(*(torch.cat(pair)[-most:] for pair in zip(self, others, strict=True)))
 
+    def scaled(self) -> Samples:
+        """Return the samples with falls in units of their root mean square."""
+        usual = self.falls.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        return self._replace(falls=self.falls / usual)
+
+    @property
+    def rewards(self) -> Tensor:
+        return self.falls + self.exploration
+
     def drawn(self, count: int, generator: torch.Generator) -> Samples:
         """Return `count` random samples, drawn with replacement."""
-        chosen = torch.randint(len(self.rewards), (count,), generator=generator)
+        chosen = torch.randint(len(self.falls), (count,), generator=generator)
         return Samples(*(part[chosen] for part in self))
 
 
@@ -171,14 +184,20 @@ class ActorCritic:
         self._actor = torch.optim.Adam(policy, lr=learning.rate)
         self._critic = torch.optim.Adam(selector.critic.parameters(), lr=learning.rate)
 
-    def learn(self, phase: Transition) -> None:
-        """Train the critic towards reward + gamma * Q(next), and the actor towards a higher Q."""
+    def learn(self, phase: Transition) -> float:
+        """Train the critic towards reward + gamma * Q(next), and the actor towards a higher Q.
+
+        All stored falls have one scale, which a stored phase's own time cannot change. The result
+        is the reward of the phase on this scale.
+        """
         new, known = Samples.of(phase), self._memory
         self._memory = new if known is None else known.joined(new, self.learning.memory)
+        scaled = self._memory.scaled()
         for _ in range(self.learning.updates):
-            some = self._memory.drawn(self.learning.samples, self._generator)
+            some = scaled.drawn(self.learning.samples, self._generator)
             self._teach_critic(some)
             self._teach_actor(some)
+        return float(scaled.rewards[-1])
 
     def _teach_critic(self, some: Samples) -> None:
         selector = self.selector

@@ -1,0 +1,100 @@
+"""Reports of other benchmarks become cells of the evidence, which replace those of their runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from stored_cells import cells, stored
+
+from evidence.__main__ import main
+from evidence.cells import read_stored, write_stored
+from lib.launching import UnusableError
+
+STAGES = {"mixed-teacher": 250, "student": 500, "random": 500}
+
+
+def write_run(folder, loss, *, stages=("student",), score=0.5, **report):
+    """Write what a run of two ranks and one thread leaves; a stage takes a second per ten steps."""
+    folder.mkdir(parents=True)
+    found = {
+        "student": {"metrics": {"loss": loss, "nats_per_character": loss, "accuracy": score}},
+        "metric_name": "accuracy",
+        "baselines": {"random": {"loss": 9.0}} if "random" in stages else {},
+        "evaluation_sets": {},
+        "environment": {"ranks": 2, "threads": 1},
+        "stages": [
+            {
+                "name": name,
+                "steps": STAGES[name],
+                "seconds": STAGES[name] / 10,
+                "metrics": {"soft_target_kl": loss / 10},
+            }
+            for name in stages
+        ],
+        **report,
+    }
+    (folder / "report.json").write_text(json.dumps(found))
+    train = {"per_device_train_batch_size": 4}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"train": train}))
+    (folder / "metrics.jsonl").write_text('{"stage": "student", "eval/match": 0.25}\n')
+
+
+def collected(tmp_path, name, setting, *known, metric="held-out loss in nats per token", **changes):
+    before = stored(*known, comparison=name, setting=setting, metric=metric, **changes)
+    path = write_stored(tmp_path / "notebook/evidence", before)
+    arguments = ["--collect", path.stem, str(tmp_path / "runs"), "--stored", str(path.parent)]
+    main(arguments)
+    assert (path.parent.parent / "evidence.md").is_file()
+    return read_stored(path)
+
+
+def test_runs_and_their_baselines_replace_the_cells_of_their_arms_and_seeds(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    write_run(runs / "shrink-1", 2.0, stages=("student", "random"))
+    write_run(runs / "layers-5-1", 3.0)
+    write_run(runs / "layers-5-unfinished", 3.0)
+    known = [cells(arm, (7.0, 8.0)) for arm in ("shrink", "4 layers alone")]
+    known.append(cells("shrink", (7.5,), basis="cost"))
+
+    after = collected(tmp_path, "shrink", "stories260K", *known, lower_is_better=True)
+
+    assert {seed: cell.score for seed, cell in after.of("shrink").items()} == {1: 2.0, 2: 8.0}
+    assert after.of("shrink", "cost") == {}
+    assert [c.score for c in after.of("4 layers alone").values()] == [7.0, 8.0]
+    assert "4 layers alone with some seeds; its stored cells stay" in capsys.readouterr().out
+    one = after.of("5 layers alone")[1]
+    assert (one.score, one.divergence, one.steps) == (3.0, 0.3, 500)
+    assert (one.cpu_seconds, one.teacher_rows) == (2 * 50, 500 * 8)
+    assert after.of("random weights")[1].score == 9.0
+    assert (after.teachers, after.metric) == (stored().teachers, "held-out loss in nats per token")
+
+
+def test_a_teacher_that_reads_before_and_a_task_after_the_text_count_as_such(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "version_2-1", 2.0, stages=("mixed-teacher", "student"))
+    write_run(runs / "alone-1", 2.5)
+    write_run(runs / "sst2-version_2-1", 0.0, score=0.75)
+
+    after = collected(tmp_path, "mixed_vocabulary", "sst2", metric="accuracy")
+
+    assert after.arms() == ["version_2"]
+    one = after.of("version_2")[1]
+    assert (one.score, one.steps, one.teacher_rows) == (75.0, 1000, 250 * 8)
+    assert one.cpu_seconds == 2 * (25 + 50 + 50)
+
+
+def test_texts_without_a_teacher_have_no_rows_and_the_share_of_right_texts_is_in_points(tmp_path):
+    for name in ("labels", "on_policy"):
+        write_run(tmp_path / "runs" / f"{name}-3", 1.0)
+
+    after = collected(tmp_path, "on_policy", "arithmetic", metric="share of right texts")
+
+    assert [after.of(arm)[3].teacher_rows for arm in ("on_policy", "labels")] == [4000, 0]
+    assert after.of("labels")[3].score == 25
+
+
+def test_a_folder_without_a_finished_run_changes_nothing(tmp_path):
+    with pytest.raises(UnusableError, match="no finished run of shrink"):
+        collected(tmp_path, "shrink", "books", cells("shrink", (7.0,)), lower_is_better=True)
