@@ -28,12 +28,13 @@ from megakd.contract.lab import Lab, Model, TimedWork
 from megakd.contract.metric import Metric
 from megakd.contract.results import CandidateReport
 from megakd.contract.stage import Constant, Pass, Scores, Stage, StageResult, Verdict
-from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
+from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     STATE_TERMS,
     STRICT,
     Count,
+    HardCrossEntropy,
     SoftTargetKl,
     TermConfig,
 )
@@ -336,8 +337,18 @@ def _train(lab: Lab, steps: int | None) -> Any:
 
 
 def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
-    """Return the objective of the config, or the divergence from the teacher alone."""
-    return lab.config.objective or lab.soft_terms(1.0)
+    """Return the objective of the config, or the default.
+
+    The default is the divergence from the teacher. A labelled row of a classifier or a regression
+    also has the loss on its label; a classifier's weighs as much as the divergence of the row.
+    """
+    if lab.config.objective is not None:
+        return lab.config.objective
+    if lab.config.task.type == "classification":
+        labels = HardCrossEntropy(loss="hard_cross_entropy", count="rows")
+        return (*lab.soft_terms(1.0), labels)
+    is_language = lab.config.task.type in LANGUAGE_TASKS
+    return lab.soft_terms(1.0) if is_language else (*lab.soft_terms(1.0), *lab.hard_terms())
 
 
 def _rows(
