@@ -28,13 +28,27 @@ class QuantizedReport(TypedDict):
     metrics: Mapping[str, float]
 
 
-class ModelReport(TypedDict):
+class ClassifierReport(TypedDict):
+    """Scores of a classifier in addition to its metrics; a model of another task has none.
+
+    per_class: scores for each label, in the order of the labels.
+    confusion: by label, and by predicted label, the number of rows; pairs without rows are missing.
+    calibration_error: expected calibration error, see `scoring.classes.calibration_error`.
+    """
+
+    per_class: NotRequired[Sequence[ClassReport]]
+    confusion: NotRequired[Mapping[str, Mapping[str, int]]]
+    calibration_error: NotRequired[float]
+
+
+class ModelReport(ClassifierReport):
     """Size and scores of a model.
 
     bytes: size of the weights on disk.
+    agreement: share of the rows for which the student predicts the label that the largest teacher
+        predicts.
     trained_parameters: number of weights that were trained, if the rest stayed frozen
         (`student.lora`).
-    per_class: scores of a classifier for each label, in the order of the labels.
     int8: the student's int8 weights, if the run writes them.
     """
 
@@ -43,7 +57,7 @@ class ModelReport(TypedDict):
     metrics: Mapping[str, float]
     bytes: NotRequired[int]
     trained_parameters: NotRequired[int]
-    per_class: NotRequired[Sequence[ClassReport]]
+    agreement: NotRequired[float]
     int8: NotRequired[QuantizedReport]
 
 

@@ -50,6 +50,8 @@ Rows = list[list[str]]
 FORWARD = "ms"
 SHARES = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("truncated", "distinct_2", "top1_agreement")))
 """Metrics of generated texts that are shares; the others are numbers of tokens, or nats."""
+FEW_LABELS = 6
+"""Labels, or confusions of more labels, that the terminal shows."""
 TEXTS_SHOWN = 8
 """Texts of an evaluation in the report."""
 
@@ -58,7 +60,8 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     """Return the report as aligned plain text, for the end of a run."""
     report = completed(report)
     tables = [
-        class_rows(report, most=6),
+        class_rows(report, most=FEW_LABELS),
+        confusion_rows(STUDENT, report["student"], most=FEW_LABELS),
         set_rows(report),
         candidate_rows(report["candidates"]),
         pool_rows(report),
@@ -69,6 +72,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     lower = lower_metrics(report)
     notes = (
         f"{', '.join(lower)}: lower is better" if lower else "",
+        class_note(report),
         latency_note(report),
         vocabulary_note(report),
         adapter_note(report["student"]),
@@ -325,6 +329,34 @@ def class_rows(report: Report, *, most: int) -> Rows:
         scores = (one["precision"], one["recall"], one["f1"])
         rows.append([one["label"], *(f"{value:.1%}" for value in scores), f"{one['rows']:,}"])
     return rows
+
+
+def confusion_rows(name: str, model: ModelReport | None, *, most: int) -> Rows:
+    """Return a row per label with the counts of the predicted labels, or the `most` confusions."""
+    counts = model.get("confusion", {}) if model else {}
+    if len(counts) <= most:
+        rows = ([label, *(f"{row.get(n, 0):,}" for n in counts)] for label, row in counts.items())
+        return [[f"{name}, by label", *(f"as {label}" for label in counts)], *rows]
+    pairs = [(n, a, b) for a, row in counts.items() for b, n in row.items() if a != b]
+    pairs = sorted(pairs, key=lambda pair: -pair[0])[:most]
+    return [[f"{name}, label", "predicted", "rows"], *([a, b, f"{n:,}"] for n, a, b in pairs)]
+
+
+def class_note(report: Report) -> str:
+    """Return a line with agreement and calibration of a classifier; empty for other models."""
+    student, teacher = report["student"], report["teacher"]
+    parts: list[str] = []
+    if "agreement" in student:
+        parts.append(f"student and teacher agree on {student['agreement']:.1%} of the rows")
+    models = {STUDENT: student, **({} if teacher is None else {TEACHER: teacher})}
+    errors = [
+        f"{name} {model['calibration_error']:.1%}"
+        for name, model in models.items()
+        if "calibration_error" in model
+    ]
+    if errors:
+        parts.append(f"expected calibration error: {', '.join(errors)}")
+    return "; ".join(parts)
 
 
 def set_rows(report: Report) -> Rows:

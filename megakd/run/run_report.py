@@ -39,71 +39,60 @@ from megakd.process.phases import phase, seconds
 from megakd.reports.history import read_history
 from megakd.reports.quantities import paired_ratio
 from megakd.reports.report_file import environment
-from megakd.reports.samples import Sampler
+from megakd.reports.samples import samples_of
 from megakd.reports.table import generation_reports, largest
 from megakd.run.run_lab import RunLab
-from megakd.run.teacher_pool import set_metrics
+from megakd.run.teacher_pool import Measured
 from megakd.scoring.runaway import text_warnings
-from megakd.teachers.frozen import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 INT8_FOLDER = ".int8"
 """Folder below `output_dir` that exists only during the scoring."""
 
 
-Sets = dict[str, Mapping[str, Mapping[str, float]]]
-"""The metrics of each model on each named evaluation set."""
-
-
-def _teachers(lab: RunLab, sampler: Sampler, sets: Sets) -> dict[str, ModelReport]:
-    reports = {}
-    for name in lab.pool.folders:
-        measured = lab.pool.measured(name)
-        reports[name], sets[name] = measured.report, measured.sets
-        if measured.answers is not None:
-            sampler.add(name, measured.answers)
-    return reports
-
-
 def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
     """Score the finished models, measure their latency, and return the report; a collective."""
     config, prepared, ranks = lab.config, lab.assembly.prepared, lab.assembly.ranks
     out = config.output_dir
-    sampler, sets = Sampler(lab.pool.prompts), Sets()
     students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
     with phase("scoring"):
-        teachers = _teachers(lab, sampler, sets)
-        scored = {
-            name: _scored(lab, name, folder, sampler, sets) for name, folder in students.items()
-        }
+        teachers = {name: lab.pool.measured(name) for name in lab.pool.folders}
+        measured = {**teachers, **{name: lab.measure(made) for name, made in students.items()}}
         if config.save.int8:
-            scored[STUDENT]["int8"] = _score_int8(lab, student.folder)
+            measured[STUDENT].report["int8"] = _score_int8(lab, student.folder)
         assistants = [_assistant(lab, made) for made in lab.record.assistants]
     forget_models()
     with phase("latency"), doing("measuring latency"):
         latency = on_main(lambda: _latency(lab, students, ranks.device))
+    reports = {name: entry.report for name, entry in measured.items()}
+    teacher = largest({name: reports[name] for name in teachers})
+    reference = None if teacher is None else teachers[teacher]
     return Report(
         method=config.method.name,
         task=config.task.data_name,
         metric_name=prepared.metric.name,
         evaluated_on="test" if prepared.encoded.test is not None else "validation",
-        teacher=teachers.get(largest(teachers) or ""),
-        teachers=[{"name": n, **teachers[n]} for n in teachers if config.teachers],
-        student=_student(scored[STUDENT], student.folder),
+        teacher=reference and reference.report,
+        teachers=[{"name": name, **reports[name]} for name in teachers if config.teachers],
+        student=_student(measured[STUDENT], student.folder, reference),
         assistants=assistants,
-        baselines={name: scored[name]["metrics"] for name in baselines},
+        baselines={name: reports[name]["metrics"] for name in baselines},
         candidates=lab.record.candidates,
         stages=[_stage_entry(result) for result in lab.results],
-        speedup=_speedup(latency, largest(teachers)),
+        speedup=_speedup(latency, teacher),
         latency=latency,
         cost=lab.record.cost,
         pool=lab.record.pool,
         pruning=lab.record.pruning,
         vocabulary=vocabulary_report(config, prepared),
-        samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
+        samples=samples_of(
+            lab.pool.prompts,
+            teacher=reference and reference.answers,
+            student=measured[STUDENT].answers,
+        ),
         generation=on_main(lambda: generation_reports(out, [made.name for made in lab.results])),
         warnings=on_main(lambda: text_warnings(read_history(out / "metrics.jsonl"))),
-        evaluation_sets=_set_reports(prepared.splits.evaluation_sets, sets),
+        evaluation_sets=_set_reports(prepared.splits.evaluation_sets, measured),
         seconds=seconds(),
         environment=environment(
             ranks=ranks.world_size,
@@ -113,36 +102,34 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     )
 
 
-def _scored(lab: RunLab, name: str, folder: Path, sampler: Sampler, sets: Sets) -> ModelReport:
-    asking = sampler.asking(name)
-
-    def look(loaded: FrozenTeacher) -> None:
-        sets[name] = set_metrics(lab.assembly, loaded)
-        if asking is not None:
-            asking(loaded)
-
-    return lab.score(folder, look=look)
-
-
 def row_count(rows: Dataset) -> int:
     """Return the number of scored rows: rows with a label, or all rows of a language task."""
     return int(np.count_nonzero(is_labelled(rows)))
 
 
-def _set_reports(rows: Mapping[str, Dataset], sets: Sets) -> dict[str, EvaluationSetReport]:
+def _set_reports(
+    rows: Mapping[str, Dataset], models: Mapping[str, Measured]
+) -> dict[str, EvaluationSetReport]:
     return {
         name: {
             "rows": row_count(of_set),
-            "metrics": {model: known[name] for model, known in sets.items() if name in known},
+            "metrics": {
+                model: made.sets[name] for model, made in models.items() if name in made.sets
+            },
         }
         for name, of_set in rows.items()
     }
 
 
-def _student(scored: ModelReport, folder: Path) -> ModelReport:
-    report: ModelReport = {**scored, "bytes": weight_bytes(folder)}
+def _student(measured: Measured, folder: Path, teacher: Measured | None) -> ModelReport:
+    report: ModelReport = {**measured.report, "bytes": weight_bytes(folder)}
     trained = adapter_parameters(folder)
-    return report if trained is None else {**report, "trained_parameters": trained}
+    if trained is not None:
+        report["trained_parameters"] = trained
+    mine, theirs = measured.predicted, [] if teacher is None else teacher.predicted
+    if mine and len(mine) == len(theirs):
+        report["agreement"] = sum(a == b for a, b in zip(mine, theirs, strict=True)) / len(mine)
+    return report
 
 
 def _assistant(lab: RunLab, assistant: Assistant) -> AssistantReport:
