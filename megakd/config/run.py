@@ -26,7 +26,7 @@ class LatencyConfig:
     batch: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     """Texts at a time, one measurement each; None: 1 and 32, for a decoder 1."""
     tokens: Count | None = None
-    """Tokens of a text; None: the median of the held-out rows."""
+    """Also time texts of this length; None: only texts as long as those of the held-out rows."""
     generate: Annotated[int, Field(ge=0)] = 16
     """Tokens at the end of a text that a decoder also generates; 0: only forwards are timed."""
 

@@ -158,7 +158,7 @@ class PruningReport(TypedDict):
 
 
 class Speedup(TypedDict):
-    """Median milliseconds of a forward of each model; the models are timed by turns.
+    """Median milliseconds of a forward of each model, see `headline_latency`.
 
     low, high: range of the ratio over the rounds; see `reports.quantities.paired_ratio`.
     """
@@ -175,7 +175,9 @@ class LatencyReport(TypedDict):
 
     model: `student`, `teacher`, or the name of a pooled teacher, an assistant or a baseline.
     batch: texts at a time.
-    length: tokens per text.
+    length: tokens per text; for texts of the data the mean over all held-out rows.
+    lengths: tokens of each text of the data that is timed; a batch is padded to its longest text,
+        and a time is the mean over the batches. Missing for texts of one length.
     device: name of the device; for a CPU with the number of threads.
     dtype: dtype of the weights.
     rounds_ms: every time; the n-th times of all models are of one round.
@@ -188,11 +190,21 @@ class LatencyReport(TypedDict):
     batch: int
     ms: float
     length: NotRequired[int]
+    lengths: NotRequired[Sequence[int]]
     device: NotRequired[str]
     dtype: NotRequired[str]
     rounds_ms: NotRequired[Sequence[float]]
     generated: NotRequired[int]
     tokens_per_second: NotRequired[float]
+
+
+def headline_latency(latency: Sequence[LatencyReport]) -> list[LatencyReport]:
+    """Return the entries on texts of the data, or on one length if there are no others.
+
+    The entries on generation are left out.
+    """
+    forwards = [entry for entry in latency if "generated" not in entry]
+    return [entry for entry in forwards if "lengths" in entry] or forwards
 
 
 class SampleReport(TypedDict):

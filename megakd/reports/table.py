@@ -23,6 +23,7 @@ from megakd.contract.results import (
     Report,
     TextReport,
     formats_of,
+    headline_latency,
 )
 from megakd.contract.tasks import (
     MATCH,
@@ -47,7 +48,7 @@ from megakd.reports.quantities import (
 from megakd.reports.report_file import completed
 
 Rows = list[list[str]]
-FORWARD = "ms"
+FORWARD, ONE_LENGTH = "ms", "ms of "
 SHARES = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("truncated", "distinct_2", "top1_agreement")))
 """Metrics of generated texts that are shares; the others are numbers of tokens, or nats."""
 FEW_LABELS = 6
@@ -175,10 +176,13 @@ class Timing(NamedTuple):
         return paired_ratio(self.rounds[reference], self.rounds[name]) if timed else None
 
 
-def timings(report: Report) -> list[Timing]:
-    """Return the times of forwards and the rates of generation by batch size, smallest first."""
+def timings(report: Report, *, of_one_length: bool = False) -> list[Timing]:
+    """Return the times of forwards and the rates of generation by batch size, smallest first.
+
+    `of_one_length`: also those on texts of one length, if there are others.
+    """
     entries: list[LatencyReport] = []
-    speedup = report["speedup"]
+    headline, speedup = headline_latency(report["latency"]), report["speedup"]
     if speedup is not None:  # reports of early versions have no other times
         teacher = largest(teachers_of(report)) or TEACHER
         for name, ms in ((teacher, speedup["teacher_ms"]), (STUDENT, speedup["student_ms"])):
@@ -186,16 +190,20 @@ def timings(report: Report) -> list[Timing]:
     timings: dict[tuple[int, str], Timing] = {}
     for entry in (*entries, *report["latency"]):
         batch, kind = entry["batch"], "tokens/s" if "generated" in entry else FORWARD
-        if is_number(entry["ms"]) and entry["ms"] > 0:
+        if kind == FORWARD and entry not in (*entries, *headline):
+            kind = f"{ONE_LENGTH}{entry.get('length')} tokens"
+        is_wanted = of_one_length or not kind.startswith(ONE_LENGTH)
+        if is_wanted and is_number(entry["ms"]) and entry["ms"] > 0:
             timing = timings.setdefault((batch, kind), Timing(kind, batch, {}, {}))
             timing.values[entry["model"]] = entry.get("tokens_per_second", entry["ms"])
             timing.rounds[entry["model"]] = entry.get("rounds_ms", [entry["ms"]])
     return [timings[key] for key in sorted(timings)]
 
 
-def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
-    """Return the models' names, sizes, scores and times, for `beside`."""
-    timed, metrics, teacher = timings(report), _metric_names(report), report["teacher"]
+def model_parts(report: Report, *, of_one_length: bool = False) -> tuple[Rows, Rows, Rows, Rows]:
+    """Return the models' names, sizes, scores and times, for `beside`; see `timings`."""
+    timed = timings(report, of_one_length=of_one_length)
+    metrics, teacher = _metric_names(report), report["teacher"]
     reference = largest(teachers_of(report)) or TEACHER
     against = "vs teacher" if lower_is_better(report["metric_name"]) else "kept"
     names, sizes = [[""]], [["parameters", "non-embedding", "size MB"]]
@@ -246,20 +254,24 @@ def beside(*parts: Rows) -> Rows:
 
 def timed_rows(report: Report) -> Rows:
     """Return a row per model that was timed."""
-    names, _, _, times = model_parts(report)
+    names, _, _, times = model_parts(report, of_one_length=True)
     return [row for row in beside(names, times) if set(row[1:]) - {"-"}]
 
 
 def latency_note(report: Report) -> str:
     """Return a line with length, dtype and device of the timing, if the report has them."""
     timed = [entry for entry in report["latency"] if "length" in entry]
+    headline = headline_latency(timed)
     if not timed:
         return ""
     lengths, dtypes, devices = (
-        ", ".join(dict.fromkeys(str(entry.get(key, "")) for entry in timed))
-        for key in ("length", "dtype", "device")
+        ", ".join(dict.fromkeys(str(entry.get(key, "")) for entry in entries))
+        for key, entries in (("length", headline), ("dtype", timed), ("device", timed))
     )
-    note = f"ms: median of one forward, {lengths} tokens per text, {dtypes}, on {devices}"
+    texts = f"{lengths} tokens per text"
+    if any("lengths" in entry for entry in headline):
+        texts = f"texts as long as the held-out ones ({lengths} tokens on average)"
+    note = f"ms: median of one forward, {texts}, {dtypes}, on {devices}"
     if generated := {e["generated"] for e in timed if "generated" in e}:
         note += f"; tokens/s: of the last {max(generated)}, which are generated"
     if any("rounds_ms" in entry for entry in timed):

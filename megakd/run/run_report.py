@@ -22,6 +22,7 @@ from megakd.contract.results import (
     Report,
     Speedup,
     StageReport,
+    headline_latency,
 )
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT
@@ -173,8 +174,12 @@ def _latency(
 
     try:
         wanted, rows = config.eval.latency, lab.assembly.prepared.encoded.held_out
-        length = wanted.tokens or int(np.median(lengths_of_rows(rows)))
-        work = Work(wanted.batches(config.task.type), length, wanted.generate)
+        work = Work(
+            wanted.batches(config.task.type),
+            wanted.tokens,
+            wanted.generate,
+            of_data=lengths_of_rows(rows).tolist(),
+        )
         dtype = TORCH_DTYPE[lab.assembly.scoring_dtype()]
         return measure_latencies(models, work, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
@@ -184,7 +189,7 @@ def _latency(
 
 
 def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
-    forwards = [entry for entry in latency if "generated" not in entry]
+    forwards = headline_latency(latency)
     batch = min((entry["batch"] for entry in forwards), default=0)
     of = {entry["model"]: entry for entry in forwards if entry["batch"] == batch}
     if teacher not in of:
