@@ -248,12 +248,16 @@ class GenerationReport(TypedDict):
 
 
 class WarningReport(TypedDict):
-    """A warning that a stage has logged about its generated texts; `kind`: what they are for."""
+    """A warning about the numbers of a run, with what to do.
 
-    stage: str
+    kind: see `reports.derived_warnings`; of generated texts, what the texts are for.
+    stage, step: where a stage has logged the warning; missing for a warning about the whole run.
+    """
+
     kind: str
-    step: int
     message: str
+    stage: NotRequired[str]
+    step: NotRequired[int]
 
 
 class CostReport(TypedDict):

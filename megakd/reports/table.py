@@ -83,6 +83,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         [*aligned_rows(beside(*model_parts(report))), *filter(None, notes)],
         *(aligned_rows(rows) for rows in tables if rows[1:]),
         [*_time_lines(report), *([f"the student is in {final}"] if final else [])],
+        [f"warning: {one['message']}" for one in report["warnings"]],
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 

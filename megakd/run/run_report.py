@@ -22,6 +22,7 @@ from megakd.contract.results import (
     Report,
     Speedup,
     StageReport,
+    WarningReport,
     headline_latency,
 )
 from megakd.contract.stage import StageResult
@@ -37,7 +38,8 @@ from megakd.inputs.precision import TORCH_DTYPE
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.process.phases import phase, seconds
-from megakd.reports.history import read_history
+from megakd.reports.derived_warnings import derived_warnings
+from megakd.reports.history import panels, read_history
 from megakd.reports.quantities import paired_ratio
 from megakd.reports.report_file import environment
 from megakd.reports.samples import samples_of
@@ -68,7 +70,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     reports = {name: entry.report for name, entry in measured.items()}
     teacher = largest({name: reports[name] for name in teachers})
     reference = None if teacher is None else teachers[teacher]
-    return Report(
+    report = Report(
         method=config.method.name,
         task=config.task.data_name,
         metric_name=prepared.metric.name,
@@ -92,7 +94,7 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
             student=measured[STUDENT].answers,
         ),
         generation=on_main(lambda: generation_reports(out, [made.name for made in lab.results])),
-        warnings=on_main(lambda: text_warnings(read_history(out / "metrics.jsonl"))),
+        warnings=(),
         evaluation_sets=_set_reports(prepared.splits.evaluation_sets, measured),
         seconds=seconds(),
         environment=environment(
@@ -101,6 +103,13 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
             corpus_content_hash=prepared.splits.whole_hash,
         ),
     )
+    report["warnings"] = on_main(lambda: _warnings(report, out / "metrics.jsonl"))
+    return report
+
+
+def _warnings(report: Report, log: Path) -> list[WarningReport]:
+    history = list(read_history(log))
+    return text_warnings(history) + derived_warnings(report, panels(history))
 
 
 def row_count(rows: Dataset) -> int:
