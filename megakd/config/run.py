@@ -80,10 +80,12 @@ class SaveConfig:
     """Create the repository as a private repository."""
     int8: bool = False
     """Also write the student with int8 weights, one scale per row, into final/int8/."""
+    onnx: bool = False
+    """Also write the student as a graph, final/model.onnx, and time the graph."""
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Number formats in which the student is written too."""
+        """Formats in which the student is written too."""
         return tuple(name for name in FORMATS if getattr(self, name))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
-FORMATS = ("int8",)
-"""Number formats in which a student's weights may be there too: keys of its `ModelReport`."""
+FORMATS = ("int8", "onnx")
+"""Formats in which a student may be there too: keys of `save` and of its `ModelReport`."""
 
 
 class ClassReport(TypedDict):
@@ -21,8 +21,8 @@ class ClassReport(TypedDict):
     rows: int
 
 
-class QuantizedReport(TypedDict):
-    """Size on disk and scores of a model's weights in another number format."""
+class FormatReport(TypedDict):
+    """Size on disk and scores of a model in another format."""
 
     bytes: int
     metrics: Mapping[str, float]
@@ -49,7 +49,7 @@ class ModelReport(ClassifierReport):
         predicts.
     trained_parameters: number of weights that were trained, if the rest stayed frozen
         (`student.lora`).
-    int8: the student's int8 weights, if the run writes them.
+    int8, onnx: the student's int8 weights and its graph, if the run writes them.
     """
 
     parameters: int
@@ -58,11 +58,12 @@ class ModelReport(ClassifierReport):
     bytes: NotRequired[int]
     trained_parameters: NotRequired[int]
     agreement: NotRequired[float]
-    int8: NotRequired[QuantizedReport]
+    int8: NotRequired[FormatReport]
+    onnx: NotRequired[FormatReport]
 
 
-def formats_of(model: ModelReport) -> dict[str, QuantizedReport]:
-    """Return the entries on a model's weights in other number formats."""
+def formats_of(model: ModelReport) -> dict[str, FormatReport]:
+    """Return the entries on a model in other formats."""
     entries = cast("Mapping[str, Any]", model)
     return {name: entries[name] for name in FORMATS if name in entries}
 
@@ -181,6 +182,7 @@ class LatencyReport(TypedDict):
     device: name of the device; for a CPU with the number of threads.
     dtype: dtype of the weights.
     rounds_ms: every time; the n-th times of all models are of one round.
+    runtime: what runs the model if not torch: `onnxruntime`, always in fp32 on a CPU.
     generated: number of the last tokens of a text that a decoder generates; missing for one
         forward over the texts.
     tokens_per_second: generated tokens of all texts per second, reading the prompts included.
@@ -194,6 +196,7 @@ class LatencyReport(TypedDict):
     device: NotRequired[str]
     dtype: NotRequired[str]
     rounds_ms: NotRequired[Sequence[float]]
+    runtime: NotRequired[str]
     generated: NotRequired[int]
     tokens_per_second: NotRequired[float]
 

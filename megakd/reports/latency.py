@@ -9,13 +9,16 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megakd.contract.results import LatencyReport
 from megakd.engine.memory import device_name
+from megakd.models.onnx import OnnxModel
 from megakd.models.own_models import load_finished
 
 TEXTS = 8
@@ -26,8 +29,6 @@ LONG_MS = 100.0
 LEAST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 500.0, 20_000.0
 """Timing ends after `ENOUGH_MS` over all models, before `LEAST_ROUNDS` only after `MOST_MS`."""
 LAST_POSITIONS = "logits_to_keep"
-
-Prepare = Callable[[PreTrainedModel, dict[str, Any]], Callable[[], object]]
 
 
 class Work(NamedTuple):
@@ -56,9 +57,32 @@ class Work(NamedTuple):
         return [drawn[number::count] for number in range(count)]
 
 
+class Graph(nn.Module):
+    """The graph of a model, which answers on the CPU in fp32."""
+
+    dtype = torch.float32
+
+    def __init__(self, path: Path, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config, self._graph = model.config, OnnxModel(path)
+        self.place = nn.Parameter(torch.zeros(1))
+
+    def forward(self, **inputs: Tensor) -> object:
+        zeros = torch.zeros_like(inputs["input_ids"])  # for the types of tokens
+        return self._graph.logits({n: inputs.get(n, zeros) for n in self._graph.inputs})
+
+    def can_generate(self) -> bool:
+        return False
+
+
+Timed = PreTrainedModel | Graph
+Prepare = Callable[[Timed, dict[str, Any]], Callable[[], object]]
+
+
 def measure_latencies(
     models: Mapping[str, PreTrainedModel | Path],
     work: Work,
+    graphs: Mapping[str, Path] = MappingProxyType({}),
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -70,11 +94,14 @@ def measure_latencies(
     position, as it does before it generates. Models in a Hugging Face folder are loaded, by default
     on the CPU and in their stored dtype. The result has the forwards and then the generation of
     each batch, in the order of `models`; texts of the data come before those of one length.
+    `graphs` are timed beside the models of the same names.
     """
     length = work.length or int(statistics.median(work.of_data))
     generated = min(work.generate, length - 1)
     with ExitStack() as stack:
-        ready = {n: stack.enter_context(_ready(m, device, dtype)) for n, m in models.items()}
+        loaded = {n: stack.enter_context(_ready(m, device, dtype)) for n, m in models.items()}
+        graphed = {f"{name} (onnx)": Graph(path, loaded[name]) for name, path in graphs.items()}
+        ready: dict[str, Timed] = {**loaded, **graphed}
         decoders = {name: model for name, model in ready.items() if model.can_generate()}
         entries: list[LatencyReport] = []
         for batch in work.batches:
@@ -87,9 +114,7 @@ def measure_latencies(
     return entries
 
 
-def _of_data(
-    models: Mapping[str, PreTrainedModel], work: Work, batch: int
-) -> Iterator[LatencyReport]:
+def _of_data(models: Mapping[str, Timed], work: Work, batch: int) -> Iterator[LatencyReport]:
     batches = work.sample(batch)
     mean = round(statistics.fmean(work.of_data))
     for entry in _timed(models, batches, work.rounds, length=mean):
@@ -97,7 +122,7 @@ def _of_data(
 
 
 def _generated(
-    models: Mapping[str, PreTrainedModel], work: Work, texts: Sequence[int], count: int
+    models: Mapping[str, Timed], work: Work, texts: Sequence[int], count: int
 ) -> Iterator[LatencyReport]:
     prompts = [length - count for length in texts]
     prepare = partial(_generation, count=count)
@@ -107,7 +132,7 @@ def _generated(
 
 
 def _timed(
-    models: Mapping[str, PreTrainedModel],
+    models: Mapping[str, Timed],
     batches: Sequence[Sequence[int]],
     most: int,
     *,
@@ -123,7 +148,7 @@ def _timed(
     times = _rounds([partial(_call_all, each) for each in calls], most)
     for (name, model), *rounds in zip(models.items(), *times, strict=True):
         each = [ms / len(batches) for ms in rounds]
-        yield LatencyReport(
+        entry = LatencyReport(
             model=name,
             batch=len(batches[0]),
             ms=statistics.median(each),
@@ -132,6 +157,9 @@ def _timed(
             dtype=str(model.dtype).removeprefix("torch."),
             rounds_ms=each,
         )
+        if isinstance(model, Graph):
+            entry.update({"model": name.removesuffix(" (onnx)"), "runtime": "onnxruntime"})
+        yield entry
 
 
 def _call_all(calls: Sequence[Callable[[], object]]) -> None:
@@ -139,7 +167,7 @@ def _call_all(calls: Sequence[Callable[[], object]]) -> None:
         call()
 
 
-def _place(model: PreTrainedModel) -> str:
+def _place(model: Timed) -> str:
     device = next(model.parameters()).device
     threads = torch.get_num_threads()
     words = f" ({threads} thread{'' if threads == 1 else 's'})" if device.type == "cpu" else ""
@@ -187,7 +215,7 @@ def _ready(
         loaded.train(was_training)
 
 
-def _inputs(model: PreTrainedModel, texts: Sequence[int]) -> dict[str, Any]:
+def _inputs(model: Timed, texts: Sequence[int]) -> dict[str, Any]:
     # The same random tokens every time; a separate generator leaves the run's random state alone.
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
@@ -198,7 +226,7 @@ def _inputs(model: PreTrainedModel, texts: Sequence[int]) -> dict[str, Any]:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _forward(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], object]:
+def _forward(model: Timed, inputs: dict[str, Any]) -> Callable[[], object]:
     last = {LAST_POSITIONS: 1} if LAST_POSITIONS in signature(model.forward).parameters else {}
     return partial(model, **inputs, **last)
 

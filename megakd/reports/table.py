@@ -196,8 +196,9 @@ def timings(report: Report, *, of_one_length: bool = False) -> list[Timing]:
         is_wanted = of_one_length or not kind.startswith(ONE_LENGTH)
         if is_wanted and is_number(entry["ms"]) and entry["ms"] > 0:
             timing = timings.setdefault((batch, kind), Timing(kind, batch, {}, {}))
-            timing.values[entry["model"]] = entry.get("tokens_per_second", entry["ms"])
-            timing.rounds[entry["model"]] = entry.get("rounds_ms", [entry["ms"]])
+            name = entry["model"] + (" (onnx)" if "runtime" in entry else "")
+            timing.values[name] = entry.get("tokens_per_second", entry["ms"])
+            timing.rounds[name] = entry.get("rounds_ms", [entry["ms"]])
     return [timings[key] for key in sorted(timings)]
 
 

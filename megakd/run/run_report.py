@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from megakd.contract.results import (
     Assistant,
     AssistantReport,
     EvaluationSetReport,
+    FormatReport,
     LatencyReport,
     ModelReport,
-    QuantizedReport,
     Report,
     Speedup,
     StageReport,
@@ -33,6 +33,7 @@ from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
 from megakd.engine.memory import forget_models, free_memory_bytes
 from megakd.engine.sharding import is_first_rank
+from megakd.errors import ModelError
 from megakd.inputs.inputs import vocabulary_report
 from megakd.inputs.precision import TORCH_DTYPE
 from megakd.models.lora import adapter_parameters
@@ -49,8 +50,8 @@ from megakd.run.teacher_pool import Measured
 from megakd.scoring.runaway import text_warnings
 
 logger = logging.getLogger(__name__)
-INT8_FOLDER = ".int8"
-"""Folder below `output_dir` that exists only during the scoring."""
+FORMATS_FOLDER = ".formats"
+"""Folder below `output_dir` that exists only while the report is made."""
 
 
 def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
@@ -61,8 +62,10 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     with phase("scoring"):
         teachers = {name: lab.pool.measured(name) for name in lab.pool.folders}
         measured = {**teachers, **{name: lab.measure(made) for name, made in students.items()}}
-        if config.save.int8:
-            measured[STUDENT].report["int8"] = _score_int8(lab, student.folder)
+        mine = measured[STUDENT].report
+        for name in config.save.formats:
+            made = _in_format(lab, name, student.folder, mine["metrics"])
+            cast("dict[str, Any]", mine).update({} if made is None else {name: made})
         assistants = [_assistant(lab, made) for made in lab.record.assistants]
     forget_models()
     with phase("latency"), doing("measuring latency"):
@@ -103,6 +106,8 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
             corpus_content_hash=prepared.splits.whole_hash,
         ),
     )
+    if is_first_rank():
+        shutil.rmtree(out / FORMATS_FOLDER, ignore_errors=True)
     report["warnings"] = on_main(lambda: _warnings(report, out / "metrics.jsonl"))
     return report
 
@@ -179,6 +184,7 @@ def _latency(
             device,
         )
         return []
+    from megakd.models.onnx import MODEL
     from megakd.reports.latency import Work, measure_latencies
 
     try:
@@ -190,7 +196,9 @@ def _latency(
             of_data=lengths_of_rows(rows).tolist(),
         )
         dtype = TORCH_DTYPE[lab.assembly.scoring_dtype()]
-        return measure_latencies(models, work, device=device, dtype=dtype)
+        graph = config.output_dir / FORMATS_FOLDER / "onnx" / MODEL
+        graphs = {STUDENT: graph} if graph.is_file() else {}
+        return measure_latencies(models, work, graphs, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)
@@ -198,7 +206,7 @@ def _latency(
 
 
 def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
-    forwards = headline_latency(latency)
+    forwards = [entry for entry in headline_latency(latency) if "runtime" not in entry]
     batch = min((entry["batch"] for entry in forwards), default=0)
     of = {entry["model"]: entry for entry in forwards if entry["batch"] == batch}
     if teacher not in of:
@@ -209,23 +217,28 @@ def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup |
     return {**times, "low": ratio.low, "high": ratio.high}
 
 
-def _score_int8(lab: RunLab, student: Path) -> QuantizedReport:
-    # The weights are restored to fp32 in a temporary folder, and scored as the student is scored.
-    folder = lab.config.output_dir / INT8_FOLDER
-    restored = folder / "restored"
+def _in_format(
+    lab: RunLab, name: str, student: Path, metrics: Mapping[str, float]
+) -> FormatReport | None:
+    """Return size and scores of the student in a format; None if it cannot be written in it."""
+    from megakd.run.formats import FORMATS
 
-    from megakd.models.int8 import INT8, write_int8, write_restored
+    form, folder = FORMATS[name], lab.config.output_dir / FORMATS_FOLDER / name
+    place, restored = folder / form.place, folder / "restored"
 
     def write() -> int:
-        write_int8(student, folder / INT8)
-        write_restored(folder / INT8, restored)
-        return weight_bytes(folder / INT8)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        form.write(student, place)
+        if form.restore is not None:
+            form.restore(place, restored)
+        files = place.glob("*.safetensors") if place.is_dir() else folder.glob(f"{form.place}*")
+        return sum(path.stat().st_size for path in files)
 
     try:
         size = on_main(write)
-        metrics = lab.score(restored)["metrics"]
-    finally:
-        # All ranks have read the folder: scoring ends with a collective.
-        if is_first_rank():
-            shutil.rmtree(folder, ignore_errors=True)
-    return {"bytes": size, "metrics": metrics}
+    except ModelError as error:
+        # All stages are finished and the student is valid without this format.
+        logger.warning("save.%s is left out: %s", name, error)
+        return None
+    return {"bytes": size, "metrics": lab.score(restored)["metrics"] if form.restore else metrics}
