@@ -27,7 +27,7 @@ class LatencyConfig:
     batch: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     """Texts at a time, one measurement each; None: 1 and 32, for a decoder 1."""
     tokens: Count | None = None
-    """Tokens of a text; None: the median of the held-out rows."""
+    """Also time texts of this length; None: only texts as long as those of the held-out rows."""
     generate: Annotated[int, Field(ge=0)] = 16
     """Tokens at the end of a text that a decoder also generates; 0: only forwards are timed."""
 
@@ -81,10 +81,12 @@ class SaveConfig:
     """Create the repository as a private repository."""
     int8: bool = False
     """Also write the student with int8 weights, one scale per row, into final/int8/."""
+    onnx: bool = False
+    """Also write the student as a graph, final/model.onnx, and time the graph."""
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Number formats in which the student is written too."""
+        """Formats in which the student is written too."""
         return tuple(name for name in FORMATS if getattr(self, name))
 
 

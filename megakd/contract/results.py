@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
-FORMATS = ("int8",)
-"""Number formats in which a student's weights may be there too: keys of its `ModelReport`."""
+FORMATS = ("int8", "onnx")
+"""Formats in which a student may be there too: keys of `save` and of its `ModelReport`."""
 
 
 class ClassReport(TypedDict):
@@ -21,21 +21,35 @@ class ClassReport(TypedDict):
     rows: int
 
 
-class QuantizedReport(TypedDict):
-    """Size on disk and scores of a model's weights in another number format."""
+class FormatReport(TypedDict):
+    """Size on disk and scores of a model in another format."""
 
     bytes: int
     metrics: Mapping[str, float]
 
 
-class ModelReport(TypedDict):
+class ClassifierReport(TypedDict):
+    """Scores of a classifier in addition to its metrics; a model of another task has none.
+
+    per_class: scores for each label, in the order of the labels.
+    confusion: by label, and by predicted label, the number of rows; pairs without rows are missing.
+    calibration_error: expected calibration error, see `scoring.classes.calibration_error`.
+    """
+
+    per_class: NotRequired[Sequence[ClassReport]]
+    confusion: NotRequired[Mapping[str, Mapping[str, int]]]
+    calibration_error: NotRequired[float]
+
+
+class ModelReport(ClassifierReport):
     """Size and scores of a model.
 
     bytes: size of the weights on disk.
+    agreement: share of the rows for which the student predicts the label that the largest teacher
+        predicts.
     trained_parameters: number of weights that were trained, if the rest stayed frozen
         (`student.lora`).
-    per_class: scores of a classifier for each label, in the order of the labels.
-    int8: the student's int8 weights, if the run writes them.
+    int8, onnx: the student's int8 weights and its graph, if the run writes them.
     """
 
     parameters: int
@@ -43,12 +57,13 @@ class ModelReport(TypedDict):
     metrics: Mapping[str, float]
     bytes: NotRequired[int]
     trained_parameters: NotRequired[int]
-    per_class: NotRequired[Sequence[ClassReport]]
-    int8: NotRequired[QuantizedReport]
+    agreement: NotRequired[float]
+    int8: NotRequired[FormatReport]
+    onnx: NotRequired[FormatReport]
 
 
-def formats_of(model: ModelReport) -> dict[str, QuantizedReport]:
-    """Return the entries on a model's weights in other number formats."""
+def formats_of(model: ModelReport) -> dict[str, FormatReport]:
+    """Return the entries on a model in other formats."""
     entries = cast("Mapping[str, Any]", model)
     return {name: entries[name] for name in FORMATS if name in entries}
 
@@ -144,7 +159,7 @@ class PruningReport(TypedDict):
 
 
 class Speedup(TypedDict):
-    """Median milliseconds of a forward of each model; the models are timed by turns.
+    """Median milliseconds of a forward of each model, see `headline_latency`.
 
     low, high: range of the ratio over the rounds; see `reports.quantities.paired_ratio`.
     """
@@ -161,10 +176,13 @@ class LatencyReport(TypedDict):
 
     model: `student`, `teacher`, or the name of a pooled teacher, an assistant or a baseline.
     batch: texts at a time.
-    length: tokens per text.
+    length: tokens per text; for texts of the data the mean over all held-out rows.
+    lengths: tokens of each text of the data that is timed; a batch is padded to its longest text,
+        and a time is the mean over the batches. Missing for texts of one length.
     device: name of the device; for a CPU with the number of threads.
     dtype: dtype of the weights.
     rounds_ms: every time; the n-th times of all models are of one round.
+    runtime: what runs the model if not torch: `onnxruntime`, always in fp32 on a CPU.
     generated: number of the last tokens of a text that a decoder generates; missing for one
         forward over the texts.
     tokens_per_second: generated tokens of all texts per second, reading the prompts included.
@@ -174,11 +192,22 @@ class LatencyReport(TypedDict):
     batch: int
     ms: float
     length: NotRequired[int]
+    lengths: NotRequired[Sequence[int]]
     device: NotRequired[str]
     dtype: NotRequired[str]
     rounds_ms: NotRequired[Sequence[float]]
+    runtime: NotRequired[str]
     generated: NotRequired[int]
     tokens_per_second: NotRequired[float]
+
+
+def headline_latency(latency: Sequence[LatencyReport]) -> list[LatencyReport]:
+    """Return the entries on texts of the data, or on one length if there are no others.
+
+    The entries on generation are left out.
+    """
+    forwards = [entry for entry in latency if "generated" not in entry]
+    return [entry for entry in forwards if "lengths" in entry] or forwards
 
 
 class SampleReport(TypedDict):
@@ -222,12 +251,16 @@ class GenerationReport(TypedDict):
 
 
 class WarningReport(TypedDict):
-    """A warning that a stage has logged about its generated texts; `kind`: what they are for."""
+    """A warning about the numbers of a run, with what to do.
 
-    stage: str
+    kind: see `reports.derived_warnings`; of generated texts, what the texts are for.
+    stage, step: where a stage has logged the warning; missing for a warning about the whole run.
+    """
+
     kind: str
-    step: int
     message: str
+    stage: NotRequired[str]
+    step: NotRequired[int]
 
 
 class CostReport(TypedDict):

@@ -48,8 +48,8 @@ def check_packages(where: str) -> None:
         )
 
 
-def write_onnx(folder: Path, *, int8: bool = False) -> float:
-    """Write `model.onnx` beside the weights of a finished model.
+def write_onnx(folder: Path, *, int8: bool = False, to: Path | None = None) -> float:
+    """Write the graph of a finished model, by default `model.onnx` beside its weights.
 
     Args:
         folder: a model folder of megakd or of transformers.
@@ -65,7 +65,8 @@ def write_onnx(folder: Path, *, int8: bool = False) -> float:
     model = load_finished(folder, "--format onnx", dtype=torch.float32).eval()
     # The exporter splits fused attention into operators whose strides T5's views refuse.
     model.set_attn_implementation("eager")
-    graph = folder / (f"whole-{MODEL}" if int8 else MODEL)
+    path = to or folder / MODEL
+    graph = path.with_name(f"whole-{path.name}") if int8 else path
     _export(model, _input_names(model, folder), graph)
     worst, largest = _differences(model, graph)
     if not worst <= _TOLERANCE * max(1.0, largest):
@@ -75,8 +76,8 @@ def write_onnx(folder: Path, *, int8: bool = False) -> float:
             "the model without --format"
         )
     if int8:
-        _quantize(graph, folder / MODEL, large=_bytes(model) > _MOST_IN_ONE_FILE)
-        worst, _ = _differences(model, folder / MODEL)
+        _quantize(graph, path, large=_bytes(model) > _MOST_IN_ONE_FILE)
+        worst, _ = _differences(model, path)
     return worst
 
 

@@ -9,15 +9,20 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megakd.contract.results import LatencyReport
 from megakd.engine.memory import device_name
+from megakd.models.onnx import OnnxModel
 from megakd.models.own_models import load_finished
 
+TEXTS = 8
+"""Least number of texts of the data that are timed."""
 WARM_UP = 3
 LONG_MS = 100.0
 """A first time above this, of every model, counts: start-up costs are negligible."""
@@ -30,20 +35,54 @@ class Work(NamedTuple):
     """The work that is timed.
 
     batches: numbers of texts at a time, one measurement each.
-    length: tokens per text, without padding.
+    length: tokens per text, without padding; None: only texts of the data are timed.
     generate: number of the last tokens of a text that decoders also generate.
     rounds: most rounds, in each of which every model is timed once.
+    of_data: tokens of the texts of the data; empty: only texts of one length are timed.
     """
 
     batches: Sequence[int]
-    length: int
+    length: int | None
     generate: int = 0
     rounds: int = 9
+    of_data: Sequence[int] = ()
+
+    def sample(self, batch: int) -> list[list[int]]:
+        """Return batches whose texts are as long as those of the data, and as different."""
+        ordered = sorted(self.of_data)
+        several = ordered[0] < ordered[-1]
+        count = -(-TEXTS // batch) if several else 1
+        texts = range(count * batch)
+        drawn = [ordered[(2 * n + 1) * len(ordered) // (2 * len(texts))] for n in texts]
+        return [drawn[number::count] for number in range(count)]
+
+
+class Graph(nn.Module):
+    """The graph of a model, which answers on the CPU in fp32."""
+
+    dtype = torch.float32
+
+    def __init__(self, path: Path, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config, self._graph = model.config, OnnxModel(path)
+        self.place = nn.Parameter(torch.zeros(1))
+
+    def forward(self, **inputs: Tensor) -> object:
+        zeros = torch.zeros_like(inputs["input_ids"])  # for the types of tokens
+        return self._graph.logits({n: inputs.get(n, zeros) for n in self._graph.inputs})
+
+    def can_generate(self) -> bool:
+        return False
+
+
+Timed = PreTrainedModel | Graph
+Prepare = Callable[[Timed, dict[str, Any]], Callable[[], object]]
 
 
 def measure_latencies(
     models: Mapping[str, PreTrainedModel | Path],
     work: Work,
+    graphs: Mapping[str, Path] = MappingProxyType({}),
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -54,42 +93,81 @@ def measure_latencies(
     forward filled. All models are in memory at once. A causal LM computes the logits of the last
     position, as it does before it generates. Models in a Hugging Face folder are loaded, by default
     on the CPU and in their stored dtype. The result has the forwards and then the generation of
-    each batch, in the order of `models`.
+    each batch, in the order of `models`; texts of the data come before those of one length.
+    `graphs` are timed beside the models of the same names.
     """
-    generated = min(work.generate, work.length - 1)
+    length = work.length or int(statistics.median(work.of_data))
+    generated = min(work.generate, length - 1)
     with ExitStack() as stack:
-        ready = {n: stack.enter_context(_ready(m, device, dtype)) for n, m in models.items()}
+        loaded = {n: stack.enter_context(_ready(m, device, dtype)) for n, m in models.items()}
+        graphed = {f"{name} (onnx)": Graph(path, loaded[name]) for name, path in graphs.items()}
+        ready: dict[str, Timed] = {**loaded, **graphed}
         decoders = {name: model for name, model in ready.items() if model.can_generate()}
         entries: list[LatencyReport] = []
         for batch in work.batches:
-            entries += _timed(ready, work, batch)
-            entries += _timed(decoders, work, batch, generated) if generated else ()
+            if work.of_data:
+                entries += _of_data(ready, work, batch)
+            if work.length:
+                entries += _timed(ready, [[length] * batch], work.rounds, length=length)
+            if generated:
+                entries += _generated(decoders, work, [length] * batch, generated)
     return entries
 
 
-def _timed(
-    models: Mapping[str, PreTrainedModel], work: Work, batch: int, generated: int = 0
+def _of_data(models: Mapping[str, Timed], work: Work, batch: int) -> Iterator[LatencyReport]:
+    batches = work.sample(batch)
+    mean = round(statistics.fmean(work.of_data))
+    for entry in _timed(models, batches, work.rounds, length=mean):
+        yield {**entry, "lengths": [length for texts in batches for length in texts]}
+
+
+def _generated(
+    models: Mapping[str, Timed], work: Work, texts: Sequence[int], count: int
 ) -> Iterator[LatencyReport]:
-    inputs = [_inputs(model, batch, work.length - generated) for model in models.values()]
-    prepare = partial(_generation, count=generated) if generated else _forward
-    calls = [prepare(*pair) for pair in zip(models.values(), inputs, strict=True)]
-    for (name, model), *rounds in zip(models.items(), *_rounds(calls, work.rounds), strict=True):
+    prompts = [length - count for length in texts]
+    prepare = partial(_generation, count=count)
+    for entry in _timed(models, [prompts], work.rounds, length=texts[0], prepare=prepare):
+        rate = 1e3 * len(texts) * count / entry["ms"]
+        yield {**entry, "generated": count, "tokens_per_second": rate}
+
+
+def _timed(
+    models: Mapping[str, Timed],
+    batches: Sequence[Sequence[int]],
+    most: int,
+    *,
+    length: int,
+    prepare: Prepare | None = None,
+) -> Iterator[LatencyReport]:
+    """Yield the entry of each model on batches of texts of these lengths, in at most `most` rounds.
+
+    A time is the mean over the batches; `length` is told; None: `prepare` makes forwards.
+    """
+    made = prepare or _forward
+    calls = [[made(m, _inputs(m, texts)) for texts in batches] for m in models.values()]
+    times = _rounds([partial(_call_all, each) for each in calls], most)
+    for (name, model), *rounds in zip(models.items(), *times, strict=True):
+        each = [ms / len(batches) for ms in rounds]
         entry = LatencyReport(
             model=name,
-            batch=batch,
-            ms=statistics.median(rounds),
-            length=work.length,
+            batch=len(batches[0]),
+            ms=statistics.median(each),
+            length=length,
             device=_place(model),
             dtype=str(model.dtype).removeprefix("torch."),
-            rounds_ms=rounds,
+            rounds_ms=each,
         )
-        if generated:
-            entry["generated"] = generated
-            entry["tokens_per_second"] = 1e3 * batch * generated / entry["ms"]
+        if isinstance(model, Graph):
+            entry.update({"model": name.removesuffix(" (onnx)"), "runtime": "onnxruntime"})
         yield entry
 
 
-def _place(model: PreTrainedModel) -> str:
+def _call_all(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
+
+
+def _place(model: Timed) -> str:
     device = next(model.parameters()).device
     threads = torch.get_num_threads()
     words = f" ({threads} thread{'' if threads == 1 else 's'})" if device.type == "cpu" else ""
@@ -137,16 +215,18 @@ def _ready(
         loaded.train(was_training)
 
 
-def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
+def _inputs(model: Timed, texts: Sequence[int]) -> dict[str, Any]:
     # The same random tokens every time; a separate generator leaves the run's random state alone.
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (batch, length), generator=generator)  # [B, T]
+    lengths = torch.tensor(texts)[:, None]
+    ids = torch.randint(vocabulary, (len(texts), max(texts)), generator=generator)  # [B, T]
+    mask = (torch.arange(ids.shape[1]) < lengths).to(ids.dtype)
     device = next(model.parameters()).device
-    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _forward(model: PreTrainedModel, inputs: dict[str, Any]) -> Callable[[], object]:
+def _forward(model: Timed, inputs: dict[str, Any]) -> Callable[[], object]:
     last = {LAST_POSITIONS: 1} if LAST_POSITIONS in signature(model.forward).parameters else {}
     return partial(model, **inputs, **last)
 

@@ -7,8 +7,8 @@ is a collective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -53,30 +53,15 @@ def held_out_prompts(
     return Continuations(ids=ids, new_tokens=new_tokens, tokenizer=tokenizer, device=device)
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """The outputs of several models for the same prompts."""
-
-    prompts: Prompts | None
-    _answers: dict[str, list[str]] = field(default_factory=dict)
-
-    def asking(self, name: str) -> Callable[[Answering], None] | None:
-        """Return a function that stores the outputs of the model `name`; None without prompts."""
-        prompts = self.prompts
-        return None if prompts is None else lambda model: self.add(name, prompts.answers(model))
-
-    def add(self, name: str, answers: list[str]) -> None:
-        self._answers[name] = answers
-
-    def samples(self, *, teacher: str | None, student: str) -> list[SampleReport]:
-        """Return the samples of report.json; `teacher` is the teacher to show, if any."""
-        if self.prompts is None:
-            return []
-        shown = self.prompts.shown
-        # A teacher with a tokenizer of its own cannot read the prompts.
-        of_teacher = self._answers.get(teacher or "") or [None] * len(shown)
-        rows = zip(shown, of_teacher, self._answers[student], strict=True)
-        return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
+def samples_of(
+    prompts: Prompts | None, *, teacher: Sequence[str] | None, student: Sequence[str] | None
+) -> list[SampleReport]:
+    """Return the samples of report.json, from the answers of both models to the prompts."""
+    if prompts is None or student is None:
+        return []
+    # A teacher with a tokenizer of its own cannot read the prompts.
+    rows = zip(prompts.shown, teacher or [None] * len(student), student, strict=True)
+    return [{"prompt": prompt, "teacher": a, "student": b} for prompt, a, b in rows]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from megakd.contract.results import (
     Report,
     TextReport,
     formats_of,
+    headline_latency,
 )
 from megakd.contract.tasks import (
     MATCH,
@@ -47,9 +48,11 @@ from megakd.reports.quantities import (
 from megakd.reports.report_file import completed
 
 Rows = list[list[str]]
-FORWARD = "ms"
+FORWARD, ONE_LENGTH = "ms", "ms of "
 SHARES = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("truncated", "distinct_2", "top1_agreement")))
 """Metrics of generated texts that are shares; the others are numbers of tokens, or nats."""
+FEW_LABELS = 6
+"""Labels, or confusions of more labels, that the terminal shows."""
 TEXTS_SHOWN = 8
 """Texts of an evaluation in the report."""
 
@@ -58,7 +61,8 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     """Return the report as aligned plain text, for the end of a run."""
     report = completed(report)
     tables = [
-        class_rows(report, most=6),
+        class_rows(report, most=FEW_LABELS),
+        confusion_rows(STUDENT, report["student"], most=FEW_LABELS),
         set_rows(report),
         candidate_rows(report["candidates"]),
         pool_rows(report),
@@ -69,6 +73,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
     lower = lower_metrics(report)
     notes = (
         f"{', '.join(lower)}: lower is better" if lower else "",
+        class_note(report),
         latency_note(report),
         vocabulary_note(report),
         adapter_note(report["student"]),
@@ -78,6 +83,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         [*aligned_rows(beside(*model_parts(report))), *filter(None, notes)],
         *(aligned_rows(rows) for rows in tables if rows[1:]),
         [*_time_lines(report), *([f"the student is in {final}"] if final else [])],
+        [f"warning: {one['message']}" for one in report["warnings"]],
     ]
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
@@ -171,10 +177,13 @@ class Timing(NamedTuple):
         return paired_ratio(self.rounds[reference], self.rounds[name]) if timed else None
 
 
-def timings(report: Report) -> list[Timing]:
-    """Return the times of forwards and the rates of generation by batch size, smallest first."""
+def timings(report: Report, *, of_one_length: bool = False) -> list[Timing]:
+    """Return the times of forwards and the rates of generation by batch size, smallest first.
+
+    `of_one_length`: also those on texts of one length, if there are others.
+    """
     entries: list[LatencyReport] = []
-    speedup = report["speedup"]
+    headline, speedup = headline_latency(report["latency"]), report["speedup"]
     if speedup is not None:  # reports of early versions have no other times
         teacher = largest(teachers_of(report)) or TEACHER
         for name, ms in ((teacher, speedup["teacher_ms"]), (STUDENT, speedup["student_ms"])):
@@ -182,16 +191,21 @@ def timings(report: Report) -> list[Timing]:
     timings: dict[tuple[int, str], Timing] = {}
     for entry in (*entries, *report["latency"]):
         batch, kind = entry["batch"], "tokens/s" if "generated" in entry else FORWARD
-        if is_number(entry["ms"]) and entry["ms"] > 0:
+        if kind == FORWARD and entry not in (*entries, *headline):
+            kind = f"{ONE_LENGTH}{entry.get('length')} tokens"
+        is_wanted = of_one_length or not kind.startswith(ONE_LENGTH)
+        if is_wanted and is_number(entry["ms"]) and entry["ms"] > 0:
             timing = timings.setdefault((batch, kind), Timing(kind, batch, {}, {}))
-            timing.values[entry["model"]] = entry.get("tokens_per_second", entry["ms"])
-            timing.rounds[entry["model"]] = entry.get("rounds_ms", [entry["ms"]])
+            name = entry["model"] + (" (onnx)" if "runtime" in entry else "")
+            timing.values[name] = entry.get("tokens_per_second", entry["ms"])
+            timing.rounds[name] = entry.get("rounds_ms", [entry["ms"]])
     return [timings[key] for key in sorted(timings)]
 
 
-def model_parts(report: Report) -> tuple[Rows, Rows, Rows, Rows]:
-    """Return the models' names, sizes, scores and times, for `beside`."""
-    timed, metrics, teacher = timings(report), _metric_names(report), report["teacher"]
+def model_parts(report: Report, *, of_one_length: bool = False) -> tuple[Rows, Rows, Rows, Rows]:
+    """Return the models' names, sizes, scores and times, for `beside`; see `timings`."""
+    timed = timings(report, of_one_length=of_one_length)
+    metrics, teacher = _metric_names(report), report["teacher"]
     reference = largest(teachers_of(report)) or TEACHER
     against = "vs teacher" if lower_is_better(report["metric_name"]) else "kept"
     names, sizes = [[""]], [["parameters", "non-embedding", "size MB"]]
@@ -242,20 +256,24 @@ def beside(*parts: Rows) -> Rows:
 
 def timed_rows(report: Report) -> Rows:
     """Return a row per model that was timed."""
-    names, _, _, times = model_parts(report)
+    names, _, _, times = model_parts(report, of_one_length=True)
     return [row for row in beside(names, times) if set(row[1:]) - {"-"}]
 
 
 def latency_note(report: Report) -> str:
     """Return a line with length, dtype and device of the timing, if the report has them."""
     timed = [entry for entry in report["latency"] if "length" in entry]
+    headline = headline_latency(timed)
     if not timed:
         return ""
     lengths, dtypes, devices = (
-        ", ".join(dict.fromkeys(str(entry.get(key, "")) for entry in timed))
-        for key in ("length", "dtype", "device")
+        ", ".join(dict.fromkeys(str(entry.get(key, "")) for entry in entries))
+        for key, entries in (("length", headline), ("dtype", timed), ("device", timed))
     )
-    note = f"ms: median of one forward, {lengths} tokens per text, {dtypes}, on {devices}"
+    texts = f"{lengths} tokens per text"
+    if any("lengths" in entry for entry in headline):
+        texts = f"texts as long as the held-out ones ({lengths} tokens on average)"
+    note = f"ms: median of one forward, {texts}, {dtypes}, on {devices}"
     if generated := {e["generated"] for e in timed if "generated" in e}:
         note += f"; tokens/s: of the last {max(generated)}, which are generated"
     if any("rounds_ms" in entry for entry in timed):
@@ -325,6 +343,34 @@ def class_rows(report: Report, *, most: int) -> Rows:
         scores = (one["precision"], one["recall"], one["f1"])
         rows.append([one["label"], *(f"{value:.1%}" for value in scores), f"{one['rows']:,}"])
     return rows
+
+
+def confusion_rows(name: str, model: ModelReport | None, *, most: int) -> Rows:
+    """Return a row per label with the counts of the predicted labels, or the `most` confusions."""
+    counts = model.get("confusion", {}) if model else {}
+    if len(counts) <= most:
+        rows = ([label, *(f"{row.get(n, 0):,}" for n in counts)] for label, row in counts.items())
+        return [[f"{name}, by label", *(f"as {label}" for label in counts)], *rows]
+    pairs = [(n, a, b) for a, row in counts.items() for b, n in row.items() if a != b]
+    pairs = sorted(pairs, key=lambda pair: -pair[0])[:most]
+    return [[f"{name}, label", "predicted", "rows"], *([a, b, f"{n:,}"] for n, a, b in pairs)]
+
+
+def class_note(report: Report) -> str:
+    """Return a line with agreement and calibration of a classifier; empty for other models."""
+    student, teacher = report["student"], report["teacher"]
+    parts: list[str] = []
+    if "agreement" in student:
+        parts.append(f"student and teacher agree on {student['agreement']:.1%} of the rows")
+    models = {STUDENT: student, **({} if teacher is None else {TEACHER: teacher})}
+    errors = [
+        f"{name} {model['calibration_error']:.1%}"
+        for name, model in models.items()
+        if "calibration_error" in model
+    ]
+    if errors:
+        parts.append(f"expected calibration error: {', '.join(errors)}")
+    return "; ".join(parts)
 
 
 def set_rows(report: Report) -> Rows:

@@ -7,7 +7,7 @@ the stage that became `final/`, and the checksums of `final/` and of the report.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ def is_finished(config: RunConfig) -> bool:
     """Return true if the output folder holds the finished run of this config; read only the config.
 
     A run is not finished if the config asks for more steps than the run in the folder took, for
-    a number format that the run did not write, or for other times of the models. The finished run
+    a format that the run did not write, or for other times of the models. The finished run
     of another config is an error.
     """
     if not (config.output_dir / REPORT).is_file() or config.train.resume_from_checkpoint is False:
@@ -273,14 +273,17 @@ def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -
     changes = {CARD: card, **dict.fromkeys((RESULT, RECORD, *files_of_others(there)))}
     changes |= current_files(there)
     # The report decides, because `save` may change between two starts of a finished run.
-    add = _add_formats if formats_of(report["student"]) else None
+    add = _adding(formats_of(report["student"]))
     copy_finished(stage, final, changes=changes, keep=kept, add=add, remedy=remedy)
 
 
-def _add_formats(folder: Path) -> None:
-    from megakd.models.int8 import INT8, write_int8  # the only format
+def _adding(formats: Collection[str]) -> Callable[[Path], None] | None:
+    def add(folder: Path) -> None:
+        from megakd.run.formats import add_formats
 
-    write_int8(folder, folder / INT8)
+        add_formats(folder, formats)
+
+    return add if formats else None
 
 
 def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
@@ -325,7 +328,7 @@ def export_run(
 ) -> Path:
     """Copy a finished stage's model to a new folder `to`; None: the stage of `final/`.
 
-    The number formats of `save` are written too, unless another is added.
+    The formats of `save` are written too, unless another is added.
 
     Args:
         add: called with the copy before it takes its name, to write another format of the model.
@@ -343,7 +346,7 @@ def export_run(
     there = entries(folder)
     changes = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
     changes |= current_files(there)
-    add = add or (_add_formats if config.save.formats else None)
+    add = add or _adding(config.save.formats)
     copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
     return to
 

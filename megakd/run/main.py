@@ -104,6 +104,10 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
 def _checked_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     check_device(config, ranks)
     check_nodes(config)
+    if config.save.onnx:
+        from megakd.models.onnx import check_packages
+
+        check_packages("save.onnx")
     if config.save.push_to_hub is not None:
         from megakd.run.upload import check_hub
 

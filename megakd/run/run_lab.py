@@ -24,7 +24,7 @@ from megakd.inputs.inputs import RunInputs
 from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
 from megakd.run.stage_identity import stage_identity
-from megakd.run.teacher_pool import TeacherPool, model_report
+from megakd.run.teacher_pool import Measured, TeacherPool, measure, scored_model
 from megakd.scoring.scores import headline, weighable
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Look = Callable[[FrozenTeacher], None]
 
 
 class RunLab(LabBase):
@@ -161,17 +160,19 @@ class RunLab(LabBase):
         spec = self.config.teacher_specs.get(role, self.config.student)
         return dataclasses.replace(found, attn_implementation=spec.attn_implementation)
 
-    @doing("scoring a finished model")
-    def score(self, folder: Path, *, look: Look | None = None) -> ModelReport:
-        """Return the size and metrics of a finished model on the held-out rows; a collective.
+    def score(self, folder: Path) -> ModelReport:
+        """Return the size and scores of a finished model on the held-out rows; a collective."""
+        return self._ask(folder, lambda model: scored_model(self.assembly, model)[0])
 
-        The model has the student's tokenizer; `look` is called with it while it is loaded.
-        """
+    def measure(self, folder: Path) -> Measured:
+        """Return what the report says of a finished model; a collective."""
+        return self._ask(folder, lambda model: measure(self.assembly, model, self.pool.prompts))
+
+    @doing("scoring a finished model")
+    def _ask(self, folder: Path, ask: Callable[[FrozenTeacher], T]) -> T:
+        # The model has the student's tokenizer.
         self.close()
         dtype = self.assembly.scoring_dtype()
         preset = scoring_preset(self.config.student.deepspeed)
         with self.assembly.loaded(self.source(folder), preset, dtype) as model:
-            report = model_report(self.assembly, model)
-            if look is not None:
-                look(model)
-        return report
+            return ask(model)

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from megakd.contract.results import (
     Assistant,
     AssistantReport,
     EvaluationSetReport,
+    FormatReport,
     LatencyReport,
     ModelReport,
-    QuantizedReport,
     Report,
     Speedup,
     StageReport,
+    WarningReport,
+    headline_latency,
 )
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import STUDENT
@@ -31,79 +33,72 @@ from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
 from megakd.engine.memory import forget_models, free_memory_bytes
 from megakd.engine.sharding import is_first_rank
+from megakd.errors import ModelError
 from megakd.inputs.inputs import vocabulary_report
 from megakd.inputs.precision import TORCH_DTYPE
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.process.phases import phase, seconds
-from megakd.reports.history import read_history
+from megakd.reports.derived_warnings import derived_warnings
+from megakd.reports.history import panels, read_history
 from megakd.reports.quantities import paired_ratio
 from megakd.reports.report_file import environment
-from megakd.reports.samples import Sampler
+from megakd.reports.samples import samples_of
 from megakd.reports.table import generation_reports, largest
 from megakd.run.run_lab import RunLab
-from megakd.run.teacher_pool import set_metrics
+from megakd.run.teacher_pool import Measured
 from megakd.scoring.runaway import text_warnings
-from megakd.teachers.frozen import FrozenTeacher
 
 logger = logging.getLogger(__name__)
-INT8_FOLDER = ".int8"
-"""Folder below `output_dir` that exists only during the scoring."""
-
-
-Sets = dict[str, Mapping[str, Mapping[str, float]]]
-"""The metrics of each model on each named evaluation set."""
-
-
-def _teachers(lab: RunLab, sampler: Sampler, sets: Sets) -> dict[str, ModelReport]:
-    reports = {}
-    for name in lab.pool.folders:
-        measured = lab.pool.measured(name)
-        reports[name], sets[name] = measured.report, measured.sets
-        if measured.answers is not None:
-            sampler.add(name, measured.answers)
-    return reports
+FORMATS_FOLDER = ".formats"
+"""Folder below `output_dir` that exists only while the report is made."""
 
 
 def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageResult]) -> Report:
     """Score the finished models, measure their latency, and return the report; a collective."""
     config, prepared, ranks = lab.config, lab.assembly.prepared, lab.assembly.ranks
     out = config.output_dir
-    sampler, sets = Sampler(lab.pool.prompts), Sets()
     students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
     with phase("scoring"):
-        teachers = _teachers(lab, sampler, sets)
-        scored = {
-            name: _scored(lab, name, folder, sampler, sets) for name, folder in students.items()
-        }
-        if config.save.int8:
-            scored[STUDENT]["int8"] = _score_int8(lab, student.folder)
+        teachers = {name: lab.pool.measured(name) for name in lab.pool.folders}
+        measured = {**teachers, **{name: lab.measure(made) for name, made in students.items()}}
+        mine = measured[STUDENT].report
+        for name in config.save.formats:
+            made = _in_format(lab, name, student.folder, mine["metrics"])
+            cast("dict[str, Any]", mine).update({} if made is None else {name: made})
         assistants = [_assistant(lab, made) for made in lab.record.assistants]
     forget_models()
     with phase("latency"), doing("measuring latency"):
         latency = on_main(lambda: _latency(lab, students, ranks.device))
-    return Report(
+    reports = {name: entry.report for name, entry in measured.items()}
+    teacher = largest({name: reports[name] for name in teachers})
+    reference = None if teacher is None else teachers[teacher]
+    report = Report(
         method=config.method.name,
         task=config.task.data_name,
         metric_name=prepared.metric.name,
         evaluated_on="test" if prepared.encoded.test is not None else "validation",
-        teacher=teachers.get(largest(teachers) or ""),
-        teachers=[{"name": n, **teachers[n]} for n in teachers if config.teachers],
-        student=_student(scored[STUDENT], student.folder),
+        teacher=reference and reference.report,
+        teachers=[{"name": name, **reports[name]} for name in teachers if config.teachers],
+        student=_student(measured[STUDENT], student.folder, reference),
         assistants=assistants,
-        baselines={name: scored[name]["metrics"] for name in baselines},
+        baselines={name: reports[name]["metrics"] for name in baselines},
         candidates=lab.record.candidates,
         stages=[_stage_entry(result) for result in lab.results],
-        speedup=_speedup(latency, largest(teachers)),
+        speedup=_speedup(latency, teacher),
         latency=latency,
         cost=lab.record.cost,
         pool=lab.record.pool,
         pruning=lab.record.pruning,
         vocabulary=vocabulary_report(config, prepared),
-        samples=sampler.samples(teacher=largest(teachers), student=STUDENT),
+        samples=samples_of(
+            lab.pool.prompts,
+            teacher=reference and reference.answers,
+            student=measured[STUDENT].answers,
+        ),
         generation=on_main(lambda: generation_reports(out, [made.name for made in lab.results])),
-        warnings=on_main(lambda: text_warnings(read_history(out / "metrics.jsonl"))),
-        evaluation_sets=_set_reports(prepared.splits.evaluation_sets, sets),
+        warnings=(),
+        evaluation_sets=_set_reports(prepared.splits.evaluation_sets, measured),
         seconds=seconds(),
         environment=environment(
             ranks=ranks.world_size,
@@ -111,17 +106,15 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
             corpus_content_hash=prepared.splits.whole_hash,
         ),
     )
+    if is_first_rank():
+        shutil.rmtree(out / FORMATS_FOLDER, ignore_errors=True)
+    report["warnings"] = on_main(lambda: _warnings(report, out / "metrics.jsonl"))
+    return report
 
 
-def _scored(lab: RunLab, name: str, folder: Path, sampler: Sampler, sets: Sets) -> ModelReport:
-    asking = sampler.asking(name)
-
-    def look(loaded: FrozenTeacher) -> None:
-        sets[name] = set_metrics(lab.assembly, loaded)
-        if asking is not None:
-            asking(loaded)
-
-    return lab.score(folder, look=look)
+def _warnings(report: Report, log: Path) -> list[WarningReport]:
+    history = list(read_history(log))
+    return text_warnings(history) + derived_warnings(report, panels(history))
 
 
 def row_count(rows: Dataset) -> int:
@@ -129,20 +122,29 @@ def row_count(rows: Dataset) -> int:
     return int(np.count_nonzero(is_labelled(rows)))
 
 
-def _set_reports(rows: Mapping[str, Dataset], sets: Sets) -> dict[str, EvaluationSetReport]:
+def _set_reports(
+    rows: Mapping[str, Dataset], models: Mapping[str, Measured]
+) -> dict[str, EvaluationSetReport]:
     return {
         name: {
             "rows": row_count(of_set),
-            "metrics": {model: known[name] for model, known in sets.items() if name in known},
+            "metrics": {
+                model: made.sets[name] for model, made in models.items() if name in made.sets
+            },
         }
         for name, of_set in rows.items()
     }
 
 
-def _student(scored: ModelReport, folder: Path) -> ModelReport:
-    report: ModelReport = {**scored, "bytes": weight_bytes(folder)}
+def _student(measured: Measured, folder: Path, teacher: Measured | None) -> ModelReport:
+    report: ModelReport = {**measured.report, "bytes": weight_bytes(folder)}
     trained = adapter_parameters(folder)
-    return report if trained is None else {**report, "trained_parameters": trained}
+    if trained is not None:
+        report["trained_parameters"] = trained
+    mine, theirs = measured.predicted, [] if teacher is None else teacher.predicted
+    if mine and len(mine) == len(theirs):
+        report["agreement"] = sum(a == b for a, b in zip(mine, theirs, strict=True)) / len(mine)
+    return report
 
 
 def _assistant(lab: RunLab, assistant: Assistant) -> AssistantReport:
@@ -182,14 +184,21 @@ def _latency(
             device,
         )
         return []
+    from megakd.models.onnx import MODEL
     from megakd.reports.latency import Work, measure_latencies
 
     try:
         wanted, rows = config.eval.latency, lab.assembly.prepared.encoded.held_out
-        length = wanted.tokens or int(np.median(lengths_of_rows(rows)))
-        work = Work(wanted.batches(config.task.type), length, wanted.generate)
+        work = Work(
+            wanted.batches(config.task.type),
+            wanted.tokens,
+            wanted.generate,
+            of_data=lengths_of_rows(rows).tolist(),
+        )
         dtype = TORCH_DTYPE[lab.assembly.scoring_dtype()]
-        return measure_latencies(models, work, device=device, dtype=dtype)
+        graph = config.output_dir / FORMATS_FOLDER / "onnx" / MODEL
+        graphs = {STUDENT: graph} if graph.is_file() else {}
+        return measure_latencies(models, work, graphs, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)
@@ -197,7 +206,7 @@ def _latency(
 
 
 def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:
-    forwards = [entry for entry in latency if "generated" not in entry]
+    forwards = [entry for entry in headline_latency(latency) if "runtime" not in entry]
     batch = min((entry["batch"] for entry in forwards), default=0)
     of = {entry["model"]: entry for entry in forwards if entry["batch"] == batch}
     if teacher not in of:
@@ -208,23 +217,28 @@ def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup |
     return {**times, "low": ratio.low, "high": ratio.high}
 
 
-def _score_int8(lab: RunLab, student: Path) -> QuantizedReport:
-    # The weights are restored to fp32 in a temporary folder, and scored as the student is scored.
-    folder = lab.config.output_dir / INT8_FOLDER
-    restored = folder / "restored"
+def _in_format(
+    lab: RunLab, name: str, student: Path, metrics: Mapping[str, float]
+) -> FormatReport | None:
+    """Return size and scores of the student in a format; None if it cannot be written in it."""
+    from megakd.run.formats import FORMATS
 
-    from megakd.models.int8 import INT8, write_int8, write_restored
+    form, folder = FORMATS[name], lab.config.output_dir / FORMATS_FOLDER / name
+    place, restored = folder / form.place, folder / "restored"
 
     def write() -> int:
-        write_int8(student, folder / INT8)
-        write_restored(folder / INT8, restored)
-        return weight_bytes(folder / INT8)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        form.write(student, place)
+        if form.restore is not None:
+            form.restore(place, restored)
+        files = place.glob("*.safetensors") if place.is_dir() else folder.glob(f"{form.place}*")
+        return sum(path.stat().st_size for path in files)
 
     try:
         size = on_main(write)
-        metrics = lab.score(restored)["metrics"]
-    finally:
-        # All ranks have read the folder: scoring ends with a collective.
-        if is_first_rank():
-            shutil.rmtree(folder, ignore_errors=True)
-    return {"bytes": size, "metrics": metrics}
+    except ModelError as error:
+        # All stages are finished and the student is valid without this format.
+        logger.warning("save.%s is left out: %s", name, error)
+        return None
+    return {"bytes": size, "metrics": lab.score(restored)["metrics"] if form.restore else metrics}

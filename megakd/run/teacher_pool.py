@@ -45,11 +45,13 @@ class Measured(NamedTuple):
     """Entry of the report on a model: its size and metrics, also those on the named sets.
 
     answers: answers to the prompts; None without prompts, or with another tokenizer.
+    predicted: see `Scored`.
     """
 
     report: ModelReport
     sets: Mapping[str, Mapping[str, float]]
     answers: list[str] | None
+    predicted: list[int]
 
 
 class TeacherPool:
@@ -202,8 +204,7 @@ class TeacherPool:
         own, shared = self.assembly.of(name), self.assembly.prepared
         prompts = self.prompts if shared.tokenizer_of(name) is shared.tokenizer else None
         with phase("scoring"), doing(f"scoring {name}"):
-            answers = None if prompts is None else prompts.answers(model)
-            made = Measured(model_report(own, model), set_metrics(own, model), answers)
+            made = measure(own, model, prompts)
         self._known[name] = made
         on_main(lambda: self._write(name, made))
 
@@ -226,18 +227,27 @@ class TeacherPool:
         return flatten({**own.conditions, **rows, "teacher": own.frozen_facts(ready)})
 
 
-def model_report(own: Assembly, model: FrozenTeacher) -> ModelReport:
-    """Return size and metrics of a loaded model on the held-out rows; a collective."""
+def measure(own: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
+    """Return what the report says of a loaded model; a collective."""
+    report, predicted = scored_model(own, model)
+    answers = None if prompts is None else prompts.answers(model)
+    return Measured(report, set_metrics(own, model), answers, predicted)
+
+
+def scored_model(own: Assembly, model: FrozenTeacher) -> tuple[ModelReport, list[int]]:
+    """Return size and scores of a loaded model on the held-out rows, and the classes it predicts.
+
+    This is a collective.
+    """
     scored = own.scorer().scored(model.predict, own.prepared.encoded.held_out)
     counts = parameter_counts(named_shapes(model.model))
     report: ModelReport = {
         "parameters": counts.parameters,
         "encoder_parameters": counts.encoder_parameters,
         "metrics": scored.metrics,
+        **scored.of_classes,
     }
-    if scored.by_class:
-        report["per_class"] = scored.by_class
-    return report
+    return report, scored.predicted
 
 
 def set_metrics(own: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:
@@ -253,6 +263,7 @@ def _read(path: Path, facts: Fingerprint) -> Measured | None:
             return None
         report = {**record["report"], "metrics": numbers(record["report"]["metrics"])}
         sets = {name: numbers(metrics) for name, metrics in record["sets"].items()}
-        return Measured(cast("ModelReport", report), sets, record["answers"])
+        answers, predicted = record["answers"], record["predicted"]
+        return Measured(cast("ModelReport", report), sets, answers, predicted)
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.metric import Metric
 from megakd.contract.plugins import metric_of
-from megakd.contract.results import ClassReport
+from megakd.contract.results import ClassifierReport
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS, TaskType
 from megakd.errors import ConfigError, DataError, TrainingError, suggestion
+from megakd.scoring.classes import Numbers, classifier_report
 from megakd.scoring.scores import headline
 
-Numbers = NDArray[np.float64]
 logger = logging.getLogger(__name__)
 LOSS = "loss"
 
@@ -63,22 +62,11 @@ class TaskMetrics:
             )
         return float(_sklearn(f"{name}_score")(is_so, said, zero_division=0))
 
-    def by_class(self, outputs: Tensor, labels: Tensor) -> list[ClassReport]:
-        """Return precision, recall and F1 of every class; empty without classes."""
+    def of_classes(self, outputs: Tensor, labels: Tensor) -> ClassifierReport:
+        """Return scores by class, confusions and calibration; empty without classes."""
         if not self.label_names:
-            return []
-        of = _sklearn("precision_recall_fscore_support")
-        predicted, truth = _scored_rows(outputs, labels)
-        numbers = np.arange(len(self.label_names), dtype=np.float64)
-        # One call for all classes: a call per class takes seconds with hundreds of classes.
-        found = of(truth, _classes(predicted), labels=numbers, zero_division=0)
-        by_class = np.asarray(found, dtype=np.float64).T  # [C, 4]
-        return [
-            {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(rows)}
-            for label, (precision, recall, f1, rows) in zip(
-                self.label_names, by_class.tolist(), strict=True
-            )
-        ]
+            return {}
+        return classifier_report(*_scored_rows(outputs, labels), self.label_names)
 
 
 def task_metrics(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metric import WHOLE
-from megakd.contract.results import ClassReport
+from megakd.contract.results import ClassifierReport
 from megakd.data.collation import Collator
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import Masking
@@ -38,10 +39,14 @@ def few(rows: Dataset) -> Dataset:
 
 
 class Scored(NamedTuple):
-    """The metrics of a model; for a classifier, also precision and recall by class."""
+    """The metrics of a model; for a classifier, also its scores by class.
+
+    predicted: the class that a classifier predicts for each row, in the order of the rows.
+    """
 
     metrics: dict[str, float]
-    by_class: list[ClassReport]
+    of_classes: ClassifierReport
+    predicted: list[int]
 
 
 class Seen(NamedTuple):
@@ -95,7 +100,7 @@ class Scorer:
                 seen.add(predictions, batch, characters)
         # Every rank has at least one batch, so all ranks take the same branch.
         return {
-            name: self._rows(seen) if seen.outputs else self._language_model(seen.sums)
+            name: self._rows(seen, len(rows)) if seen.outputs else self._language_model(seen.sums)
             for name, seen in views.items()
         }
 
@@ -165,7 +170,7 @@ class Scorer:
     def _language_model(self, sums: torch.Tensor) -> Scored:
         all_reduce_(sums)
         known = sums if self.characters is not None else sums[:3]
-        return Scored(on_main(lambda: language_model_metrics(known)), [])
+        return Scored(on_main(lambda: language_model_metrics(known)), {}, [])
 
     def _characters_of(self, batch: Batch) -> int:
         if self.characters is None:
@@ -173,15 +178,24 @@ class Scorer:
         labels = batch.labels.cpu()
         return int(self.characters[labels[labels != IGNORE]].sum())
 
-    def _rows(self, answers: Seen) -> Scored:
+    def _rows(self, answers: Seen, count: int) -> Scored:
         outputs = gather(torch.cat(answers.outputs))
         labels = gather(torch.cat(answers.labels))
+        size = min(self.batch_size, count)
 
         def measure() -> Scored:
-            said, truth = torch.cat(outputs), torch.cat(labels)
-            return Scored(self.metrics.of(said, truth), self.metrics.by_class(said, truth))
+            said, truth = _in_order(outputs, size), _in_order(labels, size)
+            of_classes = self.metrics.of_classes(said, truth)
+            classes = said.argmax(dim=1).tolist() if of_classes else []
+            return Scored(self.metrics.of(said, truth), of_classes, classes)
 
         return on_main(measure)
+
+
+def _in_order(of_ranks: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+    """Return the rows that `evaluation_batches` has dealt to the ranks in their order."""
+    turns = zip_longest(*(one.split(size) for one in of_ranks), fillvalue=of_ranks[0][:0])
+    return torch.cat([batch for turn in turns for batch in turn])
 
 
 def _missed(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

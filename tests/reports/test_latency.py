@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny_cuts
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
 from transformers import RobertaForSequenceClassification as Roberta
 
 from megakd.errors import ModelError
+from megakd.models.onnx import write_onnx
 from megakd.reports import latency
 from megakd.reports.latency import Work, measure_latencies
 
@@ -64,10 +66,50 @@ def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+LENGTHS = [*range(1, 17)] * 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "batches"),
+    [
+        (1, [[n] for n in (2, 4, 6, 8, 10, 12, 14, 16)]),
+        (4, [[2, 6, 10, 14], [4, 8, 12, 16]]),
+        (16, [[*range(1, 17)]]),
+    ],
+)
+def test_texts_of_the_data_have_the_lengths_of_its_quantiles(batch, batches) -> None:
+    assert Work((batch,), None, of_data=LENGTHS).sample(batch) == batches
+    assert Work((batch,), None, of_data=[5] * 40).sample(batch) == [[5] * batch]
+
+
+def test_texts_of_the_data_are_padded_in_their_batch_and_timed_beside_those_of_one_length() -> None:
+    model = llama()
+    calls = seen_by(model)
+
+    found = measure_latencies({"a": model}, Work((4,), 7, rounds=1, of_data=LENGTHS))
+
+    assert [call["input_ids"].shape for call in calls[-10:-4]] == [(4, 14), (4, 16)] * 3
+    assert calls[-6]["attention_mask"].sum(dim=1).tolist() == [2, 6, 10, 14]
+    assert [(entry["length"], entry.get("lengths")) for entry in found] == [
+        (8, [2, 6, 10, 14, 4, 8, 12, 16]),
+        (7, None),
+    ]
+
+
+def test_a_time_on_texts_of_the_data_is_that_of_one_batch(monkeypatch) -> None:
+    monkeypatch.setattr(latency, "_milliseconds", lambda _: 16.0)
+
+    (entry,) = measure_latencies({"a": llama()}, Work((1,), None, of_data=LENGTHS))
+
+    assert (entry["ms"], set(entry["rounds_ms"])) == (2.0, {2.0})
+
+
 @pytest.mark.parametrize(("ms", "calls"), [(1.0, 3 + 9), (60.0, 3 + 5), (3000.0, 4), (15_000.0, 2)])
 def test_slow_models_are_timed_less_often_but_twice_at_least(monkeypatch, ms, calls):
     timed: list[object] = []
-    monkeypatch.setattr(latency, "_milliseconds", lambda call: timed.append(call.func) or ms)
+    monkeypatch.setattr(
+        latency, "_milliseconds", lambda call: timed.append(call.args[0][0].func) or ms
+    )
     models = {"a": llama(), "b": llama()}
 
     found = measure_latencies(models, Work((1,), 4))
@@ -108,6 +150,22 @@ def test_several_models_take_every_place_by_turns_at_every_batch() -> None:
     ]
     assert all(entry["ms"] > 0 for entry in found)
     assert order[-9:] == ["a2", "b2", "c2", "b2", "c2", "a2", "c2", "a2", "b2"]
+
+
+def test_a_graph_is_timed_beside_its_model(tmp_path: Path) -> None:
+    tiny_cuts.build("bert").save_pretrained(tmp_path)
+    tiny_cuts.tokenizer().save_pretrained(tmp_path)
+    write_onnx(tmp_path, to=tmp_path / "graph")
+    work = Work((2,), None, rounds=1, of_data=LENGTHS)
+
+    found = measure_latencies({"student": tmp_path}, work, {"student": tmp_path / "graph"})
+
+    assert [(one["model"], one.get("runtime")) for one in found] == [
+        ("student", None),
+        ("student", "onnxruntime"),
+    ]
+    assert found[1]["device"].startswith("cpu")
+    assert found[0]["lengths"] == found[1]["lengths"]
 
 
 def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:

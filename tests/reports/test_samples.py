@@ -18,8 +18,8 @@ from megakd.reports.samples import (
     PROMPT_TOKENS,
     PROMPTS,
     Prompts,
-    Sampler,
     held_out_prompts,
+    samples_of,
 )
 
 CPU = torch.device("cpu")
@@ -157,8 +157,6 @@ def test_other_tasks_have_no_prompt_and_no_sample() -> None:
     rows = Dataset.from_dict({"input_ids": [[3, 4]], "label": [1]})
     task = TaskConfig(type="classification", dataset="pydocs", max_length=64)
     prompts = held_out_prompts(rows, Letters(), task, CPU)  # type: ignore[arg-type]
-    sampler = Sampler(prompts)
 
     assert prompts is None
-    assert sampler.asking("student") is None
-    assert sampler.samples(teacher="teacher", student="student") == []
+    assert samples_of(prompts, teacher=None, student=None) == []

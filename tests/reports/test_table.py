@@ -111,6 +111,20 @@ def test_a_speed_up_is_the_median_of_the_rounds_with_its_range() -> None:
     assert "is 2.20x (2.00-2.40) as fast at batch 1" in html_report(report_of(latency=latency), [])
 
 
+def test_the_headline_is_on_texts_of_the_data_and_the_page_has_the_other_lengths_too() -> None:
+    of_data = timed([10] * 5, [30] * 5, lengths=[8, 40])
+    report = report_of(latency=[*of_data, *timed([10] * 5, [40] * 5)], speedup=None)
+
+    table, page = result_table(report), html_report(report, [])
+
+    assert cells(table, "student")[-2:] == ["10.00", "3.00x"]
+    assert "one forward, texts as long as the held-out ones (24 tokens on average), " in table
+    assert "4.00x" not in table
+    assert "It has 106.5x fewer parameters without embeddings, is 3.00x as fast at batch 1." in page
+    assert ">ms of 24 tokens (batch 1)</th>" in page
+    assert ">4.00x</td>" in page
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "shown"),
     [

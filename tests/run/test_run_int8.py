@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import WholeRun, finish, read
 
 import megakd
+from megakd.errors import ConfigError
+from megakd.models import onnx
 from megakd.models.int8 import INT8
 from megakd.models.model_folder import weight_bytes
 from megakd.models.weights import SAFETENSORS
+from megakd.run import main
 from megakd.storage.folders import entries
 
 ROW = f"{INT8}/{SAFETENSORS}"
@@ -93,7 +97,39 @@ def test_table_page_and_card_show_the_int8_weights_and_nothing_temporary_stays(o
     card = (out / "final" / "README.md").read_text()
     assert "megakd.load_int8(" in card
     assert "student (int8)" in card
-    assert not (out / ".int8").exists()
+    assert not (out / ".formats").exists()
+
+
+def test_packages_that_a_graph_needs_are_told_before_anything_is_read(monkeypatch):
+    asked = SimpleNamespace(save=SimpleNamespace(onnx=True))
+    monkeypatch.setattr(onnx, "_PACKAGES", ("onnx", "no_such_package"))
+    for check in ("check_device", "check_nodes"):
+        monkeypatch.setattr(main, check, lambda *_: None)
+
+    with pytest.raises(
+        ConfigError, match=r"save\.onnx needs no_such_package, not .*megakd\[onnx\]"
+    ):
+        main._checked_inputs(asked, None)  # type: ignore[arg-type]
+
+
+def test_a_graph_is_timed_beside_the_student_and_written_beside_its_weights(
+    one_rank, original, tmp_path
+):
+    out = Path(shutil.copytree(original / "out", tmp_path / "out"))
+    words = ("save.onnx=true", "eval.latency={batch: [2], generate: 0}", f"output_dir={out}")
+    said = finish(one_rank, original / "run.yaml", *words)
+
+    student, graph = read(out)["student"], out / "final" / onnx.MODEL
+    assert student["onnx"] == {"bytes": graph.stat().st_size, "metrics": student["metrics"]}
+    timed = [(one["model"], one.get("runtime")) for one in read(out)["latency"]]
+    assert timed[-1] == ("student", "onnxruntime")
+    row = next(line for line in said.out.splitlines() if line.startswith("student (onnx)"))
+    assert re.search(r"\dx( \([\d.-]+\))?$", row.rstrip())
+    assert not (out / ".formats").exists()
+
+    graph.unlink()
+    assert f"lacks {onnx.MODEL}" in finish(one_rank, original / "run.yaml", *words).err
+    assert f"lacks {onnx.MODEL}" not in finish(one_rank, original / "run.yaml", *words).err
 
 
 def test_missing_int8_weights_are_written_again_whatever_the_config_says(folder, one_rank):

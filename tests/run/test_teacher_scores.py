@@ -46,6 +46,23 @@ def test_a_teacher_that_no_stage_loads_is_loaded_for_the_report_unless_it_has_it
     assert read(ended)["teacher"] == read(out)["teacher"]
 
 
+def test_the_report_has_the_agreement_with_the_teacher_whose_labels_are_kept(whole_run, out):
+    teacher, student = read(out)["teacher"], read(out)["student"]
+    kept = json.loads((out / "checkpoints" / "teacher-scores.json").read_text())
+    labels = list(teacher["confusion"])
+
+    for number, label in enumerate(labels):
+        predictions = sum(row.get(label, 0) for row in teacher["confusion"].values())
+        assert kept["predicted"].count(number) == predictions
+    # On rows where one of them alone is right, they do not agree.
+    right = [sum(one["confusion"][n].get(n, 0) for n in labels) for one in (teacher, student)]
+    rows = sum(sum(row.values()) for row in student["confusion"].values())
+    assert abs(sum(right) - rows) / rows <= student["agreement"]
+    assert student["agreement"] <= 1 - abs(right[0] - right[1]) / rows
+    note = f"student and teacher agree on {student['agreement']:.1%} of the rows; expected "
+    assert note in whole_run.said.out
+
+
 def test_scores_of_other_rows_or_of_a_damaged_file_are_measured_again(
     one_rank, whole_run, out, tmp_path
 ):

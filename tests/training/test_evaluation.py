@@ -15,10 +15,11 @@ from torch import Tensor
 from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metric import WHOLE, MetricJudge
 from megakd.contract.stage import Verdict
+from megakd.data.loader import evaluation_batches
 from megakd.engine.distributed import Ranks
 from megakd.errors import DataError, TrainingError
 from megakd.scoring.metrics import TaskMetrics
-from megakd.scoring.scorer import Scorer
+from megakd.scoring.scorer import Scorer, _in_order
 from megakd.scoring.scores import Evaluation, headline, language_model_metrics
 from megakd.storage.atomic import json_text
 
@@ -182,7 +183,8 @@ ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
 
 def collate(rows: Any, *, dummy_rows: int = 0) -> Batch:
     """One token per row: its number, which the fake models answer from."""
-    numbers, labels = (rows[name].to_pylist() for name in ("number", "label"))
+    names = ("number", "label")
+    numbers, labels = (rows[name].to_pylist() if len(rows) else [] for name in names)
     ids = torch.tensor([*numbers, *[0] * dummy_rows])[:, None]
     valid = torch.tensor([*[True] * len(numbers), *[False] * dummy_rows])[:, None]
     return Batch({"input_ids": ids}, torch.tensor([*labels, *[IGNORE] * dummy_rows]), valid)
@@ -217,11 +219,26 @@ def test_metrics_are_of_the_labelled_rows_whatever_the_batch_size(batch_size, la
 def test_a_classifier_is_scored_by_label_too():
     rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": [1, 0, 0, IGNORE, 1]})
 
-    even, odd = scorer(("accuracy",), 2).scored(odd_or_even, rows).by_class
+    found = scorer(("accuracy",), 2).scored(odd_or_even, rows)
+    even, odd = found.of_classes["per_class"]
 
     scores = {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)}
     assert even == {"label": "even", **scores, "rows": 2}
     assert (odd["label"], odd["rows"]) == ("odd", 2)
+    assert found.predicted == [1, 0, 1, 0, 1]  # also of the row without a label
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_rows_that_ranks_have_scored_are_in_their_order_again(world):
+    rows = Dataset.from_dict({"number": list(range(1, 8)), "label": [0] * 7})
+
+    def scored_by(rank: int) -> torch.Tensor:
+        dealt = evaluation_batches(rows, collate, batch_size=2, rank=rank, world=world)  # type: ignore[arg-type]
+        return torch.cat([batch.inputs["input_ids"][batch.valid] for batch in dealt])
+
+    found = _in_order([scored_by(rank) for rank in range(world)], 2)
+
+    assert found.tolist() == rows["number"]
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])

@@ -59,15 +59,34 @@ def test_f1_precision_and_recall_are_about_the_label_that_is_named():
 
 
 def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent():
-    by_class = chosen((*LABELS, "absent")).by_class(
+    found = chosen((*LABELS, "absent")).of_classes(
         torch.nn.functional.one_hot(SAID, 4).float(), TRUTH
     )
+
+    by_class = found["per_class"]
 
     of = theirs.precision_recall_fscore_support
     wanted = zip(*of(TRUTH[KNOWN], SAID[KNOWN], labels=range(4), zero_division=0), strict=True)
     assert [row["label"] for row in by_class] == [*LABELS, "absent"]
     for row, values in zip(by_class, wanted, strict=True):
         assert [row[key] for key in ("precision", "recall", "f1", "rows")] == pytest.approx(values)
+    counts = theirs.confusion_matrix(TRUTH[KNOWN], SAID[KNOWN], labels=range(4))
+    shown = found["confusion"]
+    assert [[shown[a].get(b, 0) for b in shown] for a in shown] == counts.tolist()
+    assert shown["bad"] == {"bad": 2, "fine": 1}
+
+
+def test_the_calibration_error_weighs_the_gap_of_each_of_15_bins_by_its_rows():
+    # Probabilities of the predicted class: 0.6 is the end of its bin, 0.61 begins the next one.
+    p = torch.tensor([0.6, 0.6, 0.61, 0.99, 0.99, 0.99], dtype=torch.float64)
+    outputs = torch.stack([p, 1 - p], dim=1).log()
+    truth = torch.tensor([0, 1, 1, 0, 0, 1])
+
+    found = chosen(("no", "yes")).of_classes(outputs, truth)
+
+    gaps = (2 * abs(0.5 - 0.6), abs(0 - 0.61), 3 * abs(2 / 3 - 0.99))
+    assert found["calibration_error"] == pytest.approx(sum(gaps) / 6)
+    assert chosen((), "regression", ("pearson",)).of_classes(outputs[:, :1], truth.double()) == {}
 
 
 def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
@@ -124,6 +143,8 @@ def test_the_report_has_the_scores_of_every_label(out):
     assert (negative["label"], positive["label"]) == ("negative", "positive")
     assert negative["f1"] == read(out)["student"]["metrics"]["f1"]
     assert negative["rows"] + positive["rows"] == 26
-    said = (out.parent / "said").read_text()
+    said, page = (out.parent / "said").read_text(), (out / "report.html").read_text()
     assert "student, by label  precision  recall" in said
-    assert "Scores by label" in (out / "report.html").read_text()
+    assert "student, by label  as negative  as positive" in said
+    assert "Scores by label" in page
+    assert ">Confusions<" in page

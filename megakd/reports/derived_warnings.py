@@ -1,0 +1,136 @@
+"""Warnings that follow from the numbers of a report, each with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from megakd.contract.metric import lower_is_better
+from megakd.contract.results import ModelReport, Report, WarningReport
+from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.reports.history import Panels
+from megakd.reports.quantities import is_number
+from megakd.reports.report_file import completed
+from megakd.reports.table import score, teachers_of
+
+LEAST_ROWS = 5
+"""Rows of a label below which no row that is recognised may be chance."""
+NOISE = 0.01
+"""Difference of two evaluations that noise may explain: a point, or 1 % if lower is better."""
+NAMED = 5
+
+
+def derived_warnings(
+    report: Report, curves: Mapping[str, Mapping[str, Panels]]
+) -> list[WarningReport]:
+    """Return the warnings of a report; `curves` are those of `history.panels`."""
+    report = completed(report)
+    kinds = {
+        "label": _labels(report),
+        "baseline": _baselines(report),
+        "above teacher": _above_teacher(report),
+        "rising teacher": _rising_teachers(report, curves),
+        "chance": _chance(report),
+    }
+    return [{"kind": kind, "message": text} for kind, texts in kinds.items() for text in texts]
+
+
+def _labels(report: Report) -> Iterator[str]:
+    for name, model in {TEACHER: report["teacher"], STUDENT: report["student"]}.items():
+        classes = () if model is None else model.get("per_class", ())
+        missed = [
+            f"{one['label']} ({one['rows']} rows)"
+            for one in classes
+            if one["rows"] >= LEAST_ROWS and one["recall"] == 0
+        ]
+        if missed:
+            yield (
+                f"{name}: no row is recognised of {_listed(missed)}; look for wrong labels, give "
+                "the labels more training rows, or set class_weights of hard_cross_entropy to "
+                "balanced"
+            )
+
+
+def _baselines(report: Report) -> Iterator[str]:
+    name, mine = report["metric_name"], _main(report, report["student"]["metrics"])
+    for baseline, metrics in report["baselines"].items():
+        if _is_better(name, _main(report, metrics), mine):
+            yield (
+                f"the baseline {baseline} scores {score(name, _main(report, metrics))} {name}, the "
+                f"student {score(name, mine)}; repeat both with another seed, and take the "
+                "baseline's settings if it is ahead again"
+            )
+
+
+def _above_teacher(report: Report) -> Iterator[str]:
+    name, teacher = report["metric_name"], report["teacher"]
+    mine = _main(report, report["student"]["metrics"])
+    theirs = None if teacher is None else _main(report, teacher["metrics"])
+    if _is_better(name, mine, theirs):
+        yield (
+            f"the student is above its teacher ({score(name, mine)} and {score(name, theirs)} "
+            f"{name}): the teacher has learnt the task too briefly, or the rows are too few to "
+            "tell them apart; train the teacher longer (teacher.finetune), or give more weight to "
+            "the labels"
+        )
+
+
+def _rising_teachers(report: Report, curves: Mapping[str, Mapping[str, Panels]]) -> Iterator[str]:
+    metric = report["metric_name"]
+    for name in teachers_of(report):
+        stage = f"{name}-finetune"
+        curve = curves.get(stage, {}).get("eval", {}).get(metric, {}).get("")
+        points = () if curve is None else curve.points
+        if len(points) > 1 and _rises(metric, [value for _, value in points]):
+            (before, low), (step, high) = points[-2:]
+            yield (
+                f"{stage} still rises: {score(metric, low)} {metric} at step {before:,}, "
+                f"{score(metric, high)} at step {step:,}, its last evaluation; train the teacher "
+                "longer (num_train_epochs or max_steps of its finetune)"
+            )
+
+
+def _rises(metric: str, values: Sequence[float]) -> bool:
+    *before, last = values
+    noise = NOISE * abs(before[-1]) if lower_is_better(metric) else NOISE
+    is_best = all(_is_better(metric, last, value) for value in before)
+    return is_best and abs(last - before[-1]) > noise
+
+
+def _chance(report: Report) -> Iterator[str]:
+    chance = _chance_score(report["metric_name"], report["student"])
+    if chance is None:
+        return
+    lost = [
+        f"{one.get('shape') or format(one['sparsity'], 'g')} ({one['metric']:.1%})"
+        for one in report["candidates"]
+        if is_number(one["metric"]) and one["metric"] <= chance
+    ]
+    if lost:
+        yield (
+            f"candidates no better than chance ({chance:.1%}): {_listed(lost)}; they have learnt "
+            "nothing in the trial, so the choice among them is noise: train the trial longer, "
+            "raise its learning rate, or offer smaller sparsities"
+        )
+
+
+def _chance_score(metric: str, student: ModelReport) -> float | None:
+    rows = [one["rows"] for one in student.get("per_class", ())]
+    if not sum(rows) or lower_is_better(metric):
+        return None
+    # Whoever says the most frequent label has its share as accuracy.
+    return max(rows) / sum(rows) if metric == "accuracy" else 1 / len(rows)
+
+
+def _main(report: Report, metrics: Mapping[str, float]) -> float | None:
+    return metrics.get(report["metric_name"])
+
+
+def _is_better(metric: str, one: float | None, other: float | None) -> bool:
+    if not (is_number(one) and is_number(other)):
+        return False
+    return one < other if lower_is_better(metric) else one > other
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
