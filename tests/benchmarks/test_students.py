@@ -67,7 +67,7 @@ def test_every_run_of_homodistil_is_a_valid_config_of_the_same_text_steps_and_ra
         "homodistil-1": ("cubic", None),
         "one_shot-1": ("one_shot", None),
         "one_shot_alone-1": ("one_shot", None),
-        "early-1": ("cubic", given.sizes.early),
+        "late-1": ("cubic", 7),
     }
     assert pruning["homodistil-1"].baselines == ("random", "alone")
     assert [name for name, c in pruning.items() if c.objective] == ["one_shot_alone-1"]
@@ -87,7 +87,7 @@ def test_the_variants_of_the_decoder_differ_in_the_method_alone(data, load):
 
     assert len({(config.train, config.task.dataset) for config in found.values()}) == 1
     methods = {name: (c.method.score, c.method.pruning_end) for name, c in found.items()}
-    assert methods["early-1"] == ("sensitivity", 300)
+    assert methods["late-1"] == ("sensitivity", 700)
     assert [methods[f"{name}-1"][0] for name in homodistil.SCORES] == [
         *("platon", "magnitude", "random"),
     ]
@@ -114,7 +114,7 @@ def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_sec
     report = report_of({}, seconds=seconds, pruning=kls, **scored)
 
     def of(name: str) -> dict:
-        return homodistil.numbers({"homodistil-1": report, "early-1": None}, name, 1)
+        return homodistil.numbers({"homodistil-1": report, "late-1": None}, name, 1)
 
     assert of("homodistil") == {
         "loss": 4.5,
@@ -123,7 +123,7 @@ def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_sec
         "largest jump": pytest.approx(0.2),
     }
     assert of("alone") == {"loss": 6.0, "seconds": 5.0}
-    assert (of("teacher"), of("early")) == ({"loss": 3.0}, {})
+    assert (of("teacher"), of("late")) == ({"loss": 3.0}, {})
 
 
 @pytest.mark.slow
