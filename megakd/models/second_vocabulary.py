@@ -50,8 +50,11 @@ class SecondVocabulary(nn.Module):
     """Embeddings of the pieces of a second vocabulary, and their output layer.
 
     A narrower table is lifted to the width of the model by an affine map (EACL 2021, stage I). The
-    output matrix is then the lifted table, whose constant part changes no softmax.
+    output matrix is then the lifted table, whose constant part changes no softmax. Nothing of it
+    decays: the steps of a run seldom read most of the pieces.
     """
+
+    decays = False
 
     def __init__(self, size: SecondSize, width: int, dtype: torch.dtype) -> None:
         super().__init__()
