@@ -9,7 +9,7 @@ import pytest
 import torch
 from mixed_runs import SENTENCEPIECE, mixed, plain, words
 from safetensors.torch import load_file
-from tiny_runs import bert, write_jsonl
+from tiny_runs import NO_DROPOUT, bert, write_jsonl
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 from whole_run import finish, read
 
@@ -230,6 +230,19 @@ def test_each_model_is_evaluated_with_its_own_tokenizer(one_rank, trained, tmp_p
     assert student == pytest.approx(read(trained)["student"]["metrics"])
     teacher = trained / "stages/student/teacher"
     assert metrics_of(configs[0], teacher) == pytest.approx(metrics_of(configs[1], teacher))
+
+
+def test_a_student_without_a_teacher_reads_the_rows_of_the_others(one_rank, tmp_path):
+    """No term of `dual` contains both models, so that equal students have read equal rows."""
+    students = []
+    for kind in ("none", "dual"):
+        sections = {"method": {"projections": kind}, "train": {"max_grad_norm": 0.0}}
+        sections |= {"student": {"model": bert(2, 8, **NO_DROPOUT)}, "baselines": ["alone"]}
+        finish(one_rank, mixed(tmp_path / kind, **sections))
+        students.append(tmp_path / kind / "out" / "final")
+
+    assert_same_weights(*students)
+    assert_same_weights(students[0], tmp_path / "none/out/stages/alone")
 
 
 def test_a_vocabulary_of_sentencepiece_is_used_alone(one_rank, tmp_path):

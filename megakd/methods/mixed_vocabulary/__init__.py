@@ -144,9 +144,14 @@ class MixedVocabularyConfig(OneTeacherOptions):
     def trains_teacher(self) -> bool:
         return self.version == 2 or self.direction != "none"
 
+    @property
+    def cuts_words(self) -> bool:
+        """Whether the student's vocabulary can cut a text into the teacher's words."""
+        return self.student_vocabulary.type == "wordpiece"
+
     def reads_mixed_rows(self, config: Any) -> bool:
         """Return whether a model reads rows that are encoded for both vocabularies."""
-        return self.trains_teacher or PATIENT_KD in config.baselines
+        return self.cuts_words or self.trains_teacher or PATIENT_KD in config.baselines
 
     def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
         """Train the student's tokenizer, and check that the teacher's can be mixed with it."""
@@ -168,10 +173,17 @@ class MixedVocabularyConfig(OneTeacherOptions):
             splits.train, pair, config.task, content_hash=splits.content_hash, cache_dir=cache_dir
         )
 
+    def reads_rows(self, stage: Any) -> bool:
+        """Return whether a stage reads windows of whole words, as every stage of the student does.
+
+        Students that learn alone then read what those beside a teacher read.
+        """
+        return bool(stage.mixed) or (self.cuts_words and stage.role == STUDENT)
+
     def extras(self, parts: Any) -> Sequence[Any]:
         from megakd.methods.mixed_vocabulary.mixed_text import BothVocabularies
 
-        return [BothVocabularies(parts)] if parts.stage.mixed else []
+        return [BothVocabularies(parts)] if self.reads_rows(parts.stage) else []
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
@@ -237,7 +249,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     def _of_vocabulary(self, config: Any) -> Iterator[str]:
         kind = self.student_vocabulary.type
-        if kind != "wordpiece" and self.reads_mixed_rows(config):
+        if not self.cuts_words and self.reads_mixed_rows(config):
             yield (
                 f"method.student_vocabulary.type: a {kind} vocabulary has other words than the "
                 "teacher's, and mixed text is cut word by word; use wordpiece, or train the "
