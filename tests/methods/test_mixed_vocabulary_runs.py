@@ -35,6 +35,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 EVALUATED = {"eval_steps": 3, "keep_best": False}
 VERSION_2 = {"version": 2, "teacher_steps": 4}
+MEASURED = {"vectors": False, "projection_ratio": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,14 @@ def trained(one_rank, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     path = mixed(folder, baselines=["alone", "patient_kd"], eval=EVALUATED)
     assert "100 pieces trained on the training text" in finish(one_rank, path).err
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def measured(one_rank, tmp_path_factory) -> Path:
+    """A run of version 1 that measures the weight of its projections."""
+    folder = tmp_path_factory.mktemp("mixed-measured")
+    finish(one_rank, mixed(folder, method=MEASURED))
     return folder / "out"
 
 
@@ -115,6 +124,7 @@ def test_the_student_starts_from_the_table_that_its_teacher_learned(after_teache
     ("whole", "sections", "stops"),
     [
         ("trained", {"eval": EVALUATED}, {"student": 4}),
+        ("measured", {"method": MEASURED}, {"student": 4}),
         ("after_teacher", {"method": VERSION_2}, {"mixed-teacher": 2, "student": 4}),
     ],
 )
