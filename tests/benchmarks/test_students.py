@@ -23,7 +23,7 @@ from methods import homodistil, mixed_vocabulary, on_policy, quickstart, shrink
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices("abcdefghijklmnop", k=RNG.randint(2, 7))) for _ in range(300)]
-ARMS = ("alone", "dual", "dual_tables", "down", "up", "version_2")
+ARMS = ("alone", "dual", "dual_tables", "down", "up", "matrices", "version_2", "version_2_pieces")
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data, run, name
     assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("text", ["books", "pydocs"])
+@pytest.mark.parametrize("text", ["books", "pydocs", "stories"])
 def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, text):
     teacher = data.parent / "teacher"
     teacher.mkdir()
@@ -166,13 +166,16 @@ def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, t
     assert len({config.train for config in texts.values()}) == 1
     files = str(given.out / "text" / "train.jsonl") if text == "books" else None
     tasks = {(c.task.dataset, c.task.train_files, c.task.max_length) for c in texts.values()}
-    assert tasks == {("pydocs" if text == "pydocs" else None, files, 16)}
+    datasets = {"pydocs": "pydocs", "stories": str(data.resolve() / stories.STORIES)}
+    assert tasks == {(datasets.get(text), files, 16)}
     methods = [texts[f"{arm}-1"].method for arm in ARMS]
     assert [(m.version, m.direction, m.embeddings) for m in methods] == [
         *((1, "none", None), (1, "dual", None), (1, "dual", True)),
-        *((1, "down", None), (1, "up", None), (2, "down", None)),
+        *((1, "down", None), (1, "up", None), (1, "down", None)),
+        *((2, "down", None), (2, "down", None)),
     ]
-    assert [m.teacher_learning_rate for m in methods] == [None, *[1e-4] * 5]
+    assert [m.table for m in methods] == [*[None] * 7, "pieces"]
+    assert [m.teacher_learning_rate for m in methods] == [None, *[1e-4] * 7]
     assert methods[-1].teacher_steps == 5
     # A model of a task is read with its own tokenizer.
     assert len(by_task) == 4 + len(texts)

@@ -52,10 +52,11 @@ from megakd.contract.views import Shape
 from megakd.errors import TeacherError
 
 Projections = Literal["none", "dual", "down", "up"]
+Table = Literal["random", "pieces"]
 PATIENT_KD = "patient_kd"
 OF_PROJECTIONS = ("vectors", "embeddings", "epsilon", "projection_ratio")
 """Options of the comparison of weights."""
-OF_VERSION = {**dict.fromkeys(("projections", *OF_PROJECTIONS), 1), "teacher_steps": 2}
+OF_VERSION = {**dict.fromkeys(("projections", *OF_PROJECTIONS), 1), "teacher_steps": 2, "table": 2}
 """Options that only one version has."""
 
 
@@ -122,6 +123,8 @@ class MixedVocabularyConfig(OneTeacherOptions):
         the student's matrices divided by that of the cross-entropy, at the first two updates.
     teacher_learning_rate: learning rate of the teacher; null: as the student's.
     teacher_steps: of version 2: steps in which the teacher learns; null: as many as the student.
+    table: of version 2: the student's pieces start from `random` embeddings, or from those of the
+        teacher's `pieces` of the same string, reduced to the student's width; null: `random`.
     patient_kd_weight: weight of the hidden states in the baseline `patient_kd`.
     """
 
@@ -136,6 +139,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
     projection_ratio: Positive | None = None
     teacher_learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     teacher_steps: Count | None = None
+    table: Table | None = None
     patient_kd_weight: Weight = 10.0
 
     @property
@@ -349,12 +353,13 @@ def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Sta
     """Train the teacher on mixed text, then the student from the table that the teacher learned."""
     settings = {"max_steps": config.teacher_steps, "learning_rate": config.teacher_learning_rate}
     given = {key: value for key, value in settings.items() if value is not None}
+    reading = MixedReading(config.p, is_narrow=True, from_pieces=config.table == "pieces")
     stage_one = Stage(
         name="mixed-teacher",
         learners={teacher: 1.0},
         start=lab.model(teacher),
         objective=lab.hard_terms(),
-        mixed={teacher: MixedReading(config.p, is_narrow=True)},
+        mixed={teacher: reading},
         train=dataclasses.replace(lab.config.train, **given),
         judge=LastStep(),
     )
