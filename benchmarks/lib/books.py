@@ -28,6 +28,11 @@ INITIALIZER_RANGE = 0.05
 """Transformers' 0.02 is meant for wide models: 192 wide, the loss falls more slowly with it."""
 TEACHER, SHORT, HELD_OUT = "teacher", "teacher-short", "held_out"
 CHANGEABLE = {
+    "layers": int,
+    "width": int,
+    "vocabulary": int,
+    "student": int,
+    "rows": int,
     "short_steps": int,
     "teacher_steps": int,
     "teacher_rate": float,
@@ -44,7 +49,6 @@ class Sizes(NamedTuple):
     piece: characters. pieces: read of every book; None: all.
     sampled: held-out pieces scored during training.
     rows: of a global batch of text. evaluations: of a run of the stage `prune`.
-    early: the step after which `early` has its final size.
     short: the length of the rows of the students, and of those with which the teacher begins;
         batches have as many tokens. From random weights a model learns sooner in short rows that
         neighbours matter: every position of its table is seen more often.
@@ -69,7 +73,6 @@ class Sizes(NamedTuple):
     steps: int = 1000
     rate: float = 1e-3
     start: int = 20
-    early: int = 300
     evaluations: int = 80
     task_steps: int = 800
     task_rows: int = 32
@@ -97,7 +100,6 @@ QUICK = Sizes(
     teacher_steps=10,
     steps=10,
     start=2,
-    early=4,
     evaluations=5,
     task_steps=4,
     task_rows=4,

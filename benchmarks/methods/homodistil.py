@@ -1,17 +1,18 @@
 """HomoDistil against its controls: on text and then on tasks, or of a pretrained decoder.
 
 `python benchmarks methods.homodistil --data FOLDER [--stages teacher,prune,tasks,table]
-[--decoder [--steps 1600]]`, on the CPU.
+[--decoder [--steps 1600] [--student 16]]`, on the CPU.
 
 * teacher: a BERT of 4 x 192 learns masked tokens of eleven novels, first in short rows. With
   `--decoder`, the teacher is a Llama of 260,000 weights, pretrained on TinyStories by the author of
   llama2.c, and there are no tasks.
 * prune: for every seed, students of half its width see the same text for as many steps at the same
-  rate: `homodistil` (cubic, over 70 % of the steps), `one_shot` and `early` (cubic, over 30 %) are
+  rate: `homodistil` (cubic, over 30 % of the steps), `one_shot` and `late` (cubic, over 70 %) are
   pruned out of the teacher while they are distilled; `one_shot_alone` is pruned as `one_shot` and
   learns without the teacher; `platon`, `magnitude` and `random_scores` (decoder) choose the units
   by other scores; `random` starts from random weights and is distilled with the same losses;
-  `alone` starts from random weights and learns without the teacher.
+  `alone` starts from random weights and learns without the teacher. `--student 16` leaves a quarter
+  of the decoder's width.
 * tasks: all of these, and the teacher, learn tasks from labels; the last weights are scored.
 * table: means and deviations over the seeds, and the largest jump of the divergence from the
   teacher between two evaluations.
@@ -40,7 +41,7 @@ PRUNED = {
     CUBIC: (f"baselines=[{', '.join(BASELINES)}]",),
     "one_shot": (AT_ONCE,),
     "one_shot_alone": (AT_ONCE, NO_TEACHER),
-    "early": (),
+    "late": (),
 }
 """The students that are pruned, with what wins over the config `prune`."""
 SCORES = {
@@ -49,8 +50,10 @@ SCORES = {
     "random_scores": ("method.score=random",),
 }
 CHOSEN = ("sst2", "banking77", "clinc150")
-EARLY_SHARE, START = 0.3, 20
-"""Of the decoder: when `early` has its final size, and the first step that removes units."""
+LATE_SHARE = 0.7
+"""Part of the steps after which `late` has its final size."""
+START, HALF = 20, 32
+"""Of the decoder: the step after which `one_shot` removes its units, and half of the width."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -93,13 +96,18 @@ def encoder_config(folder: Path, given: argparse.Namespace) -> Config:
 
 
 def decoder_config(given: argparse.Namespace) -> Config:
-    """Half of the width, of the neurons and of the key-value groups are left."""
+    """Half of the width, neurons and key-value groups are left, or as much as `--student`."""
     steps = given.sizes.steps
     return {
         "task": stories.stories_task(given.data, given.out),
         "teacher": stories.stories_teacher(given.data),
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
-        "method": {"name": "homodistil", "target_width": 32, "round_to": 4, "cuts": 4},
+        "method": {
+            "name": "homodistil",
+            "target_width": given.sizes.student,
+            "round_to": 4,
+            "cuts": 4,
+        },
         "train": {**stories.TRAIN, "max_steps": steps},
         "eval": {"eval_steps": max(1, steps // 40), "keep_best": False},
     }
@@ -139,8 +147,7 @@ def teacher_legs(given: argparse.Namespace) -> list[launching.Leg]:
 
 def pruning_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return the runs of all seeds; students from random weights are baselines of the first."""
-    steps = int(EARLY_SHARE * given.sizes.steps) if given.decoder else given.sizes.early
-    further = {"early": (f"method.pruning_end={steps}",)}
+    further = {"late": (f"method.pruning_end={int(LATE_SHARE * given.sizes.steps)}",)}
     if given.decoder:
         at_once = (f"method.pruning_start={START}",)
         further |= {"one_shot": at_once, "one_shot_alone": at_once}
@@ -226,10 +233,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     books.add_changeable(parser, books.CHANGEABLE)
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
     given = parsed(parser, __name__, arguments)
-    sizes = books.QUICK if given.quick else books.Sizes(steps=400 if given.decoder else 1000)
+    whole = books.Sizes(steps=400, student=HALF) if given.decoder else books.Sizes()
+    sizes = books.QUICK if given.quick else whole
     given.sizes = sizes._replace(**books.changed(given, books.CHANGEABLE))
     if given.decoder:
-        given.out, given.tasks = given.out / "decoder", []
+        name = "decoder" if given.sizes.student == HALF else f"decoder-{given.sizes.student}"
+        given.out, given.tasks = given.out / name, []
     given.stages = given.stages or (["prune", "table"] if given.decoder else [*STAGES])
     books.check_ranks(parser, given, given.sizes.rows)
     return given

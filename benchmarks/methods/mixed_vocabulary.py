@@ -5,18 +5,21 @@ CPU.
 
 * students: for every seed, students of one small shape and with one vocabulary of 2000 pieces
   learn masked words, in as many steps at the same rate. `alone` has no teacher; `patient_kd` learns
-  from the hidden states of a frozen teacher; `dual`, `dual_tables`, `down` and `up` learn beside
-  the teacher (version 1 of the method); `version_2` starts from a table that the teacher learned.
+  from the hidden states of a frozen teacher; `dual`, `dual_tables`, `down`, `up` and `matrices`
+  (down, without norms and biases, with a measured weight) learn beside the teacher (version 1 of
+  the method); `version_2` starts from a table that the teacher learned, and `version_2_pieces`
+  from one that began as the teacher's own embeddings.
   `large_alone` has the shape and the vocabulary of the teacher, ten times the parameters, and
   starts from random weights.
 * tasks: all models, and the teacher, learn tasks from labels; the last weights are scored.
 * table: means and deviations over the seeds, and the differences from `alone`, seed by seed.
 
-The text is that of `methods.homodistil` with the same held-out part, or `--text pydocs`, scored on
-its test split. Losses are in nats per character, which compares vocabularies. Rows have as many
-tokens in every vocabulary, so a row of a large vocabulary has more characters. The teacher is that
-of `methods.homodistil`; `--quick` trains a tiny teacher. Each run has a folder below `--out`, by
-text. A run that was stopped is resumed, and a finished run is not repeated.
+The text is that of `methods.homodistil` with the same held-out part, `--text pydocs`, scored on its
+test split, or `--text stories`, of which 5 % are held out. Losses are in nats per character, which
+compares vocabularies. Rows have as many tokens in every vocabulary, so a row of a large vocabulary
+has more characters. The teacher is that of `methods.homodistil`; `--quick` trains a tiny teacher.
+Each run has a folder below `--out`, by text. A run that was stopped is resumed, and a finished run
+is not repeated.
 """
 
 from __future__ import annotations
@@ -27,13 +30,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib import books, launching
+from lib import books, launching, stories
 from lib.data import BOOKS, NO_DROPOUT, TASKS, Config, bert
 from lib.options import add_runs, command_of, need, parsed, parser_of, words_of
 from lib.tables import columns_of, print_models
 
 STUDENTS = "students"
-TEXTS = ("books", "pydocs")
+TEXTS = ("books", "pydocs", "stories")
 ALONE, PATIENT_KD, VERSION_2, LARGE = "alone", "patient_kd", "version_2", "large_alone"
 ARMS = {
     ALONE: ("method.projections=none", f"baselines=[{PATIENT_KD}]"),
@@ -41,7 +44,9 @@ ARMS = {
     "dual_tables": ("method.projections=dual", "method.embeddings=true"),
     "down": ("method.projections=down",),
     "up": ("method.projections=up",),
+    "matrices": ("method.projections=down", "method.vectors=false", "method.projection_ratio=0.3"),
     VERSION_2: ("method.version=2",),
+    f"{VERSION_2}_pieces": ("method.version=2", "method.table=pieces"),
 }
 """The runs of the small student, with the settings that win over the config `students`."""
 SMALL = (ALONE, PATIENT_KD, *(name for name in ARMS if name != ALONE))
@@ -52,7 +57,7 @@ BOOK_SIZES = books.Sizes(evaluations=10, rate=2e-3, task_rate=1e-3)
 WIDE_RATE, WIDE_TASK_RATE = 1e-3, 1e-4
 PRETRAINED = Path("runs/bench/homodistil/teacher/final")
 CHOSEN = ("sst2", "banking77")
-OF_TRAINING = {"steps": int, "rate": float, "task_steps": int, "task_rate": float}
+OF_TRAINING = {"rows": int, "steps": int, "rate": float, "task_steps": int, "task_rate": float}
 NATS = "nats/char"
 
 
@@ -135,7 +140,8 @@ def text_section(given: argparse.Namespace) -> Config:
     if given.text == "books":
         task = books.text_task(given.out / "text", sizes.short)
     else:
-        task = {"type": "mlm", "dataset": "pydocs", "max_length": sizes.short}
+        dataset = "pydocs" if given.text == "pydocs" else str(given.data / stories.STORIES)
+        task = {"type": "mlm", "dataset": dataset, "max_length": sizes.short}
         task["max_eval_examples"] = sizes.task_scored
     return task | {"whole_word_masking": True}
 
@@ -155,7 +161,7 @@ def students_config(given: argparse.Namespace) -> Config:
 def arm_overrides(arm: str, student: Student) -> tuple[str, ...]:
     """Return what wins over the config `students`; the teacher learns in all arms but `alone`."""
     learning = {"teacher_learning_rate": student.teacher_rate} if arm != ALONE else {}
-    if arm == VERSION_2:
+    if arm.startswith(VERSION_2):
         learning["teacher_steps"] = student.teacher_steps
     return (*ARMS[arm], *(f"method.{key}={value}" for key, value in learning.items()))
 
@@ -214,11 +220,14 @@ STAGES = {STUDENTS: learn, "tasks": tune, "table": tell}
 def student_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return the runs on text of all seeds; `patient_kd` is a baseline of `alone`."""
     wide = (LARGE, LARGE, (f"train.learning_rate={given.wide_rate}",))
-    small = [(arm, STUDENTS, arm_overrides(arm, given.student)) for arm in given.arms]
+    arms = [
+        wide if arm == LARGE else (arm, STUDENTS, arm_overrides(arm, given.student))
+        for arm in given.arms
+    ]
     return [
         launching.leg_of(given.out, f"{name}-{seed}", config, (*overrides, f"seed={seed}"))
         for seed in given.seeds
-        for name, config, overrides in (*small, wide)
+        for name, config, overrides in arms
     ]
 
 
@@ -227,7 +236,7 @@ def task_legs(given: argparse.Namespace) -> list[launching.Leg]:
     legs = list[launching.Leg]()
     for seed in given.seeds:
         small = models(given, seed)
-        wide = {name: small.pop(name) for name in (books.TEACHER, LARGE)}
+        wide = {name: small.pop(name) for name in (books.TEACHER, LARGE) if name in small}
         slower = (f"train.learning_rate={given.wide_task_rate}",)
         legs += books.task_legs_of(given.out, wide, given.tasks, seed=seed, overrides=slower)
         legs += books.task_legs_of(given.out, small, given.tasks, seed=seed)
@@ -238,7 +247,7 @@ def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
     alone = given.out / f"{ALONE}-{seed}"
     return {
         books.TEACHER: given.teacher,
-        **{name: given.out / f"{name}-{seed}" / "final" for name in (*given.arms, LARGE)},
+        **{name: given.out / f"{name}-{seed}" / "final" for name in given.arms},
         **({PATIENT_KD: alone / "stages" / PATIENT_KD} if ALONE in given.arms else {}),
     }
 
@@ -280,7 +289,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--text", choices=TEXTS, default="books")
     parser.add_argument("--teacher", type=Path, help=f"pretrained encoder; default: {PRETRAINED}")
     parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
-    parser.add_argument("--arms", type=words_of(ARMS), default=[*ARMS], help=f"of {[*ARMS]}")
+    arms = [*ARMS, LARGE]
+    parser.add_argument("--arms", type=words_of(arms), default=arms, help=f"of {arms}")
     parser.add_argument("--ranks", type=int, default=2, help=f"of the stage {STUDENTS}")
     books.add_changeable(parser, OF_TRAINING | OF_STUDENT)
     wide = "rate of large_alone, which diverges at the small models' rate"

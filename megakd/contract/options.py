@@ -76,6 +76,10 @@ class MethodOptions:
         """
         del config, splits, pair, cache_dir
 
+    def reads_rows(self, stage: Any) -> bool:
+        """Return whether a stage of the run reads `rows` in place of the encoded rows."""
+        return bool(stage.mixed)
+
     def extras(self, parts: Any) -> Sequence[Any]:
         """Return features that the method adds to a stage with these `StageParts`; a collective.
 

@@ -21,6 +21,8 @@ from megakd.contract.tasks import Dtype
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types
 RATE = "rate"
 """Key of an optimizer's parameter group: the factor of the learning rate."""
+DECAYS = "decays"
+"""Attribute of a module: false if weight decay would pull its weights away from a good start."""
 
 
 def training_engine(
@@ -105,14 +107,22 @@ def _parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups by factor of the learning rate and by weight decay.
 
-    Matrices have weight decay, biases and norms have none, as in Hugging Face's Trainer.
+    Matrices have weight decay, biases and norms have none, as in Hugging Face's Trainer. A module
+    whose attribute `decays` is false keeps all its parameters from decay.
     """
+    kept = {
+        id(parameter)
+        for module in model.modules()
+        if not getattr(module, DECAYS, True)
+        for parameter in module.parameters()
+    }
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = next((r for prefix, r in rates.items() if name.startswith(prefix)), 1.0)
             is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-            groups.setdefault((rate, is_matrix), []).append(parameter)
+            decays = is_matrix and id(parameter) not in kept
+            groups.setdefault((rate, decays), []).append(parameter)
     return [
         {"params": groups[key], "weight_decay": weight_decay if key[1] else 0.0, RATE: key[0]}
         for key in sorted(groups, key=lambda key: (key[0] != 1.0, key[0], not key[1]))

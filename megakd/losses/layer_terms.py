@@ -69,7 +69,7 @@ class LayerTerm(TermGroup):
 class Projections(nn.ModuleList):
     """Linear projections, one per mapped layer, between the widths of student and teacher.
 
-    With `is_identity`, they also exist for equal widths, and start as the identity.
+    With `is_identity`, they also exist for equal widths, start as the identity, and do not decay.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Projections(nn.ModuleList):
     ) -> None:
         count = layers if is_identity or student != teacher else 0
         super().__init__(nn.Linear(student, teacher, bias=False) for _ in range(count))
+        self.decays = not is_identity
         for linear in self if is_identity else ():
             nn.init.eye_(cast("nn.Linear", linear).weight)
 

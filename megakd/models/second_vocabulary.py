@@ -7,7 +7,7 @@ word. The output matrix is the table of embeddings, as in BERT.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,8 +50,11 @@ class SecondVocabulary(nn.Module):
     """Embeddings of the pieces of a second vocabulary, and their output layer.
 
     A narrower table is lifted to the width of the model by an affine map (EACL 2021, stage I). The
-    output matrix is then the lifted table, whose constant part changes no softmax.
+    output matrix is then the lifted table, whose constant part changes no softmax. Nothing of it
+    decays: the steps of a run seldom read most of the pieces.
     """
+
+    decays = False
 
     def __init__(self, size: SecondSize, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -112,6 +115,37 @@ def add_second_vocabulary(
     with gathered([second.bias], modify=True), torch.no_grad():
         if writes_here(second.bias):
             second.bias.zero_()
+
+
+@torch.no_grad()
+def start_from_pieces(model: PreTrainedModel, pieces: Sequence[Sequence[int]]) -> None:
+    """Start a second table from the model's own table; a collective under ZeRO 3.
+
+    The embedding of a piece is the mean of those of its tokens `pieces` in the model's vocabulary
+    (Gee et al. 2022, Fast Vocabulary Transfer). A narrower table has the principal components of
+    these means; the lift has their directions, and the mean of all pieces as its constant.
+    """
+    second = second_vocabulary(model)
+    if second is None:
+        raise TypeError("the model has no second vocabulary")
+    table, ours = model.get_input_embeddings().weight, list(second.parameters())
+    with gathered([table]), gathered(ours, modify=True):  # type: ignore[list-item]
+        if writes_here(second.table.weight):
+            rows = [table[list(tokens)].float().mean(0) for tokens in pieces]  # type: ignore[index]
+            _reduce(torch.stack(rows), second)
+
+
+def _reduce(rows: Tensor, second: SecondVocabulary) -> None:
+    if second.lift is None:
+        second.table.weight.copy_(rows)
+        return
+    center = rows.mean(0)
+    directions = torch.linalg.svd(rows - center, full_matrices=False)[2][: second.lift.in_features]
+    # A table that is wider than the model keeps random values in the other columns.
+    count = len(directions)
+    second.table.weight[:, :count].copy_((rows - center) @ directions.T)
+    second.lift.weight[:, :count].copy_(directions.T)
+    second.lift.bias.copy_(center)
 
 
 def build_second_vocabulary(

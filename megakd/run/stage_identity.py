@@ -51,6 +51,7 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         tree["lora"] = asdict(lora)
     if stage.mixed:
         tree["mixed"] = {role: reading._asdict() for role, reading in stage.mixed.items()}
+    if config.method.reads_rows(stage):
         tree["mixed_rows"] = assembly.method_rows.key
     return flatten(tree)
 

@@ -48,7 +48,11 @@ from megakd.models.label_order import label_order
 from megakd.models.loading import check_finite, load_model
 from megakd.models.lora import add_adapters
 from megakd.models.packed_attention import set_attention
-from megakd.models.second_vocabulary import SecondSize, add_second_vocabulary
+from megakd.models.second_vocabulary import (
+    SecondSize,
+    add_second_vocabulary,
+    start_from_pieces,
+)
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.process.phases import phase
 from megakd.process.seeding import cpu_seeded
@@ -197,6 +201,8 @@ class Assembly:
             add_second_vocabulary(
                 learners[role], size, ds=ds, dtype=TORCH_DTYPE[dtype], seed=self.config.seed
             )
+            if stage.mixed[role].from_pieces and self.prepared.pair is not None:
+                start_from_pieces(learners[role], self.prepared.pair.pieces)
         self._add_adapters(stage, learners)
         # Projections start equal on every rank and do not change the stage's random numbers.
         with cpu_seeded(self.config.seed):

@@ -23,7 +23,7 @@ from methods import homodistil, mixed_vocabulary, on_policy, quickstart, shrink
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices("abcdefghijklmnop", k=RNG.randint(2, 7))) for _ in range(300)]
-ARMS = ("alone", "dual", "dual_tables", "down", "up", "version_2")
+ARMS = ("alone", "dual", "dual_tables", "down", "up", "matrices", "version_2", "version_2_pieces")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_every_run_of_homodistil_is_a_valid_config_of_the_same_text_steps_and_ra
         "homodistil-1": ("cubic", None),
         "one_shot-1": ("one_shot", None),
         "one_shot_alone-1": ("one_shot", None),
-        "early-1": ("cubic", given.sizes.early),
+        "late-1": ("cubic", 7),
     }
     assert pruning["homodistil-1"].baselines == ("random", "alone")
     assert [name for name, c in pruning.items() if c.objective] == ["one_shot_alone-1"]
@@ -87,7 +87,7 @@ def test_the_variants_of_the_decoder_differ_in_the_method_alone(data, load):
 
     assert len({(config.train, config.task.dataset) for config in found.values()}) == 1
     methods = {name: (c.method.score, c.method.pruning_end) for name, c in found.items()}
-    assert methods["early-1"] == ("sensitivity", 300)
+    assert methods["late-1"] == ("sensitivity", 700)
     assert [methods[f"{name}-1"][0] for name in homodistil.SCORES] == [
         *("platon", "magnitude", "random"),
     ]
@@ -114,7 +114,7 @@ def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_sec
     report = report_of({}, seconds=seconds, pruning=kls, **scored)
 
     def of(name: str) -> dict:
-        return homodistil.numbers({"homodistil-1": report, "early-1": None}, name, 1)
+        return homodistil.numbers({"homodistil-1": report, "late-1": None}, name, 1)
 
     assert of("homodistil") == {
         "loss": 4.5,
@@ -123,7 +123,7 @@ def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_sec
         "largest jump": pytest.approx(0.2),
     }
     assert of("alone") == {"loss": 6.0, "seconds": 5.0}
-    assert (of("teacher"), of("early")) == ({"loss": 3.0}, {})
+    assert (of("teacher"), of("late")) == ({"loss": 3.0}, {})
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data, run, name
     assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("text", ["books", "pydocs"])
+@pytest.mark.parametrize("text", ["books", "pydocs", "stories"])
 def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, text):
     teacher = data.parent / "teacher"
     teacher.mkdir()
@@ -166,13 +166,16 @@ def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, t
     assert len({config.train for config in texts.values()}) == 1
     files = str(given.out / "text" / "train.jsonl") if text == "books" else None
     tasks = {(c.task.dataset, c.task.train_files, c.task.max_length) for c in texts.values()}
-    assert tasks == {("pydocs" if text == "pydocs" else None, files, 16)}
+    datasets = {"pydocs": "pydocs", "stories": str(data.resolve() / stories.STORIES)}
+    assert tasks == {(datasets.get(text), files, 16)}
     methods = [texts[f"{arm}-1"].method for arm in ARMS]
     assert [(m.version, m.direction, m.embeddings) for m in methods] == [
         *((1, "none", None), (1, "dual", None), (1, "dual", True)),
-        *((1, "down", None), (1, "up", None), (2, "down", None)),
+        *((1, "down", None), (1, "up", None), (1, "down", None)),
+        *((2, "down", None), (2, "down", None)),
     ]
-    assert [m.teacher_learning_rate for m in methods] == [None, *[1e-4] * 5]
+    assert [m.table for m in methods] == [*[None] * 7, "pieces"]
+    assert [m.teacher_learning_rate for m in methods] == [None, *[1e-4] * 7]
     assert methods[-1].teacher_steps == 5
     # A model of a task is read with its own tokenizer.
     assert len(by_task) == 4 + len(texts)

@@ -125,11 +125,12 @@ class Pair:
 
 def trained(pair: Pair, steps: list[list[Any]], train: dict, *, learners: list[str]) -> list[dict]:
     """Take AdamW steps over batches of one rank; return the losses of every step."""
-    matrices = [p for p in pair.parameters() if p.dim() > 1]
-    vectors = [p for p in pair.parameters() if p.dim() < 2]
+    second = {id(p) for p in pair.second.values()}
+    matrices = [p for p in pair.parameters() if p.dim() > 1 and id(p) not in second]
+    vectors = [p for p in pair.parameters() if p.dim() < 2 or id(p) in second]
     factor = train.get("teacher_factor", 1.0)
     teachers = {id(p) for p in pair.models["teacher"].parameters()}
-    teachers |= {id(p) for p in pair.second.values()}
+    teachers |= second
     groups = [
         {
             "params": [p for p in some if (id(p) in teachers) == slow],

@@ -163,9 +163,11 @@ METHODS = {
     "up": {"projections": "up", "teacher_learning_rate": 0.002},
     "dual": {"projections": "dual"},
     "tables": {"projections": "dual", "embeddings": True, "epsilon": 500.0},
+    "measured": {"projections": "up", "vectors": False, "projection_ratio": 0.3},
     "version 2": {"version": 2, "teacher_steps": 3},
+    "version 2 from pieces": {"version": 2, "teacher_steps": 3, "table": "pieces"},
 }
-TOGETHER = [name for name in METHODS if name != "version 2"]
+TOGETHER = ["down", "up", "dual", "tables"]
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +249,14 @@ def test_dual_training_alone_does_not_reach_the_student(folder, alone):
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [("down", 0), ("up", 1), ("dual", 2), ("version 2", 2), *((name, 3) for name in METHODS)],
+    [
+        ("down", 0),
+        ("up", 1),
+        ("dual", 2),
+        ("measured", 2),
+        ("version 2", 2),
+        *((name, 3) for name in METHODS),
+    ],
 )
 def test_two_ranks_end_as_one_rank(workers, folder, tmp_path, alone, name, stage):
     path = config_of(folder, tmp_path, stage=stage, **METHODS[name])

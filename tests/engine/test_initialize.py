@@ -10,7 +10,15 @@ from torch import nn
 
 from megakd.config.deepspeed import load_ds_config, merged_ds_config
 from megakd.config.train import TrainConfig
-from megakd.engine.initialize import RATE, _offloads_optimizer, _optimizer, _parameter_groups
+from megakd.engine.initialize import (
+    DECAYS,
+    RATE,
+    _offloads_optimizer,
+    _optimizer,
+    _parameter_groups,
+)
+from megakd.losses.layer_terms import Projections
+from megakd.models.second_vocabulary import SecondSize, SecondVocabulary
 
 
 def optimizer_of(**train) -> torch.optim.Optimizer:
@@ -49,6 +57,34 @@ def test_a_part_of_the_model_has_a_learning_rate_of_its_own():
         "fast.weight": (1.0, 0.1),
         "fast.bias": (1.0, 0.0),
     }
+
+
+def test_a_module_keeps_its_matrices_from_decay():
+    model = nn.ModuleDict({"plain": nn.Linear(3, 2), "kept": nn.ModuleList([nn.Linear(3, 2)])})
+    setattr(model["kept"], DECAYS, False)
+
+    groups = _parameter_groups(model, 0.1, {})
+
+    found = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    decaying = [name for name, p in model.named_parameters() if found[id(p)]]
+    assert decaying == ["plain.weight"]
+
+
+def test_projections_from_the_identity_and_second_vocabularies_do_not_decay():
+    size = SecondSize(pieces=6, offset=9, width=2)
+    model = nn.ModuleDict(
+        {
+            "identity": Projections(1, 4, 4, is_identity=True),
+            "learned": Projections(1, 3, 4),
+            "second": SecondVocabulary(size, 4, torch.float32),
+        }
+    )
+
+    groups = _parameter_groups(model, 0.1, {})
+
+    found = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    decaying = [name for name, p in model.named_parameters() if found[id(p)]]
+    assert decaying == ["learned.0.weight"]
 
 
 def test_an_optimizer_is_offloaded_if_it_has_a_target():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mixed_runs import SENTENCEPIECE, mixed, plain, words
 from safetensors.torch import load_file
-from tiny_runs import bert, write_jsonl
+from tiny_runs import NO_DROPOUT, bert, write_jsonl
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 from whole_run import finish, read
 
@@ -35,6 +35,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 EVALUATED = {"eval_steps": 3, "keep_best": False}
 VERSION_2 = {"version": 2, "teacher_steps": 4}
+MEASURED = {"vectors": False, "projection_ratio": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,14 @@ def trained(one_rank, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     path = mixed(folder, baselines=["alone", "patient_kd"], eval=EVALUATED)
     assert "100 pieces trained on the training text" in finish(one_rank, path).err
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def measured(one_rank, tmp_path_factory) -> Path:
+    """A run of version 1 that measures the weight of its projections."""
+    folder = tmp_path_factory.mktemp("mixed-measured")
+    finish(one_rank, mixed(folder, method=MEASURED))
     return folder / "out"
 
 
@@ -111,10 +120,21 @@ def test_the_student_starts_from_the_table_that_its_teacher_learned(after_teache
     assert second["lift.weight"].shape == (16, 8)
 
 
+def test_the_teachers_table_may_start_from_its_own_pieces(one_rank, after_teacher, tmp_path):
+    finish(one_rank, mixed(tmp_path, method=VERSION_2 | {"table": "pieces"}))
+
+    one, other = (
+        load_file(out / "stages/mixed-teacher/second_vocabulary.safetensors")["lift.bias"]
+        for out in (tmp_path / "out", after_teacher)
+    )
+    assert not torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("whole", "sections", "stops"),
     [
         ("trained", {"eval": EVALUATED}, {"student": 4}),
+        ("measured", {"method": MEASURED}, {"student": 4}),
         ("after_teacher", {"method": VERSION_2}, {"mixed-teacher": 2, "student": 4}),
     ],
 )
@@ -230,6 +250,19 @@ def test_each_model_is_evaluated_with_its_own_tokenizer(one_rank, trained, tmp_p
     assert student == pytest.approx(read(trained)["student"]["metrics"])
     teacher = trained / "stages/student/teacher"
     assert metrics_of(configs[0], teacher) == pytest.approx(metrics_of(configs[1], teacher))
+
+
+def test_a_student_without_a_teacher_reads_the_rows_of_the_others(one_rank, tmp_path):
+    """No term of `dual` contains both models, so that equal students have read equal rows."""
+    students = []
+    for kind in ("none", "dual"):
+        sections = {"method": {"projections": kind}, "train": {"max_grad_norm": 0.0}}
+        sections |= {"student": {"model": bert(2, 8, **NO_DROPOUT)}, "baselines": ["alone"]}
+        finish(one_rank, mixed(tmp_path / kind, **sections))
+        students.append(tmp_path / kind / "out" / "final")
+
+    assert_same_weights(*students)
+    assert_same_weights(students[0], tmp_path / "none/out/stages/alone")
 
 
 def test_a_vocabulary_of_sentencepiece_is_used_alone(one_rank, tmp_path):

@@ -129,6 +129,21 @@ def test_epsilon_divides_the_sum_of_squared_errors():
     assert weighted == pytest.approx(mean * count / 10.0)
 
 
+def test_norms_and_biases_can_be_left_out():
+    student, teacher = bert(6), bert(8)
+
+    group = bound(student, teacher, direction="down", embeddings=False, vectors=False)
+
+    matrices = [p for p in student.bert.encoder.layer.parameters() if p.dim() > 1]  # type: ignore[union-attr]
+    assert group.elements == sum(p.numel() for p in matrices)
+    assert {id(p) for p in group.matrices} == {id(p) for p in matrices}
+    loss_of(group).backward()
+    assert all(
+        (p.grad is not None) == (p.dim() > 1)
+        for p in student.bert.encoder.layer.parameters()  # type: ignore[union-attr]
+    )
+
+
 def test_layers_of_the_same_weights_are_compared_and_no_others():
     sizes = {"num_hidden_layers": 2, "hidden_size": 6, "num_attention_heads": 2}
     roberta = RobertaForMaskedLM(RobertaConfig(vocab_size=30, **sizes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from megakd.contract.views import View
 from megakd.errors import ConfigError
+from megakd.methods.homodistil import HomoDistilConfig, schedule_of
 from megakd.methods.homodistil.schedule import (
     Course,
     Schedule,
@@ -97,6 +99,15 @@ def test_cuts_follow_as_soon_as_their_share_of_the_units_is_masked():
     earlier = [1 - schedule.left(step - 1) for step in found]
     for number, (now, before) in enumerate(zip(removed, earlier, strict=True), start=1):
         assert before < Fraction(number, 4) <= now
+
+
+def test_pruning_ends_after_three_tenths_of_the_run_unless_the_config_says_when():
+    lab: Any = SimpleNamespace(steps_of_student=lambda: 1000)
+    configs = (
+        HomoDistilConfig(name="homodistil", target_width=12, pruning_end=end) for end in (None, 7)
+    )
+
+    assert [schedule_of(config, lab).end for config in configs] == [300, 7]
 
 
 def test_a_run_has_one_window_without_cuts_and_plans_those_of_a_long_run_at_once():

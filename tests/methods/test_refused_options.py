@@ -199,6 +199,11 @@ REFUSED = [
     ),
     (
         "mixed_vocabulary",
+        ["method.projection_ratio=0.3", "method.epsilon=3.0"],
+        "method.projection_ratio: measures the weight that method.epsilon gives",
+    ),
+    (
+        "mixed_vocabulary",
         ["method.projections=none", "method.teacher_learning_rate=0.1"],
         "method.teacher_learning_rate: has no effect",
     ),

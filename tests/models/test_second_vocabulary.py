@@ -22,6 +22,7 @@ from megakd.models.second_vocabulary import (
     SecondSize,
     add_second_vocabulary,
     second_vocabulary,
+    start_from_pieces,
     without_second_vocabulary,
 )
 
@@ -163,6 +164,28 @@ def test_new_weights_depend_on_the_seed_alone():
         strict=True,
     ):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("width", [None, 4])
+def test_a_table_starts_from_the_principal_components_of_the_models_own_pieces(width):
+    model = model_of("bert", width)
+    tokens = [[number] for number in range(PIECES - 2)] + [[3, 9], [5, 5, 20]]
+
+    start_from_pieces(model, tokens)
+
+    second = second_vocabulary(model)
+    assert second is not None
+    own = model.get_input_embeddings().weight.detach()
+    wanted = torch.stack([own[some].mean(0) for some in tokens])
+    table = second.table.weight.detach()
+    if second.lift is None:
+        torch.testing.assert_close(table, wanted)
+        return
+    center = wanted.mean(0)
+    left_out = torch.linalg.svdvals(wanted - center)[4:]
+    error = second.lift(table).detach() - wanted
+    torch.testing.assert_close(error.square().sum(), left_out.square().sum())
+    torch.testing.assert_close(second.lift.bias.detach(), center)
 
 
 def test_the_files_of_a_model_keep_both_vocabularies_apart():

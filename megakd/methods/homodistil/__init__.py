@@ -66,7 +66,7 @@ class HomoDistilConfig(OneTeacherOptions):
     schedule: how the number of units falls from `pruning_start` to `pruning_end`: `cubic`, `linear`
         or, as a control, `one_shot` at `pruning_start`.
     pruning_start: step after which the first units are removed.
-    pruning_end: step after which the last units are removed; null: after 70 % of the steps.
+    pruning_end: step after which the last units are removed; null: after 30 % of the steps.
     every: steps between two removals.
     cuts: how often the weights of removed units are cut out of the model during training; 0 keeps
         them until the end.

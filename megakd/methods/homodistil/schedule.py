@@ -19,7 +19,7 @@ ROWS = "pruning.json"
 """File in a stage's folder with the rows of the report."""
 AVERAGES = {"sensitivity": 1, "platon": 2, "magnitude": 0, "random": 0}
 """Number of values that each score keeps for every weight."""
-SHARE_OF_RUN = 0.7
+SHARE_OF_RUN = 0.3
 """Part of the steps after which pruning ends if the config does not say when."""
 DECODER_GRID = 64
 """Multiple of widths and neurons of students that lose whole heads, as servers expect."""

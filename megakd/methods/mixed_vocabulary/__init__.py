@@ -7,9 +7,11 @@ weights of both models are compared through shared projections. Version 2 (Zhao 
 embeddings, and the student then starts from this table.
 
 Differs from the paper: the weight of the cross-entropies beside the sum of squared errors was not
-found, and is the number of compared elements by default (`epsilon`). Whether the tables of
-embeddings are compared was not found either (`embeddings`). The paper's teacher learns next
-sentences too; here it learns masked tokens only.
+found, and is the number of compared elements by default (`epsilon`), or measured
+(`projection_ratio`). The paper compares every weight of a layer; `vectors: false` leaves out norms
+and biases, whose errors are most of the sum at the start. Whether the tables of embeddings are
+compared was not found either (`embeddings`). The paper's teacher learns next sentences too; here it
+learns masked tokens only.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from megakd.contract.stage import (
     Scores,
     Stage,
     StageResult,
+    Strategy,
     Verdict,
 )
 from megakd.contract.tasks import STUDENT
@@ -49,8 +52,11 @@ from megakd.contract.views import Shape
 from megakd.errors import TeacherError
 
 Projections = Literal["none", "dual", "down", "up"]
+Table = Literal["random", "pieces"]
 PATIENT_KD = "patient_kd"
-OF_VERSION = {"projections": 1, "embeddings": 1, "epsilon": 1, "teacher_steps": 2}
+OF_PROJECTIONS = ("vectors", "embeddings", "epsilon", "projection_ratio")
+"""Options of the comparison of weights."""
+OF_VERSION = {**dict.fromkeys(("projections", *OF_PROJECTIONS), 1), "teacher_steps": 2, "table": 2}
 """Options that only one version has."""
 
 
@@ -60,6 +66,7 @@ class ParameterProjection(MethodTerm):
 
     direction: `down` maps the teacher's weights to the student's shapes, `up` the reverse.
     layers: whether the weights of the layers are compared.
+    vectors: whether these include norms and biases.
     embeddings: whether the tables of embeddings for the student's pieces are compared too.
     epsilon: divisor of the sum of squared errors; null: the number of compared elements.
     """
@@ -67,6 +74,7 @@ class ParameterProjection(MethodTerm):
     loss: str = "parameter_projection"
     direction: Literal["down", "up"]
     layers: bool = True
+    vectors: bool = True
     embeddings: bool = True
     epsilon: Positive | None = None
 
@@ -110,8 +118,13 @@ class MixedVocabularyConfig(OneTeacherOptions):
         too. Null: true with `down` and `up`.
     epsilon: of version 1: weight of the cross-entropies beside the sum of squared errors; null: the
         number of compared elements, so that errors are averaged.
+    vectors: of version 1: whether norms and biases of the layers are compared too; null: true.
+    projection_ratio: of version 1: in place of `epsilon`, the norm of the projections' gradient on
+        the student's matrices divided by that of the cross-entropy, at the first two updates.
     teacher_learning_rate: learning rate of the teacher; null: as the student's.
     teacher_steps: of version 2: steps in which the teacher learns; null: as many as the student.
+    table: of version 2: the student's pieces start from `random` embeddings, or from those of the
+        teacher's `pieces` of the same string, reduced to the student's width; null: `random`.
     patient_kd_weight: weight of the hidden states in the baseline `patient_kd`.
     """
 
@@ -122,8 +135,11 @@ class MixedVocabularyConfig(OneTeacherOptions):
     projections: Projections | None = None
     embeddings: bool | None = None
     epsilon: Positive | None = None
+    vectors: bool | None = None
+    projection_ratio: Positive | None = None
     teacher_learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     teacher_steps: Count | None = None
+    table: Table | None = None
     patient_kd_weight: Weight = 10.0
 
     @property
@@ -144,9 +160,14 @@ class MixedVocabularyConfig(OneTeacherOptions):
     def trains_teacher(self) -> bool:
         return self.version == 2 or self.direction != "none"
 
+    @property
+    def cuts_words(self) -> bool:
+        """Whether the student's vocabulary can cut a text into the teacher's words."""
+        return self.student_vocabulary.type == "wordpiece"
+
     def reads_mixed_rows(self, config: Any) -> bool:
         """Return whether a model reads rows that are encoded for both vocabularies."""
-        return self.trains_teacher or PATIENT_KD in config.baselines
+        return self.cuts_words or self.trains_teacher or PATIENT_KD in config.baselines
 
     def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
         """Train the student's tokenizer, and check that the teacher's can be mixed with it."""
@@ -168,10 +189,17 @@ class MixedVocabularyConfig(OneTeacherOptions):
             splits.train, pair, config.task, content_hash=splits.content_hash, cache_dir=cache_dir
         )
 
+    def reads_rows(self, stage: Any) -> bool:
+        """Return whether a stage reads windows of whole words, as every stage of the student does.
+
+        Students that learn alone then read what those beside a teacher read.
+        """
+        return bool(stage.mixed) or (self.cuts_words and stage.role == STUDENT)
+
     def extras(self, parts: Any) -> Sequence[Any]:
         from megakd.methods.mixed_vocabulary.mixed_text import BothVocabularies
 
-        return [BothVocabularies(parts)] if parts.stage.mixed else []
+        return [BothVocabularies(parts)] if self.reads_rows(parts.stage) else []
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
@@ -211,7 +239,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
     def _without_effect(self, config: Any) -> Iterator[str]:
         given = {
             key: getattr(self, key) is not None
-            for key in ("embeddings", "epsilon", "teacher_learning_rate")
+            for key in (*OF_PROJECTIONS, "teacher_learning_rate")
         }
         if self.version == 1 and self.direction == "none":
             for key in (key for key, is_set in given.items() if is_set):
@@ -219,10 +247,16 @@ class MixedVocabularyConfig(OneTeacherOptions):
                     f"method.{key}: has no effect, because method.projections none trains the "
                     "student alone; remove the key"
                 )
-        elif self.direction == "dual" and self.epsilon is not None and not self.embeddings:
+        elif self.direction == "dual" and not self.embeddings:
+            for key in (key for key in OF_PROJECTIONS if key != "embeddings" and given[key]):
+                yield (
+                    f"method.{key}: has no effect, because method.projections dual compares "
+                    "nothing; remove the key, or set method.embeddings to true"
+                )
+        if self.epsilon is not None and self.projection_ratio is not None:
             yield (
-                "method.epsilon: has no effect, because method.projections dual compares nothing; "
-                "remove the key, or set method.embeddings to true"
+                "method.projection_ratio: measures the weight that method.epsilon gives; remove "
+                "one of the keys"
             )
         if self.p == 0 and self.embeddings:
             yield (
@@ -237,7 +271,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     def _of_vocabulary(self, config: Any) -> Iterator[str]:
         kind = self.student_vocabulary.type
-        if kind != "wordpiece" and self.reads_mixed_rows(config):
+        if not self.cuts_words and self.reads_mixed_rows(config):
             yield (
                 f"method.student_vocabulary.type: a {kind} vocabulary has other words than the "
                 "teacher's, and mixed text is cut word by word; use wordpiece, or train the "
@@ -273,15 +307,25 @@ def run(config: MixedVocabularyConfig, lab: Lab) -> StageResult:
 def _together(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Stage:
     """Return the stage of version 1, in which student and teacher learn (section 4, L_final)."""
     projections = _projections(config)
-    # The projections are computed once, in the student's pass.
-    without = {term.loss: 0.0 for term in projections} or None
     return Stage(
         name=STUDENT,
         learners={STUDENT: 1.0, teacher: _rate(config, lab)},
         objective=(*lab.hard_terms(), *projections),
-        strategy=Constant((Pass(), Pass(learner=teacher, weights=without))),
+        strategy=_strategy(config, lab, teacher, projections),
         mixed={teacher: MixedReading(config.p)},
     )
+
+
+def _strategy(
+    config: MixedVocabularyConfig, lab: Lab, teacher: str, projections: Sequence[Any]
+) -> Strategy:
+    if projections and config.projection_ratio is not None:
+        from megakd.methods.mixed_vocabulary.balance import Balanced
+
+        return Balanced(config.projection_ratio, teacher, lab.probe(STUDENT))
+    # The projections are computed once, in the student's pass.
+    without = {term.loss: 0.0 for term in projections} or None
+    return Constant((Pass(), Pass(learner=teacher, weights=without)))
 
 
 def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
@@ -293,6 +337,7 @@ def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
         ParameterProjection(
             direction="up" if config.direction == "up" else "down",
             layers=config.direction != "dual",
+            vectors=config.vectors is not False,
             embeddings=tables,
             epsilon=config.epsilon,
         ),
@@ -308,12 +353,13 @@ def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Sta
     """Train the teacher on mixed text, then the student from the table that the teacher learned."""
     settings = {"max_steps": config.teacher_steps, "learning_rate": config.teacher_learning_rate}
     given = {key: value for key, value in settings.items() if value is not None}
+    reading = MixedReading(config.p, is_narrow=True, from_pieces=config.table == "pieces")
     stage_one = Stage(
         name="mixed-teacher",
         learners={teacher: 1.0},
         start=lab.model(teacher),
         objective=lab.hard_terms(),
-        mixed={teacher: MixedReading(config.p, is_narrow=True)},
+        mixed={teacher: reading},
         train=dataclasses.replace(lab.config.train, **given),
         judge=LastStep(),
     )

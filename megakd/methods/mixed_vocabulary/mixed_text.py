@@ -342,7 +342,7 @@ def _check_numbers(role: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 class BothVocabularies(StageExtra):
-    """The rows that are encoded for both vocabularies, for models that read mixed text."""
+    """The rows that are encoded for both vocabularies, also for a student that learns alone."""
 
     def __init__(self, parts: StageParts) -> None:
         self._parts = parts

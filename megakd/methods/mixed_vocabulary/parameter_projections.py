@@ -2,8 +2,8 @@
 
 Zhao et al. 2019 (arXiv 1909.11687 v1): no activations are compared. Every weight of a layer of the
 teacher is mapped to the shape of the student's weight (`down`), or the student's weight is mapped
-to the teacher's shape (`up`). A matrix belongs to a pair of sizes, and all layers and all weights
-with an axis of these sizes share the matrix.
+to the teacher's shape (`up`). A vector has a projection on one side. A matrix belongs to a pair of
+sizes, and all layers and all weights with an axis of these sizes share the matrix.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class Place(NamedTuple):
     def read(self) -> Tensor:
         """Return the weight; under ZeRO-3 only inside a module's forward."""
         return getattr(self.module, self.name)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight as the optimizer knows it, which ZeRO 3 does not gather."""
+        return dict(self.module.named_parameters(recurse=False))[self.name]
 
 
 class Compared(NamedTuple):
@@ -142,14 +147,19 @@ class ParameterProjections(TermGroup):
         self.projections = SharedProjections(term.direction)
         self.layers = nn.ModuleList()
         self.elements = 0
+        self.matrices: list[Tensor] = []  # the compared matrices of the student
 
     def bind(self, learners: Mapping[str, nn.Module]) -> None:
         student, teacher = learners.values()
         layers = compared_layers(student, teacher) if self.term.layers else []
+        if not self.term.vectors:
+            layers = [[p for p in layer if len(p.student.shape) > 1] for layer in layers]
         if self.term.embeddings:
             layers.append(_tables(student, teacher))
         for compared in layers:
             for pair in compared:
+                if len(pair.student.shape) > 1:
+                    self.matrices.append(pair.student.parameter)
                 self.projections.need(pair)
                 self.elements += self.projections.elements(pair)
             self.layers.append(LayerErrors(tuple(compared), self.projections))
