@@ -148,26 +148,40 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
     rows, split, classes, digest = main_first(load)
     names = classes.names if classes else ()
     splits = Splits(rows, rows, None, names, DEFAULT_METRICS[task.type], digest)
+    prepared = read_by(source, replace(config, task=task), splits, split)
+    return prepared, ScoredRows(given, split, row_count(rows), prepared.encoded.validation)
+
+
+def read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str) -> RunInputs:
+    """Return the test rows, or else the validation rows, encoded for a model; a collective.
+
+    Args:
+        config: its task names a tokenizer, or the tokenizer is the model's.
+        split: the name of these rows.
+    """
+    task, cache = config.task, cache_folder()
+    rows = splits.validation if splits.test is None else splits.test
     folders = [source.folder] if source.folder else []
     tokenizer = main_first(
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
     )
     check_vocabularies(task, tokenizer, [source])
-    config = with_row_length(replace(config, task=task), splits, tokenizer, {STUDENT: source})
-    task = config.task
+    config = with_row_length(config, splits, tokenizer, {STUDENT: source})
+    digest, lengthened = splits.content_hash, config.task
     encoded, key = main_first(
-        lambda: encode_rows({split: rows}, tokenizer, task, content_hash=digest, cache_dir=cache)
+        lambda: encode_rows(
+            {split: rows}, tokenizer, lengthened, content_hash=digest, cache_dir=cache
+        )
     )
     held = encoded[split]
-    prepared = RunInputs(
+    return RunInputs(
         config=config,
         splits=splits,
-        metrics=task_metrics(config.eval, task.type, splits.metrics, names),
+        metrics=task_metrics(config.eval, task.type, splits.metrics, splits.label_names),
         tokenizer=tokenizer,
         sources={},
         encoded=Encoded(held, held, None, key, 0.0),
     )
-    return prepared, ScoredRows(given, split, row_count(rows), held)
 
 
 def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:

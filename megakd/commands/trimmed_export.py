@@ -1,0 +1,90 @@
+"""The export of a model with the vocabulary of its task, scored before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+from megakd.commands.scored_models import read_by
+from megakd.config.run import RunConfig
+from megakd.data.splits import Splits
+from megakd.data.tokenizers import training_texts
+from megakd.engine.distributed import Ranks
+from megakd.errors import ConfigError
+from megakd.inputs.run_data import splits_of
+from megakd.models.loading import resolve_model
+from megakd.models.trimming import WHERE, Trimmed, trim_vocabulary
+from megakd.reports.quantities import short_count
+from megakd.reports.table import score
+from megakd.run.finished_run import export_run
+from megakd.run.main import started
+from megakd.run.run_report import row_count
+from megakd.training.assembly import Assembly
+from megakd.training.recipes import scoring_preset
+
+
+def export_trimmed(
+    config: RunConfig, stage: str | None, to: Path, *, add: Callable[[Path], None] | None
+) -> list[str]:
+    """Export a stage with the tokens of the training and validation texts; return what to print.
+
+    Args:
+        add: called with the folder after its vocabulary is cut, see `export_run`.
+    """
+    lines: list[str] = []
+    with started(config) as ranks:
+        splits = splits_of(config)
+        if ranks.world_size > 1 or splits.stream or "text" not in splits.train.column_names:
+            raise ConfigError(
+                f"{WHERE} needs one process and training rows with a text: conversations, streams "
+                "and encoded data have none; leave the option out"
+            )
+
+        def trim(folder: Path) -> None:
+            before = _score(config, splits, ranks, folder)
+            trimmed = trim_vocabulary(folder, lambda: _texts(splits))
+            lines.extend(_told(splits, trimmed, before, _score(config, splits, ranks, folder)))
+            if add is not None:
+                add(folder)
+
+        export_run(config, stage, to, add=trim)
+    return lines
+
+
+def _texts(splits: Splits) -> Iterator[str]:
+    both = (splits, splits._replace(train=splits.validation))
+    return chain.from_iterable(map(training_texts, both))
+
+
+def _score(config: RunConfig, splits: Splits, ranks: Ranks, folder: Path) -> Mapping[str, float]:
+    task = replace(config.task, tokenizer=None)
+    source = resolve_model(str(folder), task, where="--to")
+    prepared = read_by(source, replace(config, task=task), splits, _split(splits))
+    assembly = Assembly(config=prepared.config, prepared=prepared, ranks=ranks)
+    preset = scoring_preset(config.student.deepspeed)
+    with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
+        metrics = assembly.scorer().score(loaded.predict, prepared.encoded.validation)
+    return {prepared.metric.name: metrics[prepared.metric.name]}
+
+
+def _split(splits: Splits) -> str:
+    return "validation" if splits.test is None else "test"
+
+
+def _told(
+    splits: Splits, trimmed: Trimmed, before: Mapping[str, float], after: Mapping[str, float]
+) -> list[str]:
+    split = _split(splits)
+    rows = row_count(splits.validation if splits.test is None else splits.test)
+    weights, fewer = map(short_count, trimmed.parameters)
+    return [
+        f"tokens: {trimmed.tokens[0]:,} before, {trimmed.tokens[1]:,} now; weights: {weights} "
+        f"before, {fewer} now",
+        *(
+            f"{name} on {split} ({rows:,} rows): {score(name, value)} before, "
+            f"{score(name, after[name])} now"
+            for name, value in before.items()
+        ),
+    ]
