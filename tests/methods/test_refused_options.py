@@ -150,7 +150,7 @@ REFUSED = [
     ("shrink", ["objective=[{loss: relation_kl}]"], "attention cannot be compared"),
     ("shrink", ["objective=[{loss: soft_target_reverse_kl}]"], "which the objective lacks"),
     ("shrink", ["student.model=bert-base"], 'method "shrink" cuts the student out'),
-    ("shrink", ["task.type=mlm"], "shrink cuts decoders and needs causal_lm (got mlm)"),
+    ("shrink", ["method.flops=0.5"], "set exactly one of parameters"),
     *(
         ("shrink", [f"method.parameters={size}"], "method.parameters")
         for size in ('""', "0.6Q", "-3M", "0", "1.5")

@@ -213,7 +213,9 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
     lab: Any = SimpleNamespace(
         pool=SimpleNamespace(folders={"teacher": tmp_path}),
         record=SimpleNamespace(assistants=[]),
-        config=SimpleNamespace(task=SimpleNamespace(type="mlm"), eval=EvalConfig()),
+        config=SimpleNamespace(
+            output_dir=tmp_path, task=SimpleNamespace(type="mlm"), eval=EvalConfig()
+        ),
         assembly=SimpleNamespace(
             prepared=SimpleNamespace(encoded=SimpleNamespace(held_out=rows)),
             scoring_dtype=lambda: "fp32",
