@@ -63,8 +63,6 @@ def write_onnx(folder: Path, *, int8: bool = False, to: Path | None = None) -> f
         ModelError: the model cannot be expressed as ONNX, or the fp32 graph computes other logits.
     """
     model = load_finished(folder, "--format onnx", dtype=torch.float32).eval()
-    # The exporter splits fused attention into operators whose strides T5's views refuse.
-    model.set_attn_implementation("eager")
     path = to or folder / MODEL
     graph = path.with_name(f"whole-{path.name}") if int8 else path
     _export(model, _input_names(model, folder), graph)
@@ -81,11 +79,9 @@ def write_onnx(folder: Path, *, int8: bool = False, to: Path | None = None) -> f
     return worst
 
 
-def graph_of(model: PreTrainedModel, folder: Path) -> OnnxModel:
-    """Write a model's graph into a folder and open it; the graph takes numbers and mask alone."""
-    model.set_attn_implementation("eager")
-    _export(model, _INPUTS, folder / MODEL)
-    return OnnxModel(folder / MODEL)
+def write_bare_graph(model: PreTrainedModel, graph: Path) -> None:
+    """Write the graph of a model without a tokenizer, which takes numbers and mask alone."""
+    _export(model, _INPUTS, graph)
 
 
 class OnnxModel:
@@ -128,6 +124,8 @@ def _input_names(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
 
 
 def _export(model: PreTrainedModel, names: Sequence[str], graph: Path) -> None:
+    # The exporter splits fused attention into operators whose strides T5's views refuse.
+    model.set_attn_implementation("eager")
     model.config.use_cache = False
     inputs = _example(model, names, _SHAPES[0])
     free = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=1)}

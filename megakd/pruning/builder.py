@@ -19,6 +19,7 @@ from megakd.contract.results import ParameterCounts
 from megakd.contract.stage import StageResult, untrained
 from megakd.contract.tasks import TEACHER, TaskType
 from megakd.contract.views import Allocation, Axes, UnitOrder, View
+from megakd.data.loader import lengths_of_rows
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
@@ -212,9 +213,10 @@ class ModelPruning(Shapes):
     ) -> Mapping[str, float]:
         """Return the times of cuts of a model relative to the whole; see `contract.lab`."""
         self._close()
-        lengths = sorted(map(len, self.assembly.prepared.encoded.validation["input_ids"]))
+        rows = self.assembly.prepared.encoded.validation
 
         def measure() -> Mapping[str, float]:
+            lengths = lengths_of_rows(rows).tolist()
             watch = Stopwatch(source, self.config.task, work, lengths)
             with doing("timing shapes"):
                 return on_main(lambda: watch.ratios(views))

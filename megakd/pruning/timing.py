@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from megakd.contract.views import View
 from megakd.models.cutting import cut_config
 from megakd.models.fitting import build_empty
+from megakd.models.forwards import Call, Graph, Timed, calls_of, milliseconds, sample_lengths
+from megakd.models.onnx import MODEL, write_bare_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,24 +29,23 @@ if TYPE_CHECKING:
 
 LEAST_ROUNDS, MOST_SECONDS, CLOSE = 5, 20.0, 1.03
 """A comparison ends when the two shortest times of both models are this close, or too late."""
-TEXTS = 8
-"""Texts of a round, whose lengths are those of the data; a batch may have more."""
 logger = logging.getLogger(__name__)
-Batch = dict[str, Tensor]
-Run = Callable[[Batch], object]
 
 
 class Stopwatch:
     """Forwards of cut models, timed by turns with forwards of the whole model.
 
-    lengths: numbers of tokens of the held-out rows, sorted.
+    lengths: numbers of tokens of the held-out rows.
     """
 
     def __init__(
         self, source: ModelSource, task: TaskConfig, work: TimedWork, lengths: Sequence[int]
     ) -> None:
         self._source, self._task, self._work = source, task, work
-        self._batches = [self._batch(part) for part in _parts(lengths, work)]
+        if work.tokens == "data":
+            self._batches = sample_lengths(lengths, work.batch)
+        else:
+            self._batches = [[work.tokens] * work.batch]
 
     def ratios(self, views: Mapping[str, View]) -> dict[str, float]:
         """Return the time of each view relative to the time of the whole model.
@@ -53,62 +53,39 @@ class Stopwatch:
         The shortest time of a model over the rounds counts, which other load on the machine changes
         least. Two models are in memory at a time.
         """
-        with self._runner(self._source.config) as whole:
+        with self._calls(self._source.config) as whole:
             found = {}
             for name, view in views.items():
                 found[name] = self._ratio(whole, view)
                 logger.info("%s: %.1f times as fast as the whole model", name, 1 / found[name])
             return found
 
-    def _ratio(self, whole: Run, view: View) -> float:
-        with self._runner(cut_config(self._source.config, view)) as cut:
-            runs, times = (cut, whole), ([], [])
-            for run in runs:
-                self._seconds(run)
+    def _ratio(self, whole: Call, view: View) -> float:
+        with self._calls(cut_config(self._source.config, view)) as cut:
+            calls, times = (cut, whole), ([], [])
+            for call in calls:
+                milliseconds(call)
             began = time.perf_counter()
             while time.perf_counter() - began < MOST_SECONDS and not all(map(_is_sure, times)):
-                for run, of_run in zip(runs, times, strict=True):
-                    of_run.append(self._seconds(run))
+                for call, of_call in zip(calls, times, strict=True):
+                    of_call.append(milliseconds(call))
             return min(times[0]) / min(times[1])
 
-    def _seconds(self, run: Run) -> float:
-        is_cuda = self._device.type == "cuda"
-        finish = torch.cuda.synchronize if is_cuda else lambda: None
-        finish()
-        start = time.perf_counter()
-        for batch in self._batches:
-            run(batch)
-        finish()
-        return time.perf_counter() - start
-
     @contextmanager
-    def _runner(self, config: PretrainedConfig) -> Iterator[Run]:
-        model = build_empty(self._source, self._task, config, self._dtype).eval()
-        torch.nn.Module.to(model, self._device)  # transformers' own `to` is typed wrongly
-        generator = torch.Generator(self._device).manual_seed(0)  # not the run's random state
+    def _calls(self, config: PretrainedConfig) -> Iterator[Call]:
+        device = torch.device(self._work.device)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = build_empty(self._source, self._task, config, dtype).eval()
+        torch.nn.Module.to(model, device)  # transformers' own `to` is typed wrongly
+        generator = torch.Generator(device).manual_seed(0)  # not the run's random state
         for parameter in model.parameters():
             parameter.data.uniform_(-0.05, 0.05, generator=generator)
-        with torch.inference_mode(), TemporaryDirectory() as folder:
-            if self._work.runtime == "torch":
-                yield lambda batch: model(**batch)
-            else:
-                from megakd.models.onnx import graph_of
-
-                yield graph_of(model, Path(folder)).logits
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device(self._work.device)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float32 if self._work.device == "cpu" else torch.bfloat16
-
-    def _batch(self, lengths: Sequence[int]) -> Batch:
-        ids = torch.arange(max(lengths)) % self._source.config.vocab_size
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [B, T]
-        rows = {"input_ids": ids.expand_as(mask).clone(), "attention_mask": mask.long()}
-        return {name: tensor.to(self._device) for name, tensor in rows.items()}
+        with TemporaryDirectory() as folder:
+            timed: Timed = model
+            if self._work.runtime == "onnx":
+                write_bare_graph(model, Path(folder) / MODEL)
+                timed = Graph(Path(folder) / MODEL, model)
+            yield calls_of(timed, self._batches)
 
 
 def _is_sure(times: Sequence[float]) -> bool:
@@ -116,13 +93,3 @@ def _is_sure(times: Sequence[float]) -> bool:
         return False
     first, second, *_ = sorted(times)
     return second <= CLOSE * first
-
-
-def _parts(lengths: Sequence[int], work: TimedWork) -> list[list[int]]:
-    """Return the lengths of the rows of each batch; rows of `data` are drawn evenly."""
-    if work.tokens != "data":
-        return [[work.tokens] * work.batch]
-    batches = max(1, TEXTS // work.batch)
-    count = batches * work.batch
-    drawn = [lengths[(2 * index + 1) * len(lengths) // (2 * count)] for index in range(count)]
-    return [drawn[first::batches] for first in range(batches)]

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megakd.contract.results import LatencyReport
 from megakd.engine.memory import device_name
-from megakd.models.onnx import OnnxModel
+from megakd.models.forwards import (
+    Call,
+    Graph,
+    Prepare,
+    Timed,
+    calls_of,
+    forward,
+    milliseconds,
+    sample_lengths,
+)
 from megakd.models.own_models import load_finished
 
-TEXTS = 8
-"""Least number of texts of the data that are timed."""
 WARM_UP = 3
 LONG_MS = 100.0
 """A first time above this, of every model, counts: start-up costs are negligible."""
 LEAST_ROUNDS, ENOUGH_MS, MOST_MS = 5, 500.0, 20_000.0
 """Timing ends after `ENOUGH_MS` over all models, before `LEAST_ROUNDS` only after `MOST_MS`."""
-LAST_POSITIONS = "logits_to_keep"
 
 
 class Work(NamedTuple):
@@ -46,37 +49,6 @@ class Work(NamedTuple):
     generate: int = 0
     rounds: int = 9
     of_data: Sequence[int] = ()
-
-    def sample(self, batch: int) -> list[list[int]]:
-        """Return batches whose texts are as long as those of the data, and as different."""
-        ordered = sorted(self.of_data)
-        several = ordered[0] < ordered[-1]
-        count = -(-TEXTS // batch) if several else 1
-        texts = range(count * batch)
-        drawn = [ordered[(2 * n + 1) * len(ordered) // (2 * len(texts))] for n in texts]
-        return [drawn[number::count] for number in range(count)]
-
-
-class Graph(nn.Module):
-    """The graph of a model, which answers on the CPU in fp32."""
-
-    dtype = torch.float32
-
-    def __init__(self, path: Path, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.config, self._graph = model.config, OnnxModel(path)
-        self.place = nn.Parameter(torch.zeros(1))
-
-    def forward(self, **inputs: Tensor) -> object:
-        zeros = torch.zeros_like(inputs["input_ids"])  # for the types of tokens
-        return self._graph.logits({n: inputs.get(n, zeros) for n in self._graph.inputs})
-
-    def can_generate(self) -> bool:
-        return False
-
-
-Timed = PreTrainedModel | Graph
-Prepare = Callable[[Timed, dict[str, Any]], Callable[[], object]]
 
 
 def measure_latencies(
@@ -115,7 +87,7 @@ def measure_latencies(
 
 
 def _of_data(models: Mapping[str, Timed], work: Work, batch: int) -> Iterator[LatencyReport]:
-    batches = work.sample(batch)
+    batches = sample_lengths(work.of_data, batch)
     mean = round(statistics.fmean(work.of_data))
     for entry in _timed(models, batches, work.rounds, length=mean):
         yield {**entry, "lengths": [length for texts in batches for length in texts]}
@@ -137,15 +109,13 @@ def _timed(
     most: int,
     *,
     length: int,
-    prepare: Prepare | None = None,
+    prepare: Prepare = forward,
 ) -> Iterator[LatencyReport]:
     """Yield the entry of each model on batches of texts of these lengths, in at most `most` rounds.
 
-    A time is the mean over the batches; `length` is told; None: `prepare` makes forwards.
+    A time is the mean over the batches; `length` is told.
     """
-    made = prepare or _forward
-    calls = [[made(m, _inputs(m, texts)) for texts in batches] for m in models.values()]
-    times = _rounds([partial(_call_all, each) for each in calls], most)
+    times = _rounds([calls_of(m, batches, prepare) for m in models.values()], most)
     for (name, model), *rounds in zip(models.items(), *times, strict=True):
         each = [ms / len(batches) for ms in rounds]
         entry = LatencyReport(
@@ -162,11 +132,6 @@ def _timed(
         yield entry
 
 
-def _call_all(calls: Sequence[Callable[[], object]]) -> None:
-    for call in calls:
-        call()
-
-
 def _place(model: Timed) -> str:
     device = next(model.parameters()).device
     threads = torch.get_num_threads()
@@ -174,7 +139,7 @@ def _place(model: Timed) -> str:
     return device_name(device) + words
 
 
-def _rounds(calls: Sequence[Callable[[], object]], most: int) -> list[list[float]]:
+def _rounds(calls: Sequence[Call], most: int) -> list[list[float]]:
     if not calls:
         return []
     first = [_warm_up(call) for call in calls]
@@ -186,18 +151,18 @@ def _rounds(calls: Sequence[Callable[[], object]], most: int) -> list[list[float
         times = [0.0] * len(calls)
         for turn in range(len(calls)):
             index = (turn + len(rounds)) % len(calls)
-            times[index] = _milliseconds(calls[index])
+            times[index] = milliseconds(calls[index])
         rounds.append(times)
     return rounds
 
 
-def _warm_up(call: Callable[[], object]) -> float:
+def _warm_up(call: Call) -> float:
     # The time of a long first call, or of the last of a few calls.
-    ms = _milliseconds(call)
+    ms = milliseconds(call)
     for _ in range(WARM_UP - 1):
         if ms > LONG_MS:
             break
-        ms = _milliseconds(call)
+        ms = milliseconds(call)
     return ms
 
 
@@ -215,33 +180,6 @@ def _ready(
         loaded.train(was_training)
 
 
-def _inputs(model: Timed, texts: Sequence[int]) -> dict[str, Any]:
-    # The same random tokens every time; a separate generator leaves the run's random state alone.
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    lengths = torch.tensor(texts)[:, None]
-    ids = torch.randint(vocabulary, (len(texts), max(texts)), generator=generator)  # [B, T]
-    mask = (torch.arange(ids.shape[1]) < lengths).to(ids.dtype)
-    device = next(model.parameters()).device
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _forward(model: Timed, inputs: dict[str, Any]) -> Callable[[], object]:
-    last = {LAST_POSITIONS: 1} if LAST_POSITIONS in signature(model.forward).parameters else {}
-    return partial(model, **inputs, **last)
-
-
-def _generation(model: Any, inputs: dict[str, Any], *, count: int) -> Callable[[], object]:
+def _generation(model: Any, inputs: dict[str, Any], *, count: int) -> Call:
     number = {"min_new_tokens": count, "max_new_tokens": count}
     return partial(model.generate, **inputs, **number, do_sample=False, pad_token_id=0)
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    is_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    finish = torch.cuda.synchronize if is_cuda else lambda: None
-    finish()
-    start = time.perf_counter()
-    with torch.inference_mode():
-        call()
-    finish()
-    return (time.perf_counter() - start) * 1e3

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
 from transformers import RobertaForSequenceClassification as Roberta
 
 from megakd.errors import ModelError
+from megakd.models import forwards
 from megakd.models.onnx import write_onnx
 from megakd.reports import latency
 from megakd.reports.latency import Work, measure_latencies
@@ -39,7 +40,7 @@ def test_the_median_of_each_model_is_told(monkeypatch) -> None:
     # The student's turns and the teacher's, swapping places: 1, 2, 3 and 10, 20, 90.
     times = [*warm_up, 10, 1, 2, 20, 90, 3]
     ticks = iter(number for time in times for number in (0.0, time / 1000))
-    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(forwards, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
     found = measure_latencies({"a": llama(), "b": llama()}, Work((1,), 4, rounds=3))
 
@@ -78,8 +79,8 @@ LENGTHS = [*range(1, 17)] * 3
     ],
 )
 def test_texts_of_the_data_have_the_lengths_of_its_quantiles(batch, batches) -> None:
-    assert Work((batch,), None, of_data=LENGTHS).sample(batch) == batches
-    assert Work((batch,), None, of_data=[5] * 40).sample(batch) == [[5] * batch]
+    assert forwards.sample_lengths(LENGTHS, batch) == batches
+    assert forwards.sample_lengths([5] * 40, batch) == [[5] * batch]
 
 
 def test_texts_of_the_data_are_padded_in_their_batch_and_timed_beside_those_of_one_length() -> None:
@@ -97,7 +98,7 @@ def test_texts_of_the_data_are_padded_in_their_batch_and_timed_beside_those_of_o
 
 
 def test_a_time_on_texts_of_the_data_is_that_of_one_batch(monkeypatch) -> None:
-    monkeypatch.setattr(latency, "_milliseconds", lambda _: 16.0)
+    monkeypatch.setattr(latency, "milliseconds", lambda _: 16.0)
 
     (entry,) = measure_latencies({"a": llama()}, Work((1,), None, of_data=LENGTHS))
 
@@ -108,7 +109,7 @@ def test_a_time_on_texts_of_the_data_is_that_of_one_batch(monkeypatch) -> None:
 def test_slow_models_are_timed_less_often_but_twice_at_least(monkeypatch, ms, calls):
     timed: list[object] = []
     monkeypatch.setattr(
-        latency, "_milliseconds", lambda call: timed.append(call.args[0][0].func) or ms
+        latency, "milliseconds", lambda call: timed.append(call.args[0][0].func) or ms
     )
     models = {"a": llama(), "b": llama()}
 

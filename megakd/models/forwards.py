@@ -1,0 +1,95 @@
+"""Forwards that are timed: on texts as long as the data's, by torch or by the graph of a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from megakd.models.onnx import OnnxModel
+
+TEXTS = 8
+"""Least number of texts of the data that are timed."""
+LAST_POSITIONS = "logits_to_keep"
+
+
+class Graph(nn.Module):
+    """The graph of a model, which answers on the CPU in fp32."""
+
+    dtype = torch.float32
+
+    def __init__(self, path: Path, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config, self._graph = model.config, OnnxModel(path)
+        self.place = nn.Parameter(torch.zeros(1))
+
+    def forward(self, **inputs: Tensor) -> object:
+        zeros = torch.zeros_like(inputs["input_ids"])  # for the types of tokens
+        return self._graph.logits({n: inputs.get(n, zeros) for n in self._graph.inputs})
+
+    def can_generate(self) -> bool:
+        return False
+
+
+Timed = PreTrainedModel | Graph
+Call = Callable[[], object]
+Prepare = Callable[[Timed, dict[str, Any]], Call]
+
+
+def sample_lengths(lengths: Sequence[int], batch: int) -> list[list[int]]:
+    """Return batches whose texts are as long as those of the data, and as different."""
+    ordered = sorted(lengths)
+    several = ordered[0] < ordered[-1]
+    count = -(-TEXTS // batch) if several else 1
+    texts = range(count * batch)
+    drawn = [ordered[(2 * n + 1) * len(ordered) // (2 * len(texts))] for n in texts]
+    return [drawn[number::count] for number in range(count)]
+
+
+def forward(model: Timed, inputs: dict[str, Any]) -> Call:
+    """Return a forward; a causal LM computes the last position, as before it generates."""
+    last = {LAST_POSITIONS: 1} if LAST_POSITIONS in signature(model.forward).parameters else {}
+    return partial(model, **inputs, **last)
+
+
+def calls_of(model: Timed, batches: Sequence[Sequence[int]], prepare: Prepare = forward) -> Call:
+    """Return a function that makes a call for each batch of texts of these lengths.
+
+    A batch is padded to its longest text. The tokens are random, and the same every time.
+    """
+    return partial(_call_all, [prepare(model, _inputs(model, texts)) for texts in batches])
+
+
+def _call_all(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def milliseconds(call: Call) -> float:
+    """Return the time of a call without gradients, on a GPU until its work is done."""
+    is_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    finish = torch.cuda.synchronize if is_cuda else lambda: None
+    finish()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        call()
+    finish()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _inputs(model: Timed, texts: Sequence[int]) -> dict[str, Any]:
+    # A separate generator leaves the run's random state alone.
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    lengths = torch.tensor(texts)[:, None]
+    ids = torch.randint(vocabulary, (len(texts), max(texts)), generator=generator)  # [B, T]
+    mask = (torch.arange(ids.shape[1]) < lengths).to(ids.dtype)
+    device = next(model.parameters()).device
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
