@@ -160,7 +160,7 @@ def read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str) 
         split: the name of these rows.
     """
     task, cache = config.task, cache_folder()
-    rows = splits.validation if splits.test is None else splits.test
+    rows = splits.held_out
     folders = [source.folder] if source.folder else []
     tokenizer = main_first(
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)

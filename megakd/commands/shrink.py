@@ -18,13 +18,13 @@ from megakd.config.file import config_of, dump_config, dump_yaml, with_overrides
 from megakd.config.run import RunConfig
 from megakd.contract.tasks import AUTO, FROM_TEACHER
 from megakd.errors import ConfigError
+from megakd.methods.shrink import BUDGETS
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_text
 
 FILE = "shrink.yaml"
-EXAMPLES = {"parameters": "parameters 0.6B", "flops": "flops 12%", "speedup": "speedup 8x"}
+EXAMPLES = {"parameters": "0.6B", "flops": "12%", "speedup": "8x"}
 """Options of the size, which are options of the method too, with an example of each."""
-SIZES = ("method.target_sparsity=", *(f"method.{key}=" for key in EXAMPLES))
 WIDTHS = ("hidden_size", "dim", "d_model")
 """Keys of the width in the configs of encoders."""
 SOURCE = "the config of megakd shrink"
@@ -109,11 +109,12 @@ def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    usage = f"megakd shrink MODEL --{' | --'.join(EXAMPLES.values())} --data FILE"
+    sizes = " | ".join(f"--{key} {example}" for key, example in EXAMPLES.items())
+    usage = f"megakd shrink MODEL {sizes} --data FILE"
     if arguments.model is None or ("=" in arguments.model and not Path(arguments.model).exists()):
         raise ConfigError(f"the model to shrink is missing; write: {usage}")
-    given = any(getattr(arguments, key) is not None for key in EXAMPLES)
-    if not given and not any(o.startswith(SIZES) for o in arguments.overrides):
+    settings = tuple(f"method.{key}=" for key in BUDGETS)
+    if _size(arguments) is None and not any(o.startswith(settings) for o in arguments.overrides):
         raise ConfigError(f"the size of the student is missing; write: {usage}")
     timed = [key for key in ("at", "device", "runtime") if getattr(arguments, key) is not None]
     if timed and arguments.speedup is None:
@@ -195,18 +196,22 @@ def _is_encoder(keys: Mapping[str, Any]) -> bool:
 
 def _timing(arguments: argparse.Namespace) -> dict[str, Any]:
     timing = {key: getattr(arguments, key) for key in ("device", "runtime")}
-    for part in (arguments.at or "").split(","):
+    for part in arguments.at.split(",") if arguments.at else ():
         key, _, value = part.partition("=")
-        if part and key not in ("batch", "tokens"):
+        if key not in ("batch", "tokens"):
             raise ConfigError(f'--at takes batch=B,tokens=T (got "{arguments.at}")')
         timing[key] = int(value) if value.isdecimal() else value
-    return {key: value for key, value in timing.items() if key and value is not None}
+    return {key: value for key, value in timing.items() if value is not None}
+
+
+def _size(arguments: argparse.Namespace) -> str | None:
+    sizes = (getattr(arguments, key) for key in EXAMPLES)
+    return next((size for size in sizes if size is not None), None)
 
 
 def _folder(arguments: argparse.Namespace) -> Path:
     model = Path(arguments.model).name or "model"
-    sizes = (getattr(arguments, key) for key in EXAMPLES)
-    size = next((size for size in sizes if size is not None), "smaller")
+    size = _size(arguments) or "smaller"
     return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{model}-{size}")
 
 

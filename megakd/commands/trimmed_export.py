@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -58,7 +58,8 @@ def _texts(splits: Splits) -> Iterator[str]:
     return chain.from_iterable(map(training_texts, both))
 
 
-def _score(config: RunConfig, splits: Splits, ranks: Ranks, folder: Path) -> Mapping[str, float]:
+def _score(config: RunConfig, splits: Splits, ranks: Ranks, folder: Path) -> tuple[str, float]:
+    """Return the main metric of a model and its value."""
     task = replace(config.task, tokenizer=None)
     source = resolve_model(str(folder), task, where="--to")
     prepared = read_by(source, replace(config, task=task), splits, _split(splits))
@@ -66,7 +67,7 @@ def _score(config: RunConfig, splits: Splits, ranks: Ranks, folder: Path) -> Map
     preset = scoring_preset(config.student.deepspeed)
     with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
         metrics = assembly.scorer().score(loaded.predict, prepared.encoded.validation)
-    return {prepared.metric.name: metrics[prepared.metric.name]}
+    return prepared.metric.name, metrics[prepared.metric.name]
 
 
 def _split(splits: Splits) -> str:
@@ -74,17 +75,13 @@ def _split(splits: Splits) -> str:
 
 
 def _told(
-    splits: Splits, trimmed: Trimmed, before: Mapping[str, float], after: Mapping[str, float]
+    splits: Splits, trimmed: Trimmed, before: tuple[str, float], after: tuple[str, float]
 ) -> list[str]:
     split = _split(splits)
-    rows = row_count(splits.validation if splits.test is None else splits.test)
+    rows = row_count(splits.held_out)
     weights, fewer = map(short_count, trimmed.parameters)
     return [
         f"tokens: {trimmed.tokens[0]:,} before, {trimmed.tokens[1]:,} now; weights: {weights} "
         f"before, {fewer} now",
-        *(
-            f"{name} on {split} ({rows:,} rows): {score(name, value)} before, "
-            f"{score(name, after[name])} now"
-            for name, value in before.items()
-        ),
+        f"{before[0]} on {split} ({rows:,} rows): {score(*before)} before, {score(*after)} now",
     ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from pydantic.dataclasses import dataclass
 
 from megakd.contract.metric import Metric
 from megakd.contract.results import MethodRecord, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.terms import TermConfig
+from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.contract.views import Allocation, View
 
 if TYPE_CHECKING:
@@ -54,13 +56,20 @@ class SortedModel(Protocol):
         ...
 
 
-class TimedWork(NamedTuple):
-    """The forward that is timed; see `method.timing` of shrink."""
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class TimedWork:
+    """The forward that is timed.
 
-    batch: int
-    tokens: int | Literal["data"]
-    device: Literal["cpu", "cuda"]
-    runtime: Literal["torch", "onnx"]
+    batch: texts at a time.
+    tokens: `data` times the lengths of the held-out rows; or a number of tokens per text.
+    device: `cpu` in fp32, or `cuda` in bf16.
+    runtime: `torch`, or the graph that `megakd export --format onnx` writes.
+    """
+
+    batch: Count = 32
+    tokens: Count | Literal["data"] = "data"
+    device: Literal["cpu", "cuda"] = "cpu"
+    runtime: Literal["torch", "onnx"] = "torch"
 
 
 class Pruning(Protocol):

@@ -55,6 +55,11 @@ class Splits(NamedTuple):
     stream: TextStream | None = None
 
     @property
+    def held_out(self) -> Dataset:
+        """The split that the report's metrics are computed on."""
+        return self.validation if self.test is None else self.test
+
+    @property
     def whole_hash(self) -> str:
         if not self.sets_hash:
             return self.content_hash

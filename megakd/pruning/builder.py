@@ -223,7 +223,7 @@ class ModelPruning(Shapes):
 
         facts = {
             "model": self.assembly.identity_of(source),
-            "work": work._asdict(),
+            "work": dataclasses.asdict(work),
             "views": {name: view._asdict() for name, view in views.items()},
         }
         result = self.assembly.measured_once(name, facts, measure)

@@ -22,7 +22,7 @@ from megakd.methods.shrink.candidates import Budget, Family
 
 TEACHER = bert(4, width=32, num_attention_heads=4, intermediate_size=64)
 METHOD = {"name": "shrink", "flops": "40%", "candidates": 20, "round_to": 4, "trial_steps": 3}
-WORK = TimedWork(batch=1, tokens="data", device="cpu", runtime="torch")
+WORK = TimedWork(batch=1)
 
 
 def shrinking(folder: Path, *, tag: str = "out", **sections: Any) -> Path:

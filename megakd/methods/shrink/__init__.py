@@ -65,22 +65,6 @@ BUDGETS = ("parameters", "target_sparsity", "flops", "speedup")
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
-class TimingConfig:
-    """The forward that `speedup` is about.
-
-    batch: texts at a time.
-    tokens: `data` times the lengths of the held-out rows; or a number of tokens per text.
-    device: `cpu` in fp32, or `cuda` in bf16.
-    runtime: `torch`, or the graph that `megakd export --format onnx` writes.
-    """
-
-    batch: Count = 32
-    tokens: Count | Literal["data"] = "data"
-    device: Literal["cpu", "cuda"] = "cpu"
-    runtime: Literal["torch", "onnx"] = "torch"
-
-
-@dataclass(config=STRICT, frozen=True, kw_only=True)
 class ShrinkConfig(ImportanceOptions):
     """Cut a model to a budget: the best of several depths and widths, repaired by distillation.
 
@@ -112,7 +96,7 @@ class ShrinkConfig(ImportanceOptions):
     target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
     flops: Share | None = None
     speedup: Speedup | None = None
-    timing: TimingConfig = TimingConfig()
+    timing: TimedWork = TimedWork()
     candidates: Count | Shares = 6
     round_to: Count | None = None
     trial_steps: Count | None = None
@@ -254,8 +238,7 @@ def _widths(config: ShrinkConfig, lab: Lab, model: Model, family: Family) -> Ite
 
 def _candidates(config: ShrinkConfig, sizes: Sizes, budget: Budget) -> list[Candidate]:
     if config.speedup is not None:
-        work = TimedWork(**vars(config.timing))
-        return timed_candidates(sizes, budget, config.candidates, work)
+        return timed_candidates(sizes, budget, config.candidates, config.timing)
     size = sizes.weights if config.flops is None else sizes.operations
     return candidates_of(sizes.of(size), budget, config.candidates)
 
@@ -278,7 +261,7 @@ def _choose(
     """Run the trial of a hop; return its result, the best candidate, and the layers it keeps."""
     stage = _trial(config, lab, link, candidates, number)
     result = lab.train(stage)
-    lab.record.candidates += _rows(config, lab, link, result, stage, candidates)
+    lab.record.candidates += _rows(config, lab, link, result, candidates, number=number)
     kept = stage.views[result.view or candidates[0].name].layers or ()
     return result, kept
 
@@ -356,17 +339,18 @@ def _rows(
     lab: Lab,
     link: Link,
     result: StageResult,
-    stage: Stage,
     candidates: Sequence[Candidate],
+    *,
+    number: int,
 ) -> Iterator[CandidateReport]:
     """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
     metric, count = _metric(config, lab), lab.pruning.parameters
-    units = link.start.units._replace(head_width=None)
-    whole = count(link.start, units).parameters
+    units = link.start.units
+    whole = count(link.start, units._replace(head_width=None)).parameters
     for one in candidates:
-        parameters = count(link.start, stage.views[one.name]).parameters
-        row: CandidateReport = {
-            "iteration": int(stage.name.removeprefix(TRIAL)),
+        parameters = count(link.start, one.view(link.layer_scores, units)).parameters
+        yield {
+            "iteration": number,
             "sparsity": round(1 - parameters / whole, 4),
             "parameters": parameters,
             "metric": metric.of(result.scores[one.name]),
@@ -374,7 +358,6 @@ def _rows(
             "chosen": one.name == result.view,
             "shape": one.shape(),
         }
-        yield row
 
 
 @plain_dataclass(frozen=True)

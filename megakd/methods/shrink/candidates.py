@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -88,10 +89,11 @@ class Cuts(NamedTuple):
 
     def nearest(self, target: float, layers: int, heads: int) -> Iterator[Candidate]:
         """Yield the shapes with the nearest sizes below and above a size, if there are any."""
-        shapes = [self.candidate(layers, heads, neurons) for neurons in self.neurons]
-        below = [one for one in shapes if one.size <= target]
-        above = [one for one in shapes if one.size > target]
-        yield from (*below[-1:], *above[:1])
+        above = bisect_right(
+            self.neurons, target, key=lambda count: self.candidate(layers, heads, count).size
+        )
+        for neurons in self.neurons[max(above - 1, 0) : above + 1]:
+            yield self.candidate(layers, heads, neurons)
 
     def with_layers(self, target: float, layers: int, *, tolerance: float) -> Candidate | None:
         """Return the shape with a number of layers that meets a size best; None: no shape does.
@@ -161,8 +163,9 @@ def cuts_of(family: Family, size: Callable[[View], float], width: int | None = N
     heads, neurons = family.possible(width)
     whole, fewer_heads, fewer_neurons, one_layer = map(size, corners_of(family, width))
     depth = family.depth
-    head = (whole - fewer_heads) / depth / max(heads[-1] - heads[0], 1)
-    neuron = (whole - fewer_neurons) / depth / max(neurons[-1] - neurons[0], 1)
+    # A time may rise with fewer units by chance.
+    head = max(whole - fewer_heads, 0) / depth / max(heads[-1] - heads[0], 1)
+    neuron = max(whole - fewer_neurons, 0) / depth / max(neurons[-1] - neurons[0], 1)
     layer = (whole - one_layer) / (depth - 1) if depth > 1 else whole
     inside = layer - heads[-1] * head - neurons[-1] * neuron
     return Cuts(depth, heads, neurons, whole - depth * layer, inside, head, neuron, width)
