@@ -91,7 +91,7 @@ def left_out(model: nn.Module, layer: int) -> Iterator[None]:
 
 
 def passed_by(_: nn.Module, given: Sequence[Any], named: dict[str, Any], output: Any) -> Any:
-    """Replace the hidden states that a layer returns by those that it was given, as a hook."""
+    """Let a layer return the hidden states that it was given, as a hook."""
     hidden = given[0] if given else named["hidden_states"]
     if isinstance(output, Tensor):
         return PassedBy.apply(hidden, output)

@@ -11,7 +11,7 @@ from megakd.models.onnx import MODEL, write_onnx
 
 
 class Format(NamedTuple):
-    """How a finished model is written in a format.
+    """A format of a finished model.
 
     place: name of the file or folder in `final/`.
     write: writes the format of a model folder to a path.

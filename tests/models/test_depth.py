@@ -112,7 +112,7 @@ def test_layers_that_a_view_leaves_out_get_gradients_of_zero(family):
     with Elastic(model).viewing(depth_view(model, (1, 3))):
         model(input_ids=torch.arange(2, 26).reshape(2, 12)).logits.sum().backward()
 
-    # What all layers share, T5's position bias, lies in the first layer.
+    # The first layer holds T5's position bias, which all layers share.
     assert all(not weight.grad.any() for weight in left.parameters())
 
 

@@ -1,4 +1,4 @@
-"""How much a student may cost: weights, operations of its layers, or time on this machine."""
+"""Budgets of a student: weights, operations of its layers, or time on this machine."""
 
 from __future__ import annotations
 
