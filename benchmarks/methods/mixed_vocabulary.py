@@ -7,8 +7,8 @@ CPU.
   learn masked words, in as many steps at the same rate. `alone` has no teacher; `patient_kd` learns
   from the hidden states of a frozen teacher; `dual`, `dual_tables`, `down`, `up` and `matrices`
   (down, without norms and biases, with a measured weight) learn beside the teacher (version 1 of
-  the method); `version_2` starts from a table that the teacher learned, and `version_2_pieces`
-  from one that began as the teacher's own embeddings.
+  the method); `version_2` starts from a table that the teacher learned from random values, and
+  `version_2_pieces` from one that began as the teacher's own embeddings, the default.
   `large_alone` has the shape and the vocabulary of the teacher, ten times the parameters, and
   starts from random weights.
 * tasks: all models, and the teacher, learn tasks from labels; the last weights are scored.
@@ -45,7 +45,7 @@ ARMS = {
     "down": ("method.projections=down",),
     "up": ("method.projections=up",),
     "matrices": ("method.projections=down", "method.vectors=false", "method.projection_ratio=0.3"),
-    VERSION_2: ("method.version=2",),
+    VERSION_2: ("method.version=2", "method.table=random"),
     f"{VERSION_2}_pieces": ("method.version=2", "method.table=pieces"),
 }
 """The runs of the small student, with the settings that win over the config `students`."""

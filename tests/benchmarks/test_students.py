@@ -174,7 +174,7 @@ def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, t
         *((1, "down", None), (1, "up", None), (1, "down", None)),
         *((2, "down", None), (2, "down", None)),
     ]
-    assert [m.table for m in methods] == [*[None] * 7, "pieces"]
+    assert [m.table for m in methods] == [*[None] * 6, "random", "pieces"]
     assert [m.teacher_learning_rate for m in methods] == [None, *[1e-4] * 7]
     assert methods[-1].teacher_steps == 5
     # A model of a task is read with its own tokenizer.

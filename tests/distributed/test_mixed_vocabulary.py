@@ -165,7 +165,7 @@ METHODS = {
     "tables": {"projections": "dual", "embeddings": True, "epsilon": 500.0},
     "measured": {"projections": "up", "vectors": False, "projection_ratio": 0.3},
     "version 2": {"version": 2, "teacher_steps": 3},
-    "version 2 from pieces": {"version": 2, "teacher_steps": 3, "table": "pieces"},
+    "version 2, random": {"version": 2, "teacher_steps": 3, "table": "random"},
 }
 TOGETHER = ["down", "up", "dual", "tables"]
 

@@ -120,8 +120,8 @@ def test_the_student_starts_from_the_table_that_its_teacher_learned(after_teache
     assert second["lift.weight"].shape == (16, 8)
 
 
-def test_the_teachers_table_may_start_from_its_own_pieces(one_rank, after_teacher, tmp_path):
-    finish(one_rank, mixed(tmp_path, method=VERSION_2 | {"table": "pieces"}))
+def test_the_teachers_table_may_start_from_random_values(one_rank, after_teacher, tmp_path):
+    finish(one_rank, mixed(tmp_path, method=VERSION_2 | {"table": "random"}))
 
     one, other = (
         load_file(out / "stages/mixed-teacher/second_vocabulary.safetensors")["lift.bias"]

@@ -10,8 +10,8 @@ Differs from the paper: the weight of the cross-entropies beside the sum of squa
 found, and is the number of compared elements by default (`epsilon`), or measured
 (`projection_ratio`). The paper compares every weight of a layer; `vectors: false` leaves out norms
 and biases, whose errors are most of the sum at the start. Whether the tables of embeddings are
-compared was not found either (`embeddings`). The paper's teacher learns next sentences too; here it
-learns masked tokens only.
+compared was not found either (`embeddings`), nor how the second table starts (`table`). The paper's
+teacher learns next sentences too; here it learns masked tokens only.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
     teacher_learning_rate: learning rate of the teacher; null: as the student's.
     teacher_steps: of version 2: steps in which the teacher learns; null: as many as the student.
     table: of version 2: the student's pieces start from `random` embeddings, or from those of the
-        teacher's `pieces` of the same string, reduced to the student's width; null: `random`.
+        teacher's `pieces` of the same string, reduced to the student's width; null: `pieces`.
     patient_kd_weight: weight of the hidden states in the baseline `patient_kd`.
     """
 
@@ -353,7 +353,7 @@ def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Sta
     """Train the teacher on mixed text, then the student from the table that the teacher learned."""
     settings = {"max_steps": config.teacher_steps, "learning_rate": config.teacher_learning_rate}
     given = {key: value for key, value in settings.items() if value is not None}
-    reading = MixedReading(config.p, is_narrow=True, from_pieces=config.table == "pieces")
+    reading = MixedReading(config.p, is_narrow=True, from_pieces=config.table != "random")
     stage_one = Stage(
         name="mixed-teacher",
         learners={teacher: 1.0},
