@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     from megakd.contract.lab import TimedWork
     from megakd.models.source import ModelSource
 
-LEAST_ROUNDS, MOST_SECONDS, CLOSE = 5, 20.0, 1.03
-"""A comparison ends when the two shortest times of both models are this close, or too late."""
+LEAST_ROUNDS, MOST_SECONDS, SURE = 15, 20.0, 0.01
+"""A comparison ends when the standard error of the ratio is 1 %, or after 20 seconds."""
 logger = logging.getLogger(__name__)
 
 
@@ -50,8 +52,9 @@ class Stopwatch:
     def ratios(self, views: Mapping[str, View]) -> dict[str, float]:
         """Return the time of each view relative to the time of the whole model.
 
-        The shortest time of a model over the rounds counts, which other load on the machine changes
-        least. Two models are in memory at a time.
+        A ratio is the median over rounds in which both models are timed: other load on the machine
+        slows both, and the shortest times of two models are from different moments. Two models are
+        in memory at a time.
         """
         with self._calls(self._source.config) as whole:
             found = {}
@@ -62,14 +65,13 @@ class Stopwatch:
 
     def _ratio(self, whole: Call, view: View) -> float:
         with self._calls(cut_config(self._source.config, view)) as cut:
-            calls, times = (cut, whole), ([], [])
-            for call in calls:
+            for call in (cut, whole):
                 milliseconds(call)
+            ratios: list[float] = []
             began = time.perf_counter()
-            while time.perf_counter() - began < MOST_SECONDS and not all(map(_is_sure, times)):
-                for call, of_call in zip(calls, times, strict=True):
-                    of_call.append(milliseconds(call))
-            return min(times[0]) / min(times[1])
+            while time.perf_counter() - began < MOST_SECONDS and not _is_sure(ratios):
+                ratios.append(milliseconds(cut) / milliseconds(whole))
+            return statistics.median(ratios)
 
     @contextmanager
     def _calls(self, config: PretrainedConfig) -> Iterator[Call]:
@@ -88,8 +90,9 @@ class Stopwatch:
             yield calls_of(timed, self._batches)
 
 
-def _is_sure(times: Sequence[float]) -> bool:
-    if len(times) < LEAST_ROUNDS:
+def _is_sure(ratios: Sequence[float]) -> bool:
+    if len(ratios) < LEAST_ROUNDS:
         return False
-    first, second, *_ = sorted(times)
-    return second <= CLOSE * first
+    lower, middle, upper = statistics.quantiles(ratios, n=4)
+    # The standard error of the median of normal values, by the distance of their quartiles.
+    return 0.93 * (upper - lower) / math.sqrt(len(ratios)) <= SURE * middle

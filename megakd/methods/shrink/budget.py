@@ -112,15 +112,19 @@ def timed_candidates(
     # The sizes of shapes between the timed ones are estimates.
     timed = candidates_of(cuts, budget._replace(tolerance=2 * budget.tolerance), wanted)
     by_width = {of_width.width: of_width for of_width in cuts}
-    for number in range(TIMINGS):
-        if number:
-            timed = [_corrected(by_width[one.width], one, budget.target) for one in timed]
+    names, fitting = [one.name for one in timed], {}
+    for number in range(1, TIMINGS + 1):
         measured = times(f"times-{number + 1}", {one.name: sizes.view(one) for one in timed})
         timed = [one._replace(size=measured[one.name]) for one in timed]
-    fitting = [one for one in timed if abs(one.size / budget.target - 1) <= budget.tolerance]
+        fits = {one.name: one for one in timed if budget.allows(one.size)}
+        others = [one for one in timed if one.name not in fits]
+        fitting |= fits
+        if not others:
+            break
+        timed = [_corrected(by_width[one.width], one, budget.target) for one in others]
     if not fitting:
-        raise ConfigError(no_candidate(budget, timed, cuts[0].whole))
-    return fitting
+        raise ConfigError(no_candidate(budget, others, cuts[0].whole))
+    return [fitting[name] for name in names if name in fitting]
 
 
 def _corrected(cuts: Cuts, timed: Candidate, target: float) -> Candidate:

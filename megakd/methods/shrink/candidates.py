@@ -200,6 +200,9 @@ class Budget(NamedTuple):
     tolerance: float
     text: Callable[[float], str]
 
+    def allows(self, size: float) -> bool:
+        return abs(size / self.target - 1) <= self.tolerance
+
 
 def candidates_of(
     cuts: Sequence[Cuts], budget: Budget, wanted: int | Sequence[float]
