@@ -80,11 +80,13 @@ class TeacherPool:
     def close(self, but: Collection[str] = ()) -> None:
         """Close all teachers but some whose models are still the same.
 
-        A teacher whose answers are cached or served is always closed; to open it costs nothing.
+        A teacher whose answers are cached or served is always closed; to open it costs nothing. So
+        is one that the next stage may ask from the run's own cache.
         """
         for name, (ready, teacher) in list(self._open.items()):
             is_same = name in but and self.assembly.teachers[name] is ready
-            if not isinstance(teacher, FrozenTeacher) or not is_same:
+            is_kept = isinstance(teacher, FrozenTeacher) and ready.spec.cache != AUTO
+            if not (is_kept and is_same):
                 del self._open[name]
                 teacher.destroy()
 
