@@ -1,0 +1,147 @@
+"""Shrink of a classifier: several sizes in one run, a run per size, and kept layers.
+
+`python benchmarks methods.shrink_encoder --data FOLDER [--setting clinc150-few]
+[--sizes 40%,20%,10%] [--runs series,each,layers-2,layers-1] [--seeds 1,2,3]`, on the CPU, one rank.
+
+The teacher is all-MiniLM-L6-v2, fine-tuned as in the evidence, once. `series` cuts it to all sizes
+in one run, `each` in a run per size, with equal steps of trial and repair; `layers-N` keeps the
+most important layers as they are and trains as long as trial and repair. Sizes are shares of the
+operations of the layers, or speed-ups such as 2x,4x,8x. Scores are of the test rows; each run has a
+folder below `--out`, is gone on with where it was, and is done once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from evidence.settings import SETTINGS
+from lib.launching import (
+    Leg,
+    Report,
+    fetch_teacher,
+    finished,
+    leg_of,
+    report_of,
+    run_side_by_side,
+    write_leg_configs,
+)
+from lib.options import add_runs, need, parsed, parser_of
+from lib.tables import Columns, columns_of, print_models
+
+SERIES, EACH, LAYERS = "series", "each", "layers-"
+SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "per_device_train_batch_size": 32}
+OBJECTIVE = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "count": "rows"}]
+
+
+def main(arguments: Sequence[str]) -> int:
+    given = parse(arguments)
+    setting = SETTINGS[given.setting]
+    need(given.data / part for part in setting.needs)
+    setting.write_splits(given.data, given.out / "data")
+    write_leg_configs(given.out, configs(given))
+    report_of(leg_of(given.out, "teacher", "teacher", ()), ranks=1)
+    legs = [
+        leg for seed in given.seeds for name in given.runs for leg in legs_of(given, name, seed)
+    ]
+    run_side_by_side(legs, jobs=given.jobs)
+    what = f"Shrink of a classifier ({given.setting}) to {', '.join(given.sizes)}"
+    print_models(what, given.command, models(given), reference=given.runs[0])
+    return 0
+
+
+def configs(given: argparse.Namespace) -> dict[str, Any]:
+    setting, data = SETTINGS[given.setting], given.out / "data"
+    task = {**setting.task(data), "test_files": str(data / "test.csv")}
+    train = {"max_steps": given.steps, "learning_rate": 1e-3, **SCHEDULE}
+    student = {"model": "from_teacher", "dropout": 0.0}
+    shared = {
+        "task": task,
+        "teacher": {"model": str(given.out / "teacher" / "final"), "cache": "auto"},
+        "train": train,
+    }
+    longer = {**train, "max_steps": given.steps + round(0.3 * given.steps)}
+    return {
+        "teacher": {
+            "task": task,
+            "student": {"model": str(fetch_teacher().resolve())},
+            "method": {"name": "finetune"},
+            "train": setting.teacher.train(),
+            "eval": {"latency": False},
+        },
+        "shrink": {**shared, "student": student, "method": {"name": "shrink"}},
+        "layers": {
+            **shared,
+            "student": student,
+            "method": {"name": "single"},
+            "objective": OBJECTIVE,
+            "train": longer,
+        },
+    }
+
+
+def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:
+    """Return the runs of an arm: one, or one for each size."""
+    if name.startswith(LAYERS):
+        keep = f"student.layers={{keep: {name.removeprefix(LAYERS)}, by: importance}}"
+        return [leg_of(given.out, f"{name}-{seed}", "layers", (keep, f"seed={seed}"))]
+    groups = [given.sizes] if name == SERIES else [[size] for size in given.sizes]
+    return [_shrink(given, name, sizes, seed) for sizes in groups]
+
+
+def _shrink(given: argparse.Namespace, name: str, sizes: Sequence[str], seed: int) -> Leg:
+    key = "speedup" if sizes[0].endswith("x") else "flops"
+    words = (f"method.{key}={','.join(sizes)}", f"method.candidates={given.candidates}")
+    folder = f"{name}-{'-'.join(sizes).replace('%', '')}-{seed}"
+    return leg_of(given.out, folder, "shrink", (*words, f"seed={seed}"))
+
+
+def models(given: argparse.Namespace) -> dict[str, Columns]:
+    """Return the score of each size, the speed-up and the seconds of training, by arm and seed."""
+
+    def of_arm(name: str, seed: int) -> dict[str, float | None]:
+        reports = [finished(leg) for leg in legs_of(given, name, seed)]
+        made = [numbers(given, report) for report in reports if report is not None]
+        seconds = sum(one.pop("seconds") for one in made)
+        return {key: value for one in made for key, value in one.items()} | {"seconds": seconds}
+
+    return {
+        name: columns_of(given.seeds, lambda seed, name=name: of_arm(name, seed))
+        for name in given.runs
+    }
+
+
+def numbers(given: argparse.Namespace, report: Report) -> dict[str, float]:
+    """Return what a run has made: points on the test rows, and how much faster the students are."""
+    metric = report["metric_name"]
+    students = {
+        one["name"]: one for one in (*report["sizes"], report["student"] | {"name": "student"})
+    }
+    times = {one["model"]: one["ms"] for one in report["latency"] if one["batch"] == 32}
+    found = {
+        "teacher": 100 * report["teacher"]["metrics"][metric],
+        "seconds": sum(stage["seconds"] for stage in report["stages"]),
+    }
+    for name, one in students.items():
+        asked = one.get("asked")
+        value = asked and asked["value"]
+        title = "student" if asked is None else f"{value:g}" + "x" * (asked["what"] == "speedup")
+        found[title] = 100 * one["metrics"][metric]
+        if name in times:
+            found[f"faster, {title}"] = times["teacher"] / times[name]
+    return found
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    add_runs(parser, "shrink_encoder", jobs=1, data="clinc150/, banking77/ or glue/")
+    parser.add_argument("--setting", choices=SETTINGS, default="clinc150-few")
+    parser.add_argument("--sizes", default="40%,20%,10%", help="the largest first")
+    parser.add_argument("--steps", type=int, default=1000, help="of the repair")
+    parser.add_argument("--candidates", type=int, default=6, help="of each size")
+    parser.add_argument("--runs", default=f"{SERIES},{EACH},{LAYERS}2,{LAYERS}1")
+    given = parsed(parser, __name__, arguments)
+    given.sizes, given.runs = given.sizes.split(","), given.runs.split(",")
+    given.out = given.out / given.setting
+    return given
