@@ -41,9 +41,25 @@ class ClassifierReport(TypedDict):
     calibration_error: NotRequired[float]
 
 
+class AskedReport(TypedDict):
+    """The size that a student was asked to have.
+
+    what: whether `value` is a number of weights, a share of the multiplications in the teacher's
+        layers, or the teacher's time relative to the student's.
+    batch, tokens, runtime: the forward of `speedup`; without `tokens`, texts of the data.
+    """
+
+    what: Literal["parameters", "flops", "speedup"]
+    value: float
+    batch: NotRequired[int]
+    tokens: NotRequired[int]
+    runtime: NotRequired[str]
+
+
 class ModelReport(ClassifierReport):
     """Size and scores of a model.
 
+    asked: the size of a student that was cut to a size.
     bytes: size of the weights on disk.
     agreement: share of the rows for which the student predicts the label that the largest teacher
         predicts.
@@ -58,6 +74,7 @@ class ModelReport(ClassifierReport):
     bytes: NotRequired[int]
     trained_parameters: NotRequired[int]
     agreement: NotRequired[float]
+    asked: NotRequired[AskedReport]
     int8: NotRequired[FormatReport]
     onnx: NotRequired[FormatReport]
 
@@ -79,7 +96,7 @@ class AssistantReport(ModelReport):
 
 
 class PooledReport(ModelReport):
-    """Size and scores of one of several teachers."""
+    """Size and scores of one of several teachers, or of a student beside the smallest."""
 
     name: str
 
@@ -308,6 +325,7 @@ class Report(TypedDict):
 
     teacher: the largest teacher if there are several; `teachers` lists all of them.
     assistants: in the order in which they taught.
+    sizes: the larger students of a run that makes several.
     baselines: name -> metrics of a model of the student's shape that was trained differently.
     samples: prompts and answers of language models.
     generation: texts that evaluations have generated, an entry per stage.
@@ -325,6 +343,7 @@ class Report(TypedDict):
     teachers: Sequence[PooledReport]
     assistants: Sequence[AssistantReport]
     student: ModelReport
+    sizes: Sequence[PooledReport]
     baselines: Mapping[str, Mapping[str, float]]
     candidates: Sequence[CandidateReport]
     stages: Sequence[StageReport]
@@ -360,16 +379,26 @@ class Assistant(NamedTuple):
     folder: Path
 
 
+class SizedStudent(NamedTuple):
+    """A student that was cut to a size: its stage, its folder, and the size that was asked for."""
+
+    name: str
+    folder: Path
+    asked: AskedReport
+
+
 @dataclass
 class MethodRecord:
     """Results that a method adds to the report: compared candidates, assistants used, cost.
 
+    sizes: the students that were cut to a size, the largest first.
     pool: how often each of several teachers taught.
     dev_scores: by name, the scores by which teachers were ranked.
     """
 
     candidates: list[CandidateReport] = field(default_factory=list)
     assistants: list[Assistant] = field(default_factory=list)
+    sizes: list[SizedStudent] = field(default_factory=list)
     cost: CostReport | None = None
     pool: PoolReport | None = None
     pruning: list[PruningReport] = field(default_factory=list)

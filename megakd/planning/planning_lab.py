@@ -183,7 +183,9 @@ class PlanningLab(LabBase):
         student = run_method(self.config.method, self)
         names = self.config.baselines
         baselines = [self.train(baseline_stage(self, name, student)) for name in names]
-        self._close([student, *baselines])
+        others = [one.name for one in self.record.sizes if one.name != student.name]
+        sizes = [result for result in self.results if result.name in others]
+        self._close([*sizes, student, *baselines])
         return self.phases
 
     def _close(self, students: Sequence[StageResult]) -> None:

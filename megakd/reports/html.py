@@ -106,6 +106,7 @@ def _comparison(report: Report) -> str:
 def _models(report: Report) -> list[Dot]:
     metric = report["metric_name"]
     kinds = {**dict.fromkeys(table.teachers_of(report), TEACHER), STUDENT: STUDENT}
+    kinds |= dict.fromkeys((entry["name"] for entry in report["sizes"]), STUDENT)
     kinds |= dict.fromkeys(report["baselines"], "baseline")
     scored = [
         (name, kinds.get(name, "assistant"), model["encoder_parameters"], metrics[metric])

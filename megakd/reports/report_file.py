@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("megakd", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "numpy")
 LATER_KEYS: Mapping[str, Any] = {
     **dict.fromkeys(("assistants", "latency", "teachers", "samples", "pruning"), ()),
-    **dict.fromkeys(("generation", "warnings"), ()),
+    **dict.fromkeys(("generation", "warnings", "sizes"), ()),
     **dict.fromkeys(("cost", "pool", "vocabulary")),
     **{key: {} for key in ("evaluation_sets", "seconds")},
 }

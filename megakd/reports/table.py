@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from megakd.contract.metric import lower_is_better
 from megakd.contract.results import (
+    AskedReport,
     CandidateReport,
     CostReport,
     GenerationReport,
@@ -64,6 +65,7 @@ def result_table(report: Report, *, final: Path | None = None) -> str:
         class_rows(report, most=FEW_LABELS),
         confusion_rows(STUDENT, report["student"], most=FEW_LABELS),
         set_rows(report),
+        asked_rows(report),
         candidate_rows(report["candidates"]),
         pool_rows(report),
         pruning_rows(report, most=6),
@@ -145,7 +147,8 @@ def scored_models(report: Report) -> list[tuple[str, ModelReport, Mapping[str, f
     A baseline has the student's size.
     """
     assistants = {entry["name"]: entry for entry in report["assistants"]}
-    sized = {**teachers_of(report), **assistants, STUDENT: report["student"]}
+    sizes = {entry["name"]: entry for entry in report["sizes"]}
+    sized = {**teachers_of(report), **assistants, **sizes, STUDENT: report["student"]}
     baselines = report["baselines"].items()
     return [(name, model, model["metrics"]) for name, model in sized.items()] + [
         (name, report["student"], metrics) for name, metrics in baselines
@@ -333,6 +336,32 @@ def candidate_rows(candidates: Sequence[CandidateReport]) -> Rows:
         size = [one.get("shape", f"{one['sparsity']:g}"), short_count(one["parameters"])]
         rows.append([str(one["iteration"]), *size, *weighed, "yes" if one["chosen"] else "-"])
     return rows
+
+
+def asked_rows(report: Report) -> Rows:
+    """Return a row per student that was cut to a size, with the size that it has."""
+    rows = [["size", "asked", "measured"]]
+    for name, model, _ in scored_models(report):
+        asked = None if name in report["baselines"] else model.get("asked")
+        if asked is not None:
+            rows.append([name, *_asked(report, name, model, asked)])
+    return rows
+
+
+def _asked(report: Report, name: str, model: ModelReport, asked: AskedReport) -> tuple[str, str]:
+    value, teacher = asked["value"], report["teacher"]
+    if asked["what"] == "parameters":
+        return f"{short_count(value)} weights", short_count(model["parameters"])
+    if asked["what"] == "flops":
+        whole = 0 if teacher is None else teacher["encoder_parameters"]
+        share = f"{model['encoder_parameters'] / whole:.1%}" if whole else "-"
+        return f"{value:.1%} of the layers", share
+    place = " (onnx)" if asked.get("runtime") == "onnx" else ""
+    reference, length = largest(teachers_of(report)) or TEACHER, asked.get("tokens")
+    forward = (asked.get("batch", 1), FORWARD if length is None else f"{ONE_LENGTH}{length} tokens")
+    timed = {(one.batch, one.kind): one for one in timings(report, of_one_length=True)}
+    ratio = forward in timed and timed[forward].speed_up(name + place, reference + place)
+    return f"{value:g}x at batch {forward[0]}{place}", str(ratio or "-")
 
 
 def class_rows(report: Report, *, most: int) -> Rows:

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 REPORT = "report.json"
 CONFIG = "config.yaml"
 FINAL = "final"
+SIZES = "sizes"
+"""Folder of the larger students of a run that makes several."""
 RUN = "run.json"
 _FREE = (
     "resume_from_checkpoint",
@@ -134,7 +136,7 @@ def finished_table(config: RunConfig, *, command: str) -> str:
                 *(out / FINAL, ", ".join(missing), stage),
             )
             with held(out):
-                on_main(lambda: _write_final(config, stage, report, command))
+                on_main(lambda: _write_model(config, stage, out / FINAL, report, command))
     return result_table(report, final=out / FINAL)
 
 
@@ -242,12 +244,16 @@ def _stage_of_final(out: Path, record: Mapping[str, Any]) -> Path:
 def publish(
     config: RunConfig, student: Path, report: Report, *, inputs: Fingerprint, command: str
 ) -> str:
-    """Write final/, run.json and then report.json, which marks the run as finished.
+    """Write the models, run.json and then report.json, which marks the run as finished.
 
     Return the result table. `student`: the folder of the stage that becomes `final/`.
     """
     out = config.output_dir
-    _write_final(config, student, report, command)
+    for entry in report["sizes"]:
+        of_size: Report = {**report, "student": entry, "speedup": None, "latency": ()}
+        stage = out / "stages" / entry["name"]
+        _write_model(config, stage, out / SIZES / entry["name"], of_size, command)
+    _write_model(config, student, out / FINAL, report, command)
     # A prolonged run has a report: without the report, a kill from here on leaves a run that has
     # not finished, and the next start publishes again.
     (out / REPORT).unlink(missing_ok=True)
@@ -261,20 +267,20 @@ def publish(
     return result_table(report, final=out / FINAL)
 
 
-def _write_final(config: RunConfig, stage: Path, report: Report, command: str) -> None:
+def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, command: str) -> None:
     from megakd.reports.card import model_card
 
-    final, remedy = config.output_dir / FINAL, remake(stage)
+    remedy = remake(stage)
     there = open_finished(stage, remedy=remedy)
-    kept = users_files(final)
+    kept = users_files(to)
     if kept:
-        logger.warning("%s: files that megakd did not write are kept: %s", final, ", ".join(kept))
+        logger.warning("%s: files that megakd did not write are kept: %s", to, ", ".join(kept))
     card = model_card(_card_facts(config, stage, command), report)
     changes = {CARD: card, **dict.fromkeys((RESULT, RECORD, *files_of_others(there)))}
     changes |= current_files(there)
     # The report decides, because `save` may change between two starts of a finished run.
     add = _adding(formats_of(report["student"]))
-    copy_finished(stage, final, changes=changes, keep=kept, add=add, remedy=remedy)
+    copy_finished(stage, to, changes=changes, keep=kept, add=add, remedy=remedy)
 
 
 def _adding(formats: Collection[str]) -> Callable[[Path], None] | None:

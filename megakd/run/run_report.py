@@ -58,7 +58,9 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     """Score the finished models, measure their latency, and return the report; a collective."""
     config, prepared, ranks = lab.config, lab.assembly.prepared, lab.assembly.ranks
     out = config.output_dir
-    students = {STUDENT: student.folder, **{n: made.folder for n, made in baselines.items()}}
+    sizes = {made.name: made for made in lab.record.sizes}
+    students = {name: made.folder for name, made in sizes.items()} | {STUDENT: student.folder}
+    students |= {name: made.folder for name, made in baselines.items()}
     with phase("scoring"):
         teachers = {name: lab.pool.measured(name) for name in lab.pool.folders}
         measured = {**teachers, **{name: lab.measure(made) for name, made in students.items()}}
@@ -73,6 +75,11 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
     reports = {name: entry.report for name, entry in measured.items()}
     teacher = largest({name: reports[name] for name in teachers})
     reference = None if teacher is None else teachers[teacher]
+
+    def of_student(name: str) -> ModelReport:
+        model = _student(measured[name], students[name], reference)
+        return {**model, "asked": sizes[name].asked} if name in sizes else model
+
     report = Report(
         method=config.method.name,
         task=config.task.data_name,
@@ -80,7 +87,8 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         evaluated_on="test" if prepared.encoded.test is not None else "validation",
         teacher=reference and reference.report,
         teachers=[{"name": name, **reports[name]} for name in teachers if config.teachers],
-        student=_student(measured[STUDENT], student.folder, reference),
+        student=of_student(STUDENT),
+        sizes=[{"name": name, **of_student(name)} for name in sizes if name != STUDENT],
         assistants=assistants,
         baselines={name: reports[name]["metrics"] for name in baselines},
         candidates=lab.record.candidates,
@@ -184,7 +192,6 @@ def _latency(
             device,
         )
         return []
-    from megakd.models.onnx import MODEL
     from megakd.reports.latency import Work, measure_latencies
 
     try:
@@ -196,13 +203,26 @@ def _latency(
             of_data=lengths_of_rows(rows).tolist(),
         )
         dtype = TORCH_DTYPE[lab.assembly.scoring_dtype()]
-        graph = config.output_dir / FORMATS_FOLDER / "onnx" / MODEL
-        graphs = {STUDENT: graph} if graph.is_file() else {}
+        graphs = _graphs(lab, models)
         return measure_latencies(models, work, graphs, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)
         return []
+
+
+def _graphs(lab: RunLab, models: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the student's graph, if it is there, and those of all if a size is a time in ONNX."""
+    from megakd.models.onnx import MODEL, write_onnx
+
+    folder = lab.config.output_dir / FORMATS_FOLDER / "onnx"
+    graphs = {STUDENT: folder / MODEL} if (folder / MODEL).is_file() else {}
+    if any(one.asked.get("runtime") == "onnx" for one in lab.record.sizes):
+        for name in models.keys() - graphs.keys():
+            graphs[name] = folder / name / MODEL
+            graphs[name].parent.mkdir(parents=True, exist_ok=True)
+            write_onnx(models[name], to=graphs[name])
+    return graphs
 
 
 def _speedup(latency: Sequence[LatencyReport], teacher: str | None) -> Speedup | None:

@@ -52,7 +52,7 @@ def test_the_file_is_written_and_then_run(started):
     assert config.teacher.model == "org/Llama-1B"
     assert config.student.model == "from_teacher"
     assert (config.task.type, config.task.dataset) == ("causal_lm", "text.txt")
-    assert (config.method.name, config.method.parameters) == ("shrink", 600_000_000)
+    assert (config.method.name, config.method.parameters) == ("shrink", (600_000_000,))
     assert (config.method.repair_steps, config.train.learning_rate) == (40, 3e-5)
 
 
@@ -62,7 +62,7 @@ def test_the_example_has_the_settings_of_the_command(started):
     ours, example = load_config(Path("runs/Llama-1B-0.6B") / FILE), load_config(EXAMPLE)
 
     own = {"repair_steps": example.method.repair_steps, "on_policy_steps": 100}
-    assert replace(ours.method, parameters=400_000_000, **own) == example.method
+    assert replace(ours.method, parameters=(400_000_000,), **own) == example.method
     own = {"gradient_checkpointing": True}
     assert replace(ours.train, **own) == example.train
     assert (ours.eval, ours.student) == (example.eval, example.student)
@@ -86,9 +86,11 @@ def test_an_encoder_becomes_a_classifier_that_is_fine_tuned_if_it_is_none(
     assert started == [Path("runs/model-8x")]
     assert (config.task.type, config.task.dataset) == ("classification", "texts.csv")
     assert (config.teacher.cache, config.student.dropout) == ("auto", 0.0)
-    assert (config.method.speedup, config.train.learning_rate) == (8.0, 1e-3)
+    assert (config.method.speedup, config.train.learning_rate) == ((8.0,), 1e-3)
     timing = config.method.timing
     assert (timing.batch, timing.tokens, timing.runtime) == (1, 64, "onnx")
+    latency = config.eval.latency
+    assert (latency.batch, latency.tokens, config.save.onnx) == ((1,), 64, True)
     given = config.teacher.finetune
     assert given == finetune or given.learning_rate == finetune["learning_rate"]
 
@@ -98,6 +100,14 @@ def test_the_size_may_be_a_share(started):
     assert cli.main(words) == 0
     assert load_config(Path("runs/model-smaller") / FILE).method.target_sparsity == 0.4
     assert started
+
+
+def test_several_sizes_learn_in_one_run(started):
+    assert cli.main([*FASTER[:-1], "2x,4x,8x"]) == 0
+
+    (folder,) = started
+    assert folder == Path("runs/model-2x-4x-8x")
+    assert load_config(folder / FILE).method.speedup == (2.0, 4.0, 8.0)
 
 
 def test_several_ranks_are_started_by_the_launcher(started, capsys):
@@ -112,7 +122,7 @@ def test_several_ranks_are_started_by_the_launcher(started, capsys):
 
 def test_the_config_can_be_printed_without_writing_it(started, capsys):
     assert cli.main([*WORDS, "--print-config"]) == 0
-    assert "parameters: 600000000" in capsys.readouterr().out
+    assert "parameters:\n  - 600000000" in capsys.readouterr().out
     assert not Path("runs").exists()
     assert started == []
 
@@ -131,6 +141,7 @@ def test_the_config_can_be_printed_without_writing_it(started, capsys):
         (["shrink", "model", "--data", "f", "--speedup", "fast"], "must be a number such as 8x"),
         ([*WORDS, "--ranks", "0"], "--ranks must be at least 1"),
         ([*WORDS, "train.max_stepz=3"], 'override "train.max_stepz=3"'),
+        ([*FASTER[:-1], "8x,2x"], "method.speedup: the largest model comes first"),
         ([*WORDS, "--parameters", "much"], "must be a number of weights such as 0.6B"),
     ],
 )

@@ -25,12 +25,13 @@ from megakd.scoring.scorer import few
 
 
 def shrink(config_path: str, overrides: list[str]) -> dict[str, Any]:
-    """Run the method; return the student's weights, the candidates, and scores of the layers."""
+    """Run the method; return the students' weights, the candidates, and scores of the layers."""
     with lab_of(config_path, overrides, writes=True) as lab:
-        result = run_method(lab.config.method, lab)
+        run_method(lab.config.method, lab)
         layers = lab.pruning.layer_scores("teacher")
+    states = [load_file(one.folder / "model.safetensors") for one in lab.record.sizes]
     return {
-        "state": load_file(result.folder / "model.safetensors"),
+        "state": {f"{n}.{name}": w for n, s in enumerate(states) for name, w in s.items()},
         "candidates": lab.record.candidates,
         "layers": layers,
     }
@@ -89,11 +90,20 @@ def config_of(folder: Path, out: Path, *, rows: int, zero: int) -> Path:
     return write_config(out / "run.yaml", tree)
 
 
+SERIES = ["method.target_sparsity=null", "method.flops=80%,50%", "method.candidates=3"]
+
+
+@pytest.fixture(scope="module", params=[[], SERIES], ids=["one size", "two sizes"])
+def sizes(request) -> list[str]:
+    """Overrides of the config."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def alone(workers, folder, tmp_path_factory) -> dict:
+def alone(workers, folder, tmp_path_factory, sizes) -> dict:
     """One rank with the rows of both."""
     config = config_of(folder, tmp_path_factory.mktemp("alone"), rows=6, zero=2)
-    return workers(1).run("test_shrink.shrink", str(config), [])[0]
+    return workers(1).run("test_shrink.shrink", str(config), sizes)[0]
 
 
 def assert_same(rank: dict, alone: dict) -> None:
@@ -104,10 +114,12 @@ def assert_same(rank: dict, alone: dict) -> None:
 
 
 @pytest.mark.parametrize("zero", [2, 3])
-def test_two_ranks_choose_and_train_what_one_rank_does(workers, folder, alone, tmp_path, zero):
+def test_two_ranks_choose_and_train_what_one_rank_does(
+    workers, folder, alone, tmp_path, zero, sizes
+):
     config = config_of(folder, tmp_path, rows=3, zero=zero)
 
-    first, second = workers(2).run("test_shrink.shrink", str(config), [])
+    first, second = workers(2).run("test_shrink.shrink", str(config), sizes)
 
     for key in ("candidates", "layers"):
         assert first[key] == second[key]

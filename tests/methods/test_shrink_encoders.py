@@ -75,6 +75,10 @@ def test_the_student_has_no_dropout_and_its_teacher_keeps_its_own(shrunk):
     assert teacher["hidden_dropout_prob"] == 0.1
 
 
+def test_the_teacher_answers_once_for_all_steps_of_the_repair(shrunk):
+    assert (shrunk / "stages" / "teacher-answers").is_dir()
+
+
 def test_a_run_stopped_in_every_stage_ends_with_the_same_weights(one_rank, shrunk, tmp_path):
     config = shrinking(tmp_path)
 
@@ -90,6 +94,7 @@ def test_a_run_stopped_in_every_stage_ends_with_the_same_weights(one_rank, shrun
     [
         ({"flops": "0.1%"}, r"no model with 0\.1% of the layers' operations .*the nearest"),
         ({"flops": None, "parameters": "1B"}, "give a smaller size"),
+        ({"flops": "40%,0.1%"}, r"no model with 0\.1% of the layers' operations .*the nearest"),
     ],
 )
 def test_a_budget_that_no_shape_meets_is_refused_before_anything_is_trained(
@@ -100,6 +105,53 @@ def test_a_budget_that_no_shape_meets_is_refused_before_anything_is_trained(
     assert said.code == 2
     assert re.search(message, said.err)
     assert said.loaded == ()
+
+
+SERIES = {"flops": "70%,40%,20%", "candidates": 3, "repair_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def series(one_rank, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("series")
+    finish(one_rank, shrinking(folder, method=SERIES))
+    return folder / "out"
+
+
+def test_every_size_of_a_series_is_a_stock_model_of_its_size(series):
+    report = read(series)
+    teacher = report["teacher"]["encoder_parameters"]
+
+    folders = [*(series / "sizes" / one["name"] for one in report["sizes"]), series / "final"]
+    entries = [*report["sizes"], report["student"]]
+
+    assert [folder.name for folder in folders] == ["student-0.7", "student-0.4", "final"]
+    for folder, entry, share in zip(folders, entries, (0.7, 0.4, 0.2), strict=True):
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert type(model).__name__ == "BertForSequenceClassification"
+        assert model.num_parameters() == entry["parameters"]
+        assert entry["asked"] == {"what": "flops", "value": share}
+        assert entry["encoder_parameters"] == pytest.approx(share * teacher, rel=0.06)
+    chosen = [row["iteration"] for row in report["candidates"] if row["chosen"]]
+    assert chosen == [1, 2, 3]
+
+
+def test_the_sizes_of_a_series_are_timed_and_drawn_beside_each_other(series):
+    report, page = read(series), (series / "report.html").read_text()
+
+    assert {"student-0.7", "student-0.4", "student"} <= {one["model"] for one in report["latency"]}
+    assert "student-0.7" in page
+    assert "70.0% of the layers" in page
+
+
+def test_a_series_stopped_in_every_stage_ends_with_the_same_weights(one_rank, series, tmp_path):
+    config = shrinking(tmp_path, method=SERIES)
+
+    for stop in (("trial-1", 2), ("shared", 1), ("student-0.7", 1), ("student", 1)):
+        assert one_rank.train("--config", config, stop_at=stop).code != 0
+    finish(one_rank, config)
+
+    for folder in ("sizes/student-0.7", "sizes/student-0.4", "final"):
+        assert same_weights(tmp_path / "out" / folder, series / folder)
 
 
 def test_a_speedup_is_timed_once_before_the_teacher_learns(one_rank, tmp_path):

@@ -11,7 +11,8 @@ import pytest
 from reports import chosen_report, language_report, report_of
 
 from megakd.reports.html import html_report
-from megakd.reports.table import result_table
+from megakd.reports.report_file import completed
+from megakd.reports.table import asked_rows, result_table
 
 
 def cells(table: str, row: str) -> list[str]:
@@ -123,6 +124,22 @@ def test_the_headline_is_on_texts_of_the_data_and_the_page_has_the_other_lengths
     assert "It has 106.5x fewer parameters without embeddings, is 3.00x as fast at batch 1." in page
     assert ">ms of 24 tokens (batch 1)</th>" in page
     assert ">4.00x</td>" in page
+
+
+def test_a_size_that_was_asked_for_stands_beside_the_size_that_was_measured() -> None:
+    asked = {"what": "speedup", "value": 8.0, "batch": 32, "runtime": "torch"}
+    larger = {**report_of()["student"], "asked": {"what": "flops", "value": 0.01}}
+    report = report_of(
+        latency=timed(student=[2.0] * 5, teacher=[15.8] * 5, batch=32),
+        student={**report_of()["student"], "asked": asked},
+        sizes=[{"name": "student-0.01", **larger}],
+    )
+
+    assert asked_rows(completed(report)) == [
+        ["size", "asked", "measured"],
+        ["student-0.01", "1.0% of the layers", "0.9%"],
+        ["student", "8x at batch 32", "7.90x"],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -18,46 +18,54 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass as plain_dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab, Model, TimedWork
-from megakd.contract.metric import Metric
-from megakd.contract.results import CandidateReport
-from megakd.contract.stage import Constant, Pass, Scores, Stage, StageResult, Verdict
-from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT, TEACHER
+from megakd.contract.results import AskedReport, SizedStudent
+from megakd.contract.stage import Stage, StageResult
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     STATE_TERMS,
     STRICT,
     Count,
-    HardCrossEntropy,
     SoftTargetKl,
     TermConfig,
 )
-from megakd.contract.views import View
 from megakd.methods.assistants import ImportanceOptions
-from megakd.methods.minidisc import Sandwich
 from megakd.methods.shrink.budget import (
     SPEED_TOLERANCE,
     TOLERANCE,
     Parameters,
+    Several,
     Share,
     Sizes,
     Speedup,
+    falling,
+    short_name,
     timed_candidates,
 )
 from megakd.methods.shrink.candidates import Budget, Candidate, Family, candidates_of
+from megakd.methods.shrink.series import SHARED, train_series
+from megakd.methods.shrink.stages import (
+    KL,
+    TRIAL,
+    BestCandidate,
+    Link,
+    metric_of,
+    objective_of,
+    repair,
+    rows_of,
+    train_of,
+    trial,
+)
 
 LARGEST_HOP = 2.5
 """Ratio of the teacher's weights to the student's beyond which an assistant may help."""
-SHARE_OF_REPAIR = 0.3
-"""The trial takes this share of the repair's steps by default; a tenth chose worse candidates."""
-KL = "soft_target_kl"
-TRIAL, ASSISTANT = "trial-", "assistant-"
+ASSISTANT = "assistant-"
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 NARROWER = (0.75, 0.5)
 """Shares of the residual width of candidates, beside the whole width."""
@@ -68,7 +76,8 @@ BUDGETS = ("parameters", "target_sparsity", "flops", "speedup")
 class ShrinkConfig(ImportanceOptions):
     """Cut a model to a budget: the best of several depths and widths, repaired by distillation.
 
-    Exactly one of the first four options is the budget.
+    Exactly one of the first four options is the budget. Several numbers, the largest model first,
+    are the sizes of several students that learn in one run.
 
     parameters: number of weights of the student, such as 0.6B, 600M or 600000000, as exported.
     target_sparsity: share of the teacher's weights to remove; 0.1 to 0.6 is usual.
@@ -92,10 +101,10 @@ class ShrinkConfig(ImportanceOptions):
 
     learns_from_rollouts: ClassVar[bool] = True
     name: Literal["shrink"]
-    parameters: Parameters | None = None
+    parameters: Several[Parameters] | None = None
     target_sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
-    flops: Share | None = None
-    speedup: Speedup | None = None
+    flops: Several[Share] | None = None
+    speedup: Several[Speedup] | None = None
     timing: TimedWork = TimedWork()
     candidates: Count | Shares = 6
     round_to: Count | None = None
@@ -106,16 +115,24 @@ class ShrinkConfig(ImportanceOptions):
     assistant: Literal["never", "auto_2.5"] = "never"
     passes_per_backward: Count | None = None
 
+    @property
+    def is_series(self) -> bool:
+        """Whether several students are asked for."""
+        return any(len(sizes or ()) > 1 for sizes in (self.parameters, self.flops, self.speedup))
+
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
+        yield from falling("method.parameters", self.parameters)
+        yield from falling("method.flops", self.flops)
+        yield from falling("method.speedup", self.speedup, sign=-1)
         budgets = {key: getattr(self, key) for key in BUDGETS}
         if sum(value is not None for value in budgets.values()) != 1:
             given = ", ".join(f"{key} (got {value})" for key, value in budgets.items())
             yield f"method: set exactly one of {given}"
-        if self.assistant != "never" and self.speedup is not None:
+        if self.assistant != "never" and (self.flops or self.speedup or self.is_series):
             yield (
-                f"method.assistant: {self.assistant} divides a number of weights into hops, and "
-                "method.speedup is a time; set method.parameters, or method.assistant to never"
+                f"method.assistant: {self.assistant} divides one number of weights into hops; set "
+                "one number as method.parameters, or method.assistant to never"
             )
         if config.student.model != FROM_TEACHER or config.student.layers is not None:
             yield (
@@ -153,50 +170,48 @@ class ShrinkConfig(ImportanceOptions):
             )
 
 
-class Link(NamedTuple):
-    """The start of a hop.
-
-    teacher: name of the model that teaches.
-    start: the model that contains the candidates.
-    layer_scores: importance of each layer of `start`.
-    """
-
-    teacher: str
-    start: Model
-    layer_scores: tuple[float, ...]
-
-
 def run(config: ShrinkConfig, lab: Lab) -> StageResult:
-    """Find the candidates, sort the teacher, then choose a cut and repair it, for each hop."""
+    """Find the candidates, sort the teacher, then choose cuts and repair them."""
     sizes = sizes_of(config, lab, lab.given(TEACHER))
-    first, *others = budgets(config, sizes.weights(sizes.family.units))
-    candidates = _candidates(config, sizes, first)
+    weights = sizes.weights(sizes.family.units)
+    wanted = budgets(config, weights)
+    first, *others = hops(config, wanted, weights)
+    refused_early = wanted if config.is_series else [first]
+    groups = {one: _candidates(config, sizes, one) for one in refused_early}
     teacher = lab.teacher()
     ranked = config.ranked_units(lab, teacher, residual=len(sizes.widths) > 1)
     link = Link(teacher, ranked.source, lab.pruning.layer_scores(teacher))
-    for number, budget in enumerate(others, start=1):
-        link = _assistant(config, lab, link, candidates, number)
-        candidates = _candidates(config, sizes_of(config, lab, link.start), budget)
-    chosen, _ = _choose(config, lab, link, candidates, len(others) + 1)
-    return lab.train(_repair(config, lab, link.teacher, chosen))
+    if config.is_series:
+        results = train_series(config, lab, link, groups)
+    else:
+        results = [_train_one(config, lab, link, groups[first], others)]
+    for budget, result in zip(wanted, results, strict=True):
+        lab.record.sizes.append(SizedStudent(result.name, result.folder, _asked(config, budget)))
+    return results[-1]
 
 
 def budgets(config: ShrinkConfig, parameters: int) -> list[Budget]:
-    """Return the sizes to shrink to, in order; the last is the student's.
-
-    `parameters`: number of weights of the teacher.
-    """
+    """Return the sizes of the students, in order; `parameters`: number of the teacher's weights."""
     if config.flops is not None:
-        return [Budget("method.flops", config.flops, TOLERANCE, _of_operations)]
+        key, text = "method.flops", _of_operations
+        return [Budget(key, one, TOLERANCE, text, f"{one:g}") for one in config.flops]
     if config.speedup is not None:
-        return [Budget("method.speedup", 1 / config.speedup, SPEED_TOLERANCE, _speedup)]
-    share = 1 - (config.target_sparsity or 0.0)
-    target = config.parameters or round(share * parameters)
-    count = math.ceil(math.log(max(parameters / target, 1)) / math.log(LARGEST_HOP) - 1e-9)
-    ratio = (target / parameters) ** (1 / max(count, 1))
-    hops = range(1, 1 if config.assistant == "never" else count)
-    targets = [*(round(parameters * ratio**hop) for hop in hops), target]
-    return [Budget("method.parameters", one, TOLERANCE, _weights) for one in targets]
+        key, text = "method.speedup", _speedup
+        return [Budget(key, 1 / x, SPEED_TOLERANCE, text, f"{x:g}x") for x in config.speedup]
+    key, share = "method.parameters", 1 - (config.target_sparsity or 0.0)
+    targets = config.parameters or (round(share * parameters),)
+    return [Budget(key, one, TOLERANCE, _weights, short_name(one)) for one in targets]
+
+
+def hops(config: ShrinkConfig, wanted: Sequence[Budget], parameters: int) -> list[Budget]:
+    """Return the sizes of the assistants, if there are any, and of the last student."""
+    last = wanted[-1]
+    if config.assistant == "never":
+        return [last]
+    count = math.ceil(math.log(max(parameters / last.target, 1)) / math.log(LARGEST_HOP) - 1e-9)
+    ratio = (last.target / parameters) ** (1 / max(count, 1))
+    targets = (round(parameters * ratio**hop) for hop in range(1, count))
+    return [*(last._replace(target=one) for one in targets), last]
 
 
 def _weights(size: float) -> str:
@@ -209,6 +224,17 @@ def _of_operations(size: float) -> str:
 
 def _speedup(size: float) -> str:
     return f"a speed-up of {1 / size:.2f}x"
+
+
+def _asked(config: ShrinkConfig, budget: Budget) -> AskedReport:
+    if config.speedup is None:
+        what = "parameters" if config.flops is None else "flops"
+        return {"what": what, "value": budget.target}
+    work = config.timing
+    asked: AskedReport = {"what": "speedup", "value": 1 / budget.target, "batch": work.batch}
+    if isinstance(work.tokens, int):
+        asked["tokens"] = work.tokens
+    return {**asked, "runtime": work.runtime}
 
 
 def sizes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Sizes:
@@ -243,137 +269,46 @@ def _candidates(config: ShrinkConfig, sizes: Sizes, budget: Budget) -> list[Cand
     return candidates_of(sizes.of(size), budget, config.candidates)
 
 
+def _train_one(
+    config: ShrinkConfig,
+    lab: Lab,
+    link: Link,
+    candidates: Sequence[Candidate],
+    others: Sequence[Budget],
+) -> StageResult:
+    """Choose and repair one student, after the assistants if there are `others` to reach."""
+    for number, budget in enumerate(others, start=1):
+        link = _assistant(config, lab, link, candidates, number)
+        candidates = _candidates(config, sizes_of(config, lab, link.start), budget)
+    chosen, _ = _choose(config, lab, link, candidates, len(others) + 1)
+    start = lab.source(chosen.folder)
+    return lab.train(repair(config, lab, link.teacher, start, config.repair_steps))
+
+
 def _assistant(
     config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
 ) -> Link:
     chosen, kept = _choose(config, lab, link, candidates, number)
-    stage = _repair(config, lab, link.teacher, chosen)
-    train = _train(lab, config.repair_steps)
+    start = lab.source(chosen.folder)
+    stage = repair(config, lab, link.teacher, start, config.repair_steps)
+    train = train_of(lab, config.repair_steps)
     name = f"{ASSISTANT}{number}"
     result = lab.train(dataclasses.replace(stage, name=name, rollouts=None, train=train))
-    scores = tuple(link.layer_scores[layer - 1] for layer in kept)
-    return Link(lab.assistant(result, None), lab.source(result.folder), scores)
+    link = link.at(lab.source(result.folder), kept)
+    return link._replace(teacher=lab.assistant(result, None))
 
 
 def _choose(
     config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
 ) -> tuple[StageResult, tuple[int, ...]]:
-    """Run the trial of a hop; return its result, the best candidate, and the layers it keeps."""
-    stage = _trial(config, lab, link, candidates, number)
+    """Run the trial of a hop; return its result, cut to the best candidate, and the kept layers."""
+    named = {one.name: one for one in candidates}
+    judge = BestCandidate(metric_of(config, lab), tuple(named))
+    views = {name: link.view(one) for name, one in named.items()}
+    stage = dataclasses.replace(trial(config, lab, link, views, judge), name=f"{TRIAL}{number}")
     result = lab.train(stage)
-    lab.record.candidates += _rows(config, lab, link, result, candidates, number=number)
-    kept = stage.views[result.view or candidates[0].name].layers or ()
-    return result, kept
-
-
-def _trial(
-    config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
-) -> Stage:
-    units = link.start.units
-    views: dict[str, View] = {one.name: one.view(link.layer_scores, units) for one in candidates}
-    steps = config.trial_steps or max(1, round(SHARE_OF_REPAIR * _repair_steps(config, lab)))
-    return Stage(
-        name=f"{TRIAL}{number}",
-        teachers=(link.teacher,),
-        start=link.start,
-        objective=objective_of(lab),
-        strategy=Sandwich(link.teacher, tuple(views)),
-        views=views,
-        judge=BestCandidate(_metric(config, lab), tuple(views)),
-        passes_per_backward=config.passes_per_backward,
-        measures_losses=True,
-        train=_train(lab, steps),
-    )
-
-
-def _metric(config: ShrinkConfig, lab: Lab) -> Metric:
-    if config.metric is not None:
-        return lab.metric(config.metric)
-    return Metric(name=KL, parts=(KL,), higher_is_better=False)
-
-
-def _repair(config: ShrinkConfig, lab: Lab, teacher: str, chosen: StageResult) -> Stage:
-    """Return the stage that repairs the chosen cut, and finishes it on its own texts."""
-    steps, rollout = config.repair_steps, lab.config.rollout
-    if rollout is not None:
-        repair = _repair_steps(config, lab)
-        steps = repair + config.on_policy_steps
-        rollout = dataclasses.replace(rollout, from_step=repair)
-    return Stage(
-        name=STUDENT,
-        teachers=(teacher,),
-        start=lab.source(chosen.folder),
-        objective=objective_of(lab),
-        strategy=Constant((Pass(teacher=teacher),)),
-        rollouts=rollout,
-        train=_train(lab, steps),
-    )
-
-
-def _repair_steps(config: ShrinkConfig, lab: Lab) -> int:
-    return config.repair_steps or lab.steps_of_student()
-
-
-def _train(lab: Lab, steps: int | None) -> Any:
-    """Return the section `train` with another number of steps; None: as the config has it."""
-    return None if steps is None else dataclasses.replace(lab.config.train, max_steps=steps)
-
-
-def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
-    """Return the objective of the config, or the default.
-
-    The default is the divergence from the teacher. A labelled row of a classifier or a regression
-    also has the loss on its label; a classifier's weighs as much as the divergence of the row.
-    """
-    if lab.config.objective is not None:
-        return lab.config.objective
-    if lab.config.task.type == "classification":
-        labels = HardCrossEntropy(loss="hard_cross_entropy", count="rows")
-        return (*lab.soft_terms(1.0), labels)
-    is_language = lab.config.task.type in LANGUAGE_TASKS
-    return lab.soft_terms(1.0) if is_language else (*lab.soft_terms(1.0), *lab.hard_terms())
-
-
-def _rows(
-    config: ShrinkConfig,
-    lab: Lab,
-    link: Link,
-    result: StageResult,
-    candidates: Sequence[Candidate],
-    *,
-    number: int,
-) -> Iterator[CandidateReport]:
-    """Yield the rows of the report for a trial, with scores of the evaluation that decided."""
-    metric, count = _metric(config, lab), lab.pruning.parameters
-    units = link.start.units
-    whole = count(link.start, units._replace(head_width=None)).parameters
-    for one in candidates:
-        parameters = count(link.start, one.view(link.layer_scores, units)).parameters
-        yield {
-            "iteration": number,
-            "sparsity": round(1 - parameters / whole, 4),
-            "parameters": parameters,
-            "metric": metric.of(result.scores[one.name]),
-            "tradeoff": metric.worth(result.scores[one.name]),
-            "chosen": one.name == result.view,
-            "shape": one.shape(),
-        }
-
-
-@plain_dataclass(frozen=True)
-class BestCandidate:
-    """A judge that compares candidates of one size by one metric; of equal ones, the first wins."""
-
-    metric: Metric
-    names: tuple[str, ...]
-
-    def __call__(self, scores: Scores, step: int) -> Verdict:
-        """Return the best candidate; a value that is not a number loses."""
-        del step
-        values = {name: self.metric.worth(scores[name]) for name in self.names}
-        known = {name: -math.inf if math.isnan(v) else v for name, v in values.items()}
-        best = max(self.names, key=lambda name: known[name])
-        return Verdict(known[best], best)
+    lab.record.candidates += rows_of(lab, link, named, result.scores, judge=judge, iteration=number)
+    return result, views[result.view or candidates[0].name].layers or ()
 
 
 def random_start(config: ShrinkConfig, lab: Lab, student: StageResult) -> Stage:
@@ -381,15 +316,16 @@ def random_start(config: ShrinkConfig, lab: Lab, student: StageResult) -> Stage:
 
     The model is distilled with the same objective, for the steps of all trials and repairs.
     """
-    trained = [r for r in lab.results if r.name == STUDENT or r.name.startswith((TRIAL, ASSISTANT))]
+    before = (TRIAL, ASSISTANT, SHARED)
+    trained = [r for r in lab.results if r.name == STUDENT or r.name.startswith(before)]
     steps = sum(result.steps for result in trained)
-    stage = _repair(config, lab, lab.teacher(), student)
+    start = lab.source(student.folder).fresh
+    stage = repair(config, lab, lab.teacher(), start, config.repair_steps)
     rollouts, first = stage.rollouts, max(steps - config.on_policy_steps, 0)
     return dataclasses.replace(
         stage,
         name="random",
-        start=lab.source(student.folder).fresh,
-        train=_train(lab, steps or None),
+        train=train_of(lab, steps or None),
         rollouts=rollouts and dataclasses.replace(rollouts, from_step=first),
     )
 

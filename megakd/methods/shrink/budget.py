@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, NamedTuple, TypeVar
 
 from pydantic import BeforeValidator, Field
 
@@ -43,21 +44,46 @@ def parameters_of(value: object) -> object:
     return round(float(match[1]) * _FACTORS[match[2].upper()])
 
 
-def _with_sign(sign: str, factor: float, example: str) -> Callable[[object], object]:
+def _with_sign(sign: str, divisor: int, example: str) -> Callable[[object], object]:
     def read(value: object) -> object:
         if not isinstance(value, str):
             return value
         match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({sign})?\s*", value, re.IGNORECASE)
         if match is None:
             raise ValueError(f'must be a number such as {example} (got "{value}")')
-        return float(match[1]) * (factor if match[2] else 1)
+        return float(match[1]) / (divisor if match[2] else 1)
 
     return read
 
 
+def _split(value: object) -> object:
+    """Return the parts of a text with commas; one number alone is a list of one."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    if value is None or isinstance(value, list | tuple):
+        return value
+    return (value,)
+
+
+def falling(key: str, sizes: Sequence[float] | None, *, sign: int = 1) -> Iterator[str]:
+    """Yield the problem of sizes that do not begin with the largest model."""
+    if any(sign * first <= sign * second for first, second in pairwise(sizes or ())):
+        listed = ", ".join(f"{size:,g}" for size in sizes or ())
+        yield f"{key}: the largest model comes first, and sizes differ (got {listed})"
+
+
+def short_name(parameters: int) -> str:
+    """Return a number of weights as a user writes it, such as 600M."""
+    factors = {letter: factor for letter, factor in _FACTORS.items() if factor <= parameters}
+    letter = max(factors, key=factors.__getitem__)
+    return f"{parameters / factors[letter]:.6g}{letter}"
+
+
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], BeforeValidator(_split), Field(min_length=1)]
 Parameters = Annotated[int, BeforeValidator(parameters_of), Field(ge=1)]
 Speedup = Annotated[float, BeforeValidator(_with_sign("x", 1, "8x or 8")), Field(gt=1)]
-Share = Annotated[float, BeforeValidator(_with_sign("%", 0.01, "12% or 0.12")), Field(gt=0, lt=1)]
+Share = Annotated[float, BeforeValidator(_with_sign("%", 100, "12% or 0.12")), Field(gt=0, lt=1)]
 
 
 class Sizes(NamedTuple):
@@ -112,18 +138,18 @@ def timed_candidates(
     # The sizes of shapes between the timed ones are estimates.
     timed = candidates_of(cuts, budget._replace(tolerance=2 * budget.tolerance), wanted)
     by_width = {of_width.width: of_width for of_width in cuts}
-    names, fitting = [one.name for one in timed], {}
+    names, fitting, misses = [one.name for one in timed], dict[str, Candidate](), timed
     for number in range(1, TIMINGS + 1):
-        measured = times(f"times-{number + 1}", {one.name: sizes.view(one) for one in timed})
+        views = {one.name: sizes.view(one) for one in timed}
+        measured = times(f"times-{budget.name}-{number}", views)
         timed = [one._replace(size=measured[one.name]) for one in timed]
-        fits = {one.name: one for one in timed if budget.allows(one.size)}
-        others = [one for one in timed if one.name not in fits]
-        fitting |= fits
-        if not others:
+        fitting |= {one.name: one for one in timed if budget.allows(one.size)}
+        misses = [one for one in timed if one.name not in fitting]
+        timed = [_corrected(by_width[one.width], one, budget.target) for one in misses]
+        if not timed:
             break
-        timed = [_corrected(by_width[one.width], one, budget.target) for one in others]
     if not fitting:
-        raise ConfigError(no_candidate(budget, others, cuts[0].whole))
+        raise ConfigError(no_candidate(budget, misses, cuts[0].whole))
     return [fitting[name] for name in names if name in fitting]
 
 

@@ -193,12 +193,14 @@ class Budget(NamedTuple):
     target: the size, in the unit of the cuts.
     tolerance: how far the size of a candidate may be from the target, as a share of it.
     text: writes a size.
+    name: name of the size in files, such as 8x.
     """
 
     key: str
     target: float
     tolerance: float
     text: Callable[[float], str]
+    name: str = ""
 
     def allows(self, size: float) -> bool:
         return abs(size / self.target - 1) <= self.tolerance

@@ -1,0 +1,160 @@
+"""Stages of shrink: the trial of candidates as views of one model, and the repair of a cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megakd.contract.lab import Lab, Model
+from megakd.contract.metric import Metric
+from megakd.contract.results import CandidateReport
+from megakd.contract.stage import Constant, Judge, Pass, Scores, Stage, Verdict
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
+from megakd.contract.terms import HardCrossEntropy, TermConfig
+from megakd.contract.views import View
+from megakd.methods.minidisc import Sandwich
+from megakd.methods.shrink.candidates import Candidate
+
+if TYPE_CHECKING:
+    from megakd.methods.shrink import ShrinkConfig
+
+SHARE_OF_REPAIR = 0.3
+"""The trial takes this share of the repair's steps by default; a tenth chose worse candidates."""
+KL = "soft_target_kl"
+TRIAL = "trial-"
+WHOLE = "whole"
+"""A view that contains all others, and does not learn itself."""
+
+
+class Link(NamedTuple):
+    """The start of a hop.
+
+    teacher: name of the model that teaches.
+    start: the model that contains the candidates.
+    layer_scores: importance of each layer of `start`.
+    """
+
+    teacher: str
+    start: Model
+    layer_scores: tuple[float, ...]
+
+    def view(self, one: Candidate) -> View:
+        return one.view(self.layer_scores, self.start.units)
+
+    def at(self, start: Model, kept: Sequence[int]) -> Link:
+        """Return the link from a cut of `start` that has kept these layers, numbered from 1."""
+        scores = tuple(self.layer_scores[layer - 1] for layer in kept)
+        return self._replace(start=start, layer_scores=scores)
+
+
+def trial(
+    config: ShrinkConfig, lab: Lab, link: Link, views: Mapping[str, View], judge: Judge
+) -> Stage:
+    """Return a stage in which views of one model learn at the same time."""
+    steps = config.trial_steps or max(1, round(SHARE_OF_REPAIR * repair_steps(config, lab)))
+    return Stage(
+        name=f"{TRIAL}1",
+        teachers=(link.teacher,),
+        start=link.start,
+        objective=objective_of(lab),
+        strategy=Sandwich(link.teacher, tuple(name for name in views if name != WHOLE)),
+        views=views,
+        judge=judge,
+        passes_per_backward=config.passes_per_backward,
+        measures_losses=True,
+        train=train_of(lab, steps),
+    )
+
+
+def repair(config: ShrinkConfig, lab: Lab, teacher: str, start: Model, steps: int | None) -> Stage:
+    """Return the stage that repairs a cut in `steps`, and finishes it on its own texts."""
+    rollout = lab.config.rollout
+    if rollout is not None:
+        first = steps or repair_steps(config, lab)
+        steps = first + config.on_policy_steps
+        rollout = dataclasses.replace(rollout, from_step=first)
+    return Stage(
+        name=STUDENT,
+        teachers=(teacher,),
+        start=start,
+        objective=objective_of(lab),
+        strategy=Constant((Pass(teacher=teacher),)),
+        rollouts=rollout,
+        train=train_of(lab, steps),
+    )
+
+
+def repair_steps(config: ShrinkConfig, lab: Lab) -> int:
+    """Return the number of steps of a student after the trial."""
+    return config.repair_steps or lab.steps_of_student()
+
+
+def train_of(lab: Lab, steps: int | None) -> Any:
+    """Return the section `train` with another number of steps; None: as the config has it."""
+    return None if steps is None else dataclasses.replace(lab.config.train, max_steps=steps)
+
+
+def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
+    """Return the objective of the config, or the default.
+
+    The default is the divergence from the teacher. A labelled row of a classifier or a regression
+    also has the loss on its label; a classifier's weighs as much as the divergence of the row.
+    """
+    if lab.config.objective is not None:
+        return lab.config.objective
+    if lab.config.task.type == "classification":
+        labels = HardCrossEntropy(loss="hard_cross_entropy", count="rows")
+        return (*lab.soft_terms(1.0), labels)
+    is_language = lab.config.task.type in LANGUAGE_TASKS
+    return lab.soft_terms(1.0) if is_language else (*lab.soft_terms(1.0), *lab.hard_terms())
+
+
+def metric_of(config: ShrinkConfig, lab: Lab) -> Metric:
+    """Return the metric by which candidates are compared."""
+    if config.metric is not None:
+        return lab.metric(config.metric)
+    return Metric(name=KL, parts=(KL,), higher_is_better=False)
+
+
+def rows_of(
+    lab: Lab,
+    link: Link,
+    candidates: Mapping[str, Candidate],
+    scores: Scores,
+    *,
+    judge: BestCandidate,
+    iteration: int,
+) -> Iterator[CandidateReport]:
+    """Yield the rows of the report for candidates by view, with the scores that decided."""
+    metric, count, chosen = judge.metric, lab.pruning.parameters, judge(scores, 0).view
+    whole = count(link.start, link.start.units._replace(head_width=None)).parameters
+    for name, one in candidates.items():
+        parameters = count(link.start, link.view(one)).parameters
+        yield {
+            "iteration": iteration,
+            "sparsity": round(1 - parameters / whole, 4),
+            "parameters": parameters,
+            "metric": metric.of(scores[name]),
+            "tradeoff": metric.worth(scores[name]),
+            "chosen": name == chosen,
+            "shape": one.shape(),
+        }
+
+
+@plain_dataclass(frozen=True)
+class BestCandidate:
+    """A judge that compares candidates of one size by one metric; of equal ones, the first wins."""
+
+    metric: Metric
+    names: tuple[str, ...]
+
+    def __call__(self, scores: Scores, step: int) -> Verdict:
+        """Return the best candidate; a value that is not a number loses."""
+        del step
+        values = {name: self.metric.worth(scores[name]) for name in self.names}
+        known = {name: -math.inf if math.isnan(v) else v for name, v in values.items()}
+        best = max(self.names, key=lambda name: known[name])
+        return Verdict(known[best], best)
