@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from megakd.contract.views import View
+from megakd.errors import ConfigError
 from megakd.models.cutting import cut_config
 from megakd.models.fitting import build_empty
 from megakd.models.forwards import Call, Graph, Timed, calls_of, milliseconds, sample_lengths
-from megakd.models.onnx import MODEL, write_bare_graph
+from megakd.models.onnx import MODEL, check_packages, write_bare_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,11 +39,21 @@ class Stopwatch:
     """Forwards of cut models, timed by turns with forwards of the whole model.
 
     lengths: numbers of tokens of the held-out rows.
+
+    Raises:
+        ConfigError: this machine has no such device, or no such runtime.
     """
 
     def __init__(
         self, source: ModelSource, task: TaskConfig, work: TimedWork, lengths: Sequence[int]
     ) -> None:
+        if work.runtime == "onnx":
+            check_packages("method.timing.runtime: onnx")
+        if work.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "method.timing.device: cuda, and this process sees no GPU; time on a machine with "
+                "one, or set method.timing.device to cpu"
+            )
         self._source, self._task, self._work = source, task, work
         if work.tokens == "data":
             self._batches = sample_lengths(lengths, work.batch)

@@ -167,6 +167,16 @@ def test_a_speedup_is_timed_once_before_the_teacher_learns(one_rank, tmp_path):
     assert stages <= {"times"}
 
 
+def test_a_clock_that_this_machine_lacks_is_refused_before_the_teacher_learns(one_rank, tmp_path):
+    method = {"flops": None, "speedup": 2, "timing": {"device": "cuda"}}
+
+    said = one_rank.train("--config", shrinking(tmp_path, method=method))
+
+    assert said.code == 2
+    assert "method.timing.device: cuda, and this process sees no GPU" in said.err
+    assert said.loaded == ()
+
+
 def clock(view: View) -> float:
     """Time of a view in no line: layers cost as much as all their neurons, and the first more."""
     kept = [*zip(view.heads, view.neurons, strict=True)]
