@@ -158,8 +158,10 @@ class HeldOutLosses:
     def means(self) -> dict[str, dict[str, float]]:
         """Return the mean of every term over its own unit, by view; a collective.
 
-        A term limited to a source (`on`) is left out if the rows have no text of this source.
+        A term limited to a source (`on`) is left out if the rows have no text of this source. A
+        view that no pass trains has no means.
         """
+        learning = {one.view for one in self._plan}
         units, (*sums, count) = self._bundle.objective.units, all_reduce_(self._sums)
         known = [
             n or u not in SOURCE_UNITS.values() for n, u in zip(count, units.values(), strict=True)
@@ -167,7 +169,8 @@ class HeldOutLosses:
         means = ((total / count.clamp(min=1)).tolist() for total in sums)
         return {
             view: dict(compress(zip(units, values, strict=True), known))
-            for view, values in zip(self._views, means, strict=True)
+            for (view, name), values in zip(self._views.items(), means, strict=True)
+            if name in learning
         }
 
 

@@ -133,6 +133,10 @@ def test_every_size_of_a_series_is_a_stock_model_of_its_size(series):
         assert entry["encoder_parameters"] == pytest.approx(share * teacher, rel=0.06)
     chosen = [row["iteration"] for row in report["candidates"] if row["chosen"]]
     assert chosen == [1, 2, 3]
+    # The view that holds all students does not learn, and has scores but no losses.
+    (trial,) = [stage for stage in report["stages"] if stage["name"] == "trial-1"]
+    assert "accuracy" in trial["metrics"]
+    assert "soft_target_kl" not in trial["metrics"]
 
 
 def test_the_sizes_of_a_series_are_timed_and_drawn_beside_each_other(series):

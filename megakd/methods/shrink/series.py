@@ -16,7 +16,7 @@ from megakd.contract.stage import Scores, Stage, StageResult, Verdict
 from megakd.contract.tasks import STUDENT
 from megakd.methods.shrink.candidates import Budget, Candidate
 from megakd.methods.shrink.stages import (
-    WHOLE,
+    ALL_SIZES,
     BestCandidate,
     Link,
     metric_of,
@@ -80,7 +80,7 @@ def _choose(
 def _stage(config: ShrinkConfig, lab: Lab, link: Link, groups: Sequence[Named]) -> Stage:
     """Return a stage whose model is cut to the units of all candidates."""
     every = {name: one for named in groups for name, one in named.items()}
-    views = {name: link.view(one) for name, one in {WHOLE: _union(every), **every}.items()}
+    views = {name: link.view(one) for name, one in {ALL_SIZES: _union(every), **every}.items()}
     metric = metric_of(config, lab)
     judges = tuple(BestCandidate(metric, tuple(named)) for named in groups)
     return trial(config, lab, link, views, BestSeries(judges))
@@ -106,4 +106,4 @@ class BestSeries:
 
     def __call__(self, scores: Scores, step: int) -> Verdict:
         """Return the sum of the best scores of each size."""
-        return Verdict(sum(judge(scores, step).score for judge in self.judges), WHOLE)
+        return Verdict(sum(judge(scores, step).score for judge in self.judges), ALL_SIZES)

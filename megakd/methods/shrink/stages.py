@@ -25,7 +25,7 @@ SHARE_OF_REPAIR = 0.3
 """The trial takes this share of the repair's steps by default; a tenth chose worse candidates."""
 KL = "soft_target_kl"
 TRIAL = "trial-"
-WHOLE = "whole"
+ALL_SIZES = "all-sizes"
 """A view that contains all others, and does not learn itself."""
 
 
@@ -60,7 +60,7 @@ def trial(
         teachers=(link.teacher,),
         start=link.start,
         objective=objective_of(lab),
-        strategy=Sandwich(link.teacher, tuple(name for name in views if name != WHOLE)),
+        strategy=Sandwich(link.teacher, tuple(name for name in views if name != ALL_SIZES)),
         views=views,
         judge=judge,
         passes_per_backward=config.passes_per_backward,
