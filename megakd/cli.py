@@ -17,6 +17,7 @@ from megakd.commands import (
     encode,
     evaluate,
     export,
+    match,
     methods,
     plan,
     predict,
@@ -34,7 +35,19 @@ _USER_ERROR = 2
 # A command is a module that is named like it, with its options, its code, and a line on it.
 _COMMANDS: Mapping[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (train, plan, cache, encode, evaluate, predict, shrink, export, report, methods)
+    for module in (
+        train,
+        plan,
+        match,
+        cache,
+        encode,
+        evaluate,
+        predict,
+        shrink,
+        export,
+        report,
+        methods,
+    )
 }
 
 

@@ -250,7 +250,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
 def test_the_commands_are_listed(words, code, capsys):
     assert cli.main(words) == code
     usage = capsys.readouterr().out.splitlines()[0]
-    commands = "train,plan,cache,encode,evaluate,predict,shrink,export,report,methods"
+    commands = "train,plan,match,cache,encode,evaluate,predict,shrink,export,report,methods"
     assert usage == f"usage: megakd {{{commands}}} ..."
 
 

@@ -238,31 +238,51 @@ class Assembly:
     @phase("models")
     @doing("loading a model")
     def frozen(
-        self, source: ModelSource, spec: str | Mapping[str, Any], *, dtype: Dtype, needs: Needs
+        self,
+        source: ModelSource,
+        spec: str | Mapping[str, Any],
+        *,
+        dtype: Dtype,
+        needs: Needs,
+        need_head: bool = True,
     ) -> FrozenTeacher:
         ds = load_ds_config(spec, where="teacher.deepspeed")
-        module = self.frozen_module(source, ds, dtype=dtype, needs=needs)
+        module = self.frozen_module(source, ds, dtype=dtype, needs=needs, need_head=need_head)
         rows = self.config.train.per_device_train_batch_size
         return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
 
     @contextmanager
     def loaded(
-        self, source: ModelSource, spec: str | Mapping[str, Any], dtype: Dtype
+        self,
+        source: ModelSource,
+        spec: str | Mapping[str, Any],
+        dtype: Dtype,
+        *,
+        need_head: bool = True,
     ) -> Iterator[FrozenTeacher]:
         """Load a frozen model that only answers, for the length of the body."""
-        model = self.frozen(source, spec, dtype=dtype, needs=Needs())
+        model = self.frozen(source, spec, dtype=dtype, needs=Needs(), need_head=need_head)
         try:
             yield model
         finally:
             model.destroy()
 
     def frozen_module(
-        self, source: ModelSource, ds: Mapping[str, Any], *, dtype: Dtype, needs: Needs
+        self,
+        source: ModelSource,
+        ds: Mapping[str, Any],
+        *,
+        dtype: Dtype,
+        needs: Needs,
+        need_head: bool = True,
     ) -> FrozenModel:
-        """Load a model for an engine without an optimizer; `ds` is the config of that engine."""
+        """Load a model for an engine without an optimizer; `ds` is the config of that engine.
+
+        need_head: see `load_model`.
+        """
         check_dtype(dtype, self.ranks, "teacher.dtype")
         check_kernels(self.config.train.kernels, self.ranks, "train")
-        model = self._load(source, ds, dtype, need_head=True)
+        model = self._load(source, ds, dtype, need_head=need_head)
         order = label_order(model.config, self.prepared.splits.label_names, where=source.where)
         kernels = self.config.train.kernels
         return FrozenModel(model, needs=needs, label_order=order, kernels=kernels)

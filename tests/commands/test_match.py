@@ -1,0 +1,201 @@
+"""`megakd match`: teachers against the student's start, by hand, by task, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chat_runs import config_of, model
+from tiny_runs import (
+    bert,
+    config_tree,
+    llama,
+    write_config,
+    write_scored_pairs,
+    write_text,
+)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from whole_run import CLASSES, finish, read, records
+
+from megakd.config.file import dump_config
+
+SINGLE = {"name": "single"}
+
+
+def matched(one_rank, config: Path, *words: str) -> dict[str, Any]:
+    said = one_rank.megakd("match", config, *words, "--json")
+    assert said.code == 0, said.err
+    return json.loads(said.out)
+
+
+def log_probabilities(folder: Path, rows: list[dict[str, str]]) -> torch.Tensor:
+    network = AutoModelForSequenceClassification.from_pretrained(folder)
+    texts = [row["text"] for row in rows]
+    encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    return network(**encoded).logits.log_softmax(-1).detach()
+
+
+def test_a_classifier_is_compared_with_the_start_as_by_hand(one_rank, whole_run, tmp_path):
+    student = whole_run.out / "final"
+    tree = config_tree(
+        tmp_path / "out",
+        {**CLASSES, "dataset": str(whole_run.reviews)},
+        teacher={"model": str(whole_run.teacher)},
+        student={"model": str(student)},
+        method=SINGLE,
+    )
+
+    found = matched(one_rank, write_config(tmp_path / "run.yaml", tree))
+
+    lines = (whole_run.reviews / "validation.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    theirs, ours = (log_probabilities(folder, rows) for folder in (whole_run.teacher, student))
+    truth = torch.tensor([row["label"] == "positive" for row in rows]).long()
+    losses = [torch.nn.functional.nll_loss(said, truth).item() for said in (ours, theirs)]
+    teacher = found["teachers"]["teacher"]
+    assert found["start"]["metrics"]["loss"] == pytest.approx(losses[0], abs=1e-5)
+    assert teacher["gap"] == pytest.approx(losses[0] - losses[1], abs=1e-5)
+    by_hand = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+    assert teacher["kl"] == pytest.approx(by_hand, abs=1e-5)
+    entropy = -(theirs.exp() * theirs).sum(-1).mean().item()
+    assert teacher["entropy"] == pytest.approx(entropy, abs=1e-5)
+    same = (theirs.argmax(-1) == ours.argmax(-1)).double().mean().item()
+    assert teacher["same_top"] == teacher["overlap"] == pytest.approx(same)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_has_a_row_for_the_start_and_each_teacher(one_rank, whole_run, tmp_path):
+    pool = {"good": str(whole_run.teacher), "other": str(whole_run.out / "final")}
+    tree = config_tree(
+        tmp_path / "out",
+        {**CLASSES, "dataset": str(whole_run.reviews)},
+        teachers=[{"name": name, "model": folder} for name, folder in pool.items()],
+        method={"name": "skdbert"},
+    )
+
+    said = one_rank.megakd("match", write_config(tmp_path / "run.yaml", tree))
+
+    lines = said.out.splitlines()
+    assert lines[0] == f"{whole_run.reviews}, validation: 26 rows"
+    assert lines[1] == "start: new bert with random weights"
+    titles = "accuracy loss gap KL entropy same top 1 top overlap vocabulary"
+    assert " ".join(lines[2].split()) == titles
+    assert [line.split()[0] for line in lines[3:6]] == ["start", "good", "other"]
+    assert lines[4].endswith("same")
+    scores = {line.split()[0]: float(line.split()[1]) for line in lines[4:6]}
+    best = sorted(scores, key=lambda name: -scores[name])
+    assert lines[6:] == [f"best teacher first, by accuracy: {', '.join(best)}"]
+
+
+def test_a_teacher_that_the_run_has_trained_is_scored_and_another_is_refused(
+    one_rank, whole_run, tmp_path
+):
+    found = matched(one_rank, whole_run.config)
+
+    report = read(whole_run.out)["teacher"]["metrics"]
+    assert found["teachers"]["teacher"]["metrics"] == pytest.approx(report)
+    refused = one_rank.megakd("match", whole_run.config, f"output_dir={tmp_path / 'new'}")
+    assert refused.code == 2
+    assert "teacher.finetune: the teacher is not trained" in refused.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_regressors_have_the_difference_of_their_scores_alone(one_rank, tmp_path):
+    task = {
+        "type": "regression",
+        "dataset": str(write_scored_pairs(tmp_path / "pairs")),
+        "text_columns": ["first", "second"],
+        "label_column": "similarity",
+        "tokenizer": {"type": "wordpiece", "vocab_size": 320},
+    }
+    models = {"teacher": {"model": bert(2)}, "student": {"model": bert(1)}}
+    tree = config_tree(tmp_path / "out", task, method=SINGLE, **models)
+
+    found = matched(one_rank, write_config(tmp_path / "run.yaml", tree))
+
+    assert found["metric"] == "mean_pearson_spearman"
+    teacher = found["teachers"]["teacher"]
+    assert teacher["squared_difference"] > 0
+    assert teacher.keys() == {"model", "metrics", "gap", "squared_difference", "vocabulary"}
+
+
+@pytest.mark.parametrize(("task", "family"), [("mlm", bert), ("causal_lm", llama)])
+def test_the_start_of_a_language_model_is_that_of_the_run(one_rank, tmp_path, task, family):
+    kind = "wordpiece" if task == "mlm" else "bpe"
+    tree = config_tree(
+        tmp_path / "out",
+        {
+            "type": task,
+            "dataset": str(write_text(tmp_path / "stories.txt")),
+            "tokenizer": {"type": kind, "vocab_size": 320},
+        },
+        teachers=[
+            {"name": "equal", "model": family(1, initializer_range=0.5)},
+            {"name": "deep", "model": family(2, width=24, initializer_range=0.5)},
+        ],
+        student={"model": family(1, initializer_range=0.5)},
+        method={**SINGLE, "teacher": "deep"},
+        objective=[{"loss": "soft_target_kl"}],
+        eval={"losses": True, "eval_steps": 4, "latency": False},
+    )
+    config = write_config(tmp_path / "run.yaml", tree)
+
+    whole = matched(one_rank, config)
+    found = whole["teachers"]
+    finish(one_rank, config)
+
+    first = records(tmp_path / "out", "student")[0]
+    assert found["deep"]["kl"] == pytest.approx(first["eval/soft_target_kl"], rel=1e-4)
+    same = {"gap": 0, "kl": 0, "same_top": 1, "overlap": 1}
+    assert {key: found["equal"][key] for key in same} == pytest.approx(same, abs=1e-5)
+    assert found["deep"]["overlap"] < 0.5
+    assert {*whole["ranking"]} == ({"equal", "deep"} if task == "causal_lm" else set())
+    assert 0 < found["deep"]["entropy"] < math.log(320)
+
+
+@pytest.mark.parametrize(("family", "word"), [("chatml", "same"), ("llama3", "different")])
+def test_conversations_tell_whether_the_chat_templates_are_the_same(
+    one_rank, tmp_path, family, word
+):
+    model(tmp_path / "student")
+    model(tmp_path / "teacher", family=family)
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(config_of(tmp_path, max_length=512, end_tokens="accept")))
+
+    found = matched(one_rank, path)["teachers"]["teacher"]
+
+    assert (found["vocabulary"], found["chat_template"]) == ("same", word)
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_start_made_of_the_teacher_is_told(one_rank, whole_run, tmp_path):
+    tree = config_tree(
+        tmp_path / "out",
+        {**CLASSES, "dataset": str(whole_run.reviews)},
+        teacher={"model": str(whole_run.teacher)},
+        student={"model": "from_teacher", "layers": 1},
+        method=SINGLE,
+    )
+    kept = matched(one_rank, write_config(tmp_path / "kept.yaml", tree))
+    tree |= {"student": {"model": "from_teacher"}}
+    tree |= {"method": {"name": "direct", "target_sparsity": 0.5}}
+    cut = matched(one_rank, write_config(tmp_path / "cut.yaml", tree))
+
+    assert kept["start"]["model"].endswith(f"of teacher {whole_run.teacher}")
+    assert kept["start"]["model"].startswith("layers ")
+    assert cut["start"]["model"] == f"teacher {whole_run.teacher}, before direct cuts it"
+    assert cut["teachers"]["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_teacher_is_refused(one_rank, whole_run, tmp_path):
+    tree = config_tree(tmp_path / "out", {**CLASSES, "dataset": str(whole_run.reviews)})
+
+    said = one_rank.megakd("match", write_config(tmp_path / "run.yaml", tree))
+
+    assert said.code == 2
+    assert said.err.startswith("megakd: error: teacher: missing, and megakd match compares")
