@@ -75,6 +75,19 @@ def test_the_student_has_no_dropout_and_its_teacher_keeps_its_own(shrunk):
     assert teacher["hidden_dropout_prob"] == 0.1
 
 
+def test_a_single_candidate_is_cut_and_repaired_without_a_trial(one_rank, tmp_path):
+    config = shrinking(tmp_path, method={"candidates": [0.5], "trial_steps": None})
+
+    finish(one_rank, config)
+
+    report = read(tmp_path / "out")
+    assert [one["name"] for one in report["stages"] if one["steps"]] == [
+        "teacher-finetune",
+        "student",
+    ]
+    assert report["student"]["asked"] == {"what": "flops", "value": 0.4}
+
+
 def test_the_teacher_answers_once_for_all_steps_of_the_repair(shrunk):
     assert (shrunk / "stages" / "teacher-answers").is_dir()
 

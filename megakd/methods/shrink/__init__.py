@@ -90,7 +90,8 @@ class ShrinkConfig(ImportanceOptions):
         with all; or the share of the layers that each candidate keeps, such as [1.0, 0.75].
     round_to: multiple of the number of neurons; null: the largest divisor of 64 that divides the
         teacher's number.
-    trial_steps: steps in which all candidates learn; null: 0.3 of `repair_steps`.
+    trial_steps: steps in which all candidates learn; null: 0.3 of `repair_steps`, and none for a
+        single candidate.
     repair_steps: steps of the chosen candidate on the training text; null: the steps of `train`.
     on_policy_steps: further steps with the section `rollout`, in the same stage and schedule.
     metric: metric by which candidates are compared; null: held-out `soft_target_kl`.
@@ -280,16 +281,14 @@ def _train_one(
     for number, budget in enumerate(others, start=1):
         link = _assistant(config, lab, link, candidates, number)
         candidates = _candidates(config, sizes_of(config, lab, link.start), budget)
-    chosen, _ = _choose(config, lab, link, candidates, len(others) + 1)
-    start = lab.source(chosen.folder)
+    start, _ = _choose(config, lab, link, candidates, len(others) + 1)
     return lab.train(repair(config, lab, link.teacher, start, config.repair_steps))
 
 
 def _assistant(
     config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
 ) -> Link:
-    chosen, kept = _choose(config, lab, link, candidates, number)
-    start = lab.source(chosen.folder)
+    start, kept = _choose(config, lab, link, candidates, number)
     stage = repair(config, lab, link.teacher, start, config.repair_steps)
     train = train_of(lab, config.repair_steps)
     name = f"{ASSISTANT}{number}"
@@ -300,15 +299,18 @@ def _assistant(
 
 def _choose(
     config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
-) -> tuple[StageResult, tuple[int, ...]]:
-    """Run the trial of a hop; return its result, cut to the best candidate, and the kept layers."""
+) -> tuple[Model, tuple[int, ...]]:
+    """Run the trial of a hop; return the model cut to the best candidate, and the kept layers."""
     named = {one.name: one for one in candidates}
-    judge = BestCandidate(metric_of(config, lab), tuple(named))
     views = {name: link.view(one) for name, one in named.items()}
+    if len(views) == 1 and config.trial_steps is None:  # there is nothing to choose
+        (view,) = views.values()
+        return lab.pruning.cut(link.start, view, f"cut-{number}"), view.layers or ()
+    judge = BestCandidate(metric_of(config, lab), tuple(named))
     stage = dataclasses.replace(trial(config, lab, link, views, judge), name=f"{TRIAL}{number}")
     result = lab.train(stage)
     lab.record.candidates += rows_of(lab, link, named, result.scores, judge=judge, iteration=number)
-    return result, views[result.view or candidates[0].name].layers or ()
+    return lab.source(result.folder), views[result.view or candidates[0].name].layers or ()
 
 
 def random_start(config: ShrinkConfig, lab: Lab, student: StageResult) -> Stage:
