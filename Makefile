@@ -17,7 +17,7 @@ ACTIVATE := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; unset PYTHONPATH PYTHONH
 
 help:
 	@echo 'make install     the environment alone, in $(VENV)'
-	echo 'make quickstart  distil a student on the embedded corpus: two CPU ranks, some minutes'
+	echo 'make quickstart  distil a student on the embedded corpus: some minutes on a CPU'
 	echo 'make test        the whole test suite (SLOW=1: the slow tests too)'
 	echo 'make lint        ruff and pyright'
 	echo 'make docs        the documentation site, in build/site'

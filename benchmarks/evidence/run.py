@@ -227,7 +227,7 @@ def start(folder: Path, config: Config, *, program: str) -> None:
     launching.write_config(path, tree)
     command = launching.launch_command(program, path, 1, [])
     paths = [str(PLUGINS), os.environ.get("PYTHONPATH", "")]
-    plugins = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    plugins = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     environment = os.environ | launching.quickstart().ENVIRONMENT | plugins
     began = time.perf_counter()
     with (folder / "output.txt").open("a", encoding="utf-8") as output:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +63,13 @@ def fetch_teacher() -> Path:
     return FETCHED_TEACHER
 
 
+def free_port() -> int:
+    """Return a free TCP port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def write_config(path: Path, config: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
@@ -101,7 +109,7 @@ def launch_command(program: str, config: Path, ranks: int, overrides: Sequence[s
 def under_launcher(script: Sequence[str], ranks: int, *, on_cpu: bool) -> list[str]:
     """Return the command that runs a script on ranks of this machine, on a free port."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-    places = ["--num_gpus", str(ranks), "--master_port", str(quickstart().free_port())]
+    places = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
     if on_cpu:
         # The launcher shows GPUs to its ranks, also to those on the CPU: hide them again.
         hidden = ["--no_python", "--no_local_rank", "env", "CUDA_VISIBLE_DEVICES="]
@@ -123,7 +131,7 @@ def start_ranks(
     is_quiet: bool = False,
 ) -> None:
     """Run Python once per rank, with the cores shared among them."""
-    port = quickstart().free_port()
+    port = free_port()
     threads = max(1, (os.cpu_count() or 1) // ranks)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
     processes = []

@@ -1,7 +1,7 @@
-"""The pictures of docs/report.md, out of the report of a quickstart.
+"""The pictures of docs/report.md, out of the report of a MiniDisc run.
 
-`python benchmarks tools.pictures [runs/quickstart/report.html]` writes docs/images/*.svg, each with
-the report's colours in it, for light and dark pages.
+`python benchmarks tools.pictures [runs/pydocs_minidisc/report.html]` writes docs/images/*.svg, each
+with the report's colours in it, for light and dark pages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STYLE = "svg { background: var(--paper) } text.title { fill: var(--ink); font-we
 
 
 def main(arguments: Sequence[str]) -> int:
-    report = Path(*arguments) if arguments else ROOT / "runs/quickstart/report.html"
+    report = Path(*arguments) if arguments else ROOT / "runs/pydocs_minidisc/report.html"
     page = report.read_text(encoding="utf-8")
     rules = re.findall(r"^:root.*$|^@media screen.*$|^svg [^{].*$(?:\n  .*$)?", page, re.MULTILINE)
     FOLDER.mkdir(parents=True, exist_ok=True)

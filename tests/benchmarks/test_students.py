@@ -19,7 +19,7 @@ from lib.launching import UnusableError
 from lib.tables import columns_of
 from megakd.config.file import load_config
 from megakd.errors import CheckpointError
-from methods import homodistil, mixed_vocabulary, on_policy, quickstart, shrink
+from methods import homodistil, minidisc, mixed_vocabulary, on_policy, shrink
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices("abcdefghijklmnop", k=RNG.randint(2, 7))) for _ in range(300)]
@@ -283,24 +283,22 @@ def test_minidisc_and_maxidisc_are_run_and_compared_seed_by_seed(monkeypatch, ca
         report = report_of({"accuracy": 0.6}, seconds={**seconds, "teacher-finetune": 100.0})
         return report | {"baselines": {"alone": {"accuracy": 0.4}}}
 
-    monkeypatch.setattr(quickstart, "trained", trained)
-    monkeypatch.setattr(quickstart, "fetch_teacher", lambda: None)
+    monkeypatch.setattr(minidisc, "trained", trained)
+    monkeypatch.setattr(minidisc, "fetch_teacher", lambda: None)
 
     words = ["--seeds", "1,2", "--output", str(tmp_path), "--maxidisc", "seed=9"]
-    assert quickstart.main(words) == 0
+    assert minidisc.main(words) == 0
 
     assert calls == [
-        (f"quickstart{kind}", ["seed=9", f"seed={seed}"])
-        for seed in (1, 2)
-        for kind in ("", "-maxidisc")
+        (kind, ["seed=9", f"seed={seed}"]) for seed in (1, 2) for kind in ("minidisc", "maxidisc")
     ]
     shown = capsys.readouterr().out
     assert "score 0.6, parameters 100, seconds 120, of the search 12" in shown
     assert "less distilled: score -0.1 -0.1, parameters +0 +0, seconds -72 -72" in shown
     config = load_config(
-        launching.ROOT / quickstart.CONFIG, [*quickstart.maxidisc(), f"output_dir={tmp_path}"]
+        launching.ROOT / minidisc.CONFIG, [*minidisc.maxidisc(), f"output_dir={tmp_path}"]
     )
-    plain = load_config(launching.ROOT / quickstart.CONFIG, [])
+    plain = load_config(launching.ROOT / minidisc.CONFIG, [])
     assert (config.method.name, config.baselines) == ("maxidisc", ())
     assert config.method.sparsities == plain.method.sparsities
 

@@ -14,8 +14,8 @@ from megakd.data import pydocs
 from megakd.data.pydocs import (
     ALIASES,
     PACKAGES,
+    balanced,
     classification_rows,
-    first_sentence,
     masked,
     pydocs_rows,
     read_docstrings,
@@ -31,7 +31,8 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 
 def module(package: str, count: int) -> str:
     functions = (
-        f'def f{n}():\n    """Return the {WORDS[n % 8]} of {package} thing {n}.\n\n    More."""\n'
+        f'def f{n}():\n    """Return the {WORDS[n % 8]} of {package} thing {n}.\n\n'
+        '    The thing is a long one that is said in many words."""\n'
         for n in range(count)
     )
     return f'"""Things of {package} about {WORDS[len(package) % 8]}."""\n' + "".join(functions)
@@ -47,7 +48,7 @@ def write_packages(root: Path, counts: dict[str, int]) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return write_packages(tmp_path / "site-packages", {"torch": 60, "sympy": 40, "other": 10})
+    return write_packages(tmp_path / "site-packages", {"scipy": 60, "sympy": 40, "other": 10})
 
 
 @pytest.fixture
@@ -133,26 +134,13 @@ def test_a_package_in_two_places_is_read_where_python_would_find_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("docstring", "sentence"),
-    [
-        ("One. Two.", "One."),
-        ("A line\n   broken in two\n\nMore.", "A line broken in two"),
-        ("See e.g. this, i.e. that. Then more.", "See e.g. this, i.e. that."),
-        ("Uses torch.nn.Linear v1.2 inside! `So` it is.", "Uses torch.nn.Linear v1.2 inside!"),
-    ],
-)
-def test_the_first_sentence_ends_where_a_new_one_begins(docstring, sentence):
-    assert first_sentence(docstring) == sentence
-
-
-@pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("A torch.Tensor of PyTorch", "A package.Tensor of package"),
-        ("is_torch_available and torch_dtype", "is_package_available and package_dtype"),
+        ("A pandas.Series of Pandas", "A package.Series of package"),
+        ("is_scipy_available and numpy_dtype", "is_package_available and package_dtype"),
         ("NumPy's np.array", "package's package.array"),
-        ("huggingface_hub or Hugging Face", "package or package"),
-        ("torchlight and pandemonium stay", "torchlight and pandemonium stay"),
+        ("scikit-learn or Scikit learn", "package or package"),
+        ("pandemonium and spades stay", "pandemonium and spades stay"),
     ],
 )
 def test_names_of_packages_are_masked(text, expected):
@@ -164,29 +152,38 @@ def test_names_of_packages_are_masked(text, expected):
     st.sampled_from([*PACKAGES, *ALIASES]),
     st.sampled_from([str.upper, str.title, str]),
     st.sampled_from(["", " ", ".", "_", "`", "(", "-"]),
-    st.sampled_from(["", " ", ".nn", "_x", "`", ")", "'s", ":"]),
+    st.sampled_from(["", " ", ".fft", "_x", "`", ")", "'s", ":"]),
 )
 def test_no_name_survives_in_any_surrounding(name, case, before, after):
     text = masked(f"the{before or ' '}{case(name)}{after or ' '} here")
 
     words = re.split(r"[\W_]+", text.lower())
-    assert not {"torch", "numpy", "pandas", name.lower()} & set(words)
+    assert not {*PACKAGES, name.lower()} & set(words)
     assert "package" in words
 
 
 def test_a_text_of_two_packages_belongs_to_none():
+    words = "the rows of which are sorted by the first column"
     corpus = [
-        ("torch", "Return a new array."),
-        ("numpy", "Return a  NEW array"),
-        ("numpy", "Sort the torch array."),
-        ("numpy", "Sort the numpy array."),
-        ("other", "Not one of the classes."),
-        ("numpy", "Too short"),
+        ("scipy", f"Return a new array, {words}."),
+        ("numpy", f"Return a  NEW array, {words}"),
+        ("numpy", f"Sort the\nscipy array, {words}."),
+        ("numpy", f"Sort the numpy array, {words}."),
+        ("other", f"Not one of the classes, {words}."),
+        ("numpy", "Only eight words, which is too few here"),
     ]
 
-    assert classification_rows(corpus) == [("numpy", "Sort the package array.")]
+    assert classification_rows(corpus) == [("numpy", f"Sort the package array, {words}.")]
     for text in ("abc", "ab, c.", "a B"):
         assert split_of(text, "text") == split_of(f" {text.upper()}!", "text")
+
+
+def test_all_packages_have_the_same_number_of_texts_by_turns():
+    rows = [("sympy", f"text {n}") for n in range(50)] + [("numpy", f"word {n}") for n in range(30)]
+
+    packages = [package for package, _ in balanced([*rows, ("pandas", "a single text")])]
+
+    assert packages == ["numpy", "sympy"] * 30
 
 
 def test_the_classification_view_names_its_classes_and_the_packages_that_are_missing(
@@ -194,16 +191,16 @@ def test_the_classification_view_names_its_classes_and_the_packages_that_are_mis
 ):
     found = rows_of(CLASSIFICATION)
 
-    assert "pydocs: transformers, pandas, networkx" in caplog.text
+    assert "pydocs: networkx, numpy, pandas, sklearn not found" in caplog.text
 
-    assert found.label_names == ("torch", "sympy")
+    assert found.label_names == ("scipy", "sympy")
     assert found.metrics == ("accuracy",)
     texts = {name: rows["text"][:] for name, rows in found.splits.items()}
-    assert sum(map(len, texts.values())) == 60 + 40 + 2
+    assert sum(map(len, texts.values())) == 40 + 40
     assert not set(texts["train"]) & {*texts["validation"], *texts["test"]}
-    assert "torch" not in " ".join(texts["train"])
+    assert "scipy" not in " ".join(texts["train"])
     for row in found.splits["train"]:
-        assert ("hcrot" in row["text"]) == (row["label"] == 0)
+        assert ("ypics" in row["text"]) == (row["label"] == 0)
 
 
 def test_the_text_view_has_every_docstring_once(rows_of, root):
@@ -213,12 +210,13 @@ def test_the_text_view_has_every_docstring_once(rows_of, root):
 
     texts = [text for rows in found.splits.values() for text in rows["text"]]
     assert len(texts) == len(set(texts)) == 60 + 40 + 10 + 3
-    assert "Return the alpha of torch hcrot thing 0.\n\nMore." in texts
+    start = "Return the alpha of scipy ypics thing 0.\n\nThe thing is a long one"
+    assert sum(text.startswith(start) for text in texts) == 1
     assert found.splits["train"].column_names == ["text"]
 
 
 def test_fewer_than_two_packages_are_refused(tmp_path):
-    root = write_packages(tmp_path / "site-packages", {"torch": 100, "sympy": 3})
+    root = write_packages(tmp_path / "site-packages", {"scipy": 100, "sympy": 3})
 
     with pytest.raises(DataError, match=r"pydocs: only 1 of its packages .* needs at least 2"):
         pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
@@ -230,9 +228,10 @@ def test_the_corpus_is_built_once_and_anew_when_a_module_changes(rows_of, root, 
     monkeypatch.setattr(pydocs, "read_docstrings", lambda files: calls.append(1) or read(files))
 
     hashes = [rows_of(task).source_hash for task in (CLASSIFICATION, TEXT, CLASSIFICATION)]
-    (root / "torch" / "new.py").write_text('"""Return something that is new here."""')
+    text = " ".join(WORDS * 2)
+    (root / "sympy" / "new.py").write_text(f'"""Return something that is new here: {text}."""')
     fresh = rows_of(CLASSIFICATION).source_hash
 
-    assert len(calls) == 2
+    assert len(calls) == 3
     assert hashes[0] == hashes[2] != hashes[1]
     assert fresh != hashes[0]

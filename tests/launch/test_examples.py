@@ -24,11 +24,13 @@ def test_an_example_is_a_valid_run_config_with_known_presets(path: Path) -> None
         assert load_config(path, ("method.name=maxidisc",)).method.name == "maxidisc"
 
 
-def test_the_quickstart_distils_with_an_undistilled_baseline_on_a_batch_of_64(repository):
+def test_the_quickstart_compares_with_the_labels_alone_for_as_many_steps(repository):
     config = load_config(repository / "launch" / "examples" / "quickstart.yaml")
 
-    assert config.baselines == ("alone", "direct")
-    assert config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps == 32
+    assert (config.method.name, config.baselines) == ("shrink", ("alone",))
+    assert config.eval.metric == "f1_macro"
+    assert len(config.method.candidates) == 1  # no trial, whose steps would count
+    assert config.trainings["alone"].max_steps == config.trainings["train"].max_steps
 
 
 def test_the_single_teacher_that_the_pool_example_compares_with_learns_from_soft_targets_alone(

@@ -1,13 +1,11 @@
-"""The quickstart's own steps: its teacher, its launcher, and when it counts as done."""
+"""The quickstart's steps: its teacher, when it is complete, and what it prints of the student."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
+import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +19,7 @@ PUBLISHED = b"the published weights"
 
 @pytest.fixture
 def quickstart(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script in a folder of its own, without a launcher."""
+    """The script in a folder of its own."""
     spec = importlib.util.spec_from_file_location("quickstart", repository / "launch/quickstart.py")
     assert spec is not None
     assert spec.loader is not None
@@ -103,7 +101,6 @@ def test_a_package_that_is_nowhere_gives_pips_own_last_line(quickstart, tmp_path
         quickstart.install_package(pins, tmp_path / "package")
 
 
-# A launcher that returns 0 without a whole report has failed.
 @pytest.mark.parametrize(
     ("report", "code"),
     [(None, 1), ('{"student": ', 1), ("{}", 1), ('{"student": {}}', 0)],
@@ -112,75 +109,71 @@ def test_a_package_that_is_nowhere_gives_pips_own_last_line(quickstart, tmp_path
 def test_a_run_is_done_with_a_whole_report_in_the_output_folder_of_the_command_line(
     quickstart, tmp_path, monkeypatch, capsys, report, code
 ):
-    asked: list[Path] = []
+    out = tmp_path / "mine"
+    asked: list[object] = []
     monkeypatch.setattr(
         quickstart, "teacher_overrides", lambda _, out, __: (asked.append(out), ())[1]
     )
-    monkeypatch.setattr(quickstart, "launch_command", lambda _: [sys.executable, "-c", ""])
-    out = tmp_path / "mine"
+    monkeypatch.setattr(quickstart, "precision_overrides", lambda: ("train.bf16=true",))
+    monkeypatch.setattr(quickstart, "megakd", lambda words: (asked.append(words), 0)[1])
+    monkeypatch.setattr(quickstart, "print_bag_of_words", asked.append)
     out.mkdir()
     if report is not None:
         (out / "report.json").write_text(report)
+    overrides = ["output_dir=elsewhere", "seed=7", f"output_dir={out}"]
 
-    assert quickstart.main(["output_dir=elsewhere", "seed=7", f"output_dir={out}"]) == code
+    assert quickstart.main(overrides) == code
 
-    assert asked == [out]
+    train = ["train", str(quickstart.CONFIG), "train.bf16=true", *overrides]
+    rest = [out, ["predict", str(out / "final"), quickstart.SENTENCE]]
+    assert asked == [out, train, *([] if code else rest)]
     shown = capsys.readouterr()
-    if code:
-        assert f"the run ended without {out / 'report.json'}" in shown.err
-    else:
-        line = f"quickstart: the report is {out / 'report.json'}, the student {out / 'final'}\n"
-        assert shown.out == line
+    assert (f"the run ended without {out / 'report.json'}" in shown.err) is bool(code)
+    assert (f"export {out}/config.yaml --to {out}-onnx" in shown.out) is not bool(code)
 
 
-# A launcher of two processes, of which the second one waits for a rank that takes its time.
-RUNNER = """
-import subprocess, sys
-code = subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
-sys.exit(code)
-"""
-LAUNCHER = """
-import os, signal, sys, time
-def stop(*_):
-    # The signal may come while "ready" is still being flushed, and print must not be re-entered.
-    os.write(1, b"the ranks have saved\\n")
-    sys.exit(1)
-signal.signal(signal.SIGTERM, stop)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-print("ready", flush=True)
-time.sleep(600)
-"""
-QUICKSTART = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("quickstart", sys.argv[1])
-quickstart = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(quickstart)
-quickstart.teacher_overrides = lambda *_: ()
-quickstart.launch_command = lambda _: [sys.executable, "-c", *sys.argv[2:]]
-sys.exit(quickstart.main([]))
-"""
+def test_a_run_that_fails_or_is_stopped_gives_its_exit_code(quickstart, monkeypatch, capsys):
+    def stopped(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "teacher_overrides", lambda *_: ())
+    monkeypatch.setattr(quickstart, "megakd", lambda words: 143)
+    assert quickstart.main([]) == 143
+    monkeypatch.setattr(quickstart, "megakd", stopped)
+    assert quickstart.main([]) == 128 + signal.SIGINT
+
+    assert "run `make quickstart` to start again" in capsys.readouterr().err
+    assert quickstart.main(["output_dir=[1]"]) == 2
+    assert "output_dir: must be text (got [1])" in capsys.readouterr().err
 
 
-def test_ctrl_c_waits_for_the_ranks_and_prints_no_traceback(repository: Path) -> None:
-    words = ["-c", QUICKSTART, str(repository / "launch/quickstart.py"), RUNNER, LAUNCHER]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, *words], stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+@pytest.mark.parametrize(
+    ("flags", "overrides"),
+    [("avx2 avx512_vnni", ()), ("avx512_bf16 sse", ("train.bf16=true",))],
+)
+def test_bf16_is_set_on_a_processor_that_computes_in_it(quickstart, monkeypatch, flags, overrides):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags\t\t: fpu {flags}\n")
 
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-
-        said, errors = process.communicate()
-    assert (said, errors) == ("the ranks have saved\n", "")
-    assert process.returncode == 128 + signal.SIGINT
+    assert quickstart.precision_overrides() == overrides
 
 
-def test_two_ranks_without_a_gpu_are_launched_with_the_overrides_last(quickstart):
-    command = quickstart.launch_command(["seed=7"])
+def test_tf_idf_learns_from_the_labels_of_the_run_and_is_scored_on_its_held_out_rows(
+    quickstart, tmp_path, capsys
+):
+    rows = [(f"the {word} number {n}", word) for n in range(8) for word in ("sun", "moon")]
+    table = "".join(f"{text},{label}\n" for text, label in rows)
+    unlabelled = "a text about the sun,\n"
+    for name, lines in (("train", table + unlabelled), ("test", table), ("validation", table)):
+        (tmp_path / f"{name}.csv").write_text(f"text,label\n{lines}")
+    tree = {
+        "output_dir": "out",
+        "task": {"type": "classification", "dataset": str(tmp_path)},
+        "student": {"model": "somewhere"},
+        "method": {"name": "finetune"},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(tree), encoding="utf-8")
 
-    assert command[command.index("--num_gpus") + 1] == "2"
-    assert "CUDA_VISIBLE_DEVICES=" in command
-    words = ["launch/train.py", "--config", "launch/examples/quickstart.yaml", "seed=7"]
-    assert command[-4:] == words
+    quickstart.print_bag_of_words(tmp_path)
+
+    scores = "from the same 16 labels: 100.0% f1_macro, 100.0% accuracy"
+    assert scores in capsys.readouterr().out

@@ -80,6 +80,12 @@ def test_a_size_is_read_as_people_write_it(text, number):
     assert config(method={"parameters": text}).method.parameters == (number,)
 
 
+def test_several_sizes_are_a_list_or_a_text_with_commas():
+    for sizes in ("2B, 600M", ["2B", 600_000_000]):
+        method = config(method={"parameters": sizes}).method
+        assert method.parameters == (2_000_000_000, 600_000_000)
+
+
 def test_the_sizes_of_shapes_are_those_of_an_8b_model():
     found = cuts()
 

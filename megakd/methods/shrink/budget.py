@@ -60,9 +60,9 @@ def _split(value: object) -> object:
     """Return the parts of a text with commas; one number alone is a list of one."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
-    if value is None or isinstance(value, list | tuple):
-        return value
-    return (value,)
+    if isinstance(value, list):
+        return tuple(value)
+    return value if value is None or isinstance(value, tuple) else (value,)
 
 
 def falling(key: str, sizes: Sequence[float] | None, *, sign: int = 1) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The quickstart over several seeds: teacher, distilled student, `direct`, and the student alone.
+"""MiniDisc on docstrings over several seeds: teacher, student, `direct`, and the student alone.
 
-`python benchmarks methods.quickstart [--seeds 1,2] [key=value …]`, by default on two CPU ranks
-under DeepSpeed's launcher, about five minutes each. Writes runs/bench/quickstart/seed-<n>; started
+`python benchmarks methods.minidisc [--seeds 1,2] [key=value …]`, by default on two CPU ranks
+under DeepSpeed's launcher, about five minutes each. Writes runs/bench/minidisc/seed-<n>; started
 again it goes on where it was. The teacher is trained anew for every seed. `--maxidisc` also tries
 every assistant of the same grid, with the same teacher.
 """
@@ -20,7 +20,7 @@ from lib.launching import ROOT, Report, fetch_teacher, seconds_of, trained
 from lib.options import integers, parsed, parser_of
 from lib.tables import Columns, print_models
 
-CONFIG = Path("launch/examples/quickstart.yaml")
+CONFIG = Path("launch/examples/pydocs_minidisc.yaml")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,14 +28,14 @@ def main(arguments: Sequence[str]) -> int:
     fetch_teacher()
     models: dict[str, Columns] = {}
     for seed in given.seeds:
-        found = numbers(_trained(given, "quickstart", seed, ()))
+        found = numbers(_trained(given, "minidisc", seed, ()))
         if given.maxidisc:
-            best = numbers(_trained(given, "quickstart-maxidisc", seed, maxidisc()))
+            best = numbers(_trained(given, "maxidisc", seed, maxidisc()))
             found["maxidisc"] = best["distilled"]
         for name, columns in found.items():
             for title, value in columns.items():
                 models.setdefault(name, {}).setdefault(title, {})[seed] = value
-    print_models(f"quickstart, {given.ranks} rank(s)", given.command, models, reference="distilled")
+    print_models(f"minidisc, {given.ranks} rank(s)", given.command, models, reference="distilled")
     return 0
 
 
