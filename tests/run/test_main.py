@@ -18,6 +18,7 @@ from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, read, records
 
 from megakd.config.file import load_config
 from megakd.config.run import EvalConfig
+from megakd.contract.results import MethodRecord
 from megakd.data.splits import load_splits
 from megakd.run import run_report
 
@@ -212,7 +213,7 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
     rows = Dataset.from_dict({"input_ids": [[1, 1]]})
     lab: Any = SimpleNamespace(
         pool=SimpleNamespace(folders={"teacher": tmp_path}),
-        record=SimpleNamespace(assistants=[]),
+        record=MethodRecord(),
         config=SimpleNamespace(
             output_dir=tmp_path, task=SimpleNamespace(type="mlm"), eval=EvalConfig()
         ),
