@@ -63,15 +63,14 @@ def _choose(
     """Run the trial; return the best candidate of each size, and a model that contains them."""
     result = lab.train(_stage(config, lab, link, groups))
     shapes: Named = {}
-    for number, named in enumerate(groups, start=1):
-        judge = BestCandidate(metric_of(config, lab), tuple(named))
+    judges = _judges(config, lab, groups)
+    for number, (named, judge) in enumerate(zip(groups, judges, strict=True), start=1):
         lab.record.candidates += rows_of(
             lab, link, named, result.scores, judge=judge, iteration=number
         )
         chosen = judge(result.scores, 0).view
         shapes[chosen] = named[chosen]
-    every = {name: one for named in groups for name, one in named.items()}
-    link = _within(link, lab.source(result.folder), every)
+    link = _within(link, lab.source(result.folder), _all_of(groups))
     # Units that no student has would take time without being trained.
     start = lab.pruning.cut(link.start, link.view(_union(shapes)), f"start-{SHARED}")
     return _within(link, start, shapes), shapes
@@ -79,11 +78,18 @@ def _choose(
 
 def _stage(config: ShrinkConfig, lab: Lab, link: Link, groups: Sequence[Named]) -> Stage:
     """Return a stage whose model is cut to the units of all candidates."""
-    every = {name: one for named in groups for name, one in named.items()}
+    every = _all_of(groups)
     views = {name: link.view(one) for name, one in {ALL_SIZES: _union(every), **every}.items()}
+    return trial(config, lab, link, views, BestSeries(_judges(config, lab, groups)))
+
+
+def _judges(config: ShrinkConfig, lab: Lab, groups: Sequence[Named]) -> tuple[BestCandidate, ...]:
     metric = metric_of(config, lab)
-    judges = tuple(BestCandidate(metric, tuple(named)) for named in groups)
-    return trial(config, lab, link, views, BestSeries(judges))
+    return tuple(BestCandidate(metric, tuple(named)) for named in groups)
+
+
+def _all_of(groups: Sequence[Named]) -> Named:
+    return {name: one for named in groups for name, one in named.items()}
 
 
 def _within(link: Link, start: Model, named: Named) -> Link:
