@@ -119,7 +119,7 @@ def numbers(given: argparse.Namespace, report: Report) -> dict[str, float]:
         one["name"]: one for one in (*report["sizes"], report["student"] | {"name": "student"})
     }
     times = {one["model"]: one["ms"] for one in report["latency"] if one["batch"] == 32}
-    found = {
+    scores = {
         "teacher": 100 * report["teacher"]["metrics"][metric],
         "seconds": sum(stage["seconds"] for stage in report["stages"]),
     }
@@ -127,10 +127,10 @@ def numbers(given: argparse.Namespace, report: Report) -> dict[str, float]:
         asked = one.get("asked")
         value = asked and asked["value"]
         title = "student" if asked is None else f"{value:g}" + "x" * (asked["what"] == "speedup")
-        found[title] = 100 * one["metrics"][metric]
+        scores[title] = 100 * one["metrics"][metric]
         if name in times:
-            found[f"faster, {title}"] = times["teacher"] / times[name]
-    return found
+            scores[f"faster, {title}"] = times["teacher"] / times[name]
+    return scores
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

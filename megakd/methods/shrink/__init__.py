@@ -69,6 +69,9 @@ ASSISTANT = "assistant-"
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 NARROWER = (0.75, 0.5)
 """Shares of the residual width of candidates, beside the whole width."""
+MEASURE_AGAIN = (
+    "; times beside other work are wrong: remove stages/times* of the run, and start again"
+)
 BUDGETS = ("parameters", "target_sparsity", "flops", "speedup")
 
 
@@ -198,7 +201,10 @@ def budgets(config: ShrinkConfig, parameters: int) -> list[Budget]:
         return [Budget(key, one, TOLERANCE, text, f"{one:g}") for one in config.flops]
     if config.speedup is not None:
         key, text = "method.speedup", _speedup
-        return [Budget(key, 1 / x, SPEED_TOLERANCE, text, f"{x:g}x") for x in config.speedup]
+        return [
+            Budget(key, 1 / x, SPEED_TOLERANCE, text, f"{x:g}x", MEASURE_AGAIN)
+            for x in config.speedup
+        ]
     key, share = "method.parameters", 1 - (config.target_sparsity or 0.0)
     targets = config.parameters or (round(share * parameters),)
     return [Budget(key, one, TOLERANCE, _weights, short_name(one)) for one in targets]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Annotated, NamedTuple, TypeVar
 
 from pydantic import BeforeValidator, Field
@@ -26,8 +27,9 @@ from megakd.methods.shrink.candidates import (
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 TOLERANCE, SPEED_TOLERANCE = 0.03, 0.05
 """How far the size of a candidate may be from the wanted size, as a share of it."""
-TIMINGS = 3
-"""How often the candidates are timed; in between, their numbers of neurons are corrected."""
+TIMINGS = 4
+"""How often a candidate is timed at most; in between, its number of neurons is corrected."""
+_size = operator.attrgetter("size")
 
 
 def parameters_of(value: object) -> object:
@@ -120,41 +122,67 @@ def timed_candidates(
     """Return candidates whose measured time, relative to the teacher's, is that of the budget.
 
     The times of a few shapes give the times of all others. The candidates are then timed, and their
-    numbers of neurons corrected.
+    numbers of neurons corrected. If none meets the tolerance, twice the tolerance counts.
 
     Raises:
-        ConfigError: no shape is that fast; the message has the fastest that was timed.
+        ConfigError: no shape is that fast; the message has the nearest that were timed.
     """
 
     def times(name: str, views: Mapping[str, View]) -> Mapping[str, float]:
         return sizes.lab.pruning.relative_times(sizes.model, views, name, work)
 
+    cuts = _timed_cuts(sizes, times)
+    by_width = {of_width.width: of_width for of_width in cuts}
+    loose = budget._replace(tolerance=2 * budget.tolerance)
+    # The sizes of shapes between the timed ones are estimates.
+    untimed = candidates_of(cuts, loose, wanted)
+    timed: dict[str, list[Candidate]] = {one.name: [] for one in untimed}
+    for number in range(1, TIMINGS + 1):
+        views = {one.name: sizes.view(one) for one in untimed}
+        measured = times(f"times-{budget.name}-{number}", views)
+        for one in untimed:
+            timed[one.name].append(one._replace(size=measured[one.name]))
+        misses = [ones for ones in timed.values() if not any(budget.allows(o.size) for o in ones)]
+        following = (corrected(by_width[ones[0].width], ones, budget.target) for ones in misses)
+        untimed = [one for one in following if one is not None]
+        if not untimed:
+            break
+    nearest = [min(ones, key=lambda o: abs(o.size - budget.target)) for ones in timed.values()]
+    fitting = [one for one in nearest if budget.allows(one.size)]
+    fitting = fitting or [one for one in nearest if loose.allows(one.size)]
+    if not fitting:
+        raise ConfigError(no_candidate(budget, [*chain(*timed.values())], cuts[0].whole))
+    return fitting
+
+
+def _timed_cuts(
+    sizes: Sizes, times: Callable[[str, Mapping[str, View]], Mapping[str, float]]
+) -> list[Cuts]:
     # Many families have shapes that are the same, such as those of all heads and of the fewest.
     every = (view for width in sizes.widths for view in corners_of(sizes.family, width))
     whole, *others = dict.fromkeys(every)
     named = {f"shape-{number}": view for number, view in enumerate(others, start=1)}
     known = {named[name]: time for name, time in times("times", named).items()}
-    cuts = sizes.of((known | {whole: 1.0}).__getitem__)
-    # The sizes of shapes between the timed ones are estimates.
-    timed = candidates_of(cuts, budget._replace(tolerance=2 * budget.tolerance), wanted)
-    by_width = {of_width.width: of_width for of_width in cuts}
-    names, fitting, misses = [one.name for one in timed], dict[str, Candidate](), timed
-    for number in range(1, TIMINGS + 1):
-        views = {one.name: sizes.view(one) for one in timed}
-        measured = times(f"times-{budget.name}-{number}", views)
-        timed = [one._replace(size=measured[one.name]) for one in timed]
-        fitting |= {one.name: one for one in timed if budget.allows(one.size)}
-        misses = [one for one in timed if one.name not in fitting]
-        timed = [_corrected(by_width[one.width], one, budget.target) for one in misses]
-        if not timed:
-            break
-    if not fitting:
-        raise ConfigError(no_candidate(budget, misses, cuts[0].whole))
-    return [fitting[name] for name in names if name in fitting]
+    return sizes.of((known | {whole: 1.0}).__getitem__)
 
 
-def _corrected(cuts: Cuts, timed: Candidate, target: float) -> Candidate:
-    """Return the shape of the same depth and heads whose time should be the target."""
-    estimate = cuts.candidate(*timed[:3]).size
-    near = cuts.nearest(target * estimate / timed.size, timed.layers, timed.heads)
-    return min(near, key=lambda one: abs(one.size * timed.size / estimate - target))
+def corrected(cuts: Cuts, timed: Sequence[Candidate], target: float) -> Candidate | None:
+    """Return the shape of the same depth and heads whose time should be the target.
+
+    Its time is on the line between a slower and a faster shape if both were timed, and else in
+    proportion to the estimates. None: every such shape was timed.
+    """
+    layers, heads = timed[0].layers, timed[0].heads
+    slower = min((o for o in timed if o.size > target), key=_size, default=None)
+    faster = max((o for o in timed if o.size <= target), key=_size, default=None)
+
+    def time(one: Candidate) -> float:
+        if slower is None or faster is None:
+            near = slower or faster or one
+            return one.size * near.size / cuts.candidate(layers, heads, near.neurons).size
+        share = (one.neurons - faster.neurons) / (slower.neurons - faster.neurons)
+        return faster.size + share * (slower.size - faster.size)
+
+    tried = {one.neurons for one in timed}
+    rest = (cuts.candidate(layers, heads, n) for n in cuts.neurons if n not in tried)
+    return min(rest, key=lambda one: abs(time(one) - target), default=None)

@@ -194,6 +194,7 @@ class Budget(NamedTuple):
     tolerance: how far the size of a candidate may be from the target, as a share of it.
     text: writes a size.
     name: name of the size in files, such as 8x.
+    advice: ends the message that no shape has the size.
     """
 
     key: str
@@ -201,6 +202,7 @@ class Budget(NamedTuple):
     tolerance: float
     text: Callable[[float], str]
     name: str = ""
+    advice: str = ""
 
     def allows(self, size: float) -> bool:
         return abs(size / self.target - 1) <= self.tolerance
@@ -276,5 +278,5 @@ def no_candidate(budget: Budget, near: Sequence[Candidate], whole: Candidate) ->
     return (
         f"{budget.key}: no model with {budget.text(budget.target)} (within {budget.tolerance:.0%}) "
         f"can be cut out of the teacher ({whole.shape()}, {budget.text(whole.size)}); the nearest "
-        f"possible sizes are {' and '.join(texts)}"
+        f"possible sizes are {' and '.join(texts)}{budget.advice}"
     )
