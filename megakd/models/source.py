@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from megakd.config.models import TeacherConfig
+from megakd.contract.tasks import AUTO
 from megakd.contract.views import Heads, View
 from megakd.models.architecture import Architecture
 from megakd.models.weights import StoredTensor
@@ -88,3 +89,13 @@ class ReadyTeacher(NamedTuple):
 
     source: ModelSource
     spec: TeacherConfig
+
+    def is_loaded(self, *, measures_losses: bool) -> bool:
+        """Return whether a stage needs the model itself, not a server or answers on disk.
+
+        The answers that a run caches are for training rows; held-out losses ask the model.
+        """
+        is_cached = self.spec.cache is not None and not (
+            self.spec.cache == AUTO and measures_losses
+        )
+        return self.spec.server is None and not is_cached

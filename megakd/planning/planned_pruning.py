@@ -55,7 +55,7 @@ class PlannedPruning(Shapes):
         """Record the scoring of the teacher, once; return the same importance for all layers."""
         ready, rows = self._teachers[teacher], self.config.eval_rows()
         layers = ready.source.architecture.number_of_layers(ready.source.config)
-        if not any(known.forwards for known in self._phases):
+        if not any(known.name == "layers" for known in self._phases):
             forwards = (layers + 1) * -(-FEW // (rows * self._world))
             teachers = {"layers": ready}
             phase = Phase(

@@ -20,6 +20,7 @@ from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import total_steps
 from megakd.contract.stage import Stage, StageResult, untrained
 from megakd.contract.tasks import (
+    AUTO,
     FROM_TEACHER,
     LANGUAGE_TASKS,
     STUDENT,
@@ -240,11 +241,24 @@ class PlanningLab(LabBase):
         rows, scored = self.config.eval_rows(), f"{name}-scored"
         self.phases.append(Phase(name=scored, work="scoring", teachers={name: ready}, rows=rows))
 
+    def _record_answers(self, name: str, ready: ReadyTeacher) -> None:
+        # The pass that fills the run's own cache, before the first stage that reads it.
+        phase, rows = f"{name}-answers", self.config.eval_rows()
+        if ready.spec.cache != AUTO or phase in {one.name for one in self.phases}:
+            return
+        known = 0 if self._prepared is None else len(self._prepared.encoded.train)
+        count = -(-known // (rows * self.world))
+        self.phases.append(
+            Phase(name=phase, work="scoring", teachers={name: ready}, rows=rows, forwards=count)
+        )
+
     def train(self, stage: Stage) -> StageResult:
         """Record a stage; return a result with the widest view and 0.5 for every metric."""
         stage = self._completed(stage, ranks=self.world, device=self._device)
         learners = learning_models(stage, self._sources, self._teachers, self.config.student)
         teachers = {name: self._teachers[name] for name in stage.teachers}
+        for name, ready in teachers.items():
+            self._record_answers(name, ready)
         bases = {n: teachers.pop(n).source for n in self.config.base_teachers if n in teachers}
         phase = Phase(
             name=stage.name,

@@ -134,8 +134,10 @@ class Timeline:
 
     def _train(self, stage: Stage) -> None:
         teachers = self.phase.teachers
-        asked = [n for n, r in teachers.items() if r.spec.cache is None and r.spec.server is None]
-        frozen = {name: self._frozen(name) for name in asked}
+        losses = stage.measures_losses
+        loaded = [n for n, ready in teachers.items() if ready.is_loaded(measures_losses=losses)]
+        frozen = {name: self._frozen(name) for name in loaded}
+        asked = {name: one for name, one in frozen.items() if teachers[name].spec.cache is None}
         role = STUDENT if stage.role == STUDENT else TEACHER
         model = self._model(role, self.traced.learner[0], stage.deepspeed)
         dtype = TORCH_DTYPE[training_dtype(stage.train, self.cluster.device)]
@@ -148,7 +150,7 @@ class Timeline:
         of_teachers = together(self._fetched(frozen), self._readouts())
         self._resting = together(self._resting, learner.resting(), averages, of_teachers)
         micro_batches = largest_step(stage.train, self.config.task).micro_batches
-        self._ask(frozen, learner.accumulated() if micro_batches > 1 else {})
+        self._ask(asked, learner.accumulated() if micro_batches > 1 else {})
         heads = [
             engine.held("gather", self._gathered_head(name, engine))
             for name, engine in frozen.items()
@@ -165,7 +167,7 @@ class Timeline:
         self._look("writing the model", learner.held("weights", written, "host"))
         if left is not None and stage.goes_on:
             self._write_state(learner, left, stage.strategy.values_per_weight)
-        self._count(learner, frozen, micro_batches)
+        self._count(learner, asked, micro_batches)
 
     def _offloaded(self, stage: Stage, learner: Trained) -> Holding:
         if not stage.train.activation_offload or learner.is_cpu:

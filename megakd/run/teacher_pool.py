@@ -29,7 +29,7 @@ from megakd.reports.samples import held_out_prompts
 from megakd.scoring.scores import numbers
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, as_read_back, flatten
-from megakd.teachers.cached import CachedTeacher
+from megakd.teachers.cached import CachedSteps, CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from megakd.servers.teachers import ServedTeacher
     from megakd.training.assembly import Assembly
 
-    Opened = FrozenTeacher | CachedTeacher | ServedTeacher
+    Opened = FrozenTeacher | CachedTeacher | CachedSteps | ServedTeacher
 
 
 class Measured(NamedTuple):
@@ -80,13 +80,11 @@ class TeacherPool:
     def close(self, but: Collection[str] = ()) -> None:
         """Close all teachers but some whose models are still the same.
 
-        A teacher whose answers are cached or served is always closed; to open it costs nothing. So
-        is one that the next stage may ask from the run's own cache.
+        A teacher whose answers are cached or served is always closed; to open it costs nothing.
         """
         for name, (ready, teacher) in list(self._open.items()):
             is_same = name in but and self.assembly.teachers[name] is ready
-            is_kept = isinstance(teacher, FrozenTeacher) and ready.spec.cache != AUTO
-            if not (is_kept and is_same):
+            if not (isinstance(teacher, FrozenTeacher) and is_same):
                 del self._open[name]
                 teacher.destroy()
 
@@ -117,19 +115,21 @@ class TeacherPool:
 
             prepared, ranks = self.assembly.prepared, self.assembly.ranks
             return served_teacher(self._config, prepared, name, ranks)
-        # The answers that the run keeps are for training rows; held-out losses ask the model.
-        is_asked = ready.spec.cache == AUTO and stage.measures_losses
-        if ready.spec.cache is not None and not is_asked:
-            from megakd.training.answer_cache import fill_cache, open_cache
-
-            folder = self.cache_folder(name)
-            if ready.spec.cache == AUTO:
-                fill_cache(self.assembly, ready, folder)
-            return open_cache(self.assembly, ready, folder)
+        cached = None if ready.spec.cache is None else self._cached(name)
+        if cached is not None and not ready.is_loaded(measures_losses=stage.measures_losses):
+            return cached
         dtype, spec = self.assembly.teacher_dtype(ready), ready.spec.deepspeed
         teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
         self._ask(teacher, name, stage, needs)
-        return teacher
+        return teacher if cached is None else CachedSteps(cached, teacher)
+
+    def _cached(self, name: str) -> CachedTeacher:
+        from megakd.training.answer_cache import fill_cache, open_cache
+
+        ready, folder = self.assembly.teachers[name], self.cache_folder(name)
+        if ready.spec.cache == AUTO:
+            fill_cache(self.assembly, ready, folder)
+        return open_cache(self.assembly, ready, folder)
 
     def cache_folder(self, name: str) -> Path:
         """Return the folder of a teacher's cached answers."""

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from megakd.storage.checksums import (
     write_signed,
 )
 from megakd.storage.fingerprint import Fingerprint, differences
+
+if TYPE_CHECKING:
+    from megakd.teachers.frozen import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 MANIFEST = "cache.json"
@@ -234,6 +237,33 @@ class CachedTeacher:
     def destroy(self) -> None:
         """Close the files."""
         self._shards.clear()
+
+
+class CachedSteps:
+    """A teacher that answers the steps of training from a cache, and other rows itself."""
+
+    def __init__(self, cached: CachedTeacher, model: FrozenTeacher) -> None:
+        self._cached, self._model = cached, model
+
+    def __call__(self, batch: Batch) -> Knowledge:
+        """Ask the model; a collective under ZeRO-3."""
+        return self._model(batch)
+
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+        """Yield the cached answers to every micro-batch of a step."""
+        return self._cached.answers(batches)
+
+    def prefetch(self) -> None:
+        """Do nothing: steps do not ask the model."""
+
+    def evict(self) -> None:
+        """Free the device copies of the model."""
+        self._model.evict()
+
+    def destroy(self) -> None:
+        """Close the files, and free the engine's memory."""
+        self._cached.destroy()
+        self._model.destroy()
 
 
 def _verify(folder: Path, shards: Sequence[AnswerShard]) -> None:

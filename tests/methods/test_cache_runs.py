@@ -30,13 +30,16 @@ def test_a_classifier_learns_from_its_cache_what_it_learns_from_the_teacher(clas
     assert furthest(classes.weights(config), online) <= 1e-5
 
 
-def test_a_run_that_keeps_the_answers_itself_learns_what_it_learns_from_the_teacher(classes):
-    online = classes.weights(classes.config("asked", train={"num_train_epochs": 2}))
-    kept = {"teacher": {"cache": "auto"}, "train": {"num_train_epochs": 2}}
+@pytest.mark.parametrize("losses", [False, True])
+def test_a_run_that_keeps_the_answers_learns_what_it_learns_from_the_teacher(classes, losses):
+    # Held-out losses ask the teacher itself.
+    both = {"train": {"num_train_epochs": 2}, "eval": {"losses": losses}}
+    online = classes.weights(classes.config(f"asked-{losses}", **both))
+    kept = {"teacher": {"cache": "auto"}, **both}
 
-    assert furthest(classes.weights(classes.config("kept", **kept)), online) <= 1e-5
+    assert furthest(classes.weights(classes.config(f"kept-{losses}", **kept)), online) <= 1e-5
 
-    assert (classes.folder / "kept" / "stages" / "teacher-answers").is_dir()
+    assert (classes.folder / f"kept-{losses}" / "stages" / "teacher-answers").is_dir()
 
 
 def test_a_cache_of_the_whole_vocabulary_teaches_what_the_teacher_does(language):

@@ -115,6 +115,24 @@ def test_a_teacher_whose_answers_are_on_disk_takes_no_memory_and_no_time(tmp_pat
     assert cached.network.get("teacher", 0) == 0
 
 
+def test_a_teacher_fills_the_cache_once_and_stays_loaded_where_losses_are_measured(tmp_path):
+    tree = {
+        "output_dir": str(tmp_path / "out"),
+        "task": {"type": "classification", "dataset": "anything", "max_length": 16},
+        "teacher": {**TEACHER, "cache": "auto"},
+        "student": {"model": "from_teacher"},
+        "method": {"name": "shrink", "flops": 0.5, "round_to": 8, "trial_steps": 2},
+        "train": {"per_device_train_batch_size": 4},
+    }
+    config = load_config(write_config(tmp_path / "run.yaml", tree))
+    plan = plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=TRACES)
+
+    weights = Share("teacher", "weights", "device")
+    held = {phase.name: phase.ledger.most.get(weights, 0) > 0 for phase in plan.phases}
+    assert (held["teacher-answers"], held["trial-1"], held["student"]) == (True, True, False)
+    assert [*held].index("teacher-answers") == [*held].index("trial-1") - 1
+
+
 @pytest.mark.parametrize(
     ("rows", "loss"), [({}, "hidden_mse"), ({"tokens_per_rank": 128}, "soft_target_kl")]
 )
