@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from megakd.contract.metric import lower_is_better
@@ -65,13 +66,24 @@ def _above_teacher(report: Report) -> Iterator[str]:
     name, teacher = report["metric_name"], report["teacher"]
     mine = _main(report, report["student"]["metrics"])
     theirs = None if teacher is None else _main(report, teacher["metrics"])
-    if _is_better(name, mine, theirs):
+    if not (is_number(mine) and is_number(theirs) and _is_better(name, mine, theirs)):
+        return
+    if abs(mine - theirs) > _noise(report["student"]):
         yield (
             f"the student is above its teacher ({score(name, mine)} and {score(name, theirs)} "
             f"{name}): the teacher has learnt the task too briefly, or the rows are too few to "
             "tell them apart; train the teacher longer (teacher.finetune), or give more weight to "
             "the labels"
         )
+
+
+def _noise(student: ModelReport) -> float:
+    """Return two standard errors, at most, of a classifier's score less its teacher's.
+
+    Only the rows on which both disagree make a difference.
+    """
+    rows = sum(one["rows"] for one in student.get("per_class", ()))
+    return 2 * math.sqrt((1 - student.get("agreement", 0.0)) / rows) if rows else 0.0
 
 
 def _rising_teachers(report: Report, curves: Mapping[str, Mapping[str, Panels]]) -> Iterator[str]:

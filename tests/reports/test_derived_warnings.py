@@ -72,6 +72,11 @@ def evaluated(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
             "the student is above its teacher (81.0% and 80.0% accuracy): the teacher has learnt",
         ),
         (
+            classified() | {"student": scored(0.84, agreement=0.9, **labels(*[0.8] * 15))},
+            "above teacher",
+            "the student is above its teacher (84.0% and 80.0% accuracy)",
+        ),
+        (
             classified(candidates=tried(0.6, 0.4, 0.3))
             | {"student": scored(0.7, **labels(1.0, 1.0))},
             "chance",
@@ -101,6 +106,8 @@ def test_a_warning_names_its_numbers_and_what_to_do(report, kind, text):
         language_report() | {"baselines": {"alone": {"perplexity": 11.0}}},
         classified(baselines={"alone": {"accuracy": 0.7}, "broken": {"accuracy": None}}),
         classified(0.8, 0.8),
+        # The two differ on 30 of 300 rows, of which 18 speak for the student.
+        classified() | {"student": scored(0.82, agreement=0.9, **labels(*[0.8] * 15))},
         classified() | {"student": scored(0.7, **labels(0.0, 1.0, rows=4))},
         classified(candidates=tried(0.6)) | {"student": scored(0.7, **labels(1.0, 1.0))},
         language_report(candidates=tried(-9.0)),
