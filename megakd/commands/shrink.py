@@ -134,7 +134,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = _keys_of(arguments.model)
-    tree = _of_encoder(keys) if _is_encoder(keys) else _of_decoder()
+    masks = "task.type=mlm" in arguments.overrides
+    tree = _of_encoder(keys, masks=masks) if _is_encoder(keys) else _of_decoder()
     if arguments.data is not None:
         tree["task"]["dataset"] = arguments.data
     for key in EXAMPLES:
@@ -167,13 +168,16 @@ def _of_decoder() -> dict[str, Any]:
     }
 
 
-def _of_encoder(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a classifier, which is fine-tuned first if it has no classes."""
+def _of_encoder(keys: Mapping[str, Any], *, masks: bool) -> dict[str, Any]:
+    """Return the settings of a classifier, which is fine-tuned first if it has no classes.
+
+    masks: whether it is a masked language model, which has no classes, and new masks every epoch.
+    """
     narrow = 384 / next((keys[key] for key in WIDTHS if key in keys), 768)
     rows = {"per_device_train_batch_size": 32, "num_train_epochs": 10}
     schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
-    teacher: dict[str, Any] = {"cache": AUTO}
-    if not _architecture(keys).endswith("ForSequenceClassification"):
+    teacher: dict[str, Any] = {} if masks else {"cache": AUTO}
+    if not masks and not _architecture(keys).endswith("ForSequenceClassification"):
         teacher["finetune"] = {"learning_rate": round(3e-4 * narrow**2, 7)}
     return {
         "task": {"type": "classification"},

@@ -95,6 +95,17 @@ def test_an_encoder_becomes_a_classifier_that_is_fine_tuned_if_it_is_none(
     assert given == finetune or given.learning_rate == finetune["learning_rate"]
 
 
+def test_a_masked_language_model_is_neither_fine_tuned_nor_asked_once(started):
+    Path("model").mkdir()
+    keys = {"architectures": ["BertForMaskedLM"], "hidden_size": 384}
+    Path("model/config.json").write_text(json.dumps(keys))
+
+    assert cli.main([*FASTER, "task.type=mlm"]) == 0
+
+    config = load_config(Path("runs/model-8x") / FILE)
+    assert (config.teacher.cache, config.teacher.finetune) == (None, None)
+
+
 def test_the_size_may_be_a_share(started):
     words = ("shrink", "model", "--data", "text.txt", "method.target_sparsity=0.4")
     assert cli.main(words) == 0

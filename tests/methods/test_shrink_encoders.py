@@ -10,7 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import (
+    bert,
+    config_tree,
+    write_config,
+    write_reviews,
+    write_scored_pairs,
+    write_text,
+)
 from transformers import AutoModelForSequenceClassification
 from whole_run import finish, read, same_weights
 
@@ -86,6 +93,35 @@ def test_a_single_candidate_is_cut_and_repaired_without_a_trial(one_rank, tmp_pa
         "student",
     ]
     assert report["student"]["asked"] == {"what": "flops", "value": 0.4}
+
+
+@pytest.mark.parametrize("kind", ["regression", "mlm"])
+def test_other_tasks_of_encoders_are_shrunk_as_classifiers_are(one_rank, tmp_path, kind):
+    texts = {
+        "regression": lambda: {
+            "dataset": str(write_scored_pairs(tmp_path / "pairs")),
+            "text_columns": ["first", "second"],
+            "label_column": "similarity",
+        },
+        "mlm": lambda: {
+            "dataset": str(write_text(tmp_path / "text.txt")),
+            "tokenizer": {"type": "wordpiece", "vocab_size": 300},
+        },
+    }
+    teacher = {"model": TEACHER, "finetune": {"max_steps": 8}}
+    teacher |= {"cache": "auto"} if kind == "regression" else {}
+    method = {**METHOD, "flops": "50%", "candidates": 3, "repair_steps": 4}
+    tree = config_tree(
+        tmp_path / "out", {"type": kind, **texts[kind]()}, teacher=teacher, method=method
+    )
+    tree["student"] = {"model": "from_teacher", "dropout": 0.0}
+
+    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+
+    report = read(tmp_path / "out")
+    parts = {one: report[one]["encoder_parameters"] for one in ("student", "teacher")}
+    assert parts["student"] == pytest.approx(0.5 * parts["teacher"], rel=0.05)
+    assert [one["chosen"] for one in report["candidates"]].count(True) == 1
 
 
 def test_the_teacher_answers_once_for_all_steps_of_the_repair(shrunk):

@@ -32,8 +32,8 @@ from megakd.contract.terms import (
     STATE_TERMS,
     STRICT,
     Count,
-    SoftTargetKl,
     TermConfig,
+    soft_terms,
 )
 from megakd.methods.assistants import ImportanceOptions
 from megakd.methods.shrink.budget import (
@@ -51,7 +51,6 @@ from megakd.methods.shrink.budget import (
 from megakd.methods.shrink.candidates import Budget, Candidate, Family, candidates_of
 from megakd.methods.shrink.series import SHARED, train_series
 from megakd.methods.shrink.stages import (
-    KL,
     TRIAL,
     BestCandidate,
     Link,
@@ -97,7 +96,8 @@ class ShrinkConfig(ImportanceOptions):
         single candidate.
     repair_steps: steps of the chosen candidate on the training text; null: the steps of `train`.
     on_policy_steps: further steps with the section `rollout`, in the same stage and schedule.
-    metric: metric by which candidates are compared; null: held-out `soft_target_kl`.
+    metric: metric by which candidates are compared; null: held-out `soft_target_kl`, of a
+        regression `soft_target_mse`.
     assistant: `auto_2.5` shrinks in several hops of at most 2.5 times, with an assistant after each
         hop; `never` shrinks in one hop.
     passes_per_backward: number of candidates that keep their activations at a time; null: all.
@@ -144,7 +144,8 @@ class ShrinkConfig(ImportanceOptions):
                 f'to "{FROM_TEACHER}" and remove student.layers'
             )
         yield from self._problems_of_rollout(config.rollout)
-        yield from self._problems_of_objective(config.objective)
+        (soft,) = soft_terms(config.task.type)
+        yield from self._problems_of_objective(config.objective, soft.loss)
 
     def _problems_of_rollout(self, rollout: Any) -> Iterator[str]:
         if (rollout is None) != (self.on_policy_steps == 0):
@@ -159,7 +160,9 @@ class ShrinkConfig(ImportanceOptions):
                 "rollout.from_step"
             )
 
-    def _problems_of_objective(self, terms: Sequence[TermConfig] | None) -> Iterator[str]:
+    def _problems_of_objective(
+        self, terms: Sequence[TermConfig] | None, divergence: str
+    ) -> Iterator[str]:
         if terms is None:
             return
         if any(isinstance(term, ATTENTION_TERMS) for term in terms):
@@ -167,10 +170,10 @@ class ShrinkConfig(ImportanceOptions):
                 "objective: the student has fewer heads and layers than its teacher, so that "
                 "attention cannot be compared; use soft targets or hidden_mse"
             )
-        if self.metric is None and not any(isinstance(t, SoftTargetKl) for t in terms):
+        if self.metric is None and all(term.loss != divergence for term in terms):
             yield (
-                f"method.metric: null compares candidates by {KL}, which the objective lacks; add "
-                "the term, or set method.metric, for example to accuracy"
+                f"method.metric: null compares candidates by {divergence}, which the objective "
+                "lacks; add the term, or set method.metric, for example to accuracy"
             )
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SHARE_OF_REPAIR = 0.3
 """The trial takes this share of the repair's steps by default; a tenth chose worse candidates."""
-KL = "soft_target_kl"
 TRIAL = "trial-"
 ALL_SIZES = "all-sizes"
 """A view that contains all others, and does not learn itself."""
@@ -116,7 +115,8 @@ def metric_of(config: ShrinkConfig, lab: Lab) -> Metric:
     """Return the metric by which candidates are compared."""
     if config.metric is not None:
         return lab.metric(config.metric)
-    return Metric(name=KL, parts=(KL,), higher_is_better=False)
+    (soft,) = lab.soft_terms(1.0)
+    return Metric(name=soft.loss, parts=(soft.loss,), higher_is_better=False)
 
 
 def rows_of(
