@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ def _is_free(key: str) -> bool:
 def finished_table(config: RunConfig, *, command: str) -> str:
     """Verify a finished run and return its result table; a collective.
 
-    A `final/` that was removed is copied again from its stage; the card names the `command`.
+    A model that was removed is copied again from its stage; its card names the `command`.
     """
     out = config.output_dir
     record = on_main(lambda: _record_there(out))
@@ -128,15 +129,15 @@ def finished_table(config: RunConfig, *, command: str) -> str:
         raise CheckpointError(f"{out / FINAL} does not exist; {_again(out / REPORT)}")
     if record is not None:
         _compare_inputs(config, record["inputs"])
-        missing = on_main(lambda: _missing_of_final(out, record))
-        if missing:
-            stage = _stage_of_final(out, record)
-            logger.warning(
-                "%s lacks %s: the student is copied again from %s",
-                *(out / FINAL, ", ".join(missing), stage),
-            )
-            with held(out):
-                on_main(lambda: _write_model(config, stage, out / FINAL, report, command))
+        for folder, (stage, files) in _published(out, record).items():
+            missing = on_main(lambda at=folder, of=stage, has=files: _missing(at, of, has))
+            if missing:
+                logger.warning(
+                    "%s lacks %s: the student is copied again from %s",
+                    *(folder, ", ".join(missing), stage),
+                )
+                with held(out):
+                    on_main(partial(_write_model, config, stage, folder, report, command))
     return result_table(report, final=out / FINAL)
 
 
@@ -223,22 +224,26 @@ def _again(report: Path) -> str:
     )
 
 
-def _missing_of_final(out: Path, record: Mapping[str, Any]) -> list[str]:
-    final = out / FINAL
-    atomic.recover(final)
-    missing = [name for name in record["final"] if not (final / name).is_file()]
-    there = {name: entry for name, entry in record["final"].items() if name not in missing}
-    changed = damage_of(final, there)
+def _published(out: Path, record: Mapping[str, Any]) -> dict[Path, tuple[Path, Mapping[str, Any]]]:
+    """Return the folders of the models, with the stage and the files of each."""
+    stages = out / "stages"
+    sizes = record.get("sizes", {})
+    return {out / FINAL: (stages / record["student"], record["final"])} | {
+        out / SIZES / name: (stages / name, files) for name, files in sizes.items()
+    }
+
+
+def _missing(model: Path, stage: Path, files: Mapping[str, Any]) -> list[str]:
+    atomic.recover(model)
+    missing = [name for name in files if not (model / name).is_file()]
+    there = {name: entry for name, entry in files.items() if name not in missing}
+    changed = damage_of(model, there)
     if changed is not None:
         raise CheckpointError(
-            f"{final} is not the student of this run: {changed}; move {final} away and start the "
-            f"same command again: the student is copied again from {_stage_of_final(out, record)}"
+            f"{model} is not the student of this run: {changed}; move {model} away and start the "
+            f"same command again: the student is copied again from {stage}"
         )
     return missing
-
-
-def _stage_of_final(out: Path, record: Mapping[str, Any]) -> Path:
-    return out / "stages" / record["student"]
 
 
 def publish(
@@ -249,16 +254,16 @@ def publish(
     Return the result table. `student`: the folder of the stage that becomes `final/`.
     """
     out = config.output_dir
-    for entry in report["sizes"]:
-        of_size: Report = {**report, "student": entry, "speedup": None, "latency": ()}
-        stage = out / "stages" / entry["name"]
-        _write_model(config, stage, out / SIZES / entry["name"], of_size, command)
+    names = [entry["name"] for entry in report["sizes"]]
+    for name in names:
+        _write_model(config, out / "stages" / name, out / SIZES / name, report, command)
     _write_model(config, student, out / FINAL, report, command)
     # A prolonged run has a report: without the report, a kill from here on leaves a run that has
     # not finished, and the next start publishes again.
     (out / REPORT).unlink(missing_ok=True)
-    own = {name: entry for name, entry in entries(out / FINAL).items() if name != CARD}
-    record = {"student": student.name, "final": own, "report": checksum_of(report)}
+    sizes = {name: _files_of(out / SIZES / name) for name in names}
+    models = {"student": student.name, "final": _files_of(out / FINAL), "sizes": sizes}
+    record = {**models, "report": checksum_of(report)}
     atomic.write_text(out / CONFIG, dump_config(config))
     write_signed(out / RUN, record | {"inputs": inputs})
     _write_next_config(config, out / FINAL)
@@ -270,6 +275,9 @@ def publish(
 def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, command: str) -> None:
     from megakd.reports.card import model_card
 
+    sizes = {entry["name"]: entry for entry in report["sizes"]}
+    if to.name in sizes:
+        report = {**report, "student": sizes[to.name], "speedup": None, "latency": ()}
     remedy = remake(stage)
     there = open_finished(stage, remedy=remedy)
     kept = users_files(to)
@@ -281,6 +289,10 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
     # The report decides, because `save` may change between two starts of a finished run.
     add = _adding(formats_of(report["student"]))
     copy_finished(stage, to, changes=changes, keep=kept, add=add, remedy=remedy)
+
+
+def _files_of(model: Path) -> dict[str, Any]:
+    return {name: entry for name, entry in entries(model).items() if name != CARD}
 
 
 def _adding(formats: Collection[str]) -> Callable[[Path], None] | None:

@@ -219,9 +219,14 @@ def _graphs(lab: RunLab, models: Mapping[str, Path]) -> dict[str, Path]:
     graphs = {STUDENT: folder / MODEL} if (folder / MODEL).is_file() else {}
     if any(one.asked.get("runtime") == "onnx" for one in lab.record.sizes):
         for name in models.keys() - graphs.keys():
-            graphs[name] = folder / name / MODEL
-            graphs[name].parent.mkdir(parents=True, exist_ok=True)
-            write_onnx(models[name], to=graphs[name])
+            place = folder / name / MODEL
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                write_onnx(models[name], to=place)
+            except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
+                logger.warning("%s is not timed in ONNX Runtime: %s", name, error)
+            else:
+                graphs[name] = place
     return graphs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +195,18 @@ def test_the_sizes_of_a_series_are_timed_and_drawn_beside_each_other(series):
     assert {"student-0.7", "student-0.4", "student"} <= {one["model"] for one in report["latency"]}
     assert "student-0.7" in page
     assert "70.0% of the layers" in page
+
+
+def test_a_size_that_was_removed_is_copied_again(one_rank, series):
+    removed = series / "sizes" / "student-0.7"
+    card = (removed / "README.md").read_text()
+    shutil.rmtree(removed)
+
+    said = finish(one_rank, series.parent / "out.yaml")
+
+    assert "student-0.7 lacks" in said.err
+    assert same_weights(removed, series / "stages" / "student-0.7")
+    assert (removed / "README.md").read_text() == card
 
 
 def test_a_series_stopped_in_every_stage_ends_with_the_same_weights(one_rank, series, tmp_path):
