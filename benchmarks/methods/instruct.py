@@ -231,7 +231,7 @@ def scores_of(given: argparse.Namespace, folder: Path) -> dict[str, float]:
         losses = instruct.losses_of(model, teacher, some, pad=tokenizer.pad_token_id)
         found |= {f"{key}, {name}": value for key, value in losses.items()}
         if name == "maths":
-            found["right"] = instruct.right_answers(model, tokenizer, rows, rows_per_call=50)
+            found["right"] = instruct.right_answers(model, tokenizer, rows)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 LEAST_ROUNDS, MOST_SECONDS, SURE = 15, 20.0, 0.01
 """A comparison ends when the standard error of the ratio is 1 %, or after 20 seconds."""
+INTERRUPTED = 100.0
+"""Times a second that other work takes a core: 30 on an idle machine, 300 beside a training."""
 logger = logging.getLogger(__name__)
 
 
@@ -67,12 +70,12 @@ class Stopwatch:
         slows both, and the shortest times of two models are from different moments. Two models are
         in memory at a time.
         """
-        with self._calls(self._source.config) as whole:
-            found = {}
+        times = {}
+        with self._calls(self._source.config) as whole, told_if_interrupted():
             for name, view in views.items():
-                found[name] = self._ratio(whole, view)
-                logger.info("%s: %.1f times as fast as the whole model", name, 1 / found[name])
-            return found
+                times[name] = self._ratio(whole, view)
+                logger.info("%s: %.1f times as fast as the whole model", name, 1 / times[name])
+        return times
 
     def _ratio(self, whole: Call, view: View) -> float:
         with self._calls(cut_config(self._source.config, view)) as cut:
@@ -99,6 +102,24 @@ class Stopwatch:
                 write_bare_graph(model, Path(folder) / MODEL)
                 timed = Graph(Path(folder) / MODEL, model)
             yield calls_of(timed, self._batches)
+
+
+@contextmanager
+def told_if_interrupted() -> Iterator[None]:
+    """Warn if other work used the processor: it slows small models more than large ones."""
+    began, before = time.perf_counter(), _interruptions()
+    yield
+    rate = (_interruptions() - before) / (time.perf_counter() - began)
+    if rate > INTERRUPTED:
+        logger.warning(
+            "other work interrupted the timing %d times a second, and the speed-up may be off by a "
+            "fifth: end it, remove stages/times* of the run, and start again",
+            rate,
+        )
+
+
+def _interruptions() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _is_sure(ratios: Sequence[float]) -> bool:
