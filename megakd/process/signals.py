@@ -180,9 +180,22 @@ def watched() -> Iterator[None]:
     watch.start()
     try:
         yield
+    except Exception as error:
+        # A context that a stop leaves may fail: DeepSpeed's gathered weights do inside a forward.
+        stop = _stop_behind(error)
+        if stop is None:
+            raise
+        raise stop from error
     finally:
         watch.stop()
         _active = None
+
+
+def _stop_behind(error: BaseException) -> Stopped | None:
+    behind = error.__context__
+    if behind is None or isinstance(behind, Stopped):
+        return behind
+    return _stop_behind(behind)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -80,6 +81,18 @@ def test_what_forgives_errors_does_not_forgive_a_stop():
 
     with pytest.raises(Stopped), watched():
         forgiving()
+
+
+def test_a_context_that_fails_because_a_stop_leaves_it_does_not_hide_the_stop():
+    @contextmanager
+    def gathered():
+        try:
+            yield
+        finally:
+            raise RuntimeError("still active")
+
+    with pytest.raises(Stopped), watched(), gathered():
+        send(signal.SIGTERM)
 
 
 def stage(seen: list[int], error: Exception | None = None) -> None:
