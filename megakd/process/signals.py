@@ -185,7 +185,7 @@ def watched() -> Iterator[None]:
         stop = _stop_behind(error)
         if stop is None:
             raise
-        raise stop from error
+        raise stop from None
     finally:
         watch.stop()
         _active = None

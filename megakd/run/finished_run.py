@@ -130,7 +130,7 @@ def finished_table(config: RunConfig, *, command: str) -> str:
     if record is not None:
         _compare_inputs(config, record["inputs"])
         for folder, (stage, files) in _published(out, record).items():
-            missing = on_main(lambda at=folder, of=stage, has=files: _missing(at, of, has))
+            missing = on_main(partial(_missing, folder, stage, files))
             if missing:
                 logger.warning(
                     "%s lacks %s: the student is copied again from %s",
