@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from whole_run import finish, read, records, same_weights, weights
 
 from megakd.contract.views import View
-from megakd.methods.shrink import KL
 from megakd.models.elastic import Elastic
+
+KL = "soft_target_kl"
 
 SHAPE = {"target_sparsity": 0.5, "candidates": 3, "round_to": 4}
 STEPS = {"trial_steps": 3, "repair_steps": 3, "on_policy_steps": 2}

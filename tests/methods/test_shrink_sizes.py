@@ -21,7 +21,9 @@ from megakd.errors import ConfigError
 from megakd.methods.shrink import LARGEST_HOP, budgets, hops
 from megakd.methods.shrink.budget import TOLERANCE
 from megakd.methods.shrink.candidates import Budget, Candidate, Cuts, Family, candidates_of, cuts_of
-from megakd.methods.shrink.stages import KL, BestCandidate
+from megakd.methods.shrink.stages import BestCandidate
+
+KL = "soft_target_kl"
 
 # Qwen3-8B: 36 layers, 8 key-value groups of 4 query heads of 128, 12288 neurons, width 4096.
 WIDTH, VOCABULARY = 4096, 151936
