@@ -125,11 +125,16 @@ def banking77(data: Path) -> Mapping[str, Rows]:
 
 def sst2(data: Path) -> Mapping[str, Rows]:
     """Read phrases with their sentiment; the published development sentences are the test rows."""
+    rows = whole_sst2(data)
+    return {**rows, "train": rows["train"][:SST2_ROWS]}
+
+
+def whole_sst2(data: Path) -> Mapping[str, Rows]:
+    """Read all 66,349 phrases that are not validation rows."""
     columns = ("sentence", "label")
     rows = shuffled(read_table(data / "glue/SST-2/train.tsv", columns, delimiter="\t"))
     test = read_table(data / "glue/SST-2/dev.tsv", columns, delimiter="\t")
-    train = rows[VALIDATION_ROWS : VALIDATION_ROWS + SST2_ROWS]
-    return {"train": train, "validation": rows[:VALIDATION_ROWS], "test": test}
+    return {"train": rows[VALIDATION_ROWS:], "validation": rows[:VALIDATION_ROWS], "test": test}
 
 
 def read_table(path: Path, columns: tuple[str, str], *, delimiter: str) -> Rows:
@@ -198,5 +203,15 @@ SETTINGS["clinc150-few-equal"] = replace(
     title=f"{FEW.title}, four teachers on bootstraps of the labels",
     pool=dict.fromkeys((*EQUAL, "six"), 6),
     bootstrap=True,
+    in_plan=False,
+)
+SETTINGS["sst2"] = replace(
+    SETTINGS["sst2-few"],
+    name="sst2",
+    title="SST-2, all labels",
+    splits=whole_sst2,
+    labels=None,
+    # Two epochs.
+    teacher=Learning(steps=4146, rows=32, rate=1e-4),
     in_plan=False,
 )

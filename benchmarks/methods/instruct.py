@@ -245,7 +245,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=240, help="of the repair")
     parser.add_argument("--candidates", type=int, default=3, help="of each size")
     parser.add_argument("--batch", type=int, default=4, help="conversations of a step")
-    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--runs", default=",".join(ARMS))
     given = parsed(parser, __name__, arguments)
     given.names, given.runs = given.sizes.split(","), given.runs.split(",")

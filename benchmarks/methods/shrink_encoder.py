@@ -1,13 +1,15 @@
-"""Shrink of a classifier: several sizes in one run, a run per size, and kept layers.
+"""Shrink of a classifier: several sizes in one run, a run per size, kept layers, DistilBERT's way.
 
 `python benchmarks methods.shrink_encoder --data FOLDER [--setting clinc150-few]
 [--sizes 40%,20%,10%] [--runs series,each,layers-2,layers-1] [--seeds 1,2,3]`, on the CPU, one rank.
 
 The teacher is all-MiniLM-L6-v2, fine-tuned as in the evidence, once. `series` cuts it to all sizes
 in one run, `each` in a run per size, with equal steps of trial and repair; `layers-N` keeps the
-most important layers as they are and trains as long as trial and repair. Sizes are shares of the
-operations of the layers, or speed-ups such as 2x,4x,8x. Scores are of the test rows; each run has a
-folder below `--out`, is gone on with where it was, and is done once.
+most important layers as they are and trains as long as trial and repair, and so does `distilbert-N`
+by the recipe of DistilBERT (Sanh et al. 2019, arXiv 1910.01108): evenly spaced layers, soft targets
+at temperature 2, labels, and the cosine of the last hidden states, weighed 5, 2 and 1. Sizes are
+shares of the operations of the layers, or speed-ups such as 2x,4x,8x. Scores are of the test rows;
+each run has a folder below `--out`, is gone on with where it was, and is done once.
 """
 
 from __future__ import annotations
@@ -30,9 +32,16 @@ from lib.launching import (
 from lib.options import add_runs, need, parsed, parser_of
 from lib.tables import Columns, columns_of, print_models
 
-SERIES, EACH, LAYERS = "series", "each", "layers-"
+SERIES, EACH = "series", "each"
+KEPT = {"layers": "importance", "distilbert": "spacing"}
+"""Arms that keep layers, such as `layers-2`, and how they choose them."""
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "per_device_train_batch_size": 32}
 OBJECTIVE = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "count": "rows"}]
+DISTILBERT = [
+    {"loss": "soft_target_kl", "weight": 5.0, "temperature": 2.0},
+    {"loss": "hard_cross_entropy", "weight": 2.0},
+    {"loss": "hidden_cosine", "weight": 1.0, "layer_mapping": "last"},
+]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -61,7 +70,11 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
         "teacher": {"model": str(given.out / "teacher" / "final"), "cache": "auto"},
         "train": train,
     }
-    longer = {**train, "max_steps": given.steps + round(0.3 * given.steps)}
+    single = {
+        **shared,
+        "method": {"name": "single"},
+        "train": {**train, "max_steps": given.steps + round(0.3 * given.steps)},
+    }
     return {
         "teacher": {
             "task": task,
@@ -71,21 +84,22 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
             "eval": {"latency": False},
         },
         "shrink": {**shared, "student": student, "method": {"name": "shrink"}},
-        "layers": {
-            **shared,
-            "student": student,
-            "method": {"name": "single"},
-            "objective": OBJECTIVE,
-            "train": longer,
+        "layers": {**single, "student": student, "objective": OBJECTIVE},
+        # Dropout as in the teacher's config.
+        "distilbert": {
+            **single,
+            "student": {"model": "from_teacher"},
+            "objective": DISTILBERT,
         },
     }
 
 
 def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:
     """Return the runs of an arm: one, or one for each size."""
-    if name.startswith(LAYERS):
-        keep = f"student.layers={{keep: {name.removeprefix(LAYERS)}, by: importance}}"
-        return [leg_of(given.out, f"{name}-{seed}", "layers", (keep, f"seed={seed}"))]
+    kind, _, count = name.partition("-")
+    if kind in KEPT:
+        keep = f"student.layers={{keep: {count}, by: {KEPT[kind]}}}"
+        return [leg_of(given.out, f"{name}-{seed}", kind, (keep, f"seed={seed}"))]
     groups = [given.sizes] if name == SERIES else [[size] for size in given.sizes]
     return [_shrink(given, name, sizes, seed) for sizes in groups]
 
@@ -140,7 +154,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", default="40%,20%,10%", help="the largest first")
     parser.add_argument("--steps", type=int, default=1000, help="of the repair")
     parser.add_argument("--candidates", type=int, default=6, help="of each size")
-    parser.add_argument("--runs", default=f"{SERIES},{EACH},{LAYERS}2,{LAYERS}1")
+    parser.add_argument("--runs", default=f"{SERIES},{EACH},layers-2,layers-1")
     given = parsed(parser, __name__, arguments)
     given.sizes, given.runs = given.sizes.split(","), given.runs.split(",")
     given.out = given.out / given.setting
