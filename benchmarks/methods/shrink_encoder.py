@@ -64,10 +64,11 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
     setting, data = SETTINGS[given.setting], given.out / "data"
     task = {**setting.task(data), "test_files": str(data / "test.csv")}
     train = {"max_steps": given.steps, "learning_rate": 1e-3, **SCHEDULE}
+    teacher = str(given.out / "teacher" / "final")
     student = {"model": "from_teacher", "dropout": 0.0}
     shared = {
         "task": task,
-        "teacher": {"model": str(given.out / "teacher" / "final"), "cache": "auto"},
+        "teacher": {"model": teacher, "cache": "auto"},
         "train": train,
     }
     single = {
@@ -85,10 +86,10 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
         },
         "shrink": {**shared, "student": student, "method": {"name": "shrink"}},
         "layers": {**single, "student": student, "objective": OBJECTIVE},
-        # Dropout as in the teacher's config.
         "distilbert": {
             **single,
-            "student": {"model": "from_teacher"},
+            "teacher": {"model": teacher},  # a cache has no hidden states
+            "student": {"model": "from_teacher"},  # with the teacher's dropout
             "objective": DISTILBERT,
         },
     }

@@ -25,8 +25,8 @@ from megakd.storage.atomic import write_text
 FILE = "shrink.yaml"
 EXAMPLES = {"parameters": "0.6B", "flops": "12%", "speedup": "8x"}
 """Options of the size, which are options of the method too, with an example of each."""
-WIDTHS = ("hidden_size", "dim", "d_model")
-"""Keys of the width in the configs of encoders."""
+WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")
+"""Keys of the width in configs."""
 SOURCE = "the config of megakd shrink"
 
 
@@ -135,7 +135,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = _keys_of(arguments.model)
     masks = "task.type=mlm" in arguments.overrides
-    tree = _of_encoder(keys, masks=masks) if _is_encoder(keys) else _of_decoder()
+    tree = _of_encoder(keys, masks=masks) if _is_encoder(keys) else _of_decoder(keys)
     if arguments.data is not None:
         tree["task"]["dataset"] = arguments.data
     for key in EXAMPLES:
@@ -159,12 +159,13 @@ def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _of_decoder() -> dict[str, Any]:
+def _of_decoder(keys: Mapping[str, Any]) -> dict[str, Any]:
+    rate = round(3e-4 * 576 / _width(keys, 1728), 7)
     return {
         "task": {"type": "causal_lm", "max_eval_examples": 200},
         "student": {"model": FROM_TEACHER},
         "method": {"name": "shrink", "passes_per_backward": 1},
-        "train": {"learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03},
+        "train": {"learning_rate": rate, "lr_scheduler_type": "cosine", "warmup_ratio": 0.03},
     }
 
 
@@ -173,7 +174,7 @@ def _of_encoder(keys: Mapping[str, Any], *, masks: bool) -> dict[str, Any]:
 
     masks: whether it is a masked language model, which has no classes, and new masks every epoch.
     """
-    narrow = 384 / next((keys[key] for key in WIDTHS if key in keys), 768)
+    narrow = 384 / _width(keys, 768)
     rows = {"per_device_train_batch_size": 32, "num_train_epochs": 10}
     schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
     teacher: dict[str, Any] = {} if masks else {"cache": AUTO}
@@ -186,6 +187,11 @@ def _of_encoder(keys: Mapping[str, Any], *, masks: bool) -> dict[str, Any]:
         "method": {"name": "shrink"},
         "train": {**rows, "learning_rate": round(1e-3 * narrow, 7), **schedule},
     }
+
+
+def _width(keys: Mapping[str, Any], usual: int) -> int:
+    widths = (keys.get(key) for key in WIDTHS)
+    return next((width for width in widths if isinstance(width, int) and width > 0), usual)
 
 
 def _keys_of(model: str) -> Mapping[str, Any]:

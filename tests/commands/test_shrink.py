@@ -70,6 +70,21 @@ def test_the_example_has_the_settings_of_the_command(started):
 
 
 @pytest.mark.parametrize(
+    ("key", "width", "rate"),
+    [("hidden_size", 576, 3e-4), ("n_embd", 1152, 1.5e-4), ("hidden_size", "wide", 1e-4)],
+)
+def test_a_wider_decoder_learns_with_a_lower_rate(started, key, width, rate):
+    Path("model").mkdir()
+    keys = {"architectures": ["LlamaForCausalLM"], key: width}
+    Path("model/config.json").write_text(json.dumps(keys))
+
+    cli.main(["shrink", "model", "--parameters", "0.1B", "--data", "text.txt"])
+
+    (folder,) = started
+    assert load_config(folder / FILE).train.learning_rate == rate
+
+
+@pytest.mark.parametrize(
     ("architecture", "finetune"),
     [("BertModel", {"learning_rate": 3e-4}), ("BertForSequenceClassification", None)],
 )
