@@ -286,8 +286,8 @@ class Stage:
     passes_per_backward: number of passes that keep their activations at a time; None: all.
     window: the part of a longer run that the stage covers; None: all steps of `train`.
     measures_losses: whether every evaluation also measures the losses of the objective on the
-        held-out rows, without dropout, as metrics with the names of the terms; the first evaluation
-        is before the first step.
+        held-out rows, without dropout, as metrics with the names of the terms; a stage without
+        views is also evaluated before its first step.
     rollouts: the section `rollout` of the config for a stage that trains on generated texts; None
         for other stages.
     mixed: by role, the models with a tokenizer of their own, and how they read the training text.

@@ -112,7 +112,7 @@ class StageRun:
         self.health.begin()
         if start == 0:
             self._tell_kept_layers()
-        if start == 0 and self.stage.measures_losses:
+        if start == 0 and self.stage.measures_losses and not self.stage.views:
             self._evaluate(0)
         training = doing(f"training stage {self.stage.name}")
         with training, signals.deferred(), closing(self._on_device(start)) as steps:
