@@ -90,9 +90,7 @@ def config_of(folder: Path, out: Path, *, rows: int, zero: int) -> Path:
     return write_config(out / "run.yaml", tree)
 
 
-# Long enough that candidates leave the trial.
-TRIAL = ["method.candidates=3", "method.trial_steps=32"]
-SERIES = ["method.target_sparsity=null", "method.flops=80%,50%", *TRIAL]
+SERIES = ["method.target_sparsity=null", "method.flops=80%,50%", "method.candidates=3"]
 
 
 @pytest.fixture(scope="module", params=[[], SERIES], ids=["one size", "two sizes"])
@@ -124,10 +122,10 @@ def test_two_ranks_choose_and_train_what_one_rank_does(
     first, second = workers(2).run("test_shrink.shrink", str(config), sizes)
 
     for key in ("candidates", "layers"):
-        assert str(first[key]) == str(second[key])  # a candidate that has left has NaN
+        assert first[key] == second[key]
     for ours, theirs in zip(first["candidates"], alone["candidates"], strict=True):
         assert ours["chosen"] == theirs["chosen"]
-        assert ours["metric"] == pytest.approx(theirs["metric"], rel=1e-3, nan_ok=True)
+        assert ours["metric"] == pytest.approx(theirs["metric"], rel=1e-3)
     for rank in (first, second):
         assert_same(rank, alone)
 

@@ -157,8 +157,7 @@ def test_a_budget_that_no_shape_meets_is_refused_before_anything_is_trained(
     assert said.loaded == ()
 
 
-# Long enough that candidates leave the trial.
-SERIES = {"flops": "70%,40%,20%", "candidates": 3, "trial_steps": 32, "repair_steps": 4}
+SERIES = {"flops": "70%,40%,20%", "candidates": 3, "repair_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -190,18 +189,6 @@ def test_every_size_of_a_series_is_a_stock_model_of_its_size(series):
     assert "soft_target_kl" not in trial["metrics"]
 
 
-def test_two_candidates_of_each_size_learn_to_the_end_and_are_compared_on_held_out_rows(series):
-    rows = read(series)["candidates"]
-
-    for size in (1, 2, 3):
-        metrics = [row["metric"] for row in rows if row["iteration"] == size]
-        (best,) = [row["metric"] for row in rows if row["iteration"] == size and row["chosen"]]
-        known = [metric for metric in metrics if metric is not None]
-        assert len(known) == 2
-        assert best == min(known)
-    assert len(rows) > 6
-
-
 def test_the_sizes_of_a_series_are_timed_and_drawn_beside_each_other(series):
     report, page = read(series), (series / "report.html").read_text()
 
@@ -225,8 +212,7 @@ def test_a_size_that_was_removed_is_copied_again(one_rank, series):
 def test_a_series_stopped_in_every_stage_ends_with_the_same_weights(one_rank, series, tmp_path):
     config = shrinking(tmp_path, method=SERIES)
 
-    stops = (("trial-1", 6), ("trial-1", 20), ("shared", 1), ("student-0.7", 1), ("student", 1))
-    for stop in stops:
+    for stop in (("trial-1", 2), ("shared", 1), ("student-0.7", 1), ("student", 1)):
         assert one_rank.train("--config", config, stop_at=stop).code != 0
     finish(one_rank, config)
 

@@ -80,8 +80,7 @@ def _stage(config: ShrinkConfig, lab: Lab, link: Link, groups: Sequence[Named]) 
     """Return a stage whose model is cut to the units of all candidates."""
     every = _all_of(groups)
     views = {name: link.view(one) for name, one in {ALL_SIZES: _union(every), **every}.items()}
-    judge = BestSeries(_judges(config, lab, groups))
-    return trial(config, lab, link, views, [[*named] for named in groups], judge)
+    return trial(config, lab, link, views, BestSeries(_judges(config, lab, groups)))
 
 
 def _judges(config: ShrinkConfig, lab: Lab, groups: Sequence[Named]) -> tuple[BestCandidate, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from megakd.contract.stage import Constant, Judge, Pass, Scores, Stage, Verdict
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import HardCrossEntropy, TermConfig
 from megakd.contract.views import View
+from megakd.methods.minidisc import Sandwich
 from megakd.methods.shrink.candidates import Candidate
 
 if TYPE_CHECKING:
@@ -49,27 +50,16 @@ class Link(NamedTuple):
 
 
 def trial(
-    config: ShrinkConfig,
-    lab: Lab,
-    link: Link,
-    views: Mapping[str, View],
-    sizes: Sequence[Sequence[str]],
-    judge: Judge,
+    config: ShrinkConfig, lab: Lab, link: Link, views: Mapping[str, View], judge: Judge
 ) -> Stage:
-    """Return a stage in which views of one model learn at the same time.
-
-    sizes: names of the views of each size.
-    """
-    from megakd.methods.shrink.halving import Halving
-
+    """Return a stage in which views of one model learn at the same time."""
     steps = config.trial_steps or max(1, round(SHARE_OF_REPAIR * repair_steps(config, lab)))
-    term = metric_of(config, lab).name if config.metric is None else None
     return Stage(
         name=f"{TRIAL}1",
         teachers=(link.teacher,),
         start=link.start,
         objective=objective_of(lab),
-        strategy=Halving(link.teacher, sizes, term, steps),
+        strategy=Sandwich(link.teacher, tuple(name for name in views if name != ALL_SIZES)),
         views=views,
         judge=judge,
         passes_per_backward=config.passes_per_backward,
@@ -147,19 +137,11 @@ def rows_of(
             "iteration": iteration,
             "sparsity": round(1 - parameters / whole, 4),
             "parameters": parameters,
-            "metric": _of(metric.of, scores[name]),
-            "tradeoff": _of(metric.worth, scores[name]),
+            "metric": metric.of(scores[name]),
+            "tradeoff": metric.worth(scores[name]),
             "chosen": name == chosen,
             "shape": one.shape(),
         }
-
-
-def _of(measure: Callable[[Mapping[str, float]], float], scores: Mapping[str, float]) -> float:
-    """Return a measure of a candidate; NaN if it has left the trial, and was not measured."""
-    try:
-        return measure(scores)
-    except KeyError:
-        return math.nan
 
 
 @plain_dataclass(frozen=True)
@@ -172,7 +154,7 @@ class BestCandidate:
     def __call__(self, scores: Scores, step: int) -> Verdict:
         """Return the best candidate; a value that is not a number loses."""
         del step
-        values = {name: _of(self.metric.worth, scores[name]) for name in self.names}
+        values = {name: self.metric.worth(scores[name]) for name in self.names}
         known = {name: -math.inf if math.isnan(v) else v for name, v in values.items()}
         best = max(self.names, key=lambda name: known[name])
         return Verdict(known[best], best)
