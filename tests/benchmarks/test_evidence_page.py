@@ -119,6 +119,7 @@ def test_cells_of_another_comparison_version_or_file_are_refused_and_the_page_st
     assert (docs / "evidence.md").read_text() == page
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not list(STORED.glob("*.json")), reason=NOT_YET)
 def test_the_page_in_the_repository_is_that_of_its_stored_cells(tmp_path):
     # The links of the page depend on where the cells lie.

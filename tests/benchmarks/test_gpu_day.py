@@ -180,6 +180,7 @@ def test_memory_that_is_left_on_a_gpu_or_a_model_that_is_left_is_a_failure(
     assert release.is_released([row], torch.device(device)) == holds
 
 
+@pytest.mark.slow
 def test_a_rehearsal_finishes_a_part_and_a_second_start_repeats_nothing(
     built_operator, tmp_path, capsys
 ):

@@ -121,9 +121,9 @@ def test_a_trial_asks_the_teacher_once_and_runs_each_candidate_once(
     config = config_of(folder, tmp_path, zero=zero)
 
     for found in workers(ranks).run("test_evaluation_forwards.evaluated", str(config), [], "trial"):
-        turns = found["batches"]  # before the first step and after the last
-        assert found["forwards"]["teacher", ROWS] == 2 * turns
-        assert found["forwards"]["student", ROWS] == 2 * 3 * turns
+        turns = found["batches"]  # after the last step
+        assert found["forwards"]["teacher", ROWS] == turns
+        assert found["forwards"]["student", ROWS] == 3 * turns
         for view, scores in found["scores"].items():
             assert scores.keys() >= {"perplexity", *TERMS}, view
             assert scores == pytest.approx(found["apart"][view], rel=1e-6), view

@@ -64,7 +64,7 @@ def own(command, texts, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("kind", ["sglang", "vllm"])
+@pytest.mark.parametrize("kind", [pytest.param("sglang", marks=pytest.mark.slow), "vllm"])
 def test_greedy_texts_of_servers_train_as_those_of_the_own_engine(
     command, texts, own, tmp_path, kind
 ):
