@@ -39,7 +39,7 @@ from megakd.storage.atomic import write_json
 
 logger = logging.getLogger(__name__)
 
-# Increase this number when the same sources result in different rows.
+# Increase this number when other code results in different rows of the same sources.
 VERSION = 2
 PACKAGES = ("networkx", "numpy", "pandas", "scipy", "sklearn", "sympy")
 ALIASES = ("nx", "np", "pd", "sp", "scikit-learn", "scikit learn", "scikits")
@@ -81,7 +81,9 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
     view = VIEW_OF[task.type]
     packages = PACKAGES if view == "classification" else None
     files = source_files(roots if roots is not None else source_roots(), packages)
-    key = key_of(VERSION, view, [(f.name, f.size, f.modified_ns) for f in files])[:32]
+    numbers = (FEWEST_WORDS, MOST_CHARACTERS, FEWEST_ROWS_PER_CLASS, HELD_OUT[view])
+    known = [(f.name, f.size, f.modified_ns) for f in files]
+    key = key_of(VERSION, view, PACKAGES, ALIASES, numbers, known)[:32]
     folder = cached_folder(cache_dir / "pydocs" / key, partial(_write_view, view, files))
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     names = tuple(about["label_names"])

@@ -235,3 +235,11 @@ def test_the_corpus_is_built_once_and_anew_when_a_module_changes(rows_of, root, 
     assert len(calls) == 3
     assert hashes[0] == hashes[2] != hashes[1]
     assert fresh != hashes[0]
+
+
+def test_the_corpus_is_built_anew_when_its_texts_have_another_length(rows_of, monkeypatch):
+    before = rows_of(CLASSIFICATION).source_hash
+
+    monkeypatch.setattr(pydocs, "MOST_CHARACTERS", 80)
+
+    assert rows_of(CLASSIFICATION).source_hash != before
