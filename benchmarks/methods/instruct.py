@@ -42,8 +42,9 @@ from lib.launching import (
 )
 from lib.options import add_runs, fractions, need, parsed, parser_of
 from lib.tables import columns_of, print_models
-from megakd.contract.views import most_important
+from megakd.contract.views import evenly_spaced, most_important
 from megakd.methods.shrink.budget import parameters_of
+from megakd.storage.atomic import replaced_folder
 from methods.instruct_loops import DONE
 
 HELD_OUT = ("maths", "stories")
@@ -105,8 +106,9 @@ def best_rate(given: argparse.Namespace) -> float:
     if len(given.rates) == 1:
         return given.rates[0]
     depth = AutoConfig.from_pretrained(given.teacher).num_hidden_layers
-    layers = torch.linspace(1, depth, given.sizes[0].layers).round().int().tolist()
-    start = write_cut(given, layers, given.out / "rates" / "start")
+    start = given.out / "rates" / "start"
+    if not start.exists():
+        write_cut(given, evenly_spaced(depth, given.sizes[0].layers), start)
     found: dict[float, float] = {}
     for rate in given.rates:
         folder = given.out / "rates" / f"{rate:g}"
@@ -165,7 +167,7 @@ def shrunk(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
 def cut(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
     """Return the folder of the teacher's most important layers, as they are."""
     folder = given.out / f"{arm}-{size.name}-{seed}"
-    if not (folder / "config.json").is_file():
+    if not folder.exists():
         leg = shrink_leg(given, seed)
         report_of(leg, ranks=1)
         measured = json.loads((leg.output / "stages/layers/result.json").read_text())["metrics"]
@@ -174,14 +176,14 @@ def cut(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
     return folder
 
 
-def write_cut(given: argparse.Namespace, layers: Sequence[int], folder: Path) -> Path:
+def write_cut(given: argparse.Namespace, layers: Sequence[int], folder: Path) -> None:
     """Write some of the teacher's layers, counted from 1, as they are."""
     model = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=torch.float32)
     model.model.layers = torch.nn.ModuleList([model.model.layers[n - 1] for n in layers])
     model.config.num_hidden_layers = len(layers)
-    AutoTokenizer.from_pretrained(given.teacher).save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
+    with replaced_folder(folder) as written:
+        AutoTokenizer.from_pretrained(given.teacher).save_pretrained(written)
+        model.save_pretrained(written)
 
 
 def distilled(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
@@ -239,7 +241,7 @@ def trained(leg: Leg) -> Path:
 
 
 def seconds_for(report: Report, size: Size) -> float:
-    """Return the seconds of a size: its stage, and its share of those of all sizes."""
+    """Return the seconds of a size: its stage, and its share of the stages of all sizes."""
     seconds = seconds_of(report)
     students = [name for name in seconds if name.startswith("student")]
     shared = sum(seconds.values()) - sum(seconds[name] for name in students)

@@ -23,14 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.options import integers, parsed, parser_of
 from lib.tables import print_rows
-from megakd.contract.views import most_important
+from megakd.contract.views import evenly_spaced, most_important
 from megakd.models.layers import left_out
-
-
-def evenly(layers: int, keep: int) -> tuple[int, ...]:
-    """Return the first layer, the last, and evenly spaced ones between."""
-    gap = (layers - 1) / max(1, keep - 1)
-    return tuple(1 + round(place * gap) for place in range(keep))
 
 
 def of_old(layers: int, keep: int) -> tuple[int, ...]:
@@ -77,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     guess, table = math.log(model.config.vocab_size), []
     print(f"all {layers}: {whole:.2f}; guessing: {guess:.2f}", flush=True)
     for keep in given.keep:
-        rules = (of_old(layers, keep), evenly(layers, keep), most_important(scores, keep))
+        rules = (of_old(layers, keep), evenly_spaced(layers, keep), most_important(scores, keep))
         found = [loss(model, rows, kept) for kept in rules]
         numbers = "round(i L / N) {:.2f}, spacing {:.2f}, importance {:.2f}".format(*found)
         print(f"{keep} layers: {numbers} ({', '.join(map(str, rules[-1]))})", flush=True)

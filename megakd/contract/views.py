@@ -70,6 +70,12 @@ def most_important(scores: Sequence[float], count: int) -> tuple[int, ...]:
     return tuple(sorted(ranked[:count]))
 
 
+def evenly_spaced(layers: int, count: int) -> tuple[int, ...]:
+    """Return the numbers, from 1, of the first layer, the last, and evenly spaced ones between."""
+    gap = (layers - 1) / max(1, count - 1)
+    return tuple(1 + round(place * gap) for place in range(count))
+
+
 class UnitOrder(NamedTuple):
     """Units sorted by importance, the most important first, as indices into the stored model.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from megakd.contract.views import View, most_important
+from megakd.contract.views import View, evenly_spaced, most_important
 from megakd.errors import ModelError
 from megakd.models.architecture import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS, Architecture
 from megakd.models.architectures import architecture_of
@@ -61,8 +61,7 @@ def _numbers(
     if isinstance(wanted, int) and wanted <= count:
         if scores is not None:
             return most_important(scores, wanted)
-        gap = (count - 1) / max(1, wanted - 1)
-        return tuple(1 + round(index * gap) for index in range(wanted))
+        return evenly_spaced(count, wanted)
     if isinstance(wanted, int):
         raise ModelError(
             f"{where}: must be at most {count}, the number of layers of the model (got {wanted})"
