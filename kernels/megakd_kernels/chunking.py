@@ -196,11 +196,6 @@ def gradient_dtype(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
     return hidden.dtype if _multiplies_narrow(hidden, dtype) else dtype
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, factor, out=out)
-
-
 def _multiplies_narrow(tensor: Tensor, result: torch.dtype) -> bool:
     """Return whether gradients are multiplied in the dtype of this tensor, with fp32 results.
 

@@ -127,4 +127,6 @@ def _backward(positions: tuple[int, ...]) -> Callable[..., Any]:
 def _scaled(formed: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the product, computed in the wider dtype and cast without an intermediate copy."""
     out = torch.empty_like(formed, dtype=dtype)
-    return torch.mul(formed, upstream, out=out)
+    # A scalar tensor would be rounded to the dtype of narrower gradients first.
+    factor = upstream if formed.dtype == upstream.dtype else upstream.reshape(1)
+    return torch.mul(formed, factor, out=out)

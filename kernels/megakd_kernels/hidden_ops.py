@@ -1,13 +1,13 @@
 """Operator of the hidden-state losses: values, and gradients formed in the forward.
 
 For each chunk of rows the operator computes the projection, the residual or cosine, and its
-gradient, which overwrites the projection.
+gradient. Row kernels need no chunks where there is no projection.
 Shapes: N rows, C rows of a chunk, Hs and Ht widths of student and teacher.
 """
 
 # No `from __future__ import annotations`: torch reads the operator's signature.
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from megakd_kernels.chunking import (
     input_gradient_into,
     masked_rows,
     plan_chunks,
+    plan_fused_chunks,
     project_into,
     slices,
 )
@@ -27,8 +28,8 @@ from megakd_kernels.inputs import all_count, compute_dtype
 
 SMALLEST_NORM = 1e-12
 _CHUNK_MB = 64
-
-RowLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Buffers of the kernels with a projection: 16384 rows of 4096 states in bf16.
+_KERNEL_CHUNK_MB = 512
 
 
 @torch.library.custom_op("megakd::hidden_loss", mutates_args=())
@@ -42,15 +43,69 @@ def hidden_loss(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum over valid rows, and gradients of student [N, Hs], projection [Ht, Hs]."""
-    formed = _Formed.empty(student, projection, teacher, needed)
-    dtype, width = formed.dtype, teacher.shape[1]
+    formed = _Formed.empty(student, projection, teacher, needed, implementation)
     # The kernels compute in fp32; torch computes fp64, which only gradient checks use.
-    loss = _row_loss(kind, implementation if dtype == torch.float32 else "chunked")
+    runs_kernels = implementation == "triton" and formed.dtype == torch.float32
+    add_up = _sum_with_kernels if runs_kernels else _sum_in_chunks
+    total = add_up(student, projection, teacher, valid, kind=kind, formed=formed)
+    return total, formed.student, formed.projection
+
+
+def _sum_with_kernels(
+    student: Tensor,
+    projection: Tensor | None,
+    teacher: Tensor,
+    valid: Tensor,
+    *,
+    kind: str,
+    formed: "_Formed",
+) -> Tensor:
+    """Return the sum of the loss; the kernels read and write the dtypes of the models."""
+    # Imported here because the package also works without Triton.
+    from megakd_kernels.triton import row_hidden
+
+    loss = row_hidden.squared_error_rows if kind == "mse" else row_hidden.one_minus_cosine_rows
+    student, teacher = _adjacent(student), _adjacent(teacher)
+    if projection is None:
+        out = formed.student if formed.student.numel() else None
+        return loss(student, teacher, valid, out).sum()
+    count, width = teacher.shape
+    total = student.new_zeros((), dtype=formed.dtype)
+    narrow = gradient_dtype(student, formed.dtype)
+    chunk = plan_fused_chunks(
+        count, widths=(width,), like=total, gradient=narrow, chunk_mb=_KERNEL_CHUNK_MB
+    ).chunk
+    projected = total.new_empty(chunk, width)
+    gradient = (
+        projected if narrow == projected.dtype else projected.new_empty(chunk, width, dtype=narrow)
+    )
+    for rows in slices(count, chunk):
+        hidden = masked_rows(student[rows], valid[rows], formed.dtype)
+        out = gradient[: len(hidden)] if formed.is_needed else None
+        work = project_into(projected[: len(hidden)], hidden, projection, None)
+        total += loss(work, teacher[rows], valid[rows], out).sum()
+        if out is not None:
+            formed.add(rows, out, hidden, projection)
+    return total
+
+
+def _sum_in_chunks(
+    student: Tensor,
+    projection: Tensor | None,
+    teacher: Tensor,
+    valid: Tensor,
+    *,
+    kind: str,
+    formed: "_Formed",
+) -> Tensor:
+    """Return the sum of the loss in torch, whose intermediate results fit the caches."""
+    dtype, width = formed.dtype, teacher.shape[1]
+    loss = _squared_error_ if kind == "mse" else _one_minus_cosine_
     total = student.new_zeros((), dtype=dtype)
     plan = plan_chunks(
         len(student), widths=(student.shape[1], width, width), like=total, chunk_mb=_CHUNK_MB
     )
-    is_difference = loss is _squared_error_ and projection is None
+    is_difference = kind == "mse" and projection is None
     for rows in slices(len(student), plan.chunk):
         counted = valid[rows]
         if is_difference:
@@ -64,12 +119,17 @@ def hidden_loss(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
         target = teacher[rows].to(dtype).masked_fill(~counted[:, None], 0)
         total += loss(work, target, counted).sum()
         formed.add(rows, work, hidden, projection)
-    return total, formed.student, formed.projection
+    return total
 
 
 @dataclass(kw_only=True)
 class _Formed:
-    """Gradients in the compute dtype; shape [0] if a gradient is not requested."""
+    """Gradients, of shape [0] if they are not requested.
+
+    dtype: the compute dtype, which the projection's gradient has. The kernels form the gradient of
+        bf16 states in bf16, which has the exponents of fp32, so that an upstream gradient cannot
+        make it vanish.
+    """
 
     student: Tensor
     projection: Tensor
@@ -77,15 +137,32 @@ class _Formed:
 
     @classmethod
     def empty(
-        cls, student: Tensor, projection: Tensor | None, teacher: Tensor, needed: Sequence[bool]
+        cls,
+        student: Tensor,
+        projection: Tensor | None,
+        teacher: Tensor,
+        needed: Sequence[bool],
+        implementation: str,
     ) -> "_Formed":
         dtype = compute_dtype(student, projection, teacher)
+        is_narrow = (
+            implementation == "triton"
+            and dtype == torch.float32
+            and student.dtype == torch.bfloat16
+            and (projection is None or projection.dtype == torch.bfloat16)
+        )
         shape = projection.shape if projection is not None and needed[1] else torch.Size([0])
         return cls(
-            student=student.new_empty(student.shape if needed[0] else 0, dtype=dtype),
+            student=student.new_empty(
+                student.shape if needed[0] else 0, dtype=student.dtype if is_narrow else dtype
+            ),
             projection=student.new_zeros(shape, dtype=dtype),
             dtype=dtype,
         )
+
+    @property
+    def is_needed(self) -> bool:
+        return self.student.numel() > 0 or self.projection.numel() > 0
 
     def add(self, rows: slice, gradient: Tensor, hidden: Tensor, projection: Tensor | None) -> None:
         """Add the gradient [C, Ht] with respect to the projected states of some rows."""
@@ -105,8 +182,8 @@ def _(  # noqa: PLR0913, PLR0917, the signature of the operator
     student: Tensor, projection: Tensor | None, teacher: Tensor, valid: Tensor,
     needed: Sequence[bool], kind: str, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    del valid, kind, implementation
-    formed = _Formed.empty(student, projection, teacher, needed)
+    del valid, kind
+    formed = _Formed.empty(student, projection, teacher, needed, implementation)
     return student.new_empty((), dtype=formed.dtype), formed.student, formed.projection
 
 
@@ -121,17 +198,9 @@ def _projected(hidden: Tensor, projection: Tensor | None, dtype: torch.dtype) ->
     return project_into(out, hidden, projection, None)
 
 
-def _row_loss(kind: str, implementation: str) -> RowLoss:
-    """Return a function that computes the values [C] of the loss, 0 in rows that are not valid.
-
-    The function overwrites the projected rows with their gradient.
-    """
-    if implementation == "triton":
-        # Imported here because the package also works without Triton.
-        from megakd_kernels.triton import row_hidden
-
-        return row_hidden.squared_error_rows if kind == "mse" else row_hidden.one_minus_cosine_rows
-    return _squared_error_ if kind == "mse" else _one_minus_cosine_
+def _adjacent(rows: Tensor) -> Tensor:
+    """Return rows whose columns are adjacent in memory, as the kernels read them."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _squared_difference(

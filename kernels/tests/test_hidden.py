@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import megakd_kernels as mk
-from megakd_kernels import hidden_ops
+from megakd_kernels import formed, hidden_ops
 
 IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
 LOSSES = pytest.mark.parametrize(
@@ -135,15 +135,25 @@ def test_a_zero_vector_has_cosine_loss_one_and_no_gradient(impl, who):
 
 
 @LOSSES
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("projected", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_chunks_match_the_double_precision_reference(states, loss, dtype, distance, monkeypatch):
+def test_chunks_match_the_double_precision_reference(
+    states, loss, impl, *, projected, dtype, distance, monkeypatch
+):
     monkeypatch.setattr(hidden_ops, "_CHUNK_MB", 0.0003)
+    monkeypatch.setattr(hidden_ops, "_KERNEL_CHUNK_MB", 0.00006)
     student, projection, teacher = (tensor.to(dtype) for tensor in states[:3])
-    leaves = [student.requires_grad_(), projection.requires_grad_()]
+    leaves = [student.requires_grad_()] + [projection.requires_grad_()] * projected
+    teacher = teacher if projected else teacher[..., :3]
     truth = [leaf.detach().double().requires_grad_() for leaf in leaves]
 
-    value = loss(*leaves, teacher, valid=states[3])
-    expected = loss(*truth, teacher.double(), valid=states[3], impl="reference")
+    def value_of(leaves, target, **options):
+        projection = leaves[1] if projected else None
+        return loss(leaves[0], projection, target, valid=states[3], **options)
+
+    value = value_of(leaves, teacher, impl=impl)
+    expected = value_of(truth, teacher.double(), impl="reference")
 
     assert value.dtype == torch.float32
     assert distance(value.detach(), expected.detach()) < 1e-5
@@ -229,3 +239,23 @@ def test_positions_that_do_not_match_are_refused(states):
         mk.hidden_mse_projection_loss(states[0][:1], states[1], states[2], valid=None)
     with pytest.raises(ValueError, match="valid has 3 entries for 8 positions"):
         mk.hidden_mse_projection_loss(*states[:3], valid=torch.ones(3, dtype=torch.bool))
+
+
+@LOSSES
+def test_kernels_read_states_whose_columns_are_not_adjacent(states, loss):
+    pytest.importorskip("triton")
+    student, _, teacher, valid = states
+    student, teacher = student.float()[0], teacher.float()[0, :, :3]
+    turned = [states.T.contiguous().T.requires_grad_() for states in (student, teacher)]
+
+    value = loss(turned[0], None, turned[1].detach(), valid=valid[0], impl="triton")
+
+    torch.testing.assert_close(value, loss(student, None, teacher, valid=valid[0]))
+
+
+def test_an_upstream_gradient_is_not_rounded_to_the_dtype_of_the_formed_one():
+    scaled = formed._scaled(
+        torch.ones(2, 2, dtype=torch.bfloat16), torch.tensor(1.001), torch.float32
+    )
+
+    torch.testing.assert_close(scaled, torch.full((2, 2), 1.001))

@@ -57,7 +57,7 @@ def test_rows_become_their_gradient_and_match_fp64(loss, dtype, block, tolerance
     student, teacher, valid = make_rows(3, dtype=dtype)
     expected = truth(loss, student, teacher, valid)
 
-    values = loss(student, teacher, valid)
+    values = loss(student, teacher, valid, student)
 
     check((values, student), expected, gradients=tolerance)
 
@@ -75,12 +75,29 @@ def test_gradient_may_go_to_a_buffer_of_another_type(loss):
     assert (buffer[:, WIDTH:] == 7.0).all()
 
 
+@LOSSES
+@pytest.mark.parametrize("block", [None, 64], ids=["one block", "wider than a block"])
+def test_without_a_gradient_the_values_are_the_same_and_nothing_is_written(
+    loss, block, monkeypatch
+):
+    if block is not None:
+        monkeypatch.setattr(row_hidden, "_WIDEST_BLOCK", block)
+    student, teacher, valid = make_rows(3)
+    before = student.clone()
+
+    values = loss(student, teacher, valid, None)
+
+    torch.testing.assert_close(student, before, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(values, loss(student, teacher, valid, student))
+
+
 def test_a_vector_without_length_has_cosine_loss_one_and_no_gradient():
     student, teacher, _ = make_rows(4)
     student[0], teacher[1], student[1] = 0.0, 0.0, 1.0
     student[2] = 1e-13 / math.sqrt(WIDTH)
 
-    values = one_minus_cosine_rows(student, teacher, torch.ones(4, dtype=torch.bool, device=DEVICE))
+    every = torch.ones(4, dtype=torch.bool, device=DEVICE)
+    values = one_minus_cosine_rows(student, teacher, every, student)
 
     assert (values[:3] == 1).all()
     assert (student[:3] == 0).all()
@@ -91,8 +108,8 @@ def test_a_vector_without_length_has_cosine_loss_one_and_no_gradient():
 def test_no_row_and_no_valid_row_give_zeros(loss):
     student, teacher, valid = make_rows(2)
 
-    values = loss(student[1:], teacher[1:], valid[1:])
-    nothing = loss(student[:0], teacher[:0], valid[:0])
+    values = loss(student[1:], teacher[1:], valid[1:], student[1:])
+    nothing = loss(student[:0], teacher[:0], valid[:0], student[:0])
 
     assert (values == 0).all()
     assert (student[1] == 0).all()
@@ -104,9 +121,9 @@ def test_rows_the_kernel_cannot_read_are_refused(loss):
     student, teacher, valid = make_rows(2)
 
     with pytest.raises(ValueError, match=r"target is torch.float64; .* fp32, bf16 or fp16"):
-        loss(student, teacher.double(), valid)
+        loss(student, teacher.double(), valid, None)
     with pytest.raises(ValueError, match="projected has a column stride of 2"):
-        loss(torch.empty(WIDTH, 2, device=DEVICE).T, teacher, valid)
+        loss(torch.empty(WIDTH, 2, device=DEVICE).T, teacher, valid, None)
 
 
 @pytest.mark.gpu
@@ -117,6 +134,6 @@ def test_model_widths_match_fp64_on_a_device(loss, width):
     student, teacher, valid = make_rows(600, width=width)
     expected = truth(loss, student, teacher, valid)
 
-    values = loss(student, teacher, valid)
+    values = loss(student, teacher, valid, student)
 
     check((values, student), expected)

@@ -1,6 +1,7 @@
 """Losses between rows of projected student states and teacher states, with their gradients.
 
-One program per row. Each state is read once; the cosine reads rows wider than 8192 twice.
+One program per row. Each state is read once; the gradient of the cosine reads rows wider than 8192
+twice.
 Shapes: C rows of a chunk, Ht width.
 """
 
@@ -22,16 +23,16 @@ _SMALLEST_SQUARE = tl.constexpr(1e-24)
 
 
 def squared_error_rows(
-    projected: Tensor, target: Tensor, valid: Tensor, gradient: Tensor | None = None
+    projected: Tensor, target: Tensor, valid: Tensor, gradient: Tensor | None
 ) -> Tensor:
     """Return the mean over the width of (z - y)^2; form its gradient 2 (z - y) / Ht.
 
     Args:
-        projected: z [C, Ht] fp32, bf16 or fp16, any row stride; becomes the gradient unless
-            `gradient` is given.
+        projected: z [C, Ht] fp32, bf16 or fp16, any row stride.
         target: y [C, Ht] in one of these dtypes.
         valid: [C] bool; other rows have the value 0 and a gradient of zeros, and are not read.
-        gradient: output [C, Ht] in one of these dtypes, written instead of `projected`.
+        gradient: output [C, Ht] in one of these dtypes, possibly `projected` itself; None: no
+            gradient is requested.
 
     Returns:
         [C] fp32.
@@ -43,18 +44,18 @@ def squared_error_rows(
 
 
 def one_minus_cosine_rows(
-    projected: Tensor, target: Tensor, valid: Tensor, gradient: Tensor | None = None
+    projected: Tensor, target: Tensor, valid: Tensor, gradient: Tensor | None
 ) -> Tensor:
     """Return 1 - z . y / (|z| |y|); form its gradient (cosine z / |z| - y / |y|) / |z|.
 
     A vector shorter than 1e-12 has the value 1 and no gradient.
 
     Args:
-        projected: z [C, Ht] fp32, bf16 or fp16, any row stride; becomes the gradient unless
-            `gradient` is given.
+        projected: z [C, Ht] fp32, bf16 or fp16, any row stride.
         target: y [C, Ht] in one of these dtypes.
         valid: [C] bool; other rows have the value 0 and a gradient of zeros, and are not read.
-        gradient: output [C, Ht] in one of these dtypes, written instead of `projected`.
+        gradient: output [C, Ht] in one of these dtypes, possibly `projected` itself; None: no
+            gradient is requested.
 
     Returns:
         [C] fp32.
@@ -78,12 +79,14 @@ def _store(row, ids, width, values):
 @triton.jit
 def _squared_error_kernel(
     projected, target, gradient, valid, values,
-    width, stride_z, stride_y, stride_g, BLOCK: tl.constexpr, IS_ONE_BLOCK: tl.constexpr,
+    width, stride_z, stride_y, stride_g,
+    BLOCK: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, WITH_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # the product with a stride may exceed int32
     gradient += row * stride_g
     if tl.load(valid + row) == 0:
-        write_zeros(gradient, width, BLOCK)
+        if WITH_GRADIENT:
+            write_zeros(gradient, width, BLOCK)
         return
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
@@ -92,7 +95,8 @@ def _squared_error_kernel(
         y = _load(target + row * stride_y, ids, width, "evict_first")
         residual = z - y
         total += residual * residual
-        _store(gradient, ids, width, residual * (2.0 / width))
+        if WITH_GRADIENT:
+            _store(gradient, ids, width, residual * (2.0 / width))
     tl.store(values + row, tl.sum(total, 0) / width)
 
 
@@ -105,12 +109,14 @@ def _inverse_norm(square):
 @triton.jit
 def _cosine_kernel(
     projected, target, gradient, valid, values,
-    width, stride_z, stride_y, stride_g, BLOCK: tl.constexpr, IS_ONE_BLOCK: tl.constexpr,
+    width, stride_z, stride_y, stride_g,
+    BLOCK: tl.constexpr, IS_ONE_BLOCK: tl.constexpr, WITH_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # the product with a stride may exceed int32
     gradient += row * stride_g
     if tl.load(valid + row) == 0:
-        write_zeros(gradient, width, BLOCK)
+        if WITH_GRADIENT:
+            write_zeros(gradient, width, BLOCK)
         return
     projected += row * stride_z
     target += row * stride_y
@@ -121,7 +127,8 @@ def _cosine_kernel(
         scale_z, scale_y = _inverse_norm(tl.sum(z * z, 0)), _inverse_norm(tl.sum(y * y, 0))
         z, y = z * scale_z, y * scale_y
         cosine = tl.sum(z * y, 0)
-        _store(gradient, ids, width, (cosine * z - y) * scale_z)
+        if WITH_GRADIENT:
+            _store(gradient, ids, width, (cosine * z - y) * scale_z)
     else:
         square_z = tl.zeros([BLOCK], tl.float32)
         square_y = tl.zeros([BLOCK], tl.float32)
@@ -134,10 +141,11 @@ def _cosine_kernel(
             product += z * y
         scale_z, scale_y = _inverse_norm(tl.sum(square_z, 0)), _inverse_norm(tl.sum(square_y, 0))
         cosine = tl.sum(product, 0) * scale_z * scale_y
-        for start in range(0, width, BLOCK):
-            z = _load(projected, start + ids, width, "evict_first") * scale_z
-            y = _load(target, start + ids, width, "evict_first") * scale_y
-            _store(gradient, start + ids, width, (cosine * z - y) * scale_z)
+        if WITH_GRADIENT:
+            for start in range(0, width, BLOCK):
+                z = _load(projected, start + ids, width, "evict_first") * scale_z
+                y = _load(target, start + ids, width, "evict_first") * scale_y
+                _store(gradient, start + ids, width, (cosine * z - y) * scale_z)
     tl.store(values + row, 1.0 - cosine)
 
 
@@ -160,7 +168,7 @@ def _run(
         kernel[(count,)](
             projected, target, out, valid.contiguous(), values,
             width, projected.stride(0), target.stride(0), out.stride(0),
-            BLOCK=block, IS_ONE_BLOCK=width <= block,
+            BLOCK=block, IS_ONE_BLOCK=width <= block, WITH_GRADIENT=gradient is not None,
             num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
     return values
