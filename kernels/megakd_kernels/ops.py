@@ -164,6 +164,10 @@ def _linear_rows(
 
 
 def _sizes(rows: int, widths: list[int], hidden: Tensor, like: Tensor, flat: FlatPlan) -> ChunkPlan:
+    if flat.group:
+        # Ranks meet in every chunk, so the widest parts decide for all of them.
+        (widest,) = flat.reduce().maxima([torch.tensor(widths, device=like.device)])
+        widths = widest.tolist()
     plan = plan_row_chunks(
         rows, widths=tuple(widths), like=like, gradient=gradient_dtype(hidden, like.dtype),
         chunk_mb=chunk_budget_on(like.device, flat.chunk_mb, has_shards=bool(flat.group)),

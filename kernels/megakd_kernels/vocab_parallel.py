@@ -2,8 +2,8 @@
 
 Every rank has the same rows and its own range of consecutive ids, which is the same for student
 and teacher. Three small collectives per chunk join the row maxima, sums and means of the parts.
-Everything else is local: the gradient of a rank's weight shard needs no communication, and the
-gradient of the hidden states is summed once.
+The ranks first agree on the rows of a chunk. Everything else is local: the gradient of a rank's
+weight shard needs no communication, and the gradient of the hidden states is summed once.
 """
 
 from __future__ import annotations

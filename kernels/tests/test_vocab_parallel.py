@@ -17,6 +17,7 @@ OPTIONS = [
     {"divergence": "forward_kl", "ce_weight": 1.0},
     {"divergence": ALL, "ce_weight": 0.7, "softcap_s": 3.0, "logit_scale_t": 0.5},
     {"divergence": ALL, "vocab_size": 29, "reduction": "mean", "logits_dtype": "bf16"},
+    {"divergence": ALL, "ce_weight": 0.7, "chunk_mb": 0.001},
 ]
 # Ids of the student and of the teacher, and where both heads are cut: in the middle, with a
 # longer student, with a longer teacher, and so that the second rank has no shared id.
