@@ -6,7 +6,8 @@ Shapes: C rows of a chunk, V vocabulary, H width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,8 +36,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 class ChunkPlan(NamedTuple):
     """Numbers of rows that are processed together.
 
-    group: rows per matrix product of the gradient, a multiple of `chunk`.
-    chunk: rows per matrix product of the logits.
+    group: rows per matrix product of the gradient.
+    chunk: rows per matrix product of the logits, at most those of a group.
     block: rows per call of the row mathematics.
     """
 
@@ -116,11 +117,11 @@ def plan_fused_chunks(
     padded = [_aligned(width) for width in widths]
     budget = chunk_mb * MEBIBYTE
     if gradient == like.dtype:
-        chunk = _clamp(_even(budget / (itemsize * sum(padded))), rows)
+        chunk = _alike(budget / (itemsize * sum(padded)), rows)
         return ChunkPlan(chunk, chunk, chunk)
-    chunk = _clamp(_even(budget / 2 / (itemsize * sum(padded))), rows)
-    group = budget / 2 / (gradient.itemsize * padded[0])
-    return ChunkPlan(chunk * max(1, int(group // chunk)), chunk, chunk)
+    group = _alike(budget / 2 / (gradient.itemsize * padded[0]), rows)
+    chunk = _alike(budget / 2 / (itemsize * sum(padded)), group)
+    return ChunkPlan(group, chunk, chunk)
 
 
 def logits_buffer(rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -177,18 +178,23 @@ def input_gradient_into(out: Tensor, gradient: Tensor, weight: Tensor) -> None:
             out.addmm_(gradient[:, ids].to(out.dtype), weight[ids].to(out.dtype))
 
 
-def add_weight_gradient_(out: Tensor, gradient: Tensor, hidden: Tensor, *, beta: float) -> None:
-    """Set out [V, H] to beta * out + gradient [C, V].T @ hidden [C, H], in out's dtype."""
+def add_weight_gradient_(
+    out: Tensor, gradient: Tensor, hidden: Tensor, *, is_first: bool = False
+) -> None:
+    """Add gradient [C, V].T @ hidden [C, H] to out [V, H], in out's dtype.
+
+    is_first: `out` holds nothing yet, and is set.
+    """
     if not _is_native(gradient, hidden, out):
+        beta = 0.0 if is_first else 1.0
         out.addmm_(gradient.to(out.dtype).T, hidden.to(out.dtype), beta=beta)
-    elif beta == 0:
+    elif is_first:
         torch.mm(gradient.T, hidden, out_dtype=out.dtype, out=out)
     elif _accumulates_narrow(out.device):
-        torch.addmm(out, gradient.T, hidden, beta=beta, out_dtype=out.dtype, out=out)
+        torch.addmm(out, gradient.T, hidden, out_dtype=out.dtype, out=out)
     else:
         for ids in slices(len(out), _PIECE_IDS):
-            product = torch.mm(gradient[:, ids].T, hidden, out_dtype=out.dtype)
-            out[ids].mul_(beta).add_(product)
+            out[ids] += torch.mm(gradient[:, ids].T, hidden, out_dtype=out.dtype)
 
 
 def gradient_dtype(hidden: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -216,27 +222,41 @@ def _is_native(left: Tensor, right: Tensor, out: Tensor) -> bool:
 
 @functools.cache
 def _has_wide_results(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether products of a 16-bit dtype with fp32 results work.
-
-    The product is tried once per device and dtype, because torch versions and GPUs differ.
-    """
-    narrow = torch.zeros(16, 16, dtype=dtype, device=device)
-    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
-    try:
-        torch.mm(narrow, narrow, out_dtype=torch.float32, out=out)
-    except (NotImplementedError, RuntimeError, TypeError):
-        return False
-    return True
+    """Return whether products of a 16-bit dtype with fp32 results work."""
+    return _works(
+        device,
+        dtype,
+        lambda narrow, out: torch.mm(narrow, narrow, out_dtype=torch.float32, out=out),
+    )
 
 
 @functools.cache
 def _accumulates_narrow(device: torch.device) -> bool:
-    """Return whether a product adds to an fp32 matrix without a second matrix; tried once."""
-    narrow = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
-    out = torch.ones(16, 16, dtype=torch.float32, device=device)
+    """Return whether a product adds to an fp32 matrix without a second matrix."""
+    return _works(
+        device,
+        torch.bfloat16,
+        lambda narrow, out: torch.addmm(out, narrow, narrow, out_dtype=torch.float32, out=out),
+    )
+
+
+def _works(
+    device: torch.device, dtype: torch.dtype, product: Callable[[Tensor, Tensor], object]
+) -> bool:
+    """Try a product once per device and dtype, because torch versions and GPUs differ."""
+    narrow = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
-        torch.addmm(out, narrow, narrow, beta=1.0, out_dtype=torch.float32, out=out)
-    except (NotImplementedError, RuntimeError, TypeError):
+        product(narrow, out)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        # Memory that is short, for the handle of cuBLAS as well, says nothing about the product.
+        if isinstance(error, torch.OutOfMemoryError) or "cublasCreate" in str(error):
+            raise
+        warnings.warn(
+            f"{device} or this torch has no product of {dtype} matrices with an fp32 result, so "
+            f"the losses multiply in fp32, several times slower: {error}",
+            stacklevel=2,
+        )
         return False
     return True
 
@@ -245,9 +265,16 @@ def _aligned(width: int) -> int:
     return -(-width // _ALIGNMENT) * _ALIGNMENT
 
 
-def _even(rows: float) -> float:
-    """Round down to a multiple of 64 rows, the tile size of products, unless there are fewer."""
-    return rows if rows < _ALIGNMENT else rows // _ALIGNMENT * _ALIGNMENT
+def _alike(most: float, rows: int) -> int:
+    """Return the rows of as few parts as possible, alike up to the 64 rows of a product's tile.
+
+    A short last part would leave multiprocessors without a tile, and would read and write the
+    gradient of the weight for a few rows.
+    """
+    whole_tiles = most if most < _ALIGNMENT else most // _ALIGNMENT * _ALIGNMENT
+    chunk = _clamp(whole_tiles, rows)
+    share = _balanced(chunk, rows)
+    return share if chunk < _ALIGNMENT else min(chunk, _aligned(share))
 
 
 def _balanced(chunk: int, rows: int) -> int:

@@ -174,7 +174,7 @@ class _Formed:
         if self.student.numel():
             input_gradient_into(self.student[rows], narrow, projection)
         if self.projection.numel():
-            add_weight_gradient_(self.projection, narrow, hidden, beta=1.0)
+            add_weight_gradient_(self.projection, narrow, hidden)
 
 
 @hidden_loss.register_fake

@@ -99,8 +99,8 @@ class StudentGradients:
         if self.hidden.numel():
             input_gradient_into(self.hidden[rows], gradient, weight)
         if self.weight.numel():
-            beta = 1.0 if self.has_rows else 0.0
-            add_weight_gradient_(self.weight[:used], gradient, hidden, beta=beta)
+            is_first = not self.has_rows
+            add_weight_gradient_(self.weight[:used], gradient, hidden, is_first=is_first)
         if self.bias.numel():
             self.bias[:used] += gradient.sum(0, dtype=self.bias.dtype)
         self.has_rows = True

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megakd_kernels import chunking
 from megakd_kernels.chunking import (
     LEAST_CHUNK_MB,
     chunk_budget,
@@ -51,6 +52,59 @@ def test_ranks_that_share_a_vocabulary_have_equal_chunks_on_all_cards(monkeypatc
 def test_a_cpu_has_a_small_budget_unless_the_caller_names_another():
     assert chunk_budget_on(torch.device("cpu"), 0.0) == 64
     assert chunk_budget_on(torch.device("cpu"), 128.0) == 128
+
+
+@given(st.integers(1, 20000), st.integers(1, 200000), st.integers(1, 200000), st.floats(1, 4096))
+def test_the_parts_of_a_gpu_are_alike_up_to_a_tile_and_within_the_budget(rows, ids, others, budget):
+    plan = plan_fused_chunks(
+        rows, widths=(ids, others), like=torch.empty(0), gradient=torch.bfloat16, chunk_mb=budget
+    )
+
+    half, widths = budget * 2**19, [-(-width // 64) * 64 for width in (ids, others)]
+    for length, part, row in [
+        (rows, plan.group, 2 * widths[0]), (plan.group, plan.chunk, 4 * sum(widths))
+    ]:  # fmt: skip
+        parts = -(-length // part)
+        assert part == 1 or part * row <= half
+        assert parts * part - length < 64 * parts
+        assert parts <= -(-length * row // max(half - 64 * row, row))
+
+
+def test_8192_rows_of_a_qwen_make_three_groups_of_like_size():
+    plan = plan_fused_chunks(
+        8192, widths=(151936, 151936), like=torch.empty(0), gradient=torch.bfloat16,
+        chunk_mb=chunk_budget(80 * GIB),
+    )  # fmt: skip
+
+    assert (plan.group, plan.chunk) == (2752, 704)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory"), RuntimeError("ALLOC_FAILED when calling cublasCreate")],
+)
+def test_memory_that_is_short_is_not_taken_for_a_missing_product(error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "mm", fail)
+    chunking._has_wide_results.cache_clear()
+
+    with pytest.raises(type(error), match=str(error)):
+        chunking._has_wide_results(torch.device("cpu"), torch.bfloat16)
+
+
+def test_a_device_without_the_product_takes_another_way_and_says_so_once(monkeypatch, recwarn):
+    def fail(*_, **__):
+        raise RuntimeError("out_dtype is not supported")
+
+    monkeypatch.setattr(torch, "addmm", fail)
+    chunking._accumulates_narrow.cache_clear()
+
+    assert not chunking._accumulates_narrow(torch.device("cpu"))
+    assert not chunking._accumulates_narrow(torch.device("cpu"))
+    assert ["multiply in fp32" in str(each.message) for each in recwarn] == [True]
+    chunking._accumulates_narrow.cache_clear()
 
 
 @given(st.integers(1, 5000), st.integers(1, 40000), st.sampled_from([64, 128]))
