@@ -43,14 +43,15 @@ def program(words: str, rehearsed: str = "") -> Callable[..., list[str]]:
 _BENCH = "bench --implementations megakd-triton"
 _ROW_STAGES, _CHUNK_MB = "--variable MEGAKD_ROW_STAGES", "--variable chunk_mb"
 PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
-    ("kernel-tests", "tests of the Triton kernels", 220, "kernel_tests"),
+    ("kernel-tests", "tests of the Triton kernels", 300, "kernel_tests"),
     ("agreement", "Triton against the reference, V = 128256", 120, "agreement"),
     ("causal-lm", "causal_lm at ZeRO 3 / 3: evaluate, save, kill, resume", 300, "runs causal_lm"),
     ("minidisc", "MiniDisc at ZeRO 3 / 3: evaluate, save, kill, resume", 270, "runs minidisc"),
     ("release", "memory before and after `destroy`", 90, "release"),
     ("llama", "Llama of 1B weights, bf16, packed 4 x 4096: three steps", 200, "llama"),
     ("bench", "`python -m bench`: row kernels, forward KL, products", 190,
-     f"{_BENCH},megakd-gemms,eager,compile,liger-jsd --cases rows,forward_kl,gemms,rows-jsd",
+     f"{_BENCH},megakd-gemms,eager,compile,trl-tiles,liger-jsd,liger-chunked,liger-kl "
+     "--cases rows,forward_kl,gemms,rows-jsd",
      "--cases smoke --implementations megakd-chunked"),
     ("more-losses", "`python -m bench`: relation, stats, topk", 100,
      f"{_BENCH},eager --cases relation,stats,topk",
@@ -58,8 +59,8 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
     ("stages", "pipelining depth of the row kernels", 130,
      f"variants {_ROW_STAGES} --values 1,2,3,4 --cases rows,rows-jsd",
      f"{_ROW_STAGES} --values 1,3 --cases rows"),
-    ("streams", "one stream against two streams", 80,
-     "variants --variable MEGAKD_ROW_STREAMS --values 1,2 --cases forward_kl"),
+    ("streams", "one stream against two streams, chunks of as many rows", 80,
+     "variants --variable MEGAKD_ROW_STREAMS --values 1,2 --cases chunk-1024mb,chunk-2048mb"),
     ("chunks", "memory of a chunk against time", 80,
      f"variants {_CHUNK_MB} --values 512,1024,2048,4096 --cases forward_kl --rounds 1",
      f"{_CHUNK_MB} --values 512,2048 --cases forward_kl --rounds 1"),

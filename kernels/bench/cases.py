@@ -23,7 +23,6 @@ ACCEPTANCE = "forward_kl"
 VOCABULARIES = (32000, 128256, 151936, 256000)
 WIDTHS = ((1024, 4096), (2048, 4096), (2048, 8192))
 ROWS = (2048, 8192, 16384)
-CHUNK_MB = 1024
 _TWO_READS = ("forward_kl", "reverse_kl")
 
 
@@ -33,6 +32,7 @@ class Case:
 
     n: rows, or positions L of the one sequence of a relation.
     mixture: divergences and their weights; empty where the loss has none.
+    chunk_mb: budget of our chunks; None: the default of the device.
     mode: "fwd_bwd", or "fwd" for the loss alone, without gradient.
     selection: "quick" runs always, "full" without --quick, "named" only when asked for.
     """
@@ -48,7 +48,7 @@ class Case:
     ce_weight: float = 0.0
     temperature: float = 1.0
     logits_dtype: str = "fp32"
-    chunk_mb: int = CHUNK_MB
+    chunk_mb: float | None = None
     heads: int = 32
     mode: Literal["fwd_bwd", "fwd"] = "fwd_bwd"
     selection: Selection = "full"
@@ -116,7 +116,7 @@ def _cuda_cases() -> tuple[Case, ...]:
         *_variants(quick, full),
         replace(rows, name="rows-jsd", mixture=(("jsd", 1.0),), selection="full"),
         replace(full, name="logits", kind="logits", n=2048),
-        *_sweep(full, (128, 256, 512, 2048, 4096)),
+        *_sweep(full, (256, 512, 1024, 2048, 4096)),
         *(_shaped(full, *one) for one in shapes if one != (full.v, full.hs, full.ht, full.n)),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-from bench.cases import CHUNK_MB, Case, Device
+from bench.cases import Case, Device
 
 LINEAR = ("linear_kd", "linear_ce", "linear_stats", "topk")
 LOSSES = (*LINEAR, "logits", "hidden_mse", "hidden_cosine", "relation")
@@ -20,6 +20,7 @@ class Implementation:
     mixes: whether it computes weighted sums of divergences, and adds cross-entropy.
     compiles: whether every new shape costs a compilation of many seconds.
     logits: the precision its logits are rounded to; "" where it is the package's own choice.
+    only: the one device on which it is measured.
     package: what must be installed, as (module, name to install).
     """
 
@@ -30,7 +31,7 @@ class Implementation:
     mixes: bool = True
     compiles: bool = False
     logits: str = ""
-    needs_cuda: bool = False
+    only: Device | None = None
     package: tuple[str, str] | None = None
 
     @property
@@ -41,27 +42,39 @@ class Implementation:
 
 _LIGER = ("liger_kernel", "liger-kernel")
 _KD, _CE = ("linear_kd",), ("linear_ce",)
+_ONLY = {"cuda": "runs on CUDA alone", "cpu": "an old version, measured on a CPU alone"}
 IMPLEMENTATIONS = (
     Implementation("megakd-triton", 'this package, impl="triton"', (*LOSSES, "rows"),
-                   logits="fp32", needs_cuda=True),
+                   logits="fp32", only="cuda"),
     Implementation("megakd-chunked", 'this package, impl="chunked": the same chunks, rows by torch',
                    LOSSES, logits="fp32"),
     Implementation("eager", "full logits in the dtype of the model, widened to fp32, as Hugging "
                    "Face's losses", LOSSES, logits="dtype"),
     Implementation("compile", "torch.compile of eager", LOSSES, compiles=True, logits="dtype"),
+    Implementation("compile-max", 'compile in the mode "max-autotune-no-cudagraphs"', LOSSES,
+                   compiles=True, logits="dtype", only="cuda"),
     Implementation("trl-chunks", "256-row checkpointed chunks in fp32, as TRL 1.12 "
-                   "(huggingface/trl#6526)", _KD, divergences=GKD, mixes=False, logits="fp32"),
+                   "(huggingface/trl#6526)", _KD, divergences=GKD, mixes=False, logits="fp32",
+                   only="cpu"),
     Implementation("trl-tiles", "trl.kernels.ChunkedDivergenceFunction of newer TRL: tiles, "
                    "recomputed", _KD, divergences=GKD, mixes=False,
                    package=("trl.kernels", "a newer trl")),
     Implementation("liger-jsd", "LigerFusedLinearJSD (Triton; gradients in the forward)", _KD,
-                   divergences=GKD, mixes=False, needs_cuda=True, package=_LIGER),
+                   divergences=GKD, mixes=False, only="cuda", package=_LIGER),
+    Implementation("liger-jsd-fp32", "liger-jsd with accum_dtype=torch.float32, which sums the "
+                   "head's gradient as ours does", _KD, divergences=GKD, mixes=False,
+                   only="cuda", package=_LIGER),
+    Implementation("liger-kl", "LigerFusedLinearKLDivLoss on the softmax of the teacher's whole "
+                   "logits, in the dtype of the model", _KD, divergences=("forward_kl",),
+                   mixes=False, logits="dtype", only="cuda", package=_LIGER),
     Implementation("liger-chunked", "LigerFusedLinearJSDLoss (torch.compile of chunks; gradients "
                    "in the forward)", _KD, divergences=GKD, compiles=True, package=_LIGER),
-    Implementation("liger-ce", "LigerFusedLinearCrossEntropyLoss", _CE, needs_cuda=True,
+    Implementation("liger-ce", "LigerFusedLinearCrossEntropyLoss", _CE, only="cuda",
                    package=_LIGER),
     Implementation("cut-ce", "cut_cross_entropy.linear_cross_entropy, which leaves small gradients "
-                   "out", _CE, needs_cuda=True, package=("cut_cross_entropy", "cut-cross-entropy")),
+                   "out", _CE, only="cuda", package=("cut_cross_entropy", "cut-cross-entropy")),
+    Implementation("quack-ce", "quack.linear_cross_entropy.chunked_linear_cross_entropy", _CE,
+                   only="cuda", package=("quack", "quack-kernels")),
     Implementation("torch-ce", "torch.nn.functional.linear_cross_entropy, chunked", _CE),
     Implementation("megakd-gemms", "the matrix products of linear_kd_loss and nothing else",
                    ("gemms",), logits="fp32"),
@@ -80,8 +93,8 @@ def computes(implementation: Implementation, case: Case) -> bool:
 
 def reason_to_skip(implementation: Implementation, case: Case, device: Device) -> str | None:
     """Why it cannot run a case whose kind of loss it knows, or None."""
-    if implementation.needs_cuda and device != "cuda":
-        return "runs on CUDA alone"
+    if implementation.only not in {None, device}:
+        return _ONLY[implementation.only or device]
     if implementation.divergences is not None:
         unknown = [name for name, _ in case.mixture if name not in implementation.divergences]
         if unknown:
@@ -91,7 +104,7 @@ def reason_to_skip(implementation: Implementation, case: Case, device: Device) -
         return f"computes no weighted sum {case.divergence}"
     if case.logits_dtype != "fp32" and not implementation.is_ours:
         return "has no choice of precision for the logits"
-    if case.chunk_mb != CHUNK_MB and not implementation.is_ours:
+    if case.chunk_mb is not None and not implementation.is_ours:
         return "has no budget for its chunks"
     return _missing_package(implementation)
 

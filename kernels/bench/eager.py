@@ -25,9 +25,9 @@ def load(case: Case) -> Loss:
     return _LOSSES[case.kind]
 
 
-def load_compiled(case: Case) -> Loss:
+def load_compiled(case: Case, mode: str = "default") -> Loss:
     """torch.compile of the same function; compiled at the first call, for its shapes."""
-    return torch.compile(load(case), dynamic=False, fullgraph=True)
+    return torch.compile(load(case), dynamic=False, fullgraph=True, mode=mode)
 
 
 def load_trl_chunks(case: Case) -> Loss:

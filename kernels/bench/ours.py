@@ -12,16 +12,19 @@ from bench.cases import BETA, SKEW, Case
 from bench.problem import DTYPES, Loss, Problem
 from megakd_kernels.chunking import (
     add_weight_gradient_,
+    chunk_budget_on,
     gradient_dtype,
     input_gradient_into,
+    logits_buffer,
+    plan_row_chunks,
     project_into,
     slices,
 )
 from megakd_kernels.row_plan import RowPlan, WholeRows
 from megakd_kernels.row_terms import RowFactors, RowScorer, row_kernel
+from megakd_kernels.settings import resolve_implementation
 
-ROWS_PER_LAUNCH = 512
-ROWS_PER_PRODUCT = 2048
+ROWS_PER_LAUNCH = 1024
 
 
 def load(case: Case, impl: str) -> Loss:
@@ -101,26 +104,33 @@ def _rows(problem: Problem, impl: str) -> Tensor:
 
 
 def _gemms(problem: Problem, impl: str) -> Tensor:
-    """The products of linear_kd and nothing between them: no loss in chunks can be faster.
+    """The products of linear_kd in its chunks, and nothing between them.
 
-    The first logits stand in for every gradient, in the type that its products run in.
+    The gradient of the logits is whatever its buffer holds.
     """
-    del impl
-    weight, teacher_weight = problem.student_weight, problem.teacher_weight
-    rows, like = min(len(problem.student), ROWS_PER_PRODUCT), torch.float32
-    logits, teacher_logits = (
-        weight.new_empty(rows, len(each), dtype=like) for each in (weight, teacher_weight)
-    )
-    input_gradient = torch.empty_like(problem.student, dtype=like)
-    weight_gradient = torch.zeros_like(weight, dtype=like)
-    gradient = None
-    for part in slices(len(problem.student), rows):
-        student = problem.student[part]
-        project_into(logits[: len(student)], student, weight, None)
-        project_into(teacher_logits[: len(student)], problem.teacher[part], teacher_weight, None)
-        gradient = logits.to(gradient_dtype(student, like)) if gradient is None else gradient
-        input_gradient_into(input_gradient[part], gradient[: len(student)], weight)
-        add_weight_gradient_(weight_gradient, gradient[: len(student)], student, beta=1.0)
+    student, weight = problem.student, problem.student_weight
+    teacher, teacher_weight = problem.teacher, problem.teacher_weight
+    like = student.new_empty(0, dtype=torch.float32)
+    narrow, count = gradient_dtype(student, like.dtype), len(student)
+    plan = plan_row_chunks(
+        count, widths=(len(weight), len(teacher_weight)), like=like, gradient=narrow,
+        chunk_mb=chunk_budget_on(student.device, problem.case.chunk_mb or 0.0),
+        implementation=resolve_implementation(impl, student.device),
+    )  # fmt: skip
+    logits, soft = (logits_buffer(plan.chunk, len(each), like) for each in (weight, teacher_weight))
+    gradient = logits_buffer(plan.group, len(weight), like, narrow).zero_()
+    input_gradient = like.new_empty(student.shape)
+    weight_gradient = like.new_empty(weight.shape)
+    for group in slices(count, plan.group):
+        hidden = student[group]
+        for part in slices(len(hidden), plan.chunk):
+            rows = part.stop - part.start
+            project_into(logits[:rows], hidden[part], weight, None)
+            project_into(soft[:rows], teacher[group][part], teacher_weight, None)
+        input_gradient_into(input_gradient[group], gradient[: len(hidden)], weight)
+        add_weight_gradient_(
+            weight_gradient, gradient[: len(hidden)], hidden, is_first=group.start == 0
+        )
     return input_gradient[0, 0] + weight_gradient[0, 0]
 
 

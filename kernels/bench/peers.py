@@ -7,13 +7,14 @@ it, is missing.
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench import eager, ours
 from bench.cases import BETA, Case
-from bench.problem import Loss
+from bench.problem import Loss, Problem
 
 _OURS = {"megakd-triton": "triton", "megakd-chunked": "chunked", "megakd-gemms": "auto"}
 _LIGER_ROWS = 1024  # the default chunk of LigerFusedLinearJSDLoss
@@ -40,12 +41,27 @@ def _trl_tiles(case: Case) -> Loss:
     )[0].mean()  # fmt: skip
 
 
-def _liger_jsd(case: Case) -> Loss:
+def _liger_jsd(case: Case, accum_dtype: torch.dtype | None = None) -> Loss:
     transformers = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
-    loss = transformers.LigerFusedLinearJSD(jsd_beta=_gkd_beta(case), temperature=case.temperature)
+    loss = transformers.LigerFusedLinearJSD(
+        jsd_beta=_gkd_beta(case), temperature=case.temperature, accum_dtype=accum_dtype
+    )
     return lambda problem: loss(
         problem.student, problem.student_weight, problem.teacher, problem.teacher_weight, None
     )
+
+
+def _liger_kl(case: Case) -> Loss:
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_kl_div")
+    loss = module.LigerFusedLinearKLDivLoss(temperature=case.temperature)
+
+    def with_softmax(problem: Problem) -> Tensor:
+        with torch.no_grad():
+            logits = nn.functional.linear(problem.teacher, problem.teacher_weight)
+            target = torch.softmax(logits.div_(case.temperature), dim=-1)
+        return loss(problem.student, problem.student_weight, target)
+
+    return with_softmax
 
 
 def _liger_chunked(case: Case) -> Loss:
@@ -73,6 +89,12 @@ def _cut_ce(case: Case) -> Loss:
     return lambda problem: loss(problem.student, problem.student_weight, problem.labels)
 
 
+def _quack_ce(case: Case) -> Loss:
+    del case
+    loss = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return lambda problem: loss(problem.student, problem.student_weight, problem.labels)
+
+
 def _torch_ce(case: Case) -> Loss:
     del case
     loss = getattr(nn.functional, "linear_cross_entropy", None)
@@ -88,11 +110,15 @@ def _torch_ce(case: Case) -> Loss:
 _LOADERS = {
     "eager": eager.load,
     "compile": eager.load_compiled,
+    "compile-max": partial(eager.load_compiled, mode="max-autotune-no-cudagraphs"),
     "trl-chunks": eager.load_trl_chunks,
     "trl-tiles": _trl_tiles,
     "liger-jsd": _liger_jsd,
+    "liger-jsd-fp32": partial(_liger_jsd, accum_dtype=torch.float32),
+    "liger-kl": _liger_kl,
     "liger-chunked": _liger_chunked,
     "liger-ce": _liger_ce,
     "cut-ce": _cut_ce,
+    "quack-ce": _quack_ce,
     "torch-ce": _torch_ce,
 }

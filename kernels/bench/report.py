@@ -30,9 +30,16 @@ def machine_lines(machine: Machine, ceilings: Ceilings) -> list[str]:
     commit = f", commit {machine.commit}" if machine.commit else ""
     return [
         f"{machine.device}; {machine.threads} threads; {versions}{commit}",
-        f"ceilings: {ceilings.matmul / 1e12:.4g} TFLOP/s in matrix products, "
-        f"{ceilings.copy / 1e9:.4g} GB/s in copies",
+        ceiling_line(ceilings, "at the beginning"),
     ]
+
+
+def ceiling_line(ceilings: Ceilings, when: str) -> str:
+    """The rates of the machine."""
+    return (
+        f"ceilings {when}: {ceilings.matmul / 1e12:.4g} TFLOP/s in matrix products, "
+        f"{ceilings.copy / 1e9:.4g} GB/s in copies"
+    )
 
 
 def table(rows: Iterable[Result]) -> list[str]:

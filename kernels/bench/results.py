@@ -37,7 +37,7 @@ class Result:
     divergence: str
     temperature: float
     mode: str
-    chunk_mb: int
+    chunk_mb: float | None
     ms_median: float | None = None
     ms_p20: float | None = None
     ms_p80: float | None = None
@@ -67,9 +67,8 @@ class Ledger:
         self.ceilings = ceilings
         self._file = file
 
-    def add_ceilings(self, dtype: str) -> None:
+    def add_ceilings(self, dtype: str, rates: Ceilings) -> None:
         """The two rates of the machine as rows of a case "ceiling"."""
-        rates = self.ceilings
         case = Case(name=CEILING, kind="gemms", n=0, v=0, hs=0, ht=0, dtype=dtype, mixture=())
         for name, times, rate in (
             ("matmul", rates.matmul_times, {"tflops_model": rates.matmul / 1e12}),

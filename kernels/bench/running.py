@@ -74,10 +74,11 @@ class CaseRun:
             return
         for name in able:
             self._try(name, partial(self._check, name, problem, truth))
+        # Its fp64 gradients would take the memory of eager losses.
+        del truth
         for _ in range(_ROUNDS):
             for name in list(self._losses):
                 self._try(name, partial(self._time, name, problem))
-        del truth
         for name in list(self._losses):
             self._try(name, partial(self._finish, name, problem))
 
@@ -104,16 +105,24 @@ class CaseRun:
         drop = partial(drop_gradients, problem)
         step = partial(run, self._losses[name], problem)
         self._free()
-        times = sample_ms(step, self._plan.device, self._plan.effort, before=drop)
-        self._clocks[name] = machine.clock_mhz(self._plan.device)
+        times = sample_ms(
+            step,
+            self._plan.device,
+            self._plan.effort,
+            before=drop,
+            during=partial(self._read_clock, name),
+        )
         drop()
         self._rounds[name].append(times)
+
+    def _read_clock(self, name: str) -> None:
+        self._clocks[name] = machine.clock_mhz(self._plan.device)
 
     def _finish(self, name: str, problem: Problem) -> None:
         """Memory comes last: it needs the allocator, or a process, to itself."""
         errors = {f"{of}_relerr": error for of, error in self._errors[name]._asdict().items()}
         times, peak = summarise(self._rounds[name]), self._peak(name, problem)
-        self._ledger.add(self.case, name, times, peak=peak, clock=self._clocks[name], **errors)
+        self._ledger.add(self.case, name, times, peak=peak, clock=self._clocks.get(name), **errors)
 
     def _peak(self, name: str, problem: Problem) -> Peak:
         if self._plan.kind == "cpu":

@@ -35,10 +35,15 @@ def sample_ms(
     effort: Effort,
     *,
     before: Callable[[], None] = lambda: None,
+    during: Callable[[], None] = lambda: None,
 ) -> tuple[float, ...]:
-    """The times of one round of a function that has run before; `before` is not timed."""
+    """The times of one round of a function that has run before.
+
+    before: called before every run, not timed. during: called once on CUDA, while the runs that
+        are queued are busy.
+    """
     if device.type == "cuda":
-        return _sample_cuda(function, device, effort, before)
+        return _sample_cuda(function, device, effort, before=before, during=during)
     times: list[float] = []
     while not _is_enough(times, effort):
         before()
@@ -66,7 +71,9 @@ def _sample_cuda(
     function: Callable[[], object],
     device: torch.device,
     effort: Effort,
+    *,
     before: Callable[[], None],
+    during: Callable[[], None],
 ) -> tuple[float, ...]:
     """Events around each run; the runs are queued, so that the host's pauses do not count."""
     flushed = torch.empty(_FLUSHED_BYTES // 4, dtype=torch.int32, device=device)
@@ -87,5 +94,6 @@ def _sample_cuda(
     once_ms = max(finished(enqueue()), 1e-3)
     runs = int(effort.round_s * 1e3 / once_ms)
     events = [enqueue() for _ in range(min(max(runs, effort.least_runs), _MOST_RUNS))]
+    during()
     torch.cuda.synchronize(device)
     return tuple(start.elapsed_time(end) for start, end in events)
