@@ -27,9 +27,9 @@ from megakd_kernels.formed import register_formed_gradients
 from megakd_kernels.inputs import all_count, compute_dtype
 
 SMALLEST_NORM = 1e-12
-_CHUNK_MB = 64
+CHUNK_MB = 64
 # Buffers of the kernels with a projection: 16384 rows of 4096 states in bf16.
-_KERNEL_CHUNK_MB = 512
+KERNEL_CHUNK_MB = 512
 
 
 @torch.library.custom_op("megakd::hidden_loss", mutates_args=())
@@ -73,7 +73,7 @@ def _sum_with_kernels(
     total = student.new_zeros((), dtype=formed.dtype)
     narrow = gradient_dtype(student, formed.dtype)
     chunk = plan_fused_chunks(
-        count, widths=(width,), like=total, gradient=narrow, chunk_mb=_KERNEL_CHUNK_MB
+        count, widths=(width,), like=total, gradient=narrow, chunk_mb=KERNEL_CHUNK_MB
     ).chunk
     projected = total.new_empty(chunk, width)
     gradient = (
@@ -103,7 +103,7 @@ def _sum_in_chunks(
     loss = _squared_error_ if kind == "mse" else _one_minus_cosine_
     total = student.new_zeros((), dtype=dtype)
     plan = plan_chunks(
-        len(student), widths=(student.shape[1], width, width), like=total, chunk_mb=_CHUNK_MB
+        len(student), widths=(student.shape[1], width, width), like=total, chunk_mb=CHUNK_MB
     )
     is_difference = kind == "mse" and projection is None
     for rows in slices(len(student), plan.chunk):

@@ -1,4 +1,4 @@
-"""The six divergences on a block of rows: value, and the gradient with respect to q.
+"""Divergences on a block of rows: value, and the gradient with respect to q.
 
 Each term has two halves, because a row may lie on several ranks. `partial_sums` writes the g of
 the gradient q (g - sum q g) into the slopes of the block and returns sums over the local ids.
@@ -230,6 +230,23 @@ class TotalVariation:
         return value
 
 
+class TeacherEntropy:
+    """Value -sum p log p, which no gradient reaches; for statistics."""
+
+    limits_gap = False
+
+    def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
+        """Return sum p log p_exp."""
+        del factor, plan
+        powers = torch.special.xlogy(block.p_exp, block.p_exp, out=block.product)
+        return [powers.sum(-1, keepdim=True) / block.p_sum]
+
+    def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
+        """Return log p_sum minus the sum."""
+        del factor, plan
+        return block.p_sum.log() - sums[0]
+
+
 MIXTURE_TERMS: Mapping[str, MixtureTerm] = {
     "forward_kl": ForwardKL(),
     "reverse_kl": ReverseKL(),
@@ -237,6 +254,7 @@ MIXTURE_TERMS: Mapping[str, MixtureTerm] = {
     "skew_kl": SkewKL(),
     "skew_rkl": SkewReverseKL(),
     "tvd": TotalVariation(),
+    "teacher_entropy": TeacherEntropy(),
 }
 
 

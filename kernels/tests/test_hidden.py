@@ -75,7 +75,7 @@ def test_equal_states_have_no_loss_and_no_gradient(states, impl, loss, scale):
 @pytest.mark.parametrize("projected", [True, False])
 def test_gradients_are_the_derivatives_of_the_loss(states, impl, loss, projected, monkeypatch):
     student, projection, teacher, valid = states
-    monkeypatch.setattr(hidden_ops, "_CHUNK_MB", 0.0003)
+    monkeypatch.setattr(hidden_ops, "CHUNK_MB", 0.0003)
     leaves = [student.requires_grad_()]
     if projected:
         leaves.append(projection.requires_grad_())
@@ -141,8 +141,8 @@ def test_a_zero_vector_has_cosine_loss_one_and_no_gradient(impl, who):
 def test_chunks_match_the_double_precision_reference(
     states, loss, impl, *, projected, dtype, distance, monkeypatch
 ):
-    monkeypatch.setattr(hidden_ops, "_CHUNK_MB", 0.0003)
-    monkeypatch.setattr(hidden_ops, "_KERNEL_CHUNK_MB", 0.00006)
+    monkeypatch.setattr(hidden_ops, "CHUNK_MB", 0.0003)
+    monkeypatch.setattr(hidden_ops, "KERNEL_CHUNK_MB", 0.00006)
     student, projection, teacher = (tensor.to(dtype) for tensor in states[:3])
     leaves = [student.requires_grad_()] + [projection.requires_grad_()] * projected
     teacher = teacher if projected else teacher[..., :3]
@@ -212,7 +212,7 @@ def test_only_the_gradients_asked_for_are_formed(states, loss, needs):
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 def test_projected_states_of_all_rows_never_exist(kind, monkeypatch, largest_tensor):
-    monkeypatch.setattr(hidden_ops, "_CHUNK_MB", 0.05)
+    monkeypatch.setattr(hidden_ops, "CHUNK_MB", 0.05)
     student, teacher, projection = torch.randn(4000, 2), torch.randn(4000, 40), torch.randn(40, 2)
     valid = torch.ones(4000, dtype=torch.bool)
 

@@ -46,7 +46,7 @@ def test_no_kernel_spills_its_registers(compiled):
 def test_the_tiles_of_a_gpu_multiply_on_tensor_cores(compiled):
     products = [variant for variant in compiled if variant["has_dot"]]
 
-    assert {variant["name"] for variant in products} >= {"_statistics_kernel", "forward_kernel"}
+    assert {variant["name"] for variant in products} >= {"forward_kernel"}
     assert all(variant["on_tensor_cores"] for variant in products)
 
 

@@ -26,11 +26,13 @@ from torch.utils.flop_counter import flop_registry
 
 from megakd_kernels.chunking import (
     CPU_CHUNK_MB,
+    MEBIBYTE,
     chunk_budget,
     gradient_dtype,
     plan_chunks,
     plan_row_chunks,
 )
+from megakd_kernels.hidden_ops import CHUNK_MB, KERNEL_CHUNK_MB
 
 VALUELESS = torch.device("meta")
 """Tensors on this device have shapes and dtypes, but no values and no memory."""
@@ -363,13 +365,12 @@ def loss_workspace(
 
 
 def _loss_flops(function: Any, args: tuple[Any, ...]) -> float:
-    if _name(function) not in {"megakd::linear_kd", "megakd::linear_stats"}:
+    if _name(function) != "megakd::linear_kd":
         return 0.0
     rows, width = args[0].shape
     student = 2.0 * rows * len(args[1]) * width
-    forms_gradients = _name(function) == "megakd::linear_kd" and any(args[10])
     teacher = 2.0 * rows * args[4].numel() if isinstance(args[4], Tensor) else 0.0
-    return student * (3 if forms_gradients else 1) + teacher
+    return student * (3 if any(args[10]) else 1) + teacher
 
 
 def _name(function: Any) -> str:
@@ -397,18 +398,14 @@ def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:
     return buffers + (group * widths[0] * narrow.itemsize if narrow != torch.float32 else 0)
 
 
-def _stats(args: tuple[Any, ...], device: str, budget: float) -> int:
-    rows, width = len(args[0]), len(args[1])
-    if device != "cpu":
-        return 0
-    plan = plan_chunks(rows, widths=(width,), like=_LIKE[device], chunk_mb=budget)
-    return (plan.chunk + _ROW_BUFFERS * plan.block) * width * 4
-
-
 def _hidden(args: tuple[Any, ...], device: str, _: float) -> int:
-    student, teacher = args[0], args[2]
-    widths = (student.shape[1], teacher.shape[1], teacher.shape[1])
-    plan = plan_chunks(len(student), widths=widths, like=_LIKE[device], chunk_mb=64)
+    student, projection, teacher = args[:3]
+    count, width = teacher.shape
+    if device != "cpu":
+        # Projected states in fp32 and their gradient in 16 bits, of all rows or of a chunk.
+        return 0 if projection is None else min(6 * count * width, KERNEL_CHUNK_MB * MEBIBYTE)
+    widths = (student.shape[1], width, width)
+    plan = plan_chunks(count, widths=widths, like=_LIKE[device], chunk_mb=CHUNK_MB)
     return plan.chunk * sum(widths) * 4
 
 
@@ -421,7 +418,6 @@ def _relation(args: tuple[Any, ...], device: str, _: float) -> int:
 
 _WORKSPACES = {
     "megakd::linear_kd": _linear,
-    "megakd::linear_stats": _stats,
     "megakd::hidden_loss": _hidden,
     "megakd::relation_kl": _relation,
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 from megakd_kernels.row_plan import Reduce, RowInputs, RowPlan, RowTerms, WholeRows
 from megakd_kernels.triton.launching import check_rows, stages, warp_kind
 from megakd_kernels.triton.row_kd_sweeps import (
+    ENTROPY,
     FORWARD_KL,
     GRADIENT,
     HARD,
@@ -46,6 +47,7 @@ _KINDS = {
     "skew_kl": SKEW_KL.value,
     "skew_rkl": SKEW_RKL.value,
     "tvd": TVD.value,
+    "teacher_entropy": ENTROPY.value,
 }
 _SLOTS = {name: slot for slot, name in enumerate(_KINDS)}
 _CE_SLOT = tl.constexpr(len(_KINDS))
@@ -91,6 +93,7 @@ def _load_found(parts, row, rows):
         tl.load(parts + 6 * rows),
         tl.load(parts + 7 * rows),
         tl.load(parts + 8 * rows),
+        0.0,
     )
 
 
@@ -119,7 +122,7 @@ def _row_kernel(
     PARTS: tl.constexpr, SWEEPS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Process one row. bits: log2(e) / T. inverse: 1 / T. values: [7, R]. parts: [18, R] fp64.
+    """Process one row. bits: log2(e) / T. inverse: 1 / T. values: [8, R]. parts: [18, R] fp64.
 
     mixes: `mixture_series` of the shares of p in m, for the JSD, the skew KL and its reverse.
     """
@@ -157,7 +160,7 @@ def _row_kernel(
             tl.store(parts + field * rows + row, found[field].to(tl.float64))
         tl.store(parts + _TARGET * rows + row, target.to(tl.float64))
         return
-    peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, forward, reverse, common = found
+    peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, forward, reverse, common, depth = found
     difference = peak_t.to(tl.float64) - peak.to(tl.float64)
     near = difference.to(tl.float32)
     log_sums = tl.log(p_sum / q_sum)
@@ -204,6 +207,9 @@ def _row_kernel(
     if TVD & PARTS:
         _store_value(values, 5, row, rows, tvd_p, value_scale, rest)
         constant += 0.5 * factor * weight_tvd * tvd_q.to(tl.float32)
+    if ENTROPY & PARTS:
+        value = tl.log(p_sum) - depth / p_sum * inverse
+        _store_value(values, 6, row, rows, value, value_scale, rest)
     hard_scale = 0.0
     is_right = common > 0
     if HARD & PARTS:

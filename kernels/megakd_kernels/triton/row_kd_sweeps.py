@@ -43,6 +43,8 @@ TEMPERED = tl.constexpr(256)
 GRADIENT = tl.constexpr(512)
 # With a row that is only part of a whole row: it may have no finite logit.
 SHARD = tl.constexpr(1024)
+# With the entropy of a teacher whose rows are whole.
+ENTROPY = tl.constexpr(2048)
 
 # Whether a block may exceed the ids, and whether it is read again.
 _RAGGED = tl.constexpr(1)
@@ -90,7 +92,7 @@ def _add_statistics(
     PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Add a block of shared ids to the running maxima and sums of the lanes."""
-    old, old_t, q_sum, p_sum, hard_sum, forward, reverse, common = state
+    old, old_t, q_sum, p_sum, hard_sum, forward, reverse, common, depth = state
     s = _by_lane(_logits(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN))
     t = _by_lane(_logits(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN))
     peak, peak_t = tl.maximum(old, tl.max(s, 1)), tl.maximum(old_t, tl.max(t, 1))
@@ -98,6 +100,11 @@ def _add_statistics(
     decay = tl.exp2((old - base) * bits).to(tl.float64)
     decay_t = tl.exp2((old_t - base_t) * bits).to(tl.float64)
     q, p = tl.exp2((s - base[:, None]) * bits), tl.exp2((t - base_t[:, None]) * bits)
+    if ENTROPY & PARTS:
+        moved = tl.where(old_t == MINUS_INFINITY, 0.0, old_t - base_t)
+        depth = (depth + p_sum * moved.to(tl.float64)) * decay_t
+        # An id of probability 0 may be infinitely far below.
+        depth += tl.sum(tl.where(p > 0, p * (t - base_t[:, None]), 0.0), 1).to(tl.float64)
     q_sum = q_sum * decay + tl.sum(q, 1).to(tl.float64)
     p_sum = p_sum * decay_t + tl.sum(p, 1).to(tl.float64)
     if HARD & PARTS and TEMPERED & PARTS:
@@ -114,7 +121,7 @@ def _add_statistics(
     here = (s == peak[:, None]) & (t == peak_t[:, None])
     is_old = (peak == old) & (peak_t == old_t)
     common = tl.maximum(tl.max(here.to(tl.int32), 1), tl.where(is_old, common, 0))
-    return peak, peak_t, q_sum, p_sum, hard_sum, forward, reverse, common
+    return peak, peak_t, q_sum, p_sum, hard_sum, forward, reverse, common, depth
 
 
 @triton.jit
@@ -159,13 +166,14 @@ def statistics(
     """Run sweep 1.
 
     Returns the maxima of student, teacher and cross-entropy, their sums of exp, the sums of
-    p_exp (t - s) and q_exp (t - s), and whether both maxima are at the same id.
+    p_exp (t - s) and q_exp (t - s), whether both maxima are at the same id, and the sum of
+    p_exp (t - maximum).
     """
     block = tl.arange(0, BLOCK)
     lowest = tl.full([BLOCK // _LANE], MINUS_INFINITY, tl.float32)
     zero = tl.zeros([BLOCK // _LANE], tl.float64)
     state = (
-        lowest, lowest, zero, zero, zero, zero, zero, tl.zeros([BLOCK // _LANE], tl.int32)
+        lowest, lowest, zero, zero, zero, zero, zero, tl.zeros([BLOCK // _LANE], tl.int32), zero
     )  # fmt: skip
     first = 0
     shift = 0.0
@@ -184,7 +192,7 @@ def statistics(
                 state, rows, whole + block, shared, shift, bits, warp_s, warp_t,
                 PARTS, WARP_S, WARP_T, _RAGGED,
             )  # fmt: skip
-    peaks, peaks_t, q_sum, p_sum, hard_sum, forward, reverse, common = state
+    peaks, peaks_t, q_sum, p_sum, hard_sum, forward, reverse, common, depth = state
     hard = (peaks, q_sum)
     if TEMPERED & PARTS:
         hard = (peaks, hard_sum)
@@ -201,7 +209,13 @@ def statistics(
     forward = tl.sum(forward * decay_t, 0) + p_total * shift
     reverse = tl.sum(reverse * decay, 0) + q_total * shift
     is_common = tl.max(tl.where((peaks == peak) & (peaks_t == peak_t), common, 0), 0)
-    return peak, peak_t, hard_peak, q_total, p_total, hard_total, forward, reverse, is_common
+    below = 0.0
+    if ENTROPY & PARTS:
+        moved = tl.where(p_sum > 0, peaks_t - peak_t, 0.0)
+        below = tl.sum((depth + p_sum * moved.to(tl.float64)) * decay_t, 0)
+    return (
+        peak, peak_t, hard_peak, q_total, p_total, hard_total, forward, reverse, is_common, below
+    )  # fmt: skip
 
 
 @triton.jit
