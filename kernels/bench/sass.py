@@ -1,52 +1,42 @@
-"""Counts the instructions of the row kernels for sm_90, without a GPU: `python -m bench.sass`.
+"""Counts registers and instructions of every kernel without a GPU: `python -m bench.sass`.
 
-Prints one row per variant and sweep. An id is one column of the logits of both models. The time
-that a sweep needs at least follows from the issue slots (128 per clock and multiprocessor) and
-from the special functions (16); MEGAKD_ROW_STAGES changes the depth of the pipeline.
+Prints a row per kernel and architecture (`--arch 80,90,100`). An id is one column of the logits of
+both models; the sweeps of a row are loops that load both. The time that a sweep needs at least
+follows from the issue slots (128 per clock and multiprocessor). MEGAKD_ROW_STAGES changes the depth
+of the pipeline, and MEGAKD_ROW_REGISTERS the most registers of a thread.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton.backends.nvidia
 
-from bench.offline import compile_instead_of_launching
-from megakd_kernels.row_plan import RowInputs, RowPlan
-from megakd_kernels.triton.row_kd import TritonRows
+from bench.offline import SHARED_MEMORY, compile_instead_of_launching, pretend
+from bench.variants import VARIANTS
 
 _TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
-_IDS = 4096
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)(.*);")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 # Logits that a thread reads at once, in fp32.
 _IDS_PER_LOAD = 4
-_VARIANTS = {
-    "forward KL": (("forward_kl",), False, 1.0),
-    "reverse KL": (("reverse_kl",), False, 1.0),
-    "forward KL and cross-entropy, T = 2": (("forward_kl",), True, 2.0),
-    "JSD": (("jsd",), False, 1.0),
-    "skew KL": (("skew_kl",), False, 1.0),
-    "skew reverse KL": (("skew_rkl",), False, 1.0),
-    "TVD": (("tvd",), False, 1.0),
-}
 
 
 class Sweep(NamedTuple):
-    """Instructions of a loop over whole blocks, per id."""
+    """Instructions of a loop over whole blocks, per id; accesses to the stack in all."""
 
     instructions: float
-    special: float
-    fp64: float
-    kind: str
+    is_pipelined: bool
+    spills: int
 
 
 class Program(NamedTuple):
@@ -58,34 +48,40 @@ class Program(NamedTuple):
     sweeps: list[Sweep]
 
 
-def main() -> int:
-    """Compile all variants and print the table."""
-    compiled: list[Any] = []
-    compile_instead_of_launching(lambda _, kernel: compiled.append(kernel))
-    print("| loss | registers | spills | shared memory | sweep | per id: all | special | fp64 |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, (divergences, with_ce, temperature) in _VARIANTS.items():
-        _launch(divergences, with_ce=with_ce, temperature=temperature)
-        program = examine(compiled.pop())
-        for number, sweep in enumerate(program.sweeps, start=1):
-            print(
-                f"| {name} | {program.registers} | {program.stack} | {program.shared} | {number} "
-                f"({sweep.kind}) | {sweep.instructions:.1f} | {sweep.special:.1f} | "
-                f"{sweep.fp64:.1f} |"
-            )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile every kernel and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__)
+    parser.add_argument(
+        "--arch", default="80,90,100", help="of " + ", ".join(map(str, SHARED_MEMORY))
+    )
+    found = dict[str, tuple[str, Any]]()
+    compile_instead_of_launching(lambda name, kernel: found.update({kernel.hash: (name, kernel)}))
+    print("| loss | kernel | sm | registers | stack | shared memory | per id, by sweep |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for capability in map(int, parser.parse_args(arguments).arch.split(",")):
+        pretend(capability)
+        for about, launch in VARIANTS.items():
+            found.clear()
+            launch()
+            for name, kernel in found.values():
+                numbers = row_of(examine(kernel))
+                print(f"| {about} | {name} | {capability} | {numbers} |", flush=True)
     return 0
 
 
-def _launch(divergences: tuple[str, ...], *, with_ce: bool, temperature: float) -> None:
-    """Launch as `linear_kd_loss` does for bf16: fp32 logits, a bf16 gradient elsewhere."""
-    logits, valid, factor = torch.zeros(4, _IDS), torch.ones(4, dtype=torch.bool), torch.ones(4)
-    plan = RowPlan(
-        mixture=tuple((name, 1.0) for name in divergences), beta=0.5, skew=0.1,
-        temperature=temperature, value_scale=1.0, shared=_IDS, with_ce=with_ce, with_gradient=True,
-    )  # fmt: skip
-    labels = torch.zeros(4, dtype=torch.int64) if with_ce else None
-    inputs = RowInputs(valid, labels, factor, factor)
-    TritonRows(plan=plan).run_(logits, logits, inputs, logits.bfloat16())
+def row_of(program: Program) -> str:
+    """Return the numbers of a kernel as cells.
+
+    (*) marks a sweep without loads in flight, (s) a sweep that accesses the stack.
+    """
+    sweeps = (
+        f"{sweep.instructions:.1f}"
+        + ("" if sweep.is_pipelined else " (*)")
+        + (" (s)" if sweep.spills else "")
+        for sweep in program.sweeps
+    )
+    numbers = (program.registers, program.stack, program.shared)
+    return " | ".join([*map(str, numbers), ", ".join(sweeps)])
 
 
 def examine(kernel: Any) -> Program:
@@ -124,11 +120,8 @@ def _sweep(operations: list[str]) -> Sweep | None:
     loads = counts["LDGSTS"] if is_pipelined else counts["LDG"]
     if loads < 4:
         return None
-    ids = loads // 2 * _IDS_PER_LOAD
-    special = counts["MUFU"] + counts["F2F"]
-    fp64 = counts["DADD"] + counts["DMUL"] + counts["DFMA"]
-    kind = "pipelined" if is_pipelined else "loads when used"
-    return Sweep(len(operations) / ids, special / ids, fp64 / ids, kind)
+    instructions = len(operations) / (loads // 2 * _IDS_PER_LOAD)
+    return Sweep(instructions, is_pipelined, counts["LDL"] + counts["STL"])
 
 
 def _run(tool: str, *arguments: str) -> str:

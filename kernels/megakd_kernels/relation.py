@@ -13,8 +13,9 @@ from megakd_kernels.relation_ops import relation_kl, relation_kl_flash
 from megakd_kernels.relation_reference import Relation, relation_kl_reference
 from megakd_kernels.settings import Implementation, resolve_implementation
 
-# Largest head width that a Triton program holds; the tiled path computes wider heads.
-WIDEST_FLASH_HEAD = 256
+# Largest head width whose tiles a Triton program holds, in 16 bits from sm_90 on and elsewhere; the
+# registers of wider ones overflow. The tiled path computes wider heads.
+WIDEST_FLASH_HEAD, WIDEST_OTHER_HEAD = 256, 128
 
 
 def relation_kl_loss(  # noqa: PLR0913, the public contract: options are keyword-only
@@ -54,7 +55,7 @@ def relation_kl_loss(  # noqa: PLR0913, the public contract: options are keyword
         token_weight: [B, L], weight of each query row; it does not affect the visible keys.
         impl: "triton", "chunked", "reference", or "auto", which MEGAKD_KERNELS overrides.
             "auto" uses tiles for inputs that the kernels do not support: fp64, or heads wider
-            than 256.
+            than 256 (than 128 in fp32, or on a GPU before sm_90).
 
     Returns:
         Scalar in nats, fp32 (fp64 if an input is): *sum* over the valid rows of token_weight
@@ -98,15 +99,23 @@ def _path(impl: str, relation: Relation) -> Implementation:
         return path
     widths = [side.shape[-1] // relation.heads
               for side in (relation.student_queries, relation.teacher_queries)]  # fmt: skip
-    if relation.weight.dtype != torch.float64 and max(widths) <= WIDEST_FLASH_HEAD:
+    widest = _widest_head(relation)
+    if relation.weight.dtype != torch.float64 and max(widths) <= widest:
         return path
     if impl != "triton":
         return "chunked"
     raise ValueError(
-        f"impl 'triton' computes in fp32 with heads up to {WIDEST_FLASH_HEAD} wide, got "
+        f"impl 'triton' computes in fp32 with heads up to {widest} wide here, got "
         f"{relation.weight.dtype} and heads of {widths[0]} (student) and {widths[1]} (teacher): "
         "use impl 'chunked'"
     )
+
+
+def _widest_head(relation: Relation) -> int:
+    sides, device = (relation.student_queries, relation.teacher_queries), relation.weight.device
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    is_narrow = all(side.element_size() == 2 for side in sides)
+    return WIDEST_FLASH_HEAD if is_narrow and not is_old else WIDEST_OTHER_HEAD
 
 
 def _one_dtype(queries: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,25 +13,20 @@ from megakd_kernels.triton.row_math import AS_THEY_ARE, CAPPED, SCALED
 # The blocks in flight take 32 KiB of shared memory, which leaves room for four programs of a KL
 # divergence per multiprocessor of sm_90.
 _STAGES = 3
+# Then four programs of 256 threads fit a multiprocessor. A loop takes 3 % more instructions.
+_REGISTERS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Card(NamedTuple):
-    """Multiprocessors of a GPU, and bytes of shared memory that one program may use."""
+def shared_memory_of(tensor: Tensor) -> int | None:
+    """Return the bytes of shared memory that one program may use on the GPU of the tensor.
 
-    processors: int
-    shared_memory: int
-
-
-def card_of(tensor: Tensor) -> Card | None:
-    """Return the GPU that holds the tensor; None on a CPU, where Triton's interpreter runs.
-
-    The interpreter needs small tiles, and it would multiply the bit patterns of bf16.
+    None on a CPU, where Triton's interpreter runs: it needs small tiles, and it would multiply the
+    bit patterns of bf16.
     """
     if not tensor.is_cuda:
         return None
-    found = torch.cuda.get_device_properties(tensor.device)
-    return Card(found.multi_processor_count, found.shared_memory_per_block_optin)
+    return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
 
 
 def check_rows(**tensors: Tensor | None) -> None:
@@ -59,3 +53,11 @@ def stages() -> int:
     MEGAKD_ROW_STAGES overrides the default, so that a benchmark can compare depths.
     """
     return int(os.environ.get("MEGAKD_ROW_STAGES") or _STAGES)
+
+
+def registers() -> int | None:
+    """Return the most registers of a thread of a row kernel; None: as many as it likes.
+
+    MEGAKD_ROW_REGISTERS overrides the default, so that a benchmark can compare; 0 means None.
+    """
+    return int(os.environ.get("MEGAKD_ROW_REGISTERS") or _REGISTERS) or None

@@ -122,7 +122,7 @@ def _launch(
             CAUSAL=relation.causal,
             MASKED=valid is not None,
             SEGMENTED=segments is not None,
-            UPCAST=launching.card_of(own_student) is None,
+            UPCAST=launching.shared_memory_of(own_student) is None,
             num_warps=plan.warps,
             num_stages=plan.stages,
             **directions,
@@ -138,12 +138,12 @@ def _plan(student: Tensor, teacher: Tensor, heads: int) -> _Plan:
         max(_NARROWEST_DOT, triton.next_power_of_2(side.shape[-1] // heads))
         for side in (student, teacher)
     )
-    card = launching.card_of(student)
-    if card is None:
+    memory = launching.shared_memory_of(student)
+    if memory is None:
         return _Plan(_INTERPRETER_BLOCK, padded_student, padded_teacher, warps=4, stages=1)
     sizes = student.element_size(), teacher.element_size()
     row_bytes = padded_student * sizes[0] + padded_teacher * sizes[1]
-    block, stages = _tiling(row_bytes, max(sizes), card.shared_memory)
+    block, stages = _tiling(row_bytes, max(sizes), memory)
     warps = 4 if row_bytes <= _BYTES_OF_FOUR_WARPS else 8
     return _Plan(block, padded_student, padded_teacher, warps, stages)
 

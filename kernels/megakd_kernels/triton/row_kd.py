@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megakd_kernels.row_plan import Reduce, RowInputs, RowPlan, RowTerms, WholeRows
-from megakd_kernels.triton.launching import check_rows, stages, warp_kind
+from megakd_kernels.triton.launching import check_rows, registers, stages, warp_kind
 from megakd_kernels.triton.row_kd_sweeps import (
     ENTROPY,
     FORWARD_KL,
@@ -285,7 +285,10 @@ class TritonRows:
 
     def _run(self, launch: dict[str, Any], which: tl.constexpr) -> None:
         count = len(launch["values"][0])
-        _row_kernel[(count,)](**launch, SWEEPS=which.value)
+        # A mixture of divergences would spill.
+        is_single = sum(weight != 0 for _, weight in self.plan.mixture) <= 1
+        most = registers() if is_single else None
+        _row_kernel[(count,)](**launch, SWEEPS=which.value, maxnreg=most)
 
     def _launch(
         self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None
