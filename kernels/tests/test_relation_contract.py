@@ -216,7 +216,7 @@ def test_heads_too_wide_for_a_program_are_refused_by_kernels(states):
     wide = [torch.zeros(1, 2, 257, device=DEVICE)]
 
     assert call(wide, wide, heads=1).item() == 0
-    with pytest.raises(ValueError, match=r"heads up to 256 wide.* 257 \(student\) and 257"):
+    with pytest.raises(ValueError, match=r"heads up to 128 wide.* 257 \(student\) and 257"):
         call(wide, wide, heads=1, impl="triton")
 
 

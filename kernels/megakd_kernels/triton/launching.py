@@ -13,8 +13,6 @@ from megakd_kernels.triton.row_math import AS_THEY_ARE, CAPPED, SCALED
 # The blocks in flight take 32 KiB of shared memory, which leaves room for four programs of a KL
 # divergence per multiprocessor of sm_90.
 _STAGES = 3
-# Then four programs of 256 threads fit a multiprocessor. A loop takes 3 % more instructions.
-_REGISTERS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,9 +53,17 @@ def stages() -> int:
     return int(os.environ.get("MEGAKD_ROW_STAGES") or _STAGES)
 
 
-def registers() -> int | None:
+def registers(usual: int) -> int | None:
     """Return the most registers of a thread of a row kernel; None: as many as it likes.
 
-    MEGAKD_ROW_REGISTERS overrides the default, so that a benchmark can compare; 0 means None.
+    MEGAKD_ROW_REGISTERS overrides the usual number, so that a benchmark can compare; 0 means None.
     """
-    return int(os.environ.get("MEGAKD_ROW_REGISTERS") or _REGISTERS) or None
+    return int(os.environ.get("MEGAKD_ROW_REGISTERS") or usual) or None
+
+
+def reads() -> int:
+    """Return how often a row kernel with a gradient reads the logits: 1, or as its sweeps do.
+
+    MEGAKD_ROW_READS=1 is not the default before a GPU has shown that it is faster.
+    """
+    return int(os.environ.get("MEGAKD_ROW_READS") or 2)

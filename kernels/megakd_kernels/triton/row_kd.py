@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megakd_kernels.row_plan import Reduce, RowInputs, RowPlan, RowTerms, WholeRows
-from megakd_kernels.triton.launching import check_rows, registers, stages, warp_kind
+from megakd_kernels.triton.launching import check_rows, reads, registers, stages, warp_kind
 from megakd_kernels.triton.row_kd_sweeps import (
     ENTROPY,
     FORWARD_KL,
@@ -37,9 +37,13 @@ from megakd_kernels.triton.row_kd_sweeps import (
     write_gradient,
     write_zeros,
 )
-from megakd_kernels.triton.row_math import LOG2_E, mixture_series, warped
+from megakd_kernels.triton.row_kd_values import reach_of, store_values
+from megakd_kernels.triton.row_math import mixture_series, warped
+from megakd_kernels.triton.row_one_read import fits, run_one_read
 
 _WHOLE_ROWS = WholeRows()
+# Then four programs of 256 threads fit a multiprocessor. A loop takes 3 % more instructions.
+_REGISTERS = 64
 _KINDS = {
     "forward_kl": FORWARD_KL.value,
     "reverse_kl": REVERSE_KL.value,
@@ -50,7 +54,6 @@ _KINDS = {
     "teacher_entropy": ENTROPY.value,
 }
 _SLOTS = {name: slot for slot, name in enumerate(_KINDS)}
-_CE_SLOT = tl.constexpr(len(_KINDS))
 
 # Sweeps of a launch: all sweeps, or one sweep at a time for rows that lie on several ranks.
 _STATISTICS = tl.constexpr(1)
@@ -58,26 +61,15 @@ _MEANS = tl.constexpr(2)
 _LAST = tl.constexpr(4)
 _ALL = tl.constexpr(7)
 
+# A teacher and a gradient, for which rows are read a second time.
+_HELD = SOFT.value | GRADIENT.value
+
 # Values that such rows keep between launches: maxima, sums (`statistics` and target), means.
 _MAXIMA = 3
 _SUMS = 7
 _FOUND = tl.constexpr(_MAXIMA + _SUMS)
 _KEPT = 18
 _TARGET = tl.constexpr(9)
-
-# A sum over finite gaps is below this value; a sum with an excluded id is above.
-_INFINITE = tl.constexpr(1e8)
-
-
-@triton.jit
-def _store_value(values, slot, row, rows, value, value_scale, rest):
-    # The divergence is infinite if a row gives mass to an id that the other model excludes.
-    value = tl.where(value > _INFINITE, float("inf"), value)
-    # Rounding may give -1e-7 if the exact value is 0 or slightly above 0.
-    value = tl.where(value < 0.0, 0.0, value) * value_scale
-    # Comparisons drop a NaN; the sums of a row with a NaN keep it.
-    value = tl.where(rest == rest, value, rest)  # noqa: PLR0124
-    tl.store(values + slot * rows + row, value.to(tl.float32))
 
 
 @triton.jit
@@ -160,17 +152,10 @@ def _row_kernel(
             tl.store(parts + field * rows + row, found[field].to(tl.float64))
         tl.store(parts + _TARGET * rows + row, target.to(tl.float64))
         return
-    peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, forward, reverse, common, depth = found
-    difference = peak_t.to(tl.float64) - peak.to(tl.float64)
-    near = difference.to(tl.float32)
-    log_sums = tl.log(p_sum / q_sum)
-    rest = ((difference - near) * inverse + log_sums).to(tl.float32)
-    offset = difference * inverse + log_sums
-    reach = (peak, peak_t, near, rest)
-
+    reach = reach_of(found, inverse)
     if _MEANS & SWEEPS:
         mean = means(
-            logits, shared, bits, inverse, reach, (q_sum, p_sum), mixes, warp_s, warp_t,
+            logits, shared, bits, inverse, reach, (found[3], found[4]), mixes, warp_s, warp_t,
             PARTS, WARP_S, WARP_T, BLOCK, STAGES,
         )  # fmt: skip
     else:
@@ -179,62 +164,20 @@ def _row_kernel(
         for field in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
             tl.store(parts + (_FOUND + field) * rows + row, mean[field])
         return
-    jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = mean
-    beta, skew = mixes[0][0], mixes[1][0]
-
-    constant = 0.0
     factor = 0.0
     if SOFT & PARTS:
         factor = tl.load(kd_factor + row)
-    if FORWARD_KL & PARTS:
-        value = forward / p_sum * inverse - offset
-        _store_value(values, 0, row, rows, value, value_scale, rest)
-        constant += factor * weight_forward
-    if REVERSE_KL & PARTS:
-        value = offset - reverse / q_sum * inverse
-        _store_value(values, 1, row, rows, value, value_scale, rest)
-        # An infinite value adds nothing: the gradient of the row comes only from its finite ids.
-        constant -= factor * weight_reverse * tl.minimum(value, 1e30).to(tl.float32)
-    if JSD & PARTS:
-        _store_value(values, 2, row, rows, beta * jsd_p - (1 - beta) * jsd_q, value_scale, rest)
-        constant += (1 - beta) * factor * weight_jsd * jsd_q.to(tl.float32)
-    if SKEW_KL & PARTS:
-        _store_value(values, 3, row, rows, skew_p, value_scale, rest)
-        constant += (1 - skew) / skew * factor * weight_skew * skew_q.to(tl.float32)
-    if SKEW_RKL & PARTS:
-        _store_value(values, 4, row, rows, -skew_r, value_scale, rest)
-        constant += factor * weight_skew_reverse * (skew_r - skew_v).to(tl.float32)
-    if TVD & PARTS:
-        _store_value(values, 5, row, rows, tvd_p, value_scale, rest)
-        constant += 0.5 * factor * weight_tvd * tvd_q.to(tl.float32)
-    if ENTROPY & PARTS:
-        value = tl.log(p_sum) - depth / p_sum * inverse
-        _store_value(values, 6, row, rows, value, value_scale, rest)
-    hard_scale = 0.0
-    is_right = common > 0
-    if HARD & PARTS:
-        loss = (hard_peak.to(tl.float64) - target) + tl.log(hard_sum)
-        tl.store(values + _CE_SLOT * rows + row, loss.to(tl.float32))
-        hard_scale = (ce / hard_sum).to(tl.float32)
-        if SOFT & PARTS:
-            if not (TEMPERED & PARTS):
-                # The q of cross-entropy is the q of the divergences times a factor per row.
-                share = tl.exp2((peak - hard_peak) * LOG2_E) * (q_sum / hard_sum)
-                constant += ce * share.to(tl.float32)
-        else:
-            is_right = target == hard_peak
-    tl.store(agrees + row, is_right)
-
+    weights = (
+        weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd
+    )  # fmt: skip
+    factors, hard_scale = store_values(
+        found, mean, target, values, agrees, row, rows, inverse, value_scale, mixes, weights,
+        factor, ce, PARTS,
+    )  # fmt: skip
     if GRADIENT & PARTS:
-        factors = (
-            (1.0 / q_sum).to(tl.float32), (factor * weight_forward / p_sum).to(tl.float32),
-            constant, factor * weight_reverse, (1 - beta) * factor * weight_jsd,
-            (1 - skew) / skew * factor * weight_skew, factor * weight_skew_reverse,
-            0.5 * factor * weight_tvd,
-        )  # fmt: skip
         write_gradient(
             gradient, logits, shared, width, bits, inverse, reach, factors, mixes,
-            (hard_peak, hard_scale, label, ce), warp_s, warp_t,
+            (found[2], hard_scale, label, ce), warp_s, warp_t,
             PARTS, WARP_S, WARP_T, BLOCK, STAGES,
         )  # fmt: skip
 
@@ -274,6 +217,8 @@ class TritonRows:
                         self._run(launch, _MEANS)
                         (parts[_MAXIMA + _SUMS :],) = self.reduce.totals([parts[_MAXIMA + _SUMS :]])
                     self._run(launch, _LAST)
+                elif reads() == 1 and launch["PARTS"] & _HELD == _HELD and fits(student):
+                    run_one_read(launch, block=self.block, is_single=self._is_single)
                 else:
                     self._run(launch, _ALL)
         values = launch["values"]
@@ -286,9 +231,13 @@ class TritonRows:
     def _run(self, launch: dict[str, Any], which: tl.constexpr) -> None:
         count = len(launch["values"][0])
         # A mixture of divergences would spill.
-        is_single = sum(weight != 0 for _, weight in self.plan.mixture) <= 1
-        most = registers() if is_single else None
-        _row_kernel[(count,)](**launch, SWEEPS=which.value, maxnreg=most)
+        most = registers(_REGISTERS) if self._is_single else None
+        kernel: Any = _row_kernel
+        kernel[(count,)](**launch, SWEEPS=which.value, maxnreg=most)
+
+    @property
+    def _is_single(self) -> bool:
+        return sum(weight != 0 for _, weight in self.plan.mixture) <= 1
 
     def _launch(
         self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None

@@ -59,7 +59,9 @@ _LARGEST_GAP = tl.constexpr(80.0)
 
 
 @triton.jit
-def _logits(row, ids, limit, warp, WARP: tl.constexpr, RAGGED: tl.constexpr, AGAIN: tl.constexpr):
+def logits_of(
+    row, ids, limit, warp, WARP: tl.constexpr, RAGGED: tl.constexpr, AGAIN: tl.constexpr
+) -> tl.tensor:
     """Return the logits of a block of ids in fp32, -inf beyond the limit."""
     policy: tl.constexpr = "" if AGAIN else "evict_first"
     if RAGGED:
@@ -76,12 +78,19 @@ def _by_lane(values):
 
 
 @triton.jit
-def _lane_sum(values):
+def lane_sum(values) -> tl.tensor:
+    """Return the sums of the lanes of a block, added up in fp32, as fp64."""
     return tl.sum(_by_lane(values), 1).to(tl.float64)
 
 
 @triton.jit
-def _base(peak):
+def lane_maximum(values) -> tl.tensor:
+    """Return the maxima of the lanes of a block."""
+    return tl.max(_by_lane(values), 1)
+
+
+@triton.jit
+def base_of(peak) -> tl.tensor:
     """Return the value to subtract before exp; without a finite logit the sum is 0, not NaN."""
     return tl.where(peak == MINUS_INFINITY, 0.0, peak)
 
@@ -93,10 +102,10 @@ def _add_statistics(
 ):  # fmt: skip
     """Add a block of shared ids to the running maxima and sums of the lanes."""
     old, old_t, q_sum, p_sum, hard_sum, forward, reverse, common, depth = state
-    s = _by_lane(_logits(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN))
-    t = _by_lane(_logits(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN))
+    s = _by_lane(logits_of(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN))
+    t = _by_lane(logits_of(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN))
     peak, peak_t = tl.maximum(old, tl.max(s, 1)), tl.maximum(old_t, tl.max(t, 1))
-    base, base_t = _base(peak), _base(peak_t)
+    base, base_t = base_of(peak), base_of(peak_t)
     decay = tl.exp2((old - base) * bits).to(tl.float64)
     decay_t = tl.exp2((old_t - base_t) * bits).to(tl.float64)
     q, p = tl.exp2((s - base[:, None]) * bits), tl.exp2((t - base_t[:, None]) * bits)
@@ -128,9 +137,9 @@ def _add_statistics(
 def _add_hard(state, student, ids, width, warp, WARP: tl.constexpr, RAGGED: tl.constexpr):
     """Add ids that only the student has to the softmax of cross-entropy."""
     old, total = state
-    s = _by_lane(_logits(student, ids, width, warp, WARP, RAGGED, _AGAIN))
+    s = _by_lane(logits_of(student, ids, width, warp, WARP, RAGGED, _AGAIN))
     peak = tl.maximum(old, tl.max(s, 1))
-    base = _base(peak)
+    base = base_of(peak)
     total = total * tl.exp2((old - base) * LOG2_E).to(tl.float64)
     return peak, total + tl.sum(tl.exp2((s - base[:, None]) * LOG2_E), 1).to(tl.float64)
 
@@ -142,8 +151,8 @@ def _first_shift(
 ):  # fmt: skip
     """Return a typical gap between the logits of the models, which keeps sums of gaps small."""
     ids = tl.arange(0, BLOCK)
-    peak = tl.max(_logits(rows[0], ids, shared, warp_s, WARP_S, _RAGGED, _AGAIN), 0)
-    peak_t = tl.max(_logits(rows[1], ids, shared, warp_t, WARP_T, _RAGGED, _AGAIN), 0)
+    peak = tl.max(logits_of(rows[0], ids, shared, warp_s, WARP_S, _RAGGED, _AGAIN), 0)
+    peak_t = tl.max(logits_of(rows[1], ids, shared, warp_t, WARP_T, _RAGGED, _AGAIN), 0)
     is_finite = (peak > MINUS_INFINITY) & (peak_t > MINUS_INFINITY)
     return tl.where(is_finite, peak_t - peak, 0.0)
 
@@ -153,7 +162,7 @@ def _decay(lanes, peak, bits, PARTS: tl.constexpr):
     """Return the factor of the lanes' sums; NaN for a whole row without a finite logit."""
     base = peak
     if SHARD & PARTS:
-        base = _base(peak)
+        base = base_of(peak)
     return tl.exp2((lanes - base) * bits).to(tl.float64)
 
 
@@ -219,49 +228,49 @@ def statistics(
 
 
 @triton.jit
-def _probabilities(
-    rows, ids, shared, bits, inverse, reach, warp_s, warp_t,
-    WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr, AGAIN: tl.constexpr,
-):  # fmt: skip
-    """Return student logits of a block, exp of both models (not normalised), and the gap.
+def compared(s, t, bits, inverse, reach) -> tuple[tl.tensor, ...]:
+    """Return exp of the logits of both models (not normalised), and the gap.
 
     reach: both maxima, their difference, and the remaining correction of the gap.
     """
     peak, peak_t, difference, rest = reach
-    s = _logits(rows[0], ids, shared, warp_s, WARP_S, RAGGED, AGAIN)
-    t = _logits(rows[1], ids, shared, warp_t, WARP_T, RAGGED, AGAIN)
     q, p = tl.exp2((s - peak) * bits), tl.exp2((t - peak_t) * bits)
-    return s, q, p, gap_of(s, t, difference) * inverse - rest
+    return q, p, gap_of(s, t, difference) * inverse - rest
 
 
 @triton.jit
-def _add_means(
-    state, rows, ids, shared, bits, inverse, reach, mixes, warp_s, warp_t,
-    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
+def add_means(state, q, p, gap, mixes, PARTS: tl.constexpr) -> tuple[tl.tensor, ...]:
     """Add a block of shared ids to the lanes' sums of `means`."""
     jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = state
-    _, q, p, gap = _probabilities(
-        rows, ids, shared, bits, inverse, reach, warp_s, warp_t, WARP_S, WARP_T, RAGGED, _AGAIN
-    )
     gap = tl.minimum(tl.maximum(gap, -_LARGEST_GAP), _LARGEST_GAP)
     if JSD & PARTS:
         mix, _ = log_mixture(gap, mixes[0])
-        jsd_p += _lane_sum(p * (gap - mix))
-        jsd_q += _lane_sum(q * mix)
+        jsd_p += lane_sum(p * (gap - mix))
+        jsd_q += lane_sum(q * mix)
     if SKEW_KL & PARTS:
         mix, tilt = log_mixture(gap, mixes[1])
-        skew_p += _lane_sum(p * (gap - mix))
-        skew_q += _lane_sum(q * tilt)
+        skew_p += lane_sum(p * (gap - mix))
+        skew_q += lane_sum(q * tilt)
     if SKEW_RKL & PARTS:
         mix, tilt = log_mixture(gap, mixes[2])
-        skew_r += _lane_sum(q * mix)
-        skew_v += _lane_sum(q * tilt)
+        skew_r += lane_sum(q * mix)
+        skew_v += lane_sum(q * tilt)
     if TVD & PARTS:
         # p - q = p (1 - exp(-gap)) keeps its digits if p is close to q.
-        tvd_p -= _lane_sum(p * expm1(-tl.maximum(gap, 0.0)))
-        tvd_q += _lane_sum(q * sign(gap))
+        tvd_p -= lane_sum(p * expm1(-tl.maximum(gap, 0.0)))
+        tvd_q += lane_sum(q * sign(gap))
     return jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q
+
+
+@triton.jit
+def _add_block_means(
+    state, rows, ids, shared, bits, inverse, reach, mixes, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    s = logits_of(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN)
+    t = logits_of(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN)
+    q, p, gap = compared(s, t, bits, inverse, reach)
+    return add_means(state, q, p, gap, mixes, PARTS)
 
 
 @triton.jit
@@ -282,12 +291,12 @@ def means(
     if MIXED & PARTS:
         whole = shared // BLOCK * BLOCK
         for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-            state = _add_means(
+            state = _add_block_means(
                 state, rows, start + block, shared, bits, inverse, reach, mixes,
                 warp_s, warp_t, PARTS, WARP_S, WARP_T, _FULL,
             )  # fmt: skip
         if whole < shared:
-            state = _add_means(
+            state = _add_block_means(
                 state, rows, whole + block, shared, bits, inverse, reach, mixes,
                 warp_s, warp_t, PARTS, WARP_S, WARP_T, _RAGGED,
             )  # fmt: skip
@@ -311,20 +320,13 @@ def _store(gradient, ids, values, limit, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def _write_soft(
-    gradient, rows, ids, shared, bits, inverse, reach, factors, mixes, hard, warp_s, warp_t,
-    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of a block of shared ids.
+def soft_gradient(s, q, p, gap, ids, factors, mixes, hard, PARTS: tl.constexpr) -> tl.tensor:
+    """Return the gradient of shared ids with respect to the student's logits.
 
-    The gradient is q_exp (constant + slopes) / q_sum - teacher * p_exp, plus the gradient of
-    cross-entropy.
+    It is q_exp (constant + slopes) / q_sum - teacher * p_exp, plus the gradient of cross-entropy.
     """
     q_scale, p_scale, constant, on_reverse, on_jsd, on_skew, on_skew_reverse, on_tvd = factors
     hard_peak, hard_scale, label, ce_factor = hard
-    s, q, p, gap = _probabilities(
-        rows, ids, shared, bits, inverse, reach, warp_s, warp_t, WARP_S, WARP_T, RAGGED, _ONCE
-    )
     slopes = tl.zeros_like(q)
     if REVERSE_KL & PARTS:
         # The gradient is 0 if q is 0: the gap is limited so that no factor makes it infinite.
@@ -347,6 +349,29 @@ def _write_soft(
         if TEMPERED & PARTS:
             values += hard_scale * tl.exp2((s - hard_peak) * LOG2_E)
         values = tl.where(ids == label, values - ce_factor, values)
+    return values
+
+
+@triton.jit
+def hard_gradient(s, ids, hard, PARTS: tl.constexpr) -> tl.tensor:
+    """Return the gradient of ids that only the student has."""
+    hard_peak, hard_scale, label, ce_factor = hard
+    values = tl.zeros_like(s)
+    if HARD & PARTS:
+        values = hard_scale * tl.exp2((s - hard_peak) * LOG2_E)
+        values = tl.where(ids == label, values - ce_factor, values)
+    return values
+
+
+@triton.jit
+def _write_soft(
+    gradient, rows, ids, shared, bits, inverse, reach, factors, mixes, hard, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    s = logits_of(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _ONCE)
+    t = logits_of(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _ONCE)
+    q, p, gap = compared(s, t, bits, inverse, reach)
+    values = soft_gradient(s, q, p, gap, ids, factors, mixes, hard, PARTS)
     _store(gradient, ids, warp_slope(values, s, warp_s[0], warp_s[1], WARP_S), shared, RAGGED)
 
 
@@ -355,13 +380,9 @@ def _write_hard(
     gradient, student, ids, width, hard, warp,
     PARTS: tl.constexpr, WARP: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of ids that only the student has."""
-    hard_peak, hard_scale, label, ce_factor = hard
     if HARD & PARTS:
-        s = _logits(student, ids, width, warp, WARP, RAGGED, _ONCE)
-        values = hard_scale * tl.exp2((s - hard_peak) * LOG2_E)
-        values = tl.where(ids == label, values - ce_factor, values)
-        values = warp_slope(values, s, warp[0], warp[1], WARP)
+        s = logits_of(student, ids, width, warp, WARP, RAGGED, _ONCE)
+        values = warp_slope(hard_gradient(s, ids, hard, PARTS), s, warp[0], warp[1], WARP)
         _store(gradient, ids, values, width, RAGGED)
     else:
         _store(gradient, ids, tl.zeros_like(ids).to(tl.float32), width, RAGGED)
@@ -375,7 +396,7 @@ def write_gradient(
 ) -> None:  # fmt: skip
     """Run the last sweep; `gradient` may overwrite the student's row, block after block.
 
-    factors: see `_write_soft`. hard: cross-entropy's maximum, factor / sum, label, factor.
+    factors: see `soft_gradient`. hard: cross-entropy's maximum, factor / sum, label, factor.
     """
     block = tl.arange(0, BLOCK)
     first = 0
