@@ -112,7 +112,8 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         softcap_t: the same for the teacher.
         logit_scale_s: factor of the student's raw logits, before the cap.
         logit_scale_t: the same for the teacher.
-        logits_dtype: "fp32", or "bf16" to round the logits as a bf16 model does.
+        logits_dtype: "fp32", or "bf16" to round the logits as a bf16 model does; it takes more
+            time and as much memory.
         chunk_mb: budget of the chunk buffers in MiB; None: a fortieth of the GPU's memory,
             between 1024 and 4096 (64 on a CPU).
         process_group: ranks that share the vocabulary; every rank has the same rows and a slice

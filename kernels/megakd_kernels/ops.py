@@ -16,6 +16,7 @@ from megakd_kernels.chunking import (
     ChunkPlan,
     chunk_budget_on,
     gradient_dtype,
+    logits_buffer,
     logits_buffers,
     masked_rows,
     plan_row_chunks,
@@ -29,6 +30,9 @@ from megakd_kernels.row_plan import Reduce, RowPlan, Warp, WholeRows
 from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
 from megakd_kernels.streams import lanes_on
 from megakd_kernels.vocab_parallel import GroupReduce
+
+# Among the options of `logits_kd` after the divergences.
+_IMPLEMENTATION = 6
 
 
 class FlatPlan(NamedTuple):
@@ -219,27 +223,92 @@ def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     )  # fmt: skip
     factors = RowFactors(valid=valid, labels=labels, kd=kd_factor, ce=ce_factor)
     plan = flat.unpack(with_teacher=teacher_logits is not None, with_gradient=needed)
-    count, width = student_logits.shape
-    widths = [width] + ([] if teacher_logits is None else [shared])
-    sizes = _sizes(count, widths, kd_factor, kd_factor, flat)
-    kernel = row_kernel(flat.implementation, plan, flat.reduce(), block=sizes.block, like=kd_factor)
+    soft = None if teacher_logits is None else teacher_logits[:, :shared]
+    gradient = _gradient_of_logits(student_logits, kd_factor, implementation, needed=needed)
+    score = _score_with_kernel if _runs_kernels(implementation, kd_factor) else _score_in_torch
+    total, values, ce, agrees = score(student_logits, soft, factors, plan, flat, gradient).values()
+    return total, values, ce, agrees, gradient
+
+
+def _gradient_of_logits(
+    student: Tensor, like: Tensor, implementation: str, *, needed: bool
+) -> Tensor:
+    """Return the buffer of the gradient, in bf16 if kernels form that of bf16 logits; else [0]."""
+    is_narrow = _runs_kernels(implementation, like) and student.dtype == torch.bfloat16
+    dtype = student.dtype if is_narrow else like.dtype
+    if not needed:
+        return like.new_empty(0, dtype=dtype)
+    return logits_buffer(len(student), student.shape[1], like, dtype)
+
+
+def _runs_kernels(implementation: str, like: Tensor) -> bool:
+    return implementation == "triton" and like.dtype == torch.float32
+
+
+def _score_with_kernel(
+    student: Tensor,
+    teacher: Tensor | None,
+    factors: RowFactors,
+    plan: RowPlan,
+    flat: FlatPlan,
+    gradient: Tensor,
+) -> RowScorer:
+    """Score all rows at once; the kernel reads the logits as they are."""
+    count = len(student)
+    given = [student] if teacher is None else [student, teacher]
+    chunk = count
+    if not all(map(_are_aligned, given)):
+        chunk = _sizes(count, [each.shape[1] for each in given], student, factors.kd, flat).chunk
+    kernel = row_kernel(flat.implementation, plan, flat.reduce(), block=chunk, like=factors.kd)
+    scorer = RowScorer(kernel, plan, factors, max(chunk, 1))
+    for rows in slices(count, max(chunk, 1)):
+        soft = None if teacher is None else _aligned(teacher[rows])
+        scorer.run_(rows, _aligned(student[rows]), soft, gradient[rows] if len(gradient) else None)
+    return scorer
+
+
+def _are_aligned(logits: Tensor) -> bool:
+    """Return whether a thread may load 16 bytes at once, and columns are adjacent."""
+    return logits.stride(1) == 1 and (
+        logits.is_cpu or logits.stride(0) * logits.element_size() % 16 == 0
+    )
+
+
+def _aligned(logits: Tensor) -> Tensor:
+    if _are_aligned(logits):
+        return logits
+    return logits_buffer(len(logits), logits.shape[1], logits).copy_(logits)
+
+
+def _score_in_torch(
+    student: Tensor,
+    teacher: Tensor | None,
+    factors: RowFactors,
+    plan: RowPlan,
+    flat: FlatPlan,
+    gradient: Tensor,
+) -> RowScorer:
+    count, width = student.shape
+    widths = [width] + ([] if teacher is None else [teacher.shape[1]])
+    sizes = _sizes(count, widths, factors.kd, factors.kd, flat)
+    kernel = row_kernel(
+        flat.implementation, plan, flat.reduce(), block=sizes.block, like=factors.kd
+    )
     scorer = RowScorer(kernel, plan, factors, sizes.block)
     # The loss works in place: in the gradient if it is needed, else in a buffer of one chunk.
-    work = kd_factor.new_empty(count if needed else min(sizes.chunk, count), width)
-    is_masked = not all_count(valid)
+    needed = plan.with_gradient
+    work = gradient if needed else factors.kd.new_empty(min(sizes.chunk, count), width)
+    is_masked = not all_count(factors.valid)
     for chunk in slices(count, sizes.chunk):
         target = work[chunk] if needed else work[: chunk.stop - chunk.start]
-        target.copy_(student_logits[chunk])
-        soft = None
-        if teacher_logits is not None:
-            soft = teacher_logits[chunk, :shared].to(work.dtype, copy=True)
+        target.copy_(student[chunk])
+        soft = None if teacher is None else teacher[chunk].to(work.dtype, copy=True)
         if is_masked:
-            out_of_use = ~valid[chunk, None]
+            out_of_use = ~factors.valid[chunk, None]
             target.masked_fill_(out_of_use, 0)
             soft = None if soft is None else soft.masked_fill_(out_of_use, 0)
         scorer.run_(chunk, target, soft, target if needed else None)
-    total, values, ce, agrees = scorer.values()
-    return total, values, ce, agrees, work if needed else work.new_empty(0)
+    return scorer
 
 
 @logits_kd.register_fake
@@ -248,10 +317,11 @@ def _(  # noqa: PLR0913, PLR0917, the signature of the operator
     kd_factor: Tensor, ce_factor: Tensor, needed: bool, divergences: str,  # noqa: FBT001
     *options: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    del labels, ce_factor, options
+    del labels, ce_factor
     values = _empty_values(kd_factor, valid, divergences, with_teacher=teacher_logits is not None)
-    shape = student_logits.shape if needed else torch.Size([0])
-    return (*values, kd_factor.new_empty(shape))
+    implementation = str(options[_IMPLEMENTATION])
+    gradient = _gradient_of_logits(student_logits, kd_factor, implementation, needed=needed)
+    return (*values, gradient)
 
 
 def _empty_values(

@@ -75,7 +75,8 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
     the loss is at most the full KL and at least 0;
     "truncated" is the part of the full sum over K, which may be below 0 and is meant for
     comparison with other programs; "subset" renormalises both on K and reads only the rows of the
-    weight that belong to K. With ids drawn at random from the teacher's softmax and the logarithms
+    weight that belong to K (a GPU adds up their gradient in any order, so that two runs may differ
+    in the last bits). With ids drawn at random from the teacher's softmax and the logarithms
     of their shares in the draws, "renorm" has an unbiased gradient of the full KL (Anshumann et al.
     2025, https://arxiv.org/abs/2503.16870). If K is the whole vocabulary, all four modes equal
     forward_kl of `linear_kd_loss`. As in `linear_kd_loss`, gradients are formed in the forward.

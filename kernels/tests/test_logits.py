@@ -7,7 +7,9 @@ import torch
 
 import megakd_kernels as mk
 
-IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
+IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference", "triton"])
+# The interpreter computes with numpy, which speaks up about -inf and NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ALL = {"jsd": 0.2, "forward_kl": 0.5, "reverse_kl": 0.3}
 
 
@@ -126,11 +128,11 @@ def test_low_precision_logits_are_computed_in_fp32(logits, impl, distance):
     assert loss.dtype == torch.float32
     assert distance(loss.detach(), expected.detach()) < 1e-5
     gradients = torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, truth)[0]
-    assert distance(*gradients) < 5e-3
+    # The interpreter truncates bf16 where a device rounds.
+    assert distance(*gradients) < (1.2e-2 if impl == "triton" else 5e-3)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("impl", ["chunked", "reference", "triton"])
+@IMPLS
 def test_without_a_teacher_only_labelled_rows_can_agree(impl):
     student = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0]])  # id 0 is the best of row 1
 
@@ -141,3 +143,20 @@ def test_without_a_teacher_only_labelled_rows_can_agree(impl):
 
     assert output.agreement.item() == 1
     assert output.row_agrees.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("turned", [True, False], ids=["columns apart", "a wider buffer"])
+def test_strides_of_the_logits_do_not_matter(logits, impl, turned):
+    student, teacher, labels = (tensor.detach().float() for tensor in logits)
+    strange = [each.T.contiguous().T for each in (student, teacher)]
+    if not turned:
+        strange = [torch.nn.functional.pad(each, (0, 3))[:, :5] for each in (student, teacher)]
+    options = {"t_squared": True, "ce_weight": 1.0, "divergence": ALL, "chunk_mb": 0.0002}
+    results = []
+    for one, other in ((student, teacher), strange):
+        leaf = one.requires_grad_()
+        output = mk.kd_loss_from_logits(leaf, other, labels.long(), impl=impl, **options)
+        results.append((output.loss.detach(), torch.autograd.grad(output.loss, leaf)[0]))
+
+    torch.testing.assert_close(*results)
