@@ -5,9 +5,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint docs clean
+.PHONY: help install quickstart test test-oldest lint docs clean
 
 VENV := .venv
+OLDEST := .venv-oldest
 INSTALLED := $(VENV)/installed
 PYTHON ?=
 SLOW ?=
@@ -19,6 +20,7 @@ help:
 	@echo 'make install     the environment alone, in $(VENV)'
 	echo 'make quickstart  distil a student on the embedded corpus: some minutes on a CPU'
 	echo 'make test        the whole test suite (SLOW=1: the slow tests too)'
+	echo 'make test-oldest the tests of GPUs under torch 2.11 (5 GB)'
 	echo 'make lint        ruff and pyright'
 	echo 'make docs        the documentation site, in build/site'
 	echo 'make clean       remove the environment and all caches; keeps runs/'
@@ -62,6 +64,21 @@ test: install
 	# Two processes, each with ranks of its own: the files go to whoever is free.
 	pytest --numprocesses 2 --dist loadfile $(if $(SLOW),,-m 'not slow')
 
+# Before a release: the lowest torch that is supported, a CUDA build of 5 GB, with its Triton.
+test-oldest: $(OLDEST)/installed
+	@unset PYTHONPATH PYTHONHOME
+	# Triton 3.6's interpreter uses what numpy 1.25 deprecated.
+	$(OLDEST)/bin/python -m pytest -W ignore::DeprecationWarning $(if $(SLOW),,-m 'not slow') \
+		tests/test_pretended_gpu.py kernels/tests/test_chunking.py kernels/tests/test_triton_*.py \
+		tests/benchmarks/test_gpu_day.py
+
+$(OLDEST)/installed: pyproject.toml constraints.txt
+	@$(or $(PYTHON),python3) -m venv --clear $(OLDEST)
+	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check \
+		--constraint $(OLDEST)/constraints.txt 'torch==2.11.0' 'numpy<2.4' --editable '.[dev]'
+	touch $@
+
 lint: install
 	@$(ACTIVATE)
 	ruff check .
@@ -72,4 +89,4 @@ docs: install
 	mkdocs build
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

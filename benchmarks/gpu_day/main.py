@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_day.parts import PARTS, Part, Setting
+from gpu_day.parts import PARTS, Part, Setting, ordered
 from gpu_day.process import Ended, environment, numbers_of, reason_to_skip, run_limited, tail_of
 from gpu_day.results import DONE, FINISHED, Outcome, Results, State, describe, has_gpu, page_of
 from lib.launching import UnusableError
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
         results.parts.pop(name, None)
     results.write()
     wanted = {*(given.parts or [part.name for part in parts]), *given.again}
-    chosen = [part for part in parts if part.name in wanted]
+    chosen = [part for part in ordered(parts, given.order) if part.name in wanted]
     try:
         run_parts(chosen, results, given)
     finally:  # also after Ctrl+C
@@ -118,6 +118,7 @@ def parse(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> argparse.N
     add("--out", type=Path, default=Path("runs/gpu-day"), help="folder of the results")
     add("--parts", type=known, help="only these parts, separated by commas")
     add("--again", type=known, default=[], help="repeat these parts although they have finished")
+    add("--order", choices=("training", "times"), default="training", help="what comes first")
     add("--minutes", type=float, default=30, help="parts that do not fit any more are not run")
     add("--rehearse", action="store_true", help="small sizes on the CPU")
     given = parser.parse_args(arguments)

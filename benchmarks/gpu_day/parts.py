@@ -1,9 +1,9 @@
-"""The parts of `gpu_day.py`, correctness first: the command of each, and its limit in seconds."""
+"""The parts of `gpu_day.py`: the command of each, and its limit in seconds."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,13 +43,14 @@ def program(words: str, rehearsed: str = "") -> Callable[..., list[str]]:
 _BENCH = "bench --implementations megakd-triton"
 _ROW_STAGES, _CHUNK_MB = "--variable MEGAKD_ROW_STAGES", "--variable chunk_mb"
 PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
+    ("probe", "rates of products and row kernels alone", 90, "probe"),
     ("kernel-tests", "tests of the Triton kernels", 300, "kernel_tests"),
     ("agreement", "Triton against the reference, V = 128256", 120, "agreement"),
     ("causal-lm", "causal_lm at ZeRO 3 / 3: evaluate, save, kill, resume", 300, "runs causal_lm"),
     ("minidisc", "MiniDisc at ZeRO 3 / 3: evaluate, save, kill, resume", 270, "runs minidisc"),
     ("release", "memory before and after `destroy`", 90, "release"),
     ("llama", "Llama of 1B weights, bf16, packed 4 x 4096: three steps", 200, "llama"),
-    ("bench", "`python -m bench`: row kernels, forward KL, products", 190,
+    ("bench", "`python -m bench`: row kernels, forward KL, products", 300,
      f"{_BENCH},megakd-gemms,eager,compile,trl-tiles,liger-jsd,liger-chunked,liger-kl "
      "--cases rows,forward_kl,gemms,rows-jsd",
      "--cases smoke --implementations megakd-chunked"),
@@ -71,3 +72,13 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
      f"variants {_CHUNK_MB} --values 512,1024,2048,4096 --cases forward_kl --rounds 1",
      f"{_CHUNK_MB} --values 512,2048 --cases forward_kl --rounds 1"),
 ))  # fmt: skip
+TIMES = ("probe", "agreement", "bench", "reads", "stages", "chunks", "registers", "more-losses")
+"""With `--order times`, these come first, and the trainings last."""
+
+
+def ordered(parts: Sequence[Part], order: str) -> list[Part]:
+    """Return the parts, those of `TIMES` first for the order "times"."""
+    places = {name: place for place, name in enumerate(TIMES)}
+    if order != "times":
+        return list(parts)
+    return sorted(parts, key=lambda part: places.get(part.name, len(places)))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from gpu_day import agreement, cases, kernel_tests, release, runs
 from gpu_day import main as gpu_day
-from gpu_day.parts import PARTS, Part, Setting
+from gpu_day.parts import PARTS, Part, Setting, ordered
 from lib.launching import ROOT
 from megakd.config.file import load_config
 
@@ -217,3 +217,40 @@ def test_all_other_parts_can_be_rehearsed_as_a_user_does(built_operator, tmp_pat
     times = found["stages"]["numbers"]["times"]
     assert [row["MEGAKD_ROW_STAGES"] for row in times] == ["1", "3"]
     assert times[0]["loss"] == pytest.approx(times[1]["loss"], rel=1e-5)
+
+
+def test_the_day_goes_on_between_calls_that_each_last_a_moment(tmp_path):
+    words = ["--to", tmp_path / "to", "--work", tmp_path / "work", "--rehearse", "--parts", "probe"]
+
+    def call(wait):
+        carry = [sys.executable, "benchmarks/gpu_day/carry.py", "--wait", str(wait), *words]
+        done = subprocess.run(carry, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    first, pid = call(0), (tmp_path / "work/pid").read_text(encoding="utf-8")
+    last = call(120)
+
+    assert "megakd.run.main" in first
+    assert first.endswith("still running: the same command again\n")
+    assert "probe: finished after" in last
+    assert last.endswith("finished\n")
+    assert (tmp_path / "work/pid").read_text(encoding="utf-8") == pid
+    rates = parts_of(tmp_path / "to")["probe"]["numbers"]["rates"]
+    assert len(rates) == 9
+    assert not any("failed" in row for row in rates)
+
+
+def test_the_wheels_that_travel_are_those_of_the_constraints():
+    from gpu_day import pack
+
+    pins = pack.pinned()
+
+    assert len(pins) == len(pack.NEEDED)
+    assert "transformers==" in " ".join(pins)
+
+
+def test_times_come_first_where_they_are_asked_for():
+    names = [part.name for part in ordered(PARTS, "times")]
+
+    assert names[:3] == ["probe", "agreement", "bench"]
+    assert sorted(names) == sorted(part.name for part in PARTS)
