@@ -53,7 +53,7 @@ _AGAIN = tl.constexpr(1)
 _ONCE = tl.constexpr(0)
 
 # Number of adjacent ids per lane; a thread loads this many ids at once.
-_LANE = tl.constexpr(4)
+LANE = tl.constexpr(4)
 # exp(80) is finite in fp32, and a probability below exp(-80) does not change a sum with 1.
 _LARGEST_GAP = tl.constexpr(80.0)
 
@@ -73,20 +73,21 @@ def logits_of(
 
 
 @triton.jit
-def _by_lane(values):
-    return tl.reshape(values, (values.shape[0] // _LANE, _LANE))
+def by_lane(values) -> tl.tensor:
+    """Return the ids of a block as [lanes, LANE]."""
+    return tl.reshape(values, (values.shape[0] // LANE, LANE))
 
 
 @triton.jit
 def lane_sum(values) -> tl.tensor:
     """Return the sums of the lanes of a block, added up in fp32, as fp64."""
-    return tl.sum(_by_lane(values), 1).to(tl.float64)
+    return tl.sum(by_lane(values), 1).to(tl.float64)
 
 
 @triton.jit
 def lane_maximum(values) -> tl.tensor:
     """Return the maxima of the lanes of a block."""
-    return tl.max(_by_lane(values), 1)
+    return tl.max(by_lane(values), 1)
 
 
 @triton.jit
@@ -102,8 +103,8 @@ def _add_statistics(
 ):  # fmt: skip
     """Add a block of shared ids to the running maxima and sums of the lanes."""
     old, old_t, q_sum, p_sum, hard_sum, forward, reverse, common, depth = state
-    s = _by_lane(logits_of(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN))
-    t = _by_lane(logits_of(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN))
+    s = by_lane(logits_of(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN))
+    t = by_lane(logits_of(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN))
     peak, peak_t = tl.maximum(old, tl.max(s, 1)), tl.maximum(old_t, tl.max(t, 1))
     base, base_t = base_of(peak), base_of(peak_t)
     decay = tl.exp2((old - base) * bits).to(tl.float64)
@@ -137,7 +138,7 @@ def _add_statistics(
 def _add_hard(state, student, ids, width, warp, WARP: tl.constexpr, RAGGED: tl.constexpr):
     """Add ids that only the student has to the softmax of cross-entropy."""
     old, total = state
-    s = _by_lane(logits_of(student, ids, width, warp, WARP, RAGGED, _AGAIN))
+    s = by_lane(logits_of(student, ids, width, warp, WARP, RAGGED, _AGAIN))
     peak = tl.maximum(old, tl.max(s, 1))
     base = base_of(peak)
     total = total * tl.exp2((old - base) * LOG2_E).to(tl.float64)
@@ -179,10 +180,10 @@ def statistics(
     p_exp (t - maximum).
     """
     block = tl.arange(0, BLOCK)
-    lowest = tl.full([BLOCK // _LANE], MINUS_INFINITY, tl.float32)
-    zero = tl.zeros([BLOCK // _LANE], tl.float64)
+    lowest = tl.full([BLOCK // LANE], MINUS_INFINITY, tl.float32)
+    zero = tl.zeros([BLOCK // LANE], tl.float64)
     state = (
-        lowest, lowest, zero, zero, zero, zero, zero, tl.zeros([BLOCK // _LANE], tl.int32), zero
+        lowest, lowest, zero, zero, zero, zero, zero, tl.zeros([BLOCK // LANE], tl.int32), zero
     )  # fmt: skip
     first = 0
     shift = 0.0
@@ -286,7 +287,7 @@ def means(
     KL; over p of max(1 - q / p, 0) and over q of sign(p - q) for the total variation.
     """
     block = tl.arange(0, BLOCK)
-    zero = tl.zeros([BLOCK // _LANE], tl.float64)
+    zero = tl.zeros([BLOCK // LANE], tl.float64)
     state = (zero, zero, zero, zero, zero, zero, zero, zero)
     if MIXED & PARTS:
         whole = shared // BLOCK * BLOCK

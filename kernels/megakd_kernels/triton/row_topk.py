@@ -8,6 +8,8 @@ Shapes: R rows, V ids, k ids kept.
 """
 
 # No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
+# Triton's type annotations describe Python calls, not compiled kernels.
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from megakd_kernels.row_plan import RowInputs, RowTerms
 from megakd_kernels.row_topk import TopK, TopKPlan
-from megakd_kernels.triton.row_kd_sweeps import write_zeros
+from megakd_kernels.triton.row_kd_sweeps import LANE, base_of, by_lane, write_zeros
 from megakd_kernels.triton.row_math import LOG2_E, MINUS_INFINITY
 
 _LARGEST_BLOCK = 4096
@@ -32,22 +34,28 @@ def _sums_of_others(
     row, width, bits, HARD: tl.constexpr, TEMPERED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Return the maximum of the ids not in K, and fp64 sums at the temperature and at 1."""
-    peak = tl.full((), MINUS_INFINITY, tl.float32)
-    total = tl.full((), 0.0, tl.float64)
-    hard_total = tl.full((), 0.0, tl.float64)
+    peaks = tl.full([BLOCK // LANE], MINUS_INFINITY, tl.float32)
+    totals = tl.zeros([BLOCK // LANE], tl.float64)
+    hard_totals = tl.zeros([BLOCK // LANE], tl.float64)
+    # Per lane, so that no step waits for another thread.
     for start in range(0, width, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        s = tl.load(row + ids, mask=ids < width, other=MINUS_INFINITY).to(tl.float32)
-        new_peak = tl.maximum(peak, tl.max(s, 0))
+        raw = tl.load(row + ids, mask=ids < width, other=MINUS_INFINITY).to(tl.float32)
+        s = by_lane(raw)
+        new_peaks = tl.maximum(peaks, tl.max(s, 1))
         # Without a finite logit the sums are 0, not NaN.
-        base = tl.where(new_peak == MINUS_INFINITY, 0.0, new_peak)
-        decay = tl.exp2((peak - base) * bits).to(tl.float64)
-        total = total * decay + tl.sum(tl.exp2((s - base) * bits), 0).to(tl.float64)
+        base = base_of(new_peaks)
+        decay = tl.exp2((peaks - base) * bits).to(tl.float64)
+        totals = totals * decay + tl.sum(tl.exp2((s - base[:, None]) * bits), 1).to(tl.float64)
         if HARD and TEMPERED:
-            decay = tl.exp2((peak - base) * LOG2_E).to(tl.float64)
-            added = tl.sum(tl.exp2((s - base) * LOG2_E), 0).to(tl.float64)
-            hard_total = hard_total * decay + added
-        peak = new_peak
+            decay = tl.exp2((peaks - base) * LOG2_E).to(tl.float64)
+            added = tl.sum(tl.exp2((s - base[:, None]) * LOG2_E), 1).to(tl.float64)
+            hard_totals = hard_totals * decay + added
+        peaks = new_peaks
+    peak = tl.max(peaks, 0)
+    below = peaks - base_of(peak)
+    total = tl.sum(totals * tl.exp2(below * bits).to(tl.float64), 0)
+    hard_total = tl.sum(hard_totals * tl.exp2(below * LOG2_E).to(tl.float64), 0)
     return peak, total, hard_total
 
 
