@@ -21,6 +21,7 @@ from megakd_kernels.row_plan import RowPlan, Scratch
 _INFINITE = 1e8
 # exp(80) is finite in fp32, and q <= exp(-80) does not change a sum with 1.
 _LARGEST_GAP = 80.0
+_LEAST_LOG = -1e6
 
 
 @dataclass
@@ -238,8 +239,9 @@ class TeacherEntropy:
     def partial_sums(self, block: Block, factor: Tensor, plan: RowPlan) -> Sequence[Tensor]:
         """Return sum p log p_exp."""
         del factor, plan
-        powers = torch.special.xlogy(block.p_exp, block.p_exp, out=block.product)
-        return [powers.sum(-1, keepdim=True) / block.p_sum]
+        # The logarithm of 0 is limited: 0 times -inf would be NaN.
+        logs = torch.log(block.p_exp, out=block.product).clamp_(min=_LEAST_LOG)
+        return [block.teacher_sum(logs)]
 
     def finish(self, block: Block, sums: Sequence[Tensor], factor: Tensor, plan: RowPlan) -> Tensor:
         """Return log p_sum minus the sum."""
