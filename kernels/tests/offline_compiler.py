@@ -1,7 +1,8 @@
 """Compiles every Triton kernel as the public functions launch it, for a GPU that is not there.
 
-`offline_compiler.py CAPABILITY`. The interpreter is blind to types and constants that the compiler
-refuses. Prints one JSON object per kernel. Run by `test_triton_compiles`.
+`offline_compiler.py CAPABILITY [VARIANT ...]`, all variants without a name. The interpreter is
+blind to types and constants that the compiler refuses. Prints one JSON object per kernel. Run by
+`test_triton_compiles`.
 """
 
 import json
@@ -21,8 +22,8 @@ def remember(name, kernel):
 if __name__ == "__main__":
     compile_instead_of_launching(remember)
     pretend(int(sys.argv[1]))
-    for launch in VARIANTS.values():
-        launch()
+    for name in sys.argv[2:] or VARIANTS:
+        VARIANTS[name]()
     for name, kernel in COMPILED.values():
         program = examine(kernel)
         facts = {
