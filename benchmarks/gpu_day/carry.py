@@ -42,12 +42,12 @@ WORK = Path(tempfile.gettempdir()) / "megakd-gpu-day"
 
 def main() -> int:
     given, options = parse()
+    end = time.monotonic() + given.wait
     given.work.mkdir(parents=True, exist_ok=True)
     if not (given.work / "pid").is_file():
         if not prepare(given):
             return 2
         start(given, options)
-    end = time.monotonic() + given.wait
     while is_running(given.work) and time.monotonic() < end:
         time.sleep(EVERY_S)
     bring(given)
@@ -60,7 +60,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--wheels", type=Path, help="the folder of pack.py; none: all is installed")
     parser.add_argument("--to", type=Path, required=True, help="for the results of every call")
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--wait", type=float, default=560, help="seconds of a call")
+    parser.add_argument("--wait", type=float, default=560, help="seconds of a call, all in all")
     return parser.parse_known_args()
 
 
