@@ -9,10 +9,11 @@ huggingface_hub are expected on the machine with the GPU.
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import sys
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = (
@@ -46,12 +47,8 @@ def main() -> int:
 def pinned(names: tuple[str, ...] = NEEDED) -> list[str]:
     """Return the requirements of these packages, as `constraints.txt` pins them."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = {plain(line.partition("==")[0]): line for line in lines if "==" in line}
-    return [pins[plain(name)] for name in names]
-
-
-def plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+    pins = {canonicalize_name(line.partition("==")[0]): line for line in lines if "==" in line}
+    return [pins[canonicalize_name(name)] for name in names]
 
 
 if __name__ == "__main__":

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 
 from gpu_day.process import part_parser, say
-from megakd_kernels.chunking import logits_buffer
+from megakd_kernels.chunking import (
+    add_weight_gradient_,
+    input_gradient_into,
+    logits_buffer,
+    project_into,
+)
 from megakd_kernels.row_plan import RowInputs, RowPlan
 
 RUNS, REHEARSED_RUNS = 12, 1
-FLUSHED = 1 << 26
 
 
 class Probe:
@@ -28,7 +32,6 @@ class Probe:
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.runs = REHEARSED_RUNS if rehearse else RUNS
         self.rows: list[dict[str, Any]] = []
-        self._flushed = torch.empty(1 if rehearse else FLUSHED, device=self.device)
 
     def time(
         self, what: str, function: Callable[[], object], *, flop: float = 0.0, moved: float = 0.0
@@ -46,7 +49,6 @@ class Probe:
         from bench.timing import Effort, sample_ms
 
         function()
-        self._flushed.zero_()
         return statistics.median(sample_ms(function, self.device, Effort(0.0, self.runs)))
 
     def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -77,7 +79,7 @@ def products(probe: Probe, ids: int, width: int, rows: Sequence[int]) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             out = torch.empty(count, ids, device=probe.device, dtype=dtype)
             about = f"logits, width {width}, {count} rows, {dtype}"
-            probe.time(about, lambda h=hidden, o=out: product(h, weight.T, o), flop=flop)
+            probe.time(about, lambda h=hidden, o=out: project_into(o, h, weight, None), flop=flop)
 
 
 def gradients(probe: Probe, ids: int, width: int, rows: Sequence[int]) -> None:
@@ -86,26 +88,19 @@ def gradients(probe: Probe, ids: int, width: int, rows: Sequence[int]) -> None:
     for count in rows:
         slope, hidden = probe.random(count, ids), probe.random(count, width)
         out, flop = torch.empty(count, width, device=probe.device), 2.0 * count * ids * width
-        probe.time(f"dX, {count} rows", lambda s=slope, o=out: product(s, weight, o), flop=flop)
+        probe.time(
+            f"dX, {count} rows",
+            lambda s=slope, o=out: input_gradient_into(o, s, weight), flop=flop,
+        )  # fmt: skip
         probe.time(
             f"dW, {count} rows, first",
-            lambda s=slope, h=hidden: product(s.T, h, summed), flop=flop,
+            lambda s=slope, h=hidden: add_weight_gradient_(summed, s, h, is_first=True), flop=flop,
         )  # fmt: skip
         if probe.device.type == "cuda":
             probe.time(
                 f"dW, {count} rows, added",
-                lambda s=slope, h=hidden: torch.addmm(
-                    summed, s.T, h, out_dtype=torch.float32, out=summed
-                ),
-                flop=flop,
+                lambda s=slope, h=hidden: add_weight_gradient_(summed, s, h), flop=flop,
             )  # fmt: skip
-
-
-def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    if left.is_cuda and out.dtype != left.dtype:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def row_kernels(probe: Probe, ids: int, rows: Sequence[int]) -> None:

@@ -25,6 +25,7 @@ from megakd_kernels.chunking import (
 )
 from megakd_kernels.formed import register_formed_gradients
 from megakd_kernels.inputs import all_count, compute_dtype
+from megakd_kernels.settings import formed_dtype, runs_kernels
 
 SMALLEST_NORM = 1e-12
 CHUNK_MB = 64
@@ -44,9 +45,7 @@ def hidden_loss(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum over valid rows, and gradients of student [N, Hs], projection [Ht, Hs]."""
     formed = _Formed.empty(student, projection, teacher, needed, implementation)
-    # The kernels compute in fp32; torch computes fp64, which only gradient checks use.
-    runs_kernels = implementation == "triton" and formed.dtype == torch.float32
-    add_up = _sum_with_kernels if runs_kernels else _sum_in_chunks
+    add_up = _sum_with_kernels if runs_kernels(implementation, formed.dtype) else _sum_in_chunks
     total = add_up(student, projection, teacher, valid, kind=kind, formed=formed)
     return total, formed.student, formed.projection
 
@@ -126,9 +125,7 @@ def _sum_in_chunks(
 class _Formed:
     """Gradients, of shape [0] if they are not requested.
 
-    dtype: the compute dtype, which the projection's gradient has. The kernels form the gradient of
-        bf16 states in bf16, which has the exponents of fp32, so that an upstream gradient cannot
-        make it vanish.
+    dtype: the compute dtype, which the projection's gradient has; see `formed_dtype`.
     """
 
     student: Tensor
@@ -145,17 +142,12 @@ class _Formed:
         implementation: str,
     ) -> "_Formed":
         dtype = compute_dtype(student, projection, teacher)
-        is_narrow = (
-            implementation == "triton"
-            and dtype == torch.float32
-            and student.dtype == torch.bfloat16
-            and (projection is None or projection.dtype == torch.bfloat16)
-        )
+        own = dtype
+        if projection is None or projection.dtype == student.dtype:
+            own = formed_dtype(implementation, student.dtype, dtype)
         shape = projection.shape if projection is not None and needed[1] else torch.Size([0])
         return cls(
-            student=student.new_empty(
-                student.shape if needed[0] else 0, dtype=student.dtype if is_narrow else dtype
-            ),
+            student=student.new_empty(student.shape if needed[0] else 0, dtype=own),
             projection=student.new_zeros(shape, dtype=dtype),
             dtype=dtype,
         )

@@ -28,11 +28,9 @@ from megakd_kernels.inputs import all_count, rows_to_keep
 from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, Workplace, run_chunks
 from megakd_kernels.row_plan import Reduce, RowPlan, Warp, WholeRows
 from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
+from megakd_kernels.settings import formed_dtype, runs_kernels
 from megakd_kernels.streams import lanes_on
 from megakd_kernels.vocab_parallel import GroupReduce
-
-# Among the options of `logits_kd` after the divergences.
-_IMPLEMENTATION = 6
 
 
 class FlatPlan(NamedTuple):
@@ -225,7 +223,8 @@ def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
     plan = flat.unpack(with_teacher=teacher_logits is not None, with_gradient=needed)
     soft = None if teacher_logits is None else teacher_logits[:, :shared]
     gradient = _gradient_of_logits(student_logits, kd_factor, implementation, needed=needed)
-    score = _score_with_kernel if _runs_kernels(implementation, kd_factor) else _score_in_torch
+    in_triton = runs_kernels(implementation, kd_factor.dtype)
+    score = _score_with_kernel if in_triton else _score_in_torch
     total, values, ce, agrees = score(student_logits, soft, factors, plan, flat, gradient).values()
     return total, values, ce, agrees, gradient
 
@@ -233,16 +232,11 @@ def logits_kd(  # noqa: PLR0913, PLR0917, an operator takes flat arguments
 def _gradient_of_logits(
     student: Tensor, like: Tensor, implementation: str, *, needed: bool
 ) -> Tensor:
-    """Return the buffer of the gradient, in bf16 if kernels form that of bf16 logits; else [0]."""
-    is_narrow = _runs_kernels(implementation, like) and student.dtype == torch.bfloat16
-    dtype = student.dtype if is_narrow else like.dtype
+    """Return the buffer of the gradient [N, V], of shape [0] if none is needed."""
+    dtype = formed_dtype(implementation, student.dtype, like.dtype)
     if not needed:
         return like.new_empty(0, dtype=dtype)
     return logits_buffer(len(student), student.shape[1], like, dtype)
-
-
-def _runs_kernels(implementation: str, like: Tensor) -> bool:
-    return implementation == "triton" and like.dtype == torch.float32
 
 
 def _score_with_kernel(
@@ -315,11 +309,11 @@ def _score_in_torch(
 def _(  # noqa: PLR0913, PLR0917, the signature of the operator
     student_logits: Tensor, teacher_logits: Tensor | None, valid: Tensor, labels: Tensor | None,
     kd_factor: Tensor, ce_factor: Tensor, needed: bool, divergences: str,  # noqa: FBT001
-    *options: object,
+    weights: Sequence[float], numbers: Sequence[float], shared: int, with_ce: bool,  # noqa: FBT001
+    vocab_start: int, group: str, implementation: str, *options: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    del labels, ce_factor
+    del labels, ce_factor, weights, numbers, shared, with_ce, vocab_start, group, options
     values = _empty_values(kd_factor, valid, divergences, with_teacher=teacher_logits is not None)
-    implementation = str(options[_IMPLEMENTATION])
     gradient = _gradient_of_logits(student_logits, kd_factor, implementation, needed=needed)
     return (*values, gradient)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megakd_kernels.chunking import slices
 from megakd_kernels.row_losses import RowLosses
 from megakd_kernels.row_plan import Reduce, RowInputs, RowKernel, RowPlan, RowTerms, Scratch
-from megakd_kernels.settings import weigh
+from megakd_kernels.settings import runs_kernels, weigh
 
 
 class RowValues(NamedTuple):
@@ -130,8 +130,7 @@ def row_kernel(
     implementation: str, plan: RowPlan, reduce: Reduce, *, block: int, like: Tensor
 ) -> RowKernel:
     """Return the row kernel of this code path, for blocks of at most `block` rows."""
-    # The kernel computes in fp32; torch computes fp64, which only gradient checks use.
-    if implementation == "triton" and like.dtype == torch.float32:
+    if runs_kernels(implementation, like.dtype):
         # Imported here because the package also works without Triton.
         from megakd_kernels.triton.row_kd import TritonRows
 

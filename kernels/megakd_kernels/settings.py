@@ -151,6 +151,24 @@ def resolve_implementation(impl: str, device: torch.device) -> Implementation:
     return "reference" if impl == "reference" else "chunked"
 
 
+def runs_kernels(implementation: str, dtype: torch.dtype) -> bool:
+    """Return whether Triton kernels compute, which know no fp64: only gradient checks use it.
+
+    dtype: the compute dtype.
+    """
+    return implementation == "triton" and dtype == torch.float32
+
+
+def formed_dtype(implementation: str, given: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the gradient of an input is formed.
+
+    given: dtype of the input. dtype: the compute dtype. Kernels form the gradient of a bf16 input
+    in bf16, which has the exponents of fp32, so that an upstream gradient cannot make it vanish.
+    """
+    is_narrow = runs_kernels(implementation, dtype) and given == torch.bfloat16
+    return given if is_narrow else dtype
+
+
 def is_small(impl: str, *tensors: Tensor | None, most: int = SMALL) -> bool:
     """Return whether eager torch is faster than an operator, which has 100 steps in Python.
 

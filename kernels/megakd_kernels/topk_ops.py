@@ -28,6 +28,7 @@ from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, Workpla
 from megakd_kernels.row_plan import RowTerms, Scratch
 from megakd_kernels.row_terms import RowFactors, RowValues, block_of, row_blocks
 from megakd_kernels.row_topk import TopK, TopKPlan, TopKRowKernel, TopKRows
+from megakd_kernels.settings import runs_kernels
 from megakd_kernels.streams import OneLane
 
 
@@ -194,8 +195,7 @@ class _Run:
 
 
 def _row_kernel(implementation: str, plan: TopKPlan, block: int, like: Tensor) -> TopKRowKernel:
-    # The kernel computes in fp32; torch computes fp64, which only gradient checks use.
-    if implementation == "triton" and like.dtype == torch.float32:
+    if runs_kernels(implementation, like.dtype):
         # Imported here because the package also works without Triton.
         from megakd_kernels.triton.row_topk import TritonTopKRows
 
