@@ -37,7 +37,16 @@ from megakd_kernels.triton.row_kd_sweeps import (
     write_gradient,
     write_zeros,
 )
-from megakd_kernels.triton.row_kd_values import reach_of, store_values
+from megakd_kernels.triton.row_kd_values import (
+    ALL,
+    FOUND,
+    KEPT,
+    LAST,
+    MEANS,
+    STATISTICS,
+    reach_of,
+    store_values,
+)
 from megakd_kernels.triton.row_math import mixture_series, warped
 from megakd_kernels.triton.row_one_read import fits, run_one_read
 
@@ -55,20 +64,12 @@ _KINDS = {
 }
 _SLOTS = {name: slot for slot, name in enumerate(_KINDS)}
 
-# Sweeps of a launch: all sweeps, or one sweep at a time for rows that lie on several ranks.
-_STATISTICS = tl.constexpr(1)
-_MEANS = tl.constexpr(2)
-_LAST = tl.constexpr(4)
-_ALL = tl.constexpr(7)
-
 # A teacher and a gradient, for which rows are read a second time.
 _HELD = SOFT.value | GRADIENT.value
 
-# Values that such rows keep between launches: maxima, sums (`statistics` and target), means.
+# Maxima and sums among the values that rows on several ranks keep between launches.
 _MAXIMA = 3
-_SUMS = 7
-_FOUND = tl.constexpr(_MAXIMA + _SUMS)
-_KEPT = 18
+_SUMS = FOUND.value - _MAXIMA
 _TARGET = tl.constexpr(9)
 
 
@@ -91,7 +92,7 @@ def _load_found(parts, row, rows):
 
 @triton.jit
 def _load_means(parts, row, rows):
-    parts += _FOUND * rows + row
+    parts += FOUND * rows + row
     return (
         tl.load(parts),
         tl.load(parts + rows),
@@ -123,7 +124,7 @@ def _row_kernel(
     teacher += row * stride_t
     gradient += row * stride_g
     if tl.load(valid + row) == 0:
-        if GRADIENT & PARTS and _LAST & SWEEPS:
+        if GRADIENT & PARTS and LAST & SWEEPS:
             write_zeros(gradient, width, BLOCK)
         return
     logits = (student, teacher)
@@ -140,29 +141,29 @@ def _row_kernel(
         raw = tl.load(student + own, mask=is_here, other=0.0)
         target = tl.where(is_here, warped(raw, scale_s, cap_s, WARP_S), 0.0)
 
-    if _STATISTICS & SWEEPS:
+    if STATISTICS & SWEEPS:
         found = statistics(
             logits, shared, width, bits, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK, STAGES
         )
     else:
         found = _load_found(parts, row, rows)
         target = tl.load(parts + _TARGET * rows + row).to(tl.float32)
-    if SWEEPS == _STATISTICS:
+    if SWEEPS == STATISTICS:
         for field in tl.static_range(9):  # pyright: ignore[reportGeneralTypeIssues]
             tl.store(parts + field * rows + row, found[field].to(tl.float64))
         tl.store(parts + _TARGET * rows + row, target.to(tl.float64))
         return
     reach = reach_of(found, inverse)
-    if _MEANS & SWEEPS:
+    if MEANS & SWEEPS:
         mean = means(
             logits, shared, bits, inverse, reach, (found[3], found[4]), mixes, warp_s, warp_t,
             PARTS, WARP_S, WARP_T, BLOCK, STAGES,
         )  # fmt: skip
     else:
         mean = _load_means(parts, row, rows)
-    if SWEEPS == _MEANS:
+    if SWEEPS == MEANS:
         for field in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
-            tl.store(parts + (_FOUND + field) * rows + row, mean[field])
+            tl.store(parts + (FOUND + field) * rows + row, mean[field])
         return
     factor = 0.0
     if SOFT & PARTS:
@@ -171,7 +172,8 @@ def _row_kernel(
         weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd
     )  # fmt: skip
     factors, hard_scale = store_values(
-        found, mean, target, values, agrees, row, rows, inverse, value_scale, mixes, weights,
+        found, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes,
+        weights,
         factor, ce, PARTS,
     )  # fmt: skip
     if GRADIENT & PARTS:
@@ -211,16 +213,16 @@ class TritonRows:
         if len(student):
             with torch.cuda.device_of(student):
                 if self.plan.has_shards:
-                    self._run(launch, _STATISTICS)
+                    self._run(launch, STATISTICS)
                     parts[: _MAXIMA + _SUMS] = self._joined(parts[: _MAXIMA + _SUMS])
                     if launch["PARTS"] & MIXED.value:
-                        self._run(launch, _MEANS)
+                        self._run(launch, MEANS)
                         (parts[_MAXIMA + _SUMS :],) = self.reduce.totals([parts[_MAXIMA + _SUMS :]])
-                    self._run(launch, _LAST)
+                    self._run(launch, LAST)
                 elif reads() == 1 and launch["PARTS"] & _HELD == _HELD and fits(student):
                     run_one_read(launch, block=self.block, is_single=self._is_single)
                 else:
-                    self._run(launch, _ALL)
+                    self._run(launch, ALL)
         values = launch["values"]
         names = [name for name, _ in self.plan.mixture] if teacher is not None else []
         divergences = values[:0]
@@ -264,7 +266,7 @@ class TritonRows:
             "values": student.new_zeros(len(_KINDS) + 1, count, dtype=torch.float32),
             "agrees": torch.zeros_like(inputs.valid),
             "parts": student.new_zeros(
-                _KEPT if plan.has_shards else 0, count, dtype=torch.float64
+                KEPT if plan.has_shards else 0, count, dtype=torch.float64
             ),
             "rows": count, "width": width, "shared": plan.shared,
             "vocab_start": plan.vocab_start,

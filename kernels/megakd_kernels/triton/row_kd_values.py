@@ -20,6 +20,16 @@ from megakd_kernels.triton.row_kd_sweeps import (
 )
 from megakd_kernels.triton.row_math import LOG2_E
 
+# Phases of a launch: all of them, or one at a time where the parts of a row meet between launches.
+STATISTICS = tl.constexpr(1)
+MEANS = tl.constexpr(2)
+LAST = tl.constexpr(4)
+ALL = tl.constexpr(7)
+# Values that a part of a row keeps for the others, in fp64: three maxima, five sums, whether the
+# maxima are common, and the label's logit; then eight means.
+FOUND = tl.constexpr(10)
+KEPT = 18
+
 CE_SLOT = tl.constexpr(7)
 # A sum over finite gaps is below this value; a sum with an excluded id is above.
 _INFINITE = tl.constexpr(1e8)
@@ -48,12 +58,13 @@ def reach_of(found, inverse) -> tuple[tl.tensor, ...]:
 
 @triton.jit
 def store_values(
-    found, mean, target, values, agrees, row, rows, inverse, value_scale, mixes, weights,
+    found, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes, weights,
     factor, ce, PARTS: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Store the values of a row; return the factors of `soft_gradient`, and of cross-entropy.
 
-    found: as `statistics` returns it. mean: as `means` returns it. target: the label's logit.
+    found: as `statistics` returns it. reach: as `reach_of` does. mean: as `means` does. target: the
+        label's logit.
     """
     peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, forward, reverse, common, depth = found
     jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = mean
@@ -61,7 +72,7 @@ def store_values(
     beta, skew = mixes[0][0], mixes[1][0]
     difference = peak_t.to(tl.float64) - peak.to(tl.float64)
     offset = difference * inverse + tl.log(p_sum / q_sum)
-    rest = reach_of(found, inverse)[3]
+    rest = reach[3]
     constant = 0.0
     if FORWARD_KL & PARTS:
         value = forward / p_sum * inverse - offset

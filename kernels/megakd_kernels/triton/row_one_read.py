@@ -43,7 +43,16 @@ from megakd_kernels.triton.row_kd_sweeps import (
     logits_of,
     soft_gradient,
 )
-from megakd_kernels.triton.row_kd_values import reach_of, store_values
+from megakd_kernels.triton.row_kd_values import (
+    ALL,
+    FOUND,
+    KEPT,
+    LAST,
+    MEANS,
+    STATISTICS,
+    reach_of,
+    store_values,
+)
 from megakd_kernels.triton.row_math import (
     LOG2_E,
     MINUS_INFINITY,
@@ -52,13 +61,6 @@ from megakd_kernels.triton.row_math import (
     warped,
 )
 
-_STATISTICS = tl.constexpr(1)
-_MEANS = tl.constexpr(2)
-_LAST = tl.constexpr(4)
-_ALL = tl.constexpr(7)
-# Values of a segment, in fp64: maxima, sums, whether the maxima are common, target; means.
-_FOUND = tl.constexpr(10)
-_KEPT = 18
 _RAGGED = tl.constexpr(1)
 _ONCE = tl.constexpr(0)
 
@@ -235,7 +237,7 @@ def _mean(
 ):  # fmt: skip
     mean = tl.full((), 0.0, tl.float64)
     if KIND & PARTS:
-        mean = tl.sum(_lanes(place, _FOUND + FIELD, plane, 0.0, SEGMENTS, PADDED), 0) / total
+        mean = tl.sum(_lanes(place, FOUND + FIELD, plane, 0.0, SEGMENTS, PADDED), 0) / total
     return mean
 
 
@@ -277,7 +279,7 @@ def _one_read_kernel(
 ):  # fmt: skip
     """Process one segment of a row. parts: [18, R, S] fp64. Others as in `row_kd`."""
     turn = tl.program_id(0)
-    if PHASES == _ALL:
+    if PHASES == ALL:
         turn = tl.atomic_add(tickets, 1, sem="relaxed")
     row = (turn // SEGMENTS).to(tl.int64)  # the product with a stride may exceed int32
     segment = turn % SEGMENTS
@@ -310,7 +312,7 @@ def _one_read_kernel(
         label = tl.load(labels + row).to(tl.int32)
         ce = tl.load(ce_factor + row)
 
-    if _STATISTICS & PHASES:
+    if STATISTICS & PHASES:
         logits = (s0, s1, s2, s3, t0, t1, t2, t3)
         sums = _sums(logits, (i0, i1, i2, i3), shared, bits, PARTS, OWN_IDS, BLOCK // 4)
         for field in tl.static_range(9):
@@ -323,14 +325,14 @@ def _one_read_kernel(
             raw = tl.load(student + label, mask=is_here, other=0.0)
             target = tl.where(is_here, warped(raw, scale_s, cap_s, WARP_S), 0.0)
         tl.store(place + 9 * plane, target.to(tl.float64))
-    if PHASES == _STATISTICS:
+    if PHASES == STATISTICS:
         return
-    if PHASES == _ALL:
+    if PHASES == ALL:
         _meet(done + row, SEGMENTS)
     found, target = _joined(whole, plane, bits, PARTS, SEGMENTS, PADDED)
     mean = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     if MIXED & PARTS:
-        if _MEANS & PHASES:
+        if MEANS & PHASES:
             reach = reach_of(found, inverse)
             zero = tl.zeros([BLOCK // 4], tl.float64)
             state = (zero, zero, zero, zero, zero, zero, zero, zero)
@@ -347,10 +349,10 @@ def _one_read_kernel(
                 state, s3, t3, i3, shared, bits, inverse, reach, mixes, PARTS, OWN_IDS
             )
             for field in tl.static_range(8):
-                tl.store(place + (_FOUND + field) * plane, tl.sum(state[field], 0))
-        if PHASES == _MEANS:
+                tl.store(place + (FOUND + field) * plane, tl.sum(state[field], 0))
+        if PHASES == MEANS:
             return
-        if PHASES == _ALL:
+        if PHASES == ALL:
             _meet(done + row, 2 * SEGMENTS)
             # Read again, so that nothing but the logits waits in registers.
             found, target = _joined(whole, plane, bits, PARTS, SEGMENTS, PADDED)
@@ -358,13 +360,14 @@ def _one_read_kernel(
     weights = (
         weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd
     )  # fmt: skip
+    reach = reach_of(found, inverse)
     # Every program of the row stores the same values.
     factors, hard_scale = store_values(
-        found, mean, target, values, agrees, row, rows, inverse, value_scale, mixes, weights,
+        found, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes,
+        weights,
         tl.load(kd_factor + row), ce, PARTS,
     )  # fmt: skip
     hard = (found[2], hard_scale, label, ce)
-    reach = reach_of(found, inverse)
     _write(
         gradient, s0, t0, i0, shared, width, bits, inverse, reach, factors, mixes, hard, warp_s,
         PARTS, OWN_IDS, WARP_S,
@@ -403,7 +406,7 @@ def run_one_read(launch: dict[str, Any], *, block: int | None, is_single: bool) 
     usual = _MORE_REGISTERS if is_large else _REGISTERS
     others = {
         **launch,
-        "parts": student.new_empty(_KEPT, count, segments, dtype=torch.float64),
+        "parts": student.new_empty(KEPT, count, segments, dtype=torch.float64),
         "OWN_IDS": launch["shared"] < width,
         "BLOCK": block,
         "SEGMENTS": segments,
@@ -415,10 +418,10 @@ def run_one_read(launch: dict[str, Any], *, block: int | None, is_single: bool) 
         others.pop(name)
     counters = student.new_zeros(1 + count, dtype=torch.int32)
     is_interpreted = launching.shared_memory_of(student) is None
-    phases = (_STATISTICS, _MEANS, _LAST) if is_interpreted else (_ALL,)
+    phases = (STATISTICS, MEANS, LAST) if is_interpreted else (ALL,)
     kernel: Any = _one_read_kernel
     for phase in phases:
-        if phase is _MEANS and not launch["PARTS"] & MIXED.value:
+        if phase is MEANS and not launch["PARTS"] & MIXED.value:
             continue
         kernel[(count * segments,)](
             **others, tickets=counters, done=counters[1:], PHASES=phase.value
