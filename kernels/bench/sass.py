@@ -32,7 +32,10 @@ _IDS_PER_LOAD = 4
 
 
 class Sweep(NamedTuple):
-    """Instructions of a loop over whole blocks, per id; accesses to the stack in all."""
+    """Instructions of a loop over whole blocks, per id; accesses to the stack in all.
+
+    Loads of a head's bias count as logits, so that the number is then a third too low.
+    """
 
     instructions: float
     is_pipelined: bool

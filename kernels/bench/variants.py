@@ -10,16 +10,21 @@ from typing import Any
 import torch
 
 import megakd_kernels as mk
-from megakd_kernels.row_plan import RowInputs, RowPlan
+from megakd_kernels.row_plan import NO_BIASES, Biases, RowInputs, RowPlan
 from megakd_kernels.triton import row_hidden
 from megakd_kernels.triton.row_kd import TritonRows
 
 ALL = tuple(mk.DIVERGENCES)
 _ROWS, _WIDTH = 4, 4096
+_BOTH = Biases(*torch.zeros(2, _WIDTH, dtype=torch.bfloat16))
 
 
 def rows(
-    *divergences: str, with_ce: bool = False, temperature: float = 1.0, width: int = _WIDTH
+    *divergences: str,
+    with_ce: bool = False,
+    temperature: float = 1.0,
+    width: int = _WIDTH,
+    biases: Biases = NO_BIASES,
 ) -> None:
     """The rows of `linear_kd_loss`: fp32 logits, a bf16 gradient elsewhere."""
     logits = torch.zeros(_ROWS, -(-width // 64) * 64)[:, :width]
@@ -32,7 +37,7 @@ def rows(
     labels = torch.zeros(_ROWS, dtype=torch.int64) if with_ce else None
     inputs = RowInputs(valid, labels, factor, factor)
     gradient = torch.zeros(_ROWS, logits.stride(0), dtype=torch.bfloat16)[:, :width]
-    TritonRows(plan=plan).run_(logits, logits, inputs, gradient)
+    TritonRows(plan=plan, biases=biases).run_(logits, logits, inputs, gradient)
 
 
 def one_read(*divergences: str, **options: Any) -> None:
@@ -105,11 +110,13 @@ VARIANTS: Mapping[str, Callable[[], None]] = {
     "all six and cross-entropy, T = 2": partial(rows, *ALL, with_ce=True, temperature=2.0),
     "forward KL, V = 5041": partial(rows, "forward_kl", width=5041),
     "JSD, V = 5041": partial(rows, "jsd", width=5041),
+    "forward KL, heads with a bias": partial(rows, "forward_kl", biases=_BOTH),
     "forward KL, one read": partial(one_read, "forward_kl"),
     "reverse KL, one read": partial(one_read, "reverse_kl"),
     "forward KL and cross-entropy, T = 2, one read": partial(
         one_read, "forward_kl", with_ce=True, temperature=2.0
     ),
+    "forward KL, heads with a bias, one read": partial(one_read, "forward_kl", biases=_BOTH),
     "JSD, one read": partial(one_read, "jsd", width=5041),
     "skew reverse KL, one read": partial(one_read, "skew_rkl"),
     "TVD, one read": partial(one_read, "tvd"),

@@ -26,7 +26,7 @@ from megakd_kernels.chunking import (
 from megakd_kernels.formed import register_formed_gradients
 from megakd_kernels.inputs import all_count, rows_to_keep
 from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, Workplace, run_chunks
-from megakd_kernels.row_plan import Reduce, RowPlan, Warp, WholeRows
+from megakd_kernels.row_plan import NO_BIASES, Biases, Reduce, RowPlan, Warp, WholeRows
 from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
 from megakd_kernels.settings import formed_dtype, runs_kernels
 from megakd_kernels.streams import lanes_on
@@ -141,7 +141,10 @@ def _linear_rows(
     lanes = lanes_on(used.hidden.device, flat.implementation)
     sizes = _sizes(len(used.hidden), widths * lanes.copies, used.hidden, factors.kd, flat)
     reduce = flat.reduce()
-    kernel = row_kernel(flat.implementation, plan, reduce, block=sizes.block, like=factors.kd)
+    used, teacher, biases = _with_biases_of_rows(used, teacher, flat, dtype)
+    kernel = row_kernel(
+        flat.implementation, plan, reduce, block=sizes.block, like=factors.kd, biases=biases
+    )
     scorer = RowScorer(kernel, plan, factors, sizes.block)
     most = min(sizes.chunk, len(used.hidden))
     buffers = [logits_buffers(most, widths, factors.kd) for _ in range(lanes.copies)]
@@ -163,6 +166,21 @@ def _linear_rows(
     formed.finish(len(used.weight))
     (formed.hidden,) = reduce.totals([formed.hidden])
     return scorer.values(), formed
+
+
+def _with_biases_of_rows(
+    student: Side, teacher: Side | None, flat: FlatPlan, dtype: torch.dtype
+) -> tuple[Side, Side | None, Biases]:
+    """Take the biases out of both models if the row kernel adds them as it reads the logits.
+
+    A pass of their own would move 8 bytes a logit. Logits are rounded with their bias.
+    """
+    if flat.round_logits or not runs_kernels(flat.implementation, dtype):
+        return student, teacher, NO_BIASES
+    if teacher is None:
+        return student._replace(bias=None), None, Biases(student.bias)
+    biases = Biases(student.bias, teacher.bias)
+    return student._replace(bias=None), teacher._replace(bias=None), biases
 
 
 def _sizes(rows: int, widths: list[int], hidden: Tensor, like: Tensor, flat: FlatPlan) -> ChunkPlan:

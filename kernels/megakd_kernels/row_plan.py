@@ -78,6 +78,16 @@ class RowInputs(NamedTuple):
     ce_factor: Tensor
 
 
+class Biases(NamedTuple):
+    """Bias of each model per id, [Vs] and [shared], for kernels that add it to the logits."""
+
+    student: Tensor | None = None
+    teacher: Tensor | None = None
+
+
+NO_BIASES = Biases()
+
+
 class RowTerms(NamedTuple):
     """Values per row: divergences [n_div, R] (with value_scale), ce [R], agrees [R] bool."""
 

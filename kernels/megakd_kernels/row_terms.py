@@ -14,7 +14,16 @@ from torch import Tensor
 
 from megakd_kernels.chunking import slices
 from megakd_kernels.row_losses import RowLosses
-from megakd_kernels.row_plan import Reduce, RowInputs, RowKernel, RowPlan, RowTerms, Scratch
+from megakd_kernels.row_plan import (
+    NO_BIASES,
+    Biases,
+    Reduce,
+    RowInputs,
+    RowKernel,
+    RowPlan,
+    RowTerms,
+    Scratch,
+)
 from megakd_kernels.settings import runs_kernels, weigh
 
 
@@ -127,12 +136,21 @@ def spread(values: Tensor, kept: Tensor, count: int) -> Tensor:
 
 
 def row_kernel(
-    implementation: str, plan: RowPlan, reduce: Reduce, *, block: int, like: Tensor
+    implementation: str,
+    plan: RowPlan,
+    reduce: Reduce,
+    *,
+    block: int,
+    like: Tensor,
+    biases: Biases = NO_BIASES,
 ) -> RowKernel:
-    """Return the row kernel of this code path, for blocks of at most `block` rows."""
+    """Return the row kernel of this code path, for blocks of at most `block` rows.
+
+    biases: for Triton, which adds them to the logits.
+    """
     if runs_kernels(implementation, like.dtype):
         # Imported here because the package also works without Triton.
         from megakd_kernels.triton.row_kd import TritonRows
 
-        return TritonRows(plan=plan, reduce=reduce)
+        return TritonRows(plan=plan, reduce=reduce, biases=biases)
     return RowLosses(plan=plan, scratch=Scratch(block, like), reduce=reduce)

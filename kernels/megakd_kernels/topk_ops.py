@@ -128,7 +128,15 @@ class _Run:
             gradient=gradient_dtype(self._student.hidden, like.dtype),
             implementation=implementation,
         )  # fmt: skip
-        kernel = _row_kernel(implementation, self._plan, sizes.block, like)
+        student = self._student
+        kernel: TopKRowKernel = TopKRows(plan=self._plan, scratch=Scratch(sizes.block, like))
+        if runs_kernels(implementation, like.dtype):
+            # Imported here because the package also works without Triton.
+            from megakd_kernels.triton.row_topk import TritonTopKRows
+
+            # The kernel adds the bias as it reads the logits.
+            kernel = TritonTopKRows(plan=self._plan, bias=student.bias)
+            student = student._replace(bias=None)
         slope = self._plan.value_scale / self._plan.temperature
 
         def score(rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
@@ -139,7 +147,7 @@ class _Run:
 
         logits = logits_buffers(min(sizes.chunk, len(self._student.hidden)), [ids], like)
         work = Workplace(sizes, OneLane(), logits)
-        run_chunks(self._student, score, self.formed, valid=self._factors.valid, work=work)
+        run_chunks(student, score, self.formed, valid=self._factors.valid, work=work)
         self.formed.finish(ids)
 
     def over_ids(self, chunk_mb: float) -> None:
@@ -192,15 +200,6 @@ class _Run:
     def values(self) -> RowValues:
         """Return the values of all rows and their total."""
         return self._factors.values([1.0], self._divergence[None], self._ce, self._agrees)
-
-
-def _row_kernel(implementation: str, plan: TopKPlan, block: int, like: Tensor) -> TopKRowKernel:
-    if runs_kernels(implementation, like.dtype):
-        # Imported here because the package also works without Triton.
-        from megakd_kernels.triton.row_topk import TritonTopKRows
-
-        return TritonTopKRows(plan=plan)
-    return TopKRows(plan=plan, scratch=Scratch(block, like))
 
 
 register_formed_gradients(topk_kd, (0, 1, 2))

@@ -38,6 +38,24 @@ def test_linear_kd_loss_is_that_of_the_reference(make_problem, distance, ids, op
     assert output.agreement == expected.agreement
 
 
+@pytest.mark.parametrize(("logits_dtype", "passes"), [("fp32", 0), ("bf16", 2)])
+def test_a_bias_takes_no_pass_over_logits_unless_they_are_rounded(
+    make_problem, monkeypatch, logits_dtype, passes
+):
+    problem = make_problem(n=7, vs=130, vt=130, bias=True).to(DEVICE)
+    adds, add_ = [], torch.Tensor.add_
+
+    def counted(tensor, *others, **options):
+        adds.extend([tensor] if tensor.dim() == 2 and tensor.shape[1] == 130 else [])
+        return add_(tensor, *others, **options)
+
+    monkeypatch.setattr(torch.Tensor, "add_", counted)
+    biases = {"teacher_bias": torch.ones(130, device=DEVICE)}
+    problem.solve(impl="triton", divergence="forward_kl", logits_dtype=logits_dtype, **biases)
+
+    assert len(adds) == passes
+
+
 def test_cross_entropy_alone_runs_too(make_problem, distance):
     problem = make_problem(n=7, vs=130).to(DEVICE)
     leaves = [problem.student_hidden.requires_grad_(), problem.student_weight.requires_grad_()]

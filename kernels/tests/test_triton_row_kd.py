@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from megakd_kernels.row_plan import RowInputs, RowPlan, Warp
+from megakd_kernels.row_plan import NO_BIASES, Biases, RowInputs, RowPlan, Warp
 from megakd_kernels.triton.launching import reads
 from megakd_kernels.triton.row_kd import TritonRows
 
@@ -44,9 +44,9 @@ def plan_of(*names, width=WIDTH, **options):
     return RowPlan(mixture=mixture, **{**defaults, **options})
 
 
-def rows_of(plan):
+def rows_of(plan, biases=NO_BIASES):
     """The kernel with three steps over 150 ids: blocks of a sweep, or segments of four quarters."""
-    return TritonRows(plan=plan, block=BLOCK // 4 if reads() == 1 else BLOCK)
+    return TritonRows(plan=plan, biases=biases, block=BLOCK // 4 if reads() == 1 else BLOCK)
 
 
 @dataclass
@@ -68,12 +68,12 @@ class Case:
         slope = plan.value_scale / plan.temperature
         return RowInputs(self.valid, self.labels, self.weight * slope, self.ce_weight)
 
-    def run(self, plan, gradient="inside"):
+    def run(self, plan, gradient="inside", *, biases=NO_BIASES):
         """The terms and the gradient, written over the student or `gradient`."""
         student = self.student.clone()
         teacher = None if self.teacher is None else self.teacher.clone()
         out = student if isinstance(gradient, str) else gradient
-        kernel = rows_of(plan)
+        kernel = rows_of(plan, biases)
         return kernel.run_(student, teacher, self.inputs(plan), out), out
 
 
@@ -238,6 +238,30 @@ def test_scaled_logits_of_student_alone_and_of_teacher_alone_match_fp64():
 
     check(case, scaled, case.run(scaled))
     check(case, capped, case.run(capped))
+
+
+@pytest.mark.parametrize("sides", ["st", "s", "t"])
+@pytest.mark.parametrize("warp", [Warp(), Warp(-0.7, 30.0)], ids=str)
+def test_a_bias_that_the_kernel_adds_gives_the_bits_of_biased_logits(sides, warp):
+    case = make_case(3, shared=WIDTH - 11)
+    student, teacher = torch.linspace(-2, 3, 2 * WIDTH, device=DEVICE).bfloat16().view(2, WIDTH)
+    every_second = student.repeat_interleave(2)[::2]
+    biases = Biases(every_second if "s" in sides else None, teacher[:-11] if "t" in sides else None)
+    plan = plan_of(
+        "forward_kl", ("jsd", 0.5), temperature=2.0, with_ce=True, shared=WIDTH - 11,
+        student_warp=warp, teacher_warp=warp,
+    )  # fmt: skip
+    added = replace(
+        case,
+        student=case.student if biases.student is None else case.student + biases.student,
+        teacher=case.teacher if biases.teacher is None else case.teacher + biases.teacher,
+    )
+
+    terms, gradient = case.run(plan, biases=biases)
+
+    expected, expected_gradient = added.run(plan)
+    assert all(map(torch.equal, terms, expected))
+    assert torch.equal(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])

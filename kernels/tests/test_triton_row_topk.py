@@ -1,6 +1,7 @@
 """The Triton row kernel of `topk_kd_loss` against the torch rows in fp64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,20 @@ def test_rows_match_the_double_precision_rows(distance, with_ce, temperature):
     got = run(triton_rows, student, as_type(targets, torch.float32), as_type(inputs, torch.float32))
 
     assert_same(got, run(torch_rows, student.double(), targets, inputs), distance)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_bias_that_the_kernel_adds_gives_the_bits_of_biased_logits(temperature):
+    rows, _ = kernels(with_ce=True, temperature=temperature)
+    student, *given = problem()
+    targets, inputs = (as_type(values, torch.float32) for values in given)
+    bias = torch.linspace(-2, 3, V, device=DEVICE).bfloat16()
+
+    terms, gradient = run(replace(rows, bias=bias), student, targets, inputs)
+
+    expected, expected_gradient = run(rows, student + bias, targets, inputs)
+    assert all(map(torch.equal, terms, expected))
+    assert torch.equal(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megakd_kernels.row_plan import Warp
-from megakd_kernels.triton.row_math import AS_THEY_ARE, CAPPED, SCALED
+from megakd_kernels.triton.row_math import AS_THEY_ARE, BIASED, CAPPED, SCALED
 
 # The blocks in flight take 32 KiB of shared memory, which leaves room for four programs of a KL
 # divergence per multiprocessor of sm_90.
@@ -38,11 +38,17 @@ def check_rows(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} has a column stride of {rows.stride(1)}; it must be 1")
 
 
-def warp_kind(warp: Warp) -> int:
+def warp_kind(warp: Warp, bias: Tensor | None) -> int:
     """Return the kind of logit transform that a kernel is compiled for."""
+    kind = AS_THEY_ARE.value if bias is None else BIASED.value
     if warp.softcap != 0.0:
-        return CAPPED.value
-    return AS_THEY_ARE.value if warp.scale == 1.0 else SCALED.value
+        return kind | CAPPED.value
+    return kind if warp.scale == 1.0 else kind | SCALED.value
+
+
+def bias_or(bias: Tensor | None, unused: Tensor) -> Tensor:
+    """Return the bias with adjacent values; without a bias, a tensor that a kernel can take."""
+    return unused if bias is None else bias.contiguous()
 
 
 def stages() -> int:

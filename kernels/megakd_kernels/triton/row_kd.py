@@ -16,8 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakd_kernels.row_plan import Reduce, RowInputs, RowPlan, RowTerms, WholeRows
-from megakd_kernels.triton.launching import check_rows, reads, registers, stages, warp_kind
+from megakd_kernels.row_plan import (
+    NO_BIASES,
+    Biases,
+    Reduce,
+    RowInputs,
+    RowPlan,
+    RowTerms,
+    WholeRows,
+)
+from megakd_kernels.triton.launching import bias_or, check_rows, reads, registers, stages, warp_kind
 from megakd_kernels.triton.row_kd_sweeps import (
     ENTROPY,
     FORWARD_KL,
@@ -32,6 +40,7 @@ from megakd_kernels.triton.row_kd_sweeps import (
     SOFT,
     TEMPERED,
     TVD,
+    logit_of,
     means,
     statistics,
     write_gradient,
@@ -47,7 +56,7 @@ from megakd_kernels.triton.row_kd_values import (
     reach_of,
     store_values,
 )
-from megakd_kernels.triton.row_math import mixture_series, warped
+from megakd_kernels.triton.row_math import mixture_series
 from megakd_kernels.triton.row_one_read import fits, run_one_read
 
 _WHOLE_ROWS = WholeRows()
@@ -108,8 +117,8 @@ def _load_means(parts, row, rows):
 # The number of rows differs between blocks, and the first id differs between ranks.
 @triton.jit(do_not_specialize=["rows", "vocab_start"])
 def _row_kernel(
-    student, teacher, gradient, valid, labels, kd_factor, ce_factor, values, agrees, parts,
-    rows, width, shared, vocab_start, stride_s, stride_t, stride_g,
+    student, teacher, bias_s, bias_t, gradient, valid, labels, kd_factor, ce_factor, values, agrees,
+    parts, rows, width, shared, vocab_start, stride_s, stride_t, stride_g,
     bits, inverse, value_scale, mixes, scale_s, cap_s, scale_t, cap_t,
     weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd,
     PARTS: tl.constexpr, SWEEPS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
@@ -128,7 +137,7 @@ def _row_kernel(
             write_zeros(gradient, width, BLOCK)
         return
     logits = (student, teacher)
-    warp_s, warp_t = (scale_s, cap_s), (scale_t, cap_t)
+    warp_s, warp_t = (scale_s, cap_s, bias_s), (scale_t, cap_t, bias_t)
     label = tl.full((), -1, tl.int32)
     target = tl.full((), 0.0, tl.float32)
     ce = 0.0
@@ -138,8 +147,7 @@ def _row_kernel(
         label = tl.where(is_here, own, -1).to(tl.int32)
         ce = tl.load(ce_factor + row)
         # Read before any part of the row is overwritten.
-        raw = tl.load(student + own, mask=is_here, other=0.0)
-        target = tl.where(is_here, warped(raw, scale_s, cap_s, WARP_S), 0.0)
+        target = logit_of(student, own, is_here, warp_s, WARP_S)
 
     if STATISTICS & SWEEPS:
         found = statistics(
@@ -188,11 +196,13 @@ def _row_kernel(
 class TritonRows:
     """Row kernel that runs a plan on blocks of rows.
 
+    biases: added to the logits as they are read.
     block: number of ids that a program reads at a time, a power of two; None: from a table.
     """
 
     plan: RowPlan
     reduce: Reduce = _WHOLE_ROWS
+    biases: Biases = NO_BIASES
     block: int | None = None
 
     def run_(
@@ -258,6 +268,8 @@ class TritonRows:
         return {
             "student": student,
             "teacher": student if teacher is None else teacher,
+            "bias_s": bias_or(self.biases.student, student),
+            "bias_t": bias_or(self.biases.teacher, student),
             "gradient": student if form is None else form,
             "valid": inputs.valid,
             "labels": inputs.valid if labels is None else labels,
@@ -284,7 +296,8 @@ class TritonRows:
             "weight_jsd": weights["jsd"], "weight_skew": weights["skew_kl"],
             "weight_skew_reverse": weights["skew_rkl"], "weight_tvd": weights["tvd"],
             "PARTS": parts,
-            "WARP_S": warp_kind(plan.student_warp), "WARP_T": warp_kind(plan.teacher_warp),
+            "WARP_S": warp_kind(plan.student_warp, self.biases.student),
+            "WARP_T": warp_kind(plan.teacher_warp, self.biases.teacher),
             "BLOCK": self.block or block, "STAGES": stages(), "num_warps": warps,
         }  # fmt: skip
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from megakd_kernels.triton.row_math import (
+    BIASED,
     LOG2_E,
     MINUS_INFINITY,
     expm1,
@@ -67,9 +68,23 @@ def logits_of(
     if RAGGED:
         known = ids < limit
         raw = tl.load(row + ids, mask=known, other=MINUS_INFINITY, eviction_policy=policy)
+        if BIASED & WARP:
+            raw = raw.to(tl.float32) + tl.load(warp[2] + ids, mask=known, other=0.0)
         # Masked again: a scale may be negative, and a cap is finite.
         return tl.where(known, warped(raw, warp[0], warp[1], WARP), MINUS_INFINITY)
-    return warped(tl.load(row + ids, eviction_policy=policy), warp[0], warp[1], WARP)
+    raw = tl.load(row + ids, eviction_policy=policy)
+    if BIASED & WARP:
+        raw = raw.to(tl.float32) + tl.load(warp[2] + ids)
+    return warped(raw, warp[0], warp[1], WARP)
+
+
+@triton.jit
+def logit_of(row, own, is_here, warp, WARP: tl.constexpr) -> tl.tensor:
+    """Return the logit of one id in fp32, 0 if the row lies elsewhere."""
+    raw = tl.load(row + own, mask=is_here, other=0.0)
+    if BIASED & WARP:
+        raw = raw.to(tl.float32) + tl.load(warp[2] + own, mask=is_here, other=0.0)
+    return tl.where(is_here, warped(raw, warp[0], warp[1], WARP), 0.0)
 
 
 @triton.jit

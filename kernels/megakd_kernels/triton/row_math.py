@@ -15,10 +15,12 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 MINUS_INFINITY = tl.constexpr(-math.inf)
-# Kinds of logit transforms; see `row_plan.Warp`.
+# Kinds of logit transforms, see `row_plan.Warp`, as bits of WARP.
 AS_THEY_ARE = tl.constexpr(0)
 SCALED = tl.constexpr(1)
 CAPPED = tl.constexpr(2)
+# With a bias per id, which is added before the transform.
+BIASED = tl.constexpr(4)
 
 # ln 2 in two parts; the first has few enough bits that its products with exponents are exact.
 _LN2_HIGH = tl.constexpr(0.693359375)
@@ -63,9 +65,9 @@ def tanh(x) -> tl.tensor:
 def warped(raw, scale, softcap, WARP: tl.constexpr) -> tl.tensor:
     """Return the logits of the model from raw logits, in fp32."""
     logits = raw.to(tl.float32)
-    if WARP == SCALED:
+    if SCALED & WARP:
         logits *= scale
-    if WARP == CAPPED:
+    if CAPPED & WARP:
         logits = tanh(logits * (scale / softcap)) * softcap
     return logits
 
@@ -73,9 +75,9 @@ def warped(raw, scale, softcap, WARP: tl.constexpr) -> tl.tensor:
 @triton.jit
 def warp_slope(gradient, logits, scale, softcap, WARP: tl.constexpr) -> tl.tensor:
     """Convert the gradient of the model's logits to the gradient of the raw logits."""
-    if WARP == SCALED:
+    if SCALED & WARP:
         gradient *= scale
-    if WARP == CAPPED:
+    if CAPPED & WARP:
         bend = logits / softcap
         gradient *= scale * (1.0 - bend * bend)
     return gradient

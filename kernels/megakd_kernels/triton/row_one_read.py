@@ -40,6 +40,7 @@ from megakd_kernels.triton.row_kd_sweeps import (
     compared,
     hard_gradient,
     lane_sum,
+    logit_of,
     logits_of,
     soft_gradient,
 )
@@ -58,7 +59,6 @@ from megakd_kernels.triton.row_math import (
     MINUS_INFINITY,
     gap_of,
     warp_slope,
-    warped,
 )
 
 _RAGGED = tl.constexpr(1)
@@ -270,8 +270,8 @@ def _meet(done, count):
 # The number of rows differs between chunks.
 @triton.jit(do_not_specialize=["rows"])
 def _one_read_kernel(
-    student, teacher, gradient, valid, labels, kd_factor, ce_factor, values, agrees, parts,
-    tickets, done, rows, width, shared, stride_s, stride_t, stride_g,
+    student, teacher, bias_s, bias_t, gradient, valid, labels, kd_factor, ce_factor, values, agrees,
+    parts, tickets, done, rows, width, shared, stride_s, stride_t, stride_g,
     bits, inverse, value_scale, mixes, scale_s, cap_s, scale_t, cap_t,
     weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd,
     PARTS: tl.constexpr, PHASES: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr,
@@ -294,7 +294,7 @@ def _one_read_kernel(
         return
     student += row * stride_s
     teacher += row * stride_t
-    warp_s, warp_t = (scale_s, cap_s), (scale_t, cap_t)
+    warp_s, warp_t = (scale_s, cap_s, bias_s), (scale_t, cap_t, bias_t)
     s0 = logits_of(student, i0, width, warp_s, WARP_S, _RAGGED, _ONCE)
     s1 = logits_of(student, i1, width, warp_s, WARP_S, _RAGGED, _ONCE)
     s2 = logits_of(student, i2, width, warp_s, WARP_S, _RAGGED, _ONCE)
@@ -322,8 +322,7 @@ def _one_read_kernel(
             # Read before anyone overwrites the row.
             first = segment * (4 * BLOCK)
             is_here = (label >= first) & (label < first + 4 * BLOCK)
-            raw = tl.load(student + label, mask=is_here, other=0.0)
-            target = tl.where(is_here, warped(raw, scale_s, cap_s, WARP_S), 0.0)
+            target = logit_of(student, label, is_here, warp_s, WARP_S)
         tl.store(place + 9 * plane, target.to(tl.float64))
     if PHASES == STATISTICS:
         return

@@ -10,6 +10,7 @@ Shapes: R rows, V ids, k ids kept.
 # No `from __future__ import annotations`: Triton reads the tl.constexpr annotations as objects.
 # Triton's type annotations describe Python calls, not compiled kernels.
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,18 +22,31 @@ from torch import Tensor
 
 from megakd_kernels.row_plan import RowInputs, RowTerms
 from megakd_kernels.row_topk import TopK, TopKPlan
+from megakd_kernels.triton.launching import bias_or
 from megakd_kernels.triton.row_kd_sweeps import LANE, base_of, by_lane, write_zeros
 from megakd_kernels.triton.row_math import LOG2_E, MINUS_INFINITY
 
 _LARGEST_BLOCK = 4096
 _SMALLEST_BLOCK = 128
 _IDS_PER_WARP = 512
+# Whether a logit is read again.
+_AGAIN = tl.constexpr("")
+_ONCE = tl.constexpr("evict_first")
+
+
+@triton.jit
+def _logits(row, bias, ids, known, other, BIASED: tl.constexpr, POLICY: tl.constexpr):
+    logits = tl.load(row + ids, mask=known, other=other, eviction_policy=POLICY).to(tl.float32)
+    if BIASED:
+        logits += tl.load(bias + ids, mask=known, other=0.0)
+    return logits
 
 
 @triton.jit
 def _sums_of_others(
-    row, width, bits, HARD: tl.constexpr, TEMPERED: tl.constexpr, BLOCK: tl.constexpr
-):
+    row, bias, width, bits,
+    HARD: tl.constexpr, TEMPERED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Return the maximum of the ids not in K, and fp64 sums at the temperature and at 1."""
     peaks = tl.full([BLOCK // LANE], MINUS_INFINITY, tl.float32)
     totals = tl.zeros([BLOCK // LANE], tl.float64)
@@ -40,8 +54,7 @@ def _sums_of_others(
     # Per lane, so that no step waits for another thread.
     for start in range(0, width, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        raw = tl.load(row + ids, mask=ids < width, other=MINUS_INFINITY).to(tl.float32)
-        s = by_lane(raw)
+        s = by_lane(_logits(row, bias, ids, ids < width, MINUS_INFINITY, BIASED, _AGAIN))
         new_peaks = tl.maximum(peaks, tl.max(s, 1))
         # Without a finite logit the sums are 0, not NaN.
         base = base_of(new_peaks)
@@ -70,10 +83,10 @@ def _slope(s, base, bits, slope, hard_slope, HARD: tl.constexpr, TEMPERED: tl.co
 
 @triton.jit
 def _topk_kernel(
-    student, gradient, ids, log_p, mass, rest, best, valid, labels, kd_factor, ce_factor,
+    student, bias, gradient, ids, log_p, mass, rest, best, valid, labels, kd_factor, ce_factor,
     divergence, ce_values, agrees,
     width, count, stride_s, stride_g, bits, inverse, value_scale,
-    HARD: tl.constexpr, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr,
+    HARD: tl.constexpr, TEMPERED: tl.constexpr, BIASED: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Process one row. bits: log2(e) / T. inverse: 1 / T. count: k."""
@@ -87,20 +100,22 @@ def _topk_kernel(
     lanes = tl.arange(0, KEPT)
     chosen = tl.load(ids + row * count + lanes, mask=lanes < count, other=-1)
     is_kept = chosen >= 0
-    own = tl.load(student + chosen, mask=is_kept, other=MINUS_INFINITY).to(tl.float32)
+    own = _logits(student, bias, chosen, is_kept, MINUS_INFINITY, BIASED, _AGAIN)
     top = tl.load(best + row)
-    top_logit = tl.load(student + top, mask=top >= 0, other=MINUS_INFINITY).to(tl.float32)
+    top_logit = _logits(student, bias, top, top >= 0, MINUS_INFINITY, BIASED, _AGAIN)
     label = tl.full((), -1, tl.int64)
     target = tl.full((), 0.0, tl.float32)
     if HARD:
         label = tl.load(labels + row)
-        target = tl.load(student + label).to(tl.float32)
+        target = _logits(student, bias, label, label >= 0, 0.0, BIASED, _AGAIN)
     # All lanes read the row before a lane changes it, and change it before a lane reads it again.
     tl.debug_barrier()
     tl.store(student + chosen, tl.full([KEPT], MINUS_INFINITY, student.dtype.element_ty), is_kept)
     tl.debug_barrier()
 
-    highest, others, hard_others = _sums_of_others(student, width, bits, HARD, TEMPERED, BLOCK)
+    highest, others, hard_others = _sums_of_others(
+        student, bias, width, bits, HARD, TEMPERED, BIASED, BLOCK
+    )
     base = tl.where(highest == MINUS_INFINITY, 0.0, highest)
     peak = tl.maximum(highest, tl.max(own, 0))
     drop = tl.where(highest == MINUS_INFINITY, 0.0, highest.to(tl.float64) - peak)
@@ -140,8 +155,7 @@ def _topk_kernel(
         hard_slope = (ce * tl.exp2(drop * LOG2_E) / hard_total).to(tl.float32)
         for start in range(0, width, BLOCK):
             found = start + tl.arange(0, BLOCK)
-            s = tl.load(student + found, mask=found < width, other=MINUS_INFINITY,
-                        eviction_policy="evict_first").to(tl.float32)  # fmt: skip
+            s = _logits(student, bias, found, found < width, MINUS_INFINITY, BIASED, _ONCE)
             change = _slope(s, base, bits, slope, hard_slope, HARD, TEMPERED)
             tl.store(gradient + found, change.to(gradient.dtype.element_ty), mask=found < width)
         own_change = pull * tl.exp(log_q) - factor * p
@@ -163,10 +177,12 @@ def _topk_kernel(
 class TritonTopKRows:
     """Row kernel that runs a plan on blocks of rows.
 
+    bias: [V], added to the logits as they are read.
     block: number of ids that a program reads at a time, a power of two; None: from the width.
     """
 
     plan: TopKPlan
+    bias: Tensor | None = None
     block: int | None = None
 
     def run_(
@@ -189,6 +205,7 @@ class TritonTopKRows:
         with torch.cuda.device_of(student):
             kernel[(count,)](
                 student,
+                bias_or(self.bias, student),
                 student if form is None else form,
                 *(tensor.contiguous() for tensor in teacher),
                 inputs.valid,
@@ -207,6 +224,7 @@ class TritonTopKRows:
                 plan.value_scale,
                 HARD=labels is not None,
                 TEMPERED=plan.temperature != 1.0,
+                BIASED=self.bias is not None,
                 GRADIENT=form is not None,
                 BLOCK=block,
                 KEPT=triton.next_power_of_2(teacher.ids.shape[1]),
