@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from types import ModuleType
 
+from packaging.version import Version
+
 from megakd.commands import (
     cache,
     encode,
@@ -30,6 +32,8 @@ from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.process.signals import Stopped, watched
 
 _USER_ERROR = 2
+# pip asks for it too, but a copy of the sources may run in an environment that pip did not make.
+_LEAST_TORCH = "2.11"
 
 
 # A command is a module that is named like it, with its options, its code, and a line on it.
@@ -92,6 +96,9 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _run_command(name: str, words: Sequence[str], *, prog: str) -> int:
+    installed = version("torch")
+    if Version(installed) < Version(_LEAST_TORCH):
+        raise ConfigError(f"torch {installed} is installed; megakd needs {_LEAST_TORCH} or newer")
     command = _COMMANDS[name]
     parser = Parser(prog=prog, description=inspect.getdoc(command) or "")
     command.add_options(parser)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import types
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,15 @@ def test_export_without_a_target_is_refused(run_file, capsys):
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evalute"]) == 2
     assert 'unknown command "evalute"; did you mean "evaluate"?' in capsys.readouterr().err
+
+
+def test_a_torch_below_the_supported_one_is_refused(run_file, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli, "version", {"torch": "2.10.1+cu128"}.__getitem__)
+
+    assert cli.main(["plan", run_file]) == 2
+    assert "torch 2.10.1+cu128 is installed; megakd needs 2.11 or newer" in capsys.readouterr().err
+    (needed,) = (line for line in requires("megakd") or () if line.startswith("torch"))
+    assert f">={cli._LEAST_TORCH}" in needed
 
 
 @pytest.mark.parametrize(("words", "code"), [([], 2), (["--help"], 0)], ids=["nothing", "help"])

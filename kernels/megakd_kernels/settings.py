@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -25,6 +26,12 @@ LOGITS_DTYPES = ("fp32", "bf16")
 ENVIRONMENT_VARIABLE = "MEGAKD_KERNELS"
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# What the row kernels and tiles are compiled for; the tests compile for 8.0 to 12.0.
+LEAST_CAPABILITY, LEAST_SHARED_KIB = (8, 0), 96
+
+# Devices for which "auto" has been decided.
+_FITS: dict[torch.device, bool] = {}
 
 # Numbers on a CPU up to which eager torch is faster than an operator.
 SMALL = 1 << 14
@@ -131,7 +138,8 @@ class Objective:
 def resolve_implementation(impl: str, device: torch.device) -> Implementation:
     """Return the code path for `impl` on this device; MEGAKD_KERNELS overrides "auto".
 
-    "auto" is "triton" on a CUDA device with Triton installed, else "chunked".
+    "auto" is "triton" on a CUDA device with Triton installed that can run the kernels, else
+    "chunked", with one warning if the GPU cannot.
 
     Raises:
         ValueError: the name is unknown (the message lists the known names), or "triton" cannot
@@ -147,7 +155,7 @@ def resolve_implementation(impl: str, device: torch.device) -> Implementation:
         _check_triton(source, device)
         return "triton"
     if impl == "auto":
-        return "triton" if device.type == "cuda" and HAS_TRITON else "chunked"
+        return "triton" if device.type == "cuda" and HAS_TRITON and _fits(device) else "chunked"
     return "reference" if impl == "reference" else "chunked"
 
 
@@ -192,6 +200,41 @@ def _check_triton(source: str, device: torch.device) -> None:
     # Triton's interpreter runs kernels on CPU tensors, for tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"{source} 'triton' needs CUDA tensors, got {device.type}; use 'chunked'")
+    if device.type == "cuda" and (lack := _lack(device)):
+        raise ValueError(f"{source} 'triton': {lack}; use 'chunked'")
+
+
+# Dynamo would look into the properties of the device.
+@torch.compiler.assume_constant_result
+def _fits(device: torch.device) -> bool:
+    """Return whether a GPU can run the kernels; warn once if it cannot."""
+    if device not in _FITS:
+        lack = _lack(device)
+        _FITS[device] = lack is None
+        if lack:
+            warnings.warn(f"the losses run in plain torch ('chunked'): {lack}", stacklevel=2)
+    return _FITS[device]
+
+
+@torch.compiler.assume_constant_result
+def _lack(device: torch.device) -> str | None:
+    """Return what a GPU has and the kernels need; None if it can run them."""
+    if not torch.cuda.is_available():
+        return None  # a forward of tensors that only claim to be there
+    if torch.version.hip:
+        return f"{device} is no GPU of NVIDIA, for which the kernels are written"
+    card = torch.cuda.get_device_properties(device)
+    shared = card.shared_memory_per_block_optin >> 10
+    has = f"{device} ({card.name}) has"
+    if (card.major, card.minor) < LEAST_CAPABILITY:
+        return f"{has} compute capability {card.major}.{card.minor}; the kernels need {_dotted()}"
+    if shared < LEAST_SHARED_KIB:
+        return f"{has} {shared} KiB of shared memory; the kernels need {LEAST_SHARED_KIB}"
+    return None
+
+
+def _dotted() -> str:
+    return ".".join(map(str, LEAST_CAPABILITY))
 
 
 def warp(which: str, scale: float, softcap: float | None) -> Warp:

@@ -2,15 +2,16 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import megakd_kernels as mk
-from megakd_kernels import linear_kd
+from megakd_kernels import linear_kd, settings
 from megakd_kernels.settings import resolve_implementation
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,71 @@ def test_the_environment_overrides_auto_alone(monkeypatch, impl, environment, ex
         monkeypatch.setenv("MEGAKD_KERNELS", environment)
 
     assert resolve_implementation(impl, CPU) == expected
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Properties of a GPU that is not there."""
+    card = SimpleNamespace(
+        name="Card", major=9, minor=0, shared_memory_per_block_optin=227 << 10,
+    )  # fmt: skip
+    monkeypatch.delenv("MEGAKD_KERNELS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(settings, "HAS_TRITON", True)
+    monkeypatch.setattr(settings, "_FITS", {})
+    return card
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        (
+            {"major": 7, "minor": 5},
+            r"cuda \(Card\) has compute capability 7.5; the kernels need 8.0",
+        ),
+        (
+            {"shared_memory_per_block_optin": 64 << 10},
+            r"cuda \(Card\) has 64 KiB of shared memory; the kernels need 96",
+        ),
+    ],
+    ids=["capability", "shared memory"],
+)
+def test_a_gpu_that_cannot_run_the_kernels_takes_chunks(card, lacks, message):
+    vars(card).update(lacks)
+
+    with pytest.warns(UserWarning, match=rf"in plain torch \('chunked'\): {message}"):
+        assert resolve_implementation("auto", CUDA) == "chunked"
+    with pytest.raises(ValueError, match=f"impl 'triton': {message}; use 'chunked'"):
+        resolve_implementation("triton", CUDA)
+    assert resolve_implementation("auto", CUDA) == "chunked"  # warned once
+
+
+def test_a_gpu_of_another_maker_takes_chunks(card, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+
+    with pytest.warns(UserWarning, match="cuda is no GPU of NVIDIA"):
+        assert resolve_implementation("auto", CUDA) == "chunked"
+
+
+def test_a_compiled_function_takes_the_path_of_an_eager_one():
+    @torch.compile(fullgraph=True, backend="eager")
+    def with_path(x):
+        return x, resolve_implementation("auto", CUDA)
+
+    assert with_path(torch.ones(2))[1] == resolve_implementation("auto", CUDA)
+
+
+def test_an_old_torch_is_refused_at_the_import():
+    program = "import torch; torch.__version__ = type(torch.__version__)('2.10.0+cpu'); "
+
+    run = subprocess.run(
+        [sys.executable, "-c", program + "import megakd_kernels"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert "megakd_kernels needs torch 2.11 or newer, got 2.10.0+cpu" in run.stderr
 
 
 def test_an_unknown_name_in_the_environment_is_refused(monkeypatch):
