@@ -1,16 +1,18 @@
 """Distribution of a stream of texts to steps, ranks and micro-batches, with an exact position.
 
-A rank reads its share of the texts in blocks, encodes a block, shuffles the rows of the block, and
-fills its micro-batches with the rows. A position names a block by the place in the files where it
-begins, so that a resumed run encodes only this block again.
+A reader reads its share of the texts in blocks, encodes a block, and shuffles the rows of the
+block; a rank fills its micro-batches with the rows. A position names a block by the place in the
+files where it begins, so that a resumed run encodes only this block again. A run has a reader per
+rank, and keeps its readers: of fewer ranks, each continues several.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice, repeat
 from typing import Any, NamedTuple, cast
@@ -35,14 +37,16 @@ CHARACTERS_PER_LENGTH = 128
 """A block also has this many characters per token of `max_length`, which is about 32 packed rows.
 The last row of a block of causal_lm is shorter than the others."""
 BLOCKS_AHEAD = 1
+READERS = "readers"
+"""Key of the state with the positions of all readers."""
 Parts = list[tuple[pa.Table, int]]
 """Parts of blocks, with the epoch of each part."""
 
 
 class Position(NamedTuple):
-    """The place of a rank in its share of a stream.
+    """The place of a reader in its share of a stream.
 
-    epoch: how often the rank has read its share to the end.
+    epoch: how often the reader has read its share to the end.
     block: number of the block in the epoch.
     files: state of the `datasets` stream at the beginning of the block; None at the beginning.
     taken: number of the block's rows that earlier steps have used.
@@ -62,7 +66,7 @@ class Block(NamedTuple):
 
 
 class EncodedStream:
-    """The encoded rows of one rank's share of a stream, without end.
+    """The encoded rows of one reader's share of a stream, without end.
 
     characters: the smallest number of characters of a block; None: see `BLOCK_CHARACTERS`.
     """
@@ -71,14 +75,23 @@ class EncodedStream:
         self, rows: StreamedRows, *, shape: StepShape, seed: int, characters: int | None = None
     ) -> None:
         self.shape, self.seed, self.name = shape, seed, rows.texts.name
+        self.reader, self.total = shape.rank, shape.world
         self._stream, self._tokenizer, self._task = rows
         least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.row_length)
         self._characters = characters or least
 
+    def readers(self, total: int) -> Sequence[EncodedStream]:
+        """Return the readers of this rank, where `total` read on all ranks."""
+        each = total // self.shape.world
+        readers = [copy.copy(self) for _ in range(each)]
+        for number, reader in enumerate(readers, start=each * self.shape.rank):
+            reader.reader, reader.total = number, total
+        return readers
+
     def parts(self, position: Position) -> Generator[tuple[Parts, Position], None, None]:
-        """Yield parts of blocks with a rank's rows of a step, and the position after them."""
+        """Yield parts of blocks with the reader's rows of a step, and the position after them."""
         parts: Parts = []
-        missing = size = self.shape.per_device * self.shape.accumulation
+        missing = size = self.shape.rows_per_step // self.total
         blocks = self._blocks(position)
         tasks = repeat(partial(next, blocks))
         with closing(blocks), closing(made_ahead(tasks, BLOCKS_AHEAD)) as futures:
@@ -101,14 +114,13 @@ class EncodedStream:
                 yield block
             if not has_rows:
                 raise DataError(
-                    f"{self.name} has no text for rank {self.shape.rank} of "
-                    f"{self.shape.world}: every rank needs at least one text with tokens; use more "
-                    "texts or fewer ranks"
+                    f"{self.name} has no text for rank {self.reader} of {self.total}: every rank "
+                    "needs at least one text with tokens; use more texts or fewer ranks"
                 )
             position = Position(position.epoch + 1)
 
     def _blocks_of_epoch(self, position: Position) -> Iterator[Block]:
-        share = self._stream.share(self.shape.rank, self.shape.world)
+        share = self._stream.share(self.reader, self.total)
         if position.files is not None:
             share.load_state_dict(dict(position.files))
         rows = iter(share)
@@ -149,7 +161,7 @@ class StreamLoader:
     """The rows of a stream, grouped by optimizer step.
 
     Every step has `rows_per_step` rows, without dummy rows, and every rank has the same number of
-    micro-batches. A rank that has read its share starts its share again.
+    micro-batches. A reader that has read its share starts its share again.
 
     `masking` chooses new masks every time that a text is read, as a function of (seed, epoch,
     tokens of the row): the rows of a stream have no numbers.
@@ -170,7 +182,11 @@ class StreamLoader:
         """Steps that the log counts as one epoch, because the length of a stream is unknown."""
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
-        self._step, self._position = 0, Position()
+        self._readers = rows.readers(rows.total)
+        self._step, self._positions = 0, self._beginning()
+
+    def _beginning(self) -> list[Position]:
+        return [Position()] * len(self._readers)
 
     def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
         """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
@@ -179,42 +195,51 @@ class StreamLoader:
         earlier call gives the position of a step up to `start`.
         """
         if self._step > start:
-            self._step, self._position = 0, Position()
+            self._step, self._positions = 0, self._beginning()
         if start > self._step:
             logger.info("reading the texts of %d earlier steps again", start - self._step)
-        steps = self._steps(self._position, skip=start - self._step)
+        steps = self._steps(self._positions, skip=start - self._step)
         tasks = (partial(next, steps) for _ in range(start, stop))
         with closing(steps), closing(made_ahead(tasks, STEPS_AHEAD)) as futures:
             for step, future in enumerate(futures, start=start + 1):
-                batches, position = awaited(future, self)
-                if self._rows.shape.rank == 0 and position.epoch > self._position.epoch:
+                batches, positions = awaited(future, self)
+                epoch = positions[0].epoch
+                if self._rows.shape.rank == 0 and epoch > self._positions[0].epoch:
                     logger.info(
                         "%s: rank 0 has read its texts %d time(s) and starts again",
-                        *(self._rows.name, position.epoch),
+                        *(self._rows.name, epoch),
                     )
                 # Of the step that is used, not of the steps that are prepared.
-                self._step, self._position = step, position
+                self._step, self._positions = step, positions
                 yield batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions of all ranks after the last step of `iterate`; a collective."""
-        return {"step": self._step, "ranks": self._gather(self._position._asdict())}
+        """Return the positions of all readers after the last step of `iterate`; a collective."""
+        of_ranks = self._gather([position._asdict() for position in self._positions])
+        return {"step": self._step, READERS: [place for places in of_ranks for place in places]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        places = state[READERS]
+        self._readers = self._rows.readers(len(places))
         self._step = state["step"]
-        self._position = Position(**state["ranks"][self._rows.shape.rank])
+        self._positions = [Position(**places[each.reader]) for each in self._readers]
 
     def scalars(self) -> dict[str, float]:
         return {}
 
     def _steps(
-        self, position: Position, *, skip: int
-    ) -> Generator[tuple[Sequence[Batch], Position], None, None]:
-        with closing(self._rows.parts(position)) as steps:
-            for parts, after in islice(steps, skip, None):
+        self, positions: Sequence[Position], *, skip: int
+    ) -> Generator[tuple[Sequence[Batch], list[Position]], None, None]:
+        with ExitStack() as stack:
+            streams = [
+                stack.enter_context(closing(reader.parts(position)))
+                for reader, position in zip(self._readers, positions, strict=True)
+            ]
+            for of_readers in islice(zip(*streams, strict=True), skip, None):
+                parts = [part for parts, _ in of_readers for part in parts]
                 rows = cast("Any", pa).concat_tables([part for part, _ in parts])
                 epochs = np.concatenate([np.full(len(part), epoch) for part, epoch in parts])
-                yield tuple(self._micro_batches(rows, epochs)), after
+                yield tuple(self._micro_batches(rows, epochs)), [after for _, after in of_readers]
 
     def _micro_batches(self, rows: pa.Table, epochs: NDArray[np.int64]) -> Iterator[Batch]:
         size = self._rows.shape.per_device

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from megakd.engine.collectives import all_reduce_
 from megakd.engine.sharding import full_shape, gathered, is_first_rank, is_zero_param, writes_here
 from megakd.engine.shards import own_part, own_partition
+from megakd.engine.stored_parts import Parts
 
 WEIGHT = "weight"
 """Name of the fp32 weights among the values of the optimizer; the others are its moments."""
+LEARNER = "learners.0."
+"""Prefix of the first learner's weights in the engine's module."""
 
 
 class Slot(NamedTuple):
@@ -34,10 +37,7 @@ class Slot(NamedTuple):
 
 
 class OptimizerState:
-    """The values that a training engine's optimizer keeps, one whole tensor at a time.
-
-    Every method is a collective.
-    """
+    """The values that a training engine's optimizer keeps; methods are collectives."""
 
     def __init__(self, engine: Any) -> None:
         self._outer = engine.optimizer
@@ -75,20 +75,43 @@ class OptimizerState:
                 here = _put_together(self._part(slot, kind), slot.offset, parameter)
                 yield kind, name, here if is_first_rank() else torch.empty(0)
 
-    def load(self, read: Callable[[str, str], Tensor], *, steps: int) -> None:
-        """Set all values, in the order of `whole`, as `read(kind, name)` gives them as a whole."""
+    def parts(self) -> Parts:
+        """Return this rank's part of every value; no collective."""
+        slots = {name: self._slot(parameter) for name, parameter in self._parameters.items()}
+        return {
+            # A view of a shared value would be written with the whole value.
+            kind: {
+                name: part.clone() if slot.is_shared else part
+                for name, slot in slots.items()
+                if len(part := self._part(slot, kind))
+            }
+            for kind in self.kinds
+        }
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Index of the first element of this rank's part in the flattened weight, by name."""
+        return {name: self._slot(p).offset for name, p in self._parameters.items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of elements of the whole weights, by name."""
+        return {name: full_shape(p).numel() for name, p in self._parameters.items()}
+
+    def load(self, read: Callable[[str, str, slice], Tensor], *, steps: int) -> None:
+        """Set all values; `read(kind, name, wanted)` returns elements of a flattened value."""
         owners: dict[int, Tensor] = {}
         for name, parameter in self._parameters.items():
-            slot = self._slot(parameter)
+            slot, whole = self._slot(parameter), slice(0, full_shape(parameter).numel())
             if slot.size or slot.is_shared:
                 owners[id(slot.owner)] = slot.owner
-            for kind in self.kinds:
-                value = read(kind, name)
-                self._set(slot, kind, value)
-                if kind == WEIGHT:
-                    with gathered([parameter], modify=True):
-                        if writes_here(parameter):
-                            parameter.data.copy_(value.reshape(full_shape(parameter)))
+                mine = slice(slot.offset, slot.offset + slot.size)
+                for kind in self.kinds:
+                    self._set(slot, kind, read(kind, name, whole if slot.is_shared else mine))
+            with gathered([parameter], modify=True):
+                if writes_here(parameter):
+                    value = read(WEIGHT, name, whole)
+                    parameter.data.copy_(value.reshape(full_shape(parameter)))
         self._set_steps(owners.values(), steps)
 
     def put_together(self, name: str, part: Tensor) -> Tensor:
@@ -96,10 +119,10 @@ class OptimizerState:
         parameter = self._parameters[name]
         return _put_together(part, self._slot(parameter).offset, parameter)
 
-    def part_of(self, name: str, whole: Tensor) -> Tensor:
-        """Return this rank's part of a whole tensor, as `local_shards` splits the weight."""
+    def part_of(self, name: str) -> slice:
+        """Return this rank's part of a flattened weight, as `local_shards` splits the weight."""
         slot = self._slot(self._parameters[name])
-        return whole.flatten().narrow(0, slot.offset, slot.size)
+        return slice(slot.offset, slot.offset + slot.size)
 
     def _part(self, slot: Slot, kind: str) -> Tensor:
         """Return this rank's part of a value, [size]; a moment that was never set is zero."""
@@ -110,8 +133,6 @@ class OptimizerState:
         return source.detach().flatten().narrow(0, slot.start, slot.size)
 
     def _set(self, slot: Slot, kind: str, value: Tensor) -> None:
-        if not (slot.size or slot.is_shared):
-            return
         if kind == WEIGHT:
             target = slot.owner.detach()
         else:
@@ -122,8 +143,7 @@ class OptimizerState:
         if slot.is_shared:
             target.copy_(value.reshape(target.shape))
         else:
-            part = value.flatten().narrow(0, slot.offset, slot.size)
-            target.view(-1).narrow(0, slot.start, slot.size).copy_(part)
+            target.view(-1).narrow(0, slot.start, slot.size).copy_(value)
 
     def _set_steps(self, owners: Iterable[Tensor], steps: int) -> None:
         counts_in_tensors = isinstance(self._inner, torch.optim.AdamW)

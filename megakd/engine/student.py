@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ from megakd.contract.views import Cut, Maker, View
 from megakd.engine.collectives import together
 from megakd.engine.initialize import RATE, Engine
 from megakd.engine.memory import destroy
-from megakd.engine.optimizer_state import OptimizerState
+from megakd.engine.optimizer_state import LEARNER, OptimizerState
 from megakd.engine.shards import Shard, local_shards
+from megakd.engine.stored_parts import Parts, StoredParts, write_parts
 from megakd.errors import CheckpointError
-from megakd.storage.atomic import write_tensors
+
+_SHARD = "shards/"
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class StudentEngine:
@@ -175,75 +179,65 @@ class StudentEngine:
         with self._engine.module.opened_head(batch):
             return self._engine(batch, view=view)
 
-    def save(self, folder: Path, tag: str) -> list[Path]:
-        """Write the engine's shards into folder/tag; return this rank's files; a collective.
+    def save(self, folder: Path, shards: Parts = MappingProxyType({})) -> list[Path]:
+        """Write this rank's part of the engine's state; return its file; a collective.
 
-        A failed write is raised on every rank.
+        shards: values that a strategy keeps for the elements of `local_shards`.
         """
-        engine = self._engine
-        writer, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script  # noqa: SLF001
-        frozen = self._frozen_names()
-        careful = CarefulWriter(writer, leave_out=frozen)
-        engine.checkpoint_engine = careful
-        # Only rank 0 copies two scripts; a failure on a full disk would leave other ranks waiting.
-        engine._copy_recovery_script = lambda _: None  # noqa: SLF001
-        try:
-            engine.save_checkpoint(
-                str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=bool(frozen)
-            )
-        finally:
-            engine.checkpoint_engine = writer
-            engine._copy_recovery_script = copy_scripts  # noqa: SLF001
-        together(careful.raise_failure)
-        return careful.written
+        values, rank = self.optimizer_state, self._engine.global_rank
+        facts = {
+            "steps": values.steps,
+            "skipped_steps": int(self._engine.skipped_steps),
+            "loss_scale": {
+                key: getattr(s, key) for s in self._scalers for key in vars(s) if key in _SCALE
+            },
+        }
+        kept = {
+            f"{_SHARD}{kind}": {LEARNER + name: part for name, part in by_name.items()}
+            for kind, by_name in shards.items()
+        }
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Read a checkpoint that `save` wrote; a collective."""
-        is_whole = not self._frozen_names()
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=is_whole)
-        if path is None:  # DeepSpeed only warns, and the run would continue with new weights
-            raise CheckpointError(f"DeepSpeed cannot read its checkpoint in {folder / tag}")
+        def write() -> Path:
+            folder.mkdir(parents=True, exist_ok=True)
+            parts = {**values.parts(), **kept}
+            return write_parts(folder, rank, parts, offsets=values.offsets, facts=facts)
 
-    def _frozen_names(self) -> frozenset[str]:
-        """Return the names of all weights that do not learn; a tied weight has several names."""
-        named = self.bundle.named_parameters(remove_duplicate=False)
-        return frozenset(name for name, parameter in named if not parameter.requires_grad)
+        return [together(write)]
+
+    def load(self, folder: Path) -> Parts:
+        """Read a state that any number of ranks wrote; return this rank's shards; a collective."""
+        stored, values = StoredParts(folder), self.optimizer_state
+        for kind in values.kinds:
+            for name, size in values.sizes.items():
+                if stored.size(kind, name) != size:
+                    raise CheckpointError(
+                        f"{folder} holds {stored.size(kind, name)} of {size} values of {kind} of "
+                        f"{name}: it was written for another model"
+                    )
+        values.load(stored.read, steps=stored.facts["steps"])
+        self._engine.skipped_steps = stored.facts["skipped_steps"]
+        for scaler in self._scalers:
+            vars(scaler).update(stored.facts["loss_scale"])
+        return {
+            kind.removeprefix(_SHARD): {
+                name.removeprefix(LEARNER): stored.read(kind, name, part).to(self._engine.device)
+                for name in names
+                if (part := values.part_of(name)).start < part.stop
+            }
+            for kind, names in stored.names.items()
+            if kind.startswith(_SHARD)
+        }
+
+    @property
+    def _scalers(self) -> list[Any]:
+        """The object that holds the scale of the loss: of ZeRO, or of 16 bits at ZeRO 0."""
+        kinds = ("loss_scaler", "loss_scale_config")
+        return [
+            getattr(self._engine.optimizer, k) for k in kinds if hasattr(self._engine.optimizer, k)
+        ]
 
     def destroy(self) -> None:
         destroy(self._engine)
-
-
-class CarefulWriter:
-    """DeepSpeed's checkpoint writer that keeps the error of a failed write for later.
-
-    An error raised immediately on one rank would leave the other ranks in DeepSpeed's barriers.
-
-    leave_out: names of the module's weights that are not written. DeepSpeed leaves out a frozen
-        weight under its first name alone, and would write a tied weight under the second.
-    """
-
-    def __init__(self, writer: Any, *, leave_out: Collection[str] = ()) -> None:
-        self._writer, self._leave_out = writer, leave_out
-        self._failure: OSError | None = None
-        self.written: list[Path] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
-
-    def save(self, state_dict: Any, path: str) -> None:
-        if self._leave_out and "module" in state_dict:
-            module = state_dict["module"].items()
-            kept = {name: value for name, value in module if name not in self._leave_out}
-            state_dict = {**state_dict, "module": kept}
-        try:
-            write_tensors(Path(path), state_dict)
-            self.written.append(Path(path))
-        except OSError as error:
-            self._failure = error
-
-    def raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
 
 
 _ON_CPU = {Batch: ("rows",), Extras: ("is_rollout", "routes")}

@@ -33,6 +33,7 @@ from megakd.training.lab_base import LabBase
 from megakd.training.probe import StageProbe
 from megakd.training.progress import Reporter
 from megakd.training.recipes import scoring_preset
+from megakd.training.stage_batches import check_readers
 from megakd.training.stage_extra import step_shape
 from megakd.training.stage_folder import may_grow, read_result
 from megakd.training.stage_run import StageRun, stage_checkpoints
@@ -104,7 +105,9 @@ class RunLab(LabBase):
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
         # Before any model is loaded, because a checkpoint may be refused.
         checkpoints = stage_checkpoints(stage, self.assembly, fingerprint)
-        checkpoints.to_resume(stage.train.resume_from_checkpoint)
+        checkpoint = checkpoints.to_resume(stage.train.resume_from_checkpoint)
+        if checkpoint is not None:
+            check_readers(checkpoint, self._ranks)
         with self.pool.of_stage(stage) as teachers:
             run = StageRun(
                 stage,

@@ -6,35 +6,40 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from megakd.config.deepspeed import load_ds_config
 from megakd.contract.plugins import code_of
 from megakd.data.files import matching_files
 from megakd.errors import MegakdError
 from megakd.inputs.precision import training_dtype
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
+from megakd.training.stage_extra import step_shape
+from megakd.training.stage_folder import ROWS_PER_STEP
 
 if TYPE_CHECKING:
     from megakd.config.rollout import RolloutConfig
     from megakd.config.train import TrainConfig
     from megakd.contract.stage import Stage
+    from megakd.engine.distributed import Ranks
     from megakd.training.assembly import Assembly
 
 _PLAIN = (str, int, float, bool, type(None))
+_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")
+_FREE = (*_SPLIT, "kernels", "collective_timeout")
+"""Keys of `train` on which the weights do not depend; all kernels compute the same."""
 
 
 def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
-    """Return everything that a stage's weights depend on, except for the number of ranks.
+    """Return everything that a stage's weights depend on.
 
-    The stage is complete, see `recipes.completed`, and its teachers are ready.
+    How ranks share the rows and the weights changes the rounding alone, so that a run may go on
+    with other ranks. The stage is complete, see `recipes.completed`, and its teachers are ready.
     """
-    config, where = assembly.config, f"{assembly.config.key_of(stage.role)}.deepspeed"
+    config = assembly.config
     tree: dict[str, Any] = {
         "seed": config.seed,
         **assembly.of(stage.role).conditions,
         **_learners(stage, assembly),
-        "train": _training(stage.train, assembly.ranks.device.type),
+        "train": _training(stage.train, assembly.ranks),
         "objective": [asdict(term) | code_of(term) for term in stage.objective],
-        "deepspeed": load_ds_config(stage.deepspeed, where=where),
         "labelled_only": stage.labelled_only,
         "strategy": facts_of(stage.strategy),
         "views": {name: view._asdict() for name, view in stage.views.items()},
@@ -94,11 +99,11 @@ def _rollouts(rollouts: RolloutConfig) -> Mapping[str, Any]:
     return tree
 
 
-def _training(train: TrainConfig, device: str) -> Mapping[str, Any]:
-    bf16 = training_dtype(train, device) == "bf16"
-    tree = asdict(train) | {"resume_from_checkpoint": None, "bf16": bf16}
-    del tree["kernels"], tree["collective_timeout"]  # all kernels compute the same
-    return tree
+def _training(train: TrainConfig, ranks: Ranks) -> Mapping[str, Any]:
+    bf16 = training_dtype(train, ranks.device.type) == "bf16"
+    rows = {ROWS_PER_STEP: step_shape(train, ranks).rows_per_step}
+    tree = {key: value for key, value in asdict(train).items() if key not in _FREE} | rows
+    return tree | {"resume_from_checkpoint": None, "bf16": bf16}
 
 
 def facts_of(value: Any) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """Checkpoints that are written completely or not at all, and verified before they are used.
 
-    checkpoints/<stage>/step-<n>/    DeepSpeed's shards, state.pt, rank-<r>.pt, manifest.json
+    checkpoints/<stage>/step-<n>/    engine-<r>.pt, rank-<r>.pt, state.pt, manifest.json
     checkpoints/<stage>/latest       the name of the newest, replaced last
     checkpoints/<stage>/step-<n>.unused-<k>/    a checkpoint that the run has passed over
 
@@ -33,11 +33,11 @@ from megakd.process.seeding import random_state, set_random_state
 from megakd.storage.atomic import full_disk_reason, set_aside, write_tensors, write_text
 from megakd.storage.checksums import damage_of, entries_of, files_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
-from megakd.training.stage_folder import is_longer
+from megakd.training.stage_folder import is_longer, same_rows
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 """Increased when the content of checkpoints changes, so that older ones are refused in one line."""
 LATEST = "latest"
 _PARTIAL = ".partial"
@@ -48,7 +48,8 @@ _NAME = re.compile(_PREFIX + r"\d+")
 class CheckpointState(NamedTuple):
     """A part of the state of a stage, as plain values and tensors.
 
-    of_rank: whether the part differs between ranks.
+    of_rank: whether the part differs between ranks; `load` then gets the parts of all ranks that
+        wrote the checkpoint, in order.
     """
 
     save: Callable[[], Any]
@@ -74,14 +75,14 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        write_engine: Callable[[Path, str], list[Path]],
+        write_engine: Callable[[Path], list[Path]],
         states: Mapping[str, CheckpointState],
     ) -> Path:
         """Write one checkpoint.
 
         Args:
             step: the number of optimiser steps taken.
-            write_engine: writes the engine's shards into (folder, tag); returns this rank's files.
+            write_engine: writes the engine's state into a folder; returns this rank's files.
             states: everything else that a resumed stage needs, by name.
         """
         partial = self.folder / f"{_PREFIX}{step}{_PARTIAL}"
@@ -91,7 +92,7 @@ class Checkpoints:
         )
         try:
             on_main(lambda: self._make_room(partial))
-            shards = write_engine(self.folder, partial.name)
+            shards = write_engine(partial)
             others = together(lambda: self._write_state(partial, common, own))
             files = synced_entries(partial, [*shards, *others])
             return on_main(lambda: self._publish(partial, step, files))
@@ -245,12 +246,7 @@ class Checkpoints:
         if differing and not (self.may_grow and is_longer(there, here)):
             raise CheckpointError(
                 f"{checkpoint} was written with another config ({differing}); use another "
-                "output_dir, or use that config again"
-            )
-        if manifest["ranks"] != self.ranks.world_size:
-            raise CheckpointError(
-                f"{checkpoint} was written by {manifest['ranks']} ranks and this run has "
-                f"{self.ranks.world_size}; start this run with {manifest['ranks']} ranks"
+                f"output_dir, or use that config again{same_rows(there, here)}"
             )
 
     def has_grown(self, checkpoint: Path) -> bool:
@@ -261,17 +257,23 @@ class Checkpoints:
     def load(
         self,
         checkpoint: Path,
-        read_engine: Callable[[Path, str], None],
+        read_engine: Callable[[Path], None],
         states: Mapping[str, CheckpointState],
-    ) -> None:
-        """Load engine shards, the states in their order, and the random numbers of this rank."""
-        read_engine(checkpoint.parent, checkpoint.name)
-        common = _read_plain(checkpoint / "state.pt", self.ranks.device)
-        mine = _read_plain(checkpoint / f"rank-{self.ranks.rank}.pt", self.ranks.device)
+    ) -> int:
+        """Load the engine and the states in their order; return how many ranks wrote them.
+
+        Random numbers continue if the number of ranks is the same.
+        """
+        read_engine(checkpoint)
+        ranks, device = read_signed(checkpoint / MANIFEST)["ranks"], self.ranks.device
+        common = read_common(checkpoint, device)
+        own = [_read_plain(checkpoint / f"rank-{rank}.pt", device) for rank in range(ranks)]
         for name, state in states.items():
-            state.load((mine["own"] if state.of_rank else common)[name])
-        # Last, because reading the shards may draw random numbers.
-        set_random_state(mine["random"])
+            state.load([each["own"][name] for each in own] if state.of_rank else common[name])
+        # Last, because reading the engine may draw random numbers.
+        if ranks == self.ranks.world_size:
+            set_random_state(own[self.ranks.rank]["random"])
+        return ranks
 
     def given(self, checkpoint: Path) -> Path | None:
         """Verify a checkpoint that the user named; return None if it belongs to another stage."""
@@ -291,6 +293,11 @@ class Checkpoints:
                 f"{checkpoint} cannot be resumed from: {MANIFEST} cannot be read: {error}; give a "
                 f"folder such as checkpoints/<stage>/step-<n>, or true for the newest"
             ) from error
+
+
+def read_common(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """Return the states of a checkpoint that are the same on all ranks, by name."""
+    return _read_plain(checkpoint / "state.pt", device)
 
 
 def synced_entries(folder: Path, written: Sequence[Path]) -> dict[str, Any]:

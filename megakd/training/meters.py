@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,9 +192,22 @@ class TrainMeter:
             "seconds": time.perf_counter() - self._since - self._paused_s,
         }
 
-    def load_window_state(self, state: Mapping[str, Any]) -> None:
-        device = self._ranks.device
-        self._parts = {name: value.to(device) for name, value in state["parts"].items()}
+    def load_window_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the values of `window_state` of all ranks that wrote them, which may be others.
+
+        Only the parts differ between ranks, and only their sum counts.
+        """
+        rank, device = self._ranks.rank, self._ranks.device
+        is_same = len(states) == self._ranks.world_size
+        mine = [states[rank]] if is_same else states if rank == 0 else []
+        state = states[0]
+        self._parts = {
+            name: sum(
+                (each["parts"][name].to(device) for each in mine),
+                torch.zeros_like(value, device=device),
+            )
+            for name, value in state["parts"].items()
+        }
         self._counts = dict(state["counts"])
         self._steps, self._window_before = state["steps"], state["seconds"]
         self._tokens, self._without_targets = state["tokens"] or 0, state["without_targets"] or 0

@@ -52,7 +52,7 @@ class StageProbe:
     def remember(self, student: StudentEngine) -> None:
         partial = self.folder / f"{BEGINNING}.partial"
         on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-        files = synced_entries(partial, student.save(self.folder, partial.name))
+        files = synced_entries(partial, student.save(partial))
         on_main(lambda: self._publish(partial, files))
 
     def _publish(self, partial: Path, files: Entries) -> None:
@@ -61,7 +61,7 @@ class StageProbe:
         partial.rename(self.folder / BEGINNING)
 
     def reset(self, student: StudentEngine) -> None:
-        student.load(self.folder, BEGINNING)
+        student.load(self.folder / BEGINNING)
 
     def check_remembered(self) -> None:
         on_main(self._check_folder)

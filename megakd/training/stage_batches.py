@@ -11,15 +11,19 @@ from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader
 from megakd.data.routed_rows import RoutedSource
 from megakd.engine.collectives import gather
+from megakd.errors import CheckpointError
+from megakd.training.checkpoint import read_common
 from megakd.training.probe import Beginning
 from megakd.training.stage_extra import StageExtra, StageParts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from megakd.contract.batch import BatchSource
     from megakd.data.encoding import Encoded
     from megakd.data.loader import OtherReading
+    from megakd.engine.distributed import Ranks
 
 
 def extras_of(parts: StageParts) -> list[StageExtra]:
@@ -65,6 +69,17 @@ def row_batches(
     steps = steps_of_stream(layout, stage.train.max_steps)
     rows = EncodedStream(encoded.stream, shape=layout.shape, seed=seed)
     return StreamLoader(rows, collate, steps_per_epoch=steps, gather=gather, masking=masking)
+
+
+def check_readers(checkpoint: Path, ranks: Ranks) -> None:
+    """Raise if the readers of a stream in a checkpoint cannot be divided among the ranks."""
+    readers = len(read_common(checkpoint, ranks.device)["batches"].get("readers", ()))
+    if readers % ranks.world_size:
+        fitting = [str(number) for number in range(1, readers + 1) if readers % number == 0]
+        raise CheckpointError(
+            f"{checkpoint} has {readers} readers of a stream, which {ranks.world_size} ranks "
+            f"cannot share evenly; start this run with {' or '.join(fitting)} ranks"
+        )
 
 
 class Routing(StageExtra):

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 RESULT = "result.json"
+ROWS_PER_STEP = "rows_per_step"
+"""Key in the section `train` of a fingerprint, for the keys that split a step over the ranks."""
 LENGTHS = tuple(
     f"{section}.{key}"
     for section in ("train", "alone")
@@ -122,7 +124,8 @@ def read_result(
     if differing:
         raise CheckpointError(
             f"{folder} holds the result of another config ({differing}); use another output_dir, "
-            "use that config again, or remove the folder; to train this model further, set "
+            f"use that config again{same_rows(there, here)}, or remove the folder; to train this "
+            "model further, set "
             f"student.model={folder} and another output_dir"
         )
     return result
@@ -156,6 +159,14 @@ def remake(folder: Path) -> str:
         f"remove {folder}{also} and start the same command again: the stage runs again, from its "
         "last checkpoint if there is one"
     )
+
+
+def same_rows(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Return how to get the rows of a step that a fingerprint has, if another has others."""
+    rows = there.get(f"train.{ROWS_PER_STEP}")
+    if rows in (None, here.get(f"train.{ROWS_PER_STEP}")):
+        return ""
+    return f" (per_device_train_batch_size x gradient_accumulation_steps x ranks must be {rows})"
 
 
 def is_longer(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

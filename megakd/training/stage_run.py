@@ -9,7 +9,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megakd.config.train import learning_rate_schedule, total_steps
 from megakd.contract.batch import Batch
@@ -36,9 +35,6 @@ from megakd.training.stage_extra import StageParts
 from megakd.training.stage_folder import RESULT, may_grow, result_text
 from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -88,13 +84,7 @@ class StageRun:
     def _states(self) -> dict[str, CheckpointState]:
         # In the order of loading.
         trainer, source, health = self.trainer, self.source, self.health
-        strategy = self.stage.strategy
-
-        def shards() -> dict[str, dict[str, Tensor]]:
-            return {kind: dict(parts) for kind, parts in strategy.shards().items()}
-
         return {
-            "shards": CheckpointState(shards, strategy.load_shards, of_rank=True),
             "trainer": CheckpointState(trainer.state_dict, trainer.load_state_dict),
             "batches": CheckpointState(source.state_dict, source.load_state_dict),
             "health": CheckpointState(health.state_dict, health.load_state_dict),
@@ -172,11 +162,17 @@ class StageRun:
         if checkpoint is not None:
             for extra in self.extras:
                 extra.resumes(checkpoint.parent)
-            self.checkpoints.load(checkpoint, self.student.load, self.states)
+            writers = self.checkpoints.load(checkpoint, self._load_engine, self.states)
             if self.checkpoints.has_grown(checkpoint):
                 self.evaluation.stopping.extend()
-            self._say(f"{name}: resumed at step {self.trainer.step} from {checkpoint}")
-            return self.trainer.step
+            step, ranks = self.trainer.step, self.ranks
+            text = f"{name}: resumed at step {step} from {checkpoint}"
+            if writers != ranks.world_size:
+                seed_everything(self.config.seed, ranks.rank, step)
+                text += f", which {writers} ranks wrote; with {ranks.world_size} ranks, dropout "
+                text += "draws other numbers from here on"
+            self._say(text)
+            return step
         self.evaluation.resume_best({})
         if self.first_step:
             from megakd.training.window_state import continue_window
@@ -187,6 +183,12 @@ class StageRun:
         elif wanted is True:
             self._say(f"{name}: no checkpoint to resume from, starting at step 0")
         return self.first_step
+
+    def _load_engine(self, folder: Path) -> None:
+        self.stage.strategy.load_shards(self.student.load(folder))
+
+    def _write_engine(self, folder: Path) -> list[Path]:
+        return self.student.save(folder, self.stage.strategy.shards())
 
     def _after_step(self, report: StepReport) -> None:
         step, stopping = self.trainer.step, self.evaluation.stopping
@@ -235,7 +237,7 @@ class StageRun:
         self.health.check_finite(self.checkpoints.newest)
         began = time.perf_counter()
         with self.health.paused(), doing(f"saving step {step} of stage {self.stage.name}"):
-            self.checkpoints.save(step, self.student.save, self.states)
+            self.checkpoints.save(step, self._write_engine, self.states)
         seconds, limit = time.perf_counter() - began, self.config.train.collective_timeout
         if seconds > limit / 2 and self.ranks.is_main:
             logger.warning(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from megakd.engine.collectives import gather, on_main
+from megakd.engine.optimizer_state import LEARNER
 from megakd.errors import CheckpointError
 from megakd.models.cutting import cut_state
 from megakd.models.model_folder import write_weights
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 FOLDER = "training_state"
 REST = "rest.pt"
-LEARNER = "learners.0."
-"""Prefix of the first learner's weights in the engine's module."""
 
 
 class WindowState(NamedTuple):
@@ -121,12 +120,16 @@ def continue_window(
     stored, reader = check_weight_files(folder / FOLDER, where), WeightReader(where)
     rest = torch.load(folder / FOLDER / REST, weights_only=True)
     values = student.optimizer_state
-    values.load(lambda kind, name: reader.read(stored[f"{kind}/{name}"]), steps=rest["steps"])
+
+    def read(kind: str, name: str, wanted: slice) -> Tensor:
+        return reader.read(stored[f"{kind}/{name}"]).flatten()[wanted]
+
+    values.load(read, steps=rest["steps"])
     shards: dict[str, dict[str, Tensor]] = {}
     for key in sorted(stored):
         kind, _, name = key.partition("/")
         if kind not in values.kinds:
-            part = values.part_of(name, reader.read(stored[key])).clone()
+            part = read(kind, name, values.part_of(name)).clone()
             shards.setdefault(kind, {})[name.removeprefix(LEARNER)] = part.to(ranks.device)
     strategy.load_shards(shards)
     batches.load_state_dict(rest["batches"])

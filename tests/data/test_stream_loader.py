@@ -185,7 +185,7 @@ def test_the_state_holds_the_position_of_every_rank_and_each_rank_takes_its_own(
     for shape in shapes:
         loader = scene.loader(shape)
         list(loader.iterate(0, 7))
-        positions.append(loader.state_dict()["ranks"][0])
+        positions.append([loader.state_dict()["readers"][0]])
     assert positions[0] != positions[1]
     state = scene.loader(shapes[0], states=lambda _: positions).state_dict() | {"step": 7}
 
@@ -193,6 +193,31 @@ def test_the_state_holds_the_position_of_every_rank_and_each_rank_takes_its_own(
         resumed = scene.loader(shape)
         resumed.load_state_dict(state)
         assert seen(resumed.iterate(7, 12)) == through[rank][7:]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_fewer_ranks_continue_the_readers_of_all_and_get_the_same_rows(scene, world):
+    every = [StepShape(1, 1, rank, 4) for rank in range(4)]
+    rows = [[truth(step) for step in scene.loader(shape).iterate(0, 30)] for shape in every]
+    together = [Counter(row for of_rank in rows for row in of_rank[step]) for step in range(30)]
+    positions = []
+    for shape in every:
+        loader = scene.loader(shape)
+        list(loader.iterate(0, 7))
+        positions.append([loader.state_dict()["readers"][0]])
+    state = scene.loader(every[0], states=lambda _: positions).state_dict() | {"step": 7}
+    fewer = [StepShape(2, 2 // world, rank, world) for rank in range(world)]
+    loaders = [scene.loader(shape) for shape in fewer]
+    for loader in loaders:
+        loader.load_state_dict(state)
+
+    found = [[truth(step) for step in loader.iterate(7, 30)] for loader in loaders]
+
+    again = [Counter(row for of_rank in found for row in of_rank[step]) for step in range(23)]
+    assert again == together[7:]
+    # Their state is one of all four readers again.
+    places = [loader.state_dict()["readers"][: 4 // world] for loader in loaders]
+    assert scene.loader(fewer[0], states=lambda _: places).state_dict()["readers"][3] != {}
 
 
 def test_a_source_may_be_asked_for_pieces_for_earlier_steps_and_for_a_later_start(scene):

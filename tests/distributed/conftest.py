@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,37 @@ def command(workers: Callable[[int], GlooWorkers]) -> Callable[..., Ended]:
         return Ended([*codes], "\n".join(texts))
 
     return run
+
+
+@pytest.fixture
+def goes_on(command: Callable[..., Ended], tmp_path: Path) -> Callable[..., Path]:
+    """Continue a finished run from a step of a stage, with other ranks; return the folder."""
+
+    def run(
+        config: str | Path, out: Path, stage: str, step: int, *overrides: str, world: int
+    ) -> Path:
+        copied = as_it_was(out, stage, step, tmp_path / "continued" / str(world))
+        words = ("--config", str(config), f"output_dir={copied}", *overrides)
+        ended = command(*words, world=world)
+        assert ended.codes == [0] * world, ended.text
+        saved = copied / "checkpoints" / stage / f"step-{step}"
+        assert f"{stage}: resumed at step {step} from {saved}, which" in ended.text
+        return copied
+
+    return run
+
+
+def as_it_was(out: Path, stage: str, step: int, copied: Path) -> Path:
+    """Copy a run's folder as it was when a stage had saved a step."""
+    shutil.copytree(out, copied)
+    saved = (out / "checkpoints" / stage / f"step-{step}" / "manifest.json").stat().st_mtime_ns
+    for file in sorted(out.rglob("*"), reverse=True):
+        there = copied / file.relative_to(out)
+        if file.is_file() and file.stat().st_mtime_ns > saved:
+            there.unlink()
+        elif there.is_dir() and not any(there.iterdir()):
+            there.rmdir()
+    return copied
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def two_engines(config_path: str, folder: str) -> dict:
         weights = list(teacher.model.parameters())
         before = [local(p).clone() for p in weights]
         run.trainer.train_step(run.source.step(0))
-        run.student.save(Path(folder), "saved")
+        run.student.save(Path(folder) / "saved")
         after = [local(p) for p in weights]
         return {
             "teacher_share": sum(p.numel() for p in after) / elements(teacher.model),

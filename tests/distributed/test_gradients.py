@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -63,10 +64,18 @@ def rows(step: int, backward: int, rank: int, names: str, factor: float = 1.0) -
     return Rows(factor * 0.3 * torch.randn(4, WIDTH, generator=generator), names)
 
 
-def train(preset, dtype: str, steps: list[list[str]], factors: dict[int, float]) -> dict:
+def train(
+    preset,
+    dtype: str,
+    steps: list[list[str]],
+    factors: dict[int, float],
+    before: str | None = None,
+    after: str | None = None,
+) -> dict:
     """Take steps, each a list of backwards that name matrices; return what is seen of them.
 
     factors: factor of the inputs by step; with 1000, gradients overflow in fp16.
+    before, after: folders of the state that is read first and written last.
     """
     ds = load_ds_config(preset, where="student.deepspeed")
     settings = TrainConfig(learning_rate=RATE, adam_epsilon=EPSILON, max_grad_norm=0.0)
@@ -77,7 +86,9 @@ def train(preset, dtype: str, steps: list[list[str]], factors: dict[int, float])
             model, ds=ds, train=settings, dtype=dtype, world_size=dist.get_world_size()
         )
         student = StudentEngine(engine)
-        facts: dict = {"weights": [_masters(student)], "norms": []}
+        if before is not None:
+            student.load(Path(before))
+        facts: dict = {"weights": [_masters(student)], "norms": [], "scaling": [student.scaling()]}
         for step, backwards in enumerate(steps):
             for number, names in enumerate(backwards):
                 batch = rows(step, number, dist.get_rank(), names, factors.get(step, 1.0))
@@ -86,6 +97,9 @@ def train(preset, dtype: str, steps: list[list[str]], factors: dict[int, float])
             student.step(RATE)
             facts["norms"].append(float(student.gradient_norm()))
             facts["weights"].append(_masters(student))
+        facts["scaling"].append(student.scaling())
+        if after is not None:
+            student.save(Path(after))
         student.destroy()
     return facts
 
@@ -189,6 +203,22 @@ def test_only_the_step_that_overflows_is_skipped(workers, preset):
 
     assert_moved_alike(found, plain(steps, skipped={1}))
     assert found["norms"][1] == float("inf")
+
+
+@pytest.mark.parametrize(("preset", "other"), [("zero2", "zero3"), ("zero0", "zero1")])
+def test_the_scale_of_fp16_goes_on_at_another_stage_with_other_ranks(
+    workers, tmp_path, preset, other
+):
+    steps = [["abc"]] * 2
+    case, folder = "test_gradients.train", str(tmp_path / "state")
+
+    found = workers(2).run(case, preset, "fp16", steps, {1: 1000.0}, None, folder)[0]
+    later = workers(1).run(case, other, "fp16", [], {}, folder)[0]
+
+    first, last = found["scaling"]
+    assert later["scaling"][0] == last
+    assert last["train/loss_scale"] < first["train/loss_scale"] or preset != "zero0"
+    assert last["train/skipped_steps"] == 1
 
 
 @pytest.mark.parametrize("preset", ALL, ids=str)

@@ -237,6 +237,25 @@ def test_the_first_stage_of_version_2_learns_as_plain_pytorch_and_gives_the_stud
     assert torch.equal(table, notes["final"]["second_vocabulary/table.weight"])
 
 
+def test_two_vocabularies_go_on_with_other_ranks(command, goes_on, folder, tmp_path):
+    """Two learners with a rate each, a measured weight, and no moment of the frozen tables."""
+    config = config_of(folder, tmp_path, stage=2, **METHODS["measured"])
+    keys = ("save={save_steps: 1, save_total_limit: null}",)
+    whole = command("--config", config, *keys)
+    assert whole.codes == [0, 0], whole.text
+    other = (
+        "student.deepspeed={zero_optimization: {stage: 3}}",
+        "train.gradient_accumulation_steps=4",
+    )
+
+    found = goes_on(config, tmp_path / "out", "student", 2, *keys, *other, world=1)
+
+    assert_same(
+        folder_weights(found / "stages" / "student"),
+        folder_weights(tmp_path / "out" / "stages" / "student"),
+    )
+
+
 def test_dual_training_alone_does_not_reach_the_student(folder, alone):
     notes = alone["dual"]["student"]
 

@@ -290,6 +290,23 @@ def test_a_run_killed_within_a_window_ends_with_the_same_weights(command, launch
     assert difference(one, other) == 0
 
 
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (4, 3)])
+def test_a_window_goes_on_with_other_ranks(command, goes_on, config_of, world, stage):
+    config = config_of("bert", 2, save={"save_steps": 1, "save_total_limit": None})
+    out = config.parent / "out"
+    assert command("--config", str(config)).codes == [0, 0]
+    other = f"student.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+    rows = (
+        "train.gradient_accumulation_steps=1",
+        f"train.per_device_train_batch_size={12 // world}",
+    )
+
+    found = goes_on(config, out, "pruning-2", 5, other, *rows, world=world)
+
+    one, whole = (load_file(each / "final" / "model.safetensors") for each in (found, out))
+    assert difference(one, whole) < 1e-5
+
+
 def test_no_engine_of_a_finished_window_stays_in_memory(workers, config_of):
     config = config_of("bert", 3)
 

@@ -166,6 +166,16 @@ def test_a_run_killed_before_it_learns_from_a_text_ends_as_if_it_had_never_been(
     assert difference(weights(out), weights(wanted)) == 0
 
 
+def test_a_student_on_policy_goes_on_with_other_ranks(command, goes_on, texts, tmp_path):
+    config = write_config(tmp_path, texts, zero=3, save={"save_steps": 1, "save_total_limit": None})
+    rows = "train.per_device_train_batch_size="
+    wanted = finish(command, config, tmp_path / "wanted", f"{rows}6")
+
+    found = goes_on(config, wanted, "student", 3, f"{rows}12", "student.deepspeed=zero0", world=1)
+
+    assert_close(found, wanted)
+
+
 def test_a_lost_text_is_generated_again(command, texts, tmp_path):
     config = write_config(tmp_path, texts, zero=0, train={"max_steps": 2})
     out = finish(command, config, tmp_path / "out", world=1)

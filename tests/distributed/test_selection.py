@@ -172,6 +172,22 @@ def test_a_student_that_begins_anew_is_as_it_was(learn, stage):
     assert found["beginnings"][0] == found["beginnings"][1]
 
 
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])
+def test_an_episode_goes_on_with_other_ranks(command, goes_on, config, tmp_path, world, stage):
+    """The next episode begins from the student that the first ranks remembered."""
+    out = tmp_path / "out"
+    keys = ("save={save_steps: 1, save_total_limit: null}", "student.deepspeed=zero2", *SOFT)
+    whole = command("--config", config, f"output_dir={out}", *keys)
+    assert whole.codes == [0, 0], whole.text
+    rows = f"train.per_device_train_batch_size={8 // world}"
+    other = f"student.deepspeed=zero{stage}"
+
+    found = goes_on(config, out, "student", STEPS - 1, *keys, other, rows, world=world)
+
+    one, two = (load_file(each / "final" / "model.safetensors") for each in (found, out))
+    assert difference(one, two) < 1e-5
+
+
 def test_ranks_whose_processors_differ_take_the_action_of_the_first(learn):
     settings = ("student.deepspeed=zero2", *SOFT, "method.noise=1.0")
 

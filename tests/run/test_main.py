@@ -20,6 +20,7 @@ from megakd.config.file import load_config
 from megakd.config.run import EvalConfig
 from megakd.contract.results import MethodRecord
 from megakd.data.splits import load_splits
+from megakd.engine.stored_parts import StoredParts
 from megakd.run import run_report
 
 
@@ -126,8 +127,7 @@ def test_the_exported_student_has_its_own_weights_alone(out):
 
 
 def test_projections_are_trained_and_kept_with_the_checkpoint_and_nothing_of_the_teacher(out):
-    saved = out / "checkpoints" / "student" / f"step-{STEPS}" / "mp_rank_00_model_states.pt"
-    names = torch.load(saved, weights_only=False)["module"].keys()
+    names = StoredParts(out / "checkpoints" / "student" / f"step-{STEPS}").names["weight"]
 
     beside = [name for name in names if not name.startswith("learners.")]
     assert len(beside) == 1

@@ -24,9 +24,9 @@ def checkpoints(folder: Path, *, keep: int | None = 2, ranks: Ranks = ALONE, **f
     return Checkpoints(folder=folder / "student", fingerprint=fingerprint, keep=keep, ranks=ranks)
 
 
-def write_engine(folder: Path, tag: str) -> list[Path]:
-    write_tensors(folder / tag / SHARD, {"weight": torch.arange(1000.0)})
-    return [folder / tag / SHARD]
+def write_engine(folder: Path) -> list[Path]:
+    write_tensors(folder / SHARD, {"weight": torch.arange(1000.0)})
+    return [folder / SHARD]
 
 
 def save(store: Checkpoints, *steps: int) -> Path:
@@ -39,7 +39,10 @@ def save(store: Checkpoints, *steps: int) -> Path:
 def states_of(
     values: dict[str, Any], *, of_rank: Collection[str] = ()
 ) -> dict[str, CheckpointState]:
-    """States that are saved as these values, and that put what is loaded back into them."""
+    """States that are saved as these values, and that put what is loaded back into them.
+
+    Of a state of the ranks, all ranks' values.
+    """
     return {
         name: CheckpointState(
             lambda name=name: values[name], partial(setitem, values, name), name in of_rank
@@ -59,8 +62,8 @@ def names(store: Checkpoints) -> list[str]:
     return sorted(path.name for path in store.folder.iterdir())
 
 
-def read_nothing(folder: Path, tag: str) -> None:
-    del folder, tag
+def read_nothing(folder: Path) -> None:
+    del folder
 
 
 def flip(path: Path) -> None:

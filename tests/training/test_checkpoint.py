@@ -10,7 +10,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -31,9 +31,10 @@ from checkpoint_store import (
 
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError
-from megakd.process.seeding import seed_everything
+from megakd.process.seeding import random_state, seed_everything
 from megakd.training import checkpoint as checkpoint_module
 from megakd.training.checkpoint import Checkpoints, check_plain
+from megakd.training.stage_batches import check_readers
 
 
 @pytest.fixture
@@ -50,11 +51,11 @@ def test_state_and_random_numbers_come_back_after_the_shards_are_read(store):
     folder = save(store, 4)
     wanted = draws()
 
-    def read_shards(parent: Path, tag: str) -> None:
-        assert (parent / tag / SHARD).is_file()
+    def read_shards(folder: Path) -> None:
+        assert (folder / SHARD).is_file()
         draws()
 
-    assert load(store, folder, read_shards) == {"step": 4, "window": 40}
+    assert load(store, folder, read_shards) == {"step": 4, "window": [40]}
     assert draws() == wanted
 
 
@@ -67,7 +68,7 @@ def test_tensors_of_a_gpu_are_read_to_the_device_of_the_rank(store, monkeypatch)
 
     store.load(folder, read_nothing, states_of(values, of_rank=("average",)))
 
-    assert values["average"].device.type == "cpu"
+    assert values["average"][0].device.type == "cpu"
 
 
 def test_ranks_draw_different_dropout_and_the_same_everything_else():
@@ -230,13 +231,32 @@ def test_a_fingerprint_is_compared_as_the_file_can_hold_it(tmp_path):
     assert checkpoints(tmp_path, **odd).newest_good() == newest
 
 
-def test_a_checkpoint_of_other_ranks_is_refused_with_both_numbers(tmp_path):
-    newest = save(checkpoints(tmp_path), 4)
-    four = Ranks(rank=0, world_size=4, local_rank=0, device=torch.device("cpu"))
+def test_other_ranks_read_a_checkpoint_and_keep_their_own_random_numbers(tmp_path):
+    folder = save(checkpoints(tmp_path), 4)
+    third = Ranks(rank=2, world_size=4, local_rank=2, device=torch.device("cpu"))
+    seed_everything(5, rank=2)
+    before = random_state()
+    values: dict[str, Any] = {"step": None, "window": None}
 
-    message = "written by 1 ranks and this run has 4; start this run with 1"
+    states = states_of(values, of_rank=("window",))
+    writers = checkpoints(tmp_path, ranks=third).load(folder, read_nothing, states)
+
+    assert (writers, values) == (1, {"step": 4, "window": [40]})
+    assert torch.equal(random_state()["torch"], before["torch"])
+
+
+@pytest.mark.parametrize(("readers", "fitting"), [(4, "1 or 2 or 4"), (2, "1 or 2")])
+def test_a_stream_that_ranks_cannot_share_names_the_ranks_that_can(tmp_path, readers, fitting):
+    batches = {"batches": {"step": 4, "readers": [{}] * readers}}
+    folder = checkpoints(tmp_path).save(4, write_engine, states_of(batches))
+    three = Ranks(rank=0, world_size=3, local_rank=0, device=torch.device("cpu"))
+
+    message = (
+        f"{readers} readers of a stream, which 3 ranks cannot share evenly; .* {fitting} ranks"
+    )
     with pytest.raises(CheckpointError, match=message):
-        checkpoints(tmp_path, ranks=four)._check_origin(newest)
+        check_readers(folder, three)
+    check_readers(folder, ALONE)
 
 
 def test_a_checkpoint_that_was_named_is_used_by_its_stage_alone(store, tmp_path):

@@ -16,7 +16,6 @@ import pytest
 import torch
 from checkpoint_store import ALONE, SHARD, checkpoints, flip, load, names, save
 
-from megakd.engine.student import CarefulWriter
 from megakd.errors import CheckpointError
 from megakd.storage.atomic import write_tensors, write_text
 from megakd.training import checkpoint as checkpoint_module
@@ -139,16 +138,6 @@ def test_torch_that_cannot_write_gives_the_systems_own_reason(store, tmp_path):
 
     with largest_file(3000), pytest.raises(OSError, match="File too large"):
         write_tensors(tmp_path / "x.pt", {"weight": torch.zeros(1000)})
-
-
-def test_the_engines_files_wait_with_their_failure_until_all_ranks_can_hear(tmp_path):
-    writer = CarefulWriter(None)
-
-    with largest_file(3000):
-        writer.save({"weight": torch.zeros(1000)}, str(tmp_path / "x.pt"))
-
-    with pytest.raises(OSError, match="File too large"):
-        writer.raise_failure()
 
 
 def test_another_failure_is_reported_as_what_it_is(tmp_path):

@@ -1,0 +1,80 @@
+"""The state of an engine in a checkpoint, which any number of ranks at any ZeRO stage can read.
+
+    <checkpoint>/engine-<r>.pt    rank r's part of every value of the optimizer, and where it begins
+
+A value is a weight or one of its moments. The files are mapped into memory, so that a rank reads
+only the elements that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megakd.storage.atomic import write_tensors
+
+_PREFIX, _SUFFIX = "engine-", ".pt"
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Parts [n] of flattened values, by kind of value and by name of the weight."""
+
+
+def write_parts(
+    folder: Path, rank: int, parts: Parts, *, offsets: Mapping[str, int], facts: Mapping[str, Any]
+) -> Path:
+    """Write the parts of one rank.
+
+    Args:
+        offsets: index of a part's first element in the flattened weight, by name.
+        facts: plain values that are the same on all ranks.
+    """
+    path = folder / f"{_PREFIX}{rank}{_SUFFIX}"
+    plain = {kind: dict(by_name) for kind, by_name in parts.items()}
+    write_tensors(path, {"parts": plain, "offsets": dict(offsets), "facts": dict(facts)})
+    return path
+
+
+class StoredParts:
+    """The parts that all ranks wrote into a folder.
+
+    facts: the plain values of `write_parts`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        paths = sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
+        self._files: Sequence[Mapping[str, Any]] = [
+            torch.load(path, mmap=True, map_location="cpu", weights_only=True) for path in paths
+        ]
+        self.facts: Mapping[str, Any] = self._files[0]["facts"]
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """The names of the weights by kind of value, in the same order on all ranks."""
+        found: dict[str, dict[str, None]] = {}
+        for file in self._files:
+            for kind, by_name in file["parts"].items():
+                found.setdefault(kind, {}).update(dict.fromkeys(by_name))
+        return {kind: [*names] for kind, names in found.items()}
+
+    def size(self, kind: str, name: str) -> int:
+        """Return the number of elements of a value that are stored."""
+        return sum(len(part) for _, part in self._pieces(kind, name))
+
+    def read(self, kind: str, name: str, wanted: slice) -> Tensor:
+        """Return some elements of a flattened value, [stop - start] on the CPU."""
+        found = torch.zeros(wanted.stop - wanted.start)
+        for offset, part in self._pieces(kind, name):
+            first, last = max(offset, wanted.start), min(offset + len(part), wanted.stop)
+            if first < last:
+                here = part[first - offset : last - offset]
+                found[first - wanted.start : last - wanted.start] = here
+        return found
+
+    def _pieces(self, kind: str, name: str) -> Iterator[tuple[int, Tensor]]:
+        for file in self._files:
+            part = file["parts"].get(kind, {}).get(name)
+            if part is not None:
+                yield file["offsets"][name], part

@@ -1,0 +1,173 @@
+"""A run goes on with other ranks, at another ZeRO stage and with another accumulation."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import started, summed
+from conftest import as_it_was
+from equal_runs import CLASSIFICATION, LANGUAGE, ZERO3, difference
+from safetensors.torch import load_file
+
+from megakd.engine.sharding import gathered_state
+
+ZERO2_OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+ZERO3_OFFLOADED = {
+    "zero_optimization": {**ZERO3["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
+}
+STAGES = [{"zero_optimization": {"stage": stage}} for stage in range(3)] + [ZERO3]
+# (ranks, student's DeepSpeed config, teacher's ZeRO stage); each leg takes one or two steps.
+ROUTES = {
+    "2-1-4-2": [(2, STAGES[2], 0), (1, STAGES[0], 3), (4, STAGES[3], 0), (2, STAGES[1], 3)],
+    "4-2-1-4": [(4, STAGES[1], 0), (2, STAGES[3], 3), (1, STAGES[3], 0), (4, STAGES[0], 0)],
+    "offload": [(1, STAGES[2], 0), (2, ZERO2_OFFLOADED, 0), (2, ZERO3_OFFLOADED, 0),
+                (1, STAGES[0], 0)],
+}  # fmt: skip
+PLACES = [0, 2, 3, 5, 6]
+
+
+def leg(config: str, before: str | None, first: int, last: int, after: str) -> dict[str, Any]:
+    """Continue a student from the folder of other ranks, and save it again."""
+    with started(config) as (run, _):
+        if before is not None:
+            run._load_engine(Path(before))
+        run.trainer.step = first
+        losses = [
+            summed(run.trainer.train_step(run.source.step(step)).parts)
+            for step in range(first, last)
+        ]
+        run._write_engine(Path(after))
+        values = run.student.optimizer_state
+        return {
+            "losses": losses,
+            "weights": dict(gathered_state(run.student.bundle)),
+            "values": {f"{kind}/{name}": whole for kind, name, whole in values.whole()},
+            "steps": values.steps,
+        }
+
+
+@pytest.fixture
+def travel(workers, write_run, tmp_path):
+    """Train a student of `equal_runs` along a route; return what rank 0 has at the end."""
+
+    def train(route, name, terms, *, places=PLACES, **sections) -> dict[str, Any]:
+        losses, folder, found = [], None, {}
+        for (ranks, ds, teacher), (first, last) in zip(route, pairwise(places), strict=True):
+            train = {"per_device_train_batch_size": 12 // ranks, **sections.get("train", {})}
+            train |= {"gradient_accumulation_steps": 1, "max_steps": places[-1]}
+            given = {**sections, "train": train}
+            given["student"] = {**given.get("student", {}), "deepspeed": ds}
+            config = write_run(name, terms, (0, teacher), **given)
+            after = str(tmp_path / str(len(list(tmp_path.iterdir()))))
+            found = workers(ranks).run(
+                "test_other_ranks.leg", config, folder, first, last, after, timeout_s=300
+            )[0]
+            losses, folder = [*losses, *found["losses"]], after
+        return {**found, "losses": losses}
+
+    return train
+
+
+def assert_same(found, unbroken, *, tolerance=1e-6) -> None:
+    for mine, theirs in zip(found["losses"], unbroken["losses"], strict=True):
+        assert mine == pytest.approx(theirs, rel=2 * tolerance, abs=tolerance)
+    assert difference(found["weights"], unbroken["weights"]) < 3 * tolerance
+    assert difference(found["values"], unbroken["values"]) < 3 * tolerance
+    assert found["steps"] == unbroken["steps"]
+
+
+ALONE = [(1, STAGES[0], 0)]
+ENDS = [PLACES[0], PLACES[-1]]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_student_that_changes_ranks_and_stages_learns_as_one_that_does_not(travel, route):
+    unbroken = travel(ALONE, "bert-student", CLASSIFICATION, places=ENDS)
+
+    assert_same(travel(ROUTES[route], "bert-student", CLASSIFICATION), unbroken)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"train": {"optim": "sgd"}}, {"student": {"lora": {"r": 4, "alpha": 6.0}}}],
+    ids=["sgd", "lora"],
+)
+def test_other_optimizers_and_adapters_travel_too(travel, sections):
+    unbroken = travel(ALONE, "llama-tied", LANGUAGE, places=ENDS, **sections)
+
+    assert_same(travel(ROUTES["2-1-4-2"], "llama-tied", LANGUAGE, **sections), unbroken)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_what_other_ranks_read_is_what_was_written_to_the_last_bit(travel, bf16):
+    """The fp32 weights and moments of a student in bf16 too."""
+    train = {"train": {"bf16": bf16}}
+
+    written = travel([(2, STAGES[2], 0)], "bert-student", CLASSIFICATION, places=[0, 2], **train)
+    route = [(2, STAGES[2], 0), (4, STAGES[3], 0), (1, STAGES[0], 0), (2, STAGES[1], 3)]
+    read = travel(route, "bert-student", CLASSIFICATION, places=[0, 2, 2, 2, 2], **train)
+
+    for key in ("values", "weights"):
+        assert difference(read[key], written[key]) == 0
+    assert written["values"]["weight/learners.0.classifier.weight"].dtype == torch.float32
+
+
+def test_a_checkpoint_has_every_value_once(travel, tmp_path):
+    route = [(2, STAGES[0], 0), (2, STAGES[3], 0)]
+    found = travel(route, "llama-untied", LANGUAGE, places=[0, 1, 2])
+
+    for folder in (tmp_path / "0", tmp_path / "1"):
+        written = sum(file.stat().st_size for file in folder.glob("engine-*.pt"))
+        # Shards are padded, and each has a header.
+        assert written < 4 * sum(v.numel() for v in found["values"].values()) + 60_000
+
+
+KEPT = {"save_steps": 1, "save_total_limit": None}
+MINIDISC = {
+    "name": "minidisc", "sparsities": [0.25, 0.5, 0.75], "target_sparsity": 0.75,
+    "tradeoff": 0.0, "round_to": 2, "sampled_candidates": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), (4, 3)])
+def test_a_trial_of_minidisc_goes_on_with_other_ranks(command, goes_on, write_run, world, zero):
+    terms = {"soft_target_kl": 0.5, "hard_cross_entropy": 0.5}
+    student = {"model": "from_teacher"}
+    config = write_run(
+        "bert-student", terms, (2, 3), student=student, method=MINIDISC, save=KEPT,
+        train={"max_steps": 4},
+    )  # fmt: skip
+    out = Path(f"{config}-out")
+    assert command("--config", config).codes == [0, 0]
+    rows = (
+        "train.gradient_accumulation_steps=1",
+        f"train.per_device_train_batch_size={12 // world}",
+    )
+    other = f"student.deepspeed={{zero_optimization: {{stage: {zero}}}}}"
+
+    found = goes_on(config, out, "trial-1", 2, other, *rows, world=world)
+
+    weights = [path.relative_to(out) for path in out.glob("stages/*/model.safetensors")]
+    assert len(weights) > 1  # the start and the trial
+    for path in weights:
+        one, two = load_file(found / path), load_file(out / path)
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+
+
+def test_another_number_of_rows_is_refused_with_what_keeps_them(command, write_run, tmp_path):
+    config = write_run("bert-student", {"soft_target_kl": 1.0}, save=KEPT, train={"max_steps": 2})
+    assert command("--config", config, world=1).codes == [0]
+    out = as_it_was(Path(f"{config}-out"), "student", 1, tmp_path / "out")
+
+    refused = command("--config", config, f"output_dir={out}")
+
+    assert refused.codes == [2, 2]
+    assert "train.rows_per_step: 6 there, 12 here" in refused.text
+    assert (
+        "(per_device_train_batch_size x gradient_accumulation_steps x ranks must be 6)"
+        in refused.text
+    )
