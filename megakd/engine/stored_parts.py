@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megakd.errors import CheckpointError
 from megakd.storage.atomic import write_tensors
 
 _PREFIX, _SUFFIX = "engine-", ".pt"
@@ -45,6 +46,8 @@ class StoredParts:
 
     def __init__(self, folder: Path) -> None:
         paths = sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
+        if not paths:
+            raise CheckpointError(f"{folder} has no {_PREFIX}<rank>{_SUFFIX}")
         self._files: Sequence[Mapping[str, Any]] = [
             torch.load(path, mmap=True, map_location="cpu", weights_only=True) for path in paths
         ]

@@ -188,9 +188,7 @@ class StudentEngine:
         facts = {
             "steps": values.steps,
             "skipped_steps": int(self._engine.skipped_steps),
-            "loss_scale": {
-                key: getattr(s, key) for s in self._scalers for key in vars(s) if key in _SCALE
-            },
+            "loss_scale": {k: v for k, v in self._loss_scale.items() if k in _SCALE},
         }
         kept = {
             f"{_SHARD}{kind}": {LEARNER + name: part for name, part in by_name.items()}
@@ -206,38 +204,43 @@ class StudentEngine:
 
     def load(self, folder: Path) -> Parts:
         """Read a state that any number of ranks wrote; return this rank's shards; a collective."""
-        stored, values = StoredParts(folder), self.optimizer_state
-        for kind in values.kinds:
-            for name, size in values.sizes.items():
-                if stored.size(kind, name) != size:
-                    raise CheckpointError(
-                        f"{folder} holds {stored.size(kind, name)} of {size} values of {kind} of "
-                        f"{name}: it was written for another model"
-                    )
+        values = self.optimizer_state
+        # On shared storage, a rank may not see all files.
+        stored = together(lambda: _stored(folder, values))
         values.load(stored.read, steps=stored.facts["steps"])
         self._engine.skipped_steps = stored.facts["skipped_steps"]
-        for scaler in self._scalers:
-            vars(scaler).update(stored.facts["loss_scale"])
-        return {
-            kind.removeprefix(_SHARD): {
-                name.removeprefix(LEARNER): stored.read(kind, name, part).to(self._engine.device)
-                for name in names
-                if (part := values.part_of(name)).start < part.stop
-            }
-            for kind, names in stored.names.items()
-            if kind.startswith(_SHARD)
-        }
+        self._loss_scale.update(stored.facts["loss_scale"])
+        found: dict[str, dict[str, Tensor]] = {}
+        for kind, names in stored.names.items():
+            for name in names if kind.startswith(_SHARD) else ():
+                part = stored.read(kind, name, values.part_of(name)).to(self._engine.device)
+                if len(part):
+                    of_kind = found.setdefault(kind.removeprefix(_SHARD), {})
+                    of_kind[name.removeprefix(LEARNER)] = part
+        return found
 
     @property
-    def _scalers(self) -> list[Any]:
-        """The object that holds the scale of the loss: of ZeRO, or of 16 bits at ZeRO 0."""
-        kinds = ("loss_scaler", "loss_scale_config")
-        return [
-            getattr(self._engine.optimizer, k) for k in kinds if hasattr(self._engine.optimizer, k)
-        ]
+    def _loss_scale(self) -> dict[str, Any]:
+        """The live values that scale the loss: of ZeRO, or of 16 bits at ZeRO 0."""
+        optimizer = self._engine.optimizer
+        scaler = getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
+        return {} if scaler is None else vars(scaler)
 
     def destroy(self) -> None:
         destroy(self._engine)
+
+
+def _stored(folder: Path, values: OptimizerState) -> StoredParts:
+    stored = StoredParts(folder)
+    for kind in values.kinds:
+        for name, size in values.sizes.items():
+            there = stored.size(kind, name)
+            if there != size:
+                raise CheckpointError(
+                    f"{folder} holds {there} of {size} values of {kind} of {name}: files are "
+                    "missing, or it was written for another model"
+                )
+    return stored
 
 
 _ON_CPU = {Batch: ("rows",), Extras: ("is_rollout", "routes")}

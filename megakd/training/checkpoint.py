@@ -46,15 +46,10 @@ _NAME = re.compile(_PREFIX + r"\d+")
 
 
 class CheckpointState(NamedTuple):
-    """A part of the state of a stage, as plain values and tensors.
-
-    of_rank: whether the part differs between ranks; `load` then gets the parts of all ranks that
-        wrote the checkpoint, in order.
-    """
+    """A part of the state of a stage, as plain values and tensors; `save` may be a collective."""
 
     save: Callable[[], Any]
     load: Callable[[Any], None]
-    of_rank: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +81,11 @@ class Checkpoints:
             states: everything else that a resumed stage needs, by name.
         """
         partial = self.folder / f"{_PREFIX}{step}{_PARTIAL}"
-        common, own = (
-            {name: state.save() for name, state in states.items() if state.of_rank is of_rank}
-            for of_rank in (False, True)
-        )
+        common = {name: state.save() for name, state in states.items()}
         try:
             on_main(lambda: self._make_room(partial))
             shards = write_engine(partial)
-            others = together(lambda: self._write_state(partial, common, own))
+            others = together(lambda: self._write_state(partial, common))
             files = synced_entries(partial, [*shards, *others])
             return on_main(lambda: self._publish(partial, step, files))
         except (OSError, MegakdError) as error:
@@ -112,10 +104,8 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"no space left on the device: {lacking}")
         partial.mkdir()
 
-    def _write_state(
-        self, folder: Path, state: Mapping[str, Any], own: Mapping[str, Any]
-    ) -> list[Path]:
-        contents = {f"rank-{self.ranks.rank}.pt": {"random": random_state(), "own": dict(own)}}
+    def _write_state(self, folder: Path, state: Mapping[str, Any]) -> list[Path]:
+        contents = {_random_file(self.ranks.rank): random_state()}
         if self.ranks.is_main:
             contents["state.pt"] = dict(state)
         for name, content in contents.items():
@@ -266,13 +256,12 @@ class Checkpoints:
         """
         read_engine(checkpoint)
         ranks, device = read_signed(checkpoint / MANIFEST)["ranks"], self.ranks.device
-        common = read_common(checkpoint, device)
-        own = [_read_plain(checkpoint / f"rank-{rank}.pt", device) for rank in range(ranks)]
+        stored = read_states(checkpoint, device)
         for name, state in states.items():
-            state.load([each["own"][name] for each in own] if state.of_rank else common[name])
+            state.load(stored[name])
         # Last, because reading the engine may draw random numbers.
         if ranks == self.ranks.world_size:
-            set_random_state(own[self.ranks.rank]["random"])
+            set_random_state(_read_plain(checkpoint / _random_file(self.ranks.rank), device))
         return ranks
 
     def given(self, checkpoint: Path) -> Path | None:
@@ -295,8 +284,8 @@ class Checkpoints:
             ) from error
 
 
-def read_common(checkpoint: Path, device: torch.device) -> dict[str, Any]:
-    """Return the states of a checkpoint that are the same on all ranks, by name."""
+def read_states(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """Return the states of a checkpoint by name."""
     return _read_plain(checkpoint / "state.pt", device)
 
 
@@ -315,6 +304,10 @@ def synced_entries(folder: Path, written: Sequence[Path]) -> dict[str, Any]:
 
     shares = gather(together(read_back))
     return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _random_file(rank: int) -> str:
+    return f"rank-{rank}.pt"
 
 
 def _pass_over(damages: Mapping[Path, str], used: Path) -> None:

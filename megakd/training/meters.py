@@ -14,7 +14,7 @@ import torch
 from megakd.contract.batch import copied_to
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
-from megakd.engine.collectives import all_reduce_, on_main
+from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import peak_memory_bytes
 from megakd.errors import TrainingError
@@ -181,21 +181,23 @@ class TrainMeter:
         self._total_tokens, self._total_seconds = state["tokens"], state["seconds"]
         self._elapsed_before = state["elapsed"]
 
-    def window_state(self) -> dict[str, Any]:
-        """Return this rank's values since the last logging step, which may precede a save."""
-        return {
-            "parts": {name: value.cpu() for name, value in self._parts.items()},
+    def window_state(self) -> list[dict[str, Any]]:
+        """Return all ranks' values since the last logging step, before a save; a collective."""
+        parts = {name: value.cpu() for name, value in self._parts.items()}
+        mine = {
+            "parts": parts,
             "counts": {name: int(count) for name, count in self._counts.items()},
             "steps": self._steps,
             "tokens": int(self._tokens),
             "without_targets": int(self._without_targets),
             "seconds": time.perf_counter() - self._since - self._paused_s,
         }
+        return gather(mine)
 
     def load_window_state(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore the values of `window_state` of all ranks that wrote them, which may be others.
+        """Restore what `window_state` returned, possibly with other ranks.
 
-        Only the parts differ between ranks, and only their sum counts.
+        Only the parts and the seconds differ between ranks, and only the sum of the parts counts.
         """
         rank, device = self._ranks.rank, self._ranks.device
         is_same = len(states) == self._ranks.world_size

@@ -12,7 +12,7 @@ from megakd.data.loader import StepLoader
 from megakd.data.routed_rows import RoutedSource
 from megakd.engine.collectives import gather
 from megakd.errors import CheckpointError
-from megakd.training.checkpoint import read_common
+from megakd.training.checkpoint import read_states
 from megakd.training.probe import Beginning
 from megakd.training.stage_extra import StageExtra, StageParts
 
@@ -73,7 +73,7 @@ def row_batches(
 
 def check_readers(checkpoint: Path, ranks: Ranks) -> None:
     """Raise if the readers of a stream in a checkpoint cannot be divided among the ranks."""
-    readers = len(read_common(checkpoint, ranks.device)["batches"].get("readers", ()))
+    readers = len(read_states(checkpoint, ranks.device)["batches"].get("readers", ()))
     if readers % ranks.world_size:
         fitting = [str(number) for number in range(1, readers + 1) if readers % number == 0]
         raise CheckpointError(

@@ -88,7 +88,7 @@ class StageRun:
             "trainer": CheckpointState(trainer.state_dict, trainer.load_state_dict),
             "batches": CheckpointState(source.state_dict, source.load_state_dict),
             "health": CheckpointState(health.state_dict, health.load_state_dict),
-            "window": CheckpointState(health.window_state, health.load_window_state, of_rank=True),
+            "window": CheckpointState(health.window_state, health.load_window_state),
             **self.evaluation.states,
         }
 

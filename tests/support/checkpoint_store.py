@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import partial
 from operator import setitem
 from pathlib import Path
@@ -32,21 +31,14 @@ def write_engine(folder: Path) -> list[Path]:
 def save(store: Checkpoints, *steps: int) -> Path:
     for step in steps:
         values = {"step": step, "window": step * 10}
-        written = store.save(step, write_engine, states_of(values, of_rank=("window",)))
+        written = store.save(step, write_engine, states_of(values))
     return written
 
 
-def states_of(
-    values: dict[str, Any], *, of_rank: Collection[str] = ()
-) -> dict[str, CheckpointState]:
-    """States that are saved as these values, and that put what is loaded back into them.
-
-    Of a state of the ranks, all ranks' values.
-    """
+def states_of(values: dict[str, Any]) -> dict[str, CheckpointState]:
+    """States that are saved as these values, and that put what is loaded back into them."""
     return {
-        name: CheckpointState(
-            lambda name=name: values[name], partial(setitem, values, name), name in of_rank
-        )
+        name: CheckpointState(lambda name=name: values[name], partial(setitem, values, name))
         for name in values
     }
 
@@ -54,7 +46,7 @@ def states_of(
 def load(store: Checkpoints, folder: Path, read_engine: Any = None) -> dict[str, Any]:
     """Return what the states of a checkpoint of `save` are loaded with."""
     values: dict[str, Any] = {"step": None, "window": None}
-    store.load(folder, read_engine or read_nothing, states_of(values, of_rank=("window",)))
+    store.load(folder, read_engine or read_nothing, states_of(values))
     return values
 
 

@@ -163,7 +163,7 @@ def test_a_term_on_rollouts_is_logged_as_its_mean_over_the_steps_that_have_rollo
     watched = Watched(ON_ROLLOUTS, task="causal_lm")
     for value, rollouts in ((2.0, 5), (0.0, 0), (4.0, 1)):
         watched.step(rollouts=rollouts, **{name: value, "loss": value})
-    resumed.health.load_window_state([watched.health.window_state()])
+    resumed.health.load_window_state(watched.health.window_state())
     resumed.step(rollouts=2, **{name: 6.0, "loss": 6.0})
 
     first, after = watched.scalars(), resumed.scalars()
@@ -213,7 +213,7 @@ def test_a_resumed_run_goes_on_with_the_window_and_the_totals_of_the_one_before(
     time.now += 3
 
     after.health.load_state_dict(before.health.state_dict())
-    after.health.load_window_state([before.health.window_state()])
+    after.health.load_window_state(before.health.window_state())
     time.now += 1000  # between the two runs
     after.health.begin()
     after.trainer.step = 2
