@@ -200,14 +200,14 @@ def _check_triton(source: str, device: torch.device) -> None:
     # Triton's interpreter runs kernels on CPU tensors, for tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"{source} 'triton' needs CUDA tensors, got {device.type}; use 'chunked'")
-    if device.type == "cuda" and (lack := _lack(device)):
+    if device.type == "cuda" and not torch.compiler.is_compiling() and (lack := _lack(device)):
         raise ValueError(f"{source} 'triton': {lack}; use 'chunked'")
 
 
-# Dynamo would look into the properties of the device.
-@torch.compiler.assume_constant_result
 def _fits(device: torch.device) -> bool:
     """Return whether a GPU can run the kernels; warn once if it cannot."""
+    if torch.compiler.is_compiling():
+        return True  # Dynamo cannot read the properties; the first launch of a program tells
     if device not in _FITS:
         lack = _lack(device)
         _FITS[device] = lack is None
@@ -216,7 +216,6 @@ def _fits(device: torch.device) -> bool:
     return _FITS[device]
 
 
-@torch.compiler.assume_constant_result
 def _lack(device: torch.device) -> str | None:
     """Return what a GPU has and the kernels need; None if it can run them."""
     if not torch.cuda.is_available():

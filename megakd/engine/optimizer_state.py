@@ -101,18 +101,22 @@ class OptimizerState:
     def load(self, read: Callable[[str, str, slice], Tensor], *, steps: int) -> None:
         """Set all values; `read(kind, name, wanted)` returns elements of a flattened value."""
         owners: dict[int, Tensor] = {}
+        kinds = self.kinds if steps else (WEIGHT,)
+        if not steps:
+            self._inner.state.clear()  # as it was before the first update
         for name, parameter in self._parameters.items():
             slot, whole = self._slot(parameter), slice(0, full_shape(parameter).numel())
             if slot.size or slot.is_shared:
                 owners[id(slot.owner)] = slot.owner
                 mine = slice(slot.offset, slot.offset + slot.size)
-                for kind in self.kinds:
+                for kind in kinds:
                     self._set(slot, kind, read(kind, name, whole if slot.is_shared else mine))
             with gathered([parameter], modify=True):
                 if writes_here(parameter):
                     value = read(WEIGHT, name, whole)
                     parameter.data.copy_(value.reshape(full_shape(parameter)))
-        self._set_steps(owners.values(), steps)
+        if steps:
+            self._set_steps(owners.values(), steps)
 
     def put_together(self, name: str, part: Tensor) -> Tensor:
         """Return a whole tensor on the CPU, of the parts [n] as `local_shards` splits a weight."""

@@ -136,8 +136,9 @@ def test_a_stage_is_scored_as_many_rows_at_a_time_as_it_trains_with(tmp_path, te
             "output_dir": Path("elsewhere"),
         },
         {"train": TrainConfig(resume_from_checkpoint=False, kernels="reference")},
+        {"train": TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=4)},
     ],
-    ids=["sections", "train"],
+    ids=["sections", "train", "split of a step"],
 )
 def test_what_weights_do_not_depend_on_changes_no_fingerprint(tmp_path, teacher, sections):
     base, other = config_of(tmp_path), config_of(tmp_path, **sections)
@@ -149,12 +150,11 @@ def test_what_weights_do_not_depend_on_changes_no_fingerprint(tmp_path, teacher,
     [
         ({"seed": 7}, {}, "seed"),
         ({"train": TrainConfig(learning_rate=1.0)}, {}, "train.learning_rate"),
-        ({"train": TrainConfig(gradient_accumulation_steps=2)}, {}, "train.gradient_accumulation"),
+        ({"train": TrainConfig(gradient_accumulation_steps=2)}, {}, "train.rows_per_step"),
         ({"eval": EvalConfig(eval_steps=3)}, {}, "eval.eval_steps"),
         ({"task": TaskConfig(type="classification", dataset="e", max_length=32)}, {}, "task.data"),
         ({}, {"content": "other rows"}, "data: "),
         ({}, {"objective": (SoftTargetKl(loss="soft_target_kl", weight=2.0),)}, "objective.0.wei"),
-        ({}, {"deepspeed": "zero3"}, "deepspeed.zero_optimization.stage"),
         ({}, {"learners": {"teacher": 1.0}}, "model."),
         ({}, {"teachers": ()}, "teachers.teacher."),
     ],
