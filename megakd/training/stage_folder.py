@@ -166,7 +166,8 @@ def same_rows(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     rows = there.get(f"train.{ROWS_PER_STEP}")
     if rows in (None, here.get(f"train.{ROWS_PER_STEP}")):
         return ""
-    return f" (per_device_train_batch_size x gradient_accumulation_steps x ranks must be {rows})"
+    product = "per_device_train_batch_size x gradient_accumulation_steps x ranks"
+    return f" ({product} must be {rows}, so the ranks must divide {rows})"
 
 
 def is_longer(there: Mapping[str, Any], here: Mapping[str, Any]) -> bool:

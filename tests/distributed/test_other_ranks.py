@@ -167,7 +167,4 @@ def test_another_number_of_rows_is_refused_with_what_keeps_them(command, write_r
 
     assert refused.codes == [2, 2]
     assert "train.rows_per_step: 6 there, 12 here" in refused.text
-    assert (
-        "(per_device_train_batch_size x gradient_accumulation_steps x ranks must be 6)"
-        in refused.text
-    )
+    assert "accumulation_steps x ranks must be 6, so the ranks must divide 6)" in refused.text
