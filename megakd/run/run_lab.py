@@ -18,7 +18,7 @@ from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.data.rows import rows_of_teachers
 from megakd.engine.activity import doing
-from megakd.engine.collectives import main_first
+from megakd.engine.collectives import main_first, on_main
 from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs
 from megakd.models.loading import resolve_model
@@ -107,7 +107,7 @@ class RunLab(LabBase):
         checkpoints = stage_checkpoints(stage, self.assembly, fingerprint)
         checkpoint = checkpoints.to_resume(stage.train.resume_from_checkpoint)
         if checkpoint is not None:
-            check_readers(checkpoint, self._ranks)
+            on_main(lambda: check_readers(checkpoint, self._ranks))
         with self.pool.of_stage(stage) as teachers:
             run = StageRun(
                 stage,

@@ -84,7 +84,11 @@ ALONE = [(1, STAGES[0], 0)]
 ENDS = [PLACES[0], PLACES[-1]]
 
 
-@pytest.mark.parametrize("route", ROUTES)
+# The first use of DeepSpeed's CPU Adam compiles it, which takes a minute.
+@pytest.mark.parametrize(
+    "route",
+    ["2-1-4-2", "4-2-1-4", pytest.param("offload", marks=pytest.mark.slow)],
+)
 def test_a_student_that_changes_ranks_and_stages_learns_as_one_that_does_not(travel, route):
     unbroken = travel(ALONE, "bert-student", CLASSIFICATION, places=ENDS)
 
@@ -133,7 +137,7 @@ MINIDISC = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("world", "zero"), [(1, 0), (4, 3)])
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])
 def test_a_trial_of_minidisc_goes_on_with_other_ranks(command, goes_on, write_run, world, zero):
     terms = {"soft_target_kl": 0.5, "hard_cross_entropy": 0.5}
     student = {"model": "from_teacher"}

@@ -290,7 +290,7 @@ def test_a_run_killed_within_a_window_ends_with_the_same_weights(command, launch
     assert difference(one, other) == 0
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (4, 3)])
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])
 def test_a_window_goes_on_with_other_ranks(command, goes_on, config_of, world, stage):
     config = config_of("bert", 2, save={"save_steps": 1, "save_total_limit": None})
     out = config.parent / "out"
