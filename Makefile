@@ -74,7 +74,7 @@ test-oldest: $(OLDEST)/installed
 
 $(OLDEST)/installed: pyproject.toml constraints.txt
 	@$(or $(PYTHON),python3) -m venv --clear $(OLDEST)
-	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -vE '^(torch|triton|numpy|setuptools)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check \
 		--constraint $(OLDEST)/constraints.txt 'torch==2.11.0' 'numpy<2.4' --editable '.[dev]'
 	touch $@
