@@ -111,6 +111,8 @@ class OptimizerState:
                 mine = slice(slot.offset, slot.offset + slot.size)
                 for kind in kinds:
                     self._set(slot, kind, read(kind, name, whole if slot.is_shared else mine))
+            if slot.owner is parameter:  # the optimizer updates the weight itself, which is set
+                continue
             with gathered([parameter], modify=True):
                 if writes_here(parameter):
                     value = read(WEIGHT, name, whole)

@@ -81,11 +81,11 @@ class Checkpoints:
             states: everything else that a resumed stage needs, by name.
         """
         partial = self.folder / f"{_PREFIX}{step}{_PARTIAL}"
-        common = {name: state.save() for name, state in states.items()}
+        stored = {name: state.save() for name, state in states.items()}
         try:
             on_main(lambda: self._make_room(partial))
             shards = write_engine(partial)
-            others = together(lambda: self._write_state(partial, common))
+            others = together(lambda: self._write_state(partial, stored))
             files = synced_entries(partial, [*shards, *others])
             return on_main(lambda: self._publish(partial, step, files))
         except (OSError, MegakdError) as error:

@@ -181,8 +181,7 @@ def _row_kernel(
     )  # fmt: skip
     factors, hard_scale = store_values(
         found, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes,
-        weights,
-        factor, ce, PARTS,
+        weights, factor, ce, PARTS,
     )  # fmt: skip
     if GRADIENT & PARTS:
         write_gradient(

@@ -363,8 +363,7 @@ def _one_read_kernel(
     # Every program of the row stores the same values.
     factors, hard_scale = store_values(
         found, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes,
-        weights,
-        tl.load(kd_factor + row), ce, PARTS,
+        weights, tl.load(kd_factor + row), ce, PARTS,
     )  # fmt: skip
     hard = (found[2], hard_scale, label, ce)
     _write(
