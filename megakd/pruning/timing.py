@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -33,8 +32,9 @@ if TYPE_CHECKING:
 
 LEAST_ROUNDS, MOST_SECONDS, SURE = 15, 20.0, 0.01
 """A comparison ends when the standard error of the ratio is 1 %, or after 20 seconds."""
-INTERRUPTED = 100.0
-"""Times a second that other work takes a core: 30 on an idle machine, 300 beside a training."""
+INTERRUPTED = 0.2
+"""Seconds a second that threads wait for a core: 0.06 on an idle machine, 1 beside a training."""
+THREADS = Path("/proc/self/task")
 logger = logging.getLogger(__name__)
 
 
@@ -107,19 +107,24 @@ class Stopwatch:
 @contextmanager
 def told_if_interrupted() -> Iterator[None]:
     """Warn if other work used the processor: it slows small models more than large ones."""
-    began, before = time.perf_counter(), _interruptions()
+    began, before = time.perf_counter(), _waited_s()
     yield
-    rate = (_interruptions() - before) / (time.perf_counter() - began)
-    if rate > INTERRUPTED:
+    share = (_waited_s() - before) / (time.perf_counter() - began)
+    if share > INTERRUPTED:
         logger.warning(
-            "other work interrupted the timing %d times a second, and the speed-up may be off by a "
-            "fifth: end it, remove stages/times* of the run, and start again",
-            rate,
+            "other work kept the timing waiting for a core %.1f of every second, and the speed-up "
+            "may be off by a fifth: end it, remove stages/times* of the run, and start again",
+            share,
         )
 
 
-def _interruptions() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+def _waited_s() -> float:
+    """Return how long the threads of this process have waited for a core; 0 if not on Linux."""
+    total_ns = 0
+    for path in THREADS.glob("*/schedstat"):
+        with suppress(OSError):  # the thread has ended
+            total_ns += int(path.read_text("ascii").split()[1])
+    return total_ns / 1e9
 
 
 def _is_sure(ratios: Sequence[float]) -> bool:

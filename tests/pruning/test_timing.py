@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import resource
-from types import SimpleNamespace
+import time
 
 import pytest
 
-from megakd.pruning.timing import told_if_interrupted
+from megakd.pruning import timing
 
 
-@pytest.mark.parametrize(("interruptions", "told"), [(0, False), (10**9, True)])
-def test_other_work_beside_a_timing_is_told(monkeypatch, caplog, interruptions, told):
-    counts = iter((7, 7 + interruptions))
-    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_nivcsw=next(counts, 0)))
+@pytest.mark.parametrize(("waited_ns", "told"), [(0, False), (10**9, True)])
+def test_other_work_beside_a_timing_is_told(tmp_path, monkeypatch, caplog, waited_ns, told):
+    thread = tmp_path / "7" / "schedstat"
+    thread.parent.mkdir()
+    thread.write_text("10 5 1")
+    monkeypatch.setattr(timing, "THREADS", tmp_path)
 
-    with told_if_interrupted():
-        pass
+    with timing.told_if_interrupted():
+        time.sleep(0.01)
+        thread.write_text(f"10 {5 + waited_ns} 1")
 
     assert ("may be off by a fifth" in caplog.text) == told
