@@ -75,6 +75,9 @@ class SaveConfig:
     save_total_limit: Count | None = 2
     """Checkpoints to keep of a stage; None: all. Once the stage has finished, its model is in
     stages/, and at most the newest checkpoint is kept, from which a longer run continues."""
+    asynchronous: Literal["auto"] | bool = "auto"
+    """Write a copy of the state beside the next steps instead of between two steps; auto: if the
+    free memory of every node holds the copy twice."""
     push_to_hub: Annotated[str, AfterValidator(_repository)] | None = None
     """Upload final/ to this repository of the Hugging Face Hub, such as user/name."""
     hub_private: bool = False

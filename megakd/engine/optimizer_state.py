@@ -79,9 +79,9 @@ class OptimizerState:
         """Return this rank's part of every value; no collective."""
         slots = {name: self._slot(parameter) for name, parameter in self._parameters.items()}
         return {
-            # A view of a shared value would be written with the whole value.
+            # A view of a part of a value would be written with the whole value.
             kind: {
-                name: part.clone() if slot.is_shared else part
+                name: part.clone() if slot.size < slot.owner.numel() and slot.is_shared else part
                 for name, slot in slots.items()
                 if len(part := self._part(slot, kind))
             }

@@ -16,32 +16,30 @@ import torch
 from torch import Tensor
 
 from megakd.errors import CheckpointError
-from megakd.storage.atomic import write_tensors
 
 _PREFIX, _SUFFIX = "engine-", ".pt"
 Parts = Mapping[str, Mapping[str, Tensor]]
 """Parts [n] of flattened values, by kind of value and by name of the weight."""
 
 
-def write_parts(
-    folder: Path, rank: int, parts: Parts, *, offsets: Mapping[str, int], facts: Mapping[str, Any]
-) -> Path:
-    """Write the parts of one rank.
+def file_of(
+    rank: int, parts: Parts, *, offsets: Mapping[str, int], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of the file of one rank, by the name of the file.
 
     Args:
         offsets: index of a part's first element in the flattened weight, by name.
         facts: plain values that are the same on all ranks.
     """
-    path = folder / f"{_PREFIX}{rank}{_SUFFIX}"
     plain = {kind: dict(by_name) for kind, by_name in parts.items()}
-    write_tensors(path, {"parts": plain, "offsets": dict(offsets), "facts": dict(facts)})
-    return path
+    content = {"parts": plain, "offsets": dict(offsets), "facts": dict(facts)}
+    return {f"{_PREFIX}{rank}{_SUFFIX}": content}
 
 
 class StoredParts:
     """The parts that all ranks wrote into a folder.
 
-    facts: the plain values of `write_parts`.
+    facts: the plain values of `file_of`.
     """
 
     def __init__(self, folder: Path) -> None:

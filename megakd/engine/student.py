@@ -31,7 +31,7 @@ from megakd.engine.initialize import RATE, Engine
 from megakd.engine.memory import destroy
 from megakd.engine.optimizer_state import LEARNER, OptimizerState
 from megakd.engine.shards import Shard, local_shards
-from megakd.engine.stored_parts import Parts, StoredParts, write_parts
+from megakd.engine.stored_parts import Parts, StoredParts, file_of
 from megakd.errors import CheckpointError
 
 _SHARD = "shards/"
@@ -179,10 +179,16 @@ class StudentEngine:
         with self._engine.module.opened_head(batch):
             return self._engine(batch, view=view)
 
-    def save(self, folder: Path, shards: Parts = MappingProxyType({})) -> list[Path]:
-        """Write this rank's part of the engine's state; return its file; a collective.
+    def files(self, shards: Parts = MappingProxyType({})) -> dict[str, Any]:
+        """Return this rank's part of the engine's state as files; a collective.
 
-        shards: values that a strategy keeps for the elements of `local_shards`.
+        The tensors may be those of the engine, which the next step changes.
+
+        Args:
+            shards: values that a strategy keeps for the elements of `local_shards`.
+
+        Returns:
+            the content of each file by its name, for `torch.save`.
         """
         values, rank = self.optimizer_state, self._engine.global_rank
         facts = {
@@ -195,12 +201,8 @@ class StudentEngine:
             for kind, by_name in shards.items()
         }
 
-        def write() -> Path:
-            folder.mkdir(parents=True, exist_ok=True)
-            parts = {**values.parts(), **kept}
-            return write_parts(folder, rank, parts, offsets=values.offsets, facts=facts)
-
-        return [together(write)]
+        parts = {**values.parts(), **kept}
+        return file_of(rank, parts, offsets=values.offsets, facts=facts)
 
     def load(self, folder: Path) -> Parts:
         """Read a state that any number of ranks wrote; return this rank's shards; a collective."""

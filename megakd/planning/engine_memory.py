@@ -29,11 +29,22 @@ from megakd.planning.cluster import Cluster
 from megakd.planning.tracing import NOTHING, Amount, Inventory, Trace, amount_of, block, mapped
 
 Part = Literal[
-    "weights", "gradients", "optimizer", "averages", "activations", "gather", "workspace", "elastic"
+    "weights",
+    "gradients",
+    "optimizer",
+    "averages",
+    "activations",
+    "gather",
+    "workspace",
+    "elastic",
+    "checkpoint",
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
 Place = Literal["device", "host"]
-_LIFETIMES = {"weights": "models", "optimizer": "models", "averages": "models", "gather": "module"}
+_LIFETIMES = {
+    **dict.fromkeys(("weights", "optimizer", "averages", "checkpoint"), "models"),
+    "gather": "module",
+}
 HOLES = {"step": 0.4, "module": 0.1}
 """Extra share of the heap by the lifetime of its blocks, for holes that no later block fills.
 
@@ -306,6 +317,13 @@ class Trained(Frozen):
         part = most / max(1, weights.numel)
         amount = amount_of(parameter.numel * FP32 * part for parameter in weights)
         return self.held("averages", amount.times(values), self.place("offload_optimizer"))
+
+    def copied(self, averages: Holding) -> Holding:
+        """Return the copy of a rank's part of the state, which is written beside the training."""
+        copy = block(self.share(self.learned.numel) * FP32).times(self.moments + 1)
+        return together(
+            *(self.held("checkpoint", amount, "host") for amount in (copy, *averages.values()))
+        )
 
     def accumulated(self) -> Holding:
         """Return the additional memory of gradients between two micro-batches of a step."""

@@ -148,7 +148,8 @@ class Timeline:
         left = self.traced.pruned
         averages = learner.averages(left.makers, stage.strategy.values_per_weight) if left else {}
         of_teachers = together(self._fetched(frozen), self._readouts())
-        self._resting = together(self._resting, learner.resting(), averages, of_teachers)
+        copy = self._copied(stage, learner.copied(averages))
+        self._resting = together(self._resting, learner.resting(), averages, of_teachers, copy)
         micro_batches = largest_step(stage.train, self.config.task).micro_batches
         self._ask(asked, learner.accumulated() if micro_batches > 1 else {})
         heads = [
@@ -168,6 +169,14 @@ class Timeline:
         if left is not None and stage.goes_on:
             self._write_state(learner, left, stage.strategy.values_per_weight)
         self._count(learner, asked, micro_batches)
+
+    def _copied(self, stage: Stage, copy: Holding) -> Holding:
+        save, steps, host = self.config.save, stage.train.max_steps, self.cluster.host_memory
+        if steps is not None and steps <= save.save_steps:
+            return {}  # the last save of a stage makes no copy
+        twice = 2 * self.cluster.ranks_per_node * sum(amount.total for amount in copy.values())
+        fits = host is None or twice <= host
+        return copy if (fits if save.asynchronous == "auto" else save.asynchronous) else {}
 
     def _offloaded(self, stage: Stage, learner: Trained) -> Holding:
         if not stage.train.activation_offload or learner.is_cpu:

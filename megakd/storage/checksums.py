@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megakd.storage.atomic import json_text, sha256_of, write_json
+from megakd.storage.atomic import json_text, sha256_of, write_json, write_tensors
 
 Entries = Mapping[str, Mapping[str, Any]]
 """Mapping from a relative file name to the file's `size` in bytes and `sha256`."""
@@ -27,6 +28,16 @@ def entry_of(path: Path) -> dict[str, Any]:
 def entries_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return the entries of some files of a folder."""
     return {name: entry_of(folder / name) for name in names}
+
+
+def write_files(folder: Path, contents: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Write files with `torch.save`, and force them to the disk; return their entries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_tensors(folder / name, content)
+        with (folder / name).open("rb+") as file:
+            os.fsync(file.fileno())
+    return entries_of(folder, contents)
 
 
 def files_of(folder: Path) -> list[str]:

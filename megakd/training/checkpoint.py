@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import pickle
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,8 @@ from megakd.engine.collectives import agree, gather, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError, MegakdError
 from megakd.process.seeding import random_state, set_random_state
-from megakd.storage.atomic import full_disk_reason, set_aside, write_tensors, write_text
-from megakd.storage.checksums import damage_of, entries_of, files_of, read_signed, write_signed
+from megakd.storage.atomic import full_disk_reason, set_aside, write_text
+from megakd.storage.checksums import Entries, damage_of, files_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
 from megakd.training.stage_folder import is_longer, same_rows
 
@@ -40,6 +40,7 @@ MANIFEST = "manifest.json"
 FORMAT = 4
 """Increased when the content of checkpoints changes, so that older ones are refused in one line."""
 LATEST = "latest"
+_STATES = "state.pt"
 _PARTIAL = ".partial"
 _PREFIX = "step-"
 _NAME = re.compile(_PREFIX + r"\d+")
@@ -67,30 +68,50 @@ class Checkpoints:
     ranks: Ranks
     may_grow: bool = False
 
-    def save(
-        self,
-        step: int,
-        write_engine: Callable[[Path], list[Path]],
-        states: Mapping[str, CheckpointState],
-    ) -> Path:
-        """Write one checkpoint.
+    def contents(
+        self, engine: Mapping[str, Any], states: Mapping[str, CheckpointState]
+    ) -> dict[str, Any]:
+        """Return the content of this rank's files by name.
+
+        Args:
+            engine: the files of the engine's state.
+            states: everything else that a resumed stage needs, by name.
+        """
+        stored = {name: state.save() for name, state in states.items()}
+        contents = {**engine, _random_file(self.ranks.rank): random_state()}
+        if self.ranks.is_main:
+            contents[_STATES] = stored
+        check_plain(contents)
+        return contents
+
+    def begin(self, step: int) -> Path:
+        """Return an empty folder for the files of a checkpoint, which is not published yet."""
+        partial = self._partial(step)
+        with self._cleared_on_failure(step):
+            on_main(lambda: self._make_room(partial))
+        return partial
+
+    def publish(self, step: int, write: Callable[[], Entries]) -> Path:
+        """Give a checkpoint its name once every rank has written its files.
 
         Args:
             step: the number of optimiser steps taken.
-            write_engine: writes the engine's state into a folder; returns this rank's files.
-            states: everything else that a resumed stage needs, by name.
+            write: writes this rank's files into the folder of `begin`; returns their entries.
         """
-        partial = self.folder / f"{_PREFIX}{step}{_PARTIAL}"
-        stored = {name: state.save() for name, state in states.items()}
+        with self._cleared_on_failure(step):
+            files = entries_of_ranks(write)
+            return on_main(lambda: self._publish(step, files))
+
+    @contextmanager
+    def _cleared_on_failure(self, step: int) -> Iterator[None]:
         try:
-            on_main(lambda: self._make_room(partial))
-            shards = write_engine(partial)
-            others = together(lambda: self._write_state(partial, stored))
-            files = synced_entries(partial, [*shards, *others])
-            return on_main(lambda: self._publish(partial, step, files))
+            yield
         except (OSError, MegakdError) as error:
-            on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            on_main(lambda: shutil.rmtree(self._partial(step), ignore_errors=True))
             raise self._could_not_write(step, error) from error
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f"{_PREFIX}{step}{_PARTIAL}"
 
     def _make_room(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,17 +125,8 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"no space left on the device: {lacking}")
         partial.mkdir()
 
-    def _write_state(self, folder: Path, state: Mapping[str, Any]) -> list[Path]:
-        contents = {_random_file(self.ranks.rank): random_state()}
-        if self.ranks.is_main:
-            contents["state.pt"] = dict(state)
-        for name, content in contents.items():
-            check_plain(content)
-            write_tensors(folder / name, content)
-        return [folder / name for name in contents]
-
-    def _publish(self, partial: Path, step: int, files: Mapping[str, Any]) -> Path:
-        final = self.folder / f"{_PREFIX}{step}"
+    def _publish(self, step: int, files: Entries) -> Path:
+        partial, final = self._partial(step), self.folder / f"{_PREFIX}{step}"
         manifest = {
             "format": FORMAT,
             "stage": self.folder.name,
@@ -286,24 +298,15 @@ class Checkpoints:
 
 def read_states(checkpoint: Path, device: torch.device) -> dict[str, Any]:
     """Return the states of a checkpoint by name."""
-    return _read_plain(checkpoint / "state.pt", device)
+    return _read_plain(checkpoint / _STATES, device)
 
 
-def synced_entries(folder: Path, written: Sequence[Path]) -> dict[str, Any]:
-    """Force files to the disk; return the entries of the files of all ranks; a collective.
+def entries_of_ranks(write: Callable[[], Entries]) -> Entries:
+    """Write files on all ranks; return all their entries; a collective.
 
-    Each rank syncs the files that it has `written`. The folder is not listed: on shared storage a
-    rank may not see the files of another rank yet.
+    The folder is not listed: on shared storage a rank may not see the files of another rank yet.
     """
-
-    def read_back() -> dict[str, dict[str, Any]]:
-        for path in written:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-        return entries_of(folder, [path.relative_to(folder).as_posix() for path in written])
-
-    shares = gather(together(read_back))
-    return {name: entry for share in shares for name, entry in share.items()}
+    return {name: entry for share in gather(together(write)) for name, entry in share.items()}
 
 
 def _random_file(rank: int) -> str:

@@ -14,7 +14,7 @@ import torch
 from megakd.contract.batch import copied_to
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
-from megakd.engine.collectives import all_reduce_, gather, on_main
+from megakd.engine.collectives import all_reduce_, gather
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import peak_memory_bytes
 from megakd.errors import TrainingError
@@ -138,14 +138,18 @@ class TrainMeter:
         self._warned = bool(empty)
 
     def check_finite(self, newest: Callable[[], Path | None]) -> None:
-        """Raise TrainingError at a loss or gradient that is not finite; a collective."""
+        """Raise TrainingError at a loss or gradient that is not finite; a collective.
+
+        Args:
+            newest: returns the last good checkpoint; a collective.
+        """
         first = self._trainer.meter.first_bad_step
         if first is None:
             return
         bad = torch.where(first < 0, _NEVER, first).minimum(self._first_bad_norm)
         step = -int(all_reduce_(-bad, largest=True))
         if step != _NEVER:
-            good = on_main(newest)
+            good = newest()
             raise TrainingError(
                 f"{self._stage}: the loss or its gradient is not finite (NaN or infinite) at step "
                 f"{step + 1}; the last good checkpoint is "

@@ -12,9 +12,9 @@ from typing_extensions import override
 from megakd.engine.collectives import agree, all_reduce_, on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
-from megakd.storage.checksums import Entries, write_signed
+from megakd.storage.checksums import Entries, write_files, write_signed
 from megakd.storage.folders import CHECKSUMS, damage
-from megakd.training.checkpoint import synced_entries
+from megakd.training.checkpoint import entries_of_ranks
 from megakd.training.stage_extra import StageExtra
 
 if TYPE_CHECKING:
@@ -51,8 +51,9 @@ class StageProbe:
 
     def remember(self, student: StudentEngine) -> None:
         partial = self.folder / f"{BEGINNING}.partial"
+        contents = student.files()
         on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-        files = synced_entries(partial, student.save(partial))
+        files = entries_of_ranks(lambda: write_files(partial, contents))
         on_main(lambda: self._publish(partial, files))
 
     def _publish(self, partial: Path, files: Entries) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -18,7 +17,7 @@ from megakd.contract.unit_counts import count_units
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.memory import peak_memory_bytes
-from megakd.engine.stop_vote import StopVote, agreed_signal
+from megakd.engine.step_votes import StepVotes, agreed_signal
 from megakd.engine.student import device_batch
 from megakd.process import signals
 from megakd.process.seeding import seed_everything
@@ -27,6 +26,7 @@ from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.watched import WatchedTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints, CheckpointState
+from megakd.training.checkpoint_writer import CheckpointWriter
 from megakd.training.meters import TrainMeter
 from megakd.training.progress import Extent, Reporter
 from megakd.training.stage_batches import extras_of, stage_batches
@@ -37,6 +37,7 @@ from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+_STOP, _WRITING = "stop", "writing"
 
 
 class StageRun:
@@ -63,18 +64,21 @@ class StageRun:
         steps = window.total if window else total_steps(stage.train, self.source.steps_per_epoch)
         self.steps = window.last if window else stage.strategy.episodes * steps
         rate = learning_rate_schedule(stage.train, steps)
-        self.stop_vote = StopVote()
+        self.checkpoints = stage_checkpoints(stage, assembly, fingerprint)
+        self.saves = CheckpointWriter(self.checkpoints, beside=self.config.save.asynchronous)
+        self.votes = StepVotes(
+            {_STOP: lambda: signals.requested() > 0, _WRITING: lambda: self.saves.is_writing}
+        )
         self.trainer = Trainer(
             student=self.student,
             teachers={name: WatchedTeacher(teacher) for name, teacher in teachers.items()},
             strategy=stage.strategy,
-            count_units=lambda batches: self.stop_vote.sum_counts(
+            count_units=lambda batches: self.votes.sum_counts(
                 count_units(batches, self.bundle.counters)
             ),
             learning_rate=lambda step: rate(step % steps),
             step=self.first_step,
         )
-        self.checkpoints = stage_checkpoints(stage, assembly, fingerprint)
         self.model = StageModel(stage, assembly, self.student, self.bundle, self.source)
         folder = self.checkpoints.folder
         self.evaluation = StageEvaluation(self.model, self.trainer, folder, self.extras)
@@ -187,13 +191,13 @@ class StageRun:
     def _load_engine(self, folder: Path) -> None:
         self.stage.strategy.load_shards(self.student.load(folder))
 
-    def _write_engine(self, folder: Path) -> list[Path]:
-        return self.student.save(folder, self.stage.strategy.shards())
-
     def _after_step(self, report: StepReport) -> None:
         step, stopping = self.trainer.step, self.evaluation.stopping
         self.health.add(report)
         self.reporter.advance(step)
+        if self.saves.is_pending and not self.votes.any(_WRITING):
+            with self.health.paused():
+                self.saves.publish()
         last = step == self.steps
         if last or _due(step, self.config.log.logging_steps):
             self._log(step)
@@ -202,9 +206,9 @@ class StageRun:
         if stopping.stopped and not last:
             self._stop_early(step)
         last = last or stopping.stopped
-        is_told = self.stop_vote.passed()
+        is_told = self.votes.any(_STOP)
         if last or is_told or _due(step, self.config.save.save_steps):
-            self._save(step)
+            self._save(step, is_last=last or is_told)
         # A signal in the last step may be too late for the vote.
         number = agreed_signal() if is_told or last else 0
         if number:
@@ -220,7 +224,7 @@ class StageRun:
         )
 
     def _log(self, step: int) -> None:
-        self.health.check_finite(self.checkpoints.newest)
+        self.health.check_finite(self._newest)
         scalars = self.health.scalars(waited_s=self.source.waited_s)
         scalars |= self.source.scalars()
         self._report(step, {**scalars, **self.stage.strategy.scalars()})
@@ -229,28 +233,26 @@ class StageRun:
         on_main(lambda: self.reporter.log(step, scalars, stage=self.stage.name))
 
     def _evaluate(self, step: int) -> None:
-        self.health.check_finite(self.checkpoints.newest)
+        self.health.check_finite(self._newest)
         with self.health.paused(), doing(f"scoring stage {self.stage.name} at step {step}"):
             self.evaluation.evaluate(step, partial(self._report, step))
 
-    def _save(self, step: int) -> None:
-        self.health.check_finite(self.checkpoints.newest)
-        began = time.perf_counter()
+    def _save(self, step: int, *, is_last: bool) -> None:
+        self.health.check_finite(self._newest)
         with self.health.paused(), doing(f"saving step {step} of stage {self.stage.name}"):
-            self.checkpoints.save(step, self._write_engine, self.states)
-        seconds, limit = time.perf_counter() - began, self.config.train.collective_timeout
-        if seconds > limit / 2 and self.ranks.is_main:
-            logger.warning(
-                "%s: saving step %d took %.1f s, and train.collective_timeout is %g s; ranks "
-                "write at different speeds, so set it to %.0f or more",
-                *(self.stage.name, step, seconds, limit, 10 * seconds),
-            )
+            engine = self.student.files(self.stage.strategy.shards())
+            self.saves.save(step, engine, self.states, is_last=is_last)
+
+    def _newest(self) -> Path | None:
+        self.saves.publish()
+        return on_main(self.checkpoints.newest)
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         if self.ranks.is_main:
             logger.log(level, text)
 
     def close(self) -> None:
+        self.saves.close()
         self.student.destroy()
 
 

@@ -14,6 +14,7 @@ from equal_runs import CLASSIFICATION, LANGUAGE, ZERO3, difference
 from safetensors.torch import load_file
 
 from megakd.engine.sharding import gathered_state
+from megakd.storage.checksums import write_files
 
 ZERO2_OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 ZERO3_OFFLOADED = {
@@ -40,7 +41,7 @@ def leg(config: str, before: str | None, first: int, last: int, after: str) -> d
             summed(run.trainer.train_step(run.source.step(step)).parts)
             for step in range(first, last)
         ]
-        run._write_engine(Path(after))
+        write_files(Path(after), run.student.files(run.stage.strategy.shards()))
         values = run.student.optimizer_state
         return {
             "losses": losses,

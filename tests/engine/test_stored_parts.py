@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.engine import student
-from megakd.engine.stored_parts import StoredParts, write_parts
+from megakd.engine.stored_parts import StoredParts, file_of
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
+from megakd.storage.checksums import write_files
 
 SIZE = 23
 
@@ -25,7 +26,7 @@ def write(folder: Path, cuts: list[int]) -> torch.Tensor:
     whole, ends = torch.arange(float(SIZE)), [0, *sorted(cuts), SIZE]
     for rank, (first, last) in enumerate(pairwise(ends)):
         parts = {"weight": {"w": whole[first:last]} if last > first else {}}
-        write_parts(folder, rank, parts, offsets={"w": first}, facts={"steps": 3})
+        write_files(folder, file_of(rank, parts, offsets={"w": first}, facts={"steps": 3}))
     return whole
 
 

@@ -15,7 +15,7 @@ from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, ModelError
 from megakd.planning.cluster import Cluster, Rates, rates_of
-from megakd.planning.engine_memory import PARTS, Peak
+from megakd.planning.engine_memory import PARTS, Peak, Share
 from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, page, plan_run
 
@@ -134,6 +134,34 @@ def test_rates_turn_operations_and_bytes_into_seconds(tmp_path: Path) -> None:
     assert planned(config, rates=Rates(tflops=1.0)).seconds_per_step is not None
 
 
+AT_ONCE = {"asynchronous": False}
+
+
+@pytest.mark.parametrize(
+    ("save", "host", "has_copy"),
+    [
+        ({}, None, True),
+        ({}, 1000, False),
+        ({"asynchronous": True}, 1000, True),
+        (AT_ONCE, None, False),
+        ({"save_steps": 4}, None, False),  # the last save makes no copy
+    ],
+)
+def test_the_copy_of_a_save_beside_the_training_is_planned_on_the_host(
+    tmp_path: Path, save: dict[str, Any], host: int | None, has_copy: bool
+) -> None:
+    train = {"per_device_train_batch_size": 4, "max_steps": 4}
+    config = config_of(tmp_path, save={"save_steps": 2} | save, train=train)
+    plan = planned(config, device="cuda", device_memory=10**9, host_memory=host, ranks=2)
+    training = next(phase for phase in plan.phases if phase.name == "student")
+    most = training.ledger.most
+
+    # Both are the fp32 weights and two moments.
+    optimizer = most[Share("student", "optimizer")]
+    assert optimizer > 0
+    assert most[Share("student", "checkpoint", "host")] == (optimizer if has_copy else 0)
+
+
 def test_a_run_with_fine_tuning_needs_no_less_than_the_fine_tuning(tmp_path: Path) -> None:
     large = {"model": bert(3, width=64, vocab_size=64), "finetune": {"max_steps": 2}}
     alone = config_of(
@@ -141,8 +169,9 @@ def test_a_run_with_fine_tuning_needs_no_less_than_the_fine_tuning(tmp_path: Pat
         teacher=None,
         student={"model": large["model"]},
         method={"name": "finetune"},
+        save=AT_ONCE,
     )
-    whole = planned(config_of(tmp_path, teacher=large), device="cpu", ranks=2)
+    whole = planned(config_of(tmp_path, teacher=large, save=AT_ONCE), device="cpu", ranks=2)
     fine_tuning = planned(alone, device="cpu", ranks=2)
 
     assert whole.highest.name == "teacher-finetune"

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from megakd.engine.distributed import Ranks
-from megakd.storage.atomic import write_tensors
+from megakd.storage.checksums import write_files
 from megakd.training.checkpoint import Checkpoints, CheckpointState
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 SHARD = "shard.pt"
+ENGINE = {SHARD: {"weight": torch.arange(1000.0)}}
 FILES = (SHARD, "state.pt", "rank-0.pt")
 
 
@@ -23,15 +24,13 @@ def checkpoints(folder: Path, *, keep: int | None = 2, ranks: Ranks = ALONE, **f
     return Checkpoints(folder=folder / "student", fingerprint=fingerprint, keep=keep, ranks=ranks)
 
 
-def write_engine(folder: Path) -> list[Path]:
-    write_tensors(folder / SHARD, {"weight": torch.arange(1000.0)})
-    return [folder / SHARD]
-
-
-def save(store: Checkpoints, *steps: int) -> Path:
+def save(store: Checkpoints, *steps: int, values: dict[str, Any] | None = None) -> Path:
+    """Save without an engine; return the last checkpoint."""
     for step in steps:
-        values = {"step": step, "window": step * 10}
-        written = store.save(step, write_engine, states_of(values))
+        states = states_of(values or {"step": step, "window": step * 10})
+        contents = store.contents(ENGINE, states)
+        folder = store.begin(step)
+        written = store.publish(step, partial(write_files, folder, contents))
     return written
 
 

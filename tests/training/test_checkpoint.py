@@ -26,7 +26,6 @@ from checkpoint_store import (
     read_nothing,
     save,
     states_of,
-    write_engine,
 )
 
 from megakd.engine.distributed import Ranks
@@ -64,7 +63,7 @@ def test_tensors_of_a_gpu_are_read_to_the_device_of_the_rank(store, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
         values = {"average": torch.ones(3)}
-        folder = store.save(4, write_engine, states_of(values))
+        folder = save(store, 4, values=values)
 
     store.load(folder, read_nothing, states_of(values))
 
@@ -248,7 +247,7 @@ def test_other_ranks_read_a_checkpoint_and_keep_their_own_random_numbers(tmp_pat
 @pytest.mark.parametrize(("readers", "fitting"), [(4, "1 or 2 or 4"), (2, "1 or 2")])
 def test_a_stream_that_ranks_cannot_share_names_the_ranks_that_can(tmp_path, readers, fitting):
     batches = {"batches": {"step": 4, "readers": [{}] * readers}}
-    folder = checkpoints(tmp_path).save(4, write_engine, states_of(batches))
+    folder = save(checkpoints(tmp_path), 4, values=batches)
     three = Ranks(rank=0, world_size=3, local_rank=0, device=torch.device("cpu"))
 
     message = (

@@ -106,8 +106,9 @@ def refuses_for_lack_of_space(store: Checkpoints) -> Any:
 
 
 def test_a_disk_that_is_full_or_fills_up_under_the_engine_destroys_nothing(store, monkeypatch):
+    store.begin(8)
     with refuses_for_lack_of_space(store):
-        store.save(8, full_disk, {})
+        store.publish(8, full_disk)
     usage = shutil._ntuple_diskusage(10, 9, 1)  # pyright: ignore[reportAttributeAccessIssue]
     with monkeypatch.context() as patch, refuses_for_lack_of_space(store):
         patch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: usage)
@@ -145,8 +146,10 @@ def test_another_failure_is_reported_as_what_it_is(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied", "shard.pt")
 
     message = r"Permission denied.*there is no earlier checkpoint; start"
+    store = checkpoints(tmp_path)
+    store.begin(8)
     with pytest.raises(CheckpointError, match=message):
-        checkpoints(tmp_path).save(8, refused, {})
+        store.publish(8, refused)
 
 
 def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path, caplog):
