@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megakd.engine.heartbeat import beat
+
 _PREFIX = "megakd/activity"
 _current: list[str] = ["starting"]
 _limit: list[float] = []
@@ -55,6 +57,7 @@ def doing(what: str) -> Iterator[None]:
 
 def reached(what: str, *, shown: bool = False) -> None:
     """Name how far the activity is; `shown` says that a progress bar shows it."""
+    beat()
     _reached[0] = f", {what}"
     if shown:
         _shown[0] = time.monotonic()

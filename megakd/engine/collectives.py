@@ -10,31 +10,20 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megakd.engine import activity
-from megakd.errors import CollectiveTimeoutError, MegakdError, PeerLostError
+from megakd.errors import MegakdError
 
 T = TypeVar("T")
 WORK_LIMIT = timedelta(hours=24)
 """How long ranks wait for the work of another rank; a rank that dies ends the wait at once."""
 _GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 """The group for objects, by the default group."""
-# Parts of error messages of gloo, of its sockets, and of NCCL.
-_PEER_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-)
-_TIMED_OUT = ("Timed out waiting", "collective operation timeout")
-_NOT_CONNECTED = ("connectFullMesh failed", "Unable to find address for")
 # The number of the node, from DeepSpeed's launcher, torchrun and Slurm. Two launchers on one host
 # are two nodes, as the launchers say, and two hosts may have the same name.
 _NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
@@ -168,34 +157,3 @@ def _object_group() -> dist.ProcessGroup:
         _GROUPS.clear()  # of a default group that has ended
         _GROUPS[world] = group
     return _GROUPS[world]
-
-
-@contextmanager
-def reports_lost_peer() -> Iterator[None]:
-    """Convert the error of a collective that another rank has left into a one-line error.
-
-    Raises:
-        PeerLostError: another rank has ended, or cannot be reached.
-        CollectiveTimeoutError: another rank did not join within `train.collective_timeout`.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        said, rank = str(error), f"rank {os.environ.get('RANK', '0')}"
-        if any(words in said for words in _NOT_CONNECTED):
-            reason = said.splitlines()[0].rpartition("] ")[2]
-            interface = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
-            raise PeerLostError(
-                f"{rank} on {node_name()} cannot connect to another rank over gloo ({reason}); set "
-                f"GLOO_SOCKET_IFNAME ({interface}) on every node to the network interface that "
-                "connects the nodes, such as eth0"
-            ) from error
-        if any(words in said for words in _TIMED_OUT):
-            raise CollectiveTimeoutError(activity.too_long()) from error
-        reason = next((words for words in _PEER_LOST if words in said), None)
-        if reason is None:
-            raise
-        raise PeerLostError(
-            f"{rank} ends because another rank has ended ({reason}); "
-            "see the output of that rank or of its launcher"
-        ) from error

@@ -23,7 +23,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from megakd.engine import activity, stale_locks
-from megakd.engine.collectives import backend_for, gather, reports_lost_peer
+from megakd.engine.collectives import backend_for, gather
+from megakd.engine.peers import reports_lost_peer
 from megakd.errors import MegakdError
 
 logger = logging.getLogger(__name__)

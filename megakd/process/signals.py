@@ -29,7 +29,16 @@ LOOK_EVERY_S = 1.0
 GRACE_S = 120.0
 LAUNCHER_ENDED = "the end of its launcher"
 _active: _Watch | None = None
-PROGRAMS = ("deepspeed", "torchrun", "mpirun", "mpiexec", "orted", "prted", "hydra_pmi_proxy")
+PROGRAMS = (
+    "deepspeed",
+    "torchrun",
+    "ft_launcher",
+    "mpirun",
+    "mpiexec",
+    "orted",
+    "prted",
+    "hydra_pmi_proxy",
+)
 MODULES = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.launch")
 FILES = ("deepspeed/launcher/launch.py", "torch/distributed/run.py", "torch/distributed/launch.py")
 SLURM = "slurmstepd"

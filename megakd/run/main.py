@@ -14,10 +14,12 @@ from megakd.config.file import config_tree, dump_config
 from megakd.config.run import RunConfig
 from megakd.engine import distributed
 from megakd.engine.activity import doing, told
-from megakd.engine.collectives import agree, on_main, reports_lost_peer
+from megakd.engine.collectives import agree, on_main
 from megakd.engine.distributed import Ranks, warn_of_missing_variables
+from megakd.engine.heartbeat import monitored
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.engine.nodes import check_nodes
+from megakd.engine.peers import reports_lost_peer, watched
 from megakd.errors import CheckpointError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device
@@ -73,7 +75,8 @@ def started(config: RunConfig) -> Iterator[Ranks]:
     failure: BaseException | None = None
     try:
         telling = told() if ranks.is_main else nullcontext()
-        with telling, reports_lost_peer(), earlier_objects_left_alone():
+        watching = watched(config.train.collective_timeout)
+        with watching, monitored(), telling, reports_lost_peer(), earlier_objects_left_alone():
             warn_of_missing_variables()
             yield ranks
     except BaseException as error:

@@ -16,6 +16,7 @@ from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
+from megakd.engine.heartbeat import beat
 from megakd.engine.memory import peak_memory_bytes
 from megakd.engine.step_votes import StepVotes, agreed_signal
 from megakd.engine.student import device_batch
@@ -195,6 +196,7 @@ class StageRun:
         step, stopping = self.trainer.step, self.evaluation.stopping
         self.health.add(report)
         self.reporter.advance(step)
+        beat()
         if self.saves.is_pending and not self.votes.any(_WRITING):
             with self.health.paused():
                 self.saves.publish()

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megakd.engine import distributed
 from megakd.engine.activity import doing
-from megakd.engine.collectives import agree, all_reduce_, gather, on_main, reports_lost_peer
+from megakd.engine.collectives import agree, all_reduce_, gather, on_main
+from megakd.engine.peers import reports_lost_peer
 from megakd.errors import CollectiveTimeoutError
 
 LIMIT_S = 2.0

@@ -4,7 +4,8 @@ import re
 import pytest
 
 from megakd.engine import distributed
-from megakd.engine.collectives import backend_for, reports_lost_peer
+from megakd.engine.collectives import backend_for
+from megakd.engine.peers import reports_lost_peer
 from megakd.errors import MegakdError, PeerLostError
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -148,7 +148,7 @@ AT_ONCE = {"asynchronous": False}
     ],
 )
 def test_the_copy_of_a_save_beside_the_training_is_planned_on_the_host(
-    tmp_path: Path, save: dict[str, Any], host: int | None, has_copy: bool
+    tmp_path: Path, save: dict[str, Any], *, host: int | None, has_copy: bool
 ) -> None:
     train = {"per_device_train_batch_size": 4, "max_steps": 4}
     config = config_of(tmp_path, save={"save_steps": 2} | save, train=train)

@@ -1,0 +1,66 @@
+"""Three ranks of which the last is lost; `test_lost_ranks.py` starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from megakd.engine import distributed, peers
+from megakd.engine.collectives import gather
+from megakd.engine.distributed import Ranks
+from megakd.errors import PeerLostError
+
+peers.LEAST_SILENCE_S = 2.0
+peers.GRACE_S = 1.0
+LONG_S = 120.0
+LOST = 2
+
+
+def work(ranks: Ranks) -> None:
+    """The others work without a collective, while the last rank is killed."""
+    if ranks.rank == LOST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(LONG_S)
+
+
+def stopped(ranks: Ranks) -> None:
+    """The last rank is stopped, as a machine without memory may stop it."""
+    if ranks.rank == LOST:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(LONG_S)
+
+
+def waiting(ranks: Ranks) -> None:
+    """The others wait for the last rank, which fails."""
+    if ranks.rank == LOST:
+        raise ValueError("rank 2 cannot go on")
+    gather(ranks.rank)
+
+
+def forked(ranks: Ranks) -> None:
+    """A child of the last rank lives longer than the rank."""
+    if ranks.rank == LOST and os.fork():
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(10 if ranks.rank == LOST else LONG_S)
+
+
+def ended(ranks: Ranks) -> None:
+    """Rank 0 is the last to end, and no rank is lost."""
+    time.sleep(1.5 if ranks.is_main else 0.0)
+
+
+CASES = {case.__name__: case for case in (work, stopped, waiting, forked, ended)}
+ranks = distributed.start()
+code = 0
+try:
+    with peers.watched(0.0), peers.reports_lost_peer():
+        CASES[sys.argv[1]](ranks)
+except PeerLostError as error:
+    sys.stderr.write(f"megakd: {error}\n")
+    code = error.exit_code
+except ValueError:
+    code = 3
+sys.stderr.flush()
+os._exit(code)

@@ -1,0 +1,165 @@
+"""A rank that is lost ends all others by name; a launcher that restarts brings the run back."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import TIMEOUT_S, TRAIN, Group, free_port, start
+from test_launchers import hostfile, rendezvous
+from tiny_runs import bert, config_tree, write_config, write_reviews
+
+PROGRAM = Path(__file__).with_name("lost_ranks.py")
+LOST = 2
+
+
+@pytest.fixture
+def lose(launch, request):
+    """Start three ranks, of which the last is lost, and wait until the others have ended."""
+
+    def run(case: str) -> Group:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 3}
+        ranks = [{"RANK": n, "LOCAL_RANK": n, "LOCAL_SIZE": 3, **meeting} for n in range(3)]
+        group = launch(case, program=PROGRAM, ranks=ranks)
+        request.addfinalizer(group.kill)
+        others = group.processes[:LOST]
+        group.wait_until(lambda: all(rank.exitcode is not None for rank in others))
+        return group
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        ("work", "has ended"),
+        ("waiting", "has ended with ValueError; see the output"),
+        ("forked", "has ended"),
+        ("stopped", "has not answered for 2 s"),
+    ],
+)
+def test_a_rank_that_is_lost_ends_all_others_with_a_line_that_names_it(lose, case, how):
+    group = lose(case)
+
+    assert [rank.exitcode for rank in group.processes[:LOST]] == [1, 1]
+    for rank in range(LOST):
+        line = rf"^megakd: rank {rank} ends because rank {LOST} on \S+ {how}"
+        assert len(re.findall(line, group.text, re.MULTILINE)) == 1, group.text
+
+
+def test_ranks_that_end_one_after_another_lose_nobody(lose):
+    group = lose("ended")
+
+    assert group.wait() == [0, 0, 0]
+    assert "ends because" not in group.text
+
+
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lost")
+    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
+    tree = config_tree(
+        Path("unused"),
+        task,
+        student={"model": bert(1), "deepspeed": "zero2"},
+        save={"save_steps": 20},
+        log={"report_to": [], "logging_steps": 1},
+    )
+    tree["train"] |= {"max_steps": STEPS, "collective_timeout": 12}
+    return write_config(folder / "run.yaml", tree)
+
+
+def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process | None:
+    """Return the process of a rank below a launcher, if it is there."""
+    for process in psutil.Process(launcher.pid).children(recursive=True):
+        try:
+            is_rank = str(TRAIN) in process.cmdline()
+            if is_rank and process.environ().get("RANK") == str(rank):
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def end(launchers: Sequence[subprocess.Popen[str]]) -> None:
+    """Kill launchers and what is left of their ranks."""
+    for launcher in launchers:
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(launcher.pid).children(recursive=True):
+                process.kill()
+        launcher.kill()
+        launcher.communicate()
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    metrics = out / "metrics.jsonl"
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [hostfile, rendezvous])
+@pytest.mark.parametrize(
+    ("number", "how"), [(signal.SIGKILL, "has ended"), (signal.SIGSTOP, "has not answered for ")]
+)
+def test_a_rank_that_is_lost_ends_the_launchers_of_two_nodes(
+    config, tmp_path, built_operator, launcher, number, how
+):
+    out = tmp_path / "out"
+    words = (str(TRAIN), "--config", str(config), f"output_dir={out}", "train.max_steps=1000000")
+    nodes = [
+        start((*command, *words), {"MEGAKD_CACHE": tmp_path / f"cache-{node}"})
+        for node, command in enumerate(launcher(tmp_path))
+    ]
+    try:
+        wait_for_step(out, 3)
+        lost = next(rank for node in nodes if (rank := rank_of(node, 1)) is not None)
+        os.kill(lost.pid, number)
+        began = time.monotonic()
+        survivor = next(node for node in nodes if rank_of(node, 0) is not None)
+        said = survivor.communicate(timeout=TIMEOUT_S)[0]
+        print(f"{time.monotonic() - began:.1f} s")  # noqa: T201 - for the measurements
+        assert survivor.returncode != 0
+        assert re.search(rf"megakd: rank 0 ends because rank 1 on \S+ .*{how}", said), said
+    finally:
+        end(nodes)
+
+
+@pytest.mark.slow
+def test_torchrun_brings_a_run_back_whose_rank_dies_three_times(
+    config, tmp_path, launch, built_operator
+):
+    whole = tmp_path / "whole"
+    group = launch("--config", str(config), f"output_dir={whole}")
+    assert group.wait() == [0, 0], group.text
+    out = tmp_path / "out"
+    words = ("--nproc_per_node", "2", "--max-restarts", "3", "--master_port", str(free_port()))
+    command = ("-m", "torch.distributed.run", *words, str(TRAIN), "--config", str(config))
+    launcher = start((*command, f"output_dir={out}"), {})
+    try:
+        for step in (30, 80, 150):
+            wait_for_step(out, step)
+            victim = rank_of(launcher, step // 10 % 2)
+            assert victim is not None
+            victim.kill()
+        said = launcher.communicate(timeout=TIMEOUT_S)[0]
+    finally:
+        end([launcher])
+
+    assert launcher.returncode == 0, said
+    assert said.count("student: resumed at step") == 3, said
+    final = "final/model.safetensors"
+    assert (out / final).read_bytes() == (whole / final).read_bytes()
