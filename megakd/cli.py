@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from megakd.commands import (
     cache,
+    doctor,
     encode,
     evaluate,
     export,
@@ -42,6 +43,7 @@ _COMMANDS: Mapping[str, ModuleType] = {
     for module in (
         train,
         plan,
+        doctor,
         match,
         cache,
         encode,
@@ -102,8 +104,7 @@ def _run_command(name: str, words: Sequence[str], *, prog: str) -> int:
     command = _COMMANDS[name]
     parser = Parser(prog=prog, description=inspect.getdoc(command) or "")
     command.add_options(parser)
-    command.run(parser.parse(words))
-    return 0
+    return command.run(parser.parse(words)) or 0
 
 
 def _overview() -> str:

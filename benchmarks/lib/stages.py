@@ -159,7 +159,7 @@ class MeasuredStage(StageRun):
         if self.ranks.is_main:
             self.reporter.begin(self.stage.name, self.extent(0))
         self.health.begin()
-        for report in self.trainer.fit(self._on_device(0)):
+        for report in self.trainer.fit(self.batches(0)):
             self._after_step(report)
             yield
 

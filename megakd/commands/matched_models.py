@@ -150,7 +150,7 @@ def _teacher(
         predict = _compared(start, model, likeness) if is_shared else model.predict
         metrics = scorer.score(predict, own.prepared.encoded.validation)
     alike = {"gap": of_start["loss"] - metrics["loss"], **likeness.means()} if is_shared else {}
-    same = _same_files(lab.assembly.prepared, name)
+    same = same_files(lab.assembly.prepared, name)
     return {"model": ready.source.name, "metrics": metrics, **alike, **same}
 
 
@@ -170,7 +170,9 @@ def _compared(
     return predict
 
 
-def _same_files(prepared: RunInputs, name: str) -> dict[str, str]:
+def same_files(prepared: RunInputs, name: str) -> dict[str, str]:
+    """Return whether a teacher's vocabulary and chat template are those of the student."""
+
     def words(*, same: bool) -> str:
         return "same" if same else "different"
 

@@ -125,12 +125,30 @@ def _connect_nodes(timeout: timedelta) -> tuple[Any, ...]:
     """Connect the ranks of several nodes over gloo, and return what keeps the connections open."""
     if int(os.environ["WORLD_SIZE"]) <= _local_world():
         return ()
-    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+    except dist.DistStoreError as error:
+        raise MegakdError(
+            f"not all of {os.environ['WORLD_SIZE']} ranks have met at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); start all nodes with "
+            "the same number of nodes and of ranks per node"
+        ) from error
     started = distributed_c10d.PrefixStore("megakd/started", store)
-    started.set(str(rank), "")
-    started.wait([str(other) for other in range(world)], timeout)
+    started.set(str(rank), str(world))
+    for other in range(world):
+        started.wait([str(other)], timeout)
+        _check_world(rank, world, other, int(started.get(str(other))))
     # Gloo waits five times its limit, which in the run's group is longer, for an unreachable rank.
     return store, distributed_c10d.ProcessGroupGloo(started, rank, world, timedelta(seconds=12))
+
+
+def _check_world(rank: int, world: int, other: int, other_world: int) -> None:
+    if world != other_world:
+        raise MegakdError(
+            f"rank {rank} was started as one of {world} ranks, and rank {other} as one of "
+            f"{other_world}; start all nodes with the same number of nodes and of ranks per node"
+        )
 
 
 def adopt_slurm_variables() -> None:

@@ -110,7 +110,7 @@ class StageRun:
         if start == 0 and self.stage.measures_losses and not self.stage.views:
             self._evaluate(0)
         training = doing(f"training stage {self.stage.name}")
-        with training, signals.deferred(), closing(self._on_device(start)) as steps:
+        with training, signals.deferred(), closing(self.batches(start)) as steps:
             for report in self.trainer.fit(steps):
                 self._after_step(report)
                 if self.evaluation.stopping.stopped:
@@ -154,7 +154,8 @@ class StageRun:
             step=step, total_steps=self.steps, steps_per_epoch=self.source.steps_per_epoch
         )
 
-    def _on_device(self, start: int) -> Generator[Sequence[Batch], None, None]:
+    def batches(self, start: int) -> Generator[Sequence[Batch], None, None]:
+        """Yield the micro-batches of each step that is left after `start`, on the device."""
         # A stage that had stopped early before it was killed has no step left.
         stop = start if self.evaluation.stopping.stopped else self.steps
         with closing(self.source.iterate(start, stop)) as steps:

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import psutil
 import pytest
 
 # Worker processes import the cases by name, from wherever this process could.
@@ -129,6 +130,27 @@ def _locks() -> str:
     return f"every start waits for these locks, remove them if no start is running: {held}; "
 
 
+GROUPS: list[Group] = []
+"""All that `launch` has started."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_rank_is_left() -> Iterator[None]:
+    """Fail if a rank or a launcher that a test has started outlives the tests of a file."""
+    yield
+    below = psutil.Process().children(recursive=True)
+    left = [group.text[-500:] for group in GROUPS if group.running()]
+    left += [" ".join(words) for words in map(_words, below) if str(TRAIN) in words]
+    GROUPS.clear()
+    assert left == []
+
+
+def _words(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
 @pytest.fixture(scope="session")
 def launch(built_operator: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
     """Starts `launch/train.py` on two ranks: `launch("--config", path)`.
@@ -143,7 +165,8 @@ def launch(built_operator: None, tmp_path_factory: pytest.TempPathFactory) -> Ca
         meeting |= {"WORLD_SIZE": 2, "LOCAL_SIZE": 2}
         two = [{"RANK": rank, "LOCAL_RANK": rank, **meeting} for rank in range(2)]
         logs = tmp_path_factory.mktemp("logs")
-        return Group([str(program), *arguments], ranks=ranks or two, logs=logs)
+        GROUPS.append(Group([str(program), *arguments], ranks=ranks or two, logs=logs))
+        return GROUPS[-1]
 
     return start
 

@@ -16,6 +16,7 @@ from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.engine.memory import forget_models
 from megakd.models.architectures import architecture_of
+from megakd.storage.checksums import write_files
 
 
 def two_engines(config_path: str, folder: str) -> dict:
@@ -24,7 +25,7 @@ def two_engines(config_path: str, folder: str) -> dict:
         weights = list(teacher.model.parameters())
         before = [local(p).clone() for p in weights]
         run.trainer.train_step(run.source.step(0))
-        run.student.save(Path(folder) / "saved")
+        write_files(Path(folder) / "saved", run.student.files())
         after = [local(p) for p in weights]
         return {
             "teacher_share": sum(p.numel() for p in after) / elements(teacher.model),

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import random
+import re
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
@@ -144,6 +145,30 @@ def test_bad_input_is_said_once_and_ends_every_rank(command, config, tmp_path):
     assert f"{broken / 'train.jsonl'}, line 65: text is not UTF-8 (byte 0xff" in ended.text
 
 
+@pytest.mark.parametrize(
+    ("worlds", "message"),
+    [
+        ((2, 3), "rank 0 was started as one of 2 ranks, and rank 1 as one of 3; start all nodes"),
+        ((3, 2), r"not all of 3 ranks have met at \S+ within 4 s \(.*; start all nodes with"),
+    ],
+)
+def test_nodes_that_were_started_for_different_numbers_of_ranks_say_so(
+    config, launch, tmp_path, worlds, message
+):
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        {"RANK": rank, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "WORLD_SIZE": world, **meeting}
+        for rank, world in enumerate(worlds)
+    ]
+    words = (f"output_dir={tmp_path / 'out'}", "train.collective_timeout=4")
+
+    group = launch("--config", str(config), *words, ranks=ranks)
+
+    group.wait_until(lambda: group.processes[0].exitcode is not None)
+    group.kill()
+    assert re.search(rf"^megakd: error: {message}", group.text, re.MULTILINE), group.text
+
+
 def hostfile(folder: Path) -> list[list[str]]:
     """The commands of DeepSpeed's launcher on each node, without ssh."""
     hosts = folder / "hosts"
@@ -192,3 +217,15 @@ def test_two_nodes_give_the_losses_of_one(config, by_hand, tmp_path, launcher, s
     assert codes == [0, 0], text
     assert losses(out) == pytest.approx(losses(by_hand(stage)))
     assert {stage for stage, _ in losses(out)} == {"teacher-finetune", "student"}
+
+
+def test_a_doctor_of_two_ranks_says_what_both_have_seen(config, launch, tmp_path):
+    program, words = TRAIN.parents[1] / "megakd/__main__.py", ("--config", str(config))
+
+    group = launch("doctor", *words, f"output_dir={tmp_path / 'out'}", program=program)
+
+    assert group.wait() == [0, 0], group.text
+    assert group.text.count("ok       ranks: 2 on cpu have met") == 1
+    assert f"{STEPS} steps of student" in group.text
+    assert "16 of 16 rows carry a loss on labels" in group.text
+    assert list(tmp_path.iterdir()) == []

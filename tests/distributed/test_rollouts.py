@@ -63,7 +63,8 @@ def write_config(folder: Path, texts: Path, *, zero: int, **sections: Any) -> Pa
             # Adam would turn rounding of tiny gradients into whole steps.
             "adam_epsilon": 0.01,
         },
-        "save": {"save_steps": 2},
+        # Otherwise the time at which old texts are removed depends on the disk.
+        "save": {"save_steps": 2, "asynchronous": False},
         "log": {"logging_steps": 1, "report_to": []},
     }
     for name, keys in sections.items():

@@ -1,0 +1,104 @@
+"""The machines of a run: versions, compilers, folders and space, compared over the ranks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from megakd.config.run import RunConfig
+from megakd.engine.collectives import gather, node_name, together
+from megakd.engine.distributed import use_own_extensions_folder
+from megakd.engine.stale_locks import SHARED_MEMORY
+from megakd.errors import MegakdError
+from megakd.inputs.run_data import cache_folder
+from megakd.storage.folders import check_writable
+
+PACKAGES = ("megakd", "torch", "deepspeed", "transformers", "datasets")
+PROGRAMS = ("g++", "ninja")
+GIGA = 1e9
+logger = logging.getLogger(__name__)
+
+
+def machine_facts(config: RunConfig) -> Iterator[str]:
+    """Yield what is fine with the machines of all ranks; a collective.
+
+    Raises:
+        MegakdError: versions differ, a program is missing, or a folder is not writable.
+    """
+    yield _versions()
+    yield together(_compiler)
+    yield together(lambda: _folders(config))
+    yield "; ".join(dict.fromkeys(gather(_space(config))))
+
+
+def hosts_of(hostfile: Path) -> str:
+    """Return the nodes of a hostfile, read as DeepSpeed's launcher reads it.
+
+    Raises:
+        MegakdError: a node is there twice or without slots, or no node is there.
+    """
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    if not hostfile.is_file():
+        raise MegakdError(f"{hostfile} does not exist")
+    try:
+        hosts = fetch_hostfile(str(hostfile)) or {}
+    except ValueError as error:
+        raise MegakdError(
+            f"{hostfile}: {error}; write each node once, as: node-1 slots=8"
+        ) from error
+    return ", ".join(f"{host} with {slots} ranks" for host, slots in hosts.items())
+
+
+def _versions() -> str:
+    own = {name: importlib.metadata.version(name) for name in PACKAGES}
+    own = {"python": platform.python_version(), **own}
+    by_node = dict(gather((node_name(), own)))
+    (first, wanted), *others = by_node.items()
+    for node, versions in others:
+        for name, version in versions.items():
+            if version != wanted[name]:
+                raise MegakdError(
+                    f"{first} has {name} {wanted[name]}, and {node} has {version}; install the "
+                    "same on all nodes"
+                )
+    return ", ".join(f"{name} {version}" for name, version in wanted.items())
+
+
+def _compiler() -> str:
+    folder = use_own_extensions_folder()
+    built = sorted(path.stem for path in folder.glob("**/*.so"))
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing and not built:
+        raise MegakdError(
+            f"{node_name()} lacks {' and '.join(missing)}, with which DeepSpeed compiles its "
+            "extensions at the first start; install them"
+        )
+    for lock in folder.glob("**/lock"):
+        logger.warning("another process compiles or loads extensions (%s); starts wait", lock)
+    done = f"extensions in {folder}: {', '.join(built)}" if built else "no extension is built yet"
+    return done if missing else f"{done}; {' and '.join(PROGRAMS)} are there"
+
+
+def _folders(config: RunConfig) -> str:
+    folders = {"output_dir": config.output_dir, "MEGAKD_CACHE": cache_folder()}
+    folders["TORCH_EXTENSIONS_DIR"] = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    for name, folder in folders.items():
+        check_writable(folder, where=f"{name} on {node_name()}")
+    return f"{', '.join(folders)} are writable on every node"
+
+
+def _space(config: RunConfig) -> str:
+    out = next(path for path in config.output_dir.absolute().parents if path.exists())
+    free = {"output_dir": shutil.disk_usage(out).free, "memory": psutil.virtual_memory().available}
+    if SHARED_MEMORY.is_dir():
+        free[str(SHARED_MEMORY)] = shutil.disk_usage(SHARED_MEMORY).free
+    told = ", ".join(f"{size / GIGA:.1f} GB of {name}" for name, size in free.items())
+    return f"free on {node_name()}: {told}"
