@@ -105,8 +105,11 @@ def _init_process_group(timeout: timedelta) -> None:
     if device == "cpu":
         stale_locks.check_shared_memory(_local_world())
     connected = _connect_nodes(timeout)  # until the group below has connected all ranks
+    backend = backend_for(device, accelerator.communication_backend_name())
+    if _attempt() != "0":
+        _join_restarted(backend, timeout)
     deepspeed.init_distributed(
-        dist_backend=backend_for(device, accelerator.communication_backend_name()),
+        dist_backend=backend,
         auto_mpi_discovery=False,
         verbose=False,
         timeout=timeout,
@@ -119,6 +122,22 @@ def _init_process_group(timeout: timedelta) -> None:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         # What stays fp32 is multiplied in TF32 on tensor cores.
         torch.set_float32_matmul_precision("high")
+
+
+def _attempt() -> str:
+    """Return how often torchrun has restarted the ranks."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _join_restarted(backend: str, timeout: timedelta) -> None:
+    """Start the process group of ranks that torchrun has restarted; DeepSpeed then joins it.
+
+    Without a rendezvous backend, torchrun keeps its store, with the addresses of the ranks that
+    have ended, and torch would read those.
+    """
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    store = distributed_c10d.PrefixStore(f"megakd/attempt-{_attempt()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def _connect_nodes(timeout: timedelta) -> tuple[Any, ...]:
@@ -134,7 +153,7 @@ def _connect_nodes(timeout: timedelta) -> tuple[Any, ...]:
             f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); start all nodes with "
             "the same number of nodes and of ranks per node"
         ) from error
-    started = distributed_c10d.PrefixStore("megakd/started", store)
+    started = distributed_c10d.PrefixStore(f"megakd/started-{_attempt()}", store)
     started.set(str(rank), str(world))
     for other in range(world):
         started.wait([str(other)], timeout)
