@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megakd.engine import activity
 from megakd.engine.collectives import agree, gather, node_name
 from megakd.errors import CollectiveTimeoutError, PeerLostError
+from megakd.process.signals import Stopped
 
 logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
@@ -50,6 +51,7 @@ class _Watch:
         self, peers: Mapping[int, socket.socket], names: list[str], *, silence_s: float
     ) -> None:
         self.peers, self._names, self._silence_s = dict(peers), names, silence_s
+        self._rank, self._told = dist.get_rank(), 0.0
         self.lost = threading.Event()
         self.what = ""
         self._heard = dict.fromkeys(peers, time.monotonic())
@@ -83,14 +85,17 @@ class _Watch:
                         self._heard.pop(key.data)
 
     def _waits(self) -> bool:
-        """Send a sign of life; return False once there is nothing to watch any more."""
-        self._tell(b"")
+        """Send a sign of life now and then; return False once there is nothing left to watch."""
+        now = time.monotonic()
+        if now - self._told >= LOOK_EVERY_S:
+            self._told = now
+            self._tell(b"")
         for rank, heard in self._heard.items():
-            silent_s = time.monotonic() - heard
+            silent_s = now - heard
             if silent_s > self._silence_s:
                 self._lose(f"{self._names[rank]} has not answered for {silent_s:.0f} s")
         if self.lost.is_set() and not self._ended.wait(GRACE_S):
-            sys.stderr.write(f"megakd: rank {dist.get_rank()} ends because {self.what}\n")
+            sys.stderr.write(f"megakd: rank {self._rank} ends because {self.what}\n")
             sys.stderr.flush()
             os._exit(1)
         return bool(self._heard) and not self._ended.is_set()
@@ -146,7 +151,8 @@ def watched(limit_s: float) -> Iterator[None]:
         yield
         last = _BYE
     except BaseException as error:
-        last = f"{_name()} has ended with {type(error).__name__}".encode()
+        is_saved = isinstance(error, Stopped) and error.saved  # all ranks stop together
+        last = _BYE if is_saved else f"{_name()} has ended with {type(error).__name__}".encode()
         raise
     finally:
         if watch is not None:

@@ -18,6 +18,18 @@ LONG_S = 120.0
 LOST = 2
 
 
+TOLD: list[bytes] = []
+tell = peers._Watch._tell
+
+
+def noting(self: peers._Watch, line: bytes) -> None:
+    TOLD.append(line)
+    tell(self, line)
+
+
+peers._Watch._tell = noting
+
+
 def work(ranks: Ranks) -> None:
     """The others work without a collective, while the last rank is killed."""
     if ranks.rank == LOST:
@@ -47,8 +59,9 @@ def forked(ranks: Ranks) -> None:
 
 
 def ended(ranks: Ranks) -> None:
-    """Rank 0 is the last to end, and no rank is lost."""
-    time.sleep(1.5 if ranks.is_main else 0.0)
+    """Rank 0 is the last to end, no rank is lost, and a rank gives a sign of life a second."""
+    time.sleep(2.5 if ranks.is_main else 1.5)
+    assert 1 <= len(TOLD) <= 4
 
 
 CASES = {case.__name__: case for case in (work, stopped, waiting, forked, ended)}
