@@ -14,8 +14,10 @@ from megakd.commands.examined_machine import hosts_of, machine_facts
 from megakd.commands.matched_models import same_files
 from megakd.commands.rehearsed_steps import Rehearsed, RehearsingLab, step_findings
 from megakd.config.checks.path_rules import check_paths
+from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
-from megakd.engine.collectives import gather, on_main
+from megakd.contract.tasks import AUTO
+from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
 from megakd.engine.nodes import check_nodes
 from megakd.errors import MegakdError
@@ -106,8 +108,7 @@ def examine(config: RunConfig, *, steps: int, hostfile: Path | None = None) -> l
 
 
 def _examine_started(config: RunConfig, ranks: Ranks, findings: Findings, steps: int) -> None:
-    out = config.output_dir
-    config = replace(config, output_dir=out.with_name(f"{out.name}{FOLDER}"))
+    config = _rehearsed(config)
     with findings.of("machine") as fine:
         check_device(config, ranks)
         check_nodes(config)
@@ -121,9 +122,25 @@ def _examine_started(config: RunConfig, ranks: Ranks, findings: Findings, steps:
                 with findings.of("steps") as fine:
                     fine.extend(_rehearse(prepared, ranks, steps))
     finally:
-        on_main(lambda: shutil.rmtree(config.output_dir, ignore_errors=True))
-        told = [finding for others in gather([*findings]) for finding in others]
-        findings[:] = dict.fromkeys(told)
+        if ranks.is_main:
+            shutil.rmtree(config.output_dir, ignore_errors=True)
+    told = [finding for others in gather([*findings]) for finding in others]
+    findings[:] = dict.fromkeys(told)
+
+
+def _rehearsed(config: RunConfig) -> RunConfig:
+    """Return the config with a folder of its own, and teachers that answer without a cache."""
+
+    def asked(spec: TeacherConfig) -> TeacherConfig:
+        return replace(spec, cache=None) if spec.cache == AUTO else spec
+
+    out = config.output_dir
+    return replace(
+        config,
+        output_dir=out.with_name(f"{out.name}{FOLDER}"),
+        teacher=config.teacher and asked(config.teacher),
+        teachers=tuple(map(asked, config.teachers)),
+    )
 
 
 def _data_facts(prepared: RunInputs) -> Iterator[str]:

@@ -85,7 +85,8 @@ class RehearsingLab(RunLab):
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
         if stage.role != STUDENT:
-            stage = replace(stage, train=replace(stage.train, max_steps=1))
+            train = replace(stage.train, max_steps=1, resume_from_checkpoint=True)
+            stage = replace(stage, train=train)
             return super()._run(stage, fingerprint, folder)
         with self.pool.of_stage(stage) as teachers:
             run = StageRun(

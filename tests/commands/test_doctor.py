@@ -102,6 +102,16 @@ def test_tokens_without_a_loss_and_rows_that_never_count_are_counted(examined, c
     assert "teacher.model has random weights" in texts(found, "data", "warning")
 
 
+def test_a_teacher_answers_a_few_steps_and_fills_no_cache(one_rank, config):
+    path = config(teacher={"model": bert(2), "cache": "auto"})
+
+    said = one_rank.megakd("doctor", path, "--steps", 2)
+
+    assert said.code == 0, said.err
+    assert "2 steps of student" in said.out
+    assert "answers" not in said.err
+
+
 LEAK = """
 from pydantic.dataclasses import dataclass
 from megakd.contract.terms import STRICT, PluginTerm
