@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from megakd.config.run import RunConfig
+from megakd.engine import nodes
 from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.distributed import use_own_extensions_folder
 from megakd.engine.stale_locks import SHARED_MEMORY
@@ -44,12 +45,10 @@ def hosts_of(hostfile: Path) -> str:
     Raises:
         MegakdError: a node is there twice or without slots, or no node is there.
     """
-    from deepspeed.launcher.runner import fetch_hostfile
-
     if not hostfile.is_file():
         raise MegakdError(f"{hostfile} does not exist")
     try:
-        hosts = fetch_hostfile(str(hostfile)) or {}
+        hosts = nodes.hosts_of(hostfile)
     except ValueError as error:
         raise MegakdError(
             f"{hostfile}: {error}; write each node once, as: node-1 slots=8"
