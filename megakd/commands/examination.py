@@ -1,4 +1,4 @@
-"""What can be known of a run before it is started, in findings of one line each."""
+"""Examination of a run before it is started, in findings of one line each."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ from megakd.config.run import RunConfig
 from megakd.contract.tasks import AUTO
 from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
-from megakd.engine.nodes import check_nodes
 from megakd.errors import MegakdError
-from megakd.inputs.inputs import RunInputs, prepare
-from megakd.inputs.precision import check_device
+from megakd.inputs.inputs import RunInputs
 from megakd.methods import run_method
 from megakd.planning.planning_lab import check_method
 from megakd.run.holder import held
-from megakd.run.main import check_output_folder, started
+from megakd.run.main import check_machines, check_output_folder, checked_inputs, started
 from megakd.training.label_check import check_label_orders
 from megakd.training.progress import Reporter
 
@@ -37,7 +35,7 @@ FOLDER = ".doctor"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: the part of the run, how grave it is, and what it says, with the cure."""
+    """One line: the part of the run, the level, and the text with the cure."""
 
     part: str
     level: Level
@@ -110,13 +108,12 @@ def examine(config: RunConfig, *, steps: int, hostfile: Path | None = None) -> l
 def _examine_started(config: RunConfig, ranks: Ranks, findings: Findings, steps: int) -> None:
     config = _rehearsed(config)
     with findings.of("machine") as fine:
-        check_device(config, ranks)
-        check_nodes(config)
+        check_machines(config, ranks)
         fine.extend(machine_facts(config))
     try:
         with held(config.output_dir):
             with findings.of("data") as fine:
-                prepared = prepare(config)
+                prepared = checked_inputs(config)
                 fine.extend(_data_facts(prepared))
             if steps:
                 with findings.of("steps") as fine:

@@ -19,11 +19,11 @@ from megakd.engine.distributed import use_own_extensions_folder
 from megakd.engine.stale_locks import SHARED_MEMORY
 from megakd.errors import MegakdError
 from megakd.inputs.run_data import cache_folder
+from megakd.planning.cluster import GIGA
 from megakd.storage.folders import check_writable
 
 PACKAGES = ("megakd", "torch", "deepspeed", "transformers", "datasets")
 PROGRAMS = ("g++", "ninja")
-GIGA = 1e9
 logger = logging.getLogger(__name__)
 
 

@@ -84,20 +84,15 @@ class RehearsingLab(RunLab):
         self._steps = steps
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:
+        train = replace(stage.train, resume_from_checkpoint=True)
         if stage.role != STUDENT:
-            train = replace(stage.train, max_steps=1, resume_from_checkpoint=True)
-            stage = replace(stage, train=train)
-            return super()._run(stage, fingerprint, folder)
-        with self.pool.of_stage(stage) as teachers:
-            run = StageRun(
-                stage,
-                self.assembly,
-                teachers=teachers,
-                reporter=self._reporter,
-                fingerprint=fingerprint,
-            )
-            with closing(run):
-                raise self._rehearsed(run)
+            train = replace(train, max_steps=1)
+        return super()._run(replace(stage, train=train), fingerprint, folder)
+
+    def _result(self, run: StageRun, folder: Path) -> StageResult:
+        if run.stage.role != STUDENT:
+            return super()._result(run, folder)
+        raise self._rehearsed(run)
 
     def _rehearsed(self, run: StageRun) -> Rehearsed:
         device = self._ranks.device
@@ -135,7 +130,7 @@ def step_findings(taken: Rehearsed, config: RunConfig, ranks: Ranks) -> Iterator
     """Yield what is fine with the steps, and log warnings of the rest; a collective.
 
     Raises:
-        MegakdError: no label counts, or the disk cannot hold the checkpoints.
+        MegakdError: the disk cannot hold the checkpoints.
     """
     seconds = taken.seconds / taken.steps
     yield f"{taken.steps} steps of {taken.stage}, {seconds:.2f} s each"

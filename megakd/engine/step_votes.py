@@ -1,4 +1,4 @@
-"""What the ranks tell each other in a step, without an additional collective or device sync.
+"""Answers of all ranks to questions in a step, without an additional collective or device sync.
 
 The answers of every rank are sent together with the unit counts of a step, which are summed over
 the ranks anyway. The sums are copied to the host during the step and read when all kernels of the

@@ -89,7 +89,9 @@ def started(config: RunConfig) -> Iterator[Ranks]:
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     with closing(reporter_of(config, ranks)) as reporter:
-        prepared = _checked_inputs(config, ranks)
+        check_machines(config, ranks)
+        with phase("data"), doing("reading the data"):
+            prepared = checked_inputs(config)
         lab = RunLab(prepared.config, prepared, ranks, reporter)
         check_label_orders(lab.assembly)
         check_method(prepared.config, prepared, ranks)
@@ -104,7 +106,8 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
     return on_main(lambda: publish(config, student.folder, report, inputs=inputs, command=command))
 
 
-def _checked_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
+def check_machines(config: RunConfig, ranks: Ranks) -> None:
+    """Check that the machines have what the config asks for; a collective."""
     check_device(config, ranks)
     check_nodes(config)
     if config.save.onnx:
@@ -115,9 +118,12 @@ def _checked_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
         from megakd.run.upload import check_hub
 
         on_main(lambda: check_hub(config.save))
-    with phase("data"), doing("reading the data"):
-        prepared = prepare(config)
-        _check_servers(prepared.config, prepared)
+
+
+def checked_inputs(config: RunConfig) -> RunInputs:
+    """Return the inputs of a run, whose servers answer; a collective."""
+    prepared = prepare(config)
+    _check_servers(prepared.config, prepared)
     return prepared
 
 

@@ -117,7 +117,10 @@ class RunLab(LabBase):
                 fingerprint=fingerprint,
             )
             with closing(run):
-                return run.run(folder)
+                return self._result(run, folder)
+
+    def _result(self, run: StageRun, folder: Path) -> StageResult:
+        return run.run(folder)
 
     def close(self) -> None:
         self.pool.close()

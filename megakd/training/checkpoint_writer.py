@@ -80,7 +80,7 @@ class CheckpointWriter:
             self._checkpoints.publish(step, written.result)
 
     def close(self) -> None:
-        """Wait until this rank writes no more; what it wrote without a name stays without."""
+        """Wait until this rank writes no more, and leave the checkpoint without a name."""
         if self._pending is not None:
             wait([self._pending.written])
 

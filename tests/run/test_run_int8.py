@@ -109,7 +109,7 @@ def test_packages_that_a_graph_needs_are_told_before_anything_is_read(monkeypatc
     with pytest.raises(
         ConfigError, match=r"save\.onnx needs no_such_package, not .*megakd\[onnx\]"
     ):
-        main._checked_inputs(asked, None)  # type: ignore[arg-type]
+        main.check_machines(asked, None)  # type: ignore[arg-type]
 
 
 def test_a_graph_is_timed_beside_the_student_and_written_beside_its_weights(
