@@ -54,7 +54,7 @@ STEPS, ROWS = 20, 8
 SIZES = {"max_steps": STEPS, "per_device_train_batch_size": ROWS // 2, "collective_timeout": 12}
 MOST_FAULTS = 3
 LIMIT_BYTES = 30_000
-WAIT_S = 120.0
+WAIT_S, MEETING_S = 120.0, 2 * SIZES["collective_timeout"]
 DAMAGED = 2
 """Exit code of a start that asks its user to remove something."""
 ENDS_ALONE = "the other ranks did not end"
@@ -75,10 +75,12 @@ class Case(NamedTuple):
 class Start:
     """The ranks of one start of a run."""
 
-    def __init__(self, config: Path, out: Path, ranks: int) -> None:
+    def __init__(self, config: Path, out: Path, ranks: int, script: str = "train") -> None:
         self.log = out.with_name(f"{out.name}.txt")
+        self._earlier = len(self._lines())
         rows = f"train.per_device_train_batch_size={ROWS // ranks}"
-        words = [str(ROOT / "launch/train.py"), "--config", str(config), f"output_dir={out}", rows]
+        file = str(ROOT / f"launch/{script}.py")
+        words = [file, "--config", str(config), f"output_dir={out}", rows]
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
         self.processes: list[BaseProcess] = []
         for rank in range(ranks):
@@ -113,12 +115,20 @@ class Start:
             process.join()
 
     @property
+    def has_met(self) -> bool:
+        """Whether all ranks have met: rank 0 logs how long the rows are soon after."""
+        return " p50 " in self._lines()[self._earlier :]
+
+    @property
     def codes(self) -> list[int | None]:
         return [process.exitcode for process in self.processes]
 
     def last_words(self) -> str:
-        lines = self.log.read_text("utf-8", errors="replace").splitlines()
+        lines = self._lines().splitlines()
         return next((line for line in reversed(lines) if "megakd: " in line), "nothing")
+
+    def _lines(self) -> str:
+        return self.log.read_text("utf-8", errors="replace") if self.log.exists() else ""
 
 
 class Truth(NamedTuple):
@@ -170,10 +180,11 @@ class Trial:
         return start
 
     def kill(self, start: Start) -> None:
-        victim = self._rng.choice(start.alive())
+        # Ranks that have not met cannot tell a rank that is dead from a rank that is late.
+        victim, limit_s = self._rng.choice(start.alive()), 10 if start.has_met else MEETING_S
         start.send(signal.SIGKILL, to=[victim])
-        if not start.wait(limit_s=10):
-            raise LostError(f"{ENDS_ALONE} within 10 s of a kill")
+        if not start.wait(limit_s=limit_s):
+            raise LostError(f"{ENDS_ALONE} within {limit_s} s of a kill")
 
     def freeze(self, start: Start) -> None:
         victim = self._rng.choice(start.alive())
@@ -257,12 +268,10 @@ class Truths:
         if case not in self.known:
             place = self._folder / str(case).replace(" ", "-").replace("/", "-")
             config, out = write_config(place / "run.yaml", self._tree(case)), place / "truth"
+            if case.name == "cache":
+                unbroken(Start(config, place / "cached", case.ranks, "cache_teacher"))
             began = time.monotonic()
-            start = Start(config, out, case.ranks)
-            ended = start.wait(limit_s=5 * WAIT_S)
-            start.end()
-            if not ended or any(start.codes):
-                raise LostError(f"the unbroken run ended with {start.codes}, see {start.log}")
+            unbroken(Start(config, out, case.ranks))
             self.known[case] = Truth(case, config, out, time.monotonic() - began)
         return self.known[case]
 
@@ -284,6 +293,14 @@ class Truths:
             save={"save_steps": 4, "save_total_limit": 2},
             log={"logging_steps": 1, "report_to": []},
         )
+
+
+def unbroken(start: Start) -> None:
+    """Wait for the end of a start that meets no fault."""
+    ended = start.wait(limit_s=5 * WAIT_S)
+    start.end()
+    if not ended or any(start.codes):
+        raise LostError(f"a start without faults ended with {start.codes}, see {start.log}")
 
 
 def main(arguments: Sequence[str]) -> int:
