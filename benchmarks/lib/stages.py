@@ -159,9 +159,7 @@ class MeasuredStage(StageRun):
         if self.ranks.is_main:
             self.reporter.begin(self.stage.name, self.extent(0))
         self.health.begin()
-        for report in self.trainer.fit(self.batches(0)):
-            self._after_step(report)
-            yield
+        yield from self.take_steps(0)
 
 
 @contextmanager

@@ -140,11 +140,20 @@ class Stopwatch:
     """Sum of the time inside `running()`; on GPUs measured by events, read only in `seconds`."""
 
     def __init__(self) -> None:
-        self._seconds = 0.0
+        self._seconds, self.is_running = 0.0, False
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        self.is_running = True
+        try:
+            with self._timed():
+                yield
+        finally:
+            self.is_running = False
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         if not torch.cuda.is_available():
             began = time.perf_counter()
             yield

@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from megakd.engine import activity, stale_locks
 from megakd.engine.collectives import backend_for, gather
 from megakd.engine.peers import reports_lost_peer
+from megakd.engine.waiting import clock_collectives
 from megakd.errors import MegakdError
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
         stale_locks.remove_dead_locks(extensions)
         stale_locks.remove_dead_buffers()
     activity.begin(collective_timeout_s)
+    clock_collectives()
     with reports_lost_peer():
         _init_process_group(timedelta(seconds=collective_timeout_s))
     return ranks()

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
 
+from megakd.training.operations import is_linear_kd, products
 from megakd_kernels.chunking import (
     CPU_CHUNK_MB,
     MEBIBYTE,
@@ -321,8 +321,9 @@ class _AllocationWatch(TorchDispatchMode):
                 moment.used.add(self._number[_storage(tensor)])
         out = func(*args, **kwargs)
         self._add_in_place(func, args, out)
-        count = flop_registry.get(getattr(func, "overloadpacket", None))
-        self.flops += count(*args, **kwargs, out_val=out) if count else _loss_flops(func, args)
+        own, of_head = products(func, args, kwargs, out)
+        # The loss computes its gradient in the forward, with two products more.
+        self.flops += own * (3 if is_linear_kd(func) and any(args[10]) else 1) + of_head
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._take(tensor)
@@ -362,15 +363,6 @@ def loss_workspace(
     buffers = _WORKSPACES.get(_name(function))
     budget = CPU_CHUNK_MB if device == "cpu" else chunk_budget(memory)
     return 0 if buffers is None else buffers(args, device, budget)
-
-
-def _loss_flops(function: Any, args: tuple[Any, ...]) -> float:
-    if _name(function) != "megakd::linear_kd":
-        return 0.0
-    rows, width = args[0].shape
-    student = 2.0 * rows * len(args[1]) * width
-    teacher = 2.0 * rows * args[4].numel() if isinstance(args[4], Tensor) else 0.0
-    return student * (3 if any(args[10]) else 1) + teacher
 
 
 def _name(function: Any) -> str:

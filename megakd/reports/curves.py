@@ -21,6 +21,7 @@ from megakd.reports.table import SHARES, Rows, pruning_course, pruning_rows
 STAGES_SHOWN, PANELS_SHOWN, LINES_PER_PANEL = 20, 6, 12
 ROWS_SHOWN, COLUMNS_SHOWN, POINTS_MARKED = 15, 24, 15
 CHOICES, OUTCOME = "Choices", "Outcome of the choices"
+RANKS = "Seconds of each rank between two logs"
 EVALUATION, SPEED = "Evaluation", "Speed and step size"
 THINNED = "Of long curves the lowest and highest value of each stretch are drawn."
 SPEED_UNITS = {
@@ -31,6 +32,9 @@ SPEED_UNITS = {
     "tokens_per_s": "tokens/s",
     "teacher_share": "% of the time",
     "data_share": "% of the time",
+    "student_tflops": "1e12 operations per second and rank",
+    "teacher_tflops": "1e12 operations per second and rank",
+    "peak_share": "% of the device's peak",
 }
 UNITS = {
     "loss": "weighted sum",
@@ -40,6 +44,7 @@ UNITS = {
     **dict.fromkeys((f"{TEXT_METRIC}tokens", "tokens_per_text"), "tokens"),
     "staleness": "updates of the student",
     "seconds": "s for generation",
+    **dict.fromkeys(("computing_seconds", "waiting_seconds"), "s"),
 }
 TEXT_ORDER = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("kl", "tokens", "truncated", "entropy")))
 """Metrics of generated texts that are drawn first."""
@@ -107,10 +112,22 @@ def _kinds(groups: Mapping[str, Panels]) -> dict[str, Panels]:
         "Generated texts of the evaluations": {n: scores[n] for n in texts if is_text_metric(n)},
         "Texts that the student learns from": groups.get("rollout", {}),
         SPEED: {n: train[n] for n in SPEED_UNITS if n in train},
+        RANKS: _longest_first(groups.get("ranks", {})),
     }
     drawable = {kind: _drawable(panels) for kind, panels in kinds.items()}
     drawable["Losses"] = _merged(drawable["Losses"])
     return {kind: dict(list(p.items())[:PANELS_SHOWN]) for kind, p in drawable.items() if p}
+
+
+def _longest_first(panels: Panels) -> Panels:
+    """Return the curves of ranks in the order of their computing, of which the first are drawn."""
+    computing = {
+        rank: np.mean([value for _, value in curve.points])
+        for rank, curve in panels.get("computing_seconds", {}).items()
+        if curve.points
+    }
+    ranks = sorted(computing, key=lambda rank: -computing[rank])
+    return {n: {r: curves[r] for r in ranks if r in curves} for n, curves in panels.items()}
 
 
 def _drawable(panels: Panels) -> Panels:
@@ -140,7 +157,8 @@ def _figure(kind: str, panels: Panels, *, stage: str, limit: int) -> Figure:
     curves = [curve for by_view in panels.values() for curve in by_view.values()]
     looks = _looks(list(dict.fromkeys(view for by_view in panels.values() for view in by_view)))
     whole = "kept" if kind == EVALUATION else "all"
-    legend = [(v or whole, colour, "dashed" if d else "") for v, (colour, d) in looks.items()]
+    names = {view: f"rank {view}" if kind == RANKS else view or whole for view in looks}
+    legend = [(names[v], colour, "dashed" if d else "") for v, (colour, d) in looks.items()]
     not_finite = sum(curve.not_finite for curve in curves)
     notes = (
         f"{kind}. As logged, not smoothed.",
@@ -148,6 +166,8 @@ def _figure(kind: str, panels: Panels, *, stage: str, limit: int) -> Figure:
         f"Values left out because they were not finite: {not_finite}." if not_finite else "",
         "A weight is between 0 (the kind of knowledge is not used) and 1."
         if kind == CHOICES
+        else f"Each line is a rank; at most {LINES_PER_PANEL}, those that compute longest."
+        if kind == RANKS
         else "Each line is a candidate."
         if any(looks)
         else "",
@@ -158,7 +178,7 @@ def _figure(kind: str, panels: Panels, *, stage: str, limit: int) -> Figure:
         " ".join(filter(None, notes)),
         *_numbers(panels),
         legend=legend if len(legend) > 1 else (),
-        is_folded=kind == SPEED,
+        is_folded=kind in (SPEED, RANKS),
     )
 
 

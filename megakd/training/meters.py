@@ -21,6 +21,7 @@ from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.teachers.watched import failed_teachers
 from megakd.training.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
+from megakd.training.rank_load import RankLoad
 from megakd.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class TrainMeter:
     def __init__(self, objective: Objective, trainer: Trainer, stage: Stage, ranks: Ranks) -> None:
         self._objective, self._trainer, self._ranks = objective, trainer, ranks
         self._stage = stage.name
+        self.load = RankLoad(trainer, stage.name, ranks)
         # Under fp16 a gradient may overflow: DeepSpeed skips that step and lowers its scale.
         self._scales_loss = bool(stage.train.fp16)
         self._parts: dict[str, Tensor] = {}
@@ -55,6 +57,7 @@ class TrainMeter:
     def begin(self) -> None:
         self._began = time.perf_counter()
         self._since, self._window_before = self._began - self._window_before, 0.0
+        self.load.begin()
 
     def add(self, report: StepReport) -> None:
         """Add one step's report without reading from the device."""
@@ -82,32 +85,35 @@ class TrainMeter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
-        yield
+        with self.load.paused():
+            yield
         self._paused_s += time.perf_counter() - began
 
     def scalars(self, *, waited_s: float) -> dict[str, float]:
         """Return means since the last call, over ranks and the steps with a value; a collective."""
-        names = list(self._parts)
-        zero = torch.zeros((), device=self._ranks.device)
-        stacked = torch.stack([self._parts[n].float() for n in names] or [zero])
-        sums = dict(zip(names, all_reduce_(stacked).tolist(), strict=False))
-        counts = {name: int(self._counts[name]) for name in sums}
-        parts = {name: value / counts[name] for name, value in sums.items() if counts[name]}
-        tokens = int(self._tokens)
+        tokens = int(self._tokens)  # waits for the device, before the time is read
         seconds = max(1e-9, time.perf_counter() - self._since - self._paused_s)
+        values = [self._parts[name].float().reshape(1) for name in self._parts]
+        sums = all_reduce_(torch.cat([*values, self.load.mine(seconds)])).tolist()
+        means = {
+            name: value / int(self._counts[name])
+            for name, value in zip(self._parts, sums, strict=False)
+            if int(self._counts[name])
+        }
         self._total_tokens += tokens
         self._total_seconds += seconds
         self._warn_of_empty_steps()
         teacher_s = self._trainer.meter.teacher.seconds()
         scalars = {
-            LOSS: parts.pop(WEIGHTED_LOSS, 0.0),
-            **{f"train/{name}": value for name, value in parts.items()},
+            LOSS: means.pop(WEIGHTED_LOSS, 0.0),
+            **{f"train/{name}": value for name, value in means.items()},
             LEARNING_RATE: self._trainer.learning_rate(self._trainer.step - 1),
             TOKENS_PER_SECOND: tokens / seconds,
             "train/step_seconds": seconds / max(1, self._steps),
             "train/teacher_share": (teacher_s - self._teacher_s) / seconds,
             "train/data_share": (waited_s - self._waited_s) / seconds,
             MEMORY_BYTES: float(peak_memory_bytes(self._ranks.device)),
+            **self.load.scalars(sums[len(values) :], tokens_per_s=tokens / seconds),
         }
         if self._norm is not None:
             scalars["train/gradient_norm"] = float(self._norm)

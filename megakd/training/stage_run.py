@@ -110,12 +110,19 @@ class StageRun:
         if start == 0 and self.stage.measures_losses and not self.stage.views:
             self._evaluate(0)
         training = doing(f"training stage {self.stage.name}")
-        with training, signals.deferred(), closing(self.batches(start)) as steps:
-            for report in self.trainer.fit(steps):
-                self._after_step(report)
+        with training, signals.deferred(), closing(self.take_steps(start)) as steps:
+            for _ in steps:
                 if self.evaluation.stopping.stopped:
                     break
         return self._finish(folder)
+
+    def take_steps(self, start: int) -> Generator[None, None, None]:
+        """Take each step that is left after `start`; log, evaluate and save after it."""
+        with closing(self.batches(start)) as every:
+            for batches in every:
+                take = partial(self.trainer.train_step, batches)
+                self._after_step(self.health.load.watch(take))
+                yield
 
     def _finish(self, folder: Path) -> StageResult:
         kept = self.evaluation.returned()

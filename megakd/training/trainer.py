@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,10 @@ class Meter:
 
 @dataclass
 class Trainer:
-    """Training loop that takes steps until it is told to stop; `strategy` plans each step.
+    """Takes one optimiser step after another; `strategy` plans each step.
+
+    The caller logs, evaluates and saves between two steps. Training resumes from `step`, the number
+    of steps taken, and the strategy's state alone.
 
     count_units: micro-batches of this rank -> global unit counts, on the device.
     """
@@ -56,16 +59,8 @@ class Trainer:
     step: int = 0
     meter: Meter = field(default_factory=Meter)
 
-    def fit(self, steps: Iterable[Sequence[Batch]]) -> Iterator[StepReport]:
-        """Take one optimiser step per item of `steps` and yield its report.
-
-        The caller logs, evaluates and saves between two steps. The loop resumes from `step`, the
-        number of steps taken, and the strategy's state alone.
-        """
-        for batches in steps:
-            yield self.train_step(batches)
-
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
+        """Take an optimiser step on the micro-batches and return its report."""
         plan = self.strategy.passes(self.step)
         counts = self.count_units(batches)
         for batch, knowledge, is_last in self._answered(plan, batches):

@@ -40,6 +40,8 @@ TIMES = (
     "train/teacher_share",
     "train/data_share",
     "train/memory_bytes",
+    "train/student_tflops",
+    "train/teacher_tflops",
 )
 
 
@@ -186,7 +188,10 @@ def assert_same_run(run: Run, truth: Run) -> None:
 
 def logged(run: Run) -> dict[str, list[dict[str, Any]]]:
     """Return the log lines of each stage, in order."""
-    records = [{k: v for k, v in record.items() if k not in TIMES} for record in run.records()]
+    records = [
+        {k: v for k, v in record.items() if k not in TIMES and not k.startswith("ranks/")}
+        for record in run.records()
+    ]
     return {stage: [r for r in records if r["stage"] == stage] for stage in run.stages}
 
 

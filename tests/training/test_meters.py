@@ -38,7 +38,11 @@ class Watched:
     ) -> None:
         shape = Shape(2, 4, 3)
         self.trainer: Any = SimpleNamespace(
-            step=0, meter=Meter(), learning_rate=lambda step: 0.1 * step, teachers={}
+            step=0,
+            meter=Meter(),
+            learning_rate=lambda step: 0.1 * step,
+            teachers={},
+            student=SimpleNamespace(bundle=torch.nn.Linear(1, 1)),
         )
         self.health = TrainMeter(
             build_objective(terms or (CE,), task, shape, shape),
@@ -77,7 +81,7 @@ def check(watched: Watched, newest: Path | None = None) -> None:
 def test_a_run_whose_losses_are_finite_goes_on_and_under_fp16_skips_gradients(is_fp16, norm):
     watched = Watched(fp16=is_fp16)
     scaling = {"train/loss_scale": 512.0, "train/skipped_steps": 2.0}
-    watched.trainer.student = SimpleNamespace(scaling=lambda: scaling if is_fp16 else {})
+    watched.trainer.student.scaling = lambda: scaling if is_fp16 else {}
 
     check(watched)  # before the first step
     watched.step(norm=norm)

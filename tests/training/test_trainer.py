@@ -178,7 +178,7 @@ def test_every_step_is_planned_anew_and_has_its_own_learning_rate():
     told = []
     trainer = trainer_of(told, plans=((Pass(teacher="a"),), (Pass(),)), teachers=("a",))
 
-    reports = list(trainer.fit([[BATCH]] * 3))
+    reports = [trainer.train_step([BATCH]) for _ in range(3)]
 
     assert [report.step for report in reports] == [0, 1, 2]
     assert [e[1] for e in told if e[0] == "forward_backward"] == [("a",), (), ("a",)]
@@ -188,7 +188,7 @@ def test_every_step_is_planned_anew_and_has_its_own_learning_rate():
 def test_a_report_sums_the_terms_of_its_own_micro_batches():
     trainer = trainer_of([], totals=(1.0, 2.0, 10.0))
 
-    first, second = trainer.fit([[BATCH, BATCH], [BATCH]])
+    first, second = map(trainer.train_step, ([BATCH, BATCH], [BATCH]))
 
     assert (first.parts["term"].item(), second.parts["term"].item()) == (1.5, 5.0)
     assert numbers(first.counts) == (2, 2, 2)
@@ -208,7 +208,7 @@ def test_a_report_sums_the_terms_of_its_own_micro_batches():
 def test_the_first_step_with_a_loss_that_is_not_finite_is_remembered(totals, first_bad):
     trainer = trainer_of([], totals=totals)
 
-    list(trainer.fit([[BATCH, BATCH]] * 2))
+    [trainer.train_step([BATCH, BATCH]) for _ in range(2)]
 
     assert trainer.meter.first_bad_step is not None
     assert trainer.meter.first_bad_step.item() == first_bad
@@ -216,7 +216,7 @@ def test_the_first_step_with_a_loss_that_is_not_finite_is_remembered(totals, fir
 
 def test_the_step_and_the_strategy_are_all_that_a_resumed_loop_needs():
     trainer, told = trainer_of([]), []
-    list(trainer.fit([[BATCH]] * 3))
+    [trainer.train_step([BATCH]) for _ in range(3)]
 
     resumed = trainer_of(told)
     resumed.load_state_dict(trainer.state_dict())

@@ -1,0 +1,60 @@
+"""A rank that is slow: what the log, the numbers and the report say of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from unittest.mock import patch
+
+import cases
+import pytest
+from tiny_runs import bert, config_tree, write_config, write_reviews
+
+from megakd.engine import distributed
+from megakd.training import stage_run
+
+STEPS, DELAY_S, SLOW = 7, 0.3, 1
+
+
+def command_with_slow_rank(*arguments: str) -> tuple[int, str]:
+    """Run a command; a rank takes long to move each micro-batch to its device."""
+    move = stage_run.device_batch
+
+    def moved(*given):
+        if distributed.ranks().rank == SLOW:
+            time.sleep(DELAY_S)
+        return move(*given)
+
+    with patch.object(stage_run, "device_batch", moved):
+        return cases.command(*arguments)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_rank_that_others_wait_for_is_named(command, tmp_path, stage):
+    config = write_config(
+        tmp_path / "run.yaml",
+        config_tree(
+            tmp_path / "out",
+            {"type": "classification", "dataset": str(write_reviews(tmp_path / "data"))},
+            student={"model": bert(1), "deepspeed": f"zero{stage}"},
+            train={"max_steps": STEPS},
+            log={"logging_steps": 1},
+        ),
+    )
+
+    ended = command("--config", str(config), case="test_slow_rank.command_with_slow_rank")
+
+    assert ended.codes == [0, 0], ended.text
+    line = rf"student: rank {SLOW} on \S+ is slow: 0\.[3-9]\d s of computing"
+    assert len(re.findall(line, ended.text)) == 1, ended.text
+    logs = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    for log in [log for log in logs if "train/loss" in log][1:]:
+        assert log[f"ranks/{SLOW}/waiting_seconds"] == 0
+        assert log[f"ranks/{SLOW}/computing_seconds"] >= DELAY_S
+        assert log[f"ranks/{1 - SLOW}/waiting_seconds"] >= 0.8 * DELAY_S
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [one["kind"] for one in report["warnings"]].count("slow rank") == 1
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Seconds of each rank between two logs" in page
+    assert f"rank {SLOW}" in page

@@ -1,0 +1,148 @@
+"""How fast teacher and student compute, how long each rank waits, and which rank is slow."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_jsonl
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megakd.engine import waiting
+from megakd.scoring.slow_rank import LOGS, SlowRank
+from megakd.training.operations import StepOperations, passes_of, peak_tflops
+
+LENGTH, ROWS = 16, 4
+
+
+def slow_at(*logs: list[float]) -> list[int | None]:
+    watch = SlowRank()
+    return [watch.add(computing) for computing in logs]
+
+
+@pytest.mark.parametrize(
+    ("logs", "rank", "at"),
+    [
+        ([[1.0, 1.3, 1.0]] * LOGS, 1, LOGS),
+        ([[1.0, 1.3]] * (3 * LOGS), 1, LOGS),  # once
+        ([[1.0, 1.29, 1.0]] * LOGS, None, None),
+        ([[0.1, 0.19, 0.1]] * LOGS, None, None),  # the log itself takes rank 0 so long
+        ([[2.0, 1.0, 1.0]] * (LOGS - 1) + [[1.0, 2.0, 1.0]] * (LOGS - 1), None, None),
+        ([[2.0, 1.0]] * (LOGS - 1) + [[1.0, 1.0]] + [[2.0, 1.0]] * LOGS, 0, 2 * LOGS),
+        ([[2.0, 2.0, 2.0, 1.0]] * LOGS, None, None),
+    ],
+)
+def test_a_rank_is_slow_after_five_logs_in_a_row_above_the_median(logs, rank, at):
+    wanted = [rank if number == at else None for number in range(1, len(logs) + 1)]
+
+    assert slow_at(*logs) == wanted
+
+
+def counted(forward, *, asks=lambda: False) -> tuple[float, float]:
+    operations = StepOperations(asks)
+    with operations:
+        forward()
+    return operations.student, operations.teacher
+
+
+def test_forwards_are_counted_and_backwards_and_what_they_repeat_are_not():
+    layer, inputs = nn.Linear(8, 16), torch.ones(4, 8, requires_grad=True)
+    asking = SimpleNamespace(teacher=False)
+
+    def step(run):
+        asking.teacher = True
+        layer(inputs.detach())
+        layer(inputs.detach())
+        asking.teacher = False
+        run(inputs).sum().backward()
+
+    plain = counted(lambda: step(layer), asks=lambda: asking.teacher)
+    repeated = counted(
+        lambda: step(lambda x: checkpoint(layer, x, use_reentrant=False)),
+        asks=lambda: asking.teacher,
+    )
+
+    assert plain == repeated == (2 * 4 * 8 * 16, 2 * 2 * 4 * 8 * 16)
+
+
+def test_a_backward_is_two_forwards_and_one_where_all_weights_are_frozen():
+    whole, half = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    half[0].requires_grad_(requires_grad=False)
+
+    assert (passes_of(whole), passes_of(half)) == (3.0, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("Intel(R) Xeon(R) Processor", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_by_its_name(device, peak):
+    assert peak_tflops(device) == peak
+
+
+def test_the_rates_of_a_log_are_those_of_the_plan(tmp_path, one_rank):
+    words = " ".join(["good"] * (LENGTH - 2))
+    rows = [{"text": words, "label": name} for name in ("a", "b")] * 20
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / f"data/{split}.jsonl", rows)
+    config = write_config(
+        tmp_path / "run.yaml",
+        config_tree(
+            tmp_path / "out",
+            {"type": "classification", "dataset": str(tmp_path / "data"), "max_length": LENGTH},
+            teacher={"model": bert(3, 32, **NO_DROPOUT)},
+            student={"model": bert(2, **NO_DROPOUT)},
+            method={"name": "single"},
+            objective=[{"loss": "soft_target_kl"}],
+            train={"max_steps": 3, "per_device_train_batch_size": ROWS},
+            log={"logging_steps": 1, "report_to": []},
+        ),
+    )
+
+    assert one_rank.train("--config", config).code == 0
+
+    logs = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    logs = [log for log in logs if log["stage"] == "student" and "train/loss" in log]
+    plan = json.loads(one_rank.megakd("plan", config, "--json").out)
+    planned = next(p["flops_per_step"] for p in plan["phases"] if p["flops_per_step"])
+    for log in logs:
+        seconds = 1e12 * log["train/step_seconds"]
+        done = seconds * (log["train/student_tflops"] + log["train/teacher_tflops"])
+        assert done == pytest.approx(planned, rel=0.02)  # the first layer's inputs need no product
+        assert log["train/teacher_tflops"] > log["train/student_tflops"]
+        assert not any(name.startswith("ranks/") for name in log)
+
+
+def test_nccls_records_are_added_once_and_those_that_were_overwritten_are_estimated(monkeypatch):
+    def record(number, milliseconds=None):
+        done = {} if milliseconds is None else {"duration_ms": milliseconds}
+        return {"record_id": number, **done}
+
+    dumps = [
+        [record(0, 100.0), record(1, 200.0), record(2)],
+        [record(1, 200.0), record(2, 300.0)],
+        [record(5, 100.0), record(6, 300.0)],  # 3 and 4 are gone
+        [],
+    ]
+    monkeypatch.setattr(waiting, "_last_record", [-1])
+    monkeypatch.setattr(
+        waiting._distributed_c10d,
+        "_dump_nccl_trace_json",
+        lambda: json.dumps({"entries": dumps.pop(0)}),
+        raising=False,
+    )
+    before = waiting._on_host[0] + waiting._on_gpu[0]
+
+    seconds = [waiting.seconds_in_collectives() - before for _ in range(4)]
+
+    assert seconds == pytest.approx([0.3, 0.6, 1.4, 1.4])
