@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megakd.models.own_models import OWN_MODELS
+from megakd.models.weights import DTYPES
 from megakd.storage.atomic import write_content
 from megakd.storage.folders import sealed_folder
 
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 
 
 SHARD_BYTES = 5_000_000_000
+BUFFER_BYTES = 256 << 20
+"""Tensors that wait in memory before they are written."""
+HEADER_BYTES, ENTRY_BYTES = 1 << 20, 150
+"""Room for the header of a file that is written tensor by tensor, and at most for a tensor beside
+its name."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
 Extra = Mapping[str, str | bytes | Callable[[], str | bytes]]
 
@@ -46,8 +54,8 @@ def write_model_folder(
 
     Args:
         folder: replaced as a whole after everything is written and synced.
-        state: names and tensors; each tensor is needed only until its shard of 5 GB is written. The
-            iterator is consumed even if writing fails, because it may contain collectives.
+        state: names and tensors; at most 256 MB and one tensor are held at a time. The iterator is
+            consumed even if writing fails, because it may contain collectives.
         extra: small files that belong to the folder, by name: README.md, result.json. A function
             is called after the weights are written.
     """
@@ -109,25 +117,76 @@ def write_weights(
 ) -> torch.dtype:
     """Stream tensors into model.safetensors, or into shards of up to 5 GB with an index.
 
-    Tied weights, which are two names of one memory, are written once if they are in one shard. Each
-    tensor is needed only until its shard is written, and a single tensor may exceed `shard_bytes`.
+    Tied weights, which are two names of one memory, are written once. At most 256 MB and one tensor
+    are held at a time, and a single tensor may exceed `shard_bytes`.
 
     Returns:
         The dtype of most floating-point weights.
     """
-    shards: list[dict[str, int]] = []
-    dtypes: Counter[torch.dtype] = Counter()
-    for number, shard in enumerate(_shards(state, shard_bytes or SHARD_BYTES)):
-        # The final name contains the number of shards, which is not known yet.
-        save_file(shard, folder / f"{number}.part", metadata={"format": "pt"})
-        shards.append({name: tensor.nbytes for name, tensor in shard.items()})
-        for tensor in shard.values():
-            dtypes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
-        shard.clear()  # frees the tensors before the next shard is filled
-    if not shards:
+    files: list[_WeightFile] = []
+    for name, tensor in _without_second_names(state):
+        if not files or not files[-1].has_room(name, tensor, shard_bytes or SHARD_BYTES):
+            if files:
+                files[-1].close()
+            # The final name contains the number of shards, which is not known yet.
+            files.append(_WeightFile(folder / f"{len(files)}.part"))
+        files[-1].add(name, tensor)
+    if not files:
         raise ValueError(f"the model to be written to {folder} has no tensors")
-    _name_shards(folder, shards)
-    return dtypes.most_common(1)[0][0]
+    files[-1].close()
+    _name_shards(folder, [file.sizes for file in files])
+    return sum((file.dtypes for file in files), Counter[torch.dtype]()).most_common(1)[0][0]
+
+
+class _WeightFile:
+    """A safetensors file that is written tensor by tensor, behind room for its header.
+
+    If all tensors fit into the buffer, they are written at the end, with a header of their size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._entries = path, dict[str, dict[str, Any]]()
+        self._waiting: dict[str, Tensor] = {}
+        self._end = self._header_bytes = 0
+        self._is_begun = False
+        self.sizes: dict[str, int] = {}
+        self.dtypes: Counter[torch.dtype] = Counter()
+
+    def has_room(self, name: str, tensor: Tensor, limit: int) -> bool:
+        """Return whether the tensor fits, and begins where a tensor of its dtype may begin."""
+        fits = self._end + tensor.nbytes <= limit and self._end % tensor.element_size() == 0
+        return fits and self._header_bytes + len(name) + ENTRY_BYTES <= HEADER_BYTES
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        place = [self._end, self._end + tensor.nbytes]
+        dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        self._entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": place}
+        self._waiting[name], self._end = tensor, place[1]
+        self._header_bytes += len(name) + ENTRY_BYTES
+        self.sizes[name] = tensor.nbytes
+        self.dtypes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+        if sum(one.nbytes for one in self._waiting.values()) > BUFFER_BYTES:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        with self._path.open("r+b" if self._is_begun else "wb") as file:
+            start = self._end - sum(tensor.nbytes for tensor in self._waiting.values())
+            file.seek(8 + HEADER_BYTES + start)
+            for tensor in self._waiting.values():
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self._is_begun = True
+        self._waiting.clear()
+
+    def close(self) -> None:
+        if not self._is_begun:
+            save_file(self._waiting, self._path, metadata={"format": "pt"})
+            self._waiting.clear()
+            return
+        self._write_waiting()
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}).encode()
+        with self._path.open("r+b") as file:
+            # The format allows spaces after the header.
+            file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
 
 
 def weight_bytes(folder: Path) -> int:
@@ -188,25 +247,18 @@ def _generation(
     return generation
 
 
-def _shards(state: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Yield groups of tensors that fit into a shard; omit second names of the same memory."""
-    shard: dict[str, Tensor] = {}
-    size = 0
-    seen: set[tuple[Any, ...]] = set()
+def _without_second_names(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors as they are stored, and one name of those that share their memory."""
+    seen: dict[tuple[Any, ...], weakref.ref[Any]] = {}
     for name, given in state:
         tensor = _plain(given)
-        # The pointer identifies memory only while `shard` keeps the tensor alive.
         identity = (tensor.data_ptr(), tensor.dtype, tensor.shape)
-        if identity in seen and tensor.numel():
+        # The pointer identifies memory only while something keeps the memory alive.
+        earlier = seen.get(identity)
+        if earlier is not None and earlier() is not None and tensor.numel():
             continue
-        if shard and size + tensor.nbytes > shard_bytes:
-            yield shard
-            shard, size, seen = {}, 0, set()
-        shard[name] = tensor
-        size += tensor.nbytes
-        seen.add(identity)
-    if shard:
-        yield shard
+        seen[identity] = weakref.ref(tensor.untyped_storage())
+        yield name, tensor
 
 
 def _plain(tensor: Tensor) -> Tensor:

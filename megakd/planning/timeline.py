@@ -14,7 +14,7 @@ from megakd.contract.stage import Stage, backward_groups
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
 from megakd.inputs.precision import TORCH_DTYPE, training_dtype
 from megakd.inputs.step_size import largest_step
-from megakd.models.model_folder import SHARD_BYTES
+from megakd.models.model_folder import BUFFER_BYTES
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
 from megakd.planning.engine_memory import (
@@ -164,8 +164,7 @@ class Timeline:
             self._look("updating the weights", held)
         self._generate(stage, {STUDENT: learner, **frozen})
         self._evaluate(learner, frozen, together(*heads), self.config.eval_rows(stage.train))
-        written = block(min(learner.inventory.numel * learner.itemsize, SHARD_BYTES))
-        self._look("writing the model", learner.held("weights", written, "host"))
+        self._write_model(learner)
         if left is not None and stage.goes_on:
             self._write_state(learner, left, stage.strategy.values_per_weight)
         self._count(learner, asked, micro_batches)
@@ -231,12 +230,17 @@ class Timeline:
             self._forward(when, engine, teachers[name], answers)
         self._forward(when, learner, run, answers, heads)
 
+    def _write_model(self, learner: Trained) -> None:
+        whole, largest = learner.inventory.numel, learner.inventory.largest
+        written = min(whole * learner.itemsize, BUFFER_BYTES + largest * learner.itemsize)
+        self._look("writing the model", learner.held("weights", block(written), "host"))
+
     def _write_state(self, learner: Trained, left: Pruned, kept: int) -> None:
         # Record the training state that rank 0 writes for the next window.
-        # The state is written as files of at most `SHARD_BYTES`, put together on the host.
+        # On the host, at most `BUFFER_BYTES` wait to be written.
         # To read it takes less than a step: each rank reads one tensor after the other.
         state = left.state(values=1 + learner.moments, kept=kept)
-        state = state.times(min(1.0, SHARD_BYTES / max(1, state.total)))
+        state = state.times(min(1.0, BUFFER_BYTES / max(1, state.total)))
         whole = block(learner.inventory.largest * FP32)
         self._look(
             "writing the state for the next window",

@@ -135,8 +135,12 @@ def test_views_of_larger_memory_and_transposed_weights_are_written_as_they_read(
     assert torch.equal(stored["turned"], base.T)
 
 
-def test_no_more_tensors_are_alive_than_one_shard_holds(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(export, "SHARD_BYTES", 3 * 400)
+@pytest.mark.parametrize(("shard", "buffer"), [(5 * 400, 2 * 400), (12 * 400, 2 * 400)])
+def test_no_more_tensors_are_alive_than_the_buffer_holds(
+    tmp_path: Path, monkeypatch, shard: int, buffer: int
+) -> None:
+    monkeypatch.setattr(export, "SHARD_BYTES", shard)
+    monkeypatch.setattr(export, "BUFFER_BYTES", buffer)
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most = 0
 
@@ -151,13 +155,71 @@ def test_no_more_tensors_are_alive_than_one_shard_holds(tmp_path: Path, monkeypa
 
     write_weights(tmp_path, state())
 
-    # Three in the shard and the one that opens the next. Freed memory is used again, and a
+    # Two in the buffer, the one that fills it, and the next. Freed memory is used again, and a
     # tensor that comes to lie where an earlier one was must not be taken for a tied one.
     assert most <= 4
     shards = [load_file(path) for path in tmp_path.glob("*.safetensors")]
     assert {name: float(value[0]) for shard in shards for name, value in shard.items()} == {
         str(number): float(number) for number in range(12)
     }
+
+
+def test_a_file_that_is_written_tensor_by_tensor_holds_what_one_written_at_once_holds(
+    tmp_path: Path, monkeypatch
+) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    table = torch.randn(7, 3, generator=drawn)
+    state = [
+        ("table", table),
+        ("narrow", torch.randn(3, generator=drawn).bfloat16()),
+        ("wide", torch.randn(5, generator=drawn)),  # begins at no multiple of four bytes
+        ("scalar", torch.tensor(2.5)),
+        ("nothing", torch.empty(0, 4)),
+        ("counts", torch.arange(3)),
+        ("head", table),  # tied
+    ]
+
+    def written(folder: Path) -> tuple[torch.dtype, dict[str, Tensor]]:
+        folder.mkdir()
+        dtype, found = write_weights(folder, state), {}
+        for file in folder.glob("*.safetensors"):
+            found |= load_file(file)
+        return dtype, found
+
+    _, whole = written(tmp_path / "at once")
+    monkeypatch.setattr(export, "BUFFER_BYTES", 0)
+    dtype, found = written(tmp_path / "one by one")
+
+    assert dtype == torch.float32
+    assert found.keys() == whole.keys() == dict(state[:-1]).keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert {name: value.dtype for name, value in found.items()} == {
+        name: value.dtype for name, value in whole.items()
+    }
+
+
+def test_plain_transformers_loads_a_file_that_was_written_tensor_by_tensor(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(export, "BUFFER_BYTES", 2000)
+    model = llama(tied=True)
+
+    write(model, tmp_path / "final")
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert "lm_head.weight" not in load_file(tmp_path / "final" / "model.safetensors")
+
+
+def test_a_header_that_has_no_room_begins_another_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(export, "HEADER_BYTES", 400)
+    state = [(f"weight.{number}", torch.full((2,), float(number))) for number in range(6)]
+
+    write_weights(tmp_path, state)
+
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 3
+    assert {n for file in files for n in load_file(file)} == dict(state).keys()
 
 
 def test_a_model_without_tensors_is_refused(tmp_path: Path) -> None:
