@@ -28,14 +28,14 @@ import os, pathlib, sys, torch
 from megakd.config.file import load_config
 from megakd.engine.memory import peak_memory_of_process
 from megakd.run.main import run
-from megakd.training.stage_run import StageRun
+from megakd.training import assembly
 
 def note(what):
     peak = peak_memory_of_process(torch.device("cpu"))
     pathlib.Path(sys.argv[2], f"{what}-{os.environ['RANK']}").write_text(str(peak))
 
-train = StageRun.run
-StageRun.run = lambda self, folder: (note("load"), train(self, folder))[1]
+build = assembly.training_engine
+assembly.training_engine = lambda *given, **named: (note("load"), build(*given, **named))[1]
 run(load_config(pathlib.Path(sys.argv[1])), command="python benchmarks memory.by_ranks")
 note("run")
 """

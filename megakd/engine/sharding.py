@@ -93,6 +93,24 @@ def writes_here(parameter: Tensor) -> bool:
     return dist.get_rank(parameter.ds_process_group) == 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def own_part(parameter: Tensor) -> tuple[int, Tensor] | None:
+    """Return where this rank's part of a sharded parameter begins, and the part, to be filled.
+
+    None if the part cannot be set alone: the parameter is not sharded, is gathered, is quantized or
+    lies on a disk.
+    """
+    part = getattr(parameter, "ds_tensor", None)
+    is_closed = getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
+    if part is None or not is_closed or part.final_location is not None:
+        return None
+    if hasattr(part, "ds_quant_scale"):
+        return None
+    numel: int = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
+    place = dist.get_rank(parameter.ds_process_group)  # pyright: ignore[reportAttributeAccessIssue]
+    start = min(place * part.numel(), numel)
+    return start, part[: numel - start]
+
+
 def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractContextManager[Any]:
     """Return a context manager that gathers sharded parameters.
 

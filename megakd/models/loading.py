@@ -22,10 +22,12 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
+from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.sharding import (
     gathered,
     is_first_rank,
     is_sharded,
+    own_part,
     sharded_construction,
     writes_here,
 )
@@ -39,7 +41,7 @@ from megakd.models.matching import Match
 from megakd.models.original_t5 import built_as, read_original
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
-from megakd.models.weights import WeightReader, check_weight_files, gguf_hint
+from megakd.models.weights import StoredTensor, WeightReader, check_weight_files, gguf_hint
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
@@ -162,9 +164,8 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     """Build a model and fill it, in the same way at every ZeRO stage; a collective at stage 3.
 
     The model is built empty, and sharded module by module if `ds` sets ZeRO 3. Then it is filled
-    tensor by tensor: rank 0 reads, or the first rank of each node that has its own copy, and all
-    ranks keep their shards. Weights that the checkpoint lacks are drawn from (seed, module name)
-    and do not depend on the stage or the number of ranks.
+    tensor by tensor: each rank reads what it keeps. Weights that the checkpoint lacks are drawn
+    from (seed, module name) and do not depend on the stage or the number of ranks.
 
     Args:
         ds: A loaded `ds_configs` file; None for a model without an engine.
@@ -319,14 +320,35 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[s
 
 
 def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
-    """Copy the stored tensors into the model in disk order, one whole tensor at a time."""
+    """Copy the stored tensors into the model in disk order, one tensor at a time.
+
+    Each rank reads its own part of a sharded tensor.
+    """
     tensors = model.state_dict(keep_vars=True)
     reader = WeightReader(where)
     in_disk_order = sorted(match.stored.items(), key=lambda item: (item[1].file, item[1].offset))
+    if is_sharded(model):
+        _check_same_files(reader, [stored for _, stored in in_disk_order])
     for name, stored in in_disk_order:
+        own = own_part(tensors[name])
+        if own is not None:
+            start, part = own
+            part.copy_(reader.part(stored, start, start + len(part)))
+            continue
         with gathered([tensors[name]], modify=True), torch.no_grad():
             if writes_here(tensors[name]):
                 tensors[name].copy_(reader.read(stored))
+
+
+def _check_same_files(reader: WeightReader, stored: Sequence[StoredTensor]) -> None:
+    """Raise if a node has other weights in its files than the node of rank 0; a collective."""
+    found = gather((together(lambda: reader.sample(stored)), node_name()))
+    other = next((rank for rank, one in enumerate(found) if one[0] != found[0][0]), None)
+    if other is not None:
+        raise ModelError(
+            f"{reader.where}: {stored[0].file.parent} holds other weights for rank {other} on "
+            f"{found[other][1]} than for rank 0 on {found[0][1]}; give all nodes the same files"
+        )
 
 
 def _check_sharded(model: PreTrainedModel) -> None:

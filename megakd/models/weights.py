@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from io import RawIOBase
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+SAMPLED_TENSORS, SAMPLED_ELEMENTS = 64, 1024
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -252,19 +255,40 @@ class WeightReader:
 
     def read(self, stored: StoredTensor) -> Tensor:
         """Return the tensor as stored, on the CPU."""
+        return self.part(stored, 0, math.prod(stored.shape)).reshape(stored.shape)
+
+    def part(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
+        """Return some elements of the flattened tensor as stored, on the CPU, [stop - start]."""
         if isinstance(stored, StoredExperts):
-            return torch.stack(
-                [torch.cat([self.read(part) for part in parts]) for parts in stored.parts]
-            )
+            return self._part_of_experts(stored, start, stop)
         if stored.file.suffix != ".safetensors":
             if self._pickle is None or self._pickle[0] != stored.file:
                 self._pickle = (stored.file, _load_pickle(stored.file, self.where))
-            return self._pickle[1][stored.key]
-        data = torch.empty(math.prod(stored.shape) * stored.dtype.itemsize, dtype=torch.uint8)
+            return self._pickle[1][stored.key].flatten()[start:stop]
+        data = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
         with stored.file.open("rb", buffering=0) as stream:
-            stream.seek(stored.offset)
+            stream.seek(stored.offset + start * stored.dtype.itemsize)
             _read_into(stream, data.numpy().data, stored, self.where)
-        return data.view(stored.dtype).reshape(stored.shape)
+        return data.view(stored.dtype)
+
+    def _part_of_experts(self, stored: StoredExperts, start: int, stop: int) -> Tensor:
+        found, begin = [torch.empty(0, dtype=stored.dtype)], 0
+        for one in chain(*stored.parts):
+            end = begin + math.prod(one.shape)
+            if begin < stop and start < end:
+                found.append(self.part(one, max(start, begin) - begin, min(stop, end) - begin))
+            begin = end
+        return torch.cat(found)
+
+    def sample(self, stored: Iterable[StoredTensor]) -> str:
+        """Return a digest of some elements of some tensors, to tell other weights of one shape."""
+        every, digest = list(stored), hashlib.sha256()
+        for tensor in every[:: max(1, len(every) // SAMPLED_TENSORS)]:
+            middle = math.prod(tensor.shape) // 2
+            values = self.part(tensor, middle - min(middle, SAMPLED_ELEMENTS), middle)
+            digest.update(repr((tensor.shape, tensor.dtype)).encode())
+            digest.update(values.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def _read_into(stream: RawIOBase, buffer: memoryview, stored: StoredTensor, where: str) -> None:

@@ -200,6 +200,7 @@ class TrainMeter:
             "steps": self._steps,
             "tokens": int(self._tokens),
             "without_targets": int(self._without_targets),
+            "operations": self.load.state(),
             "seconds": time.perf_counter() - self._since - self._paused_s,
         }
         return gather(mine)
@@ -220,6 +221,7 @@ class TrainMeter:
             )
             for name, value in state["parts"].items()
         }
+        self.load.load_state([each.get("operations", (0.0, 0.0, 0.0)) for each in states])
         self._counts = dict(state["counts"])
         self._steps, self._window_before = state["steps"], state["seconds"]
         self._tokens, self._without_targets = state["tokens"] or 0, state["without_targets"] or 0

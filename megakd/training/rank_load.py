@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 class RankLoad:
     """What each rank does between two logs.
 
-    Operations are counted in the first, second, fourth, … step, because to see every operator takes
-    time; a token is taken to need as many in the other steps.
+    Operations are counted in the first, second, fourth, … step of the stage, because to see every
+    operator takes time; a token is taken to need as many in the other steps. Under the mode that
+    counts, a backward rounds otherwise: a resumed run has to count in the same steps.
     """
 
     def __init__(self, trainer: Trainer, stage: str, ranks: Ranks) -> None:
         self._trainer, self._stage, self._ranks = trainer, stage, ranks
         self._operations = StepOperations(lambda: trainer.meter.teacher.is_running)
         self._peak = peak_tflops(device_name(ranks.device))
-        self._taken, self._next = 0, 1
         self._counted_tokens: int | Tensor = 0
         self._slow = SlowRank()
         self._in_collectives = 0.0
@@ -46,14 +46,29 @@ class RankLoad:
 
     def watch(self, take: Callable[[], StepReport]) -> StepReport:
         """Take a step and return its report."""
-        self._taken += 1
-        if self._taken < self._next:
+        number = self._trainer.step + 1
+        if number & (number - 1):
             return take()
-        self._next *= 2
         with self._operations:
             report = take()
         self._counted_tokens = self._counted_tokens + report.counts["tokens"]
         return report
+
+    def state(self) -> list[float]:
+        """Return this rank's operations of student and teacher, and the tokens of all ranks."""
+        counted = self._operations
+        return [counted.student, counted.teacher, float(self._counted_tokens)]
+
+    def load_state(self, states: Sequence[Sequence[float]]) -> None:
+        """Restore what `state` returned on each of the ranks that wrote a checkpoint."""
+        world, rank = self._ranks.world_size, self._ranks.rank
+        student, teacher, tokens = zip(*states, strict=True)
+        counted = self._operations
+        if len(states) == world:
+            counted.student, counted.teacher = student[rank], teacher[rank]
+        else:
+            counted.student, counted.teacher = sum(student) / world, sum(teacher) / world
+        self._counted_tokens = int(tokens[0])
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -10,10 +10,15 @@ import torch
 from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_jsonl
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from unit_counts import counts_of
 
+from megakd.contract.stage import StepReport
 from megakd.engine import waiting
+from megakd.engine.distributed import Ranks
 from megakd.scoring.slow_rank import LOGS, SlowRank
 from megakd.training.operations import StepOperations, passes_of, peak_tflops
+from megakd.training.rank_load import RankLoad
+from megakd.training.trainer import Meter
 
 LENGTH, ROWS = 16, 4
 
@@ -146,3 +151,49 @@ def test_nccls_records_are_added_once_and_those_that_were_overwritten_are_estima
     seconds = [waiting.seconds_in_collectives() - before for _ in range(4)]
 
     assert seconds == pytest.approx([0.3, 0.6, 1.4, 1.4])
+
+
+class Steps:
+    """A stage of so many steps on one of some ranks, each with a product of a student."""
+
+    def __init__(self, step: int = 0, *, world: int = 1) -> None:
+        self.trainer = SimpleNamespace(step=step, meter=Meter())
+        self.load = RankLoad(self.trainer, "student", Ranks(0, world, 0, torch.device("cpu")))
+        self.counted: list[int] = []
+
+    def take(self, until: int) -> None:
+        while self.trainer.step < until:
+            before = self.load.state()
+            self.load.watch(self._step)
+            self.trainer.step += 1
+            if self.load.state() != before:
+                self.counted.append(self.trainer.step)
+
+    def _step(self) -> StepReport:
+        torch.ones(2, 3) @ torch.ones(3, 5)
+        counts = counts_of(1, 1, 10)
+        return StepReport(step=self.trainer.step, parts={}, gradient_norm=None, counts=counts)
+
+
+def test_a_resumed_stage_counts_in_the_steps_in_which_an_unbroken_one_counts():
+    unbroken, before, after = Steps(), Steps(), Steps(step=6)
+    unbroken.take(20)
+
+    before.take(6)
+    after.load.load_state([before.load.state()])
+    after.take(20)
+
+    assert unbroken.counted == [1, 2, 4, 8, 16]
+    assert before.counted + after.counted == unbroken.counted
+    assert after.load.state() == unbroken.load.state() == [5 * 2 * 2 * 3 * 5, 0, 50]
+
+
+def test_other_ranks_share_what_the_ranks_of_the_checkpoint_have_counted():
+    states = [[60.0, 6.0, 10.0], [80.0, 8.0, 10.0]]
+    one, four = Steps(), Steps(world=4)
+
+    one.load.load_state(states)
+    four.load.load_state(states)
+
+    assert one.load.state() == [140.0, 14.0, 10.0]
+    assert four.load.state() == [35.0, 3.5, 10.0]
