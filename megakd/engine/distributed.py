@@ -172,6 +172,12 @@ def _check_world(rank: int, world: int, other: int, other_world: int) -> None:
         )
 
 
+def launched_ranks() -> int:
+    """Return the number of ranks that a launcher has started; 1 without a launcher."""
+    adopt_slurm_variables()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def adopt_slurm_variables() -> None:
     """Set the rank variables from Slurm's, so that `srun python launch/train.py` needs no launcher.
 

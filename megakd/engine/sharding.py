@@ -7,7 +7,7 @@ the same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -61,11 +61,22 @@ def _zero_init(ds: Mapping[str, Any], dtype: torch.dtype) -> AbstractContextMana
     }
     # The dtype is set in the config: the argument `dtype` is replaced by bfloat16 on devices
     # without fp16. Created tensors keep their dtype, otherwise rotary tables lose precision.
-    return deepspeed.zero.Init(
+    return _InitWithoutValues(
         config_dict_or_path=config,
         data_parallel_group=node_group() if shards_within_node(ds) else None,
         tensor_overrides=[DeepSpeedTensorOverride.device],
     )
+
+
+class _InitWithoutValues(deepspeed.zero.Init):
+    """Shards parameters that get their values later.
+
+    DeepSpeed sends each new parameter from rank 0 to all ranks, which fills a whole one on each.
+    """
+
+    def _zero_init_param(self, param: Any) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -93,22 +104,28 @@ def writes_here(parameter: Tensor) -> bool:
     return dist.get_rank(parameter.ds_process_group) == 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def own_part(parameter: Tensor) -> tuple[int, Tensor] | None:
-    """Return where this rank's part of a sharded parameter begins, and the part, to be filled.
+@torch.no_grad()
+def set_values(tensor: Tensor, read: Callable[[int, int], Tensor]) -> None:
+    """Set a tensor, of which each rank reads the part that it keeps.
 
-    None if the part cannot be set alone: the parameter is not sharded, is gathered, is quantized or
-    lies on a disk.
+    A collective for a sharded parameter that is gathered, is quantized or lies on a disk.
+
+    Args:
+        read: returns the elements of the flattened tensor from a first to before a last one.
     """
-    part = getattr(parameter, "ds_tensor", None)
-    is_closed = getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
-    if part is None or not is_closed or part.final_location is not None:
-        return None
-    if hasattr(part, "ds_quant_scale"):
-        return None
-    numel: int = parameter.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
-    place = dist.get_rank(parameter.ds_process_group)  # pyright: ignore[reportAttributeAccessIssue]
-    start = min(place * part.numel(), numel)
-    return start, part[: numel - start]
+    part = getattr(tensor, "ds_tensor", None)
+    is_closed = getattr(tensor, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
+    in_memory = part is not None and part.final_location is None
+    if part is not None and is_closed and in_memory and not hasattr(part, "ds_quant_scale"):
+        numel: int = tensor.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
+        place = dist.get_rank(tensor.ds_process_group)  # pyright: ignore[reportAttributeAccessIssue]
+        start = min(place * part.numel(), numel)
+        stop = min(start + part.numel(), numel)
+        part[: stop - start].copy_(read(start, stop))
+        return
+    with gathered([tensor], modify=True):
+        if writes_here(tensor):
+            tensor.copy_(read(0, tensor.numel()).reshape(tensor.shape))
 
 
 def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megakd.engine.sharding import full_shape, gathered, writes_here
+from megakd.engine.sharding import full_shape, set_values
 from megakd.process.seeding import cpu_seeded
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def initialize_parameters(
 
     Each module draws from its own generator, seeded by (seed, module name), in fp32 on the CPU. The
     values do not depend on other modules, the device, the dtype or the ranks. Only one module is
-    whole at a time, on the ranks that write. This is a collective for a sharded model.
+    whole at a time. This is a collective for a sharded model.
     """
     waiting = {id(parameter) for parameter in parameters}
     with _replaced(dict(model.named_modules()), _without_memory) as (parts, _):
@@ -36,11 +36,10 @@ def initialize_parameters(
             if not fresh:
                 continue
             waiting.difference_update(id(parameter) for parameter in fresh.values())
-            values = _draw(model, name, seed) if any(map(writes_here, fresh.values())) else {}
+            values = _draw(model, name, seed)
             for key, parameter in fresh.items():
-                with gathered([parameter], modify=True), torch.no_grad():
-                    if writes_here(parameter):
-                        parameter.copy_(_complete(values[key], f"{name}.{key}"))
+                drawn = _complete(values[key], f"{name}.{key}").flatten()
+                set_values(parameter, lambda start, stop, drawn=drawn: drawn[start:stop])
 
 
 def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
 from megakd.engine.collectives import gather, node_name, together
-from megakd.engine.sharding import (
-    gathered,
-    is_first_rank,
-    is_sharded,
-    own_part,
-    sharded_construction,
-    writes_here,
-)
+from megakd.engine.sharding import is_first_rank, is_sharded, set_values, sharded_construction
 from megakd.engine.shards import names_of_bad_weights
 from megakd.errors import ModelError
 from megakd.models.architecture import HEAD_COUNTS, Architecture
@@ -330,14 +324,7 @@ def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
     if is_sharded(model):
         _check_same_files(reader, [stored for _, stored in in_disk_order])
     for name, stored in in_disk_order:
-        own = own_part(tensors[name])
-        if own is not None:
-            start, part = own
-            part.copy_(reader.part(stored, start, start + len(part)))
-            continue
-        with gathered([tensors[name]], modify=True), torch.no_grad():
-            if writes_here(tensors[name]):
-                tensors[name].copy_(reader.read(stored))
+        set_values(tensors[name], partial(reader.part, stored))
 
 
 def _check_same_files(reader: WeightReader, stored: Sequence[StoredTensor]) -> None:

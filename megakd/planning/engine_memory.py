@@ -176,13 +176,9 @@ class Frozen:
             most = max(map(operator.add, accumulate(sizes), sizes), default=0)
             on_gpu = {} if self.is_cpu else Frozen.resting(self)
             return together(self.held("weights", mapped(most), "host"), on_gpu)
-        # Rank 0 reads a tensor, which all ranks gather.
-        largest = block(self.inventory.largest * self.itemsize)
-        return together(
-            Frozen.resting(self),
-            self.held("gather", largest.times(self.copies)),
-            self.held("weights", largest, "host"),
-        )
+        # A rank reads its part of a tensor, and draws whole new tensors in fp32.
+        largest = block(self.inventory.largest * FP32)
+        return together(Frozen.resting(self), self.held("weights", largest, "host"))
 
     def resting(self) -> Holding:
         """Return the memory in use while the model waits."""

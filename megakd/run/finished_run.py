@@ -19,6 +19,7 @@ from megakd.contract.results import Report, formats_of
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE
 from megakd.data.encoding import tokenizer_content
 from megakd.engine.collectives import agree, on_main
+from megakd.engine.distributed import launched_ranks
 from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
 from megakd.models.model_folder import brings_code
@@ -26,6 +27,7 @@ from megakd.models.own_models import current_files
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
+from megakd.run.stage_identity import SPLIT
 from megakd.storage import atomic
 from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
@@ -55,6 +57,7 @@ _FREE = (
     "resume_from_checkpoint",
     "per_device_eval_batch_size",
     "collective_timeout",
+    "deepspeed",
     "micro_batches_per_call",
 )
 """Ends of config keys on which no result depends."""
@@ -98,10 +101,23 @@ def is_finished(config: RunConfig) -> bool:
 def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
     trees = (_config_there(config.output_dir / CONFIG), config_tree(config))
     there, here = ({k: v for k, v in flatten(t).items() if not _is_free(k)} for t in trees)
-    for fields in (there, here):
+    ranks_here = launched_ranks()
+    report: Mapping[str, Any] = read_report(config.output_dir / REPORT)
+    ranks_there = report.get("environment", {}).get("ranks", ranks_here)
+    for fields, ranks in ((there, ranks_there), (here, ranks_here)):
         if keeps_last(fields):
             fields["eval.eval_steps"] = None
+        _count_rows(fields, ranks)
     return there, here
+
+
+def _count_rows(fields: dict[str, Any], ranks: int) -> None:
+    """Replace the keys that split a step, of every section that trains, by the rows of a step."""
+    first = f".{SPLIT[0]}"
+    for train in [key.removesuffix(first) for key in fields if key.endswith(first)]:
+        rows, micro_batches, _ = (fields.pop(f"{train}.{name}", None) for name in SPLIT)
+        key = f"{train}: rows of a step of all ranks"
+        fields[key] = None if rows is None else rows * (micro_batches or 1) * ranks
 
 
 def _config_there(path: Path) -> Any:

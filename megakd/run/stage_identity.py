@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from megakd.training.assembly import Assembly
 
 _PLAIN = (str, int, float, bool, type(None))
-_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")
-_FREE = (*_SPLIT, "kernels", "collective_timeout")
+SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")
+"""Keys of `train` that split a step; of their values, only the rows of all ranks count."""
+_FREE = (*SPLIT, "kernels", "collective_timeout")
 """Keys of `train` on which the weights do not depend; all kernels compute the same."""
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
-from megakd.engine.sharding import gathered, gathered_state, is_sharded
+from megakd.engine.sharding import gathered, gathered_state, is_sharded, set_values
+from megakd.errors import ModelError
 from megakd.models.loading import load_model, resolve_model
 
 # A threshold of 0 shards the small tensors too; the default would leave this whole model alone.
@@ -103,9 +106,27 @@ def opening(folder):
         norm.fill_(10.0 + dist.get_rank())
     with gathered([norm]):
         results["modified"] = norm.detach().clone()
+    set_values(norm, torch.arange)
+    with gathered([norm]):
+        results["set closed"] = norm.detach().clone()
     with gathered(iter([plain])):
         results["plain"] = plain.detach().clone()
     return results
+
+
+def of_other_files(folder, output):
+    """Return the error of ranks whose folders hold other weights of the same shapes."""
+    own = Path(output) / f"model-{dist.get_rank()}"
+    shutil.copytree(folder, own)
+    if dist.get_rank():
+        weights = load_file(own / "model.safetensors")
+        scaled = {name: 1.01 * value for name, value in weights.items()}
+        save_file(scaled, own / "model.safetensors", metadata={"format": "pt"})
+    try:
+        load(str(own), "causal_lm", ZERO3)
+    except ModelError as error:
+        return {"other files": str(error)}
+    return {"other files": ""}
 
 
 def main(folder, scratch, output):
@@ -113,6 +134,7 @@ def main(folder, scratch, output):
     deepspeed.init_distributed("gloo")
     spec = ScratchModel(config=json.loads(scratch))
     results = {**states(folder, spec), **independence(folder), **opening(folder)}
+    results |= of_other_files(folder, output)
     torch.save(results, Path(output) / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

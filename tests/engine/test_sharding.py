@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,18 @@ def test_opening_leaves_what_is_open_to_its_owner(ranks):
 
 def test_what_rank_0_writes_goes_to_all_ranks(ranks):
     assert all(torch.equal(rank["modified"], torch.full((16,), 10.0)) for rank in ranks)
+
+
+def test_each_rank_sets_its_part_of_the_values(ranks):
+    assert all(torch.equal(rank["set closed"], torch.arange(16.0)) for rank in ranks)
+
+
+def test_ranks_that_would_read_other_weights_are_told(ranks):
+    for rank in ranks:
+        assert re.match(
+            r"teacher.model: \S+ holds other weights for rank 1 on \S+ than for rank 0 on ",
+            rank["other files"],
+        )
 
 
 # One process, nothing sharded: everything is a formality that must not get in the way.

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from megakd.errors import ModelError
-from megakd.models.weights import WeightReader, check_weight_files
+from megakd.models.weights import StoredExperts, WeightReader, check_weight_files
 
 
 def write(file, header, data=b""):
@@ -176,3 +176,37 @@ def test_scalars_and_empty_tensors_are_read(tmp_path):
     stored, reader = check_weight_files(tmp_path, "teacher.model"), WeightReader("teacher.model")
     for key, value in values.items():
         assert torch.equal(reader.read(stored[key]), value)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle", "experts"])
+def test_any_part_of_a_tensor_is_read_alone(tmp_path, kind):
+    drawn = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(3, 4, generator=drawn) for name in ("a", "b", "c", "d")}
+    if kind == "pickle":
+        torch.save(values, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(values, tmp_path / "model.safetensors")
+    stored = check_weight_files(tmp_path, "teacher.model", allow_pickle=True)
+    one, whole = stored["b"], values["b"]
+    if kind == "experts":
+        parts = ((stored["a"], stored["b"]), (stored["c"], stored["d"]))
+        one = StoredExperts(**{**vars(stored["a"]), "shape": (2, 6, 4)}, parts=parts)
+        whole = torch.stack([torch.cat([values[n] for n in names]) for names in ("ab", "cd")])
+    reader, numel = WeightReader("teacher.model"), whole.numel()
+
+    assert torch.equal(reader.read(one), whole)
+    for start, stop in [(0, numel), (5, 7), (numel // 3, numel - 1), (numel, numel)]:
+        assert torch.equal(reader.part(one, start, stop), whole.flatten()[start:stop])
+
+
+def test_a_sample_tells_weights_of_the_same_shapes(tmp_path):
+    def sample(name, number):
+        (tmp_path / name).mkdir()
+        values = {"a": torch.full((5, 2), number), "empty": torch.ones(0)}
+        save_file(values, tmp_path / name / "model.safetensors")
+        stored = check_weight_files(tmp_path / name, "teacher.model").values()
+        return WeightReader("teacher.model").sample(stored)
+
+    first, copied, other = (sample(f"{n}", n // 2 * 1.0) for n in range(3))
+
+    assert first == copied != other

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from reports import report_of
 from transformers import AutoTokenizer
 from whole_run import finish, read
 
@@ -68,12 +70,33 @@ def test_models_are_timed_again_without_training_if_the_times_asked_for_change(
         assert read(out)["stages"] == read(whole_run.out)["stages"]
 
 
+def write_report(folder, *, ranks):
+    report = report_of(environment={"ranks": ranks})
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+def test_a_finished_run_is_finished_for_other_ranks_that_share_the_rows_of_a_step(config, tmp_path):
+    def asked(rows, micro_batches, *words):
+        split = [f"train.per_device_train_batch_size={rows}"]
+        split += [f"train.gradient_accumulation_steps={micro_batches}"]
+        return load_config(config, [f"output_dir={tmp_path}", *split, *words])
+
+    of_run = asked(4, 3)
+    (tmp_path / "config.yaml").write_text(dump_config(of_run))
+    write_report(tmp_path, ranks=2)
+
+    assert is_finished(asked(24, 1))
+    assert is_finished(asked(8, 3, "student.deepspeed=zero3"))
+    with pytest.raises(CheckpointError, match=r"train: rows of a step of all ranks: 24 there, 4 h"):
+        is_finished(asked(4, 1))
+
+
 @pytest.mark.parametrize("chooses", [False, True])
 def test_evaluations_that_choose_no_weights_may_change_after_the_run(config, tmp_path, chooses):
     words = [f"output_dir={tmp_path}", f"eval.keep_best={str(chooses).lower()}"]
     of_run = load_config(config, [*words, "eval.eval_steps=6"])
     (tmp_path / "config.yaml").write_text(dump_config(of_run))
-    (tmp_path / "report.json").touch()
+    write_report(tmp_path, ranks=1)
     changed = load_config(config, [*words, "eval.eval_steps=2"])
 
     if chooses:
