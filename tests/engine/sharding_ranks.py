@@ -6,11 +6,14 @@ import gc
 import json
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
 from safetensors.torch import load_file, save_file
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
@@ -129,12 +132,26 @@ def of_other_files(folder, output):
     return {"other files": ""}
 
 
+def sent_to_load(folder, spec):
+    """Return the number of collectives of tensors that it takes to load and to draw a model."""
+    comm, count = partition_parameters.dist, []
+    names = ("broadcast", "all_gather_into_tensor", "allgather_fn", "all_gather")
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(
+                patch.object(comm, name, lambda *_, **__: count.append(1), create=True)
+            )
+        for one in (folder, spec):
+            load(one, "causal_lm" if one is folder else "classification", ZERO3)
+    return {"sent": len(count)}
+
+
 def main(folder, scratch, output):
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
     spec = ScratchModel(config=json.loads(scratch))
     results = {**states(folder, spec), **independence(folder), **opening(folder)}
-    results |= of_other_files(folder, output)
+    results |= of_other_files(folder, output) | sent_to_load(folder, spec)
     torch.save(results, Path(output) / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -161,6 +161,10 @@ def test_each_rank_sets_its_part_of_the_values(ranks):
     assert all(torch.equal(rank["set closed"], torch.arange(16.0)) for rank in ranks)
 
 
+def test_weights_are_loaded_and_drawn_without_sending_any(ranks):
+    assert [rank["sent"] for rank in ranks] == [0, 0]
+
+
 def test_ranks_that_would_read_other_weights_are_told(ranks):
     for rank in ranks:
         assert re.match(

@@ -1,0 +1,39 @@
+"""Runs that are killed, stopped, starved and damaged lose nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks/faults.py"
+LIMIT_S = 900  # many times what two minutes of faults take, for a busy machine
+
+
+def faults(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROGRAM), *words]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=LIMIT_S)
+
+
+@pytest.mark.slow
+def test_two_minutes_of_faults_are_survived(built_operator):
+    ended = faults("--minutes", "2")
+
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    assert "; 0 lost" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--minutes", "0"], "--minutes"),
+        (["--minutes", "1", "--cases", "minidisk"], "unknown ['minidisk']; known: "),
+    ],
+)
+def test_settings_that_cannot_be_are_named(words, message):
+    ended = faults(*words)
+
+    assert ended.returncode == 2
+    assert message in ended.stderr
