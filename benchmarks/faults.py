@@ -58,7 +58,7 @@ WAIT_S = 120.0
 MEETING_S = 3 * SIZES["collective_timeout"]
 """Limit before all ranks have met: who waits cannot tell a rank that is dead from one that is late,
 and torch tries to connect twice."""
-DAMAGED = 2
+REFUSED = 2
 """Exit code of a start that asks its user to remove something."""
 ENDS_ALONE = "the other ranks did not end"
 
@@ -238,9 +238,12 @@ class Trial:
         return self._rng.sample(sized, min(1, len(sized)))
 
     def _repair(self, start: Start) -> bool:
-        """Remove what the message of a start names as damaged, as its user would."""
+        """Remove what the message of a start names as of no use, as its user would."""
         words = start.last_words()
-        if DAMAGED not in start.codes or "damaged" not in words:
+        # With other ranks, a stage that is made again may have other weights than its successors
+        # were made from.
+        reasons = ["damaged", *(["the result of another config"] if "ranks" in self.faults else [])]
+        if REFUSED not in start.codes or not any(reason in words for reason in reasons):
             return False
         folders = [path for top in ("stages", "checkpoints") for path in (self.out / top).glob("*")]
         named = [path for path in folders if str(path) in words]

@@ -47,10 +47,10 @@ class Case(NamedTuple):
     optim: str
 
 
-def decoder(layers: int, width: int, neurons: int, heads: tuple[int, int]) -> Any:
+def decoder(layers: int, width: int, neurons: int, heads: tuple[int, int], ids: int = IDS) -> Any:
     """Return the config of a Llama with an output matrix of its own."""
     keys = {"num_key_value_heads": heads[1], "max_position_embeddings": LENGTH}
-    shape = llama(layers, width, heads[0], neurons, vocab_size=IDS, **keys)
+    shape = llama(layers, width, heads[0], neurons, vocab_size=ids, **keys)
     return transformers.LlamaConfig(**shape, tie_word_embeddings=False)
 
 

@@ -1,9 +1,10 @@
 """Memory of a rank while a sharded model is loaded, and over its run, for 1, 2 and 4 ranks.
 
-`python benchmarks memory.by_ranks [--ranks 1,2,4] [--set student.deepspeed=zero3]`; some minutes a
-number of ranks, and up to 12 GB. A Llama of 0.4B weights, written to a folder in bf16, learns for
-three steps in fp32 at ZeRO 3 with AdamW, is evaluated, saved and written. Printed are the peaks of
-the rank that took the most beside those of `megakd plan`, process and all.
+`python benchmarks memory.by_ranks [--ranks 1,2,4] [--set key=value]`; some minutes a number of
+ranks, and up to 12 GB. A Llama of a third of a billion weights, written to a folder in bf16,
+learns for three steps in fp32 with AdamW, is evaluated, saved and written, at a ZeRO 3 that gathers
+a tenth of it at a time, as with DeepSpeed's defaults for 10B weights. Printed are the peaks of the
+rank that took the most beside those of `megakd plan`, process and all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lib.tables import print_rows
 from megakd.config.file import dump_config, load_config
 from megakd.planning.cluster import Cluster
 from megakd.planning.plan import plan_run
-from memory.billion import CASES, LENGTH, ROWS, write_teacher, write_texts
+from memory.billion import LENGTH, ROWS, Case, decoder, write_teacher, write_texts
 from memory.plan import ENVIRONMENT
 
 RANK = """
@@ -41,6 +42,17 @@ note("run")
 """
 """A rank of a run that notes its peaks when the model is loaded and at its end."""
 TOLERANCE = 0.15
+CASE = Case("causal_lm", decoder(28, 1024, 2816, (16, 4), ids=8000), "adamw")
+GATHERED = 30_000_000
+ZERO_3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_max_live_parameters": GATHERED,
+        "stage3_max_reuse_distance": GATHERED,
+        "stage3_prefetch_bucket_size": GATHERED // 3,
+        "reduce_bucket_size": GATHERED,
+    }
+}
 
 
 class Peaks(NamedTuple):
@@ -56,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="megakd-ranks-", dir=given.scratch) as name:
         folder = Path(name)
         write_texts(folder / "data", "causal_lm")
-        weights = write_teacher(folder / "model", CASES["llama-adamw"])
+        weights = write_teacher(folder / "model", CASE)
         for ranks in given.ranks:
             planned, base, measured = compared(folder, ranks, given)
             errors = [one / other - 1 for one, other in zip(planned, measured, strict=True)]
@@ -94,7 +106,7 @@ def compared(folder: Path, ranks: int, given: argparse.Namespace) -> tuple[Peaks
             "max_length": LENGTH,
             "text_columns": ["text"],
         },
-        "student": {"model": str(folder / "model"), "deepspeed": "zero3"},
+        "student": {"model": str(folder / "model"), "deepspeed": ZERO_3},
         "method": {"name": "finetune"},
         "train": {"per_device_train_batch_size": ROWS, "max_steps": 3, "learning_rate": 1e-5},
         "save": {"save_steps": 2},
