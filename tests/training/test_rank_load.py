@@ -10,6 +10,7 @@ import torch
 from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_jsonl
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 from unit_counts import counts_of
 
 from megakd.contract.stage import StepReport
@@ -78,6 +79,15 @@ def test_a_backward_is_two_forwards_and_one_where_all_weights_are_frozen():
     half[0].requires_grad_(requires_grad=False)
 
     assert (passes_of(whole), passes_of(half)) == (3.0, 2.5)
+
+
+def test_an_operator_that_torch_cannot_count_counts_as_nothing(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setitem(flop_registry, torch.ops.aten.mm, refuse)
+
+    assert counted(lambda: torch.ones(2, 3) @ torch.ones(3, 4)) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
