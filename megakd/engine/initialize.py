@@ -17,6 +17,7 @@ from torch import nn
 from megakd.config.deepspeed import frozen_ds_config, merged_ds_config
 from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
+from megakd.engine.sharding import note_fetches
 
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types
 RATE = "rate"
@@ -51,6 +52,7 @@ def training_engine(
         wrapper: Any = engine.optimizer
         wrapper.optimizer.state.clear()
         wrapper.refresh_fp32_params()
+    note_fetches(engine)
     return engine
 
 
@@ -64,6 +66,7 @@ def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows
     config = frozen_ds_config(ds, dtype=dtype, micro_batch=rows)
     _import_muon_without_compiling()
     engine, *_ = deepspeed.initialize(model=model, config=config)
+    note_fetches(engine)
     engine.eval()
     return engine
 

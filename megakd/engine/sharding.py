@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import deepspeed
 import torch
@@ -128,15 +129,31 @@ def set_values(tensor: Tensor, read: Callable[[int, int], Tensor]) -> None:
             tensor.copy_(read(0, tensor.numel()).reshape(tensor.shape))
 
 
+_COORDINATORS: WeakSet[Any] = WeakSet()
+"""What fetches the weights of each engine at ZeRO 3."""
+
+
+def note_fetches(engine: Any) -> None:
+    """Let `gathered` wait for the weights that a DeepSpeed engine fetches ahead."""
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if hasattr(offload, "get_param_coordinator"):
+        _COORDINATORS.add(offload.get_param_coordinator())
+
+
 def gathered(parameters: Iterable[Tensor], *, modify: bool = False) -> AbstractContextManager[Any]:
     """Return a context manager that gathers sharded parameters.
 
     A parameter that appears twice (tied embeddings) is gathered once. A parameter that is already
     gathered, by the forward of its module or by an outer context, is not gathered or released.
-    Parameters that are not sharded are left unchanged. With `modify`, values are sent on exit from
-    the rank that wrote them (`writes_here`) to all ranks that share the parameter.
+    Weights that an engine fetches ahead, for a backward that may not come, are waited for and
+    released first. Parameters that are not sharded are left unchanged. With `modify`, values are
+    sent on exit from the rank that wrote them (`writes_here`) to all ranks that share the
+    parameter.
     """
     unique = {id(parameter): parameter for parameter in parameters if is_zero_param(parameter)}
+    if any(one.ds_status == ZeroParamStatus.INFLIGHT for one in unique.values()):  # pyright: ignore[reportAttributeAccessIssue]
+        for coordinator in _COORDINATORS:
+            coordinator._clean_inflight_param_registry()  # noqa: SLF001 - as its next forward does
     closed = [
         parameter
         for parameter in unique.values()

@@ -169,27 +169,13 @@ class StudentEngine:
             self._engine.module.counters,
             torch.ones((), dtype=torch.long, device=batch.valid.device),
         )
-        with self._engine.module.opened_head(batch):
-            losses = self._forward(batch, knowledge, plan, counts, scored=scored)
-        self._end_forward()
-        return losses
+        return self._forward(batch, knowledge, plan, counts, scored=scored)
 
     @torch.no_grad()
     def predict(self, batch: Batch, view: str | None = None) -> Predictions:
         """Return predictions for one micro-batch without dropout, of a view if `view` is given."""
         self._engine.eval()
-        with self._engine.module.opened_head(batch):
-            predictions = self._engine(batch, view=view)
-        self._end_forward()
-        return predictions
-
-    def _end_forward(self) -> None:
-        """Let ZeRO 3 wait for weights that it has fetched for a backward, which does not come.
-
-        Until the next forward, nobody else could gather these weights.
-        """
-        if self._engine.zero_optimization_partition_weights():
-            self._engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
+        return self._engine(batch, view=view)
 
     def files(self, shards: Parts = MappingProxyType({})) -> dict[str, Any]:
         """Return this rank's part of the engine's state as files; a collective.

@@ -22,7 +22,7 @@ from megakd.losses.stage_losses import StageLosses
 from megakd.losses.targets import Evaluated
 from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic import Elastic
-from megakd.models.knowledge import Needs, opened_head, predict, predictions_of, read_knowledge
+from megakd.models.knowledge import Needs, predict, predictions_of, read_knowledge
 from megakd.models.lora import base_model
 
 
@@ -117,9 +117,6 @@ class StudentBundle(nn.Module):
         followers = {*self.objective.projections()}
         names = (name for name, module in self.named_modules() if module in followers)
         return own | {f"{name}.weight": (None, WIDTH) for name in names}
-
-    def opened_head(self, batch: Batch) -> AbstractContextManager[object]:
-        return opened_head(self.student, batch)
 
     def forward(
         self,

@@ -6,7 +6,7 @@ Teachers and students run their forward only here, so that both are read in the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -62,7 +62,12 @@ class LanguageModelHead:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Keep the matrix gathered inside the context; a collective under ZeRO-3."""
+        """Keep the matrix gathered inside the context; a collective under ZeRO-3.
+
+        A term reads the matrix in a forward of its own, for which DeepSpeed fetches it. Others open
+        it for the read alone: if DeepSpeed had to fetch it for the forward of the whole model, the
+        next forward would not be the one that it has recorded.
+        """
         with gathered(self._module.parameters(recurse=False)):
             yield
 
@@ -72,16 +77,6 @@ def language_model_head(model: nn.Module) -> LanguageModelHead:
     config: PretrainedConfig = model.config  # type: ignore[assignment]
     architecture = architecture_of(config)
     return LanguageModelHead(architecture.language_head_of(model), architecture.logit_warp(config))
-
-
-def opened_head(model: nn.Module, batch: Batch) -> AbstractContextManager[object]:
-    """Keep the output matrix of a language model gathered around a forward that reads it.
-
-    Under ZeRO-3 DeepSpeed prefetches the parameters that the previous forward read, and waits for a
-    parameter in the forward of the module that owns it. The output matrix is read without the
-    forward of its module, so its prefetch could be incomplete. This is a collective under ZeRO-3.
-    """
-    return language_model_head(model).open() if _is_language(batch) else nullcontext()
 
 
 def _is_language(batch: Batch) -> bool:
@@ -147,17 +142,18 @@ def predictions_of(read: Knowledge, batch: Batch, kernels: Kernels = "auto") -> 
         return Predictions(outputs=read.logits.float(), sums=None)
     if read.head is None or read.hidden is None:
         raise TypeError("a language model was read without its head")
-    weight, bias = read.head.read()
-    stats = megakd_kernels.linear_stats(
-        read.hidden,
-        weight,
-        labels=batch.target_labels,
-        ignore_index=IGNORE,
-        student_bias=bias,
-        softcap_s=read.head.warp.softcap,
-        logit_scale_s=read.head.warp.scale,
-        impl=kernels,
-    )
+    with read.head.open():
+        weight, bias = read.head.read()
+        stats = megakd_kernels.linear_stats(
+            read.hidden,
+            weight,
+            labels=batch.target_labels,
+            ignore_index=IGNORE,
+            student_bias=bias,
+            softcap_s=read.head.warp.softcap,
+            logit_scale_s=read.head.warp.scale,
+            impl=kernels,
+        )
     sums = torch.stack([stats.ce_sum.double(), stats.agreement.double(), stats.n_valid.double()])
     return Predictions(outputs=None, sums=sums)
 

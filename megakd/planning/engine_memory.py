@@ -275,7 +275,7 @@ class Trained(Frozen):
         """Return the memory in use between two steps, from the second step on."""
         place = self.place("offload_optimizer")
         is_away = "host" in (place, self.place("offload_param"))
-        has_masters = self.stage in (1, 2) or self.itemsize < FP32 or is_away
+        has_masters = self.stage > 0 or self.itemsize < FP32 or is_away
         optimizer = self._shard.times(self.moments + has_masters)
         if self.stage == 0:
             return together(super().resting(), self.held("optimizer", optimizer))

@@ -17,7 +17,6 @@ from megakd.engine.prefetch import Prefetch
 from megakd.models.knowledge import (
     Needs,
     language_model_head,
-    opened_head,
     predict,
     read_knowledge,
 )
@@ -126,20 +125,17 @@ class FrozenTeacher:
     @torch.no_grad()
     def predict(self, batch: Batch) -> Predictions:
         """Return predictions for one micro-batch, for the teacher's own metrics."""
-        with opened_head(self.model, batch):
-            return self._engine(batch, scoring=True)
+        return self._engine(batch, scoring=True)
 
     @torch.no_grad()
     def top_k(self, batch: Batch, count: int) -> TopK:
         """Return the most likely next tokens of a language model at every position."""
-        with opened_head(self.model, batch):
-            return self._engine(batch, top_k=count)
+        return self._engine(batch, top_k=count)
 
     @torch.no_grad()
     def draw(self, batch: Batch, numbers: torch.Tensor) -> TokenCounts:
         """Return draws of next tokens of a language model, see `next_tokens.drawn`."""
-        with opened_head(self.model, batch):
-            return self._engine(batch, numbers=numbers)
+        return self._engine(batch, numbers=numbers)
 
     @property
     def model(self) -> nn.Module:
