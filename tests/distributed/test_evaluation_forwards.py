@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cases import lab_of
 from equal_runs import ZERO3, write_llama
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import config_tree, write_config
 
 from megakd.contract.metric import WHOLE, Metric, MetricJudge
 from megakd.contract.stage import Pass, Stage
@@ -144,23 +144,3 @@ def test_losses_on_held_out_rows_take_no_second_forward(workers, folder, tmp_pat
             assert found["forwards"]["student", ROWS] == (1 + losses) * turns
             assert set(TERMS) <= scores.keys() if losses else not set(TERMS) & scores.keys()
             assert scores == pytest.approx({n: apart[n] for n in scores}, rel=1e-6)
-
-
-def test_weights_that_zero_3_fetched_ahead_are_written_after_an_evaluation(command, tmp_path):
-    few = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    zero |= dict.fromkeys((f"stage3_{name}" for name in few), 1500)
-    config = write_config(
-        tmp_path / "run.yaml",
-        config_tree(
-            tmp_path / "out",
-            {"type": "classification", "dataset": str(write_reviews(tmp_path / "data"))},
-            student={"model": bert(3), "deepspeed": {"zero_optimization": zero}},
-            train={"max_steps": 6},
-            eval={"eval_steps": 3, "keep_best": True},
-        ),
-    )
-
-    ended = command("--config", str(config))
-
-    assert ended.codes == [0, 0], ended.text
