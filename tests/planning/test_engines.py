@@ -80,12 +80,12 @@ def test_a_second_bucket_is_counted_where_gradients_are_sent_during_the_backward
         (0, 2, 2, 2 * P, 12 * P),  # the weights in fp32 too
         (1, 4, 2, 4 * P, 12 * P // RANKS),
         (2, 2, 2, 2 * P, 12 * P // RANKS),
-        (3, 4, 2, 4 * P // RANKS, 8 * P // RANKS),
+        (3, 4, 2, 4 * P // RANKS, 12 * P // RANKS),  # in fp32 a second time
         (3, 2, 2, 2 * P // RANKS, 12 * P // RANKS),
         # SGD keeps no moments: the weights in fp32, at most.
         *((0, 4, 0, 4 * P, 0), (0, 2, 0, 2 * P, 4 * P)),
         *((1, 4, 0, 4 * P, P), (2, 2, 0, 2 * P, P)),
-        *((3, 4, 0, P, 0), (3, 2, 0, P // 2, P)),
+        *((3, 4, 0, P, P), (3, 2, 0, P // 2, P)),
     ],
 )
 def test_each_stage_shards_what_it_says(stage, itemsize, moments, weights, optimizer):
