@@ -21,7 +21,7 @@ from megakd.reports.table import SHARES, Rows, pruning_course, pruning_rows
 STAGES_SHOWN, PANELS_SHOWN, LINES_PER_PANEL = 20, 6, 12
 ROWS_SHOWN, COLUMNS_SHOWN, POINTS_MARKED = 15, 24, 15
 CHOICES, OUTCOME = "Choices", "Outcome of the choices"
-RANKS = "Seconds of each rank between two logs"
+OPERATIONS, RANKS = "Operations of models", "Seconds of each rank between two logs"
 EVALUATION, SPEED = "Evaluation", "Speed and step size"
 THINNED = "Of long curves the lowest and highest value of each stretch are drawn."
 SPEED_UNITS = {
@@ -32,6 +32,8 @@ SPEED_UNITS = {
     "tokens_per_s": "tokens/s",
     "teacher_share": "% of the time",
     "data_share": "% of the time",
+}
+OPERATION_UNITS = {
     "student_tflops": "1e12 operations per second and rank",
     "teacher_tflops": "1e12 operations per second and rank",
     "peak_share": "% of the device's peak",
@@ -40,6 +42,7 @@ UNITS = {
     "loss": "weighted sum",
     "top1_agreement": "%",
     **SPEED_UNITS,
+    **OPERATION_UNITS,
     **dict.fromkeys((*SHARES, "truncated", "distinct_2"), "%"),
     **dict.fromkeys((f"{TEXT_METRIC}tokens", "tokens_per_text"), "tokens"),
     "staleness": "updates of the student",
@@ -49,6 +52,8 @@ UNITS = {
 TEXT_ORDER = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("kl", "tokens", "truncated", "entropy")))
 """Metrics of generated texts that are drawn first."""
 NOT_DRAWN = ("step_seconds", "memory_bytes")  # tokens_per_s and a stage's peak show the same
+OTHERS = (*SPEED_UNITS, *OPERATION_UNITS, *NOT_DRAWN)
+"""Values of training that are no losses."""
 OUTCOMES = ("reward", "held_out_loss")
 """Values that a selector logs in addition to its weights."""
 POSITION_TITLES = {"kl": "KL(teacher‖student)", "entropy": "student entropy"}
@@ -105,13 +110,14 @@ def _kinds(groups: Mapping[str, Panels]) -> dict[str, Panels]:
     weights = {n: c[""] for n, c in choices.items() if "" in c and n not in OUTCOMES}
     texts = [*(n for n in TEXT_ORDER if n in scores), *(n for n in scores if n not in TEXT_ORDER)]
     kinds = {
-        "Losses": {n: c for n, c in train.items() if n not in (*SPEED_UNITS, *NOT_DRAWN)},
+        "Losses": {n: c for n, c in train.items() if n not in OTHERS},
         CHOICES: {"weight of each kind of knowledge": weights},
         OUTCOME: {n: c for n, c in choices.items() if n in OUTCOMES},
         EVALUATION: {n: c for n, c in scores.items() if not is_text_metric(n)},
         "Generated texts of the evaluations": {n: scores[n] for n in texts if is_text_metric(n)},
         "Texts that the student learns from": groups.get("rollout", {}),
         SPEED: {n: train[n] for n in SPEED_UNITS if n in train},
+        OPERATIONS: {n: train[n] for n in OPERATION_UNITS if n in train},
         RANKS: _longest_first(groups.get("ranks", {})),
     }
     drawable = {kind: _drawable(panels) for kind, panels in kinds.items()}
@@ -178,7 +184,7 @@ def _figure(kind: str, panels: Panels, *, stage: str, limit: int) -> Figure:
         " ".join(filter(None, notes)),
         *_numbers(panels),
         legend=legend if len(legend) > 1 else (),
-        is_folded=kind in (SPEED, RANKS),
+        is_folded=kind in (SPEED, OPERATIONS, RANKS),
     )
 
 

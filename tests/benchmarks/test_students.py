@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import reports
 import yaml
 from tiny_books import write_real_data
 from transformers import AutoTokenizer
@@ -315,8 +316,9 @@ def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refuse
     (leg.output / "config.yaml").write_text(text)
 
     assert launching.finished(leg) is None
-    (leg.output / "report.json").write_text("{}")
-    assert launching.report_of(leg, ranks=1) == {}
+    report = reports.report_of(environment={"ranks": 1})
+    (leg.output / "report.json").write_text(json.dumps(report))
+    assert launching.report_of(leg, ranks=1) == json.loads(json.dumps(report))
     with pytest.raises(CheckpointError, match="finished run of another config"):
         launching.finished(leg._replace(overrides=(*leg.overrides, "train.max_steps=77")))
 

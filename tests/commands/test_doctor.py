@@ -76,9 +76,9 @@ def test_a_run_that_is_fine_has_a_line_for_each_part_and_leaves_nothing(
 def test_a_run_that_would_fail_has_the_error_of_the_run_as_its_last_line(
     examined, one_rank, config, reviews
 ):
-    found = examined(config(train={"fp16": True}), code=1)
+    found = examined(config(train={"kernels": "triton"}), code=1)
 
-    refused = one_rank.train(config(train={"fp16": True}))
+    refused = one_rank.train(config(train={"kernels": "triton"}))
     part, level, text = found[-1]
     assert (part, level) == ("machine", "failure")
     assert f"megakd: error: {text}\n" == refused.err[-len(text) - 16 :]

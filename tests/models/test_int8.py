@@ -46,12 +46,13 @@ ROUNDING = 1 + 1e-4  # fp32 divides and multiplies with an error in the last dig
 WORD = "bert.embeddings.word_embeddings.weight"
 
 
-def written(model: PreTrainedModel, folder: Path) -> Path:
-    """A finished folder, as a run writes it."""
+def written(model: PreTrainedModel, folder: Path, *, twice: bool = False) -> Path:
+    """A finished folder, as a run writes it; `twice`: with tied weights under both names."""
+    state = model.state_dict()
     write_model_folder(
         folder,
         config=model.config,
-        state=model.state_dict().items(),
+        state={n: tensor.clone() if twice else tensor for n, tensor in state.items()}.items(),
         tokenizer=tokenizer(),
         architecture=type(model).__name__,
     )
@@ -158,7 +159,7 @@ def test_a_model_of_another_dtype_is_loaded_in_fp32(tmp_path, dtype) -> None:
 def test_tied_weights_of_two_shards_are_written_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(export, "SHARD_BYTES", 4000)
     model = build("llama", tie_word_embeddings=True)
-    final = written(model, tmp_path / "final")
+    final = written(model, tmp_path / "final", twice=True)
     index = json.loads((final / "model.safetensors.index.json").read_text())
 
     write_int8(final, tmp_path / "int8")
