@@ -147,38 +147,41 @@ class _WeightFile:
     def __init__(self, path: Path) -> None:
         self._path, self._entries = path, dict[str, dict[str, Any]]()
         self._waiting: dict[str, Tensor] = {}
-        self._end = self._header_bytes = 0
-        self._is_begun = False
+        self._end = self._written = self._header_bytes = 0
         self.sizes: dict[str, int] = {}
         self.dtypes: Counter[torch.dtype] = Counter()
 
     def has_room(self, name: str, tensor: Tensor, limit: int) -> bool:
         """Return whether the tensor fits, and begins where a tensor of its dtype may begin."""
-        fits = self._end + tensor.nbytes <= limit and self._end % tensor.element_size() == 0
+        is_aligned = not self._written or self._end % tensor.element_size() == 0
+        fits = self._end + tensor.nbytes <= limit and is_aligned
         return fits and self._header_bytes + len(name) + ENTRY_BYTES <= HEADER_BYTES
 
     def add(self, name: str, tensor: Tensor) -> None:
-        place = [self._end, self._end + tensor.nbytes]
-        dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
-        self._entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": place}
-        self._waiting[name], self._end = tensor, place[1]
+        self._waiting[name] = tensor
+        self._end += tensor.nbytes
         self._header_bytes += len(name) + ENTRY_BYTES
         self.sizes[name] = tensor.nbytes
         self.dtypes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
-        if sum(one.nbytes for one in self._waiting.values()) > BUFFER_BYTES:
+        if self._end - self._written > BUFFER_BYTES:
             self._write_waiting()
 
     def _write_waiting(self) -> None:
-        with self._path.open("r+b" if self._is_begun else "wb") as file:
-            start = self._end - sum(tensor.nbytes for tensor in self._waiting.values())
-            file.seek(8 + HEADER_BYTES + start)
-            for tensor in self._waiting.values():
+        waiting = list(self._waiting.items())
+        if not self._written:  # wider elements first, so that each begins at a multiple of its size
+            waiting.sort(key=lambda item: -item[1].element_size())
+        with self._path.open("r+b" if self._written else "wb") as file:
+            file.seek(8 + HEADER_BYTES + self._written)
+            for name, tensor in waiting:
+                place = [self._written, self._written + tensor.nbytes]
+                dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+                self._entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": place}
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        self._is_begun = True
+                self._written = place[1]
         self._waiting.clear()
 
     def close(self) -> None:
-        if not self._is_begun:
+        if not self._written:
             save_file(self._waiting, self._path, metadata={"format": "pt"})
             self._waiting.clear()
             return
@@ -248,7 +251,7 @@ def _generation(
 
 
 def _without_second_names(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors as they are stored, and one name of those that share their memory."""
+    """Yield the tensors as they are stored, under one name each if they share their memory."""
     seen: dict[tuple[Any, ...], weakref.ref[Any]] = {}
     for name, given in state:
         tensor = _plain(given)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class RankLoad:
-    """What each rank does between two logs.
+    """The load of each rank between two logs.
 
     Operations are counted in the first, second, fourth, … step of the stage, because to see every
     operator takes time; a token is taken to need as many in the other steps. Under the mode that
