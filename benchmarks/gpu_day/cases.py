@@ -56,13 +56,35 @@ def llama_tree(folder: Path, *, rehearse: bool) -> Tree:
     """
     length, layers, width = (64, 2, 32) if rehearse else (4096, 16, 2048)
     model = llama(layers, width, length=length, vocab_size=512 if rehearse else 128256)
+    return _profiled_tree(folder, model, model, rows=4, rehearse=rehearse)
+
+
+def smollm2_tree(folder: Path, *, rehearse: bool) -> Tree:
+    """Return a run whose steps are profiled: SmolLM2-135M learns from SmolLM2-360M, in shape."""
+    length, vocabulary = (64, 512) if rehearse else (2048, 49152)
+    sizes = {"max_position_embeddings": length, "vocab_size": vocabulary}
+    teacher, student = ((2, 48), (2, 48)) if rehearse else ((32, 960), (30, 576))
+    models = [
+        {"config": data.llama(
+            layers, width, heads := max(3, width // 64), 8 * width // 3,
+            num_key_value_heads=heads // 3, tie_word_embeddings=True, **sizes,
+        )}
+        for layers, width in (teacher, student)
+    ]  # fmt: skip
+    return _profiled_tree(folder, *models, rows=16, rehearse=rehearse)
+
+
+def _profiled_tree(
+    folder: Path, teacher: Tree, student: Tree, *, rows: int, rehearse: bool
+) -> Tree:
+    length = student["config"]["max_position_embeddings"]
     return {
         **_sections("causal_lm", folder, length=length, rehearse=rehearse),
-        "teacher": {"model": model, "deepspeed": "teacher_zero3"},
-        "student": {"model": model, "deepspeed": "zero2"},
+        "teacher": {"model": teacher, "deepspeed": "teacher_zero3"},
+        "student": {"model": student, "deepspeed": "zero2"},
         "method": {"name": "single"},
         "objective": KD,
-        "train": {"per_device_train_batch_size": 4, "max_steps": NEVER, "learning_rate": 1e-5},
+        "train": {"per_device_train_batch_size": rows, "max_steps": NEVER, "learning_rate": 1e-5},
         "save": {"save_steps": NEVER},
         "log": {"logging_steps": NEVER, "report_to": []},
     }

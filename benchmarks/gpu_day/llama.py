@@ -1,6 +1,6 @@
-"""Part of `gpu_day.py`: steps of a Llama of a billion weights, timed and then profiled.
+"""Part of `gpu_day.py`: steps of a Llama of a billion weights or a SmolLM2, timed and profiled.
 
-Teacher and student have random weights in bf16 and read 4 packed rows of 4096 tokens. Steps
+Teacher and student have random weights in bf16 and read packed rows. Steps
 without a profiler give the speed and the memory; three steps under torch's profiler give the
 kernels of the attention, the calls that make the host wait, and the most expensive kernels. One
 more step finds the lines of Python that wait.
@@ -29,6 +29,7 @@ from megakd.config.file import load_config
 from megakd.engine.memory import peak_memory_bytes, reset_peak_memory
 from megakd.run.main import started
 
+CASES = {"llama": gpu_day_cases.llama_tree, "smollm2": gpu_day_cases.smollm2_tree}
 WARM_UP, TIMED, PROFILED = 2, 3, 3
 # Calls after which the host has waited for the GPU.
 SYNCS = (
@@ -45,8 +46,10 @@ SHOWN = 15
 
 
 def main(arguments: Sequence[str]) -> int:
-    given = part_parser(__doc__).parse_args(arguments)
-    tree = gpu_day_cases.llama_tree(given.folder, rehearse=given.rehearse)
+    parser = part_parser(__doc__)
+    parser.add_argument("case", choices=CASES)
+    given = parser.parse_args(arguments)
+    tree = CASES[given.case](given.folder, rehearse=given.rehearse)
     config = load_config(write_config(given.folder / "run.yaml", tree))
     with started(config) as ranks:
         began = time.perf_counter()

@@ -49,7 +49,8 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
     ("causal-lm", "causal_lm at ZeRO 3 / 3: evaluate, save, kill, resume", 300, "runs causal_lm"),
     ("minidisc", "MiniDisc at ZeRO 3 / 3: evaluate, save, kill, resume", 270, "runs minidisc"),
     ("release", "memory before and after `destroy`", 90, "release"),
-    ("llama", "Llama of 1B weights, bf16, packed 4 x 4096: three steps", 200, "llama"),
+    ("llama", "Llama of 1B weights, bf16, packed 4 x 4096: three steps", 200, "llama llama"),
+    ("smollm2", "SmolLM2-135M from 360M, packed 16 x 2048: three steps", 120, "llama smollm2"),
     ("bench", "`python -m bench`: row kernels, forward KL, products", 300,
      f"{_BENCH},megakd-gemms,eager,compile,trl-tiles,liger-jsd,liger-chunked,liger-kl "
      "--cases rows,forward_kl,gemms,rows-jsd",

@@ -127,7 +127,7 @@ def test_every_part_is_a_program_and_every_run_a_valid_config(tmp_path, rehearse
         command = one.command(Setting(tmp_path, rehearse))
         assert callable(importlib.import_module(command[3]).main)
         assert ("--rehearse" in command) == rehearse
-    for tree in (cases.causal_lm_tree, cases.minidisc_tree, cases.llama_tree):
+    for tree in (cases.causal_lm_tree, cases.minidisc_tree, cases.llama_tree, cases.smollm2_tree):
         path = tmp_path / "run.yaml"
         path.write_text(json.dumps(tree(tmp_path, rehearse=rehearse)), encoding="utf-8")
         assert (load_config(path).task.dataset == "pydocs") != rehearse
