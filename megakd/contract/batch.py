@@ -372,7 +372,8 @@ def copied_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on a device, without a host sync; the tensor itself if it is there."""
     # A copy from memory that is not pinned makes the host wait for the device.
     pinned = device.type == "cuda" and tensor.device.type == "cpu"
-    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=True)
+    # An expanded tensor cannot be pinned.
+    return (tensor.contiguous().pin_memory() if pinned else tensor).to(device, non_blocking=True)
 
 
 def teacher_number(name: str) -> int:

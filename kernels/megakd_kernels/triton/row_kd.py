@@ -234,7 +234,8 @@ class TritonRows:
                     self._run(launch, ALL)
         values = launch["values"]
         names = [name for name, _ in self.plan.mixture] if teacher is not None else []
-        divergences = values[:0]
+        # Of an operator's results, none may share memory with another.
+        divergences = values.new_empty(0, len(student))
         if names:
             divergences = torch.stack([values[_SLOTS[name]] for name in names])
         return RowTerms(divergences, values[-1], launch["agrees"])
