@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megakd.config.file import load_config
-from megakd.contract.batch import Batch, Documents, Knowledge, LossInputs
+from megakd.contract.batch import Batch, Documents, Knowledge, LossInputs, copied_to
 from megakd.contract.stage import Stage, backward_groups
 from megakd.methods.knowledge_selection.selecting import Choosing, Selecting
 from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
@@ -284,3 +284,14 @@ def test_attention_of_torch_2_11_gets_as_many_keys_as_queries(monkeypatch):
         out, _ = packed_attention.attend(nn.Identity(), query, key, key, None)
 
         assert out.shape == (2, 5, 6, 8)
+
+
+def test_an_expanded_tensor_is_copied_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        with unset_fake_temporarily():
+            return torch.empty_strided(tensor.size(), tensor.stride()).copy_(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    places = torch.arange(3).expand(2, -1)
+    with pretended_cuda():
+        assert copied_to(places, CUDA).shape == (2, 3)

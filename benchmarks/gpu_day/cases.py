@@ -1,12 +1,12 @@
-"""Run configs of `gpu_day.py`: models from configs and the embedded corpus, or tiny ones.
+"""Run configs of `gpu_day.py`: models from configs and texts that are made up, or tiny ones.
 
-A rehearsal reads texts that it makes up, because the embedded corpus takes a minute to read.
+The embedded corpus takes a minute to read, and so short a day has no minutes for it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lib.data import write_jsonl
 Tree = dict[str, Any]
 TOPICS = {"sea": "wave boat salt fish sail", "wood": "tree leaf bark bird moss"}
 ANY_TOPIC = "the of and a in it was then we saw"
-MADE_UP_ROWS = {"train": 400, "validation": 32}
+LETTERS = "aeiouklmnprst"
 KD = [{"loss": "soft_target_kl", "weight": 0.5}, {"loss": "hard_cross_entropy", "weight": 0.5}]
 NEVER = 10**6
 
@@ -106,25 +106,32 @@ def _sections(kind: str, folder: Path, *, length: int, rehearse: bool) -> Tree:
     """Return the folder of the run, and the section `task`."""
     pieces = "bpe" if kind == "causal_lm" else "wordpiece"
     tokenizer = {"type": pieces, "vocab_size": 300 if rehearse else 8000}
-    source: Tree = {"dataset": "pydocs", "max_eval_examples": 256}
-    if rehearse:
-        label = {} if kind == "causal_lm" else {"label_column": "label"}
-        source = {"dataset": str(write_texts(folder / "texts")), "text_columns": ["text"], **label}
+    label = {} if kind == "causal_lm" else {"label_column": "label"}
+    texts = write_texts(folder / "texts", rehearse=rehearse)
+    source = {"dataset": str(texts), "text_columns": ["text"], **label}
     task = {"type": kind, "max_length": length, "tokenizer": tokenizer, **source}
     return {"output_dir": str(folder / "run"), "task": task}
 
 
-def write_texts(folder: Path) -> Path:
-    for split, count in MADE_UP_ROWS.items():
+def write_texts(folder: Path, *, rehearse: bool) -> Path:
+    """Write texts of two topics; the full size has 2 million words, of some thousands."""
+    rows, longest = ({"train": 400, "validation": 32}, 30) if rehearse else (
+        {"train": 12_000, "validation": 256}, 320
+    )  # fmt: skip
+    letters = random.Random(0)
+    names = [] if rehearse else ["".join(letters.choices(LETTERS, k=6)) for _ in range(4000)]
+    for split, count in rows.items():
         rng = random.Random(split)
-        rows = (_made_up(rng, topic) for topic in rng.choices(list(TOPICS), k=count))
-        write_jsonl(folder / f"{split}.jsonl", rows)
+        texts = (_made_up(rng, topic, names, longest) for topic in rng.choices([*TOPICS], k=count))
+        write_jsonl(folder / f"{split}.jsonl", texts)
     return folder
 
 
-def _made_up(rng: random.Random, topic: str) -> Mapping[str, str]:
-    words = f"{TOPICS[topic]} {ANY_TOPIC}".split()
-    return {"text": " ".join(rng.choices(words, k=rng.randint(5, 30))), "label": topic}
+def _made_up(
+    rng: random.Random, topic: str, names: Sequence[str], longest: int
+) -> Mapping[str, str]:
+    words = [*f"{TOPICS[topic]} {ANY_TOPIC}".split() * (1 + len(names) // 100), *names]
+    return {"text": " ".join(rng.choices(words, k=rng.randint(5, longest))), "label": topic}
 
 
 def llama(layers: int, width: int, *, length: int, **keys: int) -> Tree:

@@ -128,6 +128,17 @@ def preset_of(spec: str | Mapping[str, Any], *, ranks: int, dtype: Dtype) -> Any
     return "zero0" if (spec, ranks, dtype) == ("auto", 1, "fp32") else spec
 
 
+def frozen_on(ranks: int, ds: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of a frozen model without ZeRO 3 on one rank; others unchanged.
+
+    DeepSpeed would copy the weights of every module before its forward, and wait for the device.
+    """
+    offload = ds.get("zero_optimization", {}).get("offload_param") or {}
+    if ranks > 1 or zero_stage(ds) != 3 or offload.get("device", "none") != "none":
+        return ds
+    return {**ds, OWN_SECTION: {}, "zero_optimization": {"stage": 0}}
+
+
 def zero_stage(ds: Mapping[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed config, 0 to 3; 0 if the config sets no stage."""
     return ds.get("zero_optimization", {}).get("stage", 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megakd.config.deepspeed import load_ds_config, shards_within_node
+from megakd.config.deepspeed import frozen_on, load_ds_config, shards_within_node
 from megakd.config.run import RunConfig
 from megakd.contract.stage import Stage, backward_groups
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT, TEACHER
@@ -101,15 +101,16 @@ class Timeline:
         self._look(f"loading the {engine.role}", engine.loading())
         self.plan.load_peak = self.plan.ledger.peaks["host"].total
 
-    def _model(self, role: str, run: Trace, spec: str | Mapping[str, Any]) -> dict[str, Any]:
-        ds = load_ds_config(spec, where=f"{role}.deepspeed")
+    def _model(self, role: str, run: Trace, ds: Mapping[str, Any]) -> dict[str, Any]:
         zero = ds.get("zero_optimization", {})
         cluster = self.cluster.one_node if shards_within_node(ds) else self.cluster
         return {"role": role, "inventory": run.inventory, "zero": zero, "cluster": cluster}
 
     def _frozen(self, name: str, role: str = TEACHER) -> Frozen:
         ready = self.phase.teachers[name]
-        model = self._model(role, self.traced.teachers[name], ready.spec.deepspeed)
+        ds = load_ds_config(ready.spec.deepspeed, where=f"{role}.deepspeed")
+        ds = frozen_on(self.cluster.ranks, ds)
+        model = self._model(role, self.traced.teachers[name], ds)
         dtype = TORCH_DTYPE[planned_dtype(ready, self.cluster.device)]
         engine = Frozen(itemsize=dtype.itemsize, **model)
         self._load(engine)
@@ -139,7 +140,8 @@ class Timeline:
         frozen = {name: self._frozen(name) for name in loaded}
         asked = {name: one for name, one in frozen.items() if teachers[name].spec.cache is None}
         role = STUDENT if stage.role == STUDENT else TEACHER
-        model = self._model(role, self.traced.learner[0], stage.deepspeed)
+        ds = load_ds_config(stage.deepspeed, where=f"{role}.deepspeed")
+        model = self._model(role, self.traced.learner[0], ds)
         dtype = TORCH_DTYPE[training_dtype(stage.train, self.cluster.device)]
         moments = MOMENTS[stage.train.optim]
         learner = Trained(itemsize=dtype.itemsize, moments=moments, **model)

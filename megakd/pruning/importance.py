@@ -23,7 +23,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from megakd.config.deepspeed import load_ds_config
+from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.contract.batch import Batch, LossInputs
 from megakd.contract.unit_counts import count_units
 from megakd.data.loader import global_batches
@@ -102,9 +102,10 @@ def measure_importance(
     batch has `batch_size` rows over all ranks.
     """
     source = ready.source
-    ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
-    dtype = assembly.teacher_dtype(ready)
     train, ranks = assembly.config.train, assembly.ranks
+    ds = load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")
+    ds = frozen_on(ranks.world_size, ds)
+    dtype = assembly.teacher_dtype(ready)
     most = train.rows_at_once(assembly.config.task.row_length)
     shape = StepShape.of_batch(batch_size, most, rank=ranks.rank, world=ranks.world_size)
     frozen = assembly.frozen_module(source, ds, dtype=dtype, needs=Needs())

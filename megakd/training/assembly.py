@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.config.deepspeed import load_ds_config
+from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.config.file import config_tree
 from megakd.config.models import StudentConfig
 from megakd.config.run import RunConfig
@@ -246,7 +246,7 @@ class Assembly:
         needs: Needs,
         need_head: bool = True,
     ) -> FrozenTeacher:
-        ds = load_ds_config(spec, where="teacher.deepspeed")
+        ds = frozen_on(self.ranks.world_size, load_ds_config(spec, where="teacher.deepspeed"))
         module = self.frozen_module(source, ds, dtype=dtype, needs=needs, need_head=need_head)
         rows = self.config.train.per_device_train_batch_size
         return FrozenTeacher(module, ds=ds, dtype=dtype, rows=rows)
