@@ -61,9 +61,6 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
     ("stages", "pipelining depth of the row kernels", 130,
      f"variants {_ROW_STAGES} --values 1,2,3,4 --cases rows,rows-jsd",
      f"{_ROW_STAGES} --values 1,3 --cases rows"),
-    ("reads", "one read of the logits against sweeps", 130,
-     "variants --variable MEGAKD_ROW_READS --values 1,2 --cases rows,rows-jsd,forward_kl,jsd",
-     "--variable MEGAKD_ROW_READS --values 1,2 --cases rows"),
     ("registers", "registers of a thread of the row kernels", 130,
      "variants --variable MEGAKD_ROW_REGISTERS --values 0,64,80 --cases rows,rows-jsd",
      "--variable MEGAKD_ROW_REGISTERS --values 0,64 --cases rows"),
@@ -73,7 +70,7 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
      f"variants {_CHUNK_MB} --values 512,1024,2048,4096 --cases forward_kl --rounds 1",
      f"{_CHUNK_MB} --values 512,2048 --cases forward_kl --rounds 1"),
 ))  # fmt: skip
-TIMES = ("probe", "agreement", "bench", "reads", "stages", "chunks", "registers", "more-losses")
+TIMES = ("probe", "agreement", "bench", "stages", "chunks", "registers", "more-losses")
 """With `--order times`, these come first, and the trainings last."""
 
 

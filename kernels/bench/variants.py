@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -38,15 +36,6 @@ def rows(
     inputs = RowInputs(valid, labels, factor, factor)
     gradient = torch.zeros(_ROWS, logits.stride(0), dtype=torch.bfloat16)[:, :width]
     TritonRows(plan=plan, biases=biases).run_(logits, logits, inputs, gradient)
-
-
-def one_read(*divergences: str, **options: Any) -> None:
-    """The same with one read of the logits."""
-    os.environ["MEGAKD_ROW_READS"] = "1"
-    try:
-        rows(*divergences, **options)
-    finally:
-        del os.environ["MEGAKD_ROW_READS"]
 
 
 def statistics() -> None:
@@ -111,15 +100,6 @@ VARIANTS: Mapping[str, Callable[[], None]] = {
     "forward KL, V = 5041": partial(rows, "forward_kl", width=5041),
     "JSD, V = 5041": partial(rows, "jsd", width=5041),
     "forward KL, heads with a bias": partial(rows, "forward_kl", biases=_BOTH),
-    "forward KL, one read": partial(one_read, "forward_kl"),
-    "reverse KL, one read": partial(one_read, "reverse_kl"),
-    "forward KL and cross-entropy, T = 2, one read": partial(
-        one_read, "forward_kl", with_ce=True, temperature=2.0
-    ),
-    "forward KL, heads with a bias, one read": partial(one_read, "forward_kl", biases=_BOTH),
-    "JSD, one read": partial(one_read, "jsd", width=5041),
-    "skew reverse KL, one read": partial(one_read, "skew_rkl"),
-    "TVD, one read": partial(one_read, "tvd"),
     "capped and scaled logits": warped,
     "statistics": statistics,
     "top-k": top_k,

@@ -12,19 +12,10 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from megakd_kernels.row_plan import NO_BIASES, Biases, RowInputs, RowPlan, Warp
-from megakd_kernels.triton.launching import reads
 from megakd_kernels.triton.row_kd import TritonRows
 
 # The interpreter computes with numpy, which speaks up where -inf meets -inf.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-
-READS = ["1", "2"]
-
-
-@pytest.fixture(autouse=True, params=READS, ids=["one read", "sweeps"])
-def number_of_reads(request, monkeypatch):
-    monkeypatch.setenv("MEGAKD_ROW_READS", request.param)
-
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = math.inf, math.nan
@@ -45,8 +36,8 @@ def plan_of(*names, width=WIDTH, **options):
 
 
 def rows_of(plan, biases=NO_BIASES):
-    """The kernel with three steps over 150 ids: blocks of a sweep, or segments of four quarters."""
-    return TritonRows(plan=plan, biases=biases, block=BLOCK // 4 if reads() == 1 else BLOCK)
+    """The kernel with three steps over 150 ids."""
+    return TritonRows(plan=plan, biases=biases, block=BLOCK)
 
 
 @dataclass
@@ -373,9 +364,8 @@ def test_a_valid_row_of_weight_zero_is_valued_and_gets_no_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number_of_reads", ["1"], indirect=True)
 @pytest.mark.parametrize("seed", range(240))
-def test_one_read_of_random_rows_is_far_within_the_tolerance(seed):
+def test_random_rows_are_far_within_the_tolerance(seed):
     draw = random.Random(seed)
     width = draw.randint(1, 200)
     shared = draw.choice([width, draw.randint(1, width)])
@@ -386,8 +376,8 @@ def test_one_read_of_random_rows_is_far_within_the_tolerance(seed):
         teacher_warp=draw.choice(warps), beta=draw.uniform(0.05, 0.95),
         skew=draw.uniform(0.05, 0.5),
     )  # fmt: skip
-    # The values of close models lose a digit to the rounding of their logits.
-    spread, values = draw.choice([(0.1, 2e-5), (3.0, 1e-6)])
+    # The values of close models lose two digits to the rounding of their logits and exponentials.
+    spread, values = draw.choice([(0.1, 1e-4), (3.0, 1e-6)])
     case = make_case(2, width, shared, seed=seed, spread=spread, invalid=())
 
     check(case, plan, case.run(plan), values=values, gradients=3e-6)

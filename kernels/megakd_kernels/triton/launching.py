@@ -65,11 +65,3 @@ def registers(usual: int) -> int | None:
     MEGAKD_ROW_REGISTERS overrides the usual number, so that a benchmark can compare; 0 means None.
     """
     return int(os.environ.get("MEGAKD_ROW_REGISTERS") or usual) or None
-
-
-def reads() -> int:
-    """Return how often a row kernel with a gradient reads the logits: 1, or as its sweeps do.
-
-    MEGAKD_ROW_READS=1 is not the default before a GPU has shown that it is faster.
-    """
-    return int(os.environ.get("MEGAKD_ROW_READS") or 2)

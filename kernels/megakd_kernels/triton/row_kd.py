@@ -25,7 +25,7 @@ from megakd_kernels.row_plan import (
     RowTerms,
     WholeRows,
 )
-from megakd_kernels.triton.launching import bias_or, check_rows, reads, registers, stages, warp_kind
+from megakd_kernels.triton.launching import bias_or, check_rows, registers, stages, warp_kind
 from megakd_kernels.triton.row_kd_sweeps import (
     ENTROPY,
     FORWARD_KL,
@@ -57,7 +57,6 @@ from megakd_kernels.triton.row_kd_values import (
     store_values,
 )
 from megakd_kernels.triton.row_math import mixture_series
-from megakd_kernels.triton.row_one_read import fits, run_one_read
 
 _WHOLE_ROWS = WholeRows()
 # Then four programs of 256 threads fit a multiprocessor. A loop takes 3 % more instructions.
@@ -72,9 +71,6 @@ _KINDS = {
     "teacher_entropy": ENTROPY.value,
 }
 _SLOTS = {name: slot for slot, name in enumerate(_KINDS)}
-
-# A teacher and a gradient, for which rows are read a second time.
-_HELD = SOFT.value | GRADIENT.value
 
 # Maxima and sums among the values that rows on several ranks keep between launches.
 _MAXIMA = 3
@@ -228,8 +224,6 @@ class TritonRows:
                         self._run(launch, MEANS)
                         (parts[_MAXIMA + _SUMS :],) = self.reduce.totals([parts[_MAXIMA + _SUMS :]])
                     self._run(launch, LAST)
-                elif reads() == 1 and launch["PARTS"] & _HELD == _HELD and fits(student):
-                    run_one_read(launch, block=self.block, is_single=self._is_single)
                 else:
                     self._run(launch, ALL)
         values = launch["values"]

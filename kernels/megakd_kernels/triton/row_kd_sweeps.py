@@ -100,12 +100,6 @@ def lane_sum(values) -> tl.tensor:
 
 
 @triton.jit
-def lane_maximum(values) -> tl.tensor:
-    """Return the maxima of the lanes of a block."""
-    return tl.max(by_lane(values), 1)
-
-
-@triton.jit
 def base_of(peak) -> tl.tensor:
     """Return the value to subtract before exp; without a finite logit the sum is 0, not NaN."""
     return tl.where(peak == MINUS_INFINITY, 0.0, peak)
