@@ -100,8 +100,12 @@ def _gpus() -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    installed = {one.name.lower(): one.version for one in metadata.distributions()}
-    return {package: installed.get(package, "not installed") for package in PACKAGES}
+    versions = {}
+    for package in PACKAGES:
+        # The one that is imported, where two are installed.
+        found = next(iter(metadata.distributions(name=package)), None)
+        versions[package] = "not installed" if found is None else found.version
+    return versions
 
 
 def _commit() -> str:

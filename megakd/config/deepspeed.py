@@ -131,7 +131,8 @@ def preset_of(spec: str | Mapping[str, Any], *, ranks: int, dtype: Dtype) -> Any
 def frozen_on(ranks: int, ds: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the config of a frozen model without ZeRO 3 on one rank; others unchanged.
 
-    DeepSpeed would copy the weights of every module before its forward, and wait for the device.
+    DeepSpeed would copy the weights of every module before its forward, and wait for the device: 60
+    of the 357 ms of a step in which SmolLM2-135M learns from the 360M on an H200.
     """
     offload = ds.get("zero_optimization", {}).get("offload_param") or {}
     if ranks > 1 or zero_stage(ds) != 3 or offload.get("device", "none") != "none":

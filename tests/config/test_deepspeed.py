@@ -13,6 +13,7 @@ from megakd.config import deepspeed as ds_config
 from megakd.config.deepspeed import (
     check_frozen_stage,
     frozen_ds_config,
+    frozen_on,
     load_ds_config,
     merged_ds_config,
     preset_names,
@@ -349,6 +350,23 @@ def test_a_frozen_engine_has_no_optimizer_and_no_clipping():
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("preset", "ranks", "stage"),
+    [
+        ("teacher_zero3", 1, 0),
+        ("teacher_zero3", 2, 3),
+        ("teacher_zero3_node", 1, 0),
+        ("teacher_zero3_offload", 1, 3),
+        ("teacher_zero0", 1, 0),
+    ],
+)
+def test_zero_3_is_for_frozen_models_on_several_ranks_or_on_the_host(preset, ranks, stage):
+    ds = frozen_on(ranks, load_ds_config(preset, where="teacher.deepspeed"))
+
+    assert zero_stage(ds) == stage
+    assert zero_stage(frozen_ds_config(ds, dtype="bf16", micro_batch=1)) == stage
 
 
 def test_a_frozen_engine_cannot_shard_a_second_time():
