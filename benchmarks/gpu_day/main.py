@@ -18,8 +18,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_day.parts import PARTS, Part, Setting, ordered
-from gpu_day.process import Ended, environment, numbers_of, reason_to_skip, run_limited, tail_of
+from gpu_day.parts import PARTS, Part, Setting, grouped, ordered
+from gpu_day.process import (
+    Ended,
+    Limited,
+    environment,
+    numbers_of,
+    reason_to_skip,
+    run_limited,
+    tail_of,
+)
 from gpu_day.results import DONE, FINISHED, Outcome, Results, State, describe, has_gpu, page_of
 from lib.launching import UnusableError
 from lib.options import parser_of, words_of
@@ -57,38 +65,41 @@ def main(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
 
 def run_parts(chosen: Sequence[Part], results: Results, given: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * given.minutes
-    for part in chosen:
-        if results.is_finished(part.name):
-            print(f"{part.name}: has finished before", flush=True)
-            continue
-        left = deadline - time.monotonic()
-        if part.limit_s > left:
-            reason = f"the limit of {part.limit_s:g} s does not fit into the last {left:.0f} s"
-            print(f"{part.name}: not run, {reason}", flush=True)
-            # An earlier try says more.
-            outcome = Outcome(state="not run", about=part.about, reason=reason)
-            results.parts.setdefault(part.name, outcome)
+    for group in [[part] for part in chosen] if given.rehearse else grouped(chosen):
+        due = {part.name: part for part in group if is_due(part, results, deadline)}
+        commands = {name: limited(part, given) for name, part in due.items()}
+        for name, ended in run_limited(commands, environment(rehearse=given.rehearse)):
+            log = commands[name].log.read_text(encoding="utf-8", errors="replace")
+            results.parts[name] = outcome = outcome_of(due[name], ended, log)
             results.write()
-            continue
+            line = f"{name}: {outcome.state} after {outcome.seconds:.0f} s {outcome.reason}"
+            print(line.rstrip(), flush=True)
+
+
+def is_due(part: Part, results: Results, deadline: float) -> bool:
+    """Return whether a part is to be run; say why not, or its limit."""
+    if results.is_finished(part.name):
+        print(f"{part.name}: has finished before", flush=True)
+        return False
+    left = deadline - time.monotonic()
+    if part.limit_s <= left:
         print(f"{part.name}: at most {part.limit_s:g} s", flush=True)
-        results.parts[part.name] = outcome = run_part(part, given)
-        results.write()
-        line = f"{part.name}: {outcome.state} after {outcome.seconds:.0f} s {outcome.reason}"
-        print(line.rstrip(), flush=True)
+        return True
+    reason = f"the limit of {part.limit_s:g} s does not fit into the last {left:.0f} s"
+    print(f"{part.name}: not run, {reason}", flush=True)
+    # An earlier try says more.
+    outcome = Outcome(state="not run", about=part.about, reason=reason)
+    results.parts.setdefault(part.name, outcome)
+    results.write()
+    return False
 
 
-def run_part(part: Part, given: argparse.Namespace) -> Outcome:
+def limited(part: Part, given: argparse.Namespace) -> Limited:
     folder, log = given.out / "work" / part.name, given.out / "logs" / f"{part.name}.log"
     # What an earlier try has left would be resumed, and an uninterrupted run is what is measured.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    ended = run_limited(
-        part.command(Setting(folder, given.rehearse)),
-        log,
-        limit_s=part.limit_s,
-        variables=environment(rehearse=given.rehearse),
-    )
-    return outcome_of(part, ended, log.read_text(encoding="utf-8", errors="replace"))
+    return Limited(part.command(Setting(folder, given.rehearse)), log, part.limit_s)
 
 
 def outcome_of(part: Part, ended: Ended, log: str) -> Outcome:

@@ -25,6 +25,11 @@ class Part(NamedTuple):
     limit_s: float
     command: Callable[[Setting], list[str]]
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether the GPU must do nothing else."""
+        return self.name not in UNTIMED
+
 
 def program(words: str, rehearsed: str = "") -> Callable[..., list[str]]:
     """Return the command of a program; `rehearsed`: its options in a rehearsal if they differ."""
@@ -70,8 +75,16 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
      f"variants {_CHUNK_MB} --values 512,1024,2048,4096 --cases forward_kl --rounds 1",
      f"{_CHUNK_MB} --values 512,2048 --cases forward_kl --rounds 1"),
 ))  # fmt: skip
+UNTIMED = ("kernel-tests", "agreement", "causal-lm", "minidisc", "release")
+"""They run side by side on a GPU."""
 TIMES = ("probe", "agreement", "bench", "stages", "chunks", "registers", "more-losses")
 """With `--order times`, these come first, and the trainings last."""
+
+
+def grouped(parts: Sequence[Part]) -> list[list[Part]]:
+    """Return the parts in groups that run side by side, in the order of their first parts."""
+    beside = [part for part in parts if not part.is_timed]
+    return [[part] if part.is_timed else beside for part in parts if part not in beside[1:]]
 
 
 def ordered(parts: Sequence[Part], order: str) -> list[Part]:

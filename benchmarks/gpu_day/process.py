@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -27,7 +27,7 @@ from megakd.storage.atomic import json_text
 NUMBERS, SKIPPED = "numbers: ", "skipped: "
 TAIL_LINES = 60
 # Time for the tracebacks of a hanging part, and for the system to end its processes.
-LAST_WORDS_S, END_S = 3.0, 10.0
+LAST_WORDS_S, END_S, POLL_S = 3.0, 10.0, 0.05
 
 
 class Ended(NamedTuple):
@@ -97,33 +97,56 @@ def environment(*, rehearse: bool) -> dict[str, str]:
     return {**own, **offline, **(quickstart().ENVIRONMENT if rehearse else {})}
 
 
+class Limited(NamedTuple):
+    """A command, the file of its output, and the seconds after which it is ended."""
+
+    command: Sequence[str]
+    log: Path
+    limit_s: float
+
+
 def run_limited(
-    command: Sequence[str], log: Path, *, limit_s: float, variables: Mapping[str, str]
-) -> Ended:
-    """Run a command in a process group of its own, which ends at the limit."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    # A Python process that is aborted prints where it hangs.
-    tracebacks = {"PYTHONFAULTHANDLER": "1"}
+    commands: Mapping[str, Limited], variables: Mapping[str, str]
+) -> Iterator[tuple[str, Ended]]:
+    """Run commands side by side, and yield each when it has ended.
+
+    Each has a process group of its own, which ends at the limit.
+    """
     began = time.monotonic()
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            list(command),
-            cwd=ROOT,
-            env={**variables, **tracebacks},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-            _signal_group(process.pid, signal.SIGABRT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(LAST_WORDS_S)
-        finally:
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        for name, one in commands.items():
+            running[name] = _start(one, variables)
+        while running:
+            for name, process in list(running.items()):
+                code, seconds = process.poll(), time.monotonic() - began
+                if code is not None or seconds >= commands[name].limit_s:
+                    _end(process)
+                    del running[name]
+                    yield name, Ended(code, seconds)
+            time.sleep(POLL_S)
+    finally:
+        for process in running.values():
             end_tree(process)
-    return Ended(code, time.monotonic() - began)
+
+
+def _start(one: Limited, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    one.log.parent.mkdir(parents=True, exist_ok=True)
+    # A Python process that is aborted prints where it hangs.
+    env = {**variables, "PYTHONFAULTHANDLER": "1"}
+    with one.log.open("wb") as file:
+        return subprocess.Popen(
+            list(one.command), cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        _signal_group(process.pid, signal.SIGABRT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS_S)
+    end_tree(process)
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:

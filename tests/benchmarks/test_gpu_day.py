@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from gpu_day import agreement, cases, kernel_tests, release, runs
 from gpu_day import main as gpu_day
-from gpu_day.parts import PARTS, Part, Setting, ordered
+from gpu_day.parts import PARTS, Part, Setting, grouped, ordered
 from lib.launching import ROOT
 from megakd.config.file import load_config
 
@@ -248,6 +248,29 @@ def test_the_wheels_that_travel_are_those_of_the_constraints():
 
     assert len(pins) == len(pack.NEEDED)
     assert "transformers==" in " ".join(pins)
+
+
+def test_only_what_is_not_timed_runs_side_by_side():
+    groups = [[part.name for part in group] for group in grouped(PARTS)]
+
+    assert ["kernel-tests", "agreement", "causal-lm", "minidisc", "release"] in groups
+    assert sum(len(group) == 1 for group in groups) == len(groups) - 1
+
+
+def test_parts_side_by_side_end_each_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day, "has_gpu", lambda: True)
+    waits = part("release", f"import time; time.sleep(1); {WORKS}")
+    parts = [part("kernel-tests", HANGS, limit_s=3), waits, part("agreement", WORKS)]
+
+    code = gpu_day.main(["--out", str(tmp_path)], parts)
+
+    found = parts_of(tmp_path)
+    states = {name: one["state"] for name, one in found.items()}
+    assert code == 1
+    assert list(states.items()) == [
+        ("agreement", "finished"), ("release", "finished"), ("kernel-tests", "timed out")
+    ]  # fmt: skip
+    assert found["kernel-tests"]["seconds"] < 10
 
 
 def test_times_come_first_where_they_are_asked_for():
