@@ -96,10 +96,10 @@ def measured(case: Case, folder: Path, given: argparse.Namespace) -> tuple[int, 
     for phase in told.as_json()["phases"]:
         peak = max(phase["peak_bytes_per_rank"], phase["load_peak_bytes_per_rank"]) + base
         print(f"  {phase['name']}: {peak / 1e9:.2f} GB predicted", flush=True)
-    peaks = plan.peaks_of(path, given.ranks)
-    print(f"  measured, from folder to folder: {[round(p / 1e9, 2) for p in peaks]}", flush=True)
+    measured = plan.peaks_of(path, given.ranks).run
+    print(f"  measured, from folder to folder: {measured / 1e9:.2f} GB", flush=True)
     predicted = max(told.peak_bytes_per_rank, told.load_peak_bytes_per_rank) + base
-    return weights, plan.Compared(predicted, max(peaks))
+    return weights, plan.Compared(predicted, measured)
 
 
 def write_texts(folder: Path, task: str) -> None:

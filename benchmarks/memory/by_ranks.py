@@ -13,34 +13,16 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from lib.launching import start_ranks, write_config
+from lib.launching import write_config
 from lib.options import integers, parsed, parser_of
 from lib.tables import print_rows
 from megakd.config.file import dump_config, load_config
 from megakd.planning.cluster import Cluster
 from megakd.planning.plan import plan_run
 from memory.billion import LENGTH, ROWS, Case, decoder, write_teacher, write_texts
-from memory.plan import ENVIRONMENT
+from memory.plan import Peaks, peaks_of
 
-RANK = """
-import os, pathlib, sys, torch
-from megakd.config.file import load_config
-from megakd.engine.memory import peak_memory_of_process
-from megakd.run.main import run
-from megakd.training import assembly
-
-def note(what):
-    peak = peak_memory_of_process(torch.device("cpu"))
-    pathlib.Path(sys.argv[2], f"{what}-{os.environ['RANK']}").write_text(str(peak))
-
-build = assembly.training_engine
-assembly.training_engine = lambda *given, **named: (note("load"), build(*given, **named))[1]
-run(load_config(pathlib.Path(sys.argv[1])), command="python benchmarks memory.by_ranks")
-note("run")
-"""
-"""A rank of a run that notes its peaks when the model is loaded and at its end."""
 TOLERANCE = 0.15
 CASE = Case("causal_lm", decoder(28, 1024, 2816, (16, 4), ids=8000), "adamw")
 GATHERED = 30_000_000
@@ -53,13 +35,6 @@ ZERO_3 = {
         "reduce_bucket_size": GATHERED,
     }
 }
-
-
-class Peaks(NamedTuple):
-    """Bytes of the rank that took the most."""
-
-    load: int
-    run: int
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -117,13 +92,9 @@ def compared(folder: Path, ranks: int, given: argparse.Namespace) -> tuple[Peaks
     config = load_config(path, given.set)
     path.write_text(dump_config(config), encoding="utf-8")
     plan = plan_run(config, Cluster(ranks=ranks), advise=False)
-    start_ranks(["-c", RANK, str(path), str(out)], ranks, environment=ENVIRONMENT, is_quiet=True)
-    found = [
-        max(int((out / f"{what}-{r}").read_text()) for r in range(ranks)) for what in Peaks._fields
-    ]
     base = plan.host_base_bytes
     planned = Peaks(plan.load_peak_bytes_per_rank + base, plan.peak_bytes_per_rank + base)
-    return planned, base, Peaks(*found)
+    return planned, base, peaks_of(path, ranks)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -40,11 +40,21 @@ import os, pathlib, sys, torch
 from megakd.config.file import load_config
 from megakd.engine.memory import peak_memory_of_process
 from megakd.run.main import run
-run(load_config(pathlib.Path(sys.argv[1])), command="python benchmarks memory.plan")
-peak = peak_memory_of_process(torch.device("cpu"))
-pathlib.Path(sys.argv[2], f"peak-{os.environ['RANK']}").write_text(str(peak))
+from megakd.training import assembly
+
+def note(what):
+    peak = peak_memory_of_process(torch.device("cpu"))
+    pathlib.Path(sys.argv[2], f"{what}-{os.environ['RANK']}").write_text(str(peak))
+
+build = assembly.training_engine
+assembly.training_engine = lambda *given, **named: (note("load"), build(*given, **named))[1]
+run(load_config(pathlib.Path(sys.argv[1])), command="python benchmarks memory")
+note("run")
 """
-"""A rank of a run: nothing but what `launch/train.py` imports takes memory."""
+"""A rank of a run that notes its peaks when its last student is loaded, and at its end.
+
+Nothing but what `launch/train.py` imports takes memory.
+"""
 FEW = ("train.max_steps=3", "log.report_to=[]")
 ALONE = ("method.name=finetune", "teacher=null", "objective=[{loss: hard_cross_entropy}]")
 WHOLE_TEACHER = "teacher.deepspeed=teacher_zero0"
@@ -100,6 +110,13 @@ CASES = (
 )
 
 
+class Peaks(NamedTuple):
+    """Bytes of the rank that took the most."""
+
+    load: int
+    run: int
+
+
 class Compared(NamedTuple):
     """Bytes of the rank that took the most, beside the process itself."""
 
@@ -115,8 +132,8 @@ class Compared(NamedTuple):
 def compared(case: Case, folder: Path) -> Compared:
     config = config_of(case, folder)
     plan = plan_run(config, Cluster(ranks=case.ranks), advise=False)
-    measured = max(peaks_of(folder / "run.yaml", case.ranks))
-    return Compared(plan.peak_bytes_per_rank, measured - _base_bytes())
+    measured = peaks_of(folder / "run.yaml", case.ranks)
+    return Compared(plan.peak_bytes_per_rank, measured.run - _base_bytes())
 
 
 def _base_bytes() -> int:
@@ -148,11 +165,15 @@ def _pool(sizes: Sequence[str]) -> list[str]:
     return ["teacher=null", "objective=null", f"teachers={json.dumps(teachers)}"]
 
 
-def peaks_of(config: Path, ranks: int) -> list[int]:
-    """Return the most memory that each rank of a run took."""
-    words = ["-c", RANK, str(config), str(config.parent)]
+def peaks_of(config: Path, ranks: int) -> Peaks:
+    """Return the most memory that a rank of a run took, with the process."""
+    words, folder = ["-c", RANK, str(config), str(config.parent)], config.parent
     start_ranks(words, ranks, environment=ENVIRONMENT, is_quiet=True)
-    return [int((config.parent / f"peak-{rank}").read_text()) for rank in range(ranks)]
+    noted = (
+        [int((folder / f"{what}-{rank}").read_text()) for rank in range(ranks)]
+        for what in Peaks._fields
+    )
+    return Peaks(*map(max, noted))
 
 
 def main(arguments: Sequence[str]) -> int:
