@@ -28,6 +28,8 @@ _reached: list[str] = [""]
 _shown: list[float] = [0.0]
 logger = logging.getLogger(__name__)
 SILENCE_S = 9.0
+ANSWER_S = 3.0
+"""Seconds within which the store of the process group must answer."""
 
 
 def begin(limit_s: float) -> None:
@@ -113,7 +115,16 @@ def too_long() -> str:
 
 
 def _others() -> str:
-    found = {rank: _of(rank) for rank in range(dist.get_world_size()) if rank != dist.get_rank()}
+    found: dict[int, Any] = {}
+    ranks = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    asking = threading.Thread(
+        target=lambda: found.update({rank: _of(rank) for rank in ranks}), daemon=True
+    )
+    asking.start()
+    # A store answers never if its process, that of rank 0 or the launcher, is stopped.
+    asking.join(ANSWER_S)
+    if asking.is_alive():
+        return "rank 0 or its launcher does not answer"
     told = [
         f"rank {rank} was {record[0]}, begun {max(0.0, time.time() - record[1]):.0f} s ago"
         for rank, record in found.items()

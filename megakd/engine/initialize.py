@@ -17,7 +17,7 @@ from torch import nn
 from megakd.config.deepspeed import frozen_ds_config, merged_ds_config
 from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
-from megakd.engine.sharding import note_fetches
+from megakd.engine.sharding import linear_left_alone, note_fetches
 
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types
 RATE = "rate"
@@ -45,7 +45,8 @@ def training_engine(
     groups = _parameter_groups(model, train.weight_decay, rates)
     optimizer = _optimizer(groups, train, offloaded=_offloads_optimizer(ds))
     _import_muon_without_compiling()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with linear_left_alone():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if dtype != "fp32" and not engine.zero_optimization():
         # DeepSpeed has taken an update without gradients, which counts in Adam's bias correction
         # and has decayed the fp32 weights.
@@ -77,7 +78,8 @@ def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows
     gather_experts_together(model)
     config = frozen_ds_config(ds, dtype=dtype, micro_batch=rows)
     _import_muon_without_compiling()
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    with linear_left_alone():
+        engine, *_ = deepspeed.initialize(model=model, config=config)
     note_fetches(engine)
     engine.eval()
     return engine

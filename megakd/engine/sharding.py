@@ -15,12 +15,14 @@ from weakref import WeakSet
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.partition_parameters import (
     DeepSpeedTensorOverride,
     ZeroParamStatus,
     is_zero_param,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations import deepspeed as transformers_switch
 
 from megakd.config.deepspeed import shards_within_node, zero_stage
@@ -45,7 +47,8 @@ def sharded_construction(
     transformers_switch.unset_hf_deepspeed_config()
     plain = nullcontext() if device is None or device.type == "cpu" else device
     try:
-        with _zero_init(ds, dtype) if ds is not None and zero_stage(ds) == 3 else plain:
+        building = _zero_init(ds, dtype) if ds is not None and zero_stage(ds) == 3 else plain
+        with linear_left_alone(), building:
             yield
     finally:
         owner = found() if found is not None else None
@@ -127,6 +130,32 @@ def set_values(tensor: Tensor, read: Callable[[int, int], Tensor]) -> None:
     with gathered([tensor], modify=True):
         if writes_here(tensor):
             tensor.copy_(read(0, tensor.numel()).reshape(tensor.shape))
+
+
+@contextmanager
+def linear_left_alone() -> Iterator[None]:
+    """Put torch's linear back after the body, where DeepSpeed replaces it for the whole process.
+
+    A resumed run, which leaves finished stages out, would round otherwise in all stages after them.
+    """
+    plain = functional.linear
+    try:
+        yield
+    finally:
+        functional.linear = plain
+
+
+@contextmanager
+def memory_efficient_linear(engine: Any) -> Iterator[None]:
+    """Use DeepSpeed's linear in the body at a ZeRO 3 with `memory_efficient_linear`.
+
+    Its backward gathers the weight again, which torch's keeps from the forward on.
+    """
+    with linear_left_alone():
+        zero = engine._config.zero_config  # noqa: SLF001 - as DeepSpeed's properties read it
+        if engine.zero_optimization_stage() == 3 and zero.memory_efficient_linear:
+            functional.linear = zero3_linear_wrap
+        yield
 
 
 _COORDINATORS: WeakSet[Any] = WeakSet()

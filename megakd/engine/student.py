@@ -30,6 +30,7 @@ from megakd.engine.collectives import together
 from megakd.engine.initialize import RATE, Engine
 from megakd.engine.memory import destroy
 from megakd.engine.optimizer_state import LEARNER, OptimizerState
+from megakd.engine.sharding import memory_efficient_linear
 from megakd.engine.shards import Shard, local_shards
 from megakd.engine.stored_parts import Parts, StoredParts, file_of
 from megakd.errors import CheckpointError
@@ -80,8 +81,9 @@ class StudentEngine:
         for number, group in enumerate(groups, start=1):
             is_last = boundary and number == len(groups)
             self._gradients.begin(is_last=is_last)
-            losses = self._forward(batch, knowledge, group, counts)
-            self._gradients.backward(losses.total, is_last=is_last)
+            with memory_efficient_linear(self._engine):
+                losses = self._forward(batch, knowledge, group, counts)
+                self._gradients.backward(losses.total, is_last=is_last)
             total = total + losses.total.detach()
             for name, value in losses.parts.items():
                 parts[name] = parts[name] + value if name in parts else value

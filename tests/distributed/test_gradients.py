@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.train import TrainConfig
@@ -46,6 +48,7 @@ class Matrices(nn.Module):
 
     def forward(self, batch: Rows, knowledge=None, plan=None, counts=None) -> Losses:
         """Return the sum of the squared outputs of the named matrices."""
+        self.linear = functional.linear
         dtype = next(self.parameters()).dtype
         outputs = [self.matrices[name](batch.labels.to(dtype)).float() for name in batch.names]
         return Losses(torch.stack([output.square().mean() for output in outputs]).sum(), {})
@@ -99,6 +102,8 @@ def train(
             facts["norms"].append(float(student.gradient_norm()))
             facts["weights"].append(_masters(student))
         facts["scaling"].append(student.scaling())
+        facts["linear"] = [getattr(model, "linear", functional.linear) is zero3_linear_wrap]
+        facts["linear"].append(functional.linear is zero3_linear_wrap)
         if after is not None:
             write_files(Path(after), student.files())
         student.destroy()
@@ -204,6 +209,14 @@ def test_only_the_step_that_overflows_is_skipped(workers, preset):
 
     assert_moved_alike(found, plain(steps, skipped={1}))
     assert found["norms"][1] == float("inf")
+
+
+@pytest.mark.parametrize(("preset", "is_used"), [("zero3", True), ("zero2", False)])
+def test_deepspeeds_linear_computes_the_steps_at_zero_3_and_nothing_else(workers, preset, is_used):
+    run = workers(RANKS).run
+    found = run("test_gradients.train", preset, "fp32", [["abc"]], {}, timeout_s=400)[0]
+
+    assert found["linear"] == [is_used, False]
 
 
 @pytest.mark.parametrize(("preset", "other"), [("zero2", "zero3"), ("zero0", "zero1")])
