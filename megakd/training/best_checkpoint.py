@@ -31,12 +31,14 @@ class BestCheckpoint:
     """`checkpoints/<stage>/best/`: a model folder with its step and its scores.
 
     write: writes the learner's model folder with the record; a collective.
+    is_redone: the run goes on from before an evaluation that was better than those up to there.
     """
 
     folder: Path
     write: Callable[[Path, Mapping[str, Any]], None]
     score: float | None = None
     step: int | None = None
+    is_redone: bool = False
 
     def resume(self, step: int, best_step: int | None) -> None:
         """Take over the stored best weights; remove them if the run resumes before their step.
@@ -48,7 +50,7 @@ class BestCheckpoint:
         def read() -> Mapping[str, Any] | None:
             atomic.recover(self.folder)
             record = self.record()
-            if record is None and best_step is not None:
+            if record is None and best_step is not None and not self.is_redone:
                 logger.warning(
                     "%s is missing or damaged (%s): the best evaluation, of step %d, is lost; "
                     "only evaluations after step %d are compared",
@@ -77,6 +79,11 @@ class BestCheckpoint:
         self.write(self.folder, {"step": step, "score": stored, "evaluation": evaluation})
         self.score, self.step = score, step
         return True
+
+    def is_lost(self) -> bool:
+        """Return whether no whole weights are stored."""
+        atomic.recover(self.folder)
+        return self.record() is None
 
     def kept(self) -> dict[str, Any] | None:
         """Return the record of the best evaluation, or None; warn if the record was lost."""
@@ -140,6 +147,21 @@ class BestCheckpoints:
     def steps(self) -> dict[str, int | None]:
         """Return the steps of the best evaluations, for a checkpoint; `best` is the best of all."""
         return {name: best.step for name, best in self._named()}
+
+    def first_lost(self, steps: Mapping[str, int | None]) -> int | None:
+        """Return the first of `steps` whose weights are missing or damaged, or None; a collective.
+
+        A run that goes on from before this step evaluates it again.
+        """
+        named = [(best, steps.get(name)) for name, best in self._named()]
+        return on_main(
+            lambda: min((s for best, s in named if s is not None and best.is_lost()), default=None)
+        )
+
+    def redo(self) -> None:
+        """Expect that the run goes on from before `first_lost`."""
+        for _, best in self._named():
+            best.is_redone = True
 
     def resume(self, step: int, steps: Mapping[str, int | None]) -> None:
         """Take over the best weights of `steps`, none later than `step`; a collective."""

@@ -220,6 +220,17 @@ class Checkpoints:
             )
         return None
 
+    def before(self, step: int) -> Path | None:
+        """Return the newest undamaged checkpoint of an earlier step; set later ones aside."""
+        passed: dict[Path, str] = {}
+        for candidate in agree(self._by_age()):
+            is_later = int(candidate.name.removeprefix(_PREFIX)) >= step
+            if not is_later and self.damage(candidate) is None:
+                on_main(partial(_pass_over, passed, candidate))
+                return candidate
+            passed[candidate] = f"{candidate} needs the weights of step {step}, which are damaged"
+        return None
+
     def _newest_first(self) -> list[Path]:
         """Return the checkpoints; the checkpoint that `latest` names is first, even if missing."""
         every, pointer = self._by_age(), self.folder / LATEST

@@ -17,7 +17,7 @@ from megakd.contract.unit_counts import SOURCE_UNITS, count_units
 from megakd.engine.collectives import all_reduce_
 from megakd.scoring.scores import Evaluation
 from megakd.training.best_checkpoint import BestCheckpoints, ReturnedWeights
-from megakd.training.checkpoint import CheckpointState
+from megakd.training.checkpoint import Checkpoints, CheckpointState, read_states
 
 if TYPE_CHECKING:
     from megakd.contract.batch import Batch, Predictions
@@ -70,6 +70,17 @@ class StageEvaluation:
 
     def resume_best(self, steps: Mapping[str, int | None]) -> None:
         self._best.resume(self._trainer.step, steps)
+
+    def before_lost_best(self, checkpoint: Path, checkpoints: Checkpoints) -> Path:
+        """Return an earlier checkpoint, if there is one, where the best weights are damaged.
+
+        The evaluation that was the best is then taken again. A collective.
+        """
+        lost = self._best.first_lost(read_states(checkpoint, torch.device("cpu"))["best_steps"])
+        earlier = None if lost is None else checkpoints.before(lost)
+        if earlier is not None:
+            self._best.redo()
+        return earlier or checkpoint
 
     @property
     def _keeps_best(self) -> bool:

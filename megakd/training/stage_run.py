@@ -172,6 +172,8 @@ class StageRun:
     def _resume(self) -> int:
         name, wanted = self.stage.name, self.stage.train.resume_from_checkpoint
         checkpoint = self.checkpoints.to_resume(wanted)
+        if checkpoint is not None and not isinstance(wanted, str):
+            checkpoint = self.evaluation.before_lost_best(checkpoint, self.checkpoints)
         if checkpoint is not None:
             for extra in self.extras:
                 extra.resumes(checkpoint.parent)

@@ -332,6 +332,29 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, l
     assert_same_run(run, truth)
 
 
+def test_a_damaged_best_evaluation_is_taken_again_from_a_checkpoint_before_it(
+    truth, launch, tmp_path
+):
+    out = tmp_path / "damaged"
+    shutil.copytree(truth.out, out)
+    run, student = truth.elsewhere(out), truth.stages[-1]
+    for name in ("report.json", "final/README.md"):
+        (out / name).unlink()
+    shutil.rmtree(out / "stages" / student)
+    best = out / "checkpoints" / student / "best"
+    step = json.loads((best / "best.json").read_text())["step"]
+    weights = best / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+
+    said = finish(launch, run)
+
+    before = SAVE_STEPS * ((step - 1) // SAVE_STEPS)
+    assert f"step-{STEPS} needs the weights of step {step}, which are damaged" in said
+    assert f"{student}: resumed at step {before} from" in said
+    assert "is lost" not in said
+    assert_same_run(run, truth)
+
+
 def test_a_finished_run_started_again_prints_its_table_and_changes_nothing(truth, command):
     report = (truth.out / "report.json").read_bytes()
     before = logged(truth)
