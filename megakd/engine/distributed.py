@@ -12,6 +12,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +34,8 @@ from megakd.errors import MegakdError
 logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 600.0
 """Limit of a collective of tensors; the default of `train.collective_timeout`."""
+MEETINGS = 2.5
+"""Limit of the meeting of all ranks, in timeouts of a collective: torch may wait two of them."""
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 _KEPT: list[bool] = []
 """Not empty if the process group is kept until the process ends."""
@@ -106,10 +111,10 @@ def _init_process_group(timeout: timedelta) -> None:
     device = accelerator.device_name()
     if device == "cpu":
         stale_locks.check_shared_memory(_local_world())
-    connected = _connect_nodes(timeout)  # until the group below has connected all ranks
     backend = backend_for(device, accelerator.communication_backend_name())
-    if _attempt() != "0":
-        _join_restarted(backend, timeout)
+    with _ends_after(MEETINGS * timeout.total_seconds()):
+        connected = _connect_nodes(timeout)  # until the group below has connected all ranks
+        _join(backend, timeout)
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
@@ -131,11 +136,32 @@ def _attempt() -> str:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
-def _join_restarted(backend: str, timeout: timedelta) -> None:
-    """Start the process group of ranks that torchrun has restarted; DeepSpeed then joins it.
+@contextmanager
+def _ends_after(limit_s: float) -> Iterator[None]:
+    """End this process if the body takes longer: a store whose process is stopped never answers."""
+    timer = threading.Timer(limit_s, _end_alone, (limit_s,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
-    Without a rendezvous backend, torchrun keeps its store, with the addresses of the ranks that
-    have ended, and torch would read those.
+
+def _end_alone(waited_s: float) -> None:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    sys.stderr.write(
+        f"megakd: rank {os.environ['RANK']} ends because the ranks have not met within "
+        f"{waited_s:g} s: rank 0 at {place}, or its launcher, does not answer; see its output\n"
+    )
+    _end(1)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Start the process group, which DeepSpeed then joins.
+
+    Without a rendezvous backend, torchrun keeps its store when it restarts ranks, with the
+    addresses of those that have ended, and torch would read those.
     """
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     store = distributed_c10d.PrefixStore(f"megakd/attempt-{_attempt()}", store)

@@ -1,5 +1,8 @@
 import os
 import re
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -218,3 +221,21 @@ def test_ranks_share_the_cores_unless_a_number_of_threads_is_set(
     distributed._share_cores()
 
     assert threads == set_to
+
+
+def test_a_rank_whose_store_never_answers_ends_with_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(mute.getsockname()[1])}
+        ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        code = "from megakd.engine import distributed; distributed.start(collective_timeout_s=2)"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **place, **ranks, "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    assert done.returncode == 1
+    assert "megakd: rank 1 ends because the ranks have not met within 5 s: rank 0" in done.stderr
