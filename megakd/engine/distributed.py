@@ -114,7 +114,7 @@ def _init_process_group(timeout: timedelta) -> None:
     backend = backend_for(device, accelerator.communication_backend_name())
     with _ends_after(MEETINGS * timeout.total_seconds()):
         connected = _connect_nodes(timeout)  # until the group below has connected all ranks
-        _join(backend, timeout)
+        _join(backend, timeout, device)
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
@@ -157,7 +157,7 @@ def _end_alone(waited_s: float) -> None:
     _end(1)
 
 
-def _join(backend: str, timeout: timedelta) -> None:
+def _join(backend: str, timeout: timedelta, device: str) -> None:
     """Start the process group, which DeepSpeed then joins.
 
     Without a rendezvous backend, torchrun keeps its store when it restarts ranks, with the
@@ -165,7 +165,12 @@ def _join(backend: str, timeout: timedelta) -> None:
     """
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     store = distributed_c10d.PrefixStore(f"megakd/attempt-{_attempt()}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    # As DeepSpeed does: NCCL connects at once, and knows the GPU of this rank.
+    bound = device == "cuda" and world > 1
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=timeout,
+        device_id=torch.device(device, int(os.environ["LOCAL_RANK"])) if bound else None,
+    )  # fmt: skip
 
 
 def _connect_nodes(timeout: timedelta) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@ import re
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 
@@ -239,3 +240,18 @@ def test_a_rank_whose_store_never_answers_ends_with_one_line():
 
     assert done.returncode == 1
     assert "megakd: rank 1 ends because the ranks have not met within 5 s: rank 0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "world", "bound"), [("cuda", 2, "cuda:1"), ("cuda", 1, None), ("cpu", 2, None)]
+)
+def test_a_rank_of_several_gpus_is_bound_to_its_own(monkeypatch, device, world, bound):
+    given = {}
+    store = distributed.dist.HashStore()
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 0, world)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda _, **kw: given.update(kw))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    distributed._join("gloo", timedelta(seconds=1), device)
+
+    assert str(given["device_id"]) == str(bound)
