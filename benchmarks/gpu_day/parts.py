@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
     @property
     def is_timed(self) -> bool:
-        """Whether the GPU must do nothing else."""
+        """Return whether the part needs the GPU for itself."""
         return self.name not in UNTIMED
 
 

@@ -182,7 +182,7 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         found = [f for f in self.folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
-        return sorted(found, key=lambda f: int(f.name.removeprefix(_PREFIX)), reverse=True)
+        return sorted(found, key=_step_of, reverse=True)
 
     def newest(self) -> Path | None:
         """Return the checkpoint that `latest` names, or else the newest checkpoint."""
@@ -224,8 +224,7 @@ class Checkpoints:
         """Return the newest undamaged checkpoint of an earlier step; set later ones aside."""
         passed: dict[Path, str] = {}
         for candidate in agree(self._by_age()):
-            is_later = int(candidate.name.removeprefix(_PREFIX)) >= step
-            if not is_later and self.damage(candidate) is None:
+            if _step_of(candidate) < step and self.damage(candidate) is None:
                 on_main(partial(_pass_over, passed, candidate))
                 return candidate
             passed[candidate] = f"{candidate} needs the weights of step {step}, which are damaged"
@@ -334,8 +333,12 @@ def _pass_over(damages: Mapping[Path, str], used: Path) -> None:
 
 def oldest_step(folder: Path) -> int:
     """Return the step of the oldest checkpoint in `checkpoints/<stage>`; 0 if there is none."""
-    names = [path.name for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)]
-    return min((int(name.removeprefix(_PREFIX)) for name in names), default=0)
+    found = (path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name))
+    return min(map(_step_of, found), default=0)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def check_plain(state: Any, key: str = "state") -> None:

@@ -301,15 +301,19 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return lock
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, lock, tmp_path):
-    out = tmp_path / "damaged"
+def unfinished(truth: Run, out: Path, *stages: str) -> Run:
+    """A copy of the run without its report and the results of some stages."""
     shutil.copytree(truth.out, out)
-    run = truth.elsewhere(out)
     for name in ("report.json", "final/README.md"):
         (out / name).unlink()
-    student = run.stages[-1]
-    for stage in ("teacher-finetune", student):
+    for stage in stages:
         shutil.rmtree(out / "stages" / stage)
+    return truth.elsewhere(out)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, lock, tmp_path):
+    student = truth.stages[-1]
+    run = unfinished(truth, tmp_path / "damaged", "teacher-finetune", student)
     shard = "engine-1.pt"
     flipped = run.checkpoint(TEACHER, STEPS) / shard
     content = bytearray(flipped.read_bytes())
@@ -335,13 +339,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, l
 def test_a_damaged_best_evaluation_is_taken_again_from_a_checkpoint_before_it(
     truth, launch, tmp_path
 ):
-    out = tmp_path / "damaged"
-    shutil.copytree(truth.out, out)
-    run, student = truth.elsewhere(out), truth.stages[-1]
-    for name in ("report.json", "final/README.md"):
-        (out / name).unlink()
-    shutil.rmtree(out / "stages" / student)
-    best = out / "checkpoints" / student / "best"
+    student = truth.stages[-1]
+    run = unfinished(truth, tmp_path / "damaged", student)
+    best = run.out / "checkpoints" / student / "best"
     step = json.loads((best / "best.json").read_text())["step"]
     weights = best / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
