@@ -149,7 +149,8 @@ def losses_of(
     """Return the held-out loss and the divergence from the teacher, in nats per token."""
     loss = divergence = count = 0.0
     for first in range(0, len(rows), 8):
-        tokens, mask, counts = padded(rows[first : first + 8], pad)
+        batch = padded(rows[first : first + 8], pad)
+        tokens, mask, counts = (tensor.to(model.device) for tensor in batch)
         targets = tokens.roll(-1, 1)[counts]
         ours, theirs = (logits_of(one, tokens, mask, counts) for one in (model, teacher))
         ours, theirs = (F.log_softmax(one.float(), -1) for one in (ours, theirs))
@@ -171,7 +172,7 @@ def right_answers(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
         padding=True,
         return_tensors="pt",
         return_dict=True,
-    )
+    ).to(model.device)
     texts = model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False)
     answers = tokenizer.batch_decode(texts[:, asked["input_ids"].shape[1] :])
     wanted = (row["messages"][1]["content"] for row in rows)

@@ -94,8 +94,22 @@ def launched(
     """Run `launch/<program>.py` with a run config, one of `jobs` side by side."""
     command = launch_command(program, config, ranks, overrides)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (ranks * jobs)))}
-    environment = os.environ | quickstart().ENVIRONMENT | threads
+    environment = variables() | threads
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def device() -> str:
+    """Return `cuda` if the variable `DS_ACCELERATOR` asks for it, else `cpu`."""
+    return "cuda" if os.environ.get("DS_ACCELERATOR") == "cuda" else "cpu"
+
+
+def variables() -> dict[str, str]:
+    """Return the variables of runs and ranks, which see GPUs only if they are asked for."""
+    fixed: dict[str, str] = quickstart().ENVIRONMENT
+    if device() == "cuda":
+        hiding = ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+        fixed = {key: value for key, value in fixed.items() if key not in hiding}
+    return os.environ | fixed
 
 
 def launch_command(program: str, config: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
@@ -137,10 +151,10 @@ def start_ranks(
     processes = []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
-        variables = {key: str(value) for key, value in {**place, **meeting}.items()}
-        variables = os.environ | quickstart().ENVIRONMENT | variables | (environment or {})
+        own = {key: str(value) for key, value in {**place, **meeting}.items()}
+        own = variables() | own | (environment or {})
         output = subprocess.DEVNULL if is_quiet else None
-        processes.append(subprocess.Popen([sys.executable, *words], env=variables, stdout=output))
+        processes.append(subprocess.Popen([sys.executable, *words], env=own, stdout=output))
     try:
         code = _worst_code(processes)
     finally:

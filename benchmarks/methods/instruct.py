@@ -1,8 +1,8 @@
 """An instruct model that people know, cut to two sizes: shrink against plain ways, at equal time.
 
 `python benchmarks methods.instruct --data FOLDER [--sizes 100M,80M] [--steps 240] [--seeds 1]
-[--rates 1e-4,3e-4,6e-4]`, on the CPU (hours) or on a GPU, one rank. The package index must be
-reachable at the first start.
+[--rates 1e-4,3e-4,6e-4]`, on the CPU (hours), or with `DS_ACCELERATOR=cuda` on a GPU, one rank. The
+package index must be reachable at the first start.
 
 The teacher is SmolLM2-135M-Instruct, as its quantised package has it. `shrink` cuts it to all sizes
 in one run, and repairs them on conversations about mathematics and stories; a size costs its own
@@ -14,7 +14,8 @@ the same rate; of several rates, the one with which the bare loop, for `--rate_s
 spaced layers, comes nearest to the teacher on the validation rows. Held-out loss and KL to the
 teacher are of the answers in nats per token; `right` is the percentage of mathematical answers with
 the right number. Each run has a folder below `--out`, is gone on with where it was, and is done
-once.
+once. The runs of a seed take turns, `--jobs` seeds side by side; with other seeds beside them, the
+seconds of all are longer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from lib import instruct
 from lib.launching import (
     Leg,
     Report,
+    device,
     leg_of,
     report_of,
     seconds_of,
@@ -49,6 +53,14 @@ from methods.instruct_loops import DONE
 
 HELD_OUT = ("maths", "stories")
 ARMS = ("shrink", "cut", "layers", "random", "bare", "trl")
+
+
+class Made(NamedTuple):
+    """The folder of a student, and what its training took."""
+
+    folder: Path
+    steps: int
+    seconds: float
 
 
 class Size(NamedTuple):
@@ -72,17 +84,28 @@ def main(arguments: Sequence[str]) -> int:
     given.rate = best_rate(given)
     write_leg_configs(given.out, configs(given))
     scores = {"teacher": {0: score(given, "teacher", given.teacher)}}
-    for seed in given.seeds:
-        for size in given.sizes:
-            for arm in given.runs:
-                folder = MAKERS.get(arm, distilled)(given, arm, size, seed)
-                name = f"{arm}-{size.name}"
-                found = scores.setdefault(f"{arm} {size.name}", {})
-                found[seed] = score(given, f"{name}-{seed}", folder)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for seed, found in zip(
+            given.seeds, pool.map(partial(scored, given), given.seeds), strict=True
+        ):
+            for name, numbers in found.items():
+                scores.setdefault(name, {})[seed] = numbers
     models = {name: columns_of(by_seed, by_seed.__getitem__) for name, by_seed in scores.items()}
     what = f"SmolLM2-135M-Instruct, {given.steps} steps of {given.batch} conversations"
     print_models(what, given.command, models, reference=[*models][1])
     return 0
+
+
+def scored(given: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+    """Return the scores of all models of a seed by name, with the cost of each."""
+    found = {}
+    for size in given.sizes:
+        for arm in given.runs:
+            made = MAKERS.get(arm, distilled)(given, arm, size, seed)
+            cost = {"steps": made.steps, "seconds": made.seconds}
+            scores = score(given, f"{arm}-{size.name}-{seed}", made.folder)
+            found[f"{arm} {size.name}"] = {**scores, **cost}
+    return found
 
 
 def sizes_of(given: argparse.Namespace) -> Iterator[Size]:
@@ -109,15 +132,20 @@ def best_rate(given: argparse.Namespace) -> float:
     start = given.out / "rates" / "start"
     if not start.exists():
         write_cut(given, evenly_spaced(depth, given.sizes[0].layers), start)
-    found: dict[float, float] = {}
-    for rate in given.rates:
-        folder = given.out / "rates" / f"{rate:g}"
-        if not (folder / DONE).is_file():
-            run_loop(given, "bare", start, folder, rate=rate, seconds=given.rate_seconds)
-        scores = score(given, f"rate-{rate:g}", folder, names=("validation",))
-        found[rate] = scores["KL, validation"]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        found = dict(
+            zip(given.rates, pool.map(partial(tried, given, start), given.rates), strict=True)
+        )
     print(f"KL on the validation rows by rate: {found}", flush=True)
     return min(found, key=found.__getitem__)
+
+
+def tried(given: argparse.Namespace, start: Path, rate: float) -> float:
+    """Return the divergence on the validation rows after a short run with a rate."""
+    folder = given.out / "rates" / f"{rate:g}"
+    if not (folder / DONE).is_file():
+        run_loop(given, "bare", start, folder, rate=rate, seconds=given.rate_seconds)
+    return score(given, f"rate-{rate:g}", folder, names=("validation",))["KL, validation"]
 
 
 def configs(given: argparse.Namespace) -> dict[str, Any]:
@@ -156,24 +184,25 @@ def shrink_leg(given: argparse.Namespace, seed: int) -> Leg:
     return leg_of(given.out, f"shrink-{seed}", "shrink", (f"seed={seed}",))
 
 
-def shrunk(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
-    """Return the folder of a student of the run of all sizes."""
+def shrunk(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
+    """Return a student of the run of all sizes."""
     del arm
     leg = shrink_leg(given, seed)
-    report_of(leg, ranks=1)
-    return leg.output / ("final" if size.stage == "student" else f"sizes/{size.stage}")
+    report = report_of(leg, ranks=1, jobs=given.jobs)
+    folder = leg.output / ("final" if size.stage == "student" else f"sizes/{size.stage}")
+    return Made(folder, stage_of(report, size.stage)["steps"], seconds_for(report, size))
 
 
-def cut(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
-    """Return the folder of the teacher's most important layers, as they are."""
+def cut(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
+    """Return the teacher's most important layers, as they are."""
     folder = given.out / f"{arm}-{size.name}-{seed}"
     if not folder.exists():
         leg = shrink_leg(given, seed)
-        report_of(leg, ranks=1)
+        report_of(leg, ranks=1, jobs=given.jobs)
         measured = json.loads((leg.output / "stages/layers/result.json").read_text())["metrics"]
         scores = [measured[f"layer_{number}"] for number in range(1, len(measured) + 1)]
         write_cut(given, most_important(scores, size.layers), folder)
-    return folder
+    return Made(folder, 0, 0.0)
 
 
 def write_cut(given: argparse.Namespace, layers: Sequence[int], folder: Path) -> None:
@@ -186,28 +215,31 @@ def write_cut(given: argparse.Namespace, layers: Sequence[int], folder: Path) ->
         model.save_pretrained(written)
 
 
-def distilled(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
-    """Return the folder of a student that megakd distils for as long as `shrink` takes."""
+def distilled(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
+    """Return a student that megakd distils for as long as `shrink` takes."""
+    shape_of = shrunk(given, "shrink", size, seed)
     if arm == "layers":
-        student = f"student.model={cut(given, 'cut', size, seed)}"
+        student = f"student.model={cut(given, 'cut', size, seed).folder}"
     else:
-        shape = json.loads((shrunk(given, "shrink", size, seed) / "config.json").read_text())
+        shape = json.loads((shape_of.folder / "config.json").read_text())
         student = f"student.model={json.dumps({'config': shape})}"
-    report = report_of(shrink_leg(given, seed), ranks=1)
-    stage = stage_of(report, size.stage)
-    steps = round(seconds_for(report, size) / stage["seconds"] * stage["steps"])
+    stage = stage_of(report_of(shrink_leg(given, seed), ranks=1), size.stage)
+    steps = round(shape_of.seconds / stage["seconds"] * stage["steps"])
     words = (student, f"train.max_steps={steps}", f"seed={seed}")
-    return trained(leg_of(given.out, f"{arm}-{size.name}-{seed}", "single", words))
+    leg = leg_of(given.out, f"{arm}-{size.name}-{seed}", "single", words)
+    report = report_of(leg, ranks=1, jobs=given.jobs)
+    return Made(leg.output / "final", steps, sum(seconds_of(report).values()))
 
 
-def looped(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Path:
-    """Return the folder of a student of another loop, which starts from `cut`."""
+def looped(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
+    """Return a student of another loop, which starts from `cut`."""
     folder = given.out / f"{arm}-{size.name}-{seed}"
     if not (folder / DONE).is_file():
-        start = cut(given, "cut", size, seed)
-        seconds = seconds_for(report_of(shrink_leg(given, seed), ranks=1), size)
+        start = cut(given, "cut", size, seed).folder
+        seconds = shrunk(given, "shrink", size, seed).seconds
         run_loop(given, arm, start, folder, rate=given.rate, seconds=seconds, seed=seed)
-    return folder
+    done = json.loads((folder / DONE).read_text())
+    return Made(folder, done["steps"], done["seconds"])
 
 
 def run_loop(
@@ -227,17 +259,12 @@ def run_loop(
     start_benchmark("methods.instruct_loops", [*words], 1)
 
 
-MAKERS: Mapping[str, Callable[[argparse.Namespace, str, Size, int], Path]] = {
+MAKERS: Mapping[str, Callable[[argparse.Namespace, str, Size, int], Made]] = {
     "shrink": shrunk,
     "cut": cut,
     "bare": looped,
     "trl": looped,
 }
-
-
-def trained(leg: Leg) -> Path:
-    report_of(leg, ranks=1)
-    return leg.output / "final"
 
 
 def seconds_for(report: Report, size: Size) -> float:
@@ -275,12 +302,12 @@ def scores_of(given: argparse.Namespace, folder: Path, names: Sequence[str]) -> 
 
 
 def opened(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device())
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    add_runs(parser, "instruct", jobs=None, data="gsm8k/ and lm/")
+    add_runs(parser, "instruct", jobs=1, data="gsm8k/ and lm/")
     parser.set_defaults(seeds=[1])
     parser.add_argument("--sizes", default="100M,80M", help="the largest first")
     parser.add_argument("--steps", type=int, default=240, help="of the repair")

@@ -1,7 +1,8 @@
 """Distil a decoder for a number of seconds with a plain loop in PyTorch, or with TRL's GKDTrainer.
 
 `python benchmarks methods.instruct_loops --loop bare|trl --start FOLDER --teacher FOLDER
---rows FILE --seconds 600 --to FOLDER`, on the CPU, one process. A side of `methods.instruct`.
+--rows FILE --seconds 600 --to FOLDER`, one process, on the CPU, or with `DS_ACCELERATOR=cuda` on a
+GPU. A side of `methods.instruct`.
 
 Both take forward KL on the tokens of the answers, AdamW, and a rate that rises in the first 3 % of
 the time and falls as a cosine. The bare loop computes logits at the positions that count alone;
@@ -30,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from lib.instruct import MAX_LENGTH, Conversation, encoded, logits_of, padded, rows_of
-from lib.launching import UnusableError
+from lib.launching import UnusableError, device
 from lib.options import parsed, parser_of
 
 WARM_UP = 0.03
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     torch.manual_seed(given.seed)
     tokenizer = AutoTokenizer.from_pretrained(given.teacher)
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device())
         for folder, dtype in ((given.start, torch.float32), (given.teacher, torch.bfloat16))
     )
     student.train()
@@ -72,7 +73,8 @@ def bare(given: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) 
     clock.start()
     schedule = LambdaLR(optimizer, share_of(clock.now))
     while clock.now() < 1:
-        tokens, mask, counts = padded(next(rows), tokenizer.pad_token_id)
+        batch = padded(next(rows), tokenizer.pad_token_id)
+        tokens, mask, counts = (tensor.to(device()) for tensor in batch)
         loss = divergence(student, teacher, tokens, mask, counts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -95,7 +97,7 @@ def batches(
 
 
 def divergence(student: Any, teacher: Any, tokens: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device(), torch.bfloat16):
         with torch.no_grad():
             theirs = logits_of(teacher, tokens, mask, counts)
         ours = logits_of(student, tokens, mask, counts)
@@ -147,7 +149,7 @@ def trl(given: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) -
             max_steps=1_000_000,  # the clock ends it
             max_grad_norm=1.0,
             bf16=True,
-            use_cpu=True,
+            use_cpu=device() == "cpu",
             gradient_checkpointing=False,
             report_to=[],
             save_strategy="no",

@@ -1,7 +1,8 @@
 """Shrink of a classifier: several sizes in one run, a run per size, kept layers, DistilBERT's way.
 
 `python benchmarks methods.shrink_encoder --data FOLDER [--setting clinc150-few]
-[--sizes 40%,20%,10%] [--runs series,each,layers-2,layers-1] [--seeds 1,2,3]`, on the CPU, one rank.
+[--sizes 40%,20%,10%] [--runs series,each,layers-2,layers-1] [--seeds 1,2,3]`, on the CPU, or with
+`DS_ACCELERATOR=cuda` on a GPU, one rank.
 
 The teacher is all-MiniLM-L6-v2, fine-tuned as in the evidence, once. `series` cuts it to all sizes
 in one run, `each` in a run per size, with equal steps of trial and repair; `layers-N` keeps the
