@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -52,6 +53,8 @@ from megakd.storage.atomic import replaced_folder
 from methods.instruct_loops import DONE
 
 HELD_OUT = ("maths", "stories")
+LOADING = threading.Lock()
+"""transformers changes torch's default dtype while it loads a model, for all threads."""
 ARMS = ("shrink", "cut", "layers", "random", "bare", "trl")
 
 
@@ -207,7 +210,8 @@ def cut(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
 
 def write_cut(given: argparse.Namespace, layers: Sequence[int], folder: Path) -> None:
     """Write some of the teacher's layers, counted from 1, as they are."""
-    model = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=torch.float32)
+    with LOADING:
+        model = AutoModelForCausalLM.from_pretrained(given.teacher, dtype=torch.float32)
     model.model.layers = torch.nn.ModuleList([model.model.layers[n - 1] for n in layers])
     model.config.num_hidden_layers = len(layers)
     with replaced_folder(folder) as written:
@@ -302,7 +306,9 @@ def scores_of(given: argparse.Namespace, folder: Path, names: Sequence[str]) -> 
 
 
 def opened(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device())
+    with LOADING:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return model.eval().to(device())
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
