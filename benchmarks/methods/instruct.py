@@ -23,6 +23,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,14 +37,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lib import instruct
 from lib.launching import (
+    BENCHMARKS,
     Leg,
     Report,
+    RunFailedError,
     device,
     leg_of,
     report_of,
     seconds_of,
     stage_of,
-    start_benchmark,
+    variables,
     write_leg_configs,
 )
 from lib.options import add_runs, fractions, need, parsed, parser_of
@@ -260,7 +264,10 @@ def run_loop(
         "batch": given.batch,
     }
     words = (word for key, value in options.items() for word in (f"--{key}", str(value)))
-    start_benchmark("methods.instruct_loops", [*words], 1)
+    # No rank: TRL would build a process group.
+    command = [sys.executable, str(BENCHMARKS), "methods.instruct_loops", *words]
+    if code := subprocess.run(command, env=variables(), check=False).returncode:
+        raise RunFailedError(f"{folder}: the loop ended with exit code {code}")
 
 
 MAKERS: Mapping[str, Callable[[argparse.Namespace, str, Size, int], Made]] = {
