@@ -46,7 +46,7 @@ class AskedReport(TypedDict):
 
     what: whether `value` is a number of weights, a share of the multiplications in the teacher's
         layers, or the teacher's time relative to the student's.
-    batch, tokens, runtime: the forward of `speedup`; without `tokens`, texts of the data.
+    batch, tokens, runtime, device: the forward of `speedup`; without `tokens`, texts of the data.
     """
 
     what: Literal["parameters", "flops", "speedup"]
@@ -54,6 +54,7 @@ class AskedReport(TypedDict):
     batch: NotRequired[int]
     tokens: NotRequired[int]
     runtime: NotRequired[str]
+    device: NotRequired[str]
 
 
 class ModelReport(ClassifierReport):

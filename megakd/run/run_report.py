@@ -20,6 +20,7 @@ from megakd.contract.results import (
     LatencyReport,
     ModelReport,
     Report,
+    SizedStudent,
     Speedup,
     StageReport,
     WarningReport,
@@ -35,7 +36,7 @@ from megakd.engine.memory import forget_models, free_memory_bytes
 from megakd.engine.sharding import is_first_rank
 from megakd.errors import ModelError
 from megakd.inputs.inputs import vocabulary_report
-from megakd.inputs.precision import TORCH_DTYPE
+from megakd.inputs.precision import TORCH_DTYPE, scoring_dtype
 from megakd.models.lora import adapter_parameters
 from megakd.models.model_folder import weight_bytes
 from megakd.process.phases import phase, seconds
@@ -71,7 +72,8 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         assistants = [_assistant(lab, made) for made in lab.record.assistants]
     forget_models()
     with phase("latency"), doing("measuring latency"):
-        latency = on_main(lambda: _latency(lab, students, ranks.device))
+        device = timed_on(lab.record.sizes, ranks.device)
+        latency = on_main(lambda: _latency(lab, students, device))
     reports = {name: entry.report for name, entry in measured.items()}
     teacher = largest({name: reports[name] for name in teachers})
     reference = None if teacher is None else teachers[teacher]
@@ -169,6 +171,12 @@ def _stage_entry(result: StageResult) -> Any:
     return {key: getattr(result, key) for key in StageReport.__annotations__}
 
 
+def timed_on(sizes: Sequence[SizedStudent], device: torch.device) -> torch.device:
+    """Return the device of the speed-up that students were asked for, else that of the run."""
+    asked = next((one.asked["device"] for one in sizes if "device" in one.asked), device.type)
+    return device if asked == device.type else torch.device(asked)
+
+
 def _latency(
     lab: RunLab, students: Mapping[str, Path], device: torch.device
 ) -> list[LatencyReport]:
@@ -202,7 +210,7 @@ def _latency(
             wanted.generate,
             of_data=lengths_of_rows(rows).tolist(),
         )
-        dtype = TORCH_DTYPE[lab.assembly.scoring_dtype()]
+        dtype = TORCH_DTYPE[scoring_dtype(config.train, device.type)]
         graphs = _graphs(lab, models)
         return measure_latencies(models, work, graphs, device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error

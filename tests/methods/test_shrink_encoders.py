@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import (
     bert,
     config_tree,
@@ -23,10 +24,12 @@ from transformers import AutoModelForSequenceClassification
 from whole_run import finish, read, same_weights
 
 from megakd.contract.lab import TimedWork
+from megakd.contract.results import SizedStudent
 from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.shrink.budget import Sizes, timed_candidates
 from megakd.methods.shrink.candidates import Budget, Family
+from megakd.run.run_report import timed_on
 
 TEACHER = bert(4, width=32, num_attention_heads=4, intermediate_size=64)
 METHOD = {"name": "shrink", "flops": "40%", "candidates": 20, "round_to": 4, "trial_steps": 3}
@@ -241,6 +244,23 @@ def test_a_clock_that_this_machine_lacks_is_refused_before_the_teacher_learns(on
     assert said.code == 2
     assert "method.timing.device: cuda, and this process sees no GPU" in said.err
     assert said.loaded == ()
+
+
+def test_the_report_of_a_run_on_a_gpu_times_where_the_speedup_was_asked_for():
+    gpu = torch.device("cuda", 1)
+    asked = {"what": "speedup", "value": 8.0, "batch": 32}
+
+    on_cpu, on_gpu, share = (
+        timed_on([SizedStudent("student", Path("final"), one)], gpu)
+        for one in (
+            {**asked, "device": "cpu"},
+            {**asked, "device": "cuda"},
+            {"what": "flops", "value": 0.1},
+        )
+    )
+
+    assert on_cpu == torch.device("cpu")
+    assert on_gpu == share == gpu
 
 
 def clock(view: View) -> float:

@@ -244,7 +244,7 @@ def _asked(config: ShrinkConfig, budget: Budget) -> AskedReport:
     asked: AskedReport = {"what": "speedup", "value": 1 / budget.target, "batch": work.batch}
     if isinstance(work.tokens, int):
         asked["tokens"] = work.tokens
-    return {**asked, "runtime": work.runtime}
+    return {**asked, "runtime": work.runtime, "device": work.device}
 
 
 def sizes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Sizes:
