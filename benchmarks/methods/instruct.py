@@ -8,14 +8,15 @@ The teacher is SmolLM2-135M-Instruct, as its quantised package has it. `shrink` 
 in one run, and repairs them on conversations about mathematics and stories; a size costs its own
 stage and its share of trial and shared stage. For as many seconds each: `layers` keeps the most
 important layers and distils with megakd, `bare` and `trl` distil the same cut with a loop in
-PyTorch and with TRL's GKDTrainer (if it is installed), `random` distils the shape that `shrink`
-chose from random weights. `cut` is the cut without repair. All learn from forward KL in bf16 with
-the same rate; of several rates, the one with which the bare loop, for `--rate_seconds` from evenly
-spaced layers, comes nearest to the teacher on the validation rows. Held-out loss and KL to the
-teacher are of the answers in nats per token; `right` is the percentage of mathematical answers with
-the right number. Each run has a folder below `--out`, is gone on with where it was, and is done
-once. The runs of a seed take turns, `--jobs` seeds side by side; with other seeds beside them, the
-seconds of all are longer.
+PyTorch and with TRL's GKDTrainer (if it is installed), `untried` keeps three quarters of the
+layers, as narrow as the size asks, and repairs them without a trial, `random` distils the shape
+that `shrink` chose from random weights. `cut` is the cut without repair. All learn from forward KL
+in bf16 with the same rate; of several rates, the one with which the bare loop, for `--rate_seconds`
+from evenly spaced layers, comes nearest to the teacher on the validation rows. Held-out loss and KL
+to the teacher are of the answers in nats per token; `right` is the percentage of mathematical
+answers with the right number. Each run has a folder below `--out`, is gone on with where it was,
+and is done once. The runs of a seed take turns, `--jobs` seeds side by side; with other seeds
+beside them, the seconds of all are longer.
 """
 
 from __future__ import annotations
@@ -59,7 +60,11 @@ from methods.instruct_loops import DONE
 HELD_OUT = ("maths", "stories")
 LOADING = threading.Lock()
 """transformers changes torch's default dtype while it loads a model, for all threads."""
-ARMS = ("shrink", "cut", "layers", "random", "bare", "trl")
+ARMS = ("shrink", "cut", "layers", "untried", "random", "bare", "trl")
+IMPORTANCE = ("specification", "layers")
+"""Stages that measure the importance of units and layers."""
+DEPTH = 0.75
+"""Share of the layers of a student whose depth no trial chooses."""
 
 
 class Made(NamedTuple):
@@ -225,16 +230,34 @@ def write_cut(given: argparse.Namespace, layers: Sequence[int], folder: Path) ->
 
 def distilled(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
     """Return a student that megakd distils for as long as `shrink` takes."""
-    shape_of = shrunk(given, "shrink", size, seed)
     if arm == "layers":
         student = f"student.model={cut(given, 'cut', size, seed).folder}"
     else:
-        shape = json.loads((shape_of.folder / "config.json").read_text())
+        like = shrunk(given, "shrink", size, seed).folder
+        shape = json.loads((like / "config.json").read_text())
         student = f"student.model={json.dumps({'config': shape})}"
-    stage = stage_of(report_of(shrink_leg(given, seed), ranks=1), size.stage)
-    steps = round(shape_of.seconds / stage["seconds"] * stage["steps"])
+    steps = steps_for(given, size, seed, without=())
     words = (student, f"train.max_steps={steps}", f"seed={seed}")
-    leg = leg_of(given.out, f"{arm}-{size.name}-{seed}", "single", words)
+    return trained(given, leg_of(given.out, f"{arm}-{size.name}-{seed}", "single", words), steps)
+
+
+def untried(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
+    """Return a student with a depth that is not chosen by a trial, repaired for as long."""
+    steps = steps_for(given, size, seed, without=IMPORTANCE)
+    sized = (f"method.parameters={size.name}", f"method.candidates=[{DEPTH}]")
+    words = (*sized, f"method.repair_steps={steps}", f"seed={seed}")
+    return trained(given, leg_of(given.out, f"{arm}-{size.name}-{seed}", "shrink", words), steps)
+
+
+def steps_for(given: argparse.Namespace, size: Size, seed: int, without: Sequence[str]) -> int:
+    """Return the steps of the size's own stage in all of its seconds, `without` some stages."""
+    report = report_of(shrink_leg(given, seed), ranks=1)
+    stage, seconds = stage_of(report, size.stage), seconds_for(report, size)
+    spent = sum(stage_of(report, name)["seconds"] for name in without)
+    return round((seconds - spent) / stage["seconds"] * stage["steps"])
+
+
+def trained(given: argparse.Namespace, leg: Leg, steps: int) -> Made:
     report = report_of(leg, ranks=1, jobs=given.jobs)
     return Made(leg.output / "final", steps, sum(seconds_of(report).values()))
 
@@ -273,6 +296,7 @@ def run_loop(
 MAKERS: Mapping[str, Callable[[argparse.Namespace, str, Size, int], Made]] = {
     "shrink": shrunk,
     "cut": cut,
+    "untried": untried,
     "bare": looped,
     "trl": looped,
 }

@@ -113,6 +113,17 @@ def test_a_size_pays_its_own_stage_and_its_share_of_the_others():
     assert [benchmark.seconds_for(report, size) for size in sizes] == [37, 35]
 
 
+def test_without_a_trial_its_time_is_spent_on_the_repair(monkeypatch):
+    seconds = {"specification": 6, "layers": 4, "trial-1": 30, "student": 20}
+    stages = [{"name": name, "seconds": one, "steps": 40} for name, one in seconds.items()]
+    monkeypatch.setattr(benchmark, "shrink_leg", lambda *_: None)
+    monkeypatch.setattr(benchmark, "report_of", lambda *_, **__: {"stages": stages})
+    size = benchmark.Size("80M", "student", 15)
+
+    assert benchmark.steps_for(None, size, 1, without=()) == 120
+    assert benchmark.steps_for(None, size, 1, without=benchmark.IMPORTANCE) == 100
+
+
 def test_the_runs_are_valid_and_a_size_becomes_its_nearest_number_of_layers(rows, tmp_path):
     words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--runs", "shrink"]
     given = benchmark.parse([*words, "--sizes", "100M,80M"])
