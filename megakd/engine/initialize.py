@@ -10,7 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime import compiler
+from deepspeed.runtime import bf16_optimizer, compiler
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
@@ -19,6 +19,8 @@ from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
 from megakd.engine.sharding import linear_left_alone, note_fetches
 
+# It prints the memory at the beginning of every stage, and forgets the peak, which we report.
+bf16_optimizer.see_memory_usage = lambda *_, **__: None
 Engine = Any  # deepspeed.DeepSpeedEngine carries no types
 RATE = "rate"
 """Key of an optimizer's parameter group: the factor of the learning rate."""

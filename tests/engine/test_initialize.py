@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import torch
+from deepspeed.runtime import bf16_optimizer
 from torch import nn
 
 from megakd.config.deepspeed import load_ds_config, merged_ds_config
@@ -57,6 +58,12 @@ def test_a_part_of_the_model_has_a_learning_rate_of_its_own():
         "fast.weight": (1.0, 0.1),
         "fast.bias": (1.0, 0.0),
     }
+
+
+def test_an_optimizer_in_bf16_does_not_print_the_memory(capsys):
+    bf16_optimizer.see_memory_usage("begin", force=True)
+
+    assert capsys.readouterr().out == ""
 
 
 def test_a_module_keeps_its_matrices_from_decay():
