@@ -56,7 +56,8 @@ class PlannedPruning(Shapes):
         ready, rows = self._teachers[teacher], self.config.eval_rows()
         layers = ready.source.architecture.number_of_layers(ready.source.config)
         if not any(known.name == "layers" for known in self._phases):
-            forwards = (layers + 1) * -(-FEW // (rows * self._world))
+            few = FEW[self.config.task.type]
+            forwards = (layers + 1) * -(-few // (rows * self._world))
             teachers = {"layers": ready}
             phase = Phase(
                 name="layers", work="scoring", teachers=teachers, rows=rows, forwards=forwards

@@ -195,7 +195,7 @@ class ModelPruning(Shapes):
         """Return the importance of each layer of a teacher; measured once."""
         self._close()
         ready = self.assembly.teachers[teacher]
-        rows = few(self.assembly.prepared.encoded.validation)
+        rows = few(self.assembly.prepared.encoded.validation, self.config.task.type)
 
         def measure() -> Mapping[str, float]:
             scores = measure_layers(self.assembly, ready, rows)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metric import WHOLE
 from megakd.contract.results import ClassifierReport
+from megakd.contract.tasks import TaskType
 from megakd.data.collation import Collator
 from megakd.data.loader import evaluation_batches
 from megakd.data.masking import Masking
@@ -29,12 +30,17 @@ PredictViews = Callable[[Batch], Mapping[str, Predictions]]
 Ask = Callable[[Batch], Mapping[str, torch.Tensor]]
 
 
-FEW = 32
+FEW: dict[TaskType, int] = {"classification": 256, "regression": 256, "mlm": 32, "causal_lm": 32}
+"""Rows for a loss that is measured many times: a text has many labels, or one.
+
+The two layers of MiniLM whose absence costs most were found with 32 labels in 72 % of draws, and in
+all with 256.
+"""
 
 
-def few(rows: Dataset) -> Dataset:
-    """Return at most `FEW` rows at equal distances, for a loss that is measured many times."""
-    count = min(FEW, len(rows))
+def few(rows: Dataset, task: TaskType) -> Dataset:
+    """Return at most `FEW` rows at equal distances."""
+    count = min(FEW[task], len(rows))
     return rows.select([number * len(rows) // count for number in range(count)])
 
 

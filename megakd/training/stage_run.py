@@ -147,7 +147,8 @@ class StageRun:
         if kept is None or self.config.task.type not in LANGUAGE_TASKS:
             return
         prepared = self.assembly.of(self.stage.role).prepared
-        rows, predict = few(prepared.encoded.validation), self.student.predict
+        rows = few(prepared.encoded.validation, self.config.task.type)
+        predict = self.student.predict
         loss, guess = self.evaluation.scorer.loss(predict, rows), math.log(len(prepared.tokenizer))
         text = f"{self.stage.name}: the loss of the layers {', '.join(map(str, kept))} before the "
         text += f"first step is {loss:.3f} nats"

@@ -42,7 +42,7 @@ def layer_losses(config_path: str, overrides: list[str]) -> tuple[list[float], l
     with lab_of(config_path, overrides, writes=True) as lab:
         name, assembly = lab.teacher(), lab.assembly
         scores, source = lab.pruning.layer_scores(name), lab.model(name)
-        rows = few(assembly.prepared.encoded.validation)
+        rows = few(assembly.prepared.encoded.validation, assembly.config.task.type)
 
         def loss(layers: tuple[int, ...]) -> float:
             fewer = with_layers(source, layers, where="student.layers")

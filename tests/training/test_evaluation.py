@@ -19,7 +19,7 @@ from megakd.data.loader import evaluation_batches
 from megakd.engine.distributed import Ranks
 from megakd.errors import DataError, TrainingError
 from megakd.scoring.metrics import TaskMetrics
-from megakd.scoring.scorer import Scorer, _in_order
+from megakd.scoring.scorer import Scorer, _in_order, few
 from megakd.scoring.scores import Evaluation, headline, language_model_metrics
 from megakd.storage.atomic import json_text
 
@@ -29,6 +29,16 @@ def metrics_of(names: tuple[str, ...], outputs: Tensor, labels: Tensor) -> dict[
     values = TaskMetrics(names=names, main=headline(names)).of(outputs, labels)
     assert values.pop("loss") >= 0
     return values
+
+
+@pytest.mark.parametrize(("task", "count"), [("causal_lm", 32), ("classification", 256)])
+def test_a_loss_that_is_measured_often_takes_rows_from_all_over_the_split(task, count):
+    numbers = few(Dataset.from_dict({"number": range(1000)}), task)["number"]
+
+    assert len(numbers) == count
+    assert numbers[0] == 0
+    assert numbers[-1] >= 1000 - 1000 / count - 1
+    assert len(few(Dataset.from_dict({"number": range(7)}), task)) == 7
 
 
 def logits_of(classes: list[int], count: int = 2) -> Tensor:
