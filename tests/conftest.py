@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,9 +29,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
 }
-# What the first start with new caches compiles, which takes minutes on a busy machine.
-COMPILE = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as b; b().load()"
-COMPILE_TIMEOUT_S = 600
 # Set while this file is imported: the libraries read these when they are imported.
 os.environ.update(ENVIRONMENT)
 # What several test files share; worker processes import it from there too.
@@ -71,18 +66,6 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile DeepSpeed's operator beside the first tests, once, instead of while all wait."""
-    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
-    if session.config.option.collectonly or not is_first or any(EXTENSIONS.glob("**/*.so")):
-        return
-    if any("built_operator" in getattr(item, "fixturenames", ()) for item in session.items):
-        compiling = subprocess.Popen(
-            [sys.executable, "-c", COMPILE], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        session.config.add_cleanup(compiling.wait)
-
-
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     """The smallest run config as a file."""
@@ -116,15 +99,7 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def built_operator() -> None:
-    """DeepSpeed's operator, for all tests that start ranks."""
-    deadline = time.monotonic() + COMPILE_TIMEOUT_S
-    while not any(EXTENSIONS.glob("**/*.so")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-
-
-@pytest.fixture(scope="session")
-def one_rank(built_operator: None) -> Iterator[OneRank]:
+def one_rank() -> Iterator[OneRank]:
     """Runs whole commands in one long-lived process."""
     from one_rank import OneRank
 

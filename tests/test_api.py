@@ -59,7 +59,7 @@ Path(sys.argv[3]).write_text(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
-def said(built_operator, tmp_path_factory) -> dict:
+def said(tmp_path_factory) -> dict:
     """Results of the notebook-like script."""
     folder = tmp_path_factory.mktemp("notebook")
     task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
@@ -178,7 +178,7 @@ except KeyboardInterrupt as stop:
 """
 
 
-def test_a_training_that_is_told_to_stop_saves_and_the_next_call_goes_on(built_operator, tmp_path):
+def test_a_training_that_is_told_to_stop_saves_and_the_next_call_goes_on(tmp_path):
     task = {"type": "classification", "dataset": str(write_reviews(tmp_path / "reviews"))}
     tree = config_tree(tmp_path / "unused", task)
     tree["train"]["max_steps"], tree["log"]["logging_steps"] = 80, 1

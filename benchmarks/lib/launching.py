@@ -161,9 +161,6 @@ def start_ranks(
         for process in processes:
             process.kill()
             process.wait()
-        # DeepSpeed leaves its shared memory behind, under the number of the port.
-        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):  # noqa: S108
-            buffer.unlink(missing_ok=True)
     if code:
         raise RunFailedError(f"a rank ended with exit code {code}")
 

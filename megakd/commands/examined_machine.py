@@ -16,7 +16,6 @@ from megakd.config.run import RunConfig
 from megakd.engine import nodes
 from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.distributed import use_own_extensions_folder
-from megakd.engine.stale_locks import SHARED_MEMORY
 from megakd.errors import MegakdError
 from megakd.inputs.run_data import cache_folder
 from megakd.planning.cluster import GIGA
@@ -24,6 +23,7 @@ from megakd.storage.folders import check_writable
 
 PACKAGES = ("megakd", "torch", "deepspeed", "transformers", "datasets")
 PROGRAMS = ("g++", "ninja")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the system's name for it, no file of ours
 logger = logging.getLogger(__name__)
 
 

@@ -12,9 +12,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,15 +24,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from megakd.engine import activity, stale_locks
 from megakd.engine.collectives import backend_for, gather
-from megakd.engine.peers import reports_lost_peer
+from megakd.engine.peers import meeting, reports_lost_peer
 from megakd.engine.waiting import clock_collectives
 from megakd.errors import MegakdError
 
 logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 600.0
 """Limit of a collective of tensors; the default of `train.collective_timeout`."""
-MEETINGS = 2.5
-"""Limit of the meeting of all ranks, in timeouts of a collective: torch may wait two of them."""
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 _KEPT: list[bool] = []
 """Not empty if the process group is kept until the process ends."""
@@ -67,7 +62,6 @@ def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
     extensions = use_own_extensions_folder()
     if os.environ["LOCAL_RANK"] == "0":
         stale_locks.remove_dead_locks(extensions)
-        stale_locks.remove_dead_buffers()
     activity.begin(collective_timeout_s)
     clock_collectives()
     with reports_lost_peer():
@@ -110,9 +104,9 @@ def _init_process_group(timeout: timedelta) -> None:
     accelerator = _accelerator()
     device = accelerator.device_name()
     if device == "cpu":
-        stale_locks.check_shared_memory(_local_world())
+        _leave_shared_memory_alone()
     backend = backend_for(device, accelerator.communication_backend_name())
-    with _ends_after(MEETINGS * timeout.total_seconds()):
+    with meeting(timeout.total_seconds()):
         connected = _connect_nodes(timeout)  # until the group below has connected all ranks
         _join(backend, timeout, device)
     deepspeed.init_distributed(
@@ -122,10 +116,7 @@ def _init_process_group(timeout: timedelta) -> None:
         timeout=timeout,
     )
     del connected
-    if device == "cpu":
-        dist.barrier()
-        stale_locks.release_own_buffer()
-    else:
+    if device != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         # What stays fp32 is multiplied in TF32 on tensor cores.
         torch.set_float32_matmul_precision("high")
@@ -136,25 +127,15 @@ def _attempt() -> str:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
-@contextmanager
-def _ends_after(limit_s: float) -> Iterator[None]:
-    """End this process if the body takes longer: a store whose process is stopped never answers."""
-    timer = threading.Timer(limit_s, _end_alone, (limit_s,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _leave_shared_memory_alone() -> None:
+    """Start no shared memory of DeepSpeed's CPU ranks, which only its tensor parallelism uses.
 
+    In it, ranks wait for each other without a limit, and no thread can end them, because
+    DeepSpeed keeps the interpreter's lock meanwhile.
+    """
+    import deepspeed
 
-def _end_alone(waited_s: float) -> None:
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    sys.stderr.write(
-        f"megakd: rank {os.environ['RANK']} ends because the ranks have not met within "
-        f"{waited_s:g} s: rank 0 at {place}, or its launcher, does not answer; see its output\n"
-    )
-    _end(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _join(backend: str, timeout: timedelta, device: str) -> None:

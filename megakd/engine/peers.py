@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
 CONNECT_S = 20.0
 LEAST_SILENCE_S = 10.0
+MEETINGS = 2.5
+"""Limit of a meeting of all ranks, in timeouts of a collective: torch may wait two of them."""
 GRACE_S = 5.0
 """Seconds in which a rank may end by itself once another rank is lost."""
 _BYE, _END = b"bye", b"\n"
@@ -51,7 +53,7 @@ class _Watch:
         self, peers: Mapping[int, socket.socket], names: list[str], *, silence_s: float
     ) -> None:
         self.peers, self._names, self._silence_s = dict(peers), names, silence_s
-        self._rank, self._told = dist.get_rank(), 0.0
+        self._told = 0.0
         self.lost = threading.Event()
         self.what = ""
         self._heard = dict.fromkeys(peers, time.monotonic())
@@ -95,9 +97,7 @@ class _Watch:
             if silent_s > self._silence_s:
                 self._lose(f"{self._names[rank]} has not answered for {silent_s:.0f} s")
         if self.lost.is_set() and not self._ended.wait(GRACE_S):
-            sys.stderr.write(f"megakd: rank {self._rank} ends because {self.what}\n")
-            sys.stderr.flush()
-            os._exit(1)
+            _end(self.what)
         return bool(self._heard) and not self._ended.is_set()
 
     def _hears(self, rank: int) -> bool:
@@ -143,7 +143,7 @@ def watched(limit_s: float) -> Iterator[None]:
     if dist.get_world_size() == 1:
         yield
         return
-    with reports_lost_peer():
+    with reports_lost_peer(), meeting(limit_s):
         # A process that is stopped is named before the limit of the collective that waits for it.
         watch = _connect(max(0.8 * limit_s, LEAST_SILENCE_S))
     last = b""
@@ -158,6 +158,38 @@ def watched(limit_s: float) -> Iterator[None]:
         if watch is not None:
             _current.remove(watch)
             watch.close(last)
+
+
+@contextmanager
+def meeting(limit_s: float) -> Iterator[None]:
+    """End this process if the ranks do not meet in the body, which may wait without a limit.
+
+    A store whose process is stopped never answers, and nobody watches the ranks yet.
+
+    Args:
+        limit_s: limit of a collective.
+    """
+    waiting = threading.Timer(MEETINGS * limit_s, _end_alone, (MEETINGS * limit_s,))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
+
+
+def _end_alone(waited_s: float) -> None:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    _end(
+        f"the ranks have not met within {waited_s:g} s at {place}: another rank, or the launcher "
+        "of rank 0, does not answer; see their output"
+    )
+
+
+def _end(why: str) -> None:
+    sys.stderr.write(f"megakd: rank {os.environ['RANK']} ends because {why}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def lost(wait_s: float) -> str | None:

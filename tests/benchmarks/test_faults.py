@@ -18,7 +18,7 @@ def faults(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_two_minutes_of_faults_are_survived(built_operator):
+def test_two_minutes_of_faults_are_survived():
     ended = faults("--minutes", "2")
 
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]

@@ -182,9 +182,7 @@ def test_memory_that_is_left_on_a_gpu_or_a_model_that_is_left_is_a_failure(
 
 
 @pytest.mark.slow
-def test_a_rehearsal_finishes_a_part_and_a_second_start_repeats_nothing(
-    built_operator, tmp_path, capsys
-):
+def test_a_rehearsal_finishes_a_part_and_a_second_start_repeats_nothing(tmp_path, capsys):
     parts = [part for part in PARTS if part.name == "llama"]
 
     assert start(tmp_path, parts) == 0, parts_of(tmp_path)["llama"]["tail"]
@@ -200,7 +198,7 @@ def test_a_rehearsal_finishes_a_part_and_a_second_start_repeats_nothing(
 
 
 @pytest.mark.slow
-def test_all_other_parts_can_be_rehearsed_as_a_user_does(built_operator, tmp_path):
+def test_all_other_parts_can_be_rehearsed_as_a_user_does(tmp_path):
     names = [part.name for part in PARTS if part.name != "llama"]
     words = ["--rehearse", "--out", str(tmp_path), "--parts", ",".join(names)]
 

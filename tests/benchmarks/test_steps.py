@@ -28,7 +28,7 @@ COMMANDS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "shown"), COMMANDS, ids=[c.split()[0] for c, _ in COMMANDS])
-def test_both_sides_are_measured_and_printed(built_operator, run, command, shown):
+def test_both_sides_are_measured_and_printed(run, command, shown):
     ended = run(*command.split())
     assert ended.returncode == 0, ended.stderr
     assert shown in ended.stdout

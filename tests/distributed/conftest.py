@@ -61,7 +61,6 @@ class Group:
         self, command: Sequence[str], *, ranks: Sequence[Mapping[str, object]], logs: Path
     ) -> None:
         self.started = time.time()
-        self.port = ranks[0].get("MASTER_PORT")
         self.logs = [logs / f"rank-{number}.txt" for number in range(len(ranks))]
         self.processes = []
         for told, log in zip(ranks, self.logs, strict=True):
@@ -81,7 +80,6 @@ class Group:
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
         """The exit codes of all ranks."""
         self.wait_until(lambda: False, timeout_s=timeout_s)
-        self._remove_buffers()
         for process in self.processes:
             process.join()
         return [process.exitcode or 0 for process in self.processes]
@@ -94,7 +92,7 @@ class Group:
                 return False
             if time.monotonic() > deadline:
                 self.kill()
-                pytest.fail(f"no end after {timeout_s:.0f} s; {_locks()}{self.text[-3000:]}")
+                pytest.fail(f"no end after {timeout_s:.0f} s; {self.text[-3000:]}")
             time.sleep(0.001)
         return True
 
@@ -107,12 +105,6 @@ class Group:
             _kill(process)
         for process in self.processes:
             process.join()
-        self._remove_buffers()
-
-    def _remove_buffers(self) -> None:
-        # DeepSpeed leaves 69 MB of memory per rank behind, under the number of the port.
-        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{self.port}_*"):  # noqa: S108
-            buffer.unlink(missing_ok=True)
 
 
 def _kill(process: BaseProcess) -> None:
@@ -121,13 +113,6 @@ def _kill(process: BaseProcess) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-
-
-def _locks() -> str:
-    held = sorted(Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/lock"))
-    if not held:
-        return ""
-    return f"every start waits for these locks, remove them if no start is running: {held}; "
 
 
 GROUPS: list[Group] = []
@@ -152,7 +137,7 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def launch(built_operator: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
     """Starts `launch/train.py` on two ranks: `launch("--config", path)`.
 
     ranks: the variables of each rank, by default those of two.
@@ -172,7 +157,7 @@ def launch(built_operator: None, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 @pytest.fixture(scope="session")
-def workers(built_operator: None) -> Iterator[Callable[[int], GlooWorkers]]:
+def workers() -> Iterator[Callable[[int], GlooWorkers]]:
     """World size -> its long-lived ranks, started when first asked for."""
     from gloo_workers import GlooWorkers
 

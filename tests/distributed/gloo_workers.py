@@ -9,7 +9,6 @@ import importlib
 import os
 import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from forked_ranks import FORKS, leave_modules_alone, settle_in
 
@@ -47,10 +46,8 @@ class GlooWorkers:
         for rank, end in enumerate(self._ends):
             if not end.poll(timeout_s):
                 self.stop()
-                lock = Path(os.environ["TORCH_EXTENSIONS_DIR"])
                 raise TimeoutError(
-                    f"rank {rank} did not finish {what} in {timeout_s} s: the ranks disagree, or "
-                    f"a killed start left a lock in {lock}"
+                    f"rank {rank} did not finish {what} in {timeout_s} s: the ranks disagree"
                 )
             answers.append(end.recv())
         failures = [answer for ok, answer in answers if not ok]

@@ -6,6 +6,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+
+import deepspeed
 
 from megakd.engine import distributed, peers
 from megakd.engine.collectives import gather
@@ -64,12 +67,27 @@ def ended(ranks: Ranks) -> None:
     assert 1 <= len(TOLD) <= 4
 
 
+def stopping(call: Callable) -> Callable:
+    """The last rank is stopped before the call."""
+
+    def stop(*arguments, **options):
+        if os.environ["RANK"] == str(LOST):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return call(*arguments, **options)
+
+    return stop
+
+
+if sys.argv[1] == "joined":
+    deepspeed.init_distributed = stopping(deepspeed.init_distributed)
+if sys.argv[1] == "unwatched":
+    peers._connect = stopping(peers._connect)
 CASES = {case.__name__: case for case in (work, stopped, waiting, forked, ended)}
 ranks = distributed.start()
 code = 0
 try:
-    with peers.watched(0.0), peers.reports_lost_peer():
-        CASES[sys.argv[1]](ranks)
+    with peers.watched(2.0), peers.reports_lost_peer():
+        CASES.get(sys.argv[1], work)(ranks)
 except PeerLostError as error:
     sys.stderr.write(f"megakd: {error}\n")
     code = error.exit_code

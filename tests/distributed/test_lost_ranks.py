@@ -55,6 +55,15 @@ def test_a_rank_that_is_lost_ends_all_others_with_a_line_that_names_it(lose, cas
         assert len(re.findall(line, group.text, re.MULTILINE)) == 1, group.text
 
 
+@pytest.mark.parametrize("case", ["joined", "unwatched"])
+def test_a_rank_that_is_stopped_before_it_is_watched_ends_all_others(lose, case):
+    group = lose(case)
+
+    assert [rank.exitcode for rank in group.processes[:LOST]] == [1, 1]
+    for rank in range(LOST):
+        assert f"megakd: rank {rank} ends because the ranks have not met within 5 s" in group.text
+
+
 def test_ranks_that_end_one_after_another_lose_nobody(lose):
     group = lose("ended")
 
@@ -116,7 +125,7 @@ def wait_for_step(out: Path, step: int) -> None:
     ("number", "how"), [(signal.SIGKILL, "has ended"), (signal.SIGSTOP, "has not answered for ")]
 )
 def test_a_rank_that_is_lost_ends_the_launchers_of_two_nodes(
-    config, tmp_path, built_operator, launcher, number, how
+    config, tmp_path, launcher, number, how
 ):
     out = tmp_path / "out"
     words = (str(TRAIN), "--config", str(config), f"output_dir={out}", "train.max_steps=1000000")
@@ -139,9 +148,7 @@ def test_a_rank_that_is_lost_ends_the_launchers_of_two_nodes(
 
 
 @pytest.mark.slow
-def test_torchrun_brings_a_run_back_whose_rank_dies_three_times(
-    config, tmp_path, launch, built_operator
-):
+def test_torchrun_brings_a_run_back_whose_rank_dies_three_times(config, tmp_path, launch):
     whole = tmp_path / "whole"
     group = launch("--config", str(config), f"output_dir={whole}")
     assert group.wait() == [0, 0], group.text

@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_
 
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
+from megakd.engine import distributed
 from megakd.engine.sharding import gathered, gathered_state, is_sharded, set_values
 from megakd.errors import ModelError
 from megakd.models.loading import load_model, resolve_model
@@ -148,13 +149,12 @@ def sent_to_load(folder, spec):
 
 def main(folder, scratch, output):
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
+    distributed.start()
     spec = ScratchModel(config=json.loads(scratch))
     results = {**states(folder, spec), **independence(folder), **opening(folder)}
     results |= of_other_files(folder, output) | sent_to_load(folder, spec)
     torch.save(results, Path(output) / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def llama_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ranks(built_operator, llama_folder, tmp_path_factory):
+def ranks(llama_folder, tmp_path_factory):
     """The results of both ranks, from one start."""
     output = tmp_path_factory.mktemp("ranks")
     run_ranks([str(llama_folder), json.dumps(BERT), str(output)], world=2, log_folder=output)

@@ -13,7 +13,7 @@ import pytest
 from tiny_runs import bert, config_tree, write_config, write_reviews
 from two_hosts import Host, two_hosts
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("built_operator")]
+pytestmark = pytest.mark.slow
 PORT = "29533"  # of a network of its own
 TIMEOUT_S = 300
 INTERFACE = {"GLOO_SOCKET_IFNAME": "eth0"}

@@ -19,9 +19,7 @@ SHOWN += f"main(['methods', 'born_again'])\ntrain_main({CONFIG})"
 
 
 @pytest.fixture(scope="module")
-def followed(
-    built_operator: None, repository: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def followed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the code with the page's files in it."""
     copy = tmp_path_factory.mktemp("contributor")
     for part in (*PARTS, "pyproject.toml"):
@@ -31,8 +29,6 @@ def followed(
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, target)
-    # The operators of DeepSpeed that the tests have compiled already.
-    (copy / ".cache").symlink_to(repository / ".cache")
     page = (repository / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
     for name, text in re.findall(r"```\w+ (\S+)\n(.*?)```", page, re.DOTALL):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
