@@ -33,6 +33,7 @@ from megakd.engine.optimizer_state import LEARNER, OptimizerState
 from megakd.engine.sharding import memory_efficient_linear
 from megakd.engine.shards import Shard, local_shards
 from megakd.engine.stored_parts import Parts, StoredParts, file_of
+from megakd.engine.whole_model import evaluating
 from megakd.errors import CheckpointError
 
 _SHARD = "shards/"
@@ -48,6 +49,7 @@ class StudentEngine:
 
     def __init__(self, engine: Engine, *, passes_per_backward: int | None = None) -> None:
         self._engine = engine
+        engine.train()
         self._passes_per_backward = passes_per_backward
         self._norm: Tensor | None = None
         self._gradients = StepGradients(engine)
@@ -75,7 +77,6 @@ class StudentEngine:
         The heads of the frozen teachers, whose outputs stand by name, are kept gathered during the
         student's forward, which computes gradients.
         """
-        self._engine.train()
         total, parts = torch.zeros((), device=batch.labels.device), dict[str, Tensor]()
         groups = backward_groups(plan, self._passes_per_backward)
         for number, group in enumerate(groups, start=1):
@@ -166,18 +167,18 @@ class StudentEngine:
         The reported parts are sums over this rank's units. The predictions of the views in
         `scored` come out of the same forward.
         """
-        self._engine.eval()
         counts = dict.fromkeys(
             self._engine.module.counters,
             torch.ones((), dtype=torch.long, device=batch.valid.device),
         )
-        return self._forward(batch, knowledge, plan, counts, scored=scored)
+        with evaluating(self.bundle):
+            return self._forward(batch, knowledge, plan, counts, scored=scored)
 
     @torch.no_grad()
     def predict(self, batch: Batch, view: str | None = None) -> Predictions:
         """Return predictions for one micro-batch without dropout, of a view if `view` is given."""
-        self._engine.eval()
-        return self._engine(batch, view=view)
+        with evaluating(self.bundle):
+            return self._engine(batch, view=view)
 
     def files(self, shards: Parts = MappingProxyType({})) -> dict[str, Any]:
         """Return this rank's part of the engine's state as files; a collective.

@@ -31,14 +31,13 @@ class HardClasses(TermGroup):
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return the cross-entropy in nats, summed over labelled rows."""
         if self.class_weights is None and not self.smoothing:
-            total, reported = self._plain(reading)
+            total = self._plain(reading)
         else:
             total = self._weighted(_logits(reading.student), reading.batch.labels)
-            reported = total.detach()
         scale = reading.weights["hard_cross_entropy"] * reading.per_unit[self.unit]
-        return Evaluated(total * scale, {"hard_cross_entropy": reported})
+        return Evaluated(total * scale, {"hard_cross_entropy": total.detach()})
 
-    def _plain(self, reading: LossInputs) -> tuple[Tensor, Tensor]:
+    def _plain(self, reading: LossInputs) -> Tensor:
         out = megakd_kernels.kd_loss_from_logits(
             _logits(reading.student),
             None,
@@ -48,7 +47,7 @@ class HardClasses(TermGroup):
             ignore_index=IGNORE,
             impl=reading.kernels,
         )
-        return out.loss, out.ce_sum
+        return out.loss
 
     def _weighted(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the sum over rows of (1 - s)·w[y]·-log p[y] + s/C·sum of w[c]·-log p[c]."""
