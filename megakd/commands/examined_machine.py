@@ -31,7 +31,7 @@ def machine_facts(config: RunConfig) -> Iterator[str]:
     """Yield what is fine with the machines of all ranks; a collective.
 
     Raises:
-        MegakdError: versions differ, a program is missing, or a folder is not writable.
+        MegakdError: versions differ, or a folder is not writable.
     """
     yield _versions()
     yield together(_compiler)
@@ -76,13 +76,14 @@ def _compiler() -> str:
     built = sorted(path.stem for path in folder.glob("**/*.so"))
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing and not built:
-        raise MegakdError(
-            f"{node_name()} lacks {' and '.join(missing)}, with which DeepSpeed compiles its "
-            "extensions at the first start; install them"
+        logger.warning(
+            "%s lacks %s, with which DeepSpeed compiles an offloaded optimizer, and Triton its "
+            "kernels, at the first start; install them for these",
+            *(node_name(), " and ".join(missing)),
         )
     for lock in folder.glob("**/lock"):
         logger.warning("another process compiles or loads extensions (%s); starts wait", lock)
-    done = f"extensions in {folder}: {', '.join(built)}" if built else "no extension is built yet"
+    done = f"extensions in {folder}: {', '.join(built)}" if built else "no extension is built"
     return done if missing else f"{done}; {' and '.join(PROGRAMS)} are there"
 
 
