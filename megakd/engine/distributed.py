@@ -12,6 +12,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -106,9 +108,11 @@ def _init_process_group(timeout: timedelta) -> None:
     if device == "cpu":
         _leave_shared_memory_alone()
     backend = backend_for(device, accelerator.communication_backend_name())
-    with meeting(timeout.total_seconds()):
-        connected = _connect_nodes(timeout)  # until the group below has connected all ranks
-        _join(backend, timeout, device)
+    with meeting(timeout.total_seconds()), _told_who_is_missing(timeout):
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        # Until the group below has connected all ranks.
+        connected = _connect_nodes(store, rank, world, timeout)
+        _join(store, backend, timeout, device)
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
@@ -138,13 +142,26 @@ def _leave_shared_memory_alone() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _join(backend: str, timeout: timedelta, device: str) -> None:
+@contextmanager
+def _told_who_is_missing(timeout: timedelta) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        raise MegakdError(
+            f"not all of {os.environ['WORLD_SIZE']} ranks have met at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); see the output of the "
+            "others, and start all nodes with the same number of nodes and of ranks per node"
+        ) from error
+
+
+def _join(store: Any, backend: str, timeout: timedelta, device: str) -> None:
     """Start the process group, which DeepSpeed then joins.
 
     Without a rendezvous backend, torchrun keeps its store when it restarts ranks, with the
     addresses of those that have ended, and torch would read those.
     """
-    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = distributed_c10d.PrefixStore(f"megakd/attempt-{_attempt()}", store)
     # As DeepSpeed does: NCCL connects at once, and knows the GPU of this rank.
     bound = device == "cuda" and world > 1
@@ -154,19 +171,10 @@ def _join(backend: str, timeout: timedelta, device: str) -> None:
     )  # fmt: skip
 
 
-def _connect_nodes(timeout: timedelta) -> tuple[Any, ...]:
+def _connect_nodes(store: Any, rank: int, world: int, timeout: timedelta) -> tuple[Any, ...]:
     """Connect the ranks of several nodes over gloo, and return what keeps the connections open."""
-    if int(os.environ["WORLD_SIZE"]) <= _local_world():
+    if world <= _local_world():
         return ()
-    try:
-        store, rank, world = next(rendezvous("env://", timeout=timeout))
-    except dist.DistStoreError as error:
-        raise MegakdError(
-            f"not all of {os.environ['WORLD_SIZE']} ranks have met at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
-            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); start all nodes with "
-            "the same number of nodes and of ranks per node"
-        ) from error
     started = distributed_c10d.PrefixStore(f"megakd/started-{_attempt()}", store)
     started.set(str(rank), str(world))
     for other in range(world):

@@ -78,12 +78,14 @@ def stopping(call: Callable) -> Callable:
     return stop
 
 
+if sys.argv[1] == "absent":
+    distributed.rendezvous = stopping(distributed.rendezvous)
 if sys.argv[1] == "joined":
     deepspeed.init_distributed = stopping(deepspeed.init_distributed)
 if sys.argv[1] == "unwatched":
     peers._connect = stopping(peers._connect)
 CASES = {case.__name__: case for case in (work, stopped, waiting, forked, ended)}
-ranks = distributed.start()
+ranks = distributed.start(collective_timeout_s=8.0 if sys.argv[1] == "absent" else 600.0)
 code = 0
 try:
     with peers.watched(2.0), peers.reports_lost_peer():

@@ -64,6 +64,16 @@ def test_a_rank_that_is_stopped_before_it_is_watched_ends_all_others(lose, case)
         assert f"megakd: rank {rank} ends because the ranks have not met within 5 s" in group.text
 
 
+def test_a_rank_that_is_stopped_before_it_meets_the_others_is_missed_by_them(lose):
+    group = lose("absent")
+
+    assert [rank.exitcode for rank in group.processes[:LOST]] == [1, 1]
+    line = (
+        r"MegakdError: not all of 3 ranks have met at 127.0.0.1:\d+ within 8 s .*; see the output"
+    )
+    assert len(re.findall(line, group.text)) == LOST, group.text
+
+
 def test_ranks_that_end_one_after_another_lose_nobody(lose):
     group = lose("ended")
 

@@ -250,10 +250,10 @@ def test_a_rank_whose_store_never_answers_ends_with_one_line():
 def test_a_rank_of_several_gpus_is_bound_to_its_own(monkeypatch, device, world, bound):
     given = {}
     store = distributed.dist.HashStore()
-    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 0, world)]))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda _, **kw: given.update(kw))
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "0"), ("WORLD_SIZE", str(world))):
+        monkeypatch.setenv(name, value)
 
-    distributed._join("gloo", timedelta(seconds=1), device)
+    distributed._join(store, "gloo", timedelta(seconds=1), device)
 
     assert str(given["device_id"]) == str(bound)
