@@ -60,6 +60,8 @@ MEETING_S = 3 * SIZES["collective_timeout"]
 and torch tries to connect twice."""
 REFUSED = 2
 """Exit code of a start that asks its user to remove something."""
+OTHER_WEIGHTS = ("the result of another config", "was written with another config")
+"""What a start says of a stage and of a checkpoint."""
 ENDS_ALONE = "the other ranks did not end"
 
 
@@ -242,7 +244,7 @@ class Trial:
         words = start.last_words()
         # With other ranks, a stage that is made again may have other weights than its successors
         # were made from.
-        reasons = ["damaged", *(["the result of another config"] if "ranks" in self.faults else [])]
+        reasons = ["damaged", *(OTHER_WEIGHTS if "ranks" in self.faults else ())]
         if REFUSED not in start.codes or not any(reason in words for reason in reasons):
             return False
         folders = [path for top in ("stages", "checkpoints") for path in (self.out / top).glob("*")]

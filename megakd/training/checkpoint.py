@@ -258,7 +258,8 @@ class Checkpoints:
         if differing and not (self.may_grow and is_longer(there, here)):
             raise CheckpointError(
                 f"{checkpoint} was written with another config ({differing}); use another "
-                f"output_dir, or use that config again{same_rows(there, here)}"
+                f"output_dir, use that config again{same_rows(there, here)}, or remove "
+                f"{checkpoint.parent}, and the stage begins anew"
             )
 
     def has_grown(self, checkpoint: Path) -> bool:
