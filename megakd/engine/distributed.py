@@ -146,7 +146,7 @@ def _leave_shared_memory_alone() -> None:
 def _told_who_is_missing(timeout: timedelta) -> Iterator[None]:
     try:
         yield
-    except dist.DistError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise MegakdError(
             f"not all of {os.environ['WORLD_SIZE']} ranks have met at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
