@@ -203,7 +203,8 @@ def ask_student(output: Path) -> int:
     print(f'    "{SENTENCE}"', flush=True)
     code = megakd(["predict", str(output / "final"), SENTENCE])
     print("\nshrink a model with your texts, a csv file with the columns text and label:")
-    print(f"$ {program} shrink {TEACHER} --speedup 8x --data FILE")
+    teacher = TEACHER if TEACHER.is_dir() else output / "stages/teacher-finetune"
+    print(f"$ {program} shrink {teacher} --speedup 8x --data FILE")
     print("serve the student with ONNX Runtime:")
     print(f"$ {program} export {output}/config.yaml --to {output}-onnx --format onnx")
     return code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import signal
 from pathlib import Path
 from types import ModuleType
@@ -88,6 +89,17 @@ def test_the_teacher_from_scratch_is_a_valid_override_of_the_run(quickstart, rep
     assert config.teacher is not None
     assert isinstance(config.teacher.model, ScratchModel)
     assert config.teacher.model.config["hidden_size"] == 256
+
+
+def test_the_next_command_names_a_teacher_that_is_there(quickstart, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "megakd", lambda _: 0)
+
+    quickstart.ask_student(Path("out"))
+    write_weights(tmp_path / quickstart.TEACHER, PUBLISHED)
+    quickstart.ask_student(Path("out"))
+
+    shown = re.findall(r"megakd shrink (\S+)", capsys.readouterr().out)
+    assert shown == ["out/stages/teacher-finetune", "runs/quickstart-teacher"]
 
 
 def test_a_package_that_is_nowhere_gives_pips_own_last_line(quickstart, tmp_path, monkeypatch):
