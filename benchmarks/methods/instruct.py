@@ -8,7 +8,7 @@ The teacher is SmolLM2-135M-Instruct, as its quantised package has it. `shrink` 
 in one run, and repairs them on conversations about mathematics and stories; a size costs its own
 stage and its share of trial and shared stage. For as many seconds each: `layers` keeps the most
 important layers and distils with megakd, `bare` and `trl` distil the same cut with a loop in
-PyTorch and with TRL's GKDTrainer (if it is installed), `untried` keeps three quarters of the
+PyTorch and with TRL's GKDTrainer (if it is installed), `depth-0.75` keeps three quarters of the
 layers, as narrow as the size asks, and repairs them without a trial, `random` distils the shape
 that `shrink` chose from random weights. `cut` is the cut without repair. All learn from forward KL
 in bf16 with the same rate; of several rates, the one with which the bare loop, for `--rate_seconds`
@@ -60,11 +60,9 @@ from methods.instruct_loops import DONE
 HELD_OUT = ("maths", "stories")
 LOADING = threading.Lock()
 """transformers changes torch's default dtype while it loads a model, for all threads."""
-ARMS = ("shrink", "cut", "layers", "untried", "random", "bare", "trl")
+ARMS = ("shrink", "cut", "layers", "depth-0.75", "depth-0.5", "random", "bare", "trl")
 IMPORTANCE = ("specification", "layers")
 """Stages that measure the importance of units and layers."""
-DEPTH = 0.75
-"""Share of the layers of a student whose depth no trial chooses."""
 
 
 class Made(NamedTuple):
@@ -113,7 +111,7 @@ def scored(given: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
     found = {}
     for size in given.sizes:
         for arm in given.runs:
-            made = MAKERS.get(arm, distilled)(given, arm, size, seed)
+            made = MAKERS.get(arm.partition("-")[0], distilled)(given, arm, size, seed)
             cost = {"steps": made.steps, "seconds": made.seconds}
             scores = score(given, f"{arm}-{size.name}-{seed}", made.folder)
             found[f"{arm} {size.name}"] = {**scores, **cost}
@@ -241,10 +239,11 @@ def distilled(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Mad
     return trained(given, leg_of(given.out, f"{arm}-{size.name}-{seed}", "single", words), steps)
 
 
-def untried(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
-    """Return a student with a depth that is not chosen by a trial, repaired for as long."""
+def of_depth(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
+    """Return a student with a share of the layers, repaired for as long without a trial."""
     steps = steps_for(given, size, seed, without=IMPORTANCE)
-    sized = (f"method.parameters={size.name}", f"method.candidates=[{DEPTH}]")
+    share = arm.partition("-")[2]
+    sized = (f"method.parameters={size.name}", f"method.candidates=[{share}]")
     words = (*sized, f"method.repair_steps={steps}", f"seed={seed}")
     return trained(given, leg_of(given.out, f"{arm}-{size.name}-{seed}", "shrink", words), steps)
 
@@ -296,7 +295,7 @@ def run_loop(
 MAKERS: Mapping[str, Callable[[argparse.Namespace, str, Size, int], Made]] = {
     "shrink": shrunk,
     "cut": cut,
-    "untried": untried,
+    "depth": of_depth,
     "bare": looped,
     "trl": looped,
 }
