@@ -47,7 +47,7 @@ def test_a_part_that_is_not_there_is_an_error_before_anything_is_set(tmp_path, m
     write(tmp_path, [9])
     model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(SIZE))})
     optimizer: Any = torch.optim.SGD(model.parameters())
-    engine: Any = SimpleNamespace(optimizer=optimizer, module=model)
+    engine: Any = SimpleNamespace(optimizer=optimizer, module=model, train=model.train)
 
     (tmp_path / "engine-1.pt").unlink()
     with pytest.raises(

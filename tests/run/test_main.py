@@ -18,6 +18,7 @@ from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, read, records
 
 from megakd.config.file import load_config
 from megakd.config.run import EvalConfig
+from megakd.config.train import TrainConfig
 from megakd.contract.results import MethodRecord
 from megakd.data.splits import load_splits
 from megakd.engine.stored_parts import StoredParts
@@ -215,12 +216,12 @@ def test_a_model_whose_code_cannot_be_timed_does_not_fail_a_run(
         pool=SimpleNamespace(folders={"teacher": tmp_path}),
         record=MethodRecord(),
         config=SimpleNamespace(
-            output_dir=tmp_path, task=SimpleNamespace(type="mlm"), eval=EvalConfig()
+            output_dir=tmp_path,
+            task=SimpleNamespace(type="mlm"),
+            train=TrainConfig(),
+            eval=EvalConfig(),
         ),
-        assembly=SimpleNamespace(
-            prepared=SimpleNamespace(encoded=SimpleNamespace(held_out=rows)),
-            scoring_dtype=lambda: "fp32",
-        ),
+        assembly=SimpleNamespace(prepared=SimpleNamespace(encoded=SimpleNamespace(held_out=rows))),
     )
     monkeypatch.setattr("megakd.reports.latency.measure_latencies", fail)
     monkeypatch.setattr(run_report, "weight_bytes", lambda _: 1)
