@@ -151,10 +151,10 @@ def start_ranks(
     processes = []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
-        own = {key: str(value) for key, value in {**place, **meeting}.items()}
-        own = variables() | own | (environment or {})
+        of_rank = {key: str(value) for key, value in {**place, **meeting}.items()}
+        of_rank = variables() | of_rank | (environment or {})
         output = subprocess.DEVNULL if is_quiet else None
-        processes.append(subprocess.Popen([sys.executable, *words], env=own, stdout=output))
+        processes.append(subprocess.Popen([sys.executable, *words], env=of_rank, stdout=output))
     try:
         code = _worst_code(processes)
     finally:
