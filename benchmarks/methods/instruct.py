@@ -5,11 +5,11 @@
 package index must be reachable at the first start.
 
 The teacher is SmolLM2-135M-Instruct, as its quantised package has it. `shrink` cuts it to all sizes
-in one run, and repairs them on conversations about mathematics and stories; a size costs its own
-stage and its share of trial and shared stage. For as many seconds each: `layers` keeps the most
-important layers and distils with megakd, `bare` and `trl` distil the same cut with a loop in
-PyTorch and with TRL's GKDTrainer (if it is installed), `depth-0.75` keeps three quarters of the
-layers, as narrow as the size asks, and repairs them without a trial, `random` distils the shape
+in one run with a trial, and repairs them on conversations about mathematics and stories; a size
+costs its own stage and its share of trial and shared stage. For as many seconds each: `layers`
+keeps the most important layers and distils with megakd, `bare` and `trl` distil the same cut with a
+loop in PyTorch and with TRL's GKDTrainer (if it is installed), `depth-0.75` keeps three quarters of
+the layers, as narrow as the size asks, and repairs them without a trial, `random` distils the shape
 that `shrink` chose from random weights. `cut` is the cut without repair. All learn from forward KL
 in bf16 with the same rate; of several rates, the one with which the bare loop, for `--rate_seconds`
 from evenly spaced layers, comes nearest to the teacher on the validation rows. Held-out loss and KL

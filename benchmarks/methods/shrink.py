@@ -8,8 +8,9 @@ llama2.c. The teacher of `books` is a Llama of 1.5 million weights that is first
 novels, once. The student has 0.4 of the weights of its teacher.
 
 `shrink` chooses among all candidates in a trial and repairs the best one; `cut` is the loss of the
-student before its first step, `trial` after the trial. `layers-N` trains one candidate alone, for
-as many steps as a candidate takes in `shrink`. `random` is the shape of the student from random
+student before its first step, `trial` after the trial. `layers-N` trains one candidate alone and
+without a trial, for as many steps as a candidate takes in `shrink`, or for `--alone` steps, so that
+it takes as long as `shrink`. `random` is the shape of the student from random
 weights, distilled for as many steps. `on_policy` spends the last tenth of the repair on texts that
 the student generates. Each run has a folder below `--out`, is gone on with where it was, and is
 done once; `--runs` takes some of them. `--trials` runs only trials of several lengths, with one
@@ -143,7 +144,8 @@ def variants(given: argparse.Namespace) -> dict[str, tuple[str, ...]]:
         f"method.on_policy_steps={last}",
         "rollout={max_new_tokens: 96, prompt_tokens: 32}",
     )
-    alone = {f"{ALONE}{n}": (f"method.candidates=[{n / case.layers}]",) for n in case.depths}
+    steps = ("method.trial_steps=null", f"method.repair_steps={given.alone}")
+    alone = {f"{ALONE}{n}": (f"method.candidates=[{n / case.layers}]", *steps) for n in case.depths}
     return {"shrink": ("baselines=[random]",), **alone, "on_policy": on_policy}
 
 
@@ -175,18 +177,18 @@ def models(given: argparse.Namespace) -> dict[str, Columns]:
 
 def numbers(report: Report, run: Path) -> dict[str, float | None]:
     """Return held-out losses in nats per token, the choice of the trial, and times."""
-    trial, candidates = stage_of(report, "trial-1"), report["candidates"]
-    layers = {int(row["shape"].split()[0]): row for row in candidates}
-    (chosen,) = (number for number, row in layers.items() if row["chosen"])
     seconds = seconds_of(report)
     found = {
         "loss": report["student"]["metrics"]["loss"],
         "teacher": report["teacher"]["metrics"]["loss"],
-        "seconds": seconds["trial-1"] + seconds["student"],
+        "seconds": seconds.get("trial-1", 0.0) + seconds["student"],
     }
     if "random" in report["baselines"]:
         found["random"] = report["baselines"]["random"]["loss"]
-    if len(candidates) > 1:
+    if report["candidates"]:
+        trial = stage_of(report, "trial-1")
+        layers = {int(row["shape"].split()[0]): row for row in report["candidates"]}
+        (chosen,) = (number for number, row in layers.items() if row["chosen"])
         found |= {"layers": chosen, "trial": trial["metrics"]["loss"], "trial s": trial["seconds"]}
         found["cut"] = cut_loss(run, chosen)
         found |= {f"KL of {number} layers": row["metric"] for number, row in layers.items()}
@@ -206,11 +208,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--case", choices=CASES, default="stories")
     parser.add_argument("--steps", type=int, default=400, help="of the repair")
     parser.add_argument("--trial", type=int, default=60, help="steps of the trial")
+    parser.add_argument("--alone", type=int, help="steps of layers-N; default: trial and repair")
     parser.add_argument("--runs", nargs="*", help="names of the variants; default: all")
     parser.add_argument("--trials", type=integers, help="compare trials of so many steps")
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="folder of books' teacher")
     given = parsed(parser, __name__, arguments)
     given.teacher = ROOT / given.teacher
+    given.alone = given.alone or given.trial + given.steps
     given.out = given.out or ROOT / "runs/bench/shrink" / CASES[given.case].out
     given.runs = given.runs or [*variants(given)]
     return given

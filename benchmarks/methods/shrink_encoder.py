@@ -1,16 +1,17 @@
 """Shrink of a classifier: several sizes in one run, a run per size, kept layers, DistilBERT's way.
 
 `python benchmarks methods.shrink_encoder --data FOLDER [--setting clinc150-few]
-[--sizes 40%,20%,10%] [--runs series,each,layers-2,layers-1] [--seeds 1,2,3]`, on the CPU, or with
-`DS_ACCELERATOR=cuda` on a GPU, one rank.
+[--sizes 40%,20%,10%] [--runs series,each,tried,layers-2,layers-1] [--seeds 1,2,3]`, on the CPU, or
+with `DS_ACCELERATOR=cuda` on a GPU, one rank.
 
 The teacher is all-MiniLM-L6-v2, fine-tuned as in the evidence, once. `series` cuts it to all sizes
-in one run, `each` in a run per size, with equal steps of trial and repair; `layers-N` keeps the
-most important layers as they are and trains as long as trial and repair, and so does `distilbert-N`
-by the recipe of DistilBERT (Sanh et al. 2019, arXiv 1910.01108): evenly spaced layers, soft targets
-at temperature 2, labels, and the cosine of the last hidden states, weighed 5, 2 and 1. Sizes are
-shares of the operations of the layers, or speed-ups such as 2x,4x,8x. Scores are of the test rows;
-each run has a folder below `--out`, is gone on with where it was, and is done once.
+in one run, `each` in a run per size, and `tried` after a trial of `--candidates` for each size,
+with equal steps of trial and repair; `layers-N` keeps the most important layers as they are and
+trains as long, and so does `distilbert-N` by the recipe of DistilBERT (Sanh et al. 2019, arXiv
+1910.01108): evenly spaced layers, soft targets at temperature 2, labels, and the cosine of the last
+hidden states, weighed 5, 2 and 1. Sizes are shares of the operations of the layers, or speed-ups
+such as 2x,4x,8x. Scores are of the test rows; each run has a folder below `--out`, is gone on with
+where it was, and is done once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from lib.launching import (
 from lib.options import add_runs, need, parsed, parser_of
 from lib.tables import Columns, columns_of, print_models
 
-SERIES, EACH = "series", "each"
+SERIES, EACH, TRIED = "series", "each", "tried"
+SHARE_OF_TRIAL = 0.3
 KEPT = {"layers": "importance", "distilbert": "spacing"}
 """Arms that keep layers, such as `layers-2`, and how they choose them."""
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "per_device_train_batch_size": 32}
@@ -75,7 +77,7 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
     single = {
         **shared,
         "method": {"name": "single"},
-        "train": {**train, "max_steps": given.steps + round(0.3 * given.steps)},
+        "train": {**train, "max_steps": all_steps(given)},
     }
     return {
         "teacher": {
@@ -96,6 +98,11 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def all_steps(given: argparse.Namespace) -> int:
+    """Return the steps of trial and repair."""
+    return given.steps + round(SHARE_OF_TRIAL * given.steps)
+
+
 def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:
     """Return the runs of an arm: one, or one for each size."""
     kind, _, count = name.partition("-")
@@ -108,7 +115,9 @@ def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:
 
 def _shrink(given: argparse.Namespace, name: str, sizes: Sequence[str], seed: int) -> Leg:
     key = "speedup" if sizes[0].endswith("x") else "flops"
-    words = (f"method.{key}={','.join(sizes)}", f"method.candidates={given.candidates}")
+    tried = (f"method.candidates={given.candidates}", f"method.repair_steps={given.steps}")
+    method = tried if name == TRIED else (f"method.repair_steps={all_steps(given)}",)
+    words = (f"method.{key}={','.join(sizes)}", *method)
     folder = f"{name}-{'-'.join(sizes).replace('%', '')}-{seed}"
     return leg_of(given.out, folder, "shrink", (*words, f"seed={seed}"))
 
@@ -154,8 +163,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_runs(parser, "shrink_encoder", jobs=1, data="clinc150/, banking77/ or glue/")
     parser.add_argument("--setting", choices=SETTINGS, default="clinc150-few")
     parser.add_argument("--sizes", default="40%,20%,10%", help="the largest first")
-    parser.add_argument("--steps", type=int, default=1000, help="of the repair")
-    parser.add_argument("--candidates", type=int, default=6, help="of each size")
+    parser.add_argument("--steps", type=int, default=1000, help="of the repair after a trial")
+    parser.add_argument("--candidates", type=int, default=6, help="of each size of `tried`")
     parser.add_argument("--runs", default=f"{SERIES},{EACH},layers-2,layers-1")
     given = parsed(parser, __name__, arguments)
     given.sizes, given.runs = given.sizes.split(","), given.runs.split(",")

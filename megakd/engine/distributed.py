@@ -112,7 +112,7 @@ def _init_process_group(timeout: timedelta) -> None:
         store, rank, world = next(rendezvous("env://", timeout=timeout))
         # Until the group below has connected all ranks.
         connected = _connect_nodes(store, rank, world, timeout)
-        _join(store, backend, timeout, device)
+        _join(store, rank, world, backend, device, timeout=timeout)
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
@@ -155,13 +155,14 @@ def _told_who_is_missing(timeout: timedelta) -> Iterator[None]:
         ) from error
 
 
-def _join(store: Any, backend: str, timeout: timedelta, device: str) -> None:
+def _join(
+    store: Any, rank: int, world: int, backend: str, device: str, *, timeout: timedelta
+) -> None:
     """Start the process group, which DeepSpeed then joins.
 
     Without a rendezvous backend, torchrun keeps its store when it restarts ranks, with the
     addresses of those that have ended, and torch would read those.
     """
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = distributed_c10d.PrefixStore(f"megakd/attempt-{_attempt()}", store)
     # As DeepSpeed does: NCCL connects at once, and knows the GPU of this rank.
     bound = device == "cuda" and world > 1

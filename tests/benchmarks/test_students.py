@@ -230,8 +230,7 @@ def test_the_variants_of_shrink_are_valid_and_take_equal_steps(tmp_path, load, c
 
     assert len({(config.train, config.task.dataset) for config in configs.values()}) == 1
     methods = [config.method for config in configs.values()]
-    assert {m.repair_steps + m.on_policy_steps for m in methods} == {400}
-    assert {m.trial_steps for m in methods} == {60}
+    assert {m.repair_steps + m.on_policy_steps + (m.trial_steps or 0) for m in methods} == {460}
     alone = [m.candidates[0] for m in methods if len(m.candidates) == 1]
     assert alone == list(configs["shrink-7"].method.candidates)
     depths = [round(share * shrink.CASES[case].layers) for share in alone]
@@ -311,7 +310,7 @@ def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refuse
     leg = shrink.leg(given, "layers-2", 1)
     leg.output.mkdir(parents=True)
     config = yaml.safe_load((given.out / "run.yaml").read_text())
-    config["method"]["candidates"] = [0.4]
+    config["method"] |= {"candidates": [0.4], "trial_steps": None, "repair_steps": 460}
     text = yaml.safe_dump(config | {"seed": 1, "output_dir": str(leg.output)})
     (leg.output / "config.yaml").write_text(text)
 

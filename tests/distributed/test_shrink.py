@@ -77,6 +77,7 @@ def config_of(folder: Path, out: Path, *, rows: int, zero: int) -> Path:
             "name": "shrink",
             "target_sparsity": 0.4,
             "round_to": 4,
+            "candidates": 6,
             "trial_steps": 3,
             "repair_steps": 3,
         },
@@ -91,9 +92,12 @@ def config_of(folder: Path, out: Path, *, rows: int, zero: int) -> Path:
 
 
 SERIES = ["method.target_sparsity=null", "method.flops=80%,50%", "method.candidates=3"]
+WHOLE = [SERIES[0], "method.flops=50%", "method.candidates=1", "method.trial_steps=null"]
 
 
-@pytest.fixture(scope="module", params=[[], SERIES], ids=["one size", "two sizes"])
+@pytest.fixture(
+    scope="module", params=[[], SERIES, WHOLE], ids=["one size", "two sizes", "whole layers"]
+)
 def sizes(request) -> list[str]:
     """Overrides of the config."""
     return request.param

@@ -140,6 +140,7 @@ REFUSED = [
     ),
     ("shrink", ["method.target_sparsity=0.5"], "exactly one of parameters"),
     ("shrink", ["method.parameters=null"], "exactly one of parameters"),
+    ("shrink", ["method.trial_steps=5"], "there is one candidate"),
     ("shrink", ["method.on_policy_steps=5"], "the section rollout is missing"),
     ("shrink", ["rollout={max_new_tokens: 4}"], "the section rollout is set"),
     (

@@ -86,17 +86,27 @@ def test_the_student_has_no_dropout_and_its_teacher_keeps_its_own(shrunk):
     assert teacher["hidden_dropout_prob"] == 0.1
 
 
-def test_a_single_candidate_is_cut_and_repaired_without_a_trial(one_rank, tmp_path):
-    config = shrinking(tmp_path, method={"candidates": [0.5], "trial_steps": None})
+@pytest.mark.parametrize(
+    ("flops", "candidates", "intermediate_size"), [(0.5, 1, 64), (0.4, 1, 40), (0.4, [0.75], 4)]
+)
+def test_a_single_candidate_is_cut_and_repaired_without_a_trial(
+    one_rank, tmp_path, flops, candidates, intermediate_size
+):
+    method = {"flops": flops, "candidates": candidates, "trial_steps": None}
+    config = shrinking(tmp_path, method=method)
 
     finish(one_rank, config)
 
     report = read(tmp_path / "out")
-    assert [one["name"] for one in report["stages"] if one["steps"]] == [
-        "teacher-finetune",
-        "student",
-    ]
-    assert report["student"]["asked"] == {"what": "flops", "value": 0.4}
+    trained = [one["name"] for one in report["stages"] if one["steps"]]
+    assert trained == ["teacher-finetune", "student"]
+    assert report["student"]["asked"] == {"what": "flops", "value": flops}
+    made = json.loads((tmp_path / "out/final/config.json").read_text())
+    assert made["intermediate_size"] == intermediate_size
+    # Whole layers need no importance of their units.
+    measured = {one["name"] for one in report["stages"]} - {*trained}
+    assert ("specification" in measured) == (intermediate_size < 64)
+    assert "layers" in measured
 
 
 @pytest.mark.parametrize("kind", ["regression", "mlm"])
@@ -212,6 +222,21 @@ def test_a_size_that_was_removed_is_copied_again(one_rank, series):
     assert (removed / "README.md").read_text() == card
 
 
+def test_a_series_of_one_candidate_each_has_no_trial(one_rank, tmp_path):
+    method = {**SERIES, "flops": "75%,50%", "candidates": 1, "trial_steps": None}
+
+    finish(one_rank, shrinking(tmp_path, method=method))
+
+    report = read(tmp_path / "out")
+    trained = [one["name"] for one in report["stages"] if one["steps"]]
+    assert trained == ["teacher-finetune", "shared", "student-0.75", "student"]
+    layers = {
+        one: json.loads((tmp_path / "out" / one / "config.json").read_text())["num_hidden_layers"]
+        for one in ("sizes/student-0.75", "final")
+    }
+    assert layers == {"sizes/student-0.75": 3, "final": 2}
+
+
 def test_a_series_stopped_in_every_stage_ends_with_the_same_weights(one_rank, series, tmp_path):
     config = shrinking(tmp_path, method=SERIES)
 
@@ -297,6 +322,38 @@ def test_timed_candidates_have_the_wanted_time_though_the_first_times_mislead(di
     for one in found:
         assert whole / clock(measured.view(one)) == pytest.approx(3, rel=0.06)
         assert one.size == clock(measured.view(one)) / whole
+
+
+@pytest.mark.parametrize("factor", [1.3, 2, 3, 6])
+def test_the_one_candidate_of_a_speedup_has_the_fewest_layers_that_are_slow_enough(factor):
+    measured = sizes()
+    whole = clock(measured.family.units)
+
+    (found,) = timed_candidates(measured, speedup(factor), 1, WORK)
+
+    assert whole / clock(measured.view(found)) == pytest.approx(factor, rel=0.06)
+    fewer = (View((4,) * n, (256,) * n) for n in range(1, found.layers))
+    assert all(whole / clock(view) > 1.04 * factor for view in fewer)
+
+
+def test_another_depth_is_timed_where_the_fewest_layers_turn_out_too_fast():
+    measured = sizes()
+
+    def faster(_: object, views: Mapping[str, View], name: str, __: object) -> Mapping[str, float]:
+        # What the first shapes do not tell: two layers alone take half of their time.
+        depths = {
+            one: sum(any(unit) for unit in zip(*view[:2], strict=True))
+            for one, view in views.items()
+        }
+        short = {one for one, depth in depths.items() if depth == 2}
+        whole = clock(measured.family.units)
+        return {o: clock(v) / whole / (1 + (o in short)) for o, v in views.items()}
+
+    measured.lab.pruning.relative_times = faster
+
+    (found,) = timed_candidates(measured, speedup(3), 1, WORK)
+
+    assert found.layers > 2
 
 
 def test_a_speedup_that_no_shape_reaches_names_the_fastest():

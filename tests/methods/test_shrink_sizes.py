@@ -19,8 +19,15 @@ from megakd.contract.metric import Metric
 from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.shrink import LARGEST_HOP, budgets, hops
-from megakd.methods.shrink.budget import TOLERANCE
-from megakd.methods.shrink.candidates import Budget, Candidate, Cuts, Family, candidates_of, cuts_of
+from megakd.methods.shrink.candidates import (
+    TOLERANCE,
+    Budget,
+    Candidate,
+    Cuts,
+    Family,
+    candidates_of,
+    cuts_of,
+)
 from megakd.methods.shrink.stages import BestCandidate
 
 KL = "soft_target_kl"
@@ -107,6 +114,20 @@ def test_candidates_go_from_width_alone_to_depth_alone():
     )
     assert last.heads == 8
     assert last.neurons > 0.85 * 12288
+
+
+def test_one_candidate_has_the_fewest_layers_and_they_are_whole_where_that_is_the_size():
+    whole = cuts().candidate(15, 8, 12288)
+
+    for share in (0.98, 1.0, 1.02):
+        assert chosen(cuts(), round(share * whole.size), 1) == [whole]
+    possible = cuts(layers=6)
+    target = round(
+        (possible.candidate(2, 8, 12288).size + possible.candidate(3, 8, 12288).size) / 2
+    )
+    (narrower,) = chosen(possible, target, 1)
+    assert narrower.layers == 3
+    assert (narrower.heads, narrower.neurons) < (8, 12288)
 
 
 def test_heads_and_neurons_shrink_by_about_the_same_share():

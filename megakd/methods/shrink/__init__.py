@@ -1,12 +1,12 @@
-"""Shrink a model to a budget: choose depth and width in one trial, and repair the cut.
+"""Shrink a model to a budget: keep its most important layers, or try shapes, and repair the cut.
 
-The method follows MiniDisc (Zhang et al. 2024, arXiv 2205.14570): candidates are views of the
-teacher with sorted units, and all candidates learn from the teacher at the same time with shared
-weights. Here the candidates have the same size and differ in the share of depth and width. The
-layers to keep are those whose absence raises the held-out loss most (Shortened LLaMA, Kim et al.
-2024, arXiv 2402.02834). The best candidate is cut out, and then learns from the teacher on the
-training rows; a decoder learns at last on texts that it generates (GKD, Agarwal et al. 2024, arXiv
-2306.13649).
+The layers to keep are those whose absence raises the held-out loss most (Shortened LLaMA, Kim et
+al. 2024, arXiv 2402.02834): the fewest that have the size, or as many as the best of several
+candidates in a trial, which follows MiniDisc (Zhang et al. 2024, arXiv 2205.14570). Candidates are
+views of the teacher with sorted units, and all learn from the teacher at the same time with shared
+weights. Here they have the same size and differ in the share of depth and width. The student is cut
+out, and learns from the teacher on the training rows; a decoder learns at last on texts that it
+generates (GKD, Agarwal et al. 2024, arXiv 2306.13649).
 
 Differs from MiniDisc: candidates are compared by their divergence from the teacher, because they
 have the same size; the chosen candidate keeps the weights of the trial and is trained further; all
@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -38,7 +39,6 @@ from megakd.contract.terms import (
 from megakd.methods.assistants import ImportanceOptions
 from megakd.methods.shrink.budget import (
     SPEED_TOLERANCE,
-    TOLERANCE,
     Parameters,
     Several,
     Share,
@@ -48,7 +48,13 @@ from megakd.methods.shrink.budget import (
     short_name,
     timed_candidates,
 )
-from megakd.methods.shrink.candidates import Budget, Candidate, Family, candidates_of
+from megakd.methods.shrink.candidates import (
+    TOLERANCE,
+    Budget,
+    Candidate,
+    Family,
+    candidates_of,
+)
 from megakd.methods.shrink.series import SHARED, train_series
 from megakd.methods.shrink.stages import (
     TRIAL,
@@ -76,7 +82,7 @@ BUDGETS = ("parameters", "target_sparsity", "flops", "speedup")
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class ShrinkConfig(ImportanceOptions):
-    """Cut a model to a budget: the best of several depths and widths, repaired by distillation.
+    """Cut a model to a budget in depth and width, and repair it by distillation.
 
     Exactly one of the first four options is the budget. Several numbers, the largest model first,
     are the sizes of several students that learn in one run.
@@ -88,12 +94,12 @@ class ShrinkConfig(ImportanceOptions):
     speedup: how much faster than its teacher the student is on this machine, such as 8x; shapes
         with random weights are timed before anything is trained.
     timing: the forward that is timed for `speedup`.
-    candidates: number of candidates, from all layers with fewer heads and neurons to few layers
-        with all; or the share of the layers that each candidate keeps, such as [1.0, 0.75].
+    candidates: 1 takes the fewest layers that have the size, with all heads and neurons or most of
+        them; a larger number tries as many shapes, from all layers with fewer heads and neurons to
+        the fewest; or the share of the layers that each candidate keeps, such as [1.0, 0.75].
     round_to: multiple of the number of neurons; null: the largest divisor of 64 that divides the
         teacher's number.
-    trial_steps: steps in which all candidates learn; null: 0.3 of `repair_steps`, and none for a
-        single candidate.
+    trial_steps: steps in which several candidates learn; null: 0.3 of `repair_steps`.
     repair_steps: steps of the chosen candidate on the training text; null: the steps of `train`.
     on_policy_steps: further steps with the section `rollout`, in the same stage and schedule.
     metric: metric by which candidates are compared; null: held-out `soft_target_kl`, of a
@@ -110,7 +116,7 @@ class ShrinkConfig(ImportanceOptions):
     flops: Several[Share] | None = None
     speedup: Several[Speedup] | None = None
     timing: TimedWork = TimedWork()
-    candidates: Count | Shares = 6
+    candidates: Count | Shares = 1
     round_to: Count | None = None
     trial_steps: Count | None = None
     repair_steps: Count | None = None
@@ -142,6 +148,11 @@ class ShrinkConfig(ImportanceOptions):
             yield (
                 f'student: method "shrink" cuts the student out of its teacher; set student.model '
                 f'to "{FROM_TEACHER}" and remove student.layers'
+            )
+        if self.candidates == 1 and self.trial_steps is not None:
+            yield (
+                f"method.trial_steps: {self.trial_steps}, and there is one candidate; set "
+                "method.candidates, for example to 6, or remove method.trial_steps"
             )
         yield from self._problems_of_rollout(config.rollout)
         (soft,) = soft_terms(config.task.type)
@@ -186,8 +197,8 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     refused_early = wanted if config.is_series else [first]
     groups = {one: _candidates(config, sizes, one) for one in refused_early}
     teacher = lab.teacher()
-    ranked = config.ranked_units(lab, teacher, residual=len(sizes.widths) > 1)
-    link = Link(teacher, ranked.source, lab.pruning.layer_scores(teacher))
+    start = _start(config, lab, teacher, sizes, [*chain(*groups.values())])
+    link = Link(teacher, start, lab.pruning.layer_scores(teacher))
     if config.is_series:
         results = train_series(config, lab, link, groups)
     else:
@@ -195,6 +206,19 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     for budget, result in zip(wanted, results, strict=True):
         lab.record.sizes.append(SizedStudent(result.name, result.folder, _asked(config, budget)))
     return results[-1]
+
+
+def _start(
+    config: ShrinkConfig, lab: Lab, teacher: str, sizes: Sizes, candidates: Sequence[Candidate]
+) -> Model:
+    """Return the model that students are cut out of; its units are sorted, unless all stay."""
+    kept = {(one.heads, one.neurons, one.width) for one in candidates}
+    widths = {width for *_, width in kept}
+    if config.assistant != "never":  # later hops may lose anything
+        widths |= {*sizes.widths}
+    elif kept == {(*sizes.family.most, None)}:
+        return lab.model(teacher)
+    return config.ranked_units(lab, teacher, residual=widths != {None}).source
 
 
 def budgets(config: ShrinkConfig, parameters: int) -> list[Budget]:
@@ -309,10 +333,10 @@ def _assistant(
 def _choose(
     config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
 ) -> tuple[Model, tuple[int, ...]]:
-    """Run the trial of a hop; return the model cut to the best candidate, and the kept layers."""
+    """Return the model cut to the best candidate of a trial, and the kept layers."""
     named = {one.name: one for one in candidates}
     views = {name: link.view(one) for name, one in named.items()}
-    if len(views) == 1 and config.trial_steps is None:  # there is nothing to choose
+    if len(views) == 1:  # there is nothing to choose
         (view,) = views.values()
         return lab.pruning.cut(link.start, view, f"cut-{number}"), view.layers or ()
     judge = BestCandidate(metric_of(config, lab), tuple(named))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Annotated, NamedTuple, TypeVar
@@ -21,14 +22,18 @@ from megakd.methods.shrink.candidates import (
     candidates_of,
     corners_of,
     cuts_of,
+    fewest_layers,
     no_candidate,
+    widest,
 )
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-TOLERANCE, SPEED_TOLERANCE = 0.03, 0.05
-"""How far the size of a candidate may be from the wanted size, as a share of it."""
+SPEED_TOLERANCE = 0.05
+"""How far the time of a candidate may be from the wanted time, as a share of it."""
 TIMINGS = 4
 """How often a candidate is timed at most; in between, its number of neurons is corrected."""
+SPARE = 3
+"""Shapes that are timed where one is wanted: the fewest layers may turn out to be too fast."""
 _size = operator.attrgetter("size")
 
 
@@ -122,7 +127,8 @@ def timed_candidates(
     """Return candidates whose measured time, relative to the teacher's, is that of the budget.
 
     The times of a few shapes give the times of all others. The candidates are then timed, and their
-    numbers of neurons corrected. If none meets the tolerance, twice the tolerance counts.
+    numbers of neurons corrected. If none meets the tolerance, twice the tolerance counts. If one
+    is wanted, it has the fewest layers.
 
     Raises:
         ConfigError: no shape is that fast; the message has the nearest that were timed.
@@ -135,7 +141,8 @@ def timed_candidates(
     by_width = {of_width.width: of_width for of_width in cuts}
     loose = budget._replace(tolerance=2 * budget.tolerance)
     # The sizes of shapes between the timed ones are estimates.
-    untimed = candidates_of(cuts, loose, wanted)
+    every = candidates_of(cuts, loose, sys.maxsize if wanted == 1 else wanted)
+    untimed = widest(every)[-SPARE:] if wanted == 1 else every
     timed: dict[str, list[Candidate]] = {one.name: [] for one in untimed}
     for number in range(1, TIMINGS + 1):
         views = {one.name: sizes.view(one) for one in untimed}
@@ -152,7 +159,7 @@ def timed_candidates(
     fitting = fitting or [one for one in nearest if loose.allows(one.size)]
     if not fitting:
         raise ConfigError(no_candidate(budget, [*chain(*timed.values())], cuts[0].whole))
-    return fitting
+    return [fewest_layers(fitting, budget.target)] if wanted == 1 else fitting
 
 
 def _timed_cuts(

@@ -17,6 +17,8 @@ from megakd.errors import ConfigError
 ERROR_WEIGHT = 10.0
 """A size that is 1 % off counts as much as shares of heads and neurons that differ by 0.1."""
 LARGEST_GRID = 64
+TOLERANCE = 0.03
+"""How far the size of a candidate may be from the wanted size, as a share of it."""
 
 
 class Candidate(NamedTuple):
@@ -98,8 +100,12 @@ class Cuts(NamedTuple):
     def with_layers(self, target: float, layers: int, *, tolerance: float) -> Candidate | None:
         """Return the shape with a number of layers that meets a size best; None: no shape does.
 
-        The share of the key-value groups and the share of the neurons are as equal as possible.
+        Whole layers are preferred; else the share of the key-value groups and the share of the
+        neurons are as equal as possible.
         """
+        whole = self.candidate(layers, self.heads[-1], self.neurons[-1])
+        if abs(whole.size - target) <= TOLERANCE * target:
+            return whole
         near = [one for heads in self.heads for one in self.nearest(target, layers, heads)]
         fitting = [one for one in near if abs(one.size - target) <= tolerance * target]
         return min(fitting, key=lambda one: self._cost(one, target), default=None)
@@ -216,7 +222,8 @@ def candidates_of(
     Args:
         cuts: shapes of each width, the teacher's first.
         wanted: number of candidates, which are spread evenly over the possible numbers of layers
-            of each width; or the share of the layers that each candidate keeps.
+            of each width, and 1 is that of `fewest_layers`; or the share of the layers that each
+            candidate keeps.
     """
     whole, target = cuts[0].whole, budget.target
     if target >= whole.size:
@@ -232,7 +239,24 @@ def candidates_of(
     ]
     if not fitting:
         raise ConfigError(_no_such_size(cuts, budget))
+    if wanted == 1:
+        return [fewest_layers(fitting, target)]
     return _spread(fitting, wanted) if isinstance(wanted, int) else _asked(fitting, wanted, cuts[0])
+
+
+def fewest_layers(fitting: Sequence[Candidate], target: float) -> Candidate:
+    """Return the shape of the largest width with the fewest layers, whose units are the most.
+
+    Of those with as many units, a whole layer more or less, it is the nearest to the target.
+    """
+    wide = widest(fitting)
+    units = wide[-1][1:3]
+    return min((o for o in wide if o[1:3] == units), key=lambda one: abs(one.size - target))
+
+
+def widest(fitting: Sequence[Candidate]) -> list[Candidate]:
+    """Return the shapes of the largest width, which come first."""
+    return [one for one in fitting if one.width == fitting[0].width]
 
 
 def _asked(fitting: Sequence[Candidate], shares: Sequence[float], cuts: Cuts) -> list[Candidate]:
@@ -252,8 +276,6 @@ def _spread(fitting: Sequence[Candidate], count: int) -> list[Candidate]:
     """Return at most `count` candidates, evenly spread."""
     if count >= len(fitting):
         return list(fitting)
-    if count == 1:
-        return [fitting[len(fitting) // 2]]
     last = len(fitting) - 1
     return [fitting[round(place * last / (count - 1))] for place in range(count)]
 

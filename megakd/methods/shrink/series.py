@@ -1,7 +1,7 @@
 """Several sizes in one run: the students learn as views of one model, then each by itself.
 
-Differs from Nemotron Elastic and Flextron: a trial chooses the shapes, not a router, and each
-student is cut out at last and repaired with weights of its own.
+Differs from Nemotron Elastic and Flextron: no router chooses the shapes, and each student is cut
+out at last and repaired with weights of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Named = dict[str, Candidate]
 def train_series(
     config: ShrinkConfig, lab: Lab, link: Link, groups: Mapping[Budget, Sequence[Candidate]]
 ) -> list[StageResult]:
-    """Choose a shape for each size in one trial, train the shapes together, then each by itself."""
+    """Choose a shape for each size, train the shapes together, then each by itself."""
     named = [{f"{size.name}-{one.name}": one for one in ones} for size, ones in groups.items()]
     link, shapes = _choose(config, lab, link, named)
     alone = max(1, round(ALONE * repair_steps(config, lab)))
@@ -60,7 +60,19 @@ def train_series(
 def _choose(
     config: ShrinkConfig, lab: Lab, link: Link, groups: Sequence[Named]
 ) -> tuple[Link, Named]:
-    """Run the trial; return the best candidate of each size, and a model that contains them."""
+    """Return the best candidate of each size in a trial, and a model that contains them."""
+    shapes = _all_of(groups)
+    if len(shapes) > len(groups):
+        link, shapes = _tried(config, lab, link, groups)
+    # Units that no student has would take time without being trained.
+    start = lab.pruning.cut(link.start, link.view(_union(shapes)), f"start-{SHARED}")
+    return _within(link, start, shapes), shapes
+
+
+def _tried(
+    config: ShrinkConfig, lab: Lab, link: Link, groups: Sequence[Named]
+) -> tuple[Link, Named]:
+    """Run the trial; return the model that it has trained, and the best candidate of each size."""
     result = lab.train(_stage(config, lab, link, groups))
     shapes: Named = {}
     judges = _judges(config, lab, groups)
@@ -70,10 +82,7 @@ def _choose(
         )
         chosen = judge(result.scores, 0).view
         shapes[chosen] = named[chosen]
-    link = _within(link, lab.source(result.folder), _all_of(groups))
-    # Units that no student has would take time without being trained.
-    start = lab.pruning.cut(link.start, link.view(_union(shapes)), f"start-{SHARED}")
-    return _within(link, start, shapes), shapes
+    return _within(link, lab.source(result.folder), _all_of(groups)), shapes
 
 
 def _stage(config: ShrinkConfig, lab: Lab, link: Link, groups: Sequence[Named]) -> Stage:
