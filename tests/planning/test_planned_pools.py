@@ -121,13 +121,7 @@ def test_a_teacher_fills_the_cache_once_and_stays_loaded_where_losses_are_measur
         "task": {"type": "classification", "dataset": "anything", "max_length": 16},
         "teacher": {**TEACHER, "cache": "auto"},
         "student": {"model": "from_teacher"},
-        "method": {
-            "name": "shrink",
-            "flops": 0.5,
-            "round_to": 8,
-            "candidates": 3,
-            "trial_steps": 2,
-        },
+        "method": {"name": "shrink", "flops": 0.3, "round_to": 8, "candidates": 3},
         "train": {"per_device_train_batch_size": 4},
     }
     config = load_config(write_config(tmp_path / "run.yaml", tree))
