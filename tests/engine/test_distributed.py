@@ -251,9 +251,8 @@ def test_a_rank_of_several_gpus_is_bound_to_its_own(monkeypatch, device, world, 
     given = {}
     store = distributed.dist.HashStore()
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda _, **kw: given.update(kw))
-    for name, value in (("LOCAL_RANK", "1"), ("RANK", "0"), ("WORLD_SIZE", str(world))):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
 
-    distributed._join(store, "gloo", timedelta(seconds=1), device)
+    distributed._join(store, 0, world, "gloo", device, timeout=timedelta(seconds=1))
 
     assert str(given["device_id"]) == str(bound)
