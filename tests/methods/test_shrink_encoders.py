@@ -258,7 +258,7 @@ def test_a_speedup_is_timed_once_before_the_teacher_learns(one_rank, tmp_path):
     assert "no model with a speed-up of 1000.00x" in said.err
     assert "the nearest possible sizes are a speed-up of" in said.err
     stages = {folder.name for folder in (tmp_path / "out" / "stages").glob("*")}
-    assert stages <= {"times"}
+    assert stages <= {"times", "times-narrower"}
 
 
 def test_a_clock_that_this_machine_lacks_is_refused_before_the_teacher_learns(one_rank, tmp_path):
@@ -320,8 +320,8 @@ def test_timed_candidates_have_the_wanted_time_though_the_first_times_mislead(di
     assert len(found) > 1
     whole = clock(measured.family.units)
     for one in found:
-        assert whole / clock(measured.view(one)) == pytest.approx(3, rel=0.06)
-        assert one.size == clock(measured.view(one)) / whole
+        assert whole / clock(measured.family.view(*one[:3])) == pytest.approx(3, rel=0.06)
+        assert one.size == clock(measured.family.view(*one[:3])) / whole
 
 
 @pytest.mark.parametrize("factor", [1.3, 2, 3, 6])
@@ -331,9 +331,29 @@ def test_the_one_candidate_of_a_speedup_has_the_fewest_layers_that_are_slow_enou
 
     (found,) = timed_candidates(measured, speedup(factor), 1, WORK)
 
-    assert whole / clock(measured.view(found)) == pytest.approx(factor, rel=0.06)
+    assert whole / clock(measured.family.view(*found[:3])) == pytest.approx(factor, rel=0.06)
     fewer = (View((4,) * n, (256,) * n) for n in range(1, found.layers))
     assert all(whole / clock(view) > 1.04 * factor for view in fewer)
+
+
+def test_narrower_shapes_are_timed_where_no_other_is_fast_enough():
+    asked: list[str] = []
+    family = Family(View((4,) * 6, (256,) * 6), 6, lambda view: max(view.heads) == 4, 8)
+
+    def times(_: object, views: Mapping[str, View], name: str, __: object) -> Mapping[str, float]:
+        asked.append(name)
+        share = {one: (view.width or 64) / 64 for one, view in views.items()}
+        return {o: share[o] * clock(view) / clock(family.units) for o, view in views.items()}
+
+    measured = Sizes(
+        SimpleNamespace(pruning=SimpleNamespace(relative_times=times)), None, family, (None, 32)
+    )
+
+    (whole,) = timed_candidates(measured, speedup(3), 1, WORK)
+    assert (whole.width, asked[:1], "times-narrower" in asked) == (None, ["times"], False)
+    (narrow,) = timed_candidates(measured, speedup(20), 1, WORK)
+    assert narrow.width == 32
+    assert "times-narrower" in asked
 
 
 def test_another_depth_is_timed_where_the_fewest_layers_turn_out_too_fast():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, pairwise
 from typing import Annotated, NamedTuple, TypeVar
 
@@ -23,6 +23,8 @@ from megakd.methods.shrink.candidates import (
     corners_of,
     cuts_of,
     fewest_layers,
+    fitting_of,
+    nearest_of,
     no_candidate,
     widest,
 )
@@ -117,9 +119,6 @@ class Sizes(NamedTuple):
     def of(self, size: Callable[[View], float]) -> list[Cuts]:
         return [cuts_of(self.family, size, width) for width in self.widths]
 
-    def view(self, one: Candidate) -> View:
-        return self.family.view(*one[:3], one.width)
-
 
 def timed_candidates(
     sizes: Sizes, budget: Budget, wanted: int | Sequence[float], work: TimedWork
@@ -128,49 +127,84 @@ def timed_candidates(
 
     The times of a few shapes give the times of all others. The candidates are then timed, and their
     numbers of neurons corrected. If none meets the tolerance, twice the tolerance counts. If one
-    is wanted, it has the fewest layers.
+    is wanted, it has the fewest layers, and narrower widths are timed if no other shape fits.
 
     Raises:
         ConfigError: no shape is that fast; the message has the nearest that were timed.
     """
 
-    def times(name: str, views: Mapping[str, View]) -> Mapping[str, float]:
-        return sizes.lab.pruning.relative_times(sizes.model, views, name, work)
+    def times(name: str, end: object, views: Mapping[str, View]) -> Mapping[str, float]:
+        return sizes.lab.pruning.relative_times(sizes.model, views, f"{name}{end}", work)
 
-    cuts = _timed_cuts(sizes, times)
+    every, tried = list[Cuts](), list[Candidate]()
+    first, *narrower = sizes.widths
+    parts = {"": [first], "-narrower": narrower} if wanted == 1 else {"": sizes.widths}
+    for part, widths in parts.items():
+        if not widths:
+            continue
+        cuts = _timed_cuts(sizes, widths, partial(times, "times", part))
+        untimed = _untimed(cuts, _loose(budget), wanted)
+        numbered = partial(times, f"times-{budget.name}{part}-")
+        timed = _timed(untimed, sizes.family, cuts, budget, numbered)
+        if fitting := _nearest(timed, budget):
+            return [fewest_layers(fitting, budget.target)] if wanted == 1 else fitting
+        every, tried = [*every, *cuts], [*tried, *chain(*timed)]
+    near = tried or nearest_of(every, budget)
+    raise ConfigError(no_candidate(budget, near, every[0].whole))
+
+
+def _loose(budget: Budget) -> Budget:
+    return budget._replace(tolerance=2 * budget.tolerance)
+
+
+def _untimed(cuts: Sequence[Cuts], loose: Budget, wanted: int | Sequence[float]) -> list[Candidate]:
+    """Return the shapes to time; the sizes of shapes between the timed ones are estimates."""
+    if wanted == 1:
+        return widest(fitting_of(cuts, loose))[-SPARE:]
+    return candidates_of(cuts, loose, wanted)
+
+
+def _timed(
+    untimed: Sequence[Candidate],
+    family: Family,
+    cuts: Sequence[Cuts],
+    budget: Budget,
+    times: Callable[[int, Mapping[str, View]], Mapping[str, float]],
+) -> list[list[Candidate]]:
+    """Time candidates, correct those that miss the budget, and return all shapes of each."""
     by_width = {of_width.width: of_width for of_width in cuts}
-    loose = budget._replace(tolerance=2 * budget.tolerance)
-    # The sizes of shapes between the timed ones are estimates.
-    every = candidates_of(cuts, loose, sys.maxsize if wanted == 1 else wanted)
-    untimed = widest(every)[-SPARE:] if wanted == 1 else every
     timed: dict[str, list[Candidate]] = {one.name: [] for one in untimed}
     for number in range(1, TIMINGS + 1):
-        views = {one.name: sizes.view(one) for one in untimed}
-        measured = times(f"times-{budget.name}-{number}", views)
+        if not untimed:
+            break
+        measured = times(number, {one.name: family.view(*one[:3], one.width) for one in untimed})
         for one in untimed:
             timed[one.name].append(one._replace(size=measured[one.name]))
         misses = [ones for ones in timed.values() if not any(budget.allows(o.size) for o in ones)]
         following = (corrected(by_width[ones[0].width], ones, budget.target) for ones in misses)
         untimed = [one for one in following if one is not None]
-        if not untimed:
-            break
-    nearest = [min(ones, key=lambda o: abs(o.size - budget.target)) for ones in timed.values()]
+    return [*timed.values()]
+
+
+def _nearest(timed: Iterable[Sequence[Candidate]], budget: Budget) -> list[Candidate]:
+    """Return the nearest shape of each candidate, of those that meet the budget best."""
+    nearest = [min(ones, key=lambda o: abs(o.size - budget.target)) for ones in timed]
     fitting = [one for one in nearest if budget.allows(one.size)]
-    fitting = fitting or [one for one in nearest if loose.allows(one.size)]
-    if not fitting:
-        raise ConfigError(no_candidate(budget, [*chain(*timed.values())], cuts[0].whole))
-    return [fewest_layers(fitting, budget.target)] if wanted == 1 else fitting
+    return fitting or [one for one in nearest if _loose(budget).allows(one.size)]
 
 
 def _timed_cuts(
-    sizes: Sizes, times: Callable[[str, Mapping[str, View]], Mapping[str, float]]
+    sizes: Sizes,
+    widths: Sequence[int | None],
+    times: Callable[[Mapping[str, View]], Mapping[str, float]],
 ) -> list[Cuts]:
+    whole, *_ = corners_of(sizes.family)
     # Many families have shapes that are the same, such as those of all heads and of the fewest.
-    every = (view for width in sizes.widths for view in corners_of(sizes.family, width))
-    whole, *others = dict.fromkeys(every)
+    every = dict.fromkeys(view for width in widths for view in corners_of(sizes.family, width))
+    others = [view for view in every if view != whole]
     named = {f"shape-{number}": view for number, view in enumerate(others, start=1)}
-    known = {named[name]: time for name, time in times("times", named).items()}
-    return sizes.of((known | {whole: 1.0}).__getitem__)
+    known = {whole: 1.0} | {named[one]: time for one, time in times(named).items()}
+    return [cuts_of(sizes.family, known.__getitem__, width) for width in widths]
 
 
 def corrected(cuts: Cuts, timed: Sequence[Candidate], target: float) -> Candidate | None:

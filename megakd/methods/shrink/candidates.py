@@ -231,17 +231,22 @@ def candidates_of(
             f"{budget.key}: the student would have {budget.text(target)}, and the teacher has "
             f"{budget.text(whole.size)}; give a smaller size"
         )
-    fitting = [
-        one
-        for of_width in cuts
-        for depth in range(whole.layers, 0, -1)
-        if (one := of_width.with_layers(target, depth, tolerance=budget.tolerance))
-    ]
+    fitting = fitting_of(cuts, budget)
     if not fitting:
-        raise ConfigError(_no_such_size(cuts, budget))
+        raise ConfigError(no_candidate(budget, nearest_of(cuts, budget), whole))
     if wanted == 1:
         return [fewest_layers(fitting, target)]
     return _spread(fitting, wanted) if isinstance(wanted, int) else _asked(fitting, wanted, cuts[0])
+
+
+def fitting_of(cuts: Sequence[Cuts], budget: Budget) -> list[Candidate]:
+    """Return a shape of every width and number of layers that can have a size."""
+    return [
+        one
+        for of_width in cuts
+        for depth in range(of_width.layers, 0, -1)
+        if (one := of_width.with_layers(budget.target, depth, tolerance=budget.tolerance))
+    ]
 
 
 def fewest_layers(fitting: Sequence[Candidate], target: float) -> Candidate:
@@ -280,15 +285,15 @@ def _spread(fitting: Sequence[Candidate], count: int) -> list[Candidate]:
     return [fitting[round(place * last / (count - 1))] for place in range(count)]
 
 
-def _no_such_size(cuts: Sequence[Cuts], budget: Budget) -> str:
-    near = [
+def nearest_of(cuts: Sequence[Cuts], budget: Budget) -> list[Candidate]:
+    """Return the shapes around a size, of every width and number of layers."""
+    return [
         one
         for of_width in cuts
         for depth in range(1, of_width.layers + 1)
         for heads in of_width.heads
         for one in of_width.nearest(budget.target, depth, heads)
     ]
-    return no_candidate(budget, near, cuts[0].whole)
 
 
 def no_candidate(budget: Budget, near: Sequence[Candidate], whole: Candidate) -> str:
