@@ -33,9 +33,9 @@ from lib.launching import (
 )
 from lib.options import add_runs, need, parsed, parser_of
 from lib.tables import Columns, columns_of, print_models
+from megakd.methods.shrink.stages import SHARE_OF_REPAIR
 
 SERIES, EACH, TRIED = "series", "each", "tried"
-SHARE_OF_TRIAL = 0.3
 KEPT = {"layers": "importance", "distilbert": "spacing"}
 """Arms that keep layers, such as `layers-2`, and how they choose them."""
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "per_device_train_batch_size": 32}
@@ -100,7 +100,7 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
 
 def all_steps(given: argparse.Namespace) -> int:
     """Return the steps of trial and repair."""
-    return given.steps + round(SHARE_OF_TRIAL * given.steps)
+    return given.steps + round(SHARE_OF_REPAIR * given.steps)
 
 
 def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:

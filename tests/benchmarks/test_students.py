@@ -230,7 +230,8 @@ def test_the_variants_of_shrink_are_valid_and_take_equal_steps(tmp_path, load, c
 
     assert len({(config.train, config.task.dataset) for config in configs.values()}) == 1
     methods = [config.method for config in configs.values()]
-    assert {m.repair_steps + m.on_policy_steps + (m.trial_steps or 0) for m in methods} == {460}
+    steps = {(m.trial_steps, m.repair_steps + m.on_policy_steps) for m in methods}
+    assert steps == {(60, 400), (None, 460)}
     alone = [m.candidates[0] for m in methods if len(m.candidates) == 1]
     assert alone == list(configs["shrink-7"].method.candidates)
     depths = [round(share * shrink.CASES[case].layers) for share in alone]

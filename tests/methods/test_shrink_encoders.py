@@ -258,7 +258,7 @@ def test_a_speedup_is_timed_once_before_the_teacher_learns(one_rank, tmp_path):
     assert "no model with a speed-up of 1000.00x" in said.err
     assert "the nearest possible sizes are a speed-up of" in said.err
     stages = {folder.name for folder in (tmp_path / "out" / "stages").glob("*")}
-    assert stages <= {"times", "times-narrower"}
+    assert stages <= {"times", "times-width-24", "times-width-16"}
 
 
 def test_a_clock_that_this_machine_lacks_is_refused_before_the_teacher_learns(one_rank, tmp_path):
@@ -350,10 +350,10 @@ def test_narrower_shapes_are_timed_where_no_other_is_fast_enough():
     )
 
     (whole,) = timed_candidates(measured, speedup(3), 1, WORK)
-    assert (whole.width, asked[:1], "times-narrower" in asked) == (None, ["times"], False)
+    assert (whole.width, asked[:1], "times-width-32" in asked) == (None, ["times"], False)
     (narrow,) = timed_candidates(measured, speedup(20), 1, WORK)
     assert narrow.width == 32
-    assert "times-narrower" in asked
+    assert "times-width-32" in asked
 
 
 def test_another_depth_is_timed_where_the_fewest_layers_turn_out_too_fast():

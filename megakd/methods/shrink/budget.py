@@ -26,7 +26,6 @@ from megakd.methods.shrink.candidates import (
     fitting_of,
     nearest_of,
     no_candidate,
-    widest,
 )
 
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -127,7 +126,7 @@ def timed_candidates(
 
     The times of a few shapes give the times of all others. The candidates are then timed, and their
     numbers of neurons corrected. If none meets the tolerance, twice the tolerance counts. If one
-    is wanted, it has the fewest layers, and narrower widths are timed if no other shape fits.
+    is wanted, it has the fewest layers, and a width is timed if no shape of the wider ones fits.
 
     Raises:
         ConfigError: no shape is that fast; the message has the nearest that were timed.
@@ -137,11 +136,8 @@ def timed_candidates(
         return sizes.lab.pruning.relative_times(sizes.model, views, f"{name}{end}", work)
 
     every, tried = list[Cuts](), list[Candidate]()
-    first, *narrower = sizes.widths
-    parts = {"": [first], "-narrower": narrower} if wanted == 1 else {"": sizes.widths}
-    for part, widths in parts.items():
-        if not widths:
-            continue
+    for widths in zip(sizes.widths) if wanted == 1 else (sizes.widths,):
+        part = "" if widths[0] is None else f"-width-{widths[0]}"
         cuts = _timed_cuts(sizes, widths, partial(times, "times", part))
         untimed = _untimed(cuts, _loose(budget), wanted)
         numbered = partial(times, f"times-{budget.name}{part}-")
@@ -160,7 +156,7 @@ def _loose(budget: Budget) -> Budget:
 def _untimed(cuts: Sequence[Cuts], loose: Budget, wanted: int | Sequence[float]) -> list[Candidate]:
     """Return the shapes to time; the sizes of shapes between the timed ones are estimates."""
     if wanted == 1:
-        return widest(fitting_of(cuts, loose))[-SPARE:]
+        return fitting_of(cuts, loose)[-SPARE:]
     return candidates_of(cuts, loose, wanted)
 
 

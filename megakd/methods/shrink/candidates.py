@@ -254,14 +254,9 @@ def fewest_layers(fitting: Sequence[Candidate], target: float) -> Candidate:
 
     Of those with as many units, a whole layer more or less, it is the nearest to the target.
     """
-    wide = widest(fitting)
-    units = wide[-1][1:3]
-    return min((o for o in wide if o[1:3] == units), key=lambda one: abs(one.size - target))
-
-
-def widest(fitting: Sequence[Candidate]) -> list[Candidate]:
-    """Return the shapes of the largest width, which come first."""
-    return [one for one in fitting if one.width == fitting[0].width]
+    widest = [one for one in fitting if one.width == fitting[0].width]
+    units = widest[-1][1:3]
+    return min((o for o in widest if o[1:3] == units), key=lambda one: abs(one.size - target))
 
 
 def _asked(fitting: Sequence[Candidate], shares: Sequence[float], cuts: Cuts) -> list[Candidate]:
