@@ -55,6 +55,7 @@ def load(folder: Path, name: str, *changes: str) -> RunConfig:
 
 
 WEIGHTS = "method.distribution=weights"
+REVERSE_KL = "objective=[{loss: soft_target_reverse_kl}]"
 NONE = "objective=[{loss: hard_cross_entropy, weight: 0.0}, {loss: soft_target_kl}]"
 CACHED = "teachers=[{name: a, model: a, cache: x}, {name: b, model: b}]"
 BACKWARDS, UPWARDS = "method.order=[b, a]", "method.order=[small, large]"
@@ -141,6 +142,7 @@ REFUSED = [
     ("shrink", ["method.target_sparsity=0.5"], "exactly one of parameters"),
     ("shrink", ["method.parameters=null"], "exactly one of parameters"),
     ("shrink", ["method.trial_steps=5"], "there is one candidate"),
+    ("shrink", ["method.trial_steps=5", "method.candidates=[0.5]"], "there is one candidate"),
     ("shrink", ["method.on_policy_steps=5"], "the section rollout is missing"),
     ("shrink", ["rollout={max_new_tokens: 4}"], "the section rollout is set"),
     (
@@ -149,7 +151,8 @@ REFUSED = [
         "rollout.from_step: 3 is not method.repair_steps (4)",
     ),
     ("shrink", ["objective=[{loss: relation_kl}]"], "attention cannot be compared"),
-    ("shrink", ["objective=[{loss: soft_target_reverse_kl}]"], "which the objective lacks"),
+    ("shrink", [REVERSE_KL, "method.candidates=2"], "which the objective lacks"),
+    ("shrink", [REVERSE_KL, "method.parameters=[30, 20]"], "which the objective lacks"),
     ("shrink", ["student.model=bert-base"], 'method "shrink" cuts the student out'),
     ("shrink", ["method.flops=0.5"], "set exactly one of parameters"),
     *(

@@ -122,11 +122,12 @@ def test_a_run_stopped_in_the_trial_and_the_repair_ends_with_the_same_weights(
 
 
 def test_a_cut_without_learning_is_the_view_of_the_sorted_teacher(one_rank, tmp_path):
-    steps = {"trial_steps": 1, "on_policy_steps": 0, "repair_steps": 1}
+    steps = {"trial_steps": None, "on_policy_steps": 0, "repair_steps": 1}
+    reverse, hidden = "soft_target_reverse_kl", {"loss": "hidden_mse", "layer_mapping": "uniform"}
     config = shrinking(
         tmp_path,
-        method={"candidates": [0.75], **steps, "metric": "accuracy"},
-        objective=[{"loss": "soft_target_kl"}, {"loss": "hidden_mse", "layer_mapping": "uniform"}],
+        method={"candidates": [0.75], **steps},
+        objective=[{"loss": reverse}, hidden],
         train={"learning_rate": 0.0},
     )
     finish(one_rank, config)

@@ -130,6 +130,12 @@ class ShrinkConfig(ImportanceOptions):
         """Whether several students are asked for."""
         return any(len(sizes or ()) > 1 for sizes in (self.parameters, self.flops, self.speedup))
 
+    @property
+    def has_trial(self) -> bool:
+        """Whether several candidates are asked for, among which a trial chooses."""
+        asked = self.candidates
+        return (asked if isinstance(asked, int) else len(asked)) > 1
+
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
         yield from falling("method.parameters", self.parameters)
@@ -149,7 +155,7 @@ class ShrinkConfig(ImportanceOptions):
                 f'student: method "shrink" cuts the student out of its teacher; set student.model '
                 f'to "{FROM_TEACHER}" and remove student.layers'
             )
-        if self.candidates == 1 and self.trial_steps is not None:
+        if self.trial_steps is not None and not self.has_trial:
             yield (
                 f"method.trial_steps: {self.trial_steps}, and there is one candidate; set "
                 "method.candidates, for example to 6, or remove method.trial_steps"
@@ -181,7 +187,8 @@ class ShrinkConfig(ImportanceOptions):
                 "objective: the student has fewer heads and layers than its teacher, so that "
                 "attention cannot be compared; use soft targets or hidden_mse"
             )
-        if self.metric is None and all(term.loss != divergence for term in terms):
+        is_judged = self.metric is None and (self.has_trial or self.is_series)
+        if is_judged and all(term.loss != divergence for term in terms):
             yield (
                 f"method.metric: null compares candidates by {divergence}, which the objective "
                 "lacks; add the term, or set method.metric, for example to accuracy"
