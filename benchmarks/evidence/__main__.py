@@ -149,8 +149,8 @@ def run_comparison(
 
     The steps at equal cost come from the measured costs of all seeds.
     """
-    found, chosen = COMPARISONS[stored.comparison], _chosen_arms(given, stored)
-    gating = [arm for arm in chosen if named(arm) in (found.plain, found.labels)]
+    comparison, chosen = COMPARISONS[stored.comparison], _chosen_arms(given, stored)
+    gating = [arm for arm in chosen if named(arm) in (comparison.plain, comparison.labels)]
     stored = _run_seeds(given, bench, stored, seeds, gating, "steps")
     arms = _compared(stored, chosen) if len(seeds) > 1 else chosen
     for basis in BASES[:1] if given.quick else BASES:
@@ -159,11 +159,11 @@ def run_comparison(
 
 def _chosen_arms(given: argparse.Namespace, stored: Stored) -> list[str]:
     """Return the arms of the groups that were asked for; arms without a group serve all groups."""
-    found = COMPARISONS[stored.comparison]
-    first = (found.reference, found.plain, found.labels)
+    comparison = COMPARISONS[stored.comparison]
+    first = (comparison.reference, comparison.plain, comparison.labels)
     return [
         arm
-        for arm in found.arms_in(stored.setting)
+        for arm in comparison.arms_in(stored.setting)
         if (given.groups is None or group_of(arm) in ("", *given.groups))
         and (named(arm) in first or not given.quick)
     ]
@@ -193,9 +193,9 @@ def _run_seeds(
     """Run the cells of all seeds; an arm that needs the result of another arm comes after it."""
     _, left = known_and_left(bench, stored, seeds, arms, basis)
     stored = _with_teachers(given, bench, stored, sorted({run.seed for run in left}))
-    found = COMPARISONS[stored.comparison].arms
+    known = COMPARISONS[stored.comparison].arms
     for is_after in (False, True):
-        now = [arm for arm in arms if (found[arm].after is not None) is is_after]
+        now = [arm for arm in arms if (known[arm].after is not None) is is_after]
         stored = _run_arms(given, bench, stored, seeds, now, basis)
     return stored
 
@@ -268,7 +268,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     words = f"of {', '.join(SETTINGS)}; default: {', '.join(planned)}"
     parser.add_argument("--settings", type=words_of(SETTINGS), default=planned, help=words)
     parser.add_argument("--seeds", type=integers, help="separated by commas")
-    known = sorted({group_of(arm) for found in COMPARISONS.values() for arm in found.arms})
+    known = sorted(
+        {group_of(arm) for comparison in COMPARISONS.values() for arm in comparison.arms}
+    )
     words = "of arms, such as 0.97; default: all"
     parser.add_argument("--groups", type=words_of(known), help=words)
     parser.add_argument("--jobs", type=positive, default=2, help="cells side by side")

@@ -150,8 +150,8 @@ def _stored(tree: Mapping[str, Any]) -> Stored:
 
 def with_cells(stored: Stored, cells: Iterable[Cell]) -> Stored:
     """Return the stored results with further cells; a cell replaces that of its arm and seed."""
-    found = {(cell.basis, cell.arm, cell.seed): cell for cell in (*stored.cells, *cells)}
-    return dataclasses.replace(stored, cells=tuple(found.values()))
+    by_run = {(cell.basis, cell.arm, cell.seed): cell for cell in (*stored.cells, *cells)}
+    return dataclasses.replace(stored, cells=tuple(by_run.values()))
 
 
 def paired(
@@ -167,5 +167,5 @@ def paired(
         (getattr(ours[seed], value), getattr(theirs[seed], value))
         for seed in sorted(ours.keys() & theirs.keys())
     )
-    found = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
-    return [other - mine if less else mine - other for mine, other in found]
+    both = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
+    return [other - mine if less else mine - other for mine, other in both]

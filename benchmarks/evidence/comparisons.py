@@ -118,9 +118,9 @@ def group_of(arm: str) -> str:
 
 def arm_beside(arms: Iterable[str], name: str, arm: str) -> str | None:
     """Return the arm with a name in the group of another arm, else the first with the name."""
-    found = [one for one in arms if named(one) == name]
-    same = (one for one in found if group_of(one) == group_of(arm))
-    return next(same, next(iter(found), None))
+    alike = [one for one in arms if named(one) == name]
+    same = (one for one in alike if group_of(one) == group_of(arm))
+    return next(same, next(iter(alike), None))
 
 
 def in_group(arm: str, group: str) -> str:

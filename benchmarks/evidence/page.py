@@ -73,13 +73,13 @@ def draw(
     The files depend on the stored cells and notes alone. Pictures lie in `images/` next to the
     page; a picture of the evidence that is no longer drawn is removed.
     """
-    found = read_folder(folder, comparisons)
+    assessed = read_folder(folder, comparisons)
     notes = read_notes(folder / NOTES, comparisons)
-    text = rendered(found, notes, comparisons, os.path.relpath(folder, page.parent))
+    text = rendered(assessed, notes, comparisons, os.path.relpath(folder, page.parent))
     images = page.parent / "images"
     written = {
         images / f"evidence-{name}.svg": forest_plot(panels)
-        for name, settings in found.items()
+        for name, settings in assessed.items()
         if (panels := [one for one in settings if one.differences])
     }
     for path in images.glob("evidence-*.svg"):
@@ -92,7 +92,7 @@ def draw(
 
 
 def rendered(
-    found: Mapping[str, Sequence[Assessed]],
+    assessed: Mapping[str, Sequence[Assessed]],
     notes: Mapping[str, Mapping[str, Any]],
     comparisons: Mapping[str, Comparison],
     raw: str,
@@ -112,11 +112,17 @@ def rendered(
         {function.__name__: function for function in functions},
         introduction=(HERE / "introduction.md").read_text(encoding="utf-8").rstrip(),
         titles_of=lambda name: defaultdict(str, titles_of(name)),
-        missing=", ".join(f"`{name}`" for name in comparisons if name not in found),
-        runs=[c for n in found if n in COMPARISONS for one in found[n] for c in one.stored.runs()],
+        missing=", ".join(f"`{name}`" for name in comparisons if name not in assessed),
+        runs=[
+            c
+            for n in assessed
+            if n in COMPARISONS
+            for one in assessed[n]
+            for c in one.stored.runs()
+        ],
         sections=[
             (name, comparisons[name], dict.fromkeys(NOTE_KEYS) | notes.get(name, {}), settings)
-            for name, settings in found.items()
+            for name, settings in assessed.items()
         ],
         raw=raw,
     )
@@ -124,7 +130,7 @@ def rendered(
 
 
 def read_folder(folder: Path, comparisons: Mapping[str, Comparison]) -> dict[str, list[Assessed]]:
-    found: dict[str, list[Assessed]] = {name: [] for name in comparisons}
+    assessed: dict[str, list[Assessed]] = {name: [] for name in comparisons}
     for path in sorted(folder.glob("*.json")):
         stored = read_stored(path)
         if stored.comparison not in comparisons:
@@ -137,11 +143,11 @@ def read_folder(folder: Path, comparisons: Mapping[str, Comparison]) -> dict[str
                 f"{path}: cells of {stored.comparison} in the setting {stored.setting}, which "
                 f"belong to {stored_path(folder, stored.comparison, stored.setting).name}"
             )
-        found[stored.comparison].append(assess(stored, comparisons[stored.comparison]))
-    for name, settings in found.items():
+        assessed[stored.comparison].append(assess(stored, comparisons[stored.comparison]))
+    for name, settings in assessed.items():
         order = {setting: place for place, setting in enumerate(titles_of(name))}
         settings.sort(key=lambda one, order=order: order.get(one.stored.setting, len(order)))
-    return {name: settings for name, settings in found.items() if settings}
+    return {name: settings for name, settings in assessed.items() if settings}
 
 
 def read_notes(path: Path, known: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -184,13 +190,13 @@ def machine(stored: Stored) -> str:
 
 def gates(groups: Sequence[Group]) -> list[tuple[Gate, str]]:
     """Return the gates with their groups; a gate with one outcome in all groups names none."""
-    found = defaultdict[Gate, list[str]](list)
+    groups_of = defaultdict[Gate, list[str]](list)
     for group in groups:
         for gate in group.gates:
-            found[gate].append(group.name)
+            groups_of[gate].append(group.name)
     return [
         (gate, f" ({', '.join(filter(None, names))})" if len(names) < len(groups) else "")
-        for gate, names in found.items()
+        for gate, names in groups_of.items()
     ]
 
 
@@ -209,16 +215,16 @@ def plain_table(stored: Stored, groups: Iterable[Group]) -> str:
 
 def _row(one: Assessed, arm: str, *, is_reference: bool) -> dict[str, str]:
     by_basis = {d.basis: d for d in one.differences if d.arm == arm}
-    found = [by_basis.get(basis) for basis in BASES]
+    of_bases = [by_basis.get(basis) for basis in BASES]
     cells = _cells_of(one.stored, arm)
-    texts = [_difference_text(one.stored, each) for each in found]
+    texts = [_difference_text(one.stored, each) for each in of_bases]
     if is_reference:
         cells["arm"], texts = f"**{arm}**", ["reference", "reference"]
 
     def both(text: Callable[[Difference], str]) -> str:
         """Join the texts of both bases; the first alone without a difference at equal cost."""
-        shown = [NONE if each is None else text(each) for each in found]
-        return " / ".join(shown if found[1] else shown[:1])
+        shown = [NONE if each is None else text(each) for each in of_bases]
+        return " / ".join(shown if of_bases[1] else shown[:1])
 
     return {
         **{key: cells.pop(key) for key in ("arm", "seeds", "score (sd)")},
@@ -226,7 +232,7 @@ def _row(one: Assessed, arm: str, *, is_reference: bool) -> dict[str, str]:
         "equal cost (95 %)": texts[1],
         "p after Holm": both(lambda each: p_text(each.adjusted)),
         "paired t (p)": both(paired_text),
-        "verdict": " / ".join(dict.fromkeys(each.verdict for each in found if each)) or NONE,
+        "verdict": " / ".join(dict.fromkeys(each.verdict for each in of_bases if each)) or NONE,
         "pairs needed": both(lambda each: str(each.pairs_needed or NONE)),
         **cells,
     }
@@ -242,11 +248,11 @@ def _difference_text(stored: Stored, each: Difference | None) -> str:
 
 def _cells_of(stored: Stored, arm: str) -> dict[str, str]:
     decimals = unit_of(stored).decimals
-    found = [list(stored.of(arm, basis).values()) for basis in BASES]
+    of_bases = [list(stored.of(arm, basis).values()) for basis in BASES]
 
     def joined(text: Callable[[Sequence[Cell]], str]) -> str:
-        shown = [text(cells) if cells else NONE for cells in found]
-        return " / ".join(shown if found[1] else shown[:1])
+        shown = [text(cells) if cells else NONE for cells in of_bases]
+        return " / ".join(shown if of_bases[1] else shown[:1])
 
     def whole(field: str) -> str:
         return joined(lambda cells: f"{statistics.fmean(getattr(c, field) for c in cells):,.0f}")
@@ -298,7 +304,7 @@ def signed(value: float, unit: Unit) -> str:
     return NONE if math.isnan(value) else f"{value:+.{unit.decimals}f}"
 
 
-class Found(NamedTuple):
+class Placed(NamedTuple):
     """A difference with its setting and its group."""
 
     setting: str
@@ -319,19 +325,19 @@ def conclusion(settings: Sequence[Assessed], reference: str) -> str:
         next((arm for arm in (group.plain, group.labels) if arm != group.reference), None)
         for _, group in groups
     }
-    found = [
-        Found(one.stored.setting, group.name, unit_of(one.stored), each)
+    placed = [
+        Placed(one.stored.setting, group.name, unit_of(one.stored), each)
         for one, group in groups
         for each in one.differences
         if each.reference == group.reference
     ]
-    against = [one for one in found if one.difference.arm in controls]
-    others = [one for one in found if one.difference.arm not in controls]
+    against = [one for one in placed if one.difference.arm in controls]
+    others = [one for one in placed if one.difference.arm not in controls]
     sentences = " ".join(filter(None, (_headline(against, reference), _others(others, reference))))
     return sentences or "**Cannot be told**: no two arms have a common seed."
 
 
-def _headline(against: Sequence[Found], reference: str) -> str:
+def _headline(against: Sequence[Placed], reference: str) -> str:
     """Return the sentence about the method and its control."""
     names = ", ".join(dict.fromkeys(f"`{named(one.difference.arm)}`" for one in against))
     clauses = [
@@ -342,10 +348,10 @@ def _headline(against: Sequence[Found], reference: str) -> str:
     return f"Compared with {names} {'; '.join(clauses)}." if clauses else ""
 
 
-def _verdicts(found: Sequence[Found]) -> str:
+def _verdicts(placed: Sequence[Placed]) -> str:
     """Return the method's verdicts with the places, the gains and their intervals."""
     gains = {verdict: list[str]() for verdict in METHOD_VERDICTS}
-    for one in found:
+    for one in placed:
         place = f"{one.setting}, {one.group}" if one.group else one.setting
         gains[one.difference.verdict].append(f"{place} ({_gain(one)})")
     return ", ".join(
@@ -353,7 +359,7 @@ def _verdicts(found: Sequence[Found]) -> str:
     )
 
 
-def _gain(one: Found) -> str:
+def _gain(one: Placed) -> str:
     """Return the method's score less the control's, with the interval."""
     mean, low, high = (
         signed(-value + 0.0, one.unit)
@@ -363,15 +369,15 @@ def _gain(one: Found) -> str:
     return f"{mean} {one.unit.name}, {between}"
 
 
-def _others(others: Sequence[Found], reference: str) -> str:
+def _others(others: Sequence[Placed], reference: str) -> str:
     """Return the sentence about the arms that are not the control; each run counts once."""
     if not others:
         return ""
-    bases = defaultdict[Found, list[Basis]](list)
+    bases = defaultdict[Placed, list[Basis]](list)
     for one in others:
         same = replace(one.difference, basis=BASES[0])
         bases[one._replace(difference=same)].append(one.difference.basis)
-    by_verdict: dict[Verdict, list[Found]] = {
+    by_verdict: dict[Verdict, list[Placed]] = {
         verdict: [one for one in bases if one.difference.verdict == verdict]
         for verdict in get_args(Verdict)
     }

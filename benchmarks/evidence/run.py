@@ -68,14 +68,14 @@ class Bench:
 
 def digest(comparison: str, setting: Setting) -> str:
     """Return a digest of everything that the cells of a comparison in a setting depend on."""
-    found = COMPARISONS[comparison]
+    compared = COMPARISONS[comparison]
     place = Place(
         setting,
         models={name: f"teacher-{name}" for name in setting.pool},
         caches={name: f"cache-{name}" for name in setting.pool},
         details=lambda _: defaultdict(lambda: 1.0),
     )
-    arms = {n: [arm.config(place), arm.steps] for n, arm in found.arms_in(setting.name).items()}
+    arms = {n: [arm.config(place), arm.steps] for n, arm in compared.arms_in(setting.name).items()}
     facts = [VERSION, comparison, setting.facts(), arms]
     text = json.dumps(facts, sort_keys=True, default=dataclasses.asdict)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -308,12 +308,12 @@ def known_and_left(
 
 def copied(stored: Stored, arm: str, seed: int, basis: Basis) -> Cell | None:
     """Return the cell of an arm whose run would be that of another arm; None for other arms."""
-    found = COMPARISONS[stored.comparison].arms[arm]
-    cell = None if found.after is None else stored.of(found.after).get(seed)
-    if cell is None or found.same_as is None:
+    planned = COMPARISONS[stored.comparison].arms[arm]
+    cell = None if planned.after is None else stored.of(planned.after).get(seed)
+    if cell is None or planned.same_as is None:
         return None
     details = {**cell.details, SAME_RUN: 1.0}
-    is_same = found.same_as(cell.details)
+    is_same = planned.same_as(cell.details)
     return dataclasses.replace(cell, arm=arm, basis=basis, details=details) if is_same else None
 
 

@@ -147,9 +147,9 @@ def read_table(path: Path, columns: tuple[str, str], *, delimiter: str) -> Rows:
 
 def shuffled(rows: Iterable[Any]) -> list[Any]:
     """Return the rows in an order that never changes."""
-    found = list(rows)
-    random.Random(0).shuffle(found)
-    return found
+    order = list(rows)
+    random.Random(0).shuffle(order)
+    return order
 
 
 SST2_ROWS = 12_000

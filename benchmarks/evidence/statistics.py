@@ -103,29 +103,28 @@ def differences(
 
     def compared(arm: str, reference: str, basis: Basis, values: Sequence[float]) -> Difference:
         is_noisier = {_run_of(stored, arm, basis), (reference, BASES[0])} & noisier
-        own = own_noise(values) if is_noisier else noise
-        return _difference(values, arm=arm, reference=reference, basis=basis, noise=own)
+        its_noise = own_noise(values) if is_noisier else noise
+        return _difference(values, arm=arm, reference=reference, basis=basis, noise=its_noise)
 
-    found = [
+    made = [
         compared(arm, reference, basis, values)
         for arm, reference in pairs
         for basis in BASES
         if (values := paired(stored, arm, reference, basis=basis))
     ]
     smallest = unit_of(stored).smallest
-    found = [
-        dataclasses.replace(one, pairs_needed=pairs_needed(one.deviation, smallest))
-        for one in found
+    made = [
+        dataclasses.replace(one, pairs_needed=pairs_needed(one.deviation, smallest)) for one in made
     ]
     # Runs that serve both bases are one test, and count once.
-    tests = {_run_of(stored, one.arm, one.basis): one.p for one in found}
+    tests = {_run_of(stored, one.arm, one.basis): one.p for one in made}
     adjusted = dict[tuple[str, Basis], float]()
     for is_first in (True, False):
         family = {test: p for test, p in tests.items() if (test[0] in first) is is_first}
         adjusted |= zip(family, holm([*family.values()]), strict=True)
     return tuple(
         dataclasses.replace(one, adjusted=adjusted[_run_of(stored, one.arm, one.basis)])
-        for one in found
+        for one in made
     )
 
 
@@ -175,7 +174,7 @@ def alike_noisy(scores: Scores) -> Scores:
     squares = defaultdict[Hashable, list[float]](list)
     for (arm, _), residual in _residuals(scores)[0].items():
         squares[arm].append(residual**2)
-    sums = {arm: sum(found) for arm, found in squares.items()}
+    sums = {arm: sum(values) for arm, values in squares.items()}
     total = sum(sums.values())
     if len(sums) < 3 or total < SAME:
         return scores
@@ -198,7 +197,7 @@ def cochran_limit(arms: int, seeds: int) -> float:
 
 def _residuals(scores: Scores) -> tuple[dict[tuple[Hashable, int], float], int]:
     """Return what remains after the effects of arms and seeds, with its degrees of freedom."""
-    labels = [dict.fromkeys(found) for found in zip(*sorted(scores, key=repr), strict=True)]
+    labels = [dict.fromkeys(names) for names in zip(*sorted(scores, key=repr), strict=True)]
     effects = np.array(
         [[x == key[place] for place in range(len(key)) for x in labels[place]] for key in scores],
         dtype=float,
@@ -339,13 +338,13 @@ class Assessed:
 
 def assess(stored: Stored, comparison: Comparison) -> Assessed:
     """Return the groups, gates and differences of a comparison in a setting."""
-    found = groups(stored, comparison)
+    assessed = groups(stored, comparison)
     compared = [
-        (arm, group.reference) for group in found if group.is_compared for arm in group.arms
+        (arm, group.reference) for group in assessed if group.is_compared for arm in group.arms
     ]
-    plain = {group.plain for group in found if group.plain is not None}
+    plain = {group.plain for group in assessed if group.plain is not None}
     return Assessed(
-        stored=stored, groups=found, differences=differences(stored, compared, first=plain)
+        stored=stored, groups=assessed, differences=differences(stored, compared, first=plain)
     )
 
 
@@ -354,10 +353,12 @@ def groups(stored: Stored, comparison: Comparison) -> tuple[Group, ...]:
     order = {arm: place for place, arm in enumerate(comparison.arms)}
     present = {*stored.arms("steps"), *stored.arms("cost")}
     arms = sorted(present, key=lambda arm: (order.get(arm, len(order)), arm))
-    found = defaultdict[str, list[str]](list)
+    by_reference = defaultdict[str, list[str]](list)
     for arm in arms:
-        found[comparison.reference_of(arm, present)].append(arm)
-    return tuple(_group(stored, comparison, reference, its) for reference, its in found.items())
+        by_reference[comparison.reference_of(arm, present)].append(arm)
+    return tuple(
+        _group(stored, comparison, reference, its) for reference, its in by_reference.items()
+    )
 
 
 def _group(stored: Stored, comparison: Comparison, reference: str, arms: Sequence[str]) -> Group:

@@ -56,8 +56,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     lines = [line for file in folder.glob("*.jsonl") for line in whole_lines(file)]
-    found = [json.loads(line) for line in lines]
-    return [{title: row.get(key) for key, title in COLUMNS.items()} for row in found]
+    records = [json.loads(line) for line in lines]
+    return [{title: row.get(key) for key, title in COLUMNS.items()} for row in records]
 
 
 def whole_lines(file: Path) -> list[str]:

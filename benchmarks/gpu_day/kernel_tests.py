@@ -77,10 +77,12 @@ def counts(report: Path) -> dict[str, Any]:
 def failed(report: Path) -> list[dict[str, str]]:
     if not report.is_file():
         return []
-    found = []
+    failures = []
     for case in ET.parse(report).getroot().iter("testcase"):  # noqa: S314 - pytest wrote it
         for problem in (*case.iter("failure"), *case.iter("error")):
-            said = (problem.get("message") or "").splitlines() or [""]
+            message = (problem.get("message") or "").splitlines() or [""]
             name = f"{case.get('classname', '')}::{case.get('name', '')}"
-            found.append({"test": name.removeprefix("kernels.tests."), "message": said[0][:200]})
-    return found
+            failures.append(
+                {"test": name.removeprefix("kernels.tests."), "message": message[0][:200]}
+            )
+    return failures

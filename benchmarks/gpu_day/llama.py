@@ -115,10 +115,10 @@ def profiled(stage: MeasuredStage, steps: Iterator[None], trace: Path) -> dict[s
     on_gpu = device.type == "cuda"
     take(steps, COUNTED, device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as profiler:
         take(steps, PROFILED, device)
-    found.export_chrome_trace(str(trace))
-    events: Any = found.key_averages()
+    profiler.export_chrome_trace(str(trace))
+    events: Any = profiler.key_averages()
     absent = "no CUDA kernels on a CPU: the operators are shown"
     return {
         "kernels": "of the GPU" if on_gpu else absent,

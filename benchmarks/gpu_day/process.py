@@ -64,9 +64,9 @@ def skip(reason: str) -> NoReturn:
 
 def numbers_of(log: str) -> dict[str, Any]:
     """Return the numbers that a part printed last; empty if the part printed none."""
-    found = _last_line(log, NUMBERS)
+    last = _last_line(log, NUMBERS)
     try:
-        return json.loads(found) if found else {}
+        return json.loads(last) if last else {}
     except json.JSONDecodeError:  # ended in the middle of the line
         return {}
 
@@ -82,19 +82,19 @@ def tail_of(log: str) -> str:
 
 
 def _last_line(log: str, mark: str) -> str:
-    found = [line.removeprefix(mark) for line in log.splitlines() if line.startswith(mark)]
-    return found[-1].strip() if found else ""
+    lines = [line.removeprefix(mark) for line in log.splitlines() if line.startswith(mark)]
+    return lines[-1].strip() if lines else ""
 
 
 def environment(*, rehearse: bool) -> dict[str, str]:
     """Return the variables of a part's process; a rehearsal hides all GPUs."""
     # The interpreter of Triton is for the parts that ask for it.
-    own = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     # The root stays away: its folder `kernels` would be found in place of Hugging Face's package
     # of that name.
-    own["PYTHONPATH"] = bench_path()
+    variables["PYTHONPATH"] = bench_path()
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**own, **offline, **(quickstart().ENVIRONMENT if rehearse else {})}
+    return {**variables, **offline, **(quickstart().ENVIRONMENT if rehearse else {})}
 
 
 class Limited(NamedTuple):

@@ -55,7 +55,7 @@ class Results:
                 f"{kinds[rehearsal]}; choose another --out"
             )
         self.machine: dict[str, Any] = tree["machine"]
-        self.parts = {name: Outcome(**found) for name, found in tree["parts"].items()}
+        self.parts = {name: Outcome(**outcome) for name, outcome in tree["parts"].items()}
 
     def is_finished(self, name: str) -> bool:
         """Return whether a part needs no further run."""
@@ -103,8 +103,8 @@ def _versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:
         # The one that is imported, where two are installed.
-        found = next(iter(metadata.distributions(name=package)), None)
-        versions[package] = "not installed" if found is None else found.version
+        package_files = next(iter(metadata.distributions(name=package)), None)
+        versions[package] = "not installed" if package_files is None else package_files.version
     return versions
 
 
@@ -129,25 +129,30 @@ def _output(command: Sequence[str]) -> str:
 
 def page_of(results: Results, abouts: Mapping[str, str], *, rehearsal: bool) -> str:
     parts = results.parts
-    abouts = {**abouts, **{name: found.about for name, found in parts.items()}}
+    abouts = {**abouts, **{name: outcome.about for name, outcome in parts.items()}}
     absent = Outcome(state="not run", about="")
     overview = [
         {
             "part": name,
-            "state": (found := parts.get(name, absent)).state,
-            "seconds": round(found.seconds) if name in parts else None,
+            "state": (outcome := parts.get(name, absent)).state,
+            "seconds": round(outcome.seconds) if name in parts else None,
             "what": about,
-            "reason": found.reason,
+            "reason": outcome.reason,
         }
         for name, about in abouts.items()
     ]
     blocks = ["# First day on a GPU", *([NOTE] if rehearsal else []), "## Machine"]
     blocks += [*_tables(results.machine), "## Parts", markdown_table(overview)]
     for name in (name for name in abouts if name in parts):
-        found = parts[name]
-        blocks += [f"## {name}: {found.state}", found.about, found.reason, *_tables(found.numbers)]
+        outcome = parts[name]
+        blocks += [
+            f"## {name}: {outcome.state}",
+            outcome.about,
+            outcome.reason,
+            *_tables(outcome.numbers),
+        ]
         # The end of the output of a part that has failed.
-        blocks += [f"```text\n{found.tail}\n```"] if found.tail else []
+        blocks += [f"```text\n{outcome.tail}\n```"] if outcome.tail else []
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 

@@ -36,13 +36,13 @@ def main(arguments: Sequence[str]) -> int:
         measure(given)
         return 0
     rounds = [given.values if number % 2 == 0 else given.values[::-1] for number in given.turns]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_value: dict[tuple[str, str], list[dict[str, Any]]] = {}
     code = 0
     for value in (value for order in rounds for value in order):
         for row in timed(value, given):
-            found.setdefault((value, row["case"]), []).append(row)
+            by_value.setdefault((value, row["case"]), []).append(row)
             code = max(code, int("failed" in row))
-        say(numbers_of(found, given))
+        say(numbers_of(by_value, given))
     return code
 
 
@@ -60,12 +60,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def timed(value: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    own = {} if given.variable == CHUNK_MB else {given.variable: value}
+    variables = {} if given.variable == CHUNK_MB else {given.variable: value}
     if given.rehearse:
-        own["TRITON_INTERPRET"] = "1"
+        variables["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-u", str(BENCHMARKS), __name__, *given.options, "--value", value]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **own}, stdout=subprocess.PIPE, text=True, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     lines = [line.removeprefix(TIMED) for line in done.stdout.splitlines() if TIMED in line]
     if done.returncode == 0:
@@ -74,11 +79,11 @@ def timed(value: str, given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def numbers_of(
-    found: dict[tuple[str, str], list[dict[str, Any]]], given: argparse.Namespace
+    by_value: dict[tuple[str, str], list[dict[str, Any]]], given: argparse.Namespace
 ) -> dict[str, Any]:
     """Return a row per case and value, with the medians of the rounds."""
     rows = []
-    for (value, case), rounds in found.items():
+    for (value, case), rounds in by_value.items():
         row: dict[str, Any] = {"case": case, given.variable: value, **rounds[-1]}
         times = [one["ms"] for one in rounds if "ms" in one]
         if times:

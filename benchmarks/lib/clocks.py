@@ -37,12 +37,12 @@ def by_turns(
     Sides are called with the number of the round. Rounds of the warm-up come first, and are left
     out.
     """
-    found = []
+    results = []
     for number in range(warm_up + rounds):
         places = [(number + place) % len(sides) for place in range(len(sides))]
         by_place = {place: sides[place](number) for place in places}
-        found.append([by_place[place] for place in range(len(sides))])
-    return found[warm_up:]
+        results.append([by_place[place] for place in range(len(sides))])
+    return results[warm_up:]
 
 
 def over_ranks(by_rank: Sequence[Sequence[Sequence[Sequence[float]]]]) -> list[list[Clocks]]:

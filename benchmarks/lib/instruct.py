@@ -182,5 +182,5 @@ def right_answers(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
 
 def number_of(text: str) -> float | None:
     """Return the last number of a text; None without one."""
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None

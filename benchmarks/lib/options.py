@@ -64,11 +64,11 @@ def positive(text: str) -> int:
 def integers(text: str) -> list[int]:
     """`1,2,3`, each integer once."""
     try:
-        found = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,2,3") from None
-    _check_once(found, text)
-    return found
+    _check_once(numbers, text)
+    return numbers
 
 
 def fractions(text: str) -> list[float]:

@@ -53,13 +53,13 @@ def read_pieces(path: Path) -> list[Piece]:
 def merges_of(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, best score first, as SentencePiece merges them."""
     number = {piece.text: index for index, piece in enumerate(pieces)}
-    found = []
+    merges = []
     for piece in pieces[len(SPECIAL) + 256 :]:
         halves = [(piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text))]
         known = [(left, right) for left, right in halves if left in number and right in number]
         known.sort(key=lambda pair: (number[pair[0]], number[pair[1]]))
-        found += [(-piece.score, pair) for pair in known]
-    return [pair for _, pair in sorted(found, key=lambda entry: entry[0])]
+        merges += [(-piece.score, pair) for pair in known]
+    return [pair for _, pair in sorted(merges, key=lambda entry: entry[0])]
 
 
 def stories_tokenizer(pieces: Sequence[Piece]) -> PreTrainedTokenizerFast:

@@ -68,12 +68,12 @@ def columns_of(
     seeds: Iterable[int], numbers: Callable[[int], Mapping[str, float | None]]
 ) -> Columns:
     """Return the numbers of every seed by title, without those that do not exist."""
-    found: Columns = {}
+    columns: Columns = {}
     for seed in seeds:
         for title, value in numbers(seed).items():
             if value is not None:
-                found.setdefault(title, {})[seed] = value
-    return found
+                columns.setdefault(title, {})[seed] = value
+    return columns
 
 
 def less(ours: Columns, theirs: Columns) -> Columns:

@@ -73,13 +73,13 @@ def main(arguments: Sequence[str]) -> int:
     rows, fits = [], True
     for name in given.cases:
         with tempfile.TemporaryDirectory(prefix="megakd-billion-", dir=given.scratch) as folder:
-            weights, found = measured(CASES[name], Path(folder), given)
-        fits = fits and found.measured <= found.predicted
+            weights, peak = measured(CASES[name], Path(folder), given)
+        fits = fits and peak.measured <= peak.predicted
         what = f"{name}, {weights / 1e9:.2f}B weights, {given.ranks} ranks"
-        numbers = f"measured {found.measured / 1e9:.2f} GB, "
-        numbers += f"predicted {found.predicted / 1e9:.2f} GB"
+        numbers = f"measured {peak.measured / 1e9:.2f} GB, "
+        numbers += f"predicted {peak.predicted / 1e9:.2f} GB"
         print(f"{what}: {numbers}", flush=True)
-        rows.append((what, numbers, f"{found.error:+.1%}"))
+        rows.append((what, numbers, f"{peak.error:+.1%}"))
     print_rows(given.command, *rows)
     return 0 if fits else 1
 

@@ -54,10 +54,10 @@ def main(arguments: Sequence[str]) -> int:
                 f"loading {(measured.load - base) / shard:.2f} shards beside the base",
                 flush=True,
             )
-            for what, plan, found, error in zip(
+            for what, plan, peak, error in zip(
                 Peaks._fields, planned, measured, errors, strict=True
             ):
-                numbers = f"measured {found / 1e9:.2f} GB, planned {plan / 1e9:.2f} GB"
+                numbers = f"measured {peak / 1e9:.2f} GB, planned {plan / 1e9:.2f} GB"
                 print(f"  {what}: {numbers}", flush=True)
                 rows.append(
                     (

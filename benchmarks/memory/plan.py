@@ -187,8 +187,8 @@ def main(arguments: Sequence[str]) -> int:
     worst = 0.0
     for case in (CASES[number - 1] for number in chosen):
         with tempfile.TemporaryDirectory(prefix="megakd-plan-") as name:
-            found = compared(case, Path(name))
-        worst = max(worst, abs(found.error))
-        megabytes = f"{found.predicted / 1e6:.0f} | {found.measured / 1e6:.0f}"
-        print(f"| {case.name} | {case.ranks} | {megabytes} | {found.error:+.1%} |", flush=True)
+            peak = compared(case, Path(name))
+        worst = max(worst, abs(peak.error))
+        megabytes = f"{peak.predicted / 1e6:.0f} | {peak.measured / 1e6:.0f}"
+        print(f"| {case.name} | {case.ranks} | {megabytes} | {peak.error:+.1%} |", flush=True)
     return 1 if worst > TOLERANCE else 0

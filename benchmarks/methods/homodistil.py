@@ -203,16 +203,16 @@ def numbers(
     if report is None:
         return {}
     model = "student" if is_pruned else variant
-    found = {"loss": launching.metric_of(report, model, "loss", books.HELD_OUT)}
+    columns = {"loss": launching.metric_of(report, model, "loss", books.HELD_OUT)}
     seconds = launching.seconds_of(report)
     if is_pruned:
-        found["seconds"] = sum(s for name, s in seconds.items() if name not in BASELINES)
-        found["parameters"] = report["student"]["parameters"]
+        columns["seconds"] = sum(s for name, s in seconds.items() if name not in BASELINES)
+        columns["parameters"] = report["student"]["parameters"]
         if variant != "one_shot_alone":
-            found["largest jump"] = largest_jump(report["pruning"])
+            columns["largest jump"] = largest_jump(report["pruning"])
     elif variant in BASELINES:
-        found["seconds"] = seconds[variant]
-    return found
+        columns["seconds"] = seconds[variant]
+    return columns
 
 
 def largest_jump(rows: Sequence[launching.Report]) -> float:

@@ -95,10 +95,10 @@ def main(arguments: Sequence[str]) -> int:
     write_leg_configs(given.out, configs(given))
     scores = {"teacher": {0: score(given, "teacher", given.teacher)}}
     with ThreadPoolExecutor(given.jobs) as pool:
-        for seed, found in zip(
+        for seed, of_seed in zip(
             given.seeds, pool.map(partial(scored, given), given.seeds), strict=True
         ):
-            for name, numbers in found.items():
+            for name, numbers in of_seed.items():
                 scores.setdefault(name, {})[seed] = numbers
     models = {name: columns_of(by_seed, by_seed.__getitem__) for name, by_seed in scores.items()}
     what = f"SmolLM2-135M-Instruct, {given.steps} steps of {given.batch} conversations"
@@ -108,14 +108,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def scored(given: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
     """Return the scores of all models of a seed by name, with the cost of each."""
-    found = {}
+    models = {}
     for size in given.sizes:
         for arm in given.runs:
             made = MAKERS.get(arm.partition("-")[0], distilled)(given, arm, size, seed)
             cost = {"steps": made.steps, "seconds": made.seconds}
             scores = score(given, f"{arm}-{size.name}-{seed}", made.folder)
-            found[f"{arm} {size.name}"] = {**scores, **cost}
-    return found
+            models[f"{arm} {size.name}"] = {**scores, **cost}
+    return models
 
 
 def sizes_of(given: argparse.Namespace) -> Iterator[Size]:
@@ -143,11 +143,11 @@ def best_rate(given: argparse.Namespace) -> float:
     if not start.exists():
         write_cut(given, evenly_spaced(depth, given.sizes[0].layers), start)
     with ThreadPoolExecutor(given.jobs) as pool:
-        found = dict(
+        losses = dict(
             zip(given.rates, pool.map(partial(tried, given, start), given.rates), strict=True)
         )
-    print(f"KL on the validation rows by rate: {found}", flush=True)
-    return min(found, key=found.__getitem__)
+    print(f"KL on the validation rows by rate: {losses}", flush=True)
+    return min(losses, key=losses.__getitem__)
 
 
 def tried(given: argparse.Namespace, start: Path, rate: float) -> float:
@@ -324,15 +324,15 @@ def score(
 def scores_of(given: argparse.Namespace, folder: Path, names: Sequence[str]) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(given.teacher, padding_side="left")
     model, teacher = opened(folder), opened(given.teacher)
-    found: dict[str, float] = {"millions": round(model.num_parameters() / 1e6, 1)}
+    numbers: dict[str, float] = {"millions": round(model.num_parameters() / 1e6, 1)}
     for name in names:
         rows = instruct.rows_of(given.out / "rows" / f"{name}.jsonl")
         some = instruct.encoded(rows, tokenizer)
         losses = instruct.losses_of(model, teacher, some, pad=tokenizer.pad_token_id)
-        found |= {f"{key}, {name}": value for key, value in losses.items()}
+        numbers |= {f"{key}, {name}": value for key, value in losses.items()}
         if name == "maths":
-            found["right"] = instruct.right_answers(model, tokenizer, rows)
-    return found
+            numbers["right"] = instruct.right_answers(model, tokenizer, rows)
+    return numbers
 
 
 def opened(folder: Path) -> Any:

@@ -72,8 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"all {layers}: {whole:.2f}; guessing: {guess:.2f}", flush=True)
     for keep in given.keep:
         rules = (of_old(layers, keep), evenly_spaced(layers, keep), most_important(scores, keep))
-        found = [loss(model, rows, kept) for kept in rules]
-        numbers = "round(i L / N) {:.2f}, spacing {:.2f}, importance {:.2f}".format(*found)
+        losses = [loss(model, rows, kept) for kept in rules]
+        numbers = "round(i L / N) {:.2f}, spacing {:.2f}, importance {:.2f}".format(*losses)
         print(f"{keep} layers: {numbers} ({', '.join(map(str, rules[-1]))})", flush=True)
         table.append((f"loss of {keep} of {layers} layers", numbers, "-"))
     print_rows(given.command, *table)

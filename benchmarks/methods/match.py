@@ -304,10 +304,10 @@ def scores(setting: Setting, names: Sequence[str], out: Path) -> dict[str, dict[
         distributed.keep_group()
         config = load_config(student_run(setting, names, out))
         matched = match_models(config)
-        found = {name: facts(row) for name, row in matched["teachers"].items()}
+        teachers = {name: facts(row) for name, row in matched["teachers"].items()}
         for name, value in graces(setting, names, out).items():
-            found[name]["GRACE"] = value
-        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            teachers[name]["GRACE"] = value
+        path.write_text(json.dumps(teachers, indent=1), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -360,20 +360,20 @@ def prepared_start(setting: Setting, names: Sequence[str], out: Path) -> tuple[A
     from megakd.models.loading import load_model
 
     config = load_config(student_run(setting, names, out))
-    found = prepare(config)
-    source = found.sources["student"]
+    inputs = prepare(config)
+    source = inputs.sources["student"]
     model = load_model(
         source,
         task=config.task,
-        label_names=found.splits.label_names,
+        label_names=inputs.splits.label_names,
         tokenizer_size=source.config.vocab_size,
         ds=None,
         dtype=torch.float32,
         seed=config.seed,
         need_head=False,
     )
-    texts = found.splits.validation["text"][:PROMPTS]
-    return model.eval(), [found.tokenizer(text, return_tensors="pt") for text in texts]
+    texts = inputs.splits.validation["text"][:PROMPTS]
+    return model.eval(), [inputs.tokenizer(text, return_tensors="pt") for text in texts]
 
 
 def answers(setting: Setting, folder: Path, start: Any, prompts: list[Any]) -> Iterator[Any]:

@@ -28,11 +28,11 @@ def main(arguments: Sequence[str]) -> int:
     fetch_teacher()
     models: dict[str, Columns] = {}
     for seed in given.seeds:
-        found = numbers(_trained(given, "minidisc", seed, ()))
+        of_seed = numbers(_trained(given, "minidisc", seed, ()))
         if given.maxidisc:
             best = numbers(_trained(given, "maxidisc", seed, maxidisc()))
-            found["maxidisc"] = best["distilled"]
-        for name, columns in found.items():
+            of_seed["maxidisc"] = best["distilled"]
+        for name, columns in of_seed.items():
             for title, value in columns.items():
                 models.setdefault(name, {}).setdefault(title, {})[seed] = value
     print_models(f"minidisc, {given.ranks} rank(s)", given.command, models, reference="distilled")
@@ -53,14 +53,14 @@ def numbers(report: Report) -> dict[str, dict[str, float]]:
     """
     metrics = {model: report[model]["metrics"] for model in ("teacher", "student")}
     metrics |= report["baselines"]
-    found = {model: {"score": one[report["metric_name"]]} for model, one in metrics.items()}
+    models = {model: {"score": one[report["metric_name"]]} for model, one in metrics.items()}
     left_out, seconds = {"teacher-finetune", *report["baselines"]}, seconds_of(report)
-    found["distilled"] = found.pop("student") | {
+    models["distilled"] = models.pop("student") | {
         "parameters": report["student"]["parameters"],
         "seconds": sum(seconds.values()),
         "of the search": sum(spent for stage, spent in seconds.items() if stage not in left_out),
     }
-    return found
+    return models
 
 
 def maxidisc() -> list[str]:

@@ -265,21 +265,21 @@ def show(reports: Mapping[str, launching.Report | None], given: argparse.Namespa
 def numbers(
     reports: Mapping[str, launching.Report | None], tasks: Sequence[str], model: str, seed: int
 ) -> dict[str, float | None]:
-    found = {task: launching.points(reports.get(f"{task}-{model}-{seed}")) for task in tasks}
+    columns = {task: launching.points(reports.get(f"{task}-{model}-{seed}")) for task in tasks}
     # `patient_kd` is a baseline of `alone`, and every run has the teacher's score.
     of_alone = model in (books.TEACHER, PATIENT_KD)
     report = reports.get(f"{ALONE if of_alone else model}-{seed}")
     if report is None:
-        return found
+        return columns
     name = model if of_alone else "student"
-    found[NATS] = launching.metric_of(report, name, "nats_per_character", books.HELD_OUT)
+    columns[NATS] = launching.metric_of(report, name, "nats_per_character", books.HELD_OUT)
     if model != books.TEACHER:
         # With those of a teacher that learns before.
         stages = launching.seconds_of(report)
         patient = stages.pop(PATIENT_KD, 0.0)
-        found["seconds"] = patient if model == PATIENT_KD else sum(stages.values())
-        found["parameters"] = report["student"]["parameters"]
-    return found
+        columns["seconds"] = patient if model == PATIENT_KD else sum(stages.values())
+        columns["parameters"] = report["student"]["parameters"]
+    return columns
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

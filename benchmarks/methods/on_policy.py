@@ -59,10 +59,10 @@ def main(arguments: Sequence[str]) -> int:
         for name in ARMS:
             folders[name] = run(given, f"{name}-{seed}", seed, arm(given, name, start / "final"))
         for name, folder in folders.items():
-            found = last_evaluation(folder, "student")
+            metrics = last_evaluation(folder, "student")
             for title, key in METRICS.items():
-                if key in found:
-                    models[name].setdefault(title, {})[seed] = found[key]
+                if key in metrics:
+                    models[name].setdefault(title, {})[seed] = metrics[key]
     print(f"teacher: right {teacher['eval/match']:.3f}, loss {teacher['eval/loss']:.4f}")
     print_models("arithmetic in steps", given.command, models, reference="off_policy")
     return 0

@@ -166,33 +166,37 @@ def models(given: argparse.Namespace) -> dict[str, Columns]:
         report = finished(one)
         return {} if report is None else numbers(report, one.output)
 
-    found = {
+    runs = {
         name: columns_of(given.seeds, lambda seed, name=name: of_run(name, seed))
         for name in given.runs
     }
-    others = {name: {"loss": columns.pop(name)} for columns in found.values()
+    others = {name: {"loss": columns.pop(name)} for columns in runs.values()
               for name in ("teacher", "random") if name in columns}  # fmt: skip
-    return found | others
+    return runs | others
 
 
 def numbers(report: Report, run: Path) -> dict[str, float | None]:
     """Return held-out losses in nats per token, the choice of the trial, and times."""
     seconds = seconds_of(report)
-    found = {
+    columns = {
         "loss": report["student"]["metrics"]["loss"],
         "teacher": report["teacher"]["metrics"]["loss"],
         "seconds": seconds.get("trial-1", 0.0) + seconds["student"],
     }
     if "random" in report["baselines"]:
-        found["random"] = report["baselines"]["random"]["loss"]
+        columns["random"] = report["baselines"]["random"]["loss"]
     if report["candidates"]:
         trial = stage_of(report, "trial-1")
         layers = {int(row["shape"].split()[0]): row for row in report["candidates"]}
         (chosen,) = (number for number, row in layers.items() if row["chosen"])
-        found |= {"layers": chosen, "trial": trial["metrics"]["loss"], "trial s": trial["seconds"]}
-        found["cut"] = cut_loss(run, chosen)
-        found |= {f"KL of {number} layers": row["metric"] for number, row in layers.items()}
-    return found
+        columns |= {
+            "layers": chosen,
+            "trial": trial["metrics"]["loss"],
+            "trial s": trial["seconds"],
+        }
+        columns["cut"] = cut_loss(run, chosen)
+        columns |= {f"KL of {number} layers": row["metric"] for number, row in layers.items()}
+    return columns
 
 
 def cut_loss(run: Path, layers: int) -> float:

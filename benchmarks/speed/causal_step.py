@@ -280,9 +280,9 @@ def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.
 def measure(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
     with opened(given) as side:
-        found: Any = extra_memory(side, given) if given.what == "memory" else paired(side, given)
+        measured: Any = extra_memory(side, given) if given.what == "memory" else paired(side, given)
     path = given.case / f"{given.side}-{given.what}.json"
-    path.write_text(json.dumps(found), encoding="utf-8")
+    path.write_text(json.dumps(measured), encoding="utf-8")
 
 
 def opened(given: argparse.Namespace) -> AbstractContextManager[Any]:

@@ -103,11 +103,11 @@ def available() -> list[str]:
     if importlib.util.find_spec("trl") is None:
         print("trl is not installed: skipped", flush=True)
         return []
-    found = [name for name, kind in KINDS.items() if hasattr(_module(kind.module), name)]
+    names = [name for name, kind in KINDS.items() if hasattr(_module(kind.module), name)]
     for name, kind in KINDS.items():
-        if name not in found:
+        if name not in names:
             print(f"trl has no {kind.module}.{name}: skipped", flush=True)
-    return found
+    return names
 
 
 def _module(name: str) -> Any:

@@ -108,8 +108,8 @@ def difference(case: Case, server: VllmServer, prompt: tuple[int, ...]) -> float
     answers = server.top_k(prompt, TOP_K, str(case.folder))
     pairs = zip(answers, case.logprobs(prompt), strict=True)
     return max(
-        float((own[list(best.ids)] - torch.tensor(best.logprobs)).abs().max())
-        for best, own in pairs
+        float((ours[list(best.ids)] - torch.tensor(best.logprobs)).abs().max())
+        for best, ours in pairs
     )
 
 
@@ -119,8 +119,8 @@ def states_numbers(case: Case, url: str, folder: Path) -> Iterator[tuple[str, st
     server = StatesServer(JsonServer(url, time_limit_s=600), exports)
     worst, largest = 0.0, 0.0
     for prompt in case.prompts:
-        wanted, said = case.last_layer(prompt), server.states(prompt, str(case.folder))
-        worst = max(worst, float((said.states - wanted).abs().max()))
+        wanted, answer = case.last_layer(prompt), server.states(prompt, str(case.folder))
+        worst = max(worst, float((answer.states - wanted).abs().max()))
         largest = max(largest, float(wanted.abs().max()))
     yield "hidden states", f"differ by at most {worst:.1e}, where the largest is {largest:.0f}"
 

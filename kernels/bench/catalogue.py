@@ -118,7 +118,7 @@ def _missing_package(implementation: Implementation) -> str | None:
         return None
     module, name = implementation.package
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except ImportError:
-        found = None
-    return None if found else f"{name} is not installed"
+        spec = None
+    return None if spec else f"{name} is not installed"

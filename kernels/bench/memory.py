@@ -104,10 +104,10 @@ def _reset_peak() -> bool:
 
 
 def _status_bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
-    if found is None:
+    line = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    if line is None:
         raise RuntimeError(f"{_STATUS} has no {field}")
-    return int(found[1]) * 1024
+    return int(line[1]) * 1024
 
 
 def _largest_ever() -> int:

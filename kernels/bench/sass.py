@@ -57,16 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arch", default="80,90,100", help="of " + ", ".join(map(str, SHARED_MEMORY))
     )
-    found = dict[str, tuple[str, Any]]()
-    compile_instead_of_launching(lambda name, kernel: found.update({kernel.hash: (name, kernel)}))
+    compiled = dict[str, tuple[str, Any]]()
+    compile_instead_of_launching(
+        lambda name, kernel: compiled.update({kernel.hash: (name, kernel)})
+    )
     print("| loss | kernel | sm | registers | stack | shared memory | per id, by sweep |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for capability in map(int, parser.parse_args(arguments).arch.split(",")):
         pretend(capability)
         for about, launch in VARIANTS.items():
-            found.clear()
+            compiled.clear()
             launch()
-            for name, kernel in found.values():
+            for name, kernel in compiled.values():
                 numbers = row_of(examine(kernel))
                 print(f"| {about} | {name} | {capability} | {numbers} |", flush=True)
     return 0
@@ -107,13 +109,13 @@ def sweeps_of(code: str) -> list[Sweep]:
             labels[label[1]] = len(rows)
         elif instruction:
             rows.append((instruction[1], instruction[2]))
-    found = list[Sweep]()
+    sweeps = list[Sweep]()
     for end, (operation, rest) in enumerate(rows):
         target = _TARGET.search(rest) if operation == "BRA" else None
         start = labels.get(target[1], end + 1) if target else end + 1
         if start <= end and (sweep := _sweep([name for name, _ in rows[start : end + 1]])):
-            found.append(sweep)
-    return found
+            sweeps.append(sweep)
+    return sweeps
 
 
 def _sweep(operations: list[str]) -> Sweep | None:

@@ -142,12 +142,12 @@ class _Formed:
         implementation: str,
     ) -> "_Formed":
         dtype = compute_dtype(student, projection, teacher)
-        own = dtype
+        student_dtype = dtype
         if projection is None or projection.dtype == student.dtype:
-            own = formed_dtype(implementation, student.dtype, dtype)
+            student_dtype = formed_dtype(implementation, student.dtype, dtype)
         shape = projection.shape if projection is not None and needed[1] else torch.Size([0])
         return cls(
-            student=student.new_empty(student.shape if needed[0] else 0, dtype=own),
+            student=student.new_empty(student.shape if needed[0] else 0, dtype=student_dtype),
             projection=student.new_zeros(shape, dtype=dtype),
             dtype=dtype,
         )

@@ -161,7 +161,7 @@ def _linear_rows(
                     rounded.copy_(rounded.to(torch.bfloat16))
             scorer.run_(rows, logits, target, gradient)
 
-    work = Workplace(sizes, lanes, [own for own, *_ in buffers])
+    work = Workplace(sizes, lanes, [of_student for of_student, *_ in buffers])
     run_chunks(used, score, formed, valid=factors.valid, work=work)
     formed.finish(len(used.weight))
     (formed.hidden,) = reduce.totals([formed.hidden])

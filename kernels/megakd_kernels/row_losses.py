@@ -158,7 +158,7 @@ class RowLosses:
         # Summed in fp64: an error of the sum is an error of every gap, and no mean removes it.
         q_sum = student.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
         p_sum = teacher.mul_(bits).exp2_().sum(-1, keepdim=True, dtype=torch.float64)
-        q_sum, p_sum, found = reduce.totals([q_sum, p_sum, common])
+        q_sum, p_sum, agreeing = reduce.totals([q_sum, p_sum, common])
         # The gap of an id that both models exclude is 0. A NaN logit still shows in q_sum or p_sum.
         gap.nan_to_num_(nan=0.0, posinf=_IMPOSSIBLE, neginf=-_IMPOSSIBLE)
         if temperature != 1.0:
@@ -170,7 +170,7 @@ class RowLosses:
             gap=gap, product=product, scratch=self.scratch,
             constant=torch.zeros_like(peak),
         )  # fmt: skip
-        return block, peak, (found > 0).squeeze(1)
+        return block, peak, (agreeing > 0).squeeze(1)
 
     def _cross_entropy(
         self,

@@ -84,7 +84,7 @@ class RowScorer:
 
     def __init__(self, kernel: RowKernel, plan: RowPlan, factors: RowFactors, block: int) -> None:
         self._kernel, self._plan, self._factors, self._block = kernel, plan, factors, block
-        self._found: list[RowTerms] = []
+        self._terms: list[RowTerms] = []
 
     def run_(
         self, rows: slice, student: Tensor, teacher: Tensor | None, gradient: Tensor | None
@@ -95,7 +95,7 @@ class RowScorer:
             logits, formed = block_of(student, gradient, part)
             soft = None if teacher is None else teacher[part]
             inputs = self._factors.inputs(here, slope)
-            self._found.append(self._kernel.run_(logits, soft, inputs, formed))
+            self._terms.append(self._kernel.run_(logits, soft, inputs, formed))
 
     def values(self) -> RowValues:
         """Return the values of all rows and their total."""
@@ -103,10 +103,10 @@ class RowScorer:
         return self._factors.values(weights, *self._joined())
 
     def _joined(self) -> RowTerms:
-        if len(self._found) == 1:
-            return self._found[0]
-        if self._found:
-            return RowTerms(*(torch.cat(parts, dim=-1) for parts in zip(*self._found, strict=True)))
+        if len(self._terms) == 1:
+            return self._terms[0]
+        if self._terms:
+            return RowTerms(*(torch.cat(parts, dim=-1) for parts in zip(*self._terms, strict=True)))
         # No rows; the outputs of an operator must not be its inputs.
         none = torch.zeros_like(self._factors.kd)
         divergences = none.new_zeros(len(self._plan.mixture), 0)

@@ -164,8 +164,8 @@ class TopKRows:
         rest = factor * teacher.rest.double()[:, None]
         slope = mass * share - rest / torch.where(row.others > 0, row.others, 1)
         student.mul_(slope.to(student.dtype))
-        own = torch.where(teacher.ids >= 0, mass * q - factor * teacher.log_p.double().exp(), 0)
-        student.scatter_add_(1, teacher.ids.clamp(min=0), own.to(student.dtype))
+        of_kept = torch.where(teacher.ids >= 0, mass * q - factor * teacher.log_p.double().exp(), 0)
+        student.scatter_add_(1, teacher.ids.clamp(min=0), of_kept.to(student.dtype))
 
     def _hard_gradient_(self, gradient: Tensor, hard: Tensor | None, inputs: RowInputs) -> None:
         if not self.plan.with_ce or inputs.labels is None:

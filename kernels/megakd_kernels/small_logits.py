@@ -66,13 +66,13 @@ def kd_loss(
     """
     if student.numel() == 0 or is_watched() or not _is_common(teacher, rows, objective):
         return None
-    own, scale = student.detach(), _scale(student, objective)
-    logits = _copies(own, teacher, shared)
+    detached, scale = student.detach(), _scale(student, objective)
+    logits = _copies(detached, teacher, shared)
     kd = None if teacher is None else _forward_kl(logits, objective, scale)
     ce = None
     if rows is not None and rows.labels is not None and objective.wants_ce:
         weight = float(objective.ce_weight) * scale
-        ce = _cross_entropy(own.to(logits.dtype), rows.labels, weight)
+        ce = _cross_entropy(detached.to(logits.dtype), rows.labels, weight)
     term = kd if ce is None else _sum(kd, ce)
     loss = None if term is None else _loss(student, term)
     if loss is None:

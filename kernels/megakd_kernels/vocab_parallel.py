@@ -79,9 +79,9 @@ class Shard:
         is_here = (labels >= self.start) & (labels < self.start + self.ids)
         if self.group is None:
             return is_here
-        found = is_here.to(torch.int32)
-        distributed.all_reduce(found, group=self.group)
-        return found > 0
+        holders = is_here.to(torch.int32)
+        distributed.all_reduce(holders, group=self.group)
+        return holders > 0
 
 
 def shard_of(

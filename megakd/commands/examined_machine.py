@@ -57,9 +57,9 @@ def hosts_of(hostfile: Path) -> str:
 
 
 def _versions() -> str:
-    own = {name: importlib.metadata.version(name) for name in PACKAGES}
-    own = {"python": platform.python_version(), **own}
-    by_node = dict(gather((node_name(), own)))
+    here = {name: importlib.metadata.version(name) for name in PACKAGES}
+    here = {"python": platform.python_version(), **here}
+    by_node = dict(gather((node_name(), here)))
     (first, wanted), *others = by_node.items()
     for node, versions in others:
         for name, version in versions.items():

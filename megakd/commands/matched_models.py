@@ -142,13 +142,13 @@ def _told(source: ModelSource, config: RunConfig) -> str:
 def _teacher(
     lab: _UntrainedLab, name: str, start: FrozenTeacher, of_start: Mapping[str, float]
 ) -> dict[str, Any]:
-    ready, own = lab.assembly.teachers[lab.teacher(name)], lab.assembly.of(name)
-    likeness, scorer = Likeness(), own.scorer()
-    is_shared = own.prepared.tokenizer is lab.assembly.prepared.tokenizer
-    preset, dtype = ready.spec.deepspeed, own.teacher_dtype(ready)
-    with doing(f"scoring {name}"), own.loaded(ready.source, preset, dtype) as model:
+    ready, assembly = lab.assembly.teachers[lab.teacher(name)], lab.assembly.of(name)
+    likeness, scorer = Likeness(), assembly.scorer()
+    is_shared = assembly.prepared.tokenizer is lab.assembly.prepared.tokenizer
+    preset, dtype = ready.spec.deepspeed, assembly.teacher_dtype(ready)
+    with doing(f"scoring {name}"), assembly.loaded(ready.source, preset, dtype) as model:
         predict = _compared(start, model, likeness) if is_shared else model.predict
-        metrics = scorer.score(predict, own.prepared.encoded.validation)
+        metrics = scorer.score(predict, assembly.prepared.encoded.validation)
     alike = {"gap": of_start["loss"] - metrics["loss"], **likeness.means()} if is_shared else {}
     same = same_files(lab.assembly.prepared, name)
     return {"model": ready.source.name, "metrics": metrics, **alike, **same}
@@ -177,11 +177,11 @@ def same_files(prepared: RunInputs, name: str) -> dict[str, str]:
         return "same" if same else "different"
 
     ours, theirs = (_tokenizer(prepared, role) for role in (STUDENT, name))
-    found = {"vocabulary": words(same=ours.get_vocab() == theirs.get_vocab())}
+    alike = {"vocabulary": words(same=ours.get_vocab() == theirs.get_vocab())}
     rows = prepared.splits.validation
     if is_chat(rows) or PROMPT_LENGTH in rows.column_names:
-        found["chat_template"] = words(same=ours.chat_template == theirs.chat_template)
-    return found
+        alike["chat_template"] = words(same=ours.chat_template == theirs.chat_template)
+    return alike
 
 
 def _tokenizer(prepared: RunInputs, role: str) -> PreTrainedTokenizerBase:

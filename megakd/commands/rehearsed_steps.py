@@ -109,7 +109,7 @@ class RehearsingLab(RunLab):
         labelled, positions, empty, rows = all_reduce_(counts).tolist()
         now = _held(device)
         parts = run.student.optimizer_state.parts()
-        own = sum(part.nbytes for by_name in parts.values() for part in by_name.values())
+        saved = sum(part.nbytes for by_name in parts.values() for part in by_name.values())
         return Rehearsed(
             stage=run.stage.name,
             total_steps=run.steps,
@@ -122,7 +122,7 @@ class RehearsingLab(RunLab):
             peak=max(gather(peak_memory_bytes(device))),
             growth=max(gather(now - held if held else 0)),
             held=now,
-            saved=sum(gather(own)),
+            saved=sum(gather(saved)),
         )
 
 

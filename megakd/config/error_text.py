@@ -95,8 +95,8 @@ def _unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
 def _meant_by(key: str, known: Sequence[str], *, elsewhere: bool = True) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     others = paths_ending_in(key)[:1] if elsewhere else []
-    found = synonyms(key, known) or others or near
-    return " or ".join(f'"{path}"' for path in found)
+    meant = synonyms(key, known) or others or near
+    return " or ".join(f'"{path}"' for path in meant)
 
 
 def option_problems(kind: type, options: Mapping[str, Any], *, where: str) -> list[str]:

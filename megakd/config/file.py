@@ -37,8 +37,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = of_run if of_run.is_file() else path
     tree = parse_yaml(_read(path), source=str(path))
     if not isinstance(tree, dict):
-        found = "is empty" if tree is None else f"holds {shown(tree)}"
-        raise ConfigError(f"{path}: {found}; a run config is a mapping with the key output_dir, …")
+        what = "is empty" if tree is None else f"holds {shown(tree)}"
+        raise ConfigError(f"{path}: {what}; a run config is a mapping with the key output_dir, …")
     return config_of(tree, overrides, source=str(path))
 
 

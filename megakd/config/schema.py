@@ -30,8 +30,8 @@ def variants(annotation: Any, tag: str) -> dict[str, type]:
 
 def names(annotation: Any, tag: str) -> list[str]:
     """Return the values of `tag` in a tagged union, including names of installed packages."""
-    own, package = list(variants(annotation, tag)), _package_options(annotation)
-    return [*own, *(installed(package.group) if package and package.tag == tag else ())]
+    listed, package = list(variants(annotation, tag)), _package_options(annotation)
+    return [*listed, *(installed(package.group) if package and package.tag == tag else ())]
 
 
 def options(annotation: Any, tag: str) -> dict[str, type]:
@@ -44,11 +44,11 @@ def options(annotation: Any, tag: str) -> dict[str, type]:
 def _package_options(annotation: Any) -> FromPackage | None:
     if get_origin(annotation) is Annotated:
         inner, *marks = get_args(annotation)
-        found = [mark for mark in marks if isinstance(mark, FromPackage)]
-        return found[0] if found else _package_options(inner)
+        options = [mark for mark in marks if isinstance(mark, FromPackage)]
+        return options[0] if options else _package_options(inner)
     if get_origin(annotation) in (Union, types.UnionType):
-        found = [_package_options(part) for part in get_args(annotation)]
-        return next((mark for mark in found if mark is not None), None)
+        options = [_package_options(part) for part in get_args(annotation)]
+        return next((mark for mark in options if mark is not None), None)
     return None
 
 
@@ -85,8 +85,8 @@ def value_at(path: KeyPath, tree: Any) -> Any:
 
 def paths_ending_in(key: str) -> list[str]:
     """Return dotted paths of the settings named `key`, the shortest path first."""
-    found = [path for path in _option_paths(RunConfig, "") if path.rpartition(".")[2] == key]
-    return sorted(found, key=lambda path: path.count("."))
+    paths = [path for path in _option_paths(RunConfig, "") if path.rpartition(".")[2] == key]
+    return sorted(paths, key=lambda path: path.count("."))
 
 
 def _option_paths(kind: type, prefix: str) -> Iterator[str]:

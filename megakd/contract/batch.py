@@ -237,10 +237,10 @@ class Knowledge(NamedTuple):
 
     def states(self, layer: int) -> Tensor:
         """Return the hidden states [B, T, D] of a layer; negative numbers count from the end."""
-        found = self.hidden_states[layer] if self.hidden_states else None
-        if found is None:
+        of_layer = self.hidden_states[layer] if self.hidden_states else None
+        if of_layer is None:
             raise TypeError(f"the hidden states of layer {layer} were not read")
-        return found
+        return of_layer
 
     def mapped(
         self,

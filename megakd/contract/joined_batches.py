@@ -60,14 +60,14 @@ def _longer(name: str, values: Tensor, length: int) -> Tensor:
 def _targets(
     targets: Sequence[Tensor | None], batches: Sequence[Batch], length: int
 ) -> Tensor | None:
-    found, first = [], 0
-    for own, batch in zip(targets, batches, strict=True):
-        if own is None:
+    moved, first = [], 0
+    for numbers, batch in zip(targets, batches, strict=True):
+        if numbers is None:
             return None
         rows, shorter = batch.valid.shape
-        found.append(_moved(own, shorter, length) + first * length)
+        moved.append(_moved(numbers, shorter, length) + first * length)
         first += rows
-    return torch.cat(found)
+    return torch.cat(moved)
 
 
 def _moved(positions: Tensor, shorter: int, length: int) -> Tensor:
@@ -89,10 +89,10 @@ def _documents(batches: Sequence[Batch], length: int) -> Documents | None:
         if batch.documents is None:
             return None
         rows, shorter = batch.valid.shape
-        own = batch.documents.starts[:-1]
-        starts.append(_moved(own, shorter, length) + first * length)
+        document_starts = batch.documents.starts[:-1]
+        starts.append(_moved(document_starts, shorter, length) + first * length)
         if shorter < length:  # the added positions of each row
-            numbers = torch.arange(rows, device=own.device, dtype=own.dtype)
+            numbers = torch.arange(rows, device=document_starts.device, dtype=document_starts.dtype)
             starts.append((numbers + first) * length + shorter)
         longest = max(longest, batch.documents.longest, length - shorter)
         first += rows
@@ -106,8 +106,8 @@ def parts_of(batches: Sequence[Batch]) -> Iterator[Part]:
     for batch in batches:
         rows, length = batch.valid.shape
         targets = 0 if batch.targets is None else len(batch.targets)
-        own = batch.extras.second
-        others = 0 if own is None else len(own.positions)
+        second_targets = batch.extras.second
+        others = 0 if second_targets is None else len(second_targets.positions)
         yield Part(
             slice(row, row + rows),
             length,

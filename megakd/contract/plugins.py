@@ -34,13 +34,13 @@ OURS, THEIRS = "ours", "theirs"
 @functools.cache
 def installed(group: str) -> dict[str, EntryPoint]:
     """Return the entry points that installed packages offer in a group, by name."""
-    return {found.name: found for found in entry_points(group=group)}
+    return {point.name: point for point in entry_points(group=group)}
 
 
 def _load_plugin(group: str, name: str) -> Any:
     # The object of `module:name`, or of an entry point's name.
-    found = installed(group).get(name)
-    module_name, _, attribute = (found.value if found else name).partition(":")
+    point = installed(group).get(name)
+    module_name, _, attribute = (point.value if point else name).partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError, TypeError) as error:
@@ -61,13 +61,13 @@ class FromPackage:
 
     group: group of the entry points.
     tag: the key whose value names the dataclass, `loss` or `name`.
-    own: the union of megakd's own dataclasses; other packages cannot use their names.
+    built_in: the union of megakd's own dataclasses; other packages cannot use their names.
     check: returns what is wrong with a dataclass, or None if the dataclass is valid.
     """
 
     group: str
     tag: str
-    own: Any
+    built_in: Any
     check: Callable[[Any], str | None]
 
     def kind(self, name: str) -> type:
@@ -81,13 +81,13 @@ class FromPackage:
     def is_named_by(self, value: Any) -> bool:
         """Return whether a mapping or an options object belongs to another package."""
         name = value.get(self.tag) if isinstance(value, dict) else getattr(value, self.tag, None)
-        if not isinstance(name, str) or name in self.own_names:
+        if not isinstance(name, str) or name in self.built_in_names:
             return False
         return ":" in name or name in installed(self.group)
 
     @functools.cached_property
-    def own_names(self) -> frozenset[str]:
-        return frozenset(map(self.name_of, get_args(get_args(self.own)[0])))
+    def built_in_names(self) -> frozenset[str]:
+        return frozenset(map(self.name_of, get_args(get_args(self.built_in)[0])))
 
     def name_of(self, kind: type) -> str:
         """Return the name of one of megakd's own dataclasses."""
@@ -122,10 +122,10 @@ def wrong_options(kind: Any, base: type, methods: tuple[str, ...]) -> str | None
     """Return why a class cannot be the options of a plug-in; None if the class is valid."""
     if not (isinstance(kind, type) and issubclass(kind, base) and kind is not base):
         return f"{getattr(kind, '__name__', kind)} is not a dataclass derived from {base.__name__}"
-    own = vars(kind)
+    members = vars(kind)
     if not (
-        own.get("__is_pydantic_dataclass__")
-        and own["__pydantic_config__"] == vars(base)["__pydantic_config__"]
+        members.get("__is_pydantic_dataclass__")
+        and members["__pydantic_config__"] == vars(base)["__pydantic_config__"]
     ):
         return (
             f"{kind.__name__} lacks the decorator @dataclass(config=STRICT, frozen=True, "
@@ -142,13 +142,13 @@ def is_metric(name: str) -> bool:
 
 def metric_of(name: str) -> Callable[[Any, Any], float]:
     """Return the function of a metric of another package; raise ConfigError if it is none."""
-    found = _load_plugin(METRICS, name)
-    if not (callable(found) and isinstance(getattr(found, "higher_is_better", None), bool)):
+    metric = _load_plugin(METRICS, name)
+    if not (callable(metric) and isinstance(getattr(metric, "higher_is_better", None), bool)):
         raise ConfigError(
             f'"{name}" is not a function(outputs, labels) with an attribute higher_is_better, true '
             "or false; docs/plugins.md shows an example"
         )
-    return cast("Callable[[Any, Any], float]", found)
+    return cast("Callable[[Any, Any], float]", metric)
 
 
 def code_of(value: Any) -> dict[str, str]:

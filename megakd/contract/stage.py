@@ -204,7 +204,7 @@ class Verdict(NamedTuple):
     """The outcome of an evaluation. Higher scores win; NaN loses.
 
     view: the view that the stage returns if this evaluation wins.
-    own: scores of views whose own best evaluation is kept as well. If the stage returns one of
+    of_views: scores of views whose own best evaluation is kept as well. If the stage returns one of
         these views, the stage returns the weights of that view's best evaluation.
     cut: how the model of this evaluation is cut when written, for a method that prunes during
         training; replaces the units that `view` keeps.
@@ -213,7 +213,7 @@ class Verdict(NamedTuple):
 
     score: float
     view: str
-    own: Mapping[str, float] = MappingProxyType({})
+    of_views: Mapping[str, float] = MappingProxyType({})
     cut: Cut | None = None
     counts: bool = True
 

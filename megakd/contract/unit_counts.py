@@ -78,8 +78,8 @@ def _tokens(batch: Batch) -> Tensor:
 
 def _targets_on(source: Source, batch: Batch) -> Tensor:
     labels = batch.target_labels
-    own = copied_to(of_source(batch, source), labels.device)
-    count = ((labels != IGNORE) & own).sum()
+    is_of_source = copied_to(of_source(batch, source), labels.device)
+    count = ((labels != IGNORE) & is_of_source).sum()
     second = second_targets(batch)
     return count if second is None else count + _targets_on(source, second)
 

@@ -160,10 +160,10 @@ def _counts_of_shards(shards: Iterable[Record]) -> CountsByName:
 
 def _check_files(folder: Path, manifest: Record) -> None:
     entries = {s["file"]: s for shards in manifest["shards"].values() for s in shards if s["rows"]}
-    found = damage_at_start(folder, entries)
-    if found is not None:
+    reason = damage_at_start(folder, entries)
+    if reason is not None:
         raise DataError(
-            f"task.encoded: {folder} is damaged: {found}; copy the folder again, or remove it and "
+            f"task.encoded: {folder} is damaged: {reason}; copy the folder again, or remove it and "
             "encode the data again"
         )
 
@@ -289,8 +289,8 @@ def _write_shards(
     first = min(len(done) * TEXTS_PER_SHARD, len(texts))
     with tqdm(total=len(texts), initial=first, desc=name, unit="texts") as bar:
         for number in range(len(done), count):
-            own = range(number * TEXTS_PER_SHARD, min((number + 1) * TEXTS_PER_SHARD, len(texts)))
-            shard = _Shard(name, texts, own, tokenizer, task, progress.rests.get(name, []))
+            span = range(number * TEXTS_PER_SHARD, min((number + 1) * TEXTS_PER_SHARD, len(texts)))
+            shard = _Shard(name, texts, span, tokenizer, task, progress.rests.get(name, []))
             file = f"{name.replace('/', '-')}-{number:05d}-of-{count:05d}.arrow"
             done.append(shard.write(progress.folder / file, bar))
             progress.rests[name] = shard.rest
@@ -306,7 +306,7 @@ class _Shard:
 
     name: str
     texts: Dataset
-    own: range
+    span: range
     tokenizer: PreTrainedTokenizerBase
     task: TaskConfig
     rest: list[list[int]]
@@ -325,7 +325,7 @@ class _Shard:
         write_tables(path, counted())
         entry: dict[str, Any] = {"file": path.name, **counts}
         if chat:
-            entry["chat"] = {name: own.to_record() for name, own in chat.items()}
+            entry["chat"] = {name: tally.to_record() for name, tally in chat.items()}
         if counts["rows"]:
             return {**entry, **entry_of(path)}
         path.unlink()
@@ -349,11 +349,11 @@ class _Shard:
                 yield from packer.add(document)
         rest = packer.rest()
         self.rest = [] if rest is None else [column.tolist() for column in rest]
-        if rest is not None and self.own.stop == len(self.texts):
+        if rest is not None and self.span.stop == len(self.texts):
             yield rest
 
     def _parts(self, bar: tqdm[Any]) -> Iterator[Dataset]:
-        for start in range(self.own.start, self.own.stop, TEXTS_AT_ONCE):
-            part = range(start, min(start + TEXTS_AT_ONCE, self.own.stop))
+        for start in range(self.span.start, self.span.stop, TEXTS_AT_ONCE):
+            part = range(start, min(start + TEXTS_AT_ONCE, self.span.stop))
             yield self.texts.select(part)
             bar.update(len(part))

@@ -112,7 +112,7 @@ def encode_splits(
     if splits.evaluation_sets:
         sets, sets_key = encode(splits.evaluation_sets, content_hash=splits.sets_hash)
         scored = counts_of(cache_dir, sets_key)
-        chat |= {f"{SETS}/{name}": own for name, own in scored.items()}
+        chat |= {f"{SETS}/{name}": tally for name, tally in scored.items()}
     return Encoded(
         train=made["train"],
         validation=made["validation"],
@@ -155,10 +155,10 @@ def _encoded(
     name: str,
     counts: CountsByName,
 ) -> Iterator[pa.Table]:
-    own: CountsByName = {}
-    tables = tables_of(rows, tokenizer, task, name=name, counts=own, bad=BadRows(task.bad_rows))
-    yield from with_tokens(tables, lambda: no_tokens(rows, task, split=name, counts=own))
-    counts |= own
+    counted: CountsByName = {}
+    tables = tables_of(rows, tokenizer, task, name=name, counts=counted, bad=BadRows(task.bad_rows))
+    yield from with_tokens(tables, lambda: no_tokens(rows, task, split=name, counts=counted))
+    counts |= counted
 
 
 def tables_of(
@@ -188,13 +188,13 @@ def no_tokens(rows: Dataset, task: TaskConfig, *, split: str, counts: CountsByNa
             f"the {split} split has {len(rows)} rows and no tokens; check that task.text_columns "
             "names the text and that the text is not blank"
         )
-    own = ChatCounts()
+    total = ChatCounts()
     for part in counts.values():
-        own.add(part)
+        total.add(part)
     return DataError(
-        f"the {split} split has no conversation that can be learned from: {own.long_prompt} have a "
-        f"prompt that fills task.max_length ({task.row_length}), {own.too_long} are too long, "
-        f"in {own.nothing_counts} no token counts, and {own.bad} cannot be encoded; raise "
+        f"the {split} split has no conversation that can be learned from: {total.long_prompt} have "
+        f"a prompt that fills task.max_length ({task.row_length}), {total.too_long} are too long, "
+        f"in {total.nothing_counts} no token counts, and {total.bad} cannot be encoded; raise "
         "task.max_length, or check the answers"
     )
 
@@ -213,7 +213,7 @@ def cached_tables(
         for name, made in tables.items():
             write_tables(folder / f"{name}.arrow", made)
         if counts:
-            write_json(folder / COUNTS, {name: own.to_record() for name, own in counts.items()})
+            write_json(folder / COUNTS, {name: tally.to_record() for name, tally in counts.items()})
 
     folder = whole_folder(cache_dir / "encoded" / key, build)
     return {name: read_rows(folder / f"{name}.arrow") for name in tables}
@@ -225,7 +225,7 @@ def counts_of(cache_dir: Path, key: str) -> CountsByName:
     if not path.is_file():
         return {}
     records = json.loads(path.read_text(encoding="utf-8"))
-    return {name: ChatCounts.from_record(own) for name, own in records.items()}
+    return {name: ChatCounts.from_record(tally) for name, tally in records.items()}
 
 
 def tokens_key(rows: Dataset) -> str:

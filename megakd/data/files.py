@@ -24,7 +24,7 @@ from megakd.data.readers import (
     read_parquet,
     read_tsv,
 )
-from megakd.data.rows import Found, rows_of_tables
+from megakd.data.rows import Corpus, rows_of_tables
 from megakd.data.tables import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table
 from megakd.errors import DataError
 
@@ -40,7 +40,7 @@ WHOLE_FILE = "all rows"
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
 
 
-def local_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+def local_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return the rows of the file or folder `task.dataset`, or of the files that the task names."""
     paths, key = split_files(task)
     if task.dataset is None:
@@ -89,17 +89,17 @@ def named_files(task: TaskConfig) -> dict[SplitName, list[Path]]:
         for split, files in given
         if files is not None
     }
-    refuse_shared({f"task.{split}_files": found for split, found in paths.items()})
+    refuse_shared({f"task.{split}_files": matches for split, matches in paths.items()})
     return paths
 
 
 def matching_files(files: Files, key: str) -> list[Path]:
     """Return the files that a setting names, in order; files of a pattern are sorted by name."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for given in listed_files(files):
         path = Path(given).expanduser()
         if path.is_file():
-            found.append(path)
+            paths.append(path)
         elif path.is_dir():
             raise DataError(f"{key}: {path} is a folder; name its files, such as {path}/*.jsonl")
         elif glob.has_magic(given):
@@ -108,11 +108,11 @@ def matching_files(files: Files, key: str) -> list[Path]:
             if not matches:
                 raise DataError(f"{key}: no file matches {given}")
             _refuse_missing(matches, key, pattern=path.name)
-            found += matches
+            paths += matches
         else:
             raise DataError(f"{key}: {path} does not exist")
-    _refuse_doubled(found, key)
-    return found
+    _refuse_doubled(paths, key)
+    return paths
 
 
 def _refuse_doubled(paths: Sequence[Path], key: str) -> None:
@@ -130,8 +130,8 @@ def _refuse_doubled(paths: Sequence[Path], key: str) -> None:
 def refuse_shared(paths: Mapping[str, Sequence[Path]]) -> None:
     """Raise a DataError if two settings name the same file."""
     seen: dict[Path, str] = {}
-    for key, found in paths.items():
-        for path in found:
+    for key, named in paths.items():
+        for path in named:
             earlier = seen.setdefault(path.resolve(), key)
             if earlier != key:
                 raise DataError(

@@ -15,7 +15,7 @@ from megakd.config.task import TaskConfig
 from megakd.data.hub import hub_table, load_hub
 from megakd.data.labels import Classes
 from megakd.data.readers import read_tsv
-from megakd.data.rows import Found, rows_of_tables
+from megakd.data.rows import Corpus, rows_of_tables
 from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
 
@@ -97,7 +97,7 @@ TASKS: Mapping[str, GlueTask] = {
 }
 
 
-def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return the rows of `glue/<task>`."""
     name = glue_name(task.data_name)
     glue = TASKS[name]
@@ -185,12 +185,12 @@ def _hub(name: str, glue: GlueTask) -> dict[SplitName, Table]:
         f"{glue.validation}.tsv) to train without the Hub"
     )
     configuration = glue.folder or name
-    found = load_hub(HUB_NAME, configuration, advice=advice)
+    loaded = load_hub(HUB_NAME, configuration, advice=advice)
     splits: dict[SplitName, str] = {"train": "train", "validation": glue.hub_validation}
-    missing = [key for key in splits.values() if key not in found]
+    missing = [key for key in splits.values() if key not in loaded]
     if missing:
         raise DataError(f"{HUB_NAME} ({configuration}) has no split {missing[0]!r}; {advice}")
     return {
-        split: hub_table(f"{HUB_NAME} {configuration} ({key})", found[key])
+        split: hub_table(f"{HUB_NAME} {configuration} ({key})", loaded[key])
         for split, key in splits.items()
     }

@@ -17,20 +17,20 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import remembered_of_rows
 from megakd.data.readers import by_split, class_names_of, is_plain
-from megakd.data.rows import Found, rows_of_tables
+from megakd.data.rows import Corpus, rows_of_tables
 from megakd.data.tables import Record, SplitName, Table
 from megakd.errors import DataError
 
 ROWS_PER_READ = 1000
 
 
-def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+def hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return the rows of the Hub data set `task.dataset`."""
     name = task.data_name
-    found = load_hub(name, task.dataset_config, advice=hub_advice(task))
-    keys = by_split(map(str, found), f"the Hub data set {name}")
+    loaded = load_hub(name, task.dataset_config, advice=hub_advice(task))
+    keys = by_split(map(str, loaded), f"the Hub data set {name}")
     tables: dict[SplitName, Table] = {
-        split: hub_table(f"{name} ({key})", found[key]) for split, key in keys.items()
+        split: hub_table(f"{name} ({key})", loaded[key]) for split, key in keys.items()
     }
     if "train" not in tables:
         raise DataError(f"the Hub data set {name} has no split named 'train'")
@@ -48,10 +48,10 @@ def hub_advice(task: TaskConfig) -> str:
 def load_hub(name: str, configuration: str | None, *, advice: str) -> DatasetDict:
     """Return all splits of a Hub data set, downloaded or from the cache of `datasets`."""
     with hub_errors(name, configuration, advice=advice) as label:
-        found = datasets.load_dataset(name, configuration)
-    if not isinstance(found, DatasetDict):
+        loaded = datasets.load_dataset(name, configuration)
+    if not isinstance(loaded, DatasetDict):
         raise DataError(f"the Hub data set {label} has no splits; {advice}")
-    return found
+    return loaded
 
 
 @contextmanager

@@ -46,9 +46,9 @@ class Classes:
 
     def label(self, table: Table, column: str, record: Record) -> int:
         value, may_be_number = _class_value(table, column, record), self.numbered
-        own = table.class_names.get(column)
-        if own is not None and isinstance(value, int):
-            value, may_be_number = _own_name(own, value, table, record), False
+        class_names = table.class_names.get(column)
+        if class_names is not None and isinstance(value, int):
+            value, may_be_number = _own_name(class_names, value, table, record), False
         if value is None:
             return IGNORE
         if (number := self.number_of.get(str(value))) is not None:

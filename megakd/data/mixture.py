@@ -21,7 +21,7 @@ from megakd.data.arrow import column_of, key_of
 from megakd.data.chat.conversations import SOURCE
 from megakd.data.files import files_table, matching_files, named_files, refuse_shared
 from megakd.data.kinds import RowKind, row_teacher
-from megakd.data.rows import DEFAULT_METRICS, Found, rows_of
+from megakd.data.rows import DEFAULT_METRICS, Corpus, rows_of
 from megakd.data.tables import SplitName
 from megakd.errors import DataError
 
@@ -30,17 +30,17 @@ MANY_TIMES = 10
 """A source that an epoch reads more often than this is worth a warning."""
 
 
-def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return the rows of all sources of `task.mixture`, and of the validation and test files.
 
     Documents become conversations without a prompt, which are not packed.
     """
     sources, held = task.mixture or {}, named_files(task)
     keys = {name: f"task.mixture.{name}.files" for name in sources}
-    found = {key: matching_files(sources[name].files, key) for name, key in keys.items()}
-    found |= {f"task.{split}_files": files for split, files in held.items()}
-    refuse_shared(found)
-    tables = {key: files_table(files, key) for key, files in found.items()}
+    paths = {key: matching_files(sources[name].files, key) for name, key in keys.items()}
+    paths |= {f"task.{split}_files": files for split, files in held.items()}
+    refuse_shared(paths)
+    tables = {key: files_table(files, key) for key, files in paths.items()}
     kinds = {key: RowKind.of(task, table, as_chat=True) for key, table in tables.items()}
     for name, key in keys.items():
         teacher = row_teacher(tables[key], task.teacher_column, sources[name].teacher)
@@ -54,7 +54,7 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
     splits |= {split: rows[f"task.{split}_files"] for split in held}
     digests = [(key, table.digest, kinds[key].fields) for key, table in tables.items()]
     teachers = [task.teacher_column, *(part.teacher for part in sources.values())]
-    return Found(
+    return Corpus(
         name="task.mixture",
         splits=splits,
         classes=None,
@@ -71,17 +71,17 @@ def mixed(rows: Dataset, sources: Mapping[str, MixtureSource], *, seed: int) -> 
     """
     of_row = column_of(rows, SOURCE)
     places = {name: np.flatnonzero(of_row == name) for name in sources}
-    for name, own in places.items():
-        if not len(own):
+    for name, numbers in places.items():
+        if not len(numbers):
             raise DataError(
                 f"task.mixture.{name}: no row is left for training after the validation rows are "
                 "cut; set task.validation_files, or give the source more rows"
             )
-    sizes = np.array([len(own) for own in places.values()])
+    sizes = np.array([len(numbers) for numbers in places.values()])
     counts = rows_of_sources(sizes, np.array([part.weight for part in sources.values()]))
     chosen = [
-        _drawn(own, int(count), np.random.default_rng([seed, number]))
-        for number, (own, count) in enumerate(zip(places.values(), counts, strict=True))
+        _drawn(numbers, int(count), np.random.default_rng([seed, number]))
+        for number, (numbers, count) in enumerate(zip(places.values(), counts, strict=True))
     ]
     for name, size, count in zip(sources, sizes, counts, strict=True):
         _tell(name, int(size), int(count), share=count / counts.sum())

@@ -31,7 +31,7 @@ from megakd.contract.tasks import TaskType
 from megakd.data.arrow import cached_folder, key_of, read_rows, write_rows
 from megakd.data.choosing import HASH_RANGE, text_hash
 from megakd.data.labels import Classes
-from megakd.data.rows import Found
+from megakd.data.rows import Corpus
 from megakd.data.tables import SPLIT_NAMES, SplitName
 from megakd.errors import ConfigError, DataError
 from megakd.process.garbage import no_collections
@@ -75,7 +75,9 @@ ROWS_FILE = "{split}.arrow"
 ABOUT_FILE = "about.json"
 
 
-def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | None = None) -> Found:
+def pydocs_rows(
+    task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | None = None
+) -> Corpus:
     """Return the rows of the task's view, by default of the modules of this interpreter."""
     _check(task)
     view = VIEW_OF[task.type]
@@ -89,7 +91,7 @@ def pydocs_rows(task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | No
     names = tuple(about["label_names"])
     if view == "classification":
         _check_classes(names)
-    return Found(
+    return Corpus(
         name="pydocs",
         splits={split: read_rows(folder / ROWS_FILE.format(split=split)) for split in SPLIT_NAMES},
         classes=Classes(names, numbered=False) if names else None,

@@ -66,18 +66,18 @@ def read_tsv(
 
 def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
     """Return the name of every split among names; names that mean no split are left out."""
-    found: dict[SplitName, str] = {}
+    chosen: dict[SplitName, str] = {}
     for name in names:
         split = SPLIT_ALIASES.get(name)
         if split is None:
             continue
-        if split in found:
+        if split in chosen:
             raise DataError(
-                f"{place}: {found[split]!r} and {name!r} are names of the same split ({split}); "
+                f"{place}: {chosen[split]!r} and {name!r} are names of the same split ({split}); "
                 f"keep one of them, or put the rows to use into a file and set task.{split}_files"
             )
-        found[split] = name
-    return found
+        chosen[split] = name
+    return chosen
 
 
 def read_parquet(path: Path, *, digest: Digest = _digest_of) -> Table:
@@ -137,14 +137,15 @@ def joined(tables: Sequence[Table], name: str) -> Table:
 def _numberings(table: Table, first: Table) -> dict[str, tuple[int, ...]]:
     numberings: dict[str, tuple[int, ...]] = {}
     for column in sorted({*first.class_names, *table.class_names}):
-        expected, own = (part.class_names.get(column, ()) for part in (first, table))
-        if sorted(own) != sorted(expected):
+        expected, given = (part.class_names.get(column, ()) for part in (first, table))
+        if sorted(given) != sorted(expected):
             raise DataError(
-                f"{table.name}: column {column!r} has {_names_in_words(own)}, but in {first.name} "
-                f"it has {_names_in_words(expected)}; write all files with the same class names"
+                f"{table.name}: column {column!r} has {_names_in_words(given)}, but in "
+                f"{first.name} it has {_names_in_words(expected)}; write all files with the same "
+                "class names"
             )
-        if own != expected:
-            numberings[column] = tuple(map(expected.index, own))
+        if given != expected:
+            numberings[column] = tuple(map(expected.index, given))
     return numberings
 
 
@@ -316,10 +317,10 @@ def read_json(path: Path) -> dict[SplitName, Table]:
             for name, rows in cast("dict[str, object]", tree).items()
             if isinstance(rows, list)
         }
-        if found := by_split(lists, str(path)):
+        if splits := by_split(lists, str(path)):
             return {
                 split: _listed(f"{path} ({name})", lists[name], f"{digest}:{name}")
-                for split, name in found.items()
+                for split, name in splits.items()
             }
     raise DataError(
         f"{path} is neither a JSON list of rows nor an object with a list named 'train'; use the "

@@ -55,8 +55,8 @@ def with_parts(batch: Batch, numbers: Mapping[str, int]) -> Batch:
     routes = None if batch.extras.routes is None else batch.extras.routes.numpy()
     whole = batch.extended(routes=None)
     parts = {
-        name: _part(whole, np.zeros(batch.valid.shape, bool) if routes is None else routes == own)
-        for name, own in numbers.items()
+        name: _part(whole, np.zeros(batch.valid.shape, bool) if routes is None else routes == one)
+        for name, one in numbers.items()
     }
     return whole.extended(others=parts)
 
@@ -74,29 +74,29 @@ class _Places(NamedTuple):
     valid: NDArray[np.bool_]
 
 
-def _places(own: NDArray[np.bool_]) -> _Places:
+def _places(mask: NDArray[np.bool_]) -> _Places:
     # A part without positions has one blank row.
-    rows = np.flatnonzero(own.any(axis=1)) if own.any() else np.zeros(1, dtype=np.int64)
-    mine = own[rows]  # [b, T]
-    width = padded_width(int(mine.sum(axis=1).max()), own.shape[1])
+    rows = np.flatnonzero(mask.any(axis=1)) if mask.any() else np.zeros(1, dtype=np.int64)
+    mine = mask[rows]  # [b, T]
+    width = padded_width(int(mine.sum(axis=1).max()), mask.shape[1])
     # In a row of one teacher, the positions after the text are the padding of the row.
     order = np.argsort(~mine, axis=1, kind="stable")[:, :width]
-    positions = rows[:, None] * own.shape[1] + order
+    positions = rows[:, None] * mask.shape[1] + order
     return _Places(rows, positions, np.take_along_axis(mine, order, axis=1))
 
 
-def _part(batch: Batch, own: NDArray[np.bool_]) -> Batch:
-    places = _places(own)
+def _part(batch: Batch, mask: NDArray[np.bool_]) -> Batch:
+    places = _places(mask)
     positions, valid = torch.from_numpy(places.positions), torch.from_numpy(places.valid)
     rows = torch.from_numpy(places.rows)
 
     def at(values: torch.Tensor) -> torch.Tensor:
         return values.flatten()[positions]
 
-    targets, numbers = _targets(batch, places, own)
+    targets, numbers = _targets(batch, places, mask)
     part = Batch(
         {name: at(values) for name, values in batch.inputs.items()},
-        _labels(batch, rows, positions, own=valid),
+        _labels(batch, rows, positions, valid=valid),
         valid,
         targets=targets,
         # -1: a blank row.
@@ -109,24 +109,24 @@ def _part(batch: Batch, own: NDArray[np.bool_]) -> Batch:
 
 
 def _labels(
-    batch: Batch, rows: torch.Tensor, positions: torch.Tensor, *, own: torch.Tensor
+    batch: Batch, rows: torch.Tensor, positions: torch.Tensor, *, valid: torch.Tensor
 ) -> torch.Tensor:
     if batch.labels.dim() == 2:
-        return batch.labels.flatten()[positions].masked_fill(~own, IGNORE)
+        return batch.labels.flatten()[positions].masked_fill(~valid, IGNORE)
     none = float("nan") if batch.labels.is_floating_point() else IGNORE
-    return batch.labels[rows].masked_fill(~own.any(dim=1), none)
+    return batch.labels[rows].masked_fill(~valid.any(dim=1), none)
 
 
 def _targets(
-    batch: Batch, places: _Places, own: NDArray[np.bool_]
+    batch: Batch, places: _Places, mask: NDArray[np.bool_]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     # Both are None if all positions are predicted. Without a predicted position in the part, the
     # first position stands for it, which has no label there.
     if batch.targets is None:
         return None, None
     targets = batch.targets.numpy()
-    numbers = np.flatnonzero(own.ravel()[targets])
-    place = np.zeros(own.size, dtype=np.int64)
+    numbers = np.flatnonzero(mask.ravel()[targets])
+    place = np.zeros(mask.size, dtype=np.int64)
     flat = places.positions.ravel()[places.valid.ravel()]
     place[flat] = np.flatnonzero(places.valid.ravel())
     if not len(numbers):

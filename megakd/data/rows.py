@@ -103,7 +103,7 @@ def _asked(row: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Corpus:
     """The rows of a data set before a selection; columns and stream as in `splits.Splits`."""
 
     name: str
@@ -126,7 +126,7 @@ def rows_of_tables(
     cache_dir: Path,
     classes: Classes | None = None,
     metrics: tuple[str, ...] | None = None,
-) -> Found:
+) -> Corpus:
     """Return the rows of every split, in Arrow files."""
     for table in tables.values():
         _require_rows(table)
@@ -136,7 +136,7 @@ def rows_of_tables(
     teacher = row_teacher(tables["train"], task.teacher_column)
     kinds["train"] = replace(kinds["train"], teacher=teacher)
     rows = partial(rows_of, task=task, cache_dir=cache_dir)
-    return Found(
+    return Corpus(
         name=name,
         splits={split: rows(table, kinds[split]) for split, table in tables.items()},
         classes=kinds["train"].classes,

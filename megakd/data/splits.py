@@ -17,7 +17,7 @@ from megakd.data.arrow import key_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
 from megakd.data.files import files_table, local_rows, matching_files
-from megakd.data.rows import Found, TextStream, scored_rows, without_teachers
+from megakd.data.rows import Corpus, TextStream, scored_rows, without_teachers
 from megakd.data.tables import Table
 from megakd.errors import ConfigError, DataError
 
@@ -78,15 +78,15 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     for name, files in task.evaluation_sets.items():
         key = f"task.evaluation_sets.{name}"
         sets[name] = files_table(matching_files(files, key), key)
-    found = _find(task, cache_dir)
-    scored = {name: _set_rows(name, table, task, found, cache_dir) for name, table in sets.items()}
-    train, validation = found.splits["train"], found.splits.get("validation")
+    corpus = _find(task, cache_dir)
+    scored = {name: _set_rows(name, table, task, corpus, cache_dir) for name, table in sets.items()}
+    train, validation = corpus.splits["train"], corpus.splits.get("validation")
     is_cut = validation is None
     if validation is None:
-        train, validation = cut_validation(train, name=found.name)
+        train, validation = cut_validation(train, name=corpus.name)
     if not is_labelled(validation).any():
-        raise DataError(f"the validation split of {found.name} has no labelled rows to score")
-    test = found.splits.get("test")
+        raise DataError(f"the validation split of {corpus.name} has no labelled rows to score")
+    test = corpus.splits.get("test")
     if test is not None and not is_labelled(test).any():
         test = None
     if task.mixture is not None:
@@ -94,29 +94,31 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
 
         train = mixed(train, task.mixture, seed=seed)
     return Splits(
-        train=keep_labels(train, task.labelled_examples, seed=seed, name=found.name),
+        train=keep_labels(train, task.labelled_examples, seed=seed, name=corpus.name),
         validation=_scored(without_teachers(validation), task, is_cut=is_cut),
         test=None if test is None else at_most(test, task.max_eval_examples),
-        label_names=found.label_names,
-        metrics=found.metrics,
-        content_hash=_content_hash(found, task, seed),
+        label_names=corpus.label_names,
+        metrics=corpus.metrics,
+        content_hash=_content_hash(corpus, task, seed),
         evaluation_sets=scored,
         sets_hash=key_of([(name, table.digest) for name, table in sets.items()]) if sets else "",
         is_cut=is_cut,
-        stream=found.stream,
+        stream=corpus.stream,
     )
 
 
-def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir: Path) -> Dataset:
-    as_chat = is_chat(found.splits["train"])
-    rows = scored_rows(table, task, found.classes, cache_dir=cache_dir, as_chat=as_chat)
+def _set_rows(
+    name: str, table: Table, task: TaskConfig, corpus: Corpus, cache_dir: Path
+) -> Dataset:
+    as_chat = is_chat(corpus.splits["train"])
+    rows = scored_rows(table, task, corpus.classes, cache_dir=cache_dir, as_chat=as_chat)
     if is_chat(rows) != as_chat:
         raise DataError(
             f"task.evaluation_sets.{name}: {table.name} holds conversations, and the training rows "
             "are documents, which are packed; set task.text_columns to score a column of text"
         )
     trained, here = (
-        set(without_teachers(found.splits["train"]).column_names),
+        set(without_teachers(corpus.splits["train"]).column_names),
         set(rows.column_names),
     )
     if as_chat:
@@ -131,7 +133,7 @@ def _set_rows(name: str, table: Table, task: TaskConfig, found: Found, cache_dir
     return rows
 
 
-def _find(task: TaskConfig, cache_dir: Path) -> Found:
+def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
     # A run imports the reader of its own source alone.
     if task.mixture is not None:
         from megakd.data.mixture import mixture_rows as find
@@ -178,11 +180,11 @@ def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:
     return at_most(rows, MOST_CUT_ROWS)
 
 
-def _content_hash(found: Found, task: TaskConfig, seed: int) -> str:
+def _content_hash(corpus: Corpus, task: TaskConfig, seed: int) -> str:
     if task.mixture is not None:
         weights = [part.weight for part in task.mixture.values()]
-        return key_of(found.source_hash, weights, seed, task.max_eval_examples)
+        return key_of(corpus.source_hash, weights, seed, task.max_eval_examples)
     if task.labelled_examples is None and task.max_eval_examples is None:
-        return found.source_hash
+        return corpus.source_hash
     chosen_by = seed if task.labelled_examples is not None else None
-    return key_of(found.source_hash, task.labelled_examples, chosen_by, task.max_eval_examples)
+    return key_of(corpus.source_hash, task.labelled_examples, chosen_by, task.max_eval_examples)

@@ -22,21 +22,21 @@ from megakd.data.files import READERS, known_suffix, split_files, tables_of_file
 from megakd.data.hub import hub_advice, hub_errors
 from megakd.data.kinds import RowKind, is_blank
 from megakd.data.readers import by_split, documents_of, readable
-from megakd.data.rows import DEFAULT_METRICS, ERROR, VERSION, Found, TextStream, numbered, rows_of
+from megakd.data.rows import DEFAULT_METRICS, ERROR, VERSION, Corpus, TextStream, numbered, rows_of
 from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
 
 SAMPLED_BYTES = 1 << 16
 
 
-def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Found:
+def streamed_files(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return a stream of local files, and the rows of the held-out files."""
     paths, key = split_files(task)
     stream = file_stream(paths.pop("train"), task, key=key.format(split="train"))
-    return _found(stream, tables_of_files(paths, key), task, cache_dir=cache_dir)
+    return _corpus(stream, tables_of_files(paths, key), task, cache_dir=cache_dir)
 
 
-def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
+def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return a stream of the Hub data set `task.dataset`, and the rows of its held-out splits.
 
     The held-out rows are the first `task.max_eval_examples` of a split, because a stream can only
@@ -63,7 +63,7 @@ def streamed_hub_rows(task: TaskConfig, *, cache_dir: Path) -> Found:
         columns = tuple(column for column in train.columns if column in columns)
     rows = splits[keys["train"]].select_columns(list(columns))
     table = replace(train, name=name, digest=key_of(digest, columns))
-    return _found(TextStream(table=table, rows=rows, kind=kind), tables, task, cache_dir=cache_dir)
+    return _corpus(TextStream(table=table, rows=rows, kind=kind), tables, task, cache_dir=cache_dir)
 
 
 def _hub_table(name: str, rows: IterableDataset, digest: str, task: TaskConfig) -> Table:
@@ -76,9 +76,9 @@ def _hub_table(name: str, rows: IterableDataset, digest: str, task: TaskConfig) 
     )
 
 
-def _found(
+def _corpus(
     stream: TextStream, tables: Mapping[SplitName, Table], task: TaskConfig, *, cache_dir: Path
-) -> Found:
+) -> Corpus:
     if task.bad_rows == "drop":
         stream = replace(stream, bad=BadRows("drop"))
     held: dict[SplitName, Dataset] = {}
@@ -90,7 +90,7 @@ def _found(
     if "validation" not in held:
         stream, held["validation"] = _cut(stream, task, cache_dir=cache_dir)
         digests.append(task.max_eval_examples)
-    return Found(
+    return Corpus(
         name=stream.name,
         splits={"train": held["validation"].select([]), **held},
         classes=None,

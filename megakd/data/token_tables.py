@@ -164,7 +164,7 @@ def _texts(
         texts = batch.column("text").to_pylist()
         encoded = plain_encoding(texts, tokenizer)
         starts = word_starts(encoded, texts) if with_words else repeat(None)
-        yield from ((ids, own) for ids, own in zip(encoded["input_ids"], starts) if ids)  # noqa: B905
+        yield from ((ids, of_words) for ids, of_words in zip(encoded["input_ids"], starts) if ids)  # noqa: B905
 
 
 def plain_encoding(

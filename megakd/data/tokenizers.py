@@ -173,9 +173,9 @@ def _resolved(
     if isinstance(spec, str):
         return _named(spec, task.type), f'task.tokenizer "{spec}"'
     if spec is None:
-        found = next((folder for folder in model_folders if has_tokenizer_files(folder)), None)
-        if found is not None:
-            return from_folder(found, task.type), f"the tokenizer in {found}"
+        given = next((folder for folder in model_folders if has_tokenizer_files(folder)), None)
+        if given is not None:
+            return from_folder(given, task.type), f"the tokenizer in {given}"
         kind = "bpe" if task.type == "causal_lm" else "wordpiece"
         spec = TokenizerConfig(type=kind, vocab_size=DEFAULT_VOCAB_SIZE)
     if splits.stream is not None:
@@ -239,14 +239,14 @@ def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     if is_bare_model and model and not (says_its_class and model.name in _STOCK_MODEL_NAMES):
         return _from_sentencepiece(model, task_type)
     if says_its_class:
-        found = AutoTokenizer.from_pretrained(
+        loaded = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        is_generic = type(found) is PreTrainedTokenizerFast
+        is_generic = type(loaded) is PreTrainedTokenizerFast
         if is_generic and {"tokenizer.json", MODEL_FILE} <= files:
-            found = SentencePieceTokenizer.from_pretrained(folder, local_files_only=True)
-            found.sentencepiece_model = (folder / MODEL_FILE).read_bytes()
-        return found
+            loaded = SentencePieceTokenizer.from_pretrained(folder, local_files_only=True)
+            loaded.sentencepiece_model = (folder / MODEL_FILE).read_bytes()
+        return loaded
     if "tokenizer.json" in files:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         roles = _special_roles(tokenizer, task_type)
@@ -338,12 +338,12 @@ def _read_texts_as(proto: Any, tokenizer: Tokenizer) -> None:
 
 def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
     unused = {"cls_token", "sep_token", "mask_token"} if task_type == "causal_lm" else {"bos_token"}
-    found = {
+    roles = {
         role: next((name for name in names if tokenizer.token_to_id(name) is not None), None)
         for role, names in _USUAL_NAMES.items()
         if role not in unused
     }
-    return {role: name for role, name in found.items() if name is not None}
+    return {role: name for role, name in roles.items() if name is not None}
 
 
 def _sentencepiece_file(folder: Path) -> Path | None:

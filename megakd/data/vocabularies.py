@@ -155,12 +155,12 @@ def _train_on_pieces(
 def tell_long_words(texts: Iterable[str], words: Callable[[str], Iterable[str]]) -> None:
     """Log the number of words that are too long for training; `words` splits text into words."""
     runs = (run for text in texts for run in _LONG_RUN.findall(text))
-    found = [word for run in runs for word in words(run) if len(word) > LONGEST_WORD]
-    if found:
+    long = [word for run in runs for word in words(run) if len(word) > LONGEST_WORD]
+    if long:
         logger.warning(
             "the training text has %d word(s) of more than %d characters, the longest of %d "
             "(%s…): the tokenizer is trained on pieces of %d characters of such words",
-            *(len(found), LONGEST_WORD, max(map(len, found)), found[0][:20], LONGEST_WORD),
+            *(len(long), LONGEST_WORD, max(map(len, long)), long[0][:20], LONGEST_WORD),
         )
 
 

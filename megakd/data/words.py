@@ -45,12 +45,12 @@ def _starts(encoding: Encoding, text: str) -> list[int]:
     starts: list[int] = []
     word, end = None, 0
     # A token that belongs to no word, such as a special token in the text, is a word of its own.
-    for position, (own, (first, last)) in enumerate(
+    for position, (index, (first, last)) in enumerate(
         zip(encoding.word_ids, encoding.offsets, strict=True)
     ):
-        continues = own is not None and own == word and not _has_space(text[end : first + 1])
+        continues = index is not None and index == word and not _has_space(text[end : first + 1])
         starts.append(starts[-1] if continues else position)
-        word, end = own, max(end, last)
+        word, end = index, max(end, last)
     return starts
 
 

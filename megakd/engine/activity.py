@@ -115,10 +115,10 @@ def too_long() -> str:
 
 
 def _others() -> str:
-    found: dict[int, Any] = {}
+    answers: dict[int, Any] = {}
     ranks = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
     asking = threading.Thread(
-        target=lambda: found.update({rank: _of(rank) for rank in ranks}), daemon=True
+        target=lambda: answers.update({rank: _of(rank) for rank in ranks}), daemon=True
     )
     asking.start()
     # A store answers never if its process, that of rank 0 or the launcher, is stopped.
@@ -127,7 +127,7 @@ def _others() -> str:
         return "rank 0 or its launcher does not answer"
     told = [
         f"rank {rank} was {record[0]}, begun {max(0.0, time.time() - record[1]):.0f} s ago"
-        for rank, record in found.items()
+        for rank, record in answers.items()
         if record is not None and record[0] != _current[-1]
     ]
     # With many ranks, the ranks that do something else are the interesting ones.

@@ -29,9 +29,9 @@ _GROUPS: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 _NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
 
 
-def backend_for(device: str, own: str) -> str:
+def backend_for(device: str, backend: str) -> str:
     """Return the backends of the default process group."""
-    return own if device == "cpu" else f"cpu:gloo,{device}:{own}"
+    return backend if device == "cpu" else f"cpu:gloo,{device}:{backend}"
 
 
 def all_reduce_(tensor: torch.Tensor, *, largest: bool = False) -> torch.Tensor:
@@ -94,20 +94,20 @@ def once_per_node(action: Callable[[], T], *, place: str) -> T:
     """
     if dist.get_world_size() == 1:
         return action()
-    own: list[T] = []  # the result on a rank that ran `action`
+    results: list[T] = []  # the result on a rank that ran `action`
 
     def pickled() -> bytes:
-        own.append(action())
-        return pickle.dumps(own[0])
+        results.append(action())
+        return pickle.dumps(results[0])
 
     made = on_main(pickled)
     nodes = gather((node_name(), place))
     first = nodes.index(nodes[dist.get_rank()])  # the first rank of this node
     is_first = first == dist.get_rank()
     # The files of rank 0 are there on its own node, and on every node that shares the folder.
-    lacks = together(lambda: is_first and not own and not _can_open(made))
+    lacks = together(lambda: is_first and not results and not _can_open(made))
     filled = gather(together(pickled if lacks else bytes))
-    return together(lambda: own[0] if own else pickle.loads(filled[first] or made))  # noqa: S301
+    return together(lambda: results[0] if results else pickle.loads(filled[first] or made))  # noqa: S301
 
 
 def node_name() -> str:

@@ -223,7 +223,7 @@ def _first_slurm_host() -> str:
     if "[" not in hosts:
         return hosts.split(",")[0]
     try:
-        found = subprocess.run(  # noqa: S603 - the program that Slurm itself documents for this
+        shown = subprocess.run(  # noqa: S603 - the program that Slurm itself documents for this
             ["scontrol", "show", "hostnames", hosts],  # noqa: S607
             capture_output=True,
             text=True,
@@ -233,7 +233,7 @@ def _first_slurm_host() -> str:
         raise MegakdError(
             f"cannot find the first host of SLURM_NODELIST={hosts!r} ({error}); set MASTER_ADDR"
         ) from error
-    return found.stdout.split()[0]
+    return shown.stdout.split()[0]
 
 
 def _complete_environment() -> None:
@@ -373,11 +373,11 @@ def warn_of_missing_variables() -> None:
 
     DeepSpeed's launcher starts other nodes with a few variables only.
     """
-    own = sorted(name for name in os.environ if name.startswith(PREFIXES))
-    found = gather((socket.gethostname(), own))
-    wanted = set(found[0][1])
-    for host in dict.fromkeys(host for host, _ in found):
-        lacking = [wanted - set(names) for other, names in found if other == host]
+    mine = sorted(name for name in os.environ if name.startswith(PREFIXES))
+    of_ranks = gather((socket.gethostname(), mine))
+    wanted = set(of_ranks[0][1])
+    for host in dict.fromkeys(host for host, _ in of_ranks):
+        lacking = [wanted - set(names) for other, names in of_ranks if other == host]
         missing = sorted(set[str]().union(*lacking))
         if missing:
             logger.warning(

@@ -117,9 +117,9 @@ def _peak_of_host() -> int:
         status = (PROCESS / "status").read_text(encoding="utf-8")
     except OSError:  # not Linux
         status = ""
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
-    if found is not None:
-        return int(found[1]) * 1024
+    peak = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    if peak is not None:
+        return int(peak[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 

@@ -162,8 +162,8 @@ class OptimizerState:
         if is_zero_param(parameter):
             place = self._outer.grad_position[self._outer.get_param_id(parameter)]
             group, start, size = (int(number) for number in place)
-            offset, own = own_partition(parameter, size)
-            return Slot(self._outer.fp32_partitioned_groups_flat[group], start, offset, own)
+            offset, count = own_partition(parameter, size)
+            return Slot(self._outer.fp32_partitioned_groups_flat[group], start, offset, count)
         if not hasattr(parameter, "_hp_mapping"):  # every rank holds and updates the whole weight
             part: slice = own_part(parameter)
             owner = self._masters.get(id(parameter))

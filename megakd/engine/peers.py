@@ -209,18 +209,18 @@ def reports_lost_peer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said, rank = str(error), f"rank {os.environ.get('RANK', '0')}"
-        if any(words in said for words in _NOT_CONNECTED):
-            reason = said.splitlines()[0].rpartition("] ")[2]
+        message, rank = str(error), f"rank {os.environ.get('RANK', '0')}"
+        if any(words in message for words in _NOT_CONNECTED):
+            reason = message.splitlines()[0].rpartition("] ")[2]
             interface = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
             raise PeerLostError(
                 f"{rank} on {node_name()} cannot connect to another rank over gloo ({reason}); set "
                 f"GLOO_SOCKET_IFNAME ({interface}) on every node to the network interface that "
                 "connects the nodes, such as eth0"
             ) from error
-        if any(words in said for words in _TIMED_OUT) and lost(0.0) is None:
+        if any(words in message for words in _TIMED_OUT) and lost(0.0) is None:
             raise CollectiveTimeoutError(activity.too_long()) from error
-        reason = next((words for words in (*_PEER_LOST, *_TIMED_OUT) if words in said), None)
+        reason = next((words for words in (*_PEER_LOST, *_TIMED_OUT) if words in message), None)
         if reason is None:
             raise
         which = lost(LOOK_EVERY_S) or f"another rank has ended ({reason})"
@@ -269,8 +269,8 @@ def _accept(server: socket.socket, token: str, count: int) -> dict[int, socket.s
         hello = b""
         with suppress(OSError):
             hello = peer.recv(256)
-        said, _, rank = hello.decode("ascii", "replace").partition(" ")
-        if said != token:
+        given, _, rank = hello.decode("ascii", "replace").partition(" ")
+        if given != token:
             peer.close()
             continue
         peers[int(rank)] = peer

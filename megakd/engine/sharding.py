@@ -43,7 +43,7 @@ def sharded_construction(
         device: device of modules that are not sharded. The ranks of a node would otherwise each
             hold a whole model in the memory of the host. None: the CPU.
     """
-    found = transformers_switch._hf_deepspeed_config_weak_ref  # noqa: SLF001  (no public reader)
+    earlier = transformers_switch._hf_deepspeed_config_weak_ref  # noqa: SLF001  (no public reader)
     transformers_switch.unset_hf_deepspeed_config()
     plain = nullcontext() if device is None or device.type == "cpu" else device
     try:
@@ -51,7 +51,7 @@ def sharded_construction(
         with linear_left_alone(), building:
             yield
     finally:
-        owner = found() if found is not None else None
+        owner = earlier() if earlier is not None else None
         if owner is not None:
             transformers_switch.set_hf_deepspeed_config(owner)
 

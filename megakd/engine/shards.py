@@ -42,9 +42,9 @@ def local_shards(model: nn.Module, *, loss_scale: float = 1.0) -> Iterator[Shard
     by `loss_scale` under fp16.
     """
     for name, parameter in model.named_parameters():
-        found = _shard_of(parameter) if parameter.requires_grad else None
-        if found is not None:
-            weight, gradient, offset = found
+        shard = _shard_of(parameter) if parameter.requires_grad else None
+        if shard is not None:
+            weight, gradient, offset = shard
             yield Shard(name, weight, gradient.float() / loss_scale, offset)
 
 
@@ -60,8 +60,8 @@ def _of_partition(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
     optimizer = parameter._z3_optimizer  # noqa: SLF001 - as deepspeed.utils does
     weight = optimizer.get_local_fp32_param(parameter).flatten()
     gradient = optimizer.get_local_fp32_grad_for_param(parameter).flatten()
-    offset, own = own_partition(parameter, len(weight))
-    return weight[:own], gradient[:own], offset
+    offset, count = own_partition(parameter, len(weight))
+    return weight[:count], gradient[:count], offset
 
 
 def _of_fragment(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
@@ -113,7 +113,7 @@ def names_of_bad_weights(module: nn.Module) -> list[str]:
     ends = [torch.stack(torch.aminmax(part)).isfinite().all() for _, part in named]
     finite = torch.stack(ends).tolist() if named else []
     bad = [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
-    return list(dict.fromkeys(name for found in gather(bad) for name in found))
+    return list(dict.fromkeys(name for names in gather(bad) for name in names))
 
 
 def _own_part(parameter: Tensor) -> Tensor:

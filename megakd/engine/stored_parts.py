@@ -54,11 +54,11 @@ class StoredParts:
     @property
     def names(self) -> dict[str, list[str]]:
         """The names of the weights by kind of value, in the same order on all ranks."""
-        found: dict[str, dict[str, None]] = {}
+        by_kind: dict[str, dict[str, None]] = {}
         for file in self._files:
             for kind, by_name in file["parts"].items():
-                found.setdefault(kind, {}).update(dict.fromkeys(by_name))
-        return {kind: [*names] for kind, names in found.items()}
+                by_kind.setdefault(kind, {}).update(dict.fromkeys(by_name))
+        return {kind: [*names] for kind, names in by_kind.items()}
 
     def size(self, kind: str, name: str) -> int:
         """Return the number of elements of a value that are stored."""
@@ -66,13 +66,13 @@ class StoredParts:
 
     def read(self, kind: str, name: str, wanted: slice) -> Tensor:
         """Return some elements of a flattened value, [stop - start] on the CPU."""
-        found = torch.zeros(wanted.stop - wanted.start)
+        values = torch.zeros(wanted.stop - wanted.start)
         for offset, part in self._pieces(kind, name):
             first, last = max(offset, wanted.start), min(offset + len(part), wanted.stop)
             if first < last:
                 here = part[first - offset : last - offset]
-                found[first - wanted.start : last - wanted.start] = here
-        return found
+                values[first - wanted.start : last - wanted.start] = here
+        return values
 
     def _pieces(self, kind: str, name: str) -> Iterator[tuple[int, Tensor]]:
         for file in self._files:

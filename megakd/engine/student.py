@@ -99,9 +99,9 @@ class StudentEngine:
         **options: Any,
     ) -> Losses:
         with ExitStack() as stack:
-            for said in knowledge.values():
-                if said.head is not None:
-                    stack.enter_context(said.head.open())
+            for answer in knowledge.values():
+                if answer.head is not None:
+                    stack.enter_context(answer.head.open())
             return self._engine(batch, knowledge, plan, counts, **options)
 
     def local_shards(self) -> Iterator[Shard]:
@@ -213,14 +213,14 @@ class StudentEngine:
         values.load(stored.read, steps=stored.facts["steps"])
         self._engine.skipped_steps = stored.facts["skipped_steps"]
         self._loss_scale.update(stored.facts["loss_scale"])
-        found: dict[str, dict[str, Tensor]] = {}
+        shards: dict[str, dict[str, Tensor]] = {}
         for kind, names in stored.names.items():
             for name in names if kind.startswith(_SHARD) else ():
                 part = stored.read(kind, name, values.part_of(name)).to(self._engine.device)
                 if len(part):
-                    of_kind = found.setdefault(kind.removeprefix(_SHARD), {})
+                    of_kind = shards.setdefault(kind.removeprefix(_SHARD), {})
                     of_kind[name.removeprefix(LEARNER)] = part
-        return found
+        return shards
 
     @property
     def _loss_scale(self) -> dict[str, Any]:

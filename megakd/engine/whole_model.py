@@ -69,8 +69,8 @@ def _plain_members(part: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
             memo[id(vars(part)[name])] = empty
     # Neither torch's attributes nor those that DeepSpeed adds at ZeRO 3.
     foreign = {*members, "_external_params", "_original_parameters"}
-    own = {n: v for n, v in vars(part).items() if n not in foreign and not n.startswith("ds_")}
-    members |= copy.deepcopy(own, memo)
+    plain = {n: v for n, v in vars(part).items() if n not in foreign and not n.startswith("ds_")}
+    members |= copy.deepcopy(plain, memo)
     members["_buffers"] = copy.deepcopy(dict(part._buffers), memo)  # noqa: SLF001
     members["_non_persistent_buffers_set"] = set(part._non_persistent_buffers_set)  # noqa: SLF001
     for name in ("_parameters", "_modules"):
@@ -80,13 +80,13 @@ def _plain_members(part: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
 
 
 def _whole_parameters(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
-    found: dict[int, nn.Parameter] = {}
+    copies: dict[int, nn.Parameter] = {}
     for group in _groups(parameters):
         with gathered(group):
             for parameter in group:
                 whole = parameter.detach().clone()
-                found[id(parameter)] = nn.Parameter(whole, requires_grad=False)
-    return found
+                copies[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+    return copies
 
 
 def _groups(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:

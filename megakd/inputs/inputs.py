@@ -109,10 +109,10 @@ class RunInputs(UnencodedInputs):
 
     def of(self, role: str) -> RunInputs:
         """Return the inputs with the tokenizer of a role, and with the data for this tokenizer."""
-        own = self.tokenizer_of(role)
-        if own is self.tokenizer or self.teacher_encoded is None:
+        tokenizer = self.tokenizer_of(role)
+        if tokenizer is self.tokenizer or self.teacher_encoded is None:
             return self
-        return dataclasses.replace(self, tokenizer=own, encoded=self.teacher_encoded)
+        return dataclasses.replace(self, tokenizer=tokenizer, encoded=self.teacher_encoded)
 
 
 def prepare(config: RunConfig) -> RunInputs:
@@ -121,22 +121,22 @@ def prepare(config: RunConfig) -> RunInputs:
     All problems that configs, labels and vocabularies show are raised before the data is encoded,
     and before any model's weights are loaded.
     """
-    found = unencoded_inputs(config)
-    config = with_row_length(config, found.splits, found.tokenizer, found.sources)
-    check_run(config, found)
-    _say_positive_label(found.metrics)
+    unencoded = unencoded_inputs(config)
+    config = with_row_length(config, unencoded.splits, unencoded.tokenizer, unencoded.sources)
+    check_run(config, unencoded)
+    _say_positive_label(unencoded.metrics)
     inputs = RunInputs(
-        **vars(found),
+        **vars(unencoded),
         config=config,
-        method_rows=method_rows(config, found.splits, found.pair),
-        encoded=encoded_rows(config, found.splits, found.tokenizer),
+        method_rows=method_rows(config, unencoded.splits, unencoded.pair),
+        encoded=encoded_rows(config, unencoded.splits, unencoded.tokenizer),
         teacher_encoded=(
             None
-            if found.teacher_tokenizer is None
+            if unencoded.teacher_tokenizer is None
             else encoded_rows(
                 config,
-                found.splits,
-                found.teacher_tokenizer,
+                unencoded.splits,
+                unencoded.teacher_tokenizer,
                 with_train=any(spec.finetune for spec in config.teacher_specs.values()),
             )
         ),
@@ -184,20 +184,20 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     if problems:
         raise TeacherError("\n".join(problems))
     check_chat_models(task, splits.train, tokenizer, sources)
-    own = None if vocabulary is None else _student_tokenizer(config, vocabulary, splits, tokenizer)
-    found = UnencodedInputs(
+    new = None if vocabulary is None else _student_tokenizer(config, vocabulary, splits, tokenizer)
+    inputs = UnencodedInputs(
         splits=splits,
         metrics=metrics,
-        tokenizer=own or tokenizer,
+        tokenizer=new or tokenizer,
         sources=sources,
-        teacher_tokenizer=tokenizer if own else None,
+        teacher_tokenizer=tokenizer if new else None,
     )
     sized = {}
     for role, source in sources.items():
-        own = found.tokenizer_of(role)
-        pad = cast("int | None", own.pad_token_id)  # transformers' own type allows several
-        sized[role] = with_vocabulary(source, len(own), pad_token_id=pad)
-    return dataclasses.replace(found, sources=sized)
+        of_role = inputs.tokenizer_of(role)
+        pad = cast("int | None", of_role.pad_token_id)  # transformers' own type allows several
+        sized[role] = with_vocabulary(source, len(of_role), pad_token_id=pad)
+    return dataclasses.replace(inputs, sources=sized)
 
 
 def _student_tokenizer(
@@ -206,15 +206,15 @@ def _student_tokenizer(
     splits: Splits,
     teacher: PreTrainedTokenizerBase,
 ) -> PreTrainedTokenizerBase:
-    own = main_first(
+    made = main_first(
         lambda: config.method.student_tokenizer(splits, teacher, cache_dir=cache_folder())
     )
     logger.info(
         "student's vocabulary: a %s of %d pieces trained on the training text; %.1f %% of the "
         "pieces are in the teacher's vocabulary of %d too",
-        *(vocabulary.type, len(own), 100 * VocabularyPair(own, teacher).overlap, len(teacher)),
+        *(vocabulary.type, len(made), 100 * VocabularyPair(made, teacher).overlap, len(teacher)),
     )
-    return own
+    return made
 
 
 def vocabulary_report(config: RunConfig, inputs: UnencodedInputs) -> VocabularyReport | None:
@@ -323,11 +323,11 @@ def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
                 raise
             wrong[role] = str(error)
     # A folder may be missing on one node only.
-    everywhere = {role: said for found in gather(wrong) for role, said in found.items()}
+    everywhere = {role: reason for share in gather(wrong) for role, reason in share.items()}
     if not everywhere:
         return with_student(config, sources), []
-    found = {role: source for role, source in sources.items() if role not in everywhere}
-    return found, list(everywhere.values())
+    resolved = {role: source for role, source in sources.items() if role not in everywhere}
+    return resolved, list(everywhere.values())
 
 
 def with_student(config: RunConfig, sources: dict[str, ModelSource]) -> dict[str, ModelSource]:
@@ -353,7 +353,7 @@ def as_student(
 
 
 def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) -> ModelSource:
-    found = resolve_model(
+    source = resolve_model(
         spec.model,
         config.task,
         where=f"{config.key_of(role)}.model",
@@ -361,4 +361,4 @@ def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) 
         trust_remote_code=spec.trust_remote_code,
         allow_pickle=spec.allow_pickle,
     )
-    return dataclasses.replace(found, attn_implementation=spec.attn_implementation)
+    return dataclasses.replace(source, attn_implementation=spec.attn_implementation)

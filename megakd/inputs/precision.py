@@ -30,8 +30,8 @@ def frozen_dtype(spec: TeacherConfig, stored: torch.dtype | None, device: str) -
     """Return `teacher.dtype`; by default the stored 16-bit dtype on a GPU, or `_default_dtype`."""
     if spec.dtype is not None:
         return spec.dtype
-    found = STORED_DTYPE.get(stored, "fp32")
-    return found if device != "cpu" and found != "fp32" else _default_dtype(device)
+    dtype = STORED_DTYPE.get(stored, "fp32")
+    return dtype if device != "cpu" and dtype != "fp32" else _default_dtype(device)
 
 
 def training_dtype(train: TrainConfig, device: str) -> Dtype:

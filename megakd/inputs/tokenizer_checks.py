@@ -147,11 +147,11 @@ def check_answers(
 ) -> None:
     """Check that held-out conversations have answers, and how the learned answers end."""
     by_split: dict[str, list[ChatCounts]] = {}
-    for name, own in (counts or {}).items():
+    for name, tally in (counts or {}).items():
         split = name if name.startswith(f"{SETS}/") else name.split("/")[0]
-        by_split.setdefault(split, []).append(own)
+        by_split.setdefault(split, []).append(tally)
     for split, parts in by_split.items():
-        if split != "train" and not any(own.targets for own in parts):
+        if split != "train" and not any(tally.targets for tally in parts):
             _refuse_prompts(split)
     # A stream is not encoded before the run, but its held-out rows are.
     learned = by_split.get("train", by_split.get("validation", []))
@@ -173,11 +173,11 @@ def _check_ends(
     looked_for: set[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    if not any(own.targets for own in trained):
+    if not any(tally.targets for tally in trained):
         return
-    if any(own.special.get(number) for own in trained for number in looked_for):
+    if any(tally.special.get(number) for tally in trained for number in looked_for):
         return
-    special = {number for own in trained for number in own.special}
+    special = {number for tally in trained for number in tally.special}
     counting = ", ".join(_tokens(special, tokenizer)) or "none"
     if looked_for:
         problem = (
@@ -237,30 +237,30 @@ def other_vocabularies(
     for source, folder in _pretrained(sources):
         if not has_tokenizer_files(folder):
             continue
-        own = from_folder(folder, task.type)
-        if own.get_vocab() == vocabulary:
+        theirs = from_folder(folder, task.type)
+        if theirs.get_vocab() == vocabulary:
             continue
         if isinstance(task.tokenizer, str):
-            _tell(source, own, tokenizer)
+            _tell(source, theirs, tokenizer)
         else:
             yield (
-                f"{source.where} {source.name} has a tokenizer of {len(own)} tokens, and the run "
-                f"has another tokenizer, of {len(tokenizer)} tokens; soft targets need one "
+                f"{source.where} {source.name} has a tokenizer of {len(theirs)} tokens, and the "
+                f"run has another tokenizer, of {len(tokenizer)} tokens; soft targets need one "
                 "vocabulary: choose models with the same tokenizer, or set task.tokenizer if the "
                 "models share one"
             )
 
 
 def _tell(
-    source: ModelSource, own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
+    source: ModelSource, theirs: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     vocabulary = tokenizer.get_vocab()
-    other = sum(vocabulary.get(token) != number for token, number in own.get_vocab().items())
+    other = sum(vocabulary.get(token) != number for token, number in theirs.get_vocab().items())
     if other:
         logger.warning(
             "%s: %d of the %d tokens of the model's own tokenizer have another id, or no id, in "
             "task.tokenizer %s, which is used as configured",
-            *(source.where, other, len(own), tokenizer.name_or_path),
+            *(source.where, other, len(theirs), tokenizer.name_or_path),
         )
 
 

@@ -113,10 +113,10 @@ class StudentBundle(nn.Module):
     def axes(self) -> dict[str, Axes]:
         """The axes of all weights that change when the first learner is cut, by name."""
         table = weight_axes(self.student)  # type: ignore[arg-type]
-        own = {f"learners.0.{name}": axes for name, axes in table.items()}
+        of_student = {f"learners.0.{name}": axes for name, axes in table.items()}
         followers = {*self.objective.projections()}
         names = (name for name, module in self.named_modules() if module in followers)
-        return own | {f"{name}.weight": (None, WIDTH) for name in names}
+        return of_student | {f"{name}.weight": (None, WIDTH) for name in names}
 
     def forward(
         self,

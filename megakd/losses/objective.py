@@ -86,8 +86,8 @@ class Objective(nn.Module):
 
     def projections(self) -> list[nn.Linear]:
         """Return the learned maps from the student's hidden states to the teacher's."""
-        found = (module for module in self.modules() if isinstance(module, Projections))
-        return [cast("nn.Linear", linear) for module in found for linear in module]
+        learned = (module for module in self.modules() if isinstance(module, Projections))
+        return [cast("nn.Linear", linear) for module in learned for linear in module]
 
     def _wanted(self, readings: Sequence[LossInputs]) -> list[TermGroup]:
         groups = cast("list[TermGroup]", list(self.groups))
@@ -95,12 +95,12 @@ class Objective(nn.Module):
         return [g for g in groups if not left_out.issuperset(g.units.keys() - AGREEMENTS)]
 
 
-def _zero(said: Knowledge) -> Tensor:
+def _zero(answer: Knowledge) -> Tensor:
     """Return 0 with a gradient of 0 for every weight that a model's outputs were computed with.
 
     A constant would have no backward, with which ZeRO reduces gradients and frees gathered weights.
     """
-    outputs = said.hidden if said.logits is None else said.logits
+    outputs = answer.hidden if answer.logits is None else answer.logits
     if outputs is None:
         raise TypeError("a model without logits and without hidden states has no loss")
     # Padding may hold NaN, and NaN times 0 is NaN.

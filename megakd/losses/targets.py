@@ -90,10 +90,10 @@ class TermGroup(nn.Module):
 
     def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Return one result per reading; only the sum of the scaled totals has a meaning."""
-        found = [self(reading) for reading in readings]
+        results = [self(reading) for reading in readings]
         return [
             one._replace(total=one.total * reading.scale)
-            for one, reading in zip(found, readings, strict=True)
+            for one, reading in zip(results, readings, strict=True)
         ]
 
 
@@ -125,17 +125,17 @@ class LanguageModelTargets(TermGroup):
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return nats (times T² for the soft terms), summed over positions with a label."""
         out = self._scored(self._stacked([reading]), reading)
-        found = Evaluated(out.loss, self._sums(out, slice(None), 1.0))
+        evaluated = Evaluated(out.loss, self._sums(out, slice(None), 1.0))
         second = _second(reading)
-        return found if second is None else _joined(found, self(second))
+        return evaluated if second is None else _joined(evaluated, self(second))
 
     def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Compute readings together if they differ only in the student's outputs and in scale."""
-        found: dict[int, Evaluated] = {}
+        results: dict[int, Evaluated] = {}
         for indices in _alike(readings):
             together = self._together([readings[index] for index in indices])
-            found.update(zip(indices, together, strict=True))
-        return [found[index] for index in range(len(readings))]
+            results.update(zip(indices, together, strict=True))
+        return [results[index] for index in range(len(readings))]
 
     def _together(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         first, *others = readings
@@ -227,17 +227,17 @@ class LanguageModelTargets(TermGroup):
 
     def _stacked(self, readings: Sequence[LossInputs]) -> TargetRows:
         first, count = readings[0], len(readings)
-        own = chosen_targets(first.batch, self.source)
+        chosen = chosen_targets(first.batch, self.source)
         kept = first.taught.kept if self.soft else None
-        taught = own.of(_hidden(first.taught)) if self.soft and kept is None else None
-        kept = None if kept is None else kept._make(map(own.of, kept))
+        taught = chosen.of(_hidden(first.taught)) if self.soft and kept is None else None
+        kept = None if kept is None else kept._make(map(chosen.of, kept))
         if count == 1:
-            return TargetRows(own.of(_hidden(first.student)), taught, own.labels, None, kept)
-        labels = own.labels.flatten()
+            return TargetRows(chosen.of(_hidden(first.student)), taught, chosen.labels, None, kept)
+        labels = chosen.labels.flatten()
         # Filled on the device: copying a list to a GPU would wait for the GPU.
         scales = [torch.full_like(labels, one.scale, dtype=torch.float32) for one in readings]
         return TargetRows(
-            torch.cat([own.of(_hidden(reading.student)).flatten(0, -2) for reading in readings]),
+            torch.cat([chosen.of(_hidden(reading.student)).flatten(0, -2) for reading in readings]),
             None if taught is None else taught.flatten(0, -2).repeat(count, 1),
             labels.repeat(count),
             torch.cat(scales),
@@ -268,20 +268,20 @@ class TargetRows(NamedTuple):
 
 
 def _alike(readings: Sequence[LossInputs]) -> Iterable[list[int]]:
-    found: dict[object, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for index, reading in enumerate(readings):
         alike = (id(reading.teacher), tuple(reading.weights.items()))
-        found.setdefault(alike if reading.scale > 0 else index, []).append(index)
-    return found.values()
+        groups.setdefault(alike if reading.scale > 0 else index, []).append(index)
+    return groups.values()
 
 
 def _second(reading: LossInputs) -> LossInputs | None:
-    said, batch = reading.student.second, second_targets(reading.batch)
-    if said is None or batch is None:
+    student, batch = reading.student.second, second_targets(reading.batch)
+    if student is None or batch is None:
         return None
     if reading.teacher is not None:
         raise TypeError("soft targets need one vocabulary, and this model predicts from two")
-    return replace(reading, student=said, batch=batch)
+    return replace(reading, student=student, batch=batch)
 
 
 def _joined(first: Evaluated, second: Evaluated) -> Evaluated:
@@ -316,11 +316,11 @@ def language_model_groups(
 
     The hard term of a source is part of the first group of the source.
     """
-    found = {source_of(term) for term in (*hard, *soft)}
+    sources = {source_of(term) for term in (*hard, *soft)}
     return tuple(
         group
         for source in (None, "rollouts", "data")
-        if source in found
+        if source in sources
         for group in _groups_of(
             [term for term in soft if term.on == source],
             hard=any(term.on == source for term in hard),
@@ -377,12 +377,12 @@ def chosen_targets(batch: Batch, source: Source | None) -> Chosen:
     labels = batch.target_labels
     if source is None:
         return Chosen(labels, None)
-    own = of_source(batch, source)
-    if not own.is_cpu:
-        return Chosen(labels.masked_fill(~own, IGNORE), None)
-    if own.all():
+    is_chosen = of_source(batch, source)
+    if not is_chosen.is_cpu:
+        return Chosen(labels.masked_fill(~is_chosen, IGNORE), None)
+    if is_chosen.all():
         return Chosen(labels, None)
-    kept = own.flatten().nonzero().squeeze(1)
+    kept = is_chosen.flatten().nonzero().squeeze(1)
     if not len(kept):
         first = torch.zeros(1, dtype=torch.long, device=labels.device)
         return Chosen(torch.full_like(first, IGNORE), first)

@@ -52,10 +52,10 @@ Rows = tuple[Tensor, Head]
 """Hidden states [N, D] of the positions that a model predicts, and the head of the model."""
 
 
-def _rows(said: Knowledge) -> Rows | None:
-    if said.hidden is None or said.head is None:
+def _rows(answer: Knowledge) -> Rows | None:
+    if answer.hidden is None or answer.head is None:
         return None
-    return said.hidden.detach().flatten(0, -2), said.head
+    return answer.hidden.detach().flatten(0, -2), answer.head
 
 
 def _sums(student: Rows, teacher: Rows | None, rows: Tensor, kernels: str) -> Tensor:

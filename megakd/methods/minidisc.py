@@ -261,5 +261,5 @@ class TradeoffJudge:
             target=self.target,
             target_may_win=self.target_may_win,
         )
-        own = {view_name(self.target): metrics[self.target]} if self.target_may_win else {}
-        return Verdict(choice.highest, view_name(choice.sparsity), own)
+        of_views = {view_name(self.target): metrics[self.target]} if self.target_may_win else {}
+        return Verdict(choice.highest, view_name(choice.sparsity), of_views)

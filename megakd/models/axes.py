@@ -57,7 +57,7 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
     architecture, table = architecture_of(model.config), weight_axes(model)
     layers = (*architecture.attentions(model.config), *architecture.feed_forwards(model.config))
     paths = {path for part in layers for path in part.makers}
-    found: dict[str, Maker] = {}
+    makers: dict[str, Maker] = {}
     for path, module in model.named_modules():
         name, is_embedding = f"{path}.weight", isinstance(module, nn.Embedding)
         weight = dict(module.named_parameters(recurse=False)).get("weight")
@@ -68,8 +68,8 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
         axis, inputs = table[name][dimension], table[name][1 - dimension]
         if axis is not None:
             rows, columns = full_shape(weight)
-            found[name] = Maker(axis, inputs, dimension, (rows, columns))
-    return found
+            makers[name] = Maker(axis, inputs, dimension, (rows, columns))
+    return makers
 
 
 def output_modules(model: PreTrainedModel, architecture: Architecture) -> set[str]:

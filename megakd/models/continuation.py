@@ -51,7 +51,7 @@ def continued(
 
     There is at least one prompt, and the model's own generation config sets nothing.
     """
-    running, found = _padded(prompts, tokens.pad, model.device), {}
+    running, texts = _padded(prompts, tokens.pad, model.device), {}
     length, ends = running.ids.shape[1], _tensor(tokens.end, model.device)
     while running.rows:
         output = model.generate(
@@ -64,9 +64,9 @@ def continued(
         new = output.sequences[:, length:]  # [B, T]
         has_ended = _has_end(new, ends) | (new.shape[1] == sampling.max_new_tokens)  # [B]
         for place in has_ended.nonzero()[:, 0].tolist():
-            found[running.rows[place]] = new[place].tolist()
+            texts[running.rows[place]] = new[place].tolist()
         running = _others(running, output, (~has_ended).nonzero()[:, 0], model)
-    return [found[row] for row in range(len(prompts))]
+    return [texts[row] for row in range(len(prompts))]
 
 
 class EnoughHaveEnded(StoppingCriteria):

@@ -208,7 +208,7 @@ def _check_order(order: UnitOrder | None, units: View) -> None:
     if [tuple(sorted(numbers)) for numbers in listed] != wanted:
         raise ModelError(
             "an order must list every unit of the model once: the model has"
-            f" {counts} units in its parts, the order lists {[len(own) for own in listed]}"
+            f" {counts} units in its parts, the order lists {[len(part) for part in listed]}"
         )
 
 
@@ -219,10 +219,10 @@ def _with_columns(config: PretrainedConfig, view: View, order: UnitOrder | None)
     columns = getattr(config, HEAD_COLUMNS, None) or [list(range(count)) for count in whole.heads]
     if order is not None:
         columns = [
-            [own[head] for head in heads] for own, heads in zip(columns, order.heads, strict=True)
+            [part[head] for head in heads] for part, heads in zip(columns, order.heads, strict=True)
         ]
     if order is not None or view != whole:
-        cut.head_columns = [own[:kept] for own, kept in zip(columns, view.heads, strict=True)]
+        cut.head_columns = [part[:kept] for part, kept in zip(columns, view.heads, strict=True)]
     if view != whole:
         cut.head_counts, cut.neuron_counts = list(view.heads), list(view.neurons)
         setattr(cut, architecture.neurons, max(view.neurons) or 1)  # not the value of the teacher
@@ -247,9 +247,9 @@ def _stock_config(config: PretrainedConfig, view: View) -> PretrainedConfig | No
         cut = _changed(config, config.model_type.removeprefix(CUT), changes)
     except (StrictDataclassError, ValueError):
         return None  # Llama's config, for example, requires heads that divide the width
-    found = architecture_named(cut.model_type)
-    fits = cut.hidden_size % getattr(cut, found.attention_heads) == 0 or "head_dim" in changes
-    return cut if fits and found.heads(cut).width == _head_width(config, view) else None
+    stock = architecture_named(cut.model_type)
+    fits = cut.hidden_size % getattr(cut, stock.attention_heads) == 0 or "head_dim" in changes
+    return cut if fits and stock.heads(cut).width == _head_width(config, view) else None
 
 
 def _own_config(config: PretrainedConfig, view: View, *, learns: bool) -> PretrainedConfig:
@@ -289,8 +289,8 @@ def _widths(config: PretrainedConfig, view: View) -> dict[str, Any]:
 def _changed(
     config: PretrainedConfig, model_type: str, changes: Mapping[str, Any]
 ) -> PretrainedConfig:
-    own = OWN_MODELS.get(model_type)
-    made = CONFIG_MAPPING[model_type] if own is None else own.config
+    ours = OWN_MODELS.get(model_type)
+    made = CONFIG_MAPPING[model_type] if ours is None else ours.config
     kept = {key: value for key, value in config.to_dict().items() if key not in SHAPE_KEYS}
     own_names = {made.attribute_map.get(key, key): value for key, value in changes.items()}
     return made.from_dict({**kept, **own_names})

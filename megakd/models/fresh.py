@@ -31,8 +31,8 @@ def initialize_parameters(
     """
     waiting = {id(parameter) for parameter in parameters}
     with _replaced(dict(model.named_modules()), _without_memory) as (parts, _):
-        for name, own in parts.items():
-            fresh = {key: own[key] for key in own if id(own[key]) in waiting}
+        for name, held in parts.items():
+            fresh = {key: held[key] for key in held if id(held[key]) in waiting}
             if not fresh:
                 continue
             waiting.difference_update(id(parameter) for parameter in fresh.values())
@@ -76,7 +76,7 @@ def _replaced(
 ) -> Iterator[tuple[Parameters, Parameters]]:
     """Replace the parameters of modules in the body; yield the originals and the new ones."""
     named = {name: dict(part.named_parameters(recurse=False)) for name, part in modules.items()}
-    new = {n: {key: nn.Parameter(made(p)) for key, p in own.items()} for n, own in named.items()}
+    new = {n: {key: nn.Parameter(made(p)) for key, p in held.items()} for n, held in named.items()}
     try:
         _put(modules, new)
         yield named, new
@@ -85,8 +85,8 @@ def _replaced(
 
 
 def _put(modules: Mapping[str, nn.Module], parameters: Parameters) -> None:
-    for name, own in parameters.items():
-        for key, parameter in own.items():
+    for name, held in parameters.items():
+        for key, parameter in held.items():
             setattr(modules[name], key, parameter)
 
 

@@ -45,13 +45,13 @@ def complete(
     generative: Any = model
     lengths = [len(prompt) for prompt in prompts]
     check_prompt_lengths(lengths, sampling.max_new_tokens, context_length(generative.config))
-    found: dict[int, Completion] = {}
+    completions: dict[int, Completion] = {}
     with torch.no_grad(), evaluating(model), _settings(generative):
         for rows in _batches(lengths, rows_at_once):
             chosen = [prompts[row] for row in rows], [seeds[row] for row in rows]
             texts = continued(generative, *chosen, sampling, tokens)
-            found |= zip(rows, (_completion(ids, tokens.end) for ids in texts), strict=True)
-    return [found[row] for row in range(len(prompts))]
+            completions |= zip(rows, (_completion(ids, tokens.end) for ids in texts), strict=True)
+    return [completions[row] for row in range(len(prompts))]
 
 
 def generation_config_of(source: ModelSource) -> GenerationConfig | None:

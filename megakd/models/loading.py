@@ -248,9 +248,9 @@ def _architecture(model_type: str, task: TaskConfig, where: str) -> Architecture
 def _check_sizes(config: PretrainedConfig, architecture: Architecture, where: str) -> None:
     if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have no heads or neurons left
         return
-    own = (architecture.layers, architecture.width, architecture.attention_heads)
+    keys = (architecture.layers, architecture.width, architecture.attention_heads)
     shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
-    for key in (*own, architecture.neurons, architecture.positions or "d_kv", *shared):
+    for key in (*keys, architecture.neurons, architecture.positions or "d_kv", *shared):
         size = getattr(config, key, None)
         if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
             raise ModelError(
@@ -329,12 +329,12 @@ def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
 
 def _check_same_files(reader: WeightReader, stored: Sequence[StoredTensor]) -> None:
     """Raise if a node has other weights in its files than the node of rank 0; a collective."""
-    found = gather((together(lambda: reader.sample(stored)), node_name()))
-    other = next((rank for rank, one in enumerate(found) if one[0] != found[0][0]), None)
+    samples = gather((together(lambda: reader.sample(stored)), node_name()))
+    other = next((rank for rank, one in enumerate(samples) if one[0] != samples[0][0]), None)
     if other is not None:
         raise ModelError(
             f"{reader.where}: {stored[0].file.parent} holds other weights for rank {other} on "
-            f"{found[other][1]} than for rank 0 on {found[0][1]}; give all nodes the same files"
+            f"{samples[other][1]} than for rank 0 on {samples[0][1]}; give all nodes the same files"
         )
 
 

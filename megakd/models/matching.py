@@ -75,15 +75,15 @@ def with_joint_experts(
     """
     experts: dict[str, dict[int, dict[str, StoredTensor]]] = {}
     for key, tensor in stored.items():
-        found = _OF_ONE_EXPERT.fullmatch(key)
-        if found is not None:
-            path, number, part = found.groups()
+        match = _OF_ONE_EXPERT.fullmatch(key)
+        if match is not None:
+            path, number, part = match.groups()
             experts.setdefault(path, {}).setdefault(int(number), {})[part] = tensor
     joint = dict(stored)
     for path, by_number in experts.items():
         for name, parts in _JOINT.items():
-            found = [by_number.get(number, {}) for number in range(len(by_number))]
-            rows = [[expert.get(part) for part in parts] for expert in found]
+            in_order = [by_number.get(number, {}) for number in range(len(by_number))]
+            rows = [[expert.get(part) for part in parts] for expert in in_order]
             made = _joined(rows) if f"{path}.{name}" in names else None
             if made is None:
                 continue

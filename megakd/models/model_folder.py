@@ -226,8 +226,8 @@ def _write_config(
 ) -> None:
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     config.to_json_file(str(folder / "config.json"))
-    own = OWN_MODELS[config.model_type].models if config.model_type in OWN_MODELS else {}
-    ours = own.get("AutoModelForCausalLM")
+    models = OWN_MODELS[config.model_type].models if config.model_type in OWN_MODELS else {}
+    ours = models.get("AutoModelForCausalLM")
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if (ours.__name__ if ours else stock) in (config.architectures or ()):
         _generation(config, tokenizer).to_json_file(folder / "generation_config.json")

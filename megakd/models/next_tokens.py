@@ -102,7 +102,7 @@ def _of_logits(
     if knowledge.hidden is None:
         raise TypeError("a language model was read without its hidden states")
     head = language_model_head(model)
-    hidden, found = knowledge.hidden.flatten(0, -2), []
+    hidden, answers = knowledge.hidden.flatten(0, -2), []
     most = LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"]) // room
     with head.open():
         weight, bias = head.read()
@@ -110,6 +110,6 @@ def _of_logits(
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
             logits = head.warp(functional.linear(hidden[rows], weight, bias).float())
-            found.append(read(logits, rows))
+            answers.append(read(logits, rows))
     shape = knowledge.hidden.shape[:-1]
-    return (torch.cat(parts).unflatten(0, shape) for parts in zip(*found, strict=True))
+    return (torch.cat(parts).unflatten(0, shape) for parts in zip(*answers, strict=True))

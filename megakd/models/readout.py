@@ -54,8 +54,8 @@ class Readout(nn.Module):
 
         For states [N, D]; the most likely tokens come first. Both tensors are on the CPU.
         """
-        found = [self.logprobs(some).topk(count) for some in states.split(_POSITIONS)]
-        values, tokens = zip(*found, strict=True)
+        best = [self.logprobs(some).topk(count) for some in states.split(_POSITIONS)]
+        values, tokens = zip(*best, strict=True)
         return torch.cat(values).cpu(), torch.cat(tokens).cpu()
 
 
@@ -75,23 +75,23 @@ def load_readout(source: ModelSource, task: TaskConfig, dtype: torch.dtype) -> R
     # Under all names of tied tensors, not only under the first name.
     tensors = empty.state_dict(keep_vars=True)
     of_tensor = {id(tensors[name]): place for name, place in stored.items()}
-    found = {name: of_tensor[id(t)] for name, t in tensors.items() if id(t) in of_tensor}
+    known = {name: of_tensor[id(t)] for name, t in tensors.items() if id(t) in of_tensor}
     paths = (f"{architecture.backbone}.{architecture.final_norm}", architecture.head)
-    norm, output = (_read(empty.get_submodule(path), path, found, source, dtype) for path in paths)
+    norm, output = (_read(empty.get_submodule(path), path, known, source, dtype) for path in paths)
     return Readout(norm, output, architecture.logit_warp(source.config))
 
 
 def _read(
     module: nn.Module,
     path: str,
-    found: Mapping[str, StoredTensor],
+    known: Mapping[str, StoredTensor],
     source: ModelSource,
     dtype: torch.dtype,
 ) -> nn.Module:
     reader = WeightReader(source.where)
     module = module.to(dtype).to_empty(device="cpu").requires_grad_(requires_grad=False).eval()
     for name, tensor in module.state_dict(keep_vars=True).items():
-        stored = found.get(f"{path}.{name}")
+        stored = known.get(f"{path}.{name}")
         if stored is None:
             raise ModelError(
                 f"{source.where}: {source.folder} has no tensor {path}.{name}, which the logits of "

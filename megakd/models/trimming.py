@@ -169,9 +169,9 @@ def _trim_weights(folder: Path, rows: Tensor) -> tuple[int, int]:
 
 def _tables(model: PreTrainedModel) -> set[str]:
     output: Any = model.get_output_embeddings()
-    found = [model.get_input_embeddings().weight]
-    found += [] if output is None else [output.weight, getattr(output, "bias", None)]
-    places = {one.data_ptr() for one in found if isinstance(one, Tensor)}
+    matrices = [model.get_input_embeddings().weight]
+    matrices += [] if output is None else [output.weight, getattr(output, "bias", None)]
+    places = {one.data_ptr() for one in matrices if isinstance(one, Tensor)}
     # An untied head of BERT stores the bias beside its matrix a second time.
     beside = {f"{n.rpartition('.')[0]}.bias" for n, one in model.named_modules() if one is output}
     state = model.state_dict().items()

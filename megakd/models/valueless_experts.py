@@ -31,8 +31,8 @@ def _of_one_expert(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor
     rows = hidden.repeat_interleave(chosen.shape[1], dim=0)  # [N * k, D]
     # transformers gives its modules this method.
     gated = experts._apply_gate(_linear(experts, "gate_up_proj", rows))  # noqa: SLF001
-    said = _linear(experts, "down_proj", gated) * weights.reshape(-1, 1)
-    return said.unflatten(0, chosen.shape).sum(1).to(hidden.dtype)
+    outputs = _linear(experts, "down_proj", gated) * weights.reshape(-1, 1)
+    return outputs.unflatten(0, chosen.shape).sum(1).to(hidden.dtype)
 
 
 def _linear(experts: nn.Module, name: str, rows: Tensor) -> Tensor:

@@ -272,13 +272,13 @@ class WeightReader:
         return data.view(stored.dtype)
 
     def _part_of_experts(self, stored: StoredExperts, start: int, stop: int) -> Tensor:
-        found, begin = [torch.empty(0, dtype=stored.dtype)], 0
+        pieces, begin = [torch.empty(0, dtype=stored.dtype)], 0
         for one in chain(*stored.parts):
             end = begin + math.prod(one.shape)
             if begin < stop and start < end:
-                found.append(self.part(one, max(start, begin) - begin, min(stop, end) - begin))
+                pieces.append(self.part(one, max(start, begin) - begin, min(stop, end) - begin))
             begin = end
-        return torch.cat(found)
+        return torch.cat(pieces)
 
     def sample(self, stored: Iterable[StoredTensor]) -> str:
         """Return a digest of some elements of some tensors, to tell other weights of one shape."""

@@ -70,11 +70,11 @@ class Cluster:
 def rates_of(path: Path) -> Rates:
     """Load rates from a JSON file such as {"tflops": 400, "gbps": 45}."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"the rates in {path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not set(found) <= {"tflops", "gbps"}:
+    if not isinstance(tree, dict) or not set(tree) <= {"tflops", "gbps"}:
         raise ConfigError(
-            f'{path}: must hold a mapping such as {{"tflops": 400, "gbps": 45}}, got {found!r}'
+            f'{path}: must hold a mapping such as {{"tflops": 400, "gbps": 45}}, got {tree!r}'
         )
-    return Rates(**found)
+    return Rates(**tree)

@@ -208,7 +208,7 @@ class Frozen:
         bucket, limit = self._limit("prefetch_bucket_size", 50_000_000), self._most_gathered
         persistent = self._limit("param_persistence_threshold", 100_000)
         has_backward = trace.turn + 1 < len(used)
-        found = []
+        held = []
         before = released = 0
         left = NOTHING
         for now, numbers in enumerate(used):
@@ -220,12 +220,12 @@ class Frozen:
                 kept = kept.times(min(1.0, most / max(1, ends[count] - released)))
             # A GPU gathers a single weight in place.
             arriving = 0 if not self.is_cpu and count - before == 1 else ends[count] - ends[before]
-            found.append(kept.plus(block(arriving * self.itemsize).times(self.copies)))
+            held.append(kept.plus(block(arriving * self.itemsize).times(self.copies)))
             for number in numbers:
                 if last[number] == now and sizes[number] > persistent:
                     released, left = released + sizes[number], left.plus(amounts[number])
             before = count
-        return found
+        return held
 
     def fetched(self, trace: Trace) -> int:
         """Return the elements that ZeRO 3 gathers in a trace; 0 at the other stages.
@@ -343,8 +343,8 @@ class Trained(Frozen):
             return self.held("gradients", copies)
         if self.stage == 2:
             added = self.accumulated() if adds and not self._sums_in_place else {}
-            own = self._gradients_of_shard(done.numel)
-            return together(own, added, self._sent(done, last=last))
+            shard = self._gradients_of_shard(done.numel)
+            return together(shard, added, self._sent(done, last=last))
         whole = self.held("gradients", done.amount(self.itemsize))
         gradients = self.accumulated() if adds else whole
         if not last:
@@ -372,10 +372,10 @@ class Trained(Frozen):
             size, largest = self.share(self.learned.numel), self.learned.largest
             is_sharded = self.stage == 3
             flat = block((min(size, sub_group) if is_sharded else size) * FP32)
-            own = {} if is_sharded else self._gradients_of_shard(self.learned.numel)
+            shard = {} if is_sharded else self._gradients_of_shard(self.learned.numel)
             norm = block((self.share(largest) if is_sharded else largest) * FP64)
-            yield together(own, self.held("gradients", norm))
-            yield together(own, {} if self._sums_in_place else self.held("gradients", flat))
+            yield together(shard, self.held("gradients", norm))
+            yield together(shard, {} if self._sums_in_place else self.held("gradients", flat))
             scratch = NOTHING if self.moments else flat
             yield together(self.held("gradients", flat), self.held("optimizer", scratch))
         if self.stage < 3 and self.copies > 1:  # gloo gathers the new weights through a buffer

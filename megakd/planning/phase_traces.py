@@ -165,11 +165,11 @@ class _Tracer:
         waiting = [[sizes[name] for name in plan if name in sizes] for plan in plans]
         in_step = partial(max, default=0) if stage.strategy.routes_rows else sum
         bundle = self._bundle(stage, losses)
-        found = self._learner(stage, bundle, batch, _answers_to_parts(batch, knowledge))
+        phase = self._learner(stage, bundle, batch, _answers_to_parts(batch, knowledge))
         scored = self._batch(self._config.eval_rows(stage.train))
         evaluation, _ = self._forward(bundle.eval(), scored, view=next(iter(stage.views), None))
         return replace(
-            found,
+            phase,
             teachers=teachers,
             per_call=per_call,
             asked={name: sum(name in plan for plan in plans) / PLANS for name in teachers},
@@ -202,15 +202,15 @@ class _Tracer:
             return self._trace(bundle, call, backward=True)[0]
 
         groups = backward_groups(stage.strategy.passes(0), stage.passes_per_backward)
-        found = SimulatedPhase(teachers={}, learner=[backward_of(group) for group in groups])
+        phase = SimulatedPhase(teachers={}, learner=[backward_of(group) for group in groups])
         if len({planned.view for planned in groups[0]}) > 1:
-            found = replace(found, of_one_view=backward_of(groups[0][:1]).most_live)
+            phase = replace(phase, of_one_view=backward_of(groups[0][:1]).most_live)
         if bundle.elastic is None or stage.strategy.pruned_to is None:
-            return found
+            return phase
         mask = largest_mask(bundle.elastic.prunable, stage.strategy.pruned_to)
         bundle.elastic.keep(mask)
         masked = () if mask is None else [backward_of(group) for group in groups]
-        return replace(found, masked=masked, pruned=pruned(bundle, stage.strategy.pruned_to))
+        return replace(phase, masked=masked, pruned=pruned(bundle, stage.strategy.pruned_to))
 
     def _measured(
         self, stage: Stage, bundle: StudentBundle, losses: StageLosses, batch: Batch
@@ -287,7 +287,7 @@ class _Tracer:
         return second_sizes(stage, self._phase.student, pieces=vocabulary.size, offset=max(offsets))
 
     def _mixed(self, stage: Stage, batch: Batch) -> dict[str, Batch]:
-        found = {}
+        batches = {}
         for role, reading in stage.mixed.items():
             count = 0 if batch.targets is None else len(batch.targets)
             second = math.ceil(reading.probability * count)
@@ -296,8 +296,8 @@ class _Tracer:
                     torch.ones(max(1, n), dtype=torch.long) for n in (count - second, second)
                 ]
             targets = Targets(numbers[1], numbers[1])
-            found[role] = batch._replace(targets=numbers[0]).extended(second=targets)
-        return found
+            batches[role] = batch._replace(targets=numbers[0]).extended(second=targets)
+        return batches
 
     def _losses(self, stage: Stage) -> StageLosses:
         classes = _classes(self._phase.learner)
@@ -402,8 +402,8 @@ def pruned(bundle: StudentBundle, end: View) -> Pruned:
         for name, weight in weights
     ]
     left = Inventory(Parameter(math.prod(shape)) for shape in shapes)
-    own = {id(weight) for weight in student.parameters()}
-    learner = [number for number, (_, weight) in enumerate(weights) if id(weight) in own]
+    students = {id(weight) for weight in student.parameters()}
+    learner = [number for number, (_, weight) in enumerate(weights) if id(weight) in students]
     makers = frozenset(number for number, (_, weight) in enumerate(weights) if id(weight) in made)
     return Pruned(left=left, makers=makers, parameters=left.of(learner).numel, width=end.width or 0)
 

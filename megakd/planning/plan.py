@@ -324,7 +324,7 @@ def find_changes(
     Single settings are tried one by one. If none is enough, the setting with the smallest remaining
     overflow is kept, and other settings are tried together with it.
     """
-    found: list[Change] = []
+    changes: list[Change] = []
     for _ in range(_MOST_TOGETHER):
         rest: list[tuple[float, SizedCase]] = []
         for other in candidates(case):
@@ -332,13 +332,13 @@ def find_changes(
             if overflow > 0:
                 rest.append((overflow, other))
                 continue
-            found.append(Change(list(other.settings), peak))
-            if len(found) == WANTED:
-                return found
-        if found or not rest:
-            return found
+            changes.append(Change(list(other.settings), peak))
+            if len(changes) == WANTED:
+                return changes
+        if changes or not rest:
+            return changes
         case = min(rest, key=lambda pair: pair[0])[1]
-    return found
+    return changes
 
 
 def candidates(case: SizedCase) -> Iterator[SizedCase]:

@@ -64,9 +64,9 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
         if spec.model not in (FROM_TEACHER, STUDENT_BASE)
     }
     sources = with_student(config, sources)
-    own, size = config.method.own_vocabulary, _vocabulary(config.task, sources)
+    vocabulary, size = config.method.own_vocabulary, _vocabulary(config.task, sources)
     sources = {
-        role: with_vocabulary(source, own.size if own and role == STUDENT else size)
+        role: with_vocabulary(source, vocabulary.size if vocabulary and role == STUDENT else size)
         for role, source in sources.items()
     }
     return _with_classes(sources, config.task)
@@ -84,23 +84,23 @@ def _source(given: TeacherConfig | StudentConfig, task: TaskConfig, where: str) 
             "but no weights"
         )
     try:
-        found = AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             str(path if is_local else spec), trust_remote_code=given.trust_remote_code
         )
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as error:
         named = path / _CONFIG if is_local else f"{spec} is not a folder, and the config on the Hub"
         raise ModelError(f"{where}: {named} cannot be read: {one_line(error)}") from error
-    model_type = built_as(found.model_type, given.architecture, where)
+    model_type = built_as(config.model_type, given.architecture, where)
     try:
         architecture = architecture_named(model_type, task.type)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from None
-    if model_type != found.model_type:
-        found = READ_AS[model_type](**{key: getattr(found, key) for key in KEPT_KEYS})
+    if model_type != config.model_type:
+        config = READ_AS[model_type](**{key: getattr(config, key) for key in KEPT_KEYS})
     return ModelSource(
         name=spec,
         folder=path if is_local else None,
-        config=found,
+        config=config,
         architecture=architecture,
         where=where,
         trust_remote_code=given.trust_remote_code,
@@ -131,12 +131,12 @@ def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[
         return dict(sources)
     teacher = next(iter(sources.values()))
     outputs = 1 if task.type == "regression" else max(2, teacher.config.num_labels or 0)
-    found = {}
+    changed = {}
     for role, source in sources.items():
         config: PretrainedConfig = copy.deepcopy(source.config)
         config.num_labels = outputs
-        found[role] = dataclasses.replace(source, config=config)
-    return found
+        changed[role] = dataclasses.replace(source, config=config)
+    return changed
 
 
 class PlanningLab(LabBase):

@@ -321,9 +321,9 @@ class _AllocationWatch(TorchDispatchMode):
                 moment.used.add(self._number[_storage(tensor)])
         out = func(*args, **kwargs)
         self._add_in_place(func, args, out)
-        own, of_head = products(func, args, kwargs, out)
+        of_body, of_head = products(func, args, kwargs, out)
         # The loss computes its gradient in the forward, with two products more.
-        self.flops += own * (3 if is_linear_kd(func) and any(args[10]) else 1) + of_head
+        self.flops += of_body * (3 if is_linear_kd(func) and any(args[10]) else 1) + of_head
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._take(tensor)

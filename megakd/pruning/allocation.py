@@ -270,9 +270,9 @@ def scores_from_json(text: str, *, where: str) -> UnitScores:
     """Return the scores in a text that `scores_to_json` wrote."""
     try:
         tree = json.loads(text)
-        found = UnitScores(_layers(tree["heads"]), _layers(tree["neurons"]))
+        scores = UnitScores(_layers(tree["heads"]), _layers(tree["neurons"]))
         width = tree.get("width")
-        return found if width is None else found._replace(width=_layers([width])[0])
+        return scores if width is None else scores._replace(width=_layers([width])[0])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{where} does not hold the importance of a model's units ({error}); remove the file "

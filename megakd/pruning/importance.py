@@ -140,8 +140,8 @@ def _totals(engine: Engine, batches: Iterable[Iterable[Batch]]) -> Tensor | None
     for number, batch in enumerate(batches, start=1):
         reached(f"batch {number}")
         # In fp64, because another split into micro-batches changes the order of additions.
-        found = all_reduce_(torch.stack([engine(part).double() for part in batch]).sum(0))
-        gradients, count = found[:-1], found[-1]
+        sums = all_reduce_(torch.stack([engine(part).double() for part in batch]).sum(0))
+        gradients, count = sums[:-1], sums[-1]
         totals = totals + (gradients / count.clamp(min=1)).abs()
         labels = labels + count
     return None if labels == 0 else totals

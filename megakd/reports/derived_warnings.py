@@ -107,8 +107,8 @@ def _slow_ranks(curves: Mapping[str, Mapping[str, Panels]]) -> Iterator[str]:
     for stage, groups in curves.items():
         by_rank = groups.get("ranks", {}).get("computing_seconds", {})
         watch, columns = SlowRank(), [[value for _, value in c.points] for c in by_rank.values()]
-        found = [watch.add(computing) for computing in zip(*columns, strict=False)]
-        for place in sorted({place for place in found if place is not None}):
+        places = [watch.add(computing) for computing in zip(*columns, strict=False)]
+        for place in sorted({place for place in places if place is not None}):
             yield (
                 f"{stage}: rank {[*by_rank][place]} was slow, and the others waited for it; look "
                 "at the machine that the log names"

@@ -131,8 +131,8 @@ class RolloutSource:
         return [(int(rows[s][place]), s) for place, s in enumerate(sources[:count])]
 
     def scalars(self) -> dict[str, float]:
-        found, self._statistics = self._statistics.scalars(), RolloutStatistics()
-        return found
+        scalars, self._statistics = self._statistics.scalars(), RolloutStatistics()
+        return scalars
 
     def state_dict(self) -> dict[str, Any]:
         """Return {}: the sources follow from the seed, and the texts are on disk."""
@@ -195,13 +195,13 @@ class RolloutSource:
             else:
                 completions = request.texts.completions()
         self._statistics.seconds += time.perf_counter() - began
-        own = [
+        mine = [
             (step, Rollout(row, prompt, completion, request.version, seed))
             for (step, row), prompt, completion, seed in zip(
                 self._mine(request.wanted), request.prompts, completions, request.seeds, strict=True
             )
         ]
-        parts, world = gather(own), self._rows.layout.shape.world
+        parts, world = gather(mine), self._rows.layout.shape.world
         made = [parts[number % world][number // world] for number in range(len(request.wanted))]
         on_main(lambda: self._write(request.steps, made))
 

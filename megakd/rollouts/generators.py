@@ -73,17 +73,17 @@ def end_tokens_of(
     model's config (2 in Llama's), which is then left out. In the generation config, the tokens that
     were added to the vocabulary of the tokenizer count, and ordinary tokens are default numbers.
     """
-    own = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     of_model, given = listed_ends(config), listed_ends(generation)
-    found = listed_ends(tokenizer)
-    found |= of_model if own is None or own in of_model else frozenset()
-    found |= given if own is None or own in given else given & {*tokenizer.added_tokens_decoder}
-    if not found:
+    ends = listed_ends(tokenizer)
+    ends |= of_model if eos is None or eos in of_model else frozenset()
+    ends |= given if eos is None or eos in given else given & {*tokenizer.added_tokens_decoder}
+    if not ends:
         raise DataError(
             "the tokenizer has no eos_token, and the model's config has no eos_token_id: a "
             "generated text would never end; set eos_token in the folder of the tokenizer"
         )
-    return found
+    return ends
 
 
 class FileGenerator:
@@ -106,8 +106,8 @@ class FileGenerator:
 
     def _text(self, prompt: tuple[int, ...], seed: int, sampling: Sampling) -> Completion:
         keys, key = self._places["key"], _key(prompt)
-        found = self._places[np.searchsorted(keys, key) : np.searchsorted(keys, key, "right")]
-        place = found[seed % len(found)] if len(found) else None
+        places = self._places[np.searchsorted(keys, key) : np.searchsorted(keys, key, "right")]
+        place = places[seed % len(places)] if len(places) else None
         made = None if place is None else read_text(self._paths[place["file"]], place["offset"])
         if made is None or made.prompt != prompt:
             raise DataError(
@@ -122,12 +122,12 @@ class FileGenerator:
 
 
 def _places(paths: Sequence[Path]) -> NDArray[np.void]:
-    found = [
+    entries = [
         (_key(rollout.prompt), number, offset)
         for number, path in enumerate(paths)
         for rollout, offset in zip(read_rollouts(path), text_offsets(path), strict=True)
     ]
-    places = np.array(found, dtype=[("key", "u8"), ("file", "i4"), ("offset", "i8")])
+    places = np.array(entries, dtype=[("key", "u8"), ("file", "i4"), ("offset", "i8")])
     return places[np.argsort(places["key"], kind="stable")]
 
 

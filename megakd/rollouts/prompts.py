@@ -85,16 +85,16 @@ class Prompts:
 
     def prompt(self, row: int) -> tuple[int, ...]:
         """Return the tokens of a row that a generator continues; at least one token."""
-        found = cast("dict[str, Any]", self._rows[int(row)])
-        return tuple(np.asarray(found["input_ids"])[: self.lengths[row]].tolist())
+        record = cast("dict[str, Any]", self._rows[int(row)])
+        return tuple(np.asarray(record["input_ids"])[: self.lengths[row]].tolist())
 
     def row(self, row: int) -> TrainingRow:
-        found = cast("dict[str, Any]", self._rows[int(row)])
-        ids = np.asarray(found["input_ids"], dtype=np.int32)
-        positions = found.get("position_ids")
+        record = cast("dict[str, Any]", self._rows[int(row)])
+        ids = np.asarray(record["input_ids"], dtype=np.int32)
+        positions = record.get("position_ids")
         return TrainingRow(
             ids,
-            np.asarray(found["labels"], dtype=np.int32),
+            np.asarray(record["labels"], dtype=np.int32),
             np.arange(len(ids), dtype=np.int32) if positions is None else np.asarray(positions),
             is_rollout=False,
             route=self.route(row),
@@ -110,8 +110,8 @@ class Prompts:
 def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSource) -> None:
     """Check and log which rows `rollout` and `eval.generation` use, and that rows have answers."""
     rollouts, generation = config.rollout, config.eval.generation
-    trained = [own for name, own in (encoded.chat or {}).items() if name.split("/")[0] == "train"]
-    if rollouts is None and trained and not any(own.targets for own in trained):
+    trained = [part for name, part in (encoded.chat or {}).items() if name.split("/")[0] == "train"]
+    if rollouts is None and trained and not any(part.targets for part in trained):
         raise DataError(
             "the training rows are prompts without an answer, so that nothing can be learned; give "
             "the answers in a column completion (task.completion_column), or let the section "

@@ -81,14 +81,14 @@ def read_rollouts(path: Path) -> list[Rollout]:
                 f"{path} has format {head['format']}, and this version reads format {_FORMAT}; "
                 "generate the texts again"
             )
-        found = [_rollout(line) for line in lines]
+        rollouts = [_rollout(line) for line in lines]
         expected = int(head["rollouts"])
-    if len(found) != expected:
+    if len(rollouts) != expected:
         raise DataError(
-            f"{path} holds {len(found)} rollouts instead of {expected}; remove the file, and its "
-            "texts are generated again"
+            f"{path} holds {len(rollouts)} rollouts instead of {expected}; remove the file, and "
+            "its texts are generated again"
         )
-    return found
+    return rollouts
 
 
 def text_offsets(path: Path) -> list[int]:

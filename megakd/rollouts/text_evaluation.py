@@ -89,15 +89,15 @@ class TextEvaluation:
         texts = self.texts(version)
         lines = [json_text(text.record()) + "\n" for text in texts]
         on_main(lambda: write_text(file_of_step(self._folder, version), "".join(lines)))
-        found = text_metrics(texts)
+        metrics = text_metrics(texts)
         if losses is not None:
             measured = losses(self.batches(texts), self._curves.watching)
             curves = self._curves.take()
             self.by_position = by_position(curves)
-            found |= {
+            metrics |= {
                 f"{TEXT_METRIC}{name}": v for name, v in {**curves.get("", {}), **measured}.items()
             }
-        return found
+        return metrics
 
     def texts(self, version: int) -> list[Text]:
         """Return the texts for the first rows, the same on every rank."""
@@ -106,11 +106,11 @@ class TextEvaluation:
         prompts = [self._prompts.prompt(row) for row in mine]
         # The row is the seed: evaluations of one run differ only in the student.
         completions = self._generator.generate(prompts, mine, self._config.how)
-        own = [
+        of_rank = [
             self._text(Rollout(row, prompt, completion, version, seed=row))
             for row, prompt, completion in zip(mine, prompts, completions, strict=True)
         ]
-        parts = gather(own)
+        parts = gather(of_rank)
         world = ranks.world_size
         return [parts[number % world][number // world] for number in range(len(self._rows))]
 
@@ -142,8 +142,8 @@ def matcher(config: GenerationConfig) -> Match | None:
     equal = operator.eq if config.match == "exact" else _same_mathematics()
 
     def match(text: str, wanted: str) -> bool:
-        said, there = answer_of(text, config.answer), answer_of(wanted, config.answer)
-        return said is not None and there is not None and equal(said, there)
+        given, there = answer_of(text, config.answer), answer_of(wanted, config.answer)
+        return given is not None and there is not None and equal(given, there)
 
     return match
 
@@ -152,8 +152,8 @@ def answer_of(text: str, pattern: str | None) -> str | None:
     """Return the answer in a text: the group of the last match; None without a match."""
     if pattern is None:
         return text.strip()
-    found = re.findall(pattern, text)
-    return found[-1].strip() if found else None
+    matches = re.findall(pattern, text)
+    return matches[-1].strip() if matches else None
 
 
 def _same_mathematics() -> Match:
@@ -165,11 +165,11 @@ def _same_mathematics() -> Match:
             "install megakd[eval], or set the key to exact"
         ) from error
 
-    def is_equal(said: str, wanted: str) -> bool:
+    def is_equal(given: str, wanted: str) -> bool:
         # The time limit of math-verify is a signal, which only a main thread may set.
         gold, answer = (
             parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-            for text in (wanted, said)
+            for text in (wanted, given)
         )
         return bool(verify(gold, answer, timeout_seconds=None))
 
@@ -179,14 +179,14 @@ def _same_mathematics() -> Match:
 def text_metrics(texts: Sequence[Text]) -> dict[str, float]:
     """Return the metrics of at least one generated text."""
     completions = [text.rollout.completion for text in texts]
-    found = {
+    metrics = {
         "text_tokens": sum(len(completion.ids) for completion in completions) / len(texts),
         "text_truncated": sum(not completion.finished for completion in completions) / len(texts),
         "text_distinct_2": distinct_pairs(completions),
     }
     if texts[0].matches is not None:
-        found[MATCH] = sum(bool(text.matches) for text in texts) / len(texts)
-    return found
+        metrics[MATCH] = sum(bool(text.matches) for text in texts) / len(texts)
+    return metrics
 
 
 def distinct_pairs(completions: Sequence[Completion]) -> float:
@@ -243,12 +243,12 @@ class TextCurves:
         mine, self._sums = empty if self._sums is None else self._sums.cpu(), None
         sums = all_reduce_(mine)
         named = {"": sums.sum(0), **dict(zip(bucket_names(self._ends), sums, strict=True))}
-        return {bucket: _means(found) for bucket, found in named.items() if found[TOKENS] > 0}
+        return {bucket: _means(total) for bucket, total in named.items() if total[TOKENS] > 0}
 
     def _add(self, reading: LossInputs) -> None:
         ends = torch.tensor(self._ends, device=reading.batch.labels.device)
-        found = sums_by_group(reading, self._buckets(reading.batch.labels, ends), len(ends))
-        self._sums = found if self._sums is None else self._sums + found
+        sums = sums_by_group(reading, self._buckets(reading.batch.labels, ends), len(ends))
+        self._sums = sums if self._sums is None else self._sums + sums
 
     @staticmethod
     def _buckets(labels: Tensor, ends: Tensor) -> Tensor:

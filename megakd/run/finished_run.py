@@ -157,23 +157,23 @@ def finished_table(config: RunConfig, *, command: str) -> str:
     return result_table(report, final=out / FINAL)
 
 
-def run_inputs(config: RunConfig, found: UnencodedInputs) -> Fingerprint:
+def run_inputs(config: RunConfig, inputs: UnencodedInputs) -> Fingerprint:
     """Return the inputs besides the config that results depend on: data, tokenizer and models."""
     tree: dict[str, Any] = {
-        "task.dataset": found.splits.content_hash,
-        "task.tokenizer": tokenizer_content(found.teacher_tokenizer or found.tokenizer),
+        "task.dataset": inputs.splits.content_hash,
+        "task.tokenizer": tokenizer_content(inputs.teacher_tokenizer or inputs.tokenizer),
     }
-    if found.teacher_tokenizer is not None:
-        tree["method.student_vocabulary"] = tokenizer_content(found.tokenizer)
-    for role, source in found.sources.items():
+    if inputs.teacher_tokenizer is not None:
+        tree["method.student_vocabulary"] = tokenizer_content(inputs.tokenizer)
+    for role, source in inputs.sources.items():
         tree[f"{config.key_of(role)}.model"] = model_identity(source, seed=config.seed)
     return flatten(tree)
 
 
 def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
     try:
-        found = unencoded_inputs(config)
-        here = on_main(lambda: run_inputs(config, found))
+        inputs = unencoded_inputs(config)
+        here = on_main(lambda: run_inputs(config, inputs))
     except MegakdError as error:
         # The error is that of all ranks, so that all ranks decide alike.
         gone = agree(_not_here(config, error))

@@ -162,9 +162,9 @@ class RunLab(LabBase):
 
     def _source(self, folder: Path, role: str) -> ModelSource:
         where = f"{self.config.key_of(role)}.model"
-        found = main_first(lambda: resolve_model(str(folder), self.config.task, where=where))
+        source = main_first(lambda: resolve_model(str(folder), self.config.task, where=where))
         spec = self.config.teacher_specs.get(role, self.config.student)
-        return dataclasses.replace(found, attn_implementation=spec.attn_implementation)
+        return dataclasses.replace(source, attn_implementation=spec.attn_implementation)
 
     def score(self, folder: Path) -> ModelReport:
         """Return the size and scores of a finished model on the held-out rows; a collective."""

@@ -63,9 +63,9 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
 
 
 def _learners(stage: Stage, assembly: Assembly) -> Mapping[str, Any]:
-    own, *beside = assembly.learners(stage).items()
+    student, *beside = assembly.learners(stage).items()
     return {
-        "model": assembly.identity_of(own[1]),
+        "model": assembly.identity_of(student[1]),
         **{
             f"{role} (learns)": {**assembly.identity_of(source), "rate": stage.learners[role]}
             for role, source in beside

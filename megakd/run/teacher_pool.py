@@ -167,16 +167,18 @@ class TeacherPool:
     def loaded(self, name: str) -> Iterator[FrozenTeacher]:
         """Load a teacher alone, and measure it unless it is measured; a collective."""
         self.close()
-        ready, own = self.assembly.teachers[name], self.assembly.of(name)
-        with own.loaded(ready.source, ready.spec.deepspeed, own.teacher_dtype(ready)) as model:
+        ready, assembly = self.assembly.teachers[name], self.assembly.of(name)
+        with assembly.loaded(
+            ready.source, ready.spec.deepspeed, assembly.teacher_dtype(ready)
+        ) as model:
             if self._read_once(name) is None:
                 self._measure(name, model)
             yield model
 
     def score(self, name: str) -> Mapping[str, float]:
-        own = self.assembly.of(name)
+        assembly = self.assembly.of(name)
         with self.loaded(name) as model:
-            return own.scorer().score(model.predict, own.prepared.encoded.validation)
+            return assembly.scorer().score(model.predict, assembly.prepared.encoded.validation)
 
     def measured(self, name: str) -> Measured:
         """Return what the report says of a teacher; load it if no stage has; a collective.
@@ -203,10 +205,10 @@ class TeacherPool:
         return held_out_prompts(rows, prepared.tokenizer, self._config.task, device)
 
     def _measure(self, name: str, model: FrozenTeacher) -> None:
-        own, shared = self.assembly.of(name), self.assembly.prepared
+        assembly, shared = self.assembly.of(name), self.assembly.prepared
         prompts = self.prompts if shared.tokenizer_of(name) is shared.tokenizer else None
         with phase("scoring"), doing(f"scoring {name}"):
-            made = measure(own, model, prompts)
+            made = measure(assembly, model, prompts)
         self._known[name] = made
         on_main(lambda: self._write(name, made))
 
@@ -224,24 +226,24 @@ class TeacherPool:
         return self._config.output_dir / "checkpoints" / f"{name}-scores.json"
 
     def _facts(self, name: str) -> Fingerprint:
-        own, ready = self.assembly.of(name), self.assembly.teachers[name]
-        rows = {"rows": own.prepared.splits.whole_hash}
-        return flatten({**own.conditions, **rows, "teacher": own.frozen_facts(ready)})
+        assembly, ready = self.assembly.of(name), self.assembly.teachers[name]
+        rows = {"rows": assembly.prepared.splits.whole_hash}
+        return flatten({**assembly.conditions, **rows, "teacher": assembly.frozen_facts(ready)})
 
 
-def measure(own: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
+def measure(assembly: Assembly, model: FrozenTeacher, prompts: Prompts | None) -> Measured:
     """Return what the report says of a loaded model; a collective."""
-    report, predicted = scored_model(own, model)
+    report, predicted = scored_model(assembly, model)
     answers = None if prompts is None else prompts.answers(model)
-    return Measured(report, set_metrics(own, model), answers, predicted)
+    return Measured(report, set_metrics(assembly, model), answers, predicted)
 
 
-def scored_model(own: Assembly, model: FrozenTeacher) -> tuple[ModelReport, list[int]]:
+def scored_model(assembly: Assembly, model: FrozenTeacher) -> tuple[ModelReport, list[int]]:
     """Return size and scores of a loaded model on the held-out rows, and the classes it predicts.
 
     This is a collective.
     """
-    scored = own.scorer().scored(model.predict, own.prepared.encoded.held_out)
+    scored = assembly.scorer().scored(model.predict, assembly.prepared.encoded.held_out)
     counts = parameter_counts(named_shapes(model.model))
     report: ModelReport = {
         "parameters": counts.parameters,
@@ -252,10 +254,10 @@ def scored_model(own: Assembly, model: FrozenTeacher) -> tuple[ModelReport, list
     return report, scored.predicted
 
 
-def set_metrics(own: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:
+def set_metrics(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, dict[str, float]]:
     """Return the metrics of a loaded model, with its tokenizer in `own`, by set; a collective."""
-    sets = own.prepared.encoded.evaluation_sets
-    return {name: own.scorer().score(loaded.predict, rows) for name, rows in sets.items()}
+    sets = assembly.prepared.encoded.evaluation_sets
+    return {name: assembly.scorer().score(loaded.predict, rows) for name, rows in sets.items()}
 
 
 def _read(path: Path, facts: Fingerprint) -> Measured | None:

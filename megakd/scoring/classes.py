@@ -25,7 +25,7 @@ def classifier_report(
     return {
         "per_class": _by_class(counts, label_names),
         "confusion": {
-            label: {said: int(row[n]) for n, said in enumerate(label_names) if row[n]}
+            label: {guessed: int(row[n]) for n, guessed in enumerate(label_names) if row[n]}
             for label, row in zip(label_names, counts, strict=True)
         },
         "calibration_error": calibration_error(predicted, truth),

@@ -55,12 +55,12 @@ class TaskMetrics:
         if name not in ONE_LABEL_METRICS:
             metric = _METRICS.get(name) or metric_of(name)
             return float(metric(predicted, truth))
-        said, is_so = _classes(predicted) == self.positive, truth == self.positive
-        if not is_so.any() and not said.any():
+        guessed, is_so = _classes(predicted) == self.positive, truth == self.positive
+        if not is_so.any() and not guessed.any():
             logger.info(
                 "%s is undefined because no label and no prediction is positive: counted as 0", name
             )
-        return float(_sklearn(f"{name}_score")(is_so, said, zero_division=0))
+        return float(_sklearn(f"{name}_score")(is_so, guessed, zero_division=0))
 
     def of_classes(self, outputs: Tensor, labels: Tensor) -> ClassifierReport:
         """Return scores by class, confusions and calibration; empty without classes."""

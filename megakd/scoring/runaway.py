@@ -84,7 +84,7 @@ class TextWatch:
 
     def add(self, step: int, values: Mapping[str, Any]) -> list[WarningReport]:
         """Add the values of a step, in order, and return the new warnings."""
-        found: list[WarningReport] = []
+        warnings: list[WarningReport] = []
         for kind, series in KINDS.items():
             numbers = [values.get(key) for key in series[:3]]
             if not all(isinstance(number, int | float) for number in numbers):
@@ -97,8 +97,8 @@ class TextWatch:
             if means is not None and kind not in self._warned:
                 self._warned.add(kind)
                 text = _message(self._stage, step, series, means)
-                found.append({"stage": self._stage, "kind": kind, "step": step, "message": text})
-        return found
+                warnings.append({"stage": self._stage, "kind": kind, "step": step, "message": text})
+        return warnings
 
 
 def _message(stage: str, step: int, series: Series, means: tuple[TextPoint, TextPoint]) -> str:
@@ -115,9 +115,9 @@ def _message(stage: str, step: int, series: Series, means: tuple[TextPoint, Text
 def text_warnings(history: Iterable[Mapping[str, Any]]) -> list[WarningReport]:
     """Return the warnings of a run from the records of metrics.jsonl, in their order."""
     watches: dict[str, TextWatch] = {}
-    found: list[WarningReport] = []
+    warnings: list[WarningReport] = []
     for record in history:
         stage, step = record.get("stage"), record.get("step")
         if isinstance(stage, str) and isinstance(step, int):
-            found += watches.setdefault(stage, TextWatch(stage)).add(step, record)
-    return found
+            warnings += watches.setdefault(stage, TextWatch(stage)).add(step, record)
+    return warnings

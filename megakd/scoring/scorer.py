@@ -117,11 +117,11 @@ class Scorer:
         """
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in self.batches(rows):
-            said = predict(batch)
-            if said.sums is not None:
-                sums += said.sums[[0, 2]].cpu()
-            if said.outputs is not None:
-                sums += _missed(said.outputs.cpu(), batch.labels.cpu())
+            answer = predict(batch)
+            if answer.sums is not None:
+                sums += answer.sums[[0, 2]].cpu()
+            if answer.outputs is not None:
+                sums += _missed(answer.outputs.cpu(), batch.labels.cpu())
         total, count = all_reduce_(sums).tolist()
         return total / max(1.0, count)
 
@@ -141,15 +141,15 @@ class Scorer:
             ask: returns tensors of one shape, by name, for every micro-batch, whose rows are
                 numbered; rows come first.
         """
-        said = [ask(batch) for batch in self._numbered(rows, first)]
-        found = {}
-        for name in said[0]:
-            mine = torch.stack([answer[name].cpu() for answer in said])
+        given = [ask(batch) for batch in self._numbered(rows, first)]
+        whole = {}
+        for name in given[0]:
+            mine = torch.stack([answer[name].cpu() for answer in given])
             # [turns, ranks, batch_size, …]: the order in which the rows were distributed, so that
             # the dummy rows, which fill the last batches, come last.
             dealt = torch.stack(gather(mine), dim=1)
-            found[name] = dealt.flatten(0, 2)[: len(rows)]
-        return found
+            whole[name] = dealt.flatten(0, 2)[: len(rows)]
+        return whole
 
     def batches(self, rows: Dataset) -> Iterator[Batch]:
         """Yield this rank's share of the rows on its device, equally many batches on each rank."""
@@ -170,8 +170,8 @@ class Scorer:
         """Yield the batches of `batches` with row numbers; the first row has the number `first`."""
         for turn, batch in enumerate(self.batches(rows)):
             size = len(batch.valid)
-            own = (turn * self.ranks.world_size + self.ranks.rank) * size + torch.arange(size)
-            yield batch._replace(rows=torch.where(own < len(rows), first + own, -1))
+            numbers = (turn * self.ranks.world_size + self.ranks.rank) * size + torch.arange(size)
+            yield batch._replace(rows=torch.where(numbers < len(rows), first + numbers, -1))
 
     def _language_model(self, sums: torch.Tensor) -> Scored:
         all_reduce_(sums)
@@ -190,10 +190,10 @@ class Scorer:
         size = min(self.batch_size, count)
 
         def measure() -> Scored:
-            said, truth = _in_order(outputs, size), _in_order(labels, size)
-            of_classes = self.metrics.of_classes(said, truth)
-            classes = said.argmax(dim=1).tolist() if of_classes else []
-            return Scored(self.metrics.of(said, truth), of_classes, classes)
+            guessed, truth = _in_order(outputs, size), _in_order(labels, size)
+            of_classes = self.metrics.of_classes(guessed, truth)
+            classes = guessed.argmax(dim=1).tolist() if of_classes else []
+            return Scored(self.metrics.of(guessed, truth), of_classes, classes)
 
         return on_main(measure)
 

@@ -89,8 +89,8 @@ def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
 
     Without a name it is `main`, the metric that ranks evaluations.
     """
-    found = [main, *(headline([metric]) for metric in metrics)]
-    known = {metric.name: metric for metric in found if metric.higher_is_better}
+    choices = [main, *(headline([metric]) for metric in metrics)]
+    known = {metric.name: metric for metric in choices if metric.higher_is_better}
     fitting = ", ".join(known)
     if name is None and main.name not in known:
         raise ConfigError(
@@ -121,7 +121,7 @@ def language_model_metrics(sums: Tensor) -> dict[str, float]:
     loss = nats / targets
     # Above 700 nats the exponential overflows fp64; the perplexity is reported as infinite.
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    found = {"perplexity": perplexity, "loss": loss, "accuracy": right / targets}
+    metrics = {"perplexity": perplexity, "loss": loss, "accuracy": right / targets}
     if characters:
-        found["nats_per_character"] = nats / max(1.0, characters[0])
-    return found
+        metrics["nats_per_character"] = nats / max(1.0, characters[0])
+    return metrics

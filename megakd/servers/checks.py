@@ -60,12 +60,12 @@ class Wanted(NamedTuple):
 
 def served_models(servers: Sequence[TextServer], wanted: Wanted) -> list[ServedModel]:
     """Return the model of every replica, after checking that all replicas serve the same model."""
-    found = [_served(server, wanted) for server in servers]
-    for server, model in zip(servers, found, strict=True):
-        if model.version != found[0].version:
+    models = [_served(server, wanted) for server in servers]
+    for server, model in zip(servers, models, strict=True):
+        if model.version != models[0].version:
             raise ServerError(
                 f"{server.url} has version {model.version}, and "
-                f"{servers[0].url} has version {found[0].version}; use one version"
+                f"{servers[0].url} has version {models[0].version}; use one version"
             )
         if model.context is not None and model.context < wanted.longest:
             raise ServerError(
@@ -73,7 +73,7 @@ def served_models(servers: Sequence[TextServer], wanted: Wanted) -> list[ServedM
                 f"its text have {wanted.longest}; start the server with a larger context, or "
                 "shorten the texts"
             )
-    return found
+    return models
 
 
 def _served(server: TextServer, wanted: Wanted) -> ServedModel:
@@ -164,10 +164,10 @@ def check_scores(
     for server, model in zip(servers, models, strict=True):
         for _ in range(TIMES if server is not servers[0] else TIMES - 1):
             again = [server.top_k(text, top_k, model) for text in texts]
-            found = _mean([difference(a, b) for a, b in zip(first, again, strict=True)])
-            if found > REPEATED:
+            gap = _mean([difference(a, b) for a, b in zip(first, again, strict=True)])
+            if gap > REPEATED:
                 raise ServerError(
-                    f"teacher.server: {servers[0].url} and {server.url} differ by {found:.3f} in "
+                    f"teacher.server: {servers[0].url} and {server.url} differ by {gap:.3f} in "
                     f"the mean log-probability of the best tokens of {len(texts)} texts, and at "
                     f"most {REPEATED} is expected; check that all replicas serve the same weights"
                 )
@@ -182,10 +182,10 @@ def check_reference(
 ) -> None:
     """Compare answers of servers with a local model, which gives `logprobs_of` the same tokens."""
     pairs = zip(texts, answers, strict=True)
-    found = _mean([np.abs(best.logprobs - logprobs_of(text, best)).mean() for text, best in pairs])
-    if found > REFERENCE:
+    gap = _mean([np.abs(best.logprobs - logprobs_of(text, best)).mean() for text, best in pairs])
+    if gap > REFERENCE:
         raise ServerError(
-            f"teacher.server: the servers differ by {found:.3f} from {folder} in the mean "
+            f"teacher.server: the servers differ by {gap:.3f} from {folder} in the mean "
             f"log-probability of the best tokens of {len(texts)} texts, and at most {REFERENCE} is "
             "expected; check that the servers serve that model"
         )

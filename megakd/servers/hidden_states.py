@@ -128,11 +128,11 @@ class StatesServer(VllmServer):
                 f"{where} has no {' and '.join(sorted(missing))} (found: {sorted(tensors)}); use "
                 "ExampleHiddenStatesConnector"
             )
-        said = [int(token) for token in tensors["token_ids"].flatten()]
-        place = first_difference(said, ids)
+        tokens = [int(token) for token in tensors["token_ids"].flatten()]
+        place = first_difference(tokens, ids)
         if place is not None:
             raise ServerError(
-                f"{where} is about a text of {len(said)} tokens that differs at position {place} "
+                f"{where} is about a text of {len(tokens)} tokens that differs at position {place} "
                 f"from the text of {len(ids)} tokens that was sent; each server needs a folder "
                 "that nobody else writes"
             )
@@ -140,15 +140,15 @@ class StatesServer(VllmServer):
 
     def _last_layer(self, states: Tensor, count: int, where: str) -> Tensor:
         expected = (count, 1, self._exports.width)
-        found = tuple(states.shape)
-        if len(found) == len(expected) and found[0] != count:
+        shape = tuple(states.shape)
+        if len(shape) == len(expected) and shape[0] != count:
             raise ServerError(
-                f"{where} has the hidden states of {found[0]} tokens, and the text has {count}; "
+                f"{where} has the hidden states of {shape[0]} tokens, and the text has {count}; "
                 "start vLLM with --no-enable-prefix-caching and --no-enable-chunked-prefill"
             )
-        if found != expected:
+        if shape != expected:
             raise ServerError(
-                f"{where} has hidden states of shape {list(found)} (tokens, layers, width), and "
+                f"{where} has hidden states of shape {list(shape)} (tokens, layers, width), and "
                 f"{list(expected)} is expected; start vLLM with the model of the teacher and "
                 f"eagle_aux_hidden_state_layer_ids: [{self._exports.layers}]"
             )
@@ -177,19 +177,19 @@ def read_state_file(
     """
     began, pause, last_written = time.monotonic(), _FIRST_PAUSE_S, time.monotonic()
     while True:
-        found = _attempt(file)
-        if not isinstance(found, _NotYet):
-            return found
+        attempt = _attempt(file)
+        if not isinstance(attempt, _NotYet):
+            return attempt
         now = time.monotonic()
-        last_written = now if found.is_written else last_written
+        last_written = now if attempt.is_written else last_written
         if now - began > time_limit_s or now - last_written > SEEN_WITHIN_S:
             raise ServerError(
-                f"teacher.server.states: {found.reason}, {now - began:.0f} s after a server has "
+                f"teacher.server.states: {attempt.reason}, {now - began:.0f} s after a server has "
                 f"named {file.name}; check that teacher.server.states and shared_storage_path of "
                 "the server are one folder with room for the files, and that the server has not "
                 "set use_synchronization_lock to false"
             )
-        if pause == _LONGEST_PAUSE_S and not found.is_written:
+        if pause == _LONGEST_PAUSE_S and not attempt.is_written:
             check_server()
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)

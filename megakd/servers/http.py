@@ -168,9 +168,9 @@ def field_of(tree: Any, key: str, kind: type[T], where: str) -> T:
     """Return a field of a JSON object."""
     value = tree.get(key) if isinstance(tree, dict) else None
     if not isinstance(value, kind):
-        found = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
+        content = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
         raise ServerError(
-            f"{where}: the answer has no {kind.__name__} named {key} (found: {found}); check "
+            f"{where}: the answer has no {kind.__name__} named {key} (found: {content}); check "
             "server.kind and the version of the server"
         )
     return value

@@ -39,7 +39,7 @@ from megakd.servers.protocol import BestTokens, ServedModel, TokenScorer
 from megakd.servers.vllm import VllmServer
 from megakd.storage.folders import check_given
 
-Said = TypeVar("Said")
+Answer = TypeVar("Answer")
 AT_ONCE = 64
 """Requests of a rank that run at the same time."""
 COMPARED = 64
@@ -57,7 +57,7 @@ class Document(NamedTuple):
     ids: tuple[int, ...]
 
 
-class ServedTeacher(ABC, Generic[Said]):
+class ServedTeacher(ABC, Generic[Answer]):
     """A teacher whose servers answer micro-batches of a language model; a collective.
 
     Each document is a request of its own. The documents of a rank go to all replicas in turn.
@@ -71,11 +71,11 @@ class ServedTeacher(ABC, Generic[Said]):
         """Return the documents of a micro-batch that servers are asked about."""
 
     @abstractmethod
-    def ask(self, replica: int, ids: tuple[int, ...]) -> Said:
+    def ask(self, replica: int, ids: tuple[int, ...]) -> Answer:
         """Return the answer of a replica to a document; called from several threads."""
 
     @abstractmethod
-    def knowledge(self, batch: Batch, said: Sequence[tuple[Document, Said]]) -> Knowledge:
+    def knowledge(self, batch: Batch, answers: Sequence[tuple[Document, Answer]]) -> Knowledge:
         """Return the outputs for a micro-batch from the answers to its documents."""
 
     def __call__(self, batch: Batch) -> Knowledge:
@@ -84,14 +84,14 @@ class ServedTeacher(ABC, Generic[Said]):
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
         """Yield the outputs for every micro-batch of a step, which are asked for together."""
         texts = [self.documents(batch) for batch in batches]
-        every = [document.ids for found in texts for document in found]
+        every = [document.ids for documents in texts for document in documents]
         calls = [
             partial(self.ask, (self._ranks.rank + number) % self._replicas, ids)
             for number, ids in enumerate(every)
         ]
-        said = iter(together(RunningCalls(calls, at_once=AT_ONCE).results))
-        for batch, found in zip(batches, texts, strict=True):
-            yield self.knowledge(batch, [(document, next(said)) for document in found])
+        answers = iter(together(RunningCalls(calls, at_once=AT_ONCE).results))
+        for batch, documents in zip(batches, texts, strict=True):
+            yield self.knowledge(batch, [(document, next(answers)) for document in documents])
 
     def prefetch(self) -> None:
         """Do nothing: the texts of the next step are not known."""
@@ -130,29 +130,29 @@ class TopKTeacher(ServedTeacher["BestTokens"]):
         token before the last.
         """
         ids, labels = batch.inputs["input_ids"].tolist(), batch.labels.tolist()
-        found = []
+        documents = []
         for row, first, stop in _document_spans(batch):
             after = [token for token in labels[row][stop - 1 : stop] if token != IGNORE]
             text = (*ids[row][first:stop], *after)
             if len(text) > 1:
-                found.append(Document(row, first, text))
-        return found
+                documents.append(Document(row, first, text))
+        return documents
 
     def ask(self, replica: int, ids: tuple[int, ...]) -> BestTokens:
         server = self._servers[replica]
-        said = server.top_k(ids, self._top_k, self._models[replica])
-        largest = said.ids.max()
+        best = server.top_k(ids, self._top_k, self._models[replica])
+        largest = best.ids.max()
         if largest >= self._vocabulary:
             raise ServerError(
                 f"{server.url} knows token {largest}, and teacher and student share "
                 f"{self._vocabulary} tokens; the servers serve another model, or top_k is too large"
             )
-        return said
+        return best
 
-    def knowledge(self, batch: Batch, said: Sequence[tuple[Document, BestTokens]]) -> Knowledge:
+    def knowledge(self, batch: Batch, answers: Sequence[tuple[Document, BestTokens]]) -> Knowledge:
         size = (*batch.valid.shape, self._top_k)
         ids, logprobs = torch.full(size, -1, dtype=torch.int32), torch.zeros(size)  # [B, T, k]
-        for (row, first, _), best in said:
+        for (row, first, _), best in answers:
             here = slice(first, first + len(best.ids))
             ids[row, here], logprobs[row, here] = map(torch.from_numpy, best)
         device = self._ranks.device
@@ -203,15 +203,17 @@ class StatesTeacher(ServedTeacher[ExportedStates]):
         return self._servers[replica].states(ids, self._models[replica])
 
     @torch.no_grad()
-    def knowledge(self, batch: Batch, said: Sequence[tuple[Document, ExportedStates]]) -> Knowledge:
+    def knowledge(
+        self, batch: Batch, answers: Sequence[tuple[Document, ExportedStates]]
+    ) -> Knowledge:
         """Return the head and its input [B, T, D] or [N, D], without meaning where no label is."""
         rows, length = batch.valid.shape
         weight = self._readout.weight
         # [B * T, D], in the dtype in which the teacher's own engine would have the states.
         states = torch.zeros(rows * length, weight.shape[1], dtype=weight.dtype)
-        for (row, first, ids), found in said:
+        for (row, first, ids), exported in answers:
             start = row * length + first
-            states[start : start + len(ids)] = found.states
+            states[start : start + len(ids)] = exported.states
         if batch.targets is None:
             hidden = self._readout(states.view(rows, length, -1))
         else:
@@ -261,11 +263,11 @@ def check_states(
     names = [model.name for model in models]
     answers = check_scores(scored, names, texts, count)
     for server in scored:
-        found = sum(server.gaps) / max(len(server.gaps), 1)
-        if found > REFERENCE:
+        gap = sum(server.gaps) / max(len(server.gaps), 1)
+        if gap > REFERENCE:
             raise ServerError(
                 f"teacher.server.states: the greedy tokens of {server.url} after {len(texts)} "
-                f"texts are less likely than the best tokens by {found:.3f} in the mean "
+                f"texts are less likely than the best tokens by {gap:.3f} in the mean "
                 "log-probability, computed from the exported hidden states with the norm and the "
                 f"head of the teacher, and at most {REFERENCE} is expected; check that the server "
                 "exports the output of the last layer (eagle_aux_hidden_state_layer_ids: "
@@ -286,15 +288,15 @@ class StatesAsScores:
         self.gaps: list[float] = []
 
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
-        said = self._server.states(ids, model)
-        last = self._readout.logprobs(said.states[-1:])[0]  # [V]
-        if said.following >= len(last):
+        exported = self._server.states(ids, model)
+        last = self._readout.logprobs(exported.states[-1:])[0]  # [V]
+        if exported.following >= len(last):
             raise ServerError(
-                f"{self.url} has generated token {said.following}, and the teacher has "
+                f"{self.url} has generated token {exported.following}, and the teacher has "
                 f"{len(last)} tokens; the server serves another model"
             )
-        self.gaps.append(float(last.max() - last[said.following]))
-        values, tokens = self._readout.most_likely(said.states[:-1], count)
+        self.gaps.append(float(last.max() - last[exported.following]))
+        values, tokens = self._readout.most_likely(exported.states[:-1], count)
         return BestTokens(tokens.int().cpu().numpy(), values.float().cpu().numpy())
 
 
@@ -348,8 +350,8 @@ def _check(config: RunConfig, inputs: RunInputs, name: str, spec: TeacherConfig)
         names = [model.name for model in models]
         answers = check_scores(replicas, names, texts, server.best_tokens)
     if server.check_against is not None:
-        own = _Reference(server.check_against)
-        check_reference(texts, answers, own.logprobs, server.check_against)
+        reference = _Reference(server.check_against)
+        check_reference(texts, answers, reference.logprobs, server.check_against)
 
 
 def _wanted(config: RunConfig, inputs: RunInputs, name: str) -> Wanted:
@@ -365,8 +367,8 @@ def _wanted(config: RunConfig, inputs: RunInputs, name: str) -> Wanted:
 
 def _texts(rows: Dataset) -> list[tuple[int, ...]]:
     first = rows.select(range(min(CHECKED_ROWS, len(rows))))["input_ids"]
-    found = [tuple(int(token) for token in cast("list[int]", ids)) for ids in first]
-    return [ids for ids in found if len(ids) > 1]
+    texts = [tuple(int(token) for token in cast("list[int]", ids)) for ids in first]
+    return [ids for ids in texts if len(ids) > 1]
 
 
 class _Reference:
@@ -377,7 +379,7 @@ class _Reference:
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
     @torch.no_grad()
-    def logprobs(self, text: tuple[int, ...], said: BestTokens) -> NDArray[np.float32]:
+    def logprobs(self, text: tuple[int, ...], best: BestTokens) -> NDArray[np.float32]:
         logits = self._model(torch.tensor([text])).logits[0, :-1]  # [T - 1, V]
-        tokens = torch.from_numpy(said.ids).long()  # [T - 1, k]
+        tokens = torch.from_numpy(best.ids).long()  # [T - 1, k]
         return logits.float().log_softmax(-1).gather(-1, tokens).numpy()

@@ -111,9 +111,9 @@ def users_files(folder: Path) -> list[str]:
         raise CheckpointError(
             f"{folder}: {CHECKSUMS} cannot be read ({error}); {remedy}"
         ) from error
-    found = damage_of(folder, {n: listed[n] for n in there & listed.keys() - {CARD}})
-    if found is not None:
-        raise CheckpointError(f"{folder} is damaged: {found}; {remedy}")
+    reason = damage_of(folder, {n: listed[n] for n in there & listed.keys() - {CARD}})
+    if reason is not None:
+        raise CheckpointError(f"{folder} is damaged: {reason}; {remedy}")
     edited = {n for n in there & {CARD} & listed.keys() if damage_of(folder, {n: listed[n]})}
     return sorted((there - listed.keys()) | edited)
 
@@ -123,9 +123,9 @@ def open_finished(folder: Path, *, remedy: str) -> Mapping[str, Any]:
 
     The message about a damaged folder ends with the `remedy`.
     """
-    found = damage(folder)
-    if found is not None:
-        raise CheckpointError(f"{folder} is damaged: {found}; {remedy}")
+    reason = damage(folder)
+    if reason is not None:
+        raise CheckpointError(f"{folder} is damaged: {reason}; {remedy}")
     return entries(folder)
 
 
@@ -136,10 +136,10 @@ def check_given(folder: Path, where: str, *, wanted: Callable[[str], bool] = boo
     """
     if not (folder / CHECKSUMS).is_file():
         return
-    found = damage(folder, wanted=lambda name: wanted(name) and (folder / name).exists())
-    if found is not None:
+    reason = damage(folder, wanted=lambda name: wanted(name) and (folder / name).exists())
+    if reason is not None:
         raise ModelError(
-            f"{where}: {folder} is damaged: {found}; copy the folder again, or remove "
+            f"{where}: {folder} is damaged: {reason}; copy the folder again, or remove "
             f"{folder / CHECKSUMS} if the file was changed on purpose"
         )
 

@@ -109,10 +109,12 @@ def build_cache(
 
 def _whole_shards(folder: Path, shards: Sequence[AnswerShard], ranks: Ranks) -> list[AnswerShard]:
     mine = shards[ranks.rank :: ranks.world_size]
-    found = together(lambda: {s.name: damage_of(folder / s.name, s.files) for s in mine})
-    damaged = {name: said for share in gather(found) for name, said in share.items() if said}
-    for name, said in damaged.items():
-        logger.warning("%s is damaged (%s): its rows are computed again", folder / name, said)
+    reasons = together(lambda: {s.name: damage_of(folder / s.name, s.files) for s in mine})
+    damaged = {
+        name: reason for share in gather(reasons) for name, reason in share.items() if reason
+    }
+    for name, reason in damaged.items():
+        logger.warning("%s is damaged (%s): its rows are computed again", folder / name, reason)
     return [shard for shard in shards if shard.name not in damaged]
 
 
@@ -185,10 +187,10 @@ class CachedTeacher:
 
     def __init__(self, folder: Path, facts: Fingerprint, ranks: Ranks) -> None:
         shards, rows = on_main(lambda: _read_manifest(folder, facts))
-        found = sum(shard.rows for shard in shards)
-        if found != rows:
+        held = sum(shard.rows for shard in shards)
+        if held != rows:
             raise TeacherError(
-                f"{folder} holds {found} of {rows} rows; complete the cache: "
+                f"{folder} holds {held} of {rows} rows; complete the cache: "
                 "launch/cache_teacher.py --config F"
             )
         mine = shards[ranks.rank :: ranks.world_size]
@@ -205,11 +207,11 @@ class CachedTeacher:
         if batch.rows is None:
             raise TypeError("a cache holds only training rows, and this batch has no row numbers")
         numbers = batch.rows.tolist()
-        said = {
+        stored = {
             key: torch.from_numpy(np.stack([self._row(key, number) for number in numbers]))
             for key in self._shards[0]
         }
-        moved = {key: tensor.to(self._device) for key, tensor in said.items()}
+        moved = {key: tensor.to(self._device) for key, tensor in stored.items()}
         if "logits" in moved:
             return Knowledge(logits=moved["logits"])
         length = batch.valid.shape[1]

@@ -57,8 +57,8 @@ class FrozenModel(nn.Module):
         if numbers is not None:
             return drawn(self.model, batch, numbers)
         if scoring:
-            said = predict(self.model, batch, self.kernels)
-            return said._replace(outputs=self._ordered(said.outputs))
+            predicted = predict(self.model, batch, self.kernels)
+            return predicted._replace(outputs=self._ordered(predicted.outputs))
         # The student's engine reads the head; DeepSpeed cannot handle a module in the outputs.
         return self.read(batch)._replace(head=None)
 
@@ -119,8 +119,8 @@ class FrozenTeacher:
             if len(group) == 1:
                 yield self(group[0])
                 continue
-            said = self(joined(group))
-            yield from (part_of(said, part) for part in parts_of(group))
+            answer = self(joined(group))
+            yield from (part_of(answer, part) for part in parts_of(group))
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Predictions:

@@ -56,12 +56,12 @@ def failed_teachers(teachers: Mapping[str, object], device: torch.device) -> lis
 def _finite(read: Knowledge, batch: Batch) -> Tensor:
     valid = batch.valid
     if read.logits is not None:
-        said, counts = read.logits, valid.any(dim=1)  # [B, C]
+        values, counts = read.logits, valid.any(dim=1)  # [B, C]
     elif read.hidden is not None and batch.targets is not None:
-        said = read.hidden  # [N, D]
+        values = read.hidden  # [N, D]
         counts = valid.flatten()[batch.targets]
     elif read.hidden is not None:
-        said, counts = read.hidden, valid  # [B, T, D]
+        values, counts = read.hidden, valid  # [B, T, D]
     else:
         return torch.ones((), dtype=torch.bool, device=valid.device)
-    return (torch.isfinite(said).all(dim=-1) | ~counts).all()
+    return (torch.isfinite(values).all(dim=-1) | ~counts).all()

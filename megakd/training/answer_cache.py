@@ -135,12 +135,12 @@ def ask_tokens(
     """
     if spec.cache_draws is None:
         ids, logprobs = model.top_k(batch, spec.cache_top_k)
-        broken, said = logprobs.isnan().any(-1), {"logprobs": logprobs.half()}
+        broken, kept = logprobs.isnan().any(-1), {"logprobs": logprobs.half()}
     else:
         ids, counts = model.draw(batch, _numbers(batch, spec.cache_draws, spec.cache_seed))
-        broken, said = (ids < 0).all(-1), {"counts": counts}
+        broken, kept = (ids < 0).all(-1), {"counts": counts}
     beyond = (0, 0, 0, length - ids.shape[1])
-    padded = {name: functional.pad(values, beyond) for name, values in said.items()}
+    padded = {name: functional.pad(values, beyond) for name, values in kept.items()}
     broken = (broken & batch.valid).any(-1)
     return {"ids": functional.pad(ids, beyond, value=-1), **padded, BROKEN: broken}
 
@@ -151,14 +151,14 @@ def whole_answers(answers: Mapping[str, Tensor], *, first: int) -> dict[str, Ten
     Raises:
         TeacherError: a row has an answer that is not finite.
     """
-    found = dict(answers)
-    rows = found.pop(BROKEN).nonzero().flatten()
+    whole = dict(answers)
+    rows = whole.pop(BROKEN).nonzero().flatten()
     if len(rows):
         raise TeacherError(
             f"the logits of the teacher are not finite for training row {first + int(rows[0])} "
             f"({len(rows)} rows of this shard); set the teacher's dtype to bf16 or fp32"
         )
-    return found
+    return whole
 
 
 def _numbers(batch: Batch, draws: int, seed: int) -> Tensor:

@@ -98,8 +98,8 @@ class Assembly:
 
     def of(self, role: str) -> Assembly:
         """Return the assembly with the tokenizer and the data of the model of a role."""
-        own = self.prepared.of(role)
-        return self if own is self.prepared else replace(self, prepared=own)
+        prepared = self.prepared.of(role)
+        return self if prepared is self.prepared else replace(self, prepared=prepared)
 
     def identity_of(self, source: ModelSource) -> Mapping[str, Any]:
         return model_identity(source, seed=self.config.seed)

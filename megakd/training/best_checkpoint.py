@@ -134,15 +134,15 @@ class BestCheckpoints:
         views: Sequence[str] = (),
     ) -> None:
         self.all = BestCheckpoint(folder=folder / "best", write=write)
-        self.own = {
+        self.views = {
             view: BestCheckpoint(folder=folder / f"best-{view}", write=write) for view in views
         }
 
     def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
         evaluation = Evaluation(scores, verdict.view, verdict.cut)
         self.all.consider(step, verdict.score, evaluation.record())
-        for view, score in verdict.own.items():
-            self.own[view].consider(step, score, Evaluation(scores, view).record())
+        for view, score in verdict.of_views.items():
+            self.views[view].consider(step, score, Evaluation(scores, view).record())
 
     def steps(self) -> dict[str, int | None]:
         """Return the steps of the best evaluations, for a checkpoint; `best` is the best of all."""
@@ -174,11 +174,11 @@ class BestCheckpoints:
         if record is None:
             return None
         chosen = Evaluation.read(record["evaluation"])
-        own = self.own.get(chosen.view or "")
-        of_view = None if own is None else on_main(own.kept)
-        if own is None or of_view is None:
+        best = self.views.get(chosen.view or "")
+        of_view = None if best is None else on_main(best.kept)
+        if best is None or of_view is None:
             return ReturnedWeights(self.all.folder, chosen, chosen)
-        return ReturnedWeights(own.folder, chosen, Evaluation.read(of_view["evaluation"]))
+        return ReturnedWeights(best.folder, chosen, Evaluation.read(of_view["evaluation"]))
 
     def _named(self) -> list[tuple[str, BestCheckpoint]]:
-        return [("best", self.all), *((f"best-{view}", own) for view, own in self.own.items())]
+        return [("best", self.all), *((f"best-{view}", one) for view, one in self.views.items())]

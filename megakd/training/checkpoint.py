@@ -181,8 +181,8 @@ class Checkpoints:
     def _by_age(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        found = [f for f in self.folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
-        return sorted(found, key=_step_of, reverse=True)
+        folders = [f for f in self.folder.iterdir() if _NAME.fullmatch(f.name) and f.is_dir()]
+        return sorted(folders, key=_step_of, reverse=True)
 
     def newest(self) -> Path | None:
         """Return the checkpoint that `latest` names, or else the newest checkpoint."""
@@ -334,8 +334,8 @@ def _pass_over(damages: Mapping[Path, str], used: Path) -> None:
 
 def oldest_step(folder: Path) -> int:
     """Return the step of the oldest checkpoint in `checkpoints/<stage>`; 0 if there is none."""
-    found = (path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name))
-    return min(map(_step_of, found), default=0)
+    folders = (path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name))
+    return min(map(_step_of, folders), default=0)
 
 
 def _step_of(checkpoint: Path) -> int:

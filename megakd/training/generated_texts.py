@@ -44,14 +44,14 @@ class Rollouts(StageExtra):
     def source(self) -> RolloutSource:
         parts, config = self._parts, self._parts.assembly.config
         rollouts = parts.stage.rollouts
-        own, layout = parts.own, parts.layout
-        train, student = own.prepared.encoded.train, own.prepared.sources[STUDENT]
+        of_model, layout = parts.of_model, parts.layout
+        train, student = of_model.prepared.encoded.train, of_model.prepared.sources[STUDENT]
         prompts = prompts_of(train, rollouts, config, student)
         continued, learned = (
             RowOrder(numbers, layout.shape, seed=config.seed)
             for numbers in (prompts.continued, prompts.learned)
         )
-        collate = own.scorer(parts.stage.train).collate
+        collate = of_model.scorer(parts.stage.train).collate
         store = RolloutStore(config.output_dir / ROLLOUTS / parts.stage.name)
         # A longer run continues with the texts of the shorter run.
         facts = {key: value for key, value in parts.fingerprint.items() if key not in LENGTHS}
@@ -68,7 +68,7 @@ class Rollouts(StageExtra):
 
 def generator_of(parts: StageParts) -> Generator:
     """Return the generator of a stage's texts: files, a server, or the weights of a model."""
-    rollouts, own, assembly = parts.stage.rollouts, parts.own, parts.assembly
+    rollouts, of_model, assembly = parts.stage.rollouts, parts.of_model, parts.assembly
     if rollouts.files is not None:
         return FileGenerator(matching_files(rollouts.files, "rollout.files"))
     if rollouts.server is not None:
@@ -76,24 +76,26 @@ def generator_of(parts: StageParts) -> Generator:
         if not isinstance(student, StudentEngine):
             raise TypeError(f"a {type(student).__name__} does not learn")
         rank = assembly.ranks.rank
-        return server_generator(assembly.config, own.prepared, student.student, rank=rank)
-    return _local_generator(parts.models[rollouts.by], own, rows_at_once=rollouts.rows_per_call)
+        return server_generator(assembly.config, of_model.prepared, student.student, rank=rank)
+    return _local_generator(
+        parts.models[rollouts.by], of_model, rows_at_once=rollouts.rows_per_call
+    )
 
 
 class Texts(StageExtra):
     """The evaluation of the student on generated texts."""
 
     def __init__(self, parts: StageParts, generation: GenerationConfig) -> None:
-        own, config = parts.own, parts.assembly.config
-        rows, student = own.prepared.encoded.validation, own.prepared.sources[STUDENT]
+        of_model, config = parts.of_model, parts.assembly.config
+        rows, student = of_model.prepared.encoded.validation, of_model.prepared.sources[STUDENT]
         self._texts = TextEvaluation(
             generation,
             prompts_of(rows, generation, config, student, key="eval.generation"),
-            own.prepared.tokenizer,
+            of_model.prepared.tokenizer,
             generator=_local_generator(
-                parts.models[STUDENT], own, rows_at_once=generation.rows_per_call
+                parts.models[STUDENT], of_model, rows_at_once=generation.rows_per_call
             ),
-            scorer=own.scorer(parts.stage.train),
+            scorer=of_model.scorer(parts.stage.train),
             folder=config.output_dir / TEXTS / parts.stage.name,
         )
         # Where a row is compared with the teacher that it names, held-out rows name none.
@@ -109,9 +111,9 @@ class Texts(StageExtra):
 
 
 def _local_generator(
-    engine: StudentEngine | Teacher, own: Assembly, *, rows_at_once: int
+    engine: StudentEngine | Teacher, assembly: Assembly, *, rows_at_once: int
 ) -> LocalGenerator:
     if not isinstance(engine, StudentEngine | FrozenTeacher):
         raise TypeError(f"a {type(engine).__name__} generates no text")
-    tokens = text_tokens(own.prepared.tokenizer, own.prepared.sources)
+    tokens = text_tokens(assembly.prepared.tokenizer, assembly.prepared.sources)
     return LocalGenerator(engine, tokens=tokens, rows_at_once=rows_at_once)

@@ -115,8 +115,8 @@ def require_fit(fit: LabelFit, source: ModelSource, names: Sequence[str], *, rem
         return
     hint = ""
     if fit.better is not None:
-        own = generic_labels(source.config) or ()
-        fitting = [f"{own[n]} is {name}" for n, name in zip(fit.better, names, strict=True)]
+        generic = generic_labels(source.config) or ()
+        fitting = [f"{generic[n]} is {name}" for n, name in zip(fit.better, names, strict=True)]
         hint = f"; the order {listed(fitting)} gives {fit.better_score:.3f}"
     raise TeacherError(
         f"{source.where} {source.name}: {both}: {scored}, and {fit.chance + fit.margin:.3f} is "
@@ -131,9 +131,9 @@ def tell_order(source: ModelSource, names: Sequence[str]) -> None:
 
 
 def _both(source: ModelSource, names: Sequence[str]) -> str:
-    own = generic_labels(source.config) or ()
+    generic = generic_labels(source.config) or ()
     return (
-        f"the labels {listed(own)} are read as the labels {listed(names)} of the data, in this "
+        f"the labels {listed(generic)} are read as the labels {listed(names)} of the data, in this "
         "order"
     )
 
@@ -172,8 +172,8 @@ def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str) -> None:
 
 def needs_check(source: ModelSource, names: Sequence[str]) -> bool:
     """Return true if a model's labels are generic and the data has labels, which are names."""
-    own = generic_labels(source.config)
-    return own is not None and not all(name.isdecimal() or name in own for name in names)
+    generic = generic_labels(source.config)
+    return generic is not None and not all(name.isdecimal() or name in generic for name in names)
 
 
 def _measured(assembly: Assembly, ready: ReadyTeacher) -> LabelFit:

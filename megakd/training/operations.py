@@ -85,10 +85,10 @@ class StepOperations(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if torch._C._current_graph_task_id() == -1:  # noqa: SLF001 - as torch's checkpoints ask
-            own, of_head = products(func, args, kwargs, out)
+            of_body, of_head = products(func, args, kwargs, out)
             if self._asks_teacher():
-                self.teacher += own
+                self.teacher += of_body
             else:
-                self.student += own
+                self.student += of_body
                 self.teacher += of_head
         return out

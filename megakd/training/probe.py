@@ -69,10 +69,10 @@ class StageProbe:
 
     def _check_folder(self) -> None:
         folder = self.folder / BEGINNING
-        found = damage(folder)
-        if found is not None:
+        reason = damage(folder)
+        if reason is not None:
             raise CheckpointError(
-                f"{folder} is damaged: {found}, and the next episodes start from this student; "
+                f"{folder} is damaged: {reason}, and the next episodes start from this student; "
                 f"resume from a checkpoint beside a whole folder {BEGINNING}/, or remove "
                 f"{self.folder} to train the stage again"
             )

@@ -91,18 +91,18 @@ class RankLoad:
         """Return the numbers of a log, and warn of a slow rank; a collective if there is one."""
         world = self._ranks.world_size
         share = tokens_per_s / max(1, int(self._counted_tokens)) / world
-        found = self._rates(sums[0] * share, sums[1] * share)
+        numbers = self._rates(sums[0] * share, sums[1] * share)
         if world == 1:
-            return found
+            return numbers
         seconds, waited = sums[2 : 2 + world], sums[2 + world :]
         # The rank that others wait for needs the least time, that of the transfer.
         waiting = [time - min(waited) for time in waited]
         computing = [max(0.0, one - time) for one, time in zip(seconds, waiting, strict=True)]
         self._tell(computing)
         for rank in range(world):
-            found[f"ranks/{rank}/computing_seconds"] = computing[rank]
-            found[f"ranks/{rank}/waiting_seconds"] = waiting[rank]
-        return found
+            numbers[f"ranks/{rank}/computing_seconds"] = computing[rank]
+            numbers[f"ranks/{rank}/waiting_seconds"] = waiting[rank]
+        return numbers
 
     def _rates(self, student: float, teacher: float) -> dict[str, float]:
         rates = {"train/student_tflops": student, "train/teacher_tflops": teacher}

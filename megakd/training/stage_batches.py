@@ -48,7 +48,7 @@ def stage_batches(parts: StageParts, extras: Sequence[StageExtra]) -> BatchSourc
     """Return the batches of a stage, for this rank; a collective."""
     sources = (extra.source() for extra in extras)
     source = next((made for made in sources if made is not None), None)
-    source = source or row_batches(parts, parts.own.prepared.encoded)
+    source = source or row_batches(parts, parts.of_model.prepared.encoded)
     for extra in extras:
         source = extra.wrapped(source)
     return source
@@ -59,7 +59,7 @@ def row_batches(
 ) -> BatchSource:
     """Return the batches of encoded rows; `others` by role as in `data.loader`."""
     stage, layout, seed = parts.stage, parts.layout, parts.assembly.config.seed
-    scorer = parts.own.scorer(stage.train)
+    scorer = parts.of_model.scorer(stage.train)
     collate, masking, others = scorer.collate, scorer.masking, others or {}
     if encoded.stream is None:
         rows = labelled_only(encoded.train) if stage.labelled_only else encoded.train

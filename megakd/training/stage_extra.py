@@ -28,7 +28,7 @@ class StageParts(NamedTuple):
     fingerprint: Fingerprint
 
     @property
-    def own(self) -> Assembly:
+    def of_model(self) -> Assembly:
         """The assembly with the tokenizer and the data of the stage's model."""
         return self.assembly.of(self.stage.role)
 

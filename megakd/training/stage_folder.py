@@ -106,10 +106,10 @@ def read_result(
         CheckpointError: the folder is damaged, or holds the result of another config.
     """
     # Only rank 0 reads: on a network disk, other ranks may not see the files yet.
-    found = on_main(lambda: _result_there(folder))
-    if found is None:
+    stored = on_main(lambda: _result_there(folder))
+    if stored is None:
         return None
-    result, there = found
+    result, there = stored
     here = as_read_back(fingerprint)
     if may_grow and is_longer(there, here):
         logger.info(

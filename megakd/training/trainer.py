@@ -89,7 +89,7 @@ class Trainer:
         }
         for index, batch in enumerate(batches):
             with self.meter.teacher.running():
-                knowledge = {name: next(found) for name, found in answers.items()}
+                knowledge = {name: next(of_teacher) for name, of_teacher in answers.items()}
             yield batch, knowledge, index == len(batches) - 1
 
     def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:

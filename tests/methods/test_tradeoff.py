@@ -158,7 +158,7 @@ def test_the_best_tradeoff_is_chosen_and_the_target_has_its_own_score(
 
     assert verdict.view == f"sparsity-{chosen:g}"
     assert verdict.score == pytest.approx(worth)
-    assert verdict.own == kept_apart
+    assert verdict.of_views == kept_apart
 
 
 def test_one_metric_of_which_more_is_better_is_weighed():

@@ -45,10 +45,10 @@ def _counted(valid, offset, rows, length, MASKED: tl.constexpr):
 @triton.jit
 def _segments_of(segments, offset, rows, length, SEGMENTED: tl.constexpr):
     """Return the segment of each position; an unused value without segments."""
-    found = rows
+    numbers = rows
     if SEGMENTED:
-        found = tl.load(segments + offset + rows, mask=rows < length, other=0)
-    return found
+        numbers = tl.load(segments + offset + rows, mask=rows < length, other=0)
+    return numbers
 
 
 @triton.jit

@@ -48,11 +48,11 @@ from megakd_kernels.triton.row_kd_sweeps import (
 )
 from megakd_kernels.triton.row_kd_values import (
     ALL,
-    FOUND,
     KEPT,
     LAST,
     MEANS,
     STATISTICS,
+    SUMMARY,
     reach_of,
     store_values,
 )
@@ -74,12 +74,12 @@ _SLOTS = {name: slot for slot, name in enumerate(_KINDS)}
 
 # Maxima and sums among the values that rows on several ranks keep between launches.
 _MAXIMA = 3
-_SUMS = FOUND.value - _MAXIMA
+_SUMS = SUMMARY.value - _MAXIMA
 _TARGET = tl.constexpr(9)
 
 
 @triton.jit
-def _load_found(parts, row, rows):
+def _load_summary(parts, row, rows):
     parts += row
     return (
         tl.load(parts).to(tl.float32),
@@ -97,7 +97,7 @@ def _load_found(parts, row, rows):
 
 @triton.jit
 def _load_means(parts, row, rows):
-    parts += FOUND * rows + row
+    parts += SUMMARY * rows + row
     return (
         tl.load(parts),
         tl.load(parts + rows),
@@ -138,36 +138,36 @@ def _row_kernel(
     target = tl.full((), 0.0, tl.float32)
     ce = 0.0
     if HARD & PARTS:
-        own = tl.load(labels + row) - vocab_start
-        is_here = (own >= 0) & (own < width)
-        label = tl.where(is_here, own, -1).to(tl.int32)
+        position = tl.load(labels + row) - vocab_start
+        is_here = (position >= 0) & (position < width)
+        label = tl.where(is_here, position, -1).to(tl.int32)
         ce = tl.load(ce_factor + row)
         # Read before any part of the row is overwritten.
-        target = logit_of(student, own, is_here, warp_s, WARP_S)
+        target = logit_of(student, position, is_here, warp_s, WARP_S)
 
     if STATISTICS & SWEEPS:
-        found = statistics(
+        summary = statistics(
             logits, shared, width, bits, warp_s, warp_t, PARTS, WARP_S, WARP_T, BLOCK, STAGES
         )
     else:
-        found = _load_found(parts, row, rows)
+        summary = _load_summary(parts, row, rows)
         target = tl.load(parts + _TARGET * rows + row).to(tl.float32)
     if SWEEPS == STATISTICS:
         for field in tl.static_range(9):  # pyright: ignore[reportGeneralTypeIssues]
-            tl.store(parts + field * rows + row, found[field].to(tl.float64))
+            tl.store(parts + field * rows + row, summary[field].to(tl.float64))
         tl.store(parts + _TARGET * rows + row, target.to(tl.float64))
         return
-    reach = reach_of(found, inverse)
+    reach = reach_of(summary, inverse)
     if MEANS & SWEEPS:
         mean = means(
-            logits, shared, bits, inverse, reach, (found[3], found[4]), mixes, warp_s, warp_t,
+            logits, shared, bits, inverse, reach, (summary[3], summary[4]), mixes, warp_s, warp_t,
             PARTS, WARP_S, WARP_T, BLOCK, STAGES,
         )  # fmt: skip
     else:
         mean = _load_means(parts, row, rows)
     if SWEEPS == MEANS:
         for field in tl.static_range(8):  # pyright: ignore[reportGeneralTypeIssues]
-            tl.store(parts + (FOUND + field) * rows + row, mean[field])
+            tl.store(parts + (SUMMARY + field) * rows + row, mean[field])
         return
     factor = 0.0
     if SOFT & PARTS:
@@ -176,13 +176,13 @@ def _row_kernel(
         weight_forward, weight_reverse, weight_jsd, weight_skew, weight_skew_reverse, weight_tvd
     )  # fmt: skip
     factors, hard_scale = store_values(
-        found, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes,
+        summary, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes,
         weights, factor, ce, PARTS,
     )  # fmt: skip
     if GRADIENT & PARTS:
         write_gradient(
             gradient, logits, shared, width, bits, inverse, reach, factors, mixes,
-            (found[2], hard_scale, label, ce), warp_s, warp_t,
+            (summary[2], hard_scale, label, ce), warp_s, warp_t,
             PARTS, WARP_S, WARP_T, BLOCK, STAGES,
         )  # fmt: skip
 
@@ -308,17 +308,17 @@ class TritonRows:
             parts |= SHARD.value
         return parts if form is None else parts | GRADIENT.value
 
-    def _joined(self, found: Tensor) -> Tensor:
+    def _joined(self, partial: Tensor) -> Tensor:
         """Return maxima and sums [10, R] of whole rows from the values of this rank's ids."""
-        own = found[:_MAXIMA]
-        (joined,) = self.reduce.maxima([own])
-        lower = own - joined
+        maxima = partial[:_MAXIMA]
+        (joined,) = self.reduce.maxima([maxima])
+        lower = maxima - joined
         soft, soft_t, hard = lower.unbind(0)
         soft, soft_t = (soft / self.plan.temperature).exp(), (soft_t / self.plan.temperature).exp()
         is_top = (lower[:2] == 0).all(0)
         # In the order of the sums: q, p, cross-entropy, p gap, q gap, common maximum, target.
         scales = [soft, soft_t, hard.exp(), soft_t, soft, is_top, torch.ones_like(soft)]
-        (sums,) = self.reduce.totals([found[_MAXIMA:] * torch.stack(scales)])
+        (sums,) = self.reduce.totals([partial[_MAXIMA:] * torch.stack(scales)])
         return torch.cat([joined, sums])
 
 

@@ -79,11 +79,11 @@ def logits_of(
 
 
 @triton.jit
-def logit_of(row, own, is_here, warp, WARP: tl.constexpr) -> tl.tensor:
+def logit_of(row, position, is_here, warp, WARP: tl.constexpr) -> tl.tensor:
     """Return the logit of one id in fp32, 0 if the row lies elsewhere."""
-    raw = tl.load(row + own, mask=is_here, other=0.0)
+    raw = tl.load(row + position, mask=is_here, other=0.0)
     if BIASED & WARP:
-        raw = raw.to(tl.float32) + tl.load(warp[2] + own, mask=is_here, other=0.0)
+        raw = raw.to(tl.float32) + tl.load(warp[2] + position, mask=is_here, other=0.0)
     return tl.where(is_here, warped(raw, warp[0], warp[1], WARP), 0.0)
 
 

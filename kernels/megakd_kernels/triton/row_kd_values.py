@@ -27,7 +27,7 @@ LAST = tl.constexpr(4)
 ALL = tl.constexpr(7)
 # Values that a part of a row keeps for the others, in fp64: three maxima, five sums, whether the
 # maxima are common, and the label's logit; then eight means.
-FOUND = tl.constexpr(10)
+SUMMARY = tl.constexpr(10)
 KEPT = 18
 
 CE_SLOT = tl.constexpr(7)
@@ -47,9 +47,9 @@ def _store_value(values, slot, row, rows, value, value_scale, rest):
 
 
 @triton.jit
-def reach_of(found, inverse) -> tuple[tl.tensor, ...]:
+def reach_of(summary, inverse) -> tuple[tl.tensor, ...]:
     """Return both maxima, their difference in fp32, and the remaining correction of the gap."""
-    peak, peak_t, _, q_sum, p_sum, _, _, _, _, _ = found
+    peak, peak_t, _, q_sum, p_sum, _, _, _, _, _ = summary
     difference = peak_t.to(tl.float64) - peak.to(tl.float64)
     near = difference.to(tl.float32)
     rest = ((difference - near) * inverse + tl.log(p_sum / q_sum)).to(tl.float32)
@@ -58,15 +58,15 @@ def reach_of(found, inverse) -> tuple[tl.tensor, ...]:
 
 @triton.jit
 def store_values(
-    found, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes, weights,
+    summary, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes, weights,
     factor, ce, PARTS: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
     """Store the values of a row; return the factors of `soft_gradient`, and of cross-entropy.
 
-    found: as `statistics` returns it. reach: as `reach_of` does. mean: as `means` does. target: the
-        label's logit.
+    summary: as `statistics` returns it. reach: as `reach_of` does. mean: as `means` does.
+    target: the label's logit.
     """
-    peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, forward, reverse, common, depth = found
+    peak, peak_t, hard_peak, q_sum, p_sum, hard_sum, forward, reverse, common, depth = summary
     jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = mean
     on_forward, on_reverse, on_jsd, on_skew, on_skew_reverse, on_tvd = weights
     beta, skew = mixes[0][0], mixes[1][0]

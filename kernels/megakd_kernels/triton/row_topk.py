@@ -100,7 +100,7 @@ def _topk_kernel(
     lanes = tl.arange(0, KEPT)
     chosen = tl.load(ids + row * count + lanes, mask=lanes < count, other=-1)
     is_kept = chosen >= 0
-    own = _logits(student, bias, chosen, is_kept, MINUS_INFINITY, BIASED, _AGAIN)
+    kept_logits = _logits(student, bias, chosen, is_kept, MINUS_INFINITY, BIASED, _AGAIN)
     top = tl.load(best + row)
     top_logit = _logits(student, bias, top, top >= 0, MINUS_INFINITY, BIASED, _AGAIN)
     label = tl.full((), -1, tl.int64)
@@ -117,9 +117,9 @@ def _topk_kernel(
         student, bias, width, bits, HARD, TEMPERED, BIASED, BLOCK
     )
     base = tl.where(highest == MINUS_INFINITY, 0.0, highest)
-    peak = tl.maximum(highest, tl.max(own, 0))
+    peak = tl.maximum(highest, tl.max(kept_logits, 0))
     drop = tl.where(highest == MINUS_INFINITY, 0.0, highest.to(tl.float64) - peak)
-    below = own.to(tl.float64) - peak
+    below = kept_logits.to(tl.float64) - peak
     total = tl.sum(tl.exp2(below * bits), 0) + others * tl.exp2(drop * bits)
     log_total = tl.log(total)
     wanted = tl.load(log_p + row * count + lanes, mask=lanes < count, other=MINUS_INFINITY)
@@ -154,10 +154,10 @@ def _topk_kernel(
         slope = slope.to(tl.float32)
         hard_slope = (ce * tl.exp2(drop * LOG2_E) / hard_total).to(tl.float32)
         for start in range(0, width, BLOCK):
-            found = start + tl.arange(0, BLOCK)
-            s = _logits(student, bias, found, found < width, MINUS_INFINITY, BIASED, _ONCE)
+            columns = start + tl.arange(0, BLOCK)
+            s = _logits(student, bias, columns, columns < width, MINUS_INFINITY, BIASED, _ONCE)
             change = _slope(s, base, bits, slope, hard_slope, HARD, TEMPERED)
-            tl.store(gradient + found, change.to(gradient.dtype.element_ty), mask=found < width)
+            tl.store(gradient + columns, change.to(gradient.dtype.element_ty), mask=columns < width)
         own_change = pull * tl.exp(log_q) - factor * p
         if HARD:
             if TEMPERED:

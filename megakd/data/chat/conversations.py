@@ -206,11 +206,11 @@ def _value(record: Record, column: str, kind: type, where: str) -> Any:
     value = record.values.get(column)
     if value is None or value in ("", []):
         return None
-    found = from_json(value)
-    if not isinstance(found, kind):
+    parsed = from_json(value)
+    if not isinstance(parsed, kind):
         wanted = {list: "a list", dict: "an object"}[kind]
         raise DataError(f"{where}: column {column!r} is not {wanted}: {value!r:.80}")
-    return without_nulls(found)
+    return without_nulls(parsed)
 
 
 def messages_of(value: object, *, where: str) -> list[Message]:

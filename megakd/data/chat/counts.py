@@ -91,34 +91,34 @@ CountsByName = dict[str, ChatCounts]
 
 def _say_counts(counts: Mapping[str, ChatCounts]) -> None:
     logger.info("conversations:\n%s", "\n".join(table_lines(counts)))
-    for name, own in counts.items():
+    for name, tally in counts.items():
         for number, what in (
-            (own.long_prompt, "were left out because their prompt alone fills task.max_length"),
-            (own.too_long, "were left out because they are longer than task.max_length"),
-            (own.nothing_counts, "were left out because no token of them counts"),
-            (own.bad, "were left out because they cannot be encoded (task.bad_rows: drop)"),
+            (tally.long_prompt, "were left out because their prompt alone fills task.max_length"),
+            (tally.too_long, "were left out because they are longer than task.max_length"),
+            (tally.nothing_counts, "were left out because no token of them counts"),
+            (tally.bad, "were left out because they cannot be encoded (task.bad_rows: drop)"),
         ):
             if number:
-                logger.warning("%s: %d of %d rows %s", name, number, own.rows, what)
-        longer = own.truncated + own.too_long + own.long_prompt
-        if longer > 0.01 * sum(own.lengths.values()):
-            longest = longest_of(own.lengths, 0.99)
+                logger.warning("%s: %d of %d rows %s", name, number, tally.rows, what)
+        longer = tally.truncated + tally.too_long + tally.long_prompt
+        if longer > 0.01 * sum(tally.lengths.values()):
+            longest = longest_of(tally.lengths, 0.99)
             logger.warning(
                 "%s: %d of %d rows are longer than task.max_length (%d of them are cut); 99 %% of "
                 "the rows have at most %d tokens (task.max_length=%d keeps them whole)",
-                *(name, longer, own.rows, own.truncated, longest, longest),
+                *(name, longer, tally.rows, tally.truncated, longest, longest),
             )
-        if own.lost_reasoning:
+        if tally.lost_reasoning:
             logger.warning(
                 "%s: the chat template leaves out the reasoning of answers in %d of %d rows; use a "
                 "template that keeps it, or set task.reasoning: strip to say that this is wanted",
-                *(name, own.lost_reasoning, own.rows),
+                *(name, tally.lost_reasoning, tally.rows),
             )
-        if own.lost_tools:
+        if tally.lost_tools:
             logger.warning(
                 "%s: the chat template leaves out tools of the column 'tools' in %d of %d rows; "
                 "set task.chat_template to a template that writes tools, or remove the column",
-                *(name, own.lost_tools, own.rows),
+                *(name, tally.lost_tools, tally.rows),
             )
 
 
@@ -145,18 +145,18 @@ def _shown_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> st
 
 def table_lines(counts: Mapping[str, ChatCounts]) -> list[str]:
     """Return the lines of the table: a heading, and a line for each name."""
-    return aligned_rows([HEADING, *(_cells(name, own) for name, own in counts.items())])
+    return aligned_rows([HEADING, *(_cells(name, tally) for name, tally in counts.items())])
 
 
-def _cells(name: str, own: ChatCounts) -> tuple[str, ...]:
-    numbers = (own.rows, own.kept, own.tokens, own.targets)
-    share = own.targets / own.tokens if own.tokens else 0.0
+def _cells(name: str, tally: ChatCounts) -> tuple[str, ...]:
+    numbers = (tally.rows, tally.kept, tally.tokens, tally.targets)
+    share = tally.targets / tally.tokens if tally.tokens else 0.0
     return (
         name,
         *(f"{number:,}" for number in numbers),
         f"{share:.1%}",
-        *(f"{longest_of(own.lengths, part):,}" for part in (0.5, 0.95, 1.0)),
-        f"{own.truncated:,}",
-        f"{own.dropped:,}",
-        f"{own.bad:,}",
+        *(f"{longest_of(tally.lengths, part):,}" for part in (0.5, 0.95, 1.0)),
+        f"{tally.truncated:,}",
+        f"{tally.dropped:,}",
+        f"{tally.bad:,}",
     )

@@ -112,10 +112,10 @@ class ChatTemplate:
         key = tools is not None  # some tokenizers have a template of their own for tools
         if key not in self._sources:
             try:
-                found = self._tokenizer.get_chat_template(tools=cast("list[Any] | None", tools))
+                template = self._tokenizer.get_chat_template(tools=cast("list[Any] | None", tools))
             except ValueError as error:  # several templates, and none of them is the default
                 raise DataError(f"{error}; set task.chat_template to a file") from error
-            fixed = TODAY.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), found)
+            fixed = TODAY.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)
             self._sources[key] = fixed
         return self._sources[key]
 
@@ -244,8 +244,8 @@ def _loses_tools(conversation: Conversation, text: str) -> bool:
     # The templates of Gemma 2 and ChatML take no tools. OpenAI's form of a tool is an object with
     # the key `function`, whose value has the name; a tool may also be this value alone.
     for tool in conversation.tools or ():
-        found = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        name = found.get("name") if isinstance(found, Mapping) else None
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
         if isinstance(name, str) and name not in text:
             return True
     return False

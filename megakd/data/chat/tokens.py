@@ -168,8 +168,8 @@ class ChatEncoder:
                 yield [], ChatCounts(rows=1, bad=1)
                 continue
             is_plain = conversation.messages is None
-            own = self._framed(conversation, tokens) if is_plain else tokens
-            yield self._rows(conversation, own, text)
+            framed = self._framed(conversation, tokens) if is_plain else tokens
+            yield self._rows(conversation, framed, text)
 
     def _rendered(self, conversation: Conversation, place: str) -> Rendered:
         if conversation.messages is not None:
@@ -199,18 +199,18 @@ class ChatEncoder:
         ]
         ends = [
             text.text[pieces.offsets[first] if first else 0 : start]
-            for text, pieces, own in zip(rendered, whole, cuts, strict=True)
-            for first, start in own
+            for text, pieces, cut in zip(rendered, whole, cuts, strict=True)
+            for first, start in cut
         ]
         encoded = iter(plain_encoding(ends, self._tokenizer)["input_ids"])
-        for text, pieces, own, place in zip(rendered, whole, cuts, places, strict=True):
-            tails = [(first, start, next(encoded)) for first, start in own]
+        for text, pieces, cut, place in zip(rendered, whole, cuts, places, strict=True):
+            tails = [(first, start, next(encoded)) for first, start in cut]
             tokens = None
             if all(pieces.ids[first : first + len(ids)] == ids for first, _, ids in tails):
                 tokens = _marked(text, pieces, {s: first + len(ids) for first, s, ids in tails})
             else:
                 with self.bad:
-                    tokens = _marked(text, *self._cut(text, [s for _, s in own], pieces, place))
+                    tokens = _marked(text, *self._cut(text, [s for _, s in cut], pieces, place))
             yield tokens
 
     def _separate_before(self, pieces: _Pieces, start: int) -> int:
@@ -280,8 +280,8 @@ class ChatEncoder:
             made.kept += 1
             made.tokens += len(row.input_ids)
             made.targets += len(targets)
-            found, numbers = np.unique(targets[np.isin(targets, self._special)], return_counts=True)
-            made.add(ChatCounts(special=dict(zip(found.tolist(), numbers.tolist(), strict=True))))
+            ids, numbers = np.unique(targets[np.isin(targets, self._special)], return_counts=True)
+            made.add(ChatCounts(special=dict(zip(ids.tolist(), numbers.tolist(), strict=True))))
         return rows, made
 
     def _cut_row(

@@ -81,11 +81,11 @@ def target_of(
         raise ConfigError(_impossible(asked, there, grid))
     if grid == 1:
         share = Fraction(wanted, there) if width else share
-        found = Target(whole, TargetShares(Fraction(1), share, share, share))
+        target = Target(whole, TargetShares(Fraction(1), share, share, share))
     else:
-        found = Target(whole, _on_grid(whole, share, Fraction(wanted, there), grid))
-    _check_goal(found)
-    return found
+        target = Target(whole, _on_grid(whole, share, Fraction(wanted, there), grid))
+    _check_goal(target)
+    return target
 
 
 def _on_grid(whole: View, share: Fraction, width: Fraction, grid: int) -> TargetShares:
@@ -185,11 +185,11 @@ class Schedule(NamedTuple):
         if self.shape == "one_shot":
             return (first,) if first < self.total else ()
         removals = [*range(self.start, self.end, self.every), self.end]
-        found = {
+        places = {
             bisect_left(removals, Fraction(number, cuts), key=lambda step: 1 - self.left(step))
             for number in range(1, cuts + 1)
         }
-        return tuple(sorted(removals[place] for place in found if removals[place] < self.total))
+        return tuple(sorted(removals[place] for place in places if removals[place] < self.total))
 
 
 class Scoring(NamedTuple):

@@ -58,12 +58,12 @@ def _like(value: Tensor, averages: dict[str, Tensor], name: str) -> Tensor:
 
 def group_sizes(makers: Mapping[str, Maker], units: View) -> dict[Group, int]:
     """Return the number of scores of every group, in a fixed order."""
-    found: dict[Group, int] = {}
+    sizes: dict[Group, int] = {}
     for maker in makers.values():
         axis = maker.axis
         group = Group(axis.kind, axis.number, axis.columns)
-        found[group] = (axis.kept(units) or 0) * (axis.size if axis.columns else 1)
-    return found
+        sizes[group] = (axis.kept(units) or 0) * (axis.size if axis.columns else 1)
+    return sizes
 
 
 def unit_sums(

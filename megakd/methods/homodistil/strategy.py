@@ -204,7 +204,7 @@ def select(scores: Tensor, kept: Chosen, wanted: View, student: Any, *, monotone
 
     The scores are those of `unit_sums`. With `monotone`, only units that are kept now can be kept.
     """
-    found: Chosen = {}
+    chosen: Chosen = {}
     groups = group_sizes(student.makers, student.units)
     for (group, size), values in zip(groups.items(), scores.split([*groups.values()]), strict=True):
         allowed = torch.full((size,), -1.0, dtype=torch.float64)
@@ -212,13 +212,13 @@ def select(scores: Tensor, kept: Chosen, wanted: View, student: Any, *, monotone
         allowed[list(places)] = values[list(places)].clamp(min=0).nan_to_num(0.0)
         if group.columns is None:
             count = Axis(group.kind, group.number).kept(wanted) or 0
-            found[group] = _highest(allowed[None], count)[0]
+            chosen[group] = _highest(allowed[None], count)[0]
             continue
         heads = student.units.heads[group.number]
         width = size // max(heads, 1)
         best = _highest(allowed.view(heads, width), wanted.head_width or 0)
-        found[group] = [head * width + column for head, own in enumerate(best) for column in own]
-    return found
+        chosen[group] = [head * width + column for head, row in enumerate(best) for column in row]
+    return chosen
 
 
 def _highest(scores: Tensor, count: int) -> list[list[int]]:
@@ -272,11 +272,11 @@ def _listed(kept: Chosen, group: Group, count: int) -> tuple[int, ...]:
 
 
 def _inside(kept: Sequence[int], heads: int, width: int) -> tuple[tuple[int, ...], ...]:
-    found = []
+    orders = []
     for head in range(heads):
-        own = [column - head * width for column in kept if column // width == head]
-        found.append((*own, *(column for column in range(width) if column not in {*own})))
-    return tuple(found)
+        first = [column - head * width for column in kept if column // width == head]
+        orders.append((*first, *(column for column in range(width) if column not in {*first})))
+    return tuple(orders)
 
 
 @dataclass

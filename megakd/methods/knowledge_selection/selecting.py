@@ -86,7 +86,7 @@ class Selecting(Strategy):
     def _summaries(self, reading: LossInputs) -> Tensor:
         """Return [S + T], the mean states of student and teacher, on the CPU."""
         valid = reading.batch.valid
-        both = [said.states(-1) for said in (reading.student, reading.taught)]
+        both = [answer.states(-1) for answer in (reading.student, reading.taught)]
         if self.choosing.whole_texts:
             rows, sums = valid, [_sum_of(states.flatten(0, 1), valid.flatten()) for states in both]
         else:

@@ -219,10 +219,10 @@ class ActorCritic:
     def _teach_actor(self, some: Samples) -> None:
         selector = self.selector
         state = selector.state(some.summaries)
-        said = selector.actor(state)
-        held_back = self.learning.restraint * said.square().sum(-1)
+        logits = selector.actor(state)
+        held_back = self.learning.restraint * logits.square().sum(-1)
         # Detached; otherwise the summary networks would learn states that the critic prefers.
-        value = selector.value(state.detach(), said.sigmoid())
+        value = selector.value(state.detach(), logits.sigmoid())
         self._actor.zero_grad()
         (held_back - value).mean().backward()
         self._actor.step()

@@ -351,7 +351,7 @@ class BothVocabularies(StageExtra):
     def source(self) -> BatchSource:
         stage, assembly = self._parts.stage, self._parts.assembly
         pair, task = assembly.prepared.pair, assembly.config.task
-        encoded = self._parts.own.prepared.encoded._replace(train=assembly.method_rows.rows)
+        encoded = self._parts.of_model.prepared.encoded._replace(train=assembly.method_rows.rows)
         others = {
             role: MixedText(pair, task, probability=reading.probability)
             for role, reading in stage.mixed.items()

@@ -176,7 +176,7 @@ def compared_layers(student: nn.Module, teacher: nn.Module) -> list[list[Compare
     """Return the weights of all layers of two models of one family and depth, by layer."""
     ours, theirs = _blocks(student), _blocks(teacher)
     if len(ours) != len(theirs) or any(
-        own.keys() != other.keys() for own, other in zip(ours, theirs, strict=False)
+        mine.keys() != other.keys() for mine, other in zip(ours, theirs, strict=False)
     ):
         raise TeacherError(
             "method.projections: compares the weights of a layer of the student with those of the "
@@ -184,8 +184,8 @@ def compared_layers(student: nn.Module, teacher: nn.Module) -> list[list[Compare
             f"{len(theirs)} layers); use two models of one family and depth"
         )
     return [
-        [Compared(own[name], other[name]) for name in own]
-        for own, other in zip(ours, theirs, strict=True)
+        [Compared(mine[name], other[name]) for name in mine]
+        for mine, other in zip(ours, theirs, strict=True)
     ]
 
 

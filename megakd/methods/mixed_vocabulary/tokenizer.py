@@ -124,11 +124,11 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, role: str, where: str) -> int:
             f"{where}: the {role} token {token} is not in the vocabulary of the tokenizer; set "
             f"{role}_token in its tokenizer_config.json to a token of the vocabulary"
         )
-    found = tokenizer.convert_ids_to_tokens(number)
-    if found != str(token):
+    stored = tokenizer.convert_ids_to_tokens(number)
+    if stored != str(token):
         raise DataError(
-            f"{where}: the {role} token {token} has the id {number}, which is the id of {found} in "
-            "the vocabulary of the tokenizer; give every token an id of its own"
+            f"{where}: the {role} token {token} has the id {number}, which is the id of {stored} "
+            "in the vocabulary of the tokenizer; give every token an id of its own"
         )
     return number
 
@@ -137,10 +137,10 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     ids: Any = tokenizer("a")["input_ids"]
     for role, place, number in (("cls", "first", ids[0]), ("sep", "last", ids[-1])):
         expected = getattr(tokenizer, f"{role}_token")
-        found = tokenizer.convert_ids_to_tokens(number)
-        if found != expected:
+        piece = tokenizer.convert_ids_to_tokens(number)
+        if piece != expected:
             raise DataError(
-                f"{where}: the tokenizer puts {found} {place} in an encoded text, and {expected}, "
+                f"{where}: the tokenizer puts {piece} {place} in an encoded text, and {expected}, "
                 f"its {role} token, is expected there; set cls_token and sep_token in its "
                 "tokenizer_config.json to the tokens that start and end a text"
             )
@@ -177,10 +177,10 @@ def _largest(kind: VocabularyType, texts: Texts, size: int) -> int:
     A smaller size may leave out rare characters, and then gives fewer pieces than counted before.
     """
     while size >= SMALLEST_VOCABULARY:
-        found = len(_at_most(kind, texts, size))
-        if found >= size:
+        count = len(_at_most(kind, texts, size))
+        if count >= size:
             break
-        size = found
+        size = count
     return size
 
 

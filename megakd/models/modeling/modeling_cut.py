@@ -102,12 +102,12 @@ class _Shape:
 
     def to_dict(self: Any) -> dict[str, Any]:
         """Return the keys of config.json, without the stock counts, which differ by layer."""
-        found = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
+        values = super().to_dict()  # pyright: ignore[reportAttributeAccessIssue]
         for key in ("num_attention_heads", "num_key_value_heads", self.parts.neurons):
-            found.pop(self.attribute_map.get(key, key), None)
+            values.pop(self.attribute_map.get(key, key), None)
         if self.score_width is None:
-            found.pop("score_width", None)
-        return found
+            values.pop("score_width", None)
+        return values
 
     def validate(self: Any) -> None:
         """Apply all stock rules except that all heads together are as wide as the hidden states."""
@@ -135,13 +135,13 @@ class _Cut:
 @contextmanager
 def _set(config: Any, **values: int) -> Iterator[None]:
     """Set values inside the context, on the config itself: modules keep a reference to it."""
-    found = {key: getattr(config, key) for key in values if hasattr(config, key)}
-    for key in found:
+    earlier = {key: getattr(config, key) for key in values if hasattr(config, key)}
+    for key in earlier:
         setattr(config, key, values[key])
     try:
         yield
     finally:
-        for key, value in found.items():
+        for key, value in earlier.items():
             setattr(config, key, value)
 
 
@@ -168,9 +168,9 @@ def _resize(
 ) -> None:
     stock: Any = layer.get_submodule(path)
     is_turned = isinstance(stock, Conv1D)
-    found = (stock.nx, stock.nf) if is_turned else (stock.in_features, stock.out_features)
-    size_in = found[0] if inputs is None else inputs
-    size_out = found[1] if outputs is None else outputs
+    sizes = (stock.nx, stock.nf) if is_turned else (stock.in_features, stock.out_features)
+    size_in = sizes[0] if inputs is None else inputs
+    size_out = sizes[1] if outputs is None else outputs
     if is_turned:
         made = (Conv1D if size_in and size_out else _EmptyConv1D)(size_out, size_in)
     else:
