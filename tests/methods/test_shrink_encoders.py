@@ -345,15 +345,16 @@ def test_narrower_shapes_are_timed_where_no_other_is_fast_enough():
         share = {one: (view.width or 64) / 64 for one, view in views.items()}
         return {o: share[o] * clock(view) / clock(family.units) for o, view in views.items()}
 
-    measured = Sizes(
-        SimpleNamespace(pruning=SimpleNamespace(relative_times=times)), None, family, (None, 32)
-    )
+    lab: Any = SimpleNamespace(pruning=SimpleNamespace(relative_times=times))
+    measured = Sizes(lab, None, family, (None, 48, 32))
 
-    (whole,) = timed_candidates(measured, speedup(3), 1, WORK)
-    assert (whole.width, asked[:1], "times-width-32" in asked) == (None, ["times"], False)
-    (narrow,) = timed_candidates(measured, speedup(20), 1, WORK)
-    assert narrow.width == 32
-    assert "times-width-32" in asked
+    first = ["times", "times-width-48", "times-width-32"]
+
+    for factor, tried in ((3, 1), (20, 2), (28, 3)):
+        asked.clear()
+        (one,) = timed_candidates(measured, speedup(factor), 1, WORK)
+        assert one.width == measured.widths[tried - 1]
+        assert [name for name in asked if name in first] == first[:tried]
 
 
 def test_another_depth_is_timed_where_the_fewest_layers_turn_out_too_fast():
