@@ -33,33 +33,33 @@ def facts():
 
 torch.random.initial_seed()
 before = facts()
-said = {}
+results = {}
 first = megakd.train(tree, [f"output_dir={out}/first"])
 assert facts() == before, "train changed the process"
 second = megakd.train(megakd.load_config(sys.argv[1]), [f"output_dir={out}/second", "seed=7"])
 again = megakd.train(tree, [f"output_dir={out}/first"])
-said["metrics"] = [dict(first.metrics), dict(again.metrics)]
-said["evaluated"] = megakd.evaluate(sys.argv[1], overrides=[f"output_dir={out}/first"])
-said["other"] = megakd.evaluate(tree, second.student)
-said["peak"] = megakd.plan(tree, ranks=2, device="cpu").peak_bytes_per_rank
+results["metrics"] = [dict(first.metrics), dict(again.metrics)]
+results["evaluated"] = megakd.evaluate(sys.argv[1], overrides=[f"output_dir={out}/first"])
+results["other"] = megakd.evaluate(tree, second.student)
+results["peak"] = megakd.plan(tree, ranks=2, device="cpu").peak_bytes_per_rank
 try:
     megakd.train(tree, ["train.max_steps=-1"])
 except megakd.MegakdError as error:
-    said["error"] = str(error)
+    results["error"] = str(error)
 try:
     megakd.evaluate(tree, out / "nowhere")
 except megakd.MegakdError as error:
-    said["missing"] = str(error)
+    results["missing"] = str(error)
 third = megakd.train({**tree, "output_dir": out / "third"})
-said["student"] = str(third.student)
-said["report"] = third.report["method"]
+results["student"] = str(third.student)
+results["report"] = third.report["method"]
 assert facts() == before, "a call changed the process"
-Path(sys.argv[3]).write_text(json.dumps(said))
+Path(sys.argv[3]).write_text(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict:
+def results(tmp_path_factory) -> dict:
     """Results of the notebook-like script."""
     folder = tmp_path_factory.mktemp("notebook")
     task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
@@ -67,34 +67,34 @@ def said(tmp_path_factory) -> dict:
     script = folder / "notebook.py"
     script.write_text(NOTEBOOK, encoding="utf-8")
     shown = subprocess.run(
-        [sys.executable, str(script), str(config), str(folder), str(folder / "said.json")],
+        [sys.executable, str(script), str(config), str(folder), str(folder / "results.json")],
         capture_output=True,
         text=True,
         check=False,
         timeout=280,
     )
     assert shown.returncode == 0, shown.stderr
-    return json.loads((folder / "said.json").read_text()) | {"folder": folder}
+    return json.loads((folder / "results.json").read_text()) | {"folder": folder}
 
 
-def test_trainings_evaluations_and_plans_follow_one_another_in_one_process(said):
-    assert said["metrics"][0] == said["metrics"][1]
-    assert said["evaluated"]["accuracy"] == pytest.approx(said["metrics"][0]["accuracy"])
-    assert 0 <= said["other"]["accuracy"] <= 1
-    assert said["peak"] > 0
+def test_trainings_evaluations_and_plans_follow_one_another_in_one_process(results):
+    assert results["metrics"][0] == results["metrics"][1]
+    assert results["evaluated"]["accuracy"] == pytest.approx(results["metrics"][0]["accuracy"])
+    assert 0 <= results["other"]["accuracy"] <= 1
+    assert results["peak"] > 0
 
 
-def test_a_result_names_the_student_and_holds_the_report(said):
-    student = Path(said["student"])
+def test_a_result_names_the_student_and_holds_the_report(results):
+    student = Path(results["student"])
 
     assert (student / "config.json").is_file()
-    assert said["report"] == "finetune"
-    assert student == said["folder"] / "third" / "final"
+    assert results["report"] == "finetune"
+    assert student == results["folder"] / "third" / "final"
 
 
-def test_a_mistake_is_an_error_of_megakd_and_the_next_call_works(said):
-    assert said["error"].startswith('override "train.max_steps=-1": train.max_steps: must be')
-    assert "nowhere" in said["missing"]
+def test_a_mistake_is_an_error_of_megakd_and_the_next_call_works(results):
+    assert results["error"].startswith('override "train.max_steps=-1": train.max_steps: must be')
+    assert "nowhere" in results["missing"]
 
 
 def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path):
@@ -194,10 +194,10 @@ def test_a_training_that_is_told_to_stop_saves_and_the_next_call_goes_on(tmp_pat
         timeout=280,
     )
 
-    said = re.search(r"stopped by (\w+), student saved at step (\d+)", done.stdout + done.stderr)
-    assert said is not None, done.stderr
-    assert said[1] == "SIGINT"
-    assert (out / "checkpoints" / "student" / f"step-{said[2]}").is_dir()
+    output = re.search(r"stopped by (\w+), student saved at step (\d+)", done.stdout + done.stderr)
+    assert output is not None, done.stderr
+    assert output[1] == "SIGINT"
+    assert (out / "checkpoints" / "student" / f"step-{output[2]}").is_dir()
     assert done.returncode == 0, done.stderr
-    assert f"student: resumed at step {said[2]}" in done.stderr
+    assert f"student: resumed at step {output[2]}" in done.stderr
     assert (out / "report.json").is_file()

@@ -51,8 +51,8 @@ class Runs(types.ModuleType):
         self.asked.append(("evaluate", *asked))
         sets = {"hard": {"file": "h.csv", "rows": 2, "metrics": {"accuracy": 0.1}}}
         metrics = {"accuracy": 0.5, "f1": 0.25}
-        found = {"file": "reviews", "split": "test", "rows": 7, "metrics": metrics}
-        return {"model": "final", **found, "evaluation_sets": sets}
+        result = {"file": "reviews", "split": "test", "rows": 7, "metrics": metrics}
+        return {"model": "final", **result, "evaluation_sets": sets}
 
     def export_run(
         self, config: RunConfig, stage: str | None, to: Path, *, add: object = None

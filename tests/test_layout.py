@@ -91,13 +91,13 @@ def runtime_imports(node: ast.AST) -> Iterator[str]:
 @cache
 def all_imports(path: Path) -> list[str]:
     """Every module that a file imports anywhere, also for types only."""
-    found = []
+    collected = []
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            collected += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            collected += [f"{node.module}.{alias.name}" for alias in node.names]
+    return collected
 
 
 def room_of(module: str) -> str:
@@ -167,12 +167,12 @@ def test_the_kernels_folder_is_no_package() -> None:
 
 def test_every_package_folder_is_listed_for_the_wheel(project: dict[str, Any]) -> None:
     folders = {p.parent for p in [*package_sources(), *kernel_sources()]}
-    found = {module_name(folder / "__init__.py") for folder in folders}
+    result = {module_name(folder / "__init__.py") for folder in folders}
 
     listed = set(project["tool"]["setuptools"]["packages"])
 
     # The presets are a folder of JSON, found inside the package once it is installed.
-    assert listed == found | {"megakd.ds_configs"}
+    assert listed == result | {"megakd.ds_configs"}
 
 
 def test_the_installed_package_does_not_put_the_repository_on_the_path(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_file_imports_from_its_own_room_or_a_lower_rank() -> None:
 
     wrong = {module_name(p): upward_imports(p) for p in files}
 
-    assert {name: found for name, found in wrong.items() if found} == {}
+    assert {name: one for name, one in wrong.items() if one} == {}
 
 
 def test_no_files_import_each_other_in_a_circle_also_for_types() -> None:
@@ -213,9 +213,9 @@ def test_no_files_import_each_other_in_a_circle_also_for_types() -> None:
         return name if name in known or "." not in name else module_of(name.rpartition(".")[0])
 
     def below(name: str, path: Path) -> set[str]:
-        found = {module_of(imported) for imported in all_imports(path)}
+        result = {module_of(imported) for imported in all_imports(path)}
         # A method imports the files of its paper when it runs; `megakd.methods` has no order.
-        return {other for other in found if is_within(other, "megakd") and paper_of(other) != name}
+        return {other for other in result if is_within(other, "megakd") and paper_of(other) != name}
 
     graph = {name: below(name, path) for name, path in known.items()}
 
@@ -225,8 +225,8 @@ def test_no_files_import_each_other_in_a_circle_also_for_types() -> None:
 
 
 def test_the_files_of_a_paper_are_imported_by_their_folder_alone() -> None:
-    imports = [(module_name(p), found) for p in package_sources() for found in all_imports(p)]
-    of_papers = [(name, found, paper_of(found)) for name, found in imports if paper_of(found)]
+    imports = [(module_name(p), one) for p in package_sources() for one in all_imports(p)]
+    of_papers = [(name, one, paper_of(one)) for name, one in imports if paper_of(one)]
 
     assert of_papers
     assert [place for place in of_papers if not is_within(place[0], place[2])] == []
@@ -239,7 +239,7 @@ def test_some_files_import_even_less(importer: str) -> None:
     wrong = {module_name(p): wrong_imports(p, FORBIDDEN[importer]) for p in paths}
 
     assert paths
-    assert {name: found for name, found in wrong.items() if found} == {}
+    assert {name: one for name, one in wrong.items() if one} == {}
 
 
 def test_only_the_commands_import_the_lab() -> None:
@@ -267,19 +267,19 @@ def test_only_the_engine_imports_deepspeed() -> None:
 def test_the_kernels_import_torch_and_triton_alone() -> None:
     allowed = {"megakd_kernels", "torch", "triton", *sys.stdlib_module_names}
 
-    found = {name.split(".")[0] for p in kernel_sources() for name in imports_of(p)}
+    result = {name.split(".")[0] for p in kernel_sources() for name in imports_of(p)}
 
-    assert found - allowed == set()
+    assert result - allowed == set()
 
 
 def test_model_classes_that_go_with_a_folder_import_torch_and_transformers_alone() -> None:
     files = sorted((ROOT / "megakd" / "models" / "modeling").glob("modeling_*.py"))
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
 
-    found = {name.split(".")[0] for p in files for name in imports_of(p)}
+    result = {name.split(".")[0] for p in files for name in imports_of(p)}
 
     assert files
-    assert found - allowed == set()
+    assert result - allowed == set()
 
 
 # Messages advise the first two, and a command writes the config of the third; none is a paper's.
@@ -318,15 +318,15 @@ def test_imports_in_strings_and_on_pages_name_files_that_exist() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     texts = {p: p.read_text(encoding="utf-8") for p in [*SOURCES, *pages]}
 
-    found = [
+    result = [
         (p.name, module, name)
         for p, text in texts.items()
         for module, names in WRITTEN_IMPORT.findall(text)
         for name in names.split(", ")
     ]
 
-    assert found
-    assert [place for place in found if not is_there(*place[1:])] == []
+    assert result
+    assert [place for place in result if not is_there(*place[1:])] == []
 
 
 def test_source_files_have_at_most_600_lines() -> None:
@@ -348,10 +348,10 @@ def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
     tracked = [ROOT / name for name in shown.stdout.splitlines()]
     texts = [p for p in tracked if p.is_file() and p.suffix not in {".png", ".pdf"}]
 
-    found = [p.name for p in texts if MACHINE_PATH.search(p.read_text(encoding="utf-8"))]
+    result = [p.name for p in texts if MACHINE_PATH.search(p.read_text(encoding="utf-8"))]
 
     assert texts
-    assert found == []
+    assert result == []
 
 
 def test_every_dependency_is_pinned(project: dict[str, Any], pins: dict[str, str]) -> None:

@@ -225,9 +225,9 @@ def test_knowledge_selection_reads_its_action_on_the_host():
     choosing = Choosing(hard=False, threshold=0.5, noise=0.0, seed=1)
     strategy = Selecting("teacher", Selector(shape), choosing, None)
     with pretended_cuda():
-        said = [Knowledge(hidden_states=(torch.zeros(4, 5, n, device=CUDA),)) for n in (2, 3)]
+        answers = [Knowledge(hidden_states=(torch.zeros(4, 5, n, device=CUDA),)) for n in (2, 3)]
         batch = Batch({}, torch.zeros(4, device=CUDA), torch.ones(4, 5, device=CUDA) > 0)
-        reading = LossInputs(said[0], said[1], batch, {}, {})
+        reading = LossInputs(answers[0], answers[1], batch, {}, {})
 
         with pytest.raises(SYNCS) as raised:
             strategy.weigh(0, reading)

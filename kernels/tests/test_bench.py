@@ -86,10 +86,10 @@ class TestCommandLine:
         ids=lambda value: value[0] if isinstance(value, list) else "",
     )
     def test_a_bad_option_gets_one_clear_line(self, arguments, words, capsys):
-        said = refusal(arguments, capsys)
+        message = refusal(arguments, capsys)
 
-        assert words in said
-        assert said.count("\n") == 1
+        assert words in message
+        assert message.count("\n") == 1
 
     def test_a_tiny_case_goes_through_to_rows_with_every_column(
         self, tmp_path, capsys, monkeypatch
@@ -189,9 +189,9 @@ class TestPeers:
     def test_who_cannot_compute_a_case_says_why(self, name, changes, device, reason):
         catalogue = bench("catalogue")
 
-        said = catalogue.reason_to_skip(catalogue.find(name), smoke(**changes), device)
+        message = catalogue.reason_to_skip(catalogue.find(name), smoke(**changes), device)
 
-        assert said is None if reason is None else reason in said
+        assert message is None if reason is None else reason in message
 
 
 class TestMeasuring:
@@ -292,7 +292,7 @@ def test_the_benchmark_imports_this_package_torch_and_optional_tools_alone():
     allowed = {"bench", "megakd_kernels", "torch", "triton", "matplotlib"}
     trees = [ast.parse(p.read_text(encoding="utf-8")) for p in (KERNELS / "bench").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    one = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    one |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
 
-    assert {name.split(".")[0] for name in found} - allowed - sys.stdlib_module_names == set()
+    assert {name.split(".")[0] for name in one} - allowed - sys.stdlib_module_names == set()

@@ -66,10 +66,10 @@ def check_against_reference(student, teacher, /, **options):
     output, gradient = solve(student, teacher, **options)
     truth, expected = solve(student, teacher, dtype=torch.float64, impl="reference", **options)
 
-    for name, found, wanted in zip(truth._fields, output, truth, strict=True):
-        assert found.shape == wanted.shape, name
+    for name, actual, wanted in zip(truth._fields, output, truth, strict=True):
+        assert actual.shape == wanted.shape, name
         torch.testing.assert_close(
-            found.double(), wanted.double(), rtol=2e-6, atol=1e-9, msg=f"{name}: {found} {wanted}"
+            actual.double(), wanted.double(), rtol=2e-6, atol=1e-9, msg=f"{name}: {actual} {wanted}"
         )
     torch.testing.assert_close(gradient.double(), expected, rtol=2e-5, atol=5e-7)
     plain = solve(student, teacher, impl="reference", **options)[0]
@@ -108,10 +108,10 @@ def test_logits_of_any_size_give_the_result_of_the_reference(student, teacher, t
     models = torch.tensor([student]), torch.tensor([teacher])
     options = {"temperature": temperature, "labels": torch.tensor([1]), "ce_weight": 0.5}
 
-    found, gradient = solve(*models, **options)
+    actual, gradient = solve(*models, **options)
     truth, expected = solve(*models, dtype=torch.float64, impl="reference", **options)
 
-    torch.testing.assert_close(found.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -221,10 +221,10 @@ def test_autocast_changes_nothing(models):
     expected = solve(*models, temperature=2.0, labels=LABELS, ce_weight=1.0)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = solve(*models, temperature=2.0, labels=LABELS, ce_weight=1.0)
+        actual = solve(*models, temperature=2.0, labels=LABELS, ce_weight=1.0)
 
-    assert torch.equal(found[0].loss, expected[0].loss)
-    assert torch.equal(found[1], expected[1])
+    assert torch.equal(actual[0].loss, expected[0].loss)
+    assert torch.equal(actual[1], expected[1])
 
 
 def test_the_upstream_gradient_counts_and_a_kept_graph_gives_the_gradient_again(models):
@@ -256,10 +256,10 @@ def test_transforms_of_functions_work(models):
 
 def test_without_a_gradient_the_loss_is_a_constant(models):
     with torch.no_grad():
-        found = mk.kd_loss_from_logits(models[0].requires_grad_(), models[1], t_squared=True).loss
+        result = mk.kd_loss_from_logits(models[0].requires_grad_(), models[1], t_squared=True).loss
 
-    assert not found.requires_grad
-    torch.testing.assert_close(found, solve(*models)[0].loss.detach())
+    assert not result.requires_grad
+    torch.testing.assert_close(result, solve(*models)[0].loss.detach())
 
 
 def test_a_weight_that_changes_in_place_counts_with_its_value_at_the_call(models):

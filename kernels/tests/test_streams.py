@@ -104,9 +104,9 @@ def races(monkeypatch):
     # As on a GPU: several chunks per product of the gradient, which is in another dtype.
     monkeypatch.setattr(ops, "_sizes", lambda *_: ChunkPlan(group=8, chunk=2, block=2))
     monkeypatch.setattr(linear_chunks, "gradient_dtype", lambda *_: torch.bfloat16)
-    found = Races()
-    monkeypatch.setattr(ops, "lanes_on", found.lanes)
-    return found
+    result = Races()
+    monkeypatch.setattr(ops, "lanes_on", result.lanes)
+    return result
 
 
 def loss_under(races, *, with_ce=False, round_logits=False):

@@ -32,12 +32,12 @@ def loss_and_gradient(student, teacher, **options):
 def test_infinite_divergences_of_kd_weight_0_leave_the_cross_entropy(impl, zero, name, who):
     student, teacher = logits_that_exclude(who)
 
-    found = loss_and_gradient(
+    actual = loss_and_gradient(
         student, teacher, divergence=name, kd_weight=zero, ce_weight=1.0, impl=impl
     )
 
     expected = loss_and_gradient(student, None, ce_weight=1.0)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @IMPLS
@@ -45,10 +45,10 @@ def test_infinite_divergences_of_kd_weight_0_leave_the_cross_entropy(impl, zero,
 def test_an_infinite_divergence_of_weight_0_leaves_the_rest_of_a_mixture(impl, name, who):
     student, teacher = logits_that_exclude(who)
 
-    found = loss_and_gradient(student, teacher, divergence={"jsd": 0.5, name: 0.0}, impl=impl)
+    actual = loss_and_gradient(student, teacher, divergence={"jsd": 0.5, name: 0.0}, impl=impl)
 
     expected = loss_and_gradient(student, teacher, divergence={"jsd": 0.5})
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @IMPLS
@@ -62,8 +62,8 @@ def test_infinite_cross_entropy_of_weight_0_leaves_the_divergence(impl):
 
     expected = loss_and_gradient(student, teacher, divergence="jsd")
     assert output.ce_sum.isinf()
-    found = output.loss.detach(), torch.autograd.grad(output.loss, student)[0]
-    torch.testing.assert_close(found, expected)
+    actual = output.loss.detach(), torch.autograd.grad(output.loss, student)[0]
+    torch.testing.assert_close(actual, expected)
 
 
 @IMPLS

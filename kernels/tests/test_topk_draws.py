@@ -80,10 +80,10 @@ def test_values_and_gradients_are_those_of_dense_shares_whatever_the_masks(impl,
     expected = (torch.xlogy(shares, shares) - shares * log_q).sum()
     expected = expected - 0.3 * log_q.gather(1, labels[counted, None]).sum()
     torch.testing.assert_close(output.loss, expected)
-    for found, wanted in zip(
+    for actual, wanted in zip(
         torch.autograd.grad(output.loss, ours), torch.autograd.grad(expected, dense), strict=True
     ):
-        torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(actual, wanted, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
@@ -104,10 +104,10 @@ def test_fused_paths_equal_the_reference_in_single_precision(impl):
         )
         return output, torch.autograd.grad(output.loss, leaves)
 
-    (found, gradients), (expected, truth) = solved(impl), solved("reference")
+    (actual, gradients), (expected, truth) = solved(impl), solved("reference")
 
-    torch.testing.assert_close(found.loss, expected.loss)
-    torch.testing.assert_close(found.row_divergences, expected.row_divergences)
-    assert torch.equal(found.row_agrees, expected.row_agrees)
-    assert found.row_divergences[0, 5] == 0
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(actual.row_divergences, expected.row_divergences)
+    assert torch.equal(actual.row_agrees, expected.row_agrees)
+    assert actual.row_divergences[0, 5] == 0
     torch.testing.assert_close(gradients, truth, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ STAGES = {"mixed-teacher": 250, "student": 500, "random": 500}
 def write_run(folder, loss, *, stages=("student",), score=0.5, **report):
     """Write what a run of two ranks and one thread leaves; a stage takes a second per ten steps."""
     folder.mkdir(parents=True)
-    found = {
+    result = {
         "student": {"metrics": {"loss": loss, "nats_per_character": loss, "accuracy": score}},
         "metric_name": "accuracy",
         "baselines": {"random": {"loss": 9.0}} if "random" in stages else {},
@@ -35,7 +35,7 @@ def write_run(folder, loss, *, stages=("student",), score=0.5, **report):
         ],
         **report,
     }
-    (folder / "report.json").write_text(json.dumps(found))
+    (folder / "report.json").write_text(json.dumps(result))
     train = {"per_device_train_batch_size": 4}
     (folder / "config.yaml").write_text(yaml.safe_dump({"train": train}))
     (folder / "metrics.jsonl").write_text('{"stage": "student", "eval/match": 0.25}\n')

@@ -18,12 +18,12 @@ def teacher(*scores, name="six", seed=1):
 
 
 def test_a_teacher_that_still_rises_hides_the_verdicts_and_is_named_with_its_rise():
-    found = assess(example(curve=RISING), COMPARISON)
+    result = assess(example(curve=RISING), COMPARISON)
 
-    (group,) = found.groups
+    (group,) = result.groups
     gate = next(gate for gate in group.gates if gate.state == "failed")
     assert not group.is_compared
-    assert found.differences == ()
+    assert result.differences == ()
     assert gate.name == CONVERGED
     assert "six, seed 1: +2.00" in gate.says
 
@@ -74,8 +74,8 @@ def test_plain_distillation_has_to_beat_labels_by_two_standard_errors():
     equal = stored(cells("best teacher", (70.0, 70.0, 70.0)), labels)
 
     states = {}
-    for name, found in {"wide": wide, "narrow": narrow, "worse": worse, "equal": equal}.items():
-        states[name] = distils(found, plain="best teacher", labels="labels")
+    for name, one in {"wide": wide, "narrow": narrow, "worse": worse, "equal": equal}.items():
+        states[name] = distils(one, plain="best teacher", labels="labels")
     assert {name: gate.state for name, gate in states.items()} == {
         "wide": "failed",
         "narrow": "passed",
@@ -87,11 +87,11 @@ def test_plain_distillation_has_to_beat_labels_by_two_standard_errors():
 
 @pytest.mark.parametrize("lacking", [{"plain": None}, {"labels": None}, {"labels": "no such arm"}])
 def test_a_gate_without_its_arm_is_not_applicable_and_says_so(lacking):
-    found = assess(example(), dataclasses.replace(COMPARISON, **lacking))
-    gate = next(gate for gate in found.groups[0].gates if gate.name == DISTILLS)
+    result = assess(example(), dataclasses.replace(COMPARISON, **lacking))
+    gate = next(gate for gate in result.groups[0].gates if gate.name == DISTILLS)
     assert gate.state == "not applicable"
     assert "no arm" in gate.says
-    assert found.differences
+    assert result.differences
 
 
 def test_a_group_fails_alone_and_the_others_are_corrected_without_it():
@@ -103,16 +103,16 @@ def test_a_group_fails_alone_and_the_others_are_corrected_without_it():
         "best teacher, T 4": (60.0, 61.0, 62.0),
         "labels": (70.0, 71.1, 72.0),
     }
-    found = assess(
+    result = assess(
         stored(*(cells(arm, values) for arm, values in scores.items())), MadeUp(arms=arms)
     )
 
-    assert [(group.name, group.is_compared) for group in found.groups] == [
+    assert [(group.name, group.is_compared) for group in result.groups] == [
         ("T 1", True),
         ("T 4", False),
     ]
-    assert [(one.arm, one.reference) for one in found.differences] == [
+    assert [(one.arm, one.reference) for one in result.differences] == [
         ("best teacher, T 1", "method, T 1"),
         ("labels", "method, T 1"),
     ]
-    assert "`best teacher, T 4` less `labels`" in found.groups[1].gates[1].says
+    assert "`best teacher, T 4` less `labels`" in result.groups[1].gates[1].says

@@ -71,8 +71,8 @@ def test_drawing_twice_gives_the_same_bytes_and_the_order_of_cells_does_not_matt
     drawn(docs)
     assert files() == first
 
-    found = example()
-    write_stored(docs / "evidence", dataclasses.replace(found, cells=found.cells[::-1]))
+    result = example()
+    write_stored(docs / "evidence", dataclasses.replace(result, cells=result.cells[::-1]))
     drawn(docs)
     assert files() == first
 

@@ -209,14 +209,14 @@ def test_splits_are_disjoint_and_keep_every_row_text(tmp_path):
 
     SETTINGS["banking77-few"].write_splits(tmp_path, tmp_path / "out")
 
-    found = {
+    result = {
         split: read_table(tmp_path / f"out/{split}.csv", ("text", "label"), delimiter=",")
         for split in ("train", "validation", "test")
     }
-    assert {split: len(rows) for split, rows in found.items()} == {
+    assert {split: len(rows) for split, rows in result.items()} == {
         "train": 100,
         "validation": 1000,
         "test": 5,
     }
-    assert not {*found["train"]} & {*found["validation"]}
-    assert found["test"][3][0] == 'say "3",\n twice'
+    assert not {*result["train"]} & {*result["validation"]}
+    assert result["test"][3][0] == 'say "3",\n twice'

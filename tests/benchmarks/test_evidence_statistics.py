@@ -29,8 +29,8 @@ FIVE = (80.0, 82.0, 81.0, 80.5, 81.7)
 
 
 def measured(ours, theirs, **changes):
-    found = stored(cells("a", ours), cells("b", theirs), **changes)
-    return differences(found, [("a", "b"), ("b", "b")])[0]
+    result = stored(cells("a", ours), cells("b", theirs), **changes)
+    return differences(result, [("a", "b"), ("b", "b")])[0]
 
 
 @pytest.mark.slow
@@ -88,10 +88,10 @@ def test_the_noise_is_that_of_a_two_way_analysis_of_variance():
     scores = {(arm, seed): rows[arm, seed] for arm in range(4) for seed in range(3)}
     residuals = rows - rows.mean(0) - rows.mean(1, keepdims=True) + rows.mean()
 
-    found = noise_of(scores)
+    result = noise_of(scores)
 
-    assert found.freedom == 6
-    assert found.deviation == pytest.approx(math.sqrt((residuals**2).sum() / 6))
+    assert result.freedom == 6
+    assert result.deviation == pytest.approx(math.sqrt((residuals**2).sum() / 6))
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_without_effects_the_tests_are_right_as_often_as_they_say():
         seeds = rng.normal(0, 2, size=3)
         arms = {f"{n}": seeds + rng.normal(0, 0.4, size=3) for n in range(8)}
         scores = stored(*(cells(n, list(x)) for n, x in arms.items()))
-        found = differences(scores, [(n, "0") for n in arms])
-        wrong += any(one.verdict in {"better", "worse"} for one in found)
+        result = differences(scores, [(n, "0") for n in arms])
+        wrong += any(one.verdict in {"better", "worse"} for one in result)
     assert wrong / 150 < 0.08
 
 

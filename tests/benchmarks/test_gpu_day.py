@@ -71,12 +71,12 @@ def test_a_part_that_hangs_is_ended_at_its_limit_and_the_others_still_run(tmp_pa
 
     assert code == 1
     assert time.monotonic() - began < 60
-    found = parts_of(tmp_path)
-    assert found["hangs"]["state"] == "timed out"
-    assert found["hangs"]["reason"] == "ended at its limit of 1.5 s"
-    assert found["hangs"]["numbers"] == {"found": 1}
-    assert "Fatal Python error: Aborted" in found["hangs"]["tail"]
-    assert found["works"]["state"] == "finished"
+    result = parts_of(tmp_path)
+    assert result["hangs"]["state"] == "timed out"
+    assert result["hangs"]["reason"] == "ended at its limit of 1.5 s"
+    assert result["hangs"]["numbers"] == {"found": 1}
+    assert "Fatal Python error: Aborted" in result["hangs"]["tail"]
+    assert result["works"]["state"] == "finished"
     # Nothing of the part is left.
     log = (tmp_path / "logs" / "hangs.log").read_text(encoding="utf-8")
     child = next(int(line.split()[1]) for line in log.splitlines() if line.startswith("child"))
@@ -104,11 +104,11 @@ def test_a_part_that_does_not_fit_into_the_time_or_cannot_run_here_is_listed_wit
 
     code = start(tmp_path, [long, skips, short], "--minutes", "1")
     assert code == 1
-    found = parts_of(tmp_path)
-    assert found["long"]["state"] == "not run"
-    assert found["long"]["reason"].startswith("the limit of 600 s does not fit into the last")
-    assert found["short"]["state"] == "finished"
-    assert (found["skips"]["state"], found["skips"]["reason"]) == (
+    result = parts_of(tmp_path)
+    assert result["long"]["state"] == "not run"
+    assert result["long"]["reason"].startswith("the limit of 600 s does not fit into the last")
+    assert result["short"]["state"] == "finished"
+    assert (result["skips"]["state"], result["skips"]["reason"]) == (
         *("skipped", "triton is not installed"),
     )
 
@@ -162,9 +162,9 @@ def test_weights_of_other_bits_are_found_and_a_checkpoint_being_written_does_not
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").touch()
 
-    found = runs.differences(tmp_path / "one", tmp_path / "other")
+    result = runs.differences(tmp_path / "one", tmp_path / "other")
 
-    assert found == {"same bits": False, "largest difference of a weight": 0.5}
+    assert result == {"same bits": False, "largest difference of a weight": 0.5}
     assert runs.differences(tmp_path / "one", tmp_path / "one")["same bits"]
     assert (runs.newest_step(tmp_path), runs.newest_step(tmp_path / "absent")) == (10, 0)
 
@@ -186,12 +186,12 @@ def test_a_rehearsal_finishes_a_part_and_a_second_start_repeats_nothing(tmp_path
     parts = [part for part in PARTS if part.name == "llama"]
 
     assert start(tmp_path, parts) == 0, parts_of(tmp_path)["llama"]["tail"]
-    found = parts_of(tmp_path)
+    result = parts_of(tmp_path)
     assert start(tmp_path, parts) == 0
 
     assert "llama: has finished before" in capsys.readouterr().out
-    assert parts_of(tmp_path) == found
-    assert "no CUDA kernels" in found["llama"]["numbers"]["kernels"]
+    assert parts_of(tmp_path) == result
+    assert "no CUDA kernels" in result["llama"]["numbers"]["kernels"]
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "## llama: finished" in page
     assert "without clocks" in page
@@ -205,15 +205,17 @@ def test_all_other_parts_can_be_rehearsed_as_a_user_does(tmp_path):
     command = [sys.executable, "benchmarks/gpu_day.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
-    found = parts_of(tmp_path)
-    assert {name: found[name]["tail"] for name in names if found[name]["state"] != "finished"} == {}
+    result = parts_of(tmp_path)
+    assert {
+        name: result[name]["tail"] for name in names if result[name]["state"] != "finished"
+    } == {}
     assert done.returncode == 0, done.stderr
     for name, steps in (("causal-lm", 60), ("minidisc", 40)):
-        numbers = found[name]["numbers"]
+        numbers = result[name]["numbers"]
         assert steps / 2 <= numbers["killed after step"] < steps
         assert numbers["same bits"]
         assert {leg["run"] for leg in numbers["seconds"]} == {"first", "killed", "resumed"}
-    times = found["stages"]["numbers"]["times"]
+    times = result["stages"]["numbers"]["times"]
     assert [row["MEGAKD_ROW_STAGES"] for row in times] == ["1", "3"]
     assert times[0]["loss"] == pytest.approx(times[1]["loss"], rel=1e-5)
 
@@ -262,13 +264,13 @@ def test_parts_side_by_side_end_each_by_itself(tmp_path, monkeypatch):
 
     code = gpu_day.main(["--out", str(tmp_path)], parts)
 
-    found = parts_of(tmp_path)
-    states = {name: one["state"] for name, one in found.items()}
+    result = parts_of(tmp_path)
+    states = {name: one["state"] for name, one in result.items()}
     assert code == 1
     assert list(states.items()) == [
         ("agreement", "finished"), ("release", "finished"), ("kernel-tests", "timed out")
     ]  # fmt: skip
-    assert found["kernel-tests"]["seconds"] < 10
+    assert result["kernel-tests"]["seconds"] < 10
 
 
 def test_times_come_first_where_they_are_asked_for():

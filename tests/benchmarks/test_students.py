@@ -63,8 +63,8 @@ def test_every_run_of_homodistil_is_a_valid_config_of_the_same_text_steps_and_ra
     short, long = load(homodistil.teacher_legs(given)).values()
     tasks = load(homodistil.task_legs(given))
 
-    found = {name: (c.method.schedule, c.method.pruning_end) for name, c in pruning.items()}
-    assert found == {
+    result = {name: (c.method.schedule, c.method.pruning_end) for name, c in pruning.items()}
+    assert result == {
         "homodistil-1": ("cubic", None),
         "one_shot-1": ("one_shot", None),
         "one_shot_alone-1": ("one_shot", None),
@@ -84,15 +84,15 @@ def test_the_variants_of_the_decoder_differ_in_the_method_alone(data, load):
     given.out = data / "out"
     launching.write_leg_configs(given.out, homodistil.trees(given))
 
-    found = load(homodistil.pruning_legs(given))
+    result = load(homodistil.pruning_legs(given))
 
-    assert len({(config.train, config.task.dataset) for config in found.values()}) == 1
-    methods = {name: (c.method.score, c.method.pruning_end) for name, c in found.items()}
+    assert len({(config.train, config.task.dataset) for config in result.values()}) == 1
+    methods = {name: (c.method.score, c.method.pruning_end) for name, c in result.items()}
     assert methods["late-1"] == ("sensitivity", 700)
     assert [methods[f"{name}-1"][0] for name in homodistil.SCORES] == [
         *("platon", "magnitude", "random"),
     ]
-    assert found["one_shot-1"].method.pruning_start == 20
+    assert result["one_shot-1"].method.pruning_start == 20
 
 
 def test_a_piece_of_text_is_learned_or_held_out_and_the_sample_is_held_out(data, tmp_path):
@@ -257,9 +257,9 @@ def test_shrink_has_the_losses_of_its_teacher_its_baseline_and_the_cut_it_chose(
         for layers, kl in {3: 0.7, 2: 0.6}.items()
     ]
 
-    found = shrink.numbers(report, tmp_path)
+    result = shrink.numbers(report, tmp_path)
 
-    assert found == {
+    assert result == {
         "loss": 2.0,
         "teacher": 0.9,
         "random": 3.0,

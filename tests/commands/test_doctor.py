@@ -38,9 +38,9 @@ def config(reviews, tmp_path):
 @pytest.fixture
 def examined(one_rank):
     def examine(config: Path, *words: object, code: int = 0) -> list[tuple[str, str, str]]:
-        said = one_rank.megakd("doctor", config, "--json", *words)
-        assert said.code == code, said.err
-        return [(one["part"], one["level"], one["text"]) for one in json.loads(said.out)]
+        outcome = one_rank.megakd("doctor", config, "--json", *words)
+        assert outcome.code == code, outcome.err
+        return [(one["part"], one["level"], one["text"]) for one in json.loads(outcome.out)]
 
     return examine
 
@@ -55,14 +55,14 @@ def test_a_run_that_is_fine_has_a_line_for_each_part_and_leaves_nothing(
     path = config()
     before = sorted(tmp_path.rglob("*"))
 
-    found = examined(path, "--steps", 25)
+    result = examined(path, "--steps", 25)
 
-    assert {level for _, level, _ in found} == {"ok"}
-    assert {part for part, _, _ in found} == {"config", "ranks", "machine", "data", "steps"}
-    assert "torch 2." in texts(found, "machine")
-    assert "64 rows of train" in texts(found, "data")
-    assert "teacher, compared with the student: vocabulary same" in texts(found, "data")
-    steps = texts(found, "steps")
+    assert {level for _, level, _ in result} == {"ok"}
+    assert {part for part, _, _ in result} == {"config", "ranks", "machine", "data", "steps"}
+    assert "torch 2." in texts(result, "machine")
+    assert "64 rows of train" in texts(result, "data")
+    assert "teacher, compared with the student: vocabulary same" in texts(result, "data")
+    steps = texts(result, "steps")
     assert "25 steps of student" in steps
     assert "100 of 100 rows carry a loss on labels" in steps
     assert "GB per rank, and the plan says" in steps
@@ -76,10 +76,10 @@ def test_a_run_that_is_fine_has_a_line_for_each_part_and_leaves_nothing(
 def test_a_run_that_would_fail_has_the_error_of_the_run_as_its_last_line(
     examined, one_rank, config, reviews
 ):
-    found = examined(config(train={"kernels": "triton"}), code=1)
+    result = examined(config(train={"kernels": "triton"}), code=1)
 
     refused = one_rank.train(config(train={"kernels": "triton"}))
-    part, level, text = found[-1]
+    part, level, text = result[-1]
     assert (part, level) == ("machine", "failure")
     assert f"megakd: error: {text}\n" == refused.err[-len(text) - 16 :]
 
@@ -87,29 +87,29 @@ def test_a_run_that_would_fail_has_the_error_of_the_run_as_its_last_line(
     broken = reviews.with_name("broken")
     write_jsonl(broken / "train.jsonl", [*rows, {"text": 3, "label": "positive"}])
     write_jsonl(broken / "validation.jsonl", rows)
-    found = examined(config(task={"type": "classification", "dataset": str(broken)}), code=1)
-    assert found[-1][:2] == ("data", "failure")
-    assert f"line {len(rows) + 1}" in found[-1][2]
+    result = examined(config(task={"type": "classification", "dataset": str(broken)}), code=1)
+    assert result[-1][:2] == ("data", "failure")
+    assert f"line {len(rows) + 1}" in result[-1][2]
 
 
 def test_tokens_without_a_loss_and_rows_that_never_count_are_counted(examined, config, tmp_path):
     text = write_text(tmp_path / "text.txt")
     path = config(task={"type": "mlm", "dataset": str(text)}, teacher={"model": bert(2)})
 
-    found = examined(path, "--steps", 5)
+    result = examined(path, "--steps", 5)
 
-    assert "tokens carry a loss on labels" in texts(found, "steps")
-    assert "teacher.model has random weights" in texts(found, "data", "warning")
+    assert "tokens carry a loss on labels" in texts(result, "steps")
+    assert "teacher.model has random weights" in texts(result, "data", "warning")
 
 
 def test_a_teacher_answers_a_few_steps_and_fills_no_cache(one_rank, config):
     path = config(teacher={"model": bert(2), "cache": "auto"})
 
-    said = one_rank.megakd("doctor", path, "--steps", 2)
+    outcome = one_rank.megakd("doctor", path, "--steps", 2)
 
-    assert said.code == 0, said.err
-    assert "2 steps of student" in said.out
-    assert "answers" not in said.err
+    assert outcome.code == 0, outcome.err
+    assert "2 steps of student" in outcome.out
+    assert "answers" not in outcome.err
 
 
 LEAK = """
@@ -137,9 +137,9 @@ def test_memory_that_grows_with_every_step_is_told(config, tmp_path, monkeypatch
     path = config(objective=[{"loss": "soft_target_kl"}, {"loss": "leaking_loss:Leak"}])
 
     words = [sys.executable, "-m", "megakd", "doctor", str(path), "--steps", "50"]
-    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
-    assert "warning  steps: memory has grown by 0." in said
+    assert "warning  steps: memory has grown by 0." in output
 
 
 @pytest.mark.parametrize(
@@ -162,5 +162,5 @@ def test_a_hostfile_with_a_node_twice_or_without_slots_is_named(
     assert message in text
     assert "write each node once, as: node-1 slots=8" in text
     hosts.write_text("a slots=2\nb slots=4\n")
-    found = examined(config(), "--hostfile", hosts, "--steps", 0)
-    assert texts(found, "hostfile") == "a with 2 ranks, b with 4 ranks"
+    result = examined(config(), "--hostfile", hosts, "--steps", 0)
+    assert texts(result, "hostfile") == "a with 2 ranks, b with 4 ranks"

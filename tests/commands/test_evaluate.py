@@ -20,9 +20,9 @@ def mine(tmp_path) -> Path:
     return write_jsonl(tmp_path / "mine.jsonl", reviews(40, "mine"))
 
 
-def scored(said: Any) -> dict[str, Any]:
-    assert said.code == 0, said.err
-    return json.loads(said.out)
+def scored(answer: Any) -> dict[str, Any]:
+    assert answer.code == 0, answer.err
+    return json.loads(answer.out)
 
 
 def accuracy_by_hand(model_folder: Path, file: Path) -> float:
@@ -46,11 +46,11 @@ def test_a_file_of_ones_own_is_scored_whole_and_the_output_says_so(one_rank, who
     argument = form.format(mine)
 
     few = "task.max_eval_examples=3"  # does not cut a given file
-    found = scored(one_rank.megakd("evaluate", whole_run.config, argument, few, "--json"))
+    result = scored(one_rank.megakd("evaluate", whole_run.config, argument, few, "--json"))
 
-    assert (found["file"], found["split"], found["rows"]) == (str(mine), "all rows", 40)
+    assert (result["file"], result["split"], result["rows"]) == (str(mine), "all rows", 40)
     by_hand = accuracy_by_hand(whole_run.out / "final", mine)
-    assert found["metrics"]["accuracy"] == pytest.approx(by_hand)
+    assert result["metrics"]["accuracy"] == pytest.approx(by_hand)
     text = one_rank.megakd("evaluate", whole_run.config, argument).out.splitlines()
     assert text[0] == f"{mine}, all rows: 40 rows"
 
@@ -61,13 +61,13 @@ def test_rows_of_one_class_alone_and_class_numbers_are_scored(one_rank, whole_ru
     named = write_jsonl(tmp_path / "named.jsonl", words)
     numbers = write_jsonl(tmp_path / "numbers.jsonl", [{**row, "label": 1} for row in words])
 
-    found = [
+    result = [
         scored(one_rank.megakd("evaluate", whole_run.config, "--data", path, "--json"))
         for path in (named, numbers)
     ]
 
-    assert found[0]["metrics"] == found[1]["metrics"]
-    assert found[0]["metrics"]["accuracy"] == accuracy_by_hand(whole_run.out / "final", named)
+    assert result[0]["metrics"] == result[1]["metrics"]
+    assert result[0]["metrics"]["accuracy"] == accuracy_by_hand(whole_run.out / "final", named)
 
 
 def test_a_folder_with_a_test_file_alone_needs_no_training_rows(
@@ -83,9 +83,9 @@ def test_a_folder_with_a_test_file_alone_needs_no_training_rows(
     want = accuracy_by_hand(whole_run.out / "final", mine)
 
     for words in ((whole_run.config, "--data", folder), (config,)):
-        found = scored(one_rank.megakd("evaluate", *words, "--json"))
-        assert (found["split"], found["rows"]) == ("test", 40)
-        assert found["metrics"]["accuracy"] == pytest.approx(want)
+        result = scored(one_rank.megakd("evaluate", *words, "--json"))
+        assert (result["split"], result["rows"]) == ("test", 40)
+        assert result["metrics"]["accuracy"] == pytest.approx(want)
 
 
 def test_a_split_that_was_cut_off_is_said_to_be_one(one_rank, whole_run, tmp_path):
@@ -94,11 +94,11 @@ def test_a_split_that_was_cut_off_is_said_to_be_one(one_rank, whole_run, tmp_pat
     tree["task"] = {"type": "classification", "dataset": str(data), "max_length": 16}
     config = write_config(tmp_path / "run.yaml", tree)
 
-    found = scored(one_rank.megakd("evaluate", config, "--json"))
+    result = scored(one_rank.megakd("evaluate", config, "--json"))
 
-    assert found["file"] == str(data)
-    assert found["split"] == "validation (5% of the training rows, selected by hash)"
-    assert found["rows"] < 20
+    assert result["file"] == str(data)
+    assert result["split"] == "validation (5% of the training rows, selected by hash)"
+    assert result["rows"] < 20
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_a_file_that_cannot_be_scored_is_refused_before_a_model_is_loaded(
     if content is not None:
         path.write_text(content)
 
-    said = one_rank.megakd("evaluate", whole_run.config, "--data", path)
+    outcome = one_rank.megakd("evaluate", whole_run.config, "--data", path)
 
-    assert said.code == 2
-    assert message.format(path) in said.err
-    assert said.loaded == ()
+    assert outcome.code == 2
+    assert message.format(path) in outcome.err
+    assert outcome.loaded == ()
 
 
 def test_a_model_without_a_tokenizer_is_not_scored(one_rank, whole_run, mine, tmp_path):
@@ -129,10 +129,10 @@ def test_a_model_without_a_tokenizer_is_not_scored(one_rank, whole_run, mine, tm
         (model / name).unlink()
 
     for words in (("--data", mine), ()):
-        said = one_rank.megakd("evaluate", whole_run.config, "--model", model, *words)
-        assert said.code == 2
-        assert "has weights and no tokenizer files" in said.err
-        assert "set task.tokenizer" in said.err
+        outcome = one_rank.megakd("evaluate", whole_run.config, "--model", model, *words)
+        assert outcome.code == 2
+        assert "has weights and no tokenizer files" in outcome.err
+        assert "set task.tokenizer" in outcome.err
 
 
 def generic(model: Path, folder: Path, order: tuple[int, int]) -> Path:
@@ -157,17 +157,17 @@ def test_generic_labels_are_scored_if_they_fit_and_refused_if_they_do_not(
     good = generic(whole_run.teacher, tmp_path / "good", (0, 1))
     bad = generic(whole_run.teacher, tmp_path / "bad", (1, 0))
 
-    def said(model: Path, *more: str) -> Any:
+    def evaluated(model: Path, *more: str) -> Any:
         command = ("evaluate", whole_run.config, "--model", model, *words, *more)
         return one_rank.megakd(*command, "--json")
 
-    told = said(good)
+    told = evaluated(good)
     assert scored(told)["metrics"]["accuracy"] > 0.8
     assert "LABEL_0, LABEL_1 are read as the labels negative, positive of the data" in told.err
-    refused = said(bad)
+    refused = evaluated(bad)
     assert refused.code == 2
     assert "or give --trust_label_order if this order is right" in refused.err
-    assert scored(said(bad, "--trust_label_order"))["metrics"]["accuracy"] < 0.2
+    assert scored(evaluated(bad, "--trust_label_order"))["metrics"]["accuracy"] < 0.2
 
 
 def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, tmp_path):
@@ -187,15 +187,15 @@ def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, 
     )
     config = write_config(tmp_path / "run.yaml", tree)
 
-    said = finish(one_rank, config)
+    outcome = finish(one_rank, config)
 
     sets = read(tmp_path / "out")["evaluation_sets"]
     assert {name: entry["rows"] for name, entry in sets.items()} == {"mine": 40, "all": 104}
     assert list(sets["mine"]["metrics"]) == ["teacher", "student", "alone"]
     for model, folder in {"teacher": whole_run.teacher, "student": tmp_path / "out/final"}.items():
-        found = sets["mine"]["metrics"][model]["accuracy"]
-        assert found == pytest.approx(accuracy_by_hand(folder, mine))
-    assert "evaluation set" in said.out
+        result = sets["mine"]["metrics"][model]["accuracy"]
+        assert result == pytest.approx(accuracy_by_hand(folder, mine))
+    assert "evaluation set" in outcome.out
     assert "Evaluation sets" in (tmp_path / "out" / "report.html").read_text()
     again = scored(one_rank.megakd("evaluate", config, "--json"))
     assert again["evaluation_sets"]["all"]["rows"] == 104

@@ -27,9 +27,9 @@ SINGLE = {"name": "single"}
 
 
 def matched(one_rank, config: Path, *words: str) -> dict[str, Any]:
-    said = one_rank.megakd("match", config, *words, "--json")
-    assert said.code == 0, said.err
-    return json.loads(said.out)
+    outcome = one_rank.megakd("match", config, *words, "--json")
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
 
 
 def log_probabilities(folder: Path, rows: list[dict[str, str]]) -> torch.Tensor:
@@ -49,15 +49,15 @@ def test_a_classifier_is_compared_with_the_start_as_by_hand(one_rank, whole_run,
         method=SINGLE,
     )
 
-    found = matched(one_rank, write_config(tmp_path / "run.yaml", tree))
+    actual = matched(one_rank, write_config(tmp_path / "run.yaml", tree))
 
     lines = (whole_run.reviews / "validation.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     theirs, ours = (log_probabilities(folder, rows) for folder in (whole_run.teacher, student))
     truth = torch.tensor([row["label"] == "positive" for row in rows]).long()
-    losses = [torch.nn.functional.nll_loss(said, truth).item() for said in (ours, theirs)]
-    teacher = found["teachers"]["teacher"]
-    assert found["start"]["metrics"]["loss"] == pytest.approx(losses[0], abs=1e-5)
+    losses = [torch.nn.functional.nll_loss(answer, truth).item() for answer in (ours, theirs)]
+    teacher = actual["teachers"]["teacher"]
+    assert actual["start"]["metrics"]["loss"] == pytest.approx(losses[0], abs=1e-5)
     assert teacher["gap"] == pytest.approx(losses[0] - losses[1], abs=1e-5)
     by_hand = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
     assert teacher["kl"] == pytest.approx(by_hand, abs=1e-5)
@@ -77,9 +77,9 @@ def test_a_table_has_a_row_for_the_start_and_each_teacher(one_rank, whole_run, t
         method={"name": "skdbert"},
     )
 
-    said = one_rank.megakd("match", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.megakd("match", write_config(tmp_path / "run.yaml", tree))
 
-    lines = said.out.splitlines()
+    lines = outcome.out.splitlines()
     assert lines[0] == f"{whole_run.reviews}, validation: 26 rows"
     assert lines[1] == "start: new bert with random weights"
     titles = "accuracy loss gap KL entropy same top 1 top overlap vocabulary"
@@ -94,10 +94,10 @@ def test_a_table_has_a_row_for_the_start_and_each_teacher(one_rank, whole_run, t
 def test_a_teacher_that_the_run_has_trained_is_scored_and_another_is_refused(
     one_rank, whole_run, tmp_path
 ):
-    found = matched(one_rank, whole_run.config)
+    result = matched(one_rank, whole_run.config)
 
     report = read(whole_run.out)["teacher"]["metrics"]
-    assert found["teachers"]["teacher"]["metrics"] == pytest.approx(report)
+    assert result["teachers"]["teacher"]["metrics"] == pytest.approx(report)
     refused = one_rank.megakd("match", whole_run.config, f"output_dir={tmp_path / 'new'}")
     assert refused.code == 2
     assert "teacher.finetune: the teacher is not trained" in refused.err
@@ -115,10 +115,10 @@ def test_regressors_have_the_difference_of_their_scores_alone(one_rank, tmp_path
     models = {"teacher": {"model": bert(2)}, "student": {"model": bert(1)}}
     tree = config_tree(tmp_path / "out", task, method=SINGLE, **models)
 
-    found = matched(one_rank, write_config(tmp_path / "run.yaml", tree))
+    result = matched(one_rank, write_config(tmp_path / "run.yaml", tree))
 
-    assert found["metric"] == "mean_pearson_spearman"
-    teacher = found["teachers"]["teacher"]
+    assert result["metric"] == "mean_pearson_spearman"
+    teacher = result["teachers"]["teacher"]
     assert teacher["squared_difference"] > 0
     assert teacher.keys() == {"model", "metrics", "gap", "squared_difference", "vocabulary"}
 
@@ -145,16 +145,16 @@ def test_the_start_of_a_language_model_is_that_of_the_run(one_rank, tmp_path, ta
     config = write_config(tmp_path / "run.yaml", tree)
 
     whole = matched(one_rank, config)
-    found = whole["teachers"]
+    result = whole["teachers"]
     finish(one_rank, config)
 
     first = records(tmp_path / "out", "student")[0]
-    assert found["deep"]["kl"] == pytest.approx(first["eval/soft_target_kl"], rel=1e-4)
+    assert result["deep"]["kl"] == pytest.approx(first["eval/soft_target_kl"], rel=1e-4)
     same = {"gap": 0, "kl": 0, "same_top": 1, "overlap": 1}
-    assert {key: found["equal"][key] for key in same} == pytest.approx(same, abs=1e-5)
-    assert found["deep"]["overlap"] < 0.5
+    assert {key: result["equal"][key] for key in same} == pytest.approx(same, abs=1e-5)
+    assert result["deep"]["overlap"] < 0.5
     assert {*whole["ranking"]} == ({"equal", "deep"} if task == "causal_lm" else set())
-    assert 0 < found["deep"]["entropy"] < math.log(320)
+    assert 0 < result["deep"]["entropy"] < math.log(320)
 
 
 @pytest.mark.parametrize(("family", "word"), [("chatml", "same"), ("llama3", "different")])
@@ -166,10 +166,10 @@ def test_conversations_tell_whether_the_chat_templates_are_the_same(
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(config_of(tmp_path, max_length=512, end_tokens="accept")))
 
-    found = matched(one_rank, path)["teachers"]["teacher"]
+    result = matched(one_rank, path)["teachers"]["teacher"]
 
-    assert (found["vocabulary"], found["chat_template"]) == ("same", word)
-    assert found["kl"] == pytest.approx(0, abs=1e-6)
+    assert (result["vocabulary"], result["chat_template"]) == ("same", word)
+    assert result["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_start_made_of_the_teacher_is_told(one_rank, whole_run, tmp_path):
@@ -195,7 +195,7 @@ def test_a_start_made_of_the_teacher_is_told(one_rank, whole_run, tmp_path):
 def test_a_run_without_a_teacher_is_refused(one_rank, whole_run, tmp_path):
     tree = config_tree(tmp_path / "out", {**CLASSES, "dataset": str(whole_run.reviews)})
 
-    said = one_rank.megakd("match", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.megakd("match", write_config(tmp_path / "run.yaml", tree))
 
-    assert said.code == 2
-    assert said.err.startswith("megakd: error: teacher: missing, and megakd match compares")
+    assert outcome.code == 2
+    assert outcome.err.startswith("megakd: error: teacher: missing, and megakd match compares")

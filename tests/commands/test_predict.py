@@ -17,9 +17,9 @@ from megakd.models import onnx
 TEXTS = ("a good fine film", "the poor ugly cat and it was awful", "")
 
 
-def answers(said):
-    assert said.code == 0, said.err
-    return [json.loads(line) for line in said.out.splitlines()]
+def answers(answer):
+    assert answer.code == 0, answer.err
+    return [json.loads(line) for line in answer.out.splitlines()]
 
 
 def logits_by_hand(folder, text):
@@ -33,29 +33,29 @@ def logits_by_hand(folder, text):
 @pytest.fixture(scope="module")
 def exported(one_rank, whole_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "graph"
-    said = one_rank.megakd("export", whole_run.config, "--to", folder, "--format", "onnx")
-    assert said.code == 0, said.err
-    return folder, said
+    outcome = one_rank.megakd("export", whole_run.config, "--to", folder, "--format", "onnx")
+    assert outcome.code == 0, outcome.err
+    return folder, outcome
 
 
 def test_a_classifier_answers_with_the_probabilities_of_plain_transformers(one_rank, whole_run):
     final = whole_run.out / "final"
 
-    found = answers(one_rank.megakd("predict", final, *TEXTS, "--json"))
+    result = answers(one_rank.megakd("predict", final, *TEXTS, "--json"))
 
-    for text, answer in zip(TEXTS, found, strict=True):
+    for text, answer in zip(TEXTS, result, strict=True):
         model, logits = logits_by_hand(final, (text,))
         shares = logits.softmax(-1)
         assert answer["label"] == model.config.id2label[int(shares.argmax())]
         assert list(answer["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)
     lines = one_rank.megakd("predict", final, *TEXTS).out.splitlines()
-    assert lines == [f"{one['label']}\t{one['probability']:.3f}" for one in found]
+    assert lines == [f"{one['label']}\t{one['probability']:.3f}" for one in result]
 
 
 def test_the_graph_takes_the_place_of_the_weights_and_answers_alike(one_rank, whole_run, exported):
-    folder, said = exported
+    folder, answer = exported
 
-    assert said.out.splitlines()[0] == str(folder)
+    assert answer.out.splitlines()[0] == str(folder)
     assert (folder / "model.onnx").is_file()
     assert not list(folder.glob("*.safetensors*"))
     torch_answers = answers(one_rank.megakd("predict", whole_run.out / "final", *TEXTS, "--json"))
@@ -67,9 +67,11 @@ def test_the_graph_takes_the_place_of_the_weights_and_answers_alike(one_rank, wh
 def test_int8_makes_the_graph_smaller(one_rank, whole_run, exported, tmp_path):
     small = tmp_path / "int8"
 
-    said = one_rank.megakd("export", whole_run.config, "--to", small, "--format", "onnx", "--int8")
+    outcome = one_rank.megakd(
+        "export", whole_run.config, "--to", small, "--format", "onnx", "--int8"
+    )
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     assert [path.name for path in small.glob("*.onnx*")] == ["model.onnx"]
     size = (exported[0] / "model.onnx").stat().st_size
     assert (small / "model.onnx").stat().st_size < size
@@ -84,10 +86,10 @@ def test_a_pair_is_two_texts_with_a_tab_and_a_score_is_a_number(one_rank, tmp_pa
     finish(one_rank, config)
     final = tmp_path / "out/final"
 
-    (found,) = answers(one_rank.megakd("predict", final, "good film\tthe film", "--json"))
+    (result,) = answers(one_rank.megakd("predict", final, "good film\tthe film", "--json"))
 
     _, logits = logits_by_hand(final, ("good film", "the film"))
-    assert found["value"] == pytest.approx(float(logits), abs=1e-5)
+    assert result["value"] == pytest.approx(float(logits), abs=1e-5)
 
 
 def test_a_decoder_continues_and_a_masked_model_fills_its_masks(one_rank, tmp_path):
@@ -101,17 +103,17 @@ def test_a_decoder_continues_and_a_masked_model_fills_its_masks(one_rank, tmp_pa
         finals[kind] = tmp_path / kind / "final"
 
     decoder = finals["causal_lm"]
-    (found,) = answers(
+    (result,) = answers(
         one_rank.megakd("predict", decoder, "the cat", "--max_new_tokens", "5", "--json")
     )
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     given = tokenizer("the cat", return_tensors="pt")
     tokens = AutoModelForCausalLM.from_pretrained(decoder).generate(**given, max_new_tokens=5)
     rest = tokens[0, given["input_ids"].shape[1] :]
-    assert found["text"] == tokenizer.decode(rest, skip_special_tokens=True)
+    assert result["text"] == tokenizer.decode(rest, skip_special_tokens=True)
 
-    (found,) = answers(one_rank.megakd("predict", finals["mlm"], "the [MASK] sees", "--json"))
-    assert [len(tokens) for tokens in found["tokens"]] == [5]
+    (result,) = answers(one_rank.megakd("predict", finals["mlm"], "the [MASK] sees", "--json"))
+    assert [len(tokens) for tokens in result["tokens"]] == [5]
 
 
 @pytest.mark.parametrize(
@@ -129,10 +131,10 @@ def test_what_cannot_answer_is_refused(one_rank, whole_run, tmp_path, words, mes
     )
     names = {"tokenless": tokenless, "config": whole_run.config}
 
-    said = one_rank.megakd(*(word.format(**names) for word in words))
+    outcome = one_rank.megakd(*(word.format(**names) for word in words))
 
-    assert said.code == 2
-    assert message in said.err
+    assert outcome.code == 2
+    assert message in outcome.err
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):

@@ -14,10 +14,10 @@ TOKENS = r"tokens: (\d+) before, (\d+) now; weights: ([\d.]+k) before, ([\d.]+k)
 def test_an_export_with_the_tokens_of_the_task_answers_as_before(one_rank, whole_run, tmp_path):
     out, to = whole_run.out, tmp_path / "small"
 
-    said = one_rank.megakd("export", whole_run.config, "--to", to, "--vocabulary", "task")
+    outcome = one_rank.megakd("export", whole_run.config, "--to", to, "--vocabulary", "task")
 
-    assert said.code == 0, said.err
-    folder, tokens, scores = said.out.splitlines()
+    assert outcome.code == 0, outcome.err
+    folder, tokens, scores = outcome.out.splitlines()
     whole, kept = (AutoTokenizer.from_pretrained(one) for one in (out / "final", to))
     numbers = re.fullmatch(TOKENS, tokens)
     assert numbers
@@ -32,7 +32,7 @@ def test_an_export_with_the_tokens_of_the_task_answers_as_before(one_rank, whole
 
 def test_a_run_without_texts_is_refused(one_rank, whole_run, tmp_path):
     words = ("--to", tmp_path / "x", "--vocabulary", "task", "task.streaming=true")
-    said = one_rank.megakd("export", whole_run.config, *words)
+    outcome = one_rank.megakd("export", whole_run.config, *words)
 
-    assert said.code == 2
+    assert outcome.code == 2
     assert not (tmp_path / "x").exists()

@@ -404,10 +404,10 @@ def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value):
 
     messages = [message_of({"zero_optimization": it}) for it in (zero, offload)]
 
-    said = f"must be a whole number, 0 or above (got {json.dumps(value)})"
+    message = f"must be a whole number, 0 or above (got {json.dumps(value)})"
     assert messages == [
-        f"{WHERE}: zero_optimization.zero_hpz_partition_size {said}",
-        f"{WHERE}: zero_optimization.offload_param.buffer_count {said}",
+        f"{WHERE}: zero_optimization.zero_hpz_partition_size {message}",
+        f"{WHERE}: zero_optimization.offload_param.buffer_count {message}",
     ]
 
 

@@ -111,9 +111,9 @@ def test_documents_and_targets_name_the_same_tokens(groups):
 def test_logits_and_vectors_are_cut_by_rows_and_length():
     batches = [texts((3, 5)), texts((16,))]
     vectors = AttentionVectors(*(torch.arange(3 * 16 * 2.0).view(3, 16, 2) for _ in range(3)), 2)
-    said = Knowledge(logits=torch.arange(3.0)[:, None], attention=(None, vectors))
+    answer = Knowledge(logits=torch.arange(3.0)[:, None], attention=(None, vectors))
 
-    first, second = (part_of(said, part) for part in parts_of(batches))
+    first, second = (part_of(answer, part) for part in parts_of(batches))
 
     assert first.logits.flatten().tolist() == [0, 1]
     assert second.logits.flatten().tolist() == [2]

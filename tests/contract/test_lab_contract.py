@@ -31,8 +31,8 @@ PAIRS = [
 
 
 def parameters(function) -> list[tuple[str, object, object]]:
-    found = inspect.signature(function).parameters.values()
-    return [(p.name, p.kind, p.default) for p in found]
+    result = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind, p.default) for p in result]
 
 
 @pytest.mark.parametrize(("kind", "promised"), PAIRS)

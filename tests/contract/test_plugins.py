@@ -181,10 +181,10 @@ def test_a_metric_of_a_package_ranks_evaluations_as_it_says(monkeypatch):
     metrics = task_metrics(config.eval, "classification", ("accuracy",), ("a", "b"))
     outputs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
 
-    found = metrics.of(outputs, torch.tensor([0, 0, 1, 1]))
+    result = metrics.of(outputs, torch.tensor([0, 0, 1, 1]))
 
-    assert found["my_metrics:worst_label"] == 0.5
-    assert found["accuracy"] == 0.75
+    assert result["my_metrics:worst_label"] == 0.5
+    assert result["accuracy"] == 0.75
     assert metrics.main.higher_is_better
     monkeypatch.setattr(my_metrics.worst_label, "higher_is_better", False)
     again = task_metrics(config.eval, "classification", ("accuracy",), ("a", "b"))
@@ -225,8 +225,10 @@ def test_a_plugin_gets_hidden_states_of_both_models_and_is_named_without_a_singl
     config = config_of({**CONFIG, "objective": [{"loss": "broken_plugins:Vector"}]})
     group = PluginLoss(config.objective[0], layers=1)
     batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
-    said = Knowledge(logits=torch.zeros(1, 2))
-    reading = LossInputs(said, said, batch, {group.term.loss: 1.0}, {"examples": torch.tensor(1.0)})
+    answer = Knowledge(logits=torch.zeros(1, 2))
+    reading = LossInputs(
+        answer, answer, batch, {group.term.loss: 1.0}, {"examples": torch.tensor(1.0)}
+    )
 
     with pytest.raises(ConfigError, match=r"broken_plugins:Vector returned shape \(1, 2\); total"):
         group(reading)
@@ -302,10 +304,10 @@ def test_a_run_with_the_method_and_the_loss_of_the_page(one_rank, page, tmp_path
     )
     config = write_config(tmp_path / "run.yaml", tree)
 
-    said = one_rank.train("--config", config)
+    outcome = one_rank.train("--config", config)
     planned = one_rank.megakd("plan", config)
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     assert planned.code == 0, planned.err
     log = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
     assert "train/my_losses:Huber" in log

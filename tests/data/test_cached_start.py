@@ -91,10 +91,10 @@ def test_a_changed_file_of_equal_size_and_time_is_read_again(tmp_path, counts, w
 
     after = path.stat()
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    found = start(tmp_path, **keys)
-    assert "word 001" in {*found[0]}
-    assert not {*found[0]} & {*texts}
-    assert found[1] != key
+    result = start(tmp_path, **keys)
+    assert "word 001" in {*result[0]}
+    assert not {*result[0]} & {*texts}
+    assert result[1] != key
 
 
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):

@@ -49,8 +49,8 @@ class Data:
         return encode_splits(self.splits, self.tokenizer, self.task, cache_dir=cache)
 
     def counts(self) -> ChatCounts:
-        found = self.encoded().chat
-        return found["train"]
+        result = self.encoded().chat
+        return result["train"]
 
 
 def chats(*turns: tuple[str, str]) -> list[dict[str, Any]]:
@@ -120,15 +120,15 @@ def test_a_second_start_shows_the_same_table_and_row_without_encoding(
     data = Data(tmp_path, chats(("Hi", "abc"), ("Hi", "x" * 60)))
     caplog.set_level(logging.INFO)
 
-    def said() -> list[str]:
+    def reported() -> list[str]:
         caplog.clear()
         data.encoded()
         return [r.getMessage() for r in caplog.records if r.name == "megakd.data.chat.counts"]
 
-    first = said()
+    first = reported()
     monkeypatch.setattr(encoding, "tables_of", None)
 
-    assert said() == first
+    assert reported() == first
     assert first[0].startswith("conversations:\n")
     assert any("[[abc<|im_end|>]]" in line for line in first)
 

@@ -73,10 +73,10 @@ SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     ],
 )
 def test_all_shapes_of_a_conversation_give_the_same_row(tmp_path, row, keys):
-    found = first_of(tmp_path, row, **keys)
+    result = first_of(tmp_path, row, **keys)
 
-    assert found == Conversation(messages=HELLO, counted=[1])
-    assert found.text == "Hi\nHello"
+    assert result == Conversation(messages=HELLO, counted=[1])
+    assert result.text == "Hi\nHello"
 
 
 def test_a_prompt_has_no_answer_to_learn_and_plain_text_stays_text(tmp_path):
@@ -102,9 +102,9 @@ def test_tool_calls_keep_their_arguments_as_they_are(tmp_path, arguments):
         {"from": "function_call", "value": json.dumps({**CALL, "arguments": arguments})},
     ]
 
-    found = [first_of(tmp_path, {"messages": rows}).messages for rows in (openai, sharegpt)]
+    result = [first_of(tmp_path, {"messages": rows}).messages for rows in (openai, sharegpt)]
 
-    for messages in found:
+    for messages in result:
         assert messages
         assert messages[1]["tool_calls"][0]["function"] == {**CALL, "arguments": arguments}
         assert messages[1]["content"] == ""
@@ -165,10 +165,10 @@ def test_json_columns_of_datasets_give_the_rows_of_jsonl(
 
     splits = load(**keys, **held)
 
-    found = [*splits.train["conversation"], *splits.validation["conversation"]]
-    found += [r[CONVERSATION] for r in splits.stream.read()] if splits.stream else []
+    actual = [*splits.train["conversation"], *splits.validation["conversation"]]
+    actual += [r[CONVERSATION] for r in splits.stream.read()] if splits.stream else []
     expected = read(write_jsonl(tmp_path / "rows.jsonl", mixed_rows()))
-    assert sorted(found) == sorted(row.to_json() for row in expected)
+    assert sorted(actual) == sorted(row.to_json() for row in expected)
 
 
 def test_an_answer_with_weight_0_does_not_count(tmp_path):

@@ -79,11 +79,11 @@ def test_the_folder_has_the_rows_and_the_key_of_the_run(tmp_path, kind):
     data = Data(tmp_path, kind)
     data.write()
 
-    found, expected = data.from_folder(), data.by_the_run()
+    actual, expected = data.from_folder(), data.by_the_run()
 
-    assert plain(found) == plain(expected)
-    assert found.content_hash == expected.content_hash
-    assert found.tokens_per_row == expected.tokens_per_row
+    assert plain(actual) == plain(expected)
+    assert actual.content_hash == expected.content_hash
+    assert actual.tokens_per_row == expected.tokens_per_row
     assert len(list(data.folder.glob("train-*.arrow"))) > 2
 
 

@@ -185,11 +185,11 @@ def test_a_text_with_its_own_validation_file_keeps_long_pieces(load, tmp_path):
 def test_pieces_hold_all_the_text_in_its_order(blocks, length):
     lines = "\n".join(blocks).splitlines(keepends=True)
 
-    found = list(pieces(iter(lines), length))
+    result = list(pieces(iter(lines), length))
 
-    assert "".join("".join(text for _, text in found).split()) == "".join("".join(lines).split())
-    assert [first for first, _ in found] == sorted({first for first, _ in found})
-    assert all(text.strip() for _, text in found)
+    assert "".join("".join(text for _, text in result).split()) == "".join("".join(lines).split())
+    assert [first for first, _ in result] == sorted({first for first, _ in result})
+    assert all(text.strip() for _, text in result)
 
 
 # pandas writes whole numbers as 1.0 where some are missing

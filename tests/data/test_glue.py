@@ -97,16 +97,16 @@ def test_mnli_is_scored_on_the_validation_split_it_names(load, tmp_path):
     for split, rows in {"train": [row], "dev_matched": [row], "dev_mismatched": [row, row]}.items():
         write(tmp_path / "MNLI" / f"{split}.tsv", MNLI_HEADER, *rows)
 
-    found = {
+    result = {
         name: load(f"glue/{name}", data_dir=tmp_path) for name in TASKS if name.startswith("mnli")
     }
 
-    assert {name: len(splits.validation) for name, splits in found.items()} == {
+    assert {name: len(splits.validation) for name, splits in result.items()} == {
         "mnli": 1,
         "mnli_matched": 1,
         "mnli_mismatched": 2,
     }
-    assert found["mnli"].label_names == ("entailment", "neutral", "contradiction")
+    assert result["mnli"].label_names == ("entailment", "neutral", "contradiction")
     assert load("glue/mnli-mismatched", data_dir=tmp_path).train[0]["label"] == 1
 
 

@@ -164,7 +164,7 @@ def test_all_ranks_together_meet_every_row_once_in_as_many_batches_each(count, b
 @given(count=COUNTS, batch_size=st.integers(1, 40), most=SMALL, world=SMALL)
 @settings(max_examples=20)
 def test_a_batch_of_all_ranks_has_the_same_rows_however_it_is_dealt(count, batch_size, most, world):
-    found: dict[int, list[int]] = {}
+    collected: dict[int, list[int]] = {}
     for rank in range(world):
         shape = StepShape.of_batch(batch_size, most, rank=rank, world=world)
         assert shape.per_device <= most
@@ -174,9 +174,9 @@ def test_a_batch_of_all_ranks_has_the_same_rows_however_it_is_dealt(count, batch
             assert len(micro_batches) == shape.accumulation
             size = min(shape.per_device, math.ceil(count / (shape.accumulation * world)))
             assert {len(part.labels) for part in micro_batches} == {size}
-            found.setdefault(index, []).extend(_numbers(micro_batches))
+            collected.setdefault(index, []).extend(_numbers(micro_batches))
 
-    rows = [sorted(found[index]) for index in sorted(found)]
+    rows = [sorted(collected[index]) for index in sorted(collected)]
     assert rows == [
         list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)
     ]

@@ -251,9 +251,9 @@ def test_pieces_of_a_tokenizer_without_words_are_cut_at_white_space():
     made = Tokenizer(models.BPE({c: n for n, c in enumerate("▁abcd")}, []))
     made.normalizer = normalizers.Replace(" ", "▁")
 
-    found = words_of(PreTrainedTokenizerFast(tokenizer_object=made), "ab cad d")
+    result = words_of(PreTrainedTokenizerFast(tokenizer_object=made), "ab cad d")
 
-    assert found == ["ab", " cad", " d"]
+    assert result == ["ab", " cad", " d"]
 
 
 def test_a_tokenizer_that_does_not_tell_words_is_refused_with_the_key():

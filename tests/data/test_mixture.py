@@ -53,8 +53,8 @@ def test_an_epoch_has_the_shares_of_the_weights_and_every_row(sources):
 def test_sources_of_all_shapes_are_mixed_by_weight(tmp_path):
     splits = splits_of(tmp_path, chat=0.5, pairs=0.3, books=0.2)
 
-    found = Counter(splits.train["source"])
-    assert found == {"chat": 30, "pairs": 18, "books": 12}
+    result = Counter(splits.train["source"])
+    assert result == {"chat": 30, "pairs": 18, "books": 12}
     pairs = Counter(
         t for t, s in zip(splits.train["text"], splits.train["source"], strict=True) if s == "pairs"
     )

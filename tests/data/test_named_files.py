@@ -78,13 +78,13 @@ def test_every_file_counts_in_the_hash_and_the_sets_apart_from_what_is_trained_o
         splits = load(**keys, evaluation_sets={"hard": "hard.jsonl"})
         return splits.content_hash, splits.whole_hash
 
-    found = [hashes()]
+    result = [hashes()]
     for name in ("one", "dev", "two", "hard"):
         with (folder / f"{name}.jsonl").open("a") as file:
             file.write('{"text": "more", "label": "a"}\n')
-        found.append(hashes())
+        result.append(hashes())
 
-    content, whole = ([pair[n] for pair in found] for n in (0, 1))
+    content, whole = ([pair[n] for pair in result] for n in (0, 1))
     assert len(set(whole)) == 5
     assert content[3] == content[4]  # a result does not depend on a set that is only scored
     assert len(set(content)) == 4

@@ -32,12 +32,12 @@ def facts_of(folder: Path) -> str:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
     corpus = TaskConfig(type="causal_lm", dataset="pydocs")
-    found = pydocs_rows(corpus, cache_dir=folder / "cache", roots=[folder / "site-packages"])
+    result = pydocs_rows(corpus, cache_dir=folder / "cache", roots=[folder / "site-packages"])
     trained = [
         train_tokenizer(lambda: SENTENCES * 5, kind=kind, vocab_size=400, for_encoder=True)
         for kind in KINDS
     ]
-    facts = [tokenizer_content(tokenizer), rows_key(rows), found.source_hash]
+    facts = [tokenizer_content(tokenizer), rows_key(rows), result.source_hash]
     facts.append(str(RowOrder(np.arange(50), StepShape(5, 1), seed=3)(13).tolist()))
     return json.dumps([*facts, *(made.backend_tokenizer.to_str() for made in trained)])
 

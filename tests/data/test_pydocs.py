@@ -58,8 +58,8 @@ def rows_of(root, tmp_path):
 
 
 def docstrings_of(root: Path) -> list[tuple[str, str]]:
-    found = read_docstrings(source_files([root]))
-    return [(doc.package, doc.text) for doc in found if doc is not None]
+    result = read_docstrings(source_files([root]))
+    return [(doc.package, doc.text) for doc in result if doc is not None]
 
 
 def test_docstrings_come_in_source_order_and_without_import(tmp_path):
@@ -99,9 +99,9 @@ def test_files_that_are_no_python_are_counted_and_left_out(tmp_path):
     (tmp_path / "d.py").write_text('"""An \\d old escape."""')
     (tmp_path / "e.py").write_text('"""Half \\ud800 a pair."""')
 
-    found = list(read_docstrings(source_files([tmp_path])))
+    result = list(read_docstrings(source_files([tmp_path])))
 
-    assert [doc and doc.text for doc in found] == [
+    assert [doc and doc.text for doc in result] == [
         None,
         None,
         "Café.",
@@ -189,30 +189,30 @@ def test_all_packages_have_the_same_number_of_texts_by_turns():
 def test_the_classification_view_names_its_classes_and_the_packages_that_are_missing(
     rows_of, caplog
 ):
-    found = rows_of(CLASSIFICATION)
+    result = rows_of(CLASSIFICATION)
 
     assert "pydocs: networkx, numpy, pandas, sklearn not found" in caplog.text
 
-    assert found.label_names == ("scipy", "sympy")
-    assert found.metrics == ("accuracy",)
-    texts = {name: rows["text"][:] for name, rows in found.splits.items()}
+    assert result.label_names == ("scipy", "sympy")
+    assert result.metrics == ("accuracy",)
+    texts = {name: rows["text"][:] for name, rows in result.splits.items()}
     assert sum(map(len, texts.values())) == 40 + 40
     assert not set(texts["train"]) & {*texts["validation"], *texts["test"]}
     assert "scipy" not in " ".join(texts["train"])
-    for row in found.splits["train"]:
+    for row in result.splits["train"]:
         assert ("ypics" in row["text"]) == (row["label"] == 0)
 
 
 def test_the_text_view_has_every_docstring_once(rows_of, root):
     (root / "other" / "copy.py").write_text((root / "other" / "__init__.py").read_text())
 
-    found = rows_of(TEXT)
+    result = rows_of(TEXT)
 
-    texts = [text for rows in found.splits.values() for text in rows["text"]]
+    texts = [text for rows in result.splits.values() for text in rows["text"]]
     assert len(texts) == len(set(texts)) == 60 + 40 + 10 + 3
     start = "Return the alpha of scipy ypics thing 0.\n\nThe thing is a long one"
     assert sum(text.startswith(start) for text in texts) == 1
-    assert found.splits["train"].column_names == ["text"]
+    assert result.splits["train"].column_names == ["text"]
 
 
 def test_fewer_than_two_packages_are_refused(tmp_path):

@@ -77,9 +77,9 @@ def test_every_packed_row_has_the_documents_of_one_teacher(tmp_path, tokenizer):
     for number, name in ((MATH, "math"), (CODE, "code")):
         own = [row for row in made.train if row[ROUTE] == number]
         parts = [PackedRow(*(np.array(row[key]) for key in PackedRow._fields)) for row in own]
-        found = [tokenizer.decode(ids, skip_special_tokens=True) for ids in unpack(parts)]
+        result = [tokenizer.decode(ids, skip_special_tokens=True) for ids in unpack(parts)]
         plain = [tokenizer(row["text"])["input_ids"] for row in texts() if row["expert"] == name]
-        assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
+        assert result == [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
     assert {row[ROUTE] for row in made.train} == {MATH, CODE}
 
 
@@ -91,8 +91,8 @@ def test_windows_of_a_text_have_the_teacher_of_the_text(tmp_path, tokenizer):
     batch = collate(made.train.with_format("arrow")[:], dummy_rows=1)
     masked = masking(batch, torch.arange(len(made.train)).numpy(), seed=0, draw=0)
 
-    found = masked.extras.routes.amax(1).tolist()
-    assert found == [*made.train[ROUTE], 0]
+    result = masked.extras.routes.amax(1).tolist()
+    assert result == [*made.train[ROUTE], 0]
     assert (masked.extras.routes > 0).equal(masked.valid)
 
 
@@ -125,13 +125,13 @@ def test_packed_micro_batches_keep_the_teacher_of_every_token(tmp_path, tokenize
     made, task = encoded(tmp_path, tokenizer, rows, type="causal_lm", validation_files=held)
 
     def tokens(batches: list[Batch]) -> Counter:
-        found: Counter = Counter()
+        actual: Counter = Counter()
         for batch in batches:
             at = batch.valid
             ids = batch.inputs["input_ids"][at].tolist()
-            found.update(zip(ids, batch.extras.routes[at].tolist(), strict=True))
+            actual.update(zip(ids, batch.extras.routes[at].tolist(), strict=True))
             assert not batch.extras.routes[~at].any()
-        return found
+        return actual
 
     padded = tokens(steps(made.train, task, tokenizer, None))
     assert padded == tokens(steps(made.train, task, tokenizer, 40))

@@ -44,7 +44,7 @@ def conversations(lengths: list[int], *, rollouts: bool = False) -> dict[str, li
 
 def texts_of(batches) -> Counter:
     """Every text with its positions, labels and origin, however the texts are laid out."""
-    found: Counter = Counter()
+    result: Counter = Counter()
     for batch in batches:
         plain, generated = torch.zeros_like(batch.valid), batch.extras.is_rollout
         rollouts = plain if generated is None else generated
@@ -52,8 +52,8 @@ def texts_of(batches) -> Counter:
         values = list(zip(*(c[batch.valid].tolist() for c in columns), strict=True))
         starts = [n for n, value in enumerate(values) if value[1] == 0]
         for first, end in pairwise([*starts, len(values)]):
-            found[tuple(values[first:end])] += 1
-    return found
+            result[tuple(values[first:end])] += 1
+    return result
 
 
 def steps(rows, ranks: int, budget: int | None) -> list:

@@ -92,11 +92,11 @@ def small(tmp_path, tokenizers) -> Scene:
 
 def truth(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
     """The tokens of every row before they were masked."""
-    found = []
+    collected = []
     for batch in batches:
         ids = batch.inputs["input_ids"].where(batch.labels == IGNORE, batch.labels)
-        found += [tuple(row[real].tolist()) for row, real in zip(ids, batch.valid, strict=True)]
-    return found
+        collected += [tuple(row[real].tolist()) for row, real in zip(ids, batch.valid, strict=True)]
+    return collected
 
 
 def seen(steps: Any) -> list[Any]:
@@ -124,11 +124,11 @@ def test_an_epoch_has_every_window_once_as_without_streaming(scene, tmp_path):
     count = sum(rows.values())
     steps = scene.loader(StepShape(1, 1)).iterate(0, 2 * count)
 
-    found = [truth(batches)[0] for batches in steps]
+    actual = [truth(batches)[0] for batches in steps]
 
-    assert Counter(found[:count]) == rows
-    assert Counter(found[count:]) == rows
-    assert found[:count] != found[count:]  # blocks are shuffled anew
+    assert Counter(actual[:count]) == rows
+    assert Counter(actual[count:]) == rows
+    assert actual[:count] != actual[count:]  # blocks are shuffled anew
 
 
 @given(
@@ -141,7 +141,7 @@ def test_the_ranks_share_every_row_of_an_epoch(
     folder = tmp_path_factory.mktemp("stream")
     scene = Scene(write_files(folder, texts_of(30), files), tokenizers["mlm"])
     rows = expected(scene, folder / "cache", texts_of(30))
-    found: Counter[tuple[int, ...]] = Counter()
+    actual: Counter[tuple[int, ...]] = Counter()
     for rank in range(world):
         encoded = EncodedStream(
             scene.rows, shape=StepShape(1, 1, rank, world), seed=0, characters=characters
@@ -149,9 +149,9 @@ def test_the_ranks_share_every_row_of_an_epoch(
         for parts, position in encoded.parts(Position()):
             if position.epoch or parts[0][1]:
                 break
-            found.update(map(tuple, parts[0][0].column("input_ids").to_pylist()))
+            actual.update(map(tuple, parts[0][0].column("input_ids").to_pylist()))
 
-    assert found == rows
+    assert actual == rows
 
 
 @given(stop=st.integers(0, 25), rank=st.integers(0, 1), characters=st.sampled_from([1, 90, 10_000]))
@@ -211,9 +211,9 @@ def test_fewer_ranks_continue_the_readers_of_all_and_get_the_same_rows(scene, wo
     for loader in loaders:
         loader.load_state_dict(state)
 
-    found = [[truth(step) for step in loader.iterate(7, 30)] for loader in loaders]
+    actual = [[truth(step) for step in loader.iterate(7, 30)] for loader in loaders]
 
-    again = [Counter(row for of_rank in found for row in of_rank[step]) for step in range(23)]
+    again = [Counter(row for of_rank in actual for row in of_rank[step]) for step in range(23)]
     assert again == together[7:]
     # Their state is one of all four readers again.
     places = [loader.state_dict()["readers"][: 4 // world] for loader in loaders]
@@ -246,15 +246,15 @@ def test_a_consumer_that_stops_early_leaves_no_thread_and_the_position_of_its_st
 
 def masked(scene: Scene, shapes: Sequence[StepShape], steps: int) -> dict[Any, set[Any]]:
     """Labels by tokens of all rows of some steps."""
-    found: dict[Any, set[Any]] = {}
+    actual: dict[Any, set[Any]] = {}
     for shape in shapes:
         for batches in scene.loader(shape).iterate(0, steps):
             for batch in batches:
                 for row, labels, real in zip(
                     truth([batch]), batch.labels, batch.valid, strict=True
                 ):
-                    found.setdefault(row, set()).add(tuple(labels[real].tolist()))
-    return found
+                    actual.setdefault(row, set()).add(tuple(labels[real].tolist()))
+    return actual
 
 
 def test_the_masks_of_an_epoch_depend_neither_on_ranks_nor_on_micro_batches(scene):
@@ -280,17 +280,17 @@ def test_causal_texts_are_packed_and_every_token_occurs_once_per_epoch(tmp_path,
     eos = scene.rows.tokenizer.eos_token_id
     wanted = Counter(n for ids in scene.rows.tokenizer(texts)["input_ids"] for n in (*ids, eos))
     encoded = EncodedStream(scene.rows, shape=StepShape(1, 1), seed=0, characters=300)
-    found: Counter[int] = Counter()
+    actual: Counter[int] = Counter()
     short = 0
     for parts, position in encoded.parts(Position()):
         if parts[0][1]:
             break
         blocks = position.block + 1
         (ids,) = parts[0][0].column("input_ids").to_pylist()
-        found.update(ids)
+        actual.update(ids)
         short += len(ids) < 12
 
-    assert found == wanted
+    assert actual == wanted
     assert short <= blocks  # only the last row of a block is short
     assert blocks > 3
 

@@ -42,18 +42,18 @@ def lab_of(
 
 def command(*arguments: str) -> tuple[int, str]:
     """Run `launch/train.py ARGUMENTS` in the group of these ranks: its exit code and output."""
-    said, log = io.StringIO(), logging.getLogger("megakd")
+    output, log = io.StringIO(), logging.getLogger("megakd")
     level = log.level
     logging.getLogger().handlers.clear()  # the last command's output
     with (
         patch.object(distributed, "stop", lambda **_: None),
-        redirect_stdout(said),
-        redirect_stderr(said),
+        redirect_stdout(output),
+        redirect_stderr(output),
     ):
         code = train_main(arguments)
     log.setLevel(level)
     gc.freeze()
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
 def finish(config_path: str, overrides: Sequence[str] = ()) -> str:

@@ -262,33 +262,33 @@ def inputs_of(config):
     return encoded, Collator(tokenizer, task), task_masking(tokenizer, task)
 
 
-def difference(found, wanted) -> float:
+def difference(actual, wanted) -> float:
     """The largest difference of any weight."""
-    assert found.keys() == wanted.keys()
-    return max((found[name].float() - wanted[name].float()).abs().max().item() for name in wanted)
+    assert actual.keys() == wanted.keys()
+    return max((actual[name].float() - wanted[name].float()).abs().max().item() for name in wanted)
 
 
-def assert_same(found, expected):
+def assert_same(actual, expected):
     """Losses and gradients to 1e-6, and the weights after AdamW and clipping."""
     for step in range(STEPS):
         for name, value in expected["losses"][step].items():
-            assert found["losses"][step][name] == pytest.approx(value, rel=2e-6, abs=1e-6), name
-        gradients = dict(found["gradients"][step])
+            assert actual["losses"][step][name] == pytest.approx(value, rel=2e-6, abs=1e-6), name
+        gradients = dict(actual["gradients"][step])
         for name, gradient in expected["gradients"][step].items():
             error = (gradients.pop(name) - gradient).abs().max().item()
             assert error <= 1e-6 * max(1.0, gradient.abs().max().item()), (step, name, error)
         # What no loss reads: the second bias of an untied BERT.
         assert not any(gradient.any() for gradient in gradients.values()), [*gradients]
-    assert_same_shards(found)
+    assert_same_shards(actual)
     for name, weight in expected["final"].items():
-        assert torch.allclose(found["final"][name], weight, atol=3e-6), name
+        assert torch.allclose(actual["final"][name], weight, atol=3e-6), name
 
 
-def assert_same_shards(found):
+def assert_same_shards(actual):
     """The shards of all ranks are each weight and each gradient once, before the first update."""
-    for own_name, (weight, gradient) in found["shards"].items():
+    for own_name, (weight, gradient) in actual["shards"].items():
         name = f"learners.0.{own_name}"
-        assert torch.equal(weight, found["initial"][name].float().flatten()), name
-        if name in found["gradients"][0]:
-            expected = found["gradients"][0][name].flatten()
+        assert torch.equal(weight, actual["initial"][name].float().flatten()), name
+        if name in actual["gradients"][0]:
+            expected = actual["gradients"][0][name].flatten()
             assert torch.allclose(gradient, expected, atol=1e-7), name

@@ -46,18 +46,18 @@ class Pair:
         }
 
     def parameters(self) -> list[nn.Parameter]:
-        found = [p for model in self.models.values() for p in model.parameters()]
-        return [*found, *self.second.values(), *self.projections.values()]  # type: ignore[list-item]
+        result = [p for model in self.models.values() for p in model.parameters()]
+        return [*result, *self.second.values(), *self.projections.values()]  # type: ignore[list-item]
 
     def weights(self, prefixes: dict[str, str]) -> dict[str, Tensor]:
         """All weights of the models, as `folder_weights` of the test names them."""
-        found = {
+        result = {
             f"{prefixes[role]}{name}": weight.detach()
             for role, model in self.models.items()
             for name, weight in model.named_parameters()
         }
         prefix = f"{prefixes['teacher']}second_vocabulary/"
-        return found | {f"{prefix}{name}": weight.detach() for name, weight in self.second.items()}
+        return result | {f"{prefix}{name}": weight.detach() for name, weight in self.second.items()}
 
     def table(self) -> Tensor:
         """The table of the student's pieces in the teacher's width."""
@@ -141,7 +141,7 @@ def trained(pair: Pair, steps: list[list[Any]], train: dict, *, learners: list[s
         for slow in (False, True)
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=train["adam_epsilon"])
-    found = []
+    collected = []
     for number, batches in enumerate(steps):
         rate = train["learning_rate"] * (1 - number / len(steps))
         for group in optimizer.param_groups:
@@ -152,8 +152,8 @@ def trained(pair: Pair, steps: list[list[Any]], train: dict, *, learners: list[s
             parts["projection"] = pair.projection_loss()
         torch.stack(list(parts.values())).sum().backward()
         optimizer.step()
-        found.append({name: float(value.detach()) for name, value in parts.items()})
-    return found
+        collected.append({name: float(value.detach()) for name, value in parts.items()})
+    return collected
 
 
 def _mean(pair: Pair, role: str, batches: list[Any]) -> Tensor:

@@ -44,29 +44,29 @@ def step_terms(student, teacher, projections, batch, settings) -> dict:
     is_language = batch.labels.dim() == 2
     extra = {"use_cache": False} if "position_ids" in batch.inputs else {}
     extra["output_attentions"] = "attention_mse" in settings["weights"]
-    said = student(**batch.inputs, output_hidden_states=True, **extra)
+    answer = student(**batch.inputs, output_hidden_states=True, **extra)
     with torch.no_grad():
         taught = teacher(**batch.inputs, output_hidden_states=True, **extra)
-    both = ((student, said), (teacher, taught))
+    both = ((student, answer), (teacher, taught))
     counted = batch.labels != -100 if is_language else batch.valid.any(1)
-    student_logits, teacher_logits = said.logits[counted], taught.logits[counted]
+    student_logits, teacher_logits = answer.logits[counted], taught.logits[counted]
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
     labelled = batch.labels != -100
     terms = {}
     for name in settings["weights"]:
         if name == "hard_cross_entropy":
-            terms[name] = F.cross_entropy(said.logits[labelled], batch.labels[labelled])
+            terms[name] = F.cross_entropy(answer.logits[labelled], batch.labels[labelled])
         elif name.startswith("soft_target"):
             terms[name] = _soft(
                 name, student_logits[:, :shared], teacher_logits[:, :shared], settings
             )
         elif name == "attention_mse":
-            terms[name] = _attention(said.attentions, taught.attentions, batch, settings)
+            terms[name] = _attention(answer.attentions, taught.attentions, batch, settings)
         elif name == "relation_kl":
             terms[name] = _relations(both, batch, settings)
         else:
             terms[name] = _hidden(
-                name, said.hidden_states, taught.hidden_states, projections, batch, settings
+                name, answer.hidden_states, taught.hidden_states, projections, batch, settings
             )
     return terms
 
@@ -119,8 +119,8 @@ def _relations(both, batch, settings):
     values = []
     for layers in settings["pairs"]:
         ours, theirs = (
-            relations(model, said.hidden_states[layer - 1], layer - 1, batch, settings)
-            for (model, said), layer in zip(both, layers, strict=True)
+            relations(model, answer.hidden_states[layer - 1], layer - 1, batch, settings)
+            for (model, answer), layer in zip(both, layers, strict=True)
         )
         for log_q, log_p in zip(ours, theirs, strict=True):
             rows = (log_p.detach().exp() * (log_p.detach() - log_q)).sum(-1).mean(1)

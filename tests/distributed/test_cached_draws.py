@@ -93,13 +93,13 @@ def contents(folder: Path) -> dict[str, np.ndarray]:
     return {str(file.relative_to(folder)): np.load(file) for file in folder.glob("*/*.npy")}
 
 
-def assert_same(found: Path, expected: Path) -> None:
-    mine, theirs = contents(found), contents(expected)
+def assert_same(actual: Path, expected: Path) -> None:
+    mine, theirs = contents(actual), contents(expected)
     assert mine.keys() == theirs.keys()
     assert len(mine) > 2  # several shards of two files
     for name, values in theirs.items():
         np.testing.assert_array_equal(mine[name], values, err_msg=name)
-    listed = [json.loads((f / "cache.json").read_text())["shards"] for f in (found, expected)]
+    listed = [json.loads((f / "cache.json").read_text())["shards"] for f in (actual, expected)]
     assert listed[0] == listed[1]
 
 
@@ -128,11 +128,11 @@ def test_the_number_of_the_row_decides_and_not_its_place_in_a_shard(write, alone
     caches = [contents(cache) for cache in (write(ranks=1, rows=8, shard=5), alone)]
 
     for kind in ("ids", "counts"):
-        found, expected = (
+        actual, expected = (
             np.concatenate([values for name, values in sorted(cache.items()) if kind in name])
             for cache in caches
         )
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_two_ranks_learn_from_draws_as_one_does(workers, write, alone, config, tmp_path):

@@ -111,19 +111,19 @@ def held_folder(folders: list[str], looks: int) -> str:
 
 def files_read(config_path: str, folder: str) -> list[str]:
     """Prepare the inputs of a run, and return the files below a folder that this rank has read."""
-    found: list[str] = []
+    collected: list[str] = []
     listening = [True]
 
     def note(event: str, arguments: tuple[object, ...]) -> None:
         if listening and event == "open" and str(arguments[0]).startswith(folder):
-            found.append(Path(str(arguments[0])).name)
+            collected.append(Path(str(arguments[0])).name)
 
     sys.addaudithook(note)  # cannot be removed
     try:
         rows = prepare(load_config(Path(config_path))).encoded.train
     finally:
         listening.clear()
-    return [*sorted(set(found)), str(len(rows))]
+    return [*sorted(set(collected)), str(len(rows))]
 
 
 PROGRAM = Path(__file__).with_name("collective_ranks.py")
@@ -133,9 +133,9 @@ PROGRAM = Path(__file__).with_name("collective_ranks.py")
     ("kind", "failing"), [("together", 1), ("main_first", 0), ("main_first", 1)]
 )
 def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, kind, failing):
-    said = workers(2).run("test_collectives.errors", kind, failing)
+    answer = workers(2).run("test_collectives.errors", kind, failing)
 
-    assert said == [f"rank {failing} cannot read it"] * 2
+    assert answer == [f"rank {failing} cannot read it"] * 2
 
 
 def test_one_rank_of_a_node_makes_the_rows_and_the_others_map_its_files(workers, tmp_path):
@@ -160,19 +160,19 @@ def test_a_node_makes_rows_of_its_own_if_it_does_not_see_the_files_of_rank_0(
 
 
 def test_an_output_folder_that_a_node_shows_late_is_waited_for(workers, tmp_path):
-    said = workers(2).run("test_collectives.held_folder", [str(tmp_path)] * 2, 2)
+    answer = workers(2).run("test_collectives.held_folder", [str(tmp_path)] * 2, 2)
 
-    assert said[1].startswith("held")
-    assert re.fullmatch(r"held; .* not visible yet as \S+ on \S+ \(node 1\): waiting", said[0])
+    assert answer[1].startswith("held")
+    assert re.fullmatch(r"held; .* not visible yet as \S+ on \S+ \(node 1\): waiting", answer[0])
 
 
 def test_an_output_folder_that_a_node_does_not_share_ends_all_ranks(workers, tmp_path):
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
 
-    said = workers(2).run("test_collectives.held_folder", folders, 0)
+    answer = workers(2).run("test_collectives.held_folder", folders, 0)
 
-    assert said[0] == said[1]
-    assert re.search(rf"not visible as {folders[1]}/lock.json on \S+ \(node 1\); all", said[0])
+    assert answer[0] == answer[1]
+    assert re.search(rf"not visible as {folders[1]}/lock.json on \S+ \(node 1\); all", answer[0])
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -180,9 +180,9 @@ def test_an_output_folder_that_a_node_does_not_share_ends_all_ranks(workers, tmp
 def test_a_node_that_cannot_make_its_rows_ends_all_ranks(workers, tmp_path, failing):
     places = [str(tmp_path / "a"), str(tmp_path / "b")]
 
-    found = workers(2).run("test_collectives.rows_of_separate_node", places, failing)
+    result = workers(2).run("test_collectives.rows_of_separate_node", places, failing)
 
-    assert [answer["said"] for answer in found] == [f"rank {failing} cannot read it"] * 2
+    assert [answer["said"] for answer in result] == [f"rank {failing} cannot read it"] * 2
 
 
 def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
@@ -200,9 +200,9 @@ def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
 def test_variables_that_a_launcher_has_not_passed_on_are_named(workers):
     first, second = workers(2).run("test_collectives.missing_variables", 1)
 
-    (said,) = first
-    assert "lacks variables that rank 0 has: HF_TEST, MEGAKD_CACHE_TEST; add lines" in said
-    assert "secret" not in said
+    (answer,) = first
+    assert "lacks variables that rank 0 has: HF_TEST, MEGAKD_CACHE_TEST; add lines" in answer
+    assert "secret" not in answer
     assert second == first
     assert workers(2).run("test_collectives.missing_variables", 0) == [[], []]
 

@@ -72,11 +72,11 @@ def test_two_ranks_train_a_cut_model_as_one_process_does(workers, tmp_path, stag
     kind, model = task_of(family), build(family)
     folder = saved(cut(model, kind, view_of(model, "empty")), tmp_path / "cut")
 
-    found = workers(2).run("test_cut_models.train", str(folder), kind, stage)[0]
+    actual = workers(2).run("test_cut_models.train", str(folder), kind, stage)[0]
 
     expected = reference(folder, kind)
     before = loaded(folder, kind).state_dict()
-    trained = {name: value for name, value in found.items() if value.numel()}
+    trained = {name: value for name, value in actual.items() if value.numel()}
     assert max((before[name] - value).abs().max().item() for name, value in trained.items()) > 1e-3
     for name, value in trained.items():
         assert (value - expected[name]).abs().max().item() <= 1e-5, name

@@ -71,7 +71,7 @@ def reference(family: str, task: str | None) -> dict[str, torch.Tensor]:
         gradients = [_dense_gradients(model, view_for(model, view)) for view in VIEWS]
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.sub_(RATE * sum(found[name] for found in gradients) / len(VIEWS))
+                parameter.sub_(RATE * sum(one[name] for one in gradients) / len(VIEWS))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -124,16 +124,16 @@ def train(family: str, task: str | None, stage: int, options: dict) -> dict:
 
 def _watch_weights(model: nn.Module) -> list[StorageWeakRef]:
     """The memory of every weight that a module has used, for as long as something holds it."""
-    found: list[StorageWeakRef] = []
+    collected: list[StorageWeakRef] = []
 
     def note(module: nn.Module, *_) -> None:
         weights = module.parameters(recurse=False)
-        found.extend(StorageWeakRef(weight.untyped_storage()) for weight in weights)
+        collected.extend(StorageWeakRef(weight.untyped_storage()) for weight in weights)
 
     for module in model.modules():
         # In front of DeepSpeed's, which lets go of the weights.
         module.register_forward_hook(note, prepend=True)
-    return found
+    return collected
 
 
 def _still_held(weights: Sequence[StorageWeakRef]) -> int:
@@ -146,15 +146,15 @@ def _still_held(weights: Sequence[StorageWeakRef]) -> int:
 
 def _count_invalidations(engine) -> list[int]:
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-    found: list[int] = []
+    collected: list[int] = []
     invalidate = coordinator._invalidate_trace
 
     def counting() -> None:
-        found.append(1)
+        collected.append(1)
         invalidate()
 
     coordinator._invalidate_trace = counting
-    return found
+    return collected
 
 
 @pytest.mark.parametrize(
@@ -173,12 +173,12 @@ def _count_invalidations(engine) -> list[int]:
     ids=str,
 )
 def test_two_ranks_train_all_views_as_dense_models_would_be(workers, stage, family, task, options):
-    found = workers(2).run("test_elastic.train", family, task, stage, options)[0]
+    result = workers(2).run("test_elastic.train", family, task, stage, options)[0]
 
     start = dict(prepared(family, task).named_parameters())
     assert difference(start, reference(family, task)) > 1e-3
-    assert difference(found["weights"], reference(family, task)) <= 1e-6
-    assert found["invalidations"] == 0
+    assert difference(result["weights"], reference(family, task)) <= 1e-6
+    assert result["invalidations"] == 0
     if stage == 3:
-        assert found["seen"] > 0
-        assert found["held"] == 0
+        assert result["seen"] > 0
+        assert result["held"] == 0

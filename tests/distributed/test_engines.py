@@ -206,11 +206,13 @@ def train(workers, write):
 def test_both_models_in_bf16_bring_the_loss_down(workers, write, student, teacher):
     path = write(student=student, teacher=teacher, bf16=True, adam_epsilon=1e-8)
 
-    found = workers(2).run("train", path, ["teacher.dtype=bf16"], 16)[0]
+    result = workers(2).run("train", path, ["teacher.dtype=bf16"], 16)[0]
 
-    assert {weight.dtype for weight in found["final"].values()} == {torch.bfloat16}
-    assert found["gradient_norm"] > 0
-    total = [sum(term["weight"] * step[term["loss"]] for term in TERMS) for step in found["losses"]]
+    assert {weight.dtype for weight in result["final"].values()} == {torch.bfloat16}
+    assert result["gradient_norm"] > 0
+    total = [
+        sum(term["weight"] * step[term["loss"]] for term in TERMS) for step in result["losses"]
+    ]
     assert sum(total[-4:]) < 0.8 * sum(total[:4])
 
 
@@ -241,10 +243,10 @@ def test_odd_weights_are_trained_alike_and_clipped_by_the_norm_of_their_gradient
     low, off = (train(2, student=student, models=models, max_grad_norm=m) for m in (0.05, 0.0))
     unclipped = train(2, student="zero0", models=models, max_grad_norm=1e6)["final"]
 
-    for found in (low, off):
-        squares = sum(g.double().square().sum() for g in found["gradients"][-1].values())
-        assert found["gradient_norm"] == pytest.approx(float(squares.sqrt()), rel=1e-5)
-        assert found["gradient_norm"] > 0.05
+    for one in (low, off):
+        squares = sum(g.double().square().sum() for g in one["gradients"][-1].values())
+        assert one["gradient_norm"] == pytest.approx(float(squares.sqrt()), rel=1e-5)
+        assert one["gradient_norm"] > 0.05
     assert any(weight.numel() % 2 for weight in unclipped.values())
     assert difference(off["final"], unclipped) <= 1e-6
     assert difference(low["final"], unclipped) > 1e-3
@@ -335,10 +337,10 @@ def test_a_sharded_head_is_made_whole_once_per_micro_batch_whatever_the_losses(
         micro_batches_per_call=1,
     )
 
-    _, *found = workers(2).run("test_engines.head_gathers", path)[0]
+    _, *result = workers(2).run("test_engines.head_gathers", path)[0]
 
     # In the first micro-batch DeepSpeed learns who reads the head.
-    assert found == [{"teacher": teacher, "student": 1}] * 3
+    assert result == [{"teacher": teacher, "student": 1}] * 3
 
 
 def test_a_sharded_teacher_is_made_whole_once_per_step(workers, write):

@@ -68,19 +68,19 @@ SLOW_CASES = [
     ids=lambda value: None if isinstance(value, dict) else str(value),
 )
 def test_a_student_distils_as_in_one_plain_process(distil, student, terms, stages, ranks, sections):
-    path, found = distil(student, terms, stages, ranks=ranks, **sections)
+    path, result = distil(student, terms, stages, ranks=ranks, **sections)
 
-    assert_same(found[0], plain_run(path, terms, found[0]["initial"]))
+    assert_same(result[0], plain_run(path, terms, result[0]["initial"]))
     if stages[0] == 3:  # the student is really sharded
-        whole = sum(weight.numel() for weight in found[0]["initial"].values())
-        assert all(rank["local_elements"] <= 0.51 * whole for rank in found)
+        whole = sum(weight.numel() for weight in result[0]["initial"].values())
+        assert all(rank["local_elements"] <= 0.51 * whole for rank in result)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_shards_of_a_bf16_student_are_its_fp32_weights_and_gradients(distil, stage):
-    _, found = distil("bert-student", CLASSIFICATION, (stage, 0), steps=1, train={"bf16": True})
+    _, result = distil("bert-student", CLASSIFICATION, (stage, 0), steps=1, train={"bf16": True})
 
-    assert_same_shards(found[0])
+    assert_same_shards(result[0])
 
 
 # Nothing but a layer's projections has a gradient then, and the layer is repeated in the backward.
@@ -88,10 +88,10 @@ def test_the_shards_of_a_bf16_student_are_its_fp32_weights_and_gradients(distil,
 def test_relations_can_be_all_that_is_learned(distil, student, stage):
     alone = {"relation_kl": 1.0}
 
-    path, (found, _) = distil(student, alone, (stage, 3), steps=1, train=RECOMPUTED)
+    path, (actual, _) = distil(student, alone, (stage, 3), steps=1, train=RECOMPUTED)
 
-    expected = plain_run(path, alone, found["initial"])
-    assert found["losses"][0]["relation_kl"] == pytest.approx(expected["losses"][0]["relation_kl"])
-    for name, gradient in found["gradients"][0].items():
+    expected = plain_run(path, alone, actual["initial"])
+    assert actual["losses"][0]["relation_kl"] == pytest.approx(expected["losses"][0]["relation_kl"])
+    for name, gradient in actual["gradients"][0].items():
         wanted = expected["gradients"][0].get(name, torch.zeros_like(gradient))
         assert torch.allclose(gradient, wanted, atol=1e-6), name

@@ -120,13 +120,13 @@ def test_a_trial_asks_the_teacher_once_and_runs_each_candidate_once(
 ):
     config = config_of(folder, tmp_path, zero=zero)
 
-    for found in workers(ranks).run("test_evaluation_forwards.evaluated", str(config), [], "trial"):
-        turns = found["batches"]  # after the last step
-        assert found["forwards"]["teacher", ROWS] == turns
-        assert found["forwards"]["student", ROWS] == 3 * turns
-        for view, scores in found["scores"].items():
+    for one in workers(ranks).run("test_evaluation_forwards.evaluated", str(config), [], "trial"):
+        turns = one["batches"]  # after the last step
+        assert one["forwards"]["teacher", ROWS] == turns
+        assert one["forwards"]["student", ROWS] == 3 * turns
+        for view, scores in one["scores"].items():
             assert scores.keys() >= {"perplexity", *TERMS}, view
-            assert scores == pytest.approx(found["apart"][view], rel=1e-6), view
+            assert scores == pytest.approx(one["apart"][view], rel=1e-6), view
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -135,12 +135,12 @@ def test_losses_on_held_out_rows_take_no_second_forward(workers, folder, tmp_pat
 
     for losses in (False, True):
         overrides = [f"eval.losses={str(losses).lower()}", f"output_dir={tmp_path / str(losses)}"]
-        for found in workers(ranks).run(
+        for one in workers(ranks).run(
             "test_evaluation_forwards.evaluated", str(config), overrides, "plain"
         ):
-            turns = found["batches"]
-            (scores,), (apart,) = found["scores"].values(), found["apart"].values()
-            assert found["forwards"].get(("teacher", ROWS), 0) == losses * 2 * turns
-            assert found["forwards"]["student", ROWS] == (1 + losses) * turns
+            turns = one["batches"]
+            (scores,), (apart,) = one["scores"].values(), one["apart"].values()
+            assert one["forwards"].get(("teacher", ROWS), 0) == losses * 2 * turns
+            assert one["forwards"]["student", ROWS] == (1 + losses) * turns
             assert set(TERMS) <= scores.keys() if losses else not set(TERMS) & scores.keys()
             assert scores == pytest.approx({n: apart[n] for n in scores}, rel=1e-6)

@@ -25,12 +25,12 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        said = torch.zeros_like(tokens)
+        answer = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
             mine = tokens[:, 0] == number
             if mine.any():
-                said[mine] = expert(tokens[mine])
-        return said
+                answer[mine] = expert(tokens[mine])
+        return answer
 
 
 def farthest_from_whole() -> float:

@@ -34,9 +34,9 @@ def joined(engine: Any, sampling: Sampling = SAMPLING) -> list:
     """The completions of all ranks, in the order of the prompts; some ranks may have none."""
     ranks = distributed.ranks()
     rows = range(ranks.rank, len(PROMPTS), ranks.world_size)
-    said = generated(engine, [PROMPTS[row] for row in rows], rows, sampling)
+    answer = generated(engine, [PROMPTS[row] for row in rows], rows, sampling)
     texts: dict = {}
-    for part in collectives.gather(dict(zip(rows, said, strict=True))):
+    for part in collectives.gather(dict(zip(rows, answer, strict=True))):
         texts |= part
     return [(texts[row].ids, texts[row].finished) for row in range(len(PROMPTS))]
 
@@ -57,7 +57,7 @@ def completions(config_path: str, overrides: list[str]) -> dict:
 def training(config_path: str, overrides: list[str], calls_per_step: int) -> dict:
     """Two steps with `calls_per_step` generations before each; the weights, rank 0's."""
     changed: set[str] = set()
-    said = []
+    answers = []
     with started(config_path, overrides) as (run, teacher):
         for step in range(2):
             batches = run.source.step(step)
@@ -65,13 +65,13 @@ def training(config_path: str, overrides: list[str], calls_per_step: int) -> dic
             run.student.bundle.train()
             for _ in range(calls_per_step):
                 before = state_of(run.student)
-                said.append(joined(run.student))
+                answers.append(joined(run.student))
                 joined(teacher)
                 after = state_of(run.student)
                 changed |= {name for name in before if not same(before[name], after[name])}
             run.trainer.train_step(batches)
         weights = dict(gathered_state(run.student.bundle))
-    return {"weights": weights, "changed": sorted(changed), "said": said}
+    return {"weights": weights, "changed": sorted(changed), "said": answers}
 
 
 def state_of(engine: Any) -> dict[str, Any]:
@@ -143,14 +143,14 @@ def calls(config_path: str, overrides: list[str]) -> list[int]:
 
 def refused(config_path: str, overrides: list[str]) -> str:
     """The error of every rank if the prompt of one rank is too long, and generation after it."""
-    said = ""
+    answer = ""
     with started(config_path, overrides) as (run, _):
         try:
             generated(run.student, [[3] * (1000 if distributed.ranks().is_main else 1)], [0])
         except MegakdError as error:
-            said = str(error)
+            answer = str(error)
         assert len(joined(run.student)) == len(PROMPTS)
-    return said
+    return answer
 
 
 WEIGHTS = {"hard_cross_entropy": 0.3, "soft_target_kl": 0.7}
@@ -187,13 +187,13 @@ def alone(workers, config_of):
 def test_completions_are_the_same_at_every_stage_and_on_any_number_of_ranks(
     workers, config_of, alone, world, stage, teacher_stage
 ):
-    found = workers(world).run("test_generation.completions", config_of(stage, teacher_stage), [])
+    result = workers(world).run("test_generation.completions", config_of(stage, teacher_stage), [])
 
     for key in ("student", "greedy", "teacher"):
-        assert all(rank[key] == alone[key] for rank in found), key
-    assert found[0]["one"] == alone["one"]
-    assert all(rank["one"] == [] for rank in found[1:])
-    assert all(rank["none"] == [] for rank in found)
+        assert all(rank[key] == alone[key] for rank in result), key
+    assert result[0]["one"] == alone["one"]
+    assert all(rank["one"] == [] for rank in result[1:])
+    assert all(rank["none"] == [] for rank in result)
     # They end at different positions, and the teacher continues otherwise.
     assert len({len(ids) for ids, _ in alone["student"]}) > 1
     assert any(finished for _, finished in alone["student"])
@@ -205,13 +205,13 @@ def test_training_goes_on_as_if_nothing_had_been_generated(workers, config_of, s
     config = config_of(stage, 3 if stage == 3 else 0)
 
     quiet = workers(2).run("test_generation.training", config, [], 0)
-    found = workers(2).run("test_generation.training", config, [], 1)
+    result = workers(2).run("test_generation.training", config, [], 1)
 
-    assert [rank["changed"] for rank in found] == [[], []]
-    assert difference(found[0]["weights"], quiet[0]["weights"]) == 0
-    first, second = found[0]["said"]
+    assert [rank["changed"] for rank in result] == [[], []]
+    assert difference(result[0]["weights"], quiet[0]["weights"]) == 0
+    first, second = result[0]["said"]
     assert first != second  # a step has changed the weights
-    assert found[0]["said"] == found[1]["said"]
+    assert result[0]["said"] == result[1]["said"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -220,16 +220,16 @@ def test_a_sharded_model_is_gathered_group_by_group_into_a_copy_that_is_freed(
 ):
     config = write_run("llama-tied", WEIGHTS, (3, 0), train={"bf16": dtype == "bf16"})
 
-    found = workers(2).run("test_generation.copy_facts", config, [])
+    result = workers(2).run("test_generation.copy_facts", config, [])
 
-    for rank in found:
+    for rank in result:
         assert rank["sharded"] == (True, False)
         assert rank["gathered"] == (0, 0)
         assert rank["dtypes"] == {torch.bfloat16 if dtype == "bf16" else torch.float32}
         assert rank["tied"]
         assert rank["left"] == 0
-    for rank in found:
-        assert difference(rank["whole"], found[0]["state"]) == 0
+    for rank in result:
+        assert difference(rank["whole"], result[0]["state"]) == 0
 
 
 def test_a_rank_without_prompts_does_not_run_the_model(workers, config_of):
@@ -240,7 +240,7 @@ def test_a_rank_without_prompts_does_not_run_the_model(workers, config_of):
 
 
 def test_a_prompt_that_cannot_be_continued_fails_on_all_ranks_alike(workers, config_of):
-    said = workers(2).run("test_generation.refused", config_of(3, 0), [])
+    answer = workers(2).run("test_generation.refused", config_of(3, 0), [])
 
-    assert said[0] == said[1]
-    assert "prompt 0 has 1000 tokens" in said[0]
+    assert answer[0] == answer[1]
+    assert "prompt 0 has 1000 tokens" in answer[0]

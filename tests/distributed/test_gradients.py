@@ -161,30 +161,30 @@ def plain(steps, skipped=()) -> dict:
     return {"weights": weights, "norms": norms}
 
 
-def difference(found, expected) -> float:
-    return max((found[name] - expected[name]).abs().max().item() for name in expected)
+def difference(actual, expected) -> float:
+    return max((actual[name] - expected[name]).abs().max().item() for name in expected)
 
 
 @pytest.mark.parametrize("preset", ALL, ids=str)
 def test_a_weight_that_is_missed_gets_no_gradient_of_another_step(workers, preset):
-    found = workers(RANKS).run("test_gradients.train", preset, "fp32", STEPS, {}, timeout_s=400)[0]
+    actual = workers(RANKS).run("test_gradients.train", preset, "fp32", STEPS, {}, timeout_s=400)[0]
 
     expected = plain(STEPS)
-    for mine, other in zip(found["weights"], expected["weights"], strict=True):
+    for mine, other in zip(actual["weights"], expected["weights"], strict=True):
         assert difference(mine, other) <= 1e-6
-    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert actual["norms"] == pytest.approx(expected["norms"], rel=1e-4)
 
 
-def moved(found, first) -> torch.Tensor:
+def moved(result, first) -> torch.Tensor:
     """All changes of the weights in one vector."""
-    return torch.cat([(found[name] - first[name]).flatten() for name in sorted(first)])
+    return torch.cat([(result[name] - first[name]).flatten() for name in sorted(first)])
 
 
-def assert_moved_alike(found, expected) -> None:
+def assert_moved_alike(actual, expected) -> None:
     """The changes are equal to the rounding of 16 bits."""
-    for mine, other in zip(found["weights"][1:], expected["weights"][1:], strict=True):
+    for mine, other in zip(actual["weights"][1:], expected["weights"][1:], strict=True):
         change = moved(other, expected["weights"][0])
-        assert (moved(mine, found["weights"][0]) - change).norm() <= 0.05 * change.norm()
+        assert (moved(mine, actual["weights"][0]) - change).norm() <= 0.05 * change.norm()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -193,11 +193,11 @@ def test_updates_in_16_bits_are_as_large_as_in_32(workers, preset, dtype):
     """The first, whose bias Adam corrects most, and one of two backwards."""
     steps = [["abc"], ["abc"], ["abc", "abc"], ["ab"]]
 
-    found = workers(RANKS).run("test_gradients.train", preset, dtype, steps, {}, timeout_s=400)[0]
+    actual = workers(RANKS).run("test_gradients.train", preset, dtype, steps, {}, timeout_s=400)[0]
 
     expected = plain(steps)
-    assert_moved_alike(found, expected)
-    assert found["norms"] == pytest.approx(expected["norms"], rel=0.02)
+    assert_moved_alike(actual, expected)
+    assert actual["norms"] == pytest.approx(expected["norms"], rel=0.02)
 
 
 @pytest.mark.parametrize("preset", ALL, ids=str)
@@ -205,18 +205,18 @@ def test_only_the_step_that_overflows_is_skipped(workers, preset):
     steps = [["abc", "abc"]] * 4
 
     run = workers(RANKS).run
-    found = run("test_gradients.train", preset, "fp16", steps, {1: 1000.0}, timeout_s=400)[0]
+    result = run("test_gradients.train", preset, "fp16", steps, {1: 1000.0}, timeout_s=400)[0]
 
-    assert_moved_alike(found, plain(steps, skipped={1}))
-    assert found["norms"][1] == float("inf")
+    assert_moved_alike(result, plain(steps, skipped={1}))
+    assert result["norms"][1] == float("inf")
 
 
 @pytest.mark.parametrize(("preset", "is_used"), [("zero3", True), ("zero2", False)])
 def test_deepspeeds_linear_computes_the_steps_at_zero_3_and_nothing_else(workers, preset, is_used):
     run = workers(RANKS).run
-    found = run("test_gradients.train", preset, "fp32", [["abc"]], {}, timeout_s=400)[0]
+    result = run("test_gradients.train", preset, "fp32", [["abc"]], {}, timeout_s=400)[0]
 
-    assert found["linear"] == [is_used, False]
+    assert result["linear"] == [is_used, False]
 
 
 @pytest.mark.parametrize(("preset", "other"), [("zero2", "zero3"), ("zero0", "zero1")])
@@ -226,10 +226,10 @@ def test_the_scale_of_fp16_goes_on_at_another_stage_with_other_ranks(
     steps = [["abc"]] * 2
     case, folder = "test_gradients.train", str(tmp_path / "state")
 
-    found = workers(2).run(case, preset, "fp16", steps, {1: 1000.0}, None, folder)[0]
+    result = workers(2).run(case, preset, "fp16", steps, {1: 1000.0}, None, folder)[0]
     later = workers(1).run(case, other, "fp16", [], {}, folder)[0]
 
-    first, last = found["scaling"]
+    first, last = result["scaling"]
     assert later["scaling"][0] == last
     assert last["train/loss_scale"] < first["train/loss_scale"] or preset != "zero0"
     assert last["train/skipped_steps"] == 1
@@ -240,8 +240,8 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm_of_its_step(workers, pr
     steps = [["abc", "abc"]] * 2
 
     run = workers(RANKS).run
-    found = run("test_gradients.train", preset, "fp32", steps, {1: float("inf")}, timeout_s=400)[0]
+    result = run("test_gradients.train", preset, "fp32", steps, {1: float("inf")}, timeout_s=400)[0]
 
-    first, second = found["norms"]
+    first, second = result["norms"]
     assert 0 < first < float("inf")
     assert not 0 <= second < float("inf")

@@ -254,8 +254,8 @@ def plain_loss(model, batch):
     return F.cross_entropy(logits[labelled], batch.labels[labelled])
 
 
-def assert_close(found, expected) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_close(actual, expected) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(torch.tensor(ours), theirs, atol=3e-6, rtol=1e-5)
 
 
@@ -268,17 +268,17 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 @pytest.mark.parametrize(("task", "ranks", "stage"), CASES)
 def test_importance_is_that_of_one_plain_process(workers, config_of, plain, task, ranks, stage):
-    found = workers(ranks).run(
+    result = workers(ranks).run(
         "test_importance.measured", config_of(task, stage), [], with_width=ranks > 1
     )
 
     heads, neurons, columns = plain(task)
-    for rank in found:
+    for rank in result:
         assert_close(rank["heads"] + rank["neurons"], heads + neurons)
         if ranks > 1:
             assert_close([rank["width"]], columns)
         # To the last digit.
-        assert all(rank[kind] == found[0][kind] for kind in ("heads", "neurons", "width"))
+        assert all(rank[kind] == result[0][kind] for kind in ("heads", "neurons", "width"))
         # The teacher gets no gradient, and is never whole if it is sharded. The handle of the
         # last gathering may live a moment longer, and one weight with it.
         assert rank["learning"] == rank["gradients"] == 0
@@ -297,8 +297,8 @@ def test_scores_and_cut_do_not_depend_on_how_a_batch_is_dealt(workers, config_of
             f"train.per_device_train_batch_size={count}",
             f"train.gradient_accumulation_steps={accumulation}",
         ]
-        found = workers(2).run("test_importance.measured", config_of("mlm", 0), dealt)[0]
-        scores = UnitScores(found["heads"], found["neurons"])
+        result = workers(2).run("test_importance.measured", config_of("mlm", 0), dealt)[0]
+        scores = UnitScores(result["heads"], result["neurons"])
         assert_close(scores.heads + scores.neurons, heads + neurons)
         assert unit_order(scores).heads == unit_order(whole).heads
         assert [view_at(scores, s, round_to=1) for s in (0.5, 0.9)] == [
@@ -309,17 +309,17 @@ def test_scores_and_cut_do_not_depend_on_how_a_batch_is_dealt(workers, config_of
 def test_importance_in_bf16_is_that_in_fp32_up_to_rounding(workers, config_of, plain):
     path = config_of("classification", 3)
 
-    found = workers(2).run("test_importance.measured", path, ["teacher.dtype=bf16"])[0]
+    result = workers(2).run("test_importance.measured", path, ["teacher.dtype=bf16"])[0]
 
     heads, neurons, _ = plain("classification")
-    for ours, exact in zip(found["heads"] + found["neurons"], heads + neurons, strict=True):
+    for ours, exact in zip(result["heads"] + result["neurons"], heads + neurons, strict=True):
         assert 1e-5 < torch.dist(torch.tensor(ours), exact) < 0.1  # of norm 1
 
 
 def test_rows_without_a_label_are_refused_on_all_ranks(workers, config_of):
     path = config_of("classification", 3)
 
-    said = workers(2).run("test_importance.measured", path, [], labelled=False)
+    answer = workers(2).run("test_importance.measured", path, [], labelled=False)
 
-    assert said[0] == said[1]
-    assert said[0]["error"].startswith("DataError: none of the 2 rows that importance is")
+    assert answer[0] == answer[1]
+    assert answer[0]["error"].startswith("DataError: none of the 2 rows that importance is")

@@ -39,22 +39,22 @@ def adapt(initial, targets=TARGETS, whole=()):
     ("student", "zero"), [("llama-tied", 0), ("llama-tied", 2), ("llama-untied", 3)]
 )
 def test_adapters_learn_on_two_ranks_as_in_one_plain_process(distil, student, zero):
-    path, (found, _) = distil(student, LANGUAGE, (zero, 0), student=ADAPTERS)
+    path, (result, _) = distil(student, LANGUAGE, (zero, 0), student=ADAPTERS)
 
-    assert_same(found, plain_run(path, LANGUAGE, found["initial"], adapt(found["initial"])))
-    for name, weight in found["initial"].items():
+    assert_same(result, plain_run(path, LANGUAGE, result["initial"], adapt(result["initial"])))
+    for name, weight in result["initial"].items():
         learns = "lora_" in name or not name.startswith("learners.")
-        assert torch.equal(found["final"][name], weight) is not learns, name
+        assert torch.equal(result["final"][name], weight) is not learns, name
         assert ("lora_B" in name) is not bool(weight.any()), name
 
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_adapters_and_the_head_of_a_classifier_learn_as_in_one_plain_process(distil, zero):
-    path, (found, _) = distil("bert-student", CLASSIFICATION, (zero, 3), student=ADAPTERS)
+    path, (result, _) = distil("bert-student", CLASSIFICATION, (zero, 3), student=ADAPTERS)
 
     inside, head = r".*encoder\.layer.*(query|key|value|dense)", ("classifier", "bert.pooler")
-    reference = adapt(found["initial"], inside, head)
-    assert_same(found, plain_run(path, CLASSIFICATION, found["initial"], reference))
+    reference = adapt(result["initial"], inside, head)
+    assert_same(result, plain_run(path, CLASSIFICATION, result["initial"], reference))
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -62,11 +62,11 @@ def test_the_base_without_adapters_teaches_as_a_second_model_would(distil, write
     student, base = {"lora": {**ADAPTERS["lora"], "dropout": 0.0}}, {"model": "student_base"}
     second = write_run("llama-tied", TOKENS, teacher={"model": str(models / "llama-tied")})
 
-    _, (found, _) = distil("llama-tied", TOKENS, (zero, 0), student=student, teacher=base)
+    _, (result, _) = distil("llama-tied", TOKENS, (zero, 0), student=student, teacher=base)
 
-    assert_same(found, plain_run(second, TOKENS, found["initial"], adapt(found["initial"])))
-    assert abs(found["losses"][0]["soft_target_kl"]) < 1e-6
-    assert found["losses"][-1]["soft_target_kl"] > 1e-4
+    assert_same(result, plain_run(second, TOKENS, result["initial"], adapt(result["initial"])))
+    assert abs(result["losses"][0]["soft_target_kl"]) < 1e-6
+    assert result["losses"][-1]["soft_target_kl"] > 1e-4
 
 
 @pytest.fixture(scope="module", params=[1, 3])
@@ -95,8 +95,8 @@ def test_a_killed_run_resumes_from_the_adapters_to_the_same_weights(workers, fin
 
     workers(2).run("finish", path, [f"output_dir={killed}"])
 
-    found, expected = (tensors_of(at / "stages" / "student") for at in (killed, out))
-    assert difference(found, expected) == 0
+    actual, expected = (tensors_of(at / "stages" / "student") for at in (killed, out))
+    assert difference(actual, expected) == 0
     result = json.loads((killed / "stages" / "student" / "result.json").read_text())
     assert result["steps"] == 4
 

@@ -149,10 +149,10 @@ def test_a_rank_that_is_lost_ends_the_launchers_of_two_nodes(
         os.kill(lost.pid, number)
         began = time.monotonic()
         survivor = next(node for node in nodes if rank_of(node, 0) is not None)
-        said = survivor.communicate(timeout=TIMEOUT_S)[0]
+        output = survivor.communicate(timeout=TIMEOUT_S)[0]
         print(f"{time.monotonic() - began:.1f} s")  # noqa: T201 - for the measurements
         assert survivor.returncode != 0
-        assert re.search(rf"megakd: rank 0 ends because rank 1 on \S+ .*{how}", said), said
+        assert re.search(rf"megakd: rank 0 ends because rank 1 on \S+ .*{how}", output), output
     finally:
         end(nodes)
 
@@ -172,11 +172,11 @@ def test_torchrun_brings_a_run_back_whose_rank_dies_three_times(config, tmp_path
             victim = rank_of(launcher, step // 10 % 2)
             assert victim is not None
             victim.kill()
-        said = launcher.communicate(timeout=TIMEOUT_S)[0]
+        output = launcher.communicate(timeout=TIMEOUT_S)[0]
     finally:
         end([launcher])
 
-    assert launcher.returncode == 0, said
-    assert said.count("student: resumed at step") == 3, said
+    assert launcher.returncode == 0, output
+    assert output.count("student: resumed at step") == 3, output
     final = "final/model.safetensors"
     assert (out / final).read_bytes() == (whole / final).read_bytes()

@@ -55,15 +55,15 @@ def learn(config_path: str, overrides: list[str]) -> dict[str, Any]:
 
 def folder_weights(folder: Path) -> dict[str, Any]:
     """All weights below a stage's folder, by path."""
-    found = {}
+    collected = {}
     for file in sorted(folder.rglob("*.safetensors")):
         prefix = "/".join(
             (*file.relative_to(folder).parts[:-1], file.stem if file.name == FILE else "")
         )
-        found |= {
+        collected |= {
             f"{prefix.strip('/')}/{name}".lstrip("/"): w for name, w in load_file(file).items()
         }
-    return found
+    return collected
 
 
 def open_layers(config_path: str, overrides: list[str]) -> list[int]:
@@ -173,12 +173,12 @@ TOGETHER = ["down", "up", "dual", "tables"]
 @pytest.fixture(scope="module")
 def alone(workers, folder, tmp_path_factory) -> dict:
     """By method: one rank at ZeRO 0 with the batch of two ranks."""
-    found = {}
+    collected = {}
     for name, method in METHODS.items():
         train = {"per_device_train_batch_size": 6}
         path = config_of(folder, tmp_path_factory.mktemp(name), train=train, **method)
-        found[name] = workers(1).run("test_mixed_vocabulary.learn", path, [])[0]
-    return found
+        collected[name] = workers(1).run("test_mixed_vocabulary.learn", path, [])[0]
+    return collected
 
 
 def reference_of(
@@ -196,10 +196,10 @@ def reference_of(
     return pair, trained(pair, notes["batches"], train, learners=learners)
 
 
-def assert_same(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
     for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(actual[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", TOGETHER)
@@ -214,8 +214,8 @@ def test_one_rank_learns_as_plain_pytorch_does(folder, alone, name):
         "parameter_projection": "projection",
     }
     for parts, expected in zip(notes["parts"], losses, strict=True):
-        found = {names[name]: value for name, value in parts.items() if name in names}
-        assert found == pytest.approx(expected, rel=1e-5)
+        actual = {names[name]: value for name, value in parts.items() if name in names}
+        assert actual == pytest.approx(expected, rel=1e-5)
     assert_same(notes["final"], pair.weights({"student": "", "teacher": "teacher/"}))
 
 
@@ -248,10 +248,10 @@ def test_two_vocabularies_go_on_with_other_ranks(command, goes_on, folder, tmp_p
         "train.gradient_accumulation_steps=4",
     )
 
-    found = goes_on(config, tmp_path / "out", "student", 2, *keys, *other, world=1)
+    result = goes_on(config, tmp_path / "out", "student", 2, *keys, *other, world=1)
 
     assert_same(
-        folder_weights(found / "stages" / "student"),
+        folder_weights(result / "stages" / "student"),
         folder_weights(tmp_path / "out" / "stages" / "student"),
     )
 
@@ -262,8 +262,8 @@ def test_dual_training_alone_does_not_reach_the_student(folder, alone):
     pair, _ = reference_of(folder, notes, METHODS["dual"], learners=["student"])
 
     student = dict(pair.models["student"].named_parameters())
-    found = {name: notes["final"][name] for name in student}
-    assert_same(found, {name: weight.detach() for name, weight in student.items()})
+    one = {name: notes["final"][name] for name in student}
+    assert_same(one, {name: weight.detach() for name, weight in student.items()})
 
 
 @pytest.mark.parametrize(
@@ -285,15 +285,15 @@ def test_two_ranks_end_as_one_rank(workers, folder, tmp_path, alone, name, stage
     assert both.keys() == alone[name].keys()
     for part, notes in both.items():
         assert_same(notes["final"], alone[name][part]["final"])
-        for found, expected in zip(notes["parts"], alone[name][part]["parts"], strict=True):
-            assert found == pytest.approx(expected, rel=1e-4)
+        for actual, expected in zip(notes["parts"], alone[name][part]["parts"], strict=True):
+            assert actual == pytest.approx(expected, rel=1e-4)
 
 
 def test_zero_3_gathers_one_layer_of_each_model_at_a_time(workers, folder, tmp_path):
     path = config_of(folder, tmp_path, projections="down", embeddings=False)
     override = f"student.deepspeed={json.dumps(WITHOUT_PREFETCH)}"
 
-    found = workers(2).run("test_mixed_vocabulary.open_layers", path, [override])[0]
+    result = workers(2).run("test_mixed_vocabulary.open_layers", path, [override])[0]
 
     # 4 steps of 2 micro-batches, each with both layers.
-    assert found == [1] * 16
+    assert result == [1] * 16

@@ -108,9 +108,9 @@ def test_each_node_has_one_copy_of_a_teacher_that_answers_as_if_whole(
     whole = ["teacher.deepspeed=teacher_zero0"]
 
     expected = workers(ranks).run("test_nodes.taught", path, whole, nodes)
-    found = workers(ranks).run("test_nodes.taught", path, [], nodes)
+    actual = workers(ranks).run("test_nodes.taught", path, [], nodes)
 
-    for with_copy, with_whole in zip(found, expected, strict=True):
+    for with_copy, with_whole in zip(actual, expected, strict=True):
         assert with_copy["share"] == pytest.approx(1 / of_node, abs=0.01)
         assert set(with_copy["groups"]) == ({of_node} if of_node > 1 else set())
         for step, whole_step in zip(with_copy["losses"], with_whole["losses"], strict=True):
@@ -118,4 +118,4 @@ def test_each_node_has_one_copy_of_a_teacher_that_answers_as_if_whole(
         if not language:
             torch.testing.assert_close(with_copy["logits"], with_whole["logits"])
         assert with_copy["freed"]
-    assert difference(found[0]["weights"], expected[0]["weights"]) == 0
+    assert difference(actual[0]["weights"], expected[0]["weights"]) == 0

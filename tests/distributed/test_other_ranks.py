@@ -56,7 +56,7 @@ def travel(workers, write_run, tmp_path):
     """Train a student of `equal_runs` along a route; return what rank 0 has at the end."""
 
     def train(route, name, terms, *, places=PLACES, **sections) -> dict[str, Any]:
-        losses, folder, found = [], None, {}
+        losses, folder, collected = [], None, {}
         for (ranks, ds, teacher), (first, last) in zip(route, pairwise(places), strict=True):
             train = {"per_device_train_batch_size": 12 // ranks, **sections.get("train", {})}
             train |= {"gradient_accumulation_steps": 1, "max_steps": places[-1]}
@@ -64,21 +64,21 @@ def travel(workers, write_run, tmp_path):
             given["student"] = {**given.get("student", {}), "deepspeed": ds}
             config = write_run(name, terms, (0, teacher), **given)
             after = str(tmp_path / str(len(list(tmp_path.iterdir()))))
-            found = workers(ranks).run(
+            collected = workers(ranks).run(
                 "test_other_ranks.leg", config, folder, first, last, after, timeout_s=300
             )[0]
-            losses, folder = [*losses, *found["losses"]], after
-        return {**found, "losses": losses}
+            losses, folder = [*losses, *collected["losses"]], after
+        return {**collected, "losses": losses}
 
     return train
 
 
-def assert_same(found, unbroken, *, tolerance=1e-6) -> None:
-    for mine, theirs in zip(found["losses"], unbroken["losses"], strict=True):
+def assert_same(result, unbroken, *, tolerance=1e-6) -> None:
+    for mine, theirs in zip(result["losses"], unbroken["losses"], strict=True):
         assert mine == pytest.approx(theirs, rel=2 * tolerance, abs=tolerance)
-    assert difference(found["weights"], unbroken["weights"]) < 3 * tolerance
-    assert difference(found["values"], unbroken["values"]) < 3 * tolerance
-    assert found["steps"] == unbroken["steps"]
+    assert difference(result["weights"], unbroken["weights"]) < 3 * tolerance
+    assert difference(result["values"], unbroken["values"]) < 3 * tolerance
+    assert result["steps"] == unbroken["steps"]
 
 
 ALONE = [(1, STAGES[0], 0)]
@@ -123,12 +123,12 @@ def test_what_other_ranks_read_is_what_was_written_to_the_last_bit(travel, bf16)
 
 def test_a_checkpoint_has_every_value_once(travel, tmp_path):
     route = [(2, STAGES[0], 0), (2, STAGES[3], 0)]
-    found = travel(route, "llama-untied", LANGUAGE, places=[0, 1, 2])
+    result = travel(route, "llama-untied", LANGUAGE, places=[0, 1, 2])
 
     for folder in (tmp_path / "0", tmp_path / "1"):
         written = sum(file.stat().st_size for file in folder.glob("engine-*.pt"))
         # Shards are padded, and each has a header.
-        assert written < 4 * sum(v.numel() for v in found["values"].values()) + 60_000
+        assert written < 4 * sum(v.numel() for v in result["values"].values()) + 60_000
 
 
 KEPT = {"save_steps": 1, "save_total_limit": None}
@@ -154,12 +154,12 @@ def test_a_trial_of_minidisc_goes_on_with_other_ranks(command, goes_on, write_ru
     )
     other = f"student.deepspeed={{zero_optimization: {{stage: {zero}}}}}"
 
-    found = goes_on(config, out, "trial-1", 2, other, *rows, world=world)
+    result = goes_on(config, out, "trial-1", 2, other, *rows, world=world)
 
     weights = [path.relative_to(out) for path in out.glob("stages/*/model.safetensors")]
     assert len(weights) > 1  # the start and the trial
     for path in weights:
-        one, two = load_file(found / path), load_file(out / path)
+        one, two = load_file(result / path), load_file(out / path)
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 

@@ -20,8 +20,8 @@ class Pair(nn.Module):
         self.first, self.second = (nn.Linear(4, 4, bias=False) for _ in range(2))
 
     def forward(self, inputs: Tensor, *, both: bool) -> Tensor:
-        said = self.first(inputs)
-        return (said + self.second(inputs)).sum() if both else said.sum()
+        answer = self.first(inputs)
+        return (answer + self.second(inputs)).sum() if both else answer.sum()
 
 
 def update(**zero: object) -> dict[str, float]:

@@ -149,9 +149,9 @@ PACKED = {
 
 
 def test_packed_text_distils_as_in_one_plain_process(distil):
-    path, found = distil("llama-untied", LANGUAGE, (2, 3), train=PACKED)
+    path, result = distil("llama-untied", LANGUAGE, (2, 3), train=PACKED)
 
-    assert_same(found[0], plain_run(path, LANGUAGE, found[0]["initial"]))
+    assert_same(result[0], plain_run(path, LANGUAGE, result[0]["initial"]))
 
 
 def test_offloaded_layer_inputs_give_the_same_gradients(workers, write_run):

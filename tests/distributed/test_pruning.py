@@ -87,7 +87,7 @@ def alive_after(config_path: str) -> int:
 
 def models_in_memory() -> int:
     gc.collect()
-    return sum(isinstance(found, PreTrainedModel) for found in gc.get_objects())
+    return sum(isinstance(one, PreTrainedModel) for one in gc.get_objects())
 
 
 SIZES = {
@@ -177,12 +177,12 @@ def alone(pruned, folder, tmp_path_factory) -> dict:
     return {name: pruned(config, 1)[0] for name, config in configs.items()}
 
 
-def assert_same(found: dict, reference: dict, *, tolerance=1e-5) -> None:
-    assert [n["wanted"] for n in found["notes"]] == [n["wanted"] for n in reference["notes"]]
-    assert found["state"].keys() == reference["state"].keys()
+def assert_same(result: dict, reference: dict, *, tolerance=1e-5) -> None:
+    assert [n["wanted"] for n in result["notes"]] == [n["wanted"] for n in reference["notes"]]
+    assert result["state"].keys() == reference["state"].keys()
     for name, weight in reference["state"].items():
         torch.testing.assert_close(
-            found["state"][name], weight, atol=tolerance, rtol=1e-4, msg=name
+            result["state"][name], weight, atol=tolerance, rtol=1e-4, msg=name
         )
 
 
@@ -209,10 +209,10 @@ def test_other_scores_do_not_depend_on_ranks_or_cuts(pruned, config_of, score):
 
 def test_scores_are_the_sums_of_whole_matrices(pruned, config_of):
     # beta 0: the sensitivities of the very step after which the first units go.
-    found = pruned(config_of("bert", 3, {"sensitivity_beta": 0.0}))[0]
+    result = pruned(config_of("bert", 3, {"sensitivity_beta": 0.0}))[0]
 
-    reference = reference_scores(found["sensitivities"][0])
-    torch.testing.assert_close(found["notes"][0]["scores"], reference, rtol=1e-5, atol=1e-9)
+    reference = reference_scores(result["sensitivities"][0])
+    torch.testing.assert_close(result["notes"][0]["scores"], reference, rtol=1e-5, atol=1e-9)
 
 
 def reference_scores(sensitivities: dict) -> torch.Tensor:
@@ -227,12 +227,12 @@ def reference_scores(sensitivities: dict) -> torch.Tensor:
         for layer in layers
         for part in ("attention.output", "output")
     )
-    found = [width]
+    result = [width]
     for layer in layers:
         own = f"{layer}.attention.self"
-        found += [rows[f"{own}.query.weight"] + rows[f"{own}.key.weight"]]
-        found += [rows[f"{own}.value.weight"], rows[f"{layer}.intermediate.dense.weight"]]
-    return torch.cat(found)
+        result += [rows[f"{own}.query.weight"] + rows[f"{own}.key.weight"]]
+        result += [rows[f"{own}.value.weight"], rows[f"{layer}.intermediate.dense.weight"]]
+    return torch.cat(result)
 
 
 # (model, ZeRO stage, bf16, largest difference): dropout draws the same after a cut, and a student
@@ -261,10 +261,10 @@ DISTILLATION = [
 def test_at_step_0_no_term_separates_the_student_from_its_teacher(pruned, config_of):
     sections = {"objective": DISTILLATION, "log": {"logging_steps": 1}}
 
-    found = pruned(config_of("bert", 3, {"cuts": 0}, **sections))[0]
+    result = pruned(config_of("bert", 3, {"cuts": 0}, **sections))[0]
 
-    assert all(values.count_nonzero() == 0 for values in found["sensitivities"][0].values())
-    first = found["logged"][0]
+    assert all(values.count_nonzero() == 0 for values in result["sensitivities"][0].values())
+    first = result["logged"][0]
     assert [first[f"train/{term['loss']}"] for term in DISTILLATION] == [0.0] * 4
 
 
@@ -301,9 +301,9 @@ def test_a_window_goes_on_with_other_ranks(command, goes_on, config_of, world, s
         f"train.per_device_train_batch_size={12 // world}",
     )
 
-    found = goes_on(config, out, "pruning-2", 5, other, *rows, world=world)
+    result = goes_on(config, out, "pruning-2", 5, other, *rows, world=world)
 
-    one, whole = (load_file(each / "final" / "model.safetensors") for each in (found, out))
+    one, whole = (load_file(each / "final" / "model.safetensors") for each in (result, out))
     assert difference(one, whole) < 1e-5
 
 

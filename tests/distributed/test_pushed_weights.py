@@ -47,7 +47,7 @@ def full(
 def refused(config_path: str, overrides: list[str], folder: str, urls: list[str]) -> list[str]:
     """The messages of a folder without room and of a server that loads nothing; then a step."""
     servers = [SglangServer(JsonServer(url, time_limit_s=60)) for url in urls]
-    said = []
+    answers = []
     with started(config_path, overrides) as (run, _):
         push = FullPush(run.student.student, servers, Path(folder) / "run" / "run-s1")
         for needed in (10**18, 1):
@@ -55,9 +55,9 @@ def refused(config_path: str, overrides: list[str], folder: str, urls: list[str]
                 with patch("megakd.servers.connect._bytes_of", lambda _, needed=needed: needed):
                     push.push(1)
             except MegakdError as error:
-                said.append(str(error))
+                answers.append(str(error))
         run.trainer.train_step(run.source.step(0))
-    return said
+    return answers
 
 
 def adapters(config_path: str, overrides: list[str], folder: str, urls: list[str]) -> list[str]:
@@ -125,10 +125,10 @@ def test_a_push_that_fails_ends_on_all_ranks_with_the_same_message(workers, writ
     failed = {"success": False, "message": "out of memory", "num_paused_requests": 0}
     stub.spoil = lambda *_: failed
     with serving(stub) as urls:
-        said = workers(2).run("test_pushed_weights.refused", path, [], str(tmp_path), urls)
+        answer = workers(2).run("test_pushed_weights.refused", path, [], str(tmp_path), urls)
 
-    assert said[0] == said[1]
-    room, refused = said[0]
+    assert answer[0] == answer[1]
+    room, refused = answer[0]
     assert "rollout.server.folder" in room
     assert "the weights of the student take 1000000000.0 GB" in room
     assert f"{stub.url}/update_weights_from_disk did not load" in refused

@@ -110,14 +110,14 @@ def wanted_of(folder: Path) -> Wanted:
 
 
 def served(url: str, folder: Path, sampling: Sampling, seed: int = 0) -> list[Completion]:
-    wanted, found = wanted_of(folder), []
+    wanted, actual = wanted_of(folder), []
     for number, prompt in enumerate(PROMPTS):
         request = TextRequest(
             prompt, seed + number, sampling, str(folder), wanted.end_tokens, wanted.padding
         )
         text = VllmServer(http(url)).complete(request)
-        found.append(checked_completion(text, request, vocabulary=KNOWN, url=url))
-    return found
+        actual.append(checked_completion(text, request, vocabulary=KNOWN, url=url))
+    return actual
 
 
 def greedy_of(folder: Path) -> list[Completion]:
@@ -213,11 +213,11 @@ def test_hidden_states_are_those_of_the_last_layer(folders, tmp_path):
     states.mkdir()
     exports = Exports(states, width=64, layers=2, time_limit_s=60)
     with vllm_server(folders[0], tmp_path / "vllm.txt", *states_flags(states, 2)) as url:
-        said = StatesServer(http(url), exports).states(text, str(folders[0]))
+        answer = StatesServer(http(url), exports).states(text, str(folders[0]))
 
     model = Qwen2ForCausalLM.from_pretrained(folders[0])
     model.model.norm = torch.nn.Identity()
     with torch.no_grad():
         wanted = model.model(torch.tensor([text])).last_hidden_state[0]
-    torch.testing.assert_close(said.states, wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(answer.states, wanted, rtol=0, atol=1e-4)
     assert not list(states.iterdir())

@@ -198,12 +198,12 @@ def logged(run: Run) -> dict[str, list[dict[str, Any]]]:
 def assert_same_tensors(folder: Path, wanted: Path) -> None:
     """The last weights, Adam's moments and the random numbers: the best may be older."""
     for name in (f"{kind}-{rank}.pt" for kind in ("engine", "rank") for rank in range(WORLD)):
-        found, there = (
+        actual, there = (
             dict(tensors(torch.load(at / name, weights_only=True), name)) for at in (folder, wanted)
         )
         assert there
-        assert found.keys() == there.keys()
-        assert [key for key in there if not torch.equal(found[key], there[key])] == []
+        assert actual.keys() == there.keys()
+        assert [key for key in there if not torch.equal(actual[key], there[key])] == []
 
 
 def tensors(tree: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -322,17 +322,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, l
     short = run.checkpoint(student, STEPS) / "rank-1.pt"
     short.write_bytes(short.read_bytes()[:-100])
 
-    said = finish(launch, run)
+    outcome = finish(launch, run)
 
     for stage, damage in (
         ("teacher-finetune", f"the checksum of {shard} differs"),
         (student, "rank-1.pt has"),
     ):
         newest, before = run.checkpoint(stage, STEPS), run.checkpoint(stage, STEPS - SAVE_STEPS)
-        assert f"{newest} is damaged ({damage}" in said
-        assert f"renamed to {newest}.unused-1: using {before}" in said
-        assert f"{stage}: resumed at step {STEPS - SAVE_STEPS} from {before}" in said
-    assert said.count(f"removed the lock {lock} of a process that was killed") == 1
+        assert f"{newest} is damaged ({damage}" in outcome
+        assert f"renamed to {newest}.unused-1: using {before}" in outcome
+        assert f"{stage}: resumed at step {STEPS - SAVE_STEPS} from {before}" in outcome
+    assert outcome.count(f"removed the lock {lock} of a process that was killed") == 1
     assert_same_run(run, truth)
 
 
@@ -346,12 +346,12 @@ def test_a_damaged_best_evaluation_is_taken_again_from_a_checkpoint_before_it(
     weights = best / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
 
-    said = finish(launch, run)
+    outcome = finish(launch, run)
 
     before = SAVE_STEPS * ((step - 1) // SAVE_STEPS)
-    assert f"step-{STEPS} needs the weights of step {step}, which are damaged" in said
-    assert f"{student}: resumed at step {before} from" in said
-    assert "is lost" not in said
+    assert f"step-{STEPS} needs the weights of step {step}, which are damaged" in outcome
+    assert f"{student}: resumed at step {before} from" in outcome
+    assert "is lost" not in outcome
     assert_same_run(run, truth)
 
 

@@ -97,11 +97,11 @@ def texts_of(out: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in (out / "rollouts" / "student").glob("*.jsonl")}
 
 
-def assert_close(found: Path, wanted: Path) -> None:
-    assert texts_of(found) == texts_of(wanted)
+def assert_close(actual: Path, wanted: Path) -> None:
+    assert texts_of(actual) == texts_of(wanted)
     assert len(texts_of(wanted)) > STEPS // 2
     for name, weight in weights(wanted).items():
-        torch.testing.assert_close(weights(found)[name], weight, rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(weights(actual)[name], weight, rtol=0, atol=2e-5, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +160,9 @@ def test_a_run_killed_before_it_learns_from_a_text_ends_as_if_it_had_never_been(
     written = texts_of(out)
     finish(command, config, out)
 
-    found, kept = texts_of(out), texts_of(wanted)
-    assert all(found.get(name, text) == text for name, text in written.items())
-    assert found.items() >= kept.items()  # the last kill may fall between a text and the removal
+    actual, kept = texts_of(out), texts_of(wanted)
+    assert all(actual.get(name, text) == text for name, text in written.items())
+    assert actual.items() >= kept.items()  # the last kill may fall between a text and the removal
     assert len(kept) == (STEPS if "replay" in mix else STEPS - 2)
     assert difference(weights(out), weights(wanted)) == 0
 
@@ -172,9 +172,9 @@ def test_a_student_on_policy_goes_on_with_other_ranks(command, goes_on, texts, t
     rows = "train.per_device_train_batch_size="
     wanted = finish(command, config, tmp_path / "wanted", f"{rows}6")
 
-    found = goes_on(config, wanted, "student", 3, f"{rows}12", "student.deepspeed=zero0", world=1)
+    actual = goes_on(config, wanted, "student", 3, f"{rows}12", "student.deepspeed=zero0", world=1)
 
-    assert_close(found, wanted)
+    assert_close(actual, wanted)
 
 
 def test_a_lost_text_is_generated_again(command, texts, tmp_path):

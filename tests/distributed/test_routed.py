@@ -47,7 +47,7 @@ def configs(tmp_path_factory) -> dict[str, str]:
             "max_length": 24,
         },
     }
-    found = {}
+    collected = {}
     for name, task in tasks.items():
         kind, keys = (bert, NO_DROPOUT) if name == "classification" else (llama, {})
         tree = config_tree(
@@ -63,8 +63,8 @@ def configs(tmp_path_factory) -> dict[str, str]:
         steps = {"max_steps": STEPS, "gradient_accumulation_steps": MICRO_BATCHES}
         # Large, so that the size of a gradient shows in the step that Adam takes.
         tree["train"] |= {**steps, "adam_epsilon": 0.01}
-        found[name] = str(write_config(folder / f"{name}.yaml", tree))
-    return found
+        collected[name] = str(write_config(folder / f"{name}.yaml", tree))
+    return collected
 
 
 @pytest.fixture

@@ -78,8 +78,8 @@ def learn_apart(config_path: str, overrides: list[str]) -> dict:
     action = Selector.action
 
     def other(selector, state):
-        said = action(selector, state)
-        return said if distributed.ranks().is_main else 1 - said
+        answer = action(selector, state)
+        return answer if distributed.ranks().is_main else 1 - answer
 
     with patch.object(Selector, "action", other):
         return selected(config_path, overrides)
@@ -166,10 +166,10 @@ def test_a_student_that_begins_anew_is_as_it_was(learn, stage):
     """Weights and optimizer: its first step is the first step again."""
     student = f"student.deepspeed=zero{stage}"
 
-    found = learn(2, student, "train.lr_scheduler_type=constant")[0]
+    result = learn(2, student, "train.lr_scheduler_type=constant")[0]
 
-    assert len(found["beginnings"]) == EPISODES
-    assert found["beginnings"][0] == found["beginnings"][1]
+    assert len(result["beginnings"]) == EPISODES
+    assert result["beginnings"][0] == result["beginnings"][1]
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), pytest.param(4, 3, marks=pytest.mark.slow)])
@@ -182,9 +182,9 @@ def test_an_episode_goes_on_with_other_ranks(command, goes_on, config, tmp_path,
     rows = f"train.per_device_train_batch_size={8 // world}"
     other = f"student.deepspeed=zero{stage}"
 
-    found = goes_on(config, out, "student", STEPS - 1, *keys, other, rows, world=world)
+    result = goes_on(config, out, "student", STEPS - 1, *keys, other, rows, world=world)
 
-    one, two = (load_file(each / "final" / "model.safetensors") for each in (found, out))
+    one, two = (load_file(each / "final" / "model.safetensors") for each in (result, out))
     assert difference(one, two) < 1e-5
 
 

@@ -119,9 +119,9 @@ def test_servers_of_other_weights_are_refused_before_the_run(command, config, tr
             stub.model = ExportingTransformer(tmp_path / "other")
         server["check_against"] = str(trained)
 
-        said = refused(command, config(server=server), tmp_path / "out")
+        outcome = refused(command, config(server=server), tmp_path / "out")
 
-    assert f"from {trained} in the mean log-probability of the best tokens of 8 texts" in said
+    assert f"from {trained} in the mean log-probability of the best tokens of 8 texts" in outcome
 
 
 def test_a_folder_that_a_rank_does_not_see_is_refused_before_the_run(
@@ -130,9 +130,9 @@ def test_a_folder_that_a_rank_does_not_see_is_refused_before_the_run(
     with exporting(tmp_path, trained) as (server, stubs):
         server["states"] = str(tmp_path / "elsewhere")
 
-        said = refused(command, config(server=server), tmp_path / "out")
+        outcome = refused(command, config(server=server), tmp_path / "out")
 
-    assert f"teacher.server.states: {tmp_path / 'elsewhere'} cannot be written" in said
+    assert f"teacher.server.states: {tmp_path / 'elsewhere'} cannot be written" in outcome
     assert not any(stub.of("/v1/completions") for stub in stubs)
 
 
@@ -147,6 +147,6 @@ def test_a_server_that_mixes_up_its_files_ends_the_run_on_all_ranks(
             else tensors | {"token_ids": tensors["token_ids"].flip(0)}
         )
 
-        said = refused(command, config(server=server), tmp_path / "out")
+        outcome = refused(command, config(server=server), tmp_path / "out")
 
-    assert "tokens that differs at position" in said
+    assert "tokens that differs at position" in outcome

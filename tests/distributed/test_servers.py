@@ -90,10 +90,14 @@ def test_the_next_texts_are_made_while_the_student_learns(command, texts, tmp_pa
         keys = AHEAD | served(stub, tmp_path / "w")
         out = finish(command, write_config(tmp_path, texts, zero=2, rollout=keys), tmp_path / "out")
 
-    versions = {step: {text.version for text in said} for step, said in rollouts_of(out).items()}
+    versions = {
+        step: {text.version for text in answer} for step, answer in rollouts_of(out).items()
+    }
     assert versions == {0: {0}} | {step: {step - 1} for step in range(1, STEPS)}
     assert versions_of(stub) == [str(k) for k in range(STEPS - 1)]
-    assert all(0 < len(t.completion.ids) <= 10 for said in rollouts_of(out).values() for t in said)
+    assert all(
+        0 < len(t.completion.ids) <= 10 for answer in rollouts_of(out).values() for t in answer
+    )
 
 
 def asked_seeds(asked: list[tuple[str, Any]]) -> set[int]:
@@ -112,7 +116,7 @@ def test_a_killed_run_reads_its_texts_and_asks_only_for_others(command, launch, 
         assert group.wait_until(third.exists), group.text
         group.kill()
         written, before = texts_of(out), len(stub.asked)
-        on_disk = {text.seed % 2**31 for said in rollouts_of(out).values() for text in said}
+        on_disk = {text.seed % 2**31 for answer in rollouts_of(out).values() for text in answer}
 
         finish(command, config, out)
 
@@ -169,10 +173,10 @@ def test_a_replica_that_is_restarted_between_two_blocks_ends_the_run(command, te
     with serving(*stubs) as urls:
         keys = GREEDY | served(stubs[0], folder, url=urls)
         config = write_config(tmp_path, texts, zero=0, rollout=keys)
-        said = refused(command, config, tmp_path / "out")
+        outcome = refused(command, config, tmp_path / "out")
 
-    assert "was generated with the weights default, and out-" in said
-    assert "the server was restarted" in said
+    assert "was generated with the weights default, and out-" in outcome
+    assert "the server was restarted" in outcome
     assert len(texts_of(tmp_path / "out")) == 2
 
 
@@ -181,11 +185,11 @@ def test_a_folder_that_cannot_be_written_is_named_before_a_model_loads(command, 
     folder.touch()
     with serving(stub):
         keys = GREEDY | served(stub, folder)
-        said = refused(
+        outcome = refused(
             command, write_config(tmp_path, texts, zero=0, rollout=keys), tmp_path / "out"
         )
 
-    assert f"rollout.server.folder: {folder}" in said
+    assert f"rollout.server.folder: {folder}" in outcome
     assert stub.model.folders == []
 
 
@@ -213,6 +217,6 @@ def test_adapters_reach_a_vllm_server_before_every_step(command, texts, tmp_path
     assert [*stub.loaded] == names[-1:]
     assert texts_of(out) == texts_of(wanted)
     file = Path("final") / "adapter" / "adapter_model.safetensors"
-    found = load_file(out / file)
+    actual = load_file(out / file)
     for name, tensor in load_file(wanted / file).items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=2e-5, msg=name)

@@ -68,22 +68,22 @@ def whole(trained):
     ("zero", "cut"), [(0, (2, 1, 6)), (2, (2, 1, 6)), (3, (2, 1, 6)), (3, (2, 6, 1))]
 )
 def test_the_pair_of_distillm_2_learns_the_same_in_any_cut(trained, whole, zero, cut):
-    found = trained(PAIR, zero, cut)
+    result = trained(PAIR, zero, cut)
 
     assert all(whole["losses"][step][name] > 0 for step in (0, 2) for name in NAMES)
     for step in range(STEPS):
-        assert found["losses"][step] == pytest.approx(whole["losses"][step], rel=2e-6, abs=1e-6)
+        assert result["losses"][step] == pytest.approx(whole["losses"][step], rel=2e-6, abs=1e-6)
         for name, gradient in whole["gradients"][step].items():
-            ours = found["gradients"][step][name]
+            ours = result["gradients"][step][name]
             torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("zero", [0, 3])
 def test_a_step_of_data_is_zero_for_terms_on_rollouts_and_the_run_continues(trained, zero):
-    found = trained(ON_ROLLOUTS, zero, (2, 1, 6))
+    result = trained(ON_ROLLOUTS, zero, (2, 1, 6))
 
-    assert set(found["losses"][1].values()) == {0.0}
-    assert not any(gradient.any() for gradient in found["gradients"][1].values())
+    assert set(result["losses"][1].values()) == {0.0}
+    assert not any(gradient.any() for gradient in result["gradients"][1].values())
     for step in (0, 2):
-        assert found["losses"][step]["loss"] > 0
-        assert all(gradient.any() for gradient in found["gradients"][step].values())
+        assert result["losses"][step]["loss"] > 0
+        assert all(gradient.any() for gradient in result["gradients"][step].values())

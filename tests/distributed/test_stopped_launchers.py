@@ -113,11 +113,11 @@ def test_a_run_whose_launcher_is_stopped_saves_and_goes_on_to_the_same_weights(
     run = begin(launcher)
 
     run.send(link, number)
-    said = run.finish()
+    outcome = run.finish()
 
     assert len(run.ranks) == 2
-    assert said.count(f"megakd: stopped by {reason}, student saved at step ") == 1, said
-    assert 'launch/train.py", line' not in said  # no traceback of a rank
+    assert outcome.count(f"megakd: stopped by {reason}, student saved at step ") == 1, outcome
+    assert 'launch/train.py", line' not in outcome  # no traceback of a rank
     assert not (run.out / "lock.json").exists()
     assert not (run.out / "report.json").exists()
     assert run.process.returncode != 0 or number == signal.SIGKILL

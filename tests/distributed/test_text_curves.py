@@ -74,7 +74,7 @@ def test_the_means_by_position_are_those_of_the_objective_on_the_same_texts(alon
 def test_values_by_position_do_not_depend_on_ranks_or_sharding(
     command, texts, alone, tmp_path, zero, world
 ) -> None:
-    found = evaluated(command, tmp_path, texts, zero=zero, world=world)
+    result = evaluated(command, tmp_path, texts, zero=zero, world=world)
 
-    assert found.keys() == alone.keys()
-    assert found == pytest.approx(alone, rel=1e-3, abs=1e-5)
+    assert result.keys() == alone.keys()
+    assert result == pytest.approx(alone, rel=1e-3, abs=1e-5)

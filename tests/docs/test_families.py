@@ -16,8 +16,8 @@ DECODERS = {name: entry for name, entry in FAMILIES.items() if "causal_lm" in en
 def rows(repository) -> dict[str, tuple[str, ...]]:
     text = (repository / "docs" / "families.md").read_text(encoding="utf-8")
     row = r"^\| [^|]+ \| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \| `(\w+)` \|$"
-    found = re.findall(row, text, re.MULTILINE)
-    return {name: tuple(rest) for name, *rest in found}
+    result = re.findall(row, text, re.MULTILINE)
+    return {name: tuple(rest) for name, *rest in result}
 
 
 def test_every_decoder_has_a_row(rows):

@@ -41,11 +41,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_page_is_in_the_navigation_and_can_be_searched(site: Path) -> None:
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
 
-    found = {entry["location"].partition("#")[0] for entry in index["docs"]}
+    result = {entry["location"].partition("#")[0] for entry in index["docs"]}
 
     pages = [page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")]
     names = {page.with_suffix("").as_posix() for page in pages} - {"index"}
-    assert {f"{name}/" for name in names} <= found
+    assert {f"{name}/" for name in names} <= result
     listed = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     assert {f"{name}.md" for name in names} <= set(re.findall(r"[\w/-]+\.md", json.dumps(listed)))
 

@@ -192,15 +192,15 @@ def test_a_gpu_has_a_backend_of_its_own_and_one_for_the_cpu():
 @pytest.fixture
 def threads(monkeypatch):
     """Threads that a start sets, with 8 of the host's 64 cores allowed and 4 ranks."""
-    found = []
-    monkeypatch.setattr(distributed.torch, "set_num_threads", found.append)
+    collected = []
+    monkeypatch.setattr(distributed.torch, "set_num_threads", collected.append)
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(distributed.os, "cpu_count", lambda: 64)
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "SLURM_CPUS_PER_TASK"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    return found
+    return collected
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_a_part_of_the_model_has_a_learning_rate_of_its_own():
 
     groups = _parameter_groups(model, 0.1, {"slow.": 0.25})
 
-    found = {id(p): (g[RATE], g["weight_decay"]) for g in groups for p in g["params"]}
-    assert {name: found[id(p)] for name, p in model.named_parameters()} == {
+    one = {id(p): (g[RATE], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert {name: one[id(p)] for name, p in model.named_parameters()} == {
         "slow.weight": (0.25, 0.1),
         "slow.bias": (0.25, 0.0),
         "fast.weight": (1.0, 0.1),
@@ -72,8 +72,8 @@ def test_a_module_keeps_its_matrices_from_decay():
 
     groups = _parameter_groups(model, 0.1, {})
 
-    found = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-    decaying = [name for name, p in model.named_parameters() if found[id(p)]]
+    result = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    decaying = [name for name, p in model.named_parameters() if result[id(p)]]
     assert decaying == ["plain.weight"]
 
 
@@ -89,8 +89,8 @@ def test_projections_from_the_identity_and_second_vocabularies_do_not_decay():
 
     groups = _parameter_groups(model, 0.1, {})
 
-    found = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-    decaying = [name for name, p in model.named_parameters() if found[id(p)]]
+    result = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    decaying = [name for name, p in model.named_parameters() if result[id(p)]]
     assert decaying == ["learned.0.weight"]
 
 

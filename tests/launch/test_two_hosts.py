@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 PORT = "29533"  # of a network of its own
 TIMEOUT_S = 300
 INTERFACE = {"GLOO_SOCKET_IFNAME": "eth0"}
-Said = list[tuple[int, str]]
+Outcome = list[tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,10 @@ def deepspeed(folder: Path, node: int) -> list[str]:
 
 
 @pytest.fixture
-def train(repository: Path, config: Path, tmp_path: Path) -> Callable[..., Said]:
+def train(repository: Path, config: Path, tmp_path: Path) -> Callable[..., Outcome]:
     """Trains on two hosts, and returns the exit code and the output of the launcher of each."""
 
-    def run(hosts: list[Host], launcher: Callable[[Path, int], list[str]], **extra: str) -> Said:
+    def run(hosts: list[Host], launcher: Callable[[Path, int], list[str]], **extra: str) -> Outcome:
         search = os.pathsep.join([str(repository), str(repository / "kernels")])
         program = [str(repository / "launch" / "train.py"), "--config", str(config)]
         started = []
@@ -59,10 +59,10 @@ def train(repository: Path, config: Path, tmp_path: Path) -> Callable[..., Said]
             words = [*launcher(tmp_path, node), *program, f"output_dir={tmp_path / 'out' / 'run'}"]
             started.append(host.start(words, {**own, **extra}))
         try:
-            said = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
+            output = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
         finally:
             end(started)
-        return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+        return [(process.returncode, text) for process, text in zip(started, output, strict=True)]
 
     return run
 
@@ -88,19 +88,19 @@ def test_a_run_over_two_hosts_ends_with_its_report(
     train, tmp_path, launcher, own_name_is_loopback, variables
 ):
     with two_hosts(tmp_path, own_name_is_loopback=own_name_is_loopback) as hosts:
-        said = train(hosts, launcher, **variables)
+        outcome = train(hosts, launcher, **variables)
 
-    assert [code for code, _ in said] == [0, 0], said
+    assert [code for code, _ in outcome] == [0, 0], outcome
     report = json.loads((tmp_path / "out" / "run" / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == ["teacher-finetune", "student"]
 
 
 def test_hosts_whose_own_names_do_not_connect_them_both_end_and_say_what_to_set(train, tmp_path):
     with two_hosts(tmp_path, own_name_is_loopback=True) as hosts:
-        said = train(hosts, deepspeed)
+        outcome = train(hosts, deepspeed)
 
-    assert all(code != 0 for code, _ in said)
-    for node, (_, text) in enumerate(said):
+    assert all(code != 0 for code, _ in outcome)
+    for node, (_, text) in enumerate(outcome):
         (line,) = lines(text)
         assert line.startswith(f"megakd: rank {node} on {hosts[node].name} (node {node}) cannot")
         assert "set GLOO_SOCKET_IFNAME (not set) on every node" in line
@@ -110,11 +110,11 @@ def test_hosts_that_do_not_share_output_dir_end_at_the_start(train, tmp_path):
     (tmp_path / "out").mkdir()
     with two_hosts(tmp_path, own_name_is_loopback=False) as hosts:
         hosts[1].run("mount", "-t", "tmpfs", "none", str(tmp_path / "out"))
-        said = train(hosts, torchrun)
+        outcome = train(hosts, torchrun)
 
-    assert all(code != 0 for code, _ in said)
+    assert all(code != 0 for code, _ in outcome)
     # The launcher of one host may end its rank when that of the other has ended.
-    (line,) = {line for _, text in said for line in lines(text)}
+    (line,) = {line for _, text in outcome for line in lines(text)}
     assert f"is not visible as {tmp_path / 'out' / 'run' / 'lock.json'} on node-b" in line
     assert "all nodes must share output_dir" in line
     assert not (tmp_path / "out" / "run" / "checkpoints").exists()

@@ -52,9 +52,9 @@ def taught(seed: int) -> Knowledge:
 
 def losses(student: StudentBundle, *plan: Pass) -> Losses:
     batch = Batch({"numbers": INPUTS}, LABELS, VALID)
-    found = student(batch, {"a": taught(1), "b": taught(2)}, plan, count_units([batch]))
-    assert isinstance(found, Losses)
-    return found
+    result = student(batch, {"a": taught(1), "b": taught(2)}, plan, count_units([batch]))
+    assert isinstance(result, Losses)
+    return result
 
 
 def gradient(student: StudentBundle, *plan: Pass) -> Tensor:
@@ -66,23 +66,23 @@ def gradient(student: StudentBundle, *plan: Pass) -> Tensor:
 
 
 def test_the_reported_loss_is_the_weighted_sum_of_the_reported_terms():
-    found = losses(bundle(), Pass(teacher="a"))
+    actual = losses(bundle(), Pass(teacher="a"))
 
-    parts = {name: value.item() for name, value in found.parts.items()}
+    parts = {name: value.item() for name, value in actual.parts.items()}
     expected = 0.25 * parts["hard_cross_entropy"] + 0.75 * parts["soft_target_kl"]
     assert parts["loss"] == pytest.approx(expected)
-    assert found.total.item() == pytest.approx(expected)
+    assert actual.total.item() == pytest.approx(expected)
     assert set(parts) == {"loss", "hard_cross_entropy", "soft_target_kl", "top1_agreement"}
-    assert not any(value.requires_grad for value in found.parts.values())
+    assert not any(value.requires_grad for value in actual.parts.values())
 
 
 def test_the_world_size_is_in_the_gradient_that_will_be_averaged_and_not_in_the_report():
     alone, of_two = bundle(), bundle(world_size=2)
 
-    found = [losses(student, Pass(teacher="a")) for student in (alone, of_two)]
+    result = [losses(student, Pass(teacher="a")) for student in (alone, of_two)]
 
-    assert found[1].total.item() == pytest.approx(2 * found[0].total.item())
-    torch.testing.assert_close(found[1].parts, found[0].parts)
+    assert result[1].total.item() == pytest.approx(2 * result[0].total.item())
+    torch.testing.assert_close(result[1].parts, result[0].parts)
 
 
 OFF = {"hard_cross_entropy": 0.0, "soft_target_kl": 0.0}
@@ -91,11 +91,11 @@ OFF = {"hard_cross_entropy": 0.0, "soft_target_kl": 0.0}
 def test_a_pass_without_any_term_has_a_loss_of_zero_with_gradients_of_zero():
     student = bundle()
 
-    found = losses(student, Pass(teacher="a", weights=OFF))
-    found.total.backward()
+    result = losses(student, Pass(teacher="a", weights=OFF))
+    result.total.backward()
 
-    assert found.total.item() == 0
-    assert {name: value.item() for name, value in found.parts.items()} == {"loss": 0.0}
+    assert result.total.item() == 0
+    assert {name: value.item() for name, value in result.parts.items()} == {"loss": 0.0}
     for name, weight in student.named_parameters():
         assert weight.grad is not None, name
         assert not weight.grad.any(), name
@@ -108,10 +108,10 @@ def test_outputs_that_are_not_finite_give_a_pass_without_any_term_no_gradient():
     made = Batch({"numbers": inputs}, LABELS, VALID)
     bias = student.student.get_parameter("linear.bias")
 
-    found = student(made, {"a": taught(1)}, (Pass(teacher="a", weights=OFF),), count_units([made]))
-    found.total.backward()
+    result = student(made, {"a": taught(1)}, (Pass(teacher="a", weights=OFF),), count_units([made]))
+    result.total.backward()
 
-    assert found.total.item() == 0
+    assert result.total.item() == 0
     assert bias.grad is not None
     assert not bias.grad.any()
 
@@ -120,10 +120,10 @@ def test_a_pass_may_weigh_the_terms_itself_and_is_scaled():
     student = bundle()
     own = Pass(teacher="a", weights={"soft_target_kl": 0.0}, scale=0.5)
 
-    found = losses(student, own)
+    result = losses(student, own)
 
-    assert found.total.item() == pytest.approx(
-        0.5 * 0.25 * found.parts["hard_cross_entropy"].item()
+    assert result.total.item() == pytest.approx(
+        0.5 * 0.25 * result.parts["hard_cross_entropy"].item()
     )
 
 
@@ -136,10 +136,10 @@ def test_what_a_pass_gives_no_weight_is_neither_computed_nor_reported(monkeypatc
             group, "forward", lambda reading, g=group, f=forward: computed.append(g) or f(reading)
         )
 
-    found = losses(student, Pass(teacher="a", weights={"soft_target_kl": 0.0}))
+    result = losses(student, Pass(teacher="a", weights={"soft_target_kl": 0.0}))
 
-    assert "soft_target_kl" not in found.parts
-    assert "top1_agreement" not in found.parts
+    assert "soft_target_kl" not in result.parts
+    assert "top1_agreement" not in result.parts
     assert [name for group in computed for name in group.units] == ["hard_cross_entropy"]
 
 
@@ -148,10 +148,10 @@ def test_a_term_whose_own_weight_is_nothing_is_still_reported():
     weighted = losses(student, Pass(teacher="a"))
     student.objective.weights["soft_target_kl"] = 0.0
 
-    found = losses(student, Pass(teacher="a"))
+    result = losses(student, Pass(teacher="a"))
 
-    assert found.parts["soft_target_kl"] == weighted.parts["soft_target_kl"] > 0
-    assert found.total.item() == pytest.approx(0.25 * found.parts["hard_cross_entropy"].item())
+    assert result.parts["soft_target_kl"] == weighted.parts["soft_target_kl"] > 0
+    assert result.total.item() == pytest.approx(0.25 * result.parts["hard_cross_entropy"].item())
 
 
 def test_a_pass_may_ask_for_factors_when_both_models_have_spoken():
@@ -163,13 +163,13 @@ def test_a_pass_may_ask_for_factors_when_both_models_have_spoken():
 
     student = bundle()
 
-    found = losses(student, Pass(teacher="a", weigh=weigh))
+    result = losses(student, Pass(teacher="a", weigh=weigh))
 
-    assert found.total.item() == pytest.approx(
-        0.5 * 0.25 * found.parts["hard_cross_entropy"].item()
+    assert result.total.item() == pytest.approx(
+        0.5 * 0.25 * result.parts["hard_cross_entropy"].item()
     )
     assert len(asked) == 1
-    assert "soft_target_kl" not in found.parts
+    assert "soft_target_kl" not in result.parts
 
 
 def test_the_gradient_of_a_plan_is_the_sum_over_its_passes():
@@ -186,12 +186,12 @@ def test_every_view_reports_its_own_terms_and_passes_of_one_view_report_their_me
     student = bundle()
     passes = [Pass(teacher="a", view="small"), *(Pass(teacher=t, view="large") for t in "ab")]
 
-    found = losses(student, *passes).parts
+    result = losses(student, *passes).parts
 
     a, b = (losses(student, Pass(teacher=t)).parts for t in "ab")
     for name in ("hard_cross_entropy", "soft_target_kl"):
-        assert found[f"small/{name}"].item() == pytest.approx(a[name].item())
-        assert found[f"large/{name}"].item() == pytest.approx((a[name] + b[name]).item() / 2)
+        assert result[f"small/{name}"].item() == pytest.approx(a[name].item())
+        assert result[f"large/{name}"].item() == pytest.approx((a[name] + b[name]).item() / 2)
 
 
 def test_projections_belong_to_the_bundle_and_not_to_the_student():
@@ -211,13 +211,13 @@ def test_without_a_plan_a_classifier_gives_its_outputs_in_fp32():
     student = bundle().to(torch.bfloat16)
     given = Batch({"numbers": INPUTS.bfloat16()}, LABELS, VALID)
 
-    found = student(given)
+    result = student(given)
 
-    assert isinstance(found, Predictions)
-    assert found.sums is None
-    assert found.outputs is not None
-    assert found.outputs.dtype == torch.float32
-    torch.testing.assert_close(found.outputs, student.student(**given.inputs).logits.float())
+    assert isinstance(result, Predictions)
+    assert result.sums is None
+    assert result.outputs is not None
+    assert result.outputs.dtype == torch.float32
+    torch.testing.assert_close(result.outputs, student.student(**given.inputs).logits.float())
 
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 3]])
@@ -243,10 +243,10 @@ def test_a_pass_without_any_term_gives_a_language_model_gradients_of_zero():
     student = StudentBundle({"student": model}, objective, world_size=1)
 
     plan = [Pass(weights={"hard_cross_entropy": 0.0})]
-    found = student(given, None, plan, count_units([given]))
-    found.total.backward()
+    result = student(given, None, plan, count_units([given]))
+    result.total.backward()
 
-    assert found.total.item() == 0
+    assert result.total.item() == 0
     without = [name for name, weight in model.named_parameters() if weight.grad is None]
     assert without == ["lm_head.weight"]  # as with terms on hidden states alone
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
@@ -266,10 +266,10 @@ def test_views_of_one_width_form_one_gradient_of_the_head(monkeypatch):
 
     def of(*names: str) -> tuple[Losses, list[Tensor]]:
         plan = [Pass(view=name, scale=scales[name]) for name in names]
-        found = student(given, None, plan, count_units([given]))
+        result = student(given, None, plan, count_units([given]))
         student.zero_grad()
-        found.total.backward()
-        return found, [p.grad.clone() for p in model.parameters()]
+        result.total.backward()
+        return result, [p.grad.clone() for p in model.parameters()]
 
     apart = [of(name) for name in views]
     monkeypatch.setattr(megakd_kernels, "linear_kd_loss", counting)
@@ -279,7 +279,7 @@ def test_views_of_one_width_form_one_gradient_of_the_head(monkeypatch):
     for name, (alone, _) in zip(views, apart, strict=True):
         reported = f"{name}/hard_cross_entropy"
         torch.testing.assert_close(together.parts[reported], alone.parts[reported])
-    for gradient, *parts in zip(gradients, *(found for _, found in apart), strict=True):
+    for gradient, *parts in zip(gradients, *(result for _, result in apart), strict=True):
         torch.testing.assert_close(gradient, torch.stack(parts).sum(0))
 
 

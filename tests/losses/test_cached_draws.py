@@ -35,16 +35,16 @@ def test_the_loss_is_the_divergence_from_the_shares_of_the_draws():
     counted = texts.labels != IGNORE
     hidden, head = (t.clone().requires_grad_() for t in (texts.hidden, texts.head))
 
-    found = result(texts, (KL,), taught=Knowledge(kept=draws_of(shares)))
+    actual = result(texts, (KL,), taught=Knowledge(kept=draws_of(shares)))
 
     log_q = (hidden @ head.T).log_softmax(-1)
     rows = (torch.xlogy(shares, shares) - shares * log_q).sum(-1)[counted]
-    torch.testing.assert_close(found.sums["soft_target_kl"], rows.sum().detach())
+    torch.testing.assert_close(actual.sums["soft_target_kl"], rows.sum().detach())
     gradients = torch.autograd.grad(rows.mean(), (hidden, head))
-    for gradient, expected in zip(found.gradients.values(), gradients, strict=True):
+    for gradient, expected in zip(actual.gradients.values(), gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     agree = log_q.argmax(-1) == shares.argmax(-1)
-    assert found.sums[AGREEMENT] == agree[counted].sum()
+    assert actual.sums[AGREEMENT] == agree[counted].sum()
 
 
 def test_draws_are_limited_to_a_source_like_all_targets():
@@ -52,11 +52,11 @@ def test_draws_are_limited_to_a_source_like_all_targets():
     alone.labels = texts.labels.masked_fill(~texts.of("data"), IGNORE)
     taught = Knowledge(kept=draws_of(drawn_shares()))
 
-    found = result(texts, (replace(KL, on="data"),), taught=taught)
+    actual = result(texts, (replace(KL, on="data"),), taught=taught)
 
     expected = result(alone, (KL,), taught=taught)
-    torch.testing.assert_close(found.total, expected.total)
-    torch.testing.assert_close(found.gradients, expected.gradients)
+    torch.testing.assert_close(actual.total, expected.total)
+    torch.testing.assert_close(actual.gradients, expected.gradients)
 
 
 def test_readings_of_several_views_learn_from_the_same_draws():
@@ -71,5 +71,5 @@ def test_readings_of_several_views_learn_from_the_same_draws():
     readings = [reading(1.0, 0.5), reading(0.3, 0.25)]
     together, alone = objective(readings), [objective([one])[0] for one in readings]
 
-    totals = [torch.stack([one.total for one in found]).sum() for found in (together, alone)]
+    totals = [torch.stack([one.total for one in each]).sum() for each in (together, alone)]
     torch.testing.assert_close(*totals)

@@ -38,9 +38,9 @@ def whole(*lengths: int, **inputs: Any) -> Batch:
 
 
 def sum_of(group: Any, ours: Knowledge, theirs: Knowledge, batch: Batch) -> float:
-    found = group(LossInputs(ours, theirs, batch, {group.name: 1.0}, ONE_EACH))
-    assert found.total.item() == pytest.approx(found.sums[group.name].item())
-    return found.total.item()
+    result = group(LossInputs(ours, theirs, batch, {group.name: 1.0}, ONE_EACH))
+    assert result.total.item() == pytest.approx(result.sums[group.name].item())
+    return result.total.item()
 
 
 def relation(ours: Any, theirs: Any, batch: Batch, **options: Any) -> float:
@@ -57,13 +57,13 @@ def test_a_loss_on_attention_is_finite_and_never_negative(fit, numbers):
     both = [vectors(x, x, x, width=2) for x in (ours, theirs)]
 
     if fit == "relation":
-        found = relation(*both, whole(3))
+        result = relation(*both, whole(3))
     else:
         term = AttentionMse(loss="attention_mse", fit=fit)
-        found = sum_of(AttentionMatrices(term, ((1, 1),), causal=True), *both, whole(3))
+        result = sum_of(AttentionMatrices(term, ((1, 1),), causal=True), *both, whole(3))
 
-    assert math.isfinite(found)
-    assert found >= -1e-5
+    assert math.isfinite(result)
+    assert result >= -1e-5
 
 
 def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
@@ -87,9 +87,9 @@ def test_the_first_position_is_the_first_that_counts_wherever_padding_is():
 def test_a_causal_query_sees_the_keys_before_it_in_its_own_document(positions, seen):
     batch = whole(4, position_ids=torch.tensor([positions]))
 
-    found = visible_keys(batch, causal=True)[0].int().tolist()
+    result = visible_keys(batch, causal=True)[0].int().tolist()
 
-    assert ["".join(map(str, row)) for row in found] == seen
+    assert ["".join(map(str, row)) for row in result] == seen
 
 
 def test_attention_that_was_not_read_is_an_error_that_names_the_layer():

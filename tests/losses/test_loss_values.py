@@ -53,7 +53,7 @@ class Matrix:
         return self.weight, None
 
 
-def said(hidden: torch.Tensor, head: torch.Tensor) -> Knowledge:
+def answer_of(hidden: torch.Tensor, head: torch.Tensor) -> Knowledge:
     return Knowledge(hidden=hidden, head=Matrix(head))  # type: ignore[arg-type]
 
 
@@ -79,9 +79,9 @@ def test_a_row_counts_less_where_the_teacher_misses_its_label(task, label, expec
     batch = Batch({}, torch.tensor([label]), torch.ones(1, 1, dtype=torch.bool))
     both = [Knowledge(logits=logits[None]) for logits in outputs]
 
-    (found,) = objective([LossInputs(*both, batch, objective.weights, ONE_EACH)])
+    (actual,) = objective([LossInputs(*both, batch, objective.weights, ONE_EACH)])
 
-    assert found.total.item() == pytest.approx(plain * expected, rel=1e-5)
+    assert actual.total.item() == pytest.approx(plain * expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("count", "divisor"), [("labels", 2), ("rows", 4)])
@@ -94,10 +94,10 @@ def test_the_loss_on_labels_is_divided_by_the_labelled_rows_or_by_all_rows(count
     student = Knowledge(logits=logits.requires_grad_())
     units = unit_weights(count_units([batch]), 1)
 
-    (found,) = objective([LossInputs(student, None, batch, objective.weights, units)])
-    found.total.backward()
+    (actual,) = objective([LossInputs(student, None, batch, objective.weights, units)])
+    actual.total.backward()
 
-    assert found.total.item() == pytest.approx((math.log(4) + math.log(8 / 7)) / divisor)
+    assert actual.total.item() == pytest.approx((math.log(4) + math.log(8 / 7)) / divisor)
     expected = torch.tensor([[-3 / 4, 3 / 4], [0, 0], [1 / 8, -1 / 8], [0, 0]]) / divisor
     torch.testing.assert_close(logits.grad, expected)
     # The logged value has the same divisor.
@@ -135,7 +135,7 @@ def language_model(*terms: TermConfig) -> Objective:
 def reading(objective: Objective, **weights: float) -> LossInputs:
     torch.manual_seed(0)
     batch = Batch({}, torch.tensor([[1, 4, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
-    student, teacher = (said(torch.randn(1, 3, 3), torch.randn(5, 3)) for _ in range(2))
+    student, teacher = (answer_of(torch.randn(1, 3, 3), torch.randn(5, 3)) for _ in range(2))
     units = unit_weights(counts_of(1, 2, 3), 1)
     return LossInputs(student, teacher, batch, objective.weights | weights, units)
 
@@ -197,13 +197,13 @@ def test_views_of_one_head_are_scored_in_one_call_and_told_apart(calls):
     gradients = torch.autograd.grad(total, leaves)
 
     assert len(calls) == 1
-    for one, found, leaf, gradient in zip(readings, together, leaves, gradients, strict=True):
+    for one, actual, leaf, gradient in zip(readings, together, leaves, gradients, strict=True):
         (alone,) = objective([replace(one, scale=1.0)])
         (expected,) = torch.autograd.grad(alone.total * one.scale, leaf)
         torch.testing.assert_close(gradient, expected)
-        assert found.sums.keys() == alone.sums.keys()
+        assert actual.sums.keys() == alone.sums.keys()
         for name, value in alone.sums.items():
-            torch.testing.assert_close(found.sums[name].float(), value.float())
+            torch.testing.assert_close(actual.sums[name].float(), value.float())
     alone_totals = [objective([one])[0].total for one in readings]
     torch.testing.assert_close(total, torch.stack(alone_totals).sum())
 
@@ -211,7 +211,7 @@ def test_views_of_one_head_are_scored_in_one_call_and_told_apart(calls):
 @pytest.mark.parametrize(
     "change",
     [
-        {"teacher": said(torch.randn(1, 3, 3), torch.randn(5, 3))},
+        {"teacher": answer_of(torch.randn(1, 3, 3), torch.randn(5, 3))},
         {"weights": {"hard_cross_entropy": 0.2, "soft_target_kl": 1.0}},
         {"scale": 0.0},
     ],
@@ -226,19 +226,19 @@ def test_a_reading_of_another_kind_has_a_call_of_its_own(calls, change):
 
     assert len(calls) == 2
     apart = [objective([one])[0] for one in readings]
-    totals = [torch.stack([one.total for one in found]).sum() for found in (together, apart)]
+    totals = [torch.stack([one.total for one in each]).sum() for each in (together, apart)]
     torch.testing.assert_close(*totals)
-    for found, alone in zip(together, apart, strict=True):
+    for each, alone in zip(together, apart, strict=True):
         for name, value in alone.sums.items():
-            torch.testing.assert_close(found.sums[name].float(), value.float())
+            torch.testing.assert_close(each.sums[name].float(), value.float())
 
 
 def test_agreement_counts_the_targets_on_which_both_choose_the_same_token():
     objective = language_model(KL)
     eye, away = torch.eye(3), torch.eye(3).flip(0)
     batch = Batch({}, torch.tensor([[0, 1, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
-    student, teacher = said(eye[None], eye), said(eye[None], away)
+    student, teacher = answer_of(eye[None], eye), answer_of(eye[None], away)
 
-    found = objective([LossInputs(student, teacher, batch, objective.weights, ONE_EACH)])[0]
+    result = objective([LossInputs(student, teacher, batch, objective.weights, ONE_EACH)])[0]
 
-    assert found.sums["top1_agreement"].item() == 1  # token 1 is where both heads agree
+    assert result.sums["top1_agreement"].item() == 1  # token 1 is where both heads agree

@@ -273,6 +273,6 @@ def test_agreement_counts_the_rows_on_which_both_choose_the_same_class():
     objective = build_objective((KL,), "classification", *[Shape(2, 4, 2)] * 2)
     one, other = [9.0, 0.0], [0.0, 1.0]
 
-    found = read(objective, batch, torch.tensor([one, one, one]), torch.tensor([one, other, one]))
+    result = read(objective, batch, torch.tensor([one, one, one]), torch.tensor([one, other, one]))
 
-    assert found.sums["top1_agreement"].item() == 1  # the third row is no row
+    assert result.sums["top1_agreement"].item() == 1  # the third row is no row

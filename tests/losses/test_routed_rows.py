@@ -106,18 +106,18 @@ class Scene:
         """The gradient and the losses of a step that is divided by the counts of all rows."""
         self.student.zero_grad()
         counts = count_units(batches, self.student.counters)
-        found = []
+        collected = []
         for batch in batches:
             asked = {p.teacher: self.teachers[p.teacher] for p in passes if p.teacher}
             with torch.no_grad():
-                said = {name: teacher.read(batch.of(name)) for name, teacher in asked.items()}
-            losses = self.student(batch, said, passes, counts)
+                answer = {name: teacher.read(batch.of(name)) for name, teacher in asked.items()}
+            losses = self.student(batch, answer, passes, counts)
             losses.total.backward()
-            found.append(losses)
+            collected.append(losses)
         grads = {
             n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None
         }
-        return grads, found
+        return grads, collected
 
     def alone(self, batches: list[Batch], name: str) -> dict:
         """The gradient of one teacher's rows: the whole batch is read, and other rows are hidden.
@@ -128,8 +128,8 @@ class Scene:
         counts = count_units(batches, self.student.counters)
         for batch in batches:
             with torch.no_grad():
-                said = self.teachers[name].read(batch)
-            self.student(hidden(batch, name), {name: said}, (Pass(teacher=name),), counts)[
+                answer = self.teachers[name].read(batch)
+            self.student(hidden(batch, name), {name: answer}, (Pass(teacher=name),), counts)[
                 0
             ].backward()
         return {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
@@ -169,10 +169,10 @@ def assert_sum_of_parts(scene: Scene, batches: list[Batch]) -> None:
     routed = [with_parts(batch, NUMBERS) for batch in batches]
     plan = tuple(Pass(teacher=name) for name in NAMES)
 
-    found, losses = scene.gradient(routed, plan)
+    actual, losses = scene.gradient(routed, plan)
 
     parts = [scene.alone(batches, name) for name in NAMES]
-    for name, gradient in found.items():
+    for name, gradient in actual.items():
         wanted = torch.stack([part[name] for part in parts if name in part]).sum(0)
         torch.testing.assert_close(gradient, wanted, rtol=2e-4, atol=2e-6)
     assert all(torch.isfinite(one.total) for one in losses)
@@ -195,11 +195,11 @@ def test_rows_of_one_teacher_give_the_step_of_this_teacher_alone(scene):
     batches = scene.batches(rows_of(["code"] * 4, seed=3, task=scene.task))
     plan = tuple(Pass(teacher=name) for name in NAMES)
 
-    found, losses = scene.gradient([with_parts(batch, NUMBERS) for batch in batches], plan)
+    actual, losses = scene.gradient([with_parts(batch, NUMBERS) for batch in batches], plan)
 
     wanted, single = scene.gradient(batches, (Pass(teacher="code"),))
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(losses[0].parts, single[0].parts, rtol=1e-5, atol=1e-6)
 
 

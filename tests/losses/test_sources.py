@@ -52,9 +52,9 @@ masks = st.lists(st.booleans(), min_size=ROWS * LENGTH, max_size=ROWS * LENGTH).
 )
 
 
-def assert_same(found: Any, wanted: Any, **tolerance: float) -> None:
-    torch.testing.assert_close(found.total, wanted.total, **tolerance)
-    torch.testing.assert_close(found.gradients, wanted.gradients, **tolerance)
+def assert_same(actual: Any, wanted: Any, **tolerance: float) -> None:
+    torch.testing.assert_close(actual.total, wanted.total, **tolerance)
+    torch.testing.assert_close(actual.gradients, wanted.gradients, **tolerance)
 
 
 @every_term
@@ -95,11 +95,11 @@ def test_the_pair_of_distillm_2_is_its_fp64_formula_in_value_and_gradient(rollou
     )
     wanted.backward()
 
-    found = result(texts, PAIR)
+    actual = result(texts, PAIR)
 
-    assert found.total.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert actual.total.item() == pytest.approx(wanted.item(), rel=1e-5)
     for name, leaf in (("hidden", hidden), ("head", head)):
-        torch.testing.assert_close(found.gradients[name], leaf.grad.float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual.gradients[name], leaf.grad.float(), rtol=1e-4, atol=1e-6)
 
 
 @every_term
@@ -139,11 +139,11 @@ def test_a_step_of_data_gives_a_term_on_rollouts_zero_with_gradients_of_zero(ter
     texts.hidden[0, 0] = math.nan
     batch = texts.batch() if marked else texts.batch().extended(is_rollout=None)
 
-    found = result(texts, (replace(term, on="rollouts"),), batch=batch)
+    actual = result(texts, (replace(term, on="rollouts"),), batch=batch)
 
-    assert found.total.item() == 0.0
-    assert all(value.item() == 0.0 for value in found.sums.values())
-    assert not any(gradient.any() for gradient in found.gradients.values())
+    assert actual.total.item() == 0.0
+    assert all(value.item() == 0.0 for value in actual.sums.values())
+    assert not any(gradient.any() for gradient in actual.gradients.values())
 
 
 @every_term
@@ -164,9 +164,9 @@ def test_masks_that_the_host_may_not_read_give_the_same_without_waiting(term, so
     with monkeypatch.context() as patch:
         patch.setenv("MEGAKD_KERNELS", "chunked")
         with no_waiting():
-            found = result(texts, limited)
+            actual = result(texts, limited)
 
-    assert_same(found, wanted, rtol=1e-5, atol=1e-6)
+    assert_same(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_products_run_over_the_rows_of_a_source_alone(monkeypatch):
@@ -205,9 +205,9 @@ def test_cached_answers_are_limited_to_those_of_the_source(source):
     alone.labels = texts.labels.masked_fill(~texts.of(source), IGNORE)
     taught = Knowledge(kept=texts.top_k())
 
-    found = result(texts, (replace(term, on=source),), taught=taught)
+    actual = result(texts, (replace(term, on=source),), taught=taught)
 
-    assert_same(found, result(alone, (term,), taught=taught), rtol=1e-5, atol=1e-6)
+    assert_same(actual, result(alone, (term,), taught=taught), rtol=1e-5, atol=1e-6)
 
 
 def test_readings_of_several_views_together_equal_each_by_itself():
@@ -229,10 +229,10 @@ def test_readings_of_several_views_together_equal_each_by_itself():
     together = objective(readings)
     alone = [objective([reading])[0] for reading in readings]
 
-    totals = [torch.stack([one.total for one in found]).sum() for found in (together, alone)]
+    totals = [torch.stack([one.total for one in actual]).sum() for actual in (together, alone)]
     torch.testing.assert_close(*totals)
-    for found, wanted in zip(together, alone, strict=True):
-        torch.testing.assert_close(found.sums, wanted.sums)
+    for actual, wanted in zip(together, alone, strict=True):
+        torch.testing.assert_close(actual.sums, wanted.sums)
 
 
 def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():
@@ -244,13 +244,13 @@ def test_the_same_loss_on_both_sources_has_two_weights_and_two_values():
         "hard_cross_entropy_on_data": 1.0,
     }
 
-    found = result(texts, terms)
+    actual = result(texts, terms)
 
     means = (
-        weight * found.sums[name] / int(texts.of(name.rpartition("_on_")[2]).sum())
+        weight * actual.sums[name] / int(texts.of(name.rpartition("_on_")[2]).sum())
         for name, weight in weights.items()
     )
-    assert found.total.item() == pytest.approx(float(sum(means)))
+    assert actual.total.item() == pytest.approx(float(sum(means)))
     assert objective_of(terms).weights == weights
 
 

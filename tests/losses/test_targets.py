@@ -84,9 +84,9 @@ every_case = pytest.mark.parametrize(("task", "term"), CASES, ids=named)
 every_comparing_case = pytest.mark.parametrize(("task", "term"), COMPARING, ids=named)
 
 
-def assert_same(found: Result, wanted: Result, **tolerance: float) -> None:
-    torch.testing.assert_close(found.total, wanted.total, **tolerance)
-    torch.testing.assert_close(found.gradients, wanted.gradients, **tolerance)
+def assert_same(actual: Result, wanted: Result, **tolerance: float) -> None:
+    torch.testing.assert_close(actual.total, wanted.total, **tolerance)
+    torch.testing.assert_close(actual.gradients, wanted.gradients, **tolerance)
 
 
 def formula(scene: Scene) -> Result:
@@ -234,14 +234,14 @@ def products(queries: Any, keys: Any, parts: int, i: int, seen: list) -> torch.T
 def test_value_and_gradient_are_those_of_an_independent_fp64_formula(task, term):
     scene = Scene(task, term)
 
-    found, wanted = scene.result(), formula(scene)
+    actual, wanted = scene.result(), formula(scene)
 
-    assert found.total.dtype == torch.float32
-    assert found.total.item() == pytest.approx(wanted.total.item(), rel=1e-5)
-    assert {n for n, g in found.gradients.items() if g.any()} == set(wanted.gradients)
+    assert actual.total.dtype == torch.float32
+    assert actual.total.item() == pytest.approx(wanted.total.item(), rel=1e-5)
+    assert {n for n, g in actual.gradients.items() if g.any()} == set(wanted.gradients)
     for name, gradient in wanted.gradients.items():
         torch.testing.assert_close(
-            found.gradients[name], gradient.float(), rtol=1e-4, atol=1e-6, msg=name
+            actual.gradients[name], gradient.float(), rtol=1e-4, atol=1e-6, msg=name
         )
 
 
@@ -250,17 +250,17 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(task, term):
     scene = Scene(task, term, same_widths=True).equal_to_teacher()
     scene.objective.weights = {term.loss: 1.0}
 
-    found = scene.result()
+    result = scene.result()
 
-    assert found.total.item() == pytest.approx(0.0, abs=1e-6)
-    assert all(g.abs().max() < 1e-6 for g in found.gradients.values())
+    assert result.total.item() == pytest.approx(0.0, abs=1e-6)
+    assert all(g.abs().max() < 1e-6 for g in result.gradients.values())
 
 
 @every_case
 def test_nan_where_nothing_counts_changes_neither_value_nor_gradient(task, term):
-    found, wanted = Scene(task, term).poisoned().result(), Scene(task, term).result()
+    actual, wanted = Scene(task, term).poisoned().result(), Scene(task, term).result()
 
-    assert_same(found, wanted, rtol=0, atol=0)
+    assert_same(actual, wanted, rtol=0, atol=0)
 
 
 @every_case
@@ -307,10 +307,10 @@ def test_low_precision_inputs_are_computed_in_fp32(task, term):
     low = Scene(task, term).converted(torch.bfloat16)
     wanted = Scene(task, term).converted(torch.bfloat16).converted(torch.float32).result()
 
-    found = low.result()
+    actual = low.result()
 
-    torch.testing.assert_close(found.total, wanted.total, rtol=1e-6, atol=1e-6)
-    for name, gradient in found.gradients.items():
+    torch.testing.assert_close(actual.total, wanted.total, rtol=1e-6, atol=1e-6)
+    for name, gradient in actual.gradients.items():
         exact = wanted.gradients[name].to(gradient.dtype)
         # A key of several queries' heads has the sum of their gradients, each rounded.
         rounding = 0.01 * exact.abs().max().item() if term is OTHER_HEADS else 1e-6
@@ -319,8 +319,8 @@ def test_low_precision_inputs_are_computed_in_fp32(task, term):
 
 @every_case
 def test_a_step_in_which_nothing_counts_gives_zero_and_no_gradient(task, term):
-    found = Scene(task, term).masked().poisoned().result()
+    result = Scene(task, term).masked().poisoned().result()
 
-    assert found.total.item() == 0.0
-    assert all(not g.any() for g in found.gradients.values())  # NaN would count as something
-    assert all(value.item() == 0 for value in found.sums.values())
+    assert result.total.item() == 0.0
+    assert all(not g.any() for g in result.gradients.values())  # NaN would count as something
+    assert all(value.item() == 0 for value in result.sums.values())

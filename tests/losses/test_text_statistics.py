@@ -29,7 +29,7 @@ class Matrix(NamedTuple):
         return nullcontext()
 
 
-def said(seed: int, tokens: int = VOCABULARY, warp: LogitWarp = PLAIN) -> Knowledge:
+def answer_of(seed: int, tokens: int = VOCABULARY, warp: LogitWarp = PLAIN) -> Knowledge:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(ROWS, LENGTH, WIDTH, generator=generator)
     return Knowledge(
@@ -59,9 +59,9 @@ GROUPS = torch.tensor([[-1, 0, 0, 2, -1], [0, 2, 2, 2, -1]])
 
 
 def test_every_group_sums_its_positions_and_no_others() -> None:
-    student, teacher = said(0), said(1)
+    student, teacher = answer_of(0), answer_of(1)
 
-    found = sums_by_group(reading(student, teacher), GROUPS, 3)
+    actual = sums_by_group(reading(student, teacher), GROUPS, 3)
 
     p, q = logprobs(teacher), logprobs(student)
     kl = (p.exp() * (p - q)).sum(-1)
@@ -69,12 +69,12 @@ def test_every_group_sums_its_positions_and_no_others() -> None:
         mine = number == GROUPS
         columns = (mine.double(), entropy(q) * mine, kl * mine, entropy(p) * mine)
         wanted = torch.stack([column.sum() for column in columns])
-        torch.testing.assert_close(found[number], wanted, rtol=1e-5, atol=1e-5)
-    assert found[1].tolist() == [0, 0, 0, 0]
+        torch.testing.assert_close(actual[number], wanted, rtol=1e-5, atol=1e-5)
+    assert actual[1].tolist() == [0, 0, 0, 0]
 
 
 def test_positions_that_do_not_count_may_hold_anything() -> None:
-    student, teacher = said(0), said(1)
+    student, teacher = answer_of(0), answer_of(1)
     wanted = sums_by_group(reading(student, teacher), GROUPS, 3)
     for one in (student, teacher):
         assert one.hidden is not None
@@ -84,30 +84,30 @@ def test_positions_that_do_not_count_may_hold_anything() -> None:
 
 
 def test_the_divergence_runs_over_the_tokens_that_both_models_have() -> None:
-    student, teacher = said(0), said(1, tokens=VOCABULARY - 2)
+    student, teacher = answer_of(0), answer_of(1, tokens=VOCABULARY - 2)
 
-    found = sums_by_group(reading(student, teacher), GROUPS, 3)
+    actual = sums_by_group(reading(student, teacher), GROUPS, 3)
 
     p, q = (logprobs(one, VOCABULARY - 2) for one in (teacher, student))
     wanted = ((p.exp() * (p - q)).sum(-1) * (GROUPS == 2)).sum()
-    torch.testing.assert_close(found[2, 2], wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[2, 2], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_outputs_at_chosen_positions_are_found_by_their_positions() -> None:
     """A model may have predicted some positions alone."""
-    student, teacher = said(0), said(1)
+    student, teacher = answer_of(0), answer_of(1)
     wanted = sums_by_group(reading(student, teacher), GROUPS, 3)
     targets = (GROUPS.flatten() >= 0).nonzero().squeeze(1)
     chosen = [one._replace(hidden=one.hidden.flatten(0, 1)[targets]) for one in (student, teacher)]
 
-    found = sums_by_group(reading(*chosen, targets=targets), GROUPS, 3)
+    actual = sums_by_group(reading(*chosen, targets=targets), GROUPS, 3)
 
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize("teacher", [None, Knowledge()], ids=["none", "without hidden states"])
 def test_without_a_distribution_of_a_teacher_only_the_student_has_an_entropy(teacher) -> None:
-    found = sums_by_group(reading(said(0), teacher), GROUPS, 3)
+    result = sums_by_group(reading(answer_of(0), teacher), GROUPS, 3)
 
-    assert found[:, 2:].isnan().all()
-    assert found[[0, 2], 1].min() > 0
+    assert result[:, 2:].isnan().all()
+    assert result[[0, 2], 1].min() > 0

@@ -49,7 +49,7 @@ def followed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_method_of_the_page_works_with_its_test_and_its_config(followed, command, shown):
     path = os.pathsep.join([str(followed), str(followed / "kernels")])
 
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, *command],
         cwd=followed,
         env={**os.environ, "PYTHONPATH": path},
@@ -58,5 +58,5 @@ def test_the_method_of_the_page_works_with_its_test_and_its_config(followed, com
         check=False,
     )
 
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert all(text in said.stdout for text in shown)
+    assert output.returncode == 0, output.stdout + output.stderr
+    assert all(text in output.stdout for text in shown)

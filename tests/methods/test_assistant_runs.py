@@ -178,10 +178,10 @@ def test_maxidisc_keeps_the_best_student_and_trains_no_finished_leg_again(bench)
     (out / "report.json").unlink()
     before = {p: p.stat().st_mtime_ns for p in out.glob("stages/*/model.safetensors")}
 
-    said = finish(bench.one_rank, bench.folder / "maxidisc.yaml")
+    outcome = finish(bench.one_rank, bench.folder / "maxidisc.yaml")
 
     assert [row["sparsity"] for row in rows] == GRID
     assert chosen["student_metric"] == max(row["student_metric"] for row in rows)
     assert {p: p.stat().st_mtime_ns for p in out.glob("stages/*/model.safetensors")} == before
-    assert "already finished, taken from" in said.err
+    assert "already finished, taken from" in outcome.err
     assert len(before) == 2 * len(GRID) - 1 + 1 + 2 * len(GRID) - 1

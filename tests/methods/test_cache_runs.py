@@ -54,10 +54,10 @@ def test_a_cache_of_the_whole_vocabulary_teaches_what_the_teacher_does(language)
 def test_of_a_large_vocabulary_the_largest_are_kept_and_the_rest_is_one_more(language):
     config = language.config("some", cache="some-answers", teacher={"cache_top_k": 8})
 
-    said = language.cache(config)
+    outcome = language.cache(config)
     weights = language.weights(config)
 
-    assert "of 768 bytes" in said  # 16 positions of 8 ids of 4 bytes and logarithms of 2
+    assert "of 768 bytes" in outcome  # 16 positions of 8 ids of 4 bytes and logarithms of 2
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     initial = language.weights(language.config("initial", train={"learning_rate": 0.0}))
     assert furthest(weights, initial) > 1e-3
@@ -75,10 +75,10 @@ def test_a_cache_of_other_texts_or_another_teacher_is_refused(classes):
     for message, sections in wrong.items():
         config = classes.config("other", cache="first-answers", **sections)
 
-        said = classes.one_rank.train("--config", config)
+        outcome = classes.one_rank.train("--config", config)
 
-        assert said.code == 2
-        assert message in said.err
+        assert outcome.code == 2
+        assert message in outcome.err
 
 
 def test_a_cache_serves_other_seeds_and_other_choices_of_labels_and_held_out_rows(classes):
@@ -94,10 +94,10 @@ def test_a_cache_serves_other_seeds_and_other_choices_of_labels_and_held_out_row
 
 
 def test_a_config_without_a_cache_has_nothing_to_make(classes):
-    said = classes.one_rank.megakd("cache", classes.config("online-again"))
+    outcome = classes.one_rank.megakd("cache", classes.config("online-again"))
 
-    assert said.code == 2
-    assert "no teacher has a cache: set teacher.cache" in said.err
+    assert outcome.code == 2
+    assert "no teacher has a cache: set teacher.cache" in outcome.err
 
 
 def test_every_teacher_of_a_pool_has_its_own_cache(classes):
@@ -141,10 +141,10 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
 def test_what_a_cache_cannot_tell_is_refused(request, kind, sections, message):
     bench = request.getfixturevalue(kind)
 
-    said = bench.one_rank.train("--config", bench.config("refused", cache="some", **sections))
+    outcome = bench.one_rank.train("--config", bench.config("refused", cache="some", **sections))
 
-    assert said.code == 2
-    assert message in said.err
+    assert outcome.code == 2
+    assert message in outcome.err
 
 
 def test_kinds_that_look_inside_cannot_be_weighed_from_a_cache(classes):
@@ -156,10 +156,10 @@ def test_kinds_that_look_inside_cannot_be_weighed_from_a_cache(classes):
     )
     classes.cache(config)
 
-    said = classes.one_rank.train("--config", config)
+    outcome = classes.one_rank.train("--config", config)
 
-    assert said.code == 2
-    assert "teacher.cache holds only the outputs of the teacher" in said.err
+    assert outcome.code == 2
+    assert "teacher.cache holds only the outputs of the teacher" in outcome.err
 
 
 DRAWS = {"cache_draws": 16}
@@ -168,15 +168,17 @@ DRAWS = {"cache_draws": 16}
 def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(language):
     online = language.weights(language.config("online"))
     initial = language.weights(language.config("initial", train={"learning_rate": 0.0}))
-    found = []
+    collected = []
     for draws in (1, 255):
         config = language.config(f"of-{draws}", cache=f"of-{draws}", teacher={"cache_draws": draws})
-        said = language.cache(config)
-        assert f"rows of {16 * draws * 5} bytes" in said  # 16 positions, ids of 4 bytes and counts
-        found.append(language.weights(config))
+        outcome = language.cache(config)
+        assert (
+            f"rows of {16 * draws * 5} bytes" in outcome
+        )  # 16 positions, ids of 4 bytes and counts
+        collected.append(language.weights(config))
 
-    assert all(torch.isfinite(weight).all() for weight in found[1].values())
-    few, many = (furthest(weights, online) for weights in found)
+    assert all(torch.isfinite(weight).all() for weight in collected[1].values())
+    few, many = (furthest(weights, online) for weights in collected)
     assert many < furthest(initial, online) / 2
     assert many < few / 2
 
@@ -191,16 +193,16 @@ def test_a_cache_of_the_other_kind_is_refused_naming_both(language):
         language.config("want-other", cache="of-draws", teacher={**DRAWS, "cache_seed": 3}),
     ]
 
-    said = [
+    outcome = [
         *(language.one_rank.train("--config", path) for path in wrong[:2]),
         *(language.one_rank.megakd("cache", path) for path in wrong[2:]),
     ]
 
-    assert [one.code for one in said] == [2] * 4
-    assert "top_k: 64 there, absent here; draws: absent there, 16 here" in said[0].err
-    assert "draws: 16 there, absent here" in said[1].err
-    assert "draws: 16 there, 17 here" in said[2].err
-    assert "draws_seed: 0 there, 3 here" in said[3].err
+    assert [one.code for one in outcome] == [2] * 4
+    assert "top_k: 64 there, absent here; draws: absent there, 16 here" in outcome[0].err
+    assert "draws: 16 there, absent here" in outcome[1].err
+    assert "draws: 16 there, 17 here" in outcome[2].err
+    assert "draws_seed: 0 there, 3 here" in outcome[3].err
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_a_cache_of_the_other_kind_is_refused_naming_both(language):
 def test_what_draws_cannot_tell_or_count_is_refused(language, sections, message):
     config = language.config("refused", **{"cache": "some", "teacher": DRAWS, **sections})
 
-    said = language.one_rank.train("--config", config)
+    outcome = language.one_rank.train("--config", config)
 
-    assert said.code == 2
-    assert message in said.err
+    assert outcome.code == 2
+    assert message in outcome.err

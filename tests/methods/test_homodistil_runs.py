@@ -52,8 +52,8 @@ def assert_same(out: Path, whole: Path) -> None:
 def finished(one_rank, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     """The folder of a run, and the models that it has loaded."""
     folder = tmp_path_factory.mktemp("homodistil")
-    said = finish(one_rank, pruning(folder, eval=EVERY_STEP))
-    return folder / "out", tuple(Path(name).name for name in said.loaded)
+    outcome = finish(one_rank, pruning(folder, eval=EVERY_STEP))
+    return folder / "out", tuple(Path(name).name for name in outcome.loaded)
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +106,11 @@ def test_a_model_in_flight_loads_with_plain_transformers_and_is_exported_without
     stage, model = pruned / "stages" / "pruning-1", tmp_path / "model"
     config = json.loads((stage / "config.json").read_text())
 
-    said = one_rank.megakd(
+    outcome = one_rank.megakd(
         "export", pruned.parent / "run.yaml", "--stage", "pruning-1", "--to", model
     )
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     assert config["model_type"] == "cut_bert"
     assert config["score_width"] == 8
     assert (stage / "training_state").is_dir()
@@ -139,11 +139,11 @@ def test_a_run_stopped_between_windows_goes_on_unless_its_training_state_is_dama
     whole = state.read_bytes()
     state.write_bytes(whole[:-7])
 
-    said = one_rank.train("--config", config)
+    outcome = one_rank.train("--config", config)
 
-    assert said.code != 0
-    assert "training_state/model.safetensors" in said.err
-    assert "remove" in said.err
+    assert outcome.code != 0
+    assert "training_state/model.safetensors" in outcome.err
+    assert "remove" in outcome.err
     state.write_bytes(whole)
     finish(one_rank, config)
     assert_same(tmp_path / "out", pruned)
@@ -222,8 +222,8 @@ def test_a_one_shot_run_jumps_further_from_its_teacher(one_rank, tmp_path):
 def test_settings_that_cannot_work_are_refused_before_training(
     one_rank, tmp_path, sections, message
 ):
-    said = one_rank.train("--config", pruning(tmp_path, **sections))
+    outcome = one_rank.train("--config", pruning(tmp_path, **sections))
 
-    assert said.code != 0
-    assert message in said.err, said.err
+    assert outcome.code != 0
+    assert message in outcome.err, outcome.err
     assert not (tmp_path / "out" / "checkpoints").exists()

@@ -37,7 +37,7 @@ def of_layers(out: Path, kept: list[int]) -> bool:
     final = load_file(out / "final" / "model.safetensors")
     taught = load_file(out / "stages" / "teacher-finetune" / "model.safetensors")
     place = re.compile(r"(?<=layers\.)\d+")
-    names = {name: place.sub(lambda found: str(kept[int(found[0])] - 1), name) for name in final}
+    names = {name: place.sub(lambda result: str(kept[int(result[0])] - 1), name) for name in final}
     return all(torch.equal(final[name], taught[names[name]]) for name in final)
 
 
@@ -46,7 +46,7 @@ def test_a_number_of_layers_means_those_that_the_teacher_needs_most_measured_onc
 ):
     config = starting_as(tmp_path, 2)
 
-    said = one_rank.train("--config", config, "train.learning_rate=0", stop_at=("student", 2))
+    outcome = one_rank.train("--config", config, "train.learning_rate=0", stop_at=("student", 2))
     again = finish(one_rank, config, "train.learning_rate=0")
 
     stage = json.loads((tmp_path / "out" / "stages" / "layers" / "result.json").read_text())
@@ -55,7 +55,7 @@ def test_a_number_of_layers_means_those_that_the_teacher_needs_most_measured_onc
     assert of_layers(tmp_path / "out", best)
     assert stage["metrics"].keys() == {f"layer_{number}" for number in range(1, 5)}
     for shown in (" ".join(f"{score:.3f}" for score in scores), "held-out rows"):
-        assert shown in said.err
+        assert shown in outcome.err
     assert "student: resumed at step 3" in again.err
 
 
@@ -66,12 +66,12 @@ def test_spacing_measures_nothing_and_layers_that_know_less_than_guessing_are_wa
     wild = {"model": llama(4, initializer_range=1.0), "finetune": {"max_steps": 1}}
     config = starting_as(tmp_path, {"keep": 2, "by": "spacing"}, teacher=wild)
 
-    said = finish(one_rank, config, "train.learning_rate=0")
+    outcome = finish(one_rank, config, "train.learning_rate=0")
 
     assert not (tmp_path / "out" / "stages" / "layers").exists()
     assert of_layers(tmp_path / "out", [1, 4])
     warned = r"the loss of the layers 1, 4 before the first step is [\d.]+ nats, above the 5\.\d"
-    assert re.search(warned, said.err)
+    assert re.search(warned, outcome.err)
 
 
 @pytest.mark.parametrize("kept", [{"server": {"url": ["http://x"]}}, {"cache": "kept"}], ids=str)

@@ -53,11 +53,11 @@ def test_a_piece_of_the_student_is_the_teachers_tokens_of_its_string(pair):
     names = large.convert_ids_to_tokens([*range(len(large))])
 
     pieces = VocabularyPair(large, small).pieces
-    found = dict(zip(names, map(small.convert_ids_to_tokens, pieces), strict=True))
+    result = dict(zip(names, map(small.convert_ids_to_tokens, pieces), strict=True))
 
-    assert all(found[name] == [name] for name in large.all_special_tokens)
-    known = {name: tokens for name, tokens in found.items() if tokens != ["[UNK]"]}
-    assert found.keys() - known.keys() == {"[UNK]", *(name for name in found if "y" in name)}
+    assert all(result[name] == [name] for name in large.all_special_tokens)
+    known = {name: tokens for name, tokens in result.items() if tokens != ["[UNK]"]}
+    assert result.keys() - known.keys() == {"[UNK]", *(name for name in result if "y" in name)}
     assert any(len(tokens) > 1 for tokens in known.values())
     for name, tokens in known.items():
         assert tokens[0].startswith("##") == name.startswith("##")
@@ -149,9 +149,9 @@ def second(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 def chosen(batch: Batch) -> torch.Tensor:
     """[B, T] bool: all positions that are predicted, in either vocabulary."""
-    found = batch.labels != IGNORE
-    found.view(-1)[second(batch)[0]] = True
-    return found
+    result = batch.labels != IGNORE
+    result.view(-1)[second(batch)[0]] = True
+    return result
 
 
 def per_row(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:

@@ -80,9 +80,9 @@ def test_the_student_is_a_plain_model_with_its_own_vocabulary(made, request):
 
 def test_the_student_leaves_without_its_teacher(one_rank, trained, tmp_path):
     exported = tmp_path / "exported"
-    said = one_rank.megakd("export", trained.parent / "run.yaml", "--to", exported)
+    outcome = one_rank.megakd("export", trained.parent / "run.yaml", "--to", exported)
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     for folder in (trained / "final", exported):
         assert not (folder / "teacher").exists()
         assert not [*folder.rglob("second_vocabulary*")]
@@ -145,9 +145,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights_of_all_models(
 
     for stage, step in stops.items():
         assert one_rank.train("--config", path, stop_at=(stage, step)).code != 0
-    said = finish(one_rank, path)
+    outcome = finish(one_rank, path)
 
-    assert "student: resumed at step 5" in said.err
+    assert "student: resumed at step 5" in outcome.err
     for stage in stops:
         stages = (tmp_path / "out", request.getfixturevalue(whole))
         assert_same_weights(*(out / "stages" / stage for out in stages))
@@ -156,16 +156,16 @@ def test_a_stopped_run_goes_on_to_the_same_weights_of_all_models(
 def test_a_changed_option_trains_the_stage_again(one_rank, trained):
     for changed in ("p=0.25", "teacher_learning_rate=0.001", "projections=up"):
         config = trained.parent / "run.yaml"
-        said = one_rank.train("--config", config, f"method.{changed}")
+        outcome = one_rank.train("--config", config, f"method.{changed}")
 
-        assert said.code != 0
-        assert "another config" in said.err
+        assert outcome.code != 0
+        assert "another config" in outcome.err
 
 
 def test_a_finished_run_prints_its_vocabulary_again(one_rank, trained):
-    said = finish(one_rank, trained.parent / "run.yaml")
+    outcome = finish(one_rank, trained.parent / "run.yaml")
 
-    assert "student's vocabulary: wordpiece of 100 pieces" in said.out
+    assert "student's vocabulary: wordpiece of 100 pieces" in outcome.out
 
 
 def test_the_student_is_fine_tuned_by_the_config_that_the_run_writes(one_rank, trained, tmp_path):
@@ -187,9 +187,9 @@ def test_a_plan_covers_both_models_and_both_vocabularies(one_rank, tmp_path):
     peaks = {}
     for kind in ("none", "dual", "down"):
         path = mixed(tmp_path / kind, method={"projections": kind})
-        said = one_rank.megakd("plan", path, "--json")
-        assert said.code == 0, said.err
-        peaks[kind] = json.loads(said.out)["roles"]["student"]["weights"]
+        outcome = one_rank.megakd("plan", path, "--json")
+        assert outcome.code == 0, outcome.err
+        peaks[kind] = json.loads(outcome.out)["roles"]["student"]["weights"]
 
     assert peaks["none"] < peaks["dual"] < peaks["down"]
 
@@ -242,9 +242,9 @@ def test_each_model_is_evaluated_with_its_own_tokenizer(one_rank, trained, tmp_p
     configs = trained.parent / "run.yaml", plain(tmp_path, trained.parent / "text.txt")
 
     def metrics_of(config: Path, model: Path) -> dict[str, float]:
-        said = one_rank.megakd("evaluate", config, "--model", model, "--json")
-        assert said.code == 0, said.err
-        return json.loads(said.out)["metrics"]
+        outcome = one_rank.megakd("evaluate", config, "--model", model, "--json")
+        assert outcome.code == 0, outcome.err
+        return json.loads(outcome.out)["metrics"]
 
     student = metrics_of(configs[0], trained / "final")
     assert student == pytest.approx(read(trained)["student"]["metrics"])
@@ -294,9 +294,9 @@ WRONG = {
 def test_what_cannot_work_is_refused_before_any_training(one_rank, tmp_path, name):
     sections, message = WRONG[name]
 
-    said = one_rank.train("--config", mixed(tmp_path, **sections))
+    outcome = one_rank.train("--config", mixed(tmp_path, **sections))
 
-    assert said.code != 0
-    assert message in said.err
-    assert not said.loaded
-    assert "Traceback" not in said.err
+    assert outcome.code != 0
+    assert message in outcome.err
+    assert not outcome.loaded
+    assert "Traceback" not in outcome.err

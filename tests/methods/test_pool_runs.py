@@ -84,9 +84,9 @@ def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, plain, method):
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, drawn, tmp_path):
     killed = forgotten(drawn, tmp_path / "killed", stage="student", after=5)
 
-    said = finish(bench.one_rank, bench.folder / "uniform.yaml", f"output_dir={killed}")
+    outcome = finish(bench.one_rank, bench.folder / "uniform.yaml", f"output_dir={killed}")
 
-    assert "student: resumed at step 5" in said.err
+    assert "student: resumed at step 5" in outcome.err
     assert same_weights(killed / "final", drawn / "final")
     assert read(killed)["pool"] == read(drawn)["pool"]
 
@@ -151,9 +151,9 @@ def test_a_student_begins_as_layers_of_a_teacher_as_it_teaches(bench):
         torch.testing.assert_close(weight, theirs, rtol=0, atol=0)
     (out / "report.json").unlink()
     other = {**sections, "student": {**student, "layers": [1, 2]}}
-    said = bench.one_rank.train("--config", bench.config("layers", SKDBERT, **other))
-    assert said.code == 2
-    assert "holds the result of another config (model.layers.1: 3 there, 2 here" in said.err
+    outcome = bench.one_rank.train("--config", bench.config("layers", SKDBERT, **other))
+    assert outcome.code == 2
+    assert "holds the result of another config (model.layers.1: 3 there, 2 here" in outcome.err
 
 
 FROM_LARGE = {"model": "from_teacher", "teacher": "large"}
@@ -174,20 +174,20 @@ FROM_LARGE = {"model": "from_teacher", "teacher": "large"}
     ids=["layers of unlike teachers", "more layers than there are"],
 )
 def test_pools_that_cannot_work_are_refused_before_anything_is_loaded(bench, sections, fragments):
-    said = bench.refused(SKDBERT, teachers=bench.teachers("small", "large"), **sections)
+    outcome = bench.refused(SKDBERT, teachers=bench.teachers("small", "large"), **sections)
 
     for fragment in fragments:
-        assert fragment in said.err
+        assert fragment in outcome.err
 
 
 def test_a_cache_of_a_teacher_that_is_taught_first_is_refused_before_its_leg(bench):
     """Without method.order the sizes of the teachers tell which are taught."""
     small, large = bench.teachers("small", "large")
 
-    said = bench.refused({"name": "takd"}, teachers=[{**small, "cache": "answers"}, large])
+    outcome = bench.refused({"name": "takd"}, teachers=[{**small, "cache": "answers"}, large])
 
-    assert 'teachers[0].cache: method "takd" trains small before small teaches' in said.err
-    assert "only the first teacher, large, can have a cache" in said.err
+    assert 'teachers[0].cache: method "takd" trains small before small teaches' in outcome.err
+    assert "only the first teacher, large, can have a cache" in outcome.err
 
 
 def test_all_teachers_with_another_task_other_labels_or_tokens_are_named_at_once(bench, tmp_path):
@@ -205,16 +205,16 @@ def test_all_teachers_with_another_task_other_labels_or_tokens_are_named_at_once
     other = {"name": "other", "model": str(tmp_path / "three" / "final")}
     speaks = {"name": "speaks", "model": llama(1)}
 
-    said = bench.refused(
+    outcome = bench.refused(
         SKDBERT, teachers=[*bench.teachers("small"), other, {**other, "name": "again"}, speaks]
     )
 
-    assert "teachers[3].model" in said.err
-    assert "llama" in said.err
-    assert "teachers[1].model: the model has 3 labels" in said.err
-    assert "teachers[2].model: the model has 3 labels" in said.err
-    assert "teachers[1].model" in said.err.split("has a tokenizer")[0]
-    assert "has a tokenizer" in said.err
+    assert "teachers[3].model" in outcome.err
+    assert "llama" in outcome.err
+    assert "teachers[1].model: the model has 3 labels" in outcome.err
+    assert "teachers[2].model: the model has 3 labels" in outcome.err
+    assert "teachers[1].model" in outcome.err.split("has a tokenizer")[0]
+    assert "has a tokenizer" in outcome.err
 
 
 def test_ranks_without_labels_to_rank_by_are_refused(bench, tmp_path):
@@ -223,15 +223,15 @@ def test_ranks_without_labels_to_rank_by_are_refused(bench, tmp_path):
     write_jsonl(data / "validation.jsonl", blank)
 
     method = {**SKDBERT, "distribution": "student_rank"}
-    said = bench.refused(method, task={"dataset": str(data)})
+    outcome = bench.refused(method, task={"dataset": str(data)})
 
-    assert "has no labelled rows to score" in said.err
+    assert "has no labelled rows to score" in outcome.err
 
 
 def test_where_no_teacher_is_left_nothing_else_is_looked_for(bench, tmp_path):
     gone = [{"name": name, "model": str(tmp_path / name)} for name in ("one", "two")]
 
-    said = bench.refused(SKDBERT, teachers=gone)
+    outcome = bench.refused(SKDBERT, teachers=gone)
 
-    assert all(f"teachers[{i}].model: {gone[i]['model']}" in said.err for i in (0, 1))
-    assert "tokenizer" not in said.err
+    assert all(f"teachers[{i}].model: {gone[i]['model']}" in outcome.err for i in (0, 1))
+    assert "tokenizer" not in outcome.err

@@ -93,10 +93,10 @@ def test_windows_cover_the_run_once_and_end_where_units_go(schedule, cuts):
 def test_cuts_follow_as_soon_as_their_share_of_the_units_is_masked():
     schedule = Schedule("cubic", 0, 100, 1, 200)
 
-    found = schedule.milestones(4)
+    result = schedule.milestones(4)
 
-    removed = [1 - schedule.left(step) for step in found]
-    earlier = [1 - schedule.left(step - 1) for step in found]
+    removed = [1 - schedule.left(step) for step in result]
+    earlier = [1 - schedule.left(step - 1) for step in result]
     for number, (now, before) in enumerate(zip(removed, earlier, strict=True), start=1):
         assert before < Fraction(number, 4) <= now
 

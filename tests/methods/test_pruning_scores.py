@@ -83,9 +83,9 @@ def test_sums_of_any_shard_are_its_part_of_the_sums_of_the_matrix(
     part[first:last] = matrix.flatten()[first:last].abs()
     maker = Maker(NEURONS, None, dimension, (rows, columns))
 
-    found = line_sums(matrix.flatten()[first:last], first, maker, EVERYTHING)
+    result = line_sums(matrix.flatten()[first:last], first, maker, EVERYTHING)
 
-    torch.testing.assert_close(found, part.view(rows, columns).double().sum(1 - dimension))
+    torch.testing.assert_close(result, part.view(rows, columns).double().sum(1 - dimension))
 
 
 @pytest.mark.parametrize("dimension", [0, 1])
@@ -94,10 +94,10 @@ def test_weights_with_a_removed_input_do_not_count(dimension):
     cut = Cut(UnitOrder((), (), (3, 0, 1, 2)), View((), (), 2))
     maker = Maker(NEURONS, WIDTH, dimension, tuple(matrix.shape))
 
-    found = line_sums(matrix.flatten(), 0, maker, cut)
+    result = line_sums(matrix.flatten(), 0, maker, cut)
 
     kept = matrix[:, [0, 3]] if dimension == 0 else matrix[[0, 3]]
-    torch.testing.assert_close(found, kept.double().sum(1 - dimension))
+    torch.testing.assert_close(result, kept.double().sum(1 - dimension))
 
 
 @pytest.mark.parametrize(

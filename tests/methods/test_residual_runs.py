@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from one_rank import OneRank, Said
+from one_rank import OneRank, Outcome
 from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, llama, write_config, write_reviews, write_text
 from whole_run import finish, read, records
@@ -55,7 +55,7 @@ class Residual:
         )
         self.tree["train"] |= {"max_steps": 8, "learning_rate": 0.003}
 
-    def run(self, **method: Any) -> Said:
+    def run(self, **method: Any) -> Outcome:
         options = {"sparsities": GRID, "target_sparsity": TARGET, "round_to": 4, "residual": True}
         if self.kind != "classification":
             options["metric"] = "accuracy"
@@ -94,7 +94,7 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def masked(one_rank, tmp_path_factory) -> tuple[Residual, Said]:
+def masked(one_rank, tmp_path_factory) -> tuple[Residual, Outcome]:
     """One trial with the objective that is there without one."""
     run = Residual(one_rank, *text_task(tmp_path_factory.mktemp("masked"), "mlm", "wordpiece"))
     return run, run.run(name="minidisc", iterations=1)
@@ -112,14 +112,16 @@ def test_what_is_exported_scores_as_the_narrower_view_did(masked):
 
 
 def test_without_an_objective_the_last_layers_relations_are_learned_alone(masked):
-    run, said = masked
+    run, answer = masked
 
     logged = [r for r in records(run.out, "trial-1") if "train/loss" in r]
     terms = {name for name in logged[-1] if name.endswith("relation_kl")}
     assert len(terms) == len(GRID)
     assert not any("soft" in name or "hidden" in name for name in logged[-1])
     # Heads of 8 rows: 32 does not divide them, the teacher's four heads do.
-    assert "relation_kl of the last layer, of queries, keys and values, with 4 relation" in said.err
+    assert (
+        "relation_kl of the last layer, of queries, keys and values, with 4 relation" in answer.err
+    )
 
 
 def test_columns_are_sorted_in_the_specification_and_the_teacher_is_what_it_was(masked):
@@ -176,8 +178,8 @@ def test_what_is_exported_loads_without_megakd_and_computes_the_same(masked, cau
 
     assert shown.returncode == 0, shown.stderr
     for auto, run in runs.items():
-        found = torch.load(tmp_path / f"{auto}.pt")
-        torch.testing.assert_close(found, logits(run.model(run.out / "final")), atol=1e-5, rtol=0)
+        result = torch.load(tmp_path / f"{auto}.pt")
+        torch.testing.assert_close(result, logits(run.model(run.out / "final")), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -207,8 +209,10 @@ def test_relations_that_no_candidate_can_be_cut_into_are_refused_before_a_model_
         "method": {"name": "minidisc", "residual": True, "round_to": 4},
     }
 
-    said = classifier.one_rank.train("--config", write_config(classifier.folder / "r.yaml", tree))
+    outcome = classifier.one_rank.train(
+        "--config", write_config(classifier.folder / "r.yaml", tree)
+    )
 
-    assert (said.code, said.loaded) == (2, ())
+    assert (outcome.code, outcome.loaded) == (2, ())
     wanted = r"relation_heads 16 .* does not divide 8, the width that .* use one of 1, 2, 4, 8"
-    assert re.search(wanted, said.err), said.err
+    assert re.search(wanted, outcome.err), outcome.err

@@ -60,9 +60,9 @@ def test_two_names_of_one_teacher_teach_as_this_teacher_alone_however_a_step_is_
 def test_a_run_that_was_stopped_ends_with_the_same_weights(bench, routed, tmp_path):
     killed = forgotten(routed, tmp_path / "killed", stage="student", after=2, following=("alone",))
 
-    said = finish(bench.one_rank, bench.folder / "routed.yaml", f"output_dir={killed}")
+    outcome = finish(bench.one_rank, bench.folder / "routed.yaml", f"output_dir={killed}")
 
-    assert "student: resumed at step 2" in said.err
+    assert "student: resumed at step 2" in outcome.err
     assert furthest(killed, routed) == 0
     assert read(killed)["pool"] == read(routed)["pool"]
 
@@ -95,10 +95,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def test_routes_that_cannot_work_are_refused_before_anything_is_loaded(bench, case):
     sections, fragments = CONFIGS[case]
 
-    said = bench.refused(**sections)
+    outcome = bench.refused(**sections)
 
     for fragment in fragments:
-        assert fragment in said.err
+        assert fragment in outcome.err
 
 
 ROWS: dict[str, tuple[object, str]] = {
@@ -114,10 +114,10 @@ def test_a_row_with_a_bad_name_is_refused_with_its_file_and_place(bench, tmp_pat
     write_jsonl(tmp_path / "data" / "train.jsonl", bad)
     write_jsonl(tmp_path / "data" / "validation.jsonl", rows(4))
 
-    said = bench.refused(task={"dataset": str(tmp_path / "data")})
+    outcome = bench.refused(task={"dataset": str(tmp_path / "data")})
 
     for fragment in (message, "train.jsonl", "line 13"):
-        assert fragment in said.err
+        assert fragment in outcome.err
 
 
 def test_held_out_rows_need_no_teacher(bench, tmp_path):

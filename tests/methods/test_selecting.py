@@ -80,7 +80,7 @@ def choosing(**changes: Any) -> Choosing:
     return Choosing(**{"hard": False, "threshold": 0.5, "noise": 0.0, "seed": 1, **changes})
 
 
-def said(step: int, valid: torch.Tensor | None = None) -> Any:
+def reading_at(step: int, valid: torch.Tensor | None = None) -> Any:
     """Return the outputs of both models for a batch of two texts of three tokens."""
     generator = torch.Generator().manual_seed(step)
     valid = torch.ones(2, 3, dtype=torch.bool) if valid is None else valid
@@ -124,7 +124,7 @@ def taken(strategy: LearningToSelect, steps: int) -> None:
 
 
 def take(strategy: LearningToSelect, step: int) -> None:
-    weighed(strategy, step, said(step))
+    weighed(strategy, step, reading_at(step))
     strategy.after_update(SimpleNamespace(step=step))
 
 
@@ -208,19 +208,19 @@ def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed(
 def test_a_step_has_one_action_for_all_its_micro_batches():
     strategy = selecting()
 
-    first, second = weighed(strategy, 0, said(0)), weighed(strategy, 0, said(1))
+    first, second = weighed(strategy, 0, reading_at(0)), weighed(strategy, 0, reading_at(1))
 
-    assert first == second != weighed(strategy, 1, said(1))
+    assert first == second != weighed(strategy, 1, reading_at(1))
 
 
 def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
     def taken_with(*, ahead: bool) -> list[dict[str, float]]:
         strategy = selecting()
         (now,) = strategy.passes(0)
-        first = dict(now.weigh(said(0)))
+        first = dict(now.weigh(reading_at(0)))
         if ahead:
             strategy.passes(1)
-        return [first, dict(now.weigh(said(1)))]
+        return [first, dict(now.weigh(reading_at(1)))]
 
     first, second = taken_with(ahead=True)
 
@@ -241,7 +241,7 @@ def test_a_frozen_selector_stays_as_it_is():
     before = strategy.selector.to_bytes()
 
     for step in range(5):
-        weighed(strategy, step, said(step))
+        weighed(strategy, step, reading_at(step))
         strategy.after_update(SimpleNamespace(step=step))
 
     assert strategy.selector.to_bytes() == before
@@ -258,7 +258,7 @@ class FirstRankSays(Measured):
 def test_the_action_of_the_first_rank_is_taken_whatever_this_rank_computes(hard):
     strategy = selecting(probe=cast("StageProbe", FirstRankSays([])), hard=hard)
 
-    assert weighed(strategy, 0, said(0)) == dict(zip(KINDS, (0.0, 1.0, 1.0), strict=True))
+    assert weighed(strategy, 0, reading_at(0)) == dict(zip(KINDS, (0.0, 1.0, 1.0), strict=True))
 
 
 class Noisy(Selecting):
@@ -273,10 +273,14 @@ class Noisy(Selecting):
 def test_a_hard_action_uses_a_kind_and_a_soft_one_may_use_none_and_stays_between_0_and_1():
     hard, soft = (selecting(Noisy, hard=is_hard) for is_hard in (True, False))
 
-    assert list(weighed(hard, 0, said(0)).values()) == [0.0, 1.0, 0.0]  # the largest, if below 0.5
-    assert list(weighed(soft, 0, said(0)).values()) == [0.0, 0.0, 0.0]
+    assert list(weighed(hard, 0, reading_at(0)).values()) == [
+        0.0,
+        1.0,
+        0.0,
+    ]  # the largest, if below 0.5
+    assert list(weighed(soft, 0, reading_at(0)).values()) == [0.0, 0.0, 0.0]
     soft.noise = (3.0, -3.0, 0.0)
-    first, second, third = weighed(soft, 1, said(1)).values()
+    first, second, third = weighed(soft, 1, reading_at(1)).values()
     assert (first, second) == (1.0, 0.0)
     assert 0 < third < 1
 
@@ -296,10 +300,10 @@ def test_random_hard_weights_use_the_kinds_that_reach_the_threshold(threshold, u
 @pytest.mark.parametrize("whole_texts", [False, True])
 def test_a_state_is_the_mean_over_first_tokens_or_over_all_without_padding(whole_texts):
     valid = torch.tensor([[True, True, False], [False, False, False]])
-    reading = said(0, valid)
+    reading = reading_at(0, valid)
 
-    found = selecting(whole_texts=whole_texts)._summaries(reading)
+    actual = selecting(whole_texts=whole_texts)._summaries(reading)
 
     states = torch.cat([reading.student.states(-1), reading.taught.states(-1)], -1)
     wanted = states[0, :2].mean(0) if whole_texts else states[0, 0]
-    assert torch.allclose(found, wanted)
+    assert torch.allclose(actual, wanted)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_store import flip
-from one_rank import OneRank, Said
+from one_rank import OneRank, Outcome
 from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
 from whole_run import finish, forgotten, read, records, same_weights, weights
 
@@ -82,9 +82,9 @@ def test_a_run_that_goes_on_chooses_what_it_would_have_chosen(bench, soft, tmp_p
         soft, tmp_path / "killed", stage="selector", after=10, following=("student",)
     )
 
-    said = finish(bench.one_rank, bench.folder / "soft.yaml", f"output_dir={killed}")
+    outcome = finish(bench.one_rank, bench.folder / "soft.yaml", f"output_dir={killed}")
 
-    assert "selector: resumed at step 10" in said.err
+    assert "selector: resumed at step 10" in outcome.err
     for stage in ("selector", "student"):
         assert same(killed, soft, stage)
     again, chosen = (
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_another_folder_is_continued_with_its_initial_student(
     """Every episode that is left starts from the student that the other run had stored."""
     copied = Path(shutil.copytree(soft / "checkpoints" / "selector", tmp_path / "selector"))
 
-    def continued(out: str, step: int) -> Said:
+    def continued(out: str, step: int) -> Outcome:
         given = f"train.resume_from_checkpoint={copied / f'step-{step}'}"
         return bench.one_rank.train("--config", bench.config(out, LEARNED), given)
 
@@ -143,12 +143,12 @@ def test_a_selector_of_other_widths_or_kinds_is_refused(bench, soft):
     wide = bench.config("wide", method, student={"model": bert(1, width=24)})
     few = bench.config("few", method, objective=[{"loss": "soft_target_kl"}])
 
-    said = [bench.one_rank.train("--config", path) for path in (wide, few)]
+    outcome = [bench.one_rank.train("--config", path) for path in (wide, few)]
 
-    assert [one.code for one in said] == [2, 2]
-    assert "is for a student of width 16" in said[0].err
-    assert "this run has the widths 24 and 16" in said[0].err
-    assert "this run has the widths 16 and 16 and soft_target_kl" in said[1].err
+    assert [one.code for one in outcome] == [2, 2]
+    assert "is for a student of width 16" in outcome[0].err
+    assert "this run has the widths 24 and 16" in outcome[0].err
+    assert "this run has the widths 16 and 16 and soft_target_kl" in outcome[1].err
 
 
 def test_every_episode_begins_with_the_same_student(bench):
@@ -214,8 +214,8 @@ def test_kinds_of_a_language_model_are_weighed_too(one_rank, tmp_path):
 def test_a_phase_that_is_longer_than_its_episode_is_refused(bench):
     path = bench.config("long", {**LEARNED, "phase_steps": STEPS + 1})
 
-    said = bench.one_rank.train("--config", path)
+    outcome = bench.one_rank.train("--config", path)
 
-    assert said.code == 2
-    assert f"a phase of {STEPS + 1} steps does not fit into an episode of {STEPS}" in said.err
-    assert not said.loaded
+    assert outcome.code == 2
+    assert f"a phase of {STEPS + 1} steps does not fit into an episode of {STEPS}" in outcome.err
+    assert not outcome.loaded

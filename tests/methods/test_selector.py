@@ -82,10 +82,10 @@ def test_a_kind_that_harms_gets_the_lowest_weight():
 )
 def test_what_a_state_is_worth_does_not_hide_which_kind_helps(place):
     """Early phases bring more whatever is done, as a loss falls fastest at first."""
-    said = played(lambda action, phase: 1.0 / (1 + phase % 10) + float(action[place]))
+    answer = played(lambda action, phase: 1.0 / (1 + phase % 10) + float(action[place]))
 
-    others = [weight for index, weight in enumerate(said) if index != place]
-    assert said[place] > max(others) + 0.1
+    others = [weight for index, weight in enumerate(answer) if index != place]
+    assert answer[place] > max(others) + 0.1
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_all_stored_falls_are_divided_by_their_root_mean_square_and_bonuses_are_
     learner, seen = ActorCritic(selector(), Learning(updates=1)), summaries(2)
     actions = torch.full((2, len(KINDS)), 0.5)
 
-    found = [
+    result = [
         learner.learn(Transition(seen, actions, fall, None, 0.1 if phase else 0.0))
         for phase, fall in enumerate(falls)
     ]
 
-    assert found == pytest.approx(rewards)
+    assert result == pytest.approx(rewards)
     # A phase that is learned later changes the scale of the phases before it.
     assert learner._memory is not None
     scaled = learner._memory.scaled().falls[::2].tolist()
@@ -146,14 +146,14 @@ def test_gamma_discounts_what_follows_or_as_printed_the_reward(goes_on):
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0, 1))
 def test_a_hard_action_uses_what_reaches_the_threshold_and_never_nothing(action, threshold):
-    found = hardened(action, threshold)
+    result = hardened(action, threshold)
 
-    assert set(found) <= {0.0, 1.0}
-    assert any(found)
+    assert set(result) <= {0.0, 1.0}
+    assert any(result)
     if max(action) >= threshold:
-        assert found == tuple(float(value >= threshold) for value in action)
+        assert result == tuple(float(value >= threshold) for value in action)
     else:
-        assert [i for i, used in enumerate(found) if used] == [action.index(max(action))]
+        assert [i for i, used in enumerate(result) if used] == [action.index(max(action))]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nonsense" * 20])

@@ -163,11 +163,11 @@ def test_a_run_stopped_in_every_stage_ends_with_the_same_weights(one_rank, shrun
 def test_a_budget_that_no_shape_meets_is_refused_before_anything_is_trained(
     one_rank, tmp_path, method, message
 ):
-    said = one_rank.train("--config", shrinking(tmp_path, method=method))
+    outcome = one_rank.train("--config", shrinking(tmp_path, method=method))
 
-    assert said.code == 2
-    assert re.search(message, said.err)
-    assert said.loaded == ()
+    assert outcome.code == 2
+    assert re.search(message, outcome.err)
+    assert outcome.loaded == ()
 
 
 SERIES = {"flops": "70%,40%,20%", "candidates": 3, "repair_steps": 4}
@@ -215,9 +215,9 @@ def test_a_size_that_was_removed_is_copied_again(one_rank, series):
     card = (removed / "README.md").read_text()
     shutil.rmtree(removed)
 
-    said = finish(one_rank, series.parent / "out.yaml")
+    outcome = finish(one_rank, series.parent / "out.yaml")
 
-    assert "student-0.7 lacks" in said.err
+    assert "student-0.7 lacks" in outcome.err
     assert same_weights(removed, series / "stages" / "student-0.7")
     assert (removed / "README.md").read_text() == card
 
@@ -252,11 +252,11 @@ def test_a_speedup_is_timed_once_before_the_teacher_learns(one_rank, tmp_path):
     method = {"flops": None, "speedup": 1000, "timing": {"batch": 1}}
     config = shrinking(tmp_path, method=method)
 
-    said = one_rank.train("--config", config)
+    outcome = one_rank.train("--config", config)
 
-    assert said.code == 2
-    assert "no model with a speed-up of 1000.00x" in said.err
-    assert "the nearest possible sizes are a speed-up of" in said.err
+    assert outcome.code == 2
+    assert "no model with a speed-up of 1000.00x" in outcome.err
+    assert "the nearest possible sizes are a speed-up of" in outcome.err
     stages = {folder.name for folder in (tmp_path / "out" / "stages").glob("*")}
     assert stages <= {"times", "times-width-24", "times-width-16"}
 
@@ -264,11 +264,11 @@ def test_a_speedup_is_timed_once_before_the_teacher_learns(one_rank, tmp_path):
 def test_a_clock_that_this_machine_lacks_is_refused_before_the_teacher_learns(one_rank, tmp_path):
     method = {"flops": None, "speedup": 2, "timing": {"device": "cuda"}}
 
-    said = one_rank.train("--config", shrinking(tmp_path, method=method))
+    outcome = one_rank.train("--config", shrinking(tmp_path, method=method))
 
-    assert said.code == 2
-    assert "method.timing.device: cuda, and this process sees no GPU" in said.err
-    assert said.loaded == ()
+    assert outcome.code == 2
+    assert "method.timing.device: cuda, and this process sees no GPU" in outcome.err
+    assert outcome.loaded == ()
 
 
 def test_the_report_of_a_run_on_a_gpu_times_where_the_speedup_was_asked_for():
@@ -315,11 +315,11 @@ def speedup(factor: float) -> Budget:
 def test_timed_candidates_have_the_wanted_time_though_the_first_times_mislead(disturbed):
     measured = sizes(disturbed=disturbed)
 
-    found = timed_candidates(measured, speedup(3), 6, WORK)
+    result = timed_candidates(measured, speedup(3), 6, WORK)
 
-    assert len(found) > 1
+    assert len(result) > 1
     whole = clock(measured.family.units)
-    for one in found:
+    for one in result:
         assert whole / clock(measured.family.view(*one[:3])) == pytest.approx(3, rel=0.06)
         assert one.size == clock(measured.family.view(*one[:3])) / whole
 
@@ -329,10 +329,10 @@ def test_the_one_candidate_of_a_speedup_has_the_fewest_layers_that_are_slow_enou
     measured = sizes()
     whole = clock(measured.family.units)
 
-    (found,) = timed_candidates(measured, speedup(factor), 1, WORK)
+    (result,) = timed_candidates(measured, speedup(factor), 1, WORK)
 
-    assert whole / clock(measured.family.view(*found[:3])) == pytest.approx(factor, rel=0.06)
-    fewer = (View((4,) * n, (256,) * n) for n in range(1, found.layers))
+    assert whole / clock(measured.family.view(*result[:3])) == pytest.approx(factor, rel=0.06)
+    fewer = (View((4,) * n, (256,) * n) for n in range(1, result.layers))
     assert all(whole / clock(view) > 1.04 * factor for view in fewer)
 
 
@@ -372,9 +372,9 @@ def test_another_depth_is_timed_where_the_fewest_layers_turn_out_too_fast():
 
     measured.lab.pruning.relative_times = faster
 
-    (found,) = timed_candidates(measured, speedup(3), 1, WORK)
+    (result,) = timed_candidates(measured, speedup(3), 1, WORK)
 
-    assert found.layers > 2
+    assert result.layers > 2
 
 
 def test_a_speedup_that_no_shape_reaches_names_the_fastest():

@@ -146,8 +146,8 @@ def test_a_cut_without_learning_is_the_view_of_the_sorted_teacher(one_rank, tmp_
     )
     with torch.inference_mode(), Elastic(teacher).viewing(view):
         expected = teacher(input_ids=TOKENS).logits
-        found = final(input_ids=TOKENS).logits
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        actual = final(input_ids=TOKENS).logits
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -183,12 +183,12 @@ def test_a_size_that_cannot_be_cut_is_refused_before_anything_is_trained(
 ):
     config = shrinking(tmp_path, method={"target_sparsity": None, "parameters": size})
 
-    said = one_rank.train("--config", config)
+    outcome = one_rank.train("--config", config)
 
-    assert said.code == 2
-    assert message in said.err
+    assert outcome.code == 2
+    assert message in outcome.err
     assert not (tmp_path / "out" / "stages").exists()
-    assert said.loaded == ()
+    assert outcome.loaded == ()
 
 
 def test_the_command_writes_its_config_runs_it_and_the_config_can_be_planned(

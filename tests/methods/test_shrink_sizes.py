@@ -96,11 +96,11 @@ def test_several_sizes_are_a_list_or_a_text_with_commas():
 
 
 def test_the_sizes_of_shapes_are_those_of_an_8b_model():
-    found = cuts()
+    result = cuts()
 
-    assert (found.outside, found.layer) == (OUTSIDE, LAYER)
-    assert (found.head, found.neuron) == (HEAD, NEURON)
-    assert found.whole == Candidate(36, 8, 12288, 8_190_735_360)
+    assert (result.outside, result.layer) == (OUTSIDE, LAYER)
+    assert (result.head, result.neuron) == (HEAD, NEURON)
+    assert result.whole == Candidate(36, 8, 12288, 8_190_735_360)
 
 
 def test_candidates_go_from_width_alone_to_depth_alone():
@@ -154,13 +154,13 @@ def test_a_size_has_candidates_or_the_message_names_the_nearest_sizes(
             chosen(possible, target, wanted)
         return
 
-    found = chosen(possible, target, wanted)
+    actual = chosen(possible, target, wanted)
 
-    assert 1 <= len(found) <= wanted
-    assert len({one.name for one in found}) == len(found)
-    assert all(abs(one.size - target) <= TOLERANCE * target for one in found)
-    assert all(one == possible.candidate(*one[:3]) for one in found)
-    depths = [one.layers for one in found]
+    assert 1 <= len(actual) <= wanted
+    assert len({one.name for one in actual}) == len(actual)
+    assert all(abs(one.size - target) <= TOLERANCE * target for one in actual)
+    assert all(one == possible.candidate(*one[:3]) for one in actual)
+    depths = [one.layers for one in actual]
     assert depths == sorted(depths, reverse=True)
 
 
@@ -174,9 +174,9 @@ def test_the_nearest_sizes_can_be_cut():
 
 
 def test_shares_of_layers_give_one_candidate_each():
-    found = chosen(cuts(), 5_000_000_000, (1.0, 0.75))
+    result = chosen(cuts(), 5_000_000_000, (1.0, 0.75))
 
-    assert [one.layers for one in found] == [36, 27]
+    assert [one.layers for one in result] == [36, 27]
 
 
 @pytest.mark.parametrize(
@@ -200,11 +200,11 @@ def test_a_size_or_a_share_of_layers_that_cannot_be_cut_is_refused(target, wante
     [(172, None, 4), (11008, None, 64), (255, None, 1), (172, 50, 50)],
 )
 def test_neurons_stay_on_a_grid_that_divides_the_teachers(neurons, round_to, grid):
-    found = cuts(neurons=neurons, round_to=round_to).neurons
+    result = cuts(neurons=neurons, round_to=round_to).neurons
 
-    assert found[0] == grid
-    assert all(count % grid == 0 for count in found[:-1])
-    assert found[-1] == neurons
+    assert result[0] == grid
+    assert all(count % grid == 0 for count in result[:-1])
+    assert result[-1] == neurons
 
 
 def test_a_grid_larger_than_the_teacher_and_layers_that_differ_are_refused():
@@ -215,9 +215,9 @@ def test_a_grid_larger_than_the_teacher_and_layers_that_differ_are_refused():
 
 
 def test_heads_that_no_stock_config_describes_are_no_candidates():
-    found = cuts_of(family(is_stock=lambda view: view.heads[0] in (4, 8)), counted)
+    result = cuts_of(family(is_stock=lambda view: view.heads[0] in (4, 8)), counted)
 
-    assert found.heads == (4, 8)
+    assert result.heads == (4, 8)
 
 
 def test_the_most_important_layers_are_kept_in_their_order():
@@ -233,11 +233,11 @@ def sizes_on_the_way(method: Any, teacher: int = 8_000_000_000) -> list[float]:
 def test_hops_are_at_most_two_and_a_half_and_end_at_the_target():
     method = config(method={"assistant": "auto_2.5", "parameters": "1B"}).method
 
-    found = sizes_on_the_way(method)
+    result = sizes_on_the_way(method)
 
-    ratios = [big / small for big, small in pairwise([8_000_000_000, *found])]
-    assert found[-1] == 1_000_000_000
-    assert len(found) == 3
+    ratios = [big / small for big, small in pairwise([8_000_000_000, *result])]
+    assert result[-1] == 1_000_000_000
+    assert len(result) == 3
     assert max(ratios) <= LARGEST_HOP
     assert max(ratios) == pytest.approx(min(ratios), rel=1e-6)
 

@@ -44,18 +44,20 @@ def test_five_ranks_weigh_as_one_to_five():
     scores = dict(zip("abcde", (0.1, 0.5, 0.3, 0.9, 0.7), strict=True))
     config = SkdbertConfig(name="skdbert", distribution="teacher_rank")
 
-    found = probabilities_of(config, Scored(scores), tuple(scores))
+    result = probabilities_of(config, Scored(scores), tuple(scores))
 
-    assert found == pytest.approx({"a": 1 / 15, "b": 3 / 15, "c": 2 / 15, "d": 5 / 15, "e": 4 / 15})
+    assert result == pytest.approx(
+        {"a": 1 / 15, "b": 3 / 15, "c": 2 / 15, "d": 5 / 15, "e": 4 / 15}
+    )
 
 
 @given(st.lists(Finite, min_size=1, max_size=8))
 def test_ranks_add_up_whatever_is_tied(scores):
-    found = ranks(scores)
+    result = ranks(scores)
 
-    assert sum(found) == pytest.approx(len(scores) * (len(scores) + 1) / 2)
-    for one, rank in zip(scores, found, strict=True):
-        for other, its_rank in zip(scores, found, strict=True):
+    assert sum(result) == pytest.approx(len(scores) * (len(scores) + 1) / 2)
+    for one, rank in zip(scores, result, strict=True):
+        for other, its_rank in zip(scores, result, strict=True):
             assert (one < other) == (rank < its_rank)
 
 
@@ -64,9 +66,9 @@ def test_equal_scores_or_an_exponent_of_zero_are_uniform(scores, exponent):
     config = SkdbertConfig(name="skdbert", distribution="teacher_rank", rank_exponent=exponent)
     lab = Scored(dict(zip(NAMES, scores, strict=True)))
 
-    found = probabilities_of(config, lab, NAMES)
+    result = probabilities_of(config, lab, NAMES)
 
-    assert list(found.values()) == pytest.approx([1 / 3] * 3)
+    assert list(result.values()) == pytest.approx([1 / 3] * 3)
 
 
 def test_weights_need_not_sum_to_one_and_a_teacher_of_weight_zero_is_never_prepared():

@@ -58,8 +58,8 @@ def test_noted_vectors_are_what_the_attention_of_a_layer_gets(tiny, computed, mo
     assert vectors[0] is None
     for ours, theirs in zip(vectors[1:], computed, strict=True):
         for name, wanted in zip(("queries", "keys", "values"), theirs, strict=True):
-            found = getattr(ours, name).unflatten(-1, (-1, ours.width)).transpose(1, 2)
-            torch.testing.assert_close(found, wanted, msg=name)
+            actual = getattr(ours, name).unflatten(-1, (-1, ours.width)).transpose(1, 2)
+            torch.testing.assert_close(actual, wanted, msg=name)
 
 
 @pytest.mark.parametrize("model_type", TINY_CUTS)

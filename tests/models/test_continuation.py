@@ -62,7 +62,7 @@ def completed(model, prompts, ends, sampling, *, rows_at_once=64, pad=1):
 
 def without_batch(model, prompts, ends, sampling):
     """The texts from whole forwards of single rows, without `generate` and without a cache."""
-    found = []
+    collected = []
     for row, prompt in enumerate(prompts):
         process = sampling_processors(sampling, [7 * row - 3], len(prompt), torch.device("cpu"))
         ids = torch.tensor([prompt])
@@ -72,8 +72,8 @@ def without_batch(model, prompts, ends, sampling):
             ids = torch.cat([ids, process(ids, scores).argmax(-1, keepdim=True)], 1)
             if int(ids[0, -1]) in ends:
                 break
-        found.append(tuple(ids[0, len(prompt) :].tolist()))
-    return found
+        collected.append(tuple(ids[0, len(prompt) :].tolist()))
+    return collected
 
 
 @contextmanager
@@ -108,18 +108,18 @@ def test_texts_are_those_of_single_rows(
     model, sampling = model_of(kind), Sampling(limit, temperature)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(continuation, "SHARE_TO_LEAVE", share)
-        found = completed(model, prompts, ends, sampling, rows_at_once=rows_at_once)
+        result = completed(model, prompts, ends, sampling, rows_at_once=rows_at_once)
 
-    assert [text.ids for text in found] == without_batch(model, prompts, ends, sampling)
-    assert [text.finished for text in found] == [text.ids[-1] in ends for text in found]
+    assert [text.ids for text in result] == without_batch(model, prompts, ends, sampling)
+    assert [text.finished for text in result] == [text.ids[-1] in ends for text in result]
 
 
 @CASE
 @given(ends=st.frozensets(st.integers(0, 59), max_size=30), pad=st.integers(0, 59))
 def test_the_padding_may_be_a_token_of_the_texts_or_an_end(ends, pad):
     model, sampling = model_of("llama"), Sampling(10)
-    found = completed(model, PROMPTS, ends, sampling, pad=pad)
-    assert [text.ids for text in found] == without_batch(model, PROMPTS, ends, sampling)
+    result = completed(model, PROMPTS, ends, sampling, pad=pad)
+    assert [text.ids for text in result] == without_batch(model, PROMPTS, ends, sampling)
 
 
 @CASE
@@ -128,9 +128,9 @@ def test_few_rows_that_have_ended_are_computed(ends, count):
     model, prompts = model_of("llama"), (PROMPTS * 3)[:count]
 
     with forwards(model) as shapes:
-        found = completed(model, prompts, ends, Sampling(24))
+        result = completed(model, prompts, ends, Sampling(24))
 
-    lengths = [len(text.ids) for text in found]
+    lengths = [len(text.ids) for text in result]
     assert len(shapes) == max(lengths)
     for step, (rows, _) in enumerate(shapes):
         running = sum(length > step for length in lengths)

@@ -182,9 +182,9 @@ def test_a_cut_model_can_be_elastic_in_its_turn(family):
     expected = logits(cut(smaller, task_of(family), inner))
 
     with Elastic(smaller).viewing(inner):
-        found = logits(smaller)
+        actual = logits(smaller)
 
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_a_folder_is_cut_from_file_to_file(tmp_path, family, view):
 
     folder = reshape(source, tmp_path / "cut", view=kept, order=order, extra={"a.txt": "b"})
 
-    found = loaded(folder, task_of(family))
-    assert type(found) is type(expected)
-    assert torch.equal(logits(found), logits(expected))
+    actual = loaded(folder, task_of(family))
+    assert type(actual) is type(expected)
+    assert torch.equal(logits(actual), logits(expected))
     assert (folder / "a.txt").read_text() == "b"
     assert AutoTokenizer.from_pretrained(folder)("w7")["input_ids"] == [7]
 
@@ -230,8 +230,8 @@ def test_tied_weights_stay_tied_and_others_two(tmp_path, family, kind, tied):
 
     folder = reshape(source, tmp_path / "cut", view=RAGGED, kind=kind)
 
-    found = loaded(folder, kind)
-    inputs, outputs = found.get_input_embeddings().weight, found.get_output_embeddings().weight
+    result = loaded(folder, kind)
+    inputs, outputs = result.get_input_embeddings().weight, result.get_output_embeddings().weight
     assert (outputs is inputs) == tied
     assert torch.equal(outputs, model.get_output_embeddings().weight)
     written = load_file(folder / "model.safetensors")

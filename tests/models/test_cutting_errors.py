@@ -30,9 +30,9 @@ def source(tmp_path, **changes):
     return source_of(saved(build("bert", **changes), tmp_path / "whole"), "classification")
 
 
-def reshape(found, folder, **changes):
+def reshape(result, folder, **changes):
     facts = {"task": task(), "label_names": LABELS, "tokenizer": tokenizer(), **changes}
-    reshape_folder(found, folder, **facts)
+    reshape_folder(result, folder, **facts)
 
 
 @pytest.mark.parametrize(
@@ -48,18 +48,18 @@ def reshape(found, folder, **changes):
     ],
 )
 def test_a_view_lies_within_the_model(tmp_path, view, message):
-    found = source(tmp_path)
+    result = source(tmp_path)
     with pytest.raises(ModelError, match=message):
-        reshape(found, tmp_path / "cut", view=view)
+        reshape(result, tmp_path / "cut", view=view)
     assert not (tmp_path / "cut").exists()
 
 
 def test_an_order_has_every_unit_once(tmp_path):
-    found, order = source(tmp_path), order_of(build("bert"))
+    result, order = source(tmp_path), order_of(build("bert"))
     twice = order._replace(heads=((0, 0, 1, 2, 3, 4), *order.heads[1:]))
     for wrong in (twice, order._replace(neurons=order.neurons[1:])):
         with pytest.raises(ModelError, match="an order must list every unit of the model once"):
-            reshape(found, tmp_path / "cut", order=wrong)
+            reshape(result, tmp_path / "cut", order=wrong)
 
 
 def test_a_model_without_weights_has_nothing_to_cut(tmp_path):
@@ -70,25 +70,25 @@ def test_a_model_without_weights_has_nothing_to_cut(tmp_path):
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    found = source(tmp_path)
+    result = source(tmp_path)
     file = tmp_path / "whole" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 21}))
 
     with pytest.raises(ModelError, match=r"check that config\.json and the weights belong to the"):
-        reshape(source_of(found.folder, "classification"), tmp_path / "cut")
+        reshape(source_of(result.folder, "classification"), tmp_path / "cut")
 
     assert not (tmp_path / "cut").exists()
 
 
 def test_a_file_that_is_cut_short_meanwhile_leaves_what_was_there(tmp_path):
-    found = source(tmp_path)
-    reshape(found, tmp_path / "cut", view=View((2, 2, 2), (8, 8, 8)))
+    result = source(tmp_path)
+    reshape(result, tmp_path / "cut", view=View((2, 2, 2), (8, 8, 8)))
     before = (tmp_path / "cut" / "model.safetensors").read_bytes()
     file = tmp_path / "whole" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
     with pytest.raises(ModelError, match="ended after"):
-        reshape(found, tmp_path / "cut", view=View((1, 1, 1), (8, 8, 8)))
+        reshape(result, tmp_path / "cut", view=View((1, 1, 1), (8, 8, 8)))
 
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]

@@ -50,8 +50,8 @@ def dtype_of(family):
 
 def answers(teacher, batch):
     """The teacher's outputs, as `FrozenTeacher` gives them to a student."""
-    said = FrozenModel(teacher, needs=Needs(), label_order=None).read(batch)
-    return said.detached()._replace(head=language_model_head(teacher))
+    answer = FrozenModel(teacher, needs=Needs(), label_order=None).read(batch)
+    return answer.detached()._replace(head=language_model_head(teacher))
 
 
 def own_logits(model, batch):
@@ -80,15 +80,17 @@ def test_the_loss_and_its_gradient_are_those_of_the_models_own_logits(tiny, fami
         {"student": student}, build_objective(TERMS, "causal_lm", shape, shape), world_size=1
     )
 
-    found = bundle(batch, {"t": answers(teacher, batch)}, [Pass(teacher="t")], count_units([batch]))
-    found.total.backward()
+    actual = bundle(
+        batch, {"t": answers(teacher, batch)}, [Pass(teacher="t")], count_units([batch])
+    )
+    actual.total.backward()
     ours = {name: weight.grad for name, weight in student.named_parameters()}
     student.zero_grad()
     logits = own_logits(student, batch), own_logits(teacher, batch).detach()
     expected = expected_loss(*logits, batch)
     expected.backward()
 
-    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert actual.total.item() == pytest.approx(expected.item(), rel=1e-6)
     for name, weight in student.named_parameters():
         torch.testing.assert_close(ours[name], weight.grad, rtol=1e-4, atol=1e-6, msg=name)
 

@@ -68,17 +68,17 @@ def test_a_student_of_some_layers_learns_and_opens_in_transformers(tiny, tmp_pat
         {"student": student}, build_objective(TERMS, "causal_lm", *shapes), world_size=1
     )
     with torch.no_grad():
-        said = read_knowledge(teacher, batch, teacher_needs(TERMS, *shapes)).detached()
-    said = said._replace(head=language_model_head(teacher))
+        answer = read_knowledge(teacher, batch, teacher_needs(TERMS, *shapes)).detached()
+    answer = answer._replace(head=language_model_head(teacher))
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.01)
 
     losses = []
     for _ in range(2):
-        found = bundle(batch, {"t": said}, [Pass(teacher="t")], count_units([batch]))
+        actual = bundle(batch, {"t": answer}, [Pass(teacher="t")], count_units([batch]))
         optimizer.zero_grad()
-        found.total.backward()
+        actual.total.backward()
         optimizer.step()
-        losses.append(found.total.item())
+        losses.append(actual.total.item())
 
     assert losses[1] < losses[0]
     assert all(weight.grad is not None for weight in student.parameters())

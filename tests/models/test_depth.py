@@ -84,9 +84,9 @@ def test_a_view_without_layers_computes_what_the_model_without_the_layers_comput
     ).eval()
 
     with Elastic(model).viewing(depth_view(model, layers)):
-        found = logits(model)
+        result = logits(model)
 
-    assert torch.allclose(found, logits(fewer), atol=1e-6, rtol=1e-6)
+    assert torch.allclose(result, logits(fewer), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,9 +97,9 @@ def test_a_cut_in_depth_and_width_computes_what_its_view_computes(family):
     cut = cut_of(model, view)
 
     with Elastic(model).viewing(view):
-        found = logits(model)
+        result = logits(model)
 
-    assert torch.allclose(found, logits(cut), atol=2e-6, rtol=1e-5)
+    assert torch.allclose(result, logits(cut), atol=2e-6, rtol=1e-5)
     assert not cut.config.model_type.startswith(CUT)
     assert architecture_of(cut.config).number_of_layers(cut.config) == 2
 
@@ -137,7 +137,7 @@ def test_a_folder_cut_in_depth_opens_as_a_stock_model_with_equal_outputs(tmp_pat
 
 @settings(max_examples=12)
 @given(
-    layers=st.sets(st.integers(1, 3), min_size=1).map(lambda found: tuple(sorted(found))),
+    layers=st.sets(st.integers(1, 3), min_size=1).map(lambda result: tuple(sorted(result))),
     heads=st.integers(1, 3),
     neurons=st.integers(1, 20),
 )

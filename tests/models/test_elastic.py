@@ -115,10 +115,10 @@ def test_a_narrower_residual_width_is_a_model_cut_to_it(family):
     loss_of(dense).backward()
 
     torch.testing.assert_close(logits, logits_of(dense), atol=1e-5, rtol=0)
-    found = gradients_of(model)
-    assert_zero_outside(found, model, view)
+    result = gradients_of(model)
+    assert_zero_outside(result, model, view)
     assert_same(
-        {n: narrowed(g, axes.get(n, ()), view) for n, g in found.items()}, gradients_of(dense)
+        {n: narrowed(g, axes.get(n, ()), view) for n, g in result.items()}, gradients_of(dense)
     )
 
 

@@ -181,24 +181,24 @@ def test_a_file_that_is_written_tensor_by_tensor_holds_what_one_written_at_once_
 
     def written(folder: Path) -> tuple[torch.dtype, dict[str, Tensor]]:
         folder.mkdir()
-        dtype, found = write_weights(folder, state), {}
+        dtype, result = write_weights(folder, state), {}
         for file in folder.glob("*.safetensors"):
-            found |= load_file(file)
-        return dtype, found
+            result |= load_file(file)
+        return dtype, result
 
     _, whole = written(tmp_path / "at once")
     monkeypatch.setattr(export, "BUFFER_BYTES", 137)  # the last of 138 bytes is too many
     _, together = written(tmp_path / "together")
     monkeypatch.setattr(export, "BUFFER_BYTES", 0)
-    dtype, found = written(tmp_path / "one by one")
+    dtype, result = written(tmp_path / "one by one")
 
     for folder in ("at once", "together"):
         assert [file.name for file in (tmp_path / folder).iterdir()] == ["model.safetensors"]
     assert all(torch.equal(together[name], whole[name]) for name in whole)
     assert dtype == torch.float32
-    assert found.keys() == whole.keys() == dict(state[:-1]).keys()
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
-    assert {name: value.dtype for name, value in found.items()} == {
+    assert result.keys() == whole.keys() == dict(state[:-1]).keys()
+    assert all(torch.equal(result[name], whole[name]) for name in whole)
+    assert {name: value.dtype for name, value in result.items()} == {
         name: value.dtype for name, value in whole.items()
     }
 

@@ -142,11 +142,11 @@ def test_megakd_never_runs_the_code_of_a_folder(family, tmp_path):
     (folder / FILES[family]).write_text("raise SystemExit('this must not run')\n")
     (folder / CHECKSUMS).unlink()
 
-    found = loaded(folder, task_of(family))
+    result = loaded(folder, task_of(family))
     latency = measure_latencies({"cut": folder}, Work((1,), 4, rounds=1))
 
-    assert type(found) is type(model)
-    assert torch.equal(logits(found), logits(model))
+    assert type(result) is type(model)
+    assert torch.equal(logits(result), logits(model))
     assert latency[0]["ms"] > 0
 
 

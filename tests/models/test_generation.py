@@ -49,9 +49,9 @@ def test_first_tokens_follow_the_softmax_of_the_model():
     probabilities = logits[best].softmax(-1).numpy()
     sampling = Sampling(1, top_k=5)
 
-    found = texts(model, sampling, prompts=[prompt] * 4000, seeds=range(4000), rows_at_once=4000)
+    result = texts(model, sampling, prompts=[prompt] * 4000, seeds=range(4000), rows_at_once=4000)
 
-    counts = np.bincount([ids[0] for ids in found], minlength=VOCABULARY)[best.numpy()]
+    counts = np.bincount([ids[0] for ids in result], minlength=VOCABULARY)[best.numpy()]
     assert counts.sum() == 4000
     assert stats.chisquare(counts, 4000 * probabilities).pvalue > 1e-3
 
@@ -64,21 +64,21 @@ def test_a_completion_ends_with_its_first_end_token(rows_at_once, pads_with_end)
     ends = frozenset({endless[0][3], endless[1][0], endless[2][6]})
     pad = min(ends) if pads_with_end else 1
 
-    found = completed(model, tokens=TextTokens(ends, pad), rows_at_once=rows_at_once)
+    result = completed(model, tokens=TextTokens(ends, pad), rows_at_once=rows_at_once)
 
-    for completion, ids in zip(found, endless, strict=True):
+    for completion, ids in zip(result, endless, strict=True):
         until = next((n + 1 for n, token in enumerate(ids) if token in ends), None)
         assert completion.ids == ids[:until]
         assert completion.finished == (until is not None)
-    assert {completion.finished for completion in found} == {True, False}
+    assert {completion.finished for completion in result} == {True, False}
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, Sampling(12, temperature=0.0)])
 def test_tokens_that_the_tokenizer_does_not_have_are_never_generated(sampling):
     model = family_model("llama")
     assert max(map(max, texts(model, sampling))) >= 20
-    found = texts(model, sampling, tokens=TextTokens(frozenset(), pad=1, known=20))
-    assert max(map(max, found)) < 20
+    result = texts(model, sampling, tokens=TextTokens(frozenset(), pad=1, known=20))
+    assert max(map(max, result)) < 20
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ def assert_follows(tokens: np.ndarray, probabilities: np.ndarray) -> None:
     assert counts[~possible].sum() == 0
     if possible.sum() == 1:
         return
-    found = stats.chisquare(counts[possible], len(tokens) * probabilities[possible])
-    assert found.pvalue > 1e-3
+    result = stats.chisquare(counts[possible], len(tokens) * probabilities[possible])
+    assert result.pvalue > 1e-3
 
 
 def softmax(logits: torch.Tensor) -> np.ndarray:

@@ -56,17 +56,17 @@ def test_layers_keep_their_weights_under_new_numbers_and_all_else_stays(tmp_path
     architecture = architecture_of(model.config)
     numbers = (1, 3) if wanted == 2 else wanted
 
-    found = fewer(saved(model, tmp_path / "model"), kind, wanted)
+    actual = fewer(saved(model, tmp_path / "model"), kind, wanted)
 
-    assert architecture.number_of_layers(found.config) == len(numbers)
+    assert architecture.number_of_layers(actual.config) == len(numbers)
     for place, number in enumerate(numbers, start=1):
         own = architecture.block_of(model, number).state_dict()
-        for name, weight in architecture.block_of(found, place).state_dict().items():
+        for name, weight in architecture.block_of(actual, place).state_dict().items():
             if "relative_attention_bias" not in name:
                 torch.testing.assert_close(weight, own[name], rtol=0, atol=0)
     whole = dict(model.named_parameters())
     inside = f"{architecture.backbone}.{architecture.blocks}."
-    for name, weight in found.named_parameters():
+    for name, weight in actual.named_parameters():
         if not name.startswith(inside) or "relative_attention_bias" in name:
             torch.testing.assert_close(weight, whole[name], rtol=0, atol=0)
 
@@ -74,9 +74,9 @@ def test_layers_keep_their_weights_under_new_numbers_and_all_else_stays(tmp_path
 def test_what_a_cut_model_says_of_every_layer_goes_with_it(tmp_path):
     model = build("bert")
     ragged = cut(model, "classification", view_of(model, "ragged"))
-    found = fewer(saved(ragged, tmp_path / "cut"), "classification", (3, 1))
-    assert list(found.config.head_counts) == [2, 1]
-    assert list(found.config.neuron_counts) == [1, 7]
+    result = fewer(saved(ragged, tmp_path / "cut"), "classification", (3, 1))
+    assert list(result.config.head_counts) == [2, 1]
+    assert list(result.config.neuron_counts) == [1, 7]
 
 
 @given(st.integers(1, 40), st.data())
@@ -111,9 +111,9 @@ def test_a_model_without_a_layer_computes_what_the_model_of_the_others_does(
 
     with torch.inference_mode():
         with left_out(whole, layer):
-            found = whole(TOKENS).logits
-        torch.testing.assert_close(found, others(TOKENS).logits)
-        assert not torch.equal(found, whole(TOKENS).logits)
+            result = whole(TOKENS).logits
+        torch.testing.assert_close(result, others(TOKENS).logits)
+        assert not torch.equal(result, whole(TOKENS).logits)
 
 
 def source_like(layers: int):

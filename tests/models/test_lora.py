@@ -107,9 +107,9 @@ def test_the_merged_folder_and_the_adapter_on_its_base_give_the_outputs_of_train
     base = AutoModelForCausalLM.from_pretrained(tiny.folder).eval()
     again = PeftModel.from_pretrained(base, folder / ADAPTER).eval()
     with torch.no_grad():
-        found = [m(tiny.input_ids).logits for m in (merged, again)]
+        actual = [m(tiny.input_ids).logits for m in (merged, again)]
         expected = model(tiny.input_ids).logits
-    for logits in found:
+    for logits in actual:
         assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
     assert adapter_parameters(folder) == sum(p.numel() for p in learned(model).values())
 
@@ -156,14 +156,14 @@ def test_the_losses_read_hidden_states_and_attention_vectors_with_the_adapters(t
     batch = Batch(inputs, ids, torch.ones_like(ids, dtype=torch.bool))
     needs = Needs(hidden_layers=(0, 1, 2), attention_layers=(1,))
 
-    said, without = (read_knowledge(m, batch, needs) for m in (model, plain))
+    answer, without = (read_knowledge(m, batch, needs) for m in (model, plain))
 
-    assert torch.equal(said.hidden_states[0], without.hidden_states[0])
-    assert not torch.allclose(said.hidden_states[1], without.hidden_states[1], atol=1e-3)
-    queries, plain_queries = (read.attention[1][0] for read in (said, without))
+    assert torch.equal(answer.hidden_states[0], without.hidden_states[0])
+    assert not torch.allclose(answer.hidden_states[1], without.hidden_states[1], atol=1e-3)
+    queries, plain_queries = (read.attention[1][0] for read in (answer, without))
     assert not torch.allclose(queries, plain_queries, atol=1e-3)
     expected = model(**inputs, output_hidden_states=True).hidden_states
-    assert torch.allclose(said.hidden_states[1], expected[1], atol=1e-6)
+    assert torch.allclose(answer.hidden_states[1], expected[1], atol=1e-6)
 
 
 def test_adapters_have_the_dtype_of_the_base_and_the_values_of_the_seed(tiny):
@@ -251,13 +251,13 @@ def test_the_adapter_names_its_targets_as_short_as_they_are_unique(
 
     folder = export(model, tmp_path / "out")
 
-    found = json.loads((folder / ADAPTER / "adapter_config.json").read_text())
-    names = found["target_modules"]
+    actual = json.loads((folder / ADAPTER / "adapter_config.json").read_text())
+    names = actual["target_modules"]
     assert {n.split(".")[-1] for n in names} == {n.split(".")[-1] for n in exported}
     assert len(names) == len(exported) or model_type == "bert"
-    assert found["base_model_name_or_path"] == str(tiny.folder)
-    assert found["inference_mode"] is True
-    assert (found["r"], found["lora_alpha"]) == (2, 4.0)
+    assert actual["base_model_name_or_path"] == str(tiny.folder)
+    assert actual["inference_mode"] is True
+    assert (actual["r"], actual["lora_alpha"]) == (2, 4.0)
 
 
 @pytest.mark.parametrize(

@@ -92,13 +92,13 @@ def test_its_predictions_are_the_sums_its_metrics_need(tiny, targets):
     given = batch(tiny, targets=targets)
 
     with torch.no_grad():
-        found = predict(model, given)
+        actual = predict(model, given)
         logits = model(**given.inputs).logits.double()[LABELS != IGNORE]
 
     truth = LABELS[LABELS != IGNORE]
     nats = torch.nn.functional.cross_entropy(logits, truth, reduction="sum")
     right = (logits.argmax(-1) == truth).sum()
-    assert found.sums.tolist() == pytest.approx([nats.item(), right.item(), 3.0])
+    assert actual.sums.tolist() == pytest.approx([nats.item(), right.item(), 3.0])
 
 
 def test_a_bare_backbone_gets_a_new_head_whose_matrix_is_its_embedding(tiny):

@@ -68,17 +68,17 @@ def test_a_sub_layer_without_units_adds_nothing_not_even_its_output_bias(family)
     ]
     smaller, elastic = cut(whole, task_of(family), kept), Elastic(whole)
 
-    def said(model) -> torch.Tensor:
+    def outputs_of(model) -> torch.Tensor:
         with elastic.viewing(kept):
             return logits(model)
 
     for model in (smaller, whole):
-        before = said(model)
+        before = outputs_of(model)
         for path in outputs:
             model.get_parameter(f"{path}.bias").data.add_(torch.arange(24.0))
-        assert torch.equal(said(model), before)
+        assert torch.equal(outputs_of(model), before)
     assert len(outputs) == 2
-    assert torch.allclose(said(whole), said(smaller), atol=1e-5)
+    assert torch.allclose(outputs_of(whole), outputs_of(smaller), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", CUTTABLE)
@@ -90,8 +90,8 @@ def test_the_bare_model_gives_the_same_hidden_states(family):
     bare.load_state_dict(smaller.base_model.state_dict(), strict=False)
 
     assert type(bare).__name__.startswith("Cut")
-    found, expected = (model(input_ids=IDS)[0] for model in (bare, smaller.base_model))
-    assert torch.equal(found, expected)
+    actual, expected = (model(input_ids=IDS)[0] for model in (bare, smaller.base_model))
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("family", CUTTABLE)
@@ -145,10 +145,10 @@ def test_every_parameter_has_a_gradient_and_recomputing_changes_none(family):
     recomputed.config.use_cache = False
     recomputed.activation_checkpointing_enable()
 
-    found = gradients(recomputed)
+    result = gradients(recomputed)
     assert all(gradient is not None for gradient in plain.values())
     for name, gradient in plain.items():
-        assert torch.allclose(found[name], gradient, atol=1e-6), name
+        assert torch.allclose(result[name], gradient, atol=1e-6), name
 
 
 def gradients(model) -> dict[str, torch.Tensor | None]:

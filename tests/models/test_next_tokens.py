@@ -40,10 +40,10 @@ def test_the_mean_share_of_a_token_is_its_probability():
     logits, tries, draws = torch.tensor([3.0, 1.0, 2.5, -2.0, 0.0, 1.0]), 40_000, 3
     p = logits.double().softmax(-1)
 
-    said = count_draws(draw(logits.expand(tries, -1), random_numbers(tries, draws)))
+    answer = count_draws(draw(logits.expand(tries, -1), random_numbers(tries, draws)))
 
-    slots = said.ids.long().clamp(min=0)
-    shares = torch.zeros(tries, 6).scatter_add_(1, slots, said.counts / draws)
+    slots = answer.ids.long().clamp(min=0)
+    shares = torch.zeros(tries, 6).scatter_add_(1, slots, answer.counts / draws)
     error = (p * (1 - p) / (draws * tries)).sqrt()
     assert ((shares.double().mean(0) - p).abs() <= 4 * error).all()
 
@@ -52,8 +52,8 @@ def test_every_token_of_a_large_vocabulary_has_its_part_of_the_numbers():
     """Sums in fp32 would draw some tokens twice and leave others out."""
     vocabulary = 100_003
     numbers = (torch.arange(vocabulary, dtype=torch.float64) + 0.5) / vocabulary
-    said = draw(torch.zeros(1, vocabulary), numbers[None])
-    assert torch.equal(said[0], torch.arange(vocabulary))
+    answer = draw(torch.zeros(1, vocabulary), numbers[None])
+    assert torch.equal(answer[0], torch.arange(vocabulary))
 
 
 def test_a_token_without_probability_is_never_drawn():
@@ -66,9 +66,9 @@ def test_a_token_without_probability_is_never_drawn():
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_logits_that_are_not_finite_give_no_token(wrong):
     logits = torch.tensor([[0.0, wrong, 1.0], [0.0, 0.0, 0.0]])
-    said = count_draws(draw(logits, torch.full((2, 4), 0.5, dtype=torch.float64)))
-    assert said.ids.tolist() == [[-1, -1, -1, -1], [1, -1, -1, -1]]
-    assert said.counts.tolist() == [[0, 0, 0, 0], [4, 0, 0, 0]]
+    answer = count_draws(draw(logits, torch.full((2, 4), 0.5, dtype=torch.float64)))
+    assert answer.ids.tolist() == [[-1, -1, -1, -1], [1, -1, -1, -1]]
+    assert answer.counts.tolist() == [[0, 0, 0, 0], [4, 0, 0, 0]]
 
 
 tokens = st.lists(st.sampled_from([0, 1, 5, 7, 1 << 18]), min_size=1, max_size=6)
@@ -78,9 +78,11 @@ tokens = st.lists(st.sampled_from([0, 1, 5, 7, 1 << 18]), min_size=1, max_size=6
 def test_counts_are_how_often_each_token_was_drawn(rows, length):
     draws = [(row * 6)[: 2 * length] for row in rows]
 
-    said = count_draws(torch.tensor(draws))
+    answer = count_draws(torch.tensor(draws))
 
-    for drawn_ids, ids, counts in zip(draws, said.ids.tolist(), said.counts.tolist(), strict=True):
+    for drawn_ids, ids, counts in zip(
+        draws, answer.ids.tolist(), answer.counts.tolist(), strict=True
+    ):
         kept = {token: count for token, count in zip(ids, counts, strict=True) if token >= 0}
         assert kept == Counter(drawn_ids)
         assert sum(counts) == len(drawn_ids)
@@ -100,9 +102,9 @@ def test_blocks_of_positions_change_neither_tokens_nor_draws(model, batch, monke
     best = logits.log_softmax(-1).topk(4)
 
     with torch.no_grad():
-        said, kept = drawn(model, batch, numbers), most_likely(model, batch, 4)
+        answer, kept = drawn(model, batch, numbers), most_likely(model, batch, 4)
 
-    assert torch.equal(said.ids, expected.ids.view(3, 5, 6))
-    assert torch.equal(said.counts, expected.counts.view(3, 5, 6))
+    assert torch.equal(answer.ids, expected.ids.view(3, 5, 6))
+    assert torch.equal(answer.counts, expected.counts.view(3, 5, 6))
     assert torch.equal(kept.ids, best.indices.int())
     torch.testing.assert_close(kept.logprobs, best.values)

@@ -136,12 +136,12 @@ def test_without_boundaries_every_row_is_a_document():
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
 
-    found, _ = attend(None, query, key, value, None, scaling=0.3)
+    actual, _ = attend(None, query, key, value, None, scaling=0.3)
 
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=0.3, enable_gqa=True
     )
-    torch.testing.assert_close(found, expected.transpose(1, 2))
+    torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
 def source_with(name):

@@ -30,9 +30,9 @@ def test_no_text_of_a_packed_row_sees_another_text(tiny, family):
 
     def hidden(batch):
         with torch.no_grad():
-            found = read_knowledge(model, batch, Needs()).hidden
-        assert found is not None
-        return found[batch.valid]
+            result = read_knowledge(model, batch, Needs()).hidden
+        assert result is not None
+        return result[batch.valid]
 
     packed = packed_row(collate(rows), most=128)
     alone = torch.cat([hidden(collate([row])) for row in rows])

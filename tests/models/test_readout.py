@@ -46,10 +46,10 @@ def test_the_logits_are_those_of_the_model(tiny, family, tied):
     model, readout = both(tiny, family, tie_word_embeddings=tied)
     states, logits = last_states(model, tiny.input_ids)
 
-    found = readout.logprobs(states.flatten(0, 1))
+    actual = readout.logprobs(states.flatten(0, 1))
 
     wanted = logits.flatten(0, 1).log_softmax(-1)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
     # A family whose norm changes nothing would pass without the norm.
     weight, bias = readout.head.read()
     without = readout.head.warp(torch.nn.functional.linear(states.flatten(0, 1), weight, bias))
@@ -98,12 +98,12 @@ def test_only_the_norm_and_the_head_are_read_also_from_shards(tiny, monkeypatch,
         weights.WeightReader, "read", lambda self, one: (read.append(one.key), own(self, one))[1]
     )
 
-    found = load_readout(tiny.resolve(folder, task), task, torch.float32)
+    result = load_readout(tiny.resolve(folder, task), task, torch.float32)
 
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     assert read == ["model.norm.weight", head]
     for name, value in whole.state_dict().items():
-        assert torch.equal(found.state_dict()[name], value), name
+        assert torch.equal(result.state_dict()[name], value), name
 
 
 def test_a_head_that_is_not_in_the_files_is_named(tiny):

@@ -60,11 +60,11 @@ def test_a_roberta_without_a_padding_token_is_refused(tiny):
     of_folder = refusal_without_padding(tiny, folder, "teacher.model")
     of_scratch = refusal_without_padding(tiny, ScratchModel(config=keys), "student.model")
 
-    said = (
+    answer = (
         "pad_token_id must be a whole number (got None), because a roberta model counts positions"
     )
-    assert f"teacher.model: {folder / 'config.json'}: {said}" in of_folder
-    assert f"student.model.config: {said}" in of_scratch
+    assert f"teacher.model: {folder / 'config.json'}: {answer}" in of_folder
+    assert f"student.model.config: {answer}" in of_scratch
 
 
 def test_the_hub_is_asked_for_chat_templates_and_not_for_the_weights_twice(tiny, monkeypatch):

@@ -64,12 +64,12 @@ def test_weights_that_are_not_finite_are_blamed_in_place_of_the_learning_rate(be
     folder = bench.copied()
     poison(folder)
 
-    said = bench.start(bench.tree(teacher={"model": str(folder)}))
+    outcome = bench.start(bench.tree(teacher={"model": str(folder)}))
 
-    assert said.code == 2
-    assert f"teacher.model: 1 weight tensors of {folder} are not finite" in said.err
-    assert "query.weight" in said.err
-    assert "learning_rate" not in said.err
+    assert outcome.code == 2
+    assert f"teacher.model: 1 weight tensors of {folder} are not finite" in outcome.err
+    assert "query.weight" in outcome.err
+    assert "learning_rate" not in outcome.err
 
 
 @pytest.mark.parametrize(

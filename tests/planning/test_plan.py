@@ -54,17 +54,17 @@ def advised(config: RunConfig, cluster: Cluster) -> Plan:
 
 
 def test_the_json_has_the_keys_of_the_contract(tmp_path: Path) -> None:
-    found = json.loads(json.dumps(planned(config_of(tmp_path), ranks=2).as_json()))
+    result = json.loads(json.dumps(planned(config_of(tmp_path), ranks=2).as_json()))
 
-    assert found["ranks"] == 2
-    assert set(found["roles"]) == {"teacher", "student"}
-    assert all(set(parts) == set(PARTS) for parts in found["roles"].values())
+    assert result["ranks"] == 2
+    assert set(result["roles"]) == {"teacher", "student"}
+    assert all(set(parts) == set(PARTS) for parts in result["roles"].values())
     for key in ("peak_bytes_per_rank", "load_peak_bytes_per_rank", "host_base_bytes"):
-        assert isinstance(found[key], int)
-        assert found[key] > 0
-    assert found["seconds_per_step"] is None
-    assert found["fits"] is None
-    assert found["changes"] == []
+        assert isinstance(result[key], int)
+        assert result[key] > 0
+    assert result["seconds_per_step"] is None
+    assert result["fits"] is None
+    assert result["changes"] == []
 
 
 def test_nothing_is_started_and_no_weight_is_read(tmp_path: Path) -> None:

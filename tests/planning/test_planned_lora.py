@@ -43,10 +43,10 @@ def parts(tmp_path: Path, student: dict[str, Any]) -> dict[str, int]:
 
 def test_a_plan_has_moments_of_the_adapters_alone_and_the_weights_of_all(tmp_path: Path) -> None:
     whole = parts(tmp_path, {"deepspeed": "zero0"})
-    found = parts(tmp_path, {"deepspeed": "zero0", "lora": {"r": RANK}})
-    assert found["optimizer"] == 2 * 4 * ADAPTERS
-    assert found["weights"] == whole["weights"] + 4 * ADAPTERS
-    assert found["gradients"] < whole["gradients"] / 3
+    result = parts(tmp_path, {"deepspeed": "zero0", "lora": {"r": RANK}})
+    assert result["optimizer"] == 2 * 4 * ADAPTERS
+    assert result["weights"] == whole["weights"] + 4 * ADAPTERS
+    assert result["gradients"] < whole["gradients"] / 3
 
 
 def test_a_plan_of_the_base_as_teacher_has_its_forward_and_no_second_model(tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ def test_a_change_is_named_for_every_teacher_of_the_pool(tmp_path):
     plan = planned(tmp_path, "ab", {"name": "skdbert"})
     on_cpu = SizedCase(plan.config, replace(plan.cluster, device="cpu"))
     changes = {case.settings: case.config for case in candidates(on_cpu)}
-    found = changes["teachers.0.dtype=bf16 teachers.1.dtype=bf16",]
-    assert [teacher.dtype for teacher in found.teachers] == ["bf16", "bf16"]
+    result = changes["teachers.0.dtype=bf16 teachers.1.dtype=bf16",]
+    assert [teacher.dtype for teacher in result.teachers] == ["bf16", "bf16"]
 
 
 def test_a_teacher_whose_answers_are_on_disk_takes_no_memory_and_no_time(tmp_path):

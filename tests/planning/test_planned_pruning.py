@@ -52,13 +52,13 @@ def makers_of(width: int, layers: int = 3) -> int:
 
 
 def test_every_window_is_planned_from_the_model_that_the_last_window_left(tmp_path):
-    found = windows(planned(tmp_path))
+    result = windows(planned(tmp_path))
 
-    assert [phase.name for phase in found] == ["pruning-1", "pruning-2", "student"]
-    sizes = [phase.pruned.parameters for phase in found if phase.pruned]
+    assert [phase.name for phase in result] == ["pruning-1", "pruning-2", "student"]
+    sizes = [phase.pruned.parameters for phase in result if phase.pruned]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[1] == sizes[2] < sizes[0]
-    peaks = [phase.ledger.peaks["device"].total for phase in found]
+    peaks = [phase.ledger.peaks["device"].total for phase in result]
     assert peaks == sorted(peaks, reverse=True)
     assert len({*peaks}) == 3
 

@@ -127,8 +127,8 @@ def test_offloaded_layer_inputs_are_on_the_host_and_not_on_the_device(tmp_path):
 def test_a_smaller_budget_is_among_the_proposed_changes(tmp_path):
     def proposed(*overrides: str) -> list[str]:
         case = SizedCase(config_of(tmp_path, *overrides), Cluster(ranks=2, device="cuda"))
-        found = [setting for other in candidates(case) for setting in other.settings]
-        return [setting for setting in found if "batch_size" in setting or "tokens" in setting]
+        one = [setting for other in candidates(case) for setting in other.settings]
+        return [setting for setting in one if "batch_size" in setting or "tokens" in setting]
 
     assert proposed(budget(8)) == [f"train.tokens_per_rank={4 * LENGTH}"]
     assert proposed(budget(1)) == []

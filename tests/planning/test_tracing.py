@@ -129,7 +129,7 @@ def test_the_modules_come_in_the_order_of_forward_and_backward(traced_llama) -> 
 
 
 def test_gradient_checkpointing_holds_less_and_repeats_forwards() -> None:
-    found = {}
+    collected = {}
     for checkpoints in (False, True):
         with VALUELESS:
             module, ids = llama(), torch.ones(ROWS, LENGTH, dtype=torch.long)
@@ -137,10 +137,10 @@ def test_gradient_checkpointing_holds_less_and_repeats_forwards() -> None:
             repeat_alike(module.model, "cpu")
         traced, _ = trace_call(module, lambda m=module, i=ids: m(i), backward=True, device="cpu")
         entered = Counter(moment.module for moment in traced.moments[traced.turn :])
-        found[checkpoints] = (held(traced), entered["model.model.layers.0.mlp.up_proj"])
+        collected[checkpoints] = (held(traced), entered["model.model.layers.0.mlp.up_proj"])
 
-    assert found[True][0] < found[False][0] / 2
-    assert (found[False][1], found[True][1]) == (1, 2)
+    assert collected[True][0] < collected[False][0] / 2
+    assert (collected[False][1], collected[True][1]) == (1, 2)
 
 
 def test_matrix_products_are_counted() -> None:

@@ -64,9 +64,11 @@ def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
 def test_a_rank_ends_when_any_process_above_it_that_launched_it_ends(chain, link, number):
     with start(chain, RANK="0") as process:
         assert process.stdout is not None
-        said = [process.stdout.readline() for _ in range(3)]
-        assert "rank is ready\n" in said
-        pids = dict(line.split() for line in said if line.startswith(("deepspeed ", "launch.py ")))
+        output = [process.stdout.readline() for _ in range(3)]
+        assert "rank is ready\n" in output
+        pids = dict(
+            line.split() for line in output if line.startswith(("deepspeed ", "launch.py "))
+        )
 
         os.kill(int(pids[link]), number)
 

@@ -27,9 +27,9 @@ def test_a_phase_inside_another_takes_its_time_out_of_that_one(clock):
                 clock.value += 4
             clock.value += 8
         clock.value += 16
-        found = seconds()
+        result = seconds()
 
-    assert found == {"start": 10.0, "training": 10.0, "models": 4.0, "other": 16.0}
+    assert result == {"start": 10.0, "training": 10.0, "models": 4.0, "other": 16.0}
 
 
 def test_a_phase_that_fails_ends(clock):

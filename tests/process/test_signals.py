@@ -60,16 +60,16 @@ def send(number: int) -> None:
 def test_a_command_that_does_not_train_ends_at_once_with_one_line_of_rank_0(
     capsys, monkeypatch, number
 ):
-    codes, said = [], []
+    codes, answers = [], []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         codes.append(cli._guarded(lambda: send(number)))
-        said.append(capsys.readouterr().err)
+        answers.append(capsys.readouterr().err)
 
     assert codes == [128 + number] * 2
     name = signal.Signals(number).name
     line = f"megakd: stopped by {name}; start the same command again to continue\n"
-    assert said == [line, ""]
+    assert answers == [line, ""]
 
 
 def test_what_forgives_errors_does_not_forgive_a_stop():
@@ -171,17 +171,17 @@ def test_a_second_signal_ends_a_process_that_waits_for_ever():
 
     process.send_signal(signal.SIGTERM)
 
-    _, said = process.communicate(timeout=WAIT_S)
+    _, output = process.communicate(timeout=WAIT_S)
     assert process.returncode == 143
-    assert said == f"megakd: process {process.pid} ended at once: a second signal\n"
+    assert output == f"megakd: process {process.pid} ended at once: a second signal\n"
 
 
 def test_a_signal_to_a_forked_child_is_no_signal_to_its_parent():
     process = run(FORKED)
 
-    out, said = process.communicate(timeout=WAIT_S)
+    out, output = process.communicate(timeout=WAIT_S)
 
-    assert (process.returncode, out) == (0, "None\n"), said
+    assert (process.returncode, out) == (0, "None\n"), output
 
 
 @pytest.fixture

@@ -35,10 +35,10 @@ roundings = st.sampled_from([1, 2, 8])
 head_widths = st.sampled_from([4, 12, 16, 64])
 
 
-def ranked(found):
+def ranked(result):
     architecture = SimpleNamespace(heads=lambda _: Heads(4, 4, 8))
     source: Any = SimpleNamespace(architecture=architecture, config=None)
-    return SortedTeacher(source=source, scores=found)
+    return SortedTeacher(source=source, scores=result)
 
 
 def spread(count, layer):
@@ -53,29 +53,29 @@ def scores(heads, neurons):
     )
 
 
-def view_or_none(found, sparsity, **options):
+def view_or_none(result, sparsity, **options):
     try:
-        return view_at(found, sparsity, **options)
+        return view_at(result, sparsity, **options)
     except TeacherError:
         return None
 
 
 @given(unit_scores, st.sampled_from(GRID))
-def test_as_many_units_are_removed_as_the_share_of_all_layers_together(found, sparsity):
-    view = view_or_none(found, sparsity, round_to=1)
+def test_as_many_units_are_removed_as_the_share_of_all_layers_together(drawn, sparsity):
+    view = view_or_none(drawn, sparsity, round_to=1)
     assume(view is not None)
 
-    for kept, layers in ((view.heads, found.heads), (view.neurons, found.neurons)):
+    for kept, layers in ((view.heads, drawn.heads), (view.neurons, drawn.neurons)):
         units = sum(len(layer) for layer in layers)
         assert units - sum(kept) == round(Fraction(str(sparsity)) * units)
 
 
 @given(unit_scores, st.sampled_from(GRID))
-def test_no_removed_unit_is_more_important_than_a_kept_one(found, sparsity):
-    view = view_or_none(found, sparsity, round_to=1)
+def test_no_removed_unit_is_more_important_than_a_kept_one(drawn, sparsity):
+    view = view_or_none(drawn, sparsity, round_to=1)
     assume(view is not None)
 
-    for kept, layers in ((view.heads, found.heads), (view.neurons, found.neurons)):
+    for kept, layers in ((view.heads, drawn.heads), (view.neurons, drawn.neurons)):
         falling = [sorted(layer, reverse=True) for layer in layers]
         inside = [s for layer, count in zip(falling, kept, strict=True) for s in layer[:count]]
         outside = [s for layer, count in zip(falling, kept, strict=True) for s in layer[count:]]
@@ -83,24 +83,24 @@ def test_no_removed_unit_is_more_important_than_a_kept_one(found, sparsity):
 
 
 def test_raw_importance_is_compared_between_layers_which_their_norms_make_alike():
-    found = UnitScores(((30.0, 40.0), (3.0, 4.0)), ((6.0, 8.0, 0.0), (0.6, 0.8, 0.0)))
+    result = UnitScores(((30.0, 40.0), (3.0, 4.0)), ((6.0, 8.0, 0.0), (0.6, 0.8, 0.0)))
 
-    raw = ranked(found).view_at(0.5, allocation="global_raw", round_to=1)
-    scaled = ranked(found).view_at(0.5, allocation="global", round_to=1)
+    raw = ranked(result).view_at(0.5, allocation="global_raw", round_to=1)
+    scaled = ranked(result).view_at(0.5, allocation="global", round_to=1)
 
     assert (raw.heads, raw.neurons) == ((2, 0), (2, 1))
     assert (scaled.heads, scaled.neurons) == ((1, 1), (2, 1))
-    louder = UnitScores((found.heads[0], (3e3, 4e3)), found.neurons)
+    louder = UnitScores((result.heads[0], (3e3, 4e3)), result.neurons)
     assert ranked(louder).view_at(0.5, allocation="global", round_to=1) == scaled
 
 
 @settings(max_examples=50)
 @given(unit_scores | residual_scores, allocations, roundings, head_widths, st.booleans())
-def test_sparser_views_lie_within_the_others(found, allocation, round_to, width, keeps_one):
+def test_sparser_views_lie_within_the_others(drawn, allocation, round_to, width, keeps_one):
     options = {"allocation": allocation, "round_to": round_to, "head_width": width}
     options["with_heads"] = (0,) if keeps_one else ()
 
-    views = [view_or_none(found, sparsity, **options) for sparsity in GRID]
+    views = [view_or_none(drawn, sparsity, **options) for sparsity in GRID]
 
     there = [view for view in views if view is not None]
     assert views == there + [None] * (len(views) - len(there))  # what has run out stays so
@@ -108,29 +108,29 @@ def test_sparser_views_lie_within_the_others(found, allocation, round_to, width,
 
 
 @given(unit_scores | residual_scores, allocations, roundings, head_widths)
-def test_sparsity_0_keeps_everything(found, allocation, round_to, width):
-    view = view_at(found, 0.0, allocation=allocation, round_to=round_to, head_width=width)
+def test_sparsity_0_keeps_everything(drawn, allocation, round_to, width):
+    view = view_at(drawn, 0.0, allocation=allocation, round_to=round_to, head_width=width)
 
-    assert view == View(*(tuple(map(len, kind)) for kind in (found.heads, found.neurons)))
+    assert view == View(*(tuple(map(len, kind)) for kind in (drawn.heads, drawn.neurons)))
     assert view.width is None
 
 
 @given(unit_scores)
-def test_the_order_is_by_falling_score_and_equal_ones_stay_as_they_stand(found):
-    order = unit_order(found)
+def test_the_order_is_by_falling_score_and_equal_ones_stay_as_they_stand(drawn):
+    order = unit_order(drawn)
 
-    for units, layer in zip(order.heads + order.neurons, found.heads + found.neurons, strict=True):
+    for units, layer in zip(order.heads + order.neurons, drawn.heads + drawn.neurons, strict=True):
         assert list(units) == sorted(range(len(layer)), key=lambda unit: (-layer[unit], unit))
     assert order.width is None
-    assert unit_order(found._replace(width=(0.1, 0.3, 0.2, 0.3))).width == (1, 3, 2, 0)
+    assert unit_order(drawn._replace(width=(0.1, 0.3, 0.2, 0.3))).width == (1, 3, 2, 0)
 
 
 @given(unit_scores, st.sampled_from(GRID), st.sampled_from([2, 8]))
-def test_a_layer_loses_a_multiple_of_the_rounding_or_all(found, sparsity, round_to):
-    view = view_or_none(found, sparsity, round_to=round_to)
+def test_a_layer_loses_a_multiple_of_the_rounding_or_all(drawn, sparsity, round_to):
+    view = view_or_none(drawn, sparsity, round_to=round_to)
     assume(view is not None)
 
-    for kept, layer in zip(view.neurons, found.neurons, strict=True):
+    for kept, layer in zip(view.neurons, drawn.neurons, strict=True):
         assert kept == 0 or (len(layer) - kept) % round_to == 0
 
 
@@ -154,19 +154,19 @@ def test_heads_are_removed_whole_and_in_multiples_of_eight_rows(width, kept):
 
 def test_a_layer_of_fewer_than_eight_rows_keeps_none():
     # 13 of 20 neurons are removed: 16 after rounding, which leaves 4 rows.
-    found = UnitScores(heads=((1.0, 1.0),), neurons=((0.1,) * 20, (0.9,) * 80))
+    result = UnitScores(heads=((1.0, 1.0),), neurons=((0.1,) * 20, (0.9,) * 80))
 
-    assert view_at(found, 0.13).neurons == (0, 80)
-    assert view_at(found, 0.13, round_to=1).neurons == (7, 80)
+    assert view_at(result, 0.13).neurons == (0, 80)
+    assert view_at(result, 0.13, round_to=1).neurons == (7, 80)
 
 
 def test_layers_that_matter_less_lose_more_and_may_lose_all():
-    found = UnitScores(heads=((0.1, 0.2), (0.8, 0.9)), neurons=((0.1,) * 16, (0.9,) * 16))
-    apart = found._replace(heads=((0.8, 0.9), (0.1, 0.2)))  # heads and neurons are ranked apart
+    result = UnitScores(heads=((0.1, 0.2), (0.8, 0.9)), neurons=((0.1,) * 16, (0.9,) * 16))
+    apart = result._replace(heads=((0.8, 0.9), (0.1, 0.2)))  # heads and neurons are ranked apart
     equal = UnitScores(heads=((1.0,) * 4,) * 3, neurons=((1.0,) * 32,) * 3)
 
-    assert view_at(found, 0.5) == View((0, 2), (0, 16))
-    assert view_at(found, 0.5, allocation="uniform") == View((1, 1), (8, 8))
+    assert view_at(result, 0.5) == View((0, 2), (0, 16))
+    assert view_at(result, 0.5, allocation="uniform") == View((1, 1), (8, 8))
     assert view_at(apart, 0.5) == View((2, 0), (0, 16))
     assert view_at(equal, 0.5) == View((2, 2, 2), (16, 16, 16))
 
@@ -185,9 +185,9 @@ def test_a_base_bert_has_the_counts_of_the_paper(sparsity):
     ("sparsity", "width", "heads"), [(0.36, 616, 115), (0.5, 544, 102), (0.9, 240, 46)]
 )
 def test_a_sparsity_is_split_by_its_square_root_where_the_width_goes_too(sparsity, width, heads):
-    found = scores((12,) * 12, (3072,) * 12)._replace(width=spread(768, 0))
+    result = scores((12,) * 12, (3072,) * 12)._replace(width=spread(768, 0))
 
-    view = view_at(found, sparsity)
+    view = view_at(result, sparsity)
 
     assert view.width == width
     assert sum(view.heads) == heads
@@ -197,58 +197,58 @@ def test_a_sparsity_is_split_by_its_square_root_where_the_width_goes_too(sparsit
 
 @given(st.integers(1, 9))
 def test_a_sparsity_whose_root_is_exact_is_split_exactly(tenths):
-    found = scores((12,), (3072,))._replace(width=(1.0,) * 768)
+    result = scores((12,), (3072,))._replace(width=(1.0,) * 768)
     sparsity = round(1 - (1 - tenths / 10) ** 2, 2)
 
-    assert shares_of(found, sparsity, 64) == (Fraction(tenths, 10),) * 3
+    assert shares_of(result, sparsity, 64) == (Fraction(tenths, 10),) * 3
 
 
 def test_heads_lose_nine_tenths_at_most_and_neurons_as_many_weights_more():
-    found = scores((12,) * 12, (3072,) * 12)._replace(width=(1.0,) * 768)
+    result = scores((12,) * 12, (3072,) * 12)._replace(width=(1.0,) * 768)
 
-    heads, neurons, width = shares_of(found, 0.9964, 64)
+    heads, neurons, width = shares_of(result, 0.9964, 64)
 
     assert (heads, width) == (Fraction(9, 10), Fraction(94, 100))
     # 4 x 64 rows per head, 2 per neuron: 4% of all heads are 2% of all neurons.
     assert neurons == Fraction(96, 100)
-    assert shares_of(found, 0.99999, 64).neurons == 1
-    assert shares_of(found, 0.99, 64) == (Fraction(9, 10),) * 3
+    assert shares_of(result, 0.99999, 64).neurons == 1
+    assert shares_of(result, 0.99, 64) == (Fraction(9, 10),) * 3
 
 
 @given(residual_scores, st.sampled_from(GRID), roundings)
-def test_the_width_is_a_multiple_of_the_rounding_or_whole(found, sparsity, round_to):
-    view = view_or_none(found, sparsity, round_to=round_to)
+def test_the_width_is_a_multiple_of_the_rounding_or_whole(drawn, sparsity, round_to):
+    view = view_or_none(drawn, sparsity, round_to=round_to)
     assume(view is not None)
 
-    whole, share = len(found.width), 1 - shares_of(found, sparsity, 64).width
+    whole, share = len(drawn.width), 1 - shares_of(drawn, sparsity, 64).width
     kept = whole if view.width is None else view.width
     assert kept == whole or kept % round_to == 0
     assert abs(kept - share * whole) <= round_to / 2
 
 
 def test_hidden_states_that_run_out_of_width_are_refused():
-    found = scores((12,), (3072,))._replace(width=(1.0,) * 24)
+    result = scores((12,), (3072,))._replace(width=(1.0,) * 24)
 
     message = r"are 24 wide and would keep 2.4, .*rounds to 0 in steps of 8"
     with pytest.raises(TeacherError, match=message):
-        view_at(found, 0.99)
-    assert view_at(found, 0.99, round_to=1).width == 2
+        view_at(result, 0.99)
+    assert view_at(result, 0.99, round_to=1).width == 2
 
 
 def test_an_attention_that_is_looked_at_keeps_its_best_head():
-    found = UnitScores(heads=((0.1, 0.2), (0.8, 0.9)), neurons=((1.0,) * 16,) * 2)
+    result = UnitScores(heads=((0.1, 0.2), (0.8, 0.9)), neurons=((1.0,) * 16,) * 2)
 
-    assert view_at(found, 0.5).heads == (0, 2)
-    assert view_at(found, 0.5, with_heads=(0,)).heads == (1, 1)
-    assert view_at(found, 0.9, with_heads=(0,), round_to=1).heads == (1, 0)
+    assert view_at(result, 0.5).heads == (0, 2)
+    assert view_at(result, 0.5, with_heads=(0,)).heads == (1, 1)
+    assert view_at(result, 0.9, with_heads=(0,), round_to=1).heads == (1, 0)
 
 
 # Heads of 4 rows go in twos, and no fewer than two are left: of 3 none can go.
 @pytest.mark.parametrize(("count", "kept"), [(3, 3), (4, 2), (5, 3), (1, 1)])
 def test_an_attention_that_is_looked_at_keeps_as_few_heads_as_rounding_allows(count, kept):
-    found = UnitScores(heads=((0.1,) * count, (0.9,) * 12), neurons=((1.0,) * 160,))
+    result = UnitScores(heads=((0.1,) * count, (0.9,) * 12), neurons=((1.0,) * 160,))
 
-    assert view_at(found, 0.9, head_width=4, with_heads=(0,)).heads[0] == kept
+    assert view_at(result, 0.9, head_width=4, with_heads=(0,)).heads[0] == kept
 
 
 def test_a_sparsity_is_the_decimal_number_it_is_written_as():
@@ -290,18 +290,18 @@ def test_a_teacher_without_enough_units_is_refused_saying_what_rounding_does(
 
 
 def test_a_uniform_cut_may_leave_no_layer_empty():
-    found = scores((2, 12), (64, 64))
+    result = scores((2, 12), (64, 64))
 
-    assert sum(view_at(found, 0.8).heads) == 3
+    assert sum(view_at(result, 0.8).heads) == 3
     with pytest.raises(TeacherError, match="attention 1 of 2 has 2 and would keep 0"):
-        view_at(found, 0.8, allocation="uniform")
+        view_at(result, 0.8, allocation="uniform")
 
 
 def test_layers_without_units_are_left_as_they_are():
-    found = scores((0, 4), (0, 64))
+    result = scores((0, 4), (0, 64))
 
     for allocation in ("global", "uniform"):
-        assert view_at(found, 0.5, allocation=allocation) == View((0, 2), (0, 32))
+        assert view_at(result, 0.5, allocation=allocation) == View((0, 2), (0, 32))
 
 
 floats = st.floats(allow_nan=False, allow_infinity=False)
@@ -309,8 +309,8 @@ exact = st.lists(st.lists(floats, max_size=4).map(tuple), max_size=3).map(tuple)
 
 
 @given(st.builds(UnitScores, exact, exact, st.none() | st.lists(floats).map(tuple)))
-def test_scores_are_read_back_to_the_last_digit(found):
-    assert scores_from_json(scores_to_json(found), where="units.json") == found
+def test_scores_are_read_back_to_the_last_digit(drawn):
+    assert scores_from_json(scores_to_json(drawn), where="units.json") == drawn
 
 
 @pytest.mark.parametrize(

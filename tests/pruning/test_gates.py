@@ -33,14 +33,14 @@ def by_weights(model) -> list[torch.Tensor]:
         *zip(architecture.attentions(model.config), units.heads, strict=True),
         *zip(architecture.feed_forwards(model.config), units.neurons, strict=True),
     ]
-    found = []
+    collected = []
     for paths, count in parts:
         module = model.get_submodule(paths.output)
         products = module.weight.detach() * module.weight.grad
         columns = products.sum(0 if isinstance(module, nn.Linear) else 1)
-        found.append(columns.reshape(count, -1).sum(1))
+        collected.append(columns.reshape(count, -1).sum(1))
     model.zero_grad()
-    return found
+    return collected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,10 +50,10 @@ def test_a_gates_gradient_is_the_sum_of_its_weights_times_their_gradients(family
     gates = Gates(model.requires_grad_(requires_grad=False), CPU)
 
     with gates.in_place():
-        found = gates.gradients(loss_of(model))
+        actual = gates.gradients(loss_of(model))
 
-    assert found.dtype == torch.float32
-    for mine, sums in zip(found.split([len(e) for e in expected]), expected, strict=True):
+    assert actual.dtype == torch.float32
+    for mine, sums in zip(actual.split([len(e) for e in expected]), expected, strict=True):
         torch.testing.assert_close(mine.double(), sums, rtol=1e-4, atol=1e-6)
 
 
@@ -90,12 +90,12 @@ def test_a_columns_gradient_is_what_the_loss_changes_with_it_in_all_places(famil
     gates = Gates(model.requires_grad_(requires_grad=False), CPU, with_width=True)
 
     with gates.in_place():
-        found = gates.gradients(loss_of(model))[-WIDTH:]
+        result = gates.gradients(loss_of(model))[-WIDTH:]
 
     step = 2e-3  # the norms of some families compute in fp32
     for column in (0, 7, WIDTH - 1):
         slope = (scaled(model, column, 1 + step) - scaled(model, column, 1 - step)) / (2 * step)
-        assert found[column].item() == pytest.approx(slope, rel=5e-3, abs=1e-5)
+        assert result[column].item() == pytest.approx(slope, rel=5e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("with_width", [False, True])

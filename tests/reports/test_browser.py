@@ -13,7 +13,7 @@ from reports import chosen_report, language_report
 from megakd.reports.html import html_report
 
 BROWSER = next(
-    (found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))),
+    (path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))),
     None,
 )
 OPTIONS = (
@@ -48,7 +48,7 @@ def measured(folder: Path, page: str, width: int) -> tuple[float, float]:
     """Return the width of the page and the height of a chart's smallest text, in pixels."""
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "frame.html").write_text(FRAME.format(width=width), encoding="utf-8")
-    said = subprocess.run(
+    output = subprocess.run(
         [
             *(BROWSER, *OPTIONS, "--dump-dom"),
             f"--user-data-dir={folder / 'browser'}",
@@ -59,9 +59,9 @@ def measured(folder: Path, page: str, width: int) -> tuple[float, float]:
         check=True,
         timeout=120,
     ).stdout
-    found = re.search(r"wide=([\d.]+) texts=([\d.]+)", said)
-    assert found, said[:500]
-    return float(found[1]), float(found[2])
+    result = re.search(r"wide=([\d.]+) texts=([\d.]+)", output)
+    assert result, output[:500]
+    return float(result[1]), float(result[2])
 
 
 @pytest.mark.slow

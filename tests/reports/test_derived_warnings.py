@@ -91,11 +91,11 @@ def evaluated(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
     ],
 )
 def test_a_warning_names_its_numbers_and_what_to_do(report, kind, text):
-    (found,) = derived_warnings(report, {})
+    (result,) = derived_warnings(report, {})
 
-    assert found["kind"] == kind
-    assert text in found["message"]
-    assert "\n" not in found["message"]
+    assert result["kind"] == kind
+    assert text in result["message"]
+    assert "\n" not in result["message"]
 
 
 @pytest.mark.parametrize(
@@ -132,12 +132,12 @@ def test_a_run_as_it_should_be_has_no_warning(report):
 def test_a_teacher_that_still_rises_is_told(values, metric, warned):
     report = classified() if metric == "accuracy" else language_report() | {"baselines": {}}
 
-    found = derived_warnings(report, panels(evaluated(*values, metric=metric)))
+    result = derived_warnings(report, panels(evaluated(*values, metric=metric)))
 
-    assert [one["kind"] for one in found] == ["rising teacher"] * warned
+    assert [one["kind"] for one in result] == ["rising teacher"] * warned
     if metric == "accuracy" and warned:
         text = "teacher-finetune still rises: 60.0% accuracy at step 20, 65.0% at step 30"
-        assert text in found[0]["message"]
+        assert text in result[0]["message"]
 
 
 def test_of_a_majority_the_accuracy_is_chance_and_other_metrics_are_not():

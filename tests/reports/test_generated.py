@@ -49,11 +49,11 @@ def test_the_report_has_the_texts_and_metrics_of_the_last_evaluation(tmp_path: P
     ]
     out = write_run(tmp_path, records, {10: [OTHER], 20: [text] * (TEXTS_SHOWN + 1)})
 
-    found = generation_reports(out, ["teacher", "student"])
+    actual = generation_reports(out, ["teacher", "student"])
 
     metrics = {**METRICS, "match": 0.75}
     wanted = {"stage": "student", "step": 20, "metrics": metrics, "texts": [text] * TEXTS_SHOWN}
-    assert found == [wanted]
+    assert actual == [wanted]
 
 
 def test_a_run_without_generated_texts_has_no_entry(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_metrics_remain_without_the_file_of_the_texts(tmp_path: Path, content: s
     out = write_run(tmp_path, [evaluation(10, **METRICS)], {})
     if content is not None:
         (out / "texts" / "student" / "step-00000010.jsonl").write_text(content)
-    found = generation_reports(out, ["student"])
-    assert found == [{"stage": "student", "step": 10, "metrics": METRICS, "texts": []}]
+    result = generation_reports(out, ["student"])
+    assert result == [{"stage": "student", "step": 10, "metrics": METRICS, "texts": []}]
 
 
 def test_the_page_shows_warnings_prompt_text_wanted_text_and_match() -> None:

@@ -25,12 +25,12 @@ def test_numbers_become_curves_by_stage_group_and_name() -> None:
         line(5, "teacher", **{"train/loss": 3.0}),
     ]
 
-    found = panels(history)
+    result = panels(history)
 
-    assert list(found) == ["student", "teacher"]
-    assert list(found["student"]["train"]) == ["loss", "learning_rate"]
-    assert found["student"]["train"]["loss"] == {"": Curve(((10, 2.0), (20, 1.0)))}
-    assert found["student"]["eval"]["accuracy"] == {"": Curve(((10, 0.5),))}
+    assert list(result) == ["student", "teacher"]
+    assert list(result["student"]["train"]) == ["loss", "learning_rate"]
+    assert result["student"]["train"]["loss"] == {"": Curve(((10, 2.0), (20, 1.0)))}
+    assert result["student"]["eval"]["accuracy"] == {"": Curve(((10, 0.5),))}
 
 
 def test_views_of_a_number_share_a_panel_in_the_order_of_their_numbers() -> None:
@@ -43,14 +43,14 @@ def test_views_of_a_number_share_a_panel_in_the_order_of_their_numbers() -> None
 
 def test_a_step_that_comes_again_counts_as_it_was_last_logged() -> None:
     steps = [(10, 1.0), (20, 9.0), (30, 9.0), (20, 2.0), (30, 3.0)]
-    found = panels(line(step, **{"train/loss": value}) for step, value in steps)
-    assert found["student"]["train"]["loss"][""].points == ((10, 1.0), (20, 2.0), (30, 3.0))
+    result = panels(line(step, **{"train/loss": value}) for step, value in steps)
+    assert result["student"]["train"]["loss"][""].points == ((10, 1.0), (20, 2.0), (30, 3.0))
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out() -> None:
     values = [1.0, None, math.nan, math.inf, -math.inf, 10**400, 2.0]
-    found = panels(line(i, **{"train/loss": value}) for i, value in enumerate(values))
-    assert found["student"]["train"]["loss"][""] == Curve(((0, 1.0), (6, 2.0)), 5)
+    result = panels(line(i, **{"train/loss": value}) for i, value in enumerate(values))
+    assert result["student"]["train"]["loss"][""] == Curve(((0, 1.0), (6, 2.0)), 5)
 
 
 def test_damaged_and_half_lines_are_passed_over(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_thinned_curve_keeps_its_ends_its_extremes_and_its_order(values, limit
 
 @pytest.mark.parametrize("length", [1, 2, 7, 100])
 def test_evenly_spread_items_keep_both_ends(length: int) -> None:
-    found = evenly(range(length), 5)
-    assert len(found) == min(length, 5)
-    assert (found[0], found[-1]) == (0, length - 1)
-    assert found == sorted(set(found))
+    result = evenly(range(length), 5)
+    assert len(result) == min(length, 5)
+    assert (result[0], result[-1]) == (0, length - 1)
+    assert result == sorted(set(result))

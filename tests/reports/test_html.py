@@ -62,8 +62,8 @@ def test_every_candidate_stands_there_with_its_numbers_and_one_of_each_is_marked
     for iteration, scores in SCORES.items():
         for sparsity, metric in scores.items():
             weighed = [f"{metric:.4f}", f"{metric + TRADEOFF * sparsity:.4f}"]
-            found = [r for r in rows if r[:2] == [str(iteration), f"{sparsity:g}"]]
-            assert [row[3:5] for row in found] == [weighed]
+            result = [r for r in rows if r[:2] == [str(iteration), f"{sparsity:g}"]]
+            assert [row[3:5] for row in result] == [weighed]
     assert [(r[0], r[1], r[-1]) for r in marked] == [("1", "0.7", "yes"), ("2", "0.9", "yes")]
 
 
@@ -146,24 +146,24 @@ def test_text_of_others_is_escaped_everywhere():
     ids=["no line", "one line", "nothing finite", "an empty stage"],
 )
 def test_without_a_curve_there_is_no_picture_of_training(lines):
-    found = Page(html_report(report_of(), lines))
+    actual = Page(html_report(report_of(), lines))
 
-    assert "Training" not in found.headings
-    assert len(found.labels) == 2  # by size, and by time
+    assert "Training" not in actual.headings
+    assert len(actual.labels) == 2  # by size, and by time
     # Without candidates there is no choice and no cost.
     wanted = ["single on glue/mrpc", "Size, quality, latency", "Time and memory"]
-    assert [h for h in found.headings if h != "Training"] == wanted
+    assert [h for h in actual.headings if h != "Training"] == wanted
 
 
 def test_a_report_with_hardly_anything_has_a_page():
     environment = {"versions": {"torch": "2.13.0"}, "corpus_content_hash": None}
     report = report_of(teacher=None, speedup=None, stages=[], baselines={}, environment=environment)
     report["student"]["metrics"] = {"mean_accuracy_f1": None}  # type: ignore[dict-item]
-    found = Page(html_report(report, [], config="seed: <7>\n"))
-    assert found.faults == []
-    assert found.labels == []
-    assert ["versions torch", "2.13.0"] in [cells for _, cells in found.rows]
-    assert found.headings[-2:] == ["Environment", "Config"]
+    result = Page(html_report(report, [], config="seed: <7>\n"))
+    assert result.faults == []
+    assert result.labels == []
+    assert ["versions torch", "2.13.0"] in [cells for _, cells in result.rows]
+    assert result.headings[-2:] == ["Environment", "Config"]
 
 
 def test_candidates_without_finite_scores_have_a_table_and_no_picture():
@@ -171,10 +171,10 @@ def test_candidates_without_finite_scores_have_a_table_and_no_picture():
     for row in report["candidates"]:
         row["tradeoff"] = math.nan
 
-    found = Page(html_report(report, []))
+    result = Page(html_report(report, []))
 
-    assert sum("trade-off" in label for label in found.labels) == 0
-    assert ["1", "0.7", "3.00M", "0.8990", "-", "yes"] in [cells for _, cells in found.rows]
+    assert sum("trade-off" in label for label in result.labels) == 0
+    assert ["1", "0.7", "3.00M", "0.8990", "-", "yes"] in [cells for _, cells in result.rows]
 
 
 def test_what_is_not_finite_or_thinned_is_told():
@@ -254,13 +254,13 @@ def test_what_is_no_folder_of_a_finished_run_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("student", "said"),
+    ("student", "shown"),
     [(2_000_000, "5.3x fewer"), (21_291_264, "2.0x more"), (10_645_633, "as many")],
 )
-def test_the_sizes_of_student_and_teacher_are_compared(student, said):
+def test_the_sizes_of_student_and_teacher_are_compared(student, shown):
     report = report_of()
     report["student"]["encoder_parameters"] = student
-    assert f"It has {said} parameters without embeddings" in html_report(report, [])
+    assert f"It has {shown} parameters without embeddings" in html_report(report, [])
 
 
 def test_a_picture_that_fails_does_not_spoil_the_run(tmp_path, monkeypatch, caplog):

@@ -42,14 +42,14 @@ def test_the_median_of_each_model_is_told(monkeypatch) -> None:
     ticks = iter(number for time in times for number in (0.0, time / 1000))
     monkeypatch.setattr(forwards, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
-    found = measure_latencies({"a": llama(), "b": llama()}, Work((1,), 4, rounds=3))
+    result = measure_latencies({"a": llama(), "b": llama()}, Work((1,), 4, rounds=3))
 
-    assert [entry["ms"] for entry in found] == pytest.approx([20.0, 2.0])
-    assert [entry["rounds_ms"] for entry in found] == [
+    assert [entry["ms"] for entry in result] == pytest.approx([20.0, 2.0])
+    assert [entry["rounds_ms"] for entry in result] == [
         pytest.approx([10.0, 20.0, 90.0]),
         pytest.approx([1.0, 2.0, 3.0]),
     ]
-    assert [(entry["model"], entry["batch"]) for entry in found] == [("a", 1), ("b", 1)]
+    assert [(entry["model"], entry["batch"]) for entry in result] == [("a", 1), ("b", 1)]
 
 
 def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
@@ -87,11 +87,11 @@ def test_texts_of_the_data_are_padded_in_their_batch_and_timed_beside_those_of_o
     model = llama()
     calls = seen_by(model)
 
-    found = measure_latencies({"a": model}, Work((4,), 7, rounds=1, of_data=LENGTHS))
+    result = measure_latencies({"a": model}, Work((4,), 7, rounds=1, of_data=LENGTHS))
 
     assert [call["input_ids"].shape for call in calls[-10:-4]] == [(4, 14), (4, 16)] * 3
     assert calls[-6]["attention_mask"].sum(dim=1).tolist() == [2, 6, 10, 14]
-    assert [(entry["length"], entry.get("lengths")) for entry in found] == [
+    assert [(entry["length"], entry.get("lengths")) for entry in result] == [
         (8, [2, 6, 10, 14, 4, 8, 12, 16]),
         (7, None),
     ]
@@ -113,11 +113,11 @@ def test_slow_models_are_timed_less_often_but_twice_at_least(monkeypatch, ms, ca
     )
     models = {"a": llama(), "b": llama()}
 
-    found = measure_latencies(models, Work((1,), 4))
+    result = measure_latencies(models, Work((1,), 4))
 
-    assert [entry["ms"] for entry in found] == [ms, ms]
+    assert [entry["ms"] for entry in result] == [ms, ms]
     assert {timed.count(model) for model in models.values()} == {calls}
-    assert {len(entry["rounds_ms"]) for entry in found} == {calls - 3 * (ms < latency.LONG_MS)}
+    assert {len(entry["rounds_ms"]) for entry in result} == {calls - 3 * (ms < latency.LONG_MS)}
 
 
 def test_a_decoder_also_generates_the_last_tokens_of_a_text() -> None:
@@ -126,9 +126,9 @@ def test_a_decoder_also_generates_the_last_tokens_of_a_text() -> None:
     calls = seen_by(model)
     encoder = Roberta(RobertaConfig(vocab_size=20, hidden_size=8, num_attention_heads=2))
 
-    found = measure_latencies({"a": model, "b": encoder}, Work((2,), 8, generate=3, rounds=1))
+    result = measure_latencies({"a": model, "b": encoder}, Work((2,), 8, generate=3, rounds=1))
 
-    forwards, (written,) = found[:2], found[2:]
+    forwards, (written,) = result[:2], result[2:]
     assert not any("generated" in entry for entry in forwards)
     assert (written["model"], written["generated"], written["length"]) == ("a", 3, 8)
     assert written["tokens_per_second"] == pytest.approx(2 * 3 / (written["ms"] / 1000))
@@ -144,12 +144,12 @@ def test_several_models_take_every_place_by_turns_at_every_batch() -> None:
             with_kwargs=True,
         )
 
-    found = measure_latencies(models, Work((1, 2), 4, rounds=3))
+    result = measure_latencies(models, Work((1, 2), 4, rounds=3))
 
-    assert [(entry["model"], entry["batch"]) for entry in found] == [
+    assert [(entry["model"], entry["batch"]) for entry in result] == [
         (name, batch) for batch in (1, 2) for name in "abc"
     ]
-    assert all(entry["ms"] > 0 for entry in found)
+    assert all(entry["ms"] > 0 for entry in result)
     assert order[-9:] == ["a2", "b2", "c2", "b2", "c2", "a2", "c2", "a2", "b2"]
 
 
@@ -159,14 +159,14 @@ def test_a_graph_is_timed_beside_its_model(tmp_path: Path) -> None:
     write_onnx(tmp_path, to=tmp_path / "graph")
     work = Work((2,), None, rounds=1, of_data=LENGTHS)
 
-    found = measure_latencies({"student": tmp_path}, work, {"student": tmp_path / "graph"})
+    result = measure_latencies({"student": tmp_path}, work, {"student": tmp_path / "graph"})
 
-    assert [(one["model"], one.get("runtime")) for one in found] == [
+    assert [(one["model"], one.get("runtime")) for one in result] == [
         ("student", None),
         ("student", "onnxruntime"),
     ]
-    assert found[1]["device"].startswith("cpu")
-    assert found[0]["lengths"] == found[1]["lengths"]
+    assert result[1]["device"].startswith("cpu")
+    assert result[0]["lengths"] == result[1]["lengths"]
 
 
 def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ def text() -> str:
 def test_the_page_fits_a_phone(text: str) -> None:
     """Charts are as wide as a phone and flow; what may be wider scrolls in a box of its own."""
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
-    found = Page(text)
-    assert found.outside == []
+    result = Page(text)
+    assert result.outside == []
     widths = {float(box.split()[2]) for box in re.findall(r'viewBox="([^"]+)"', text)}
     assert max(widths) < 360
     assert ".wide { overflow-x: auto" in text

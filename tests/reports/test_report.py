@@ -61,13 +61,13 @@ def test_a_sharded_parameter_counts_in_full():
 
 
 def test_the_environment_names_versions_ranks_and_data():
-    found = environment(ranks=2, device=torch.device("cpu"), corpus_content_hash="abc")
+    result = environment(ranks=2, device=torch.device("cpu"), corpus_content_hash="abc")
 
     # Only some builds have their tag in both versions.
-    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert (found["ranks"], found["device"]) == (2, "cpu")
-    assert found["corpus_content_hash"] == "abc"
-    json.dumps(found)
+    assert result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert (result["ranks"], result["device"]) == (2, "cpu")
+    assert result["corpus_content_hash"] == "abc"
+    json.dumps(result)
 
 
 ROW = {"step": 1, "width": 8, "parameters": 90, "teacher_kl": None, "step_seconds": None}
@@ -119,11 +119,11 @@ def test_what_a_run_writes_is_read_back(tmp_path, report):
     path = tmp_path / "report.json"
     write_report(path, report)
 
-    found = read_report(path)
+    result = read_report(path)
 
-    assert found["student"]["metrics"] == dict.fromkeys(report["student"]["metrics"])
+    assert result["student"]["metrics"] == dict.fromkeys(report["student"]["metrics"])
     kept = ("generation", "warnings")
-    assert found["student"]["int8"] == report["student"]["int8"]
-    assert [found[key] for key in kept] == [report[key] for key in kept]
-    assert found["pruning"] == [ROW, {**ROW, "step": 2, "step_seconds": 0.5}]
-    assert html_report(found, [])
+    assert result["student"]["int8"] == report["student"]["int8"]
+    assert [result[key] for key in kept] == [report[key] for key in kept]
+    assert result["pruning"] == [ROW, {**ROW, "step": 2, "step_seconds": 0.5}]
+    assert html_report(result, [])

@@ -99,9 +99,11 @@ def test_a_decoder_continues_token_by_token_up_to_the_end_of_the_text() -> None:
 def test_a_text_ends_at_its_end_token_and_all_ranks_ask_as_often() -> None:
     class Ending(Counting):
         def top_k(self, batch: Batch, count: int) -> TopK:
-            said = super().top_k(batch, count)
+            answer = super().top_k(batch, count)
             return (
-                said._replace(ids=torch.full_like(said.ids, EOS)) if len(self.asked) > 2 else said
+                answer._replace(ids=torch.full_like(answer.ids, EOS))
+                if len(self.asked) > 2
+                else answer
             )
 
     prompts = prompts_of(packed((3, 20)))

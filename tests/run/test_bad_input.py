@@ -69,23 +69,25 @@ def test_data_that_cannot_be_used(bench, case):
     make = llama if task.get("type") == "causal_lm" else bert
     models = {"teacher": {"model": make(1), "finetune": {}}, "student": {"model": make(1)}}
 
-    said = bench.start(bench.tree({"dataset": str(data), **task}, **models))
+    outcome = bench.start(bench.tree({"dataset": str(data), **task}, **models))
 
-    assert_refused(said, bench, *fragments)
+    assert_refused(outcome, bench, *fragments)
 
 
 def test_a_validation_file_with_a_class_of_its_own(bench):
     data = write_reviews(bench.folder / "data")
     write_jsonl(data / "validation.jsonl", [{"text": "a", "label": "neutral"}])
-    said = bench.start(bench.tree({"dataset": str(data)}))
-    assert_refused(said, bench, "validation.jsonl, line 1", "'neutral' is not one of the 2 classes")
+    outcome = bench.start(bench.tree({"dataset": str(data)}))
+    assert_refused(
+        outcome, bench, "validation.jsonl, line 1", "'neutral' is not one of the 2 classes"
+    )
 
 
 def test_an_output_folder_that_cannot_be(bench):
     file = bench.folder / "file"
     file.write_text("")
-    said = bench.start(bench.tree(), f"output_dir={file / 'x/y'}")
-    assert_refused(said, bench, f"output_dir: {file} is not a writable folder")
+    outcome = bench.start(bench.tree(), f"output_dir={file / 'x/y'}")
+    assert_refused(outcome, bench, f"output_dir: {file} is not a writable folder")
 
 
 MAPPING = "a layer does not exist; the student has layers 0 to 1, the teacher 0 to 2"
@@ -157,11 +159,11 @@ if not torch.ops.mkldnn._is_mkldnn_fp16_supported():  # what DeepSpeed asks
 @pytest.mark.parametrize("case", SETTINGS, ids=lambda case: case[0])
 def test_settings_that_cannot_work(bench, case):
     overrides, *fragments = case
-    said = bench.start(bench.tree(teacher=LATE), *overrides.split("; "))
-    assert_refused(said, bench, *fragments)
+    outcome = bench.start(bench.tree(teacher=LATE), *overrides.split("; "))
+    assert_refused(outcome, bench, *fragments)
 
 
 def test_a_batch_of_more_rows_than_there_are_is_a_batch_of_all_rows(bench):
     keys = ("train.per_device_train_batch_size", "eval.per_device_eval_batch_size")
-    said = bench.start(bench.tree(), "train.max_steps=2", *(f"{key}={10**12}" for key in keys))
-    assert said.code == 0, said.err
+    outcome = bench.start(bench.tree(), "train.max_steps=2", *(f"{key}={10**12}" for key in keys))
+    assert outcome.code == 0, outcome.err

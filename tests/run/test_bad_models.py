@@ -65,16 +65,16 @@ def test_a_teacher_folder_that_cannot_be_used(bench, case):
     for fault in faults:
         fault(folder)
 
-    said = bench.start(bench.tree(teacher={"model": str(folder)}))
+    outcome = bench.start(bench.tree(teacher={"model": str(folder)}))
 
-    assert_refused(said, bench, folder if case not in ("labels", "family") else "", *fragments)
+    assert_refused(outcome, bench, folder if case not in ("labels", "family") else "", *fragments)
 
 
 def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench):
     folder = bench.copied()
     cut_short(folder)
-    said = bench.start(bench.tree(teacher=LATE, student={"model": str(folder)}))
-    assert_refused(said, bench, f"student.model: {folder / WEIGHTS} is cut short")
+    outcome = bench.start(bench.tree(teacher=LATE, student={"model": str(folder)}))
+    assert_refused(outcome, bench, f"student.model: {folder / WEIGHTS} is cut short")
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench)
 def test_a_teacher_of_other_labels(bench, type_of_task, labels, fragments):
     rows = [{"text": f"word{i} x", "label": labels[i % len(labels)]} for i in range(30)]
     data = write_jsonl(bench.folder / "data" / "train.jsonl", rows).parent
-    said = bench.start(bench.tree({"type": type_of_task, "dataset": str(data)}))
-    assert_refused(said, bench, "teacher.model", *fragments)
+    outcome = bench.start(bench.tree({"type": type_of_task, "dataset": str(data)}))
+    assert_refused(outcome, bench, "teacher.model", *fragments)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,8 @@ def other_tokenizer(one_rank, tmp_path_factory) -> Path:
     tree = config_tree(folder / "out", task)
     tree["train"] |= {"max_steps": 1}
     tree["eval"] = {"latency": False}
-    said = one_rank.train("--config", write_config(folder / "run.yaml", tree))
-    assert said.code == 0, said.err
+    outcome = one_rank.train("--config", write_config(folder / "run.yaml", tree))
+    assert outcome.code == 0, outcome.err
     return folder / "out" / "final"
 
 
@@ -123,14 +123,16 @@ def test_a_student_with_a_tokenizer_of_its_own(bench, other_tokenizer):
         student={"model": str(student)},
     )
 
-    said = bench.start(tree)
+    outcome = bench.start(tree)
 
-    assert_refused(said, bench, f"student.model {student} has a tokenizer of", "another tokenizer")
+    assert_refused(
+        outcome, bench, f"student.model {student} has a tokenizer of", "another tokenizer"
+    )
 
 
 def test_a_model_with_another_tokenizer_is_not_scored(bench, other_tokenizer):
     other = without_a_token(other_tokenizer, bench.folder / "other")
     config = other_tokenizer.parents[1] / "run.yaml"
     override = f"student.model={other_tokenizer}"
-    said = bench.one_rank.megakd("evaluate", config, override, "--model", other)
-    assert_refused(said, bench, f"{other} has a tokenizer of")
+    outcome = bench.one_rank.megakd("evaluate", config, override, "--model", other)
+    assert_refused(outcome, bench, f"{other} has a tokenizer of")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from one_rank import OneRank, Said
+from one_rank import OneRank, Outcome
 from tiny_runs import config_tree, write_config, write_reviews
 from whole_run import WholeRun, finish
 
@@ -27,7 +27,7 @@ class Finished:
         self.one_rank, self.folder, self.out = one_rank, folder, folder / "out"
         self.config = folder / "run.yaml"
 
-    def again(self, *overrides: str) -> Said:
+    def again(self, *overrides: str) -> Outcome:
         """Start the run again."""
         return self.one_rank.train("--config", self.config, *overrides)
 
@@ -54,14 +54,14 @@ def finished(one_rank: OneRank, original: Path, tmp_path: Path) -> Iterator[Fini
     shutil.move(backup, original)
 
 
-def assert_refused(said: Said, *fragments: object) -> None:
-    assert said.code == 2, said.out
-    message = said.err[said.err.index("megakd: error: ") :]
+def assert_refused(outcome: Outcome, *fragments: object) -> None:
+    assert outcome.code == 2, outcome.out
+    message = outcome.err[outcome.err.index("megakd: error: ") :]
     for fragment in fragments:
         assert str(fragment) in message
-    assert "Traceback" not in said.err
-    assert said.out == ""
-    assert said.loaded == ()
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    assert outcome.loaded == ()
 
 
 def remove(path: Path) -> None:
@@ -141,15 +141,17 @@ def test_a_run_whose_files_have_changed_is_refused_saying_what_to_do(finished, c
     damage, fragments = DAMAGE[case]
     for name, spoil in damage.items():
         spoil(finished.folder / name)
-    said = finished.again()
-    assert_refused(said, *(part.replace("{}", str(finished.folder)) for part in fragments))
+    outcome = finished.again()
+    assert_refused(outcome, *(part.replace("{}", str(finished.folder)) for part in fragments))
 
 
 def test_a_teacher_that_is_gone_is_said_and_the_table_is_printed(finished):
     shutil.rmtree(finished.folder / "teacher")
-    said = finished.again()
-    assert said.code == 0, said.err
-    assert "teacher.model cannot be compared with the inputs that the run was made from" in said.err
+    outcome = finished.again()
+    assert outcome.code == 0, outcome.err
+    assert (
+        "teacher.model cannot be compared with the inputs that the run was made from" in outcome.err
+    )
 
 
 @pytest.mark.parametrize("missing", [None, WEIGHTS])
@@ -162,10 +164,10 @@ def test_a_student_that_was_removed_is_copied_again_from_its_stage(finished, mis
     else:
         (final / missing).unlink()
 
-    said = finished.again()
+    outcome = finished.again()
 
-    assert said.code == 0, said.err
-    assert f"copied again from {finished.out / 'stages' / 'student'}" in said.err
+    assert outcome.code == 0, outcome.err
+    assert f"copied again from {finished.out / 'stages' / 'student'}" in outcome.err
     assert (final / WEIGHTS).read_bytes() == before
     assert (final / "README.md").is_file()
     assert (final / "notes.txt").is_file() == (missing is not None)
@@ -200,10 +202,10 @@ def test_a_report_and_a_stage_that_were_removed_are_made_again_and_files_of_the_
     (final / "notes.txt").write_text("mine")
     (final / "README.md").write_text("my card")
 
-    said = finished.again()
+    outcome = finished.again()
 
-    assert said.code == 0, said.err
-    assert "final: files that megakd did not write are kept: README.md, notes.txt" in said.err
+    assert outcome.code == 0, outcome.err
+    assert "final: files that megakd did not write are kept: README.md, notes.txt" in outcome.err
     assert (final / "notes.txt").read_text() == "mine"
     assert (final / "README.md").read_text() == "my card"
     assert (final / WEIGHTS).read_bytes() == before
@@ -222,9 +224,9 @@ def test_a_longer_run_that_is_killed_while_it_is_published_goes_on(finished, mon
     with pytest.raises(KeyboardInterrupt):
         finished_run.publish(longer, stage, report, inputs={}, command="train")
 
-    said = finished.again("train.max_steps=6")
+    outcome = finished.again("train.max_steps=6")
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     assert json.loads((finished.out / "report.json").read_text())["stages"][0]["steps"] == 6
     assert finished.again("train.max_steps=6").code == 0
 

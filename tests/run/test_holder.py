@@ -259,9 +259,11 @@ def test_a_run_in_a_folder_that_is_held_changes_nothing_there(one_rank, whole_ru
     lock = FolderLock(tmp_path)
     lock.take()
 
-    said = one_rank.train("--config", whole_run.config, f"output_dir={tmp_path}")
+    outcome = one_rank.train("--config", whole_run.config, f"output_dir={tmp_path}")
 
-    assert said.code == 2
-    assert f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()}" in said.err
+    assert outcome.code == 2
+    assert (
+        f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()}" in outcome.err
+    )
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
     lock.release()

@@ -55,9 +55,9 @@ def test_a_real_client_without_network_is_refused_in_one_line(monkeypatch):
 
 
 def test_the_folder_goes_to_a_repository_that_is_made_first(api, tmp_path):
-    said = upload.push_to_hub(PRIVATE, tmp_path)
+    answer = upload.push_to_hub(PRIVATE, tmp_path)
 
-    assert said == "the student was uploaded to https://huggingface.co/me/student"
+    assert answer == "the student was uploaded to https://huggingface.co/me/student"
     (made, repository, options), (uploaded, what) = api.calls
     assert (made, repository, uploaded) == ("create_repo", "me/student", "upload_folder")
     assert options == {"private": True, "exist_ok": True}
@@ -68,9 +68,9 @@ def test_the_folder_goes_to_a_repository_that_is_made_first(api, tmp_path):
 def test_a_failed_upload_is_one_line_with_the_command_that_repeats_it(api, tmp_path, step):
     api.failing = (step,)
 
-    said = upload.push_to_hub(PRIVATE, tmp_path)
+    answer = upload.push_to_hub(PRIVATE, tmp_path)
 
-    assert said == (
+    assert answer == (
         f"the student was not uploaded to me/student ({step} failed); upload it with: "
         f"hf upload me/student {tmp_path} --private"
     )
@@ -105,8 +105,8 @@ def test_a_run_uploads_when_no_other_rank_waits_for_it(happened, monkeypatch, tm
     monkeypatch.setattr(main, "is_finished", lambda _: finished)
     config: Any = SimpleNamespace(save=PRIVATE, output_dir=tmp_path)
 
-    said = main.run(config, command="train")
+    outcome = main.run(config, command="train")
 
-    assert said == "table\nuploaded"
+    assert outcome == "table\nuploaded"
     released = [] if finished else ["released the folder"]
     assert happened == ["left the group", "uploaded", *released]

@@ -72,11 +72,11 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
     lab = lab_of(config_of(tmp_path))
     engine = torch.nn.Linear(1, 1)
     engine.itself = [engine]  # type: ignore[assignment]
-    earlier, found = weakref.ref(engine), []
+    earlier, result = weakref.ref(engine), []
     del engine
 
     def load_model(*_args: Any, **_facts: Any) -> torch.nn.Module:
-        found.append(earlier())
+        result.append(earlier())
         return torch.nn.Linear(1, 1)
 
     monkeypatch.setattr("megakd.training.assembly.load_model", load_model)
@@ -87,7 +87,7 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
     finally:
         gc.enable()
 
-    assert found == [None]
+    assert result == [None]
 
 
 def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teacher, monkeypatch):
@@ -254,9 +254,9 @@ def test_a_finished_stage_is_taken_and_not_run_again(tmp_path, teacher, monkeypa
     left = finished(lab, stage_of())
     monkeypatch.setattr(lab_module, "StageRun", None)
 
-    found = lab.train(stage_of())
+    result = lab.train(stage_of())
 
-    assert found == left
+    assert result == left
     assert lab.results == [left]
 
 

@@ -35,17 +35,17 @@ def test_a_longer_run_has_the_weights_of_one_that_was_as_long_from_the_start(ben
     saved = (bench.folder / "out" / "checkpoints" / "student").glob("step-*")
     assert [path.name for path in saved] == ["step-3"]
 
-    said = bench.start(with_baseline(bench, "out", **longer))
+    outcome = bench.start(with_baseline(bench, "out", **longer))
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     (key, limit) = next(iter(longer.items()))
-    assert "student: finished with 3 steps and continues" in said.err
-    assert f"train.{key}: {shorter[key]} there, {limit} here" in said.err
+    assert "student: finished with 3 steps and continues" in outcome.err
+    assert f"train.{key}: {shorter[key]} there, {limit} here" in outcome.err
     report = json.loads((bench.folder / "out" / "report.json").read_text())
     steps = {stage["name"]: stage["steps"] for stage in report["stages"]}
     assert steps == {"student": 6, "alone": 6}
-    whole, found = weights(bench.folder / "whole"), weights(bench.folder / "out")
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    whole, result = weights(bench.folder / "whole"), weights(bench.folder / "out")
+    assert all(torch.equal(result[name], whole[name]) for name in whole)
 
 
 def test_fewer_steps_or_another_change_are_refused_and_change_nothing(bench):
@@ -56,9 +56,9 @@ def test_fewer_steps_or_another_change_are_refused_and_change_nothing(bench):
         ({"max_steps": 2}, "train.max_steps: 3 there, 2 here"),
         ({"max_steps": 4, "learning_rate": 0.5}, "train.learning_rate"),
     ):
-        said = bench.start(tree(bench, "out", **changes))
-        assert said.code == 2
-        assert message in said.err
+        outcome = bench.start(tree(bench, "out", **changes))
+        assert outcome.code == 2
+        assert message in outcome.err
         after = weights(bench.folder / "out")
         assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
@@ -69,8 +69,8 @@ def test_a_stage_that_others_were_made_from_does_not_go_on(bench):
     # No start reads its checkpoints again: its model is in stages/.
     assert not (bench.folder / "out" / "checkpoints" / "teacher-finetune").exists()
 
-    said = bench.start({**tree(bench, "out", max_steps=4), **teacher})
+    outcome = bench.start({**tree(bench, "out", max_steps=4), **teacher})
 
-    assert said.code == 2
-    assert "teacher-finetune" in said.err
-    assert "train.max_steps: 2 there, 4 here" in said.err
+    assert outcome.code == 2
+    assert "teacher-finetune" in outcome.err
+    assert "train.max_steps: 2 there, 4 here" in outcome.err

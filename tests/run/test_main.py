@@ -26,14 +26,14 @@ from megakd.run import run_report
 
 
 def test_a_run_ends_with_its_table_and_no_stray_warning(whole_run, out):
-    assert whole_run.said.out.splitlines()[0].endswith("scored on validation")
-    assert f"the student is in {out / 'final'}" in whole_run.said.out
-    assert [line.split()[0] for line in whole_run.said.out.splitlines()[3:6]] == [
+    assert whole_run.outcome.out.splitlines()[0].endswith("scored on validation")
+    assert f"the student is in {out / 'final'}" in whole_run.outcome.out
+    assert [line.split()[0] for line in whole_run.outcome.out.splitlines()[3:6]] == [
         "teacher",
         "student",
         "alone",
     ]
-    assert re.search(r"\bwarn|Warning", whole_run.said.err + whole_run.said.out) is None
+    assert re.search(r"\bwarn|Warning", whole_run.outcome.err + whole_run.outcome.out) is None
 
 
 def test_the_report_has_times_of_all_models_and_of_all_that_the_run_did(out):
@@ -93,18 +93,18 @@ def test_the_student_scores_the_same_with_plain_transformers_and_in_the_report(
     accuracy = accuracy_with_transformers(out / "final", config, cache=tmp_path)
 
     assert read(out)["student"]["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
-    said = one_rank.megakd("evaluate", config, "--json")
-    scored = json.loads(said.out)
+    outcome = one_rank.megakd("evaluate", config, "--json")
+    scored = json.loads(outcome.out)
     assert scored["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
     assert (scored["split"], scored["rows"]) == ("validation", 26)
 
 
 def test_any_folder_is_scored_by_evaluate(one_rank, whole_run, out, config):
-    said = one_rank.megakd("evaluate", config, "--model", out / "stages" / "teacher-finetune")
+    outcome = one_rank.megakd("evaluate", config, "--model", out / "stages" / "teacher-finetune")
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     metrics = read(out)["teacher"]["metrics"]
-    first, *rows = said.out.splitlines()
+    first, *rows = outcome.out.splitlines()
     assert first == f"{whole_run.reviews}, validation: 26 rows"
     assert [row.split() for row in rows] == [
         ["accuracy", f"{metrics['accuracy']:.4f}"],

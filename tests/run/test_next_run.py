@@ -25,8 +25,8 @@ def pretrained(one_rank, tmp_path_factory) -> Path:
         eval={"latency": False},
     )
     tree["student"] = {"model": "from_teacher"}
-    said = one_rank.train("--config", write_config(folder / "run.yaml", tree))
-    assert said.code == 0, said.err
+    outcome = one_rank.train("--config", write_config(folder / "run.yaml", tree))
+    assert outcome.code == 0, outcome.err
     return folder
 
 
@@ -41,9 +41,9 @@ def test_the_pruned_student_is_fine_tuned_on_a_users_task_with_it(one_rank, pret
 
     changes = ["train.max_steps=3", "train.per_device_train_batch_size=4"]
     changes += [f"task.dataset={data}", f"output_dir={tmp_path / 'out'}"]
-    said = one_rank.train("--config", pretrained / "out" / "finetune.yaml", *changes)
+    outcome = one_rank.train("--config", pretrained / "out" / "finetune.yaml", *changes)
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     # 4 heads of 3 columns (10/16 of 4, rounded) are no stock shape of a model of width 10.
     final = tmp_path / "out" / "final"
     assert json.loads((final / "config.json").read_text())["model_type"] == "cut_bert"
@@ -55,9 +55,9 @@ def test_a_users_changes_to_the_config_are_kept(one_rank, pretrained):
     path.write_text(path.read_text() + "# mine\n")
     (pretrained / "out" / "report.json").unlink()
 
-    said = one_rank.train("--config", pretrained / "run.yaml")
+    outcome = one_rank.train("--config", pretrained / "run.yaml")
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     assert path.read_text().endswith("# mine\n")
 
 

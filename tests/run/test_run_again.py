@@ -25,7 +25,9 @@ def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(
     free = ("save.save_steps=3", "log.logging_steps=7", "eval.per_device_eval_batch_size=3")
     again = finish(one_rank, config, *free)
 
-    assert again.out.splitlines() == whole_run.said.out.splitlines()[-len(again.out.splitlines()) :]
+    assert (
+        again.out.splitlines() == whole_run.outcome.out.splitlines()[-len(again.out.splitlines()) :]
+    )
     assert again.loaded == ()
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
@@ -48,11 +50,11 @@ def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(
     ids=["not resumed", "another config"],
 )
 def test_a_finished_folder_is_not_overwritten(one_rank, out, config, overrides, fragments):
-    said = one_rank.train("--config", config, *overrides)
-    assert said.code == 2
-    assert all(text in said.err for text in [str(out), *fragments])
-    assert "weight_decay" not in said.err
-    assert said.loaded == ()
+    outcome = one_rank.train("--config", config, *overrides)
+    assert outcome.code == 2
+    assert all(text in outcome.err for text in [str(out), *fragments])
+    assert "weight_decay" not in outcome.err
+    assert outcome.loaded == ()
 
 
 def test_models_are_timed_again_without_training_if_the_times_asked_for_change(
@@ -114,18 +116,18 @@ def test_a_run_of_a_version_with_fewer_keys_is_still_finished(one_rank, out, con
     assert len(fewer) == len(lines) - 2
     (older / "config.yaml").write_text("".join(fewer))
 
-    said = one_rank.train("--config", config, f"output_dir={older}")
+    outcome = one_rank.train("--config", config, f"output_dir={older}")
 
-    assert said.code == 0, said.err
-    assert said.loaded == ()
+    assert outcome.code == 0, outcome.err
+    assert outcome.loaded == ()
 
 
 def test_a_run_of_a_version_with_other_keys_is_named_as_it_is(one_rank, out, config, tmp_path):
     other = Path(shutil.copytree(out, tmp_path / "other"))
     (other / "config.yaml").write_text((other / "config.yaml").read_text() + "forgotten: 3\n")
-    said = one_rank.train("--config", config, f"output_dir={other}")
-    assert said.code == 2
-    assert "forgotten: 3 there" in said.err
+    outcome = one_rank.train("--config", config, f"output_dir={other}")
+    assert outcome.code == 2
+    assert "forgotten: 3 there" in outcome.err
 
 
 @pytest.fixture
@@ -142,7 +144,7 @@ def unfinished(out, tmp_path) -> Path:
 def test_a_fine_tuned_teacher_is_used_again_when_only_the_student_changes(
     one_rank, out, config, unfinished
 ):
-    said = finish(
+    outcome = finish(
         one_rank,
         config,
         f"output_dir={unfinished}",
@@ -151,8 +153,8 @@ def test_a_fine_tuned_teacher_is_used_again_when_only_the_student_changes(
         "baselines=[]",
     )
 
-    assert "teacher-finetune: already finished" in said.err
-    assert "teacher-finetune: no checkpoint" not in said.err
+    assert "teacher-finetune: already finished" in outcome.err
+    assert "teacher-finetune: no checkpoint" not in outcome.err
     assert read(unfinished)["teacher"]["metrics"] == read(out)["teacher"]["metrics"]
     assert read(unfinished)["student"]["parameters"] < read(out)["student"]["parameters"]
     stages = {stage["name"]: stage for stage in read(unfinished)["stages"]}
@@ -160,32 +162,34 @@ def test_a_fine_tuned_teacher_is_used_again_when_only_the_student_changes(
 
 
 def test_a_fine_tuned_teacher_is_not_used_for_another_config(one_rank, config, unfinished):
-    said = one_rank.train(
+    outcome = one_rank.train(
         "--config", config, f"output_dir={unfinished}", "teacher.finetune.learning_rate=0.5"
     )
 
-    assert said.code == 2
-    assert f"{unfinished / 'stages' / 'teacher-finetune'} holds the result of another" in said.err
-    assert "train.learning_rate" in said.err
-    assert said.loaded == ()
+    assert outcome.code == 2
+    assert (
+        f"{unfinished / 'stages' / 'teacher-finetune'} holds the result of another" in outcome.err
+    )
+    assert "train.learning_rate" in outcome.err
+    assert outcome.loaded == ()
 
 
 def test_checkpoints_of_another_config_are_refused_naming_what_differs(
     one_rank, out, config, unfinished
 ):
     shutil.copytree(out / "checkpoints" / "student", unfinished / "checkpoints" / "student")
-    said = one_rank.train("--config", config, f"output_dir={unfinished}", "train.max_steps=99")
-    assert said.code == 2
-    assert "train.max_steps" in said.err
-    assert "99" in said.err
+    outcome = one_rank.train("--config", config, f"output_dir={unfinished}", "train.max_steps=99")
+    assert outcome.code == 2
+    assert "train.max_steps" in outcome.err
+    assert "99" in outcome.err
 
 
 def test_a_stage_is_exported_once(one_rank, out, config, tmp_path):
     target = tmp_path / "deep" / "teacher"
 
-    said = one_rank.megakd("export", config, "--stage", "teacher-finetune", "--to", target)
+    outcome = one_rank.megakd("export", config, "--stage", "teacher-finetune", "--to", target)
 
-    assert (said.code, said.out.strip()) == (0, str(target)), said.err
+    assert (outcome.code, outcome.out.strip()) == (0, str(target)), outcome.err
     weights = "model.safetensors"
     stage = out / "stages" / "teacher-finetune"
     assert (target / weights).read_bytes() == (stage / weights).read_bytes()
@@ -226,9 +230,9 @@ def test_a_stage_without_a_model_is_not_exported(
     write_finished(unfinished / "stages" / "teacher-scored", {"result.json": "{}"})
 
     to = ("--to", tmp_path / "x")
-    said = one_rank.megakd("export", config, f"output_dir={unfinished}", *words, *to)
+    outcome = one_rank.megakd("export", config, f"output_dir={unfinished}", *words, *to)
 
-    assert said.code == 2
-    assert message in said.err
-    assert all(word in said.err for word in words[1:])
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert all(word in outcome.err for word in words[1:])
     assert not (tmp_path / "x").exists()

@@ -45,12 +45,12 @@ def test_a_run_on_real_questions_learns_and_says_what_counts(one_rank, tmp_path,
     ]
     config = write_run(tmp_path, rows, "out")
 
-    said = finish(one_rank, config)
+    outcome = finish(one_rank, config)
 
     report = read(tmp_path / "out")
     assert report["student"]["metrics"]["perplexity"] > 1
     assert report["samples"][0]["prompt"].rstrip().endswith("assistant")
-    log = said.out + said.err
+    log = outcome.out + outcome.err
     for words in ("rows of", "that count", "train", "validation", "[[Natalia sold 48/2"):
         assert words in log
     assert "<|im_end|>]]" in log
@@ -75,7 +75,8 @@ def test_encoded_before_the_run_a_mixture_gives_the_same_weights_and_table(one_r
     mapped = finish(one_rank, write_run(tmp_path, chats, "mapped", **own))
 
     tables = [
-        re.findall(r"^train/\w+ .*$", said.out + said.err, re.MULTILINE) for said in (plain, mapped)
+        re.findall(r"^train/\w+ .*$", answer.out + answer.err, re.MULTILINE)
+        for answer in (plain, mapped)
     ]
     assert len(tables[0]) == 2
     assert tables[0] == tables[1]

@@ -78,10 +78,10 @@ def test_the_report_has_the_score_and_the_size_of_the_int8_weights(original, one
     assert student[INT8]["metrics"].keys() == student["metrics"].keys()
     megakd.load_int8(out / "final" / INT8).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(out / "final").save_pretrained(tmp_path / "model")
-    said = one_rank.megakd(
+    outcome = one_rank.megakd(
         "evaluate", original / "run.yaml", "--model", tmp_path / "model", "--json"
     )
-    assert json.loads(said.out)["metrics"] == pytest.approx(student[INT8]["metrics"], abs=1e-6)
+    assert json.loads(outcome.out)["metrics"] == pytest.approx(student[INT8]["metrics"], abs=1e-6)
 
 
 def test_table_page_and_card_show_the_int8_weights_and_nothing_temporary_stays(original, one_rank):
@@ -117,13 +117,13 @@ def test_a_graph_is_timed_beside_the_student_and_written_beside_its_weights(
 ):
     out = Path(shutil.copytree(original / "out", tmp_path / "out"))
     words = ("save.onnx=true", "eval.latency={batch: [2], generate: 0}", f"output_dir={out}")
-    said = finish(one_rank, original / "run.yaml", *words)
+    outcome = finish(one_rank, original / "run.yaml", *words)
 
     student, graph = read(out)["student"], out / "final" / onnx.MODEL
     assert student["onnx"] == {"bytes": graph.stat().st_size, "metrics": student["metrics"]}
     timed = [(one["model"], one.get("runtime")) for one in read(out)["latency"]]
     assert timed[-1] == ("student", "onnxruntime")
-    row = next(line for line in said.out.splitlines() if line.startswith("student (onnx)"))
+    row = next(line for line in outcome.out.splitlines() if line.startswith("student (onnx)"))
     assert re.search(r"\dx( \([\d.-]+\))?$", row.rstrip())
     assert not (out / ".formats").exists()
 
@@ -137,11 +137,11 @@ def test_missing_int8_weights_are_written_again_whatever_the_config_says(folder,
     before = (final / ROW).read_bytes()
     shutil.rmtree(final / INT8)
 
-    said = finish(one_rank, folder / "run.yaml", "save.int8=false")
+    outcome = finish(one_rank, folder / "run.yaml", "save.int8=false")
 
-    assert re.search(rf"lacks .*{ROW}.*copied again from", said.err)
+    assert re.search(rf"lacks .*{ROW}.*copied again from", outcome.err)
     assert (final / ROW).read_bytes() == before
-    assert said.loaded == ()
+    assert outcome.loaded == ()
 
 
 def test_a_finished_run_without_int8_weights_adds_them_unless_a_file_of_the_user_is_there(
@@ -162,9 +162,9 @@ def test_a_finished_run_without_int8_weights_adds_them_unless_a_file_of_the_user
     assert (final / ROW).read_text() == "mine"
 
     shutil.rmtree(final / INT8)
-    said = finish(one_rank, folder / "run.yaml")
-    assert "student (int8)" in said.out
-    assert "student: already finished" in said.err
+    outcome = finish(one_rank, folder / "run.yaml")
+    assert "student (int8)" in outcome.out
+    assert "student: already finished" in outcome.err
     assert (final / SAFETENSORS).read_bytes() == weights
     assert ROW in entries(final)
 
@@ -172,6 +172,6 @@ def test_a_finished_run_without_int8_weights_adds_them_unless_a_file_of_the_user
 @pytest.mark.parametrize("wanted", [True, False])
 def test_an_export_has_int8_weights_if_the_config_asks(original, one_rank, tmp_path, wanted):
     setting = f"save.int8={str(wanted).lower()}"
-    said = one_rank.megakd("export", original / "run.yaml", setting, "--to", tmp_path / "x")
-    assert said.code == 0, said.err
+    outcome = one_rank.megakd("export", original / "run.yaml", setting, "--to", tmp_path / "x")
+    assert outcome.code == 0, outcome.err
     assert (tmp_path / "x" / ROW).exists() == wanted

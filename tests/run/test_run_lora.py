@@ -99,10 +99,10 @@ def test_the_first_loss_is_that_of_the_base_and_training_lowers_it(run):
 
 
 def test_an_export_has_the_adapters_and_a_finished_run_says_so_again(run, one_rank, scene):
-    said = one_rank.megakd("export", scene / "run.yaml", "--to", scene / "exported")
+    outcome = one_rank.megakd("export", scene / "run.yaml", "--to", scene / "exported")
     again = finish(one_rank, scene / "run.yaml")
 
-    assert said.code == 0, said.err
+    assert outcome.code == 0, outcome.err
     assert (scene / "exported" / ADAPTER / "adapter_config.json").is_file()
     assert "parameters trained, as adapters (LoRA)" in again.out
     shutil.rmtree(run / "final" / ADAPTER)
@@ -111,9 +111,9 @@ def test_an_export_has_the_adapters_and_a_finished_run_says_so_again(run, one_ra
 
 
 def test_other_adapters_are_another_run(run, one_rank, scene):
-    said = one_rank.train("--config", scene / "run.yaml", "student.lora.r=2")
-    assert said.code != 0
-    assert "student.lora.r" in said.err
+    outcome = one_rank.train("--config", scene / "run.yaml", "student.lora.r=2")
+    assert outcome.code != 0
+    assert "student.lora.r" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_adapters_train_in_bf16_with_checkpointed_blocks_and_resume(
     finish(one_rank, config)
     finish(one_rank, config, f"output_dir={tmp_path / 'again'}")
 
-    found, expected = (
+    actual, expected = (
         load_file(tmp_path / name / "final" / ADAPTER / "adapter_model.safetensors")
         for name in ("again", "out")
     )
     assert {tensor.dtype for tensor in expected.values()} == {torch.bfloat16}
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert any(tensor.any() for name, tensor in expected.items() if "lora_B" in name)
 
 
@@ -177,11 +177,11 @@ def test_the_base_teaches_without_a_second_model_and_is_scored_as_the_teacher(
     tree = tree_of(scene, tmp_path / "out")
     tree["teacher"] = {"model": "student_base"}
 
-    said = finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+    outcome = finish(one_rank, write_config(tmp_path / "run.yaml", tree))
 
     base, second = read(tmp_path / "out"), read(run)
     # The student's stage, then the scores of teacher and student, one after the other.
-    assert len(said.loaded) == 3
+    assert len(outcome.loaded) == 3
     assert base["teacher"]["metrics"] == second["teacher"]["metrics"]
     expected = second["student"]["metrics"]["loss"]
     assert base["student"]["metrics"]["loss"] == pytest.approx(expected, rel=1e-5)
@@ -221,8 +221,8 @@ def test_a_wrong_target_is_refused_before_the_base_is_loaded(one_rank, scene, tm
     tree = tree_of(scene, tmp_path / "out")
     tree["student"]["lora"] = {"target_modules": ["q_porj"]}
 
-    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
 
-    assert said.code != 0
-    assert 'student.lora.target_modules: the student has no module "q_porj"' in said.err
-    assert said.loaded == ()
+    assert outcome.code != 0
+    assert 'student.lora.target_modules: the student has no module "q_porj"' in outcome.err
+    assert outcome.loaded == ()

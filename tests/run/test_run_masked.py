@@ -102,12 +102,12 @@ def test_the_final_folder_says_what_it_is_and_keeps_its_tie(masked_run):
 
 
 def test_it_is_evaluated_to_the_same_numbers_whatever_the_batch(one_rank, masked_run):
-    said = one_rank.megakd(
+    outcome = one_rank.megakd(
         "evaluate", masked_run / "run.yaml", "eval.per_device_eval_batch_size=5", "--json"
     )
 
-    assert said.code == 0, said.err
-    metrics = json.loads(said.out)["metrics"]
+    assert outcome.code == 0, outcome.err
+    metrics = json.loads(outcome.out)["metrics"]
     assert metrics == pytest.approx(read(masked_run / "out")["student"]["metrics"])
 
 
@@ -115,8 +115,8 @@ def test_a_run_that_was_killed_sees_the_masks_and_ends_with_the_weights_it_would
     one_rank, masked_run, tmp_path
 ):
     out = forgotten(masked_run / "out", tmp_path / "killed", stage="student", after=10)
-    said = finish(one_rank, masked_run / "run.yaml", f"output_dir={out}")
-    assert "student: resumed at step 10" in said.err
+    outcome = finish(one_rank, masked_run / "run.yaml", f"output_dir={out}")
+    assert "student: resumed at step 10" in outcome.err
     weights = "final/model.safetensors"
     assert (out / weights).read_bytes() == (masked_run / "out" / weights).read_bytes()
 
@@ -131,6 +131,8 @@ def test_a_tokenizer_without_a_mask_token_is_refused(bench):
     del settings["mask_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
-    said = bench.start(masked_tree(bench, teacher={"model": str(folder)}))
+    outcome = bench.start(masked_tree(bench, teacher={"model": str(folder)}))
 
-    assert_refused(said, bench, f"the tokenizer in {folder} has no mask token, which mlm puts in")
+    assert_refused(
+        outcome, bench, f"the tokenizer in {folder} has no mask token, which mlm puts in"
+    )

@@ -108,7 +108,7 @@ def test_scores_of_pairs_are_learned_and_correlated(one_rank, tmp_path):
     )
 
     config = write_config(tmp_path / "run.yaml", tree)
-    said = finish(one_rank, config)
+    outcome = finish(one_rank, config)
 
     report = read(tmp_path / "out")
     assert report["metric_name"] == "mean_pearson_spearman"
@@ -120,7 +120,7 @@ def test_scores_of_pairs_are_learned_and_correlated(one_rank, tmp_path):
     assert {"train/hard_mse", "train/soft_target_mse"} <= logged.keys()
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
-    assert "pearson" in said.out
+    assert "pearson" in outcome.out
     expected = pearson_by_hand(model, tmp_path / "out" / "final", config)
     assert report["student"]["metrics"]["pearson"] == pytest.approx(expected, abs=1e-4)
 
@@ -217,12 +217,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(
     )
     tree["train"] |= {"learning_rate": 1e38, "warmup_steps": 3, "max_steps": 8}
 
-    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
 
-    assert said.code == 2
-    assert "student: the loss or its gradient is not finite" in said.err
-    assert "at step " in said.err
-    assert "the last good checkpoint is" in said.err
+    assert outcome.code == 2
+    assert "student: the loss or its gradient is not finite" in outcome.err
+    assert "at step " in outcome.err
+    assert "the last good checkpoint is" in outcome.err
     assert not (tmp_path / "out" / "report.json").exists()
 
 
@@ -270,7 +270,7 @@ def test_a_gradient_that_was_not_finite_long_before_the_log_line_stops_the_run(
     )
     tree["train"] |= {"max_steps": 8}
 
-    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
 
-    assert said.code == 2
-    assert "the loss or its gradient is not finite (NaN or infinite) at step 3;" in said.err
+    assert outcome.code == 2
+    assert "the loss or its gradient is not finite (NaN or infinite) at step 3;" in outcome.err

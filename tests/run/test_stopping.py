@@ -67,18 +67,18 @@ def test_a_stopped_run_saves_once_and_ends_as_if_it_had_never_been_stopped(
 ):
     out = tmp_path / "out"
 
-    said = one_rank.train("--config", config, f"output_dir={out}", stop_at=("student", stop))
+    outcome = one_rank.train("--config", config, f"output_dir={out}", stop_at=("student", stop))
 
-    assert said.code == 143, said.err
-    assert said.err.splitlines()[-1] == (
+    assert outcome.code == 143, outcome.err
+    assert outcome.err.splitlines()[-1] == (
         f"megakd: stopped by SIGTERM, student saved at step {at}; start the same command again "
         "to continue"
     )
     assert f"step-{at}" in saved(out)
     assert not (out / "report.json").exists()
     assert not (out / "lock.json").exists()
-    said = finish(one_rank, config, f"output_dir={out}")
-    assert f"student: resumed at step {at} from" in said.err
+    outcome = finish(one_rank, config, f"output_dir={out}")
+    assert f"student: resumed at step {at} from" in outcome.err
     assert weights(out) == weights(truth)
     assert logged(out) == logged(truth)
 
@@ -91,16 +91,16 @@ def test_a_run_whose_checkpoints_all_look_damaged_waits_for_them(one_rank, confi
     for path in hidden:
         path.rename(path.with_name("hidden"))
 
-    said = one_rank.train("--config", config, f"output_dir={out}")
+    outcome = one_rank.train("--config", config, f"output_dir={out}")
 
-    assert said.code == 2
-    assert all(f"{path.parent} is damaged (state.pt is missing)" in said.err for path in hidden)
-    assert said.loaded == ()
+    assert outcome.code == 2
+    assert all(f"{path.parent} is damaged (state.pt is missing)" in outcome.err for path in hidden)
+    assert outcome.loaded == ()
     assert saved(out) == saved(truth)
     for path in hidden:
         path.with_name("hidden").rename(path)
-    said = finish(one_rank, config, f"output_dir={out}")
-    assert f"student: resumed at step {STEPS} from" in said.err
+    outcome = finish(one_rank, config, f"output_dir={out}")
+    assert f"student: resumed at step {STEPS} from" in outcome.err
     assert weights(out) == weights(truth)
 
 

@@ -27,12 +27,12 @@ def ended(out, tmp_path) -> Path:
     return copy
 
 
-def loads(said, folder: Path) -> int:
-    return said.loaded.count(str(folder / TEACHER))
+def loads(answer, folder: Path) -> int:
+    return answer.loaded.count(str(folder / TEACHER))
 
 
 def test_a_teacher_is_loaded_once_for_teaching_and_for_the_report(whole_run, out):
-    assert loads(whole_run.said, out) == 1
+    assert loads(whole_run.outcome, out) == 1
 
 
 @pytest.mark.parametrize("has_scores", [True, False])
@@ -41,8 +41,8 @@ def test_a_teacher_that_no_stage_loads_is_loaded_for_the_report_unless_it_has_it
 ):
     if not has_scores:
         (ended / "checkpoints" / "teacher-scores.json").unlink()
-    said = finish(one_rank, whole_run.config, f"output_dir={ended}")
-    assert loads(said, ended) == (not has_scores)
+    outcome = finish(one_rank, whole_run.config, f"output_dir={ended}")
+    assert loads(outcome, ended) == (not has_scores)
     assert read(ended)["teacher"] == read(out)["teacher"]
 
 
@@ -60,7 +60,7 @@ def test_the_report_has_the_agreement_with_the_teacher_whose_labels_are_kept(who
     assert abs(sum(right) - rows) / rows <= student["agreement"]
     assert student["agreement"] <= 1 - abs(right[0] - right[1]) / rows
     note = f"student and teacher agree on {student['agreement']:.1%} of the rows; expected "
-    assert note in whole_run.said.out
+    assert note in whole_run.outcome.out
 
 
 def test_scores_of_other_rows_or_of_a_damaged_file_are_measured_again(
@@ -73,9 +73,9 @@ def test_scores_of_other_rows_or_of_a_damaged_file_are_measured_again(
     record["report"]["metrics"]["accuracy"] = 0.0
     path.write_text(json.dumps(record))
 
-    said = finish(one_rank, whole_run.config, f"output_dir={killed}")
+    outcome = finish(one_rank, whole_run.config, f"output_dir={killed}")
 
-    assert loads(said, killed) == 1
+    assert loads(outcome, killed) == 1
     assert read(killed)["teacher"] == read(out)["teacher"]
     path.write_text('{"facts": ')
     assert _read(path, {}) is None

@@ -54,9 +54,9 @@ def test_replicas_that_disagree_are_refused_with_prompt_and_position(pair):
     with pytest.raises(ServerError) as caught:
         checked(*pair)
 
-    said = str(caught.value)
-    assert f"{pair[0].url} and {pair[1].url} disagree" in said
-    assert "prompt 2 (3 tokens, beginning with [6, 7, 8]) differ first at position 2" in said
+    message = str(caught.value)
+    assert f"{pair[0].url} and {pair[1].url} disagree" in message
+    assert "prompt 2 (3 tokens, beginning with [6, 7, 8]) differ first at position 2" in message
 
 
 class Wavering(Counting):

@@ -44,11 +44,11 @@ def test_the_states_of_every_token_and_the_next_token_come_back(
 ):
     stub.change = lambda tensors: tensors | {"hidden_states": tensors["hidden_states"].to(dtype)}
 
-    said = connected(stub).states(TEXT, "tiny")
+    answer = connected(stub).states(TEXT, "tiny")
 
-    assert said.states.dtype == dtype
-    assert torch.equal(said.states.float(), Widths().last_layer(list(TEXT))[:, 0])
-    assert said.following == TEXT[-1] + 3
+    assert answer.states.dtype == dtype
+    assert torch.equal(answer.states.float(), Widths().last_layer(list(TEXT))[:, 0])
+    assert answer.following == TEXT[-1] + 3
     stub.spoil = lambda _, tree: tree | {"kv_transfer_params": None}
     with pytest.raises(ServerError, match=r"names no file .*--speculative-config.*--kv-transfer"):
         connected(stub).states(TEXT, "tiny")
@@ -60,9 +60,9 @@ def test_many_answers_at_once_are_not_mixed_up_and_leave_nothing(stub: Exporting
     began = time.monotonic()
 
     with ThreadPoolExecutor(8) as pool:
-        said = list(pool.map(lambda text: server.states(text, "tiny"), texts))
+        answers = list(pool.map(lambda text: server.states(text, "tiny"), texts))
 
-    assert [tuple(one.states[:, 0].int().tolist()) for one in said] == texts
+    assert [tuple(one.states[:, 0].int().tolist()) for one in answers] == texts
     assert time.monotonic() - began >= stub.write_s  # a file is read when its lock is released
     assert len(set(stub.written)) == 20
     assert not list(stub.folder.iterdir())
@@ -193,11 +193,11 @@ def test_a_lock_that_is_never_released_ends_at_the_time_limit(stub: Exporting):
 def test_a_file_that_another_node_sees_late_is_read(tmp_path: Path, stub: Exporting):
     file = tmp_path / "late.safetensors"
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(read_state_file, file, time_limit_s=20, check_server=lambda: None)
+        result = pool.submit(read_state_file, file, time_limit_s=20, check_server=lambda: None)
         time.sleep(0.1)
         stub._publish(file, [1, 2])
 
-        assert found.result()["token_ids"].tolist() == [1, 2]
+        assert result.result()["token_ids"].tolist() == [1, 2]
 
 
 @pytest.mark.usefixtures("impatient")

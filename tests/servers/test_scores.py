@@ -30,11 +30,11 @@ def stub() -> Iterator[Stub]:
 
 
 def test_the_best_tokens_of_every_position_come_in_order(stub: Stub):
-    said = connected(stub).top_k(TEXT, 4, "tiny")
+    answer = connected(stub).top_k(TEXT, 4, "tiny")
 
     wanted = Counting().scores(list(TEXT))
-    assert len(said.ids) == len(TEXT) - 1
-    for ids, logprobs, values in zip(said.ids, said.logprobs, wanted[:-1], strict=True):
+    assert len(answer.ids) == len(TEXT) - 1
+    for ids, logprobs, values in zip(answer.ids, answer.logprobs, wanted[:-1], strict=True):
         order = sorted(range(VOCABULARY), key=lambda token: -values[token])
         assert ids.tolist() == order[:4]
         assert logprobs == pytest.approx([values[token] for token in order[:4]])
@@ -107,9 +107,9 @@ def test_replicas_may_differ_by_rounding_alone(stub: Stub):
 def test_a_local_model_is_the_reference(stub: Stub):
     answers = check_scores([connected(stub)], ["tiny"], [TEXT], 4)
 
-    check_reference([TEXT], answers, lambda _, said: said.logprobs + 0.05, "the folder")
+    check_reference([TEXT], answers, lambda _, answer: answer.logprobs + 0.05, "the folder")
     with pytest.raises(ServerError, match=r"differ by 0\.300 from the folder .* most 0\.1"):
-        check_reference([TEXT], answers, lambda _, said: said.logprobs - 0.3, "the folder")
+        check_reference([TEXT], answers, lambda _, answer: answer.logprobs - 0.3, "the folder")
 
 
 def test_a_token_that_the_other_answer_lacks_counts_as_unlikely():

@@ -97,8 +97,8 @@ def test_texts_in_work_are_finished_with_their_weights_and_later_ones_wait_for_t
     stub, tmp_path, is_paused, ids, weights
 ):
     stub.delay_s, stub.paused = 0.0 if is_paused else 0.2, is_paused
-    (server,), found = connected(stub), []
-    texts = threading.Thread(target=lambda: found.append(server.complete(REQUEST)))
+    (server,), result = connected(stub), []
+    texts = threading.Thread(target=lambda: result.append(server.complete(REQUEST)))
     texts.start()
     while not (stub.of("/v1/completions") if is_paused else stub.at_once):
         time.sleep(0.01)
@@ -106,7 +106,7 @@ def test_texts_in_work_are_finished_with_their_weights_and_later_ones_wait_for_t
     server.load_weights(folder_of(tmp_path, 5), "run-4")
     texts.join()
 
-    assert (found[0].ids[:2], found[0].weights) == (ids, weights)
+    assert (result[0].ids[:2], result[0].weights) == (ids, weights)
 
 
 def test_a_folder_that_the_server_does_not_read_is_named_with_replica_and_version(stub, tmp_path):
@@ -115,10 +115,12 @@ def test_a_folder_that_the_server_does_not_read_is_named_with_replica_and_versio
     with pytest.raises(ServerError) as caught:
         server.load_weights(tmp_path / "gone", "run-4")
 
-    said = str(caught.value)
-    assert f"{stub.url}/collective_rpc answered 500 and did not load run-4 from {tmp_path}" in said
-    assert "Call to collective_rpc method failed" in said
-    assert "the server is paused now" in said
+    message = str(caught.value)
+    assert (
+        f"{stub.url}/collective_rpc answered 500 and did not load run-4 from {tmp_path}" in message
+    )
+    assert "Call to collective_rpc method failed" in message
+    assert "the server is paused now" in message
     # The weights may be incomplete: no text may come from them.
     assert stub.paused
     assert stub.weights == "default"

@@ -169,15 +169,15 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 def said_by_writers(folder: Path) -> dict[str, str]:
     """What each writer says of a limit on the size of files."""
-    said: dict[str, str] = {}
+    answer: dict[str, str] = {}
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     for name, write in WRITERS.items():
         (folder / name).mkdir()
         try:
             write(folder / name / "target")
         except MegakdError as error:
-            said[name] = str(error)
-    return said
+            answer[name] = str(error)
+    return answer
 
 
 @pytest.fixture(scope="module")
@@ -194,17 +194,17 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as answer:
-        said = json.loads(answer.read())
+        answers = json.loads(answer.read())
     os.waitpid(process, 0)
-    return folder, said
+    return folder, answers
 
 
 @pytest.mark.parametrize("writer", ["text", "weights", "pickle", "copy"])
 def test_a_size_limit_is_reported_as_no_space(limited, writer):
-    folder, said = limited
+    folder, answer = limited
 
-    assert "no space left while writing" in said[writer]
-    assert "nothing was changed" in said[writer]
+    assert "no space left while writing" in answer[writer]
+    assert "nothing was changed" in answer[writer]
     assert names(folder / writer) == []
 
 

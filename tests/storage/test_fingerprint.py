@@ -45,10 +45,10 @@ def test_another_name_size_or_byte_anywhere_is_another_identity(tmp_path):
         "last/w.bin": content[:-1] + b"x",
     }
 
-    found = [files_identity([write(tmp_path / name, c)]) for name, c in variants.items()]
+    result = [files_identity([write(tmp_path / name, c)]) for name, c in variants.items()]
 
-    assert len(set(found)) == len(variants)
-    assert files_identity([write(tmp_path / "same" / "w.bin", content)]) == found[0]
+    assert len(set(result)) == len(variants)
+    assert files_identity([write(tmp_path / "same" / "w.bin", content)]) == result[0]
 
 
 def sparse(folder: Path, size: int, *, at: int | None, trained: bytes) -> Path:

@@ -48,15 +48,15 @@ class Bench:
         return write_config(self.folder / f"{out}.yaml", tree)
 
     def cache(self, config: Path) -> str:
-        said = self.one_rank.megakd("cache", config)
-        assert said.code == 0, said.err
-        return said.err
+        outcome = self.one_rank.megakd("cache", config)
+        assert outcome.code == 0, outcome.err
+        return outcome.err
 
     def weights(self, config: Path) -> dict[str, torch.Tensor]:
         finish(self.one_rank, config)
         return load_file(self.folder / config.stem / "final" / "model.safetensors")
 
 
-def furthest(found: dict, expected: dict) -> float:
-    assert found.keys() == expected.keys()
-    return max((found[name] - expected[name]).abs().max().item() for name in found)
+def furthest(actual: dict, expected: dict) -> float:
+    assert actual.keys() == expected.keys()
+    return max((actual[name] - expected[name]).abs().max().item() for name in actual)

@@ -150,11 +150,11 @@ def without_dropout(model):
     return model
 
 
-def assert_same(found: dict, expected: dict, *, tolerance: float = 1e-5) -> None:
+def assert_same(actual: dict, expected: dict, *, tolerance: float = 1e-5) -> None:
     """Every tensor within a part of the largest value of all."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     size = max(float(value.abs().max()) for value in expected.values())
     assert size > 0
     for name, value in expected.items():
-        difference = float((found[name] - value).abs().max())
+        difference = float((actual[name] - value).abs().max())
         assert difference <= tolerance * size, f"{name}: {difference} of {size}"

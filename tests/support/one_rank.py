@@ -21,7 +21,7 @@ TIMEOUT_S = 300  # many times what a command takes, for a busy machine
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Said(NamedTuple):
+class Outcome(NamedTuple):
     """Outcome of a command; `loaded` names the models whose weights it has loaded."""
 
     code: int
@@ -38,23 +38,25 @@ class OneRank:
         self._process = FORKS.Process(target=_serve, args=(theirs, dict(os.environ)), daemon=True)
         self._process.start()
 
-    def train(self, *arguments: object, stop_at: tuple[str, int] | None = None) -> Said:
+    def train(self, *arguments: object, stop_at: tuple[str, int] | None = None) -> Outcome:
         """`launch/train.py ARGUMENTS`; SIGTERM comes after a step of a stage, if one is named."""
         return self._run("train_main", *arguments, stop_at=stop_at)
 
-    def megakd(self, *arguments: object) -> Said:
+    def megakd(self, *arguments: object) -> Outcome:
         """`megakd ARGUMENTS`."""
         return self._run("main", *arguments)
 
-    def _run(self, entry: str, *arguments: object, stop_at: tuple[str, int] | None = None) -> Said:
+    def _run(
+        self, entry: str, *arguments: object, stop_at: tuple[str, int] | None = None
+    ) -> Outcome:
         self._end.send((entry, [str(argument) for argument in arguments], stop_at))
         if not self._end.poll(TIMEOUT_S):
             self.stop()
             raise TimeoutError(f"no answer to {arguments} in {TIMEOUT_S} s")
-        said, failure = self._end.recv()
+        answer, failure = self._end.recv()
         if failure:
             raise AssertionError(f"{entry} {arguments} failed:\n{failure}")
-        return said
+        return answer
 
     def stop(self) -> None:
         """Ends the process."""
@@ -104,7 +106,7 @@ def _send_signals(stage_run, stops: list[tuple[str, int] | None]) -> None:
     stage_run._after_step = signalling
 
 
-def _answer(command, arguments: list[str], loaded: list[str]) -> tuple[Said | None, str]:
+def _answer(command, arguments: list[str], loaded: list[str]) -> tuple[Outcome | None, str]:
     out, err = io.StringIO(), io.StringIO()
     place = {name: os.environ.pop(name) for name in LAUNCHERS if name in os.environ}
     logging.getLogger().handlers.clear()  # the last command's standard error
@@ -115,4 +117,4 @@ def _answer(command, arguments: list[str], loaded: list[str]) -> tuple[Said | No
         return None, f"{err.getvalue()}\n{traceback.format_exc()}"
     finally:
         os.environ.update(place)
-    return Said(code, out.getvalue(), err.getvalue(), tuple(loaded)), ""
+    return Outcome(code, out.getvalue(), err.getvalue(), tuple(loaded)), ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from one_rank import OneRank, Said
+from one_rank import OneRank, Outcome
 from tiny_runs import bert, config_tree, write_config, write_reviews
 from whole_run import finish
 
@@ -42,8 +42,8 @@ class Bench:
         finish(self.one_rank, self.config(out, method, **sections))
         return self.folder / out
 
-    def refused(self, method: dict[str, Any], **sections: Any) -> Said:
-        said = self.one_rank.train("--config", self.config("refused", method, **sections))
-        assert said.code == 2, said.out
-        assert not said.loaded
-        return said
+    def refused(self, method: dict[str, Any], **sections: Any) -> Outcome:
+        outcome = self.one_rank.train("--config", self.config("refused", method, **sections))
+        assert outcome.code == 2, outcome.out
+        assert not outcome.loaded
+        return outcome

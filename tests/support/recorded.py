@@ -72,13 +72,13 @@ def _texts(tree: ast.Module) -> Iterator[str]:
 
 def digest(rows: Any) -> str:
     """Return a digest of encoded rows: names and values of all columns, in order."""
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for row in rows:
         for name in sorted(row):
             value = row[name]
             value = value.tolist() if hasattr(value, "tolist") else value
-            found.update(json.dumps([name, value]).encode())
-    return found.hexdigest()[:16]
+            result.update(json.dumps([name, value]).encode())
+    return result.hexdigest()[:16]
 
 
 def _steady(value: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from one_rank import OneRank, Said
+from one_rank import OneRank, Outcome
 from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, review, write_config, write_jsonl, write_reviews
 from whole_run import finish, read
@@ -65,11 +65,11 @@ class RoutedBench:
         finish(self.one_rank, self.config(out, **sections))
         return self.folder / out
 
-    def refused(self, **sections: Any) -> Said:
-        said = self.one_rank.train("--config", self.config("refused", **sections))
-        assert said.code == 2, (said.out, said.err)
-        assert not said.loaded
-        return said
+    def refused(self, **sections: Any) -> Outcome:
+        outcome = self.one_rank.train("--config", self.config("refused", **sections))
+        assert outcome.code == 2, (outcome.out, outcome.err)
+        assert not outcome.loaded
+        return outcome
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -33,10 +33,10 @@ class Counting:
     def scores(self, prompt: list[int]) -> list[list[float]]:
         """Log-probabilities of all next tokens after each token: the greedy token has 1/2."""
         rest = math.log(0.5 / (VOCABULARY - 1))
-        found = [[rest - 0.001 * other for other in range(VOCABULARY)] for _ in prompt]
-        for values, token in zip(found, prompt, strict=True):
+        result = [[rest - 0.001 * other for other in range(VOCABULARY)] for _ in prompt]
+        for values, token in zip(result, prompt, strict=True):
             values[(token + 3) % VOCABULARY] = math.log(0.5)
-        return found
+        return result
 
 
 class Stub:

@@ -85,11 +85,11 @@ def result(
     objective = objective_of(terms)
     batch = texts.batch(rows) if batch is None else batch
     hidden, head = (t.detach().clone().requires_grad_() for t in (texts.hidden[rows], texts.head))
-    said, answer = hidden, texts.taught[rows]
+    answers, answer = hidden, texts.taught[rows]
     if batch.targets is not None:
-        said, answer = (t.flatten(0, 1)[batch.targets] for t in (said, answer))
+        answers, answer = (t.flatten(0, 1)[batch.targets] for t in (answers, answer))
     answered = Knowledge(hidden=answer, head=head_of(texts.teacher_head))
-    student = Knowledge(hidden=said, head=head_of(head))
+    student = Knowledge(hidden=answers, head=head_of(head))
     if batch.extras.second is not None:
         second = hidden.flatten(0, 1)[batch.extras.second.positions]
         student = student._replace(second=Knowledge(hidden=second, head=Matrix(head)))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from one_rank import OneRank, Said
+from one_rank import OneRank, Outcome
 from tiny_runs import bert, config_tree, write_config
 
 from megakd.storage.folders import CHECKSUMS
@@ -29,7 +29,7 @@ class Bench:
         usual = {"teacher": {"model": str(self.teacher)}, "method": {"name": "single"}}
         return config_tree(self.folder / "out", {**data, **(task or {})}, **{**usual, **sections})
 
-    def start(self, tree: Mapping[str, Any], *overrides: str) -> Said:
+    def start(self, tree: Mapping[str, Any], *overrides: str) -> Outcome:
         """`launch/train.py` with the config."""
         config = write_config(self.folder / "run.yaml", tree)
         return self.one_rank.train("--config", config, *overrides)
@@ -40,14 +40,18 @@ class Bench:
         return Path(shutil.copytree(self.teacher, self.folder / name, ignore=ignored))
 
 
-def assert_refused(said: Said, bench: Bench, *fragments: object) -> None:
+def assert_refused(outcome: Outcome, bench: Bench, *fragments: object) -> None:
     """One message on standard error that holds the fragments, and nothing loaded or begun."""
-    message = said.err[said.err.index("megakd: error: ") :] if "megakd: error" in said.err else ""
-    assert said.code == 2, said.err
+    message = (
+        outcome.err[outcome.err.index("megakd: error: ") :]
+        if "megakd: error" in outcome.err
+        else ""
+    )
+    assert outcome.code == 2, outcome.err
     for fragment in fragments:
         assert str(fragment) in message, message
     assert len(message.splitlines()) == 1, message
-    assert "Traceback" not in said.err + said.out
-    assert said.out == ""
-    assert said.loaded == ()
+    assert "Traceback" not in outcome.err + outcome.out
+    assert outcome.out == ""
+    assert outcome.loaded == ()
     assert not (bench.folder / "out" / "config.yaml").exists()

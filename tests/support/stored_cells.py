@@ -37,7 +37,7 @@ def cells(arm, scores, *, basis="steps", **changes):
     )
 
 
-def stored(*found, curve=FLAT, **changes):
+def stored(*result, curve=FLAT, **changes):
     """Return stored results of cells, with one teacher."""
     teachers = (
         () if curve is None else (TeacherGate(teacher="six", seed=1, scores=curve, final=81),)
@@ -49,7 +49,7 @@ def stored(*found, curve=FLAT, **changes):
         "start": "random weights",
         "metric": "accuracy",
         "teachers": teachers,
-        "cells": tuple(cell for group in found for cell in group),
+        "cells": tuple(cell for group in result for cell in group),
     }
     return Stored(**{**same, **changes})
 
@@ -68,13 +68,13 @@ def example(**changes):
 
 def one_cell(arm: str, cost: float, *, seed: int = 1, fixed: float = 0.0) -> Cell:
     """Return the cell of an arm whose training has taken this CPU time."""
-    (found,) = cells(arm, (50.0,), cpu_seconds=cost, details={"fixed_cpu_seconds": fixed})
-    return replace(found, seed=seed)
+    (result,) = cells(arm, (50.0,), cpu_seconds=cost, details={"fixed_cpu_seconds": fixed})
+    return replace(result, seed=seed)
 
 
-def stored_of(*found: Cell, comparison: str = "skdbert") -> Stored:
+def stored_of(*result: Cell, comparison: str = "skdbert") -> Stored:
     """Return stored cells of a real comparison in `clinc150-few`, without teachers."""
-    return stored(found, comparison=comparison, curve=None)
+    return stored(result, comparison=comparison, curve=None)
 
 
 def bench_of(folder: Path) -> Bench:

@@ -231,6 +231,6 @@ def logits(model: PreTrainedModel, **options) -> Tensor:
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
     with torch.inference_mode():
-        found = model(input_ids=ids, attention_mask=mask, **options).logits
+        result = model(input_ids=ids, attention_mask=mask, **options).logits
     # A masked position of a language model says nothing of interest.
-    return found if found.dim() == 2 else found[mask.bool()]
+    return result if result.dim() == 2 else result[mask.bool()]

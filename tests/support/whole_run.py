@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from one_rank import OneRank, Said
+from one_rank import OneRank, Outcome
 from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, write_config, write_reviews
 
@@ -23,7 +23,7 @@ class WholeRun(NamedTuple):
     folder: Path
     teacher: Path
     config: Path
-    said: Said
+    outcome: Outcome
 
     @property
     def out(self) -> Path:
@@ -59,11 +59,11 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def finish(one_rank: OneRank, config: Path, *overrides: str) -> Said:
+def finish(one_rank: OneRank, config: Path, *overrides: str) -> Outcome:
     """Runs to the end."""
-    said = one_rank.train("--config", config, *overrides)
-    assert said.code == 0, said.err
-    return said
+    outcome = one_rank.train("--config", config, *overrides)
+    assert outcome.code == 0, outcome.err
+    return outcome
 
 
 def start_whole_run(one_rank: OneRank, folder: Path) -> WholeRun:

@@ -79,11 +79,11 @@ def batch(numbers: list[int], length: int = 4) -> Batch:
 def test_every_row_gets_its_own_answer_whatever_the_order(kept):
     order = torch.randperm(ROWS).tolist()
 
-    said = read(kept)(batch([*order, -1])).logits
+    answer = read(kept)(batch([*order, -1])).logits
 
     expected = torch.tensor([[n, n + 0.5, n**2] for n in order])
-    torch.testing.assert_close(said[:-1], expected, rtol=0, atol=0)
-    assert said[-1].tolist() == [0, 0, 0]  # a row that keeps the ranks in step
+    torch.testing.assert_close(answer[:-1], expected, rtol=0, atol=0)
+    assert answer[-1].tolist() == [0, 0, 0]  # a row that keeps the ranks in step
 
 
 def test_draws_are_read_as_the_shares_of_their_tokens(tmp_path, rows):
@@ -112,10 +112,10 @@ def test_a_start_that_was_killed_is_gone_on_with_and_no_row_is_asked_twice(tmp_p
         build(tmp_path / "cache", rows, first)
     with pytest.raises(TeacherError, match=r"holds 10 of 23 rows; complete the cache: launch"):
         read(tmp_path / "cache")
-    said = (
+    answer = (
         "23 rows of 12 bytes (2.0 bytes per token), 0.0 MB in 5 shards; 0 rows are already cached"
     )
-    assert said in caplog.messages[0]
+    assert answer in caplog.messages[0]
     half = tmp_path / "cache" / "0000000010"
     half.mkdir()
     (half / "logits.npy").write_bytes(b"half")
@@ -125,8 +125,8 @@ def test_a_start_that_was_killed_is_gone_on_with_and_no_row_is_asked_twice(tmp_p
 
     assert first.asked + second.asked == list(range(ROWS))
     assert idle.asked == []
-    said = read(folder)(batch([0, 11, 22])).logits
-    assert said[:, 0].tolist() == [0, 11, 22]
+    answer = read(folder)(batch([0, 11, 22])).logits
+    assert answer[:, 0].tolist() == [0, 11, 22]
 
 
 def test_answers_to_something_else_are_refused_naming_what_differs(kept, rows):
@@ -180,5 +180,5 @@ def test_a_damaged_shard_is_asked_again_and_no_other_row(kept, rows, name, caplo
     assert again.asked == list(range(ROWS))[int(name) : int(name) + PER_SHARD]
     assert f"{kept / name} is damaged (the checksum of logits.npy differs)" in caplog.text
     assert (kept / name / "logits.npy").read_bytes() == whole
-    said = read(kept)(batch(list(range(ROWS)))).logits
-    assert said[:, 0].tolist() == list(range(ROWS))
+    answer = read(kept)(batch(list(range(ROWS)))).logits
+    assert answer[:, 0].tolist() == list(range(ROWS))

@@ -113,9 +113,9 @@ def test_a_document_that_goes_on_in_the_next_row_predicts_its_first_token():
 def test_the_micro_batches_of_a_step_get_their_own_answers():
     batches = [batch_of([[1, 2, 3]], [[3]]), batch_of([[5, 6]], [[2]]), batch_of([[]], [[]])]
 
-    kept = [said.kept for said in teacher(Sums()).answers(batches)]
+    kept = [answer.kept for answer in teacher(Sums()).answers(batches)]
 
-    tops = [None if found is None else found.ids[0, :, 0].tolist() for found in kept]
+    tops = [None if one is None else one.ids[0, :, 0].tolist() for one in kept]
     assert tops == [[1, 3, -1], [5, -1], [-1]]
 
 

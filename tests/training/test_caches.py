@@ -33,8 +33,8 @@ class Teacher:
 
     def draw(self, batch: Batch, numbers: Tensor) -> TokenCounts:
         logits = self._of(batch).flatten(0, 1)
-        found = count_draws(draw(logits, numbers.flatten(0, 1)))
-        return TokenCounts(*(part.unflatten(0, batch.valid.shape) for part in found))
+        result = count_draws(draw(logits, numbers.flatten(0, 1)))
+        return TokenCounts(*(part.unflatten(0, batch.valid.shape) for part in result))
 
     def top_k(self, batch: Batch, count: int) -> TopK:
         logprobs, ids = self._of(batch).log_softmax(-1).topk(count)
@@ -76,9 +76,9 @@ def test_draws_depend_on_the_position_and_not_on_the_length_of_the_batch():
 
 @BOTH
 def test_a_position_takes_the_bytes_that_are_announced(spec):
-    found = whole_answers(asked([0, 1], spec), first=0)
+    result = whole_answers(asked([0, 1], spec), first=0)
 
-    assert sum(part.nbytes for part in found.values()) == 2 * LENGTH * bytes_per_token(spec)
+    assert sum(part.nbytes for part in result.values()) == 2 * LENGTH * bytes_per_token(spec)
 
 
 @BOTH
@@ -95,9 +95,9 @@ def test_answers_at_padding_may_be_anything(spec):
     broken = torch.zeros(1, LENGTH, dtype=torch.bool)
     broken[0, -1] = True
 
-    found = whole_answers(asked([0], spec, broken=broken), first=0)
+    result = whole_answers(asked([0], spec, broken=broken), first=0)
 
-    assert set(found) in ({"ids", "logprobs"}, {"ids", "counts"})
+    assert set(result) in ({"ids", "logprobs"}, {"ids", "counts"})
 
 
 def test_caches_of_the_two_kinds_have_other_facts():

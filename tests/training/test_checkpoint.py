@@ -121,19 +121,19 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
+@pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    store, caplog, name: str, damage: Callable[[Path], None], said: str | None
+    store, caplog, name: str, damage: Callable[[Path], None], reason: str | None
 ):
     newest = save(store, 4, 8)
     damage(newest / name)
 
-    if said is None:  # only the newline at the end is gone
+    if reason is None:  # only the newline at the end is gone
         assert store.newest_good() == newest
         return
     assert store.newest_good() == store.folder / "step-4"
     assert (store.folder / "latest").read_text() == "step-4"
-    told = rf"{newest} is damaged \({said}.*renamed to {newest}.unused-1: using .*/step-4$"
+    told = rf"{newest} is damaged \({reason}.*renamed to {newest}.unused-1: using .*/step-4$"
     assert re.search(told, caplog.text, re.MULTILINE)
 
 

@@ -72,8 +72,8 @@ def stopped(one_rank, tmp_path_factory) -> Path:
     stops = {"early_stopping_patience": PATIENCE, "early_stopping_threshold": 1.0}
     tree["train"] |= {"max_steps": PLANNED, **stops}
     config = write_config(folder / "run.yaml", tree)
-    said = finish(one_rank, config)
-    assert f"student: stopped at step {STOPPED} of {PLANNED}" in said.err
+    outcome = finish(one_rank, config)
+    assert f"student: stopped at step {STOPPED} of {PLANNED}" in outcome.err
     return config
 
 
@@ -110,7 +110,7 @@ def test_a_stage_that_stopped_early_continues_when_the_run_gets_more_steps(
 ):
     out = Path(shutil.copytree(stopped.parent / "out", tmp_path / "out"))
 
-    said = finish(one_rank, stopped, f"output_dir={out}", f"train.max_steps={2 * PLANNED}")
+    outcome = finish(one_rank, stopped, f"output_dir={out}", f"train.max_steps={2 * PLANNED}")
 
-    assert f"student: finished with {STOPPED} steps and continues" in said.err
+    assert f"student: finished with {STOPPED} steps and continues" in outcome.err
     assert read(out)["stages"][0]["steps"] == STOPPED + EVALUATED_EVERY * PATIENCE

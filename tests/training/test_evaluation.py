@@ -68,10 +68,10 @@ def logits_of(classes: list[int], count: int = 2) -> Tensor:
     ids=["two metrics", "matthews", "row without a class", "one row"],
 )
 def test_metrics_of_classes_are_the_hand_values(names, outputs, labels, wanted) -> None:
-    said = logits_of(outputs)
+    answer = logits_of(outputs)
 
-    assert metrics_of(names, said, torch.tensor(labels)) == pytest.approx(wanted)
-    assert metrics_of(names, said.bfloat16(), torch.tensor(labels)) == pytest.approx(wanted)
+    assert metrics_of(names, answer, torch.tensor(labels)) == pytest.approx(wanted)
+    assert metrics_of(names, answer.bfloat16(), torch.tensor(labels)) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ def scorer(names: tuple[str, ...], batch_size: int) -> Scorer:
 
 def odd_or_even(batch: Batch) -> Predictions:
     """Says class number % 2; of a dummy row nothing that could be scored."""
-    said = torch.nn.functional.one_hot(batch.inputs["input_ids"][:, 0] % 2, 2).float()
-    return Predictions(outputs=said.masked_fill(~batch.valid, math.nan), sums=None)
+    answer = torch.nn.functional.one_hot(batch.inputs["input_ids"][:, 0] % 2, 2).float()
+    return Predictions(outputs=answer.masked_fill(~batch.valid, math.nan), sums=None)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -219,23 +219,23 @@ def test_metrics_are_of_the_labelled_rows_whatever_the_batch_size(batch_size, la
     rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": labels})
     one = scorer(("accuracy",), batch_size)
 
-    found = one.score(odd_or_even, rows)
+    result = one.score(odd_or_even, rows)
 
-    assert found["accuracy"] == pytest.approx(accuracy)
+    assert result["accuracy"] == pytest.approx(accuracy)
     # The loss beside the metrics is that of a pass of its own.
-    assert found["loss"] == pytest.approx(one.loss(odd_or_even, rows), abs=1e-12)
+    assert result["loss"] == pytest.approx(one.loss(odd_or_even, rows), abs=1e-12)
 
 
 def test_a_classifier_is_scored_by_label_too():
     rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": [1, 0, 0, IGNORE, 1]})
 
-    found = scorer(("accuracy",), 2).scored(odd_or_even, rows)
-    even, odd = found.of_classes["per_class"]
+    result = scorer(("accuracy",), 2).scored(odd_or_even, rows)
+    even, odd = result.of_classes["per_class"]
 
     scores = {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3)}
     assert even == {"label": "even", **scores, "rows": 2}
     assert (odd["label"], odd["rows"]) == ("odd", 2)
-    assert found.predicted == [1, 0, 1, 0, 1]  # also of the row without a label
+    assert result.predicted == [1, 0, 1, 0, 1]  # also of the row without a label
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -246,9 +246,9 @@ def test_rows_that_ranks_have_scored_are_in_their_order_again(world):
         dealt = evaluation_batches(rows, collate, batch_size=2, rank=rank, world=world)  # type: ignore[arg-type]
         return torch.cat([batch.inputs["input_ids"][batch.valid] for batch in dealt])
 
-    found = _in_order([scored_by(rank) for rank in range(world)], 2)
+    result = _in_order([scored_by(rank) for rank in range(world)], 2)
 
-    assert found.tolist() == rows["number"]
+    assert result.tolist() == rows["number"]
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
@@ -260,6 +260,6 @@ def test_a_language_models_metrics_come_from_sums_over_all_batches(batch_size):
         right, targets = (numbers > 3).sum().double(), numbers.sum()  # a row of n has n targets
         return Predictions(outputs=None, sums=torch.stack([2 * targets, right, targets]))
 
-    found = scorer(("perplexity",), batch_size).score(predict, rows)
+    result = scorer(("perplexity",), batch_size).score(predict, rows)
 
-    assert found == pytest.approx({"loss": 2.0, "perplexity": math.exp(2), "accuracy": 2 / 15})
+    assert result == pytest.approx({"loss": 2.0, "perplexity": math.exp(2), "accuracy": 2 / 15})

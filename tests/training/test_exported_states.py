@@ -66,11 +66,11 @@ def test_the_answers_are_the_probabilities_of_the_model(folder: Path, stub: Expo
     answers = checked(folder, readout_of(folder), stub)
 
     model = LlamaForCausalLM.from_pretrained(folder / "model")
-    for text, said in zip(TEXTS, answers, strict=True):
+    for text, answer in zip(TEXTS, answers, strict=True):
         with torch.no_grad():
             wanted = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
-        assert len(said.ids) == len(text) - 1
-        ids, logprobs = map(torch.from_numpy, said)
+        assert len(answer.ids) == len(text) - 1
+        ids, logprobs = map(torch.from_numpy, answer)
         torch.testing.assert_close(logprobs, wanted.gather(1, ids.long()), rtol=0, atol=1e-5)
         assert torch.equal(ids[:, 0].long(), wanted.argmax(1))
     assert len(stub.of("/v1/completions")) == 2 * len(TEXTS)

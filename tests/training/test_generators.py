@@ -28,10 +28,10 @@ def test_the_seed_chooses_among_the_texts_of_a_prompt_in_the_order_of_the_files(
 
     with pytest.raises(DataError, match=r"the 2 prompts in the files .* prompt of 3 tokens"):
         made.generate([(1, 2, 3)], [0], Sampling(2))
-    found = made.generate([(1, 2)] * 4 + [(1,)], [0, 1, 5, 3, 11], Sampling(2))
+    result = made.generate([(1, 2)] * 4 + [(1,)], [0, 1, 5, 3, 11], Sampling(2))
 
-    assert [text.ids for text in found] == [(3,), (4,), (5,), (3,), (7, 8)]
-    assert [text.finished for text in found] == [True] * 4 + [False]
+    assert [text.ids for text in result] == [(3,), (4,), (5,), (3,), (7, 8)]
+    assert [text.finished for text in result] == [True] * 4 + [False]
 
 
 def test_memory_does_not_grow_with_the_lengths_of_the_texts(tmp_path: Path):
@@ -97,10 +97,10 @@ def test_the_share_of_distinct_pairs_does_not_depend_on_the_number_of_texts() ->
 
 
 def test_means_are_over_the_texts() -> None:
-    found = RolloutStatistics()
-    found.add([text(1, 2, 3, version=4), text(1, finished=False)], 6)
+    result = RolloutStatistics()
+    result.add([text(1, 2, 3, version=4), text(1, finished=False)], 6)
 
-    values = found.scalars()
+    values = result.scalars()
 
     assert values["rollout/tokens_per_text"] == 2
     assert values["rollout/truncated"] == 0.5

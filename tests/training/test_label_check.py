@@ -87,13 +87,13 @@ def test_a_good_teacher_with_generic_labels_is_told_with_both_lists_and_checked_
 ):
     config = written(whole_run, tmp_path, model=str(generic))
 
-    said = finish(one_rank, config)
+    outcome = finish(one_rank, config)
 
     assert (
         "teacher.model: the labels LABEL_0, LABEL_1 are read as the labels negative, positive of "
-        "the data" in said.err
+        "the data" in outcome.err
     )
-    assert "checking the order of the generic labels on 26 rows" in said.err
+    assert "checking the order of the generic labels on 26 rows" in outcome.err
     (tmp_path / "out" / "report.json").unlink()
     again = finish(one_rank, config)
     assert "checking the order" not in again.err
@@ -108,11 +108,11 @@ def test_a_teacher_whose_labels_stand_the_other_way_round_teaches_nobody(
     teacher = {"model": str(turned_round(generic)), "cache": str(cache)}
     config = written(whole_run, tmp_path, **teacher)
 
-    said = one_rank.megakd(command, config)
+    outcome = one_rank.megakd(command, config)
 
-    assert said.code == 2
-    assert "the order LABEL_1 is negative, LABEL_0 is positive gives" in said.err
-    assert "or set teacher.label_order to data if this order is right" in said.err
+    assert outcome.code == 2
+    assert "the order LABEL_1 is negative, LABEL_0 is positive gives" in outcome.err
+    assert "or set teacher.label_order to data if this order is right" in outcome.err
     assert not cache.exists()
     assert not (tmp_path / "out" / "stages").exists()
 
@@ -120,10 +120,10 @@ def test_a_teacher_whose_labels_stand_the_other_way_round_teaches_nobody(
 def test_the_order_can_be_vouched_for(one_rank, whole_run, generic, tmp_path):
     teacher = {"model": str(turned_round(generic)), "label_order": "data"}
 
-    said = finish(one_rank, written(whole_run, tmp_path, **teacher))
+    outcome = finish(one_rank, written(whole_run, tmp_path, **teacher))
 
     assert (
         "are read as the labels negative, positive of the data, in this order, as configured"
-        in said.err
+        in outcome.err
     )
-    assert "checking the order" not in said.err
+    assert "checking the order" not in outcome.err

@@ -55,8 +55,8 @@ class Watched:
         self, *, norm: float | None = 1.0, counts: Any = FULL, rollouts: int = 0, **parts: float
     ) -> None:
         loss = torch.tensor(parts.get("loss", 1.0))
-        said = {name: torch.tensor(value) for name, value in parts.items()}
-        self.trainer.meter.add(self.trainer.step, Losses(loss, said))
+        answer = {name: torch.tensor(value) for name, value in parts.items()}
+        self.trainer.meter.add(self.trainer.step, Losses(loss, answer))
         report = StepReport(
             step=self.trainer.step,
             parts=self.trainer.meter.take(),

@@ -59,11 +59,11 @@ def test_f1_precision_and_recall_are_about_the_label_that_is_named():
 
 
 def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent():
-    found = chosen((*LABELS, "absent")).of_classes(
+    actual = chosen((*LABELS, "absent")).of_classes(
         torch.nn.functional.one_hot(SAID, 4).float(), TRUTH
     )
 
-    by_class = found["per_class"]
+    by_class = actual["per_class"]
 
     of = theirs.precision_recall_fscore_support
     wanted = zip(*of(TRUTH[KNOWN], SAID[KNOWN], labels=range(4), zero_division=0), strict=True)
@@ -71,7 +71,7 @@ def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_labe
     for row, values in zip(by_class, wanted, strict=True):
         assert [row[key] for key in ("precision", "recall", "f1", "rows")] == pytest.approx(values)
     counts = theirs.confusion_matrix(TRUTH[KNOWN], SAID[KNOWN], labels=range(4))
-    shown = found["confusion"]
+    shown = actual["confusion"]
     assert [[shown[a].get(b, 0) for b in shown] for a in shown] == counts.tolist()
     assert shown["bad"] == {"bad": 2, "fine": 1}
 
@@ -82,10 +82,10 @@ def test_the_calibration_error_weighs_the_gap_of_each_of_15_bins_by_its_rows():
     outputs = torch.stack([p, 1 - p], dim=1).log()
     truth = torch.tensor([0, 1, 1, 0, 0, 1])
 
-    found = chosen(("no", "yes")).of_classes(outputs, truth)
+    actual = chosen(("no", "yes")).of_classes(outputs, truth)
 
     gaps = (2 * abs(0.5 - 0.6), abs(0 - 0.61), 3 * abs(2 / 3 - 0.99))
-    assert found["calibration_error"] == pytest.approx(sum(gaps) / 6)
+    assert actual["calibration_error"] == pytest.approx(sum(gaps) / 6)
     assert chosen((), "regression", ("pearson",)).of_classes(outputs[:, :1], truth.double()) == {}
 
 
@@ -93,9 +93,9 @@ def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
     both = ("accuracy", "f1")
 
     assert chosen(("a", "b"), official=both).main.name == "mean_accuracy_f1"
-    found = chosen(("a", "b"), official=both, metric="loss")
-    assert (found.main.name, found.main.higher_is_better) == ("loss", False)
-    assert found.names == (*both, "loss")
+    result = chosen(("a", "b"), official=both, metric="loss")
+    assert (result.main.name, result.main.higher_is_better) == ("loss", False)
+    assert result.names == (*both, "loss")
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def out(one_rank, tmp_path_factory):
     task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
     named = {"metric": "f1", "metrics": ["f1_macro"], "positive_label": "negative"}
     tree = config_tree(folder / "out", task, eval={"eval_steps": 2, **named})
-    said = finish(one_rank, write_config(folder / "run.yaml", tree))
-    (folder / "said").write_text(said.out)
+    outcome = finish(one_rank, write_config(folder / "run.yaml", tree))
+    (folder / "said").write_text(outcome.out)
     return folder / "out"
 
 
@@ -143,8 +143,8 @@ def test_the_report_has_the_scores_of_every_label(out):
     assert (negative["label"], positive["label"]) == ("negative", "positive")
     assert negative["f1"] == read(out)["student"]["metrics"]["f1"]
     assert negative["rows"] + positive["rows"] == 26
-    said, page = (out.parent / "said").read_text(), (out / "report.html").read_text()
-    assert "student, by label  precision  recall" in said
-    assert "student, by label  as negative  as positive" in said
+    answer, page = (out.parent / "said").read_text(), (out / "report.html").read_text()
+    assert "student, by label  precision  recall" in answer
+    assert "student, by label  as negative  as positive" in answer
     assert "Scores by label" in page
     assert ">Confusions<" in page

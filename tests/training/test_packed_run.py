@@ -56,9 +56,9 @@ def test_padded_rows_give_the_same_weights_up_to_rounding(one_rank, packed_run, 
 def test_a_run_that_was_killed_ends_with_the_weights_it_would_have(one_rank, packed_run, tmp_path):
     out = forgotten(packed_run / "out", tmp_path / "killed", stage="student", after=10)
 
-    said = finish(one_rank, packed_run / "run.yaml", f"output_dir={out}")
+    outcome = finish(one_rank, packed_run / "run.yaml", f"output_dir={out}")
 
-    assert "student: resumed at step 10" in said.err
+    assert "student: resumed at step 10" in outcome.err
     weights = "final/model.safetensors"
     assert (out / weights).read_bytes() == (packed_run / "out" / weights).read_bytes()
 
@@ -67,11 +67,11 @@ def test_a_run_may_go_on_with_another_budget(one_rank, packed_run, tmp_path):
     out = forgotten(packed_run / "out", tmp_path / "other", stage="student", after=5)
     changed = f"output_dir={out}", "train.tokens_per_rank=32"
 
-    said = finish(one_rank, packed_run / "run.yaml", *changed)
+    outcome = finish(one_rank, packed_run / "run.yaml", *changed)
 
-    assert "student: resumed at step 5" in said.err
-    found, whole = (
+    assert "student: resumed at step 5" in outcome.err
+    result, whole = (
         [r["train/loss"] for r in records(folder, "student") if "train/loss" in r]
         for folder in (out, packed_run / "out")
     )
-    assert found == pytest.approx(whole, rel=1e-4)
+    assert result == pytest.approx(whole, rel=1e-4)

@@ -189,16 +189,16 @@ def test_a_folder_in_the_place_of_the_log_or_a_missing_library_ends_a_run_before
     task = {"type": "classification", "dataset": "nobody/nothing"}
     tree = config_tree(tmp_path / "out", task, log={"report_to": []})
 
-    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
 
-    assert said.code == 2
+    assert outcome.code == 2
     where = tmp_path / "out" / "metrics.jsonl"
-    assert f"megakd: error: {where} cannot be used (Is a directory)" in said.err
+    assert f"megakd: error: {where} cannot be used (Is a directory)" in outcome.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
     tree |= {"output_dir": str(tmp_path / "other"), "log": {"report_to": ["wandb"]}}
-    said = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
-    assert said.code == 2
-    assert "pip install wandb" in said.err
+    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    assert outcome.code == 2
+    assert "pip install wandb" in outcome.err
     assert not (tmp_path / "other").exists()
 
 
@@ -307,8 +307,8 @@ def test_a_server_that_goes_away_is_said_once_and_does_not_stop_a_run(service, t
 
     tracked(tmp_path / "out", service, "student", range(1, 4))
 
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("mlflow does not respond (no answer): no further values")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("mlflow does not respond (no answer): no further values")
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
 
 

@@ -19,10 +19,10 @@ from megakd.training.recipes import completed
 def test_finetune_takes_the_keys_of_train_that_it_does_not_set():
     train = TrainConfig(per_device_train_batch_size=3, learning_rate=1.0, bf16=True, max_steps=9)
 
-    found = inherit(train, FinetuneOverrides(learning_rate=2.0, bf16=False, deepspeed="zero3"))
+    result = inherit(train, FinetuneOverrides(learning_rate=2.0, bf16=False, deepspeed="zero3"))
 
-    assert (found.per_device_train_batch_size, found.max_steps) == (3, 9)
-    assert (found.learning_rate, found.bf16) == (2.0, False)
+    assert (result.per_device_train_batch_size, result.max_steps) == (3, 9)
+    assert (result.learning_rate, result.bf16) == (2.0, False)
 
 
 LENGTH, WARM_UP = ("max_steps", "num_train_epochs"), ("warmup_steps", "warmup_ratio")
@@ -42,9 +42,9 @@ LENGTH, WARM_UP = ("max_steps", "num_train_epochs"), ("warmup_steps", "warmup_ra
     ],
 )
 def test_steps_and_shares_of_a_run_displace_each_other(keys, train, overrides, decides):
-    found = inherit(TrainConfig(**train), FinetuneOverrides(**overrides))
+    result = inherit(TrainConfig(**train), FinetuneOverrides(**overrides))
 
-    assert tuple(getattr(found, key) for key in keys) == decides
+    assert tuple(getattr(result, key) for key in keys) == decides
 
 
 def two_teachers() -> RunConfig:

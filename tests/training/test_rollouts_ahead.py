@@ -114,8 +114,8 @@ def test_the_store_holds_what_a_resumed_run_reads_and_no_more(
         )
         config = RolloutConfig(max_new_tokens=4, mix=mix, mix_per="row", keep_texts=keep_texts)
         for step, rows in enumerate(source(config, Local(), tmp_path).iterate(start, stop), start):
-            found = [row.tolist() for row in rows]  # type: ignore[attr-defined]
-            assert learned.setdefault(step, found) == found
+            result = [row.tolist() for row in rows]  # type: ignore[attr-defined]
+            assert learned.setdefault(step, result) == result
             if (step + 1) % 10 == 0:
                 (tmp_path / f"step-{step + 1}").mkdir(exist_ok=True)
                 for old in range(step + 1 - 20, 0, -10):

@@ -39,10 +39,10 @@ def series(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_longer_texts_that_are_cut_and_repeat_themselves_are_reported_once(kind: str) -> None:
-    (found,) = text_warnings(series(*[CALM] * 5, *[AWAY] * 20, kind=kind))
+    (result,) = text_warnings(series(*[CALM] * 5, *[AWAY] * 20, kind=kind))
 
-    assert (found["stage"], found["kind"]) == ("student", kind)
-    assert f"{KINDS[kind].length} rose from 100 to 233" in found["message"]
+    assert (result["stage"], result["kind"]) == ("student", kind)
+    assert f"{KINDS[kind].length} rose from 100 to 233" in result["message"]
     # An entropy that explodes is like one that collapses; texts that get shorter do not run away.
     assert text_warnings(series(*[CALM] * 3, *[AWAY._replace(entropy=6.0)] * 3, kind=kind))
     assert text_warnings(series(*[AWAY] * 6, *[CALM] * 12, kind=kind)) == []
@@ -52,11 +52,11 @@ def test_both_kinds_and_every_stage_have_a_warning_of_their_own() -> None:
     own = [(stage, kind) for stage in ("first", "second") for kind in KINDS]
     points = [*[CALM] * 3, *[AWAY] * 3]
 
-    found = text_warnings(
+    result = text_warnings(
         record for stage, kind in own for record in series(*points, kind=kind, stage=stage)
     )
 
-    assert [(one["stage"], one["kind"]) for one in found] == own
+    assert [(one["stage"], one["kind"]) for one in result] == own
 
 
 @pytest.mark.parametrize(

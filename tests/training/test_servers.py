@@ -154,9 +154,9 @@ def test_prompts_go_to_all_replicas_in_turn_and_answers_keep_their_order(pair, r
     made = generator_of(pair, rank=rank)
     assert isinstance(made, RemoteGenerator)
 
-    said = made.generate(PROMPTS, range(5), SAMPLING)
+    answer = made.generate(PROMPTS, range(5), SAMPLING)
 
-    assert said == [Completion((p + 3, p + 6, p + 9), finished=False) for (p,) in PROMPTS]
+    assert answer == [Completion((p + 3, p + 6, p + 9), finished=False) for (p,) in PROMPTS]
     own, other = pair[rank], pair[1 - rank]
     assert prompts_of(own) == PROMPTS[::2]
     assert prompts_of(other) == PROMPTS[1::2]

@@ -52,14 +52,14 @@ def test_a_finished_stage_is_taken_as_it_was(tmp_path, changes):
     assert read_result(tmp_path / "student", FINGERPRINT) is None
     result = written(tmp_path / "student", **changes)
 
-    found = read_result(tmp_path / "student", FINGERPRINT)
+    actual = read_result(tmp_path / "student", FINGERPRINT)
 
-    assert found is not None
+    assert actual is not None
     if changes:
-        assert math.isnan(found.metrics["mine"])
-        assert math.isnan(found.scores["w"]["mine"])
-        found = replace(found, metrics=result.metrics, scores=result.scores)
-    assert found == result
+        assert math.isnan(actual.metrics["mine"])
+        assert math.isnan(actual.scores["w"]["mine"])
+        actual = replace(actual, metrics=result.metrics, scores=result.scores)
+    assert actual == result
     text = (tmp_path / "student" / RESULT).read_text()
     assert json.loads(text)["fingerprint"] == FINGERPRINT
 

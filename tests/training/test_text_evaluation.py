@@ -156,10 +156,10 @@ def losses(batches: list[Any], value: float) -> Any:
 
     student = SimpleNamespace(measure=measure)
     trainer = SimpleNamespace(student=student, ask_teachers=lambda plan, batch: {})
-    found = HeldOutLosses(trainer, bundle, (Pass(),))  # type: ignore[arg-type]
+    result = HeldOutLosses(trainer, bundle, (Pass(),))  # type: ignore[arg-type]
     for batch in batches:
-        found.add(batch)
-    return found.means()[WHOLE]
+        result.add(batch)
+    return result.means()[WHOLE]
 
 
 def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
@@ -186,11 +186,11 @@ def positions_as_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def sums(reading: LossInputs, groups: torch.Tensor, count: int) -> torch.Tensor:
         columns = torch.arange(groups.shape[1]).expand_as(groups).double()
-        found = torch.full((count, 4), torch.nan, dtype=torch.float64)
+        result = torch.full((count, 4), torch.nan, dtype=torch.float64)
         for number in range(count):
             mine = groups == number
-            found[number, :2] = torch.stack([mine.sum().double(), (columns * mine).sum()])
-        return found
+            result[number, :2] = torch.stack([mine.sum().double(), (columns * mine).sum()])
+        return result
 
     monkeypatch.setattr(text_evaluation, "sums_by_group", sums)
 
@@ -219,8 +219,8 @@ def test_positions_count_from_the_first_generated_token(positions_as_entropy) ->
 
     watched(curves, FIRST)
 
-    found = {bucket: values["entropy"] for bucket, values in curves.take().items()}
-    assert found == {"": 2.0, "0-0": 1.0, "1-1": 2.0, "2-3": 3.0}
+    result = {bucket: values["entropy"] for bucket, values in curves.take().items()}
+    assert result == {"": 2.0, "0-0": 1.0, "1-1": 2.0, "2-3": 3.0}
 
 
 def test_means_are_over_all_tokens_of_all_micro_batches(positions_as_entropy) -> None:
@@ -253,9 +253,9 @@ GSM8K = r"#### (.+)"
 
 
 def _matcher(match: str, answer: str | None = None):
-    found = matcher(GenerationConfig(max_new_tokens=4, match=match, answer=answer))  # type: ignore[arg-type]
-    assert found is not None
-    return found
+    result = matcher(GenerationConfig(max_new_tokens=4, match=match, answer=answer))  # type: ignore[arg-type]
+    assert result is not None
+    return result
 
 
 @pytest.mark.parametrize(
