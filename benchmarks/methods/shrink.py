@@ -5,7 +5,7 @@ CPU, one rank.
 
 The teacher of `stories` is a Llama of 260,000 weights, pretrained on TinyStories by the author of
 llama2.c. The teacher of `books` is a Llama of 1.5 million weights that is first trained on eleven
-novels, once. The student has 0.4 of the weights of its teacher.
+novels, once. The student has 0.4 of the weights of its teacher, or 1 - `--sparsity`.
 
 `shrink` chooses among all candidates in a trial and repairs the best one; `cut` is the loss of the
 student before its first step, `trial` after the trial. `layers-N` trains one candidate alone and
@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
 
 SPARSITY = 0.6
-"""Share of the teacher's weights to remove.
+"""Share of the teacher's weights to remove by default.
 
 The embeddings of the books' teacher stay whole and are a quarter of its weights, so that its layers
 keep a fifth of their weights.
@@ -124,7 +124,7 @@ def config(given: argparse.Namespace) -> dict[str, Any]:
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
         "method": {
             "name": "shrink",
-            "target_sparsity": SPARSITY,
+            "target_sparsity": given.sparsity,
             "candidates": [layers / case.layers for layers in case.depths],
             "trial_steps": given.trial,
             "repair_steps": given.steps,
@@ -155,7 +155,7 @@ def leg(given: argparse.Namespace, name: str, seed: int) -> Leg:
 
 
 def what(given: argparse.Namespace) -> str:
-    return f"Shrink of {CASES[given.case].what} to {1 - SPARSITY:g} of its weights"
+    return f"Shrink of {CASES[given.case].what} to {1 - given.sparsity:g} of its weights"
 
 
 def models(given: argparse.Namespace) -> dict[str, Columns]:
@@ -210,6 +210,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_runs(parser, "shrink", jobs=1, data="lm/ and weights/")
     parser.set_defaults(out=None)
     parser.add_argument("--case", choices=CASES, default="stories")
+    words = "share of the teacher's weights to remove"
+    parser.add_argument("--sparsity", type=float, default=SPARSITY, help=words)
     parser.add_argument("--steps", type=int, default=400, help="of the repair")
     parser.add_argument("--trial", type=int, default=60, help="steps of the trial")
     parser.add_argument("--alone", type=int, help="steps of layers-N; default: trial and repair")
