@@ -373,7 +373,7 @@ class Trained(Frozen):
             is_sharded = self.stage == 3
             flat = block((min(size, sub_group) if is_sharded else size) * FP32)
             shard = {} if is_sharded else self._gradients_of_shard(self.learned.numel)
-            norm = block((self.share(largest) if is_sharded else largest) * FP64)
+            norm = block((self.share(largest) if is_sharded else min(largest, size)) * FP64)
             yield together(shard, self.held("gradients", norm))
             yield together(shard, {} if self._sums_in_place else self.held("gradients", flat))
             scratch = NOTHING if self.moments else flat
