@@ -26,7 +26,7 @@ from megakd.config.run import RunConfig
 from megakd.planning.cluster import Cluster
 from megakd.planning.plan import plan_run
 
-TOLERANCE = 0.15
+TOLERANCE = 0.10
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
