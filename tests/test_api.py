@@ -24,11 +24,11 @@ from pathlib import Path
 
 tree, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 import numpy, torch
-root, own = logging.getLogger(), logging.getLogger("megakd")
+root, ours = logging.getLogger(), logging.getLogger("megakd")
 torch.manual_seed(5); random.seed(5)
 
 def facts():
-    return (list(root.handlers), root.level, own.level, dict(os.environ), list(warnings.filters),
+    return (list(root.handlers), root.level, ours.level, dict(os.environ), list(warnings.filters),
             torch.random.get_rng_state().tolist(), random.getstate(), torch.get_num_threads())
 
 torch.random.initial_seed()

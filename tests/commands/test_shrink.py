@@ -61,10 +61,10 @@ def test_the_example_has_the_settings_of_the_command(started):
     cli.main([*WORDS])
     ours, example = load_config(Path("runs/Llama-1B-0.6B") / FILE), load_config(EXAMPLE)
 
-    own = {"repair_steps": example.method.repair_steps, "on_policy_steps": 100}
-    assert replace(ours.method, parameters=(400_000_000,), **own) == example.method
-    own = {"gradient_checkpointing": True}
-    assert replace(ours.train, **own) == example.train
+    method = {"repair_steps": example.method.repair_steps, "on_policy_steps": 100}
+    assert replace(ours.method, parameters=(400_000_000,), **method) == example.method
+    train = {"gradient_checkpointing": True}
+    assert replace(ours.train, **train) == example.train
     assert (ours.eval, ours.student) == (example.eval, example.student)
     assert ours.task.max_eval_examples == example.task.max_eval_examples
 

@@ -79,7 +79,7 @@ def test_masked_texts_are_answered_together_as_one_by_one(predicted):
     model = BertForMaskedLM(BertConfig(**SIZES)).eval()
     targets = [(1, 2, 10), (3,), (0, 17, 25, 33)] if predicted else [()] * 3
     lengths = [(5, 3), (8,), (10, 2, 16)]
-    batches = [texts(own, chosen) for own, chosen in zip(lengths, targets, strict=True)]
+    batches = [texts(sizes, chosen) for sizes, chosen in zip(lengths, targets, strict=True)]
 
     assert_answered_as_one_by_one(model, batches)
 
@@ -89,10 +89,10 @@ def test_documents_and_targets_name_the_same_tokens(groups):
     batches = [packed(lengths) for lengths in groups]
     chosen = [batch.valid.flatten().nonzero()[::3, 0] for batch in batches]
     batches = [
-        batch._replace(targets=own).extended(
-            second=Targets(own[:1], torch.ones(1, dtype=torch.long))
+        batch._replace(targets=some).extended(
+            second=Targets(some[:1], torch.ones(1, dtype=torch.long))
         )
-        for batch, own in zip(batches, chosen, strict=True)
+        for batch, some in zip(batches, chosen, strict=True)
     ]
 
     whole = joined(batches)

@@ -43,8 +43,8 @@ def test_a_lab_takes_the_arguments_that_the_contract_names(kind, promised):
 
 @pytest.mark.parametrize("lab", [RunLab, PlanningLab])
 def test_a_lab_sets_the_attributes_of_the_contract_when_it_is_made(lab):
-    base, own = (inspect.getsource(made.__init__) for made in (LabBase, lab))
+    base, source = (inspect.getsource(made.__init__) for made in (LabBase, lab))
 
     assert issubclass(lab, LabBase)
-    assert "super().__init__(" in own
+    assert "super().__init__(" in source
     assert [n for n in contract.Lab.__annotations__ if f"self.{n}" not in base] == []

@@ -197,8 +197,8 @@ def test_marks_stay_on_the_cpu_where_losses_read_them_without_waiting():
 
     assert moved.labels.is_meta
     assert moved.of("assistant").labels.is_meta
-    for own in (moved, moved.of("assistant")):
-        assert own.extras.is_rollout.tolist() == [[True, False]]
+    for part in (moved, moved.of("assistant")):
+        assert part.extras.is_rollout.tolist() == [[True, False]]
     assert moved.rows.tolist() == [7]
     assert of_source(moved, "data").is_cpu
 

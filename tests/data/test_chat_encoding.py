@@ -260,9 +260,9 @@ def test_the_end_of_a_prompt_is_found_without_encoding_the_whole_prompt_again(mo
     conversation = chat(asked(*["the cat sees the dog and then it runs\n"] * 12))
     lengths: list[int] = []
 
-    def counting(texts: list[str], own: Any, *, with_offsets: bool = False) -> Any:
+    def counting(texts: list[str], tokenizer: Any, *, with_offsets: bool = False) -> Any:
         lengths.extend(map(len, () if with_offsets else texts))
-        return plain_encoding(texts, own, with_offsets=with_offsets)
+        return plain_encoding(texts, tokenizer, with_offsets=with_offsets)
 
     monkeypatch.setattr(tokens, "plain_encoding", counting)
     short = encoded(tokenizer, conversation)

@@ -76,9 +76,9 @@ def test_the_table_has_a_line_for_every_source(tmp_path):
         splits_of(tmp_path, chat=0.5, books=0.5),
         chat_tokenizer("chatml", merges=False),
     )
-    own = task(tmp_path, chat=0.5, books=0.5)
+    mixed = task(tmp_path, chat=0.5, books=0.5)
 
-    encoded = encode_splits(splits, tokenizer, own, cache_dir=tmp_path / "cache")
+    encoded = encode_splits(splits, tokenizer, mixed, cache_dir=tmp_path / "cache")
 
     assert list(encoded.chat) == ["train/chat", "train/books", "validation"]
     assert encoded.chat["train/books"].kept > encoded.chat["train/books"].rows == 30

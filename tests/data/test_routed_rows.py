@@ -75,8 +75,8 @@ def test_every_packed_row_has_the_documents_of_one_teacher(tmp_path, tokenizer):
     made, _ = encoded(tmp_path, tokenizer, type="causal_lm")
 
     for number, name in ((MATH, "math"), (CODE, "code")):
-        own = [row for row in made.train if row[ROUTE] == number]
-        parts = [PackedRow(*(np.array(row[key]) for key in PackedRow._fields)) for row in own]
+        routed = [row for row in made.train if row[ROUTE] == number]
+        parts = [PackedRow(*(np.array(row[key]) for key in PackedRow._fields)) for row in routed]
         result = [tokenizer.decode(ids, skip_special_tokens=True) for ids in unpack(parts)]
         plain = [tokenizer(row["text"])["input_ids"] for row in texts() if row["expert"] == name]
         assert result == [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]

@@ -131,7 +131,7 @@ def test_the_loader_packs_the_rows_of_the_padded_step():
     assert packed.steps_per_epoch == padded.steps_per_epoch == 3
     for index in range(7):
         ranks = [loader(chosen, BUDGET, rank, 2) for rank in range(2)]
-        both = [part for own in ranks for part in own.step(index)]
+        both = [part for one in ranks for part in one.step(index)]
         assert texts_of(packed.step(index)) == texts_of(padded.step(index)) == texts_of(both)
         assert all(batch.rows is None for batch in both)
     assert len({len(packed.step(index)) for index in range(3)}) > 1

@@ -28,10 +28,12 @@ class Pair:
         self.method = method
         for number, (role, config) in enumerate(configs.items()):
             prefix = f"learners.{number}."
-            own = {n.removeprefix(prefix): w for n, w in initial.items() if n.startswith(prefix)}
-            extra = {n: own.pop(n) for n in list(own) if n.startswith("second_vocabulary.")}
+            weights = {
+                n.removeprefix(prefix): w for n, w in initial.items() if n.startswith(prefix)
+            }
+            extra = {n: weights.pop(n) for n in list(weights) if n.startswith("second_vocabulary.")}
             model = BertForMaskedLM(config)
-            model.load_state_dict(own, strict=False)
+            model.load_state_dict(weights, strict=False)
             model.tie_weights()
             self.models[role] = model
             if extra:
@@ -77,8 +79,8 @@ class Pair:
     def teacher_loss(self, batch: Any) -> tuple[Tensor, int]:
         """Cross-entropy of mixed text; each target has the softmax of its own vocabulary."""
         model, inputs = self.models["teacher"], dict(batch.inputs)
-        own = model.bert.embeddings.word_embeddings.weight
-        joint = torch.cat([own[: self.method["offset"]], self.table()])
+        table = model.bert.embeddings.word_embeddings.weight
+        joint = torch.cat([table[: self.method["offset"]], self.table()])
         vectors = functional.embedding(inputs.pop("input_ids"), joint)
         hidden = model.bert(inputs_embeds=vectors, **inputs).last_hidden_state
         hidden = model.cls.predictions.transform(hidden).flatten(0, 1)
@@ -108,8 +110,8 @@ class Pair:
         pairs = [(ours[name], theirs[name], False) for name in layers]
         student = self.models["student"].bert.embeddings.word_embeddings.weight
         pairs.append((student, self.second["table.weight"], True))
-        for own, other, is_table in pairs:
-            source, target = (other, own) if is_down else (own, other)
+        for first, second, is_table in pairs:
+            source, target = (second, first) if is_down else (first, second)
             value = source
             if not is_table:
                 value = self._matrix("rows", source.shape[0], target.shape[0]) @ value
@@ -159,6 +161,6 @@ def trained(pair: Pair, steps: list[list[Any]], train: dict, *, learners: list[s
 def _mean(pair: Pair, role: str, batches: list[Any]) -> Tensor:
     """Return the sum over the micro-batches of a step, divided by their targets."""
     loss = pair.teacher_loss if role == "teacher" else pair.student_loss
-    own = [batch.of(role) for batch in batches]
-    sums, counts = zip(*map(loss, own), strict=True)
+    parts = [batch.of(role) for batch in batches]
+    sums, counts = zip(*map(loss, parts), strict=True)
     return torch.stack(sums).sum() / sum(counts)

@@ -28,8 +28,8 @@ def adapt(initial, targets=TARGETS, whole=()):
         inject_adapter_in_model(config, student)
         for module in whole:
             student.get_submodule(module).requires_grad_(requires_grad=True)
-        own = {n.removeprefix("learners.0."): t for n, t in initial.items() if "lora" in n}
-        assert student.load_state_dict(own, strict=False).unexpected_keys == []
+        adapters = {n.removeprefix("learners.0."): t for n, t in initial.items() if "lora" in n}
+        assert student.load_state_dict(adapters, strict=False).unexpected_keys == []
         return student
 
     return adapted

@@ -229,9 +229,9 @@ def reference_scores(sensitivities: dict) -> torch.Tensor:
     )
     result = [width]
     for layer in layers:
-        own = f"{layer}.attention.self"
-        result += [rows[f"{own}.query.weight"] + rows[f"{own}.key.weight"]]
-        result += [rows[f"{own}.value.weight"], rows[f"{layer}.intermediate.dense.weight"]]
+        attention = f"{layer}.attention.self"
+        result += [rows[f"{attention}.query.weight"] + rows[f"{attention}.key.weight"]]
+        result += [rows[f"{attention}.value.weight"], rows[f"{layer}.intermediate.dense.weight"]]
     return torch.cat(result)
 
 

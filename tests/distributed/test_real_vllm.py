@@ -178,8 +178,8 @@ def test_adapters_of_every_start_are_new_to_the_server(url, folders, command, te
     }
     greedy = {"mix": {"rollout": 1.0}, "sampling": {"temperature": 0}, "prompt_tokens": 40}
     server = {"url": [url], "kind": "vllm", "push": "adapter", "folder": str(tmp_path / "w")}
-    own = write_config(tmp_path, texts, zero=0, rollout=greedy, **keys)
-    wanted, out = finish(command, own, tmp_path / "own", world=1), tmp_path / "out"
+    local = write_config(tmp_path, texts, zero=0, rollout=greedy, **keys)
+    wanted, out = finish(command, local, tmp_path / "own", world=1), tmp_path / "out"
     config = write_config(tmp_path, texts, zero=0, rollout=greedy | {"server": server}, **keys)
     finish(command, config, out, "train.learning_rate=1", world=1)
     shutil.rmtree(out)

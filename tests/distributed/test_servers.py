@@ -52,7 +52,7 @@ def rollouts_of(out: Path) -> dict[int, list[Rollout]]:
 
 
 @pytest.fixture(scope="module")
-def own(command, texts, tmp_path_factory):
+def local_run(command, texts, tmp_path_factory):
     """A ZeRO stage -> the finished run with greedy texts of the run's own engine."""
 
     @functools.cache
@@ -66,7 +66,7 @@ def own(command, texts, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", [pytest.param("sglang", marks=pytest.mark.slow), "vllm"])
 def test_greedy_texts_of_servers_train_as_those_of_the_own_engine(
-    command, texts, own, tmp_path, kind
+    command, texts, local_run, tmp_path, kind
 ):
     """Replicas that are slow, busy at times, and remember the prefixes of earlier texts."""
     stubs = replicas(kind)
@@ -77,8 +77,8 @@ def test_greedy_texts_of_servers_train_as_those_of_the_own_engine(
         config = write_config(tmp_path, texts, zero=3, rollout=keys, train=SHORT)
         out = finish(command, config, tmp_path / "out")
 
-    assert texts_of(out) == texts_of(own(3))
-    assert difference(weights(out), weights(own(3))) == 0
+    assert texts_of(out) == texts_of(local_run(3))
+    assert difference(weights(out), weights(local_run(3))) == 0
     for stub in stubs:
         assert versions_of(stub) == ["0", "1", "2", "3"]
         assert not stub.paused
@@ -128,7 +128,9 @@ def test_a_killed_run_reads_its_texts_and_asks_only_for_others(command, launch, 
     assert on_disk.isdisjoint(later)
 
 
-def test_a_run_that_was_killed_during_a_push_is_resumed(command, launch, texts, own, tmp_path):
+def test_a_run_that_was_killed_during_a_push_is_resumed(
+    command, launch, texts, local_run, tmp_path
+):
     """The kill leaves one of two replicas paused, with the weights of the version before."""
     stubs = first, other = replicas("vllm")
     answer = other.answer
@@ -154,8 +156,8 @@ def test_a_run_that_was_killed_during_a_push_is_resumed(command, launch, texts, 
         finish(command, config, out)
 
     assert written.items() <= texts_of(out).items()
-    assert texts_of(out) == texts_of(own(0))
-    assert difference(weights(out), weights(own(0))) == 0
+    assert texts_of(out) == texts_of(local_run(0))
+    assert difference(weights(out), weights(local_run(0))) == 0
 
 
 def test_a_replica_that_is_restarted_between_two_blocks_ends_the_run(command, texts, tmp_path):
@@ -201,8 +203,8 @@ def test_adapters_reach_a_vllm_server_before_every_step(command, texts, tmp_path
     stub = Stub("vllm", name="base", model=Transformer(base))
     keys = {"student": {"model": str(base), "lora": {"r": 4}}, "train": SHORT}
     keys["task"] = {"tokenizer": str(base)}
-    own = write_config(tmp_path, texts, zero=3, rollout=GREEDY, **keys)
-    wanted, out = finish(command, own, tmp_path / "own"), tmp_path / "out"
+    local = write_config(tmp_path, texts, zero=3, rollout=GREEDY, **keys)
+    wanted, out = finish(command, local, tmp_path / "own"), tmp_path / "out"
     with serving(stub):
         server = served(stub, tmp_path / "w", push="adapter")
         config = write_config(tmp_path, texts, zero=3, rollout=GREEDY | server, **keys)

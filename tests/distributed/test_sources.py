@@ -27,8 +27,8 @@ def marked(batch, step: int):
     ids = batch.inputs["input_ids"]
     if step == 1:
         return batch
-    own = ids.sum(1, keepdim=True) % 2 == 0 if step == 0 else ids % 2 == 0
-    return batch.extended(is_rollout=own.expand(ids.shape).cpu())
+    is_rollout = ids.sum(1, keepdim=True) % 2 == 0 if step == 0 else ids % 2 == 0
+    return batch.extended(is_rollout=is_rollout.expand(ids.shape).cpu())
 
 
 # DistiLLM-2: skew KL on texts of the data, skew reverse KL on texts of the student.

@@ -120,14 +120,14 @@ def opening(folder):
 
 def of_other_files(folder, output):
     """Return the error of ranks whose folders hold other weights of the same shapes."""
-    own = Path(output) / f"model-{dist.get_rank()}"
-    shutil.copytree(folder, own)
+    copied = Path(output) / f"model-{dist.get_rank()}"
+    shutil.copytree(folder, copied)
     if dist.get_rank():
-        weights = load_file(own / "model.safetensors")
+        weights = load_file(copied / "model.safetensors")
         scaled = {name: 1.01 * value for name, value in weights.items()}
-        save_file(scaled, own / "model.safetensors", metadata={"format": "pt"})
+        save_file(scaled, copied / "model.safetensors", metadata={"format": "pt"})
     try:
-        load(str(own), "causal_lm", ZERO3)
+        load(str(copied), "causal_lm", ZERO3)
     except ModelError as error:
         return {"other files": str(error)}
     return {"other files": ""}

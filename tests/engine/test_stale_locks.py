@@ -12,8 +12,8 @@ from megakd.engine.stale_locks import remove_dead_locks
 @pytest.fixture(autouse=True)
 def _few_processes(monkeypatch):
     """Look at the processes of this test alone; a busy host has hundreds of others."""
-    own = psutil.Process()
-    monkeypatch.setattr(psutil, "process_iter", lambda: [own, *own.children()])
+    this = psutil.Process()
+    monkeypatch.setattr(psutil, "process_iter", lambda: [this, *this.children()])
 
 
 @pytest.fixture

@@ -55,9 +55,9 @@ def train(repository: Path, config: Path, tmp_path: Path) -> Callable[..., Outco
         program = [str(repository / "launch" / "train.py"), "--config", str(config)]
         started = []
         for node, host in enumerate(hosts):
-            own = {"PYTHONPATH": search, "MEGAKD_CACHE": str(tmp_path / f"cache-{node}")}
+            variables = {"PYTHONPATH": search, "MEGAKD_CACHE": str(tmp_path / f"cache-{node}")}
             words = [*launcher(tmp_path, node), *program, f"output_dir={tmp_path / 'out' / 'run'}"]
-            started.append(host.start(words, {**own, **extra}))
+            started.append(host.start(words, {**variables, **extra}))
         try:
             output = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
         finally:

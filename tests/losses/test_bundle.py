@@ -118,9 +118,9 @@ def test_outputs_that_are_not_finite_give_a_pass_without_any_term_no_gradient():
 
 def test_a_pass_may_weigh_the_terms_itself_and_is_scaled():
     student = bundle()
-    own = Pass(teacher="a", weights={"soft_target_kl": 0.0}, scale=0.5)
+    weighed = Pass(teacher="a", weights={"soft_target_kl": 0.0}, scale=0.5)
 
-    result = losses(student, own)
+    result = losses(student, weighed)
 
     assert result.total.item() == pytest.approx(
         0.5 * 0.25 * result.parts["hard_cross_entropy"].item()

@@ -138,9 +138,9 @@ class Scene:
 def hidden(batch: Batch, name: str) -> Batch:
     """The batch without labels and without valid positions in rows of other teachers."""
     assert batch.extras.routes is not None
-    own = batch.extras.routes == NUMBERS[name]
-    at = own if batch.labels.dim() == 2 else own.any(1)
-    return batch._replace(labels=batch.labels.masked_fill(~at, IGNORE), valid=own)
+    routed = batch.extras.routes == NUMBERS[name]
+    at = routed if batch.labels.dim() == 2 else routed.any(1)
+    return batch._replace(labels=batch.labels.masked_fill(~at, IGNORE), valid=routed)
 
 
 def rows_of(routes: list[str], *, seed: int, task: str) -> dict[str, list[Any]]:
@@ -209,10 +209,10 @@ def test_a_teacher_reads_the_tokens_of_its_own_rows_alone(scene):
 
     parts = with_parts(batch, NUMBERS)
 
-    own = parts.of("code")
-    assert len(own.valid) == 1
-    assert int(own.valid.sum()) == len(rows["input_ids"][1])
-    assert own.valid.shape[1] <= max(8, -(-len(rows["input_ids"][1]) // 8) * 8)
+    code = parts.of("code")
+    assert len(code.valid) == 1
+    assert int(code.valid.sum()) == len(rows["input_ids"][1])
+    assert code.valid.shape[1] <= max(8, -(-len(rows["input_ids"][1]) // 8) * 8)
     assert len(parts.of("math").valid) == 3
     nobody = parts.of("chat")
     assert nobody.valid.shape == (1, 8)
@@ -226,8 +226,10 @@ def test_a_part_is_the_micro_batch_of_its_rows_alone(texts, routes, seed, budget
     """Also the documents, which the attention of packed rows on a GPU reads."""
     rows = rows_of(routes, seed=seed, task="causal_lm")
     (batch,) = texts.batches(rows, budget)
-    own = [place for place, route in enumerate(routes) if route == routes[0]]
-    (wanted,) = texts.batches({n: [column[i] for i in own] for n, column in rows.items()}, budget)
+    places = [place for place, route in enumerate(routes) if route == routes[0]]
+    (wanted,) = texts.batches(
+        {n: [column[i] for i in places] for n, column in rows.items()}, budget
+    )
 
     part = with_parts(batch, NUMBERS).of(routes[0])
 

@@ -181,8 +181,8 @@ def test_products_run_over_the_rows_of_a_source_alone(monkeypatch):
     result(texts, PAIR)
     result(Texts(torch.ones(ROWS, LENGTH, dtype=torch.bool)), PAIR)
 
-    own = int(texts.rollouts.sum())
-    assert rows == [own, ROWS * LENGTH - own, ROWS * LENGTH, 1]
+    generated = int(texts.rollouts.sum())
+    assert rows == [generated, ROWS * LENGTH - generated, ROWS * LENGTH, 1]
 
 
 @pytest.mark.parametrize("vocabularies", [1, 2])

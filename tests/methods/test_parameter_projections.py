@@ -65,11 +65,11 @@ def test_down_is_zero_for_the_projected_teacher():
     with torch.no_grad():
         ours, theirs = (dict(m.bert.encoder.layer.named_parameters()) for m in (student, teacher))  # type: ignore[union-attr]
         for name, weight in theirs.items():
-            own = ours[name]
-            value = matrices[f"rows_{weight.shape[0]}_to_{own.shape[0]}"] @ weight
+            target = ours[name]
+            value = matrices[f"rows_{weight.shape[0]}_to_{target.shape[0]}"] @ weight
             if weight.dim() == 2:
-                value = value @ matrices[f"columns_{weight.shape[1]}_to_{own.shape[1]}"]
-            own.copy_(value)
+                value = value @ matrices[f"columns_{weight.shape[1]}_to_{target.shape[1]}"]
+            target.copy_(value)
         table = teacher.second_vocabulary.table.weight  # type: ignore[union-attr]
         student.get_input_embeddings().weight.copy_(table @ matrices["columns_8_to_6"])  # type: ignore[operator]
 

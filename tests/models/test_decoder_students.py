@@ -35,8 +35,8 @@ TERMS = (
 
 def three_layers(family):
     types = ["sliding_attention", "full_attention", "full_attention"]
-    own = {"layer_types": types} if family.startswith("gemma") else {}
-    return {FAMILIES[family].layers: 3, **own}
+    extra = {"layer_types": types} if family.startswith("gemma") else {}
+    return {FAMILIES[family].layers: 3, **extra}
 
 
 def batch_of(ids) -> Batch:

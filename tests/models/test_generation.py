@@ -107,13 +107,13 @@ def test_a_model_without_a_limit_takes_prompts_of_any_length():
 def test_the_models_own_generation_config_changes_nothing_and_is_kept():
     model = family_model("llama")
     expected = texts(model, GREEDY)
-    own = model.generation_config
-    own.update(repetition_penalty=50.0, eos_token_id=expected[0][1], bad_words_ids=[[7]])
-    before = own.to_dict()
+    given = model.generation_config
+    given.update(repetition_penalty=50.0, eos_token_id=expected[0][1], bad_words_ids=[[7]])
+    before = given.to_dict()
 
     assert texts(model, GREEDY) == expected
-    assert model.generation_config is own
-    assert own.to_dict() == before
+    assert model.generation_config is given
+    assert given.to_dict() == before
 
 
 def test_training_goes_on_as_if_nothing_had_been_generated():
@@ -143,14 +143,14 @@ def test_a_model_with_the_attention_of_packed_rows_keeps_it_also_after_a_failure
     model = family_model("llama")
     expected = texts(model)
     model.train().set_attn_implementation(VARLEN)
-    own = model.generation_config
+    given = model.generation_config
 
     assert texts(model) == expected
     monkeypatch.setattr(nn.Linear, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         completed(model)
 
-    assert model.generation_config is own
+    assert model.generation_config is given
     assert model.config._attn_implementation == VARLEN
     assert all(part.training for part in model.modules())
 

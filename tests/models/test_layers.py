@@ -60,10 +60,10 @@ def test_layers_keep_their_weights_under_new_numbers_and_all_else_stays(tmp_path
 
     assert architecture.number_of_layers(actual.config) == len(numbers)
     for place, number in enumerate(numbers, start=1):
-        own = architecture.block_of(model, number).state_dict()
+        expected = architecture.block_of(model, number).state_dict()
         for name, weight in architecture.block_of(actual, place).state_dict().items():
             if "relative_attention_bias" not in name:
-                torch.testing.assert_close(weight, own[name], rtol=0, atol=0)
+                torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
     whole = dict(model.named_parameters())
     inside = f"{architecture.backbone}.{architecture.blocks}."
     for name, weight in actual.named_parameters():

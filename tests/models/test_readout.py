@@ -93,9 +93,11 @@ def test_only_the_norm_and_the_head_are_read_also_from_shards(tiny, monkeypatch,
     index = {"metadata": {}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     read = []
-    own = weights.WeightReader.read
+    read_one = weights.WeightReader.read
     monkeypatch.setattr(
-        weights.WeightReader, "read", lambda self, one: (read.append(one.key), own(self, one))[1]
+        weights.WeightReader,
+        "read",
+        lambda self, one: (read.append(one.key), read_one(self, one))[1],
     )
 
     result = load_readout(tiny.resolve(folder, task), task, torch.float32)

@@ -100,8 +100,8 @@ def test_every_target_has_the_softmax_of_its_own_vocabulary(family, width):
 
     total = loss_of(model, batch)
 
-    own = model.get_input_embeddings().weight
-    vectors = functional.embedding(batch.inputs["input_ids"], torch.cat([own, lifted(model)]))
+    table = model.get_input_embeddings().weight
+    vectors = functional.embedding(batch.inputs["input_ids"], torch.cat([table, lifted(model)]))
     out = model(inputs_embeds=vectors, attention_mask=batch.inputs["attention_mask"])
     chosen = {}
 
@@ -175,8 +175,8 @@ def test_a_table_starts_from_the_principal_components_of_the_models_own_pieces(w
 
     second = second_vocabulary(model)
     assert second is not None
-    own = model.get_input_embeddings().weight.detach()
-    wanted = torch.stack([own[some].mean(0) for some in tokens])
+    embeddings = model.get_input_embeddings().weight.detach()
+    wanted = torch.stack([embeddings[some].mean(0) for some in tokens])
     table = second.table.weight.detach()
     if second.lift is None:
         torch.testing.assert_close(table, wanted)

@@ -86,11 +86,11 @@ def test_only_a_sharded_student_is_gathered_whole_to_generate(tmp_path, preset, 
 )
 def test_texts_that_others_generate_take_no_memory(tmp_path, source):
     keys, steps = "max_new_tokens: 8", "train.gradient_accumulation_steps=32768"
-    own = planned(tmp_path, f"rollout={{{keys}, rows_per_call: 65536}}", steps)
+    ours = planned(tmp_path, f"rollout={{{keys}, rows_per_call: 65536}}", steps)
     theirs = planned(tmp_path, f"rollout={{{keys}, {source}}}", steps)
     plain = planned(tmp_path, steps)
 
-    assert theirs.peak_bytes_per_rank < own.peak_bytes_per_rank // 2
+    assert theirs.peak_bytes_per_rank < ours.peak_bytes_per_rank // 2
     assert theirs.peak_bytes_per_rank == pytest.approx(plain.peak_bytes_per_rank, rel=0.5)
 
 
@@ -104,11 +104,11 @@ def big(tmp_path) -> Path:
 
 
 def test_a_served_teacher_takes_no_memory(tmp_path, big):
-    own = planned(tmp_path, f"teacher={{model: {big}, deepspeed: teacher_zero0}}")
+    loaded = planned(tmp_path, f"teacher={{model: {big}, deepspeed: teacher_zero0}}")
     other = planned(tmp_path, f"teacher={{model: {big}, server: {{url: ['http://a:1']}}}}")
-    assert own.part("teacher", "weights") > 0
+    assert loaded.part("teacher", "weights") > 0
     assert other.part("teacher", "weights") == 0
-    assert other.peak_bytes_per_rank < own.peak_bytes_per_rank
+    assert other.peak_bytes_per_rank < loaded.peak_bytes_per_rank
 
 
 def test_a_teacher_of_exported_hidden_states_takes_its_output_matrix(tmp_path, big):

@@ -106,13 +106,13 @@ def test_every_gradient_is_finished_once_and_activations_are_freed(traced_llama)
 
 def test_a_tied_weight_is_counted_once() -> None:
     with VALUELESS:
-        tied, own = (
+        tied, untied = (
             LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=is_tied))
             for is_tied in (True, False)
         )
 
     embedding = tied.get_input_embeddings().weight
-    assert inventory(own).numel - inventory(tied).numel == embedding.numel()
+    assert inventory(untied).numel - inventory(tied).numel == embedding.numel()
 
 
 def test_the_modules_come_in_the_order_of_forward_and_backward(traced_llama) -> None:

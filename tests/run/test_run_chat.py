@@ -71,8 +71,8 @@ def test_encoded_before_the_run_a_mixture_gives_the_same_weights_and_table(one_r
     plain = finish(one_rank, config)
     encoded = one_rank.megakd("encode", config, "--to", tmp_path / "encoded")
     assert encoded.code == 0, encoded.err
-    own = {**keys, "encoded": str(tmp_path / "encoded")}
-    mapped = finish(one_rank, write_run(tmp_path, chats, "mapped", **own))
+    with_encoded = {**keys, "encoded": str(tmp_path / "encoded")}
+    mapped = finish(one_rank, write_run(tmp_path, chats, "mapped", **with_encoded))
 
     tables = [
         re.findall(r"^train/\w+ .*$", answer.out + answer.err, re.MULTILINE)

@@ -44,10 +44,10 @@ def model(
 def config_of(folder: Path, **task: Any) -> RunConfig:
     rows = [{"messages": asked(f"Question {n}", "Answer")} for n in range(30)]
     path = write_jsonl(folder / "rows.jsonl", rows)
-    own = {"type": "causal_lm", "dataset": str(path), "max_length": 64, **task}
+    section = {"type": "causal_lm", "dataset": str(path), "max_length": 64, **task}
     return RunConfig(
         output_dir=folder / "run",
-        task=TaskConfig(**own),
+        task=TaskConfig(**section),
         teacher=TeacherConfig(model=str(folder / "teacher")),
         student=StudentConfig(model=str(folder / "student")),
         method=SingleConfig(name="single"),

@@ -74,14 +74,14 @@ def _backend(*, merges: bool) -> str:
 
 def chat_tokenizer(family: str, *, merges: bool = True, **keys: Any) -> PreTrainedTokenizerFast:
     """A tokenizer with the template and the special tokens of a family."""
-    own = FAMILIES[family]
-    names = {"eos_token": own.end, "pad_token": own.special[-1]}
-    if own.bos is not None:
-        names["bos_token"] = own.bos
+    kind = FAMILIES[family]
+    names = {"eos_token": kind.end, "pad_token": kind.special[-1]}
+    if kind.bos is not None:
+        names["bos_token"] = kind.bos
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend(merges=merges)), **names, **keys
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(own.special)})  # type: ignore[dict-item]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(kind.special)})  # type: ignore[dict-item]
     tokenizer.chat_template = template_of(family)
     return tokenizer
 

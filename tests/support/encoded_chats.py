@@ -37,9 +37,9 @@ def reference(tokenizer: Any, *parts: tuple[str, bool]) -> tuple[list[int], list
     ids: list[int] = []
     counts: list[bool] = []
     for text, does_count in parts:
-        own = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += own
-        counts += [does_count] * len(own)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        counts += [does_count] * len(tokens)
     after = zip(ids[1:], counts[1:], strict=True)
     return ids, [*(token if does else IGNORE for token, does in after), IGNORE]
 

@@ -107,12 +107,12 @@ class Stub:
 def _models(stub: Stub, _: Tree) -> tuple[int, Tree]:
     root = stub.path if stub.kind == "vllm" else stub.name
     card = {"object": "model", "created": 1763800000, "owned_by": stub.kind, "parent": None}
-    own = card | {"id": stub.name, "root": root, "max_model_len": stub.context}
+    served = card | {"id": stub.name, "root": root, "max_model_len": stub.context}
     adapters = [
         card | {"id": name, "root": path, "parent": stub.name, "max_model_len": None}
         for name, path in stub.loaded.items()
     ]
-    return 200, {"object": "list", "data": [own, *adapters]}
+    return 200, {"object": "list", "data": [served, *adapters]}
 
 
 def _completion(stub: Stub, body: Tree) -> tuple[int, Tree]:

@@ -51,8 +51,8 @@ class Texts:
 
     def of(self, source: str | None) -> Tensor:
         """Labelled positions of a source, [B, T]."""
-        own = {None: self.rollouts | True, "rollouts": self.rollouts, "data": ~self.rollouts}
-        return (self.labels != IGNORE) & own[source]
+        chosen = {None: self.rollouts | True, "rollouts": self.rollouts, "data": ~self.rollouts}
+        return (self.labels != IGNORE) & chosen[source]
 
     def counts(self, objective: Objective) -> Counts:
         return count_units([self.batch()], objective.counters)

@@ -57,16 +57,16 @@ TEST_STEMS = {"mnli": ("test_matched", "test_mismatched")}
 
 def write_glue(folder: Path, name: str) -> Path:
     """The task's folder: training and validation rows of all classes, and `TEST_ROWS` to answer."""
-    own, columns, test_columns = LAYOUTS[name]
+    place, columns, test_columns = LAYOUTS[name]
     labels = _labels(name)
     for stem in ("train", TASKS[name].validation):
         rows = [_row(name, columns, f"{stem}{i}", label) for i, label in enumerate(labels)]
         header = [] if TASKS[name].header else [columns]
-        _write(folder / own / f"{stem}.tsv", [*header, *rows])
+        _write(folder / place / f"{stem}.tsv", [*header, *rows])
     for stem in TEST_STEMS.get(name, ("test",)):
         rows = [_row(name, test_columns, f"{stem}{i}") for i in range(TEST_ROWS)]
-        _write(folder / own / f"{stem}.tsv", [test_columns, *rows])
-    return folder / own
+        _write(folder / place / f"{stem}.tsv", [test_columns, *rows])
+    return folder / place
 
 
 def write_diagnostic(folder: Path) -> Path:

@@ -16,9 +16,9 @@ SENTENCES = ("the cat sees the dog", "a dog runs", "then it eats and sleeps", "w
 
 def review(rng: random.Random, *, good: bool) -> str:
     """A text whose words tell its class, among words that tell nothing."""
-    own, other = (GOOD if good else BAD).split(), OTHER.split()
+    telling, other = (GOOD if good else BAD).split(), OTHER.split()
     return " ".join(
-        rng.choice(own if rng.random() < 0.7 else other) for _ in range(rng.randint(3, 9))
+        rng.choice(telling if rng.random() < 0.7 else other) for _ in range(rng.randint(3, 9))
     )
 
 

@@ -72,8 +72,8 @@ def two_hosts(folder: Path, *, own_name_is_loopback: bool) -> Iterator[list[Host
     with ExitStack() as stack:
         hosts = []
         for name in ADDRESSES:
-            own = {name: "127.0.1.1"} if own_name_is_loopback else {}
-            known = {"localhost": "127.0.0.1", **ADDRESSES, **own}
+            loopback = {name: "127.0.1.1"} if own_name_is_loopback else {}
+            known = {"localhost": "127.0.0.1", **ADDRESSES, **loopback}
             file = folder / f"hosts-of-{name}"
             file.write_text("".join(f"{address} {host}\n" for host, address in known.items()))
             hosts.append(Host(name, file))

@@ -111,11 +111,11 @@ SERVER = {"url": ["http://a:1"]}
 
 def checked(tmp_path, family, *, cache="answers", server=None, **keys):
     """Checks a run whose teacher is cached or served and whose student is of a family."""
-    own = {"model": "served", "server": server} if server else {"model": llama(2)}
+    model = {"model": "served", "server": server} if server else {"model": llama(2)}
     tree = config_tree(
         tmp_path / "out",
         {"type": "causal_lm", "dataset": "pydocs"},
-        teacher={**own, **({"cache": str(tmp_path / cache)} if cache else {})},
+        teacher={**model, **({"cache": str(tmp_path / cache)} if cache else {})},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}],
     )

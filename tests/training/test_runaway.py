@@ -49,14 +49,14 @@ def test_longer_texts_that_are_cut_and_repeat_themselves_are_reported_once(kind:
 
 
 def test_both_kinds_and_every_stage_have_a_warning_of_their_own() -> None:
-    own = [(stage, kind) for stage in ("first", "second") for kind in KINDS]
+    expected = [(stage, kind) for stage in ("first", "second") for kind in KINDS]
     points = [*[CALM] * 3, *[AWAY] * 3]
 
     result = text_warnings(
-        record for stage, kind in own for record in series(*points, kind=kind, stage=stage)
+        record for stage, kind in expected for record in series(*points, kind=kind, stage=stage)
     )
 
-    assert [(one["stage"], one["kind"]) for one in result] == own
+    assert [(one["stage"], one["kind"]) for one in result] == expected
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,10 @@ def test_texts_end_at_the_tokens_of_the_generation_config(stub: Stub, tmp_path: 
     check(stub, tmp_path, ends=[END, FURTHER_END])
 
     rules = rules_of(stub)
-    assert [set(own["stop_token_ids"]) for own in rules] == [{END, FURTHER_END}] * 3
-    assert [own["temperature"] for own in rules] == [0.0, 0.0, 1.0]
+    assert [set(rule["stop_token_ids"]) for rule in rules] == [{END, FURTHER_END}] * 3
+    assert [rule["temperature"] for rule in rules] == [0.0, 0.0, 1.0]
     # SGLang leaves out all end tokens with ignore_eos; vLLM adds those of its folder without.
-    assert [own.get("ignore_eos", False) for own in rules] == [stub.kind == "vllm"] * 3
+    assert [rule.get("ignore_eos", False) for rule in rules] == [stub.kind == "vllm"] * 3
 
 
 def test_tokens_that_no_tokenizer_knows_are_never_generated(stub: Stub, tmp_path: Path):
@@ -76,7 +76,7 @@ def test_tokens_that_no_tokenizer_knows_are_never_generated(stub: Stub, tmp_path
 
     if stub.kind == "sglang":  # which also ends texts at the end of a tool call
         assert {FURTHER_END, END} == set(rules_of(stub)[0]["stop_token_ids"])
-    assert [own["logit_bias"] for own in rules_of(stub)] == [{"38": -100.0, "39": -100.0}] * 3
+    assert [rule["logit_bias"] for rule in rules_of(stub)] == [{"38": -100.0, "39": -100.0}] * 3
     stub.spoil = lambda _, tree: spoiled(tree, WORDS)
     with pytest.raises(ServerError, match="token 38, and the student and its tokenizer have 38"):
         check(stub, tmp_path, ends=[END])
@@ -157,8 +157,8 @@ def test_prompts_go_to_all_replicas_in_turn_and_answers_keep_their_order(pair, r
     answer = made.generate(PROMPTS, range(5), SAMPLING)
 
     assert answer == [Completion((p + 3, p + 6, p + 9), finished=False) for (p,) in PROMPTS]
-    own, other = pair[rank], pair[1 - rank]
-    assert prompts_of(own) == PROMPTS[::2]
+    first, other = pair[rank], pair[1 - rank]
+    assert prompts_of(first) == PROMPTS[::2]
     assert prompts_of(other) == PROMPTS[1::2]
     other.spoil = lambda *_: {"choices": [], "meta_info": {}}
     with pytest.raises(ServerError, match=other.url):
