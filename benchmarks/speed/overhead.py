@@ -36,7 +36,7 @@ from lib.tables import Spread, print_rows, ratio_of, spread_of
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Knowledge
 from megakd.contract.stage import Pass
-from megakd.data.loader import STEPS_AHEAD
+from megakd.data.loader import STEPS_AHEAD, STEPS_AT_ONCE
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.losses.bundle import StudentBundle
@@ -137,7 +137,7 @@ def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[
 def megakd_step(stage: stages.MeasuredStage, steps: Iterator[None], index: int) -> None:
     """Take the next step of a stage, and wait until its loader is idle."""
     next(steps)
-    stage.watched.wait_for(index + 1 + STEPS_AHEAD)
+    stage.watched.wait_for(STEPS_AHEAD + STEPS_AT_ONCE * (1 + index // STEPS_AT_ONCE))
 
 
 def show_profile(profile: cProfile.Profile) -> None:

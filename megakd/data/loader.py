@@ -24,7 +24,7 @@ from megakd.data.masking import Masking
 from megakd.data.step_layout import Collate, StepLayout, StepShape, micro_batch, row_lengths
 from megakd.errors import DataError
 
-STEPS_AHEAD = 2
+STEPS_AHEAD, STEPS_AT_ONCE = 2, 4
 LENGTHS_AT_ONCE = 100_000
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ class StepLoader:
     def iterate(self, start: int, stop: int) -> Generator[tuple[Batch, ...], None, None]:
         """Yield the steps from `start` up to, excluding, `stop`, prepared by `made_ahead`."""
         steps = (partial(self.step, index) for index in range(start, stop))
-        with closing(made_ahead(steps, STEPS_AHEAD)) as futures:
+        with closing(made_ahead(steps)) as futures:
             for step in futures:
                 yield awaited(step, self)
 
@@ -240,18 +240,22 @@ def awaited(future: Future[T], waits: Waits) -> T:
         waits.waited_s += time.perf_counter() - began
 
 
-def made_ahead(tasks: Iterable[Callable[[], T]], ahead: int) -> Generator[Future[T], None, None]:
+def made_ahead(
+    tasks: Iterable[Callable[[], T]], ahead: int = STEPS_AHEAD, *, at_once: int = STEPS_AT_ONCE
+) -> Generator[Future[T], None, None]:
     """Yield the result of each task, in order, while a thread runs the next `ahead` tasks.
 
-    The thread ends with the generator. The result of a future raises the error of its task.
+    The thread gets `at_once` tasks at a time: between two operations of a model it has to wait for
+    the interpreter and for memory that the model has put out of the caches. It ends with the
+    generator. The result of a future raises the error of its task.
     """
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader")
     waiting: deque[Future[T]] = deque()
     try:
         for task in tasks:
             waiting.append(executor.submit(task))
-            if len(waiting) > ahead:
-                yield waiting.popleft()
+            if len(waiting) == ahead + at_once:
+                yield from (waiting.popleft() for _ in range(at_once))
         while waiting:
             yield waiting.popleft()
     finally:

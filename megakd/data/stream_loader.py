@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from megakd.contract.batch import Batch
 from megakd.data.chat.conversations import CONVERSATION
 from megakd.data.encoding import StreamedRows, tables_of
-from megakd.data.loader import STEPS_AHEAD, awaited, made_ahead
+from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
 from megakd.data.step_layout import Collate, StepLayout, StepShape
 from megakd.errors import ConfigError, DataError
@@ -94,7 +94,7 @@ class EncodedStream:
         missing = size = self.shape.rows_per_step // self.total
         blocks = self._blocks(position)
         tasks = repeat(partial(next, blocks))
-        with closing(blocks), closing(made_ahead(tasks, BLOCKS_AHEAD)) as futures:
+        with closing(blocks), closing(made_ahead(tasks, BLOCKS_AHEAD, at_once=1)) as futures:
             for future in futures:
                 block = future.result()
                 used = block.position.taken
@@ -200,7 +200,7 @@ class StreamLoader:
             logger.info("reading the texts of %d earlier steps again", start - self._step)
         steps = self._steps(self._positions, skip=start - self._step)
         tasks = (partial(next, steps) for _ in range(start, stop))
-        with closing(steps), closing(made_ahead(tasks, STEPS_AHEAD)) as futures:
+        with closing(steps), closing(made_ahead(tasks)) as futures:
             for step, future in enumerate(futures, start=start + 1):
                 batches, positions = awaited(future, self)
                 epoch = positions[0].epoch
