@@ -290,6 +290,12 @@ class Losses(NamedTuple):
     predictions: Mapping[str | None, Predictions] = MappingProxyType({})
 
 
+def add_parts(sums: dict[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+    """Add values to the sums of the same names."""
+    for name, value in parts.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
 class Predictions(NamedTuple):
     """Return value of the student's or teacher's forward if no passes are given.
 

@@ -22,6 +22,7 @@ from megakd.contract.batch import (
     Predictions,
     Targets,
     Within,
+    add_parts,
     copied_to,
 )
 from megakd.contract.stage import Pass, backward_groups
@@ -71,13 +72,13 @@ class StudentEngine:
         counts: Counts,
         *,
         boundary: bool,
-    ) -> Losses:
-        """Add the gradient of one micro-batch to the gradient of the step.
+    ) -> dict[str, Tensor]:
+        """Add the gradient of one micro-batch to that of the step, and return the losses' parts.
 
         The heads of the frozen teachers, whose outputs stand by name, are kept gathered during the
         student's forward, which computes gradients.
         """
-        total, parts = torch.zeros((), device=batch.labels.device), dict[str, Tensor]()
+        parts: dict[str, Tensor] = {}
         groups = backward_groups(plan, self._passes_per_backward)
         for number, group in enumerate(groups, start=1):
             is_last = boundary and number == len(groups)
@@ -85,10 +86,8 @@ class StudentEngine:
             with memory_efficient_linear(self._engine):
                 losses = self._forward(batch, knowledge, group, counts)
                 self._gradients.backward(losses.total, is_last=is_last)
-            total = total + losses.total.detach()
-            for name, value in losses.parts.items():
-                parts[name] = parts[name] + value if name in parts else value
-        return Losses(total, parts)
+            add_parts(parts, losses.parts)
+        return parts
 
     def _forward(
         self,
@@ -251,7 +250,8 @@ _ON_CPU = {Batch: ("rows",), Extras: ("is_rollout", "routes")}
 
 def device_batch(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with all tensors on a device, except `rows`, `is_rollout` and `routes`."""
-    return _moved(batch, device)
+    # Batches are made on the CPU.
+    return batch if device.type == "cpu" else _moved(batch, device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

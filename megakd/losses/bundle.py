@@ -12,7 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.batch import Batch, Counts, Knowledge, Losses, LossInputs, Predictions, Unit
+from megakd.contract.batch import (
+    Batch,
+    Counts,
+    Knowledge,
+    Losses,
+    LossInputs,
+    Predictions,
+    Unit,
+    add_parts,
+)
 from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
 from megakd.contract.unit_counts import UnitCounter, unit_weights
@@ -247,10 +256,12 @@ class LossSums:
         bundle, view = self._bundle, made.planned.view
         learner = "" if made.learner == bundle.role else made.learner
         prefix = "".join(f"{name}/" for name in (learner, view) if name)
+        means = dict[str, Tensor]()
         for name, value in evaluated.sums.items():
             unit = bundle.unit_of(made.learner, bundle.objective.units[name])
-            mean = made.share * value.float() / self._counts[unit].clamp(min=1)
-            self._parts[prefix + name] = self._parts.get(prefix + name, 0.0) + mean
+            part = value.float() if made.share == 1 else made.share * value.float()
+            means[prefix + name] = part / self._counts[unit].clamp(min=1)
+        add_parts(self._parts, means)
 
     def losses(self) -> Losses:
         minimised = {WEIGHTED_LOSS: self._total.detach() / self._bundle.world_size}

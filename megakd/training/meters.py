@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.contract.batch import copied_to
+from megakd.contract.batch import add_parts, copied_to
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
 from megakd.engine.collectives import all_reduce_, gather
@@ -29,10 +29,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _NEVER = 2**62
+_REPORTS = 100
+"""Reports that are kept before they are added up."""
 
 
 class TrainMeter:
-    """Meter that gathers reports on the device and reads them at logging steps only."""
+    """Meter that gathers reports on the device and reads them at logging steps only.
+
+    The reports of many steps are added up at once: the same additions in every step, between all
+    that a step does, would take several times as long.
+    """
 
     def __init__(self, objective: Objective, trainer: Trainer, stage: Stage, ranks: Ranks) -> None:
         self._objective, self._trainer, self._ranks = objective, trainer, ranks
@@ -40,13 +46,14 @@ class TrainMeter:
         self.load = RankLoad(trainer, stage.name, ranks)
         # Under fp16 a gradient may overflow: DeepSpeed skips that step and lowers its scale.
         self._scales_loss = bool(stage.train.fp16)
+        self._reports: list[StepReport] = []
         self._parts: dict[str, Tensor] = {}
         self._counts: dict[str, int | Tensor] = {}
         self._steps = 0
         self._tokens: int | Tensor = 0
         self._without_targets: int | Tensor = 0
         self._norm: Tensor | None = None
-        self._first_bad_norm = torch.full((), _NEVER, device=ranks.device)
+        self._first_bad = torch.full((), _NEVER, device=ranks.device)
         self._since = time.perf_counter()
         self._paused_s = self._teacher_s = self._waited_s = 0.0
         self._warned = False
@@ -61,19 +68,30 @@ class TrainMeter:
 
     def add(self, report: StepReport) -> None:
         """Add one step's report without reading from the device."""
-        for name, value in report.parts.items():
-            self._parts[name] = self._parts[name] + value if name in self._parts else value
-            self._counts[name] = self._counts.get(name, 0) + self._has_value(name, report)
-        self._steps += 1
-        self._norm = report.gradient_norm
-        if self._norm is not None and not self._scales_loss:
+        self._reports.append(report)
+        if len(self._reports) == _REPORTS:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        for report in self._reports:
+            add_parts(self._parts, report.parts)
+            for name in report.parts:
+                self._counts[name] = self._counts.get(name, 0) + self._has_value(name, report)
+            self._steps += 1
+            self._norm = report.gradient_norm
+            self._first_bad = self._first_bad.minimum(self._bad_step(report))
+            empty = (report.counts["targets"] == 0).long()
+            self._tokens = self._tokens + report.counts["tokens"]
+            self._without_targets = self._without_targets + empty
+        self._reports.clear()
+
+    def _bad_step(self, report: StepReport) -> Tensor:
+        """Return the step if its loss or its gradient is not finite, else `_NEVER`."""
+        norm, bad = report.gradient_norm, ~torch.isfinite(report.parts[WEIGHTED_LOSS])
+        if norm is not None and not self._scales_loss:
             # DeepSpeed skips a step whose gradient is not finite; its norm is -1 or infinite then.
-            bad = ~torch.isfinite(self._norm) | (self._norm < 0)
-            step = copied_to(torch.where(bad, report.step, _NEVER), self._ranks.device)
-            self._first_bad_norm = self._first_bad_norm.minimum(step)
-        empty = (report.counts["targets"] == 0).long()
-        self._tokens = self._tokens + report.counts["tokens"]
-        self._without_targets = self._without_targets + empty
+            bad = bad | copied_to(~torch.isfinite(norm) | (norm < 0), bad.device)
+        return torch.where(bad, report.step, _NEVER)
 
     def _has_value(self, name: str, report: StepReport) -> int | Tensor:
         # A step without texts of a source has no value for the term of this source.
@@ -91,6 +109,7 @@ class TrainMeter:
 
     def scalars(self, *, waited_s: float) -> dict[str, float]:
         """Return means since the last call, over ranks and the steps with a value; a collective."""
+        self._add_up()
         tokens = int(self._tokens)  # waits for the device, before the time is read
         seconds = max(1e-9, time.perf_counter() - self._since - self._paused_s)
         values = [self._parts[name].float().reshape(1) for name in self._parts]
@@ -103,7 +122,7 @@ class TrainMeter:
         self._total_tokens += tokens
         self._total_seconds += seconds
         self._warn_of_empty_steps()
-        teacher_s = self._trainer.meter.teacher.seconds()
+        teacher_s = self._trainer.teacher_clock.seconds()
         scalars = {
             LOSS: means.pop(WEIGHTED_LOSS, 0.0),
             **{f"train/{name}": value for name, value in means.items()},
@@ -149,11 +168,8 @@ class TrainMeter:
         Args:
             newest: returns the last good checkpoint; a collective.
         """
-        first = self._trainer.meter.first_bad_step
-        if first is None:
-            return
-        bad = torch.where(first < 0, _NEVER, first).minimum(self._first_bad_norm)
-        step = -int(all_reduce_(-bad, largest=True))
+        self._add_up()
+        step = -int(all_reduce_(-self._first_bad, largest=True))
         if step != _NEVER:
             good = newest()
             raise TrainingError(
@@ -193,6 +209,7 @@ class TrainMeter:
 
     def window_state(self) -> list[dict[str, Any]]:
         """Return all ranks' values since the last logging step, before a save; a collective."""
+        self._add_up()
         parts = {name: value.cpu() for name, value in self._parts.items()}
         mine = {
             "parts": parts,

@@ -35,7 +35,7 @@ class RankLoad:
 
     def __init__(self, trainer: Trainer, stage: str, ranks: Ranks) -> None:
         self._trainer, self._stage, self._ranks = trainer, stage, ranks
-        self._operations = StepOperations(lambda: trainer.meter.teacher.is_running)
+        self._operations = StepOperations(lambda: trainer.teacher_clock.is_running)
         self._peak = peak_tflops(device_name(ranks.device))
         self._counted_tokens: int | Tensor = 0
         self._slow = SlowRank()

@@ -6,39 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from megakd.config.schedules import Schedule
-from megakd.contract.batch import Batch, Counts, Knowledge, Losses
+from megakd.contract.batch import Batch, Counts, Knowledge, add_parts
 from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
 from megakd.engine.activity import Stopwatch
 
 if TYPE_CHECKING:
     from megakd.engine.student import StudentEngine
-
-
-class Meter:
-    """Sums of the reported losses, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self.first_bad_step: Tensor | None = None
-        self.teacher = Stopwatch()
-        self._parts: dict[str, Tensor] = {}
-
-    def add(self, step: int, losses: Losses) -> None:
-        for name, value in losses.parts.items():
-            self._parts[name] = self._parts[name] + value if name in self._parts else value
-        total = losses.total.detach()
-        if self.first_bad_step is None:
-            self.first_bad_step = torch.full((), -1, dtype=torch.long, device=total.device)
-        bad = ~torch.isfinite(total) & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(bad, step, self.first_bad_step)
-
-    def take(self) -> dict[str, Tensor]:
-        """Return this rank's part of the step's losses, and start the next step."""
-        parts, self._parts = self._parts, {}
-        return parts
 
 
 @dataclass
@@ -57,22 +33,24 @@ class Trainer:
     count_units: Callable[[Sequence[Batch]], Counts]
     learning_rate: Schedule
     step: int = 0
-    meter: Meter = field(default_factory=Meter)
+    teacher_clock: Stopwatch = field(default_factory=Stopwatch)
 
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
         """Take an optimiser step on the micro-batches and return its report."""
         plan = self.strategy.passes(self.step)
-        counts = self.count_units(batches)
+        counts, parts = self.count_units(batches), dict[str, Tensor]()
         for batch, knowledge, is_last in self._answered(plan, batches):
             if is_last:
                 self._prefetch(plan)
-            losses = self.student.forward_backward(batch, knowledge, plan, counts, boundary=is_last)
-            self.meter.add(self.step, losses)
+            add_parts(
+                parts,
+                self.student.forward_backward(batch, knowledge, plan, counts, boundary=is_last),
+            )
         self.strategy.before_update(self.step, self.student)
         self.student.step(self.learning_rate(self.step))
         report = StepReport(
             step=self.step,
-            parts=self.meter.take(),
+            parts=parts,
             gradient_norm=self.student.gradient_norm(),
             counts=counts,
         )
@@ -88,13 +66,13 @@ class Trainer:
             for name in self._frozen(plan)
         }
         for index, batch in enumerate(batches):
-            with self.meter.teacher.running():
+            with self.teacher_clock.running():
                 knowledge = {name: next(of_teacher) for name, of_teacher in answers.items()}
             yield batch, knowledge, index == len(batches) - 1
 
     def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
         """Return the outputs of the frozen teachers of the passes for a micro-batch."""
-        with self.meter.teacher.running():
+        with self.teacher_clock.running():
             return {name: self.teachers[name](batch.of(name)) for name in self._frozen(plan)}
 
     def _frozen(self, plan: Sequence[Pass]) -> list[str]:

@@ -97,10 +97,10 @@ def head_gathers(config_path: str) -> list[dict]:
         per_micro_batch, forward_backward = [], run.student.forward_backward
 
         def counting(*inputs, **options):
-            losses = forward_backward(*inputs, **options)
+            parts = forward_backward(*inputs, **options)
             per_micro_batch.append(dict(counted))
             counted.update(dict.fromkeys(models, 0))
-            return losses
+            return parts
 
         run.trainer.student.forward_backward = counting
         for step in range(2):

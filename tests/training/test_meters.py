@@ -12,16 +12,15 @@ import torch
 from unit_counts import counts_of
 
 from megakd.config.train import TrainConfig
-from megakd.contract.batch import Losses
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.tasks import TaskType
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, TermConfig
 from megakd.contract.views import Shape
+from megakd.engine.activity import Stopwatch
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
 from megakd.training.meters import TrainMeter
-from megakd.training.trainer import Meter
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl")
@@ -39,7 +38,7 @@ class Watched:
         shape = Shape(2, 4, 3)
         self.trainer: Any = SimpleNamespace(
             step=0,
-            meter=Meter(),
+            teacher_clock=Stopwatch(),
             learning_rate=lambda step: 0.1 * step,
             teachers={},
             student=SimpleNamespace(bundle=torch.nn.Linear(1, 1)),
@@ -54,12 +53,9 @@ class Watched:
     def step(
         self, *, norm: float | None = 1.0, counts: Any = FULL, rollouts: int = 0, **parts: float
     ) -> None:
-        loss = torch.tensor(parts.get("loss", 1.0))
-        answer = {name: torch.tensor(value) for name, value in parts.items()}
-        self.trainer.meter.add(self.trainer.step, Losses(loss, answer))
         report = StepReport(
             step=self.trainer.step,
-            parts=self.trainer.meter.take(),
+            parts={name: torch.tensor(value) for name, value in {"loss": 1.0, **parts}.items()},
             gradient_norm=None if norm is None else torch.tensor(norm),
             counts=counts_of(*counts) | {"rollout_targets": torch.tensor(rollouts)},
         )
@@ -162,6 +158,19 @@ def test_every_term_is_logged_apart_as_its_mean_over_the_steps_since_the_last_lo
     assert second["train/learning_rate"] == pytest.approx(0.2)  # of the step that was taken
 
 
+def test_a_window_of_many_steps_is_logged_and_checked_as_one_of_few():
+    watched = Watched()
+    for number in range(250):
+        watched.step(loss=float(number % 5))
+    assert watched.scalars()["train/loss"] == 2.0
+
+    watched.step(loss=math.nan)
+    for _ in range(250):
+        watched.step()
+    with pytest.raises(TrainingError, match="at step 251;"):
+        check(watched)
+
+
 def test_a_term_on_rollouts_is_logged_as_its_mean_over_the_steps_that_have_rollouts():
     name, resumed = "soft_target_kl_on_rollouts", Watched(ON_ROLLOUTS, task="causal_lm")
     watched = Watched(ON_ROLLOUTS, task="causal_lm")
@@ -189,13 +198,13 @@ def test_speed_and_shares_are_those_of_the_window_without_what_paused_it(monkeyp
     watched = Watched()
     watched.health.begin()
     watched.step()
-    monkeypatch.setattr(watched.trainer.meter.teacher, "seconds", lambda: 1.0)
+    monkeypatch.setattr(watched.trainer.teacher_clock, "seconds", lambda: 1.0)
     time.now += 4
     with watched.health.paused():
         time.now += 50
     first = watched.scalars(waited_s=0.5)
     watched.step()
-    monkeypatch.setattr(watched.trainer.meter.teacher, "seconds", lambda: 1.5)
+    monkeypatch.setattr(watched.trainer.teacher_clock, "seconds", lambda: 1.5)
     time.now += 1
 
     second = watched.scalars(waited_s=0.75)

@@ -15,11 +15,11 @@ from unit_counts import counts_of
 
 from megakd.contract.stage import StepReport
 from megakd.engine import waiting
+from megakd.engine.activity import Stopwatch
 from megakd.engine.distributed import Ranks
 from megakd.scoring.slow_rank import LOGS, SlowRank
 from megakd.training.operations import StepOperations, passes_of, peak_tflops
 from megakd.training.rank_load import RankLoad
-from megakd.training.trainer import Meter
 
 LENGTH, ROWS = 16, 4
 
@@ -167,7 +167,7 @@ class Steps:
     """A stage of so many steps on one of some ranks, each with a product of a student."""
 
     def __init__(self, step: int = 0, *, world: int = 1) -> None:
-        self.trainer = SimpleNamespace(step=step, meter=Meter())
+        self.trainer = SimpleNamespace(step=step, teacher_clock=Stopwatch())
         self.load = RankLoad(self.trainer, "student", Ranks(0, world, 0, torch.device("cpu")))
         self.counted: list[int] = []
 
