@@ -73,8 +73,8 @@ def draw(
     The files depend on the stored cells and notes alone. Pictures lie in `images/` next to the
     page; a picture of the evidence that is no longer drawn is removed.
     """
+    notes = read_notes(folder / NOTES, comparisons)  # first: the cells take seconds
     assessed = read_folder(folder, comparisons)
-    notes = read_notes(folder / NOTES, comparisons)
     text = rendered(assessed, notes, comparisons, os.path.relpath(folder, page.parent))
     images = page.parent / "images"
     written = {

@@ -13,6 +13,7 @@ paired t-test of each comparison, which shares no noise with other arms and is n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections import defaultdict
@@ -275,6 +276,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+@functools.cache  # compared arms have their noise in common
 def pairs_needed(deviation: float, difference: float) -> int | None:
     """Return the pairs at which a two-sided test at 5 % sees a difference with 80 % power."""
     if math.isnan(deviation):
