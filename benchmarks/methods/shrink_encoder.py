@@ -1,8 +1,8 @@
 """Shrink of a classifier: several sizes in one run, a run per size, kept layers, DistilBERT's way.
 
 `python benchmarks methods.shrink_encoder --data FOLDER [--setting clinc150-few]
-[--sizes 40%,20%,10%] [--runs series,each,tried,layers-2,layers-1] [--seeds 1,2,3]`, on the CPU, or
-with `DS_ACCELERATOR=cuda` on a GPU, one rank.
+[--sizes 40%,20%,10%] [--runs series,each,tried,layers-2,layers-1] [--rate 1e-3] [--seeds 1,2,3]`,
+on the CPU, or with `DS_ACCELERATOR=cuda` on a GPU, one rank.
 
 The teacher is all-MiniLM-L6-v2, fine-tuned as in the evidence, once. `series` cuts it to all sizes
 in one run, `each` in a run per size, and `tried` after a trial of `--candidates` for each size,
@@ -10,8 +10,9 @@ with equal steps of trial and repair; `layers-N` keeps the most important layers
 trains as long, and so does `distilbert-N` by the recipe of DistilBERT (Sanh et al. 2019, arXiv
 1910.01108): evenly spaced layers, soft targets at temperature 2, labels, and the cosine of the last
 hidden states, weighed 5, 2 and 1. Sizes are shares of the operations of the layers, or speed-ups
-such as 2x,4x,8x. Scores are of the test rows; each run has a folder below `--out`, is gone on with
-where it was, and is done once.
+such as 2x,4x,8x. Scores are of the test rows, beside that of the last student on the validation
+rows, by which a rate is chosen; each run has a folder below `--out`, is gone on with where it was,
+and is done once.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
 def configs(given: argparse.Namespace) -> dict[str, Any]:
     setting, data = SETTINGS[given.setting], given.out / "data"
     task = {**setting.task(data), "test_files": str(data / "test.csv")}
-    train = {"max_steps": given.steps, "learning_rate": 1e-3, **SCHEDULE}
+    train = {"max_steps": given.steps, "learning_rate": given.rate, **SCHEDULE}
     teacher = str(given.out / "teacher" / "final")
     student = {"model": "from_teacher", "dropout": 0.0}
     shared = {
@@ -108,7 +109,7 @@ def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:
     kind, _, count = name.partition("-")
     if kind in KEPT:
         keep = f"student.layers={{keep: {count}, by: {KEPT[kind]}}}"
-        return [leg_of(given.out, f"{name}-{seed}", kind, (keep, f"seed={seed}"))]
+        return [leg_of(given.out, f"{name}-{given.rate:g}-{seed}", kind, (keep, f"seed={seed}"))]
     groups = [given.sizes] if name == SERIES else [[size] for size in given.sizes]
     return [_shrink(given, name, sizes, seed) for sizes in groups]
 
@@ -118,7 +119,7 @@ def _shrink(given: argparse.Namespace, name: str, sizes: Sequence[str], seed: in
     tried = (f"method.candidates={given.candidates}", f"method.repair_steps={given.steps}")
     method = tried if name == TRIED else (f"method.repair_steps={all_steps(given)}",)
     words = (f"method.{key}={','.join(sizes)}", *method)
-    folder = f"{name}-{'-'.join(sizes).replace('%', '')}-{seed}"
+    folder = f"{name}-{'-'.join(sizes).replace('%', '')}-{given.rate:g}-{seed}"
     return leg_of(given.out, folder, "shrink", (*words, f"seed={seed}"))
 
 
@@ -146,6 +147,7 @@ def numbers(given: argparse.Namespace, report: Report) -> dict[str, float]:
     times = {one["model"]: one["ms"] for one in report["latency"] if one["batch"] == 32}
     scores = {
         "teacher": 100 * report["teacher"]["metrics"][metric],
+        "validation": 100 * report["stages"][-1]["metrics"][metric],
         "seconds": sum(stage["seconds"] for stage in report["stages"]),
     }
     for name, one in students.items():
@@ -164,6 +166,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--setting", choices=SETTINGS, default="clinc150-few")
     parser.add_argument("--sizes", default="40%,20%,10%", help="the largest first")
     parser.add_argument("--steps", type=int, default=1000, help="of the repair after a trial")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of every student")
     parser.add_argument("--candidates", type=int, default=6, help="of each size of `tried`")
     parser.add_argument("--runs", default=f"{SERIES},{EACH},layers-2,layers-1")
     given = parsed(parser, __name__, arguments)
