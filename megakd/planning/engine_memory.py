@@ -63,6 +63,17 @@ class Share(NamedTuple):
     place: Place = "device"
 
 
+class Shard(NamedTuple):
+    """Elements of a rank's shard at ZeRO 1 and 2.
+
+    overlapping: of the weights that the shard overlaps, also where it has only a part of them.
+    largest: of the largest part of a weight in it.
+    """
+
+    overlapping: int
+    largest: int
+
+
 Holding: TypeAlias = Mapping[Share, Amount]
 """Memory in use at one time."""
 
@@ -369,12 +380,11 @@ class Trained(Frozen):
             return
         if self.place("offload_optimizer") == "device":
             sub_group = int(self.zero.get("sub_group_size", _BILLION))
-            size, largest = self.share(self.learned.numel), self.learned.largest
+            size = self.share(self.learned.numel)
             is_sharded = self.stage == 3
             flat = block((min(size, sub_group) if is_sharded else size) * FP32)
             shard = {} if is_sharded else self._gradients_of_shard(self.learned.numel)
-            norm = block((self.share(largest) if is_sharded else min(largest, size)) * FP64)
-            yield together(shard, self.held("gradients", norm))
+            yield self._with_norm()
             yield together(shard, {} if self._sums_in_place else self.held("gradients", flat))
             scratch = NOTHING if self.moments else flat
             yield together(self.held("gradients", flat), self.held("optimizer", scratch))
@@ -408,27 +418,43 @@ class Trained(Frozen):
         # (`_build_compact_grad_partition_buffer` of DeepSpeed).
         return self.stage == 2 and self.itemsize < FP32
 
+    def _with_norm(self) -> Holding:
+        # Gradients, and one of them in fp64, of the rank that has the most of both together.
+        if self.stage == 3:
+            return self.held("gradients", block(self.share(self.learned.largest) * FP64))
+        size, itemsize = self.share(self.learned.numel), self._itemsize_of_gradients
+        most = max(
+            (size if self._sums_in_place else shard.overlapping) * itemsize + shard.largest * FP64
+            for shard in self._shards
+        )
+        return self.held("gradients", block(most))
+
     def _gradients_of_shard(self, done: int) -> Holding:
         if self._sums_in_place:
             return self.held("gradients", self._shard)
         if self.place("offload_optimizer") == "host":
             return {}
         share = min(1.0, done / self.learned.numel) if self.is_cpu else 1.0
-        # ZeRO 2 adds up its gradients in fp32.
-        itemsize = FP32 if self.stage == 2 else self.itemsize
-        return self.held("gradients", block(share * self._overlapping * itemsize))
+        most = max(shard.overlapping for shard in self._shards)
+        return self.held("gradients", block(share * most * self._itemsize_of_gradients))
+
+    @property
+    def _itemsize_of_gradients(self) -> int:
+        return FP32 if self.stage == 2 else self.itemsize  # ZeRO 2 adds gradients up in fp32
 
     @cached_property
-    def _overlapping(self) -> int:
-        # Elements of the weights that overlap the shard of a rank, of the rank with the most.
-        shard, start = self.share(self.learned.numel), 0
-        elements: Counter[int] = Counter()
+    def _shards(self) -> list[Shard]:
+        # Those of the ranks, one after the other in the order of the weights.
+        size, start = self.share(self.learned.numel), 0
+        shards = [Shard(0, 0)] * self.ranks
         for parameter in self.learned:
             stop = start + parameter.numel
-            ranks = range(start // shard, (stop - 1) // shard + 1)
-            elements.update(dict.fromkeys(ranks, parameter.numel))
+            for rank in range(start // size, (stop - 1) // size + 1):
+                part = min(stop, (rank + 1) * size) - max(start, rank * size)
+                whole, largest = shards[rank]
+                shards[rank] = Shard(whole + parameter.numel, max(largest, part))
             start = stop
-        return max(elements.values())
+        return shards
 
     def _sent(self, done: Inventory, *, last: bool) -> Holding:
         # Return the buckets, and the copy of one that is sent now: a gradient did not fit into it.

@@ -100,6 +100,15 @@ def test_gradients_are_whole_at_zero_1_and_in_shards_at_zero_2() -> None:
     assert held(two, "gradients") == 4 * (P // RANKS + bucket + sent)
 
 
+@pytest.mark.parametrize(("stage", "itemsize"), [(1, 2), (1, 4), (2, 4)])
+def test_the_norm_is_planned_for_the_rank_with_the_most_of_it_and_of_gradients(stage, itemsize):
+    # The first rank has 900 elements of one weight, and the second all weights, but small parts.
+    sizes = (1000, 200, 200, 200, 200)
+    given = model({"stage": stage}, itemsize=itemsize, ranks=2) | {"inventory": inventory(sizes)}
+    norm = next(iter(Trained(**given).updating()))
+    assert held(norm, "gradients") == 1000 * itemsize + 900 * 8
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_whole_gradients_appear_one_by_one_in_the_first_backward_only(stage: int) -> None:
     half = inventory(SIZES[: len(SIZES) // 2])
