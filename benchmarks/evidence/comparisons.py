@@ -242,18 +242,22 @@ def pool_arms(temperature: float) -> dict[str, Arm]:
 
 
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
+PER_LABEL: list[Config] = [{"loss": kind} for kind in KINDS]
+"""All kinds; with few labels, a labelled row weighs more than a row of the soft targets."""
+PER_ROW: list[Config] = [PER_LABEL[0] | {"count": "rows"}, *PER_LABEL[1:]]
+"""All kinds; a labelled row weighs as much as a row of the soft targets: the method's default."""
 
 
-def _kinds(place: Place, objective: list[Config] | None = None, **method: Any) -> Config:
-    sections = {"teacher": _teacher(place), "method": method}
-    return {**_student(place), **sections, **({"objective": objective} if objective else {})}
+def _kinds(place: Place, objective: list[Config], **method: Any) -> Config:
+    sections = {"teacher": _teacher(place), "method": method, "objective": objective}
+    return {**_student(place), **sections}
 
 
-def _kinds_arm(objective: list[Config] | None = None, **method: Any) -> Arm:
+def _kinds_arm(objective: list[Config], **method: Any) -> Arm:
     return Arm(config=lambda place: _kinds(place, objective, **method))
 
 
-def _selector(objective: list[Config] | None = None, **options: Any) -> Arm:
+def _selector(objective: list[Config] = PER_LABEL, **options: Any) -> Arm:
     method = {"name": "knowledge_selection", "episodes": 3, "episode_steps": 100, **options}
     return _kinds_arm(objective, **method)
 
@@ -265,7 +269,7 @@ def _fixed(place: Place) -> Config:
     return _kinds(place, objective, name="knowledge_selection", policy="all")
 
 
-def _policy(policy: str, objective: list[Config] | None = None) -> Arm:
+def _policy(policy: str, objective: list[Config] = PER_LABEL) -> Arm:
     return _kinds_arm(objective, name="knowledge_selection", policy=policy)
 
 
@@ -278,8 +282,6 @@ def _at_equal_steps(arm: Arm) -> Arm:
     return replace(arm, at_equal_cost=False)
 
 
-PER_ROW: list[Config] = [{"loss": KINDS[0], "count": "rows"}, *({"loss": k} for k in KINDS[1:])]
-"""All kinds; a labelled row weighs as much as a row of the soft targets."""
 OTHER_KINDS = tuple(kind for kind in KINDS if kind != "soft_target_kl")
 SELECTION_ARMS = {
     "soft": _selector(),

@@ -172,8 +172,8 @@ class Lab(Protocol):
         """The tools of methods that cut models."""
         ...
 
-    def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        """Return the loss on labels for the type of the task."""
+    def hard_terms(self, weight: float = 1.0, *, per_row: bool = False) -> tuple[TermConfig, ...]:
+        """Return the loss on labels for the type of the task; see `terms.hard_terms`."""
         ...
 
     def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:

@@ -372,11 +372,18 @@ def looks_inside(term: TermConfig) -> bool:
     return isinstance(term, INTERMEDIATE_TERMS) or (compares(term) and reads_states(term))
 
 
-def hard_terms(task: str, weight: float = 1.0) -> tuple[HardMse | HardCrossEntropy]:
-    """Return the loss on labels for a type of task."""
+def hard_terms(
+    task: str, weight: float = 1.0, *, per_row: bool = False
+) -> tuple[HardMse | HardCrossEntropy]:
+    """Return the loss on labels for a type of task.
+
+    With `per_row`, a labelled row of a classifier weighs as much as a row of the soft targets,
+    also where other rows have no label.
+    """
     if task == "regression":
         return (HardMse(loss="hard_mse", weight=weight),)
-    return (HardCrossEntropy(loss="hard_cross_entropy", weight=weight),)
+    count = "rows" if per_row and task == "classification" else "labels"
+    return (HardCrossEntropy(loss="hard_cross_entropy", weight=weight, count=count),)
 
 
 def soft_terms(task: str, weight: float = 1.0) -> tuple[SoftTargetMse | SoftTargetKl]:

@@ -38,8 +38,8 @@ class LabBase(ABC):
     def _source(self, folder: Path, role: str) -> ModelSource:
         """Return the model that a stage wrote; messages name the config's section of `role`."""
 
-    def hard_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
-        return hard_terms(self.config.task.type, weight)
+    def hard_terms(self, weight: float = 1.0, *, per_row: bool = False) -> tuple[TermConfig, ...]:
+        return hard_terms(self.config.task.type, weight, per_row=per_row)
 
     def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
         return soft_terms(self.config.task.type, weight)

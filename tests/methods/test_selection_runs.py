@@ -44,8 +44,8 @@ class Bench:
         tree["train"] |= sections.get("train", {})
         return write_config(self.folder / f"{out}.yaml", tree)
 
-    def run(self, out: str, method: dict[str, Any], **sections: Any) -> Path:
-        finish(self.one_rank, self.config(out, method, **sections))
+    def run(self, out: str, method: dict[str, Any], *overrides: str, **sections: Any) -> Path:
+        finish(self.one_rank, self.config(out, method, **sections), *overrides)
         return self.folder / out
 
 
@@ -172,6 +172,19 @@ def test_all_kinds_learn_at_every_step_without_a_selector(bench):
     for record in logged:
         parts = [record[f"train/{kind}"] for kind in KINDS]
         assert record["train/loss"] == pytest.approx(sum(parts), rel=1e-4)
+
+
+def test_a_labelled_row_weighs_as_a_row_of_the_soft_targets_where_others_lack_labels(bench):
+    per_label: list[dict[str, Any]] = [{"loss": kind} for kind in KINDS]
+    per_row = [per_label[0] | {"count": "rows"}, *per_label[1:]]
+    method, few = {**PLAIN, "policy": "all"}, "task.labelled_examples=12"
+
+    default = bench.run("default", method, few)
+
+    per_row_run = bench.run("per-row", method, few, objective=per_row)
+    assert same_weights(default / "final", per_row_run / "final")
+    per_label_run = bench.run("per-label", method, few, objective=per_label)
+    assert not same_weights(default / "final", per_label_run / "final")
 
 
 def test_random_weights_are_drawn_anew_at_every_step(bench):

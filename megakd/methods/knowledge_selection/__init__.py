@@ -133,7 +133,8 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
 
 def _kinds(lab: Lab) -> tuple[TermConfig, ...]:
     states = (HiddenMse(loss="hidden_mse"), RelationFsp(loss="relation_fsp"))
-    return lab.config.objective or (*lab.hard_terms(), *lab.soft_terms(), *states)
+    labels = lab.hard_terms(per_row=True)
+    return lab.config.objective or (*labels, *lab.soft_terms(), *states)
 
 
 def _student(teacher: str, kinds: tuple[TermConfig, ...], strategy: Strategy) -> Stage:

@@ -13,7 +13,7 @@ from megakd.contract.metric import Metric
 from megakd.contract.results import CandidateReport
 from megakd.contract.stage import Constant, Judge, Pass, Scores, Stage, Verdict
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
-from megakd.contract.terms import HardCrossEntropy, TermConfig
+from megakd.contract.terms import TermConfig
 from megakd.contract.views import View
 from megakd.methods.minidisc import Sandwich
 from megakd.methods.shrink.candidates import Candidate
@@ -104,11 +104,8 @@ def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
     """
     if lab.config.objective is not None:
         return lab.config.objective
-    if lab.config.task.type == "classification":
-        labels = HardCrossEntropy(loss="hard_cross_entropy", count="rows")
-        return (*lab.soft_terms(1.0), labels)
-    is_language = lab.config.task.type in LANGUAGE_TASKS
-    return lab.soft_terms(1.0) if is_language else (*lab.soft_terms(1.0), *lab.hard_terms())
+    soft, is_language = lab.soft_terms(1.0), lab.config.task.type in LANGUAGE_TASKS
+    return soft if is_language else (*soft, *lab.hard_terms(per_row=True))
 
 
 def metric_of(config: ShrinkConfig, lab: Lab) -> Metric:
