@@ -137,6 +137,7 @@ def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[
 def megakd_step(stage: stages.MeasuredStage, steps: Iterator[None], index: int) -> None:
     """Take the next step of a stage, and wait until its loader is idle."""
     next(steps)
+    # The first of a run of steps gives the loader the next run.
     stage.watched.wait_for(STEPS_AHEAD + STEPS_AT_ONCE * (1 + index // STEPS_AT_ONCE))
 
 

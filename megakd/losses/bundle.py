@@ -259,8 +259,7 @@ class LossSums:
         means = dict[str, Tensor]()
         for name, value in evaluated.sums.items():
             unit = bundle.unit_of(made.learner, bundle.objective.units[name])
-            part = value.float() if made.share == 1 else made.share * value.float()
-            means[prefix + name] = part / self._counts[unit].clamp(min=1)
+            means[prefix + name] = made.share * value.float() / self._counts[unit].clamp(min=1)
         add_parts(self._parts, means)
 
     def losses(self) -> Losses:

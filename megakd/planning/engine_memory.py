@@ -435,12 +435,16 @@ class Trained(Frozen):
         if self.place("offload_optimizer") == "host":
             return {}
         share = min(1.0, done / self.learned.numel) if self.is_cpu else 1.0
-        most = max(shard.overlapping for shard in self._shards)
-        return self.held("gradients", block(share * most * self._itemsize_of_gradients))
+        size = share * self._most_overlapping * self._itemsize_of_gradients
+        return self.held("gradients", block(size))
 
     @property
     def _itemsize_of_gradients(self) -> int:
         return FP32 if self.stage == 2 else self.itemsize  # ZeRO 2 adds gradients up in fp32
+
+    @cached_property
+    def _most_overlapping(self) -> int:
+        return max(shard.overlapping for shard in self._shards)
 
     @cached_property
     def _shards(self) -> list[Shard]:

@@ -127,12 +127,12 @@ class ShrinkConfig(ImportanceOptions):
 
     @property
     def is_series(self) -> bool:
-        """Whether several students are asked for."""
+        """True if the config asks for several students."""
         return any(len(sizes or ()) > 1 for sizes in (self.parameters, self.flops, self.speedup))
 
     @property
     def has_trial(self) -> bool:
-        """Whether several candidates are asked for, among which a trial chooses."""
+        """True if the config asks for several candidates, among which a trial chooses."""
         asked = self.candidates
         return (asked if isinstance(asked, int) else len(asked)) > 1
 
