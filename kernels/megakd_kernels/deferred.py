@@ -1,4 +1,4 @@
-"""A `KDOutput` whose statistics are formed when one of them is first read."""
+"""A `KDOutput` whose statistics are each formed when they are first read."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from torch import Tensor
 
 from megakd_kernels.settings import KDOutput
 
-# divergences [n_div, N], ce [N], agrees [N], n_valid, as `KDOutput.of` takes them.
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 class DeferredOutput(KDOutput):
     """Result of a loss so small that its statistics would take longer than the loss.
 
-    The statistics are formed together, at most once, at the first access to one of them or to the
-    output as a tuple. They come from tensors that nobody else has, so a change in place of the
-    logits or labels between the loss and the access changes nothing.
+    A statistic is formed at the first access to it or to the output as a tuple. It comes from
+    tensors that nobody else has, so a change in place of the logits or labels between the loss and
+    the access changes nothing.
     """
 
-    _form: Callable[[], Statistics] | None
-    _formed: KDOutput
+    _form: Callable[[str], Tensor]
+    _known: dict[str, Tensor]
 
     # Whatever is derived from an output is a plain KDOutput.
     _make = KDOutput._make  # pyright: ignore[reportAssignmentType]
@@ -32,19 +29,21 @@ class DeferredOutput(KDOutput):
         return KDOutput(*values)
 
     @classmethod
-    def of_loss(cls, loss: Tensor, form: Callable[[], Statistics]) -> KDOutput:
-        """Return an output with this loss; `form` computes the statistics, without gradient."""
+    def of_loss(cls, loss: Tensor, form: Callable[[str], Tensor]) -> KDOutput:
+        """Return an output with this loss; `form` computes a field by name, without gradient."""
         # The tuple's own entries, except for the loss, are never read.
         output = tuple.__new__(cls, (loss, *_NOT_FORMED))
-        output._form = form  # noqa: SLF001, its own
+        output._form, output._known = form, {}  # noqa: SLF001, its own
         return output
 
     def formed(self) -> KDOutput:
         """Return the output with all statistics."""
-        if self._form is not None:
-            self._formed = KDOutput.of(self.loss, *self._form())
-            self._form = None
-        return self._formed
+        return KDOutput(self.loss, *map(self._statistic, KDOutput._fields[1:]))
+
+    def _statistic(self, name: str) -> Tensor:
+        if name not in self._known:
+            self._known[name] = self._form(name)
+        return self._known[name]
 
     def __iter__(self) -> Iterator[Tensor]:
         """Iterate over the fields."""
@@ -68,7 +67,7 @@ _OF_TUPLES = ("__getitem__", "__contains__", "__add__", "__repr__", "_replace")
 
 
 def _field(name: str) -> property:
-    return property(lambda output: getattr(output.formed(), name))
+    return property(lambda output: output._statistic(name))  # noqa: SLF001
 
 
 def _method(name: str) -> Callable[..., Any]:

@@ -47,11 +47,6 @@ class Masks(NamedTuple):
     ignore_index: int
     valid: Tensor | None = None
 
-    @property
-    def are_absent(self) -> bool:
-        """True if all rows count alike and no row has a label."""
-        return self.labels is None and self.token_weight is None and self.valid is None
-
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return fp32, or fp64 if any input is fp64 (gradient checks)."""
@@ -190,11 +185,11 @@ def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str
     """
     if not may_look_at(labels):
         return
-    wrong = labels[~is_known & (labels != ignore_index)]
-    if wrong.numel():
+    is_right = is_known | (labels == ignore_index)
+    if not is_right.all():
         raise ValueError(
-            f"label {int(wrong[0])} is not one of the student's ids, {named}, and not ignore_index "
-            f"{ignore_index}"
+            f"label {int(labels[~is_right][0])} is not one of the student's ids, {named}, and not "
+            f"ignore_index {ignore_index}"
         )
 
 

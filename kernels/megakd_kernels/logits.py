@@ -112,14 +112,12 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
         has_labels=labels is not None,
         needs_grad=needs_gradient(student),
     )
-    masks, rows = Masks(labels, token_weight, ignore_index, valid), None
-    if not masks.are_absent:
-        rows = _select(student, teacher, masks, objective)
-    if token_weight is None and is_small(impl, student, teacher, most=small_logits.MOST_NUMBERS):
-        output = small_logits.kd_loss(student, teacher, rows, objective, shared)
+    masks = Masks(labels, token_weight, ignore_index, valid)
+    if is_small(impl, student, teacher, most=small_logits.MOST_NUMBERS):
+        output = small_logits.kd_loss(student, teacher, masks, objective, shared)
         if output is not None:
             return output
-    rows = rows or _select(student, teacher, masks, objective)
+    rows = _select(student, teacher, masks, objective)
     implementation = resolve_implementation(impl, student.device)
     with without_autocast(student.device):
         if implementation == "reference":

@@ -43,7 +43,9 @@ def kd_loss(
     student = warped(_taken(student, kept).to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
-        agrees = is_right(student, counted)
+        if counted.labels is None:
+            raise ValueError("cross-entropy needs labels")
+        agrees = is_right(student, counted.labels) & counted.labelled
     else:
         teacher = warped(_taken(teacher, kept).detach().to(dtype), warps[1])
         soft = _without_gradient_at_weight_0(student[:, :shared], objective)
@@ -170,13 +172,9 @@ def _without_gradient_at_weight_0(student: Tensor, objective: Objective) -> Tens
     return torch.where(weight != 0, student, student.detach())
 
 
-def is_right(student: Tensor, rows: Rows) -> Tensor:
-    """Return [n] bool: whether a row has a label, and the label is a most likely id."""
-    if rows.labels is None:
-        raise ValueError("cross-entropy needs labels")
-    target = student.gather(1, rows.labels[:, None])
-    is_right = (target == student.amax(-1, keepdim=True)).squeeze(1)
-    return is_right & rows.labelled
+def is_right(student: Tensor, labels: Tensor) -> Tensor:
+    """Return [N] bool: whether the label is a most likely id."""
+    return (student.gather(1, labels[:, None]) == student.amax(-1, keepdim=True)).squeeze(1)
 
 
 def share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megakd_kernels.deferred import DeferredOutput, Statistics
+from megakd_kernels.deferred import DeferredOutput
 from megakd_kernels.formed import is_watched, refuse_second_derivative
-from megakd_kernels.inputs import Rows, compute_dtype, needs_gradient
+from megakd_kernels.inputs import Masks, compute_dtype, needs_gradient
 from megakd_kernels.reference import is_right, share_a_maximum
-from megakd_kernels.settings import KDOutput, Objective
+from megakd_kernels.settings import KDOutput, Number, Objective
 
 # Numbers in the logits of both models up to which this module is faster than an operator.
 MOST_NUMBERS = 1 << 17
@@ -35,74 +35,120 @@ _LOG2_E = math.log2(math.e)
 _MANY = 2048
 
 
+class _Labels(NamedTuple):
+    """Labels of the rows.
+
+    ids: [N, 1] int64, 0 in rows without a label.
+    known: [N, 1] bool, rows with a label; None: all rows.
+    """
+
+    ids: Tensor
+    known: Tensor | None
+
+    def copied(self) -> _Labels:
+        return _Labels(self.ids.clone(), self.known)
+
+
 class _Term(NamedTuple):
     """A term of the loss.
 
-    total: part of the loss.
-    rows: returns the values [N] of the term, without its weight.
+    sum: of the rows.
+    rows: returns the values [N] of the term.
+    weight: factor from the sum to the part of the loss.
     gradient: [N, V] or [N, S], of the part of the loss.
     """
 
-    total: float
+    sum: float
     rows: Callable[[], Tensor]
+    weight: float
     gradient: Tensor
 
 
 def kd_loss(
-    student: Tensor, teacher: Tensor | None, rows: Rows | None, objective: Objective, shared: int
+    student: Tensor, teacher: Tensor | None, masks: Masks, objective: Objective, shared: int
 ) -> KDOutput | None:
     """Return the loss of logits on a CPU, or None if the case is not the common one.
 
-    The common case: forward KL, cross-entropy or both; all rows count; numbers as weights; a
-    reduced loss; a finite result.
+    The common case: forward KL, cross-entropy or both; all rows count alike, with or without a
+    label; a reduced loss; a finite result.
 
     Args:
         student: [N, V] logits.
         teacher: [N, >= S] logits, or None for only cross-entropy.
-        rows: rows that count, without token weights; None if all rows count and no row has a
-            label.
+        masks: masks that the caller passed.
         objective: options of the loss.
         shared: S.
     """
-    if student.numel() == 0 or is_watched() or not _is_common(teacher, rows, objective):
+    if student.numel() == 0 or is_watched() or not _is_common(teacher, objective):
         return None
+    if not _keep_all(masks, len(student)):
+        return None
+    labels = None
+    if masks.labels is not None and (objective.wants_ce or masks.valid is None):
+        labels = _labels(masks, masks.labels, *student.shape)
+        if labels is None:
+            return None
     detached, scale = student.detach(), _scale(student, objective)
     logits = _copies(detached, teacher, shared)
     kd = None if teacher is None else _forward_kl(logits, objective, scale)
     ce = None
-    if rows is not None and rows.labels is not None and objective.wants_ce:
+    if labels is not None and objective.wants_ce:
         weight = float(objective.ce_weight) * scale
-        ce = _cross_entropy(detached.to(logits.dtype), rows.labels, weight)
-    term = kd if ce is None else _sum(kd, ce)
-    loss = None if term is None else _loss(student, term)
+        ce = _cross_entropy(detached.to(logits.dtype), labels, weight)
+    loss = _loss(student, [term for term in (ce, kd) if term is not None])
     if loss is None:
         return None
-    # The statistics do not keep the gradients.
-    form = functools.partial(
-        _statistics, logits, rows, kd and kd.rows, ce and ce.rows, objective.value_scale
-    )
-    return DeferredOutput.of_loss(loss, form)
+    # The statistics keep no gradient, and no tensor of the caller, who may change it.
+    copied = labels.copied() if labels is not None and kd is None else None
+    statistics = _Statistics(logits, copied, _values(kd), _values(ce), objective.value_scale)
+    return DeferredOutput.of_loss(loss, statistics)
 
 
-def _is_common(teacher: Tensor | None, rows: Rows | None, objective: Objective) -> bool:
-    if isinstance(objective.kd_weight, Tensor) or isinstance(objective.ce_weight, Tensor):
-        return False
-    if objective.reduction == "none" or isinstance(objective.num_items, Tensor):
-        return False
+def _is_common(teacher: Tensor | None, objective: Objective) -> bool:
     mixture = objective.mixture
     if teacher is not None and (len(mixture) != 1 or mixture[0][0] != "forward_kl"):
         return False
-    if rows is None:
-        return True
-    has_labels = not objective.wants_ce or bool(rows.hard_weight.all())
-    return has_labels and bool(rows.valid.all())
+    numbers = (objective.kd_weight, objective.ce_weight, objective.num_items)
+    return objective.reduction != "none" and all(map(_is_read_at_once, numbers))
+
+
+def _is_read_at_once(number: Number | None) -> bool:
+    return not isinstance(number, Tensor) or number.is_cpu
+
+
+def _keep_all(masks: Masks, rows: int) -> bool:
+    """Return whether all rows count alike, as far as labels do not decide it."""
+    if masks.token_weight is not None:
+        return False
+    valid = masks.valid
+    return valid is None or (valid.is_cpu and valid.numel() == rows and bool(valid.all()))
+
+
+def _labels(masks: Masks, given: Tensor, count: int, ids: int) -> _Labels | None:
+    """Return the labels of `count` rows, or None if the general code has to look at them."""
+    is_plain = given.dtype == torch.int64 and given.is_cpu and given.numel() == count
+    if not is_plain or 0 <= masks.ignore_index < ids:
+        return None
+    labels = given.reshape(count, 1)
+    if _are_below(ids, labels):
+        return _Labels(labels, None)
+    # Without `valid`, only rows with a label count.
+    known = labels != masks.ignore_index
+    labels = labels.where(known, 0)
+    return _Labels(labels, known) if masks.valid is not None and _are_below(ids, labels) else None
+
+
+def _are_below(ids: int, labels: Tensor) -> bool:
+    lowest, highest = labels.aminmax()
+    return lowest.item() >= 0 and highest.item() < ids
 
 
 def _scale(student: Tensor, objective: Objective) -> float:
     """Return the factor of the reduction, from the sum over the rows to the loss."""
     if objective.reduction == "mean":
         return 1 / student.shape[0]
-    return 1.0 if objective.num_items is None else 1 / float(objective.num_items)
+    count = 1.0 if objective.num_items is None else float(objective.num_items)
+    return 1 / count if count > 0 else 1.0
 
 
 def _copies(student: Tensor, teacher: Tensor | None, shared: int) -> Tensor:
@@ -148,7 +194,7 @@ def _forward_kl(logits: Tensor, objective: Objective, scale: float) -> _Term:
     if total < _CLOSE * math.sqrt(logits.shape[1]):
         values = rows()
         total, rows = values.sum().item(), values.detach
-    return _Term(total * weight, rows, gradient)
+    return _Term(total, rows, weight, gradient)
 
 
 def _row_kl(log_q: Tensor, p: Tensor, log_ratio: Tensor) -> Tensor:
@@ -166,30 +212,29 @@ def _row_kl(log_q: Tensor, p: Tensor, log_ratio: Tensor) -> Tensor:
     return excess.sub_(log_ratio).mul_(p).sum(-1)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> _Term:
+def _cross_entropy(logits: Tensor, labels: _Labels, weight: float) -> _Term:
     """Return -log q(label) of all ids [N, V], and its gradient q - 1 at the label, q elsewhere."""
-    log_q, index = logits.log_softmax(-1), labels[:, None]
-    target = log_q.gather(1, index)
-    gradient = _exp(log_q).scatter_(1, index, target.expm1())
+    log_q = logits.log_softmax(-1)
+    target = log_q.gather(1, labels.ids)
+    gradient = _exp(log_q).scatter_(1, labels.ids, target.expm1())
+    if labels.known is not None:
+        target = target.where(labels.known, 0.0)
+        gradient = gradient.where(labels.known, 0.0)
     if weight != 1:
         gradient.mul_(_number(weight, logits.dtype))
-    return _Term(-target.sum().item() * weight, target.squeeze(1).neg, gradient)
+    return _Term(-target.sum().item(), target.squeeze(1).neg, weight, gradient)
 
 
-def _sum(kd: _Term | None, ce: _Term) -> _Term:
-    if kd is None:
-        return ce
-    ce.gradient[:, : kd.gradient.shape[1]].add_(kd.gradient)
-    return ce._replace(total=kd.total + ce.total)
-
-
-def _loss(student: Tensor, term: _Term) -> Tensor | None:
-    """Return the loss with its gradient; None if it is infinite or NaN."""
-    total, _, gradient = term
-    if not math.isfinite(total):
+def _loss(student: Tensor, terms: Sequence[_Term]) -> Tensor | None:
+    """Return the loss with its gradient; None if there is none, or if it is infinite or NaN."""
+    total = sum(term.sum * term.weight for term in terms)
+    if not terms or not math.isfinite(total):
         return None
+    gradient = terms[0].gradient
     if not needs_gradient(student):
         return gradient.new_full((), total)
+    for term in terms[1:]:
+        gradient[:, : term.gradient.shape[1]].add_(term.gradient)
     # Ids above S have no gradient from the divergence.
     excluded = student.shape[1] - gradient.shape[1]
     return _apply(student, F.pad(gradient, (0, excluded)) if excluded else gradient, total)
@@ -217,19 +262,52 @@ class _Loss(torch.autograd.Function):
 _apply: Callable[..., Tensor] = super(torch.autograd.Function, _Loss).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _statistics(
-    logits: Tensor,
-    rows: Rows | None,
-    kd: Callable[[], Tensor] | None,
-    ce: Callable[[], Tensor] | None,
-    value_scale: float,
-) -> Statistics:
-    """Return the statistics of the output from the copies of the logits and the terms."""
-    count = logits.shape[-2]
-    divergences = logits.new_zeros(0, count) if kd is None else (kd() * value_scale).unsqueeze(0)
-    if kd is None and rows is not None:
-        agrees = is_right(logits, rows)
-    else:
-        agrees = share_a_maximum(*logits.unbind(0))
-    hard = logits.new_zeros(count) if ce is None else ce()
-    return divergences, hard, agrees, logits.new_full((), count, dtype=torch.int64)
+_Values = tuple[float, Callable[[], Tensor]]
+
+
+def _values(term: _Term | None) -> _Values | None:
+    return None if term is None else (term.sum, term.rows)
+
+
+class _Statistics(NamedTuple):
+    """Forms the fields of an output from the copies of the logits and the terms.
+
+    labels: None if there is a divergence, whose rows agree where both models do.
+    kd, ce: sum and values [N] of the rows.
+    """
+
+    logits: Tensor
+    labels: _Labels | None
+    kd: _Values | None
+    ce: _Values | None
+    value_scale: float
+
+    def __call__(self, name: str) -> Tensor:
+        return getattr(self, name)()
+
+    def divergence_sums(self) -> Tensor:
+        sums = [] if self.kd is None else [self.kd[0] * self.value_scale]
+        return self.logits.new_tensor(sums)
+
+    def ce_sum(self) -> Tensor:
+        return self.logits.new_full((), 0.0 if self.ce is None else self.ce[0])
+
+    def n_valid(self) -> Tensor:
+        return self.logits.new_full((), self.logits.shape[-2], dtype=torch.int64)
+
+    def agreement(self) -> Tensor:
+        return self.row_agrees().sum()
+
+    def row_divergences(self) -> Tensor:
+        if self.kd is None:
+            return self.logits.new_zeros(0, self.logits.shape[-2])
+        return (self.kd[1]() * self.value_scale).unsqueeze(0)
+
+    def row_ce(self) -> Tensor:
+        return self.logits.new_zeros(self.logits.shape[-2]) if self.ce is None else self.ce[1]()
+
+    def row_agrees(self) -> Tensor:
+        if self.labels is None:
+            return share_a_maximum(*self.logits.unbind(0))
+        agrees, known = is_right(self.logits, self.labels.ids.squeeze(1)), self.labels.known
+        return agrees if known is None else agrees & known.squeeze(1)

@@ -25,6 +25,22 @@ COMMON = {
     "all valid": {"valid": torch.ones(6, dtype=torch.bool)},
     "labels that select": {"labels": LABELS},
     "no weight": {"kd_weight": 0.0},
+    "weights in tensors": {
+        "labels": LABELS, "kd_weight": torch.tensor(0.5), "ce_weight": torch.tensor(0.25),
+    },
+    "a divisor in a tensor": {"reduction": "num_items", "num_items": torch.tensor(5)},
+    "a divisor of 0": {"reduction": "num_items", "num_items": torch.tensor(0)},
+    "all valid, an unlabelled row": {
+        "valid": torch.ones(6, dtype=torch.bool),
+        "labels": LABELS.masked_fill(LABELS == 2, -100),
+        "ce_weight": 0.5,
+    },
+    "cross-entropy, an unlabelled row": {
+        "teacher": None,
+        "valid": torch.ones(6, dtype=torch.bool),
+        "labels": LABELS.masked_fill(LABELS == 2, -100),
+        "ce_weight": 0.5,
+    },
     "cross-entropy": {"teacher": None, "labels": LABELS, "ce_weight": 1.0},
     "mean cross-entropy": {
         "teacher": None, "labels": LABELS, "ce_weight": 0.5, "reduction": "mean",
@@ -36,8 +52,7 @@ GENERAL = {
     "an invalid row": {"valid": torch.tensor([True, False, True, True, True, True])},
     "an unlabelled row": {"labels": LABELS.masked_fill(LABELS == 2, -100), "ce_weight": 1.0},
     "token weights": {"token_weight": torch.arange(6.0)},
-    "a weight on a device": {"kd_weight": torch.tensor(0.5)},
-    "a divisor on a device": {"reduction": "num_items", "num_items": torch.tensor(5)},
+    "ignored labels that are ids": {"labels": LABELS, "ignore_index": 2, "ce_weight": 1.0},
 }
 
 
