@@ -34,21 +34,21 @@ MUTATIONS = (
         "tests/contract/test_unit_counts.py",
     ),
     Mutation(
-        "megakd/contract/unit_counts.py",
-        "world_size / count.clamp(min=1).float()",
-        "world_size / count.clamp(min=1).float() ** 0",
+        "megakd/losses/unit_scales.py",
+        "world_size / divisors",
+        "world_size / divisors**0",
         "tests/contract tests/losses",
     ),
     Mutation(
         "megakd/losses/class_targets.py",
-        "t_squared=self.term.t_squared",
+        "t_squared=shared.t_squared",
         "t_squared=False",
         "tests/losses",
     ),
     Mutation(
         "megakd/losses/class_targets.py",
-        "valid=reading.batch.valid.any(dim=1),\n            impl",
-        "valid=None,\n            impl",
+        "valid=batch.valid.any(dim=1) if soft else None",
+        "valid=None",
         "tests/losses",
     ),
     Mutation(

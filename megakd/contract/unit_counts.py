@@ -106,11 +106,3 @@ def count_units(
         unit: functools.reduce(operator.add, map(count, batches))
         for unit, count in counters.items()
     }
-
-
-def unit_weights(counts: Counts, world_size: int) -> dict[Unit, Tensor]:
-    """Return world size / global count for every unit, with a count of at least one.
-
-    The world size cancels DeepSpeed's averaging of gradients over the ranks.
-    """
-    return {unit: world_size / count.clamp(min=1).float() for unit, count in counts.items()}

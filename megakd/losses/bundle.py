@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,11 +25,12 @@ from megakd.contract.batch import (
 )
 from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
-from megakd.contract.unit_counts import UnitCounter, unit_weights
+from megakd.contract.unit_counts import UnitCounter
 from megakd.contract.views import Axes, View
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.losses.stage_losses import StageLosses
 from megakd.losses.targets import Evaluated
+from megakd.losses.unit_scales import unit_scales
 from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, predict, predictions_of, read_knowledge
@@ -240,31 +242,32 @@ class LossSums:
     """Sum of the losses of all passes of a micro-batch."""
 
     def __init__(self, bundle: StudentBundle, counts: Counts) -> None:
-        self._bundle, self._counts = bundle, counts
-        self._per_unit = unit_weights(counts, bundle.world_size)
-        self._total = torch.zeros((), device=next(iter(counts.values())).device)
+        self._bundle, self._scales = bundle, unit_scales(counts, bundle.world_size)
+        self._totals: list[Tensor] = []
         self._parts: dict[str, Tensor] = {}
 
     def per_unit(self, learner: str) -> Mapping[Unit, Tensor]:
         """Return the factor of each unit in a learner's losses, by the counts of its own rows."""
         units = self._bundle.objective.counters
-        return {unit: self._per_unit[self._bundle.unit_of(learner, unit)] for unit in units}
+        return {unit: self._scales.weights[self._bundle.unit_of(learner, unit)] for unit in units}
 
     def add(self, made: PassInputs, evaluated: Evaluated) -> None:
         """Add one pass; its terms are reported as a mean over the passes of its view."""
-        self._total = self._total + evaluated.total
+        self._totals.append(evaluated.total)
         bundle, view = self._bundle, made.planned.view
         learner = "" if made.learner == bundle.role else made.learner
         prefix = "".join(f"{name}/" for name in (learner, view) if name)
         means = dict[str, Tensor]()
         for name, value in evaluated.sums.items():
             unit = bundle.unit_of(made.learner, bundle.objective.units[name])
-            means[prefix + name] = made.share * value.float() / self._counts[unit].clamp(min=1)
+            share = value.float() if made.share == 1 else made.share * value.float()
+            means[prefix + name] = share / self._scales.divisors[unit]
         add_parts(self._parts, means)
 
     def losses(self) -> Losses:
-        minimised = {WEIGHTED_LOSS: self._total.detach() / self._bundle.world_size}
-        return Losses(self._total, self._parts | minimised)
+        total = functools.reduce(operator.add, self._totals)
+        minimised = {WEIGHTED_LOSS: total.detach() / self._bundle.world_size}
+        return Losses(total, self._parts | minimised)
 
 
 def _weighted(inputs: LossInputs, planned: Pass) -> LossInputs:

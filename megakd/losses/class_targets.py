@@ -2,22 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import megakd_kernels
 from megakd.contract.batch import IGNORE, Knowledge, LossInputs, Unit
-from megakd.contract.terms import HardCrossEntropy, HardMse, SoftTarget, SoftTargetMse
-from megakd.losses.targets import AGREEMENT, DIVERGENCE, Evaluated, TermGroup
+from megakd.contract.terms import (
+    HardCrossEntropy,
+    HardMse,
+    SoftTarget,
+    SoftTargetKl,
+    SoftTargetMse,
+)
+from megakd.losses.targets import (
+    AGREEMENT,
+    DIVERGENCE,
+    Evaluated,
+    TermGroup,
+    one_pass_groups,
+    option_of,
+    trusts,
+)
+
+_HARD = "hard_cross_entropy"
 
 
-class HardClasses(TermGroup):
-    """`hard_cross_entropy` of a classifier, summed over the rows that carry a label."""
+class ClassTargets(TermGroup):
+    """Soft targets of a classifier and its labels, which share a pass over the rows.
+
+    soft: divergences, summed over all rows, labelled or not.
+    hard: the cross-entropy, summed over the rows that carry a label, if the group has it.
+    """
+
+    def __init__(self, soft: tuple[SoftTarget, ...], hard: HardCrossEntropy | None) -> None:
+        super().__init__()
+        self.soft, self.hard, self.needs_teacher = soft, hard, bool(soft)
+        names = [*(term.loss for term in soft), AGREEMENT] if soft else []
+        self.units = dict.fromkeys(names, "examples")
+        if hard is not None:
+            self.units[_HARD] = _unit_of_labels(hard)
+
+    def forward(self, reading: LossInputs) -> Evaluated:
+        """Return nats (times T² for the soft terms with `t_squared`), summed over rows."""
+        soft = [term for term in self.soft if term.loss not in reading.left_out]
+        has_labels = self.hard is not None and _HARD not in reading.left_out
+        out = self._scored(reading, soft, has_labels=has_labels)
+        sums = {term.loss: out.divergence_sums[index] for index, term in enumerate(soft)}
+        if soft:
+            sums[AGREEMENT] = out.agreement
+        if has_labels:
+            sums[_HARD] = out.ce_sum
+        return Evaluated(out.loss, sums)
+
+    def _scored(
+        self, reading: LossInputs, soft: Sequence[SoftTarget], *, has_labels: bool
+    ) -> megakd_kernels.KDOutput:
+        shared = soft[0] if soft else SoftTargetKl(loss="soft_target_kl")
+        divergence = {DIVERGENCE[term.loss]: reading.weights[term.loss] for term in soft}
+        per_unit, batch = reading.per_unit, reading.batch
+        return megakd_kernels.kd_loss_from_logits(
+            _logits(reading.student),
+            _logits(reading.taught) if soft else None,
+            batch.labels if has_labels else None,
+            divergence=divergence or "forward_kl",
+            beta=option_of(soft, "beta", 0.5),
+            skew=option_of(soft, "skew", 0.1),
+            temperature=shared.temperature,
+            t_squared=shared.t_squared,
+            kd_weight=per_unit["examples"],
+            ce_weight=reading.weights[_HARD] * per_unit[self.units[_HARD]] if has_labels else 0.0,
+            token_weight=_trust_in_classes(reading) if trusts(shared) else None,
+            ignore_index=IGNORE,
+            valid=batch.valid.any(dim=1) if soft else None,
+            impl=reading.kernels,
+        )
+
+
+class WeightedClasses(TermGroup):
+    """`hard_cross_entropy` of a classifier with weights of the classes or smoothed labels."""
 
     def __init__(self, term: HardCrossEntropy) -> None:
         super().__init__()
-        self.unit: Unit = "examples" if term.count == "rows" else "targets"
+        self.unit = _unit_of_labels(term)
         self.units = {term.loss: self.unit}
         self.smoothing = term.label_smoothing
         if term.class_weights == "balanced":
@@ -29,34 +98,17 @@ class HardClasses(TermGroup):
         self._on_device: Tensor | None = None
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """Return the cross-entropy in nats, summed over labelled rows."""
-        if self.class_weights is None and not self.smoothing:
-            total = self._plain(reading)
-        else:
-            total = self._weighted(_logits(reading.student), reading.batch.labels)
-        scale = reading.weights["hard_cross_entropy"] * reading.per_unit[self.unit]
-        return Evaluated(total * scale, {"hard_cross_entropy": total.detach()})
+        """Return the sum over labelled rows, in nats.
 
-    def _plain(self, reading: LossInputs) -> Tensor:
-        out = megakd_kernels.kd_loss_from_logits(
-            _logits(reading.student),
-            None,
-            reading.batch.labels,
-            t_squared=True,
-            ce_weight=1.0,
-            ignore_index=IGNORE,
-            impl=reading.kernels,
-        )
-        return out.loss
-
-    def _weighted(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum over rows of (1 - s)·w[y]·-log p[y] + s/C·sum of w[c]·-log p[c]."""
+        A row has the value (1 - s)·w[y]·-log p[y] + s/C·sum of w[c]·-log p[c].
+        """
+        logits, labels = _logits(reading.student), reading.batch.labels
         if self.class_weights is not None and self._on_device is None:
             # [C] fp32, not a buffer: DeepSpeed would round a buffer to the model's dtype.
             self._on_device = torch.tensor(self.class_weights, device=logits.device)
         # Masked before the softmax: the gradient of the softmax at NaN is NaN, even times 0.
         known = (labels != IGNORE).unsqueeze(-1)
-        return functional.cross_entropy(
+        total = functional.cross_entropy(
             logits.float().where(known, 0.0),
             labels,
             weight=self._on_device,
@@ -64,38 +116,8 @@ class HardClasses(TermGroup):
             ignore_index=IGNORE,
             reduction="sum",
         )
-
-
-class SoftClasses(TermGroup):
-    """One soft-target divergence of a classifier, over all rows, labelled or not."""
-
-    needs_teacher = True
-
-    def __init__(self, term: SoftTarget) -> None:
-        super().__init__()
-        self.term = term
-        self.units = {term.loss: "examples", AGREEMENT: "examples"}
-
-    def forward(self, reading: LossInputs) -> Evaluated:
-        """Return the divergence in nats times T² (if `t_squared`), summed over rows."""
-        taught = _logits(reading.taught)
-        trusts = getattr(self.term, "row_weight", "equal") == "teacher_loss"
-        out = megakd_kernels.kd_loss_from_logits(
-            _logits(reading.student),
-            taught,
-            None,
-            divergence=DIVERGENCE[self.term.loss],
-            beta=getattr(self.term, "beta", 0.5),
-            skew=getattr(self.term, "skew", 0.1),
-            temperature=self.term.temperature,
-            t_squared=self.term.t_squared,
-            token_weight=_trust_in_classes(taught, reading.batch.labels) if trusts else None,
-            valid=reading.batch.valid.any(dim=1),
-            impl=reading.kernels,
-        )
-        scale = reading.weights[self.term.loss] * reading.per_unit["examples"]
-        sums = {self.term.loss: out.divergence_sums[0], AGREEMENT: out.agreement}
-        return Evaluated(out.loss * scale, sums)
+        scale = reading.weights[_HARD] * reading.per_unit[self.unit]
+        return Evaluated(total * scale, {_HARD: total.detach()})
 
 
 class RegressionScores(TermGroup):
@@ -105,7 +127,7 @@ class RegressionScores(TermGroup):
         super().__init__()
         self.name = term.loss
         self.needs_teacher = isinstance(term, SoftTargetMse)
-        self.trusts = getattr(term, "row_weight", "equal") == "teacher_loss"
+        self.trusts = trusts(term)
         self.units = {term.loss: "examples" if self.needs_teacher else "targets"}
 
     def forward(self, reading: LossInputs) -> Evaluated:
@@ -131,9 +153,31 @@ class RegressionScores(TermGroup):
         return labels, ~labels.isnan()
 
 
-def _trust_in_classes(taught: Tensor, labels: Tensor) -> Tensor:
+def class_groups(
+    soft: Sequence[SoftTarget], hard: HardCrossEntropy | None
+) -> list[ClassTargets | WeightedClasses]:
+    """Return as few groups as possible; the hard term joins the first that weighs rows alike."""
+    groups: list[ClassTargets | WeightedClasses] = []
+    if hard is not None and (hard.class_weights is not None or hard.label_smoothing):
+        groups.append(WeightedClasses(hard))
+        hard = None
+    for terms in one_pass_groups(soft):
+        if trusts(terms[0]):
+            groups.append(ClassTargets(tuple(terms), None))
+        else:
+            groups.append(ClassTargets(tuple(terms), hard))
+            hard = None
+    return groups if hard is None else [*groups, ClassTargets((), hard)]
+
+
+def _unit_of_labels(term: HardCrossEntropy) -> Unit:
+    return "examples" if term.count == "rows" else "targets"
+
+
+def _trust_in_classes(reading: LossInputs) -> Tensor:
     """Return [B] fp32: 1 / (1 + the teacher's cross-entropy), and 1 for rows without label."""
-    missed = functional.cross_entropy(taught.float(), labels, ignore_index=IGNORE, reduction="none")
+    logits, labels = _logits(reading.taught).float(), reading.batch.labels
+    missed = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     return 1 / (1 + missed)
 
 

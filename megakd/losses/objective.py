@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from megakd.contract.batch import Knowledge, LossInputs, Unit
@@ -31,7 +32,7 @@ from megakd.contract.terms import (
 from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.contract.views import Shape
 from megakd.errors import ConfigError, TeacherError
-from megakd.losses.class_targets import HardClasses, RegressionScores, SoftClasses
+from megakd.losses.class_targets import RegressionScores, class_groups
 from megakd.losses.layer_terms import (
     AttentionMatrices,
     FspMatrices,
@@ -108,7 +109,7 @@ def _zero(answer: Knowledge) -> Tensor:
 
 
 def _added(parts: Sequence[Evaluated]) -> Evaluated:
-    total = torch.stack([part.total.float() for part in parts]).sum()
+    total = functools.reduce(operator.add, [part.total.float() for part in parts])
     return Evaluated(total, {name: s for part in parts for name, s in part.sums.items()})
 
 
@@ -123,8 +124,7 @@ def build_objective(
     if task in LANGUAGE_TASKS:
         groups.extend(language_model_groups(soft, hard))
     else:
-        groups.extend(HardClasses(t) for t in hard)
-        groups.extend(SoftClasses(t) for t in soft)
+        groups.extend(class_groups(soft, next(iter(hard), None)))
     if plugins := [term for term in terms if isinstance(term, PluginTerm)]:
         from megakd.losses.plugin_losses import PluginLoss
 

@@ -166,8 +166,8 @@ class LanguageModelTargets(TermGroup):
             teacher_head,
             rows.labels,
             divergence=divergence or "forward_kl",
-            beta=_option(self.soft, "beta", 0.5),
-            skew=_option(self.soft, "skew", 0.1),
+            beta=option_of(self.soft, "beta", 0.5),
+            skew=option_of(self.soft, "skew", 0.1),
             temperature=shared.temperature,
             t_squared=shared.t_squared,
             ce_weight=self._hard_weight(reading),
@@ -305,7 +305,8 @@ def _warp(knowledge: Knowledge | None) -> LogitWarp:
     return LogitWarp() if knowledge is None or knowledge.head is None else knowledge.head.warp
 
 
-def _option(terms: Sequence[SoftTarget], name: str, default: float) -> float:
+def option_of(terms: Sequence[SoftTarget], name: str, default: float) -> float:
+    """Return an option that the terms of a group share, if one of them has it."""
     return next((getattr(term, name) for term in terms if hasattr(term, name)), default)
 
 
@@ -332,21 +333,31 @@ def language_model_groups(
 def _groups_of(
     soft: Sequence[SoftTarget], *, hard: bool, source: Source | None
 ) -> Iterable[LanguageModelTargets]:
-    together: list[list[SoftTarget]] = []
-    for term in soft:
-        fitting = next((group for group in together if _one_pass([*group, term])), None)
-        if fitting is None:
-            together.append([term])
-        else:
-            fitting.append(term)
-    first, *rest = together or [[]]
+    first, *rest = one_pass_groups(soft) or [[]]
     yield LanguageModelTargets(tuple(first), hard=hard, source=source)
     for terms in rest:
         yield LanguageModelTargets(tuple(terms), hard=False, source=source)
 
 
+def one_pass_groups(terms: Sequence[SoftTarget]) -> list[list[SoftTarget]]:
+    """Return the terms in groups whose divergences can be computed in one pass over the rows."""
+    groups: list[list[SoftTarget]] = []
+    for term in terms:
+        fitting = next((group for group in groups if _one_pass([*group, term])), None)
+        if fitting is None:
+            groups.append([term])
+        else:
+            fitting.append(term)
+    return groups
+
+
+def trusts(term: object) -> bool:
+    """Return whether a soft term of a classifier or regressor weighs rows by the teacher's loss."""
+    return getattr(term, "row_weight", "equal") == "teacher_loss"
+
+
 def _one_pass(terms: Sequence[SoftTarget]) -> bool:
-    return all(
+    return len(set(map(trusts, terms))) == 1 and all(
         len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1
         for name in ("temperature", "t_squared", "beta", "skew")
     )

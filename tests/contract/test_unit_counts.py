@@ -25,14 +25,14 @@ from megakd.contract.unit_counts import (
     of_source,
     on_source,
     source_counters,
-    unit_weights,
     without_source,
 )
 from megakd.contract.views import Shape
 from megakd.losses.bundle import StudentBundle
-from megakd.losses.class_targets import HardClasses
+from megakd.losses.class_targets import ClassTargets
 from megakd.losses.objective import Objective, build_objective
 from megakd.losses.targets import Evaluated, TermGroup
+from megakd.losses.unit_scales import unit_scales
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 
@@ -65,7 +65,7 @@ def test_units_of_a_language_model_count_positions_and_add_up_over_micro_batches
 
 
 def test_a_unit_weighs_the_world_size_over_its_global_count_which_is_at_least_one():
-    weights = unit_weights(counts_of(4, 0, 32), 2)
+    weights = unit_scales(counts_of(4, 0, 32), 2).weights
 
     expected = {"examples": 0.5, "targets": 2.0, "tokens": 0.0625}
     assert {unit: weight.item() for unit, weight in weights.items()} == expected
@@ -103,7 +103,7 @@ def step(cuts: list[slice], monkeypatch: pytest.MonkeyPatch) -> tuple[float, flo
         return Knowledge(logits=(batch.inputs["numbers"] * model.weight)[:, None].repeat(1, 3))
 
     monkeypatch.setattr("megakd.losses.bundle.read_knowledge", read)
-    objective = Objective([HardClasses(CE), Words()], {CE.loss: 0.5, "word_length": 1.0})
+    objective = Objective([ClassTargets((), CE), Words()], {CE.loss: 0.5, "word_length": 1.0})
     bundle = StudentBundle({"student": Reader()}, objective, world_size=1)
     labels, valid = torch.tensor([0, 1, IGNORE, 2]), torch.ones(4, 1, dtype=torch.bool)
     batches = [

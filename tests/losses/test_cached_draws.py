@@ -10,8 +10,8 @@ from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of,
 
 from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs
 from megakd.contract.terms import SoftTargetKl
-from megakd.contract.unit_counts import unit_weights
 from megakd.losses.targets import AGREEMENT
+from megakd.losses.unit_scales import unit_scales
 
 KL = SoftTargetKl(loss="soft_target_kl")
 DRAWN = 4
@@ -65,7 +65,7 @@ def test_readings_of_several_views_learn_from_the_same_draws():
 
     def reading(factor: float, scale: float) -> LossInputs:
         student: Any = Knowledge(hidden=texts.hidden * factor, head=head_of(texts.head))
-        counts = unit_weights(texts.counts(objective), 1)
+        counts = unit_scales(texts.counts(objective), 1).weights
         return LossInputs(student, taught, texts.batch(), objective.weights, counts, scale=scale)
 
     readings = [reading(1.0, 0.5), reading(0.3, 0.25)]

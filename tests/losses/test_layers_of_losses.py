@@ -13,16 +13,16 @@ from unit_counts import counts_of
 
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs
 from megakd.contract.terms import AttentionMse, HiddenMse, RelationKl
-from megakd.contract.unit_counts import unit_weights
 from megakd.losses.layer_terms import (
     AttentionMatrices,
     HiddenStates,
     Relations,
     visible_keys,
 )
+from megakd.losses.unit_scales import unit_scales
 
 LN3 = math.log(3)
-ONE_EACH = unit_weights(counts_of(1, 1, 1), 1)
+ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).weights
 SCORES = AttentionMse(loss="attention_mse")
 KEYS = torch.tensor([[[LN3], [0.0]]])  # [1, 2, 1]: one head of width 1, two tokens
 NOTHING = torch.zeros(1, 2, 1)

@@ -25,10 +25,11 @@ from megakd.contract.terms import (
     SoftTargetTvd,
     TermConfig,
 )
-from megakd.contract.unit_counts import count_units, unit_weights
+from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
 from megakd.losses.layer_terms import HiddenStates
 from megakd.losses.objective import Objective, build_objective
+from megakd.losses.unit_scales import unit_scales
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl")
@@ -38,7 +39,7 @@ SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl")
 SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl")
 TVD = SoftTargetTvd(loss="soft_target_tvd")
 LAST = HiddenMse(loss="hidden_mse", layer_mapping="last")
-ONE_EACH = unit_weights(counts_of(1, 1, 1), 1)
+ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).weights
 
 
 class Matrix:
@@ -92,7 +93,7 @@ def test_the_loss_on_labels_is_divided_by_the_labelled_rows_or_by_all_rows(count
     batch = Batch({}, labels, torch.ones(4, 1, dtype=torch.bool))
     logits = torch.tensor([[1 / 4, 3 / 4], [1 / 8, 7 / 8]]).log().repeat_interleave(2, 0)
     student = Knowledge(logits=logits.requires_grad_())
-    units = unit_weights(count_units([batch]), 1)
+    units = unit_scales(count_units([batch]), 1).weights
 
     (actual,) = objective([LossInputs(student, None, batch, objective.weights, units)])
     actual.total.backward()
@@ -102,6 +103,53 @@ def test_the_loss_on_labels_is_divided_by_the_labelled_rows_or_by_all_rows(count
     torch.testing.assert_close(logits.grad, expected)
     # The logged value has the same divisor.
     assert units[objective.units[CE.loss]].item() == 1 / divisor
+
+
+TRUSTED = replace(KL, row_weight="teacher_loss")
+SMOOTHED = replace(CE, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("terms", "calls"),
+    [
+        ((CE, KL), 1),
+        ((replace(CE, count="rows"), KL, REVERSE, TVD), 1),
+        ((CE, KL, replace(REVERSE, temperature=2.0)), 2),
+        ((CE, TRUSTED, REVERSE), 2),
+        ((CE, TRUSTED), 2),
+        ((SMOOTHED, KL, JSD), 1),
+    ],
+)
+def test_terms_of_a_classifier_share_calls_and_add_up_to_each_alone(monkeypatch, terms, calls):
+    seen: list[Any] = []
+    real = megakd_kernels.kd_loss_from_logits
+    monkeypatch.setattr(
+        megakd_kernels, "kd_loss_from_logits", lambda *a, **o: seen.append(1) or real(*a, **o)
+    )
+    terms = tuple(replace(term, weight=0.5 + n) for n, term in enumerate(terms))
+    generator = torch.Generator().manual_seed(0)
+    logits, taught = (torch.randn(6, 4, generator=generator) for _ in range(2))
+    valid = torch.tensor([True, True, True, True, True, False])
+    batch = Batch({}, torch.tensor([0, IGNORE, 3, 2, IGNORE, IGNORE]), valid[:, None])
+
+    def solved(*terms: TermConfig) -> tuple[dict[str, float], torch.Tensor]:
+        leaf = logits.clone().requires_grad_()
+        objective = build_objective(terms, "classification", Shape(2, 4, 4), Shape(2, 4, 4))
+        units = unit_scales(count_units([batch]), 1).weights
+        answers = Knowledge(logits=leaf), Knowledge(logits=taught)
+        (result,) = objective([LossInputs(*answers, batch, objective.weights, units)])
+        result.total.backward()
+        sums = {name: value.item() for name, value in result.sums.items()}
+        return {"total": result.total.item(), **sums}, leaf.grad
+
+    values, gradient = solved(*terms)
+    together, alone = len(seen), [solved(term) for term in terms]
+
+    assert together == calls
+    assert values.pop("total") == pytest.approx(sum(one.pop("total") for one, _ in alone))
+    torch.testing.assert_close(gradient, sum(slope for _, slope in alone))
+    expected = {name: value for one, _ in alone for name, value in one.items()}
+    assert values == pytest.approx(expected, rel=1e-5)
 
 
 def test_widths_that_differ_get_a_projection_per_pair_and_equal_widths_none():
@@ -136,7 +184,7 @@ def reading(objective: Objective, **weights: float) -> LossInputs:
     torch.manual_seed(0)
     batch = Batch({}, torch.tensor([[1, 4, IGNORE]]), torch.ones(1, 3, dtype=torch.bool))
     student, teacher = (answer_of(torch.randn(1, 3, 3), torch.randn(5, 3)) for _ in range(2))
-    units = unit_weights(counts_of(1, 2, 3), 1)
+    units = unit_scales(counts_of(1, 2, 3), 1).weights
     return LossInputs(student, teacher, batch, objective.weights | weights, units)
 
 

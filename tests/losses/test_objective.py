@@ -27,7 +27,7 @@ from megakd.contract.terms import (
     SoftTargetSkewReverseKl,
     SoftTargetTvd,
 )
-from megakd.contract.unit_counts import count_units, unit_weights
+from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.objective import (
@@ -36,6 +36,7 @@ from megakd.losses.objective import (
     relation_heads,
     teacher_needs,
 )
+from megakd.losses.unit_scales import unit_scales
 from megakd.models.knowledge import Needs
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
@@ -263,7 +264,7 @@ def read(objective: Any, batch: Batch, student: torch.Tensor, teacher: torch.Ten
         Knowledge(logits=teacher),
         batch,
         objective.weights,
-        unit_weights(count_units([batch]), 1),
+        unit_scales(count_units([batch]), 1).weights,
     )
     return objective([reading])[0]
 

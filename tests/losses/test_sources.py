@@ -26,7 +26,7 @@ from megakd.contract.terms import (
     SoftTargetTvd,
     term_name,
 )
-from megakd.contract.unit_counts import unit_weights
+from megakd.losses.unit_scales import unit_scales
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl", temperature=2.0)
@@ -213,7 +213,7 @@ def test_cached_answers_are_limited_to_those_of_the_source(source):
 def test_readings_of_several_views_together_equal_each_by_itself():
     texts, objective = Texts(), objective_of(PAIR)
     taught = Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head))
-    per_unit = unit_weights(texts.counts(objective), 1)
+    per_unit = unit_scales(texts.counts(objective), 1).weights
     readings = [
         LossInputs(
             student=Knowledge(hidden=texts.hidden * factor, head=head_of(texts.head)),
@@ -275,7 +275,7 @@ def test_a_pass_may_leave_out_a_term_of_one_source():
         teacher=Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head)),
         batch=texts.batch(),
         weights=objective.weights | off,
-        per_unit=unit_weights(texts.counts(objective), 1),
+        per_unit=unit_scales(texts.counts(objective), 1).weights,
         left_out=frozenset(off),
     )
 

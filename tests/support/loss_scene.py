@@ -17,9 +17,10 @@ from megakd.contract.batch import (
     LossInputs,
 )
 from megakd.contract.terms import HardCrossEntropy, HardMse
-from megakd.contract.unit_counts import count_units, unit_weights
+from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
 from megakd.losses.objective import build_objective
+from megakd.losses.unit_scales import unit_scales
 
 HARD = (HardCrossEntropy, HardMse)
 LENGTHS = (5, 3, 4, 0)  # the last row only keeps the ranks in step
@@ -137,7 +138,7 @@ class Scene:
             teacher=knowledge(self.teacher, rows),
             batch=batch,
             weights=self.objective.weights,
-            per_unit=unit_weights(count_units([batch]) if counts is None else counts, 1),
+            per_unit=unit_scales(count_units([batch]) if counts is None else counts, 1).weights,
             kernels=kernels,
         )
         ((total, sums),) = self.objective([reading])

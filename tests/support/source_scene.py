@@ -19,9 +19,10 @@ from megakd.contract.batch import (
     Targets,
     TopK,
 )
-from megakd.contract.unit_counts import count_units, unit_weights
+from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
 from megakd.losses.objective import Objective, build_objective
+from megakd.losses.unit_scales import unit_scales
 
 ROWS, LENGTH, WIDTHS, VOCABULARY = 4, 6, (8, 12), 11
 
@@ -99,7 +100,7 @@ def result(
         teacher=(taught or answered) if objective.needs_teacher else None,
         batch=batch,
         weights=objective.weights,
-        per_unit=unit_weights(counts, 1),
+        per_unit=unit_scales(counts, 1).weights,
     )
     ((total, sums),) = objective([reading])
     total.backward()
