@@ -26,7 +26,7 @@ class StepVotes:
 
     def __init__(self, questions: Mapping[str, Callable[[], bool]]) -> None:
         self._questions = questions
-        self._flags: Tensor | None = None
+        self._flags: tuple[Tensor, ...] | None = None
         self._votes: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -34,14 +34,14 @@ class StepVotes:
         """Return the counts summed over the ranks, and sum the answers of the ranks with them."""
         device = next(iter(counts.values())).device
         if self._flags is None:  # made once: a step must not copy from the host
-            self._flags = torch.tensor([0, 1], device=device)
+            self._flags = torch.tensor([0, 1], device=device).unbind()
         answers = [self._flags[int(ask())] for ask in self._questions.values()]
         sums = all_reduce_(torch.stack([*counts.values(), *answers]))
         self._votes = sums[len(counts) :].to("cpu", non_blocking=True)
         if sums.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
-        return dict(zip(counts, sums[: len(counts)].unbind(), strict=True))
+        return dict(zip(counts, sums.unbind(), strict=False))
 
     def any(self, name: str) -> bool:
         """Return whether any rank said yes in the last step; False before the first step."""

@@ -5,6 +5,7 @@ The error message can then name the teacher instead of the learning rate as the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -16,24 +17,28 @@ from megakd.engine.collectives import all_reduce_
 
 
 class WatchedTeacher:
-    """A teacher with a flag on the device that is set when an answer is NaN or infinite."""
+    """A teacher with a sum on the device that is not finite after an answer that was not."""
 
     def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
-        self.failed: Tensor | None = None
+        self._sum: Tensor | float = 0.0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an answer was NaN or infinite; reading it waits for the device."""
+        return not math.isfinite(self._sum)
 
     def __call__(self, batch: Batch) -> Knowledge:
-        """Return the teacher's answer and update the flag, without a device sync."""
+        """Return the teacher's answer and update the sum, without a device sync."""
         return self._watched(batch, self._teacher(batch))
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
-        """Yield the teacher's answers to every micro-batch, and update the flag."""
+        """Yield the teacher's answers to every micro-batch, and update the sum."""
         for batch, read in zip(batches, self._teacher.answers(batches), strict=True):
             yield self._watched(batch, read)
 
     def _watched(self, batch: Batch, read: Knowledge) -> Knowledge:
-        bad = ~_finite(read, batch)
-        self.failed = bad if self.failed is None else self.failed | bad
+        self._sum = self._sum + _sum_of(read, batch)
         return read
 
     def prefetch(self) -> None:
@@ -47,13 +52,13 @@ def failed_teachers(teachers: Mapping[str, object], device: torch.device) -> lis
     """Return the watched teachers with an answer that was not finite on any rank; a collective."""
     if not teachers:
         return []
-    notes = [getattr(teacher, "failed", None) for teacher in teachers.values()]
-    flags = [torch.zeros((), device=device) if n is None else n.float() for n in notes]
-    seen = all_reduce_(torch.stack(flags), largest=True).tolist()
+    flags = [float(getattr(teacher, "has_failed", False)) for teacher in teachers.values()]
+    seen = all_reduce_(torch.tensor(flags, device=device), largest=True).tolist()
     return [name for name, flag in zip(teachers, seen, strict=True) if flag]
 
 
-def _finite(read: Knowledge, batch: Batch) -> Tensor:
+def _sum_of(read: Knowledge, batch: Batch) -> Tensor | float:
+    """Return the sum over the rows that count, in fp32, in which fp16 does not overflow."""
     valid = batch.valid
     if read.logits is not None:
         values, counts = read.logits, valid.any(dim=1)  # [B, C]
@@ -63,5 +68,5 @@ def _finite(read: Knowledge, batch: Batch) -> Tensor:
     elif read.hidden is not None:
         values, counts = read.hidden, valid  # [B, T, D]
     else:
-        return torch.ones((), dtype=torch.bool, device=valid.device)
-    return (torch.isfinite(values).all(dim=-1) | ~counts).all()
+        return 0.0
+    return values.sum(dim=-1, dtype=torch.float32).where(counts, 0.0).sum()

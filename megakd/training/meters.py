@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megakd.contract.batch import add_parts, copied_to
+from megakd.contract.batch import Unit
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
 from megakd.engine.collectives import all_reduce_, gather
@@ -30,14 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _NEVER = 2**62
 _REPORTS = 100
-"""Reports that are kept before they are added up."""
+"""Reports that are kept before they are read."""
 
 
 class TrainMeter:
-    """Meter that gathers reports on the device and reads them at logging steps only.
+    """Meter that keeps the reports of steps and reads them at logging steps only.
 
-    The reports of many steps are added up at once: the same additions in every step, between all
-    that a step does, would take several times as long.
+    At most `_REPORTS` of them are kept: then they are read, which waits for the device.
     """
 
     def __init__(self, objective: Objective, trainer: Trainer, stage: Stage, ranks: Ranks) -> None:
@@ -47,13 +47,11 @@ class TrainMeter:
         # Under fp16 a gradient may overflow: DeepSpeed skips that step and lowers its scale.
         self._scales_loss = bool(stage.train.fp16)
         self._reports: list[StepReport] = []
-        self._parts: dict[str, Tensor] = {}
-        self._counts: dict[str, int | Tensor] = {}
-        self._steps = 0
-        self._tokens: int | Tensor = 0
-        self._without_targets: int | Tensor = 0
-        self._norm: Tensor | None = None
-        self._first_bad = torch.full((), _NEVER, device=ranks.device)
+        self._parts: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._steps = self._tokens = self._without_targets = 0
+        self._norm: float | None = None
+        self._first_bad = _NEVER
         self._since = time.perf_counter()
         self._paused_s = self._teacher_s = self._waited_s = 0.0
         self._warned = False
@@ -67,38 +65,43 @@ class TrainMeter:
         self.load.begin()
 
     def add(self, report: StepReport) -> None:
-        """Add one step's report without reading from the device."""
+        """Add one step's report."""
         self._reports.append(report)
         if len(self._reports) == _REPORTS:
             self._add_up()
 
     def _add_up(self) -> None:
-        for report in self._reports:
-            add_parts(self._parts, report.parts)
-            for name in report.parts:
-                self._counts[name] = self._counts.get(name, 0) + self._has_value(name, report)
-            self._steps += 1
-            self._norm = report.gradient_norm
-            self._first_bad = self._first_bad.minimum(self._bad_step(report))
-            empty = (report.counts["targets"] == 0).long()
-            self._tokens = self._tokens + report.counts["tokens"]
-            self._without_targets = self._without_targets + empty
-        self._reports.clear()
+        reports, self._reports = self._reports, []
+        parts = iter(_read([part for report in reports for part in report.parts.values()]))
+        counts = iter(_read([count for report in reports for count in report.counts.values()]))
+        norms = iter(_read([r.gradient_norm for r in reports if r.gradient_norm is not None]))
+        for report in reports:
+            self._add(
+                report.step,
+                {name: next(parts) for name in report.parts},
+                {unit: int(next(counts)) for unit in report.counts},
+                None if report.gradient_norm is None else next(norms),
+            )
 
-    def _bad_step(self, report: StepReport) -> Tensor:
-        """Return the step if its loss or its gradient is not finite, else `_NEVER`."""
-        norm, bad = report.gradient_norm, ~torch.isfinite(report.parts[WEIGHTED_LOSS])
-        if norm is not None and not self._scales_loss:
-            # DeepSpeed skips a step whose gradient is not finite; its norm is -1 or infinite then.
-            bad = bad | copied_to(~torch.isfinite(norm) | (norm < 0), bad.device)
-        return torch.where(bad, report.step, _NEVER)
+    def _add(
+        self, step: int, parts: Mapping[str, float], counts: Mapping[Unit, int], norm: float | None
+    ) -> None:
+        for name, value in parts.items():
+            self._parts[name] = self._parts.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + self._has_value(name, counts)
+        self._steps += 1
+        self._norm = norm
+        self._tokens += counts["tokens"]
+        self._without_targets += counts["targets"] == 0
+        # DeepSpeed skips a step whose gradient is not finite; its norm is -1 or infinite then.
+        is_skipped = norm is not None and not 0 <= norm < math.inf
+        if not math.isfinite(parts[WEIGHTED_LOSS]) or (is_skipped and not self._scales_loss):
+            self._first_bad = min(self._first_bad, step)
 
-    def _has_value(self, name: str, report: StepReport) -> int | Tensor:
+    def _has_value(self, name: str, counts: Mapping[Unit, int]) -> bool:
         # A step without texts of a source has no value for the term of this source.
         unit = self._objective.units.get(name.rpartition("/")[2])
-        if unit is None or unit not in SOURCE_UNITS.values():
-            return 1
-        return (report.counts[unit] > 0).long()
+        return unit is None or unit not in SOURCE_UNITS.values() or counts[unit] > 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -110,14 +113,14 @@ class TrainMeter:
     def scalars(self, *, waited_s: float) -> dict[str, float]:
         """Return means since the last call, over ranks and the steps with a value; a collective."""
         self._add_up()
-        tokens = int(self._tokens)  # waits for the device, before the time is read
+        tokens = self._tokens
         seconds = max(1e-9, time.perf_counter() - self._since - self._paused_s)
-        values = [self._parts[name].float().reshape(1) for name in self._parts]
-        sums = all_reduce_(torch.cat([*values, self.load.mine(seconds)])).tolist()
+        values = torch.tensor([*self._parts.values()], device=self._ranks.device)
+        sums = all_reduce_(torch.cat([values, self.load.mine(seconds)])).tolist()
         means = {
-            name: value / int(self._counts[name])
+            name: value / self._counts[name]
             for name, value in zip(self._parts, sums, strict=False)
-            if int(self._counts[name])
+            if self._counts[name]
         }
         self._total_tokens += tokens
         self._total_seconds += seconds
@@ -135,7 +138,7 @@ class TrainMeter:
             **self.load.scalars(sums[len(values) :], tokens_per_s=tokens / seconds),
         }
         if self._norm is not None:
-            scalars["train/gradient_norm"] = float(self._norm)
+            scalars["train/gradient_norm"] = self._norm
         if self._scales_loss:
             scalars |= self._trainer.student.scaling()
         self._teacher_s, self._waited_s = teacher_s, waited_s
@@ -151,7 +154,7 @@ class TrainMeter:
         wants_targets = "targets" in self._objective.units.values()
         if self._warned or not wants_targets:
             return
-        empty = int(self._without_targets)
+        empty = self._without_targets
         if empty and self._ranks.is_main:
             logger.warning(
                 "%s: %d of the last %d steps had no label at all (all masked) and contribute zero "
@@ -169,7 +172,8 @@ class TrainMeter:
             newest: returns the last good checkpoint; a collective.
         """
         self._add_up()
-        step = -int(all_reduce_(-self._first_bad, largest=True))
+        bad = torch.tensor(-self._first_bad, device=self._ranks.device)
+        step = -int(all_reduce_(bad, largest=True))
         if step != _NEVER:
             good = newest()
             raise TrainingError(
@@ -210,13 +214,12 @@ class TrainMeter:
     def window_state(self) -> list[dict[str, Any]]:
         """Return all ranks' values since the last logging step, before a save; a collective."""
         self._add_up()
-        parts = {name: value.cpu() for name, value in self._parts.items()}
         mine = {
-            "parts": parts,
-            "counts": {name: int(count) for name, count in self._counts.items()},
+            "parts": self._parts,
+            "counts": self._counts,
             "steps": self._steps,
-            "tokens": int(self._tokens),
-            "without_targets": int(self._without_targets),
+            "tokens": self._tokens,
+            "without_targets": self._without_targets,
             "operations": self.load.state(),
             "seconds": time.perf_counter() - self._since - self._paused_s,
         }
@@ -227,18 +230,18 @@ class TrainMeter:
 
         Only the parts and the seconds differ between ranks, and only the sum of the parts counts.
         """
-        rank, device = self._ranks.rank, self._ranks.device
+        rank = self._ranks.rank
         is_same = len(states) == self._ranks.world_size
         mine = [states[rank]] if is_same else states if rank == 0 else []
         state = states[0]
         self._parts = {
-            name: sum(
-                (each["parts"][name].to(device) for each in mine),
-                torch.zeros_like(value, device=device),
-            )
-            for name, value in state["parts"].items()
+            name: sum(float(each["parts"][name]) for each in mine) for name in state["parts"]
         }
         self.load.load_state([each.get("operations", (0.0, 0.0, 0.0)) for each in states])
         self._counts = dict(state["counts"])
         self._steps, self._window_before = state["steps"], state["seconds"]
-        self._tokens, self._without_targets = state["tokens"] or 0, state["without_targets"] or 0
+        self._tokens, self._without_targets = state["tokens"], state["without_targets"]
+
+
+def _read(scalars: list[Tensor]) -> list[float]:
+    return torch.stack(scalars).tolist() if scalars else []

@@ -71,7 +71,7 @@ def failed(read: Knowledge, targets: torch.Tensor | None = None) -> bool:
     batch = Batch({}, torch.zeros(3, dtype=torch.long), VALID, targets)
 
     assert teacher(batch) is read
-    return bool(teacher.failed)
+    return teacher.has_failed
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -101,4 +101,4 @@ def test_one_bad_answer_is_not_forgotten():
     teacher(batch)
     teacher(batch)
 
-    assert bool(teacher.failed)
+    assert teacher.has_failed
