@@ -43,8 +43,6 @@ def kd_loss(
     student = warped(_taken(student, kept).to(dtype), warps[0])
     values = student.new_zeros(0, len(student))
     if teacher is None:
-        if counted.labels is None:
-            raise ValueError("cross-entropy needs labels")
         agrees = is_right(student, counted.labels) & counted.labelled
     else:
         teacher = warped(_taken(teacher, kept).detach().to(dtype), warps[1])
@@ -172,8 +170,14 @@ def _without_gradient_at_weight_0(student: Tensor, objective: Objective) -> Tens
     return torch.where(weight != 0, student, student.detach())
 
 
-def is_right(student: Tensor, labels: Tensor) -> Tensor:
-    """Return [N] bool: whether the label is a most likely id."""
+def is_right(student: Tensor, labels: Tensor | None) -> Tensor:
+    """Return [N] bool: whether the label is a most likely id.
+
+    Raises:
+        ValueError: there are no labels.
+    """
+    if labels is None:
+        raise ValueError("rows without a teacher need labels")
     return (student.gather(1, labels[:, None]) == student.amax(-1, keepdim=True)).squeeze(1)
 
 

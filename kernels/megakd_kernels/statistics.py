@@ -171,7 +171,7 @@ def _reference(student: Side, teacher: Side | None, task: _Task) -> _Values:
     if rows.labels is not None:
         ce = F.cross_entropy(logits, rows.labels, reduction="none")
     if teacher is None:
-        return _Values(zeros, zeros, ce, _label_is_top(logits, rows.labels))
+        return _Values(zeros, zeros, ce, reference.is_right(logits, rows.labels))
     logits = logits[:, : task.shared]
     soft = _full_logits(teacher, rows.valid, task.warps[1], dtype)[:, : task.shared]
     log_q = F.log_softmax(logits / task.temperature, -1)
@@ -185,12 +185,6 @@ def _reference(student: Side, teacher: Side | None, task: _Task) -> _Values:
 def _full_logits(side: Side, valid: Tensor, bend: Warp, dtype: torch.dtype) -> Tensor:
     hidden = torch.where(valid[:, None], side.hidden, 0)
     return reference.warped(reference.project(hidden, side.weight, side.bias, dtype), bend)
-
-
-def _label_is_top(logits: Tensor, labels: Tensor | None) -> Tensor:
-    if labels is None:
-        raise ValueError("rows without a teacher need labels")
-    return logits.gather(1, labels[:, None]).squeeze(1) == logits.amax(-1)
 
 
 def _check_options(temperature: float, chunk_mb: float | None) -> None:
