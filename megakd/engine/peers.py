@@ -95,7 +95,7 @@ class _Watch:
         for rank, heard in self._heard.items():
             silent_s = now - heard
             if silent_s > self._silence_s:
-                self._lose(f"{self._names[rank]} has not answered for {silent_s:.0f} s")
+                self._lose(f"{self._names[rank]} has not answered for {int(silent_s)} s")
         if self.lost.is_set() and not self._ended.wait(GRACE_S):
             _end(self.what)
         return bool(self._heard) and not self._ended.is_set()

@@ -43,7 +43,7 @@ def lose(launch, request):
         ("work", "has ended"),
         ("waiting", "has ended with ValueError; see the output"),
         ("forked", "has ended"),
-        ("stopped", r"has not answered for \d s"),
+        ("stopped", "has not answered for 2 s"),
     ],
 )
 def test_a_rank_that_is_lost_ends_all_others_with_a_line_that_names_it(lose, case, how):

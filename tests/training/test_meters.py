@@ -20,6 +20,7 @@ from megakd.engine.activity import Stopwatch
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
+from megakd.teachers.watched import WatchedTeacher
 from megakd.training.meters import TrainMeter
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
@@ -116,7 +117,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, norm, is_fp16
 def test_a_teacher_whose_answers_are_not_finite_is_blamed_in_place_of_the_learning_rate():
     watched = Watched()
     watched.trainer.teachers = {
-        name: SimpleNamespace(has_failed=name == "mad") for name in ("calm", "mad")
+        "calm": SimpleNamespace(has_failed=False),
+        "mad": SimpleNamespace(has_failed=True),
+        "unasked": WatchedTeacher(SimpleNamespace()),
     }
     watched.step(loss=math.nan)
 
