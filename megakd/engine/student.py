@@ -141,7 +141,9 @@ class StudentEngine:
             norm = torch.nn.utils.get_total_norm(gradients)
         engine.step()
         norm = engine.get_global_grad_norm() if norm is None else norm
-        self._norm = None if norm is None else torch.as_tensor(norm) / scale
+        if norm is not None:  # of a step that overflowed, it is a number
+            norm = torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
+        self._norm = None if norm is None else norm / scale
         self._gradients.forget()
 
     def gradient_norm(self) -> Tensor | None:
