@@ -314,7 +314,7 @@ class LossInputs:
 
     kernels: the code path of megakd_kernels, named like `train.kernels`.
     scale: the scale of the pass that is computed.
-    left_out: terms that the pass skips.
+    left_out: terms that the pass skips; within the objective, those that all passes skip.
     """
 
     student: Knowledge

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 from torch import Tensor, nn
@@ -74,9 +75,11 @@ class Objective(nn.Module):
         The readings are of one batch, by views of one width. A group may put the total of several
         readings into one of them, so only the sum of all totals has a meaning.
         """
-        wanted = self._wanted(readings)
+        left_out = frozenset.intersection(*(reading.left_out for reading in readings))
+        wanted = self._wanted(left_out)
         if not wanted:
             return [Evaluated(_zero(reading.student), {}) for reading in readings]
+        readings = [replace(reading, left_out=left_out) for reading in readings]
         of_groups = [group.of_all(readings) for group in wanted]
         return [_added(parts) for parts in zip(*of_groups, strict=True)]
 
@@ -90,9 +93,8 @@ class Objective(nn.Module):
         learned = (module for module in self.modules() if isinstance(module, Projections))
         return [cast("nn.Linear", linear) for module in learned for linear in module]
 
-    def _wanted(self, readings: Sequence[LossInputs]) -> list[TermGroup]:
+    def _wanted(self, left_out: frozenset[str]) -> list[TermGroup]:
         groups = cast("list[TermGroup]", list(self.groups))
-        left_out = frozenset.intersection(*(reading.left_out for reading in readings))
         return [g for g in groups if not left_out.issuperset(g.units.keys() - AGREEMENTS)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -40,9 +41,10 @@ class Classifier(nn.Module):
         return SimpleNamespace(logits=self.linear(numbers))
 
 
-def bundle(world_size: int = 1) -> StudentBundle:
+def bundle(world_size: int = 1, smoothing: float = 0.0) -> StudentBundle:
     torch.manual_seed(0)
-    objective = build_objective((CE, KL), "classification", SHAPE, SHAPE)
+    labels = replace(CE, label_smoothing=smoothing)
+    objective = build_objective((labels, KL), "classification", SHAPE, SHAPE)
     return StudentBundle({"student": Classifier()}, objective, world_size=world_size)
 
 
@@ -140,6 +142,23 @@ def test_what_a_pass_gives_no_weight_is_neither_computed_nor_reported(monkeypatc
 
     assert taught == [None]
     assert result.parts.keys() == {"hard_cross_entropy", "loss"}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])  # a group for both terms, and one for each
+def test_a_term_that_only_one_pass_leaves_out_is_the_mean_over_all_passes(smoothing):
+    student = bundle(smoothing=smoothing)
+    of_a, of_b = (losses(student, Pass(teacher=teacher)).parts for teacher in "ab")
+
+    result = losses(
+        student,
+        Pass(teacher="a", weights={"hard_cross_entropy": 0.0}),
+        Pass(teacher="b", weights={"soft_target_kl": 0.0}),
+    )
+
+    for name in ("hard_cross_entropy", "soft_target_kl"):
+        assert result.parts[name].item() == pytest.approx((of_a[name] + of_b[name]).item() / 2)
+    wanted = 0.75 * of_a["soft_target_kl"] + 0.25 * of_b["hard_cross_entropy"]
+    assert result.total.item() == pytest.approx(wanted.item())
 
 
 def test_a_term_whose_own_weight_is_nothing_is_still_reported():
