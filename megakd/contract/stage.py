@@ -38,8 +38,8 @@ class Pass:
         If all terms of a pass have weight 0, the loss of the pass is 0, with gradients of 0.
     scale: factor of the pass's loss.
     weigh: function from the outputs of both models for a micro-batch (a `LossInputs`) to factors
-        by which the weights are multiplied. It is called in the student's forward and returns the
-        same factors on all ranks.
+        by which the weights are multiplied. It is called in the student's forward of a step, not
+        of an evaluation, and returns the same factors on all ranks.
     """
 
     teacher: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,9 @@ class StageEvaluation:
 
     @property
     def _passes(self) -> tuple[Pass, ...]:
-        return self._trainer.strategy.passes(self._trainer.step)
+        planned = self._trainer.strategy.passes(self._trainer.step)
+        # Weights chosen by outputs are decisions of a step, and held-out rows decide nothing.
+        return tuple(replace(one, weigh=None) for one in planned)
 
     def _predictions(self, batch: Batch) -> dict[str, Predictions]:
         predict, views = self._student.predict, self._stage.views

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from megakd.contract.batch import Knowledge
+from megakd.contract.stage import Strategy
 from megakd.methods.knowledge_selection.selecting import (
     Choosing,
     Episodes,
@@ -128,7 +129,7 @@ def take(strategy: LearningToSelect, step: int) -> None:
     strategy.after_update(SimpleNamespace(step=step))
 
 
-def weighed(strategy: Selecting, step: int, reading: Any) -> dict[str, float]:
+def weighed(strategy: Strategy, step: int, reading: Any) -> dict[str, float]:
     """Return the losses of a step's pass for a micro-batch."""
     (planned,) = strategy.passes(step)
     assert planned.weigh is not None
@@ -287,14 +288,11 @@ def test_a_hard_action_uses_a_kind_and_a_soft_one_may_use_none_and_stays_between
 
 @pytest.mark.parametrize(("threshold", "used"), [(0.0, 3), (1.0, 1)])
 def test_random_hard_weights_use_the_kinds_that_reach_the_threshold(threshold, used):
-    strategy = RandomWeights(
-        "teacher", KINDS, (2.0, 2.0, 2.0), hard=True, seed=1, threshold=threshold
-    )
+    strategy = RandomWeights("teacher", KINDS, hard=True, seed=1, threshold=threshold)
 
     for step in range(20):
-        (planned,) = strategy.passes(step)
-        assert planned.weights is not None
-        assert sorted(planned.weights.values()) == [0.0] * (3 - used) + [2.0] * used
+        factors = weighed(strategy, step, reading_at(step))
+        assert sorted(factors.values()) == [0.0] * (3 - used) + [1.0] * used
 
 
 @pytest.mark.parametrize("whole_texts", [False, True])

@@ -131,6 +131,22 @@ def test_noise_that_switches_every_kind_off_is_a_step_without_a_loss(bench):
     assert all(record["train/loss"] == 0 for record in nothing)
 
 
+@pytest.mark.parametrize(
+    "method", [{**LEARNED, "action": "hard", "episodes": 1}, {**PLAIN, "policy": "random_hard"}]
+)
+def test_held_out_losses_decide_nothing_and_have_all_kinds(bench, method):
+    name, whole = method.get("policy", "learned"), {"student": {"model": bert(2, **NO_DROPOUT)}}
+
+    plain = bench.run(f"{name}-plain", method, **whole)
+    losses = {"eval_steps": 2, "losses": True, "keep_best": False}
+    measured = bench.run(f"{name}-measured", method, eval=losses, **whole)
+
+    assert same(measured, plain)
+    evaluated = [r for r in records(measured, "student") if "eval/loss" in r]
+    assert len(evaluated) == STEPS / 2 + 1
+    assert all(record[f"eval/{kind}"] > 0 for record in evaluated for kind in KINDS)
+
+
 def test_a_saved_selector_gives_the_same_student_without_stage_1(bench, soft):
     again = bench.run("again", {**PLAIN, "selector": str(soft / "stages" / "selector")})
 

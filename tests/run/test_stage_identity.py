@@ -80,8 +80,8 @@ def test_a_pass_that_weighs_by_a_function_needs_facts_of_its_strategy():
         (Drawn(("a", "b"), (0.5, 0.5), 1), Drawn(("a", "b"), (0.4, 0.6), 1)),
         (Sandwich("a", ("w", "n"), None, 1), Sandwich("a", ("w", "n"), 1, 1)),
         (
-            RandomWeights("a", ("k",), (1.0,), hard=True, seed=1),
-            RandomWeights("a", ("k",), (1.0,), hard=False, seed=1),
+            RandomWeights("a", ("k",), hard=True, seed=1),
+            RandomWeights("a", ("k",), hard=False, seed=1),
         ),
         (MetricJudge(ACCURACY), MetricJudge(ACCURACY, "narrow")),
         (TradeoffJudge(ACCURACY, (0.5,), 0.2, 0.5), TradeoffJudge(ACCURACY, (0.5,), 0.3, 0.5)),

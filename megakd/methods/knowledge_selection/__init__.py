@@ -149,7 +149,6 @@ def _random(
     return RandomWeights(
         teacher,
         tuple(map(term_name, kinds)),
-        tuple(kind.weight for kind in kinds),
         hard=config.policy == "random_hard",
         seed=lab.config.seed,
         threshold=config.threshold,

@@ -305,14 +305,14 @@ class LearningToSelect(Selecting):
 class RandomWeights(Strategy):
     """A strategy with random weights at every step, as a function of seed and step.
 
-    weights: weights of the objective, by which the random weights are multiplied.
+    The weights of the objective are multiplied by them.
+
     hard: whether a kind is either used or not, instead of a weight between 0 and 1.
     threshold: smallest random weight at which `hard` uses a kind.
     """
 
     teacher: str
     kinds: tuple[str, ...]
-    weights: tuple[float, ...]
     hard: bool
     seed: int
     threshold: float = 0.5
@@ -322,9 +322,8 @@ class RandomWeights(Strategy):
         factors = tuple(drawn.random() for _ in self.kinds)
         if self.hard:
             factors = hardened(factors, self.threshold)
-        chosen = zip(self.kinds, self.weights, factors, strict=True)
-        weights = {kind: weight * factor for kind, weight, factor in chosen}
-        return (Pass(teacher=self.teacher, weights=weights),)
+        chosen = dict(zip(self.kinds, factors, strict=True))
+        return (Pass(teacher=self.teacher, weigh=lambda reading: chosen),)
 
 
 def _sum_of(states: Tensor, chosen: Tensor) -> Tensor:
