@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from megakd.commands.arguments import Parser, say
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, DataError
 from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import json_text
 
@@ -34,9 +35,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Print one line per text: label and probability, a number, or the continuation."""
     if not arguments.model.is_dir():
         raise ConfigError(f"{arguments.model} is not a folder; give a model such as a run's final/")
-    texts = arguments.texts or [line.rstrip("\n") for line in sys.stdin]
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens must be at least 1 (got {arguments.max_new_tokens})")
+    texts = arguments.texts or [os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer]
     if not texts:
         raise ConfigError("no text is given; write texts behind MODEL, or one per line on stdin")
+    for number, text in enumerate(texts, start=1):
+        if not _is_unicode(text):
+            raise DataError(f"text {number} is not UTF-8: {text!r:.80}; convert it")
     with print_aside():
         from transformers.utils import logging
 
@@ -46,6 +52,14 @@ def run(arguments: argparse.Namespace) -> None:
         answers = list(answers_of(arguments.model, texts, new_tokens=arguments.max_new_tokens))
     for answer in answers:
         say(json_text(answer) if arguments.json else _line(answer))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _line(answer: Mapping[str, Any]) -> str:

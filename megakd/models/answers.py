@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ModelError
 from megakd.models.architecture import context_length
-from megakd.models.onnx import MODEL, OnnxModel
-from megakd.models.own_models import load_finished, register_own_models
-from megakd.storage.folders import check_given
+from megakd.models.finished import config_of_folder, load_finished
+from megakd.models.generation import check_prompt_lengths
+from megakd.models.onnx import MODEL, OnnxModel, check_packages
 
 ROWS = 32
 """Texts of a batch."""
+NO_LIMIT = 1_000_000
+"""Tokens that no text has."""
 SHOWN = 5
 """Tokens that a masked position may be filled with."""
 Answer = Mapping[str, Any]
@@ -54,24 +56,30 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
         new_tokens: most tokens of a decoder's text.
 
     Raises:
-        ModelError: the folder has no tokenizer, or its model is no model of these tasks.
+        ModelError: the folder is no model folder, has no tokenizer, or its model is no model of
+            these tasks.
+        DataError: a decoder's prompt has no tokens, or leaves no room for the new ones.
     """
-    check_given(folder, "MODEL")
-    register_own_models()
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of_folder(folder, "MODEL")
     task = next((n for n in _TASKS if n in (config.architectures or [""])[0]), None)
-    graph = folder / MODEL
-    if task is None or (task in _GENERATES and graph.is_file()):
+    # The graph stands in for weights that are not there.
+    is_graph = (folder / MODEL).is_file() and not any(folder.glob("*.safetensors"))
+    if task is None or (task in _GENERATES and is_graph):
         raise ModelError(
             f"{folder}: {'a graph' if task else 'the model'} of {config.architectures} gives no "
             "answers to texts; give a classifier, a masked language model or a decoder's weights"
         )
     if not has_tokenizer_files(folder):
         raise ModelError(f"{folder} has no tokenizer; copy the tokenizer's files there")
+    if is_graph:
+        check_packages(f"MODEL: {folder / MODEL}", ("onnxruntime",))
     tokenizer = from_folder(folder, _TASKS[task])
-    model = OnnxModel(graph) if graph.is_file() else TorchModel(folder)
+    model = OnnxModel(folder / MODEL) if is_graph else TorchModel(folder)
     if isinstance(model, TorchModel) and task in _GENERATES:
-        yield from (_continued(model.model, tokenizer, text, new_tokens) for text in texts)
+        prompts = [_prompt(tokenizer, text) for text in texts]
+        lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
+        check_prompt_lengths(lengths, new_tokens, context_length(config))
+        yield from (_continued(model.model, tokenizer, one, new_tokens) for one in prompts)
         return
     for start in range(0, len(texts), ROWS):
         encoded = _encoded(tokenizer, texts[start : start + ROWS], config)
@@ -95,9 +103,11 @@ def _encoded(
     tokenizer: Any, texts: Sequence[str], config: PretrainedConfig
 ) -> Mapping[str, Tensor]:
     pairs = [tuple(text.split("\t", 1)) if "\t" in text else text for text in texts]
-    # RoBERTa's tokenizer knows that two of its positions are for no token.
-    longest = min(context_length(config) or tokenizer.model_max_length, tokenizer.model_max_length)
-    return tokenizer(pairs, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    # A tokenizer without a length states 1e30.
+    limits = [context_length(config) or NO_LIMIT, tokenizer.model_max_length, NO_LIMIT]
+    return tokenizer(
+        pairs, padding=True, truncation=True, max_length=min(limits), return_tensors="pt"
+    )
 
 
 def _classified(
@@ -126,11 +136,14 @@ def _filled(
     return {"tokens": [tokenizer.convert_ids_to_tokens(one) for one in best]}
 
 
-def _continued(model: Any, tokenizer: Any, text: str, new_tokens: int) -> Answer:
+def _prompt(tokenizer: Any, text: str) -> Mapping[str, Tensor]:
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    given = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+
+
+def _continued(model: Any, tokenizer: Any, given: Mapping[str, Tensor], new_tokens: int) -> Answer:
     with torch.inference_mode():
         tokens = model.generate(**given, max_new_tokens=new_tokens, do_sample=False)
     return {

@@ -325,6 +325,14 @@ class Architecture:
         return any(name.startswith(f"{module}.") for module in (self.head, *self.renewed))
 
 
+_COUNT_FROM_PADDING = ("roberta", "camembert", "longformer", "mpnet")
+"""Parts of the model types whose first token has the position after the padding id."""
+
+
 def context_length(config: PretrainedConfig) -> int | None:
-    """Return the number of positions of a model; None if its config states no limit."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    """Return the largest number of tokens of a text; None if the config states no limit."""
+    text = config.get_text_config(decoder=True)
+    count = getattr(text, "max_position_embeddings", None)
+    if count is None or not any(name in text.model_type for name in _COUNT_FROM_PADDING):
+        return count
+    return count - (text.pad_token_id or 0) - 1

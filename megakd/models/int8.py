@@ -45,7 +45,9 @@ SCALE = ".scale"
 _STEPS = 127
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _WHERE = "int8 weights"
-_QUANTIZED_KEYS = {"dtype": "int8", "quantization_config": {"quant_method": "megakd_int8"}}
+INT8_METHOD = "megakd_int8"
+"""What config.json names as the method that quantised the weights."""
+_QUANTIZED_KEYS = {"dtype": "int8", "quantization_config": {"quant_method": INT8_METHOD}}
 # auto_map names a file that plain transformers runs; torch_dtype is an older name of dtype.
 _FULL_PRECISION_KEYS = ("dtype", "torch_dtype", "quantization_config", "auto_map")
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, ModelError
 from megakd.models.architecture import context_length
-from megakd.models.own_models import load_finished
+from megakd.models.finished import load_finished
 
 MODEL = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -39,9 +39,9 @@ _MOST_IN_ONE_FILE = 1_500_000_000
 """Bytes of weights beyond which they go into a file beside the graph: protobuf ends at 2 GiB."""
 
 
-def check_packages(where: str) -> None:
-    """Raise ConfigError if a package is missing that writes or runs a graph."""
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+def check_packages(where: str, packages: Sequence[str] = _PACKAGES) -> None:
+    """Raise ConfigError if a package is missing, by default one that writes or runs a graph."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"{where} needs {', '.join(missing)}, not installed; pip install 'megakd[onnx]'"
@@ -163,8 +163,9 @@ def _differences(model: PreTrainedModel, graph: Path) -> tuple[float, float]:
         if wanted.ndim > 2:  # the logits at padding are computed for nobody
             real = inputs["attention_mask"].bool().numpy()
             wanted, got = wanted[real], got[real]
-        worst = max(worst, float(np.abs(got - wanted).max()))
-        largest = max(largest, float(np.abs(wanted).max()))
+        # Unlike max(), a maximum with a number that is NaN is NaN.
+        worst = float(np.maximum(worst, np.abs(got - wanted).max()))
+        largest = float(np.maximum(largest, np.abs(wanted).max()))
     return worst, largest
 
 
@@ -173,8 +174,7 @@ def _example(
 ) -> dict[str, Tensor]:
     """Return random tokens [B, T]; the second half of the last row is padding."""
     config = model.config.get_text_config()
-    # RoBERTa has two positions more than it has tokens.
-    rows, tokens = shape[0], min(shape[1], (context_length(config) or shape[1] + 2) - 2)
+    rows, tokens = shape[0], min(shape[1], context_length(config) or shape[1])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import transformers
 from transformers import AutoConfig
 
-from megakd.errors import ModelError
 from megakd.models.modeling import modeling_cut
 from megakd.models.modeling.modeling_t5 import (
     EncT5Config,
@@ -20,7 +18,6 @@ from megakd.models.modeling.modeling_t5 import (
     T5EncoderConfig,
     T5EncoderForSequenceClassification,
 )
-from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -117,32 +114,3 @@ def class_of(config: PretrainedConfig) -> tuple[str, Any]:
     """Return the name of a config's architecture, and megakd's or transformers' class, or None."""
     name = (config.architectures or ["none"])[0]
     return name, own_class(name) or getattr(transformers, name, None)
-
-
-def load_finished(
-    folder: Path,
-    where: str,
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> PreTrainedModel:
-    """Return the model of a folder as its config.json names it, of megakd or of transformers.
-
-    Args:
-        where: the key or option that asks for the model, for messages.
-        device: default: the CPU.
-        dtype: default: the stored dtype.
-
-    Raises:
-        ModelError: the folder is damaged, or its class does not exist.
-    """
-    check_given(folder, where)
-    register_own_models()
-    name, model_class = class_of(AutoConfig.from_pretrained(folder))
-    if model_class is None:
-        raise ModelError(
-            f"{folder / 'config.json'} names the architecture {name!r}, which transformers "
-            f"{transformers.__version__} does not have ({where})"
-        )
-    model = model_class.from_pretrained(folder, dtype=dtype or "auto")
-    return model.to(device or torch.device("cpu"))

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from megakd.data.tokenizers import from_folder
 from megakd.errors import DataError, ModelError
+from megakd.models.finished import load_finished
 from megakd.models.model_folder import INDEX_NAME, write_weights
-from megakd.models.own_models import load_finished
 from megakd.storage.folders import check_given
 
 WHERE = "--vocabulary task"

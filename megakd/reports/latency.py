@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from megakd.contract.results import LatencyReport
 from megakd.engine.memory import device_name
+from megakd.models.finished import load_finished
 from megakd.models.forwards import (
     Call,
     Graph,
@@ -25,7 +26,6 @@ from megakd.models.forwards import (
     milliseconds,
     sample_lengths,
 )
-from megakd.models.own_models import load_finished
 
 WARM_UP = 3
 LONG_MS = 100.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import shutil
 
@@ -11,7 +13,8 @@ from tiny_runs import bert, config_tree, write_config, write_scored_pairs, write
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import finish
 
-from megakd.errors import ConfigError
+from megakd.commands import predict
+from megakd.errors import ConfigError, DataError
 from megakd.models import onnx
 
 TEXTS = ("a good fine film", "the poor ugly cat and it was awful", "")
@@ -121,6 +124,7 @@ def test_a_decoder_continues_and_a_masked_model_fills_its_masks(one_rank, tmp_pa
     [
         (("predict", "nowhere", "text"), "nowhere is not a folder"),
         (("predict", "{tokenless}", "text"), "has no tokenizer"),
+        (("predict", "{tokenless}", "text", "--max_new_tokens", "0"), "must be at least 1 (got 0)"),
         (("export", "{config}", "--to", "{tokenless}/x", "--int8"), "--int8 needs --format onnx"),
     ],
 )
@@ -141,3 +145,12 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypa
     monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs onnx, onnxscript, onnxruntime.*'megakd\[onnx\]'"):
         onnx.check_packages("--format onnx")
+
+
+def test_a_line_that_is_not_utf_8_is_told_with_its_number(monkeypatch, tmp_path):
+    lines = io.TextIOWrapper(io.BytesIO(b"good\nbad \xff\n"))
+    monkeypatch.setattr("sys.stdin", lines)
+    arguments = argparse.Namespace(model=tmp_path, texts=[], max_new_tokens=1, json=False)
+
+    with pytest.raises(DataError, match=r"text 2 is not UTF-8: 'bad "):
+        predict.run(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny_cuts
 import torch
@@ -44,4 +45,23 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx, "_export", lambda *_: None)
     monkeypatch.setattr(onnx, "_differences", lambda *_: (0.01, 2.0))
     with pytest.raises(ModelError, match=r"they differ by 1\.0e-02"):
+        onnx.write_onnx(tmp_path)
+
+
+def test_a_graph_whose_logits_are_no_numbers_is_refused(monkeypatch, tmp_path):
+    model = tiny_cuts.build("bert")
+    model.save_pretrained(tmp_path)
+
+    class Broken:
+        inputs = ("input_ids", "attention_mask")
+
+        def __init__(self, graph):
+            del graph
+
+        def logits(self, inputs):
+            return np.full((len(inputs["input_ids"]), model.config.num_labels), np.nan)
+
+    monkeypatch.setattr(onnx, "_export", lambda *_: None)
+    monkeypatch.setattr(onnx, "OnnxModel", Broken)
+    with pytest.raises(ModelError, match="they differ by nan"):
         onnx.write_onnx(tmp_path)

@@ -1,0 +1,127 @@
+"""Answers of model folders to texts of any length, and folders that give none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_cuts
+import torch
+from tokenizers import pre_tokenizers
+
+from megakd.errors import ConfigError, DataError, ModelError
+from megakd.models import onnx
+from megakd.models.answers import answers_of
+from megakd.models.int8 import load_int8, write_int8
+
+LONG = " ".join(f"w{20 + number % 40}" for number in range(60))  # w1, the padding, begins no word
+
+
+def tokenizer():
+    one = tiny_cuts.tokenizer()
+    one.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return one
+
+
+def saved(folder: Path, family: str = "bert"):
+    model = tiny_cuts.build(family)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return model
+
+
+def probabilities(folder: Path, text: str) -> list[float]:
+    (answer,) = answers_of(folder, [text])
+    return list(answer["probabilities"].values())
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens"), [("bert", 32), ("roberta", 30), ("t5_encoder", 60), ("enct5", 60)]
+)
+def test_of_a_long_text_a_model_reads_as_many_tokens_as_it_has_positions(family, tokens, tmp_path):
+    model = saved(tmp_path, family)
+    ids = torch.tensor([tokenizer()(LONG)["input_ids"][:tokens]])
+
+    actual = probabilities(tmp_path, LONG)
+
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].softmax(-1)
+    assert actual == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_int8_weights_answer_as_the_model_that_they_restore(tmp_path):
+    saved(tmp_path / "whole")
+    write_int8(tmp_path / "whole", tmp_path / "int8")
+    ids = torch.tensor([tokenizer()("w3 w9")["input_ids"]])
+
+    actual = probabilities(tmp_path / "int8", "w3 w9")
+
+    with torch.no_grad():
+        wanted = load_int8(tmp_path / "int8")(input_ids=ids).logits[0].softmax(-1)
+    assert actual == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_a_decoder_with_a_graph_beside_its_weights_continues_a_text(tmp_path):
+    saved(tmp_path, "llama")
+    (tmp_path / onnx.MODEL).write_bytes(b"")
+
+    (answer,) = answers_of(tmp_path, ["w3 w9"], new_tokens=3)
+
+    assert len(answer["text"].split()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("text", "new_tokens", "message"),
+    [("", 3, "prompt 0 has no tokens"), (LONG, 3, "60 tokens"), ("w3", 40, "max_new_tokens 40")],
+)
+def test_a_prompt_without_tokens_or_room_is_told_before_any_answer(
+    tmp_path, text, new_tokens, message
+):
+    saved(tmp_path, "gpt2")
+
+    with pytest.raises(DataError, match=message):
+        list(answers_of(tmp_path, [text], new_tokens=new_tokens))
+
+
+def broken(folder: Path, kind: str) -> Path:
+    """Return a folder that gives no answers."""
+    saved(folder / "final")
+    final, config = folder / "final", folder / "final" / "config.json"
+    if kind == "a run":
+        return folder
+    if kind == "no model type":
+        config.write_text("{}")
+    if kind == "no weights":
+        (final / "model.safetensors").unlink()
+    if kind == "quantised":
+        keys = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}
+        config.write_text(json.dumps(keys))
+    return final
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("a run", r"config\.json does not exist; give .*final"),
+        ("no model type", r"config\.json cannot be read: Unrecognized model"),
+        ("no weights", r"cannot be loaded: .*model\.safetensors"),
+        ("quantised", r"is quantized \(gptq\)"),
+    ],
+)
+def test_a_folder_without_a_model_that_answers_is_refused(tmp_path, kind, message):
+    folder = broken(tmp_path, kind)
+
+    with pytest.raises(ModelError, match=message) as failed:
+        list(answers_of(folder, ["w3"]))
+
+    assert "\n" not in str(failed.value)
+
+
+def test_a_graph_alone_needs_its_runtime(tmp_path, monkeypatch):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / onnx.MODEL)
+    monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
+
+    with pytest.raises(ConfigError, match=r"needs onnxruntime, not installed"):
+        list(answers_of(tmp_path, ["w3"]))
