@@ -28,7 +28,6 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--int8", action="store_true", help="with --format onnx: int8 weights in the graph"
     )
-
     parser.add_argument(
         "--vocabulary",
         choices=("whole", "task"),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from megakd.commands.scored_models import read_by
 from megakd.config.run import RunConfig
+from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.data.chat.conversations import is_chat
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import training_texts
 from megakd.engine.distributed import Ranks
@@ -18,7 +20,7 @@ from megakd.models.loading import resolve_model
 from megakd.models.trimming import WHERE, Trimmed, trim_vocabulary
 from megakd.reports.quantities import short_count
 from megakd.reports.table import score
-from megakd.run.finished_run import export_run
+from megakd.run.finished_run import adding, export_run
 from megakd.run.main import started
 from megakd.run.run_report import row_count
 from megakd.training.assembly import Assembly
@@ -28,24 +30,33 @@ from megakd.training.recipes import scoring_preset
 def export_trimmed(
     config: RunConfig, stage: str | None, to: Path, *, add: Callable[[Path], None] | None
 ) -> list[str]:
-    """Export a stage with the tokens of the training and validation texts; return what to print.
+    """Export a stage with the tokens of its texts; return what to print.
+
+    The texts are those of the training rows and, if there are test rows to be scored, of the
+    validation rows.
 
     Args:
         add: called with the folder after its vocabulary is cut, see `export_run`.
     """
     lines: list[str] = []
+    add = add or adding(config.save.formats)
     with started(config) as ranks:
         splits = splits_of(config)
-        if ranks.world_size > 1 or splits.stream or "text" not in splits.train.column_names:
+        has_text = "text" in splits.train.column_names and not is_chat(splits.train)
+        if ranks.world_size > 1 or splits.stream or not has_text:
             raise ConfigError(
                 f"{WHERE} needs one process and training rows with a text: conversations, streams "
                 "and encoded data have none; leave the option out"
             )
 
         def trim(folder: Path) -> None:
-            before = _score(config, splits, ranks, folder)
+            # Per token of another vocabulary, a loss does not compare.
+            is_scored = config.task.type not in LANGUAGE_TASKS
+            before = _score(config, splits, ranks, folder) if is_scored else None
             trimmed = trim_vocabulary(folder, lambda: _texts(splits))
-            lines.extend(_told(splits, trimmed, before, _score(config, splits, ranks, folder)))
+            lines.append(_sizes(trimmed))
+            if before is not None:
+                lines.append(_cost(splits, before, _score(config, splits, ranks, folder)))
             if add is not None:
                 add(folder)
 
@@ -54,8 +65,9 @@ def export_trimmed(
 
 
 def _texts(splits: Splits) -> Iterator[str]:
-    both = (splits, splits._replace(train=splits.validation))
-    return chain.from_iterable(map(training_texts, both))
+    # Texts whose tokens are all kept cannot show what a cut costs.
+    others = () if splits.test is None else (splits._replace(train=splits.validation),)
+    return chain.from_iterable(map(training_texts, (splits, *others)))
 
 
 def _score(config: RunConfig, splits: Splits, ranks: Ranks, folder: Path) -> tuple[str, float]:
@@ -74,14 +86,14 @@ def _split(splits: Splits) -> str:
     return "validation" if splits.test is None else "test"
 
 
-def _told(
-    splits: Splits, trimmed: Trimmed, before: tuple[str, float], after: tuple[str, float]
-) -> list[str]:
-    split = _split(splits)
-    rows = row_count(splits.held_out)
+def _sizes(trimmed: Trimmed) -> str:
     weights, fewer = map(short_count, trimmed.parameters)
-    return [
+    return (
         f"tokens: {trimmed.tokens[0]:,} before, {trimmed.tokens[1]:,} now; weights: {weights} "
-        f"before, {fewer} now",
-        f"{before[0]} on {split} ({rows:,} rows): {score(*before)} before, {score(*after)} now",
-    ]
+        f"before, {fewer} now"
+    )
+
+
+def _cost(splits: Splits, before: tuple[str, float], after: tuple[str, float]) -> str:
+    split, rows = _split(splits), row_count(splits.held_out)
+    return f"{before[0]} on {split} ({rows:,} rows): {score(*before)} before, {score(*after)} now"

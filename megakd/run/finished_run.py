@@ -303,7 +303,7 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
     changes = {CARD: card, **dict.fromkeys((RESULT, RECORD, *files_of_others(there)))}
     changes |= current_files(there)
     # The report decides, because `save` may change between two starts of a finished run.
-    add = _adding(formats_of(report["student"]))
+    add = adding(formats_of(report["student"]))
     copy_finished(stage, to, changes=changes, keep=kept, add=add, remedy=remedy)
 
 
@@ -311,7 +311,9 @@ def _files_of(model: Path) -> dict[str, Any]:
     return {name: entry for name, entry in entries(model).items() if name != CARD}
 
 
-def _adding(formats: Collection[str]) -> Callable[[Path], None] | None:
+def adding(formats: Collection[str]) -> Callable[[Path], None] | None:
+    """Return a function that writes formats into a model folder; None if there are none."""
+
     def add(folder: Path) -> None:
         from megakd.run.formats import add_formats
 
@@ -380,7 +382,7 @@ def export_run(
     there = entries(folder)
     changes = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
     changes |= current_files(there)
-    add = add or _adding(config.save.formats)
+    add = add or adding(config.save.formats)
     copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
     return to
 
