@@ -129,6 +129,7 @@ class PoolReport(TypedDict):
 class CandidateReport(TypedDict):
     """One candidate that a method compared; `iteration` counts from 1.
 
+    metric_name: by which the method compares candidates; not always the main metric of the run.
     tradeoff: metric + lambda * sparsity; all candidates are scored in the same evaluation.
     kept_metric: metric of the weights that were kept, only for the chosen candidate. If the target
         was chosen, its own best evaluation is kept, which may be another evaluation.
@@ -140,6 +141,7 @@ class CandidateReport(TypedDict):
     iteration: int
     sparsity: float
     parameters: int
+    metric_name: str
     metric: float
     tradeoff: float
     chosen: bool

@@ -81,6 +81,7 @@ def _record(
                 "iteration": 1,
                 "sparsity": path.sparsity,
                 "parameters": lab.pruning.parameters(ranked.source, view).parameters,
+                "metric_name": metric.name,
                 "metric": value,
                 "tradeoff": tradeoff(value, path.sparsity, config.tradeoff),
                 "chosen": path is best,

@@ -201,6 +201,7 @@ def _rows(
             "iteration": iteration,
             "sparsity": sparsity,
             "parameters": lab.pruning.parameters(stage.start, stage.views[name]).parameters,
+            "metric_name": metric.name,
             "metric": value,
             "tradeoff": tradeoff(value, sparsity, config.tradeoff),
             "chosen": name == result.view,

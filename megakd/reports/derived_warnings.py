@@ -123,7 +123,9 @@ def _rises(metric: str, values: Sequence[float]) -> bool:
 
 
 def _chance(report: Report) -> Iterator[str]:
-    chance = _chance_score(report["metric_name"], report["student"])
+    rows = [one["rows"] for one in report["student"].get("per_class", ())]
+    names = {one.get("metric_name", "") for one in report["candidates"]}  # of one method
+    chance = _chance_score(next(iter(names), ""), rows) if sum(rows) else None
     if chance is None:
         return
     lost = [
@@ -139,12 +141,13 @@ def _chance(report: Report) -> Iterator[str]:
         )
 
 
-def _chance_score(metric: str, student: ModelReport) -> float | None:
-    rows = [one["rows"] for one in student.get("per_class", ())]
-    if not sum(rows) or lower_is_better(metric):
-        return None
-    # Whoever says the most frequent label has its share as accuracy.
-    return max(rows) / sum(rows) if metric == "accuracy" else 1 / len(rows)
+def _chance_score(metric: str, rows: Sequence[int]) -> float | None:
+    """Return what no constant answer exceeds; None if that is not known of a metric."""
+    if metric == "accuracy":  # whoever says the most frequent label has its share
+        return max(rows) / sum(rows)
+    if metric.endswith("_macro"):
+        return 1 / len(rows)
+    return 0.0 if metric == "matthews_correlation" else None
 
 
 def _main(report: Report, metrics: Mapping[str, float]) -> float | None:

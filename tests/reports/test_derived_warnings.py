@@ -33,8 +33,8 @@ def classified(student: float = 0.7, teacher: float = 0.8, **changes: Any) -> Re
     return report_of(**{"metric_name": "accuracy", "baselines": {}, **both, **changes})
 
 
-def tried(*metrics: float, shape: str = "") -> list[dict[str, Any]]:
-    named = {"shape": shape} if shape else {}
+def tried(*metrics: float, name: str = "accuracy", shape: str = "") -> list[dict[str, Any]]:
+    named = {"metric_name": name, **({"shape": shape} if shape else {})}
     some = zip(candidates(), metrics, strict=False)
     return [{**one, "metric": metric, **named} for one, metric in some]
 
@@ -88,6 +88,12 @@ def evaluated(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
             "chance",
             "chance (25.0%): 2 x 8 (20.0%)",
         ),
+        (
+            classified(candidates=tried(0.3, -0.1, name="matthews_correlation"))
+            | {"student": scored(0.7, **labels(1.0, 1.0))},
+            "chance",
+            "chance (0.0%): 0.7 (-10.0%)",
+        ),
     ],
 )
 def test_a_warning_names_its_numbers_and_what_to_do(report, kind, text):
@@ -111,6 +117,12 @@ def test_a_warning_names_its_numbers_and_what_to_do(report, kind, text):
         classified() | {"student": scored(0.7, **labels(0.0, 1.0, rows=4))},
         classified(candidates=tried(0.6)) | {"student": scored(0.7, **labels(1.0, 1.0))},
         language_report(candidates=tried(-9.0)),
+        # Divergences from the teacher, and the F1 of a rare label.
+        *(
+            classified(candidates=tried(0.1, name=name))
+            | {"student": scored(0.7, **labels(1.0, 1.0))}
+            for name in ("soft_target_kl", "f1")
+        ),
     ],
 )
 def test_a_run_as_it_should_be_has_no_warning(report):
@@ -146,7 +158,8 @@ def test_of_a_majority_the_accuracy_is_chance_and_other_metrics_are_not():
     report = classified(candidates=tried(0.7)) | {"student": scored(0.8, **classes)}
 
     assert "chance (75.0%)" in derived_warnings(report, {})[0]["message"]
-    assert derived_warnings(report | {"metric_name": "f1_macro"}, {}) == []
+    other = {"candidates": tried(0.7, name="f1_macro")}
+    assert derived_warnings({**report, **other}, {}) == []
 
 
 def test_warnings_end_the_table_and_begin_the_page():

@@ -81,6 +81,7 @@ def candidates() -> list[CandidateReport]:
             "iteration": iteration,
             "sparsity": sparsity,
             "parameters": round(10_000_000 * (1 - sparsity)),
+            "metric_name": "accuracy",
             "metric": metric,
             "tradeoff": metric + TRADEOFF * sparsity,
             "chosen": CHOSEN[iteration] == sparsity,

@@ -134,6 +134,7 @@ def rows_of(
             "iteration": iteration,
             "sparsity": round(1 - parameters / whole, 4),
             "parameters": parameters,
+            "metric_name": metric.name,
             "metric": metric.of(scores[name]),
             "tradeoff": metric.worth(scores[name]),
             "chosen": name == chosen,
