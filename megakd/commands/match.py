@@ -52,8 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _text(scores: Mapping[str, Any]) -> str:
     start, teachers = scores["start"], scores["teachers"]
-    first: Mapping[str, Any] = next(iter(teachers.values()))
-    rows = {"start": {**start, "entropy": first.get("start_entropy")}, **teachers}
+    # A teacher with another vocabulary is not compared with the start.
+    entropies = [one["start_entropy"] for one in teachers.values() if "start_entropy" in one]
+    rows = {"start": {**start, **({"entropy": entropies[0]} if entropies else {})}, **teachers}
     used = {key: title for key, title in TITLES.items() if any(key in row for row in rows.values())}
     metrics = list(dict.fromkeys([scores["metric"], "loss"]))
     cells = [

@@ -115,9 +115,12 @@ def test_regressors_have_the_difference_of_their_scores_alone(one_rank, tmp_path
     models = {"teacher": {"model": bert(2)}, "student": {"model": bert(1)}}
     tree = config_tree(tmp_path / "out", task, method=SINGLE, **models)
 
-    result = matched(one_rank, write_config(tmp_path / "run.yaml", tree))
+    config = write_config(tmp_path / "run.yaml", tree)
+    result = matched(one_rank, config)
 
     assert result["metric"] == "mean_pearson_spearman"
+    title = one_rank.megakd("match", config).out.splitlines()[2]
+    assert title.split()[2:] == ["gap", "squared", "difference", "vocabulary"]
     teacher = result["teachers"]["teacher"]
     assert teacher["squared_difference"] > 0
     assert teacher.keys() == {"model", "metrics", "gap", "squared_difference", "vocabulary"}
