@@ -63,3 +63,14 @@ def suggestion(word: object, known: Iterable[str]) -> str:
     parts = [name for name in names if text in name.split("_")]  # "kl" of soft_target_kl
     near = difflib.get_close_matches(text, names, n=1) or parts
     return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error of another library, or its class if it has no text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
+def one_line(error: Exception) -> str:
+    """Return the text of an error without line breaks."""
+    return " ".join(str(error).split())

@@ -19,7 +19,7 @@ from megakd.data.arrow import remembered_of_rows
 from megakd.data.readers import by_split, class_names_of, is_plain
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.data.tables import Record, SplitName, Table
-from megakd.errors import DataError
+from megakd.errors import DataError, first_line
 
 ROWS_PER_READ = 1000
 
@@ -63,18 +63,18 @@ def hub_errors(name: str, configuration: str | None, *, advice: str) -> Iterator
     except ConnectionError as error:
         raise DataError(
             f"the Hub cannot be reached to load the data set {label}, and it is not in the "
-            f"local cache ({_first_line(error)}); {advice}"
+            f"local cache ({first_line(error)}); {advice}"
         ) from error
     except (DatasetsError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise DataError(
-            f"the data set {label} cannot be loaded from the Hub: {_first_line(error)}; {advice}"
+            f"the data set {label} cannot be loaded from the Hub: {first_line(error)}; {advice}"
         ) from error
     except RuntimeError as error:
         if "script" not in str(error):
             raise
         raise DataError(
             f"the Hub data set {label} is a script, which `datasets` does not run "
-            f"({_first_line(error)}); use a version of the data set in parquet files (such as its "
+            f"({first_line(error)}); use a version of the data set in parquet files (such as its "
             "branch refs/convert/parquet), or download the rows as local files and set "
             "task.train_files"
         ) from error
@@ -105,7 +105,3 @@ def _digest(rows: Dataset) -> str:
     for columns in rows.iter(ROWS_PER_READ):
         digest.update(json.dumps(columns, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

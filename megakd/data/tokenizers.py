@@ -32,7 +32,7 @@ from megakd.data.encoded_folder import TOKENIZER
 from megakd.data.splits import Splits
 from megakd.data.vocabularies import ENCODER_ROLES, VERSION, encoder_template, train_tokenizer
 from megakd.data.words import check_words
-from megakd.errors import DataError
+from megakd.errors import DataError, first_line
 from megakd.storage.folders import check_given, whole_folder
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise DataError(
             f'task.tokenizer "{spec}" is not a local folder and cannot be loaded from the Hub: '
-            f"{_first_line(error)}. Check the name; without a network, download the tokenizer "
+            f"{first_line(error)}. Check the name; without a network, download the tokenizer "
             f"first, or give a folder that holds {LOOKED_FOR}"
         ) from error
 
@@ -227,7 +227,7 @@ def from_folder(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     except Exception as error:
         # Broken files may raise KeyError, JSONDecodeError or a plain Exception.
         raise DataError(
-            f"the tokenizer files in {folder} cannot be read: {_first_line(error)}. Download the "
+            f"the tokenizer files in {folder} cannot be read: {first_line(error)}. Download the "
             "files again, or set task.tokenizer to another tokenizer"
         ) from error
 
@@ -398,11 +398,6 @@ def training_texts(splits: Splits) -> Iterator[str]:
     for table in arrow_batches(splits.train.select_columns(columns), 1000):
         for name in columns:
             yield from table.column(name).to_pylist()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
 
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"

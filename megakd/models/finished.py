@@ -8,8 +8,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from megakd.errors import ModelError
-from megakd.models.fitting import one_line
+from megakd.errors import ModelError, one_line
 from megakd.models.int8 import INT8_METHOD, load_int8
 from megakd.models.loading import CONFIG_ERRORS
 from megakd.models.own_models import class_of, register_own_models

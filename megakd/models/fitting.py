@@ -12,7 +12,7 @@ from transformers import initialization
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
-from megakd.errors import ModelError
+from megakd.errors import ModelError, one_line
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.label_order import label_order, labels_agree, set_labels
 from megakd.models.matching import (
@@ -120,8 +120,3 @@ def build_empty(
         ) from error
     model.tie_weights()
     return model
-
-
-def one_line(error: Exception) -> str:
-    """Return the text of an error without line breaks."""
-    return " ".join(str(error).split())

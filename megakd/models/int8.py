@@ -29,8 +29,7 @@ from transformers import (
     initialization,
 )
 
-from megakd.errors import ModelError
-from megakd.models.fitting import one_line
+from megakd.errors import ModelError, one_line
 from megakd.models.loading import CONFIG_ERRORS
 from megakd.models.model_folder import INDEX_NAME, write_weights
 from megakd.models.own_models import class_of, register_own_models

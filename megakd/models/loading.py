@@ -26,10 +26,10 @@ from megakd.config.task import TaskConfig
 from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.sharding import is_first_rank, is_sharded, set_values, sharded_construction
 from megakd.engine.shards import names_of_bad_weights
-from megakd.errors import ModelError
+from megakd.errors import ModelError, one_line
 from megakd.models.architecture import HEAD_COUNTS, Architecture
 from megakd.models.architectures import architecture_named
-from megakd.models.fitting import build_empty, one_line, plan_loading
+from megakd.models.fitting import build_empty, plan_loading
 from megakd.models.fresh import initialize_parameters
 from megakd.models.matching import Match
 from megakd.models.original_t5 import built_as, read_original

@@ -30,12 +30,11 @@ from megakd.contract.tasks import (
 )
 from megakd.data.step_layout import StepShape
 from megakd.engine.distributed import Ranks
-from megakd.errors import ModelError
+from megakd.errors import ModelError, one_line
 from megakd.inputs.inputs import RunInputs, with_student
 from megakd.losses.stage_losses import stage_losses
 from megakd.methods import run_method
 from megakd.models.architectures import architecture_named
-from megakd.models.fitting import one_line
 from megakd.models.loading import resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models

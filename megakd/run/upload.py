@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from megakd.config.run import SaveConfig
-from megakd.errors import ConfigError
+from megakd.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 # The bases of the Hub's error are OSError and the error of its HTTP client, which has two names.
@@ -24,7 +24,7 @@ def check_hub(config: SaveConfig) -> None:
     except _FAILURES as error:
         raise ConfigError(
             f"save.push_to_hub: {config.push_to_hub} needs a token that the Hub accepts, and the "
-            f"check failed ({_first_line(error)}); run `hf auth login` or set HF_TOKEN, or remove "
+            f"check failed ({first_line(error)}); run `hf auth login` or set HF_TOKEN, or remove "
             "the key and upload the student later"
         ) from error
 
@@ -44,11 +44,7 @@ def push_to_hub(config: SaveConfig, final: Path) -> str:
     except _FAILURES as error:
         private = " --private" if config.hub_private else ""
         return (
-            f"the student was not uploaded to {repository} ({_first_line(error)}); upload it with: "
+            f"the student was not uploaded to {repository} ({first_line(error)}); upload it with: "
             f"hf upload {repository} {final}{private}"
         )
     return f"the student was uploaded to https://huggingface.co/{repository}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
