@@ -21,6 +21,7 @@ from megakd.errors import ConfigError
 from megakd.methods.shrink import BUDGETS
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_text
+from megakd.storage.folders import check_writable
 
 FILE = "shrink.yaml"
 EXAMPLES = {"parameters": "0.6B", "flops": "12%", "speedup": "8x"}
@@ -90,10 +91,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         say(dump_config(config))
     elif arguments.plan:
-        print_plan(config, arguments)
+        # --device is that of the timed forwards.
+        print_plan(config, argparse.Namespace(**{**vars(arguments), "device": None}))
     else:
+        from megakd.run.finished_run import REPORT
+
         path = config.output_dir / FILE
-        write_text(path, text)
+        check_writable(config.output_dir, where="--output_dir")
+        if not (config.output_dir / REPORT).exists():  # a finished run may refuse the options
+            write_text(path, text)
         if arguments.ranks == 1:
             train(config, arguments.command)
         else:
@@ -103,12 +109,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
     _check(arguments)
-    tree = with_overrides(_tree(arguments), arguments.overrides, source=SOURCE)
+    # The recipe of a fine-tuning is in the tree.
+    given = [word for word in arguments.overrides if word != "teacher.finetune={}"]
+    tree = with_overrides(_tree(arguments), given, source=SOURCE)
     if not _has_rows(tree["task"]):
         raise ConfigError("the rows to learn from are missing; give --data F, or task.dataset=F")
     # The overrides are given again, so that a message names the override that is wrong.
-    config = config_of(_tree(arguments), arguments.overrides, source=SOURCE)
-    return config, f"# Written by: {arguments.command}\n{dump_yaml(tree)}"
+    config = config_of(_tree(arguments), given, source=SOURCE)
+    comment = "\n".join(f"# {line}" for line in f"Written by: {arguments.command}".splitlines())
+    return config, f"{comment}\n{dump_yaml(tree)}"
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -124,7 +133,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--{timed[0]} says what --speedup times, and --speedup is missing")
     if arguments.ranks < 1:
         raise ConfigError(f"--ranks must be at least 1 (got {arguments.ranks})")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(
             "megakd shrink runs on one rank, and a launcher has started "
             f"{os.environ['WORLD_SIZE']}; write the config with --ranks "
@@ -134,8 +143,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = _keys_of(arguments.model)
-    masks = "task.type=mlm" in arguments.overrides
-    tree = _of_encoder(keys, masks=masks) if _is_encoder(keys) else _of_decoder(keys)
+    given = arguments.overrides
+    if "task.type=causal_lm" in given or not _is_encoder(keys):
+        tree = _of_decoder(keys)
+    else:
+        is_tuned = any(word.startswith("teacher.finetune") for word in given)
+        tree = _of_encoder(keys, masks="task.type=mlm" in given, is_tuned=is_tuned)
     if arguments.data is not None:
         tree["task"]["dataset"] = arguments.data
     for key in EXAMPLES:
@@ -144,11 +157,6 @@ def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
     timing = _timing(arguments)
     if timing:
         tree["method"]["timing"] = timing
-    # The report times the forward that was asked for.
-    if isinstance(timing.get("batch"), int):
-        tree["eval"] = {"latency": {"batch": [timing["batch"]]}}
-    if isinstance(timing.get("tokens"), int):
-        tree.setdefault("eval", {"latency": {}})["latency"]["tokens"] = timing["tokens"]
     if timing.get("runtime") == "onnx":
         tree["save"] = {"onnx": True}
     teacher = {"model": arguments.model, **tree.pop("teacher", {})}
@@ -169,16 +177,18 @@ def _of_decoder(keys: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_encoder(keys: Mapping[str, Any], *, masks: bool) -> dict[str, Any]:
+def _of_encoder(keys: Mapping[str, Any], *, masks: bool, is_tuned: bool) -> dict[str, Any]:
     """Return the settings of a classifier, which is fine-tuned first if it has no classes.
 
     masks: whether it is a masked language model, which has no classes, and new masks every epoch.
+    is_tuned: whether the teacher is fine-tuned even if it has classes.
     """
     narrow = 384 / _width(keys, 768)
     rows = {"per_device_train_batch_size": 32, "num_train_epochs": 10}
     schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
     teacher: dict[str, Any] = {} if masks else {"cache": AUTO}
-    if not masks and not _architecture(keys).endswith("ForSequenceClassification"):
+    has_classes = _architecture(keys).endswith("ForSequenceClassification")
+    if is_tuned or not (masks or has_classes):
         teacher["finetune"] = {"learning_rate": round(3e-4 * narrow**2, 7)}
     return {
         "task": {"type": "classification"},
@@ -201,9 +211,10 @@ def _keys_of(model: str) -> Mapping[str, Any]:
     try:
         folder = Path(model).expanduser()
         path = folder / "config.json" if folder.exists() else hf_hub_download(model, "config.json")
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        keys = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # the run reports it
         return {}
+    return keys if isinstance(keys, dict) else {}
 
 
 def _architecture(keys: Mapping[str, Any]) -> str:
@@ -211,7 +222,13 @@ def _architecture(keys: Mapping[str, Any]) -> str:
 
 
 def _is_encoder(keys: Mapping[str, Any]) -> bool:
-    return bool(keys) and not _architecture(keys).endswith(("ForCausalLM", "LMHeadModel"))
+    name = _architecture(keys)
+    if "For" in name or "LMHead" in name:
+        return not name.endswith(("ForCausalLM", "LMHeadModel"))
+    from megakd.models.architectures import FAMILIES
+
+    family = FAMILIES.get(keys.get("model_type", ""))
+    return bool(keys) and (family is None or "causal_lm" not in family.tasks)
 
 
 def _timing(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -232,7 +249,7 @@ def _size(arguments: argparse.Namespace) -> str | None:
 def _folder(arguments: argparse.Namespace) -> Path:
     model = Path(arguments.model).name or "model"
     size = _size(arguments) or "smaller"
-    return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{model}-{size}")
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{model}-{size}").rstrip("-")
 
 
 def _has_rows(task: Any) -> bool:

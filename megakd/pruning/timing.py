@@ -16,6 +16,7 @@ import torch
 
 from megakd.contract.views import View
 from megakd.errors import ConfigError
+from megakd.models.architecture import context_length
 from megakd.models.cutting import cut_config
 from megakd.models.fitting import build_empty
 from megakd.models.forwards import Call, Graph, Timed, calls_of, milliseconds, sample_lengths
@@ -56,6 +57,12 @@ class Stopwatch:
             raise ConfigError(
                 "method.timing.device: cuda, and this process sees no GPU; time on a machine with "
                 "one, or set method.timing.device to cpu"
+            )
+        longest = context_length(source.config)
+        if longest is not None and work.tokens != "data" and work.tokens > longest:
+            raise ConfigError(
+                f"method.timing.tokens: {work.tokens}, and the model takes at most {longest} "
+                "tokens; lower method.timing.tokens"
             )
         self._source, self._task, self._work = source, task, work
         if work.tokens == "data":

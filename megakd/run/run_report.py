@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from megakd.config.run import LatencyConfig
 from megakd.contract.results import (
     Assistant,
     AssistantReport,
@@ -27,7 +28,7 @@ from megakd.contract.results import (
     headline_latency,
 )
 from megakd.contract.stage import StageResult
-from megakd.contract.tasks import STUDENT
+from megakd.contract.tasks import STUDENT, TaskType
 from megakd.data.choosing import is_labelled
 from megakd.data.loader import lengths_of_rows
 from megakd.engine.activity import doing
@@ -171,6 +172,16 @@ def _stage_entry(result: StageResult) -> Any:
     return {key: getattr(result, key) for key in StageReport.__annotations__}
 
 
+def timed_forwards(
+    wanted: LatencyConfig, task: TaskType, sizes: Sequence[SizedStudent]
+) -> tuple[tuple[int, ...], int | None]:
+    """Return the numbers of texts and of tokens: those that are wanted, and those of a speed-up."""
+    asked = [one.asked for one in sizes if one.asked["what"] == "speedup"]
+    batches = (*wanted.batches(task), *(one["batch"] for one in asked if "batch" in one))
+    lengths = (wanted.tokens, *(one.get("tokens") for one in asked))
+    return tuple(dict.fromkeys(batches)), next(filter(None, lengths), None)
+
+
 def timed_on(sizes: Sequence[SizedStudent], device: torch.device) -> torch.device:
     """Return the device of the speed-up that students were asked for, else that of the run."""
     asked = next((one.asked["device"] for one in sizes if "device" in one.asked), device.type)
@@ -204,12 +215,9 @@ def _latency(
 
     try:
         wanted, rows = config.eval.latency, lab.assembly.prepared.encoded.held_out
-        work = Work(
-            wanted.batches(config.task.type),
-            wanted.tokens,
-            wanted.generate,
-            of_data=lengths_of_rows(rows).tolist(),
-        )
+        batches, tokens = timed_forwards(wanted, config.task.type, lab.record.sizes)
+        of_data = lengths_of_rows(rows).tolist()
+        work = Work(batches, tokens, wanted.generate, of_data=of_data)
         dtype = TORCH_DTYPE[scoring_dtype(config.train, device.type)]
         graphs = _graphs(lab, models)
         return measure_latencies(models, work, graphs, device=device, dtype=dtype)

@@ -104,8 +104,7 @@ def test_an_encoder_becomes_a_classifier_that_is_fine_tuned_if_it_is_none(
     assert (config.method.speedup, config.train.learning_rate) == ((8.0,), 1e-3)
     timing = config.method.timing
     assert (timing.batch, timing.tokens, timing.runtime) == (1, 64, "onnx")
-    latency = config.eval.latency
-    assert (latency.batch, latency.tokens, config.save.onnx) == ((1,), 64, True)
+    assert config.save.onnx
     given = config.teacher.finetune
     assert given == finetune or given.learning_rate == finetune["learning_rate"]
 
@@ -119,6 +118,60 @@ def test_a_masked_language_model_is_neither_fine_tuned_nor_asked_once(started):
 
     config = load_config(Path("runs/model-8x") / FILE)
     assert (config.teacher.cache, config.teacher.finetune) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words", "rate"),
+    [
+        ({"model_type": "llama"}, (), 3e-4),
+        ({"model_type": "llama", "architectures": ["LlamaModel"]}, (), 3e-4),
+        ({"model_type": "new"}, ("task.type=causal_lm",), 3e-4),
+        ({"model_type": "bert"}, (), 6.667e-4),
+    ],
+)
+def test_without_the_name_of_a_head_the_family_tells_a_decoder(started, keys, words, rate):
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps({"hidden_size": 576, **keys}))
+
+    assert cli.main([*FASTER, *words]) == 0
+
+    (folder,) = started
+    assert load_config(folder / FILE).train.learning_rate == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.parametrize(("word", "epochs"), [("={}", 10), (".num_train_epochs=3", 3)])
+def test_a_classifier_of_other_labels_is_fine_tuned_by_the_recipe(started, word, epochs):
+    Path("model").mkdir()
+    keys = {"architectures": ["BertForSequenceClassification"], "hidden_size": 384}
+    Path("model/config.json").write_text(json.dumps(keys))
+
+    assert cli.main([*FASTER, f"teacher.finetune{word}"]) == 0
+
+    config = load_config(Path("runs/model-8x") / FILE)
+    finetune = config.trainings["teacher.finetune"]
+    assert (finetune.learning_rate, finetune.num_train_epochs) == (3e-4, epochs)
+
+
+def test_a_finished_run_keeps_its_file_whose_comment_has_all_lines_of_the_command(started):
+    cli.main([*WORDS, "objective=\n- loss: soft_target_kl"])
+    file = Path("runs/Llama-1B-0.6B") / FILE
+    before = file.read_text()
+    (file.parent / "report.json").write_text("{}")
+
+    cli.main([*WORDS, "train.learning_rate=3e-5"])
+
+    assert [term.loss for term in load_config(file).objective] == ["soft_target_kl"]
+    assert file.read_text() == before
+
+
+def test_a_plan_is_not_made_for_the_device_that_is_timed(started, monkeypatch):
+    planned = []
+    monkeypatch.setattr(shrink, "print_plan", lambda config, given: planned.append(given.device))
+
+    assert cli.main([*FASTER, "--device", "cuda", "--plan"]) == 0
+
+    assert planned == [None]
+    assert started == []
 
 
 def test_the_size_may_be_a_share(started):
@@ -169,6 +222,9 @@ def test_the_config_can_be_printed_without_writing_it(started, capsys):
         ([*WORDS, "train.max_stepz=3"], 'override "train.max_stepz=3"'),
         ([*FASTER[:-1], "8x,2x"], "method.speedup: the largest model comes first"),
         ([*WORDS, "--parameters", "much"], "must be a number of weights such as 0.6B"),
+        ([*WORDS, "method.metric=accuracy"], "method.metric: accuracy compares candidates"),
+        ([*WORDS, "method.timing.batch=1"], "method.timing: only method.speedup times forwards"),
+        ([*FASTER, "--device", "cuda", "--runtime", "onnx"], "onnx is timed on the CPU"),
     ],
 )
 def test_bad_options_write_nothing(started, capsys, words, message):

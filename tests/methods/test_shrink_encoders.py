@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,16 +20,18 @@ from tiny_runs import (
     write_scored_pairs,
     write_text,
 )
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig
 from whole_run import finish, read, same_weights
 
+from megakd.config.run import LatencyConfig
 from megakd.contract.lab import TimedWork
 from megakd.contract.results import SizedStudent
 from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.shrink.budget import Sizes, timed_candidates
 from megakd.methods.shrink.candidates import Budget, Family
-from megakd.run.run_report import timed_on
+from megakd.pruning.timing import Stopwatch
+from megakd.run.run_report import timed_forwards, timed_on
 
 TEACHER = bert(4, width=32, num_attention_heads=4, intermediate_size=64)
 METHOD = {"name": "shrink", "flops": "40%", "candidates": 20, "round_to": 4, "trial_steps": 3}
@@ -286,6 +288,26 @@ def test_the_report_of_a_run_on_a_gpu_times_where_the_speedup_was_asked_for():
 
     assert on_cpu == torch.device("cpu")
     assert on_gpu == share == gpu
+
+
+def test_the_report_times_the_forward_of_a_speedup_beside_its_usual_ones():
+    asked = {"what": "speedup", "value": 8.0, "batch": 32}
+    share = SizedStudent("student", Path("final"), {"what": "flops", "value": 0.1})
+    size, long = (
+        SizedStudent("student", Path("final"), one) for one in (asked, {**asked, "tokens": 64})
+    )
+
+    assert timed_forwards(LatencyConfig(), "causal_lm", [share]) == ((1,), None)
+    assert timed_forwards(LatencyConfig(), "causal_lm", [size, size]) == ((1, 32), None)
+    assert timed_forwards(LatencyConfig(batch=(8,)), "classification", [long]) == ((8, 32), 64)
+    assert timed_forwards(LatencyConfig(tokens=16), "classification", [long]) == ((1, 32), 16)
+
+
+def test_a_text_beyond_the_positions_of_the_model_is_not_timed():
+    source = SimpleNamespace(config=BertConfig(max_position_embeddings=32))
+
+    with pytest.raises(ConfigError, match=r"method\.timing\.tokens: 64, and .* at most 32 tokens"):
+        Stopwatch(cast("Any", source), cast("Any", None), TimedWork(tokens=64), [])
 
 
 def clock(view: View) -> float:

@@ -18,7 +18,7 @@ from megakd.config.file import config_of
 from megakd.contract.metric import Metric
 from megakd.contract.views import View
 from megakd.errors import ConfigError
-from megakd.methods.shrink import LARGEST_HOP, budgets, hops
+from megakd.methods.shrink import LARGEST_HOP, budgets, hops, narrower
 from megakd.methods.shrink.candidates import (
     TOLERANCE,
     Budget,
@@ -218,6 +218,19 @@ def test_heads_that_no_stock_config_describes_are_no_candidates():
     result = cuts_of(family(is_stock=lambda view: view.heads[0] in (4, 8)), counted)
 
     assert result.heads == (4, 8)
+
+
+def test_a_teacher_that_no_stock_config_describes_is_refused():
+    with pytest.raises(ConfigError, match="none has 4 key-value groups of this width"):
+        family(2, 4, 64, is_stock=lambda view: False).possible()
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "expected"),
+    [(384, 12, [288, 192]), (512, 6, [384, 256]), (192, 3, [128])],
+)
+def test_widths_are_three_quarters_and_half_in_whole_heads(width, heads, expected):
+    assert narrower(width, heads) == expected
 
 
 def test_the_most_important_layers_are_kept_in_their_order():

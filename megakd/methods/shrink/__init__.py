@@ -74,6 +74,8 @@ ASSISTANT = "assistant-"
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 NARROWER = (0.75, 0.5)
 """Shares of the residual width of candidates, beside the whole width."""
+WIDTH_STEP = 8
+"""Multiple of the residual width, if it is no multiple of the number of heads."""
 MEASURE_AGAIN = (
     "; times beside other work are wrong: remove stages/times* of the run, and start again"
 )
@@ -160,9 +162,24 @@ class ShrinkConfig(ImportanceOptions):
                 f"method.trial_steps: {self.trial_steps}, and there is one candidate; set "
                 "method.candidates, for example to 6, or remove method.trial_steps"
             )
+        if self.metric is not None and not (self.has_trial or self.is_series):
+            yield (
+                f"method.metric: {self.metric} compares candidates, and there is one; remove the "
+                "key, or set method.candidates"
+            )
+        yield from self._problems_of_timing()
         yield from self._problems_of_rollout(config.rollout)
         (soft,) = soft_terms(config.task.type)
         yield from self._problems_of_objective(config.objective, soft.loss)
+
+    def _problems_of_timing(self) -> Iterator[str]:
+        if self.timing != TimedWork() and self.speedup is None:
+            yield "method.timing: only method.speedup times forwards; set it, or remove the key"
+        if (self.timing.runtime, self.timing.device) == ("onnx", "cuda"):
+            yield (
+                "method.timing.runtime: onnx is timed on the CPU (got device cuda); set "
+                "method.timing.device to cpu, or method.timing.runtime to torch"
+            )
 
     def _problems_of_rollout(self, rollout: Any) -> Iterator[str]:
         if (rollout is None) != (self.on_policy_steps == 0):
@@ -239,8 +256,9 @@ def budgets(config: ShrinkConfig, parameters: int) -> list[Budget]:
             Budget(key, 1 / x, SPEED_TOLERANCE, text, f"{x:g}x", MEASURE_AGAIN)
             for x in config.speedup
         ]
-    key, share = "method.parameters", 1 - (config.target_sparsity or 0.0)
-    targets = config.parameters or (round(share * parameters),)
+    key = "method.parameters" if config.parameters else "method.target_sparsity"
+    share = 1 - (config.target_sparsity or 0.0)
+    targets = config.parameters or (max(1, round(share * parameters)),)
     return [Budget(key, one, TOLERANCE, _weights, short_name(one)) for one in targets]
 
 
@@ -296,11 +314,16 @@ def _widths(config: ShrinkConfig, lab: Lab, model: Model, family: Family) -> Ite
         return
     if any(isinstance(term, STATE_TERMS) for term in objective_of(lab)):
         return
-    head = model.width // model.heads.keys
-    for share in NARROWER:
-        width = round(share * model.heads.keys) * head
+    for width in narrower(model.width, model.heads.keys):
         if 0 < width < model.width and family.possible(width)[0]:
             yield width
+
+
+def narrower(width: int, heads: int) -> list[int]:
+    """Return about three quarters and half of a width, in whole heads if the width has them."""
+    # T5 has widths that are no multiple of the number of heads.
+    step = WIDTH_STEP if width % heads else width // heads
+    return list(dict.fromkeys(round(share * width / step) * step for share in NARROWER))
 
 
 def _candidates(config: ShrinkConfig, sizes: Sizes, budget: Budget) -> list[Candidate]:

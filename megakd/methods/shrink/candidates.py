@@ -155,10 +155,16 @@ class Family(NamedTuple):
                 f"method.round_to: {grid} is larger than {neurons}, the number of neurons of the "
                 "teacher's layers; lower method.round_to"
             )
-        stock = (
+        stock = tuple(
             n for n in range(1, heads + 1) if self.is_stock(self.view(self.depth, n, grid, width))
         )
-        return tuple(stock), (*range(grid, neurons, grid), neurons)
+        if not stock and width is None:
+            raise ConfigError(
+                f"method: shrink needs a teacher that the stock config of its family describes, "
+                f"and none has {heads} key-value groups of this width; use a teacher that was not "
+                "cut before"
+            )
+        return stock, (*range(grid, neurons, grid), neurons)
 
 
 def cuts_of(family: Family, size: Callable[[View], float], width: int | None = None) -> Cuts:
