@@ -9,7 +9,7 @@ from megakd.contract.views import View
 from megakd.data.step_layout import StepShape
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.phase import Phase
-from megakd.pruning.builder import Shapes, SortedTeacher, shape_of_cut, unscored
+from megakd.pruning.builder import Shapes, SortedTeacher, counts_in_view, shape_of_cut, unscored
 from megakd.scoring.scorer import FEW
 
 if TYPE_CHECKING:
@@ -70,12 +70,15 @@ class PlannedPruning(Shapes):
     ) -> Mapping[str, float]:
         """Return the views' shares of the weights of the layers; a plan times nothing."""
         del name, work
-        units = source.architecture.units(source.config)
-        whole = self.parameters(source, units).encoder_parameters
-        return {
-            known: self.parameters(source, view).encoder_parameters / whole
-            for known, view in views.items()
-        }
+        # The decoder of a classifier reads one token per text.
+        others = tuple(f"{block}." for block in source.architecture.more_blocks)
+        weights = tuple(one for one in self._weights_of(source) if not one[0].startswith(others))
+
+        def count(view: View) -> int:
+            return counts_in_view(weights, source, view).encoder_parameters
+
+        whole = count(source.architecture.units(source.config))
+        return {known: count(view) / whole for known, view in views.items()}
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
