@@ -59,9 +59,12 @@ def load_finished(
             f"{folder / 'config.json'} names the architecture {name!r}, which transformers "
             f"{transformers.__version__} does not have ({where})"
         )
+    place = device or torch.device("cpu")
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method == INT8_METHOD:
-        return load_int8(folder).to(device=device or torch.device("cpu"), dtype=dtype)
+        restored = load_int8(folder)
+        torch.nn.Module.to(restored, device=place, dtype=dtype)  # transformers types `to` wrongly
+        return restored
     if method is not None:
         raise ModelError(
             f"{where}: {folder} is quantized ({method}); give the model in fp32, bf16 or fp16"
@@ -70,4 +73,4 @@ def load_finished(
         model = model_class.from_pretrained(folder, dtype=dtype or "auto")
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{where}: {folder} cannot be loaded: {one_line(error)}") from error
-    return model.to(device or torch.device("cpu"))
+    return model.to(place)
