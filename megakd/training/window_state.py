@@ -86,8 +86,10 @@ def _whole(student: StudentEngine, strategy: Strategy) -> Iterator[tuple[str, Te
     values = student.optimizer_state
     for kind, name, tensor in values.whole():
         yield f"{kind}/{name}", tensor
-    for kind, parts in strategy.shards().items():
-        # A rank may hold no part of some weights.
+    # A rank may hold no part of some weights, or of any.
+    shards = strategy.shards()
+    for kind in dict.fromkeys(kind for kinds in gather([*shards]) for kind in kinds):
+        parts = shards.get(kind, {})
         for name in sorted({name for names in gather(list(parts)) for name in names}):
             part = parts.get(name, torch.empty(0))
             yield f"{kind}/{LEARNER}{name}", values.put_together(LEARNER + name, part)

@@ -98,6 +98,7 @@ SIZES = {
     "intermediate_size": 40,
     "max_position_embeddings": 32,
 }
+DECODERS = ("llama", "headed")
 METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6, "pruning_start": 1}
 
 
@@ -111,14 +112,19 @@ def folder(tmp_path_factory) -> Path:
         "bert": BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
         "dropout": BertConfig(**SIZES),
         "llama": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False),
+        "headed": LlamaConfig(
+            **{**SIZES, "vocab_size": 1000, "num_hidden_layers": 1},
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        ),
     }
     for name, config in models.items():
-        auto = AutoModelForCausalLM if name == "llama" else AutoModelForMaskedLM
+        auto = AutoModelForCausalLM if name in DECODERS else AutoModelForMaskedLM
         model = auto.from_config(config)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(folder / name)
-        kind = "bpe" if name == "llama" else "wordpiece"
+        kind = "bpe" if name in DECODERS else "wordpiece"
         save_tokenizer(folder / name, text.read_text().split("\n\n"), kind=kind)
     return folder
 
@@ -135,7 +141,7 @@ def config_of(folder, tmp_path):
 
 
 def write_run(folder: Path, out: Path, name: str, stage: int, method: dict, **sections) -> Path:
-    is_llama = name == "llama"
+    is_llama = name in DECODERS
     tree = config_tree(
         out / "out",
         {"type": "causal_lm" if is_llama else "mlm", "dataset": str(folder / "text.txt")},
@@ -198,6 +204,16 @@ def test_two_ranks_with_cuts_end_as_one_rank_that_only_masks(pruned, config_of, 
     first, reference = both[0]["notes"][0], alone[name]["notes"][0]
     torch.testing.assert_close(first["scores"], reference["scores"], rtol=1e-5, atol=1e-9)
     assert first["kept"] == reference["kept"]
+
+
+def test_a_rank_that_holds_the_output_matrix_alone_takes_part_in_a_cut(pruned, config_of):
+    one_rank = {"train": {"per_device_train_batch_size": 9}}
+    reference = pruned(config_of("headed", 0, {"cuts": 0}, **one_rank), 1)[0]
+
+    three = pruned(config_of("headed", 1), 3)
+
+    assert three[0]["stages"] == ["pruning-1", "pruning-2", "student"]
+    assert_same(three[0], reference)
 
 
 @pytest.mark.parametrize("score", ["platon", "magnitude", "random"])
