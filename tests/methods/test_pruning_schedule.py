@@ -104,10 +104,12 @@ def test_cuts_follow_as_soon_as_their_share_of_the_units_is_masked():
 def test_pruning_ends_after_three_tenths_of_the_run_unless_the_config_says_when():
     lab: Any = SimpleNamespace(steps_of_student=lambda: 1000)
     configs = (
-        HomoDistilConfig(name="homodistil", target_width=12, pruning_end=end) for end in (None, 7)
+        HomoDistilConfig(name="homodistil", target_width=12, pruning_start=start, pruning_end=end)
+        for start, end in ((0, None), (0, 7), (20, None), (400, None))
     )
 
-    assert [schedule_of(config, lab).end for config in configs] == [300, 7]
+    # A late start leaves three tenths of the rest.
+    assert [schedule_of(config, lab).end for config in configs] == [300, 7, 300, 580]
 
 
 def test_a_run_has_one_window_without_cuts_and_plans_those_of_a_long_run_at_once():

@@ -65,8 +65,9 @@ class HomoDistilConfig(OneTeacherOptions):
         place of `target_width`.
     schedule: how the number of units falls from `pruning_start` to `pruning_end`: `cubic`, `linear`
         or, as a control, `one_shot` at `pruning_start`.
-    pruning_start: step after which the first units are removed.
-    pruning_end: step after which the last units are removed; null: after 30 % of the steps.
+    pruning_start: step after which pruning begins; the first units go `every` steps later.
+    pruning_end: step after which the last units are removed; null: after 30 % of the steps, or
+        of those after `pruning_start` if it is later.
     every: steps between two removals.
     cuts: how often the weights of removed units are cut out of the model during training; 0 keeps
         them until the end.
@@ -206,7 +207,9 @@ def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) 
 def schedule_of(config: HomoDistilConfig, lab: Lab) -> Schedule:
     """Return the schedule of a run; pruning ends after it starts, and within the run."""
     total, start = lab.steps_of_student(), config.pruning_start
-    end = config.pruning_end or max(start + 1, int(SHARE_OF_RUN * total))
+    end = config.pruning_end or int(SHARE_OF_RUN * total)
+    if end <= start:  # a late start has its share of the rest
+        end = start + max(1, int(SHARE_OF_RUN * (total - start)))
     last = start if config.schedule == "one_shot" else end
     if last > total or start >= total:
         train = lab.config.train
