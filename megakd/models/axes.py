@@ -60,9 +60,12 @@ def unit_makers(model: PreTrainedModel) -> dict[str, Maker]:
     makers: dict[str, Maker] = {}
     for path, module in model.named_modules():
         name, is_embedding = f"{path}.weight", isinstance(module, nn.Embedding)
+        # ELECTRA's embeddings may be narrower than the hidden states that a matrix makes of them.
+        is_raised = isinstance(module, nn.Linear) and table.get(name) == (WIDTH, None)
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         # A weight without elements, in a layer without heads or neurons, is no parameter.
-        if name not in table or weight is None or not (is_embedding or path in paths):
+        is_maker = is_embedding or is_raised or path in paths
+        if name not in table or weight is None or not is_maker:
             continue
         dimension = 1 if is_embedding or not isinstance(module, nn.Linear) else 0
         axis, inputs = table[name][dimension], table[name][1 - dimension]

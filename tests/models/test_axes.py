@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import tiny_cuts
 import torch
 from transformers import AutoModelForMaskedLM
 
 from megakd.contract.views import Axis, UnitOrder, View
 from megakd.models.architectures import AUTO_CLASSES, FAMILIES, MASKED_HEADS, architecture_of
-from megakd.models.axes import WIDTH, lengths, narrowed, ordered, weight_axes
+from megakd.models.axes import WIDTH, lengths, narrowed, ordered, unit_makers, weight_axes
 from megakd.models.cutting import cut_config
 
 CUTTABLE = {name: entry for name, entry in FAMILIES.items() if entry.uncut is None}
@@ -130,3 +131,15 @@ def test_a_view_lies_within_another_that_has_as_much_everywhere():
     assert small.within(large)
     assert small.within(small)
     assert not large.within(small)
+
+
+@pytest.mark.parametrize("width", [16, 24])
+def test_narrow_embeddings_and_the_matrix_that_raises_them_make_the_hidden_states(width):
+    model = tiny_cuts.build("electra", embedding_size=width)
+
+    makers = unit_makers(model)
+
+    embeddings = [name for name in makers if "embeddings" in name]
+    is_narrow = width < model.config.hidden_size
+    assert ("electra.embeddings_project.weight" in embeddings) == is_narrow
+    assert ("electra.embeddings.word_embeddings.weight" in embeddings) != is_narrow
