@@ -57,6 +57,10 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
         tree["lora"] = asdict(lora)
     if stage.mixed:
         tree["mixed"] = {role: reading._asdict() for role, reading in stage.mixed.items()}
+        # A narrow table has the width of a student that does not learn here.
+        widths = {role: size.width for role, size in assembly.second_sizes(stage).items()}
+        if any(widths.values()):
+            tree["mixed_widths"] = widths
     if config.method.reads_rows(stage):
         tree["mixed_rows"] = assembly.method_rows.key
     return flatten(tree)

@@ -197,7 +197,7 @@ class Assembly:
             role: self._load(source, ds, dtype, need_head=False)
             for role, source in self.learners(stage).items()
         }
-        for role, size in self._second_sizes(stage).items():
+        for role, size in self.second_sizes(stage).items():
             add_second_vocabulary(
                 learners[role], size, ds=ds, dtype=TORCH_DTYPE[dtype], seed=self.config.seed
             )
@@ -229,7 +229,8 @@ class Assembly:
             source = self.learners(stage)[stage.role]
             add_adapters(learners[stage.role], source, task, lora, seed=self.config.seed)
 
-    def _second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
+    def second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
+        """Return the second vocabularies that the learners of a stage get, by role."""
         pair, student = self.prepared.pair, self.prepared.sources[STUDENT]
         if pair is None:
             return {}

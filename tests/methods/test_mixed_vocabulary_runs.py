@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,22 @@ def test_the_student_starts_from_the_table_that_its_teacher_learned(after_teache
     second = load_file(after_teacher / "stages/mixed-teacher/second_vocabulary.safetensors")
     assert second["table.weight"].shape == (100, 8)
     assert second["lift.weight"].shape == (16, 8)
+
+
+def test_a_table_that_the_teacher_learned_for_another_width_is_not_taken(
+    one_rank, after_teacher, tmp_path
+):
+    config = mixed(tmp_path, method=VERSION_2)
+    shutil.copytree(after_teacher, tmp_path / "out")
+    for name in ("stages/student", "checkpoints", "final"):
+        shutil.rmtree(tmp_path / "out" / name, ignore_errors=True)
+    for name in ("report.json", "run.json"):
+        (tmp_path / "out" / name).unlink(missing_ok=True)
+
+    outcome = one_rank.train("--config", config, "student.model.config.hidden_size=16")
+
+    assert outcome.code == 2
+    assert "mixed_widths.teacher: 8 there, 16 here" in outcome.err
 
 
 def test_the_teachers_table_may_start_from_random_values(one_rank, after_teacher, tmp_path):
