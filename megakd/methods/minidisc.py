@@ -150,7 +150,7 @@ def _cost(
     legs += [size(s) + 3 * size(target) for s in config.sparsities if s < target]
     pace = seconds / max(work, 1.0)
     return {
-        "trials": 1,
+        "trials": len(tried),
         "seconds": seconds,
         "alternative": "MaxiDisc",
         "alternative_does": "every assistant tried",

@@ -57,6 +57,11 @@ class SkdbertConfig(MethodOptions):
             yield from self.unused({"rank_exponent"}, f"{how} ranks no teacher")
         if self.distribution != "student_rank":
             yield from self.unused({"pilot_steps"}, f"{how} trains no pilot student")
+        if config.eval.losses:
+            yield (
+                "eval.losses: compares held-out rows with the teacher of a step, and skdbert draws "
+                "another one in every step; remove the key"
+            )
 
     def _problems_of_weights(self, config: Any) -> Iterator[str]:
         if self.weights is None:

@@ -106,6 +106,7 @@ def test_direct_is_the_target_cut_out_of_the_teacher_with_the_steps_of_all_trial
     assert torch.equal(start[embeddings], ordered[embeddings])
     assert not torch.equal(direct[embeddings], start[embeddings])
     assert set(read(minidisc)["baselines"]) == {"alone", "direct"}
+    assert read(minidisc)["cost"]["trials"] == 2
 
 
 def test_the_sorted_teacher_computes_what_the_teacher_does(minidisc, bench):

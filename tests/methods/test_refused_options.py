@@ -93,6 +93,7 @@ REFUSED = [
         "method.importance_split: train cannot be read",
     ),
     ("minidisc", [f"teachers={json.dumps(POOL['teachers'])}", "teacher=null"], "one teacher"),
+    ("skdbert", ["eval.losses=true"], "eval.losses: compares held-out rows with the teacher of a"),
     ("knowledge_selection", ["method.policy=random_hard", "method.selector=s"], "has no selector"),
     ("knowledge_selection", ["method.policy=all", "method.action=hard"], "all has no selector"),
     ("knowledge_selection", ["method.threshold=0.9"], "soft does not choose by a threshold"),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megakd.config.paths import Folder
 from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage, StageResult, Strategy
@@ -90,7 +91,7 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
     updates: Count = 32
     hidden: Count = 64
     selector_learning_rate: Positive = 1e-3
-    selector: Path | None = None
+    selector: Folder | None = None
 
     @property
     def looks_into_teacher(self) -> bool:
