@@ -35,6 +35,7 @@ READERS = {
     ".ndjson": read_jsonl,
     ".parquet": read_parquet,
 }
+_READ_ALIKE = {suffix: READERS.get(suffix, suffix) for suffix in DATA_SUFFIXES}
 WHOLE_FILE = "all rows"
 # `datasets` may write a hash behind the count.
 SHARD = re.compile(r"-(\d+)-of-(\d+)(-[0-9a-f]+)?$")
@@ -145,9 +146,21 @@ def files_table(
 ) -> Table:
     """Return the concatenated rows of files, which messages call `name`, or else by the setting."""
     name = str(paths[0]) if len(paths) == 1 else name or key
+    _refuse_other_formats(paths, key)
     if all(path.suffix.lower() == ".txt" for path in paths):
         return read_documents(paths, name, to_be_split=to_be_split)
     return joined([_one_table(path, key) for path in paths], name)
+
+
+def _refuse_other_formats(paths: Sequence[Path], key: str) -> None:
+    """Refuse to join formats: "True" of a csv file is a word, and true of a jsonl file is none."""
+    first, *others = paths
+    for path in others:
+        if not _READ_ALIKE[known_suffix(path, key)] == _READ_ALIKE[known_suffix(first, key)]:
+            raise DataError(
+                f"{key}: {path} and {first} have different formats; give all files of a split in "
+                "one format"
+            )
 
 
 def _one_table(path: Path, key: str) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from datasets import Features, Value
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import ROUTE
+from megakd.contract.batch import IGNORE, ROUTE
 from megakd.contract.tasks import LANGUAGE_TASKS, TaskType
 from megakd.data.arrow import PLACE
 from megakd.data.chat.conversations import (
@@ -153,11 +154,16 @@ class RowKind:
         if not self.keeps_blank:
             return {"text": document_of(table.name, text, record)}
         texts = [text_of(table.name, column, record) for column in text]
-        labeller = self.classes.label if self.classes else score
         return {
             **dict(zip(("text", "text_pair"), texts, strict=False)),
-            "label": labeller(table, label or "", record),
+            "label": self._label(table, label, record),
         }
+
+    def _label(self, table: Table, column: str | None, record: Record) -> float:
+        if column is None:
+            return IGNORE if self.classes else math.nan
+        labeller = self.classes.label if self.classes else score
+        return labeller(table, column, record)
 
 
 def is_blank(row: Mapping[str, object]) -> bool:

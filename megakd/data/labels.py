@@ -14,7 +14,7 @@ import numpy as np
 
 from megakd.contract.batch import IGNORE
 from megakd.data.arrow import remembered
-from megakd.data.tables import Record, Table
+from megakd.data.tables import Record, Table, text_of
 from megakd.errors import DataError
 
 INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
@@ -130,7 +130,7 @@ def _class_value(table: Table, column: str, record: Record) -> int | str | None:
     if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
         return None if math.isnan(value) or value == IGNORE else int(value)
     if isinstance(value, str):
-        word = value.strip()
+        word = text_of(table.name, column, record).strip()
         return word if word and _integer(word) != IGNORE else None
     raise DataError(
         f"{table.name}, {record.place}: label {value!r} in column {column!r} is not a class; a "

@@ -235,18 +235,22 @@ def _with_header(
 
 
 def _csv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    # `csv` refuses fields of more than 131072 characters by default; documents may be longer.
-    limit = csv.field_size_limit(sys.maxsize)
     reader, first_line = csv.reader(_text_lines(path), strict=True), 1
-    try:
-        for values in reader:
-            if values:
-                yield first_line, values
-            first_line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {first_line}: not valid CSV: {error}") from error
-    finally:
-        csv.field_size_limit(limit)
+    while True:
+        # `csv` refuses fields of more than 131072 characters by default; documents may be longer.
+        # The limit is that of the process, in which other files are read by turns.
+        limit = csv.field_size_limit(sys.maxsize)
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {first_line}: not valid CSV: {error}") from error
+        finally:
+            csv.field_size_limit(limit)
+        if values is None:
+            return
+        if values:
+            yield first_line, values
+        first_line = reader.line_num + 1
 
 
 def _tsv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -28,11 +28,11 @@ from megakd.errors import DataError, suggestion
 
 logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
-VERSION = 2
+VERSION = 3
 # Increase this number when a folder of rows gets different files or rows.
 LAYOUT = 3
-ERROR = "__error__"
-"""Column of a row of a stream that cannot be read, with the reason."""
+ERROR, LINE = "__error__", "__line__"
+"""Columns of the rows of a stream: why a row cannot be read, and its file and line."""
 DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
     "classification": ("accuracy",),
     "regression": ("pearson", "spearman"),
@@ -72,7 +72,7 @@ class TextStream:
         with self.bad:
             if ERROR in raw:
                 raise DataError(str(raw[ERROR]))
-            record = Record(str(raw.get(PLACE) or "a row"), raw)
+            record = Record(str(raw.get(LINE) or "a row"), raw)
             row = cast("dict[str, str]", self.kind.row(self.table, record))
             if is_blank(row) or (self.held_out and text_hash(_asked(row)) in self.held_out):
                 return None

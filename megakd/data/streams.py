@@ -14,7 +14,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from megakd.config.task import TaskConfig
-from megakd.data.arrow import PLACE, key_of
+from megakd.data.arrow import key_of
 from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import OPTIONS, TOOLS
 from megakd.data.choosing import prompt_keys
@@ -22,7 +22,16 @@ from megakd.data.files import READERS, known_suffix, split_files, tables_of_file
 from megakd.data.hub import hub_advice, hub_errors
 from megakd.data.kinds import RowKind, is_blank
 from megakd.data.readers import by_split, documents_of, readable
-from megakd.data.rows import DEFAULT_METRICS, ERROR, VERSION, Corpus, TextStream, numbered, rows_of
+from megakd.data.rows import (
+    DEFAULT_METRICS,
+    ERROR,
+    LINE,
+    VERSION,
+    Corpus,
+    TextStream,
+    numbered,
+    rows_of,
+)
 from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
 
@@ -177,7 +186,7 @@ def _rows(
                 # Blank documents never had a place in the stream, at which a run may go on.
                 if kind.is_chat or not is_blank(kind.row(table, record)):
                     values = {name: record.values.get(name) for name in kind.columns}
-                    yield {**values, PLACE: f"{Path(path).name} {record.place}"}
+                    yield {**values, LINE: f"{Path(path).name} {record.place}"}
             except DataError as error:  # after an error of its own a generator cannot go on
                 yield {ERROR: str(error)}
 

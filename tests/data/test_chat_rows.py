@@ -176,6 +176,14 @@ def test_an_answer_with_weight_0_does_not_count(tmp_path):
     messages[1]["weight"] = 0
 
     assert first_of(tmp_path, {"messages": messages}).counted == [3]
+    shared = [{**one, "weight": weight} for weight in (0, 1) for one in SHAREGPT]
+    assert first_of(tmp_path, {"messages": shared}).counted == [3]
+
+
+def test_a_named_prompt_is_answered_by_the_usual_completion(tmp_path):
+    row = {"question": "Hi", "completion": "Hello"}
+
+    assert first_of(tmp_path, row, prompt_column="question").completion == "Hello"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +198,8 @@ def test_an_answer_with_weight_0_does_not_count(tmp_path):
         ({"messages": [{"role": "user"}]}, ("message 1", "'user'", "no content"), {}),
         ({"messages": [{"text": "Hi"}]}, ("message 1", "role and content"), {}),
         ({"messages": [{"from": "moderator", "value": "Hi"}]}, ("'moderator'", "human"), {}),
+        ({"messages": [{"from": ["gpt"], "value": "Hi"}]}, ("['gpt']", "human"), {}),
+        ({"messages": HELLO, "tools": [{"name": "\ud800"}]}, ("'tools'", "UTF-8 JSON"), {}),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             ("image_url", "text"),

@@ -259,6 +259,35 @@ def test_a_field_may_be_longer_than_python_reads_by_default(load, write_rows, tm
     assert csv.field_size_limit() == limit
 
 
+def test_long_fields_of_files_that_are_read_by_turns_are_read(write_rows, tmp_path):
+    rows = [("a", 0), ("word " * 40_000, 1)]
+    one, other = (
+        read_csv(write_rows(tmp_path / name, rows)).records() for name in ("a.csv", "b.csv")
+    )
+
+    first, _, *rest = next(one), next(other), *one
+    assert first.values["text"] == "a"
+    assert [len(record.values["text"]) for record in (*rest, *other)] == [200_000, 200_000]
+
+
+def test_files_of_a_split_have_one_format(load, write_rows, tmp_path):
+    """A word True of a csv file and a true of a jsonl file would be two classes."""
+    one, other = (str(write_rows(tmp_path / name, ROWS)) for name in ("a.jsonl", "b.csv"))
+
+    with pytest.raises(DataError, match=r"task\.train_files: .*b\.csv and .*a\.jsonl have diff"):
+        load(train_files=(one, other))
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_test_rows_without_a_column_of_labels_are_not_scored(load, tmp_path, kind):
+    """The column of the index, which pandas writes, has no name."""
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.csv").write_text(",text,label\n0,a,0\n1,b,1\n2,c,1\n")
+    (tmp_path / "test.csv").write_text(",text\n0,d\n1,e\n")
+
+    assert load(tmp_path, type=kind).test is None
+
+
 NOT_UTF8 = {
     "csv": b"text,label\nok,1\ncaf\xe9,0",
     "jsonl": b'{"text": "a"}\n{"text": "b"}\n{"text": "caf\xe9"}',

@@ -80,6 +80,10 @@ CASES: list[tuple[Any, ...]] = [
     ({"x.csv": labels(1, 1, 1)}, r"all labels in column 'label' are '1'; classification needs at"),
     ({"x.csv": labels("", "", "")}, r"column 'label' has no label in any row"),
     (
+        {"x.jsonl": '{"text": "a", "label": "\\ud800x"}\n{"text": "b", "label": "y"}\n'},
+        r"x\.jsonl, line 1: column 'label' is not UTF-8",
+    ),
+    (
         {"x.jsonl": '{"text": "a", "label": 0}\n{"text": "b", "label": [1]}\n'},
         r"line 2: label \[1\] in column 'label' is not a class",
     ),

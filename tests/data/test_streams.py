@@ -62,6 +62,12 @@ def texts_of(stream):
     return [row["text"] for row in stream.read()]
 
 
+def test_a_text_may_be_in_any_column(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", ({"place": text} for text in WORDS))
+
+    assert texts_of(stream(path, text_columns=("place",))) == [*WORDS]
+
+
 def test_validation_and_test_files_are_read_and_training_files_are_streamed(load, jsonl):
     held = {f"{split}_files": jsonl(split, [f"{split} text"]) for split in ("validation", "test")}
 

@@ -124,7 +124,8 @@ def chat_columns(table: Table, task: TaskConfig) -> ChatColumns | None:
     named = ChatColumns(task.messages_column, task.prompt_column, task.completion_column)
     if any(named):
         _require_named(table, named)
-        return named
+        is_pair = named.prompt and not named.completion and COMPLETION in table.columns
+        return named._replace(completion=COMPLETION) if is_pair else named
     for column in MESSAGES_DEFAULTS:
         if column in table.columns:
             return ChatColumns(messages=column)
@@ -210,6 +211,7 @@ def _value(record: Record, column: str, kind: type, where: str) -> Any:
     if not isinstance(parsed, kind):
         wanted = {list: "a list", dict: "an object"}[kind]
         raise DataError(f"{where}: column {column!r} is not {wanted}: {value!r:.80}")
+    _require_json(parsed, f"{where}: column {column!r}")
     return without_nulls(parsed)
 
 
@@ -287,11 +289,15 @@ def _message(value: object, *, where: str) -> Message:
     for key in ("role", "content"):
         if not isinstance(made[key], str):
             raise DataError(f"{where}: {key} is not text: {made[key]!r:.80}")
-    try:
-        json.dumps(made, ensure_ascii=False).encode("utf-8")
-    except (UnicodeEncodeError, TypeError) as error:
-        raise DataError(f"{where}: the message cannot be written as UTF-8 JSON: {error}") from error
+    _require_json(made, f"{where}: the message")
     return made
+
+
+def _require_json(value: object, what: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (UnicodeEncodeError, TypeError) as error:
+        raise DataError(f"{what} cannot be written as UTF-8 JSON: {error}") from error
 
 
 def _from_openai(message: Message, where: str) -> Message:
@@ -338,11 +344,13 @@ def _tool_call(value: object, where: str) -> Message:
 
 def _from_sharegpt(message: Message, where: str) -> Message:
     sender, text = message["from"], message["value"]
-    role = SHAREGPT_ROLES.get(sender)
+    role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None:
         raise DataError(f"{where}: from is {sender!r}; supported: {', '.join(SHAREGPT_ROLES)}")
+    made: Message = {key: message[key] for key in ("weight",) if key in message}
     if sender != "function_call":
-        return {"role": role, "content": text}
+        return {**made, "role": role, "content": text}
     calls = from_json(text)
     listed = cast("list[object]", calls) if isinstance(calls, list) else [calls]
-    return {"role": role, "content": "", "tool_calls": [_tool_call(call, where) for call in listed]}
+    made |= {"role": role, "content": ""}
+    return {**made, "tool_calls": [_tool_call(call, where) for call in listed]}
