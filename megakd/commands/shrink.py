@@ -195,7 +195,7 @@ def _of_encoder(keys: Mapping[str, Any], *, masks: bool, is_tuned: bool) -> dict
         "teacher": teacher,
         "student": {"model": FROM_TEACHER, "dropout": 0.0},
         "method": {"name": "shrink"},
-        "train": {**rows, "learning_rate": round(1e-3 * narrow, 7), **schedule},
+        "train": {**rows, "learning_rate": round(5e-4 * narrow, 7), **schedule},
     }
 
 

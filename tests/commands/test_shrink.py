@@ -101,7 +101,7 @@ def test_an_encoder_becomes_a_classifier_that_is_fine_tuned_if_it_is_none(
     assert started == [Path("runs/model-8x")]
     assert (config.task.type, config.task.dataset) == ("classification", "texts.csv")
     assert (config.teacher.cache, config.student.dropout) == ("auto", 0.0)
-    assert (config.method.speedup, config.train.learning_rate) == ((8.0,), 1e-3)
+    assert (config.method.speedup, config.train.learning_rate) == ((8.0,), 5e-4)
     timing = config.method.timing
     assert (timing.batch, timing.tokens, timing.runtime) == (1, 64, "onnx")
     assert config.save.onnx
@@ -126,7 +126,7 @@ def test_a_masked_language_model_is_neither_fine_tuned_nor_asked_once(started):
         ({"model_type": "llama"}, (), 3e-4),
         ({"model_type": "llama", "architectures": ["LlamaModel"]}, (), 3e-4),
         ({"model_type": "new"}, ("task.type=causal_lm",), 3e-4),
-        ({"model_type": "bert"}, (), 6.667e-4),
+        ({"model_type": "bert"}, (), 3.333e-4),
     ],
 )
 def test_without_the_name_of_a_head_the_family_tells_a_decoder(started, keys, words, rate):
