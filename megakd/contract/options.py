@@ -12,6 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.plugins import wrong_options
+from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import STRICT
 from megakd.errors import suggestion
 
@@ -126,6 +127,13 @@ class OneTeacherOptions(MethodOptions):
             )
         if self.teacher is not None and self.teacher not in config.teacher_specs:
             yield no_such_teacher(config, "method.teacher", self.teacher)
+        rollout = config.rollout
+        is_here = rollout is not None and rollout.server is None and rollout.files is None
+        if is_here and self.teacher is not None and rollout.by not in (STUDENT, self.teacher):
+            yield (
+                f"rollout.by: {rollout.by} is not loaded, because method.teacher is "
+                f"{self.teacher}; set rollout.by to student or {self.teacher}"
+            )
 
 
 def no_such_teacher(config: Any, key: str, name: str) -> str:

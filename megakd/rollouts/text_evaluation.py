@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import operator
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from megakd.storage.atomic import json_text, write_text
 Match = Callable[[str, str], bool]
 """Function from a generated text and the text of the data to whether their answers are equal."""
 BUCKETS = 8
+LIMIT_S = 5
+"""Seconds after which an expression is not the answer."""
 """Most buckets of positions."""
 NAMES = {"kl": KL, "entropy": ENTROPY, "teacher_entropy": TEACHER_ENTROPY}
 """Logged statistics, means in nats per token, and their columns in the sums."""
@@ -139,7 +142,8 @@ def matcher(config: GenerationConfig) -> Match | None:
     """Return the comparison of a config; None if texts are not compared."""
     if config.match is None:
         return None
-    equal = operator.eq if config.match == "exact" else _same_mathematics()
+    is_part = config.answer is not None
+    equal = operator.eq if config.match == "exact" else _same_mathematics(is_part=is_part)
 
     def match(text: str, wanted: str) -> bool:
         given, there = answer_of(text, config.answer), answer_of(wanted, config.answer)
@@ -156,7 +160,8 @@ def answer_of(text: str, pattern: str | None) -> str | None:
     return matches[-1].strip() if matches else None
 
 
-def _same_mathematics() -> Match:
+def _same_mathematics(*, is_part: bool) -> Match:
+    """Return the comparison of math-verify; `is_part`: of expressions alone, not of texts."""
     try:
         from math_verify import parse, verify
     except ImportError as error:
@@ -166,12 +171,14 @@ def _same_mathematics() -> Match:
         ) from error
 
     def is_equal(given: str, wanted: str) -> bool:
-        # The time limit of math-verify is a signal, which only a main thread may set.
-        gold, answer = (
-            parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-            for text in (wanted, given)
-        )
-        return bool(verify(gold, answer, timeout_seconds=None))
+        if is_part and given == wanted:
+            return True
+        # The limit of math-verify, without which 9^{9^9} takes for ever, is a signal, which only a
+        # main thread may set.
+        seconds: Any = LIMIT_S if threading.current_thread() is threading.main_thread() else None
+        texts = (f"${text}$" if is_part else text for text in (wanted, given))
+        gold, answer = (parse(text, parsing_timeout=seconds) for text in texts)
+        return bool(verify(gold, answer, timeout_seconds=seconds))
 
     return is_equal
 

@@ -98,8 +98,9 @@ class Texts(StageExtra):
             scorer=of_model.scorer(parts.stage.train),
             folder=config.output_dir / TEXTS / parts.stage.name,
         )
-        # Where a row is compared with the teacher that it names, held-out rows name none.
-        self._has_losses = not parts.stage.strategy.routes_rows
+        # Where a row is compared with the teacher that it names, held-out rows name none, and
+        # answers that are kept are for training rows.
+        self._has_losses = not (parts.stage.strategy.routes_rows or _are_kept(parts))
 
     @override
     def scores(self, step: int, losses: MeanLosses) -> Mapping[str, float]:
@@ -108,6 +109,15 @@ class Texts(StageExtra):
     @override
     def curves(self) -> Mapping[str, float]:
         return self._texts.by_position
+
+
+def _are_kept(parts: StageParts) -> bool:
+    stage = parts.stage
+    teachers = [parts.assembly.teachers[name] for name in stage.teachers]
+    return any(
+        one.spec.cache is not None and not one.is_loaded(measures_losses=stage.measures_losses)
+        for one in teachers
+    )
 
 
 def _local_generator(

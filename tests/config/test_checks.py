@@ -101,6 +101,7 @@ MODELS = [
         'teacher.finetune.deepspeed sets "gradient_clipping", which megakd takes from '
         "teacher.finetune.max_grad_norm",
     ),
+    ("eval.losses=true; teacher.cache=c", "teacher.cache: holds answers to training rows, and eva"),
     (f"task.type=mlm; {KL}; teacher.cache=c", "teacher.cache: task.type mlm masks other tokens in"),
     ("method={name: knowledge_selection}; teacher.cache=c", "a cache holds only outputs; remove t"),
     ("student.model={config: {a: 1}}; student.layers=2", "student.layers: a model with random wei"),
@@ -223,6 +224,18 @@ ROLLOUT = [
     ("files: a, max_staleness: 1", "seed=1", "rollout.max_staleness: 1 applies to texts that are"),
     ("files: a, by: teacher", "seed=1", "rollout.by: teacher does not generate texts if rollout.f"),
     ("by: student", "teacher.cache=c", "teacher.cache: cannot be combined with rollout, whose te"),
+    ("by: a", f"{POOL}; method.teacher=b", "rollout.by: a is not loaded, because method.teacher"),
+    (
+        "by: teacher",
+        "teacher.model=student_base; student.lora={}",
+        "teacher is the student without",
+    ),
+    (
+        "by: teacher",
+        "student.model=from_teacher; method={name: shrink, parameters: 1M, assistant: auto_2.5, "
+        "on_policy_steps: 2}",
+        "rollout.by: teacher is not loaded beside the last assistant",
+    ),
     ("by: student", f"student.model=from_teacher; {CUT}", 'rollout: method "minidisc" do'),
     ("by: student", "task.streaming=true; train.max_steps=3", "rollout: cannot be combined with t"),
     (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cache_bench import VOCABULARY, Bench, furthest
 from tiny_runs import NO_DROPOUT, bert, write_config
-from whole_run import finish
+from whole_run import finish, records
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,18 @@ def test_a_run_that_keeps_the_answers_learns_what_it_learns_from_the_teacher(cla
     assert furthest(classes.weights(classes.config(f"kept-{losses}", **kept)), online) <= 1e-5
 
     assert (classes.folder / f"kept-{losses}" / "stages" / "teacher-answers").is_dir()
+
+
+def test_texts_are_evaluated_without_losses_where_answers_are_kept(language):
+    generation = {"max_new_tokens": 4, "prompt_tokens": 4}
+    kept = {"cache": "auto", "cache_top_k": 8}
+    config = language.config("texts", teacher=kept, eval={"generation": generation})
+
+    language.weights(config)
+
+    keys = {key for r in records(language.folder / "texts", "student") for key in r}
+    assert "eval/text_tokens" in keys, keys
+    assert "eval/text_soft_target_kl" not in keys
 
 
 def test_a_cache_of_the_whole_vocabulary_teaches_what_the_teacher_does(language):

@@ -290,6 +290,32 @@ def test_mathematics_is_compared_by_value():
     assert not match("$0.4$", "$0.5$")
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (r"2\pi", "2", False),
+        (r"3\sqrt{5}", r"3\sqrt{7}", False),
+        ("2x", "2y", False),
+        (r"\sqrt{2}", r"\sqrt{2}", True),
+        (r"\frac{1}{2}", "0.5", True),
+        ("(1,2)", "(1,2)", True),
+        ("x^2+1", "x^2+1", True),
+    ],
+)
+def test_the_part_of_a_text_that_a_pattern_chooses_is_an_expression(one, other, same):
+    pytest.importorskip("math_verify")
+    match = _matcher("math", r"\\boxed\{(.+)\}")
+
+    assert match(rf"so \boxed{{{one}}}", rf"\boxed{{{other}}}") == same
+
+
+def test_a_number_that_takes_for_ever_is_not_the_answer(monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(text_evaluation, "LIMIT_S", 1)
+
+    assert not _matcher("math")("so $9^{9^{9}}$", "$7$")
+
+
 def test_mathematics_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
 

@@ -79,6 +79,12 @@ _TEACHER: tuple[Rule[TeacherConfig], ...] = (
         'method "{method}" needs more than the outputs of the teacher, and a cache holds only '
         'outputs; remove the key, or set it to "auto"',
     ),
+    *given(
+        ".cache",
+        lambda c: c.config.eval.losses and c.item.cache != AUTO,
+        "holds answers to training rows, and eval.losses compares held-out rows; set the key to "
+        '"auto", which keeps the teacher for them, or remove eval.losses',
+    ),
     *conflict(".cache", "rollout", ", whose texts are not the training rows that it answers"),
     *conflict(".cache", "task.streaming", ", whose rows have no numbers to find their answers by"),
     *given(

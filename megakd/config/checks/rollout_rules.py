@@ -55,6 +55,12 @@ _ROLLOUT: tuple[Rule[RolloutConfig], ...] = (
         "{item.by} does not generate texts if rollout.files is set; remove one of the two keys",
     ),
     *conflict(".server", ".files", ", which names texts that exist"),
+    *given(
+        ".by",
+        lambda c: c.item.by in c.config.base_teachers and c.item.server is None,
+        "{item.by} is the student without its adapters, which generates no texts; set the key to "
+        "student",
+    ),
 )
 _SERVER: tuple[Rule[RolloutServerConfig], ...] = (
     Rule(

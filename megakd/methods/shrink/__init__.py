@@ -187,6 +187,11 @@ class ShrinkConfig(ImportanceOptions):
                 f"method.on_policy_steps: {self.on_policy_steps}, and the section rollout is "
                 f"{'missing' if rollout is None else 'set'}; set both or neither"
             )
+        if rollout is not None and self.assistant != "never" and rollout.by != STUDENT:
+            yield (
+                f"rollout.by: {rollout.by} is not loaded beside the last assistant (method."
+                f"assistant {self.assistant}); set it to student, or method.assistant to never"
+            )
         if rollout is not None and rollout.from_step not in (0, self.repair_steps):
             yield (
                 f"rollout.from_step: {rollout.from_step} is not method.repair_steps "
