@@ -196,8 +196,15 @@ class _Progress:
                 raise DataError(
                     f"{self.folder} holds other files ({strangers[0]}); give an empty folder"
                 )
+            self.save()
             return
-        there = read_signed(self.path)
+        try:
+            there = read_signed(self.path)
+        except ValueError as error:
+            raise DataError(f"{self.path} is damaged ({error}); remove {self.folder}") from error
+        if not any(there["shards"].values()):  # nothing is lost
+            self.save()
+            return
         differing = _differing(there, self.facts, self.keys)
         if differing:
             raise DataError(
@@ -322,7 +329,11 @@ class _Shard:
                 counts["tokens"] += len(table.column("input_ids").combine_chunks().flatten())
                 yield table
 
-        write_tables(path, counted())
+        try:
+            write_tables(path, counted())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         entry: dict[str, Any] = {"file": path.name, **counts}
         if chat:
             entry["chat"] = {name: tally.to_record() for name, tally in chat.items()}

@@ -119,6 +119,35 @@ def test_a_stopped_call_goes_on_after_its_last_whole_shard(tmp_path, monkeypatch
     assert again == made  # a finished folder is left as it is
 
 
+def test_a_call_that_has_written_no_shard_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    data, write_tables = Data(tmp_path, "classification"), encoded_folder.write_tables
+
+    def stop(path, tables):
+        path.write_bytes(b"half a shard")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoded_folder, "write_tables", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data.write()
+    assert not list(data.folder.glob("*.arrow"))
+    (data.folder / "train-00000-of-00001.arrow").write_bytes(b"killed")
+    monkeypatch.setattr(encoded_folder, "write_tables", write_tables)
+    other = Data(tmp_path, "classification", max_length=5)
+
+    other.write()
+
+    assert plain(other.from_folder()) == plain(other.by_the_run())
+
+
+def test_a_record_of_progress_that_is_damaged_is_refused(tmp_path):
+    data = Data(tmp_path, "classification")
+    data.folder.mkdir()
+    (data.folder / "progress.json").write_text("{")
+
+    with pytest.raises(DataError, match=r"progress\.json is damaged .* remove "):
+        data.write()
+
+
 def test_other_settings_and_another_tokenizer_are_refused_with_both_values(written):
     with pytest.raises(DataError, match=r"task.max_length: 16 there, 32 here"):
         written.from_folder(max_length=32)
