@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
+from megakd.data.token_tables import document_ends
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ModelError
 from megakd.models.architecture import context_length
@@ -137,10 +138,16 @@ def _filled(
 
 
 def _prompt(tokenizer: Any, text: str) -> Mapping[str, Tensor]:
+    prefix: list[int] = []
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    else:
+        # Without what ends a document, after which a model would begin another one.
+        prefix, _ = document_ends(tokenizer)
+    ids = [*prefix, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    given = torch.tensor([ids], dtype=torch.long)
+    return {"input_ids": given, "attention_mask": torch.ones_like(given)}
 
 
 def _continued(model: Any, tokenizer: Any, given: Mapping[str, Tensor], new_tokens: int) -> Answer:

@@ -54,11 +54,12 @@ def text_tokens(
     source = sources[STUDENT]
     pad = tokenizer.pad_token_id
     sizes = [one.config.vocab_size for one in sources.values()]
+    numbers = 1 + max(tokenizer.get_vocab().values())  # len() counts tokens, and numbers may skip
     return TextTokens(
         end=end_tokens_of(tokenizer, source.config, generation_config_of(source)),
         pad=pad if isinstance(pad, int) else 0,
         # No model can read a token that it does not have.
-        known=min(len(tokenizer), *sizes),
+        known=min(numbers, *sizes),
     )
 
 

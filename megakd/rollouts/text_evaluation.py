@@ -92,7 +92,7 @@ class TextEvaluation:
         texts = self.texts(version)
         lines = [json_text(text.record()) + "\n" for text in texts]
         on_main(lambda: write_text(file_of_step(self._folder, version), "".join(lines)))
-        metrics = text_metrics(texts)
+        metrics = ({} if self._match is None else {MATCH: 0.0}) | text_metrics(texts)
         if losses is not None:
             measured = losses(self.batches(texts), self._curves.watching)
             curves = self._curves.take()
@@ -131,11 +131,18 @@ class TextEvaluation:
         def decoded(ids: Sequence[int], *, skip: bool) -> str:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip))
 
-        wanted = self._prompts.row(rollout.row).input_ids[len(rollout.prompt) :].tolist()
         text = decoded(rollout.completion.ids, skip=True)
-        answer = decoded(wanted, skip=True)
-        matches = None if self._match is None else self._match(text, answer)
+        answer = decoded(self._wanted(rollout), skip=True)
+        # A row that is a prompt alone has nothing to compare with.
+        matches = self._match(text, answer) if self._match and answer else None
         return Text(rollout, decoded(rollout.prompt, skip=False), text, answer, matches)
+
+    def _wanted(self, rollout: Rollout) -> list[int]:
+        """Return the tokens of the row's own answer, which ends before the next turn of a user."""
+        row, start = self._prompts.row(rollout.row), len(rollout.prompt)
+        counted = (row.labels[start - 1 :] != IGNORE).tolist()  # a label is the next token
+        end = start + counted.index(False) if False in counted else len(row.input_ids)
+        return row.input_ids[start:end].tolist()
 
 
 def matcher(config: GenerationConfig) -> Match | None:
@@ -191,8 +198,9 @@ def text_metrics(texts: Sequence[Text]) -> dict[str, float]:
         "text_truncated": sum(not completion.finished for completion in completions) / len(texts),
         "text_distinct_2": distinct_pairs(completions),
     }
-    if texts[0].matches is not None:
-        metrics[MATCH] = sum(bool(text.matches) for text in texts) / len(texts)
+    compared = [text.matches for text in texts if text.matches is not None]
+    if compared:
+        metrics[MATCH] = sum(compared) / len(compared)
     return metrics
 
 

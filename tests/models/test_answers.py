@@ -9,6 +9,7 @@ import pytest
 import tiny_cuts
 import torch
 from tokenizers import pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from megakd.errors import ConfigError, DataError, ModelError
 from megakd.models import onnx
@@ -69,6 +70,22 @@ def test_a_decoder_with_a_graph_beside_its_weights_continues_a_text(tmp_path):
     (answer,) = answers_of(tmp_path, ["w3 w9"], new_tokens=3)
 
     assert len(answer["text"].split()) <= 3
+
+
+def test_a_prompt_does_not_end_with_the_token_that_ends_a_document(tmp_path):
+    model = saved(tmp_path, "llama")
+    ends = tokenizer()
+    ends.eos_token = "w2"  # noqa: S105  (no password)
+    ends.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A w2", special_tokens=[("w2", 2)]
+    )
+    ends.save_pretrained(tmp_path)
+
+    (answer,) = answers_of(tmp_path, ["w30 w40"], new_tokens=4)
+
+    given = torch.tensor([[30, 40]])
+    tokens = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=4)
+    assert answer["text"] == ends.decode(tokens[0, 2:], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from elastic_views import NARROW, UNEVEN, VOCABULARY, WITHOUT, cut, family_model, masked
 from scipy import stats
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedTokenizerFast
 
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.contract.views import Cut
@@ -19,6 +22,7 @@ from megakd.errors import DataError, ModelError
 from megakd.models.elastic import Elastic
 from megakd.models.generation import check_prompt_lengths, complete, context_length
 from megakd.models.packed_attention import VARLEN, register_packed_attention
+from megakd.rollouts.generators import text_tokens
 
 PROMPTS = [[5, 6, 7], [8], [1, 2, 3, 4, 5, 6, 1], [9, 9, 9], [60, 50, 40, 30]]
 SEEDS = [11, 12, 13, 2**63 + 1, -14]
@@ -175,3 +179,16 @@ def test_an_elastic_model_generates_as_the_model_that_it_runs_as(family, view, d
 
     elastic.keep(None)
     assert texts(model) == whole
+
+
+def test_a_number_that_a_tokenizer_skips_leaves_its_last_token_known():
+    table = {"a": 0, "b": 1, "<end>": 6}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(table, unk_token="a")),  # noqa: S106
+        eos_token="<end>",  # noqa: S106
+    )
+    source: Any = SimpleNamespace(config=LlamaConfig(vocab_size=9, eos_token_id=6), folder=None)
+
+    tokens = text_tokens(tokenizer, {"student": source})
+
+    assert (tokens.end, tokens.known) == ({6}, 7)
