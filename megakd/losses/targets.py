@@ -199,10 +199,13 @@ class LanguageModelTargets(TermGroup):
             raise TypeError("a loss on cached probabilities has no factor or cap of logits")
         head, bias = _head(reading.student)
         (term,) = self.soft
+        # Tables that are padded for speed may end with rows that the student's does not have.
+        ids = kept.ids.masked_fill(kept.ids >= len(head), -1)
         return megakd_kernels.topk_kd_loss(
             rows.student,
             head,
-            *kept,
+            ids,
+            kept.logprobs,
             rows.labels,
             mode="renorm" if isinstance(kept, Draws) else "tail",
             t_squared=term.t_squared,

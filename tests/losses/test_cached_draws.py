@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result
 
-from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs
+from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, TopK
 from megakd.contract.terms import SoftTargetKl
 from megakd.losses.targets import AGREEMENT
 from megakd.losses.unit_scales import unit_scales
@@ -73,3 +74,20 @@ def test_readings_of_several_views_learn_from_the_same_draws():
 
     totals = [torch.stack([one.total for one in each]).sum() for each in (together, alone)]
     torch.testing.assert_close(*totals)
+
+
+@pytest.mark.parametrize("kind", [Draws, TopK])
+def test_tokens_that_only_the_teachers_table_has_are_left_to_the_rest(kind):
+    texts, draws = Texts(), draws_of(drawn_shares())
+    missing = draws.ids == draws.ids.amax(-1, keepdim=True)
+    kept = kind(draws.ids, draws.logprobs - 1)
+    padded = kind(draws.ids.masked_fill(missing, VOCABULARY + 3), kept.logprobs)
+
+    actual, expected = (
+        result(texts, (KL,), taught=Knowledge(kept=one))
+        for one in (padded, kind(draws.ids.masked_fill(missing, -1), kept.logprobs))
+    )
+
+    torch.testing.assert_close(actual.total, expected.total)
+    assert actual.total.isfinite()
+    torch.testing.assert_close(actual.gradients, expected.gradients)
