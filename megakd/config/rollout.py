@@ -21,7 +21,9 @@ ServerKind = Literal["vllm", "sglang"]
 
 def _address(text: str) -> str:
     given = re.fullmatch(r"https?://([^/\s:\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s?#]*)?", text)
-    if given is None or int((given[2] or ":0")[1:]) > _LAST_PORT:
+    # http.client sends neither a host such as a..b nor letters beyond ASCII.
+    is_sent = given is not None and text.isascii() and ".." not in given[1]
+    if given is None or not is_sent or int((given[2] or ":0")[1:]) > _LAST_PORT:
         raise ValueError(f"must be of the form http://host:port (got {text!r})")
     return text.rstrip("/")
 

@@ -172,7 +172,8 @@ class RunConfig:
         rollouts = self.rollout
         if rollouts is None or rollouts.server is None:
             return None
-        spec = self.student if rollouts.by == STUDENT else self.teacher_specs.get(rollouts.by)
+        is_student = rollouts.by in (STUDENT, *self.base_teachers)
+        spec = self.student if is_student else self.teacher_specs.get(rollouts.by)
         if rollouts.server.model is not None or spec is None:
             return rollouts.server.model
         return spec.model if isinstance(spec.model, str) and spec.model != FROM_TEACHER else None

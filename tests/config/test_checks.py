@@ -222,6 +222,12 @@ ROLLOUT = [
     ("by: student", "objective.0.on=data", "objective: no term learns from rollouts, which rollou"),
     ("by: mentor", "seed=1", 'rollout.by: there is no teacher "mentor"'),
     ("files: a, max_staleness: 1", "seed=1", "rollout.max_staleness: 1 applies to texts that are"),
+    ("files: a, rows_per_call: 4", "seed=1", "rollout.rows_per_call: cannot be combined with rol"),
+    (
+        "files: a",
+        "eval.generation={max_new_tokens: 4, answer: '(a)'}",
+        "eval.generation.answer: ch",
+    ),
     ("files: a, by: teacher", "seed=1", "rollout.by: teacher does not generate texts if rollout.f"),
     ("by: student", "teacher.cache=c", "teacher.cache: cannot be combined with rollout, whose te"),
     ("by: a", f"{POOL}; method.teacher=b", "rollout.by: a is not loaded, because method.teacher"),
@@ -351,6 +357,8 @@ def test_settings_near_those_refusals_are_accepted(run_file, overrides):
                 "'a:8000'": "must be of the form http://host:port",
                 "'http://::1:8000'": "must be of the form http://host:port",
                 "'http://a:99999'": "must be of the form http://host:port",
+                "'http://a..b:1'": "must be of the form http://host:port",
+                "'http://a:1/\u00e4'": "must be of the form http://host:port",
                 "'http://a:1', 'http://a:1/'": "must name each replica once (got http://a:1 more",
             }.items()
         ),

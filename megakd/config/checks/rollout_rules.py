@@ -32,8 +32,15 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
         yield from problems(_SERVER, Case(config, "rollout.server", rollouts.server))
 
 
-_TEXTS: tuple[Rule[RunConfig], ...] = only(
-    "rollout eval.generation", ("causal_lm",), ", whose models generate text", part="section"
+_TEXTS: tuple[Rule[RunConfig], ...] = (
+    *only(
+        "rollout eval.generation", ("causal_lm",), ", whose models generate text", part="section"
+    ),
+    *given(
+        "eval.generation.answer",
+        lambda c: not c.is_set("eval.generation.match"),
+        "chooses what eval.generation.match compares, which is not set; set it, or remove the key",
+    ),
 )
 _ROLLOUT: tuple[Rule[RolloutConfig], ...] = (
     Rule(
@@ -54,7 +61,7 @@ _ROLLOUT: tuple[Rule[RolloutConfig], ...] = (
         lambda c: c.item.files is not None,
         "{item.by} does not generate texts if rollout.files is set; remove one of the two keys",
     ),
-    *conflict(".server", ".files", ", which names texts that exist"),
+    *conflict(".server .sampling .rows_per_call", ".files", ", which names texts that exist"),
     *given(
         ".by",
         lambda c: c.item.by in c.config.base_teachers and c.item.server is None,
