@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -31,11 +31,11 @@ class RolloutStore:
         self.folder = folder
         self._offsets: dict[int, list[int]] = {}
 
-    def begin(self, fingerprint: Fingerprint) -> None:
+    def begin(self, fingerprint: Fingerprint, *, may_differ: Collection[str] = ()) -> None:
         """Keep the texts of an interrupted run with the same fingerprint, and set others aside."""
-        path = self.folder / _FINGERPRINT
-        wanted = as_read_back(fingerprint)
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != wanted:
+        path, wanted = self.folder / _FINGERPRINT, as_read_back(fingerprint)
+        there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else wanted
+        if any(there.get(k) != wanted.get(k) for k in {*there, *wanted} - {*may_differ}):
             set_aside(self.folder, "before")
         write_json(path, wanted)
 

@@ -53,9 +53,9 @@ class Rollouts(StageExtra):
         )
         collate = of_model.scorer(parts.stage.train).collate
         store = RolloutStore(config.output_dir / ROLLOUTS / parts.stage.name)
-        # A longer run continues with the texts of the shorter run.
-        facts = {key: value for key, value in parts.fingerprint.items() if key not in LENGTHS}
-        on_main(lambda: store.begin(facts))
+        # A longer run goes on from a checkpoint of the shorter one, with its texts.
+        may_differ = LENGTHS if oldest_step(parts.checkpoints) else ()
+        on_main(lambda: store.begin(parts.fingerprint, may_differ=may_differ))
         return RolloutSource(
             StepRows(prompts, continued, learned, collate, layout),
             rollouts,
