@@ -128,8 +128,9 @@ class OneTeacherOptions(MethodOptions):
         if self.teacher is not None and self.teacher not in config.teacher_specs:
             yield no_such_teacher(config, "method.teacher", self.teacher)
         rollout = config.rollout
-        is_here = rollout is not None and rollout.server is None and rollout.files is None
-        if is_here and self.teacher is not None and rollout.by not in (STUDENT, self.teacher):
+        if rollout is None or rollout.server is not None or rollout.files is not None:
+            return
+        if self.teacher is not None and rollout.by not in (STUDENT, self.teacher):
             yield (
                 f"rollout.by: {rollout.by} is not loaded, because method.teacher is "
                 f"{self.teacher}; set rollout.by to student or {self.teacher}"

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megakd.config.paths import Folder
 from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions
 from megakd.contract.stage import Constant, Pass, Stage, StageResult, Strategy
@@ -91,7 +90,7 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
     updates: Count = 32
     hidden: Count = 64
     selector_learning_rate: Positive = 1e-3
-    selector: Folder | None = None
+    selector: Path | None = None
 
     @property
     def looks_into_teacher(self) -> bool:
@@ -178,7 +177,8 @@ def _selector(
     widths = lab.given(STUDENT).width, lab.given(teacher).width
     shape = SelectorShape(*widths, tuple(map(term_name, kinds)), config.hidden)
     if config.selector is not None:
-        path = config.selector / SELECTOR if config.selector.is_dir() else config.selector
+        path = config.selector.expanduser()
+        path = path / SELECTOR if path.is_dir() else path
         return _fitting(load_selector(str(path)), shape, path)
     result = lab.train(_stage_1(config, lab, teacher, kinds, shape))
     return lab.made_by(result, SELECTOR, load_selector) or _new(lab, shape)
