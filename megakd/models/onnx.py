@@ -39,9 +39,9 @@ _MOST_IN_ONE_FILE = 1_500_000_000
 """Bytes of weights beyond which they go into a file beside the graph: protobuf ends at 2 GiB."""
 
 
-def check_packages(where: str, packages: Sequence[str] = _PACKAGES) -> None:
+def check_packages(where: str, packages: Sequence[str] | None = None) -> None:
     """Raise ConfigError if a package is missing, by default one that writes or runs a graph."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = [name for name in packages or _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"{where} needs {', '.join(missing)}, not installed; pip install 'megakd[onnx]'"

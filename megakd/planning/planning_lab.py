@@ -286,7 +286,7 @@ class PlanningLab(LabBase):
 
     def metric(self, name: str | None, *, weighed: bool = True) -> Any:
         if self._prepared is None or not weighed:
-            return SimpleNamespace(of=lambda _: 0.5, worth=lambda _: 0.5)
+            return SimpleNamespace(name=name or "", of=lambda _: 0.5, worth=lambda _: 0.5)
         return weighable(name, self._prepared.metric, self._prepared.metrics.names)
 
 
