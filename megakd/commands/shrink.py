@@ -14,7 +14,7 @@ from typing import Any
 from megakd.commands.arguments import Parser, say
 from megakd.commands.plan import print_plan
 from megakd.commands.train import train
-from megakd.config.file import config_of, dump_config, dump_yaml, with_overrides
+from megakd.config.file import config_of, dump_config, dump_yaml, load_config, with_overrides
 from megakd.config.run import RunConfig
 from megakd.contract.tasks import AUTO, FROM_TEACHER
 from megakd.errors import ConfigError
@@ -94,17 +94,28 @@ def run(arguments: argparse.Namespace) -> None:
         # --device is that of the timed forwards.
         print_plan(config, argparse.Namespace(**{**vars(arguments), "device": None}))
     else:
-        from megakd.run.finished_run import REPORT
-
-        path = config.output_dir / FILE
-        check_writable(config.output_dir, where="--output_dir")
-        if not (config.output_dir / REPORT).exists():  # a finished run may refuse the options
-            write_text(path, text)
+        path = _written(config, text, ranks=arguments.ranks)
         if arguments.ranks == 1:
             train(config, arguments.command)
         else:
             launcher = ("deepspeed", "--num_gpus", str(arguments.ranks), "launch/train.py")
             say(shlex.join([*launcher, "--config", str(path)]))
+
+
+def _written(config: RunConfig, text: str, *, ranks: int) -> Path:
+    """Return the file of the config, which is written unless a finished run has one."""
+    from megakd.run.finished_run import REPORT
+
+    out, path = config.output_dir, config.output_dir / FILE
+    check_writable(out, where="--output_dir")
+    if not (out / REPORT).exists():
+        write_text(path, text)
+    # One rank is told by the run itself.
+    elif ranks > 1 and not (path.exists() and load_config(path) == config):
+        raise ConfigError(
+            f"{out} holds a finished run of other settings; give another --output_dir"
+        )
+    return path
 
 
 def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
