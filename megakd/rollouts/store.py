@@ -56,6 +56,11 @@ class RolloutStore:
     def read_one(self, step: int, part: float) -> Rollout:
         """Return the text of a step that is `part` of 0 to 1 down its file, which is not parsed."""
         path = self._path(step)
+        if not path.is_file():
+            raise DataError(
+                f"{path} does not exist, and rollout.mix replays its texts; copy the texts of "
+                f"{self.folder.name} there from the run whose checkpoint this one goes on from"
+            )
         if step not in self._offsets:
             self._offsets[step] = text_offsets(path)
         offsets = self._offsets[step]

@@ -211,6 +211,8 @@ def test_one_text_is_read_from_a_damaged_file_or_the_file_is_named(written) -> N
     assert store.read_one(4, 0.0) == _TEXT
     with pytest.raises(DataError, match=r"step-00000004\.jsonl"):
         store.read_one(4, 0.9)
+    with pytest.raises(DataError, match=r"00000005\.jsonl does not exist, and rollout\.mix repl"):
+        store.read_one(5, 0.0)
 
 
 def test_texts_before_a_step_are_removed_except_for_some(tmp_path: Path) -> None:
