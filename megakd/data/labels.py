@@ -131,7 +131,7 @@ def _class_value(table: Table, column: str, record: Record) -> int | str | None:
         return None if math.isnan(value) or value == IGNORE else int(value)
     if isinstance(value, str):
         word = text_of(table.name, column, record).strip()
-        return word if word and _integer(word) != IGNORE else None
+        return None if word.lower() in ("", "nan") or _integer(word) == IGNORE else word
     raise DataError(
         f"{table.name}, {record.place}: label {value!r} in column {column!r} is not a class; a "
         "class is a whole number or a word (scores need task.type: regression)"

@@ -194,7 +194,12 @@ def test_pieces_hold_all_the_text_in_its_order(blocks, length):
 
 # pandas writes whole numbers as 1.0 where some are missing
 @pytest.mark.parametrize(
-    ("kind", "labels"), [("csv", ["1.0", "", "0.0", -100]), ("jsonl", [1, None, 0, None])]
+    ("kind", "labels"),
+    [
+        ("csv", ["1.0", "", "0.0", -100]),
+        ("csv", ["1", "NaN", "0", "nan"]),
+        ("jsonl", [1, None, 0, None]),
+    ],
 )
 def test_rows_may_have_no_label(load, write_rows, tmp_path, kind, labels):
     write_rows(tmp_path / f"train.{kind}", list(zip("abcd", labels, strict=True)))
