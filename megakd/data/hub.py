@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import remembered_of_rows
-from megakd.data.readers import by_split, class_names_of, is_plain
+from megakd.data.readers import by_split, class_names_of, columns_without_added_nulls, is_plain
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.data.tables import Record, SplitName, Table
 from megakd.errors import DataError, first_line
@@ -97,7 +97,9 @@ def _records(rows: Dataset) -> Iterator[Record]:
     for start in range(0, len(rows), ROWS_PER_READ):
         columns = rows[start : start + ROWS_PER_READ]
         for offset, values in enumerate(zip(*columns.values(), strict=True)):
-            yield Record(f"row {start + offset + 1}", dict(zip(columns, values, strict=True)))
+            row = dict(zip(columns, values, strict=True))
+            present = columns_without_added_nulls(row, rows.features)
+            yield Record(f"row {start + offset + 1}", present)
 
 
 def _digest(rows: Dataset) -> str:

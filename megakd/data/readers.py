@@ -90,7 +90,7 @@ def read_parquet(path: Path, *, digest: Digest = _digest_of) -> Table:
     return Table(
         name=str(path),
         columns=tuple(schema.names),
-        records=partial(_parquet_records, path, coded),
+        records=partial(_parquet_records, path, coded, features),
         # The cache of an earlier version may hold rows whose JSON was not decoded.
         digest=":".join([digest(path), *coded]),
         class_names=class_names_of(features),
@@ -104,6 +104,29 @@ def is_plain(feature: object) -> bool:
     if isinstance(feature, dict):
         return all(map(is_plain, cast("dict[str, object]", feature).values()))
     return isinstance(feature, Value | ClassLabel | JSON_FEATURE)
+
+
+def without_added_nulls(value: object, feature: object) -> object:
+    """Return a value without the nulls that a typed object has for missing keys.
+
+    JSON, which has no types, keeps its nulls.
+    """
+    if isinstance(feature, List | LargeList) and isinstance(value, list):
+        if isinstance(feature.feature, Value):
+            return cast("object", value)
+        return [without_added_nulls(v, feature.feature) for v in cast("list[object]", value)]
+    if isinstance(feature, dict) and isinstance(value, dict):
+        features = cast("dict[str, object]", feature)
+        items = cast("dict[str, object]", value).items()
+        return {k: without_added_nulls(v, features.get(k)) for k, v in items if v is not None}
+    return value
+
+
+def columns_without_added_nulls(
+    row: Mapping[str, object], features: Mapping[str, object]
+) -> dict[str, object]:
+    """Return a row of typed columns; see `without_added_nulls`."""
+    return {name: without_added_nulls(value, features.get(name)) for name, value in row.items()}
 
 
 def joined(tables: Sequence[Table], name: str) -> Table:
@@ -259,14 +282,16 @@ def _tsv_fields(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield number, content.split("\t")
 
 
-def _parquet_records(path: Path, coded: Mapping[str, object]) -> Iterator[Record]:
+def _parquet_records(
+    path: Path, coded: Mapping[str, object], features: Mapping[str, object]
+) -> Iterator[Record]:
     number = 0
     with _parquet_errors(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 decoded = {n: decode_nested_example(kind, row[n]) for n, kind in coded.items()}
-                yield Record(f"row {number}", row | decoded)
+                yield Record(f"row {number}", columns_without_added_nulls(row | decoded, features))
 
 
 @contextmanager

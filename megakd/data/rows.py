@@ -23,12 +23,13 @@ from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, c
 from megakd.data.choosing import is_labelled, text_hash
 from megakd.data.kinds import RowKind, is_blank, place_of, row_teacher
 from megakd.data.labels import Classes, find_classes
+from megakd.data.readers import columns_without_added_nulls
 from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
 from megakd.errors import DataError, suggestion
 
 logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
-VERSION = 3
+VERSION = 4
 # Increase this number when a folder of rows gets different files or rows.
 LAYOUT = 3
 ERROR, LINE = "__error__", "__line__"
@@ -60,6 +61,11 @@ class TextStream:
     def name(self) -> str:
         return self.table.name
 
+    @property
+    def features(self) -> Mapping[str, object]:
+        """The types of the columns of a Hub data set; none of local files."""
+        return self.rows.features or {}
+
     def share(self, rank: int, world: int) -> IterableDataset:
         """Return the raw rows of one rank: its own files if their number is a multiple of `world`.
 
@@ -72,7 +78,8 @@ class TextStream:
         with self.bad:
             if ERROR in raw:
                 raise DataError(str(raw[ERROR]))
-            record = Record(str(raw.get(LINE) or "a row"), raw)
+            values = columns_without_added_nulls(raw, self.features)
+            record = Record(str(raw.get(LINE) or "a row"), values)
             row = cast("dict[str, str]", self.kind.row(self.table, record))
             if is_blank(row) or (self.held_out and text_hash(_asked(row)) in self.held_out):
                 return None
@@ -85,16 +92,23 @@ class TextStream:
 
     def first_rows(self, count: int) -> Table:
         """Return the first raw rows that have a text as a table."""
+
+        def records() -> Iterator[Record]:
+            return numbered(islice((r for r in self.rows if self.row(r)), count), self.features)
+
         return replace(
             self.table,
-            records=lambda: numbered(islice((r for r in self.rows if self.row(r)), count)),
+            records=records,
             digest=key_of(self.table.digest, count),
         )
 
 
-def numbered(raw: Iterable[Mapping[str, object]]) -> Iterator[Record]:
-    """Yield raw rows as the records of a table."""
-    return (Record(f"row {number}", row) for number, row in enumerate(raw, start=1))
+def numbered(
+    raw: Iterable[Mapping[str, object]], features: Mapping[str, object]
+) -> Iterator[Record]:
+    """Yield raw rows, whose columns have these types, as the records of a table."""
+    rows = (columns_without_added_nulls(row, features) for row in raw)
+    return (Record(f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _asked(row: Mapping[str, str]) -> str:

@@ -80,7 +80,7 @@ def _hub_table(name: str, rows: IterableDataset, digest: str, task: TaskConfig) 
     return Table(
         name=name,
         columns=tuple(first),
-        records=lambda: numbered(islice(rows, task.max_eval_examples)),
+        records=lambda: numbered(islice(rows, task.max_eval_examples), rows.features or {}),
         digest=key_of(digest, task.max_eval_examples),
     )
 
@@ -152,7 +152,7 @@ def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStr
     whole = Table(
         name=task.data_name,
         columns=kind.columns,
-        records=lambda: numbered(rows),
+        records=lambda: numbered(rows, {}),
         digest=key_of(kind.columns, [table.digest for table in tables]),
     )
     return TextStream(table=whole, rows=rows, kind=kind)

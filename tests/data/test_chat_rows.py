@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chat_tokenizers import asked
 from datasets import Dataset, Json, List
@@ -108,6 +110,62 @@ def test_tool_calls_keep_their_arguments_as_they_are(tmp_path, arguments):
         assert messages
         assert messages[1]["tool_calls"][0]["function"] == {**CALL, "arguments": arguments}
         assert messages[1]["content"] == ""
+
+
+def rows_with_nulls() -> list[dict[str, Any]]:
+    """Rows whose tools and arguments have null as a value."""
+    rows = []
+    for n in range(9):
+        function = {"name": "f", "arguments": {"until": None, f"key{n % 2}": n}}
+        call = {"type": "function", "function": function, "id": None}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
+        tools = [{"type": "function", "function": {"name": "f", "default": None}}]
+        rows.append({"messages": [*asked(f"Question {n}"), answer], "tools": tools})
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["objects", "texts", "json columns"])
+def test_null_is_a_value_in_arguments_and_tools(tmp_path, write_rows, kind):
+    given, path = rows_with_nulls(), tmp_path / "rows.jsonl"
+    if kind == "objects":
+        write_jsonl(path, given)
+    elif kind == "texts":
+        write_jsonl(path, [{name: json.dumps(v) for name, v in row.items()} for row in given])
+    else:
+        path = tmp_path / "rows.parquet"
+        Dataset.from_list(given, on_mixed_types="use_json").to_parquet(path)
+
+    for n, row in enumerate(read(path)):
+        assert row.messages
+        assert row.messages[1].keys() == {"role", "content", "tool_calls"}
+        [call] = row.messages[1]["tool_calls"]
+        assert call.keys() == {"type", "function"}
+        assert call["function"]["arguments"] == {"until": None, f"key{n % 2}": n}
+        if kind != "json columns":  # the type of these tools has no key without a null
+            assert row.tools == given[n]["tools"]
+
+
+@pytest.mark.parametrize("source", ["parquet", "hub", "hub stream"])
+def test_keys_that_a_typed_column_adds_are_left_out(load, tmp_path, monkeypatch, source):
+    messages = [asked(f"Question {n}", "Hello") for n in range(3)]
+    for n, conversation in enumerate(messages):
+        conversation[1]["tool_calls"] = [{"name": "f", "arguments": {f"key{n}": n}}]
+    path = tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"messages": messages}), path)
+    for name in ("load_dataset", "load_dataset_builder"):
+        hub = partial(getattr(datasets, name), str(tmp_path / "hub"), cache_dir=str(tmp_path))
+        monkeypatch.setattr(datasets, name, lambda *_, hub=hub: hub())
+    keys = {"train_files": str(path)} if source == "parquet" else {"dataset": "user/chats"}
+    held = {"streaming": True, "max_eval_examples": 1} if source == "hub stream" else {}
+
+    splits = load(**keys, **held)
+
+    rows = [*splits.train["conversation"], *splits.validation["conversation"]]
+    rows += [row[CONVERSATION] for row in splits.stream.read()] if splits.stream else []
+    calls = [(Conversation.from_json(row).messages or [])[1]["tool_calls"][0] for row in rows]
+    arguments = sorted(str(call["function"]["arguments"]) for call in calls)
+    assert arguments == [f"{{'key{n}': {n}}}" for n in range(3)]
 
 
 def test_tools_and_options_of_a_row_are_read_from_json_and_from_lists(tmp_path):

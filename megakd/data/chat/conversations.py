@@ -14,7 +14,7 @@ template as they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -180,7 +180,7 @@ def _chat(name: str, record: Record, messages: list[Message], *, first: int) -> 
     where = f"{name}, {record.place}"
     options = {
         "tools": _value(record, TOOLS, list, where),
-        "options": _value(record, OPTIONS, dict, where) or {},
+        "options": _present_keys(_value(record, OPTIONS, dict, where) or {}),
     }
     if first == len(messages):
         return Conversation(messages=messages, **options)
@@ -212,7 +212,7 @@ def _value(record: Record, column: str, kind: type, where: str) -> Any:
         wanted = {list: "a list", dict: "an object"}[kind]
         raise DataError(f"{where}: column {column!r} is not {wanted}: {value!r:.80}")
     _require_json(parsed, f"{where}: column {column!r}")
-    return without_nulls(parsed)
+    return parsed
 
 
 def messages_of(value: object, *, where: str) -> list[Message]:
@@ -269,13 +269,10 @@ def with_arguments(message: Message, *, as_text: bool) -> Message:
     return {**message, "tool_calls": calls, "content": message["content"] or nothing}
 
 
-def without_nulls(value: Any) -> Any:
-    """Return a JSON value without the nulls that typed columns give objects for missing keys."""
-    if isinstance(value, Mapping):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [without_nulls(entry) for entry in value]
-    return value
+def _present_keys(value: object) -> dict[str, Any]:
+    # A key of a message or a call may be null instead of missing. In arguments and tools, null is a
+    # value.
+    return {k: v for k, v in cast("Mapping[str, Any]", value).items() if v is not None}
 
 
 def _message(value: object, *, where: str) -> Message:
@@ -284,7 +281,7 @@ def _message(value: object, *, where: str) -> Message:
             f"{where} must be an object with role and content, or with from and value "
             f"(got {value!r:.80})"
         )
-    message: Message = without_nulls(value)
+    message: Message = _present_keys(value)
     made = _from_openai(message, where) if "role" in message else _from_sharegpt(message, where)
     for key in ("role", "content"):
         if not isinstance(made[key], str):
@@ -332,11 +329,12 @@ def _content(value: object, where: str) -> object:
 def _tool_call(value: object, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: a tool call is not an object: {value!r:.80}")
-    call = cast("Message", dict(value))
+    call: Message = _present_keys(value)
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}: a tool call has no name of a function: {value!r:.80}")
-    named = {**function, "arguments": function.get("arguments", {})}
+    present = _present_keys(function)
+    named = {**present, "arguments": present.get("arguments", {})}
     if function is call:
         return {"type": "function", "function": named}
     return {"type": "function", **call, "function": named}
