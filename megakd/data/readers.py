@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -61,7 +62,8 @@ def read_tsv(
     digest: Digest = _digest_of,
 ) -> Table:
     """Read a tsv file without quoting."""
-    return _with_header(path, _tsv_fields, header=header, skip_broken=skip_broken, digest=digest)
+    table = _with_header(path, _tsv_fields, header=header, skip_broken=skip_broken, digest=digest)
+    return replace(table, format="tsv")
 
 
 def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
@@ -153,6 +155,7 @@ def joined(tables: Sequence[Table], name: str) -> Table:
         columns=first.columns,
         records=records,
         digest=":".join(table.digest for table in tables),
+        format=first.format,
         class_names=first.class_names,
     )
 

@@ -193,7 +193,8 @@ def rows_of(
     read = (kind.type, kind.is_chat, kind.fields, classes)
     # Messages name the file.
     where = (Path(table.name).name, source, kind.teacher)
-    key = key_of(VERSION, LAYOUT, table.digest, read, where, task.bad_rows)
+    content = (table.digest, table.format)
+    key = key_of(VERSION, LAYOUT, content, read, where, task.bad_rows)
 
     def fill(fresh: Path) -> None:
         blank = BlankRows(bad=BadRows(task.bad_rows))

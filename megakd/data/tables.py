@@ -34,6 +34,7 @@ class Table:
 
     records: function that reads all rows from the beginning, with constant memory.
     digest: sha256 of the source of the rows.
+    format: `tsv`, whose rows differ from those of a csv file with the same content; else empty.
     class_names: class names by column, if the data itself declares class names.
     """
 
@@ -41,6 +42,7 @@ class Table:
     columns: tuple[str, ...]
     records: Callable[[], Iterator[Record]]
     digest: str
+    format: str = ""
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 

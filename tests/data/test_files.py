@@ -255,6 +255,20 @@ def test_a_tsv_has_no_quoting_and_a_csv_has(load, write_rows, tmp_path):
     assert everything(load(write_rows(tmp_path / "a.csv", more))) == {*more}
 
 
+def test_files_that_get_the_ending_of_another_format_are_read_again(load, tmp_path):
+    def texts(ending):
+        paths = sorted(map(str, tmp_path.glob(f"*.{ending}")))
+        return {*texts_of(load(type="mlm", train_files=tuple(paths)))}
+
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text(f'text\n"{name} 1"\n{name} 2\n')
+
+    assert texts("csv") == {"a 1", "a 2", "b 1", "b 2"}
+    for name in "ab":
+        (tmp_path / f"{name}.csv").rename(tmp_path / f"{name}.tsv")
+    assert texts("tsv") == {'"a 1"', "a 2", '"b 1"', "b 2"}
+
+
 def test_a_field_may_be_longer_than_python_reads_by_default(load, write_rows, tmp_path):
     limit = csv.field_size_limit()
 
