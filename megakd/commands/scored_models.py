@@ -189,7 +189,8 @@ def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
     names = model_label_names(source.config)
     if generic_labels(source.config) is None:
         return Classes(names, numbered=True)
-    classes = find_classes(table, RowKind.of(config.task, table).label or "")
+    kind = RowKind.of(config.task, table)
+    classes = find_classes(table, kind.label or "", text=kind.fields.text)
     if classes.numbered and len(classes.names) < len(names):
         return Classes(tuple(map(str, range(len(names)))), numbered=True)
     return classes

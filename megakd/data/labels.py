@@ -14,7 +14,7 @@ import numpy as np
 
 from megakd.contract.batch import IGNORE
 from megakd.data.arrow import remembered
-from megakd.data.tables import Record, Table, text_of
+from megakd.data.tables import Record, Table, document_of, text_of
 from megakd.errors import DataError
 
 INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
@@ -80,21 +80,25 @@ class Classes:
         return f"is not one of the {len(self.names)} classes of this data set ({shown}{more}){hint}"
 
 
-def find_classes(table: Table, column: str) -> Classes:
-    """Return the class names that a table declares, else the numbers 0..n-1, else the words."""
+def find_classes(table: Table, column: str, *, text: Sequence[str]) -> Classes:
+    """Return the class names that a table declares, else the numbers 0..n-1, else the words.
+
+    Rows whose columns of `text` cannot be read have no say.
+    """
     if column in table.class_names:
         unlabelled = frozenset({NO_CLASS, IGNORE})
         return Classes(table.class_names[column], numbered=True, unlabelled=unlabelled)
-    parts = ("classes", table.digest, table.columns, column)
-    names, numbered = remembered(lambda: _classes_of(table, column), *parts)
+    parts = ("classes", table.digest, table.format, table.columns, column, text)
+    names, numbered = remembered(lambda: _classes_of(table, column, text), *parts)
     return Classes(tuple(names), numbered=numbered)
 
 
-def _classes_of(table: Table, column: str) -> tuple[tuple[str, ...], bool]:
+def _classes_of(table: Table, column: str, text: Sequence[str]) -> tuple[tuple[str, ...], bool]:
     first_seen: dict[int | str, str] = {}
     refused: DataError | None = None
     for record in table.records():
         try:
+            document_of(table.name, text, record)
             value = _class_value(table, column, record)
         except DataError as error:  # bad rows are named together when the rows are read
             refused = refused or error

@@ -166,7 +166,8 @@ def _kinds_of(
         return {s: RowKind.of(task, table, as_chat=True) for s, table in tables.items()}
     train = RowKind.of(task, tables["train"], classes)
     if train.label is not None and task.type == "classification" and classes is None:
-        train = replace(train, classes=find_classes(tables["train"], train.label))
+        named = find_classes(tables["train"], train.label, text=train.fields.text)
+        train = replace(train, classes=named)
     return {split: train.of_split(table, split) for split, table in tables.items()}
 
 
