@@ -351,6 +351,7 @@ class _Shard:
             yield from tables_of(
                 part, self.tokenizer, self.task, name=self.name, counts=chat, bad=bad
             )
+        bad.finish()
 
     def _packed(self, bar: tqdm[Any]) -> Iterator[PackedRow]:
         columns = [np.asarray(column, dtype=np.int32) for column in self.rest]

@@ -156,8 +156,13 @@ def _encoded(
     counts: CountsByName,
 ) -> Iterator[pa.Table]:
     counted: CountsByName = {}
-    tables = tables_of(rows, tokenizer, task, name=name, counts=counted, bad=BadRows(task.bad_rows))
-    yield from with_tokens(tables, lambda: no_tokens(rows, task, split=name, counts=counted))
+
+    def tables() -> Iterator[pa.Table]:
+        bad = BadRows(task.bad_rows)
+        yield from tables_of(rows, tokenizer, task, name=name, counts=counted, bad=bad)
+        bad.finish()
+
+    yield from with_tokens(tables(), lambda: no_tokens(rows, task, split=name, counts=counted))
     counts |= counted
 
 
@@ -172,7 +177,8 @@ def tables_of(
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded rows of any kind, and no table if there are no tokens.
 
-    `counts` gets the numbers of conversations, under `name`, while the tables are read.
+    `counts` gets the numbers of conversations, under `name`, while the tables are read. The caller
+    finishes `bad`.
     """
     if is_chat(rows):
         encoder = ChatEncoder(tokenizer, task, bad=bad)

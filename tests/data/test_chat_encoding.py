@@ -178,6 +178,17 @@ def test_a_folder_of_encoded_conversations_has_the_rows_and_numbers_of_the_run(
     assert made.content_hash == run.content_hash
 
 
+def test_bad_rows_of_a_folder_are_named_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_folder, "TEXTS_AT_ONCE", 2)
+    refused = [{"messages": asked("Hi", f"{n}", system="refused")} for n in range(5)]
+    data = Data(tmp_path, [*refused, *chats(("Hi", "abc"))], family="gemma")
+    facts = facts_of(data.task, data.tokenizer, seed=0)
+
+    with pytest.raises(DataError, match="5 rows that cannot be used") as caught:
+        write_encoded(tmp_path / "encoded", data.splits, data.tokenizer, data.task, facts=facts)
+    assert all(f"line {number}: " in str(caught.value) for number in range(1, 6))
+
+
 def test_the_texts_of_conversations_train_a_tokenizer(tmp_path):
     data = Data(tmp_path, chats(("Hi", "abc"), ("Bye", "def")))
 

@@ -69,7 +69,8 @@ def tables_of_conversations(
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded conversations, and no table if no row is left.
 
-    `counts` gets the numbers of the rows, under `name`, while the tables are read.
+    `counts` gets the numbers of the rows, under `name`, while the tables are read. The caller
+    finishes the bad rows of the encoder.
     """
     kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
     needed = rows.select_columns([column for column in kept if column in rows.column_names])
@@ -91,7 +92,6 @@ def tables_of_conversations(
             counts.setdefault(tally, ChatCounts()).add(added)
         if table is not None:
             yield table
-    bad.finish()
 
 
 _EncodedPart = tuple["pa.Table | None", "CountsByName", Sequence[str]]
