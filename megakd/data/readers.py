@@ -70,7 +70,7 @@ def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
     """Return the name of every split among names; names that mean no split are left out."""
     chosen: dict[SplitName, str] = {}
     for name in names:
-        split = SPLIT_ALIASES.get(name)
+        split = SPLIT_ALIASES.get(name.lower())
         if split is None:
             continue
         if split in chosen:
@@ -342,16 +342,12 @@ def read_json(path: Path) -> dict[SplitName, Table]:
     _refuse_doubled(tree, str(path))
     digest = _digest_of(path)
     if isinstance(tree, list):
-        return {"train": _listed(str(path), cast("list[object]", tree), digest)}
+        return {"train": _listed(str(path), cast("object", tree), digest)}
     if isinstance(tree, dict):
-        lists = {
-            name: cast("list[object]", rows)
-            for name, rows in cast("dict[str, object]", tree).items()
-            if isinstance(rows, list)
-        }
-        if splits := by_split(lists, str(path)):
+        named = cast("dict[str, object]", tree)
+        if splits := by_split(named, str(path)):
             return {
-                split: _listed(f"{path} ({name})", lists[name], f"{digest}:{name}")
+                split: _listed(f"{path} ({name})", named[name], f"{digest}:{name}")
                 for split, name in splits.items()
             }
     raise DataError(
@@ -400,6 +396,18 @@ def _refuse_doubled(tree: object, place: str) -> None:
         )
 
 
+def _refuse_doubled_within(tree: object, place: str) -> None:
+    # Without recursion, because a tree may be as deep as Python can read.
+    left = [tree]
+    while left:
+        part = left.pop()
+        _refuse_doubled(part, place)
+        if isinstance(part, dict):
+            left += cast("dict[str, object]", part).values()
+        elif isinstance(part, list):
+            left += cast("list[object]", part)
+
+
 def _jsonl_records(path: Path, each: Callable[[bytes], None] | None = None) -> Iterator[Record]:
     for number, line in enumerate(_text_lines(path, each), start=1):
         if not line.strip():
@@ -413,7 +421,7 @@ def _jsonl_records(path: Path, each: Callable[[bytes], None] | None = None) -> I
 
 def _values(line: str, place: str) -> Mapping[str, object]:
     row = parse_json(line, place)
-    _refuse_doubled(row, place)
+    _refuse_doubled_within(row, place)
     if isinstance(row, str):
         row = {"text": row}
     if not isinstance(row, dict):
@@ -421,11 +429,16 @@ def _values(line: str, place: str) -> Mapping[str, object]:
     return cast("Mapping[str, object]", row)
 
 
-def _listed(name: str, rows: list[object], digest: str) -> Table:
+def _listed(name: str, rows: object, digest: str) -> Table:
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{name} is not a list of rows (got {rows!r:.60}); write a list, or remove the key"
+        )
+    listed = cast("list[object]", rows)
     return Table(
         name=name,
-        columns=tuple(_columns_of(_listed_records(name, rows))),
-        records=partial(_listed_records, name, rows),
+        columns=tuple(_columns_of(_listed_records(name, listed))),
+        records=partial(_listed_records, name, listed),
         digest=digest,
     )
 
@@ -433,7 +446,7 @@ def _listed(name: str, rows: list[object], digest: str) -> Table:
 def _listed_records(name: str, rows: list[object]) -> Iterator[Record]:
     for number, row in enumerate(rows, start=1):
         place = f"row {number}"
-        _refuse_doubled(row, f"{name}, {place}")
+        _refuse_doubled_within(row, f"{name}, {place}")
         if isinstance(row, dict):
             yield Record(place, cast("Mapping[str, object]", row))
         elif isinstance(row, str):

@@ -141,9 +141,10 @@ def test_a_json_list_of_texts_is_a_list_of_documents(load, tmp_path):
     assert splits.metrics == ("perplexity",)
 
 
-def test_a_json_object_of_splits_is_read_by_their_names(load, tmp_path):
+@pytest.mark.parametrize(("train", "held"), [("train", "val"), ("Train", "Validation")])
+def test_a_json_object_of_splits_is_read_by_their_names(load, tmp_path, train, held):
     path = tmp_path / "data_full.json"
-    tree = {"train": [["a", "x"], ["b", "y"]], "val": [["c", "y"]], "oos_val": [["d", "z"]]}
+    tree = {train: [["a", "x"], ["b", "y"]], held: [["c", "y"]], "oos_val": [["d", "z"]]}
     path.write_text(json.dumps(tree))
 
     splits = load(path)

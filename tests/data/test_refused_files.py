@@ -59,6 +59,17 @@ CASES: list[tuple[Any, ...]] = [
         {"x.json": '{"train": [["a", 0], ["b", 1]], "val": [["c", 0]], "dev": [["d", 1]]}'},
         r"x\.json: 'val' and 'dev' are names of the same split",
     ),
+    *(
+        ({f"x.{kind}": content}, rf"{place}: the key 'role' occurs more than once", LANGUAGE)
+        for kind, content, place in (
+            ("jsonl", '{"text": "a", "from": [{"role": 1, "role": 2}]}', r"x\.jsonl, line 1"),
+            ("json", '[{"text": "a", "from": {"at": {"role": 1, "role": 2}}}]', "row 1"),
+        )
+    ),
+    (
+        {"x.json": '{"train": [["a", 0], ["b", 1]], "dev": {"text": "c"}}'},
+        r"x\.json \(dev\) is not a list of rows \(got \{'text': 'c'\}\)",
+    ),
     ({"x.json": "{}"}, r"x\.json is neither a JSON list of rows nor", LANGUAGE),
     ({"x.json": '{"val": [["a", 0]]}'}, r"x\.json holds validation and no list named 'train'"),
     ({"x.json": "[[1, 2, 3]]"}, r"row 1 must be a text, an object or \[text, label\]", LANGUAGE),
