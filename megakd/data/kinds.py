@@ -53,7 +53,7 @@ class RowTeacher(NamedTuple):
                 f"{table.name}, {record.place}: column {self.column!r} (task.teacher_column) names "
                 f"no teacher (got {value!r:.80}); write the name of one of the teachers"
             )
-        return value.strip()
+        return text_of(table.name, self.column or "", record).strip()
 
 
 def row_teacher(table: Table, column: str | None, name: str | None = None) -> RowTeacher | None:

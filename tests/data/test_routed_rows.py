@@ -71,6 +71,14 @@ def test_only_training_rows_have_teachers(tmp_path):
     assert ROUTE in cut.train.column_names
 
 
+def test_a_name_of_a_teacher_that_no_file_can_hold_is_a_bad_row(tmp_path):
+    rows = [*texts(), {"text": "the dog", "label": 1, "expert": "\ud800"}]
+    with pytest.raises(DataError, match=r"line 31: column 'expert' is not UTF-8"):
+        splits_of(tmp_path, rows, type="mlm")
+
+    assert len(splits_of(tmp_path, rows, type="mlm", bad_rows="drop").train) == 30
+
+
 def test_every_packed_row_has_the_documents_of_one_teacher(tmp_path, tokenizer):
     made, _ = encoded(tmp_path, tokenizer, type="causal_lm")
 
