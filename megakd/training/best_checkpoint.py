@@ -43,6 +43,7 @@ class BestCheckpoint:
     def resume(self, step: int, best_step: int | None) -> None:
         """Take over the stored best weights; remove them if the run resumes before their step.
 
+        Weights that no checkpoint knows may be those of another config, and are removed too.
         Damaged weights are set aside: shared storage may show their files later. `best_step` is the
         step of the best evaluation, as recorded in the checkpoint of `step`.
         """
@@ -58,7 +59,7 @@ class BestCheckpoint:
                 )
             if record is None and self.folder.exists():
                 atomic.set_aside(self.folder)
-            if record is not None and record["step"] > step:
+            if record is not None and (best_step is None or record["step"] > step):
                 shutil.rmtree(self.folder, ignore_errors=True)
                 return None
             return record

@@ -79,6 +79,17 @@ def test_a_resume_from_before_the_best_forgets_it_and_finds_it_again(tmp_path, c
     assert not caplog.text
 
 
+def test_the_best_of_a_start_that_wrote_no_checkpoint_is_not_taken_over(tmp_path):
+    """The config may have changed since."""
+    evaluated(best_of(tmp_path), {0: 0.9})
+    best = best_of(tmp_path)
+
+    best.resume(0, best_step=None)
+
+    assert (best.step, best.score, weights(tmp_path)) == (None, None, None)
+    assert evaluated(best, {0: 0.5}).score == 0.5
+
+
 def test_a_kill_while_the_best_is_replaced_brings_the_old_one_back(tmp_path):
     evaluated(best_of(tmp_path), {3: 0.5})
     os.replace(tmp_path / "best", tmp_path / ".best.old")  # noqa: PTH105
