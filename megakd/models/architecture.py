@@ -146,7 +146,6 @@ class Architecture:
     neurons: key of the config.
     rotary: path on the backbone of the module that makes the rotary cosines and sines.
     positions: config key of the number of positions; None: any number.
-    counts_padding: position ids start after the padding id, which leaves fewer positions.
     shares_bias: all layers share a position bias with one column per head.
     cuts_inside_heads: the columns of a head can be cut one by one; rotary positions pair columns,
         so that such families lose whole heads.
@@ -182,7 +181,6 @@ class Architecture:
     neurons: str = "intermediate_size"
     rotary: str | None = None
     positions: str | None = "max_position_embeddings"
-    counts_padding: bool = False
     shares_bias: bool = False
     cuts_inside_heads: bool = False
     logits: LogitKeys = AS_THEY_ARE
@@ -235,8 +233,7 @@ class Architecture:
         """Return the largest number of tokens with positions; None if any number is allowed."""
         if self.positions is None:
             return None
-        count = getattr(config, self.positions)
-        return count - config.pad_token_id - 1 if self.counts_padding else count
+        return _tokens_at(getattr(config, self.positions), config)
 
     def backbone_of(self, model: nn.Module) -> nn.Module:
         """Return the module that produces hidden states."""
@@ -326,13 +323,20 @@ class Architecture:
 
 
 _COUNT_FROM_PADDING = ("roberta", "camembert", "longformer", "mpnet")
-"""Parts of the model types whose first token has the position after the padding id."""
+"""Parts of the model types that `counts_padding`."""
+
+
+def counts_padding(config: PretrainedConfig) -> bool:
+    """Return whether position ids start after the padding id, which leaves fewer positions."""
+    return any(name in config.model_type for name in _COUNT_FROM_PADDING)
 
 
 def context_length(config: PretrainedConfig) -> int | None:
     """Return the largest number of tokens of a text; None if the config states no limit."""
     text = config.get_text_config(decoder=True)
     count = getattr(text, "max_position_embeddings", None)
-    if count is None or not any(name in text.model_type for name in _COUNT_FROM_PADDING):
-        return count
-    return count - (text.pad_token_id or 0) - 1
+    return None if count is None else _tokens_at(count, text)
+
+
+def _tokens_at(positions: int, config: PretrainedConfig) -> int:
+    return positions - (config.pad_token_id or 0) - 1 if counts_padding(config) else positions

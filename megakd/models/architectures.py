@@ -178,7 +178,7 @@ FAMILIES: Mapping[str, Architecture] = {
     entry.model_type: entry
     for entry in (
         _encoder("bert", renewed=("bert.pooler",)),
-        replace(_encoder("roberta"), counts_padding=True),
+        _encoder("roberta"),
         replace(
             _encoder("distilbert", renewed=("pre_classifier",)),
             layers="n_layers",

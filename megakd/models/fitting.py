@@ -13,6 +13,7 @@ from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
+from megakd.models.architecture import counts_padding
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.label_order import label_order, labels_agree, set_labels
 from megakd.models.matching import (
@@ -71,7 +72,7 @@ def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> 
             "model"
         )
     token = source.config.pad_token_id
-    if source.architecture.counts_padding and not isinstance(token, int):
+    if counts_padding(source.config) and not isinstance(token, int):
         file = ".config" if source.folder is None else f": {source.folder / 'config.json'}"
         raise ModelError(
             f"{source.where}{file}: pad_token_id must be a whole number (got {token!r}), because "
