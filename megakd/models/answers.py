@@ -34,8 +34,9 @@ Answer = Mapping[str, Any]
 class TorchModel:
     """A model of transformers on the CPU in fp32."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model: PreTrainedModel = load_finished(folder, "MODEL", dtype=torch.float32).eval()
+    def __init__(self, folder: Path, config: PretrainedConfig) -> None:
+        loaded = load_finished(folder, "MODEL", config=config, dtype=torch.float32)
+        self.model: PreTrainedModel = loaded.eval()
         self.inputs = tuple(signature(self.model.forward).parameters)
 
     @torch.inference_mode()
@@ -75,7 +76,7 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
     if is_graph:
         check_packages(f"MODEL: {folder / MODEL}", ("onnxruntime",))
     tokenizer = from_folder(folder, _TASKS[task])
-    model = OnnxModel(folder / MODEL) if is_graph else TorchModel(folder)
+    model = OnnxModel(folder / MODEL) if is_graph else TorchModel(folder, config)
     if isinstance(model, TorchModel) and task in _GENERATES:
         prompts = [_prompt(tokenizer, text) for text in texts]
         lengths = [prompt["input_ids"].shape[1] for prompt in prompts]

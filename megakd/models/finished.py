@@ -38,6 +38,7 @@ def load_finished(
     folder: Path,
     where: str,
     *,
+    config: PretrainedConfig | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
@@ -45,6 +46,7 @@ def load_finished(
 
     Args:
         where: the key or option that asks for the model, for messages.
+        config: what `config_of_folder` returned of the folder, which verifies it; default: read it.
         device: default: the CPU.
         dtype: default: the stored dtype; fp32 for int8 weights of megakd.
 
@@ -52,7 +54,7 @@ def load_finished(
         ModelError: the folder is damaged or incomplete, its class does not exist, or it holds
             quantised weights of another library.
     """
-    config = config_of_folder(folder, where)
+    config = config or config_of_folder(folder, where)
     name, model_class = class_of(config)
     if model_class is None:
         raise ModelError(
