@@ -156,7 +156,7 @@ def _refuse_other_formats(paths: Sequence[Path], key: str) -> None:
     """Refuse to join formats: "True" of a csv file is a word, and true of a jsonl file is none."""
     first, *others = paths
     for path in others:
-        if not _READ_ALIKE[known_suffix(path, key)] == _READ_ALIKE[known_suffix(first, key)]:
+        if _READ_ALIKE[known_suffix(path, key)] != _READ_ALIKE[known_suffix(first, key)]:
             raise DataError(
                 f"{key}: {path} and {first} have different formats; give all files of a split in "
                 "one format"

@@ -142,8 +142,8 @@ class StudentEngine:
         engine.step()
         norm = engine.get_global_grad_norm() if norm is None else norm
         if norm is not None:  # of a step that overflowed, it is a number
-            norm = torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
-        self._norm = None if norm is None else norm / scale
+            norm = torch.as_tensor(norm, dtype=torch.float32, device=engine.device) / scale
+        self._norm = norm
         self._gradients.forget()
 
     def gradient_norm(self) -> Tensor | None:

@@ -124,8 +124,8 @@ def _rises(metric: str, values: Sequence[float]) -> bool:
 
 def _chance(report: Report) -> Iterator[str]:
     rows = [one["rows"] for one in report["student"].get("per_class", ())]
-    names = {one.get("metric_name", "") for one in report["candidates"]}  # of one method
-    chance = _chance_score(next(iter(names), ""), rows) if sum(rows) else None
+    metric = next((one.get("metric_name", "") for one in report["candidates"]), "")
+    chance = _chance_score(metric, rows) if sum(rows) else None
     if chance is None:
         return
     lost = [

@@ -139,15 +139,6 @@ def test_a_call_that_has_written_no_shard_leaves_nothing_in_the_way(tmp_path, mo
     assert plain(other.from_folder()) == plain(other.by_the_run())
 
 
-def test_a_record_of_progress_that_is_damaged_is_refused(tmp_path):
-    data = Data(tmp_path, "classification")
-    data.folder.mkdir()
-    (data.folder / "progress.json").write_text("{")
-
-    with pytest.raises(DataError, match=r"progress\.json is damaged .* remove "):
-        data.write()
-
-
 def test_other_settings_and_another_tokenizer_are_refused_with_both_values(written):
     with pytest.raises(DataError, match=r"task.max_length: 16 there, 32 here"):
         written.from_folder(max_length=32)
@@ -206,12 +197,19 @@ def test_a_folder_that_is_not_there_names_the_host(tmp_path, monkeypatch):
         open_splits(tmp_path / "nowhere")
 
 
-def test_a_folder_with_other_files_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("thesis.tex", "mine", r"holds other files \(thesis.tex\); give an empty folder"),
+        ("progress.json", "{", r"progress\.json is damaged .* remove "),
+    ],
+)
+def test_a_folder_with_other_files_or_a_damaged_record_is_refused(tmp_path, name, content, message):
     data = Data(tmp_path, "classification")
     data.folder.mkdir()
-    (data.folder / "thesis.tex").write_text("mine")
+    (data.folder / name).write_text(content)
 
-    with pytest.raises(DataError, match=r"holds other files \(thesis.tex\); give an empty folder"):
+    with pytest.raises(DataError, match=message):
         data.write()
     assert not (data.folder / MANIFEST).exists()
 

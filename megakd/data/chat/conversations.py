@@ -345,7 +345,7 @@ def _from_sharegpt(message: Message, where: str) -> Message:
     role = SHAREGPT_ROLES.get(sender) if isinstance(sender, str) else None
     if role is None:
         raise DataError(f"{where}: from is {sender!r}; supported: {', '.join(SHAREGPT_ROLES)}")
-    made: Message = {key: message[key] for key in ("weight",) if key in message}
+    made: Message = {"weight": message["weight"]} if "weight" in message else {}
     if sender != "function_call":
         return {**made, "role": role, "content": text}
     calls = from_json(text)

@@ -160,7 +160,7 @@ class Family(NamedTuple):
         )
         if not stock and width is None:
             raise ConfigError(
-                f"method: shrink needs a teacher that the stock config of its family describes, "
+                "method: shrink needs a teacher that the stock config of its family describes, "
                 f"and none has {heads} key-value groups of this width; use a teacher that was not "
                 "cut before"
             )
