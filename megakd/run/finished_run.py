@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megakd.config.file import config_tree, dump_config, dump_yaml, load_config, parse_yaml
+from megakd.config.file import config_tree, dump_config, dump_yaml, load_config
 from megakd.config.paths import is_path
 from megakd.config.run import RunConfig
+from megakd.contract.plugins import code_of, is_metric, metric_of
 from megakd.contract.results import Report, formats_of
 from megakd.contract.tasks import FROM_TEACHER, STUDENT, STUDENT_BASE
 from megakd.data.encoding import tokenizer_content
@@ -27,7 +28,7 @@ from megakd.models.own_models import current_files
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
-from megakd.run.stage_identity import SPLIT
+from megakd.run.stage_identity import FREE, rollout_files
 from megakd.storage import atomic
 from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
@@ -53,14 +54,9 @@ FINAL = "final"
 SIZES = "sizes"
 """Folder of the larger students of a run that makes several."""
 RUN = "run.json"
-_FREE = (
-    "resume_from_checkpoint",
-    "per_device_eval_batch_size",
-    "collective_timeout",
-    "deepspeed",
-    "micro_batches_per_call",
-)
+_FREE = ("per_device_eval_batch_size", "micro_batches_per_call", "rows_per_call", *FREE)
 """Ends of config keys on which no result depends."""
+_FREE_SECTIONS = ("output_dir", "log.", "save.", "task.encoded")
 FINETUNE = "finetune.yaml"
 HEADER = """\
 # Fine-tunes the student of {out} on a task with labels. The task here is an example: give your own
@@ -93,44 +89,40 @@ def is_finished(config: RunConfig) -> bool:
             f"{config.output_dir}; to train its student further, set student.model="
             f"{config.output_dir / FINAL} and another output_dir"
         )
-    written = flatten(_config_there(config.output_dir / CONFIG))
-    has_formats = all(written.get(f"save.{name}") is True for name in config.save.formats)
+    has_formats = set(config.save.formats) <= set(_config_there(config.output_dir).save.formats)
     return timed[0] == timed[1] and has_formats
 
 
-def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
-    trees = (_config_there(config.output_dir / CONFIG), config_tree(config))
-    there, here = ({k: v for k, v in flatten(t).items() if not _is_free(k)} for t in trees)
-    ranks_here = launched_ranks()
-    report: Mapping[str, Any] = read_report(config.output_dir / REPORT)
-    ranks_there = report.get("environment", {}).get("ranks", ranks_here)
-    for fields, ranks in ((there, ranks_there), (here, ranks_here)):
-        if keeps_last(fields):
-            fields["eval.eval_steps"] = None
-        _count_rows(fields, ranks)
-    return there, here
-
-
-def _count_rows(fields: dict[str, Any], ranks: int) -> None:
-    """Replace the keys that split a step, of every section that trains, by the rows of a step."""
-    first = f".{SPLIT[0]}"
-    for train in [key.removesuffix(first) for key in fields if key.endswith(first)]:
-        rows, micro_batches, _ = (fields.pop(f"{train}.{name}", None) for name in SPLIT)
-        key = f"{train}: rows of a step of all ranks"
-        fields[key] = None if rows is None else rows * (micro_batches or 1) * ranks
-
-
-def _config_there(path: Path) -> Any:
-    if not path.is_file():
-        return {}
+def _config_there(out: Path) -> RunConfig:
+    """Return the config that a run was finished with; CheckpointError if it cannot be read."""
     try:
-        return config_tree(load_config(path))
-    except ConfigError:  # from a version with other keys: the file is shown unchanged
-        return parse_yaml(path.read_text(encoding="utf-8", errors="replace"), source=str(path))
+        return load_config(out / CONFIG)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{out} holds a finished run whose config this version cannot read ({error}); use "
+            f"another output_dir, or start over with rm -r {out}"
+        ) from error
+
+
+def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
+    here = launched_ranks()
+    report: Mapping[str, Any] = read_report(config.output_dir / REPORT)
+    there = report.get("environment", {}).get("ranks", here)
+    return _facts(_config_there(config.output_dir), there), _facts(config, here)
+
+
+def _facts(config: RunConfig, ranks: int) -> Fingerprint:
+    """Return the flat config without the keys on which no result depends."""
+    fields = {k: v for k, v in flatten(config_tree(config)).items() if not _is_free(k)}
+    for section, train in config.trainings.items():
+        rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
+        fields[f"{section}: rows of a step of all ranks"] = rows
+    return fields | ({"eval.eval_steps": None} if keeps_last(fields) else {})
 
 
 def _is_free(key: str) -> bool:
-    return key.startswith(("output_dir", "log.", "save.", "task.encoded")) or key.endswith(_FREE)
+    is_engine = "deepspeed" in key.split(".")
+    return is_engine or key.startswith(_FREE_SECTIONS) or key.endswith(_FREE)
 
 
 def finished_table(config: RunConfig, *, command: str) -> str:
@@ -158,11 +150,16 @@ def finished_table(config: RunConfig, *, command: str) -> str:
 
 
 def run_inputs(config: RunConfig, inputs: UnencodedInputs) -> Fingerprint:
-    """Return the inputs besides the config that results depend on: data, tokenizer and models."""
+    """Return the inputs besides the config that results depend on: data, models and plug-ins."""
+    plugins = {"method": config.method, **dict(enumerate(config.objective or ()))}
+    metrics = {name: metric_of(name) for name in inputs.metrics.names if is_metric(name)}
     tree: dict[str, Any] = {
-        "task.dataset": inputs.splits.content_hash,
+        "task.dataset": inputs.splits.whole_hash,
+        "code": {key: code_of(value) for key, value in (plugins | metrics).items()},
         "task.tokenizer": tokenizer_content(inputs.teacher_tokenizer or inputs.tokenizer),
     }
+    if config.rollout is not None:
+        tree["rollout.files"] = rollout_files(config.rollout)
     if inputs.teacher_tokenizer is not None:
         tree["method.student_vocabulary"] = tokenizer_content(inputs.tokenizer)
     for role, source in inputs.sources.items():

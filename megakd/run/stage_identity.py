@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PLAIN = (str, int, float, bool, type(None))
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")
 """Keys of `train` that split a step; of their values, only the rows of all ranks count."""
-_FREE = (*SPLIT, "kernels", "collective_timeout")
+FREE = (*SPLIT, "kernels", "collective_timeout", "resume_from_checkpoint")
 """Keys of `train` on which the weights do not depend; all kernels compute the same."""
 
 
@@ -99,15 +99,20 @@ def _rollouts(rollouts: RolloutConfig) -> Mapping[str, Any]:
     if rollouts.server is not None:  # where the servers are changes no text
         for place in ("url", "folder", "time_limit"):
             del tree["server"][place]
-    if rollouts.files is not None:
-        tree["files"] = files_identity(matching_files(rollouts.files, "rollout.files"))
-    return tree
+    return tree | {"files": rollout_files(rollouts)}
+
+
+def rollout_files(rollouts: RolloutConfig) -> str | None:
+    """Return a hash of the texts of an earlier run that take the place of generated ones."""
+    if rollouts.files is None:
+        return None
+    return files_identity(matching_files(rollouts.files, "rollout.files"))
 
 
 def _training(train: TrainConfig, ranks: Ranks) -> Mapping[str, Any]:
     bf16 = training_dtype(train, ranks.device.type) == "bf16"
     rows = {ROWS_PER_STEP: step_shape(train, ranks).rows_per_step}
-    tree = {key: value for key, value in asdict(train).items() if key not in _FREE} | rows
+    tree = {key: value for key, value in asdict(train).items() if key not in FREE} | rows
     return tree | {"resume_from_checkpoint": None, "bf16": bf16}
 
 

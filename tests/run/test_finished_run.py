@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from one_rank import OneRank, Outcome
-from tiny_runs import config_tree, write_config, write_reviews
+from tiny_runs import bert, config_tree, llama, write_config, write_jsonl, write_reviews
 from whole_run import WholeRun, finish
 
-from megakd.config.file import load_config
+from megakd.config.file import config_of, load_config
+from megakd.contract import plugins
 from megakd.errors import DataError
+from megakd.inputs.inputs import unencoded_inputs
 from megakd.run import finished_run
 
 WEIGHTS = "model.safetensors"
@@ -38,7 +41,9 @@ def original(one_rank: OneRank, whole_run: WholeRun, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     reviews = write_reviews(folder / "reviews")
     shutil.copytree(whole_run.teacher, folder / "teacher")
-    task = {"type": "classification", "dataset": str(reviews)}
+    write_reviews(folder / "more")
+    sets = {"more": str(folder / "more" / "validation.jsonl")}
+    task = {"type": "classification", "dataset": str(reviews), "evaluation_sets": sets}
     teacher = {"model": str(folder / "teacher")}
     tree = config_tree(folder / "out", task, teacher=teacher, method={"name": "single"}, **QUIET)
     finish(one_rank, write_config(folder / "run.yaml", tree))
@@ -99,6 +104,7 @@ DAMAGE: dict[str, tuple[dict[str, Callable[[Path], None]], tuple[str, ...]]] = {
         {"reviews/train.jsonl": reword},
         (OTHER, "task.dataset", "use another output"),
     ),
+    "another evaluation set": ({"more/validation.jsonl": reword}, (OTHER, "task.dataset")),
     "another teacher": (
         {CHECKSUMS: remove, f"teacher/{WEIGHTS}": flip},
         (OTHER, "teacher.model.weights"),
@@ -152,6 +158,54 @@ def test_a_teacher_that_is_gone_is_said_and_the_table_is_printed(finished):
     assert (
         "teacher.model cannot be compared with the inputs that the run was made from" in outcome.err
     )
+
+
+ITS_METRIC = """
+def one(outputs, labels):
+    return 1.0
+
+one.higher_is_better = True
+"""
+GENERATES = {"max_new_tokens": 4, "prompt_tokens": 2}
+
+
+@pytest.fixture
+def _group() -> Iterator[None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_group")
+@pytest.mark.parametrize(
+    ("kind", "sections", "key"),
+    [
+        ("classification", {"eval": {"metrics": ["its_metric:one"]}}, "code.its_metric:one.code"),
+        ("causal_lm", {"rollout": {"files": "texts.jsonl"} | GENERATES}, "rollout.files"),
+    ],
+    ids=["code of a plug-in", "texts of an earlier run"],
+)
+def test_files_that_the_config_names_are_inputs_of_a_run(
+    tmp_path, monkeypatch, kind, sections, key
+):
+    (tmp_path / "its_metric.py").write_text(ITS_METRIC)
+    write_jsonl(tmp_path / "texts.jsonl", [{"prompt": "a", "text": "b"}])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    task = {"type": kind, "dataset": str(write_reviews(tmp_path / "reviews"))}
+    model = llama(1) if kind == "causal_lm" else bert(1)
+    one = {"teacher": {"model": model}, "student": {"model": model}, "method": {"name": "single"}}
+    config = config_of(config_tree(tmp_path / "out", task, **one, **sections))
+
+    def inputs() -> dict[str, object]:
+        plugins._hash_of.cache_clear()
+        return finished_run.run_inputs(config, unencoded_inputs(config))
+
+    before = inputs()
+    for name in ("its_metric.py", "texts.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write("\n")
+    assert {name for name, value in inputs().items() if before[name] != value} == {key}
 
 
 @pytest.mark.parametrize("missing", [None, WEIGHTS])

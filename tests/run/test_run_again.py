@@ -22,7 +22,10 @@ def test_a_finished_run_started_again_prints_its_table_and_loads_nothing(
 ):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
 
-    free = ("save.save_steps=3", "log.logging_steps=7", "eval.per_device_eval_batch_size=3")
+    free = (
+        *("save.save_steps=3", "log.logging_steps=7", "eval.per_device_eval_batch_size=3"),
+        *("train.kernels=reference", "student.deepspeed={zero_optimization: {stage: 2}}"),
+    )
     again = finish(one_rank, config, *free)
 
     assert (
@@ -78,10 +81,12 @@ def write_report(folder, *, ranks):
 
 
 def test_a_finished_run_is_finished_for_other_ranks_that_share_the_rows_of_a_step(config, tmp_path):
+    alone = ["alone.weight_decay=0.1"]
+
     def asked(rows, micro_batches, *words):
         split = [f"train.per_device_train_batch_size={rows}"]
         split += [f"train.gradient_accumulation_steps={micro_batches}"]
-        return load_config(config, [f"output_dir={tmp_path}", *split, *words])
+        return load_config(config, [f"output_dir={tmp_path}", *split, *alone, *words])
 
     of_run = asked(4, 3)
     (tmp_path / "config.yaml").write_text(dump_config(of_run))
@@ -91,6 +96,8 @@ def test_a_finished_run_is_finished_for_other_ranks_that_share_the_rows_of_a_ste
     assert is_finished(asked(8, 3, "student.deepspeed=zero3"))
     with pytest.raises(CheckpointError, match=r"train: rows of a step of all ranks: 24 there, 4 h"):
         is_finished(asked(4, 1))
+    with pytest.raises(CheckpointError, match=r"alone: rows of a step of all ranks: 24 there, 4 h"):
+        is_finished(asked(4, 6, "alone.gradient_accumulation_steps=1"))
 
 
 @pytest.mark.parametrize("chooses", [False, True])
@@ -127,7 +134,8 @@ def test_a_run_of_a_version_with_other_keys_is_named_as_it_is(one_rank, out, con
     (other / "config.yaml").write_text((other / "config.yaml").read_text() + "forgotten: 3\n")
     outcome = one_rank.train("--config", config, f"output_dir={other}")
     assert outcome.code == 2
-    assert "forgotten: 3 there" in outcome.err
+    assert f"{other} holds a finished run whose config this version cannot read" in outcome.err
+    assert "forgotten = 3: unknown key" in outcome.err
 
 
 @pytest.fixture
