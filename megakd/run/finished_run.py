@@ -293,6 +293,7 @@ def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, comma
         report = {**report, "student": sizes[to.name], "speedup": None, "latency": ()}
     remedy = remake(stage)
     there = open_finished(stage, remedy=remedy)
+    atomic.recover(to)
     kept = users_files(to)
     if kept:
         logger.warning("%s: files that megakd did not write are kept: %s", to, ", ".join(kept))

@@ -248,13 +248,18 @@ def test_a_damaged_student_is_neither_scored_nor_exported(finished, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_report_and_a_stage_that_were_removed_are_made_again_and_files_of_the_user_stay(finished):
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed between two renames"])
+def test_a_report_and_a_stage_that_were_removed_are_made_again_and_files_of_the_user_stay(
+    finished, killed
+):
     out, final = finished.out, finished.out / "final"
     before = (final / WEIGHTS).read_bytes()
     (out / "report.json").unlink()
     shutil.rmtree(out / "stages" / "student")
     (final / "notes.txt").write_text("mine")
     (final / "README.md").write_text("my card")
+    if killed:
+        final.rename(out / ".final.old")
 
     outcome = finished.again()
 
