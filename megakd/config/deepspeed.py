@@ -327,6 +327,11 @@ def _owner(field: str, where: str) -> str:
 
 def _check_sections(ds: Mapping[str, Any], source: str) -> None:
     for key, value in ds.items():
+        if key in _KEYS["zero_optimization"]:
+            raise ConfigError(
+                f'{source}: DeepSpeed ignores "{key}" here; write {{"zero_optimization": '
+                f'{{"{key}": …}}}}'
+            )
         near = difflib.get_close_matches(key, (*_SECTIONS, *_OWNED), n=1, cutoff=0.85)
         if near and key not in _SECTIONS:
             raise ConfigError(f'{source}: unknown key "{key}"; did you mean "{near[0]}"?')

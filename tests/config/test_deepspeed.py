@@ -239,6 +239,7 @@ def test_knobs_left_to_the_trainer_are_left_out():
         (zero(stage=3, offload_param="cpu"), 'offload_param must be a mapping (got "cpu")'),
         ({"megakd": True}, "megakd must be a mapping (got true)"),
         ({"megakd": {"shard_in_node": True}}, 'megakd: unknown key "shard_in_node"; did you mean'),
+        ({"stage": 3}, 'DeepSpeed ignores "stage" here; write {"zero_optimization": {"stage": …}}'),
         ({"megkd": {}}, 'unknown key "megkd"; did you mean "megakd"?'),
         (within("yes"), 'megakd.shard_within_node must be true or false (got "yes")'),
         (within(value=True, stage=0), "needs ZeRO stage 3, which shards the weights, and the st"),
