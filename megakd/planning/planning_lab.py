@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
-from megakd.config.train import total_steps
+from megakd.config.train import TrainConfig, learning_rate_schedule, total_steps
 from megakd.contract.stage import Stage, StageResult, untrained
 from megakd.contract.tasks import (
     AUTO,
@@ -217,7 +217,16 @@ class PlanningLab(LabBase):
         return dict.fromkeys(self.config.teacher_specs, 1)  # the rows are not read
 
     def steps_of_student(self) -> int:
-        train = self.config.train
+        return self._most_steps(self.config.train)
+
+    def check_schedule(self, stage: Stage) -> None:
+        """Check that the schedule of a stage fits into its steps, if these are known by now."""
+        # A method's rows are counted when they are made; labelled rows are at most all rows.
+        if not self.config.method.reads_rows(stage):
+            steps = stage.window.total if stage.window else self._most_steps(stage.train)
+            learning_rate_schedule(stage.train, steps)
+
+    def _most_steps(self, train: TrainConfig) -> int:
         if self._prepared is None:
             return train.max_steps or UNKNOWN_STEPS
         shape = StepShape(
@@ -302,6 +311,7 @@ def check_method(config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
     )
     for phase in lab.play():
         if phase.stage is not None:
+            lab.check_schedule(phase.stage)
             stage_losses(
                 phase.stage,
                 config.task.type,

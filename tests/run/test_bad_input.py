@@ -136,6 +136,12 @@ SETTINGS = [
         (f"{key}=./nowhere", f"{key}: nowhere does not exist")
         for key in ("task.dataset", "teacher.model", "student.model", "task.tokenizer")
     ),
+    (
+        "train.max_steps=null; train.lr_scheduler_type=warmup_stable_decay; "
+        "train.lr_scheduler_kwargs={num_decay_steps: 900}; teacher.finetune.max_steps=2000",
+        "train.lr_scheduler_type: warmup_stable_decay: ",
+        "decay 900 take 900 steps",
+    ),
     ("train.resume_from_checkpoint=nowhere", "train.resume_from_checkpoint: nowhere does not exi"),
     *(
         (
