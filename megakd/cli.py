@@ -128,3 +128,9 @@ def _guarded(command: Callable[[], int]) -> int:
         if is_rank_0():
             sys.stderr.write(f"megakd: error: {error}\n")
         return error.exit_code
+    except PermissionError as error:  # of any file or folder, on any rank
+        where = (
+            f"{error.filename}: permission denied; change its owner or mode, or that of a parent"
+        )
+        sys.stderr.write(f"megakd: error: {where}\n")
+        return _USER_ERROR

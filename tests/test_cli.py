@@ -178,6 +178,14 @@ def test_a_failure_of_the_run_is_one_line_without_traceback(run_file, runs, caps
     assert capsys.readouterr().err == "megakd: error: teacher has no head\n"
 
 
+def test_a_locked_folder_is_named_by_the_rank_that_met_it(run_file, runs, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    runs.failure = PermissionError(13, "Permission denied", "/locked/out")
+
+    assert cli.train_main(["--config", run_file]) == 2
+    assert capsys.readouterr().err.startswith("megakd: error: /locked/out: permission denied; ")
+
+
 def test_a_bug_keeps_its_traceback(run_file, monkeypatch, runs):
     monkeypatch.setattr(runs, "run", None)
 
