@@ -169,18 +169,11 @@ def check_output_folder(config: RunConfig) -> None:
             f"{out} holds a run and train.resume_from_checkpoint is false; use another output_dir, "
             "remove that folder, or set train.resume_from_checkpoint to true"
         )
-    check_checkpoint_given("train.resume_from_checkpoint", resume)
-    for name, spec in config.teacher_specs.items():
-        if spec.finetune is not None:
-            where = f"{config.key_of(name)}.finetune.resume_from_checkpoint"
-            check_checkpoint_given(where, spec.finetune.resume_from_checkpoint)
+    for section, train in {"train": config.train, **config.overrides}.items():
+        path = train.resume_from_checkpoint
+        if isinstance(path, str) and not Path(path).is_dir():
+            raise CheckpointError(
+                f"{section}.resume_from_checkpoint: {path} does not exist; give a folder such as "
+                "checkpoints/<stage>/step-<n>, or true for the newest"
+            )
     check_writable(out, where="output_dir")
-
-
-def check_checkpoint_given(where: str, path: bool | str | None) -> None:  # noqa: FBT001
-    """Refuse a checkpoint path that does not exist."""
-    if isinstance(path, str) and not Path(path).is_dir():
-        raise CheckpointError(
-            f"{where}: {path} does not exist; give a folder such as "
-            f"checkpoints/<stage>/step-<n>, or true for the newest"
-        )

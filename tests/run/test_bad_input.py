@@ -142,7 +142,17 @@ SETTINGS = [
         "train.lr_scheduler_type: warmup_stable_decay: ",
         "decay 900 take 900 steps",
     ),
-    ("train.resume_from_checkpoint=nowhere", "train.resume_from_checkpoint: nowhere does not exi"),
+    *(
+        (
+            f"{more}{section}.resume_from_checkpoint=nowhere",
+            f"{section}.resume_from_checkpoint: now",
+        )
+        for more, section in (
+            ("", "train"),
+            ("", "teacher.finetune"),
+            ("baselines=[alone]; ", "alone"),
+        )
+    ),
     *(
         (
             f"student.model.config.{key}={size}",
