@@ -40,7 +40,7 @@ from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.phase import Phase
-from megakd.scoring.scores import weighable
+from megakd.scoring.scores import metric_named
 from megakd.training.assembly import learning_models
 from megakd.training.lab_base import LabBase
 from megakd.training.recipes import baseline_stage, scoring_preset
@@ -294,9 +294,10 @@ class PlanningLab(LabBase):
         return self.as_teacher(result, like=like)
 
     def metric(self, name: str | None, *, weighed: bool = True) -> Any:
-        if self._prepared is None or not weighed:
-            return SimpleNamespace(name=name or "", of=lambda _: 0.5, worth=lambda _: 0.5)
-        return weighable(name, self._prepared.metric, self._prepared.metrics.names)
+        if self._prepared is not None:
+            main, names = self._prepared.metric, self._prepared.metrics.names
+            metric_named(name, main, names, weighed=weighed)
+        return SimpleNamespace(name=name or "", of=lambda _: 0.5, worth=lambda _: 0.5)
 
 
 def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> ReadyTeacher:

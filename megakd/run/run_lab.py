@@ -25,7 +25,7 @@ from megakd.models.loading import resolve_model
 from megakd.models.source import ModelSource
 from megakd.run.stage_identity import stage_identity
 from megakd.run.teacher_pool import Measured, TeacherPool, measure, scored_model
-from megakd.scoring.scores import headline, weighable
+from megakd.scoring.scores import metric_named
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
@@ -80,10 +80,8 @@ class RunLab(LabBase):
         return self._prepared.metric.worth(scored.metrics)
 
     def metric(self, name: str | None, *, weighed: bool = True) -> Metric:
-        main = self._prepared.metric
-        if weighed:
-            return weighable(name, main, self._prepared.metrics.names)
-        return main if name is None else headline([name])
+        main, names = self._prepared.metric, self._prepared.metrics.names
+        return metric_named(name, main, names, weighed=weighed)
 
     def assistant(self, result: StageResult, sparsity: float | None, *, like: str = TEACHER) -> str:
         self.record.assistants.append(Assistant(result.name, sparsity, result.folder))

@@ -84,13 +84,15 @@ def headline(metrics: Sequence[str]) -> Metric:
     return Metric(name=name, parts=parts, higher_is_better=not lower_is_better(parts[0]))
 
 
-def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
-    """Return a metric that can be weighed against sparsity: at most 1, and higher is better.
+def metric_named(
+    name: str | None, main: Metric, metrics: Sequence[str], *, weighed: bool
+) -> Metric:
+    """Return a metric of a task; without a name `main`, the metric that ranks evaluations.
 
-    Without a name it is `main`, the metric that ranks evaluations.
+    A metric that is `weighed` against sparsity is at most 1, and higher is better.
     """
     choices = [main, *(headline([metric]) for metric in metrics)]
-    known = {metric.name: metric for metric in choices if metric.higher_is_better}
+    known = {one.name: one for one in choices if one.higher_is_better or not weighed}
     fitting = ", ".join(known)
     if name is None and main.name not in known:
         raise ConfigError(
@@ -98,9 +100,10 @@ def weighable(name: str | None, main: Metric, metrics: Sequence[str]) -> Metric:
             f"sparsity, because it is not a score between 0 and 1; set method.metric to {fitting}"
         )
     if name is not None and name not in known:
+        what = "weighed against sparsity" if weighed else "computed"
         raise ConfigError(
-            f"method.metric: {name} cannot be weighed against sparsity in this task; use one of "
-            f"{fitting}, or remove the key"
+            f"method.metric: {name} cannot be {what} in this task; use one of {fitting}, or remove "
+            "the key"
         )
     return known[name or main.name]
 

@@ -10,7 +10,7 @@ from megakd.contract.tasks import METRICS
 from megakd.errors import ConfigError, TrainingError
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
 from megakd.methods.tradeoff import choose, tradeoff
-from megakd.scoring.scores import headline, weighable
+from megakd.scoring.scores import headline, metric_named
 
 LAMBDA = 0.2
 READ = 0.0025  # what the authors' figure can be read to
@@ -164,11 +164,17 @@ def test_the_best_tradeoff_is_chosen_and_the_target_has_its_own_score(
 def test_one_metric_of_which_more_is_better_is_weighed():
     loss, both = headline(["perplexity"]), headline(["accuracy", "f1"])
 
-    assert weighable("accuracy", loss, METRICS["causal_lm"]) == ACCURACY
-    assert weighable("f1", both, both.parts) == headline(["f1"])
-    assert weighable(None, both, both.parts).parts == ("accuracy", "f1")
+    def named(name, main, metrics, *, weighed=True):
+        return metric_named(name, main, metrics, weighed=weighed)
+
+    assert named("accuracy", loss, METRICS["causal_lm"]) == ACCURACY
+    assert named("f1", both, both.parts) == headline(["f1"])
+    assert named(None, both, both.parts).parts == ("accuracy", "f1")
     wrong = r"method.metric: perplexity, the default of this task.*to accuracy"
     with pytest.raises(ConfigError, match=wrong):
-        weighable(None, loss, METRICS["causal_lm"])
+        named(None, loss, METRICS["causal_lm"])
     with pytest.raises(ConfigError, match=r"method.metric: recall cannot.*accuracy, f1"):
-        weighable("recall", both, both.parts)
+        named("recall", both, both.parts)
+    assert named("perplexity", loss, METRICS["causal_lm"], weighed=False) == loss
+    with pytest.raises(ConfigError, match=r"recall cannot be computed .* perplexity, .*accuracy"):
+        named("recall", loss, METRICS["causal_lm"], weighed=False)

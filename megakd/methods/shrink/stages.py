@@ -111,7 +111,7 @@ def objective_of(lab: Lab) -> tuple[TermConfig, ...]:
 def metric_of(config: ShrinkConfig, lab: Lab) -> Metric:
     """Return the metric by which candidates are compared."""
     if config.metric is not None:
-        return lab.metric(config.metric)
+        return lab.metric(config.metric, weighed=False)
     (soft,) = lab.soft_terms(1.0)
     return Metric(name=soft.loss, parts=(soft.loss,), higher_is_better=False)
 
