@@ -6,6 +6,7 @@ order mark, labels as numbers or words. `test.tsv` has no labels.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,9 +105,8 @@ def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     _check(task, glue)
     on_disk = task.data_dir is not None
     tables = _local(task.data_dir, name, glue) if task.data_dir is not None else _hub(name, glue)
-    columns = TaskConfig(
-        type=task.type,
-        dataset=task.dataset,
+    columns = dataclasses.replace(
+        task,
         text_columns=glue.text if on_disk else glue.hub_text or glue.text,
         label_column=glue.label if on_disk else "label",
     )

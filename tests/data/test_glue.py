@@ -92,6 +92,13 @@ def test_the_files_of_a_task_are_read_as_they_are(load, name, given, tmp_path):
     assert splits.metrics == metrics
 
 
+def test_a_bad_row_of_glue_is_left_out_if_the_task_says_so(load, tmp_path):
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.tsv", ["sentence", "label"], ["a", "1"], ["b", "7"])
+
+    assert len(load("glue/sst2", data_dir=tmp_path, bad_rows="drop").train) == 1
+
+
 def test_mnli_is_scored_on_the_validation_split_it_names(load, tmp_path):
     row = ["0", "1", "(p)", "a", "b", "neutral"]
     for split, rows in {"train": [row], "dev_matched": [row], "dev_mismatched": [row, row]}.items():
