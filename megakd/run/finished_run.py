@@ -28,7 +28,7 @@ from megakd.models.own_models import current_files
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
-from megakd.run.stage_identity import FREE, rollout_files
+from megakd.run.stage_identity import FREE, PLACES, rollout_files
 from megakd.storage import atomic
 from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
@@ -121,8 +121,9 @@ def _facts(config: RunConfig, ranks: int) -> Fingerprint:
 
 
 def _is_free(key: str) -> bool:
-    is_engine = "deepspeed" in key.split(".")
-    return is_engine or key.startswith(_FREE_SECTIONS) or key.endswith(_FREE)
+    words = key.split(".")
+    is_place = "server" in words and not {*words}.isdisjoint(PLACES)
+    return "deepspeed" in words or is_place or key.startswith(_FREE_SECTIONS) or key.endswith(_FREE)
 
 
 def finished_table(config: RunConfig, *, command: str) -> str:

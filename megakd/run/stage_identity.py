@@ -26,6 +26,8 @@ SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_p
 """Keys of `train` that split a step; of their values, only the rows of all ranks count."""
 FREE = (*SPLIT, "kernels", "collective_timeout", "resume_from_checkpoint")
 """Keys of `train` on which the weights do not depend; all kernels compute the same."""
+PLACES = ("url", "folder", "time_limit")
+"""Keys of `server`: where the servers are changes no text and no answer."""
 
 
 def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
@@ -96,8 +98,8 @@ def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
 def _rollouts(rollouts: RolloutConfig) -> Mapping[str, Any]:
     tree = asdict(rollouts)
     del tree["rows_per_call"], tree["keep_texts"]
-    if rollouts.server is not None:  # where the servers are changes no text
-        for place in ("url", "folder", "time_limit"):
+    if rollouts.server is not None:
+        for place in PLACES:
             del tree["server"][place]
     return tree | {"files": rollout_files(rollouts)}
 

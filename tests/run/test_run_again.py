@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from reports import report_of
+from tiny_runs import config_tree
 from transformers import AutoTokenizer
 from whole_run import finish, read
 
-from megakd.config.file import dump_config, load_config
+from megakd.config.file import config_of, dump_config, load_config
 from megakd.errors import CheckpointError
 from megakd.run.finished_run import is_finished
 from megakd.storage.folders import write_finished
@@ -98,6 +99,25 @@ def test_a_finished_run_is_finished_for_other_ranks_that_share_the_rows_of_a_ste
         is_finished(asked(4, 1))
     with pytest.raises(CheckpointError, match=r"alone: rows of a step of all ranks: 24 there, 4 h"):
         is_finished(asked(4, 6, "alone.gradient_accumulation_steps=1"))
+
+
+def test_a_finished_run_is_finished_wherever_its_servers_are(tmp_path):
+    def asked(address, **server):
+        url = [f"http://{address}:8000"]
+        server = {"url": url, "kind": "vllm", "push": "none", "model": "student", **server}
+        task = {"type": "causal_lm", "dataset": "pydocs", "tokenizer": "gpt2"}
+        rollout = {"max_new_tokens": 4, "prompt_tokens": 2, "server": server}
+        method = {"name": "single"}
+        return config_of(
+            config_tree(tmp_path, task, teacher={"model": "t"}, method=method, rollout=rollout)
+        )
+
+    (tmp_path / "config.yaml").write_text(dump_config(asked("node1")))
+    write_report(tmp_path, ranks=1)
+
+    assert is_finished(asked("node7", time_limit=9))
+    with pytest.raises(CheckpointError, match=r"rollout.server.model: 'student' there, 'other' h"):
+        is_finished(asked("node7", model="other"))
 
 
 @pytest.mark.parametrize("chooses", [False, True])
