@@ -130,7 +130,10 @@ def write_bootstrap(labels: Config, config: Config) -> None:
     splits = load_splits(run.task, seed=run.seed, cache_dir=cache_folder())
     given = zip(splits.train["text"], splits.train["label"], strict=True)
     labelled = [(text, splits.label_names[label]) for text, label in given if label >= 0]
-    drawn = random.Random(config["seed"]).choices(labelled, k=len(labelled))
+    classes, source = {name for _, name in labelled}, random.Random(config["seed"])
+    drawn: list[tuple[str, str]] = []
+    while {name for _, name in drawn} != classes:  # a teacher without a class cannot be compared
+        drawn = source.choices(labelled, k=len(labelled))
     write_labelled(rows, drawn)
 
 
