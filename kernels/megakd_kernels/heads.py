@@ -40,12 +40,20 @@ def checked_teacher(
     return checked_side("teacher", hidden, weight, bias)
 
 
-def check_same_rows(student: Side, teacher: Side | None) -> None:
-    """Raise ValueError if the two models have different numbers of rows."""
-    if teacher is not None and len(teacher.hidden) != len(student.hidden):
+def check_same_rows(student: Tensor, teacher: Tensor | None) -> None:
+    """Check that the hidden states [..., H] of both models have the same rows, or flat ones.
+
+    Raises:
+        ValueError: other leading dimensions, or another device.
+    """
+    if teacher is None:
+        return
+    rows, others = student.shape[:-1], teacher.shape[:-1]
+    is_flat = 1 in (len(rows), len(others)) and rows.numel() == others.numel()
+    if not (rows == others or is_flat) or student.device != teacher.device:
         raise ValueError(
-            f"the student has {len(student.hidden)} rows and the teacher {len(teacher.hidden)}; "
-            "both must have the same number of rows"
+            f"student_hidden is {list(student.shape)} on {student.device} and teacher_hidden "
+            f"{list(teacher.shape)} on {teacher.device}; only the last dimension may differ"
         )
 
 

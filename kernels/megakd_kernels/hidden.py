@@ -20,6 +20,7 @@ from megakd_kernels.inputs import (
     as_matrix,
     check_constants,
     check_not_sharded,
+    check_rows,
     compute_dtype,
     needs_gradient,
     under_autocast,
@@ -131,12 +132,11 @@ def _flatten(
         )
     check_not_sharded("projection", projection)
     check_constants(teacher_hidden=teacher)
+    check_rows(student.shape[:-1], valid=valid)
     _check_widths(student.shape[-1], projection, teacher.shape[-1])
     student, teacher = as_matrix(student), as_matrix(teacher)
     if valid is None:
         valid = torch.ones(len(student), dtype=torch.bool, device=student.device)
-    if valid.numel() != len(student):
-        raise ValueError(f"valid has {valid.numel()} entries for {len(student)} positions")
     if projection is not None:
         student, projection = under_autocast(student), under_autocast(projection)
     return _Inputs(student, projection, teacher, valid.reshape(-1).bool())

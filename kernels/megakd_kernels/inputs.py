@@ -113,14 +113,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def check_constants(**tensors: Tensor | None) -> None:
-    """Check that tensors without a gradient in the loss do not require one.
+def check_constants(**tensors: Tensor | float | None) -> None:
+    """Check that inputs without a gradient in the loss do not require one; numbers never do.
 
     Raises:
         ValueError: a tensor requires grad while gradients are recorded.
     """
     for name, tensor in tensors.items():
-        if needs_gradient(tensor):
+        if isinstance(tensor, Tensor) and needs_gradient(tensor):
             raise ValueError(
                 f"{name} requires grad, and the loss has no gradient for it: pass {name}.detach()"
             )
@@ -130,7 +130,7 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
     """Check hidden states [..., H], output matrix [V, H] and bias [V] of one model.
 
     Raises:
-        ValueError: the shapes disagree, or the weight is a ZeRO-3 shard.
+        ValueError: the shapes or devices disagree, or the weight is a ZeRO-3 shard.
     """
     check_not_sharded(f"{name}_weight", weight)
     check_not_sharded(f"{name}_bias", bias)
@@ -143,6 +143,12 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
         raise ValueError(
             f"{name}_bias is {list(bias.shape)}; it must be [{len(weight)}], one value per id"
         )
+    for part, tensor in {"weight": weight, "bias": bias}.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name}_hidden is on {hidden.device} and {name}_{part} on {tensor.device}; move "
+                "them to one device"
+            )
     _check_floating(**{f"{name}_hidden": hidden, f"{name}_weight": weight})
 
 
@@ -174,6 +180,19 @@ class Ids(Protocol):
         ...
 
 
+def check_rows(rows: torch.Size, **entries: Tensor | None) -> None:
+    """Check that tensors have one entry per row, in the shape of the rows or flat.
+
+    Raises:
+        ValueError: another shape, whose entries would be those of other rows.
+    """
+    for name, tensor in entries.items():
+        if tensor is not None and tensor.shape != rows and tensor.shape != (rows.numel(),):
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}; it must be {list(rows)}, one entry per row"
+            )
+
+
 def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str) -> None:
     """Check on a CPU that the labels are ids of the student.
 
@@ -199,14 +218,12 @@ def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Ids | None) -> R
     Args:
         count: N.
         like: gives dtype and device.
-        masks: masks that the caller passed.
+        masks: masks that the caller passed, see `check_rows`.
         ids: ids of the student; None if the labels only mark the rows that count.
 
     Raises:
-        ValueError: a mask, weight or label tensor does not have one entry per row, or (on a CPU)
-            a label is not an id of the student.
+        ValueError: (on a CPU) a label is not an id of the student.
     """
-    _check_lengths(count, labels=masks.labels, token_weight=masks.token_weight, valid=masks.valid)
     labels = None if masks.labels is None else _flat_labels(masks.labels)
     labelled = None if labels is None else labels != masks.ignore_index
     if masks.valid is not None:
@@ -252,12 +269,6 @@ def shared_vocabulary(student: int, teacher: int, vocab_size: int | None) -> int
 def _flat_labels(labels: Tensor) -> Tensor:
     check_integers(labels=labels)
     return labels.detach().reshape(-1).long()
-
-
-def _check_lengths(count: int, **entries: Tensor | None) -> None:
-    for name, tensor in entries.items():
-        if tensor is not None and tensor.numel() != count:
-            raise ValueError(f"{name} has {tensor.numel()} entries for {count} rows")
 
 
 def _check_floating(**tensors: Tensor) -> None:

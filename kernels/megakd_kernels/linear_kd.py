@@ -17,6 +17,7 @@ from megakd_kernels.inputs import (
     Masks,
     Rows,
     check_constants,
+    check_rows,
     needs_gradient,
     select_rows,
     without_autocast,
@@ -137,7 +138,13 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
     warps = (warp("s", logit_scale_s, softcap_s), warp("t", logit_scale_t, softcap_t))
     student = checked_side("student", student_hidden, student_weight, student_bias)
     teacher = checked_teacher(teacher_hidden, teacher_weight, teacher_bias)
-    _check_fit(student, teacher, objective, labels)
+    check_same_rows(student_hidden, teacher_hidden)
+    check_rows(student_hidden.shape[:-1], labels=labels, token_weight=token_weight)
+    objective.check_inputs(
+        has_teacher=teacher is not None,
+        has_labels=labels is not None,
+        needs_grad=any(needs_gradient(tensor) for tensor in student),
+    )
     check_constants(token_weight=token_weight)
     shard = shard_of(process_group, vocab_start, len(student.weight), vocab_size)
     like = student.hidden.new_empty((), dtype=heads_dtype(student, teacher))
@@ -208,14 +215,3 @@ def _formed(
             ops.linear_kd, *student, *soft, rows.valid, rows.labels, *factors, needed, *options
         )
         return normalised.output(RowValues(*values[:4]))
-
-
-def _check_fit(
-    student: Side, teacher: Side | None, objective: Objective, labels: Tensor | None
-) -> None:
-    check_same_rows(student, teacher)
-    objective.check_inputs(
-        has_teacher=teacher is not None,
-        has_labels=labels is not None,
-        needs_grad=any(needs_gradient(tensor) for tensor in student),
-    )

@@ -99,7 +99,7 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     Source: GKD, equation 1.
     """
     mixed = beta * log_p.exp() + (1 - beta) * log_q.exp()
-    log_m = torch.where(mixed > 0, mixed, 1).log()
+    log_m = torch.where(mixed == 0, 1, mixed).log()
     student_part = _expectation(log_q, log_q, log_m)
     return beta * _expectation(log_p, log_p, log_m) + (1 - beta) * student_part
 
@@ -110,7 +110,7 @@ def skew_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
     Source: DistiLLM, equation 3; with p and q swapped, equation 4.
     """
     mixed = skew * log_p.exp() + (1 - skew) * log_q.exp()
-    return _expectation(log_p, log_p, torch.where(mixed > 0, mixed, 1).log())
+    return _expectation(log_p, log_p, torch.where(mixed == 0, 1, mixed).log())
 
 
 def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -189,5 +189,5 @@ def share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _unit(vectors: Tensor, smallest: float) -> Tensor:
     square = vectors.square().sum(-1, keepdim=True)
-    is_long = square > smallest**2
-    return torch.where(is_long, vectors * torch.where(is_long, square, 1).rsqrt(), 0)
+    is_short = square <= smallest**2
+    return torch.where(is_short, 0, vectors * torch.where(is_short, 1, square).rsqrt())

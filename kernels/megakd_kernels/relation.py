@@ -67,7 +67,9 @@ def relation_kl_loss(  # noqa: PLR0913, the public contract: options are keyword
     """
     _check_pair("queries", student_queries, teacher_queries)
     _check_keys((student_queries, student_keys), (teacher_queries, teacher_keys))
-    check_constants(teacher_queries=teacher_queries, teacher_keys=teacher_keys)
+    check_constants(
+        teacher_queries=teacher_queries, teacher_keys=teacher_keys, token_weight=token_weight
+    )
     _check_heads(heads, student_queries.shape[-1], teacher_queries.shape[-1])
     _check_masks(student_queries, valid=valid, segments=segments, token_weight=token_weight)
     student = _one_dtype(student_queries, student_keys)

@@ -146,7 +146,7 @@ class TopKRows:
     def _divergence(self, teacher: TopK, row: _Row, log_q: Tensor) -> Tensor:
         log_p, rest = teacher.log_p.double(), teacher.rest.double()
         p = log_p.exp()
-        value = torch.where(p > 0, p * (log_p - log_q), 0).sum(1)
+        value = torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
         log_rest = row.others.log() + row.drop / self.plan.temperature - row.log_total
         return value + torch.where(rest > 0, rest * (rest.log() - log_rest.squeeze(1)), 0)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megakd_kernels.inputs import check_constants
 from megakd_kernels.row_plan import Warp
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_rkl", "tvd")
@@ -112,6 +113,9 @@ class Objective:
         if self.chunk_mb is not None and not self.chunk_mb > 0:
             raise ValueError(f"chunk_mb must be above 0, got {self.chunk_mb}")
         one_of("logits_dtype", self.logits_dtype, LOGITS_DTYPES)
+        check_constants(
+            kd_weight=self.kd_weight, ce_weight=self.ce_weight, num_items=self.num_items
+        )
         _check_reduction(self.reduction, self.num_items)
         scale = self.temperature**2 if self.t_squared else 1.0
         wants_ce = isinstance(self.ce_weight, Tensor) or self.ce_weight != 0
@@ -293,6 +297,9 @@ def weigh(values: Tensor, weight: Number) -> Tensor:
 
 def _mixture(divergence: Divergence, beta: float, skew: float) -> tuple[tuple[str, float], ...]:
     weights = {divergence: 1.0} if isinstance(divergence, str) else dict(divergence)
+    if not weights:
+        raise ValueError("divergence is empty; name a divergence, or set kd_weight to 0")
+    check_constants(**weights)
     for name, weight in weights.items():
         one_of("divergence", name, DIVERGENCES)
         if not math.isfinite(weight):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megakd_kernels import formed, ops, reference
 from megakd_kernels.heads import check_same_rows, checked_side, checked_teacher, heads_dtype
-from megakd_kernels.inputs import Masks, Rows, select_rows, without_autocast
+from megakd_kernels.inputs import Masks, Rows, check_rows, select_rows, without_autocast
 from megakd_kernels.linear_chunks import Side
 from megakd_kernels.row_plan import Warp
 from megakd_kernels.settings import resolve_implementation, warp, weigh
@@ -122,7 +122,8 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
     teacher = checked_teacher(teacher_hidden, teacher_weight, teacher_bias)
     if teacher is None and labels is None:
         raise ValueError("the student has no target: pass a teacher or labels")
-    check_same_rows(student, teacher)
+    check_same_rows(student_hidden, teacher_hidden)
+    check_rows(student_hidden.shape[:-1], labels=labels, token_weight=token_weight)
     ids = shard_of(None, 0, len(student.weight), vocab_size)
     rows = select_rows(
         len(student.hidden),
@@ -178,7 +179,7 @@ def _reference(student: Side, teacher: Side | None, task: _Task) -> _Values:
     log_p = F.log_softmax(soft / task.temperature, -1)
     p = log_p.exp()
     kl = reference.forward_kl(log_p, log_q)
-    entropy = -torch.where(p > 0, p * log_p, 0).sum(-1)
+    entropy = -torch.where(p == 0, 0, p * log_p).sum(-1)
     return _Values(kl, entropy, ce, reference.share_a_maximum(logits, soft))
 
 

@@ -21,6 +21,7 @@ from megakd_kernels.inputs import (
     Rows,
     check_constants,
     check_integers,
+    check_rows,
     compute_dtype,
     may_look_at,
     needs_gradient,
@@ -126,6 +127,7 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
     _check_mode(mode, objective)
     student = checked_side("student", student_hidden, student_weight, student_bias)
     _check_shapes(student_hidden, topk_ids, topk_logprobs)
+    check_rows(student_hidden.shape[:-1], labels=labels, token_weight=token_weight)
     check_constants(topk_logprobs=topk_logprobs, token_weight=token_weight)
     objective.check_inputs(
         has_teacher=True,
@@ -173,7 +175,7 @@ def _soft_targets(cache: _Cache, mode: str, objective: Objective, like: Tensor) 
     """Return the target of every row in like's dtype, formed in fp64 because it is small."""
     exact = cache.logprobs.double()
     best = cache.ids.gather(1, exact.argmax(1, keepdim=True)).squeeze(1)
-    has_ids = (exact > -math.inf).any(1, keepdim=True)
+    has_ids = (exact != -math.inf).any(1, keepdim=True)
     rest = torch.zeros_like(exact[:, 0])
     if mode in {"renorm", "subset"}:
         # A row without an id has no target; its log_softmax would be NaN.
@@ -249,7 +251,7 @@ def _divergence(logits: Tensor, teacher: TopK, objective: Objective, *, within_i
     else:
         log_q = scaled.log_softmax(1).gather(1, index)
     p = teacher.log_p.exp()
-    gap = torch.where(p > 0, teacher.log_p, 0) - torch.where(p > 0, log_q, 0)
+    gap = torch.where(p == 0, 0, teacher.log_p) - torch.where(p == 0, 0, log_q)
     value = (p * gap).sum(1)
     has_rest = teacher.rest > 0
     # Rows without a rest keep their ids: the logarithm of an empty sum has no derivative.
@@ -301,9 +303,10 @@ def _check_ids(ids: Tensor, is_known: Tensor, vocabulary: int) -> None:
 def _check_logprobs(cache: _Cache) -> None:
     mass = cache.logprobs.double().exp().sum(1)
     rounding = _rounding(cache)
-    wrong = (cache.logprobs.double() > rounding[:, None]).any(1) | (mass > 1 + rounding)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
+    are_small = (cache.logprobs.double() <= rounding[:, None]).all(1)
+    is_right = are_small & (mass <= 1 + rounding)  # NaN is neither
+    if not bool(is_right.all()):
+        row = int((~is_right).nonzero()[0])
         raise ValueError(
             f"topk_logprobs of row {row} have a maximum of {float(cache.logprobs[row].max()):.6g} "
             f"and probabilities that sum to {float(mass[row]):.6g}; they must be log-probabilities "

@@ -183,7 +183,7 @@ class _Run:
         log_q = (logits.double() / plan.temperature).log_softmax(-1)
         log_p = teacher.log_p.double()
         p = log_p.exp()
-        divergence = torch.where(p > 0, p * (log_p - log_q), 0).sum(1)
+        divergence = torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
         best = logits.masked_fill(teacher.ids != teacher.best[:, None], -math.inf)
         agrees = (teacher.best >= 0) & (best.amax(1) == logits.amax(1))
         divergence = divergence.to(logits.dtype) * plan.value_scale

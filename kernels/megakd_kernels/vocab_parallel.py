@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import distributed_c10d
 
-from megakd_kernels.inputs import shared_vocabulary
+from megakd_kernels.inputs import may_look_at, shared_vocabulary
 
 
 class GroupReduce:
@@ -71,6 +71,8 @@ class Shard:
             return self.ids
         if self.group is None:
             return shared_vocabulary(self.ids, teacher_ids, self.limit)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"vocab_size {self.limit} must be at least 1")
         shared = min(self.ids, teacher_ids)
         return shared if self.limit is None else max(0, min(shared, self.limit - self.start))
 
@@ -81,6 +83,11 @@ class Shard:
             return is_here
         holders = is_here.to(torch.int32)
         distributed.all_reduce(holders, group=self.group)
+        if may_look_at(holders) and bool((holders > 1).any()):
+            raise ValueError(
+                f"label {int(labels[holders > 1][0])} is an id of several ranks: the slices "
+                f"overlap, {self.named}; vocab_start is the first id of a rank's slice"
+            )
         return holders > 0
 
 

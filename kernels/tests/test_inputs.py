@@ -6,6 +6,7 @@ import torch
 import megakd_kernels as mk
 from megakd_kernels import ops
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = pytest.mark.parametrize("impl", ["chunked", "reference"])
 
 
@@ -131,6 +132,95 @@ def test_a_gathered_parameter_is_no_shard(make_problem):
 def test_weights_of_rows_that_ask_for_a_gradient_are_refused(make_problem):
     with pytest.raises(ValueError, match="token_weight requires grad"):
         make_problem().solve(token_weight=torch.ones(13, requires_grad=True))
+
+
+def logits_loss(divergence):
+    def loss(student, teacher, impl):
+        options = {"divergence": divergence, "t_squared": True, "impl": impl}
+        return mk.kd_loss_from_logits(student, teacher, **options).loss
+
+    return loss
+
+
+def relation_loss(student, teacher, impl):
+    return mk.relation_kl_loss(student[None], teacher[None], heads=2, valid=None, impl=impl)
+
+
+def statistics(student, teacher, impl):
+    weight = torch.eye(8, device=DEVICE)
+    return mk.linear_stats(student, weight, teacher, weight, impl=impl).teacher_entropy_sum
+
+
+def top_logits(student, teacher, impl):
+    ids, weight = torch.arange(8, device=DEVICE).expand(6, 8), torch.eye(8, device=DEVICE)
+    options = {"mode": "renorm", "t_squared": True, "impl": impl}
+    return mk.topk_kd_loss(student, weight, ids, teacher.log_softmax(-1), **options).loss
+
+
+def of_states(loss):
+    return lambda student, teacher, impl: loss(student, None, teacher, valid=None, impl=impl)
+
+
+LOSSES = {
+    **{name: logits_loss(name) for name in mk.DIVERGENCES},
+    "hidden_mse": of_states(mk.hidden_mse_projection_loss),
+    "hidden_cosine": of_states(mk.hidden_cosine_projection_loss),
+    "relation_kl": relation_loss,
+    "entropy": statistics,
+    "topk": top_logits,
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize("impl", ["auto", "chunked", "reference", "triton"])
+@pytest.mark.parametrize("spoilt", ["one value", "a row", "all"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nan_of_a_row_that_counts_is_seen_in_the_loss(name, spoilt, impl):
+    generator = torch.Generator().manual_seed(0)
+    part = {"one value": (2, 1), "a row": 2, "all": ...}[spoilt]
+    for which in ("teacher", "student"):
+        models = {
+            model: torch.randn(6, 8, generator=generator).to(DEVICE)
+            for model in ("student", "teacher")
+        }
+        models[which][part] = torch.nan
+        if name == "topk" and which == "teacher" and DEVICE == "cpu":
+            with pytest.raises(ValueError, match="topk_logprobs of row"):
+                LOSSES[name](*models.values(), impl)
+        elif name != "entropy" or which == "teacher":
+            assert LOSSES[name](*models.values(), impl).isnan(), which
+
+
+def test_rows_in_another_order_are_refused_and_flat_ones_are_not():
+    student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    heads = {"student_weight": torch.randn(6, 4), "teacher_weight": torch.randn(6, 5)}
+    rows = {"labels": torch.arange(6).reshape(2, 3), "token_weight": torch.rand(2, 3)}
+    given = {"student_hidden": student, "teacher_hidden": teacher, **heads, **rows}
+    calls = {
+        mk.linear_kd_loss: given | {"t_squared": True},
+        mk.linear_stats: given,
+        mk.kd_loss_from_logits: {
+            "student_logits": student,
+            "teacher_logits": student + 1,
+            "t_squared": True,
+            **rows,
+        },
+        mk.hidden_mse_projection_loss: {
+            "student_hidden": student,
+            "projection": None,
+            "teacher_hidden": student + 1,
+            "valid": torch.tensor([[True, False, True], [False, True, True]]),
+        },
+    }
+    for loss, inputs in calls.items():
+        expected = loss(**inputs)
+        for name in {"labels", "token_weight", "valid", "teacher_hidden"} & inputs.keys():
+            turned = inputs[name].transpose(0, 1)
+            with pytest.raises(ValueError, match=r"one entry per row|last dimension may differ"):
+                loss(**inputs | {name: turned})
+            if name != "teacher_hidden" or loss in (mk.linear_kd_loss, mk.linear_stats):
+                flat = inputs[name].flatten(0, 1)
+                torch.testing.assert_close(loss(**inputs | {name: flat}), expected)
 
 
 def test_kernels_are_refused_without_a_gpu(make_problem, monkeypatch):

@@ -13,12 +13,21 @@ from megakd_kernels.settings import resolve_implementation
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
+LEARNED = torch.ones((), requires_grad=True)
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"divergence": "tvd2"}, "unknown divergence 'tvd2'; known: forward_kl, reverse_kl, jsd"),
         ({"divergence": {"kl": 1.0}}, "unknown divergence 'kl'"),
+        ({"divergence": {}}, "divergence is empty; name a divergence"),
+        ({"divergence": {"tvd": LEARNED}}, "tvd requires grad, and the loss has no gradient for"),
+        ({"kd_weight": LEARNED}, "kd_weight requires grad"),
+        ({"ce_weight": LEARNED, "labels": torch.zeros(4).long()}, "ce_weight requires grad"),
+        ({"reduction": "num_items", "num_items": LEARNED}, "num_items requires grad"),
+        ({"student_weight": torch.ones(7, 3, device="meta")}, "student_weight on meta; move them"),
+        ({"teacher_hidden": torch.ones(4, 2, device="meta")}, "on cpu and teacher_weight|on meta"),
         ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be above 0 and finite, got nan"),
         ({"beta": 1.5}, r"beta must lie in \[0, 1\], got 1.5"),
@@ -37,12 +46,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ({"vocab_size": 6}, "vocab_size 6 must lie in 1..5: the student has 7 ids and the te"),
         ({"vocab_size": 0}, "vocab_size 0 must lie in 1..5"),
         ({"ce_weight": 1.0}, "ce_weight is 1.0 but labels is None"),
-        ({"labels": torch.zeros(3)}, "labels has 3 entries for 4 rows"),
-        ({"token_weight": torch.ones(5)}, "token_weight has 5 entries for 4 rows"),
+        ({"labels": torch.zeros(3)}, r"labels is \[3\]; it must be \[4\], one entry per"),
+        ({"token_weight": torch.ones(5)}, r"token_weight is \[5\]; it must be \[4\]"),
         ({"student_bias": torch.ones(5)}, r"student_bias is \[5\]; it must be \[7\]"),
         ({"teacher_bias": torch.ones(7)}, r"teacher_bias is \[7\]; it must be \[5\]"),
         ({"teacher_hidden": None}, "teacher_hidden and teacher_weight must be given together"),
-        ({"teacher_hidden": torch.ones(3, 2)}, "student has 4 rows and the teacher 3"),
+        ({"teacher_hidden": torch.ones(3, 2)}, r"hidden is \[4, 3\] .* teacher_hidden \[3, 2\]"),
         ({"teacher_hidden": torch.ones(4, 3)}, r"teacher_hidden is \[4, 3\] and teacher_weight"),
         ({"student_weight": torch.ones(7, 2)}, r"student_hidden is \[4, 3\] and student_weight"),
         ({"teacher_hidden": None, "teacher_weight": None}, "without a teacher, cross-entropy"),

@@ -249,6 +249,7 @@ def test_chunks_of_any_shape_match_the_reference(sizes, mode, chunk_mb, seed):
         ({"topk_ids": torch.zeros(11, 4, dtype=torch.long)}, r"topk_ids are \[11, 4\]"),
         ({"topk_ids": torch.zeros(11, 5)}, r"topk_ids are torch\.float32"),
         ({"topk_logprobs": torch.full((11, 5), 0.1)}, "of row 0 have a maximum of 0.1 and"),
+        ({"topk_logprobs": torch.full((11, 5), torch.nan)}, "of row 0 have a maximum of nan"),
         ({"topk_logprobs": torch.full((11, 5), -1.0)}, "probabilities that sum to 1.8"),
         ({"topk_logprobs": torch.zeros(11, 5).long()}, r"topk_logprobs are torch\.int64"),
         ({"topk_logprobs": torch.full((11, 5), -3.0, requires_grad=True)}, "requires grad"),

@@ -61,11 +61,25 @@ def all_cases():
     ]  # fmt: skip
 
 
+REFUSED = [
+    ({"ce_weight": 1.0, "vocab_start": 0}, "is an id of several ranks: the slices overlap"),
+    ({"vocab_size": 0}, "vocab_size 0 must be at least 1"),
+]
+"""Options of both ranks, and what both say."""
+
+
+def refused_cases():
+    return [
+        {"inputs": problem(37, 37), "cuts": (20, 20), "options": {"t_squared": True, **options}}
+        for options, _ in REFUSED
+    ]
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Return the answers of two ranks to every case."""
     folder = tmp_path_factory.mktemp("vocab_parallel")
-    torch.save(all_cases(), folder / "cases.pt")
+    torch.save([*all_cases(), *refused_cases()], folder / "cases.pt")
     results = [folder / f"rank-{rank}.pt" for rank in range(2)]
     started = [
         subprocess.Popen(
@@ -96,6 +110,12 @@ def test_two_ranks_agree_with_the_whole_vocabulary(answers, index):
     for place in (-2, -1):  # a rank's rows of the head, and of its bias
         joined = torch.cat([first[place], second[place]])
         torch.testing.assert_close(joined, expected[place])
+
+
+def test_slices_that_cannot_be_are_refused_on_all_ranks(answers):
+    for of_rank in answers:
+        for (_, message), said in zip(REFUSED, of_rank[-len(REFUSED) :], strict=True):
+            assert message in said
 
 
 def test_a_first_id_needs_a_group():

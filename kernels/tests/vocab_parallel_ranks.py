@@ -24,16 +24,19 @@ def main(rank, rendezvous, cases, result):
 
 
 def solve(rank, *, inputs, cuts, options):
-    """Loss, parts and gradients of this rank; `cuts` are where the two heads are cut."""
+    """Loss, parts and gradients of this rank, or its error; both heads are cut at `cuts`."""
     parts = [slice(None, cut) if rank == 0 else slice(cut, None) for cut in cuts]
     student, teacher = inputs["student"], inputs["teacher"]
     weight, bias = inputs["student_weight"][parts[0]], inputs["student_bias"][parts[0]]
     leaves = [tensor.clone().requires_grad_() for tensor in (student, weight, bias)]
-    output = mk.linear_kd_loss(
-        *leaves[:2], teacher, inputs["teacher_weight"][parts[1]], inputs["labels"],
-        student_bias=leaves[2], process_group=distributed.group.WORLD,
-        vocab_start=rank * cuts[0], **options,
-    )  # fmt: skip
+    options = {"vocab_start": rank * cuts[0], **options}
+    try:
+        output = mk.linear_kd_loss(
+            *leaves[:2], teacher, inputs["teacher_weight"][parts[1]], inputs["labels"],
+            student_bias=leaves[2], process_group=distributed.group.WORLD, **options,
+        )  # fmt: skip
+    except ValueError as error:
+        return str(error)
     return [*map(torch.Tensor.detach, output), *torch.autograd.grad(output.loss, leaves)]
 
 

@@ -128,7 +128,8 @@ def forward_kernel(
     seen = z_t > 0
     z_s = tl.where(seen, z_s, 1.0)
     z_t = tl.where(seen, z_t, 1.0)
-    divergence = tl.maximum((gap / z_t + tl.log2(z_s / z_t)) * _LN_2, 0.0)
+    divergence = (gap / z_t + tl.log2(z_s / z_t)) * _LN_2
+    divergence = tl.where(divergence < 0, 0.0, divergence)  # a maximum would turn NaN into 0
     within = rows < length
     place = (example * heads + head) * length + rows
     tl.store(values + place, divergence, mask=within)
