@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,8 @@ from megakd.commands.arguments import Parser, say
 from megakd.errors import ConfigError, DataError
 from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import json_text
+
+BREAKS = re.compile(r"[\t-\r\x1c-\x1e\x85\u2028\u2029]")
 
 
 def add_options(parser: Parser) -> None:
@@ -65,7 +68,8 @@ def _is_unicode(text: str) -> bool:
 def _line(answer: Mapping[str, Any]) -> str:
     """Return an answer of one kind: label, number, tokens of each mask, or text."""
     if "label" in answer:
-        return f"{answer['label']}\t{answer['probability']:.3f}"
+        label = BREAKS.sub(lambda character: repr(character[0])[1:-1], answer["label"])
+        return f"{label}\t{answer['probability']:.3f}"
     if "tokens" in answer:
         return "\t".join(" ".join(tokens) for tokens in answer["tokens"])
     return answer["text"] if "text" in answer else f"{answer['value']:.4g}"

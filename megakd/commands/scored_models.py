@@ -188,7 +188,7 @@ def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
     # By name or number, or the file's if the model's are generic.
     names = model_label_names(source.config)
     if generic_labels(source.config) is None:
-        return Classes(names, numbered=True)
+        return Classes(names, numbered=True, folds_case=True)  # as the model's labels are matched
     kind = RowKind.of(config.task, table)
     classes = find_classes(table, kind.label or "", text=kind.fields.text)
     if classes.numbered and len(classes.names) < len(names):

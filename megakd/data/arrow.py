@@ -29,7 +29,7 @@ from megakd.storage.folders import is_whole, whole_folder
 
 T = TypeVar("T")
 # Increase this number when a remembered value would differ.
-VALUES = 1
+VALUES = 2
 ROWS_PER_BATCH = 1000
 # A string column of one record batch is limited to 2 GiB.
 CHARACTERS_PER_BATCH = 64_000_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -18,6 +19,7 @@ from megakd.data.tables import Record, Table, document_of, text_of
 from megakd.errors import DataError
 
 INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
+PADDED = re.compile(r"0\d")
 MAX_NAMES_SHOWN = 8
 NO_CLASS = -1
 """`datasets` writes this number into a column with class names for a row without a class."""
@@ -28,12 +30,14 @@ class Classes:
     """The classes of a data set, in the order of their numbers.
 
     numbered: whether the data holds class numbers instead of names.
+    folds_case: whether a name in another case is a class, where it can be only one.
     unlabelled: numbers that mean "no label".
     """
 
     names: tuple[str, ...]
     numbered: bool
     unlabelled: frozenset[int] = frozenset({IGNORE})
+    folds_case: bool = False
     number_of: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +48,12 @@ class Classes:
         # Whether a class is called by the number of another, so that 1 can only be a name.
         return any(_integer(name) not in {None, n} for n, name in enumerate(self.names))
 
+    @cached_property
+    def _number_in_any_case(self) -> Mapping[str, int]:
+        folded = [name.casefold() for name in self.names] if self.folds_case else []
+        once = {name for name, count in Counter(folded).items() if count == 1}
+        return {name: number for number, name in enumerate(folded) if name in once}
+
     def label(self, table: Table, column: str, record: Record) -> int:
         value, may_be_number = _class_value(table, column, record), self.numbered
         class_names = table.class_names.get(column)
@@ -52,6 +62,8 @@ class Classes:
         if value is None:
             return IGNORE
         if (number := self.number_of.get(str(value))) is not None:
+            return number
+        if (number := self._number_in_any_case.get(str(value).casefold())) is not None:
             return number
         if may_be_number and (number := _integer(value)) is not None:
             return self._checked(number, table, record)
@@ -189,6 +201,8 @@ def _integer(value: int | str) -> int | None:
 
 
 def _all_integers(table: Table, first_seen: Mapping[int | str, str]) -> dict[int, str] | None:
+    if any(isinstance(value, str) and PADDED.match(value) for value in first_seen):
+        return None  # 007 is a name
     # In reverse order, so that the place of the first row is kept for "1" and "1.0".
     numbers = {_integer(value): place for value, place in reversed(list(first_seen.items()))}
     words = [value for value in first_seen if _integer(value) is None]

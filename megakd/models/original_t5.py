@@ -20,6 +20,8 @@ KEPT_KEYS = (
     *("pad_token_id", "eos_token_id"),
 )
 DECODER = "decoder.block.0."
+HEADED = ("transformer.", "classification_head.")
+"""Beginnings of the names in a T5ForSequenceClassification or a T5ForTokenClassification."""
 # The vocabulary matrix and its copy in old files; the decoder here embeds only a prompt.
 EMBEDDINGS = {"shared.weight": "encoder.embed_tokens.weight", "decoder.embed_tokens.weight": None}
 
@@ -44,6 +46,12 @@ def read_original(
     The original has no prompt and no head, which start new. Of its decoder, only the first layer is
     used.
     """
+    if any(key.startswith(HEADED) for key in stored):
+        raise ModelError(
+            f"{where} is a T5 with transformers' own classification head, "
+            f"{', '.join(config.architectures or ())}, which megakd cannot read; use the T5 that "
+            "it was fine-tuned from, with finetune, or another family"
+        )
     if model_type == EncT5Config.model_type and not any(key.startswith(DECODER) for key in stored):
         raise ModelError(
             f"{where} holds only the encoder of T5, and {model_type} needs the first decoder "

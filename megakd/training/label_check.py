@@ -2,7 +2,7 @@
 
 Names that match need no check. Generic names carry no information, so the model is tested: on the
 validation rows it must be correct clearly more often than chance, and no other order may fit
-clearly better.
+clearly better. Data whose classes are numbers says an order itself: there a weak model is allowed.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class LabelFit:
     better: tuple[int, ...] | None = None
     better_score: float = math.nan
 
-    @property
-    def is_good(self) -> bool:
-        return self.better is None and self.score >= self.chance + self.margin
+    def is_good(self, names: Sequence[str]) -> bool:
+        """Return whether the outputs are in the order of classes with these names."""
+        are_numbers = all(name.isdecimal() for name in names)
+        return self.better is None and (are_numbers or self.score >= self.chance + self.margin)
 
 
 def label_fit(outputs: Tensor, labels: Sequence[int] | NDArray[np.int64]) -> LabelFit:
@@ -110,7 +111,7 @@ def require_fit(fit: LabelFit, source: ModelSource, names: Sequence[str], *, rem
         f"balanced accuracy {fit.score:.3f} on {fit.rows} labelled rows, where chance is "
         f"{fit.chance:.3f}"
     )
-    if fit.is_good:
+    if fit.is_good(names):
         logger.info("%s: %s: %s", source.where, both, scored)
         return
     hint = ""
@@ -160,7 +161,7 @@ def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str) -> None:
 
     def measure() -> Mapping[str, float]:
         fit = _measured(assembly, ready)
-        if not fit.is_good:  # only a good fit is kept
+        if not fit.is_good(names):  # only a good fit is kept
             require_fit(fit, source, names, remedy=remedy)
         return {key: getattr(fit, key) for key in ("score", "chance", "margin", "rows")}
 
@@ -171,9 +172,9 @@ def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str) -> None:
 
 
 def needs_check(source: ModelSource, names: Sequence[str]) -> bool:
-    """Return true if a model's labels are generic and the data has labels, which are names."""
+    """Return true if a model's labels are generic and those of the data are others."""
     generic = generic_labels(source.config)
-    return generic is not None and not all(name.isdecimal() or name in generic for name in names)
+    return generic is not None and not all(name in generic for name in names)
 
 
 def _measured(assembly: Assembly, ready: ReadyTeacher) -> LabelFit:

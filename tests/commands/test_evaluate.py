@@ -55,18 +55,21 @@ def test_a_file_of_ones_own_is_scored_whole_and_the_output_says_so(one_rank, who
     assert text[0] == f"{mine}, all rows: 40 rows"
 
 
-def test_rows_of_one_class_alone_and_class_numbers_are_scored(one_rank, whole_run, tmp_path):
+def test_rows_of_one_class_alone_class_numbers_and_other_cases_are_scored(
+    one_rank, whole_run, tmp_path
+):
     """The classes are the model's: negative is 0, positive is 1."""
     words = [row for row in reviews(20, "x") if row["label"] == "positive"]
     named = write_jsonl(tmp_path / "named.jsonl", words)
+    loud = write_jsonl(tmp_path / "loud.jsonl", [{**row, "label": "POSITIVE"} for row in words])
     numbers = write_jsonl(tmp_path / "numbers.jsonl", [{**row, "label": 1} for row in words])
 
     result = [
         scored(one_rank.megakd("evaluate", whole_run.config, "--data", path, "--json"))
-        for path in (named, numbers)
+        for path in (named, numbers, loud)
     ]
 
-    assert result[0]["metrics"] == result[1]["metrics"]
+    assert result[0]["metrics"] == result[1]["metrics"] == result[2]["metrics"]
     assert result[0]["metrics"]["accuracy"] == accuracy_by_hand(whole_run.out / "final", named)
 
 

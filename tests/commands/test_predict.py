@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_int8_makes_the_graph_smaller(one_rank, whole_run, exported, tmp_path):
     size = (exported[0] / "model.onnx").stat().st_size
     assert (small / "model.onnx").stat().st_size < size
     assert len(answers(one_rank.megakd("predict", small, *TEXTS, "--json"))) == len(TEXTS)
+
+
+def test_a_label_with_a_line_break_stays_on_its_line(one_rank, whole_run, tmp_path):
+    final = Path(shutil.copytree(whole_run.out / "final", tmp_path / "final"))
+    (final / "checksums.json").unlink()
+    config = final / "config.json"
+    config.write_text(config.read_text().replace('"positive"', '"posi\\ntive"'))
+
+    lines = one_rank.megakd("predict", final, *TEXTS).out.splitlines()
+
+    assert lines[0].startswith("posi\\ntive\t")
+    assert len(lines) == len(TEXTS)
 
 
 def test_a_pair_is_two_texts_with_a_tab_and_a_score_is_a_number(one_rank, tmp_path):

@@ -212,6 +212,18 @@ def test_rows_may_have_no_label(load, write_rows, tmp_path, kind, labels):
     assert splits.label_names == ("0", "1")
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_numbers_with_leading_zeros_are_names(load, write_rows, tmp_path, kind):
+    codes = ("007", "10", "00", "10")
+    for name in ("train", "dev"):
+        write_rows(tmp_path / f"{name}.{kind}", list(zip("abcd", codes, strict=True)))
+
+    splits = load(tmp_path)
+
+    assert splits.label_names == ("00", "007", "10")
+    assert splits.train["label"][:] == [1, 2, 0, 2]
+
+
 def test_class_names_in_a_parquet_file_are_used(load, tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
     rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)

@@ -13,6 +13,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    T5ForSequenceClassification,
     T5Model,
 )
 
@@ -197,6 +198,13 @@ def test_an_encoder_alone_is_refused_as_enct5_and_read_as_t5_encoder(tiny):
     with pytest.raises(ModelError, match=r"set teacher\.architecture: t5_encoder"):
         read(tiny, tiny.folder)
     assert read(tiny, tiny.folder, architecture="t5_encoder").config.num_layers == 2
+
+
+def test_a_t5_with_the_head_of_transformers_is_refused_with_its_class(tiny):
+    T5ForSequenceClassification(original()).save_pretrained(tiny.folder)
+    for wanted in (None, "t5_encoder"):
+        with pytest.raises(ModelError, match=r"head, T5ForSequenceClassification, which megakd c"):
+            read(tiny, tiny.folder, architecture=wanted)
 
 
 def test_a_key_that_is_for_t5_is_refused_for_another_family(tiny):

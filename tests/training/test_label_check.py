@@ -27,7 +27,7 @@ def test_chance_is_one_over_the_classes_that_occur_however_many_rows_each_has():
     constant = label_fit(answers([0] * 105, 3), labels)
 
     assert (constant.score, constant.chance, constant.rows) == (0.5, 0.5, 100)
-    assert not constant.is_good  # though 90 % of the rows are right
+    assert not constant.is_good("abc")  # though 90 % of the rows are right
 
 
 def test_the_margin_shrinks_with_the_rows_and_not_below_five_points():
@@ -36,8 +36,8 @@ def test_the_margin_shrinks_with_the_rows_and_not_below_five_points():
     # A guesser on 4 rows of each class: sqrt(2 * 0.25 / 4) / 2.
     assert few.margin == pytest.approx(2 * np.sqrt(0.5 / 4) / 2)
     assert many.margin == 0.05
-    assert few.is_good
-    assert many.is_good
+    assert few.is_good("ab")
+    assert many.is_good("ab")
 
 
 def test_two_classes_that_changed_places_are_found_and_those_a_little_confused_are_not():
@@ -49,8 +49,16 @@ def test_two_classes_that_changed_places_are_found_and_those_a_little_confused_a
     fit = label_fit(answers(swapped, 5), labels)
 
     assert fit.score == pytest.approx(0.6)
-    assert (fit.better, fit.better_score, fit.is_good) == ((0, 1, 2, 4, 3), 1.0, False)
+    assert (fit.better, fit.better_score) == ((0, 1, 2, 4, 3), 1.0)
+    assert not any(fit.is_good(names) for names in ("abcde", "01234"))
     assert label_fit(answers(confused, 2), [0] * 20 + [1] * 20).better is None
+
+
+def test_a_model_no_better_than_chance_may_teach_classes_that_are_numbers():
+    """Their order is said by the data; names are in the order of the alphabet."""
+    guessed = label_fit(answers([0, 1, 1, 0] * 10, 2), [0, 0, 1, 1] * 10)
+
+    assert (guessed.is_good("01"), guessed.is_good("ab")) == (True, False)
 
 
 @pytest.fixture
@@ -98,6 +106,20 @@ def test_a_good_teacher_with_generic_labels_is_told_with_both_lists_and_checked_
     again = finish(one_rank, config)
     assert "checking the order" not in again.err
     assert "are read as the labels" in again.err
+
+
+def test_numbers_in_another_order_are_refused_too(one_rank, whole_run, generic, tmp_path):
+    numbered = tmp_path / "numbered"
+    numbered.mkdir()
+    for file in whole_run.reviews.glob("*.jsonl"):
+        text = file.read_text().replace('"negative"', "0").replace('"positive"', "1")
+        (numbered / file.name).write_text(text)
+    config = written(whole_run, tmp_path, model=str(turned_round(generic)))
+
+    outcome = one_rank.train("--config", config, f"task.dataset={numbered}")
+
+    assert outcome.code == 2
+    assert "the order LABEL_1 is 0, LABEL_0 is 1 gives" in outcome.err
 
 
 @pytest.mark.parametrize("command", ["train", "cache"])
