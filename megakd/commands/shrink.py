@@ -171,6 +171,8 @@ def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
     if timing.get("runtime") == "onnx":
         tree["save"] = {"onnx": True}
     teacher = {"model": arguments.model, **tree.pop("teacher", {})}
+    if any(word.startswith("objective=") for word in given):
+        teacher.pop("cache", None)  # which holds outputs alone
     return {
         "output_dir": str(arguments.output_dir or _folder(arguments)),
         "teacher": teacher,

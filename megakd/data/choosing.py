@@ -64,7 +64,7 @@ def cut_validation(rows: Dataset, *, name: str) -> tuple[Dataset, Dataset]:
     """Split the training rows into (rest, validation), with 5 % of the labelled rows, at least one.
 
     Rows with equal text stay together, and so do all answers to a prompt, so that no held-out text
-    or prompt is trained on.
+    or prompt is trained on. A prompt with more than 5 % of the rows is not held out, if another is.
     """
     held, left_out = remembered_of_rows(rows, "cut", lambda: _cut(rows, name))
     return rows.select(np.delete(np.arange(len(rows)), held + left_out)), rows.select(held)
@@ -81,10 +81,13 @@ def _cut(rows: Dataset, name: str) -> tuple[list[int], list[int]]:
             "row(s), because a cut needs 2 different texts (or prompts) and at least one label; "
             "add a file validation.*"
         )
-    held = labelled & (keys < np.uint64(int(VALIDATION_FRACTION * HASH_RANGE)))
+    _, numbers, rows_alike = np.unique(keys, return_inverse=True, return_counts=True)
+    can_be = labelled & (rows_alike[numbers] <= max(1, VALIDATION_FRACTION * len(keys)))
+    held = can_be & (keys < np.uint64(int(VALIDATION_FRACTION * HASH_RANGE)))
     alike = np.isin(keys, keys[held])
     if not held.any() or alike.all():
-        held = labelled & (keys == keys[labelled].min())
+        lowest = keys[can_be if can_be.any() else labelled].min()
+        held = labelled & (keys == lowest)
         alike = np.isin(keys, keys[held])
     return np.flatnonzero(held).tolist(), np.flatnonzero(alike & ~held).tolist()
 

@@ -29,7 +29,7 @@ from megakd.errors import DataError, suggestion
 
 logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
-VERSION = 4
+VERSION = 5
 # Increase this number when a folder of rows gets different files or rows.
 LAYOUT = 3
 ERROR, LINE = "__error__", "__line__"

@@ -9,13 +9,15 @@ Differs from the paper: for a row without a label, every teacher has weight 1, a
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import StageResult
+from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.contract.terms import STRICT
 from megakd.methods.pools import all_teachers, taught_by_all
 
@@ -26,6 +28,14 @@ class MtBertConfig(MethodOptions):
 
     learns_adapters: ClassVar[bool] = True
     name: Literal["mt_bert"]
+
+    def problems(self, config: Any) -> Iterator[str]:
+        """Yield a line if the rows have no label of their own, by which teachers could count."""
+        if config.task.type in LANGUAGE_TASKS:
+            yield (
+                f'method "mt_bert" divides a row by the loss of the teacher on its label, and the '
+                f"rows of task.type {config.task.type} have none; use mean_of_teachers"
+            )
 
 
 def run(config: MtBertConfig, lab: Lab) -> StageResult:

@@ -7,7 +7,6 @@ before anything large is loaded, and `load_model` builds it empty and fills it t
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from megakd.config.task import TaskConfig
 from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.sharding import is_first_rank, is_sharded, set_values, sharded_construction
 from megakd.engine.shards import names_of_bad_weights
-from megakd.errors import ModelError, one_line
+from megakd.errors import ModelError, one_line, suggestion
 from megakd.models.architecture import HEAD_COUNTS, Architecture
 from megakd.models.architectures import architecture_named
 from megakd.models.fitting import build_empty, plan_loading
@@ -229,13 +228,12 @@ def _check_config_keys(model_type: str, keys: Mapping[str, Any], where: str) -> 
     """Raise on a misspelled key: transformers would accept the key and silently use a default."""
     default = CONFIG_MAPPING[model_type]()
     known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
+    if hasattr(default, "num_key_value_heads"):
+        known.add("head_dim")  # read by all of these models, and a key of only some configs
     for key in keys:
         if key not in known:
-            nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
-            raise ModelError(
-                f"{where}.config.{key}: unknown key of a {model_type} config; did you mean "
-                f"{nearest}?"
-            )
+            near = suggestion(key, sorted(known))
+            raise ModelError(f"{where}.config.{key}: unknown key of a {model_type} config{near}")
 
 
 def _architecture(model_type: str, task: TaskConfig, where: str) -> Architecture:

@@ -114,8 +114,8 @@ class FileGenerator:
             raise DataError(
                 f"rollout.files: the {len(np.unique(keys))} prompts in the files do not include "
                 f"the prompt of {len(prompt)} tokens that begins with {list(prompt[:8])}; use "
-                "files of a run with the same data and tokenizer and rollout.keep_texts, or remove "
-                "rollout.files"
+                "files of a run with the same data, tokenizer and seed, at least as many steps, "
+                "and rollout.keep_texts, or remove rollout.files"
             )
         text = made.completion
         ids = text.ids[: sampling.max_new_tokens]

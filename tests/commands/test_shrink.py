@@ -105,6 +105,8 @@ def test_an_encoder_becomes_a_classifier_that_is_fine_tuned_if_it_is_none(
     timing = config.method.timing
     assert (timing.batch, timing.tokens, timing.runtime) == (1, 64, "onnx")
     assert config.save.onnx
+    cli.main([*FASTER, "objective=[{loss: soft_target_kl}, {loss: hidden_mse}]"])
+    assert load_config(Path("runs/model-8x") / FILE).teacher.cache is None
     given = config.teacher.finetune
     assert given == finetune or given.learning_rate == finetune["learning_rate"]
 

@@ -64,6 +64,15 @@ def test_only_labelled_rows_are_held_out_and_their_texts_leave_training():
         cut_validation(rows_of(["same", "same"]), name="x")
 
 
+def test_a_text_of_many_rows_is_trained_on_whatever_its_hash():
+    for often in range(40):
+        texts = [f"text {often}"] * 60 + [f"text {n}" for n in range(40)]
+
+        _, validation = cut_validation(rows_of(texts), name="x")
+
+        assert 1 <= len(validation) <= 10
+
+
 @settings(max_examples=20)
 @given(texts_with_repeats, st.integers(0, 3), st.data())
 def test_exactly_as_many_labels_are_kept_as_asked_for(texts, seed, data):

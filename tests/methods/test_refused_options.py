@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "knowledge_selection": {},
     "single": POOL,
     "skdbert": POOL,
+    "mt_bert": POOL,
     "takd": POOL,
     "routed": {**POOL, "task": {**BASE["task"], "teacher_column": "expert"}},
 }
@@ -93,6 +94,7 @@ REFUSED = [
         "method.importance_split: train cannot be read",
     ),
     ("minidisc", [f"teachers={json.dumps(POOL['teachers'])}", "teacher=null"], "one teacher"),
+    ("mt_bert", ["task.type=mlm"], '"mt_bert" divides a row by the loss of the teacher on its la'),
     ("skdbert", ["eval.losses=true"], "eval.losses: compares held-out rows with the teacher of a"),
     ("knowledge_selection", ["method.policy=random_hard", "method.selector=s"], "has no selector"),
     ("knowledge_selection", ["method.policy=all", "method.action=hard"], "all has no selector"),

@@ -84,7 +84,7 @@ def test_shapes_that_differ_are_named_with_both(tiny):
             {"model_type": "bert", "hiden_size": 8},
             "hiden_size: unknown key of a bert config",
         ),
-        ({"model_type": "bert", "hiden_size": 8}, "did you mean hidden_size?"),
+        ({"model_type": "bert", "hiden_size": 8}, r'did you mean "hidden_size"?'),
         ({"model_type": "bert", "hidden_size": "8"}, "Field 'hidden_size' expected int, got str"),
         (
             {"model_type": "distilbert", "sinusoidal_pos_embds": True},
@@ -97,6 +97,13 @@ def test_a_scratch_config_that_cannot_be_used_is_refused(tiny, keys, expected):
     with pytest.raises(ModelError) as caught:
         tiny.resolve(ScratchModel(config=keys), tiny.task(), "student.model")
     assert expected in str(caught.value)
+
+
+def test_a_head_width_is_known_to_decoders_whose_config_has_none(tiny):
+    keys = {"model_type": "qwen3_moe", "hidden_size": 16, "num_attention_heads": 4, "head_dim": 8}
+    where = ("causal_lm", "student.model")
+    source = tiny.resolve(ScratchModel(config=keys), tiny.task(where[0]), where[1])
+    assert source.config.head_dim == 8
 
 
 def test_a_model_that_transformers_cannot_build_is_refused_with_its_words(tiny):

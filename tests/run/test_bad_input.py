@@ -108,7 +108,7 @@ SETTINGS = [
     (
         "student.model.config.hiden_size=3",
         "student.model.config.hiden_size",
-        "did you mean hidden_size?",
+        'did you mean "hidden_size"?',
     ),
     (
         "student.model.config.model_type=llama",
