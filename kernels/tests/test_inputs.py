@@ -173,11 +173,11 @@ LOSSES = {
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("impl", ["auto", "chunked", "reference", "triton"])
-@pytest.mark.parametrize("spoilt", ["one value", "a row", "all"])
+@pytest.mark.parametrize("spoilt", ["one value", "all"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_nan_of_a_row_that_counts_is_seen_in_the_loss(name, spoilt, impl):
     generator = torch.Generator().manual_seed(0)
-    part = {"one value": (2, 1), "a row": 2, "all": ...}[spoilt]
+    part = (2, 1) if spoilt == "one value" else ...
     for which in ("teacher", "student"):
         models = {
             model: torch.randn(6, 8, generator=generator).to(DEVICE)
