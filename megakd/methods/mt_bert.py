@@ -18,7 +18,7 @@ from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import LANGUAGE_TASKS
-from megakd.contract.terms import STRICT
+from megakd.contract.terms import STRICT, HardCrossEntropy, HardMse, TermConfig
 from megakd.methods.pools import all_teachers, taught_by_all
 
 
@@ -43,5 +43,12 @@ def run(config: MtBertConfig, lab: Lab) -> StageResult:
     del config
     names = all_teachers(lab)
     trusting = (dataclasses.replace(term, row_weight="teacher_loss") for term in lab.soft_terms())
-    objective = lab.config.objective or tuple(trusting)
+    objective = tuple(_once(term, len(names)) for term in lab.config.objective or trusting)
     return taught_by_all(lab, names, objective, share=1.0, how="teacher_loss")
+
+
+def _once(term: TermConfig, passes: int) -> TermConfig:
+    """Return a term with its share of a pass: passes add up over teachers, labels count once."""
+    if isinstance(term, HardCrossEntropy | HardMse):
+        return dataclasses.replace(term, weight=term.weight / passes)
+    return term

@@ -123,6 +123,19 @@ def test_all_teachers_run_at_every_step_of_their_mean_and_trust_in_labels_change
     assert not same_weights(trusted / "final", mean / "final")
 
 
+def test_labels_beside_a_sum_of_teachers_count_once(bench):
+    labels = {"objective": [{"loss": "hard_cross_entropy"}], "train": {"optim": "sgd"}}
+
+    mean, summed = (
+        bench.run(f"labels-{name}", {"name": name}, **labels)
+        for name in ("mean_of_teachers", "mt_bert")
+    )
+
+    ours, theirs = weights(mean / "final"), weights(summed / "final")
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, atol=1e-6, rtol=0)
+
+
 def test_teachers_in_a_row_begin_with_the_largest(bench):
     out = bench.run("takd", {"name": "takd"})
 
