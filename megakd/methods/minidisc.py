@@ -180,7 +180,10 @@ def trial(
         teachers=(link.teacher,),
         start=start,
         objective=objective_of(config, lab),
-        strategy=Sandwich(link.teacher, tuple(views), config.sampled_candidates, lab.config.seed),
+        strategy=Sandwich(
+            *(link.teacher, tuple(views), config.sampled_candidates, lab.config.seed),
+            target=view_name(config.target_sparsity),
+        ),
         views=views,
         judge=MetricJudge(metric, view_name(config.target_sparsity)) if is_last else judge,
         passes_per_backward=config.passes_per_backward,
@@ -217,12 +220,14 @@ class Sandwich(Strategy):
 
     names: names of the views, the widest first.
     sampled: number of views between the ends that are drawn per step; None: all views learn.
+    target: a view that learns in every step, because the last trial returns it.
     """
 
     teacher: str
     names: tuple[str, ...]
     sampled: int | None = None
     seed: int = 0
+    target: str | None = None
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return one pass per candidate; the loss of the step is the mean of their losses."""
@@ -230,11 +235,12 @@ class Sandwich(Strategy):
         return tuple(Pass(teacher=self.teacher, view=name, scale=1 / len(names)) for name in names)
 
     def _drawn(self, step: int) -> tuple[str, ...]:
-        middle = self.names[1:-1]
+        middle = [name for name in self.names[1:-1] if name != self.target]
         if self.sampled is None or self.sampled >= len(middle):
             return self.names
-        drawn = random.Random(f"{self.seed}:{step}").sample(range(len(middle)), self.sampled)
-        return (self.names[0], *(middle[i] for i in sorted(drawn)), self.names[-1])
+        drawn = random.Random(f"{self.seed}:{step}").sample(middle, self.sampled)
+        learning = {self.names[0], self.names[-1], self.target, *drawn}
+        return tuple(name for name in self.names if name in learning)
 
 
 @plain_dataclass(frozen=True)

@@ -122,6 +122,19 @@ def test_the_sandwich_rule_keeps_the_ends_and_draws_the_middle(sampled):
     assert drawn == (set(NAMES[1:-1]) if sampled else set())
 
 
+@pytest.mark.parametrize("sampled", [0, 1])
+def test_the_target_learns_in_every_step_and_the_others_are_drawn(sampled):
+    sandwich = Sandwich("teacher", NAMES, sampled, seed=3, target=NAMES[3])
+    plans = [[planned.view for planned in sandwich.passes(step)] for step in range(60)]
+
+    for plan in plans:
+        assert len(plan) == sampled + 3
+        assert {NAMES[0], NAMES[3], NAMES[-1]} <= {*plan}
+    assert {view for plan in plans for view in plan} == (
+        {*NAMES} if sampled else {NAMES[0], NAMES[3], NAMES[-1]}
+    )
+
+
 def test_a_step_draws_the_same_candidates_whenever_it_is_asked():
     first, again = (Sandwich("teacher", NAMES, 1, seed=3) for _ in range(2))
     other = Sandwich("teacher", NAMES, 1, seed=4)
