@@ -47,6 +47,24 @@ class Masks(NamedTuple):
     ignore_index: int
     valid: Tensor | None = None
 
+    def checked(self, rows: torch.Size) -> Masks:
+        """Return the masks themselves; raise the errors of `check_rows`."""
+        check_rows(rows, labels=self.labels, token_weight=self.token_weight, valid=self.valid)
+        return self
+
+
+def check_rows(rows: torch.Size, **entries: Tensor | None) -> None:
+    """Check that tensors have one entry per row, in the shape of the rows or flat.
+
+    Raises:
+        ValueError: another shape, whose entries would be those of other rows.
+    """
+    for name, tensor in entries.items():
+        if tensor is not None and tensor.shape != rows and tensor.shape != (rows.numel(),):
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}; it must be {list(rows)}, one entry per row"
+            )
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return fp32, or fp64 if any input is fp64 (gradient checks)."""
@@ -180,19 +198,6 @@ class Ids(Protocol):
         ...
 
 
-def check_rows(rows: torch.Size, **entries: Tensor | None) -> None:
-    """Check that tensors have one entry per row, in the shape of the rows or flat.
-
-    Raises:
-        ValueError: another shape, whose entries would be those of other rows.
-    """
-    for name, tensor in entries.items():
-        if tensor is not None and tensor.shape != rows and tensor.shape != (rows.numel(),):
-            raise ValueError(
-                f"{name} is {list(tensor.shape)}; it must be {list(rows)}, one entry per row"
-            )
-
-
 def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str) -> None:
     """Check on a CPU that the labels are ids of the student.
 
@@ -218,7 +223,7 @@ def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Ids | None) -> R
     Args:
         count: N.
         like: gives dtype and device.
-        masks: masks that the caller passed, see `check_rows`.
+        masks: masks that the caller passed, checked.
         ids: ids of the student; None if the labels only mark the rows that count.
 
     Raises:

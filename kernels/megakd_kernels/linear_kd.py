@@ -17,7 +17,6 @@ from megakd_kernels.inputs import (
     Masks,
     Rows,
     check_constants,
-    check_rows,
     needs_gradient,
     select_rows,
     without_autocast,
@@ -139,7 +138,6 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
     student = checked_side("student", student_hidden, student_weight, student_bias)
     teacher = checked_teacher(teacher_hidden, teacher_weight, teacher_bias)
     check_same_rows(student_hidden, teacher_hidden)
-    check_rows(student_hidden.shape[:-1], labels=labels, token_weight=token_weight)
     objective.check_inputs(
         has_teacher=teacher is not None,
         has_labels=labels is not None,
@@ -148,7 +146,7 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
     check_constants(token_weight=token_weight)
     shard = shard_of(process_group, vocab_start, len(student.weight), vocab_size)
     like = student.hidden.new_empty((), dtype=heads_dtype(student, teacher))
-    masks = Masks(labels, token_weight, ignore_index)
+    masks = Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1])
     rows = select_rows(
         len(student.hidden), like=like, masks=masks, ids=shard if objective.wants_ce else None
     )

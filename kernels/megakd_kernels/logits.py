@@ -17,7 +17,6 @@ from megakd_kernels.inputs import (
     Rows,
     as_matrix,
     check_constants,
-    check_rows,
     compute_dtype,
     needs_gradient,
     select_rows,
@@ -107,14 +106,13 @@ def kd_loss_from_logits(  # noqa: PLR0913, the public contract: options are keyw
     objective = _objective(chosen)
     if needs_gradient(teacher_logits) or needs_gradient(token_weight):
         check_constants(teacher_logits=teacher_logits, token_weight=token_weight)
-    check_rows(student_logits.shape[:-1], labels=labels, token_weight=token_weight, valid=valid)
     student, teacher, shared = _flatten(student_logits, teacher_logits, vocab_size)
     objective.check_inputs(
         has_teacher=teacher is not None,
         has_labels=labels is not None,
         needs_grad=needs_gradient(student),
     )
-    masks = Masks(labels, token_weight, ignore_index, valid)
+    masks = Masks(labels, token_weight, ignore_index, valid).checked(student_logits.shape[:-1])
     if is_small(impl, student, teacher, most=small_logits.MOST_NUMBERS):
         output = small_logits.kd_loss(student, teacher, masks, objective, shared)
         if output is not None:

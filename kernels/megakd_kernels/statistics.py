@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megakd_kernels import formed, ops, reference
 from megakd_kernels.heads import check_same_rows, checked_side, checked_teacher, heads_dtype
-from megakd_kernels.inputs import Masks, Rows, check_rows, select_rows, without_autocast
+from megakd_kernels.inputs import Masks, Rows, select_rows, without_autocast
 from megakd_kernels.linear_chunks import Side
 from megakd_kernels.row_plan import Warp
 from megakd_kernels.settings import resolve_implementation, warp, weigh
@@ -123,12 +123,11 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
     if teacher is None and labels is None:
         raise ValueError("the student has no target: pass a teacher or labels")
     check_same_rows(student_hidden, teacher_hidden)
-    check_rows(student_hidden.shape[:-1], labels=labels, token_weight=token_weight)
     ids = shard_of(None, 0, len(student.weight), vocab_size)
     rows = select_rows(
         len(student.hidden),
         like=student.hidden.new_empty((), dtype=heads_dtype(student, teacher)),
-        masks=Masks(labels, token_weight, ignore_index),
+        masks=Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1]),
         ids=ids,
     )
     task = _Task(

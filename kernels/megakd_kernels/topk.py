@@ -21,7 +21,6 @@ from megakd_kernels.inputs import (
     Rows,
     check_constants,
     check_integers,
-    check_rows,
     compute_dtype,
     may_look_at,
     needs_gradient,
@@ -127,7 +126,6 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
     _check_mode(mode, objective)
     student = checked_side("student", student_hidden, student_weight, student_bias)
     _check_shapes(student_hidden, topk_ids, topk_logprobs)
-    check_rows(student_hidden.shape[:-1], labels=labels, token_weight=token_weight)
     check_constants(topk_logprobs=topk_logprobs, token_weight=token_weight)
     objective.check_inputs(
         has_teacher=True,
@@ -138,7 +136,7 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
     rows = select_rows(
         len(student.hidden),
         like=student.hidden.new_empty((), dtype=compute_dtype(*student)),
-        masks=Masks(labels, token_weight, ignore_index),
+        masks=Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1]),
         ids=ids if objective.wants_ce else None,
     )
     cache, rows = _cache(topk_ids, topk_logprobs, rows, len(student.weight))
