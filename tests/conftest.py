@@ -114,3 +114,13 @@ def whole_run(one_rank: OneRank, tmp_path_factory: pytest.TempPathFactory) -> Wh
     from whole_run import start_whole_run
 
     return start_whole_run(one_rank, tmp_path_factory.mktemp("whole-run"))
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """The group of one rank, in the process of the test."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()

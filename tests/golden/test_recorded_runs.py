@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from golden_cases import CASES, STEPS, write_data
 from one_rank import OneRank
 from recorded import check_recorded, digest, learned, reported, resolved
@@ -52,14 +50,7 @@ def test_a_run_learns_and_reports_what_was_recorded(one_rank: OneRank, data: Pat
     )
 
 
-@pytest.fixture
-def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_group")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_encoded_as_recorded(data: Path, name: str):
     inputs = prepare(load_config(config_of(data, name)))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from one_rank import OneRank, Outcome
 from tiny_runs import bert, config_tree, llama, write_config, write_jsonl, write_reviews
 from whole_run import WholeRun, finish
@@ -169,14 +168,7 @@ one.higher_is_better = True
 GENERATES = {"max_new_tokens": 4, "prompt_tokens": 2}
 
 
-@pytest.fixture
-def _group() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_group")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
     ("kind", "sections", "key"),
     [
