@@ -181,7 +181,10 @@ def trial(
         start=start,
         objective=objective_of(config, lab),
         strategy=Sandwich(
-            *(link.teacher, tuple(views), config.sampled_candidates, lab.config.seed),
+            link.teacher,
+            tuple(views),
+            sampled=config.sampled_candidates,
+            seed=lab.config.seed,
             target=view_name(config.target_sparsity),
         ),
         views=views,

@@ -169,7 +169,7 @@ def check_output_folder(config: RunConfig) -> None:
             f"{out} holds a run and train.resume_from_checkpoint is false; use another output_dir, "
             "remove that folder, or set train.resume_from_checkpoint to true"
         )
-    for section, train in {"train": config.train, **config.overrides}.items():
+    for section, train in config.trainings.items():
         path = train.resume_from_checkpoint
         if isinstance(path, str) and not Path(path).is_dir():
             raise CheckpointError(
