@@ -137,7 +137,10 @@ class Strategy:
         return 0
 
     def begin(self, student: Any, step: int) -> None:
-        """Handle the start of the stage, fresh or resumed, before the first step `step`."""
+        """Handle the start of the stage, fresh or resumed, and of each later episode.
+
+        `step` is the next step.
+        """
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return at least one pass: a function of (config, seed, step) without side effects.

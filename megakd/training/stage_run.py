@@ -63,6 +63,7 @@ class StageRun:
         self.source = stage_batches(parts, self.extras)
         window = stage.window
         steps = window.total if window else total_steps(stage.train, self.source.steps_per_epoch)
+        self.episode = steps
         self.steps = window.last if window else stage.strategy.episodes * steps
         rate = learning_rate_schedule(stage.train, steps)
         self.checkpoints = stage_checkpoints(stage, assembly, fingerprint)
@@ -120,6 +121,9 @@ class StageRun:
         """Take each step that is left after `start`; log, evaluate and save after it."""
         with closing(self.batches(start)) as every:
             for batches in every:
+                step = self.trainer.step
+                if step > start and step % self.episode == 0:
+                    self.stage.strategy.begin(self.student, step)
                 take = partial(self.trainer.train_step, batches)
                 self._after_step(self.health.load.watch(take))
                 yield

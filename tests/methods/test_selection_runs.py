@@ -167,14 +167,26 @@ def test_a_selector_of_other_widths_or_kinds_is_refused(bench, soft):
     assert "this run has the widths 16 and 16 and soft_target_kl" in outcome[1].err
 
 
-def test_every_episode_begins_with_the_same_student(bench):
+def test_every_episode_begins_with_the_same_student_and_ends_with_its_score(bench):
     """With a threshold of 0 all kinds are always used: both episodes are the same training."""
     method = {**LEARNED, "action": "hard", "threshold": 0.0, "episodes": 2}
 
     # An epoch is an episode, and the order of the rows makes no difference to a whole batch.
     whole = {"per_device_train_batch_size": 64, "max_steps": 5}
 
-    out = bench.run("episodes", method, train=whole, student={"model": bert(2, **NO_DROPOUT)})
+    out = bench.run(
+        "episodes",
+        method,
+        train=whole,
+        student={"model": bert(2, **NO_DROPOUT)},
+        eval={"eval_steps": 5, "losses": True},
+    )
+
+    scored = [r["eval/soft_target_kl"] for r in records(out, "selector") if "eval/loss" in r]
+    _, first, second = scored
+    assert first == pytest.approx(second, abs=1e-5)
+    final = [r["eval/soft_target_kl"] for r in records(out, "student") if "eval/loss" in r][-1]
+    assert first == pytest.approx(final, abs=1e-5)
 
     both = weights(out / "stages" / "selector"), weights(out / "stages" / "student")
     assert max((both[0][n] - both[1][n]).abs().max().item() for n in both[0]) <= 1e-5

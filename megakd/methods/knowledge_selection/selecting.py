@@ -210,11 +210,15 @@ class LearningToSelect(Selecting):
         self._student = student
         if self.probe is None:
             return
+        run, (episode, done) = self.running, divmod(step, self.course.steps)
         if step == 0:
             self.probe.remember(student)
-            self.running.loss = self.running.beginning = self.probe.loss(student)
-        elif step < (self.course.number - 1) * self.course.steps:
+            run.loss = run.beginning = self.probe.loss(student)
+        elif episode < self.course.number - bool(done):
             self.probe.check_remembered()
+            if done == 0:
+                self.probe.reset(student)
+                run.loss = run.beginning
 
     def _noise(self, step: int, kinds: int) -> Tensor:
         # The steps of a phase share the reward and the noise.
@@ -238,9 +242,6 @@ class LearningToSelect(Selecting):
         if is_last:
             self._learn(None)
             run.before = None
-            if report.step + 1 < self.course.number * self.course.steps:
-                self._measuring.reset(self._student)
-                run.loss = run.beginning
 
     @property
     def _measuring(self) -> HeldOutProbe:
