@@ -153,6 +153,10 @@ class Strategy:
             f"{type(self).__name__} does not implement passes() (called for step {step})"
         )
 
+    def measured_passes(self, step: int) -> tuple[Pass, ...]:
+        """Return the passes of the losses on held-out rows, before step `step`."""
+        return self.passes(step)
+
     def before_update(self, step: int, student: Any) -> None:
         """Handle complete gradients before the optimizer applies them."""
 

@@ -12,9 +12,11 @@ import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from operator import itemgetter
 from typing import Any, ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
+from typing_extensions import override
 
 from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions, no_such_teacher
@@ -57,11 +59,6 @@ class SkdbertConfig(MethodOptions):
             yield from self.unused({"rank_exponent"}, f"{how} ranks no teacher")
         if self.distribution != "student_rank":
             yield from self.unused({"pilot_steps"}, f"{how} trains no pilot student")
-        if config.eval.losses:
-            yield (
-                "eval.losses: compares held-out rows with the teacher of a step, and skdbert draws "
-                "another one in every step; remove the key"
-            )
 
     def _problems_of_weights(self, config: Any) -> Iterator[str]:
         if self.weights is None:
@@ -147,3 +144,9 @@ class Drawn(Strategy):
         drawn = random.Random(f"{self.seed}:teacher:{step}")
         (teacher,) = drawn.choices(self.teachers, self.probabilities)
         return (Pass(teacher=teacher),)
+
+    @override
+    def measured_passes(self, step: int) -> tuple[Pass, ...]:
+        """Return the pass of the likeliest teacher, so that evaluations can be compared."""
+        likeliest = max(zip(self.probabilities, self.teachers, strict=True), key=itemgetter(0))
+        return (Pass(teacher=likeliest[1]),)

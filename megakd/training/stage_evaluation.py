@@ -121,7 +121,7 @@ class StageEvaluation:
 
     @property
     def _passes(self) -> tuple[Pass, ...]:
-        planned = self._trainer.strategy.passes(self._trainer.step)
+        planned = self._trainer.strategy.measured_passes(self._trainer.step)
         # Weights chosen by outputs are decisions of a step, and held-out rows decide nothing.
         return tuple(replace(one, weigh=None) for one in planned)
 

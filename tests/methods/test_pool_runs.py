@@ -10,7 +10,7 @@ import pytest
 import torch
 from pool_bench import SIZES, STEPS, Bench
 from tiny_runs import bert, config_tree, llama, reviews, write_config, write_jsonl, write_reviews
-from whole_run import finish, forgotten, read, same_weights, weights
+from whole_run import finish, forgotten, read, records, same_weights, weights
 
 SKDBERT = {"name": "skdbert"}
 
@@ -79,6 +79,28 @@ def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, plain, method):
     assert same_weights(
         bench.run(f"one-{method}", {"name": method}, teachers=pool) / "final", plain / "final"
     )
+
+
+def test_held_out_losses_are_those_to_the_likeliest_teacher_in_every_evaluation(bench):
+    """A student that learns nothing is as far from its teacher in every evaluation."""
+    method = {**SKDBERT, "distribution": "weights", "weights": dict(zip(SIZES, (1, 2, 1)))}
+    options = {"train": {"learning_rate": 1e-12}, "eval": {"eval_steps": 2, "losses": True}}
+    out = bench.run("still", method, **options)
+    one = {"name": "single", "teacher": "middle"}
+    alone = bench.run(
+        "still-alone",
+        one,
+        objective=[{"loss": "soft_target_kl"}],
+        teachers=bench.teachers("middle"),
+        **options,
+    )
+
+    losses, expected = (
+        [r["eval/soft_target_kl"] for r in records(folder, "student") if "eval/loss" in r]
+        for folder in (out, alone)
+    )
+    assert len(losses) > 3
+    assert losses == pytest.approx([expected[0]] * len(expected), rel=1e-5)
 
 
 def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, drawn, tmp_path):

@@ -95,7 +95,6 @@ REFUSED = [
     ),
     ("minidisc", [f"teachers={json.dumps(POOL['teachers'])}", "teacher=null"], "one teacher"),
     ("mt_bert", ["task.type=mlm"], '"mt_bert" divides a row by the loss of the teacher on its la'),
-    ("skdbert", ["eval.losses=true"], "eval.losses: compares held-out rows with the teacher of a"),
     ("knowledge_selection", ["method.policy=random_hard", "method.selector=s"], "has no selector"),
     ("knowledge_selection", ["method.policy=all", "method.action=hard"], "all has no selector"),
     ("knowledge_selection", ["method.threshold=0.9"], "soft does not choose by a threshold"),
