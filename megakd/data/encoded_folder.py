@@ -26,6 +26,7 @@ from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
+from megakd.data.chat.tokens import rows_of_processes
 from megakd.data.encoding import (
     VERSION,
     Encoded,
@@ -365,7 +366,8 @@ class _Shard:
             yield rest
 
     def _parts(self, bar: tqdm[Any]) -> Iterator[Dataset]:
-        for start in range(self.span.start, self.span.stop, TEXTS_AT_ONCE):
-            part = range(start, min(start + TEXTS_AT_ONCE, self.span.stop))
+        at_once = rows_of_processes(len(self.span)) if is_chat(self.texts) else TEXTS_AT_ONCE
+        for start in range(self.span.start, self.span.stop, at_once):
+            part = range(start, min(start + at_once, self.span.stop))
             yield self.texts.select(part)
             bar.update(len(part))

@@ -178,8 +178,28 @@ def test_a_folder_of_encoded_conversations_has_the_rows_and_numbers_of_the_run(
     assert made.content_hash == run.content_hash
 
 
+def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those_of_a_run(
+    tmp_path, monkeypatch
+):
+    used: list[int] = []
+    in_processes = tokens.in_processes
+    monkeypatch.setattr(tokens, "in_processes", lambda *a: used.append(a[-1]) or in_processes(*a))
+    monkeypatch.setattr(tokens, "processes_for", lambda count, each: min(3, count // each) or 1)
+    monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
+    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 1)
+    data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
+    facts = facts_of(data.task, data.tokenizer, seed=0)
+
+    write_encoded(tmp_path / "encoded", data.splits, data.tokenizer, data.task, facts=facts)
+
+    assert used == [3, 2, 1]  # 6 and 5 conversations, and the one of the validation split
+    splits = open_splits(tmp_path / "encoded")
+    made = as_encoded(tmp_path / "encoded", splits, data.tokenizer, facts)
+    assert made.train[:] == data.encoded().train[:]
+
+
 def test_bad_rows_of_a_folder_are_named_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoded_folder, "TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
     refused = [{"messages": asked("Hi", f"{n}", system="refused")} for n in range(5)]
     data = Data(tmp_path, [*refused, *chats(("Hi", "abc"))], family="gemma")
     facts = facts_of(data.task, data.tokenizer, seed=0)

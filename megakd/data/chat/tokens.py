@@ -94,6 +94,11 @@ def tables_of_conversations(
             yield table
 
 
+def rows_of_processes(count: int) -> int:
+    """Return how many of `count` conversations occupy all processes that encode them."""
+    return ROWS_OF_A_PROCESS * processes_for(count, each=ROWS_OF_A_PROCESS)
+
+
 _EncodedPart = tuple["pa.Table | None", "CountsByName", Sequence[str]]
 """Table, numbers of the rows, and errors of the rows that cannot be encoded."""
 
