@@ -26,6 +26,7 @@ from megakd.models.architecture import (
 from megakd.models.architectures import architecture_named, architecture_of
 from megakd.models.axes import lengths, narrowed, ordered, output_modules, weight_axes
 from megakd.models.fitting import plan_loading, valueless_model
+from megakd.models.generation import generation_file
 from megakd.models.label_order import label_order, set_labels
 from megakd.models.layers import naming, renumbered, without_layers
 from megakd.models.matching import Match
@@ -151,13 +152,14 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     cut = valueless_model(source, task, config)
     _check_shapes(match, axes, view, cut, naming(whole, view or units))
     kept = cut_state(state, axes, view, order)
+    settings = generation_file(source, tokenizer) if task.type == "causal_lm" else {}
     write_model_folder(
         folder,
         config=config,
         state=renumbered(rescaled(kept, whole, view or units), whole, view or units),
         tokenizer=tokenizer,
         architecture=type(cut).__name__,
-        extra=extra,
+        extra={**settings, **(extra or {})},
     )
 
 

@@ -1,11 +1,11 @@
-"""Completions of prompts by a model of transformers, independent of the batch they are in."""
+"""Completions of prompts by a model, independent of the batch they are in, and its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from megakd.models.continuation import continued
 from megakd.models.packed_attention import VARLEN
 from megakd.models.source import ModelSource
 from megakd.storage.folders import check_given
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def complete(
@@ -67,6 +70,25 @@ def generation_config_of(source: ModelSource) -> GenerationConfig | None:
         raise ModelError(
             f"{source.where}: {GENERATION_CONFIG_NAME} in {source.folder} cannot be read: {error}"
         ) from error
+
+
+def generation_file(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, str]:
+    """Return the generation config in a model's folder as a file of a student that begins as it.
+
+    If it lacks the tokenizer's end token, its other end tokens are kept that were added to the
+    vocabulary; ordinary tokens are default numbers. A student that begins otherwise has no file.
+    """
+    generation = generation_config_of(source)
+    if generation is None:
+        return {}
+    ends, known = listed_ends(tokenizer), listed_ends(generation)
+    if not ends <= known:
+        ends |= known & {*tokenizer.added_tokens_decoder}
+        generation.eos_token_id = sorted(ends)
+    for key in ("bos_token_id", "pad_token_id"):
+        if getattr(tokenizer, key) is not None:
+            setattr(generation, key, getattr(tokenizer, key))
+    return {GENERATION_CONFIG_NAME: generation.to_json_string()}
 
 
 def listed_ends(config: Any) -> frozenset[int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megakd.contract.views import Cut
 from megakd.engine.collectives import on_main, together
+from megakd.models.generation import generation_file
 from megakd.models.learned import Learned
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.scoring.scores import Evaluation
@@ -77,11 +78,19 @@ class StageModel(NamedTuple):
 
         def write() -> None:
             if self.assembly.ranks.is_main:
-                write_stage_folder(folder, models, extra=extra, window=window)
+                files = {**self._generation_file(), **extra}
+                write_stage_folder(folder, models, extra=files, window=window)
             else:
                 consume(models, window)
 
         together(write)
+
+    def _generation_file(self) -> Mapping[str, str]:
+        role, prepared = self.stage.role, self.assembly.prepared
+        if self.assembly.config.task.type != "causal_lm":
+            return {}
+        source = self.assembly.learners(self.stage)[role]
+        return generation_file(source, prepared.tokenizer_of(role))
 
     def _window(self, cut: Cut | None) -> WindowState:
         from megakd.training.window_state import WindowState

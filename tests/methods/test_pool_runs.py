@@ -83,7 +83,11 @@ def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, plain, method):
 
 def test_held_out_losses_are_those_to_the_likeliest_teacher_in_every_evaluation(bench):
     """A student that learns nothing is as far from its teacher in every evaluation."""
-    method = {**SKDBERT, "distribution": "weights", "weights": dict(zip(SIZES, (1, 2, 1)))}
+    method = {
+        **SKDBERT,
+        "distribution": "weights",
+        "weights": dict(zip(SIZES, (1, 2, 1), strict=True)),
+    }
     options = {"train": {"learning_rate": 1e-12}, "eval": {"eval_steps": 2, "losses": True}}
     out = bench.run("still", method, **options)
     one = {"name": "single", "teacher": "middle"}

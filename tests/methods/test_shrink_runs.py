@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_runs import config_tree, llama, write_config, write_text
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from whole_run import finish, read, records, same_weights, weights
 
 from megakd.contract.views import View
@@ -64,6 +65,23 @@ def test_the_student_opens_as_a_stock_model_of_the_wanted_size(shrunk):
     assert type(model).__name__ == "LlamaForCausalLM"
     assert size == report["student"]["parameters"]
     assert size == pytest.approx(0.5 * report["teacher"]["parameters"], rel=0.03)
+
+
+def test_a_student_generates_with_the_settings_of_its_teacher(one_rank, shrunk, tmp_path):
+    teacher = shutil.copytree(shrunk / "stages" / "teacher-finetune", tmp_path / "teacher")
+    (teacher / "checksums.json").unlink()
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
+    eos = GenerationConfig.from_pretrained(teacher).eos_token_id
+    GenerationConfig(**settings, eos_token_id=[9, eos]).save_pretrained(teacher)
+    steps = {"trial_steps": 1, "repair_steps": 1, "on_policy_steps": 0}
+
+    of_file = (f"teacher.model={teacher}", "teacher.finetune=null")
+    finish(one_rank, shrinking(tmp_path, method=steps), *of_file)
+
+    for folder in ("stages/specification", "stages/trial-1", "final"):
+        kept = GenerationConfig.from_pretrained(tmp_path / "out" / folder)
+        assert {key: getattr(kept, key) for key in settings} == settings
+        assert kept.eos_token_id == [9, eos]
 
 
 def test_candidates_of_one_size_go_from_width_to_depth_and_the_lowest_divergence_wins(shrunk):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,13 @@ from elastic_views import NARROW, UNEVEN, VOCABULARY, WITHOUT, cut, family_model
 from scipy import stats
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.contract.views import Cut
 from megakd.errors import DataError, ModelError
 from megakd.models.elastic import Elastic
-from megakd.models.generation import check_prompt_lengths, complete, context_length
+from megakd.models.generation import check_prompt_lengths, complete, context_length, generation_file
 from megakd.models.packed_attention import VARLEN, register_packed_attention
 from megakd.rollouts.generators import text_tokens
 
@@ -192,3 +193,27 @@ def test_a_number_that_a_tokenizer_skips_leaves_its_last_token_known():
     tokens = text_tokens(tokenizer, {"student": source})
 
     assert (tokens.end, tokens.known) == ({6}, 7)
+
+
+@pytest.mark.parametrize(
+    ("listed", "kept"),
+    [([9, 2], [9, 2]), ([9], [2, 9]), ([9, 40], [2, 9]), (7, [2])],
+    ids=["has it", "added token", "ordinary token", "only an ordinary token"],
+)
+def test_a_generation_config_keeps_its_end_tokens_beside_that_of_the_tokenizer(
+    tmp_path, listed, kept
+):
+    tokenizer = SimpleNamespace(
+        eos_token_id=2, bos_token_id=None, pad_token_id=0, added_tokens_decoder={2: "", 9: ""}
+    )
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": listed, "temperature": 0.6, "do_sample": True})
+    )
+    source: Any = SimpleNamespace(folder=tmp_path, where="student.model")
+
+    (text,) = generation_file(source, tokenizer).values()
+
+    settings = GenerationConfig.from_dict(json.loads(text))
+    assert settings.eos_token_id == kept
+    assert (settings.temperature, settings.pad_token_id) == (0.6, 0)
+    assert generation_file(SimpleNamespace(folder=None), tokenizer) == {}
