@@ -365,7 +365,7 @@ class Report(TypedDict):
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of weights; `encoder_parameters` excludes embeddings, pooler and heads."""
+    """Numbers of weights; `encoder_parameters` excludes embeddings, pooler, decoder and heads."""
 
     parameters: int
     encoder_parameters: int

@@ -10,8 +10,9 @@ from torch import nn
 from megakd.contract.results import ParameterCounts
 
 OUTSIDE_THE_ENCODER = frozenset(
-    # Embeddings, poolers and heads, as Hugging Face's models name them.
-    """embeddings embed_tokens embed_positions word_embeddings wte wpe shared
+    # Embeddings, poolers and heads, as Hugging Face's models name them, and the decoder of an
+    # encoder T5, which reads one token per text, as a pooler does.
+    """decoder embeddings embed_tokens embed_positions word_embeddings wte wpe shared
     pooler pre_classifier classifier score cls lm_head qa_outputs predictions
     generator_predictions generator_lm_head discriminator_predictions logits_proj
     vocab_transform vocab_layer_norm vocab_projector""".split()  # noqa: SIM905

@@ -9,7 +9,7 @@ from megakd.contract.views import View
 from megakd.data.step_layout import StepShape
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.phase import Phase
-from megakd.pruning.builder import Shapes, SortedTeacher, counts_in_view, shape_of_cut, unscored
+from megakd.pruning.builder import Shapes, SortedTeacher, shape_of_cut, unscored
 from megakd.scoring.scorer import FEW
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ class PlannedPruning(Shapes):
         teachers: Mapping[str, ReadyTeacher],
         phases: list[Phase],
         world: int,
+        classes: int | None,
     ) -> None:
-        super().__init__(config, sources)
+        super().__init__(config, sources, classes=classes)
         self._teachers, self._phases, self._world = teachers, phases, world
 
     def sorted_teacher(
@@ -70,15 +71,9 @@ class PlannedPruning(Shapes):
     ) -> Mapping[str, float]:
         """Return the views' shares of the weights of the layers; a plan times nothing."""
         del name, work
-        # The decoder of a classifier reads one token per text.
-        others = tuple(f"{block}." for block in source.architecture.more_blocks)
-        weights = tuple(one for one in self._weights_of(source) if not one[0].startswith(others))
-
-        def count(view: View) -> int:
-            return counts_in_view(weights, source, view).encoder_parameters
-
-        whole = count(source.architecture.units(source.config))
-        return {known: count(view) / whole for known, view in views.items()}
+        whole = self.parameters(source, source.architecture.units(source.config))
+        counts = {known: self.parameters(source, view) for known, view in views.items()}
+        return {k: n.encoder_parameters / whole.encoder_parameters for k, n in counts.items()}
 
     def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
         """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""

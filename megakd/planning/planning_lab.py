@@ -172,6 +172,7 @@ class PlanningLab(LabBase):
                 teachers=self._teachers,
                 phases=self.phases,
                 world=self.world,
+                classes=None if self._prepared is None else self._prepared.classes,
             )
         return self._pruning
 

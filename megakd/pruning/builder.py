@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -108,10 +109,15 @@ class Reshaping(NamedTuple):
 
 
 class Shapes:
-    """Shapes of cut models by their configs, without weights."""
+    """Shapes of cut models by their configs, without weights.
 
-    def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
-        self.config, self._sources = config, sources
+    classes: the classes of the data, for which a head is made anew; None: those of each config.
+    """
+
+    def __init__(
+        self, config: RunConfig, sources: Mapping[str, ModelSource], *, classes: int | None = None
+    ) -> None:
+        self.config, self._sources, self._classes = config, sources, classes
         self._weights: dict[str, Weights] = {}
 
     def largest_first(self) -> tuple[str, ...]:
@@ -140,9 +146,13 @@ class Shapes:
         return counts_in_view(self._weights_of(source), source, view)
 
     def _weights_of(self, source: ModelSource) -> Weights:
-        model = source.config.to_json_string()
+        config = copy.deepcopy(source.config)
+        if self._classes is not None:
+            config.num_labels = self._classes or 1
+        model = config.to_json_string()
         if model not in self._weights:
-            self._weights[model] = weights_of(source, self.config.task)
+            counted = dataclasses.replace(source, config=config)
+            self._weights[model] = weights_of(counted, self.config.task)
         return self._weights[model]
 
 
@@ -160,7 +170,8 @@ class ModelPruning(Shapes):
         source: Callable[[Path], ModelSource],
         close: Callable[[], None],
     ) -> None:
-        super().__init__(assembly.config, assembly.prepared.sources)
+        prepared = assembly.prepared
+        super().__init__(assembly.config, prepared.sources, classes=prepared.classes)
         self.assembly, self._results = assembly, results
         self._source, self._close = source, close
 

@@ -16,6 +16,7 @@ from tiny_runs import (
     bert,
     config_tree,
     write_config,
+    write_jsonl,
     write_reviews,
     write_scored_pairs,
     write_text,
@@ -202,6 +203,20 @@ def test_every_size_of_a_series_is_a_stock_model_of_its_size(series):
     (trial,) = [stage for stage in report["stages"] if stage["name"] == "trial-1"]
     assert "accuracy" in trial["metrics"]
     assert "soft_target_kl" not in trial["metrics"]
+
+
+def test_weights_are_counted_with_the_head_that_the_labels_of_the_data_need(one_rank, tmp_path):
+    """The head of the model is for two labels, and the data have sixty."""
+    rows = [{"text": f"word {n % 60} and {n}", "label": f"class {n % 60}"} for n in range(240)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    method = {"flops": None, "parameters": "28K", "candidates": 1, "trial_steps": None}
+    config = shrinking(tmp_path, method={**method, "repair_steps": 1})
+
+    finish(one_rank, config, f"task.dataset={path}", "teacher.finetune.max_steps=1")
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
+    assert model.config.num_labels == 60
+    assert model.num_parameters() == pytest.approx(28_000, rel=0.03)
 
 
 def test_the_sizes_of_a_series_are_timed_and_drawn_beside_each_other(series):

@@ -20,6 +20,7 @@ from transformers import (
 from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.models.axes import narrowed, weight_axes
+from megakd.models.counting import named_shapes, parameter_counts
 from megakd.models.cutting import cut_config
 from megakd.models.modeling.modeling_t5 import (
     EncT5ForSequenceClassification,
@@ -268,3 +269,14 @@ def test_lists_that_do_not_fit_the_layers_are_refused(tiny, key):
     spec = tiny.scratch("enct5", **{key: [[1]] if key == "head_columns" else [1]})
     with pytest.raises(ModelError, match=rf"{key} must have [34] entries \(got 1\)"):
         tiny.resolve(spec, tiny.task())
+
+
+def test_the_weights_of_the_encoder_are_those_that_every_token_meets(tiny):
+    """The decoder of a classifier reads one token per text, and is no part of a share of FLOPs."""
+    model = fresh(tiny, "enct5")
+
+    counts = parameter_counts(named_shapes(model))
+
+    own = [*model.encoder.block.parameters(), *model.encoder.final_layer_norm.parameters()]
+    assert counts.encoder_parameters == sum(weight.numel() for weight in own)
+    assert counts.parameters == sum(weight.numel() for weight in model.parameters())
