@@ -118,6 +118,13 @@ def config_with_layers(
     """Return a copy of a config with some of its layers, counted from 1, in the given order."""
     fewer: Any = copy.deepcopy(config)
     count = architecture.number_of_layers(config)
+    moved = any(number != place for place, number in enumerate(numbers, start=1))
+    if moved and getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise ModelError(
+            "scale_attn_by_inverse_layer_idx: the model divides the attention scores of a layer by "
+            "the layer's number, which changes if an earlier layer is left out; keep the first "
+            "layers, or all of them"
+        )
     for key in _PER_LAYER:
         listed = getattr(config, key, None)
         if listed:

@@ -80,7 +80,7 @@ class SortedTeacher:
             with_heads: attentions, numbered from 0, that must keep a head.
         """
         scores = self.scores if residual else self.scores._replace(width=None)
-        return view_at(
+        view = view_at(
             scores.scaled() if allocation == "global" else scores,
             sparsity,
             allocation=allocation,
@@ -88,6 +88,9 @@ class SortedTeacher:
             head_width=self.source.architecture.heads(self.source.config).width,
             with_heads=with_heads,
         )
+        # An ELECTRA with states as wide as its embeddings would have no projection between them.
+        is_electra = view.width == getattr(self.source.config, "embedding_size", None)
+        return view._replace(width=view.width + round_to) if view.width and is_electra else view
 
 
 def unscored(source: ModelSource) -> SortedTeacher:

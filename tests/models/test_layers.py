@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ from tiny_cuts import (
     task_of,
     view_of,
 )
-from transformers import BertConfig
+from transformers import BertConfig, GPT2Config
 
 from megakd.config.models import ScratchModel
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
-from megakd.models.layers import left_out, with_layers
+from megakd.models.layers import config_with_layers, left_out, with_layers
 from megakd.models.loading import load_model, resolve_model
 
 KEY = "student.layers"
@@ -77,6 +78,15 @@ def test_what_a_cut_model_says_of_every_layer_goes_with_it(tmp_path):
     result = fewer(saved(ragged, tmp_path / "cut"), "classification", (3, 1))
     assert list(result.config.head_counts) == [2, 1]
     assert list(result.config.neuron_counts) == [1, 7]
+
+
+def test_layers_whose_scores_depend_on_their_number_keep_it():
+    config: Any = GPT2Config(n_layer=4, scale_attn_by_inverse_layer_idx=True)
+    architecture = architecture_of(config)
+
+    assert config_with_layers(config, architecture, (1, 2)).n_layer == 2
+    with pytest.raises(ModelError, match="which changes if an earlier layer is left out"):
+        config_with_layers(config, architecture, (1, 3))
 
 
 @given(st.integers(1, 40), st.data())

@@ -35,9 +35,10 @@ roundings = st.sampled_from([1, 2, 8])
 head_widths = st.sampled_from([4, 12, 16, 64])
 
 
-def ranked(result):
+def ranked(result, *, embeddings=None):
     architecture = SimpleNamespace(heads=lambda _: Heads(4, 4, 8))
-    source: Any = SimpleNamespace(architecture=architecture, config=None)
+    config = SimpleNamespace(embedding_size=embeddings)
+    source: Any = SimpleNamespace(architecture=architecture, config=config)
     return SortedTeacher(source=source, scores=result)
 
 
@@ -92,6 +93,18 @@ def test_raw_importance_is_compared_between_layers_which_their_norms_make_alike(
     assert (scaled.heads, scaled.neurons) == ((1, 1), (2, 1))
     louder = UnitScores((result.heads[0], (3e3, 4e3)), result.neurons)
     assert ranked(louder).view_at(0.5, allocation="global", round_to=1) == scaled
+
+
+def test_a_view_is_a_step_wider_than_the_embeddings_of_an_electra():
+    """At equal widths the class has no projection between them."""
+    result = UnitScores(((1.0,) * 4,) * 2, ((1.0,) * 64,) * 2, (1.0,) * 48)
+    options = {"allocation": "uniform", "round_to": 4, "residual": True}
+    widths = {s: ranked(result).view_at(s, **options).width for s in (0.5, 0.75)}
+
+    electra = ranked(result, embeddings=widths[0.75])
+
+    assert electra.view_at(0.75, **options).width == widths[0.75] + 4
+    assert electra.view_at(0.5, **options).width == widths[0.5] > widths[0.75] + 4
 
 
 @settings(max_examples=50)
