@@ -125,7 +125,7 @@ def _guarded(command: Callable[[], int]) -> int:
         sys.stderr.write(f"megakd: {error}\n")  # by every rank: rank 0 may be the lost one
         return error.exit_code
     except MegakdError as error:
-        if is_rank_0():
+        if is_rank_0() or error.of_one_rank:
             sys.stderr.write(f"megakd: error: {error}\n")
         return error.exit_code
     except PermissionError as error:  # of any file or folder, on any rank

@@ -10,9 +10,12 @@ class MegakdError(Exception):
     """Base class of errors that a user can cause.
 
     The message states the problem, both values, the key or file, and what to do.
+
+    of_one_rank: whether the other ranks do not raise the error, so that this rank has to print it.
     """
 
     exit_code = 2
+    of_one_rank = False
 
 
 class ConfigError(MegakdError):

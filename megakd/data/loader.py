@@ -22,7 +22,7 @@ from megakd.data.arrow import arrow_batches, column_of
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.masking import Masking
 from megakd.data.step_layout import Collate, StepLayout, StepShape, micro_batch, row_lengths
-from megakd.errors import DataError
+from megakd.errors import DataError, MegakdError
 
 STEPS_AHEAD, STEPS_AT_ONCE = 2, 4
 LENGTHS_AT_ONCE = 100_000
@@ -236,6 +236,9 @@ def awaited(future: Future[T], waits: Waits) -> T:
     began = time.perf_counter()
     try:
         return future.result()
+    except MegakdError as error:
+        error.of_one_rank = True  # every rank reads rows of its own
+        raise
     finally:
         waits.waited_s += time.perf_counter() - began
 

@@ -27,7 +27,7 @@ from megakd.data.chat.conversations import CONVERSATION
 from megakd.data.encoding import StreamedRows, tables_of
 from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
-from megakd.data.step_layout import Collate, StepLayout, StepShape
+from megakd.data.step_layout import Collate, StepLayout, StepShape, check_shares
 from megakd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,11 @@ class EncodedStream:
         self._stream, self._tokenizer, self._task = rows
         least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.row_length)
         self._characters = characters or least
+
+    @property
+    def bad_rows(self) -> int:
+        """The number of rows that were left out because they cannot be used."""
+        return self._stream.bad.count
 
     def readers(self, total: int) -> Sequence[EncodedStream]:
         """Return the readers of this rank, where `total` read on all ranks."""
@@ -184,6 +189,8 @@ class StreamLoader:
         """Seconds that the consumers of `iterate` spent waiting for data."""
         self._readers = rows.readers(rows.total)
         self._step, self._positions = 0, self._beginning()
+        # Rows that were read before are not of this loader.
+        self._bad_before, self._bad_told = rows.bad_rows, 0
 
     def _beginning(self) -> list[Position]:
         return [Position()] * len(self._readers)
@@ -215,11 +222,22 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the positions of all readers after the last step of `iterate`; a collective."""
-        of_ranks = self._gather([position._asdict() for position in self._positions])
-        return {"step": self._step, READERS: [place for places in of_ranks for place in places]}
+        places = [position._asdict() for position in self._positions]
+        of_ranks = self._gather((places, self._rows.bad_rows - self._bad_before))
+        self._tell_bad_rows(sum(bad for _, bad in of_ranks))
+        return {"step": self._step, READERS: [place for places, _ in of_ranks for place in places]}
+
+    def _tell_bad_rows(self, bad: int) -> None:
+        if bad > self._bad_told:
+            logger.warning(
+                "%s: all ranks left out %d bad row(s) so far, in all epochs (task.bad_rows: drop)",
+                *(self._rows.name, bad),
+            )
+        self._bad_told = bad
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         places = state[READERS]
+        check_shares(len(places), self._rows.shape.world, where="the run")
         self._readers = self._rows.readers(len(places))
         self._step = state["step"]
         self._positions = [Position(**places[each.reader]) for each in self._readers]

@@ -10,8 +10,8 @@ from megakd.contract.tasks import STUDENT
 from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader
 from megakd.data.routed_rows import RoutedSource
+from megakd.data.step_layout import check_shares
 from megakd.engine.collectives import gather
-from megakd.errors import CheckpointError
 from megakd.training.checkpoint import read_states
 from megakd.training.probe import Beginning
 from megakd.training.stage_extra import StageExtra, StageParts
@@ -74,12 +74,7 @@ def row_batches(
 def check_readers(checkpoint: Path, ranks: Ranks) -> None:
     """Raise if the readers of a stream in a checkpoint cannot be divided among the ranks."""
     readers = len(read_states(checkpoint, ranks.device)["batches"].get("readers", ()))
-    if readers % ranks.world_size:
-        fitting = [str(number) for number in range(1, readers + 1) if readers % number == 0]
-        raise CheckpointError(
-            f"{checkpoint} has {readers} readers of a stream, which {ranks.world_size} ranks "
-            f"cannot share evenly; start this run with {' or '.join(fitting)} ranks"
-        )
+    check_shares(readers, ranks.world_size, where=str(checkpoint))
 
 
 class Routing(StageExtra):

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
+from megakd.data.bad_rows import BadRows
 from megakd.data.collation import Collator
 from megakd.data.encoding import StreamedRows, encode_rows
 from megakd.data.masking import task_masking
@@ -25,7 +27,7 @@ from megakd.data.step_layout import StepShape
 from megakd.data.stream_loader import EncodedStream, Position, StreamLoader
 from megakd.data.streams import file_stream
 from megakd.data.vocabularies import train_tokenizer
-from megakd.errors import DataError
+from megakd.errors import CheckpointError, DataError
 from megakd.training.checkpoint import check_plain
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -40,6 +42,9 @@ def tokenizers() -> dict[str, Any]:
         )
         for task, kind, e in (("mlm", "wordpiece", True), ("causal_lm", "bpe", False))
     }
+
+
+DROPS = "(task.bad_rows: drop)"
 
 
 def texts_of(count: int) -> list[str]:
@@ -60,10 +65,14 @@ def write_files(folder: Path, texts: Sequence[str], files: int) -> list[Path]:
 class Scene:
     """A stream of files, and loaders of its ranks."""
 
-    def __init__(self, paths: list[Path], tokenizer: Any, kind: Any = "mlm") -> None:
-        names = tuple(map(str, paths))
-        self.task = TaskConfig(type=kind, max_length=12, train_files=names, streaming=True)
+    def __init__(
+        self, paths: list[Path], tokenizer: Any, kind: Any = "mlm", *, bad_rows: Any = "error"
+    ) -> None:
+        keys = {"train_files": tuple(map(str, paths)), "bad_rows": bad_rows}
+        self.task = TaskConfig(type=kind, max_length=12, streaming=True, **keys)
         stream = file_stream(paths, self.task, key="task.train_files")
+        if bad_rows == "drop":
+            stream = replace(stream, bad=BadRows("drop"))
         self.rows = StreamedRows(stream, tokenizer, self.task)
 
     def loader(
@@ -185,7 +194,7 @@ def test_the_state_holds_the_position_of_every_rank_and_each_rank_takes_its_own(
     for shape in shapes:
         loader = scene.loader(shape)
         list(loader.iterate(0, 7))
-        positions.append([loader.state_dict()["readers"][0]])
+        positions.append(([loader.state_dict()["readers"][0]], 0))
     assert positions[0] != positions[1]
     state = scene.loader(shapes[0], states=lambda _: positions).state_dict() | {"step": 7}
 
@@ -204,7 +213,7 @@ def test_fewer_ranks_continue_the_readers_of_all_and_get_the_same_rows(scene, wo
     for shape in every:
         loader = scene.loader(shape)
         list(loader.iterate(0, 7))
-        positions.append([loader.state_dict()["readers"][0]])
+        positions.append(([loader.state_dict()["readers"][0]], 0))
     state = scene.loader(every[0], states=lambda _: positions).state_dict() | {"step": 7}
     fewer = [StepShape(2, 2 // world, rank, world) for rank in range(world)]
     loaders = [scene.loader(shape) for shape in fewer]
@@ -216,8 +225,31 @@ def test_fewer_ranks_continue_the_readers_of_all_and_get_the_same_rows(scene, wo
     again = [Counter(row for of_rank in actual for row in of_rank[step]) for step in range(23)]
     assert again == together[7:]
     # Their state is one of all four readers again.
-    places = [loader.state_dict()["readers"][: 4 // world] for loader in loaders]
+    places = [(loader.state_dict()["readers"][: 4 // world], 0) for loader in loaders]
     assert scene.loader(fewer[0], states=lambda _: places).state_dict()["readers"][3] != {}
+
+
+def test_readers_that_the_ranks_cannot_share_are_refused(scene):
+    state = {"step": 0, "readers": [Position()._asdict()] * 3}
+
+    with pytest.raises(CheckpointError, match="3 readers of a stream, which 2 ranks cannot share"):
+        scene.loader(StepShape(1, 1, 0, 2)).load_state_dict(state)
+
+
+def test_bad_rows_of_all_ranks_are_counted_in_the_log(tmp_path, tokenizers, caplog):
+    lines = [json.dumps({"text": f"w{n}"}) for n in range(9)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([*lines[:4], "{broken", *lines[4:]]))
+    scene = Scene([path], tokenizers["mlm"], bad_rows="drop")
+    loader = scene.loader(StepShape(1, 1, 0, 1), states=lambda own: [own, ([], 3)])
+
+    list(loader.iterate(0, 9))
+    for _ in range(2):
+        loader.state_dict()
+
+    bad = scene.rows.texts.bad.count + 3
+    told = [text for text in caplog.messages if "so far" in text]
+    assert told == [f"{path}: all ranks left out {bad} bad row(s) so far, in all epochs {DROPS}"]
 
 
 def test_a_source_may_be_asked_for_pieces_for_earlier_steps_and_for_a_later_start(scene):

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 from conftest import DEEPSPEED, RUNNER, TIMEOUT_S, TORCHRUN, TRAIN, free_port, start
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import (
+    bert,
+    config_tree,
+    save_tokenizer,
+    write_config,
+    write_jsonl,
+    write_reviews,
+)
 
 STEPS = 2
 
@@ -143,6 +150,31 @@ def test_bad_input_is_said_once_and_ends_every_rank(command, config, tmp_path):
     assert ended.codes == [2, 2], ended.text
     assert ended.text.count("megakd: error: ") == 1
     assert f"{broken / 'train.jsonl'}, line 65: text is not UTF-8 (byte 0xff" in ended.text
+
+
+def test_a_row_that_one_rank_alone_cannot_read_is_named_by_that_rank(launch, tmp_path):
+    rows = [json.dumps({"text": f"some words of text {n}"}) for n in range(60)]
+    for name, lines in (("a", rows), ("b", [*rows, "{broken"])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    held = write_jsonl(tmp_path / "held.jsonl", [{"text": "words"}] * 4)
+    task = {
+        "type": "mlm",
+        "train_files": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+        "validation_files": str(held),
+        "tokenizer": str(save_tokenizer(tmp_path / "tokenizer", rows, kind="wordpiece")),
+        "streaming": True,
+        "max_length": 16,
+    }
+    tree = config_tree(tmp_path / "out", task, train={"max_steps": 60})
+    config = write_config(tmp_path / "run.yaml", tree)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2}
+    ranks = [{"RANK": n, "LOCAL_RANK": n, "LOCAL_SIZE": 2, **place} for n in range(2)]
+
+    group = launch("--config", str(config), ranks=ranks)
+
+    assert group.wait() == [1, 2], group.text
+    assert group.text.count("megakd: error: ") == 1, group.text
+    assert f"{tmp_path / 'b.jsonl'}, line 61 is not JSON" in group.text
 
 
 @pytest.mark.parametrize(
