@@ -115,6 +115,14 @@ class RowKind:
         return isinstance(self.fields, ChatColumns)
 
     @property
+    def has_prompts_alone(self) -> bool:
+        """True for conversations whose answers no column can hold."""
+        fields = self.fields
+        return isinstance(fields, ChatColumns) and not (
+            fields.messages or fields.completion or fields.text
+        )
+
+    @property
     def label(self) -> str | None:
         return self.fields.label if isinstance(self.fields, Fields) else None
 

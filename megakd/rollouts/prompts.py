@@ -110,13 +110,8 @@ class Prompts:
 def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSource) -> None:
     """Check and log which rows `rollout` and `eval.generation` use, and that rows have answers."""
     rollouts, generation = config.rollout, config.eval.generation
-    trained = [part for name, part in (encoded.chat or {}).items() if name.split("/")[0] == "train"]
-    if rollouts is None and trained and not any(part.targets for part in trained):
-        raise DataError(
-            "the training rows are prompts without an answer, so that nothing can be learned; give "
-            "the answers in a column completion (task.completion_column), or let the section "
-            "rollout generate them"
-        )
+    if rollouts is None:
+        _check_answers(encoded)
     if rollouts is not None and encoded.stream is None:
         prompts = prompts_of(encoded.train, rollouts, config, student)
         _say("rollout", prompts)
@@ -125,6 +120,23 @@ def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSou
     if generation is not None:
         key = "eval.generation"
         _say(key, prompts_of(encoded.validation, generation, config, student, key=key))
+
+
+def _check_answers(encoded: Encoded) -> None:
+    """Check that the training rows, or those of each source of a mixture, have an answer."""
+    names = [
+        name.partition("/")[2]
+        for name, part in (encoded.chat or {}).items()
+        if name.partition("/")[0] == "train" and part.kept and not part.targets
+    ]
+    if encoded.stream is not None and encoded.stream.texts.kind.has_prompts_alone:
+        names.append("")
+    for name in names:
+        raise DataError(
+            f"the training rows{name and f' of task.mixture.{name}'} are prompts without an "
+            "answer, so that nothing can be learned; give the answers in a column completion "
+            "(task.completion_column), or let the section rollout generate them"
+        )
 
 
 def prompts_of(

@@ -105,3 +105,28 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(one_rank, tmp_path, 
         load_file(tmp_path / out / "final" / "model.safetensors") for out in ("whole", "stopped")
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+PROMPTS = [{"prompt": f"Question {n}?", "response": f"It is {n}."} for n in range(12)]
+
+
+@pytest.mark.parametrize("source", ["file", "stream", "mixture"])
+def test_prompts_whose_answers_no_column_holds_are_refused(one_rank, tmp_path, source):
+    rows = [{"messages": asked(f"Question {n}?", f"It is {n}.")} for n in range(12)]
+    keys: dict[str, Any] = {}
+    if source == "stream":
+        keys = {"streaming": True, "max_eval_examples": 4}
+    if source == "mixture":
+        chats, maths = (
+            write_jsonl(tmp_path / f"{n}.jsonl", r) for n, r in ((1, rows), (2, PROMPTS))
+        )
+        held = str(write_jsonl(tmp_path / "held.jsonl", rows[:2]))
+        parts = {n: {"files": str(f), "weight": 1} for n, f in (("chats", chats), ("maths", maths))}
+        keys = {"dataset": None, "mixture": parts, "validation_files": held}
+
+    outcome = one_rank.train("--config", write_run(tmp_path, PROMPTS, "out", **keys))
+
+    rows_of = "the training rows of task.mixture.maths" if source == "mixture" else "training rows"
+    assert outcome.code == 2
+    assert f"{rows_of} are prompts without an answer" in outcome.err
+    assert not outcome.loaded
