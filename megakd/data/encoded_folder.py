@@ -62,7 +62,7 @@ TEXTS_PER_SHARD = 100_000
 def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Fingerprint:
     """Return what the rows of a folder depend on, besides the texts.
 
-    The seed is a fact only if it chooses labels to keep or rows of a mixture.
+    The seed is a fact only if it chooses labels to keep.
     """
     facts: dict[str, Any] = {
         "format": FORMAT,
@@ -73,12 +73,12 @@ def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     if task.type == "causal_lm" and tokenizer.chat_template:
         facts["tokenizer"]["chat_template"] = key_of(tokenizer.chat_template)[:16]
     if task.mixture is not None:
-        facts["chat_version"] = CHAT_VERSION
+        facts["chat_version"], facts["sources"] = CHAT_VERSION, "encoded once"
     if isinstance(task.tokenizer, TokenizerConfig):
         facts["tokenizer"]["recipe"] = asdict(task.tokenizer)
     for key in (*_FREE, *(["bad_rows"] if task.bad_rows == "error" else ())):
         del facts["task"][key]
-    if task.labelled_examples is not None or task.mixture is not None:
+    if task.labelled_examples is not None:
         facts["seed"] = seed
     return as_read_back(flatten(facts))
 

@@ -1,8 +1,8 @@
 """Mixtures: rows of several sources, and how many rows of each an epoch has.
 
-The rows of an epoch are chosen once, as a function of (weights, seed): the shares are exact in
-every epoch, and every row of every source is read at least once. The loader then orders the rows of
-each epoch anew.
+Every source is encoded once. The rows of an epoch are chosen from the encoded rows, once, as a
+function of (weights, seed): the shares are exact in every epoch, and every row of every source is
+read at least once. The loader then orders the rows of each epoch anew.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.arrow import column_of, key_of
-from megakd.data.chat.conversations import SOURCE
+from megakd.data.arrow import key_of
+from megakd.data.chat.counts import ChatCounts
+from megakd.data.encoding import Encoded
 from megakd.data.files import files_table, matching_files, named_files, refuse_shared
 from megakd.data.kinds import RowKind, row_teacher
 from megakd.data.rows import DEFAULT_METRICS, Corpus, rows_of
@@ -63,29 +64,37 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     )
 
 
-def mixed(rows: Dataset, sources: Mapping[str, MixtureSource], *, seed: int) -> Dataset:
-    """Return the training rows of an epoch: rows of every source in proportion to its weight.
+def mixed(encoded: Encoded, sources: Mapping[str, MixtureSource], *, seed: int) -> Encoded:
+    """Return the data with the rows of an epoch: rows of every source in proportion to its weight.
 
-    The source with the most rows in relation to its weight is read once. The others are read as
-    often as their weight asks: whole, and then a share that the seed chooses.
+    Rows are counted as they are encoded: a long document has many. The source with the most rows in
+    relation to its weight is read once. The others are read as often as their weight asks: whole,
+    and then a share that the seed chooses.
     """
-    of_row = column_of(rows, SOURCE)
-    places = {name: np.flatnonzero(of_row == name) for name in sources}
-    for name, numbers in places.items():
-        if not len(numbers):
+    parts = {name: (encoded.chat or {}).get(f"train/{name}", ChatCounts()) for name in sources}
+    for name, part in parts.items():
+        if not part.kept:
             raise DataError(
-                f"task.mixture.{name}: no row is left for training after the validation rows are "
-                "cut; set task.validation_files, or give the source more rows"
+                f"task.mixture.{name}: no row is left for training: {part.rows} of its rows are "
+                "not held out for validation, and none of them can be encoded; set "
+                "task.validation_files, or give the source more rows"
             )
-    sizes = np.array([len(numbers) for numbers in places.values()])
-    counts = rows_of_sources(sizes, np.array([part.weight for part in sources.values()]))
+    sizes = np.array([part.kept for part in parts.values()])
+    weights = [source.weight for source in sources.values()]
+    counts = rows_of_sources(sizes, np.array(weights))
+    starts = np.cumsum(sizes) - sizes  # the rows of a source follow each other
     chosen = [
-        _drawn(numbers, int(count), np.random.default_rng([seed, number]))
-        for number, (numbers, count) in enumerate(zip(places.values(), counts, strict=True))
+        start + _drawn(np.arange(size), int(count), np.random.default_rng([seed, number]))
+        for number, (start, size, count) in enumerate(zip(starts, sizes, counts, strict=True))
     ]
     for name, size, count in zip(sources, sizes, counts, strict=True):
         _tell(name, int(size), int(count), share=count / counts.sum())
-    return rows.select(np.sort(np.concatenate(chosen)))
+    tokens = np.array([part.tokens for part in parts.values()])
+    return encoded._replace(
+        train=encoded.train.select(np.sort(np.concatenate(chosen))),
+        tokens_per_row=float((tokens / sizes * counts).sum() / counts.sum()),
+        content_hash=key_of(encoded.content_hash, "mixed", weights, seed),
+    )
 
 
 def rows_of_sources(sizes: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -69,7 +69,7 @@ class Splits(NamedTuple):
 def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     """Return the rows of the task's data, with the labels and held-out rows that the task keeps.
 
-    The seed chooses the labels of `task.labelled_examples` and the rows of a mixture alone.
+    The seed chooses the labels of `task.labelled_examples` alone.
     """
     if task.type in LANGUAGE_TASKS and task.labelled_examples is not None:
         raise ConfigError(f"task.labelled_examples: {task.type} has no labels; remove the key")
@@ -89,10 +89,6 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
     test = corpus.splits.get("test")
     if test is not None and not is_labelled(test).any():
         test = None
-    if task.mixture is not None:
-        from megakd.data.mixture import mixed
-
-        train = mixed(train, task.mixture, seed=seed)
     return Splits(
         train=keep_labels(train, task.labelled_examples, seed=seed, name=corpus.name),
         validation=_scored(without_teachers(validation), task, is_cut=is_cut),
@@ -181,9 +177,6 @@ def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:
 
 
 def _content_hash(corpus: Corpus, task: TaskConfig, seed: int) -> str:
-    if task.mixture is not None:
-        weights = [part.weight for part in task.mixture.values()]
-        return key_of(corpus.source_hash, weights, seed, task.max_eval_examples)
     if task.labelled_examples is None and task.max_eval_examples is None:
         return corpus.source_hash
     chosen_by = seed if task.labelled_examples is not None else None

@@ -64,6 +64,18 @@ def encoded_rows(
     with_train: bool = True,
 ) -> Encoded:
     """Return the data as token numbers; a collective."""
+    task = config.task
+    encoded = _encoded(config, splits, tokenizer, with_train=with_train)
+    if task.mixture is None or not with_train:
+        return encoded
+    from megakd.data.mixture import mixed
+
+    return mixed(encoded, task.mixture, seed=config.seed)
+
+
+def _encoded(
+    config: RunConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, *, with_train: bool
+) -> Encoded:
     task, cache = config.task, cache_folder()
     if task.encoded is not None:
         from megakd.data.encoded_folder import as_encoded, facts_of

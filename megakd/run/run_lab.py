@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from megakd.config.run import RunConfig
 from megakd.config.train import total_steps
+from megakd.contract.batch import ROUTE, teacher_number
 from megakd.contract.lab import Pruning
 from megakd.contract.metric import Metric
 from megakd.contract.results import Assistant, ModelReport
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
+from megakd.data.arrow import column_of
 from megakd.data.rows import rows_of_teachers
 from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first, on_main
@@ -124,8 +127,13 @@ class RunLab(LabBase):
         self.pool.close()
 
     def rows_of_teachers(self) -> dict[str, int]:
-        counts = rows_of_teachers(self._prepared.splits.train)
-        return {name: counts[name] for name in self.config.teacher_specs}
+        names, prepared = self.config.teacher_specs, self._prepared
+        if self.config.task.mixture is None:
+            counts = rows_of_teachers(prepared.splits.train)
+            return {name: counts[name] for name in names}
+        # The rows of an epoch are chosen from the encoded ones.
+        numbers = Counter(column_of(prepared.encoded.train, ROUTE).tolist())
+        return {name: numbers[teacher_number(name)] for name in names}
 
     def steps_of_student(self) -> int:
         shape = step_shape(self.config.train, self._ranks)

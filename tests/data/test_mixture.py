@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from tiny_runs import write_jsonl
 
 from megakd.config.task import MixtureSource, TaskConfig
-from megakd.data.encoding import encode_splits
-from megakd.data.mixture import rows_of_sources
-from megakd.data.splits import Splits, load_splits
+from megakd.data.chat.counts import ChatCounts
+from megakd.data.encoding import Encoded, encode_splits
+from megakd.data.mixture import mixed, rows_of_sources
+from megakd.data.splits import load_splits
 from megakd.errors import DataError
 
+TOKENIZER = chat_tokenizer("chatml", merges=False)
 ROWS = {
     "chat": [{"messages": asked(f"Question {n}", "Answer")} for n in range(30)],
     "pairs": [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(9)],
@@ -33,8 +36,19 @@ def task(folder: Path, **weights: float) -> TaskConfig:
     return TaskConfig(type="causal_lm", mixture=parts, validation_files=held, max_length=32)
 
 
-def splits_of(folder: Path, *, seed: int = 0, **weights: float) -> Splits:
-    return load_splits(task(folder, **weights), seed=seed, cache_dir=folder / "cache")
+def encoded_of(folder: Path, *, seed: int = 0, **weights: float) -> Encoded:
+    """The rows of an epoch."""
+    given, cache = task(folder, **weights), folder / "cache"
+    splits = load_splits(given, seed=seed, cache_dir=cache)
+    encoded = encode_splits(splits, TOKENIZER, given, cache_dir=cache)
+    return mixed(encoded, given.mixture or {}, seed=seed)
+
+
+def sources_of(encoded: Encoded) -> Counter[str]:
+    """The rows of an epoch by source, which their text tells."""
+    signs = {"chat": "Question", "pairs": " + 1 ="}
+    texts = TOKENIZER.batch_decode(encoded.train["input_ids"][:])
+    return Counter(next((n for n in signs if signs[n] in text), "books") for text in texts)
 
 
 @settings(max_examples=40)
@@ -50,39 +64,47 @@ def test_an_epoch_has_the_shares_of_the_weights_and_every_row(sources):
     assert (np.abs(counts - exact) <= 0.5 + 1e-6).all()
 
 
-def test_sources_of_all_shapes_are_mixed_by_weight(tmp_path):
-    splits = splits_of(tmp_path, chat=0.5, pairs=0.3, books=0.2)
+def test_rows_are_mixed_by_weight_as_they_are_encoded(tmp_path):
+    """A document of a book is cut into several rows, and each counts."""
+    encoded = encoded_of(tmp_path, chat=0.5, pairs=0.3, books=0.2)
 
-    result = Counter(splits.train["source"])
-    assert result == {"chat": 30, "pairs": 18, "books": 12}
-    pairs = Counter(
-        t for t, s in zip(splits.train["text"], splits.train["source"], strict=True) if s == "pairs"
-    )
-    assert set(pairs.values()) == {2}
+    tally = encoded.chat["train/books"]
+    assert (tally.rows, encoded.chat["train/chat"].kept) == (12, 30)
+    assert tally.kept > 4 * tally.rows
+    total = tally.kept / 0.2  # the books have the most rows for their weight
+    assert sources_of(encoded) == {
+        "chat": round(0.5 * total), "pairs": round(0.3 * total), "books": tally.kept
+    }  # fmt: skip
+    counts = Counter(map(tuple, encoded.train["input_ids"][:]))
+    assert len(counts) >= 30 + 9 + 12
+    lengths = [len(ids) for ids in encoded.train["input_ids"][:]]
+    assert encoded.tokens_per_row == pytest.approx(sum(lengths) / len(lengths), rel=0.02)
 
 
 def test_the_rows_of_an_epoch_depend_on_the_seed_and_the_weights_alone(tmp_path):
     weights = {"chat": 0.6, "pairs": 0.4}
-    first, again, other = (splits_of(tmp_path, seed=seed, **weights) for seed in (1, 1, 2))
+    first, again, other = (encoded_of(tmp_path, seed=seed, **weights) for seed in (1, 1, 2))
 
-    assert first.train["text"][:] == again.train["text"][:]
-    assert first.train["text"][:] != other.train["text"][:]
-    hashes = {s.content_hash for s in (first, again, other, splits_of(tmp_path, chat=1, pairs=1))}
+    assert first.train["input_ids"][:] == again.train["input_ids"][:]
+    assert first.train["input_ids"][:] != other.train["input_ids"][:]
+    hashes = {s.content_hash for s in (first, again, other, encoded_of(tmp_path, chat=1, pairs=1))}
     assert len(hashes) == 3
 
 
 def test_the_table_has_a_line_for_every_source(tmp_path):
-    splits, tokenizer = (
-        splits_of(tmp_path, chat=0.5, books=0.5),
-        chat_tokenizer("chatml", merges=False),
-    )
-    mixed = task(tmp_path, chat=0.5, books=0.5)
-
-    encoded = encode_splits(splits, tokenizer, mixed, cache_dir=tmp_path / "cache")
+    encoded = encoded_of(tmp_path, chat=0.5, books=0.5)
 
     assert list(encoded.chat) == ["train/chat", "train/books", "validation"]
-    assert encoded.chat["train/books"].kept > encoded.chat["train/books"].rows == 30
     assert encoded.train.column_names == ["input_ids", "labels", "prompt_length"]
+
+
+def test_a_source_whose_rows_are_all_left_out_is_refused(tmp_path):
+    given = task(tmp_path, chat=0.5, pairs=0.5)
+    tally = {"train/chat": ChatCounts(rows=9, kept=9), "train/pairs": ChatCounts(rows=3)}
+    encoded: Any = SimpleNamespace(chat=tally)
+
+    with pytest.raises(DataError, match=r"task\.mixture\.pairs: no row is left .* 3 of its rows"):
+        mixed(encoded, given.mixture or {}, seed=0)
 
 
 def test_a_file_in_two_sources_is_refused(tmp_path):
