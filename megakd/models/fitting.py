@@ -79,6 +79,11 @@ def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> 
             f"a {source.config.model_type} model counts positions from it; set pad_token_id to the "
             "number of the padding token of the tokenizer"
         )
+    check_length(source, task)
+
+
+def check_length(source: ModelSource, task: TaskConfig) -> None:
+    """Raise if the rows of the task are longer than the model's context."""
     longest = source.architecture.longest_input(source.config)
     if longest is not None and task.row_length > longest:
         raise ModelError(

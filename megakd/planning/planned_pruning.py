@@ -29,7 +29,7 @@ class PlannedPruning(Shapes):
         teachers: Mapping[str, ReadyTeacher],
         phases: list[Phase],
         world: int,
-        classes: int | None,
+        classes: int | None = None,
     ) -> None:
         super().__init__(config, sources, classes=classes)
         self._teachers, self._phases, self._world = teachers, phases, world

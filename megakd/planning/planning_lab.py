@@ -35,6 +35,7 @@ from megakd.inputs.inputs import RunInputs, with_student
 from megakd.losses.stage_losses import stage_losses
 from megakd.methods import run_method
 from megakd.models.architectures import architecture_named
+from megakd.models.fitting import check_length
 from megakd.models.loading import resolve_model, with_vocabulary
 from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
 from megakd.models.own_models import register_own_models
@@ -68,6 +69,9 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
         role: with_vocabulary(source, vocabulary.size if vocabulary and role == STUDENT else size)
         for role, source in sources.items()
     }
+    # A length that is not set is limited to the context of all models.
+    for source in sources.values() if config.task.max_length is not None else ():
+        check_length(source, config.task)
     return _with_classes(sources, config.task)
 
 

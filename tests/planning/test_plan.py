@@ -308,6 +308,11 @@ def test_a_model_without_a_config_is_refused_before_the_network_is_asked(tmp_pat
         planned(config_of(tmp_path, student={"model": str(tmp_path / "empty")}))
 
 
+def test_rows_that_are_longer_than_the_context_of_a_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"max_length is 4096 and the model takes at most \d+ tok"):
+        planned(config_of(tmp_path, "task.max_length=4096"))
+
+
 def test_rates_come_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rates.json"
     path.write_text('{"tflops": 400, "gbps": 45}')
