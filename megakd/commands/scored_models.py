@@ -142,7 +142,8 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
     def load() -> tuple[Dataset, str, Classes | None, str]:
         table, split = scored_table(given)
         classes = _classes(source, table, config) if task.type == "classification" else None
-        rows = scored_rows(table, task, classes, cache_dir=cache)
+        as_chat = task.mixture is not None  # whose documents are not packed
+        rows = scored_rows(table, task, classes, cache_dir=cache, as_chat=as_chat)
         return rows, split, classes, table.digest
 
     rows, split, classes, digest = main_first(load)

@@ -135,6 +135,8 @@ def joined(tables: Sequence[Table], name: str) -> Table:
     """Return the concatenation of tables, such as the shards of one split."""
     if len(tables) == 1:
         return tables[0]
+    digest = ":".join(table.digest for table in tables)
+    tables = [table for table in tables if table.columns] or tables  # an empty shard has none
     first = tables[0]
     for table in tables[1:]:
         if set(table.columns) != set(first.columns):
@@ -154,7 +156,7 @@ def joined(tables: Sequence[Table], name: str) -> Table:
         name=name,
         columns=first.columns,
         records=records,
-        digest=":".join(table.digest for table in tables),
+        digest=digest,
         format=first.format,
         class_names=first.class_names,
     )

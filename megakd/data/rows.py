@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -92,15 +93,10 @@ class TextStream:
 
     def first_rows(self, count: int) -> Table:
         """Return the first raw rows that have a text as a table."""
-
-        def records() -> Iterator[Record]:
-            return numbered(islice((r for r in self.rows if self.row(r)), count), self.features)
-
-        return replace(
-            self.table,
-            records=records,
-            digest=key_of(self.table.digest, count),
-        )
+        rows = list(islice((r for r in self.rows if self.row(r)), count))
+        # The digest of a large file is of its size, its beginning and its end.
+        digest = key_of(self.table.digest, json.dumps(rows, default=str))
+        return replace(self.table, records=lambda: numbered(rows, self.features), digest=digest)
 
 
 def numbered(

@@ -97,8 +97,9 @@ def _corpus(
     digests: list[object] = [VERSION, stream.table.digest]
     digests.append([(split, table.digest) for split, table in tables.items()])
     if "validation" not in held:
-        stream, held["validation"] = _cut(stream, task, cache_dir=cache_dir)
-        digests.append(task.max_eval_examples)
+        first = stream.first_rows(_held_out(stream, task))
+        stream, held["validation"] = _cut(stream, first, task, cache_dir=cache_dir)
+        digests.append(first.digest)
     return Corpus(
         name=stream.name,
         splits={"train": held["validation"].select([]), **held},
@@ -109,20 +110,26 @@ def _corpus(
     )
 
 
-def _cut(stream: TextStream, task: TaskConfig, *, cache_dir: Path) -> tuple[TextStream, Dataset]:
-    count = task.max_eval_examples
-    if count is None:
+def _held_out(stream: TextStream, task: TaskConfig) -> int:
+    if task.max_eval_examples is None:
         raise ConfigError(
             f"task.streaming: {stream.name} has no validation split, and a stream has no end, so "
             "no share of it can be held out; add a validation split, or set "
             "task.max_eval_examples to hold out this many texts from the beginning of the stream"
         )
-    rows = rows_of(stream.first_rows(count), stream.kind, task, cache_dir=cache_dir)
+    return task.max_eval_examples
+
+
+def _cut(
+    stream: TextStream, first: Table, task: TaskConfig, *, cache_dir: Path
+) -> tuple[TextStream, Dataset]:
+    rows = rows_of(first, stream.kind, task, cache_dir=cache_dir)
     rest = replace(stream, held_out=frozenset(prompt_keys(rows).tolist()))
     if next(rest.read(), None) is None:
         raise DataError(
-            f"task.max_eval_examples: {count} texts are held out for validation, and {stream.name} "
-            f"has {len(rows)} and no further text to train on; set a smaller number"
+            f"task.max_eval_examples: {task.max_eval_examples} texts are held out for validation, "
+            f"and {stream.name} has {len(rows)} and no further text to train on; set a smaller "
+            "number"
         )
     return rest, rows
 

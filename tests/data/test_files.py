@@ -87,6 +87,15 @@ def test_shards_of_a_split_are_read_one_after_the_other(load, write_rows, hashes
     assert not splits.is_cut
 
 
+def test_shards_without_rows_are_passed_over(load, write_rows, tmp_path):
+    for number, rows in enumerate([[], ROWS, []]):
+        write_rows(tmp_path / f"part-{number}.jsonl", rows)
+
+    splits = load(type="mlm", train_files=str(tmp_path / "part-*.jsonl"))
+
+    assert len(texts_of(splits)) == len(ROWS)
+
+
 def test_a_shard_that_a_pattern_matches_is_missed_and_others_are_not(load, write_rows, tmp_path):
     for number in (0, 1, 3):
         write_rows(tmp_path / f"part-{number:05}-of-00004.jsonl", ROWS)

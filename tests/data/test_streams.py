@@ -105,6 +105,19 @@ def test_without_validation_texts_the_first_texts_are_held_out(load, jsonl):
     assert streamed(splits) == ["c", "d"]  # not the second "a" either
 
 
+def test_held_out_texts_of_a_large_file_that_were_edited_are_read_anew(load, jsonl):
+    """The digest of the file is of its size, its beginning and its end."""
+    texts = [f"{n:05} {'x' * 500}" for n in range(600)]
+    before = load(dataset=jsonl("a", texts), max_eval_examples=200)
+    texts[150] = texts[150].replace("x", "y")
+
+    after = load(dataset=jsonl("a", texts), max_eval_examples=200)
+
+    assert after.validation["text"][150] == texts[150]
+    assert texts[150] not in streamed(after)
+    assert after.content_hash != before.content_hash
+
+
 def test_without_validation_texts_and_without_a_number_the_run_is_refused(load, jsonl):
     path = jsonl("a", ["a", "b"])
 

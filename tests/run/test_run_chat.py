@@ -65,7 +65,13 @@ def test_encoded_before_the_run_a_mixture_gives_the_same_weights_and_table(one_r
         for (name, rows), weight in zip(files.items(), (0.6, 0.4), strict=True)
     }
     held = str(write_jsonl(tmp_path / "held.jsonl", chats[:3]))
+    documents = [
+        {"text": f"The numbers after {n} are " + " ".join(map(str, range(n, n + 60)))}
+        for n in range(4)
+    ]
+    long = str(write_jsonl(tmp_path / "long.jsonl", documents))
     keys = {"dataset": None, "mixture": mixture, "validation_files": held, "max_length": 64}
+    keys["evaluation_sets"] = {"long": long}
     config = write_run(tmp_path, chats, "out", **keys)
 
     plain = finish(one_rank, config)
@@ -80,6 +86,10 @@ def test_encoded_before_the_run_a_mixture_gives_the_same_weights_and_table(one_r
     ]
     assert len(tables[0]) == 2
     assert tables[0] == tables[1]
+    # Documents are cut, not packed, also where a file of them is scored alone.
+    alone = json.loads(one_rank.megakd("evaluate", config, "--data", long, "--json").out)
+    of_run = read(tmp_path / "out")["evaluation_sets"]["long"]["metrics"]["student"]
+    assert alone["metrics"] == pytest.approx(of_run)
     first, second = (
         load_file(tmp_path / out / "final" / "model.safetensors") for out in ("out", "mapped")
     )
