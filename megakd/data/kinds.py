@@ -193,9 +193,11 @@ def _text_columns(table: Table, task: TaskConfig) -> tuple[str, ...]:
     for columns in (*pairs, *TEXT_DEFAULTS):
         if all(column in table.columns for column in columns):
             return columns
+    answers = " or, for prompts with answers, task.prompt_column and task.completion_column"
     raise DataError(
         f"{table.name}: column 'text' does not exist; the columns are {', '.join(table.columns)}; "
         "set task.text_columns to the columns with the text"
+        f"{answers if task.type == 'causal_lm' else ''}"
     )
 
 

@@ -86,6 +86,7 @@ def read_parquet(path: Path, *, digest: Digest = _digest_of) -> Table:
     """Read a parquet file, and the class names that `datasets` may have stored in its schema."""
     with _parquet_errors(path):
         schema = pq.read_schema(path)
+        _refuse_doubled_columns(path, schema.names)
         features = Features.from_arrow_schema(schema)
     # Of the plain features, only JSON is stored in another form.
     coded = {n: kind for n, kind in features.items() if is_plain(kind) and require_decoding(kind)}
@@ -229,6 +230,15 @@ def _text_lines(path: Path, each: Callable[[bytes], None] | None = None) -> Iter
                 ) from error
 
 
+def _refuse_doubled_columns(path: Path, columns: Sequence[str]) -> None:
+    doubled = sorted({name for name in columns if columns.count(name) > 1})
+    if doubled:
+        raise DataError(
+            f"{path}: column {doubled[0]!r} occurs more than once; rename or remove one of the "
+            "columns"
+        )
+
+
 def _with_header(
     path: Path,
     fields_of: Callable[[Path], Iterator[tuple[int, list[str]]]],
@@ -239,12 +249,7 @@ def _with_header(
 ) -> Table:
     _, first = next(fields_of(path), (0, []))
     columns = tuple(header or first)
-    doubled = sorted({name for name in columns if columns.count(name) > 1})
-    if doubled:
-        raise DataError(
-            f"{path}: column {doubled[0]!r} occurs more than once; rename or remove one of the "
-            "columns"
-        )
+    _refuse_doubled_columns(path, columns)
 
     def records() -> Iterator[Record]:
         rows = fields_of(path)

@@ -357,6 +357,14 @@ def test_a_parquet_column_of_an_unknown_kind_is_refused_with_the_file(tmp_path):
         read_parquet(tmp_path / "rows.parquet")
 
 
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "x.parquet")
+
+    with pytest.raises(DataError, match=r"x\.parquet: column 'text' occurs more than once"):
+        read_parquet(tmp_path / "x.parquet")
+
+
 def test_parquet_text_that_is_not_utf8_is_refused(load, tmp_path):
     text = pa.StringArray.from_buffers(
         1, pa.py_buffer(b"\x00\x00\x00\x00\x04\x00\x00\x00"), pa.py_buffer(b"caf\xe9")

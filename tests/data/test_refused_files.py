@@ -77,6 +77,7 @@ CASES: list[tuple[Any, ...]] = [
     # Columns
     ({"x.csv": "text,text\na,b\n"}, r"x\.csv: column 'text' occurs more than once"),
     ({"x.csv": "body,label\na,0\n"}, r"column 'text' does not exist; the columns are body, label;"),
+    ({"x.jsonl": '{"question": "a"}'}, r"are question; .*prompts .*task\.prompt_column", LANGUAGE),
     ({"x.csv": "text,topic\na,0\n"}, r"column 'label' does not exist; .* are text, topic; set tas"),
     ({"train.csv": GOOD, "dev.csv": "text\na\n"}, r"dev\.csv: column 'label' .* does not exist"),
     # Labels
