@@ -32,6 +32,8 @@ class BestCheckpoint:
 
     write: writes the learner's model folder with the record; a collective.
     is_redone: the run goes on from before an evaluation that was better than those up to there.
+    recorded: the step that the newest checkpoint names. Its weights are set aside, not overwritten,
+        because a run that goes on from this checkpoint may not find the better evaluation again.
     """
 
     folder: Path
@@ -39,6 +41,12 @@ class BestCheckpoint:
     score: float | None = None
     step: int | None = None
     is_redone: bool = False
+    recorded: int | None = None
+
+    @property
+    def before(self) -> Path:
+        """The weights of the best evaluation that a checkpoint names, if it was replaced since."""
+        return self.folder.with_name(f"{self.folder.name}.before")
 
     def resume(self, step: int, best_step: int | None) -> None:
         """Take over the stored best weights; remove them if the run resumes before their step.
@@ -51,6 +59,8 @@ class BestCheckpoint:
         def read() -> Mapping[str, Any] | None:
             atomic.recover(self.folder)
             record = self.record()
+            if record is None or record["step"] > step:
+                record = self._brought_back(best_step) or record
             if record is None and best_step is not None and not self.is_redone:
                 logger.warning(
                     "%s is missing or damaged (%s): the best evaluation, of step %d, is lost; "
@@ -67,6 +77,28 @@ class BestCheckpoint:
         record = on_main(read)
         if record is not None:
             self.step, self.score = record["step"], record["score"]
+        self.recorded = self.step
+
+    def _brought_back(self, best_step: int | None) -> Mapping[str, Any] | None:
+        record = _record_in(self.before)
+        if record is None or record["step"] != best_step:
+            return None
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.before.rename(self.folder)
+        return record
+
+    def record_step(self) -> int | None:
+        """Return the step of the weights, for a checkpoint; a collective.
+
+        The checkpoints before this one are complete.
+        """
+        if self.recorded == self.step:
+            on_main(self._drop_before)
+        self.recorded = self.step
+        return self.step
+
+    def _drop_before(self) -> None:
+        shutil.rmtree(self.before, ignore_errors=True)
 
     def consider(self, step: int, score: float, evaluation: Mapping[str, Any]) -> bool:
         """Keep the learner's weights if no earlier evaluation was as good; a collective.
@@ -75,19 +107,27 @@ class BestCheckpoint:
         """
         if math.isnan(score) or (self.score is not None and not score > self.score):
             return False
+        if self.step is not None and self.step == self.recorded:
+            on_main(self._set_before)
         # JSON cannot represent an infinite number: it is stored as text.
         stored = score if math.isfinite(score) else str(score)
         self.write(self.folder, {"step": step, "score": stored, "evaluation": evaluation})
         self.score, self.step = score, step
         return True
 
+    def _set_before(self) -> None:
+        self._drop_before()
+        if self.folder.exists():
+            self.folder.rename(self.before)
+
     def is_lost(self) -> bool:
         """Return whether no whole weights are stored."""
         atomic.recover(self.folder)
-        return self.record() is None
+        return self.record() is None and _record_in(self.before) is None
 
     def kept(self) -> dict[str, Any] | None:
         """Return the record of the best evaluation, or None; warn if the record was lost."""
+        self._drop_before()
         record = self.record()
         if record is None and self.step is not None:
             logger.warning(
@@ -98,15 +138,19 @@ class BestCheckpoint:
 
     def record(self) -> dict[str, Any] | None:
         """Return the record in the folder, or None if the folder is not complete."""
-        if damage(self.folder) is not None:
-            return None
-        try:
-            record = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            score = float(record["score"])
-            evaluation = dict(record["evaluation"])
-            return {"step": int(record["step"]), "score": score, "evaluation": evaluation}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
+        return _record_in(self.folder)
+
+
+def _record_in(folder: Path) -> dict[str, Any] | None:
+    if damage(folder) is not None:
+        return None
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        score = float(record["score"])
+        evaluation = dict(record["evaluation"])
+        return {"step": int(record["step"]), "score": score, "evaluation": evaluation}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 class ReturnedWeights(NamedTuple):
@@ -146,8 +190,11 @@ class BestCheckpoints:
             self.views[view].consider(step, score, Evaluation(scores, view).record())
 
     def steps(self) -> dict[str, int | None]:
-        """Return the steps of the best evaluations, for a checkpoint; `best` is the best of all."""
-        return {name: best.step for name, best in self._named()}
+        """Return the steps of the best evaluations, for a checkpoint; a collective.
+
+        `best` is the best of all.
+        """
+        return {name: best.record_step() for name, best in self._named()}
 
     def first_lost(self, steps: Mapping[str, int | None]) -> int | None:
         """Return the first of `steps` whose weights are missing or damaged, or None; a collective.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,36 @@ def test_a_resume_from_before_the_best_forgets_it_and_finds_it_again(tmp_path, c
     assert (best.step, best.score, weights(tmp_path)) == (None, None, None)
     assert evaluated(best, {6: 0.7, 9: 0.6}).step == 6
     assert not caplog.text
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["replaced", "killed while replacing"])
+def test_a_best_that_a_checkpoint_names_comes_back_if_the_run_goes_on_from_there(tmp_path, written):
+    """The evaluation that was better need not be found again, for example on other ranks."""
+    first = evaluated(best_of(tmp_path), {3: 0.5})
+    assert first.record_step() == 3  # the checkpoint of step 5
+    evaluated(first, {6: 0.7, 7: 0.8})
+    if not written:
+        shutil.rmtree(first.folder)
+    best = best_of(tmp_path)
+
+    assert not best.is_lost()
+    best.resume(5, best_step=3)
+
+    assert (best.step, best.score, weights(tmp_path)) == (3, 0.5, "3")
+    assert evaluated(best, {6: 0.4, 9: 0.6}).step == 9
+
+
+def test_a_replaced_best_is_kept_until_a_checkpoint_names_the_next(tmp_path):
+    best = evaluated(best_of(tmp_path), {3: 0.5})
+    folders = [best.record_step() and evaluated(best, {6: 0.7}).before.exists()]
+    for _ in range(2):
+        best.record_step()
+        folders.append(best.before.exists())
+    assert folders == [True, True, False]  # the first checkpoint was not yet complete
+
+    assert evaluated(best, {9: 0.9}).before.exists()
+    assert best.kept() is not None
+    assert not best.before.exists()
 
 
 def test_the_best_of_a_start_that_wrote_no_checkpoint_is_not_taken_over(tmp_path):
@@ -196,7 +227,7 @@ def test_a_stage_gives_the_best_of_the_view_that_is_chosen(
     assert (kept.folder / "weights").read_text() == str(step)
 
 
-def test_a_resume_forgets_every_best_that_comes_after_it(tmp_path):
+def test_a_resume_forgets_every_best_that_comes_after_it_and_has_those_before_it(tmp_path):
     bests = best_of_stage(tmp_path)
     judged(bests, {3: (0.7, 0.6, "target")})
     steps = bests.steps()
@@ -205,7 +236,7 @@ def test_a_resume_forgets_every_best_that_comes_after_it(tmp_path):
 
     again.resume(4, steps)
 
-    assert again.steps() == {"best": 3, "best-wide": None, "best-target": None}
+    assert again.steps() == steps == {"best": 3, "best-wide": None, "best-target": 3}
     judged(again, {6: (0.6, 0.8, "target")})
     kept = again.kept()
     assert kept is not None
