@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
 from megakd.data.token_tables import document_ends
@@ -152,6 +152,9 @@ def _prompt(tokenizer: Any, text: str) -> Mapping[str, Tensor]:
 
 
 def _continued(model: Any, tokenizer: Any, given: Mapping[str, Tensor], new_tokens: int) -> Answer:
+    # The model's own settings, such as a repetition penalty, would be added to those of a call.
+    kept = {key: getattr(model.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**kept)
     with torch.inference_mode():
         tokens = model.generate(**given, max_new_tokens=new_tokens, do_sample=False)
     return {

@@ -10,6 +10,7 @@ import tiny_cuts
 import torch
 from tokenizers import pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import GenerationConfig
 
 from megakd.errors import ConfigError, DataError, ModelError
 from megakd.models import onnx
@@ -86,6 +87,18 @@ def test_a_prompt_does_not_end_with_the_token_that_ends_a_document(tmp_path):
     given = torch.tensor([[30, 40]])
     tokens = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=4)
     assert answer["text"] == ends.decode(tokens[0, 2:], skip_special_tokens=True)
+
+
+def test_a_text_is_the_greedy_one_whatever_the_model_would_generate_with(tmp_path):
+    saved(tmp_path, "llama")
+    (plain,) = answers_of(tmp_path, ["w30 w40"], new_tokens=8)
+    settings = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 9.0, "num_beams": 2}
+    GenerationConfig(**settings, eos_token_id=99, pad_token_id=0).save_pretrained(tmp_path)
+
+    (answer,) = answers_of(tmp_path, ["w30 w40"], new_tokens=8)
+
+    assert answer == plain
+    assert len({*plain["text"].split()}) < 8  # a penalty would forbid the repetition
 
 
 @pytest.mark.parametrize(
