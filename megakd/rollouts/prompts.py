@@ -59,10 +59,17 @@ class Prompts:
         `prompt_length` begin with `prompt_tokens` of prompt.
     continued: numbers of the rows whose prompt, of at most `most` tokens, a generator continues.
     learned: numbers of the rows that can be learned from as they are.
+    row_length: tokens at which longer rows were cut; None: no row was cut.
     """
 
     def __init__(
-        self, rows: Dataset, *, prompt_tokens: int | None, most: int, key: str = "rollout"
+        self,
+        rows: Dataset,
+        *,
+        prompt_tokens: int | None,
+        most: int,
+        key: str = "rollout",
+        row_length: int | None = None,
     ) -> None:
         has_prompts = PROMPT_LENGTH in rows.column_names
         if has_prompts and prompt_tokens is not None:
@@ -82,6 +89,7 @@ class Prompts:
             self.lengths = self.lengths.clip(max=prompt_tokens)
         self.continued = np.flatnonzero((self.lengths > 0) & (self.lengths <= most))
         self.learned = rows_with_targets(rows)
+        self.row_length = row_length
 
     def prompt(self, row: int) -> tuple[int, ...]:
         """Return the tokens of a row that a generator continues; at least one token."""
@@ -157,7 +165,13 @@ def prompts_of(
     if context is not None and context < room:
         room, limit, remedy = context, f"the context of {student.where}", "shorten the prompts"
     most = room - section.longest
-    prompts = Prompts(rows, prompt_tokens=section.prompt_tokens, most=most, key=key)
+    prompts = Prompts(
+        rows,
+        prompt_tokens=section.prompt_tokens,
+        most=most,
+        key=key,
+        row_length=config.task.row_length,
+    )
     if not len(prompts.continued):
         lengths = prompts.lengths[prompts.lengths > 0]
         shortest = lengths.min(initial=room)

@@ -26,7 +26,7 @@ from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.errors import ConfigError
 from megakd.losses.text_statistics import ENTROPY, KL, TEACHER_ENTROPY, TOKENS, sums_by_group
-from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
+from megakd.rollouts.prompts import Prompts, TrainingRow, columns_of_rows, rollout_row
 from megakd.scoring.scorer import Scorer
 from megakd.storage.atomic import json_text, write_text
 
@@ -132,17 +132,20 @@ class TextEvaluation:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip))
 
         text = decoded(rollout.completion.ids, skip=True)
-        answer = decoded(self._wanted(rollout), skip=True)
-        # A row that is a prompt alone has nothing to compare with.
-        matches = self._match(text, answer) if self._match and answer else None
+        row = self._prompts.row(rollout.row)
+        answer = decoded(_wanted(row, start=len(rollout.prompt)), skip=True)
+        # A row that is a prompt alone has nothing to compare with, and what was cut off a row as
+        # long as the longest may be its answer.
+        is_whole = len(row.input_ids) != self._prompts.row_length
+        matches = self._match(text, answer) if self._match and answer and is_whole else None
         return Text(rollout, decoded(rollout.prompt, skip=False), text, answer, matches)
 
-    def _wanted(self, rollout: Rollout) -> list[int]:
-        """Return the tokens of the row's own answer, which ends before the next turn of a user."""
-        row, start = self._prompts.row(rollout.row), len(rollout.prompt)
-        counted = (row.labels[start - 1 :] != IGNORE).tolist()  # a label is the next token
-        end = start + counted.index(False) if False in counted else len(row.input_ids)
-        return row.input_ids[start:end].tolist()
+
+def _wanted(row: TrainingRow, *, start: int) -> list[int]:
+    """Return the tokens of the row's own answer, which ends before the next turn of a user."""
+    counted = (row.labels[start - 1 :] != IGNORE).tolist()  # a label is the next token
+    end = start + counted.index(False) if False in counted else len(row.input_ids)
+    return row.input_ids[start:end].tolist()
 
 
 def matcher(config: GenerationConfig) -> Match | None:

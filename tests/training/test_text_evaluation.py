@@ -75,8 +75,8 @@ def evaluation(data: Dataset, folder: Path, one_rank: Any, **keys: Any) -> tuple
     collate = Collator(Letters(), TaskConfig(type="causal_lm", dataset="x", max_length=16))  # type: ignore[arg-type]
     scorer: Any = SimpleNamespace(ranks=one_rank, collate=collate, batch_size=2)
     generator, tokenizer = Echo(), cast("Any", Letters())
+    prompts = Prompts(data, prompt_tokens=None, most=12, row_length=keys.pop("row_length", None))
     config = GenerationConfig(**{"max_new_tokens": 4, **keys})
-    prompts = Prompts(data, prompt_tokens=None, most=12)
     places: Any = {"generator": generator, "scorer": scorer, "folder": folder}
     return TextEvaluation(config, prompts, tokenizer, **places), generator
 
@@ -102,6 +102,20 @@ def test_texts_are_scored_against_the_completions_and_written(rows, tmp_path, on
     texts = dict.fromkeys(("prompt", "text", "wanted"), "ab")
     assert first == {**texts, "finished": True, "matches": True}
     assert (second["text"], second["wanted"], second["matches"]) == ("cd", "cc", False)
+
+
+def test_a_row_that_may_be_cut_before_its_answer_is_not_compared(tmp_path, one_rank):
+    ids = [[1, 2, 1, 2], [3, 4, 3, 3, 5]]
+    labels = [[-100, 1, 2, -100], [-100, 3, 3, 5, -100]]
+    columns = {"input_ids": ids, "labels": labels, "prompt_length": [2, 2]}
+    data = Dataset.from_dict(columns)
+    made, _ = evaluation(data, tmp_path, one_rank, match="exact", row_length=5)
+
+    scores = made.scores(version=1, losses=None)
+
+    lines = (tmp_path / "step-00000001.jsonl").read_text().splitlines()
+    assert [json.loads(line)["matches"] for line in lines] == [True, None]
+    assert scores["match"] == 1
 
 
 def test_an_answer_ends_before_the_next_turn_and_a_prompt_alone_is_not_compared(tmp_path, one_rank):
