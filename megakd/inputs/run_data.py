@@ -68,7 +68,7 @@ def encoded_rows(
     encoded = _encoded(config, splits, tokenizer, with_train=with_train)
     if task.mixture is None or not with_train:
         return encoded
-    from megakd.data.mixture import mixed
+    from megakd.data.mixed_rows import mixed
 
     return mixed(encoded, task.mixture, seed=config.seed)
 
