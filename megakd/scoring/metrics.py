@@ -15,10 +15,10 @@ from torch import Tensor
 from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE
 from megakd.contract.metric import Metric
-from megakd.contract.plugins import metric_of
+from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.results import ClassifierReport
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS, TaskType
-from megakd.errors import ConfigError, DataError, TrainingError, suggestion
+from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line, suggestion
 from megakd.scoring.classes import Numbers, classifier_report
 from megakd.scoring.scores import headline
 
@@ -53,8 +53,8 @@ class TaskMetrics:
 
     def _value(self, name: str, predicted: Numbers, truth: Numbers) -> float:
         if name not in ONE_LABEL_METRICS:
-            metric = _METRICS.get(name) or metric_of(name)
-            return float(metric(predicted, truth))
+            known = _METRICS.get(name)
+            return float(known(predicted, truth)) if known else _of_plugin(name, predicted, truth)
         guessed, is_so = _classes(predicted) == self.positive, truth == self.positive
         if not is_so.any() and not guessed.any():
             logger.info(
@@ -69,6 +69,29 @@ class TaskMetrics:
         return classifier_report(*_scored_rows(outputs, labels), self.label_names)
 
 
+def _of_plugin(name: str, predicted: Numbers, truth: Numbers) -> float:
+    try:
+        value = metric_of(name)(predicted, truth)
+        return float(value)
+    except MegakdError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the metric {name} failed on outputs of shape {predicted.shape} and labels of shape "
+            f"{truth.shape}: {type(error).__name__}: {one_line(error)}; it must return a number"
+        ) from error
+
+
+def _try_plugins(metrics: TaskMetrics, task: TaskType) -> None:
+    """Call the metrics of other packages, on random outputs, before anything is trained."""
+    classes = len(metrics.label_names)
+    random = np.random.default_rng(0)
+    truth = random.random(32) if task == "regression" else np.arange(32.0) % max(classes, 2)
+    shape = (32,) if task == "regression" else (32, max(classes, 2))
+    for name in filter(is_metric, metrics.names):
+        _of_plugin(name, random.random(shape), truth)
+
+
 def task_metrics(
     config: EvalConfig, task: TaskType, official: Sequence[str], label_names: Sequence[str] = ()
 ) -> TaskMetrics:
@@ -76,12 +99,14 @@ def task_metrics(
     chosen = () if config.metric is None else (config.metric,)
     names = METRICS[task] if task in LANGUAGE_TASKS else (*official, *chosen, *config.metrics)
     names = tuple(dict.fromkeys(names))
-    return TaskMetrics(
+    made = TaskMetrics(
         names=names,
         main=headline(chosen or official),
         label_names=tuple(label_names),
         positive=_positive(config.positive_label, names, label_names),
     )
+    _try_plugins(made, task)
+    return made
 
 
 def _positive(label: str | None, names: Sequence[str], label_names: Sequence[str]) -> int:

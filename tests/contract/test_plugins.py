@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -191,6 +192,22 @@ def test_a_metric_of_a_package_ranks_evaluations_as_it_says(monkeypatch):
     assert not again.main.higher_is_better
     assert lower_is_better("my_metrics:worst_label")
     assert not lower_is_better("gone_package:metric")
+
+
+@pytest.mark.parametrize("returned", [np.zeros(2), "a text", None])
+def test_a_metric_that_returns_no_number_is_refused_before_anything_is_trained(
+    monkeypatch, returned
+):
+    import my_metrics
+
+    function = lambda outputs, labels: returned  # noqa: E731
+    function.higher_is_better = True
+    monkeypatch.setattr(my_metrics, "worst_label", function)
+    config = config_of({**CONFIG, "eval": {"metric": "my_metrics:worst_label"}})
+
+    message = r"the metric my_metrics:worst_label failed on outputs of shape \(32, 2\) .* a number"
+    with pytest.raises(ConfigError, match=message):
+        task_metrics(config.eval, "classification", ("accuracy",), ("a", "b"))
 
 
 def test_its_sum_is_weighed_and_counted_like_any_other_and_ignores_empty_rows():
