@@ -95,7 +95,8 @@ def _rising_teachers(report: Report, curves: Mapping[str, Mapping[str, Panels]])
         curve = curves.get(stage, {}).get("eval", {}).get(metric, {}).get("")
         points = () if curve is None else curve.points
         if len(points) > 1 and _rises(metric, [value for _, value in points]):
-            (before, low), (step, high) = points[-2:]
+            *earlier, (step, high) = points
+            before, low = earlier[_place_of_best(metric, [value for _, value in earlier])]
             yield (
                 f"{stage} still rises: {score(metric, low)} {metric} at step {before:,}, "
                 f"{score(metric, high)} at step {step:,}, its last evaluation; train the teacher "
@@ -117,15 +118,21 @@ def _slow_ranks(curves: Mapping[str, Mapping[str, Panels]]) -> Iterator[str]:
 
 def _rises(metric: str, values: Sequence[float]) -> bool:
     *before, last = values
-    noise = NOISE * abs(before[-1]) if lower_is_better(metric) else NOISE
-    is_best = all(_is_better(metric, last, value) for value in before)
-    return is_best and abs(last - before[-1]) > noise
+    best = before[_place_of_best(metric, before)]
+    noise = NOISE * abs(best) if lower_is_better(metric) else NOISE
+    return _is_better(metric, last, best) and abs(last - best) > noise
+
+
+def _place_of_best(metric: str, values: Sequence[float]) -> int:
+    return values.index((min if lower_is_better(metric) else max)(values))
 
 
 def _chance(report: Report) -> Iterator[str]:
     rows = [one["rows"] for one in report["student"].get("per_class", ())]
     metric = next((one.get("metric_name", "") for one in report["candidates"]), "")
-    chance = _chance_score(metric, rows) if sum(rows) else None
+    # Candidates are scored on validation rows, whose labels may have other shares than test rows.
+    is_known = sum(rows) and (report["evaluated_on"] == "validation" or metric != "accuracy")
+    chance = _chance_score(metric, rows) if is_known else None
     if chance is None:
         return
     lost = [

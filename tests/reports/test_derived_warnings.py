@@ -135,6 +135,7 @@ def test_a_run_as_it_should_be_has_no_warning(report):
         ((0.5, 0.6, 0.65), "accuracy", True),
         ((0.5, 0.6, 0.605), "accuracy", False),  # by less than noise
         ((0.5, 0.7, 0.6, 0.65), "accuracy", False),  # not its best
+        ((0.5, 0.8, 0.6, 0.805), "accuracy", False),  # its best by less than noise
         ((0.65,), "accuracy", False),
         ((12.0, 10.0), "perplexity", True),
         ((10.0, 12.0), "perplexity", False),
@@ -160,6 +161,8 @@ def test_of_a_majority_the_accuracy_is_chance_and_other_metrics_are_not():
     assert "chance (75.0%)" in derived_warnings(report, {})[0]["message"]
     other = {"candidates": tried(0.7, name="f1_macro")}
     assert derived_warnings({**report, **other}, {}) == []
+    # The labels of the test rows say nothing of the validation rows that candidates are scored on.
+    assert derived_warnings({**report, "evaluated_on": "test"}, {}) == []
 
 
 def test_warnings_end_the_table_and_begin_the_page():
