@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from megakd.config import file as config_file
 from megakd.config.error_text import shown
@@ -87,6 +87,7 @@ def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the config cannot work, one line per problem.
     """
+    _check_overrides(overrides)
     if isinstance(config, str | Path):
         return config_file.load_config(Path(config), overrides)
     if isinstance(config, RunConfig):
@@ -99,6 +100,15 @@ def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
             "of such a file, or a RunConfig"
         )
     return config_file.config_of(config, overrides)
+
+
+def _check_overrides(overrides: object) -> None:
+    is_list = isinstance(overrides, Sequence) and not isinstance(overrides, str)
+    if not (is_list and all(isinstance(one, str) for one in cast("Sequence[object]", overrides))):
+        raise ConfigError(
+            f"overrides is {shown(overrides)}; give a list of texts such as "
+            '["train.learning_rate=3e-4"]'
+        )
 
 
 def train(config: Config, overrides: Sequence[str] = ()) -> RunResult:

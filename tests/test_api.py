@@ -118,6 +118,14 @@ def test_what_is_no_config_is_refused_saying_what_is_one(config, shown):
     assert str(refused.value).startswith(f"config is {shown}; give the path of a YAML file, a map")
 
 
+@pytest.mark.parametrize("overrides", ["seed=7", {"seed": 7}, None, [3], [("seed", 7)]])
+def test_what_is_no_list_of_overrides_is_refused(tmp_path, overrides):
+    tree = config_tree(tmp_path, {"type": "classification", "dataset": "pydocs"})
+
+    with pytest.raises(ConfigError, match=r"overrides is .*; give a list of texts such as"):
+        megakd.load_config(tree, overrides)
+
+
 @pytest.mark.parametrize(
     ("cluster", "message"),
     [

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         scores = evaluate_model(
             config,
             arguments.model,
-            data=arguments.data or local,
+            data=local if arguments.data is None else arguments.data,
             trusts_order=arguments.trust_label_order,
         )
     say(json_text(scores, indent=2) if arguments.json else _scores_text(scores))

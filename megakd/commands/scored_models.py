@@ -23,7 +23,7 @@ from megakd.data.splits import Splits
 from megakd.data.tables import Table
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first, on_main
-from megakd.errors import CheckpointError, TeacherError
+from megakd.errors import CheckpointError, DataError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.run_data import cache_folder, with_row_length
 from megakd.inputs.tokenizer_checks import check_vocabularies, without_tokenizer
@@ -67,7 +67,9 @@ def evaluate_model(
         and `metrics`.
     """
     folder = model_folder(config, model)
-    given = data or _without_training_rows(config)
+    given = _without_training_rows(config) if data is None else data
+    if given == "":
+        raise DataError('--data "": names no file; give a file, a pattern or a folder')
     with started(config) as ranks:
         source = main_first(
             lambda: resolve_model(
@@ -231,9 +233,9 @@ def _sets(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, Mapping[str, A
 def model_folder(config: RunConfig, model: str | None) -> Path:
     """Return the given folder, or the run's `final/` if no folder is given."""
     folder = in_home(model) if model else config.output_dir / FINAL
-    if folder.is_dir():
+    if folder.is_dir() and model != "":
         return folder
-    if model:
+    if model is not None:
         raise CheckpointError(
             f"--model {model}: the folder does not exist; give the folder of a model, such as a "
             "run's final/ or stages/<stage>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".json", ".txt")
 """Endings of data files, in lower case."""
@@ -33,6 +33,12 @@ def _expanded(path: Path) -> Path:
         ) from None
 
 
-Folder = Annotated[Path, AfterValidator(_expanded)]
+def _named(value: object) -> object:
+    if value == "":
+        raise ValueError('must name a folder (got ""); give "." for the current folder')
+    return value
+
+
+Folder = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
 """A path in which `~` is the home folder."""
 Checkpoint = Annotated[str, AfterValidator(lambda text: str(_expanded(Path(text))))]

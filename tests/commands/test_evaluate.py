@@ -73,6 +73,15 @@ def test_rows_of_one_class_alone_class_numbers_and_other_cases_are_scored(
     assert result[0]["metrics"]["accuracy"] == accuracy_by_hand(whole_run.out / "final", named)
 
 
+@pytest.mark.parametrize("option", ["--data", "--model"])
+def test_an_option_without_a_text_is_refused_and_not_passed_over(one_rank, whole_run, option):
+    """As an unset variable of a script would give it."""
+    outcome = one_rank.megakd("evaluate", whole_run.config, option, "")
+
+    assert outcome.code == 2
+    assert f"error: {option}" in outcome.err
+
+
 def test_a_folder_with_a_test_file_alone_needs_no_training_rows(
     one_rank, whole_run, mine, tmp_path
 ):

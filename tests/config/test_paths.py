@@ -51,6 +51,10 @@ def test_the_home_folder_of_nobody_is_refused(run_file):
     assert "'~nosuchuser/x'" in text
 
 
+def test_a_folder_without_a_name_is_not_the_current_one(run_file):
+    assert 'output_dir: must name a folder (got "")' in message_of(run_file, "output_dir=''")
+
+
 @pytest.mark.parametrize(
     ("value", "folder"), [("", ".cache/megakd"), ("~", "."), ("~/fast/cache", "fast/cache")]
 )
