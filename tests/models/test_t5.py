@@ -277,6 +277,7 @@ def test_the_weights_of_the_encoder_are_those_that_every_token_meets(tiny):
 
     counts = parameter_counts(named_shapes(model))
 
-    own = [*model.encoder.block.parameters(), *model.encoder.final_layer_norm.parameters()]
-    assert counts.encoder_parameters == sum(weight.numel() for weight in own)
+    parts = (model.encoder.block, model.encoder.final_layer_norm)
+    weights = [weight for part in parts for weight in part.parameters()]
+    assert counts.encoder_parameters == sum(weight.numel() for weight in weights)
     assert counts.parameters == sum(weight.numel() for weight in model.parameters())
