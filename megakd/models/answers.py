@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megakd.contract.tasks import TaskType
 from megakd.data.token_tables import document_ends
@@ -19,7 +19,7 @@ from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ModelError
 from megakd.models.architecture import context_length
 from megakd.models.finished import config_of_folder, load_finished
-from megakd.models.generation import check_prompt_lengths
+from megakd.models.generation import check_prompt_lengths, without_settings
 from megakd.models.onnx import MODEL, OnnxModel, check_packages
 
 ROWS = 32
@@ -152,11 +152,10 @@ def _prompt(tokenizer: Any, text: str) -> Mapping[str, Tensor]:
 
 
 def _continued(model: Any, tokenizer: Any, given: Mapping[str, Tensor], new_tokens: int) -> Answer:
-    # The model's own settings, such as a repetition penalty, would be added to those of a call.
-    kept = {key: getattr(model.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**kept)
-    with torch.inference_mode():
-        tokens = model.generate(**given, max_new_tokens=new_tokens, do_sample=False)
+    settings = model.generation_config
+    ends = {"eos_token_id": settings.eos_token_id, "pad_token_id": settings.pad_token_id}
+    with torch.inference_mode(), without_settings(model):
+        tokens = model.generate(**given, max_new_tokens=new_tokens, do_sample=False, **ends)
     return {
         "text": tokenizer.decode(tokens[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
     }

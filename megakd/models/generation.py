@@ -49,7 +49,7 @@ def complete(
     lengths = [len(prompt) for prompt in prompts]
     check_prompt_lengths(lengths, sampling.max_new_tokens, context_length(generative.config))
     completions: dict[int, Completion] = {}
-    with torch.no_grad(), evaluating(model), _settings(generative):
+    with torch.no_grad(), evaluating(model), without_settings(generative):
         for rows in _batches(lengths, rows_at_once):
             chosen = [prompts[row] for row in rows], [seeds[row] for row in rows]
             texts = continued(generative, *chosen, sampling, tokens)
@@ -75,20 +75,32 @@ def generation_config_of(source: ModelSource) -> GenerationConfig | None:
 def generation_file(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, str]:
     """Return the generation config in a model's folder as a file of a student that begins as it.
 
-    If it lacks the tokenizer's end token, its other end tokens are kept that were added to the
-    vocabulary; ordinary tokens are default numbers. A student that begins otherwise has no file.
+    Its end tokens are those of `stated_ends` and that of the tokenizer. A student that begins
+    otherwise has no file.
     """
     generation = generation_config_of(source)
     if generation is None:
         return {}
-    ends, known = listed_ends(tokenizer), listed_ends(generation)
-    if not ends <= known:
-        ends |= known & {*tokenizer.added_tokens_decoder}
-        generation.eos_token_id = sorted(ends)
+    ends = listed_ends(tokenizer)
+    if not ends <= listed_ends(generation):
+        generation.eos_token_id = sorted(ends | stated_ends(generation, tokenizer))
     for key in ("bos_token_id", "pad_token_id"):
         if getattr(tokenizer, key) is not None:
             setattr(generation, key, getattr(tokenizer, key))
     return {GENERATION_CONFIG_NAME: generation.to_json_string()}
+
+
+def stated_ends(
+    generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """Return the end tokens that a generation config states for the texts of a tokenizer.
+
+    If it lacks the tokenizer's end token, the tokens that were added to the vocabulary count, and
+    ordinary tokens are default numbers.
+    """
+    given = listed_ends(generation)
+    has_end = listed_ends(tokenizer) <= given
+    return given if has_end else given & {*tokenizer.added_tokens_decoder}
 
 
 def listed_ends(config: Any) -> frozenset[int]:
@@ -114,7 +126,7 @@ def check_prompt_lengths(lengths: Sequence[int], max_new_tokens: int, context: i
 
 
 @contextmanager
-def _settings(model: Any) -> Iterator[None]:
+def without_settings(model: Any) -> Iterator[None]:
     """Let `generate` follow its arguments alone in the body, and restore the model's own settings.
 
     The model's own generation config would add its settings, such as a repetition penalty.

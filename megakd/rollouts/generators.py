@@ -18,7 +18,7 @@ from megakd.engine.collectives import on_main, together
 from megakd.engine.student import StudentEngine
 from megakd.engine.whole_model import whole_model
 from megakd.errors import DataError
-from megakd.models.generation import complete, generation_config_of, listed_ends
+from megakd.models.generation import complete, generation_config_of, listed_ends, stated_ends
 from megakd.models.source import ModelSource
 from megakd.rollouts.store import read_rollouts, read_text, text_offsets
 from megakd.teachers.frozen import FrozenTeacher
@@ -71,14 +71,12 @@ def end_tokens_of(
     """Return the tokens that end a text: those of the tokenizer and of both configs.
 
     A config may list end tokens without that of the tokenizer. They are default numbers in the
-    model's config (2 in Llama's), which is then left out. In the generation config, the tokens that
-    were added to the vocabulary of the tokenizer count, and ordinary tokens are default numbers.
+    model's config (2 in Llama's), which is then left out; of the generation config see
+    `stated_ends`.
     """
-    eos = tokenizer.eos_token_id
-    of_model, given = listed_ends(config), listed_ends(generation)
-    ends = listed_ends(tokenizer)
-    ends |= of_model if eos is None or eos in of_model else frozenset()
-    ends |= given if eos is None or eos in given else given & {*tokenizer.added_tokens_decoder}
+    ends, of_model = listed_ends(tokenizer), listed_ends(config)
+    ends |= of_model if ends <= of_model else frozenset()
+    ends |= stated_ends(generation, tokenizer)
     if not ends:
         raise DataError(
             "the tokenizer has no eos_token, and the model's config has no eos_token_id: a "
