@@ -232,8 +232,8 @@ def _sets(assembly: Assembly, loaded: FrozenTeacher) -> dict[str, Mapping[str, A
 
 def model_folder(config: RunConfig, model: str | None) -> Path:
     """Return the given folder, or the run's `final/` if no folder is given."""
-    folder = in_home(model) if model else config.output_dir / FINAL
-    if folder.is_dir() and model != "":
+    folder = config.output_dir / FINAL if model is None else in_home(model)
+    if model != "" and folder.is_dir():
         return folder
     if model is not None:
         raise CheckpointError(

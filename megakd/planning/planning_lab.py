@@ -69,9 +69,9 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
         role: with_vocabulary(source, vocabulary.size if vocabulary and role == STUDENT else size)
         for role, source in sources.items()
     }
-    # A length that is not set is limited to the context of all models.
-    for source in sources.values() if config.task.max_length is not None else ():
-        check_length(source, config.task)
+    if config.task.max_length is not None:  # else limited to the context of all models
+        for source in sources.values():
+            check_length(source, config.task)
     return _with_classes(sources, config.task)
 
 

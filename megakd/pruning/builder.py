@@ -149,11 +149,11 @@ class Shapes:
         return counts_in_view(self._weights_of(source), source, view)
 
     def _weights_of(self, source: ModelSource) -> Weights:
-        config = copy.deepcopy(source.config)
-        if self._classes is not None:
-            config.num_labels = self._classes or 1
-        model = config.to_json_string()
+        model = source.config.to_json_string()
         if model not in self._weights:
+            config = copy.deepcopy(source.config)
+            if self._classes is not None:
+                config.num_labels = self._classes or 1
             counted = dataclasses.replace(source, config=config)
             self._weights[model] = weights_of(counted, self.config.task)
         return self._weights[model]

@@ -139,9 +139,10 @@ def _check_answers(encoded: Encoded) -> None:
     ]
     if encoded.stream is not None and encoded.stream.texts.kind.has_prompts_alone:
         names.append("")
-    for name in names:
+    if names:
+        source = f" of task.mixture.{names[0]}" if names[0] else ""
         raise DataError(
-            f"the training rows{name and f' of task.mixture.{name}'} are prompts without an "
+            f"the training rows{source} are prompts without an "
             "answer, so that nothing can be learned; give the answers in a column completion "
             "(task.completion_column), or let the section rollout generate them"
         )

@@ -210,13 +210,13 @@ class LearningToSelect(Selecting):
         self._student = student
         if self.probe is None:
             return
-        run, (episode, done) = self.running, divmod(step, self.course.steps)
+        run, steps = self.running, self.course.steps
         if step == 0:
             self.probe.remember(student)
             run.loss = run.beginning = self.probe.loss(student)
-        elif episode < self.course.number - bool(done):
+        elif step <= (self.course.number - 1) * steps:  # at most where the last episode begins
             self.probe.check_remembered()
-            if done == 0:
+            if step % steps == 0:
                 self.probe.reset(student)
                 run.loss = run.beginning
 
