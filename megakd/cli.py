@@ -6,6 +6,7 @@ imported only when a command needs it.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +29,19 @@ from megakd.commands import (
     shrink,
     train,
 )
-from megakd.commands.arguments import Parser, is_rank_0, say
+from megakd.commands.arguments import Parser, is_rank_0, prefer_large_pages, say
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.process.signals import Stopped, watched
 
 _USER_ERROR = 2
+_OWNER = "change its owner or mode, or that of a parent"
+_CURES = {
+    errno.EACCES: _OWNER,
+    errno.EPERM: _OWNER,
+    errno.EROFS: "give a folder that can be written",
+    errno.ENAMETOOLONG: "give a shorter one",
+}
+"""What helps against an error of the file system, by its number."""
 # pip asks for it too, but a copy of the sources may run in an environment that pip did not make.
 _LEAST_TORCH = "2.11"
 
@@ -104,6 +113,7 @@ def _run_command(name: str, words: Sequence[str], *, prog: str) -> int:
     command = _COMMANDS[name]
     parser = Parser(prog=prog, description=inspect.getdoc(command) or "")
     command.add_options(parser)
+    prefer_large_pages()
     return command.run(parser.parse(words)) or 0
 
 
@@ -128,9 +138,9 @@ def _guarded(command: Callable[[], int]) -> int:
         if is_rank_0() or error.of_one_rank:
             sys.stderr.write(f"megakd: error: {error}\n")
         return error.exit_code
-    except PermissionError as error:  # of any file or folder, on any rank
-        where = (
-            f"{error.filename}: permission denied; change its owner or mode, or that of a parent"
-        )
-        sys.stderr.write(f"megakd: error: {where}\n")
+    except OSError as error:  # of any file or folder, on any rank
+        if error.filename is None or error.errno not in _CURES:
+            raise
+        what = f"{error.filename}: {str(error.strerror).lower()}; {_CURES[error.errno]}"
+        sys.stderr.write(f"megakd: error: {what}\n")
         return _USER_ERROR

@@ -186,6 +186,15 @@ def test_a_locked_folder_is_named_by_the_rank_that_met_it(run_file, runs, monkey
     assert capsys.readouterr().err.startswith("megakd: error: /locked/out: permission denied; ")
 
 
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "export", "report", "doctor"])
+def test_a_path_that_is_too_long_for_the_file_system_is_one_line(command, capsys):
+    assert cli.main([command, "a" * 300]) == 2
+
+    error = capsys.readouterr().err
+    assert "file name too long; give a shorter one" in error
+    assert error.count("\n") == 1
+
+
 def test_a_bug_keeps_its_traceback(run_file, monkeypatch, runs):
     monkeypatch.setattr(runs, "run", None)
 

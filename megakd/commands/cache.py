@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megakd.commands.arguments import add_config, config_of, prefer_large_pages, say
+from megakd.commands.arguments import add_config, config_of, say
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.process.terminal import print_aside
@@ -16,7 +16,6 @@ add_options = add_config
 def run(arguments: argparse.Namespace) -> None:
     """Write the caches of a config and print their folders."""
     config = config_of(arguments)
-    prefer_large_pages()
     with print_aside():
         folders = _cache_teachers(config)
     say("\n".join(map(str, folders)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from megakd.commands.arguments import Parser, add_config, config_of, prefer_large_pages, say
+from megakd.commands.arguments import Parser, add_config, config_of, say
 from megakd.errors import ConfigError
 from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import json_text
@@ -29,7 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
     if arguments.steps < 0:
         raise ConfigError(f"--steps must be at least 0, got {arguments.steps}")
-    prefer_large_pages()
     with print_aside():
         from megakd.commands.examination import examine
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megakd.commands.arguments import Parser, add_config, config_of, prefer_large_pages, say
+from megakd.commands.arguments import Parser, add_config, config_of, say
 from megakd.process.terminal import print_aside
 from megakd.storage.atomic import json_text
 
@@ -40,7 +40,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the scores of a model as text or JSON."""
     local = _take_local_dataset(arguments)
     config = config_of(arguments)
-    prefer_large_pages()
     with print_aside():
         from megakd.commands.scored_models import evaluate_model
 

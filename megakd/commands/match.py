@@ -11,7 +11,6 @@ from megakd.commands.arguments import (
     add_config,
     config_of,
     is_rank_0,
-    prefer_large_pages,
     say,
 )
 from megakd.config.checks.path_rules import check_paths
@@ -42,7 +41,6 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_of(arguments)
     if is_rank_0():
         check_paths(config)
-    prefer_large_pages()
     with print_aside():
         from megakd.commands.matched_models import match_models
 

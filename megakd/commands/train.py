@@ -12,7 +12,6 @@ from megakd.commands.arguments import (
     add_config,
     config_of,
     is_rank_0,
-    prefer_large_pages,
     say,
 )
 from megakd.commands.plan import print_plan
@@ -53,7 +52,6 @@ def train(config: RunConfig, command: str) -> None:
     # The inputs of a finished run may be gone. Only rank 0 reads them; launchers end the others.
     if is_rank_0() and not (config.output_dir / "report.json").is_file():
         check_paths(config)
-    prefer_large_pages()
     since_start_s = max(0.0, time.time() - psutil.Process().create_time())
     with counted(since_s=since_start_s):
         with no_collections():
