@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megakd.contract.views import Axes, Axis, Cut, Maker, UnitOrder, View
+from megakd.contract.views import Axes, Axis, Cut, Maker, View
 from megakd.engine.sharding import full_shape
+from megakd.errors import ModelError
 from megakd.models.architecture import Architecture
 from megakd.models.architectures import architecture_of
 
@@ -118,39 +119,23 @@ def _linear(
         yield f"{path}.bias", (outputs,)
 
 
-def narrowed(tensor: Tensor, axes: Axes, view: View) -> Tensor:
-    """Return the part of a whole weight that a view keeps; the units are sorted by importance.
+def cut_part(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
+    """Return a whole weight with its units reordered, and then cut to a view.
 
     The part shares the memory of the weight if each dimension keeps one prefix.
     """
-    cut = Cut(None, view)
     for dimension, axis in enumerate(axes):
-        length = None if axis is None else axis.length(view)
-        if axis is None or length is None:
+        if axis is None or (axis.length(cut.view) is None and not axis.is_listed_in(cut.order)):
             continue
         if axis.keeps_prefix(cut):
-            whole = tensor.unflatten(dimension, (axis.parts, -1))
-            tensor = whole.narrow(dimension + 1, 0, length // axis.parts)
-            tensor = tensor.flatten(dimension, dimension + 1)
+            length = (axis.length(cut.view) or 0) // axis.parts
+            whole = tensor.unflatten(dimension, (axis.parts, -1)).narrow(dimension + 1, 0, length)
+            tensor = whole.flatten(dimension, dimension + 1)
         else:
-            tensor = _rows(tensor, dimension, axis, cut)
+            rows = axis.rows(cut, tensor.shape[dimension])
+            places = torch.tensor(rows, dtype=torch.long, device=tensor.device)
+            tensor = tensor.index_select(dimension, places)
     return tensor
-
-
-def ordered(tensor: Tensor, axes: Axes, order: UnitOrder) -> Tensor:
-    """Return a whole weight with its units reordered; the model computes the same function."""
-    cut = Cut(order, None)
-    for dimension, axis in enumerate(axes):
-        if axis is not None and axis.is_listed_in(order):
-            tensor = _rows(tensor, dimension, axis, cut)
-    return tensor
-
-
-def _rows(tensor: Tensor, dimension: int, axis: Axis, cut: Cut) -> Tensor:
-    rows = axis.rows(cut, tensor.shape[dimension])
-    return tensor.index_select(
-        dimension, torch.tensor(rows, dtype=torch.long, device=tensor.device)
-    )
 
 
 def lengths(shape: torch.Size, axes: Axes, view: View) -> tuple[int, ...]:
@@ -159,3 +144,29 @@ def lengths(shape: torch.Size, axes: Axes, view: View) -> tuple[int, ...]:
     return tuple(
         size if length is None else length for size, length in zip(shape, kept, strict=True)
     )
+
+
+def check_view(view: View, whole: View) -> None:
+    """Raise if a model with these units (see `Architecture.prunable`) has no such sub-network."""
+    for kind, wanted, there in (
+        ("heads", view.heads, whole.heads),
+        ("neurons", view.neurons, whole.neurons),
+    ):
+        if len(wanted) != len(there):
+            raise ModelError(
+                f"the view lists {kind} for {len(wanted)} layers, and the model has {len(there)} "
+                "layers"
+            )
+        for number, (kept, count) in enumerate(zip(wanted, there, strict=True)):
+            if not 0 <= kept <= count:
+                raise ModelError(
+                    f"the view keeps {kept} {kind} of layer {number + 1}, which has {count}"
+                )
+    if view.width is not None and not 0 < view.width <= (whole.width or 0):
+        raise ModelError(
+            f"the view keeps a width of {view.width}, and the model has a width of {whole.width}"
+        )
+    columns = whole.head_width or 0
+    if view.head_width is not None and not 0 < view.head_width <= columns:
+        there = f"the heads have {columns} columns" if columns else "they cannot be cut one by one"
+        raise ModelError(f"the view keeps {view.head_width} columns of every head, and {there}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from megakd.config.task import TaskConfig
-from megakd.contract.views import Axes, UnitOrder, View
+from megakd.contract.views import Axes, Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architecture import (
     HEAD_COLUMNS,
@@ -24,7 +24,7 @@ from megakd.models.architecture import (
     SCORE_WIDTH,
 )
 from megakd.models.architectures import architecture_named, architecture_of
-from megakd.models.axes import lengths, narrowed, ordered, output_modules, weight_axes
+from megakd.models.axes import check_view, cut_part, lengths, output_modules, weight_axes
 from megakd.models.fitting import plan_loading, valueless_model
 from megakd.models.generation import generation_file
 from megakd.models.label_order import label_order, set_labels
@@ -61,7 +61,10 @@ def cut_config(
     config, view = without_layers(config, view)
     architecture = architecture_of(config)
     whole = architecture.units(config)
-    view = _checked(config, view, whole)
+    if view.head_width == architecture.heads(config).width:
+        view = view._replace(head_width=None)
+    check_view(view, architecture.prunable(config))
+    view = view._replace(width=whole.width if view.width is None else view.width)
     if architecture.shares_bias:
         return _with_columns(config, view, order)
     rescales = architecture.score_width(config) != _head_width(config, view)
@@ -112,9 +115,8 @@ def cut_state(
         of_tensor = axes.get(name)
         if of_tensor is None or tensor.shape == (0,):
             yield name, tensor
-            continue
-        changed = tensor if order is None else ordered(tensor, of_tensor, order)
-        yield name, changed if view is None else narrowed(changed, of_tensor, view)
+        else:
+            yield name, cut_part(tensor, of_tensor, Cut(order, view))
 
 
 def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
@@ -161,43 +163,6 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
         architecture=type(cut).__name__,
         extra={**settings, **(extra or {})},
     )
-
-
-def _checked(config: PretrainedConfig, view: View, whole: View) -> View:
-    for kind, wanted, there in (
-        ("heads", view.heads, whole.heads),
-        ("neurons", view.neurons, whole.neurons),
-    ):
-        if len(wanted) != len(there):
-            raise ModelError(
-                f"the view lists {kind} for {len(wanted)} layers, and the model has {len(there)} "
-                "layers"
-            )
-        for number, (kept, count) in enumerate(zip(wanted, there, strict=True)):
-            if not 0 <= kept <= count:
-                raise ModelError(
-                    f"the view keeps {kept} {kind} of layer {number + 1}, which has {count}"
-                )
-    width = whole.width if view.width is None else view.width
-    if width is None or not 0 < width <= (whole.width or 0):
-        raise ModelError(
-            f"the view keeps a width of {view.width}, and the model has a width of {whole.width}"
-        )
-    return view._replace(width=width, head_width=_checked_heads(config, view))
-
-
-def _checked_heads(config: PretrainedConfig, view: View) -> int | None:
-    architecture = architecture_of(config)
-    there = architecture.heads(config).width
-    if view.head_width in (None, there):
-        return None
-    if not architecture.cuts_inside_heads or not 0 < view.head_width < there:
-        raise ModelError(
-            f"the view keeps {view.head_width} columns of every head, and the heads of the "
-            f"{config.model_type} model have {there} columns"
-            + ("" if architecture.cuts_inside_heads else ", which cannot be cut one by one")
-        )
-    return view.head_width
 
 
 def _check_order(order: UnitOrder | None, units: View) -> None:

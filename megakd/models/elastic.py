@@ -23,7 +23,7 @@ from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
 from megakd.models.architecture import Architecture
 from megakd.models.architectures import architecture_of
-from megakd.models.axes import WIDTH, unit_makers, weight_axes
+from megakd.models.axes import WIDTH, check_view, unit_makers, weight_axes
 from megakd.models.elastic_modules import (
     ElasticConv1D,
     ElasticEmbedding,
@@ -179,32 +179,12 @@ class Elastic:
             self._views.shared = former
 
     def _check(self, view: View) -> None:
-        units = self.units
-        _check_counts("heads", view.heads, units.heads)
-        _check_counts("neurons", view.neurons, units.neurons)
-        columns = self.prunable.head_width or 0
-        if view.head_width is not None and not 0 < view.head_width <= columns:
-            raise ModelError(
-                f"a view of {view.head_width} columns per head does not fit a model whose heads "
-                f"can be cut to 1 to {columns} columns"
-            )
-        if view.width is None or view.width == units.width:
-            return
-        if units.width is None or not 0 < view.width < units.width:
-            raise ModelError(
-                f"a view of width {view.width} does not fit a model of width {units.width}"
-            )
-        if self._rigid is not None:
+        check_view(view, self.prunable)
+        if view.width not in (None, self.units.width) and self._rigid is not None:
             raise ModelError(
                 f"the width of this model cannot be narrowed: {self._rigid} belongs to a module of "
                 "an unsupported kind; leave View.width at None, or add the kind to MIXINS"
             )
-
-
-def _check_counts(kind: str, kept: tuple[int, ...], there: tuple[int, ...]) -> None:
-    fits = len(kept) == len(there) and all(0 <= k <= t for k, t in zip(kept, there, strict=True))
-    if not fits:
-        raise ModelError(f"a view of {kind} {kept} does not fit a model that has {there}")
 
 
 def _mixin_for(module: nn.Module) -> type[ElasticModule] | None:

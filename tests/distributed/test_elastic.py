@@ -28,10 +28,10 @@ from equal_runs import difference
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megakd.contract.views import View
+from megakd.contract.views import Cut, View
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
-from megakd.models.axes import narrowed, weight_axes
+from megakd.models.axes import cut_part, weight_axes
 from megakd.models.elastic import Elastic
 
 STEPS, RATE = 2, 0.5
@@ -83,7 +83,7 @@ def _dense_gradients(model: nn.Module, view: View) -> dict[str, torch.Tensor]:
     for path, gradient in gradients_of(dense).items():
         parameter = model.get_parameter(path)  # tied ones are two in a cut model
         numbers = torch.arange(parameter.numel()).view(parameter.shape)
-        kept = narrowed(numbers, axes.get(path, ()), view) if view.width else numbers
+        kept = cut_part(numbers, axes.get(path, ()), Cut(None, view)) if view.width else numbers
         whole[id(parameter)].view(-1)[kept.flatten()] += gradient.flatten()
     return {name: whole[id(parameter)] for name, parameter in model.named_parameters()}
 

@@ -7,9 +7,9 @@ import tiny_cuts
 import torch
 from transformers import AutoModelForMaskedLM
 
-from megakd.contract.views import Axis, UnitOrder, View
+from megakd.contract.views import Axis, Cut, UnitOrder, View
 from megakd.models.architectures import AUTO_CLASSES, FAMILIES, MASKED_HEADS, architecture_of
-from megakd.models.axes import WIDTH, lengths, narrowed, ordered, unit_makers, weight_axes
+from megakd.models.axes import WIDTH, cut_part, lengths, unit_makers, weight_axes
 from megakd.models.cutting import cut_config
 
 CUTTABLE = {name: entry for name, entry in FAMILIES.items() if entry.uncut is None}
@@ -56,7 +56,7 @@ def test_putting_all_units_in_another_order_leaves_the_outputs_as_they_were(tiny
     config = cut_config(model.config, units_of(model), order)
     other = AUTO_CLASSES[kind].from_config(config).eval()
     state = {
-        name: ordered(tensor, axes[name], order) if name in axes else tensor
+        name: cut_part(tensor, axes[name], Cut(order, None)) if name in axes else tensor
         for name, tensor in model.state_dict().items()
     }
 
@@ -83,8 +83,8 @@ def test_a_view_keeps_the_first_units_of_every_weight(tiny, model_type):
 
     for name, tensor in model.state_dict().items():
         of_tensor = axes.get(name, (None,) * tensor.dim())
-        assert narrowed(tensor, of_tensor, full).shape == tensor.shape
-        kept = narrowed(tensor, of_tensor, view)
+        assert cut_part(tensor, of_tensor, Cut(None, full)).shape == tensor.shape
+        kept = cut_part(tensor, of_tensor, Cut(None, view))
         assert tuple(kept.shape) == lengths(tensor.shape, of_tensor, view), name
         assert not any(
             size == length

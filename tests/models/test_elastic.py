@@ -32,10 +32,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megakd.contract.views import View
+from megakd.contract.views import Cut, View
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
-from megakd.models.axes import narrowed, weight_axes
+from megakd.models.axes import cut_part, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.elastic_modules import weights_in_view
 
@@ -58,7 +58,7 @@ def assert_zero_outside(gradients: dict, model, view: View) -> None:
     for name, gradient in gradients.items():
         numbers = torch.arange(gradient.numel()).view(gradient.shape)
         outside = gradient.flatten().clone()
-        outside[narrowed(numbers, axes.get(name, ()), view).flatten()] = 0
+        outside[cut_part(numbers, axes.get(name, ()), Cut(None, view)).flatten()] = 0
         assert outside.count_nonzero() == 0, name
 
 
@@ -118,7 +118,8 @@ def test_a_narrower_residual_width_is_a_model_cut_to_it(family):
     result = gradients_of(model)
     assert_zero_outside(result, model, view)
     assert_same(
-        {n: narrowed(g, axes.get(n, ()), view) for n, g in result.items()}, gradients_of(dense)
+        {n: cut_part(g, axes.get(n, ()), Cut(None, view)) for n, g in result.items()},
+        gradients_of(dense),
     )
 
 
@@ -194,14 +195,11 @@ def test_a_view_works_in_bf16(precision):
 @pytest.mark.parametrize(
     ("view", "message"),
     [
-        (View((3, 3), (1, 1, 1)), r"heads \(3, 3\) does not fit a model that has \(3, 3, 3\)"),
-        (View((3, 3, 4), (1, 1, 1)), r"heads \(3, 3, 4\)"),
-        (
-            View((3, 3, 3), (1, -1, 1)),
-            r"neurons \(1, -1, 1\) does not fit a model that has \(40, 40, 40\)",
-        ),
-        (View((3, 3, 3), (1, 1, 1), 25), "width 25 does not fit a model of width 24"),
-        (View((3, 3, 3), (1, 1, 1), 0), "width 0"),
+        (View((3, 3), (1, 1, 1)), "heads for 2 layers, and the model has 3"),
+        (View((3, 3, 4), (1, 1, 1)), "keeps 4 heads of layer 3, which has 3"),
+        (View((3, 3, 3), (1, -1, 1)), "keeps -1 neurons of layer 2, which has 40"),
+        (View((3, 3, 3), (1, 1, 1), 25), "a width of 25, and the model has a width of 24"),
+        (View((3, 3, 3), (1, 1, 1), 0), "a width of 0"),
     ],
 )
 def test_a_view_of_another_model_is_an_error(view, message):

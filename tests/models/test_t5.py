@@ -17,9 +17,9 @@ from transformers import (
     T5Model,
 )
 
-from megakd.contract.views import View
+from megakd.contract.views import Cut, View
 from megakd.errors import ModelError
-from megakd.models.axes import narrowed, weight_axes
+from megakd.models.axes import cut_part, weight_axes
 from megakd.models.counting import named_shapes, parameter_counts
 from megakd.models.cutting import cut_config
 from megakd.models.modeling.modeling_t5 import (
@@ -223,7 +223,7 @@ def without(model, view):
         for name, parameter in model.named_parameters():
             if not name.endswith(("o.weight", "wo.weight")):
                 continue
-            kept = narrowed(parameter, axes[name], view).shape[1]
+            kept = cut_part(parameter, axes[name], Cut(None, view)).shape[1]
             parameter[:, kept:] = 0
     return model
 
@@ -243,7 +243,8 @@ def test_a_cut_config_builds_the_model_that_is_left(tiny, model_type, heads, neu
     model, view = fresh(tiny, model_type), View(heads=heads, neurons=neurons)
     axes = weight_axes(model)
     state = {
-        n: narrowed(t, axes.get(n, (None,) * t.dim()), view) for n, t in model.state_dict().items()
+        n: cut_part(t, axes.get(n, (None,) * t.dim()), Cut(None, view))
+        for n, t in model.state_dict().items()
     }
 
     cut = CLASSES[model_type]._from_config(cut_config(model.config, view))

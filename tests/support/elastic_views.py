@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from megakd.contract.views import View
+from megakd.contract.views import Cut, View
 from megakd.models.architectures import ARCHITECTURES, AUTO_CLASSES, architecture_of
-from megakd.models.axes import narrowed, weight_axes
+from megakd.models.axes import cut_part, weight_axes
 from megakd.models.own_models import register_own_models
 
 register_own_models()
@@ -105,7 +105,7 @@ def cut(model, view: View):
     axes, model = weight_axes(model), copy.deepcopy(model)
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            part = narrowed(parameter.detach(), axes.get(f"{path}.{name}", ()), view)
+            part = cut_part(parameter.detach(), axes.get(f"{path}.{name}", ()), Cut(None, view))
             setattr(module, name, nn.Parameter(part.clone()))
         if isinstance(module, nn.LayerNorm):
             module.normalized_shape = tuple(module.weight.shape)
