@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from io import RawIOBase
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megakd.errors import ModelError
@@ -59,13 +60,6 @@ class StoredExperts(StoredTensor):
     """
 
     parts: tuple[tuple[StoredTensor, ...], ...]
-
-
-class _Entry(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 def check_weight_files(
@@ -168,78 +162,32 @@ def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
 
 def stored_tensors(file: Path, where: str) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file; its length must agree with its header."""
-    actual = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
-        header_bytes = int.from_bytes(start, "little")
         if start[:7] == b"version":
             raise ModelError(f"{where}: {file} is a Git LFS pointer, not weights: run git lfs pull")
-        if actual < 8 + header_bytes:
+        try:
+            with safe_open(file, "np"):  # compares header and length, and reads no tensor
+                header = json.loads(stream.read(int.from_bytes(start, "little")))
+        except SafetensorError as error:
             raise ModelError(
-                f"{where}: {file} is cut short or damaged: its header takes {8 + header_bytes}"
-                f" bytes and the file has {actual}; fetch the file again"
-            )
-        text = stream.read(header_bytes)
-    entries = _parse_header(text, file, where)
-    data = 8 + header_bytes
-    expected = data + _data_bytes(entries, file, where)
-    if actual != expected:
-        raise ModelError(
-            f"{where}: {file} is cut short or damaged: its header says {expected} bytes and the"
-            f" file has {actual}; fetch the file again"
-        )
-    return {key: _stored(file, key, entry, data, where) for key, entry in entries.items()}
+                f"{where}: {file} ({file.stat().st_size} bytes) is cut short or damaged: {error}; "
+                "fetch the file again"
+            ) from error
+        data = stream.tell()
+    header.pop("__metadata__", None)
+    return {key: _stored(file, key, entry, data, where) for key, entry in header.items()}
 
 
-def _parse_header(text: bytes, file: Path, where: str) -> dict[str, _Entry]:
-    try:
-        header = json.loads(text)
-        return {
-            key: _Entry(
-                dtype=str(entry["dtype"]),
-                shape=tuple(int(size) for size in entry["shape"]),
-                start=int(entry["data_offsets"][0]),
-                stop=int(entry["data_offsets"][1]),
-            )
-            for key, entry in header.items()
-            if key != "__metadata__"
-        }
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ModelError(
-            f"{where}: {file} is damaged: its header cannot be read ({error}); fetch the file again"
-        ) from error
-
-
-def _data_bytes(entries: Mapping[str, _Entry], file: Path, where: str) -> int:
-    """Return the number of bytes after the header; tensors must follow each other without gaps."""
-    end = 0
-    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != end or entry.stop < end:
-            raise ModelError(
-                f"{where}: {file} is damaged: {key} lies at bytes {entry.start} to"
-                f" {entry.stop} where byte {end} was expected; fetch the file again"
-            )
-        end = entry.stop
-    return end
-
-
-def _stored(file: Path, key: str, entry: _Entry, data: int, where: str) -> StoredTensor:
-    dtype = DTYPES.get(entry.dtype)
+def _stored(file: Path, key: str, entry: Mapping[str, Any], data: int, where: str) -> StoredTensor:
+    dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
         raise ModelError(
-            f"{where}: {file} holds {key} as {entry.dtype}, which cannot be loaded; store it as"
+            f"{where}: {file} holds {key} as {entry['dtype']}, which cannot be loaded; store it as"
             " F32, BF16 or F16"
         )
-    expected = math.prod(entry.shape) * dtype.itemsize
-    actual = entry.stop - entry.start
-    if actual != expected:
-        raise ModelError(
-            f"{where}: {file} is damaged: {key} needs {expected} bytes and has"
-            f" {actual}; fetch the file again"
-        )
-    return StoredTensor(
-        file=file, key=key, shape=entry.shape, dtype=dtype, offset=data + entry.start
-    )
+    shape, offset = tuple(entry["shape"]), data + entry["data_offsets"][0]
+    return StoredTensor(file=file, key=key, shape=shape, dtype=dtype, offset=offset)
 
 
 @dataclass

@@ -55,40 +55,37 @@ def test_shards_are_read_as_one_checkpoint(shards):
 
 # In the header's length, in the header, and in the data.
 @pytest.mark.parametrize("kept", [4, 40, -1])
-def test_a_cut_file_is_named_with_expected_and_actual_bytes(folder, kept):
+def test_a_cut_file_is_named_with_its_bytes(folder, kept):
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:kept])
 
-    text = refusal(folder)
-
-    assert f"teacher.model: {file} is cut short or damaged: its header" in text
-    assert f" {len(whole[:kept])};" in text
-    assert kept == 4 or str(len(whole) if kept == -1 else len(whole) - 40) in text
+    expected = f"teacher.model: {file} ({len(whole[:kept])} bytes) is cut short or damaged: "
+    assert expected in refusal(folder)
 
 
 def test_a_file_with_bytes_to_spare_is_refused(folder):
     file = folder / "model.safetensors"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes() + b"more")
-    assert f"its header says {size} bytes and the file has {size + 4}" in refusal(folder)
+    assert f"({size + 4} bytes) is cut short or damaged: " in refusal(folder)
 
 
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
-        ({"a": {"dtype": "F32", "shape": [2]}}, "its header cannot be read ('data_offsets')"),
-        ([1], "its header cannot be read"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
+        ([1], "is cut short or damaged"),
         (
             {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
-            "a needs 12 bytes and has 8",
+            "is cut short or damaged",
         ),
         (
             {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
-            "a lies at bytes 4 to 8 where byte 0 was expected",
+            "is cut short or damaged",
         ),
         (
-            {"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 8]}},
+            {"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}},
             "holds a as F4, which cannot be loaded",
         ),
     ],
@@ -111,7 +108,7 @@ def test_a_git_lfs_pointer_is_recognised(tmp_path):
         (
             "model-2.safetensors",
             lambda file: file.write_bytes(file.read_bytes()[:-1]),
-            "model-2.safetensors is cut short or damaged",
+            "model-2.safetensors (79 bytes) is cut short or damaged",
         ),
         (
             "model-2.safetensors",

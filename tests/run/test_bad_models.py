@@ -47,7 +47,7 @@ def change_config(folder: Path, **keys: Any) -> None:
 
 
 TEACHERS: dict[str, tuple[tuple[Callable[[Path], None], ...], tuple[str, ...]]] = {
-    "cut short": ((cut_short,), (WEIGHTS, "is cut short or damaged", "bytes and the file has")),
+    "cut short": ((cut_short,), (WEIGHTS, "bytes) is cut short or damaged")),
     "tokenizer": ((break_tokenizer,), ("the tokenizer files in", "cannot be read")),
     "no head": ((remove_head,), ("teacher.model", "has no head for classification")),
     "labels": ((rename_labels,), ("labels (cat, dog)", "of the data (negative, positive)")),
