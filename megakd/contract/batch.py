@@ -361,17 +361,16 @@ class BatchSource(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Return plain values that a resumed run and the next window need, equal on every rank.
 
-        The call may be a collective.
+        The call may be a collective. By default, the rows of a step follow from the seed.
         """
-        ...
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        ...
 
     def scalars(self) -> Mapping[str, float]:
         """Return values to log for the steps since the last call, the same on every rank."""
-        ...
+        return {}
 
 
 def copied_to(tensor: Tensor, device: torch.device) -> Tensor:

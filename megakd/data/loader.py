@@ -10,14 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from megakd.contract.batch import Batch
+from megakd.contract.batch import Batch, BatchSource
 from megakd.data.arrow import arrow_batches, column_of
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.masking import Masking
@@ -61,7 +61,7 @@ class RowOrder:
         return latest[1][position * self._size : (position + 1) * self._size]
 
 
-class StepLoader:
+class StepLoader(BatchSource):
     """The training rows, grouped by optimizer step.
 
     Every epoch is a new permutation of the rows, cut into steps of `rows_per_step`. The rows of a
@@ -114,16 +114,6 @@ class StepLoader:
         with closing(made_ahead(steps)) as futures:
             for step in futures:
                 yield awaited(step, self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return {}: the rows of a step follow from the seed."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def scalars(self) -> dict[str, float]:
-        return {}
 
     def _micro_batch(self, index: int, mine: NDArray[np.int64]) -> Batch:
         rows = _taken(self._rows, mine)

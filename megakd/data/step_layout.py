@@ -171,10 +171,10 @@ def _budgeted(lengths: NDArray[np.int64], budget: int, *, ranks: int) -> list[ND
     tightest = _first_fit(lengths[order], budget)
     count = -(-(int(tightest.max(initial=0)) + 1) // ranks) * ranks
     even = _spread(lengths[order], count)
-    chosen = tightest if _loads(even, lengths[order], count).max() > budget else even
+    chosen = tightest if np.bincount(even, lengths[order], count).max() > budget else even
     micro_batch_of = np.empty_like(chosen)
     micro_batch_of[order] = chosen
-    dealt = _dealt(_loads(chosen, lengths[order], count), ranks)
+    dealt = _dealt(np.bincount(chosen, lengths[order], count).astype(np.int64), ranks)
     return [np.flatnonzero(micro_batch_of == number) for number in dealt]
 
 
@@ -194,12 +194,6 @@ def _spread(lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
         load, chosen[index] = loads[0]
         heapq.heapreplace(loads, (load + length, int(chosen[index])))
     return chosen
-
-
-def _loads(chosen: NDArray[np.int64], lengths: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    loads = np.zeros(count, dtype=np.int64)
-    np.add.at(loads, chosen, lengths)
-    return loads
 
 
 def _dealt(loads: NDArray[np.int64], ranks: int) -> list[int]:

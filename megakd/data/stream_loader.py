@@ -22,13 +22,13 @@ import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from megakd.contract.batch import Batch
+from megakd.contract.batch import Batch, BatchSource
 from megakd.data.chat.conversations import CONVERSATION
 from megakd.data.encoding import StreamedRows, tables_of
 from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
-from megakd.data.step_layout import Collate, StepLayout, StepShape, check_shares
-from megakd.errors import ConfigError, DataError
+from megakd.data.step_layout import Collate, StepShape, check_shares
+from megakd.errors import DataError
 
 logger = logging.getLogger(__name__)
 BLOCK_CHARACTERS = 1_000_000
@@ -162,7 +162,7 @@ class EncodedStream:
         return table.take(order.permutation(len(table)))
 
 
-class StreamLoader:
+class StreamLoader(BatchSource):
     """The rows of a stream, grouped by optimizer step.
 
     Every step has `rows_per_step` rows, without dummy rows, and every rank has the same number of
@@ -242,9 +242,6 @@ class StreamLoader:
         self._step = state["step"]
         self._positions = [Position(**places[each.reader]) for each in self._readers]
 
-    def scalars(self) -> dict[str, float]:
-        return {}
-
     def _steps(
         self, positions: Sequence[Position], *, skip: int
     ) -> Generator[tuple[Sequence[Batch], list[Position]], None, None]:
@@ -276,23 +273,3 @@ def _row_hashes(rows: pa.Table) -> NDArray[np.int64]:
     texts = (ids.values.to_numpy().tobytes() for ids in column)
     digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
     return np.array([int.from_bytes(d, "little") >> 1 for d in digests], dtype=np.int64)
-
-
-def steps_of_stream(layout: StepLayout, max_steps: int | None) -> int:
-    """Return the steps of a stage that trains on a stream, which has no epochs.
-
-    Raises:
-        ConfigError: the stage has no number of steps, or its rows are to be packed by tokens.
-    """
-    if max_steps is None:
-        raise ConfigError(
-            "max_steps: missing for a stage that trains on a stream (task.streaming is true); set "
-            "max_steps in the section of the stage, such as train.max_steps"
-        )
-    if layout.tokens_per_rank is not None:
-        raise ConfigError(
-            f"train.tokens_per_rank: {layout.tokens_per_rank} packs the rows of all ranks "
-            "together, and with a stream every rank reads rows of its own (task.streaming is "
-            "true); remove one of the two"
-        )
-    return max_steps

@@ -8,13 +8,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megakd.config.rollout import RolloutConfig, RowSource, rollout_block
-from megakd.contract.batch import Batch
+from megakd.contract.batch import Batch, BatchSource
 from megakd.contract.completions import (
     DISTINCT,
     TOKENS_PER_TEXT,
@@ -70,7 +70,7 @@ class _Request(NamedTuple):
     texts: RequestedTexts | None = None
 
 
-class RolloutSource:
+class RolloutSource(BatchSource):
     """The batches of a stage whose rows are replaced by texts that a model generates.
 
     A row's source (`rollout`, `replay` or `data`) is a function of (config, seed, step). `data` are
@@ -133,12 +133,6 @@ class RolloutSource:
     def scalars(self) -> dict[str, float]:
         scalars, self._statistics = self._statistics.scalars(), RolloutStatistics()
         return scalars
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return {}: the sources follow from the seed, and the texts are on disk."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def _replayed(self, step: int, sources: Sequence[str]) -> list[Rollout]:
         steps = self._draws.replayable(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from typing_extensions import override
 
@@ -64,9 +64,9 @@ def row_batches(
     if encoded.stream is None:
         rows = labelled_only(encoded.train) if stage.labelled_only else encoded.train
         return StepLoader(rows, collate, layout=layout, seed=seed, masking=masking, others=others)
-    from megakd.data.stream_loader import EncodedStream, StreamLoader, steps_of_stream
+    from megakd.data.stream_loader import EncodedStream, StreamLoader
 
-    steps = steps_of_stream(layout, stage.train.max_steps)
+    steps = cast("int", stage.train.max_steps)  # the config is checked: a stream has no epochs
     rows = EncodedStream(encoded.stream, shape=layout.shape, seed=seed)
     return StreamLoader(rows, collate, steps_per_epoch=steps, gather=gather, masking=masking)
 
