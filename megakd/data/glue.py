@@ -146,12 +146,6 @@ def _check(task: TaskConfig, glue: GlueTask) -> None:
     fitting = "classification" if glue.classes else "regression"
     if task.type != fitting:
         raise ConfigError(f"task.type: must be {fitting} for {task.dataset} (got {task.type})")
-    for key in ("text_columns", "label_column", "dataset_config"):
-        if getattr(task, key) is not None:
-            raise ConfigError(
-                f"task.{key}: not supported with {task.dataset}, which has its own columns; remove "
-                f"the key (got {getattr(task, key)!r})"
-            )
 
 
 def _local(data_dir: Path, name: str, glue: GlueTask) -> dict[SplitName, Table]:

@@ -12,7 +12,6 @@ from datasets import Dataset
 
 from megakd.config.paths import looks_like_path
 from megakd.config.task import TaskConfig
-from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.arrow import key_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
@@ -71,8 +70,6 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
 
     The seed chooses the labels of `task.labelled_examples` alone.
     """
-    if task.type in LANGUAGE_TASKS and task.labelled_examples is not None:
-        raise ConfigError(f"task.labelled_examples: {task.type} has no labels; remove the key")
     # Missing files are found before the training rows are read.
     sets: dict[str, Table] = {}
     for name, files in task.evaluation_sets.items():
@@ -151,11 +148,6 @@ def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
 def _is_on_hub(task: TaskConfig) -> bool:
     if task.dataset is None:
         return False
-    if task.data_dir is not None:
-        raise ConfigError(
-            f"task.data_dir: {task.data_dir} is used only for glue/<task>, and task.dataset "
-            f"{task.dataset!r} names its own file, folder or Hub id; remove the key"
-        )
     is_local = Path(task.dataset).expanduser().exists() or looks_like_path(task.dataset)
     if is_local and task.dataset_config is not None:
         raise ConfigError(

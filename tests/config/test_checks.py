@@ -37,7 +37,12 @@ TASK = [
     ("task.dataset=null; task.train_files=a; task.data_dir=b", "task.data_dir: supported only wit"),
     ("task.dataset=null; task.train_files=a; task.dataset_config=b", "task.dataset_config: suppor"),
     ("task.text_columns=[a]", "task.text_columns: not supported with task.dataset pydocs"),
-    ("task.label_column=a", "task.label_column: not supported with task.dataset pydocs; remove"),
+    ("task.label_column=a", "task.label_column: not supported with task.dataset pydocs, which has"),
+    (
+        "task.dataset=glue/sst2; task.label_column=a",
+        "task.label_column: not supported with task.dataset glue/sst2, which has its own columns",
+    ),
+    ("task.data_dir=glue", "task.data_dir: supported only with task.dataset glue/<task>"),
     (f"{TEXT}; task.labelled_examples=5", "task.labelled_examples: supported only for classificat"),
     (f"task.type=mlm; {KL}; task.labelled_examples=5", "and task.type is mlm; remove the key"),
     (f"{TEXT}; task.mlm_probability=0.2", "task.mlm_probability: supported only for mlm, and task"),

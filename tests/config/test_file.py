@@ -39,7 +39,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
             "teacher.finetune.max_steps=10",
             "student.model={config: {model_type: bert}}",
             "student.model.config.hidden_size=64",
-            "task.data_dir=a=b",
+            "task.tokenizer=a=b",
         ],
     )
 
@@ -48,7 +48,7 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
     assert config.objective[1].temperature == 2
     assert config.teacher.finetune == FinetuneOverrides(max_steps=10)
     assert config.student.model == ScratchModel(config={"model_type": "bert", "hidden_size": 64})
-    assert config.task.data_dir == Path("a=b")
+    assert config.task.tokenizer == "a=b"
 
 
 def test_an_override_fills_a_section_that_is_null(run_file):
@@ -209,7 +209,6 @@ configs = st.builds(
         tokenizer=st.none() | words | st.just(TokenizerConfig(type="bpe")),
         max_length=st.integers(2, 2**24),
         text_columns=st.none() | st.tuples(words, words),
-        data_dir=st.none() | words.map(Path),
     ),
     teacher=st.builds(
         TeacherConfig,

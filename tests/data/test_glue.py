@@ -121,11 +121,6 @@ WRONG = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n"
 REFUSED = {
     "an unknown task": ("sst3", {}, r"no GLUE task 'sst3'; did you mean glue/sst2\?"),
     "a type of another task": ("stsb", {}, r"type: must be regression for glue/stsb \(got class"),
-    "columns": (
-        "sst2",
-        {"label_column": "x"},
-        r"task\.label_column: not supported with glue/sst2, which has its own columns",
-    ),
     "no folder": (
         "sst2",
         {"data_dir": Path("nope")},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,15 +115,6 @@ CASES: list[tuple[Any, ...]] = [
         r"task\.labelled_examples: 4, .* has 3 labelled rows",
         {"labelled_examples": 4},
     ),
-    *(
-        (
-            {"x.csv": GOOD},
-            f"labelled_examples: {t} has no labels",
-            {"type": t, "labelled_examples": 1},
-        )
-        for t in ("mlm", "causal_lm")
-    ),
-    ({"x.csv": GOOD}, r"task\.data_dir: glue is used only for glue/<t", {"data_dir": Path("glue")}),
     ({"x.csv": GOOD}, r"task\.dataset_config: 'en' names a configuratio", {"dataset_config": "en"}),
     # Data sets of the Hub; tests/conftest.py sets HF_HUB_OFFLINE
     (
@@ -133,7 +123,6 @@ CASES: list[tuple[Any, ...]] = [
         {"dataset": "someone/somedata", "dataset_config": "en"},
     ),
     ({}, r"task\.dataset pydocs supports classificat", {"dataset": "pydocs", "type": "regression"}),
-    ({}, r"task\.data_dir: not supported with task", {"dataset": "pydocs", "data_dir": Path("x")}),
     ({}, r"the data set what is this\?", {"dataset": "what is this?"}),
 ]
 

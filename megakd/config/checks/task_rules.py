@@ -57,15 +57,20 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
         ", which has its own splits (task.evaluation_sets takes files that are only scored)",
     ),
     *given(
-        ".data_dir .dataset_config",
+        ".dataset_config",
         lambda c: c.item.dataset is None,
         "supported only with task.dataset, which is not set; remove the key",
     ),
     *given(
+        ".data_dir",
+        lambda c: not (c.item.dataset or "").startswith("glue/"),
+        "supported only with task.dataset glue/<task>; remove the key",
+    ),
+    *given(
         ".text_columns .label_column .dataset_config "
         ".messages_column .prompt_column .completion_column",
-        lambda c: c.item.dataset == "pydocs",
-        "not supported with task.dataset pydocs; remove the key",
+        lambda c: _is_built_in(c.item),
+        "not supported with task.dataset {task.dataset}, which has its own columns; remove the key",
     ),
     *only(".labelled_examples", ("classification", "regression")),
     *only(".mlm_probability .whole_word_masking", ("mlm",)),
