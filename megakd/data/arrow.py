@@ -1,8 +1,7 @@
 """Rows on disk: Arrow files in folders that are built once, whole or not at all.
 
 The name of a folder is a hash of everything that its content depends on, so that a folder is never
-outdated. The ranks of a node may request the same folder at the same time: the first rank builds
-the folder, and the others wait for its lock. The system releases the lock if a process dies.
+outdated.
 """
 
 from __future__ import annotations
@@ -20,12 +19,9 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import generate_fingerprint
-from filelock import FileLock
 from numpy.typing import NDArray
 
-from megakd.errors import DataError
 from megakd.storage.checksums import read_signed, version_of, write_signed
-from megakd.storage.folders import is_whole, whole_folder
 
 T = TypeVar("T")
 # Increase this number when a remembered value would differ.
@@ -67,22 +63,6 @@ def remembered_of(path: Path, compute: Callable[[], T], *parts: object) -> T:
     """Return what `compute` reads from a file, without reading a file that has not changed."""
     version = version_of(path)
     return compute() if version is None else remembered(compute, version, *parts)
-
-
-def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Return `folder`, and fill it with `fill` if it does not exist; other processes wait."""
-    if is_whole(folder):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder.with_name(f"{folder.name}.lock")).acquire()
-    except OSError as error:
-        raise DataError(
-            f"cannot write the data cache {folder}: {error.strerror or error}; "
-            "make the folder writable or choose another output_dir"
-        ) from error
-    with held:
-        return whole_folder(folder, fill)
 
 
 def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:

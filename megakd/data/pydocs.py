@@ -28,7 +28,7 @@ from datasets import Features, Value
 
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import TaskType
-from megakd.data.arrow import cached_folder, key_of, read_rows, write_rows
+from megakd.data.arrow import key_of, read_rows, write_rows
 from megakd.data.choosing import HASH_RANGE, text_hash
 from megakd.data.labels import Classes
 from megakd.data.rows import Corpus
@@ -36,6 +36,7 @@ from megakd.data.tables import SPLIT_NAMES, SplitName
 from megakd.errors import ConfigError, DataError
 from megakd.process.garbage import no_collections
 from megakd.storage.atomic import write_json
+from megakd.storage.folders import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def pydocs_rows(
     numbers = (FEWEST_WORDS, MOST_CHARACTERS, FEWEST_ROWS_PER_CLASS, HELD_OUT[view])
     known = [(f.name, f.size, f.modified_ns) for f in files]
     key = key_of(VERSION, view, PACKAGES, ALIASES, numbers, known)[:32]
-    folder = cached_folder(cache_dir / "pydocs" / key, partial(_write_view, view, files))
+    folder = whole_folder(cache_dir / "pydocs" / key, partial(_write_view, view, files))
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     names = tuple(about["label_names"])
     if view == "classification":
@@ -161,11 +162,6 @@ def _check(task: TaskConfig) -> None:
     if task.type not in VIEW_OF:
         raise ConfigError(
             f"task.type: task.dataset pydocs supports {', '.join(VIEW_OF)} (got {task.type})"
-        )
-    if task.data_dir is not None:
-        raise ConfigError(
-            "task.data_dir: not supported with task.dataset pydocs; remove the key (got "
-            f"{str(task.data_dir)!r})"
         )
 
 

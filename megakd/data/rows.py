@@ -18,7 +18,7 @@ from datasets.distributed import split_dataset_by_node
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import ROUTE
-from megakd.data.arrow import PLACE, cached_folder, column_of, key_of, read_rows, write_rows
+from megakd.data.arrow import PLACE, column_of, key_of, read_rows, write_rows
 from megakd.data.bad_rows import BadRows, BlankRows
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns, is_chat
 from megakd.data.choosing import is_labelled, text_hash
@@ -27,6 +27,7 @@ from megakd.data.labels import Classes, find_classes
 from megakd.data.readers import columns_without_added_nulls
 from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
 from megakd.errors import DataError, suggestion
+from megakd.storage.folders import whole_folder
 
 logger = logging.getLogger(__name__)
 # Increase this number when the same source results in different rows.
@@ -200,7 +201,7 @@ def rows_of(
         write_rows(rows, Features(kind.features | more), fresh / "rows.arrow")
         blank.write(fresh)
 
-    folder = cached_folder(cache_dir / "rows" / key[:32], fill)
+    folder = whole_folder(cache_dir / "rows" / key[:32], fill)
     rows = read_rows(folder / "rows.arrow")
     if len(rows) == 0:
         raise DataError(f"{table.name} has no rows with text")

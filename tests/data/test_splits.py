@@ -145,7 +145,9 @@ def test_the_content_hash_tells_choices_apart(load, tmp_path):
 def test_a_cache_that_cannot_be_written_is_said_with_its_folder(load, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
 
-    with pytest.raises(DataError, match=r"cannot write the data cache .*/cache/rows"):
+    with pytest.raises(
+        DataError, match=r"cannot write prepared data to .*/cache/rows: .* make the folder"
+    ):
         load(write_csv(tmp_path / "x.csv", 4))
 
 
