@@ -14,7 +14,6 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from megakd.config.deepspeed import check_frozen_stage, load_ds_config
 from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.contract.batch import LogitWarp
@@ -245,16 +244,12 @@ def check_run(config: RunConfig, inputs: UnencodedInputs) -> None:
     """Run all checks of models and losses that are possible before any weights are loaded."""
     for name, spec in config.teacher_specs.items():
         key = config.key_of(name)
-        check_frozen_stage(
-            load_ds_config(spec.deepspeed, where=f"{key}.deepspeed"), where=f"{key}.deepspeed"
-        )
         if spec.finetune is None and inputs.sources[name].folder is None:
             logger.warning(
                 "%s.model has random weights and %s.finetune is not set: the student would learn "
                 "from an untrained teacher",
                 *(key, key),
             )
-    load_ds_config(config.student.deepspeed, where="student.deepspeed")
     for role, source in inputs.sources.items():
         check_model(
             source,
@@ -285,7 +280,7 @@ def _check_losses(config: RunConfig, inputs: UnencodedInputs) -> None:
         )
     with_class_weights(terms, inputs.splits)
     for teacher in teachers.values() or (None,):
-        check_terms(terms, task, shapes[STUDENT], teacher)
+        check_terms(terms, shapes[STUDENT], teacher)
 
 
 def check_caches(config: RunConfig, student: ModelSource) -> None:
@@ -317,7 +312,7 @@ def _resolved(config: RunConfig) -> tuple[dict[str, ModelSource], list[str]]:
     wrong: dict[str, str] = {}
     for role, spec in specs.items():
         try:
-            sources[role] = main_first(functools.partial(_resolve, spec, config, role))
+            sources[role] = main_first(functools.partial(resolve, spec, config, role))
         except MegakdError as error:
             if role not in config.teacher_specs or not config.teachers:
                 raise
@@ -352,7 +347,10 @@ def as_student(
     return with_layers(student, wanted, where="student.layers", scores=scores)
 
 
-def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) -> ModelSource:
+def resolve(
+    spec: TeacherConfig | StudentConfig, config: RunConfig, role: str, *, with_weights: bool = True
+) -> ModelSource:
+    """Return the model of a role; a plan reads no weights."""
     source = resolve_model(
         spec.model,
         config.task,
@@ -360,5 +358,6 @@ def _resolve(spec: TeacherConfig | StudentConfig, config: RunConfig, role: str) 
         architecture=spec.architecture,
         trust_remote_code=spec.trust_remote_code,
         allow_pickle=spec.allow_pickle,
+        with_weights=with_weights,
     )
     return dataclasses.replace(source, attn_implementation=spec.attn_implementation)

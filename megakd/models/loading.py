@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
+CONFIG = "config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md")
 # Subfolders, other frameworks, and the weights a second time in the format of another library.
 NOT_FROM_HUB = ("*/*", "*.msgpack", "consolidated*.safetensors")
@@ -55,7 +56,7 @@ LARGEST_SIZE = 2**24
 """Larger than any size in a model, and small enough for products of two sizes."""
 
 
-def resolve_model(
+def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
     spec: str | ScratchModel,
     task: TaskConfig,
     *,
@@ -63,20 +64,25 @@ def resolve_model(
     architecture: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    with_weights: bool = True,
 ) -> ModelSource:
     """Find a model and read its config; the weight files are checked first.
 
     Args:
         spec: A folder, a Hub id, or a config to start from random weights.
         architecture: The model type to read a T5 checkpoint as, see `original_t5`; None: `enct5`.
+        with_weights: False for a plan, which reads the config alone.
     """
     register_own_models()
     if isinstance(spec, ScratchModel):
         return _scratch_source(spec.config, task, where, architecture)
-    folder = _folder_of(spec, where, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    stored = check_weight_files(folder, where, allow_pickle=allow_pickle)
-    if is_first_rank():  # the other ranks wait or see the same folder: one check is enough
-        check_given(folder, where)
+    patterns = [*HUB_FILES, *(["*.bin"] if allow_pickle else [])] if with_weights else [CONFIG]
+    folder = _folder_of(spec, where, [*patterns, *(["*.py"] if trust_remote_code else [])])
+    stored = {}
+    if with_weights:
+        stored = check_weight_files(folder, where, allow_pickle=allow_pickle)
+        if is_first_rank():  # the other ranks wait or see the same folder: one check is enough
+            check_given(folder, where)
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code)
     model_type = built_as(keys["model_type"], architecture, where)
     family = _architecture(model_type, task, where)
@@ -85,8 +91,8 @@ def resolve_model(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except CONFIG_ERRORS as error:
-        raise _invalid_config(error, f"{where}: {folder / 'config.json'}", model_type) from error
-    _check_sizes(config, family, f"{where}: {folder / 'config.json'}")
+        raise _invalid_config(error, f"{where}: {folder / CONFIG}", model_type) from error
+    _check_sizes(config, family, f"{where}: {folder / CONFIG}")
     if model_type != keys["model_type"]:
         config, stored = read_original(config, stored, model_type, where)
     return ModelSource(
@@ -231,7 +237,7 @@ def _check_config_keys(model_type: str, keys: Mapping[str, Any], where: str) -> 
     if hasattr(default, "num_key_value_heads"):
         known.add("head_dim")  # read by all of these models, and a key of only some configs
     for key in keys:
-        if key not in known:
+        if key not in known and not key.startswith("_"):  # notes of transformers, as in config.json
             near = suggestion(key, sorted(known))
             raise ModelError(f"{where}.config.{key}: unknown key of a {model_type} config{near}")
 
@@ -248,7 +254,7 @@ def _check_sizes(config: PretrainedConfig, architecture: Architecture, where: st
         return
     keys = (architecture.layers, architecture.width, architecture.attention_heads)
     shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
-    for key in (*keys, architecture.neurons, architecture.positions or "d_kv", *shared):
+    for key in (*keys, architecture.neurons, "max_position_embeddings", "d_kv", *shared):
         size = getattr(config, key, None)
         if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
             raise ModelError(
@@ -262,7 +268,7 @@ def _check_sizes(config: PretrainedConfig, architecture: Architecture, where: st
         )
 
 
-def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: bool) -> Path:
+def _folder_of(spec: str, where: str, patterns: Sequence[str]) -> Path:
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
@@ -270,11 +276,9 @@ def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: 
         raise ModelError(f"{where}: {path} is a file; give the folder that holds the model")
     if path.is_absolute() or spec.startswith((".", "~")) or len(path.parts) > 2:
         raise ModelError(f"{where}: {path} does not exist")
-    patterns = [*HUB_FILES, *(["*.bin"] if allow_pickle else [])]
-    patterns += ["*.py"] if trust_remote_code else []
     try:
         return Path(
-            snapshot_download(spec, allow_patterns=patterns, ignore_patterns=[*NOT_FROM_HUB])
+            snapshot_download(spec, allow_patterns=[*patterns], ignore_patterns=[*NOT_FROM_HUB])
         )
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -284,7 +288,7 @@ def _folder_of(spec: str, where: str, *, trust_remote_code: bool, allow_pickle: 
 
 
 def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[str, Any]:
-    file = folder / "config.json"
+    file = folder / CONFIG
     try:
         keys = json.loads(file.read_text(encoding="utf-8"))
         model_type = keys["model_type"]

@@ -52,7 +52,8 @@ def read_original(
             f"{', '.join(config.architectures or ())}, which megakd cannot read; use the T5 that "
             "it was fine-tuned from, with finetune, or another family"
         )
-    if model_type == EncT5Config.model_type and not any(key.startswith(DECODER) for key in stored):
+    has_decoder = any(key.startswith(DECODER) for key in stored)
+    if stored and model_type == EncT5Config.model_type and not has_decoder:
         raise ModelError(
             f"{where} holds only the encoder of T5, and {model_type} needs the first decoder "
             f"layer; set {where.partition('.')[0]}.architecture: {T5EncoderConfig.model_type}"

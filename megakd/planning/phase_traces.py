@@ -313,10 +313,11 @@ class _Tracer:
         with VALUELESS:
             model = build_empty(source, self._task, source.config, TORCH_DTYPE[dtype])
         send_tokens_to_one_expert(model)
-        device = torch.device(self._device)
-        if attention_name(model, source, self._task.type, device) == VARLEN:
+        name = attention_name(model, source, self._task.type, torch.device(self._device))
+        if name == VARLEN:
             register_packed_attention()
-            model.set_attn_implementation(VARLEN)
+        if name in (VARLEN, "sdpa", "eager"):
+            model.set_attn_implementation(name)
         return model
 
     def _batch(self, rows: int, length: int | None = None) -> Batch:
@@ -360,7 +361,7 @@ def _classes(source: ModelSource) -> int:
 
 
 def _shown(source: ModelSource) -> str:
-    return source.config.to_json_string(use_diff=False)
+    return f"{source.attn_implementation} {source.config.to_json_string(use_diff=False)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, get_args
 
@@ -10,7 +11,9 @@ import psutil
 
 from megakd.config.deepspeed import load_ds_config, shards_within_node, zero_stage
 from megakd.config.file import config_of, config_tree
+from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
+from megakd.contract.tasks import STUDENT_BASE
 from megakd.errors import ConfigError
 from megakd.inputs.precision import training_dtype
 from megakd.planning.cluster import GIGA, Cluster, Device
@@ -306,9 +309,12 @@ class SizedCase(NamedTuple):
     cluster: Cluster
     settings: tuple[str, ...] = ()
 
-    def changed(self, setting: str) -> SizedCase:
-        config = config_of(config_tree(self.config), setting.split())
-        return SizedCase(config, self.cluster, (*self.settings, setting))
+    def changed(self, settings: Iterable[str]) -> Iterator[SizedCase]:
+        """Yield the case with each of some settings that the rest of the config allows."""
+        for setting in settings:
+            with suppress(ConfigError):
+                config = config_of(config_tree(self.config), setting.split())
+                yield SizedCase(config, self.cluster, (*self.settings, setting))
 
     def on_more_nodes(self) -> SizedCase:
         nodes, ranks = 2 * self.cluster.nodes, 2 * self.cluster.ranks
@@ -344,23 +350,28 @@ def find_changes(
 def candidates(case: SizedCase) -> Iterator[SizedCase]:
     """Yield single settings that save memory, in order of increasing cost in speed."""
     if case.cluster.ranks > 1:
-        yield from map(case.changed, _sharding(case.config))
-    yield from map(case.changed, _precision(case.config, case.cluster.device))
+        yield from case.changed(_sharding(case.config))
+    yield from case.changed(_precision(case.config, case.cluster.device))
     if 2 * case.cluster.nodes <= _MOST_NODES:
         yield case.on_more_nodes()
-    yield from map(case.changed, _activations(case.config))
+    yield from case.changed(_activations(case.config))
     if case.cluster.device == "cuda":
-        yield from map(case.changed, _offload(case.config))
+        yield from case.changed(_offload(case.config))
+
+
+def _owned(config: RunConfig) -> dict[str, TeacherConfig]:
+    # Without a student's base, which has the student's weights and settings.
+    return {n: spec for n, spec in config.teacher_specs.items() if spec.model != STUDENT_BASE}
 
 
 def _of_teachers(config: RunConfig, setting: str, *, finetuned: bool = False) -> str:
-    names = [n for n, spec in config.teacher_specs.items() if spec.finetune or not finetuned]
+    names = [n for n, spec in _owned(config).items() if spec.finetune or not finetuned]
     keys = [config.key_of(name).replace("[", ".").removesuffix("]") for name in names]
     return " ".join(f"{key}.{setting}" for key in keys)
 
 
 def _sharding(config: RunConfig) -> Iterator[str]:
-    specs = config.teacher_specs.values()
+    specs = _owned(config).values()
     for stage in (2, 3):
         if _stage(config.student.deepspeed) < stage:
             yield f"student.deepspeed=zero{stage}"
@@ -375,7 +386,7 @@ def _precision(config: RunConfig, device: Device) -> Iterator[str]:
     if training_dtype(config.train, device) == "fp32":
         yield "train.bf16=true"
     wide = {"fp32"} if device == "cuda" else {None, "fp32"}
-    if any(spec.dtype in wide for spec in config.teacher_specs.values()):
+    if any(spec.dtype in wide for spec in _owned(config).values()):
         yield _of_teachers(config, "dtype=bf16")
 
 
@@ -401,7 +412,7 @@ def _offload(config: RunConfig) -> Iterator[str]:
         if config.student.deepspeed != preset:
             yield f"student.deepspeed={preset}"
     offloaded = "teacher_zero3_offload"
-    if any(spec.deepspeed != offloaded for spec in config.teacher_specs.values()):
+    if any(spec.deepspeed != offloaded for spec in _owned(config).values()):
         yield _of_teachers(config, f"deepspeed={offloaded}")
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
+from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import TrainConfig, learning_rate_schedule, total_steps
-from megakd.contract.stage import Stage, StageResult, untrained
+from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import (
     AUTO,
     FROM_TEACHER,
@@ -30,15 +29,11 @@ from megakd.contract.tasks import (
 )
 from megakd.data.step_layout import StepShape
 from megakd.engine.distributed import Ranks
-from megakd.errors import ModelError, one_line
-from megakd.inputs.inputs import RunInputs, with_student
+from megakd.inputs.inputs import RunInputs, resolve, with_student
 from megakd.losses.stage_losses import stage_losses
 from megakd.methods import run_method
-from megakd.models.architectures import architecture_named
 from megakd.models.fitting import check_length
-from megakd.models.loading import resolve_model, with_vocabulary
-from megakd.models.original_t5 import KEPT_KEYS, READ_AS, built_as
-from megakd.models.own_models import register_own_models
+from megakd.models.loading import with_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.phase import Phase
 from megakd.scoring.scores import metric_named
@@ -50,16 +45,14 @@ if TYPE_CHECKING:
     from megakd.planning.planned_pruning import PlannedPruning
 
 _TRAINED_VOCABULARY = 8000
-_CONFIG = "config.json"
 UNKNOWN_STEPS = 10**6
 
 
 def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
     """Return the models of the config by role, with matching vocabularies and classes."""
     specs: dict[str, Any] = {**config.teacher_specs, STUDENT: config.student}
-    register_own_models()
     sources = {
-        role: _source(spec, config.task, f"{config.key_of(role)}.model")
+        role: resolve(spec, config, role, with_weights=False)
         for role, spec in specs.items()
         if spec.model not in (FROM_TEACHER, STUDENT_BASE)
     }
@@ -75,45 +68,10 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
     return _with_classes(sources, config.task)
 
 
-def _source(given: TeacherConfig | StudentConfig, task: TaskConfig, where: str) -> ModelSource:
-    spec = given.model
-    if isinstance(spec, ScratchModel):
-        return resolve_model(spec, task, where=where, architecture=given.architecture)
-    path = Path(spec).expanduser()
-    is_local = path.exists() or path.is_absolute() or len(path.parts) > 2 or spec[0] in ".~"
-    if is_local and not (path / _CONFIG).is_file():
-        raise ModelError(
-            f"{where}: {path / _CONFIG} does not exist; a plan needs the config.json of the model, "
-            "but no weights"
-        )
-    try:
-        config = AutoConfig.from_pretrained(
-            str(path if is_local else spec), trust_remote_code=given.trust_remote_code
-        )
-    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as error:
-        named = path / _CONFIG if is_local else f"{spec} is not a folder, and the config on the Hub"
-        raise ModelError(f"{where}: {named} cannot be read: {one_line(error)}") from error
-    model_type = built_as(config.model_type, given.architecture, where)
-    try:
-        architecture = architecture_named(model_type, task.type)
-    except ModelError as error:
-        raise ModelError(f"{where}: {error}") from None
-    if model_type != config.model_type:
-        config = READ_AS[model_type](**{key: getattr(config, key) for key in KEPT_KEYS})
-    return ModelSource(
-        name=spec,
-        folder=path if is_local else None,
-        config=config,
-        architecture=architecture,
-        where=where,
-        trust_remote_code=given.trust_remote_code,
-    )
-
-
 def _vocabulary(task: TaskConfig, sources: Mapping[str, ModelSource]) -> int:
     if isinstance(task.tokenizer, TokenizerConfig):
         return task.tokenizer.vocab_size
-    counted = _counted(Path(task.tokenizer)) if task.tokenizer else None
+    counted = _counted(Path(task.tokenizer).expanduser()) if task.tokenizer else None
     known = [s.config.vocab_size for s in sources.values() if not s.wants_vocabulary]
     return counted or (known[0] if known else _TRAINED_VOCABULARY)
 
@@ -289,8 +247,9 @@ class PlanningLab(LabBase):
         self._made |= {folder: made, **{folder / role: learners[role] for role in stage.beside}}
         metrics = defaultdict[str, float](lambda: 0.5)
         scores = dict.fromkeys(stage.views, metrics)
-        result = untrained(stage.name, folder)
-        result = dataclasses.replace(result, metrics=metrics, scores=scores, view=view)
+        result = StageResult(
+            name=stage.name, folder=folder, metrics=metrics, scores=scores, view=view
+        )
         self.results.append(result)
         return result
 

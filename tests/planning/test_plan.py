@@ -18,6 +18,7 @@ from megakd.planning.cluster import Cluster, Rates, rates_of
 from megakd.planning.engine_memory import PARTS, Peak, Share
 from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, page, plan_run
+from megakd.planning.planning_lab import planned_sources
 
 CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
 CAUSAL = {"type": "causal_lm", "dataset": "anything", "max_length": 16}
@@ -293,7 +294,31 @@ def test_what_does_not_fit_names_changes_that_do(tmp_path: Path) -> None:
     assert again.peak_bytes_per_rank == here.peak_bytes_per_rank
 
 
-@pytest.mark.parametrize("content", ["{", '{"model_type": "unheard-of"}', "{}"])
+def test_scores_of_all_pairs_of_tokens_are_planned_where_the_attention_has_them(
+    tmp_path: Path,
+) -> None:
+    def peak(kind: str) -> int:
+        words = [f"{role}.attn_implementation={kind}" for role in ("teacher", "student")]
+        config = config_of(tmp_path, *words, task=CAUSAL | {"max_length": 32}, **DECODERS)
+        return planned(config).peak_bytes_per_rank
+
+    assert peak("eager") > peak("sdpa")
+
+
+def test_a_tokenizer_below_the_home_folder_is_counted(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "vocab.txt").write_text("\n".join(f"w{number}" for number in range(77)))
+    student = {"model": bert(2, width=16)}
+
+    config = config_of(tmp_path, "task.tokenizer=~/words", student=student)
+
+    assert planned_sources(config)["student"].config.vocab_size == 77
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"model_type": "unheard-of"}', "{}", '{"model_type": "bert", "dtype": "x"}']
+)
 def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

@@ -71,6 +71,17 @@ def test_a_plan_of_the_base_as_teacher_has_its_forward_and_no_second_model(tmp_p
     assert trained["base"].flops == pytest.approx(trained["second"].flops, rel=0.01)
 
 
+def test_what_a_base_takes_from_its_student_is_no_change_that_saves_memory(tmp_path: Path) -> None:
+    sections = {"teacher": {"model": "student_base"}, "objective": [{"loss": "soft_target_kl"}]}
+    whole = planned(tmp_path, {"lora": {"r": RANK}}, method={"name": "single"}, **sections)
+    small = Cluster(ranks=2, device="cpu", host_memory=whole.peak_bytes_per_rank // 2)
+
+    advice = plan_run(whole.config, small)
+
+    assert advice.fits is False
+    assert not any("teacher." in " ".join(change.settings) for change in advice.changes)
+
+
 def held(holding: Holding, part: Part) -> int:
     return sum(amount.total for share, amount in holding.items() if share == Share("student", part))
 
