@@ -76,6 +76,10 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
     if is_graph:
         check_packages(f"MODEL: {folder / MODEL}", ("onnxruntime",))
     tokenizer = from_folder(folder, _TASKS[task])
+    if task == "ForMaskedLM" and tokenizer.mask_token_id is None:
+        raise ModelError(
+            f"{folder}: the tokenizer has no mask token to fill; copy the model's own tokenizer"
+        )
     model = OnnxModel(folder / MODEL) if is_graph else TorchModel(folder, config)
     if isinstance(model, TorchModel) and task in _GENERATES:
         prompts = [_prompt(tokenizer, text) for text in texts]

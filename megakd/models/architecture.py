@@ -145,7 +145,6 @@ class Architecture:
     more_blocks: layers of a second stream of hidden states of the same width, likewise.
     neurons: key of the config.
     rotary: path on the backbone of the module that makes the rotary cosines and sines.
-    positions: config key of the number of positions; None: any number.
     shares_bias: all layers share a position bias with one column per head.
     cuts_inside_heads: the columns of a head can be cut one by one; rotary positions pair columns,
         so that such families lose whole heads.
@@ -180,7 +179,6 @@ class Architecture:
     more_blocks: tuple[str, ...] = ()
     neurons: str = "intermediate_size"
     rotary: str | None = None
-    positions: str | None = "max_position_embeddings"
     shares_bias: bool = False
     cuts_inside_heads: bool = False
     logits: LogitKeys = AS_THEY_ARE
@@ -228,12 +226,6 @@ class Architecture:
     def score_width(self, config: PretrainedConfig) -> int:
         """Return the width whose root divides attention scores; a cut head may be narrower."""
         return getattr(config, SCORE_WIDTH, None) or self.heads(config).width
-
-    def longest_input(self, config: PretrainedConfig) -> int | None:
-        """Return the largest number of tokens with positions; None if any number is allowed."""
-        if self.positions is None:
-            return None
-        return _tokens_at(getattr(config, self.positions), config)
 
     def backbone_of(self, model: nn.Module) -> nn.Module:
         """Return the module that produces hidden states."""

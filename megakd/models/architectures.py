@@ -95,7 +95,6 @@ def _t5(model_type: str) -> Architecture:
         attention=_attention_of_t5("layer.0.SelfAttention"),
         feed_forward=_feed_forward_of_t5("layer.1.DenseReluDense"),
         neurons="d_ff",
-        positions=None,
         shares_bias=True,
     )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from megakd.errors import ModelError, one_line
@@ -55,12 +55,7 @@ def load_finished(
             quantised weights of another library.
     """
     config = config or config_of_folder(folder, where)
-    name, model_class = class_of(config)
-    if model_class is None:
-        raise ModelError(
-            f"{folder / 'config.json'} names the architecture {name!r}, which transformers "
-            f"{transformers.__version__} does not have ({where})"
-        )
+    model_class: Any = class_of(config, folder / "config.json")
     place = device or torch.device("cpu")
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method == INT8_METHOD:

@@ -13,15 +13,14 @@ from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architecture import counts_padding
+from megakd.models.architecture import context_length, counts_padding
 from megakd.models.architectures import AUTO_CLASSES
 from megakd.models.label_order import label_order, labels_agree, set_labels
 from megakd.models.matching import (
     Match,
     check_backbone,
-    check_dtypes,
     check_head,
-    check_shapes,
+    check_tensors,
     check_ties,
     match_names,
 )
@@ -58,8 +57,7 @@ def plan_loading(
             check_head(match, source, task=task.type)
             _check_labels(source, task, label_names)
         check_backbone(match, source)
-        check_shapes(match, empty, where=source.where)
-        check_dtypes(match, empty, where=source.where)
+        check_tensors(match, empty, where=source.where)
         check_ties(empty, source.stored, where=source.where)
     return config, match
 
@@ -84,7 +82,7 @@ def _check_sizes(source: ModelSource, task: TaskConfig, tokenizer_size: int) -> 
 
 def check_length(source: ModelSource, task: TaskConfig) -> None:
     """Raise if the rows of the task are longer than the model's context."""
-    longest = source.architecture.longest_input(source.config)
+    longest = context_length(source.config)
     if longest is not None and task.row_length > longest:
         raise ModelError(
             f"{source.where}: task.max_length is {task.row_length} and the model takes at most"

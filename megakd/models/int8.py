@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     initialization,
 )
@@ -257,7 +255,7 @@ def _built(folder: Path) -> PreTrainedModel:
         raise ModelError(f"{file} does not exist; copy the folder again")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model_class = _class_of(config, file)
+        model_class = class_of(config, file)
         config.dtype = torch.float32
         vars(config).pop("quantization_config", None)
         with initialization.no_init_weights():
@@ -269,16 +267,6 @@ def _built(folder: Path) -> PreTrainedModel:
         ) from error
     model.tie_weights()
     return model
-
-
-def _class_of(config: PretrainedConfig, file: Path) -> type[PreTrainedModel]:
-    name, model_class = class_of(config)
-    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
-        raise ModelError(
-            f"{file} names the architecture {name!r}, which neither megakd nor transformers "
-            f"{transformers.__version__} has; int8 weights need a class of one of the two"
-        )
-    return model_class
 
 
 def _write_companions(folder: Path, to: Path, keys: Mapping[str, Any]) -> None:

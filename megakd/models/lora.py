@@ -188,28 +188,14 @@ def _part_of(name: str) -> tuple[str, str] | None:
 def merged_state(model: Any) -> tuple[Iterator[tuple[str, Tensor]], Extra]:
     """Return the state of the plain model with merged adapters, and the files of the adapters.
 
-    The weights are gathered one at a time and merged in fp32 on rank 0. Every rank must iterate to
-    the end; then the content of the files, in the format of peft, is complete.
+    A collective. The weights are gathered one at a time and merged in fp32 on rank 0; every rank
+    must iterate to the end.
     """
-    config = adapter_config(model)
-    if config is None:
-        raise TypeError("the model has no adapters")
-    kept: dict[str, Tensor] = {}
-    learned_whole = tuple(f"{path}." for path in config.modules_to_save or ())
-
-    def plain() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in _merged_tensors(model, config, kept):
-            if name.startswith(learned_whole):
-                kept[_peft_name(name)] = tensor
-            yield name, tensor
-
-    files: Extra = {WEIGHTS: lambda: save(kept, {"format": "pt"}), CONFIG: _config_text(config)}
-    return plain(), files
+    files = {f"{ADAPTER}/{name}": content for name, content in adapter_files(model).items()}
+    return _merged_tensors(model, adapter_config(model)), files
 
 
-def _merged_tensors(
-    model: Any, config: PeftConfig, kept: dict[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
+def _merged_tensors(model: Any, config: Any) -> Iterator[tuple[str, Tensor]]:
     parts: dict[str, Tensor] = {}
     for name, tensor in gathered_state(model):
         layer, role = _part_of(name) or ("", "")
@@ -220,8 +206,6 @@ def _merged_tensors(
         else:
             parts[role] = tensor
         if role == "lora_B":  # the last part of a layer
-            for factor in ("lora_A", "lora_B"):
-                kept[_peft_name(f"{layer}.{factor}.{_NAME}.weight")] = parts[factor]
             yield f"{layer}.weight", _merged(parts, config)
 
 

@@ -141,8 +141,8 @@ def check_backbone(match: Match, source: ModelSource) -> None:
         )
 
 
-def check_shapes(match: Match, model: PreTrainedModel, *, where: str) -> None:
-    """Raise if the shape of a stored tensor differs from the shape of its parameter."""
+def check_tensors(match: Match, model: PreTrainedModel, *, where: str) -> None:
+    """Raise if a stored tensor has another shape than its parameter, or holds whole numbers."""
     tensors = model.state_dict(keep_vars=True)
     for name, stored in match.stored.items():
         expected = tuple(tensors[name].shape)
@@ -153,11 +153,6 @@ def check_shapes(match: Match, model: PreTrainedModel, *, where: str) -> None:
                 "belong to the same model"
             )
 
-
-def check_dtypes(match: Match, model: PreTrainedModel, *, where: str) -> None:
-    """Raise if a tensor of whole numbers would be loaded as weights."""
-    tensors = model.state_dict(keep_vars=True)
-    for name, stored in match.stored.items():
         if tensors[name].is_floating_point() and not stored.dtype.is_floating_point:
             raise ModelError(
                 f"{where}: {stored.file} holds {stored.key} as "

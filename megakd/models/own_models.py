@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import transformers
 from transformers import AutoConfig
 
+from megakd.errors import ModelError
 from megakd.models.modeling import modeling_cut
 from megakd.models.modeling.modeling_t5 import (
     EncT5Config,
@@ -46,38 +48,27 @@ class OwnModel(NamedTuple):
 
 
 AUTO_CLASSES = {
+    "LMHeadModel": "AutoModelForCausalLM",  # ends in "Model" too
     "Model": "AutoModel",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
 }
-CUT_FAMILIES = (
-    *("Bert", "Roberta", "DistilBert", "Electra"),
-    *("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Phi", "Granite", "GPT2"),
-)
 
 
-def _cut(family: str) -> OwnModel:
-    models = {
-        auto: getattr(modeling_cut, f"Cut{family}{ending}")
-        for ending, auto in AUTO_CLASSES.items()
-        if hasattr(modeling_cut, f"Cut{family}{ending}")
-    }
-    return OwnModel(getattr(modeling_cut, f"Cut{family}Config"), models)
+def _cut_models() -> Iterator[OwnModel]:
+    models: dict[type[PretrainedConfig], dict[str, type[PreTrainedModel]]] = {}
+    for name, cls in vars(modeling_cut).items():
+        if name.startswith("Cut") and not name.endswith("Config"):
+            auto = next(auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending))
+            models.setdefault(cls.config_class, {})[auto] = cls
+    return itertools.starmap(OwnModel, models.items())
 
 
 OWN_MODELS: Mapping[str, OwnModel] = {
     model.config.model_type: model
     for model in (
-        *map(_cut, CUT_FAMILIES),
-        OwnModel(
-            modeling_cut.CutGemma3TextConfig,
-            {
-                "AutoModel": modeling_cut.CutGemma3TextModel,
-                "AutoModelForCausalLM": modeling_cut.CutGemma3ForCausalLM,
-            },
-        ),
+        *_cut_models(),
         OwnModel(
             T5EncoderConfig,
             {"AutoModelForSequenceClassification": T5EncoderForSequenceClassification},
@@ -110,7 +101,14 @@ def own_class(name: str) -> type[PreTrainedModel] | None:
     return next((cls for cls in classes if cls.__name__ == name), None)
 
 
-def class_of(config: PretrainedConfig) -> tuple[str, Any]:
-    """Return the name of a config's architecture, and megakd's or transformers' class, or None."""
+def class_of(config: PretrainedConfig, file: Path) -> type[PreTrainedModel]:
+    """Return megakd's or transformers' class of the architecture that a config's file names."""
     name = (config.architectures or ["none"])[0]
-    return name, own_class(name) or getattr(transformers, name, None)
+    model_class = own_class(name) or getattr(transformers, name, None)
+    is_class = isinstance(model_class, type)
+    if not is_class or not issubclass(model_class, transformers.PreTrainedModel):
+        raise ModelError(
+            f"{file} names the architecture {name!r}, which neither megakd nor transformers "
+            f"{transformers.__version__} has"
+        )
+    return model_class

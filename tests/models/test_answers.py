@@ -114,6 +114,9 @@ def test_a_prompt_without_tokens_or_room_is_told_before_any_answer(
         list(answers_of(tmp_path, [text], new_tokens=new_tokens))
 
 
+ARCHITECTURES = {"no class": "AutoModelForSequenceClassification", "no mask": "BertForMaskedLM"}
+
+
 def broken(folder: Path, kind: str) -> Path:
     """Return a folder that gives no answers."""
     saved(folder / "final")
@@ -124,6 +127,13 @@ def broken(folder: Path, kind: str) -> Path:
         config.write_text("{}")
     if kind == "no weights":
         (final / "model.safetensors").unlink()
+    if kind in ARCHITECTURES:
+        keys = json.loads(config.read_text()) | {"architectures": [ARCHITECTURES[kind]]}
+        config.write_text(json.dumps(keys))
+    if kind == "no mask":
+        unmasked = tokenizer()
+        unmasked.mask_token = None
+        unmasked.save_pretrained(final)
     if kind == "quantised":
         keys = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}
         config.write_text(json.dumps(keys))
@@ -137,6 +147,8 @@ def broken(folder: Path, kind: str) -> Path:
         ("no model type", r"config\.json cannot be read: Unrecognized model"),
         ("no weights", r"cannot be loaded: .*model\.safetensors"),
         ("quantised", r"is quantized \(gptq\)"),
+        ("no class", r"names the architecture 'AutoModelForSequenceClassification', which neither"),
+        ("no mask", r"the tokenizer has no mask token to fill"),
     ],
 )
 def test_a_folder_without_a_model_that_answers_is_refused(tmp_path, kind, message):

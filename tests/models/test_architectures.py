@@ -2,6 +2,7 @@ import pytest
 from transformers import BartConfig
 
 from megakd.errors import ModelError
+from megakd.models.architecture import context_length
 from megakd.models.architectures import (
     FAMILIES,
     MASKED_HEADS,
@@ -79,7 +80,7 @@ def test_gpt2s_config_may_leave_its_neurons_open(tiny):
 )
 def test_only_positions_that_are_counted_limit_the_length(tiny, model_type, longest):
     source = tiny.resolve(tiny.scratch(model_type), tiny.task_for(model_type))
-    assert source.architecture.longest_input(source.config) == longest
+    assert context_length(source.config) == longest
 
 
 @pytest.mark.parametrize("model_type", MASKED_HEADS)
