@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE
@@ -46,9 +48,9 @@ class TaskMetrics:
         none) or scores (NaN = none).
         """
         predicted, truth = _scored_rows(outputs, labels)
-        loss = _squared_error if labels.is_floating_point() else _cross_entropy
         values = {name: self._value(name, predicted, truth) for name in self.names if name != LOSS}
-        values[LOSS] = loss(predicted, truth)
+        total, count = summed_loss(outputs, labels).tolist()
+        values[LOSS] = total / count
         return values | {self.main.name: self.main.of(values)}
 
     def _value(self, name: str, predicted: Numbers, truth: Numbers) -> float:
@@ -154,14 +156,15 @@ def _classes(predicted: Numbers) -> Numbers:
     return predicted.argmax(axis=1).astype(np.float64)
 
 
-def _cross_entropy(predicted: Numbers, truth: Numbers) -> float:
-    shifted = predicted - predicted.max(axis=1, keepdims=True)
-    chosen = shifted[np.arange(len(truth)), truth.astype(int)]
-    return float((np.log(np.exp(shifted).sum(axis=1)) - chosen).mean())
-
-
-def _squared_error(predicted: Numbers, truth: Numbers) -> float:
-    return float(np.square(predicted[:, 0] - truth).mean())
+def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return [2] fp64: the summed loss of the labelled rows, and their number."""
+    if labels.is_floating_point():
+        error = (outputs.double().reshape(len(labels), -1)[:, 0] - labels.double()).square()
+        return torch.stack([error.nansum(), (~error.isnan()).sum().double()])
+    missed = functional.cross_entropy(
+        outputs.double(), labels, ignore_index=IGNORE, reduction="sum"
+    )
+    return torch.stack([missed, (labels != IGNORE).sum().double()])
 
 
 def _sklearn(name: str) -> Callable[..., Any]:

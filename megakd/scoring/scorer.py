@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metric import WHOLE
@@ -22,7 +20,7 @@ from megakd.engine.activity import reached
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
-from megakd.scoring.metrics import TaskMetrics
+from megakd.scoring.metrics import TaskMetrics, summed_loss
 from megakd.scoring.scores import language_model_metrics
 
 Predict = Callable[[Batch], Predictions]
@@ -56,7 +54,7 @@ class Scored(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Predictions so far: sums, see `language_model_metrics`, or the outputs of the real rows."""
+    """Predictions so far: sums, see `language_model_metrics`, or the outputs of all rows."""
 
     sums: torch.Tensor
     outputs: list[torch.Tensor]
@@ -68,9 +66,8 @@ class Seen(NamedTuple):
             self.sums[:3] += predictions.sums.cpu()
             self.sums[3] += characters
         if predictions.outputs is not None:
-            real = batch.valid.any(dim=1)
-            self.outputs.append(predictions.outputs[real].cpu())
-            self.labels.append(batch.labels[real].cpu())
+            self.outputs.append(predictions.outputs.cpu())
+            self.labels.append(batch.labels.cpu())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +118,7 @@ class Scorer:
             if answer.sums is not None:
                 sums += answer.sums[[0, 2]].cpu()
             if answer.outputs is not None:
-                sums += _missed(answer.outputs.cpu(), batch.labels.cpu())
+                sums += summed_loss(answer.outputs.cpu(), batch.labels.cpu())
         total, count = all_reduce_(sums).tolist()
         return total / max(1.0, count)
 
@@ -142,14 +139,10 @@ class Scorer:
                 numbered; rows come first.
         """
         given = [ask(batch) for batch in self._numbered(rows, first)]
-        whole = {}
-        for name in given[0]:
-            mine = torch.stack([answer[name].cpu() for answer in given])
-            # [turns, ranks, batch_size, …]: the order in which the rows were distributed, so that
-            # the dummy rows, which fill the last batches, come last.
-            dealt = torch.stack(gather(mine), dim=1)
-            whole[name] = dealt.flatten(0, 2)[: len(rows)]
-        return whole
+        return {
+            name: _in_order(gather(torch.stack([one[name].cpu() for one in given])), len(rows))
+            for name in given[0]
+        }
 
     def batches(self, rows: Dataset) -> Iterator[Batch]:
         """Yield this rank's share of the rows on its device, equally many batches on each rank."""
@@ -185,12 +178,11 @@ class Scorer:
         return int(self.characters[labels[labels != IGNORE]].sum())
 
     def _rows(self, answers: Seen, count: int) -> Scored:
-        outputs = gather(torch.cat(answers.outputs))
-        labels = gather(torch.cat(answers.labels))
-        size = min(self.batch_size, count)
+        outputs = gather(torch.stack(answers.outputs))
+        labels = gather(torch.stack(answers.labels))
 
         def measure() -> Scored:
-            guessed, truth = _in_order(outputs, size), _in_order(labels, size)
+            guessed, truth = _in_order(outputs, count), _in_order(labels, count)
             of_classes = self.metrics.of_classes(guessed, truth)
             classes = guessed.argmax(dim=1).tolist() if of_classes else []
             return Scored(self.metrics.of(guessed, truth), of_classes, classes)
@@ -198,18 +190,9 @@ class Scorer:
         return on_main(measure)
 
 
-def _in_order(of_ranks: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """Return the rows that `evaluation_batches` has dealt to the ranks in their order."""
-    turns = zip_longest(*(one.split(size) for one in of_ranks), fillvalue=of_ranks[0][:0])
-    return torch.cat([batch for turn in turns for batch in turn])
+def _in_order(of_ranks: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """Return the answers to `count` rows in their order, from those of each rank [turns, rows, …].
 
-
-def _missed(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return [2] fp64: the summed loss of the labelled rows, and their number."""
-    if labels.is_floating_point():
-        error = (outputs.double().squeeze(-1) - labels.double()).square()
-        return torch.stack([error.nansum(), (~error.isnan()).sum().double()])
-    missed = functional.cross_entropy(
-        outputs.double(), labels, ignore_index=IGNORE, reduction="sum"
-    )
-    return torch.stack([missed, (labels != IGNORE).sum().double()])
+    The dummy rows, which fill the last batches that were dealt, come last.
+    """
+    return torch.stack([*of_ranks], dim=1).flatten(0, 2)[:count]
