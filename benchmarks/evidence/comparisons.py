@@ -339,11 +339,13 @@ def _cut_labels(sparsity: float) -> Arm:
 
 def _other_choice(sparsity: float, **options: Any) -> Arm:
     """Return MiniDisc with another rule of choice: the same run if the choice is the same."""
-    rule = {"tradeoff": TRADEOFF, **options}
+    weight = options.get("tradeoff", TRADEOFF)
+    may_win = options.get("target_may_win", True)
 
     def has_same_choice(details: Mapping[str, float]) -> bool:
-        chosen = choose(trial_scores(details), teacher_sparsity=0.0, target=sparsity, **rule)
-        return chosen.sparsity == details[CHOSEN]
+        scores = trial_scores(details)
+        chosen, _ = choose(scores, weight=weight, target=sparsity, target_may_win=may_win)
+        return chosen == details[CHOSEN]
 
     arm = _assistants(sparsity, name="minidisc", **options)
     return replace(arm, after="minidisc", same_as=has_same_choice)

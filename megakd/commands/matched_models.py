@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Predictions
-from megakd.contract.stage import Stage, StageResult, untrained
+from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TaskType
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.tokens import PROMPT_LENGTH
@@ -46,7 +45,7 @@ class _ForgetfulAssembly(Assembly):
         self, name: str, facts: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]
     ) -> StageResult:
         del facts
-        return dataclasses.replace(untrained(name, Path()), metrics=measure())
+        return StageResult(name=name, folder=Path(), metrics=measure())
 
 
 class _UntrainedLab(RunLab):

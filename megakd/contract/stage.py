@@ -339,7 +339,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """A finished stage: its Hugging Face folder, and the results of its training.
+    """A finished stage: its Hugging Face folder, and the results of its training, if it has steps.
 
     metrics: metrics of the model in the folder.
     scores: metrics of all views in the evaluation that chose `view`.
@@ -348,26 +348,13 @@ class StageResult:
 
     name: str
     folder: Path
-    metrics: Mapping[str, float]
-    steps: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
     scores: Scores = field(default_factory=dict)
     view: str | None = None
-
-
-def untrained(name: str, folder: Path, seconds: float = 0.0) -> StageResult:
-    """Return the result of a stage without steps: a model that was only built or only scored."""
-    return StageResult(
-        name=name,
-        folder=folder,
-        metrics={},
-        steps=0,
-        seconds=seconds,
-        tokens_per_second=0.0,
-        peak_memory_bytes=0,
-    )
 
 
 def teacher_names(plan: Sequence[Pass]) -> tuple[str, ...]:

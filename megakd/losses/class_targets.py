@@ -39,7 +39,7 @@ class ClassTargets(TermGroup):
 
     def __init__(self, soft: tuple[SoftTarget, ...], hard: HardCrossEntropy | None) -> None:
         super().__init__()
-        self.soft, self.hard, self.needs_teacher = soft, hard, bool(soft)
+        self.soft, self.hard = soft, hard
         names = [*(term.loss for term in soft), AGREEMENT] if soft else []
         self.units = dict.fromkeys(names, "examples")
         if hard is not None:

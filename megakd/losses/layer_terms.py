@@ -45,8 +45,6 @@ MATRIX_ELEMENTS = 1 << 24
 class LayerTerm(TermGroup):
     """Base class of terms over mapped layers, counted in tokens unless a subclass sets `units`."""
 
-    needs_teacher = True
-
     def __init__(self, name: str, pairs: Pairs) -> None:
         super().__init__()
         self.name, self.pairs = name, pairs

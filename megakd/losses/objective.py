@@ -67,7 +67,6 @@ class Objective(nn.Module):
             hidden_layers=tuple(sorted({n for g in groups for n in g.needs.hidden_layers})),
             attention_layers=tuple(sorted({n for g in groups for n in g.needs.attention_layers})),
         )
-        self.needs_teacher = any(g.needs_teacher for g in groups)
 
     def forward(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Return for each reading the weighted and scaled total with gradient, and detached sums.
@@ -119,7 +118,7 @@ def build_objective(
     terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
 ) -> Objective:
     """Build the objective of a stage from its terms; without a teacher, for supervised training."""
-    check_terms(terms, task, student, teacher)
+    check_terms(terms, student, teacher)
     soft = tuple(t for t in terms if isinstance(t, SOFT_TARGET_DIVERGENCES))
     hard = tuple(t for t in terms if isinstance(t, HardCrossEntropy))
     groups: list[TermGroup] = []
@@ -174,9 +173,7 @@ def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -
     return needs
 
 
-def check_terms(
-    terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
-) -> None:
+def check_terms(terms: Sequence[TermConfig], student: Shape, teacher: Shape | None) -> None:
     """Check the terms against the shapes of both models, before any model is loaded."""
     for term in terms:
         if compares(term) and teacher is None:
@@ -184,8 +181,6 @@ def check_terms(
                 f"{term.loss} compares with a teacher, and this stage has no teacher; remove the "
                 "term"
             )
-        if isinstance(term, SOFT_TARGET_DIVERGENCES) and task not in LANGUAGE_TASKS and teacher:
-            _check_classes(term.loss, student, teacher)
         if isinstance(term, INTERMEDIATE_TERMS) and teacher is not None:
             pairs = layer_pairs(term, student, teacher)
             if isinstance(term, RelationFsp) and len(pairs) == 1:
@@ -199,11 +194,3 @@ def check_terms(
             check_heads(term, student, teacher)
         if isinstance(term, PluginTerm):
             term.check(student, teacher)
-
-
-def _check_classes(loss: str, student: Shape, teacher: Shape) -> None:
-    if student.vocabulary != teacher.vocabulary:
-        raise TeacherError(
-            f"{loss}: the teacher has {teacher.vocabulary} classes, the student "
-            f"{student.vocabulary}; soft targets need the same classes"
-        )

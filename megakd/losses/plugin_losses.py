@@ -24,7 +24,6 @@ class PluginLoss(TermGroup):
         self.needs = Needs()
         if term.reads_hidden_states:
             self.needs = self.needs.with_hidden(*range(layers + 1))
-        self.needs_teacher = term.needs_teacher
 
     def forward(self, reading: LossInputs) -> Evaluated:
         """Weight and normalise the sum that the package returns."""

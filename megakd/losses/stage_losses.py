@@ -37,7 +37,7 @@ class StageLosses:
         return self._with_states(needs, self.teacher)
 
     def check(self) -> None:
-        check_terms(self.stage.objective, self.task, self.student, self.teacher)
+        check_terms(self.stage.objective, self.student, self.teacher)
         for term in self.stage.objective:
             if isinstance(term, MethodTerm):
                 term.check(self.student, self.teacher, self.families)

@@ -73,13 +73,11 @@ class TermGroup(nn.Module):
     units: unit of each term, by the name of the term.
     counters: functions that count units which only this group has, by the name of the unit.
     needs: outputs that the terms need from a model's forward.
-    needs_teacher: whether a teacher must have run.
     """
 
     units: Mapping[str, Unit]
     counters: Mapping[Unit, UnitCounter] = MappingProxyType({})
     needs = Needs()
-    needs_teacher = False
 
     def bind(self, learners: Mapping[str, nn.Module]) -> None:
         """Do nothing; a group that reads weights finds them in the learners, by role."""
@@ -114,7 +112,6 @@ class LanguageModelTargets(TermGroup):
         super().__init__()
         self.soft, self.hard = soft, hard
         self.source: Source | None = source
-        self.needs_teacher = bool(soft)
         self.hard_name = on_source("hard_cross_entropy", source)
         self.agreement = on_source(AGREEMENT, source)
         self.unit = "targets" if source is None else SOURCE_UNITS[source]

@@ -16,7 +16,7 @@ from megakd.contract.lab import Lab, Model, SortedModel
 from megakd.contract.layer_mapping import layer_pairs
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import Constant, Pass, Stage
-from megakd.contract.tasks import FROM_TEACHER, TEACHER
+from megakd.contract.tasks import TEACHER
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     STATE_TERMS,
@@ -127,25 +127,12 @@ class AssistantOptions(ImportanceOptions):
 
     def problems(self, config: Any) -> Iterator[str]:
         yield from super().problems(config)
-        yield from self._problems_of_student(config.student)
         yield from self._problems_of_objective(config.objective or ())
         if self.target_sparsity not in self.used_sparsities:
             grid = ", ".join(f"{sparsity:g}" for sparsity in self.sparsities)
             yield (
                 f"method.target_sparsity: {self.target_sparsity:g} is not among method.sparsities "
                 f"({grid}); add the value to method.sparsities, or choose one of them"
-            )
-
-    def _problems_of_student(self, student: Any) -> Iterator[str]:
-        if student.layers is not None:
-            yield (
-                f'student.layers: method "{self.name}" removes heads and neurons from all layers; '
-                'remove the key, or set method.name to "single"'
-            )
-        if student.model != FROM_TEACHER:
-            yield (
-                f'student.model: method "{self.name}" cuts the student out of the teacher; '
-                f'set student.model to "{FROM_TEACHER}"'
             )
 
     def _problems_of_objective(self, terms: Sequence[TermConfig]) -> Iterator[str]:

@@ -264,12 +264,11 @@ class TradeoffJudge:
         target is kept as well.
         """
         metrics = {s: self.metric.of(scores[view_name(s)]) for s in self.sparsities}
-        choice = choose(
+        sparsity, highest = choose(
             metrics,
-            tradeoff=self.tradeoff,
-            teacher_sparsity=self.sparsities[0],
+            weight=self.tradeoff,
             target=self.target,
             target_may_win=self.target_may_win,
         )
         of_views = {view_name(self.target): metrics[self.target]} if self.target_may_win else {}
-        return Verdict(choice.highest, view_name(choice.sparsity), of_views)
+        return Verdict(highest, view_name(sparsity), of_views)

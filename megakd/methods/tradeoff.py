@@ -7,27 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from megakd.errors import ConfigError, TrainingError
 
 # Computed correlations may be slightly above 1 because of rounding.
 _ABOVE_ONE = 1e-6
-
-
-class Choice(NamedTuple):
-    """The chosen candidate.
-
-    sparsity: sparsity of the candidate.
-    value: trade-off of the candidate, also if the target was chosen in place of a sparser one.
-    is_target: whether the candidate is the target, which ends the schedule.
-    highest: the highest trade-off of all candidates that could win.
-    """
-
-    sparsity: float
-    value: float
-    is_target: bool
-    highest: float
 
 
 def tradeoff(metric: float, sparsity: float, weight: float) -> float:
@@ -39,14 +23,9 @@ def tradeoff(metric: float, sparsity: float, weight: float) -> float:
 
 
 def choose(
-    scores: Mapping[float, float],
-    *,
-    tradeoff: float,
-    teacher_sparsity: float,
-    target: float,
-    target_may_win: bool = True,
-) -> Choice:
-    """Return the candidate with the highest trade-off, or the target if the candidate is sparser.
+    scores: Mapping[float, float], *, weight: float, target: float, target_may_win: bool = True
+) -> tuple[float, float]:
+    """Return the sparsity with the highest trade-off, at most the target, and that trade-off.
 
     For equal trade-offs, the sparser candidate is chosen: it is smaller and as good, and in the
     limit of a large lambda, the sparsest candidate is chosen.
@@ -56,32 +35,17 @@ def choose(
     evaluation.
 
     Args:
-        scores: metric by sparsity; candidates less sparse than the teacher are ignored.
-        teacher_sparsity: sparsity of the candidates' teacher; 0 for the original teacher.
+        scores: metric by sparsity.
+        weight: the lambda of the trade-off.
         target: the sparsity at which the schedule ends.
         target_may_win: False excludes the target and sparser candidates, so that an assistant is
             chosen.
     """
-    candidates = {s: metric for s, metric in scores.items() if s >= teacher_sparsity}
-    if target not in candidates:
-        known = ", ".join(f"{s:g}" for s in sorted(candidates)) or "none"
-        raise ConfigError(
-            f"method.target_sparsity {target:g} is not among the candidates that are at least as "
-            f"sparse as their teacher ({teacher_sparsity:g}): {known}; add the value to "
-            "method.sparsities"
-        )
-    for sparsity, metric in candidates.items():
+    for sparsity, metric in scores.items():
         check_metric(metric, sparsity)
-    values = _weighed(candidates, tradeoff)
-    if not target_may_win:
-        values = {s: value for s, value in values.items() if s < target}
-    best = max(values, key=lambda s: (values[s], s))
-    chosen = min(best, target)
-    return Choice(chosen, values[chosen], chosen == target, values[best])
-
-
-def _weighed(candidates: Mapping[float, float], weight: float) -> dict[float, float]:
-    return {s: tradeoff(metric, s, weight) for s, metric in candidates.items()}
+    winners = (s for s in scores if target_may_win or s < target)
+    highest, best = max((tradeoff(scores[s], s, weight), s) for s in winners)
+    return min(best, target), highest
 
 
 def check_metric(metric: float, sparsity: float) -> None:

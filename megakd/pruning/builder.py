@@ -17,7 +17,7 @@ from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.contract.lab import TimedWork
 from megakd.contract.results import ParameterCounts
-from megakd.contract.stage import StageResult, untrained
+from megakd.contract.stage import StageResult
 from megakd.contract.tasks import TEACHER, TaskType
 from megakd.contract.views import Allocation, Axes, UnitOrder, View
 from megakd.data.loader import lengths_of_rows
@@ -267,7 +267,7 @@ class ModelPruning(Shapes):
             began = time.perf_counter()
             reset_peak_memory(self.assembly.ranks.device)
             reshaping = prepare()
-            text = self._result_text(untrained(name, folder), fingerprint, began)
+            text = self._result_text(StageResult(name=name, folder=folder), fingerprint, began)
             forget_models()
             prepared = self.assembly.prepared
             on_main(

@@ -17,7 +17,7 @@ from megakd.config.models import StudentConfig
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.plugins import code_of, is_metric, metric_of
-from megakd.contract.stage import Stage, StageResult, untrained
+from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, Dtype
 from megakd.data.collation import Collator
 from megakd.data.encoding import tokens_key
@@ -157,9 +157,9 @@ class Assembly:
 
         def make(folder: Path, fingerprint: Fingerprint) -> None:
             began = time.perf_counter()
-            metrics = measure()
-            result = untrained(name, folder, time.perf_counter() - began)
-            write_result(replace(result, metrics=metrics), fingerprint)
+            result = StageResult(name=name, folder=folder, metrics=measure())
+            seconds = time.perf_counter() - began
+            write_result(replace(result, seconds=seconds), fingerprint)
 
         return self.once(name, facts, make)
 

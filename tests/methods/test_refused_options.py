@@ -78,7 +78,7 @@ REFUSED = [
     ),
     ("direct", ["method.iterations=3"], "method.iterations"),
     ("minidisc", ["student.model=bert-base"], 'method "minidisc" cuts the student out'),
-    ("minidisc", ["student.layers=2"], 'method "minidisc" removes heads and neurons from all'),
+    ("minidisc", ["student.layers=2"], "and remove student.layers"),
     ("minidisc", ["objective=[{loss: attention_mse}]"], "attention_mse compares attention head"),
     *(
         (
@@ -175,9 +175,9 @@ REFUSED = [
     (
         "mixed_vocabulary",
         ["method.version=2", "method.projections=down"],
-        "method.projections: an option of version 1, and method.version is 2",
+        "because it is an option of version 1, and method.version is 2",
     ),
-    ("mixed_vocabulary", ["method.teacher_steps=5"], "method.teacher_steps: an option of version"),
+    ("mixed_vocabulary", ["method.teacher_steps=5"], "method.teacher_steps: 5 has no effect"),
     ("mixed_vocabulary", ["method.student_vocabulary.size=10"], "method.student_vocabulary"),
     (
         "mixed_vocabulary",
@@ -201,7 +201,7 @@ REFUSED = [
     (
         "mixed_vocabulary",
         ["method.projections=dual", "method.epsilon=3.0"],
-        "method.epsilon: has no effect, because method.projections dual compares nothing",
+        "(default null), because method.projections dual compares nothing unless",
     ),
     (
         "mixed_vocabulary",
@@ -211,7 +211,7 @@ REFUSED = [
     (
         "mixed_vocabulary",
         ["method.projections=none", "method.teacher_learning_rate=0.1"],
-        "method.teacher_learning_rate: has no effect",
+        "method.teacher_learning_rate: 0.1 has no effect",
     ),
     (
         "mixed_vocabulary",

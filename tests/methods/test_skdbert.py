@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.contract.stage import Stage, StageResult, untrained
+from megakd.contract.stage import Stage, StageResult
 from megakd.methods.skdbert import Drawn, SkdbertConfig, probabilities_of, ranks, run
 
 NAMES = ("small", "middle", "large")
@@ -108,7 +107,7 @@ class Preparing:
 
     def train(self, stage: Stage) -> StageResult:
         self.trained.append(stage)
-        return replace(untrained(stage.name, Path(stage.name)), steps=10)
+        return StageResult(name=stage.name, folder=Path(stage.name), steps=10)
 
 
 @pytest.mark.parametrize("probabilities", [(0.1, 0.3, 0.6), (0.5, 0.0, 0.5)])

@@ -199,13 +199,6 @@ def test_a_text_with_hardly_a_word_is_an_error(tmp_path, kind, texts):
         _load(tmp_path, kind, 100, texts)
 
 
-def test_a_stream_is_refused(tmp_path):
-    splits: Any = _Splits(Dataset.from_dict({"text": []}), stream=object())
-
-    with pytest.raises(DataError, match=r"cannot be trained on a stream \(task\.streaming is true"):
-        load_student_tokenizer(StudentVocabulary(), splits, cache_dir=tmp_path)
-
-
 @pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
 def test_long_texts_and_reserved_characters_are_not_lost_to_the_vocabulary(tmp_path, kind):
     tokenizer = _load(tmp_path, kind, 100, [*SENTENCES, "zebra ▅ " * 3000])

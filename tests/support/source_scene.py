@@ -19,6 +19,7 @@ from megakd.contract.batch import (
     Targets,
     TopK,
 )
+from megakd.contract.terms import compares
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
 from megakd.losses.objective import Objective, build_objective
@@ -97,7 +98,7 @@ def result(
     counts = count_units([batch], objective.counters) if counts is None else counts
     reading = LossInputs(
         student=student,
-        teacher=(taught or answered) if objective.needs_teacher else None,
+        teacher=(taught or answered) if any(map(compares, terms)) else None,
         batch=batch,
         weights=objective.weights,
         per_unit=unit_scales(counts, 1).weights,

@@ -149,6 +149,14 @@ _STUDENT: tuple[Rule[StudentConfig], ...] = (
         '"{method}"); set student.layers, set student.model to a model, or set method.name to '
         "{methods[cuts_student]}",
     ),
+    Rule(
+        lambda c: (
+            c.method.cuts_student and (c.item.model != FROM_TEACHER or c.item.layers is not None)
+        ),
+        ".model",
+        'method "{method}" cuts the student out of its teacher; set student.model to '
+        f'"{FROM_TEACHER}" and remove student.layers',
+    ),
     *given(
         ".layers",
         lambda c: isinstance(c.item.model, ScratchModel),

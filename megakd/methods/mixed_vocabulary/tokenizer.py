@@ -71,11 +71,6 @@ def load_student_tokenizer(
     * characters that the normalizers of the two libraries treat differently: U+0085, İ, and
       accents on letters in unusual forms, such as two accents on one letter.
     """
-    if splits.stream is not None:
-        raise DataError(
-            "method.student_vocabulary: a vocabulary cannot be trained on a stream (task.streaming "
-            "is true); remove task.streaming"
-        )
     key = key_of(
         {
             "version": (VERSION, TRAINER_VERSION),

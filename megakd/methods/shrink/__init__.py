@@ -27,7 +27,7 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.lab import Lab, Model, TimedWork
 from megakd.contract.results import AskedReport, SizedStudent
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
+from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import (
     ATTENTION_TERMS,
     STATE_TERMS,
@@ -151,11 +151,6 @@ class ShrinkConfig(ImportanceOptions):
             yield (
                 f"method.assistant: {self.assistant} divides one number of weights into hops; set "
                 "one number as method.parameters, or method.assistant to never"
-            )
-        if config.student.model != FROM_TEACHER or config.student.layers is not None:
-            yield (
-                f'student: method "shrink" cuts the student out of its teacher; set student.model '
-                f'to "{FROM_TEACHER}" and remove student.layers'
             )
         if self.trial_steps is not None and not self.has_trial:
             yield (
