@@ -237,8 +237,8 @@ MUTATIONS = (
     ),
     Mutation(
         "megakd/methods/homodistil/sensitivity.py",
-        "average.lerp_(value, 1 - beta)",
-        "average.lerp_(value, beta)",
+        "average.lerp_(value, 1 - scoring.sensitivity_beta)",
+        "average.lerp_(value, scoring.sensitivity_beta)",
         "tests/methods/test_pruning_scores.py",
     ),
     Mutation(

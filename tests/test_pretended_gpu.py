@@ -219,6 +219,7 @@ def test_every_method_stays_on_the_gpu(run_on_gpu, tmp_path, name):
     assert run_on_gpu(tree)
 
 
+@pytest.mark.usefixtures("process_group")
 def test_knowledge_selection_reads_its_action_on_the_host():
     """The intended wait: the host has to know which losses of a step count."""
     shape = SelectorShape(student=2, teacher=3, kinds=("labels", "responses"), hidden=4)

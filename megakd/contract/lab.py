@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic.dataclasses import dataclass
 
@@ -13,9 +13,6 @@ from megakd.contract.results import MethodRecord, ParameterCounts
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import STRICT, Count, TermConfig
 from megakd.contract.views import Allocation, View
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 T = TypeVar("T")
 Model = Any
@@ -126,17 +123,6 @@ class Pruning(Protocol):
 
 class HeldOutProbe(Protocol):
     """Tools for a strategy that measures while a stage runs; every method is a collective."""
-
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks, in place."""
-        ...
-
-    def agree(self, value: T) -> T:
-        """Return the value of the first rank on every rank.
-
-        Processors may round differently, and a decision that differs between ranks stops the run.
-        """
-        ...
 
     def loss(self, student: Any) -> float:
         """Return the loss on held-out rows, the same on every rank."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megakd.engine.collectives import all_reduce_
 from megakd.engine.sharding import full_shape, gathered, is_first_rank, is_zero_param, writes_here
-from megakd.engine.shards import own_part, own_partition
+from megakd.engine.shards import Shard, own_gradient, own_part, own_partition
 from megakd.engine.stored_parts import Parts
 
 WEIGHT = "weight"
@@ -87,6 +87,21 @@ class OptimizerState:
             }
             for kind in self.kinds
         }
+
+    def shards(self, *, loss_scale: float) -> Iterator[Shard]:
+        """Yield this rank's shards of the first learner, between the last backward and the update.
+
+        Weights without a gradient are left out. The engine has multiplied the loss by `loss_scale`
+        under fp16. No collective.
+        """
+        for name, parameter in self._parameters.items():
+            slot = self._slot(parameter)
+            is_ours = name.startswith(LEARNER)
+            gradient = own_gradient(parameter, slot.offset, slot.size) if is_ours else None
+            if gradient is not None:
+                weight = self._part(slot, WEIGHT).to(gradient.device, torch.float32)
+                slope = gradient.flatten().float() / loss_scale
+                yield Shard(name.removeprefix(LEARNER), weight, slope, slot.offset)
 
     @property
     def offsets(self) -> dict[str, int]:

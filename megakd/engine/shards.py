@@ -5,7 +5,6 @@ Also weights that are NaN or infinite, which are found shard by shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,54 +34,21 @@ class Shard(NamedTuple):
     offset: int
 
 
-def local_shards(model: nn.Module, *, loss_scale: float = 1.0) -> Iterator[Shard]:
-    """Yield this rank's shards between the last backward of a step and the update.
-
-    Frozen weights and weights without a gradient are left out. The engine has multiplied the loss
-    by `loss_scale` under fp16.
-    """
-    for name, parameter in model.named_parameters():
-        shard = _shard_of(parameter) if parameter.requires_grad else None
-        if shard is not None:
-            weight, gradient, offset = shard
-            yield Shard(name, weight, gradient.float() / loss_scale, offset)
-
-
-def _shard_of(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
-    if hasattr(parameter, "ds_id"):  # ZeRO 3
-        return _of_partition(parameter)
-    if hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2, and bf16 at ZeRO 0
-        return _of_fragment(parameter)
-    return _of_whole(parameter)
-
-
-def _of_partition(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
-    optimizer = parameter._z3_optimizer  # noqa: SLF001 - as deepspeed.utils does
-    weight = optimizer.get_local_fp32_param(parameter).flatten()
-    gradient = optimizer.get_local_fp32_grad_for_param(parameter).flatten()
-    offset, count = own_partition(parameter, len(weight))
-    return weight[:count], gradient[:count], offset
-
-
-def _of_fragment(parameter: Any) -> tuple[Tensor, Tensor, int] | None:
-    mapping = parameter._hp_mapping  # noqa: SLF001 - as deepspeed.utils does
-    if mapping is None:  # this rank holds no part of the weight
+def own_gradient(parameter: Any, offset: int, size: int) -> Tensor | None:
+    """Return this rank's part [size] of a weight's gradient; None if it has none."""
+    if is_zero_param(parameter):
+        optimizer = parameter._z3_optimizer  # noqa: SLF001 - as deepspeed.utils does
+        return optimizer.get_local_fp32_grad_for_param(parameter).flatten()[:size]
+    if not hasattr(parameter, "_hp_mapping"):  # every rank holds the whole weight
+        gradient = parameter.grad
+    elif parameter._hp_mapping is None:  # noqa: SLF001 - this rank holds no part of the weight
         return None
-    place = mapping.lp_fragment_address
-    number = parameter._index_in_param_group  # noqa: SLF001
-    gradient = mapping.get_lp_grad_fragment(number).flatten()
-    if len(gradient) != place.numel:  # bf16 at ZeRO 0 accumulates whole gradients
-        gradient = gradient[place.start : place.start + place.numel]
-    return mapping.get_hp_fragment().flatten(), gradient, place.start
-
-
-def _of_whole(parameter: Tensor) -> tuple[Tensor, Tensor, int] | None:
-    """Return a part of a weight that every rank holds whole, so that ranks do not overlap."""
-    if parameter.grad is None:
-        return None
-    part = own_part(parameter)
-    weight, gradient = parameter.detach().flatten(), parameter.grad.flatten()
-    return weight[part].float(), gradient[part], part.start
+    else:  # ZeRO 1 and 2, and bf16 at ZeRO 0, which accumulates whole gradients
+        number = parameter._index_in_param_group  # noqa: SLF001
+        gradient = parameter._hp_mapping.get_lp_grad_fragment(number)  # noqa: SLF001
+    if gradient is None or gradient.numel() == size:
+        return gradient
+    return gradient.flatten()[offset : offset + size]
 
 
 def own_part(parameter: Tensor) -> slice:
@@ -97,7 +63,7 @@ def own_partition(parameter: Any, size: int) -> tuple[int, int]:
 
     Every rank holds `size` elements; the last ranks hold padding.
     """
-    offset = dist.get_rank() * size
+    offset = dist.get_rank(parameter.ds_process_group) * size
     return offset, max(0, min(size, parameter.ds_numel - offset))
 
 
@@ -120,6 +86,4 @@ def _own_part(parameter: Tensor) -> Tensor:
     if not is_zero_param(parameter):
         return parameter.detach()
     shard = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
-    rank = torch.distributed.get_rank(parameter.ds_process_group)  # pyright: ignore[reportAttributeAccessIssue]
-    left = parameter.ds_numel - rank * shard.numel()  # pyright: ignore[reportAttributeAccessIssue]
-    return shard.detach()[: max(0, min(left, shard.numel()))]
+    return shard.detach()[: own_partition(parameter, shard.numel())[1]]

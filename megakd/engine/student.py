@@ -32,7 +32,7 @@ from megakd.engine.initialize import RATE, Engine
 from megakd.engine.memory import destroy
 from megakd.engine.optimizer_state import LEARNER, OptimizerState
 from megakd.engine.sharding import memory_efficient_linear
-from megakd.engine.shards import Shard, local_shards
+from megakd.engine.shards import Shard
 from megakd.engine.stored_parts import Parts, StoredParts, file_of
 from megakd.engine.whole_model import evaluating
 from megakd.errors import CheckpointError
@@ -109,7 +109,7 @@ class StudentEngine:
         Call this between the last backward of a step and the update, as in
         `Strategy.before_update`.
         """
-        return local_shards(self.student, loss_scale=self._gradients.scale)
+        return self.optimizer_state.shards(loss_scale=self._gradients.scale)
 
     @property
     def optimizer_state(self) -> OptimizerState:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from megakd.engine.collectives import agree, all_reduce_, on_main
+from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
 from megakd.storage.checksums import Entries, write_files, write_signed
@@ -19,19 +19,17 @@ from megakd.training.stage_extra import StageExtra
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
 
     from megakd.engine.student import StudentEngine
     from megakd.scoring.scorer import Scorer
 
-T = TypeVar("T")
 BEGINNING = "beginning"
 """Folder of the initial state of a student, in the folder of a stage's checkpoints."""
 
 
 @dataclass(frozen=True)
 class StageProbe:
-    """A `HeldOutProbe`: sums over ranks, the loss on held-out rows, and the initial student.
+    """A `HeldOutProbe`: the loss on held-out rows, and the initial student.
 
     folder: stores the initial state of the student.
     """
@@ -39,12 +37,6 @@ class StageProbe:
     scorer: Scorer
     rows: Dataset
     folder: Path
-
-    def add_up(self, tensor: Tensor) -> Tensor:
-        return all_reduce_(tensor)
-
-    def agree(self, value: T) -> T:
-        return agree(value)
 
     def loss(self, student: StudentEngine) -> float:
         return self.scorer.loss(student.predict, self.rows)

@@ -13,6 +13,8 @@ from torch import nn
 from megakd.methods.mixed_vocabulary.balance import CROSS_ENTROPY, FAINT, Balanced
 from megakd.methods.mixed_vocabulary.parameter_projections import NAME
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 
 def engine(*gradients: Iterable[float]) -> Any:
     """A student whose matrix `wide` is compared and whose other weight is not."""
@@ -34,7 +36,7 @@ class Group:
 @pytest.fixture
 def balanced(monkeypatch) -> Balanced:
     monkeypatch.setattr("megakd.methods.mixed_vocabulary.balance.ParameterProjections", Group)
-    strategy = Balanced(0.3, "teacher", None)
+    strategy = Balanced(0.3, "teacher")
     strategy.begin(engine([0.0], [0.0]), 0)
     return strategy
 
@@ -63,7 +65,7 @@ def test_a_gradient_that_overflows_is_measured_again(balanced):
 def test_the_weight_is_kept_when_a_run_goes_on(balanced):
     for step in (0, 1):
         balanced.before_update(step, engine([2.0 + step], [1.0]))
-    other = Balanced(0.3, "teacher", None)
+    other = Balanced(0.3, "teacher")
 
     other.load_state_dict(balanced.state_dict())
 

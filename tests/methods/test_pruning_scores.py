@@ -13,6 +13,7 @@ from tiny_cuts import build, full_view
 
 from megakd.contract.views import Axis, Cut, Maker, UnitOrder, View
 from megakd.engine.shards import Shard
+from megakd.methods.homodistil.schedule import Scoring
 from megakd.methods.homodistil.sensitivity import (
     SENSITIVITY,
     UNCERTAINTY,
@@ -53,11 +54,12 @@ def test_averages_are_exponential_means_of_sensitivities_and_their_distances(
     steps, beta, sensitivity, uncertainty
 ):
     averages: dict = {}
-    uncertainty_beta = None if uncertainty is None else 0.75
+    score = "sensitivity" if uncertainty is None else "platon"
+    scoring = Scoring(score, beta, uncertainty_beta=0.75, monotone=True, seed=0)
 
     for weight, gradient in steps:
         (shard,) = shards(weight, gradient)
-        update_averages(averages, [shard], beta=beta, uncertainty_beta=uncertainty_beta)
+        update_averages(averages, shard, scoring)
         assert shard.weight.tolist() == weight
 
     assert averages[SENSITIVITY]["w"].tolist() == sensitivity

@@ -27,7 +27,7 @@ from megakd.contract.lab import Lab, Model
 from megakd.contract.options import OneTeacherOptions
 from megakd.contract.results import PruningReport
 from megakd.contract.stage import Constant, Pass, Stage, StageResult, Window
-from megakd.contract.tasks import FROM_TEACHER, LANGUAGE_TASKS, STUDENT
+from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
     STRICT,
     AttentionMse,
@@ -112,11 +112,6 @@ class HomoDistilConfig(OneTeacherOptions):
                 f"task.type: homodistil prunes on text and needs {' or '.join(LANGUAGE_TASKS)} "
                 f"(got {config.task.type}); fine-tune the pruned model on the task afterwards"
             )
-        if config.student.model != FROM_TEACHER or config.student.layers is not None:
-            yield (
-                f'student: method "homodistil" prunes the student out of its teacher; set '
-                f'student.model to "{FROM_TEACHER}" and remove student.layers'
-            )
         yield from self._problems_of_schedule(config.train.max_steps)
         yield from _problems_of_objective(config.objective or ())
 
@@ -187,10 +182,7 @@ def _stage(course: Course, lab: Lab, start: Model, window: Window, number: int) 
 
     name = STUDENT if window.last == window.total else f"pruning-{number}"
     pruning = PruningStrategy(
-        course,
-        window,
-        lab.probe(name),
-        size=lambda view: lab.pruning.parameters(start, view).parameters,
+        course, window, size=lambda view: lab.pruning.parameters(start, view).parameters
     )
     return Stage(
         name=name,

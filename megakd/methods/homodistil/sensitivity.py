@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megakd.contract.views import Columns, Cut, Kind, Maker, View
+from megakd.methods.homodistil.schedule import Scoring
 
 SENSITIVITY, UNCERTAINTY = "sensitivity", "uncertainty"
 Averages = dict[str, dict[str, Tensor]]
@@ -26,27 +27,21 @@ class Group(NamedTuple):
     columns: Columns | None
 
 
-def update_averages(
-    averages: Averages, shards: Iterable[Any], *, beta: float, uncertainty_beta: float | None
-) -> None:
+def update_averages(averages: Averages, shard: Any, scoring: Scoring) -> None:
     """Add the sensitivities of a step to exponential averages, in place.
 
     The sensitivity of a weight is |weight * gradient|, the first-order estimate of the change of
     the loss without the weight. Its average is beta * average + (1 - beta) * sensitivity. The
     uncertainty is the average of |sensitivity - average| (PLATON, Zhang et al. 2022, equation 7).
-
-    Args:
-        uncertainty_beta: decay of the uncertainty; None keeps no uncertainty.
     """
-    for shard in shards:
-        value = (shard.weight.detach() * shard.gradient).abs_()
-        average = _like(value, averages.setdefault(SENSITIVITY, {}), shard.name)
-        # Under fp16 a step may overflow; its update is skipped, and an infinite value would stay.
-        value.nan_to_num_(nan=0.0, posinf=0.0)
-        average.lerp_(value, 1 - beta)
-        if uncertainty_beta is not None:
-            spread = _like(value, averages.setdefault(UNCERTAINTY, {}), shard.name)
-            spread.lerp_(value.sub_(average).abs_(), 1 - uncertainty_beta)
+    value = (shard.weight.detach() * shard.gradient).abs_()
+    average = _like(value, averages.setdefault(SENSITIVITY, {}), shard.name)
+    # Under fp16 a step may overflow; its update is skipped, and an infinite value would stay.
+    value.nan_to_num_(nan=0.0, posinf=0.0)
+    average.lerp_(value, 1 - scoring.sensitivity_beta)
+    if scoring.score == "platon":
+        spread = _like(value, averages.setdefault(UNCERTAINTY, {}), shard.name)
+        spread.lerp_(value.sub_(average).abs_(), 1 - scoring.uncertainty_beta)
 
 
 def _like(value: Tensor, averages: dict[str, Tensor], name: str) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd.contract.lab import HeldOutProbe
 from megakd.contract.metric import WHOLE, Metric
 from megakd.contract.results import PruningReport
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
 from megakd.contract.views import Axis, Cut, UnitOrder, View
+from megakd.engine.collectives import agree, all_reduce_
 from megakd.methods.homodistil.schedule import AVERAGES, ROWS, Course
 from megakd.methods.homodistil.sensitivity import (
     Averages,
@@ -37,20 +37,12 @@ class PruningStrategy(Strategy):
 
     course: the run from the teacher to the student.
     window: the part of the run that the stage covers.
-    probe: None if nothing is trained.
     size: function from units to the number of weights of a model with these units.
     cut: how the student is cut to the units that it keeps.
     """
 
-    def __init__(
-        self,
-        course: Course,
-        window: Window,
-        probe: HeldOutProbe | None,
-        *,
-        size: Callable[[View], int],
-    ) -> None:
-        self.course, self.window, self.probe, self.size = course, window, probe, size
+    def __init__(self, course: Course, window: Window, *, size: Callable[[View], int]) -> None:
+        self.course, self.window, self.size = course, window, size
         self.cut = Cut(None, None)
         self._averages: Averages = {}
         self._rows: list[PruningReport] = []
@@ -109,20 +101,13 @@ class PruningStrategy(Strategy):
             if shard.name not in student.makers:
                 continue
             if is_averaged:
-                self._observe(shard)
+                update_averages(self._averages, shard, self.course.scoring)
             if due:
                 values[shard.name] = (self._weight_scores(shard), shard.offset)
         if due:
             here = unit_sums(values, student.makers, student.units, self.cut)
-            probe = self.probe
-            # The same on every rank.
-            self._scores = here if probe is None else probe.agree(probe.add_up(here))
-
-    def _observe(self, shard: Any) -> None:
-        scoring = self.course.scoring
-        uncertainty = scoring.uncertainty_beta if scoring.score == "platon" else None
-        beta = scoring.sensitivity_beta
-        update_averages(self._averages, [shard], beta=beta, uncertainty_beta=uncertainty)
+            # Ranks may round differently, and would then remove different units.
+            self._scores = agree(all_reduce_(here))
 
     def _random_scores(self, step: int, student: Any) -> Tensor:
         count = sum(group_sizes(student.makers, student.units).values())

@@ -16,6 +16,7 @@ from torch import Tensor
 from megakd.contract.batch import LossInputs, first_positions
 from megakd.contract.lab import HeldOutProbe
 from megakd.contract.stage import Pass, Strategy
+from megakd.engine.collectives import agree, all_reduce_
 from megakd.methods.knowledge_selection.selector import (
     ActorCritic,
     Learning,
@@ -93,8 +94,7 @@ class Selecting(Strategy):
             rows = valid.any(dim=1)
             sums = [_sum_of(first_positions(states, valid), rows) for states in both]
         total = torch.cat([*sums, rows.sum()[None]])
-        if self.probe is not None:
-            self.probe.add_up(total)
+        all_reduce_(total)
         return (total[:-1] / total[-1].clamp(min=1)).cpu()
 
     @torch.no_grad()
@@ -110,7 +110,8 @@ class Selecting(Strategy):
             chosen = hardened(values, self.choosing.threshold)
         else:
             chosen = tuple(min(max(value, 0.0), 1.0) for value in values)
-        return chosen if self.probe is None else self.probe.agree(chosen)
+        # Ranks may round differently, and a decision that differs would stop the run.
+        return agree(chosen)
 
     def _noise(self, step: int, kinds: int) -> Tensor:
         del step, kinds

@@ -54,9 +54,9 @@ from megakd.errors import TeacherError
 Projections = Literal["none", "dual", "down", "up"]
 Table = Literal["random", "pieces"]
 PATIENT_KD = "patient_kd"
-OF_PROJECTIONS = ("vectors", "embeddings", "epsilon", "projection_ratio")
+OF_PROJECTIONS = {"vectors", "embeddings", "epsilon", "projection_ratio"}
 """Options of the comparison of weights."""
-OF_VERSION = {**dict.fromkeys(("projections", *OF_PROJECTIONS), 1), "teacher_steps": 2, "table": 2}
+OF_VERSION = {1: {"projections"} | OF_PROJECTIONS, 2: {"teacher_steps", "table"}}
 """Options that only one version has."""
 
 
@@ -224,12 +224,9 @@ class MixedVocabularyConfig(OneTeacherOptions):
         yield from self._of_student(config.student.model)
 
     def _of_another_version(self) -> Iterator[str]:
-        for key, version in OF_VERSION.items():
-            if version != self.version and getattr(self, key) is not None:
-                yield (
-                    f"method.{key}: an option of version {version}, and method.version is "
-                    f"{self.version}; remove the key, or set method.version to {version}"
-                )
+        other = 3 - self.version
+        why = f"it is an option of version {other}, and method.version is {self.version}"
+        yield from self.unused(OF_VERSION[other], why)
         if self.version == 2 and self.p == 0:
             yield (
                 "method.p: 0, and in version 2 the student starts from the pieces that its teacher "
@@ -237,22 +234,12 @@ class MixedVocabularyConfig(OneTeacherOptions):
             )
 
     def _without_effect(self, config: Any) -> Iterator[str]:
-        given = {
-            key: getattr(self, key) is not None
-            for key in (*OF_PROJECTIONS, "teacher_learning_rate")
-        }
         if self.version == 1 and self.direction == "none":
-            for key in (key for key, is_set in given.items() if is_set):
-                yield (
-                    f"method.{key}: has no effect, because method.projections none trains the "
-                    "student alone; remove the key"
-                )
+            why = "method.projections none trains the student alone"
+            yield from self.unused(OF_PROJECTIONS | {"teacher_learning_rate"}, why)
         elif self.direction == "dual" and not self.embeddings:
-            for key in (key for key in OF_PROJECTIONS if key != "embeddings" and given[key]):
-                yield (
-                    f"method.{key}: has no effect, because method.projections dual compares "
-                    "nothing; remove the key, or set method.embeddings to true"
-                )
+            why = "method.projections dual compares nothing unless method.embeddings is true"
+            yield from self.unused(OF_PROJECTIONS - {"embeddings"}, why)
         if self.epsilon is not None and self.projection_ratio is not None:
             yield (
                 "method.projection_ratio: measures the weight that method.epsilon gives; remove "
@@ -311,18 +298,16 @@ def _together(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Stage:
         name=STUDENT,
         learners={STUDENT: 1.0, teacher: _rate(config, lab)},
         objective=(*lab.hard_terms(), *projections),
-        strategy=_strategy(config, lab, teacher, projections),
+        strategy=_strategy(config, teacher, projections),
         mixed={teacher: MixedReading(config.p)},
     )
 
 
-def _strategy(
-    config: MixedVocabularyConfig, lab: Lab, teacher: str, projections: Sequence[Any]
-) -> Strategy:
+def _strategy(config: MixedVocabularyConfig, teacher: str, projections: Sequence[Any]) -> Strategy:
     if projections and config.projection_ratio is not None:
         from megakd.methods.mixed_vocabulary.balance import Balanced
 
-        return Balanced(config.projection_ratio, teacher, lab.probe(STUDENT))
+        return Balanced(config.projection_ratio, teacher)
     # The projections are computed once, in the student's pass.
     without = {term.loss: 0.0 for term in projections} or None
     return Constant((Pass(), Pass(learner=teacher, weights=without)))

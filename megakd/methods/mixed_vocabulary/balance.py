@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from megakd.contract.lab import HeldOutProbe
 from megakd.contract.stage import Pass, Strategy
+from megakd.engine.collectives import agree, all_reduce_
 from megakd.methods.mixed_vocabulary.parameter_projections import NAME, ParameterProjections
 
 CROSS_ENTROPY = "hard_cross_entropy"
@@ -35,11 +35,10 @@ class Balanced(Strategy):
     ratio: the norm of the projections' gradient on the compared matrices of the student, divided
         by that of the student's cross-entropy.
     teacher: role of the teacher that learns beside the student.
-    probe: None if nothing is trained.
     """
 
-    def __init__(self, ratio: float, teacher: str, probe: HeldOutProbe | None) -> None:
-        self.ratio, self.teacher, self.probe = ratio, teacher, probe
+    def __init__(self, ratio: float, teacher: str) -> None:
+        self.ratio, self.teacher = ratio, teacher
         self._norms: list[float] = []
         self._names: frozenset[str] = frozenset()
 
@@ -84,10 +83,10 @@ class Balanced(Strategy):
         for shard in student.local_shards():
             if shard.name in self._names:
                 squares += shard.gradient.double().square().sum().cpu()
-        total = squares if self.probe is None else self.probe.add_up(squares)
+        total = all_reduce_(squares)
         norm = math.sqrt(float(total)) if torch.isfinite(total) else 0.0
         if norm > 0:
-            self._norms.append(norm if self.probe is None else self.probe.agree(norm))
+            self._norms.append(agree(norm))
 
     @override
     def state_dict(self) -> dict[str, Any]:
