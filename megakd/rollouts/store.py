@@ -64,7 +64,8 @@ class RolloutStore:
         if step not in self._offsets:
             self._offsets[step] = text_offsets(path)
         offsets = self._offsets[step]
-        return read_text(path, offsets[int(part * len(offsets))])
+        with _damage_named(path):
+            return read_text(path, offsets[int(part * len(offsets))])
 
     def remove_before(self, first: int, *, kept: Container[int]) -> None:
         for path in rollout_files(self.folder):

@@ -33,9 +33,9 @@ from megakd.storage.atomic import json_text, write_text
 Match = Callable[[str, str], bool]
 """Function from a generated text and the text of the data to whether their answers are equal."""
 BUCKETS = 8
+"""Most buckets of positions."""
 LIMIT_S = 5
 """Seconds after which an expression is not the answer."""
-"""Most buckets of positions."""
 NAMES = {"kl": KL, "entropy": ENTROPY, "teacher_entropy": TEACHER_ENTROPY}
 """Logged statistics, means in nats per token, and their columns in the sums."""
 
