@@ -227,8 +227,10 @@ def _undone() -> Iterator[None]:
     distributed.keep_group()
     environment = dict(os.environ)
     states = random.getstate(), np.random.get_state(), torch.get_num_threads()  # noqa: NPY002
+    # By default `fork_rng` starts every GPU of the machine.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with _logging_restored(), warnings.catch_warnings(), torch.random.fork_rng():
+        with _logging_restored(), warnings.catch_warnings(), torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(states[0])

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Literal
 
@@ -42,17 +43,6 @@ class Finding:
     text: str
 
 
-class _Heard(logging.Handler):
-    """Keeps the warnings of megakd's log."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 class Findings(list[Finding]):
     """Findings by parts; a part that fails ends the examination of what follows from it.
 
@@ -64,7 +54,8 @@ class Findings(list[Finding]):
     @contextmanager
     def of(self, part: str) -> Iterator[list[str]]:
         """Collect the warnings and the error of the body; it adds what is fine to a list."""
-        heard, fine, log = _Heard(), list[str](), logging.getLogger("megakd")
+        heard, fine, log = BufferingHandler(10**9), list[str](), logging.getLogger("megakd")
+        heard.setLevel(logging.WARNING)
         log.addHandler(heard)
         try:
             yield fine
@@ -74,7 +65,8 @@ class Findings(list[Finding]):
             raise
         finally:
             log.removeHandler(heard)
-            self += [Finding(part, "warning", text) for text in dict.fromkeys(heard.texts)]
+            texts = dict.fromkeys(record.getMessage() for record in heard.buffer)
+            self += [Finding(part, "warning", text) for text in texts]
             self += [Finding(part, "ok", text) for text in fine]
 
 

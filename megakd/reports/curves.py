@@ -100,6 +100,8 @@ def training(
     }
     for stage, groups in stages.items():
         # A stage with a single evaluation has these charts alone.
+        if stage in drawable and stage not in shown:
+            continue
         if by_position := _by_position(groups.get(BY_POSITION, {}), stage):
             figures[stage] = [*figures.get(stage, ()), by_position]
     return figures, len(drawable) - len(shown)

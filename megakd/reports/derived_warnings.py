@@ -90,13 +90,16 @@ def _noise(student: ModelReport) -> float:
 
 def _rising_teachers(report: Report, curves: Mapping[str, Mapping[str, Panels]]) -> Iterator[str]:
     metric = report["metric_name"]
+    is_low = lower_is_better(metric)
     for name in teachers_of(report):
         stage = f"{name}-finetune"
         curve = curves.get(stage, {}).get("eval", {}).get(metric, {}).get("")
-        points = () if curve is None else curve.points
-        if len(points) > 1 and _rises(metric, [value for _, value in points]):
-            *earlier, (step, high) = points
-            before, low = earlier[_place_of_best(metric, [value for _, value in earlier])]
+        if curve is None or len(curve.points) < 2:
+            continue
+        *earlier, (step, high) = curve.points
+        before, low = (min if is_low else max)(earlier, key=lambda point: point[1])
+        noise = NOISE * abs(low) if is_low else NOISE
+        if _is_better(metric, high, low) and abs(high - low) > noise:
             yield (
                 f"{stage} still rises: {score(metric, low)} {metric} at step {before:,}, "
                 f"{score(metric, high)} at step {step:,}, its last evaluation; train the teacher "
@@ -114,17 +117,6 @@ def _slow_ranks(curves: Mapping[str, Mapping[str, Panels]]) -> Iterator[str]:
                 f"{stage}: rank {[*by_rank][place]} was slow, and the others waited for it; look "
                 "at the machine that the log names"
             )
-
-
-def _rises(metric: str, values: Sequence[float]) -> bool:
-    *before, last = values
-    best = before[_place_of_best(metric, before)]
-    noise = NOISE * abs(best) if lower_is_better(metric) else NOISE
-    return _is_better(metric, last, best) and abs(last - best) > noise
-
-
-def _place_of_best(metric: str, values: Sequence[float]) -> int:
-    return values.index((min if lower_is_better(metric) else max)(values))
 
 
 def _chance(report: Report) -> Iterator[str]:
