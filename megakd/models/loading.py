@@ -47,7 +47,10 @@ HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.m
 NOT_FROM_HUB = ("*/*", "*.msgpack", "consolidated*.safetensors")
 # Keys of older config files that transformers still reads although its classes do not list them.
 LEGACY_KEYS = frozenset(
-    {"num_labels", "torch_dtype", "rope_theta", "rope_scaling", "pretraining_tp"}
+    {
+        *("num_labels", "torch_dtype", "rope_theta", "rope_scaling", "pretraining_tp"),
+        *("cls_token_id", "sep_token_id", "mask_token_id", "unk_token_id"),
+    }
 )
 
 # What transformers raises for a config with a wrong value.

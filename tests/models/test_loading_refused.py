@@ -99,6 +99,14 @@ def test_a_scratch_config_that_cannot_be_used_is_refused(tiny, keys, expected):
     assert expected in str(caught.value)
 
 
+def test_what_transformers_writes_into_a_config_is_no_misspelled_key(tiny):
+    keys = {"model_type": "bert", "_attn_implementation_autoset": True, "unk_token_id": 1}
+
+    source = tiny.resolve(ScratchModel(config=keys), tiny.task(), "student.model")
+
+    assert source.config.model_type == "bert"
+
+
 def test_a_head_width_is_known_to_decoders_whose_config_has_none(tiny):
     keys = {"model_type": "qwen3_moe", "hidden_size": 16, "num_attention_heads": 4, "head_dim": 8}
     where = ("causal_lm", "student.model")

@@ -10,6 +10,7 @@ import pytest
 from html_page import Page
 from reports import language_report
 
+from megakd.reports.curves import STAGES_SHOWN
 from megakd.reports.html import html_report
 from megakd.reports.table import TEXTS_SHOWN, generation_reports, result_table
 from megakd.storage.atomic import json_text
@@ -157,3 +158,14 @@ def test_the_first_and_the_last_evaluation_are_drawn_by_position() -> None:
     assert rows[first + 1 : first + 4] == [
         ["0-3", "0.5", "0.25"], ["4-7", "0.6", "0.3"], ["8-15", "-", "0.4"],
     ]  # fmt: skip
+
+
+def test_a_stage_that_is_left_out_has_no_chart_by_position_either() -> None:
+    names = [f"stage-{number}" for number in range(STAGES_SHOWN + 1)]
+    losses = [line(step, n, **{"train/loss": 1.0 / step}) for n in names for step in (5, 10)]
+    texts = [{**positions(step, 0.5, 0.6), "stage": names[-1]} for step in (5, 10)]
+
+    text = html_report(language_report(), [*losses, *texts])
+
+    assert f"stage {names[0]}" in text
+    assert names[-1] not in text
