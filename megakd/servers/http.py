@@ -5,6 +5,7 @@ Proxies of the environment are not used: inference servers are inside the cluste
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import socket
@@ -179,10 +180,35 @@ def field_of(tree: Any, key: str, kind: type[T], where: str) -> T:
 def numbers_of(tree: Any, key: str, where: str) -> tuple[int, ...]:
     """Return a field that holds token numbers."""
     values = field_of(tree, key, list, where)
-    wrong = next((value for value in values if type(value) is not int), None)
-    if wrong is not None:
-        raise ServerError(f"{where}: {key} holds {wrong!r}, which is no token number")
+    wrong = [value for value in values if type(value) is not int or value < 0]
+    if wrong:
+        raise ServerError(f"{where}: {key} holds {wrong[0]!r}, which is no token number")
     return tuple(values)
+
+
+def context_of(card: dict[str, Any]) -> int | None:
+    """Return the context of a model of `/v1/models`; None if it is not stated."""
+    stated = card.get("max_model_len")
+    return None if stated is None else int(stated)
+
+
+def reads_answers(method: Callable[..., T]) -> Callable[..., T]:
+    """Let a method of a `Replica` raise ServerError for JSON values of another form than it reads.
+
+    A broken server would otherwise end the run in a traceback.
+    """
+
+    @functools.wraps(method)
+    def reading(replica: Replica, *arguments: Any) -> T:
+        try:
+            return method(replica, *arguments)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ServerError(
+                f"{replica.url}: the answer cannot be read ({type(error).__name__}: {error}); "
+                "check server.kind and the version of the server"
+            ) from error
+
+    return reading
 
 
 class RunningCalls(Generic[T]):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.errors import ServerError
-from megakd.servers.http import Replica, field_of, numbers_of
+from megakd.servers.http import Replica, context_of, field_of, numbers_of, reads_answers
 from megakd.servers.protocol import ServedModel, ServedText, TextRequest
 
 _SEED_BITS = 31
@@ -20,12 +20,13 @@ _SEED_BITS = 31
 class SglangServer(Replica):
     """One replica of an SGLang server."""
 
+    @reads_answers
     def describe(self) -> list[ServedModel]:
         path = field_of(self._http.get("/get_model_info").tree(), "model_path", str, self.url)
         cards = field_of(self._http.get("/v1/models").tree(), "data", list, self.url)
         base = [card for card in cards if card.get("parent") is None]
         name = field_of(base[0], "id", str, self.url) if base else path
-        context = base[0].get("max_model_len") if base else None
+        context = context_of(base[0]) if base else None
         return [ServedModel(name, (name, path), self._version(), context)]
 
     def _version(self) -> str:
@@ -34,6 +35,7 @@ class SglangServer(Replica):
             reply = self._http.get("/get_server_info")
         return field_of(reply.tree(), "version", str, self.url)
 
+    @reads_answers
     def complete(self, request: TextRequest) -> ServedText:
         reply = self._http.post("/generate", _generate_request(request)).tree()
         if isinstance(reply, list):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megakd.errors import ServerError
-from megakd.servers.http import Replica, Reply, field_of, numbers_of
+from megakd.servers.http import Replica, Reply, context_of, field_of, numbers_of, reads_answers
 from megakd.servers.protocol import BestTokens, ServedModel, ServedText, TextRequest
 
 MOST_PROBABILITY = 1.01
@@ -23,6 +23,7 @@ MOST_PROBABILITY = 1.01
 class VllmServer(Replica):
     """One replica of a vLLM server."""
 
+    @reads_answers
     def describe(self) -> list[ServedModel]:
         version = field_of(self._http.get("/version").tree(), "version", str, self.url)
         return [
@@ -30,12 +31,13 @@ class VllmServer(Replica):
                 name=card["id"],
                 names=(card["id"], card.get("root") or card["id"]),
                 version=version,
-                context=card.get("max_model_len"),
+                context=context_of(card),
             )
             for card in self._cards()
             if card.get("parent") is None
         ]
 
+    @reads_answers
     def complete(self, request: TextRequest) -> ServedText:
         reply = self._http.post("/v1/completions", completion_request(request)).tree()
         choices = field_of(reply, "choices", list, self.url)
@@ -56,6 +58,7 @@ class VllmServer(Replica):
             weights=_weights(choice, self.url),
         )
 
+    @reads_answers
     def top_k(self, ids: tuple[int, ...], count: int, model: str) -> BestTokens:
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "n": 1}
         reply = self._http.post(
@@ -138,7 +141,7 @@ def _best(entries: Sequence[dict[str, Any]], count: int, url: str) -> BestTokens
     ids = np.zeros((len(entries), max(sizes, default=count)), dtype=np.int32)
     logprobs = np.full(ids.shape, -np.inf, dtype=np.float32)
     for place, entry in enumerate(entries):
-        ids[place, : len(entry)] = [int(token) for token in entry]
+        ids[place, : len(entry)] = numbers_of({"tokens": [*map(int, entry)]}, "tokens", url)
         logprobs[place, : len(entry)] = [about["logprob"] for about in entry.values()]
     order = np.lexsort((ids, -logprobs))[:, :count]
     best = BestTokens(np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1))
@@ -153,6 +156,7 @@ def _best(entries: Sequence[dict[str, Any]], count: int, url: str) -> BestTokens
 class VllmWeightServer(VllmServer):
     """A vLLM server whose weights a run replaces."""
 
+    @reads_answers
     def describe(self) -> list[ServedModel]:
         models = super().describe()
         info = _in_development(self._http.get("/weight_info")).tree()
@@ -160,6 +164,7 @@ class VllmWeightServer(VllmServer):
         paused = field_of(self._http.get("/is_paused").tree(), "is_paused", bool, self.url)
         return [model._replace(weights=weights, paused=paused) for model in models]
 
+    @reads_answers
     def complete(self, request: TextRequest) -> ServedText:
         """Continue one prompt, and require the version of the weights; see `TextServer`."""
         text = super().complete(request)

@@ -101,6 +101,8 @@ def test_all_sampling_rules_are_stated(stub: Stub):
     ("ids", "reason", "message"),
     [
         ([33] * 8 + [END] * 2, None, "a text of 10 tokens came back, and 1 to 8 were asked for"),
+        ([33, None, END], None, "holds None, which is no token number"),
+        ([33, -5, END], None, "holds -5, which is no token number"),
         ([33, VOCABULARY, END], None, "token 40, and the student and its tokenizer have 40 tokens"),
         ([33, END, 36, 39], None, "goes on after the end token 1 at position 1"),
         ([33], "abort", r"broken off \(finish_reason abort\)"),
@@ -122,6 +124,10 @@ def longer_prompt(stub: Stub, tree: Any) -> None:
     tree.get("usage", tree.get("meta_info"))["prompt_tokens"] = 3
 
 
+def no_object(stub: Stub, tree: Any) -> Any:
+    return tree | ({"meta_info": None} if stub.kind == "sglang" else {"choices": [None]})
+
+
 def two_texts(stub: Stub, tree: Any) -> Any:
     return [tree, tree] if stub.kind == "sglang" else tree | {"choices": tree["choices"] * 2}
 
@@ -132,6 +138,7 @@ def two_texts(stub: Stub, tree: Any) -> Any:
         (other_prompt, "prompt of 2 tokens that differs at position 1"),
         (longer_prompt, "counts 3 tokens in a prompt of 2"),
         (two_texts, "2 texts came back for one prompt"),
+        (no_object, "answer (cannot be read|has no dict named meta_info)"),
     ],
 )
 def test_an_answer_to_another_request_is_refused(stub, change, message):

@@ -70,6 +70,14 @@ def spoiled(stub: Stub, change: Any) -> None:
         (lambda choice: choice["prompt_logprobs"][2].popitem(), "1 tokens came back .* of 2"),
         (lambda choice: choice.update(prompt_token_ids=[1]), "not about the text that was sent"),
         (
+            lambda choice: choice["prompt_logprobs"].__setitem__(2, None),
+            "the answer cannot be read",
+        ),
+        (
+            lambda choice: choice["prompt_logprobs"][2].update({"-5": {"logprob": -1.0}}),
+            "holds -5, which is no token number",
+        ),
+        (
             lambda choice: choice["prompt_logprobs"][1]["8"].update(logprob=0.5),
             "no log-probabilities of one softmax",
         ),
