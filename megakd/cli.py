@@ -29,7 +29,7 @@ from megakd.commands import (
     shrink,
     train,
 )
-from megakd.commands.arguments import Parser, is_rank_0, prefer_large_pages, say
+from megakd.commands.arguments import Parser, is_first_of_node, is_rank_0, prefer_large_pages, say
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.process.signals import Stopped, watched
 
@@ -135,7 +135,7 @@ def _guarded(command: Callable[[], int]) -> int:
         sys.stderr.write(f"megakd: {error}\n")  # by every rank: rank 0 may be the lost one
         return error.exit_code
     except MegakdError as error:
-        if is_rank_0() or error.of_one_rank:
+        if is_first_of_node() or error.of_one_rank:
             sys.stderr.write(f"megakd: error: {error}\n")
         return error.exit_code
     except OSError as error:  # of any file or folder, on any rank

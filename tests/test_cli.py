@@ -104,19 +104,28 @@ def test_overrides_may_stand_on_both_sides_of_an_option(run_file, runs, capsys, 
     assert load_config(printed) == load_config(Path(run_file), ["train.max_steps=3", "seed=7"])
 
 
-@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
 @pytest.mark.parametrize(
-    "words", [["--print-config"], ["train.lr=1"]], ids=["print-config", "error"]
+    ("words", "variables"),
+    [
+        (["--print-config"], ("RANK", "SLURM_PROCID")),
+        # On every node, because another node may lack a file.
+        (["train.lr=1"], ("LOCAL_RANK", "SLURM_LOCALID")),
+    ],
+    ids=["print-config", "error"],
 )
-def test_only_rank_0_writes(words, variable, run_file, monkeypatch, capfd):
-    written = {}
-    for rank in ("0", "1"):
-        monkeypatch.setenv(variable, rank)
-        cli.train_main(["--config", run_file, *words])
-        written[rank] = "".join(capfd.readouterr())
+def test_only_rank_0_writes_and_the_first_rank_of_a_node_its_errors(
+    words, variables, run_file, monkeypatch, capfd
+):
+    for variable in variables:
+        written = {}
+        for rank in ("0", "1"):
+            with monkeypatch.context() as patch:
+                patch.setenv(variable, rank)
+                cli.train_main(["--config", run_file, *words])
+            written[rank] = "".join(capfd.readouterr())
 
-    assert written["0"]
-    assert not written["1"]
+        assert written["0"]
+        assert not written["1"]
 
 
 def test_all_missing_paths_are_named_before_torch_is_loaded(tmp_path: Path) -> None:

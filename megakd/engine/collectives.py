@@ -128,10 +128,12 @@ def _can_open(made: bytes) -> bool:
 def together(action: Callable[[], T]) -> T:
     """Run `action`, which has no collectives, on every rank; raise on all ranks if one fails."""
     result, error = _outcome(action)
-    first = next((e for e in gather(error) if e is not None), None)
-    if first is not None:
-        raise first
-    return result  # type: ignore[return-value]
+    rank, first = next(((r, e) for r, e in enumerate(gather(error)) if e is not None), (0, None))
+    if first is None:
+        return result  # type: ignore[return-value]
+    if rank > 0 and isinstance(first, MegakdError):  # the others have no such error
+        first.args = (f"rank {rank} on {gather(node_name())[rank]}: {first}",)
+    raise first
 
 
 def _outcome(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -28,7 +28,7 @@ from megakd.engine import activity, stale_locks
 from megakd.engine.collectives import backend_for, gather
 from megakd.engine.peers import meeting, reports_lost_peer
 from megakd.engine.waiting import clock_collectives
-from megakd.errors import MegakdError
+from megakd.errors import MegakdError, PeerLostError
 
 logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -147,7 +147,7 @@ def _told_who_is_missing(timeout: timedelta) -> Iterator[None]:
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise MegakdError(
+        raise PeerLostError(
             f"not all of {os.environ['WORLD_SIZE']} ranks have met at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
             f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); see the output of the "

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megakd.engine import activity
 from megakd.engine.collectives import agree, gather, node_name
-from megakd.errors import CollectiveTimeoutError, PeerLostError
+from megakd.errors import CollectiveTimeoutError, MegakdError, PeerLostError
 from megakd.process.signals import Stopped
 
 logger = logging.getLogger(__name__)
@@ -152,12 +152,19 @@ def watched(limit_s: float) -> Iterator[None]:
         last = _BYE
     except BaseException as error:
         is_saved = isinstance(error, Stopped) and error.saved  # all ranks stop together
-        last = _BYE if is_saved else f"{_name()} has ended with {type(error).__name__}".encode()
+        last = _BYE if is_saved else _epitaph(error)
         raise
     finally:
         if watch is not None:
             _current.remove(watch)
             watch.close(last)
+
+
+def _epitaph(error: BaseException) -> bytes:
+    last = f"{_name()} has ended with {type(error).__name__}"
+    if isinstance(error, MegakdError):  # which the first rank of a node alone prints
+        last += f": {' '.join(str(error).split())}"
+    return last.encode()
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from megakd.data.encoding import Encoded
 from megakd.data.rows import check_row_teachers
 from megakd.data.splits import Splits
 from megakd.data.tokenizers import VocabularyPair, has_tokenizer_files, load_tokenizer
-from megakd.engine.collectives import gather, main_first
-from megakd.errors import ConfigError, MegakdError, TeacherError
+from megakd.engine.collectives import gather, main_first, node_name
+from megakd.errors import ConfigError, DataError, MegakdError, TeacherError
 from megakd.inputs.run_data import (
     MethodRows,
     cache_folder,
@@ -164,6 +164,7 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     if problems and not config.teachers:
         raise TeacherError("\n".join(problems))
     splits = splits_of(config)
+    _check_same_data(splits)
     if config.method.routes_rows:
         check_row_teachers(splits.train, tuple(config.teacher_specs))
     vocabulary = config.method.own_vocabulary
@@ -197,6 +198,16 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
         pad = cast("int | None", of_role.pad_token_id)  # transformers' own type allows several
         sized[role] = with_vocabulary(source, len(of_role), pad_token_id=pad)
     return dataclasses.replace(inputs, sources=sized)
+
+
+def _check_same_data(splits: Splits) -> None:
+    (first, content), *others = gather((node_name(), splits.whole_hash))
+    for number, (node, here) in enumerate(others, start=1):
+        if here != content:
+            raise DataError(
+                f"rank {number} on {node} reads other data than rank 0 on {first}: the files have "
+                "other contents or are not all there; copy the same files to every node"
+            )
 
 
 def _student_tokenizer(

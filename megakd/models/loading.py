@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -84,7 +85,7 @@ def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
     stored = {}
     if with_weights:
         stored = check_weight_files(folder, where, allow_pickle=allow_pickle)
-        if is_first_rank():  # the other ranks wait or see the same folder: one check is enough
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # nodes may have disks of their own
             check_given(folder, where)
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code)
     model_type = built_as(keys["model_type"], architecture, where)

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 import transformers
@@ -14,13 +15,13 @@ from megakd.config.file import config_tree, dump_config
 from megakd.config.run import RunConfig
 from megakd.engine import distributed
 from megakd.engine.activity import doing, told
-from megakd.engine.collectives import agree, on_main
+from megakd.engine.collectives import agree, gather, node_name, on_main
 from megakd.engine.distributed import Ranks, warn_of_missing_variables
 from megakd.engine.heartbeat import monitored
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.engine.nodes import check_nodes
 from megakd.engine.peers import reports_lost_peer, watched
-from megakd.errors import CheckpointError
+from megakd.errors import CheckpointError, ConfigError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device
 from megakd.methods import run_method
@@ -32,7 +33,7 @@ from megakd.run.holder import held
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
 from megakd.storage import atomic
-from megakd.storage.fingerprint import Fingerprint
+from megakd.storage.fingerprint import Fingerprint, differences, flatten
 from megakd.storage.folders import check_writable, users_files
 from megakd.training.label_check import check_label_orders
 from megakd.training.progress import Reporter
@@ -40,6 +41,7 @@ from megakd.training.recipes import baseline_stage
 from megakd.training.trackers import check_trackers, make_trackers
 
 logger = logging.getLogger(__name__)
+LIBRARIES = ("megakd", "torch", "transformers", "deepspeed")
 
 
 def run(config: RunConfig, *, command: str) -> str:
@@ -78,6 +80,7 @@ def started(config: RunConfig) -> Iterator[Ranks]:
         watching = watched(config.train.collective_timeout)
         with watching, monitored(), telling, reports_lost_peer(), earlier_objects_left_alone():
             warn_of_missing_variables()
+            check_same_everywhere(config)
             yield ranks
     except BaseException as error:
         is_saved = isinstance(error, Stopped) and error.saved
@@ -85,6 +88,23 @@ def started(config: RunConfig) -> Iterator[Ranks]:
         raise
     finally:
         distributed.stop(failure=failure)
+
+
+def check_same_everywhere(config: RunConfig) -> None:
+    """Check that all ranks have the same config and the same versions; a collective.
+
+    Raises:
+        ConfigError: a rank has another config, or another version of a library.
+    """
+    versions = {name: version(name) for name in LIBRARIES}
+    name = f"rank {distributed.ranks().rank} on {node_name()}"
+    (first, facts), *others = gather((name, {**versions, **flatten(config_tree(config))}))
+    for other, here in others:
+        if differing := differences(facts, here):
+            raise ConfigError(
+                f"{other} has another config or version than {first} ({differing}, where there is "
+                f"{first}); start all ranks with the same config and the same installation"
+            )
 
 
 def _run(config: RunConfig, command: str, ranks: Ranks) -> str:

@@ -16,9 +16,10 @@ from tiny_runs import config_tree, write_config, write_reviews
 from megakd.config.file import load_config
 from megakd.engine import collectives, distributed
 from megakd.engine.distributed import warn_of_missing_variables
-from megakd.errors import ConfigError, DataError
+from megakd.errors import ConfigError, DataError, MegakdError
 from megakd.inputs.inputs import prepare
 from megakd.run import holder
+from megakd.run.main import check_same_everywhere
 
 
 def errors(kind: str, failing: int) -> str:
@@ -56,6 +57,27 @@ def rows_of_node(
         return {"ran": ran, "said": str(error)}
     files = [entry["filename"] for entry in rows.cache_files]
     return {"ran": ran, "rows": list(rows["number"]), "files": files}
+
+
+def another(config_path: str, what: str) -> str:
+    """Return the error if rank 1 has another config, another version or other data."""
+    other = distributed.ranks().rank == 1
+    config = load_config(Path(config_path), ["seed=7"] if other and what == "config" else [])
+    with pytest.MonkeyPatch.context() as patch:
+        if other and what == "version":
+            patch.setattr("megakd.run.main.version", lambda name: f"another {name}")
+        try:
+            check_same_everywhere(config)
+            if what == "data":  # on a disk of its own
+                patch.setenv("GROUP_RANK", str(distributed.ranks().rank))
+                patch.setattr(collectives, "_can_open", lambda _: False)
+            if other and what == "data":
+                words = [f"task.dataset={config.task.dataset}-of-another-node"]
+                config = load_config(Path(config_path), words)
+            prepare(config)
+        except MegakdError as error:
+            return str(error)
+    return ""
 
 
 def missing_variables(lacking_rank: int) -> list[str]:
@@ -133,9 +155,12 @@ PROGRAM = Path(__file__).with_name("collective_ranks.py")
     ("kind", "failing"), [("together", 1), ("main_first", 0), ("main_first", 1)]
 )
 def test_an_error_of_one_rank_keeps_the_others_from_going_on(workers, kind, failing):
-    answer = workers(2).run("test_collectives.errors", kind, failing)
+    first, second = workers(2).run("test_collectives.errors", kind, failing)
 
-    assert answer == [f"rank {failing} cannot read it"] * 2
+    # Of another rank than the first, the message names the rank and its machine.
+    assert re.fullmatch(rf"(rank 1 on .*: )?rank {failing} cannot read it", first)
+    assert first.startswith("rank 1 on ") == (failing == 1)
+    assert second == first
 
 
 def test_one_rank_of_a_node_makes_the_rows_and_the_others_map_its_files(workers, tmp_path):
@@ -182,7 +207,7 @@ def test_a_node_that_cannot_make_its_rows_ends_all_ranks(workers, tmp_path, fail
 
     result = workers(2).run("test_collectives.rows_of_separate_node", places, failing)
 
-    assert [answer["said"] for answer in result] == [f"rank {failing} cannot read it"] * 2
+    assert all(answer["said"].endswith(f"rank {failing} cannot read it") for answer in result)
 
 
 def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
@@ -195,6 +220,27 @@ def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
 
     assert first == ["train.jsonl", "validation.jsonl", "64"]
     assert second == ["64"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("config", r"has another config or version than rank 0 on \S+ \(seed: 42 there, 7 here"),
+        ("version", r"\(megakd: '\S+' there, 'another megakd' here; torch: "),
+        ("data", r"^rank 1 on .* \(node 1\) reads other data than rank 0 on "),
+    ],
+)
+def test_a_rank_with_another_config_version_or_data_ends_all_ranks(
+    workers, tmp_path, what, message
+):
+    task = {"type": "classification", "dataset": str(write_reviews(tmp_path / "texts"))}
+    write_reviews(tmp_path / "texts-of-another-node", train=50)
+    config = write_config(tmp_path / "run.yaml", config_tree(tmp_path / "out", task))
+
+    first, second = workers(2).run("test_collectives.another", str(config), what)
+
+    assert re.search(message, first)
+    assert second == first
 
 
 def test_variables_that_a_launcher_has_not_passed_on_are_named(workers):
