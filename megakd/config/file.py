@@ -125,11 +125,14 @@ def _sources(
 def _culprit(problem: str, overrides: Sequence[str]) -> str | None:
     # A problem begins with its key.
     where = re.split(r": | = ", problem, maxsplit=1)[0]
+    within: list[str] = []
     for override in reversed(overrides):
         name = dotted([int(key) if key.isdecimal() else key for key in _keys(override)])
         if where == name or where.startswith((f"{name}.", f"{name}[")):
             return override
-    return None
+        if name.startswith((f"{where}.", f"{where}[")):
+            within.insert(0, override)
+    return " ".join(within) or None
 
 
 def _error(problems: Sequence[tuple[str, str]]) -> ConfigError:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from megakd.contract.tasks import TaskType
 from megakd.data.token_tables import document_ends
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
-from megakd.errors import ModelError
+from megakd.errors import DataError, ModelError
 from megakd.models.architecture import context_length
 from megakd.models.finished import config_of_folder, load_finished
 from megakd.models.generation import check_prompt_lengths, without_settings
@@ -49,8 +49,8 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
     """Yield one answer per text.
 
     A classifier gives `label`, `probability` and `probabilities`, a regression model `value`, a
-    masked language model the `tokens` of each masked position, and a decoder its greedy `text`; a
-    chat template, if there is one, makes the text a user's turn.
+    masked language model the `tokens` for each mask of its tokenizer, and a decoder its greedy
+    `text`; a chat template, if there is one, makes the text a user's turn.
 
     Args:
         folder: a model folder of megakd or transformers, or one with an ONNX graph.
@@ -60,7 +60,8 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
     Raises:
         ModelError: the folder is no model folder, has no tokenizer, or its model is no model of
             these tasks.
-        DataError: a decoder's prompt has no tokens, or leaves no room for the new ones.
+        DataError: a decoder's prompt has no tokens, or leaves no room for the new ones; a masked
+            language model's text has no mask.
     """
     config = config_of_folder(folder, "MODEL")
     task = next((n for n in _TASKS if n in (config.architectures or [""])[0]), None)
@@ -138,8 +139,14 @@ def _filled(
 ) -> Answer:
     del config
     places = (ids == tokenizer.mask_token_id).nonzero().flatten().tolist()
+    if not places:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        raise DataError(
+            f"the text {text!r:.80} has no {tokenizer.mask_token}, which the model would replace; "
+            f"write {tokenizer.mask_token} where a token is to be filled in"
+        )
     best = [logits[place].argsort()[::-1][:SHOWN].tolist() for place in places]
-    return {"tokens": [tokenizer.convert_ids_to_tokens(one) for one in best]}
+    return {"tokens": [[tokenizer.decode([token]).strip() for token in one] for one in best]}
 
 
 def _prompt(tokenizer: Any, text: str) -> Mapping[str, Tensor]:

@@ -29,6 +29,13 @@ def test_a_mistake_of_the_file_names_the_file_whatever_is_overridden(run_file):
     assert text == f"{run_file}: train.max_steps: must be at least 1 (got -1)"
 
 
+def test_a_section_that_an_override_fills_is_blamed_on_it_alone(run_file):
+    text = message_of(run_file, "train.max_steps=3", "student.lora.r=4", "student.layers=1")
+
+    assert 'override "student.lora.r=4": student.lora: ' in text
+    assert "max_steps" not in text
+
+
 def test_settings_that_contradict_each_other_through_an_override_blame_it(run_file):
     text = message_of(run_file, "train.bf16=true", "train.fp16=true")
 

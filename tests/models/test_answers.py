@@ -101,6 +101,23 @@ def test_a_text_is_the_greedy_one_whatever_the_model_would_generate_with(tmp_pat
     assert len({*plain["text"].split()}) < 8  # a penalty would forbid the repetition
 
 
+def test_a_masked_model_fills_masks_with_readable_tokens_and_refuses_a_text_without(tmp_path):
+    model = tiny_cuts.build("bert", "mlm")
+    model.save_pretrained(tmp_path)
+    masked = tokenizer()
+    masked.mask_token = "w9"  # noqa: S105  (no password)
+    masked.save_pretrained(tmp_path)
+
+    (answer,) = answers_of(tmp_path, [f"w30 {masked.mask_token} w40"])
+
+    ids = torch.tensor([masked(f"w30 {masked.mask_token} w40")["input_ids"]])
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits[0, ids[0].tolist().index(masked.mask_token_id)]
+    assert answer["tokens"] == [[masked.decode([token]) for token in logits.topk(5).indices]]
+    with pytest.raises(DataError, match=r"the text 'w30 w40' has no .* where a token is to be"):
+        list(answers_of(tmp_path, ["w30 w40"]))
+
+
 @pytest.mark.parametrize(
     ("text", "new_tokens", "message"),
     [("", 3, "prompt 0 has no tokens"), (LONG, 3, "60 tokens"), ("w3", 40, "max_new_tokens 40")],
@@ -130,10 +147,6 @@ def broken(folder: Path, kind: str) -> Path:
     if kind in ARCHITECTURES:
         keys = json.loads(config.read_text()) | {"architectures": [ARCHITECTURES[kind]]}
         config.write_text(json.dumps(keys))
-    if kind == "no mask":
-        unmasked = tokenizer()
-        unmasked.mask_token = None
-        unmasked.save_pretrained(final)
     if kind == "quantised":
         keys = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}
         config.write_text(json.dumps(keys))

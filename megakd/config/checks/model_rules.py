@@ -203,7 +203,9 @@ _STUDENT: tuple[Rule[StudentConfig], ...] = (
     ),
     *given(
         ".lora",
-        lambda c: c.item.model == FROM_TEACHER or c.item.layers is not None,
+        lambda c: (
+            c.method.learns_adapters and (c.item.model == FROM_TEACHER or c.item.layers is not None)
+        ),
         "student.model from_teacher and student.layers make a model that has no folder of its own, "
         "and adapters belong to a base model that others can load; set student.model to that model "
         "and remove student.layers, or remove the section",
