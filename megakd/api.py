@@ -91,8 +91,6 @@ def load_config(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
     if isinstance(config, str | Path):
         return config_file.load_config(Path(config), overrides)
     if isinstance(config, RunConfig):
-        if not overrides:
-            return config
         return config_file.config_of(config_file.config_tree(config), overrides)
     if not isinstance(config, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,10 +105,13 @@ def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path):
     config = megakd.load_config(path)
 
     assert config == megakd.load_config(str(path)) == megakd.load_config(tree)
-    assert megakd.load_config(config) is config
+    assert megakd.load_config(config) == config
     assert megakd.load_config(config, ["seed=7"]).seed == 7
     with pytest.raises(ConfigError, match=r"config: sed = 1: unknown key; did you mean .seed."):
         megakd.load_config({**tree, "sed": 1})
+    changed = replace(config, task=replace(config.task, data_dir=tmp_path))
+    with pytest.raises(ConfigError, match=r"task\.data_dir: supported only with"):
+        megakd.load_config(changed)
 
 
 @pytest.mark.parametrize(("config", "shown"), [(None, "null"), (3, "3"), (["a"], '["a"]')])

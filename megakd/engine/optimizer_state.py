@@ -37,7 +37,10 @@ class Slot(NamedTuple):
 
 
 class OptimizerState:
-    """The values that a training engine's optimizer keeps; methods are collectives."""
+    """The values that a training engine's optimizer keeps.
+
+    Methods are collectives unless they say otherwise.
+    """
 
     def __init__(self, engine: Any) -> None:
         self._outer = engine.optimizer

@@ -1,4 +1,4 @@
-"""This rank's part of each weight and of its gradient, at every ZeRO stage.
+"""This rank's part of each gradient, and where a weight is divided, at every ZeRO stage.
 
 Also weights that are NaN or infinite, which are found shard by shard.
 """

@@ -55,7 +55,7 @@ def load_finished(
             quantised weights of another library.
     """
     config = config or config_of_folder(folder, where)
-    model_class: Any = class_of(config, folder / "config.json")
+    model_class: Any = class_of(config, f"{where}: {folder / 'config.json'}")
     place = device or torch.device("cpu")
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method == INT8_METHOD:

@@ -255,7 +255,7 @@ def _built(folder: Path) -> PreTrainedModel:
         raise ModelError(f"{file} does not exist; copy the folder again")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model_class = class_of(config, file)
+        model_class = class_of(config, str(file))
         config.dtype = torch.float32
         vars(config).pop("quantization_config", None)
         with initialization.no_init_weights():

@@ -87,7 +87,8 @@ def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
         stored = check_weight_files(folder, where, allow_pickle=allow_pickle)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # nodes may have disks of their own
             check_given(folder, where)
-    keys = _read_config(folder, where, trust_remote_code=trust_remote_code)
+    hint = "" if with_weights else "; a plan reads this file alone"
+    keys = _read_config(folder, where, trust_remote_code=trust_remote_code, hint=hint)
     model_type = built_as(keys["model_type"], architecture, where)
     family = _architecture(model_type, task, where)
     try:
@@ -291,13 +292,13 @@ def _folder_of(spec: str, where: str, patterns: Sequence[str]) -> Path:
         ) from error
 
 
-def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[str, Any]:
+def _read_config(folder: Path, where: str, *, trust_remote_code: bool, hint: str) -> dict[str, Any]:
     file = folder / CONFIG
     try:
         keys = json.loads(file.read_text(encoding="utf-8"))
         model_type = keys["model_type"]
     except FileNotFoundError:
-        raise ModelError(f"{where}: {file} does not exist{gguf_hint(folder)}") from None
+        raise ModelError(f"{where}: {file} does not exist{gguf_hint(folder)}{hint}") from None
     except OSError as error:
         raise ModelError(f"{where}: {file} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -313,8 +314,8 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool) -> dict[s
         )
     if "quantization_config" in keys:
         raise ModelError(
-            f"{where}: {folder} is quantized; give the model in fp32, bf16 or fp16, or let an "
-            "inference server run the quantized model (teacher.server)"
+            f"{where}: {folder} is quantized; give the model in fp32, bf16 or fp16; an inference "
+            "server may run the quantized one (teacher.server)"
         )
     return keys
 

@@ -101,14 +101,17 @@ def own_class(name: str) -> type[PreTrainedModel] | None:
     return next((cls for cls in classes if cls.__name__ == name), None)
 
 
-def class_of(config: PretrainedConfig, file: Path) -> type[PreTrainedModel]:
-    """Return megakd's or transformers' class of the architecture that a config's file names."""
+def class_of(config: PretrainedConfig, where: str) -> type[PreTrainedModel]:
+    """Return megakd's or transformers' class of the architecture that a config names.
+
+    `where` names the config's file in messages.
+    """
     name = (config.architectures or ["none"])[0]
     model_class = own_class(name) or getattr(transformers, name, None)
     is_class = isinstance(model_class, type)
     if not is_class or not issubclass(model_class, transformers.PreTrainedModel):
         raise ModelError(
-            f"{file} names the architecture {name!r}, which neither megakd nor transformers "
+            f"{where} names the architecture {name!r}, which neither megakd nor transformers "
             f"{transformers.__version__} has"
         )
     return model_class

@@ -171,8 +171,9 @@ def stored_tensors(file: Path, where: str) -> dict[str, StoredTensor]:
                 header = json.loads(stream.read(int.from_bytes(start, "little")))
         except SafetensorError as error:
             raise ModelError(
-                f"{where}: {file} ({file.stat().st_size} bytes) is cut short or damaged: {error}; "
-                "fetch the file again"
+                f"{where}: {file} ({file.stat().st_size} bytes) is cut short or damaged, or holds "
+                f"numbers of another kind ({error}); fetch the file again, or store it as F32, "
+                "BF16 or F16"
             ) from error
         data = stream.tell()
     header.pop("__metadata__", None)

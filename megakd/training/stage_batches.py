@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
@@ -12,6 +12,7 @@ from megakd.data.loader import StepLoader
 from megakd.data.routed_rows import RoutedSource
 from megakd.data.step_layout import check_shares
 from megakd.engine.collectives import gather
+from megakd.errors import ConfigError
 from megakd.training.checkpoint import read_states
 from megakd.training.probe import Beginning
 from megakd.training.stage_extra import StageExtra, StageParts
@@ -66,7 +67,15 @@ def row_batches(
         return StepLoader(rows, collate, layout=layout, seed=seed, masking=masking, others=others)
     from megakd.data.stream_loader import EncodedStream, StreamLoader
 
-    steps = cast("int", stage.train.max_steps)  # the config is checked: a stream has no epochs
+    # The rules of the config do not see the settings that a method gives to a stage.
+    steps = stage.train.max_steps
+    if steps is None or layout.tokens_per_rank is not None:
+        key = "max_steps is missing" if steps is None else "tokens_per_rank is set"
+        raise ConfigError(
+            f"{stage.name}: {key} in the settings of the stage, and task.streaming is true: a "
+            "stream has no epochs, and its rows are not packed; set max_steps and no "
+            "tokens_per_rank, or remove task.streaming"
+        )
     rows = EncodedStream(encoded.stream, shape=layout.shape, seed=seed)
     return StreamLoader(rows, collate, steps_per_epoch=steps, gather=gather, masking=masking)
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +28,9 @@ from megakd.data.step_layout import StepShape
 from megakd.data.stream_loader import EncodedStream, Position, StreamLoader
 from megakd.data.streams import file_stream
 from megakd.data.vocabularies import train_tokenizer
-from megakd.errors import CheckpointError, DataError
+from megakd.errors import CheckpointError, ConfigError, DataError
 from megakd.training.checkpoint import check_plain
+from megakd.training.stage_batches import row_batches
 
 WORDS = [f"w{number}" for number in range(60)]
 
@@ -362,3 +364,20 @@ def test_a_connection_that_breaks_is_an_error_that_says_how_to_continue(scene, m
 
     with pytest.raises(DataError, match=r"cannot be read any further: no route .*checkpoint"):
         next(scene.loader(StepShape(1, 1)).iterate(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "tokens", "message"),
+    [(None, None, "mine: max_steps is missing"), (3, 64, "mine: tokens_per_rank is set")],
+)
+def test_a_stage_of_a_method_that_cannot_read_a_stream_is_refused(max_steps, tokens, message):
+    parts: Any = SimpleNamespace(
+        stage=SimpleNamespace(name="mine", train=SimpleNamespace(max_steps=max_steps)),
+        layout=SimpleNamespace(tokens_per_rank=tokens),
+        assembly=SimpleNamespace(config=SimpleNamespace(seed=1)),
+        of_model=SimpleNamespace(scorer=lambda _: SimpleNamespace(collate=None, masking=None)),
+    )
+    encoded: Any = SimpleNamespace(stream=object())
+
+    with pytest.raises(ConfigError, match=message):
+        row_batches(parts, encoded)

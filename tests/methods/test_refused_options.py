@@ -78,7 +78,7 @@ REFUSED = [
     ),
     ("direct", ["method.iterations=3"], "method.iterations"),
     ("minidisc", ["student.model=bert-base"], 'method "minidisc" cuts the student out'),
-    ("minidisc", ["student.layers=2"], "and remove student.layers"),
+    ("minidisc", ["student.layers=2"], 'student.layers: method "minidisc" cuts the student out'),
     ("minidisc", ["objective=[{loss: attention_mse}]"], "attention_mse compares attention head"),
     *(
         (
@@ -165,7 +165,7 @@ REFUSED = [
     ("homodistil", ["method.target_width=null"], "(got None) and target_sparsity (got None)"),
     ("homodistil", ["method.pruning_start=6"], "6 is not after method.pruning_start 6"),
     ("homodistil", ["method.pruning_end=9"], "pruning_end: 9 is after the end of the run"),
-    ("homodistil", ["student.layers=1"], "remove student.layers"),
+    ("homodistil", ["student.layers=1"], 'student.layers: method "homodistil" cuts'),
     ("homodistil", ["objective=[{loss: hidden_mse}]"], "set projection: identity in the term"),
     ("homodistil", ["objective=[{loss: relation_kl}]"], "their width falls during the run"),
     ("homodistil", ["objective=[{loss: hidden_cosine}]"], "hidden_mse with projection: identity"),
@@ -175,7 +175,7 @@ REFUSED = [
     (
         "mixed_vocabulary",
         ["method.version=2", "method.projections=down"],
-        "because it is an option of version 1, and method.version is 2",
+        "because it is an option of version 1, which method.version is not (2)",
     ),
     ("mixed_vocabulary", ["method.teacher_steps=5"], "method.teacher_steps: 5 has no effect"),
     ("mixed_vocabulary", ["method.student_vocabulary.size=10"], "method.student_vocabulary"),

@@ -60,7 +60,7 @@ def test_a_cut_file_is_named_with_its_bytes(folder, kept):
     whole = file.read_bytes()
     file.write_bytes(whole[:kept])
 
-    expected = f"teacher.model: {file} ({len(whole[:kept])} bytes) is cut short or damaged: "
+    expected = f"teacher.model: {file} ({len(whole[:kept])} bytes) is cut short or damaged, "
     assert expected in refusal(folder)
 
 
@@ -68,7 +68,7 @@ def test_a_file_with_bytes_to_spare_is_refused(folder):
     file = folder / "model.safetensors"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes() + b"more")
-    assert f"({size + 4} bytes) is cut short or damaged: " in refusal(folder)
+    assert f"({size + 4} bytes) is cut short or damaged, " in refusal(folder)
 
 
 @pytest.mark.parametrize(

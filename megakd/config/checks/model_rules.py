@@ -150,12 +150,16 @@ _STUDENT: tuple[Rule[StudentConfig], ...] = (
         "{methods[cuts_student]}",
     ),
     Rule(
-        lambda c: (
-            c.method.cuts_student and (c.item.model != FROM_TEACHER or c.item.layers is not None)
-        ),
+        lambda c: c.method.cuts_student and c.item.model != FROM_TEACHER,
         ".model",
         'method "{method}" cuts the student out of its teacher; set student.model to '
-        f'"{FROM_TEACHER}" and remove student.layers',
+        f'"{FROM_TEACHER}"',
+    ),
+    *given(
+        ".layers",
+        lambda c: c.method.cuts_student,
+        'method "{method}" cuts the student out of its teacher; remove the key, or set method.name '
+        'to "single"',
     ),
     *given(
         ".layers",

@@ -225,7 +225,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
     def _of_another_version(self) -> Iterator[str]:
         other = 3 - self.version
-        why = f"it is an option of version {other}, and method.version is {self.version}"
+        why = f"it is an option of version {other}, which method.version is not ({self.version})"
         yield from self.unused(OF_VERSION[other], why)
         if self.version == 2 and self.p == 0:
             yield (
