@@ -61,6 +61,15 @@ def completed(report: Report) -> Report:
     return cast("Report", {**LATER_KEYS, **report})
 
 
+def installed_versions() -> dict[str, str]:
+    """Return the versions of megakd and of what its numbers depend on."""
+    versions: dict[str, str] = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
 def environment(
     *, ranks: int, device: torch.device, corpus_content_hash: str | None
 ) -> dict[str, Any]:
@@ -69,12 +78,8 @@ def environment(
 
     from megakd.engine.memory import device_name
 
-    versions: dict[str, str] = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return {
-        "versions": versions,
+        "versions": installed_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device_name(device),

@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 
 import transformers
@@ -28,6 +27,7 @@ from megakd.methods import run_method
 from megakd.planning.planning_lab import check_method
 from megakd.process.phases import counted, phase
 from megakd.process.signals import Stopped
+from megakd.reports.report_file import installed_versions
 from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, publish, run_inputs
 from megakd.run.holder import held
 from megakd.run.run_lab import RunLab
@@ -41,7 +41,6 @@ from megakd.training.recipes import baseline_stage
 from megakd.training.trackers import check_trackers, make_trackers
 
 logger = logging.getLogger(__name__)
-LIBRARIES = ("megakd", "torch", "transformers", "deepspeed")
 
 
 def run(config: RunConfig, *, command: str) -> str:
@@ -96,11 +95,11 @@ def check_same_everywhere(config: RunConfig) -> None:
     Raises:
         ConfigError: a rank has another config, or another version of a library.
     """
-    versions = {name: version(name) for name in LIBRARIES}
     name = f"rank {distributed.ranks().rank} on {node_name()}"
-    (first, facts), *others = gather((name, {**versions, **flatten(config_tree(config))}))
-    for other, here in others:
-        if differing := differences(facts, here):
+    here = {**installed_versions(), **flatten(config_tree(config))}
+    (first, facts), *others = gather((name, here))
+    for other, its in others:
+        if differing := differences(facts, its):
             raise ConfigError(
                 f"{other} has another config or version than {first} ({differing}, where there is "
                 f"{first}); start all ranks with the same config and the same installation"

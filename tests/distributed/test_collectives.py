@@ -65,7 +65,7 @@ def another(config_path: str, what: str) -> str:
     config = load_config(Path(config_path), ["seed=7"] if other and what == "config" else [])
     with pytest.MonkeyPatch.context() as patch:
         if other and what == "version":
-            patch.setattr("megakd.run.main.version", lambda name: f"another {name}")
+            patch.setattr("megakd.run.main.installed_versions", lambda: {"torch": "another"})
         try:
             check_same_everywhere(config)
             if what == "data":  # on a disk of its own
@@ -226,7 +226,7 @@ def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
     ("what", "message"),
     [
         ("config", r"has another config or version than rank 0 on \S+ \(seed: 42 there, 7 here"),
-        ("version", r"\(megakd: '\S+' there, 'another megakd' here; torch: "),
+        ("version", r"\(megakd: '\S+' there, absent here; torch: '\S+' there, 'another' here"),
         ("data", r"^rank 1 on .* \(node 1\) reads other data than rank 0 on "),
     ],
 )

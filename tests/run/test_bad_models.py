@@ -74,7 +74,7 @@ def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench)
     folder = bench.copied()
     cut_short(folder)
     outcome = bench.start(bench.tree(teacher=LATE, student={"model": str(folder)}))
-    assert_refused(outcome, bench, f"student.model: {folder / WEIGHTS} is cut short")
+    assert_refused(outcome, bench, f"student.model: {folder / WEIGHTS} (", "is cut short")
 
 
 @pytest.mark.parametrize(
