@@ -29,9 +29,10 @@ from megakd.commands import (
     shrink,
     train,
 )
-from megakd.commands.arguments import Parser, is_first_of_node, is_rank_0, prefer_large_pages, say
+from megakd.commands.arguments import Parser, is_rank_0, prefer_large_pages, say
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.process.signals import Stopped, watched
+from megakd.process.terminal import is_first_of_node
 
 _USER_ERROR = 2
 _OWNER = "change its owner or mode, or that of a parent"

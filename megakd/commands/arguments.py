@@ -75,11 +75,6 @@ def is_rank_0() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def is_first_of_node() -> bool:
-    """Return whether this process is the first rank of its node, which prints errors."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
-
-
 def say(text: str) -> None:
     """Print a text, by rank 0 alone."""
     if is_rank_0():

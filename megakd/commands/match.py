@@ -6,13 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from megakd.commands.arguments import (
-    Parser,
-    add_config,
-    config_of,
-    is_rank_0,
-    say,
-)
+from megakd.commands.arguments import Parser, add_config, config_of, is_rank_0, say
 from megakd.config.checks.path_rules import check_paths
 from megakd.process.terminal import aligned_rows, print_aside
 from megakd.storage.atomic import json_text

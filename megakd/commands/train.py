@@ -7,13 +7,7 @@ import time
 
 import psutil
 
-from megakd.commands.arguments import (
-    Parser,
-    add_config,
-    config_of,
-    is_rank_0,
-    say,
-)
+from megakd.commands.arguments import Parser, add_config, config_of, is_rank_0, say
 from megakd.commands.plan import print_plan
 from megakd.config.checks.path_rules import check_paths
 from megakd.config.file import dump_config

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,6 +35,7 @@ from megakd.models.original_t5 import built_as, read_original
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 from megakd.models.weights import StoredTensor, WeightReader, check_weight_files, gguf_hint
+from megakd.process.terminal import is_first_of_node
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
     stored = {}
     if with_weights:
         stored = check_weight_files(folder, where, allow_pickle=allow_pickle)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # nodes may have disks of their own
+        if is_first_of_node():  # nodes may have disks of their own
             check_given(folder, where)
     hint = "" if with_weights else "; a plan reads this file alone"
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code, hint=hint)
