@@ -5,42 +5,15 @@ Shapes: B rows of a micro-batch, T positions; b rows and t positions of a part.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megakd.contract.batch import IGNORE, Batch, BatchSource, Within, teacher_number
+from megakd.contract.batch import IGNORE, Batch, Within
 from megakd.data.collation import documents_of, padded_width
-
-
-class RoutedSource:
-    """The batches of a stage, in which `Extras.others` has the part of each teacher."""
-
-    def __init__(self, source: BatchSource, teachers: Sequence[str]) -> None:
-        self._source = source
-        self._numbers = {name: teacher_number(name) for name in teachers}
-        self.steps_per_epoch = source.steps_per_epoch
-        self.waited_s = source.waited_s
-        """Seconds that the loop has waited for the batches of the source."""
-
-    def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
-        with closing(self._source.iterate(start, stop)) as steps:
-            for batches in steps:
-                self.waited_s = self._source.waited_s
-                yield [with_parts(batch, self._numbers) for batch in batches]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._source.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._source.load_state_dict(state)
-
-    def scalars(self) -> Mapping[str, float]:
-        return self._source.scalars()
 
 
 def with_parts(batch: Batch, numbers: Mapping[str, int]) -> Batch:

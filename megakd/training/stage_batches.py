@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from typing_extensions import override
-
 from megakd.contract.tasks import STUDENT
 from megakd.data.encoding import labelled_only
 from megakd.data.loader import StepLoader
-from megakd.data.routed_rows import RoutedSource
 from megakd.data.step_layout import check_shares
 from megakd.engine.collectives import gather
 from megakd.errors import ConfigError
@@ -36,8 +33,6 @@ def extras_of(parts: StageParts) -> list[StageExtra]:
 
         extras.append(Rollouts(parts))
     extras.extend(parts.assembly.config.method.extras(parts))
-    if stage.strategy.routes_rows:
-        extras.append(Routing(parts))
     if generation is not None and stage.role == STUDENT and not stage.views:
         from megakd.training.generated_texts import Texts
 
@@ -49,10 +44,7 @@ def stage_batches(parts: StageParts, extras: Sequence[StageExtra]) -> BatchSourc
     """Return the batches of a stage, for this rank; a collective."""
     sources = (extra.source() for extra in extras)
     source = next((made for made in sources if made is not None), None)
-    source = source or row_batches(parts, parts.of_model.prepared.encoded)
-    for extra in extras:
-        source = extra.wrapped(source)
-    return source
+    return source or row_batches(parts, parts.of_model.prepared.encoded)
 
 
 def row_batches(
@@ -84,14 +76,3 @@ def check_readers(checkpoint: Path, ranks: Ranks) -> None:
     """Raise if the readers of a stream in a checkpoint cannot be divided among the ranks."""
     readers = len(read_states(checkpoint, ranks.device)["batches"].get("readers", ()))
     check_shares(readers, ranks.world_size, where=str(checkpoint))
-
-
-class Routing(StageExtra):
-    """Batches with the rows of each teacher as a part, for rows that name their teachers."""
-
-    def __init__(self, parts: StageParts) -> None:
-        self._teachers = parts.stage.teachers
-
-    @override
-    def wrapped(self, source: BatchSource) -> BatchSource:
-        return RoutedSource(source, self._teachers)

@@ -49,10 +49,6 @@ class StageExtra:
         """Return the batches of the stage if they are not simply those of the training rows."""
         return None
 
-    def wrapped(self, source: BatchSource) -> BatchSource:
-        """Return the batches as the loop gets them."""
-        return source
-
     def resumes(self, folder: Path) -> None:
         """Handle a start from a checkpoint in `folder`, before the checkpoint is loaded."""
 

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from megakd.config.train import learning_rate_schedule, total_steps
-from megakd.contract.batch import Batch
+from megakd.contract.batch import Batch, teacher_number
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
+from megakd.data.routed_rows import with_parts
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.heartbeat import beat
@@ -167,12 +168,18 @@ class StageRun:
         )
 
     def batches(self, start: int) -> Generator[Sequence[Batch], None, None]:
-        """Yield the micro-batches of each step that is left after `start`, on the device."""
+        """Yield the micro-batches of each step that is left after `start`, on the device.
+
+        If rows name their teachers, a micro-batch has the rows of each teacher as a part.
+        """
+        names = self.stage.teachers if self.stage.strategy.routes_rows else ()
+        numbers = {name: teacher_number(name) for name in names}
         # A stage that had stopped early before it was killed has no step left.
         stop = start if self.evaluation.stopping.stopped else self.steps
         with closing(self.source.iterate(start, stop)) as steps:
             for batches in steps:
-                yield [device_batch(batch, self.ranks.device) for batch in batches]
+                parted = [with_parts(one, numbers) for one in batches] if numbers else batches
+                yield [device_batch(batch, self.ranks.device) for batch in parted]
 
     def _resume(self) -> int:
         name, wanted = self.stage.name, self.stage.train.resume_from_checkpoint
