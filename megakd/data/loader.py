@@ -215,14 +215,8 @@ def _taken(table: Dataset, rows: NDArray[np.int64]) -> object:
     return table[rows] if len(rows) else {}
 
 
-class Waits(Protocol):
-    """An object that waits for values that a thread makes, and the seconds that it waited."""
-
-    waited_s: float
-
-
-def awaited(future: Future[T], waits: Waits) -> T:
-    """Return the result of a future, and count the seconds until it is there."""
+def awaited(future: Future[T], source: BatchSource) -> T:
+    """Return the result of a future, and count the seconds that a source waits for it."""
     began = time.perf_counter()
     try:
         return future.result()
@@ -230,7 +224,7 @@ def awaited(future: Future[T], waits: Waits) -> T:
         error.of_one_rank = True  # every rank reads rows of its own
         raise
     finally:
-        waits.waited_s += time.perf_counter() - began
+        source.waited_s += time.perf_counter() - began
 
 
 def made_ahead(

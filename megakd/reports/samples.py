@@ -9,30 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import IGNORE, Batch, TopK
+from megakd.contract.batch import IGNORE, Batch
 from megakd.contract.results import SampleReport
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.collation import Collator
 from megakd.engine.student import device_batch
+from megakd.teachers.frozen import FrozenTeacher
 
 PROMPTS = 3
 PROMPT_TOKENS, NEW_TOKENS = 16, 16
 TEXT_TOKENS = 32
-
-
-class Answering(Protocol):
-    """A language model that returns its most likely tokens; a collective under ZeRO-3."""
-
-    def top_k(self, batch: Batch, count: int) -> TopK:
-        """Return the most likely tokens at the batch's targets, [N, count]."""
-        ...
 
 
 def held_out_prompts(
@@ -82,7 +75,7 @@ class Continuations:
         """The beginnings as text, with the end tokens of earlier turns left out."""
         return [self._decoded(ids) for ids in self.ids]
 
-    def answers(self, model: Answering) -> list[str]:
+    def answers(self, model: FrozenTeacher) -> list[str]:
         rows = [list(row) for row in self.ids]
         for _ in range(self.new_tokens):
             next_ids = model.top_k(self._batch(rows), 1).ids  # [B, 1]
@@ -121,7 +114,7 @@ class HiddenWords:
     masks: Sequence[int]
     tokenizer: PreTrainedTokenizerBase
 
-    def answers(self, model: Answering) -> list[str]:
+    def answers(self, model: FrozenTeacher) -> list[str]:
         texts = model.top_k(self.batch, 1).ids.flatten().split(list(self.masks))
         words = ([self.tokenizer.decode([token]) for token in ids.tolist()] for ids in texts)
         return [", ".join(cast("str", word).strip() for word in text) for text in words]
