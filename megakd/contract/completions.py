@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 TOKENS_PER_TEXT, TRUNCATED = "rollout/tokens_per_text", "rollout/truncated"
@@ -86,14 +86,6 @@ class Generator(Protocol):
         ...
 
 
-class RequestedTexts(Protocol):
-    """Texts that a remote generator is making."""
-
-    def completions(self) -> list[Completion]:
-        """Wait for the texts; return them in the order of the prompts; a collective."""
-        ...
-
-
 @runtime_checkable
 class RemoteGenerator(Generator, Protocol):
     """A generator outside the ranks of the run, which works while the student learns.
@@ -108,6 +100,9 @@ class RemoteGenerator(Generator, Protocol):
 
     def begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> RequestedTexts:
-        """Ask for the texts of `generate`, and return at once; no collective."""
+    ) -> Callable[[], list[Completion]]:
+        """Ask for the texts of `generate`, and return at once; no collective.
+
+        The returned function waits for the texts, in the order of the prompts; a collective.
+        """
         ...

@@ -19,9 +19,9 @@ from megakd.contract.completions import (
     DISTINCT,
     TOKENS_PER_TEXT,
     TRUNCATED,
+    Completion,
     Generator,
     RemoteGenerator,
-    RequestedTexts,
     Rollout,
     Sampling,
 )
@@ -59,7 +59,7 @@ class _Request(NamedTuple):
     version: number of updates of the student that generates.
     wanted: step and row of each text, over all ranks; rank r generates the texts r, r + world, …
     prompts, seeds: those of this rank's texts.
-    texts: the texts of this rank, if a remote generator is making them.
+    texts: waits for the texts of this rank, if a remote generator is making them.
     """
 
     steps: Sequence[int]
@@ -67,7 +67,7 @@ class _Request(NamedTuple):
     wanted: Sequence[tuple[int, int]]
     prompts: Sequence[tuple[int, ...]]
     seeds: Sequence[int]
-    texts: RequestedTexts | None = None
+    texts: Callable[[], list[Completion]] | None = None
 
 
 class RolloutSource(BatchSource):
@@ -187,7 +187,7 @@ class RolloutSource(BatchSource):
                 sampling = self._sampling(request)
                 completions = self._generator.generate(request.prompts, request.seeds, sampling)
             else:
-                completions = request.texts.completions()
+                completions = request.texts()
         self._statistics.seconds += time.perf_counter() - began
         mine = [
             (step, Rollout(row, prompt, completion, request.version, seed))

@@ -301,14 +301,6 @@ def _bytes_of(model: nn.Module) -> int:
     return sum(full_shape(p).numel() * p.element_size() for p in model.parameters())
 
 
-class AskedTexts(RunningCalls[Completion]):
-    """The texts that a rank has asked for; see `RequestedTexts`."""
-
-    def completions(self) -> list[Completion]:
-        """Wait for the texts and return them in the order of the prompts; a collective."""
-        return together(self.results)
-
-
 class ServerGenerator:
     """A `RemoteGenerator` whose texts come from the replicas of an inference server.
 
@@ -344,19 +336,19 @@ class ServerGenerator:
 
     def begin(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
-    ) -> AskedTexts:
-        """Ask for the continuations of this rank's prompts, and return at once; no collective."""
+    ) -> Callable[[], list[Completion]]:
+        """Ask for the continuations of this rank's prompts; see `RemoteGenerator`."""
         calls = [
             partial(self._complete, number, (tuple(prompt), seed, sampling), self._pushed)
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        return AskedTexts(calls, at_once=self._at_once)
+        return partial(together, RunningCalls(calls, at_once=self._at_once).results)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
         """Continue this rank's prompts with the weights of the last update; a collective."""
-        return self.begin(prompts, seeds, sampling).completions()
+        return self.begin(prompts, seeds, sampling)()
 
     def _complete(
         self, number: int, asked: tuple[tuple[int, ...], int, Sampling], pushed: Pushed
