@@ -166,7 +166,7 @@ class MeasuredStage(StageRun):
 def measured_stage(config: RunConfig, ranks: Ranks) -> Iterator[tuple[MeasuredStage, Any]]:
     """Build the stage that `single` plans and its teacher, and free both at the end."""
     reporter = Reporter(config.output_dir, is_main=ranks.is_main)
-    lab = RunLab(config, prepare(config), ranks, reporter)
+    lab = RunLab(prepare(config), ranks, reporter)
     name = lab.teacher()
     stage = Stage(
         name="student",

@@ -42,7 +42,7 @@ def _cache_teachers(config: RunConfig) -> list[Path]:
         reporter = reporter_of(config, ranks)
         try:
             prepared = prepare(config)
-            lab = RunLab(prepared.config, prepared, ranks, reporter)
+            lab = RunLab(prepared, ranks, reporter)
             check_label_orders(lab.assembly)
             return [lab.cache(lab.teacher(name)) for name in names]
         finally:

@@ -146,9 +146,9 @@ def _data_facts(prepared: RunInputs) -> Iterator[str]:
 def _rehearse(prepared: RunInputs, ranks: Ranks, steps: int) -> Iterator[str]:
     config, taken = prepared.config, None
     with closing(Reporter(config.output_dir, is_main=False)) as reporter:
-        lab = RehearsingLab(config, prepared, ranks, reporter, steps=steps)
+        lab = RehearsingLab(prepared, ranks, reporter, steps=steps)
         check_label_orders(lab.assembly)
-        check_method(config, prepared, ranks)
+        check_method(prepared, ranks)
         with closing(lab):
             try:
                 run_method(config.method, lab)

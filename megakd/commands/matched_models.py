@@ -52,11 +52,9 @@ class _UntrainedLab(RunLab):
     """A lab that takes finished stages of the run, and trains nothing."""
 
     def __init__(self, prepared: RunInputs, ranks: Ranks) -> None:
-        config = prepared.config
-        super().__init__(config, prepared, ranks, Reporter(config.output_dir, is_main=False))
-        self.assembly = _ForgetfulAssembly(
-            config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
-        )
+        out = prepared.config.output_dir
+        super().__init__(prepared, ranks, Reporter(out, is_main=False))
+        self.assembly = _ForgetfulAssembly(prepared=prepared, ranks=ranks, teachers=self._teachers)
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> NoReturn:
         del fingerprint

@@ -72,15 +72,9 @@ class RehearsingLab(RunLab):
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        prepared: RunInputs,
-        ranks: Ranks,
-        reporter: Reporter,
-        *,
-        steps: int,
+        self, prepared: RunInputs, ranks: Ranks, reporter: Reporter, *, steps: int
     ) -> None:
-        super().__init__(config, prepared, ranks, reporter)
+        super().__init__(prepared, ranks, reporter)
         self._steps = steps
 
     def _run(self, stage: Stage, fingerprint: Fingerprint, folder: Path) -> StageResult:

@@ -85,7 +85,7 @@ def evaluate_model(
             prepared, rows = _given_rows(config, source, given)
         else:
             prepared, rows = _held_out(config, source)
-        assembly = Assembly(config=prepared.config, prepared=prepared, ranks=ranks)
+        assembly = Assembly(prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
         with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
             metrics = _metrics(assembly, source, loaded, rows, trusts_order=trusts_order)

@@ -75,7 +75,7 @@ def _score(config: RunConfig, splits: Splits, ranks: Ranks, folder: Path) -> tup
     task = replace(config.task, tokenizer=None)
     source = resolve_model(str(folder), task, where="--to")
     prepared = read_by(source, replace(config, task=task), splits, _split(splits))
-    assembly = Assembly(config=prepared.config, prepared=prepared, ranks=ranks)
+    assembly = Assembly(prepared=prepared, ranks=ranks)
     preset = scoring_preset(config.student.deepspeed)
     with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
         metrics = assembly.scorer().score(loaded.predict, prepared.encoded.validation)

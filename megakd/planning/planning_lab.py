@@ -268,12 +268,10 @@ def _ready(source: ModelSource, preset: str, dtype: Dtype | None = None) -> Read
     return ReadyTeacher(source, TeacherConfig(model=source.name, deepspeed=preset, dtype=dtype))
 
 
-def check_method(config: RunConfig, prepared: RunInputs, ranks: Ranks) -> None:
+def check_method(prepared: RunInputs, ranks: Ranks) -> None:
     """Check the method, its stages and the baselines, so that errors appear now and not later."""
-    device = ranks.device.type
-    lab = PlanningLab(
-        config, prepared.sources, ranks=ranks.world_size, device=device, prepared=prepared
-    )
+    config, world, device = prepared.config, ranks.world_size, ranks.device.type
+    lab = PlanningLab(config, prepared.sources, ranks=world, device=device, prepared=prepared)
     for phase in lab.play():
         if phase.stage is not None:
             lab.check_schedule(phase.stage)

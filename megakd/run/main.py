@@ -111,9 +111,9 @@ def _run(config: RunConfig, command: str, ranks: Ranks) -> str:
         check_machines(config, ranks)
         with phase("data"), doing("reading the data"):
             prepared = checked_inputs(config)
-        lab = RunLab(prepared.config, prepared, ranks, reporter)
+        lab = RunLab(prepared, ranks, reporter)
         check_label_orders(lab.assembly)
-        check_method(prepared.config, prepared, ranks)
+        check_method(prepared, ranks)
         inputs = on_main(lambda: _record(config, prepared))
         with closing(lab):
             with phase("training"):
@@ -142,19 +142,15 @@ def check_machines(config: RunConfig, ranks: Ranks) -> None:
 def checked_inputs(config: RunConfig) -> RunInputs:
     """Return the inputs of a run, whose servers answer; a collective."""
     prepared = prepare(config)
-    _check_servers(prepared.config, prepared)
-    return prepared
-
-
-def _check_servers(config: RunConfig, prepared: RunInputs) -> None:
     if config.rollout is not None:
         from megakd.servers.connect import check_servers
 
-        check_servers(config, prepared)
+        check_servers(prepared)
     if any(spec.server for spec in config.teacher_specs.values()):
         from megakd.servers.teachers import check_teacher_servers
 
-        check_teacher_servers(config, prepared)
+        check_teacher_servers(prepared)
+    return prepared
 
 
 def _record(config: RunConfig, prepared: RunInputs) -> Fingerprint:

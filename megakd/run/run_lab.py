@@ -10,7 +10,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from megakd.config.run import RunConfig
 from megakd.config.train import total_steps
 from megakd.contract.batch import ROUTE, teacher_number
 from megakd.contract.lab import Pruning
@@ -55,14 +54,10 @@ class RunLab(LabBase):
     pool: the frozen teachers of all stages.
     """
 
-    def __init__(
-        self, config: RunConfig, prepared: RunInputs, ranks: Ranks, reporter: Reporter
-    ) -> None:
-        super().__init__(config, prepared.sources)
+    def __init__(self, prepared: RunInputs, ranks: Ranks, reporter: Reporter) -> None:
+        super().__init__(prepared.config, prepared.sources)
         self._prepared, self._ranks, self._reporter = prepared, ranks, reporter
-        self.assembly = Assembly(
-            config=config, prepared=prepared, ranks=ranks, teachers=self._teachers
-        )
+        self.assembly = Assembly(prepared=prepared, ranks=ranks, teachers=self._teachers)
         self.pool = TeacherPool(self.assembly)
         self._pruning: ModelPruning | None = None
 

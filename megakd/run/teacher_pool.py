@@ -114,7 +114,7 @@ class TeacherPool:
             from megakd.servers.teachers import served_teacher
 
             prepared, ranks = self.assembly.prepared, self.assembly.ranks
-            return served_teacher(self._config, prepared, name, ranks)
+            return served_teacher(prepared, name, ranks)
         cached = None if ready.spec.cache is None else self._cached(name)
         if cached is not None and not ready.is_loaded(measures_losses=stage.measures_losses):
             return cached

@@ -25,7 +25,6 @@ from megakd.config.rollout import (
     ServerKind,
     TeacherServerConfig,
 )
-from megakd.config.run import RunConfig
 from megakd.contract.completions import Completion, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import agree, on_main, together
@@ -85,9 +84,9 @@ class Served(NamedTuple):
     probes: tuple[tuple[int, ...], ...]
 
 
-def check_servers(config: RunConfig, inputs: RunInputs) -> None:
+def check_servers(inputs: RunInputs) -> None:
     """Check the servers of `rollout.server` before any model loads; a collective."""
-    served = _served(config, inputs)
+    served = _served(inputs)
     if served is None:
         return
 
@@ -114,25 +113,23 @@ def _errors_of(key: str) -> Iterator[None]:
         raise ServerError(f"{key}: {error}") from error
 
 
-def server_generator(
-    config: RunConfig, inputs: RunInputs, model: nn.Module, *, rank: int
-) -> ServerGenerator:
+def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> ServerGenerator:
     """Return the generator of `rollout.server`; a collective."""
-    served = _served(config, inputs)
+    served = _served(inputs)
     if served is None:
         raise TypeError("the run has no rollout.server")
     servers = replicas_of(served.server)
     return ServerGenerator(
         servers,
         models=model_names(servers, served.wanted),
-        push=_push(config, served, servers, model),
+        push=_push(served, servers, model),
         wanted=served.wanted,
         place=(rank, served.rollouts.rows_per_call),
     )
 
 
 def _push(
-    config: RunConfig, served: Served, servers: Sequence[TextServer], model: nn.Module
+    served: Served, servers: Sequence[TextServer], model: nn.Module
 ) -> FullPush | AdapterPush | None:
     if served.wanted.pushed is None:
         return None
@@ -143,8 +140,8 @@ def _push(
     return AdapterPush(model, cast("Sequence[VllmServer]", servers), folder, keep=keep)
 
 
-def _served(config: RunConfig, inputs: RunInputs) -> Served | None:
-    rollouts = config.rollout
+def _served(inputs: RunInputs) -> Served | None:
+    config, rollouts = inputs.config, inputs.config.rollout
     if rollouts is None or rollouts.server is None:
         return None
     tokens = text_tokens(inputs.tokenizer, inputs.sources)

@@ -300,20 +300,20 @@ class StatesAsScores:
         return BestTokens(tokens.int().cpu().numpy(), values.float().cpu().numpy())
 
 
-def check_teacher_servers(config: RunConfig, inputs: RunInputs) -> None:
+def check_teacher_servers(inputs: RunInputs) -> None:
     """Check the servers of all teachers before any model loads; a collective."""
-    for name, spec in config.teacher_specs.items():
+    for name, spec in inputs.config.teacher_specs.items():
         if spec.server is None:
             continue
         folder = spec.server.states
         if folder is not None:
             together(lambda folder=folder: check_folder(folder, "teacher.server.states", _STATES))
-        on_main(lambda name=name, spec=spec: _check(config, inputs, name, spec))
+        on_main(lambda name=name, spec=spec: _check(inputs, name, spec))
 
 
-def served_teacher(config: RunConfig, inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
+def served_teacher(inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
     """Return a teacher that its servers answer for; a collective."""
-    spec, wanted = config.teacher_specs[name], _wanted(config, inputs, name)
+    spec, wanted = inputs.config.teacher_specs[name], _wanted(inputs, name)
     server = spec.server
     if server is None:
         raise TypeError(f"{name} is not served")
@@ -321,7 +321,7 @@ def served_teacher(config: RunConfig, inputs: RunInputs, name: str, ranks: Ranks
         source = inputs.sources[name]
         exporting = states_replicas(server, server.states, source)
         models = model_names(exporting, wanted)
-        readout = together(lambda: _exported_readout(source, spec, config, ranks))
+        readout = together(lambda: _exported_readout(source, spec, inputs.config, ranks))
         return StatesTeacher(exporting, models, readout=readout, ranks=ranks)
     servers = [VllmServer(http) for http in connections(server, PATIENCE_S)]
     return TopKTeacher(
@@ -333,8 +333,8 @@ def served_teacher(config: RunConfig, inputs: RunInputs, name: str, ranks: Ranks
     )
 
 
-def _check(config: RunConfig, inputs: RunInputs, name: str, spec: TeacherConfig) -> None:
-    server, wanted = spec.server, _wanted(config, inputs, name)
+def _check(inputs: RunInputs, name: str, spec: TeacherConfig) -> None:
+    server, wanted = spec.server, _wanted(inputs, name)
     if server is None:
         raise TypeError(f"{name} is not served")
     texts = _texts(inputs.encoded.train)
@@ -342,7 +342,7 @@ def _check(config: RunConfig, inputs: RunInputs, name: str, spec: TeacherConfig)
         source = inputs.sources[name]
         exporting = states_replicas(server, server.states, source, patience_s=FIRST_PATIENCE_S)
         models = served_models(exporting, wanted)
-        readout = _exported_readout(source, spec, config, distributed.ranks())
+        readout = _exported_readout(source, spec, inputs.config, distributed.ranks())
         answers = check_states(exporting, models, texts, readout)
     else:
         replicas = [VllmServer(http) for http in connections(server, FIRST_PATIENCE_S)]
@@ -354,7 +354,8 @@ def _check(config: RunConfig, inputs: RunInputs, name: str, spec: TeacherConfig)
         check_reference(texts, answers, reference.logprobs, server.check_against)
 
 
-def _wanted(config: RunConfig, inputs: RunInputs, name: str) -> Wanted:
+def _wanted(inputs: RunInputs, name: str) -> Wanted:
+    config = inputs.config
     return Wanted(
         name=config.teacher_specs[name].served_model or "",
         pushed=None,

@@ -91,10 +91,13 @@ class Assembly:
     teachers: the teachers that are ready, by name; a method may add teachers.
     """
 
-    config: RunConfig
     prepared: RunInputs
     ranks: Ranks
     teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.prepared.config
 
     def of(self, role: str) -> Assembly:
         """Return the assembly with the tokenizer and the data of the model of a role."""

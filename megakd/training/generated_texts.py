@@ -75,8 +75,7 @@ def generator_of(parts: StageParts) -> Generator:
         student = parts.models[STUDENT]
         if not isinstance(student, StudentEngine):
             raise TypeError(f"a {type(student).__name__} does not learn")
-        rank = assembly.ranks.rank
-        return server_generator(assembly.config, of_model.prepared, student.student, rank=rank)
+        return server_generator(of_model.prepared, student.student, rank=assembly.ranks.rank)
     return _local_generator(
         parts.models[rollouts.by], of_model, rows_at_once=rollouts.rows_per_call
     )

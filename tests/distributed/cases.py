@@ -33,7 +33,7 @@ def lab_of(
     config = load_config(Path(config_path), overrides)
     ranks = distributed.ranks()
     reporter = Reporter(config.output_dir, is_main=writes and ranks.is_main)
-    lab = RunLab(config, prepare(config), ranks, reporter)
+    lab = RunLab(prepare(config), ranks, reporter)
     try:
         yield lab
     finally:

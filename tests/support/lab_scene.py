@@ -79,7 +79,7 @@ def prepared_of(config: RunConfig, content: str = "rows") -> RunInputs:
 
 def lab_of(config: RunConfig, content: str = "rows") -> RunLab:
     reporter: Any = None
-    return RunLab(config, prepared_of(config, content), ONE_RANK, reporter)
+    return RunLab(prepared_of(config, content), ONE_RANK, reporter)
 
 
 def stage_of(**changes: Any) -> Stage:

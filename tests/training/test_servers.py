@@ -37,20 +37,20 @@ def check(stub: Stub, folder: Path, *, ends: list[int], temperature: float = 1.0
     GenerationConfig(eos_token_id=ends).save_pretrained(folder)
     config = PretrainedConfig(vocab_size=VOCABULARY, eos_token_id=END)
     source = SimpleNamespace(folder=folder, config=config, where="student.model", name="tiny")
+    server = RolloutServerConfig(url=(stub.url,), kind=stub.kind, push="none", model="tiny")
+    sampling = SamplingConfig(temperature=temperature)
+    rollout = RolloutConfig(max_new_tokens=16, sampling=sampling, server=server)
+    task = SimpleNamespace(row_length=64)
+    names = {"served_model": "tiny", "output_dir": folder / "out"}
     inputs: Any = SimpleNamespace(
+        config=SimpleNamespace(rollout=rollout, task=task, **names),
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token=f"w{END}"),
         sources={STUDENT: source},
         encoded=SimpleNamespace(
             train=Dataset.from_dict({"input_ids": [[5, 10]], "prompt_length": [2]})
         ),
     )
-    server = RolloutServerConfig(url=(stub.url,), kind=stub.kind, push="none", model="tiny")
-    sampling = SamplingConfig(temperature=temperature)
-    rollout = RolloutConfig(max_new_tokens=16, sampling=sampling, server=server)
-    task = SimpleNamespace(row_length=64)
-    names = {"served_model": "tiny", "output_dir": folder / "out"}
-    run: Any = SimpleNamespace(rollout=rollout, task=task, **names)
-    check_servers(run, inputs)
+    check_servers(inputs)
 
 
 def rules_of(stub: Stub) -> list[dict[str, Any]]:
