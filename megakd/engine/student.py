@@ -52,7 +52,6 @@ class StudentEngine:
         self._engine = engine
         engine.train()
         self._passes_per_backward = passes_per_backward
-        self._norm: Tensor | None = None
         self._gradients = StepGradients(engine)
 
     @property
@@ -128,8 +127,11 @@ class StudentEngine:
         """The matrices that produce units by name, in a stage with `pruned_to`."""
         return self._engine.module.elastic.makers
 
-    def step(self, learning_rate: float) -> None:
-        """Clip the gradient of the step, and update the weights with this learning rate."""
+    def step(self, learning_rate: float) -> Tensor | None:
+        """Clip the gradient of the step, and update the weights with this learning rate.
+
+        Return the global norm of the gradient before clipping, a device tensor.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get(RATE, 1.0)
         # An update may change the scale. At ZeRO 0, DeepSpeed's norm includes the scale.
@@ -143,12 +145,8 @@ class StudentEngine:
         norm = engine.get_global_grad_norm() if norm is None else norm
         if norm is not None:  # of a step that overflowed, it is a number
             norm = torch.as_tensor(norm, dtype=torch.float32, device=engine.device) / scale
-        self._norm = norm
         self._gradients.forget()
-
-    def gradient_norm(self) -> Tensor | None:
-        """Return the global gradient norm of the last step before clipping, a device tensor."""
-        return self._norm
+        return norm
 
     def scaling(self) -> dict[str, float]:
         """Return the scale of the loss under fp16, and the number of steps that overflowed."""

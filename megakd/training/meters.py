@@ -20,7 +20,6 @@ from megakd.engine.distributed import Ranks
 from megakd.engine.memory import peak_memory_bytes
 from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
-from megakd.teachers.watched import failed_teachers
 from megakd.training.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
 from megakd.training.rank_load import RankLoad
 from megakd.training.trainer import Trainer
@@ -184,7 +183,7 @@ class TrainMeter:
 
     def _remedy(self) -> str:
         # A teacher with NaN outputs is named before anything else.
-        failed = failed_teachers(self._trainer.teachers, self._ranks.device)
+        failed = self._trainer.watch.failed(self._ranks.device)
         if failed:
             return (
                 f"the outputs of {', '.join(failed)} are not finite: check the weights, or set the "

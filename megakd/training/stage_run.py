@@ -25,7 +25,6 @@ from megakd.process import signals
 from megakd.process.seeding import seed_everything
 from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
-from megakd.teachers.watched import WatchedTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints, CheckpointState
 from megakd.training.checkpoint_writer import CheckpointWriter
@@ -74,7 +73,7 @@ class StageRun:
         )
         self.trainer = Trainer(
             student=self.student,
-            teachers={name: WatchedTeacher(teacher) for name, teacher in teachers.items()},
+            teachers=teachers,
             strategy=stage.strategy,
             count_units=lambda batches: self.votes.sum_counts(
                 count_units(batches, self.bundle.counters)

@@ -12,6 +12,7 @@ from megakd.config.schedules import Schedule
 from megakd.contract.batch import Batch, Counts, Knowledge, add_parts
 from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
 from megakd.engine.activity import Stopwatch
+from megakd.training.answer_watch import AnswerWatch
 
 if TYPE_CHECKING:
     from megakd.engine.student import StudentEngine
@@ -25,6 +26,7 @@ class Trainer:
     of steps taken, and the strategy's state alone.
 
     count_units: micro-batches of this rank -> global unit counts, on the device.
+    watch: whether all answers of the teachers were finite.
     """
 
     student: StudentEngine
@@ -34,6 +36,7 @@ class Trainer:
     learning_rate: Schedule
     step: int = 0
     teacher_clock: Stopwatch = field(default_factory=Stopwatch)
+    watch: AnswerWatch = field(default_factory=AnswerWatch)
 
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
         """Take an optimiser step on the micro-batches and return its report."""
@@ -47,13 +50,8 @@ class Trainer:
                 self.student.forward_backward(batch, knowledge, plan, counts, boundary=is_last),
             )
         self.strategy.before_update(self.step, self.student)
-        self.student.step(self.learning_rate(self.step))
-        report = StepReport(
-            step=self.step,
-            parts=parts,
-            gradient_norm=self.student.gradient_norm(),
-            counts=counts,
-        )
+        norm = self.student.step(self.learning_rate(self.step))
+        report = StepReport(step=self.step, parts=parts, gradient_norm=norm, counts=counts)
         self.strategy.after_update(report)
         self.step += 1
         return report
@@ -68,12 +66,15 @@ class Trainer:
         for index, batch in enumerate(batches):
             with self.teacher_clock.running():
                 knowledge = {name: next(of_teacher) for name, of_teacher in answers.items()}
+                self.watch.add(knowledge, batch)
             yield batch, knowledge, index == len(batches) - 1
 
     def ask_teachers(self, plan: Sequence[Pass], batch: Batch) -> dict[str, Knowledge]:
         """Return the outputs of the frozen teachers of the passes for a micro-batch."""
         with self.teacher_clock.running():
-            return {name: self.teachers[name](batch.of(name)) for name in self._frozen(plan)}
+            knowledge = {name: self.teachers[name](batch.of(name)) for name in self._frozen(plan)}
+            self.watch.add(knowledge, batch)
+        return knowledge
 
     def _frozen(self, plan: Sequence[Pass]) -> list[str]:
         return [name for name in teacher_names(plan) if name in self.teachers]

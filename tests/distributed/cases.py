@@ -170,17 +170,16 @@ def train(config_path: str, overrides: list[str], steps: int, *, generates: bool
     running = started(config_path, overrides, strategy=Watching, generates=generates)
     with running as (run, _):
         initial = dict(gathered_state(run.student.bundle))
-        losses = [
-            summed(run.trainer.train_step(run.source.step(step)).parts) for step in range(steps)
-        ]
-        norm = run.student.gradient_norm()
+        reports = (run.trainer.train_step(run.source.step(step)) for step in range(steps))
+        facts = [(summed(one.parts), one.gradient_norm) for one in reports]
+        norm = facts[-1][1]
         rows = run.assembly.prepared.encoded.validation
         return {
             "initial": initial,
             "final": dict(gathered_state(run.student.bundle)),
             "gradients": run.stage.strategy.gradients,
             "shards": run.stage.strategy.shards,
-            "losses": losses,
+            "losses": [losses for losses, _ in facts],
             "gradient_norm": None if norm is None else float(norm),
             "scores": run.evaluation.scorer.score(run.student.predict, rows),
             "local_elements": sum(

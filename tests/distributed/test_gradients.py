@@ -98,8 +98,7 @@ def train(
                 batch = rows(step, number, dist.get_rank(), names, factors.get(step, 1.0))
                 boundary = number == len(backwards) - 1
                 student.forward_backward(batch, {}, [Pass()], {}, boundary=boundary)
-            student.step(RATE)
-            facts["norms"].append(float(student.gradient_norm()))
+            facts["norms"].append(float(student.step(RATE)))
             facts["weights"].append(_masters(student))
         facts["scaling"].append(student.scaling())
         facts["linear"] = [getattr(model, "linear", functional.linear) is zero3_linear_wrap]

@@ -1,4 +1,4 @@
-"""A frozen model's answers, without an engine around it, and a watch on them."""
+"""A frozen model's answers, without an engine around it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megakd.contract.batch import Batch, Knowledge, Predictions
 from megakd.models.knowledge import Needs
 from megakd.teachers.frozen import FrozenModel
-from megakd.teachers.watched import WatchedTeacher
 
 LOGITS = torch.tensor([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]])
 BATCH = Batch({"logits": LOGITS}, torch.tensor([0, 1]), torch.ones(2, 1, dtype=torch.bool))
@@ -61,44 +60,3 @@ def test_a_causal_lms_answer_leaves_its_head_to_the_engine():
     assert list(taught.hidden.shape) == [1, 3, 8]
     assert scored.outputs is None
     assert scored.sums[2] == 3
-
-
-VALID = torch.tensor([[True, False], [True, True], [False, False]])
-
-
-def failed(read: Knowledge, targets: torch.Tensor | None = None) -> bool:
-    teacher = WatchedTeacher(lambda batch: read)
-    batch = Batch({}, torch.zeros(3, dtype=torch.long), VALID, targets)
-
-    assert teacher(batch) is read
-    return teacher.has_failed
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_an_answer_that_is_not_finite_is_noted(bad):
-    logits, hidden = torch.zeros(3, 2), torch.zeros(3, 2, 4)
-    logits[1, 0] = hidden[1, 1, 2] = bad
-
-    assert failed(Knowledge(logits=logits))
-    assert failed(Knowledge(hidden=hidden))
-    assert failed(Knowledge(hidden=hidden[1]), targets=torch.tensor([2, 3]))
-
-
-def test_what_padding_and_empty_rows_say_does_not_count():
-    logits, hidden = torch.zeros(3, 2), torch.zeros(3, 2, 4)
-    logits[2], hidden[0, 1], hidden[2] = torch.nan, torch.nan, torch.nan
-
-    assert not failed(Knowledge(logits=logits))
-    assert not failed(Knowledge(hidden=hidden))
-    assert not failed(Knowledge())
-
-
-def test_one_bad_answer_is_not_forgotten():
-    answers = [torch.full((3, 2), torch.nan), torch.zeros(3, 2)]
-    teacher = WatchedTeacher(lambda batch: Knowledge(logits=answers.pop(0)))
-    batch = Batch({}, torch.zeros(3, dtype=torch.long), VALID)
-
-    teacher(batch)
-    teacher(batch)
-
-    assert teacher.has_failed

@@ -12,6 +12,7 @@ import torch
 from unit_counts import counts_of
 
 from megakd.config.train import TrainConfig
+from megakd.contract.batch import Batch, Knowledge
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.tasks import TaskType
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, TermConfig
@@ -20,7 +21,7 @@ from megakd.engine.activity import Stopwatch
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
-from megakd.teachers.watched import WatchedTeacher
+from megakd.training.answer_watch import AnswerWatch
 from megakd.training.meters import TrainMeter
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
@@ -28,6 +29,7 @@ KL = SoftTargetKl(loss="soft_target_kl")
 ON_ROLLOUTS = SoftTargetKl(loss="soft_target_kl", on="rollouts")
 FULL = (4, 3, 50)  # examples, targets, tokens of a step
 MASKED = (4, 0, 50)
+ANSWERS = {"calm": 1.0, "mad": math.nan}
 
 
 class Watched:
@@ -41,7 +43,7 @@ class Watched:
             step=0,
             teacher_clock=Stopwatch(),
             learning_rate=lambda step: 0.1 * step,
-            teachers={},
+            watch=AnswerWatch(),
             student=SimpleNamespace(bundle=torch.nn.Linear(1, 1)),
         )
         self.health = TrainMeter(
@@ -116,11 +118,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, norm, is_fp16
 
 def test_a_teacher_whose_answers_are_not_finite_is_blamed_in_place_of_the_learning_rate():
     watched = Watched()
-    watched.trainer.teachers = {
-        "calm": SimpleNamespace(has_failed=False),
-        "mad": SimpleNamespace(has_failed=True),
-        "unasked": WatchedTeacher(SimpleNamespace()),
-    }
+    batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
+    answers = {name: Knowledge(logits=torch.tensor([[x]])) for name, x in ANSWERS.items()}
+    watched.trainer.watch.add(answers, batch)
     watched.step(loss=math.nan)
 
     with pytest.raises(TrainingError, match="outputs of mad are not finite: check the") as caught:
