@@ -56,6 +56,8 @@ COLLECTED = {
         # Three arms choose units by another score than the sensitivity.
         arms=("homodistil", "early", "one_shot", "platon", "magnitude", "random_scores",
               "one_shot_alone", "random", "alone"),
+        # The cells of `homodistil` have the later end of the pruning, those of `early` the default.
+        runs={"homodistil": "late", "early": "homodistil"},
         baselines={name: ("homodistil", name) for name in ("random", "alone")},
         no_teacher=("alone", "one_shot_alone"),
         sources={

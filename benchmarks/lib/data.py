@@ -102,9 +102,6 @@ TASKS = {
     "sst2": glue("sst2", "SST-2", labelled_examples=8000),
     "banking77": Task("banking77/train.csv", _banking77),
     "clinc150": Task(str(CLINC150), _clinc150),
-    "mrpc": glue("mrpc", "MRPC"),
-    "cola": glue("cola", "CoLA"),
-    "rte": glue("rte", "RTE"),
 }
 
 

@@ -153,7 +153,7 @@ def run_tree(case: Case, folder: Path) -> dict[str, Any]:
         "method": {**method, "iterations": 1, "metric": "accuracy"},
         "train": {**train, "optim": case.optim, "bf16": True},
         "eval": {"eval_steps": 1, "per_device_eval_batch_size": ROWS},
-        "log": {"tensorboard": False},
+        "log": {"report_to": []},
     }
 
 

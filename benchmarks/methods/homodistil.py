@@ -147,7 +147,9 @@ def teacher_legs(given: argparse.Namespace) -> list[launching.Leg]:
 
 def pruning_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return the runs of all seeds; students from random weights are baselines of the first."""
-    further = {"late": (f"method.pruning_end={int(LATE_SHARE * given.sizes.steps)}",)}
+    late = (f"method.pruning_end={int(LATE_SHARE * given.sizes.steps)}",)
+    # The scores are compared where the stored runs of the sensitivity are, with the later end.
+    further = dict.fromkeys(("late", *SCORES), late)
     if given.decoder:
         at_once = (f"method.pruning_start={START}",)
         further |= {"one_shot": at_once, "one_shot_alone": at_once}

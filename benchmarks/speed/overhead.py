@@ -44,7 +44,6 @@ from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 from megakd.training.stage_run import StageRun
 
 TARGET = 1.02
-SIDES = ("megakd", "bare")
 
 
 class BareTeacher(FrozenModel):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lib.clocks import Clocks, over_ranks
 from lib.launching import write_config
 from megakd.config.file import load_config
-from memory import plan, planning_table
+from memory import billion, plan, planning_table
 from speed import causal_step
 from speed.causal_step import check_agree
 
@@ -78,5 +78,7 @@ def test_every_case_of_a_plan_and_of_its_table_is_a_run_that_megakd_accepts(tmp_
         folder = tmp_path / str(number)
         folder.mkdir()
         assert plan.config_of(plan.CASES[number], folder).train.max_steps == 3
+    for case in billion.CASES.values():
+        load_config(write_config(tmp_path / "billion.yaml", billion.run_tree(case, tmp_path)))
     for name in planning_table.RUNS:
         load_config(write_config(tmp_path / f"{name}.yaml", planning_table.run_config(name)))

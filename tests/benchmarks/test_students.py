@@ -20,7 +20,7 @@ from lib.launching import UnusableError
 from lib.tables import columns_of
 from megakd.config.file import load_config
 from megakd.errors import CheckpointError
-from methods import homodistil, minidisc, mixed_vocabulary, on_policy, shrink
+from methods import homodistil, mixed_vocabulary, on_policy, shrink
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices("abcdefghijklmnop", k=RNG.randint(2, 7))) for _ in range(300)]
@@ -271,37 +271,6 @@ def test_shrink_has_the_losses_of_its_teacher_its_baseline_and_the_cut_it_chose(
         "KL of 3 layers": 0.7,
         "KL of 2 layers": 0.6,
     }
-
-
-def test_minidisc_and_maxidisc_are_run_and_compared_seed_by_seed(monkeypatch, capsys, tmp_path):
-    calls = []
-
-    def trained(config, output, *, ranks, overrides):
-        calls.append((output.parent.name, overrides[-2:]))
-        seconds = {"student": 12.0, "alone": 8.0}
-        if "maxidisc" in output.parent.name:
-            return report_of({"accuracy": 0.5}, seconds={"student": 12.0, "trial": 36.0})
-        report = report_of({"accuracy": 0.6}, seconds={**seconds, "teacher-finetune": 100.0})
-        return report | {"baselines": {"alone": {"accuracy": 0.4}}}
-
-    monkeypatch.setattr(minidisc, "trained", trained)
-    monkeypatch.setattr(minidisc, "fetch_teacher", lambda: None)
-
-    words = ["--seeds", "1,2", "--output", str(tmp_path), "--maxidisc", "seed=9"]
-    assert minidisc.main(words) == 0
-
-    assert calls == [
-        (kind, ["seed=9", f"seed={seed}"]) for seed in (1, 2) for kind in ("minidisc", "maxidisc")
-    ]
-    shown = capsys.readouterr().out
-    assert "score 0.6, parameters 100, seconds 120, of the search 12" in shown
-    assert "less distilled: score -0.1 -0.1, parameters +0 +0, seconds -72 -72" in shown
-    config = load_config(
-        launching.ROOT / minidisc.CONFIG, [*minidisc.maxidisc(), f"output_dir={tmp_path}"]
-    )
-    plain = load_config(launching.ROOT / minidisc.CONFIG, [])
-    assert (config.method.name, config.baselines) == ("maxidisc", ())
-    assert config.method.sparsities == plain.method.sparsities
 
 
 def test_a_finished_leg_is_not_started_again_and_one_of_other_settings_is_refused(
