@@ -65,7 +65,7 @@ class Case:
 
 
 def floating_point_operations(case: Case) -> int:
-    """Operations of the matrix products that the exact loss needs (kernels.md, 2.2).
+    """Operations of the matrix products that the exact loss needs (README.md, the table of floors).
 
     2NV(3Hs + Ht) with gradients, 2NV(Hs + Ht) without; a relation counts its products a second
     time for the gradient, since nothing of size L x L is kept.
