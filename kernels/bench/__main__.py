@@ -71,22 +71,23 @@ def _run(
     on_device = cases_for("cuda" if device.type == "cuda" else "cpu")
     _check_names(parser, options.case, on_device, where=f" on {device.type}")
     cases = _select(on_device, options.case, quick=options.quick)
+    path = options.out / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{device.type}.jsonl"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
+        path.touch()
     except OSError as error:
         parser.error(f"--out {options.out}: {error.strerror}")
-    return _measure(cases, implementations, _plan(device, quick=options.quick), options.out)
+    return _measure(cases, implementations, _plan(device, quick=options.quick), path)
 
 
 def _measure(
-    cases: list[Case], implementations: tuple[Implementation, ...], plan: Plan, folder: Path
+    cases: list[Case], implementations: tuple[Implementation, ...], plan: Plan, path: Path
 ) -> int:
     from bench import machine, report
     from bench.results import Ledger
     from bench.running import run_cases
     from bench.targets import verdicts
 
-    path = folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{plan.device.type}.jsonl"
     described = machine.describe(plan.device)
     ceilings = machine.measure_ceilings(plan.device, plan.effort)
     about = report.machine_lines(described, ceilings)

@@ -29,6 +29,7 @@ _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 # Logits that a thread reads at once, in fp32.
 _IDS_PER_LOAD = 4
+_KNOWN = ", ".join(map(str, SHARED_MEMORY))
 
 
 class Sweep(NamedTuple):
@@ -51,19 +52,30 @@ class Program(NamedTuple):
     sweeps: list[Sweep]
 
 
+def _capabilities(text: str) -> list[int]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in _KNOWN.split(", ")]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {_KNOWN}")
+    return [int(name) for name in names]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile every kernel and print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__)
     parser.add_argument(
-        "--arch", default="80,90,100", help="of " + ", ".join(map(str, SHARED_MEMORY))
+        "--arch",
+        type=_capabilities,
+        default="80,90,100",
+        help=f"of {_KNOWN}, separated by commas",
     )
+    capabilities = parser.parse_args(arguments).arch
     compiled = dict[str, tuple[str, Any]]()
     compile_instead_of_launching(
         lambda name, kernel: compiled.update({kernel.hash: (name, kernel)})
     )
     print("| loss | kernel | sm | registers | stack | shared memory | per id, by sweep |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for capability in map(int, parser.parse_args(arguments).arch.split(",")):
+    for capability in capabilities:
         pretend(capability)
         for about, launch in VARIANTS.items():
             compiled.clear()

@@ -53,6 +53,10 @@ class DeferredOutput(KDOutput):
         """Compare the fields, as tuples do."""
         return tuple(self) == (tuple(other) if isinstance(other, tuple) else other)
 
+    def __ne__(self, other: object) -> bool:
+        """Compare the fields; a tuple's own method would compare entries that are not formed."""
+        return not self == other
+
     def __reduce__(self) -> tuple[type[KDOutput], tuple[Tensor, ...]]:
         """Copy and pickle as a plain output."""
         return KDOutput, tuple(self)

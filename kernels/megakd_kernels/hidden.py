@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megakd_kernels import formed, hidden_ops, reference
-from megakd_kernels.hidden_ops import SMALLEST_NORM
+from megakd_kernels.hidden_ops import inverse_norm
 from megakd_kernels.inputs import (
     all_count,
     as_matrix,
@@ -119,7 +119,8 @@ def _reference(kind: str, inputs: _Inputs) -> Tensor:
         projected = reference.project(projected, projection, None, dtype)
     if kind == "mse":
         return F.mse_loss(projected, target, reduction="sum") / target.shape[-1]
-    return reference.hidden_cosine(projected, target, SMALLEST_NORM).sum()
+    units = [states * inverse_norm(states) for states in (projected, target)]
+    return (1 - (units[0] * units[1]).sum(-1)).sum()
 
 
 def _flatten(

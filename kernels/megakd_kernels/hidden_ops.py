@@ -99,24 +99,23 @@ def _sum_in_chunks(
 ) -> Tensor:
     """Return the sum of the loss in torch, whose intermediate results fit the caches."""
     dtype, width = formed.dtype, teacher.shape[1]
-    loss = _squared_error_ if kind == "mse" else _one_minus_cosine_
     total = student.new_zeros((), dtype=dtype)
     plan = plan_chunks(
         len(student), widths=(student.shape[1], width, width), like=total, chunk_mb=CHUNK_MB
     )
-    is_difference = kind == "mse" and projection is None
     for rows in slices(len(student), plan.chunk):
-        counted = valid[rows]
-        if is_difference:
+        counted, target = valid[rows], teacher[rows].to(dtype)
+        if kind == "mse" and projection is None:
             out = formed.student[rows] if formed.student.numel() else None
-            total += _squared_difference(
-                student[rows].to(dtype), teacher[rows].to(dtype), counted, out
-            )
+            total += _squared_difference(student[rows].to(dtype), target, counted, out)
             continue
         hidden = masked_rows(student[rows], counted, dtype)
         work = _projected(hidden, projection, dtype)
-        target = teacher[rows].to(dtype).masked_fill(~counted[:, None], 0)
-        total += loss(work, target, counted).sum()
+        if kind == "mse":
+            total += _squared_difference(work, target, counted, work)
+        else:
+            kept = target.masked_fill(~counted[:, None], 0)
+            total += _one_minus_cosine_(work, kept, counted).sum()
         formed.add(rows, work, hidden, projection)
     return total
 
@@ -198,7 +197,7 @@ def _adjacent(rows: Tensor) -> Tensor:
 def _squared_difference(
     student: Tensor, teacher: Tensor, valid: Tensor, out: Tensor | None
 ) -> Tensor:
-    """Return the sum over rows; `out` becomes the gradient 2 (z - y) / width.
+    """Return the sum over rows; `out`, possibly `student`, becomes the gradient 2 (z - y) / width.
 
     States without a projection occur for every layer and sub-network, so nothing is copied.
     Padding may hold anything: it is masked in the difference.
@@ -213,32 +212,21 @@ def _squared_difference(
     return value
 
 
-def _squared_error_(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
-    """Return values [C]; `student` becomes the gradient 2 (z - y) / width, `teacher` is lost.
-
-    Rows that are not valid hold zeros in both tensors.
-    """
-    del valid
-    student.sub_(teacher)
-    values = torch.mul(student, student, out=teacher).mean(-1)
-    student.mul_(2.0 / student.shape[-1])
-    return values
-
-
 def _one_minus_cosine_(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
     """Return values [C]; `student` becomes the gradient (c z / |z| - y / |y|) / |z|.
 
     `teacher` is lost.
     """
-    inverse_norm = _inverse_norm(student)
-    student.mul_(inverse_norm)
-    teacher.mul_(_inverse_norm(teacher))
+    scale = inverse_norm(student)
+    student.mul_(scale)
+    teacher.mul_(inverse_norm(teacher))
     cosine = (student * teacher).sum(-1, keepdim=True)
-    student.mul_(cosine).sub_(teacher).mul_(inverse_norm)
+    student.mul_(cosine).sub_(teacher).mul_(scale)
     return torch.where(valid, 1 - cosine.squeeze(-1), 0)
 
 
-def _inverse_norm(vectors: Tensor) -> Tensor:
+def inverse_norm(vectors: Tensor) -> Tensor:
+    """Return [..., 1]: 1 / |v|, or 0 for a vector shorter than 1e-12, whose cosine is then 0."""
     square = vectors.square().sum(-1, keepdim=True)
     is_long = square > SMALLEST_NORM**2
     return torch.where(is_long, torch.where(is_long, square, 1).rsqrt(), 0)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from megakd_kernels.vocab_parallel import Shard
 
 
 class Rows(NamedTuple):
@@ -185,19 +188,6 @@ def check_not_sharded(name: str, weight: Tensor | None) -> None:
     )
 
 
-class Ids(Protocol):
-    """The ids of the student's output."""
-
-    @property
-    def named(self) -> str:
-        """Description of the ids for messages."""
-        ...
-
-    def known(self, labels: Tensor) -> Tensor:
-        """Return [N] bool: whether each label is an id of the student."""
-        ...
-
-
 def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str) -> None:
     """Check on a CPU that the labels are ids of the student.
 
@@ -217,7 +207,7 @@ def check_labels(labels: Tensor, is_known: Tensor, ignore_index: int, named: str
         )
 
 
-def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Ids | None) -> Rows:
+def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Shard | None) -> Rows:
     """Flatten and combine the masks.
 
     Args:
@@ -232,7 +222,7 @@ def select_rows(count: int, *, like: Tensor, masks: Masks, ids: Ids | None) -> R
     labels = None if masks.labels is None else _flat_labels(masks.labels)
     labelled = None if labels is None else labels != masks.ignore_index
     if masks.valid is not None:
-        counted = masks.valid.detach().reshape(-1).bool()
+        counted = masks.valid.detach().reshape(-1).bool().contiguous()
     elif labelled is not None:
         counted = labelled
     else:

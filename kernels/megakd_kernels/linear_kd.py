@@ -27,13 +27,14 @@ from megakd_kernels.row_plan import Warp
 from megakd_kernels.row_terms import RowValues
 from megakd_kernels.settings import (
     Divergence,
+    Implementation,
     KDOutput,
     Number,
     Objective,
     resolve_implementation,
     warp,
 )
-from megakd_kernels.vocab_parallel import shard_of
+from megakd_kernels.vocab_parallel import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -144,23 +145,35 @@ def linear_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-o
         needs_grad=any(needs_gradient(tensor) for tensor in student),
     )
     check_constants(token_weight=token_weight)
-    shard = shard_of(process_group, vocab_start, len(student.weight), vocab_size)
+    shard = Shard(ids=len(student.weight), start=vocab_start, limit=vocab_size, group=process_group)
     like = student.hidden.new_empty((), dtype=heads_dtype(student, teacher))
     masks = Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1])
     rows = select_rows(
         len(student.hidden), like=like, masks=masks, ids=shard if objective.wants_ce else None
     )
-    shared = shard.shared(None if teacher is None else len(teacher.weight))
     implementation = resolve_implementation(impl, student.hidden.device)
-    if implementation == "reference":
-        _refuse_shards(process_group)
-        output = _reference(student, teacher, rows, objective, shared, warps)
-    else:
-        options = operator_options(objective, shared, warps, implementation, shard.operator)
-        output = _formed(student, teacher, rows, objective, options)
+    output = solve((student, teacher), rows, objective, warps, shard, implementation)
     if reduction == "none":
         return output._replace(loss=output.loss.reshape(student_hidden.shape[:-1]))
     return output
+
+
+def solve(
+    heads: tuple[Side, Side | None],
+    rows: Rows,
+    objective: Objective,
+    warps: tuple[Warp, Warp],
+    shard: Shard,
+    implementation: Implementation,
+) -> KDOutput:
+    """Return the loss of checked heads and rows, on one code path."""
+    student, teacher = heads
+    shared = shard.shared(None if teacher is None else len(teacher.weight))
+    if implementation == "reference":
+        _refuse_shards(shard.group)
+        return _reference(student, teacher, rows, objective, shared, warps)
+    options = operator_options(objective, shared, warps, implementation, shard.operator)
+    return _formed(student, teacher, rows, objective, options)
 
 
 def _refuse_shards(group: ProcessGroup | None) -> None:

@@ -150,7 +150,7 @@ _known_objective = functools.lru_cache(maxsize=16)(_new_objective)
 
 def _select(student: Tensor, teacher: Tensor | None, masks: Masks, objective: Objective) -> Rows:
     like = student.new_empty((), dtype=compute_dtype(student, teacher))
-    ids = Shard(start=0, ids=student.shape[1], limit=None, group=None)
+    ids = Shard(ids=student.shape[1])
     return select_rows(
         len(student), like=like, masks=masks, ids=ids if objective.wants_ce else None
     )

@@ -124,12 +124,6 @@ def warped(logits: Tensor, warp: Warp) -> Tensor:
     return warp.softcap * torch.tanh(scaled / warp.softcap) if warp.softcap else scaled
 
 
-def hidden_cosine(student: Tensor, teacher: Tensor, smallest: float) -> Tensor:
-    """Return 1 - cosine per row; vectors shorter than `smallest` have cosine 0."""
-    unit_student, unit_teacher = _unit(student, smallest), _unit(teacher, smallest)
-    return 1 - (unit_student * unit_teacher).sum(-1)
-
-
 def _divergence(name: str, log_p: Tensor, log_q: Tensor, objective: Objective) -> Tensor:
     values: dict[str, Callable[[], Tensor]] = {
         "forward_kl": lambda: forward_kl(log_p, log_q),
@@ -138,6 +132,7 @@ def _divergence(name: str, log_p: Tensor, log_q: Tensor, objective: Objective) -
         "skew_kl": lambda: skew_kl(log_p, log_q, objective.skew),
         "skew_rkl": lambda: skew_kl(log_q, log_p, objective.skew),
         "tvd": lambda: tvd(log_p, log_q),
+        "teacher_entropy": lambda: -_expectation(log_p, log_p, torch.zeros_like(log_p)),
     }
     return values[name]()
 
@@ -151,7 +146,7 @@ def _expectation(log_weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _cross_entropy_rows(student: Tensor, rows: Rows, objective: Objective) -> Tensor:
-    if not objective.wants_ce or rows.labels is None or rows.hard_weight is None:
+    if not objective.wants_ce or rows.labels is None:
         return student.new_zeros(len(student))
     weight = rows.hard_weight
     # An unlabelled row has no loss, even where its placeholder id has the logit -inf.
@@ -185,9 +180,3 @@ def share_a_maximum(student: Tensor, teacher: Tensor) -> Tensor:
     """Return [N] bool: whether some id is a most likely id of both models."""
     is_top = student == student.amax(-1, keepdim=True)
     return (is_top & (teacher == teacher.amax(-1, keepdim=True))).any(-1)
-
-
-def _unit(vectors: Tensor, smallest: float) -> Tensor:
-    square = vectors.square().sum(-1, keepdim=True)
-    is_short = square <= smallest**2
-    return torch.where(is_short, 0, vectors * torch.where(is_short, 1, square).rsqrt())

@@ -65,7 +65,7 @@ def relation_kl_loss(  # noqa: PLR0913, the public contract: options are keyword
         ValueError: shapes, devices or dtypes do not fit; keys are given for only one model; the
             teacher requires grad; "triton" is not available.
     """
-    _check_pair("queries", student_queries, teacher_queries)
+    _check_queries(student_queries, teacher_queries)
     _check_keys((student_queries, student_keys), (teacher_queries, teacher_keys))
     check_constants(
         teacher_queries=teacher_queries, teacher_keys=teacher_keys, token_weight=token_weight
@@ -145,16 +145,20 @@ def _row_weight(
     return weight if valid is None else torch.where(valid, weight, 0)
 
 
-def _check_pair(name: str, student: Tensor, teacher: Tensor) -> None:
-    for owner, tensor in (("student", student), ("teacher", teacher)):
-        if tensor.dim() != 3 or not tensor.is_floating_point():
-            raise ValueError(
-                f"{owner}_{name} is {list(tensor.shape)} of {tensor.dtype}; "
-                "it must be [B, L, D] and floating point"
-            )
+def _check_states(name: str, states: Tensor) -> None:
+    if states.dim() != 3 or not states.is_floating_point():
+        raise ValueError(
+            f"{name} is {list(states.shape)} of {states.dtype}; "
+            "it must be [B, L, D] and floating point"
+        )
+
+
+def _check_queries(student: Tensor, teacher: Tensor) -> None:
+    _check_states("student_queries", student)
+    _check_states("teacher_queries", teacher)
     if student.shape[:2] != teacher.shape[:2] or student.device != teacher.device:
         raise ValueError(
-            f"student_{name} is {list(student.shape)} on {student.device} and teacher_{name} "
+            f"student_queries is {list(student.shape)} on {student.device} and teacher_queries "
             f"{list(teacher.shape)} on {teacher.device}; only the last dimension may differ"
         )
 
@@ -168,7 +172,7 @@ def _check_keys(
     for owner, (queries, keys) in (("student", student), ("teacher", teacher)):
         if keys is None:
             continue
-        _check_pair("keys", keys, keys)
+        _check_states(f"{owner}_keys", keys)
         if keys.shape != queries.shape or keys.device != queries.device:
             raise ValueError(
                 f"{owner}_keys is {list(keys.shape)} on {keys.device} and {owner}_queries "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megakd_kernels.chunking import MEBIBYTE, slices
 from megakd_kernels.inputs import compute_dtype
-from megakd_kernels.relation_reference import Relation
+from megakd_kernels.relation_reference import Relation, split_heads
 
 # Bytes of one buffer. Buffers on a CPU are small so that they fit the caches.
 _CPU_TILE_BYTES = 2 * MEBIBYTE
@@ -94,17 +94,10 @@ def _model(
     queries: Tensor, keys: Tensor | None, relation: Relation, example: int, dtype: torch.dtype
 ) -> _Model:
     valid = None if relation.valid is None else relation.valid[example]
-    split = _split_heads(queries[example], valid, relation.heads, dtype)
+    split = split_heads(queries[example], valid, relation.heads, dtype)
     if keys is None:
         return _Model(split, split)
-    return _Model(split, _split_heads(keys[example], valid, relation.heads, dtype))
-
-
-def _split_heads(tensor: Tensor, valid: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
-    """Reshape [L, D] to [A, L, d], with zeros where not valid so that they have no effect."""
-    if valid is not None:
-        tensor = tensor.masked_fill(~valid[:, None], 0)
-    return tensor.to(dtype).unflatten(-1, (heads, -1)).transpose(0, 1)
+    return _Model(split, split_heads(keys[example], valid, relation.heads, dtype))
 
 
 def _zero_sums(student: _Model, *, wants_queries: bool, wants_keys: bool) -> _Gradients:

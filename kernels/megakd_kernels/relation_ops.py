@@ -7,7 +7,6 @@ in the same order.
 Shapes: B batch, L positions, D width (Ds student), A relation heads.
 """
 
-# No `from __future__ import annotations`: custom_op reads the signatures as objects.
 from typing import Any
 
 import torch
@@ -18,71 +17,45 @@ from megakd_kernels.relation_chunked import relation_sweep
 from megakd_kernels.relation_reference import Relation
 
 _STATISTICS = 4
+# The fields of `Relation`, and the gradients that are requested, as operators take them.
+_RELATION = (
+    "Tensor student_queries, Tensor? student_keys, Tensor teacher_queries, Tensor? teacher_keys, "
+    "Tensor? valid, Tensor? segments, Tensor weight, *, SymInt heads, bool causal"
+)
+_WANTED = "bool wants_queries, bool wants_keys"
 
 
-@torch.library.custom_op("megakd::relation_kl", mutates_args=())
-def relation_kl(  # noqa: PLR0913, PLR0917, operators take tensors and numbers alone
-    student_queries: Tensor,
-    student_keys: Tensor | None,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor | None,
-    valid: Tensor | None,
-    segments: Tensor | None,
-    weight: Tensor,
-    *,
-    heads: int,
-    causal: bool,
-    wants_queries: bool,
-    wants_keys: bool,
+@torch.library.custom_op(
+    "megakd::relation_kl",
+    mutates_args=(),
+    schema=f"({_RELATION}, {_WANTED}) -> (Tensor, Tensor, Tensor)",
+)
+def relation_kl(
+    *tensors: Any, heads: int, causal: bool, wants_queries: bool, wants_keys: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result of `relation_sweep`."""
-    relation = Relation(
-        student_queries, student_keys, teacher_queries, teacher_keys, valid, segments, weight,
-        heads, causal,
-    )  # fmt: skip
-    with torch.autocast(weight.device.type, enabled=False):
+    relation = Relation(*tensors, heads, causal)
+    with torch.autocast(relation.weight.device.type, enabled=False):
         return relation_sweep(relation, wants_queries=wants_queries, wants_keys=wants_keys)
 
 
-@torch.library.custom_op("megakd::relation_kl_flash", mutates_args=())
-def relation_kl_flash(  # noqa: PLR0913, PLR0917, operators take tensors and numbers alone
-    student_queries: Tensor,
-    student_keys: Tensor | None,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor | None,
-    valid: Tensor | None,
-    segments: Tensor | None,
-    weight: Tensor,
-    *,
-    heads: int,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "megakd::relation_kl_flash", mutates_args=(), schema=f"({_RELATION}) -> (Tensor, Tensor)"
+)
+def relation_kl_flash(*tensors: Any, heads: int, causal: bool) -> tuple[Tensor, Tensor]:
     """Return the scalar loss and statistics [4, B, A, L] for the backward."""
     from megakd_kernels.triton import relation_flash
 
-    relation = Relation(
-        student_queries, student_keys, teacher_queries, teacher_keys, valid, segments, weight,
-        heads, causal,
-    )  # fmt: skip
-    return relation_flash.forward(relation)
+    return relation_flash.forward(Relation(*tensors, heads, causal))
 
 
-@torch.library.custom_op("megakd::relation_kl_flash_backward", mutates_args=())
-def relation_kl_flash_backward(  # noqa: PLR0913, PLR0917, operators take tensors and numbers alone
-    upstream: Tensor,
-    statistics: Tensor,
-    student_queries: Tensor,
-    student_keys: Tensor | None,
-    teacher_queries: Tensor,
-    teacher_keys: Tensor | None,
-    valid: Tensor | None,
-    segments: Tensor | None,
-    weight: Tensor,
-    *,
-    heads: int,
-    causal: bool,
-    wants_queries: bool,
-    wants_keys: bool,
+@torch.library.custom_op(
+    "megakd::relation_kl_flash_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, Tensor statistics, {_RELATION}, {_WANTED}) -> (Tensor, Tensor)",
+)
+def relation_kl_flash_backward(
+    upstream: Tensor, statistics: Tensor, *tensors: Any, heads: int, causal: bool, **wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of queries and keys, times `upstream`, in the inputs' dtype.
 
@@ -90,13 +63,8 @@ def relation_kl_flash_backward(  # noqa: PLR0913, PLR0917, operators take tensor
     """
     from megakd_kernels.triton import relation_flash
 
-    relation = Relation(
-        student_queries, student_keys, teacher_queries, teacher_keys, valid, segments, weight,
-        heads, causal,
-    )  # fmt: skip
-    return relation_flash.backward(
-        upstream, statistics, relation, wants_queries=wants_queries, wants_keys=wants_keys
-    )
+    relation = Relation(*tensors, heads, causal)
+    return relation_flash.backward(upstream, statistics, relation, **wanted)
 
 
 @relation_kl.register_fake

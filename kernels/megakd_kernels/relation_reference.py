@@ -69,18 +69,17 @@ def _log_relation(
     queries: Tensor, keys: Tensor | None, relation: Relation, dtype: torch.dtype
 ) -> Tensor:
     """Return [B, A, L, L]: log softmax of the scaled scores over the visible keys."""
-    queries = _split_heads(queries, relation, dtype)
-    keys = queries if keys is None else _split_heads(keys, relation, dtype)
+    valid, heads = relation.valid, relation.heads
+    queries = split_heads(queries, valid, heads, dtype)
+    keys = queries if keys is None else split_heads(keys, valid, heads, dtype)
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
     # Finite, so that a row that sees nothing, whose weight is 0, has no NaN.
     scores = scores.masked_fill(~visible_pairs(relation), torch.finfo(dtype).min)
     return F.log_softmax(scores, dim=-1)
 
 
-def _split_heads(tensor: Tensor, relation: Relation, dtype: torch.dtype) -> Tensor:
-    """Reshape [B, L, D] to [B, A, L, d], with zeros where not valid."""
-    if relation.valid is not None:
-        tensor = torch.where(relation.valid[:, :, None], tensor, 0)
-    batch, length, width = tensor.shape
-    split = tensor.to(dtype).reshape(batch, length, relation.heads, width // relation.heads)
-    return split.transpose(1, 2)
+def split_heads(tensor: Tensor, valid: Tensor | None, heads: int, dtype: torch.dtype) -> Tensor:
+    """Reshape [..., L, D] to [..., A, L, d], with zeros where not valid."""
+    if valid is not None:
+        tensor = tensor.masked_fill(~valid[..., None], 0)
+    return tensor.to(dtype).unflatten(-1, (heads, -1)).transpose(-3, -2)

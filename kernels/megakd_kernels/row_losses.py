@@ -23,15 +23,7 @@ import torch
 from torch import Tensor
 
 from megakd_kernels.row_mixtures import MIXTURE_TERMS, Block
-from megakd_kernels.row_plan import (
-    Reduce,
-    RowInputs,
-    RowPlan,
-    RowTerms,
-    Scratch,
-    Warp,
-    WholeRows,
-)
+from megakd_kernels.row_plan import Reduce, RowInputs, RowPlan, RowTerms, Scratch, Warp
 
 LOG2 = math.log(2.0)
 # Represents log(p / 0): its product with 0 is 0, and its product with a probability above 1e-30
@@ -40,7 +32,6 @@ _IMPOSSIBLE = 1e38
 # Largest difference of the two row maxima that is not subtracted: up to here, rounding the
 # difference costs no more than rounding the logits.
 _LARGEST_SHIFT = 1.0
-_WHOLE_ROWS = WholeRows()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +40,7 @@ class RowLosses:
 
     plan: RowPlan
     scratch: Scratch
-    reduce: Reduce = _WHOLE_ROWS
+    reduce: Reduce
 
     def run_(
         self, student: Tensor, teacher: Tensor | None, inputs: RowInputs, gradient: Tensor | None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,24 +56,6 @@ class TopKPlan:
     with_gradient: bool
 
 
-class TopKRowKernel(Protocol):
-    """Computation on blocks of rows, in torch (`TopKRows`) or Triton (`triton.row_topk`)."""
-
-    def run_(
-        self, student: Tensor, teacher: TopK, inputs: RowInputs, gradient: Tensor | None
-    ) -> RowTerms:
-        """Compute values of all rows and the gradient with respect to the student's logits.
-
-        Args:
-            student: [R, V] logits, overwritten; finite in rows that are not valid.
-            teacher: target for these rows.
-            inputs: inputs per row, as for `row_plan.RowKernel`.
-            gradient: [R, V] output, possibly in another dtype, possibly `student` itself;
-                None: no gradient is requested.
-        """
-        ...
-
-
 class _Row(NamedTuple):
     """Sums and maxima of a block of rows, [R, 1] in fp64."""
 
@@ -94,7 +76,15 @@ class TopKRows:
     def run_(
         self, student: Tensor, teacher: TopK, inputs: RowInputs, gradient: Tensor | None
     ) -> RowTerms:
-        """Run the plan as `TopKRowKernel.run_`; work in place on the student's logits."""
+        """Return the values of all rows; form the gradient with respect to the student's logits.
+
+        Args:
+            student: [R, V] logits, overwritten; finite in rows that are not valid.
+            teacher: target for these rows.
+            inputs: inputs per row, as for `row_plan.RowKernel`.
+            gradient: [R, V] output, possibly in another dtype, possibly `student` itself;
+                None: no gradient is requested.
+        """
         plan = self.plan
         index, is_kept = teacher.ids.clamp(min=0), teacher.ids >= 0
         kept = student.gather(1, index).masked_fill(~is_kept, -math.inf)

@@ -28,7 +28,7 @@ ENVIRONMENT_VARIABLE = "MEGAKD_KERNELS"
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# What the row kernels and tiles are compiled for; the tests compile for 8.0 to 12.0.
+# What the row kernels and tiles are compiled for; the tests compile for 8.0, 9.0 and 10.0.
 LEAST_CAPABILITY, LEAST_SHARED_KIB = (8, 0), 96
 
 # Devices for which "auto" has been decided.
@@ -86,6 +86,7 @@ class Objective:
     mixture: names and weights of the divergences; the limit of a formula has its own name.
     value_scale: factor of the divergences: temperature^2 if `t_squared`, else 1.
     wants_ce: True unless the weight is the Python number 0; tensor values are not read.
+    with_entropy: measure the teacher's entropy too, as a last divergence of weight 0.
     """
 
     divergence: Divergence
@@ -99,6 +100,7 @@ class Objective:
     num_items: Number | None
     logits_dtype: str = "fp32"
     chunk_mb: float | None = None
+    with_entropy: bool = False
     mixture: tuple[tuple[str, float], ...] = field(init=False)
     value_scale: float = field(init=False)
     wants_ce: bool = field(init=False)
@@ -119,7 +121,9 @@ class Objective:
         _check_reduction(self.reduction, self.num_items)
         scale = self.temperature**2 if self.t_squared else 1.0
         wants_ce = isinstance(self.ce_weight, Tensor) or self.ce_weight != 0
-        object.__setattr__(self, "mixture", _mixture(self.divergence, self.beta, self.skew))
+        mixture = _mixture(self.divergence, self.beta, self.skew)
+        entropy = (("teacher_entropy", 0.0),) if self.with_entropy else ()
+        object.__setattr__(self, "mixture", mixture + entropy)
         object.__setattr__(self, "value_scale", scale)
         object.__setattr__(self, "wants_ce", wants_ce)
 

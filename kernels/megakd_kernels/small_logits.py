@@ -81,7 +81,7 @@ def kd_loss(
     """
     if student.numel() == 0 or is_watched() or not _is_common(teacher, objective):
         return None
-    if not _keep_all(masks, len(student)):
+    if not _keep_all(masks):
         return None
     labels = None
     if masks.labels is not None and (objective.wants_ce or masks.valid is None):
@@ -116,17 +116,17 @@ def _is_read_at_once(number: Number | None) -> bool:
     return not isinstance(number, Tensor) or number.is_cpu
 
 
-def _keep_all(masks: Masks, rows: int) -> bool:
+def _keep_all(masks: Masks) -> bool:
     """Return whether all rows count alike, as far as labels do not decide it."""
     if masks.token_weight is not None:
         return False
     valid = masks.valid
-    return valid is None or (valid.is_cpu and valid.numel() == rows and bool(valid.all()))
+    return valid is None or (valid.is_cpu and bool(valid.all()))
 
 
 def _labels(masks: Masks, given: Tensor, count: int, ids: int) -> _Labels | None:
     """Return the labels of `count` rows, or None if the general code has to look at them."""
-    is_plain = given.dtype == torch.int64 and given.is_cpu and given.numel() == count
+    is_plain = given.dtype == torch.int64 and given.is_cpu
     if not is_plain or 0 <= masks.ignore_index < ids:
         return None
     labels = given.reshape(count, 1)

@@ -6,22 +6,16 @@ Shapes: N rows, V vocabulary, H width (Hs student, Ht teacher).
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megakd_kernels import formed, ops, reference
+from megakd_kernels import linear_kd
 from megakd_kernels.heads import check_same_rows, checked_side, checked_teacher, heads_dtype
-from megakd_kernels.inputs import Masks, Rows, select_rows, without_autocast
-from megakd_kernels.linear_chunks import Side
-from megakd_kernels.row_plan import Warp
-from megakd_kernels.settings import resolve_implementation, warp, weigh
-from megakd_kernels.vocab_parallel import shard_of
-
-_ROUND_LOGITS = False
+from megakd_kernels.inputs import Masks, select_rows
+from megakd_kernels.settings import Objective, resolve_implementation, warp
+from megakd_kernels.vocab_parallel import Shard
 
 
 class LinearStats(NamedTuple):
@@ -42,26 +36,6 @@ class LinearStats(NamedTuple):
     teacher_entropy_sum: Tensor
     agreement: Tensor
     n_valid: Tensor
-
-
-class _Task(NamedTuple):
-    """Rows, ids and logit transforms to evaluate; both softmaxes run over the ids [0, shared)."""
-
-    rows: Rows
-    shared: int
-    temperature: float
-    warps: tuple[Warp, Warp]
-    implementation: str
-    chunk_mb: float
-
-
-class _Values(NamedTuple):
-    """Statistics per row, each [N]: nats, nats, nats, bool."""
-
-    kl: Tensor
-    entropy: Tensor
-    ce: Tensor
-    agrees: Tensor
 
 
 @torch.no_grad()
@@ -117,78 +91,25 @@ def linear_stats(  # noqa: PLR0913, the public contract: options are keyword-onl
     Raises:
         ValueError: neither teacher nor labels, mismatched shapes, or an option out of range.
     """
-    _check_options(temperature, chunk_mb)
+    objective = Objective(
+        divergence="forward_kl", beta=0.5, skew=0.1, temperature=temperature, t_squared=False,
+        kd_weight=1.0, ce_weight=float(labels is not None), reduction="sum", num_items=None,
+        chunk_mb=chunk_mb, with_entropy=True,
+    )  # fmt: skip
+    warps = (warp("s", logit_scale_s, softcap_s), warp("t", logit_scale_t, softcap_t))
     student = checked_side("student", student_hidden, student_weight, student_bias)
     teacher = checked_teacher(teacher_hidden, teacher_weight, teacher_bias)
     if teacher is None and labels is None:
         raise ValueError("the student has no target: pass a teacher or labels")
     check_same_rows(student_hidden, teacher_hidden)
-    ids = shard_of(None, 0, len(student.weight), vocab_size)
+    ids = Shard(ids=len(student.weight), limit=vocab_size)
     rows = select_rows(
         len(student.hidden),
         like=student.hidden.new_empty((), dtype=heads_dtype(student, teacher)),
         masks=Masks(labels, token_weight, ignore_index).checked(student_hidden.shape[:-1]),
         ids=ids,
     )
-    task = _Task(
-        rows=rows,
-        shared=ids.shared(None if teacher is None else len(teacher.weight)),
-        temperature=float(temperature),
-        warps=(warp("s", logit_scale_s, softcap_s), warp("t", logit_scale_t, softcap_t)),
-        implementation=resolve_implementation(impl, student.hidden.device),
-        chunk_mb=chunk_mb or 0.0,
-    )
-    run = _reference if task.implementation == "reference" else _in_chunks
-    with without_autocast(student.hidden.device):
-        kl, entropy, ce, agrees = run(student, teacher, task)
-    return LinearStats(
-        weigh(kl, rows.weight).sum(),
-        weigh(ce, rows.hard_weight).sum(),
-        weigh(entropy, rows.weight).sum(),
-        (agrees & rows.valid).sum(),
-        rows.valid.sum(),
-    )
-
-
-def _in_chunks(student: Side, teacher: Side | None, task: _Task) -> _Values:
-    rows, nothing = task.rows, torch.zeros_like(task.rows.weight)
-    soft = (None, None, None) if teacher is None else teacher
-    unused = (0.5, 0.1)  # of divergences that mix both models
-    numbers = [*unused, task.temperature, 1.0, *task.warps[0], *task.warps[1]]
-    _, values, ce, agrees, *_ = formed.run(
-        ops.linear_kd, *student, *soft, rows.valid, rows.labels, nothing, nothing, [False] * 3,
-        "forward_kl,teacher_entropy", [1.0, 0.0], numbers, task.shared, rows.labels is not None,
-        0, "", task.implementation, _ROUND_LOGITS, task.chunk_mb,
-    )  # fmt: skip
-    kl, entropy = (nothing, nothing) if teacher is None else values
-    return _Values(kl, entropy, ce, agrees)
-
-
-def _reference(student: Side, teacher: Side | None, task: _Task) -> _Values:
-    rows, dtype = task.rows, heads_dtype(student, teacher)
-    logits = _full_logits(student, rows.valid, task.warps[0], dtype)
-    ce = zeros = logits.new_zeros(len(logits))
-    if rows.labels is not None:
-        ce = F.cross_entropy(logits, rows.labels, reduction="none")
-    if teacher is None:
-        return _Values(zeros, zeros, ce, reference.is_right(logits, rows.labels))
-    logits = logits[:, : task.shared]
-    soft = _full_logits(teacher, rows.valid, task.warps[1], dtype)[:, : task.shared]
-    log_q = F.log_softmax(logits / task.temperature, -1)
-    log_p = F.log_softmax(soft / task.temperature, -1)
-    p = log_p.exp()
-    kl = reference.forward_kl(log_p, log_q)
-    entropy = -torch.where(p == 0, 0, p * log_p).sum(-1)
-    return _Values(kl, entropy, ce, reference.share_a_maximum(logits, soft))
-
-
-def _full_logits(side: Side, valid: Tensor, bend: Warp, dtype: torch.dtype) -> Tensor:
-    hidden = torch.where(valid[:, None], side.hidden, 0)
-    return reference.warped(reference.project(hidden, side.weight, side.bias, dtype), bend)
-
-
-def _check_options(temperature: float, chunk_mb: float | None) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
-    if chunk_mb is not None and not chunk_mb > 0:
-        raise ValueError(f"chunk_mb must be above 0, got {chunk_mb}")
+    implementation = resolve_implementation(impl, student.hidden.device)
+    out = linear_kd.solve((student, teacher), rows, objective, warps, ids, implementation)
+    kl, entropy = out.ce_sum.new_zeros(2) if teacher is None else out.divergence_sums
+    return LinearStats(kl, out.ce_sum, entropy, out.agreement, out.n_valid)

@@ -6,7 +6,6 @@ gradients chunk by chunk. Shapes: N rows, V vocabulary, H width, k ids kept.
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import NamedTuple
 
@@ -31,8 +30,8 @@ from megakd_kernels.linear_chunks import Side
 from megakd_kernels.normalisation import Normalisation
 from megakd_kernels.row_terms import RowValues
 from megakd_kernels.row_topk import TopK
-from megakd_kernels.settings import KDOutput, Number, Objective, resolve_implementation
-from megakd_kernels.vocab_parallel import shard_of
+from megakd_kernels.settings import KDOutput, Number, Objective, one_of, resolve_implementation
+from megakd_kernels.vocab_parallel import Shard
 
 TOPK_MODES = ("renorm", "tail", "truncated", "subset")
 # Error bound of the log_softmax that filled the cache, in machine epsilons of its dtype.
@@ -132,7 +131,7 @@ def topk_kd_loss(  # noqa: PLR0913, the public contract: options are keyword-onl
         has_labels=labels is not None,
         needs_grad=any(needs_gradient(tensor) for tensor in student),
     )
-    ids = shard_of(None, 0, len(student.weight), None)
+    ids = Shard(ids=len(student.weight))
     rows = select_rows(
         len(student.hidden),
         like=student.hidden.new_empty((), dtype=compute_dtype(*student)),
@@ -313,9 +312,7 @@ def _check_logprobs(cache: _Cache) -> None:
 
 
 def _check_mode(mode: str, objective: Objective) -> None:
-    if mode not in TOPK_MODES:
-        nearest = difflib.get_close_matches(mode, TOPK_MODES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown mode {mode!r}; did you mean {nearest!r}? known: {TOPK_MODES}")
+    one_of("mode", mode, TOPK_MODES)
     if mode in {"tail", "truncated"} and objective.temperature != 1.0:
         raise ValueError(
             f"mode {mode!r} at temperature {objective.temperature}: the cache holds "

@@ -27,7 +27,7 @@ from megakd_kernels.inputs import rows_to_keep
 from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, Workplace, run_chunks
 from megakd_kernels.row_plan import RowTerms, Scratch
 from megakd_kernels.row_terms import RowFactors, RowValues, block_of, row_blocks
-from megakd_kernels.row_topk import TopK, TopKPlan, TopKRowKernel, TopKRows
+from megakd_kernels.row_topk import TopK, TopKPlan, TopKRows
 from megakd_kernels.settings import runs_kernels
 from megakd_kernels.streams import OneLane
 
@@ -129,7 +129,7 @@ class _Run:
             implementation=implementation,
         )  # fmt: skip
         student = self._student
-        kernel: TopKRowKernel = TopKRows(plan=self._plan, scratch=Scratch(sizes.block, like))
+        kernel = TopKRows(plan=self._plan, scratch=Scratch(sizes.block, like))
         if runs_kernels(implementation, like.dtype):
             # Imported here because the package also works without Triton.
             from megakd_kernels.triton.row_topk import TritonTopKRows

@@ -45,14 +45,22 @@ class GroupReduce:
 class Shard:
     """Slice of the vocabulary on this rank: `ids` ids of the student, beginning at `start`.
 
+    ValueError if the first id is negative, or is not 0 without a group.
+
     group: the ranks that hold the other ids; None if this rank holds all ids.
     limit: number of shared ids of the whole vocabulary; None: all ids that both models have.
     """
 
-    start: int
     ids: int
-    limit: int | None
-    group: distributed.ProcessGroup | None
+    start: int = 0
+    limit: int | None = None
+    group: distributed.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.start and self.group is None):
+            raise ValueError(
+                f"vocab_start is {self.start}: it must be 0 or more, and 0 without a process_group"
+            )
 
     @property
     def operator(self) -> tuple[int, str]:
@@ -89,21 +97,6 @@ class Shard:
                 f"overlap, {self.named}; vocab_start is the first id of a rank's slice"
             )
         return holders > 0
-
-
-def shard_of(
-    group: distributed.ProcessGroup | None, start: int, ids: int, limit: int | None
-) -> Shard:
-    """Return the slice that a caller describes.
-
-    Raises:
-        ValueError: the first id is negative, or it is not 0 and there is no group.
-    """
-    if start < 0 or (start and group is None):
-        raise ValueError(
-            f"vocab_start is {start}: it must be 0 or more, and 0 without a process_group"
-        )
-    return Shard(start=start, ids=ids, limit=limit, group=group)
 
 
 def _group_named(name: str) -> distributed.ProcessGroup:

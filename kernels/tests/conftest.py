@@ -37,13 +37,14 @@ def interpreter(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Without Triton its cases are skipped, and the others of a test run."""
-    if HAS_TRITON:
-        return
-    skip = pytest.mark.skip(reason="triton is not installed")
+    """Skip the cases of Triton without it, and on a GPU those whose tensors are on the CPU."""
     for item in items:
-        if getattr(item, "callspec", None) and item.callspec.params.get("impl") == "triton":
-            item.add_marker(skip)
+        if not getattr(item, "callspec", None) or item.callspec.params.get("impl") != "triton":
+            continue
+        if not HAS_TRITON:
+            item.add_marker(pytest.mark.skip(reason="triton is not installed"))
+        elif not NEEDS_INTERPRETER and not hasattr(item.module, "DEVICE"):
+            item.add_marker(pytest.mark.skip(reason="CPU tensors need Triton's interpreter"))
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def test_a_use_as_a_tuple_forms_the_statistics(output, formed, use):
 def test_an_output_shows_and_compares_like_a_tuple(output):
     assert repr(output).startswith("KDOutput(loss=tensor(")
     assert output == output._replace()
+    assert not output != output._replace()  # noqa: SIM202, the operator itself
     assert output != (1, 2)
     assert hash(output) == hash(tuple(output))
     assert output.ce_sum in output

@@ -242,13 +242,13 @@ def test_positions_that_do_not_match_are_refused(states):
 
 
 @LOSSES
-def test_kernels_read_states_whose_columns_are_not_adjacent(states, loss):
-    pytest.importorskip("triton")
+@pytest.mark.parametrize("impl", ["triton"])
+def test_kernels_read_states_whose_columns_are_not_adjacent(states, loss, impl):
     student, _, teacher, valid = states
     student, teacher = student.float()[0], teacher.float()[0, :, :3]
     turned = [states.T.contiguous().T.requires_grad_() for states in (student, teacher)]
 
-    value = loss(turned[0], None, turned[1].detach(), valid=valid[0], impl="triton")
+    value = loss(turned[0], None, turned[1].detach(), valid=valid[0], impl=impl)
 
     torch.testing.assert_close(value, loss(student, None, teacher, valid=valid[0]))
 

@@ -153,10 +153,14 @@ def test_strides_of_the_logits_do_not_matter(logits, impl, turned):
     if not turned:
         strange = [torch.nn.functional.pad(each, (0, 3))[:, :5] for each in (student, teacher)]
     options = {"t_squared": True, "ce_weight": 1.0, "divergence": ALL, "chunk_mb": 0.0002}
+    valid = torch.zeros(2 * len(student), dtype=torch.bool)[::2]
+    valid[1:] = True
     results = []
-    for one, other in ((student, teacher), strange):
+    for one, other, mask in ((student, teacher, valid.clone()), (*strange, valid)):
         leaf = one.requires_grad_()
-        output = mk.kd_loss_from_logits(leaf, other, labels.long(), impl=impl, **options)
+        output = mk.kd_loss_from_logits(
+            leaf, other, labels.long(), valid=mask, impl=impl, **options
+        )
         results.append((output.loss.detach(), torch.autograd.grad(output.loss, leaf)[0]))
 
     torch.testing.assert_close(*results)

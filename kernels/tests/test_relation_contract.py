@@ -242,10 +242,20 @@ def test_heads_that_do_not_divide_a_width_are_refused_with_both_widths(states, h
         (lambda s, t, v: ([s[0]], [t[0].long()], v), r"teacher_queries .* torch.int64"),
         (lambda s, t, v: ([s[0], s[1][..., :4]], t, v), r"student_keys is \[2, 10, 4\]"),
         (lambda s, t, v: ([s[0], s[1]], [t[0], t[1][:, 1:]], v), r"teacher_keys is \[2, 9, 10\]"),
+        (lambda s, t, v: (s, [t[0], t[1].long()], v), r"teacher_keys is .* torch.int64"),
         (lambda s, t, v: (s, t, v[:, 1:]), r"valid is \[2, 9\] .* must be \[2, 10\]"),
         (lambda s, t, v: (s, t, v.float()), "valid is torch.float32"),
     ],
-    ids=["batch", "flat", "integers", "student-keys", "teacher-keys", "mask", "additive-mask"],
+    ids=[
+        "batch",
+        "flat",
+        "integers",
+        "student-keys",
+        "teacher-keys",
+        "keys-integers",
+        "mask",
+        "additive-mask",
+    ],
 )
 def test_tensors_that_do_not_fit_are_refused_with_their_shapes(states, change, message):
     student, teacher, valid = change(*states)

@@ -18,7 +18,7 @@ from megakd_kernels.triton.row_kd_sweeps import write_zeros
 
 # Widest block of a program, whose registers hold two blocks of half this width.
 _WIDEST_BLOCK = 8192
-# Vectors with a smaller square have cosine 0; this is the square of hidden.SMALLEST_NORM.
+# Vectors with a smaller square have cosine 0; this is the square of hidden_ops.SMALLEST_NORM.
 _SMALLEST_SQUARE = tl.constexpr(1e-24)
 
 
@@ -48,20 +48,8 @@ def one_minus_cosine_rows(
 ) -> Tensor:
     """Return 1 - z . y / (|z| |y|); form its gradient (cosine z / |z| - y / |y|) / |z|.
 
-    A vector shorter than 1e-12 has the value 1 and no gradient.
-
-    Args:
-        projected: z [C, Ht] fp32, bf16 or fp16, any row stride.
-        target: y [C, Ht] in one of these dtypes.
-        valid: [C] bool; other rows have the value 0 and a gradient of zeros, and are not read.
-        gradient: output [C, Ht] in one of these dtypes, possibly `projected` itself; None: no
-            gradient is requested.
-
-    Returns:
-        [C] fp32.
-
-    Raises:
-        ValueError: another dtype, or columns that are not adjacent.
+    A vector shorter than 1e-12 has the value 1 and no gradient. For arguments, result and errors
+    see `squared_error_rows`.
     """
     return _run(_cosine_kernel, projected, target, valid, gradient)
 

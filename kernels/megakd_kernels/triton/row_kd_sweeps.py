@@ -249,9 +249,15 @@ def compared(s, t, bits, inverse, reach) -> tuple[tl.tensor, ...]:
 
 
 @triton.jit
-def add_means(state, q, p, gap, mixes, PARTS: tl.constexpr) -> tuple[tl.tensor, ...]:
+def _add_block_means(
+    state, rows, ids, shared, bits, inverse, reach, mixes, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
     """Add a block of shared ids to the lanes' sums of `means`."""
     jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q = state
+    s = logits_of(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN)
+    t = logits_of(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN)
+    q, p, gap = compared(s, t, bits, inverse, reach)
     gap = tl.minimum(tl.maximum(gap, -_LARGEST_GAP), _LARGEST_GAP)
     if JSD & PARTS:
         mix, _ = log_mixture(gap, mixes[0])
@@ -270,17 +276,6 @@ def add_means(state, q, p, gap, mixes, PARTS: tl.constexpr) -> tuple[tl.tensor, 
         tvd_p -= lane_sum(p * expm1(-tl.maximum(gap, 0.0)))
         tvd_q += lane_sum(q * sign(gap))
     return jsd_p, jsd_q, skew_p, skew_q, skew_r, skew_v, tvd_p, tvd_q
-
-
-@triton.jit
-def _add_block_means(
-    state, rows, ids, shared, bits, inverse, reach, mixes, warp_s, warp_t,
-    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    s = logits_of(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _AGAIN)
-    t = logits_of(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _AGAIN)
-    q, p, gap = compared(s, t, bits, inverse, reach)
-    return add_means(state, q, p, gap, mixes, PARTS)
 
 
 @triton.jit
@@ -330,11 +325,17 @@ def _store(gradient, ids, values, limit, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def soft_gradient(s, q, p, gap, ids, factors, mixes, hard, PARTS: tl.constexpr) -> tl.tensor:
-    """Return the gradient of shared ids with respect to the student's logits.
+def _write_soft(
+    gradient, rows, ids, shared, bits, inverse, reach, factors, mixes, hard, warp_s, warp_t,
+    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of shared ids with respect to the student's logits.
 
     It is q_exp (constant + slopes) / q_sum - teacher * p_exp, plus the gradient of cross-entropy.
     """
+    s = logits_of(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _ONCE)
+    t = logits_of(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _ONCE)
+    q, p, gap = compared(s, t, bits, inverse, reach)
     q_scale, p_scale, constant, on_reverse, on_jsd, on_skew, on_skew_reverse, on_tvd = factors
     hard_peak, hard_scale, label, ce_factor = hard
     slopes = tl.zeros_like(q)
@@ -359,29 +360,6 @@ def soft_gradient(s, q, p, gap, ids, factors, mixes, hard, PARTS: tl.constexpr) 
         if TEMPERED & PARTS:
             values += hard_scale * tl.exp2((s - hard_peak) * LOG2_E)
         values = tl.where(ids == label, values - ce_factor, values)
-    return values
-
-
-@triton.jit
-def hard_gradient(s, ids, hard, PARTS: tl.constexpr) -> tl.tensor:
-    """Return the gradient of ids that only the student has."""
-    hard_peak, hard_scale, label, ce_factor = hard
-    values = tl.zeros_like(s)
-    if HARD & PARTS:
-        values = hard_scale * tl.exp2((s - hard_peak) * LOG2_E)
-        values = tl.where(ids == label, values - ce_factor, values)
-    return values
-
-
-@triton.jit
-def _write_soft(
-    gradient, rows, ids, shared, bits, inverse, reach, factors, mixes, hard, warp_s, warp_t,
-    PARTS: tl.constexpr, WARP_S: tl.constexpr, WARP_T: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    s = logits_of(rows[0], ids, shared, warp_s, WARP_S, RAGGED, _ONCE)
-    t = logits_of(rows[1], ids, shared, warp_t, WARP_T, RAGGED, _ONCE)
-    q, p, gap = compared(s, t, bits, inverse, reach)
-    values = soft_gradient(s, q, p, gap, ids, factors, mixes, hard, PARTS)
     _store(gradient, ids, warp_slope(values, s, warp_s[0], warp_s[1], WARP_S), shared, RAGGED)
 
 
@@ -390,10 +368,13 @@ def _write_hard(
     gradient, student, ids, width, hard, warp,
     PARTS: tl.constexpr, WARP: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradient of ids that only the student has."""
+    hard_peak, hard_scale, label, ce_factor = hard
     if HARD & PARTS:
         s = logits_of(student, ids, width, warp, WARP, RAGGED, _ONCE)
-        values = warp_slope(hard_gradient(s, ids, hard, PARTS), s, warp[0], warp[1], WARP)
-        _store(gradient, ids, values, width, RAGGED)
+        values = hard_scale * tl.exp2((s - hard_peak) * LOG2_E)
+        values = tl.where(ids == label, values - ce_factor, values)
+        _store(gradient, ids, warp_slope(values, s, warp[0], warp[1], WARP), width, RAGGED)
     else:
         _store(gradient, ids, tl.zeros_like(ids).to(tl.float32), width, RAGGED)
 
@@ -406,7 +387,7 @@ def write_gradient(
 ) -> None:  # fmt: skip
     """Run the last sweep; `gradient` may overwrite the student's row, block after block.
 
-    factors: see `soft_gradient`. hard: cross-entropy's maximum, factor / sum, label, factor.
+    factors: see `_write_soft`. hard: cross-entropy's maximum, factor / sum, label, factor.
     """
     block = tl.arange(0, BLOCK)
     first = 0

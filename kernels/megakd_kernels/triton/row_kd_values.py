@@ -61,7 +61,7 @@ def store_values(
     summary, reach, mean, target, values, agrees, row, rows, inverse, value_scale, mixes, weights,
     factor, ce, PARTS: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:  # fmt: skip
-    """Store the values of a row; return the factors of `soft_gradient`, and of cross-entropy.
+    """Store the values of a row; return the factors of `_write_soft`, and of cross-entropy.
 
     summary: as `statistics` returns it. reach: as `reach_of` does. mean: as `means` does.
     target: the label's logit.

@@ -1,6 +1,6 @@
 """Distillation from a cached teacher's k best ids, for whole rows of logits, in one launch.
 
-This is the Triton implementation of `row_topk.TopKRowKernel`. A program loads the logits of the
+This is the Triton implementation of `row_topk.TopKRows`. A program loads the logits of the
 ids K of its row and replaces them with -inf. It streams the other logits once for their maximum
 and sum, and once more to write their gradient. Then it writes the gradient of the ids in K. It
 reads the row twice (once without a gradient) and writes it once.
@@ -188,7 +188,7 @@ class TritonTopKRows:
     def run_(
         self, student: Tensor, teacher: TopK, inputs: RowInputs, gradient: Tensor | None
     ) -> RowTerms:
-        """Run the plan as `row_topk.TopKRowKernel.run_`.
+        """Run the plan as `row_topk.TopKRows.run_`.
 
         Logits are fp32, bf16 or fp16, with adjacent columns.
         """
