@@ -35,6 +35,7 @@ from megakd.run.run_report import report_of
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, differences, flatten
 from megakd.storage.folders import check_writable, users_files
+from megakd.training.checkpoint import has_begun_from
 from megakd.training.label_check import check_label_orders
 from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage
@@ -186,7 +187,9 @@ def check_output_folder(config: RunConfig) -> None:
         )
     for section, train in config.trainings.items():
         path = train.resume_from_checkpoint
-        if isinstance(path, str) and not Path(path).is_dir():
+        if not isinstance(path, str) or Path(path).is_dir():
+            continue
+        if not any(has_begun_from(stage, Path(path)) for stage in (out / "checkpoints").glob("*")):
             raise CheckpointError(
                 f"{section}.resume_from_checkpoint: {path} does not exist; give a folder such as "
                 "checkpoints/<stage>/step-<n>, or true for the newest"

@@ -31,6 +31,7 @@ class BestCheckpoint:
     """`checkpoints/<stage>/best/`: a model folder with its step and its scores.
 
     write: writes the learner's model folder with the record; a collective.
+    settle: completes the checkpoint that is being written beside the training; a collective.
     is_redone: the run goes on from before an evaluation that was better than those up to there.
     recorded: the step that the newest checkpoint names. Its weights are set aside, not overwritten,
         because a run that goes on from this checkpoint may not find the better evaluation again.
@@ -38,6 +39,7 @@ class BestCheckpoint:
 
     folder: Path
     write: Callable[[Path, Mapping[str, Any]], None]
+    settle: Callable[[], None] = lambda: None
     score: float | None = None
     step: int | None = None
     is_redone: bool = False
@@ -47,6 +49,16 @@ class BestCheckpoint:
     def before(self) -> Path:
         """The weights of the best evaluation that a checkpoint names, if it was replaced since."""
         return self.folder.with_name(f"{self.folder.name}.before")
+
+    def take(self, folder: Path) -> None:
+        """Copy the weights beside a checkpoint of another run; call on rank 0."""
+        if folder.resolve() == self.folder.parent.resolve():
+            return
+        for here in (self.folder, self.before):
+            there = folder / here.name
+            if _record_in(there) is not None:
+                with atomic.replaced_folder(here) as temporary:
+                    shutil.copytree(there, temporary, dirs_exist_ok=True)
 
     def resume(self, step: int, best_step: int | None) -> None:
         """Take over the stored best weights; remove them if the run resumes before their step.
@@ -108,6 +120,9 @@ class BestCheckpoint:
         if math.isnan(score) or (self.score is not None and not score > self.score):
             return False
         if self.step is not None and self.step == self.recorded:
+            # Until the newest checkpoint is complete, the one before it names the weights there.
+            if on_main(self.before.exists):
+                self.settle()
             on_main(self._set_before)
         # JSON cannot represent an infinite number: it is stored as text.
         stored = score if math.isfinite(score) else str(score)
@@ -177,11 +192,14 @@ class BestCheckpoints:
         folder: Path,
         write: Callable[[Path, Mapping[str, Any]], None],
         views: Sequence[str] = (),
+        *,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
-        self.all = BestCheckpoint(folder=folder / "best", write=write)
-        self.views = {
-            view: BestCheckpoint(folder=folder / f"best-{view}", write=write) for view in views
-        }
+        self.all, *of_views = (
+            BestCheckpoint(folder=folder / name, write=write, settle=settle)
+            for name in ("best", *(f"best-{view}" for view in views))
+        )
+        self.views = dict(zip(views, of_views, strict=True))
 
     def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
         evaluation = Evaluation(scores, verdict.view, verdict.cut)
@@ -210,6 +228,10 @@ class BestCheckpoints:
         """Expect that the run goes on from before `first_lost`."""
         for _, best in self._named():
             best.is_redone = True
+
+    def take(self, folder: Path) -> None:
+        """Copy the best weights beside a checkpoint of another run; a collective."""
+        on_main(lambda: [best.take(folder) for _, best in self._named()])
 
     def resume(self, step: int, steps: Mapping[str, int | None]) -> None:
         """Take over the best weights of `steps`, none later than `step`; a collective."""

@@ -2,6 +2,7 @@
 
     checkpoints/<stage>/step-<n>/    engine-<r>.pt, rank-<r>.pt, state.pt, manifest.json
     checkpoints/<stage>/latest       the name of the newest, replaced last
+    checkpoints/<stage>/begun_from   the checkpoint that the user named, if the stage began there
     checkpoints/<stage>/step-<n>.unused-<k>/    a checkpoint that the run has passed over
 
 A checkpoint is written under another name and renamed when every file is on the disk and its
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 4
 """Increased when the content of checkpoints changes, so that older ones are refused in one line."""
-LATEST = "latest"
+LATEST, BEGUN_FROM = "latest", "begun_from"
 _STATES = "state.pt"
 _PARTIAL = ".partial"
 _PREFIX = "step-"
@@ -189,8 +190,15 @@ class Checkpoints:
         return next((c for c in self._newest_first() if c.is_dir()), None)
 
     def to_resume(self, wanted: bool | str) -> Path | None:  # noqa: FBT001 - a value of the config
-        """Return the verified checkpoint that `resume_from_checkpoint` asks for, or None."""
-        checkpoint = self.given(Path(wanted)) if isinstance(wanted, str) else None
+        """Return the verified checkpoint that `resume_from_checkpoint` asks for, or None.
+
+        A named checkpoint is begun from once: the same command then goes on from the stage's own.
+        """
+        given = Path(wanted) if isinstance(wanted, str) else None
+        begun = given is not None and on_main(lambda: has_begun_from(self.folder, given))
+        checkpoint = self.newest_good() if begun else None
+        if checkpoint is None and given is not None:
+            checkpoint = self.given(given)
         checkpoint = checkpoint or self.newest_good()
         if checkpoint is not None and wanted is False:
             raise CheckpointError(
@@ -198,6 +206,25 @@ class Checkpoints:
                 f"remove {self.folder}, or set resume_from_checkpoint to true"
             )
         return checkpoint
+
+    def begin_from(self, given: Path) -> None:
+        """Note that the stage goes on from a named checkpoint, and set aside what is not before it.
+
+        A collective.
+        """
+        on_main(lambda: self._begin_from(given))
+
+    def _begin_from(self, given: Path) -> None:
+        is_own = given.resolve().parent == self.folder.resolve()
+        for other in self._by_age():
+            if not is_own or _step_of(other) > _step_of(given):
+                set_aside(other)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if is_own:
+            write_text(self.folder / LATEST, given.name)
+        else:
+            (self.folder / LATEST).unlink(missing_ok=True)
+        write_text(self.folder / BEGUN_FROM, str(given.resolve()))
 
     def newest_good(self) -> Path | None:
         """Return the newest undamaged checkpoint of this run; None if the stage has none yet.
@@ -305,6 +332,12 @@ class Checkpoints:
                 f"{checkpoint} cannot be resumed from: {MANIFEST} cannot be read: {error}; give a "
                 f"folder such as checkpoints/<stage>/step-<n>, or true for the newest"
             ) from error
+
+
+def has_begun_from(folder: Path, given: Path) -> bool:
+    """Return whether a stage has gone on from a checkpoint that the user named."""
+    note = folder / BEGUN_FROM
+    return note.is_file() and note.read_text("utf-8", errors="replace") == str(given.resolve())
 
 
 def read_states(checkpoint: Path, device: torch.device) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class CheckpointWriter:
 
     def __init__(self, checkpoints: Checkpoints, *, beside: bool | Literal["auto"]) -> None:
         self._checkpoints, self._beside = checkpoints, beside
+        self.folder = checkpoints.folder
         self._pending: _Pending | None = None
 
     @property

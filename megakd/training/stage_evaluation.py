@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megakd.contract.batch import Batch, Predictions
     from megakd.contract.stage import Pass, Watch
     from megakd.losses.bundle import StudentBundle
+    from megakd.training.checkpoint_writer import CheckpointWriter
     from megakd.training.stage_extra import StageExtra
     from megakd.training.stage_model import StageModel
     from megakd.training.trainer import Trainer
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
 class StageEvaluation:
     """Scores the held-out rows while a stage runs, and remembers what the stage returns.
 
-    folder: the folder of the stage's checkpoints; the best weights lie beside them.
+    saves: of the stage's checkpoints; the best weights lie beside them.
     """
 
     def __init__(
-        self, model: StageModel, trainer: Trainer, folder: Path, extras: Sequence[StageExtra]
+        self,
+        model: StageModel,
+        trainer: Trainer,
+        saves: CheckpointWriter,
+        extras: Sequence[StageExtra],
     ) -> None:
         stage, self._trainer = model.stage, trainer
         self._stage, self._student, self._bundle = stage, model.student, model.bundle
@@ -45,7 +50,9 @@ class StageEvaluation:
         self.scorer = assembly.of(stage.role).scorer(stage.train)
         self._extras = extras
         self._judge = stage.judge or MetricJudge(prepared.metric)
-        self._best = BestCheckpoints(folder, model.write_best, tuple(stage.views))
+        self._best = BestCheckpoints(
+            saves.folder, model.write_best, tuple(stage.views), settle=saves.publish
+        )
         self._latest = Evaluation({}, None)
         self.stopping = EarlyStopping(
             patience=stage.train.early_stopping_patience,
@@ -70,6 +77,10 @@ class StageEvaluation:
 
     def resume_best(self, steps: Mapping[str, int | None]) -> None:
         self._best.resume(self._trainer.step, steps)
+
+    def take_best(self, folder: Path) -> None:
+        """Copy the best weights beside a checkpoint of another run; a collective."""
+        self._best.take(folder)
 
     def before_lost_best(self, checkpoint: Path, checkpoints: Checkpoints) -> Path:
         """Return an earlier checkpoint, if there is one, where the best weights are damaged.

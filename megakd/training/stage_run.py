@@ -82,8 +82,7 @@ class StageRun:
             step=self.first_step,
         )
         self.model = StageModel(stage, assembly, self.student, self.bundle, self.source)
-        folder = self.checkpoints.folder
-        self.evaluation = StageEvaluation(self.model, self.trainer, folder, self.extras)
+        self.evaluation = StageEvaluation(self.model, self.trainer, self.saves, self.extras)
         self.health = TrainMeter(self.bundle.objective, self.trainer, stage, self.ranks)
         self.states = self._states()
 
@@ -180,11 +179,20 @@ class StageRun:
                 parted = [with_parts(one, numbers) for one in batches] if numbers else batches
                 yield [device_batch(batch, self.ranks.device) for batch in parted]
 
+    def _checkpoint(self) -> Path | None:
+        wanted = self.stage.train.resume_from_checkpoint
+        checkpoint = self.checkpoints.to_resume(wanted)
+        if checkpoint is None:
+            return None
+        if isinstance(wanted, str) and checkpoint == Path(wanted):
+            self.evaluation.take_best(checkpoint.parent)
+            self.checkpoints.begin_from(checkpoint)
+            return checkpoint
+        return self.evaluation.before_lost_best(checkpoint, self.checkpoints)
+
     def _resume(self) -> int:
         name, wanted = self.stage.name, self.stage.train.resume_from_checkpoint
-        checkpoint = self.checkpoints.to_resume(wanted)
-        if checkpoint is not None and not isinstance(wanted, str):
-            checkpoint = self.evaluation.before_lost_best(checkpoint, self.checkpoints)
+        checkpoint = self._checkpoint()
         if checkpoint is not None:
             for extra in self.extras:
                 extra.resumes(checkpoint.parent)

@@ -188,6 +188,35 @@ def test_a_failed_write_keeps_the_old_best(tmp_path):
     assert (best.step, best.score, weights(tmp_path)) == (3, 0.5, "3")
 
 
+def test_the_best_weights_beside_another_runs_checkpoint_are_taken_over(tmp_path):
+    other = evaluated(best_of(tmp_path), {3: 0.5})
+    other.record_step()  # a checkpoint names the weights of step 3
+    considered(other, 6, 0.9)
+    best = best_of(tmp_path / "own")
+
+    best.take(tmp_path)
+    best.resume(5, best_step=3)
+
+    assert (best.step, best.score, weights(tmp_path / "own")) == (3, 0.5, "3")
+    assert weights(tmp_path) == "6"
+    best.take(tmp_path / "own")  # its own folder
+    assert weights(tmp_path / "own") == "3"
+
+
+def test_weights_that_the_newest_complete_checkpoint_names_stay_while_one_is_written(tmp_path):
+    """The checkpoint that is being written names those of step 6, the one before those of 3."""
+    found = []
+    best = evaluated(best_of(tmp_path), {3: 0.5})
+    best.record_step()
+    best.settle = lambda: found.append((tmp_path / "best.before" / "weights").read_text())
+    considered(best, 6, 0.7)
+    best.record_step()
+
+    considered(best, 9, 0.9)
+
+    assert found == ["3"]
+
+
 def best_of_stage(tmp_path: Path) -> BestCheckpoints:
     write = best_of(tmp_path).write
     return BestCheckpoints(tmp_path, write, ("wide", "target"))

@@ -271,6 +271,36 @@ def test_a_checkpoint_that_was_named_is_used_by_its_stage_alone(store, tmp_path)
     assert other.given(named) is None
 
 
+def test_a_named_checkpoint_is_begun_from_once_and_then_the_stages_own_are(store, tmp_path):
+    save(store, 4, 8)
+    given = store.folder / "step-4"
+    own = checkpoints(tmp_path / "other")
+    save(own, 2)
+
+    assert own.to_resume(str(given)) == given
+    own.begin_from(given)
+    assert names(own) == ["begun_from", "step-2.unused-1"]
+    assert own.to_resume(str(given)) == given  # killed before its first save
+    newest = save(own, 6)
+    assert own.to_resume(str(given)) == newest
+    shutil.rmtree(given)
+    assert own.to_resume(str(given)) == newest
+    assert own.to_resume(str(store.folder / "step-8")) == store.folder / "step-8"
+
+
+def test_a_stage_that_returns_to_an_earlier_checkpoint_does_not_go_on_from_a_later_one(tmp_path):
+    store = checkpoints(tmp_path, keep=None)
+    save(store, 4, 8, 12)
+    given = str(store.folder / "step-4")
+
+    store.begin_from(Path(given))
+
+    kept = ["begun_from", "latest", "step-12.unused-1", "step-4", "step-8.unused-1"]
+    assert names(store) == kept
+    assert store.to_resume(given) == store.newest_good() == store.folder / "step-4"
+    assert save(store, 6) == store.to_resume(given)
+
+
 def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(store):
     named = save(store, 4)
 
