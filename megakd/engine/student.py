@@ -35,10 +35,16 @@ from megakd.engine.sharding import memory_efficient_linear
 from megakd.engine.shards import Shard
 from megakd.engine.stored_parts import Parts, StoredParts, file_of
 from megakd.engine.whole_model import evaluating
-from megakd.errors import CheckpointError
+from megakd.errors import CheckpointError, TrainingError
 
 _SHARD = "shards/"
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+OVERFLOWS = (
+    "fp16 cannot hold it even where the loss is not scaled; use train.bf16 or fp32, or lower the "
+    "weights of the objective"
+)
 
 
 class StudentEngine:
@@ -141,7 +147,14 @@ class StudentEngine:
             # DeepSpeed keeps no norm, but ranks have all gradients.
             gradients = [p.grad for p in self.bundle.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-        engine.step()
+        try:
+            engine.step()
+        except Exception as error:  # DeepSpeed's has no type of its own
+            if "loss scale already at minimum" not in str(error):
+                raise
+            raise TrainingError(
+                f"the gradient of the objective overflows in every step: {OVERFLOWS}"
+            ) from error
         norm = engine.get_global_grad_norm() if norm is None else norm
         if norm is not None:  # of a step that overflowed, it is a number
             norm = torch.as_tensor(norm, dtype=torch.float32, device=engine.device) / scale

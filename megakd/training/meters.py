@@ -18,6 +18,7 @@ from megakd.contract.unit_counts import SOURCE_UNITS
 from megakd.engine.collectives import all_reduce_, gather
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import peak_memory_bytes
+from megakd.engine.student import OVERFLOWS
 from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.training.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 _NEVER = 2**62
 _REPORTS = 100
 """Reports that are kept before they are read."""
+_MOST_SKIPPED = 32
+"""Steps in a row that may overflow under fp16: by then, any loss scale has been halved to 1."""
 
 
 class TrainMeter:
@@ -51,6 +54,7 @@ class TrainMeter:
         self._steps = self._tokens = self._without_targets = 0
         self._norm: float | None = None
         self._first_bad = _NEVER
+        self._skipped = 0
         self._since = time.perf_counter()
         self._paused_s = self._teacher_s = self._waited_s = 0.0
         self._warned = False
@@ -94,7 +98,9 @@ class TrainMeter:
         self._without_targets += counts["targets"] == 0
         # DeepSpeed skips a step whose gradient is not finite; its norm is -1 or infinite then.
         is_skipped = norm is not None and not 0 <= norm < math.inf
-        if not math.isfinite(parts[WEIGHTED_LOSS]) or (is_skipped and not self._scales_loss):
+        self._skipped = self._skipped + 1 if is_skipped else 0
+        most = _MOST_SKIPPED if self._scales_loss else 1
+        if not math.isfinite(parts[WEIGHTED_LOSS]) or self._skipped >= most:
             self._first_bad = min(self._first_bad, step)
 
     def _has_value(self, name: str, counts: Mapping[Unit, int]) -> bool:
@@ -189,6 +195,8 @@ class TrainMeter:
                 f"the outputs of {', '.join(failed)} are not finite: check the weights, or set the "
                 "dtype to bf16 or fp32"
             )
+        if self._scales_loss and self._skipped >= _MOST_SKIPPED:
+            return OVERFLOWS
         return "lower train.learning_rate or check the data"
 
     def tokens_per_second(self) -> float:

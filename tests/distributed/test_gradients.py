@@ -210,6 +210,16 @@ def test_only_the_step_that_overflows_is_skipped(workers, preset):
     assert result["norms"][1] == float("inf")
 
 
+@pytest.mark.parametrize("preset", ["zero1", "zero3"])
+def test_gradients_that_overflow_at_every_scale_end_with_a_remedy(workers, preset):
+    """DeepSpeed gives up at ZeRO 1 to 3; at ZeRO 0 the meter does."""
+    run, steps = workers(RANKS).run, [["abc"]] * 40
+    always = dict.fromkeys(range(40), 30000.0)
+
+    with pytest.raises(Exception, match=r"fp16 cannot hold it .* use train\.bf16 or fp32"):
+        run("test_gradients.train", preset, "fp16", steps, always, timeout_s=400)
+
+
 @pytest.mark.parametrize(("preset", "is_used"), [("zero3", True), ("zero2", False)])
 def test_deepspeeds_linear_computes_the_steps_at_zero_3_and_nothing_else(workers, preset, is_used):
     run = workers(RANKS).run

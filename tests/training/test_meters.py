@@ -116,6 +116,17 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, norm, is_fp16
     assert f"the last good checkpoint is {known}; lower" in str(caught.value)
 
 
+def test_steps_that_all_overflow_under_fp16_stop_the_run():
+    watched = Watched(fp16=True)
+    for norm in (*[math.inf] * 31, 1.0, *[math.inf] * 31):
+        watched.step(norm=norm)
+    check(watched)
+    watched.step(norm=math.inf)
+
+    with pytest.raises(TrainingError, match=r"at step 64; .* use train\.bf16 or fp32, or lower"):
+        check(watched)
+
+
 def test_a_teacher_whose_answers_are_not_finite_is_blamed_in_place_of_the_learning_rate():
     watched = Watched()
     batch = Batch({}, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool))
