@@ -232,7 +232,7 @@ class FullPush:
             if is_first_rank():
                 # The servers have read it, and other folders of the run are of killed starts.
                 shutil.rmtree(self._folder.parent, ignore_errors=True)
-                self._folder.mkdir(parents=True)
+                self._folder.mkdir(parents=True, exist_ok=True)  # NFS keeps files that are open
                 needed, free = _bytes_of(self._model), shutil.disk_usage(self._folder).free
                 if free < needed:
                     raise ServerError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import http.client
 import json
+import math
 import socket
 import threading
 import time
@@ -88,14 +89,17 @@ class JsonServer:
         return f"GET {self.url}{path}: {reply}"
 
     def _ask(self, method: str, path: str, body: str | None) -> Reply:
-        began, pause = time.monotonic(), _FIRST_PAUSE_S
+        began, lost, pause = time.monotonic(), math.inf, _FIRST_PAUSE_S
         while True:
             left = self._limit - (time.monotonic() - began)
             reply = self._attempt(method, path, body, timeout_s=left)
             if isinstance(reply, Reply) and reply.status not in BUSY:
                 return reply
-            waited = time.monotonic() - began
-            if waited + pause >= (self._limit if isinstance(reply, Reply) else self._patience):
+            now, is_busy = time.monotonic(), isinstance(reply, Reply)
+            # A connection may be lost after a long wait for an answer: the patience begins there.
+            lost = math.inf if is_busy else min(lost, now)
+            if now + pause >= min(began + self._limit, lost + self._patience):
+                waited = now - (began if is_busy else lost)
                 raise _gave_up(f"{method} {self.url}{path}", reply, waited_s=waited)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -106,6 +110,8 @@ class JsonServer:
         try:
             return self._once(method, path, body, timeout_s=timeout_s)
         except TimeoutError as error:
+            if error.errno is not None:  # the kernel's, of a connection that is lost
+                return error
             raise ServerError(
                 f"{method} {self.url}{path} got no answer within {self._limit:g} s (time_limit); "
                 "see the log of the server, or raise the limit"

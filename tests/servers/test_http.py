@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import socket
@@ -104,6 +105,25 @@ def test_an_answer_that_breaks_off_is_asked_for_again_and_named_in_the_end():
         assert JsonServer(url, time_limit_s=30).get("/version").tree() == {"version": "0.33.0"}
     with speaking([WHOLE[:-5]]) as url, pytest.raises(ServerError, match=r"IncompleteRead.*5 more"):
         JsonServer(url, time_limit_s=30, patience_s=0.2).get("/version")
+
+
+def test_the_patience_begins_where_a_connection_is_lost():
+    """The first answer takes longer than the patience, and breaks off."""
+    with speaking([WHOLE[:-5], WHOLE], byte_s=0.02) as url:
+        server = JsonServer(url, time_limit_s=30, patience_s=0.2)
+        assert server.get("/version").tree() == {"version": "0.33.0"}
+
+
+def test_a_connection_that_the_kernel_gives_up_is_asked_for_again(stub: Stub, monkeypatch):
+    resolve, failures = socket.getaddrinfo, [TimeoutError(errno.ETIMEDOUT, "timed out")]
+
+    def flaky(*arguments, **keys):
+        if failures:
+            raise failures.pop()
+        return resolve(*arguments, **keys)
+
+    monkeypatch.setattr(socket, "getaddrinfo", flaky)
+    assert JsonServer(stub.url, time_limit_s=30).get("/version").status == 200
 
 
 def test_the_time_limit_is_for_the_whole_answer():
