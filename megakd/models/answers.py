@@ -17,7 +17,7 @@ from megakd.contract.tasks import TaskType
 from megakd.data.token_tables import document_ends
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import DataError, ModelError
-from megakd.models.architecture import context_length
+from megakd.models.architecture import context_length, has_token_types
 from megakd.models.finished import config_of_folder, load_finished
 from megakd.models.generation import check_prompt_lengths, without_settings
 from megakd.models.onnx import MODEL, OnnxModel, check_packages
@@ -90,6 +90,8 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
         return
     for start in range(0, len(texts), ROWS):
         encoded = _encoded(tokenizer, texts[start : start + ROWS], config)
+        if "token_type_ids" in encoded and not has_token_types(config):
+            encoded["token_type_ids"].zero_()
         logits = model.logits({name: encoded[name] for name in encoded if name in model.inputs})
         answer = _filled if task == "ForMaskedLM" else _classified
         yield from (

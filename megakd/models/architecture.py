@@ -323,6 +323,11 @@ def counts_padding(config: PretrainedConfig) -> bool:
     return any(name in config.model_type for name in _COUNT_FROM_PADDING)
 
 
+def has_token_types(config: PretrainedConfig) -> bool:
+    """Return whether a model tells the texts of a pair apart; else it gets no token_type_ids."""
+    return getattr(config, "type_vocab_size", 0) > 1
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Return the largest number of tokens of a text; None if the config states no limit."""
     text = config.get_text_config(decoder=True)

@@ -16,6 +16,7 @@ import megakd_kernels
 from megakd.contract.batch import IGNORE, Batch, Knowledge, LogitWarp, Predictions
 from megakd.contract.tasks import Kernels
 from megakd.engine.sharding import gathered
+from megakd.models.architecture import has_token_types
 from megakd.models.architectures import architecture_of
 from megakd.models.attention import AttentionNotes
 from megakd.models.elastic_modules import weights_in_view
@@ -104,7 +105,7 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
 def _read(model: nn.Module, batch: Batch) -> Knowledge:
     if _is_language(batch):
         return _read_language_model(model, batch)
-    has_types = getattr(model.config, "type_vocab_size", 0) > 1
+    has_types = has_token_types(model.config)
     inputs = {n: value for n, value in batch.inputs.items() if has_types or n != "token_type_ids"}
     return Knowledge(logits=model(**inputs).logits)
 

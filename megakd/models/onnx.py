@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, ModelError
-from megakd.models.architecture import context_length
+from megakd.models.architecture import context_length, has_token_types
 from megakd.models.finished import load_finished
 
 MODEL = "model.onnx"
@@ -120,6 +120,8 @@ def _input_names(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     named = ()
     if has_tokenizer_files(folder):  # its token_type_ids tell the texts of a pair apart
         named = from_folder(folder, "classification").model_input_names
+    if not has_token_types(model.config):
+        known = known.keys() - {"token_type_ids"}
     return (*_INPUTS, *(name for name in named if name not in _INPUTS and name in known))
 
 

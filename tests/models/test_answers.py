@@ -10,7 +10,7 @@ import tiny_cuts
 import torch
 from tokenizers import pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import GenerationConfig
+from transformers import BertConfig, BertForSequenceClassification, GenerationConfig
 
 from megakd.errors import ConfigError, DataError, ModelError
 from megakd.models import onnx
@@ -50,6 +50,22 @@ def test_of_a_long_text_a_model_reads_as_many_tokens_as_it_has_positions(family,
     with torch.no_grad():
         wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].softmax(-1)
     assert actual == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_a_model_that_cannot_tell_the_texts_of_a_pair_apart_reads_them_without_types(tmp_path):
+    config = BertConfig(
+        vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, type_vocab_size=1, max_position_embeddings=32,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    pairs = tokenizer()
+    pairs.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    pairs.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A", pair="$A $B:1", special_tokens=[]
+    )
+    pairs.save_pretrained(tmp_path)
+
+    assert sum(probabilities(tmp_path, "w3 w9\tw5")) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_int8_weights_answer_as_the_model_that_they_restore(tmp_path):

@@ -15,7 +15,14 @@ from elastic_views import NARROW, UNEVEN, VOCABULARY, WITHOUT, cut, family_model
 from scipy import stats
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import CONFIG_MAPPING, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.contract.views import Cut
@@ -158,6 +165,20 @@ def test_a_model_with_the_attention_of_packed_rows_keeps_it_also_after_a_failure
     assert model.generation_config is given
     assert model.config._attn_implementation == VARLEN
     assert all(part.training for part in model.modules())
+
+
+def test_a_family_that_transformers_runs_without_sdpa_generates_between_packed_rows():
+    register_packed_attention()
+    config = Gemma2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, attn_logit_softcapping=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    expected = texts(model)
+
+    model.set_attn_implementation(VARLEN)
+
+    assert texts(model) == expected
 
 
 @pytest.mark.parametrize(
