@@ -158,6 +158,8 @@ class WeightsAndBiases(_Service):
     """Tracker with one wandb run per stage, all in one group; WANDB_PROJECT names the project."""
 
     name = "wandb"
+    step = "step"
+    """Axis of the curves: wandb's own never goes back, but a resumed stage repeats some steps."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         super().__init__(folder, config)
@@ -182,6 +184,8 @@ class WeightsAndBiases(_Service):
                 f"log.report_to: wandb cannot start ({error}); run `wandb login`, set "
                 "WANDB_MODE=offline, or remove wandb from log.report_to"
             ) from error
+        self._run.define_metric(self.step)
+        self._run.define_metric("*", step_metric=self.step)
         self._stage = stage
         self._remember(stage, self._run.id)
 
@@ -189,7 +193,7 @@ class WeightsAndBiases(_Service):
         """Send the numbers; wandb sends them again after a lost connection."""
         if self._stage != stage:
             self.begin(stage, step)
-        self._run.log(dict(values), step=step)
+        self._run.log({self.step: step, **values})
 
     def close(self) -> None:
         if self._run is not None:

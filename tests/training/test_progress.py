@@ -187,7 +187,7 @@ def test_a_folder_in_the_place_of_the_log_or_a_missing_library_ends_a_run_before
 ) -> None:
     (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
     task = {"type": "classification", "dataset": "nobody/nothing"}
-    tree = config_tree(tmp_path / "out", task, log={"report_to": []})
+    tree = config_tree(tmp_path / "out", task)
 
     outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
 
@@ -210,6 +210,7 @@ class Service(ModuleType):
         self.runs = {}
         self.finished = []
         self.started = []
+        self.axes = []
 
 
 class Wandb(Service):
@@ -225,7 +226,8 @@ class Wandb(Service):
         self.started.append((project, group, name, key))
         return SimpleNamespace(
             id=key,
-            log=lambda values, step: self.runs[key].append((step, values)),
+            define_metric=lambda name, step_metric="step": self.axes.append((name, step_metric)),
+            log=lambda values: self.runs[key].append((values.pop("step"), values)),
             finish=lambda: self.finished.append(key),
         )
 
@@ -297,6 +299,7 @@ def test_every_stage_is_a_run_and_a_resumed_stage_goes_on_with_its_own(service, 
     assert [step for step, _ in service.runs["run1"]] == [1, 2, 3, 4]
     assert set(service.finished) == {"run0", "run1"}
     assert service.started[0][-2] == "out/teacher"
+    assert set(service.axes) <= {("step", "step"), ("*", "step")}
     tracked(out, service, "student", range(1, 3))  # the stage starts over
     assert len(service.runs["run2"]) == 2
 
