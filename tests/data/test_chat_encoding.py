@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,11 @@ def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those
     splits = open_splits(tmp_path / "encoded")
     made = as_encoded(tmp_path / "encoded", splits, data.tokenizer, facts)
     assert made.train[:] == data.encoded().train[:]
+    used.clear()
+    other = Data(tmp_path / "other", chats(*((f"Again {n}", "y") for n in range(6))))
+    with ThreadPoolExecutor() as pool:  # beside the training, as the blocks of a stream are
+        pool.submit(other.encoded).result()
+    assert set(used) == {1}
 
 
 def test_bad_rows_of_a_folder_are_named_together(tmp_path, monkeypatch):
