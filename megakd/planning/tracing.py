@@ -40,8 +40,8 @@ MAPPED_BYTES = 32 << 20
 """On a CPU rank, blocks of at least this size are mapped one by one (see `engine.memory`)."""
 _LIKE = {device: torch.empty(0, device=to) for device, to in (("cpu", "cpu"), ("cuda", "meta"))}
 _ROW_BUFFERS = 5  # block buffers of the row kernels on a CPU; a GPU has none
-# Position of the chunk size in the arguments of `megakd::linear_kd`; 0: the default.
-_LINEAR_CHUNK_MB = 20
+# Positions of the chunk size in the arguments of the operators on heads; 0: the default.
+_LINEAR_CHUNK_MB, _TOPK_CHUNK_MB = 20, 18
 _RELATION_TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
@@ -370,8 +370,17 @@ def _name(function: Any) -> str:
 
 
 def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:
-    # Return the bytes of a chunk: logits of both models, hidden states, and gradients.
-    hidden, heads = args[0], [head for head in (args[1], args[4]) if head is not None]
+    heads = [head for head in (args[1], args[4]) if head is not None]
+    return _chunk_of_logits(args[0], heads, device, args[_LINEAR_CHUNK_MB] or budget)
+
+
+def _topk(args: tuple[Any, ...], device: str, budget: float) -> int:
+    # The student's logits alone; a loss on the cached ids alone (`subset`) is not used.
+    return _chunk_of_logits(args[0], [args[1]], device, args[_TOPK_CHUNK_MB] or budget)
+
+
+def _chunk_of_logits(hidden: Tensor, heads: Sequence[Tensor], device: str, chunk_mb: float) -> int:
+    # Return the bytes of a chunk: logits of the models, hidden states, and gradients.
     widths = tuple(map(len, heads))
     narrow = torch.float32 if device == "cpu" else gradient_dtype(hidden, torch.float32)
     plan = plan_row_chunks(
@@ -379,7 +388,7 @@ def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:
         widths=widths,
         like=_LIKE[device],
         gradient=narrow,
-        chunk_mb=args[_LINEAR_CHUNK_MB] or budget,
+        chunk_mb=chunk_mb,
         implementation="chunked" if device == "cpu" else "triton",
     )
     group = min(plan.group, len(hidden))
@@ -410,6 +419,7 @@ def _relation(args: tuple[Any, ...], device: str, _: float) -> int:
 
 _WORKSPACES = {
     "megakd::linear_kd": _linear,
+    "megakd::topk_kd": _topk,
     "megakd::hidden_loss": _hidden,
     "megakd::relation_kl": _relation,
 }
