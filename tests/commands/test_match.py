@@ -143,7 +143,7 @@ def test_the_start_of_a_language_model_is_that_of_the_run(one_rank, tmp_path, ta
         student={"model": family(1, initializer_range=0.5)},
         method={**SINGLE, "teacher": "deep"},
         objective=[{"loss": "soft_target_kl"}],
-        eval={"losses": True, "eval_steps": 4, "latency": False},
+        eval={"losses": True, "eval_steps": 4},
     )
     config = write_config(tmp_path / "run.yaml", tree)
 

@@ -23,7 +23,7 @@ def late() -> None:
     """Rank 0 works without telling the others, who wait for it in a sum."""
     if distributed.start(collective_timeout_s=LIMIT_S).is_main:
         with doing("saving step 5"):
-            time.sleep(3 * LIMIT_S)
+            time.sleep(2 * LIMIT_S)
         return
     with (
         pytest.raises(CollectiveTimeoutError) as raised,
@@ -37,7 +37,7 @@ def late() -> None:
 def work() -> None:
     """Rank 0 works where the others know that they wait for it."""
     distributed.start(collective_timeout_s=LIMIT_S)
-    assert on_main(lambda: time.sleep(2 * LIMIT_S) or "done") == "done"
+    assert on_main(lambda: time.sleep(1.25 * LIMIT_S) or "done") == "done"
     assert all_reduce_(torch.ones(1)).item() == 2
 
 

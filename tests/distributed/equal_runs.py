@@ -207,6 +207,7 @@ def config_tree(folder, student, terms, stages=(0, 0)):
             "max_grad_norm": SETTINGS["max_grad_norm"],
             "weight_decay": 0.01,
         },
+        "eval": {"latency": False},
     }
 
 

@@ -85,7 +85,7 @@ if sys.argv[1] == "joined":
 if sys.argv[1] == "unwatched":
     peers._connect = stopping(peers._connect)
 CASES = {case.__name__: case for case in (work, stopped, waiting, forked, ended)}
-ranks = distributed.start(collective_timeout_s=8.0 if sys.argv[1] == "absent" else 600.0)
+ranks = distributed.start(collective_timeout_s=6.0 if sys.argv[1] == "absent" else 600.0)
 code = 0
 try:
     with peers.watched(2.0), peers.reports_lost_peer():

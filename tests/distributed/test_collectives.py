@@ -122,7 +122,8 @@ def held_folder(folders: list[str], looks: int) -> str:
 
     with pytest.MonkeyPatch.context() as patch, noted("megakd") as messages:
         patch.setenv("GROUP_RANK", str(rank))
-        patch.setattr(holder, "DEAD_AFTER_S", 3.0)
+        patch.setattr(holder, "LOOK_EVERY_S", 0.1)
+        patch.setattr(holder, "DEAD_AFTER_S", 0.5)
         patch.setattr(holder, "read_holder", read)
         try:
             with holder.held(Path(folders[rank])):

@@ -274,7 +274,7 @@ def test_dual_training_alone_does_not_reach_the_student(folder, alone):
         ("dual", 2),
         ("measured", 2),
         ("version 2", 2),
-        *((name, 3) for name in METHODS),
+        *((name, 3) for name in METHODS if name != "dual"),  # "tables" is dual, and more
     ],
 )
 def test_two_ranks_end_as_one_rank(workers, folder, tmp_path, alone, name, stage):

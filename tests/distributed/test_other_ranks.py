@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,11 @@ def leg(config: str, before: str | None, first: int, last: int, after: str) -> d
         }
 
 
-@pytest.fixture
-def travel(workers, write_run, tmp_path):
+@pytest.fixture(scope="module")
+def travel_in(workers, write_run):
     """Train a student of `equal_runs` along a route; return what rank 0 has at the end."""
 
-    def train(route, name, terms, *, places=PLACES, **sections) -> dict[str, Any]:
+    def train(below: Path, route, name, terms, *, places=PLACES, **sections) -> dict[str, Any]:
         losses, folder, collected = [], None, {}
         for (ranks, ds, teacher), (first, last) in zip(route, pairwise(places), strict=True):
             train = {"per_device_train_batch_size": 12 // ranks, **sections.get("train", {})}
@@ -63,7 +64,7 @@ def travel(workers, write_run, tmp_path):
             given = {**sections, "train": train}
             given["student"] = {**given.get("student", {}), "deepspeed": ds}
             config = write_run(name, terms, (0, teacher), **given)
-            after = str(tmp_path / str(len(list(tmp_path.iterdir()))))
+            after = str(below / str(len(list(below.iterdir()))))
             collected = workers(ranks).run(
                 "test_other_ranks.leg", config, folder, first, last, after, timeout_s=300
             )[0]
@@ -71,6 +72,12 @@ def travel(workers, write_run, tmp_path):
         return {**collected, "losses": losses}
 
     return train
+
+
+@pytest.fixture
+def travel(travel_in, tmp_path):
+    """Travel in a folder of the test's own."""
+    return functools.partial(travel_in, tmp_path)
 
 
 def assert_same(result, unbroken, *, tolerance=1e-6) -> None:
@@ -85,14 +92,21 @@ ALONE = [(1, STAGES[0], 0)]
 ENDS = [PLACES[0], PLACES[-1]]
 
 
+@pytest.fixture(scope="module")
+def unbroken(travel_in, tmp_path_factory) -> dict[str, Any]:
+    """What one rank has that never changes."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return travel_in(folder, ALONE, "bert-student", CLASSIFICATION, places=ENDS)
+
+
 # The first use of DeepSpeed's CPU Adam compiles it, which takes a minute.
 @pytest.mark.parametrize(
     "route",
     ["2-1-4-2", "4-2-1-4", pytest.param("offload", marks=pytest.mark.slow)],
 )
-def test_a_student_that_changes_ranks_and_stages_learns_as_one_that_does_not(travel, route):
-    unbroken = travel(ALONE, "bert-student", CLASSIFICATION, places=ENDS)
-
+def test_a_student_that_changes_ranks_and_stages_learns_as_one_that_does_not(
+    travel, unbroken, route
+):
     assert_same(travel(ROUTES[route], "bert-student", CLASSIFICATION), unbroken)
 
 

@@ -85,16 +85,17 @@ def test_greedy_texts_of_servers_train_as_those_of_the_own_engine(
 
 
 def test_the_next_texts_are_made_while_the_student_learns(command, texts, tmp_path):
-    (stub, _) = replicas("sglang")
+    (stub, _), steps = replicas("sglang"), SHORT["max_steps"]
     with serving(stub):
         keys = AHEAD | served(stub, tmp_path / "w")
-        out = finish(command, write_config(tmp_path, texts, zero=2, rollout=keys), tmp_path / "out")
+        config = write_config(tmp_path, texts, zero=2, rollout=keys, train=SHORT)
+        out = finish(command, config, tmp_path / "out")
 
     versions = {
         step: {text.version for text in answer} for step, answer in rollouts_of(out).items()
     }
-    assert versions == {0: {0}} | {step: {step - 1} for step in range(1, STEPS)}
-    assert versions_of(stub) == [str(k) for k in range(STEPS - 1)]
+    assert versions == {0: {0}} | {step: {step - 1} for step in range(1, steps)}
+    assert versions_of(stub) == [str(k) for k in range(steps - 1)]
     assert all(
         0 < len(t.completion.ids) <= 10 for answer in rollouts_of(out).values() for t in answer
     )

@@ -7,50 +7,11 @@ from typing import Any
 import pytest
 import torch
 from spoiling import LATE, assert_refused
-from tiny_runs import bert, llama, write_jsonl, write_reviews
+from tiny_runs import bert, llama
 
-GOOD_ROWS = '{"text":"a b","label":"x"}\n{"text":"c d","label":"y"}\n{"text":"e","label":"y"}\n'
-COLUMNS = "columns are text, label"
 # A file, its content, keys of the task, and parts of the message.
-DATA: dict[str, tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]] = {
-    "no rows": ("train.jsonl", "", {}, ("train.jsonl has no rows",)),
+DATA: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "an empty text": ("train.txt", "\n\n", {"type": "causal_lm"}, ("train.txt has no rows",)),
-    "no text column": (
-        "train.jsonl",
-        '{"body":"a","label":1}\n',
-        {},
-        ("column 'text' does not exist", "columns are body, label"),
-    ),
-    "no such label column": (
-        "train.jsonl",
-        GOOD_ROWS,
-        {"label_column": "class"},
-        ("column 'class' (task.label_column) does not exist", COLUMNS),
-    ),
-    "a label outside the range": (
-        "train.jsonl",
-        '{"text":"a","label":0}\n{"text":"b","label":1}\n{"text":"c","label":7}\n',
-        {},
-        ("line 3", "label 7 is outside 0..2"),
-    ),
-    "words for scores": (
-        "train.jsonl",
-        GOOD_ROWS.splitlines()[0],
-        {"type": "regression"},
-        ("line 1", "'x' in column 'label' is not a finite number"),
-    ),
-    "text that is not UTF-8": (
-        "train.jsonl",
-        b'{"text":"a","label":"x"}\n{"text":"\xff","label":"y"}\n',
-        {},
-        ("line 2", "text is not UTF-8 (byte 0xff"),
-    ),
-    "more labels than rows": (
-        "train.jsonl",
-        GOOD_ROWS,
-        {"labelled_examples": 9},
-        ("task.labelled_examples: 9", "labelled rows"),
-    ),
     "no room for a pair": (
         "train.jsonl",
         "".join(f'{{"text":"a {n}","other":"c","label":1.5}}\n' for n in range(20)),
@@ -65,22 +26,13 @@ def test_data_that_cannot_be_used(bench, case):
     name, content, task, fragments = DATA[case]
     data = bench.folder / "data"
     data.mkdir()
-    (data / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (data / name).write_text(content)
     make = llama if task.get("type") == "causal_lm" else bert
     models = {"teacher": {"model": make(1), "finetune": {}}, "student": {"model": make(1)}}
 
     outcome = bench.start(bench.tree({"dataset": str(data), **task}, **models))
 
     assert_refused(outcome, bench, *fragments)
-
-
-def test_a_validation_file_with_a_class_of_its_own(bench):
-    data = write_reviews(bench.folder / "data")
-    write_jsonl(data / "validation.jsonl", [{"text": "a", "label": "neutral"}])
-    outcome = bench.start(bench.tree({"dataset": str(data)}))
-    assert_refused(
-        outcome, bench, "validation.jsonl, line 1", "'neutral' is not one of the 2 classes"
-    )
 
 
 def test_an_output_folder_that_cannot_be(bench):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from spoiling import LATE, assert_refused
-from tiny_runs import config_tree, write_config, write_jsonl, write_text
+from tiny_runs import config_tree, write_config, write_text
 
 WEIGHTS = "model.safetensors"
 
@@ -77,20 +77,6 @@ def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench)
     assert_refused(outcome, bench, f"student.model: {folder / WEIGHTS} (", "is cut short")
 
 
-@pytest.mark.parametrize(
-    ("type_of_task", "labels", "fragments"),
-    [
-        ("classification", "abc", ("the model has 2 labels", "the data 3 (a, b, c)")),
-        ("regression", (0.5, 1.5), ("has 2 outputs and regression needs 1",)),
-    ],
-)
-def test_a_teacher_of_other_labels(bench, type_of_task, labels, fragments):
-    rows = [{"text": f"word{i} x", "label": labels[i % len(labels)]} for i in range(30)]
-    data = write_jsonl(bench.folder / "data" / "train.jsonl", rows).parent
-    outcome = bench.start(bench.tree({"type": type_of_task, "dataset": str(data)}))
-    assert_refused(outcome, bench, "teacher.model", *fragments)
-
-
 @pytest.fixture(scope="module")
 def other_tokenizer(one_rank, tmp_path_factory) -> Path:
     """A language model whose tokenizer is not that of the text it will be asked about."""
@@ -98,7 +84,6 @@ def other_tokenizer(one_rank, tmp_path_factory) -> Path:
     task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
     tree = config_tree(folder / "out", task)
     tree["train"] |= {"max_steps": 1}
-    tree["eval"] = {"latency": False}
     outcome = one_rank.train("--config", write_config(folder / "run.yaml", tree))
     assert outcome.code == 0, outcome.err
     return folder / "out" / "final"
@@ -112,22 +97,6 @@ def without_a_token(folder: Path, copy: Path) -> Path:
     tree["model"]["merges"].pop()
     (copy / "tokenizer.json").write_text(json.dumps(tree))
     return copy
-
-
-def test_a_student_with_a_tokenizer_of_its_own(bench, other_tokenizer):
-    student = without_a_token(other_tokenizer, bench.folder / "student")
-    text = other_tokenizer.parents[1] / "text.txt"
-    tree = bench.tree(
-        {"type": "causal_lm", "dataset": str(text)},
-        teacher={"model": str(other_tokenizer)},
-        student={"model": str(student)},
-    )
-
-    outcome = bench.start(tree)
-
-    assert_refused(
-        outcome, bench, f"student.model {student} has a tokenizer of", "another tokenizer"
-    )
 
 
 def test_a_model_with_another_tokenizer_is_not_scored(bench, other_tokenizer):

@@ -19,7 +19,6 @@ from megakd.inputs.inputs import unencoded_inputs
 from megakd.run import finished_run
 
 WEIGHTS = "model.safetensors"
-QUIET = {"eval": {"latency": False}}
 
 
 class Finished:
@@ -44,7 +43,7 @@ def original(one_rank: OneRank, whole_run: WholeRun, tmp_path_factory) -> Path:
     sets = {"more": str(folder / "more" / "validation.jsonl")}
     task = {"type": "classification", "dataset": str(reviews), "evaluation_sets": sets}
     teacher = {"model": str(folder / "teacher")}
-    tree = config_tree(folder / "out", task, teacher=teacher, method={"name": "single"}, **QUIET)
+    tree = config_tree(folder / "out", task, teacher=teacher, method={"name": "single"})
     finish(one_rank, write_config(folder / "run.yaml", tree))
     return folder
 

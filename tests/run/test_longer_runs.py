@@ -16,8 +16,7 @@ def tree(bench: Bench, out: str, **train: Any) -> dict[str, Any]:
     constant = {"lr_scheduler_type": "constant", "max_steps": None}
     made = bench.tree(train={**constant, **train})
     save = {"save_steps": 1, "save_total_limit": 2}
-    out_and_eval = {"output_dir": str(bench.folder / out), "eval": {"latency": False}}
-    return {**made, **out_and_eval, "save": save}
+    return {**made, "output_dir": str(bench.folder / out), "save": save}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

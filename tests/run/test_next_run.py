@@ -22,7 +22,6 @@ def pretrained(one_rank, tmp_path_factory) -> Path:
         task,
         teacher={"model": bert(1, num_attention_heads=4)},
         method=method,
-        eval={"latency": False},
     )
     tree["student"] = {"model": "from_teacher"}
     outcome = one_rank.train("--config", write_config(folder / "run.yaml", tree))

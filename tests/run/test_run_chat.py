@@ -34,7 +34,6 @@ def write_run(folder: Path, rows: list[dict[str, Any]], out: str, **task: Any) -
         student={"model": llama(1, **model)},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy"}],
-        eval={"latency": False},
     )
     return write_config(folder / f"{out}.yaml", tree)
 

@@ -50,7 +50,6 @@ def test_a_gpt2_learns_from_a_qwen3(one_rank, tmp_path):
         student={"model": gpt2(1), "deepspeed": "zero3"},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}, RELATIONS],
-        eval={"latency": False},
     )
     tree["train"] |= {"max_steps": 8}
 
@@ -103,7 +102,6 @@ def t5_run(one_rank, tmp_path_factory) -> Path:
             {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["2:2"]},
             RELATIONS,
         ],
-        eval={"latency": False},
     )
     tree["train"] |= {"max_steps": 30, "per_device_train_batch_size": 8}
     finish(one_rank, write_config(folder / "run.yaml", tree))

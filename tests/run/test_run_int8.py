@@ -40,7 +40,6 @@ def original(one_rank: OneRank, whole_run: WholeRun, tmp_path_factory) -> Path:
         teacher={"model": str(whole_run.teacher)},
         method={"name": "single"},
         baselines=["alone"],
-        eval={"latency": False},
         save={"int8": True},
     )
     finish(one_rank, write_config(folder / "run.yaml", tree))

@@ -52,7 +52,7 @@ def scene(tmp_path_factory) -> Path:
 def tree_of(scene: Path, out: Path, **sections: Any) -> dict[str, Any]:
     task = {"type": "causal_lm", "train_files": str(scene / "text.txt")}
     sections = {"method": {"name": "single"}, **sections}
-    sections["eval"] = {"eval_steps": 2, "latency": False}
+    sections["eval"] = {"eval_steps": 2}
     tree = config_tree(out, task, **sections)
     tree["teacher"] = {"model": str(scene / "base")}
     tree["student"] = {"model": str(scene / "base"), "lora": LORA, **sections.get("student", {})}
@@ -155,7 +155,6 @@ def test_a_pool_teaches_a_classifier_with_adapters_and_a_head(one_rank, whole_ru
         teachers=[{"name": name, "model": str(base)} for name in ("one", "two")],
         student={"model": str(base), "lora": LORA},
         method={"name": "mean_of_teachers"},
-        eval={"latency": False},
     )
 
     finish(one_rank, write_config(tmp_path / "run.yaml", tree))

@@ -43,7 +43,7 @@ def masked_run(one_rank, tmp_path_factory) -> Path:
             {"loss": "hard_cross_entropy", "weight": 0.5},
             {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
         ],
-        eval={"eval_steps": 4},
+        eval={"eval_steps": 4, "latency": {}},
         save={"save_steps": 5},
     )
     tree["train"] |= {"max_steps": 12, "gradient_accumulation_steps": 2}

@@ -38,7 +38,7 @@ def write_run(folder: Path, out: str) -> Path:
         student={"model": bert(1)},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy"}],
-        eval={"eval_steps": 4, "latency": False},
+        eval={"eval_steps": 4},
         save={"save_steps": 5},
     )
     tree["train"] |= {"max_steps": 12, "gradient_accumulation_steps": 2}

@@ -158,7 +158,7 @@ def language_run(one_rank, tmp_path_factory) -> Path:
             {"loss": "soft_target_jsd", "weight": 0.5, "beta": 0.3},
             {"loss": "hard_cross_entropy", "weight": 0.5},
         ],
-        eval={"eval_steps": 4, "latency": False},
+        eval={"eval_steps": 4},
     )
     tree["train"] |= {"max_steps": 8}
     finish(one_rank, write_config(folder / "run.yaml", tree))

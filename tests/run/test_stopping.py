@@ -25,9 +25,8 @@ def config(tmp_path_factory) -> Path:
         folder / "unused",
         task,
         student={"model": bert(1)},
-        eval={"eval_steps": 4, "latency": False},
+        eval={"eval_steps": 4},
         save={"save_steps": 7},
-        log={"logging_steps": 2, "report_to": []},
     )
     tree["train"] |= {"max_steps": STEPS}
     return write_config(folder / "run.yaml", tree)

@@ -48,6 +48,11 @@ def settle_in(variables: Mapping[str, str]) -> None:
     gc.freeze()
 
 
+def without_fsync() -> None:
+    """Leave data to the page cache: no machine dies in a test, and an fsync takes milliseconds."""
+    os.fsync = lambda _: None
+
+
 def leave_modules_alone() -> None:
     """Leave all that has been imported by now out of collections.
 

@@ -64,7 +64,7 @@ def labels(data: Path) -> Tree:
         "objective": [KL, CROSS, {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]}],
         "baselines": ["alone"],
         "train": {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"},
-        "eval": {"eval_steps": 10},
+        "eval": {"eval_steps": 10, "latency": {}},
     }
 
 
@@ -84,7 +84,7 @@ def masked(data: Path) -> Tree:
     }
 
 
-def causal(data: Path) -> Tree:
+def _causal(data: Path) -> Tree:
     return {
         "task": _text(data, "causal_lm"),
         "teacher": {"model": llama(2, 24)},
@@ -94,11 +94,17 @@ def causal(data: Path) -> Tree:
     }
 
 
+def causal(data: Path) -> Tree:
+    """Its models are timed, and generate."""
+    tree = _causal(data)
+    return {**tree, "eval": {**tree["eval"], "latency": {}}}
+
+
 def packed(data: Path) -> Tree:
     """Attention within each document of a packed row."""
     within = {"attn_implementation": "varlen"}
     return {
-        **causal(data),
+        **_causal(data),
         "teacher": {"model": llama(2, 24), **within},
         "student": {"model": llama(1), **within},
     }
@@ -119,7 +125,7 @@ def last_answers(data: Path) -> Tree:
 
 
 def on_policy(data: Path) -> Tree:
-    return {**causal(data), "rollout": ROLLOUT, "train": {"per_device_train_batch_size": 8}}
+    return {**_causal(data), "rollout": ROLLOUT, "train": {"per_device_train_batch_size": 8}}
 
 
 def lora(data: Path) -> Tree:
@@ -144,7 +150,7 @@ def mixture(data: Path) -> Tree:
     }
     task = {"type": "causal_lm", "mixture": sources, "tokenizer": BPE}
     held = {"validation_files": str(data / "held_out.txt")}
-    return {**causal(data), "task": task | held}
+    return {**_causal(data), "task": task | held}
 
 
 def cache(data: Path) -> Tree:

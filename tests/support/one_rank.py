@@ -15,7 +15,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from forked_ranks import FORKS, settle_in
+from forked_ranks import FORKS, settle_in, without_fsync
 
 TIMEOUT_S = 300  # many times what a command takes, for a busy machine
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -66,6 +66,7 @@ class OneRank:
 
 def _serve(requests: Connection, variables: dict[str, str]) -> None:
     settle_in(variables)
+    without_fsync()
     import megakd.training.assembly
     from megakd import cli
     from megakd.engine import distributed

@@ -120,7 +120,7 @@ def test_the_rates_of_a_log_are_those_of_the_plan(tmp_path, one_rank):
             method={"name": "single"},
             objective=[{"loss": "soft_target_kl"}],
             train={"max_steps": 3, "per_device_train_batch_size": ROWS},
-            log={"logging_steps": 1, "report_to": []},
+            log={"logging_steps": 1},
         ),
     )
 
