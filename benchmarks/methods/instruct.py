@@ -44,6 +44,7 @@ from lib.launching import (
     RunFailedError,
     device,
     leg_of,
+    records_of,
     report_of,
     seconds_of,
     stage_of,
@@ -249,11 +250,21 @@ def of_depth(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made
 
 
 def steps_for(given: argparse.Namespace, size: Size, seed: int, without: Sequence[str]) -> int:
-    """Return the steps of the size's own stage in all of its seconds, `without` some stages."""
-    report = report_of(shrink_leg(given, seed), ranks=1)
+    """Return the steps of the size's own stage in all of its seconds, `without` some stages.
+
+    Evaluations before the first step and after the last one take as long for any number of steps.
+    """
+    leg = shrink_leg(given, seed)
+    report = report_of(leg, ranks=1)
     stage, seconds = stage_of(report, size.stage), seconds_for(report, size)
     spent = sum(stage_of(report, name)["seconds"] for name in without)
-    return round((seconds - spent) / stage["seconds"] * stage["steps"])
+    times = {
+        record["step"]: record["time"]
+        for record in records_of(leg.output)
+        if record["stage"] == size.stage and "train/loss" in record
+    }
+    step = (max(times.values()) - min(times.values())) / (max(times) - min(times))
+    return stage["steps"] + round((seconds - spent - stage["seconds"]) / step)
 
 
 def trained(given: argparse.Namespace, leg: Leg, steps: int) -> Made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,15 +114,21 @@ def test_a_size_pays_its_own_stage_and_its_share_of_the_others():
     assert [benchmark.seconds_for(report, size) for size in sizes] == [37, 35]
 
 
-def test_without_a_trial_its_time_is_spent_on_the_repair(monkeypatch):
+def test_without_a_trial_its_time_is_spent_on_the_repair(monkeypatch, tmp_path):
+    """A step takes 0.25 s; the evaluations of the repair, another 10 s, are not repeated."""
     seconds = {"specification": 6, "layers": 4, "trial-1": 30, "student": 20}
     stages = [{"name": name, "seconds": one, "steps": 40} for name, one in seconds.items()]
-    monkeypatch.setattr(benchmark, "shrink_leg", lambda *_: None)
+    monkeypatch.setattr(benchmark, "shrink_leg", lambda *_: SimpleNamespace(output=tmp_path))
     monkeypatch.setattr(benchmark, "report_of", lambda *_, **__: {"stages": stages})
+    times = {10: 107.5, 20: 110.0, 40: 115.0}
+    logged = [{"step": n, "time": t, "train/loss": 1.0} for n, t in times.items()]
+    others = [{"step": 0, "time": 105.0}, {"step": 40, "time": 120.0}]
+    records = [{"stage": "student", **one} for one in (*others, *logged)]
+    instruct.write_jsonl(tmp_path / "metrics.jsonl", records)
     size = benchmark.Size("80M", "student", 15)
 
-    assert benchmark.steps_for(None, size, 1, without=()) == 120
-    assert benchmark.steps_for(None, size, 1, without=benchmark.IMPORTANCE) == 100
+    assert benchmark.steps_for(None, size, 1, without=()) == 40 + 40 / 0.25
+    assert benchmark.steps_for(None, size, 1, without=benchmark.IMPORTANCE) == 40 + 30 / 0.25
 
 
 def test_the_runs_are_valid_and_a_size_becomes_its_nearest_number_of_layers(rows, tmp_path):
