@@ -91,8 +91,8 @@ def results(tmp_path_factory) -> dict:
         timeout=280,
     )
     assert shown.returncode == 0, shown.stderr
-    said = {"folder": folder, "said": shown.stdout + shown.stderr}
-    return json.loads((folder / "results.json").read_text()) | said
+    outcome = {"folder": folder, "output": shown.stdout + shown.stderr}
+    return json.loads((folder / "results.json").read_text()) | outcome
 
 
 def test_trainings_evaluations_and_plans_follow_one_another_in_one_process(results):
@@ -189,10 +189,10 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
 def test_a_training_that_is_told_to_stop_saves_and_the_next_call_goes_on(results):
     out = results["folder"] / "long"
 
-    output = re.search(r"stopped by (\w+), student saved at step (\d+)", results["said"])
+    output = re.search(r"stopped by (\w+), student saved at step (\d+)", results["output"])
 
-    assert output is not None, results["said"]
+    assert output is not None, results["output"]
     assert output[1] == "SIGINT"
     assert (out / "checkpoints" / "student" / f"step-{output[2]}").is_dir()
-    assert f"student: resumed at step {output[2]}" in results["said"]
+    assert f"student: resumed at step {output[2]}" in results["output"]
     assert (out / "report.json").is_file()

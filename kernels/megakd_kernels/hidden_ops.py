@@ -114,8 +114,8 @@ def _sum_in_chunks(
         if kind == "mse":
             total += _squared_difference(work, target, counted, work)
         else:
-            kept = target.masked_fill(~counted[:, None], 0)
-            total += _one_minus_cosine_(work, kept, counted).sum()
+            target = target.masked_fill(~counted[:, None], 0)
+            total += _one_minus_cosine_(work, target, counted).sum()
         formed.add(rows, work, hidden, projection)
     return total
 

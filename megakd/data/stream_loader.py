@@ -23,11 +23,13 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from megakd.contract.batch import Batch, BatchSource
-from megakd.data.chat.conversations import CONVERSATION
-from megakd.data.encoding import StreamedRows, tables_of
+from megakd.data.chat.conversations import CONVERSATION, is_chat
+from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
+from megakd.data.encoding import StreamedRows
 from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
 from megakd.data.step_layout import Collate, StepShape, check_shares
+from megakd.data.token_tables import tables_of_texts
 from megakd.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -154,7 +156,13 @@ class EncodedStream:
 
     def _encoded(self, texts: list[dict[str, str]], position: Position) -> pa.Table | None:
         rows, bad = Dataset.from_list(texts), self._stream.bad
-        made = tables_of(rows, self._tokenizer, self._task, name=self.name, counts={}, bad=bad)
+        if is_chat(rows):
+            encoder = ChatEncoder(self._tokenizer, self._task, bad=bad)
+            made = tables_of_conversations(
+                rows, encoder, name=self.name, counts={}, beside_training=True
+            )
+        else:
+            made = tables_of_texts(rows, self._tokenizer, self._task)
         if not (tables := list(made)):
             return None
         table = cast("Any", pa).concat_tables(tables)  # pyarrow carries no types

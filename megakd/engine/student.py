@@ -149,7 +149,7 @@ class StudentEngine:
             norm = torch.nn.utils.get_total_norm(gradients)
         try:
             engine.step()
-        except Exception as error:  # DeepSpeed's has no type of its own
+        except Exception as error:  # DeepSpeed raises a plain one
             if "loss scale already at minimum" not in str(error):
                 raise
             raise TrainingError(

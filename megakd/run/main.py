@@ -177,6 +177,13 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
     return reporter
 
 
+def _was_used(out: Path, checkpoint: Path) -> bool:
+    """Return whether a stage has begun from a checkpoint that is gone, or is finished since."""
+    stages = (out / "checkpoints").glob("*")
+    is_finished = (out / "stages" / checkpoint.parent.name).is_dir()
+    return is_finished or any(has_begun_from(stage, checkpoint) for stage in stages)
+
+
 def check_output_folder(config: RunConfig) -> None:
     """Refuse to overwrite a run or to resume from a checkpoint path that does not exist."""
     out, resume = config.output_dir, config.train.resume_from_checkpoint
@@ -187,9 +194,7 @@ def check_output_folder(config: RunConfig) -> None:
         )
     for section, train in config.trainings.items():
         path = train.resume_from_checkpoint
-        if not isinstance(path, str) or Path(path).is_dir():
-            continue
-        if not any(has_begun_from(stage, Path(path)) for stage in (out / "checkpoints").glob("*")):
+        if isinstance(path, str) and not (Path(path).is_dir() or _was_used(out, Path(path))):
             raise CheckpointError(
                 f"{section}.resume_from_checkpoint: {path} does not exist; give a folder such as "
                 "checkpoints/<stage>/step-<n>, or true for the newest"

@@ -59,6 +59,8 @@ class BestCheckpoint:
             if _record_in(there) is not None:
                 with atomic.replaced_folder(here) as temporary:
                     shutil.copytree(there, temporary, dirs_exist_ok=True)
+            elif here.exists():  # of checkpoints that are set aside
+                atomic.set_aside(here)
 
     def resume(self, step: int, best_step: int | None) -> None:
         """Take over the stored best weights; remove them if the run resumes before their step.

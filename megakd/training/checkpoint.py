@@ -3,7 +3,7 @@
     checkpoints/<stage>/step-<n>/    engine-<r>.pt, rank-<r>.pt, state.pt, manifest.json
     checkpoints/<stage>/latest       the name of the newest, replaced last
     checkpoints/<stage>/begun_from   the checkpoint that the user named, if the stage began there
-    checkpoints/<stage>/step-<n>.unused-<k>/    a checkpoint that the run has passed over
+    checkpoints/<stage>/step-<n>.unused-<k>/    a checkpoint that the run does not go on from
 
 A checkpoint is written under another name and renamed when every file is on the disk and its
 checksum is in the manifest. A kill at any moment leaves the previous checkpoint untouched.
@@ -208,23 +208,25 @@ class Checkpoints:
         return checkpoint
 
     def begin_from(self, given: Path) -> None:
-        """Note that the stage goes on from a named checkpoint, and set aside what is not before it.
+        """Note that the stage goes on from a named checkpoint; set aside its later checkpoints.
 
-        A collective.
+        They are all of its checkpoints if the named one is not among them. A collective.
         """
         on_main(lambda: self._begin_from(given))
 
     def _begin_from(self, given: Path) -> None:
-        is_own = given.resolve().parent == self.folder.resolve()
-        for other in self._by_age():
-            if not is_own or _step_of(other) > _step_of(given):
-                set_aside(other)
+        there, every = given.resolve(), self._by_age()
+        # Not a copy in this folder, nor a checkpoint that was set aside.
+        is_listed = there in [checkpoint.resolve() for checkpoint in every]
+        for checkpoint in every:
+            if not is_listed or _step_of(checkpoint) > _step_of(there):
+                set_aside(checkpoint)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if is_own:
-            write_text(self.folder / LATEST, given.name)
+        if is_listed:
+            write_text(self.folder / LATEST, there.name)
         else:
             (self.folder / LATEST).unlink(missing_ok=True)
-        write_text(self.folder / BEGUN_FROM, str(given.resolve()))
+        write_text(self.folder / BEGUN_FROM, str(there))
 
     def newest_good(self) -> Path | None:
         """Return the newest undamaged checkpoint of this run; None if the stage has none yet.
@@ -325,6 +327,8 @@ class Checkpoints:
         return checkpoint
 
     def _stage_of(self, checkpoint: Path) -> str:
+        if not checkpoint.is_dir():  # it was removed after its stage had begun there
+            return checkpoint.parent.name
         try:
             return read_signed(checkpoint / MANIFEST)["stage"]
         except (OSError, ValueError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
 from megakd.data import encoded_folder, encoding
+from megakd.data.bad_rows import BadRows
 from megakd.data.chat import tokens
 from megakd.data.chat.counts import ChatCounts, table_lines
 from megakd.data.chat.tokens import ChatEncoder
@@ -198,10 +198,13 @@ def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those
     made = as_encoded(tmp_path / "encoded", splits, data.tokenizer, facts)
     assert made.train[:] == data.encoded().train[:]
     used.clear()
-    other = Data(tmp_path / "other", chats(*((f"Again {n}", "y") for n in range(6))))
-    with ThreadPoolExecutor() as pool:  # beside the training, as the blocks of a stream are
-        pool.submit(other.encoded).result()
-    assert set(used) == {1}
+    encoder = ChatEncoder(data.tokenizer, data.task, bad=BadRows())
+    rows = data.splits.train
+    tables = tokens.tables_of_conversations(
+        rows, encoder, name="train", counts={}, beside_training=True
+    )
+    assert sum(map(len, tables)) == len(rows)
+    assert used == [1]
 
 
 def test_bad_rows_of_a_folder_are_named_together(tmp_path, monkeypatch):

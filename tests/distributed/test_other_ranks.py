@@ -76,7 +76,7 @@ def travel_in(workers, write_run):
 
 @pytest.fixture
 def travel(travel_in, tmp_path):
-    """Travel in a folder of the test's own."""
+    """Travel in a new folder."""
     return functools.partial(travel_in, tmp_path)
 
 

@@ -55,7 +55,7 @@ def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
         lab_of(config_path, overrides, writes=True) as lab,
     ):
         result = run_method(lab.config.method, lab)
-    found = {
+    facts = {
         "state": load_file(result.folder / "model.safetensors"),
         "notes": notes,
         "sensitivities": sensitivities,
@@ -63,7 +63,7 @@ def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
         "logged": logged(lab.config.output_dir),
     }
     del lab, result
-    return {**found, "alive": models_in_memory() - before}
+    return {**facts, "alive": models_in_memory() - before}
 
 
 def logged(out: Path) -> list[dict]:

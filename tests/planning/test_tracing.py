@@ -184,6 +184,5 @@ def test_the_buffers_of_the_head_grow_with_the_memory_of_the_gpu(operator, argum
         return loss_workspace(operator, arguments, "cuda", memory) / 2**20
 
     assert buffers(None) == buffers(24 * 2**30) == pytest.approx(1024, rel=0.05)
-    # Three chunks of like size fit into 3584 MiB with room to spare.
     # Chunks of like size fit into 3584 MiB with room to spare.
     assert buffers(140 * 2**30) == pytest.approx(expected, rel=0.05)

@@ -53,6 +53,25 @@ def saved(out: Path) -> set[str]:
     return {path.name for path in (out / "checkpoints" / "student").glob("step-*")}
 
 
+def test_a_run_from_another_runs_checkpoint_goes_on_from_its_own_after_a_stop(
+    one_rank, config, truth, tmp_path
+):
+    """It has the best weights of the other run, and no later stage needs the checkpoint."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    one_rank.train("--config", config, f"output_dir={first}", stop_at=("student", 4))
+    named = first / "checkpoints" / "student" / "step-5"
+    words = [f"output_dir={out}", f"train.resume_from_checkpoint={named}", "baselines=[alone]"]
+
+    stopped = one_rank.train("--config", config, *words, stop_at=("student", 6))
+    shutil.rmtree(first)
+    outcome = finish(one_rank, config, *words)
+
+    assert "student: resumed at step 5 from" in stopped.err
+    assert f"student: resumed at step 7 from {out}" in outcome.err
+    assert weights(out) == weights(truth)
+    assert (out / "stages" / "alone").is_dir()
+
+
 @pytest.mark.parametrize(
     ("stop", "at"),
     [

@@ -192,29 +192,37 @@ def test_the_best_weights_beside_another_runs_checkpoint_are_taken_over(tmp_path
     other = evaluated(best_of(tmp_path), {3: 0.5})
     other.record_step()  # a checkpoint names the weights of step 3
     considered(other, 6, 0.9)
-    best = best_of(tmp_path / "own")
+    best = best_of(tmp_path / "mine")
 
     best.take(tmp_path)
     best.resume(5, best_step=3)
 
-    assert (best.step, best.score, weights(tmp_path / "own")) == (3, 0.5, "3")
+    assert (best.step, best.score, weights(tmp_path / "mine")) == (3, 0.5, "3")
     assert weights(tmp_path) == "6"
-    best.take(tmp_path / "own")  # its own folder
-    assert weights(tmp_path / "own") == "3"
+    best.take(tmp_path / "mine")  # nothing to copy
+    assert weights(tmp_path / "mine") == "3"
+
+
+def test_best_weights_of_a_run_that_begins_elsewhere_are_set_aside(tmp_path):
+    best = evaluated(best_of(tmp_path / "mine"), {2: 0.9})
+
+    best.take(tmp_path)
+
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["best.unused-1"]
 
 
 def test_weights_that_the_newest_complete_checkpoint_names_stay_while_one_is_written(tmp_path):
     """The checkpoint that is being written names those of step 6, the one before those of 3."""
-    found = []
+    seen = []
     best = evaluated(best_of(tmp_path), {3: 0.5})
     best.record_step()
-    best.settle = lambda: found.append((tmp_path / "best.before" / "weights").read_text())
+    best.settle = lambda: seen.append((tmp_path / "best.before" / "weights").read_text())
     considered(best, 6, 0.7)
     best.record_step()
 
     considered(best, 9, 0.9)
 
-    assert found == ["3"]
+    assert seen == ["3"]
 
 
 def best_of_stage(tmp_path: Path) -> BestCheckpoints:

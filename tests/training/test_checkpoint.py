@@ -274,18 +274,18 @@ def test_a_checkpoint_that_was_named_is_used_by_its_stage_alone(store, tmp_path)
 def test_a_named_checkpoint_is_begun_from_once_and_then_the_stages_own_are(store, tmp_path):
     save(store, 4, 8)
     given = store.folder / "step-4"
-    own = checkpoints(tmp_path / "other")
-    save(own, 2)
+    other = checkpoints(tmp_path / "other")
+    save(other, 2)
 
-    assert own.to_resume(str(given)) == given
-    own.begin_from(given)
-    assert names(own) == ["begun_from", "step-2.unused-1"]
-    assert own.to_resume(str(given)) == given  # killed before its first save
-    newest = save(own, 6)
-    assert own.to_resume(str(given)) == newest
+    assert other.to_resume(str(given)) == given
+    other.begin_from(given)
+    assert names(other) == ["begun_from", "step-2.unused-1"]
+    assert other.to_resume(str(given)) == given  # killed before its first save
+    newest = save(other, 6)
+    assert other.to_resume(str(given)) == newest
     shutil.rmtree(given)
-    assert own.to_resume(str(given)) == newest
-    assert own.to_resume(str(store.folder / "step-8")) == store.folder / "step-8"
+    assert other.to_resume(str(given)) == newest
+    assert other.to_resume(str(store.folder / "step-8")) == store.folder / "step-8"
 
 
 def test_a_stage_that_returns_to_an_earlier_checkpoint_does_not_go_on_from_a_later_one(tmp_path):
@@ -299,6 +299,25 @@ def test_a_stage_that_returns_to_an_earlier_checkpoint_does_not_go_on_from_a_lat
     assert names(store) == kept
     assert store.to_resume(given) == store.newest_good() == store.folder / "step-4"
     assert save(store, 6) == store.to_resume(given)
+
+
+@pytest.mark.parametrize("name", ["step-4-kept", "step-4.unused-1"])
+def test_a_copy_beside_the_checkpoints_is_begun_from_as_one_of_another_run(tmp_path, name):
+    store = checkpoints(tmp_path, keep=None)
+    save(store, 4, 8)
+    given = Path(shutil.copytree(store.folder / "step-4", store.folder / name))
+
+    store.begin_from(given)
+
+    assert {path.name for path in store.folder.glob("step-*") if path.suffix == ""} <= {name}
+    assert store.to_resume(str(given)) == given
+    assert save(store, 6) == store.to_resume(str(given))
+
+
+def test_a_later_stage_does_not_miss_a_named_checkpoint_that_is_gone(store, tmp_path):
+    alone = Checkpoints(folder=tmp_path / "alone", fingerprint={}, keep=2, ranks=ALONE)
+
+    assert alone.to_resume(str(store.folder / "step-4")) is None
 
 
 def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(store):

@@ -299,7 +299,8 @@ def test_every_stage_is_a_run_and_a_resumed_stage_goes_on_with_its_own(service, 
     assert [step for step, _ in service.runs["run1"]] == [1, 2, 3, 4]
     assert set(service.finished) == {"run0", "run1"}
     assert service.started[0][-2] == "out/teacher"
-    assert set(service.axes) <= {("step", "step"), ("*", "step")}
+    axes = {("step", "step"), ("*", "step")} if isinstance(service, Wandb) else set()
+    assert set(service.axes) == axes
     tracked(out, service, "student", range(1, 3))  # the stage starts over
     assert len(service.runs["run2"]) == 2
 

@@ -9,7 +9,6 @@ cut into rows of `max_length` without losing a target, and has no prompt: its le
 from __future__ import annotations
 
 import os
-import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -66,7 +65,12 @@ class Tokens(NamedTuple):
 
 
 def tables_of_conversations(
-    rows: Dataset, encoder: ChatEncoder, *, name: str, counts: CountsByName
+    rows: Dataset,
+    encoder: ChatEncoder,
+    *,
+    name: str,
+    counts: CountsByName,
+    beside_training: bool = False,
 ) -> Iterator[pa.Table]:
     """Yield tables of encoded conversations, and no table if no row is left.
 
@@ -76,9 +80,8 @@ def tables_of_conversations(
     kept = (CONVERSATION, PLACE, SOURCE, ROUTE)
     needed = rows.select_columns([column for column in kept if column in rows.column_names])
     starts = range(0, len(rows), ROWS_AT_ONCE)
-    # A loader's thread encodes the blocks of a stream: a rank that trains must not be forked.
-    is_alone = threading.current_thread() is threading.main_thread()
-    processes = processes_for(len(rows), each=ROWS_OF_A_PROCESS) if is_alone else 1
+    # Threads of a rank that trains hold locks: it must not be forked.
+    processes = 1 if beside_training else processes_for(len(rows), each=ROWS_OF_A_PROCESS)
 
     def part(start: int) -> _EncodedPart:
         if processes > 1:  # this process is one of many, and a forked one must not use threads
