@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from tiny_runs import bert, config_tree, write_config, write_jsonl, write_reviews, write_text
 
+from megakd.run.holder import FolderLock
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -71,6 +73,19 @@ def test_a_run_that_is_fine_has_a_line_for_each_part_and_leaves_nothing(
     lines = one_rank.megakd("doctor", path, "--steps", 0).out.splitlines()
     assert all(line.startswith("ok       ") for line in lines)
     assert not any("steps: " in line for line in lines)
+
+
+def test_a_second_examination_leaves_the_folder_to_the_first(one_rank, config, tmp_path):
+    path, folder = config(), tmp_path / "out.doctor"
+    lock = FolderLock(folder)
+    lock.take()
+
+    outcome = one_rank.megakd("doctor", path, "--steps", 0)
+
+    assert outcome.code == 2
+    assert "is in use by another run" in outcome.out + outcome.err
+    assert folder.is_dir()
+    lock.release()
 
 
 def test_a_run_that_would_fail_has_the_error_of_the_run_as_its_last_line(
