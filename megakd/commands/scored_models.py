@@ -103,7 +103,7 @@ def evaluate_model(
 def _without_training_rows(config: RunConfig) -> str | None:
     if config.task.dataset is None:
         return None
-    path = Path(config.task.dataset).expanduser()
+    path = in_home(config.task.dataset)
     return config.task.dataset if path.is_dir() and not has_train_split(path) else None
 
 
@@ -193,10 +193,7 @@ def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
     if generic_labels(source.config) is None:
         return Classes(names, numbered=True, folds_case=True)  # as the model's labels are matched
     kind = RowKind.of(config.task, table)
-    classes = find_classes(table, kind.label or "", text=kind.fields.text)
-    if classes.numbered and len(classes.names) < len(names):
-        return Classes(tuple(map(str, range(len(names)))), numbered=True)
-    return classes
+    return find_classes(table, kind.label or "", text=kind.fields.text, outputs=len(names))
 
 
 def _metrics(

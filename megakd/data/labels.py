@@ -21,6 +21,8 @@ from megakd.errors import DataError
 INTEGER = re.compile(r"[+-]?\d+(\.0*)?")
 PADDED = re.compile(r"0\d")
 MAX_NAMES_SHOWN = 8
+MOST_COMPARED = 1000
+"""Class names of which the nearest one to a wrong label is named."""
 NO_CLASS = -1
 """`datasets` writes this number into a column with class names for a row without a class."""
 
@@ -85,27 +87,30 @@ class Classes:
         )
 
     def _unknown(self, value: int | str) -> str:
-        close = difflib.get_close_matches(str(value), self.names, n=1)
+        is_small = len(self.names) <= MOST_COMPARED
+        close = difflib.get_close_matches(str(value), self.names, n=1) if is_small else ()
         hint = f"; did you mean {close[0]!r}?" if close else ""
         shown = ", ".join(self.names[:MAX_NAMES_SHOWN])
         more = ", …" if len(self.names) > MAX_NAMES_SHOWN else ""
         return f"is not one of the {len(self.names)} classes of this data set ({shown}{more}){hint}"
 
 
-def find_classes(table: Table, column: str, *, text: Sequence[str]) -> Classes:
+def find_classes(table: Table, column: str, *, text: Sequence[str], outputs: int = 0) -> Classes:
     """Return the class names that a table declares, else the numbers 0..n-1, else the words.
 
-    Rows whose columns of `text` cannot be read have no say.
+    Rows whose columns of `text` cannot be read have no say. A table without words may lack some of
+    the numbers of a model with so many `outputs`.
     """
     if column in table.class_names:
         unlabelled = frozenset({NO_CLASS, IGNORE})
         return Classes(table.class_names[column], numbered=True, unlabelled=unlabelled)
-    parts = ("classes", table.digest, table.format, table.columns, column, text)
-    names, numbered = remembered(lambda: _classes_of(table, column, text), *parts)
+    parts = ("classes", table.digest, table.format, table.columns, column, text, outputs)
+    names, numbered = remembered(lambda: _classes_of(table, column, text, outputs), *parts)
     return Classes(tuple(names), numbered=numbered)
 
 
-def _classes_of(table: Table, column: str, text: Sequence[str]) -> tuple[tuple[str, ...], bool]:
+def _first_seen(table: Table, column: str, text: Sequence[str]) -> dict[int | str, str]:
+    """Return the place of the first row of each label."""
     first_seen: dict[int | str, str] = {}
     refused: DataError | None = None
     for record in table.records():
@@ -124,7 +129,16 @@ def _classes_of(table: Table, column: str, text: Sequence[str]) -> tuple[tuple[s
             f"{table.name}: column {column!r} has no label in any row; add labels to the training "
             "rows, or set task.label_column to another column"
         )
+    return first_seen
+
+
+def _classes_of(
+    table: Table, column: str, text: Sequence[str], outputs: int
+) -> tuple[tuple[str, ...], bool]:
+    first_seen = _first_seen(table, column, text)
     numbers = _all_integers(table, first_seen)
+    if numbers is not None and numbers.keys() <= set(range(outputs)):
+        return tuple(map(str, range(outputs))), True
     if len(first_seen if numbers is None else numbers) < 2:
         raise DataError(
             f"{table.name}: all labels in column {column!r} are {next(iter(first_seen))!r}; "

@@ -19,21 +19,26 @@ def classifier_report(
     predicted: Numbers, truth: Numbers, label_names: Sequence[str]
 ) -> ClassifierReport:
     """Return the scores of [N, C] logits on rows with the class numbers [N]."""
-    classes = len(label_names)
-    pairs = truth.astype(np.int64) * classes + predicted.argmax(axis=1)
-    counts = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    classes, truths, guesses = len(label_names), truth.astype(np.int64), predicted.argmax(axis=1)
+    # Of many classes, a table of all pairs would not fit into memory.
+    pairs, numbers = np.unique(truths * classes + guesses, return_counts=True)
+    confusion = {label: dict[str, int]() for label in label_names}
+    for pair, number in zip(pairs, numbers, strict=True):
+        label, guessed = (label_names[int(n)] for n in divmod(pair, classes))
+        confusion[label][guessed] = int(number)
+    right, rows, predictions = (
+        np.bincount(of, minlength=classes) for of in (truths[truths == guesses], truths, guesses)
+    )
     return {
-        "per_class": _by_class(counts, label_names),
-        "confusion": {
-            label: {guessed: int(row[n]) for n, guessed in enumerate(label_names) if row[n]}
-            for label, row in zip(label_names, counts, strict=True)
-        },
+        "per_class": _by_class(right, rows, predictions, label_names),
+        "confusion": confusion,
         "calibration_error": calibration_error(predicted, truth),
     }
 
 
-def _by_class(counts: Counts, label_names: Sequence[str]) -> list[ClassReport]:
-    right, rows, predictions = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+def _by_class(
+    right: Counts, rows: Counts, predictions: Counts, label_names: Sequence[str]
+) -> list[ClassReport]:
     # As in scikit-learn, a score without rows is 0.
     scores = (
         share / np.maximum(1, whole)

@@ -182,6 +182,18 @@ def test_generic_labels_are_scored_if_they_fit_and_refused_if_they_do_not(
     assert scored(evaluated(bad, "--trust_label_order"))["metrics"]["accuracy"] < 0.2
 
 
+def test_numbers_of_a_models_outputs_need_not_all_occur(one_rank, whole_run, tmp_path):
+    model = generic(whole_run.teacher, tmp_path / "model", (0, 1))
+    hard = write_jsonl(tmp_path / "hard.jsonl", [{"text": "a good film", "label": 1}] * 3)
+
+    told = one_rank.megakd(
+        *("evaluate", whole_run.config, "--model", model, "--data", hard, "--json"),
+        "--trust_label_order",
+    )
+
+    assert scored(told)["metrics"]["accuracy"] in {0.0, 1.0}
+
+
 def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, tmp_path):
     data = write_reviews(tmp_path / "reviews")
     task = {

@@ -76,6 +76,15 @@ def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_labe
     assert shown["bad"] == {"bad": 2, "fine": 1}
 
 
+def test_very_many_labels_are_counted_without_a_table_of_their_pairs():
+    predicted = torch.nn.functional.one_hot(torch.tensor([70_000, 3]), 100_000).float()
+
+    actual = chosen(tuple(map(str, range(100_000)))).of_classes(predicted, torch.tensor([3, 3]))
+
+    assert actual["confusion"]["3"] == {"3": 1, "70000": 1}
+    assert actual["per_class"][3]["recall"] == 0.5
+
+
 def test_the_calibration_error_weighs_the_gap_of_each_of_15_bins_by_its_rows():
     # Probabilities of the predicted class: 0.6 is the end of its bin, 0.61 begins the next one.
     p = torch.tensor([0.6, 0.6, 0.61, 0.99, 0.99, 0.99], dtype=torch.float64)
