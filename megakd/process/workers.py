@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -38,7 +39,10 @@ def in_processes(
     try:
         workers.extend(_forked(function, items[k::processes], readers) for k in range(processes))
         for number in range(len(items)):
-            yield readers[number % processes].recv()
+            result = readers[number % processes].recv()
+            if isinstance(result, MegakdError):
+                raise result
+            yield result
     except EOFError:
         raise MegakdError(
             f"one of {processes} processes that encode rows ended early; its error is above, or "
@@ -66,6 +70,9 @@ def _forked(
                 writer.send(function(item))
         except BrokenPipeError:
             pass
+        except MegakdError as error:
+            with suppress(BrokenPipeError):
+                writer.send(error)
 
     with warnings.catch_warnings():
         # The process uses no lock that a thread of its parent may hold.

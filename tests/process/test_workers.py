@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megakd.errors import MegakdError
+from megakd.errors import DataError, MegakdError
 from megakd.process.workers import in_processes
 
 WAIT_S = 30
@@ -36,6 +36,16 @@ def test_a_process_that_ends_early_is_an_error():
 
     with pytest.raises(MegakdError, match="one of 2 processes that encode rows ended early"):
         list(made)
+
+
+def test_an_error_of_a_row_is_that_of_one_process():
+    def refusing(number: int) -> int:
+        if number == 3:
+            raise DataError("row 3 has no text")
+        return number
+
+    with pytest.raises(DataError, match="row 3 has no text"):
+        list(in_processes(refusing, range(10), 2))
 
 
 def test_processes_end_with_a_killed_parent():
