@@ -27,6 +27,8 @@ from megakd.data.words import WORD_STARTS, check_words, word_starts
 from megakd.errors import DataError
 
 _IDS = pa.list_(pa.int32())
+CHARACTERS_AT_ONCE = 4_000_000
+"""Characters of texts from which on a call of the tokenizer takes no further text."""
 
 
 def with_tokens(tables: Iterable[pa.Table], error: Callable[[], DataError]) -> Iterator[pa.Table]:
@@ -160,11 +162,24 @@ def _texts(
     # The second value is None without `with_words`, else see `words.word_starts`.
     if with_words:
         check_words(tokenizer)
-    for batch in arrow_batches(rows, TEXTS_AT_ONCE):
-        texts = batch.column("text").to_pylist()
+    for texts in _calls(rows):
         encoded = plain_encoding(texts, tokenizer)
         starts = word_starts(encoded, texts) if with_words else repeat(None)
         yield from ((ids, of_words) for ids, of_words in zip(encoded["input_ids"], starts) if ids)  # noqa: B905
+
+
+def _calls(rows: Dataset) -> Iterator[list[str]]:
+    # The encoding of a text takes a hundred times its memory, and a row may be a book.
+    for batch in arrow_batches(rows, TEXTS_AT_ONCE):
+        texts, characters = list[str](), 0
+        for text in batch.column("text").to_pylist():
+            texts.append(text)
+            characters += len(text)
+            if characters >= CHARACTERS_AT_ONCE:
+                yield texts
+                texts, characters = [], 0
+        if texts:
+            yield texts
 
 
 def plain_encoding(

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megakd.config.task import TaskConfig
+from megakd.data import token_tables
 from megakd.data.collation import Collator
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits
@@ -53,6 +54,30 @@ def test_packed_rows_are_full_and_hold_the_documents_and_their_targets(documents
     assert all(len(row.input_ids) == length for row in rows[:-1])
     targets = [label for row in rows for label in row.labels if label != -100]
     assert targets == [token for document in documents for token in document[1:]]
+
+
+def test_a_call_of_the_tokenizer_gets_few_long_texts(monkeypatch):
+    sizes: list[int] = []
+    encode = token_tables.plain_encoding
+    monkeypatch.setattr(token_tables, "CHARACTERS_AT_ONCE", 100)
+    monkeypatch.setattr(
+        token_tables,
+        "plain_encoding",
+        lambda texts, *a: sizes.append(len(texts)) or encode(texts, *a),
+    )
+    rows = Dataset.from_dict({"text": ["a " * 60, "a", "a " * 20, "a " * 60, "a"]})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "e": 1}, "a"))
+    )
+    tokenizer.add_special_tokens({"eos_token": "e"})
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+
+    tables = token_tables.tables_of_texts(
+        rows, tokenizer, TaskConfig(type="causal_lm", dataset="none", max_length=16)
+    )
+
+    assert sum(row.count(0) for table in tables for row in table["input_ids"].to_pylist()) == 142
+    assert sizes == [1, 3, 1]
 
 
 def test_positions_restart_at_every_document_and_every_row():
