@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens must be at least 1 (got {arguments.max_new_tokens})")
     texts = arguments.texts or [os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer]
+    if texts and not arguments.texts:
+        texts[0] = texts[0].removeprefix("\ufeff")
     if not texts:
         raise ConfigError("no text is given; write texts behind MODEL, or one per line on stdin")
     for number, text in enumerate(texts, start=1):

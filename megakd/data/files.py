@@ -27,6 +27,7 @@ from megakd.data.readers import (
 from megakd.data.rows import Corpus, rows_of_tables
 from megakd.data.tables import SPLIT_ALIASES, SPLIT_NAMES, SplitName, Table
 from megakd.errors import DataError
+from megakd.process.terminal import in_home
 
 READERS = {
     ".csv": read_csv,
@@ -47,7 +48,7 @@ def local_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     if task.dataset is None:
         tables, name = tables_of_files(paths, key), task.data_name
     else:
-        path = Path(task.dataset).expanduser()
+        path = in_home(task.dataset)
         name, is_json = str(path), path.is_file() and path.suffix.lower() == ".json"
         tables = read_json(path) if is_json else tables_of_files(paths, key, name=name)
     if "train" not in tables:
@@ -61,7 +62,7 @@ def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
     """Return the local files of a task by split, and the setting that names a `{split}`."""
     if task.dataset is None:
         return named_files(task), "task.{split}_files"
-    path = Path(task.dataset).expanduser()
+    path = in_home(task.dataset)
     if not path.exists():
         raise DataError(f"task.dataset: {path} does not exist")
     return _folder_files(path) if path.is_dir() else {"train": [path]}, "task.dataset"
@@ -98,7 +99,7 @@ def matching_files(files: Files, key: str) -> list[Path]:
     """Return the files that a setting names, in order; files of a pattern are sorted by name."""
     paths: list[Path] = []
     for given in listed_files(files):
-        path = Path(given).expanduser()
+        path = in_home(given)
         if path.is_file():
             paths.append(path)
         elif path.is_dir():
@@ -183,7 +184,7 @@ def scored_table(given: str) -> tuple[Table, str]:
     All rows of files are scored. Of a folder or a JSON file with splits, the test rows are scored,
     or the validation rows if there is no test split.
     """
-    path = Path(given).expanduser()
+    path = in_home(given)
     if path.is_dir():
         tables = tables_of_files(_shards(path), "task.dataset", name=str(path))
     elif path.suffix.lower() == ".json" and path.is_file():
@@ -245,7 +246,11 @@ def _refuse_missing(paths: Sequence[Path], place: str, *, pattern: str = "*") ->
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in DATA_SUFFIXES)
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in DATA_SUFFIXES and not path.name.startswith(".")
+    )
 
 
 def _folder_files(folder: Path) -> dict[SplitName, list[Path]]:

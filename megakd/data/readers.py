@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -87,17 +87,28 @@ def read_parquet(path: Path, *, digest: Digest = _digest_of) -> Table:
     with _parquet_errors(path):
         schema = pq.read_schema(path)
         _refuse_doubled_columns(path, schema.names)
-        features = Features.from_arrow_schema(schema)
+        features = _plain_features(schema)
     # Of the plain features, only JSON is stored in another form.
-    coded = {n: kind for n, kind in features.items() if is_plain(kind) and require_decoding(kind)}
+    coded = {n: kind for n, kind in features.items() if require_decoding(kind)}
     return Table(
         name=str(path),
-        columns=tuple(schema.names),
+        columns=tuple(features),
         records=partial(_parquet_records, path, coded, features),
         # The cache of an earlier version may hold rows whose JSON was not decoded.
         digest=":".join([digest(path), *coded]),
         class_names=class_names_of(features),
     )
+
+
+def _plain_features(schema: pa.Schema) -> Features:
+    """Return the plain columns of a schema, also beside columns of types unknown to `datasets`."""
+    known: list[pa.Field] = []
+    for field in schema:
+        with suppress(ValueError):
+            Features.from_arrow_schema(pa.schema([field]))
+            known.append(field)
+    features = Features.from_arrow_schema(pa.schema(known, metadata=schema.metadata))
+    return Features({name: kind for name, kind in features.items() if is_plain(kind)})
 
 
 def is_plain(feature: object) -> bool:
@@ -297,7 +308,7 @@ def _parquet_records(
 ) -> Iterator[Record]:
     number = 0
     with _parquet_errors(path), pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[*features]):
             for row in batch.to_pylist():
                 number += 1
                 decoded = {n: decode_nested_example(kind, row[n]) for n, kind in coded.items()}
@@ -311,7 +322,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
             yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: text is not UTF-8 ({error})") from error
-    except (pa.ArrowException, ValueError) as error:  # ValueError: an unknown feature of datasets
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # or a date beyond Python's
         raise DataError(f"{path} is not a readable parquet file: {error}") from error
 
 

@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megakd.data.chat.template import read_template
 from megakd.data.readers import pieces, read_csv, read_parquet
 from megakd.errors import DataError
 
@@ -355,6 +356,34 @@ def test_a_parquet_column_of_an_unknown_kind_is_refused_with_the_file(tmp_path):
 
     with pytest.raises(DataError, match=r"rows\.parquet is not a readable parquet file: .*Kind"):
         read_parquet(tmp_path / "rows.parquet")
+
+
+def test_parquet_columns_that_are_no_text_and_no_label_are_left_out(tmp_path):
+    kind = pa.map_(pa.string(), pa.string())
+    columns = {"text": ["a", "b"], "label": [0, 1], "more": pa.array([[("k", "v")]] * 2, kind)}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+
+    table = read_parquet(tmp_path / "rows.parquet")
+
+    assert table.columns == ("text", "label")
+    assert [record.values for record in table.records()] == [
+        {"text": "a", "label": 0},
+        {"text": "b", "label": 1},
+    ]
+
+
+def test_hidden_files_of_a_folder_are_no_documents(load, tmp_path):
+    book = "\n\n".join(f"Paragraph {number}." for number in range(50))
+    (tmp_path / "book.txt").write_text(book)
+    (tmp_path / "._book.txt").write_bytes(b"\x00\x05\xb0")
+
+    assert len(load(tmp_path, type="causal_lm").train) > 0
+
+
+def test_a_chat_template_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "template.jinja").write_text("{{ messages }}", encoding="utf-8-sig")
+
+    assert read_template(str(tmp_path / "template.jinja")) == "{{ messages }}"
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
