@@ -34,7 +34,7 @@ def relation_kl(
     *tensors: Any, heads: int, causal: bool, wants_queries: bool, wants_keys: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result of `relation_sweep`."""
-    relation = Relation(*tensors, heads, causal)
+    relation = Relation(*tensors, heads=heads, causal=causal)
     with torch.autocast(relation.weight.device.type, enabled=False):
         return relation_sweep(relation, wants_queries=wants_queries, wants_keys=wants_keys)
 
@@ -46,7 +46,7 @@ def relation_kl_flash(*tensors: Any, heads: int, causal: bool) -> tuple[Tensor, 
     """Return the scalar loss and statistics [4, B, A, L] for the backward."""
     from megakd_kernels.triton import relation_flash
 
-    return relation_flash.forward(Relation(*tensors, heads, causal))
+    return relation_flash.forward(Relation(*tensors, heads=heads, causal=causal))
 
 
 @torch.library.custom_op(
@@ -63,7 +63,7 @@ def relation_kl_flash_backward(
     """
     from megakd_kernels.triton import relation_flash
 
-    relation = Relation(*tensors, heads, causal)
+    relation = Relation(*tensors, heads=heads, causal=causal)
     return relation_flash.backward(upstream, statistics, relation, **wanted)
 
 

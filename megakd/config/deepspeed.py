@@ -16,6 +16,7 @@ from typing import Any
 from megakd.config.train import TrainConfig
 from megakd.contract.tasks import Dtype
 from megakd.errors import ConfigError, suggestion
+from megakd.process.terminal import in_home
 
 OWN_SECTION = "megakd"
 """The section with megakd's own keys, which DeepSpeed never gets."""
@@ -221,7 +222,7 @@ def _preset_folder() -> Path:
 
 
 def _find(spec: str, *, where: str) -> Path:
-    path = Path(spec).expanduser()
+    path = in_home(spec)
     preset = _preset_folder() / f"{spec}.json"
     if path.suffix == ".json" or len(path.parts) != 1:
         if not path.is_file():

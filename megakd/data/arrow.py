@@ -21,6 +21,7 @@ from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import generate_fingerprint
 from numpy.typing import NDArray
 
+from megakd.process.terminal import in_home
 from megakd.storage.checksums import read_signed, version_of, write_signed
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def key_of(*parts: object) -> str:
 
 def cache_folder() -> Path:
     """Return the folder of encoded data and built corpora, which `MEGAKD_CACHE` can change."""
-    return Path(os.environ.get("MEGAKD_CACHE") or "~/.cache/megakd").expanduser()
+    return in_home(os.environ.get("MEGAKD_CACHE") or "~/.cache/megakd")
 
 
 def remembered(compute: Callable[[], T], *parts: object) -> T:

@@ -19,6 +19,7 @@ from megakd.data.files import files_table, local_rows, matching_files
 from megakd.data.rows import Corpus, TextStream, scored_rows, without_teachers
 from megakd.data.tables import Table
 from megakd.errors import ConfigError, DataError
+from megakd.process.terminal import in_home
 
 logger = logging.getLogger(__name__)
 MOST_CUT_ROWS = 5000
@@ -148,7 +149,7 @@ def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
 def _is_on_hub(task: TaskConfig) -> bool:
     if task.dataset is None:
         return False
-    is_local = Path(task.dataset).expanduser().exists() or looks_like_path(task.dataset)
+    is_local = in_home(task.dataset).exists() or looks_like_path(task.dataset)
     if is_local and task.dataset_config is not None:
         raise ConfigError(
             f"task.dataset_config: {task.dataset_config!r} names a configuration on the Hub, "

@@ -33,6 +33,7 @@ from megakd.data.splits import Splits
 from megakd.data.vocabularies import ENCODER_ROLES, VERSION, encoder_template, train_tokenizer
 from megakd.data.words import check_words
 from megakd.errors import DataError, first_line
+from megakd.process.terminal import in_home
 from megakd.storage.folders import check_given, whole_folder
 
 logger = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ def _resolved(
 
 
 def _named(spec: str, task_type: TaskType) -> PreTrainedTokenizerBase:
-    folder = Path(spec).expanduser()
+    folder = in_home(spec)
     if folder.is_dir():
         if not has_tokenizer_files(folder):
             raise DataError(

@@ -32,6 +32,7 @@ from megakd.models.loading import CONFIG_ERRORS
 from megakd.models.model_folder import INDEX_NAME, write_weights
 from megakd.models.own_models import class_of, register_own_models
 from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
+from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_content
 from megakd.storage.folders import CHECKSUMS, check_given, sealed_folder
 
@@ -111,7 +112,7 @@ def load_int8(folder: str | Path) -> PreTrainedModel:
     Raises:
         ModelError: the folder is damaged or incomplete, or does not hold int8 weights of megakd.
     """
-    folder = Path(folder).expanduser()
+    folder = in_home(folder)
     places = _places(folder)
     model = _built(folder)
     tensors = model.state_dict(keep_vars=True)

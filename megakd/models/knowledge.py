@@ -105,7 +105,7 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
 def _read(model: nn.Module, batch: Batch) -> Knowledge:
     if _is_language(batch):
         return _read_language_model(model, batch)
-    has_types = has_token_types(model.config)
+    has_types = has_token_types(model.config)  # type: ignore[arg-type]
     inputs = {n: value for n, value in batch.inputs.items() if has_types or n != "token_type_ids"}
     return Knowledge(logits=model(**inputs).logits)
 

@@ -35,7 +35,7 @@ from megakd.models.original_t5 import built_as, read_original
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 from megakd.models.weights import StoredTensor, WeightReader, check_weight_files, gguf_hint
-from megakd.process.terminal import is_first_of_node
+from megakd.process.terminal import in_home, is_first_of_node
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def _check_sizes(config: PretrainedConfig, architecture: Architecture, where: st
 
 
 def _folder_of(spec: str, where: str, patterns: Sequence[str]) -> Path:
-    path = Path(spec).expanduser()
+    path = in_home(spec)
     if path.is_dir():
         return path
     if path.exists():

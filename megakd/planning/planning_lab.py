@@ -36,6 +36,7 @@ from megakd.models.fitting import check_length
 from megakd.models.loading import with_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.phase import Phase
+from megakd.process.terminal import in_home
 from megakd.scoring.scores import metric_named
 from megakd.training.assembly import learning_models
 from megakd.training.lab_base import LabBase
@@ -71,7 +72,7 @@ def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
 def _vocabulary(task: TaskConfig, sources: Mapping[str, ModelSource]) -> int:
     if isinstance(task.tokenizer, TokenizerConfig):
         return task.tokenizer.vocab_size
-    counted = _counted(Path(task.tokenizer).expanduser()) if task.tokenizer else None
+    counted = _counted(in_home(task.tokenizer)) if task.tokenizer else None
     known = [s.config.vocab_size for s in sources.values() if not s.wants_vocabulary]
     return counted or (known[0] if known else _TRAINED_VOCABULARY)
 

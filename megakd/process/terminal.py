@@ -43,7 +43,7 @@ def tell(text: str) -> None:
         os.close(nowhere)
 
 
-def in_home(text: str) -> Path:
+def in_home(text: str | Path) -> Path:
     """Return a path with ~ or ~name at its beginning replaced by the home folder of the user.
 
     Shells leave `--to=~/folder` unchanged. A name that is no user stays as written.

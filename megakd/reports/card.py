@@ -13,6 +13,7 @@ from huggingface_hub import metadata_load, try_to_load_from_cache
 from megakd.contract.results import Report, formats_of
 from megakd.contract.tasks import TaskType
 from megakd.models.model_folder import hub_id
+from megakd.process.terminal import in_home
 from megakd.reports.quantities import short_count
 from megakd.reports.report_file import completed
 from megakd.reports.table import megabytes, result_table, times_smaller
@@ -84,7 +85,7 @@ def model_card(facts: CardFacts, report: Report) -> str:
 
 
 def _metadata(spec: str) -> Mapping[str, Any]:
-    cached = try_to_load_from_cache(spec, CARD) if hub_id(spec) else Path(spec).expanduser() / CARD
+    cached = try_to_load_from_cache(spec, CARD) if hub_id(spec) else in_home(spec) / CARD
     try:
         return metadata_load(cached) or {} if isinstance(cached, str | Path) else {}
     except (OSError, ValueError, yaml.YAMLError):

@@ -25,6 +25,7 @@ from megakd.errors import CheckpointError, ConfigError, MegakdError, suggestion
 from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
 from megakd.models.model_folder import brings_code
 from megakd.models.own_models import current_files
+from megakd.process.terminal import in_home
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.holder import held
@@ -204,7 +205,7 @@ def _not_here(config: RunConfig, error: MegakdError) -> list[str]:
         for key, spec in specs.items()
         if isinstance(spec, str | Path)
         and spec not in (FROM_TEACHER, STUDENT_BASE, "pydocs")
-        and not Path(spec).expanduser().exists()
+        and not in_home(spec).exists()
         and (is_of_hub or isinstance(spec, Path) or is_path(spec))
     ]
 

@@ -61,7 +61,7 @@ class Remote:
             self.outstanding -= 1
             return made
 
-        return SimpleNamespace(completions=completions)
+        return completions
 
     def generate(self, prompts: Any, seeds: Any, sampling: Any) -> list[Completion]:
         raise AssertionError((prompts, seeds, sampling))

@@ -12,6 +12,7 @@ from megakd.config.run import RunConfig
 from megakd.config.task import listed_files
 from megakd.contract.tasks import STUDENT
 from megakd.errors import ConfigError
+from megakd.process.terminal import in_home
 
 
 def address_problems(config: RunConfig) -> Iterator[str]:
@@ -40,7 +41,7 @@ def check_paths(config: RunConfig) -> None:
         for key, value in _places(config)
         if key not in unread and not key.endswith(".cache") and _is_local(key, str(value))
         if not (config.task.encoded and key.startswith("task.") and key != "task.tokenizer")
-        if not (path := Path(value).expanduser()).exists()
+        if not (path := in_home(value)).exists()
     ]
     if missing:
         count = f"{len(missing)} problems\n  " if len(missing) > 1 else ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from megakd.config.checks.rules import Case, Rule, conflict, given, only, problems
 from megakd.config.run import RunConfig
 from megakd.config.task import MixtureSource, TaskConfig, TokenizerConfig
 from megakd.contract.options import no_such_teacher
 from megakd.contract.tasks import LANGUAGE_TASKS
+from megakd.process.terminal import in_home
 
 # The keys of conversations.
 _CHAT = (
@@ -104,7 +104,7 @@ _CONVERSATIONS: tuple[Rule[TaskConfig], ...] = (
         "missing, and task.completion_column is set; name the column of the prompts",
     ),
     Rule(
-        lambda c: c.item.chat_template and not Path(c.item.chat_template).expanduser().is_file(),
+        lambda c: c.item.chat_template and not in_home(c.item.chat_template).is_file(),
         ".chat_template",
         "the file {item.chat_template} does not exist; give a file with a chat template in Jinja, "
         "or remove the key to use the tokenizer's",

@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from megakd.config.task import TaskConfig
 from megakd.data.chat.conversations import ASSISTANT, Conversation, Message, with_arguments
 from megakd.errors import DataError
+from megakd.process.terminal import in_home
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
@@ -35,7 +35,7 @@ SHOWN_CHARACTERS = 40
 def read_template(file: str) -> str:
     """Return the chat template in a file."""
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return in_home(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"task.chat_template: {file} cannot be read: {error}") from error
 
