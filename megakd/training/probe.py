@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from typing_extensions import override
-
 from megakd.engine.collectives import on_main
 from megakd.errors import CheckpointError
 from megakd.storage import atomic
 from megakd.storage.checksums import Entries, write_files, write_signed
 from megakd.storage.folders import CHECKSUMS, damage
 from megakd.training.checkpoint import entries_of_ranks
-from megakd.training.stage_extra import StageExtra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,18 +67,12 @@ class StageProbe:
             )
 
 
-class Beginning(StageExtra):
-    """The initial student of a stage, which a start from another run's checkpoint takes over."""
+def take_beginning(given: Path, folder: Path) -> None:
+    """Take over the initial student beside the checkpoint of another run; call on rank 0.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    @override
-    def resumes(self, folder: Path) -> None:
-        on_main(lambda: self._take(folder))
-
-    def _take(self, folder: Path) -> None:
-        if folder.resolve() == self._folder.resolve() or not (folder / BEGINNING).is_dir():
-            return
-        with atomic.replaced_folder(self._folder / BEGINNING) as temporary:
-            shutil.copytree(folder / BEGINNING, temporary, dirs_exist_ok=True)
+    `given` and `folder` are folders of a stage's checkpoints: those of the other run and the own.
+    """
+    if given.resolve() == folder.resolve() or not (given / BEGINNING).is_dir():
+        return
+    with atomic.replaced_folder(folder / BEGINNING) as temporary:
+        shutil.copytree(given / BEGINNING, temporary, dirs_exist_ok=True)

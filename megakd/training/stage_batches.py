@@ -11,7 +11,6 @@ from megakd.data.step_layout import check_shares
 from megakd.engine.collectives import gather
 from megakd.errors import ConfigError
 from megakd.training.checkpoint import read_states
-from megakd.training.probe import Beginning
 from megakd.training.stage_extra import StageExtra, StageParts
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 def extras_of(parts: StageParts) -> list[StageExtra]:
     """Return the features that a stage and the config of its run ask for; a collective."""
     stage, generation = parts.stage, parts.assembly.config.eval.generation
-    extras: list[StageExtra] = [Beginning(parts.checkpoints)]
+    extras: list[StageExtra] = []
     if stage.rollouts is not None:
         from megakd.training.generated_texts import Rollouts
 

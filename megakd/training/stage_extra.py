@@ -49,9 +49,6 @@ class StageExtra:
         """Return the batches of the stage if they are not simply those of the training rows."""
         return None
 
-    def resumes(self, folder: Path) -> None:
-        """Handle a start from a checkpoint in `folder`, before the checkpoint is loaded."""
-
     def scores(self, step: int, losses: MeanLosses) -> Mapping[str, float]:
         """Return metrics of the student after `step` steps, the same on every rank."""
         del step, losses

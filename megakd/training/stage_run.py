@@ -29,6 +29,7 @@ from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import Checkpoints, CheckpointState
 from megakd.training.checkpoint_writer import CheckpointWriter
 from megakd.training.meters import TrainMeter
+from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
 from megakd.training.stage_batches import extras_of, stage_batches
 from megakd.training.stage_evaluation import StageEvaluation
@@ -185,7 +186,9 @@ class StageRun:
         if checkpoint is None:
             return None
         if isinstance(wanted, str) and checkpoint == Path(wanted):
-            self.evaluation.take_best(checkpoint.parent)
+            other, folder = checkpoint.parent, self.checkpoints.folder
+            on_main(lambda: take_beginning(other, folder))
+            self.evaluation.take_best(other)
             self.checkpoints.begin_from(checkpoint)
             return checkpoint
         return self.evaluation.before_lost_best(checkpoint, self.checkpoints)
@@ -194,8 +197,6 @@ class StageRun:
         name, wanted = self.stage.name, self.stage.train.resume_from_checkpoint
         checkpoint = self._checkpoint()
         if checkpoint is not None:
-            for extra in self.extras:
-                extra.resumes(checkpoint.parent)
             writers = self.checkpoints.load(checkpoint, self._load_engine, self.states)
             if self.checkpoints.has_grown(checkpoint):
                 self.evaluation.stopping.extend()
