@@ -70,7 +70,7 @@ class StageProbe:
 def take_beginning(given: Path, folder: Path) -> None:
     """Take over the initial student beside the checkpoint of another run; call on rank 0.
 
-    `given` and `folder` are folders of a stage's checkpoints: those of the other run and the own.
+    Both arguments are folders of checkpoints, of the other run and of this stage.
     """
     if given.resolve() == folder.resolve() or not (given / BEGINNING).is_dir():
         return
