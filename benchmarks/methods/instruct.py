@@ -24,12 +24,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,7 +265,10 @@ def steps_for(given: argparse.Namespace, size: Size, seed: int, without: Sequenc
         for record in records_of(leg.output)
         if record["stage"] == size.stage and "train/loss" in record
     }
-    step = (max(times.values()) - min(times.values())) / (max(times) - min(times))
+    # The median: a leg that was stopped has its pause between two records.
+    pairs = pairwise(sorted(times.items()))
+    each = [(ended - began) / (last - first) for (first, began), (last, ended) in pairs]
+    step = statistics.median(each) if each else stage["seconds"] / stage["steps"]
     return stage["steps"] + round((seconds - spent - stage["seconds"]) / step)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megakd.commands.arguments import Parser, add_config, config_of, say
-from megakd.process.terminal import print_aside
+from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import json_text
 
 
@@ -55,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
     given = [word for word in arguments.overrides if word.startswith("task.dataset=")]
     value = given[-1].partition("=")[2] if given else ""
-    if not value or not Path(value).expanduser().exists():
+    if not value or not in_home(value).exists():
         return None
     arguments.overrides = [word for word in arguments.overrides if word not in given]
     return value

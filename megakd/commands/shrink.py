@@ -222,7 +222,7 @@ def _keys_of(model: str) -> Mapping[str, Any]:
     from huggingface_hub import hf_hub_download
 
     try:
-        folder = Path(model).expanduser()
+        folder = in_home(model)
         path = folder / "config.json" if folder.exists() else hf_hub_download(model, "config.json")
         keys = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # the run reports it

@@ -92,7 +92,7 @@ def read_parquet(path: Path, *, digest: Digest = _digest_of) -> Table:
     coded = {n: kind for n, kind in features.items() if require_decoding(kind)}
     return Table(
         name=str(path),
-        columns=tuple(features),
+        columns=tuple(schema.names),
         records=partial(_parquet_records, path, coded, features),
         # The cache of an earlier version may hold rows whose JSON was not decoded.
         digest=":".join([digest(path), *coded]),
@@ -101,7 +101,10 @@ def read_parquet(path: Path, *, digest: Digest = _digest_of) -> Table:
 
 
 def _plain_features(schema: pa.Schema) -> Features:
-    """Return the plain columns of a schema, also beside columns of types unknown to `datasets`."""
+    """Return the plain columns of a schema, also beside columns of types unknown to `datasets`.
+
+    A row has no value in the other columns.
+    """
     known: list[pa.Field] = []
     for field in schema:
         with suppress(ValueError):

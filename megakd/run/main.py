@@ -179,9 +179,10 @@ def reporter_of(config: RunConfig, ranks: Ranks) -> Reporter:
 
 def _was_used(out: Path, checkpoint: Path) -> bool:
     """Return whether a stage has begun from a checkpoint that is gone, or is finished since."""
+    stage = checkpoint.resolve().parent
+    is_finished = stage.parent.name == "checkpoints" and (out / "stages" / stage.name).is_dir()
     stages = (out / "checkpoints").glob("*")
-    is_finished = (out / "stages" / checkpoint.parent.name).is_dir()
-    return is_finished or any(has_begun_from(stage, checkpoint) for stage in stages)
+    return is_finished or any(has_begun_from(folder, checkpoint) for folder in stages)
 
 
 def check_output_folder(config: RunConfig) -> None:

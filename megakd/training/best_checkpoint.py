@@ -59,34 +59,36 @@ class BestCheckpoint:
             if _record_in(there) is not None:
                 with atomic.replaced_folder(here) as temporary:
                     shutil.copytree(there, temporary, dirs_exist_ok=True)
-            elif here.exists():  # of checkpoints that are set aside
-                atomic.set_aside(here)
 
     def resume(self, step: int, best_step: int | None) -> None:
         """Take over the stored best weights; remove them if the run resumes before their step.
 
         Weights that no checkpoint knows may be those of another config, and are removed too.
-        Damaged weights are set aside: shared storage may show their files later. `best_step` is the
+        Damaged weights are set aside: shared storage may show their files later. So are those of
+        another step, where the run has begun from a named checkpoint. `best_step` is the
         step of the best evaluation, as recorded in the checkpoint of `step`.
         """
 
         def read() -> Mapping[str, Any] | None:
             atomic.recover(self.folder)
             record = self.record()
-            if record is None or record["step"] > step:
+            if record is None or record["step"] != best_step:
                 record = self._brought_back(best_step) or record
-            if record is None and best_step is not None and not self.is_redone:
+            is_later = record is not None and (best_step is None or record["step"] > step)
+            is_other = record is None or record["step"] != best_step
+            if is_other and not is_later and best_step is not None and not self.is_redone:
                 logger.warning(
                     "%s is missing or damaged (%s): the best evaluation, of step %d, is lost; "
                     "only evaluations after step %d are compared",
-                    *(self.folder, damage(self.folder), best_step, step),
+                    self.folder,
+                    damage(self.folder) or "weights of another step",
+                    *(best_step, step),
                 )
-            if record is None and self.folder.exists():
-                atomic.set_aside(self.folder)
-            if record is not None and (best_step is None or record["step"] > step):
+            if is_later:
                 shutil.rmtree(self.folder, ignore_errors=True)
-                return None
-            return record
+            elif is_other and self.folder.exists():
+                atomic.set_aside(self.folder)
+            return None if is_later or is_other else record
 
         record = on_main(read)
         if record is not None:

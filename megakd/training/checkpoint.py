@@ -217,15 +217,15 @@ class Checkpoints:
     def _begin_from(self, given: Path) -> None:
         there, every = given.resolve(), self._by_age()
         # Not a copy in this folder, nor a checkpoint that was set aside.
-        is_listed = there in [checkpoint.resolve() for checkpoint in every]
+        listed = next((checkpoint for checkpoint in every if checkpoint.resolve() == there), None)
         for checkpoint in every:
-            if not is_listed or _step_of(checkpoint) > _step_of(there):
+            if listed is None or _step_of(checkpoint) > _step_of(listed):
                 set_aside(checkpoint)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if is_listed:
-            write_text(self.folder / LATEST, there.name)
-        else:
+        if listed is None:
             (self.folder / LATEST).unlink(missing_ok=True)
+        else:
+            write_text(self.folder / LATEST, listed.name)
         write_text(self.folder / BEGUN_FROM, str(there))
 
     def newest_good(self) -> Path | None:
@@ -318,7 +318,8 @@ class Checkpoints:
 
     def given(self, checkpoint: Path) -> Path | None:
         """Verify a checkpoint that the user named; return None if it belongs to another stage."""
-        if together(lambda: self._stage_of(checkpoint)) != self.folder.name:
+        # Rank 0 decides; `damage` finds a rank that lacks the files.
+        if on_main(lambda: self._stage_of(checkpoint)) != self.folder.name:
             return None
         damage = self.damage(checkpoint)
         if damage is not None:
@@ -327,8 +328,9 @@ class Checkpoints:
         return checkpoint
 
     def _stage_of(self, checkpoint: Path) -> str:
-        if not checkpoint.is_dir():  # it was removed after its stage had begun there
-            return checkpoint.parent.name
+        # One that was removed after its stage had begun there is missed by this stage alone.
+        if not checkpoint.is_dir() and not has_begun_from(self.folder, checkpoint):
+            return checkpoint.resolve().parent.name
         try:
             return read_signed(checkpoint / MANIFEST)["stage"]
         except (OSError, ValueError) as error:

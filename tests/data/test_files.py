@@ -358,18 +358,20 @@ def test_a_parquet_column_of_an_unknown_kind_is_refused_with_the_file(tmp_path):
         read_parquet(tmp_path / "rows.parquet")
 
 
-def test_parquet_columns_that_are_no_text_and_no_label_are_left_out(tmp_path):
+def test_parquet_columns_that_are_no_text_and_no_label_have_no_value(tmp_path, load):
     kind = pa.map_(pa.string(), pa.string())
-    columns = {"text": ["a", "b"], "label": [0, 1], "more": pa.array([[("k", "v")]] * 2, kind)}
+    more = pa.array([[("k", "v")]] * 2, kind)
+    columns = {"text": ["a", "b"], "label": [0, 1], "messages": more}
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
 
     table = read_parquet(tmp_path / "rows.parquet")
 
-    assert table.columns == ("text", "label")
     assert [record.values for record in table.records()] == [
         {"text": "a", "label": 0},
         {"text": "b", "label": 1},
     ]
+    with pytest.raises(DataError, match=r"row 1.*'messages'"):  # not the texts, silently
+        load(tmp_path / "rows.parquet", type="causal_lm")
 
 
 def test_hidden_files_of_a_folder_are_no_documents(load, tmp_path):

@@ -72,6 +72,17 @@ def test_a_run_from_another_runs_checkpoint_goes_on_from_its_own_after_a_stop(
     assert (out / "stages" / "alone").is_dir()
 
 
+def test_a_named_checkpoint_that_never_was_is_refused_beside_finished_stages(
+    one_rank, config, truth
+):
+    words = (f"output_dir={truth}", "train.resume_from_checkpoint=step-4")
+
+    outcome = one_rank.train("--config", config, *words)
+
+    assert outcome.code == 2
+    assert "train.resume_from_checkpoint: step-4 does not exist" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("stop", "at"),
     [

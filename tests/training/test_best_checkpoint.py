@@ -203,12 +203,16 @@ def test_the_best_weights_beside_another_runs_checkpoint_are_taken_over(tmp_path
     assert weights(tmp_path / "mine") == "3"
 
 
-def test_best_weights_of_a_run_that_begins_elsewhere_are_set_aside(tmp_path):
-    best = evaluated(best_of(tmp_path / "mine"), {2: 0.9})
+def test_best_weights_that_the_named_checkpoint_does_not_name_are_set_aside(tmp_path, caplog):
+    evaluated(best_of(tmp_path / "mine"), {2: 0.9})
+    best = best_of(tmp_path / "mine")
 
     best.take(tmp_path)
+    best.resume(5, best_step=3)
 
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["best.unused-1"]
+    assert best.step is None
+    assert "the best evaluation, of step 3, is lost" in caplog.text
 
 
 def test_weights_that_the_newest_complete_checkpoint_names_stay_while_one_is_written(tmp_path):

@@ -320,6 +320,30 @@ def test_a_later_stage_does_not_miss_a_named_checkpoint_that_is_gone(store, tmp_
     assert alone.to_resume(str(store.folder / "step-4")) is None
 
 
+def test_a_stage_that_has_saved_nothing_since_misses_its_named_checkpoint(store, tmp_path):
+    save(store, 4)
+    given = Path(shutil.copytree(store.folder / "step-4", tmp_path / "backup" / "step-4"))
+    other = checkpoints(tmp_path / "other")
+    other.begin_from(given)
+    shutil.rmtree(given)
+
+    with pytest.raises(CheckpointError, match=r"backup/step-4 cannot be resumed from: manifest"):
+        other.to_resume(str(given))
+
+
+def test_a_link_to_a_checkpoint_is_one_of_the_stage(tmp_path):
+    store = checkpoints(tmp_path, keep=None)
+    save(store, 4, 8)
+    link = store.folder / "step-4"
+    link.rename(tmp_path / "kept")
+    link.symlink_to(tmp_path / "kept")
+
+    store.begin_from(link)
+
+    assert names(store) == ["begun_from", "latest", "step-4", "step-8.unused-1"]
+    assert store.to_resume(str(link)) == link
+
+
 def test_a_named_checkpoint_that_is_damaged_or_none_is_an_error(store):
     named = save(store, 4)
 
