@@ -73,9 +73,11 @@ def test_a_run_from_another_runs_checkpoint_goes_on_from_its_own_after_a_stop(
 
 
 def test_a_named_checkpoint_that_never_was_is_refused_beside_finished_stages(
-    one_rank, config, truth
+    one_rank, config, truth, tmp_path
 ):
-    words = (f"output_dir={truth}", "train.resume_from_checkpoint=step-4")
+    out = Path(shutil.copytree(truth, tmp_path / "out"))
+    (out / "report.json").unlink()
+    words = (f"output_dir={out}", "train.resume_from_checkpoint=step-4")
 
     outcome = one_rank.train("--config", config, *words)
 
