@@ -102,25 +102,20 @@ def _examine_started(config: RunConfig, ranks: Ranks, findings: Findings, steps:
     with findings.of("machine") as fine:
         check_machines(config, ranks)
         fine.extend(machine_facts(config))
-    # Removed by the process that holds it: another examination of this run may use the folder.
-    with held(config.output_dir), _removed(config.output_dir, ranks):
-        with findings.of("data") as fine:
-            prepared = checked_inputs(config)
-            fine.extend(_data_facts(prepared))
-        if steps:
-            with findings.of("steps") as fine:
-                fine.extend(_rehearse(prepared, ranks, steps))
+    with held(config.output_dir):
+        try:
+            with findings.of("data") as fine:
+                prepared = checked_inputs(config)
+                fine.extend(_data_facts(prepared))
+            if steps:
+                with findings.of("steps") as fine:
+                    fine.extend(_rehearse(prepared, ranks, steps))
+        finally:
+            # Only while it is held: another examination of this run may use the folder.
+            if ranks.is_main:
+                shutil.rmtree(config.output_dir, ignore_errors=True)
     told = [finding for others in gather([*findings]) for finding in others]
     findings[:] = dict.fromkeys(told)
-
-
-@contextmanager
-def _removed(folder: Path, ranks: Ranks) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if ranks.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rehearsed(config: RunConfig) -> RunConfig:

@@ -213,7 +213,7 @@ def hostfile(folder: Path) -> list[list[str]]:
 
 
 def launched(folder: Path) -> list[list[str]]:
-    """What DeepSpeed's runner starts on each node of a hostfile, without the runner's seconds."""
+    """The commands that DeepSpeed's runner starts on the nodes, without the runner's seconds."""
     del folder
     nodes = base64.urlsafe_b64encode(b'{"node-a": [0], "node-b": [0]}').decode()
     words = ["-u", "-m", "deepspeed.launcher.launch", f"--world_info={nodes}", "--quiet"]
