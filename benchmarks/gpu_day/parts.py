@@ -69,8 +69,6 @@ PARTS = tuple(Part(*row[:3], program(*row[3:])) for row in (
     ("registers", "registers of a thread of the row kernels", 130,
      "variants --variable MEGAKD_ROW_REGISTERS --values 0,64,80 --cases rows,rows-jsd",
      "--variable MEGAKD_ROW_REGISTERS --values 0,64 --cases rows"),
-    ("streams", "one stream against two streams, chunks of as many rows", 80,
-     "variants --variable MEGAKD_ROW_STREAMS --values 1,2 --cases chunk-1024mb,chunk-2048mb"),
     ("chunks", "memory of a chunk against time", 80,
      f"variants {_CHUNK_MB} --values 512,1024,2048,4096 --cases forward_kl --rounds 1",
      f"{_CHUNK_MB} --values 512,2048 --cases forward_kl --rounds 1"),

@@ -7,7 +7,6 @@ Shapes: N rows, C rows of a chunk, V vocabulary, H width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -24,7 +23,6 @@ from megakd_kernels.chunking import (
     project_into,
     slices,
 )
-from megakd_kernels.streams import Lanes
 
 
 class Side(NamedTuple):
@@ -63,14 +61,6 @@ class ChunkLoss(Protocol):
     def __call__(self, rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
         """Read raw logits [C, V] (lost) and write gradient [C, V], which may be `logits` itself."""
         ...
-
-
-class Workplace(NamedTuple):
-    """Chunk sizes, order of products and row kernels, and the student's logits [C, V] per lane."""
-
-    plan: ChunkPlan
-    lanes: Lanes
-    logits: Sequence[Tensor]
 
 
 @dataclass(kw_only=True)
@@ -124,7 +114,8 @@ def run_chunks(
     gradients: StudentGradients,
     *,
     valid: Tensor,
-    work: Workplace,
+    plan: ChunkPlan,
+    logits: Tensor,
 ) -> None:
     """Project, score and back-project all rows.
 
@@ -133,9 +124,9 @@ def run_chunks(
         loss: called for consecutive chunks.
         gradients: filled, unless all gradients are empty.
         valid: [N] bool; hidden states of other rows may hold anything.
-        work: chunk sizes, buffers and order.
+        plan: chunk sizes.
+        logits: buffer [C, V] of the student's logits.
     """
-    plan, lanes = work.plan, work.lanes
     dtype = gradients.hidden.dtype
     narrow = gradient_dtype(student.hidden, dtype)
     needs_gradient = any(g.numel() for g in (gradients.hidden, gradients.weight, gradients.bias))
@@ -148,12 +139,11 @@ def run_chunks(
         hidden = masked_rows(student.hidden[group], valid[group], dtype)
         formed = separate
         for part in slices(len(hidden), plan.chunk):
-            out = work.logits[lanes.begin()][: part.stop - part.start]
+            out = logits[: part.stop - part.start]
             project_into(out, hidden[part], student.weight, student.bias)
             formed = out if separate is None else separate
             gradient = out if separate is None else separate[part]
             rows = slice(group.start + part.start, group.start + part.stop)
             loss(rows, out, gradient if needs_gradient else None)
-        lanes.join()
         if needs_gradient and formed is not None:
             gradients.add(group, formed[: len(hidden)], hidden, student.weight)

@@ -25,11 +25,10 @@ from megakd_kernels.chunking import (
 )
 from megakd_kernels.formed import register_formed_gradients
 from megakd_kernels.inputs import all_count, rows_to_keep
-from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, Workplace, run_chunks
+from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
 from megakd_kernels.row_plan import NO_BIASES, Biases, Reduce, RowPlan, Warp, WholeRows
 from megakd_kernels.row_terms import RowFactors, RowScorer, RowValues, row_kernel
 from megakd_kernels.settings import formed_dtype, runs_kernels
-from megakd_kernels.streams import lanes_on
 from megakd_kernels.vocab_parallel import GroupReduce
 
 
@@ -138,31 +137,27 @@ def _linear_rows(
     formed = StudentGradients.empty(student, needed, dtype)
     plan = flat.unpack(with_teacher=teacher is not None, with_gradient=needed.any)
     widths = [len(used.weight)] + ([] if teacher is None else [len(teacher.weight)])
-    lanes = lanes_on(used.hidden.device, flat.implementation)
-    sizes = _sizes(len(used.hidden), widths * lanes.copies, used.hidden, factors.kd, flat)
+    sizes = _sizes(len(used.hidden), widths, used.hidden, factors.kd, flat)
     reduce = flat.reduce()
     used, teacher, biases = _with_biases_of_rows(used, teacher, flat, dtype)
     kernel = row_kernel(
         flat.implementation, plan, reduce, block=sizes.block, like=factors.kd, biases=biases
     )
     scorer = RowScorer(kernel, plan, factors, sizes.block)
-    most = min(sizes.chunk, len(used.hidden))
-    buffers = [logits_buffers(most, widths, factors.kd) for _ in range(lanes.copies)]
+    buffers = logits_buffers(min(sizes.chunk, len(used.hidden)), widths, factors.kd)
 
     def score(rows: slice, logits: Tensor, gradient: Tensor | None) -> None:
         target = None
         if teacher is not None:
-            target = buffers[lanes.turn][1][: len(logits)]
+            target = buffers[1][: len(logits)]
             kept = masked_rows(teacher.hidden[rows], factors.valid[rows], dtype)
             project_into(target, kept, teacher.weight, teacher.bias)
-        with lanes.rows():
-            for rounded in (logits, target) if flat.round_logits else ():
-                if rounded is not None:
-                    rounded.copy_(rounded.to(torch.bfloat16))
-            scorer.run_(rows, logits, target, gradient)
+        for rounded in (logits, target) if flat.round_logits else ():
+            if rounded is not None:
+                rounded.copy_(rounded.to(torch.bfloat16))
+        scorer.run_(rows, logits, target, gradient)
 
-    work = Workplace(sizes, lanes, [of_student for of_student, *_ in buffers])
-    run_chunks(used, score, formed, valid=factors.valid, work=work)
+    run_chunks(used, score, formed, valid=factors.valid, plan=sizes, logits=buffers[0])
     formed.finish(len(used.weight))
     (formed.hidden,) = reduce.totals([formed.hidden])
     return scorer.values(), formed

@@ -24,12 +24,11 @@ from megakd_kernels.chunking import (
 )
 from megakd_kernels.formed import register_formed_gradients
 from megakd_kernels.inputs import rows_to_keep
-from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, Workplace, run_chunks
+from megakd_kernels.linear_chunks import Needed, Side, StudentGradients, run_chunks
 from megakd_kernels.row_plan import RowTerms, Scratch
 from megakd_kernels.row_terms import RowFactors, RowValues, block_of, row_blocks
 from megakd_kernels.row_topk import TopK, TopKPlan, TopKRows
 from megakd_kernels.settings import runs_kernels
-from megakd_kernels.streams import OneLane
 
 
 @torch.library.custom_op("megakd::topk_kd", mutates_args=())
@@ -145,9 +144,9 @@ class _Run:
                 inputs = self._factors.inputs(here, slope)
                 self._store(here, kernel.run_(block, self._teacher.rows(here), inputs, out))
 
-        logits = logits_buffers(min(sizes.chunk, len(self._student.hidden)), [ids], like)
-        work = Workplace(sizes, OneLane(), logits)
-        run_chunks(student, score, self.formed, valid=self._factors.valid, work=work)
+        (logits,) = logits_buffers(min(sizes.chunk, len(self._student.hidden)), [ids], like)
+        valid = self._factors.valid
+        run_chunks(student, score, self.formed, valid=valid, plan=sizes, logits=logits)
         self.formed.finish(ids)
 
     def over_ids(self, chunk_mb: float) -> None:
