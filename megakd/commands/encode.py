@@ -50,11 +50,12 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
     from megakd.engine.collectives import on_main
     from megakd.inputs.inputs import check_run, unencoded_inputs
     from megakd.inputs.run_data import with_row_length
+    from megakd.run.holder import written_once
     from megakd.run.main import started
 
     check_writable(target, where="--to")
     config = replace(config, task=replace(config.task, encoded=None))
-    with started(config):
+    with started(config), written_once(target):
         inputs = unencoded_inputs(config)
         config = with_row_length(config, inputs.splits, inputs.tokenizer, inputs.sources)
         task = config.task

@@ -28,7 +28,7 @@ from megakd.models.own_models import current_files
 from megakd.process.terminal import in_home
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
-from megakd.run.holder import held
+from megakd.run.holder import held, written_once
 from megakd.run.stage_identity import FREE, PLACES, rollout_files
 from megakd.storage import atomic
 from megakd.storage.checksums import checksum_of, damage_of, read_signed, write_signed
@@ -375,15 +375,16 @@ def export_run(
     name = stage or _student_stage(config.output_dir)
     if name not in _with_model(stages):
         raise CheckpointError(_no_model_of(name, stages))
-    if to.exists():
-        raise CheckpointError(f"{to} already exists; give a folder that does not exist")
     check_writable(to, where="--to")
     folder = stages / name
     there = entries(folder)
     changes = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
     changes |= current_files(there)
     add = add or adding(config.save.formats)
-    copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
+    with written_once(to):
+        if to.exists():
+            raise CheckpointError(f"{to} already exists; give a folder that does not exist")
+        copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
     return to
 
 

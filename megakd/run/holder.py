@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +106,12 @@ def held(folder: Path) -> Iterator[None]:
             lock.release()
 
 
+def written_once(folder: Path) -> AbstractContextManager[None]:
+    """Hold the name of a folder that another process may write at the same time."""
+    folder = folder.absolute()
+    return held(folder.with_name(f".{folder.name}.lock"))
+
+
 def _check_shared(path: Path, holder: Holder) -> None:
     blind = ""
     for look in range(round(DEAD_AFTER_S / LOOK_EVERY_S)):
@@ -170,7 +176,7 @@ class FolderLock:
             raise InUseError(
                 f"{self.path.parent} is in use by another run: process {last.pid} on {last.host}, "
                 f"since {last.since}; wait until that run ends, stop it, or use another "
-                f"output_dir. If that process is not a run of this folder, remove {self.path}"
+                f"folder. If that process is not a run of this folder, remove {self.path}"
             )
         claim = self._claim_on(last)
         if not self._create(claim):

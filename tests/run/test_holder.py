@@ -267,3 +267,20 @@ def test_a_run_in_a_folder_that_is_held_changes_nothing_there(one_rank, whole_ru
     )
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
     lock.release()
+
+
+@pytest.mark.parametrize("command", ["export", "encode"])
+def test_a_folder_that_another_command_is_writing_is_left_to_it(
+    one_rank, whole_run, tmp_path, command
+):
+    lock = FolderLock(tmp_path / ".made.lock")
+    lock.take()
+
+    refused = one_rank.megakd(command, whole_run.config, "--to", tmp_path / "made")
+
+    assert refused.code == 2
+    assert f"is in use by another run: process {os.getpid()}" in refused.err
+    lock.release()
+    written = one_rank.megakd(command, whole_run.config, "--to", tmp_path / "made")
+    assert written.code == 0, written.err
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
