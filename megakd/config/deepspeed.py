@@ -121,14 +121,6 @@ def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, An
     return ds
 
 
-def preset_of(spec: str | Mapping[str, Any], *, ranks: int, dtype: Dtype) -> Any:
-    """Return `zero0` for `auto` on one rank, where ZeRO 2 would only copy; others unchanged.
-
-    In 16 bits ZeRO 2, which `auto` is else, adds up gradients in fp32, and ZeRO 0 cannot.
-    """
-    return "zero0" if (spec, ranks, dtype) == ("auto", 1, "fp32") else spec
-
-
 def frozen_on(ranks: int, ds: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the config of a frozen model without ZeRO 3 on one rank; others unchanged.
 

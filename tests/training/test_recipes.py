@@ -12,6 +12,7 @@ from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig, inherit
 from megakd.contract.stage import Stage
+from megakd.contract.views import View
 from megakd.methods.takd import TakdConfig
 from megakd.training.recipes import completed
 
@@ -62,9 +63,9 @@ def two_teachers() -> RunConfig:
     )
 
 
-def stage_of(role: str, config: RunConfig, *, ranks: int = 1) -> Stage:
+def stage_of(role: str, config: RunConfig, *, ranks: int = 1, device: str = "cpu") -> Stage:
     stage = Stage(name="any", learners={role: 1.0}, objective=())
-    return completed(stage, config, ranks=ranks, device="cpu")
+    return completed(stage, config, ranks=ranks, device=device)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +82,31 @@ def test_a_teacher_that_learns_does_as_its_own_finetune_says(role, learns):
 
 @pytest.mark.parametrize("role", ["student", "small"])
 @pytest.mark.parametrize(
-    ("ranks", "bf16", "preset"), [(1, None, "zero0"), (2, None, "auto"), (1, True, "auto")]
+    ("ranks", "device", "changes", "preset"),
+    [
+        (1, "cpu", {}, "zero0"),
+        (2, "cpu", {}, "auto"),
+        (1, "cpu", {"bf16": True}, "zero0"),
+        (1, "cpu", {"bf16": True, "gradient_accumulation_steps": 2}, "auto"),
+        (1, "cuda", {"bf16": True}, "auto"),
+        (1, "cuda", {"bf16": False}, "zero0"),
+    ],
 )
-def test_one_rank_in_fp32_shards_nothing_unless_asked(role, ranks, bf16, preset):
+def test_one_rank_shards_nothing_unless_asked_or_to_add_16_bits(
+    role, ranks, device, changes, preset
+):
     """In 16 bits ZeRO 2 adds up gradients in fp32, and ZeRO 0 does not."""
     config = two_teachers()
     teacher = PooledTeacher(name="small", model="s", finetune=FinetuneOverrides(max_steps=7))
-    student, train = StudentConfig(model="student"), replace(config.train, bf16=bf16)
+    student, train = StudentConfig(model="student"), replace(config.train, **changes)
     config = replace(config, teachers=(teacher,), student=student, train=train)
 
-    assert stage_of(role, config, ranks=ranks).deepspeed == preset
+    assert stage_of(role, config, ranks=ranks, device=device).deepspeed == preset
+
+
+def test_the_backwards_of_views_add_up_in_fp32():
+    train = replace(two_teachers().train, bf16=True)
+    config = replace(two_teachers(), student=StudentConfig(model="student"), train=train)
+    stage = Stage(name="any", objective=(), views={"half": View((1,), (1,))})
+
+    assert completed(stage, config, ranks=1, device="cpu").deepspeed == "auto"
