@@ -55,11 +55,16 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
 
     check_writable(target, where="--to")
     config = replace(config, task=replace(config.task, encoded=None))
-    with started(config), written_once(target):
+    with started(config):
         inputs = unencoded_inputs(config)
         config = with_row_length(config, inputs.splits, inputs.tokenizer, inputs.sources)
         task = config.task
         check_run(config, inputs)
         facts = facts_of(task, inputs.tokenizer, seed=config.seed)
-        on_main(lambda: write_encoded(target, inputs.splits, inputs.tokenizer, task, facts=facts))
+
+        def write() -> None:
+            with written_once(target):
+                write_encoded(target, inputs.splits, inputs.tokenizer, task, facts=facts)
+
+        on_main(write)
     return target

@@ -29,12 +29,15 @@ from megakd.data.chat.tokens import VERSION as CHAT_VERSION
 from megakd.data.chat.tokens import rows_of_processes
 from megakd.data.encoding import (
     VERSION,
+    WORDS_VERSION,
     Encoded,
     encoded_key,
     no_tokens,
+    save_tokenizer,
     tables_of,
     tokenizer_content,
 )
+from megakd.data.rows import VERSION as ROWS_VERSION
 from megakd.data.splits import Splits
 from megakd.data.token_tables import (
     PackedRow,
@@ -66,14 +69,19 @@ def facts_of(task: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int)
     """
     facts: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": {
+            "tokens": VERSION,
+            "rows": ROWS_VERSION,
+            "chat": CHAT_VERSION,
+            "words": WORDS_VERSION,
+        },
         "task": {k: str(v) if k == "data_dir" else v for k, v in asdict(task).items()},
         "tokenizer": {"tokens": len(tokenizer), "content": tokenizer_content(tokenizer)[:16]},
     }
     if task.type == "causal_lm" and tokenizer.chat_template:
         facts["tokenizer"]["chat_template"] = key_of(tokenizer.chat_template)[:16]
     if task.mixture is not None:
-        facts["chat_version"], facts["sources"] = CHAT_VERSION, "encoded once"
+        facts["sources"] = "encoded once"
     if isinstance(task.tokenizer, TokenizerConfig):
         facts["tokenizer"]["recipe"] = asdict(task.tokenizer)
     for key in (*_FREE, *(["bad_rows"] if task.bad_rows == "error" else ())):
@@ -245,7 +253,7 @@ def write_encoded(
         for name, texts in rows.items():
             _write_shards(progress, name, texts, tokenizer, task)
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
-        tokenizer.save_pretrained(folder / TOKENIZER)
+        save_tokenizer(tokenizer, folder / TOKENIZER)
         sync_tree(folder)
         write_signed(
             folder / MANIFEST,

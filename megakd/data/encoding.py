@@ -291,6 +291,15 @@ def encoded_key(
     return key_of(parts)
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer without the length and the padding of its last call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(folder)
+
+
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a sha256 of all that determines the tokens of a text, the same in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

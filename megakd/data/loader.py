@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from megakd.contract.batch import Batch, BatchSource
 from megakd.data.arrow import arrow_batches, column_of
 from megakd.data.chat.tokens import PROMPT_LENGTH
+from megakd.data.collation import Collator
 from megakd.data.masking import Masking
-from megakd.data.step_layout import Collate, StepLayout, StepShape, micro_batch, row_lengths
+from megakd.data.step_layout import StepLayout, StepShape, micro_batch, row_lengths
 from megakd.errors import DataError, MegakdError
 
 STEPS_AHEAD, STEPS_AT_ONCE = 2, 4
@@ -78,7 +79,7 @@ class StepLoader(BatchSource):
     def __init__(
         self,
         rows: Dataset,
-        collate: Collate,
+        collate: Collator,
         *,
         layout: StepLayout,
         seed: int,
@@ -153,7 +154,7 @@ def lengths_of_rows(rows: Dataset) -> NDArray[np.int64]:
 
 def evaluation_batches(
     rows: Dataset,
-    collate: Collate,
+    collate: Collator,
     *,
     batch_size: int,
     rank: int,
@@ -176,7 +177,7 @@ def evaluation_batches(
 
 def global_batches(
     rows: Dataset,
-    collate: Collate,
+    collate: Collator,
     *,
     shape: StepShape,
     batch_size: int,
@@ -205,7 +206,12 @@ def _check_rows(rows: Dataset) -> None:
 
 
 def _evaluated(
-    table: Dataset, rows: NDArray[np.int64], collate: Collate, masking: Masking | None, *, size: int
+    table: Dataset,
+    rows: NDArray[np.int64],
+    collate: Collator,
+    masking: Masking | None,
+    *,
+    size: int,
 ) -> Batch:
     batch = collate(_taken(table, rows), dummy_rows=size - len(rows))
     return batch if masking is None else masking(batch, rows, seed=0, draw=0)

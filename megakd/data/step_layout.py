@@ -6,7 +6,7 @@ Shapes: B rows of a micro-batch, T positions.
 from __future__ import annotations
 
 import heapq
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from megakd.contract.batch import IGNORE, Batch
-from megakd.data.collation import documents_of, padded_width
+from megakd.data.collation import Collator, documents_of, padded_width
 from megakd.errors import CheckpointError, DataError
-
-
-class Collate(Protocol):
-    """A function that collates rows to a padded micro-batch, with dummy rows at the end."""
-
-    def __call__(self, rows: object, *, dummy_rows: int = 0) -> Batch:
-        """Return the micro-batch."""
-        ...
 
 
 class StepShape(NamedTuple):
@@ -101,7 +93,7 @@ class StepLayout(NamedTuple):
         return -(-self.shape.rows_per_step // (rows * self.shape.world))
 
 
-def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Batch, ...]:
+def collate_step(rows: object, layout: StepLayout, collate: Collator) -> tuple[Batch, ...]:
     """Return this rank's micro-batches of a step.
 
     `rows` is an arrow table or a mapping of columns with ALL rows of the step, in order, the same
@@ -118,7 +110,7 @@ def collate_step(rows: object, layout: StepLayout, collate: Collate) -> tuple[Ba
 
 
 def micro_batch(
-    rows: object, count: int, layout: StepLayout, collate: Collate, *, size: int
+    rows: object, count: int, layout: StepLayout, collate: Collator, *, size: int
 ) -> Batch:
     """Return one micro-batch of `count` rows, packed if the layout says so.
 

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from megakd.contract.batch import Batch, BatchSource
 from megakd.data.chat.conversations import CONVERSATION, is_chat
 from megakd.data.chat.tokens import ChatEncoder, tables_of_conversations
+from megakd.data.collation import Collator
 from megakd.data.encoding import StreamedRows
 from megakd.data.loader import awaited, made_ahead
 from megakd.data.masking import Masking
-from megakd.data.step_layout import Collate, StepShape, check_shares
+from megakd.data.step_layout import StepShape, check_shares
 from megakd.data.token_tables import tables_of_texts
 from megakd.errors import DataError
 
@@ -183,7 +184,7 @@ class StreamLoader(BatchSource):
     def __init__(
         self,
         rows: EncodedStream,
-        collate: Collate,
+        collate: Collator,
         *,
         steps_per_epoch: int,
         gather: Callable[[Any], list[Any]],

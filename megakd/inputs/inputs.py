@@ -196,7 +196,9 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     for role, source in sources.items():
         of_role = inputs.tokenizer_of(role)
         pad = cast("int | None", of_role.pad_token_id)  # transformers' own type allows several
-        sized[role] = with_vocabulary(source, len(of_role), pad_token_id=pad)
+        # A padding token has no gradient. A decoder whose texts end with it needs no padding token.
+        is_end = config.task.type == "causal_lm" and pad == of_role.eos_token_id
+        sized[role] = with_vocabulary(source, len(of_role), pad_token_id=None if is_end else pad)
     return dataclasses.replace(inputs, sources=sized)
 
 
@@ -303,7 +305,8 @@ def check_caches(config: RunConfig, student: ModelSource) -> None:
     ]
     warp = student.architecture.logit_warp(student.config)
     if cached and config.task.type == "causal_lm" and warp != LogitWarp():
-        keys = [key for key in student.architecture.logits if key is not None]
+        family = student.architecture
+        keys = filter(None, (family.logit_divisor, family.logit_softcap))
         values = ", ".join(f"{key}: {getattr(student.config, key)}" for key in keys)
         raise ConfigError(
             f"{cached[0]}: the {student.config.model_type} student changes its logits after "

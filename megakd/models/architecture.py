@@ -24,21 +24,6 @@ HEAD_COLUMNS = "head_columns"
 RotaryForm = Literal["halves", "half_width"]
 
 
-class LogitKeys(NamedTuple):
-    """Config keys of what a causal language model does with the product of its output matrix.
-
-    factor, divisor: a number that the logits are multiplied with, or divided by.
-    softcap: c in c tanh(z / c); the value may be None.
-    """
-
-    factor: str | None = None
-    divisor: str | None = None
-    softcap: str | None = None
-
-
-AS_THEY_ARE = LogitKeys()
-
-
 class AttentionPaths(NamedTuple):
     """The modules of one attention.
 
@@ -148,7 +133,8 @@ class Architecture:
     shares_bias: all layers share a position bias with one column per head.
     cuts_inside_heads: the columns of a head can be cut one by one; rotary positions pair columns,
         so that such families lose whole heads.
-    logits: config keys of the factor and the cap of the logits.
+    logit_divisor: config key of a number that logits are divided by.
+    logit_softcap: config key of c in c tanh(z / c), computed of logits z; the value may be None.
     score_softcap: config key of a cap on attention scores, which fused attentions lack.
     has_sinks: attentions have a learned score besides the keys, which fused attentions lack.
     masks_documents: the masks of the backbone separate packed documents.
@@ -181,7 +167,8 @@ class Architecture:
     rotary: str | None = None
     shares_bias: bool = False
     cuts_inside_heads: bool = False
-    logits: LogitKeys = AS_THEY_ARE
+    logit_divisor: str | None = None
+    logit_softcap: str | None = None
     score_softcap: str | None = None
     has_sinks: bool = False
     masks_documents: bool = True
@@ -210,11 +197,9 @@ class Architecture:
         return Heads(queries, keys, width)
 
     def logit_warp(self, config: PretrainedConfig) -> LogitWarp:
-        keys = self.logits
-        factor = 1.0 if keys.factor is None else float(getattr(config, keys.factor))
-        divisor = 1.0 if keys.divisor is None else float(getattr(config, keys.divisor))
-        softcap = None if keys.softcap is None else getattr(config, keys.softcap)
-        return LogitWarp(factor / divisor, None if softcap is None else float(softcap))
+        divisor = 1.0 if self.logit_divisor is None else float(getattr(config, self.logit_divisor))
+        softcap = None if self.logit_softcap is None else getattr(config, self.logit_softcap)
+        return LogitWarp(1.0 / divisor, None if softcap is None else float(softcap))
 
     def lacking_in_fused_attention(self, config: PretrainedConfig) -> str | None:
         """Return the part of a model's attention that sdpa and varlen lack; None: no part."""

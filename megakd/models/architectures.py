@@ -19,7 +19,6 @@ from megakd.models.architecture import (
     Architecture,
     AttentionPaths,
     FeedForwardPaths,
-    LogitKeys,
     MaskedHead,
 )
 
@@ -121,14 +120,14 @@ DECODERS = (
     replace(_decoder("qwen3"), attention=HEAD_NORMS),
     replace(
         _decoder("gemma2"),
-        logits=LogitKeys(softcap="final_logit_softcapping"),
+        logit_softcap="final_logit_softcapping",
         score_softcap="attn_logit_softcapping",
     ),
     replace(
         _decoder("gemma3_text"),
         attention=HEAD_NORMS,
         norms_by_head=True,
-        logits=LogitKeys(softcap="final_logit_softcapping"),
+        logit_softcap="final_logit_softcapping",
     ),
     replace(
         _decoder("phi"),
@@ -142,7 +141,7 @@ DECODERS = (
         feed_forward=FeedForwardPaths(("mlp.gate_up_proj",), "mlp.down_proj"),
         uncut="one matrix makes queries, keys and values, and another one gates and neurons",
     ),
-    replace(_decoder("granite"), logits=LogitKeys(divisor="logits_scaling")),
+    replace(_decoder("granite"), logit_divisor="logits_scaling"),
     replace(
         _decoder("gpt_oss"),
         has_sinks=True,

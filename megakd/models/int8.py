@@ -89,9 +89,8 @@ def write_int8(folder: Path, to: Path) -> None:
     check_given(folder, _WHERE)
     state = dict(_quantized(folder))
     with sealed_folder(to) as temporary:
-        metadata = {"format": "pt", "quantization": FORMAT}
-        save_file(state, temporary / SAFETENSORS, metadata=metadata)
-        _sort_metadata(temporary / SAFETENSORS)
+        # One key: safetensors writes several in random order, and equal weights have equal files.
+        save_file(state, temporary / SAFETENSORS, metadata={"quantization": FORMAT})
         _write_companions(folder, temporary, _QUANTIZED_KEYS)
 
 
@@ -149,20 +148,6 @@ def _quantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
         values, scale = quantize(tensor)
         yield name, values
         yield name + SCALE, scale
-
-
-def _sort_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, so that equal weights have equal checksums.
-
-    safetensors writes the metadata in random order; the length of the header stays the same.
-    """
-    with file.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        stream.seek(8)
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
-        stream.write(text.encode().ljust(size))
 
 
 def _checked(tensor: Tensor, where: str) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from megakd.data.encoding import save_tokenizer
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.weights import DTYPES
 from megakd.storage.atomic import write_content
@@ -90,7 +91,7 @@ def fill_model_folder(
         file = OWN_MODELS[config.model_type].file
         shutil.copyfile(file, folder / file.name)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+        save_tokenizer(tokenizer, folder)
     for name, content in (extra or {}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_content(folder / name, content() if callable(content) else content)
@@ -218,6 +219,8 @@ def _exported(
         exported.architectures = [architecture]
     if config.model_type in OWN_MODELS:
         exported.auto_map = OWN_MODELS[config.model_type].auto_map
+    else:  # of the folder that the config was read from, whose files of code are not copied
+        vars(exported).pop("auto_map", None)
     return exported
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from megakd.data.tokenizers import from_folder
 from megakd.errors import DataError, ModelError
+from megakd.models.architecture import counts_padding
 from megakd.models.finished import load_finished
 from megakd.models.model_folder import INDEX_NAME, write_weights
 from megakd.storage.folders import check_given
@@ -154,7 +155,14 @@ def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _trim_weights(folder: Path, rows: Tensor) -> tuple[int, int]:
     """Select the rows of kept tokens; return the numbers of weights before and after."""
-    tables = _tables(load_finished(folder, WHERE))
+    model = load_finished(folder, WHERE)
+    pad = model.config.pad_token_id
+    if counts_padding(model.config) and rows[pad : pad + 1].tolist() != [pad]:
+        raise ModelError(
+            f"{WHERE}: a {model.config.model_type} model counts positions from the number of its "
+            f"padding token, {pad}, which would change; keep the whole vocabulary"
+        )
+    tables = _tables(model)
     files = sorted(folder.glob("*.safetensors"))
     state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     if tables.isdisjoint(state):

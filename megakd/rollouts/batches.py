@@ -25,8 +25,9 @@ from megakd.contract.completions import (
     Rollout,
     Sampling,
 )
+from megakd.data.collation import Collator
 from megakd.data.loader import RowOrder
-from megakd.data.step_layout import Collate, StepLayout, collate_step
+from megakd.data.step_layout import StepLayout, collate_step
 from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
 from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
@@ -48,7 +49,7 @@ class StepRows(NamedTuple):
     prompts: Prompts
     continued: RowOrder
     learned: RowOrder
-    collate: Collate
+    collate: Collator
     layout: StepLayout
 
 

@@ -24,7 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,10 +106,16 @@ def held(folder: Path) -> Iterator[None]:
             lock.release()
 
 
-def written_once(folder: Path) -> AbstractContextManager[None]:
-    """Hold the name of a folder that another process may write at the same time."""
+@contextmanager
+def written_once(folder: Path) -> Iterator[None]:
+    """Hold the name of a folder that another process may write at the same time; one process."""
     folder = folder.absolute()
-    return held(folder.with_name(f".{folder.name}.lock"))
+    lock = FolderLock(folder.with_name(f".{folder.name}.lock"))
+    lock.take()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_shared(path: Path, holder: Holder) -> None:

@@ -184,6 +184,10 @@ def test_another_version_and_a_damaged_file_are_refused(small_shards, written, m
         patch.setattr(encoded_folder, "FORMAT", 2)
         with pytest.raises(DataError, match=r"has format 1, and this version .* reads format 2"):
             written.from_folder()
+    with monkeypatch.context() as patch:
+        patch.setattr(encoded_folder, "ROWS_VERSION", 999)
+        with pytest.raises(DataError, match=r"other settings \(version.rows: \d+ there, 999 here"):
+            written.from_folder()
     manifest = written.folder / MANIFEST
     manifest.write_text(manifest.read_text().replace("task.max_length", "task.max_lengths"))
     with pytest.raises(DataError, match=r"manifest.json cannot be read \(its checksum differs\)"):

@@ -253,6 +253,28 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     assert loaded.pad_token == "[PAD]"  # noqa: S105  (no password)
 
 
+def test_the_tokenizer_forgets_the_length_of_its_last_call(tmp_path: Path) -> None:
+    model, called = bert(), tokenizer()
+    called(["a b c d", "a"], truncation=True, max_length=2, padding=True)
+
+    for name, one in (("called", called), ("fresh", tokenizer())):
+        state = model.state_dict().items()
+        write_model_folder(tmp_path / name, config=model.config, state=state, tokenizer=one)
+
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("called", "fresh")]
+    assert files[0] == files[1]
+
+
+def test_a_model_of_transformers_does_not_name_a_file_of_code_that_it_lacks(tmp_path: Path) -> None:
+    model = bert()
+    model.config.auto_map = {"AutoConfig": "configuration_bert.BertConfig"}
+
+    write(model, tmp_path / "final")
+
+    AutoConfig.from_pretrained(tmp_path / "final", trust_remote_code=True)
+    assert model.config.auto_map
+
+
 @pytest.mark.parametrize("ends", [None, [9, 2]], ids=["of the tokenizer", "several"])
 def test_generation_ends_with_the_tokenizers_end_or_the_models_own(tmp_path: Path, ends) -> None:
     model = llama(tied=False)

@@ -113,7 +113,7 @@ def test_the_file_has_matrices_as_int8_with_scales_and_the_rest_unchanged(final,
         metadata = file.metadata()
 
     matrices = {name for name, tensor in full.items() if tensor.ndim > 1}
-    assert metadata == {"format": "pt", "quantization": FORMAT}
+    assert metadata == {"quantization": FORMAT}
     assert state.keys() == full.keys() | {f"{name}.scale" for name in matrices}
     assert {state[name].dtype for name in matrices} == {torch.int8}
     assert {state[f"{name}.scale"].dtype for name in matrices} == {torch.float32}
@@ -295,7 +295,7 @@ def test_folders_of_another_format_are_refused(final, int8, tmp_path) -> None:
         load_int8(final)
     with pytest.raises(ModelError, match=r"is stored as int8; give the folder of the model in"):
         write_int8(int8, tmp_path / "again")
-    rewrite(int8, lambda _: None, {"format": "pt", "quantization": "int4"})
+    rewrite(int8, lambda _: None, {"quantization": "int4"})
     with pytest.raises(ModelError, match=r"'int4', not 'int8 per row, symmetric'"):
         load_int8(int8)
 

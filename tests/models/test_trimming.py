@@ -20,9 +20,10 @@ from transformers import (
     BertConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    RobertaConfig,
 )
 
-from megakd.errors import DataError
+from megakd.errors import DataError, ModelError
 from megakd.models.trimming import trim_vocabulary
 
 OTHERS = [row["text"] for row in reviews(40, "others")]
@@ -30,6 +31,7 @@ SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
 CASES = {
     "classifier": (AutoModelForSequenceClassification, BertConfig, "wordpiece"),
     "masked": (AutoModelForMaskedLM, BertConfig, "wordpiece"),
+    "positions": (AutoModelForMaskedLM, RobertaConfig, "wordpiece"),
     "decoder": (AutoModelForCausalLM, LlamaConfig, "bpe"),
 }
 
@@ -100,6 +102,16 @@ def test_sizes_and_special_tokens_of_the_folder_are_renumbered(tmp_path):
         tokenizer.eos_token_id,
     )
     assert after == sum(one.numel() for one in model.parameters()) < before
+
+
+def test_a_cut_that_would_move_the_positions_of_a_model_is_refused(tmp_path):
+    folder = folder_of("positions", tmp_path, pad_token_id=90)
+    weights = (folder / "model.safetensors").read_bytes()
+
+    with pytest.raises(ModelError, match=r"roberta model counts positions .* padding token, 90,"):
+        trim_vocabulary(folder, lambda: SENTENCES)
+
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def replaced(folder: Path, model: Any) -> Path:

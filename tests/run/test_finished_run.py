@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 from one_rank import OneRank, Outcome
-from tiny_runs import bert, config_tree, llama, write_config, write_jsonl, write_reviews
+from tiny_runs import (
+    SENTENCES,
+    bert,
+    config_tree,
+    llama,
+    save_tokenizer,
+    write_config,
+    write_jsonl,
+    write_reviews,
+)
 from whole_run import WholeRun, finish
 
 from megakd.config.file import config_of, load_config
@@ -197,6 +206,26 @@ def test_files_that_the_config_names_are_inputs_of_a_run(
         with (tmp_path / name).open("a") as file:
             file.write("\n")
     assert {name for name, value in inputs().items() if before[name] != value} == {key}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_decoder_from_scratch_learns_the_end_that_its_tokenizer_pads_with(tmp_path, named):
+    """transformers keeps the embedding of a padding token zero, without a gradient."""
+    task = {"type": "causal_lm", "dataset": str(write_reviews(tmp_path / "reviews"))}
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", SENTENCES, kind="bpe")
+    keys = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    keys["pad_token"] = "<pad>" if named else None
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(keys))
+    model = llama(1)
+    one = {"teacher": {"model": model}, "student": {"model": model}, "method": {"name": "single"}}
+    task["tokenizer"] = str(tokenizer)
+
+    inputs = unencoded_inputs(config_of(config_tree(tmp_path / "out", task, **one)))
+
+    assert (inputs.tokenizer.pad_token_id == inputs.tokenizer.eos_token_id) is not named
+    pads = {source.config.pad_token_id for source in inputs.sources.values()}
+    assert pads == {inputs.tokenizer.pad_token_id if named else None}
 
 
 @pytest.mark.parametrize("missing", [None, WEIGHTS])

@@ -323,60 +323,28 @@ def _model(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type
     return type(f"Cut{stock.__name__}", (_Cut, stock), {"config_class": config})
 
 
-CutBertConfig = _config(hf.BertConfig, BERT)
-CutBertModel = _model(hf.BertModel, CutBertConfig)
-CutBertForSequenceClassification = _model(hf.BertForSequenceClassification, CutBertConfig)
-CutBertForMaskedLM = _model(hf.BertForMaskedLM, CutBertConfig)
-
-CutRobertaConfig = _config(hf.RobertaConfig, BERT._replace(layer=RobertaLayer))
-CutRobertaModel = _model(hf.RobertaModel, CutRobertaConfig)
-CutRobertaForSequenceClassification = _model(hf.RobertaForSequenceClassification, CutRobertaConfig)
-CutRobertaForMaskedLM = _model(hf.RobertaForMaskedLM, CutRobertaConfig)
-
-CutDistilBertConfig = _config(hf.DistilBertConfig, DISTILBERT)
-CutDistilBertModel = _model(hf.DistilBertModel, CutDistilBertConfig)
-CutDistilBertForSequenceClassification = _model(
-    hf.DistilBertForSequenceClassification, CutDistilBertConfig
-)
-CutDistilBertForMaskedLM = _model(hf.DistilBertForMaskedLM, CutDistilBertConfig)
-
-CutElectraConfig = _config(hf.ElectraConfig, BERT._replace(layer=ElectraLayer))
-CutElectraModel = _model(hf.ElectraModel, CutElectraConfig)
-CutElectraForSequenceClassification = _model(hf.ElectraForSequenceClassification, CutElectraConfig)
-CutElectraForMaskedLM = _model(hf.ElectraForMaskedLM, CutElectraConfig)
-
-CutLlamaConfig = _config(hf.LlamaConfig, LLAMA)
-CutLlamaModel = _model(hf.LlamaModel, CutLlamaConfig)
-CutLlamaForCausalLM = _model(hf.LlamaForCausalLM, CutLlamaConfig)
-
-CutMistralConfig = _config(hf.MistralConfig, LLAMA._replace(layer=MistralDecoderLayer))
-CutMistralModel = _model(hf.MistralModel, CutMistralConfig)
-CutMistralForCausalLM = _model(hf.MistralForCausalLM, CutMistralConfig)
-
-CutQwen2Config = _config(hf.Qwen2Config, LLAMA._replace(layer=Qwen2DecoderLayer))
-CutQwen2Model = _model(hf.Qwen2Model, CutQwen2Config)
-CutQwen2ForCausalLM = _model(hf.Qwen2ForCausalLM, CutQwen2Config)
-
-CutQwen3Config = _config(hf.Qwen3Config, LLAMA._replace(layer=Qwen3DecoderLayer))
-CutQwen3Model = _model(hf.Qwen3Model, CutQwen3Config)
-CutQwen3ForCausalLM = _model(hf.Qwen3ForCausalLM, CutQwen3Config)
-
-CutGemma2Config = _config(hf.Gemma2Config, LLAMA._replace(layer=Gemma2DecoderLayer))
-CutGemma2Model = _model(hf.Gemma2Model, CutGemma2Config)
-CutGemma2ForCausalLM = _model(hf.Gemma2ForCausalLM, CutGemma2Config)
-
-CutGemma3TextConfig = _config(hf.Gemma3TextConfig, LLAMA._replace(layer=Gemma3DecoderLayer))
-CutGemma3TextModel = _model(hf.Gemma3TextModel, CutGemma3TextConfig)
-CutGemma3ForCausalLM = _model(hf.Gemma3ForCausalLM, CutGemma3TextConfig)
-
-CutPhiConfig = _config(hf.PhiConfig, PHI)
-CutPhiModel = _model(hf.PhiModel, CutPhiConfig)
-CutPhiForCausalLM = _model(hf.PhiForCausalLM, CutPhiConfig)
-
-CutGraniteConfig = _config(hf.GraniteConfig, LLAMA._replace(layer=GraniteDecoderLayer))
-CutGraniteModel = _model(hf.GraniteModel, CutGraniteConfig)
-CutGraniteForCausalLM = _model(hf.GraniteForCausalLM, CutGraniteConfig)
-
-CutGPT2Config = _config(hf.GPT2Config, GPT2)
-CutGPT2Model = _model(hf.GPT2Model, CutGPT2Config)
-CutGPT2LMHeadModel = _model(hf.GPT2LMHeadModel, CutGPT2Config)
+_ENCODER = ("Model", "ForSequenceClassification", "ForMaskedLM")
+_DECODER = ("Model", "ForCausalLM")
+# By family: its parts, and the classes of transformers of which there is a cut form.
+for _family, _parts, _names in (
+    ("Bert", BERT, _ENCODER),
+    ("Roberta", BERT._replace(layer=RobertaLayer), _ENCODER),
+    ("DistilBert", DISTILBERT, _ENCODER),
+    ("Electra", BERT._replace(layer=ElectraLayer), _ENCODER),
+    ("Llama", LLAMA, _DECODER),
+    ("Mistral", LLAMA._replace(layer=MistralDecoderLayer), _DECODER),
+    ("Qwen2", LLAMA._replace(layer=Qwen2DecoderLayer), _DECODER),
+    ("Qwen3", LLAMA._replace(layer=Qwen3DecoderLayer), _DECODER),
+    ("Gemma2", LLAMA._replace(layer=Gemma2DecoderLayer), _DECODER),
+    ("Gemma3Text", LLAMA._replace(layer=Gemma3DecoderLayer), _DECODER),
+    ("Phi", PHI, _DECODER),
+    ("Granite", LLAMA._replace(layer=GraniteDecoderLayer), _DECODER),
+    ("GPT2", GPT2, ("Model", "LMHeadModel")),
+):
+    _cut = _config(getattr(hf, f"{_family}Config"), _parts)
+    globals()[_cut.__name__] = _cut
+    for _name in _names:
+        # Gemma3TextConfig and Gemma3TextModel, but Gemma3ForCausalLM.
+        _prefix = _family if _name == "Model" else _family.removesuffix("Text")
+        _class = _model(getattr(hf, _prefix + _name), _cut)
+        globals()[_class.__name__] = _class
