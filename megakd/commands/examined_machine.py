@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
+import torch
 
 from megakd.config.run import RunConfig
 from megakd.engine import nodes
 from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.distributed import use_own_extensions_folder
+from megakd.engine.memory import free_memory_bytes
 from megakd.errors import MegakdError
 from megakd.inputs.run_data import cache_folder
 from megakd.planning.cluster import GIGA
@@ -97,7 +98,10 @@ def _folders(config: RunConfig) -> str:
 
 def _space(config: RunConfig) -> str:
     out = next(path for path in config.output_dir.absolute().parents if path.exists())
-    free = {"output_dir": shutil.disk_usage(out).free, "memory": psutil.virtual_memory().available}
+    free = {
+        "output_dir": shutil.disk_usage(out).free,
+        "memory": free_memory_bytes(torch.device("cpu")),
+    }
     if SHARED_MEMORY.is_dir():
         free[str(SHARED_MEMORY)] = shutil.disk_usage(SHARED_MEMORY).free
     told = ", ".join(f"{size / GIGA:.1f} GB of {name}" for name, size in free.items())

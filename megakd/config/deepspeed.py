@@ -88,6 +88,8 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "elastic_checkpoint": (False, _RESUMES),
     "load_from_fp32_weights": (True, _RESUMES),
     "zenflow": (None, _TRIED),
+    # Forwards would read a copy that DeepSpeed makes before the weights are loaded.
+    "zero_hpz_partition_size": (1, "because a model would begin with other weights than its own"),
     "super_offload": (False, _TRIED),
 }
 # `steps_per_print`: DeepSpeed's own log lines are switched off, because the run has its own log.
@@ -143,21 +145,13 @@ def shards_within_node(ds: Mapping[str, Any]) -> bool:
     return ds.get(OWN_SECTION, {}).get("shard_within_node", False)
 
 
-def merged_ds_config(
-    ds: Mapping[str, Any], train: TrainConfig, *, dtype: Dtype, world_size: int
-) -> dict[str, Any]:
+def merged_ds_config(ds: Mapping[str, Any], train: TrainConfig, *, dtype: Dtype) -> dict[str, Any]:
     """Return the DeepSpeed config of a training engine.
 
     Gradient accumulation is 1: the training loop sets the accumulation boundary itself, so that
     the engine does not depend on the number of micro-batches.
     """
     check_trained_sharding(ds, where="student.deepspeed")
-    group = ds.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
-    if group > 1 and world_size % group:
-        raise ConfigError(
-            f"zero_hpz_partition_size {group} does not divide the {world_size} ranks of this run; "
-            "set the key to the number of GPUs of a node"
-        )
     # For every optimizer except its own Adam, DeepSpeed requires explicit permission.
     sgd = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return {
@@ -178,18 +172,13 @@ def frozen_ds_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -
 
 
 def check_frozen_stage(ds: Mapping[str, Any], *, where: str) -> None:
-    """Check the sharding of a frozen model: ZeRO 0 or 3, and not a second time per node."""
+    """Check the sharding of a frozen model: ZeRO 0 or 3."""
     stage = zero_stage(ds)
     if stage not in (0, 3):
         raise ConfigError(
             f"{where}: ZeRO stage {stage} shards gradients and optimizer state, and a frozen model "
             "has neither; use stage 0 (teacher_zero0, a copy per rank) or 3 (teacher_zero3, "
             "sharded)"
-        )
-    if ds.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) > 1:
-        raise ConfigError(
-            f"{where}: DeepSpeed cannot use zero_hpz_partition_size without an optimizer; remove "
-            "the key"
         )
 
 

@@ -29,6 +29,7 @@ from megakd.engine.collectives import backend_for, gather
 from megakd.engine.peers import meeting, reports_lost_peer
 from megakd.engine.waiting import clock_collectives
 from megakd.errors import MegakdError, PeerLostError
+from megakd.process.signals import LAUNCHER_VARIABLES
 
 logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -292,10 +293,11 @@ def _share_cores() -> None:
     if local_world == 1 or (given is not None and not (given == "1" and TORCHRUN in os.environ)):
         return
     # The cores that the process may use, not those of the host. srun gives each task its own
-    # cores; other launchers give all ranks the same cores.
+    # cores; other launchers, also inside a task of srun, give all ranks the same cores.
     allowed = len(os.sched_getaffinity(0))
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    cores = min(allowed, int(per_task)) if per_task.isdigit() else allowed // local_world
+    is_task = per_task.isdigit() and not any(name in os.environ for name in LAUNCHER_VARIABLES)
+    cores = min(allowed, int(per_task)) if is_task else allowed // local_world
     torch.set_num_threads(max(1, cores))
 
 

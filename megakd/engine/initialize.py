@@ -34,7 +34,6 @@ def training_engine(
     ds: Mapping[str, Any],
     train: TrainConfig,
     dtype: Dtype,
-    world_size: int,
     rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Engine:
     """Return a training engine: AdamW or SGD, explicit clipping, one micro-batch per backward.
@@ -42,7 +41,7 @@ def training_engine(
     The parameters of the bundle may be sharded already. `rates` gives factors of the learning rate
     by prefix of parameter names; other parameters have 1.
     """
-    config = merged_ds_config(ds, train, dtype=dtype, world_size=world_size)
+    config = merged_ds_config(ds, train, dtype=dtype)
     gather_experts_together(model)
     groups = _parameter_groups(model, train.weight_decay, rates)
     optimizer = _optimizer(groups, train, offloaded=_offloads_optimizer(ds))

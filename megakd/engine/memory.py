@@ -27,7 +27,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 RETURNED_BYTES = 128 << 10
 KEPT_BYTES = 32 << 20  # the largest value that glibc accepts
 TRIMMED_BYTES = 1 << 30
-PROCESS = Path("/proc/self")
+PROCESS, CGROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
+MEMORY_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Files of a limit and of what counts against it, in versions 2 and 1 of control groups."""
 _EARLIER: dict[str, int] = {}
 """Type of device -> highest peak before the last reset."""
 _COUNTED: dict[str, int] = {}
@@ -134,7 +139,31 @@ def free_memory_bytes(device: torch.device) -> int:
         # Memory that torch has cached is not free for the driver, and free for torch.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *_left_by_limits()])
+
+
+def _left_by_limits() -> Iterator[int]:
+    """Yield the memory that each limit leaves, such as that of a container or of a Slurm job."""
+    try:
+        lines = (PROCESS / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        root = CGROUPS / kinds  # version 2 has one tree, version 1 a tree of each kind
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                yield from _left_by(folder)
+
+
+def _left_by(group: Path) -> Iterator[int]:
+    for limit, used in MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # no such file, or a limit of "max"
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+            counts = (group / "memory.stat").read_text()
+            cached = re.search(r"^inactive_file (\d+)$", counts, re.MULTILINE)
+            yield left + (int(cached[1]) if cached else 0)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1: training saves a checkpoint first, other phases end at once.
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1: training saves a checkpoint first, other phases end at once.
 
 A thread also reads the signals, because the main thread may wait in a collective for a rank that
 never answers; a second signal then still ends the process. The same thread watches the launchers,
@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Ctrl+C reaches a rank twice: from the terminal and, as SIGTERM, from its launcher.
 SAME_REQUEST_S = 2.0
 LOOK_EVERY_S = 1.0
@@ -30,6 +30,7 @@ GRACE_S = 120.0
 LAUNCHER_ENDED = "the end of its launcher"
 _active: _Watch | None = None
 PROGRAMS = (
+    "accelerate",
     "deepspeed",
     "torchrun",
     "ft_launcher",
@@ -40,7 +41,12 @@ PROGRAMS = (
     "hydra_pmi_proxy",
 )
 MODULES = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.launch")
-FILES = ("deepspeed/launcher/launch.py", "torch/distributed/run.py", "torch/distributed/launch.py")
+FILES = (
+    "deepspeed/launcher/launch.py",
+    "torch/distributed/run.py",
+    "torch/distributed/launch.py",
+    "launch/pod.py",
+)
 SLURM = "slurmstepd"
 RANK_VARIABLES = ("RANK", "SLURM_PROCID")
 # Only DeepSpeed's launcher sets the first variable, and only torchrun sets the second.
@@ -138,7 +144,7 @@ class _Watch:
             self._look_at_launchers()
 
     def _note(self, number: int) -> None:
-        # SIGUSR1 is only an early warning.
+        # SIGUSR1 is only an early warning, and SIGHUP may come with the signal of a launcher.
         if number not in (signal.SIGINT, signal.SIGTERM):
             return
         now = time.monotonic()
@@ -251,9 +257,11 @@ class Launchers:
     def __init__(self) -> None:
         is_rank = any(name in os.environ for name in RANK_VARIABLES)
         self.chain = _up_to_launcher(psutil.Process().parents()) if is_rank else []
-        # A launcher that was killed while this rank started is no longer a parent.
+        # A launcher that was killed while this rank started is no longer a parent. In a container,
+        # process 1 may be a launcher of its own, a program in Python.
         is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
-        self._was_gone = is_launched and not self.chain and os.getppid() == 1
+        is_orphan = os.getppid() == 1 and not _is_python(psutil.Process(1))
+        self._was_gone = is_launched and not self.chain and is_orphan
 
     def have_ended(self) -> bool:
         return self._was_gone or not all(map(_is_alive, self.chain))
@@ -285,6 +293,10 @@ def is_launcher(process: psutil.Process) -> bool:
         PurePath(word).name in PROGRAMS or word.startswith(MODULES) or word.endswith(FILES)
         for word in shown
     )
+
+
+def _is_python(process: psutil.Process) -> bool:
+    return process.name().startswith("python")
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -221,7 +221,6 @@ class Assembly:
             ds=ds,
             train=stage.train,
             dtype=dtype,
-            world_size=self.ranks.world_size,
             rates=bundle.rates(stage.learners),
         )
         return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), bundle

@@ -55,9 +55,9 @@ def message_of(spec: Any, where: str = WHERE) -> str:
     return str(caught.value)
 
 
-def training(ds: Any, *, dtype: Any = "fp32", ranks: int = 1) -> dict[str, Any]:
+def training(ds: Any, *, dtype: Any = "fp32") -> dict[str, Any]:
     """What DeepSpeed gets for a model that learns."""
-    return merged_ds_config(ds, TrainConfig(), dtype=dtype, world_size=ranks)
+    return merged_ds_config(ds, TrainConfig(), dtype=dtype)
 
 
 @pytest.mark.parametrize(("name", "stage"), PRESETS.items())
@@ -229,6 +229,7 @@ def test_knobs_left_to_the_trainer_are_left_out():
         (zero(stage=3, offload_param={"device": "disk"}), 'must be "none" or "cpu" (got "disk")'),
         (zero(stage=3, offload_optimizer={"device": "nvme"}), '(got "nvme"); NVMe has never been'),
         (zero(stage=2, offload_optimizer={"super_offload": True}), "super_offload cannot be true"),
+        (zero(stage=3, zero_hpz_partition_size=8), "zero_hpz_partition_size cannot be 8, because"),
         (zero(stage=2, zenflow={"topk_ratio": 0.1}), 'zenflow cannot be {"topk_ratio": 0.1}'),
         (zero(stage=2, elastic_checkpoint=True), "elastic_checkpoint cannot be true, because"),
         (zero(stage=2, load_from_fp32_weights=False), "load_from_fp32_weights cannot be false"),
@@ -296,9 +297,7 @@ def test_a_training_engine_gets_what_the_run_config_owns(clipping):
         per_device_train_batch_size=4, gradient_accumulation_steps=7, max_grad_norm=clipping
     )
 
-    merged = merged_ds_config(
-        load_ds_config("zero2", where=WHERE), train, dtype="bf16", world_size=3
-    )
+    merged = merged_ds_config(load_ds_config("zero2", where=WHERE), train, dtype="bf16")
 
     assert merged.pop("zero_optimization")["stage"] == 2
     assert merged.pop("steps_per_print") >= 10**9
@@ -327,14 +326,6 @@ def test_a_line_every_few_steps_can_be_asked_for():
     merged = training({"steps_per_print": 5})
 
     assert merged["steps_per_print"] == 5
-
-
-def test_a_second_shard_group_has_to_divide_the_ranks():
-    ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
-
-    assert training(ds, ranks=4)
-    with pytest.raises(ConfigError, match="zero_hpz_partition_size 2 does not divide the 3 ranks"):
-        training(ds, ranks=3)
 
 
 def test_a_frozen_engine_has_no_optimizer_and_no_clipping():
@@ -370,13 +361,6 @@ def test_zero_3_is_for_frozen_models_on_several_ranks_or_on_the_host(preset, ran
     assert zero_stage(frozen_ds_config(ds, dtype="bf16", micro_batch=1)) == stage
 
 
-def test_a_frozen_engine_cannot_shard_a_second_time():
-    ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
-
-    with pytest.raises(ConfigError, match="cannot use zero_hpz_partition_size without an optimiz"):
-        frozen_ds_config(ds, dtype="fp32", micro_batch=1)
-
-
 @pytest.mark.parametrize(
     ("stage", "dtype", "accumulates"),
     [(0, "bf16", None), (1, "bf16", None), (2, "bf16", "fp32"), (3, "fp16", "fp32")]
@@ -400,14 +384,14 @@ def test_a_file_may_name_another_dtype_for_gradients():
 
 @pytest.mark.parametrize("value", ["4", None, True, 1.5, -1, math.inf])
 def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value):
-    zero = {"stage": 3, "zero_hpz_partition_size": value}
+    zero = {"stage": 3, "sub_group_size": value}
     offload = {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": value}}
 
     messages = [message_of({"zero_optimization": it}) for it in (zero, offload)]
 
     message = f"must be a whole number, 0 or above (got {json.dumps(value)})"
     assert messages == [
-        f"{WHERE}: zero_optimization.zero_hpz_partition_size {message}",
+        f"{WHERE}: zero_optimization.sub_group_size {message}",
         f"{WHERE}: zero_optimization.offload_param.buffer_count {message}",
     ]
 
@@ -428,5 +412,5 @@ def test_a_model_that_learns_cannot_be_sharded_within_nodes(run_file, where):
     with pytest.raises(ConfigError, match=message):
         load_config(run_file, [f"{where}={NODE}"])
     with pytest.raises(ConfigError, match="works only for a frozen model"):
-        training(within(value=True), ranks=2)
+        training(within(value=True))
     assert load_config(run_file, [f"teacher.deepspeed={NODE}"])

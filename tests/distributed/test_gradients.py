@@ -86,9 +86,7 @@ def train(
     with _any_precision():
         with sharded_construction(ds, DTYPES[dtype]):
             model = Matrices("abc", DTYPES[dtype])
-        engine = training_engine(
-            model, ds=ds, train=settings, dtype=dtype, world_size=dist.get_world_size()
-        )
+        engine = training_engine(model, ds=ds, train=settings, dtype=dtype)
         student = StudentEngine(engine)
         if before is not None:
             student.load(Path(before))

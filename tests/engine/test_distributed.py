@@ -208,10 +208,17 @@ def threads(monkeypatch):
     [
         ({}, [2]),
         ({"SLURM_CPUS_PER_TASK": "6"}, [6]),
+        ({"SLURM_CPUS_PER_TASK": "8", "TORCHELASTIC_RUN_ID": "none"}, [2]),
         ({"OMP_NUM_THREADS": "1"}, []),
         ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, [2]),
     ],
-    ids=["shared by the ranks", "of the task of srun", "of the user", "of torchrun"],
+    ids=[
+        "shared by the ranks",
+        "of the task of srun",
+        "of torchrun in a task",
+        "of the user",
+        "of torchrun",
+    ],
 )
 def test_ranks_share_the_cores_unless_a_number_of_threads_is_set(
     threads, monkeypatch, variables, set_to

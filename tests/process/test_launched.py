@@ -109,6 +109,9 @@ def test_a_rank_whose_launcher_ended_while_it_started_knows(monkeypatch):
 
     assert signals.Launchers().have_ended()
 
+    monkeypatch.setattr(psutil.Process, "name", lambda _: "python3.12")
+    assert not signals.Launchers().have_ended()  # process 1 of a container is the launcher
+
 
 @pytest.mark.parametrize(
     ("words", "launches"),
@@ -117,6 +120,8 @@ def test_a_rank_whose_launcher_ended_while_it_started_knows(monkeypatch):
         ("python -m torch.distributed.run launch/train.py", True),
         ("/venv/bin/python3.11 -u -m deepspeed.launcher.launch --world_info=x", True),
         ("python3 /venv/bin/deepspeed launch/train.py", True),
+        ("python launch/pod.py --nnodes 2 launch/train.py", True),
+        ("/venv/bin/python /venv/bin/accelerate launch launch/train.py", True),
         ("slurmstepd:", True),
         ("bash run_deepspeed.sh", False),
         ("python launch/train.py --config deepspeed.yaml", False),
