@@ -339,6 +339,7 @@ def test_paths_in_the_home_folder_are_found(config, run_file, runs, monkeypatch)
     home = Path(run_file).parent
     monkeypatch.setenv("HOME", str(home))
 
+    assert cli.main(["export", config, "--to", ""]) == 2
     assert cli.main(["export", config, "--to=~/made"]) == 0
     assert runs.asked == [("export", Path("runs/x"), None, home / "made")]
 

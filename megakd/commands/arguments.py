@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megakd.config.file import load_config
@@ -42,6 +43,13 @@ class Parser(argparse.ArgumentParser):
         if settings:
             return f"; settings are written {' or '.join(f'{key}=value' for key in settings)}"
         return suggestion(word, self._option_string_actions)
+
+
+def named_folder(text: str) -> Path:
+    """Return the folder that an option names; an unset variable of a script names none."""
+    if not text:
+        raise argparse.ArgumentTypeError('names no folder (got ""); give . for the current one')
+    return in_home(text)
 
 
 def add_config(parser: Parser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
 from megakd.commands.arguments import add_config, config_of, say
@@ -22,8 +23,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _cache_teachers(config: RunConfig) -> list[Path]:
-    names = [name for name, spec in config.teacher_specs.items() if spec.cache is not None]
-    if not names:
+    caches = {n: s.cache for n, s in config.teacher_specs.items() if s.cache is not None}
+    if not caches:
         raise ConfigError(
             "no teacher has a cache: set teacher.cache (of several teachers: teachers[0].cache, …) "
             "to a folder for the outputs of the teacher"
@@ -36,7 +37,11 @@ def _cache_teachers(config: RunConfig) -> list[Path]:
     from megakd.run.run_lab import RunLab
     from megakd.training.label_check import check_label_orders
 
-    with started(config) as ranks, held(config.output_dir):
+    with started(config) as ranks, ExitStack() as locks:
+        # Runs with other output folders may share a cache.
+        folders = (config.output_dir, *(c for c in caches.values() if isinstance(c, Path)))
+        for folder in dict.fromkeys(map(Path.resolve, folders)):
+            locks.enter_context(held(folder))
         check_device(config, ranks)
         check_nodes(config)
         reporter = reporter_of(config, ranks)
@@ -44,6 +49,6 @@ def _cache_teachers(config: RunConfig) -> list[Path]:
             prepared = prepare(config)
             lab = RunLab(prepared, ranks, reporter)
             check_label_orders(lab.assembly)
-            return [lab.cache(lab.teacher(name)) for name in names]
+            return [lab.cache(lab.teacher(name)) for name in caches]
         finally:
             reporter.close()

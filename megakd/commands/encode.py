@@ -6,10 +6,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from megakd.commands.arguments import Parser, add_config, config_of, say
+from megakd.commands.arguments import Parser, add_config, config_of, named_folder, say
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
-from megakd.process.terminal import in_home, print_aside
+from megakd.process.terminal import print_aside
 from megakd.storage.folders import check_writable
 
 
@@ -17,7 +17,10 @@ def add_options(parser: Parser) -> None:
     """Add the config and the folder to write."""
     add_config(parser)
     parser.add_argument(
-        "--to", metavar="FOLDER", type=in_home, help="the folder to write, default: task.encoded"
+        "--to",
+        metavar="FOLDER",
+        type=named_folder,
+        help="the folder to write, default: task.encoded",
     )
 
 

@@ -113,7 +113,8 @@ def _examine_started(config: RunConfig, ranks: Ranks, findings: Findings, steps:
         finally:
             # Only while it is held: another examination of this run may use the folder.
             if ranks.is_main:
-                shutil.rmtree(config.output_dir, ignore_errors=True)
+                for folder in (config.output_dir, *_pushed_weights(config)):
+                    shutil.rmtree(folder, ignore_errors=True)
     told = [finding for others in gather([*findings]) for finding in others]
     findings[:] = dict.fromkeys(told)
 
@@ -125,12 +126,21 @@ def _rehearsed(config: RunConfig) -> RunConfig:
         return replace(spec, cache=None) if spec.cache == AUTO else spec
 
     out = config.output_dir.absolute()  # "." has no name
+    # A folder that is there may be a mount, or in a folder that cannot be written.
     return replace(
         config,
-        output_dir=out.with_name(f"{out.name}{FOLDER}"),
+        output_dir=out / FOLDER if out.is_dir() else out.with_name(f"{out.name}{FOLDER}"),
         teacher=config.teacher and asked(config.teacher),
         teachers=tuple(map(asked, config.teachers)),
     )
+
+
+def _pushed_weights(config: RunConfig) -> Iterator[Path]:
+    server = config.rollout and config.rollout.server
+    if server and server.folder:
+        from megakd.servers.connect import run_name
+
+        yield server.folder / run_name(config.output_dir)
 
 
 def _data_facts(prepared: RunInputs) -> Iterator[str]:

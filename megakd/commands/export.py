@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megakd.commands.arguments import Parser, add_config, config_of, say
+from megakd.commands.arguments import Parser, add_config, config_of, named_folder, say
 from megakd.errors import ConfigError
-from megakd.process.terminal import in_home, print_aside
+from megakd.process.terminal import print_aside
 
 
 def add_options(parser: Parser) -> None:
@@ -18,7 +18,7 @@ def add_options(parser: Parser) -> None:
         metavar="NAME",
         help="the stage to export; default: the stage that final/ was copied from",
     )
-    parser.add_argument("--to", metavar="FOLDER", type=in_home, help="the folder to write to")
+    parser.add_argument("--to", metavar="FOLDER", type=named_folder, help="the folder to write to")
     parser.add_argument(
         "--format",
         choices=("transformers", "onnx"),

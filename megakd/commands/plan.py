@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,7 +15,7 @@ from megakd.commands.arguments import Parser, add_config, config_of, is_rank_0, 
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError
 from megakd.planning.cluster import GIGA, Cluster, Device, Rates, rates_of
-from megakd.process.terminal import print_aside
+from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import json_text
 
 DEVICE_BASE = 1_500_000_000
@@ -42,7 +41,7 @@ def add_options(parser: Parser) -> None:
     )
     parser.add_argument("--tflops", type=float, help="1e12 operations per second and rank")
     parser.add_argument("--gbps", type=float, help="1e9 bytes per second that a rank sends")
-    parser.add_argument("--rates", type=Path, metavar="F", help="JSON file with tflops and gbps")
+    parser.add_argument("--rates", type=in_home, metavar="F", help="JSON file with tflops and gbps")
 
 
 def run(arguments: argparse.Namespace) -> None:

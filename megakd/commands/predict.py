@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from megakd.commands.arguments import Parser, say
+from megakd.commands.arguments import Parser, named_folder, say
 from megakd.errors import ConfigError, DataError
-from megakd.process.terminal import in_home, print_aside
+from megakd.process.terminal import print_aside
 from megakd.storage.atomic import json_text
 
 BREAKS = re.compile(r"[\t-\r\x1c-\x1e\x85\u2028\u2029]")
@@ -20,7 +20,7 @@ BREAKS = re.compile(r"[\t-\r\x1c-\x1e\x85\u2028\u2029]")
 def add_options(parser: Parser) -> None:
     """Add the model, the texts and the form of the answers."""
     parser.add_argument(
-        "model", metavar="MODEL", type=in_home, help="a run's final/, or its export"
+        "model", metavar="MODEL", type=named_folder, help="a run's final/, or its export"
     )
     parser.add_argument(
         "texts",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from megakd.commands.arguments import Parser, say
-from megakd.process.terminal import in_home
+from megakd.commands.arguments import Parser, named_folder, say
 
 
 def add_options(parser: Parser) -> None:
     """Add the folder of the run."""
-    parser.add_argument("folder", metavar="DIR", type=in_home, help="output_dir of a finished run")
+    parser.add_argument(
+        "folder", metavar="DIR", type=named_folder, help="output_dir of a finished run"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megakd.commands.arguments import Parser, say
+from megakd.commands.arguments import Parser, named_folder, say
 from megakd.commands.plan import print_plan
 from megakd.commands.train import train
 from megakd.config.file import config_of, dump_config, dump_yaml, load_config, with_overrides
@@ -66,7 +66,7 @@ def add_options(parser: Parser) -> None:
         "--output_dir",
         "--output-dir",
         metavar="D",
-        type=in_home,
+        type=named_folder,
         help=f"the folder of the run and of {FILE}; default: runs/<model>-<size>",
     )
     parser.add_argument(
@@ -103,18 +103,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _written(config: RunConfig, text: str, *, ranks: int) -> Path:
-    """Return the file of the config, which is written unless a finished run has one."""
-    from megakd.run.finished_run import REPORT
+    """Return the file of the config, which is written unless a run has begun with one."""
+    from megakd.run.finished_run import CONFIG
 
     out, path = config.output_dir, config.output_dir / FILE
     check_writable(out, where="--output_dir")
-    if not (out / REPORT).exists():
+    if not (out / CONFIG).exists():
         write_text(path, text)
     # One rank is told by the run itself.
     elif ranks > 1 and not (path.exists() and load_config(path) == config):
-        raise ConfigError(
-            f"{out} holds a finished run of other settings; give another --output_dir"
-        )
+        raise ConfigError(f"{out} holds a run of other settings; give another --output_dir")
     return path
 
 

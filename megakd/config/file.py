@@ -26,8 +26,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load and check the run config of a YAML file.
 
     Args:
-        path: a YAML 1.2 file in UTF-8, or the folder of a run, which stands for its config.yaml.
-            Relative paths in the file are kept as written.
+        path: a YAML 1.2 file in UTF-8, or the folder of a run, which stands for its config.yaml
+            with this folder as `output_dir`. Other relative paths are kept as written.
         overrides: `a.b=value` or `a.0.b=value` with a YAML value; later overrides win.
 
     Raises:
@@ -39,6 +39,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         what = "is empty" if tree is None else f"holds {shown(tree)}"
         raise ConfigError(f"{path}: {what}; a run config is a mapping with the key output_dir, …")
+    if path == of_run and any(
+        (of_run.parent / name).exists() for name in ("stages", "checkpoints")
+    ):
+        tree["output_dir"] = str(of_run.parent)  # a run may have been moved or copied
     return config_of(tree, overrides, source=str(path))
 
 

@@ -77,10 +77,7 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
     if is_graph:
         check_packages(f"MODEL: {folder / MODEL}", ("onnxruntime",))
     tokenizer = from_folder(folder, _TASKS[task])
-    if task == "ForMaskedLM" and tokenizer.mask_token_id is None:
-        raise ModelError(
-            f"{folder}: the tokenizer has no mask token to fill; copy the model's own tokenizer"
-        )
+    _check_answers(folder, config, task, tokenizer)
     model = OnnxModel(folder / MODEL) if is_graph else TorchModel(folder, config)
     if isinstance(model, TorchModel) and task in _GENERATES:
         prompts = [_prompt(tokenizer, text) for text in texts]
@@ -106,6 +103,22 @@ _TASKS: Mapping[str, TaskType] = {
     "ForMaskedLM": "mlm",
     **dict.fromkeys(_GENERATES, "causal_lm"),
 }
+
+
+def _check_answers(folder: Path, config: PretrainedConfig, task: str, tokenizer: Any) -> None:
+    if config.problem_type == "multi_label_classification":
+        raise ModelError(
+            f"{folder}: the model decides on each label alone, and predict names one of all labels"
+        )
+    if task not in _GENERATES and tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{folder}: the tokenizer has no pad token, which texts of several lengths need; set "
+            "pad_token in its tokenizer_config.json, and pad_token_id in config.json"
+        )
+    if task == "ForMaskedLM" and tokenizer.mask_token_id is None:
+        raise ModelError(
+            f"{folder}: the tokenizer has no mask token to fill; copy the model's own tokenizer"
+        )
 
 
 def _encoded(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
-from megakd.errors import ConfigError, ModelError
+from megakd.errors import ConfigError, ModelError, first_line
 from megakd.models.architecture import context_length, has_token_types
 from megakd.models.finished import load_finished
 
@@ -66,7 +66,14 @@ def write_onnx(folder: Path, *, int8: bool = False, to: Path | None = None) -> f
     path = to or folder / MODEL
     graph = path.with_name(f"whole-{path.name}") if int8 else path
     _export(model, _input_names(model, folder), graph)
-    worst, largest = _differences(model, graph)
+    try:
+        worst, largest = _differences(model, graph)
+    except Exception as error:  # the errors of onnxruntime have no class of their own
+        raise ModelError(
+            f"onnxruntime cannot run the graph of this {model.config.model_type} model "
+            f"({first_line(error)}); install an onnxruntime that fits the exporter, or export the "
+            "model without --format"
+        ) from error
     if not worst <= _TOLERANCE * max(1.0, largest):
         raise ModelError(
             f"the ONNX graph of this {model.config.model_type} model computes other logits than "

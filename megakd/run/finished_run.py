@@ -6,12 +6,15 @@ the stage that became `final/`, and the checksums of `final/` and of the report.
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from megakd.config.checks.path_rules import names_files, places
 from megakd.config.file import config_tree, dump_config, dump_yaml, load_config
 from megakd.config.paths import is_path
 from megakd.config.run import RunConfig
@@ -87,7 +90,7 @@ def is_finished(config: RunConfig) -> bool:
         raise CheckpointError(
             f"{config.output_dir} holds a finished run of another config ({differing}); use "
             "another output_dir, use that config again, or start over with rm -r "
-            f"{config.output_dir}; to train its student further, set student.model="
+            f"{quote(str(config.output_dir))}; to train its student further, set student.model="
             f"{config.output_dir / FINAL} and another output_dir"
         )
     has_formats = set(config.save.formats) <= set(_config_there(config.output_dir).save.formats)
@@ -101,7 +104,7 @@ def _config_there(out: Path) -> RunConfig:
     except ConfigError as error:
         raise CheckpointError(
             f"{out} holds a finished run whose config this version cannot read ({error}); use "
-            f"another output_dir, or start over with rm -r {out}"
+            f"another output_dir, or start over with rm -r {quote(str(out))}"
         ) from error
 
 
@@ -195,19 +198,17 @@ def _compare_inputs(config: RunConfig, there: Fingerprint) -> None:
 def _not_here(config: RunConfig, error: MegakdError) -> list[str]:
     # Of the keys whose model or data is no longer on this machine. A name that may be the Hub's
     # counts only if the error is about the Hub: such a name has no path here.
-    task = config.task
-    specs = {f"{config.key_of(n)}.model": spec.model for n, spec in config.teacher_specs.items()}
-    specs |= {"student.model": config.student.model, "task.tokenizer": task.tokenizer}
-    specs |= {"task.dataset": task.dataset, "task.data_dir": task.data_dir}
     is_of_hub = "the Hub" in str(error)
-    return [
+    gone = (
         key
-        for key, spec in specs.items()
-        if isinstance(spec, str | Path)
-        and spec not in (FROM_TEACHER, STUDENT_BASE, "pydocs")
-        and not in_home(spec).exists()
-        and (is_of_hub or isinstance(spec, Path) or is_path(spec))
-    ]
+        for key, place in places(config)
+        if key != "output_dir"
+        and not key.endswith((".cache", ".chat_template"))
+        and place not in (FROM_TEACHER, STUDENT_BASE, "pydocs")
+        and not glob.glob(str(in_home(place)), recursive=True)  # noqa: PTH207
+        and (is_of_hub or isinstance(place, Path) or is_path(place) or names_files(key))
+    )
+    return list(dict.fromkeys(gone))
 
 
 def _record_there(out: Path) -> dict[str, Any] | None:
@@ -313,6 +314,10 @@ def _files_of(model: Path) -> dict[str, Any]:
 
 def adding(formats: Collection[str]) -> Callable[[Path], None] | None:
     """Return a function that writes formats into a model folder; None if there are none."""
+    if "onnx" in formats:
+        from megakd.models.onnx import check_packages
+
+        check_packages("save.onnx")
 
     def add(folder: Path) -> None:
         from megakd.run.formats import add_formats
@@ -329,7 +334,7 @@ def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
     models |= dict.fromkeys(config.base_teachers, config.student.model)
     start = {**models, STUDENT: config.student.model}[config.start_role]
     return CardFacts(
-        title=f"{config.output_dir.name}: a student distilled by megakd",
+        title=f"{config.output_dir.absolute().name}: a student distilled by megakd",
         task_type=config.task.type,
         student=start if isinstance(start, str) else None,
         teachers=tuple(model if isinstance(model, str) else None for model in models.values()),
@@ -382,7 +387,7 @@ def export_run(
     changes |= current_files(there)
     add = add or adding(config.save.formats)
     with written_once(to):
-        if to.exists():
+        if to.exists() or to.is_symlink():
             raise CheckpointError(f"{to} already exists; give a folder that does not exist")
         copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))
     return to
@@ -444,4 +449,4 @@ def _finetune_config(config: RunConfig, final: Path) -> str:
             "bf16": config.train.bf16,
         },
     }
-    return HEADER.format(out=config.output_dir) + dump_yaml(tree)
+    return HEADER.format(out=quote(str(config.output_dir))) + dump_yaml(tree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from shlex import quote
 from typing import cast
 
 from huggingface_hub import HfApi
@@ -45,6 +46,6 @@ def push_to_hub(config: SaveConfig, final: Path) -> str:
         private = " --private" if config.hub_private else ""
         return (
             f"the student was not uploaded to {repository} ({first_line(error)}); upload it with: "
-            f"hf upload {repository} {final}{private}"
+            f"hf upload {repository} {quote(str(final))}{private}"
         )
     return f"the student was uploaded to https://huggingface.co/{repository}"

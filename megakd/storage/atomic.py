@@ -88,7 +88,7 @@ def recover(path: Path) -> bool:
     for leftover in (temporary, aside):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
-        else:
+        elif os.path.lexists(leftover):  # read-only storage refuses to remove what is not there
             leftover.unlink(missing_ok=True)
     return restored
 

@@ -88,6 +88,19 @@ def test_a_second_examination_leaves_the_folder_to_the_first(one_rank, config, t
     lock.release()
 
 
+def test_a_folder_that_is_there_is_examined_on_its_own_disk(one_rank, config, tmp_path):
+    path, out = config(), tmp_path / "out"
+    (out / ".doctor").mkdir(parents=True)
+    lock = FolderLock(out / ".doctor")
+    lock.take()
+    refused = one_rank.megakd("doctor", path, "--steps", 0)
+    lock.release()
+
+    assert f"{out / '.doctor'} is in use" in refused.out + refused.err
+    assert one_rank.megakd("doctor", path, "--steps", 0).code == 0
+    assert list(out.iterdir()) == []
+
+
 def test_a_run_that_would_fail_has_the_error_of_the_run_as_its_last_line(
     examined, one_rank, config, reviews
 ):

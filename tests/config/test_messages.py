@@ -117,6 +117,26 @@ def test_the_folder_of_a_run_stands_for_its_config(run_file):
     assert load_config(run_file.parent) == load_config(run_file.parent / "config.yaml")
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_that_was_moved_is_the_run_at_its_new_place(run_file, tmp_path, begun):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    run_file.rename(moved / "config.yaml")
+    if begun:
+        (moved / "checkpoints").mkdir()
+
+    here = load_config(moved).output_dir
+
+    assert here == (moved if begun else load_config(moved / "config.yaml").output_dir)
+    assert load_config(moved, ["output_dir=elsewhere"]).output_dir == Path("elsewhere")
+
+
+@pytest.mark.parametrize("key", ["task.dataset", "teacher.model", "task.train_files"])
+def test_an_empty_name_is_refused(run_file, key):
+    message = message_of(run_file, f'{key}=""')
+    assert 'names nothing (got ""); give a name, or remove the key' in message
+
+
 def test_an_evaluated_model_is_found_in_the_home_folder_or_named(run_file, monkeypatch):
     config = load_config(run_file)
     monkeypatch.setenv("HOME", str(run_file.parent))

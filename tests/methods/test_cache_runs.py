@@ -11,6 +11,8 @@ from cache_bench import VOCABULARY, Bench, furthest
 from tiny_runs import NO_DROPOUT, bert, write_config
 from whole_run import finish, records
 
+from megakd.run.holder import FolderLock
+
 
 @pytest.fixture(scope="module")
 def classes(one_rank, tmp_path_factory) -> Bench:
@@ -193,6 +195,20 @@ def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(
     few, many = (furthest(weights, online) for weights in collected)
     assert many < furthest(initial, online) / 2
     assert many < few / 2
+
+
+def test_a_cache_that_another_command_fills_is_left_to_it(language):
+    lock = FolderLock(language.folder / "shared")
+    lock.take()
+
+    refused = language.one_rank.megakd("cache", language.config("second", cache="shared"))
+
+    assert refused.code == 2
+    assert f"{language.folder / 'shared'} is in use by another run" in refused.err
+    lock.release()
+    assert not (language.folder / "shared").exists()
+    language.cache(language.config("second", cache="shared"))
+    assert not (language.folder / "shared" / "lock.json").exists()
 
 
 def test_a_cache_of_the_other_kind_is_refused_naming_both(language):

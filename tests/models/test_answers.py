@@ -163,6 +163,13 @@ def broken(folder: Path, kind: str) -> Path:
     if kind in ARCHITECTURES:
         keys = json.loads(config.read_text()) | {"architectures": [ARCHITECTURES[kind]]}
         config.write_text(json.dumps(keys))
+    if kind == "several labels":
+        keys = {**json.loads(config.read_text()), "problem_type": "multi_label_classification"}
+        config.write_text(json.dumps(keys))
+    if kind == "no padding":
+        words = json.loads((final / "tokenizer_config.json").read_text())
+        del words["pad_token"]
+        (final / "tokenizer_config.json").write_text(json.dumps(words))
     if kind == "quantised":
         keys = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}
         config.write_text(json.dumps(keys))
@@ -178,6 +185,8 @@ def broken(folder: Path, kind: str) -> Path:
         ("quantised", r"is quantized \(gptq\)"),
         ("no class", r"names the architecture 'AutoModelForSequenceClassification', which neither"),
         ("no mask", r"the tokenizer has no mask token to fill"),
+        ("no padding", r"the tokenizer has no pad token, which texts of several lengths need"),
+        ("several labels", r"decides on each label alone"),
     ],
 )
 def test_a_folder_without_a_model_that_answers_is_refused(tmp_path, kind, message):

@@ -48,6 +48,13 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch, tmp_path):
         onnx.write_onnx(tmp_path)
 
 
+def test_a_graph_that_onnxruntime_cannot_open_is_refused(monkeypatch, tmp_path):
+    tiny_cuts.build("bert").save_pretrained(tmp_path)
+    monkeypatch.setattr(onnx, "_export", lambda model, names, graph: graph.write_bytes(b"none"))
+    with pytest.raises(ModelError, match=r"onnxruntime cannot run the graph of this bert model \("):
+        onnx.write_onnx(tmp_path)
+
+
 def test_a_graph_whose_logits_are_no_numbers_is_refused(monkeypatch, tmp_path):
     model = tiny_cuts.build("bert")
     model.save_pretrained(tmp_path)

@@ -320,6 +320,7 @@ HUB = "teacher.model: owner/name cannot be downloaded from the Hub"
         ("teacher.model=owner/name", HUB, ["teacher.model"]),
         ("teacher.model=./nowhere", "anything", ["teacher.model"]),
         ("task.dataset=./nowhere", "anything", ["task.dataset"]),
+        ("task={type: classification, train_files: [no*.csv, no.csv]}", "x", ["task.train_files"]),
     ],
 )
 def test_a_path_that_is_gone_excuses_any_error_and_a_name_one_of_the_hub(

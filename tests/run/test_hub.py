@@ -68,11 +68,11 @@ def test_the_folder_goes_to_a_repository_that_is_made_first(api, tmp_path):
 def test_a_failed_upload_is_one_line_with_the_command_that_repeats_it(api, tmp_path, step):
     api.failing = (step,)
 
-    answer = upload.push_to_hub(PRIVATE, tmp_path)
+    answer = upload.push_to_hub(PRIVATE, tmp_path / "a run")
 
     assert answer == (
         f"the student was not uploaded to me/student ({step} failed); upload it with: "
-        f"hf upload me/student {tmp_path} --private"
+        f"hf upload me/student '{tmp_path}/a run' --private"
     )
 
 

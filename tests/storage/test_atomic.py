@@ -116,6 +116,14 @@ def test_recover_undoes_a_first_rename_and_keeps_what_both_have_made(tmp_path, l
     assert names(tmp_path) == ["final"]
 
 
+def test_recover_removes_nothing_where_nothing_is_left(tmp_path, monkeypatch):
+    """Read-only storage refuses to remove what is not there."""
+    folder_with(tmp_path / "final", "old")
+    monkeypatch.setattr(Path, "unlink", None)
+
+    assert not recover(tmp_path / "final")
+
+
 @pytest.mark.parametrize("call", ["temporary.replace", "path.replace", "fsync", "rmtree"])
 def test_a_process_killed_anywhere_leaves_old_or_new(tmp_path, call):
     path = folder_with(tmp_path / "final", "old")

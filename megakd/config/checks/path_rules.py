@@ -16,8 +16,10 @@ from megakd.process.terminal import in_home
 
 
 def address_problems(config: RunConfig) -> Iterator[str]:
-    """Yield settings with web or bucket addresses: only local folders and Hub ids are supported."""
-    for key, value in _places(config):
+    """Yield settings that name nothing, or an address: only folders and Hub ids are supported."""
+    for key, value in places(config):
+        if value == "":  # the working directory, if it were read as a path
+            yield f'{key}: names nothing (got ""); give a name, or remove the key'
         # `Path` has removed one of the two slashes.
         if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
             continue
@@ -38,7 +40,7 @@ def check_paths(config: RunConfig) -> None:
     unread |= {key for key, spec in specs.items() if isinstance(spec.cache, Path) or spec.server}
     missing = [
         f"{key}: {path} does not exist"
-        for key, value in _places(config)
+        for key, value in places(config)
         if key not in unread and not key.endswith(".cache") and _is_local(key, str(value))
         if not (config.task.encoded and key.startswith("task.") and key != "task.tokenizer")
         if not (path := in_home(value)).exists()
@@ -48,7 +50,8 @@ def check_paths(config: RunConfig) -> None:
         raise ConfigError(count + "\n  ".join(missing))
 
 
-def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
+def places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
+    """Yield the keys of a run's folders, models and data, with what they name."""
     task = config.task
     places: dict[str, object] = {"output_dir": config.output_dir}
     for key in ("dataset", "data_dir", "tokenizer", "chat_template"):
@@ -68,4 +71,9 @@ def _places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
 def _is_local(key: str, place: str) -> bool:
     if glob.has_magic(place):
         return False
-    return "files" in key or "evaluation_sets" in key or looks_like_path(place)
+    return names_files(key) or looks_like_path(place)
+
+
+def names_files(key: str) -> bool:
+    """Return whether a key names files, never anything on the Hub."""
+    return "files" in key or "evaluation_sets" in key
