@@ -129,6 +129,8 @@ def test_without_a_trial_its_time_is_spent_on_the_repair(monkeypatch, tmp_path):
 
     assert benchmark.steps_for(None, size, 1, without=()) == 40 + 40 / 0.25
     assert benchmark.steps_for(None, size, 1, without=benchmark.IMPORTANCE) == 40 + 30 / 0.25
+    del stages[0]  # whole layers have no units to be measured
+    assert benchmark.steps_for(None, size, 1, without=benchmark.IMPORTANCE) == 40 + 30 / 0.25
 
 
 def test_the_runs_are_valid_and_a_size_becomes_its_nearest_number_of_layers(rows, tmp_path):
