@@ -1,13 +1,11 @@
-"""Learning rate schedules as functions of the step, without state to checkpoint or replay.
+"""The options of the learning rate schedules of `transformers.get_scheduler`, and their checks.
 
-Each schedule is a dataclass with the options that `train.lr_scheduler_kwargs` may set. Shapes,
-names and defaults are the same as in `transformers.get_scheduler`, whose rates differ in the last
-bit, and which would load torch to check a config.
+Each schedule is a dataclass with the options that `train.lr_scheduler_kwargs` may set, with
+transformers' defaults. A config is checked without transformers, which gives the rates.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, get_args
 
@@ -35,16 +33,8 @@ Shape = Literal["linear", "cosine", "1-sqrt"]
 class ConstantWithWarmup:
     """Linear warm-up, then the peak rate."""
 
-    def rate(self, step: int, warm: int, total: int, peak: float) -> float:
-        """Return the rate after `step` optimizer steps, of which `warm` are warm-up."""
-        if step < warm:
-            return peak * step / warm
-        return peak * self._decay(step, warm, total, peak)
-
-    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        return 1.0
-
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        """Return why a stage of `total` steps, `warm` of them warm-up, cannot use it, or None."""
         return None
 
 
@@ -62,18 +52,12 @@ class ConstantRate(ConstantWithWarmup):
 class Linear(ConstantWithWarmup):
     """Linear warm-up, then a straight line to 0."""
 
-    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        return max(0.0, 1.0 - _progress(step, warm, total))
-
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class Cosine(ConstantWithWarmup):
     """Linear warm-up, then `num_cycles` periods of a cosine; half a period ends at 0."""
 
     num_cycles: Positive = 0.5
-
-    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        return max(0.0, _cosine(self.num_cycles, _progress(step, warm, total)))
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -82,10 +66,6 @@ class CosineWithRestarts(ConstantWithWarmup):
 
     num_cycles: Count = 1
 
-    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        progress = _progress(step, warm, total)
-        return 0.0 if progress >= 1 else max(0.0, _cosine(0.5, self.num_cycles * progress % 1.0))
-
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class Polynomial(ConstantWithWarmup):
@@ -93,10 +73,6 @@ class Polynomial(ConstantWithWarmup):
 
     lr_end: Weight = 1e-7
     power: Positive = 1.0
-
-    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        remaining = 1 - _progress(step, warm, total)
-        return ((peak - self.lr_end) * remaining**self.power + self.lr_end) / peak
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
         if self.lr_end >= peak:
@@ -113,10 +89,6 @@ class InverseSqrt(ConstantWithWarmup):
 
     timescale: Count | None = None
 
-    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        timescale = self.timescale or warm or 10_000
-        return 1.0 / math.sqrt((step + timescale - warm) / timescale)
-
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class CosineWithMinLr(ConstantWithWarmup):
@@ -125,10 +97,6 @@ class CosineWithMinLr(ConstantWithWarmup):
     num_cycles: Positive = 0.5
     min_lr: Weight | None = None
     min_lr_rate: Fraction | None = None
-
-    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        lowest = self.min_lr / peak if self.min_lr is not None else self.min_lr_rate or 0.0
-        return _above(lowest, _cosine(self.num_cycles, _progress(step, warm, total)))
 
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
         if (self.min_lr is None) == (self.min_lr_rate is None):
@@ -153,30 +121,6 @@ class WarmupStableDecay(ConstantWithWarmup):
     min_lr_ratio: Fraction = 0.0
     num_cycles: Positive = 0.5
 
-    def rate(self, step: int, warm: int, total: int, peak: float) -> float:
-        if step >= warm:
-            return super().rate(step, warm, total, peak)
-        progress = step / warm
-        rising = {
-            "linear": progress,
-            "cosine": 0.5 * (1 - math.cos(math.pi * progress)),
-            "1-sqrt": 1 - math.sqrt(1 - progress),
-        }
-        return peak * _above(self.min_lr_ratio, rising[self.warmup_type])
-
-    def _decay(self, step: int, warm: int, total: int, peak: float) -> float:
-        stable = self.num_stable_steps
-        stable = total - warm - self.num_decay_steps if stable is None else stable
-        progress = (step - warm - stable) / self.num_decay_steps
-        if not 0 <= progress < 1:
-            return 1.0 if progress < 0 else self.min_lr_ratio
-        falling = {
-            "linear": 1 - progress,
-            "cosine": _cosine(self.num_cycles, progress),
-            "1-sqrt": 1 - math.sqrt(progress),
-        }
-        return _above(self.min_lr_ratio, falling[self.decay_type])
-
     def problem(self, warm: int, total: int | None, peak: float) -> str | None:
         stable = self.num_stable_steps or 0
         needed = warm + stable + self.num_decay_steps
@@ -195,16 +139,3 @@ _KINDS = (
 SCHEDULES: Mapping[ScheduleName, type[ConstantWithWarmup]] = dict(
     zip(get_args(ScheduleName), _KINDS, strict=True)
 )
-
-
-def _progress(step: int, warm: int, total: int) -> float:
-    # 0 at the end of the warm-up, 1 at the end of the stage.
-    return min(1.0, (step - warm) / max(1, total - warm))
-
-
-def _cosine(cycles: float, progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * cycles * 2 * progress))
-
-
-def _above(lowest: float, share: float) -> float:
-    return max(0.0, share * (1 - lowest) + lowest)

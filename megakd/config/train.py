@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -134,11 +134,27 @@ def schedule_problem(train: TrainConfig, total_steps: int | None) -> str | None:
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> Schedule:
-    """Return the function from the number of steps taken to the learning rate."""
+    """Return the function from the number of steps taken to the learning rate.
+
+    After the last step the rate stays as it is: a cosine would rise again.
+    """
     problem = schedule_problem(train, total_steps)
     if problem:
         raise ConfigError(f"train.lr_scheduler_type: {problem}")
-    options = SCHEDULES[train.lr_scheduler_type](**(train.lr_scheduler_kwargs or {}))
-    warm, peak = warmup_steps(train, total_steps), train.learning_rate
+    # A config is checked without torch.
+    import torch
+    from transformers import get_scheduler
 
-    return lambda step: options.rate(step, warm, total_steps, peak)
+    options, peak = train.lr_scheduler_kwargs or {}, train.learning_rate
+    # One of the two sets the steps at the peak rate of `warmup_stable_decay`.
+    total = total_steps if options.get("num_stable_steps") is None else None
+    scheduler = get_scheduler(
+        train.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)], lr=peak),
+        num_warmup_steps=warmup_steps(train, total_steps),
+        num_training_steps=total,
+        scheduler_specific_kwargs=options,
+    )
+    (factor,) = cast("torch.optim.lr_scheduler.LambdaLR", scheduler).lr_lambdas
+
+    return lambda step: peak * factor(min(step, total_steps))
