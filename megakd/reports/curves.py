@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, is_text_metri
 from megakd.contract.unit_counts import without_source
 from megakd.reports.charts import Chart, Line, line_chart
 from megakd.reports.history import LARGEST, Curve, Panels, Points, evenly, thinned
-from megakd.reports.quantities import is_number, short_count, step_time
+from megakd.reports.quantities import is_number, short_count
 from megakd.reports.table import SHARES, Rows, pruning_course, pruning_rows
 
 STAGES_SHOWN, PANELS_SHOWN, LINES_PER_PANEL = 20, 6, 12
@@ -305,24 +304,12 @@ def _position_chart(
     return replace(chart, x_title="position of the token")
 
 
-class PruningRun(NamedTuple):
-    """The content of the section: sizes, divergence and step time in words and as charts."""
-
-    sentences: Sequence[str]
-    figure: Figure
-
-
-def pruning_section(report: Report) -> PruningRun | None:
-    """Return the section, or None for a method that does not prune during training."""
+def pruning_section(report: Report) -> Figure | None:
+    """Return sizes, divergence and step times, or None if nothing was pruned during training."""
     rows = pruning_course(report)
     if not rows:
         return None
     curves = {key: _pruning_points(rows, key) for key, *_ in PRUNING_CHARTS}
-    sentences = (
-        _size_sentence(rows, report),
-        _divergence_sentence(curves["teacher_kl"]),
-        _time_sentence(curves["step_seconds"]),
-    )
     numbers, total = pruning_rows(report, most=ROWS_SHOWN), len(rows)
     extent = f"{ROWS_SHOWN} of {total:,} evaluations" if total > ROWS_SHOWN else ""
     charts = [
@@ -333,8 +320,7 @@ def pruning_section(report: Report) -> PruningRun | None:
     caption = _pruning_caption(
         total, [len(points) for points in curves.values() if len(points) > 1]
     )
-    figure = Figure("Pruning", charts, caption, numbers, extent)
-    return PruningRun([sentence for sentence in sentences if sentence], figure)
+    return Figure("Pruning", charts, caption, numbers, extent)
 
 
 def _pruning_points(rows: Sequence[PruningReport], key: Key) -> Points:
@@ -363,41 +349,3 @@ def _pruning_caption(evaluations: int, drawn: Sequence[int]) -> str:
         THINNED if max(drawn, default=0) > PRUNING_POINTS else "",
     )
     return " ".join(filter(None, notes))
-
-
-def _size_sentence(rows: Sequence[PruningReport], report: Report) -> str:
-    teacher = report["teacher"]
-    whole = f" of {short_count(teacher['parameters'])} parameters" if teacher else ""
-    start = f"The student starts as its teacher{whole} and loses units during training."
-    (first, small), (last, smaller) = (
-        (f"step {row['step']:,}", f"{short_count(row['parameters'])} parameters (width "
-        f"{row['width']:,})") for row in (rows[0], rows[-1])
-    )  # fmt: skip
-    if len(rows) == 1:
-        return f"{start} At {first}, it has {small}."
-    return f"{start} Between {first} and {last}, it goes from {small} to {smaller}."
-
-
-def _divergence_sentence(points: Points) -> str:
-    if not points:
-        return "Its KL divergence from the teacher was not measured."
-    (first, start), (last, end) = points[0], points[-1]
-    known = f"Its KL divergence from the teacher is {start:.4g} nats at step {first:,}"
-    if len(points) == 1:
-        return f"{known}."
-    before, after = max(pairwise(points), key=lambda pair: pair[1][1] - pair[0][1])
-    rise = after[1] - before[1]
-    jump = (
-        f"the largest rise between two evaluations is {rise:.4g} nats, from step {before[0]:,} to "
-        f"step {after[0]:,}"
-        if rise > 0
-        else "it rises between no two evaluations"
-    )
-    return f"{known} and {end:.4g} nats at step {last:,}; {jump}."
-
-
-def _time_sentence(points: Points) -> str:
-    ends = [f"{step_time(seconds)} before step {step:,}" for step, seconds in points]
-    if not ends:
-        return ""
-    return f"The median step time is {' and '.join(ends[:1] + ends[1:][-1:])}."
