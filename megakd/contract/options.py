@@ -17,19 +17,17 @@ from megakd.contract.terms import STRICT
 from megakd.errors import suggestion
 
 SMALLEST_VOCABULARY = 100
-VocabularyType = Literal["wordpiece", "unigram", "bpe"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class StudentVocabulary:
     """A lower-cased vocabulary that is trained on the training text of the run.
 
-    type: `wordpiece` is BERT's kind. `unigram` and `bpe` are SentencePiece models, whose words are
-        not the words of a WordPiece teacher.
+    type: `wordpiece` is BERT's kind, whose words can be those of the teacher.
     size: number of pieces, including the five special tokens. 4928 is the size of Zhao et al. 2019.
     """
 
-    type: VocabularyType = "wordpiece"
+    type: Literal["wordpiece"] = "wordpiece"
     size: Annotated[int, Field(ge=SMALLEST_VOCABULARY)] = 4928
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 LOOKED_FOR = "tokenizer.json, vocab.txt, vocab.json with merges.txt, or one *.model"
 DEFAULT_VOCAB_SIZE = 8000
-MODEL_FILE = "spiece.model"
-_STOCK_MODEL_NAMES = (MODEL_FILE, "tokenizer.model", "sentencepiece.bpe.model")
+_MODEL_FILE = "spiece.model"
+_STOCK_MODEL_NAMES = (_MODEL_FILE, "tokenizer.model", "sentencepiece.bpe.model")
 _SENTENCEPIECE_BPE = 2
 CONTINUES = "##"
 """Beginning of a WordPiece that does not begin a word."""
@@ -104,32 +103,6 @@ class VocabularyPair(NamedTuple):
         inside = CONTINUES + first
         first = inside if text != name and inside in known else first
         return [known[piece] for piece in (first, *rest)]
-
-
-class SentencePieceTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer that is saved together with its SentencePiece model, as spiece.model.
-
-    transformers saves such a tokenizer as tokenizer.json only.
-    """
-
-    sentencepiece_model: bytes
-
-    def _save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        file_names: tuple[str, ...],
-        legacy_format: bool | None = None,  # noqa: FBT001 - the signature is transformers'
-        filename_prefix: str | None = None,
-    ) -> tuple[str, ...]:
-        names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        model = Path(save_directory, prefix + MODEL_FILE)
-        model.write_bytes(self.sentencepiece_model)
-        return (*names, str(model))
-
-
-# `save_pretrained` writes this name, by which transformers finds its class without megakd.
-SentencePieceTokenizer.__name__ = PreTrainedTokenizerFast.__name__
 
 
 def load_tokenizer(
@@ -240,14 +213,7 @@ def _read(folder: Path, task_type: TaskType) -> PreTrainedTokenizerBase:
     if is_bare_model and model and not (says_its_class and model.name in _STOCK_MODEL_NAMES):
         return _from_sentencepiece(model, task_type)
     if says_its_class:
-        loaded = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        is_generic = type(loaded) is PreTrainedTokenizerFast
-        if is_generic and {"tokenizer.json", MODEL_FILE} <= files:
-            loaded = SentencePieceTokenizer.from_pretrained(folder, local_files_only=True)
-            loaded.sentencepiece_model = (folder / MODEL_FILE).read_bytes()
-        return loaded
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if "tokenizer.json" in files:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         roles = _special_roles(tokenizer, task_type)
@@ -263,12 +229,12 @@ def _from_sentencepiece(path: Path, task_type: TaskType) -> PreTrainedTokenizerB
     proto: Any = extractor.proto
     unknown = proto.pieces[proto.trainer_spec.unk_id].piece
     if unknown == "<unk>" and any(piece.piece == "[CLS]" for piece in proto.pieces):
-        # ALBERT's models are of this kind; the student vocabularies of megakd have [UNK].
+        # ALBERT's models are of this kind.
         # transformers finds a SentencePiece file only by its name.
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copyfile(path, Path(folder, MODEL_FILE))
+            shutil.copyfile(path, Path(folder, _MODEL_FILE))
             return AlbertTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer = sentencepiece_backend(extractor)
+    tokenizer = _sentencepiece_backend(extractor)
     roles = _special_roles(tokenizer, task_type)
     if "cls_token" in roles and "sep_token" in roles:
         tokenizer.post_processor = encoder_template(
@@ -293,12 +259,9 @@ def _template(tokenizer: Tokenizer, token: str, single: str) -> processors.Templ
     )
 
 
-def sentencepiece_backend(extractor: SentencePieceExtractor) -> Tokenizer:
-    """Return a tokenizer with the ids and pieces of a SentencePiece model, without a template.
-
-    The tokenizer encodes texts as SentencePiece does, with the exceptions of their normalizers:
-    U+0085 (a space only here), İ in lower-cased models, and accents on letters in unusual forms.
-    """
+def _sentencepiece_backend(extractor: SentencePieceExtractor) -> Tokenizer:
+    # Encodes texts as SentencePiece does, with the exceptions of their normalizers: U+0085 (a space
+    # only here), İ in lower-cased models, and accents on letters in unusual forms.
     tokenizer = Tokenizer(_sentencepiece_model(extractor))
     _read_texts_as(extractor.proto, tokenizer)
     return tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixed_runs import SENTENCEPIECE, mixed, plain, words
+from mixed_runs import mixed, plain, words
 from safetensors.torch import load_file
 from tiny_runs import NO_DROPOUT, bert, write_jsonl
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -280,14 +280,6 @@ def test_a_student_without_a_teacher_reads_the_rows_of_the_others(one_rank, tmp_
 
     assert_same_weights(*students)
     assert_same_weights(students[0], tmp_path / "none/out/stages/alone")
-
-
-def test_a_vocabulary_of_sentencepiece_is_used_alone(one_rank, tmp_path):
-    finish(one_rank, mixed(tmp_path, method={**SENTENCEPIECE, "projections": "none"}))
-
-    final = tmp_path / "out" / "final"
-    assert (final / "spiece.model").is_file()
-    assert len(AutoTokenizer.from_pretrained(final)) == 100
 
 
 WRONG = {

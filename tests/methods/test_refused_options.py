@@ -179,11 +179,6 @@ REFUSED = [
     ),
     ("mixed_vocabulary", ["method.teacher_steps=5"], "method.teacher_steps: 5 has no effect"),
     ("mixed_vocabulary", ["method.student_vocabulary.size=10"], "method.student_vocabulary"),
-    (
-        "mixed_vocabulary",
-        ["method.student_vocabulary.type=unigram"],
-        "a unigram vocabulary has other words than the teacher's",
-    ),
     ("mixed_vocabulary", ["task.streaming=true"], "task.streaming"),
     ("mixed_vocabulary", ["objective=[{loss: hard_cross_entropy}]"], "objective: mixed_vocabulary"),
     ("mixed_vocabulary", ["student.model=some/model"], "starts from random weights"),

@@ -1,4 +1,4 @@
-"""Vocabularies of students: exact sizes, the SentencePiece model beside them, what is refused."""
+"""Vocabularies of students: exact sizes, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import sentencepiece
 from datasets import Dataset
-from hypothesis import given
-from hypothesis import strategies as st
 from other_process import said_elsewhere
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from megakd.contract.options import StudentVocabulary
 from megakd.data.encoding import tokenizer_content
-from megakd.data.tokenizers import VocabularyPair, from_folder
+from megakd.data.tokenizers import VocabularyPair
 from megakd.data.vocabularies import encoder_template
 from megakd.errors import DataError
 from megakd.methods.mixed_vocabulary import tokenizer as student_tokenizer
@@ -30,7 +27,6 @@ FIRST = "The teacher writes a letter; the student, naïve, reads 42 (short) lett
 
 
 def _invented() -> list[str]:
-    """Return sentences with enough parts of words for a unigram vocabulary."""
     rng = random.Random(0)
     syllables = re.findall("..", "tarinokeselmibafuesingerlyprocodestunal")
     words = ["".join(rng.choices(syllables, k=rng.randrange(1, 4))) for _ in range(150)]
@@ -39,8 +35,6 @@ def _invented() -> list[str]:
 
 SENTENCES = _invented()
 ROLES = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
-KINDS = ["wordpiece", "unigram", "bpe"]
-SENTENCEPIECE_KINDS = ["unigram", "bpe"]
 
 
 class _Splits(NamedTuple):
@@ -49,16 +43,15 @@ class _Splits(NamedTuple):
     stream: Any = None
 
 
-def _load(folder, kind, size=100, texts=SENTENCES):
+def _load(folder, size=100, texts=SENTENCES):
     splits: Any = _Splits(Dataset.from_dict({"text": list(texts) * 5}))
-    vocabulary = StudentVocabulary(type=kind, size=size)
+    vocabulary = StudentVocabulary(size=size)
     return load_student_tokenizer(vocabulary, splits, cache_dir=folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_student_tokenizer_has_the_size_and_frames_texts_and_pairs(tmp_path, monkeypatch, kind):
+def test_a_student_tokenizer_has_the_size_and_frames_texts_and_pairs(tmp_path, monkeypatch):
     size = 120
-    tokenizer = _load(tmp_path, kind, size)
+    tokenizer = _load(tmp_path, size)
     check_special_tokens(tokenizer, "student")
 
     single, pair = tokenizer("The Student"), tokenizer("the student", "a letter")
@@ -73,51 +66,21 @@ def test_a_student_tokenizer_has_the_size_and_frames_texts_and_pairs(tmp_path, m
     assert tokenizer("the [MASK] reads")["input_ids"].count(4) == 1
     # A vocabulary is trained once.
     monkeypatch.setattr(student_tokenizer, "_trained", None)
-    assert tokenizer_content(_load(tmp_path, kind, size)) == tokenizer_content(tokenizer)
+    assert tokenizer_content(_load(tmp_path, size)) == tokenizer_content(tokenizer)
 
 
 def test_the_defaults_are_the_papers_and_values_outside_the_choices_are_refused():
     assert StudentVocabulary() == StudentVocabulary(type="wordpiece", size=4928)
-    for wrong in ({"size": 99}, {"type": "char"}, {"vocab_size": 200}):
+    for wrong in ({"size": 99}, {"type": "unigram"}, {"vocab_size": 200}):
         with pytest.raises(ValidationError):
             StudentVocabulary(**wrong)
 
 
-@pytest.fixture(scope="module", params=SENTENCEPIECE_KINDS)
-def trained(request, tmp_path_factory):
-    """Return a tokenizer, and SentencePiece with the model of the tokenizer."""
-    tokenizer = _load(tmp_path_factory.mktemp("trained"), request.param)
-    model = tokenizer.sentencepiece_model
-    return tokenizer, sentencepiece.SentencePieceProcessor(model_proto=model)
-
-
-CHARACTERS = [*sorted(set("".join(SENTENCES))), "É", "E\u0301", "Q\u0303", "▁", "▅", "字", "\t"]
-
-
-@given(text=st.lists(st.sampled_from(CHARACTERS)).map("".join) | st.text("tari ", max_size=60))
-def test_texts_are_encoded_as_sentencepiece_encodes_them(trained, text):
-    tokenizer, reference = trained
-    # Many segmentations of repeated letters have the same score.
-    texts = [text, *(part * n for part in ("e", "ta", "est", "erer") for n in (1, 2, 3, 17, 58))]
-
-    assert tokenizer(texts, add_special_tokens=False)["input_ids"] == reference.encode(texts)
-
-
-def test_ids_and_pieces_are_those_of_the_sentencepiece_model(trained):
-    tokenizer, reference = trained
-
-    assert len(tokenizer) == len(reference) == 100
-    assert tokenizer.convert_ids_to_tokens([*range(100)]) == reference.id_to_piece([*range(100)])
-
-
 def trained_backends(folder) -> str:
-    """Return all files of one tokenizer of each kind."""
-    made = []
-    for kind in KINDS:
-        _load(folder / kind, kind).save_pretrained(folder / f"{kind}-saved")
-        files = sorted((folder / f"{kind}-saved").iterdir())
-        made.append({file.name: file.read_bytes().hex() for file in files})
-    return json.dumps(made)
+    """Return all files of a tokenizer."""
+    _load(folder / "cache").save_pretrained(folder / "saved")
+    files = sorted((folder / "saved").iterdir())
+    return json.dumps({file.name: file.read_bytes().hex() for file in files})
 
 
 def test_equal_texts_give_equal_files_in_every_process(tmp_path):
@@ -126,84 +89,51 @@ def test_equal_texts_give_equal_files_in_every_process(tmp_path):
     assert elsewhere == trained_backends(tmp_path / "here")
 
 
-@pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
-def test_the_sentencepiece_model_is_saved_wherever_the_tokenizer_is_saved(tmp_path, kind):
-    tokenizer = _load(tmp_path / "cache", kind)
-    final, copy, bare = (tmp_path / name for name in ("final", "copy", "bare"))
-    tokenizer.save_pretrained(final)
-    BertConfig().save_pretrained(final)  # beside a model
-    bare.mkdir()
-    (bare / "spiece.model").write_bytes(tokenizer.sentencepiece_model)
-
-    again, alone = from_folder(final, "classification"), from_folder(bare, "classification")
-    again.save_pretrained(copy)
-    plain = AutoTokenizer.from_pretrained(copy)
-
-    for folder in (final, copy):
-        assert (folder / "spiece.model").read_bytes() == tokenizer.sentencepiece_model
-    assert type(plain) is PreTrainedTokenizerFast
-    assert tokenizer_content(plain) == tokenizer_content(again) == tokenizer_content(tokenizer)
-    assert alone.special_tokens_map == tokenizer.special_tokens_map
-    text = "The naïve Student, reads 42 [MASK]"
-    for one in (plain, again, alone):
-        assert one(text)["input_ids"] == tokenizer(text)["input_ids"]
-
-
 def _largest(error: Any) -> int:
     return int(str(error.value).rsplit("at most ", 1)[1].split(",")[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_too_little_text_is_an_error_that_names_the_largest_size(tmp_path, kind):
+def test_too_little_text_is_an_error_that_names_the_largest_size(tmp_path):
     message = (
         r"the training text gives only \d+ pieces.*method\.student_vocabulary\.size is 5000; "
         r"set method\.student_vocabulary\.size to at most \d+, or give more text"
     )
     with pytest.raises(DataError, match=message) as error:
-        _load(tmp_path, kind, 5000)
+        _load(tmp_path, 5000)
 
     largest = _largest(error)
-    assert len(_load(tmp_path, kind, largest)) == largest
+    assert len(_load(tmp_path, largest)) == largest
     with pytest.raises(DataError, match=f"gives only {largest} pieces"):
-        _load(tmp_path, kind, largest + 1)
+        _load(tmp_path, largest + 1)
 
 
 # 150 characters, of which a vocabulary of 1000 pieces keeps only the 100 most frequent.
 def test_the_largest_size_of_a_varied_text_is_reachable(tmp_path):
     varied = [" ".join(chr(0x4E00 + n) * 2 for n in range(150)), *SENTENCES]
     with pytest.raises(DataError, match="occur at least twice") as error:
-        _load(tmp_path, "wordpiece", 2000, varied)
+        _load(tmp_path, 2000, varied)
 
     largest = _largest(error)
 
-    assert len(_load(tmp_path, "wordpiece", largest, varied)) == largest
+    assert len(_load(tmp_path, largest, varied)) == largest
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tmp_path, kind):
+def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tmp_path):
     varied = [" ".join(chr(0x400 + n) for n in range(48, 200)), *SENTENCES]
     message = r"take \d+ pieces, and method\.student_vocabulary\.size is 100; set"
     with pytest.raises(DataError, match=message) as error:
-        _load(tmp_path, kind, 100, varied)
+        _load(tmp_path, 100, varied)
 
     smallest = int(str(error.value).rsplit(" ", 1)[1])
-    assert len(_load(tmp_path, kind, smallest, varied)) == smallest
+    assert len(_load(tmp_path, smallest, varied)) == smallest
     with pytest.raises(DataError, match=f"to at least {smallest}"):
-        _load(tmp_path, kind, smallest - 1, varied)
+        _load(tmp_path, smallest - 1, varied)
 
 
 @pytest.mark.parametrize("texts", [[""], ["a"]], ids=["nothing", "one letter"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_text_with_hardly_a_word_is_an_error(tmp_path, kind, texts):
+def test_a_text_with_hardly_a_word_is_an_error(tmp_path, texts):
     with pytest.raises(DataError, match=r"the training text gives (no|only) .*(data|more text)"):
-        _load(tmp_path, kind, 100, texts)
-
-
-@pytest.mark.parametrize("kind", SENTENCEPIECE_KINDS)
-def test_long_texts_and_reserved_characters_are_not_lost_to_the_vocabulary(tmp_path, kind):
-    tokenizer = _load(tmp_path, kind, 100, [*SENTENCES, "zebra ▅ " * 3000])
-
-    assert "▁zebra" in tokenizer.get_vocab()
+        _load(tmp_path, 100, texts)
 
 
 def _word_level(vocabulary, *, template=("[CLS]", "[SEP]"), roles=()) -> PreTrainedTokenizerFast:

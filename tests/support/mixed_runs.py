@@ -10,7 +10,6 @@ from tiny_runs import bert, config_tree, write_config
 
 METHOD = {"name": "mixed_vocabulary", "student_vocabulary": {"size": 100}}
 TRAIN = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.01}
-SENTENCEPIECE = {"student_vocabulary": {"type": "unigram", "size": 100}}
 TEACHER_TOKENIZER = {"type": "wordpiece", "vocab_size": 300}
 
 

@@ -109,7 +109,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
     """The student has a small vocabulary of its own, which the teacher learns to read too.
 
     version: 1 trains both models together with shared projections, 2 trains the teacher first.
-    student_vocabulary: type and size of the vocabulary, which is trained on the training text.
+    student_vocabulary: size of the vocabulary, which is trained on the training text.
     p: probability of each word of the teacher's text to be cut with the student's vocabulary.
     projections: of version 1: `none` trains the student alone; `dual` trains both models and
         compares nothing; `down` maps the teacher's weights to the student's shapes; `up` maps the
@@ -160,15 +160,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
     def trains_teacher(self) -> bool:
         return self.version == 2 or self.direction != "none"
 
-    @property
-    def cuts_words(self) -> bool:
-        """Whether the student's vocabulary can cut a text into the teacher's words."""
-        return self.student_vocabulary.type == "wordpiece"
-
-    def reads_mixed_rows(self, config: Any) -> bool:
-        """Return whether a model reads rows that are encoded for both vocabularies."""
-        return self.cuts_words or self.trains_teacher or PATIENT_KD in config.baselines
-
     def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
         """Train the student's tokenizer, and check that the teacher's can be mixed with it."""
         from megakd.methods.mixed_vocabulary.tokenizer import (
@@ -180,11 +171,9 @@ class MixedVocabularyConfig(OneTeacherOptions):
         return load_student_tokenizer(self.student_vocabulary, splits, cache_dir=cache_dir)
 
     def rows(self, config: Any, splits: Any, pair: Any, *, cache_dir: Path) -> Any:
-        """Return the training rows for both vocabularies, if a model reads such rows."""
+        """Return the training rows for both vocabularies."""
         from megakd.methods.mixed_vocabulary.mixed_text import encode_mixed
 
-        if not self.reads_mixed_rows(config):
-            return None
         return encode_mixed(
             splits.train, pair, config.task, content_hash=splits.content_hash, cache_dir=cache_dir
         )
@@ -194,7 +183,7 @@ class MixedVocabularyConfig(OneTeacherOptions):
 
         Students that learn alone then read what those beside a teacher read.
         """
-        return bool(stage.mixed) or (self.cuts_words and stage.role == STUDENT)
+        return bool(stage.mixed) or stage.role == STUDENT
 
     def extras(self, parts: Any) -> Sequence[Any]:
         from megakd.methods.mixed_vocabulary.mixed_text import BothVocabularies
@@ -205,7 +194,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
         yield from super().problems(config)
         yield from self._of_another_version()
         yield from self._without_effect(config)
-        yield from self._of_vocabulary(config)
         if config.task.type != "mlm":
             yield (
                 f"task.type: mixed_vocabulary learns masked tokens of text and needs mlm (got "
@@ -254,16 +242,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
             yield (
                 f"method.teacher_learning_rate: {self.teacher_learning_rate:g} follows the "
                 "schedule of train.learning_rate, which is 0; raise train.learning_rate"
-            )
-
-    def _of_vocabulary(self, config: Any) -> Iterator[str]:
-        kind = self.student_vocabulary.type
-        if not self.cuts_words and self.reads_mixed_rows(config):
-            yield (
-                f"method.student_vocabulary.type: a {kind} vocabulary has other words than the "
-                "teacher's, and mixed text is cut word by word; use wordpiece, or train the "
-                "student alone (method.version 1, method.projections none, no baseline "
-                f"{PATIENT_KD})"
             )
 
     def _of_student(self, model: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -27,7 +27,7 @@ FREE, ALWAYS_STUDENT, ALWAYS_TEACHER = range(3)
 _DIFFERENT = -1
 KNOWN_WORDS = 1 << 18
 """Number of words whose spelling is remembered."""
-_AROUND, _LONGEST = 20, 60
+_SHOWN = 3  # words in a message
 _ADVICE = (
     "use a WordPiece teacher such as BERT, and a WordPiece student vocabulary with the teacher's "
     "normalizer and pre-tokenizer"
@@ -165,35 +165,14 @@ def _tuples(pieces: WordPieces) -> Iterator[tuple[int, ...]]:
 def _different_words(
     text: str, student: NDArray[np.int64], teacher: NDArray[np.int64]
 ) -> DataError:
-    start, end = _first_difference(student, teacher)
-    around = text[max(0, start - _AROUND) : end + _AROUND]
+    pairs = zip_longest(student.tolist(), teacher.tolist())
+    first = next(number for number, (ours, theirs) in enumerate(pairs) if ours != theirs)
+    ours, theirs = (
+        " | ".join(text[begin:end] for begin, end in spans[first : first + _SHOWN].tolist())
+        for spans in (student, teacher)
+    )
     return DataError(
         "method.student_vocabulary: the two vocabularies cut the text into different words, and "
-        f'mixed segmentation replaces word by word: "{_short(text[start:end])}" in '
-        f'"{_short(around)}" is {_cut(text, student, start, end)} for the student and '
-        f"{_cut(text, teacher, start, end)} for the teacher; {_ADVICE}"
+        f"mixed segmentation replaces word by word: word {first + 1} and those after it are "
+        f'"{ours}" for the student and "{theirs}" for the teacher; {_ADVICE}'
     )
-
-
-def _first_difference(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> tuple[int, int]:
-    """Return the span of the first words that differ, up to where both have a word's end."""
-    count = min(len(ours), len(theirs))
-    differs = np.append((ours[:count] != theirs[:count]).any(axis=1), [True])
-    first = int(differs.argmax())
-    rest = np.concatenate([ours[first:], theirs[first:]])
-    start = int(rest[:, 0].min())
-    end, wider = start, start + 1
-    while wider > end:
-        end = wider
-        wider = int(rest[rest[:, 0] < end, 1].max())
-    return start, end
-
-
-def _cut(text: str, spans: NDArray[np.int64], start: int, end: int) -> str:
-    inside = spans[(spans[:, 0] >= start) & (spans[:, 0] < end)].tolist()
-    return _short(" | ".join(f'"{text[first:last]}"' for first, last in inside)) or "no word"
-
-
-def _short(text: str) -> str:
-    line = text.replace("\n", "\\n")
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
