@@ -23,7 +23,8 @@ Pairs = tuple[tuple[int, int], ...]
 def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape) -> Pairs:
     """Return pairs (student layer, teacher layer); 0 is the embedding output.
 
-    `uniform` spreads the student's layers 1..Ls over the teacher's: s -> round(s · Lt / Ls).
+    `uniform` spreads the student's layers 1..Ls over the teacher's: s -> round(s · Lt / Ls), at
+    least 1 for attention.
 
     Raises:
         TeacherError: a pair names a layer that a model does not have, or the attention of the
@@ -34,7 +35,8 @@ def layer_pairs(term: StateTerm | AttentionTerm, student: Shape, teacher: Shape)
         return ((student.layers, teacher.layers),)
     if mapping == "uniform":
         ratio = teacher.layers / student.layers
-        return tuple((s, round(s * ratio)) for s in range(1, student.layers + 1))
+        least = int(isinstance(term, ATTENTION_TERMS))  # the embedding output has no attention
+        return tuple((s, max(least, round(s * ratio))) for s in range(1, student.layers + 1))
     pairs = []
     for text in mapping:
         s, t = (int(number) for number in text.split(":"))

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.models import KeptLayers, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
+from megakd.config.task import TaskConfig
 from megakd.contract.batch import LogitWarp
 from megakd.contract.metric import Metric
 from megakd.contract.options import StudentVocabulary
@@ -192,14 +193,19 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
         sources=sources,
         teacher_tokenizer=tokenizer if new else None,
     )
-    sized = {}
-    for role, source in sources.items():
-        of_role = inputs.tokenizer_of(role)
-        pad = cast("int | None", of_role.pad_token_id)  # transformers' own type allows several
-        # A padding token has no gradient. A decoder whose texts end with it needs no padding token.
-        is_end = config.task.type == "causal_lm" and pad == of_role.eos_token_id
-        sized[role] = with_vocabulary(source, len(of_role), pad_token_id=None if is_end else pad)
+    sized = {r: _with_tokens(s, inputs.tokenizer_of(r), task) for r, s in sources.items()}
     return dataclasses.replace(inputs, sources=sized)
+
+
+def _with_tokens(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, task: TaskConfig
+) -> ModelSource:
+    pad = cast("int | None", tokenizer.pad_token_id)  # transformers' own type allows several
+    sized = with_vocabulary(source, len(tokenizer), pad_token_id=pad)
+    if source.wants_vocabulary and task.type == "causal_lm" and pad == tokenizer.eos_token_id:
+        # A padding token has no gradient, and a decoder learns where texts end.
+        sized.config.pad_token_id = None
+    return sized
 
 
 def _check_same_data(splits: Splits) -> None:

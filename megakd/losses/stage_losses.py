@@ -9,9 +9,10 @@ from megakd.contract.stage import Stage
 from megakd.contract.tasks import TaskType
 from megakd.contract.terms import MethodTerm, hard_terms
 from megakd.contract.views import Shape
+from megakd.errors import ConfigError
 from megakd.losses.objective import Objective, build_objective, check_terms, teacher_needs
 from megakd.models.knowledge import Needs
-from megakd.models.source import ModelSource
+from megakd.models.source import ModelSource, ReadyTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,15 @@ class StageLosses:
     student: Shape
     teacher: Shape | None
     families: tuple[str, ...] = ()
+
+    def check_outputs(self, key: str, teacher: ReadyTeacher) -> None:
+        """Raise if the losses read more of a teacher than its cache or its server gives."""
+        part = "server" if teacher.spec.cache is None else "cache"
+        if (teacher.spec.cache or teacher.spec.server) and self.teacher_needs() != Needs():
+            raise ConfigError(
+                f"{key}.{part} holds only the outputs of the teacher, and the losses of this "
+                "method need more; remove the key, or use only soft targets"
+            )
 
     def teacher_needs(self) -> Needs:
         """Return the outputs that the losses and the strategy need from the teachers' forward."""

@@ -18,7 +18,7 @@ from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import LANGUAGE_TASKS
-from megakd.contract.terms import STRICT, HardCrossEntropy, HardMse, TermConfig
+from megakd.contract.terms import STRICT, TermConfig, compares
 from megakd.methods.pools import all_teachers, taught_by_all
 
 
@@ -49,6 +49,4 @@ def run(config: MtBertConfig, lab: Lab) -> StageResult:
 
 def _once(term: TermConfig, passes: int) -> TermConfig:
     """Return a term with its share of a pass: passes add up over teachers, labels count once."""
-    if isinstance(term, HardCrossEntropy | HardMse):
-        return dataclasses.replace(term, weight=term.weight / passes)
-    return term
+    return term if compares(term) else dataclasses.replace(term, weight=term.weight / passes)

@@ -27,6 +27,7 @@ from megakd.contract.tasks import (
     TEACHER,
     Dtype,
 )
+from megakd.data.loader import rows_with_targets
 from megakd.data.step_layout import StepShape
 from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs, resolve, with_student
@@ -196,7 +197,8 @@ class PlanningLab(LabBase):
         shape = StepShape(
             train.per_device_train_batch_size, train.gradient_accumulation_steps, 0, self.world
         )
-        return total_steps(train, shape.steps_per_epoch(len(self._prepared.encoded.train)))
+        learned = len(rows_with_targets(self._prepared.encoded.train))
+        return total_steps(train, shape.steps_per_epoch(learned))
 
     def with_embeddings(self, result: StageResult) -> ModelSource:
         return self._sources[STUDENT]  # its size does not depend on the embeddings
@@ -276,10 +278,13 @@ def check_method(prepared: RunInputs, ranks: Ranks) -> None:
     for phase in lab.play():
         if phase.stage is not None:
             lab.check_schedule(phase.stage)
-            stage_losses(
+            losses = stage_losses(
                 phase.stage,
                 config.task.type,
                 learners=phase.learners,
                 teachers=phase.teaching,
                 classes=prepared.classes,
-            ).check()
+            )
+            losses.check()
+            for name, teacher in phase.teachers.items():
+                losses.check_outputs(config.key_of(name), teacher)

@@ -18,6 +18,7 @@ from megakd.contract.results import Assistant, ModelReport
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.data.arrow import column_of
+from megakd.data.loader import rows_with_targets
 from megakd.data.rows import rows_of_teachers
 from megakd.engine.activity import doing
 from megakd.engine.collectives import main_first, on_main
@@ -132,9 +133,8 @@ class RunLab(LabBase):
 
     def steps_of_student(self) -> int:
         shape = step_shape(self.config.train, self._ranks)
-        return total_steps(
-            self.config.train, shape.steps_per_epoch(len(self._prepared.encoded.train))
-        )
+        learned = len(rows_with_targets(self._prepared.encoded.train))
+        return total_steps(self.config.train, shape.steps_per_epoch(learned))
 
     def with_embeddings(self, result: StageResult) -> ModelSource:
         from megakd.models.second_vocabulary import FILE, with_table

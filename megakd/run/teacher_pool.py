@@ -19,7 +19,6 @@ from megakd.contract.tasks import AUTO
 from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
-from megakd.errors import ConfigError
 from megakd.inputs.step_size import micro_batches_per_call
 from megakd.models.counting import named_shapes, parameter_counts
 from megakd.models.knowledge import Needs
@@ -104,12 +103,7 @@ class TeacherPool:
         """Return a teacher that gives the outputs that the losses of a stage read; a collective."""
         ready = self.assembly.teachers[name]
         needs = self._needs(stage)
-        part = "server" if ready.spec.cache is None else "cache"
-        if (ready.spec.cache or ready.spec.server) and needs != Needs():
-            raise ConfigError(
-                f"{self._config.key_of(name)}.{part} holds only the outputs of the teacher, and "
-                "the losses of this method need more; remove the key, or use only soft targets"
-            )
+        self.assembly.losses(stage).check_outputs(self._config.key_of(name), ready)
         if ready.spec.server is not None:
             from megakd.servers.teachers import served_teacher
 

@@ -28,7 +28,8 @@ def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig
     given = [t for t in config.objective or () if isinstance(t, HardCrossEntropy)]
     if not given:
         return hard_terms(config.task.type)
-    kept = dataclasses.replace(given[0], weight=1.0)
+    # These stages train on the data: a term on generated texts would be 0 at every step.
+    kept = dataclasses.replace(given[0], weight=1.0, on=None)
     return (kept if smoothed else dataclasses.replace(kept, label_smoothing=0.0),)
 
 

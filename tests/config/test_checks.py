@@ -248,6 +248,12 @@ ROLLOUT = [
         "rollout.by: teacher is not loaded beside the last assistant",
     ),
     ("by: student", f"student.model=from_teacher; {CUT}", 'rollout: method "minidisc" do'),
+    (
+        "by: student",
+        "student.model=from_teacher; objective.0.on=rollouts; method={name: shrink, parameters: "
+        "1M, on_policy_steps: 2}",
+        "objective: no term learns from data",
+    ),
     ("by: student", "task.streaming=true; train.max_steps=3", "rollout: cannot be combined with t"),
     (
         f"server: {{{URL}, kind: sglang, push: adapter, folder: w}}",

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tiny_runs import config_tree, write_config, write_reviews
+from tiny_runs import config_tree, llama, write_config, write_reviews
 from whole_run import finish, records
 
 from megakd.config.file import load_config
-from megakd.contract.terms import HardCrossEntropy, SoftTargetKl
+from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, source_of
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError
 from megakd.losses.class_weights import with_class_weights
@@ -61,6 +61,18 @@ def test_weights_by_name_come_in_the_order_of_the_data():
 def test_weights_that_do_not_fit_the_labels_are_refused(given, labels, message):
     with pytest.raises(ConfigError, match=message):
         resolved(given, labels)
+
+
+def test_stages_without_generated_texts_learn_a_term_of_texts_on_the_data(tmp_path):
+    task = {"type": "causal_lm", "dataset": str(write_reviews(tmp_path / "reviews"))}
+    term = {"loss": "hard_cross_entropy", "on": "rollouts"}
+    texts = {"rollout": {"max_new_tokens": 4}, "method": {"name": "single"}}
+    teacher = {"teacher": {"model": llama(2)}}
+    tree = config_tree(tmp_path / "out", task, objective=[term], **texts, **teacher)
+
+    (alone,) = label_terms(load_config(write_config(tmp_path / "run.yaml", tree)))
+
+    assert source_of(alone) is None
 
 
 def config_of(tmp_path, *overrides):

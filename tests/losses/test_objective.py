@@ -92,6 +92,14 @@ def test_layers_are_mapped_as_the_config_says(mapping, student, teacher, pairs):
     assert layer_pairs(term, Shape(student, 4, 3), Shape(teacher, 4, 3)) == pairs
 
 
+def test_attention_is_never_mapped_to_the_embedding_output():
+    term = AttentionMse(loss="attention_mse", layer_mapping="uniform")
+
+    pairs = layer_pairs(term, Shape(4, 4, 3), Shape(2, 4, 3))
+
+    assert pairs == ((1, 1), (2, 1), (3, 2), (4, 2))
+
+
 @pytest.mark.parametrize("term", COMPARING, ids=named)
 def test_a_term_that_compares_is_refused_without_a_teacher(term):
     task = "regression" if term is SOFT_MSE else "classification"

@@ -12,6 +12,9 @@ from pool_bench import SIZES, STEPS, Bench
 from tiny_runs import bert, config_tree, llama, reviews, write_config, write_jsonl, write_reviews
 from whole_run import finish, forgotten, read, records, same_weights, weights
 
+from megakd.contract.terms import PluginTerm
+from megakd.methods import mt_bert
+
 SKDBERT = {"name": "skdbert"}
 
 
@@ -161,6 +164,18 @@ def test_labels_beside_a_sum_of_teachers_count_once(bench):
     ours, theirs = weights(mean / "final"), weights(summed / "final")
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, atol=1e-6, rtol=0)
+
+
+def test_a_label_loss_of_another_package_counts_once_too():
+    class Focal(PluginTerm):
+        needs_teacher = False
+
+    class Distance(PluginTerm):
+        needs_teacher = True
+
+    terms = [mt_bert._once(kind(loss="mine:Loss", weight=0.6), 3) for kind in (Focal, Distance)]
+
+    assert [term.weight for term in terms] == pytest.approx([0.2, 0.6])
 
 
 def test_teachers_in_a_row_begin_with_the_largest(bench):

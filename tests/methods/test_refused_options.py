@@ -98,6 +98,11 @@ REFUSED = [
     ("knowledge_selection", ["method.policy=random_hard", "method.selector=s"], "has no selector"),
     ("knowledge_selection", ["method.policy=all", "method.action=hard"], "all has no selector"),
     ("knowledge_selection", ["method.threshold=0.9"], "soft does not choose by a threshold"),
+    (
+        "knowledge_selection",
+        ["task={type: causal_lm, dataset: d}", "train.tokens_per_rank=4096"],
+        "relation_fsp, which is a kind of knowledge without an objective, is averaged over rows",
+    ),
     ("knowledge_selection", ["method.selector=s", "method.gamma=0.5"], "that has learned"),
     *(
         ("knowledge_selection", [NONE, f"method.policy={policy}"], f"method.policy {policy} mult")

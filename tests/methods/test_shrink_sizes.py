@@ -16,6 +16,7 @@ from tiny_runs import config_tree, llama
 
 from megakd.config.file import config_of
 from megakd.contract.metric import Metric
+from megakd.contract.terms import SoftTargetKl
 from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.shrink import LARGEST_HOP, budgets, hops, narrower
@@ -28,7 +29,7 @@ from megakd.methods.shrink.candidates import (
     candidates_of,
     cuts_of,
 )
-from megakd.methods.shrink.stages import BestCandidate
+from megakd.methods.shrink.stages import BestCandidate, judging_name
 
 KL = "soft_target_kl"
 
@@ -270,3 +271,14 @@ def test_the_judge_takes_the_lowest_divergence(divergences, score, chosen):
     scores = {name: {KL: value} for name, value in zip("abc", divergences, strict=True)}
 
     assert judge(scores, 3)[:2] == (score, chosen)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [(None, "soft_target_kl"), ("data", "soft_target_kl_on_data"), ("rollouts", None)],
+)
+def test_candidates_are_compared_by_the_term_that_held_out_texts_have(source, name):
+    term = SoftTargetKl(loss="soft_target_kl", on=source)
+
+    assert judging_name(term, "soft_target_kl") == name
+    assert judging_name(term, "soft_target_reverse_kl") is None

@@ -45,10 +45,12 @@ with signals.watched(), signals.deferred():
 
 @pytest.fixture(autouse=True)
 def _heard() -> Iterator[None]:
-    """A shell starts what runs in the background with SIGINT ignored, and children inherit that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """What a shell starts in the background ignores SIGINT, what nohup starts ignores SIGHUP."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def send(number: int) -> None:

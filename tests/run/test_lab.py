@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from lab_scene import (
+    ONE_RANK,
     SIZE,
     config_of,
     lab_of,
@@ -27,6 +29,7 @@ from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import SoftTargetKl
+from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.errors import CheckpointError, TeacherError
 from megakd.inputs.inputs import check_run
 from megakd.run import run_lab as lab_module
@@ -110,6 +113,23 @@ def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teache
     assert (stage.labelled_only, stage.deepspeed, stage.train.max_steps) == (True, "zero0", 7)
     assert [term.loss for term in stage.objective] == ["hard_cross_entropy"]
     assert lab.pool.folders == {"teacher": teacher}
+
+
+def test_steps_of_a_student_are_those_of_the_rows_that_it_learns_from(tmp_path, teacher):
+    """A prompt alone has no token that counts."""
+    config = config_of(
+        tmp_path,
+        teacher=TeacherConfig(model=str(teacher)),
+        train=TrainConfig(per_device_train_batch_size=2, num_train_epochs=1),
+    )
+    rows = {"input_ids": [[3, 4, 5]] * 8, PROMPT_LENGTH: [1, 3] * 4}
+    prepared = prepared_of(config)
+    encoded = prepared.encoded._replace(train=Dataset.from_dict(rows))
+    nothing: Any = None
+
+    lab = RunLab(dataclasses.replace(prepared, encoded=encoded), ONE_RANK, nothing)
+
+    assert lab.steps_of_student() == 2
 
 
 def test_a_stage_is_scored_as_many_rows_at_a_time_as_it_trains_with(tmp_path, teacher):

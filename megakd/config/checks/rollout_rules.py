@@ -23,7 +23,9 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
         yield no_such_teacher(config, "rollout.by", rollouts.by)
     # Without `on`, a term learns from all texts; without `objective`, the terms have no `on`.
     taught = {source_of(term) for term in config.objective} if config.objective else {None}
-    for source in () if None in taught else sorted(rollouts.draws - taught):
+    # A cut is repaired on the data, before texts are generated.
+    drawn = rollouts.draws | ({"data"} if config.method.cuts_student else set())
+    for source in () if None in taught else sorted(drawn - taught):
         yield (
             f"objective: no term learns from {source}, which rollout.mix or rollout.from_step "
             f"draws; add a term without on or with on: {source}, or change the section rollout"

@@ -107,6 +107,12 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
         if self.policy != "random_hard" and (self.policy, self.action) != ("learned", "hard"):
             how = action if self.policy == "learned" else policy
             yield from self.unused({"threshold"}, f"{how} does not choose by a threshold")
+        if config.objective is None and config.train.tokens_per_rank is not None:
+            yield (
+                "train.tokens_per_rank: packs rows, and relation_fsp, which is a kind of knowledge "
+                "without an objective, is averaged over rows; remove the key, or list other kinds "
+                "in objective"
+            )
         for term in (config.objective or ()) if self.policy != "all" else ():
             if term.weight == 0:
                 yield (

@@ -60,6 +60,7 @@ from megakd.methods.shrink.stages import (
     TRIAL,
     BestCandidate,
     Link,
+    judging_name,
     metric_of,
     objective_of,
     repair,
@@ -205,7 +206,7 @@ class ShrinkConfig(ImportanceOptions):
                 "attention cannot be compared; use soft targets or hidden_mse"
             )
         is_judged = self.metric is None and (self.has_trial or self.is_series)
-        if is_judged and all(term.loss != divergence for term in terms):
+        if is_judged and not any(judging_name(term, divergence) for term in terms):
             yield (
                 f"method.metric: null compares candidates by {divergence}, which the objective "
                 "lacks; add the term, or set method.metric, for example to accuracy"

@@ -13,7 +13,7 @@ from megakd.contract.metric import Metric
 from megakd.contract.results import CandidateReport
 from megakd.contract.stage import Constant, Judge, Pass, Scores, Stage, Verdict
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
-from megakd.contract.terms import TermConfig
+from megakd.contract.terms import TermConfig, source_of, term_name
 from megakd.contract.views import View
 from megakd.methods.minidisc import Sandwich
 from megakd.methods.shrink.candidates import Candidate
@@ -113,7 +113,14 @@ def metric_of(config: ShrinkConfig, lab: Lab) -> Metric:
     if config.metric is not None:
         return lab.metric(config.metric, weighed=False)
     (soft,) = lab.soft_terms(1.0)
-    return Metric(name=soft.loss, parts=(soft.loss,), higher_is_better=False)
+    name = next(filter(None, (judging_name(term, soft.loss) for term in objective_of(lab))))
+    return Metric(name=name, parts=(name,), higher_is_better=False)
+
+
+def judging_name(term: TermConfig, divergence: str) -> str | None:
+    """Return the name of a term that compares candidates on held-out texts, which are data."""
+    is_judge = term.loss == divergence and source_of(term) != "rollouts"
+    return term_name(term) if is_judge else None
 
 
 def rows_of(
