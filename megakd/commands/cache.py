@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def _cache_teachers(config: RunConfig) -> list[Path]:
             "no teacher has a cache: set teacher.cache (of several teachers: teachers[0].cache, …) "
             "to a folder for the outputs of the teacher"
         )
+    from megakd.engine.collectives import on_main
     from megakd.engine.nodes import check_nodes
     from megakd.inputs.inputs import prepare
     from megakd.inputs.precision import check_device
@@ -39,8 +42,7 @@ def _cache_teachers(config: RunConfig) -> list[Path]:
 
     with started(config) as ranks, ExitStack() as locks:
         # Runs with other output folders may share a cache.
-        folders = (config.output_dir, *(c for c in caches.values() if isinstance(c, Path)))
-        for folder in dict.fromkeys(map(Path.resolve, folders)):
+        for folder in on_main(lambda: _held_folders(config, caches.values())):
             locks.enter_context(held(folder))
         check_device(config, ranks)
         check_nodes(config)
@@ -52,3 +54,11 @@ def _cache_teachers(config: RunConfig) -> list[Path]:
             return [lab.cache(lab.teacher(name)) for name in caches]
         finally:
             reporter.close()
+
+
+def _held_folders(config: RunConfig, caches: Iterable[Path | str]) -> list[Path]:
+    # A cache that cannot be written can only be read.
+    shared = (
+        c for c in caches if isinstance(c, Path) and (not c.exists() or os.access(c, os.W_OK))
+    )
+    return list(dict.fromkeys(map(Path.resolve, (config.output_dir, *shared))))

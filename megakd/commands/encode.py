@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
             f"method.name: {config.method.name} reads the texts, whose rows name their teachers, "
             "and no encoded data"
         )
-    from megakd.data.encoded_folder import facts_of, write_encoded
+    from megakd.data.encoded_folder import MANIFEST, facts_of, write_encoded
     from megakd.engine.collectives import on_main
     from megakd.inputs.inputs import check_run, unencoded_inputs
     from megakd.inputs.run_data import with_row_length
@@ -66,7 +67,9 @@ def encode_run(config: RunConfig, folder: Path | None) -> Path:
         facts = facts_of(task, inputs.tokenizer, seed=config.seed)
 
         def write() -> None:
-            with written_once(target):
+            # A finished folder is only compared, and may be on read-only storage.
+            is_done = (target / MANIFEST).is_file()
+            with nullcontext() if is_done else written_once(target):
                 write_encoded(target, inputs.splits, inputs.tokenizer, task, facts=facts)
 
         on_main(write)

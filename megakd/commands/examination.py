@@ -31,7 +31,7 @@ from megakd.training.progress import Reporter
 
 Level = Literal["ok", "warning", "failure"]
 FOLDER = ".doctor"
-"""Ending of the folder of the rehearsed steps, beside the run's folder; it is removed."""
+"""Ending of the folder of the rehearsed steps, beside the run's folder, or its name in it."""
 
 
 @dataclass(frozen=True)

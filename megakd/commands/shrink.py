@@ -103,16 +103,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _written(config: RunConfig, text: str, *, ranks: int) -> Path:
-    """Return the file of the config, which is written unless a run has begun with one."""
-    from megakd.run.finished_run import CONFIG
+    """Return the file of the config, which is written unless a finished run has one."""
+    from megakd.run.finished_run import REPORT
 
     out, path = config.output_dir, config.output_dir / FILE
     check_writable(out, where="--output_dir")
-    if not (out / CONFIG).exists():
+    if not (out / REPORT).exists():
         write_text(path, text)
     # One rank is told by the run itself.
     elif ranks > 1 and not (path.exists() and load_config(path) == config):
-        raise ConfigError(f"{out} holds a run of other settings; give another --output_dir")
+        raise ConfigError(
+            f"{out} holds a finished run of other settings; give another --output_dir"
+        )
     return path
 
 

@@ -39,10 +39,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         what = "is empty" if tree is None else f"holds {shown(tree)}"
         raise ConfigError(f"{path}: {what}; a run config is a mapping with the key output_dir, …")
-    if path == of_run and any(
-        (of_run.parent / name).exists() for name in ("stages", "checkpoints")
-    ):
-        tree["output_dir"] = str(of_run.parent)  # a run may have been moved or copied
+    is_run = path == of_run and (of_run.parent / "metrics.jsonl").is_file()
+    if is_run:  # it may have been moved or copied
+        tree["output_dir"] = str(of_run.parent)
     return config_of(tree, overrides, source=str(path))
 
 

@@ -155,7 +155,7 @@ class StudentConfig:
     """Dropout in place of every dropout of the model's config, also in its exported config; None:
     as the config has it. 0 makes the targets of distillation easier to match."""
     deepspeed: str | dict[str, Any] = "auto"
-    """`auto`: zero0 on one rank in fp32, where sharding would only copy, else zero2."""
+    """`auto`: zero2; zero0 on one rank, but for 16 bits on a GPU or in several backwards."""
     architecture: Literal["enct5", "t5_encoder"] | None = None
     """Architecture to load a T5 or mT5 checkpoint as; None: enct5."""
     trust_remote_code: bool = False

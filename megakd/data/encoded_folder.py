@@ -53,6 +53,8 @@ from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, f
 from megakd.storage.folders import damage_at_start
 
 FORMAT = 1
+LOCK = "lock.json"
+"""Part of the names of the files by which a command holds the folder."""
 MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer"
 # Keys of `task` on which the rows do not depend, or which have facts of their own.
 _FREE = ("encoded", "tokenizer", "mlm_probability", "streaming", "chat_template", "end_tokens")
@@ -200,7 +202,9 @@ class _Progress:
     def resume(self) -> None:
         if not self.path.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            strangers = sorted(f.name for f in self.folder.iterdir() if f.name != MANIFEST)
+            strangers = sorted(
+                f.name for f in self.folder.iterdir() if f.name != MANIFEST and LOCK not in f.name
+            )
             if strangers:
                 raise DataError(
                     f"{self.folder} holds other files ({strangers[0]}); give an empty folder"

@@ -260,8 +260,8 @@ class Launchers:
         # A launcher that was killed while this rank started is no longer a parent. In a container,
         # process 1 may be a launcher of its own, a program in Python.
         is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
-        is_orphan = os.getppid() == 1 and not _is_python(psutil.Process(1))
-        self._was_gone = is_launched and not self.chain and is_orphan
+        is_orphan = is_launched and not self.chain and os.getppid() == 1
+        self._was_gone = is_orphan and not _first_is_python()
 
     def have_ended(self) -> bool:
         return self._was_gone or not all(map(_is_alive, self.chain))
@@ -295,8 +295,11 @@ def is_launcher(process: psutil.Process) -> bool:
     )
 
 
-def _is_python(process: psutil.Process) -> bool:
-    return process.name().startswith("python")
+def _first_is_python() -> bool:
+    try:
+        return psutil.Process(1).name().startswith("python")
+    except psutil.Error:  # hidden from this user
+        return False
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -108,14 +108,15 @@ def held(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def written_once(folder: Path) -> Iterator[None]:
-    """Hold the name of a folder that another process may write at the same time; one process."""
-    folder = folder.absolute()
-    lock = FolderLock(folder.with_name(f".{folder.name}.lock"))
+    """Hold a folder that another process may write at the same time, on one rank."""
+    lock = FolderLock(folder)
     lock.take()
     try:
         yield
     finally:
         lock.release()
+        with contextlib.suppress(OSError):  # also of a process that was killed
+            folder.rmdir()
 
 
 def _check_shared(path: Path, holder: Holder) -> None:

@@ -55,9 +55,10 @@ def completed(stage: Stage, config: RunConfig, *, ranks: int = 1, device: str = 
 
 def _preset_on_one_rank(stage: Stage, train: TrainConfig, device: str) -> str:
     # ZeRO 2, which `auto` is else, only copies there. In 16 bits ZeRO 2 adds up gradients in fp32,
-    # and ZeRO 0 does not. ZeRO 0 in 16 bits was measured on a CPU alone.
-    in_one_backward = train.gradient_accumulation_steps == 1 and not stage.views
-    is_copy = training_dtype(train, device) == "fp32" or (in_one_backward and device == "cpu")
+    # and ZeRO 0 does not. ZeRO 0 in 16 bits was measured on a CPU alone, and without views.
+    is_split = train.gradient_accumulation_steps > 1 or train.tokens_per_rank is not None
+    is_measured = device == "cpu" and not stage.views
+    is_copy = training_dtype(train, device) == "fp32" or (is_measured and not is_split)
     return "zero0" if is_copy else "auto"
 
 

@@ -154,11 +154,11 @@ def test_a_classifier_of_other_labels_is_fine_tuned_by_the_recipe(started, word,
     assert (finetune.learning_rate, finetune.num_train_epochs) == (3e-4, epochs)
 
 
-def test_a_run_keeps_its_file_whose_comment_has_all_lines_of_the_command(started, capsys):
+def test_a_finished_run_keeps_its_file_whose_comment_has_all_lines_of_the_command(started, capsys):
     cli.main([*WORDS, "objective=\n- loss: soft_target_kl"])
     file = Path("runs/Llama-1B-0.6B") / FILE
     before = file.read_text()
-    (file.parent / "config.yaml").write_text("{}")  # which a run writes when it begins
+    (file.parent / "report.json").write_text("{}")
 
     cli.main([*WORDS, "train.learning_rate=3e-5"])
 
@@ -167,7 +167,7 @@ def test_a_run_keeps_its_file_whose_comment_has_all_lines_of_the_command(started
     words = [*WORDS, "--ranks", "2"]
     assert cli.main([*words, "objective=\n- loss: soft_target_kl"]) == 0
     assert cli.main(words) == 2
-    assert "holds a run of other settings" in capsys.readouterr().err
+    assert "holds a finished run of other settings" in capsys.readouterr().err
 
 
 def test_a_plan_is_not_made_for_the_device_that_is_timed(started, monkeypatch):

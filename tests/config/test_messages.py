@@ -123,7 +123,7 @@ def test_a_run_that_was_moved_is_the_run_at_its_new_place(run_file, tmp_path, be
     moved.mkdir()
     run_file.rename(moved / "config.yaml")
     if begun:
-        (moved / "checkpoints").mkdir()
+        (moved / "metrics.jsonl").touch()
 
     here = load_config(moved).output_dir
 

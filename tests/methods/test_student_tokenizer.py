@@ -132,7 +132,7 @@ def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tm
 
 @pytest.mark.parametrize("texts", [[""], ["a"]], ids=["nothing", "one letter"])
 def test_a_text_with_hardly_a_word_is_an_error(tmp_path, texts):
-    with pytest.raises(DataError, match=r"the training text gives (no|only) .*(data|more text)"):
+    with pytest.raises(DataError, match=r"the training text gives only .*more text"):
         _load(tmp_path, 100, texts)
 
 

@@ -106,6 +106,7 @@ def test_a_rank_whose_launcher_ended_while_it_started_knows(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(psutil.Process, "parents", lambda _: [])
     monkeypatch.setattr(signals.os, "getppid", lambda: 1)
+    monkeypatch.setattr(psutil.Process, "name", lambda _: "systemd")
 
     assert signals.Launchers().have_ended()
 

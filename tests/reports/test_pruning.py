@@ -108,7 +108,7 @@ def test_a_method_that_does_not_prune_during_training_has_no_section() -> None:
     assert "was pruned" not in model_card(FACTS, report)
 
 
-def test_a_report_without_a_teacher_gives_no_size_of_the_teacher() -> None:
+def test_the_card_of_a_run_without_a_teacher_has_the_sizes_of_the_student() -> None:
     report = report_of(pruning=ROWS, teacher=None)
     assert "from 19.00M to 2.09M parameters" in model_card(FACTS, report)
 

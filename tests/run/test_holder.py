@@ -273,7 +273,7 @@ def test_a_run_in_a_folder_that_is_held_changes_nothing_there(one_rank, whole_ru
 def test_a_folder_that_another_command_is_writing_is_left_to_it(
     one_rank, whole_run, tmp_path, command
 ):
-    lock = FolderLock(tmp_path / ".made.lock")
+    lock = FolderLock(tmp_path / ("made" if command == "encode" else ".made.lock"))
     lock.take()
 
     refused = one_rank.megakd(command, whole_run.config, "--to", tmp_path / "made")

@@ -88,6 +88,7 @@ def test_a_teacher_that_learns_does_as_its_own_finetune_says(role, learns):
         (2, "cpu", {}, "auto"),
         (1, "cpu", {"bf16": True}, "zero0"),
         (1, "cpu", {"bf16": True, "gradient_accumulation_steps": 2}, "auto"),
+        (1, "cpu", {"bf16": True, "tokens_per_rank": 64}, "auto"),
         (1, "cuda", {"bf16": True}, "auto"),
         (1, "cuda", {"bf16": False}, "zero0"),
     ],
@@ -104,7 +105,7 @@ def test_one_rank_shards_nothing_unless_asked_or_to_add_16_bits(
     assert stage_of(role, config, ranks=ranks, device=device).deepspeed == preset
 
 
-def test_the_backwards_of_views_add_up_in_fp32():
+def test_views_in_16_bits_keep_zero_2():
     train = replace(two_teachers().train, bf16=True)
     config = replace(two_teachers(), student=StudentConfig(model="student"), train=train)
     stage = Stage(name="any", objective=(), views={"half": View((1,), (1,))})
