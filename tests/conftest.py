@@ -31,6 +31,8 @@ ENVIRONMENT = {
 }
 # Set while this file is imported: the libraries read these when they are imported.
 os.environ.update(ENVIRONMENT)
+# No machine dies in a test, and an fsync takes milliseconds.
+os.fsync = lambda _: None
 # What several test files share; worker processes import it from there too.
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 # How long an example takes says more of the machine than of the code.

@@ -177,7 +177,7 @@ def test_every_package_folder_is_listed_for_the_wheel(project: dict[str, Any]) -
 
 def test_the_installed_package_does_not_put_the_repository_on_the_path(tmp_path: Path) -> None:
     program = (
-        "from importlib.util import find_spec; import megakd, megakd_kernels;"
+        "from importlib.util import find_spec; import megakd; assert find_spec('megakd_kernels');"
         "spec = find_spec('kernels'); print(list(spec.submodule_search_locations) if spec else [])"
     )
 

@@ -32,8 +32,11 @@ def test_two_minutes_of_faults_are_survived():
         (["--minutes", "1", "--cases", "minidisk"], "unknown ['minidisk']; known: "),
     ],
 )
-def test_settings_that_cannot_be_are_named(words, message):
-    ended = faults(*words)
+def test_settings_that_cannot_be_are_named(capsys, words, message):
+    from faults import parse  # here, because it changes the path of modules
 
-    assert ended.returncode == 2
-    assert message in ended.stderr
+    with pytest.raises(SystemExit) as stopped:
+        parse(words)
+
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

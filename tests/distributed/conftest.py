@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -79,12 +80,19 @@ class Group:
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
         """The exit codes of all ranks."""
-        self.wait_until(lambda: False, timeout_s=timeout_s)
+        # Ranks that run to their end need the cores that a quick look takes.
+        self.wait_until(lambda: False, timeout_s=timeout_s, look_every_s=0.02)
         for process in self.processes:
             process.join()
         return [process.exitcode or 0 for process in self.processes]
 
-    def wait_until(self, condition: Callable[[], bool], *, timeout_s: float = TIMEOUT_S) -> bool:
+    def wait_until(
+        self,
+        condition: Callable[[], bool],
+        *,
+        timeout_s: float = TIMEOUT_S,
+        look_every_s: float = 0.001,
+    ) -> bool:
         """Waits until the condition holds (True) or all ranks have ended (False)."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -93,7 +101,7 @@ class Group:
             if time.monotonic() > deadline:
                 self.kill()
                 pytest.fail(f"no end after {timeout_s:.0f} s; {self.text[-3000:]}")
-            time.sleep(0.001)
+            time.sleep(look_every_s)
         return True
 
     def kill(self, rank: int | None = None) -> None:
@@ -266,12 +274,16 @@ def distil(workers, write_run) -> Callable[..., tuple[str, list]]:
     return train
 
 
-@pytest.fixture
-def run_case(workers, tmp_path: Path) -> Callable[..., list]:
-    """Run a case in a folder of its own, with 4 rows of all ranks per micro-batch."""
+@pytest.fixture(scope="module")
+def run_case(workers, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list]:
+    """Run a case in a folder of its own, with 4 rows of all ranks per micro-batch.
 
+    Tests of a file that ask for the same run share what it has found.
+    """
+
+    @functools.cache
     def run(case: str, config: str, ranks: int, *overrides: str) -> list:
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        out = tmp_path_factory.mktemp("case") / "out"
         rows = f"train.per_device_train_batch_size={4 // ranks}"
         return workers(ranks).run(case, config, [f"output_dir={out}", rows, *overrides])
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import deepspeed
 
@@ -78,6 +79,19 @@ def stopping(call: Callable) -> Callable:
     return stop
 
 
+leave = os._exit
+
+
+def leave_late(code: int) -> NoReturn:
+    """End after the others, who would lose the store of rank 0 before they say why they end."""
+    time.sleep(0.5)
+    leave(code)
+
+
+if sys.argv[1] in ("joined", "unwatched"):
+    peers.MEETINGS = 1.25  # the limit of these two alone
+    if os.environ["RANK"] == "0":
+        os._exit = leave_late
 if sys.argv[1] == "absent":
     distributed.rendezvous = stopping(distributed.rendezvous)
 if sys.argv[1] == "joined":

@@ -16,7 +16,7 @@ FEW = 1500
 LIMITS = ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
 IN_PARTS = {"stage": 3, "stage3_param_persistence_threshold": 0}
 IN_PARTS |= dict.fromkeys((f"stage3_{name}" for name in LIMITS), FEW)
-STEPS = 8
+STEPS = 4
 
 
 @pytest.fixture(scope="module")

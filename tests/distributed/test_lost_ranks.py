@@ -61,7 +61,7 @@ def test_a_rank_that_is_stopped_before_it_is_watched_ends_all_others(lose, case)
 
     assert [rank.exitcode for rank in group.processes[:LOST]] == [1, 1]
     for rank in range(LOST):
-        assert f"megakd: rank {rank} ends because the ranks have not met within 5 s" in group.text
+        assert f"megakd: rank {rank} ends because the ranks have not met within 2.5 s" in group.text
 
 
 def test_a_rank_that_is_stopped_before_it_meets_the_others_is_missed_by_them(lose):

@@ -30,7 +30,9 @@ LEARNERS = {
     "minidisc": ("trial-1", "trial-2"),
     "knowledge_selection": ("selector", "student"),
 }
-STEPS, SAVE_STEPS = 12, 4
+# Of each stage. An episode of selection is half of them, and may not end where a stage is saved.
+STEPS = {"single": 8, "minidisc": 8, "knowledge_selection": 12}
+SAVE_STEPS = 4
 WORLD = 2
 # How long things take is no part of a run's result.
 TIMES = (
@@ -70,6 +72,11 @@ class Run:
     def stages(self) -> tuple[str, ...]:
         """All that train."""
         return (TEACHER, *LEARNERS[self.method])
+
+    @property
+    def steps(self) -> int:
+        """The steps of each stage."""
+        return STEPS[self.method]
 
     def arguments(self) -> tuple[str, ...]:
         return ("--config", str(self.config), f"output_dir={self.out}")
@@ -116,7 +123,8 @@ def sections(method: str, preset: str) -> dict[str, Any]:
         hidden["layer_mapping"] = ["1:2"]
     if method == "knowledge_selection":
         # Episodes and phases end at other steps than logging, evaluations and saves.
-        options = {"episodes": 2, "episode_steps": STEPS // 2, "phase_steps": 5, "hidden": 8}
+        options = {"episodes": 2, "episode_steps": STEPS[method] // 2}
+        options |= {"phase_steps": 5, "hidden": 8}
     terms = [
         hidden,
         {"loss": "hard_mse", "weight": 0.5},
@@ -128,7 +136,7 @@ def sections(method: str, preset: str) -> dict[str, Any]:
 def write_run(folder: Path, preset: str, method: str) -> Path:
     """Logging, evaluation and saving fall on different steps, so that each is resumed midway."""
     write_data(folder / "data")
-    finetune = {"max_steps": STEPS, "learning_rate": 0.003, "deepspeed": preset}
+    finetune = {"max_steps": STEPS[method], "learning_rate": 0.003, "deepspeed": preset}
     tree = config_tree(
         Path("unused"),
         {
@@ -143,7 +151,7 @@ def write_run(folder: Path, preset: str, method: str) -> Path:
         log={"logging_steps": 3},
         **sections(method, preset),
     )
-    steps = {"gradient_accumulation_steps": 2, "max_steps": STEPS, "learning_rate": 0.005}
+    steps = {"gradient_accumulation_steps": 2, "max_steps": STEPS[method], "learning_rate": 0.005}
     tree["train"] |= steps
     return write_config(folder / "run.yaml", tree)
 
@@ -183,7 +191,7 @@ def assert_same_run(run: Run, truth: Run) -> None:
     for stage in run.stages:
         best = f"checkpoints/{stage}/best/best.json"
         assert (run.out / best).read_bytes() == (truth.out / best).read_bytes(), best
-        assert_same_tensors(run.checkpoint(stage, STEPS), truth.checkpoint(stage, STEPS))
+        assert_same_tensors(*(one.checkpoint(stage, run.steps) for one in (run, truth)))
 
 
 def logged(run: Run) -> dict[str, list[dict[str, Any]]]:
@@ -278,7 +286,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(
         killer.start_until("between", killer.exists(f"stages/{teacher}"), delay_s=0.6)
         for stage in run.stages[1:-1]:
             killer.start_until(stage, killer.logged(stage, rng.randint(1, 4)), delay_s=0.1)
-        moment = killer.logged(student, rng.randint(1, 5))
+        moment = killer.logged(student, rng.randint(1, run.steps // 2))
         killer.start_until("student", moment, delay_s=0.1, rank=rng.randrange(WORLD))
         killer.start_until("student saves", killer.saving(student), delay_s=0.02)
         if run.method == "minidisc":
@@ -317,11 +325,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, l
     student = truth.stages[-1]
     run = unfinished(truth, tmp_path / "damaged", "teacher-finetune", student)
     shard = "engine-1.pt"
-    flipped = run.checkpoint(TEACHER, STEPS) / shard
+    flipped = run.checkpoint(TEACHER, run.steps) / shard
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 0x10
     flipped.write_bytes(content)
-    short = run.checkpoint(student, STEPS) / "rank-1.pt"
+    short = run.checkpoint(student, run.steps) / "rank-1.pt"
     short.write_bytes(short.read_bytes()[:-100])
 
     group = launch(*run.arguments())
@@ -332,10 +340,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(truth, launch, l
         ("teacher-finetune", f"the checksum of {shard} differs"),
         (student, "rank-1.pt has"),
     ):
-        newest, before = run.checkpoint(stage, STEPS), run.checkpoint(stage, STEPS - SAVE_STEPS)
+        last = run.steps - SAVE_STEPS
+        newest, before = run.checkpoint(stage, run.steps), run.checkpoint(stage, last)
         assert f"{newest} is damaged ({damage}" in outcome
         assert f"renamed to {newest}.unused-1: using {before}" in outcome
-        assert f"{stage}: resumed at step {STEPS - SAVE_STEPS} from {before}" in outcome
+        assert f"{stage}: resumed at step {last} from {before}" in outcome
     assert outcome.count(f"removed the lock {lock} of a process that was killed") == 1
     assert_same_run(run, truth)
 
@@ -353,7 +362,7 @@ def test_a_damaged_best_evaluation_is_taken_again_from_a_checkpoint_before_it(
     outcome = finish(command, run)
 
     before = SAVE_STEPS * ((step - 1) // SAVE_STEPS)
-    assert f"step-{STEPS} needs the weights of step {step}, which are damaged" in outcome
+    assert f"step-{run.steps} needs the weights of step {step}, which are damaged" in outcome
     assert f"{student}: resumed at step {before} from" in outcome
     assert "is lost" not in outcome
     assert_same_run(run, truth)
@@ -376,7 +385,9 @@ def test_a_finished_run_started_again_prints_its_table_and_changes_nothing(truth
 def test_a_disk_that_is_full_on_one_rank_stops_all_with_one_message(truth, command, tmp_path):
     run = truth.elsewhere(tmp_path / "full")
 
-    codes, text = command(*run.arguments(), case="test_resume.command_without_space")
+    # The last save is made at once, and this one beside the steps that follow.
+    words = (*run.arguments(), "teacher.finetune.max_steps=12")
+    codes, text = command(*words, case="test_resume.command_without_space")
 
     folder = run.out / "checkpoints" / "teacher-finetune"
     assert codes == [2] * WORLD, text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +97,16 @@ SERIES = ["method.target_sparsity=null", "method.flops=80%,50%", "method.candida
 WHOLE = [SERIES[0], "method.flops=50%", "method.candidates=1", "method.trial_steps=null"]
 
 
-@pytest.fixture(
-    scope="module", params=[[], SERIES, WHOLE], ids=["one size", "two sizes", "whole layers"]
-)
-def sizes(request) -> list[str]:
-    """Overrides of the config."""
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def alone(workers, folder, tmp_path_factory, sizes) -> dict:
-    """One rank with the rows of both."""
-    config = config_of(folder, tmp_path_factory.mktemp("alone"), rows=6, zero=2)
-    return workers(1).run("test_shrink.shrink", str(config), sizes)[0]
+def alone(workers, folder, tmp_path_factory) -> Callable[..., dict]:
+    """One rank with the rows of both, by the overrides of the config."""
+
+    @functools.cache
+    def run(*overrides: str) -> dict:
+        config = config_of(folder, tmp_path_factory.mktemp("alone"), rows=6, zero=2)
+        return workers(1).run("test_shrink.shrink", str(config), [*overrides])[0]
+
+    return run
 
 
 def assert_same(rank: dict, alone: dict) -> None:
@@ -117,21 +116,33 @@ def assert_same(rank: dict, alone: dict) -> None:
         torch.testing.assert_close(rank["state"][name], weight, atol=1e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+# The engine alone knows the stage, so that a quick run has two of the three kinds at each.
+@pytest.mark.parametrize(
+    ("sizes", "zero"),
+    [
+        pytest.param([], 2, id="one size-2"),
+        pytest.param([], 3, id="one size-3"),
+        pytest.param(SERIES, 2, id="two sizes-2", marks=pytest.mark.slow),
+        pytest.param(SERIES, 3, id="two sizes-3"),
+        pytest.param(WHOLE, 2, id="whole layers-2"),
+        pytest.param(WHOLE, 3, id="whole layers-3", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_choose_and_train_what_one_rank_does(
     workers, folder, alone, tmp_path, zero, sizes
 ):
     config = config_of(folder, tmp_path, rows=3, zero=zero)
+    one = alone(*sizes)
 
     first, second = workers(2).run("test_shrink.shrink", str(config), sizes)
 
     for key in ("candidates", "layers"):
         assert first[key] == second[key]
-    for ours, theirs in zip(first["candidates"], alone["candidates"], strict=True):
+    for ours, theirs in zip(first["candidates"], one["candidates"], strict=True):
         assert ours["chosen"] == theirs["chosen"]
         assert ours["metric"] == pytest.approx(theirs["metric"], rel=1e-3)
     for rank in (first, second):
-        assert_same(rank, alone)
+        assert_same(rank, one)
 
 
 @pytest.fixture(scope="module")

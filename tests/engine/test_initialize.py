@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 
 import torch
 from deepspeed.runtime import bf16_optimizer
+from forked_ranks import start_rank
 from torch import nn
 
 from megakd.config.deepspeed import load_ds_config, merged_ds_config
@@ -113,18 +113,21 @@ def test_deepspeed_is_told_that_sgd_may_be_used():
     assert "zero_allow_untested_optimizer" not in plain
 
 
-def test_an_engine_starts_without_torchs_inductor_and_leaves_the_compiler_alone():
+def test_an_engine_starts_without_torchs_inductor_and_leaves_the_compiler_alone(tmp_path):
     # The first import of Muon decides, so a new process has to make it.
-    program = (
+    program, log = tmp_path / "program.py", tmp_path / "log.txt"
+    program.write_text(
         "import sys, torch\n"
         "from deepspeed.runtime import compiler\n"
         "from megakd.engine.initialize import _import_muon_without_compiling\n"
+        "assert 'deepspeed.runtime.zero.muon.original_muon' not in sys.modules\n"
         "_import_muon_without_compiling()\n"
         "assert 'deepspeed.runtime.zero.muon.original_muon' in sys.modules\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules\n"
         "assert compiler.compile() is torch.compile\n"
     )
 
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    process = start_rank([str(program)], variables=os.environ, log=log)
+    process.join()
 
-    assert done.returncode == 0, done.stderr.decode()
+    assert process.exitcode == 0, log.read_text()

@@ -77,6 +77,7 @@ class Engine:
 def _no_collection_by_chance():
     gc.disable()
     yield
+    gc.freeze()  # as before the test: the end of a run unfreezes all modules of this process
     gc.enable()
 
 

@@ -34,8 +34,8 @@ def test_a_classifier_learns_from_its_cache_what_it_learns_from_the_teacher(clas
 
 @pytest.mark.parametrize("losses", [False, True])
 def test_a_run_that_keeps_the_answers_learns_what_it_learns_from_the_teacher(classes, losses):
-    # Held-out losses ask the teacher itself.
-    both = {"train": {"num_train_epochs": 2}, "eval": {"losses": losses}}
+    # More steps than an epoch has, so that rows are read again; held-out losses ask the teacher.
+    both = {"train": {"max_steps": 20}, "eval": {"losses": losses}}
     online = classes.weights(classes.config(f"asked-{losses}", **both))
     kept = {"teacher": {"cache": "auto"}, **both}
 
@@ -168,12 +168,12 @@ def test_kinds_that_look_inside_cannot_be_weighed_from_a_cache(classes):
     config = classes.config(
         "inside", cache="inside-answers", method=random, objective=None, student=deep
     )
-    classes.cache(config)
 
     outcome = classes.one_rank.train("--config", config)
 
     assert outcome.code == 2
     assert "teacher.cache holds only the outputs of the teacher" in outcome.err
+    assert not outcome.loaded
 
 
 DRAWS = {"cache_draws": 16}

@@ -109,6 +109,7 @@ def test_the_report_compares_models_by_nats_per_character(trained):
     assert report["baselines"].keys() == {"alone", "patient_kd"}
     assert report["student"]["metrics"]["nats_per_character"] > 0
     assert report["teacher"]["metrics"]["nats_per_character"] > 0
+    assert report["samples"]
     assert all(sample["teacher"] is None for sample in report["samples"])
 
 

@@ -25,7 +25,7 @@ HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_s
 HYBRID |= {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_layer_indices": [1]}
 HYBRID |= {"intermediate_size": 32}
 PROMPTS = [[5 + row, 6, 7][: 1 + row % 3] for row in range(16)]
-CASE = settings(max_examples=6, deadline=None, suppress_health_check=[*HealthCheck])
+CASE = settings(max_examples=4, deadline=None, suppress_health_check=[*HealthCheck])
 
 
 @cache

@@ -294,6 +294,14 @@ def test_what_does_not_fit_names_changes_that_do(tmp_path: Path) -> None:
     assert again.peak_bytes_per_rank == here.peak_bytes_per_rank
 
 
+def test_a_run_on_cpus_fits_if_the_memory_of_its_node_holds_it(tmp_path: Path) -> None:
+    config, fits = config_of(tmp_path), {None: None, 1000: False, 10**15: True}
+
+    result = {size: planned(config, device="cpu", ranks=2, host_memory=size).fits for size in fits}
+
+    assert result == fits
+
+
 def test_scores_of_all_pairs_of_tokens_are_planned_where_the_attention_has_them(
     tmp_path: Path,
 ) -> None:

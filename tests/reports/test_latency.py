@@ -8,14 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny_cuts
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig
 from transformers import RobertaForSequenceClassification as Roberta
 
 from megakd.errors import ModelError
 from megakd.models import forwards
-from megakd.models.onnx import write_onnx
 from megakd.reports import latency
 from megakd.reports.latency import Work, measure_latencies
 
@@ -151,22 +149,6 @@ def test_several_models_take_every_place_by_turns_at_every_batch() -> None:
     ]
     assert all(entry["ms"] > 0 for entry in result)
     assert order[-9:] == ["a2", "b2", "c2", "b2", "c2", "a2", "c2", "a2", "b2"]
-
-
-def test_a_graph_is_timed_beside_its_model(tmp_path: Path) -> None:
-    tiny_cuts.build("bert").save_pretrained(tmp_path)
-    tiny_cuts.tokenizer().save_pretrained(tmp_path)
-    write_onnx(tmp_path, to=tmp_path / "graph")
-    work = Work((2,), None, rounds=1, of_data=LENGTHS)
-
-    result = measure_latencies({"student": tmp_path}, work, {"student": tmp_path / "graph"})
-
-    assert [(one["model"], one.get("runtime")) for one in result] == [
-        ("student", None),
-        ("student", "onnxruntime"),
-    ]
-    assert result[1]["device"].startswith("cpu")
-    assert result[0]["lengths"] == result[1]["lengths"]
 
 
 def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:

@@ -202,7 +202,6 @@ def test_a_tied_language_model_is_loaded_and_scored_with_plain_transformers(lang
     assert 1 < report["teacher"]["metrics"]["perplexity"] < reported["perplexity"] < 320
     logged = [r for r in records(language_run / "out", "student") if "train/loss" in r]
     assert logged[-1]["train/hard_cross_entropy"] < logged[0]["train/hard_cross_entropy"]
-    assert 0 <= logged[-1]["train/top1_agreement"] <= 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(

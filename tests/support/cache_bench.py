@@ -44,7 +44,8 @@ class Bench:
             student=sections.pop("student", {"model": small}),
             **{"method": {"name": "single"}, "objective": KL, **sections},
         )
-        tree["train"] |= {"max_steps": 10, "adam_epsilon": 0.01}
+        steps = sections.get("train", {}).get("max_steps", 10)
+        tree["train"] |= {"max_steps": steps, "adam_epsilon": 0.01}
         return write_config(self.folder / f"{out}.yaml", tree)
 
     def cache(self, config: Path) -> str:

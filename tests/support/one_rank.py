@@ -7,6 +7,7 @@ group outlives the commands. All else is what `launch/train.py` and `megakd` do.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -108,6 +109,7 @@ def _send_signals(stage_run, stops: list[tuple[str, int] | None]) -> None:
 
 
 def _answer(command, arguments: list[str], loaded: list[str]) -> tuple[Outcome | None, str]:
+    gc.freeze()  # the last run has unfrozen all modules, and a collection walks over them
     out, err = io.StringIO(), io.StringIO()
     place = {name: os.environ.pop(name) for name in LAUNCHERS if name in os.environ}
     logging.getLogger().handlers.clear()  # the last command's standard error
