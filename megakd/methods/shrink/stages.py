@@ -113,7 +113,8 @@ def metric_of(config: ShrinkConfig, lab: Lab) -> Metric:
     if config.metric is not None:
         return lab.metric(config.metric, weighed=False)
     (soft,) = lab.soft_terms(1.0)
-    name = next(filter(None, (judging_name(term, soft.loss) for term in objective_of(lab))))
+    judges = filter(None, (judging_name(term, soft.loss) for term in objective_of(lab)))
+    name = next(judges, soft.loss)  # one candidate is not compared
     return Metric(name=name, parts=(name,), higher_is_better=False)
 
 
