@@ -207,8 +207,8 @@ MUTATIONS = (
     # Models and pruning.
     Mutation(
         "megakd/contract/layer_mapping.py",
-        "(s, round(s * ratio))",
-        "(s, int(s * ratio))",
+        "round(s * ratio)",
+        "int(s * ratio)",
         "tests/contract tests/losses",
     ),
     Mutation(
