@@ -136,7 +136,7 @@ class StepLoader(BatchSource):
 
 def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:
     """Return the numbers of the rows in which a token counts: all but prompts without an answer."""
-    if PROMPT_LENGTH not in rows.column_names:
+    if PROMPT_LENGTH not in rows.column_names or not len(rows):  # none of a stream
         return np.arange(len(rows))
     return np.flatnonzero(prompt_lengths(rows) < lengths_of_rows(rows))
 
