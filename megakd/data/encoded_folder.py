@@ -50,11 +50,9 @@ from megakd.errors import DataError
 from megakd.storage.atomic import full_disk_reason, sync_tree
 from megakd.storage.checksums import entry_of, read_signed, write_signed
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences, flatten
-from megakd.storage.folders import damage_at_start
+from megakd.storage.folders import LOCK, damage_at_start
 
 FORMAT = 1
-LOCK = "lock.json"
-"""Part of the names of the files by which a command holds the folder."""
 MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer"
 # Keys of `task` on which the rows do not depend, or which have facts of their own.
 _FREE = ("encoded", "tokenizer", "mlm_probability", "streaming", "chat_template", "end_tokens")

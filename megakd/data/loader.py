@@ -136,7 +136,7 @@ class StepLoader(BatchSource):
 
 def rows_with_targets(rows: Dataset) -> NDArray[np.int64]:
     """Return the numbers of the rows in which a token counts: all but prompts without an answer."""
-    if PROMPT_LENGTH not in rows.column_names or not len(rows):  # none of a stream
+    if PROMPT_LENGTH not in rows.column_names:
         return np.arange(len(rows))
     return np.flatnonzero(prompt_lengths(rows) < lengths_of_rows(rows))
 
@@ -149,7 +149,8 @@ def prompt_lengths(rows: Dataset) -> NDArray[np.int64]:
 def lengths_of_rows(rows: Dataset) -> NDArray[np.int64]:
     """Return [N] tokens of every row, from the offsets of the arrow files."""
     tables = arrow_batches(rows.select_columns("input_ids"), LENGTHS_AT_ONCE)
-    return np.concatenate([row_lengths(table) for table in tables])
+    # A stream has no rows here, and so no tables.
+    return np.concatenate([np.zeros(0, np.int64), *map(row_lengths, tables)])
 
 
 def evaluation_batches(

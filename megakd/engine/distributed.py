@@ -29,7 +29,7 @@ from megakd.engine.collectives import backend_for, gather
 from megakd.engine.peers import meeting, reports_lost_peer
 from megakd.engine.waiting import clock_collectives
 from megakd.errors import MegakdError, PeerLostError
-from megakd.process.signals import LAUNCHER_VARIABLES
+from megakd.process.signals import is_launched
 
 logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -296,7 +296,7 @@ def _share_cores() -> None:
     # cores; other launchers, also inside a task of srun, give all ranks the same cores.
     allowed = len(os.sched_getaffinity(0))
     per_task = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    is_task = per_task.isdigit() and not any(name in os.environ for name in LAUNCHER_VARIABLES)
+    is_task = per_task.isdigit() and not is_launched()
     cores = min(allowed, int(per_task)) if is_task else allowed // local_world
     torch.set_num_threads(max(1, cores))
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -197,8 +198,12 @@ class PlanningLab(LabBase):
         shape = StepShape(
             train.per_device_train_batch_size, train.gradient_accumulation_steps, 0, self.world
         )
-        learned = len(rows_with_targets(self._prepared.encoded.train))
-        return total_steps(train, shape.steps_per_epoch(learned))
+        return total_steps(train, shape.steps_per_epoch(self._learned))
+
+    @cached_property
+    def _learned(self) -> int:
+        # Every stage asks, and the lengths of all rows are read for the answer.
+        return 0 if self._prepared is None else len(rows_with_targets(self._prepared.encoded.train))
 
     def with_embeddings(self, result: StageResult) -> ModelSource:
         return self._sources[STUDENT]  # its size does not depend on the embeddings

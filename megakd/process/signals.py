@@ -259,12 +259,16 @@ class Launchers:
         self.chain = _up_to_launcher(psutil.Process().parents()) if is_rank else []
         # A launcher that was killed while this rank started is no longer a parent. In a container,
         # process 1 may be a launcher of its own, a program in Python.
-        is_launched = any(name in os.environ for name in LAUNCHER_VARIABLES)
-        is_orphan = is_launched and not self.chain and os.getppid() == 1
+        is_orphan = is_launched() and not self.chain and os.getppid() == 1
         self._was_gone = is_orphan and not _first_is_python()
 
     def have_ended(self) -> bool:
         return self._was_gone or not all(map(_is_alive, self.chain))
+
+
+def is_launched() -> bool:
+    """Return whether DeepSpeed's launcher or torchrun has started this process."""
+    return any(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
 def _up_to_launcher(parents: list[psutil.Process]) -> list[psutil.Process]:

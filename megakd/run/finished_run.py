@@ -386,7 +386,7 @@ def export_run(
     changes = dict.fromkeys((RESULT, RECORD, *files_of_window(there), *files_of_others(there)))
     changes |= current_files(there)
     add = add or adding(config.save.formats)
-    with written_once(to.absolute().with_name(f".{to.absolute().name}.lock")):
+    with written_once(atomic.sibling(to.absolute(), "lock")):
         if to.exists() or to.is_symlink():
             raise CheckpointError(f"{to} already exists; give a folder that does not exist")
         copy_finished(folder, to, changes=changes, add=add, remedy=remake(folder))

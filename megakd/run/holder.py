@@ -32,9 +32,9 @@ import psutil
 
 from megakd.engine.collectives import gather, node_name, on_main
 from megakd.errors import CheckpointError, ConfigError, InUseError
+from megakd.storage.folders import LOCK
 
 logger = logging.getLogger(__name__)
-LOCK = "lock.json"
 BEAT_S = 10.0
 # Network storage may show a change of another host only after a minute.
 DEAD_AFTER_S = 90.0

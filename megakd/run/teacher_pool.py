@@ -102,8 +102,8 @@ class TeacherPool:
     def open(self, name: str, stage: Stage) -> Opened:
         """Return a teacher that gives the outputs that the losses of a stage read; a collective."""
         ready = self.assembly.teachers[name]
-        needs = self._needs(stage)
-        self.assembly.losses(stage).check_outputs(self._config.key_of(name), ready)
+        losses = self.assembly.losses(stage)
+        losses.check_outputs(self._config.key_of(name), ready)
         if ready.spec.server is not None:
             from megakd.servers.teachers import served_teacher
 
@@ -113,6 +113,7 @@ class TeacherPool:
         if cached is not None and not ready.is_loaded(measures_losses=stage.measures_losses):
             return cached
         dtype, spec = self.assembly.teacher_dtype(ready), ready.spec.deepspeed
+        needs = losses.teacher_needs()
         teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
         self._ask(teacher, name, stage, needs)
         return teacher if cached is None else CachedSteps(cached, teacher)

@@ -29,7 +29,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file; if writing fails, the old file is unchanged."""
-    temporary = _sibling(path, "new")
+    temporary = sibling(path, "new")
     with reports_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -59,7 +59,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
     If the body fails, the temporary folder is removed and `path` is unchanged.
     """
-    temporary, aside = _sibling(path, "new"), _sibling(path, "old")
+    temporary, aside = sibling(path, "new"), sibling(path, "old")
     with reports_full_disk(path):
         recover(path)
         temporary.mkdir(parents=True)
@@ -81,7 +81,7 @@ def write_content(path: Path, content: str | bytes) -> None:
 
 def recover(path: Path) -> bool:
     """Clean up after a killed `replaced_folder(path)`; return whether the old folder is back."""
-    temporary, aside = _sibling(path, "new"), _sibling(path, "old")
+    temporary, aside = sibling(path, "new"), sibling(path, "old")
     restored = aside.exists() and not path.exists()
     if restored:
         aside.replace(path)
@@ -141,7 +141,8 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _sibling(path: Path, suffix: str) -> Path:
+def sibling(path: Path, suffix: str) -> Path:
+    """Return the hidden path beside a file or folder for what is made of it or guards it."""
     # The name is fixed, not random, so that the next run finds the files of a killed run.
     return path.with_name(f".{path.name}.{suffix}")
 

@@ -31,6 +31,8 @@ from megakd.storage.checksums import (
 )
 
 CHECKSUMS = "checksums.json"
+LOCK = "lock.json"
+"""Part of the names of the files by which a process holds a folder."""
 CARD = "README.md"
 """The model card, which users edit."""
 # Reading every byte of a cache at each start costs about a second per GiB and rank; in larger

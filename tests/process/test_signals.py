@@ -45,7 +45,7 @@ with signals.watched(), signals.deferred():
 
 @pytest.fixture(autouse=True)
 def _heard() -> Iterator[None]:
-    """What a shell starts in the background ignores SIGINT, what nohup starts ignores SIGHUP."""
+    """Background processes of a shell ignore SIGINT, those of nohup SIGHUP; children inherit it."""
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
