@@ -19,7 +19,7 @@ from evidence.cells import Cell, Stored, read_stored, with_cells, write_stored
 from evidence.others import COLLECTED
 from lib.books import HELD_OUT
 from lib.data import TASKS
-from lib.launching import Report, UnusableError, metric_of, records_of
+from lib.launching import Report, UnusableError, metric_of
 from lib.tables import machine
 
 STUDENT, KL = "student", "soft_target_kl"
@@ -63,12 +63,13 @@ def _cell(stored: Stored, run: Path, which: tuple[str, str], seed: int) -> Cell:
     stages = _stages_of(report, model)
     before = sum(stage["steps"] for stage in stages if stage["name"] == BEFORE)
     steps = sum(stage["steps"] for stage in stages) - before
+    metric = "nats_per_character" if "per character" in stored.metric else "loss"
     has_teacher = arm not in COLLECTED[stored.comparison].no_teacher
     return Cell(
         arm=arm,
         seed=seed,
         basis="steps",
-        score=_score(stored, run, report, model),
+        score=metric_of(report, model, metric, HELD_OUT),
         divergence=stages[-1]["metrics"].get(KL),
         steps=steps,
         cpu_seconds=_cpu_seconds(report, stages),
@@ -85,14 +86,6 @@ def _stages_of(report: Report, model: str) -> list[Report]:
 
 def _report(run: Path) -> Report:
     return json.loads((run / "report.json").read_text(encoding="utf-8"))
-
-
-def _score(stored: Stored, run: Path, report: Report, model: str) -> float:
-    """Return the score in the unit of the stored cells; on_policy logs its share of right texts."""
-    if stored.metric == "share of right texts":
-        return 100 * next(r["eval/match"] for r in reversed(records_of(run)) if "eval/match" in r)
-    metric = "nats_per_character" if "per character" in stored.metric else "loss"
-    return metric_of(report, model, metric, HELD_OUT)
 
 
 def _rows(run: Path, report: Report) -> int:

@@ -5,10 +5,9 @@ thread of a CPU.
 
 In every setting seven teachers differ in depth, steps, number of labels and errors of the labels.
 Each teaches the same student on soft targets alone, whose score on the test rows is the outcome of
-the teacher. The scores of `match` and GRACE (Panigrahi et al. 2025, https://arxiv.org/abs/2511.02833)
-are computed before any student learns. The score with the best mean rank correlation in the first
-half of the settings, and its sign, is chosen; the other half tests it. Finished runs are not
-repeated, and no run starts after `--minutes`.
+the teacher. The scores of `match` are computed before any student learns. The score with the best
+mean rank correlation in the first half of the settings, and its sign, is chosen; the other half
+tests it. Finished runs are not repeated, and no run starts after `--minutes`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -294,7 +293,7 @@ def outcomes(setting: Setting, out: Path, until: float) -> dict[str, float]:
 
 
 def scores(setting: Setting, names: Sequence[str], out: Path) -> dict[str, dict[str, float]]:
-    """Return the scores of `match` and GRACE by teacher, computed once."""
+    """Return the scores of `match` by teacher, computed once."""
     path = out / setting.name / f"scores-{'-'.join(names)}.json"
     if not path.is_file():
         from megakd.api import load_config
@@ -305,8 +304,6 @@ def scores(setting: Setting, names: Sequence[str], out: Path) -> dict[str, dict[
         config = load_config(student_run(setting, names, out))
         matched = match_models(config)
         teachers = {name: facts(row) for name, row in matched["teachers"].items()}
-        for name, value in graces(setting, names, out).items():
-            teachers[name]["GRACE"] = value
         path.write_text(json.dumps(teachers, indent=1), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -315,141 +312,6 @@ def facts(row: Mapping[str, Any]) -> dict[str, float]:
     metrics = row["metrics"]
     keys = ("gap", "kl", "entropy", "same_top", "overlap")
     return {"accuracy": metrics["accuracy"], **{key: row[key] for key in keys}}
-
-
-PROMPTS, ANSWERS, DIRECTIONS = 64, 4, 128
-"""Of GRACE; the paper has 512 prompts, 4 answers of a teacher to each, and 512 directions."""
-
-
-def graces(setting: Setting, names: Sequence[str], out: Path) -> dict[str, float]:
-    """Return GRACE of every teacher, of the gradients of the student's start; less is better.
-
-    The gradient of the student's start is that of the cross-entropy on an answer that is drawn
-    from a teacher: a class, or 32 tokens after the first 32 of a text.
-    Differs from the paper: gradients are projected by summing weights, with random signs, in
-    random groups; the embedding table is left out.
-    """
-    import torch
-
-    start, prompts = prepared_start(setting, names, out)
-    project, known, models = (
-        projection(start),
-        dict[tuple[int, int], Any](),
-        models_of(setting, out),
-    )
-    made = {}
-    for name in names:
-        gradients = []
-        for number, label, loss in answers(setting, models[name], start, prompts):
-            key = (number, label)
-            if label < 0 or key not in known:
-                start.zero_grad()
-                loss().backward()
-                known[key] = project(start)
-            gradients.append(known[key])
-        made[name] = grace(torch.stack(gradients).double().numpy())
-    return made
-
-
-def prepared_start(setting: Setting, names: Sequence[str], out: Path) -> tuple[Any, list[Any]]:
-    """Return the student's start, and the inputs of the first validation rows."""
-    import torch
-
-    from megakd.api import load_config
-    from megakd.inputs.inputs import prepare
-    from megakd.models.loading import load_model
-
-    config = load_config(student_run(setting, names, out))
-    inputs = prepare(config)
-    source = inputs.sources["student"]
-    model = load_model(
-        source,
-        task=config.task,
-        label_names=inputs.splits.label_names,
-        tokenizer_size=source.config.vocab_size,
-        ds=None,
-        dtype=torch.float32,
-        seed=config.seed,
-        need_head=False,
-    )
-    texts = inputs.splits.validation["text"][:PROMPTS]
-    return model.eval(), [inputs.tokenizer(text, return_tensors="pt") for text in texts]
-
-
-def answers(setting: Setting, folder: Path, start: Any, prompts: list[Any]) -> Iterator[Any]:
-    """Yield the prompt's number, the class or -1, and the student's loss, of every drawn answer."""
-    import torch
-    from torch.nn import functional
-
-    torch.manual_seed(0)
-    if setting.is_classifier:
-        from transformers import AutoModelForSequenceClassification
-
-        teacher = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        for number, prompt in enumerate(prompts):
-            inputs = {k: v for k, v in prompt.items() if k in ("input_ids", "attention_mask")}
-            chances = teacher(**inputs).logits.softmax(-1).detach()
-            for label in chances.multinomial(ANSWERS, replacement=True)[0].tolist():
-                target = torch.tensor([label])
-                yield (
-                    number,
-                    label,
-                    lambda i=inputs, t=target: functional.cross_entropy(start(**i).logits, t),
-                )
-        return
-    from transformers import AutoModelForCausalLM
-
-    teacher = AutoModelForCausalLM.from_pretrained(folder).eval()
-    for number, prompt in enumerate(prompts):
-        ids = prompt["input_ids"][:, :32].expand(ANSWERS, -1)
-        texts = teacher.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=32,
-            min_new_tokens=32, top_k=0, pad_token_id=0,
-        )  # fmt: skip
-        for text in texts:
-            labels = text.clone()
-            labels[: ids.shape[1]] = -100
-            yield number, -1, lambda t=text, y=labels: start(t[None], labels=y[None]).loss
-
-
-def projection(model: Any) -> Any:
-    """Return a function from the model with gradients to `DIRECTIONS` signed sums of them."""
-    import torch
-
-    table = model.get_input_embeddings().weight
-    weights = [w for w in model.parameters() if w is not table]
-    rng = torch.Generator().manual_seed(0)
-    size = sum(w.numel() for w in weights)
-    groups = torch.randint(DIRECTIONS, (size,), generator=rng)
-    signs = torch.randint(2, (size,), generator=rng) * 2.0 - 1
-
-    def project(model: Any) -> Any:
-        del model
-        parts = [w.new_zeros(w.numel()) if w.grad is None else w.grad.flatten() for w in weights]
-        return torch.zeros(DIRECTIONS).index_add_(0, groups, torch.cat(parts) * signs)
-
-    return project
-
-
-def grace(gradients: np.ndarray) -> float:
-    """Return the mean of tr(S⁻¹ T) over ten splits by prompt, for gradients [prompts * answers, d].
-
-    S is the mean of g gᵀ over normalised training gradients, with smoothed eigenvalues, and T that
-    over the gradients of a tenth of the prompts.
-    """
-    by_prompt = gradients.reshape(-1, ANSWERS, gradients.shape[1])
-    held, values = max(1, len(by_prompt) // 10), []
-    for seed in range(10):
-        mixed = by_prompt[np.random.default_rng(seed).permutation(len(by_prompt))]
-        test, train = (
-            part.reshape(-1, gradients.shape[1]) for part in (mixed[:held], mixed[held:])
-        )
-        train = train / np.linalg.norm(train, axis=1, keepdims=True).clip(1e-12)
-        spectrum, axes = np.linalg.eigh(train.T @ train / len(train))
-        spectrum = spectrum.clip(1e-12)
-        smooth = 0.999 * spectrum + 0.001 * spectrum.mean()
-        values.append(float(((test @ axes) ** 2 / smooth).sum(axis=1).mean()))
-    return fmean(values)
 
 
 Correlations = dict[str, dict[str, float]]
@@ -467,7 +329,7 @@ def chosen(known: Correlations) -> tuple[str, float]:
     """Return the score with the largest mean correlation in the choosing half, and its sign."""
     half = [known[name] for name in CHOOSING if name in known]
     means = {key: fmean(np.nan_to_num([one[key] for one in half])) for key in half[0]}
-    best = max((key for key in means if key != "GRACE"), key=lambda key: abs(means[key]))
+    best = max(means, key=lambda key: abs(means[key]))
     return best, float(np.sign(means[best]))
 
 
@@ -492,16 +354,11 @@ def main(arguments: Sequence[str]) -> int:
 def tell(known: Correlations, command: str) -> None:
     score, sign = chosen(known)
     tests = {name: sign * known[name][score] for name in TESTING if name in known}
-    grace = {name: -known[name]["GRACE"] for name in TESTING if name in known}
-    words = [
-        ", ".join(
-            [f"mean {fmean(values.values()):.2f}", *(f"{n} {v:.2f}" for n, v in values.items())]
-        )
-        for values in (tests, grace)
-        if values
-    ]
-    rows = zip((f"{sign:+.0f} * {score}, chosen", "GRACE"), words, strict=False)
-    print_rows(command, *((f"rank correlation with outcomes: {n}", w, "-") for n, w in rows))
+    if tests:
+        each = (f"{name} {value:.2f}" for name, value in tests.items())
+        words = ", ".join([f"mean {fmean(tests.values()):.2f}", *each])
+        what = f"rank correlation with outcomes: {sign:+.0f} * {score}, chosen"
+        print_rows(command, (what, words, "-"))
 
 
 def rounded(line: Mapping[str, float]) -> dict[str, str]:

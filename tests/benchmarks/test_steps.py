@@ -20,7 +20,6 @@ TINY = f"{SMALL} --teacher 2x32 --student 2x32"
 COMMANDS = [
     (f"speed.overhead {TINY} --alone 3", "step against a bare loop, 1 rank(s), 3 pairs"),
     ("speed.causal_step --quick --pairs 2", "jsd, megakd, a step against a bare loop, 2 pairs"),
-    (f"speed.saves {TINY} --steps 2", "beside the steps, 1 rank(s), student 2x32"),
     ("speed.latency --shape 2x48 --grid 0.5 --batches 1 --lengths 8 --ratios 2",
      "forward of 2x48 at sparsity 0.5, batch 1, 8 tokens"),
 ]  # fmt: skip

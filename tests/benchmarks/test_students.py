@@ -12,15 +12,13 @@ import pytest
 import reports
 import yaml
 from tiny_books import write_real_data
-from transformers import AutoTokenizer
 
 from lib import books, launching, stories
 from lib.data import BOOKS
 from lib.launching import UnusableError
 from lib.tables import columns_of
-from megakd.config.file import load_config
 from megakd.errors import CheckpointError
-from methods import homodistil, mixed_vocabulary, on_policy, shrink
+from methods import homodistil, mixed_vocabulary, shrink
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices("abcdefghijklmnop", k=RNG.randint(2, 7))) for _ in range(300)]
@@ -325,32 +323,3 @@ def test_the_better_merge_comes_first_and_an_unknown_character_is_its_bytes(tmp_
     assert tokenizer.convert_ids_to_tokens(tokenizer("abc")["input_ids"]) == ["<s>", "▁", "a", "bc"]
     assert tokenizer.convert_ids_to_tokens(ids)[3:] == ["<0x0A>", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a\né"
-
-
-def test_the_sums_have_partial_sums_a_token_per_character_and_no_prompt_in_both_splits(tmp_path):
-    on_policy.write_data(tmp_path)
-    rows = {
-        split: [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
-        for split in ("train", "validation")
-    }
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-
-    for row in rows["validation"]:
-        digits = [int(digit) for digit in row["prompt"].rstrip("=").split("+")]
-        sums = [str(sum(digits[:count])) for count in range(2, len(digits) + 1)]
-        assert row["completion"].split(",") == sums
-    trained = {row["prompt"] for row in rows["train"]}
-    assert len(trained) == len(rows["train"])
-    assert not trained & {row["prompt"] for row in rows["validation"]}
-    assert len(tokenizer("12+3=15,").input_ids) == 8
-
-
-def test_the_students_of_sums_are_valid_take_equal_steps_and_only_two_write_texts(tmp_path):
-    given = on_policy.parse(["--out", str(tmp_path)])
-    arms = {name: on_policy.arm(given, name, tmp_path / "start") for name in on_policy.ARMS}
-
-    for tree in (*arms.values(), on_policy.teacher_config(given), on_policy.half_way(given)):
-        path = launching.write_config(tmp_path / "run.yaml", {"output_dir": str(tmp_path), **tree})
-        load_config(path)
-    assert {name for name, tree in arms.items() if "rollout" in tree} == {"on_policy", "mixed"}
-    assert len({tree["train"]["max_steps"] for tree in arms.values()}) == 1
