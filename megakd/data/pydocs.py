@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -80,8 +79,11 @@ def pydocs_rows(
     task: TaskConfig, *, cache_dir: Path, roots: Sequence[Path] | None = None
 ) -> Corpus:
     """Return the rows of the task's view, by default of the modules of this interpreter."""
-    _check(task)
-    view = VIEW_OF[task.type]
+    view = VIEW_OF.get(task.type)
+    if view is None:
+        raise ConfigError(
+            f"task.type: task.dataset pydocs supports {', '.join(VIEW_OF)} (got {task.type})"
+        )
     packages = PACKAGES if view == "classification" else None
     files = source_files(roots if roots is not None else source_roots(), packages)
     numbers = (FEWEST_WORDS, MOST_CHARACTERS, FEWEST_ROWS_PER_CLASS, HELD_OUT[view])
@@ -158,13 +160,6 @@ def _normal(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def _check(task: TaskConfig) -> None:
-    if task.type not in VIEW_OF:
-        raise ConfigError(
-            f"task.type: task.dataset pydocs supports {', '.join(VIEW_OF)} (got {task.type})"
-        )
-
-
 def _write_view(view: str, files: Sequence[SourceFile], folder: Path) -> None:
     logger.info("building the corpus pydocs from %d modules (under a minute, once)", len(files))
     docstrings = list(read_docstrings(files))
@@ -175,10 +170,6 @@ def _write_view(view: str, files: Sequence[SourceFile], folder: Path) -> None:
         rows = balanced(classification_rows(corpus))
     else:
         rows = [("", text) for text in dict.fromkeys(text for _, text in corpus)]
-    _write_rows(view, rows, folder)
-
-
-def _write_rows(view: str, rows: Sequence[tuple[str, str]], folder: Path) -> None:
     names = [*dict.fromkeys(package for package, _ in rows)]
     features = Features({"text": Value("string")})
     if view == "classification":
@@ -268,18 +259,10 @@ def _below(root: Path, top: Path) -> Iterator[SourceFile]:
             path = Path(folder, name)
             # A broken link is not a file.
             if name.endswith(".py") and path.is_file():
-                yield _source_file(root, path)
-
-
-def _source_file(root: Path, path: Path) -> SourceFile:
-    relative, status = path.relative_to(root), path.stat()
-    return SourceFile(
-        package=relative.parts[0].removesuffix(".py"),
-        name=relative.as_posix(),
-        path=path,
-        size=status.st_size,
-        modified_ns=status.st_mtime_ns,
-    )
+                relative, status = path.relative_to(root), path.stat()
+                package = relative.parts[0].removesuffix(".py")
+                times = status.st_size, status.st_mtime_ns
+                yield SourceFile(package, relative.as_posix(), path, *times)
 
 
 def _parsed(source: bytes) -> ast.Module | None:
@@ -295,12 +278,10 @@ def _parsed(source: bytes) -> ast.Module | None:
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
     for node in (tree, *_definitions(tree)):
-        text = ast.get_docstring(node, clean=False)
-        if text is not None:
-            # Source code can express a lone surrogate, UTF-8 cannot.
-            clean = inspect.cleandoc(text).encode("utf-8", "ignore").decode("utf-8").strip()
-            if clean:
-                yield clean
+        text = ast.get_docstring(node) or ""
+        # Source code can express a lone surrogate, UTF-8 cannot.
+        if clean := text.encode("utf-8", "ignore").decode("utf-8").strip():
+            yield clean
 
 
 def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
