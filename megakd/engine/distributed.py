@@ -12,22 +12,22 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from megakd.engine import activity, stale_locks
-from megakd.engine.collectives import backend_for, gather
+from megakd.engine import activity
+from megakd.engine.collectives import backend_for, clock_collectives, gather
 from megakd.engine.peers import meeting, reports_lost_peer
-from megakd.engine.waiting import clock_collectives
 from megakd.errors import MegakdError, PeerLostError
 from megakd.process.signals import is_launched
 
@@ -64,7 +64,7 @@ def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
     _put_ninja_on_path()
     extensions = use_own_extensions_folder()
     if os.environ["LOCAL_RANK"] == "0":
-        stale_locks.remove_dead_locks(extensions)
+        remove_dead_locks(extensions)
     activity.begin(collective_timeout_s)
     clock_collectives()
     with reports_lost_peer():
@@ -321,6 +321,66 @@ def use_own_extensions_folder() -> Path:
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def remove_dead_locks(folder: Path) -> list[Path]:
+    """Remove and return build locks that no process of this host holds open; log each of them.
+
+    Every later start would wait silently for the lock of a rank that was killed. A lock in use is
+    not touched: its owner would fail if it did not find the file. A lock that was found unused is
+    renamed, so that no process can open it any more. Then the processes are inspected again,
+    because one may have opened the file in the meantime.
+    """
+    locks = sorted(folder.glob("**/lock"))
+    versions = {path: version for path in locks if (version := _version(path)) is not None}
+    moved = {
+        path: aside
+        for path in _unused(list(versions))
+        if (aside := _move_aside(path, versions[path])) is not None
+    }
+    unused = _unused(list(moved.values()))
+    for path, aside in moved.items():
+        if aside not in unused:
+            # A process has it open. A file of another process is never replaced.
+            with suppress(FileExistsError):
+                path.hardlink_to(aside)
+        aside.unlink(missing_ok=True)
+    dead = [path for path, aside in moved.items() if aside in unused]
+    for lock in dead:
+        logger.warning("removed the lock %s of a process that was killed", lock)
+    return dead
+
+
+def _unused(paths: Sequence[Path]) -> list[Path]:
+    used = set(_files_in_use()) if paths else set[str]()
+    return [path for path in paths if str(path.resolve()) not in used]
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return a value that differs if a file was removed and created again; None without file."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_ctime_ns
+
+
+def _move_aside(path: Path, version: tuple[int, int]) -> Path | None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.unused")
+    if _version(path) != version:
+        return None
+    try:
+        return path.rename(aside)
+    except FileNotFoundError:
+        return None
+
+
+def _files_in_use() -> Iterator[str]:
+    for process in psutil.process_iter():
+        try:
+            yield from (file.path for file in process.open_files())
+        except (psutil.Error, OSError):
+            continue  # the process has ended, or belongs to another user and has no file of ours
 
 
 def keep_group() -> None:

@@ -6,17 +6,43 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megakd.engine.collectives import all_reduce_
-from megakd.engine.sharding import full_shape, gathered, is_first_rank, is_zero_param, writes_here
-from megakd.engine.shards import Shard, own_gradient, own_part, own_partition
+from megakd.engine.sharding import (
+    full_shape,
+    gathered,
+    is_first_rank,
+    is_zero_param,
+    own_partition,
+    writes_here,
+)
 from megakd.engine.stored_parts import Parts
 
 WEIGHT = "weight"
 """Name of the fp32 weights among the values of the optimizer; the others are its moments."""
 LEARNER = "learners.0."
 """Prefix of the first learner's weights in the engine's module."""
+
+
+class Shard(NamedTuple):
+    """A part of a flattened weight.
+
+    The shards of all ranks cover every weight once, so that a sum over the shards of all ranks is
+    a sum over the weight.
+
+    name: name of the weight in its model.
+    weight: [n] fp32; the values that the optimizer updates.
+    gradient: [n] fp32; the gradient of the whole step, over all ranks and micro-batches, before
+        clipping.
+    offset: index of the first element in the flattened weight.
+    """
+
+    name: str
+    weight: Tensor
+    gradient: Tensor
+    offset: int
 
 
 class Slot(NamedTuple):
@@ -100,7 +126,7 @@ class OptimizerState:
         for name, parameter in self._parameters.items():
             slot = self._slot(parameter)
             is_ours = name.startswith(LEARNER)
-            gradient = own_gradient(parameter, slot.offset, slot.size) if is_ours else None
+            gradient = _own_gradient(parameter, slot.offset, slot.size) if is_ours else None
             if gradient is not None:
                 weight = self._part(slot, WEIGHT).to(gradient.device, torch.float32)
                 slope = gradient.flatten().float() / loss_scale
@@ -183,10 +209,11 @@ class OptimizerState:
             offset, count = own_partition(parameter, size)
             return Slot(self._outer.fp32_partitioned_groups_flat[group], start, offset, count)
         if not hasattr(parameter, "_hp_mapping"):  # every rank holds and updates the whole weight
-            part: slice = own_part(parameter)
-            owner = self._masters.get(id(parameter))
-            owner = parameter if owner is None else owner
-            return Slot(owner, part.start, part.start, part.stop - part.start, is_shared=True)
+            total = parameter.numel()
+            share = -(-total // dist.get_world_size())
+            first = min(dist.get_rank() * share, total)
+            owner = self._masters.get(id(parameter), parameter)
+            return Slot(owner, first, first, min(share, total - first), is_shared=True)
         mapping: Any = parameter._hp_mapping  # noqa: SLF001  (as deepspeed.utils does)
         if mapping is None:
             return Slot(torch.empty(0), 0, 0, 0)
@@ -212,3 +239,20 @@ def _put_together(part: Tensor, offset: int, parameter: Any) -> Tensor:
     whole = torch.zeros(full_shape(parameter).numel(), device=parameter.device)
     whole[offset : offset + len(part)] = part.to(whole.device, torch.float32)
     return all_reduce_(whole).cpu().reshape(full_shape(parameter))
+
+
+def _own_gradient(parameter: Any, offset: int, size: int) -> Tensor | None:
+    """Return this rank's part [size] of a weight's gradient; None if it has none."""
+    if is_zero_param(parameter):
+        optimizer = parameter._z3_optimizer  # noqa: SLF001 - as deepspeed.utils does
+        return optimizer.get_local_fp32_grad_for_param(parameter).flatten()[:size]
+    if not hasattr(parameter, "_hp_mapping"):  # every rank holds the whole weight
+        gradient = parameter.grad
+    elif parameter._hp_mapping is None:  # noqa: SLF001 - this rank holds no part of the weight
+        return None
+    else:  # ZeRO 1 and 2, and bf16 at ZeRO 0, which accumulates whole gradients
+        number = parameter._index_in_param_group  # noqa: SLF001
+        gradient = parameter._hp_mapping.get_lp_grad_fragment(number)  # noqa: SLF001
+    if gradient is None or gradient.numel() == size:
+        return gradient
+    return gradient.flatten()[offset : offset + size]

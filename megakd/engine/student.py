@@ -30,9 +30,8 @@ from megakd.contract.views import Cut, Maker, View
 from megakd.engine.collectives import together
 from megakd.engine.initialize import RATE, Engine
 from megakd.engine.memory import destroy
-from megakd.engine.optimizer_state import LEARNER, OptimizerState
+from megakd.engine.optimizer_state import LEARNER, OptimizerState, Shard
 from megakd.engine.sharding import memory_efficient_linear
-from megakd.engine.shards import Shard
 from megakd.engine.stored_parts import Parts, StoredParts, file_of
 from megakd.engine.whole_model import evaluating
 from megakd.errors import CheckpointError, TrainingError

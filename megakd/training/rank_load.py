@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from megakd.contract.stage import StepReport
-from megakd.engine.collectives import gather, node_name
+from megakd.engine.collectives import gather, node_name, seconds_in_collectives
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name
-from megakd.engine.waiting import seconds_in_collectives
 from megakd.scoring.slow_rank import LOGS, SlowRank
 from megakd.training.operations import StepOperations, passes_of, peak_tflops
 

@@ -15,9 +15,8 @@ from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
 from megakd.data.routed_rows import with_parts
-from megakd.engine.activity import doing
+from megakd.engine.activity import beat, doing
 from megakd.engine.collectives import gather, on_main
-from megakd.engine.heartbeat import beat
 from megakd.engine.memory import peak_memory_bytes
 from megakd.engine.step_votes import StepVotes, agreed_signal
 from megakd.engine.student import device_batch
