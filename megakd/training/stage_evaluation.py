@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megakd.contract.stage import Pass, Watch
     from megakd.losses.bundle import StudentBundle
     from megakd.training.checkpoint_writer import CheckpointWriter
-    from megakd.training.stage_extra import StageExtra
+    from megakd.training.stage_batches import StageExtra
     from megakd.training.stage_model import StageModel
     from megakd.training.trainer import Trainer
 

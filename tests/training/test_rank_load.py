@@ -18,8 +18,8 @@ from megakd.engine import collectives
 from megakd.engine.activity import Stopwatch
 from megakd.engine.distributed import Ranks
 from megakd.scoring.slow_rank import LOGS, SlowRank
+from megakd.training.meters import RankLoad
 from megakd.training.operations import StepOperations, passes_of, peak_tflops
-from megakd.training.rank_load import RankLoad
 
 LENGTH, ROWS = 16, 4
 
