@@ -93,8 +93,6 @@ def beat() -> None:
 
 
 class _Shown(logging.Handler):
-    """Notes the time of the last line of the log."""
-
     def emit(self, record: logging.LogRecord) -> None:
         del record
         _shown[0] = time.monotonic()

@@ -1,8 +1,14 @@
-"""Whole weights, moments and other values of the optimizer, read and set at every ZeRO stage."""
+"""Weights, moments and other values of the optimizer, read and set at every ZeRO stage.
+
+    <checkpoint>/engine-<r>.pt    rank r's part of every value, and where it begins
+
+Any number of ranks at any ZeRO stage can read the files of a checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +24,11 @@ from megakd.engine.sharding import (
     own_partition,
     writes_here,
 )
-from megakd.engine.stored_parts import Parts
+from megakd.errors import CheckpointError
 
+_PREFIX, _SUFFIX = "engine-", ".pt"
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Parts [n] of flattened values, by kind of value and by name of the weight."""
 WEIGHT = "weight"
 """Name of the fp32 weights among the values of the optimizer; the others are its moments."""
 LEARNER = "learners.0."
@@ -72,17 +81,13 @@ class OptimizerState:
         self._outer = engine.optimizer
         self._inner: torch.optim.Optimizer = getattr(self._outer, "optimizer", self._outer)
         is_adam = "betas" in self._inner.param_groups[0]
-        self.moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq") if is_adam else ()
+        self.kinds = (WEIGHT, "exp_avg", "exp_avg_sq") if is_adam else (WEIGHT,)
         self._masters = _masters(self._outer)
         self._parameters: dict[str, nn.Parameter] = {
             name: parameter
             for name, parameter in engine.module.named_parameters()
             if parameter.requires_grad
         }
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return (WEIGHT, *self.moments)
 
     @property
     def steps(self) -> int:
@@ -175,10 +180,9 @@ class OptimizerState:
         return slice(slot.offset, slot.offset + slot.size)
 
     def _part(self, slot: Slot, kind: str) -> Tensor:
-        """Return this rank's part of a value, [size]; a moment that was never set is zero."""
         state: Mapping[str, Any] = self._inner.state.get(slot.owner, {})
         source = slot.owner if kind == WEIGHT else state.get(kind)
-        if source is None:
+        if source is None:  # a moment that was never set
             return torch.zeros(slot.size)
         return source.detach().flatten().narrow(0, slot.start, slot.size)
 
@@ -197,7 +201,7 @@ class OptimizerState:
 
     def _set_steps(self, owners: Iterable[Tensor], steps: int) -> None:
         counts_in_tensors = isinstance(self._inner, torch.optim.AdamW)
-        for owner in owners if self.moments else ():
+        for owner in owners if len(self.kinds) > 1 else ():
             # Fused AdamW reads the number on the device of its weight.
             step = torch.tensor(float(steps), device=owner.device) if counts_in_tensors else steps
             self._inner.state[owner]["step"] = step
@@ -224,7 +228,7 @@ class OptimizerState:
 
 
 def _masters(optimizer: Any) -> dict[int, Tensor]:
-    """Return the fp32 copies of bf16 and fp16 weights at ZeRO 0, by the weight's id."""
+    # The fp32 copies of bf16 and fp16 weights at ZeRO 0, by the weight's id.
     if not hasattr(optimizer, "fp32_groups") or not hasattr(optimizer, "fp16_groups"):
         return {}
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
@@ -242,7 +246,6 @@ def _put_together(part: Tensor, offset: int, parameter: Any) -> Tensor:
 
 
 def _own_gradient(parameter: Any, offset: int, size: int) -> Tensor | None:
-    """Return this rank's part [size] of a weight's gradient; None if it has none."""
     if is_zero_param(parameter):
         optimizer = parameter._z3_optimizer  # noqa: SLF001 - as deepspeed.utils does
         return optimizer.get_local_fp32_grad_for_param(parameter).flatten()[:size]
@@ -256,3 +259,64 @@ def _own_gradient(parameter: Any, offset: int, size: int) -> Tensor | None:
     if gradient is None or gradient.numel() == size:
         return gradient
     return gradient.flatten()[offset : offset + size]
+
+
+def file_of(
+    rank: int, parts: Parts, *, offsets: Mapping[str, int], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of the file of one rank, by the name of the file.
+
+    Args:
+        offsets: index of a part's first element in the flattened weight, by name.
+        facts: plain values that are the same on all ranks.
+    """
+    plain = {kind: dict(by_name) for kind, by_name in parts.items()}
+    content = {"parts": plain, "offsets": dict(offsets), "facts": dict(facts)}
+    return {f"{_PREFIX}{rank}{_SUFFIX}": content}
+
+
+class StoredParts:
+    """The parts that all ranks wrote into a folder.
+
+    The files are mapped into memory, so that a rank reads only the elements that it needs.
+
+    facts: the plain values of `file_of`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        paths = sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
+        if not paths:
+            raise CheckpointError(f"{folder} has no {_PREFIX}<rank>{_SUFFIX}")
+        self._files: Sequence[Mapping[str, Any]] = [
+            torch.load(path, mmap=True, map_location="cpu", weights_only=True) for path in paths
+        ]
+        self.facts: Mapping[str, Any] = self._files[0]["facts"]
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """The names of the weights by kind of value, in the same order on all ranks."""
+        by_kind: dict[str, dict[str, None]] = {}
+        for file in self._files:
+            for kind, by_name in file["parts"].items():
+                by_kind.setdefault(kind, {}).update(dict.fromkeys(by_name))
+        return {kind: [*names] for kind, names in by_kind.items()}
+
+    def size(self, kind: str, name: str) -> int:
+        """Return the number of elements of a value that are stored."""
+        return sum(len(part) for _, part in self._pieces(kind, name))
+
+    def read(self, kind: str, name: str, wanted: slice) -> Tensor:
+        """Return some elements of a flattened value, [stop - start] on the CPU."""
+        values = torch.zeros(wanted.stop - wanted.start)
+        for offset, part in self._pieces(kind, name):
+            first, last = max(offset, wanted.start), min(offset + len(part), wanted.stop)
+            if first < last:
+                here = part[first - offset : last - offset]
+                values[first - wanted.start : last - wanted.start] = here
+        return values
+
+    def _pieces(self, kind: str, name: str) -> Iterator[tuple[int, Tensor]]:
+        for file in self._files:
+            part = file["parts"].get(kind, {}).get(name)
+            if part is not None:
+                yield file["offsets"][name], part
