@@ -21,7 +21,7 @@ from lib.options import parsed, positive
 from lib.tables import print_rows, spread_of
 from megakd.config.run import RunConfig
 from megakd.engine.distributed import Ranks
-from megakd.training.checkpoint_writer import CheckpointWriter
+from megakd.training.checkpoint import CheckpointWriter
 
 NONE, BETWEEN, BESIDE = "no save", "between two steps", "beside the steps"
 

@@ -216,7 +216,7 @@ class OptimizerState:
             total = parameter.numel()
             share = -(-total // dist.get_world_size())
             first = min(dist.get_rank() * share, total)
-            owner = self._masters.get(id(parameter), parameter)
+            owner: Any = self._masters.get(id(parameter), parameter)
             return Slot(owner, first, first, min(share, total - first), is_shared=True)
         mapping: Any = parameter._hp_mapping  # noqa: SLF001  (as deepspeed.utils does)
         if mapping is None:

@@ -284,14 +284,14 @@ class Prefetch:
         self._away = [shard for shard in shards if shard is not None and is_away(shard)]
         self._host: list[Tensor] = []
         # CPUs have no streams.
-        stream = get_accelerator().Stream if self._away else None
+        stream = _accelerator().Stream if self._away else None
         self._stream: Any = None if stream is None else stream()
 
     def start(self) -> None:
         """Begin to copy and return at once; do nothing if the copy has already begun."""
         if self._host:
             return
-        accelerator = get_accelerator()
+        accelerator = _accelerator()
         device = accelerator.current_device_name()
         if self._stream is not None:
             # A running forward may still read memory that the allocator is about to reuse.
@@ -315,4 +315,8 @@ class Prefetch:
 
 def is_away(shard: Any) -> bool:
     """Return whether a shard is in host memory and the device is not the CPU."""
-    return shard.device.type != get_accelerator().device_name()
+    return shard.device.type != _accelerator().device_name()
+
+
+def _accelerator() -> Any:
+    return get_accelerator()

@@ -17,13 +17,17 @@ from megakd.contract.unit_counts import SOURCE_UNITS, count_units
 from megakd.engine.collectives import all_reduce_
 from megakd.scoring.scores import Evaluation
 from megakd.training.best_checkpoint import BestCheckpoints, ReturnedWeights
-from megakd.training.checkpoint import Checkpoints, CheckpointState, read_states
+from megakd.training.checkpoint import (
+    Checkpoints,
+    CheckpointState,
+    CheckpointWriter,
+    read_states,
+)
 
 if TYPE_CHECKING:
     from megakd.contract.batch import Batch, Predictions
     from megakd.contract.stage import Pass, Watch
     from megakd.losses.bundle import StudentBundle
-    from megakd.training.checkpoint_writer import CheckpointWriter
     from megakd.training.stage_batches import StageExtra
     from megakd.training.stage_model import StageModel
     from megakd.training.trainer import Trainer

@@ -27,8 +27,7 @@ from megakd.process.seeding import seed_everything
 from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
 from megakd.training.assembly import Assembly
-from megakd.training.checkpoint import Checkpoints, CheckpointState
-from megakd.training.checkpoint_writer import CheckpointWriter
+from megakd.training.checkpoint import Checkpoints, CheckpointState, CheckpointWriter
 from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
@@ -233,7 +232,7 @@ class StageRun:
             other, folder = checkpoint.parent, self.checkpoints.folder
             on_main(lambda: take_beginning(other, folder))
             self.evaluation.take_best(other)
-            self.checkpoints.begin_from(checkpoint)
+            on_main(lambda: self.checkpoints.begin_from(checkpoint))
             return checkpoint
         return self.evaluation.before_lost_best(checkpoint, self.checkpoints)
 
