@@ -231,7 +231,7 @@ class StageRun:
         if isinstance(wanted, str) and checkpoint == Path(wanted):
             other, folder = checkpoint.parent, self.checkpoints.folder
             on_main(lambda: take_beginning(other, folder))
-            self.evaluation.take_best(other)
+            self.evaluation.best.take(other)
             on_main(lambda: self.checkpoints.begin_from(checkpoint))
             return checkpoint
         return self.evaluation.before_lost_best(checkpoint, self.checkpoints)
@@ -251,7 +251,7 @@ class StageRun:
                 text += "draws other numbers from here on"
             self._say(text)
             return step
-        self.evaluation.resume_best({})
+        self.evaluation.best.resume(self.first_step, {})
         if self.first_step:
             previous: Path = self.stage.start.folder
             self._say(f"{name}: continues from {previous.name} at step {self.first_step}")
