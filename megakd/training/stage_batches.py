@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from megakd.storage.fingerprint import Fingerprint
     from megakd.training.assembly import Assembly
 
-ROLLOUTS = "rollouts"
-"""Folder of the generated texts in the folder of a run."""
-
 
 class StageParts(NamedTuple):
     """Parts that the extras of a stage are made from; `models`: `student`, and frozen teachers."""
@@ -161,7 +158,7 @@ class Rollouts(StageExtra):
             for numbers in (prompts.continued, prompts.learned)
         )
         collate = of_model.scorer(parts.stage.train).collate
-        store = RolloutStore(config.output_dir / ROLLOUTS / parts.stage.name)
+        store = RolloutStore(config.output_dir / "rollouts" / parts.stage.name)
         # A longer run goes on from a checkpoint of the shorter one, with its texts.
         may_differ = LENGTHS if oldest_step(parts.checkpoints) else ()
         on_main(lambda: store.begin(parts.fingerprint, may_differ=may_differ))
@@ -208,7 +205,11 @@ class Texts(StageExtra):
         )
         # Where a row is compared with the teacher that it names, held-out rows name none, and
         # answers that are kept are for training rows.
-        self._has_losses = not (parts.stage.strategy.routes_rows or _are_kept(parts))
+        stage, teachers = parts.stage, parts.assembly.teachers
+        self._has_losses = not stage.strategy.routes_rows and all(
+            one.spec.cache is None or one.is_loaded(measures_losses=stage.measures_losses)
+            for one in (teachers[name] for name in stage.teachers)
+        )
 
     @override
     def scores(self, step: int, losses: MeanLosses) -> Mapping[str, float]:
@@ -217,15 +218,6 @@ class Texts(StageExtra):
     @override
     def curves(self) -> Mapping[str, float]:
         return self._texts.by_position
-
-
-def _are_kept(parts: StageParts) -> bool:
-    stage = parts.stage
-    teachers = [parts.assembly.teachers[name] for name in stage.teachers]
-    return any(
-        one.spec.cache is not None and not one.is_loaded(measures_losses=stage.measures_losses)
-        for one in teachers
-    )
 
 
 def _local_generator(
