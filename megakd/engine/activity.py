@@ -6,6 +6,7 @@ store of the process group, where a rank can read them without the others.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -19,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megakd.engine.heartbeat import beat
-
 _PREFIX = "megakd/activity"
+MONITOR = "FT_RANK_MONITOR_IPC_SOCKET"
+_clients: list[Any] = []
 _current: list[str] = ["starting"]
 _limit: list[float] = []
 _reached: list[str] = [""]
@@ -65,9 +66,33 @@ def reached(what: str, *, shown: bool = False) -> None:
         _shown[0] = time.monotonic()
 
 
-class _Shown(logging.Handler):
-    """Notes the time of the last line of the log."""
+@contextmanager
+def monitored() -> Iterator[None]:
+    """Let `beat` reach the rank monitor of NVIDIA's `ft_launcher` in the body, if there is one.
 
+    The monitor, which restarts a run that hangs, tells a rank its socket by a variable, and needs
+    the package nvidia-resiliency-ext.
+    """
+    if not os.environ.get(MONITOR):
+        yield
+        return
+    client = importlib.import_module("nvidia_resiliency_ext.fault_tolerance").RankMonitorClient()
+    client.init_workload_monitoring()
+    _clients.append(client)
+    try:
+        yield
+    finally:
+        _clients.remove(client)
+        client.shutdown_workload_monitoring()
+
+
+def beat() -> None:
+    """Tell the monitor that this rank makes progress; call it between two steps or batches."""
+    for client in _clients:
+        client.send_heartbeat()
+
+
+class _Shown(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         del record
         _shown[0] = time.monotonic()

@@ -12,28 +12,26 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from megakd.engine import activity, stale_locks
-from megakd.engine.collectives import backend_for, gather
+from megakd.engine import activity
+from megakd.engine.collectives import backend_for, clock_collectives, gather
 from megakd.engine.peers import meeting, reports_lost_peer
-from megakd.engine.waiting import clock_collectives
 from megakd.errors import MegakdError, PeerLostError
 from megakd.process.signals import is_launched
 
 logger = logging.getLogger(__name__)
-COLLECTIVE_TIMEOUT_S = 600.0
-"""Limit of a collective of tensors; the default of `train.collective_timeout`."""
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 _KEPT: list[bool] = []
 """Not empty if the process group is kept until the process ends."""
@@ -55,7 +53,7 @@ class Ranks:
         return self.rank == 0
 
 
-def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
+def start(*, collective_timeout_s: float = 600.0) -> Ranks:
     """Join the process group of the launcher, or create a group of one process without launcher."""
     adopt_slurm_variables()
     _complete_environment()
@@ -64,7 +62,7 @@ def start(*, collective_timeout_s: float = COLLECTIVE_TIMEOUT_S) -> Ranks:
     _put_ninja_on_path()
     extensions = use_own_extensions_folder()
     if os.environ["LOCAL_RANK"] == "0":
-        stale_locks.remove_dead_locks(extensions)
+        remove_dead_locks(extensions)
     activity.begin(collective_timeout_s)
     clock_collectives()
     with reports_lost_peer():
@@ -107,7 +105,10 @@ def _init_process_group(timeout: timedelta) -> None:
     accelerator = _accelerator()
     device = accelerator.device_name()
     if device == "cpu":
-        _leave_shared_memory_alone()
+        # In DeepSpeed's shared memory, which only its tensor parallelism uses, ranks wait for each
+        # other without a limit, and no thread can end them, because DeepSpeed keeps the
+        # interpreter's lock meanwhile.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = backend_for(device, accelerator.communication_backend_name())
     with meeting(timeout.total_seconds()), _told_who_is_missing(timeout):
         store, rank, world = next(rendezvous("env://", timeout=timeout))
@@ -128,19 +129,8 @@ def _init_process_group(timeout: timedelta) -> None:
 
 
 def _attempt() -> str:
-    """Return how often torchrun has restarted the ranks."""
+    # How often torchrun has restarted the ranks.
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-
-
-def _leave_shared_memory_alone() -> None:
-    """Start no shared memory of DeepSpeed's CPU ranks, which only its tensor parallelism uses.
-
-    In it, ranks wait for each other without a limit, and no thread can end them, because
-    DeepSpeed keeps the interpreter's lock meanwhile.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @contextmanager
@@ -159,11 +149,8 @@ def _told_who_is_missing(timeout: timedelta) -> Iterator[None]:
 def _join(
     store: Any, rank: int, world: int, backend: str, device: str, *, timeout: timedelta
 ) -> None:
-    """Start the process group, which DeepSpeed then joins.
-
-    Without a rendezvous backend, torchrun keeps its store when it restarts ranks, with the
-    addresses of those that have ended, and torch would read those.
-    """
+    # Without a rendezvous backend, torchrun keeps its store when it restarts ranks, with the
+    # addresses of those that have ended, and torch would read those.
     store = distributed_c10d.PrefixStore(f"megakd/attempt-{_attempt()}", store)
     # As DeepSpeed does: NCCL connects at once, and knows the GPU of this rank.
     bound = device == "cuda" and world > 1
@@ -181,17 +168,15 @@ def _connect_nodes(store: Any, rank: int, world: int, timeout: timedelta) -> tup
     started.set(str(rank), str(world))
     for other in range(world):
         started.wait([str(other)], timeout)
-        _check_world(rank, world, other, int(started.get(str(other))))
+        other_world = int(started.get(str(other)))
+        if world != other_world:
+            raise MegakdError(
+                f"rank {rank} was started as one of {world} ranks, and rank {other} as one of "
+                f"{other_world}; start all nodes with the same number of nodes and of ranks per "
+                "node"
+            )
     # Gloo waits five times its limit, which in the run's group is longer, for an unreachable rank.
     return store, distributed_c10d.ProcessGroupGloo(started, rank, world, timedelta(seconds=12))
-
-
-def _check_world(rank: int, world: int, other: int, other_world: int) -> None:
-    if world != other_world:
-        raise MegakdError(
-            f"rank {rank} was started as one of {world} ranks, and rank {other} as one of "
-            f"{other_world}; start all nodes with the same number of nodes and of ranks per node"
-        )
 
 
 def launched_ranks() -> int:
@@ -268,7 +253,7 @@ def _local_world() -> int:
 
 
 def _slurm_tasks_of_node() -> int | None:
-    """Return the tasks of a step of srun on this node; Slurm lists the nodes as `4(x2),3`."""
+    # Slurm lists the tasks of a step on its nodes as `4(x2),3`.
     listed = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", listed)
     tasks = [int(count) for count, times in parts for _ in range(int(times or 1))]
@@ -280,7 +265,7 @@ def _slurm_tasks_of_node() -> int | None:
 
 
 def _share_interface() -> None:
-    """Let gloo use the network interface of NCCL, if NCCL is told the whole name of one."""
+    # Gloo uses the network interface of NCCL, if NCCL is told the whole name of one.
     name = os.environ.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     if name in {interface for _, interface in socket.if_nameindex()}:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -302,11 +287,8 @@ def _share_cores() -> None:
 
 
 def _put_ninja_on_path() -> None:
-    """Put the ninja of this Python environment first on PATH, for DeepSpeed's compilation.
-
-    With another version of ninja, such as the system's, all extensions would be compiled again,
-    and once more at the next start with this ninja.
-    """
+    # With another version of ninja, such as the system's, DeepSpeed would compile all extensions
+    # again, and once more at the next start with the ninja of this Python environment.
     scripts, path = Path(sys.executable).parent, os.environ.get("PATH", "")
     if (scripts / "ninja").exists() and shutil.which("ninja") != str(scripts / "ninja"):
         os.environ["PATH"] = os.pathsep.join([str(scripts), path])
@@ -321,6 +303,66 @@ def use_own_extensions_folder() -> Path:
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def remove_dead_locks(folder: Path) -> list[Path]:
+    """Remove and return build locks that no process of this host holds open; log each of them.
+
+    Every later start would wait silently for the lock of a rank that was killed. A lock in use is
+    not touched: its owner would fail if it did not find the file. A lock that was found unused is
+    renamed, so that no process can open it any more. Then the processes are inspected again,
+    because one may have opened the file in the meantime.
+    """
+    locks = sorted(folder.glob("**/lock"))
+    versions = {path: version for path in locks if (version := _version(path)) is not None}
+    moved = {
+        path: aside
+        for path in _unused(list(versions))
+        if (aside := _move_aside(path, versions[path])) is not None
+    }
+    unused = _unused(list(moved.values()))
+    for path, aside in moved.items():
+        if aside not in unused:
+            # A process has it open. A file of another process is never replaced.
+            with suppress(FileExistsError):
+                path.hardlink_to(aside)
+        aside.unlink(missing_ok=True)
+    dead = [path for path, aside in moved.items() if aside in unused]
+    for lock in dead:
+        logger.warning("removed the lock %s of a process that was killed", lock)
+    return dead
+
+
+def _unused(paths: Sequence[Path]) -> list[Path]:
+    used = set(_files_in_use()) if paths else set[str]()
+    return [path for path in paths if str(path.resolve()) not in used]
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return a value that differs if a file was removed and created again; None without file."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_ctime_ns
+
+
+def _move_aside(path: Path, version: tuple[int, int]) -> Path | None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.unused")
+    if _version(path) != version:
+        return None
+    try:
+        return path.rename(aside)
+    except FileNotFoundError:
+        return None
+
+
+def _files_in_use() -> Iterator[str]:
+    for process in psutil.process_iter():
+        try:
+            yield from (file.path for file in process.open_files())
+        except (psutil.Error, OSError):
+            continue  # the process has ended, or belongs to another user and has no file of ours
 
 
 def keep_group() -> None:

@@ -48,26 +48,19 @@ def training_engine(
     _import_muon_without_compiling()
     with linear_left_alone():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    wrapper: Any = engine.optimizer
     if dtype != "fp32" and not engine.zero_optimization():
         # DeepSpeed has taken an update without gradients, which counts in Adam's bias correction
         # and has decayed the fp32 weights.
-        wrapper: Any = engine.optimizer
         wrapper.optimizer.state.clear()
         wrapper.refresh_fp32_params()
-    if engine.zero_optimization_stage() in (1, 2) and not _offloads_optimizer(ds):
-        _check_norm_alone(engine.optimizer)
+    updates_here = engine.zero_optimization_stage() in (1, 2) and not _offloads_optimizer(ds)
+    if updates_here and wrapper.compute_grad_norm:
+        # The norm tells whether gradients are finite. DeepSpeed looks at each gradient with six
+        # kernels before: 27 of the 323 ms of a step of SmolLM2-135M on an H200.
+        wrapper.check_overflow = lambda **_: None
     note_fetches(engine)
     return engine
-
-
-def _check_norm_alone(optimizer: Any) -> None:
-    """Let the norm tell whether gradients are finite.
-
-    DeepSpeed looks at each gradient with six kernels before: 27 of the 323 ms of a step of
-    SmolLM2-135M on an H200.
-    """
-    if optimizer.compute_grad_norm:
-        optimizer.check_overflow = lambda **_: None
 
 
 def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows: int) -> Engine:
@@ -88,11 +81,8 @@ def frozen_engine(model: nn.Module, *, ds: Mapping[str, Any], dtype: Dtype, rows
 
 @cache
 def _import_muon_without_compiling() -> None:
-    """Import DeepSpeed's Muon optimizer with its `torch.compile` decorator switched off.
-
-    `deepspeed.initialize` imports Muon for every engine, and the decorator imports torch's
-    inductor, which takes more than a second. No engine of megakd uses Muon.
-    """
+    # `deepspeed.initialize` imports Muon for every engine, and its `torch.compile` decorator
+    # imports torch's inductor, which takes more than a second. No engine of megakd uses Muon.
     compile_of_deepspeed = compiler.compile
     compiler.compile = lambda: lambda function: function
     try:
@@ -123,11 +113,7 @@ def _optimizer(
 def _parameter_groups(
     model: nn.Module, weight_decay: float, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Return parameter groups by factor of the learning rate and by weight decay.
-
-    Matrices have weight decay, biases and norms have none, as in Hugging Face's Trainer. A module
-    whose attribute `decays` is false keeps all its parameters from decay.
-    """
+    # Matrices have weight decay, biases and norms have none, as in Hugging Face's Trainer.
     kept = {
         id(parameter)
         for module in model.modules()

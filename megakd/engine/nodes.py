@@ -64,8 +64,8 @@ def ranks_by_node(names: Sequence[str]) -> list[list[int]]:
 
 
 def _own_group(nodes: Sequence[Sequence[int]]) -> dist.ProcessGroup:
-    """Create the groups of all nodes, as every rank must, and return the group of this rank."""
-    # By default, a group of NCCL would ignore `train.collective_timeout`.
+    # Every rank must create the groups of all nodes. By default, a group of NCCL would ignore
+    # `train.collective_timeout`.
     timeout = distributed_c10d.default_pg_timeout
     groups = [dist.new_group(list(ranks), timeout=timeout) for ranks in nodes]
     group = groups[next(n for n, ranks in enumerate(nodes) if dist.get_rank() in ranks)]

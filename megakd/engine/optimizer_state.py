@@ -1,22 +1,57 @@
-"""Whole weights, moments and other values of the optimizer, read and set at every ZeRO stage."""
+"""Weights, moments and other values of the optimizer, read and set at every ZeRO stage.
+
+    <checkpoint>/engine-<r>.pt    rank r's part of every value, and where it begins
+
+Any number of ranks at any ZeRO stage can read the files of a checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megakd.engine.collectives import all_reduce_
-from megakd.engine.sharding import full_shape, gathered, is_first_rank, is_zero_param, writes_here
-from megakd.engine.shards import Shard, own_gradient, own_part, own_partition
-from megakd.engine.stored_parts import Parts
+from megakd.engine.sharding import (
+    full_shape,
+    gathered,
+    is_first_rank,
+    is_zero_param,
+    own_partition,
+    writes_here,
+)
+from megakd.errors import CheckpointError
 
+_PREFIX, _SUFFIX = "engine-", ".pt"
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Parts [n] of flattened values, by kind of value and by name of the weight."""
 WEIGHT = "weight"
 """Name of the fp32 weights among the values of the optimizer; the others are its moments."""
 LEARNER = "learners.0."
 """Prefix of the first learner's weights in the engine's module."""
+
+
+class Shard(NamedTuple):
+    """A part of a flattened weight.
+
+    The shards of all ranks cover every weight once, so that a sum over the shards of all ranks is
+    a sum over the weight.
+
+    name: name of the weight in its model.
+    weight: [n] fp32; the values that the optimizer updates.
+    gradient: [n] fp32; the gradient of the whole step, over all ranks and micro-batches, before
+        clipping.
+    offset: index of the first element in the flattened weight.
+    """
+
+    name: str
+    weight: Tensor
+    gradient: Tensor
+    offset: int
 
 
 class Slot(NamedTuple):
@@ -46,17 +81,13 @@ class OptimizerState:
         self._outer = engine.optimizer
         self._inner: torch.optim.Optimizer = getattr(self._outer, "optimizer", self._outer)
         is_adam = "betas" in self._inner.param_groups[0]
-        self.moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq") if is_adam else ()
+        self.kinds = (WEIGHT, "exp_avg", "exp_avg_sq") if is_adam else (WEIGHT,)
         self._masters = _masters(self._outer)
         self._parameters: dict[str, nn.Parameter] = {
             name: parameter
             for name, parameter in engine.module.named_parameters()
             if parameter.requires_grad
         }
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return (WEIGHT, *self.moments)
 
     @property
     def steps(self) -> int:
@@ -100,7 +131,7 @@ class OptimizerState:
         for name, parameter in self._parameters.items():
             slot = self._slot(parameter)
             is_ours = name.startswith(LEARNER)
-            gradient = own_gradient(parameter, slot.offset, slot.size) if is_ours else None
+            gradient = _own_gradient(parameter, slot.offset, slot.size) if is_ours else None
             if gradient is not None:
                 weight = self._part(slot, WEIGHT).to(gradient.device, torch.float32)
                 slope = gradient.flatten().float() / loss_scale
@@ -149,10 +180,9 @@ class OptimizerState:
         return slice(slot.offset, slot.offset + slot.size)
 
     def _part(self, slot: Slot, kind: str) -> Tensor:
-        """Return this rank's part of a value, [size]; a moment that was never set is zero."""
         state: Mapping[str, Any] = self._inner.state.get(slot.owner, {})
         source = slot.owner if kind == WEIGHT else state.get(kind)
-        if source is None:
+        if source is None:  # a moment that was never set
             return torch.zeros(slot.size)
         return source.detach().flatten().narrow(0, slot.start, slot.size)
 
@@ -171,7 +201,7 @@ class OptimizerState:
 
     def _set_steps(self, owners: Iterable[Tensor], steps: int) -> None:
         counts_in_tensors = isinstance(self._inner, torch.optim.AdamW)
-        for owner in owners if self.moments else ():
+        for owner in owners if len(self.kinds) > 1 else ():
             # Fused AdamW reads the number on the device of its weight.
             step = torch.tensor(float(steps), device=owner.device) if counts_in_tensors else steps
             self._inner.state[owner]["step"] = step
@@ -183,10 +213,11 @@ class OptimizerState:
             offset, count = own_partition(parameter, size)
             return Slot(self._outer.fp32_partitioned_groups_flat[group], start, offset, count)
         if not hasattr(parameter, "_hp_mapping"):  # every rank holds and updates the whole weight
-            part: slice = own_part(parameter)
-            owner = self._masters.get(id(parameter))
-            owner = parameter if owner is None else owner
-            return Slot(owner, part.start, part.start, part.stop - part.start, is_shared=True)
+            total = parameter.numel()
+            share = -(-total // dist.get_world_size())
+            first = min(dist.get_rank() * share, total)
+            owner: Any = self._masters.get(id(parameter), parameter)
+            return Slot(owner, first, first, min(share, total - first), is_shared=True)
         mapping: Any = parameter._hp_mapping  # noqa: SLF001  (as deepspeed.utils does)
         if mapping is None:
             return Slot(torch.empty(0), 0, 0, 0)
@@ -197,7 +228,7 @@ class OptimizerState:
 
 
 def _masters(optimizer: Any) -> dict[int, Tensor]:
-    """Return the fp32 copies of bf16 and fp16 weights at ZeRO 0, by the weight's id."""
+    # The fp32 copies of bf16 and fp16 weights at ZeRO 0, by the weight's id.
     if not hasattr(optimizer, "fp32_groups") or not hasattr(optimizer, "fp16_groups"):
         return {}
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
@@ -212,3 +243,80 @@ def _put_together(part: Tensor, offset: int, parameter: Any) -> Tensor:
     whole = torch.zeros(full_shape(parameter).numel(), device=parameter.device)
     whole[offset : offset + len(part)] = part.to(whole.device, torch.float32)
     return all_reduce_(whole).cpu().reshape(full_shape(parameter))
+
+
+def _own_gradient(parameter: Any, offset: int, size: int) -> Tensor | None:
+    if is_zero_param(parameter):
+        optimizer = parameter._z3_optimizer  # noqa: SLF001 - as deepspeed.utils does
+        return optimizer.get_local_fp32_grad_for_param(parameter).flatten()[:size]
+    if not hasattr(parameter, "_hp_mapping"):  # every rank holds the whole weight
+        gradient = parameter.grad
+    elif parameter._hp_mapping is None:  # noqa: SLF001 - this rank holds no part of the weight
+        return None
+    else:  # ZeRO 1 and 2, and bf16 at ZeRO 0, which accumulates whole gradients
+        number = parameter._index_in_param_group  # noqa: SLF001
+        gradient = parameter._hp_mapping.get_lp_grad_fragment(number)  # noqa: SLF001
+    if gradient is None or gradient.numel() == size:
+        return gradient
+    return gradient.flatten()[offset : offset + size]
+
+
+def file_of(
+    rank: int, parts: Parts, *, offsets: Mapping[str, int], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of the file of one rank, by the name of the file.
+
+    Args:
+        offsets: index of a part's first element in the flattened weight, by name.
+        facts: plain values that are the same on all ranks.
+    """
+    plain = {kind: dict(by_name) for kind, by_name in parts.items()}
+    content = {"parts": plain, "offsets": dict(offsets), "facts": dict(facts)}
+    return {f"{_PREFIX}{rank}{_SUFFIX}": content}
+
+
+class StoredParts:
+    """The parts that all ranks wrote into a folder.
+
+    The files are mapped into memory, so that a rank reads only the elements that it needs.
+
+    facts: the plain values of `file_of`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        paths = sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
+        if not paths:
+            raise CheckpointError(f"{folder} has no {_PREFIX}<rank>{_SUFFIX}")
+        self._files: Sequence[Mapping[str, Any]] = [
+            torch.load(path, mmap=True, map_location="cpu", weights_only=True) for path in paths
+        ]
+        self.facts: Mapping[str, Any] = self._files[0]["facts"]
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """The names of the weights by kind of value, in the same order on all ranks."""
+        by_kind: dict[str, dict[str, None]] = {}
+        for file in self._files:
+            for kind, by_name in file["parts"].items():
+                by_kind.setdefault(kind, {}).update(dict.fromkeys(by_name))
+        return {kind: [*names] for kind, names in by_kind.items()}
+
+    def size(self, kind: str, name: str) -> int:
+        """Return the number of elements of a value that are stored."""
+        return sum(len(part) for _, part in self._pieces(kind, name))
+
+    def read(self, kind: str, name: str, wanted: slice) -> Tensor:
+        """Return some elements of a flattened value, [stop - start] on the CPU."""
+        values = torch.zeros(wanted.stop - wanted.start)
+        for offset, part in self._pieces(kind, name):
+            first, last = max(offset, wanted.start), min(offset + len(part), wanted.stop)
+            if first < last:
+                here = part[first - offset : last - offset]
+                values[first - wanted.start : last - wanted.start] = here
+        return values
+
+    def _pieces(self, kind: str, name: str) -> Iterator[tuple[int, Tensor]]:
+        for file in self._files:
+            part = file["parts"].get(kind, {}).get(name)
+            if part is not None:
+                yield file["offsets"][name], part

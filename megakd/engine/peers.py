@@ -43,10 +43,10 @@ _PEER_LOST = (
 )
 _TIMED_OUT = ("Timed out waiting", "collective operation timeout")
 _NOT_CONNECTED = ("connectFullMesh failed", "Unable to find address for")
-_current: list[_Watch] = []
+_current: list[_PeerWatch] = []
 
 
-class _Watch:
+class _PeerWatch:
     """A thread that watches the connections of this rank; `names` are those of the ranks."""
 
     def __init__(
@@ -151,20 +151,16 @@ def watched(limit_s: float) -> Iterator[None]:
         yield
         last = _BYE
     except BaseException as error:
-        is_saved = isinstance(error, Stopped) and error.saved  # all ranks stop together
-        last = _BYE if is_saved else _epitaph(error)
+        last = f"{_name()} has ended with {type(error).__name__}".encode()
+        if isinstance(error, Stopped) and error.saved:  # all ranks stop together
+            last = _BYE
+        elif isinstance(error, MegakdError):  # which the first rank of a node alone prints
+            last += f": {' '.join(str(error).split())}".encode()
         raise
     finally:
         if watch is not None:
             _current.remove(watch)
             watch.close(last)
-
-
-def _epitaph(error: BaseException) -> bytes:
-    last = f"{_name()} has ended with {type(error).__name__}"
-    if isinstance(error, MegakdError):  # which the first rank of a node alone prints
-        last += f": {' '.join(str(error).split())}"
-    return last.encode()
 
 
 @contextmanager
@@ -236,7 +232,7 @@ def reports_lost_peer() -> Iterator[None]:
         ) from error
 
 
-def _connect(silence_s: float) -> _Watch | None:
+def _connect(silence_s: float) -> _PeerWatch | None:
     names, token = gather(_name()), agree(secrets.token_hex(16))
     rank, server = dist.get_rank(), None
     if rank == 0:
@@ -260,13 +256,13 @@ def _connect(silence_s: float) -> _Watch | None:
         for peer in peers.values():
             peer.close()
         return None
-    watch = _Watch(peers, names, silence_s=silence_s)
+    watch = _PeerWatch(peers, names, silence_s=silence_s)
     _current.append(watch)
     return watch
 
 
 def _accept(server: socket.socket, token: str, count: int) -> dict[int, socket.socket]:
-    """Return the connections of all other ranks; strangers are sent away."""
+    # Strangers are sent away.
     peers: dict[int, socket.socket] = {}
     deadline = time.monotonic() + CONNECT_S
     while len(peers) < count - 1:

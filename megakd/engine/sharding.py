@@ -1,4 +1,4 @@
-"""Models with parameters sharded by ZeRO 3: construction, gathering and reading of weights.
+"""Models with parameters sharded by ZeRO 3: construction, gathering, reading and prefetch.
 
 All functions also accept models that are not sharded, so that callers need not distinguish them.
 Every function that gathers a sharded parameter is a collective: all ranks call the function, in
@@ -15,6 +15,7 @@ from weakref import WeakSet
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.partition_parameters import (
     DeepSpeedTensorOverride,
@@ -26,6 +27,7 @@ from torch.nn import functional
 from transformers.integrations import deepspeed as transformers_switch
 
 from megakd.config.deepspeed import shards_within_node, zero_stage
+from megakd.engine.collectives import gather
 from megakd.engine.nodes import node_group
 
 
@@ -236,3 +238,85 @@ def _view_anew(saved: Any) -> Tensor:
         return saved
     parameter, shape, stride, offset = saved
     return parameter.as_strided(shape, stride, parameter.storage_offset() + offset)
+
+
+def own_partition(parameter: Any, size: int) -> tuple[int, int]:
+    """Return the offset and the length of this rank's part of a weight that ZeRO 3 has split.
+
+    Every rank holds `size` elements; the last ranks hold padding.
+    """
+    offset = dist.get_rank(parameter.ds_process_group) * size
+    return offset, max(0, min(size, parameter.ds_numel - offset))
+
+
+def names_of_bad_weights(module: nn.Module) -> list[str]:
+    """Return the names of parameters that are not finite on any rank; a collective.
+
+    The result is the same on every rank. Costs one pass over this rank's weights and one device
+    sync.
+    """
+    named = [(name, _own_part(parameter)) for name, parameter in module.named_parameters()]
+    named = [(name, part) for name, part in named if part.numel()]
+    # Minimum and maximum need no memory, unlike `isfinite` of all values.
+    ends = [torch.stack(torch.aminmax(part)).isfinite().all() for _, part in named]
+    finite = torch.stack(ends).tolist() if named else []
+    bad = [name for (name, _), fine in zip(named, finite, strict=True) if not fine]
+    return list(dict.fromkeys(name for names in gather(bad) for name in names))
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    if not is_zero_param(parameter):
+        return parameter.detach()
+    shard = parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return shard.detach()[: own_partition(parameter, shard.numel())[1]]
+
+
+class Prefetch:
+    """A prefetcher that copies this rank's shards to the device during other computation.
+
+    DeepSpeed copies a shard when the forward reaches its layer, and the forward waits for the
+    copy. DeepSpeed reads `ds_tensor` on any device, so this class replaces the storage of
+    `ds_tensor`. Shards on the device, and models that are not sharded, are left unchanged.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        shards = (getattr(parameter, "ds_tensor", None) for parameter in module.parameters())
+        self._away = [shard for shard in shards if shard is not None and is_away(shard)]
+        self._host: list[Tensor] = []
+        # CPUs have no streams.
+        stream = _accelerator().Stream if self._away else None
+        self._stream: Any = None if stream is None else stream()
+
+    def start(self) -> None:
+        """Begin to copy and return at once; do nothing if the copy has already begun."""
+        if self._host:
+            return
+        accelerator = _accelerator()
+        device = accelerator.current_device_name()
+        if self._stream is not None:
+            # A running forward may still read memory that the allocator is about to reuse.
+            self._stream.wait_stream(accelerator.current_stream())
+        with accelerator.stream(self._stream):
+            for shard in self._away:
+                self._host.append(shard.data)
+                shard.data = torch.empty_like(shard, device=device).copy_(shard, non_blocking=True)
+
+    def wait(self) -> None:
+        """Wait for the end of the copy, because DeepSpeed reads the shards on its own streams."""
+        if self._host and self._stream is not None:
+            self._stream.synchronize()
+
+    def drop(self) -> None:
+        """Point the shards to host memory again, and free the copies on the device."""
+        for shard, host in zip(self._away, self._host, strict=False):
+            shard.data = host
+        self._host.clear()
+
+
+def is_away(shard: Any) -> bool:
+    """Return whether a shard is in host memory and the device is not the CPU."""
+    return shard.device.type != _accelerator().device_name()
+
+
+def _accelerator() -> Any:
+    return get_accelerator()

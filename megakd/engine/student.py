@@ -30,17 +30,20 @@ from megakd.contract.views import Cut, Maker, View
 from megakd.engine.collectives import together
 from megakd.engine.initialize import RATE, Engine
 from megakd.engine.memory import destroy
-from megakd.engine.optimizer_state import LEARNER, OptimizerState
+from megakd.engine.optimizer_state import (
+    LEARNER,
+    OptimizerState,
+    Parts,
+    Shard,
+    StoredParts,
+    file_of,
+)
 from megakd.engine.sharding import memory_efficient_linear
-from megakd.engine.shards import Shard
-from megakd.engine.stored_parts import Parts, StoredParts, file_of
 from megakd.engine.whole_model import evaluating
 from megakd.errors import CheckpointError, TrainingError
 
 _SHARD = "shards/"
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
 OVERFLOWS = (
     "fp16 cannot hold it even where the loss is not scaled; use train.bf16 or fp32, or lower the "
     "weights of the objective"
@@ -138,11 +141,11 @@ class StudentEngine:
 
         Return the global norm of the gradient before clipping, a device tensor.
         """
-        for group in self._engine.optimizer.param_groups:
+        engine, norm = self._engine, None
+        for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get(RATE, 1.0)
         # An update may change the scale. At ZeRO 0, DeepSpeed's norm includes the scale.
-        scale = 1.0 if self._engine.zero_optimization() else self._gradients.scale
-        engine, norm = self._engine, None
+        scale = 1.0 if engine.zero_optimization() else self._gradients.scale
         if not (engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled()):
             # DeepSpeed keeps no norm, but ranks have all gradients.
             gradients = [p.grad for p in self.bundle.parameters() if p.grad is not None]
@@ -213,7 +216,6 @@ class StudentEngine:
             f"{_SHARD}{kind}": {LEARNER + name: part for name, part in by_name.items()}
             for kind, by_name in shards.items()
         }
-
         parts = {**values.parts(), **kept}
         return file_of(rank, parts, offsets=values.offsets, facts=facts)
 
@@ -236,7 +238,7 @@ class StudentEngine:
 
     @property
     def _loss_scale(self) -> dict[str, Any]:
-        """The live values that scale the loss: of ZeRO, or of 16 bits at ZeRO 0."""
+        # The live values that scale the loss: of ZeRO, or of 16 bits at ZeRO 0.
         optimizer = self._engine.optimizer
         scaler = getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
         return {} if scaler is None else vars(scaler)
@@ -263,8 +265,7 @@ _ON_CPU = {Batch: ("rows",), Extras: ("is_rollout", "routes")}
 
 def device_batch(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with all tensors on a device, except `rows`, `is_rollout` and `routes`."""
-    # Batches are made on the CPU.
-    return batch if device.type == "cpu" else _moved(batch, device)
+    return batch if device.type == "cpu" else _moved(batch, device)  # batches are made there
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -321,10 +322,8 @@ class StepGradients:
 
     @property
     def _copies_once(self) -> bool:
-        """True if all gradients are copied to an offloaded optimizer after several backwards.
-
-        At ZeRO 2 and 3, the last backward would copy only gradients of weights that it reaches.
-        """
+        # All gradients are copied to an offloaded optimizer after several backwards: at ZeRO 2 and
+        # 3, the last backward would copy only gradients of weights that it reaches.
         offloads = self._engine.zero_cpu_offload() and self._engine.zero_optimization_stage() > 1
         return offloads and not self._is_first
 

@@ -23,8 +23,13 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
 from megakd.engine.collectives import gather, node_name, together
-from megakd.engine.sharding import is_first_rank, is_sharded, set_values, sharded_construction
-from megakd.engine.shards import names_of_bad_weights
+from megakd.engine.sharding import (
+    is_first_rank,
+    is_sharded,
+    names_of_bad_weights,
+    set_values,
+    sharded_construction,
+)
 from megakd.errors import ModelError, one_line, suggestion
 from megakd.models.architecture import HEAD_COUNTS, Architecture
 from megakd.models.architectures import architecture_named

@@ -41,8 +41,7 @@ from megakd.planning.phase import Phase
 from megakd.process.terminal import in_home
 from megakd.scoring.scores import metric_named
 from megakd.training.assembly import learning_models
-from megakd.training.lab_base import LabBase
-from megakd.training.recipes import baseline_stage, scoring_preset
+from megakd.training.recipes import LabBase, baseline_stage, scoring_preset
 
 if TYPE_CHECKING:
     from megakd.planning.planned_pruning import PlannedPruning

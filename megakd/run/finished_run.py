@@ -46,7 +46,14 @@ from megakd.storage.folders import (
 )
 from megakd.training.assembly import model_identity
 from megakd.training.best_checkpoint import RECORD
-from megakd.training.stage_folder import RESULT, files_of_others, is_longer, keeps_last, remake
+from megakd.training.stage_folder import (
+    RESULT,
+    files_of_others,
+    files_of_window,
+    is_longer,
+    keeps_last,
+    remake,
+)
 
 if TYPE_CHECKING:
     from megakd.reports.card import CardFacts
@@ -374,8 +381,6 @@ def export_run(
     Args:
         add: called with the copy before it takes its name, to write another format of the model.
     """
-    from megakd.training.window_state import files_of_window
-
     stages = config.output_dir / "stages"
     name = stage or _student_stage(config.output_dir)
     if name not in _with_model(stages):

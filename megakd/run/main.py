@@ -13,10 +13,9 @@ import transformers
 from megakd.config.file import config_tree, dump_config
 from megakd.config.run import RunConfig
 from megakd.engine import distributed
-from megakd.engine.activity import doing, told
+from megakd.engine.activity import doing, monitored, told
 from megakd.engine.collectives import agree, gather, node_name, on_main
 from megakd.engine.distributed import Ranks, warn_of_missing_variables
-from megakd.engine.heartbeat import monitored
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.engine.nodes import check_nodes
 from megakd.engine.peers import reports_lost_peer, watched

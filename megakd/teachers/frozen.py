@@ -13,7 +13,7 @@ from megakd.contract.joined_batches import joined, part_of, parts_of
 from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
-from megakd.engine.prefetch import Prefetch
+from megakd.engine.sharding import Prefetch
 from megakd.models.knowledge import (
     Needs,
     language_model_head,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +56,16 @@ def fill_cache(assembly: Assembly, ready: ReadyTeacher, folder: Path) -> None:
     Raises:
         MegakdError: the teacher cannot be used, or the folder holds other answers.
     """
-    encoded = assembly.prepared.encoded
+    task, encoded = assembly.config.task, assembly.prepared.encoded
+    bytes_per_row = 4 * max(1, len(assembly.prepared.splits.label_names))  # logits in fp32
+    if task.type == "causal_lm":
+        bytes_per_row = task.row_length * bytes_per_token(ready.spec)
     build_cache(
         folder,
         _facts(assembly, ready),
         encoded.train,
         ranks=assembly.ranks,
-        layout=Layout(_bytes_per_row(assembly, ready), encoded.tokens_per_row),
+        layout=Layout(bytes_per_row, encoded.tokens_per_row),
         asking=lambda: _asking(assembly, ready),
     )
 
@@ -70,7 +74,7 @@ def fill_cache(assembly: Assembly, ready: ReadyTeacher, folder: Path) -> None:
 def _asking(assembly: Assembly, ready: ReadyTeacher) -> Iterator[Callable[[Dataset, int], Answers]]:
     dtype = assembly.teacher_dtype(ready)
     with assembly.loaded(ready.source, ready.spec.deepspeed, dtype) as model:
-        yield lambda rows, first: _answers(assembly, model, ready, rows, first)
+        yield partial(_answers, assembly, model, ready)
 
 
 def _answers(
@@ -79,19 +83,8 @@ def _answers(
     task, scorer = assembly.config.task, assembly.scorer()
     if task.type != "causal_lm":
         return {"logits": scorer.outputs(model.predict, rows).float()}
-
-    def ask(batch: Batch) -> dict[str, Tensor]:
-        return ask_tokens(model, batch, ready.spec, length=task.row_length)
-
+    ask = partial(ask_tokens, model, spec=ready.spec, length=task.row_length)
     return whole_answers(scorer.answers(ask, rows, first=first), first=first)
-
-
-def _bytes_per_row(assembly: Assembly, ready: ReadyTeacher) -> int:
-    """Return the bytes of one row: fp32 logits, or the tokens of all positions."""
-    task = assembly.config.task
-    if task.type == "causal_lm":
-        return task.row_length * bytes_per_token(ready.spec)
-    return 4 * max(1, len(assembly.prepared.splits.label_names))
 
 
 def _facts(assembly: Assembly, ready: ReadyTeacher) -> Fingerprint:

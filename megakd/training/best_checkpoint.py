@@ -199,60 +199,54 @@ class BestCheckpoints:
         *,
         settle: Callable[[], None] = lambda: None,
     ) -> None:
-        self.all, *of_views = (
-            BestCheckpoint(folder=folder / name, write=write, settle=settle)
+        self._named = {
+            name: BestCheckpoint(folder=folder / name, write=write, settle=settle)
             for name in ("best", *(f"best-{view}" for view in views))
-        )
-        self.views = dict(zip(views, of_views, strict=True))
+        }
 
     def consider(self, step: int, scores: Scores, verdict: Verdict) -> None:
         evaluation = Evaluation(scores, verdict.view, verdict.cut)
-        self.all.consider(step, verdict.score, evaluation.record())
+        self._named["best"].consider(step, verdict.score, evaluation.record())
         for view, score in verdict.of_views.items():
-            self.views[view].consider(step, score, Evaluation(scores, view).record())
+            self._named[f"best-{view}"].consider(step, score, Evaluation(scores, view).record())
 
     def steps(self) -> dict[str, int | None]:
-        """Return the steps of the best evaluations, for a checkpoint; a collective.
-
-        `best` is the best of all.
-        """
-        return {name: best.record_step() for name, best in self._named()}
+        """Return the steps of the best evaluations, for a checkpoint; a collective."""
+        return {name: best.record_step() for name, best in self._named.items()}
 
     def first_lost(self, steps: Mapping[str, int | None]) -> int | None:
         """Return the first of `steps` whose weights are missing or damaged, or None; a collective.
 
         A run that goes on from before this step evaluates it again.
         """
-        named = [(best, steps.get(name)) for name, best in self._named()]
+        named = [(best, steps.get(name)) for name, best in self._named.items()]
         return on_main(
             lambda: min((s for best, s in named if s is not None and best.is_lost()), default=None)
         )
 
     def redo(self) -> None:
         """Expect that the run goes on from before `first_lost`."""
-        for _, best in self._named():
+        for best in self._named.values():
             best.is_redone = True
 
     def take(self, folder: Path) -> None:
         """Copy the best weights beside a checkpoint of another run; a collective."""
-        on_main(lambda: [best.take(folder) for _, best in self._named()])
+        on_main(lambda: [best.take(folder) for best in self._named.values()])
 
     def resume(self, step: int, steps: Mapping[str, int | None]) -> None:
         """Take over the best weights of `steps`, none later than `step`; a collective."""
-        for name, best in self._named():
+        for name, best in self._named.items():
             best.resume(step, steps.get(name))
 
     def kept(self) -> ReturnedWeights | None:
         """Return the weights that the stage gives; None if no evaluation was kept; a collective."""
-        record = on_main(self.all.kept)
+        best = self._named["best"]
+        record = on_main(best.kept)
         if record is None:
             return None
         chosen = Evaluation.read(record["evaluation"])
-        best = self.views.get(chosen.view or "")
-        of_view = None if best is None else on_main(best.kept)
-        if best is None or of_view is None:
-            return ReturnedWeights(self.all.folder, chosen, chosen)
-        return ReturnedWeights(best.folder, chosen, Evaluation.read(of_view["evaluation"]))
-
-    def _named(self) -> list[tuple[str, BestCheckpoint]]:
-        return [("best", self.all), *((f"best-{view}", one) for view, one in self.views.items())]
+        of_view = self._named.get(f"best-{chosen.view or ''}")
+        record = None if of_view is None else on_main(of_view.kept)
+        if of_view is None or record is None:
+            return ReturnedWeights(best.folder, chosen, chosen)
+        return ReturnedWeights(of_view.folder, chosen, Evaluation.read(record["evaluation"]))

@@ -16,23 +16,34 @@ import logging
 import pickle
 import re
 import shutil
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Thread
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from megakd.engine.collectives import agree, gather, on_main, together
+from megakd.engine.collectives import agree, gather, node_name, on_main, together
 from megakd.engine.distributed import Ranks
+from megakd.engine.memory import free_memory_bytes
 from megakd.errors import CheckpointError, MegakdError
 from megakd.process.seeding import random_state, set_random_state
 from megakd.storage.atomic import full_disk_reason, set_aside, write_text
-from megakd.storage.checksums import Entries, damage_of, files_of, read_signed, write_signed
+from megakd.storage.checksums import (
+    Entries,
+    damage_of,
+    files_of,
+    read_signed,
+    write_files,
+    write_signed,
+)
 from megakd.storage.fingerprint import Fingerprint, as_read_back, differences
 from megakd.training.stage_folder import is_longer, same_rows
 
@@ -109,7 +120,15 @@ class Checkpoints:
             yield
         except (OSError, MegakdError) as error:
             on_main(lambda: shutil.rmtree(self._partial(step), ignore_errors=True))
-            raise self._could_not_write(step, error) from error
+            newest, full = self.newest(), full_disk_reason(error)
+            kept = "there is no earlier checkpoint"
+            if newest:
+                kept = f"the last good checkpoint is {newest}"
+            cure = "free some space and start" if full else "start"
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: "
+                f"{full or error}; nothing else was changed, {kept}; {cure} the same command again"
+            ) from error
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step}{_PARTIAL}"
@@ -145,7 +164,7 @@ class Checkpoints:
         return final
 
     def _remove_old(self, newest: Path) -> None:
-        """Keep the newest few checkpoints; set later ones aside, which the start did not see."""
+        # Later ones, which the start did not see, are set aside.
         every = self._by_age()
         current = every.index(newest)
         limit = len(every) if self.keep is None else current + self.keep
@@ -166,18 +185,6 @@ class Checkpoints:
         for old in [self.folder] if newest is None else self._by_age():
             if old != newest:
                 shutil.rmtree(old, ignore_errors=True)
-
-    def _could_not_write(self, step: int, error: Exception) -> CheckpointError:
-        newest = self.newest()
-        kept = (
-            f"the last good checkpoint is {newest}" if newest else "there is no earlier checkpoint"
-        )
-        full = full_disk_reason(error)
-        cure = "free some space and start" if full else "start"
-        return CheckpointError(
-            f"the checkpoint of step {step} could not be written to {self.folder}: "
-            f"{full or error}; nothing else was changed, {kept}; {cure} the same command again"
-        )
 
     def _by_age(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -210,11 +217,8 @@ class Checkpoints:
     def begin_from(self, given: Path) -> None:
         """Note that the stage goes on from a named checkpoint; set aside its later checkpoints.
 
-        They are all of its checkpoints if the named one is not among them. A collective.
+        They are all of its checkpoints if the named one is not among them. Call on rank 0.
         """
-        on_main(lambda: self._begin_from(given))
-
-    def _begin_from(self, given: Path) -> None:
         there, every = given.resolve(), self._by_age()
         # Not a copy in this folder, nor a checkpoint that was set aside.
         listed = next((checkpoint for checkpoint in every if checkpoint.resolve() == there), None)
@@ -268,14 +272,14 @@ class Checkpoints:
 
     def damage(self, checkpoint: Path) -> str | None:
         """Return the damage to a checkpoint's files, or None; a collective."""
-        return next((d for d in gather(self._own_damage(checkpoint)) if d is not None), None)
-
-    def _own_damage(self, checkpoint: Path) -> str | None:
         try:
             files = sorted(read_signed(checkpoint / MANIFEST)["files"].items())
         except (OSError, ValueError) as error:
-            return f"{MANIFEST} cannot be read: {error}"
-        return damage_of(checkpoint, dict(files[self.ranks.rank :: self.ranks.world_size]))
+            mine = f"{MANIFEST} cannot be read: {error}"
+        else:
+            share = dict(files[self.ranks.rank :: self.ranks.world_size])
+            mine = damage_of(checkpoint, share)
+        return next((damage for damage in gather(mine) if damage is not None), None)
 
     def _check_origin(self, checkpoint: Path) -> None:
         manifest = read_signed(checkpoint / MANIFEST)
@@ -338,6 +342,99 @@ class Checkpoints:
                 f"{checkpoint} cannot be resumed from: {MANIFEST} cannot be read: {error}; give a "
                 f"folder such as checkpoints/<stage>/step-<n>, or true for the newest"
             ) from error
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a stage; methods are collectives, but for `close`.
+
+    Every rank copies its state, takes the next steps, and writes the copy in a thread. The ranks
+    tell in the sums of a step whether they still write, see `StepVotes`; the checkpoint gets its
+    name after the first step in which none did. A run that is killed before goes on from the
+    checkpoint before.
+
+    beside: whether to write while the training goes on; "auto": if every node has memory for its
+        copy twice.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, *, beside: bool | Literal["auto"]) -> None:
+        self._checkpoints, self._beside = checkpoints, beside
+        self.folder = checkpoints.folder
+        self._pending: tuple[int, Future[Entries]] | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """True on all ranks while a checkpoint has no name yet."""
+        return self._pending is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """True while this rank writes; no collective."""
+        return self._pending is not None and not self._pending[1].done()
+
+    def save(
+        self,
+        step: int,
+        engine: Mapping[str, Any],
+        states: Mapping[str, CheckpointState],
+        *,
+        is_last: bool,
+    ) -> None:
+        """Begin to write a checkpoint, see `Checkpoints.contents`; with `is_last`, also end."""
+        self.publish()
+        contents = self._checkpoints.contents(engine, states)
+        if not is_last and self._beside == "auto":
+            self._beside = _fits(contents)
+        folder = self._checkpoints.begin(step)
+        if is_last or not self._beside:
+            self._checkpoints.publish(step, lambda: write_files(folder, contents))
+            return
+        # On the host: the next step changes the values on the device.
+        copy = tree_map_only(Tensor, lambda value: value.to("cpu", copy=True), contents)
+        self._pending = step, _begun(lambda: write_files(folder, copy))
+
+    def publish(self) -> None:
+        """Give the checkpoint that is being written its name; wait until it is written."""
+        if self._pending is not None:
+            (step, written), self._pending = self._pending, None
+            self._checkpoints.publish(step, written.result)
+
+    def close(self) -> None:
+        """Wait until this rank writes no more, and leave the checkpoint without a name."""
+        if self._pending is not None:
+            wait([self._pending[1]])
+
+
+def _fits(contents: Mapping[str, Any]) -> bool:
+    # Whether every node could hold the contents of its ranks twice.
+    leaves = [value for value in tree_leaves(contents) if isinstance(value, Tensor)]
+    size = sum(value.nbytes for value in leaves)
+    needed, free = Counter[str](), dict[str, int]()
+    mine = node_name(), size, free_memory_bytes(torch.device("cpu"))
+    for node, its, available in gather(mine):
+        needed[node] += 2 * its
+        free[node] = min(available, free.get(node, available))
+    lacking = [node for node in needed if needed[node] > free[node]]
+    if lacking:
+        logger.info(
+            "saves stop the training, because %s has %.1f GB of free memory, and %.1f GB are "
+            "twice the state of its ranks (save.asynchronous)",
+            *(lacking[0], free[lacking[0]] / 1e9, needed[lacking[0]] / 1e9),
+        )
+    return not lacking
+
+
+def _begun(action: Callable[[], Entries]) -> Future[Entries]:
+    # In a thread that an interpreter does not wait for when it ends.
+    future: Future[Entries] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001 - raised by `result`
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def has_begun_from(folder: Path, given: Path) -> bool:

@@ -160,7 +160,13 @@ def _check_once(assembly: Assembly, ready: ReadyTeacher, name: str) -> None:
     remedy = f"set {assembly.config.key_of(name)}.label_order to data"
 
     def measure() -> Mapping[str, float]:
-        fit = _measured(assembly, ready)
+        rows, dtype = assembly.prepared.encoded.validation, assembly.teacher_dtype(ready)
+        logger.info(
+            "%s: checking the order of the generic labels on %d rows", source.where, len(rows)
+        )
+        with assembly.loaded(source, ready.spec.deepspeed, dtype) as model:
+            outputs = assembly.scorer().outputs(model.predict, rows)
+        fit = label_fit(outputs, rows["label"])
         if not fit.is_good(names):  # only a good fit is kept
             require_fit(fit, source, names, remedy=remedy)
         return {key: getattr(fit, key) for key in ("score", "chance", "margin", "rows")}
@@ -175,14 +181,3 @@ def needs_check(source: ModelSource, names: Sequence[str]) -> bool:
     """Return true if a model's labels are generic and those of the data are others."""
     generic = generic_labels(source.config)
     return generic is not None and not all(name in generic for name in names)
-
-
-def _measured(assembly: Assembly, ready: ReadyTeacher) -> LabelFit:
-    rows = assembly.prepared.encoded.validation
-    logger.info(
-        "%s: checking the order of the generic labels on %d rows", ready.source.where, len(rows)
-    )
-    dtype = assembly.teacher_dtype(ready)
-    with assembly.loaded(ready.source, ready.spec.deepspeed, dtype) as model:
-        outputs = assembly.scorer().outputs(model.predict, rows)
-    return label_fit(outputs, rows["label"])

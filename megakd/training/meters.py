@@ -8,25 +8,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median_low
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from megakd.contract.batch import Unit
 from megakd.contract.stage import Stage, StepReport
 from megakd.contract.unit_counts import SOURCE_UNITS
-from megakd.engine.collectives import all_reduce_, gather
+from megakd.engine.collectives import all_reduce_, gather, node_name, seconds_in_collectives
 from megakd.engine.distributed import Ranks
-from megakd.engine.memory import peak_memory_bytes
+from megakd.engine.memory import device_name, peak_memory_bytes
 from megakd.engine.student import OVERFLOWS
 from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
+from megakd.scoring.slow_rank import LOGS, SlowRank
+from megakd.training.operations import StepOperations, passes_of, peak_tflops
 from megakd.training.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
-from megakd.training.rank_load import RankLoad
 from megakd.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 _NEVER = 2**62
@@ -34,6 +34,94 @@ _REPORTS = 100
 """Reports that are kept before they are read."""
 _MOST_SKIPPED = 32
 """Steps in a row that may overflow under fp16: by then, any loss scale has been halved to 1."""
+
+
+class RankLoad:
+    """The load of each rank between two logs.
+
+    Operations are counted in the first, second, fourth, … step of the stage, because to see every
+    operator takes time; a token is taken to need as many in the other steps. Under the mode that
+    counts, a backward rounds otherwise: a resumed run has to count in the same steps.
+    """
+
+    def __init__(self, trainer: Trainer, stage: str, ranks: Ranks) -> None:
+        self._trainer, self._stage, self._ranks = trainer, stage, ranks
+        self._operations = StepOperations(lambda: trainer.teacher_clock.is_running)
+        self._peak = peak_tflops(device_name(ranks.device))
+        self._counted_tokens: int | Tensor = 0
+        self._slow = SlowRank()
+        self.in_collectives = 0.0
+
+    def watch(self, take: Callable[[], StepReport]) -> StepReport:
+        """Take a step and return its report."""
+        number = self._trainer.step + 1
+        if number & (number - 1):
+            return take()
+        with self._operations:
+            report = take()
+        self._counted_tokens = self._counted_tokens + report.counts["tokens"]
+        return report
+
+    def state(self) -> list[float]:
+        """Return this rank's operations of student and teacher, and the tokens of all ranks."""
+        counted = self._operations
+        return [counted.student, counted.teacher, float(self._counted_tokens)]
+
+    def load_state(self, states: Sequence[Sequence[float]]) -> None:
+        """Restore what `state` returned on each of the ranks that wrote a checkpoint."""
+        world, rank = self._ranks.world_size, self._ranks.rank
+        student, teacher, tokens = zip(*states, strict=True)
+        counted = self._operations
+        if len(states) == world:
+            counted.student, counted.teacher = student[rank], teacher[rank]
+        else:
+            counted.student, counted.teacher = sum(student) / world, sum(teacher) / world
+        self._counted_tokens = int(tokens[0])
+
+    def mine(self, seconds: float) -> Tensor:
+        """Return what the ranks sum at a log, [2 + 2 * ranks]: operations, seconds by rank."""
+        world, now = self._ranks.world_size, seconds_in_collectives()
+        values = torch.zeros(2 + 2 * world)
+        student = self._operations.student * passes_of(self._trainer.student.bundle)
+        values[0], values[1] = student / 1e12, self._operations.teacher / 1e12
+        values[2 + self._ranks.rank] = seconds
+        values[2 + world + self._ranks.rank] = now - self.in_collectives
+        self.in_collectives = now
+        return values.to(self._ranks.device)
+
+    def scalars(self, sums: Sequence[float], *, tokens_per_s: float) -> dict[str, float]:
+        """Return the numbers of a log, and warn of a slow rank; a collective if there is one."""
+        world = self._ranks.world_size
+        share = tokens_per_s / max(1, int(self._counted_tokens)) / world
+        rates = {"train/student_tflops": sums[0] * share, "train/teacher_tflops": sums[1] * share}
+        numbers = {name: rate for name, rate in rates.items() if rate}
+        if self._peak is not None:
+            numbers["train/peak_share"] = sum(numbers.values()) / self._peak
+        if world == 1:
+            return numbers
+        seconds, waited = sums[2 : 2 + world], sums[2 + world :]
+        # The rank that others wait for needs the least time, that of the transfer.
+        waiting = [one - min(waited) for one in waited]
+        computing = [max(0.0, all_s - idle) for all_s, idle in zip(seconds, waiting, strict=True)]
+        self._tell(computing)
+        for rank in range(world):
+            numbers[f"ranks/{rank}/computing_seconds"] = computing[rank]
+            numbers[f"ranks/{rank}/waiting_seconds"] = waiting[rank]
+        return numbers
+
+    def _tell(self, computing: Sequence[float]) -> None:
+        slow = self._slow.add(computing)
+        if slow is None:
+            return
+        names = gather(node_name())
+        if self._ranks.is_main:
+            logger.warning(
+                "%s: rank %d on %s is slow: %.2f s of computing since the last log, where the "
+                "median rank needs %.2f s, and %d logs in a row; the other ranks wait for it. Look "
+                "for other work on that machine, its temperature and its clock",
+                *(self._stage, slow, names[slow], computing[slow]),
+                *(median_low(computing), LOGS),
+            )
 
 
 class TrainMeter:
@@ -65,10 +153,9 @@ class TrainMeter:
     def begin(self) -> None:
         self._began = time.perf_counter()
         self._since, self._window_before = self._began - self._window_before, 0.0
-        self.load.begin()
+        self.load.in_collectives = seconds_in_collectives()
 
     def add(self, report: StepReport) -> None:
-        """Add one step's report."""
         self._reports.append(report)
         if len(self._reports) == _REPORTS:
             self._add_up()
@@ -90,8 +177,11 @@ class TrainMeter:
         self, step: int, parts: Mapping[str, float], counts: Mapping[Unit, int], norm: float | None
     ) -> None:
         for name, value in parts.items():
+            # A step without texts of a source has no value for the term of this source.
+            unit = self._objective.units.get(name.rpartition("/")[2])
+            has_value = unit is None or unit not in SOURCE_UNITS.values() or counts[unit] > 0
             self._parts[name] = self._parts.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + self._has_value(name, counts)
+            self._counts[name] = self._counts.get(name, 0) + has_value
         self._steps += 1
         self._norm = norm
         self._tokens += counts["tokens"]
@@ -103,16 +193,11 @@ class TrainMeter:
         if not math.isfinite(parts[WEIGHTED_LOSS]) or self._skipped >= most:
             self._first_bad = min(self._first_bad, step)
 
-    def _has_value(self, name: str, counts: Mapping[Unit, int]) -> bool:
-        # A step without texts of a source has no value for the term of this source.
-        unit = self._objective.units.get(name.rpartition("/")[2])
-        return unit is None or unit not in SOURCE_UNITS.values() or counts[unit] > 0
-
     @contextmanager
     def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        with self.load.paused():
-            yield
+        began, before = time.perf_counter(), seconds_in_collectives()
+        yield
+        self.load.in_collectives += seconds_in_collectives() - before
         self._paused_s += time.perf_counter() - began
 
     def scalars(self, *, waited_s: float) -> dict[str, float]:
@@ -156,11 +241,11 @@ class TrainMeter:
         self._since, self._paused_s = time.perf_counter(), 0.0
 
     def _warn_of_empty_steps(self) -> None:
-        wants_targets = "targets" in self._objective.units.values()
-        if self._warned or not wants_targets:
+        empty, units = self._without_targets, self._objective.units.values()
+        if self._warned or not empty or "targets" not in units:
             return
-        empty = self._without_targets
-        if empty and self._ranks.is_main:
+        self._warned = True
+        if self._ranks.is_main:
             logger.warning(
                 "%s: %d of the last %d steps had no label at all (all masked) and contribute zero "
                 "(logged once)",
@@ -168,7 +253,6 @@ class TrainMeter:
                 empty,
                 self._steps,
             )
-        self._warned = bool(empty)
 
     def check_finite(self, newest: Callable[[], Path | None]) -> None:
         """Raise TrainingError at a loss or gradient that is not finite; a collective.
@@ -179,25 +263,23 @@ class TrainMeter:
         self._add_up()
         bad = torch.tensor(-self._first_bad, device=self._ranks.device)
         step = -int(all_reduce_(bad, largest=True))
-        if step != _NEVER:
-            good = newest()
-            raise TrainingError(
-                f"{self._stage}: the loss or its gradient is not finite (NaN or infinite) at step "
-                f"{step + 1}; the last good checkpoint is "
-                f"{good or 'none (nothing was saved yet)'}; {self._remedy()}, then start again"
-            )
-
-    def _remedy(self) -> str:
+        if step == _NEVER:
+            return
+        good, remedy = newest(), "lower train.learning_rate or check the data"
         # A teacher with NaN outputs is named before anything else.
         failed = self._trainer.watch.failed(self._ranks.device)
         if failed:
-            return (
+            remedy = (
                 f"the outputs of {', '.join(failed)} are not finite: check the weights, or set the "
                 "dtype to bf16 or fp32"
             )
-        if self._scales_loss and self._skipped >= _MOST_SKIPPED:
-            return OVERFLOWS
-        return "lower train.learning_rate or check the data"
+        elif self._scales_loss and self._skipped >= _MOST_SKIPPED:
+            remedy = OVERFLOWS
+        raise TrainingError(
+            f"{self._stage}: the loss or its gradient is not finite (NaN or infinite) at step "
+            f"{step + 1}; the last good checkpoint is "
+            f"{good or 'none (nothing was saved yet)'}; {remedy}, then start again"
+        )
 
     def tokens_per_second(self) -> float:
         """Return the valid tokens of all ranks per second of training, over the whole stage."""

@@ -54,11 +54,8 @@ class StageProbe:
         student.load(self.folder / BEGINNING)
 
     def check_remembered(self) -> None:
-        on_main(self._check_folder)
-
-    def _check_folder(self) -> None:
         folder = self.folder / BEGINNING
-        reason = damage(folder)
+        reason = on_main(lambda: damage(folder))
         if reason is not None:
             raise CheckpointError(
                 f"{folder} is damaged: {reason}, and the next episodes start from this student; "

@@ -82,16 +82,14 @@ class Progress:
             total, epoch = self._extent.total_steps, self._extent.epoch(step)
             parts = [f"{self._stage} {step}/{total}", f"epoch {epoch:.2f}", *shown]
             if LOSS in scalars:
-                parts.insert(-1, f"ETA {_clock(self._seconds_left(step))}")
+                done, left = max(1, step - self._extent.step), total - step
+                seconds = (time.perf_counter() - self._began) / done * left
+                parts.insert(-1, f"ETA {_clock(seconds)}")
             logger.info("%s", "  ".join(parts))
             return
         self.advance(step)
         if shown:
             self._bar.set_postfix_str(", ".join(part.replace(" ", "=", 1) for part in shown))
-
-    def _seconds_left(self, step: int) -> float:
-        done = max(1, step - self._extent.step)
-        return (time.perf_counter() - self._began) / done * (self._extent.total_steps - step)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -157,7 +155,10 @@ class Reporter:
             kept = [line for line in lines if not _comes_again(line, stage, step)]
             if len(kept) < len(lines):
                 atomic.write_text(self._path, "".join(kept))
-        self._watches[stage] = _watch(stage, kept)
+        self._watches[stage] = watch = TextWatch(stage)
+        for record in map(json.loads, kept):
+            if record.get("stage") == stage:
+                watch.add(record.get("step", 0), record)
         for tracker in self._trackers:
             tracker.begin(stage, step)
 
@@ -225,14 +226,6 @@ def _whole_lines(path: Path) -> Iterator[str]:
     if path.exists():
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             yield from (line for line in file if line.endswith("\n"))
-
-
-def _watch(stage: str, lines: Sequence[str]) -> TextWatch:
-    watch = TextWatch(stage)
-    for record in map(json.loads, lines):
-        if record.get("stage") == stage:
-            watch.add(record.get("step", 0), record)
-    return watch
 
 
 def _comes_again(line: str, stage: str, step: int) -> bool:

@@ -1,22 +1,25 @@
-"""The stages that a run config asks for with any method, and the options that they inherit."""
+"""What runs and plans share of any method: the stages that a config asks for, and their lab."""
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from megakd.config.deepspeed import load_ds_config, zero_stage
 from megakd.config.run import RunConfig
 from megakd.config.train import TrainConfig, inherit
+from megakd.contract.lab import Lab, Pruning
+from megakd.contract.results import MethodRecord
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import FROM_TEACHER
-from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms
+from megakd.contract.tasks import FROM_TEACHER, STUDENT, TEACHER
+from megakd.contract.terms import HardCrossEntropy, TermConfig, hard_terms, soft_terms
+from megakd.inputs.inputs import as_student
 from megakd.inputs.precision import training_dtype
 from megakd.methods import file_of
-
-if TYPE_CHECKING:
-    from megakd.contract.lab import Lab
+from megakd.models.source import ModelSource, ReadyTeacher
 
 
 def label_terms(config: RunConfig, *, smoothed: bool = True) -> tuple[TermConfig, ...]:
@@ -82,3 +85,75 @@ def scoring_preset(deepspeed: str | Mapping[str, Any]) -> str:
     """Return the preset for scoring a finished student: sharded if it was trained sharded."""
     ds = load_ds_config(deepspeed, where="student.deepspeed")
     return "teacher_zero3" if zero_stage(ds) == 3 else "teacher_zero0"
+
+
+class LabBase(ABC):
+    """The part of a lab that follows from the configs of the run and of its models; see `Lab`."""
+
+    def __init__(self, config: RunConfig, sources: Mapping[str, ModelSource]) -> None:
+        self.config = config
+        self.results: list[StageResult] = []
+        self.record = MethodRecord()
+        self._sources = sources
+        self._teachers: dict[str, ReadyTeacher] = {}
+
+    @abstractmethod
+    def train(self, stage: Stage) -> StageResult: ...
+
+    @abstractmethod
+    def with_embeddings(self, result: StageResult) -> ModelSource: ...
+
+    @abstractmethod
+    def _source(self, folder: Path, role: str) -> ModelSource:
+        """Return the model that a stage wrote; messages name the config's section of `role`."""
+
+    def hard_terms(self, weight: float = 1.0, *, per_row: bool = False) -> tuple[TermConfig, ...]:
+        return hard_terms(self.config.task.type, weight, per_row=per_row)
+
+    def soft_terms(self, weight: float = 1.0) -> tuple[TermConfig, ...]:
+        return soft_terms(self.config.task.type, weight)
+
+    def teacher(self, name: str | None = None) -> str:
+        name = name or TEACHER
+        if name not in self._teachers:
+            spec, source = self.config.teacher_specs[name], self._sources[name]
+            if spec.finetune is not None:
+                objective = label_terms(self.config, smoothed=False)
+                stage = Stage(name=f"{name}-finetune", learners={name: 1.0}, objective=objective)
+                source = self._source(self.train(stage).folder, name)
+            self._teachers[name] = ReadyTeacher(source, spec)
+        return name
+
+    def as_teacher(self, result: StageResult, *, like: str = TEACHER) -> str:
+        # A cache holds the answers of the configured teacher, not those of another model.
+        spec = dataclasses.replace(self.config.teacher_specs[like], cache=None)
+        self._teachers[result.name] = ReadyTeacher(self._source(result.folder, like), spec)
+        return result.name
+
+    def _completed(self, stage: Stage, *, ranks: int, device: str) -> Stage:
+        stage = completed(stage, self.config, ranks=ranks, device=device)
+        if stage.start is not None or stage.role != STUDENT:
+            return stage
+        return dataclasses.replace(stage, start=self._start())
+
+    def _start(self) -> ModelSource | None:
+        # The layers of the teacher, as it teaches, that the student keeps, if it does.
+        role = self.config.start_role
+        if role == STUDENT or self.config.student.layers is None:
+            return None
+        scores = self.pruning.layer_scores(self.teacher(role)) if self.config.ranks_layers else None
+        return as_student(self._teachers[self.teacher(role)].source, self.config, scores)
+
+    @property
+    @abstractmethod
+    def pruning(self) -> Pruning:
+        """The tools of methods that cut models."""
+
+    def given(self, role: str) -> ModelSource:
+        return self._sources[role]
+
+    def source(self, folder: Path) -> ModelSource:
+        return self._source(folder, STUDENT)
+
+    def model(self, teacher: str) -> ModelSource:
+        return self._teachers[teacher].source

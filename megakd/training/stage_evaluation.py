@@ -17,14 +17,18 @@ from megakd.contract.unit_counts import SOURCE_UNITS, count_units
 from megakd.engine.collectives import all_reduce_
 from megakd.scoring.scores import Evaluation
 from megakd.training.best_checkpoint import BestCheckpoints, ReturnedWeights
-from megakd.training.checkpoint import Checkpoints, CheckpointState, read_states
+from megakd.training.checkpoint import (
+    Checkpoints,
+    CheckpointState,
+    CheckpointWriter,
+    read_states,
+)
 
 if TYPE_CHECKING:
     from megakd.contract.batch import Batch, Predictions
     from megakd.contract.stage import Pass, Watch
     from megakd.losses.bundle import StudentBundle
-    from megakd.training.checkpoint_writer import CheckpointWriter
-    from megakd.training.stage_extra import StageExtra
+    from megakd.training.stage_batches import StageExtra
     from megakd.training.stage_model import StageModel
     from megakd.training.trainer import Trainer
 
@@ -50,7 +54,7 @@ class StageEvaluation:
         self.scorer = assembly.of(stage.role).scorer(stage.train)
         self._extras = extras
         self._judge = stage.judge or MetricJudge(prepared.metric)
-        self._best = BestCheckpoints(
+        self.best = BestCheckpoints(
             saves.folder, model.write_best, tuple(stage.views), settle=saves.publish
         )
         self._latest = Evaluation({}, None)
@@ -66,7 +70,9 @@ class StageEvaluation:
         return {
             "evaluation": CheckpointState(self._record_latest, self._read_latest),
             "early_stopping": CheckpointState(stopping.state_dict, stopping.load_state_dict),
-            "best_steps": CheckpointState(self._best.steps, self.resume_best),
+            "best_steps": CheckpointState(
+                self.best.steps, lambda steps: self.best.resume(self._trainer.step, steps)
+            ),
         }
 
     def _record_latest(self) -> dict[str, Any]:
@@ -75,22 +81,15 @@ class StageEvaluation:
     def _read_latest(self, record: Mapping[str, Any]) -> None:
         self._latest = Evaluation.read(record)
 
-    def resume_best(self, steps: Mapping[str, int | None]) -> None:
-        self._best.resume(self._trainer.step, steps)
-
-    def take_best(self, folder: Path) -> None:
-        """Copy the best weights beside a checkpoint of another run; a collective."""
-        self._best.take(folder)
-
     def before_lost_best(self, checkpoint: Path, checkpoints: Checkpoints) -> Path:
         """Return an earlier checkpoint, if there is one, where the best weights are damaged.
 
         The evaluation that was the best is then taken again. A collective.
         """
-        lost = self._best.first_lost(read_states(checkpoint, torch.device("cpu"))["best_steps"])
+        lost = self.best.first_lost(read_states(checkpoint, torch.device("cpu"))["best_steps"])
         earlier = None if lost is None else checkpoints.before(lost)
         if earlier is not None:
-            self._best.redo()
+            self.best.redo()
         return earlier or checkpoint
 
     @property
@@ -110,11 +109,11 @@ class StageEvaluation:
         if verdict.counts and not self._stage.goes_on:
             self.stopping.consider(verdict.score)
         if self._keeps_best:
-            self._best.consider(step, scores, verdict)
+            self.best.consider(step, scores, verdict)
 
     def returned(self) -> ReturnedWeights:
         """Return the weights that the stage returns: the best, or else those of its last step."""
-        kept = self._best.kept() if self._keeps_best else None
+        kept = self.best.kept() if self._keeps_best else None
         return kept or ReturnedWeights(None, self._latest, self._latest)
 
     def _scores(self) -> dict[str, dict[str, float]]:

@@ -15,7 +15,7 @@ from megakd.scoring.scores import Evaluation
 from megakd.storage import atomic
 from megakd.storage.folders import copy_finished, write_finished
 from megakd.training.best_checkpoint import RECORD, ReturnedWeights
-from megakd.training.stage_folder import consume, write_stage_folder
+from megakd.training.stage_folder import WindowState, consume, write_stage_folder
 
 if TYPE_CHECKING:
     from megakd.contract.batch import BatchSource
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from megakd.engine.student import StudentEngine
     from megakd.losses.bundle import StudentBundle
     from megakd.training.assembly import Assembly
-    from megakd.training.window_state import WindowState
 
 
 class StageModel(NamedTuple):
@@ -67,33 +66,26 @@ class StageModel(NamedTuple):
         *,
         goes_on: bool = False,
     ) -> None:
-        stage, first, *beside = self.stage, *self.bundle.learners
+        stage, role, (first, *beside) = self.stage, self.stage.role, self.bundle.learners
         view = stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))
         of_role = self.assembly.prepared.tokenizer_of
-        models = {stage.role: Learned.of(first, of_role(stage.role), cut=cut, learns=goes_on)}
+        models = {role: Learned.of(first, of_role(role), cut=cut, learns=goes_on)}
         for name, model in zip(stage.beside, beside, strict=True):
             models[name] = Learned.of(model, of_role(name))
-        window = self._window(cut) if goes_on else None
+        window = None
+        if goes_on:
+            axes = self.bundle.axes
+            window = WindowState.of(self.student, stage.strategy, self.source, axes=axes, cut=cut)
 
         def write() -> None:
             if self.assembly.ranks.is_main:
-                files = {**self._generation_file(), **extra}
+                files = dict(extra)
+                if self.assembly.config.task.type == "causal_lm":
+                    source = self.assembly.learners(stage)[role]
+                    files = {**generation_file(source, of_role(role)), **extra}
                 write_stage_folder(folder, models, extra=files, window=window)
             else:
                 consume(models, window)
 
         together(write)
-
-    def _generation_file(self) -> Mapping[str, str]:
-        role, prepared = self.stage.role, self.assembly.prepared
-        if self.assembly.config.task.type != "causal_lm":
-            return {}
-        source = self.assembly.learners(self.stage)[role]
-        return generation_file(source, prepared.tokenizer_of(role))
-
-    def _window(self, cut: Cut | None) -> WindowState:
-        from megakd.training.window_state import WindowState
-
-        strategy, axes = self.stage.strategy, self.bundle.axes
-        return WindowState.of(self.student, strategy, self.source, axes=axes, cut=cut)

@@ -4,42 +4,85 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megakd.config.train import learning_rate_schedule, total_steps
-from megakd.contract.batch import Batch, teacher_number
+from megakd.contract.batch import Batch, Counts, teacher_number
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
 from megakd.data.routed_rows import with_parts
-from megakd.engine.activity import doing
-from megakd.engine.collectives import gather, on_main
-from megakd.engine.heartbeat import beat
+from megakd.engine.activity import beat, doing
+from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.memory import peak_memory_bytes
-from megakd.engine.step_votes import StepVotes, agreed_signal
 from megakd.engine.student import device_batch
 from megakd.process import signals
 from megakd.process.seeding import seed_everything
 from megakd.scoring.scorer import few
 from megakd.storage.fingerprint import Fingerprint
 from megakd.training.assembly import Assembly
-from megakd.training.checkpoint import Checkpoints, CheckpointState
-from megakd.training.checkpoint_writer import CheckpointWriter
+from megakd.training.checkpoint import Checkpoints, CheckpointState, CheckpointWriter
 from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
-from megakd.training.stage_batches import extras_of, stage_batches
+from megakd.training.stage_batches import StageParts, extras_of, stage_batches
 from megakd.training.stage_evaluation import StageEvaluation
-from megakd.training.stage_extra import StageParts
-from megakd.training.stage_folder import RESULT, may_grow, result_text
+from megakd.training.stage_folder import RESULT, continue_window, may_grow, result_text
 from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 _STOP, _WRITING = "stop", "writing"
+
+
+class StepVotes:
+    """Questions that each rank answers in every step; all ranks know if any rank said yes.
+
+    The answers of every rank are sent together with the unit counts of a step, which are summed
+    over the ranks anyway. The sums are copied to the host during the step and read when all kernels
+    of the step have been launched. The accelerator still has the whole step to compute at that
+    time, so that reading the sums causes no idle time.
+
+    questions: by name; each is asked when the counts of a step are summed.
+    """
+
+    def __init__(self, questions: Mapping[str, Callable[[], bool]]) -> None:
+        self._questions = questions
+        self._flags: tuple[Tensor, ...] | None = None
+        self._votes: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def sum_counts(self, counts: Counts) -> Counts:
+        """Return the counts summed over the ranks, and sum the answers of the ranks with them."""
+        device = next(iter(counts.values())).device
+        if self._flags is None:  # made once: a step must not copy from the host
+            self._flags = torch.tensor([0, 1], device=device).unbind()
+        answers = [self._flags[int(ask())] for ask in self._questions.values()]
+        sums = all_reduce_(torch.stack([*counts.values(), *answers]))
+        self._votes = sums[len(counts) :].to("cpu", non_blocking=True)
+        if sums.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return dict(zip(counts, sums.unbind(), strict=False))
+
+    def any(self, name: str) -> bool:
+        """Return whether any rank said yes in the last step; False before the first step."""
+        if self._votes is None:
+            return False
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._votes[[*self._questions].index(name)].item() > 0
+
+
+def agreed_signal() -> int:
+    """Return the stop signal that any rank has received, or 0; a collective."""
+    return max(gather(signals.requested()))
 
 
 class StageRun:
@@ -188,8 +231,8 @@ class StageRun:
         if isinstance(wanted, str) and checkpoint == Path(wanted):
             other, folder = checkpoint.parent, self.checkpoints.folder
             on_main(lambda: take_beginning(other, folder))
-            self.evaluation.take_best(other)
-            self.checkpoints.begin_from(checkpoint)
+            self.evaluation.best.take(other)
+            on_main(lambda: self.checkpoints.begin_from(checkpoint))
             return checkpoint
         return self.evaluation.before_lost_best(checkpoint, self.checkpoints)
 
@@ -208,10 +251,8 @@ class StageRun:
                 text += "draws other numbers from here on"
             self._say(text)
             return step
-        self.evaluation.resume_best({})
+        self.evaluation.best.resume(self.first_step, {})
         if self.first_step:
-            from megakd.training.window_state import continue_window
-
             previous: Path = self.stage.start.folder
             self._say(f"{name}: continues from {previous.name} at step {self.first_step}")
             continue_window(previous, self.student, self.stage.strategy, self.source, self.ranks)

@@ -66,10 +66,6 @@ def make_trackers(
     return [makers[name]() for name in names]
 
 
-# Files are flushed after every log, by the thread that can handle a failure.
-_NEVER_S = 10**9
-
-
 class TensorBoard:
     """Event files in `output_dir/tensorboard/<stage>`."""
 
@@ -119,9 +115,8 @@ class TensorBoard:
         # The writer's own thread writes first, and would print a traceback on a failure.
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(4096))
-        self._writers[stage] = SummaryWriter(
-            str(folder), purge_step=purge_step, flush_secs=_NEVER_S
-        )
+        # Files are flushed after every log, by the thread that can handle a failure.
+        self._writers[stage] = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10**9)
 
     def close(self) -> None:
         while self._writers:

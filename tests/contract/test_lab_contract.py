@@ -12,7 +12,7 @@ from megakd.planning.planned_pruning import PlannedPruning
 from megakd.planning.planning_lab import PlanningLab
 from megakd.pruning.builder import ModelPruning
 from megakd.run.run_lab import RunLab
-from megakd.training.lab_base import LabBase
+from megakd.training.recipes import LabBase
 
 
 def methods(promised: type) -> dict[str, Any]:

@@ -23,15 +23,15 @@ LOST = 2
 
 
 TOLD: list[bytes] = []
-tell = peers._Watch._tell
+tell = peers._PeerWatch._tell
 
 
-def noting(self: peers._Watch, line: bytes) -> None:
+def noting(self: peers._PeerWatch, line: bytes) -> None:
     TOLD.append(line)
     tell(self, line)
 
 
-peers._Watch._tell = noting
+peers._PeerWatch._tell = noting
 
 
 def work(ranks: Ranks) -> None:

@@ -8,8 +8,8 @@ import torch
 from cases import lab_of, local
 from safetensors.torch import load_file
 
-from megakd.engine import prefetch
-from megakd.engine.prefetch import Prefetch
+from megakd.engine import sharding
+from megakd.engine.sharding import Prefetch
 from megakd.methods import run_method
 from megakd.teachers.cached import CachedTeacher
 
@@ -92,7 +92,7 @@ class Emptied(Prefetch):
 def learn_ahead(config_path: str, overrides: list[str]) -> dict:
     """`learn`, as if the device were another place than the host's memory."""
     Emptied.started = 0
-    away = mock.patch.object(prefetch, "is_away", return_value=True)
+    away = mock.patch.object(sharding, "is_away", return_value=True)
     emptied = mock.patch("megakd.teachers.frozen.Prefetch", Emptied)
     with away, emptied:
         return learn(config_path, overrides) | {"fetched": Emptied.started}

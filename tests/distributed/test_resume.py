@@ -21,7 +21,7 @@ import torch
 from tiny_runs import bert, config_tree, write_config
 
 from megakd.engine import distributed
-from megakd.training import checkpoint_writer
+from megakd.training import checkpoint
 
 TEACHER = "teacher-finetune"
 # What learns under a method, after the teacher; the last one is the student.
@@ -49,14 +49,14 @@ TIMES = (
 
 def command_without_space(*arguments: str) -> tuple[int, str]:
     """Run a command; rank 1 has no space on its disk when it saves step 8."""
-    write = checkpoint_writer.write_files
+    write = checkpoint.write_files
 
     def write_without_space(folder: Path, contents: Any) -> Any:
         if folder.name.startswith("step-8") and distributed.ranks().rank == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(folder, contents)
 
-    with patch.object(checkpoint_writer, "write_files", write_without_space):
+    with patch.object(checkpoint, "write_files", write_without_space):
         return cases.command(*arguments)
 
 

@@ -11,8 +11,8 @@ from equal_runs import CLASSIFICATION, CUTS, STEPS, cut_of
 from unit_counts import counts_of, numbers
 
 from megakd.engine.distributed import ranks
-from megakd.engine.step_votes import StepVotes, agreed_signal
 from megakd.process import signals
+from megakd.training.stage_run import StepVotes, agreed_signal
 
 
 def votes(stopping_rank: int) -> dict:

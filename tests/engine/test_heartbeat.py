@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megakd.engine import activity, heartbeat
+from megakd.engine import activity
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def calls(monkeypatch):
 
 
 def test_a_monitor_hears_of_every_batch_and_of_the_end(calls, monkeypatch):
-    monkeypatch.setenv(heartbeat.MONITOR, "/run/monitor")
-    with suppress(ValueError), heartbeat.monitored():
+    monkeypatch.setenv(activity.MONITOR, "/run/monitor")
+    with suppress(ValueError), activity.monitored():
         activity.reached("batch 1")
         activity.reached("batch 2")
         raise ValueError("row")
@@ -36,8 +36,8 @@ def test_a_monitor_hears_of_every_batch_and_of_the_end(calls, monkeypatch):
 
 
 def test_without_a_monitor_nothing_is_imported_or_told(calls, monkeypatch):
-    monkeypatch.delenv(heartbeat.MONITOR, raising=False)
-    with heartbeat.monitored():
+    monkeypatch.delenv(activity.MONITOR, raising=False)
+    with activity.monitored():
         activity.reached("batch 1")
 
     assert calls == []

@@ -8,14 +8,14 @@ import torch
 from pretend_cuda import CUDA, moved_to_cuda, pretended_cuda
 from torch import nn
 
-from megakd.engine import shards
+from megakd.engine import optimizer_state
 from megakd.engine.optimizer_state import OptimizerState
 
 
 def test_adams_number_of_updates_is_beside_its_weight(monkeypatch):
     """Fused AdamW refuses a number that lies on the CPU when its weight is on a GPU."""
-    monkeypatch.setattr(shards.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(shards.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(optimizer_state.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(optimizer_state.dist, "get_world_size", lambda: 1)
     with pretended_cuda():
         model = moved_to_cuda(nn.Linear(3, 2))
         adam = torch.optim.AdamW(model.parameters(), fused=True)

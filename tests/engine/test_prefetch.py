@@ -9,8 +9,8 @@ import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch import nn
 
-from megakd.engine import prefetch
-from megakd.engine.prefetch import Prefetch, is_away
+from megakd.engine import sharding
+from megakd.engine.sharding import Prefetch, is_away
 
 
 def sharded() -> nn.Module:
@@ -34,7 +34,7 @@ def values(module: nn.Module) -> list[list[float]]:
 @pytest.fixture
 def away(monkeypatch) -> nn.Module:
     """A module whose shards count as lying elsewhere, though the device is a CPU."""
-    monkeypatch.setattr(prefetch, "is_away", lambda shard: True)
+    monkeypatch.setattr(sharding, "is_away", lambda shard: True)
     return sharded()
 
 
@@ -76,6 +76,6 @@ def test_a_shard_in_the_hosts_memory_is_away_from_another_device(monkeypatch):
         def device_name(self) -> str:
             return "cuda"
 
-    monkeypatch.setattr(prefetch, "get_accelerator", Elsewhere)
+    monkeypatch.setattr(sharding, "get_accelerator", Elsewhere)
 
     assert is_away(next(sharded().parameters()).ds_tensor)

@@ -5,8 +5,8 @@ import psutil
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from megakd.engine import stale_locks
-from megakd.engine.stale_locks import remove_dead_locks
+from megakd.engine import distributed
+from megakd.engine.distributed import remove_dead_locks
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +54,13 @@ def test_a_lock_that_another_process_holds_open_stays(lock, tmp_path):
 
 def test_a_lock_that_a_start_opens_while_another_looks_stays(lock, tmp_path, monkeypatch):
     opened = []
-    move_aside = stale_locks._move_aside
+    move_aside = distributed._move_aside
 
     def open_first(path, version):
         opened.append(path.open("r+b"))
         return move_aside(path, version)
 
-    monkeypatch.setattr(stale_locks, "_move_aside", open_first)
+    monkeypatch.setattr(distributed, "_move_aside", open_first)
 
     assert remove_dead_locks(tmp_path) == []
     assert lock.exists()
@@ -78,7 +78,7 @@ def test_a_lock_that_a_start_creates_under_a_name_just_freed_is_not_touched(
             lock.write_text("new")
         return iter(())
 
-    monkeypatch.setattr(stale_locks, "_files_in_use", create_at_second_look)
+    monkeypatch.setattr(distributed, "_files_in_use", create_at_second_look)
 
     assert remove_dead_locks(tmp_path) == [lock]
     assert looks == [True, False]
@@ -97,14 +97,14 @@ def owner(tmp_path):
 def test_a_run_that_releases_its_lock_during_the_look_is_not_disturbed(
     owner, tmp_path, monkeypatch
 ):
-    files_in_use = stale_locks._files_in_use
+    files_in_use = distributed._files_in_use
 
     def release_meanwhile():
         result = list(files_in_use())
         owner.release()
         return result
 
-    monkeypatch.setattr(stale_locks, "_files_in_use", release_meanwhile)
+    monkeypatch.setattr(distributed, "_files_in_use", release_meanwhile)
 
     assert remove_dead_locks(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
@@ -120,7 +120,7 @@ def test_the_lock_of_a_run_that_starts_during_the_look_is_not_touched(tmp_path, 
             assert baton.try_acquire()
         return iter(())
 
-    monkeypatch.setattr(stale_locks, "_files_in_use", start_meanwhile)
+    monkeypatch.setattr(distributed, "_files_in_use", start_meanwhile)
 
     assert remove_dead_locks(tmp_path) == []
     baton.release()

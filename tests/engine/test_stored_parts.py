@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.engine import student
-from megakd.engine.stored_parts import StoredParts, file_of
+from megakd.engine.optimizer_state import StoredParts, file_of
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
 from megakd.storage.checksums import write_files

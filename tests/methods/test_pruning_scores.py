@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_cuts import build, full_view
 
 from megakd.contract.views import Axis, Cut, Maker, UnitOrder, View
-from megakd.engine.shards import Shard
+from megakd.engine.optimizer_state import Shard
 from megakd.methods.homodistil.schedule import Scoring
 from megakd.methods.homodistil.sensitivity import (
     SENSITIVITY,

@@ -13,7 +13,7 @@ from tiny_runs import bert, config_tree, write_config, write_reviews
 from transformers import AutoModelForSequenceClassification
 from whole_run import finish, records, same_weights, weights
 
-from megakd.engine.stored_parts import StoredParts
+from megakd.engine.optimizer_state import StoredParts
 from megakd.errors import CheckpointError, ModelError
 from megakd.storage.folders import check_given, open_finished
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from spoiling import LATE, Bench, assert_refused
 from tiny_runs import bert
 
-from megakd.engine import shards
+from megakd.engine import sharding
 
 WEIGHTS = "model.safetensors"
 
@@ -76,13 +76,13 @@ def test_weights_that_are_not_finite_are_blamed_in_place_of_the_learning_rate(be
     ("bad", "dtype"), [(torch.nan, torch.bfloat16), (-torch.inf, torch.float32)]
 )
 def test_one_bad_number_is_found_whatever_the_dtype(bad, dtype, monkeypatch):
-    monkeypatch.setattr(shards, "gather", lambda value: [value])
+    monkeypatch.setattr(sharding, "gather", lambda value: [value])
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).to(dtype)
 
-    assert shards.names_of_bad_weights(model) == []
+    assert sharding.names_of_bad_weights(model) == []
     with torch.no_grad():
         model[1].weight[1, 2] = bad
-    assert shards.names_of_bad_weights(model) == ["1.weight"]
+    assert sharding.names_of_bad_weights(model) == ["1.weight"]
 
 
 def test_the_padding_of_a_shard_does_not_count(monkeypatch):
@@ -90,9 +90,9 @@ def test_the_padding_of_a_shard_does_not_count(monkeypatch):
     shard.status = type("Status", (), {"name": "AVAILABLE"})
     parameter = torch.nn.Parameter(torch.empty(0))
     parameter.ds_tensor, parameter.ds_numel, parameter.ds_process_group = shard, 5, None
-    monkeypatch.setattr(shards, "is_zero_param", lambda _: True)
+    monkeypatch.setattr(sharding, "is_zero_param", lambda _: True)
 
     monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 1)
-    assert shards._own_part(parameter).tolist() == [1.0, 2.0]
+    assert sharding._own_part(parameter).tolist() == [1.0, 2.0]
     monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 2)
-    assert shards._own_part(parameter).tolist() == []
+    assert sharding._own_part(parameter).tolist() == []

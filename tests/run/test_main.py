@@ -21,7 +21,7 @@ from megakd.config.run import EvalConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.results import MethodRecord
 from megakd.data.splits import load_splits
-from megakd.engine.stored_parts import StoredParts
+from megakd.engine.optimizer_state import StoredParts
 from megakd.run import run_report
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megakd.contract.batch import Batch, Knowledge
-from megakd.training.answer_watch import AnswerWatch
+from megakd.training.trainer import AnswerWatch
 
 CPU = torch.device("cpu")
 VALID = torch.tensor([[True, False], [True, True], [False, False]])

@@ -12,9 +12,8 @@ import torch
 from checkpoint_store import SHARD, checkpoints, names, states_of
 
 from megakd.errors import CheckpointError
-from megakd.training import checkpoint_writer
-from megakd.training.checkpoint import Checkpoints
-from megakd.training.checkpoint_writer import CheckpointWriter
+from megakd.training import checkpoint
+from megakd.training.checkpoint import Checkpoints, CheckpointWriter
 
 
 @pytest.fixture
@@ -27,8 +26,8 @@ class Held:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.released, self.error = threading.Event(), None
-        self._write = checkpoint_writer.write_files
-        monkeypatch.setattr(checkpoint_writer, "write_files", self._held)
+        self._write = checkpoint.write_files
+        monkeypatch.setattr(checkpoint, "write_files", self._held)
 
     def _held(self, folder: Path, contents: Any) -> Any:
         assert self.released.wait(30)
@@ -135,7 +134,7 @@ def test_a_copy_is_written_beside_the_training_if_the_free_memory_holds_it_twice
     store, held, monkeypatch, caplog, free, beside
 ):
     caplog.set_level("INFO")
-    monkeypatch.setattr(checkpoint_writer, "free_memory_bytes", lambda _: free)
+    monkeypatch.setattr(checkpoint, "free_memory_bytes", lambda _: free)
     training = Training(store, beside="auto")
     if not beside:
         held.released.set()

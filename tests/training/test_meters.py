@@ -21,8 +21,8 @@ from megakd.engine.activity import Stopwatch
 from megakd.engine.distributed import Ranks
 from megakd.errors import TrainingError
 from megakd.losses.objective import build_objective
-from megakd.training.answer_watch import AnswerWatch
 from megakd.training.meters import TrainMeter
+from megakd.training.trainer import AnswerWatch
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl")

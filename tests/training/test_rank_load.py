@@ -14,12 +14,12 @@ from torch.utils.flop_counter import flop_registry
 from unit_counts import counts_of
 
 from megakd.contract.stage import StepReport
-from megakd.engine import waiting
+from megakd.engine import collectives
 from megakd.engine.activity import Stopwatch
 from megakd.engine.distributed import Ranks
 from megakd.scoring.slow_rank import LOGS, SlowRank
+from megakd.training.meters import RankLoad
 from megakd.training.operations import StepOperations, passes_of, peak_tflops
-from megakd.training.rank_load import RankLoad
 
 LENGTH, ROWS = 16, 4
 
@@ -149,16 +149,16 @@ def test_nccls_records_are_added_once_and_those_that_were_overwritten_are_estima
         [record(5, 100.0), record(6, 300.0)],  # 3 and 4 are gone
         [],
     ]
-    monkeypatch.setattr(waiting, "_last_record", [-1])
+    monkeypatch.setattr(collectives, "_last_record", [-1])
     monkeypatch.setattr(
-        waiting._distributed_c10d,
+        collectives._distributed_c10d,
         "_dump_nccl_trace_json",
         lambda: json.dumps({"entries": dumps.pop(0)}),
         raising=False,
     )
-    before = waiting._on_host[0] + waiting._on_gpu[0]
+    before = collectives._on_host[0] + collectives._on_gpu[0]
 
-    seconds = [waiting.seconds_in_collectives() - before for _ in range(4)]
+    seconds = [collectives.seconds_in_collectives() - before for _ in range(4)]
 
     assert seconds == pytest.approx([0.3, 0.6, 1.4, 1.4])
 
