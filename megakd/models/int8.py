@@ -28,9 +28,8 @@ from transformers import (
 )
 
 from megakd.errors import ModelError, one_line
-from megakd.models.loading import CONFIG_ERRORS
 from megakd.models.model_folder import INDEX_NAME, write_weights
-from megakd.models.own_models import class_of, register_own_models
+from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
 from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_content

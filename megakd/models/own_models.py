@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from megakd.errors import ModelError
@@ -47,6 +48,8 @@ class OwnModel(NamedTuple):
         return {auto: f"{self.file.stem}.{cls.__name__}" for auto, cls in classes.items()}
 
 
+# What transformers raises for a config with a wrong value.
+CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, AttributeError, KeyError)
 AUTO_CLASSES = {
     "LMHeadModel": "AutoModelForCausalLM",  # ends in "Model" too
     "Model": "AutoModel",
