@@ -28,10 +28,9 @@ from megakd.engine.shards import names_of_bad_weights
 from megakd.errors import ModelError, one_line, suggestion
 from megakd.models.architecture import HEAD_COUNTS, Architecture
 from megakd.models.architectures import architecture_named
-from megakd.models.fitting import build_empty, plan_loading
+from megakd.models.fitting import Match, build_empty, plan_loading
 from megakd.models.fresh import initialize_parameters
 from megakd.models.int8 import INT8_METHOD, load_int8
-from megakd.models.matching import Match
 from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
 from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
 from megakd.models.source import ModelSource
