@@ -117,13 +117,13 @@ MUTATIONS = (
         "tests/data/test_masking.py",
     ),
     Mutation(
-        "megakd/models/sampling.py",
+        "megakd/models/generation.py",
         "_signed((position + 1) * _GOLDEN)",
         "_signed(_GOLDEN)",
         "tests/models",
     ),
     Mutation(
-        "megakd/models/sampling.py",
+        "megakd/models/generation.py",
         "return uniform.neg_().log1p_().neg_().log_().neg_()",
         "return uniform.neg_().log1p_().neg_().log_()",
         "tests/models",

@@ -18,8 +18,8 @@ from megakd.data.token_tables import document_ends
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import DataError, ModelError
 from megakd.models.architecture import context_length, has_token_types
-from megakd.models.finished import config_of_folder, load_finished
 from megakd.models.generation import check_prompt_lengths, without_settings
+from megakd.models.loading import config_of_folder, load_finished
 from megakd.models.onnx import MODEL, OnnxModel, check_packages
 
 ROWS = 32

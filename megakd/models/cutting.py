@@ -25,11 +25,10 @@ from megakd.models.architecture import (
 )
 from megakd.models.architectures import architecture_named, architecture_of
 from megakd.models.axes import check_view, cut_part, lengths, output_modules, weight_axes
-from megakd.models.fitting import plan_loading, valueless_model
+from megakd.models.fitting import Match, plan_loading, valueless_model
 from megakd.models.generation import generation_file
 from megakd.models.label_order import label_order, set_labels
 from megakd.models.layers import naming, renumbered, without_layers
-from megakd.models.matching import Match
 from megakd.models.model_folder import Extra, write_model_folder
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.source import ModelSource

@@ -1,34 +1,53 @@
-"""Checks that a model fits the run, based on configs, headers and a model without memory."""
+"""Checks that a model fits the run, based on configs, headers and a model without memory.
+
+The tensors of a checkpoint are matched with parameters by names and shapes alone.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import initialization
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
 from megakd.models.architecture import context_length, counts_padding
-from megakd.models.architectures import AUTO_CLASSES
+from megakd.models.architectures import AUTO_CLASSES, architecture_of
 from megakd.models.label_order import label_order, labels_agree, set_labels
-from megakd.models.matching import (
-    Match,
-    check_backbone,
-    check_head,
-    check_tensors,
-    check_ties,
-    match_names,
-)
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
+from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+_OF_ONE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+_JOINT = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Tensor of all experts, and the tensors of one expert that it consists of, in order."""
+LEGACY_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """The tensors that a checkpoint provides for a model.
+
+    stored: the model's tensors that the checkpoint has; tied ones under their first name.
+    missing: parameters that the checkpoint lacks.
+    unused: keys of the checkpoint that no parameter uses.
+    """
+
+    stored: Mapping[str, StoredTensor]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
 
 
 def plan_loading(
@@ -54,11 +73,9 @@ def plan_loading(
     match = match_names(empty, source.stored, leave_out=leave_out)
     if source.folder is not None:
         if need_head:
-            check_head(match, source, task=task.type)
-            _check_labels(source, task, label_names)
-        check_backbone(match, source)
-        check_tensors(match, empty, where=source.where)
-        check_ties(empty, source.stored, where=source.where)
+            _check_head(match, source, task, label_names)
+        _check_tensors(match, source, empty)
+        _check_ties(empty, source)
     return config, match
 
 
@@ -90,13 +107,138 @@ def check_length(source: ModelSource, task: TaskConfig) -> None:
         )
 
 
-def _check_labels(source: ModelSource, task: TaskConfig, label_names: Sequence[str]) -> None:
+def _check_head(
+    match: Match, source: ModelSource, task: TaskConfig, label_names: Sequence[str]
+) -> None:
+    lacking = [name for name in match.missing if source.architecture.of_the_task(name)]
+    if lacking:
+        raise ModelError(
+            f"{source.where}: {source.folder} has no head for {task.type} ({_some(lacking)} "
+            "missing); set teacher.finetune or give a folder that was fine-tuned for the task"
+        )
     if task.type == "regression" and source.config.num_labels != 1:
         raise ModelError(
             f"{source.where}: {source.folder} has {source.config.num_labels} outputs and regression"
             " needs 1; set teacher.finetune or give a model that was fine-tuned on scores"
         )
     label_order(source.config, label_names, where=source.where)
+
+
+def _check_tensors(match: Match, source: ModelSource, model: PreTrainedModel) -> None:
+    lacking = [name for name in match.missing if not source.architecture.of_the_task(name)]
+    if lacking:
+        raise ModelError(
+            f"{source.where}: {source.folder} lacks {len(lacking)} weights of a "
+            f"{source.config.model_type} model ({_some(lacking)}); check that config.json and the "
+            "weights belong to the same model"
+        )
+    tensors = model.state_dict(keep_vars=True)
+    for name, stored in match.stored.items():
+        expected = tuple(tensors[name].shape)
+        if stored.shape != expected:
+            raise ModelError(
+                f"{source.where}: {stored.file} holds {stored.key} of shape {list(stored.shape)}, "
+                f"and config.json requires {list(expected)}; check that config.json and the "
+                "weights belong to the same model"
+            )
+        if tensors[name].is_floating_point() and not stored.dtype.is_floating_point:
+            raise ModelError(
+                f"{source.where}: {stored.file} holds {stored.key} as "
+                f"{str(stored.dtype).removeprefix('torch.')}, which is not a floating-point type, "
+                "and quantized models are not supported; give the model in fp32, bf16 or fp16"
+            )
+
+
+def _check_ties(model: PreTrainedModel, source: ModelSource) -> None:
+    stored, reader = source.stored, WeightReader(source.where)
+    for one, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if one not in stored or other not in stored:
+            continue
+        if not torch.equal(reader.read(stored[one]), reader.read(stored[other])):
+            raise ModelError(
+                f"{source.where}: config.json ties {one} to {other}, and the weights hold"
+                " different values for them; set tie_word_embeddings to false in config.json"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def match_names(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor], *, leave_out: Iterable[str] = ()
+) -> Match:
+    """Match stored tensors with a model's, for any head that the checkpoint was saved with.
+
+    The prefix of the backbone is added if a bare backbone was stored, and the names of old
+    TensorFlow checkpoints (gamma, beta) are read.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}  # of tied tensors
+    skipped = tuple(f"{module}." for module in leave_out)
+    taken: dict[str, StoredTensor] = {}
+    used: set[str] = set()
+    stored = with_joint_experts(stored, tensors)
+    for key, value in stored.items():
+        ending = next((old for old in LEGACY_ENDINGS if key.endswith(old)), "")
+        modern = key.removesuffix(ending) + LEGACY_ENDINGS.get(ending, "")
+        names = (key, modern, f"{model.base_model_prefix}.{modern}")
+        name = next((name for name in names if name in tensors), None)
+        if name is None or name.startswith(skipped):
+            continue
+        used.add(key)
+        taken[first[id(tensors[name])]] = value
+    missing = tuple(
+        name for name, _ in model.named_parameters() if first[id(tensors[name])] not in taken
+    )
+    unused = tuple(key for key in stored if key not in used)
+    return Match(stored=taken, missing=missing, unused=unused)
+
+
+def with_joint_experts(
+    stored: Mapping[str, StoredTensor], names: Collection[str]
+) -> Mapping[str, StoredTensor]:
+    """Return the stored tensors with one entry in place of those of single experts.
+
+    Only tensors that the model has are joined, and only if the checkpoint has all parts of the
+    experts from 0 on, with equal shapes.
+    """
+    experts: dict[str, dict[int, dict[str, StoredTensor]]] = {}
+    for key, tensor in stored.items():
+        match = _OF_ONE_EXPERT.fullmatch(key)
+        if match is not None:
+            path, number, part = match.groups()
+            experts.setdefault(path, {}).setdefault(int(number), {})[part] = tensor
+    joint = dict(stored)
+    for path, by_number in experts.items():
+        for name, parts in _JOINT.items():
+            in_order = [by_number.get(number, {}) for number in range(len(by_number))]
+            rows = [[expert.get(part) for part in parts] for expert in in_order]
+            made = _joined(rows) if f"{path}.{name}" in names else None
+            if made is None:
+                continue
+            joint[f"{path}.{name}"] = made
+            for number in by_number:
+                for part in parts:
+                    del joint[f"{path}.{number}.{part}.weight"]
+    return joint
+
+
+def _joined(rows: list[list[StoredTensor | None]]) -> StoredExperts | None:
+    known = [[part for part in row if part is not None] for row in rows]
+    first = known[0]
+    shapes = [[(part.shape, part.dtype) for part in row] for row in known]
+    if len(first) != len(rows[0]) or any(one != shapes[0] for one in shapes):
+        return None
+    height, width = sum(part.shape[0] for part in first), first[0].shape[-1]
+    return StoredExperts(
+        file=first[0].file,
+        key=first[0].key,
+        shape=(len(rows), height, width),
+        dtype=first[0].dtype,
+        offset=first[0].offset,
+        parts=tuple(tuple(row) for row in known),
+    )
 
 
 def valueless_model(
@@ -124,3 +266,28 @@ def build_empty(
         ) from error
     model.tie_weights()
     return model
+
+
+def send_tokens_to_one_expert(model: PreTrainedModel) -> None:
+    """Let a mixture on the meta device use one expert of each layer for all tokens.
+
+    The tensors have the shapes of transformers' grouped product, which the meta device supports
+    only in bf16, and the products have as many operations. A dense model does not change.
+    """
+    if architecture_of(model.config).experts is not None:
+        ALL_EXPERTS_FUNCTIONS.register("one_expert", _of_one_expert)
+        model.set_experts_implementation("one_expert")
+
+
+def _of_one_expert(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    rows = hidden.repeat_interleave(chosen.shape[1], dim=0)  # [N * k, D]
+    # transformers gives its modules this method.
+    gated = experts._apply_gate(_of_first_expert(experts, "gate_up_proj", rows))  # noqa: SLF001
+    outputs = _of_first_expert(experts, "down_proj", gated) * weights.reshape(-1, 1)
+    return outputs.unflatten(0, chosen.shape).sum(1).to(hidden.dtype)
+
+
+def _of_first_expert(experts: nn.Module, name: str, rows: Tensor) -> Tensor:
+    weight = experts.get_parameter(name)[0]
+    product = rows @ (weight if experts.is_transposed else weight.T)
+    return product + experts.get_parameter(f"{name}_bias")[0] if experts.has_bias else product

@@ -1,28 +1,58 @@
-"""Completions of prompts by a model, independent of the batch they are in, and its settings."""
+"""Completions of prompts by a model, independent of the batch they are in, and its settings.
+
+transformers' `generate` computes all rows until the last row has ended. Here a call of `generate`
+stops as soon as enough rows have ended, and the next call continues the other rows with their part
+of the cache.
+
+A sampled token depends on the seed of its row, and not on the other rows, by the Gumbel-max trick:
+the token with the largest sum of its logit and Gumbel noise is a sample of the softmax (Gumbel
+1954; Maddison, Tarlow and Minka 2014, section 2). The noise is a function of (seed of the row,
+position in the completion, token) and uses no random generator: the numbers are those of SplitMix64
+(Steele, Lea and Flood 2014).
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
-from transformers import GenerationConfig, GenerationMixin
+from torch import BoolTensor, LongTensor, Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.engine.whole_model import evaluating
 from megakd.errors import DataError, ModelError
 from megakd.models.architecture import context_length
-from megakd.models.continuation import continued
 from megakd.models.packed_attention import VARLEN
 from megakd.models.source import ModelSource
 from megakd.storage.folders import check_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SHARE_TO_LEAVE = 0.125
+"""Share of the rows of a batch that have ended when these rows leave the batch.
+
+Leaving costs a copy of the cache of the other rows, and the start of a call."""
+_GOLDEN = 0x9E3779B97F4A7C15
+_UNIFORM_BITS = 52
 
 
 def complete(
@@ -50,20 +80,93 @@ def complete(
     check_prompt_lengths(lengths, sampling.max_new_tokens, context_length(generative.config))
     completions: dict[int, Completion] = {}
     with torch.no_grad(), evaluating(model), without_settings(generative):
-        for rows in _batches(lengths, rows_at_once):
+        # Prompts of similar length need little padding. The longest prompts come first: if the
+        # memory is too small for them, the error comes at once.
+        order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
+        for first in range(0, len(order), rows_at_once):
+            rows = order[first : first + rows_at_once]
             chosen = [prompts[row] for row in rows], [seeds[row] for row in rows]
             texts = continued(generative, *chosen, sampling, tokens)
             completions |= zip(rows, (_completion(ids, tokens.end) for ids in texts), strict=True)
     return [completions[row] for row in range(len(prompts))]
 
 
+def continued(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    tokens: TextTokens,
+) -> list[list[int]]:
+    """Return the new tokens of each prompt; further tokens may follow an end token.
+
+    There is at least one prompt, and the model's own generation config sets nothing.
+    """
+    parts = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(parts, batch_first=True, padding_value=tokens.pad, padding_side="left")
+    mask = pad_sequence([*map(torch.ones_like, parts)], batch_first=True, padding_side="left")
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    ends = torch.tensor(sorted(tokens.end), dtype=torch.long, device=model.device)
+    length, rows, texts, cache = ids.shape[1], [*range(len(prompts))], {}, {}
+    while rows:
+        config = GenerationConfig(
+            max_new_tokens=length + sampling.max_new_tokens - ids.shape[1],
+            do_sample=False,  # the maximum of logits with noise is a sample
+            use_cache=True,
+            eos_token_id=sorted(tokens.end) or None,
+            pad_token_id=tokens.pad,
+            return_dict_in_generate=True,
+        )
+        noise = [seeds[row] for row in rows]
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            synced_gpus=False,  # the weights are whole: a rank may stop before the others
+            generation_config=config,
+            logits_processor=sampling_processors(sampling, noise, length, ids.device, tokens.known),
+            stopping_criteria=StoppingCriteriaList([EnoughHaveEnded(ends, len(rows))]),
+            **cache,
+        )
+        new = output.sequences[:, length:]  # [B, T]
+        has_ended = torch.isin(new, ends).any(1) | (new.shape[1] == sampling.max_new_tokens)  # [B]
+        for place in has_ended.nonzero()[:, 0].tolist():
+            texts[rows[place]] = new[place].tolist()
+        others = (~has_ended).nonzero()[:, 0]
+        rows, ids = [rows[place] for place in others.tolist()], output.sequences[others]
+        mask = functional.pad(mask[others], (0, ids.shape[1] - mask.shape[1]), value=1)
+        cache = _cache_of(model, output, others) if rows else {}
+    return [texts[row] for row in range(len(prompts))]
+
+
+def _cache_of(model: Any, output: Any, places: Tensor) -> dict[str, DynamicCache]:
+    """Return the cache of the rows at `places` as an argument of `generate`.
+
+    There is no argument for a model with another cache, or with recurrent states alone, such as
+    Mamba: the next call of `generate` reads all tokens of the rows again.
+    """
+    arguments = inspect.signature(type(model).forward).parameters
+    # The second is the name before transformers 5.24.
+    name = next((name for name in ("cache", "past_key_values") if name in arguments), "")
+    cache = output.get(name)
+    if type(cache) is not DynamicCache or all(cache.is_linear):
+        return {}
+    # `batch_select_indices` leaves the states of linear attention as they are.
+    cache.reorder_cache(cast("LongTensor", places))
+    return {name: cache}
+
+
+def _completion(ids: Sequence[int], end_tokens: frozenset[int]) -> Completion:
+    for number, token in enumerate(ids):
+        if token in end_tokens:
+            return Completion(tuple(ids[: number + 1]), finished=True)
+    return Completion(tuple(ids), finished=False)
+
+
 def generation_config_of(source: ModelSource) -> GenerationConfig | None:
     """Return the generation config in a model's folder, which may list further end tokens."""
-    if source.folder is None or not (Path(source.folder) / GENERATION_CONFIG_NAME).is_file():
+    if source.folder is None or not (source.folder / GENERATION_CONFIG_NAME).is_file():
         return None
-    check_given(
-        Path(source.folder), source.where, wanted=lambda name: name == GENERATION_CONFIG_NAME
-    )
+    check_given(source.folder, source.where, wanted=lambda name: name == GENERATION_CONFIG_NAME)
     try:
         return GenerationConfig.from_pretrained(source.folder)
     except (OSError, ValueError) as error:
@@ -147,19 +250,104 @@ def without_settings(model: Any) -> Iterator[None]:
             model.set_attn_implementation(attention)
 
 
-def _batches(lengths: Sequence[int], rows_at_once: int) -> Iterator[list[int]]:
-    """Yield the numbers of the prompts that are continued at the same time.
+class EnoughHaveEnded(StoppingCriteria):
+    """Stops all rows as soon as `SHARE_TO_LEAVE` of the rows have ended."""
 
-    Prompts of similar length need little padding. The longest prompts come first: if the memory is
-    too small for them, the error comes at once.
+    def __init__(self, ends: Tensor, rows: int) -> None:
+        self._ends = ends
+        self._enough = rows * SHARE_TO_LEAVE
+        self._has_ended = torch.zeros(rows, dtype=torch.bool, device=ends.device)
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> BoolTensor:
+        """Return whether to stop [B], the same for all rows, after a new token of each row."""
+        del scores, kwargs
+        self._has_ended |= torch.isin(input_ids[:, -1], self._ends)
+        # The host reads no value here: a read would wait for the device.
+        is_enough = self._has_ended.sum() >= self._enough
+        return cast("BoolTensor", is_enough.expand(len(input_ids)))
+
+
+def sampling_processors(
+    sampling: Sampling,
+    seeds: Sequence[int],
+    prompt_length: int,
+    device: torch.device,
+    count: int | None = None,
+) -> LogitsProcessorList:
+    """Return processors of logits [B, V] after which the maximum of a row is the next token.
+
+    Args:
+        sampling: a temperature of 0 leaves the logits unchanged.
+        prompt_length: tokens of the prompts, padding included.
+        count: tokens from this number on are never chosen; None: all tokens may be.
     """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    for first in range(0, len(order), rows_at_once):
-        yield order[first : first + rows_at_once]
+    processors = LogitsProcessorList([] if count is None else [FirstTokens(count)])
+    if sampling.temperature == 0:
+        return processors
+    if sampling.temperature != 1:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k is not None:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    processors.append(GumbelNoise(seeds, prompt_length, device))
+    return processors
 
 
-def _completion(ids: Sequence[int], end_tokens: frozenset[int]) -> Completion:
-    for number, token in enumerate(ids):
-        if token in end_tokens:
-            return Completion(tuple(ids[: number + 1]), finished=True)
-    return Completion(tuple(ids), finished=False)
+class FirstTokens(LogitsProcessor):
+    """Excludes the tokens from `count` on."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits [B, V] with -inf from `count` on."""
+        del input_ids
+        places = torch.arange(scores.shape[1], device=scores.device)
+        return scores.masked_fill(places >= self._count, float("-inf"))
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds the Gumbel noise of each row's stream to the logits."""
+
+    def __init__(self, seeds: Sequence[int], prompt_length: int, device: torch.device) -> None:
+        signed = torch.tensor([_signed(seed) for seed in seeds], dtype=torch.long, device=device)
+        self._keys = _mixed_(signed + _signed(_GOLDEN))  # [B]
+        self._prompt_length = prompt_length
+        self._places = torch.empty(0, dtype=torch.long, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits [B, V] with noise, after the tokens `input_ids` [B, T]."""
+        vocabulary = scores.shape[1]
+        if len(self._places) != vocabulary:
+            numbers = torch.arange(1, vocabulary + 1, device=scores.device)
+            self._places = numbers * _signed(_GOLDEN)  # [V]
+        position = input_ids.shape[1] - self._prompt_length
+        keys = _mixed_(self._keys + _signed((position + 1) * _GOLDEN))
+        return scores + _gumbel(_mixed_(keys[:, None] + self._places))
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    """Return fp32 Gumbel noise [B, V] from random int64 numbers, which are overwritten.
+
+    The largest values of the noise decide. They come from numbers u near 0, where fp32 has the
+    finest steps.
+    """
+    uniform = _shifted_(bits, 64 - _UNIFORM_BITS).float()
+    uniform.add_(0.5).mul_(2.0**-_UNIFORM_BITS).clamp_(max=1 - 2.0**-24)  # the largest below 1
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _mixed_(state: Tensor) -> Tensor:
+    state.bitwise_xor_(_shifted_(state.clone(), 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    state.bitwise_xor_(_shifted_(state.clone(), 27)).mul_(_signed(0x94D049BB133111EB))
+    return state.bitwise_xor_(_shifted_(state.clone(), 31))
+
+
+def _shifted_(state: Tensor, count: int) -> Tensor:
+    """Shift unsigned 64-bit numbers to the right in place; torch repeats the sign of int64."""
+    return state.bitwise_right_shift_(count).bitwise_and_((1 << (64 - count)) - 1)
+
+
+def _signed(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63

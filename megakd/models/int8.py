@@ -14,23 +14,17 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, initialization
 
 from megakd.errors import ModelError, one_line
-from megakd.models.loading import CONFIG_ERRORS
 from megakd.models.model_folder import INDEX_NAME, write_weights
-from megakd.models.own_models import class_of, register_own_models
+from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
 from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_content
@@ -40,22 +34,14 @@ INT8 = "int8"
 """Name of the folder below `final/`."""
 FORMAT = "int8 per row, symmetric"
 SCALE = ".scale"
-_STEPS = 127
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _WHERE = "int8 weights"
 INT8_METHOD = "megakd_int8"
 """What config.json names as the method that quantised the weights."""
-_QUANTIZED_KEYS = {"dtype": "int8", "quantization_config": {"quant_method": INT8_METHOD}}
 # auto_map names a file that plain transformers runs; torch_dtype is an older name of dtype.
 _FULL_PRECISION_KEYS = ("dtype", "torch_dtype", "quantization_config", "auto_map")
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
-
-
-class _Place(NamedTuple):
-    """Location of a stored tensor, and of its scale if the tensor is quantised."""
-
-    values: StoredTensor
-    scale: StoredTensor | None
+Places = Mapping[str, tuple[StoredTensor, StoredTensor | None]]
+"""By name, where a tensor is stored, and its scale if the tensor is quantised."""
 
 
 def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +54,8 @@ def quantize(weights: Tensor) -> tuple[Tensor, Tensor]:
     rows = weights.to(torch.float32).flatten(1)
     largest = rows.abs().amax(1)
     # Below the smallest normal number, a scale has too few digits for the error bound.
-    scale = torch.where(largest > 0, (largest / _STEPS).clamp(min=_SMALLEST_SCALE), largest)
+    smallest = torch.finfo(torch.float32).tiny
+    scale = torch.where(largest > 0, (largest / 127).clamp(min=smallest), largest)
     divisor = torch.where(scale > 0, scale, 1.0)
     values = (rows / divisor[:, None]).round_().to(torch.int8)
     return values.view(weights.shape), scale
@@ -91,14 +78,15 @@ def write_int8(folder: Path, to: Path) -> None:
     with sealed_folder(to) as temporary:
         # One key: safetensors writes several in random order, and equal weights have equal files.
         save_file(state, temporary / SAFETENSORS, metadata={"quantization": FORMAT})
-        _write_companions(folder, temporary, _QUANTIZED_KEYS)
+        keys = {"dtype": "int8", "quantization_config": {"quant_method": INT8_METHOD}}
+        _write_companions(folder, temporary, keys)
 
 
 def write_restored(folder: Path, to: Path) -> None:
     """Write a model folder with the fp32 weights that `load_int8` computes from an int8 folder."""
-    reader, places = WeightReader(_WHERE), _places(folder)
+    places = _places(folder)
     with sealed_folder(to) as temporary:
-        write_weights(temporary, ((n, _restored(reader, place)) for n, place in places.items()))
+        write_weights(temporary, _restored(places))
         _write_companions(folder, temporary, {"dtype": "float32"})
 
 
@@ -116,10 +104,9 @@ def load_int8(folder: str | Path) -> PreTrainedModel:
     model = _built(folder)
     tensors = model.state_dict(keep_vars=True)
     _check_fit(folder, places, tensors)
-    reader = WeightReader(_WHERE)
     with torch.no_grad():
-        for name, place in places.items():
-            tensors[name].copy_(_restored(reader, place))
+        for name, tensor in _restored(places):
+            tensors[name].copy_(tensor)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -164,7 +151,7 @@ def _checked(tensor: Tensor, where: str) -> Tensor:
     return tensor
 
 
-def _places(folder: Path) -> dict[str, _Place]:
+def _places(folder: Path) -> Places:
     file = folder / SAFETENSORS
     if not file.is_file():
         raise ModelError(f"{file} does not exist; {_remedy(folder)}")
@@ -177,9 +164,23 @@ def _places(folder: Path) -> dict[str, _Place]:
             f"{file} does not hold int8 weights of megakd (its metadata name the quantization "
             f"{stored_format!r}, not {FORMAT!r}); {_remedy(folder)}"
         )
-    scales = {name + SCALE for name, place in stored.items() if _is_quantized(place)}
-    places = {name: place for name, place in stored.items() if name not in scales}
-    return {name: _place(file, stored, name) for name in places}
+    is_quantized = {n: p.dtype == torch.int8 and len(p.shape) >= 2 for n, p in stored.items()}
+    scales = {name + SCALE for name in stored if is_quantized[name]}
+    places: dict[str, tuple[StoredTensor, StoredTensor | None]] = {}
+    for name, values in stored.items():
+        if name in scales:
+            continue
+        scale = None
+        if is_quantized[name]:
+            scale, expected = stored.get(name + SCALE), values.shape[:1]
+            if scale is None or (scale.shape, scale.dtype) != (expected, torch.float32):
+                fault = "is missing" if scale is None else f"is {scale.dtype} {list(scale.shape)}"
+                raise ModelError(
+                    f"{file} is damaged: {name + SCALE} {fault}, and must be torch.float32 "
+                    f"{list(expected)}; copy the folder again"
+                )
+        places[name] = values, scale
+    return places
 
 
 def _remedy(folder: Path) -> str:
@@ -191,38 +192,21 @@ def _remedy(folder: Path) -> str:
     )
 
 
-def _is_quantized(place: StoredTensor) -> bool:
-    return place.dtype == torch.int8 and len(place.shape) >= 2
+def _restored(places: Places) -> Iterator[tuple[str, Tensor]]:
+    reader = WeightReader(_WHERE)
+    for name, (values, scale) in places.items():
+        tensor = reader.read(values)
+        yield name, tensor if scale is None else dequantize(tensor, reader.read(scale))
 
 
-def _place(file: Path, stored: Mapping[str, StoredTensor], name: str) -> _Place:
-    values = stored[name]
-    if not _is_quantized(values):
-        return _Place(values, None)
-    scale = stored.get(name + SCALE)
-    expected = values.shape[:1]
-    if scale is None or (scale.shape, scale.dtype) != (expected, torch.float32):
-        fault = "is missing" if scale is None else f"is {scale.dtype} {list(scale.shape)}"
-        raise ModelError(
-            f"{file} is damaged: {name + SCALE} {fault}, and must be torch.float32 "
-            f"{list(expected)}; copy the folder again"
-        )
-    return _Place(values, scale)
-
-
-def _restored(reader: WeightReader, place: _Place) -> Tensor:
-    tensor = reader.read(place.values)
-    return tensor if place.scale is None else dequantize(tensor, reader.read(place.scale))
-
-
-def _check_fit(folder: Path, places: Mapping[str, _Place], tensors: Mapping[str, Tensor]) -> None:
+def _check_fit(folder: Path, places: Places, tensors: Mapping[str, Tensor]) -> None:
     filled = {id(tensors[name]) for name in places if name in tensors}
     missing = [name for name, tensor in tensors.items() if id(tensor) not in filled]
     extra = [name for name in places if name not in tensors]
     wrong = [
-        f"{name} {list(place.values.shape)} instead of {list(tensors[name].shape)}"
-        for name, place in places.items()
-        if name in tensors and place.values.shape != tuple(tensors[name].shape)
+        f"{name} {list(values.shape)} instead of {list(tensors[name].shape)}"
+        for name, (values, _) in places.items()
+        if name in tensors and values.shape != tuple(tensors[name].shape)
     ]
     problems = {"missing": missing, "unknown to the model": extra, "of another shape": wrong}
     for problem, names in problems.items():

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import megakd_kernels
-from megakd.contract.batch import IGNORE, Batch, Knowledge, LogitWarp, Predictions
+from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Knowledge, LogitWarp, Predictions
 from megakd.contract.tasks import Kernels
-from megakd.engine.sharding import gathered
-from megakd.models.architecture import has_token_types
+from megakd.engine.sharding import gathered, is_sharded
+from megakd.models.architecture import RotaryForm, has_token_types
 from megakd.models.architectures import architecture_of
-from megakd.models.attention import AttentionNotes
 from megakd.models.elastic_modules import weights_in_view
 from megakd.models.packed_attention import document_arguments
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary
@@ -80,10 +80,6 @@ def language_model_head(model: nn.Module) -> LanguageModelHead:
     return LanguageModelHead(architecture.language_head_of(model), architecture.logit_warp(config))
 
 
-def _is_language(batch: Batch) -> bool:
-    return batch.labels.dim() == 2  # [B, T]
-
-
 def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     """Run the model once and return the outputs that the losses need.
 
@@ -92,34 +88,29 @@ def read_knowledge(model: nn.Module, batch: Batch, needs: Needs) -> Knowledge:
     """
     if needs == Needs():
         return _read(model, batch)
-    states = StateNotes(model, needs.hidden_layers)  # type: ignore[arg-type]
     vectors = AttentionNotes(model, needs.attention_layers)  # type: ignore[arg-type]
-    with states.taking(), vectors.taking():
+    with _states_taken(model, needs.hidden_layers) as states, vectors.taking():
         read = _read(model, batch)
+    count = architecture_of(model.config).number_of_layers(model.config)  # type: ignore[arg-type]
     return read._replace(
-        hidden_states=states.states() if needs.hidden_layers else (),
+        hidden_states=tuple(map(states.get, range(count + 1))) if needs.hidden_layers else (),
         attention=vectors.vectors() if needs.attention_layers else (),
     )
 
 
-def _read(model: nn.Module, batch: Batch) -> Knowledge:
-    if _is_language(batch):
-        return _read_language_model(model, batch)
-    has_types = has_token_types(model.config)  # type: ignore[arg-type]
-    inputs = {n: value for n, value in batch.inputs.items() if has_types or n != "token_type_ids"}
-    return Knowledge(logits=model(**inputs).logits)
-
-
-def _read_language_model(model: nn.Module, batch: Batch) -> Knowledge:
-    architecture = architecture_of(model.config)  # type: ignore[arg-type]
+def _read(model: Any, batch: Batch) -> Knowledge:
+    inputs, pieces = dict(batch.inputs), batch.extras.second
+    if batch.labels.dim() != 2:  # those of a language model are [B, T]
+        if not has_token_types(model.config):
+            inputs.pop("token_type_ids", None)
+        return Knowledge(logits=model(**inputs).logits)
+    architecture = architecture_of(model.config)
     # Encoders have no cache, and some of them do not accept the option.
     options = {} if architecture.masked else {"use_cache": False}
     options |= document_arguments(model, batch)
-    inputs, pieces = dict(batch.inputs), batch.extras.second
     second = None if pieces is None else second_vocabulary(model)
     if second is not None:
-        table = model.get_input_embeddings()  # type: ignore[operator]
-        inputs["inputs_embeds"] = second(inputs.pop("input_ids"), table)
+        inputs["inputs_embeds"] = second(inputs.pop("input_ids"), model.get_input_embeddings())
     states = architecture.backbone_of(model)(**inputs, **options).last_hidden_state
     # The head of an MLM is applied to a few positions only: [N, D].
     hidden = states if batch.targets is None else states.flatten(0, 1)[batch.targets]
@@ -159,46 +150,163 @@ def predictions_of(read: Knowledge, batch: Batch, kernels: Kernels = "auto") -> 
     return Predictions(outputs=None, sums=sums)
 
 
-class StateNotes:
-    """Recorder of the hidden states of one forward.
+@contextmanager
+def _states_taken(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Yield the hidden states [B, T, D] of these layers, which a forward in the body records.
 
     The states are those of transformers: 0 is the input of the first layer, and the last layer's
-    states are after the norm that follows the layers. The hooks are removed before gradient
-    checkpointing repeats the forward, and run after the hooks of DeepSpeed, like those of
-    `AttentionNotes`.
+    states are after the norm that follows the layers. For the hooks see `AttentionNotes`.
+    """
+    architecture, states = architecture_of(model.config), dict[int, Tensor]()
+
+    def note_input(_: nn.Module, inputs: Sequence[Any], named: dict[str, Any]) -> None:
+        states[0] = inputs[0] if inputs else named["hidden_states"]
+
+    def note(layer: int, _: nn.Module, inputs: object, output: Any) -> None:
+        states[layer] = output if isinstance(output, Tensor) else output[0]
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            if layer == 0:
+                first = architecture.block_of(model, 1)
+                hook = first.register_forward_pre_hook(note_input, with_kwargs=True)
+            else:
+                is_last = layer == architecture.number_of_layers(model.config)
+                last = architecture.backbone_of(model)
+                module = last if is_last else architecture.block_of(model, layer)
+                hook = module.register_forward_hook(partial(note, layer))
+            hooks.callback(hook.remove)
+        yield states
+
+
+class AttentionNotes:
+    """Recorder of the attention vectors of one forward.
+
+    In every implementation (eager, sdpa, flash), the inputs of the attention come from modules:
+    projections, or norms after the projections (Qwen3). Hooks on these modules record the vectors.
+    The hooks exist for one forward only. They run after the hooks of DeepSpeed, whose outputs carry
+    the operation that gathers a sharded weight again in the backward, and they are removed before
+    gradient checkpointing repeats the forward. They compute nothing, because a repeated forward
+    must save the same tensors as the first forward.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
         self._architecture = architecture_of(model.config)
-        self._count = self._architecture.number_of_layers(model.config)
-        self._model, self._layers = model, layers
-        self._states: dict[int, Tensor] = {}
+        self._config = model.config
+        self._sources = {i: self._architecture.vectors_of(model, i) for i in layers}
+        self._blocks = {i: self._architecture.block_of(model, i) for i in layers}
+        attentions = self._architecture.attentions(model.config)
+        self._cores = {i: model.get_submodule(attentions[i - 1].core) for i in layers}
+        self._rotary = self._architecture.rotary_of(model) if layers else None
+        self._seen: dict[object, Any] = {}
 
     @contextmanager
     def taking(self) -> Iterator[None]:
+        modules = list(dict.fromkeys(m for parts in self._sources.values() for m in parts))
+        for block in self._blocks.values():
+            # See `BackThroughLayer`.
+            is_repeated = getattr(block, "gradient_checkpointing", False) and block.training
+            if is_repeated and is_sharded(block):
+                modules.append(block)
+        if self._rotary is not None:
+            modules.append(self._rotary)
         with ExitStack() as hooks:
-            for layer in self._layers:
-                hooks.callback(self._hook(layer).remove)
+            for module in modules:
+                hooks.callback(module.register_forward_hook(self._note).remove)
             yield
 
-    def _hook(self, layer: int) -> Any:
-        if layer == 0:
-            first = self._architecture.block_of(self._model, 1)
-            return first.register_forward_pre_hook(self._note_input, with_kwargs=True)
-        is_last = layer == self._count
-        of = self._architecture
-        module = of.backbone_of(self._model) if is_last else of.block_of(self._model, layer)
+    def _note(self, module: nn.Module, inputs: Sequence[Any], output: Any) -> None:
+        # A rotary module may run once for each type of layers, which its last input names.
+        kind = inputs[-1] if inputs and isinstance(inputs[-1], str) else None
+        self._seen[module if kind is None else (module, kind)] = output
 
-        def note(module: nn.Module, inputs: object, output: Any) -> None:
-            del module, inputs
-            self._states[layer] = output if isinstance(output, Tensor) else output[0]
+    def vectors(self) -> tuple[AttentionVectors | None, ...]:
+        """Return the vectors by layer, 0 being the embedding; None for a layer not requested."""
+        count = self._architecture.number_of_layers(self._config)
+        return tuple(self._of_layer(layer) for layer in range(count + 1))
 
-        return module.register_forward_hook(note)
+    def _of_layer(self, layer: int) -> AttentionVectors | None:
+        if layer not in self._sources:
+            return None
+        # One module may produce all three, concatenated.
+        seen = [self._seen[module] for module in dict.fromkeys(self._sources[layer])]
+        if self._blocks[layer] in self._seen:
+            output = self._seen[self._blocks[layer]]
+            output = output if isinstance(output, Tensor) else output[0]
+            seen = list(BackThroughLayer.apply(output, *seen))
+        heads = self._architecture.heads(self._config)
+        shared = heads.queries // heads.keys
+        parts: Sequence[Tensor] = seen
+        if self._architecture.attention.is_fused:
+            unit = seen[0].shape[-1] // (shared + 2)
+            parts = seen[0].split((shared * unit, unit, unit), dim=-1)
+        if self._architecture.norms_by_head:
+            # An attention without heads norms [B, T, 0, width], see `modeling_cut`.
+            normed = (part.transpose(1, 2) if part.shape[2] else part for part in parts[:2])
+            parts = [*normed, parts[2]]
+        core = self._cores[layer]
+        # An attention that runs as a cut of itself has narrower heads than its config says.
+        width = getattr(core, "attention_head_size", heads.width)
+        queries = _side_by_side(parts[0], width * shared)
+        keys, values = (_side_by_side(part, width) for part in parts[1:])
+        if self._rotary is not None:
+            # The cosines and sines of a layer may be those of its type.
+            kinds = getattr(self._config, "layer_types", None)
+            of_kind = (self._rotary, kinds[layer - 1] if kinds else None)
+            turns = self._seen[of_kind if of_kind in self._seen else self._rotary]
+            form = self._architecture.rotary_form
+            queries, keys = (turned(part, turns, width, form) for part in (queries, keys))
+        scale = getattr(core, "scaling", width**-0.5)
+        return AttentionVectors(queries, keys, values, width, float(scale))
 
-    def _note_input(self, module: nn.Module, inputs: Sequence[Any], named: dict[str, Any]) -> None:
-        del module
-        self._states[0] = inputs[0] if inputs else named["hidden_states"]
 
-    def states(self) -> tuple[Tensor | None, ...]:
-        """Return the states by layer, [B, T, D]; None for a layer that was not requested."""
-        return tuple(self._states.get(layer) for layer in range(self._count + 1))
+def _side_by_side(vectors: Tensor, unit: int) -> Tensor:
+    """Return [B, T, heads * width]; without heads, return `unit` zeros per token.
+
+    Zeros relate all tokens equally, which is correct for an attention without heads.
+    """
+    flat = vectors.flatten(2)  # norms of single heads add a dimension for the heads
+    return flat if flat.shape[-1] else nn.functional.pad(flat, (0, unit))
+
+
+class BackThroughLayer(torch.autograd.Function):
+    """Identity of vectors that also gives a gradient of zero to the layer's output.
+
+    This is for a layer that gradient checkpointing repeats in the backward and ZeRO 3 shards, if a
+    loss may reach only the vectors. The repetition starts when the backward first needs a tensor of
+    the layer, and then releases all gathered weights except those of the last module. The backward
+    must therefore need the layer's end first. Otherwise a projection loses its weight while in use.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+        """Return the vectors; `output` is the output of the layer."""
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype, ctx.device = output.shape, output.dtype, output.device
+        return tuple(vector.view_as(vector) for vector in vectors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return zeros for the output, and the gradients of the vectors unchanged."""
+        return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device), *gradients
+
+
+def turned(
+    vectors: Tensor, turns: tuple[Tensor, Tensor], width: int, form: RotaryForm = "halves"
+) -> Tensor:
+    """Rotate heads by their positions (Su et al. 2021).
+
+    Args:
+        vectors: [B, T, heads * width].
+        turns: cosines and sines, [1 or B, T, turned columns] each, or a half for `half_width`. The
+            columns of a head after the turned columns do not change.
+        form: the pairs of columns, see `Architecture.rotary_form`.
+    """
+    cosines, sines = (turn[:, :, None] for turn in turns)  # [B, T, 1, turned columns]
+    if form == "half_width":
+        cosines, sines = (torch.cat((turn, turn), dim=-1) for turn in (cosines, sines))
+    heads = vectors.unflatten(-1, (-1, width))  # [B, T, heads, width]
+    moving, rest = heads.tensor_split((cosines.shape[-1],), dim=-1)
+    first, second = moving.chunk(2, dim=-1)
+    swapped = torch.cat((-second, first), dim=-1)
+    return torch.cat((moving * cosines + swapped * sines, rest), dim=-1).flatten(2)

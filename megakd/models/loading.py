@@ -1,7 +1,8 @@
-"""Loading of models, from a name in the run config to a model in memory, sharded or not.
+"""Loading of models: those of a run, sharded or not, and finished ones, from their folders.
 
-`resolve_model` finds a model and reads its config, `check_model` checks that the model fits the run
-before anything large is loaded, and `load_model` builds it empty and fills it tensor by tensor.
+For a run, `resolve_model` finds a model and reads its config, `check_model` checks that the model
+fits the run before anything large is loaded, and `load_model` builds it empty and fills it tensor
+by tensor. `load_finished` opens a folder without a run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from megakd.config.models import ScratchModel
@@ -33,11 +33,11 @@ from megakd.engine.sharding import (
 from megakd.errors import ModelError, one_line, suggestion
 from megakd.models.architecture import HEAD_COUNTS, Architecture
 from megakd.models.architectures import architecture_named
-from megakd.models.fitting import build_empty, plan_loading
+from megakd.models.fitting import Match, build_empty, plan_loading
 from megakd.models.fresh import initialize_parameters
-from megakd.models.matching import Match
-from megakd.models.original_t5 import built_as, read_original
-from megakd.models.own_models import register_own_models
+from megakd.models.int8 import INT8_METHOD, load_int8
+from megakd.models.modeling.modeling_t5 import EncT5Config, T5EncoderConfig
+from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
 from megakd.models.source import ModelSource
 from megakd.models.weights import StoredTensor, WeightReader, check_weight_files, gguf_hint
 from megakd.process.terminal import in_home, is_first_of_node
@@ -59,10 +59,21 @@ LEGACY_KEYS = frozenset(
     }
 )
 
-# What transformers raises for a config with a wrong value.
-CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, AttributeError, KeyError)
 LARGEST_SIZE = 2**24
 """Larger than any size in a model, and small enough for products of two sizes."""
+READ_T5_AS = {cls.model_type: cls for cls in (EncT5Config, T5EncoderConfig)}
+"""Config classes that a published T5 can be read as; the first is the default."""
+T5_KEYS = (
+    *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    *("dropout_rate", "layer_norm_epsilon", "initializer_factor", "feed_forward_proj"),
+    *("pad_token_id", "eos_token_id"),
+)
+# The vocabulary matrix and its copy in old files; the decoder here embeds only a prompt.
+T5_EMBEDDINGS = {
+    "shared.weight": "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight": None,
+}
 
 
 def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
@@ -79,7 +90,7 @@ def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
 
     Args:
         spec: A folder, a Hub id, or a config to start from random weights.
-        architecture: The model type to read a T5 checkpoint as, see `original_t5`; None: `enct5`.
+        architecture: The model type to read a T5 checkpoint as, see `modeling_t5`; None: `enct5`.
         with_weights: False for a plan, which reads the config alone.
     """
     register_own_models()
@@ -94,7 +105,7 @@ def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
             check_given(folder, where)
     hint = "" if with_weights else "; a plan reads this file alone"
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code, hint=hint)
-    model_type = built_as(keys["model_type"], architecture, where)
+    model_type = _built_as(keys["model_type"], architecture, where)
     family = _architecture(model_type, task, where)
     try:
         config = AutoConfig.from_pretrained(
@@ -104,7 +115,7 @@ def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
         raise _invalid_config(error, f"{where}: {folder / CONFIG}", model_type) from error
     _check_sizes(config, family, f"{where}: {folder / CONFIG}")
     if model_type != keys["model_type"]:
-        config, stored = read_original(config, stored, model_type, where)
+        config, stored = _read_original_t5(config, stored, model_type, where)
     return ModelSource(
         name=spec,
         folder=folder,
@@ -195,9 +206,68 @@ def load_model(  # noqa: PLR0913  (each is another fact about the run)
     _fill(model, match, source.where)
     parameters = dict(model.named_parameters())
     initialize_parameters(model, [parameters[name] for name in match.missing], seed=seed)
-    _check_sharded(model)
+    whole = [name for name, parameter in parameters.items() if not hasattr(parameter, "ds_id")]
+    if is_sharded(model) and whole:
+        raise RuntimeError(f"{len(whole)} parameters are not sharded, among them {whole[0]}")
     _log_match(source, match)
     return model
+
+
+def config_of_folder(folder: Path, where: str) -> PretrainedConfig:
+    """Return the config of a finished model, of megakd or of transformers.
+
+    Raises:
+        ModelError: the folder is damaged, or its config is missing or cannot be read.
+    """
+    check_given(folder, where)
+    register_own_models()
+    file, final = folder / CONFIG, folder / "final"
+    if not file.is_file():
+        remedy = f"; give {final}" if (final / file.name).is_file() else gguf_hint(folder)
+        raise ModelError(f"{where}: {file} does not exist{remedy}")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except CONFIG_ERRORS as error:
+        raise ModelError(f"{where}: {file} cannot be read: {one_line(error)}") from error
+
+
+def load_finished(
+    folder: Path,
+    where: str,
+    *,
+    config: PretrainedConfig | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Return the model of a folder as its config.json names it, of megakd or of transformers.
+
+    Args:
+        where: the key or option that asks for the model, for messages.
+        config: what `config_of_folder` returned of the folder, which verifies it; default: read it.
+        device: default: the CPU.
+        dtype: default: the stored dtype; fp32 for int8 weights of megakd.
+
+    Raises:
+        ModelError: the folder is damaged or incomplete, its class does not exist, or it holds
+            quantised weights of another library.
+    """
+    config = config or config_of_folder(folder, where)
+    model_class: Any = class_of(config, f"{where}: {folder / 'config.json'}")
+    place = device or torch.device("cpu")
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method == INT8_METHOD:
+        restored = load_int8(folder)
+        torch.nn.Module.to(restored, device=place, dtype=dtype)  # transformers types `to` wrongly
+        return restored
+    if method is not None:
+        raise ModelError(
+            f"{where}: {folder} is quantized ({method}); give the model in fp32, bf16 or fp16"
+        )
+    try:
+        model = model_class.from_pretrained(folder, dtype=dtype or "auto")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{where}: {folder} cannot be loaded: {one_line(error)}") from error
+    return model.to(place)
 
 
 def _scratch_source(
@@ -206,7 +276,7 @@ def _scratch_source(
     model_type = keys.get("model_type")
     if not isinstance(model_type, str):
         raise ModelError(f"{where}.config has no model_type; set one, such as model_type: bert")
-    model_type = built_as(model_type, architecture, where)
+    model_type = _built_as(model_type, architecture, where)
     family = _architecture(model_type, task, f"{where}.config")
     rest = {key: value for key, value in keys.items() if key != "model_type"}
     _check_config_keys(model_type, rest, where)
@@ -228,6 +298,43 @@ def _scratch_source(
         where=where,
         wants_vocabulary="vocab_size" not in keys,
     )
+
+
+def _built_as(model_type: str, wanted: str | None, where: str) -> str:
+    if model_type in ("t5", "mt5"):
+        return wanted or next(iter(READ_T5_AS))
+    if wanted not in (None, model_type):
+        raise ModelError(
+            f"{where.partition('.')[0]}.architecture: {wanted} applies only to a T5 checkpoint, "
+            f"and {where} is a {model_type!r} model; remove the key"
+        )
+    return model_type
+
+
+def _read_original_t5(
+    config: PretrainedConfig, stored: Mapping[str, StoredTensor], model_type: str, where: str
+) -> tuple[PretrainedConfig, dict[str, StoredTensor]]:
+    """Return the config and tensors of a published T5 under the names of the model it is read as.
+
+    It has no prompt and no head, which start new. Of its decoder, only the first layer is used.
+    """
+    # Names in a T5ForSequenceClassification or a T5ForTokenClassification.
+    if any(key.startswith(("transformer.", "classification_head.")) for key in stored):
+        raise ModelError(
+            f"{where} is a T5 with transformers' own classification head, "
+            f"{', '.join(config.architectures or ())}, which megakd cannot read; use the T5 that "
+            "it was fine-tuned from, with finetune, or another family"
+        )
+    has_decoder = any(key.startswith("decoder.block.0.") for key in stored)
+    if stored and model_type == EncT5Config.model_type and not has_decoder:
+        raise ModelError(
+            f"{where} holds only the encoder of T5, and {model_type} needs the first decoder "
+            f"layer; set {where.partition('.')[0]}.architecture: {T5EncoderConfig.model_type}"
+        )
+    keys = {key: getattr(config, key) for key in T5_KEYS}
+    names = {key: T5_EMBEDDINGS.get(key, key) for key in stored}
+    renamed = {name: stored[key] for key, name in names.items() if name is not None}
+    return READ_T5_AS[model_type](**keys), renamed
 
 
 def _invalid_config(error: Exception, where: str, model_type: str) -> ModelError:
@@ -326,36 +433,35 @@ def _read_config(folder: Path, where: str, *, trust_remote_code: bool, hint: str
 
 
 def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
-    """Copy the stored tensors into the model in disk order, one tensor at a time.
+    """Copy the stored tensors into the model in disk order; each rank reads its own part.
 
-    Each rank reads its own part of a sharded tensor.
+    Raise if a node has other weights in its files than the node of rank 0.
     """
-    tensors = model.state_dict(keep_vars=True)
-    reader = WeightReader(where)
+    tensors, reader = model.state_dict(keep_vars=True), WeightReader(where)
     in_disk_order = sorted(match.stored.items(), key=lambda item: (item[1].file, item[1].offset))
     if is_sharded(model):
-        _check_same_files(reader, [stored for _, stored in in_disk_order])
-    for name, stored in in_disk_order:
-        set_values(tensors[name], partial(reader.part, stored))
+        stored = [tensor for _, tensor in in_disk_order]
+        samples = gather((together(lambda: reader.sample(stored)), node_name()))
+        other = next((rank for rank, one in enumerate(samples) if one[0] != samples[0][0]), None)
+        if other is not None:
+            raise ModelError(
+                f"{where}: {stored[0].file.parent} holds other weights for rank {other} on "
+                f"{samples[other][1]} than for rank 0 on {samples[0][1]}; give all nodes the same "
+                "files"
+            )
+    for name, tensor in in_disk_order:
+        set_values(tensors[name], partial(reader.part, tensor))
 
 
-def _check_same_files(reader: WeightReader, stored: Sequence[StoredTensor]) -> None:
-    """Raise if a node has other weights in its files than the node of rank 0; a collective."""
-    samples = gather((together(lambda: reader.sample(stored)), node_name()))
-    other = next((rank for rank, one in enumerate(samples) if one[0] != samples[0][0]), None)
-    if other is not None:
-        raise ModelError(
-            f"{reader.where}: {stored[0].file.parent} holds other weights for rank {other} on "
-            f"{samples[other][1]} than for rank 0 on {samples[0][1]}; give all nodes the same files"
-        )
-
-
-def _check_sharded(model: PreTrainedModel) -> None:
-    whole = [
-        name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")
-    ]
-    if is_sharded(model) and whole:
-        raise RuntimeError(f"{len(whole)} parameters are not sharded, among them {whole[0]}")
+def _log_match(source: ModelSource, match: Match) -> None:
+    if source.folder is None or not is_first_rank():
+        return
+    for text, names in (
+        ("%s: %d weights are newly initialized, such as %s", match.missing),
+        ("%s: %d stored weights are not used, such as %s", match.unused),
+    ):
+        if names:
+            logger.info(text, source.where, len(names), names[0])
 
 
 def check_finite(model: PreTrainedModel, source: ModelSource) -> None:
@@ -368,14 +474,3 @@ def check_finite(model: PreTrainedModel, source: ModelSource) -> None:
             f"infinite) in {dtype}, the first is {bad[0]}; fetch or export the model again, or set "
             "the dtype to bf16 or fp32 if fp16 is too narrow for the weights"
         )
-
-
-def _log_match(source: ModelSource, match: Match) -> None:
-    if source.folder is None or not is_first_rank():
-        return
-    for text, names in (
-        ("%s: %d weights are newly initialized, such as %s", match.missing),
-        ("%s: %d stored weights are not used, such as %s", match.unused),
-    ):
-        if names:
-            logger.info(text, source.where, len(names), names[0])

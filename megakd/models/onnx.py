@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, ModelError, first_line
 from megakd.models.architecture import context_length, has_token_types
-from megakd.models.finished import load_finished
+from megakd.models.loading import load_finished
 
 MODEL = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from megakd.errors import ModelError
 from megakd.models.modeling import modeling_cut
 from megakd.models.modeling.modeling_t5 import (
-    EncT5Config,
     EncT5ForSequenceClassification,
-    T5EncoderConfig,
     T5EncoderForSequenceClassification,
 )
 
@@ -47,6 +45,8 @@ class OwnModel(NamedTuple):
         return {auto: f"{self.file.stem}.{cls.__name__}" for auto, cls in classes.items()}
 
 
+# What transformers raises for a config with a wrong value.
+CONFIG_ERRORS = (StrictDataclassError, OSError, ValueError, TypeError, AttributeError, KeyError)
 AUTO_CLASSES = {
     "LMHeadModel": "AutoModelForCausalLM",  # ends in "Model" too
     "Model": "AutoModel",
@@ -56,28 +56,21 @@ AUTO_CLASSES = {
 }
 
 
-def _cut_models() -> Iterator[OwnModel]:
+def _own_models() -> dict[str, OwnModel]:
+    cut = [
+        cls
+        for name, cls in vars(modeling_cut).items()
+        if name.startswith("Cut") and not name.endswith("Config")
+    ]
     models: dict[type[PretrainedConfig], dict[str, type[PreTrainedModel]]] = {}
-    for name, cls in vars(modeling_cut).items():
-        if name.startswith("Cut") and not name.endswith("Config"):
-            auto = next(auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending))
-            models.setdefault(cls.config_class, {})[auto] = cls
-    return itertools.starmap(OwnModel, models.items())
+    for cls in (*cut, T5EncoderForSequenceClassification, EncT5ForSequenceClassification):
+        auto = next(auto for ending, auto in AUTO_CLASSES.items() if cls.__name__.endswith(ending))
+        models.setdefault(cls.config_class, {})[auto] = cls
+    return {config.model_type: OwnModel(config, classes) for config, classes in models.items()}
 
 
-OWN_MODELS: Mapping[str, OwnModel] = {
-    model.config.model_type: model
-    for model in (
-        *_cut_models(),
-        OwnModel(
-            T5EncoderConfig,
-            {"AutoModelForSequenceClassification": T5EncoderForSequenceClassification},
-        ),
-        OwnModel(
-            EncT5Config, {"AutoModelForSequenceClassification": EncT5ForSequenceClassification}
-        ),
-    )
-}
+OWN_MODELS: Mapping[str, OwnModel] = _own_models()
+"""By model type."""
 
 
 def current_files(names: Iterable[str]) -> dict[str, str]:

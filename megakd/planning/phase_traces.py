@@ -24,13 +24,12 @@ from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.class_weights import with_even_weights
 from megakd.losses.stage_losses import StageLosses, label_objective, stage_losses
 from megakd.models.axes import lengths
-from megakd.models.fitting import build_empty
+from megakd.models.fitting import build_empty, send_tokens_to_one_expert
 from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.lora import add_adapters
 from megakd.models.packed_attention import VARLEN, attention_name, register_packed_attention
 from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.models.valueless_experts import send_tokens_to_one_expert
 from megakd.planning.cluster import Cluster, Device
 from megakd.planning.engine_memory import FP32
 from megakd.planning.phase import Phase

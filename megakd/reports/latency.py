@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from megakd.contract.results import LatencyReport
 from megakd.engine.memory import device_name
-from megakd.models.finished import load_finished
 from megakd.models.forwards import (
     Call,
     Graph,
@@ -26,6 +25,7 @@ from megakd.models.forwards import (
     milliseconds,
     sample_lengths,
 )
+from megakd.models.loading import load_finished
 
 WARM_UP = 3
 LONG_MS = 100.0

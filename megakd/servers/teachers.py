@@ -29,7 +29,7 @@ from megakd.engine.distributed import Ranks
 from megakd.errors import ServerError
 from megakd.inputs.inputs import RunInputs
 from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype
-from megakd.models.readout import Readout, load_readout
+from megakd.models.next_tokens import Readout, load_readout
 from megakd.models.source import ModelSource
 from megakd.servers.checks import REFERENCE, Wanted, check_reference, check_scores, served_models
 from megakd.servers.connect import connections, model_names

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megakd.errors import ModelError
 from megakd.models.architectures import FAMILIES, architecture_of
-from megakd.models.attention import AttentionNotes
+from megakd.models.knowledge import AttentionNotes
 from megakd.models.packed_attention import VARLEN, register_packed_attention
 
 PACKED = torch.tensor([[*range(12)], [0, 1, 2, 3, 4, 0, 1, 2, 0, 0, 1, 2]])

@@ -14,10 +14,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.contract.views import Cut
-from megakd.models import continuation
+from megakd.models import generation
 from megakd.models.elastic import Elastic
-from megakd.models.generation import complete
-from megakd.models.sampling import sampling_processors
+from megakd.models.generation import complete, sampling_processors
 
 CUT = {"head_counts": [0, 2, 3], "neuron_counts": [7, 0, 33], "head_width": 8}
 MAMBA = {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1}
@@ -107,7 +106,7 @@ def test_texts_are_those_of_single_rows(
 ):
     model, sampling = model_of(kind), Sampling(limit, temperature)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(continuation, "SHARE_TO_LEAVE", share)
+        patch.setattr(generation, "SHARE_TO_LEAVE", share)
         result = completed(model, prompts, ends, sampling, rows_at_once=rows_at_once)
 
     assert [text.ids for text in result] == without_batch(model, prompts, ends, sampling)
@@ -135,11 +134,11 @@ def test_few_rows_that_have_ended_are_computed(ends, count):
     for step, (rows, _) in enumerate(shapes):
         running = sum(length > step for length in lengths)
         assert running <= rows
-        assert rows - running < continuation.SHARE_TO_LEAVE * rows
+        assert rows - running < generation.SHARE_TO_LEAVE * rows
 
 
 def test_rows_that_end_at_different_tokens_are_counted_together():
-    enough = continuation.EnoughHaveEnded(torch.tensor([7]), rows=16)
+    enough = generation.EnoughHaveEnded(torch.tensor([7]), rows=16)
     one, another = torch.zeros(2, 16, 1, dtype=torch.long).unbind()
     one[3], another[5] = 7, 7
     assert enough(one, None).tolist() == [False] * 16

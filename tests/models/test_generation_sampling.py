@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from megakd.contract.completions import Sampling
-from megakd.models.sampling import GumbelNoise, _gumbel, sampling_processors
+from megakd.models.generation import GumbelNoise, _gumbel, sampling_processors
 
 LOGITS = torch.tensor([2.0, 0.5, -1.0, 1.0, 0.0, -0.5, 1.5, -3.0])
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megakd.errors import ModelError
 from megakd.models import weights
 from megakd.models.architectures import FAMILIES, architecture_of
-from megakd.models.readout import load_readout
+from megakd.models.next_tokens import load_readout
 
 DECODERS = [name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks]
 
@@ -72,7 +72,7 @@ def test_many_positions_give_the_tokens_of_few(tiny, monkeypatch):
     model, readout = both(tiny, "llama")
     states = last_states(model, tiny.input_ids)[0].flatten(0, 1)
     values, tokens = readout.most_likely(states, 5)
-    monkeypatch.setattr("megakd.models.readout._POSITIONS", 5)
+    monkeypatch.setattr("megakd.models.next_tokens._POSITIONS", 5)
 
     again = readout.most_likely(states, 5)
 

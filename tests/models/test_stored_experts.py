@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megakd.errors import ModelError
-from megakd.models.matching import with_joint_experts
+from megakd.models.fitting import with_joint_experts
 from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
 
 PATH = "model.layers.0.mlp.experts"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megakd.models.fitting import valueless_model
-from megakd.models.valueless_experts import send_tokens_to_one_expert
+from megakd.models.fitting import send_tokens_to_one_expert, valueless_model
 
 FAMILIES = ("gpt_oss", "qwen3_moe")
 

@@ -16,7 +16,7 @@ from megakd.contract.batch import IGNORE, Batch, TopK
 from megakd.engine import collectives
 from megakd.errors import ServerError
 from megakd.models.knowledge import Needs, language_model_head, read_knowledge
-from megakd.models.readout import Readout
+from megakd.models.next_tokens import Readout
 from megakd.servers.hidden_states import ExportedStates
 from megakd.servers.protocol import BestTokens
 from megakd.servers.teachers import StatesTeacher, TopKTeacher

@@ -16,7 +16,7 @@ from megakd.config.rollout import TeacherServerConfig
 from megakd.config.task import TaskConfig
 from megakd.errors import ServerError
 from megakd.models.loading import resolve_model
-from megakd.models.readout import Readout, load_readout
+from megakd.models.next_tokens import Readout, load_readout
 from megakd.models.source import ModelSource
 from megakd.servers.protocol import ServedModel
 from megakd.servers.teachers import check_states, states_replicas
