@@ -236,7 +236,7 @@ MUTATIONS = (
         "tests/pruning tests/planning",
     ),
     Mutation(
-        "megakd/methods/homodistil/sensitivity.py",
+        "megakd/methods/homodistil/strategy.py",
         "average.lerp_(value, 1 - scoring.sensitivity_beta)",
         "average.lerp_(value, scoring.sensitivity_beta)",
         "tests/methods/test_pruning_scores.py",

@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 DEPTHS = 6
 """Hidden states are compared at the layers 0, L/6, 2L/6, …, L."""
 RELATION_HEADS = 32
-"""Used if hidden states have several widths, provided that 32 divides the width of a head."""
+"""Used if hidden states have several widths, provided that 32 divides the width of a head; else
+the greatest common divisor of the teacher's number of heads and the width of a head."""
 
 
 def _rising(sparsities: tuple[float, ...]) -> tuple[float, ...]:
@@ -160,36 +161,22 @@ def views_of(
     config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsities: Sequence[float]
 ) -> dict[str, View]:
     """Return the views of candidates by name, in the order of `sparsities`."""
-    with_heads = _attentions_read(config, lab)
-    return {
-        view_name(sparsity): ranked.view_at(
-            sparsity,
-            allocation=config.allocation,
-            round_to=config.round_to,
-            residual=config.residual,
-            with_heads=with_heads,
-        )
-        for sparsity in sparsities
-    }
+    return {view_name(sparsity): view_of(config, lab, ranked, sparsity) for sparsity in sparsities}
 
 
 def view_of(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: float) -> View:
     """Return the view of one candidate."""
-    return views_of(config, lab, ranked, [sparsity])[view_name(sparsity)]
-
-
-def _attentions_read(config: AssistantOptions, lab: Lab) -> frozenset[int]:
-    """Return attentions, numbered from 0, whose vectors a loss compares; they must keep a head."""
     shape = Shape(lab.given(TEACHER).depth, width=0, vocabulary=0)
     terms = [term for term in objective_of(config, lab) if isinstance(term, ATTENTION_TERMS)]
     pairs = [pair for term in terms for pair in layer_pairs(term, shape, shape)]
-    return frozenset(layer - 1 for pair in pairs for layer in pair)
-
-
-def size_at(config: AssistantOptions, lab: Lab, ranked: SortedModel, sparsity: float) -> int:
-    """Return the number of the encoder's weights at a sparsity; 0 is the whole encoder."""
-    view = view_of(config, lab, ranked, sparsity)
-    return lab.pruning.parameters(ranked.source, view).encoder_parameters
+    return ranked.view_at(
+        sparsity,
+        allocation=config.allocation,
+        round_to=config.round_to,
+        residual=config.residual,
+        # An attention, numbered from 0, whose vectors a loss compares must keep a head.
+        with_heads=frozenset(layer - 1 for pair in pairs for layer in pair),
+    )
 
 
 def ranked_teacher(config: AssistantOptions, lab: Lab) -> tuple[str, SortedModel]:
@@ -238,42 +225,28 @@ def objective_of(config: AssistantOptions, lab: Lab) -> tuple[TermConfig, ...]:
     """Return the objective of the config, or the objective of the paper, which uses no labels.
 
     Relations are cut into as many parts as the teacher has heads, also if an assistant teaches.
+    The paper's objective is that of its code, hidden states at seven depths and soft targets, with
+    half weight each. With `residual` it is the task-agnostic variant, as in the code of MiniMoE by
+    the same authors: relations of queries, keys and values of the last layer, a third each.
     """
-    given = lab.config.objective
-    if given is None:
-        return (_last_relations(lab),) if config.residual else _states_and_targets(lab)
-    heads = lab.given(TEACHER).heads.queries
-    return tuple(
-        dataclasses.replace(term, relation_heads=term.relation_heads or heads)
-        if isinstance(term, RelationKl)
-        else term
-        for term in given
-    )
-
-
-def _last_relations(lab: Lab) -> RelationKl:
-    """Return the loss on relations of queries, keys and values of the last layer, a third each.
-
-    This is the task-agnostic variant, as in the code of MiniMoE by the same authors. If 32 does not
-    divide the width of a head, the number of relation heads is the greatest common divisor of the
-    teacher's number of heads and the width of a head.
-    """
-    heads = lab.given(TEACHER).heads
-    fits = heads.width % RELATION_HEADS == 0
-    count = RELATION_HEADS if fits else math.gcd(heads.queries, heads.width)
-    return RelationKl(loss="relation_kl", relation_heads=count)
-
-
-def _states_and_targets(lab: Lab) -> tuple[TermConfig, ...]:
-    """Return losses on hidden states at seven depths and on soft targets, with half weight each.
-
-    This is the task-specific variant, as in the paper's code. The cross-entropy with soft targets
-    differs from their KL by a constant.
-    """
-    layers = lab.given(TEACHER).depth
-    depths = dict.fromkeys(round(index * layers / DEPTHS) for index in range(DEPTHS + 1))
+    teacher, given = lab.given(TEACHER), lab.config.objective
+    if given is not None:
+        heads = teacher.heads.queries
+        return tuple(
+            dataclasses.replace(term, relation_heads=term.relation_heads or heads)
+            if isinstance(term, RelationKl)
+            else term
+            for term in given
+        )
+    if config.residual:
+        heads = teacher.heads
+        fits = heads.width % RELATION_HEADS == 0
+        count = RELATION_HEADS if fits else math.gcd(heads.queries, heads.width)
+        return (RelationKl(loss="relation_kl", relation_heads=count),)
+    depths = dict.fromkeys(round(index * teacher.depth / DEPTHS) for index in range(DEPTHS + 1))
     mapping = tuple(f"{depth}:{depth}" for depth in depths)
     hidden = HiddenMse(loss="hidden_mse", weight=0.5, layer_mapping=mapping)
+    # The cross-entropy with soft targets differs from their KL by a constant.
     return (hidden, *lab.soft_terms(0.5))
 
 

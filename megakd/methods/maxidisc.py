@@ -15,14 +15,7 @@ from pydantic.dataclasses import dataclass
 from megakd.contract.lab import Lab, SortedModel
 from megakd.contract.stage import StageResult
 from megakd.contract.terms import STRICT
-from megakd.methods.assistants import (
-    AssistantOptions,
-    leg,
-    ranked_teacher,
-    view_name,
-    view_of,
-    views_of,
-)
+from megakd.methods.assistants import AssistantOptions, leg, ranked_teacher, view_name, view_of
 from megakd.methods.tradeoff import tradeoff
 
 
@@ -50,8 +43,24 @@ def run(config: MaxiDiscConfig, lab: Lab) -> StageResult:
     _, ranked = ranked_teacher(config, lab)
     metric = lab.metric(config.metric)
     routes = [_route(config, lab, ranked, sparsity) for sparsity in config.used_sparsities]
-    best = max(routes, key=lambda path: metric.of(path.student.metrics))
-    _record(config, lab, ranked, routes, best)
+    best = max(routes, key=lambda route: metric.of(route.student.metrics))
+    for route in routes:
+        value = metric.of(route.assistant.metrics)
+        view = view_of(config, lab, ranked, route.sparsity)
+        lab.record.candidates.append(
+            {
+                "iteration": 1,
+                "sparsity": route.sparsity,
+                "parameters": lab.pruning.parameters(ranked.source, view).parameters,
+                "metric_name": metric.name,
+                "metric": value,
+                "tradeoff": tradeoff(value, route.sparsity, config.tradeoff),
+                "chosen": route is best,
+                "student_metric": metric.of(route.student.metrics),
+            }
+        )
+    if best.assistant is not best.student:
+        lab.assistant(best.assistant, best.sparsity)
     return best.student
 
 
@@ -67,26 +76,3 @@ def _route(config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, sparsity: floa
     start = lab.pruning.cut(lab.source(first.folder), target, f"cut-through-{name}")
     second = lab.train(leg(config, lab, f"student-through-{name}", teacher=assistant, start=start))
     return Route(sparsity, first, second)
-
-
-def _record(
-    config: MaxiDiscConfig, lab: Lab, ranked: SortedModel, routes: list[Route], best: Route
-) -> None:
-    metric = lab.metric(config.metric)
-    views = views_of(config, lab, ranked, [path.sparsity for path in routes])
-    for path in routes:
-        value, view = metric.of(path.assistant.metrics), views[view_name(path.sparsity)]
-        lab.record.candidates.append(
-            {
-                "iteration": 1,
-                "sparsity": path.sparsity,
-                "parameters": lab.pruning.parameters(ranked.source, view).parameters,
-                "metric_name": metric.name,
-                "metric": value,
-                "tradeoff": tradeoff(value, path.sparsity, config.tradeoff),
-                "chosen": path is best,
-                "student_metric": metric.of(path.student.metrics),
-            }
-        )
-    if best.assistant is not best.student:
-        lab.assistant(best.assistant, best.sparsity)

@@ -33,7 +33,6 @@ from megakd.methods.assistants import (
     leg,
     objective_of,
     ranked_teacher,
-    size_at,
     view_name,
     view_of,
     views_of,
@@ -82,30 +81,22 @@ class Link(NamedTuple):
     sparsity: float
 
 
-class Tried(NamedTuple):
-    """A trial, its result, and the sparsity of its teacher."""
-
-    stage: Stage
-    result: StageResult
-    taught_by: float
-
-
 def run(config: MiniDiscConfig, lab: Lab) -> StageResult:
     """Sort the teacher, then run the trials: the model that a trial chooses teaches the next."""
     teacher, ranked = ranked_teacher(config, lab)
     link = Link(teacher, ranked.source, 0.0)
-    tried: list[Tried] = []
+    tried: list[tuple[Link, Stage, StageResult]] = []
     for iteration in range(1, config.iterations + 1):
         stage = trial(config, lab, ranked, link, iteration)
         result = lab.train(stage)
         lab.record.candidates += _rows(config, lab, stage, result, iteration)
-        tried.append(Tried(stage, result, link.sparsity))
+        tried.append((link, stage, result))
         chosen = next(s for s in config.sparsities if view_name(s) == result.view)
         if iteration == config.iterations or chosen == config.target_sparsity:
             break
         link = Link(lab.assistant(result, chosen), lab.source(result.folder), chosen)
     lab.record.cost = _cost(config, lab, ranked, tried)
-    return tried[-1].result
+    return tried[-1][-1]
 
 
 def direct(config: MiniDiscConfig, lab: Lab, student: StageResult) -> Stage:
@@ -129,7 +120,10 @@ BASELINES = {"direct": direct}
 
 
 def _cost(
-    config: MiniDiscConfig, lab: Lab, ranked: SortedModel, tried: Sequence[Tried]
+    config: MiniDiscConfig,
+    lab: Lab,
+    ranked: SortedModel,
+    tried: Sequence[tuple[Link, Stage, StageResult]],
 ) -> CostReport | None:
     """Return the time of the trials, and the time of MaxiDisc's legs at the same speed.
 
@@ -137,15 +131,19 @@ def _cost(
     encoder, and that a training step takes three times as long. Returns None if MaxiDisc would try
     only the target.
     """
-    if min(config.sparsities) >= config.target_sparsity:
-        return None
-    size = functools.cache(lambda s: size_at(config, lab, ranked, s))
-    seconds = sum(trial.result.seconds for trial in tried)
-    work = 0.0
-    for trial in tried:
-        learners = sum(size(s) for s in config.sparsities if view_name(s) in trial.stage.views)
-        work += trial.result.steps * (size(trial.taught_by) + 3 * learners)
     target = config.target_sparsity
+    if min(config.sparsities) >= target:
+        return None
+
+    @functools.cache
+    def size(sparsity: float) -> int:  # of the encoder; at 0 it is whole
+        view = view_of(config, lab, ranked, sparsity)
+        return lab.pruning.parameters(ranked.source, view).encoder_parameters
+
+    seconds, work = sum(result.seconds for *_, result in tried), 0.0
+    for link, stage, result in tried:
+        learners = sum(size(s) for s in config.sparsities if view_name(s) in stage.views)
+        work += result.steps * (size(link.sparsity) + 3 * learners)
     legs = [size(0.0) + 3 * size(s) for s in config.sparsities if s <= target]
     legs += [size(s) + 3 * size(target) for s in config.sparsities if s < target]
     pace = seconds / max(work, 1.0)
@@ -155,7 +153,7 @@ def _cost(
         "alternative": "MaxiDisc",
         "alternative_does": "every assistant tried",
         "alternative_trials": sum(s <= target for s in config.sparsities),
-        "alternative_seconds": pace * tried[0].result.steps * sum(legs),
+        "alternative_seconds": pace * tried[0][-1].steps * sum(legs),
     }
 
 
@@ -234,16 +232,13 @@ class Sandwich(Strategy):
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return one pass per candidate; the loss of the step is the mean of their losses."""
-        names = self._drawn(step)
+        names = self.names
+        middle = [name for name in names[1:-1] if name != self.target]
+        if self.sampled is not None and self.sampled < len(middle):
+            drawn = random.Random(f"{self.seed}:{step}").sample(middle, self.sampled)
+            learning = {names[0], names[-1], self.target, *drawn}
+            names = tuple(name for name in names if name in learning)
         return tuple(Pass(teacher=self.teacher, view=name, scale=1 / len(names)) for name in names)
-
-    def _drawn(self, step: int) -> tuple[str, ...]:
-        middle = [name for name in self.names[1:-1] if name != self.target]
-        if self.sampled is None or self.sampled >= len(middle):
-            return self.names
-        drawn = random.Random(f"{self.seed}:{step}").sample(middle, self.sampled)
-        learning = {self.names[0], self.names[-1], self.target, *drawn}
-        return tuple(name for name in self.names if name in learning)
 
 
 @plain_dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from operator import itemgetter
 from typing import Any, ClassVar, Literal
@@ -93,21 +93,17 @@ def run(config: SkdbertConfig, lab: Lab) -> StageResult:
 
 def probabilities_of(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> dict[str, float]:
     """Return the probabilities with which teachers are drawn, which sum to 1."""
-    weights = _weights(config, lab, names)
-    total = sum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}
-
-
-def _weights(config: SkdbertConfig, lab: Lab, names: Sequence[str]) -> Mapping[str, float]:
     if config.distribution == "weights":
-        return {name: (config.weights or {})[name] for name in names}
-    if config.distribution == "uniform":
-        return dict.fromkeys(names, 1.0)
-    by_teacher = config.distribution == "teacher_rank"
-    scores = [lab.dev_score(name) if by_teacher else _pilot(config, lab, name) for name in names]
-    lab.record.dev_scores.update(zip(names, scores, strict=True))
-    weights = [rank**config.rank_exponent for rank in ranks(scores)]
-    return dict(zip(names, weights, strict=True))
+        weights = [(config.weights or {})[name] for name in names]
+    elif config.distribution == "uniform":
+        weights = [1.0] * len(names)
+    else:
+        by_teacher = config.distribution == "teacher_rank"
+        scores = [lab.dev_score(n) if by_teacher else _pilot(config, lab, n) for n in names]
+        lab.record.dev_scores.update(zip(names, scores, strict=True))
+        weights = [rank**config.rank_exponent for rank in ranks(scores)]
+    total = sum(weights)
+    return {name: weight / total for name, weight in zip(names, weights, strict=True)}
 
 
 def ranks(scores: Sequence[float]) -> tuple[float, ...]:

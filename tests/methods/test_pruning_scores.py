@@ -14,16 +14,18 @@ from tiny_cuts import build, full_view
 from megakd.contract.views import Axis, Cut, Maker, UnitOrder, View
 from megakd.engine.optimizer_state import Shard
 from megakd.methods.homodistil.schedule import Scoring
-from megakd.methods.homodistil.sensitivity import (
+from megakd.methods.homodistil.strategy import (
     SENSITIVITY,
     UNCERTAINTY,
     Group,
+    cut_of,
+    everything,
     group_sizes,
     line_sums,
+    select,
     unit_sums,
     update_averages,
 )
-from megakd.methods.homodistil.strategy import cut_of, everything, select
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import unit_makers
 

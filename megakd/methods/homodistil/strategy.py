@@ -1,4 +1,7 @@
-"""The strategy that prunes the student while the student learns, and the judge of the run."""
+"""The strategy that prunes the student while it learns, the scores of units, and the judge.
+
+Scores are computed from this rank's shards of the weights and of their gradients.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +20,25 @@ from torch import Tensor
 from megakd.contract.metric import WHOLE, Metric
 from megakd.contract.results import PruningReport
 from megakd.contract.stage import Pass, Scores, StepReport, Strategy, Verdict, Window
-from megakd.contract.views import Axis, Cut, UnitOrder, View
+from megakd.contract.views import Axis, Columns, Cut, Kind, Maker, UnitOrder, View
 from megakd.engine.collectives import agree, all_reduce_
-from megakd.methods.homodistil.schedule import AVERAGES, ROWS, Course
-from megakd.methods.homodistil.sensitivity import (
-    Averages,
-    Group,
-    group_sizes,
-    unit_sums,
-    update_averages,
-)
+from megakd.methods.homodistil.schedule import AVERAGES, ROWS, Course, Scoring
+
+SENSITIVITY, UNCERTAINTY = "sensitivity", "uncertainty"
+Averages = dict[str, dict[str, Tensor]]
+"""By kind of average, and by name of the weight: [n] fp32 for this rank's elements."""
+
+
+class Group(NamedTuple):
+    """Units that are ranked together: those of one attention, one feed-forward, or the width.
+
+    columns: the columns inside the heads of an attention; None for whole units.
+    """
+
+    kind: Kind
+    number: int
+    columns: Columns | None
+
 
 Chosen = dict[Group, list[int]]
 """Kept units of every group, rising; columns inside heads are numbered over all heads."""
@@ -178,6 +190,85 @@ class PruningStrategy(Strategy):
         return {ROWS: json.dumps(self._rows).encode()}
 
 
+def update_averages(averages: Averages, shard: Any, scoring: Scoring) -> None:
+    """Add the sensitivities of a step to exponential averages, in place.
+
+    The sensitivity of a weight is |weight * gradient|, the first-order estimate of the change of
+    the loss without the weight. Its average is beta * average + (1 - beta) * sensitivity. The
+    uncertainty is the average of |sensitivity - average| (PLATON, Zhang et al. 2022, equation 7).
+    """
+    value = (shard.weight.detach() * shard.gradient).abs_()
+    average = _like(value, averages.setdefault(SENSITIVITY, {}), shard.name)
+    # Under fp16 a step may overflow; its update is skipped, and an infinite value would stay.
+    value.nan_to_num_(nan=0.0, posinf=0.0)
+    average.lerp_(value, 1 - scoring.sensitivity_beta)
+    if scoring.score == "platon":
+        spread = _like(value, averages.setdefault(UNCERTAINTY, {}), shard.name)
+        spread.lerp_(value.sub_(average).abs_(), 1 - scoring.uncertainty_beta)
+
+
+def _like(value: Tensor, averages: dict[str, Tensor], name: str) -> Tensor:
+    # The average of a weight is on the device of its gradient, and zero at the start.
+    known = averages.get(name)
+    averages[name] = torch.zeros_like(value) if known is None else known.to(value.device)
+    return averages[name]
+
+
+def group_sizes(makers: Mapping[str, Maker], units: View) -> dict[Group, int]:
+    """Return the number of scores of every group, in a fixed order."""
+    sizes: dict[Group, int] = {}
+    for maker in makers.values():
+        axis = maker.axis
+        group = Group(axis.kind, axis.number, axis.columns)
+        sizes[group] = (axis.kept(units) or 0) * (axis.size if axis.columns else 1)
+    return sizes
+
+
+def unit_sums(
+    values: Mapping[str, tuple[Tensor, int]], makers: Mapping[str, Maker], units: View, cut: Cut
+) -> Tensor:
+    """Return the L1 scores of all groups side by side, fp64, of this rank's elements.
+
+    The score of a unit is the sum over the weights that produce the unit, except for weights whose
+    input is removed. The sum over all ranks is the score of the whole model. The values [n] of this
+    rank stand by name of the weight, with their offset in the weight.
+    """
+    sizes = group_sizes(makers, units)
+    sums = {group: torch.zeros(size, dtype=torch.float64) for group, size in sizes.items()}
+    for name, maker in makers.items():
+        if name not in values:
+            continue
+        axis = maker.axis
+        lines = line_sums(*values[name], maker, cut).view(axis.parts, -1).sum(0)
+        if not axis.columns:
+            lines = lines.view(-1, axis.size).sum(1)
+        sums[Group(axis.kind, axis.number, axis.columns)] += lines
+    return torch.cat(list(sums.values()))
+
+
+def line_sums(values: Tensor, offset: int, maker: Maker, cut: Cut) -> Tensor:
+    """Return the sums of absolute values over a part of a matrix, fp64, per row or column.
+
+    The values [n] are consecutive elements of the flattened matrix, from `offset` on; only values
+    with kept inputs count.
+    """
+    columns, dimension = maker.shape[1], maker.dimension
+    first, before = divmod(offset, columns)
+    count = -(-(before + len(values)) // columns)
+    lines = values.new_zeros(count * columns)
+    lines[before : before + len(values)] = values.abs()
+    length = maker.shape[1 - dimension]
+    kept = torch.zeros(length)
+    kept[[*range(length)] if maker.inputs is None else maker.inputs.rows(cut, length)] = 1
+    grid, kept = lines.view(count, columns), kept.to(values.device)
+    sums = torch.zeros(maker.shape[dimension], dtype=torch.float64)
+    if dimension == 0:
+        sums[first : first + count] = (grid * kept).sum(1, dtype=torch.float64).cpu()
+    else:
+        sums += (grid * kept[first : first + count, None]).sum(0, dtype=torch.float64).cpu()
+    return sums
+
+
 def everything(student: Any) -> Chosen:
     """Return all units of a student's groups."""
     sizes = group_sizes(student.makers, student.units)
@@ -214,14 +305,13 @@ def _highest(scores: Tensor, count: int) -> list[list[int]]:
 def cut_of(student: Any, kept: Chosen) -> Cut:
     """Return the cut that leaves the kept units of a student, in their stored order."""
     units = student.units
-    listed = functools.partial(_listed, kept)
-    heads = tuple(
-        listed(Group("heads", number, None), count) for number, count in enumerate(units.heads)
-    )
-    neurons = tuple(
-        listed(Group("neurons", number, None), count) for number, count in enumerate(units.neurons)
-    )
-    width = listed(Group("width", 0, None), units.width or 0)
+
+    def listed(kind: Kind, number: int, count: int) -> tuple[int, ...]:
+        return _kept_first(kept.get(Group(kind, number, None), ()), count)
+
+    heads = tuple(listed("heads", number, count) for number, count in enumerate(units.heads))
+    neurons = tuple(listed("neurons", number, count) for number, count in enumerate(units.neurons))
+    width = listed("width", 0, units.width or 0)
     inside = {
         columns: tuple(
             _inside(kept.get(Group("heads", number, columns), ()), count, units.head_width)
@@ -234,7 +324,7 @@ def cut_of(student: Any, kept: Chosen) -> Cut:
 
 
 def _view(kept: Chosen, units: View) -> View:
-    def counts(kind: Any, there: Sequence[int]) -> tuple[int, ...]:
+    def counts(kind: Kind, there: Sequence[int]) -> tuple[int, ...]:
         return tuple(
             len(kept.get(Group(kind, number, None), range(count)))
             for number, count in enumerate(there)
@@ -249,19 +339,14 @@ def _view(kept: Chosen, units: View) -> View:
     return View(counts("heads", units.heads), counts("neurons", units.neurons), width, columns)
 
 
-def _listed(kept: Chosen, group: Group, count: int) -> tuple[int, ...]:
-    """Return all units of a group, the kept units first."""
-    first = kept.get(group, [])
-    chosen = {*first}
-    return (*first, *(unit for unit in range(count) if unit not in chosen))
+def _kept_first(kept: Sequence[int], count: int) -> tuple[int, ...]:
+    chosen = {*kept}
+    return (*kept, *(unit for unit in range(count) if unit not in chosen))
 
 
 def _inside(kept: Sequence[int], heads: int, width: int) -> tuple[tuple[int, ...], ...]:
-    orders = []
-    for head in range(heads):
-        first = [column - head * width for column in kept if column // width == head]
-        orders.append((*first, *(column for column in range(width) if column not in {*first})))
-    return tuple(orders)
+    of_heads = ([c - head * width for c in kept if c // width == head] for head in range(heads))
+    return tuple(_kept_first(columns, width) for columns in of_heads)
 
 
 @dataclass

@@ -55,17 +55,18 @@ from megakd.methods.shrink.candidates import (
     Family,
     candidates_of,
 )
-from megakd.methods.shrink.series import SHARED, train_series
 from megakd.methods.shrink.stages import (
+    SHARED,
     TRIAL,
     BestCandidate,
-    Link,
+    Hop,
     judging_name,
     metric_of,
     objective_of,
     repair,
     rows_of,
     train_of,
+    train_series,
     trial,
 )
 
@@ -223,11 +224,11 @@ def run(config: ShrinkConfig, lab: Lab) -> StageResult:
     groups = {one: _candidates(config, sizes, one) for one in refused_early}
     teacher = lab.teacher()
     start = _start(config, lab, teacher, sizes, [*chain(*groups.values())])
-    link = Link(teacher, start, lab.pruning.layer_scores(teacher))
+    hop = Hop(teacher, start, lab.pruning.layer_scores(teacher))
     if config.is_series:
-        results = train_series(config, lab, link, groups)
+        results = train_series(config, lab, hop, groups)
     else:
-        results = [_train_one(config, lab, link, groups[first], others)]
+        results = [_train_one(config, lab, hop, groups[first], others)]
     for budget, result in zip(wanted, results, strict=True):
         lab.record.sizes.append(SizedStudent(result.name, result.folder, _asked(config, budget)))
     return results[-1]
@@ -306,18 +307,15 @@ def sizes_of(config: ShrinkConfig, lab: Lab, model: Model) -> Sizes:
         is_stock=lambda view: pruning.has_stock_config(model, view),
         round_to=config.round_to,
     )
-    return Sizes(lab, model, family, (None, *_widths(config, lab, model, family)))
-
-
-def _widths(config: ShrinkConfig, lab: Lab, model: Model, family: Family) -> Iterator[int]:
-    """Yield narrower widths of the hidden states; a decoder keeps its width."""
-    if lab.config.task.type == "causal_lm" or isinstance(config.candidates, tuple):
-        return
-    if any(isinstance(term, STATE_TERMS) for term in objective_of(lab)):
-        return
-    for width in narrower(model.width, model.heads.keys):
-        if 0 < width < model.width and family.possible(width)[0]:
-            yield width
+    if (
+        lab.config.task.type == "causal_lm"
+        or isinstance(config.candidates, tuple)
+        or any(isinstance(term, STATE_TERMS) for term in objective_of(lab))
+    ):
+        return Sizes(lab, model, family, (None,))
+    widths = narrower(model.width, model.heads.keys)
+    possible = [w for w in widths if 0 < w < model.width and family.possible(w)[0]]
+    return Sizes(lab, model, family, (None, *possible))
 
 
 def narrower(width: int, heads: int) -> list[int]:
@@ -337,43 +335,37 @@ def _candidates(config: ShrinkConfig, sizes: Sizes, budget: Budget) -> list[Cand
 def _train_one(
     config: ShrinkConfig,
     lab: Lab,
-    link: Link,
+    hop: Hop,
     candidates: Sequence[Candidate],
     others: Sequence[Budget],
 ) -> StageResult:
     """Choose and repair one student, after the assistants if there are `others` to reach."""
     for number, budget in enumerate(others, start=1):
-        link = _assistant(config, lab, link, candidates, number)
-        candidates = _candidates(config, sizes_of(config, lab, link.start), budget)
-    start, _ = _choose(config, lab, link, candidates, len(others) + 1)
-    return lab.train(repair(config, lab, link.teacher, start, config.repair_steps))
-
-
-def _assistant(
-    config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
-) -> Link:
-    start, kept = _choose(config, lab, link, candidates, number)
-    stage = repair(config, lab, link.teacher, start, config.repair_steps)
-    train = train_of(lab, config.repair_steps)
-    name = f"{ASSISTANT}{number}"
-    result = lab.train(dataclasses.replace(stage, name=name, rollouts=None, train=train))
-    link = link.at(lab.source(result.folder), kept)
-    return link._replace(teacher=lab.assistant(result, None))
+        start, kept = _choose(config, lab, hop, candidates, number)
+        stage = repair(config, lab, hop.teacher, start, config.repair_steps)
+        train = train_of(lab, config.repair_steps)
+        name = f"{ASSISTANT}{number}"
+        result = lab.train(dataclasses.replace(stage, name=name, rollouts=None, train=train))
+        hop = hop.at(lab.source(result.folder), kept)
+        hop = hop._replace(teacher=lab.assistant(result, None))
+        candidates = _candidates(config, sizes_of(config, lab, hop.start), budget)
+    start, _ = _choose(config, lab, hop, candidates, len(others) + 1)
+    return lab.train(repair(config, lab, hop.teacher, start, config.repair_steps))
 
 
 def _choose(
-    config: ShrinkConfig, lab: Lab, link: Link, candidates: Sequence[Candidate], number: int
+    config: ShrinkConfig, lab: Lab, hop: Hop, candidates: Sequence[Candidate], number: int
 ) -> tuple[Model, tuple[int, ...]]:
     """Return the model cut to the best candidate of a trial, and the kept layers."""
     named = {one.name: one for one in candidates}
-    views = {name: link.view(one) for name, one in named.items()}
+    views = {name: hop.view(one) for name, one in named.items()}
     if len(views) == 1:  # there is nothing to choose
         (view,) = views.values()
-        return lab.pruning.cut(link.start, view, f"cut-{number}"), view.layers or ()
+        return lab.pruning.cut(hop.start, view, f"cut-{number}"), view.layers or ()
     judge = BestCandidate(metric_of(config, lab), tuple(named))
-    stage = dataclasses.replace(trial(config, lab, link, views, judge), name=f"{TRIAL}{number}")
+    stage = dataclasses.replace(trial(config, lab, hop, views, judge), name=f"{TRIAL}{number}")
     result = lab.train(stage)
-    lab.record.candidates += rows_of(lab, link, named, result.scores, judge=judge, iteration=number)
+    lab.record.candidates += rows_of(lab, hop, named, result.scores, judge=judge, iteration=number)
     return lab.source(result.folder), views[result.view or candidates[0].name].layers or ()
 
 

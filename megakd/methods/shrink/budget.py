@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Annotated, NamedTuple, TypeVar
 
@@ -131,41 +130,33 @@ def timed_candidates(
     Raises:
         ConfigError: no shape is that fast; the message has the nearest that were timed.
     """
-
-    def times(name: str, end: object, views: Mapping[str, View]) -> Mapping[str, float]:
-        return sizes.lab.pruning.relative_times(sizes.model, views, f"{name}{end}", work)
-
     every, tried = list[Cuts](), list[Candidate]()
+    loose = budget._replace(tolerance=2 * budget.tolerance)
     for widths in zip(sizes.widths) if wanted == 1 else (sizes.widths,):
         part = "" if widths[0] is None else f"-width-{widths[0]}"
-        cuts = _timed_cuts(sizes, widths, partial(times, "times", part))
-        untimed = _untimed(cuts, _loose(budget), wanted)
-        numbered = partial(times, f"times-{budget.name}{part}-")
-        timed = _timed(untimed, sizes.family, cuts, budget, numbered)
-        if fitting := _nearest(timed, budget):
+        cuts = _timed_cuts(sizes, widths, f"times{part}", work)
+        # The sizes of shapes between the timed ones are estimates.
+        few = (
+            fitting_of(cuts, loose)[-SPARE:] if wanted == 1 else candidates_of(cuts, loose, wanted)
+        )
+        timed = _timed(few, sizes, cuts, budget, f"times-{budget.name}{part}-", work)
+        nearest = [min(ones, key=lambda o: abs(o.size - budget.target)) for ones in timed]
+        fitting = [one for one in nearest if budget.allows(one.size)]
+        fitting = fitting or [one for one in nearest if loose.allows(one.size)]
+        if fitting:
             return [fewest_layers(fitting, budget.target)] if wanted == 1 else fitting
         every, tried = [*every, *cuts], [*tried, *chain(*timed)]
     near = tried or nearest_of(every, budget)
     raise ConfigError(no_candidate(budget, near, every[0].whole))
 
 
-def _loose(budget: Budget) -> Budget:
-    return budget._replace(tolerance=2 * budget.tolerance)
-
-
-def _untimed(cuts: Sequence[Cuts], loose: Budget, wanted: int | Sequence[float]) -> list[Candidate]:
-    """Return the shapes to time; the sizes of shapes between the timed ones are estimates."""
-    if wanted == 1:
-        return fitting_of(cuts, loose)[-SPARE:]
-    return candidates_of(cuts, loose, wanted)
-
-
 def _timed(
     untimed: Sequence[Candidate],
-    family: Family,
+    sizes: Sizes,
     cuts: Sequence[Cuts],
     budget: Budget,
-    times: Callable[[int, Mapping[str, View]], Mapping[str, float]],
+    name: str,
+    work: TimedWork,
 ) -> list[list[Candidate]]:
     """Time candidates, correct those that miss the budget, and return all shapes of each."""
     by_width = {of_width.width: of_width for of_width in cuts}
@@ -173,7 +164,9 @@ def _timed(
     for number in range(1, TIMINGS + 1):
         if not untimed:
             break
-        measured = times(number, {one.name: family.view(*one[:3], one.width) for one in untimed})
+        views = {one.name: sizes.family.view(*one[:3], one.width) for one in untimed}
+        measure = sizes.lab.pruning.relative_times
+        measured = measure(sizes.model, views, f"{name}{number}", work)
         for one in untimed:
             timed[one.name].append(one._replace(size=measured[one.name]))
         misses = [ones for ones in timed.values() if not any(budget.allows(o.size) for o in ones)]
@@ -182,24 +175,16 @@ def _timed(
     return [*timed.values()]
 
 
-def _nearest(timed: Iterable[Sequence[Candidate]], budget: Budget) -> list[Candidate]:
-    """Return the nearest shape of each candidate, of those that meet the budget best."""
-    nearest = [min(ones, key=lambda o: abs(o.size - budget.target)) for ones in timed]
-    fitting = [one for one in nearest if budget.allows(one.size)]
-    return fitting or [one for one in nearest if _loose(budget).allows(one.size)]
-
-
 def _timed_cuts(
-    sizes: Sizes,
-    widths: Sequence[int | None],
-    times: Callable[[Mapping[str, View]], Mapping[str, float]],
+    sizes: Sizes, widths: Sequence[int | None], name: str, work: TimedWork
 ) -> list[Cuts]:
     whole, *_ = corners_of(sizes.family)
     # Many families have shapes that are the same, such as those of all heads and of the fewest.
     every = dict.fromkeys(view for width in widths for view in corners_of(sizes.family, width))
     others = [view for view in every if view != whole]
     named = {f"shape-{number}": view for number, view in enumerate(others, start=1)}
-    known = {whole: 1.0} | {named[one]: time for one, time in times(named).items()}
+    times = sizes.lab.pruning.relative_times(sizes.model, named, name, work)
+    known = {whole: 1.0} | {named[one]: time for one, time in times.items()}
     return [cuts_of(sizes.family, known.__getitem__, width) for width in widths]
 
 

@@ -108,11 +108,12 @@ class Cuts(NamedTuple):
             return whole
         near = [one for heads in self.heads for one in self.nearest(target, layers, heads)]
         fitting = [one for one in near if abs(one.size - target) <= tolerance * target]
-        return min(fitting, key=lambda one: self._cost(one, target), default=None)
 
-    def _cost(self, one: Candidate, target: float) -> float:
-        uneven = abs(one.heads / self.heads[-1] - one.neurons / self.neurons[-1])
-        return uneven + ERROR_WEIGHT * abs(one.size / target - 1)
+        def cost(one: Candidate) -> float:
+            uneven = abs(one.heads / self.heads[-1] - one.neurons / self.neurons[-1])
+            return uneven + ERROR_WEIGHT * abs(one.size / target - 1)
+
+        return min(fitting, key=cost, default=None)
 
 
 class Family(NamedTuple):
@@ -240,9 +241,14 @@ def candidates_of(
     fitting = fitting_of(cuts, budget)
     if not fitting:
         raise ConfigError(no_candidate(budget, nearest_of(cuts, budget), whole))
+    if not isinstance(wanted, int):
+        return _asked(fitting, wanted, cuts[0])
     if wanted == 1:
         return [fewest_layers(fitting, target)]
-    return _spread(fitting, wanted) if isinstance(wanted, int) else _asked(fitting, wanted, cuts[0])
+    if wanted >= len(fitting):
+        return fitting
+    last = len(fitting) - 1
+    return [fitting[round(place * last / (wanted - 1))] for place in range(wanted)]
 
 
 def fitting_of(cuts: Sequence[Cuts], budget: Budget) -> list[Candidate]:
@@ -276,14 +282,6 @@ def _asked(fitting: Sequence[Candidate], shares: Sequence[float], cuts: Cuts) ->
             f"{cuts.layers} layers; use some of the shares {known}, or a number of candidates"
         )
     return [by_layers[depth] for depth in asked]
-
-
-def _spread(fitting: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Return at most `count` candidates, evenly spread."""
-    if count >= len(fitting):
-        return list(fitting)
-    last = len(fitting) - 1
-    return [fitting[round(place * last / (count - 1))] for place in range(count)]
 
 
 def nearest_of(cuts: Sequence[Cuts], budget: Budget) -> list[Candidate]:
