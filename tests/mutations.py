@@ -34,7 +34,7 @@ MUTATIONS = (
         "tests/contract/test_unit_counts.py",
     ),
     Mutation(
-        "megakd/losses/unit_scales.py",
+        "megakd/losses/bundle.py",
         "world_size / divisors",
         "world_size / divisors**0",
         "tests/contract tests/losses",
