@@ -33,7 +33,6 @@ from megakd.contract.terms import (
 from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.contract.views import Shape
 from megakd.errors import ConfigError, TeacherError
-from megakd.losses.class_targets import RegressionScores, class_groups
 from megakd.losses.layer_terms import (
     AttentionMatrices,
     FspMatrices,
@@ -42,7 +41,14 @@ from megakd.losses.layer_terms import (
     Relations,
 )
 from megakd.losses.plugin_losses import PluginLoss
-from megakd.losses.targets import AGREEMENTS, Evaluated, TermGroup, language_model_groups
+from megakd.losses.targets import (
+    AGREEMENTS,
+    Evaluated,
+    RegressionScores,
+    TermGroup,
+    class_groups,
+    language_model_groups,
+)
 from megakd.models.knowledge import Needs
 
 WEIGHTED_LOSS = "loss"

@@ -29,9 +29,8 @@ from megakd.contract.unit_counts import (
 )
 from megakd.contract.views import Shape
 from megakd.losses.bundle import StudentBundle, unit_scales
-from megakd.losses.class_targets import ClassTargets
 from megakd.losses.objective import Objective, build_objective
-from megakd.losses.targets import Evaluated, TermGroup
+from megakd.losses.targets import ClassTargets, Evaluated, TermGroup
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 

@@ -38,8 +38,9 @@ def whole(*lengths: int, **inputs: Any) -> Batch:
 
 
 def sum_of(group: Any, ours: Knowledge, theirs: Knowledge, batch: Batch) -> float:
-    result = group(LossInputs(ours, theirs, batch, {group.name: 1.0}, ONE_EACH))
-    assert result.total.item() == pytest.approx(result.sums[group.name].item())
+    (name,) = group.units
+    result = group(LossInputs(ours, theirs, batch, {name: 1.0}, ONE_EACH))
+    assert result.total.item() == pytest.approx(result.sums[name].item())
     return result.total.item()
 
 
