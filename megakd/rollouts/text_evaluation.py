@@ -26,7 +26,7 @@ from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.errors import ConfigError
-from megakd.rollouts.prompts import Prompts, TrainingRow, columns_of_rows, rollout_row
+from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
 from megakd.scoring.scorer import Scorer
 from megakd.storage.atomic import json_text, write_text
 
@@ -117,8 +117,7 @@ class TextEvaluation:
             self._text(Rollout(row, prompt, completion, version, seed=row))
             for row, prompt, completion in zip(mine, prompts, completions, strict=True)
         ]
-        parts = gather(of_rank)
-        world = ranks.world_size
+        parts, world = gather(of_rank), ranks.world_size
         return [parts[number % world][number // world] for number in range(len(self._rows))]
 
     def batches(self, texts: Sequence[Text]) -> Iterable[Batch]:
@@ -136,20 +135,16 @@ class TextEvaluation:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip))
 
         text = decoded(rollout.completion.ids, skip=True)
-        row = self._prompts.row(rollout.row)
-        answer = decoded(_wanted(row, start=len(rollout.prompt)), skip=True)
+        row, start = self._prompts.row(rollout.row), len(rollout.prompt)
+        # The row's own answer ends before the next turn of a user; a label is the next token.
+        counted = (row.labels[start - 1 :] != IGNORE).tolist()
+        end = start + counted.index(False) if False in counted else len(row.input_ids)
+        answer = decoded(row.input_ids[start:end].tolist(), skip=True)
         # A row that is a prompt alone has nothing to compare with, and what was cut off a row as
         # long as the longest may be its answer.
         is_whole = len(row.input_ids) != self._prompts.row_length
         matches = self._match(text, answer) if self._match and answer and is_whole else None
         return Text(rollout, decoded(rollout.prompt, skip=False), text, answer, matches)
-
-
-def _wanted(row: TrainingRow, *, start: int) -> list[int]:
-    """Return the tokens of the row's own answer, which ends before the next turn of a user."""
-    counted = (row.labels[start - 1 :] != IGNORE).tolist()  # a label is the next token
-    end = start + counted.index(False) if False in counted else len(row.input_ids)
-    return row.input_ids[start:end].tolist()
 
 
 def matcher(config: GenerationConfig) -> Match | None:
@@ -248,7 +243,13 @@ class TextCurves:
         first, *others = plan
 
         def weigh(reading: LossInputs) -> Mapping[str, float]:
-            self._add(reading)
+            is_token = reading.batch.labels != IGNORE
+            ends = torch.tensor(self._ends, device=is_token.device)
+            # [B, T] of the generated token that is predicted; a row is one text.
+            positions = is_token.long().cumsum(1) - 1
+            buckets = torch.bucketize(positions, ends, right=True).clamp(max=len(ends) - 1)
+            sums = sums_by_group(reading, torch.where(is_token, buckets, -1), len(ends))
+            self._sums = sums if self._sums is None else self._sums + sums
             if first.weigh is not None:
                 return first.weigh(reading)
             return dict.fromkeys(first.weights or {}, 1.0)
@@ -266,15 +267,6 @@ class TextCurves:
         sums = all_reduce_(mine)
         named = {"": sums.sum(0), **dict(zip(bucket_names(self._ends), sums, strict=True))}
         return {bucket: _means(total) for bucket, total in named.items() if total[TOKENS] > 0}
-
-    def _add(self, reading: LossInputs) -> None:
-        is_token = reading.batch.labels != IGNORE
-        ends = torch.tensor(self._ends, device=is_token.device)
-        # [B, T] of the generated token that is predicted; a row is one text.
-        positions = is_token.long().cumsum(1) - 1
-        buckets = torch.bucketize(positions, ends, right=True).clamp(max=len(ends) - 1)
-        sums = sums_by_group(reading, torch.where(is_token, buckets, -1), len(ends))
-        self._sums = sums if self._sums is None else self._sums + sums
 
 
 def by_position(curves: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
