@@ -30,7 +30,6 @@ from megakd.contract.views import Axes, View
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
 from megakd.losses.stage_losses import StageLosses
 from megakd.losses.targets import Evaluated
-from megakd.losses.unit_scales import unit_scales
 from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, predict, predictions_of, read_knowledge
@@ -155,7 +154,7 @@ class StudentBundle(nn.Module):
         learning = [name for name in teacher_names(plan) if name not in answers]
         wanted = [Forward(name) for name in learning]
         wanted += [Forward(self.role, view) for view in scored]
-        wanted += [Forward(self._learner(planned), planned.view) for planned in plan]
+        wanted += [Forward(planned.learner or self.role, planned.view) for planned in plan]
         outputs = self._outputs(batch, wanted)
         answers |= {name: outputs[Forward(name)] for name in learning}
         # Losses run after all views of a width, so that a head has one gradient, not one per view.
@@ -164,11 +163,12 @@ class StudentBundle(nn.Module):
                 evaluated = self.objective([made.inputs for made in group])
             for made, values in zip(group, evaluated, strict=True):
                 sums.add(made, values)
-        predictions = {view: self._predictions(batch, outputs, view) for view in scored}
+        predictions: dict[str | None, Predictions] = {}
+        for name in scored:
+            answer = outputs[Forward(self.role, name)]
+            with self._viewing(name):  # in which the output matrix is read
+                predictions[name] = predictions_of(answer, batch.of(self.role), self.kernels)
         return sums.losses()._replace(predictions=predictions)
-
-    def _learner(self, planned: Pass) -> str:
-        return planned.learner or self.role
 
     def _outputs(self, batch: Batch, wanted: Sequence[Forward]) -> Outputs:
         outputs: dict[Forward, Knowledge] = {}
@@ -181,14 +181,11 @@ class StudentBundle(nn.Module):
         return outputs
 
     def _run(self, role: str, batch: Batch) -> Knowledge:
-        if role == self.role:
-            return read_knowledge(self.student, batch, self.objective.needs)
-        if role in self._roles:
-            return read_knowledge(
-                self.learners[self._roles.index(role)], batch, self._teacher_needs
-            )
-        with base_model(self.student) as base:
-            return read_knowledge(base, batch, self._teacher_needs)
+        if role not in self._roles:
+            with base_model(self.student) as base:
+                return read_knowledge(base, batch, self._teacher_needs)
+        needs = self.objective.needs if role == self.role else self._teacher_needs
+        return read_knowledge(self.learners[self._roles.index(role)], batch, needs)
 
     def _inputs(
         self,
@@ -198,12 +195,15 @@ class StudentBundle(nn.Module):
         answers: Mapping[str, Knowledge],
         sums: LossSums,
     ) -> list[PassInputs]:
-        passes = Counter((self._learner(planned), planned.view) for planned in plan)
+        passes = Counter((planned.learner or self.role, planned.view) for planned in plan)
         made: list[PassInputs] = []
         for planned in plan:
-            learner = self._learner(planned)
-            student = outputs[Forward(learner, planned.view)]
-            rows, student = _rows_of(planned, batch.of(learner), student)
+            learner = planned.learner or self.role
+            rows, student = batch.of(learner), outputs[Forward(learner, planned.view)]
+            # If the rows name their teachers, a pass covers the rows of its teacher alone.
+            part = rows.of(planned.teacher)
+            if part.extras.within is not None:
+                rows, student = part, student.taken(part.extras.within)
             inputs = LossInputs(
                 student=student,
                 teacher=answers[planned.teacher] if planned.teacher else None,
@@ -227,15 +227,30 @@ class StudentBundle(nn.Module):
             groups.setdefault((one.learner, width), []).append(one)
         return list(groups.values())
 
-    def _predictions(self, batch: Batch, outputs: Outputs, view: str | None) -> Predictions:
-        with self._viewing(view):  # in which the output matrix is read
-            answer = outputs[Forward(self.role, view)]
-            return predictions_of(answer, batch.of(self.role), self.kernels)
-
     def _viewing(self, view: str | None) -> AbstractContextManager[None]:
         if self.elastic is None:
             return nullcontext()
         return self.elastic.viewing(None if view is None else self.views[view])
+
+
+class UnitScales(NamedTuple):
+    """Factors of sums over a step, fp32 scalars by unit.
+
+    divisors: the unit's count, at least one.
+    weights: world size / divisor; the world size cancels DeepSpeed's averaging of gradients over
+        the ranks.
+    """
+
+    divisors: dict[Unit, Tensor]
+    weights: dict[Unit, Tensor]
+
+
+def unit_scales(counts: Counts, world_size: int) -> UnitScales:
+    """Return the factors of each unit of a step, from the counts of all ranks."""
+    # Together, because beside a small loss an operation on a scalar takes long.
+    divisors = torch.stack([*counts.values()]).clamp(min=1).float()
+    both = (divisors, world_size / divisors)
+    return UnitScales(*(dict(zip(counts, values.unbind(), strict=True)) for values in both))
 
 
 class LossSums:
@@ -278,16 +293,6 @@ def _weighted(inputs: LossInputs, planned: Pass) -> LossInputs:
         chosen = {name: weights[name] * factor for name, factor in factors.items()}
     left_out = frozenset(name for name, weight in chosen.items() if weight == 0)
     return replace(inputs, weights={**weights, **chosen}, left_out=left_out)
-
-
-def _rows_of(planned: Pass, batch: Batch, outputs: Knowledge) -> tuple[Batch, Knowledge]:
-    """Return the rows of a pass and the learner's outputs for them.
-
-    If the rows of a micro-batch name their teachers, a pass covers the rows of its teacher alone.
-    """
-    part = batch.of(planned.teacher)
-    within = part.extras.within
-    return (batch, outputs) if within is None else (part, outputs.taken(within))
 
 
 def _counted_as(role: str, count: UnitCounter, batch: Batch) -> Tensor:

@@ -47,7 +47,7 @@ class LayerTerm(TermGroup):
 
     def __init__(self, name: str, pairs: Pairs) -> None:
         super().__init__()
-        self.name, self.pairs = name, pairs
+        self.pairs = pairs
         self.units: Mapping[str, Unit] = {name: "tokens"}
 
     def layer(self, reading: LossInputs, index: int) -> Tensor:
@@ -59,9 +59,7 @@ class LayerTerm(TermGroup):
 
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return the mean over layers of each layer's sum over the unit."""
-        total = torch.stack(list(self.layers(reading))).mean()
-        scale = reading.weights[self.name] * reading.per_unit[self.units[self.name]]
-        return Evaluated(total * scale, {self.name: total.detach()})
+        return self.of_one_term(reading, torch.stack(list(self.layers(reading))).mean())
 
 
 class Projections(nn.ModuleList):

@@ -33,7 +33,6 @@ from megakd.contract.terms import (
 from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.contract.views import Shape
 from megakd.errors import ConfigError, TeacherError
-from megakd.losses.class_targets import RegressionScores, class_groups
 from megakd.losses.layer_terms import (
     AttentionMatrices,
     FspMatrices,
@@ -41,7 +40,15 @@ from megakd.losses.layer_terms import (
     Projections,
     Relations,
 )
-from megakd.losses.targets import AGREEMENTS, Evaluated, TermGroup, language_model_groups
+from megakd.losses.plugin_losses import PluginLoss
+from megakd.losses.targets import (
+    AGREEMENTS,
+    Evaluated,
+    RegressionScores,
+    TermGroup,
+    class_groups,
+    language_model_groups,
+)
 from megakd.models.knowledge import Needs
 
 WEIGHTED_LOSS = "loss"
@@ -61,12 +68,11 @@ class Objective(nn.Module):
         self.weights = dict(weights)
         self.units: dict[str, Unit] = {n: u for g in groups for n, u in g.units.items()}
         self.counters: dict[Unit, UnitCounter] = dict(COUNTERS)
+        self.needs = Needs()
         for group in groups:
             self.counters |= group.counters
-        self.needs = Needs(
-            hidden_layers=tuple(sorted({n for g in groups for n in g.needs.hidden_layers})),
-            attention_layers=tuple(sorted({n for g in groups for n in g.needs.attention_layers})),
-        )
+            self.needs = self.needs.with_hidden(*group.needs.hidden_layers)
+            self.needs = self.needs.with_attention(*group.needs.attention_layers)
 
     def forward(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Return for each reading the weighted and scaled total with gradient, and detached sums.
@@ -75,12 +81,19 @@ class Objective(nn.Module):
         readings into one of them, so only the sum of all totals has a meaning.
         """
         left_out = frozenset.intersection(*(reading.left_out for reading in readings))
-        wanted = self._wanted(left_out)
+        groups = cast("list[TermGroup]", list(self.groups))
+        wanted = [g for g in groups if not left_out.issuperset(g.units.keys() - AGREEMENTS)]
         if not wanted:
             return [Evaluated(_zero(reading.student), {}) for reading in readings]
         readings = [replace(reading, left_out=left_out) for reading in readings]
         of_groups = [group.of_all(readings) for group in wanted]
-        return [_added(parts) for parts in zip(*of_groups, strict=True)]
+        return [
+            Evaluated(
+                functools.reduce(operator.add, [part.total.float() for part in parts]),
+                {name: value for part in parts for name, value in part.sums.items()},
+            )
+            for parts in zip(*of_groups, strict=True)
+        ]
 
     def bind(self, learners: Mapping[str, nn.Module]) -> None:
         """Show the models of the stage, by role, to the groups that read weights."""
@@ -91,10 +104,6 @@ class Objective(nn.Module):
         """Return the learned maps from the student's hidden states to the teacher's."""
         learned = (module for module in self.modules() if isinstance(module, Projections))
         return [cast("nn.Linear", linear) for module in learned for linear in module]
-
-    def _wanted(self, left_out: frozenset[str]) -> list[TermGroup]:
-        groups = cast("list[TermGroup]", list(self.groups))
-        return [g for g in groups if not left_out.issuperset(g.units.keys() - AGREEMENTS)]
 
 
 def _zero(answer: Knowledge) -> Tensor:
@@ -109,11 +118,6 @@ def _zero(answer: Knowledge) -> Tensor:
     return outputs.float().nan_to_num(0.0, 0.0, 0.0).mul(0.0).sum()
 
 
-def _added(parts: Sequence[Evaluated]) -> Evaluated:
-    total = functools.reduce(operator.add, [part.total.float() for part in parts])
-    return Evaluated(total, {name: s for part in parts for name, s in part.sums.items()})
-
-
 def build_objective(
     terms: Sequence[TermConfig], task: TaskType, student: Shape, teacher: Shape | None
 ) -> Objective:
@@ -126,10 +130,7 @@ def build_objective(
         groups.extend(language_model_groups(soft, hard))
     else:
         groups.extend(class_groups(soft, next(iter(hard), None)))
-    if plugins := [term for term in terms if isinstance(term, PluginTerm)]:
-        from megakd.losses.plugin_losses import PluginLoss
-
-        groups.extend(PluginLoss(term, student.layers) for term in plugins)
+    groups.extend(PluginLoss(t, student.layers) for t in terms if isinstance(t, PluginTerm))
     groups.extend(RegressionScores(t) for t in terms if isinstance(t, HardMse | SoftTargetMse))
     groups.extend(t.group() for t in terms if isinstance(t, MethodTerm))
     if teacher is not None:
@@ -165,11 +166,8 @@ def teacher_needs(terms: Sequence[TermConfig], student: Shape, teacher: Shape) -
         if not isinstance(term, INTERMEDIATE_TERMS):
             continue
         layers = (layer for _, layer in layer_pairs(term, student, teacher))
-        needs = (
-            needs.with_attention(*layers)
-            if isinstance(term, ATTENTION_TERMS)
-            else needs.with_hidden(*layers)
-        )
+        add = needs.with_attention if isinstance(term, ATTENTION_TERMS) else needs.with_hidden
+        needs = add(*layers)
     return needs
 
 

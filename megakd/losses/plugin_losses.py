@@ -27,17 +27,14 @@ class PluginLoss(TermGroup):
 
     def forward(self, reading: LossInputs) -> Evaluated:
         """Weight and normalise the sum that the package returns."""
-        name = self.term.loss
         total = self.term.total(reading.student, reading.teacher, reading.batch)
         if not isinstance(total, Tensor) or total.dim() != 0:
             given = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total)
             raise ConfigError(
-                f"objective: {name} returned {given}; total() must return the sum over "
+                f"objective: {self.term.loss} returned {given}; total() must return the sum over "
                 f"{self.term.unit} as a tensor without dimensions"
             )
-        total = total.float()
-        scale = reading.weights[name] * reading.per_unit[self.term.unit]
-        return Evaluated(total * scale, {name: total.detach()})
+        return self.of_one_term(reading, total.float())
 
 
 def logits_of(knowledge: Knowledge) -> Tensor:

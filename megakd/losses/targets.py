@@ -1,4 +1,4 @@
-"""Loss terms based on `megakd_kernels`: fp32 sums over a unit, without a host sync.
+"""Loss terms on labels and on teacher outputs: fp32 sums over a unit, without a host sync.
 
 The control flow does not depend on values of tensors.
 
@@ -9,13 +9,14 @@ any split into micro-batches and ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import megakd_kernels
 from megakd.contract.batch import (
@@ -29,7 +30,13 @@ from megakd.contract.batch import (
     Unit,
     copied_to,
 )
-from megakd.contract.terms import HardCrossEntropy, SoftTarget, SoftTargetKl, source_of, term_name
+from megakd.contract.terms import (
+    HardCrossEntropy,
+    HardMse,
+    SoftTarget,
+    SoftTargetMse,
+    term_name,
+)
 from megakd.contract.unit_counts import (
     SOURCE_UNITS,
     Source,
@@ -52,6 +59,9 @@ DIVERGENCE = {
 AGREEMENT = "top1_agreement"
 AGREEMENTS = frozenset(on_source(AGREEMENT, source) for source in (None, *get_args(Source)))
 """Names of the statistic, which no weight can leave out: over all targets, and of each source."""
+_HARD = "hard_cross_entropy"
+_SHARED = {"temperature": 1.0, "t_squared": True, "beta": 0.5, "skew": 0.1}
+"""Options that all terms of a pass share, with their values in a pass whose terms lack them."""
 _CPU_CHUNK_MB = 128.0
 """Chunks of training on a CPU; the 64 MiB of a lone loss take 2 % more of a step's time."""
 
@@ -86,6 +96,12 @@ class TermGroup(nn.Module):
         """Return the weighted total of the group, not yet scaled, and the sums of its terms."""
         raise TypeError(f"{type(self).__name__} does not implement forward()")
 
+    def of_one_term(self, reading: LossInputs, total: Tensor) -> Evaluated:
+        """Return the result of a group whose only term has the sum `total` over its unit."""
+        ((name, unit),) = self.units.items()
+        scale = reading.weights[name] * reading.per_unit[unit]
+        return Evaluated(total * scale, {name: total.detach()})
+
     def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Return one result per reading; only the sum of the scaled totals has a meaning."""
         results = [self(reading) for reading in readings]
@@ -112,7 +128,7 @@ class LanguageModelTargets(TermGroup):
         super().__init__()
         self.soft, self.hard = soft, hard
         self.source: Source | None = source
-        self.hard_name = on_source("hard_cross_entropy", source)
+        self.hard_name = on_source(_HARD, source)
         self.agreement = on_source(AGREEMENT, source)
         self.unit = "targets" if source is None else SOURCE_UNITS[source]
         names = [*([self.hard_name] if hard else []), *map(term_name, soft)]
@@ -122,14 +138,24 @@ class LanguageModelTargets(TermGroup):
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return nats (times T² for the soft terms), summed over positions with a label."""
         out = self._scored(self._stacked([reading]), reading)
-        evaluated = Evaluated(out.loss, self._sums(out, slice(None), 1.0))
-        second = _second(reading)
-        return evaluated if second is None else _joined(evaluated, self(second))
+        first = Evaluated(out.loss, self._sums(out, slice(None), 1.0))
+        student, batch = reading.student.second, second_targets(reading.batch)
+        if student is None or batch is None:
+            return first
+        if reading.teacher is not None:
+            raise TypeError("soft targets need one vocabulary, and this model predicts from two")
+        second = self(replace(reading, student=student, batch=batch))
+        sums = {name: value + second.sums[name] for name, value in first.sums.items()}
+        return Evaluated(first.total + second.total, sums)
 
     def of_all(self, readings: Sequence[LossInputs]) -> list[Evaluated]:
         """Compute readings together if they differ only in the student's outputs and in scale."""
+        groups: dict[object, list[int]] = {}
+        for index, reading in enumerate(readings):
+            alike = (id(reading.teacher), tuple(reading.weights.items()))
+            groups.setdefault(alike if reading.scale > 0 else index, []).append(index)
         results: dict[int, Evaluated] = {}
-        for indices in _alike(readings):
+        for indices in groups.values():
             together = self._together([readings[index] for index in indices])
             results.update(zip(indices, together, strict=True))
         return [results[index] for index in range(len(readings))]
@@ -149,12 +175,10 @@ class LanguageModelTargets(TermGroup):
         return [Evaluated(*pair) for pair in zip(totals, sums, strict=True)]
 
     def _scored(self, rows: TargetRows, reading: LossInputs) -> megakd_kernels.KDOutput:
-        head, bias = _head(reading.student)
         if rows.kept is not None:
             return self._scored_from_cache(rows, rows.kept, reading)
+        head, bias = _head(reading.student)
         teacher_head, teacher_bias = self._teacher_head(reading)
-        divergence = {DIVERGENCE[t.loss]: reading.weights[term_name(t)] for t in self.soft}
-        shared = self.soft[0] if self.soft else SoftTargetKl(loss="soft_target_kl")
         ours, theirs = _warp(reading.student), _warp(reading.taught if self.soft else None)
         return megakd_kernels.linear_kd_loss(
             rows.student,
@@ -162,11 +186,7 @@ class LanguageModelTargets(TermGroup):
             rows.teacher,
             teacher_head,
             rows.labels,
-            divergence=divergence or "forward_kl",
-            beta=option_of(self.soft, "beta", 0.5),
-            skew=option_of(self.soft, "skew", 0.1),
-            temperature=shared.temperature,
-            t_squared=shared.t_squared,
+            **divergence_options(self.soft, reading.weights),
             ce_weight=self._hard_weight(reading),
             token_weight=rows.weight,
             ignore_index=IGNORE,
@@ -267,28 +287,6 @@ class TargetRows(NamedTuple):
     kept: TopK | Draws | None = None
 
 
-def _alike(readings: Sequence[LossInputs]) -> Iterable[list[int]]:
-    groups: dict[object, list[int]] = {}
-    for index, reading in enumerate(readings):
-        alike = (id(reading.teacher), tuple(reading.weights.items()))
-        groups.setdefault(alike if reading.scale > 0 else index, []).append(index)
-    return groups.values()
-
-
-def _second(reading: LossInputs) -> LossInputs | None:
-    student, batch = reading.student.second, second_targets(reading.batch)
-    if student is None or batch is None:
-        return None
-    if reading.teacher is not None:
-        raise TypeError("soft targets need one vocabulary, and this model predicts from two")
-    return replace(reading, student=student, batch=batch)
-
-
-def _joined(first: Evaluated, second: Evaluated) -> Evaluated:
-    sums = {name: value + second.sums[name] for name, value in first.sums.items()}
-    return Evaluated(first.total + second.total, sums)
-
-
 def _hidden(knowledge: Knowledge) -> Tensor:
     if knowledge.hidden is None:
         raise TypeError("a loss on (hidden, head) received a classifier, which has logits")
@@ -305,38 +303,33 @@ def _warp(knowledge: Knowledge | None) -> LogitWarp:
     return LogitWarp() if knowledge is None or knowledge.head is None else knowledge.head.warp
 
 
-def option_of(terms: Sequence[SoftTarget], name: str, default: float) -> float:
-    """Return an option that the terms of a group share, if one of them has it."""
-    return next((getattr(term, name) for term in terms if hasattr(term, name)), default)
+def divergence_options(terms: Sequence[SoftTarget], weights: Mapping[str, float]) -> dict[str, Any]:
+    """Return the options of the kernels for soft terms that share a pass over the rows."""
+    divergence = {DIVERGENCE[term.loss]: weights[term_name(term)] for term in terms}
+    shared = {
+        name: next((getattr(term, name) for term in terms if hasattr(term, name)), default)
+        for name, default in _SHARED.items()
+    }
+    return {"divergence": divergence or "forward_kl", **shared}
 
 
 def language_model_groups(
     soft: Sequence[SoftTarget], hard: Sequence[HardCrossEntropy] = ()
-) -> tuple[LanguageModelTargets, ...]:
+) -> list[LanguageModelTargets]:
     """Return as few groups as possible; terms of one group have the same source.
 
     The hard term of a source is part of the first group of the source.
     """
-    sources = {source_of(term) for term in (*hard, *soft)}
-    return tuple(
-        group
-        for source in (None, "rollouts", "data")
-        if source in sources
-        for group in _groups_of(
-            [term for term in soft if term.on == source],
-            hard=any(term.on == source for term in hard),
-            source=source,
-        )
-    )
-
-
-def _groups_of(
-    soft: Sequence[SoftTarget], *, hard: bool, source: Source | None
-) -> Iterable[LanguageModelTargets]:
-    first, *rest = one_pass_groups(soft) or [[]]
-    yield LanguageModelTargets(tuple(first), hard=hard, source=source)
-    for terms in rest:
-        yield LanguageModelTargets(tuple(terms), hard=False, source=source)
+    groups: list[LanguageModelTargets] = []
+    for source in (None, "rollouts", "data"):
+        has_hard = any(term.on == source for term in hard)
+        passes = one_pass_groups([term for term in soft if term.on == source])
+        if has_hard and not passes:
+            passes = [[]]
+        for number, terms in enumerate(passes):
+            is_hard = has_hard and number == 0
+            groups.append(LanguageModelTargets(tuple(terms), hard=is_hard, source=source))
+    return groups
 
 
 def one_pass_groups(terms: Sequence[SoftTarget]) -> list[list[SoftTarget]]:
@@ -358,8 +351,7 @@ def trusts(term: object) -> bool:
 
 def _one_pass(terms: Sequence[SoftTarget]) -> bool:
     return len(set(map(trusts, terms))) == 1 and all(
-        len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1
-        for name in ("temperature", "t_squared", "beta", "skew")
+        len({getattr(term, name) for term in terms if hasattr(term, name)}) <= 1 for name in _SHARED
     )
 
 
@@ -399,3 +391,142 @@ def chosen_targets(batch: Batch, source: Source | None) -> Chosen:
         return Chosen(torch.full_like(first, IGNORE), first)
     kept = copied_to(kept, labels.device)
     return Chosen(labels.flatten()[kept], kept)
+
+
+class ClassTargets(TermGroup):
+    """Soft targets of a classifier and its labels, which share a pass over the rows.
+
+    soft: divergences, summed over all rows, labelled or not.
+    hard: the cross-entropy, summed over the rows that carry a label, if the group has it.
+    """
+
+    def __init__(self, soft: tuple[SoftTarget, ...], hard: HardCrossEntropy | None) -> None:
+        super().__init__()
+        self.soft, self.hard = soft, hard
+        names = [*(term.loss for term in soft), AGREEMENT] if soft else []
+        self.units = dict.fromkeys(names, "examples")
+        if hard is not None:
+            self.units[_HARD] = _unit_of_labels(hard)
+
+    def forward(self, reading: LossInputs) -> Evaluated:
+        """Return nats (times T² for the soft terms with `t_squared`), summed over rows."""
+        soft = [term for term in self.soft if term.loss not in reading.left_out]
+        has_labels = self.hard is not None and _HARD not in reading.left_out
+        per_unit, batch = reading.per_unit, reading.batch
+        out = megakd_kernels.kd_loss_from_logits(
+            _logits(reading.student),
+            _logits(reading.taught) if soft else None,
+            batch.labels if has_labels else None,
+            **divergence_options(soft, reading.weights),
+            kd_weight=per_unit["examples"],
+            ce_weight=reading.weights[_HARD] * per_unit[self.units[_HARD]] if has_labels else 0.0,
+            token_weight=_trust_in_classes(reading) if any(map(trusts, soft)) else None,
+            ignore_index=IGNORE,
+            valid=batch.valid.any(dim=1) if soft else None,
+            impl=reading.kernels,
+        )
+        sums = {term.loss: out.divergence_sums[index] for index, term in enumerate(soft)}
+        if soft:
+            sums[AGREEMENT] = out.agreement
+        if has_labels:
+            sums[_HARD] = out.ce_sum
+        return Evaluated(out.loss, sums)
+
+
+class WeightedClasses(TermGroup):
+    """`hard_cross_entropy` of a classifier with weights of the classes or smoothed labels."""
+
+    def __init__(self, term: HardCrossEntropy) -> None:
+        super().__init__()
+        self.units = {term.loss: _unit_of_labels(term)}
+        self.smoothing = term.label_smoothing
+        if term.class_weights == "balanced":
+            raise TypeError(
+                "balanced class weights must be converted to weights by label before the loss"
+            )
+        weights = term.class_weights
+        self.class_weights = None if weights is None else tuple(weights.values())
+        self._on_device: Tensor | None = None
+
+    def forward(self, reading: LossInputs) -> Evaluated:
+        """Return the sum over labelled rows, in nats.
+
+        A row has the value (1 - s)·w[y]·-log p[y] + s/C·sum of w[c]·-log p[c].
+        """
+        logits, labels = _logits(reading.student), reading.batch.labels
+        if self.class_weights is not None and self._on_device is None:
+            # [C] fp32, not a buffer: DeepSpeed would round a buffer to the model's dtype.
+            self._on_device = torch.tensor(self.class_weights, device=logits.device)
+        # Masked before the softmax: the gradient of the softmax at NaN is NaN, even times 0.
+        known = (labels != IGNORE).unsqueeze(-1)
+        total = functional.cross_entropy(
+            logits.float().where(known, 0.0),
+            labels,
+            weight=self._on_device,
+            label_smoothing=self.smoothing,
+            ignore_index=IGNORE,
+            reduction="sum",
+        )
+        return self.of_one_term(reading, total)
+
+
+class RegressionScores(TermGroup):
+    """`hard_mse` or `soft_target_mse` of a regressor, which has one output per row."""
+
+    def __init__(self, term: HardMse | SoftTargetMse) -> None:
+        super().__init__()
+        self.needs_teacher = isinstance(term, SoftTargetMse)
+        self.trusts = trusts(term)
+        self.units = {term.loss: "examples" if self.needs_teacher else "targets"}
+
+    def forward(self, reading: LossInputs) -> Evaluated:
+        """Return the squared error, summed over labelled rows or, with a teacher, valid rows."""
+        scores = _logits(reading.student).float().squeeze(-1)
+        if self.needs_teacher:
+            target = _logits(reading.taught).float().squeeze(-1)
+            counts = reading.batch.valid.any(dim=1)
+        else:
+            target = reading.batch.labels.float()
+            counts = ~target.isnan()
+        # Masked before the square: the gradient of the square at NaN is NaN, even times 0.
+        error = (scores - target).where(counts, torch.zeros_like(scores))
+        rows = error.square()
+        if self.trusts:
+            # The teacher's squared error is 0 for rows without label.
+            missed = (target - reading.batch.labels.float()).square().nan_to_num(0.0)
+            rows = rows * (1 / (1 + missed))
+        return self.of_one_term(reading, rows.sum())
+
+
+def class_groups(
+    soft: Sequence[SoftTarget], hard: HardCrossEntropy | None
+) -> list[ClassTargets | WeightedClasses]:
+    """Return as few groups as possible; the hard term joins the first that weighs rows alike."""
+    groups: list[ClassTargets | WeightedClasses] = []
+    if hard is not None and (hard.class_weights is not None or hard.label_smoothing):
+        groups.append(WeightedClasses(hard))
+        hard = None
+    for terms in one_pass_groups(soft):
+        if trusts(terms[0]):
+            groups.append(ClassTargets(tuple(terms), None))
+        else:
+            groups.append(ClassTargets(tuple(terms), hard))
+            hard = None
+    return groups if hard is None else [*groups, ClassTargets((), hard)]
+
+
+def _unit_of_labels(term: HardCrossEntropy) -> Unit:
+    return "examples" if term.count == "rows" else "targets"
+
+
+def _trust_in_classes(reading: LossInputs) -> Tensor:
+    """Return [B] fp32: 1 / (1 + the teacher's cross-entropy), and 1 for rows without label."""
+    logits, labels = _logits(reading.taught).float(), reading.batch.labels
+    missed = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return 1 / (1 + missed)
+
+
+def _logits(knowledge: Knowledge) -> Tensor:
+    if knowledge.logits is None:
+        raise TypeError("a loss on logits received a language model, which has (hidden, head)")
+    return knowledge.logits

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,6 @@ from megakd.contract.completions import (
     Generator,
     RemoteGenerator,
     Rollout,
-    Sampling,
 )
 from megakd.data.collation import Collator
 from megakd.data.loader import RowOrder
@@ -54,21 +54,22 @@ class StepRows(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """Texts that are generated together.
+    """Texts that are generated together; rank r generates the texts r, r + world and so on.
 
     steps: the steps that learn from the texts, in order; those whose texts are on disk keep them.
     version: number of updates of the student that generates.
-    wanted: step and row of each text, over all ranks; rank r generates the texts r, r + world, …
-    prompts, seeds: those of this rank's texts.
-    texts: waits for the texts of this rank, if a remote generator is making them.
+    count: number of texts over all ranks.
+    mine: step and row of each text of this rank, with `prompts` and `seeds`.
+    texts: generates the texts of this rank, or waits for a remote generator; a collective.
     """
 
     steps: Sequence[int]
     version: int
-    wanted: Sequence[tuple[int, int]]
+    count: int
+    mine: Sequence[tuple[int, int]]
     prompts: Sequence[tuple[int, ...]]
     seeds: Sequence[int]
-    texts: Callable[[], list[Completion]] | None = None
+    texts: Callable[[], list[Completion]]
 
 
 class RolloutSource(BatchSource):
@@ -166,46 +167,32 @@ class RolloutSource(BatchSource):
 
     def _request(self, steps: Sequence[int], *, version: int) -> _Request:
         wanted = [(at, row) for at in steps for row, of in self._drawn(at) if of == "rollout"]
-        mine = self._mine(wanted)
-        request = _Request(
-            steps,
-            version,
-            wanted,
-            prompts=[self._rows.prompts.prompt(row) for _, row in mine],
-            seeds=[self._draws.seed_of(step, row) for step, row in mine],
-        )
-        if not isinstance(self._generator, RemoteGenerator) or not wanted:
-            return request
-        with doing(f"sending the weights of step {version} to the servers"):
-            self._generator.update(version)
-        texts = self._generator.begin(request.prompts, request.seeds, self._sampling(request))
-        return request._replace(texts=texts)
+        generator, shape = self._generator, self._rows.layout.shape
+        mine = wanted[shape.rank :: shape.world]
+        prompts = [self._rows.prompts.prompt(row) for _, row in mine]
+        seeds = [self._draws.seed_of(step, row) for step, row in mine]
+        asked = (prompts, seeds, self._config.sampling_at(steps[0]))
+        texts = partial(generator.generate, *asked)
+        if isinstance(generator, RemoteGenerator) and wanted:
+            with doing(f"sending the weights of step {version} to the servers"):
+                generator.update(version)
+            texts = generator.begin(*asked)
+        return _Request(steps, version, len(wanted), mine, prompts, seeds, texts)
 
     def _generate(self, request: _Request) -> None:
         began = time.perf_counter()
-        with doing(f"generating {len(request.wanted)} texts at step {request.steps[0]}"):
-            if request.texts is None:
-                sampling = self._sampling(request)
-                completions = self._generator.generate(request.prompts, request.seeds, sampling)
-            else:
-                completions = request.texts()
+        with doing(f"generating {request.count} texts at step {request.steps[0]}"):
+            completions = request.texts()
         self._statistics.seconds += time.perf_counter() - began
         mine = [
             (step, Rollout(row, prompt, completion, request.version, seed))
             for (step, row), prompt, completion, seed in zip(
-                self._mine(request.wanted), request.prompts, completions, request.seeds, strict=True
+                request.mine, request.prompts, completions, request.seeds, strict=True
             )
         ]
         parts, world = gather(mine), self._rows.layout.shape.world
-        made = [parts[number % world][number // world] for number in range(len(request.wanted))]
+        made = [parts[number % world][number // world] for number in range(request.count)]
         on_main(lambda: self._write(request.steps, made))
-
-    def _sampling(self, request: _Request) -> Sampling:
-        return self._config.sampling_at(request.steps[0])
-
-    def _mine(self, wanted: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-        shape = self._rows.layout.shape
-        return wanted[shape.rank :: shape.world]
 
     def _write(self, steps: Sequence[int], made: Sequence[tuple[int, Rollout]]) -> None:
         # Backwards: if the first step has its texts, the later steps have theirs too, and no texts

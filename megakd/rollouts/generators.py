@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from megakd.contract.completions import Completion, Sampling, TextTokens
@@ -36,15 +35,14 @@ class LocalGenerator:
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
-        with whole_model(self._model()) as model:
-            # Ranks that finish early wait here, however long the others generate.
-            return together(lambda: self._complete(model, prompts, seeds, sampling))
-
-    def _model(self) -> nn.Module:
         if isinstance(self._engine, FrozenTeacher):
             self._engine.evict()  # a copy of shards to the device may still be running
-            return self._engine.model
-        return self._engine.student
+            module = self._engine.model
+        else:
+            module = self._engine.student
+        with whole_model(module) as model:
+            # Ranks that finish early wait here, however long the others generate.
+            return together(lambda: self._complete(model, prompts, seeds, sampling))
 
 
 def text_tokens(

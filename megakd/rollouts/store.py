@@ -21,7 +21,6 @@ from megakd.storage.fingerprint import Fingerprint, as_read_back
 
 _FORMAT = 1
 _FINGERPRINT = "fingerprint.json"
-_NAME = re.compile(r"step-(\d+)\.jsonl")
 
 
 class RolloutStore:
@@ -123,7 +122,8 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 def rollout_files(folder: Path) -> list[Path]:
     """Return the files of a `RolloutStore`, by step."""
-    return sorted(path for path in folder.glob("*.jsonl") if _NAME.fullmatch(path.name))
+    files = folder.glob("*.jsonl")
+    return sorted(path for path in files if re.fullmatch(r"step-\d+\.jsonl", path.name))
 
 
 def _record(rollout: Rollout) -> dict[str, object]:

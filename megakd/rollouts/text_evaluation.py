@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import megakd_kernels
 from megakd.config.rollout import GenerationConfig
-from megakd.contract.batch import IGNORE, Batch, LossInputs
+from megakd.contract.batch import IGNORE, Batch, Head, Knowledge, LossInputs
 from megakd.contract.completions import Completion, Generator, Rollout
 from megakd.contract.stage import MeanLosses, Pass
 from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, file_of_step
@@ -25,17 +26,20 @@ from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.errors import ConfigError
-from megakd.losses.text_statistics import ENTROPY, KL, TEACHER_ENTROPY, TOKENS, sums_by_group
-from megakd.rollouts.prompts import Prompts, TrainingRow, columns_of_rows, rollout_row
+from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
 from megakd.scoring.scorer import Scorer
 from megakd.storage.atomic import json_text, write_text
 
 Match = Callable[[str, str], bool]
 """Function from a generated text and the text of the data to whether their answers are equal."""
+Rows = tuple[Tensor, Head]
+"""Hidden states [N, D] of the positions that a model predicts, and the head of the model."""
 BUCKETS = 8
 """Most buckets of positions."""
 LIMIT_S = 5
 """Seconds after which an expression is not the answer."""
+TOKENS, ENTROPY, KL, TEACHER_ENTROPY = range(4)
+"""Columns of `sums_by_group`."""
 NAMES = {"kl": KL, "entropy": ENTROPY, "teacher_entropy": TEACHER_ENTROPY}
 """Logged statistics, means in nats per token, and their columns in the sums."""
 
@@ -113,8 +117,7 @@ class TextEvaluation:
             self._text(Rollout(row, prompt, completion, version, seed=row))
             for row, prompt, completion in zip(mine, prompts, completions, strict=True)
         ]
-        parts = gather(of_rank)
-        world = ranks.world_size
+        parts, world = gather(of_rank), ranks.world_size
         return [parts[number % world][number // world] for number in range(len(self._rows))]
 
     def batches(self, texts: Sequence[Text]) -> Iterable[Batch]:
@@ -132,20 +135,16 @@ class TextEvaluation:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip))
 
         text = decoded(rollout.completion.ids, skip=True)
-        row = self._prompts.row(rollout.row)
-        answer = decoded(_wanted(row, start=len(rollout.prompt)), skip=True)
+        row, start = self._prompts.row(rollout.row), len(rollout.prompt)
+        # The row's own answer ends before the next turn of a user; a label is the next token.
+        counted = (row.labels[start - 1 :] != IGNORE).tolist()
+        end = start + counted.index(False) if False in counted else len(row.input_ids)
+        answer = decoded(row.input_ids[start:end].tolist(), skip=True)
         # A row that is a prompt alone has nothing to compare with, and what was cut off a row as
         # long as the longest may be its answer.
         is_whole = len(row.input_ids) != self._prompts.row_length
         matches = self._match(text, answer) if self._match and answer and is_whole else None
         return Text(rollout, decoded(rollout.prompt, skip=False), text, answer, matches)
-
-
-def _wanted(row: TrainingRow, *, start: int) -> list[int]:
-    """Return the tokens of the row's own answer, which ends before the next turn of a user."""
-    counted = (row.labels[start - 1 :] != IGNORE).tolist()  # a label is the next token
-    end = start + counted.index(False) if False in counted else len(row.input_ids)
-    return row.input_ids[start:end].tolist()
 
 
 def matcher(config: GenerationConfig) -> Match | None:
@@ -244,7 +243,13 @@ class TextCurves:
         first, *others = plan
 
         def weigh(reading: LossInputs) -> Mapping[str, float]:
-            self._add(reading)
+            is_token = reading.batch.labels != IGNORE
+            ends = torch.tensor(self._ends, device=is_token.device)
+            # [B, T] of the generated token that is predicted; a row is one text.
+            positions = is_token.long().cumsum(1) - 1
+            buckets = torch.bucketize(positions, ends, right=True).clamp(max=len(ends) - 1)
+            sums = sums_by_group(reading, torch.where(is_token, buckets, -1), len(ends))
+            self._sums = sums if self._sums is None else self._sums + sums
             if first.weigh is not None:
                 return first.weigh(reading)
             return dict.fromkeys(first.weights or {}, 1.0)
@@ -263,19 +268,6 @@ class TextCurves:
         named = {"": sums.sum(0), **dict(zip(bucket_names(self._ends), sums, strict=True))}
         return {bucket: _means(total) for bucket, total in named.items() if total[TOKENS] > 0}
 
-    def _add(self, reading: LossInputs) -> None:
-        ends = torch.tensor(self._ends, device=reading.batch.labels.device)
-        sums = sums_by_group(reading, self._buckets(reading.batch.labels, ends), len(ends))
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    @staticmethod
-    def _buckets(labels: Tensor, ends: Tensor) -> Tensor:
-        """Return [B, T] the bucket of every position; -1 without a label. A row is one text."""
-        is_token = labels != IGNORE
-        positions = is_token.long().cumsum(1) - 1  # of the generated token that is predicted
-        buckets = torch.bucketize(positions, ends, right=True).clamp(max=len(ends) - 1)
-        return torch.where(is_token, buckets, -1)
-
 
 def by_position(curves: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Return the values by bucket as keys of the log."""
@@ -290,3 +282,58 @@ def by_position(curves: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def _means(sums: Tensor) -> dict[str, float]:
     means = {name: float(sums[place] / sums[TOKENS]) for name, place in NAMES.items()}
     return {name: value for name, value in means.items() if not math.isnan(value)}
+
+
+@torch.no_grad()
+def sums_by_group(reading: LossInputs, groups: Tensor, count: int) -> Tensor:
+    """Return sums over the targets of each group, without logits of the shape [N, V].
+
+    Under ZeRO 3, call this inside the student's forward with both heads open.
+
+    Args:
+        groups: [B, T] int64 number of the group of each position, from 0 to `count` - 1; -1 for
+            positions that do not count.
+
+    Returns:
+        [K, 4] fp64: number of targets, and sums in nats of the entropy of the student, of
+        KL(teacher || student), and of the entropy of the teacher. The divergence and the entropy
+        of the teacher are over the tokens that both models have, and NaN if the answers of the
+        teacher are not hidden states of the same positions, as in a cache.
+    """
+    flat = groups.flatten()
+    if reading.batch.targets is not None:
+        flat = flat[reading.batch.targets]
+    student = _rows(reading.student)
+    if student is None:
+        raise TypeError("a language model was read without its hidden states")
+    teacher = None if reading.teacher is None else _rows(reading.teacher)
+    if teacher is not None and len(teacher[0]) != len(student[0]):
+        teacher = None
+    sums = []
+    for number in range(count):
+        rows = (flat == number).nonzero().squeeze(1)
+        _, entropy = _compared(student, student, rows, reading.kernels)
+        kl = taught = torch.full_like(entropy, torch.nan)
+        if teacher is not None:
+            kl, taught = _compared(student, teacher, rows, reading.kernels)
+        sums.append(torch.stack([torch.full_like(entropy, len(rows)), entropy, kl, taught]))
+    return torch.stack(sums)
+
+
+def _rows(answer: Knowledge) -> Rows | None:
+    if answer.hidden is None or answer.head is None:
+        return None
+    return answer.hidden.detach().flatten(0, -2), answer.head
+
+
+def _compared(student: Rows, teacher: Rows, rows: Tensor, kernels: str) -> tuple[Tensor, Tensor]:
+    (hidden_s, head_s), (hidden_t, head_t) = student, teacher
+    (weight_s, bias_s), (weight_t, bias_t) = head_s.read(), head_t.read()
+    stats = megakd_kernels.linear_stats(
+        hidden_s[rows], weight_s, hidden_t[rows], weight_t,
+        student_bias=bias_s, teacher_bias=bias_t,
+        softcap_s=head_s.warp.softcap, softcap_t=head_t.warp.softcap,
+        logit_scale_s=head_s.warp.scale, logit_scale_t=head_t.warp.scale,
+        impl=kernels,
+    )  # fmt: skip
+    return stats.kl_sum.double(), stats.teacher_entropy_sum.double()

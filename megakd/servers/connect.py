@@ -37,11 +37,18 @@ from megakd.models.lora import adapter_files
 from megakd.models.model_folder import fill_serving_folder
 from megakd.models.source import ModelSource
 from megakd.rollouts.generators import text_tokens
-from megakd.rollouts.prompts import prompts_of
-from megakd.servers.checks import Wanted, check_agreement, check_sampling, served_models
+from megakd.rollouts.prompts import Prompts, prompts_of
 from megakd.servers.hidden_states import check_folder
 from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, JsonServer, RunningCalls
-from megakd.servers.protocol import TextServer, checked_completion
+from megakd.servers.protocol import (
+    TextRequest,
+    TextServer,
+    Wanted,
+    check_agreement,
+    check_sampling,
+    checked_completion,
+    served_models,
+)
 from megakd.servers.sglang import SglangServer
 from megakd.servers.vllm import VllmServer, VllmWeightServer
 from megakd.storage import atomic
@@ -75,32 +82,26 @@ def model_names(servers: Sequence[TextServer], wanted: Wanted) -> list[str]:
     return on_main(lambda: [model.name for model in served_models(servers, wanted)])
 
 
-class Served(NamedTuple):
-    """The servers of a run, and what the run needs of them."""
-
-    rollouts: RolloutConfig
-    server: RolloutServerConfig
-    wanted: Wanted
-    probes: tuple[tuple[int, ...], ...]
-
-
 def check_servers(inputs: RunInputs) -> None:
     """Check the servers of `rollout.server` before any model loads; a collective."""
-    served = _served(inputs)
-    if served is None:
+    rollouts = inputs.config.rollout
+    if rollouts is None or rollouts.server is None:
         return
+    server = rollouts.server
+    prompts = prompts_of(inputs.encoded.train, rollouts, inputs.config, inputs.sources[STUDENT])
+    wanted = _wanted(inputs, rollouts, server, prompts)
+    probes = tuple(map(prompts.prompt, prompts.continued[:PROBES]))
 
     def check() -> None:
-        if served.wanted.pushed is not None:
-            wanted = "a folder that rank 0 and all servers see"
-            check_folder(served.wanted.pushed, "rollout.server.folder", wanted, is_made=True)
-        servers = replicas_of(served.server, patience_s=FIRST_PATIENCE_S)
-        models = served_models(servers, served.wanted)
+        if wanted.pushed is not None:
+            needed = "a folder that rank 0 and all servers see"
+            check_folder(wanted.pushed, "rollout.server.folder", needed, is_made=True)
+        servers = replicas_of(server, patience_s=FIRST_PATIENCE_S)
+        models = served_models(servers, wanted)
         with _errors_of("rollout.server"):
-            check_agreement(servers, models, served.probes, served.wanted)
-        sampling = served.rollouts.sampling_at(0)
+            check_agreement(servers, models, probes, wanted)
         with _errors_of("rollout.sampling"):
-            check_sampling(servers, models, served.probes[0], served.wanted, sampling)
+            check_sampling(servers, models, probes[0], wanted, rollouts.sampling_at(0))
 
     on_main(check)
 
@@ -115,50 +116,42 @@ def _errors_of(key: str) -> Iterator[None]:
 
 def server_generator(inputs: RunInputs, model: nn.Module, *, rank: int) -> ServerGenerator:
     """Return the generator of `rollout.server`; a collective."""
-    served = _served(inputs)
-    if served is None:
-        raise TypeError("the run has no rollout.server")
-    servers = replicas_of(served.server)
-    return ServerGenerator(
-        servers,
-        models=model_names(servers, served.wanted),
-        push=_push(served, servers, model),
-        wanted=served.wanted,
-        place=(rank, served.rollouts.rows_per_call),
-    )
-
-
-def _push(
-    served: Served, servers: Sequence[TextServer], model: nn.Module
-) -> FullPush | AdapterPush | None:
-    if served.wanted.pushed is None:
-        return None
-    folder = start_folder(served.wanted.pushed)
-    if served.server.push == "full":
-        return FullPush(model, cast("Sequence[SglangServer | VllmWeightServer]", servers), folder)
-    keep = served.rollouts.max_staleness + 1
-    return AdapterPush(model, cast("Sequence[VllmServer]", servers), folder, keep=keep)
-
-
-def _served(inputs: RunInputs) -> Served | None:
-    config, rollouts = inputs.config, inputs.config.rollout
+    rollouts = inputs.config.rollout
     if rollouts is None or rollouts.server is None:
-        return None
+        raise TypeError("the run has no rollout.server")
+    prompts = prompts_of(inputs.encoded.train, rollouts, inputs.config, inputs.sources[STUDENT])
+    wanted = _wanted(inputs, rollouts, rollouts.server, prompts)
+    servers = replicas_of(rollouts.server)
+    models, push = model_names(servers, wanted), None
+    if wanted.pushed is not None:
+        # A folder for this start alone. vLLM keeps cached prefixes by the name and the path of
+        # adapters, also of unloaded ones: other weights under a used name or path would continue
+        # prompts from the old prefixes.
+        folder = wanted.pushed / f"{wanted.pushed.name}-{agree(uuid4().hex[:8])}"
+        if rollouts.server.push == "full":
+            full = cast("Sequence[SglangServer | VllmWeightServer]", servers)
+            push = FullPush(model, full, folder)
+        else:
+            keep = rollouts.max_staleness + 1
+            push = AdapterPush(model, cast("Sequence[VllmServer]", servers), folder, keep=keep)
+    place = (rank, rollouts.rows_per_call)
+    return ServerGenerator(servers, models=models, push=push, wanted=wanted, place=place)
+
+
+def _wanted(
+    inputs: RunInputs, rollouts: RolloutConfig, server: RolloutServerConfig, prompts: Prompts
+) -> Wanted:
     tokens = text_tokens(inputs.tokenizer, inputs.sources)
     served = inputs.sources[rollouts.by]
-    known = tokens.known or served.config.vocab_size
-    prompts = prompts_of(inputs.encoded.train, rollouts, config, inputs.sources[STUDENT])
-    folder = rollouts.server.folder
-    wanted = Wanted(
-        name=config.served_model or "",
-        pushed=None if folder is None else folder.resolve() / run_name(config.output_dir),
+    known, folder = tokens.known or served.config.vocab_size, server.folder
+    return Wanted(
+        name=inputs.config.served_model or "",
+        pushed=None if folder is None else folder.resolve() / run_name(inputs.config.output_dir),
         longest=int(prompts.lengths[prompts.continued].max()) + rollouts.longest,
         vocabulary=known,
-        end_tokens=tuple(sorted(_ends(rollouts.server.kind, tokens.end, served, inputs.tokenizer))),
+        end_tokens=tuple(sorted(_ends(server.kind, tokens.end, served, inputs.tokenizer))),
         padding=range(known, served.config.vocab_size),
     )
-    probes = tuple(map(prompts.prompt, prompts.continued[:PROBES]))
-    return Served(rollouts, rollouts.server, wanted, probes)
 
 
 def _ends(
@@ -197,20 +190,8 @@ def run_name(output_dir: Path) -> str:
     return f"{output_dir.name}-{place}"
 
 
-def start_folder(pushed: Path) -> Path:
-    """Return a folder in the folder of a run for this start alone; a collective.
-
-    vLLM keeps cached prefixes by the name and the path of adapters, also of unloaded ones: other
-    weights under a used name or path would continue prompts from the old prefixes.
-    """
-    return pushed / f"{pushed.name}-{agree(uuid4().hex[:8])}"
-
-
 class FullPush:
-    """Pushes the whole model by a model folder; adapters are merged into the weights.
-
-    The folder is one of `start_folder`, which rank 0 and the servers see.
-    """
+    """Pushes the whole model by a model folder; adapters are merged into the weights."""
 
     def __init__(
         self, model: nn.Module, servers: Sequence[SglangServer | VllmWeightServer], folder: Path
@@ -335,10 +316,13 @@ class ServerGenerator:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> Callable[[], list[Completion]]:
         """Ask for the continuations of this rank's prompts; see `RemoteGenerator`."""
-        calls = [
-            partial(self._complete, number, (tuple(prompt), seed, sampling), self._pushed)
-            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ]
+        calls = []
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            replica = (self._rank + number) % len(self._servers)
+            model = self._pushed.adapter or self._models[replica]
+            request = self._wanted.request(tuple(prompt), seed, sampling, model)
+            server, weights = self._servers[replica], self._pushed.weights
+            calls.append(partial(self._complete, server, request, weights))
         return partial(together, RunningCalls(calls, at_once=self._at_once).results)
 
     def generate(
@@ -348,15 +332,12 @@ class ServerGenerator:
         return self.begin(prompts, seeds, sampling)()
 
     def _complete(
-        self, number: int, asked: tuple[tuple[int, ...], int, Sampling], pushed: Pushed
+        self, server: TextServer, request: TextRequest, weights: str | None
     ) -> Completion:
-        replica = (self._rank + number) % len(self._servers)
-        server = self._servers[replica]
-        request = self._wanted.request(*asked, pushed.adapter or self._models[replica])
         text = server.complete(request)
-        if pushed.weights is not None and text.weights not in {None, pushed.weights}:
+        if weights is not None and text.weights not in {None, weights}:
             raise ServerError(
                 f"{server.url}: the text was generated with the weights {text.weights}, and "
-                f"{pushed.weights} were pushed; the server was restarted, or another run uses it"
+                f"{weights} were pushed; the server was restarted, or another run uses it"
             )
         return checked_completion(text, request, vocabulary=self._wanted.vocabulary, url=server.url)

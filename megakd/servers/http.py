@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -95,20 +96,38 @@ class JsonServer:
             reply = self._attempt(method, path, body, timeout_s=left)
             if isinstance(reply, Reply) and reply.status not in BUSY:
                 return reply
-            now, is_busy = time.monotonic(), isinstance(reply, Reply)
+            now = time.monotonic()
             # A connection may be lost after a long wait for an answer: the patience begins there.
-            lost = math.inf if is_busy else min(lost, now)
+            lost = math.inf if isinstance(reply, Reply) else min(lost, now)
             if now + pause >= min(began + self._limit, lost + self._patience):
-                waited = now - (began if is_busy else lost)
-                raise _gave_up(f"{method} {self.url}{path}", reply, waited_s=waited)
+                if isinstance(reply, Reply):
+                    raise ServerError(
+                        f"{reply.where} was busy for {now - began:.1f} s: the last answer was "
+                        f"{reply.status}: {_shown(reply.text)}; see the log of the server, or "
+                        "raise time_limit"
+                    )
+                raise ServerError(
+                    f"{method} {self.url}{path}: no server answers there in {now - lost:.1f} s "
+                    f"({reply}); start the server, or correct the address"
+                )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def _attempt(
         self, method: str, path: str, body: str | None, *, timeout_s: float
     ) -> Reply | Exception:
+        parts, deadline = urlsplit(self.url), time.monotonic() + timeout_s
+        is_secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
         try:
-            return self._once(method, path, body, timeout_s=timeout_s)
+            with closing(
+                kind(parts.hostname or "", parts.port, timeout=max(timeout_s, 0.001))
+            ) as connection:
+                connection.request(method, parts.path + path, body=body, headers=headers)
+                sock, answer = connection.sock, connection.getresponse()
+                text = b"".join(_parts(answer, sock, deadline)).decode("utf-8", errors="replace")
+                return Reply(answer.status, text, f"{method} {self.url}{path}")
         except TimeoutError as error:
             if error.errno is not None:  # the kernel's, of a connection that is lost
                 return error
@@ -118,28 +137,6 @@ class JsonServer:
             ) from error
         except (OSError, http.client.HTTPException) as error:
             return error
-
-    def _once(self, method: str, path: str, body: str | None, *, timeout_s: float) -> Reply:
-        parts = urlsplit(self.url)
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        deadline = time.monotonic() + timeout_s
-        connection = kind(parts.hostname or "", parts.port, timeout=max(timeout_s, 0.001))
-        try:
-            headers = {"Content-Type": "application/json", "Accept": "application/json"}
-            connection.request(method, parts.path + path, body=body, headers=headers)
-            sock, answer = connection.sock, connection.getresponse()
-            text = b"".join(_parts(answer, sock, deadline)).decode("utf-8", errors="replace")
-            return Reply(answer.status, text, f"{method} {self.url}{path}")
-        finally:
-            connection.close()
-
-
-class Replica:
-    """One replica of an inference server; its methods may be called from several threads."""
-
-    def __init__(self, http: JsonServer) -> None:
-        self._http, self.url = http, http.url
 
 
 def _parts(
@@ -153,18 +150,6 @@ def _parts(
         yield part
     if answer.length:
         raise http.client.IncompleteRead(b"", answer.length)
-
-
-def _gave_up(where: str, last: Reply | Exception, *, waited_s: float) -> ServerError:
-    if isinstance(last, Reply):
-        return ServerError(
-            f"{where} was busy for {waited_s:.1f} s: the last answer was {last.status}: "
-            f"{_shown(last.text)}; see the log of the server, or raise time_limit"
-        )
-    return ServerError(
-        f"{where}: no server answers there in {waited_s:.1f} s ({last}); start the server, or "
-        "correct the address"
-    )
 
 
 def _shown(text: str) -> str:
@@ -199,18 +184,18 @@ def context_of(card: dict[str, Any]) -> int | None:
 
 
 def reads_answers(method: Callable[..., T]) -> Callable[..., T]:
-    """Let a method of a `Replica` raise ServerError for JSON values of another form than it reads.
+    """Let a method of a server raise ServerError for JSON values of another form than it reads.
 
     A broken server would otherwise end the run in a traceback.
     """
 
     @functools.wraps(method)
-    def reading(replica: Replica, *arguments: Any) -> T:
+    def reading(server: Any, *arguments: Any) -> T:
         try:
-            return method(replica, *arguments)
+            return method(server, *arguments)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ServerError(
-                f"{replica.url}: the answer cannot be read ({type(error).__name__}: {error}); "
+                f"{server.url}: the answer cannot be read ({type(error).__name__}: {error}); "
                 "check server.kind and the version of the server"
             ) from error
 

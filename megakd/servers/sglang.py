@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megakd.errors import ServerError
-from megakd.servers.http import Replica, context_of, field_of, numbers_of, reads_answers
-from megakd.servers.protocol import ServedModel, ServedText, TextRequest
+from megakd.servers.http import context_of, field_of, numbers_of, reads_answers
+from megakd.servers.protocol import ServedModel, ServedText, TextRequest, TextServer
 
 _SEED_BITS = 31
 
 
-class SglangServer(Replica):
+class SglangServer(TextServer):
     """One replica of an SGLang server."""
 
     @reads_answers

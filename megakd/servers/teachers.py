@@ -31,11 +31,19 @@ from megakd.inputs.inputs import RunInputs
 from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype
 from megakd.models.next_tokens import Readout, load_readout
 from megakd.models.source import ModelSource
-from megakd.servers.checks import REFERENCE, Wanted, check_reference, check_scores, served_models
 from megakd.servers.connect import connections, model_names
 from megakd.servers.hidden_states import ExportedStates, Exports, StatesServer, check_folder
 from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, RunningCalls
-from megakd.servers.protocol import BestTokens, ServedModel, TokenScorer
+from megakd.servers.protocol import (
+    REFERENCE,
+    BestTokens,
+    ServedModel,
+    TokenScorer,
+    Wanted,
+    check_reference,
+    check_scores,
+    served_models,
+)
 from megakd.servers.vllm import VllmServer
 from megakd.storage.folders import check_given
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from megakd.errors import ServerError
-from megakd.servers.http import Replica, Reply, context_of, field_of, numbers_of, reads_answers
-from megakd.servers.protocol import BestTokens, ServedModel, ServedText, TextRequest
+from megakd.servers.http import Reply, context_of, field_of, numbers_of, reads_answers
+from megakd.servers.protocol import BestTokens, ServedModel, ServedText, TextRequest, TextServer
 
 MOST_PROBABILITY = 1.01
 """Sum of the probabilities of a position, with room for rounding in 16 bits."""
 
 
-class VllmServer(Replica):
+class VllmServer(TextServer):
     """One replica of a vLLM server."""
 
     @reads_answers

@@ -28,11 +28,9 @@ from megakd.contract.unit_counts import (
     without_source,
 )
 from megakd.contract.views import Shape
-from megakd.losses.bundle import StudentBundle
-from megakd.losses.class_targets import ClassTargets
+from megakd.losses.bundle import StudentBundle, unit_scales
 from megakd.losses.objective import Objective, build_objective
-from megakd.losses.targets import Evaluated, TermGroup
-from megakd.losses.unit_scales import unit_scales
+from megakd.losses.targets import ClassTargets, Evaluated, TermGroup
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 

@@ -23,16 +23,17 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.errors import ServerError
 from megakd.models.generation import complete
-from megakd.servers.checks import (
+from megakd.servers.hidden_states import Exports, StatesServer
+from megakd.servers.http import JsonServer
+from megakd.servers.protocol import (
+    TextRequest,
     Wanted,
     check_reference,
     check_sampling,
     check_scores,
+    checked_completion,
     served_models,
 )
-from megakd.servers.hidden_states import Exports, StatesServer
-from megakd.servers.http import JsonServer
-from megakd.servers.protocol import TextRequest, checked_completion
 from megakd.servers.teachers import _Reference
 from megakd.servers.vllm import VllmServer, VllmWeightServer
 

@@ -11,8 +11,8 @@ from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of,
 
 from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, TopK
 from megakd.contract.terms import SoftTargetKl
+from megakd.losses.bundle import unit_scales
 from megakd.losses.targets import AGREEMENT
-from megakd.losses.unit_scales import unit_scales
 
 KL = SoftTargetKl(loss="soft_target_kl")
 DRAWN = 4

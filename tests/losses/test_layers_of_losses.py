@@ -13,13 +13,13 @@ from unit_counts import counts_of
 
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs
 from megakd.contract.terms import AttentionMse, HiddenMse, RelationKl
+from megakd.losses.bundle import unit_scales
 from megakd.losses.layer_terms import (
     AttentionMatrices,
     HiddenStates,
     Relations,
     visible_keys,
 )
-from megakd.losses.unit_scales import unit_scales
 
 LN3 = math.log(3)
 ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).weights
@@ -38,8 +38,9 @@ def whole(*lengths: int, **inputs: Any) -> Batch:
 
 
 def sum_of(group: Any, ours: Knowledge, theirs: Knowledge, batch: Batch) -> float:
-    result = group(LossInputs(ours, theirs, batch, {group.name: 1.0}, ONE_EACH))
-    assert result.total.item() == pytest.approx(result.sums[group.name].item())
+    (name,) = group.units
+    result = group(LossInputs(ours, theirs, batch, {name: 1.0}, ONE_EACH))
+    assert result.total.item() == pytest.approx(result.sums[name].item())
     return result.total.item()
 
 

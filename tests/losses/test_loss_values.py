@@ -27,9 +27,9 @@ from megakd.contract.terms import (
 )
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
+from megakd.losses.bundle import unit_scales
 from megakd.losses.layer_terms import HiddenStates
 from megakd.losses.objective import Objective, build_objective
-from megakd.losses.unit_scales import unit_scales
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl")

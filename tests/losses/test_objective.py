@@ -30,13 +30,13 @@ from megakd.contract.terms import (
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
 from megakd.errors import ConfigError, TeacherError
+from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import (
     build_objective,
     check_terms,
     relation_heads,
     teacher_needs,
 )
-from megakd.losses.unit_scales import unit_scales
 from megakd.models.knowledge import Needs
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")

@@ -26,7 +26,7 @@ from megakd.contract.terms import (
     SoftTargetTvd,
     term_name,
 )
-from megakd.losses.unit_scales import unit_scales
+from megakd.losses.bundle import unit_scales
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl", temperature=2.0)

@@ -10,8 +10,8 @@ from server_stubs import END, VOCABULARY, Counting, Stub, serving
 
 from megakd.config.rollout import RolloutServerConfig
 from megakd.errors import ServerError
-from megakd.servers.checks import Wanted, check_agreement, served_models
 from megakd.servers.connect import replicas_of
+from megakd.servers.protocol import Wanted, check_agreement, served_models
 
 WANTED = Wanted("tiny", None, 20, VOCABULARY, (END,))
 PROMPTS = [(4, 5), (6, 7, 8), (9,), (2, 3)]

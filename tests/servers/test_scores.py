@@ -10,9 +10,8 @@ import pytest
 from server_stubs import VOCABULARY, Counting, Stub, serving
 
 from megakd.errors import ServerError
-from megakd.servers.checks import check_reference, check_scores, difference
 from megakd.servers.http import JsonServer
-from megakd.servers.protocol import BestTokens
+from megakd.servers.protocol import BestTokens, check_reference, check_scores, difference
 from megakd.servers.vllm import VllmServer
 
 TEXT = (5, 8, 30, 2)

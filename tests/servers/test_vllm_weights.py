@@ -14,9 +14,8 @@ from server_stubs import END, VOCABULARY, Counting, Stub, serving
 from megakd.config.rollout import RolloutServerConfig
 from megakd.contract.completions import Sampling
 from megakd.errors import ServerError
-from megakd.servers.checks import Wanted, check_agreement, served_models
 from megakd.servers.connect import replicas_of
-from megakd.servers.protocol import TextRequest
+from megakd.servers.protocol import TextRequest, Wanted, check_agreement, served_models
 from megakd.servers.vllm import VllmServer
 
 REQUEST = TextRequest((5, 30), 7, Sampling(8, temperature=0.0), "tiny", (END,))

@@ -19,8 +19,8 @@ from megakd.contract.batch import (
 from megakd.contract.terms import HardCrossEntropy, HardMse
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
+from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import build_objective
-from megakd.losses.unit_scales import unit_scales
 
 HARD = (HardCrossEntropy, HardMse)
 LENGTHS = (5, 3, 4, 0)  # the last row only keeps the ranks in step

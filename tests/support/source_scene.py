@@ -22,8 +22,8 @@ from megakd.contract.batch import (
 from megakd.contract.terms import compares
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
+from megakd.losses.bundle import unit_scales
 from megakd.losses.objective import Objective, build_objective
-from megakd.losses.unit_scales import unit_scales
 
 ROWS, LENGTH, WIDTHS, VOCABULARY = 4, 6, (8, 12), 11
 

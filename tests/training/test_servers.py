@@ -17,8 +17,8 @@ from megakd.config.rollout import RolloutConfig, RolloutServerConfig, SamplingCo
 from megakd.contract.completions import Completion, RemoteGenerator, Sampling
 from megakd.contract.tasks import STUDENT
 from megakd.errors import ServerError
-from megakd.servers.checks import Wanted
 from megakd.servers.connect import Pushed, ServerGenerator, check_servers, replicas_of
+from megakd.servers.protocol import Wanted
 
 WORDS, FURTHER_END = 38, 37
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megakd.contract.batch import Batch, Knowledge, LogitWarp, LossInputs
-from megakd.losses.text_statistics import sums_by_group
+from megakd.rollouts.text_evaluation import sums_by_group
 
 PLAIN = LogitWarp()
 ROWS, LENGTH, WIDTH, VOCABULARY = 2, 5, 4, 7
