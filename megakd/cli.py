@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from megakd.commands import (
     shrink,
     train,
 )
-from megakd.commands.arguments import Parser, is_rank_0, prefer_large_pages, say
+from megakd.commands.arguments import Parser, is_rank_0, say
 from megakd.errors import ConfigError, MegakdError, PeerLostError, suggestion
 from megakd.process.signals import Stopped, watched
 from megakd.process.terminal import is_first_of_node
@@ -51,18 +52,8 @@ _LEAST_TORCH = "2.11"
 _COMMANDS: Mapping[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
-        train,
-        plan,
-        doctor,
-        match,
-        cache,
-        encode,
-        evaluate,
-        predict,
-        shrink,
-        export,
-        report,
-        methods,
+        *(train, plan, doctor, match, cache, encode),
+        *(evaluate, predict, shrink, export, report, methods),
     )
 }
 
@@ -76,7 +67,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 if the run is complete, 2 for an error that the user has to correct.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = sys.argv[1:] if argv is None else argv
     return _guarded(lambda: _run_command("train", words, prog="launch/train.py"))
 
 
@@ -89,13 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 2 for an error that the user has to correct.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = sys.argv[1:] if argv is None else argv
     return _guarded(lambda: _dispatch(words))
 
 
 def _dispatch(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        say(_overview())
+        lines = [f"  {name:10}{inspect.getdoc(command)}" for name, command in _COMMANDS.items()]
+        usage = "usage: megakd {" + ",".join(_COMMANDS) + "} ...\n"
+        say("\n".join([usage, *lines, "\nSee also: megakd COMMAND --help, megakd --version."]))
         return 0 if words else _USER_ERROR
     if words[0] in ("-V", "--version"):
         say(f"megakd {version('megakd')}")
@@ -114,14 +107,10 @@ def _run_command(name: str, words: Sequence[str], *, prog: str) -> int:
     command = _COMMANDS[name]
     parser = Parser(prog=prog, description=inspect.getdoc(command) or "")
     command.add_options(parser)
-    prefer_large_pages()
+    # Before torch's first allocation: a sharded model is gathered in every forward, and in small
+    # pages the system takes as long to provide the memory as the ranks take to fill it.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return command.run(parser.parse(words)) or 0
-
-
-def _overview() -> str:
-    lines = [f"  {name:10}{inspect.getdoc(command)}" for name, command in _COMMANDS.items()]
-    usage = "usage: megakd {" + ",".join(_COMMANDS) + "} ...\n"
-    return "\n".join([usage, *lines, "\nSee also: megakd COMMAND --help, megakd --version."])
 
 
 def _guarded(command: Callable[[], int]) -> int:

@@ -248,7 +248,7 @@ def test_only_the_commands_import_the_lab() -> None:
     }
 
     commands = {"megakd.commands.cache", "megakd.commands.matched_models"}
-    commands |= {"megakd.commands.rehearsed_steps"}
+    commands |= {"megakd.commands.examination"}
     assert importers <= {"megakd.run.main", "megakd.run.run_report", *commands}
 
 

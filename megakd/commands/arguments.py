@@ -32,17 +32,15 @@ class Parser(argparse.ArgumentParser):
         """Parse options and settings in any order; refuse options that do not exist."""
         arguments, unknown = self.parse_known_intermixed_args(words)
         if unknown:
-            self.error(f"unknown option {unknown[0]}{self._nearest(unknown[0])}")
+            name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+            settings = [f"{key}=value" for key in paths_ending_in(name)[:1] or synonyms(name)]
+            near = suggestion(unknown[0], self._option_string_actions)
+            if settings:
+                near = f"; settings are written {' or '.join(settings)}"
+            self.error(f"unknown option {unknown[0]}{near}")
         launched = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
         arguments.prog, arguments.command = self.prog, f"{self.prog} {shlex.join(launched)}"
         return arguments
-
-    def _nearest(self, word: str) -> str:
-        name = word.lstrip("-").partition("=")[0].replace("-", "_")
-        settings = paths_ending_in(name)[:1] or synonyms(name)
-        if settings:
-            return f"; settings are written {' or '.join(f'{key}=value' for key in settings)}"
-        return suggestion(word, self._option_string_actions)
 
 
 def named_folder(text: str) -> Path:
@@ -87,12 +85,3 @@ def say(text: str) -> None:
     """Print a text, by rank 0 alone."""
     if is_rank_0():
         tell(text)
-
-
-def prefer_large_pages() -> None:
-    """Let torch allocate CPU tensors in pages of 2 MB, before torch's first allocation.
-
-    A sharded model is gathered again in every forward. With small pages, the system would take as
-    long to provide the memory as the ranks take to fill the memory.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from megakd.commands.arguments import add_config, config_of, say
@@ -46,14 +46,10 @@ def _cache_teachers(config: RunConfig) -> list[Path]:
             locks.enter_context(held(folder))
         check_device(config, ranks)
         check_nodes(config)
-        reporter = reporter_of(config, ranks)
-        try:
-            prepared = prepare(config)
-            lab = RunLab(prepared, ranks, reporter)
+        with closing(reporter_of(config, ranks)) as reporter:
+            lab = RunLab(prepare(config), ranks, reporter)
             check_label_orders(lab.assembly)
             return [lab.cache(lab.teacher(name)) for name in caches]
-        finally:
-            reporter.close()
 
 
 def _held_folders(config: RunConfig, caches: Iterable[Path | str]) -> list[Path]:

@@ -37,36 +37,33 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the scores of a model as text or JSON."""
-    local = _take_local_dataset(arguments)
+    data = _data(arguments)
     config = config_of(arguments)
     with print_aside():
         from megakd.commands.scored_models import evaluate_model
 
         scores = evaluate_model(
-            config,
-            arguments.model,
-            data=local if arguments.data is None else arguments.data,
-            trusts_order=arguments.trust_label_order,
+            config, arguments.model, data=data, trusts_order=arguments.trust_label_order
         )
-    say(json_text(scores, indent=2) if arguments.json else _scores_text(scores))
+    say(json_text(scores, indent=2) if arguments.json else _text(scores))
 
 
-def _take_local_dataset(arguments: argparse.Namespace) -> str | None:
+def _data(arguments: argparse.Namespace) -> str | None:
+    """Return the rows to score, and take a `task.dataset=` that names them from the overrides."""
     given = [word for word in arguments.overrides if word.startswith("task.dataset=")]
     value = given[-1].partition("=")[2] if given else ""
     if not value or not in_home(value).exists():
-        return None
+        return arguments.data
     arguments.overrides = [word for word in arguments.overrides if word not in given]
-    return value
+    return value if arguments.data is None else arguments.data
 
 
-def _scores_text(scores: Mapping[str, Any]) -> str:
+def _text(scores: Mapping[str, Any]) -> str:
     blocks = [(f"{scores['file']}, {scores['split']}", scores)]
     blocks += [(f"{n} ({one['file']})", one) for n, one in scores["evaluation_sets"].items()]
-    return "\n\n".join(_block(head, one["rows"], one["metrics"]) for head, one in blocks)
-
-
-def _block(head: str, rows: int, metrics: Mapping[str, float]) -> str:
-    width = max(map(len, metrics), default=0)
-    lines = (f"{name:{width}}  {value:.4f}" for name, value in metrics.items())
-    return "\n".join([f"{head}: {rows} rows", *lines])
+    lines: list[str] = []
+    for head, one in blocks:
+        width = max(map(len, one["metrics"]), default=0)
+        lines += ["", f"{head}: {one['rows']} rows"]
+        lines += [f"{name:{width}}  {value:.4f}" for name, value in one["metrics"].items()]
+    return "\n".join(lines[1:])

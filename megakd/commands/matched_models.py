@@ -95,6 +95,9 @@ def match_models(config: RunConfig) -> dict[str, Any]:
             with doing("scoring the student's start"):
                 metrics = assembly.scorer().score(start.predict, rows)
             teachers = {n: _teacher(lab, n, start, metrics) for n in config.teacher_specs}
+    main = RANKED_BY.get(config.task.type)
+    known = {n: one["metrics"][main] for n, one in teachers.items() if main in one["metrics"]}
+    is_ranked = len(known) == len(teachers) > 1
     return {
         "file": config.task.data_name,
         "split": "validation",
@@ -102,14 +105,8 @@ def match_models(config: RunConfig) -> dict[str, Any]:
         "metric": prepared.metric.name,
         "start": {"model": _told(source, config), "metrics": metrics},
         "teachers": teachers,
-        "ranking": _ranking(teachers, RANKED_BY.get(config.task.type)),
+        "ranking": sorted(known, key=lambda name: -known[name]) if is_ranked else [],
     }
-
-
-def _ranking(teachers: Mapping[str, Mapping[str, Any]], metric: str | None) -> list[str]:
-    known = {n: one["metrics"][metric] for n, one in teachers.items() if metric in one["metrics"]}
-    is_ranked = len(known) == len(teachers) > 1
-    return sorted(known, key=lambda name: -known[name]) if is_ranked else []
 
 
 def _check(config: RunConfig) -> None:
@@ -144,41 +141,30 @@ def _teacher(
     is_shared = assembly.prepared.tokenizer is lab.assembly.prepared.tokenizer
     preset, dtype = ready.spec.deepspeed, assembly.teacher_dtype(ready)
     with doing(f"scoring {name}"), assembly.loaded(ready.source, preset, dtype) as model:
-        predict = _compared(start, model, likeness) if is_shared else model.predict
+
+        def compared(batch: Batch) -> Predictions:
+            ours, theirs = start(batch), model(batch)
+            with ExitStack() as heads:
+                for head in filter(None, (ours.head, theirs.head)):
+                    heads.enter_context(head.open())
+                likeness.add(ours, theirs, batch)
+                return predictions_of(theirs, batch)
+
+        predict = compared if is_shared else model.predict
         metrics = scorer.score(predict, assembly.prepared.encoded.validation)
     alike = {"gap": of_start["loss"] - metrics["loss"], **likeness.means()} if is_shared else {}
     same = same_files(lab.assembly.prepared, name)
     return {"model": ready.source.name, "metrics": metrics, **alike, **same}
 
 
-def _compared(
-    start: FrozenTeacher, teacher: FrozenTeacher, likeness: Likeness
-) -> Callable[[Batch], Predictions]:
-    """Return a forward of the teacher that also compares its outputs with the start's."""
-
-    def predict(batch: Batch) -> Predictions:
-        ours, theirs = start(batch), teacher(batch)
-        with ExitStack() as heads:
-            for head in filter(None, (ours.head, theirs.head)):
-                heads.enter_context(head.open())
-            likeness.add(ours, theirs, batch)
-            return predictions_of(theirs, batch)
-
-    return predict
-
-
 def same_files(prepared: RunInputs, name: str) -> dict[str, str]:
     """Return whether a teacher's vocabulary and chat template are those of the student."""
-
-    def words(*, same: bool) -> str:
-        return "same" if same else "different"
-
     ours, theirs = (_tokenizer(prepared, role) for role in (STUDENT, name))
-    alike = {"vocabulary": words(same=ours.get_vocab() == theirs.get_vocab())}
+    is_same = {"vocabulary": ours.get_vocab() == theirs.get_vocab()}
     rows = prepared.splits.validation
     if is_chat(rows) or PROMPT_LENGTH in rows.column_names:
-        alike["chat_template"] = words(same=ours.chat_template == theirs.chat_template)
-    return alike
+        is_same["chat_template"] = ours.chat_template == theirs.chat_template
+    return {what: "same" if same else "different" for what, same in is_same.items()}
 
 
 def _tokenizer(prepared: RunInputs, role: str) -> PreTrainedTokenizerBase:

@@ -23,16 +23,12 @@ def add_options(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the methods or the loss terms."""
-    say(catalogue(arguments.name, losses=arguments.losses))
-
-
-def catalogue(name: str | None = None, *, losses: bool = False) -> str:
-    """Return the methods, or the loss terms, with their docstrings and options."""
+    """Print the methods, or the loss terms, with their docstrings and options."""
+    name, losses = arguments.name, arguments.losses
     kinds = options(TermConfig, "loss") if losses else options(MethodConfig, "name")
     if name is not None:
         kinds = {name: _named(name, kinds, losses=losses)}
-    return "\n\n".join(_entry(known, kind) for known, kind in kinds.items())
+    say("\n\n".join(_entry(known, kind) for known, kind in kinds.items()))
 
 
 def _named(name: str, kinds: Mapping[str, type], *, losses: bool) -> type:

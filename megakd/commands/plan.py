@@ -69,7 +69,9 @@ def cluster_of(given: Mapping[str, Any]) -> Cluster:
     if device == "cpu" and memory is not None:
         raise ConfigError("--gpu_memory_gb cannot be used with --device cpu; remove one of the two")
     ranks, nodes = _places(given.get("ranks"), given.get("nodes"), device)
-    rates = _rates(given)
+    rates = rates_of(given["rates"]) if given.get("rates") else Rates()
+    named = {name: given[name] for name in ("tflops", "gbps") if given.get(name) is not None}
+    rates = replace(rates, **named)
     cluster = Cluster(ranks=ranks, nodes=nodes, device=device, host_memory=host, rates=rates)
     if device == "cuda":
         return replace(cluster, device_memory=memory or _own_memory(), device_base=DEVICE_BASE)
@@ -100,12 +102,6 @@ def _number(variable: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise ConfigError(f"{variable}={text} is not a number above 0; unset it or use --ranks")
     return int(text)
-
-
-def _rates(given: Mapping[str, Any]) -> Rates:
-    rates = rates_of(given["rates"]) if given.get("rates") else Rates()
-    named = {name: given[name] for name in ("tflops", "gbps") if given.get(name) is not None}
-    return replace(rates, **named)
 
 
 def _own_device() -> Device:

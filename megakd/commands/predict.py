@@ -46,8 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not texts:
         raise ConfigError("no text is given; write texts behind MODEL, or one per line on stdin")
     for number, text in enumerate(texts, start=1):
-        if not _is_unicode(text):
-            raise DataError(f"text {number} is not UTF-8: {text!r:.80}; convert it")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"text {number} is not UTF-8: {text!r:.80}; convert it") from None
     with print_aside():
         from transformers.utils import logging
 
@@ -57,14 +59,6 @@ def run(arguments: argparse.Namespace) -> None:
         answers = list(answers_of(arguments.model, texts, new_tokens=arguments.max_new_tokens))
     for answer in answers:
         say(json_text(answer) if arguments.json else _line(answer))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _line(answer: Mapping[str, Any]) -> str:

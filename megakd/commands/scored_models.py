@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -23,6 +23,7 @@ from megakd.data.splits import Splits
 from megakd.data.tables import Table
 from megakd.data.tokenizers import from_folder, has_tokenizer_files, load_tokenizer
 from megakd.engine.collectives import main_first, on_main
+from megakd.engine.distributed import Ranks
 from megakd.errors import CheckpointError, DataError, TeacherError
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.run_data import cache_folder, with_row_length
@@ -40,15 +41,6 @@ from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.label_check import label_fit, needs_check, require_fit, tell_order
 from megakd.training.recipes import scoring_preset
-
-
-class ScoredRows(NamedTuple):
-    """The rows that are scored: the file or data set, their split, and their number."""
-
-    file: str
-    split: str
-    number: int
-    encoded: Dataset
 
 
 def evaluate_model(
@@ -81,20 +73,20 @@ def evaluate_model(
                 allow_pickle=config.student.allow_pickle,
             )
         )
-        if given is not None:
-            prepared, rows = _given_rows(config, source, given)
+        if given is None:
+            file, (prepared, split) = config.task.data_name, _held_out(config, source)
         else:
-            prepared, rows = _held_out(config, source)
+            file, (prepared, split) = given, _given_rows(config, source, given)
         assembly = Assembly(prepared=prepared, ranks=ranks)
         preset = scoring_preset(config.student.deepspeed)
         with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
-            metrics = _metrics(assembly, source, loaded, rows, trusts_order=trusts_order)
+            metrics = _metrics(assembly, source, loaded, trusts_order=trusts_order)
             sets = _sets(assembly, loaded)
     return {
         "model": str(folder),
-        "file": rows.file,
-        "split": rows.split,
-        "rows": rows.number,
+        "file": file,
+        "split": split,
+        "rows": row_count(prepared.splits.held_out),
         "metrics": metrics,
         "evaluation_sets": sets,
     }
@@ -107,16 +99,18 @@ def _without_training_rows(config: RunConfig) -> str | None:
     return config.task.dataset if path.is_dir() and not has_train_split(path) else None
 
 
-def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, ScoredRows]:
-    prepared = _as_read_by(source, prepare(config), config.task)
+def _held_out(config: RunConfig, source: ModelSource) -> tuple[RunInputs, str]:
+    """Return the inputs of the run as the model reads them, and the split that is scored."""
+    prepared, folder = prepare(config), source.folder
+    if prepared.pair is not None and folder is not None and has_tokenizer_files(folder):
+        vocabulary = from_folder(folder, config.task.type).get_vocab()
+        if vocabulary == prepared.pair.teacher.get_vocab():
+            prepared = prepared.of(next(role for role in prepared.sources if role != STUDENT))
     check_vocabularies(_own_tokenizer(config), prepared.tokenizer, [source])
-    splits, encoded, name = prepared.splits, prepared.encoded, config.task.data_name
-    if splits.test is not None and encoded.test is not None:
-        return prepared, ScoredRows(name, "test", row_count(splits.test), encoded.test)
-    split = "validation"
-    if splits.is_cut:
+    split = "validation" if prepared.splits.test is None else "test"
+    if split == "validation" and prepared.splits.is_cut:
         split += f" ({VALIDATION_FRACTION:.0%} of the training rows, selected by hash)"
-    return prepared, ScoredRows(name, split, row_count(splits.validation), encoded.validation)
+    return prepared, split
 
 
 def _own_tokenizer(config: RunConfig) -> TaskConfig:
@@ -124,16 +118,8 @@ def _own_tokenizer(config: RunConfig) -> TaskConfig:
     return task if config.method.own_vocabulary is None else replace(task, tokenizer=None)
 
 
-def _as_read_by(source: ModelSource, prepared: RunInputs, task: TaskConfig) -> RunInputs:
-    folder, pair = source.folder, prepared.pair
-    if pair is None or folder is None or not has_tokenizer_files(folder):
-        return prepared
-    is_teacher = from_folder(folder, task.type).get_vocab() == pair.teacher.get_vocab()
-    roles = [role for role in prepared.sources if role != STUDENT]
-    return prepared.of(roles[0]) if is_teacher else prepared
-
-
-def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[RunInputs, ScoredRows]:
+def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[RunInputs, str]:
+    """Return the inputs of the model with the given rows alone, and their split."""
     task, cache = _own_tokenizer(config), cache_folder()
     if not isinstance(task.tokenizer, str):
         task = replace(task, tokenizer=None)  # a tokenizer recipe is for the run's text
@@ -151,19 +137,30 @@ def _given_rows(config: RunConfig, source: ModelSource, given: str) -> tuple[Run
     rows, split, classes, digest = main_first(load)
     names = classes.names if classes else ()
     splits = Splits(rows, rows, None, names, DEFAULT_METRICS[task.type], digest)
-    prepared = read_by(source, replace(config, task=task), splits, split)
-    return prepared, ScoredRows(given, split, row_count(rows), prepared.encoded.validation)
+    return _read_by(source, replace(config, task=task), splits, split), split
 
 
-def read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str) -> RunInputs:
+def score_folder(
+    config: RunConfig, splits: Splits, ranks: Ranks, folder: Path
+) -> tuple[str, float]:
+    """Return the main metric of a model folder, with its own tokenizer, and its value."""
+    task = replace(config.task, tokenizer=None)
+    source = resolve_model(str(folder), task, where="--to")
+    split = "validation" if splits.test is None else "test"
+    prepared = _read_by(source, replace(config, task=task), splits, split)
+    assembly = Assembly(prepared=prepared, ranks=ranks)
+    preset = scoring_preset(config.student.deepspeed)
+    with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
+        metrics = assembly.scorer().score(loaded.predict, prepared.encoded.validation)
+    return prepared.metric.name, metrics[prepared.metric.name]
+
+
+def _read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str) -> RunInputs:
     """Return the test rows, or else the validation rows, encoded for a model; a collective.
 
-    Args:
-        config: its task names a tokenizer, or the tokenizer is the model's.
-        split: the name of these rows.
+    The tokenizer is the one that the task of `config` names, else the model's.
     """
     task, cache = config.task, cache_folder()
-    rows = splits.held_out
     folders = [source.folder] if source.folder else []
     tokenizer = main_first(
         lambda: load_tokenizer(task, splits, model_folders=folders, cache_dir=cache)
@@ -173,7 +170,7 @@ def read_by(source: ModelSource, config: RunConfig, splits: Splits, split: str) 
     digest, lengthened = splits.content_hash, config.task
     encoded, key = main_first(
         lambda: encode_rows(
-            {split: rows}, tokenizer, lengthened, content_hash=digest, cache_dir=cache
+            {split: splits.held_out}, tokenizer, lengthened, content_hash=digest, cache_dir=cache
         )
     )
     held = encoded[split]
@@ -197,20 +194,15 @@ def _classes(source: ModelSource, table: Table, config: RunConfig) -> Classes:
 
 
 def _metrics(
-    assembly: Assembly,
-    source: ModelSource,
-    loaded: FrozenTeacher,
-    rows: ScoredRows,
-    *,
-    trusts_order: bool,
+    assembly: Assembly, source: ModelSource, loaded: FrozenTeacher, *, trusts_order: bool
 ) -> dict[str, float]:
     names, scorer = assembly.prepared.splits.label_names, assembly.scorer()
-    if not needs_check(source, names):
-        return scorer.score(loaded.predict, rows.encoded)
-    if trusts_order:
+    rows, is_unsure = assembly.prepared.encoded.held_out, needs_check(source, names)
+    if is_unsure and trusts_order:
         tell_order(source, names)
-        return scorer.score(loaded.predict, rows.encoded)
-    outputs, labels = scorer.outputs(loaded.predict, rows.encoded), rows.encoded["label"]
+    if trusts_order or not is_unsure:
+        return scorer.score(loaded.predict, rows)
+    outputs, labels = scorer.outputs(loaded.predict, rows), rows["label"]
     require_fit(label_fit(outputs, labels), source, names, remedy="give --trust_label_order")
     return on_main(lambda: assembly.prepared.metrics.of(outputs, torch.tensor(labels)))
 

@@ -120,13 +120,15 @@ def _written(config: RunConfig, text: str, *, ranks: int) -> Path:
 
 def _config(arguments: argparse.Namespace) -> tuple[RunConfig, str]:
     _check(arguments)
+    ours = _tree(arguments)
     # The recipe of a fine-tuning is in the tree.
     given = [word for word in arguments.overrides if word != "teacher.finetune={}"]
-    tree = with_overrides(_tree(arguments), given, source=SOURCE)
-    if not _has_rows(tree["task"]):
+    tree = with_overrides(ours, given, source=SOURCE)
+    task, keys = tree["task"], ("dataset", "train_files", "mixture", "encoded")
+    if not (isinstance(task, dict) and any(task.get(key) is not None for key in keys)):
         raise ConfigError("the rows to learn from are missing; give --data F, or task.dataset=F")
     # The overrides are given again, so that a message names the override that is wrong.
-    config = config_of(_tree(arguments), given, source=SOURCE)
+    config = config_of(ours, given, source=SOURCE)
     comment = "\n".join(f"# {line}" for line in f"Written by: {arguments.command}".splitlines())
     return config, f"{comment}\n{dump_yaml(tree)}"
 
@@ -162,9 +164,8 @@ def _tree(arguments: argparse.Namespace) -> dict[str, Any]:
         tree = _of_encoder(keys, masks="task.type=mlm" in given, is_tuned=is_tuned)
     if arguments.data is not None:
         tree["task"]["dataset"] = arguments.data
-    for key in EXAMPLES:
-        if getattr(arguments, key) is not None:
-            tree["method"][key] = getattr(arguments, key)
+    sizes = {key: getattr(arguments, key) for key in EXAMPLES}
+    tree["method"] |= {key: size for key, size in sizes.items() if size is not None}
     timing = _timing(arguments)
     if timing:
         tree["method"]["timing"] = timing
@@ -191,11 +192,8 @@ def _of_decoder(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_encoder(keys: Mapping[str, Any], *, masks: bool, is_tuned: bool) -> dict[str, Any]:
-    """Return the settings of a classifier, which is fine-tuned first if it has no classes.
-
-    masks: whether it is a masked language model, which has no classes, and new masks every epoch.
-    is_tuned: whether the teacher is fine-tuned even if it has classes.
-    """
+    # A masked language model has no classes, and new masks every epoch. `is_tuned`: the teacher is
+    # fine-tuned even if it has classes.
     narrow = 384 / _width(keys, 768)
     rows = {"per_device_train_batch_size": 32, "num_train_epochs": 10}
     schedule = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
@@ -263,8 +261,3 @@ def _folder(arguments: argparse.Namespace) -> Path:
     model = Path(arguments.model).name or "model"
     size = _size(arguments) or "smaller"
     return Path("runs") / re.sub(r"[^\w.-]+", "-", f"{model}-{size}").rstrip("-")
-
-
-def _has_rows(task: Any) -> bool:
-    keys = ("dataset", "train_files", "mixture", "encoded")
-    return isinstance(task, dict) and any(task.get(key) is not None for key in keys)

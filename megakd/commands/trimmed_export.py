@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from megakd.commands.scored_models import read_by
+from megakd.commands.scored_models import score_folder
 from megakd.config.run import RunConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.chat.conversations import is_chat
-from megakd.data.splits import Splits
 from megakd.data.tokenizers import training_texts
-from megakd.engine.distributed import Ranks
 from megakd.errors import ConfigError
 from megakd.inputs.run_data import splits_of
-from megakd.models.loading import resolve_model
-from megakd.models.trimming import WHERE, Trimmed, trim_vocabulary
+from megakd.models.trimming import WHERE, trim_vocabulary
 from megakd.reports.quantities import short_count
 from megakd.reports.table import score
 from megakd.run.finished_run import adding, export_run
 from megakd.run.main import started
 from megakd.run.run_report import row_count
-from megakd.training.assembly import Assembly
-from megakd.training.recipes import scoring_preset
 
 
 def export_trimmed(
@@ -48,52 +42,30 @@ def export_trimmed(
                 f"{WHERE} needs one process and training rows with a text: conversations, streams "
                 "and encoded data have none; leave the option out"
             )
+        # Texts whose tokens are all kept cannot show what a cut costs.
+        others = () if splits.test is None else (splits._replace(train=splits.validation),)
+
+        def texts() -> Iterator[str]:
+            return chain.from_iterable(map(training_texts, (splits, *others)))
 
         def trim(folder: Path) -> None:
             # Per token of another vocabulary, a loss does not compare.
             is_scored = config.task.type not in LANGUAGE_TASKS
-            before = _score(config, splits, ranks, folder) if is_scored else None
-            trimmed = trim_vocabulary(folder, lambda: _texts(splits))
-            lines.append(_sizes(trimmed))
+            before = score_folder(config, splits, ranks, folder) if is_scored else None
+            trimmed = trim_vocabulary(folder, texts)
+            weights, fewer = map(short_count, trimmed.parameters)
+            lines.append(
+                f"tokens: {trimmed.tokens[0]:,} before, {trimmed.tokens[1]:,} now; weights: "
+                f"{weights} before, {fewer} now"
+            )
             if before is not None:
-                lines.append(_cost(splits, before, _score(config, splits, ranks, folder)))
+                split, rows = "test" if others else "validation", row_count(splits.held_out)
+                now = score(*score_folder(config, splits, ranks, folder))
+                lines.append(
+                    f"{before[0]} on {split} ({rows:,} rows): {score(*before)} before, {now} now"
+                )
             if add is not None:
                 add(folder)
 
         export_run(config, stage, to, add=trim)
     return lines
-
-
-def _texts(splits: Splits) -> Iterator[str]:
-    # Texts whose tokens are all kept cannot show what a cut costs.
-    others = () if splits.test is None else (splits._replace(train=splits.validation),)
-    return chain.from_iterable(map(training_texts, (splits, *others)))
-
-
-def _score(config: RunConfig, splits: Splits, ranks: Ranks, folder: Path) -> tuple[str, float]:
-    """Return the main metric of a model and its value."""
-    task = replace(config.task, tokenizer=None)
-    source = resolve_model(str(folder), task, where="--to")
-    prepared = read_by(source, replace(config, task=task), splits, _split(splits))
-    assembly = Assembly(prepared=prepared, ranks=ranks)
-    preset = scoring_preset(config.student.deepspeed)
-    with assembly.loaded(source, preset, assembly.scoring_dtype()) as loaded:
-        metrics = assembly.scorer().score(loaded.predict, prepared.encoded.validation)
-    return prepared.metric.name, metrics[prepared.metric.name]
-
-
-def _split(splits: Splits) -> str:
-    return "validation" if splits.test is None else "test"
-
-
-def _sizes(trimmed: Trimmed) -> str:
-    weights, fewer = map(short_count, trimmed.parameters)
-    return (
-        f"tokens: {trimmed.tokens[0]:,} before, {trimmed.tokens[1]:,} now; weights: {weights} "
-        f"before, {fewer} now"
-    )
-
-
-def _cost(splits: Splits, before: tuple[str, float], after: tuple[str, float]) -> str:
-    split, rows = _split(splits), row_count(splits.held_out)
-    return f"{before[0]} on {split} ({rows:,} rows): {score(*before)} before, {score(*after)} now"

@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
+from shlex import quote
+from typing import cast
 
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from megakd.config.file import config_tree, dump_config
-from megakd.config.run import RunConfig
+from megakd.config.run import RunConfig, SaveConfig
 from megakd.engine import distributed
 from megakd.engine.activity import doing, monitored, told
 from megakd.engine.collectives import agree, gather, node_name, on_main
@@ -19,7 +23,7 @@ from megakd.engine.distributed import Ranks, warn_of_missing_variables
 from megakd.engine.memory import earlier_objects_left_alone, keep_freed_memory
 from megakd.engine.nodes import check_nodes
 from megakd.engine.peers import reports_lost_peer, watched
-from megakd.errors import CheckpointError, ConfigError
+from megakd.errors import CheckpointError, ConfigError, first_line
 from megakd.inputs.inputs import RunInputs, prepare
 from megakd.inputs.precision import check_device
 from megakd.methods import run_method
@@ -40,7 +44,8 @@ from megakd.training.progress import Reporter
 from megakd.training.recipes import baseline_stage
 from megakd.training.trackers import check_trackers, make_trackers
 
-logger = logging.getLogger(__name__)
+# The bases of the Hub's error are OSError and the error of its HTTP client, which has two names.
+_HUB_FAILURES = cast("tuple[type[Exception], ...]", (ValueError, *HfHubHTTPError.__bases__))
 
 
 def run(config: RunConfig, *, command: str) -> str:
@@ -57,8 +62,6 @@ def run(config: RunConfig, *, command: str) -> str:
                 table = _run(config, command, ranks)
         # All ranks have left the process group, so no rank waits for the upload.
         if config.save.push_to_hub is not None and ranks.is_main:
-            from megakd.run.upload import push_to_hub
-
             table += f"\n{push_to_hub(config.save, config.output_dir / FINAL)}"
     return table
 
@@ -134,8 +137,6 @@ def check_machines(config: RunConfig, ranks: Ranks) -> None:
 
         check_packages("save.onnx")
     if config.save.push_to_hub is not None:
-        from megakd.run.upload import check_hub
-
         on_main(lambda: check_hub(config.save))
 
 
@@ -200,3 +201,36 @@ def check_output_folder(config: RunConfig) -> None:
                 "checkpoints/<stage>/step-<n>, or true for the newest"
             )
     check_writable(out, where="output_dir")
+
+
+def check_hub(config: SaveConfig) -> None:
+    """Check, before a run starts, that the Hub knows the token of `save.push_to_hub`."""
+    try:
+        HfApi().whoami()
+    except _HUB_FAILURES as error:
+        raise ConfigError(
+            f"save.push_to_hub: {config.push_to_hub} needs a token that the Hub accepts, and the "
+            f"check failed ({first_line(error)}); run `hf auth login` or set HF_TOKEN, or remove "
+            "the key and upload the student later"
+        ) from error
+
+
+def push_to_hub(config: SaveConfig, final: Path) -> str:
+    """Upload the student to `save.push_to_hub`, and return a status line.
+
+    A finished run does not fail here: after an error, the line says how to repeat the upload.
+    """
+    repository = cast("str", config.push_to_hub)
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=config.hub_private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=final, commit_message="Upload a student of megakd"
+        )
+    except _HUB_FAILURES as error:
+        private = " --private" if config.hub_private else ""
+        return (
+            f"the student was not uploaded to {repository} ({first_line(error)}); upload it with: "
+            f"hf upload {repository} {quote(str(final))}{private}"
+        )
+    return f"the student was uploaded to https://huggingface.co/{repository}"

@@ -11,7 +11,7 @@ from checkpoint_store import ALONE
 
 from megakd.config.run import SaveConfig
 from megakd.errors import ConfigError
-from megakd.run import main, upload
+from megakd.run import main
 
 PRIVATE = SaveConfig(push_to_hub="me/student", hub_private=True)
 
@@ -36,26 +36,26 @@ class Api:
 @pytest.fixture
 def api(monkeypatch):
     made = Api()
-    monkeypatch.setattr(upload, "HfApi", lambda: made)
+    monkeypatch.setattr(main, "HfApi", lambda: made)
     return made
 
 
 def test_the_token_is_checked_before_a_run_starts(api):
-    upload.check_hub(PRIVATE)
+    main.check_hub(PRIVATE)
     assert api.calls == [("whoami", {})]
     api.failing = ("whoami",)
     with pytest.raises(ConfigError, match=r"save.push_to_hub: me/student .*hf auth login"):
-        upload.check_hub(PRIVATE)
+        main.check_hub(PRIVATE)
 
 
 def test_a_real_client_without_network_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "none")
     with pytest.raises(ConfigError, match=r"save\.push_to_hub: .*the check failed"):
-        upload.check_hub(PRIVATE)
+        main.check_hub(PRIVATE)
 
 
 def test_the_folder_goes_to_a_repository_that_is_made_first(api, tmp_path):
-    answer = upload.push_to_hub(PRIVATE, tmp_path)
+    answer = main.push_to_hub(PRIVATE, tmp_path)
 
     assert answer == "the student was uploaded to https://huggingface.co/me/student"
     (made, repository, options), (uploaded, what) = api.calls
@@ -68,7 +68,7 @@ def test_the_folder_goes_to_a_repository_that_is_made_first(api, tmp_path):
 def test_a_failed_upload_is_one_line_with_the_command_that_repeats_it(api, tmp_path, step):
     api.failing = (step,)
 
-    answer = upload.push_to_hub(PRIVATE, tmp_path / "a run")
+    answer = main.push_to_hub(PRIVATE, tmp_path / "a run")
 
     assert answer == (
         f"the student was not uploaded to me/student ({step} failed); upload it with: "
@@ -78,7 +78,7 @@ def test_a_failed_upload_is_one_line_with_the_command_that_repeats_it(api, tmp_p
 
 @pytest.fixture
 def happened(api, monkeypatch):
-    """Run nothing but the start, the end and the upload."""
+    """Run nothing but the start, the end and the main."""
     order = []
 
     @contextmanager
@@ -96,7 +96,7 @@ def happened(api, monkeypatch):
     monkeypatch.setattr(main, "check_output_folder", lambda _: None)
     monkeypatch.setattr(main, "_run", lambda *_: "table")
     monkeypatch.setattr(main, "finished_table", lambda *_, **__: "table")
-    monkeypatch.setattr(upload, "push_to_hub", uploading)
+    monkeypatch.setattr(main, "push_to_hub", uploading)
     return order
 
 
