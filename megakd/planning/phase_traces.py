@@ -33,7 +33,7 @@ from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.models.valueless_experts import send_tokens_to_one_expert
 from megakd.planning.cluster import Cluster, Device
 from megakd.planning.engine_memory import FP32
-from megakd.planning.phase import Phase
+from megakd.planning.planning_lab import Phase
 from megakd.planning.tracing import (
     VALUELESS,
     Amount,

@@ -27,8 +27,8 @@ from megakd.planning.engine_memory import (
     Trained,
     together,
 )
-from megakd.planning.phase import Phase, Work
 from megakd.planning.phase_traces import Pruned, Traces, planned_dtype, simulated_phase
+from megakd.planning.planning_lab import Phase, Work
 from megakd.planning.tracing import NOTHING, Amount, Moment, Trace, block
 
 # Logits of one position, the logits of the sampling rules, the noise, and their sum.
