@@ -16,7 +16,7 @@ from megakd.engine.collectives import gather, node_name
 from megakd.engine.distributed import Ranks
 from megakd.engine.memory import device_name
 from megakd.engine.waiting import seconds_in_collectives
-from megakd.scoring.slow_rank import LOGS, SlowRank
+from megakd.scoring.watches import LOGS, SlowRank
 from megakd.training.operations import StepOperations, passes_of, peak_tflops
 
 if TYPE_CHECKING:
