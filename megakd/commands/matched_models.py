@@ -25,7 +25,7 @@ from megakd.models.source import ModelSource
 from megakd.run.main import started
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import row_count
-from megakd.scoring.likeness import Likeness
+from megakd.scoring.metrics import Likeness
 from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly

@@ -63,17 +63,6 @@ class Share(NamedTuple):
     place: Place = "device"
 
 
-class Shard(NamedTuple):
-    """Elements of a rank's shard at ZeRO 1 and 2.
-
-    overlapping: of the weights that the shard overlaps, also where it has only a part of them.
-    largest: of the largest part of a weight in it.
-    """
-
-    overlapping: int
-    largest: int
-
-
 Holding: TypeAlias = Mapping[Share, Amount]
 """Memory in use at one time."""
 
@@ -424,8 +413,8 @@ class Trained(Frozen):
             return self.held("gradients", block(self.share(self.learned.largest) * FP64))
         size, itemsize = self.share(self.learned.numel), self._itemsize_of_gradients
         most = max(
-            (size if self._sums_in_place else shard.overlapping) * itemsize + shard.largest * FP64
-            for shard in self._shards
+            (size if self._sums_in_place else overlapping) * itemsize + largest * FP64
+            for overlapping, largest in self._shards
         )
         return self.held("gradients", block(most))
 
@@ -444,19 +433,20 @@ class Trained(Frozen):
 
     @cached_property
     def _most_overlapping(self) -> int:
-        return max(shard.overlapping for shard in self._shards)
+        return max(overlapping for overlapping, _ in self._shards)
 
     @cached_property
-    def _shards(self) -> list[Shard]:
-        # Those of the ranks, one after the other in the order of the weights.
+    def _shards(self) -> list[tuple[int, int]]:
+        # Elements of each rank's shard, one after the other in the order of the weights: of the
+        # weights that it overlaps, also where it has only a part of them, and of the largest part.
         size, start = self.share(self.learned.numel), 0
-        shards = [Shard(0, 0)] * self.ranks
+        shards = [(0, 0)] * self.ranks
         for parameter in self.learned:
             stop = start + parameter.numel
             for rank in range(start // size, (stop - 1) // size + 1):
                 part = min(stop, (rank + 1) * size) - max(start, rank * size)
-                whole, largest = shards[rank]
-                shards[rank] = Shard(whole + parameter.numel, max(largest, part))
+                overlapping, largest = shards[rank]
+                shards[rank] = (overlapping + parameter.numel, max(largest, part))
             start = stop
         return shards
 

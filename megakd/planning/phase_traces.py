@@ -32,7 +32,7 @@ from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.cluster import Cluster, Device
 from megakd.planning.engine_memory import FP32
-from megakd.planning.phase import Phase
+from megakd.planning.planning_lab import Phase
 from megakd.planning.tracing import (
     VALUELESS,
     Amount,
@@ -421,25 +421,24 @@ def largest_mask(units: View, end: View) -> Cut | None:
         None if units.width is None else _less(units.width, end.width),
         None if units.head_width is None else _less(units.head_width, end.head_width),
     )
-    return None if view == units else Cut(_order(units, view), view)
-
-
-def _less(count: int, end: int | None) -> int:
-    return count if end is None else max(end, count - 1)
-
-
-def _order(units: View, view: View) -> UnitOrder:
+    if view == units:
+        return None
     inside = None
     if units.head_width is not None:
         columns = _last(units.head_width, view.head_width)
         inside = tuple((columns,) * heads for heads in units.heads)
-    return UnitOrder(
+    order = UnitOrder(
         tuple(map(_last, units.heads, view.heads)),
         tuple(map(_last, units.neurons, view.neurons)),
         None if units.width is None else _last(units.width, view.width),
         inside,
         inside,
     )
+    return Cut(order, view)
+
+
+def _less(count: int, end: int | None) -> int:
+    return count if end is None else max(end, count - 1)
 
 
 def _last(count: int, kept: int | None) -> tuple[int, ...]:

@@ -275,15 +275,11 @@ def plan_run(
         phases = [Timeline(phase, case.config, case.cluster, known).play() for phase in lab.play()]
         return Plan(config=case.config, cluster=case.cluster, phases=phases, host_base_bytes=base)
 
-    def tried(case: SizedCase) -> tuple[float, int]:
-        plan = planned(case)
-        return plan.overflow, plan.peak_bytes_per_rank
-
     case = SizedCase(config, cluster)
     plan = planned(case)
     if plan.fits is not False or not advise:
         return plan
-    return replace(plan, changes=find_changes(case, tried))
+    return replace(plan, changes=find_changes(case, planned))
 
 
 def host_base_bytes() -> int:
@@ -316,15 +312,8 @@ class SizedCase(NamedTuple):
                 config = config_of(config_tree(self.config), setting.split())
                 yield SizedCase(config, self.cluster, (*self.settings, setting))
 
-    def on_more_nodes(self) -> SizedCase:
-        nodes, ranks = 2 * self.cluster.nodes, 2 * self.cluster.ranks
-        cluster = replace(self.cluster, nodes=nodes, ranks=ranks)
-        return SizedCase(self.config, cluster, (*self.settings, f"--nodes {nodes} --ranks {ranks}"))
 
-
-def find_changes(
-    case: SizedCase, planner: Callable[[SizedCase], tuple[float, int]]
-) -> list[Change]:
+def find_changes(case: SizedCase, planned: Callable[[SizedCase], Plan]) -> list[Change]:
     """Return at most three ways to make a run fit, in order of increasing cost in speed.
 
     Single settings are tried one by one. If none is enough, the setting with the smallest remaining
@@ -334,11 +323,11 @@ def find_changes(
     for _ in range(_MOST_TOGETHER):
         rest: list[tuple[float, SizedCase]] = []
         for other in candidates(case):
-            overflow, peak = planner(other)
-            if overflow > 0:
-                rest.append((overflow, other))
+            plan = planned(other)
+            if plan.overflow > 0:
+                rest.append((plan.overflow, other))
                 continue
-            changes.append(Change(list(other.settings), peak))
+            changes.append(Change(list(other.settings), plan.peak_bytes_per_rank))
             if len(changes) == WANTED:
                 return changes
         if changes or not rest:
@@ -352,8 +341,11 @@ def candidates(case: SizedCase) -> Iterator[SizedCase]:
     if case.cluster.ranks > 1:
         yield from case.changed(_sharding(case.config))
     yield from case.changed(_precision(case.config, case.cluster.device))
-    if 2 * case.cluster.nodes <= _MOST_NODES:
-        yield case.on_more_nodes()
+    nodes, ranks = 2 * case.cluster.nodes, 2 * case.cluster.ranks
+    if nodes <= _MOST_NODES:
+        cluster = replace(case.cluster, nodes=nodes, ranks=ranks)
+        settings = (*case.settings, f"--nodes {nodes} --ranks {ranks}")
+        yield SizedCase(case.config, cluster, settings)
     yield from case.changed(_activations(case.config))
     if case.cluster.device == "cuda":
         yield from case.changed(_offload(case.config))

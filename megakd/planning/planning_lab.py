@@ -7,10 +7,11 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -18,6 +19,7 @@ from megakd.config.models import TeacherConfig
 from megakd.config.run import RunConfig
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import TrainConfig, learning_rate_schedule, total_steps
+from megakd.contract.lab import TimedWork
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.tasks import (
     AUTO,
@@ -28,6 +30,7 @@ from megakd.contract.tasks import (
     TEACHER,
     Dtype,
 )
+from megakd.contract.views import View
 from megakd.data.loader import rows_with_targets
 from megakd.data.step_layout import StepShape
 from megakd.engine.distributed import Ranks
@@ -37,17 +40,51 @@ from megakd.methods import run_method
 from megakd.models.fitting import check_length
 from megakd.models.loading import with_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
-from megakd.planning.phase import Phase
 from megakd.process.terminal import in_home
+from megakd.pruning.builder import Shapes, SortedTeacher, shape_of_cut, unscored
+from megakd.scoring.scorer import FEW
 from megakd.scoring.scores import metric_named
 from megakd.training.assembly import learning_models
 from megakd.training.recipes import LabBase, baseline_stage, scoring_preset
 
-if TYPE_CHECKING:
-    from megakd.planning.planned_pruning import PlannedPruning
-
 _TRAINED_VOCABULARY = 8000
 UNKNOWN_STEPS = 10**6
+Work = Literal["training", "importance", "scoring", "timing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a run with a fixed set of models in memory.
+
+    work: training, or a kind of work with frozen models.
+    stage: the stage that is trained; None for other work.
+    learners: the trained models by role; empty for other work.
+    bases: by name, the teachers that are the learner without its adapters.
+    teachers: the frozen models by name: teachers of a training, or the models of other work.
+    rows: rows of a batch of other work on one rank.
+    forwards: number of forwards of other work that is more than one pass.
+    with_width: whether the importance of the width is measured too.
+    """
+
+    name: str
+    work: Work = "training"
+    stage: Stage | None = None
+    learners: Mapping[str, ModelSource] = field(default_factory=dict)
+    bases: Mapping[str, ModelSource] = field(default_factory=dict)
+    teachers: Mapping[str, ReadyTeacher] = field(default_factory=dict)
+    rows: int = 0
+    forwards: int = 0
+    with_width: bool = False
+    student: ModelSource | None = None
+
+    @property
+    def learner(self) -> ModelSource:
+        """The model that the stage returns."""
+        return next(iter(self.learners.values()))
+
+    @property
+    def teaching(self) -> list[ModelSource]:
+        return [*(ready.source for ready in self.teachers.values()), *self.bases.values()]
 
 
 def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
@@ -102,6 +139,72 @@ def _with_classes(sources: Mapping[str, ModelSource], task: TaskConfig) -> dict[
     return changed
 
 
+class PlannedPruning(Shapes):
+    """Tools of methods that cut models, which record work with models instead of doing it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        sources: Mapping[str, ModelSource],
+        *,
+        teachers: Mapping[str, ReadyTeacher],
+        phases: list[Phase],
+        world: int,
+        classes: int | None = None,
+    ) -> None:
+        super().__init__(config, sources, classes=classes)
+        self._teachers, self._phases, self._world = teachers, phases, world
+
+    def sorted_teacher(
+        self, teacher: str, split: str, *, batch_size: int, residual: bool
+    ) -> SortedTeacher:
+        """Record the importance phase, once per run."""
+        ready = self._teachers[teacher]
+        if not any(known.work == "importance" for known in self._phases):
+            # Several ranks may use fewer rows per micro-batch.
+            most = self.config.train.rows_at_once(self.config.task.row_length)
+            self._phases.append(
+                Phase(
+                    name="specification",
+                    work="importance",
+                    teachers={teacher: ready},
+                    rows=StepShape.of_batch(batch_size, most, rank=0, world=1).per_device,
+                    with_width=residual,
+                )
+            )
+        return unscored(ready.source)
+
+    def layer_scores(self, teacher: str) -> tuple[float, ...]:
+        """Record the scoring of the teacher, once; return the same importance for all layers."""
+        ready, rows = self._teachers[teacher], self.config.eval_rows()
+        layers = ready.source.architecture.number_of_layers(ready.source.config)
+        if not any(known.name == "layers" for known in self._phases):
+            batches = -(-FEW[self.config.task.type] // (rows * self._world))
+            self._phases.append(
+                Phase(
+                    name="layers",
+                    work="scoring",
+                    teachers={"layers": ready},
+                    rows=rows,
+                    forwards=(layers + 1) * batches,
+                )
+            )
+        return (1.0,) * layers
+
+    def relative_times(
+        self, source: ModelSource, views: Mapping[str, View], name: str, work: TimedWork
+    ) -> Mapping[str, float]:
+        """Return the views' shares of the weights of the layers; a plan times nothing."""
+        del name, work
+        whole = self.parameters(source, source.architecture.units(source.config))
+        counts = {known: self.parameters(source, view) for known, view in views.items()}
+        return {k: n.encoder_parameters / whole.encoder_parameters for k, n in counts.items()}
+
+    def cut(self, source: ModelSource, view: View, name: str) -> ModelSource:
+        """Return the shape of the cut model; the cut itself runs tensor by tensor on one rank."""
+        return shape_of_cut(source, view, self.config.task.type)
+
+
 class PlanningLab(LabBase):
     """Lab that records the stages of a method instead of running them.
 
@@ -122,22 +225,18 @@ class PlanningLab(LabBase):
         self.phases: list[Phase] = []
         self._assistants: list[StageResult] = []
         self._made: dict[Path, ModelSource] = {}
-        self._pruning: PlannedPruning | None = None
+        self._pruning = PlannedPruning(
+            config,
+            sources,
+            teachers=self._teachers,
+            phases=self.phases,
+            world=ranks,
+            classes=None if prepared is None else prepared.classes,
+        )
 
     @property
     def pruning(self) -> PlannedPruning:
         """The tools of methods that cut models."""
-        from megakd.planning.planned_pruning import PlannedPruning
-
-        if self._pruning is None:
-            self._pruning = PlannedPruning(
-                self.config,
-                self._sources,
-                teachers=self._teachers,
-                phases=self.phases,
-                world=self.world,
-                classes=None if self._prepared is None else self._prepared.classes,
-            )
         return self._pruning
 
     def play(self) -> list[Phase]:
@@ -157,8 +256,11 @@ class PlanningLab(LabBase):
         preset = scoring_preset(self.config.student.deepspeed)
         results = (*students, *self._assistants)
         made = {result.name: _ready(self._made[result.folder], preset) for result in results}
-        loaded = [n for n, spec in self.config.teacher_specs.items() if spec.server is None]
-        teachers = {name: self._teachers[name] for name in loaded if name in self._teachers}
+        teachers = {
+            name: self._teachers[name]
+            for name, spec in self.config.teacher_specs.items()
+            if spec.server is None and name in self._teachers
+        }
         for name, ready in {**made, **teachers}.items():
             self._record_scoring(name, ready)
         stored = {

@@ -27,8 +27,8 @@ from megakd.planning.engine_memory import (
     Trained,
     together,
 )
-from megakd.planning.phase import Phase, Work
 from megakd.planning.phase_traces import Pruned, Traces, planned_dtype, simulated_phase
+from megakd.planning.planning_lab import Phase, Work
 from megakd.planning.tracing import NOTHING, Amount, Moment, Trace, block
 
 # Logits of one position, the logits of the sampling rules, the noise, and their sum.
@@ -149,9 +149,10 @@ class Timeline:
         self._look("initializing DeepSpeed", learner.initializing())
         left = self.traced.pruned
         averages = learner.averages(left.makers, stage.strategy.values_per_weight) if left else {}
-        of_teachers = together(self._fetched(frozen), self._readouts())
         copy = self._copied(stage, learner.copied(averages))
-        self._resting = together(self._resting, learner.resting(), averages, of_teachers, copy)
+        self._resting = together(
+            self._resting, learner.resting(), averages, self._beside_teachers(frozen), copy
+        )
         micro_batches = largest_step(stage.train, self.config.task).micro_batches
         self._ask(asked, learner.accumulated() if micro_batches > 1 else {})
         heads = [
@@ -166,9 +167,7 @@ class Timeline:
             self._look("updating the weights", held)
         self._generate(stage, {STUDENT: learner, **frozen})
         self._evaluate(learner, frozen, together(*heads), self.config.eval_rows(stage.train))
-        self._write_model(learner)
-        if left is not None and stage.goes_on:
-            self._write_state(learner, left, stage.strategy.values_per_weight)
+        self._write(learner, stage)
         self._count(learner, asked, micro_batches)
 
     def _copied(self, stage: Stage, copy: Holding) -> Holding:
@@ -232,42 +231,40 @@ class Timeline:
             self._forward(when, engine, teachers[name], answers)
         self._forward(when, learner, run, answers, heads)
 
-    def _write_model(self, learner: Trained) -> None:
+    def _write(self, learner: Trained, stage: Stage) -> None:
         whole, largest = learner.inventory.numel, learner.inventory.largest
         written = min(whole * learner.itemsize, BUFFER_BYTES + largest * learner.itemsize)
         self._look("writing the model", learner.held("weights", block(written), "host"))
-
-    def _write_state(self, learner: Trained, left: Pruned, kept: int) -> None:
-        # Record the training state that rank 0 writes for the next window.
-        # On the host, at most `BUFFER_BYTES` wait to be written.
-        # To read it takes less than a step: each rank reads one tensor after the other.
-        state = left.state(values=1 + learner.moments, kept=kept)
+        left = self.traced.pruned
+        if left is None or not stage.goes_on:
+            return
+        # Rank 0 writes the training state for the next window; at most `BUFFER_BYTES` of it wait on
+        # the host. To read it takes less than a step: each rank reads one tensor after the other.
+        state = left.state(values=1 + learner.moments, kept=stage.strategy.values_per_weight)
         state = state.times(min(1.0, BUFFER_BYTES / max(1, state.total)))
-        whole = block(learner.inventory.largest * FP32)
+        whole = block(largest * FP32)
         self._look(
             "writing the state for the next window",
             learner.held("workspace", state.plus(whole), "host"),
             learner.held("gather", whole),
         )
 
-    def _readouts(self) -> Holding:
-        readouts = [
+    def _beside_teachers(self, frozen: Mapping[str, Frozen]) -> Holding:
+        # The output matrices of served teachers, and the shards of a drawn teacher, which are
+        # copied from the host.
+        weights = [
             _head(ready, TORCH_DTYPE[planned_dtype(ready, self.cluster.device)].itemsize)
             for ready in self.phase.teachers.values()
             if ready.spec.server is not None and ready.spec.server.states is not None
         ]
-        return together(*({Share(TEACHER, "weights"): readout} for readout in readouts))
-
-    def _fetched(self, frozen: Mapping[str, Frozen]) -> Holding:
-        # Return the shards of a drawn teacher, which are copied from the host.
-        waiting = [
+        copied = [
             engine.share(engine.inventory.numel) * engine.itemsize
             for name, engine in frozen.items()
             if self.traced.asked[name] < 1 and engine.place("offload_param") == "host"
         ]
-        if not waiting or self.cluster.device == "cpu":
-            return {}
-        return {Share(TEACHER, "weights"): block(max(waiting))}
+        if copied and self.cluster.device == "cuda":
+            weights.append(block(max(copied)))
+        return together(*({Share(TEACHER, "weights"): one} for one in weights))
 
     def _ask(self, frozen: Mapping[str, Frozen], gradients: Holding) -> None:
         answers: Holding = {}
@@ -306,24 +303,18 @@ class Timeline:
     def _moments(
         self, engine: Frozen, run: Trace, kind: Part = "activations"
     ) -> Iterator[tuple[Moment, Holding]]:
+        of_one_view = None if engine.role == TEACHER else self.traced.of_one_view
         for moment, gathered in zip(run.moments, engine.gathered(run), strict=True):
-            live, views = self._divided(moment.live, engine.role)
-            yield (
-                moment,
-                together(
-                    engine.held(kind, live),
-                    engine.held("elastic", views),
-                    engine.held("gather", gathered),
-                    engine.held("workspace", moment.workspace),
-                ),
+            live, share = moment.live, 1.0
+            if of_one_view is not None and live.total:
+                share = min(1.0, of_one_view / live.total)
+            held = together(
+                engine.held(kind, live.times(share)),
+                engine.held("elastic", live.times(1 - share)),
+                engine.held("gather", gathered),
+                engine.held("workspace", moment.workspace),
             )
-
-    def _divided(self, live: Amount, role: str) -> tuple[Amount, Amount]:
-        of_one_view = self.traced.of_one_view
-        if of_one_view is None or role == TEACHER or not live.total:
-            return live, NOTHING
-        share = min(1.0, of_one_view / live.total)
-        return live.times(share), live.times(1 - share)
+            yield moment, held
 
     def _count(self, learner: Trained, frozen: Mapping[str, Frozen], micro_batches: int) -> None:
         flops = micro_batches * sum(run.flops for run in self.traced.learner)

@@ -360,13 +360,9 @@ def loss_workspace(
     function: Any, args: tuple[Any, ...], device: str, memory: int | None = None
 ) -> int:
     """Return the bytes that a fused loss holds beside its results; 0 for other operators."""
-    buffers = _WORKSPACES.get(_name(function))
+    buffers = _WORKSPACES.get(getattr(function, "name", str)().partition(".")[0])
     budget = CPU_CHUNK_MB if device == "cpu" else chunk_budget(memory)
     return 0 if buffers is None else buffers(args, device, budget)
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "name", str)().partition(".")[0]
 
 
 def _linear(args: tuple[Any, ...], device: str, budget: float) -> int:

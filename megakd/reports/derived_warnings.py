@@ -12,7 +12,7 @@ from megakd.reports.history import Panels
 from megakd.reports.quantities import is_number
 from megakd.reports.report_file import completed
 from megakd.reports.table import score, teachers_of
-from megakd.scoring.slow_rank import SlowRank
+from megakd.scoring.watches import SlowRank
 
 LEAST_ROWS = 5
 """Rows of a label below which no row that is recognised may be chance."""

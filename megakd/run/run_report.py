@@ -49,7 +49,7 @@ from megakd.reports.samples import samples_of
 from megakd.reports.table import generation_reports, largest
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
-from megakd.scoring.runaway import text_warnings
+from megakd.scoring.watches import text_warnings
 
 logger = logging.getLogger(__name__)
 FORMATS_FOLDER = ".formats"

@@ -1,31 +1,41 @@
-"""Metrics of classification and regression from a model's outputs, and their selection."""
+"""Metrics of models' outputs: by task, by label, and of two models that answer the same rows.
+
+Shapes: N rows or targets, C classes, V tokens or classes of a model.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from megakd.config.run import EvalConfig
-from megakd.contract.batch import IGNORE
+from megakd.contract.batch import IGNORE, Batch, Knowledge
 from megakd.contract.metric import Metric
 from megakd.contract.plugins import is_metric, metric_of
-from megakd.contract.results import ClassifierReport
+from megakd.contract.results import ClassifierReport, ClassReport
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, ONE_LABEL_METRICS, TaskType
+from megakd.engine.collectives import all_reduce_
 from megakd.errors import ConfigError, DataError, MegakdError, TrainingError, one_line, suggestion
-from megakd.scoring.classes import Numbers, classifier_report
+from megakd.models.next_tokens import LOGITS_AT_ONCE
 from megakd.scoring.scores import headline
 
 logger = logging.getLogger(__name__)
 LOSS = "loss"
+BINS = 15
+TOP = 5
+"""Number of the likeliest answers of two models whose overlap is measured."""
+Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +83,7 @@ class TaskMetrics:
 
 def _of_plugin(name: str, predicted: Numbers, truth: Numbers) -> float:
     try:
-        value = metric_of(name)(predicted, truth)
-        return float(value)
+        return float(metric_of(name)(predicted, truth))
     except MegakdError:
         raise
     except Exception as error:
@@ -85,7 +94,7 @@ def _of_plugin(name: str, predicted: Numbers, truth: Numbers) -> float:
 
 
 def _try_plugins(metrics: TaskMetrics, task: TaskType) -> None:
-    """Call the metrics of other packages, on random outputs, before anything is trained."""
+    # On random outputs, before anything is trained.
     classes = len(metrics.label_names)
     random = np.random.default_rng(0)
     truth = random.random(32) if task == "regression" else np.arange(32.0) % max(classes, 2)
@@ -173,15 +182,11 @@ def _sklearn(name: str) -> Callable[..., Any]:
     return getattr(metrics, name)
 
 
-def _over_labels(name: str) -> Callable[[Numbers, Numbers], float]:
-    """Return a mean over the labels that occur or are predicted, as scikit-learn computes it."""
+def _over_labels(name: str, predicted: Numbers, truth: Numbers) -> float:
+    # The mean over the labels that occur or are predicted.
     kind, _, average = name.partition("_")
-
-    def value(predicted: Numbers, truth: Numbers) -> float:
-        of = _sklearn(f"{kind}_score")
-        return float(of(truth, _classes(predicted), average=average, zero_division=0))
-
-    return value
+    of = _sklearn(f"{kind}_score")
+    return float(of(truth, _classes(predicted), average=average, zero_division=0))
 
 
 def _matthews(predicted: Numbers, truth: Numbers) -> float:
@@ -189,14 +194,11 @@ def _matthews(predicted: Numbers, truth: Numbers) -> float:
     return _correlation("matthews_correlation", of, _classes(predicted), truth)
 
 
-def _of_scores(name: str) -> Callable[[Numbers, Numbers], float]:
-    def value(predicted: Numbers, truth: Numbers) -> float:
-        from scipy import stats
+def _of_scores(name: str, predicted: Numbers, truth: Numbers) -> float:
+    from scipy import stats
 
-        of: Callable[..., Any] = getattr(stats, f"{name}r")
-        return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
-
-    return value
+    of: Callable[..., Any] = getattr(stats, f"{name}r")
+    return _correlation(name, lambda a, b: of(a, b)[0], predicted[:, 0], truth)
 
 
 def _correlation(
@@ -220,11 +222,125 @@ def _correlation(
 _METRICS: Mapping[str, Callable[[Numbers, Numbers], float]] = {
     "accuracy": lambda predicted, truth: (_classes(predicted) == truth).mean(),
     "matthews_correlation": _matthews,
-    "pearson": _of_scores("pearson"),
-    "spearman": _of_scores("spearman"),
+    "pearson": partial(_of_scores, "pearson"),
+    "spearman": partial(_of_scores, "spearman"),
     **{
-        name: _over_labels(name)
+        name: partial(_over_labels, name)
         for name in METRICS["classification"]
         if name.endswith(("_macro", "_weighted"))
     },
 }
+
+
+def classifier_report(
+    predicted: Numbers, truth: Numbers, label_names: Sequence[str]
+) -> ClassifierReport:
+    """Return the scores of [N, C] logits on rows with the class numbers [N]."""
+    classes, truths, guesses = len(label_names), truth.astype(np.int64), predicted.argmax(axis=1)
+    # Of many classes, a table of all pairs would not fit into memory.
+    pairs, numbers = np.unique(truths * classes + guesses, return_counts=True)
+    confusion = {label: dict[str, int]() for label in label_names}
+    for pair, number in zip(pairs, numbers, strict=True):
+        label, guessed = (label_names[int(n)] for n in divmod(pair, classes))
+        confusion[label][guessed] = int(number)
+    right, rows, predictions = (
+        np.bincount(of, minlength=classes) for of in (truths[truths == guesses], truths, guesses)
+    )
+    # As in scikit-learn, a score without rows is 0.
+    scores = (
+        share / np.maximum(1, whole)
+        for share, whole in ((right, predictions), (right, rows), (2 * right, rows + predictions))
+    )
+    columns = (column.tolist() for column in (*scores, rows))
+    per_class: list[ClassReport] = [
+        {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": number}
+        for label, precision, recall, f1, number in zip(label_names, *columns, strict=True)
+    ]
+    return {
+        "per_class": per_class,
+        "confusion": confusion,
+        "calibration_error": calibration_error(predicted, truth),
+    }
+
+
+def calibration_error(predicted: Numbers, truth: Numbers) -> float:
+    """Return the expected calibration error (Guo et al. 2017, eq. 3), a share.
+
+    A row with the largest probability p is in bin m of `BINS` if (m - 1) / BINS < p <= m / BINS;
+    the error is sum_m |B_m| / N * |accuracy(B_m) - mean p of B_m|.
+    """
+    shares = np.exp(predicted - predicted.max(axis=1, keepdims=True))
+    confidence = shares.max(axis=1) / shares.sum(axis=1)
+    right = predicted.argmax(axis=1) == truth
+    bins = np.ceil(confidence * BINS).astype(np.int64) - 1
+    gaps = np.bincount(bins, weights=right - confidence)
+    return float(np.abs(gaps).sum() / len(truth))
+
+
+class Likeness:
+    """Means over all targets of the micro-batches that were added.
+
+    `kl`: KL(teacher || student) in nats; `entropy`, `start_entropy`: of the answers of teacher and
+    student in nats; `same_top`: share of targets with the same likeliest answer; `overlap`: share
+    of the likeliest answers of one model that are among those of the other (Li et al. 2026,
+    https://arxiv.org/abs/2604.13016). They are over the tokens or classes that both models have.
+    Regressors have only `squared_difference`, of their scores.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._sums = torch.zeros((), dtype=torch.float64), dict[str, Tensor]()
+
+    @torch.no_grad()
+    def add(self, student: Knowledge, teacher: Knowledge, batch: Batch) -> None:
+        """Add the outputs of both models for a micro-batch; the heads are open."""
+        for ours, theirs in _answers(student, teacher, batch):
+            self._count += len(ours)
+            if batch.labels.is_floating_point():
+                compared = {"squared_difference": (ours - theirs).square()}
+            else:
+                compared = _distributions(ours, theirs)
+            for name, values in compared.items():
+                self._sums[name] = self._sums.get(name, 0) + values.double().sum().cpu()
+
+    def means(self) -> dict[str, float]:
+        """Return the means by name, the same on every rank; a collective."""
+        sums = all_reduce_(torch.stack([self._count, *self._sums.values()]))
+        return dict(zip(self._sums, (sums[1:] / sums[0].clamp(min=1)).tolist(), strict=True))
+
+
+def _answers(
+    student: Knowledge, teacher: Knowledge, batch: Batch
+) -> Iterator[tuple[Tensor, Tensor]]:
+    # Yield the fp32 logits or scores [N, V] of both models, of a language model in blocks.
+    if student.logits is not None and teacher.logits is not None:
+        rows = batch.valid.any(dim=1)
+        yield student.logits[rows].float(), teacher.logits[rows].float()
+        return
+    targets = (batch.target_labels.flatten() != IGNORE).nonzero().squeeze(1)
+    most = LOGITS_AT_ONCE.get(targets.device.type, LOGITS_AT_ONCE["cpu"])
+    wide = max(len(_logits(model, targets[:1]).T) for model in (student, teacher))
+    for some in targets.split(max(1, most // wide)):
+        yield _logits(student, some), _logits(teacher, some)
+
+
+def _logits(model: Knowledge, rows: Tensor) -> Tensor:
+    if model.hidden is None or model.head is None:
+        raise TypeError("a language model was read without its hidden states")
+    weight, bias = model.head.read()
+    product = functional.linear(model.hidden.flatten(0, -2)[rows], weight, bias)
+    return model.head.warp(product.float())
+
+
+def _distributions(student: Tensor, teacher: Tensor) -> Mapping[str, Tensor]:
+    width = min(student.shape[-1], teacher.shape[-1])
+    ours, theirs = (logits[:, :width].log_softmax(-1) for logits in (student, teacher))
+    count = max(1, min(TOP, width // 2))  # at most half, because all would overlap
+    best = [logits.topk(count, dim=-1).indices for logits in (ours, theirs)]
+    both = best[0][:, :, None] == best[1][:, None, :]  # [N, k, k]
+    return {
+        "kl": (theirs.exp() * (theirs - ours)).sum(-1),
+        "entropy": torch.special.entr(theirs.exp()).sum(-1),
+        "start_entropy": torch.special.entr(ours.exp()).sum(-1),
+        "same_top": both[:, 0, 0],
+        "overlap": both.any(-1).double().mean(-1),
+    }

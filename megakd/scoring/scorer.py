@@ -97,15 +97,14 @@ class Scorer:
         """Return the metrics of `predict` on `rows` by view, the same on every rank."""
         views: dict[str, Seen] = {}
         for batch in self.batches(rows):
-            characters = self._characters_of(batch)
+            characters = 0
+            if self.characters is not None:
+                labels = batch.labels.cpu()
+                characters = int(self.characters[labels[labels != IGNORE]].sum())
             for name, predictions in predict(batch).items():
                 seen = views.setdefault(name, Seen(torch.zeros(4, dtype=torch.float64), [], []))
                 seen.add(predictions, batch, characters)
-        # Every rank has at least one batch, so all ranks take the same branch.
-        return {
-            name: self._rows(seen, len(rows)) if seen.outputs else self._language_model(seen.sums)
-            for name, seen in views.items()
-        }
+        return {name: self._measured(seen, len(rows)) for name, seen in views.items()}
 
     def loss(self, predict: Predict, rows: Dataset) -> float:
         """Return the mean cross-entropy in nats or the mean squared error, the same on every rank.
@@ -166,20 +165,14 @@ class Scorer:
             numbers = (turn * self.ranks.world_size + self.ranks.rank) * size + torch.arange(size)
             yield batch._replace(rows=torch.where(numbers < len(rows), first + numbers, -1))
 
-    def _language_model(self, sums: torch.Tensor) -> Scored:
-        all_reduce_(sums)
-        known = sums if self.characters is not None else sums[:3]
-        return Scored(on_main(lambda: language_model_metrics(known)), {}, [])
-
-    def _characters_of(self, batch: Batch) -> int:
-        if self.characters is None:
-            return 0
-        labels = batch.labels.cpu()
-        return int(self.characters[labels[labels != IGNORE]].sum())
-
-    def _rows(self, answers: Seen, count: int) -> Scored:
-        outputs = gather(torch.stack(answers.outputs))
-        labels = gather(torch.stack(answers.labels))
+    def _measured(self, seen: Seen, count: int) -> Scored:
+        # Every rank has at least one batch, so all ranks take the same branch.
+        if not seen.outputs:
+            all_reduce_(seen.sums)
+            known = seen.sums if self.characters is not None else seen.sums[:3]
+            return Scored(on_main(lambda: language_model_metrics(known)), {}, [])
+        outputs = gather(torch.stack(seen.outputs))
+        labels = gather(torch.stack(seen.labels))
 
         def measure() -> Scored:
             guessed, truth = _in_order(outputs, count), _in_order(labels, count)

@@ -23,7 +23,7 @@ from megakd.engine.memory import device_name, peak_memory_bytes
 from megakd.engine.student import OVERFLOWS
 from megakd.errors import TrainingError
 from megakd.losses.objective import WEIGHTED_LOSS, Objective
-from megakd.scoring.slow_rank import LOGS, SlowRank
+from megakd.scoring.watches import LOGS, SlowRank
 from megakd.training.operations import StepOperations, passes_of, peak_tflops
 from megakd.training.progress import LEARNING_RATE, LOSS, MEMORY_BYTES, TOKENS_PER_SECOND
 from megakd.training.trainer import Trainer

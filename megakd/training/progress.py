@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from megakd.contract.completions import TOKENS_PER_TEXT, TRUNCATED
 from megakd.engine.activity import reached
 from megakd.errors import MegakdError
-from megakd.scoring.runaway import TextWatch
+from megakd.scoring.watches import TextWatch
 from megakd.storage import atomic
 
 if TYPE_CHECKING:

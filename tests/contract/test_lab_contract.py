@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from megakd.contract import lab as contract
-from megakd.planning.planned_pruning import PlannedPruning
-from megakd.planning.planning_lab import PlanningLab
+from megakd.planning.planning_lab import PlannedPruning, PlanningLab
 from megakd.pruning.builder import ModelPruning
 from megakd.run.run_lab import RunLab
 from megakd.training.recipes import LabBase

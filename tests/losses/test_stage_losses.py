@@ -17,9 +17,8 @@ from megakd.losses.stage_losses import shape_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster
-from megakd.planning.phase import Phase
 from megakd.planning.phase_traces import Traces, simulated_phase
-from megakd.planning.planning_lab import planned_sources
+from megakd.planning.planning_lab import Phase, planned_sources
 from megakd.training.recipes import completed
 
 KL = SoftTargetKl(loss="soft_target_kl")

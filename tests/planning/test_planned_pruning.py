@@ -10,7 +10,7 @@ import tiny_cuts
 
 from megakd.contract.lab import TimedWork
 from megakd.contract.views import View
-from megakd.planning.planned_pruning import PlannedPruning
+from megakd.planning.planning_lab import PlannedPruning
 
 
 @pytest.mark.parametrize("family", ["bert", "t5_encoder", "enct5"])

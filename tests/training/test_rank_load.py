@@ -17,7 +17,7 @@ from megakd.contract.stage import StepReport
 from megakd.engine import collectives
 from megakd.engine.activity import Stopwatch
 from megakd.engine.distributed import Ranks
-from megakd.scoring.slow_rank import LOGS, SlowRank
+from megakd.scoring.watches import LOGS, SlowRank
 from megakd.training.meters import RankLoad
 from megakd.training.operations import StepOperations, passes_of, peak_tflops
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.scoring.runaway import (
+from megakd.scoring.watches import (
     KINDS,
     LONGER,
     MORE_TRUNCATED,

@@ -1,13 +1,16 @@
-"""Warning about a student whose generated texts run away: longer, cut more often, other entropy.
+"""Watches of a training: a student whose generated texts run away, and a rank that is slow.
 
-A student that no longer ends its texts makes all three change together, often while the loss falls.
-The rule compares the two halves of the last `WINDOW` values of a stage.
+A student that no longer ends its texts makes them longer, cut more often and of another entropy all
+at once, often while the loss falls. The rule compares the two halves of the last `WINDOW` values of
+a stage.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from megakd.contract.completions import DISTINCT, TOKENS_PER_TEXT, TRUNCATED
@@ -21,6 +24,9 @@ MORE_TRUNCATED = 0.1
 """Least rise of the mean share of truncated texts, a share of all texts."""
 ENTROPY_FACTOR = 1.5
 """Least ratio of the mean entropies of the two halves, in either direction."""
+SLOW, LOGS, LEAST_S = 1.3, 5, 0.1
+"""A rank is slow if it computes longer than this multiple of the median, in so many logs in a row;
+differences below the last number of seconds do not count."""
 
 
 class Series(NamedTuple):
@@ -54,32 +60,12 @@ class TextPoint(NamedTuple):
     entropy: float
 
 
-def means_of_runaway(points: Sequence[TextPoint]) -> tuple[TextPoint, TextPoint] | None:
-    """Return the means of both halves of the last `WINDOW` points if texts run away, else None.
-
-    Texts run away if length and truncation rise, and the entropy leaves its bound, all at once.
-    """
-    last = points[-WINDOW:]
-    if len(last) < WINDOW:
-        return None
-    before, after = _mean(last[: WINDOW // 2]), _mean(last[WINDOW // 2 :])
-    longer = after.length >= LONGER * before.length
-    cut = after.truncated - before.truncated >= MORE_TRUNCATED
-    low, high = sorted((before.entropy, after.entropy))
-    return (before, after) if longer and cut and high >= ENTROPY_FACTOR * low else None
-
-
-def _mean(points: Sequence[TextPoint]) -> TextPoint:
-    columns = zip(*points, strict=True)
-    return TextPoint(*(sum(column) / len(points) for column in columns))
-
-
 class TextWatch:
     """The values of one stage so far, which gives each kind of warning once."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
-        self._points: dict[str, list[TextPoint]] = {kind: [] for kind in KINDS}
+        self._points = {kind: deque[TextPoint](maxlen=WINDOW) for kind in KINDS}
         self._warned: set[str] = set()
 
     def add(self, step: int, values: Mapping[str, Any]) -> list[WarningReport]:
@@ -93,23 +79,35 @@ class TextWatch:
             if not all(map(math.isfinite, point)):
                 continue
             self._points[kind].append(point)
-            means = means_of_runaway(self._points[kind])
-            if means is not None and kind not in self._warned:
+            change = _runaway([*self._points[kind]], series)
+            if change and kind not in self._warned:
                 self._warned.add(kind)
-                text = _message(self._stage, step, series, means)
+                text = f"{self._stage}, step {step}: {change}"
                 warnings.append({"stage": self._stage, "kind": kind, "step": step, "message": text})
         return warnings
 
 
-def _message(stage: str, step: int, series: Series, means: tuple[TextPoint, TextPoint]) -> str:
-    before, after = means
+def _runaway(last: Sequence[TextPoint], series: Series) -> str:
+    # Texts run away if length and truncation rise, and the entropy leaves its bound, all at once.
+    if len(last) < WINDOW:
+        return ""
+    before, after = _mean(last[: WINDOW // 2]), _mean(last[WINDOW // 2 :])
+    longer = after.length >= LONGER * before.length
+    cut = after.truncated - before.truncated >= MORE_TRUNCATED
+    low, high = sorted((before.entropy, after.entropy))
+    if not (longer and cut and high >= ENTROPY_FACTOR * low):
+        return ""
     return (
-        f"{stage}, step {step}: the generated texts run away: over the last {WINDOW} values, "
-        f"{series.length} rose from {before.length:.0f} to {after.length:.0f}, {series.truncated} "
-        f"from {before.truncated:.0%} to {after.truncated:.0%}, and the {series.entropy_name} "
-        f"changed from {before.entropy:.2g} to {after.entropy:.2g}; look at the texts, and lower "
+        f"the generated texts run away: over the last {WINDOW} values, {series.length} rose from "
+        f"{before.length:.0f} to {after.length:.0f}, {series.truncated} from "
+        f"{before.truncated:.0%} to {after.truncated:.0%}, and the {series.entropy_name} changed "
+        f"from {before.entropy:.2g} to {after.entropy:.2g}; look at the texts, and lower "
         "train.learning_rate, or mix in rows of the data (rollout.mix)"
     )
+
+
+def _mean(points: Sequence[TextPoint]) -> TextPoint:
+    return TextPoint(*(sum(column) / len(points) for column in zip(*points, strict=True)))
 
 
 def text_warnings(history: Iterable[Mapping[str, Any]]) -> list[WarningReport]:
@@ -121,3 +119,20 @@ def text_warnings(history: Iterable[Mapping[str, Any]]) -> list[WarningReport]:
         if isinstance(stage, str) and isinstance(step, int):
             warnings += watches.setdefault(stage, TextWatch(stage)).add(step, record)
     return warnings
+
+
+class SlowRank:
+    """Tells which rank has been slow for some time."""
+
+    def __init__(self) -> None:
+        self._slowest, self._times = -1, 0
+
+    def add(self, computing: Sequence[float]) -> int | None:
+        """Add each rank's seconds of a log; return a rank that is slow for the `LOGS`-th time."""
+        most, median = max(computing), median_low(computing)
+        slowest = computing.index(most)
+        if most < SLOW * median or most - median < LEAST_S:
+            slowest = -1
+        self._times = self._times + 1 if slowest == self._slowest else 1
+        self._slowest = slowest
+        return slowest if slowest >= 0 and self._times == LOGS else None
