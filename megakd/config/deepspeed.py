@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "zero_hpz_partition_size": (1, "because a model would begin with other weights than its own"),
     "super_offload": (False, _TRIED),
 }
-# `steps_per_print`: DeepSpeed's own log lines are switched off, because the run has its own log.
-_NEVER = 10**9
 
 
 def load_ds_config(spec: str | Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -154,9 +152,13 @@ def merged_ds_config(ds: Mapping[str, Any], train: TrainConfig, *, dtype: Dtype)
     check_trained_sharding(ds, where="student.deepspeed")
     # For every optimizer except its own Adam, DeepSpeed requires explicit permission.
     sgd = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    # Makes 16-bit gradients add up in fp32. ZeRO 0 refuses the key, and at ZeRO 1 DeepSpeed would
+    # change to another optimizer.
+    adds = dtype != "fp32" and zero_stage(ds) in (2, 3)
+    fp32 = {"data_types": {"grad_accum_dtype": "fp32", **ds.get("data_types", {})}}
     return {
         **_engine_config(ds, dtype=dtype, micro_batch=train.per_device_train_batch_size),
-        **_accumulation(ds, dtype),
+        **(fp32 if adds else {}),
         **(sgd if train.optim == "sgd" else {}),
         # Always set: DeepSpeed's default is 1.0, not off.
         "gradient_clipping": float(train.max_grad_norm),
@@ -241,18 +243,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _accumulation(ds: Mapping[str, Any], dtype: Dtype) -> dict[str, Any]:
-    # Makes 16-bit gradients add up in fp32. ZeRO 0 refuses the key, and at ZeRO 1 DeepSpeed would
-    # change to another optimizer.
-    if dtype == "fp32" or zero_stage(ds) not in (2, 3):
-        return {}
-    return {"data_types": {"grad_accum_dtype": "fp32", **ds.get("data_types", {})}}
-
-
 def _engine_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> dict[str, Any]:
     precision = {} if dtype == "fp32" else {dtype: {"enabled": True}}
     return {
-        "steps_per_print": _NEVER,
+        # Switches DeepSpeed's own log lines off, because the run has its own log.
+        "steps_per_print": 10**9,
         **copy.deepcopy({key: value for key, value in ds.items() if key != OWN_SECTION}),
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
@@ -260,21 +255,16 @@ def _engine_config(ds: Mapping[str, Any], *, dtype: Dtype, micro_batch: int) -> 
     }
 
 
-def _refuse_dotted_keys(ds: Mapping[str, Any], source: str) -> None:
-    for key in _all_keys(ds):
+def _refuse_dotted_keys(section: Mapping[str, Any], source: str) -> None:
+    for key, value in section.items():
         outer, dot, inner = key.partition(".")
         if dot:
             nested = f'{{"{outer}": {{"{inner}": …}}}}'
             raise ConfigError(
                 f'{source}: DeepSpeed does not support the dotted key "{key}"; write {nested}'
             )
-
-
-def _all_keys(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield str(key)
-            yield from _all_keys(value)
+        if isinstance(value, Mapping):
+            _refuse_dotted_keys(value, source)
 
 
 def _without_owned_keys(ds: Mapping[str, Any], source: str, *, where: str) -> dict[str, Any]:
@@ -283,8 +273,13 @@ def _without_owned_keys(ds: Mapping[str, Any], source: str, *, where: str) -> di
     data_types = ds.get("data_types")
     if isinstance(data_types, Mapping) and "param_dtype" in data_types:
         owned["data_types.param_dtype"] = "bf16"
+    section = where.rpartition(".")[0]
     for key, field in owned.items():
-        owner = _owner(field, where)
+        owner = f"train.{field}"
+        if section.endswith("finetune"):
+            owner = f"{section}.{field}"
+        elif section.startswith("teacher") and field in ("bf16", "fp16"):
+            owner = f"{section}.dtype"
         raise ConfigError(
             f'{source} sets "{key}", which megakd takes from {owner}; remove the key there and set '
             f"{owner}"
@@ -296,15 +291,6 @@ def _is_auto(value: Any) -> bool:
     if isinstance(value, Mapping):
         return bool(value) and all(_is_auto(inner) for inner in value.values())
     return value == "auto"
-
-
-def _owner(field: str, where: str) -> str:
-    section = where.rpartition(".")[0]
-    if section.endswith("finetune"):
-        return f"{section}.{field}"
-    if section.startswith("teacher") and field in ("bf16", "fp16"):
-        return f"{section}.dtype"
-    return f"train.{field}"
 
 
 def _check_sections(ds: Mapping[str, Any], source: str) -> None:

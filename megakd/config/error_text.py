@@ -43,28 +43,32 @@ _LIMITS = {
     "too_short": ("min_length", "needs at least {:g} item(s)"),
     "too_long": ("max_length", "takes at most {:g} item(s)"),
 }
-_MAX_VALUE_CHARACTERS = 60
+_MOST_CHARACTERS = 60
 
 
 class _Finding(NamedTuple):
-    """One pydantic error.
-
-    of_branch: the error means only that this branch of a union does not fit.
-    """
-
     path: KeyPath
-    of_branch: bool
+    of_branch: bool  # the error means only that this branch of a union does not fit
     detail: ErrorDetails
 
 
 def schema_problems(error: ValidationError, tree: Any) -> list[str]:
     """Return pydantic's errors, one line per problem, without union branches and internal names."""
     findings = [_finding(detail, tree) for detail in error.errors()]
-    findings = [finding for finding in findings if not _is_echo(finding, findings, tree)]
-    groups: dict[KeyPath, list[_Finding]] = {}
+    groups: dict[KeyPath, list[ErrorDetails]] = {}
     for finding in findings:
-        groups.setdefault(finding.path, []).append(finding)
-    return [line for path, group in groups.items() for line in _lines(path, group, tree)]
+        if not _is_echo(finding, findings, tree):
+            groups.setdefault(finding.path, []).append(finding.detail)
+    problems: list[str] = []
+    for path, details in groups.items():
+        mismatches = [detail for detail in details if _is_mismatch(detail)]
+        if mismatches:
+            value, annotation = mismatches[0]["input"], annotation_at(path, tree)
+            tags = [tag for tag in ("name", "loss") if value in names(annotation, tag)]
+            hint = f"; write {{{tags[0]}: {value}}}" if tags else ""
+            problems.append(f"{dotted(path)}: {_mismatch(mismatches)}{hint}")
+        problems += [_line(path, detail, tree) for detail in details if not _is_mismatch(detail)]
+    return problems
 
 
 def shown(value: Any) -> str:
@@ -77,26 +81,19 @@ def shown(value: Any) -> str:
 
 def cut(text: str) -> str:
     """Return the text, or the beginning of a text that is too long for a message."""
-    if len(text) > _MAX_VALUE_CHARACTERS:
-        return f"{text[: _MAX_VALUE_CHARACTERS - 1]}…"
-    return text
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
 
 
 def _unknown_key(key: str, parent: KeyPath, tree: Any) -> str:
     known = known_keys(parent, tree)
     # The keys of a loss term are its own: other sections have keys of the same names.
     is_item = any(isinstance(part, int) for part in parent)
-    meant = _meant_by(key, known, elsewhere=not is_item)
-    if meant:
-        return f"unknown key; did you mean {meant}?"
-    return f"unknown key; known: {', '.join(known)}"
-
-
-def _meant_by(key: str, known: Sequence[str], *, elsewhere: bool = True) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    others = paths_ending_in(key)[:1] if elsewhere else []
-    meant = synonyms(key, known) or others or near
-    return " or ".join(f'"{path}"' for path in meant)
+    others = [] if is_item else paths_ending_in(key)[:1]
+    meant = synonyms(key, known) or others or difflib.get_close_matches(key, known, n=1)
+    if not meant:
+        return f"unknown key; known: {', '.join(known)}"
+    listed = " or ".join(f'"{path}"' for path in meant)
+    return f"unknown key; did you mean {listed}?"
 
 
 def option_problems(kind: type, options: Mapping[str, Any], *, where: str) -> list[str]:
@@ -123,14 +120,11 @@ def _finding(detail: ErrorDetails, tree: Any) -> _Finding:
     path: list[str | int] = []
     node, of_branch = tree, False
     for part in detail["loc"]:
-        of_branch = False
-        if (isinstance(node, dict) and part in node) or (
-            isinstance(node, list) and isinstance(part, int)
-        ):
+        is_item = isinstance(node, list) and isinstance(part, int)
+        of_branch = not (is_item or (isinstance(node, dict) and part in node))
+        if not of_branch:
             path.append(part)
             node = value_at((part,), node)
-        else:
-            of_branch = True
     if of_branch and detail["type"] == "missing":
         path.append(detail["loc"][-1])
     return _Finding(tuple(path), of_branch and _is_mismatch(detail), detail)
@@ -154,17 +148,6 @@ def _is_echo(finding: _Finding, findings: Sequence[_Finding], tree: Any) -> bool
         same = [key for *parent, key in unknown if tuple(parent) == path[:-1]]
         return any(f'"{path[-1]}"' in _unknown_key(str(key), path[:-1], tree) for key in same)
     return False
-
-
-def _lines(path: KeyPath, group: Sequence[_Finding], tree: Any) -> list[str]:
-    mismatches = [finding.detail for finding in group if _is_mismatch(finding.detail)]
-    others = [finding.detail for finding in group if not _is_mismatch(finding.detail)]
-    lines = [_line(path, detail, tree) for detail in others]
-    if mismatches:
-        lines.insert(
-            0, f"{dotted(path)}: {_mismatch(mismatches)}{_tag_hint(path, mismatches, tree)}"
-        )
-    return lines
 
 
 def _line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
@@ -221,10 +204,3 @@ def _form_hint(value: Any, expected: Sequence[str]) -> str:
     if isinstance(value, str) and list(expected) == ["a list"]:
         return f"; write [{value}]"
     return ""
-
-
-def _tag_hint(path: KeyPath, details: Sequence[ErrorDetails], tree: Any) -> str:
-    value = details[0]["input"]
-    annotation = annotation_at(path, tree)
-    tags = [tag for tag in ("name", "loss") if value in names(annotation, tag)]
-    return f"; write {{{tags[0]}: {value}}}" if tags else ""

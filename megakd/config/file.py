@@ -52,7 +52,7 @@ def config_of(
     given: dict[str, Any] = _plain(tree, (), source)
     config, problems = _checked(with_overrides(given, overrides, source=source))
     if config is None:
-        raise _error(_sources(problems, given, overrides, source))
+        raise _error(problems, given, overrides, source)
     return config
 
 
@@ -112,41 +112,33 @@ def _checked(tree: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     return (None, problems) if problems else (config, [])
 
 
-def _sources(
+def _error(
     problems: Sequence[str], tree: dict[str, Any], overrides: Sequence[str], source: str
-) -> list[tuple[str, str]]:
-    if not overrides:
-        return [(source, problem) for problem in problems]
-    without = set(_checked(tree)[1])
-    named = [(problem, _culprit(problem, overrides) or " ".join(overrides)) for problem in problems]
-    return [
-        (source if problem in without else f'override "{cut(culprit)}"', problem)
-        for problem, culprit in named
-    ]
+) -> ConfigError:
+    # The problems that the tree has without the overrides are those of its source.
+    without = set(_checked(tree)[1] if overrides else problems)
+    blamed = [source if p in without else _culprit(p, overrides) for p in problems]
+    if len(problems) == 1:
+        return ConfigError(f"{blamed[0]}: {problems[0]}")
+    count = f"{len(problems)} problems"
+    if len(set(blamed)) == 1:
+        return ConfigError("\n  ".join([f"{blamed[0]}: {count}", *problems]))
+    lines = [f"{culprit}: {problem}" for culprit, problem in zip(blamed, problems, strict=True)]
+    return ConfigError("\n  ".join([count, *lines]))
 
 
-def _culprit(problem: str, overrides: Sequence[str]) -> str | None:
+def _culprit(problem: str, overrides: Sequence[str]) -> str:
     # A problem begins with its key.
     where = re.split(r": | = ", problem, maxsplit=1)[0]
     within: list[str] = []
     for override in reversed(overrides):
         name = dotted([int(key) if key.isdecimal() else key for key in _keys(override)])
         if where == name or where.startswith((f"{name}.", f"{name}[")):
-            return override
+            within = [override]
+            break
         if name.startswith((f"{where}.", f"{where}[")):
             within.insert(0, override)
-    return " ".join(within) or None
-
-
-def _error(problems: Sequence[tuple[str, str]]) -> ConfigError:
-    if len(problems) == 1:
-        return ConfigError(": ".join(problems[0]))
-    sources = {source for source, _ in problems}
-    if len(sources) == 1:
-        lines = "".join(f"\n  {problem}" for _, problem in problems)
-        return ConfigError(f"{sources.pop()}: {len(problems)} problems{lines}")
-    lines = "".join(f"\n  {source}: {problem}" for source, problem in problems)
-    return ConfigError(f"{len(problems)} problems{lines}")
+    return f'override "{cut(" ".join(within or overrides))}"'
 
 
 def _plain(value: Any, path: KeyPath, source: str) -> Any:

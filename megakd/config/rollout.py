@@ -179,22 +179,18 @@ class RolloutConfig:
     are continued."""
 
     def sampling_at(self, step: int) -> Sampling:
-        return self.sampling.up_to(self.max_new_tokens_at(step))
-
-    def max_new_tokens_at(self, step: int) -> int:
-        if isinstance(self.max_new_tokens, int):
-            return self.max_new_tokens
-        begun = [length for length in self.max_new_tokens if length.from_step <= step]
-        return begun[-1].max_new_tokens
+        most = self.max_new_tokens
+        if not isinstance(most, int):
+            most = [length.max_new_tokens for length in most if length.from_step <= step][-1]
+        return self.sampling.up_to(most)
 
     @property
     def draws(self) -> set[Source]:
         """Sources that the steps learn from: generated texts (`rollouts`) and the `data`."""
-        drawn: set[Source] = {"data"} if self.from_step else set()
-        for name, share in self.mix.items():
-            if share:
-                drawn.add("data" if name == "data" else "rollouts")
-        return drawn
+        drawn = {name for name, share in self.mix.items() if share}
+        if self.from_step:
+            drawn.add("data")
+        return {"data" if name == "data" else "rollouts" for name in drawn}
 
     @property
     def works_ahead(self) -> bool:

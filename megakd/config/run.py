@@ -155,8 +155,8 @@ class RunConfig:
     @property
     def overrides(self) -> dict[str, TrainOverrides]:
         """The sections that inherit the keys of `train`, by key."""
-        specs = {self.key_of(name): spec for name, spec in self.teacher_specs.items()}
-        sections = {f"{key}.finetune": spec.finetune for key, spec in specs.items()}
+        specs = self.teacher_specs.items()
+        sections = {f"{self.key_of(name)}.finetune": spec.finetune for name, spec in specs}
         every = {**sections, "alone": self.alone}
         return {key: section for key, section in every.items() if section is not None}
 

@@ -25,7 +25,8 @@ def members(annotation: Any) -> list[Any]:
 
 def variants(annotation: Any, tag: str) -> dict[str, type]:
     """Return the dataclasses of a tagged union by the value of `tag`, in the order of the union."""
-    return {_tag_value(kind, tag): kind for kind in members(annotation) if _has_tag(kind, tag)}
+    named = ((_tag_value(kind, tag), kind) for kind in members(annotation))
+    return {name: kind for name, kind in named if name is not None}
 
 
 def names(annotation: Any, tag: str) -> list[str]:
@@ -117,12 +118,9 @@ def _hints(kind: type) -> Mapping[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _has_tag(kind: Any, tag: str) -> bool:
-    return isinstance(kind, type) and get_origin(_hints(kind).get(tag)) is Literal
-
-
-def _tag_value(kind: type, tag: str) -> str:
-    return str(get_args(_hints(kind)[tag])[0])
+def _tag_value(kind: Any, tag: str) -> str | None:
+    hint = _hints(kind).get(tag) if isinstance(kind, type) else None
+    return str(get_args(hint)[0]) if get_origin(hint) is Literal else None
 
 
 def _dataclass_of(annotation: Any, value: Any) -> type | None:
@@ -138,8 +136,9 @@ def _dataclass_of(annotation: Any, value: Any) -> type | None:
 
 
 def _fits(kind: Any, value: Any) -> bool:
-    tags = [name for name in ("loss", "name") if _has_tag(kind, name)]
-    return isinstance(value, dict) and any(value.get(t) == _tag_value(kind, t) for t in tags)
+    tags = {tag: _tag_value(kind, tag) for tag in ("loss", "name")}
+    given = value if isinstance(value, dict) else {}
+    return any(name is not None and given.get(tag) == name for tag, name in tags.items())
 
 
 # Keys of megakd, and their names in other libraries, such as Hugging Face, DeepSpeed and Lightning.

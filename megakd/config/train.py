@@ -20,13 +20,6 @@ Epochs = Annotated[float, Field(gt=0, le=1e9)]
 MicroBatches = Annotated[int, Field(ge=1, le=2**20)]
 
 
-def _with_every_key_optional(kind: type, name: str) -> type:
-    hints = get_type_hints(kind, include_extras=True)
-    annotations = {key: hint | None for key, hint in hints.items()}
-    body = {"__module__": __name__, "__annotations__": annotations, **dict.fromkeys(hints)}
-    return dataclass(config=STRICT, frozen=True, kw_only=True)(type(name, (), body))
-
-
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of a stage's training, with the names and defaults of Hugging Face's Trainer."""
@@ -87,7 +80,12 @@ if TYPE_CHECKING:
         """Every key of `train`, or None; keys that are not set are inherited."""
 
 else:
-    TrainOverrides = _with_every_key_optional(TrainConfig, "TrainOverrides")
+    _hints = get_type_hints(TrainConfig, include_extras=True)
+    _optional = {key: hint | None for key, hint in _hints.items()}
+    _body = {"__module__": __name__, "__annotations__": _optional, **dict.fromkeys(_hints)}
+    TrainOverrides = dataclass(config=STRICT, frozen=True, kw_only=True)(
+        type("TrainOverrides", (), _body)
+    )
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

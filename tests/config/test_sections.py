@@ -64,7 +64,7 @@ def test_a_length_holds_from_its_step_on():
     lengths = (LengthStep(from_step=step, max_new_tokens=n) for step, n in steps.items())
     rollout = RolloutConfig(max_new_tokens=tuple(lengths))
 
-    assert [rollout.max_new_tokens_at(step) for step in (0, 9, 10, 99)] == [4, 4, 16, 16]
+    assert [rollout.sampling_at(step).max_new_tokens for step in (0, 9, 10, 99)] == [4, 4, 16, 16]
     assert rollout.longest == 16
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from megakd.config.checks.rules import Case, Rule, given, only, problems
 from megakd.config.run import RunConfig
@@ -44,10 +43,14 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
                 f"task.type is {config.task.type}; remove the term"
             )
             continue
-        yield from problems(_TERM, case)
+        if compares(term) and not (config.method.needs_teacher or config.teacher_specs):
+            yield (
+                f"{case.key}.loss: {term.loss} compares with a teacher, and method "
+                f'"{config.method.name}" has no teacher; remove the term or choose another method'
+            )
         for name in config.teacher_specs:
-            parts = (Case(config, case.key, part) for part in _parts(config, name, term))
-            yield from problems(_PARTS, *parts)
+            wrong = _output_problems(config, name, term)
+            yield from (f"{case.key}.loss: {term.loss} {problem}" for problem in wrong)
 
 
 _OPTIONS: tuple[Rule[TermConfig], ...] = (
@@ -75,14 +78,6 @@ _OPTIONS: tuple[Rule[TermConfig], ...] = (
         "section rollout, or remove the key",
     ),
 )
-_TERM: tuple[Rule[TermConfig], ...] = (
-    Rule(
-        lambda c: compares(c.item) and not (c.method.needs_teacher or c.config.teacher_specs),
-        ".loss",
-        '{item.loss} compares with a teacher, and method "{method}" has no teacher; remove the '
-        "term or choose another method",
-    ),
-)
 
 
 def _tasks_of(term: TermConfig) -> tuple[str, ...]:
@@ -95,51 +90,30 @@ def _tasks_of(term: TermConfig) -> tuple[str, ...]:
     return classes if of_classes else ("classification", "regression", *LANGUAGE_TASKS)
 
 
-class _TermPart(NamedTuple):
-    """A term with the key that replaces a teacher by some of its outputs."""
-
-    term: TermConfig
-    source: str
-    held: str
-    """The part of the probabilities that the source has; empty: all."""
-    remedy: str
-
-
-def _parts(config: RunConfig, name: str, term: TermConfig) -> Iterator[_TermPart]:
+def _output_problems(config: RunConfig, name: str, term: TermConfig) -> Iterator[str]:
+    # The keys that replace a teacher by some of its outputs, with the part of the probabilities
+    # that they hold (empty: all) and a way to have them all.
     spec, key = config.teacher_specs[name], config.key_of(name)
-    largest = "the largest probabilities"
+    largest, sources = "the largest probabilities", list[tuple[str, str, str]]()
     if spec.cache is not None:
         held = largest if spec.cache_draws is None else "random draws"
-        yield _TermPart(term, f"{key}.cache", held if config.task.type == "causal_lm" else "", "")
+        sources.append((f"{key}.cache", held if config.task.type == "causal_lm" else "", ""))
     if spec.server is not None:
         remedy = f"export hidden states with {key}.server.states, or "
-        yield _TermPart(term, f"{key}.server", "" if spec.server.states else largest, remedy)
-
-
-_PARTS: tuple[Rule[_TermPart], ...] = (
-    Rule(
-        lambda c: looks_inside(c.item.term),
-        ".loss",
-        "{item.term.loss} needs more than the outputs of the teacher, and {item.source} holds only "
-        "outputs; remove {item.source} or the term",
-    ),
-    Rule(
-        lambda c: (
-            c.item.held and isinstance(c.item.term, SoftTargetKl) and c.item.term.temperature != 1
-        ),
-        ".loss",
-        "{item.term.loss} at temperature {item.term.temperature:g}: {item.source} holds only "
-        "{item.held}, at temperature 1; set temperature to 1, or {item.remedy}remove {item.source}",
-    ),
-    Rule(
-        lambda c: c.item.held and _needs_all(c.item.term),
-        ".loss",
-        "{item.term.loss} needs all probabilities of the teacher, and {item.source} holds only "
-        "{item.held}, which suffice for soft_target_kl alone; {item.remedy}remove {item.source} or "
-        "the term",
-    ),
-)
-
-
-def _needs_all(term: TermConfig) -> bool:
-    return compares(term) and not looks_inside(term) and not isinstance(term, SoftTargetKl)
+        sources.append((f"{key}.server", "" if spec.server.states else largest, remedy))
+    for source, held, remedy in sources:
+        if looks_inside(term):
+            yield (
+                f"needs more than the outputs of the teacher, and {source} holds only outputs; "
+                f"remove {source} or the term"
+            )
+        elif held and isinstance(term, SoftTargetKl) and term.temperature != 1:
+            yield (
+                f"at temperature {term.temperature:g}: {source} holds only {held}, at temperature "
+                f"1; set temperature to 1, or {remedy}remove {source}"
+            )
+        elif held and compares(term) and not isinstance(term, SoftTargetKl):
+            yield (
+                f"needs all probabilities of the teacher, and {source} holds only {held}, which "
+                f"suffice for soft_target_kl alone; {remedy}remove {source} or the term"
+            )

@@ -69,9 +69,7 @@ def places(config: RunConfig) -> Iterator[tuple[str, str | Path]]:
 
 
 def _is_local(key: str, place: str) -> bool:
-    if glob.has_magic(place):
-        return False
-    return names_files(key) or looks_like_path(place)
+    return not glob.has_magic(place) and (names_files(key) or looks_like_path(place))
 
 
 def names_files(key: str) -> bool:

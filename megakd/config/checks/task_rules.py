@@ -11,12 +11,6 @@ from megakd.contract.options import no_such_teacher
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.process.terminal import in_home
 
-# The keys of conversations.
-_CHAT = (
-    ".messages_column .prompt_column .completion_column .chat_template .chat_template_kwargs "
-    ".reasoning .train_on .truncation .end_tokens .mixture"
-)
-
 
 def task_problems(config: RunConfig) -> Iterator[str]:
     """Yield the problems of the task and its data."""
@@ -75,7 +69,11 @@ _DATA: tuple[Rule[TaskConfig], ...] = (
     *only(".labelled_examples", ("classification", "regression")),
     *only(".mlm_probability .whole_word_masking", ("mlm",)),
     *only(".streaming", LANGUAGE_TASKS),
-    *only(_CHAT, ("causal_lm",)),
+    *only(
+        ".messages_column .prompt_column .completion_column .chat_template .chat_template_kwargs "
+        ".reasoning .train_on .truncation .end_tokens .mixture",
+        ("causal_lm",),
+    ),
     *conflict(".encoded", ".streaming", ", which reads texts during training"),
     *given(
         ".encoded",
@@ -163,10 +161,6 @@ _UNROUTED: tuple[Rule[TaskConfig | MixtureSource], ...] = given(
 )
 
 
-def _names_teachers(task: TaskConfig) -> bool:
-    return bool(task.mixture) and all(source.teacher for source in task.mixture.values())
-
-
 _ROUTED: tuple[Rule[TaskConfig], ...] = (
     Rule(
         lambda c: (
@@ -179,7 +173,7 @@ _ROUTED: tuple[Rule[TaskConfig], ...] = (
     ),
     *given(
         ".teacher_column",
-        lambda c: _names_teachers(c.item),
+        lambda c: c.item.mixture and all(s.teacher for s in c.item.mixture.values()),
         "is not read, because every source of task.mixture names its teacher; remove one of the "
         "two",
     ),

@@ -11,7 +11,7 @@ from megakd.config.run import EvalConfig, RunConfig
 from megakd.config.schedules import SCHEDULES
 from megakd.config.train import TrainConfig, TrainOverrides, schedule_problem
 from megakd.contract.plugins import is_metric, metric_of
-from megakd.contract.tasks import LANGUAGE_TASKS, METRICS, TaskType
+from megakd.contract.tasks import LANGUAGE_TASKS, METRICS
 from megakd.contract.terms import HiddenCosine, HiddenMse, PluginTerm, RelationFsp, TermConfig
 from megakd.errors import ConfigError, suggestion
 from megakd.methods import baselines_of
@@ -164,24 +164,19 @@ def _metrics(config: RunConfig) -> Iterator[str]:
     for key, name in {"metric": config.eval.metric, **listed}.items():
         if name is None or name in known:
             continue
-        if is_metric(name):
-            yield from _plugin_metric(name, f"eval.{key}", task)
-        else:
+        if not is_metric(name):
             near = suggestion(name, known) or ";"
             yield (
                 f'eval.{key}: task.type {task} has no metric "{name}"{near} known: '
                 f"{', '.join(known)}"
             )
-
-
-def _plugin_metric(name: str, where: str, task: TaskType) -> Iterator[str]:
-    if task in LANGUAGE_TASKS:
-        yield (
-            f"{where}: {name} needs the outputs of all rows at once, which task.type {task} does "
-            "not form; remove the metric"
-        )
-        return
-    try:
-        metric_of(name)
-    except ConfigError as error:
-        yield f"{where}: {error}"
+        elif task in LANGUAGE_TASKS:
+            yield (
+                f"eval.{key}: {name} needs the outputs of all rows at once, which task.type {task} "
+                "does not form; remove the metric"
+            )
+        else:
+            try:
+                metric_of(name)
+            except ConfigError as error:
+                yield f"eval.{key}: {error}"
