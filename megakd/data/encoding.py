@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from megakd.config.task import TaskConfig
+from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.arrow import arrow_batches, key_of, read_rows, rows_key, write_tables
 from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import is_chat
@@ -37,6 +38,8 @@ from megakd.storage.folders import whole_folder
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
 COUNTS = "counts.json"
+MANY_TIMES = 10
+"""A source that an epoch reads more often than this is worth a warning."""
 # Part of every key: increase this number when the encoded rows would differ.
 VERSION = 1
 # Part of the keys of rows with words, likewise.
@@ -323,3 +326,52 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
             "split_special_tokens": tokenizer.split_special_tokens,
         }
     )
+
+
+def mixed(encoded: Encoded, sources: Mapping[str, MixtureSource], *, seed: int) -> Encoded:
+    """Return the data with the rows of an epoch: rows of every source in proportion to its weight.
+
+    Rows are counted as they are encoded: a long document has many. They are chosen once, as a
+    function of (weights, seed), so that the shares are exact in every epoch, and every row is read
+    at least once. The source with the most rows in relation to its weight is read once. The others
+    are read as often as their weight asks: whole, and then a share that the seed chooses.
+    """
+    parts = {name: (encoded.chat or {}).get(f"train/{name}", ChatCounts()) for name in sources}
+    for name, part in parts.items():
+        if not part.kept:
+            raise DataError(
+                f"task.mixture.{name}: no row is left for training: {part.rows} of its rows are "
+                "not held out for validation, and none of them can be encoded; set "
+                "task.validation_files, or give the source more rows"
+            )
+    sizes = np.array([part.kept for part in parts.values()])
+    weights = [source.weight for source in sources.values()]
+    counts = rows_of_sources(sizes, np.array(weights))
+    chosen, first = list[NDArray[np.int64]](), 0
+    for number, name in enumerate(sources):
+        size, count = int(sizes[number]), int(counts[number])
+        places = np.arange(first, first + size)  # the rows of a source follow each other
+        first += size
+        random = np.random.default_rng([seed, number])
+        chosen += [np.tile(places, count // size), random.permutation(places)[: count % size]]
+        logger.log(
+            logging.WARNING if count / size > MANY_TIMES else logging.INFO,
+            "mixture: %s has %d training rows; an epoch reads %d rows of it (%.1f %% of all rows, "
+            "each row %.2f times)",
+            *(name, size, count, 100 * count / counts.sum(), count / size),
+        )
+    tokens = np.array([part.tokens for part in parts.values()])
+    return encoded._replace(
+        train=encoded.train.select(np.sort(np.concatenate(chosen))),
+        tokens_per_row=float((tokens / sizes * counts).sum() / counts.sum()),
+        content_hash=key_of(encoded.content_hash, "mixed", weights, seed),
+    )
+
+
+def rows_of_sources(sizes: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return [S] the rows that an epoch reads of each source, at least all of its rows.
+
+    The shares differ from the weights by less than a row.
+    """
+    total = (sizes / weights).max()
+    return np.maximum(sizes, np.rint(total * weights).astype(np.int64))

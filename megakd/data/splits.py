@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from megakd.config.paths import looks_like_path
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import key_of
 from megakd.data.chat.conversations import is_chat
 from megakd.data.choosing import at_most, cut_validation, is_labelled, keep_labels
-from megakd.data.files import files_table, local_rows, matching_files
-from megakd.data.rows import Corpus, TextStream, scored_rows, without_teachers
-from megakd.data.tables import Table
+from megakd.data.files import files_table, local_rows, matching_files, named_files, refuse_shared
+from megakd.data.kinds import RowKind, row_teacher
+from megakd.data.rows import (
+    DEFAULT_METRICS,
+    Corpus,
+    TextStream,
+    rows_of,
+    scored_rows,
+    without_teachers,
+)
+from megakd.data.tables import SplitName, Table
 from megakd.errors import ConfigError, DataError
 from megakd.process.terminal import in_home
 
@@ -130,7 +139,7 @@ def _set_rows(
 def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
     # A run imports the reader of its own source alone.
     if task.mixture is not None:
-        from megakd.data.mixture import mixture_rows as find
+        find = mixture_rows
     elif task.dataset == "pydocs":
         from megakd.data.pydocs import pydocs_rows as find
     elif (task.dataset or "").startswith("glue/"):
@@ -144,6 +153,39 @@ def _find(task: TaskConfig, cache_dir: Path) -> Corpus:
     else:
         find = local_rows
     return find(task, cache_dir=cache_dir)
+
+
+def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
+    """Return the rows of all sources of `task.mixture`, and of the validation and test files.
+
+    Documents become conversations without a prompt, which are not packed.
+    """
+    sources, held = task.mixture or {}, named_files(task)
+    keys = {name: f"task.mixture.{name}.files" for name in sources}
+    paths = {key: matching_files(sources[name].files, key) for name, key in keys.items()}
+    paths |= {f"task.{split}_files": files for split, files in held.items()}
+    refuse_shared(paths)
+    tables = {key: files_table(files, key) for key, files in paths.items()}
+    kinds = {key: RowKind.of(task, table, as_chat=True) for key, table in tables.items()}
+    for name, key in keys.items():
+        teacher = row_teacher(tables[key], task.teacher_column, sources[name].teacher)
+        kinds[key] = replace(kinds[key], teacher=teacher)
+    names = {key: name for name, key in keys.items()}
+    rows = {
+        key: rows_of(table, kinds[key], task, cache_dir=cache_dir, source=names.get(key))
+        for key, table in tables.items()
+    }
+    splits: dict[SplitName, Dataset] = {"train": concatenate_datasets([rows[key] for key in names])}
+    splits |= {split: rows[f"task.{split}_files"] for split in held}
+    digests = [(key, table.digest, kinds[key].fields) for key, table in tables.items()]
+    teachers = [task.teacher_column, *(part.teacher for part in sources.values())]
+    return Corpus(
+        name="task.mixture",
+        splits=splits,
+        classes=None,
+        metrics=DEFAULT_METRICS[task.type],
+        source_hash=key_of("mixture", digests, *(teachers if any(teachers) else ())),
+    )
 
 
 def _is_on_hub(task: TaskConfig) -> bool:

@@ -19,7 +19,7 @@ from megakd.data.arrow import PLACE, cache_folder, longest_of
 from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.chat.tokens import ChatEncoder
-from megakd.data.encoding import Encoded, encode_splits, encoded_key
+from megakd.data.encoding import Encoded, encode_splits, encoded_key, mixed
 from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import documents_of
 from megakd.data.tokenizers import VocabularyPair
@@ -68,8 +68,6 @@ def encoded_rows(
     encoded = _encoded(config, splits, tokenizer, with_train=with_train)
     if task.mixture is None or not with_train:
         return encoded
-    from megakd.data.mixed_rows import mixed
-
     return mixed(encoded, task.mixture, seed=config.seed)
 
 

@@ -17,7 +17,7 @@ from megakd.contract.batch import Batch, Counts, teacher_number
 from megakd.contract.stage import Stage, StageResult, StepReport, Teacher
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.unit_counts import count_units
-from megakd.data.routed_rows import with_parts
+from megakd.data.collation import with_parts
 from megakd.engine.activity import beat, doing
 from megakd.engine.collectives import all_reduce_, gather, on_main
 from megakd.engine.memory import peak_memory_bytes

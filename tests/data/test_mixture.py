@@ -16,8 +16,7 @@ from tiny_runs import write_jsonl
 
 from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.chat.counts import ChatCounts
-from megakd.data.encoding import Encoded, encode_splits
-from megakd.data.mixed_rows import mixed, rows_of_sources
+from megakd.data.encoding import Encoded, encode_splits, mixed, rows_of_sources
 from megakd.data.splits import load_splits
 from megakd.errors import DataError
 

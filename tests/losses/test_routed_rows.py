@@ -30,9 +30,8 @@ from megakd.contract.terms import (
 )
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
-from megakd.data.collation import Collator
+from megakd.data.collation import Collator, with_parts
 from megakd.data.masking import Masking
-from megakd.data.routed_rows import with_parts
 from megakd.data.step_layout import StepLayout, StepShape, collate_step
 from megakd.losses.bundle import StudentBundle
 from megakd.losses.objective import build_objective
