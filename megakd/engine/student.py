@@ -38,8 +38,7 @@ from megakd.engine.optimizer_state import (
     StoredParts,
     file_of,
 )
-from megakd.engine.sharding import memory_efficient_linear
-from megakd.engine.whole_model import evaluating
+from megakd.engine.sharding import evaluating, memory_efficient_linear
 from megakd.errors import CheckpointError, TrainingError
 
 _SHARD = "shards/"

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 from typing_extensions import override
 
+from megakd.config.rollout import GenerationConfig
+from megakd.config.train import TrainConfig
+from megakd.contract.batch import BatchSource
+from megakd.contract.completions import Generator
+from megakd.contract.stage import MeanLosses, Stage, Teacher
 from megakd.contract.tasks import STUDENT, TEXTS
-from megakd.data.encoding import labelled_only
+from megakd.data.encoding import Encoded, labelled_only
 from megakd.data.files import matching_files
-from megakd.data.loader import RowOrder, StepLoader
+from megakd.data.loader import OtherReading, RowOrder, StepLoader
 from megakd.data.step_layout import StepLayout, StepShape, check_shares
 from megakd.engine.collectives import gather, on_main
+from megakd.engine.distributed import Ranks
 from megakd.engine.student import StudentEngine
 from megakd.errors import ConfigError
 from megakd.rollouts.batches import RolloutSource, StepRows
@@ -21,23 +28,11 @@ from megakd.rollouts.prompts import prompts_of
 from megakd.rollouts.store import RolloutStore
 from megakd.rollouts.text_evaluation import TextEvaluation
 from megakd.servers.connect import server_generator
+from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
+from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import oldest_step, read_states
 from megakd.training.stage_folder import LENGTHS
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from megakd.config.rollout import GenerationConfig
-    from megakd.config.train import TrainConfig
-    from megakd.contract.batch import BatchSource
-    from megakd.contract.completions import Generator
-    from megakd.contract.stage import MeanLosses, Stage, Teacher
-    from megakd.data.encoding import Encoded
-    from megakd.data.loader import OtherReading
-    from megakd.engine.distributed import Ranks
-    from megakd.storage.fingerprint import Fingerprint
-    from megakd.training.assembly import Assembly
 
 
 class StageParts(NamedTuple):
