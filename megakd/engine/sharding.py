@@ -248,12 +248,10 @@ def _view_anew(saved: Any) -> Tensor:
 def whole_model(module: nn.Module) -> Iterator[nn.Module]:
     """Give a model of an engine with whole weights in evaluation mode; a collective at ZeRO 3.
 
-    Generation calls a model once per token. The hooks of ZeRO 3 would gather every weight for every
-    token, and all ranks would have to generate equally many tokens.
-
-    The body has no collectives: ranks may call the model different numbers of times. The caller may
-    not change anything in the model, which at ZeRO 3 is a copy without the hooks of the engine. The
-    copy has the dtype and the device of the gathered weights, and is freed at the end of the body.
+    Generation calls a model once per token: the hooks of ZeRO 3 would gather every weight for every
+    token. The body has no collectives: ranks may call the model different numbers of times. The
+    caller may not change anything in the model, which at ZeRO 3 is a copy without the hooks of the
+    engine. The copy has the dtype and the device of the gathered weights, and is freed at the end.
     """
     if not is_sharded(module):
         with evaluating(module):
@@ -338,8 +336,7 @@ def own_partition(parameter: Any, size: int) -> tuple[int, int]:
 def names_of_bad_weights(module: nn.Module) -> list[str]:
     """Return the names of parameters that are not finite on any rank; a collective.
 
-    The result is the same on every rank. Costs one pass over this rank's weights and one device
-    sync.
+    Costs one pass over this rank's weights and one device sync.
     """
     named = [(name, _own_part(parameter)) for name, parameter in module.named_parameters()]
     named = [(name, part) for name, part in named if part.numel()]

@@ -113,8 +113,7 @@ class StudentEngine:
     def local_shards(self) -> Iterator[Shard]:
         """Yield this rank's part of the first learner's weights and gradients.
 
-        Call this between the last backward of a step and the update, as in
-        `Strategy.before_update`.
+        Call it between the last backward of a step and the update: in `Strategy.before_update`.
         """
         return self.optimizer_state.shards(loss_scale=self._gradients.scale)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,17 +97,10 @@ def extras_of(parts: StageParts) -> list[StageExtra]:
     return extras
 
 
-def stage_batches(parts: StageParts, extras: Sequence[StageExtra]) -> BatchSource:
-    """Return the batches of a stage, for this rank; a collective."""
-    sources = (extra.source() for extra in extras)
-    source = next((made for made in sources if made is not None), None)
-    return source or row_batches(parts, parts.of_model.prepared.encoded)
-
-
 def row_batches(
     parts: StageParts, encoded: Encoded, others: Mapping[str, OtherReading] | None = None
 ) -> BatchSource:
-    """Return the batches of encoded rows; `others` by role as in `data.loader`."""
+    """Return a stage's batches of encoded rows, for this rank; `others` as in `data.loader`."""
     stage, layout, seed = parts.stage, parts.layout, parts.assembly.config.seed
     scorer = parts.of_model.scorer(stage.train)
     collate, masking, others = scorer.collate, scorer.masking, others or {}
