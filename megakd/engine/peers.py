@@ -136,9 +136,7 @@ def watched(limit_s: float) -> Iterator[None]:
     """Notice in the body that a rank has ended or is stopped; a collective.
 
     If the body does not end within seconds by itself, this process ends with the exit code 1.
-
-    Args:
-        limit_s: limit of the collectives of a step.
+    `limit_s` is the limit of the collectives of a step.
     """
     if dist.get_world_size() == 1:
         yield
@@ -167,10 +165,8 @@ def watched(limit_s: float) -> Iterator[None]:
 def meeting(limit_s: float) -> Iterator[None]:
     """End this process if the ranks do not meet in the body, which may wait without a limit.
 
-    A store whose process is stopped never answers, and nobody watches the ranks yet.
-
-    Args:
-        limit_s: limit of a collective.
+    A store whose process is stopped never answers, and nobody watches the ranks yet. `limit_s` is
+    the limit of a collective.
     """
     waiting = threading.Timer(MEETINGS * limit_s, _end_alone, (MEETINGS * limit_s,))
     waiting.daemon = True

@@ -1,4 +1,4 @@
-"""Models with parameters sharded by ZeRO 3: construction, gathering, reading and prefetch.
+"""Models with parameters sharded by ZeRO 3: construction, gathering, prefetch and whole copies.
 
 All functions also accept models that are not sharded, so that callers need not distinguish them.
 Every function that gathers a sharded parameter is a collective: all ranks call the function, in
@@ -7,6 +7,7 @@ the same order.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -29,6 +30,9 @@ from transformers.integrations import deepspeed as transformers_switch
 from megakd.config.deepspeed import shards_within_node, zero_stage
 from megakd.engine.collectives import gather
 from megakd.engine.nodes import node_group
+
+GROUP_ELEMENTS = 1 << 26
+"""Elements that are gathered at a time, beside the copy."""
 
 
 @contextmanager
@@ -240,6 +244,86 @@ def _view_anew(saved: Any) -> Tensor:
     return parameter.as_strided(shape, stride, parameter.storage_offset() + offset)
 
 
+@contextmanager
+def whole_model(module: nn.Module) -> Iterator[nn.Module]:
+    """Give a model of an engine with whole weights in evaluation mode; a collective at ZeRO 3.
+
+    Generation calls a model once per token: the hooks of ZeRO 3 would gather every weight for every
+    token. The body has no collectives: ranks may call the model different numbers of times. The
+    caller may not change anything in the model, which at ZeRO 3 is a copy without the hooks of the
+    engine. The copy has the dtype and the device of the gathered weights, and is freed at the end.
+    """
+    if not is_sharded(module):
+        with evaluating(module):
+            yield module
+        return
+    whole = _unsharded_copy(module)
+    try:
+        yield whole
+    finally:
+        for parameter in whole.parameters():
+            # Also if the caller keeps a reference to the copy.
+            parameter.data = parameter.data.new_empty(0)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch all modules to evaluation mode in the body, and restore the mode of each module."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _unsharded_copy(module: nn.Module) -> nn.Module:
+    parts = list(module.modules())
+    copies = {id(part): type(part).__new__(type(part)) for part in parts}
+    memo: dict[int, Any] = dict(copies)
+    for group in _groups(module.parameters()):
+        with gathered(group):
+            for parameter in group:
+                whole = parameter.detach().clone()
+                memo[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+    for part in parts:
+        vars(copies[id(part)]).update(_plain_members(part, memo))
+    return copies[id(module)].eval()
+
+
+def _plain_members(part: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
+    members = vars(nn.Module())
+    for name, empty in members.items():
+        if isinstance(empty, dict):
+            # Objects that remove a hook refer to these; the hooks themselves refer to the engine.
+            memo[id(vars(part)[name])] = empty
+    # Neither torch's attributes nor those that DeepSpeed adds at ZeRO 3.
+    foreign = {*members, "_external_params", "_original_parameters"}
+    plain = {n: v for n, v in vars(part).items() if n not in foreign and not n.startswith("ds_")}
+    members |= copy.deepcopy(plain, memo)
+    members["_buffers"] = copy.deepcopy(dict(part._buffers), memo)  # noqa: SLF001
+    members["_non_persistent_buffers_set"] = set(part._non_persistent_buffers_set)  # noqa: SLF001
+    for name in ("_parameters", "_modules"):
+        items = vars(part)[name].items()
+        members[name] = {key: None if item is None else memo[id(item)] for key, item in items}
+    return members
+
+
+def _groups(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    group: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        elements = full_shape(parameter).numel()
+        if group and size + elements > GROUP_ELEMENTS:
+            yield group
+            group, size = [], 0
+        group.append(parameter)
+        size += elements
+    if group:
+        yield group
+
+
 def own_partition(parameter: Any, size: int) -> tuple[int, int]:
     """Return the offset and the length of this rank's part of a weight that ZeRO 3 has split.
 
@@ -252,8 +336,7 @@ def own_partition(parameter: Any, size: int) -> tuple[int, int]:
 def names_of_bad_weights(module: nn.Module) -> list[str]:
     """Return the names of parameters that are not finite on any rank; a collective.
 
-    The result is the same on every rank. Costs one pass over this rank's weights and one device
-    sync.
+    Costs one pass over this rank's weights and one device sync.
     """
     named = [(name, _own_part(parameter)) for name, parameter in module.named_parameters()]
     named = [(name, part) for name, part in named if part.numel()]

@@ -38,8 +38,7 @@ from megakd.engine.optimizer_state import (
     StoredParts,
     file_of,
 )
-from megakd.engine.sharding import memory_efficient_linear
-from megakd.engine.whole_model import evaluating
+from megakd.engine.sharding import evaluating, memory_efficient_linear
 from megakd.errors import CheckpointError, TrainingError
 
 _SHARD = "shards/"
@@ -114,8 +113,7 @@ class StudentEngine:
     def local_shards(self) -> Iterator[Shard]:
         """Yield this rank's part of the first learner's weights and gradients.
 
-        Call this between the last backward of a step and the update, as in
-        `Strategy.before_update`.
+        Call it between the last backward of a step and the update: in `Strategy.before_update`.
         """
         return self.optimizer_state.shards(loss_scale=self._gradients.scale)
 

@@ -37,7 +37,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from megakd.contract.completions import Completion, Sampling, TextTokens
-from megakd.engine.whole_model import evaluating
+from megakd.engine.sharding import evaluating
 from megakd.errors import DataError, ModelError
 from megakd.models.architecture import context_length
 from megakd.models.packed_attention import VARLEN

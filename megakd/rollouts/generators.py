@@ -14,8 +14,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.contract.tasks import STUDENT
 from megakd.engine.collectives import on_main, together
+from megakd.engine.sharding import whole_model
 from megakd.engine.student import StudentEngine
-from megakd.engine.whole_model import whole_model
 from megakd.errors import DataError
 from megakd.models.generation import complete, generation_config_of, listed_ends, stated_ends
 from megakd.models.source import ModelSource

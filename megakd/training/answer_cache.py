@@ -13,27 +13,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 
+from megakd.config.models import TeacherConfig
 from megakd.contract.batch import Batch
 from megakd.data.encoding import tokenizer_content
 from megakd.data.splitmix import row_keys, uniform
 from megakd.errors import TeacherError
+from megakd.models.source import ReadyTeacher
 from megakd.storage.fingerprint import Fingerprint, flatten
 from megakd.teachers.cached import Answers, CachedTeacher, Layout, build_cache
 from megakd.teachers.frozen import FrozenTeacher
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from megakd.config.models import TeacherConfig
-    from megakd.models.source import ReadyTeacher
-    from megakd.training.assembly import Assembly
+from megakd.training.assembly import Assembly
 
 # The domain of the draws; 0 is the domain of the masks.
 _DRAWS = 0x6472617773

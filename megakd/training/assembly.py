@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from megakd.config.deepspeed import frozen_on, load_ds_config
 from megakd.config.file import config_tree
@@ -60,11 +62,6 @@ from megakd.scoring.scorer import Scorer
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
 from megakd.teachers.frozen import FrozenModel, FrozenTeacher
 from megakd.training.stage_folder import keeps_last, read_result, write_result
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PreTrainedModel
 
 _UNREAD = ("per_device_eval_batch_size", "latency")
 """Keys of `eval` on which no stage depends."""

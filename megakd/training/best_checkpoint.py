@@ -12,15 +12,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from megakd.contract.stage import Scores, Verdict
 from megakd.engine.collectives import on_main
 from megakd.scoring.scores import Evaluation
 from megakd.storage import atomic
 from megakd.storage.folders import damage
-
-if TYPE_CHECKING:
-    from megakd.contract.stage import Scores, Verdict
 
 logger = logging.getLogger(__name__)
 RECORD = "best.json"

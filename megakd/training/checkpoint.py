@@ -83,12 +83,7 @@ class Checkpoints:
     def contents(
         self, engine: Mapping[str, Any], states: Mapping[str, CheckpointState]
     ) -> dict[str, Any]:
-        """Return the content of this rank's files by name.
-
-        Args:
-            engine: the files of the engine's state.
-            states: everything else that a resumed stage needs, by name.
-        """
+        """Return the content of this rank's files by name; `engine`: those of the engine."""
         stored = {name: state.save() for name, state in states.items()}
         contents = {**engine, _random_file(self.ranks.rank): random_state()}
         if self.ranks.is_main:
@@ -104,12 +99,7 @@ class Checkpoints:
         return partial
 
     def publish(self, step: int, write: Callable[[], Entries]) -> Path:
-        """Give a checkpoint its name once every rank has written its files.
-
-        Args:
-            step: the number of optimiser steps taken.
-            write: writes this rank's files into the folder of `begin`; returns their entries.
-        """
+        """Give a checkpoint its name once every rank has written its files into that of `begin`."""
         with self._cleared_on_failure(step):
             files = entries_of_ranks(write)
             return on_main(lambda: self._publish(step, files))
@@ -348,9 +338,8 @@ class CheckpointWriter:
     """Writes the checkpoints of a stage; methods are collectives, but for `close`.
 
     Every rank copies its state, takes the next steps, and writes the copy in a thread. The ranks
-    tell in the sums of a step whether they still write, see `StepVotes`; the checkpoint gets its
-    name after the first step in which none did. A run that is killed before goes on from the
-    checkpoint before.
+    vote in a step whether they still write (`StepVotes`); the checkpoint gets its name after the
+    first step in which none did. A run that is killed before goes on from the one before.
 
     beside: whether to write while the training goes on; "auto": if every node has memory for its
         copy twice.

@@ -11,21 +11,17 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from megakd.contract.batch import IGNORE
 from megakd.errors import TeacherError
 from megakd.models.label_order import generic_labels, listed
-from megakd.models.source import ReadyTeacher
+from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.training.assembly import Assembly
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)
 SMALLEST_MARGIN = 0.05

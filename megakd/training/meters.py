@@ -257,8 +257,7 @@ class TrainMeter:
     def check_finite(self, newest: Callable[[], Path | None]) -> None:
         """Raise TrainingError at a loss or gradient that is not finite; a collective.
 
-        Args:
-            newest: returns the last good checkpoint; a collective.
+        `newest`, a collective, returns the last good checkpoint.
         """
         self._add_up()
         bad = torch.tensor(-self._first_bad, device=self._ranks.device)

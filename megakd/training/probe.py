@@ -5,20 +5,17 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from datasets import Dataset
 
 from megakd.engine.collectives import on_main
+from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
+from megakd.scoring.scorer import Scorer
 from megakd.storage import atomic
 from megakd.storage.checksums import Entries, write_files, write_signed
 from megakd.storage.folders import CHECKSUMS, damage
 from megakd.training.checkpoint import entries_of_ranks
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from megakd.engine.student import StudentEngine
-    from megakd.scoring.scorer import Scorer
 
 BEGINNING = "beginning"
 """Folder of the initial state of a student, in the folder of a stage's checkpoints."""

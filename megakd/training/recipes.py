@@ -10,7 +10,7 @@ from typing import Any
 
 from megakd.config.deepspeed import load_ds_config, zero_stage
 from megakd.config.run import RunConfig
-from megakd.config.train import TrainConfig, inherit
+from megakd.config.train import inherit
 from megakd.contract.lab import Lab, Pruning
 from megakd.contract.results import MethodRecord
 from megakd.contract.stage import Stage, StageResult
@@ -46,7 +46,12 @@ def completed(stage: Stage, config: RunConfig, *, ranks: int = 1, device: str = 
     train = stage.train or (inherit(config.train, finetune) if finetune else config.train)
     deepspeed = stage.deepspeed or (finetune or config.student).deepspeed
     if deepspeed == "auto" and ranks == 1:
-        deepspeed = _preset_on_one_rank(stage, train, device)
+        # ZeRO 2, which `auto` is else, only copies there. In 16 bits ZeRO 2 adds up gradients in
+        # fp32, and ZeRO 0 does not. ZeRO 0 in 16 bits was measured on a CPU alone, without views.
+        is_split = train.gradient_accumulation_steps > 1 or train.tokens_per_rank is not None
+        is_measured = device == "cpu" and not stage.views
+        if training_dtype(train, device) == "fp32" or (is_measured and not is_split):
+            deepspeed = "zero0"
     return dataclasses.replace(
         stage,
         train=train,
@@ -54,15 +59,6 @@ def completed(stage: Stage, config: RunConfig, *, ranks: int = 1, device: str = 
         # A stage with views has several learners, and no losses of its own.
         measures_losses=stage.measures_losses or (config.eval.losses and not stage.views),
     )
-
-
-def _preset_on_one_rank(stage: Stage, train: TrainConfig, device: str) -> str:
-    # ZeRO 2, which `auto` is else, only copies there. In 16 bits ZeRO 2 adds up gradients in fp32,
-    # and ZeRO 0 does not. ZeRO 0 in 16 bits was measured on a CPU alone, and without views.
-    is_split = train.gradient_accumulation_steps > 1 or train.tokens_per_rank is not None
-    is_measured = device == "cpu" and not stage.views
-    is_copy = training_dtype(train, device) == "fp32" or (is_measured and not is_split)
-    return "zero0" if is_copy else "auto"
 
 
 def baseline_stage(lab: Lab, name: str, student: StageResult) -> Stage:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 from typing_extensions import override
 
+from megakd.config.rollout import GenerationConfig
+from megakd.config.train import TrainConfig
+from megakd.contract.batch import BatchSource
+from megakd.contract.completions import Generator
+from megakd.contract.stage import MeanLosses, Stage, Teacher
 from megakd.contract.tasks import STUDENT, TEXTS
-from megakd.data.encoding import labelled_only
+from megakd.data.encoding import Encoded, labelled_only
 from megakd.data.files import matching_files
-from megakd.data.loader import RowOrder, StepLoader
+from megakd.data.loader import OtherReading, RowOrder, StepLoader
 from megakd.data.step_layout import StepLayout, StepShape, check_shares
 from megakd.engine.collectives import gather, on_main
+from megakd.engine.distributed import Ranks
 from megakd.engine.student import StudentEngine
 from megakd.errors import ConfigError
 from megakd.rollouts.batches import RolloutSource, StepRows
@@ -21,23 +28,11 @@ from megakd.rollouts.prompts import prompts_of
 from megakd.rollouts.store import RolloutStore
 from megakd.rollouts.text_evaluation import TextEvaluation
 from megakd.servers.connect import server_generator
+from megakd.storage.fingerprint import Fingerprint
 from megakd.teachers.frozen import FrozenTeacher
+from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import oldest_step, read_states
 from megakd.training.stage_folder import LENGTHS
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from megakd.config.rollout import GenerationConfig
-    from megakd.config.train import TrainConfig
-    from megakd.contract.batch import BatchSource
-    from megakd.contract.completions import Generator
-    from megakd.contract.stage import MeanLosses, Stage, Teacher
-    from megakd.data.encoding import Encoded
-    from megakd.data.loader import OtherReading
-    from megakd.engine.distributed import Ranks
-    from megakd.storage.fingerprint import Fingerprint
-    from megakd.training.assembly import Assembly
 
 
 class StageParts(NamedTuple):
@@ -102,17 +97,10 @@ def extras_of(parts: StageParts) -> list[StageExtra]:
     return extras
 
 
-def stage_batches(parts: StageParts, extras: Sequence[StageExtra]) -> BatchSource:
-    """Return the batches of a stage, for this rank; a collective."""
-    sources = (extra.source() for extra in extras)
-    source = next((made for made in sources if made is not None), None)
-    return source or row_batches(parts, parts.of_model.prepared.encoded)
-
-
 def row_batches(
     parts: StageParts, encoded: Encoded, others: Mapping[str, OtherReading] | None = None
 ) -> BatchSource:
-    """Return the batches of encoded rows; `others` by role as in `data.loader`."""
+    """Return a stage's batches of encoded rows, for this rank; `others` as in `data.loader`."""
     stage, layout, seed = parts.stage, parts.layout, parts.assembly.config.seed
     scorer = parts.of_model.scorer(stage.train)
     collate, masking, others = scorer.collate, scorer.masking, others or {}

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from megakd.contract.batch import Batch, Predictions
 from megakd.contract.metric import WHOLE, MetricJudge
+from megakd.contract.stage import Pass, Watch
 from megakd.contract.unit_counts import SOURCE_UNITS, count_units
 from megakd.engine.collectives import all_reduce_
+from megakd.losses.bundle import StudentBundle
 from megakd.scoring.scores import Evaluation
 from megakd.training.best_checkpoint import BestCheckpoints, ReturnedWeights
 from megakd.training.checkpoint import (
@@ -23,14 +26,9 @@ from megakd.training.checkpoint import (
     CheckpointWriter,
     read_states,
 )
-
-if TYPE_CHECKING:
-    from megakd.contract.batch import Batch, Predictions
-    from megakd.contract.stage import Pass, Watch
-    from megakd.losses.bundle import StudentBundle
-    from megakd.training.stage_batches import StageExtra
-    from megakd.training.stage_model import StageModel
-    from megakd.training.trainer import Trainer
+from megakd.training.stage_batches import StageExtra
+from megakd.training.stage_model import StageModel
+from megakd.training.trainer import Trainer
 
 
 class StageEvaluation:

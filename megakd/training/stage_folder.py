@@ -17,17 +17,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from megakd.config.run import RunConfig
-from megakd.contract.stage import StageResult
+from megakd.contract.batch import BatchSource
+from megakd.contract.stage import StageResult, Strategy
 from megakd.contract.tasks import STUDENT
+from megakd.contract.views import Axes, Cut
 from megakd.engine.collectives import gather, on_main
+from megakd.engine.distributed import Ranks
 from megakd.engine.optimizer_state import LEARNER
+from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
 from megakd.models.cutting import cut_state
+from megakd.models.learned import Learned
 from megakd.models.model_folder import Extra, fill_model_folder, write_model_folder, write_weights
 from megakd.models.weights import WeightReader, check_weight_files
 from megakd.process.seeding import random_state, set_random_state
@@ -41,16 +47,6 @@ from megakd.storage.folders import (
     sealed_folder,
     write_finished,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from megakd.contract.batch import BatchSource
-    from megakd.contract.stage import Strategy
-    from megakd.contract.views import Axes, Cut
-    from megakd.engine.distributed import Ranks
-    from megakd.engine.student import StudentEngine
-    from megakd.models.learned import Learned
 
 logger = logging.getLogger(__name__)
 RESULT = "result.json"

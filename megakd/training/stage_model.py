@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from megakd.contract.batch import BatchSource
+from megakd.contract.stage import Stage
 from megakd.contract.views import Cut
 from megakd.engine.collectives import on_main, together
+from megakd.engine.student import StudentEngine
+from megakd.losses.bundle import StudentBundle
 from megakd.models.generation import generation_file
 from megakd.models.learned import Learned
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.scoring.scores import Evaluation
 from megakd.storage import atomic
 from megakd.storage.folders import copy_finished, write_finished
+from megakd.training.assembly import Assembly
 from megakd.training.best_checkpoint import RECORD, ReturnedWeights
 from megakd.training.stage_folder import WindowState, consume, write_stage_folder
-
-if TYPE_CHECKING:
-    from megakd.contract.batch import BatchSource
-    from megakd.contract.stage import Stage
-    from megakd.engine.student import StudentEngine
-    from megakd.losses.bundle import StudentBundle
-    from megakd.training.assembly import Assembly
 
 
 class StageModel(NamedTuple):

@@ -31,7 +31,7 @@ from megakd.training.checkpoint import Checkpoints, CheckpointState, CheckpointW
 from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
-from megakd.training.stage_batches import StageParts, extras_of, stage_batches
+from megakd.training.stage_batches import StageParts, extras_of, row_batches
 from megakd.training.stage_evaluation import StageEvaluation
 from megakd.training.stage_folder import RESULT, continue_window, may_grow, result_text
 from megakd.training.stage_model import StageModel
@@ -44,10 +44,9 @@ _STOP, _WRITING = "stop", "writing"
 class StepVotes:
     """Questions that each rank answers in every step; all ranks know if any rank said yes.
 
-    The answers of every rank are sent together with the unit counts of a step, which are summed
-    over the ranks anyway. The sums are copied to the host during the step and read when all kernels
-    of the step have been launched. The accelerator still has the whole step to compute at that
-    time, so that reading the sums causes no idle time.
+    The answers are sent with the unit counts of a step, which are summed over the ranks anyway. The
+    sums are copied to the host during the step and read when all its kernels have been launched:
+    the accelerator still has the whole step to compute, so that reading causes no idle time.
 
     questions: by name; each is asked when the counts of a step are summed.
     """
@@ -104,7 +103,9 @@ class StageRun:
         self.student, self.bundle = assembly.student(stage)
         parts = StageParts(stage, assembly, {STUDENT: self.student, **teachers}, fingerprint)
         self.extras = extras_of(parts)
-        self.source = stage_batches(parts, self.extras)
+        sources = (extra.source() for extra in self.extras)
+        source = next((made for made in sources if made is not None), None)
+        self.source = source or row_batches(parts, parts.of_model.prepared.encoded)
         window = stage.window
         steps = window.total if window else total_steps(stage.train, self.source.steps_per_epoch)
         self.episode = steps

@@ -54,14 +54,12 @@ def check_trackers(names: Sequence[str]) -> None:
             ) from error
 
 
-def make_trackers(
-    names: Sequence[str], folder: Path, config: Mapping[str, Any] | None = None
-) -> list[Tracker]:
+def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
     """Return the trackers of `log.report_to`; they show `config` beside the curves."""
     makers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder),
-        "wandb": lambda: WeightsAndBiases(folder, config or {}),
-        "mlflow": lambda: MLflow(folder, config or {}),
+        "wandb": lambda: WeightsAndBiases(folder, config),
+        "mlflow": lambda: MLflow(folder, config),
     }
     return [makers[name]() for name in names]
 

@@ -14,8 +14,7 @@ from equal_runs import difference
 
 from megakd.contract.completions import Sampling, TextTokens
 from megakd.engine import collectives, distributed
-from megakd.engine.sharding import gathered_state, is_sharded
-from megakd.engine.whole_model import whole_model
+from megakd.engine.sharding import gathered_state, is_sharded, whole_model
 from megakd.errors import MegakdError
 from megakd.models import generation
 from megakd.rollouts.generators import LocalGenerator

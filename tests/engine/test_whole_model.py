@@ -10,8 +10,8 @@ from elastic_views import UNEVEN, family_model, logits_of
 from torch import nn
 
 from megakd.contract.views import Cut
-from megakd.engine import whole_model as room
-from megakd.engine.whole_model import evaluating, whole_model
+from megakd.engine import sharding as room
+from megakd.engine.sharding import evaluating, whole_model
 from megakd.models.elastic import Elastic
 
 
