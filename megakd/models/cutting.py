@@ -15,15 +15,16 @@ from transformers import CONFIG_MAPPING
 from megakd.config.task import TaskConfig
 from megakd.contract.views import Axes, Cut, UnitOrder, View
 from megakd.errors import ModelError
-from megakd.models.architecture import (
+from megakd.models.architectures import (
     HEAD_COLUMNS,
     HEAD_COUNTS,
     HEAD_WIDTH,
     NEURON_COUNTS,
     QUERIES_PER_KEY,
     SCORE_WIDTH,
+    architecture_named,
+    architecture_of,
 )
-from megakd.models.architectures import architecture_named, architecture_of
 from megakd.models.axes import check_view, cut_part, lengths, output_modules, weight_axes
 from megakd.models.fitting import Match, plan_loading, valueless_model
 from megakd.models.generation import generation_file

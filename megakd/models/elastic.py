@@ -21,22 +21,22 @@ from transformers.pytorch_utils import Conv1D
 from megakd.contract.views import Axes, Cut, Maker, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
-from megakd.models.architecture import Architecture
-from megakd.models.architectures import architecture_of
+from megakd.models.architectures import Architecture, architecture_of
 from megakd.models.axes import WIDTH, check_view, unit_makers, weight_axes
 from megakd.models.elastic_modules import (
     ElasticConv1D,
     ElasticEmbedding,
     ElasticHeads,
+    Elasticity,
     ElasticLayer,
     ElasticLinear,
     ElasticModule,
     ElasticNorm,
     ElasticSource,
     ElasticSplit,
+    Views,
     make_elastic,
 )
-from megakd.models.kept import Elasticity, Views
 from megakd.models.layers import passed_by
 
 if TYPE_CHECKING:

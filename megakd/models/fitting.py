@@ -20,8 +20,12 @@ from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architecture import context_length, counts_padding
-from megakd.models.architectures import AUTO_CLASSES, architecture_of
+from megakd.models.architectures import (
+    AUTO_CLASSES,
+    architecture_of,
+    context_length,
+    counts_padding,
+)
 from megakd.models.label_order import label_order, labels_agree, set_labels
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource

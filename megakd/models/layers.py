@@ -15,8 +15,13 @@ from transformers import PretrainedConfig
 
 from megakd.contract.views import View, evenly_spaced, most_important
 from megakd.errors import ModelError
-from megakd.models.architecture import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS, Architecture
-from megakd.models.architectures import architecture_of
+from megakd.models.architectures import (
+    HEAD_COLUMNS,
+    HEAD_COUNTS,
+    NEURON_COUNTS,
+    Architecture,
+    architecture_of,
+)
 from megakd.models.source import ModelSource
 
 T = TypeVar("T")

@@ -26,8 +26,7 @@ from megakd.engine.collectives import gather, node_name, together
 from megakd.engine.sharding import is_first_rank, is_sharded, set_values, sharded_construction
 from megakd.engine.shards import names_of_bad_weights
 from megakd.errors import ModelError, one_line, suggestion
-from megakd.models.architecture import HEAD_COUNTS, Architecture
-from megakd.models.architectures import architecture_named
+from megakd.models.architectures import HEAD_COUNTS, Architecture, architecture_named
 from megakd.models.fitting import Match, build_empty, plan_loading
 from megakd.models.fresh import initialize_parameters
 from megakd.models.int8 import INT8_METHOD, load_int8

@@ -25,7 +25,7 @@ from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.collectives import on_main
 from megakd.engine.sharding import gathered, gathered_state, is_first_rank
 from megakd.errors import ConfigError
-from megakd.models.architecture import Architecture
+from megakd.models.architectures import Architecture
 from megakd.models.fitting import valueless_model
 from megakd.models.model_folder import Extra
 from megakd.models.source import ModelSource
