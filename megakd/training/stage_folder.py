@@ -29,7 +29,7 @@ from megakd.storage.fingerprint import ABSENT, Fingerprint, as_read_back, differ
 from megakd.storage.folders import CHECKSUMS, open_finished, sealed_folder, write_finished
 
 if TYPE_CHECKING:
-    from megakd.models.learned import Learned
+    from megakd.models.cutting import Learned
     from megakd.training.window_state import WindowState
 
 logger = logging.getLogger(__name__)
