@@ -193,18 +193,17 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     axes = weight_axes(uncut)
     _check_shapes(match, axes, view, cut, naming(whole, view))
     reader = WeightReader(source.where)
-    in_disk_order = sorted(match.stored.items(), key=lambda item: (item[1].file, item[1].offset))
-    state = ((name, reader.read(stored)) for name, stored in in_disk_order)
+    state = ((name, reader.read(stored)) for name, stored in match.in_disk_order())
     if labels is not None:
         outputs = output_modules(uncut, source.architecture)
         of_output = {name for name in match.stored if name.rpartition(".")[0] in outputs}
         state = ((name, one[list(labels)] if name in of_output else one) for name, one in state)
-    kept = cut_state(state, axes, view, order)
+    state = rescaled(cut_state(state, axes, view, order), whole, view)
     settings = generation_file(source, tokenizer) if task.type == "causal_lm" else {}
     write_model_folder(
         folder,
         config=config,
-        state=renumbered(rescaled(kept, whole, view), whole, view),
+        state=renumbered(state, whole, view),
         tokenizer=tokenizer,
         architecture=type(cut).__name__,
         extra={**settings, **(extra or {})},

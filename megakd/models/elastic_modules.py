@@ -134,22 +134,16 @@ class Elasticity:
     shapes: Mapping[str, torch.Size] = field(default_factory=dict)
     needs_heads: bool = False
 
-    @property
-    def cut(self) -> Cut | None:
-        return self.views.current
-
     def kept(self, name: str, device: torch.device) -> Dimensions | None:
         """Return the kept part of a parameter now; None: the whole parameter."""
         axes = self.axes.get(name)
         if self.views.current is None or axes is None:
             return None
-        shape = self.shapes[name]
-        kept = tuple(
-            self.views.kept(axis, size, device) for axis, size in zip(axes, shape, strict=True)
-        )
+        sizes = zip(axes, self.shapes[name], strict=True)
+        kept = tuple(self.views.kept(axis, size, device) for axis, size in sizes)
         is_whole = all(
             k.rows is None and k.length * k.parts == size
-            for k, size in zip(kept, shape, strict=True)
+            for k, size in zip(kept, self.shapes[name], strict=True)
         )
         return None if is_whole else kept
 
@@ -243,7 +237,8 @@ class ElasticLinear(ElasticModule):
             inputs = inputs[..., :0]
         outputs = NarrowLinear.apply(inputs, self.weight, self.bias, kept, self.output_dimension)
         if outputs.shape[-1] == 0 and self.elasticity.needs_heads:
-            axis, cut = self.elasticity.axes["weight"][self.output_dimension], self.elasticity.cut
+            axis = self.elasticity.axes["weight"][self.output_dimension]
+            cut = self.elasticity.views.current
             size = axis.size_in(cut and cut.view) * axis.parts if axis else 0
             outputs = nn.functional.pad(outputs, (0, size))
         return outputs

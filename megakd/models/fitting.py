@@ -53,6 +53,9 @@ class Match:
     missing: tuple[str, ...]
     unused: tuple[str, ...]
 
+    def in_disk_order(self) -> list[tuple[str, StoredTensor]]:
+        return sorted(self.stored.items(), key=lambda item: (item[1].file, item[1].offset))
+
 
 def plan_loading(
     source: ModelSource,
