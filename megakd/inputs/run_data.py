@@ -24,7 +24,7 @@ from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import documents_of
 from megakd.data.tokenizers import VocabularyPair
 from megakd.engine.collectives import main_first, once_per_node
-from megakd.models.architecture import context_length
+from megakd.models.architectures import context_length
 from megakd.models.source import ModelSource
 from megakd.storage.folders import whole_folder
 

@@ -17,7 +17,7 @@ from megakd.contract.tasks import TaskType
 from megakd.data.token_tables import document_ends
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import DataError, ModelError
-from megakd.models.architecture import context_length, has_token_types
+from megakd.models.architectures import context_length, has_token_types
 from megakd.models.generation import check_prompt_lengths, without_settings
 from megakd.models.loading import config_of_folder, load_finished
 from megakd.models.onnx import MODEL, OnnxModel, check_packages

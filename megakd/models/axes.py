@@ -6,22 +6,31 @@ this table, so that they cannot disagree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from megakd.contract.results import ParameterCounts
 from megakd.contract.views import Axes, Axis, Cut, Maker, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
-from megakd.models.architecture import Architecture
-from megakd.models.architectures import architecture_of
+from megakd.models.architectures import Architecture, architecture_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WIDTH = Axis("width")
+OUTSIDE_THE_ENCODER = frozenset(
+    # Embeddings, poolers and heads, as Hugging Face's models name them, and the decoder of an
+    # encoder T5, which reads one token per text, as a pooler does.
+    """decoder embeddings embed_tokens embed_positions word_embeddings wte wpe shared
+    pooler pre_classifier classifier score cls lm_head qa_outputs predictions
+    generator_predictions generator_lm_head discriminator_predictions logits_proj
+    vocab_transform vocab_layer_norm vocab_projector""".split()  # noqa: SIM905
+)
 
 
 def weight_axes(model: PreTrainedModel) -> Mapping[str, Axes]:
@@ -170,3 +179,19 @@ def check_view(view: View, whole: View) -> None:
     if view.head_width is not None and not 0 < view.head_width <= columns:
         there = f"the heads have {columns} columns" if columns else "they cannot be cut one by one"
         raise ModelError(f"the view keeps {view.head_width} columns of every head, and {there}")
+
+
+def parameter_counts(shapes: Iterable[tuple[str, Sequence[int]]]) -> ParameterCounts:
+    """Count weights from their names and full shapes; tied weights must be listed once."""
+    total = inside = 0
+    for name, shape in shapes:
+        count = math.prod(shape)
+        total += count
+        inside += 0 if OUTSIDE_THE_ENCODER.intersection(name.split(".")) else count
+    return ParameterCounts(total, inside)
+
+
+def named_shapes(model: nn.Module) -> Iterator[tuple[str, Sequence[int]]]:
+    """Yield the name and full shape of each parameter, also for ZeRO-3 shards."""
+    for name, parameter in model.named_parameters():
+        yield name, tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,11 +1,12 @@
-"""Views of a model written as independent models: config, weights and folder."""
+"""What is written of a model, whole or cut to a view: config, weights and folder."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -14,23 +15,27 @@ from transformers import CONFIG_MAPPING
 
 from megakd.config.task import TaskConfig
 from megakd.contract.views import Axes, Cut, UnitOrder, View
+from megakd.engine.sharding import gathered_state
 from megakd.errors import ModelError
-from megakd.models.architecture import (
+from megakd.models.architectures import (
     HEAD_COLUMNS,
     HEAD_COUNTS,
     HEAD_WIDTH,
     NEURON_COUNTS,
     QUERIES_PER_KEY,
     SCORE_WIDTH,
+    architecture_named,
+    architecture_of,
 )
-from megakd.models.architectures import architecture_named, architecture_of
 from megakd.models.axes import check_view, cut_part, lengths, output_modules, weight_axes
 from megakd.models.fitting import Match, plan_loading, valueless_model
 from megakd.models.generation import generation_file
 from megakd.models.label_order import label_order, set_labels
 from megakd.models.layers import naming, renumbered, without_layers
+from megakd.models.lora import adapter_config, merged_state
 from megakd.models.model_folder import Extra, write_model_folder
 from megakd.models.own_models import OWN_MODELS
+from megakd.models.second_vocabulary import FILE, second_vocabulary, without_second_vocabulary
 from megakd.models.source import ModelSource
 from megakd.models.weights import WeightReader
 
@@ -118,6 +123,44 @@ def cut_state(
             yield name, cut_part(tensor, of_tensor, Cut(order, view))
 
 
+class Learned(NamedTuple):
+    """A model to write.
+
+    state: names and tensors; every rank must iterate to the end.
+    extra: further files of the model by name, see `write_model_folder`.
+    """
+
+    config: PretrainedConfig
+    state: Iterator[tuple[str, Tensor]]
+    tokenizer: PreTrainedTokenizerBase | None
+    architecture: str
+    extra: Extra = MappingProxyType({})
+
+    @staticmethod
+    def of(
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        cut: Cut | None = None,
+        learns: bool = False,
+    ) -> Learned:
+        """Return a model of an engine; for `learns` see `cut_config`."""
+        whole, state = model.config, gathered_state(model)
+        if cut is None or cut.view is None:
+            extra: dict[str, Any] = {}
+            if adapter_config(model) is not None:
+                state, files = merged_state(model)
+                extra |= files
+            if second_vocabulary(model) is not None:
+                state, extra[FILE] = without_second_vocabulary(state)
+            return Learned(whole, state, tokenizer, type(model).__name__, extra)
+        config = cut_config(whole, cut.view, cut.order, learns=learns)
+        state = cut_state(state, weight_axes(model), cut.view, cut.order)
+        state = state if learns else rescaled(state, whole, cut.view)
+        named = renumbered(state, whole, cut.view)
+        return Learned(config, named, tokenizer, cut_class_name(model, config))
+
+
 def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     source: ModelSource,
     folder: Path,
@@ -143,21 +186,24 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     if labels is not None:
         set_labels(whole, label_names)
     units = source.architecture.units(whole)
+    view = units if view is None else view
     _check_order(order, units)
-    config = cut_config(whole, units if view is None else view, order)
-    uncut = valueless_model(source, task, whole)
+    config = cut_config(whole, view, order)
+    uncut, cut = (valueless_model(source, task, one) for one in (whole, config))
     axes = weight_axes(uncut)
-    state = _stored(match, source.where)
+    _check_shapes(match, axes, view, cut, naming(whole, view))
+    reader = WeightReader(source.where)
+    state = ((name, reader.read(stored)) for name, stored in match.in_disk_order())
     if labels is not None:
-        state = _with_labels(state, output_modules(uncut, source.architecture), labels)
-    cut = valueless_model(source, task, config)
-    _check_shapes(match, axes, view, cut, naming(whole, view or units))
-    kept = cut_state(state, axes, view, order)
+        outputs = output_modules(uncut, source.architecture)
+        of_output = {name for name in match.stored if name.rpartition(".")[0] in outputs}
+        state = ((name, one[list(labels)] if name in of_output else one) for name, one in state)
+    state = rescaled(cut_state(state, axes, view, order), whole, view)
     settings = generation_file(source, tokenizer) if task.type == "causal_lm" else {}
     write_model_folder(
         folder,
         config=config,
-        state=renumbered(rescaled(kept, whole, view or units), whole, view or units),
+        state=renumbered(state, whole, view),
         tokenizer=tokenizer,
         architecture=type(cut).__name__,
         extra={**settings, **(extra or {})},
@@ -265,7 +311,7 @@ def _changed(
 def _check_shapes(
     match: Match,
     axes: Mapping[str, Axes],
-    view: View | None,
+    view: View,
     cut: PreTrainedModel,
     rename: Callable[[str], str | None],
 ) -> None:
@@ -274,7 +320,7 @@ def _check_shapes(
         shape, name = torch.Size(stored.shape), rename(before)
         if name is None:
             continue
-        if view is not None and before in axes:
+        if before in axes:
             shape = torch.Size(lengths(shape, axes[before], view))
         if name not in wanted or wanted[name].shape != shape:
             expected = list(wanted[name].shape) if name in wanted else None
@@ -282,17 +328,3 @@ def _check_shapes(
                 f"the cut weight {name} has the shape {list(shape)}, and the cut model expects "
                 f"{expected}: the family's entry in ARCHITECTURES does not agree with its class"
             )
-
-
-def _with_labels(
-    state: Iterable[tuple[str, Tensor]], outputs: Collection[str], labels: Sequence[int]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in state:
-        is_output = name.rpartition(".")[0] in outputs
-        yield name, tensor[list(labels)] if is_output else tensor
-
-
-def _stored(match: Match, where: str) -> Iterator[tuple[str, Tensor]]:
-    reader = WeightReader(where)
-    for name, stored in sorted(match.stored.items(), key=lambda i: (i[1].file, i[1].offset)):
-        yield name, reader.read(stored)

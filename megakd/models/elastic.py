@@ -21,22 +21,22 @@ from transformers.pytorch_utils import Conv1D
 from megakd.contract.views import Axes, Cut, Maker, View
 from megakd.engine.sharding import full_shape
 from megakd.errors import ModelError
-from megakd.models.architecture import Architecture
-from megakd.models.architectures import architecture_of
+from megakd.models.architectures import Architecture, architecture_of
 from megakd.models.axes import WIDTH, check_view, unit_makers, weight_axes
 from megakd.models.elastic_modules import (
     ElasticConv1D,
     ElasticEmbedding,
     ElasticHeads,
+    Elasticity,
     ElasticLayer,
     ElasticLinear,
     ElasticModule,
     ElasticNorm,
     ElasticSource,
     ElasticSplit,
+    Views,
     make_elastic,
 )
-from megakd.models.kept import Elasticity, Views
 from megakd.models.layers import passed_by
 
 if TYPE_CHECKING:
@@ -98,16 +98,17 @@ class Elastic:
         needing_heads = self._prepare_attentions(model, architecture, table)
         for path, module in model.named_modules():
             # In a cut model, a weight without elements is a buffer.
-            tensors = [
-                *module.named_parameters(recurse=False),
-                *module.named_buffers(recurse=False),
-            ]
-            shapes = {name: full_shape(tensor) for name, tensor in tensors}
+            weights = dict(module.named_parameters(recurse=False))
+            tensors = {**weights, **dict(module.named_buffers(recurse=False))}
+            shapes = {name: full_shape(tensor) for name, tensor in tensors.items()}
             names = {name: f"{path}.{name}" if path else name for name in shapes}
             axes = {name: table[full] for name, full in names.items() if full in table}
             if not axes:
                 continue
-            mixin = _mixin_for(module)
+            mixin = next((m for stock, m in MIXINS.items() if isinstance(module, stock)), None)
+            # A module whose parameters are all vectors is a norm; its class differs by family.
+            is_norm = all(len(full_shape(weight)) == 1 for weight in weights.values())
+            mixin = ElasticNorm if mixin is None and is_norm and "weight" in weights else mixin
             if mixin is None:
                 self._rigid = self._rigid or names[next(iter(axes))]
                 continue
@@ -185,13 +186,3 @@ class Elastic:
                 f"the width of this model cannot be narrowed: {self._rigid} belongs to a module of "
                 "an unsupported kind; leave View.width at None, or add the kind to MIXINS"
             )
-
-
-def _mixin_for(module: nn.Module) -> type[ElasticModule] | None:
-    for stock, mixin in MIXINS.items():
-        if isinstance(module, stock):
-            return mixin
-    # A module whose parameters are all vectors is a norm; its class differs by family.
-    parameters = dict(module.named_parameters(recurse=False))
-    vectors = all(len(full_shape(parameter)) == 1 for parameter in parameters.values())
-    return ElasticNorm if vectors and "weight" in parameters else None

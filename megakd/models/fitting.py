@@ -20,8 +20,12 @@ from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
-from megakd.models.architecture import context_length, counts_padding
-from megakd.models.architectures import AUTO_CLASSES, architecture_of
+from megakd.models.architectures import (
+    AUTO_CLASSES,
+    architecture_of,
+    context_length,
+    counts_padding,
+)
 from megakd.models.label_order import label_order, labels_agree, set_labels
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
@@ -48,6 +52,9 @@ class Match:
     stored: Mapping[str, StoredTensor]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+
+    def in_disk_order(self) -> list[tuple[str, StoredTensor]]:
+        return sorted(self.stored.items(), key=lambda item: (item[1].file, item[1].offset))
 
 
 def plan_loading(

@@ -38,7 +38,10 @@ def initialize_parameters(
             waiting.difference_update(id(parameter) for parameter in fresh.values())
             values = _draw(model, name, seed)
             for key, parameter in fresh.items():
-                drawn = _complete(values[key], f"{name}.{key}").flatten()
+                full = f"{name}.{key}"
+                if values[key].isnan().any():
+                    raise RuntimeError(f"the class of the model does not initialize {full}")
+                drawn = values[key].flatten()
                 set_values(parameter, lambda start, stop, drawn=drawn: drawn[start:stop])
 
 
@@ -88,9 +91,3 @@ def _put(modules: Mapping[str, nn.Module], parameters: Parameters) -> None:
     for name, held in parameters.items():
         for key, parameter in held.items():
             setattr(modules[name], key, parameter)
-
-
-def _complete(values: Tensor, name: str) -> Tensor:
-    if values.isnan().any():
-        raise RuntimeError(f"the class of the model does not initialize {name}")
-    return values

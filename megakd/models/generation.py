@@ -39,7 +39,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from megakd.contract.completions import Completion, Sampling, TextTokens
 from megakd.engine.sharding import evaluating
 from megakd.errors import DataError, ModelError
-from megakd.models.architecture import context_length
+from megakd.models.architectures import context_length
 from megakd.models.packed_attention import VARLEN
 from megakd.models.source import ModelSource
 from megakd.storage.folders import check_given

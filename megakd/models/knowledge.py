@@ -17,8 +17,7 @@ import megakd_kernels
 from megakd.contract.batch import IGNORE, AttentionVectors, Batch, Knowledge, LogitWarp, Predictions
 from megakd.contract.tasks import Kernels
 from megakd.engine.sharding import gathered, is_sharded
-from megakd.models.architecture import RotaryForm, has_token_types
-from megakd.models.architectures import architecture_of
+from megakd.models.architectures import RotaryForm, architecture_of, has_token_types
 from megakd.models.elastic_modules import weights_in_view
 from megakd.models.packed_attention import document_arguments
 from megakd.models.second_vocabulary import SecondHead, second_vocabulary

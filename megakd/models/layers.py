@@ -15,13 +15,16 @@ from transformers import PretrainedConfig
 
 from megakd.contract.views import View, evenly_spaced, most_important
 from megakd.errors import ModelError
-from megakd.models.architecture import HEAD_COLUMNS, HEAD_COUNTS, NEURON_COUNTS, Architecture
-from megakd.models.architectures import architecture_of
+from megakd.models.architectures import (
+    HEAD_COLUMNS,
+    HEAD_COUNTS,
+    NEURON_COUNTS,
+    Architecture,
+    architecture_of,
+)
 from megakd.models.source import ModelSource
 
 T = TypeVar("T")
-
-
 _PER_LAYER = (HEAD_COUNTS, NEURON_COUNTS, HEAD_COLUMNS, "layer_types")
 """Config keys that list a value per layer, followed by values for parts outside the layers."""
 _OF_ALL_LAYERS = "relative_attention_bias"
@@ -59,9 +62,7 @@ def _numbers(
     wanted: int | Sequence[int], count: int, where: str, scores: Sequence[float] | None
 ) -> tuple[int, ...]:
     if isinstance(wanted, int) and wanted <= count:
-        if scores is not None:
-            return most_important(scores, wanted)
-        return evenly_spaced(count, wanted)
+        return evenly_spaced(count, wanted) if scores is None else most_important(scores, wanted)
     if isinstance(wanted, int):
         raise ModelError(
             f"{where}: must be at most {count}, the number of layers of the model (got {wanted})"
@@ -158,30 +159,25 @@ def without_layers(config: PretrainedConfig, view: View) -> tuple[PretrainedConf
     if view.layers is None:
         return config, view
     architecture = architecture_of(config)
-    _check_view(config, view, view.layers)
     count = architecture.number_of_layers(config)
+    numbers = {*range(1, count + 1)}
+    if list(view.layers) != sorted({*view.layers} & numbers) or not view.layers:
+        raise ModelError(
+            f"the view keeps the layers {view.layers}, and the model has the layers 1 to {count}"
+        )
+    units = [*zip(view.heads[:count], view.neurons[:count], strict=True)]
+    for number in sorted(numbers - {*view.layers}):
+        if any(units[number - 1]):
+            raise ModelError(
+                f"the view leaves out layer {number} and keeps (heads, neurons) "
+                f"{units[number - 1]} of this layer"
+            )
     heads, neurons = (
         tuple(units[number - 1] for number in view.layers) + units[count:]
         for units in (view.heads, view.neurons)
     )
     kept = view._replace(heads=heads, neurons=neurons, layers=None)
     return config_with_layers(config, architecture, view.layers), kept
-
-
-def _check_view(config: PretrainedConfig, view: View, layers: tuple[int, ...]) -> None:
-    architecture = architecture_of(config)
-    count = architecture.number_of_layers(config)
-    if list(layers) != sorted({*layers} & {*range(1, count + 1)}) or not layers:
-        raise ModelError(
-            f"the view keeps the layers {layers}, and the model has the layers 1 to {count}"
-        )
-    units = [*zip(view.heads[:count], view.neurons[:count], strict=True)]
-    for number in sorted({*range(1, count + 1)} - {*layers}):
-        if any(units[number - 1]):
-            raise ModelError(
-                f"the view leaves out layer {number} and keeps (heads, neurons) "
-                f"{units[number - 1]} of this layer"
-            )
 
 
 def naming(config: PretrainedConfig, view: View) -> Callable[[str], str | None]:

@@ -31,8 +31,7 @@ from megakd.engine.sharding import (
     sharded_construction,
 )
 from megakd.errors import ModelError, one_line, suggestion
-from megakd.models.architecture import HEAD_COUNTS, Architecture
-from megakd.models.architectures import architecture_named
+from megakd.models.architectures import HEAD_COUNTS, Architecture, architecture_named
 from megakd.models.fitting import Match, build_empty, plan_loading
 from megakd.models.fresh import initialize_parameters
 from megakd.models.int8 import INT8_METHOD, load_int8
@@ -438,9 +437,8 @@ def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
     Raise if a node has other weights in its files than the node of rank 0.
     """
     tensors, reader = model.state_dict(keep_vars=True), WeightReader(where)
-    in_disk_order = sorted(match.stored.items(), key=lambda item: (item[1].file, item[1].offset))
     if is_sharded(model):
-        stored = [tensor for _, tensor in in_disk_order]
+        stored = [tensor for _, tensor in match.in_disk_order()]
         samples = gather((together(lambda: reader.sample(stored)), node_name()))
         other = next((rank for rank, one in enumerate(samples) if one[0] != samples[0][0]), None)
         if other is not None:
@@ -449,7 +447,7 @@ def _fill(model: PreTrainedModel, match: Match, where: str) -> None:
                 f"{samples[other][1]} than for rank 0 on {samples[0][1]}; give all nodes the same "
                 "files"
             )
-    for name, tensor in in_disk_order:
+    for name, tensor in match.in_disk_order():
         set_values(tensors[name], partial(reader.part, tensor))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.engine.collectives import on_main
 from megakd.engine.sharding import gathered, gathered_state, is_first_rank
 from megakd.errors import ConfigError
-from megakd.models.architecture import Architecture
+from megakd.models.architectures import Architecture
 from megakd.models.fitting import valueless_model
 from megakd.models.model_folder import Extra
 from megakd.models.source import ModelSource
@@ -41,7 +42,8 @@ ADAPTER = "adapter"
 WEIGHTS, CONFIG = f"{ADAPTER}/adapter_model.safetensors", f"{ADAPTER}/adapter_config.json"
 WHERE = "student.lora.target_modules"
 _NAME = "default"  # peft's name of a model's first adapter
-_OF_PEFT = "base_model.model."  # peft's prefix of all names
+_PART = re.compile(rf"(.+)\.(base_layer\.weight|base_layer\.bias|lora_[AB])(?:\.{_NAME}\.weight)?")
+"""The name of a tensor of an adapted layer: the layer's, and the role of the tensor."""
 _PEFT_TASKS = {
     "classification": "SEQ_CLS",
     "regression": "SEQ_CLS",
@@ -78,7 +80,7 @@ def adapted_modules(
 
 
 def _is_named(path: str, name: str) -> bool:
-    """Return whether a target's name means a module, as in peft: the path, or the end of it."""
+    # As in peft: the path, or the end of it.
     return path == name or path.endswith(f".{name}")
 
 
@@ -103,14 +105,22 @@ def add_adapters(
     ranks and are not sharded: the engine shards them with the other modules. The head of a
     classifier, which is usually new, learns as a whole.
     """
+    from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
     architecture = source.architecture
     paths = adapted_modules(model, architecture, lora)
-    is_transposed = isinstance(model.get_submodule(paths[0]), Conv1D)
-    config = _peft_config(lora, _short_names(model, paths), is_transposed=is_transposed)
-    config.base_model_name_or_path = source.name
-    config.task_type = _PEFT_TASKS[task.type]
+    # Other readers of adapter_config.json expect a whole number where alpha is one.
+    alpha: Any = int(lora.scale) if lora.scale.is_integer() else lora.scale
+    config = PeftConfig(
+        r=lora.r,
+        lora_alpha=alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_short_names(model, paths),
+        fan_in_fan_out=isinstance(model.get_submodule(paths[0]), Conv1D),
+        base_model_name_or_path=source.name,
+        task_type=_PEFT_TASKS[task.type],
+    )
     with cpu_seeded(seed):
         inject_adapter_in_model(config, model, adapter_name=_NAME)
     if task.type in LANGUAGE_TASKS:
@@ -118,20 +128,6 @@ def add_adapters(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or architecture.of_the_task(name))
     config.modules_to_save = [architecture.head, *architecture.renewed]
-
-
-def _peft_config(lora: LoraConfig, names: list[str], *, is_transposed: bool) -> PeftConfig:
-    from peft import LoraConfig as PeftConfig
-
-    # Other readers of adapter_config.json expect a whole number where alpha is one.
-    alpha: Any = int(lora.scale) if lora.scale.is_integer() else lora.scale
-    return PeftConfig(
-        r=lora.r,
-        lora_alpha=alpha,
-        lora_dropout=lora.dropout,
-        target_modules=names,
-        fan_in_fan_out=is_transposed,
-    )
 
 
 def _short_names(model: nn.Module, paths: Sequence[str]) -> list[str]:
@@ -172,19 +168,6 @@ def base_model(model: nn.Module) -> Iterator[nn.Module]:
         model.train(was_training)
 
 
-def _part_of(name: str) -> tuple[str, str] | None:
-    """Return the adapted layer that a tensor belongs to, and its role; None for other tensors.
-
-    The role is `base_layer.weight`, `base_layer.bias`, `lora_A` or `lora_B`.
-    """
-    path, _, last = name.rpartition(".")
-    owner, _, kind = path.rpartition(".")
-    if kind == "base_layer":
-        return owner, f"{kind}.{last}"
-    layer, _, factor = owner.rpartition(".")
-    return (layer, factor) if factor in ("lora_A", "lora_B") else None
-
-
 def merged_state(model: Any) -> tuple[Iterator[tuple[str, Tensor]], Extra]:
     """Return the state of the plain model with merged adapters, and the files of the adapters.
 
@@ -198,30 +181,21 @@ def merged_state(model: Any) -> tuple[Iterator[tuple[str, Tensor]], Extra]:
 def _merged_tensors(model: Any, config: Any) -> Iterator[tuple[str, Tensor]]:
     parts: dict[str, Tensor] = {}
     for name, tensor in gathered_state(model):
-        layer, role = _part_of(name) or ("", "")
-        if not role:
+        part = _PART.fullmatch(name)
+        if part is None:
             yield name, tensor
-        elif role == "base_layer.bias":
+            continue
+        layer, role = part.groups()
+        parts[role] = tensor
+        if role == "base_layer.bias":
             yield f"{layer}.bias", tensor
-        else:
-            parts[role] = tensor
-        if role == "lora_B":  # the last part of a layer
-            yield f"{layer}.weight", _merged(parts, config)
-
-
-def _merged(parts: Mapping[str, Tensor], config: PeftConfig) -> Tensor:
-    """Return W + alpha / r * B A in the dtype of W; only on rank 0, other ranks hold no values."""
-    weight, a, b = (parts[kind] for kind in ("base_layer.weight", "lora_A", "lora_B"))
-    if not is_first_rank():
-        return weight
-    change = (b.float() @ a.float()) * (config.lora_alpha / config.r)
-    return (weight.float() + (change.T if config.fan_in_fan_out else change)).to(weight.dtype)
-
-
-def _config_text(config: PeftConfig) -> str:
-    tree = {**config.to_dict(), "inference_mode": True}
-    lists = {key: sorted(value) for key, value in tree.items() if isinstance(value, set)}
-    return json.dumps({**tree, **lists}, indent=2, sort_keys=True) + "\n"
+        elif role == "lora_B":  # the last part of a layer
+            weight, a, b = (parts[one] for one in ("base_layer.weight", "lora_A", "lora_B"))
+            if is_first_rank():  # the other ranks hold no values
+                change = (b.float() @ a.float()) * (config.lora_alpha / config.r)
+                change = change.T if config.fan_in_fan_out else change
+                weight = (weight.float() + change).to(weight.dtype)
+            yield f"{layer}.weight", weight
 
 
 def adapter_files(model: Any) -> dict[str, str | bytes]:
@@ -237,10 +211,10 @@ def adapter_files(model: Any) -> dict[str, str | bytes]:
         with gathered([parameter]):
             if is_first_rank():
                 kept[_peft_name(name)] = parameter.detach().to("cpu", copy=True)
-    return {
-        Path(WEIGHTS).name: save(kept, {"format": "pt"}),
-        Path(CONFIG).name: _config_text(config),
-    }
+    tree = {**config.to_dict(), "inference_mode": True}
+    lists = {key: sorted(value) for key, value in tree.items() if isinstance(value, set)}
+    text = json.dumps({**tree, **lists}, indent=2, sort_keys=True) + "\n"
+    return {Path(WEIGHTS).name: save(kept, {"format": "pt"}), Path(CONFIG).name: text}
 
 
 def load_adapters(model: Any, folder: Path) -> None:
@@ -263,8 +237,8 @@ def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _peft_name(name: str) -> str:
-    """Return the name of a weight in the files of peft, which leave out the adapter's own name."""
-    return f"{_OF_PEFT}{name}".replace(f".{_NAME}.weight", ".weight")
+    # The files of peft leave out the adapter's own name.
+    return f"base_model.model.{name}".replace(f".{_NAME}.weight", ".weight")
 
 
 def adapter_parameters(folder: Path) -> int | None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from megakd.data.tokenizers import from_folder, has_tokenizer_files
 from megakd.errors import ConfigError, ModelError, first_line
-from megakd.models.architecture import context_length, has_token_types
+from megakd.models.architectures import context_length, has_token_types
 from megakd.models.loading import load_finished
 
 MODEL = "model.onnx"

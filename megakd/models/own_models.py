@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -62,7 +62,7 @@ def _own_models() -> dict[str, OwnModel]:
         for name, cls in vars(modeling_cut).items()
         if name.startswith("Cut") and not name.endswith("Config")
     ]
-    models: dict[type[PretrainedConfig], dict[str, type[PreTrainedModel]]] = {}
+    models: dict[Any, dict[str, type[PreTrainedModel]]] = {}  # by class of config
     for cls in (*cut, T5EncoderForSequenceClassification, EncT5ForSequenceClassification):
         auto = next(auto for ending, auto in AUTO_CLASSES.items() if cls.__name__.endswith(ending))
         models.setdefault(cls.config_class, {})[auto] = cls

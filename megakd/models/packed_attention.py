@@ -29,7 +29,6 @@ from megakd.models.source import ModelSource
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_MOST_WIDTH = 256
 # torch 2.11 has no grouped queries here; later versions do.
 _GROUPS_QUERIES = "enable_gqa" in signature(varlen_attn).parameters
 VARLEN = "varlen"
@@ -46,8 +45,16 @@ def document_arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
     config: PretrainedConfig = model.config  # type: ignore[assignment]
     name: str = config._attn_implementation or ""  # noqa: SLF001
     if not name.startswith((VARLEN, "flash_attention")):
-        is_blind = not architecture_of(config).masks_documents and "position_ids" in batch.inputs
-        return {"attention_mask": _document_masks(config, model, batch)} if is_blind else {}
+        if architecture_of(config).masks_documents or "position_ids" not in batch.inputs:
+            return {}
+        # Masks by type of layer, for a backbone that ignores positions.
+        table, positions = model.get_input_embeddings().weight, batch.inputs["position_ids"]  # type: ignore[operator]
+        # Its shape, dtype and device are read; a sharded table of embeddings is empty here.
+        hidden = table.new_empty((*positions.shape, 0))
+        # Neither a mask nor a cache, which transformers 5.24 names otherwise.
+        facts: Any = (config, hidden, None, None, positions)
+        full, sliding = create_causal_mask(*facts), create_sliding_window_causal_mask(*facts)
+        return {"attention_mask": {"full_attention": full, "sliding_attention": sliding}}
     if batch.documents is None:
         return {}
     starts, longest = batch.documents
@@ -56,22 +63,6 @@ def document_arguments(model: nn.Module, batch: Batch) -> dict[str, Any]:
         "cu_seq_lens_k": starts,
         "max_length_q": longest,
         "max_length_k": longest,
-    }
-
-
-def _document_masks(
-    config: PretrainedConfig, model: nn.Module, batch: Batch
-) -> dict[str, Tensor | None]:
-    """Return the masks of packed rows by type of layer, for a backbone that ignores positions."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    positions = batch.inputs["position_ids"]
-    # Its shape, dtype and device are read; a sharded table of embeddings is empty here.
-    hidden = embeddings.weight.new_empty((*positions.shape, 0))
-    # Neither a mask nor a cache, which transformers 5.24 names otherwise.
-    facts: Any = (config, hidden, None, None, positions)
-    return {
-        "full_attention": create_causal_mask(*facts),
-        "sliding_attention": create_sliding_window_causal_mask(*facts),
     }
 
 
@@ -84,7 +75,13 @@ def set_attention(
     model; transformers chooses elsewhere.
     """
     register_packed_attention()
-    _check_scores(model, source)
+    config, wanted = model.config, source.attn_implementation
+    lacking = architecture_of(config).lacking_in_fused_attention(config)
+    if lacking is not None and wanted in (VARLEN, "sdpa"):
+        raise ModelError(
+            f"{source.where.removesuffix('.model')}.attn_implementation: the {config.model_type} "
+            f"model has {lacking}, which {wanted} does not support; use eager, or remove the key"
+        )
     name = attention_name(model, source, task, device)
     if name == VARLEN and device.type == "cuda" and not _has_kernel(model):
         raise ModelError(
@@ -106,19 +103,6 @@ def attention_name(
     return source.attn_implementation
 
 
-def _check_scores(model: PreTrainedModel, source: ModelSource) -> None:
-    name = source.attn_implementation
-    if name not in (VARLEN, "sdpa"):
-        return
-    config = model.config
-    lacking = architecture_of(config).lacking_in_fused_attention(config)
-    if lacking is not None:
-        raise ModelError(
-            f"{source.where.removesuffix('.model')}.attn_implementation: the {config.model_type} "
-            f"model has {lacking}, which {name} does not support; use eager, or remove the key"
-        )
-
-
 def _has_kernel(model: PreTrainedModel) -> bool:
     config = model.config
     if architecture_of(config).lacking_in_fused_attention(config) is not None:
@@ -126,7 +110,7 @@ def _has_kernel(model: PreTrainedModel) -> bool:
     width = architecture_of(config).heads(config).width
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
     is_narrow = model.dtype in (torch.bfloat16, torch.float16)
-    return is_narrow and not dropout and width % 8 == 0 and width <= _MOST_WIDTH
+    return is_narrow and not dropout and width % 8 == 0 and width <= 256
 
 
 def attend(  # noqa: PLR0913  (the arguments are transformers')

@@ -130,22 +130,19 @@ def start_from_pieces(model: PreTrainedModel, pieces: Sequence[Sequence[int]]) -
         raise TypeError("the model has no second vocabulary")
     table, ours = model.get_input_embeddings().weight, list(second.parameters())
     with gathered([table]), gathered(ours, modify=True):  # type: ignore[list-item]
-        if writes_here(second.table.weight):
-            rows = [table[list(tokens)].float().mean(0) for tokens in pieces]  # type: ignore[index]
-            _reduce(torch.stack(rows), second)
-
-
-def _reduce(rows: Tensor, second: SecondVocabulary) -> None:
-    if second.lift is None:
-        second.table.weight.copy_(rows)
-        return
-    center = rows.mean(0)
-    directions = torch.linalg.svd(rows - center, full_matrices=False)[2][: second.lift.in_features]
-    # A table that is wider than the model keeps random values in the other columns.
-    count = len(directions)
-    second.table.weight[:, :count].copy_((rows - center) @ directions.T)
-    second.lift.weight[:, :count].copy_(directions.T)
-    second.lift.bias.copy_(center)
+        if not writes_here(second.table.weight):
+            return
+        rows = torch.stack([table[list(tokens)].float().mean(0) for tokens in pieces])  # type: ignore[index]
+        if second.lift is None:
+            second.table.weight.copy_(rows)
+            return
+        center, narrow = rows.mean(0), second.lift.in_features
+        directions = torch.linalg.svd(rows - center, full_matrices=False)[2][:narrow]
+        # A table that is wider than the model keeps random values in the other columns.
+        count = len(directions)
+        second.table.weight[:, :count].copy_((rows - center) @ directions.T)
+        second.lift.weight[:, :count].copy_(directions.T)
+        second.lift.bias.copy_(center)
 
 
 def build_second_vocabulary(

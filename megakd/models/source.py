@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from megakd.config.models import TeacherConfig
 from megakd.contract.tasks import AUTO
 from megakd.contract.views import Heads, View
-from megakd.models.architecture import Architecture
+from megakd.models.architectures import Architecture
 from megakd.models.weights import StoredTensor
 
 _DROPOUT = re.compile(r"dropout(_prob|_rate)?$|_pdrop$")

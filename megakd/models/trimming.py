@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from megakd.data.tokenizers import from_folder
 from megakd.errors import DataError, ModelError
-from megakd.models.architecture import counts_padding
+from megakd.models.architectures import counts_padding
 from megakd.models.loading import load_finished
 from megakd.models.model_folder import INDEX_NAME, write_weights
 from megakd.storage.folders import check_given

@@ -8,10 +8,8 @@ import math
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from io import RawIOBase
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -177,18 +175,17 @@ def stored_tensors(file: Path, where: str) -> dict[str, StoredTensor]:
             ) from error
         data = stream.tell()
     header.pop("__metadata__", None)
-    return {key: _stored(file, key, entry, data, where) for key, entry in header.items()}
-
-
-def _stored(file: Path, key: str, entry: Mapping[str, Any], data: int, where: str) -> StoredTensor:
-    dtype = DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise ModelError(
-            f"{where}: {file} holds {key} as {entry['dtype']}, which cannot be loaded; store it as"
-            " F32, BF16 or F16"
-        )
-    shape, offset = tuple(entry["shape"]), data + entry["data_offsets"][0]
-    return StoredTensor(file=file, key=key, shape=shape, dtype=dtype, offset=offset)
+    tensors = {}
+    for key, entry in header.items():
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ModelError(
+                f"{where}: {file} holds {key} as {entry['dtype']}, which cannot be loaded; store "
+                "it as F32, BF16 or F16"
+            )
+        shape, offset = tuple(entry["shape"]), data + entry["data_offsets"][0]
+        tensors[key] = StoredTensor(file=file, key=key, shape=shape, dtype=dtype, offset=offset)
+    return tensors
 
 
 @dataclass
@@ -217,7 +214,15 @@ class WeightReader:
         data = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.offset + start * stored.dtype.itemsize)
-            _read_into(stream, data.numpy().data, stored, self.where)
+            buffer, done = data.numpy().data, 0
+            while done < len(buffer):
+                count = stream.readinto(buffer[done:])
+                if not count:
+                    raise ModelError(
+                        f"{self.where}: {stored.file} ended after {done} of the {len(buffer)} "
+                        f"bytes of {stored.key}; the file may have changed during reading"
+                    )
+                done += count
         return data.view(stored.dtype)
 
     def _part_of_experts(self, stored: StoredExperts, start: int, stop: int) -> Tensor:
@@ -238,15 +243,3 @@ class WeightReader:
             digest.update(repr((tensor.shape, tensor.dtype)).encode())
             digest.update(values.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-
-def _read_into(stream: RawIOBase, buffer: memoryview, stored: StoredTensor, where: str) -> None:
-    done = 0
-    while done < len(buffer):
-        count = stream.readinto(buffer[done:])
-        if not count:
-            raise ModelError(
-                f"{where}: {stored.file} ended after {done} of the {len(buffer)} bytes of "
-                f"{stored.key}; the file may have changed during reading"
-            )
-        done += count

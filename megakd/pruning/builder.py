@@ -26,8 +26,7 @@ from megakd.engine.collectives import gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_named
-from megakd.models.axes import lengths, weight_axes
-from megakd.models.counting import parameter_counts
+from megakd.models.axes import lengths, parameter_counts, weight_axes
 from megakd.models.cutting import CUT, cut_config, reshape_folder
 from megakd.models.fitting import valueless_model
 from megakd.models.layers import naming

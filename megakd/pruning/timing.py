@@ -16,7 +16,7 @@ import torch
 
 from megakd.contract.views import View
 from megakd.errors import ConfigError
-from megakd.models.architecture import context_length
+from megakd.models.architectures import context_length
 from megakd.models.cutting import cut_config
 from megakd.models.fitting import build_empty
 from megakd.models.forwards import Call, Graph, Timed, calls_of, milliseconds, sample_lengths

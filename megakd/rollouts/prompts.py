@@ -18,7 +18,7 @@ from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.data.encoding import Encoded
 from megakd.data.loader import lengths_of_rows, prompt_lengths, rows_with_targets
 from megakd.errors import ConfigError, DataError
-from megakd.models.architecture import context_length
+from megakd.models.architectures import context_length
 from megakd.models.source import ModelSource
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from megakd.engine.activity import doing
 from megakd.engine.collectives import on_main
 from megakd.engine.memory import forget_models, left_out_of_peak, reset_peak_memory
 from megakd.inputs.step_size import micro_batches_per_call
-from megakd.models.counting import named_shapes, parameter_counts
+from megakd.models.axes import named_shapes, parameter_counts
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.process.phases import phase

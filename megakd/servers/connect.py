@@ -31,8 +31,8 @@ from megakd.engine.collectives import agree, on_main, together
 from megakd.engine.sharding import full_shape, is_first_rank
 from megakd.errors import ServerError
 from megakd.inputs.inputs import RunInputs
+from megakd.models.cutting import Learned
 from megakd.models.generation import generation_config_of, listed_ends
-from megakd.models.learned import Learned
 from megakd.models.lora import adapter_files
 from megakd.models.model_folder import fill_serving_folder
 from megakd.models.source import ModelSource

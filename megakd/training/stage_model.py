@@ -12,8 +12,8 @@ from megakd.contract.views import Cut
 from megakd.engine.collectives import on_main, together
 from megakd.engine.student import StudentEngine
 from megakd.losses.bundle import StudentBundle
+from megakd.models.cutting import Learned
 from megakd.models.generation import generation_file
-from megakd.models.learned import Learned
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.scoring.scores import Evaluation
 from megakd.storage import atomic

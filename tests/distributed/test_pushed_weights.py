@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megakd.engine import distributed
 from megakd.errors import MegakdError
-from megakd.models.learned import Learned
+from megakd.models.cutting import Learned
 from megakd.servers.connect import AdapterPush, FullPush
 from megakd.servers.http import JsonServer
 from megakd.servers.sglang import SglangServer

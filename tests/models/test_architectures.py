@@ -2,12 +2,12 @@ import pytest
 from transformers import BartConfig
 
 from megakd.errors import ModelError
-from megakd.models.architecture import context_length
 from megakd.models.architectures import (
     FAMILIES,
     MASKED_HEADS,
     architecture_named,
     architecture_of,
+    context_length,
 )
 
 CUTTABLE = [name for name, entry in FAMILIES.items() if entry.uncut is None]

@@ -22,8 +22,7 @@ from torch import nn
 
 from megakd.models.architectures import architecture_of
 from megakd.models.elastic import Elastic
-from megakd.models.elastic_modules import NarrowLinear
-from megakd.models.kept import Kept
+from megakd.models.elastic_modules import Kept, NarrowLinear
 
 SEVERAL = (UNEVEN, WITHOUT, None, NARROW)
 # An encoder, narrower embeddings, a decoder, transposed weights, a decoder beside an encoder.

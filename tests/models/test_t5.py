@@ -19,8 +19,7 @@ from transformers import (
 
 from megakd.contract.views import Cut, View
 from megakd.errors import ModelError
-from megakd.models.axes import cut_part, weight_axes
-from megakd.models.counting import named_shapes, parameter_counts
+from megakd.models.axes import cut_part, named_shapes, parameter_counts, weight_axes
 from megakd.models.cutting import cut_config
 from megakd.models.modeling.modeling_t5 import (
     EncT5ForSequenceClassification,

@@ -6,7 +6,7 @@ from transformers import ElectraConfig, ElectraForMaskedLM
 from megakd.config.models import ScratchModel
 from megakd.errors import ModelError
 from megakd.models import loading
-from megakd.models.counting import named_shapes, parameter_counts
+from megakd.models.axes import named_shapes, parameter_counts
 from megakd.models.loading import check_model
 
 

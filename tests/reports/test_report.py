@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from megakd.errors import CheckpointError
-from megakd.models.counting import named_shapes, parameter_counts
+from megakd.models.axes import named_shapes, parameter_counts
 from megakd.reports.html import html_report, write_html_report
 from megakd.reports.report_file import environment, read_report, write_report
 
