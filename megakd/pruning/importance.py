@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -212,30 +212,20 @@ class Gates:
         Args:
             totals: [units], sums of absolute gradients in the order of `gradients`.
         """
-        layers = totals.double().cpu().split([gate.numel() for gate in self.tensors])
-        for number, layer in enumerate(layers):
-            if not layer.isfinite().all():
-                raise TeacherError(self._not_finite(number))
-        parts = self._attentions, self._attentions + self._feed_forwards
-        heads, neurons = layers[: parts[0]], layers[parts[0] : parts[1]]
-        width = _numbers(layers[parts[1] :])
-        return UnitScores(_numbers(heads), _numbers(neurons), *width)
-
-    def _not_finite(self, number: int) -> str:
-        if number < self._attentions:
-            what = f"heads of attention {number + 1}"
-        elif number < self._attentions + self._feed_forwards:
-            what = f"neurons of feed-forward {number - self._attentions + 1}"
-        else:
-            what = "columns of the hidden states"
-        return (
-            f"the importance of the {what} is not finite: the teacher's loss or its gradient "
-            "overflows; set teacher.dtype to bf16 or fp32, or train the teacher again"
-        )
-
-
-def _numbers(layers: Sequence[Tensor]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(layer.tolist()) for layer in layers)
+        parts = totals.double().cpu().split([gate.numel() for gate in self.tensors])
+        names = [f"heads of attention {number + 1}" for number in range(self._attentions)]
+        names += [f"neurons of feed-forward {n + 1}" for n in range(self._feed_forwards)]
+        names.append("columns of the hidden states")
+        for name, part in zip(names, parts, strict=False):  # the width may have no gates
+            if not part.isfinite().all():
+                raise TeacherError(
+                    f"the importance of the {name} is not finite: the teacher's loss or its "
+                    "gradient overflows; set teacher.dtype to bf16 or fp32, or train the teacher "
+                    "again"
+                )
+        layers = tuple(tuple(part.tolist()) for part in parts)
+        first, last = self._attentions, self._attentions + self._feed_forwards
+        return UnitScores(layers[:first], layers[first:last], *layers[last:])
 
 
 def _through(gate: Tensor, size: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

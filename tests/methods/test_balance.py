@@ -10,8 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from megakd.methods.mixed_vocabulary.balance import CROSS_ENTROPY, FAINT, Balanced
-from megakd.methods.mixed_vocabulary.parameter_projections import NAME
+from megakd.methods.mixed_vocabulary import parameter_projections
+from megakd.methods.mixed_vocabulary.parameter_projections import (
+    CROSS_ENTROPY,
+    FAINT,
+    NAME,
+    Balanced,
+)
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -35,7 +40,7 @@ class Group:
 
 @pytest.fixture
 def balanced(monkeypatch) -> Balanced:
-    monkeypatch.setattr("megakd.methods.mixed_vocabulary.balance.ParameterProjections", Group)
+    monkeypatch.setattr(parameter_projections, "ParameterProjections", Group)
     strategy = Balanced(0.3, "teacher")
     strategy.begin(engine([0.0], [0.0]), 0)
     return strategy

@@ -31,7 +31,7 @@ from megakd.contract.views import View
 from megakd.errors import ConfigError
 from megakd.methods.shrink.budget import Sizes, timed_candidates
 from megakd.methods.shrink.candidates import Budget, Family
-from megakd.pruning.timing import Stopwatch
+from megakd.pruning.builder import ShapeTimer
 from megakd.run.run_report import timed_forwards, timed_on
 
 TEACHER = bert(4, width=32, num_attention_heads=4, intermediate_size=64)
@@ -322,7 +322,7 @@ def test_a_text_beyond_the_positions_of_the_model_is_not_timed():
     source = SimpleNamespace(config=BertConfig(max_position_embeddings=32))
 
     with pytest.raises(ConfigError, match=r"method\.timing\.tokens: 64, and .* at most 32 tokens"):
-        Stopwatch(cast("Any", source), cast("Any", None), TimedWork(tokens=64), [])
+        ShapeTimer(cast("Any", source), cast("Any", None), TimedWork(tokens=64), [])
 
 
 def clock(view: View) -> float:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megakd.pruning import timing
+from megakd.pruning import builder
 
 
 @pytest.mark.parametrize(("waited_ns", "told"), [(0, False), (10**9, True)])
@@ -14,9 +14,9 @@ def test_other_work_beside_a_timing_is_told(tmp_path, monkeypatch, caplog, waite
     thread = tmp_path / "7" / "schedstat"
     thread.parent.mkdir()
     thread.write_text("10 5 1")
-    monkeypatch.setattr(timing, "THREADS", tmp_path)
+    monkeypatch.setattr(builder, "THREADS", tmp_path)
 
-    with timing.told_if_interrupted():
+    with builder.told_if_interrupted():
         time.sleep(0.01)
         thread.write_text(f"10 {5 + waited_ns} 1")
 

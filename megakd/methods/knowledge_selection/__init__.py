@@ -124,41 +124,29 @@ class KnowledgeSelectionConfig(OneTeacherOptions):
 
 def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
     """Run stage 1 if a selector has to be learned, then train the student."""
-    teacher, kinds = lab.teacher(config.teacher), _kinds(lab)
-    if config.policy == "all":
-        return lab.train(_student(teacher, kinds, Constant((Pass(teacher=teacher),))))
-    if config.policy != "learned":
-        return lab.train(_student(teacher, kinds, _random(config, lab, teacher, kinds)))
-    from megakd.methods.knowledge_selection.selecting import Selecting
+    from megakd.methods.knowledge_selection.selecting import RandomWeights, Selecting
 
-    selector = _selector(config, lab, teacher, kinds)
-    probe = lab.probe("student")
-    strategy = Selecting(teacher, selector, _choosing(config, lab), probe)
-    return lab.train(_student(teacher, kinds, strategy))
-
-
-def _kinds(lab: Lab) -> tuple[TermConfig, ...]:
+    teacher, labels = lab.teacher(config.teacher), lab.hard_terms(per_row=True)
     states = (HiddenMse(loss="hidden_mse"), RelationFsp(loss="relation_fsp"))
-    labels = lab.hard_terms(per_row=True)
-    return lab.config.objective or (*labels, *lab.soft_terms(), *states)
+    kinds = lab.config.objective or (*labels, *lab.soft_terms(), *states)
+    if config.policy == "all":
+        strategy = Constant((Pass(teacher=teacher),))
+    elif config.policy == "learned":
+        selector = _selector(config, lab, teacher, kinds)
+        strategy = Selecting(teacher, selector, _choosing(config, lab), lab.probe("student"))
+    else:
+        strategy = RandomWeights(
+            teacher,
+            tuple(map(term_name, kinds)),
+            hard=config.policy == "random_hard",
+            seed=lab.config.seed,
+            threshold=config.threshold,
+        )
+    return lab.train(_student(teacher, kinds, strategy))
 
 
 def _student(teacher: str, kinds: tuple[TermConfig, ...], strategy: Strategy) -> Stage:
     return Stage(name="student", teachers=(teacher,), objective=kinds, strategy=strategy)
-
-
-def _random(
-    config: KnowledgeSelectionConfig, lab: Lab, teacher: str, kinds: tuple[TermConfig, ...]
-) -> Strategy:
-    from megakd.methods.knowledge_selection.selecting import RandomWeights
-
-    return RandomWeights(
-        teacher,
-        tuple(map(term_name, kinds)),
-        hard=config.policy == "random_hard",
-        seed=lab.config.seed,
-        threshold=config.threshold,
-    )
 
 
 def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
@@ -182,12 +170,20 @@ def _selector(
 
     widths = lab.given(STUDENT).width, lab.given(teacher).width
     shape = SelectorShape(*widths, tuple(map(term_name, kinds)), config.hidden)
-    if config.selector is not None:
-        path = config.selector.expanduser()
-        path = path / SELECTOR if path.is_dir() else path
-        return _fitting(load_selector(str(path)), shape, path)
-    result = lab.train(_stage_1(config, lab, teacher, kinds, shape))
-    return lab.made_by(result, SELECTOR, load_selector) or _new(lab, shape)
+    if config.selector is None:
+        result = lab.train(_stage_1(config, lab, teacher, kinds, shape))
+        return lab.made_by(result, SELECTOR, load_selector) or _new(lab, shape)
+    path = config.selector.expanduser()
+    path = path / SELECTOR if path.is_dir() else path
+    selector = load_selector(str(path))
+    if selector.shape[:3] != shape[:3]:
+        raise TeacherError(
+            f"method.selector: {path} is for a student of width {selector.shape.student}, a "
+            f"teacher of width {selector.shape.teacher} and {', '.join(selector.shape.kinds)}; "
+            f"this run has the widths {shape.student} and {shape.teacher} and "
+            f"{', '.join(shape.kinds)}"
+        )
+    return selector
 
 
 def _new(lab: Lab, shape: SelectorShape) -> Selector:
@@ -237,14 +233,3 @@ def _stage_1(
         # The selector learns in whole episodes, regardless of the students' scores.
         train=dataclasses.replace(lab.config.train, max_steps=steps, early_stopping_patience=None),
     )
-
-
-def _fitting(selector: Selector, shape: SelectorShape, path: Path) -> Selector:
-    if selector.shape[:3] != shape[:3]:
-        raise TeacherError(
-            f"method.selector: {path} is for a student of width {selector.shape.student}, a "
-            f"teacher of width {selector.shape.teacher} and {', '.join(selector.shape.kinds)}; "
-            f"this run has the widths {shape.student} and {shape.teacher} and "
-            f"{', '.join(shape.kinds)}"
-        )
-    return selector

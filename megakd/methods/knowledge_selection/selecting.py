@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megakd.contract.batch import LossInputs, first_positions
 from megakd.contract.lab import HeldOutProbe
@@ -22,7 +23,6 @@ from megakd.methods.knowledge_selection.selector import (
     Learning,
     Selector,
     Transition,
-    alike,
     hardened,
 )
 
@@ -244,33 +244,22 @@ class LearningToSelect(Selecting):
             self._learn(None)
             run.before = None
 
-    @property
-    def _measuring(self) -> HeldOutProbe:
+    def _end_phase(self) -> None:
         if self.probe is None:
             raise TypeError("a selector that learns needs a held-out probe")
-        return self.probe
-
-    def _end_phase(self) -> None:
-        run = self.running
-        loss = self._measuring.loss(self._student)
-        actions, fall = torch.tensor(run.actions), run.loss - loss
-        run.pending = (torch.stack(run.summaries), actions, fall, self._exploration(actions))
-        run.loss, run.summaries, run.actions = loss, [], []
-
-    def _exploration(self, actions: Tensor) -> float:
-        """Return the exploration reward.
-
-        The reward is higher if the actions differ from the previous phase (soft actions) or are
-        rare (hard actions).
-        """
         run, beta = self.running, self.course.exploration
-        mean = actions.mean(0)
-        before, run.before = run.before, mean
-        if not self.choosing.hard:
-            return 0.0 if before is None else -beta * alike(mean, before)
-        usual = tuple(mean.round().tolist())
-        run.counts[usual] = run.counts.get(usual, 0) + 1
-        return beta / math.sqrt(run.counts[usual])
+        loss, actions = self.probe.loss(self._student), torch.tensor(run.actions)
+        before, run.before = run.before, actions.mean(0)
+        # The reward is higher if hard actions are rare, or soft ones differ from the last phase.
+        exploration = 0.0
+        if self.choosing.hard:
+            usual = tuple(run.before.round().tolist())
+            run.counts[usual] = run.counts.get(usual, 0) + 1
+            exploration = beta / math.sqrt(run.counts[usual])
+        elif before is not None:
+            exploration = -beta * float(functional.cosine_similarity(run.before, before, dim=0))
+        run.pending = (torch.stack(run.summaries), actions, run.loss - loss, exploration)
+        run.loss, run.summaries, run.actions = loss, [], []
 
     def _learn(self, following: Tensor | None) -> None:
         if self.running.pending is None:

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megakd.errors import TeacherError
 from megakd.storage.folders import check_given
@@ -194,20 +193,26 @@ class ActorCritic:
         self._memory = new if known is None else known.joined(new, self.learning.memory)
         scaled = self._memory.scaled()
         for _ in range(self.learning.updates):
-            some = scaled.drawn(self.learning.samples, self._generator)
-            self._teach_critic(some)
-            self._teach_actor(some)
+            self._teach(scaled.drawn(self.learning.samples, self._generator))
         return float(scaled.rewards[-1])
 
-    def _teach_critic(self, some: Samples) -> None:
+    def _teach(self, some: Samples) -> None:
         selector = self.selector
         with torch.no_grad():
-            state = selector.state(some.summaries)
             target = self._target(some)
-        error = selector.value(state, some.actions) - target
+        state = selector.state(some.summaries)
+        # Detached; otherwise the summary networks would learn states that the critic prefers.
+        seen = state.detach()
+        error = selector.value(seen, some.actions) - target
         self._critic.zero_grad()
         error.square().mean().backward()
         self._critic.step()
+        logits = selector.actor(state)
+        held_back = self.learning.restraint * logits.square().sum(-1)
+        value = selector.value(seen, logits.sigmoid())
+        self._actor.zero_grad()
+        (held_back - value).mean().backward()
+        self._actor.step()
 
     def _target(self, some: Samples) -> Tensor:
         gamma, state = self.learning.gamma, self.selector.state(some.following)
@@ -215,17 +220,6 @@ class ActorCritic:
         if self.learning.gamma_on == "reward":
             return gamma * some.rewards + later
         return some.rewards + gamma * later
-
-    def _teach_actor(self, some: Samples) -> None:
-        selector = self.selector
-        state = selector.state(some.summaries)
-        logits = selector.actor(state)
-        held_back = self.learning.restraint * logits.square().sum(-1)
-        # Detached; otherwise the summary networks would learn states that the critic prefers.
-        value = selector.value(state.detach(), logits.sigmoid())
-        self._actor.zero_grad()
-        (held_back - value).mean().backward()
-        self._actor.step()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -255,8 +249,3 @@ def hardened(action: Sequence[float], threshold: float) -> tuple[float, ...]:
     if not any(used):
         used = [index == list(action).index(largest) for index in range(len(action))]
     return tuple(map(float, used))
-
-
-def alike(one: Tensor, other: Tensor) -> float:
-    """Return the cosine between two actions [K]."""
-    return float(functional.cosine_similarity(one, other, dim=0))

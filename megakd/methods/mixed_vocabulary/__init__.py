@@ -35,7 +35,6 @@ from megakd.contract.stage import (
     Scores,
     Stage,
     StageResult,
-    Strategy,
     Verdict,
 )
 from megakd.contract.tasks import STUDENT
@@ -56,8 +55,6 @@ Table = Literal["random", "pieces"]
 PATIENT_KD = "patient_kd"
 OF_PROJECTIONS = {"vectors", "embeddings", "epsilon", "projection_ratio"}
 """Options of the comparison of weights."""
-OF_VERSION = {1: {"projections"} | OF_PROJECTIONS, 2: {"teacher_steps", "table"}}
-"""Options that only one version has."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -156,10 +153,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
         """The kind of projections, with the default of version 1."""
         return self.projections or "down"
 
-    @property
-    def trains_teacher(self) -> bool:
-        return self.version == 2 or self.direction != "none"
-
     def student_tokenizer(self, splits: Any, teacher: Any, *, cache_dir: Path) -> Any:
         """Train the student's tokenizer, and check that the teacher's can be mixed with it."""
         from megakd.methods.mixed_vocabulary.tokenizer import (
@@ -212,9 +205,10 @@ class MixedVocabularyConfig(OneTeacherOptions):
         yield from self._of_student(config.student.model)
 
     def _of_another_version(self) -> Iterator[str]:
+        of_version = {1: {"projections"} | OF_PROJECTIONS, 2: {"teacher_steps", "table"}}
         other = 3 - self.version
         why = f"it is an option of version {other}, which method.version is not ({self.version})"
-        yield from self.unused(OF_VERSION[other], why)
+        yield from self.unused(of_version[other], why)
         if self.version == 2 and self.p == 0:
             yield (
                 "method.p: 0, and in version 2 the student starts from the pieces that its teacher "
@@ -272,23 +266,22 @@ def run(config: MixedVocabularyConfig, lab: Lab) -> StageResult:
 def _together(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> Stage:
     """Return the stage of version 1, in which student and teacher learn (section 4, L_final)."""
     projections = _projections(config)
+    if projections and config.projection_ratio is not None:
+        from megakd.methods.mixed_vocabulary.parameter_projections import Balanced
+
+        strategy = Balanced(config.projection_ratio, teacher)
+    else:
+        # The projections are computed once, in the student's pass.
+        without = {term.loss: 0.0 for term in projections} or None
+        strategy = Constant((Pass(), Pass(learner=teacher, weights=without)))
+    rate, wanted = lab.config.train.learning_rate, config.teacher_learning_rate
     return Stage(
         name=STUDENT,
-        learners={STUDENT: 1.0, teacher: _rate(config, lab)},
+        learners={STUDENT: 1.0, teacher: 1.0 if wanted is None or not rate else wanted / rate},
         objective=(*lab.hard_terms(), *projections),
-        strategy=_strategy(config, teacher, projections),
+        strategy=strategy,
         mixed={teacher: MixedReading(config.p)},
     )
-
-
-def _strategy(config: MixedVocabularyConfig, teacher: str, projections: Sequence[Any]) -> Strategy:
-    if projections and config.projection_ratio is not None:
-        from megakd.methods.mixed_vocabulary.balance import Balanced
-
-        return Balanced(config.projection_ratio, teacher)
-    # The projections are computed once, in the student's pass.
-    without = {term.loss: 0.0 for term in projections} or None
-    return Constant((Pass(), Pass(learner=teacher, weights=without)))
 
 
 def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
@@ -305,11 +298,6 @@ def _projections(config: MixedVocabularyConfig) -> tuple[Any, ...]:
             epsilon=config.epsilon,
         ),
     )
-
-
-def _rate(config: MixedVocabularyConfig, lab: Lab) -> float:
-    rate, wanted = lab.config.train.learning_rate, config.teacher_learning_rate
-    return 1.0 if wanted is None or not rate else wanted / rate
 
 
 def _after_teacher(config: MixedVocabularyConfig, lab: Lab, teacher: str) -> StageResult:

@@ -17,6 +17,7 @@ Shapes: B rows of a micro-batch, T positions, W words of all rows together.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,21 +133,20 @@ class MixedText:
         is_student = np.where(fixed == FREE, heads, is_known)
         lengths = np.where(is_student, columns["student_lengths"][0], columns["teacher_lengths"][0])
         teacher_starts = _sums(columns["teacher_lengths"][0])[:-1]
-        starts = np.where(is_student, self._student_starts(columns), teacher_starts)
-        pieces = [columns["teacher_ids"][0], columns["input_ids"][0] + self._offset]
-        tokens = np.concatenate(pieces)[_ranges(starts, lengths)]
-        layout = _Layout.of(lengths, words, self._teacher)
-        made = {"input_ids": layout.framed(tokens, self._teacher)}
-        if self._has_word_starts:
-            made[WORD_STARTS] = layout.word_starts(lengths)
-        return _table(made, layout.rows)
-
-    def _student_starts(self, columns: Columns) -> NDArray[np.int64]:
-        """Return the position of each word [W] in `teacher_ids` followed by `input_ids`."""
-        lengths, words = columns["student_lengths"]
-        row = np.repeat(np.arange(len(words)), words)
-        special = len(self._student.before) + row * self._student.size
-        return len(columns["teacher_ids"][0]) + _sums(lengths)[:-1] + special
+        # The student's words are in `input_ids`, whose rows have special tokens.
+        rows = np.repeat(np.arange(len(words)), words)
+        special = len(self._student.before) + rows * self._student.size
+        student_starts = _sums(columns["student_lengths"][0])[:-1] + special
+        teacher_ids, student_ids = columns["teacher_ids"][0], columns["input_ids"][0]
+        starts = np.where(is_student, len(teacher_ids) + student_starts, teacher_starts)
+        pieces = np.concatenate([teacher_ids, student_ids + self._offset])
+        return _in_rows(
+            pieces[_ranges(starts, lengths)],
+            lengths,
+            words,
+            self._teacher,
+            has_word_starts=self._has_word_starts,
+        )
 
 
 class _Frame(NamedTuple):
@@ -162,42 +162,6 @@ class _Frame(NamedTuple):
         return len(self.before) + len(self.after)
 
 
-class _Layout(NamedTuple):
-    """The places of pieces in rows with special tokens; all rows follow one another.
-
-    rows: [B + 1] position of each row's first token, and the number of tokens.
-    places: positions of the pieces.
-    """
-
-    rows: NDArray[np.int64]
-    places: NDArray[np.int64]
-
-    @staticmethod
-    def of(lengths: NDArray[np.int64], words: NDArray[np.int64], special: _Frame) -> _Layout:
-        """Return the layout of words of `lengths` [W] pieces in rows of `words` [B] words."""
-        bounds = _sums(lengths)[_sums(words)]  # [B + 1]
-        shifts = np.arange(len(bounds)) * special.size
-        starts = bounds[:-1] + shifts[:-1] + len(special.before)
-        return _Layout(bounds + shifts, _ranges(starts, np.diff(bounds)))
-
-    def framed(self, pieces: NDArray[np.int64], special: _Frame) -> NDArray[np.int64]:
-        """Return the tokens of all rows: the pieces, with special tokens around each row."""
-        tokens = np.empty(self.rows[-1], dtype=np.int64)
-        tokens[self.places] = pieces
-        tokens[self.rows[:-1, None] + np.arange(len(special.before))] = special.before
-        tokens[self.rows[1:, None] - np.arange(len(special.after), 0, -1)] = special.after
-        return tokens
-
-    def word_starts(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the position in its row of the first token of each token's word.
-
-        Special tokens are words of their own.
-        """
-        starts = np.arange(self.rows[-1])
-        starts[self.places] = np.repeat(self.places[_sums(lengths)[:-1]], lengths)
-        return starts - np.repeat(self.rows[:-1], np.diff(self.rows))
-
-
 def _sums(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return [N + 1] sums of the lengths [N] before each length, and of all lengths."""
     sums = np.zeros(len(lengths) + 1, dtype=np.int64)
@@ -210,15 +174,31 @@ def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np
     return np.arange(sums[-1]) + np.repeat(starts - sums[:-1], lengths)
 
 
-def _table(values: dict[str, NDArray[np.int64]], bounds: NDArray[np.int64]) -> pa.Table:
-    """Return rows of lists, without a copy; `bounds` [B + 1] are the bounds of the rows."""
+def _in_rows(
+    pieces: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    words: NDArray[np.int64],
+    special: _Frame,
+    *,
+    has_word_starts: bool,
+) -> pa.Table:
+    """Return rows of `words` [B] words of `lengths` [W] pieces, with special tokens around each."""
+    bounds = _sums(lengths)[_sums(words)]
+    # Position of each row's first token, and the number of tokens: all rows follow one another.
+    rows = bounds + np.arange(len(bounds)) * special.size  # [B + 1]
+    places = _ranges(rows[:-1] + len(special.before), np.diff(bounds))
+    tokens = np.empty(rows[-1], dtype=np.int64)
+    tokens[places] = pieces
+    tokens[rows[:-1, None] + np.arange(len(special.before))] = special.before
+    tokens[rows[1:, None] - np.arange(len(special.after), 0, -1)] = special.after
+    columns = {"input_ids": tokens}
+    if has_word_starts:
+        starts = np.arange(rows[-1])  # special tokens are words of their own
+        starts[places] = np.repeat(places[_sums(lengths)[:-1]], lengths)
+        columns[WORD_STARTS] = starts - np.repeat(rows[:-1], np.diff(rows))
     arrow = cast("Any", pa)  # pyarrow carries no types
-    offsets = arrow.array(bounds.astype(np.int32))
-    lists = {
-        name: arrow.ListArray.from_arrays(offsets, arrow.array(value))
-        for name, value in values.items()
-    }
-    return arrow.table(lists)
+    of_rows = functools.partial(arrow.ListArray.from_arrays, arrow.array(rows.astype(np.int32)))
+    return arrow.table({name: of_rows(arrow.array(values)) for name, values in columns.items()})
 
 
 def encode_mixed(

@@ -8,15 +8,19 @@ sizes, and all layers and all weights with an axis of these sizes share the matr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from megakd.contract.batch import Batch, LossInputs, Unit
+from megakd.contract.stage import Pass, Strategy
 from megakd.contract.unit_counts import UnitCounter
+from megakd.engine.collectives import agree, all_reduce_
 from megakd.engine.sharding import full_shape
 from megakd.errors import TeacherError
 from megakd.losses.targets import Evaluated, TermGroup
@@ -25,6 +29,11 @@ from megakd.models.architectures import architecture_of
 from megakd.models.second_vocabulary import second_vocabulary
 
 NAME = "parameter_projection"
+CROSS_ENTROPY = "hard_cross_entropy"
+FAINT = 1e-6
+"""Weight of the term that is not measured. With 0 its weights would have no gradient at all."""
+MEASURED = (CROSS_ENTROPY, NAME)
+"""The terms whose gradients are measured, in this order, one per update."""
 
 
 def _one(batch: Batch) -> Tensor:
@@ -78,38 +87,30 @@ class SharedProjections(nn.ParameterDict):
 
         The entries are drawn from a normal distribution with variance 1 / (size that is mapped).
         """
-        wide, narrow = self._ends(compared.teacher, compared.student)
-        for side, given, wanted in _sides(compared, wide.shape, narrow.shape):
-            key = _key(side, given, wanted)
+        for key, side, given, wanted in self._sides(compared):
             if key not in self:
                 shape = (wanted, given) if side == "rows" else (given, wanted)
                 self[key] = nn.Parameter(torch.randn(shape) * given**-0.5)
 
     def errors(self, compared: Compared) -> Tensor:
         """Return the differences between the mapped and the other weight, in fp32."""
-        mapped, other = self._ends(compared.teacher, compared.student)
+        mapped, other = self.ends(compared)
         value = mapped.read()
-        for side, given, wanted in _sides(compared, mapped.shape, other.shape):
-            matrix = self[_key(side, given, wanted)]
-            value = matrix @ value if side == "rows" else value @ matrix
+        for key, side, _, _ in self._sides(compared):
+            value = self[key] @ value if side == "rows" else value @ self[key]
         return value.float() - other.read().float()
 
-    def elements(self, compared: Compared) -> int:
-        return torch.Size(self._ends(compared.teacher, compared.student)[1].shape).numel()
-
-    def _ends(self, teacher: Place, student: Place) -> tuple[Place, Place]:
+    def ends(self, compared: Compared) -> tuple[Place, Place]:
+        """Return the weight that is mapped, and the other weight."""
+        student, teacher, _ = compared
         return (teacher, student) if self.is_down else (student, teacher)
 
-
-def _sides(
-    compared: Compared, mapped: tuple[int, ...], other: tuple[int, ...]
-) -> list[tuple[str, int, int]]:
-    rows = [] if compared.is_table else [("rows", mapped[0], other[0])]
-    return rows if len(mapped) == 1 else [*rows, ("columns", mapped[1], other[1])]
-
-
-def _key(side: str, given: int, wanted: int) -> str:
-    return f"{side}_{given}_to_{wanted}"
+    def _sides(self, compared: Compared) -> Iterator[tuple[str, str, int, int]]:
+        # The key of each matrix, the side that it maps, and the sizes before and after.
+        mapped, other = (end.shape for end in self.ends(compared))
+        for side, given, wanted in zip(("rows", "columns"), mapped, other, strict=False):
+            if side == "columns" or not compared.is_table:
+                yield f"{side}_{given}_to_{wanted}", side, given, wanted
 
 
 class LayerErrors(nn.Module):
@@ -161,7 +162,7 @@ class ParameterProjections(TermGroup):
                 if len(pair.student.shape) > 1:
                     self.matrices.append(pair.student.parameter)
                 self.projections.need(pair)
-                self.elements += self.projections.elements(pair)
+                self.elements += math.prod(self.projections.ends(pair)[1].shape)
             self.layers.append(LayerErrors(tuple(compared), self.projections))
 
     def forward(self, reading: LossInputs) -> Evaluated:
@@ -170,6 +171,86 @@ class ParameterProjections(TermGroup):
         total = total / (self.term.epsilon or self.elements)
         scale = reading.weights[NAME] * reading.per_unit["once"]
         return Evaluated(total * scale, {NAME: total.detach()})
+
+
+class Balanced(Strategy):
+    """Both models learn, and the projections weigh as much as `ratio` says.
+
+    With the mean over all elements, the gradient of the projections is hundreds of times smaller
+    than that of the cross-entropy, and with a sum it dominates. The scale depends on the sizes of
+    both models, so that the first two updates measure it.
+
+    The first update learns from the cross-entropies, the second from the projections and the
+    teacher's cross-entropy, and all others from everything. A measurement that is not finite, as
+    under fp16, is repeated.
+
+    ratio: the norm of the projections' gradient on the compared matrices of the student, divided
+        by that of the student's cross-entropy.
+    teacher: role of the teacher that learns beside the student.
+    """
+
+    def __init__(self, ratio: float, teacher: str) -> None:
+        self.ratio, self.teacher = ratio, teacher
+        self._norms: list[float] = []
+        self._names: frozenset[str] = frozenset()
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"ratio": self.ratio, "teacher": self.teacher}
+
+    @property
+    def weight(self) -> float:
+        """The weight of the projections' mean squared error; 1 until it is measured."""
+        if len(self._norms) < len(MEASURED):
+            return 1.0
+        cross_entropy, projections = self._norms
+        return self.ratio * cross_entropy / projections
+
+    @override
+    def begin(self, student: Any, step: int) -> None:
+        compared = {
+            id(matrix)
+            for group in student.bundle.modules()
+            if isinstance(group, ParameterProjections)
+            for matrix in group.matrices
+        }
+        named = student.student.named_parameters()
+        self._names = frozenset(name for name, weight in named if id(weight) in compared)
+
+    @override
+    def passes(self, step: int) -> tuple[Pass, ...]:
+        waiting = MEASURED[len(self._norms) :]
+        weights = {NAME: self.weight}
+        if waiting:
+            weights = {name: 1.0 if name == waiting[0] else FAINT for name in MEASURED}
+        # The projections are computed once, in the student's pass.
+        return (Pass(weights=weights), Pass(learner=self.teacher, weights={NAME: 0.0}))
+
+    @override
+    def before_update(self, step: int, student: Any) -> None:
+        """Measure the gradient of the term whose turn it is, which is complete and not clipped."""
+        if len(self._norms) == len(MEASURED):
+            return
+        squares = torch.zeros(1, dtype=torch.float64)
+        for shard in student.local_shards():
+            if shard.name in self._names:
+                squares += shard.gradient.double().square().sum().cpu()
+        total = all_reduce_(squares)
+        norm = math.sqrt(float(total)) if torch.isfinite(total) else 0.0
+        if norm > 0:
+            self._norms.append(agree(norm))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": list(self._norms)}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._norms = list(state["norms"])
+
+    @override
+    def scalars(self) -> Mapping[str, float]:
+        return {"projections/weight": self.weight}
 
 
 def compared_layers(student: nn.Module, teacher: nn.Module) -> list[list[Compared]]:
@@ -208,9 +289,6 @@ def _tables(student: nn.Module, teacher: nn.Module) -> list[Compared]:
     second = second_vocabulary(teacher)
     if second is None:
         raise TypeError("the teacher has no table of embeddings for the student's pieces")
-    ours: nn.Module = student.get_input_embeddings()  # type: ignore[operator]
-    return [Compared(_table(ours), _table(second.table), is_table=True)]
-
-
-def _table(module: nn.Module) -> Place:
-    return Place(module, "weight", tuple(full_shape(module.weight)))  # type: ignore[arg-type]
+    tables: Any = student.get_input_embeddings(), second.table  # type: ignore[operator]
+    ours, theirs = (Place(table, "weight", tuple(full_shape(table.weight))) for table in tables)
+    return [Compared(ours, theirs, is_table=True)]
