@@ -27,8 +27,7 @@ from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
 from megakd.contract.unit_counts import UnitCounter
 from megakd.contract.views import Axes, View
-from megakd.losses.objective import WEIGHTED_LOSS, Objective
-from megakd.losses.stage_losses import StageLosses
+from megakd.losses.objective import WEIGHTED_LOSS, Objective, StageLosses
 from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, predict, predictions_of, read_knowledge
