@@ -27,9 +27,7 @@ from megakd.contract.stage import Pass, teacher_names
 from megakd.contract.tasks import Kernels
 from megakd.contract.unit_counts import UnitCounter
 from megakd.contract.views import Axes, View
-from megakd.losses.objective import WEIGHTED_LOSS, Objective
-from megakd.losses.stage_losses import StageLosses
-from megakd.losses.targets import Evaluated
+from megakd.losses.objective import WEIGHTED_LOSS, Objective, StageLosses
 from megakd.models.axes import WIDTH, weight_axes
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, predict, predictions_of, read_knowledge
@@ -150,25 +148,27 @@ class StudentBundle(nn.Module):
         if plan is None or counts is None:
             with self._viewing(view):
                 return predict(self.student, batch, self.kernels)
-        sums, answers = LossSums(self, counts), dict(knowledge or {})
+        answers, scales = dict(knowledge or {}), unit_scales(counts, self.world_size)
         learning = [name for name in teacher_names(plan) if name not in answers]
         wanted = [Forward(name) for name in learning]
         wanted += [Forward(self.role, view) for view in scored]
         wanted += [Forward(planned.learner or self.role, planned.view) for planned in plan]
         outputs = self._outputs(batch, wanted)
         answers |= {name: outputs[Forward(name)] for name in learning}
+        passes = self._inputs(batch, plan, outputs, answers, scales.weights)
+        totals: list[Tensor] = []
+        parts: dict[str, Tensor] = {}
         # Losses run after all views of a width, so that a head has one gradient, not one per view.
-        for group in self._grouped(self._inputs(batch, plan, outputs, answers, sums)):
+        for group in self._grouped(passes):
             with self._viewing(group[0].planned.view):
                 evaluated = self.objective([made.inputs for made in group])
             for made, values in zip(group, evaluated, strict=True):
-                sums.add(made, values)
-        predictions: dict[str | None, Predictions] = {}
-        for name in scored:
-            answer = outputs[Forward(self.role, name)]
-            with self._viewing(name):  # in which the output matrix is read
-                predictions[name] = predictions_of(answer, batch.of(self.role), self.kernels)
-        return sums.losses()._replace(predictions=predictions)
+                totals.append(values.total)
+                add_parts(parts, self._means(made, values.sums, scales.divisors))
+        predictions = {view: self._predictions(batch, outputs, view) for view in scored}
+        total = functools.reduce(operator.add, totals)
+        parts[WEIGHTED_LOSS] = total.detach() / self.world_size
+        return Losses(total, parts, predictions)
 
     def _outputs(self, batch: Batch, wanted: Sequence[Forward]) -> Outputs:
         outputs: dict[Forward, Knowledge] = {}
@@ -193,7 +193,7 @@ class StudentBundle(nn.Module):
         plan: Sequence[Pass],
         outputs: Outputs,
         answers: Mapping[str, Knowledge],
-        sums: LossSums,
+        weights: Mapping[Unit, Tensor],
     ) -> list[PassInputs]:
         passes = Counter((planned.learner or self.role, planned.view) for planned in plan)
         made: list[PassInputs] = []
@@ -209,7 +209,8 @@ class StudentBundle(nn.Module):
                 teacher=answers[planned.teacher] if planned.teacher else None,
                 batch=rows,
                 weights=self.objective.weights,
-                per_unit=sums.per_unit(learner),
+                # By the counts of the learner's own rows.
+                per_unit={u: weights[self.unit_of(learner, u)] for u in self.objective.counters},
                 kernels=self.kernels,
                 scale=planned.scale,
             )
@@ -226,6 +227,24 @@ class StudentBundle(nn.Module):
             width = self.views[view].width if view in self.views else None
             groups.setdefault((one.learner, width), []).append(one)
         return list(groups.values())
+
+    def _means(
+        self, made: PassInputs, sums: Mapping[str, Tensor], divisors: Mapping[Unit, Tensor]
+    ) -> dict[str, Tensor]:
+        # Terms are reported as a mean over the passes of their view.
+        learner = "" if made.learner == self.role else made.learner
+        prefix = "".join(f"{name}/" for name in (learner, made.planned.view) if name)
+        means: dict[str, Tensor] = {}
+        for name, value in sums.items():
+            unit = self.unit_of(made.learner, self.objective.units[name])
+            share = value.float() if made.share == 1 else made.share * value.float()
+            means[prefix + name] = share / divisors[unit]
+        return means
+
+    def _predictions(self, batch: Batch, outputs: Outputs, view: str | None) -> Predictions:
+        with self._viewing(view):  # in which the output matrix is read
+            answer = outputs[Forward(self.role, view)]
+            return predictions_of(answer, batch.of(self.role), self.kernels)
 
     def _viewing(self, view: str | None) -> AbstractContextManager[None]:
         if self.elastic is None:
@@ -251,38 +270,6 @@ def unit_scales(counts: Counts, world_size: int) -> UnitScales:
     divisors = torch.stack([*counts.values()]).clamp(min=1).float()
     both = (divisors, world_size / divisors)
     return UnitScales(*(dict(zip(counts, values.unbind(), strict=True)) for values in both))
-
-
-class LossSums:
-    """Sum of the losses of all passes of a micro-batch."""
-
-    def __init__(self, bundle: StudentBundle, counts: Counts) -> None:
-        self._bundle, self._scales = bundle, unit_scales(counts, bundle.world_size)
-        self._totals: list[Tensor] = []
-        self._parts: dict[str, Tensor] = {}
-
-    def per_unit(self, learner: str) -> Mapping[Unit, Tensor]:
-        """Return the factor of each unit in a learner's losses, by the counts of its own rows."""
-        units = self._bundle.objective.counters
-        return {unit: self._scales.weights[self._bundle.unit_of(learner, unit)] for unit in units}
-
-    def add(self, made: PassInputs, evaluated: Evaluated) -> None:
-        """Add one pass; its terms are reported as a mean over the passes of its view."""
-        self._totals.append(evaluated.total)
-        bundle, view = self._bundle, made.planned.view
-        learner = "" if made.learner == bundle.role else made.learner
-        prefix = "".join(f"{name}/" for name in (learner, view) if name)
-        means = dict[str, Tensor]()
-        for name, value in evaluated.sums.items():
-            unit = bundle.unit_of(made.learner, bundle.objective.units[name])
-            share = value.float() if made.share == 1 else made.share * value.float()
-            means[prefix + name] = share / self._scales.divisors[unit]
-        add_parts(self._parts, means)
-
-    def losses(self) -> Losses:
-        total = functools.reduce(operator.add, self._totals)
-        minimised = {WEIGHTED_LOSS: total.detach() / self._bundle.world_size}
-        return Losses(total, self._parts | minimised)
 
 
 def _weighted(inputs: LossInputs, planned: Pass) -> LossInputs:

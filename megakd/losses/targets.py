@@ -30,13 +30,7 @@ from megakd.contract.batch import (
     Unit,
     copied_to,
 )
-from megakd.contract.terms import (
-    HardCrossEntropy,
-    HardMse,
-    SoftTarget,
-    SoftTargetMse,
-    term_name,
-)
+from megakd.contract.terms import HardCrossEntropy, HardMse, SoftTarget, SoftTargetMse, term_name
 from megakd.contract.unit_counts import (
     SOURCE_UNITS,
     Source,

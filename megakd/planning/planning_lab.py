@@ -35,7 +35,7 @@ from megakd.data.loader import rows_with_targets
 from megakd.data.step_layout import StepShape
 from megakd.engine.distributed import Ranks
 from megakd.inputs.inputs import RunInputs, resolve, with_student
-from megakd.losses.stage_losses import stage_losses
+from megakd.losses.objective import stage_losses
 from megakd.methods import run_method
 from megakd.models.fitting import check_length
 from megakd.models.loading import with_vocabulary

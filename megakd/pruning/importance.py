@@ -35,8 +35,7 @@ from megakd.engine.memory import destroy, freed_memory_returned
 from megakd.engine.sharding import weights_let_go
 from megakd.engine.student import device_batch
 from megakd.errors import DataError, TeacherError
-from megakd.losses.objective import Objective
-from megakd.losses.stage_losses import label_objective
+from megakd.losses.objective import Objective, label_objective
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import weight_axes
 from megakd.models.knowledge import Needs

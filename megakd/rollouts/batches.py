@@ -58,14 +58,14 @@ class _Request(NamedTuple):
 
     steps: the steps that learn from the texts, in order; those whose texts are on disk keep them.
     version: number of updates of the student that generates.
-    count: number of texts over all ranks.
+    total: number of texts over all ranks.
     mine: step and row of each text of this rank, with `prompts` and `seeds`.
     texts: generates the texts of this rank, or waits for a remote generator; a collective.
     """
 
     steps: Sequence[int]
     version: int
-    count: int
+    total: int
     mine: Sequence[tuple[int, int]]
     prompts: Sequence[tuple[int, ...]]
     seeds: Sequence[int]
@@ -181,7 +181,7 @@ class RolloutSource(BatchSource):
 
     def _generate(self, request: _Request) -> None:
         began = time.perf_counter()
-        with doing(f"generating {request.count} texts at step {request.steps[0]}"):
+        with doing(f"generating {request.total} texts at step {request.steps[0]}"):
             completions = request.texts()
         self._statistics.seconds += time.perf_counter() - began
         mine = [
@@ -191,7 +191,7 @@ class RolloutSource(BatchSource):
             )
         ]
         parts, world = gather(mine), self._rows.layout.shape.world
-        made = [parts[number % world][number // world] for number in range(request.count)]
+        made = [parts[number % world][number // world] for number in range(request.total)]
         on_main(lambda: self._write(request.steps, made))
 
     def _write(self, steps: Sequence[int], made: Sequence[tuple[int, Rollout]]) -> None:

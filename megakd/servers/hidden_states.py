@@ -10,7 +10,6 @@ import fcntl
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from megakd.servers.http import JsonServer, field_of, numbers_of
 from megakd.servers.protocol import TextRequest, first_difference
 from megakd.servers.vllm import VllmServer, completion_request
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEEN_WITHIN_S = 30.0
 """Seconds until a file that a server has written on one node is visible on another node."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
@@ -81,8 +79,11 @@ class StatesServer(VllmServer):
             tree = reply.tree()
             file = self._file(tree)
             try:
-                check, limit = partial(self._check_engine, file), self._exports.time_limit_s
-                tensors = read_state_file(file, time_limit_s=limit, check_server=check)
+                tensors = read_state_file(
+                    file,
+                    time_limit_s=self._exports.time_limit_s,
+                    check_server=lambda: self._check_engine(file),
+                )
             finally:
                 _remove_state_files([file, _lock_of(file)])
             return ExportedStates(self._checked(tensors, ids, file), self._following(tree))
@@ -152,19 +153,12 @@ class StatesServer(VllmServer):
                 f"{list(expected)} is expected; start vLLM with the model of the teacher and "
                 f"eagle_aux_hidden_state_layer_ids: [{self._exports.layers}]"
             )
-        if states.dtype not in DTYPES:
+        if states.dtype not in {torch.float32, torch.bfloat16, torch.float16}:
             raise ServerError(
                 f"{where} has hidden states in {str(states.dtype).removeprefix('torch.')}; start "
                 "vLLM with --kv-cache-dtype auto and --dtype bfloat16, float16 or float32"
             )
         return states[:, 0]
-
-
-class _NotYet(NamedTuple):
-    """A file that cannot be read yet: the reason, and whether the server still writes it."""
-
-    reason: str
-    is_written: bool
 
 
 def read_state_file(
@@ -178,24 +172,25 @@ def read_state_file(
     began, pause, last_written = time.monotonic(), _FIRST_PAUSE_S, time.monotonic()
     while True:
         attempt = _attempt(file)
-        if not isinstance(attempt, _NotYet):
+        if isinstance(attempt, dict):
             return attempt
-        now = time.monotonic()
-        last_written = now if attempt.is_written else last_written
+        (reason, is_written), now = attempt, time.monotonic()
+        last_written = now if is_written else last_written
         if now - began > time_limit_s or now - last_written > SEEN_WITHIN_S:
             raise ServerError(
-                f"teacher.server.states: {attempt.reason}, {now - began:.0f} s after a server has "
+                f"teacher.server.states: {reason}, {now - began:.0f} s after a server has "
                 f"named {file.name}; check that teacher.server.states and shared_storage_path of "
                 "the server are one folder with room for the files, and that the server has not "
                 "set use_synchronization_lock to false"
             )
-        if pause == _LONGEST_PAUSE_S and not attempt.is_written:
+        if pause == _LONGEST_PAUSE_S and not is_written:
             check_server()
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
-def _attempt(file: Path) -> dict[str, Tensor] | _NotYet:
+def _attempt(file: Path) -> dict[str, Tensor] | tuple[str, bool]:
+    # The tensors, or why there are none yet, and whether the server still writes the file.
     lock = _lock_of(file)
     try:
         with lock.open() as held:
@@ -203,12 +198,12 @@ def _attempt(file: Path) -> dict[str, Tensor] | _NotYet:
             # A copy: the file is deleted, and a mapped file would stay in /dev/shm.
             return {name: tensor.clone() for name, tensor in load_file(file).items()}
     except BlockingIOError:
-        return _NotYet(f"{file} is still being written", is_written=True)
+        return f"{file} is still being written", True
     except FileNotFoundError:
         missing = file if lock.exists() else lock
-        return _NotYet(f"{missing} does not exist", is_written=False)
+        return f"{missing} does not exist", False
     except SafetensorError as error:
-        return _NotYet(f"{file} is damaged or cut short ({error})", is_written=False)
+        return f"{file} is damaged or cut short ({error})", False
     except OSError as error:
         raise ServerError(
             f"teacher.server.states: {file} cannot be read ({error}); use a folder of a file "

@@ -8,13 +8,10 @@ sglang/srt/managers/io_struct.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from megakd.errors import ServerError
 from megakd.servers.http import context_of, field_of, numbers_of, reads_answers
 from megakd.servers.protocol import ServedModel, ServedText, TextRequest, TextServer
-
-_SEED_BITS = 31
 
 
 class SglangServer(TextServer):
@@ -27,17 +24,21 @@ class SglangServer(TextServer):
         base = [card for card in cards if card.get("parent") is None]
         name = field_of(base[0], "id", str, self.url) if base else path
         context = context_of(base[0]) if base else None
-        return [ServedModel(name, (name, path), self._version(), context)]
-
-    def _version(self) -> str:
-        reply = self._http.get("/server_info")
-        if reply.status == 404:  # the name until 2026
-            reply = self._http.get("/get_server_info")
-        return field_of(reply.tree(), "version", str, self.url)
+        about = self._http.get("/server_info")
+        if about.status == 404:  # the name until 2026
+            about = self._http.get("/get_server_info")
+        version = field_of(about.tree(), "version", str, self.url)
+        return [ServedModel(name, (name, path), version, context)]
 
     @reads_answers
     def complete(self, request: TextRequest) -> ServedText:
-        reply = self._http.post("/generate", _generate_request(request)).tree()
+        rules = {
+            **request.rules(),
+            "max_new_tokens": request.sampling.max_new_tokens,
+            "sampling_seed": request.seed % 2**31,
+        }
+        body = {"input_ids": list(request.prompt), "return_prompt_token_ids": True}
+        reply = self._http.post("/generate", body | {"sampling_params": rules}).tree()
         if isinstance(reply, list):
             raise ServerError(f"{self.url}: {len(reply)} texts came back for one prompt")
         about = field_of(reply, "meta_info", dict, self.url)
@@ -65,15 +66,3 @@ class SglangServer(TextServer):
                 f"{reply.where} did not load {folder}: {reply.text}; the server must be able to "
                 "read the folder, and must have been started with a model of the same config"
             )
-
-
-def _generate_request(request: TextRequest) -> dict[str, Any]:
-    return {
-        "input_ids": list(request.prompt),
-        "return_prompt_token_ids": True,
-        "sampling_params": {
-            **request.rules(),
-            "max_new_tokens": request.sampling.max_new_tokens,
-            "sampling_seed": request.seed % 2**_SEED_BITS,
-        },
-    }

@@ -10,17 +10,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from megakd.config.models import TeacherConfig
 from megakd.config.rollout import TeacherServerConfig
-from megakd.config.run import RunConfig
 from megakd.contract.batch import IGNORE, Batch, Knowledge, TopK
 from megakd.contract.tasks import STUDENT
 from megakd.engine import distributed
@@ -52,7 +49,6 @@ AT_ONCE = 64
 """Requests of a rank that run at the same time."""
 COMPARED = 64
 """Tokens per position by which answers are compared."""
-_STATES = "the shared_storage_path of the server, which every rank can read and write"
 CHECKED_ROWS = 8
 """Training rows that the servers answer before the run."""
 
@@ -246,12 +242,11 @@ def states_replicas(
     return [StatesServer(http, exports) for http in connections(server, patience_s)]
 
 
-def _exported_readout(
-    source: ModelSource, spec: TeacherConfig, config: RunConfig, ranks: Ranks
-) -> Readout:
+def _readout(inputs: RunInputs, name: str, ranks: Ranks) -> Readout:
+    spec, source = inputs.config.teacher_specs[name], inputs.sources[name]
     # In the dtype that the teacher's own engine would have.
     dtype = frozen_dtype(spec, source.stored_dtype, ranks.device.type)
-    return load_readout(source, config.task, TORCH_DTYPE[dtype]).to(ranks.device)
+    return load_readout(source, inputs.config.task, TORCH_DTYPE[dtype]).to(ranks.device)
 
 
 def check_states(
@@ -313,23 +308,21 @@ def check_teacher_servers(inputs: RunInputs) -> None:
     for name, spec in inputs.config.teacher_specs.items():
         if spec.server is None:
             continue
-        folder = spec.server.states
-        if folder is not None:
-            together(lambda folder=folder: check_folder(folder, "teacher.server.states", _STATES))
-        on_main(lambda name=name, spec=spec: _check(inputs, name, spec))
+        if spec.server.states is not None:
+            wanted = "the shared_storage_path of the server, which every rank can read and write"
+            together(partial(check_folder, spec.server.states, "teacher.server.states", wanted))
+        on_main(partial(_check, inputs, name, spec.server))
 
 
 def served_teacher(inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
     """Return a teacher that its servers answer for; a collective."""
-    spec, wanted = inputs.config.teacher_specs[name], _wanted(inputs, name)
-    server = spec.server
+    server, wanted = inputs.config.teacher_specs[name].server, _wanted(inputs, name)
     if server is None:
         raise TypeError(f"{name} is not served")
     if server.states is not None:
-        source = inputs.sources[name]
-        exporting = states_replicas(server, server.states, source)
+        exporting = states_replicas(server, server.states, inputs.sources[name])
         models = model_names(exporting, wanted)
-        readout = together(lambda: _exported_readout(source, spec, inputs.config, ranks))
+        readout = together(lambda: _readout(inputs, name, ranks))
         return StatesTeacher(exporting, models, readout=readout, ranks=ranks)
     servers = [VllmServer(http) for http in connections(server, PATIENCE_S)]
     return TopKTeacher(
@@ -341,16 +334,16 @@ def served_teacher(inputs: RunInputs, name: str, ranks: Ranks) -> ServedTeacher:
     )
 
 
-def _check(inputs: RunInputs, name: str, spec: TeacherConfig) -> None:
-    server, wanted = spec.server, _wanted(inputs, name)
-    if server is None:
-        raise TypeError(f"{name} is not served")
-    texts = _texts(inputs.encoded.train)
+def _check(inputs: RunInputs, name: str, server: TeacherServerConfig) -> None:
+    wanted = _wanted(inputs, name)
+    rows = inputs.encoded.train[:CHECKED_ROWS]["input_ids"]
+    texts = [tuple(map(int, ids)) for ids in rows if len(ids) > 1]
     if server.states is not None:
-        source = inputs.sources[name]
-        exporting = states_replicas(server, server.states, source, patience_s=FIRST_PATIENCE_S)
+        exporting = states_replicas(
+            server, server.states, inputs.sources[name], patience_s=FIRST_PATIENCE_S
+        )
         models = served_models(exporting, wanted)
-        readout = _exported_readout(source, spec, inputs.config, distributed.ranks())
+        readout = _readout(inputs, name, distributed.ranks())
         answers = check_states(exporting, models, texts, readout)
     else:
         replicas = [VllmServer(http) for http in connections(server, FIRST_PATIENCE_S)]
@@ -372,12 +365,6 @@ def _wanted(inputs: RunInputs, name: str) -> Wanted:
         vocabulary=min(inputs.sources[role].config.vocab_size for role in (name, STUDENT)),
         end_tokens=(),
     )
-
-
-def _texts(rows: Dataset) -> list[tuple[int, ...]]:
-    first = rows.select(range(min(CHECKED_ROWS, len(rows))))["input_ids"]
-    texts = [tuple(int(token) for token in cast("list[int]", ids)) for ids in first]
-    return [ids for ids in texts if len(ids) > 1]
 
 
 class _Reference:

@@ -183,17 +183,6 @@ class VllmWeightServer(VllmServer):
         answers state `version`.
         """
         self._control("/pause?mode=wait").check()
-        self._reload(folder, version)
-        emptied = self._control("/reset_prefix_cache?reset_external=true")
-        if field_of(emptied.tree(), "success", bool, self.url) is not True:
-            raise ServerError(
-                f"{emptied.where} did not empty the cache of prefixes, which belong to earlier "
-                "weights; restart the server, without a connector for its cache if it has one"
-            )
-        self._control("/update_weight_version", {"new_version": version}).check()
-        self._control("/resume").check()
-
-    def _reload(self, folder: Path, version: str) -> None:
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         reply = self._control("/collective_rpc", call)
         if reply.status != 200:
@@ -203,6 +192,14 @@ class VllmWeightServer(VllmServer):
                 "started with a model of the same config; the server is paused now, until a run "
                 "pushes weights that the server can load, or the server is restarted"
             )
+        emptied = self._control("/reset_prefix_cache?reset_external=true")
+        if field_of(emptied.tree(), "success", bool, self.url) is not True:
+            raise ServerError(
+                f"{emptied.where} did not empty the cache of prefixes, which belong to earlier "
+                "weights; restart the server, without a connector for its cache if it has one"
+            )
+        self._control("/update_weight_version", {"new_version": version}).check()
+        self._control("/resume").check()
 
     def _control(self, path: str, body: dict[str, Any] | None = None) -> Reply:
         return _in_development(self._http.post(path, body or {}))

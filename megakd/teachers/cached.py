@@ -12,8 +12,10 @@ from __future__ import annotations
 import bisect
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,11 +99,7 @@ def build_cache(
     with asking() as answer:
         for numbers in missing:
             part = answer(rows.select(numbers), numbers.start)
-
-            def write(start: int = numbers.start, part: Answers = part) -> AnswerShard:
-                return _write(folder, start, part)
-
-            shards.append(on_main(write))
+            shards.append(on_main(partial(_write, folder, numbers.start, part)))
             on_main(lambda: _record(folder, facts, shards, total=len(rows)))
             done = sum(shard.rows for shard in shards)
             logger.info("%s: %d of %d rows", folder, done, len(rows))
@@ -110,25 +108,20 @@ def build_cache(
 def _whole_shards(folder: Path, shards: Sequence[AnswerShard], ranks: Ranks) -> list[AnswerShard]:
     mine = shards[ranks.rank :: ranks.world_size]
     reasons = together(lambda: {s.name: damage_of(folder / s.name, s.files) for s in mine})
-    damaged = {
-        name: reason for share in gather(reasons) for name, reason in share.items() if reason
-    }
-    for name, reason in damaged.items():
-        logger.warning("%s is damaged (%s): its rows are computed again", folder / name, reason)
-    return [shard for shard in shards if shard.name not in damaged]
+    reason_of = {name: reason for share in gather(reasons) for name, reason in share.items()}
+    for name, reason in reason_of.items():
+        if reason:
+            logger.warning("%s is damaged (%s): its rows are computed again", folder / name, reason)
+    return [shard for shard in shards if not reason_of[shard.name]]
 
 
 def _missing(shards: Sequence[AnswerShard], total: int, step: int) -> Iterator[range]:
     first = 0
-    ends = [(shard.start, shard.start + shard.rows) for shard in _in_order(shards)]
+    ends = [(s.start, s.start + s.rows) for s in sorted(shards, key=attrgetter("start"))]
     for start, stop in [*ends, (total, total)]:
         for number in range(first, start, step):
             yield range(number, min(number + step, start))
         first = stop
-
-
-def _in_order(shards: Iterable[AnswerShard]) -> list[AnswerShard]:
-    return sorted(shards, key=lambda shard: shard.start)
 
 
 def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
@@ -151,7 +144,7 @@ def _write(folder: Path, start: int, part: Answers) -> AnswerShard:
 
 
 def _record(folder: Path, facts: Fingerprint, shards: Sequence[AnswerShard], *, total: int) -> None:
-    listed = [shard._asdict() for shard in _in_order(shards)]
+    listed = [shard._asdict() for shard in sorted(shards, key=attrgetter("start"))]
     tree = {"version": VERSION, "rows": total, "facts": facts, "shards": listed}
     write_signed(folder / MANIFEST, tree)
 

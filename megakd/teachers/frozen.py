@@ -14,12 +14,7 @@ from megakd.contract.tasks import Dtype, Kernels
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
 from megakd.engine.sharding import Prefetch
-from megakd.models.knowledge import (
-    Needs,
-    language_model_head,
-    predict,
-    read_knowledge,
-)
+from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
 from megakd.models.next_tokens import TokenCounts, drawn, most_likely
 
 

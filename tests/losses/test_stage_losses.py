@@ -13,7 +13,7 @@ from megakd.config.run import RunConfig
 from megakd.contract.stage import Constant, Pass, Stage
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.contract.terms import EmbeddingMse, HiddenMse, SoftTargetKl, soft_terms
-from megakd.losses.stage_losses import shape_of, stage_losses
+from megakd.losses.objective import shape_of, stage_losses
 from megakd.models.knowledge import Needs
 from megakd.models.source import ReadyTeacher
 from megakd.planning.cluster import Cluster

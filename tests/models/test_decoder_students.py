@@ -12,8 +12,7 @@ from megakd.contract.terms import HardCrossEntropy, HiddenMse, RelationKl, SoftT
 from megakd.contract.unit_counts import count_units
 from megakd.errors import ModelError
 from megakd.losses.bundle import StudentBundle
-from megakd.losses.objective import build_objective, teacher_needs
-from megakd.losses.stage_losses import shape_of
+from megakd.losses.objective import build_objective, shape_of, teacher_needs
 from megakd.models.architectures import FAMILIES, architecture_of
 from megakd.models.cutting import cut_config
 from megakd.models.elastic import Elastic

@@ -18,7 +18,7 @@ from megakd.config.train import FinetuneOverrides
 from megakd.contract.views import Shape
 from megakd.errors import DataError, ModelError, TeacherError
 from megakd.inputs.inputs import prepare
-from megakd.losses.stage_losses import shape_of
+from megakd.losses.objective import shape_of
 from megakd.methods.single import SingleConfig
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film")
