@@ -101,7 +101,6 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def _config_there(out: Path) -> RunConfig:
-    """Return the config that a run was finished with; CheckpointError if it cannot be read."""
     try:
         return load_config(out / CONFIG)
     except ConfigError as error:
@@ -112,7 +111,6 @@ def _config_there(out: Path) -> RunConfig:
 
 
 def _facts(config: RunConfig, ranks: int) -> Fingerprint:
-    """Return the flat config without the keys on which no result depends."""
     fields = {k: v for k, v in flatten(config_tree(config)).items() if not _is_free(k)}
     for section, train in config.trainings.items():
         rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
@@ -138,7 +136,10 @@ def finished_table(config: RunConfig, *, command: str) -> str:
         raise CheckpointError(f"{out / FINAL} does not exist; {_again(out / REPORT)}")
     if record is not None:
         _compare_inputs(config, record["inputs"])
-        for folder, (stage, files) in _published(out, record).items():
+        stages, sizes = out / "stages", record.get("sizes", {})
+        models = {out / FINAL: (stages / record["student"], record["final"])}
+        models |= {out / SIZES / name: (stages / name, files) for name, files in sizes.items()}
+        for folder, (stage, files) in models.items():
             missing = on_main(partial(_missing, folder, stage, files))
             if missing:
                 logger.warning(
@@ -234,15 +235,6 @@ def _again(report: Path) -> str:
     return (
         f"remove {report} and start the same command again: finished stages are not trained again"
     )
-
-
-def _published(out: Path, record: Mapping[str, Any]) -> dict[Path, tuple[Path, Mapping[str, Any]]]:
-    """Return the folders of the models, with the stage and the files of each."""
-    stages = out / "stages"
-    sizes = record.get("sizes", {})
-    return {out / FINAL: (stages / record["student"], record["final"])} | {
-        out / SIZES / name: (stages / name, files) for name, files in sizes.items()
-    }
 
 
 def _missing(model: Path, stage: Path, files: Mapping[str, Any]) -> list[str]:
