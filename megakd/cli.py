@@ -59,14 +59,7 @@ _COMMANDS: Mapping[str, ModuleType] = {
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """Run the training of a run config; the main function of `launch/train.py`.
-
-    Args:
-        argv: arguments without the program; None takes the arguments of the process.
-
-    Returns:
-        The exit code: 0 if the run is complete, 2 for an error that the user has to correct.
-    """
+    """Run `megakd train`, like `main`; the main function of `launch/train.py`."""
     words = sys.argv[1:] if argv is None else argv
     return _guarded(lambda: _run_command("train", words, prog="launch/train.py"))
 

@@ -10,9 +10,6 @@ from megakd.errors import ConfigError
 from megakd.process.terminal import in_home, print_aside
 from megakd.storage.atomic import json_text
 
-FAILS = 1
-"""Exit code if the run would fail."""
-
 
 def add_options(parser: Parser) -> None:
     """Add the config, the number of steps and the form of the result."""
@@ -37,4 +34,4 @@ def run(arguments: argparse.Namespace) -> int:
         say(json_text([asdict(one) for one in findings], indent=2))
     else:
         say("\n".join(f"{one.level:8} {one.part}: {one.text}" for one in findings))
-    return FAILS if any(one.level == "failure" for one in findings) else 0
+    return int(any(one.level == "failure" for one in findings))

@@ -26,8 +26,6 @@ from megakd.storage.folders import check_writable
 FILE = "shrink.yaml"
 EXAMPLES = {"parameters": "0.6B", "flops": "12%", "speedup": "8x"}
 """Options of the size, which are options of the method too, with an example of each."""
-WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")
-"""Keys of the width in configs."""
 SOURCE = "the config of megakd shrink"
 
 
@@ -211,7 +209,7 @@ def _of_encoder(keys: Mapping[str, Any], *, masks: bool, is_tuned: bool) -> dict
 
 
 def _width(keys: Mapping[str, Any], usual: int) -> int:
-    widths = (keys.get(key) for key in WIDTHS)
+    widths = (keys.get(key) for key in ("hidden_size", "dim", "d_model", "n_embd"))
     return next((width for width in widths if isinstance(width, int) and width > 0), usual)
 
 

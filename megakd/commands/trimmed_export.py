@@ -16,7 +16,8 @@ from megakd.inputs.run_data import splits_of
 from megakd.models.trimming import WHERE, trim_vocabulary
 from megakd.reports.quantities import short_count
 from megakd.reports.table import score
-from megakd.run.finished_run import adding, export_run
+from megakd.run.finished_run import export_run
+from megakd.run.formats import adding
 from megakd.run.main import started
 from megakd.run.run_report import row_count
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megakd.config.checks.path_rules import names_files, places
 from megakd.config.file import config_tree, dump_config, dump_yaml, load_config
@@ -29,8 +29,10 @@ from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
 from megakd.models.model_folder import brings_code
 from megakd.models.own_models import current_files
 from megakd.process.terminal import in_home
+from megakd.reports.card import CardFacts, model_card
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
+from megakd.run.formats import adding
 from megakd.run.holder import held, written_once
 from megakd.run.stage_identity import FREE, PLACES, rollout_files
 from megakd.storage import atomic
@@ -54,9 +56,6 @@ from megakd.training.stage_folder import (
     keeps_last,
     remake,
 )
-
-if TYPE_CHECKING:
-    from megakd.reports.card import CardFacts
 
 logger = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -85,7 +84,11 @@ def is_finished(config: RunConfig) -> bool:
     """
     if not (config.output_dir / REPORT).is_file() or config.train.resume_from_checkpoint is False:
         return False
-    there, here = _compared(config)
+    ranks = launched_ranks()
+    report: Mapping[str, Any] = read_report(config.output_dir / REPORT)
+    before = _config_there(config.output_dir)
+    there = _facts(before, report.get("environment", {}).get("ranks", ranks))
+    here = _facts(config, ranks)
     timed = [
         {key: fields.pop(key) for key in [*fields] if key.startswith("eval.latency")}
         for fields in (there, here)
@@ -100,12 +103,11 @@ def is_finished(config: RunConfig) -> bool:
             f"{quote(str(config.output_dir))}; to train its student further, set student.model="
             f"{config.output_dir / FINAL} and another output_dir"
         )
-    has_formats = set(config.save.formats) <= set(_config_there(config.output_dir).save.formats)
+    has_formats = set(config.save.formats) <= set(before.save.formats)
     return timed[0] == timed[1] and has_formats
 
 
 def _config_there(out: Path) -> RunConfig:
-    """Return the config that a run was finished with; CheckpointError if it cannot be read."""
     try:
         return load_config(out / CONFIG)
     except ConfigError as error:
@@ -115,15 +117,7 @@ def _config_there(out: Path) -> RunConfig:
         ) from error
 
 
-def _compared(config: RunConfig) -> tuple[Fingerprint, Fingerprint]:
-    here = launched_ranks()
-    report: Mapping[str, Any] = read_report(config.output_dir / REPORT)
-    there = report.get("environment", {}).get("ranks", here)
-    return _facts(_config_there(config.output_dir), there), _facts(config, here)
-
-
 def _facts(config: RunConfig, ranks: int) -> Fingerprint:
-    """Return the flat config without the keys on which no result depends."""
     fields = {k: v for k, v in flatten(config_tree(config)).items() if not _is_free(k)}
     for section, train in config.trainings.items():
         rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
@@ -149,7 +143,10 @@ def finished_table(config: RunConfig, *, command: str) -> str:
         raise CheckpointError(f"{out / FINAL} does not exist; {_again(out / REPORT)}")
     if record is not None:
         _compare_inputs(config, record["inputs"])
-        for folder, (stage, files) in _published(out, record).items():
+        stages, sizes = out / "stages", record.get("sizes", {})
+        models = {out / FINAL: (stages / record["student"], record["final"])}
+        models |= {out / SIZES / name: (stages / name, files) for name, files in sizes.items()}
+        for folder, (stage, files) in models.items():
             missing = on_main(partial(_missing, folder, stage, files))
             if missing:
                 logger.warning(
@@ -247,15 +244,6 @@ def _again(report: Path) -> str:
     )
 
 
-def _published(out: Path, record: Mapping[str, Any]) -> dict[Path, tuple[Path, Mapping[str, Any]]]:
-    """Return the folders of the models, with the stage and the files of each."""
-    stages = out / "stages"
-    sizes = record.get("sizes", {})
-    return {out / FINAL: (stages / record["student"], record["final"])} | {
-        out / SIZES / name: (stages / name, files) for name, files in sizes.items()
-    }
-
-
 def _missing(model: Path, stage: Path, files: Mapping[str, Any]) -> list[str]:
     atomic.recover(model)
     missing = [name for name in files if not (model / name).is_file()]
@@ -296,8 +284,6 @@ def publish(
 
 
 def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, command: str) -> None:
-    from megakd.reports.card import model_card
-
     sizes = {entry["name"]: entry for entry in report["sizes"]}
     if to.name in sizes:
         report = {**report, "student": sizes[to.name], "speedup": None, "latency": ()}
@@ -319,24 +305,7 @@ def _files_of(model: Path) -> dict[str, Any]:
     return {name: entry for name, entry in entries(model).items() if name != CARD}
 
 
-def adding(formats: Collection[str]) -> Callable[[Path], None] | None:
-    """Return a function that writes formats into a model folder; None if there are none."""
-    if "onnx" in formats:
-        from megakd.models.onnx import check_packages
-
-        check_packages("save.onnx")
-
-    def add(folder: Path) -> None:
-        from megakd.run.formats import add_formats
-
-        add_formats(folder, formats)
-
-    return add if formats else None
-
-
 def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
-    from megakd.reports.card import CardFacts
-
     models = {name: spec.model for name, spec in config.teacher_specs.items()}
     models |= dict.fromkeys(config.base_teachers, config.student.model)
     start = {**models, STUDENT: config.student.model}[config.start_role]
@@ -345,7 +314,7 @@ def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
         task_type=config.task.type,
         student=start if isinstance(start, str) else None,
         teachers=tuple(model if isinstance(model, str) else None for model in models.values()),
-        objective=tuple(_line(term) for term in config_tree(config)["objective"] or ()),
+        objective=tuple(map(_line, config_tree(config)["objective"] or ())),
         command=command,
         brings_code=brings_code(stage),
     )
@@ -382,9 +351,13 @@ def export_run(
         add: called with the copy before it takes its name, to write another format of the model.
     """
     stages = config.output_dir / "stages"
-    name = stage or _student_stage(config.output_dir)
-    if name not in _with_model(stages):
-        raise CheckpointError(_no_model_of(name, stages))
+    # Others, such as a scoring, give only scores.
+    finished = (path.parent for path in stages.glob(f"*/{RESULT}"))
+    models = sorted(folder.name for folder in finished if (folder / "config.json").is_file())
+    listed = f"finished stages: {', '.join(models) or 'none'}"
+    name = stage or _student_stage(config.output_dir, listed)
+    if name not in models:
+        raise CheckpointError(f"{_no_model_of(name, stages)} {listed}")
     check_writable(to, where="--to")
     folder = stages / name
     there = entries(folder)
@@ -398,12 +371,11 @@ def export_run(
     return to
 
 
-def _student_stage(out: Path) -> str:
+def _student_stage(out: Path, listed: str) -> str:
     record = _record_there(out) if (out / REPORT).is_file() else None
     if record is None:
         raise CheckpointError(
-            f"{out} holds no finished run to export; finish the run, or give --stage NAME; "
-            f"{_finished_stages(out / 'stages')}"
+            f"{out} holds no finished run to export; finish the run, or give --stage NAME; {listed}"
         )
     return record["student"]
 
@@ -411,29 +383,15 @@ def _student_stage(out: Path) -> str:
 def _no_model_of(stage: str, stages: Path) -> str:
     if not (stages / stage).is_dir():
         near = suggestion(stage, (folder.name for folder in stages.glob("*/")))
-        return f'{stages.parent} has no stage "{stage}"{near or ";"} {_finished_stages(stages)}'
+        return f'{stages.parent} has no stage "{stage}"{near or ";"}'
     problem = "gives no model" if (stages / stage / RESULT).is_file() else "has not finished"
-    return f"stage {stage!r} of {stages.parent} {problem}; {_finished_stages(stages)}"
-
-
-def _finished_stages(stages: Path) -> str:
-    return f"finished stages: {', '.join(_with_model(stages)) or 'none'}"
-
-
-def _with_model(stages: Path) -> list[str]:
-    # Others, such as a scoring, give only scores.
-    finished = (path.parent for path in stages.glob(f"*/{RESULT}"))
-    return sorted(folder.name for folder in finished if (folder / "config.json").is_file())
+    return f"stage {stage!r} of {stages.parent} {problem};"
 
 
 def _write_next_config(config: RunConfig, final: Path) -> None:
-    # An existing file is left alone, because it belongs to the user.
     path = config.output_dir / FINETUNE
-    if config.task.type == "mlm" and not path.exists():
-        atomic.write_text(path, _finetune_config(config, final))
-
-
-def _finetune_config(config: RunConfig, final: Path) -> str:
+    if config.task.type != "mlm" or path.exists():  # an existing file belongs to the user
+        return
     # BERT's settings for GLUE (Devlin et al. 2019, A.3).
     tree = {
         "output_dir": str(config.output_dir / "finetuned"),
@@ -454,4 +412,4 @@ def _finetune_config(config: RunConfig, final: Path) -> str:
             "bf16": config.train.bf16,
         },
     }
-    return HEADER.format(out=quote(str(config.output_dir))) + dump_yaml(tree)
+    atomic.write_text(path, HEADER.format(out=quote(str(config.output_dir))) + dump_yaml(tree))

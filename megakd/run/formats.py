@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from megakd.models.int8 import INT8, write_int8, write_restored
-from megakd.models.onnx import MODEL, write_onnx
+from megakd.models.onnx import MODEL, check_packages, write_onnx
 
 
 class Format(NamedTuple):
@@ -17,20 +18,39 @@ class Format(NamedTuple):
     write: writes the format of a model folder to a path.
     restore: writes what was written as a model folder, to be scored; None: it computes what the
         model computes.
+    check: raises ConfigError if a package is missing that writes the format.
     """
 
     place: str
     write: Callable[[Path, Path], object]
     restore: Callable[[Path, Path], object] | None = None
+    check: Callable[[], None] | None = None
 
 
 FORMATS: Mapping[str, Format] = {
-    "int8": Format(INT8, write_int8, write_restored),
-    "onnx": Format(MODEL, lambda folder, graph: write_onnx(folder, to=graph)),
+    "int8": Format(INT8, write_int8, restore=write_restored),
+    "onnx": Format(
+        MODEL,
+        lambda folder, graph: write_onnx(folder, to=graph),
+        check=partial(check_packages, "save.onnx"),
+    ),
 }
 
 
-def add_formats(folder: Path, names: Iterable[str]) -> None:
-    """Write formats into a finished model folder."""
+def check_formats(names: Collection[str]) -> None:
+    """Raise ConfigError if a package is missing that writes one of the formats."""
     for name in names:
-        FORMATS[name].write(folder, folder / FORMATS[name].place)
+        check = FORMATS[name].check
+        if check is not None:
+            check()
+
+
+def adding(names: Collection[str]) -> Callable[[Path], None] | None:
+    """Return a function that writes formats into a model folder; None if there are none."""
+    check_formats(names)
+
+    def add(folder: Path) -> None:
+        for name in names:
+            FORMATS[name].write(folder, folder / FORMATS[name].place)
+
+    return add if names else None

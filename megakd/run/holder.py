@@ -89,20 +89,13 @@ def process_start(pid: int) -> str | None:
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold an output folder on rank 0 while the body runs; a collective, also in its errors."""
-    lock: FolderLock | None = None
-
-    def take() -> Holder:
-        nonlocal lock
-        lock = FolderLock(folder)
-        lock.take()
-        return lock.holder
-
-    holder = on_main(take)
+    lock = FolderLock(folder)
+    holder = on_main(lock.take)
     try:
         _check_shared(folder / LOCK, holder)
         yield
     finally:
-        if lock is not None:
+        if holder == lock.holder:
             lock.release()
 
 
@@ -150,7 +143,7 @@ class FolderLock:
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._give_signs, name="lock", daemon=True)
 
-    def take(self) -> None:
+    def take(self) -> Holder:
         """Take the lock of the folder; raise InUseError if another run holds the folder."""
         try:
             self._is_new = not self.path.parent.exists()
@@ -160,6 +153,7 @@ class FolderLock:
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error}") from error
         self._thread.start()
+        return self.holder
 
     def release(self) -> None:
         self._released.set()

@@ -32,6 +32,7 @@ from megakd.process.phases import counted, phase
 from megakd.process.signals import Stopped
 from megakd.reports.report_file import installed_versions
 from megakd.run.finished_run import CONFIG, FINAL, finished_table, is_finished, publish, run_inputs
+from megakd.run.formats import check_formats
 from megakd.run.holder import held
 from megakd.run.run_lab import RunLab
 from megakd.run.run_report import report_of
@@ -132,10 +133,7 @@ def check_machines(config: RunConfig, ranks: Ranks) -> None:
     """Check that the machines have what the config asks for; a collective."""
     check_device(config, ranks)
     check_nodes(config)
-    if config.save.onnx:
-        from megakd.models.onnx import check_packages
-
-        check_packages("save.onnx")
+    check_formats(config.save.formats)
     if config.save.push_to_hub is not None:
         on_main(lambda: check_hub(config.save))
 

@@ -95,7 +95,10 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         assistants=assistants,
         baselines={name: reports[name]["metrics"] for name in baselines},
         candidates=lab.record.candidates,
-        stages=[_stage_entry(result) for result in lab.results],
+        stages=[
+            cast("StageReport", {key: getattr(made, key) for key in StageReport.__annotations__})
+            for made in lab.results
+        ],
         speedup=_speedup(latency, teacher),
         latency=latency,
         cost=lab.record.cost,
@@ -168,10 +171,6 @@ def _assistant(lab: RunLab, assistant: Assistant) -> AssistantReport:
     }
 
 
-def _stage_entry(result: StageResult) -> Any:
-    return {key: getattr(result, key) for key in StageReport.__annotations__}
-
-
 def timed_forwards(
     wanted: LatencyConfig, task: TaskType, sizes: Sequence[SizedStudent]
 ) -> tuple[tuple[int, ...], int | None]:
@@ -192,10 +191,8 @@ def _latency(
     lab: RunLab, students: Mapping[str, Path], device: torch.device
 ) -> list[LatencyReport]:
     config = lab.config
-    if config.eval.latency is False:
-        return []
     teachers = {name: folder for name, folder in lab.pool.folders.items() if folder}
-    if not teachers:
+    if config.eval.latency is False or not teachers:
         return []
     assistants = {made.name: made.folder for made in lab.record.assistants}
     models = {**teachers, **assistants, **students}
@@ -206,9 +203,7 @@ def _latency(
         logger.warning(
             "latency is not measured: the models need about %.1f GB side by side, and %.1f GB are "
             "free on %s",
-            needed / 1e9,
-            free / 1e9,
-            device,
+            *(needed / 1e9, free / 1e9, device),
         )
         return []
     from megakd.reports.latency import Work, measure_latencies
@@ -216,11 +211,9 @@ def _latency(
     try:
         wanted, rows = config.eval.latency, lab.assembly.prepared.encoded.held_out
         batches, tokens = timed_forwards(wanted, config.task.type, lab.record.sizes)
-        of_data = lengths_of_rows(rows).tolist()
-        work = Work(batches, tokens, wanted.generate, of_data=of_data)
+        work = Work(batches, tokens, wanted.generate, of_data=lengths_of_rows(rows).tolist())
         dtype = TORCH_DTYPE[scoring_dtype(config.train, device.type)]
-        graphs = _graphs(lab, models)
-        return measure_latencies(models, work, graphs, device=device, dtype=dtype)
+        return measure_latencies(models, work, _graphs(lab, models), device=device, dtype=dtype)
     except Exception as error:  # noqa: BLE001 - the code of a model may raise any error
         # All stages are finished and the student is valid: a failed timing must not fail the run.
         logger.warning("latency could not be measured: %s", error)

@@ -90,7 +90,7 @@ class TeacherPool:
     def _asked(self, name: str, stage: Stage) -> Opened:
         if name in self._open:
             _, teacher = self._open[name]
-            self._ask(teacher, name, stage, self._needs(stage))
+            self._ask(teacher, name, stage, self.assembly.losses(stage).teacher_needs())
             return teacher
         is_alone = not self._open
         teacher = self.open(name, stage)
@@ -109,22 +109,21 @@ class TeacherPool:
 
             prepared, ranks = self.assembly.prepared, self.assembly.ranks
             return served_teacher(prepared, name, ranks)
-        cached = None if ready.spec.cache is None else self._cached(name)
-        if cached is not None and not ready.is_loaded(measures_losses=stage.measures_losses):
-            return cached
+        cached = None
+        if ready.spec.cache is not None:
+            from megakd.training.answer_cache import fill_cache, open_cache
+
+            folder = self.cache_folder(name)
+            if ready.spec.cache == AUTO:
+                fill_cache(self.assembly, ready, folder)
+            cached = open_cache(self.assembly, ready, folder)
+            if not ready.is_loaded(measures_losses=stage.measures_losses):
+                return cached
         dtype, spec = self.assembly.teacher_dtype(ready), ready.spec.deepspeed
         needs = losses.teacher_needs()
         teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
         self._ask(teacher, name, stage, needs)
         return teacher if cached is None else CachedSteps(cached, teacher)
-
-    def _cached(self, name: str) -> CachedTeacher:
-        from megakd.training.answer_cache import fill_cache, open_cache
-
-        ready, folder = self.assembly.teachers[name], self.cache_folder(name)
-        if ready.spec.cache == AUTO:
-            fill_cache(self.assembly, ready, folder)
-        return open_cache(self.assembly, ready, folder)
 
     def cache_folder(self, name: str) -> Path:
         """Return the folder of a teacher's cached answers."""
@@ -132,9 +131,6 @@ class TeacherPool:
         if cache is None:
             raise TypeError(f"{name} has no cache")
         return self.assembly.stage_folder(f"{name}-answers") if cache == AUTO else cache
-
-    def _needs(self, stage: Stage) -> Needs:
-        return self.assembly.losses(stage).teacher_needs()
 
     def _ask(self, teacher: Opened, name: str, stage: Stage, needs: Needs) -> None:
         if not isinstance(teacher, FrozenTeacher):
@@ -205,7 +201,11 @@ class TeacherPool:
         with phase("scoring"), doing(f"scoring {name}"):
             made = measure(assembly, model, prompts)
         self._known[name] = made
-        on_main(lambda: self._write(name, made))
+        on_main(
+            lambda: atomic.write_json(
+                self._path(name), {"facts": self._facts(name), **made._asdict()}
+            )
+        )
 
     def _read_once(self, name: str) -> Measured | None:
         if name not in self._known:
@@ -213,9 +213,6 @@ class TeacherPool:
             if record is not None:
                 self._known[name] = record
         return self._known.get(name)
-
-    def _write(self, name: str, measured: Measured) -> None:
-        atomic.write_json(self._path(name), {"facts": self._facts(name), **measured._asdict()})
 
     def _path(self, name: str) -> Path:
         return self._config.output_dir / "checkpoints" / f"{name}-scores.json"

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import WholeRun, finish, read
 
 import megakd
+from megakd.config.run import SaveConfig
 from megakd.errors import ConfigError
 from megakd.models import onnx
 from megakd.models.int8 import INT8
@@ -100,7 +101,7 @@ def test_table_page_and_card_show_the_int8_weights_and_nothing_temporary_stays(o
 
 
 def test_packages_that_a_graph_needs_are_told_before_anything_is_read(monkeypatch):
-    asked = SimpleNamespace(save=SimpleNamespace(onnx=True))
+    asked = SimpleNamespace(save=SaveConfig(onnx=True))
     monkeypatch.setattr(onnx, "_PACKAGES", ("onnx", "no_such_package"))
     for check in ("check_device", "check_nodes"):
         monkeypatch.setattr(main, check, lambda *_: None)
