@@ -111,10 +111,7 @@ def _timed(
     length: int,
     prepare: Prepare = forward,
 ) -> Iterator[LatencyReport]:
-    """Yield the entry of each model on batches of texts of these lengths, in at most `most` rounds.
-
-    A time is the mean over the batches; `length` is told.
-    """
+    # A time is the mean over the batches, in at most `most` rounds.
     times = _rounds([calls_of(m, batches, prepare) for m in models.values()], most)
     for (name, model), *rounds in zip(models.items(), *times, strict=True):
         each = [ms / len(batches) for ms in rounds]
