@@ -204,7 +204,8 @@ class _Tracer:
         groups = backward_groups(stage.strategy.passes(0), stage.passes_per_backward)
         phase = SimulatedPhase(teachers={}, learner=[backward_of(group) for group in groups])
         if len({planned.view for planned in groups[0]}) > 1:
-            phase = replace(phase, of_one_view=backward_of(groups[0][:1]).most_live)
+            moments = backward_of(groups[0][:1]).moments
+            phase = replace(phase, of_one_view=max(moment.live.total for moment in moments))
         if bundle.elastic is None or stage.strategy.pruned_to is None:
             return phase
         mask = largest_mask(bundle.elastic.prunable, stage.strategy.pruned_to)

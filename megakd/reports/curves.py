@@ -50,9 +50,8 @@ UNITS = {
 }
 TEXT_ORDER = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("kl", "tokens", "truncated", "entropy")))
 """Metrics of generated texts that are drawn first."""
-NOT_DRAWN = ("step_seconds", "memory_bytes")  # tokens_per_s and a stage's peak show the same
-OTHERS = (*SPEED_UNITS, *OPERATION_UNITS, *NOT_DRAWN)
-"""Values of training that are no losses."""
+OTHERS = (*SPEED_UNITS, *OPERATION_UNITS, "step_seconds", "memory_bytes")
+"""Values of training that are no losses; of the last two, tokens_per_s and a stage's peak tell."""
 OUTCOMES = ("reward", "held_out_loss")
 """Values that a selector logs in addition to its weights."""
 POSITION_TITLES = {"kl": "KL(teacher‖student)", "entropy": "student entropy"}

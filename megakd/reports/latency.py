@@ -113,27 +113,22 @@ def _timed(
 ) -> Iterator[LatencyReport]:
     # A time is the mean over the batches, in at most `most` rounds.
     times = _rounds([calls_of(m, batches, prepare) for m in models.values()], most)
+    count = torch.get_num_threads()
+    threads = f" ({count} thread{'' if count == 1 else 's'})"
     for (name, model), *rounds in zip(models.items(), *times, strict=True):
-        each = [ms / len(batches) for ms in rounds]
+        each, device = [ms / len(batches) for ms in rounds], next(model.parameters()).device
         entry = LatencyReport(
             model=name,
             batch=len(batches[0]),
             ms=statistics.median(each),
             length=length,
-            device=_place(model),
+            device=device_name(device) + (threads if device.type == "cpu" else ""),
             dtype=str(model.dtype).removeprefix("torch."),
             rounds_ms=each,
         )
         if isinstance(model, Graph):
             entry.update({"model": name.removesuffix(" (onnx)"), "runtime": "onnxruntime"})
         yield entry
-
-
-def _place(model: Timed) -> str:
-    device = next(model.parameters()).device
-    threads = torch.get_num_threads()
-    words = f" ({threads} thread{'' if threads == 1 else 's'})" if device.type == "cpu" else ""
-    return device_name(device) + words
 
 
 def _rounds(calls: Sequence[Call], most: int) -> list[list[float]]:

@@ -97,8 +97,12 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
 def _gains(report: Report) -> list[str]:
     if report["teacher"] is None:
         return []
-    sizes = (report["teacher"]["encoder_parameters"], report["student"]["encoder_parameters"])
-    gains = [f"has {_times_fewer(*sizes)} parameters without embeddings"] if all(sizes) else []
+    whole, left = (report[role]["encoder_parameters"] for role in (TEACHER, STUDENT))
+    gains: list[str] = []
+    if whole and left:
+        times = f"{max(whole, left) / min(whole, left):.1f}x"
+        many = "as many" if times == "1.0x" else f"{times} {'more' if left > whole else 'fewer'}"
+        gains.append(f"has {many} parameters without embeddings")
     reference = table.largest(table.teachers_of(report)) or TEACHER
     for timing in table.timings(report):
         ratio = timing.speed_up(STUDENT, reference)
@@ -106,11 +110,6 @@ def _gains(report: Report) -> list[str]:
             verb = "is" if timing.kind == table.FORWARD else "generates"
             gains.append(f"{verb} {ratio} as fast at batch {timing.batch}")
     return gains
-
-
-def _times_fewer(teacher: float, student: float) -> str:
-    times = f"{max(teacher, student) / min(teacher, student):.1f}x"
-    return "as many" if times == "1.0x" else f"{times} {'more' if student > teacher else 'fewer'}"
 
 
 def _comparison(report: Report) -> str:
