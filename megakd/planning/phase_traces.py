@@ -115,6 +115,7 @@ class _Tracer:
         self._phase, self._config, self._task = phase, config, config.task
         self._device: Device = cluster.device
         self._memory = cluster.device_memory if cluster.device == "cuda" else None
+        self._trace = partial(trace_call, device=self._device, memory=self._memory)
 
     def key(self) -> str:
         # The traces do not depend on the learner's sharding.
@@ -247,13 +248,7 @@ class _Tracer:
         return self._forward(gates.eval(), batch)[0]
 
     def _forward(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Trace, Any]:
-        call = partial(module, *args, **options)
-        return self._trace(module, call, backward=False)
-
-    def _trace(
-        self, module: nn.Module, call: Callable[[], Any], *, backward: bool
-    ) -> tuple[Trace, Any]:
-        return trace_call(module, call, backward=backward, device=self._device, memory=self._memory)
+        return self._trace(module, partial(module, *args, **options), backward=False)
 
     def _frozen(self, ready: ReadyTeacher, needs: Needs) -> FrozenModel:
         model = self._model(ready.source, planned_dtype(ready, self._device))

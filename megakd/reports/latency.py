@@ -96,8 +96,12 @@ def _of_data(models: Mapping[str, Timed], work: Work, batch: int) -> Iterator[La
 def _generated(
     models: Mapping[str, Timed], work: Work, texts: Sequence[int], count: int
 ) -> Iterator[LatencyReport]:
+    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+
+    def prepare(model: Any, inputs: dict[str, Any]) -> Call:
+        return partial(model.generate, **inputs, **options, pad_token_id=0)
+
     prompts = [length - count for length in texts]
-    prepare = partial(_generation, count=count)
     for entry in _timed(models, [prompts], work.rounds, length=texts[0], prepare=prepare):
         rate = 1e3 * len(texts) * count / entry["ms"]
         yield {**entry, "generated": count, "tokens_per_second": rate}
@@ -170,8 +174,3 @@ def _ready(
         yield loaded
     finally:
         loaded.train(was_training)
-
-
-def _generation(model: Any, inputs: dict[str, Any], *, count: int) -> Call:
-    number = {"min_new_tokens": count, "max_new_tokens": count}
-    return partial(model.generate, **inputs, **number, do_sample=False, pad_token_id=0)
