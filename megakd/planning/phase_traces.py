@@ -114,6 +114,7 @@ class _Tracer:
         self._phase, self._config, self._task = phase, config, config.task
         self._device: Device = cluster.device
         self._memory = cluster.device_memory if cluster.device == "cuda" else None
+        self._trace = partial(trace_call, device=self._device, memory=self._memory)
 
     def key(self) -> str:
         # The traces do not depend on the learner's sharding.
@@ -203,7 +204,8 @@ class _Tracer:
         groups = backward_groups(stage.strategy.passes(0), stage.passes_per_backward)
         phase = SimulatedPhase(teachers={}, learner=[backward_of(group) for group in groups])
         if len({planned.view for planned in groups[0]}) > 1:
-            phase = replace(phase, of_one_view=backward_of(groups[0][:1]).most_live)
+            moments = backward_of(groups[0][:1]).moments
+            phase = replace(phase, of_one_view=max(moment.live.total for moment in moments))
         if bundle.elastic is None or stage.strategy.pruned_to is None:
             return phase
         mask = largest_mask(bundle.elastic.prunable, stage.strategy.pruned_to)
@@ -245,13 +247,7 @@ class _Tracer:
         return self._forward(gates.eval(), batch)[0]
 
     def _forward(self, module: nn.Module, *args: Any, **options: Any) -> tuple[Trace, Any]:
-        call = partial(module, *args, **options)
-        return self._trace(module, call, backward=False)
-
-    def _trace(
-        self, module: nn.Module, call: Callable[[], Any], *, backward: bool
-    ) -> tuple[Trace, Any]:
-        return trace_call(module, call, backward=backward, device=self._device, memory=self._memory)
+        return self._trace(module, partial(module, *args, **options), backward=False)
 
     def _frozen(self, ready: ReadyTeacher, needs: Needs) -> FrozenModel:
         model = self._model(ready.source, planned_dtype(ready, self._device))

@@ -284,10 +284,10 @@ def plan_run(
 
 def host_base_bytes() -> int:
     """Return the bytes of this process after the imports of a run, plus `MISCELLANY`."""
-    from megakd.reports import html
+    from megakd.reports import pages
     from megakd.training import progress, stage_run
 
-    del html, progress, stage_run
+    del pages, progress, stage_run
     return psutil.Process().memory_info().rss + MISCELLANY
 
 
@@ -367,7 +367,8 @@ def _sharding(config: RunConfig) -> Iterator[str]:
     for stage in (2, 3):
         if _stage(config.student.deepspeed) < stage:
             yield f"student.deepspeed=zero{stage}"
-    if not all(_over_all_ranks(spec.deepspeed) for spec in specs):
+    loaded = [load_ds_config(spec.deepspeed, where="deepspeed") for spec in specs]
+    if any(zero_stage(ds) < 3 or shards_within_node(ds) for ds in loaded):
         yield _of_teachers(config, "deepspeed=teacher_zero3")
     trained = [spec.finetune for spec in specs if spec.finetune]
     if any(_stage(one.deepspeed) < 3 for one in trained):
@@ -406,11 +407,6 @@ def _offload(config: RunConfig) -> Iterator[str]:
     offloaded = "teacher_zero3_offload"
     if any(spec.deepspeed != offloaded for spec in _owned(config).values()):
         yield _of_teachers(config, f"deepspeed={offloaded}")
-
-
-def _over_all_ranks(spec: Any) -> bool:
-    ds = load_ds_config(spec, where="deepspeed")
-    return zero_stage(ds) == 3 and not shards_within_node(ds)
 
 
 def _stage(spec: Any) -> int:

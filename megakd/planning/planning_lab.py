@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -249,12 +249,8 @@ class PlanningLab(LabBase):
         baselines = [self.train(baseline_stage(self, name, student)) for name in names]
         others = [one.name for one in self.record.sizes if one.name != student.name]
         sizes = [result for result in self.results if result.name in others]
-        self._close([*sizes, student, *baselines])
-        return self.phases
-
-    def _close(self, students: Sequence[StageResult]) -> None:
         preset = scoring_preset(self.config.student.deepspeed)
-        results = (*students, *self._assistants)
+        results = (*sizes, student, *baselines, *self._assistants)
         made = {result.name: _ready(self._made[result.folder], preset) for result in results}
         teachers = {
             name: self._teachers[name]
@@ -270,12 +266,13 @@ class PlanningLab(LabBase):
         }
         latency = self.config.eval.latency
         if stored and latency:
-            timed = {**stored, **made}
             whole = {
-                name: _ready(one.source, "teacher_zero0", "fp32") for name, one in timed.items()
+                name: _ready(ready.source, "teacher_zero0", "fp32")
+                for name, ready in {**stored, **made}.items()
             }
             rows = max(latency.batches(self.config.task.type))
             self.phases.append(Phase(name="latency", work="timing", teachers=whole, rows=rows))
+        return self.phases
 
     def _source(self, folder: Path, role: str) -> ModelSource:
         return self._made[folder]

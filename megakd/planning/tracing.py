@@ -153,10 +153,6 @@ class Trace:
     turn: int
     flops: float
 
-    @property
-    def most_live(self) -> int:
-        return max(moment.live.total for moment in self.moments)
-
 
 def trace_call(
     module: nn.Module,

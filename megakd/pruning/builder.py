@@ -31,8 +31,7 @@ from megakd.engine.activity import doing
 from megakd.engine.collectives import gather, on_main
 from megakd.engine.memory import forget_models, peak_memory_bytes, reset_peak_memory
 from megakd.errors import ConfigError, ModelError
-from megakd.models.architectures import context_length
-from megakd.models.architectures import architecture_named
+from megakd.models.architectures import architecture_named, context_length
 from megakd.models.axes import lengths, parameter_counts, weight_axes
 from megakd.models.cutting import CUT, cut_config, reshape_folder
 from megakd.models.fitting import build_empty, valueless_model

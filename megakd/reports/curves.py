@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from megakd.contract.metric import lower_is_better
-from megakd.contract.results import PruningReport, Report
+from megakd.contract.results import Report
 from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, is_text_metric
 from megakd.contract.unit_counts import without_source
 from megakd.reports.charts import Chart, Line, line_chart
@@ -50,9 +50,8 @@ UNITS = {
 }
 TEXT_ORDER = (MATCH, *(f"{TEXT_METRIC}{n}" for n in ("kl", "tokens", "truncated", "entropy")))
 """Metrics of generated texts that are drawn first."""
-NOT_DRAWN = ("step_seconds", "memory_bytes")  # tokens_per_s and a stage's peak show the same
-OTHERS = (*SPEED_UNITS, *OPERATION_UNITS, *NOT_DRAWN)
-"""Values of training that are no losses."""
+OTHERS = (*SPEED_UNITS, *OPERATION_UNITS, "step_seconds", "memory_bytes")
+"""Values of training that are no losses; of the last two, tokens_per_s and a stage's peak tell."""
 OUTCOMES = ("reward", "held_out_loss")
 """Values that a selector logs in addition to its weights."""
 POSITION_TITLES = {"kl": "KL(teacher‖student)", "entropy": "student entropy"}
@@ -127,7 +126,7 @@ def _kinds(groups: Mapping[str, Panels]) -> dict[str, Panels]:
 
 
 def _longest_first(panels: Panels) -> Panels:
-    """Return the curves of ranks in the order of their computing, of which the first are drawn."""
+    # Of the ranks, those that compute longest are drawn.
     computing = {
         rank: np.mean([value for _, value in curve.points])
         for rank, curve in panels.get("computing_seconds", {}).items()
@@ -309,43 +308,32 @@ def pruning_section(report: Report) -> Figure | None:
     rows = pruning_course(report)
     if not rows:
         return None
-    curves = {key: _pruning_points(rows, key) for key, *_ in PRUNING_CHARTS}
-    numbers, total = pruning_rows(report, most=ROWS_SHOWN), len(rows)
-    extent = f"{ROWS_SHOWN} of {total:,} evaluations" if total > ROWS_SHOWN else ""
-    charts = [
-        _pruning_chart(title, unit, curves[k])
-        for k, title, unit in PRUNING_CHARTS
-        if len(curves[k]) > 1
-    ]
-    caption = _pruning_caption(
-        total, [len(points) for points in curves.values() if len(points) > 1]
+    charts: list[Chart] = []
+    drawn: list[int] = []
+    for key, title, unit in PRUNING_CHARTS:
+        values = [(row["step"], row[key]) for row in rows]
+        points = [(s, float(v)) for s, v in values if is_number(v) and abs(v) <= LARGEST]
+        if len(points) > 1:
+            drawn.append(len(points))
+            charts.append(_pruning_chart(title, unit, points))
+    notes = (
+        "The divergence is soft_target_kl on held-out rows; 0: the predictions of the teacher.",
+        "The parameters are those of the student as it would be exported.",
+        "The step time is the median since the previous evaluation.",
+        "Evaluations without a value are left out." if min(drawn, default=0) < len(rows) else "",
+        THINNED if max(drawn, default=0) > PRUNING_POINTS else "",
     )
-    return Figure("Pruning", charts, caption, numbers, extent)
-
-
-def _pruning_points(rows: Sequence[PruningReport], key: Key) -> Points:
-    values = [(row["step"], row[key]) for row in rows]
-    return [(s, float(v)) for s, v in values if is_number(v) and abs(v) <= LARGEST]
+    extent = f"{ROWS_SHOWN} of {len(rows):,} evaluations" if len(rows) > ROWS_SHOWN else ""
+    numbers = pruning_rows(report, most=ROWS_SHOWN)
+    return Figure("Pruning", charts, " ".join(filter(None, notes)), numbers, extent)
 
 
 def _pruning_chart(title: str, unit: str, points: Points) -> Chart:
     start, end = (short_count(value, ".4g") for _, value in (points[0], points[-1]))
-    shown = thinned(points, PRUNING_POINTS)
     return line_chart(
-        [Line(shown, "student", marked=len(points) <= POINTS_MARKED)],
+        [Line(thinned(points, PRUNING_POINTS), "student", marked=len(points) <= POINTS_MARKED)],
         title=title,
         unit=unit,
         label=f"Pruning over the steps: {title}. From {start} to {end}.",
         bounds=(0.0,),
     )
-
-
-def _pruning_caption(evaluations: int, drawn: Sequence[int]) -> str:
-    notes = (
-        "The divergence is soft_target_kl on held-out rows; 0: the predictions of the teacher.",
-        "The parameters are those of the student as it would be exported.",
-        "The step time is the median since the previous evaluation.",
-        "Evaluations without a value are left out." if min(drawn, default=0) < evaluations else "",
-        THINNED if max(drawn, default=0) > PRUNING_POINTS else "",
-    )
-    return " ".join(filter(None, notes))

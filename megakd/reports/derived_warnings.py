@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from megakd.contract.metric import lower_is_better
-from megakd.contract.results import ModelReport, Report, WarningReport
+from megakd.contract.results import Report, WarningReport
 from megakd.contract.tasks import STUDENT, TEACHER
 from megakd.reports.history import Panels
 from megakd.reports.quantities import is_number
@@ -54,38 +54,34 @@ def _labels(report: Report) -> Iterator[str]:
 
 
 def _baselines(report: Report) -> Iterator[str]:
-    name, mine = report["metric_name"], _main(report, report["student"]["metrics"])
+    name = report["metric_name"]
+    mine = report["student"]["metrics"].get(name)
     for baseline, metrics in report["baselines"].items():
-        if _is_better(name, _main(report, metrics), mine):
+        if _is_better(name, metrics.get(name), mine):
             yield (
-                f"the baseline {baseline} scores {score(name, _main(report, metrics))} {name}, the "
+                f"the baseline {baseline} scores {score(name, metrics.get(name))} {name}, the "
                 f"student {score(name, mine)}; repeat both with another seed, and take the "
                 "baseline's settings if it is ahead again"
             )
 
 
 def _above_teacher(report: Report) -> Iterator[str]:
-    name, teacher = report["metric_name"], report["teacher"]
-    mine = _main(report, report["student"]["metrics"])
-    theirs = None if teacher is None else _main(report, teacher["metrics"])
+    name, student, teacher = report["metric_name"], report["student"], report["teacher"]
+    mine = student["metrics"].get(name)
+    theirs = None if teacher is None else teacher["metrics"].get(name)
     if not (is_number(mine) and is_number(theirs) and _is_better(name, mine, theirs)):
         return
-    if abs(mine - theirs) > _noise(report["student"]):
+    # Two standard errors, at most, of the difference of two classifiers: only the rows on which
+    # both disagree make one.
+    rows = sum(one["rows"] for one in student.get("per_class", ()))
+    noise = 2 * math.sqrt((1 - student.get("agreement", 0.0)) / rows) if rows else 0.0
+    if abs(mine - theirs) > noise:
         yield (
             f"the student is above its teacher ({score(name, mine)} and {score(name, theirs)} "
             f"{name}): the teacher has learnt the task too briefly, or the rows are too few to "
             "tell them apart; train the teacher longer (teacher.finetune), or give more weight to "
             "the labels"
         )
-
-
-def _noise(student: ModelReport) -> float:
-    """Return two standard errors, at most, of a classifier's score less its teacher's.
-
-    Only the rows on which both disagree make a difference.
-    """
-    rows = sum(one["rows"] for one in student.get("per_class", ()))
-    return 2 * math.sqrt((1 - student.get("agreement", 0.0)) / rows) if rows else 0.0
 
 
 def _rising_teachers(report: Report, curves: Mapping[str, Mapping[str, Panels]]) -> Iterator[str]:
@@ -141,16 +137,12 @@ def _chance(report: Report) -> Iterator[str]:
 
 
 def _chance_score(metric: str, rows: Sequence[int]) -> float | None:
-    """Return what no constant answer exceeds; None if that is not known of a metric."""
+    # What no constant answer exceeds; None if that is not known of a metric.
     if metric == "accuracy":  # whoever says the most frequent label has its share
         return max(rows) / sum(rows)
     if metric.endswith("_macro"):
         return 1 / len(rows)
     return 0.0 if metric == "matthews_correlation" else None
-
-
-def _main(report: Report, metrics: Mapping[str, float]) -> float | None:
-    return metrics.get(report["metric_name"])
 
 
 def _is_better(metric: str, one: float | None, other: float | None) -> bool:

@@ -96,8 +96,12 @@ def _of_data(models: Mapping[str, Timed], work: Work, batch: int) -> Iterator[La
 def _generated(
     models: Mapping[str, Timed], work: Work, texts: Sequence[int], count: int
 ) -> Iterator[LatencyReport]:
+    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+
+    def prepare(model: Any, inputs: dict[str, Any]) -> Call:
+        return partial(model.generate, **inputs, **options, pad_token_id=0)
+
     prompts = [length - count for length in texts]
-    prepare = partial(_generation, count=count)
     for entry in _timed(models, [prompts], work.rounds, length=texts[0], prepare=prepare):
         rate = 1e3 * len(texts) * count / entry["ms"]
         yield {**entry, "generated": count, "tokens_per_second": rate}
@@ -111,32 +115,24 @@ def _timed(
     length: int,
     prepare: Prepare = forward,
 ) -> Iterator[LatencyReport]:
-    """Yield the entry of each model on batches of texts of these lengths, in at most `most` rounds.
-
-    A time is the mean over the batches; `length` is told.
-    """
+    # A time is the mean over the batches, in at most `most` rounds.
     times = _rounds([calls_of(m, batches, prepare) for m in models.values()], most)
+    count = torch.get_num_threads()
+    threads = f" ({count} thread{'' if count == 1 else 's'})"
     for (name, model), *rounds in zip(models.items(), *times, strict=True):
-        each = [ms / len(batches) for ms in rounds]
+        each, device = [ms / len(batches) for ms in rounds], next(model.parameters()).device
         entry = LatencyReport(
             model=name,
             batch=len(batches[0]),
             ms=statistics.median(each),
             length=length,
-            device=_place(model),
+            device=device_name(device) + (threads if device.type == "cpu" else ""),
             dtype=str(model.dtype).removeprefix("torch."),
             rounds_ms=each,
         )
         if isinstance(model, Graph):
             entry.update({"model": name.removesuffix(" (onnx)"), "runtime": "onnxruntime"})
         yield entry
-
-
-def _place(model: Timed) -> str:
-    device = next(model.parameters()).device
-    threads = torch.get_num_threads()
-    words = f" ({threads} thread{'' if threads == 1 else 's'})" if device.type == "cpu" else ""
-    return device_name(device) + words
 
 
 def _rounds(calls: Sequence[Call], most: int) -> list[list[float]]:
@@ -178,8 +174,3 @@ def _ready(
         yield loaded
     finally:
         loaded.train(was_training)
-
-
-def _generation(model: Any, inputs: dict[str, Any], *, count: int) -> Call:
-    number = {"min_new_tokens": count, "max_new_tokens": count}
-    return partial(model.generate, **inputs, **number, do_sample=False, pad_token_id=0)

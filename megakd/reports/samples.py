@@ -37,12 +37,10 @@ def held_out_prompts(
         return _hidden_words(first, tokenizer, task, device)
     if task.type != "causal_lm":
         return None
-    length = task.row_length
-    is_chat = PROMPT_LENGTH in rows.column_names
-    ids = (_chat_prompts(first, length) if is_chat else _beginnings(first, length))[:PROMPTS]
+    ids = _beginnings(first, task.row_length)[:PROMPTS]
     if not ids:
         return None
-    new_tokens = min(NEW_TOKENS, length - max(map(len, ids)))
+    new_tokens = min(NEW_TOKENS, task.row_length - max(map(len, ids)))
     return Continuations(ids=ids, new_tokens=new_tokens, tokenizer=tokenizer, device=device)
 
 
@@ -123,13 +121,11 @@ class HiddenWords:
 Prompts = Continuations | HiddenWords
 
 
-def _chat_prompts(rows: Dataset, max_length: int) -> list[list[int]]:
-    mappings = (cast("Mapping[str, Any]", row) for row in rows)
-    prompts = (row["input_ids"][: row[PROMPT_LENGTH]] for row in mappings)
-    return [ids for ids in prompts if 0 < len(ids) < max_length]
-
-
 def _beginnings(rows: Dataset, max_length: int) -> list[list[int]]:
+    if PROMPT_LENGTH in rows.column_names:
+        mappings = (cast("Mapping[str, Any]", row) for row in rows)
+        prompts = (row["input_ids"][: row[PROMPT_LENGTH]] for row in mappings)
+        return [ids for ids in prompts if 0 < len(ids) < max_length]
     documents = list(_documents(rows))
     longest = max(map(len, documents), default=0)
     length = min(PROMPT_TOKENS, max(1, max_length // 2), longest)

@@ -159,7 +159,6 @@ class Scorer:
             yield device_batch(batch, ranks.device)
 
     def _numbered(self, rows: Dataset, first: int) -> Iterator[Batch]:
-        """Yield the batches of `batches` with row numbers; the first row has the number `first`."""
         for turn, batch in enumerate(self.batches(rows)):
             size = len(batch.valid)
             numbers = (turn * self.ranks.world_size + self.ranks.rank) * size + torch.arange(size)
@@ -184,8 +183,6 @@ class Scorer:
 
 
 def _in_order(of_ranks: Sequence[torch.Tensor], count: int) -> torch.Tensor:
-    """Return the answers to `count` rows in their order, from those of each rank [turns, rows, …].
-
-    The dummy rows, which fill the last batches that were dealt, come last.
-    """
+    # Of the answers of each rank [turns, rows, …]; the dummy rows, which fill the last batches that
+    # were dealt, come last.
     return torch.stack([*of_ranks], dim=1).flatten(0, 2)[:count]

@@ -32,8 +32,7 @@ from megakd.engine.distributed import Ranks
 from megakd.engine.optimizer_state import LEARNER
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
-from megakd.models.cutting import cut_state
-from megakd.models.cutting import Learned
+from megakd.models.cutting import Learned, cut_state
 from megakd.models.model_folder import Extra, fill_model_folder, write_model_folder, write_weights
 from megakd.models.weights import WeightReader, check_weight_files
 from megakd.process.seeding import random_state, set_random_state
