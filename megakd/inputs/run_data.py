@@ -64,28 +64,22 @@ def encoded_rows(
     with_train: bool = True,
 ) -> Encoded:
     """Return the data as token numbers; a collective."""
-    task = config.task
-    encoded = _encoded(config, splits, tokenizer, with_train=with_train)
-    if task.mixture is None or not with_train:
-        return encoded
-    from megakd.data.mixed_rows import mixed
-
-    return mixed(encoded, task.mixture, seed=config.seed)
-
-
-def _encoded(
-    config: RunConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, *, with_train: bool
-) -> Encoded:
     task, cache = config.task, cache_folder()
     if task.encoded is not None:
         from megakd.data.encoded_folder import as_encoded, facts_of
 
         facts = facts_of(task, tokenizer, seed=config.seed)
-        return as_encoded(task.encoded, splits, tokenizer, facts)
-    return once(
-        config,
-        lambda: encode_splits(splits, tokenizer, task, cache_dir=cache, with_train=with_train),
-    )
+        encoded = as_encoded(task.encoded, splits, tokenizer, facts)
+    else:
+        encoded = once(
+            config,
+            lambda: encode_splits(splits, tokenizer, task, cache_dir=cache, with_train=with_train),
+        )
+    if task.mixture is None or not with_train:
+        return encoded
+    from megakd.data.mixed_rows import mixed
+
+    return mixed(encoded, task.mixture, seed=config.seed)
 
 
 def once(config: RunConfig, action: Callable[[], T]) -> T:
