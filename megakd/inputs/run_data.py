@@ -129,8 +129,8 @@ def with_row_length(
     if task.max_length is None:
         # Documents of a mixture are not measured.
         least = 2 if is_chat(rows) and len(tokens) else LEAST_PACKED
-        wanted = max(least, parts["p99"], _generated(config, longest_of(prompts, 0.99)))
-        length, limit = _limited(-(-wanted // 8) * 8, config, sources)
+        prompt = longest_of(prompts, 0.99)
+        length, limit = _chosen_length(max(least, parts["p99"]), prompt, config, sources)
         logger.info("task.max_length: %d (not set; %s); the rows have %s", length, limit, told)
         return replace(config, task=replace(task, max_length=length))
     if task.type == "causal_lm" or parts["p99"] <= task.max_length:
@@ -144,21 +144,18 @@ def with_row_length(
     return config
 
 
-def _generated(config: RunConfig, prompt: int) -> int:
-    lengths, given = [0], config.eval.generation
-    if config.rollout is not None:
-        lengths.append((config.rollout.prompt_tokens or prompt) + config.rollout.longest)
-    if given is not None:
-        lengths.append((given.prompt_tokens or prompt) + given.max_new_tokens)
-    return max(lengths)
-
-
-def _limited(wanted: int, config: RunConfig, sources: Mapping[str, ModelSource]) -> tuple[int, str]:
+def _chosen_length(
+    row: int, prompt: int, config: RunConfig, sources: Mapping[str, ModelSource]
+) -> tuple[int, str]:
+    # The length for rows, and for prompts with generated texts, in tokens; and what limits it.
+    sections = [part for part in (config.rollout, config.eval.generation) if part is not None]
+    wanted = max([row, *((part.prompt_tokens or prompt) + part.longest for part in sections)])
     limits = [(context_length(s.config), f"the context of {s.where}") for s in sources.values()]
     limits += [
         (t.tokens_per_rank, f"{where}.tokens_per_rank") for where, t in config.trainings.items()
     ]
-    return min([(wanted, "for 99 % of the rows"), *((n, name) for n, name in limits if n)])
+    rounded = -(-wanted // 8) * 8
+    return min([(rounded, "for 99 % of the rows"), *((n, name) for n, name in limits if n)])
 
 
 def _lengths(
