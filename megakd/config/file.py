@@ -207,17 +207,12 @@ def _slot(node: Any, keys: Sequence[str], override: str) -> str | int:
 _TAG = "tag:yaml.org,2002:"
 # The core schema of YAML 1.2.2, section 10.3.2; PyYAML itself supports only YAML 1.1.
 _SCALARS = {
-    "null": (r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    "float": (
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+0123456789."),
-    ),
+    "null": r"null|Null|NULL|~|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }
-# PyYAML treats these characters like a newline, unless they are escaped.
-_LINE_BREAKS_OF_1_1 = "\x85\u2028\u2029"
 _YAML_1_1 = yaml.resolver.Resolver()
 
 
@@ -266,7 +261,8 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     # Text that a YAML 1.1 reader would read as another type, such as `on`, is quoted.
     is_plain = _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) == f"{_TAG}str"
     style = None if is_plain else "'"
-    if any(character in text for character in _LINE_BREAKS_OF_1_1):
+    # PyYAML treats these characters like a newline, unless they are escaped.
+    if any(character in text for character in "\x85\u2028\u2029"):
         style = '"'
     return dumper.represent_scalar(f"{_TAG}str", text, style=style)
 
@@ -283,10 +279,8 @@ _Loader.yaml_constructors = {
 }
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}
-    for _name, (_pattern, _first) in _SCALARS.items():
-        _class.add_implicit_resolver(
-            f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first)
-        )
+    for _name, _pattern in _SCALARS.items():
+        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), None)
 _Dumper.add_representer(str, _text)
 
 

@@ -15,7 +15,6 @@ from megakd.contract.tasks import STUDENT
 from megakd.contract.terms import STRICT, Count, Fraction, Positive
 from megakd.contract.unit_counts import Source
 
-_LAST_PORT = 65535
 ServerKind = Literal["vllm", "sglang"]
 
 
@@ -23,7 +22,7 @@ def _address(text: str) -> str:
     given = re.fullmatch(r"https?://([^/\s:\[\]]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s?#]*)?", text)
     # http.client sends neither a host such as a..b nor letters beyond ASCII.
     is_sent = given is not None and text.isascii() and ".." not in given[1]
-    if given is None or not is_sent or int((given[2] or ":0")[1:]) > _LAST_PORT:
+    if given is None or not is_sent or int((given[2] or ":0")[1:]) > 65535:
         raise ValueError(f"must be of the form http://host:port (got {text!r})")
     return text.rstrip("/")
 
@@ -105,9 +104,6 @@ def _some_probability(mix: dict[RowSource, float]) -> dict[RowSource, float]:
     return mix
 
 
-Mix = Annotated[dict[RowSource, Fraction], AfterValidator(_some_probability)]
-
-
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class SamplingConfig:
     """Settings of the sampling; the defaults sample from the model as it is."""
@@ -150,7 +146,9 @@ class RolloutConfig:
     max_new_tokens: Count | Lengths
     """Maximum number of generated tokens per row, or a schedule: a list of `from_step` and
     `max_new_tokens`."""
-    mix: Mix = Field(default_factory=lambda: {"rollout": 1.0})
+    mix: Annotated[dict[RowSource, Fraction], AfterValidator(_some_probability)] = Field(
+        default_factory=lambda: {"rollout": 1.0}
+    )
     """Probabilities of the sources of a row: `rollout` is a new text; `replay` is a text that was
     generated at one of the last 100 generating steps of the stage; `data` is the row as it is."""
     mix_per: Literal["step", "row"] = "step"

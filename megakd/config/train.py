@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megakd.config.paths import Checkpoint
-from megakd.config.schedules import SCHEDULES, Schedule, ScheduleName
 from megakd.contract.tasks import Kernels
 from megakd.contract.terms import STRICT, Count, Fraction, Positive, Weight
 from megakd.errors import ConfigError
 
-Epochs = Annotated[float, Field(gt=0, le=1e9)]
-MicroBatches = Annotated[int, Field(ge=1, le=2**20)]
+Schedule = Callable[[int], float]
+ScheduleName = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+]
+Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -25,12 +36,12 @@ class TrainConfig:
     """Settings of a stage's training, with the names and defaults of Hugging Face's Trainer."""
 
     per_device_train_batch_size: Count = 8
-    gradient_accumulation_steps: MicroBatches = 1
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=2**20)] = 1
     tokens_per_rank: Annotated[int, Field(ge=8, le=2**24)] | None = None
     """Pack the rows of a step into micro-batches of at most this many tokens; a step keeps its
     rows, per_device_train_batch_size * gradient_accumulation_steps * ranks, and its gradient. Only
     for causal_lm. None: micro-batches of per_device_train_batch_size padded rows."""
-    num_train_epochs: Epochs = 3.0
+    num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] = 3.0
     max_steps: Count | None = None
     """In optimizer steps; overrides num_train_epochs."""
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-5
@@ -110,6 +121,120 @@ def inherit(train: TrainConfig, overrides: TrainOverrides) -> TrainConfig:
     if "lr_scheduler_type" in given and "lr_scheduler_kwargs" not in given:
         given["lr_scheduler_kwargs"] = None
     return dataclasses.replace(train, **given)
+
+
+# Each schedule of `transformers.get_scheduler` is a dataclass with the options that
+# `train.lr_scheduler_kwargs` may set: a config is checked without transformers.
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ConstantWithWarmup:
+    """Linear warm-up, then the peak rate."""
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        """Return why a stage of `total` steps, `warm` of them warm-up, cannot use it, or None."""
+        return None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ConstantRate(ConstantWithWarmup):
+    """The peak rate at every step."""
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        if warm:
+            return "this schedule has no warm-up; use constant_with_warmup, or remove the warm-up"
+        return None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Linear(ConstantWithWarmup):
+    """Linear warm-up, then a straight line to 0."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Cosine(ConstantWithWarmup):
+    """Linear warm-up, then `num_cycles` periods of a cosine; half a period ends at 0."""
+
+    num_cycles: Positive = 0.5
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class CosineWithRestarts(ConstantWithWarmup):
+    """Linear warm-up, then `num_cycles` half periods of a cosine, each from the peak rate to 0."""
+
+    num_cycles: Count = 1
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class Polynomial(ConstantWithWarmup):
+    """Linear warm-up, then a polynomial decay of degree `power` to the rate `lr_end`."""
+
+    lr_end: Weight = 1e-7
+    power: Positive = 1.0
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        if self.lr_end >= peak:
+            return f"lr_end {self.lr_end:g} must be below learning_rate {peak:g}"
+        return None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class InverseSqrt(ConstantWithWarmup):
+    """Linear warm-up, then a decay with 1 / sqrt(step).
+
+    timescale: None takes the steps of warm-up, or 10,000 without warm-up.
+    """
+
+    timescale: Count | None = None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class CosineWithMinLr(ConstantWithWarmup):
+    """Linear warm-up, then a cosine down to `min_lr`, or to `min_lr_rate` of the peak rate."""
+
+    num_cycles: Positive = 0.5
+    min_lr: Weight | None = None
+    min_lr_rate: Fraction | None = None
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        if (self.min_lr is None) == (self.min_lr_rate is None):
+            return "set exactly one of min_lr and min_lr_rate"
+        if self.min_lr is not None and self.min_lr >= peak:
+            return f"min_lr {self.min_lr:g} must be below learning_rate {peak:g}"
+        return None
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class WarmupStableDecay(ConstantWithWarmup):
+    """Warm-up, then the peak rate, then a decay over `num_decay_steps`.
+
+    num_stable_steps: steps at the peak rate; None: all steps between warm-up and decay. After the
+        decay, the rate stays at `min_lr_ratio` of the peak rate.
+    """
+
+    num_decay_steps: Count
+    num_stable_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_type: Shape = "linear"
+    decay_type: Shape = "cosine"
+    min_lr_ratio: Fraction = 0.0
+    num_cycles: Positive = 0.5
+
+    def problem(self, warm: int, total: int | None, peak: float) -> str | None:
+        stable = self.num_stable_steps or 0
+        needed = warm + stable + self.num_decay_steps
+        if total is not None and needed > total:
+            return (
+                f"warm-up {warm}, stable {stable} and decay {self.num_decay_steps} take {needed} "
+                f"steps, and the stage has {total}; lower one of the three, or train longer"
+            )
+        return None
+
+
+_KINDS = (
+    *(Linear, Cosine, ConstantRate, ConstantWithWarmup, Polynomial),
+    *(CosineWithRestarts, InverseSqrt, CosineWithMinLr, WarmupStableDecay),
+)
+SCHEDULES: Mapping[ScheduleName, type[ConstantWithWarmup]] = dict(
+    zip(get_args(ScheduleName), _KINDS, strict=True)
+)
 
 
 def total_steps(train: TrainConfig, steps_per_epoch: int) -> int:

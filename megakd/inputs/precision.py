@@ -21,17 +21,15 @@ TORCH_DTYPE: dict[Dtype, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-STORED_DTYPE: dict[torch.dtype | None, Dtype] = {
-    stored: name for name, stored in TORCH_DTYPE.items()
-}
 
 
 def frozen_dtype(spec: TeacherConfig, stored: torch.dtype | None, device: str) -> Dtype:
     """Return `teacher.dtype`; by default the stored 16-bit dtype on a GPU, or `_default_dtype`."""
     if spec.dtype is not None:
         return spec.dtype
-    dtype = STORED_DTYPE.get(stored, "fp32")
-    return dtype if device != "cpu" and dtype != "fp32" else _default_dtype(device)
+    halves: dict[torch.dtype | None, Dtype] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    dtype = halves.get(stored)
+    return dtype if dtype and device != "cpu" else _default_dtype(device)
 
 
 def training_dtype(train: TrainConfig, device: str) -> Dtype:

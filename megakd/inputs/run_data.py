@@ -64,26 +64,20 @@ def encoded_rows(
     with_train: bool = True,
 ) -> Encoded:
     """Return the data as token numbers; a collective."""
-    task = config.task
-    encoded = _encoded(config, splits, tokenizer, with_train=with_train)
-    if task.mixture is None or not with_train:
-        return encoded
-    return mixed(encoded, task.mixture, seed=config.seed)
-
-
-def _encoded(
-    config: RunConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, *, with_train: bool
-) -> Encoded:
     task, cache = config.task, cache_folder()
     if task.encoded is not None:
         from megakd.data.encoded_folder import as_encoded, facts_of
 
         facts = facts_of(task, tokenizer, seed=config.seed)
-        return as_encoded(task.encoded, splits, tokenizer, facts)
-    return once(
-        config,
-        lambda: encode_splits(splits, tokenizer, task, cache_dir=cache, with_train=with_train),
-    )
+        encoded = as_encoded(task.encoded, splits, tokenizer, facts)
+    else:
+        encoded = once(
+            config,
+            lambda: encode_splits(splits, tokenizer, task, cache_dir=cache, with_train=with_train),
+        )
+    if task.mixture is None or not with_train:
+        return encoded
+    return mixed(encoded, task.mixture, seed=config.seed)
 
 
 def once(config: RunConfig, action: Callable[[], T]) -> T:
@@ -133,8 +127,8 @@ def with_row_length(
     if task.max_length is None:
         # Documents of a mixture are not measured.
         least = 2 if is_chat(rows) and len(tokens) else LEAST_PACKED
-        wanted = max(least, parts["p99"], _generated(config, longest_of(prompts, 0.99)))
-        length, limit = _limited(-(-wanted // 8) * 8, config, sources)
+        prompt = longest_of(prompts, 0.99)
+        length, limit = _chosen_length(max(least, parts["p99"]), prompt, config, sources)
         logger.info("task.max_length: %d (not set; %s); the rows have %s", length, limit, told)
         return replace(config, task=replace(task, max_length=length))
     if task.type == "causal_lm" or parts["p99"] <= task.max_length:
@@ -148,21 +142,18 @@ def with_row_length(
     return config
 
 
-def _generated(config: RunConfig, prompt: int) -> int:
-    lengths, given = [0], config.eval.generation
-    if config.rollout is not None:
-        lengths.append((config.rollout.prompt_tokens or prompt) + config.rollout.longest)
-    if given is not None:
-        lengths.append((given.prompt_tokens or prompt) + given.max_new_tokens)
-    return max(lengths)
-
-
-def _limited(wanted: int, config: RunConfig, sources: Mapping[str, ModelSource]) -> tuple[int, str]:
+def _chosen_length(
+    row: int, prompt: int, config: RunConfig, sources: Mapping[str, ModelSource]
+) -> tuple[int, str]:
+    # The length for rows, and for prompts with generated texts, in tokens; and what limits it.
+    sections = [part for part in (config.rollout, config.eval.generation) if part is not None]
+    wanted = max([row, *((part.prompt_tokens or prompt) + part.longest for part in sections)])
     limits = [(context_length(s.config), f"the context of {s.where}") for s in sources.values()]
     limits += [
         (t.tokens_per_rank, f"{where}.tokens_per_rank") for where, t in config.trainings.items()
     ]
-    return min([(wanted, "for 99 % of the rows"), *((n, name) for n, name in limits if n)])
+    rounded = -(-wanted // 8) * 8
+    return min([(rounded, "for 99 % of the rows"), *((n, name) for n, name in limits if n)])
 
 
 def _lengths(

@@ -16,7 +16,6 @@ from megakd.models.source import ReadyTeacher
 
 BUDGET = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Bytes for the answers of a step and the activations of the forward that computes them."""
-_SHARDED = 3
 _IN_FLIGHT = 12
 """Tensors as wide as the hidden states that a forward without gradient holds at a time."""
 
@@ -60,7 +59,7 @@ def micro_batches_per_call(
     step = largest_step(train, config.task)
     if ready.spec.micro_batches_per_call is not None:
         return min(ready.spec.micro_batches_per_call, step.micro_batches)
-    if zero_stage(load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")) != _SHARDED:
+    if zero_stage(load_ds_config(ready.spec.deepspeed, where="teacher.deepspeed")) != 3:
         return 1
     source = ready.source
     kept = 1 + len(needs.hidden_layers) + 3 * len(needs.attention_layers)

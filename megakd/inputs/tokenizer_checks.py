@@ -66,7 +66,13 @@ def check_chat_models(
         if teacher is not None:
             for line in differences(teacher, student):
                 logger.warning("%s", line)
-            problems += _other_end(teacher, student)
+            if teacher.end is not None and teacher.end not in student.ends:
+                problems.append(
+                    f"{teacher.where} ends its answers with {teacher.end}, and the texts of "
+                    f"{student.where} end with {_listed(student.ends)}: a student that learns from "
+                    "this teacher would not stop; use a student with the teacher's end token in "
+                    "its generation_config.json or tokenizer_config.json"
+                )
     if problems and task.end_tokens == "check":
         raise ConfigError("\n".join(f"{problem}; {ACCEPT}" for problem in problems))
     for problem in problems:
@@ -125,16 +131,6 @@ def differences(teacher: ChatFacts, student: ChatFacts) -> Iterator[str]:
         )
 
 
-def _other_end(teacher: ChatFacts, student: ChatFacts) -> Iterator[str]:
-    if teacher.end is not None and teacher.end not in student.ends:
-        yield (
-            f"{teacher.where} ends its answers with {teacher.end}, and the texts of "
-            f"{student.where} end with {_listed(student.ends)}: a student that learns from this "
-            "teacher would not stop; use a student with the teacher's end token in its "
-            "generation_config.json or tokenizer_config.json"
-        )
-
-
 def _listed(tokens: frozenset[str]) -> str:
     return ", ".join(sorted(tokens)) or "no token"
 
@@ -152,19 +148,15 @@ def check_answers(
         by_split.setdefault(split, []).append(tally)
     for split, parts in by_split.items():
         if split != "train" and not any(tally.targets for tally in parts):
-            _refuse_prompts(split)
+            name = split.removeprefix(f"{SETS}/")
+            key = f"task.{split}_files" if name == split else f"task.evaluation_sets.{name}"
+            raise DataError(
+                f"the rows of {split} are prompts without an answer, so that no model can be "
+                f"scored; set {key} to rows with a prompt and a completion"
+            )
     # A stream is not encoded before the run, but its held-out rows are.
     learned = by_split.get("train", by_split.get("validation", []))
     _check_ends(task, learned, _end_ids(tokenizer, student), tokenizer)
-
-
-def _refuse_prompts(split: str) -> None:
-    name = split.removeprefix(f"{SETS}/")
-    key = f"task.{split}_files" if name == split else f"task.evaluation_sets.{name}"
-    raise DataError(
-        f"the rows of {split} are prompts without an answer, so that no model can be scored; set "
-        f"{key} to rows with a prompt and a completion"
-    )
 
 
 def _check_ends(
@@ -238,30 +230,21 @@ def other_vocabularies(
         if not has_tokenizer_files(folder):
             continue
         theirs = from_folder(folder, task.type)
-        if theirs.get_vocab() == vocabulary:
-            continue
-        if isinstance(task.tokenizer, str):
-            _tell(source, theirs, tokenizer)
-        else:
+        ids = theirs.get_vocab()
+        other = sum(vocabulary.get(token) != number for token, number in ids.items())
+        if ids != vocabulary and not isinstance(task.tokenizer, str):
             yield (
                 f"{source.where} {source.name} has a tokenizer of {len(theirs)} tokens, and the "
                 f"run has another tokenizer, of {len(tokenizer)} tokens; soft targets need one "
                 "vocabulary: choose models with the same tokenizer, or set task.tokenizer if the "
                 "models share one"
             )
-
-
-def _tell(
-    source: ModelSource, theirs: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    vocabulary = tokenizer.get_vocab()
-    other = sum(vocabulary.get(token) != number for token, number in theirs.get_vocab().items())
-    if other:
-        logger.warning(
-            "%s: %d of the %d tokens of the model's own tokenizer have another id, or no id, in "
-            "task.tokenizer %s, which is used as configured",
-            *(source.where, other, len(theirs), tokenizer.name_or_path),
-        )
+        elif other:
+            logger.warning(
+                "%s: %d of the %d tokens of the model's own tokenizer have another id, or no id, "
+                "in task.tokenizer %s, which is used as configured",
+                *(source.where, other, len(theirs), tokenizer.name_or_path),
+            )
 
 
 def _pretrained(sources: Iterable[ModelSource]) -> Iterator[tuple[ModelSource, Path]]:

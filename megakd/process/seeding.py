@@ -13,17 +13,13 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """Return the state of all random generators of this rank, as plain values."""
-    state = {"python": random.getstate(), "numpy": _numpy_state(), "torch": torch.get_rng_state()}
+    # Third-party data collators draw from NumPy's old global generator.
+    numpy = dict(np.random.get_state(legacy=False))  # noqa: NPY002
+    numpy["state"] = {**numpy["state"], "key": numpy["state"]["key"].tolist()}
+    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _numpy_state() -> dict[str, Any]:
-    # Third-party data collators draw from NumPy's old global generator.
-    state = dict(np.random.get_state(legacy=False))  # noqa: NPY002
-    inner = state["state"]
-    return {**state, "state": {**inner, "key": inner["key"].tolist()}}
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:

@@ -272,13 +272,12 @@ def is_launched() -> bool:
 
 
 def _up_to_launcher(parents: list[psutil.Process]) -> list[psutil.Process]:
+    # The nearest launcher, its own launcher and so on, with all processes below them.
     launchers = [is_launcher(process) for process in parents]
-    if True not in launchers:
-        return []
-    nearest = launchers.index(True)
-    following = launchers[nearest:]
-    count = following.index(False) if False in following else len(following)
-    return parents[: nearest + count]
+    end = launchers.index(True) if True in launchers else 0
+    while end < len(parents) and launchers[end]:
+        end += 1
+    return parents[:end]
 
 
 def is_launcher(process: psutil.Process) -> bool:

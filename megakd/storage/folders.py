@@ -170,7 +170,7 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
     """
     if is_whole(folder):
         return folder
-    with _writable(folder.parent):
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
         # A subfolder, because `mkdtemp` makes a folder that other users cannot read.
@@ -183,6 +183,12 @@ def whole_folder(folder: Path, build: Callable[[Path], None]) -> Path:
             _put_in_place(draft, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"cannot write prepared data to {folder.parent}: {reason}. Free space there or make "
+            "the folder writable; no partial files were kept"
+        ) from error
     return folder
 
 
@@ -198,18 +204,6 @@ def damage_at_start(folder: Path, listed: Entries) -> str | None:
     """Return what is wrong with a cache; files above 1 GiB in all are not read."""
     size = sum(entry["size"] for entry in listed.values())
     return damage_of(folder, listed, reads=size <= CHECKED_BYTES)
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(
-            f"cannot write prepared data to {folder}: {reason}. Free space there or make the "
-            "folder writable; no partial files were kept"
-        ) from error
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megakd.config.schedules import Schedule
+from megakd.config.train import Schedule
 from megakd.contract.batch import Batch, Counts, Knowledge, add_parts
 from megakd.contract.stage import Pass, StepReport, Strategy, Teacher, teacher_names
 from megakd.engine.activity import Stopwatch

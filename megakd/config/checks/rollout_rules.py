@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megakd.config.checks.rules import Case, Rule, conflict, given, only, problems
+from megakd.config.checks.rules import Case, Rule, conflict, given, problems
 from megakd.config.rollout import RolloutConfig, RolloutServerConfig
 from megakd.config.run import RunConfig
 from megakd.contract.options import no_such_teacher
@@ -35,8 +35,11 @@ def rollout_problems(config: RunConfig) -> Iterator[str]:
 
 
 _TEXTS: tuple[Rule[RunConfig], ...] = (
-    *only(
-        "rollout eval.generation", ("causal_lm",), ", whose models generate text", part="section"
+    *given(
+        "rollout eval.generation",
+        lambda c: c.task.type != "causal_lm",
+        "supported only for causal_lm, whose models generate text, and task.type is {task.type}; "
+        "remove the section",
     ),
     *given(
         "eval.generation.answer",

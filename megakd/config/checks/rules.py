@@ -84,12 +84,10 @@ def given(keys: str, when: Callable[[Case[T]], object], text: str) -> tuple[Rule
     return tuple(rule(key) for key in keys.split())
 
 
-def only(
-    keys: str, tasks: tuple[str, ...], why: str = "", *, part: str = "key"
-) -> tuple[Rule[Any], ...]:
+def only(keys: str, tasks: tuple[str, ...], why: str = "") -> tuple[Rule[Any], ...]:
     """Return rules that refuse settings in other tasks than `tasks`."""
     text = f"supported only for {' and '.join(tasks)}{why}, and task.type is {{task.type}}; remove"
-    return given(keys, lambda case: case.task.type not in tasks, f"{text} the {part}")
+    return given(keys, lambda case: case.task.type not in tasks, f"{text} the key")
 
 
 def conflict(keys: str, other: str, why: str = "") -> tuple[Rule[Any], ...]:

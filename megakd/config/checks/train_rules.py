@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from megakd.config.checks.rules import Case, Rule, given, only, problems
 from megakd.config.error_text import option_problems
 from megakd.config.run import EvalConfig, RunConfig
-from megakd.config.schedules import SCHEDULES
-from megakd.config.train import TrainConfig, TrainOverrides, schedule_problem
+from megakd.config.train import SCHEDULES, TrainConfig, schedule_problem
 from megakd.contract.plugins import is_metric, metric_of
 from megakd.contract.tasks import LANGUAGE_TASKS, METRICS
 from megakd.contract.terms import HiddenCosine, HiddenMse, PluginTerm, RelationFsp, TermConfig
@@ -24,7 +23,11 @@ def training_problems(config: RunConfig) -> Iterator[str]:
         yield from problems(_TRAINING, Case(config, where, train))
         yield from _schedule(where, train)
     for where, overrides in config.overrides.items():
-        yield from problems(_OVERRIDES, Case(config, where, overrides))
+        if overrides.collective_timeout is not None:
+            yield (
+                f"{where}.collective_timeout: the limit holds for the whole run; remove the key, "
+                "and set train.collective_timeout"
+            )
     yield from _budgets(config)
     yield from problems(_EVALUATION, Case(config, "eval", config.eval))
     yield from _metrics(config)
@@ -54,11 +57,6 @@ _TRAINING: tuple[Rule[TrainConfig], ...] = (
         "bf16 and fp16 are both true (a key that is not set here is inherited from train); set one "
         "of them to false here",
     ),
-)
-_OVERRIDES: tuple[Rule[TrainOverrides], ...] = given(
-    ".collective_timeout",
-    lambda c: True,
-    "the limit holds for the whole run; remove the key, and set train.collective_timeout",
 )
 
 
