@@ -100,7 +100,7 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         train=keep_labels(train, task.labelled_examples, seed=seed, name=corpus.name),
         validation=_scored(without_teachers(validation), task, is_cut=is_cut),
         test=None if test is None else at_most(test, task.max_eval_examples),
-        label_names=corpus.label_names,
+        label_names=corpus.classes.names if corpus.classes else (),
         metrics=corpus.metrics,
         content_hash=_content_hash(corpus, task, seed),
         evaluation_sets=scored,

@@ -101,7 +101,7 @@ def _corpus(
         stream, held["validation"] = _cut(stream, first, task, cache_dir=cache_dir)
         digests.append(first.digest)
     return Corpus(
-        name=stream.name,
+        name=stream.table.name,
         splits={"train": held["validation"].select([]), **held},
         classes=None,
         metrics=DEFAULT_METRICS[task.type],
@@ -113,8 +113,8 @@ def _corpus(
 def _held_out(stream: TextStream, task: TaskConfig) -> int:
     if task.max_eval_examples is None:
         raise ConfigError(
-            f"task.streaming: {stream.name} has no validation split, and a stream has no end, so "
-            "no share of it can be held out; add a validation split, or set "
+            f"task.streaming: {stream.table.name} has no validation split, and a stream has no "
+            "end, so no share of it can be held out; add a validation split, or set "
             "task.max_eval_examples to hold out this many texts from the beginning of the stream"
         )
     return task.max_eval_examples
@@ -128,8 +128,8 @@ def _cut(
     if next(rest.read(), None) is None:
         raise DataError(
             f"task.max_eval_examples: {task.max_eval_examples} texts are held out for validation, "
-            f"and {stream.name} has {len(rows)} and no further text to train on; set a smaller "
-            "number"
+            f"and {stream.table.name} has {len(rows)} and no further text to train on; set a "
+            "smaller number"
         )
     return rest, rows
 
