@@ -347,7 +347,7 @@ class _Shard:
             raise
         entry: dict[str, Any] = {"file": path.name, **counts}
         if chat:
-            entry["chat"] = {name: tally.to_record() for name, tally in chat.items()}
+            entry["chat"] = {name: asdict(tally) for name, tally in chat.items()}
         if counts["rows"]:
             return {**entry, **entry_of(path)}
         path.unlink()
