@@ -58,43 +58,31 @@ class Collator:
         lengths = np.concatenate([columns["input_ids"][1], np.zeros(dummy_rows, dtype=np.int64)])
         width = padded_width(int(lengths.max()), self._max_length)
         valid = np.arange(width) < lengths[:, None]  # [B, T]
-        padded = {
-            name: self._padded(name, values, valid)
-            for name, (values, _) in columns.items()
-            if name in _PADDED
-        }
+        padded: dict[str, NDArray[np.int64]] = {}
+        for name, (values, _) in columns.items():
+            if name in _PADDED:
+                padded[name] = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
+                padded[name][valid] = values
         if self._type == "causal_lm":
             batch = _language_batch(padded, valid, lengths)
         else:
-            batch = self._text_batch(padded, columns, valid)
+            batch = self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
         given = {name: columns[column] for column, name in ROW_EXTRAS.items() if column in columns}
         return batch.extended(**{n: _at_tokens(values, valid) for n, (values, _) in given.items()})
 
-    def _padded(self, name: str, values: NDArray, valid: NDArray) -> NDArray[np.int64]:
-        padded = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
-        padded[valid] = values
-        return padded
-
-    def _text_batch(self, padded: dict[str, NDArray], columns: Columns, valid: NDArray) -> Batch:
+    def _text_batch(self, padded: Mapping[str, NDArray], given: NDArray, valid: NDArray) -> Batch:
         # A dummy row attends to its first position, to avoid NaN.
         attention = valid.astype(np.int64)
         attention[~valid.any(axis=1), 0] = 1
         inputs = {"attention_mask": torch.from_numpy(attention)}
         inputs |= {name: torch.from_numpy(values) for name, values in padded.items()}
-        labels = self._labels(columns, valid.shape)
-        return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
-
-    def _labels(self, columns: Columns, shape: tuple[int, ...]) -> NDArray:
-        # [B]; for mlm [B, T], all -100 because no token is masked yet.
-        if self._type == "mlm":
-            return np.full(shape, IGNORE, dtype=np.int64)
-        if self._type == "regression":
-            labels = np.full(shape[0], np.nan, dtype=np.float32)
+        if self._type == "mlm":  # no token is masked yet
+            labels = np.full(valid.shape, IGNORE, dtype=np.int64)
         else:
-            labels = np.full(shape[0], IGNORE, dtype=np.int64)
-        given, _ = columns.get("label", _NOTHING)
-        labels[: len(given)] = given
-        return labels
+            missing = (np.nan, np.float32) if self._type == "regression" else (IGNORE, np.int64)
+            labels = np.full(len(valid), *missing)
+            labels[: len(given)] = given
+        return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
 
 
 def padded_width(longest: int, most: int) -> int:
