@@ -187,12 +187,9 @@ class StreamLoader(BatchSource):
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
         self._readers = rows.readers(rows.total)
-        self._step, self._positions = 0, self._beginning()
+        self._step, self._positions = 0, [Position()] * len(self._readers)
         # Rows that were read before are not of this loader.
         self._bad_before, self._bad_told = rows.bad.count, 0
-
-    def _beginning(self) -> list[Position]:
-        return [Position()] * len(self._readers)
 
     def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
         """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
@@ -201,7 +198,7 @@ class StreamLoader(BatchSource):
         earlier call gives the position of a step up to `start`.
         """
         if self._step > start:
-            self._step, self._positions = 0, self._beginning()
+            self._step, self._positions = 0, [Position()] * len(self._readers)
         if start > self._step:
             logger.info("reading the texts of %d earlier steps again", start - self._step)
         steps = self._steps(self._positions, skip=start - self._step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, cast
@@ -140,7 +140,7 @@ def _shown_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> st
 
 def table_lines(counts: Mapping[str, ChatCounts]) -> list[str]:
     """Return the lines of the table: a heading, and a line for each name."""
-    rows = [HEADING]
+    rows: list[Sequence[str]] = [HEADING]
     for name, tally in counts.items():
         numbers = (tally.rows, tally.kept, tally.tokens, tally.targets)
         share = tally.targets / tally.tokens if tally.tokens else 0.0
