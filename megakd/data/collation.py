@@ -58,56 +58,43 @@ class Collator:
         lengths = np.concatenate([columns["input_ids"][1], np.zeros(dummy_rows, dtype=np.int64)])
         width = padded_width(int(lengths.max()), self._max_length)
         valid = np.arange(width) < lengths[:, None]  # [B, T]
-        padded = {
-            name: self._padded(name, values, valid)
-            for name, (values, _) in columns.items()
-            if name in _PADDED
-        }
+        padded: dict[str, NDArray[np.int64]] = {}
+        for name, (values, _) in columns.items():
+            if name in _PADDED:
+                padded[name] = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
+                padded[name][valid] = values
         if self._type == "causal_lm":
             batch = _language_batch(padded, valid, lengths)
         else:
-            batch = self._text_batch(padded, columns, valid)
-        given = {name: columns[column] for column, name in ROW_EXTRAS.items() if column in columns}
-        return batch.extended(**{n: _at_tokens(values, valid) for n, (values, _) in given.items()})
+            batch = self._text_batch(padded, columns.get("label", _NOTHING)[0], valid)
+        extras: dict[str, torch.Tensor] = {}
+        for column, name in ROW_EXTRAS.items():
+            if column in columns:  # the value of each row at its tokens, 0 at other positions
+                given, _ = columns[column]
+                values = np.zeros((len(valid), 1), dtype=given.dtype)
+                values[: len(given), 0] = given
+                extras[name] = torch.from_numpy(valid * values)
+        return batch.extended(**extras)
 
-    def _padded(self, name: str, values: NDArray, valid: NDArray) -> NDArray[np.int64]:
-        padded = np.full(valid.shape, _FILL.get(name, self._pad_id), dtype=np.int64)
-        padded[valid] = values
-        return padded
-
-    def _text_batch(self, padded: dict[str, NDArray], columns: Columns, valid: NDArray) -> Batch:
+    def _text_batch(self, padded: Mapping[str, NDArray], given: NDArray, valid: NDArray) -> Batch:
         # A dummy row attends to its first position, to avoid NaN.
         attention = valid.astype(np.int64)
         attention[~valid.any(axis=1), 0] = 1
         inputs = {"attention_mask": torch.from_numpy(attention)}
         inputs |= {name: torch.from_numpy(values) for name, values in padded.items()}
-        labels = self._labels(columns, valid.shape)
-        return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
-
-    def _labels(self, columns: Columns, shape: tuple[int, ...]) -> NDArray:
-        # [B]; for mlm [B, T], all -100 because no token is masked yet.
-        if self._type == "mlm":
-            return np.full(shape, IGNORE, dtype=np.int64)
-        if self._type == "regression":
-            labels = np.full(shape[0], np.nan, dtype=np.float32)
+        if self._type == "mlm":  # no token is masked yet
+            labels = np.full(valid.shape, IGNORE, dtype=np.int64)
         else:
-            labels = np.full(shape[0], IGNORE, dtype=np.int64)
-        given, _ = columns.get("label", _NOTHING)
-        labels[: len(given)] = given
-        return labels
+            missing = (np.nan, np.float32) if self._type == "regression" else (IGNORE, np.int64)
+            labels = np.full(len(valid), *missing)
+            labels[: len(given)] = given
+        return Batch(inputs, torch.from_numpy(labels), torch.from_numpy(valid))
 
 
 def padded_width(longest: int, most: int) -> int:
     """Return the positions of a padded row: a multiple of 8, at least 8, but at most `most`."""
     rounded = -(-max(longest, 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     return min(rounded, most)
-
-
-def _at_tokens(given: NDArray, valid: NDArray) -> torch.Tensor:
-    # [B, T]: the value of each row at its tokens, 0 at padding and in dummy rows.
-    values = np.zeros((len(valid), 1), dtype=given.dtype)
-    values[: len(given), 0] = given
-    return torch.from_numpy(valid * values)
 
 
 def _language_batch(padded: dict[str, NDArray], valid: NDArray, lengths: NDArray) -> Batch:
@@ -139,8 +126,12 @@ def columns_of(rows: object) -> Columns:
     if not isinstance(rows, Mapping):
         listed = cast("Sequence[Mapping[str, object]]", rows)
         rows = {name: [row[name] for row in listed] for name in listed[0]} if listed else {}
-    by_name = cast("Mapping[str, Sequence[object]]", rows)
-    return {name: _from_values(values) for name, values in by_name.items() if len(values)}
+    columns: Columns = {}
+    for name, values in cast("Mapping[str, Sequence[object]]", rows).items():
+        if len(values):
+            arrays = [np.atleast_1d(np.asarray(value)) for value in values]
+            columns[name] = np.concatenate(arrays), np.array([len(array) for array in arrays])
+    return columns
 
 
 def _from_arrow(column: pa.ChunkedArray) -> tuple[NDArray, NDArray]:
@@ -148,11 +139,6 @@ def _from_arrow(column: pa.ChunkedArray) -> tuple[NDArray, NDArray]:
     if pa.types.is_list(array.type):
         return array.flatten().to_numpy(), array.value_lengths().to_numpy()
     return array.to_numpy(zero_copy_only=False), np.ones(len(array), dtype=np.int64)
-
-
-def _from_values(values: Sequence[object]) -> tuple[NDArray, NDArray]:
-    arrays = [np.atleast_1d(np.asarray(value)) for value in values]
-    return np.concatenate(arrays), np.array([len(array) for array in arrays])
 
 
 def with_parts(batch: Batch, numbers: Mapping[str, int]) -> Batch:

@@ -117,8 +117,17 @@ def read_manifest(folder: Path, *, where: str = "task.encoded") -> Record:
 def open_splits(folder: Path) -> Splits:
     """Return the rows of a folder, memory-mapped: token numbers and labels, without texts."""
     manifest = read_manifest(folder)
-    _check_files(folder, manifest)
-    rows = {name: _mapped(folder, shards) for name, shards in manifest["shards"].items()}
+    filled = {n: [s for s in shards if s["rows"]] for n, shards in manifest["shards"].items()}
+    reason = damage_at_start(folder, {s["file"]: s for shards in filled.values() for s in shards})
+    if reason is not None:
+        raise DataError(
+            f"task.encoded: {folder} is damaged: {reason}; copy the folder again, or remove it and "
+            "encode the data again"
+        )
+    rows: dict[str, Dataset] = {}
+    for name, shards in filled.items():
+        files = [read_rows(folder / shard["file"]) for shard in shards]
+        rows[name] = files[0] if len(files) == 1 else concatenate_datasets(files)
     sets = {n.removeprefix(f"{SETS}/"): r for n, r in rows.items() if n.startswith(f"{SETS}/")}
     return Splits(
         train=rows["train"],
@@ -165,21 +174,6 @@ def _counts_of_shards(shards: Iterable[Record]) -> CountsByName:
         for name, record in shard.get("chat", {}).items():
             counts.setdefault(name, ChatCounts()).add(ChatCounts.from_record(record))
     return counts
-
-
-def _check_files(folder: Path, manifest: Record) -> None:
-    entries = {s["file"]: s for shards in manifest["shards"].values() for s in shards if s["rows"]}
-    reason = damage_at_start(folder, entries)
-    if reason is not None:
-        raise DataError(
-            f"task.encoded: {folder} is damaged: {reason}; copy the folder again, or remove it and "
-            "encode the data again"
-        )
-
-
-def _mapped(folder: Path, shards: list[Record]) -> Dataset:
-    files = [read_rows(folder / shard["file"]) for shard in shards if shard["rows"]]
-    return files[0] if len(files) == 1 else concatenate_datasets(files)
 
 
 @dataclass
@@ -241,9 +235,11 @@ def write_encoded(
 
     The tokenizer is saved in the folder too.
     """
-    rows = _rows_of(splits)
+    rows = {"train": splits.train, "validation": splits.validation}
+    rows |= {} if splits.test is None else {"test": splits.test}
+    scored = dict(rows)
+    rows |= {f"{SETS}/{name}": part for name, part in splits.evaluation_sets.items()}
     check_room_for_text(splits.train, tokenizer, task)
-    scored = {name: split for name, split in rows.items() if not name.startswith(SETS)}
     key = encoded_key(scored, tokenizer, task, content_hash=splits.content_hash)
     keys = {"key": key, "sets": splits.sets_hash}
     if (folder / MANIFEST).is_file():
@@ -272,12 +268,6 @@ def write_encoded(
             f"{folder}: the encoded data cannot be written: {full_disk_reason(error) or error}; "
             "the whole shards are kept, start the same command again to go on"
         ) from error
-
-
-def _rows_of(splits: Splits) -> dict[str, Dataset]:
-    held = {"validation": splits.validation, "test": splits.test}
-    sets = {f"{SETS}/{name}": rows for name, rows in splits.evaluation_sets.items()}
-    return {"train": splits.train, **{n: r for n, r in held.items() if r is not None}, **sets}
 
 
 def _check_same(folder: Path, facts: Fingerprint, keys: Mapping[str, Any]) -> None:
@@ -347,7 +337,7 @@ class _Shard:
             raise
         entry: dict[str, Any] = {"file": path.name, **counts}
         if chat:
-            entry["chat"] = {name: tally.to_record() for name, tally in chat.items()}
+            entry["chat"] = {name: asdict(tally) for name, tally in chat.items()}
         if counts["rows"]:
             return {**entry, **entry_of(path)}
         path.unlink()

@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -222,7 +223,7 @@ def cached_tables(
         for name, made in tables.items():
             write_tables(folder / f"{name}.arrow", made)
         if counts:
-            write_json(folder / COUNTS, {name: tally.to_record() for name, tally in counts.items()})
+            write_json(folder / COUNTS, {name: asdict(tally) for name, tally in counts.items()})
 
     folder = whole_folder(cache_dir / "encoded" / key, build)
     return {name: read_rows(folder / f"{name}.arrow") for name in tables}

@@ -62,10 +62,22 @@ def split_files(task: TaskConfig) -> tuple[dict[SplitName, list[Path]], str]:
     """Return the local files of a task by split, and the setting that names a `{split}`."""
     if task.dataset is None:
         return named_files(task), "task.{split}_files"
-    path = in_home(task.dataset)
+    path, key = in_home(task.dataset), "task.dataset"
     if not path.exists():
-        raise DataError(f"task.dataset: {path} does not exist")
-    return _folder_files(path) if path.is_dir() else {"train": [path]}, "task.dataset"
+        raise DataError(f"{key}: {path} does not exist")
+    if not path.is_dir():
+        return {"train": [path]}, key
+    shards = _shards(path)
+    if "train" in shards:
+        return shards, key
+    texts = [file for file in _data_files(path) if file.suffix.lower() == ".txt"]
+    if texts and not shards:  # without the name of a split
+        return {"train": texts}, key
+    there = ", ".join(file.name for file in sorted(path.iterdir())[:10]) or "nothing"
+    raise DataError(
+        f"{path}: the file train.* does not exist (supported endings: "
+        f"{', '.join(DATA_SUFFIXES)}); the folder holds: {there}"
+    )
 
 
 def tables_of_files(
@@ -147,27 +159,21 @@ def files_table(
 ) -> Table:
     """Return the concatenated rows of files, which messages call `name`, or else by the setting."""
     name = str(paths[0]) if len(paths) == 1 else name or key
-    _refuse_other_formats(paths, key)
-    if all(path.suffix.lower() == ".txt" for path in paths):
-        return read_documents(paths, name, to_be_split=to_be_split)
-    return joined([_one_table(path, key) for path in paths], name)
-
-
-def _refuse_other_formats(paths: Sequence[Path], key: str) -> None:
-    """Refuse to join formats: "True" of a csv file is a word, and true of a jsonl file is none."""
     first, *others = paths
     for path in others:
+        # "True" of a csv file is a word, and true of a jsonl file is none.
         if _READ_ALIKE[known_suffix(path, key)] != _READ_ALIKE[known_suffix(first, key)]:
             raise DataError(
                 f"{key}: {path} and {first} have different formats; give all files of a split in "
                 "one format"
             )
+    if first.suffix.lower() == ".txt":
+        return read_documents(paths, name, to_be_split=to_be_split)
+    return joined([_one_table(path, key) for path in paths], name)
 
 
 def _one_table(path: Path, key: str) -> Table:
     suffix = known_suffix(path, key)
-    if suffix == ".txt":
-        return read_documents([path], str(path), to_be_split=False)
     if suffix != ".json":
         return READERS[suffix](path)
     tables = read_json(path)
@@ -250,21 +256,6 @@ def _data_files(folder: Path) -> list[Path]:
         path
         for path in folder.iterdir()
         if path.suffix.lower() in DATA_SUFFIXES and not path.name.startswith(".")
-    )
-
-
-def _folder_files(folder: Path) -> dict[SplitName, list[Path]]:
-    # txt files without the name of a split are for training.
-    shards = _shards(folder)
-    if "train" in shards:
-        return shards
-    texts = [path for path in _data_files(folder) if path.suffix.lower() == ".txt"]
-    if texts and not shards:
-        return {"train": texts}
-    there = ", ".join(path.name for path in sorted(folder.iterdir())[:10]) or "nothing"
-    raise DataError(
-        f"{folder}: the file train.* does not exist (supported endings: "
-        f"{', '.join(DATA_SUFFIXES)}); the folder holds: {there}"
     )
 
 

@@ -102,7 +102,9 @@ def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     """Return the rows of `glue/<task>`."""
     name = glue_name(task.data_name)
     glue = TASKS[name]
-    _check(task, glue)
+    fitting = "classification" if glue.classes else "regression"
+    if task.type != fitting:
+        raise ConfigError(f"task.type: must be {fitting} for {task.dataset} (got {task.type})")
     on_disk = task.data_dir is not None
     tables = _local(task.data_dir, name, glue) if task.data_dir is not None else _hub(name, glue)
     columns = dataclasses.replace(
@@ -140,12 +142,6 @@ def glue_name(dataset: str) -> str:
 
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
-
-
-def _check(task: TaskConfig, glue: GlueTask) -> None:
-    fitting = "classification" if glue.classes else "regression"
-    if task.type != fitting:
-        raise ConfigError(f"task.type: must be {fitting} for {task.dataset} (got {task.type})")
 
 
 def _local(data_dir: Path, name: str, glue: GlueTask) -> dict[SplitName, Table]:

@@ -17,6 +17,7 @@ from megakd.data.arrow import PLACE
 from megakd.data.chat.conversations import (
     CONVERSATION,
     OPTIONS,
+    TEXT_DEFAULTS,
     TOOLS,
     ChatColumns,
     chat_columns,
@@ -34,7 +35,6 @@ PAIR_DEFAULTS = (
     ("text1", "text2"),
     ("text", "text_pair"),
 )
-TEXT_DEFAULTS = (("text",), ("sentence",), ("content",), ("document",))
 LABEL_DEFAULTS = {"classification": ("label", "labels"), "regression": ("label", "score", "labels")}
 
 
@@ -162,16 +162,11 @@ class RowKind:
         if not self.keeps_blank:
             return {"text": document_of(table.name, text, record)}
         texts = [text_of(table.name, column, record) for column in text]
-        return {
-            **dict(zip(("text", "text_pair"), texts, strict=False)),
-            "label": self._label(table, label, record),
-        }
-
-    def _label(self, table: Table, column: str | None, record: Record) -> float:
-        if column is None:
-            return IGNORE if self.classes else math.nan
-        labeller = self.classes.label if self.classes else score
-        return labeller(table, column, record)
+        if label is None:
+            value = IGNORE if self.classes else math.nan
+        else:
+            value = (self.classes.label if self.classes else score)(table, label, record)
+        return {**dict(zip(("text", "text_pair"), texts, strict=False)), "label": value}
 
 
 def is_blank(row: Mapping[str, object]) -> bool:
@@ -190,7 +185,7 @@ def _text_columns(table: Table, task: TaskConfig) -> tuple[str, ...]:
             require(table, column, "task.text_columns")
         return task.text_columns
     pairs = () if task.type in LANGUAGE_TASKS else PAIR_DEFAULTS
-    for columns in (*pairs, *TEXT_DEFAULTS):
+    for columns in (*pairs, *zip(TEXT_DEFAULTS, strict=True)):
         if all(column in table.columns for column in columns):
             return columns
     answers = " or, for prompts with answers, task.prompt_column and task.completion_column"

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -109,8 +110,33 @@ def find_classes(table: Table, column: str, *, text: Sequence[str], outputs: int
     return Classes(tuple(names), numbered=numbered)
 
 
+def _classes_of(
+    table: Table, column: str, text: Sequence[str], outputs: int
+) -> tuple[tuple[str, ...], bool]:
+    first_seen = _first_seen(table, column, text)
+    numbers = _all_integers(table, first_seen)
+    if numbers is not None and numbers.keys() <= set(range(outputs)):
+        return tuple(map(str, range(outputs))), True
+    if len(first_seen if numbers is None else numbers) < 2:
+        raise DataError(
+            f"{table.name}: all labels in column {column!r} are {next(iter(first_seen))!r}; "
+            "classification needs at least 2 classes"
+        )
+    if numbers is None:
+        return tuple(sorted(map(str, first_seen))), False
+    count = len(numbers)
+    for number, place in sorted(numbers.items()):
+        if not 0 <= number < count:
+            raise DataError(
+                f"{table.name}, {place}: label {number} is outside 0..{count - 1}, although there "
+                f"are {count} different labels: classes are numbered from 0 without gaps; renumber "
+                "the classes, or use words"
+            )
+    return tuple(map(str, range(count))), True
+
+
 def _first_seen(table: Table, column: str, text: Sequence[str]) -> dict[int | str, str]:
-    """Return the place of the first row of each label."""
+    # By label, the place of its first row.
     first_seen: dict[int | str, str] = {}
     refused: DataError | None = None
     for record in table.records():
@@ -130,23 +156,6 @@ def _first_seen(table: Table, column: str, text: Sequence[str]) -> dict[int | st
             "rows, or set task.label_column to another column"
         )
     return first_seen
-
-
-def _classes_of(
-    table: Table, column: str, text: Sequence[str], outputs: int
-) -> tuple[tuple[str, ...], bool]:
-    first_seen = _first_seen(table, column, text)
-    numbers = _all_integers(table, first_seen)
-    if numbers is not None and numbers.keys() <= set(range(outputs)):
-        return tuple(map(str, range(outputs))), True
-    if len(first_seen if numbers is None else numbers) < 2:
-        raise DataError(
-            f"{table.name}: all labels in column {column!r} are {next(iter(first_seen))!r}; "
-            "classification needs at least 2 classes"
-        )
-    if numbers is None:
-        return tuple(sorted(map(str, first_seen))), False
-    return _numbered(table, numbers), True
 
 
 def _class_value(table: Table, column: str, record: Record) -> int | str | None:
@@ -173,27 +182,18 @@ def score(table: Table, column: str, record: Record) -> float:
     value = record.values.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
         return math.nan
-    number = _finite_or_nan(value)
-    if number is None:
-        raise DataError(
-            f"{table.name}, {record.place}: {value!r} in column {column!r} is not a finite number "
-            "of at most 3.4e38 (float32); task.type regression needs a number as label, with "
-            "digits, a decimal point and an exponent only"
-        )
-    return number
-
-
-def _finite_or_nan(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
-        return None
-    if isinstance(value, str) and "_" in value:
-        return None  # Python reads 1_000 as 1000
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    with np.errstate(over="ignore"):
-        return None if np.isinf(np.float32(number)) else number
+    # Python reads 1_000 as 1000.
+    is_other = isinstance(value, bool) or (isinstance(value, str) and "_" in value)
+    if isinstance(value, int | float | str | Decimal) and not is_other:
+        with suppress(ValueError, OverflowError), np.errstate(over="ignore"):
+            number = float(value)
+            if not np.isinf(np.float32(number)):
+                return number
+    raise DataError(
+        f"{table.name}, {record.place}: {value!r} in column {column!r} is not a finite number "
+        "of at most 3.4e38 (float32); task.type regression needs a number as label, with "
+        "digits, a decimal point and an exponent only"
+    )
 
 
 def _own_name(names: Sequence[str], number: int, table: Table, record: Record) -> str | None:
@@ -229,15 +229,3 @@ def _all_integers(table: Table, first_seen: Mapping[int | str, str]) -> dict[int
             f"and {words[0]!r} ({first_seen[words[0]]}); use only numbers or only words"
         )
     return None
-
-
-def _numbered(table: Table, numbers: Mapping[int, str]) -> tuple[str, ...]:
-    count = len(numbers)
-    for number, place in sorted(numbers.items()):
-        if not 0 <= number < count:
-            raise DataError(
-                f"{table.name}, {place}: label {number} is outside 0..{count - 1}, although there "
-                f"are {count} different labels: classes are numbered from 0 without gaps; renumber "
-                "the classes, or use words"
-            )
-    return tuple(map(str, range(count)))

@@ -103,7 +103,10 @@ class Masking:
         starts = batch.inputs.get(WORD_STARTS)
         if starts is not None:
             choice = np.take_along_axis(choice, starts.numpy(), axis=1)
-        chosen = _chosen(choice, maskable, self._probability)
+        # Also the lowest of each row, which are all positions of one word: the positions of a word
+        # have the same number.
+        lowest = np.where(maskable, choice, np.inf).min(axis=1, keepdims=True)
+        chosen = maskable & ((choice < self._probability) | (choice == lowest))
         shown = np.where(chosen, self._shown(ids, fate, token), ids)
         inputs = {**batch.inputs, "input_ids": torch.from_numpy(shown)}
         inputs.pop(WORD_STARTS, None)
@@ -169,12 +172,3 @@ def _picked(vocabulary: NDArray[np.int64], numbers: NDArray[np.float64]) -> NDAr
 
 def _targets(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.flatnonzero(chosen) if chosen.any() else np.zeros(1, dtype=np.int64)
-
-
-def _chosen(
-    choice: NDArray[np.float64], maskable: NDArray[np.bool_], probability: float
-) -> NDArray[np.bool_]:
-    # [B, T]: maskable positions below the probability, and the lowest of each row. The positions of
-    # a word have the same number, and the lowest are all positions of one word.
-    lowest = np.where(maskable, choice, np.inf).min(axis=1, keepdims=True)
-    return maskable & ((choice < probability) | (choice == lowest))

@@ -83,11 +83,20 @@ def by_split(names: Iterable[str], place: str) -> dict[SplitName, str]:
 
 
 def read_parquet(path: Path, *, digest: Digest = _digest_of) -> Table:
-    """Read a parquet file, and the class names that `datasets` may have stored in its schema."""
+    """Read a parquet file, and the class names that `datasets` may have stored in its schema.
+
+    A row has no value in columns that are not plain, or of types unknown to `datasets`.
+    """
+    known: list[pa.Field] = []
     with _parquet_errors(path):
         schema = pq.read_schema(path)
         _refuse_doubled_columns(path, schema.names)
-        features = _plain_features(schema)
+        for field in schema:
+            with suppress(ValueError):
+                Features.from_arrow_schema(pa.schema([field]))
+                known.append(field)
+        features = Features.from_arrow_schema(pa.schema(known, metadata=schema.metadata))
+    features = {name: kind for name, kind in features.items() if is_plain(kind)}
     # Of the plain features, only JSON is stored in another form.
     coded = {n: kind for n, kind in features.items() if require_decoding(kind)}
     return Table(
@@ -98,20 +107,6 @@ def read_parquet(path: Path, *, digest: Digest = _digest_of) -> Table:
         digest=":".join([digest(path), *coded]),
         class_names=class_names_of(features),
     )
-
-
-def _plain_features(schema: pa.Schema) -> Features:
-    """Return the plain columns of a schema, also beside columns of types unknown to `datasets`.
-
-    A row has no value in the other columns.
-    """
-    known: list[pa.Field] = []
-    for field in schema:
-        with suppress(ValueError):
-            Features.from_arrow_schema(pa.schema([field]))
-            known.append(field)
-    features = Features.from_arrow_schema(pa.schema(known, metadata=schema.metadata))
-    return Features({name: kind for name, kind in features.items() if is_plain(kind)})
 
 
 def is_plain(feature: object) -> bool:
@@ -208,7 +203,7 @@ def _renumbered(
     return changed
 
 
-def class_names_of(features: Features) -> dict[str, tuple[str, ...]]:
+def class_names_of(features: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
     """Return the class names by column, for columns with class names."""
     return {
         name: tuple(feature.names)

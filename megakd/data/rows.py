@@ -7,10 +7,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
@@ -19,7 +18,7 @@ from datasets.distributed import split_dataset_by_node
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import ROUTE
 from megakd.data.arrow import PLACE, column_of, key_of, read_rows, write_rows
-from megakd.data.bad_rows import BadRows, BlankRows
+from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns, is_chat
 from megakd.data.choosing import is_labelled, text_hash
 from megakd.data.kinds import RowKind, is_blank, place_of, row_teacher
@@ -34,6 +33,8 @@ logger = logging.getLogger(__name__)
 VERSION = 5
 # Increase this number when a folder of rows gets different files or rows.
 LAYOUT = 3
+BLANK_FILE = "blank_rows.json"
+"""File in a folder of rows: the number of rows without text, the first, and the bad rows."""
 ERROR, LINE = "__error__", "__line__"
 """Columns of the rows of a stream: why a row cannot be read, and its file and line."""
 DEFAULT_METRICS: Mapping[str, tuple[str, ...]] = {
@@ -58,10 +59,6 @@ class TextStream:
     kind: RowKind
     held_out: frozenset[int] = frozenset()
     bad: BadRows = field(default_factory=lambda: BadRows(named=1))
-
-    @property
-    def name(self) -> str:
-        return self.table.name
 
     @property
     def features(self) -> Mapping[str, object]:
@@ -124,10 +121,6 @@ class Corpus:
     source_hash: str
     stream: TextStream | None = None
 
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        return self.classes.names if self.classes else ()
-
 
 def rows_of_tables(
     tables: Mapping[SplitName, Table],
@@ -146,10 +139,9 @@ def rows_of_tables(
     # Only training rows have teachers.
     teacher = row_teacher(tables["train"], task.teacher_column)
     kinds["train"] = replace(kinds["train"], teacher=teacher)
-    rows = partial(rows_of, task=task, cache_dir=cache_dir)
     return Corpus(
         name=name,
-        splits={split: rows(table, kinds[split]) for split, table in tables.items()},
+        splits={s: rows_of(t, kinds[s], task, cache_dir=cache_dir) for s, t in tables.items()},
         classes=kinds["train"].classes,
         metrics=metrics or DEFAULT_METRICS[task.type],
         source_hash=_source_hash(tables, kinds),
@@ -195,28 +187,32 @@ def rows_of(
     key = key_of(VERSION, LAYOUT, content, read, where, task.bad_rows)
 
     def fill(fresh: Path) -> None:
-        blank = BlankRows(bad=BadRows(task.bad_rows))
+        blank: dict[str, Any] = {"count": 0, "first": ""}
+        bad = BadRows(task.bad_rows)
         more = {} if source is None else {SOURCE: Value("string")}
-        rows = _rows(table, kind, blank, source)
+        rows = _rows(table, kind, source, blank=blank, bad=bad)
         write_rows(rows, Features(kind.features | more), fresh / "rows.arrow")
-        blank.write(fresh)
+        bad.finish()
+        text = json.dumps({**blank, "bad": bad.count})
+        (fresh / BLANK_FILE).write_text(text, encoding="utf-8")
 
     folder = whole_folder(cache_dir / "rows" / key[:32], fill)
     rows = read_rows(folder / "rows.arrow")
     if len(rows) == 0:
         raise DataError(f"{table.name} has no rows with text")
-    BlankRows.tell(folder, table.name, rows=len(rows), are_kept=kind.keeps_blank)
+    _tell_blank(folder, table.name, count=len(rows), are_kept=kind.keeps_blank)
     return rows
 
 
 def _rows(
-    table: Table, kind: RowKind, blank: BlankRows, source: str | None
+    table: Table, kind: RowKind, source: str | None, *, blank: dict[str, Any], bad: BadRows
 ) -> Iterator[dict[str, object]]:
     for record in table.records():
-        with blank.bad:
+        with bad:
             row = kind.row(table, record)
             if is_blank(row):
-                blank.add(record)
+                blank["count"] += 1
+                blank["first"] = blank["first"] or record.place
                 if not kind.keeps_blank:
                     continue
             if source is not None:
@@ -224,6 +220,20 @@ def _rows(
             if kind.teacher is not None:
                 row |= {ROUTE: kind.teacher.of(table, record), PLACE: place_of(table, record)}
             yield row
+
+
+def _tell_blank(folder: Path, name: str, *, count: int, are_kept: bool) -> None:
+    there = json.loads((folder / BLANK_FILE).read_text(encoding="utf-8"))
+    if there.get("bad"):
+        logger.warning("%s: %d bad row(s) left out (task.bad_rows: drop)", name, there["bad"])
+    if are_kept and there["count"] == count:
+        raise DataError(f"{name}: all {count} rows have an empty text; check task.text_columns")
+    if there["count"]:
+        logger.warning(
+            "%s: %d row(s) with an empty text, the first is %s; such rows are %s",
+            *(name, there["count"], there["first"]),
+            "used as they are" if are_kept else "left out",
+        )
 
 
 def scored_rows(

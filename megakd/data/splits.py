@@ -100,7 +100,7 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
         train=keep_labels(train, task.labelled_examples, seed=seed, name=corpus.name),
         validation=_scored(without_teachers(validation), task, is_cut=is_cut),
         test=None if test is None else at_most(test, task.max_eval_examples),
-        label_names=corpus.label_names,
+        label_names=corpus.classes.names if corpus.classes else (),
         metrics=corpus.metrics,
         content_hash=_content_hash(corpus, task, seed),
         evaluation_sets=scored,
@@ -113,25 +113,22 @@ def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
 def _set_rows(
     name: str, table: Table, task: TaskConfig, corpus: Corpus, cache_dir: Path
 ) -> Dataset:
-    as_chat = is_chat(corpus.splits["train"])
+    train = corpus.splits["train"]
+    as_chat = is_chat(train)
     rows = scored_rows(table, task, corpus.classes, cache_dir=cache_dir, as_chat=as_chat)
     if is_chat(rows) != as_chat:
         raise DataError(
             f"task.evaluation_sets.{name}: {table.name} holds conversations, and the training rows "
             "are documents, which are packed; set task.text_columns to score a column of text"
         )
-    trained, here = (
-        set(without_teachers(corpus.splits["train"]).column_names),
-        set(rows.column_names),
-    )
-    if as_chat:
-        return rows
-    if trained != here:
-        kind = {True: "pairs of texts", False: "single texts"}
+    kinds = [
+        "pairs of texts" if "text_pair" in part.column_names else "single texts"
+        for part in (rows, train)
+    ]
+    if kinds[0] != kinds[1]:
         raise DataError(
-            f"task.evaluation_sets.{name}: {table.name} holds {kind['text_pair' in here]}, and the "
-            f"training rows are {kind['text_pair' in trained]}; set task.text_columns to the text "
-            "columns"
+            f"task.evaluation_sets.{name}: {table.name} holds {kinds[0]}, and the training rows "
+            f"are {kinds[1]}; set task.text_columns to the text columns"
         )
     return rows
 

@@ -61,13 +61,6 @@ class Position(NamedTuple):
     taken: int = 0
 
 
-class Block(NamedTuple):
-    """The encoded and shuffled rows of a block; the position is that of the first row to use."""
-
-    rows: pa.Table
-    position: Position
-
-
 class EncodedStream:
     """The encoded rows of one reader's share of a stream, without end.
 
@@ -77,16 +70,12 @@ class EncodedStream:
     def __init__(
         self, rows: StreamedRows, *, shape: StepShape, seed: int, characters: int | None = None
     ) -> None:
-        self.shape, self.seed, self.name = shape, seed, rows.texts.name
+        self.shape, self.seed, self.name = shape, seed, rows.texts.table.name
         self.reader, self.total = shape.rank, shape.world
         self._stream, self._tokenizer, self._task = rows
+        self.bad = rows.texts.bad
         least = max(BLOCK_CHARACTERS, CHARACTERS_PER_LENGTH * rows.task.row_length)
         self._characters = characters or least
-
-    @property
-    def bad_rows(self) -> int:
-        """The number of rows that were left out because they cannot be used."""
-        return self._stream.bad.count
 
     def readers(self, total: int) -> Sequence[EncodedStream]:
         """Return the readers of this rank, where `total` read on all ranks."""
@@ -104,17 +93,18 @@ class EncodedStream:
         tasks = repeat(partial(next, blocks))
         with closing(blocks), closing(made_ahead(tasks, BLOCKS_AHEAD, at_once=1)) as futures:
             for future in futures:
-                block = future.result()
-                used = block.position.taken
-                while used < len(block.rows):
-                    part = block.rows.slice(used, missing)
-                    parts.append((part, block.position.epoch))
+                rows, place = future.result()
+                used = place.taken
+                while used < len(rows):
+                    part = rows.slice(used, missing)
+                    parts.append((part, place.epoch))
                     used, missing = used + len(part), missing - len(part)
                     if missing == 0:
-                        yield parts, block.position._replace(taken=used)
+                        yield parts, place._replace(taken=used)
                         parts, missing = [], size
 
-    def _blocks(self, position: Position) -> Generator[Block, None, None]:
+    def _blocks(self, position: Position) -> Generator[tuple[pa.Table, Position], None, None]:
+        # The encoded and shuffled rows of each block; the position is that of the first row to use.
         while True:
             has_rows = position.block > 0
             for block in self._blocks_of_epoch(position):
@@ -127,7 +117,7 @@ class EncodedStream:
                 )
             position = Position(position.epoch + 1)
 
-    def _blocks_of_epoch(self, position: Position) -> Iterator[Block]:
+    def _blocks_of_epoch(self, position: Position) -> Iterator[tuple[pa.Table, Position]]:
         share = self._stream.share(self.reader, self.total)
         if position.files is not None:
             share.load_state_dict(dict(position.files))
@@ -135,7 +125,7 @@ class EncodedStream:
         while texts := self._texts(rows):
             table = self._encoded(texts, position)
             if table is not None:
-                yield Block(table, position)
+                yield table, position
             position = Position(position.epoch, position.block + 1, share.state_dict())
 
     def _texts(self, raw: Iterator[Mapping[str, object]]) -> list[dict[str, str]]:
@@ -156,9 +146,9 @@ class EncodedStream:
         return rows
 
     def _encoded(self, texts: list[dict[str, str]], position: Position) -> pa.Table | None:
-        rows, bad = Dataset.from_list(texts), self._stream.bad
+        rows = Dataset.from_list(texts)
         if is_chat(rows):
-            encoder = ChatEncoder(self._tokenizer, self._task, bad=bad)
+            encoder = ChatEncoder(self._tokenizer, self._task, bad=self.bad)
             made = tables_of_conversations(
                 rows, encoder, name=self.name, counts={}, beside_training=True
             )
@@ -197,12 +187,9 @@ class StreamLoader(BatchSource):
         self.waited_s = 0.0
         """Seconds that the consumers of `iterate` spent waiting for data."""
         self._readers = rows.readers(rows.total)
-        self._step, self._positions = 0, self._beginning()
+        self._step, self._positions = 0, [Position()] * len(self._readers)
         # Rows that were read before are not of this loader.
-        self._bad_before, self._bad_told = rows.bad_rows, 0
-
-    def _beginning(self) -> list[Position]:
-        return [Position()] * len(self._readers)
+        self._bad_before, self._bad_told = rows.bad.count, 0
 
     def iterate(self, start: int, stop: int) -> Generator[Sequence[Batch], None, None]:
         """Yield the steps from `start` up to, excluding, `stop`, prepared in a background thread.
@@ -211,7 +198,7 @@ class StreamLoader(BatchSource):
         earlier call gives the position of a step up to `start`.
         """
         if self._step > start:
-            self._step, self._positions = 0, self._beginning()
+            self._step, self._positions = 0, [Position()] * len(self._readers)
         if start > self._step:
             logger.info("reading the texts of %d earlier steps again", start - self._step)
         steps = self._steps(self._positions, skip=start - self._step)
@@ -232,17 +219,15 @@ class StreamLoader(BatchSource):
     def state_dict(self) -> dict[str, Any]:
         """Return the positions of all readers after the last step of `iterate`; a collective."""
         places = [position._asdict() for position in self._positions]
-        of_ranks = self._gather((places, self._rows.bad_rows - self._bad_before))
-        self._tell_bad_rows(sum(bad for _, bad in of_ranks))
-        return {"step": self._step, READERS: [place for places, _ in of_ranks for place in places]}
-
-    def _tell_bad_rows(self, bad: int) -> None:
+        of_ranks = self._gather((places, self._rows.bad.count - self._bad_before))
+        bad = sum(bad for _, bad in of_ranks)
         if bad > self._bad_told:
             logger.warning(
                 "%s: all ranks left out %d bad row(s) so far, in all epochs (task.bad_rows: drop)",
                 *(self._rows.name, bad),
             )
         self._bad_told = bad
+        return {"step": self._step, READERS: [place for places, _ in of_ranks for place in places]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         places = state[READERS]

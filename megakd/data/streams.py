@@ -97,11 +97,10 @@ def _corpus(
     digests: list[object] = [VERSION, stream.table.digest]
     digests.append([(split, table.digest) for split, table in tables.items()])
     if "validation" not in held:
-        first = stream.first_rows(_held_out(stream, task))
-        stream, held["validation"] = _cut(stream, first, task, cache_dir=cache_dir)
-        digests.append(first.digest)
+        stream, held["validation"], digest = _cut(stream, task, cache_dir=cache_dir)
+        digests.append(digest)
     return Corpus(
-        name=stream.name,
+        name=stream.table.name,
         splits={"train": held["validation"].select([]), **held},
         classes=None,
         metrics=DEFAULT_METRICS[task.type],
@@ -110,28 +109,26 @@ def _corpus(
     )
 
 
-def _held_out(stream: TextStream, task: TaskConfig) -> int:
+def _cut(
+    stream: TextStream, task: TaskConfig, *, cache_dir: Path
+) -> tuple[TextStream, Dataset, str]:
+    name = stream.table.name
     if task.max_eval_examples is None:
         raise ConfigError(
-            f"task.streaming: {stream.name} has no validation split, and a stream has no end, so "
+            f"task.streaming: {name} has no validation split, and a stream has no end, so "
             "no share of it can be held out; add a validation split, or set "
             "task.max_eval_examples to hold out this many texts from the beginning of the stream"
         )
-    return task.max_eval_examples
-
-
-def _cut(
-    stream: TextStream, first: Table, task: TaskConfig, *, cache_dir: Path
-) -> tuple[TextStream, Dataset]:
+    first = stream.first_rows(task.max_eval_examples)
     rows = rows_of(first, stream.kind, task, cache_dir=cache_dir)
     rest = replace(stream, held_out=frozenset(prompt_keys(rows).tolist()))
     if next(rest.read(), None) is None:
         raise DataError(
             f"task.max_eval_examples: {task.max_eval_examples} texts are held out for validation, "
-            f"and {stream.name} has {len(rows)} and no further text to train on; set a smaller "
+            f"and {name} has {len(rows)} and no further text to train on; set a smaller "
             "number"
         )
-    return rest, rows
+    return rest, rows, first.digest
 
 
 def file_stream(paths: Sequence[Path], task: TaskConfig, *, key: str) -> TextStream:

@@ -10,7 +10,7 @@ prevent attention to other documents. This requires that no attention mask and n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,34 +126,23 @@ def _window_rows(
     room = task.row_length - len(prefix) - len(suffix)
     for ids, starts in _texts(rows, tokenizer, with_words=task.whole_word_masking):
         for window in windows(range(len(ids)), room):
-            here = slice(window[0], window[-1] + 1)
-            row = [*prefix, *ids[here], *suffix]
+            first, stop = window[0], window[-1] + 1
+            row = [*prefix, *ids[first:stop], *suffix]
             if starts is None:
                 yield (row,)
             else:
-                yield row, _row_starts(starts[here], window[0], len(prefix), len(row))
-
-
-def _row_starts(starts: Sequence[int], first: int, before: int, length: int) -> list[int]:
-    inside = [before + max(0, start - first) for start in starts]
-    return [*range(before), *inside, *range(before + len(inside), length)]
+                # A word that began in the window before begins with this window.
+                inside = [len(prefix) + max(0, start - first) for start in starts[first:stop]]
+                after = range(len(prefix) + len(inside), len(row))
+                yield row, [*range(len(prefix)), *inside, *after]
 
 
 def tables_of_lists(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> Iterator[pa.Table]:
     """Yield tables of rows in which every column is a list of token numbers."""
-    batch: list[tuple[Any, ...]] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == TEXTS_AT_ONCE:
-            yield _table(batch, names)
-            batch = []
-    if batch:
-        yield _table(batch, names)
-
-
-def _table(rows: Sequence[tuple[Any, ...]], names: Sequence[str]) -> pa.Table:
-    columns = zip(names, zip(*rows, strict=True), strict=True)
-    return pa.table({name: pa.array(list(arrays), type=_IDS) for name, arrays in columns})
+    rows = iter(rows)
+    while batch := list(islice(rows, TEXTS_AT_ONCE)):
+        columns = zip(names, zip(*batch, strict=True), strict=True)
+        yield pa.table({name: pa.array(list(arrays), type=_IDS) for name, arrays in columns})
 
 
 def _texts(
@@ -250,7 +239,10 @@ class Packer:
         labels = np.append(ids[1:], np.int32(IGNORE))
         start = 0
         while start < len(ids):
-            start += self._put(ids[start:], labels[start:])
+            count = min(len(ids) - start, self._tokens.shape[1] - self._used)
+            free, part = self._tokens[:, self._used :], slice(start, start + count)
+            free[:, :count] = ids[part], np.arange(count), labels[part]
+            self._used, start = self._used + count, start + count
             if self._used == self._tokens.shape[1]:
                 yield self._row()
                 self._used = 0
@@ -258,15 +250,6 @@ class Packer:
     def rest(self) -> PackedRow | None:
         """Return the unfinished row; None if it has no token."""
         return self._row() if self._used else None
-
-    def _put(self, ids: NDArray[np.int32], labels: NDArray[np.int32]) -> int:
-        count = min(len(ids), self._tokens.shape[1] - self._used)
-        end = self._used + count
-        self._tokens[0, self._used : end] = ids[:count]
-        self._tokens[1, self._used : end] = np.arange(count)
-        self._tokens[2, self._used : end] = labels[:count]
-        self._used = end
-        return count
 
     def _row(self) -> PackedRow:
         row = self._tokens[:, : self._used].copy()

@@ -115,8 +115,14 @@ def load_tokenizer(
     encoders, byte-level BPE for causal_lm).
     """
     tokenizer, origin = _resolved(task, splits, model_folders, cache_dir)
-    if tokenizer.pad_token_id is None:
-        _give_pad_token(tokenizer, task.type, origin)
+    if tokenizer.pad_token_id is None and task.type != "causal_lm":
+        raise DataError(
+            f"{origin} has no pad token, which {task.type} needs to put texts of different length "
+            "into one batch; set pad_token in its tokenizer_config.json, or use another tokenizer"
+        )
+    # A packed row is padded only at its end, and padding is a separate document.
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
     if task.type == "mlm" and tokenizer.mask_token_id is None:
         raise DataError(
             f"{origin} has no mask token, which mlm puts in the place of the tokens to predict; "
@@ -262,29 +268,20 @@ def _template(tokenizer: Tokenizer, token: str, single: str) -> processors.Templ
 def _sentencepiece_backend(extractor: SentencePieceExtractor) -> Tokenizer:
     # Encodes texts as SentencePiece does, with the exceptions of their normalizers: U+0085 (a space
     # only here), İ in lower-cased models, and accents on letters in unusual forms.
-    tokenizer = Tokenizer(_sentencepiece_model(extractor))
-    _read_texts_as(extractor.proto, tokenizer)
-    return tokenizer
-
-
-def _sentencepiece_model(extractor: SentencePieceExtractor) -> models.Model:
     proto: Any = extractor.proto
-    trained = proto.trainer_spec
+    spec, trained = proto.normalizer_spec, proto.trainer_spec
     if trained.model_type == _SENTENCEPIECE_BPE:
         made: Any = extractor.extract(models.BPE)
-        return models.BPE(
+        model: models.Model = models.BPE(
             made["vocab"],
             made["merges"],
             unk_token=proto.pieces[trained.unk_id].piece,
             fuse_unk=True,
             byte_fallback=trained.byte_fallback,
         )
-    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
-    return models.Unigram(vocabulary, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback)
-
-
-def _read_texts_as(proto: Any, tokenizer: Tokenizer) -> None:
-    spec, trained = proto.normalizer_spec, proto.trainer_spec
+    else:
+        pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+        model = models.Unigram(pieces, unk_id=trained.unk_id, byte_fallback=trained.byte_fallback)
     steps: list[normalizers.Normalizer] = []
     if spec.name.endswith("_cf"):
         # `Precompiled` drops accents that follow a letter which it replaces: E and U+0301 give e.
@@ -293,11 +290,13 @@ def _read_texts_as(proto: Any, tokenizer: Tokenizer) -> None:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
-    tokenizer.normalizer = normalizers.Sequence(steps)
     scheme = "always" if spec.add_dummy_prefix else "never"
     has_words = trained.split_by_whitespace and not trained.allow_whitespace_only_pieces
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=has_words)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return tokenizer
 
 
 def _special_roles(tokenizer: Tokenizer, task_type: TaskType) -> dict[str, str]:
@@ -314,17 +313,6 @@ def _sentencepiece_file(folder: Path) -> Path | None:
     files = sorted(folder.glob("*.model"))
     stock = [file for file in files if file.name in _STOCK_MODEL_NAMES]
     return files[0] if len(files) == 1 else next(iter(stock), None)
-
-
-def _give_pad_token(tokenizer: PreTrainedTokenizerBase, task_type: TaskType, origin: str) -> None:
-    if task_type != "causal_lm":
-        raise DataError(
-            f"{origin} has no pad token, which {task_type} needs to put texts of different length "
-            "into one batch; set pad_token in its tokenizer_config.json, or use another tokenizer"
-        )
-    # A packed row is padded only at its end, and padding is a separate document.
-    if tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _trained(

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Literal
 
 import sentencepiece
@@ -90,7 +91,9 @@ def _wordpiece(texts: Callable[[], Iterable[str]], size: int, special: list[str]
     scaffold = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     scaffold.normalizer = normalizer
     scaffold.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    characters = _frequent_characters(texts(), normalizer, limit=max(100, size // 10))
+    counts = Counter(chain.from_iterable(map(normalizer.normalize_str, texts())))
+    ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    characters = sorted(ranked[: max(100, size // 10)])
     # The trainer numbers tokens such as "##x" in the order of a randomly seeded hash map, and
     # breaks ties between merges by number. Special tokens are numbered in the given order.
     inside = [f"##{c}" for c in characters if not unicodedata.category(c).startswith("P")]
@@ -108,16 +111,6 @@ def _wordpiece(texts: Callable[[], Iterable[str]], size: int, special: list[str]
     tokenizer.pre_tokenizer = scaffold.pre_tokenizer
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
-
-
-def _frequent_characters(
-    texts: Iterable[str], normalizer: normalizers.Normalizer, *, limit: int
-) -> list[str]:
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(normalizer.normalize_str(text))
-    ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    return sorted(ranked[:limit])
 
 
 def _byte_bpe(texts: Callable[[], Iterable[str]], size: int, special: list[str]) -> Tokenizer:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from tokenizers import Encoding
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from megakd.errors import DataError
@@ -38,20 +37,17 @@ def check_words(
 def word_starts(encoded: BatchEncoding, texts: Sequence[str]) -> Iterator[list[int]]:
     """Yield, for each text, the position of the first token of each token's word."""
     for text, encoding in zip(texts, encoded.encodings or (), strict=True):
-        yield _starts(encoding, text)
-
-
-def _starts(encoding: Encoding, text: str) -> list[int]:
-    starts: list[int] = []
-    word, end = None, 0
-    # A token that belongs to no word, such as a special token in the text, is a word of its own.
-    for position, (index, (first, last)) in enumerate(
-        zip(encoding.word_ids, encoding.offsets, strict=True)
-    ):
-        continues = index is not None and index == word and not _has_space(text[end : first + 1])
-        starts.append(starts[-1] if continues else position)
-        word, end = index, max(end, last)
-    return starts
+        starts: list[int] = []
+        word, end = None, 0
+        # A token that belongs to no word, such as a special token, is a word of its own.
+        for position, (index, (first, last)) in enumerate(
+            zip(encoding.word_ids, encoding.offsets, strict=True)
+        ):
+            is_inside = index is not None and index == word
+            continues = is_inside and not _has_space(text[end : first + 1])
+            starts.append(starts[-1] if continues else position)
+            word, end = index, max(end, last)
+        yield starts
 
 
 def _has_space(text: str) -> bool:

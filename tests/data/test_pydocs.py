@@ -193,7 +193,7 @@ def test_the_classification_view_names_its_classes_and_the_packages_that_are_mis
 
     assert "pydocs: networkx, numpy, pandas, sklearn not found" in caplog.text
 
-    assert result.label_names == ("scipy", "sympy")
+    assert result.classes.names == ("scipy", "sympy")
     assert result.metrics == ("accuracy",)
     texts = {name: rows["text"][:] for name, rows in result.splits.items()}
     assert sum(map(len, texts.values())) == 40 + 40

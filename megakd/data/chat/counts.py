@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, cast
@@ -67,20 +66,16 @@ class ChatCounts:
         return self.too_long + self.long_prompt + self.nothing_counts
 
     def add(self, other: ChatCounts) -> None:
-        for name in (entry.name for entry in dataclasses.fields(self)):
-            here, more = getattr(self, name), getattr(other, name)
-            if isinstance(more, dict):
-                for number, count in more.items():
-                    here[number] = here.get(number, 0) + count
+        for name, more in vars(other).items():
+            here = getattr(self, name)
+            if name in KEYED:
+                here.update({number: here.get(number, 0) + n for number, n in more.items()})
             else:
                 setattr(self, name, here + more)
 
-    def to_record(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> ChatCounts:
-        """Return the numbers that `to_record` returned and JSON stored."""
+        """Return the numbers that `asdict` returned and JSON stored."""
         by_number = {k: {int(n): c for n, c in v.items()} for k, v in record.items() if k in KEYED}
         return ChatCounts(**{**record, **by_number})
 
@@ -145,18 +140,12 @@ def _shown_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> st
 
 def table_lines(counts: Mapping[str, ChatCounts]) -> list[str]:
     """Return the lines of the table: a heading, and a line for each name."""
-    return aligned_rows([HEADING, *(_cells(name, tally) for name, tally in counts.items())])
-
-
-def _cells(name: str, tally: ChatCounts) -> tuple[str, ...]:
-    numbers = (tally.rows, tally.kept, tally.tokens, tally.targets)
-    share = tally.targets / tally.tokens if tally.tokens else 0.0
-    return (
-        name,
-        *(f"{number:,}" for number in numbers),
-        f"{share:.1%}",
-        *(f"{longest_of(tally.lengths, part):,}" for part in (0.5, 0.95, 1.0)),
-        f"{tally.truncated:,}",
-        f"{tally.dropped:,}",
-        f"{tally.bad:,}",
-    )
+    rows: list[Sequence[str]] = [HEADING]
+    for name, tally in counts.items():
+        numbers = (tally.rows, tally.kept, tally.tokens, tally.targets)
+        share = tally.targets / tally.tokens if tally.tokens else 0.0
+        lengths = (longest_of(tally.lengths, part) for part in (0.5, 0.95, 1.0))
+        rest = (*lengths, tally.truncated, tally.dropped, tally.bad)
+        shown = (*(f"{n:,}" for n in numbers), f"{share:.1%}", *(f"{n:,}" for n in rest))
+        rows.append((name, *shown))
+    return aligned_rows(rows)

@@ -66,7 +66,7 @@ class ChatTemplate:
                 "task.chat_template to a file with a template in Jinja, or give prompt and "
                 "completion as plain texts"
             )
-        self._tokenizer, self._task = tokenizer, task
+        self.tokenizer, self.task = tokenizer, task
         added = cast("Any", tokenizer).get_added_vocab()
         self._special = tuple({*tokenizer.all_special_tokens, *added})
         self.end = cast("str | None", tokenizer.eos_token) or ""
@@ -74,7 +74,7 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation, *, where: str) -> Rendered:
         """Return the text of a conversation and the parts that count."""
-        messages = [_prepared(m, self._task) for m in conversation.messages or ()]
+        messages = [_prepared(m, self.task) for m in conversation.messages or ()]
         try:
             made = [with_arguments(message, as_text=False) for message in messages]
             return self._rendered(conversation, made, where)
@@ -94,11 +94,15 @@ class ChatTemplate:
             text = view.up_to(len(messages), prompted=True)
             return Rendered(text, [], len(text), lost_tools=_loses_tools(conversation, text))
         counted = (
-            conversation.counted[-1:] if self._task.train_on == "last" else conversation.counted
+            conversation.counted[-1:] if self.task.train_on == "last" else conversation.counted
         )
         has_marks = MARKS.search(self.source(conversation.tools)) is not None
         made = view.by_marks(counted) if has_marks else view.by_prefixes(counted)
-        ends = [(begin, self._end(made.text, begin, end)) for begin, end in made.answers]
+        ends: list[tuple[int, int]] = []
+        for begin, end in made.answers:
+            # White space after the token that ends a turn does not count.
+            stripped = made.text[begin:end].rstrip()
+            ends.append((begin, begin + len(stripped) if stripped.endswith(self._special) else end))
         shown = "".join(made.text[begin:end] for begin, end in ends)
         # Marks may leave calls out of what counts.
         answers = {} if has_marks else dict.fromkeys(counted, shown)
@@ -112,34 +116,12 @@ class ChatTemplate:
         key = tools is not None  # some tokenizers have a template of their own for tools
         if key not in self._sources:
             try:
-                template = self._tokenizer.get_chat_template(tools=cast("list[Any] | None", tools))
+                template = self.tokenizer.get_chat_template(tools=cast("list[Any] | None", tools))
             except ValueError as error:  # several templates, and none of them is the default
                 raise DataError(f"{error}; set task.chat_template to a file") from error
             fixed = TODAY.sub(lambda call: repr(FIXED_DATE.strftime(call[2])), template)
             self._sources[key] = fixed
         return self._sources[key]
-
-    def text_of(
-        self, messages: Sequence[Message], conversation: Conversation, **keys: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of messages, and the parts that the template marks."""
-        rendered: Any = render_jinja_template(
-            [list(messages)],
-            tools=conversation.tools,
-            chat_template=self.source(conversation.tools),
-            **{
-                **self._tokenizer.special_tokens_map,
-                **self._task.chat_template_kwargs,
-                **conversation.options,
-                **keys,
-            },
-        )
-        texts, marks = rendered
-        return texts[0], marks[0] if marks else []
-
-    def _end(self, text: str, begin: int, end: int) -> int:
-        stripped = text[begin:end].rstrip()
-        return begin + len(stripped) if stripped.endswith(self._special) else end
 
 
 class _View:
@@ -196,15 +178,28 @@ class _View:
         return text, marks
 
     def _rendered(self, count: int, **keys: bool) -> tuple[str, list[tuple[int, int]]]:
-        messages = self._messages[:count]
+        # The text of the first messages, and the parts that the template marks.
+        messages, template, row = self._messages[:count], self._template, self._conversation
         try:
-            return self._template.text_of(messages, self._conversation, **keys)
+            rendered: Any = render_jinja_template(
+                [messages],
+                tools=row.tools,
+                chat_template=template.source(row.tools),
+                **{
+                    **template.tokenizer.special_tokens_map,
+                    **template.task.chat_template_kwargs,
+                    **row.options,
+                    **keys,
+                },
+            )
         except Exception as error:  # a template may do anything that Python can refuse
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"{self._where}: the chat template refuses the conversation (roles: "
                 f"{roles or 'none before the first answer'}): {error}"
             ) from error
+        texts, marks = rendered
+        return texts[0], marks[0] if marks else []
 
     def _prefix(self, text: str, count: int, *, prompted: bool) -> int:
         prefix = self.up_to(count, prompted=prompted)

@@ -125,19 +125,15 @@ def _part(batch: pa.Table, encoder: ChatEncoder, name: str) -> _EncodedPart:
         counts.setdefault(tally, ChatCounts()).add(numbers)
         made += rows
         routes += [teacher] * len(rows)
-    table = _table(made, routes if ROUTE in columns else None) if made else None
-    return table, counts, bad.errors
-
-
-def _table(rows: Sequence[ChatRow], routes: Sequence[str] | None) -> pa.Table:
-    ids, labels, lengths = zip(*rows, strict=True)
+    if not made:
+        return None, counts, bad.errors
+    ids, labels, lengths = map(list, zip(*made, strict=True))
     listed = pa.list_(pa.int32())
-    columns = {
-        "input_ids": pa.array(list(ids), type=listed),
-        "labels": pa.array(list(labels), type=listed),
-        PROMPT_LENGTH: pa.array(list(lengths), type=pa.int32()),
-    }
-    return pa.table(columns if routes is None else {**columns, ROUTE: numbers_of(routes)})
+    arrays = {"input_ids": pa.array(ids, type=listed), "labels": pa.array(labels, type=listed)}
+    arrays[PROMPT_LENGTH] = pa.array(lengths, type=pa.int32())
+    if ROUTE in columns:
+        arrays[ROUTE] = numbers_of(routes)
+    return pa.table(arrays), counts, bad.errors
 
 
 class ChatEncoder:
@@ -308,7 +304,8 @@ class ChatEncoder:
             made.long_prompt += 1
             return None
         ids, counts = tokens.ids[:most], tokens.counts[:most]
-        labels = _labels(ids, counts)
+        labels = np.full(len(ids), IGNORE, dtype=np.int32)
+        labels[:-1] = np.where(counts[1:], ids[1:], IGNORE)
         if not is_prompt and (labels == IGNORE).all():
             made.nothing_counts += 1
             return None
@@ -332,12 +329,6 @@ def _marked(text: Rendered, pieces: _Pieces, lengths: dict[int, int]) -> Tokens:
         {*(begin for begin, _ in text.answers if begin < text.prompt_end), text.prompt_end}
     )
     return Tokens(np.array(pieces.ids, dtype=np.int32), counts, [lengths[s] for s in starts])
-
-
-def _labels(ids: NDArray[np.int32], counts: NDArray[np.bool_]) -> NDArray[np.int32]:
-    labels = np.full(len(ids), IGNORE, dtype=np.int32)
-    labels[:-1] = np.where(counts[1:], ids[1:], IGNORE)
-    return labels
 
 
 def _document_rows(tokens: Tokens, length: int) -> Iterator[ChatRow]:
