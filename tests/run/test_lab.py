@@ -83,6 +83,7 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
         return torch.nn.Linear(1, 1)
 
     monkeypatch.setattr("megakd.training.assembly.load_model", load_model)
+    monkeypatch.setattr("megakd.training.assembly.set_attention", lambda *_: None)
     gc.disable()
     try:
         source = lab._prepared.sources["student"]
