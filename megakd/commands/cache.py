@@ -19,37 +19,33 @@ add_options = add_config
 def run(arguments: argparse.Namespace) -> None:
     """Write the caches of a config and print their folders."""
     config = config_of(arguments)
-    with print_aside():
-        folders = _cache_teachers(config)
-    say("\n".join(map(str, folders)))
-
-
-def _cache_teachers(config: RunConfig) -> list[Path]:
     caches = {n: s.cache for n, s in config.teacher_specs.items() if s.cache is not None}
     if not caches:
         raise ConfigError(
             "no teacher has a cache: set teacher.cache (of several teachers: teachers[0].cache, …) "
             "to a folder for the outputs of the teacher"
         )
-    from megakd.engine.collectives import on_main
-    from megakd.engine.nodes import check_nodes
-    from megakd.inputs.inputs import prepare
-    from megakd.inputs.precision import check_device
-    from megakd.run.holder import held
-    from megakd.run.main import reporter_of, started
-    from megakd.run.run_lab import RunLab
-    from megakd.training.label_check import check_label_orders
+    with print_aside():
+        from megakd.engine.collectives import on_main
+        from megakd.engine.nodes import check_nodes
+        from megakd.inputs.inputs import prepare
+        from megakd.inputs.precision import check_device
+        from megakd.run.holder import held
+        from megakd.run.main import reporter_of, started
+        from megakd.run.run_lab import RunLab
+        from megakd.training.label_check import check_label_orders
 
-    with started(config) as ranks, ExitStack() as locks:
-        # Runs with other output folders may share a cache.
-        for folder in on_main(lambda: _held_folders(config, caches.values())):
-            locks.enter_context(held(folder))
-        check_device(config, ranks)
-        check_nodes(config)
-        with closing(reporter_of(config, ranks)) as reporter:
-            lab = RunLab(prepare(config), ranks, reporter)
-            check_label_orders(lab.assembly)
-            return [lab.cache(lab.teacher(name)) for name in caches]
+        with started(config) as ranks, ExitStack() as locks:
+            # Runs with other output folders may share a cache.
+            for folder in on_main(lambda: _held_folders(config, caches.values())):
+                locks.enter_context(held(folder))
+            check_device(config, ranks)
+            check_nodes(config)
+            with closing(reporter_of(config, ranks)) as reporter:
+                lab = RunLab(prepare(config), ranks, reporter)
+                check_label_orders(lab.assembly)
+                folders = [lab.cache(lab.teacher(name)) for name in caches]
+    say("\n".join(map(str, folders)))
 
 
 def _held_folders(config: RunConfig, caches: Iterable[Path | str]) -> list[Path]:

@@ -273,8 +273,8 @@ def _rehearse(prepared: RunInputs, ranks: Ranks, steps: int) -> Iterator[str]:
 class Rehearsed(Exception):  # noqa: N818 - it ends the method, which has no result to go on with
     """The steps that were taken.
 
-    labelled, positions: tokens (or rows) with a loss, and all of them, over all ranks.
-    empty, rows: rows without a loss, and all rows, over all ranks.
+    counts: tokens (or rows) with a loss, all of them, rows without a loss, and all rows, over all
+        ranks.
     peak: bytes that the steps took, of the rank with the most.
     growth: bytes in use at the end less those after `SETTLED` steps, of the rank with the most.
     held: bytes in use at the end, of this rank. saved: bytes of a checkpoint, of all ranks.
@@ -284,10 +284,7 @@ class Rehearsed(Exception):  # noqa: N818 - it ends the method, which has no res
     total_steps: int
     steps: int
     seconds: float
-    labelled: int
-    positions: int
-    empty: int
-    rows: int
+    counts: tuple[int, int, int, int]
     peak: int
     growth: int
     held: int
@@ -335,10 +332,7 @@ class RehearsingLab(RunLab):
             total_steps=run.steps,
             steps=steps,
             seconds=time.monotonic() - began,
-            labelled=labelled,
-            positions=positions,
-            empty=empty,
-            rows=rows,
+            counts=(labelled, positions, empty, rows),
             peak=max(gather(peak_memory_bytes(device))),
             growth=max(gather(now - held if held else 0)),
             held=now,
@@ -347,17 +341,18 @@ class RehearsingLab(RunLab):
 
 
 def _labels(taken: Rehearsed) -> Iterator[str]:
-    what = "rows" if taken.positions == taken.rows else "tokens"
-    share = f"{taken.labelled:,} of {taken.positions:,} {what} carry a loss on labels"
-    if not taken.labelled:
+    labelled, positions, empty, rows = taken.counts
+    what = "rows" if positions == rows else "tokens"
+    share = f"{labelled:,} of {positions:,} {what} carry a loss on labels"
+    if not labelled:
         logger.warning("%s: only terms without labels learn; check the labels of the rows", share)
         return
     yield share
-    if taken.empty and what == "tokens":
+    if empty and what == "tokens":
         logger.warning(
             "%d of %d rows have no token with a loss: they are too short, or truncation leaves "
             "nothing of the answer; raise task.max_length or remove them",
-            *(taken.empty, taken.rows),
+            *(empty, rows),
         )
 
 
