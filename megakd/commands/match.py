@@ -46,12 +46,13 @@ def _text(scores: Mapping[str, Any]) -> str:
     start, teachers = scores["start"], scores["teachers"]
     # A teacher with another vocabulary is not compared with the start.
     entropies = [one["start_entropy"] for one in teachers.values() if "start_entropy" in one]
-    rows = {"start": {**start, **({"entropy": entropies[0]} if entropies else {})}, **teachers}
-    used = {key: title for key, title in TITLES.items() if any(key in row for row in rows.values())}
+    start_row = {**start, **({"entropy": entropies[0]} if entropies else {})}
+    rows = [("start", start_row), *teachers.items()]  # a teacher may be named start too
+    used = {key: title for key, title in TITLES.items() if any(key in row for _, row in rows)}
     metrics = list(dict.fromkeys([scores["metric"], "loss"]))
     cells = [
         [name, *map(_cell, [*map(row["metrics"].get, metrics), *map(row.get, used)])]
-        for name, row in rows.items()
+        for name, row in rows
     ]
     lines = [
         f"{scores['file']}, {scores['split']}: {scores['rows']} rows",

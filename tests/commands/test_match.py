@@ -68,8 +68,10 @@ def test_a_classifier_is_compared_with_the_start_as_by_hand(one_rank, whole_run,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_has_a_row_for_the_start_and_each_teacher(one_rank, whole_run, tmp_path):
-    pool = {"good": str(whole_run.teacher), "other": str(whole_run.out / "final")}
+def test_a_table_has_a_row_for_the_start_and_each_teacher_also_one_that_is_named_start(
+    one_rank, whole_run, tmp_path
+):
+    pool = {"good": str(whole_run.teacher), "start": str(whole_run.out / "final")}
     tree = config_tree(
         tmp_path / "out",
         {**CLASSES, "dataset": str(whole_run.reviews)},
@@ -84,7 +86,7 @@ def test_a_table_has_a_row_for_the_start_and_each_teacher(one_rank, whole_run, t
     assert lines[1] == "start: new bert with random weights"
     titles = "accuracy loss gap KL entropy same top 1 top overlap vocabulary"
     assert " ".join(lines[2].split()) == titles
-    assert [line.split()[0] for line in lines[3:6]] == ["start", "good", "other"]
+    assert [line.split()[0] for line in lines[3:6]] == ["start", "good", "start"]
     assert lines[4].endswith("same")
     scores = {line.split()[0]: float(line.split()[1]) for line in lines[4:6]}
     best = sorted(scores, key=lambda name: -scores[name])
