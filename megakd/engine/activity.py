@@ -141,10 +141,15 @@ def too_long() -> str:
 
 def _others() -> str:
     answers: dict[int, Any] = {}
-    ranks = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
-    asking = threading.Thread(
-        target=lambda: answers.update({rank: _of(rank) for rank in ranks}), daemon=True
-    )
+
+    def ask() -> None:
+        for rank in range(dist.get_world_size()):
+            key = f"{_PREFIX}/{rank}"
+            with suppress(RuntimeError):  # the store ends with rank 0
+                if rank != dist.get_rank() and _store().check([key]):
+                    answers[rank] = json.loads(_store().get(key))
+
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     # A store answers never if its process, that of rank 0 or the launcher, is stopped.
     asking.join(ANSWER_S)
@@ -153,19 +158,10 @@ def _others() -> str:
     told = [
         f"rank {rank} was {record[0]}, begun {max(0.0, time.time() - record[1]):.0f} s ago"
         for rank, record in answers.items()
-        if record is not None and record[0] != _current[-1]
+        if record[0] != _current[-1]
     ]
     # With many ranks, the ranks that do something else are the interesting ones.
     return ", ".join(told[:8]) or "all other ranks were doing the same"
-
-
-def _of(rank: int) -> Any:
-    key = f"{_PREFIX}/{rank}"
-    try:
-        store = _store()
-        return json.loads(store.get(key)) if store.check([key]) else None
-    except RuntimeError:  # the store ends with rank 0
-        return None
 
 
 def _store() -> Any:

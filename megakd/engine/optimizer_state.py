@@ -106,7 +106,7 @@ class OptimizerState:
         for name, parameter in self._parameters.items():
             slot = self._slot(parameter)
             for kind in self.kinds:
-                here = _put_together(self._part(slot, kind), slot.offset, parameter)
+                here = self.put_together(name, self._part(slot, kind))
                 yield kind, name, here if is_first_rank() else torch.empty(0)
 
     def parts(self) -> Parts:
@@ -172,7 +172,10 @@ class OptimizerState:
     def put_together(self, name: str, part: Tensor) -> Tensor:
         """Return a whole tensor on the CPU, of the parts [n] as `local_shards` splits a weight."""
         parameter = self._parameters[name]
-        return _put_together(part, self._slot(parameter).offset, parameter)
+        offset, shape = self._slot(parameter).offset, full_shape(parameter)
+        whole = torch.zeros(shape.numel(), device=parameter.device)
+        whole[offset : offset + len(part)] = part.to(whole.device, torch.float32)
+        return all_reduce_(whole).cpu().reshape(shape)
 
     def part_of(self, name: str) -> slice:
         """Return this rank's part of a flattened weight, as `local_shards` splits the weight."""
@@ -237,12 +240,6 @@ def _masters(optimizer: Any) -> dict[int, Tensor]:
         for weights, masters in groups
         for weight, master in zip(weights, masters, strict=True)
     }
-
-
-def _put_together(part: Tensor, offset: int, parameter: Any) -> Tensor:
-    whole = torch.zeros(full_shape(parameter).numel(), device=parameter.device)
-    whole[offset : offset + len(part)] = part.to(whole.device, torch.float32)
-    return all_reduce_(whole).cpu().reshape(full_shape(parameter))
 
 
 def _own_gradient(parameter: Any, offset: int, size: int) -> Tensor | None:

@@ -127,11 +127,9 @@ def set_values(tensor: Tensor, read: Callable[[int, int], Tensor]) -> None:
     is_closed = getattr(tensor, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
     in_memory = part is not None and part.final_location is None
     if part is not None and is_closed and in_memory and not hasattr(part, "ds_quant_scale"):
-        numel: int = tensor.ds_numel  # pyright: ignore[reportAttributeAccessIssue]
-        place = dist.get_rank(tensor.ds_process_group)  # pyright: ignore[reportAttributeAccessIssue]
-        start = min(place * part.numel(), numel)
-        stop = min(start + part.numel(), numel)
-        part[: stop - start].copy_(read(start, stop))
+        offset, count = own_partition(tensor, part.numel())
+        start = min(offset, tensor.ds_numel)  # pyright: ignore[reportAttributeAccessIssue]
+        part[:count].copy_(read(start, start + count))
         return
     with gathered([tensor], modify=True):
         if writes_here(tensor):

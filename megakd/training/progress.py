@@ -192,7 +192,9 @@ class Reporter:
         with _reports_unusable(self._path):
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                _cut_half_line(self._path)
+                before = self._path.read_bytes() if self._path.exists() else b""
+                if before and not before.endswith(b"\n"):  # cut a half line
+                    os.truncate(self._path, before.rfind(b"\n") + 1)
                 # Unbuffered: the rest of a buffer would fail again when the file is closed.
                 self._file = self._path.open("ab", buffering=0)
             content = line.encode() + b"\n"
@@ -235,11 +237,3 @@ def _comes_again(line: str, stage: str, step: int) -> bool:
         return True  # a damaged line is of no use
     # A stage that starts over repeats everything, also its evaluation at step 0.
     return record.get("stage") == stage and (record.get("step", 0) > step or step == 0)
-
-
-def _cut_half_line(path: Path) -> None:
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)

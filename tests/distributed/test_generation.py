@@ -105,7 +105,7 @@ def copy_facts(config_path: str, overrides: list[str]) -> dict:
     with started(config_path, overrides) as (run, _):
         student = run.student.student
         before = gathered_elements(student)
-        with patch("megakd.engine.whole_model.GROUP_ELEMENTS", 1000), whole_model(student) as whole:
+        with patch("megakd.engine.sharding.GROUP_ELEMENTS", 1000), whole_model(student) as whole:
             facts = {
                 "sharded": (is_sharded(student), is_sharded(whole)),
                 "gathered": (before, gathered_elements(student)),
