@@ -1,4 +1,4 @@
-"""The training batches of a stage, and the features that change them, such as generated texts."""
+"""The training batches of a stage, and the features that change them."""
 
 from __future__ import annotations
 
@@ -6,33 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from typing_extensions import override
-
-from megakd.config.rollout import GenerationConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.batch import BatchSource
-from megakd.contract.completions import Generator
 from megakd.contract.stage import MeanLosses, Stage, Teacher
-from megakd.contract.tasks import STUDENT, TEXTS
+from megakd.contract.tasks import STUDENT
 from megakd.data.encoding import Encoded, labelled_only
-from megakd.data.files import matching_files
-from megakd.data.loader import OtherReading, RowOrder, StepLoader
+from megakd.data.loader import OtherReading, StepLoader
 from megakd.data.step_layout import StepLayout, StepShape, check_shares
-from megakd.engine.collectives import gather, on_main
+from megakd.engine.collectives import gather
 from megakd.engine.distributed import Ranks
 from megakd.engine.student import StudentEngine
 from megakd.errors import ConfigError
-from megakd.rollouts.batches import RolloutSource, StepRows
-from megakd.rollouts.generators import FileGenerator, LocalGenerator, text_tokens
-from megakd.rollouts.prompts import prompts_of
-from megakd.rollouts.store import RolloutStore
-from megakd.rollouts.text_evaluation import TextEvaluation
-from megakd.servers.connect import server_generator
 from megakd.storage.fingerprint import Fingerprint
-from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
-from megakd.training.checkpoint import oldest_step, read_states
-from megakd.training.stage_folder import LENGTHS
+from megakd.training.checkpoint import read_states
 
 
 class StageParts(NamedTuple):
@@ -90,9 +77,13 @@ def extras_of(parts: StageParts) -> list[StageExtra]:
     stage, generation = parts.stage, parts.assembly.config.eval.generation
     extras: list[StageExtra] = []
     if stage.rollouts is not None:
+        from megakd.training.generated_texts import Rollouts
+
         extras.append(Rollouts(parts))
     extras.extend(parts.assembly.config.method.extras(parts))
     if generation is not None and stage.role == STUDENT and not stage.views:
+        from megakd.training.generated_texts import Texts
+
         extras.append(Texts(parts, generation))
     return extras
 
@@ -126,92 +117,3 @@ def check_readers(checkpoint: Path, ranks: Ranks) -> None:
     """Raise if the readers of a stream in a checkpoint cannot be divided among the ranks."""
     readers = len(read_states(checkpoint, ranks.device)["batches"].get("readers", ()))
     check_shares(readers, ranks.world_size, where=str(checkpoint))
-
-
-class Rollouts(StageExtra):
-    """Batches in which generated texts replace rows."""
-
-    def __init__(self, parts: StageParts) -> None:
-        self._parts, self._generator = parts, generator_of(parts)
-
-    @override
-    def source(self) -> RolloutSource:
-        parts, config = self._parts, self._parts.assembly.config
-        rollouts = parts.stage.rollouts
-        of_model, layout = parts.of_model, parts.layout
-        train, student = of_model.prepared.encoded.train, of_model.prepared.sources[STUDENT]
-        prompts = prompts_of(train, rollouts, config, student)
-        continued, learned = (
-            RowOrder(numbers, layout.shape, seed=config.seed)
-            for numbers in (prompts.continued, prompts.learned)
-        )
-        collate = of_model.scorer(parts.stage.train).collate
-        store = RolloutStore(config.output_dir / "rollouts" / parts.stage.name)
-        # A longer run goes on from a checkpoint of the shorter one, with its texts.
-        may_differ = LENGTHS if oldest_step(parts.checkpoints) else ()
-        on_main(lambda: store.begin(parts.fingerprint, may_differ=may_differ))
-        return RolloutSource(
-            StepRows(prompts, continued, learned, collate, layout),
-            rollouts,
-            generator=self._generator,
-            store=store,
-            seed=config.seed,
-            oldest=lambda: oldest_step(parts.checkpoints),
-        )
-
-
-def generator_of(parts: StageParts) -> Generator:
-    """Return the generator of a stage's texts: files, a server, or the weights of a model."""
-    rollouts, of_model, assembly = parts.stage.rollouts, parts.of_model, parts.assembly
-    if rollouts.files is not None:
-        return FileGenerator(matching_files(rollouts.files, "rollout.files"))
-    if rollouts.server is not None:
-        student = parts.models[STUDENT]
-        if not isinstance(student, StudentEngine):
-            raise TypeError(f"a {type(student).__name__} does not learn")
-        return server_generator(of_model.prepared, student.student, rank=assembly.ranks.rank)
-    return _local_generator(
-        parts.models[rollouts.by], of_model, rows_at_once=rollouts.rows_per_call
-    )
-
-
-class Texts(StageExtra):
-    """The evaluation of the student on generated texts."""
-
-    def __init__(self, parts: StageParts, generation: GenerationConfig) -> None:
-        of_model, config = parts.of_model, parts.assembly.config
-        rows, student = of_model.prepared.encoded.validation, of_model.prepared.sources[STUDENT]
-        self._texts = TextEvaluation(
-            generation,
-            prompts_of(rows, generation, config, student, key="eval.generation"),
-            of_model.prepared.tokenizer,
-            generator=_local_generator(
-                parts.models[STUDENT], of_model, rows_at_once=generation.rows_per_call
-            ),
-            scorer=of_model.scorer(parts.stage.train),
-            folder=config.output_dir / TEXTS / parts.stage.name,
-        )
-        # Where a row is compared with the teacher that it names, held-out rows name none, and
-        # answers that are kept are for training rows.
-        stage, teachers = parts.stage, parts.assembly.teachers
-        self._has_losses = not stage.strategy.routes_rows and all(
-            one.spec.cache is None or one.is_loaded(measures_losses=stage.measures_losses)
-            for one in (teachers[name] for name in stage.teachers)
-        )
-
-    @override
-    def scores(self, step: int, losses: MeanLosses) -> Mapping[str, float]:
-        return self._texts.scores(step, losses if self._has_losses else None)
-
-    @override
-    def curves(self) -> Mapping[str, float]:
-        return self._texts.by_position
-
-
-def _local_generator(
-    engine: StudentEngine | Teacher, assembly: Assembly, *, rows_at_once: int
-) -> LocalGenerator:
-    if not isinstance(engine, StudentEngine | FrozenTeacher):
-        raise TypeError(f"a {type(engine).__name__} generates no text")
-    tokens = text_tokens(assembly.prepared.tokenizer, assembly.prepared.sources)
-    return LocalGenerator(engine, tokens=tokens, rows_at_once=rows_at_once)
