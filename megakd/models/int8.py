@@ -23,9 +23,15 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, initialization
 
 from megakd.errors import ModelError, one_line
-from megakd.models.model_folder import INDEX_NAME, write_weights
+from megakd.models.model_folder import write_weights
 from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
-from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
+from megakd.models.weights import (
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    StoredTensor,
+    WeightReader,
+    check_weight_files,
+)
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_content
 from megakd.storage.folders import CHECKSUMS, check_given, sealed_folder
@@ -241,7 +247,7 @@ def _built(folder: Path) -> PreTrainedModel:
 
 def _write_companions(folder: Path, to: Path, keys: Mapping[str, Any]) -> None:
     for path in (path for pattern in _COMPANIONS for path in folder.glob(pattern)):
-        if path.name not in (INDEX_NAME, CHECKSUMS):
+        if path.name not in (SAFETENSORS_INDEX, CHECKSUMS):
             shutil.copyfile(path, to / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rest = {key: value for key, value in config.items() if key not in _FULL_PRECISION_KEYS}
