@@ -129,7 +129,17 @@ def _quantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if name in tensors and id(tensors[name]) in seen:
             continue
         seen.add(id(tensors.get(name)))
-        tensor = _checked(reader.read(place), f"{folder}: {name}")
+        tensor, where = reader.read(place), f"{folder}: {name}"
+        if tensor.dtype == torch.int8 and tensor.ndim >= 2:
+            raise ModelError(
+                f"{where} is stored as int8; give the folder of the model in fp32 or bf16"
+            )
+        # A value of fp64 may exceed fp32.
+        if tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
+            raise ModelError(
+                f"{where} holds values that are not finite, which int8 cannot express; train the "
+                "model again, for example with a lower learning rate, or leave out save.int8"
+            )
         if not tensor.is_floating_point() or tensor.ndim < 2 or not tensor.numel():
             yield name, tensor
             continue
@@ -141,20 +151,6 @@ def _quantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
         values, scale = quantize(tensor)
         yield name, values
         yield name + SCALE, scale
-
-
-def _checked(tensor: Tensor, where: str) -> Tensor:
-    if tensor.dtype == torch.int8 and tensor.ndim >= 2:
-        raise ModelError(f"{where} is stored as int8; give the folder of the model in fp32 or bf16")
-    if not tensor.is_floating_point():
-        return tensor
-    # A value of fp64 may exceed fp32.
-    if not torch.isfinite(tensor.to(torch.float32)).all():
-        raise ModelError(
-            f"{where} holds values that are not finite, which int8 cannot express; train the model "
-            "again, for example with a lower learning rate, or leave out save.int8"
-        )
-    return tensor
 
 
 def _places(folder: Path) -> Places:
