@@ -82,7 +82,7 @@ def check_weight_files(
             )
         stored: dict[str, StoredTensor] = {}
         for file in files:
-            stored.update(_read_keys(file, where))
+            stored.update(stored_tensors(file, where))
         names = {key: tensor.file.name for key, tensor in stored.items()}
         absent = [key for key, name in listed.items() if names.get(key) != name]
         if absent:
@@ -130,17 +130,6 @@ def _weight_map(folder: Path, index: str, where: str) -> dict[str, str]:
     return weight_map
 
 
-def _read_keys(file: Path, where: str) -> dict[str, StoredTensor]:
-    if file.suffix == ".safetensors":
-        return stored_tensors(file, where)
-    return {
-        key: StoredTensor(
-            file=file, key=key, shape=tuple(tensor.shape), dtype=tensor.dtype, offset=position
-        )
-        for position, (key, tensor) in enumerate(_load_pickle(file, where).items())
-    }
-
-
 def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -150,7 +139,13 @@ def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
 
 
 def stored_tensors(file: Path, where: str) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file; its length must agree with its header."""
+    """Return the tensors of a weight file; the length of safetensors must agree with its header."""
+    if file.suffix != ".safetensors":
+        tensors = enumerate(_load_pickle(file, where).items())
+        return {
+            key: StoredTensor(file=file, key=key, shape=tuple(t.shape), dtype=t.dtype, offset=place)
+            for place, (key, t) in tensors
+        }
     with file.open("rb") as stream:
         start = stream.read(8)
         if start[:7] == b"version":
