@@ -78,13 +78,10 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
         check_packages(f"MODEL: {folder / MODEL}", ("onnxruntime",))
     tokenizer = from_folder(folder, _TASKS[task])
     _check_answers(folder, config, task, tokenizer)
-    model = OnnxModel(folder / MODEL) if is_graph else TorchModel(folder, config)
-    if isinstance(model, TorchModel) and task in _GENERATES:
-        prompts = [_prompt(tokenizer, text) for text in texts]
-        lengths = [prompt["input_ids"].shape[1] for prompt in prompts]
-        check_prompt_lengths(lengths, new_tokens, context_length(config))
-        yield from (_continued(model.model, tokenizer, one, new_tokens) for one in prompts)
+    if task in _GENERATES:
+        yield from _continued(TorchModel(folder, config).model, tokenizer, texts, new_tokens)
         return
+    model = OnnxModel(folder / MODEL) if is_graph else TorchModel(folder, config)
     for start in range(0, len(texts), ROWS):
         encoded = _encoded(tokenizer, texts[start : start + ROWS], config)
         if "token_type_ids" in encoded and not has_token_types(config):
@@ -142,11 +139,7 @@ def _classified(
     names: Any = config.id2label
     best = max(range(len(shares)), key=shares.__getitem__)
     probabilities = {names[number]: share for number, share in enumerate(shares)}
-    return {
-        "label": names[best],
-        "probability": shares[best],
-        "probabilities": probabilities,
-    }
+    return {"label": names[best], "probability": shares[best], "probabilities": probabilities}
 
 
 def _filled(
@@ -164,7 +157,22 @@ def _filled(
     return {"tokens": [[tokenizer.decode([token]).strip() for token in one] for one in best]}
 
 
-def _prompt(tokenizer: Any, text: str) -> Mapping[str, Tensor]:
+def _continued(
+    model: Any, tokenizer: Any, texts: Sequence[str], new_tokens: int
+) -> Iterator[Answer]:
+    prompts = [_prompt(tokenizer, text) for text in texts]
+    check_prompt_lengths([*map(len, prompts)], new_tokens, context_length(model.config))
+    settings = model.generation_config
+    ends = {"eos_token_id": settings.eos_token_id, "pad_token_id": settings.pad_token_id}
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.inference_mode(), without_settings(model):
+            tokens = model.generate(**given, max_new_tokens=new_tokens, do_sample=False, **ends)
+        yield {"text": tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)}
+
+
+def _prompt(tokenizer: Any, text: str) -> list[int]:
     prefix: list[int] = []
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
@@ -172,16 +180,4 @@ def _prompt(tokenizer: Any, text: str) -> Mapping[str, Tensor]:
     else:
         # Without what ends a document, after which a model would begin another one.
         prefix, _ = document_ends(tokenizer)
-    ids = [*prefix, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-    given = torch.tensor([ids], dtype=torch.long)
-    return {"input_ids": given, "attention_mask": torch.ones_like(given)}
-
-
-def _continued(model: Any, tokenizer: Any, given: Mapping[str, Tensor], new_tokens: int) -> Answer:
-    settings = model.generation_config
-    ends = {"eos_token_id": settings.eos_token_id, "pad_token_id": settings.pad_token_id}
-    with torch.inference_mode(), without_settings(model):
-        tokens = model.generate(**given, max_new_tokens=new_tokens, do_sample=False, **ends)
-    return {
-        "text": tokenizer.decode(tokens[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
-    }
+    return [*prefix, *tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -119,11 +119,8 @@ def _linear(
     model: PreTrainedModel, path: str, outputs: Axis, inputs: Axis
 ) -> Iterator[tuple[str, Axes]]:
     module = model.get_submodule(path)
-    # GPT-2's Conv1D stores the transposed weight.
-    yield (
-        f"{path}.weight",
-        (outputs, inputs) if isinstance(module, nn.Linear) else (inputs, outputs),
-    )
+    is_plain = isinstance(module, nn.Linear)  # GPT-2's Conv1D stores the transposed weight
+    yield f"{path}.weight", (outputs, inputs) if is_plain else (inputs, outputs)
     if getattr(module, "bias", None) is not None:
         yield f"{path}.bias", (outputs,)
 

@@ -36,17 +36,18 @@ Dimensions = tuple[Kept, ...]
 
 
 def _prefix_view(whole: Tensor, kept: Dimensions) -> Tensor:
-    """Return the kept prefixes as a view, in which every dimension becomes two: [parts, length]."""
-    for dimension, (length, parts, _) in reversed(list(enumerate(kept))):
+    # Every dimension becomes two, [parts, length]; a list of rows is taken afterwards.
+    for dimension, (length, parts, rows) in reversed(list(enumerate(kept))):
         size = whole.shape[dimension] // parts
-        whole = whole.unflatten(dimension, (parts, size)).narrow(dimension + 1, 0, length)
+        whole = whole.unflatten(dimension, (parts, size))
+        whole = whole.narrow(dimension + 1, 0, size if rows is not None else length)
     return whole
 
 
 def taken(whole: Tensor, kept: Dimensions) -> Tensor:
     """Return the kept part of a weight, which shares memory if each dimension keeps one prefix."""
-    firsts = _prefixes(kept, whole.shape)
-    part = _prefix_view(whole, firsts).reshape([k.length * k.parts for k in firsts])
+    part = _prefix_view(whole, kept)
+    part = part.reshape([p * n for p, n in zip(part.shape[::2], part.shape[1::2], strict=True)])
     for dimension, (_, _, rows) in enumerate(kept):
         part = part if rows is None else part.index_select(dimension, rows)
     return part
@@ -63,13 +64,9 @@ def padded(part: Tensor, shape: torch.Size, kept: Dimensions) -> Tensor:
     if part.shape == shape:
         return part
     whole = part.new_zeros(shape)
-    target = _prefix_view(whole, _prefixes(kept, shape))
+    target = _prefix_view(whole, kept)
     target.copy_(part.reshape(target.shape))
     return whole
-
-
-def _prefixes(kept: Dimensions, shape: torch.Size) -> Dimensions:
-    return tuple(k if k.rows is None else Kept(size) for k, size in zip(kept, shape, strict=True))
 
 
 @dataclass
@@ -106,19 +103,17 @@ class Views:
             return Kept(size)
         if axis.keeps_prefix(cut):
             return Kept((axis.length(cut.view) or 0) // axis.parts, axis.parts)
-        if cut is not self.base:
-            return _rows_of(axis.rows(cut, size), size, device)
-        # Copied to the device once per cut, not once per forward.
         key = (axis, size, device)
-        if key not in self._rows:
-            self._rows[key] = _rows_of(axis.rows(cut, size), size, device)
-        return self._rows[key]
-
-
-def _rows_of(rows: list[int], size: int, device: torch.device) -> Kept:
-    if rows == [*range(size)]:
-        return Kept(size)
-    return Kept(len(rows), 1, torch.tensor(rows, dtype=torch.long, device=device))
+        if cut is self.base and key in self._rows:
+            return self._rows[key]
+        rows = axis.rows(cut, size)
+        if rows == [*range(size)]:
+            kept = Kept(size)
+        else:
+            kept = Kept(len(rows), 1, torch.tensor(rows, dtype=torch.long, device=device))
+        if cut is self.base:  # copied to the device once per cut, not once per forward
+            self._rows[key] = kept
+        return kept
 
 
 @dataclass(frozen=True)

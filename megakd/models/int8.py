@@ -23,9 +23,15 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, initialization
 
 from megakd.errors import ModelError, one_line
-from megakd.models.model_folder import INDEX_NAME, write_weights
+from megakd.models.model_folder import write_weights
 from megakd.models.own_models import CONFIG_ERRORS, class_of, register_own_models
-from megakd.models.weights import SAFETENSORS, StoredTensor, WeightReader, check_weight_files
+from megakd.models.weights import (
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    StoredTensor,
+    WeightReader,
+    check_weight_files,
+)
 from megakd.process.terminal import in_home
 from megakd.storage.atomic import write_content
 from megakd.storage.folders import CHECKSUMS, check_given, sealed_folder
@@ -123,7 +129,17 @@ def _quantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if name in tensors and id(tensors[name]) in seen:
             continue
         seen.add(id(tensors.get(name)))
-        tensor = _checked(reader.read(place), f"{folder}: {name}")
+        tensor, where = reader.read(place), f"{folder}: {name}"
+        if tensor.dtype == torch.int8 and tensor.ndim >= 2:
+            raise ModelError(
+                f"{where} is stored as int8; give the folder of the model in fp32 or bf16"
+            )
+        # A value of fp64 may exceed fp32.
+        if tensor.is_floating_point() and not tensor.to(torch.float32).isfinite().all():
+            raise ModelError(
+                f"{where} holds values that are not finite, which int8 cannot express; train the "
+                "model again, for example with a lower learning rate, or leave out save.int8"
+            )
         if not tensor.is_floating_point() or tensor.ndim < 2 or not tensor.numel():
             yield name, tensor
             continue
@@ -135,20 +151,6 @@ def _quantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
         values, scale = quantize(tensor)
         yield name, values
         yield name + SCALE, scale
-
-
-def _checked(tensor: Tensor, where: str) -> Tensor:
-    if tensor.dtype == torch.int8 and tensor.ndim >= 2:
-        raise ModelError(f"{where} is stored as int8; give the folder of the model in fp32 or bf16")
-    if not tensor.is_floating_point():
-        return tensor
-    # A value of fp64 may exceed fp32.
-    if not torch.isfinite(tensor.to(torch.float32)).all():
-        raise ModelError(
-            f"{where} holds values that are not finite, which int8 cannot express; train the model "
-            "again, for example with a lower learning rate, or leave out save.int8"
-        )
-    return tensor
 
 
 def _places(folder: Path) -> Places:
@@ -241,7 +243,7 @@ def _built(folder: Path) -> PreTrainedModel:
 
 def _write_companions(folder: Path, to: Path, keys: Mapping[str, Any]) -> None:
     for path in (path for pattern in _COMPANIONS for path in folder.glob(pattern)):
-        if path.name not in (INDEX_NAME, CHECKSUMS):
+        if path.name not in (SAFETENSORS_INDEX, CHECKSUMS):
             shutil.copyfile(path, to / path.name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rest = {key: value for key, value in config.items() if key not in _FULL_PRECISION_KEYS}

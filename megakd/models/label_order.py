@@ -9,8 +9,6 @@ from transformers import PretrainedConfig
 
 from megakd.errors import ModelError
 
-GENERIC = re.compile(r"LABEL_\d+")
-
 
 def label_order(
     model_config: PretrainedConfig, label_names: Sequence[str], *, where: str
@@ -52,7 +50,7 @@ def labels_agree(model_config: PretrainedConfig, label_names: Sequence[str]) -> 
 def generic_labels(model_config: PretrainedConfig) -> tuple[str, ...] | None:
     """Return the names of a model's labels if all of them are LABEL_0, LABEL_1, …; else None."""
     names = model_label_names(model_config)
-    return names if names and all(GENERIC.fullmatch(name) for name in names) else None
+    return names if names and all(re.fullmatch(r"LABEL_\d+", name) for name in names) else None
 
 
 def model_label_names(model_config: PretrainedConfig) -> tuple[str, ...]:

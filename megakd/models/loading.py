@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -106,13 +106,9 @@ def resolve_model(  # noqa: PLR0913  (each is another fact about the model)
     keys = _read_config(folder, where, trust_remote_code=trust_remote_code, hint=hint)
     model_type = _built_as(keys["model_type"], architecture, where)
     family = _architecture(model_type, task, where)
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except CONFIG_ERRORS as error:
-        raise _invalid_config(error, f"{where}: {folder / CONFIG}", model_type) from error
-    _check_sizes(config, family, f"{where}: {folder / CONFIG}")
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    make = partial(AutoConfig.from_pretrained, folder, **options)
+    config = _checked_config(make, family, f"{where}: {folder / CONFIG}")
     if model_type != keys["model_type"]:
         config, stored = _read_original_t5(config, stored, model_type, where)
     return ModelSource(
@@ -278,12 +274,16 @@ def _scratch_source(
     model_type = _built_as(model_type, architecture, where)
     family = _architecture(model_type, task, f"{where}.config")
     rest = {key: value for key, value in keys.items() if key != "model_type"}
-    _check_config_keys(model_type, rest, where)
-    try:
-        config = CONFIG_MAPPING[model_type](**rest)
-    except CONFIG_ERRORS as error:
-        raise _invalid_config(error, f"{where}.config", model_type) from error
-    _check_sizes(config, family, f"{where}.config")
+    default = CONFIG_MAPPING[model_type]()
+    known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
+    if hasattr(default, "num_key_value_heads"):
+        known.add("head_dim")  # read by all of these models, and a key of only some configs
+    # transformers would accept a misspelled key and silently use a default.
+    for key in rest:
+        if key not in known and not key.startswith("_"):  # notes of transformers, as in config.json
+            near = suggestion(key, sorted(known))
+            raise ModelError(f"{where}.config.{key}: unknown key of a {model_type} config{near}")
+    config = _checked_config(partial(CONFIG_MAPPING[model_type], **rest), family, f"{where}.config")
     if getattr(config, "sinusoidal_pos_embds", False):
         raise ModelError(
             f"{where}.config: sinusoidal_pos_embds: true is not supported for a model from "
@@ -336,26 +336,35 @@ def _read_original_t5(
     return READ_T5_AS[model_type](**keys), renamed
 
 
-def _invalid_config(error: Exception, where: str, model_type: str) -> ModelError:
-    if not isinstance(error, AttributeError | KeyError):
-        return ModelError(f"{where}: {one_line(error)}")
-    return ModelError(
-        f"{where}: a value has the wrong form ({type(error).__name__}: {one_line(error)}); compare "
-        f"the config with that of another {model_type} model (id2label is a mapping from numbers "
-        "to names)"
-    )
-
-
-def _check_config_keys(model_type: str, keys: Mapping[str, Any], where: str) -> None:
-    """Raise on a misspelled key: transformers would accept the key and silently use a default."""
-    default = CONFIG_MAPPING[model_type]()
-    known = {*default.to_dict(), *default.attribute_map, *LEGACY_KEYS}
-    if hasattr(default, "num_key_value_heads"):
-        known.add("head_dim")  # read by all of these models, and a key of only some configs
-    for key in keys:
-        if key not in known and not key.startswith("_"):  # notes of transformers, as in config.json
-            near = suggestion(key, sorted(known))
-            raise ModelError(f"{where}.config.{key}: unknown key of a {model_type} config{near}")
+def _checked_config(
+    make: Callable[[], PretrainedConfig], family: Architecture, where: str
+) -> PretrainedConfig:
+    try:
+        config = make()
+    except (AttributeError, KeyError) as error:
+        raise ModelError(
+            f"{where}: a value has the wrong form ({type(error).__name__}: {one_line(error)}); "
+            f"compare the config with that of another {family.model_type} model (id2label is a "
+            "mapping from numbers to names)"
+        ) from error
+    except CONFIG_ERRORS as error:
+        raise ModelError(f"{where}: {one_line(error)}") from error
+    if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have no heads or neurons left
+        return config
+    keys = (family.layers, family.width, family.attention_heads)
+    shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
+    for key in (*keys, family.neurons, "max_position_embeddings", "d_kv", *shared):
+        size = getattr(config, key, None)
+        if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
+            raise ModelError(
+                f"{where}: {key} must be a whole number from 1 to {LARGEST_SIZE:,} (got {size!r})"
+            )
+    heads, width = getattr(config, family.attention_heads), family.hidden_width(config)
+    if getattr(config, "head_dim", None) is None and width % heads:
+        raise ModelError(
+            f"{where}: {family.width} {width} is not divisible by {family.attention_heads} {heads}"
+        )
+    return config
 
 
 def _architecture(model_type: str, task: TaskConfig, where: str) -> Architecture:
@@ -363,25 +372,6 @@ def _architecture(model_type: str, task: TaskConfig, where: str) -> Architecture
         return architecture_named(model_type, task.type)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from None
-
-
-def _check_sizes(config: PretrainedConfig, architecture: Architecture, where: str) -> None:
-    if hasattr(config, HEAD_COUNTS):  # a cut model: a layer may have no heads or neurons left
-        return
-    keys = (architecture.layers, architecture.width, architecture.attention_heads)
-    shared = ("num_key_value_heads", "head_dim", "vocab_size", "type_vocab_size", "embedding_size")
-    for key in (*keys, architecture.neurons, "max_position_embeddings", "d_kv", *shared):
-        size = getattr(config, key, None)
-        if size is not None and not (isinstance(size, int) and 1 <= size <= LARGEST_SIZE):
-            raise ModelError(
-                f"{where}: {key} must be a whole number from 1 to {LARGEST_SIZE:,} (got {size!r})"
-            )
-    heads, width = getattr(config, architecture.attention_heads), architecture.hidden_width(config)
-    if getattr(config, "head_dim", None) is None and width % heads:
-        raise ModelError(
-            f"{where}: {architecture.width} {width} is not divisible by "
-            f"{architecture.attention_heads} {heads}"
-        )
 
 
 def _folder_of(spec: str, where: str, patterns: Sequence[str]) -> Path:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megakd.data.encoding import save_tokenizer
 from megakd.models.own_models import OWN_MODELS
-from megakd.models.weights import DTYPES
+from megakd.models.weights import DTYPES, SAFETENSORS, SAFETENSORS_INDEX
 from megakd.storage.atomic import write_content
 from megakd.storage.folders import sealed_folder
 
@@ -35,7 +35,6 @@ HEADER_BYTES, ENTRY_BYTES = 1 << 20, 150
 """Room for the header of a file that is written tensor by tensor, and at most for a tensor beside
 its name."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX_NAME = "model.safetensors.index.json"
 Extra = Mapping[str, str | bytes | Callable[[], str | bytes]]
 
 
@@ -86,7 +85,7 @@ def fill_model_folder(
 ) -> None:
     """Write the files of `write_model_folder` into a folder that the caller seals."""
     dtype = write_weights(folder, state)
-    _write_config(folder, _exported(config, dtype, architecture), tokenizer)
+    _write_config(folder, config, dtype, architecture, tokenizer)
     if config.model_type in OWN_MODELS:
         file = OWN_MODELS[config.model_type].file
         shutil.copyfile(file, folder / file.name)
@@ -110,7 +109,7 @@ def fill_serving_folder(
     Names and bytes of the tensors are those of `fill_model_folder`.
     """
     dtype = write_weights(folder, state, shard_bytes=shard_bytes)
-    _write_config(folder, _exported(config, dtype, architecture), None)
+    _write_config(folder, config, dtype, architecture, None)
 
 
 def write_weights(
@@ -210,29 +209,27 @@ def hub_id(spec: str) -> str | None:
     return spec if is_id and not Path(spec).exists() else None
 
 
-def _exported(
-    config: PretrainedConfig, dtype: torch.dtype, architecture: str | None
-) -> PretrainedConfig:
-    exported = copy.deepcopy(config)
-    exported.dtype = dtype
-    if architecture is not None:
-        exported.architectures = [architecture]
-    if config.model_type in OWN_MODELS:
-        exported.auto_map = OWN_MODELS[config.model_type].auto_map
-    else:  # of the folder that the config was read from, whose files of code are not copied
-        vars(exported).pop("auto_map", None)
-    return exported
-
-
 def _write_config(
-    folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    architecture: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    if architecture is not None:
+        config.architectures = [architecture]
+    ours = OWN_MODELS.get(config.model_type)
+    if ours is not None:
+        config.auto_map = ours.auto_map
+    else:  # of the folder that the config was read from, whose files of code are not copied
+        vars(config).pop("auto_map", None)
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     config.to_json_file(str(folder / "config.json"))
-    models = OWN_MODELS[config.model_type].models if config.model_type in OWN_MODELS else {}
-    ours = models.get("AutoModelForCausalLM")
+    own_decoder = ours.models.get("AutoModelForCausalLM") if ours else None
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if (ours.__name__ if ours else stock) in (config.architectures or ()):
+    if (own_decoder.__name__ if own_decoder else stock) in (config.architectures or ()):
         _generation(config, tokenizer).to_json_file(folder / "generation_config.json")
 
 
@@ -257,7 +254,10 @@ def _without_second_names(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple
     """Yield the tensors as they are stored, under one name each if they share their memory."""
     seen: dict[tuple[Any, ...], weakref.ref[Any]] = {}
     for name, given in state:
-        tensor = _plain(given)
+        # Dense, on the CPU, and sharing memory with no other tensor that is stored.
+        tensor = given.detach().to("cpu").contiguous()
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()
         identity = (tensor.data_ptr(), tensor.dtype, tensor.shape)
         # The pointer identifies memory only while something keeps the memory alive.
         earlier = seen.get(identity)
@@ -267,15 +267,9 @@ def _without_second_names(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple
         yield name, tensor
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Return a dense CPU tensor that shares memory with no other; copy only if necessary."""
-    plain = tensor.detach().to("cpu").contiguous()
-    return plain.clone() if plain.untyped_storage().nbytes() > plain.nbytes else plain
-
-
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
     if len(shards) == 1:
-        (folder / "0.part").rename(folder / "model.safetensors")
+        (folder / "0.part").rename(folder / SAFETENSORS)
         return
     weight_map = {}
     for number, names in enumerate(shards):
@@ -284,4 +278,4 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
         weight_map |= dict.fromkeys(names, file_name)
     total = sum(size for names in shards for size in names.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -34,7 +34,6 @@ _TOLERANCE = 1e-4
 _SHAPES = ((2, 7), (1, 1), (1, 19), (3, 32))
 """Rows and tokens of the inputs that are compared; the first is the one that is traced."""
 _INPUTS = ("input_ids", "attention_mask")
-_OPSET = 18
 _MOST_IN_ONE_FILE = 1_500_000_000
 """Bytes of weights beyond which they go into a file beside the graph: protobuf ends at 2 GiB."""
 
@@ -148,7 +147,7 @@ def _export(model: PreTrainedModel, names: Sequence[str], graph: Path) -> None:
                 input_names=list(inputs),
                 output_names=["logits"],
                 dynamic_shapes=((free,) * len(inputs),),
-                opset_version=_OPSET,
+                opset_version=18,
                 external_data=_bytes(model) > _MOST_IN_ONE_FILE,
                 dynamo=True,
                 verbose=False,

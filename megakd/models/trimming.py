@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from megakd.data.tokenizers import from_folder
 from megakd.errors import DataError, ModelError
 from megakd.models.architectures import counts_padding
 from megakd.models.loading import load_finished
-from megakd.models.model_folder import INDEX_NAME, write_weights
+from megakd.models.model_folder import write_weights
+from megakd.models.weights import SAFETENSORS_INDEX
 from megakd.storage.folders import check_given
 
 WHERE = "--vocabulary task"
@@ -31,6 +32,7 @@ _TOKENIZER = "tokenizer.json"
 _OTHER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "*.model")
 """Vocabularies of other forms, which would contradict tokenizer.json."""
 _AT_ONCE = 1000
+_CONFIGS = ("config.json", "generation_config.json")
 
 Tokens = frozenset[str]
 Numbers = Mapping[int, int]
@@ -65,7 +67,7 @@ def trim_vocabulary(folder: Path, texts: Callable[[], Iterable[str]]) -> Trimmed
     numbers = {old: new for new, old in enumerate(sorted({known[token] for token in kept}))}
     before, after = _trim_weights(folder, torch.tensor(list(numbers)))
     _write_tokenizer(folder, tree, kept, numbers)
-    for name in ("config.json", "generation_config.json"):
+    for name in _CONFIGS:
         if (folder / name).is_file():
             _change_json(folder / name, lambda keys: _renumbered(keys, numbers))
     _check_same(backend, _backend(folder), texts())
@@ -91,18 +93,16 @@ def _tokens(backend: Tokenizer, texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _kept(tree: Mapping[str, Any], used: set[str], folder: Path) -> Tokens:
     model, added = tree["model"], {one["content"] for one in tree["added_tokens"]}
-    configured = {
-        value
-        for name in ("config.json", "generation_config.json")
-        if (folder / name).is_file()
-        for value in _special_numbers(json.loads((folder / name).read_text(encoding="utf-8")))
-    }
     if model["type"] not in _ALPHABETS:
         raise DataError(
             f"{WHERE}: a tokenizer of the kind {model['type']} chooses among all its tokens at "
             "once, and would read other texts differently without some of them; only WordPiece "
             "and BPE can be cut"
         )
+    files = [folder / name for name in _CONFIGS if (folder / name).is_file()]
+    keys = [key for file in files for key in json.loads(file.read_text(encoding="utf-8")).items()]
+    given = [value for key, value in keys if key.endswith("_token_id")]
+    configured = {*chain(*(one if isinstance(one, list) else [one] for one in given))}
     named = {token for token, number in model["vocab"].items() if number in configured}
     special = added | named | ({model["unk_token"]} & model["vocab"].keys())
     plain = {token: number for token, number in model["vocab"].items() if token not in special}
@@ -168,7 +168,7 @@ def _trim_weights(folder: Path, rows: Tensor) -> tuple[int, int]:
     if tables.isdisjoint(state):
         raise ModelError(f"{WHERE}: {folder} stores no embeddings of tokens")
     trimmed = {name: t[rows] if name in tables else t for name, t in state.items()}
-    for file in (*files, folder / INDEX_NAME):
+    for file in (*files, folder / SAFETENSORS_INDEX):
         file.unlink(missing_ok=True)
     write_weights(folder, trimmed.items())
     before, after = (sum(map(torch.numel, each.values())) for each in (state, trimmed))
@@ -226,12 +226,6 @@ def _renumbered_template(node: Any, numbers: Numbers) -> Any:
 def _change_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     content = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _special_numbers(keys: Mapping[str, Any]) -> Iterator[int]:
-    for key, value in keys.items():
-        if key.endswith("_token_id"):
-            yield from value if isinstance(value, list) else [value]
 
 
 def _renumbered(keys: dict[str, Any], numbers: Numbers) -> dict[str, Any]:

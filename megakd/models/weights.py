@@ -70,8 +70,9 @@ def check_weight_files(
     if not folder.is_dir():
         raise ModelError(f"{where}: {folder} does not exist or is not a folder")
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
-        files = _files_of(folder, single, index, where)
-        if not files:
+        listed = {} if (folder / single).is_file() else _weight_map(folder, index, where)
+        files = [folder / name for name in sorted({*listed.values()} or {single})]
+        if not files[0].is_file():
             continue
         if single == PICKLE and not allow_pickle:
             raise ModelError(
@@ -81,9 +82,14 @@ def check_weight_files(
             )
         stored: dict[str, StoredTensor] = {}
         for file in files:
-            stored.update(_read_keys(file, where))
-        if files[0].name != single:
-            _check_index(folder / index, stored, where)
+            stored.update(stored_tensors(file, where))
+        names = {key: tensor.file.name for key, tensor in stored.items()}
+        absent = [key for key, name in listed.items() if names.get(key) != name]
+        if absent:
+            raise ModelError(
+                f"{where}: {folder / index} lists {len(listed)} tensors and {len(absent)} of them "
+                f"are not in the files it names ({', '.join(absent[:3])}); fetch the model again"
+            )
         return stored
     raise ModelError(
         f"{where}: {folder} has no weights: neither {SAFETENSORS} nor {SAFETENSORS_INDEX} exists "
@@ -103,51 +109,25 @@ def gguf_hint(folder: Path) -> str:
     )
 
 
-def _files_of(folder: Path, single: str, index: str, where: str) -> list[Path]:
-    if (folder / single).is_file():
-        return [folder / single]
-    if not (folder / index).is_file():
-        return []
-    names = sorted(set(_weight_map(folder / index, where).values()))
+def _weight_map(folder: Path, index: str, where: str) -> dict[str, str]:
+    """Return the file of each tensor; nothing if there is no index."""
+    file = folder / index
+    if not file.is_file():
+        return {}
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{where}: {file} is not a weight index: {error!r}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{where}: {file} lists no weights")
+    names = sorted({*weight_map.values()})
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{where}: {folder / index} lists {len(names)} weight files and {len(missing)} of them"
+            f"{where}: {file} lists {len(names)} weight files and {len(missing)} of them"
             f" do not exist ({', '.join(missing[:3])}); fetch the model again"
         )
-    return [folder / name for name in names]
-
-
-def _weight_map(index: Path, where: str) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{where}: {index} is not a weight index: {error!r}") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{where}: {index} lists no weights")
     return weight_map
-
-
-def _check_index(index: Path, stored: Mapping[str, StoredTensor], where: str) -> None:
-    files = {key: tensor.file.name for key, tensor in stored.items()}
-    expected = _weight_map(index, where)
-    absent = [key for key, name in expected.items() if files.get(key) != name]
-    if absent:
-        raise ModelError(
-            f"{where}: {index} lists {len(expected)} tensors and {len(absent)} of them are not in"
-            f" the files it names ({', '.join(absent[:3])}); fetch the model again"
-        )
-
-
-def _read_keys(file: Path, where: str) -> dict[str, StoredTensor]:
-    if file.suffix == ".safetensors":
-        return stored_tensors(file, where)
-    return {
-        key: StoredTensor(
-            file=file, key=key, shape=tuple(tensor.shape), dtype=tensor.dtype, offset=position
-        )
-        for position, (key, tensor) in enumerate(_load_pickle(file, where).items())
-    }
 
 
 def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
@@ -159,7 +139,13 @@ def _load_pickle(file: Path, where: str) -> dict[str, Tensor]:
 
 
 def stored_tensors(file: Path, where: str) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file; its length must agree with its header."""
+    """Return the tensors of a weight file; the length of safetensors must agree with its header."""
+    if file.suffix != ".safetensors":
+        tensors = enumerate(_load_pickle(file, where).items())
+        return {
+            key: StoredTensor(file=file, key=key, shape=tuple(t.shape), dtype=t.dtype, offset=place)
+            for place, (key, t) in tensors
+        }
     with file.open("rb") as stream:
         start = stream.read(8)
         if start[:7] == b"version":

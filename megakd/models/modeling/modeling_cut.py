@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import transformers as hf
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from transformers.models.electra.modeling_electra import ElectraLayer
@@ -314,15 +313,6 @@ GPT2 = Parts(
 )
 
 
-def _config(stock: type[PreTrainedConfig], parts: Parts) -> type[Any]:
-    members = {"model_type": f"cut_{stock.model_type}", "parts": parts}
-    return type(f"Cut{stock.__name__}", (_Shape, stock), members)
-
-
-def _model(stock: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[Any]:
-    return type(f"Cut{stock.__name__}", (_Cut, stock), {"config_class": config})
-
-
 _ENCODER = ("Model", "ForSequenceClassification", "ForMaskedLM")
 _DECODER = ("Model", "ForCausalLM")
 # By family: its parts, and the classes of transformers of which there is a cut form.
@@ -341,10 +331,12 @@ for _family, _parts, _names in (
     ("Granite", LLAMA._replace(layer=GraniteDecoderLayer), _DECODER),
     ("GPT2", GPT2, ("Model", "LMHeadModel")),
 ):
-    _cut = _config(getattr(hf, f"{_family}Config"), _parts)
-    globals()[_cut.__name__] = _cut
+    _stock = getattr(hf, f"{_family}Config")
+    _members = {"model_type": f"cut_{_stock.model_type}", "parts": _parts}
+    _config = type(f"Cut{_family}Config", (_Shape, _stock), _members)
+    globals()[f"Cut{_family}Config"] = _config
     for _name in _names:
         # Gemma3TextConfig and Gemma3TextModel, but Gemma3ForCausalLM.
-        _prefix = _family if _name == "Model" else _family.removesuffix("Text")
-        _class = _model(getattr(hf, _prefix + _name), _cut)
-        globals()[_class.__name__] = _class
+        _class = (_family if _name == "Model" else _family.removesuffix("Text")) + _name
+        _bases = (_Cut, getattr(hf, _class))
+        globals()[f"Cut{_class}"] = type(f"Cut{_class}", _bases, {"config_class": _config})
