@@ -215,7 +215,7 @@ def _choose(config: ShrinkConfig, lab: Lab, hop: Hop, groups: Sequence[Named]) -
 
 
 def _stage(config: ShrinkConfig, lab: Lab, hop: Hop, groups: Sequence[Named]) -> Stage:
-    """Return a stage whose model is cut to the units of all candidates."""
+    # Its model is cut to the units of all candidates.
     every, metric = _all_of(groups), metric_of(config, lab)
     views = {name: hop.view(one) for name, one in {ALL_SIZES: _union(every), **every}.items()}
     judges = tuple(BestCandidate(metric, tuple(named)) for named in groups)
@@ -227,7 +227,6 @@ def _all_of(groups: Sequence[Named]) -> Named:
 
 
 def _within(hop: Hop, start: Model, named: Named) -> Hop:
-    """Return the hop from a model that was cut to the units of all candidates."""
     return hop.at(start, hop.view(_union(named)).layers or ())
 
 
