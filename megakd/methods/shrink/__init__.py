@@ -413,8 +413,7 @@ def _choose(
         (view,) = views.values()
         return lab.pruning.cut(hop.start, view, f"cut-{number}"), view.layers or ()
     judge = BestCandidate(metric_of(config, lab), tuple(named))
-    stage = dataclasses.replace(trial(config, lab, hop, views, judge), name=f"{TRIAL}{number}")
-    result = lab.train(stage)
+    result = lab.train(trial(config, lab, hop, views, judge, number))
     lab.record.candidates += rows_of(lab, hop, named, result.scores, judge=judge, iteration=number)
     return lab.source(result.folder), views[result.view or candidates[0].name].layers or ()
 

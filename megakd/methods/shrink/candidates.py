@@ -251,7 +251,7 @@ def candidates_of(
     if not fitting:
         raise ConfigError(no_candidate(budget, nearest_of(cuts, budget), whole))
     if not isinstance(wanted, int):
-        return _asked(fitting, wanted, cuts[0])
+        return _with_shares(fitting, wanted, cuts[0])
     if wanted == 1:
         return [fewest_layers(fitting, target)]
     if wanted >= len(fitting):
@@ -280,7 +280,9 @@ def fewest_layers(fitting: Sequence[Candidate], target: float) -> Candidate:
     return min((o for o in widest if o[1:3] == units), key=lambda one: abs(one.size - target))
 
 
-def _asked(fitting: Sequence[Candidate], shares: Sequence[float], cuts: Cuts) -> list[Candidate]:
+def _with_shares(
+    fitting: Sequence[Candidate], shares: Sequence[float], cuts: Cuts
+) -> list[Candidate]:
     by_layers = {one.layers: one for one in fitting if one.width is None}
     asked = sorted({max(1, round(share * cuts.layers)) for share in shares}, reverse=True)
     missing = [depth for depth in asked if depth not in by_layers]
