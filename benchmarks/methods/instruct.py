@@ -56,7 +56,7 @@ from lib.launching import (
 from lib.options import add_runs, fractions, need, parsed, parser_of
 from lib.tables import columns_of, print_models
 from megakd.contract.views import evenly_spaced, most_important
-from megakd.methods.shrink.budget import parameters_of
+from megakd.methods.shrink import parameters_of
 from megakd.storage.atomic import replaced_folder
 from methods.instruct_loops import DONE
 

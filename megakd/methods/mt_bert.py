@@ -18,7 +18,7 @@ from megakd.contract.lab import Lab
 from megakd.contract.options import MethodOptions
 from megakd.contract.stage import StageResult
 from megakd.contract.tasks import LANGUAGE_TASKS
-from megakd.contract.terms import STRICT, TermConfig, compares
+from megakd.contract.terms import STRICT, compares
 from megakd.methods.pools import all_teachers, taught_by_all
 
 
@@ -43,10 +43,9 @@ def run(config: MtBertConfig, lab: Lab) -> StageResult:
     del config
     names = all_teachers(lab)
     trusting = (dataclasses.replace(term, row_weight="teacher_loss") for term in lab.soft_terms())
-    objective = tuple(_once(term, len(names)) for term in lab.config.objective or trusting)
+    # Passes add up over teachers, and labels count once.
+    objective = tuple(
+        term if compares(term) else dataclasses.replace(term, weight=term.weight / len(names))
+        for term in lab.config.objective or trusting
+    )
     return taught_by_all(lab, names, objective, share=1.0, how="teacher_loss")
-
-
-def _once(term: TermConfig, passes: int) -> TermConfig:
-    """Return a term with its share of a pass: passes add up over teachers, labels count once."""
-    return term if compares(term) else dataclasses.replace(term, weight=term.weight / passes)

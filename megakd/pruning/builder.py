@@ -82,14 +82,10 @@ class SortedTeacher:
         residual: bool = False,
         with_heads: Collection[int] = (),
     ) -> View:
-        """Return the prefix of every layer that remains at a sparsity.
+        """Return the prefix of every layer that remains at a sparsity; see `contract.lab`.
 
-        Args:
-            allocation: `global` ranks the units of all layers by their scores in units of the L2
-                norm of their layer, `global_raw` by the scores themselves; `uniform` removes the
-                same share of every layer.
-            round_to: multiple of rows and columns of the weights to round to.
-            with_heads: attentions, numbered from 0, that must keep a head.
+        `global` ranks the units of all layers by their scores in units of the L2 norm of their
+        layer, `global_raw` by the scores themselves; `uniform` removes the same share of each.
         """
         scores = self.scores if residual else self.scores._replace(width=None)
         view = view_at(

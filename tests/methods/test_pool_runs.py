@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from pool_bench import SIZES, STEPS, Bench
 from tiny_runs import bert, config_tree, llama, reviews, write_config, write_jsonl, write_reviews
 from whole_run import finish, forgotten, read, records, same_weights, weights
 
+from megakd.contract.results import MethodRecord
+from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import PluginTerm
 from megakd.methods import mt_bert
 
@@ -173,9 +176,27 @@ def test_a_label_loss_of_another_package_counts_once_too():
     class Distance(PluginTerm):
         needs_teacher = True
 
-    terms = [mt_bert._once(kind(loss="mine:Loss", weight=0.6), 3) for kind in (Focal, Distance)]
+    trained: list[Stage] = []
 
-    assert [term.weight for term in terms] == pytest.approx([0.2, 0.6])
+    def train(stage: Stage) -> StageResult:
+        trained.append(stage)
+        return StageResult(name="student", folder=Path())
+
+    lab: Any = SimpleNamespace(
+        config=SimpleNamespace(
+            objective=[kind(loss="mine:Loss", weight=0.6) for kind in (Focal, Distance)],
+            teacher_specs=("large", "middle", "small"),
+        ),
+        record=MethodRecord(),
+        soft_terms=lambda: (),
+        teacher=lambda name: name,
+        train=train,
+    )
+
+    mt_bert.run(mt_bert.MtBertConfig(name="mt_bert"), lab)
+
+    (stage,) = trained
+    assert [term.weight for term in stage.objective] == pytest.approx([0.2, 0.6])
 
 
 def test_teachers_in_a_row_begin_with_the_largest(bench):

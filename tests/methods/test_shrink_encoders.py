@@ -29,8 +29,7 @@ from megakd.contract.lab import TimedWork
 from megakd.contract.results import SizedStudent
 from megakd.contract.views import View
 from megakd.errors import ConfigError
-from megakd.methods.shrink.budget import Sizes, timed_candidates
-from megakd.methods.shrink.candidates import Budget, Family
+from megakd.methods.shrink.candidates import Budget, Family, Sizes, timed_candidates
 from megakd.pruning.builder import ShapeTimer
 from megakd.run.run_report import timed_forwards, timed_on
 

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab
 from megakd.contract.options import OneTeacherOptions
-from megakd.contract.stage import Constant, Pass, Stage, StageResult, Strategy
+from megakd.contract.stage import Constant, Pass, Stage, StageResult
 from megakd.contract.tasks import LANGUAGE_TASKS, STUDENT
 from megakd.contract.terms import (
     STRICT,
@@ -133,7 +133,7 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
         strategy = Constant((Pass(teacher=teacher),))
     elif config.policy == "learned":
         selector = _selector(config, lab, teacher, kinds)
-        strategy = Selecting(teacher, selector, _choosing(config, lab), lab.probe("student"))
+        strategy = Selecting(teacher, selector, _choosing(config, lab), lab.probe(STUDENT))
     else:
         strategy = RandomWeights(
             teacher,
@@ -142,11 +142,7 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
             seed=lab.config.seed,
             threshold=config.threshold,
         )
-    return lab.train(_student(teacher, kinds, strategy))
-
-
-def _student(teacher: str, kinds: tuple[TermConfig, ...], strategy: Strategy) -> Stage:
-    return Stage(name="student", teachers=(teacher,), objective=kinds, strategy=strategy)
+    return lab.train(Stage(name=STUDENT, teachers=(teacher,), objective=kinds, strategy=strategy))
 
 
 def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
@@ -227,9 +223,11 @@ def _stage_1(
             updates=config.updates,
         ),
     )
-    return dataclasses.replace(
-        _student(teacher, kinds, strategy),
+    return Stage(
         name=STAGE,
+        teachers=(teacher,),
+        objective=kinds,
+        strategy=strategy,
         # The selector learns in whole episodes, regardless of the students' scores.
         train=dataclasses.replace(lab.config.train, max_steps=steps, early_stopping_patience=None),
     )

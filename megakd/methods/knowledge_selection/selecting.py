@@ -99,18 +99,14 @@ class Selecting(Strategy):
 
     @torch.no_grad()
     def _chosen(self, step: int, summaries: Tensor) -> tuple[float, ...]:
-        """Return the action, on all ranks that of the first rank.
-
-        Other ranks may have another kind of processor, whose last digits differ. Ranks that use
-        different kinds would wait for each other forever.
-        """
         action = self.selector.action(self.selector.state(summaries[None]))[0]
         values = tuple((action + self._noise(step, len(action))).tolist())
         if self.choosing.hard:
             chosen = hardened(values, self.choosing.threshold)
         else:
             chosen = tuple(min(max(value, 0.0), 1.0) for value in values)
-        # Ranks may round differently, and a decision that differs would stop the run.
+        # The last digits differ between kinds of processors, and ranks that use different kinds of
+        # knowledge would wait for each other forever.
         return agree(chosen)
 
     def _noise(self, step: int, kinds: int) -> Tensor:
@@ -118,7 +114,7 @@ class Selecting(Strategy):
         return torch.zeros(())
 
     def _note(self, summaries: Tensor, action: tuple[float, ...]) -> None:
-        """Record the state and the action of a step."""
+        pass
 
     def scalars(self) -> Mapping[str, float]:
         """Return the mean weight of each kind since the last call."""

@@ -228,7 +228,10 @@ def encode_mixed(
         }
     )
     names = (*_COLUMNS, WORD_STARTS) if task.whole_word_masking else _COLUMNS
-    tables = tables_of_lists(_rows(rows, cutter, _RowShape.of(pair, task)), names)
+    student, teacher = map(_Frame.of, pair)
+    room = task.row_length - max(student.size, teacher.size)
+    shape = _RowShape(room, student, task.whole_word_masking)
+    tables = tables_of_lists(_rows(rows, cutter, shape), names)
     made = with_tokens(tables, lambda: no_tokens(rows, task, split="train", counts={}))
     return cached_tables({"train": made}, key, cache_dir=cache_dir)["train"], key
 
@@ -237,12 +240,6 @@ class _RowShape(NamedTuple):
     room: int  # the most pieces of a row, without special tokens
     special: _Frame  # of the student
     has_word_starts: bool
-
-    @staticmethod
-    def of(pair: VocabularyPair, task: TaskConfig) -> _RowShape:
-        student, teacher = map(_Frame.of, pair)
-        room = task.row_length - max(student.size, teacher.size)
-        return _RowShape(room, student, task.whole_word_masking)
 
 
 def _rows(rows: Dataset, cutter: WordCutter, shape: _RowShape) -> Iterator[_Row]:
@@ -274,15 +271,19 @@ def _text_rows(words: SharedWords, sizes: NDArray[np.int64], shape: _RowShape) -
             pieces.ids[pieces.starts[first] : pieces.starts[last]]
             for pieces in (words.student, words.teacher)
         )
-        lengths = student_lengths[part]
-        row = (
-            np.concatenate([shape.special.before, student, shape.special.after]),
+        before, after = shape.special
+        row: _Row = (
+            np.concatenate([before, student, after]),
             teacher,
-            lengths,
+            student_lengths[part],
             teacher_lengths[part],
             words.fixed[part],
         )
-        yield (*row, _word_starts(lengths, shape)) if shape.has_word_starts else row
+        if shape.has_word_starts:
+            lengths = [np.ones_like(before), student_lengths[part], np.ones_like(after)]
+            counts = np.concatenate(lengths)
+            row += (np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32),)
+        yield row
 
 
 def word_windows(sizes: NDArray[np.int64], room: int) -> Iterator[tuple[int, int]]:
@@ -302,12 +303,6 @@ def word_windows(sizes: NDArray[np.int64], room: int) -> Iterator[tuple[int, int
         last = int(np.searchsorted(ends, before + limit, side="right"))
         yield first, last
         first = last
-
-
-def _word_starts(lengths: NDArray[np.int64], shape: _RowShape) -> NDArray[np.int32]:
-    before, after = map(np.ones_like, shape.special)
-    sizes = np.concatenate([before, lengths, after])
-    return np.repeat(np.cumsum(sizes) - sizes, sizes).astype(np.int32)
 
 
 def _check_numbers(role: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -62,39 +62,33 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, where: str) -> None
 
     An error message begins with `where`: a config key, a folder or a name.
     """
-    taken: dict[int, str] = {}
-    for role in _NEEDED_FOR:
-        number = _id_of(tokenizer, role, where)
+    vocabulary, taken = tokenizer.get_vocab(), dict[int, str]()
+    for role, need in _NEEDED_FOR.items():
+        token = getattr(tokenizer, f"{role}_token")
+        if token is None:
+            raise DataError(
+                f"{where}: the tokenizer has no {role} token, which {need}; set {role}_token in "
+                "its tokenizer_config.json, or use another tokenizer"
+            )
+        number = vocabulary.get(str(token))
+        if number is None:
+            raise DataError(
+                f"{where}: the {role} token {token} is not in the vocabulary of the tokenizer; set "
+                f"{role}_token in its tokenizer_config.json to a token of the vocabulary"
+            )
+        stored = tokenizer.convert_ids_to_tokens(number)
+        if stored != str(token):
+            raise DataError(
+                f"{where}: the {role} token {token} has the id {number}, which is the id of "
+                f"{stored} in the vocabulary of the tokenizer; give every token an id of its own"
+            )
         if number in taken:
             raise DataError(
-                f"{where}: {tokenizer.convert_ids_to_tokens(number)} is both the {taken[number]} "
-                f"token and the {role} token of the tokenizer; set {role}_token in its "
-                "tokenizer_config.json to a token of its own"
+                f"{where}: {stored} is both the {taken[number]} token and the {role} token of the "
+                f"tokenizer; set {role}_token in its tokenizer_config.json to a token of its own"
             )
         taken[number] = role
     _check_template(tokenizer, where)
-
-
-def _id_of(tokenizer: PreTrainedTokenizerBase, role: str, where: str) -> int:
-    token = getattr(tokenizer, f"{role}_token")
-    if token is None:
-        raise DataError(
-            f"{where}: the tokenizer has no {role} token, which {_NEEDED_FOR[role]}; set "
-            f"{role}_token in its tokenizer_config.json, or use another tokenizer"
-        )
-    number = tokenizer.get_vocab().get(str(token))
-    if number is None:
-        raise DataError(
-            f"{where}: the {role} token {token} is not in the vocabulary of the tokenizer; set "
-            f"{role}_token in its tokenizer_config.json to a token of the vocabulary"
-        )
-    stored = tokenizer.convert_ids_to_tokens(number)
-    if stored != str(token):
-        raise DataError(
-            f"{where}: the {role} token {token} has the id {number}, which is the id of {stored} "
-            "in the vocabulary of the tokenizer; give every token an id of its own"
-        )
-    return number
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:

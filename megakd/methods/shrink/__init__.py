@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megakd.contract.lab import Lab, Model, TimedWork
@@ -37,23 +38,15 @@ from megakd.contract.terms import (
     soft_terms,
 )
 from megakd.methods.assistants import ImportanceOptions
-from megakd.methods.shrink.budget import (
-    SPEED_TOLERANCE,
-    Parameters,
-    Several,
-    Share,
-    Sizes,
-    Speedup,
-    falling,
-    short_name,
-    timed_candidates,
-)
 from megakd.methods.shrink.candidates import (
+    SPEED_TOLERANCE,
     TOLERANCE,
     Budget,
     Candidate,
     Family,
+    Sizes,
     candidates_of,
+    timed_candidates,
 )
 from megakd.methods.shrink.stages import (
     SHARED,
@@ -82,6 +75,63 @@ MEASURE_AGAIN = (
     "; times beside other work are wrong: remove stages/times* of the run, and start again"
 )
 BUDGETS = ("parameters", "target_sparsity", "flops", "speedup")
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parameters_of(value: object) -> object:
+    """Return the whole number that a text such as "0.6B" or "600M" writes; others unchanged."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", value, re.IGNORECASE)
+    if match is None:
+        raise ValueError(
+            f'must be a number of weights such as 0.6B, 600M or 600000000 (got "{value}")'
+        )
+    return round(float(match[1]) * _FACTORS[match[2].upper()])
+
+
+def _with_sign(sign: str, divisor: int, example: str) -> Callable[[object], object]:
+    def read(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({sign})?\s*", value, re.IGNORECASE)
+        if match is None:
+            raise ValueError(f'must be a number such as {example} (got "{value}")')
+        return float(match[1]) / (divisor if match[2] else 1)
+
+    return read
+
+
+def _split(value: object) -> object:
+    """Return the parts of a text with commas; one number alone is a list of one."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    if isinstance(value, list):
+        return tuple(value)
+    return value if value is None or isinstance(value, tuple) else (value,)
+
+
+def falling(key: str, sizes: Sequence[float] | None, *, sign: int = 1) -> Iterator[str]:
+    """Yield the problem of sizes that do not begin with the largest model."""
+    if any(sign * first <= sign * second for first, second in pairwise(sizes or ())):
+        listed = ", ".join(f"{size:,g}" for size in sizes or ())
+        yield f"{key}: the largest model comes first, and sizes differ (got {listed})"
+
+
+def short_name(parameters: int) -> str:
+    """Return a number of weights as a user writes it, such as 600M."""
+    factors = {letter: factor for letter, factor in _FACTORS.items() if factor <= parameters}
+    letter = max(factors, key=factors.__getitem__)
+    return f"{parameters / factors[letter]:.6g}{letter}"
+
+
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], BeforeValidator(_split), Field(min_length=1)]
+Parameters = Annotated[int, BeforeValidator(parameters_of), Field(ge=1)]
+Speedup = Annotated[float, BeforeValidator(_with_sign("x", 1, "8x or 8")), Field(gt=1)]
+Share = Annotated[float, BeforeValidator(_with_sign("%", 100, "12% or 0.12")), Field(gt=0, lt=1)]
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -363,8 +413,7 @@ def _choose(
         (view,) = views.values()
         return lab.pruning.cut(hop.start, view, f"cut-{number}"), view.layers or ()
     judge = BestCandidate(metric_of(config, lab), tuple(named))
-    stage = dataclasses.replace(trial(config, lab, hop, views, judge), name=f"{TRIAL}{number}")
-    result = lab.train(stage)
+    result = lab.train(trial(config, lab, hop, views, judge, number))
     lab.record.candidates += rows_of(lab, hop, named, result.scores, judge=judge, iteration=number)
     return lab.source(result.folder), views[result.view or candidates[0].name].layers or ()
 

@@ -1,4 +1,4 @@
-"""Shapes that can be cut out of a model, their sizes, and candidates of one size.
+"""Shapes that can be cut out of a model, their sizes, and candidates of one size or one time.
 
 All layers of a candidate have the same shape, so that the stock config of the family describes it.
 """
@@ -9,14 +9,23 @@ import math
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
+from megakd.contract.lab import Lab, Model, TimedWork
 from megakd.contract.views import View, most_important
 from megakd.errors import ConfigError
 
 ERROR_WEIGHT = 10.0
 """A size that is 1 % off counts as much as shares of heads and neurons that differ by 0.1."""
 LARGEST_GRID = 64
+SPEED_TOLERANCE = 0.05
+"""How far the time of a candidate may be from the wanted time, as a share of it."""
+TIMINGS = 4
+"""How often a candidate is timed at most; in between, its number of neurons is corrected."""
+SPARE = 3
+"""Shapes that are timed where one is wanted: the fewest layers may turn out to be too fast."""
+_size = operator.attrgetter("size")
 TOLERANCE = 0.03
 """How far the size of a candidate may be from the wanted size, as a share of it."""
 
@@ -242,7 +251,7 @@ def candidates_of(
     if not fitting:
         raise ConfigError(no_candidate(budget, nearest_of(cuts, budget), whole))
     if not isinstance(wanted, int):
-        return _asked(fitting, wanted, cuts[0])
+        return _with_shares(fitting, wanted, cuts[0])
     if wanted == 1:
         return [fewest_layers(fitting, target)]
     if wanted >= len(fitting):
@@ -271,7 +280,9 @@ def fewest_layers(fitting: Sequence[Candidate], target: float) -> Candidate:
     return min((o for o in widest if o[1:3] == units), key=lambda one: abs(one.size - target))
 
 
-def _asked(fitting: Sequence[Candidate], shares: Sequence[float], cuts: Cuts) -> list[Candidate]:
+def _with_shares(
+    fitting: Sequence[Candidate], shares: Sequence[float], cuts: Cuts
+) -> list[Candidate]:
     by_layers = {one.layers: one for one in fitting if one.width is None}
     asked = sorted({max(1, round(share * cuts.layers)) for share in shares}, reverse=True)
     missing = [depth for depth in asked if depth not in by_layers]
@@ -297,12 +308,128 @@ def nearest_of(cuts: Sequence[Cuts], budget: Budget) -> list[Candidate]:
 
 def no_candidate(budget: Budget, near: Sequence[Candidate], whole: Candidate) -> str:
     """Return the message that no shape has the size of the budget; it names the nearest ones."""
-    size = operator.attrgetter("size")
-    below = max((one for one in near if one.size < budget.target), key=size, default=None)
-    above = min((one for one in near if one.size > budget.target), key=size, default=None)
+    below = max((one for one in near if one.size < budget.target), key=_size, default=None)
+    above = min((one for one in near if one.size > budget.target), key=_size, default=None)
     texts = [f"{budget.text(one.size)} ({one.shape()})" for one in (below, above) if one]
     return (
         f"{budget.key}: no model with {budget.text(budget.target)} (within {budget.tolerance:.0%}) "
         f"can be cut out of the teacher ({whole.shape()}, {budget.text(whole.size)}); the nearest "
         f"possible sizes are {' and '.join(texts)}{budget.advice}"
     )
+
+
+class Sizes(NamedTuple):
+    """Sizes of the shapes of a model.
+
+    family: the model. widths: widths of the hidden states; None: the teacher's. lab: measures.
+    model: the model that is cut, before or after it learns; a size depends on its config alone.
+    """
+
+    lab: Lab
+    model: Model
+    family: Family
+    widths: Sequence[int | None]
+
+    def weights(self, view: View) -> int:
+        return self.lab.pruning.parameters(self.model, view).parameters
+
+    def operations(self, view: View) -> float:
+        """Return the multiplications of a token in the layers, as a share of the whole model's."""
+        count = self.lab.pruning.parameters
+        whole = count(self.model, self.family.units).encoder_parameters
+        return count(self.model, view).encoder_parameters / whole
+
+    def of(self, size: Callable[[View], float]) -> list[Cuts]:
+        return [cuts_of(self.family, size, width) for width in self.widths]
+
+
+def timed_candidates(
+    sizes: Sizes, budget: Budget, wanted: int | Sequence[float], work: TimedWork
+) -> list[Candidate]:
+    """Return candidates whose measured time, relative to the teacher's, is that of the budget.
+
+    The times of a few shapes give the times of all others. The candidates are then timed, and their
+    numbers of neurons corrected. If none meets the tolerance, twice the tolerance counts. If one
+    is wanted, it has the fewest layers, and a width is timed if no shape of the wider ones fits.
+
+    Raises:
+        ConfigError: no shape is that fast; the message has the nearest that were timed.
+    """
+    every, tried = list[Cuts](), list[Candidate]()
+    loose = budget._replace(tolerance=2 * budget.tolerance)
+    for widths in zip(sizes.widths) if wanted == 1 else (sizes.widths,):
+        part = "" if widths[0] is None else f"-width-{widths[0]}"
+        cuts = _timed_cuts(sizes, widths, f"times{part}", work)
+        # The sizes of shapes between the timed ones are estimates.
+        few = (
+            fitting_of(cuts, loose)[-SPARE:] if wanted == 1 else candidates_of(cuts, loose, wanted)
+        )
+        timed = _timed(few, sizes, cuts, budget, f"times-{budget.name}{part}-", work)
+        nearest = [min(ones, key=lambda o: abs(o.size - budget.target)) for ones in timed]
+        fitting = [one for one in nearest if budget.allows(one.size)]
+        fitting = fitting or [one for one in nearest if loose.allows(one.size)]
+        if fitting:
+            return [fewest_layers(fitting, budget.target)] if wanted == 1 else fitting
+        every, tried = [*every, *cuts], [*tried, *chain(*timed)]
+    near = tried or nearest_of(every, budget)
+    raise ConfigError(no_candidate(budget, near, every[0].whole))
+
+
+def _timed(
+    untimed: Sequence[Candidate],
+    sizes: Sizes,
+    cuts: Sequence[Cuts],
+    budget: Budget,
+    name: str,
+    work: TimedWork,
+) -> list[list[Candidate]]:
+    """Time candidates, correct those that miss the budget, and return all shapes of each."""
+    by_width = {of_width.width: of_width for of_width in cuts}
+    timed: dict[str, list[Candidate]] = {one.name: [] for one in untimed}
+    for number in range(1, TIMINGS + 1):
+        if not untimed:
+            break
+        views = {one.name: sizes.family.view(*one[:3], one.width) for one in untimed}
+        measure = sizes.lab.pruning.relative_times
+        measured = measure(sizes.model, views, f"{name}{number}", work)
+        for one in untimed:
+            timed[one.name].append(one._replace(size=measured[one.name]))
+        misses = [ones for ones in timed.values() if not any(budget.allows(o.size) for o in ones)]
+        following = (corrected(by_width[ones[0].width], ones, budget.target) for ones in misses)
+        untimed = [one for one in following if one is not None]
+    return [*timed.values()]
+
+
+def _timed_cuts(
+    sizes: Sizes, widths: Sequence[int | None], name: str, work: TimedWork
+) -> list[Cuts]:
+    whole, *_ = corners_of(sizes.family)
+    # Many families have shapes that are the same, such as those of all heads and of the fewest.
+    every = dict.fromkeys(view for width in widths for view in corners_of(sizes.family, width))
+    others = [view for view in every if view != whole]
+    named = {f"shape-{number}": view for number, view in enumerate(others, start=1)}
+    times = sizes.lab.pruning.relative_times(sizes.model, named, name, work)
+    known = {whole: 1.0} | {named[one]: time for one, time in times.items()}
+    return [cuts_of(sizes.family, known.__getitem__, width) for width in widths]
+
+
+def corrected(cuts: Cuts, timed: Sequence[Candidate], target: float) -> Candidate | None:
+    """Return the shape of the same depth and heads whose time should be the target.
+
+    Its time is on the line between a slower and a faster shape if both were timed, and else in
+    proportion to the estimates. None: every such shape was timed.
+    """
+    layers, heads = timed[0].layers, timed[0].heads
+    slower = min((o for o in timed if o.size > target), key=_size, default=None)
+    faster = max((o for o in timed if o.size <= target), key=_size, default=None)
+
+    def time(one: Candidate) -> float:
+        if slower is None or faster is None:
+            near = slower or faster or one
+            return one.size * near.size / cuts.candidate(layers, heads, near.neurons).size
+        share = (one.neurons - faster.neurons) / (slower.neurons - faster.neurons)
+        return faster.size + share * (slower.size - faster.size)
+
+    tried = {one.neurons for one in timed}
+    rest = (cuts.candidate(layers, heads, n) for n in cuts.neurons if n not in tried)
+    return min(rest, key=lambda one: abs(time(one) - target), default=None)

@@ -60,12 +60,12 @@ class Hop(NamedTuple):
 
 
 def trial(
-    config: ShrinkConfig, lab: Lab, hop: Hop, views: Mapping[str, View], judge: Judge
+    config: ShrinkConfig, lab: Lab, hop: Hop, views: Mapping[str, View], judge: Judge, number: int
 ) -> Stage:
     """Return a stage in which views of one model learn at the same time."""
     steps = config.trial_steps or max(1, round(SHARE_OF_REPAIR * repair_steps(config, lab)))
     return Stage(
-        name=f"{TRIAL}1",
+        name=f"{TRIAL}{number}",
         teachers=(hop.teacher,),
         start=hop.start,
         objective=objective_of(lab),
@@ -181,7 +181,7 @@ def train_series(
 ) -> list[StageResult]:
     """Choose a shape for each size, train the shapes together, then each by itself."""
     named = [{f"{size.name}-{one.name}": one for one in ones} for size, ones in groups.items()]
-    hop, shapes = _choose(config, lab, hop, named)
+    hop, shapes = _best_of_each(config, lab, hop, named)
     alone = max(1, round(ALONE * repair_steps(config, lab)))
     together = train_of(lab, max(1, repair_steps(config, lab) - alone))
     stage = _stage(config, lab, hop, [{name: one} for name, one in shapes.items()])
@@ -196,7 +196,9 @@ def train_series(
     return results
 
 
-def _choose(config: ShrinkConfig, lab: Lab, hop: Hop, groups: Sequence[Named]) -> tuple[Hop, Named]:
+def _best_of_each(
+    config: ShrinkConfig, lab: Lab, hop: Hop, groups: Sequence[Named]
+) -> tuple[Hop, Named]:
     """Return a model that contains the best candidate of each size in a trial, and these."""
     every = shapes = _all_of(groups)
     if len(every) > len(groups):  # there is something to choose
@@ -215,11 +217,11 @@ def _choose(config: ShrinkConfig, lab: Lab, hop: Hop, groups: Sequence[Named]) -
 
 
 def _stage(config: ShrinkConfig, lab: Lab, hop: Hop, groups: Sequence[Named]) -> Stage:
-    """Return a stage whose model is cut to the units of all candidates."""
+    # Its model is cut to the units of all candidates.
     every, metric = _all_of(groups), metric_of(config, lab)
     views = {name: hop.view(one) for name, one in {ALL_SIZES: _union(every), **every}.items()}
     judges = tuple(BestCandidate(metric, tuple(named)) for named in groups)
-    return trial(config, lab, hop, views, BestSeries(judges))
+    return trial(config, lab, hop, views, BestSeries(judges), 1)
 
 
 def _all_of(groups: Sequence[Named]) -> Named:
@@ -227,7 +229,6 @@ def _all_of(groups: Sequence[Named]) -> Named:
 
 
 def _within(hop: Hop, start: Model, named: Named) -> Hop:
-    """Return the hop from a model that was cut to the units of all candidates."""
     return hop.at(start, hop.view(_union(named)).layers or ())
 
 
