@@ -83,7 +83,6 @@ def build_cache(
     """Write the answers to all rows that no undamaged shard holds; a collective.
 
     Args:
-        ranks: this process and the number of ranks; each rank verifies a part of the shards.
         asking: context manager that loads the teacher and returns a function from rows and the
             number of the first row to answers; entered only if answers are missing. The answers
             are the same on every rank.
