@@ -43,8 +43,7 @@ from megakd.inputs.tokenizer_checks import (
     other_vocabularies,
     without_tokenizer,
 )
-from megakd.losses.class_weights import with_class_weights
-from megakd.losses.objective import check_terms, shape_of
+from megakd.losses.objective import check_terms, shape_of, with_class_weights
 from megakd.models.label_order import label_order
 from megakd.models.layers import with_layers
 from megakd.models.loading import check_model, resolve_model, with_vocabulary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -194,9 +194,8 @@ class StudentBundle(nn.Module):
         outputs: Outputs,
         answers: Mapping[str, Knowledge],
         weights: Mapping[Unit, Tensor],
-    ) -> list[PassInputs]:
+    ) -> Iterator[PassInputs]:
         passes = Counter((planned.learner or self.role, planned.view) for planned in plan)
-        made: list[PassInputs] = []
         for planned in plan:
             learner = planned.learner or self.role
             rows, student = batch.of(learner), outputs[Forward(learner, planned.view)]
@@ -217,10 +216,9 @@ class StudentBundle(nn.Module):
             # The values of parts of the rows add up to the value of all rows.
             is_part = rows.extras.within is not None
             share = 1.0 if is_part else 1 / passes[learner, planned.view]
-            made.append(PassInputs(planned, learner, _weighted(inputs, planned), share))
-        return made
+            yield PassInputs(planned, learner, _weighted(inputs, planned), share)
 
-    def _grouped(self, passes: Sequence[PassInputs]) -> list[list[PassInputs]]:
+    def _grouped(self, passes: Iterable[PassInputs]) -> list[list[PassInputs]]:
         groups: dict[tuple[str, int | None], list[PassInputs]] = {}
         for one in passes:
             view = one.planned.view

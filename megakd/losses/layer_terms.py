@@ -6,6 +6,7 @@ layers. The number of padded keys does not change a term.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -50,16 +51,13 @@ class LayerTerm(TermGroup):
         self.pairs = pairs
         self.units: Mapping[str, Unit] = {name: "tokens"}
 
-    def layer(self, reading: LossInputs, index: int) -> Tensor:
-        """Return the sum over tokens of the pair number `index`."""
-        raise TypeError(f"{type(self).__name__} does not implement layer()")
-
-    def layers(self, reading: LossInputs) -> Sequence[Tensor]:
-        return [self.layer(reading, index) for index in range(len(self.pairs))]
+    def layers(self, reading: LossInputs) -> list[Tensor]:
+        """Return the sum over the unit of every pair of layers."""
+        raise TypeError(f"{type(self).__name__} does not implement layers()")
 
     def forward(self, reading: LossInputs) -> Evaluated:
         """Return the mean over layers of each layer's sum over the unit."""
-        return self.of_one_term(reading, torch.stack(list(self.layers(reading))).mean())
+        return self.of_one_term(reading, torch.stack(self.layers(reading)).mean())
 
 
 class Projections(nn.ModuleList):
@@ -98,7 +96,7 @@ class FspMatrices(LayerTerm):
         self.units = {term.loss: "examples"}
         self.projections = Projections(len(pairs), *widths)
 
-    def layers(self, reading: LossInputs) -> Sequence[Tensor]:
+    def layers(self, reading: LossInputs) -> list[Tensor]:
         weights = [self.projections.weight(index) for index in range(len(self.projections))]
         return flow_errors(
             [reading.student.states(student) for student, _ in self.pairs],
@@ -130,17 +128,16 @@ class HiddenStates(LayerTerm):
         if self.first_alone:
             self.units = {term.loss: "examples"}
 
-    def layer(self, reading: LossInputs, index: int) -> Tensor:
-        student, teacher = self.pairs[index]
-        valid = reading.batch.valid
-        ours = reading.student.states(student)
-        theirs = reading.taught.states(teacher)
-        if self.first_alone:
-            ours, theirs = first_positions(ours, valid), first_positions(theirs, valid)
-            valid = valid.any(1)
-        return self.loss(
-            ours, self.projections.weight(index), theirs, valid=valid, impl=reading.kernels
-        )
+    def layers(self, reading: LossInputs) -> list[Tensor]:
+        losses, batch = [], reading.batch
+        valid = batch.valid.any(1) if self.first_alone else batch.valid
+        for index, (student, teacher) in enumerate(self.pairs):
+            ours, theirs = reading.student.states(student), reading.taught.states(teacher)
+            if self.first_alone:
+                ours, theirs = (first_positions(states, batch.valid) for states in (ours, theirs))
+            weight = self.projections.weight(index)
+            losses.append(self.loss(ours, weight, theirs, valid=valid, impl=reading.kernels))
+        return losses
 
 
 class AttentionMatrices(LayerTerm):
@@ -155,14 +152,16 @@ class AttentionMatrices(LayerTerm):
         self.fit, self.causal = term.fit, causal
         self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
 
-    def layer(self, reading: LossInputs, index: int) -> Tensor:
-        student, teacher = self.pairs[index]
+    def layers(self, reading: LossInputs) -> list[Tensor]:
+        losses, valid = [], reading.batch.valid
         seen = visible_keys(reading.batch, causal=self.causal)[:, None]  # [B, 1, T, T]
-        ours = self._matrix(_vectors(reading.student, student), reading.batch.valid, seen)
-        theirs = self._matrix(_vectors(reading.taught, teacher), reading.batch.valid, seen)
-        error = (ours - theirs).where(seen, torch.zeros_like(ours))
-        rows = error.square().sum(-1) / seen.sum(-1).clamp(min=1)  # [B, heads, T]
-        return rows.mean(1).sum()
+        for student, teacher in self.pairs:
+            ours = self._matrix(_vectors(reading.student, student), valid, seen)
+            theirs = self._matrix(_vectors(reading.taught, teacher), valid, seen)
+            error = (ours - theirs).where(seen, torch.zeros_like(ours))
+            rows = error.square().sum(-1) / seen.sum(-1).clamp(min=1)  # [B, heads, T]
+            losses.append(rows.mean(1).sum())
+        return losses
 
     def _matrix(self, vectors: AttentionVectors, valid: Tensor, seen: Tensor) -> Tensor:
         """Return attention scores or probabilities, [B, heads, T, T] fp32."""
@@ -188,28 +187,26 @@ class Relations(LayerTerm):
         self.relations, self.relation_heads, self.causal = term.relations, heads, causal
         self.needs = Needs(attention_layers=tuple(dict.fromkeys(s for s, _ in pairs)))
 
-    def layer(self, reading: LossInputs, index: int) -> Tensor:
+    def layers(self, reading: LossInputs) -> list[Tensor]:
         """Return KL(teacher's relation || student's) in nats, summed over the visible keys."""
-        student, teacher = self.pairs[index]
-        ours, theirs = _vectors(reading.student, student), _vectors(reading.taught, teacher)
-        segments = documents(reading.batch) if self.causal else None
-        values = []
-        for relation in self.relations:
-            our_queries, our_keys = _sides(relation, ours)
-            their_queries, their_keys = _sides(relation, theirs)
-            value = megakd_kernels.relation_kl_loss(
-                our_queries,
-                their_queries,
-                our_keys,
-                their_keys,
-                heads=self.relation_heads,
-                valid=reading.batch.valid,
-                causal=self.causal,
-                segments=segments,
-                impl=reading.kernels,
-            )
-            values.append(value)
-        return torch.stack(values).mean()
+        loss = functools.partial(
+            megakd_kernels.relation_kl_loss,
+            heads=self.relation_heads,
+            valid=reading.batch.valid,
+            causal=self.causal,
+            segments=documents(reading.batch) if self.causal else None,
+            impl=reading.kernels,
+        )
+        losses = []
+        for student, teacher in self.pairs:
+            ours, theirs = _vectors(reading.student, student), _vectors(reading.taught, teacher)
+            values = []
+            for relation in self.relations:
+                our_queries, our_keys = _sides(relation, ours)
+                their_queries, their_keys = _sides(relation, theirs)
+                values.append(loss(our_queries, their_queries, our_keys, their_keys))
+            losses.append(torch.stack(values).mean())
+        return losses
 
 
 def _sides(relation: Relation, vectors: AttentionVectors) -> tuple[Tensor, Tensor | None]:
@@ -292,16 +289,10 @@ def flow_errors(
             for state, weight in zip(ours, projections, strict=True)
         ]
     lengths = valid.sum(1).clamp(min=1)
-    return [
-        _flow_error((*mine, *other), lengths, kernels)
-        for mine, other in zip(pairwise(ours), pairwise(theirs), strict=True)
-    ]
-
-
-def _flow_error(states: Sequence[Tensor], lengths: Tensor, kernels: Kernels) -> Tensor:
+    flows = [(*mine, *other) for mine, other in zip(pairwise(ours), pairwise(theirs), strict=True)]
     if kernels == "reference":
-        return _apart(states, lengths).square().mean((1, 2)).sum()
-    return _FlowError.apply(*states, lengths)  # pyright: ignore[reportReturnType]
+        return [_apart(states, lengths).square().mean((1, 2)).sum() for states in flows]
+    return [_FlowError.apply(*states, lengths) for states in flows]  # pyright: ignore[reportReturnType]
 
 
 def counted(state: Tensor, valid: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 from torch import Tensor, nn
 
 from megakd.contract.batch import Knowledge, LossInputs, Unit
@@ -37,7 +38,8 @@ from megakd.contract.terms import (
 )
 from megakd.contract.unit_counts import COUNTERS, UnitCounter
 from megakd.contract.views import Shape
-from megakd.errors import ConfigError, TeacherError
+from megakd.data.splits import Splits
+from megakd.errors import ConfigError, TeacherError, suggestion
 from megakd.losses.layer_terms import (
     AttentionMatrices,
     FspMatrices,
@@ -284,3 +286,60 @@ def shape_of(source: ModelSource, task: TaskType, classes: int) -> Shape:
         config.vocab_size if outputs is None else outputs,
         architecture.heads(config),
     )
+
+
+def with_class_weights(terms: Sequence[TermConfig], splits: Splits) -> tuple[TermConfig, ...]:
+    """Return the terms with a weight for every label, in the order of the data's labels.
+
+    `balanced` gives label c the weight rows / (labels · rows of c), counted over the labelled
+    training rows, so that the mean weight of these rows is 1.
+    """
+    return _with_weights(terms, lambda term: _in_order(term, splits))
+
+
+def with_even_weights(terms: Sequence[TermConfig], classes: int) -> tuple[TermConfig, ...]:
+    """Return the terms with weight 1 for every label, for a memory plan without data."""
+    even = {str(number): 1.0 for number in range(classes)}
+    return _with_weights(terms, lambda _: even)
+
+
+def _with_weights(
+    terms: Sequence[TermConfig], weights_of: Callable[[HardCrossEntropy], dict[str, float]]
+) -> tuple[TermConfig, ...]:
+    return tuple(
+        replace(term, class_weights=weights_of(term))
+        if isinstance(term, HardCrossEntropy) and term.class_weights is not None
+        else term
+        for term in terms
+    )
+
+
+def _in_order(term: HardCrossEntropy, splits: Splits) -> dict[str, float]:
+    given, labels = term.class_weights, splits.label_names
+    if not isinstance(given, Mapping):
+        return _balanced(labels, np.asarray(splits.train["label"]))
+    for label in given:
+        if label not in labels:
+            raise ConfigError(
+                "hard_cross_entropy.class_weights: the data have no label "
+                f'"{label}"{suggestion(label, labels)} (known: '
+                f"{', '.join(labels[:10])})"
+            )
+    missing = [label for label in labels if label not in given]
+    if missing:
+        raise ConfigError(
+            f"hard_cross_entropy.class_weights: no weight for {', '.join(missing[:10])}; set a "
+            "weight for every label (1 is neutral)"
+        )
+    return {label: given[label] for label in labels}
+
+
+def _balanced(labels: Sequence[str], numbers: np.ndarray) -> dict[str, float]:
+    counts = np.bincount(numbers[numbers >= 0], minlength=len(labels))
+    absent = [label for label, count in zip(labels, counts, strict=True) if count == 0]
+    if absent:
+        raise ConfigError(
+            "hard_cross_entropy.class_weights: balanced divides by the number of rows of a label, "
+            f"and no training row has the label {', '.join(absent[:10])}; set the weights by label"
+        )
+    return dict(zip(labels, (counts.sum() / (len(labels) * counts)).tolist(), strict=True))

@@ -21,8 +21,7 @@ from megakd.data.masking import DEFAULT_PROBABILITY
 from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 from megakd.inputs.step_size import largest_step, micro_batches_per_call
 from megakd.losses.bundle import StudentBundle, build_bundle
-from megakd.losses.class_weights import with_even_weights
-from megakd.losses.objective import StageLosses, label_objective, stage_losses
+from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
 from megakd.models.axes import lengths
 from megakd.models.fitting import build_empty, send_tokens_to_one_expert
 from megakd.models.knowledge import Needs, language_model_head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -83,7 +83,7 @@ class Prompts:
                 f"completion, or with prompt, or set {key}.prompt_tokens to the number of tokens "
                 "at the beginning of each row that are continued"
             )
-        self._rows = rows.with_format("numpy")
+        self._rows: Any = rows.with_format("numpy")  # whose rows are mappings
         self.lengths = (prompt_lengths if has_prompts else lengths_of_rows)(rows)
         if prompt_tokens is not None:
             self.lengths = self.lengths.clip(max=prompt_tokens)
@@ -93,11 +93,11 @@ class Prompts:
 
     def prompt(self, row: int) -> tuple[int, ...]:
         """Return the tokens of a row that a generator continues; at least one token."""
-        record = cast("dict[str, Any]", self._rows[int(row)])
-        return tuple(np.asarray(record["input_ids"])[: self.lengths[row]].tolist())
+        ids = np.asarray(self._rows[int(row)]["input_ids"])
+        return tuple(ids[: self.lengths[row]].tolist())
 
     def row(self, row: int) -> TrainingRow:
-        record = cast("dict[str, Any]", self._rows[int(row)])
+        record = self._rows[int(row)]
         ids = np.asarray(record["input_ids"], dtype=np.int32)
         positions = record.get("position_ids")
         return TrainingRow(
@@ -112,7 +112,7 @@ class Prompts:
         """Return the number of the teacher that a row names; None if the rows name no teachers."""
         if ROUTE not in self._rows.column_names:
             return None
-        return int(cast("dict[str, Any]", self._rows[int(row)])[ROUTE])
+        return int(self._rows[int(row)][ROUTE])
 
 
 def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSource) -> None:
@@ -123,15 +123,26 @@ def check_generated_texts(config: RunConfig, encoded: Encoded, student: ModelSou
     if rollouts is not None and encoded.stream is None:
         prompts = prompts_of(encoded.train, rollouts, config, student)
         _say("rollout", prompts)
-        if not len(prompts.learned):
-            _refuse_data(rollouts, config)
+        uses = {
+            f"rollout.mix.data ({rollouts.mix.get('data', 0):g})": rollouts.mix.get("data"),
+            f"rollout.from_step ({rollouts.from_step})": rollouts.from_step,
+            f"method.name ({config.method.name})": config.method.cuts_student,
+            "baselines": config.baselines,
+            "finetune": any(spec.finetune for spec in config.teacher_specs.values()),
+        }
+        if not len(prompts.learned) and any(uses.values()):
+            raise ConfigError(
+                f"{', '.join(key for key, does in uses.items() if does)}: learns from the data, "
+                "and all training rows are prompts without an answer; give the answers in a column "
+                "completion (task.completion_column), or train on generated texts alone"
+            )
     if generation is not None:
         key = "eval.generation"
         _say(key, prompts_of(encoded.validation, generation, config, student, key=key))
 
 
 def _check_answers(encoded: Encoded) -> None:
-    """Check that the training rows, or those of each source of a mixture, have an answer."""
+    # Each source of a mixture must have answers too.
     names = [
         name.partition("/")[2]
         for name, part in (encoded.chat or {}).items()
@@ -194,19 +205,3 @@ def _say(key: str, prompts: Prompts) -> None:
         key,
         *(used, rows, some - used, rows - some, rows - len(prompts.learned)),
     )
-
-
-def _refuse_data(rollouts: RolloutConfig, config: RunConfig) -> None:
-    uses = {
-        f"rollout.mix.data ({rollouts.mix.get('data', 0):g})": rollouts.mix.get("data"),
-        f"rollout.from_step ({rollouts.from_step})": rollouts.from_step,
-        f"method.name ({config.method.name})": config.method.cuts_student,
-        "baselines": config.baselines,
-        "finetune": any(spec.finetune for spec in config.teacher_specs.values()),
-    }
-    if any(uses.values()):
-        raise ConfigError(
-            f"{', '.join(key for key, does in uses.items() if does)}: learns from the data, and "
-            "all training rows are prompts without an answer; give the answers in a column "
-            "completion (task.completion_column), or train on generated texts alone"
-        )

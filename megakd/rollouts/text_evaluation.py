@@ -23,7 +23,6 @@ from megakd.contract.stage import MeanLosses, Pass
 from megakd.contract.tasks import BY_POSITION, MATCH, TEXT_METRIC, file_of_step
 from megakd.data.step_layout import StepLayout, StepShape, collate_step
 from megakd.engine.collectives import all_reduce_, gather, on_main
-from megakd.engine.distributed import Ranks
 from megakd.engine.student import device_batch
 from megakd.errors import ConfigError
 from megakd.rollouts.prompts import Prompts, columns_of_rows, rollout_row
@@ -108,7 +107,7 @@ class TextEvaluation:
 
     def texts(self, version: int) -> list[Text]:
         """Return the texts for the first rows, the same on every rank."""
-        ranks: Ranks = self._scorer.ranks
+        ranks = self._scorer.ranks
         mine = self._rows[ranks.rank :: ranks.world_size]
         prompts = [self._prompts.prompt(row) for row in mine]
         # The row is the seed: evaluations of one run differ only in the student.
@@ -122,7 +121,7 @@ class TextEvaluation:
 
     def batches(self, texts: Sequence[Text]) -> Iterable[Batch]:
         """Yield this rank's micro-batches of the texts, equally many on each rank."""
-        ranks: Ranks = self._scorer.ranks
+        ranks = self._scorer.ranks
         columns = columns_of_rows([rollout_row(text.rollout) for text in texts])
         shape = StepShape.of_batch(
             len(texts), self._scorer.batch_size, rank=ranks.rank, world=ranks.world_size

@@ -271,8 +271,7 @@ class AdapterPush:
 
 
 def _each(servers: Sequence[Any], action: Callable[[Any], None]) -> None:
-    calls = [lambda server=server: action(server) for server in servers]
-    RunningCalls(calls, at_once=len(calls)).results()
+    RunningCalls([partial(action, one) for one in servers], at_once=len(servers)).results()
 
 
 def _bytes_of(model: nn.Module) -> int:
@@ -320,7 +319,8 @@ class ServerGenerator:
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             replica = (self._rank + number) % len(self._servers)
             model = self._pushed.adapter or self._models[replica]
-            request = self._wanted.request(tuple(prompt), seed, sampling, model)
+            ends = (self._wanted.end_tokens, self._wanted.padding)
+            request = TextRequest(tuple(prompt), seed, sampling, model, *ends)
             server, weights = self._servers[replica], self._pushed.weights
             calls.append(partial(self._complete, server, request, weights))
         return partial(together, RunningCalls(calls, at_once=self._at_once).results)

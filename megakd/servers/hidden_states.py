@@ -44,7 +44,6 @@ class Exports(NamedTuple):
     """The files of a server.
 
     folder: the folder of the files, as this rank sees it.
-    width: width D of the hidden states.
     layers: number of layers of the model, which is the number that vLLM gives the last output.
     time_limit_s: seconds for one file.
     """

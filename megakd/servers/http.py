@@ -29,7 +29,6 @@ PATIENCE_S = 60.0
 FIRST_PATIENCE_S = 0.5
 """Seconds in which a server must accept a connection before the run."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
-_READ_BYTES = 1 << 20
 _SHOWN = 400  # characters of an answer in a message
 T = TypeVar("T")
 
@@ -145,7 +144,7 @@ def _parts(
     # A timeout of a socket is for one read alone.
     while not answer.isclosed():
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        if not (part := answer.read1(_READ_BYTES)):
+        if not (part := answer.read1(1 << 20)):
             break
         yield part
     if answer.length:

@@ -152,11 +152,6 @@ class Wanted(NamedTuple):
     end_tokens: tuple[int, ...]
     padding: range = range(0)
 
-    def request(
-        self, prompt: tuple[int, ...], seed: int, sampling: Sampling, model: str
-    ) -> TextRequest:
-        return TextRequest(prompt, seed, sampling, model, self.end_tokens, self.padding)
-
 
 def checked_completion(
     text: ServedText, request: TextRequest, *, vocabulary: int, url: str
@@ -315,7 +310,8 @@ def _continued(
     sampling: Sampling,
 ) -> tuple[int, ...]:
     most = min(PROBE_TOKENS, wanted.longest - len(prompt))
-    request = wanted.request(prompt, 0, sampling._replace(max_new_tokens=most), model.name)
+    rules = sampling._replace(max_new_tokens=most)
+    request = TextRequest(prompt, 0, rules, model.name, wanted.end_tokens, wanted.padding)
     text = server.complete(request)
     return checked_completion(text, request, vocabulary=wanted.vocabulary, url=server.url).ids
 

@@ -34,7 +34,6 @@ from megakd.servers.http import FIRST_PATIENCE_S, PATIENCE_S, RunningCalls
 from megakd.servers.protocol import (
     REFERENCE,
     BestTokens,
-    ServedModel,
     TokenScorer,
     Wanted,
     check_reference,
@@ -251,7 +250,7 @@ def _readout(inputs: RunInputs, name: str, ranks: Ranks) -> Readout:
 
 def check_states(
     replicas: Sequence[StatesServer],
-    models: Sequence[ServedModel],
+    models: Sequence[str],
     texts: Sequence[tuple[int, ...]],
     readout: Readout,
 ) -> list[BestTokens]:
@@ -262,9 +261,7 @@ def check_states(
     another model.
     """
     scored = [StatesAsScores(server, readout) for server in replicas]
-    count = min(COMPARED, readout.weight.shape[0])
-    names = [model.name for model in models]
-    answers = check_scores(scored, names, texts, count)
+    answers = check_scores(scored, models, texts, min(COMPARED, readout.weight.shape[0]))
     for server in scored:
         gap = sum(server.gaps) / max(len(server.gaps), 1)
         if gap > REFERENCE:
@@ -342,14 +339,13 @@ def _check(inputs: RunInputs, name: str, server: TeacherServerConfig) -> None:
         exporting = states_replicas(
             server, server.states, inputs.sources[name], patience_s=FIRST_PATIENCE_S
         )
-        models = served_models(exporting, wanted)
+        models = [model.name for model in served_models(exporting, wanted)]
         readout = _readout(inputs, name, distributed.ranks())
         answers = check_states(exporting, models, texts, readout)
     else:
         replicas = [VllmServer(http) for http in connections(server, FIRST_PATIENCE_S)]
-        models = served_models(replicas, wanted)
-        names = [model.name for model in models]
-        answers = check_scores(replicas, names, texts, server.best_tokens)
+        models = [model.name for model in served_models(replicas, wanted)]
+        answers = check_scores(replicas, models, texts, server.best_tokens)
     if server.check_against is not None:
         reference = _Reference(server.check_against)
         check_reference(texts, answers, reference.logprobs, server.check_against)

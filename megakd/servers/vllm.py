@@ -16,9 +16,6 @@ from megakd.errors import ServerError
 from megakd.servers.http import Reply, context_of, field_of, numbers_of, reads_answers
 from megakd.servers.protocol import BestTokens, ServedModel, ServedText, TextRequest, TextServer
 
-MOST_PROBABILITY = 1.01
-"""Sum of the probabilities of a position, with room for rounding in 16 bits."""
-
 
 class VllmServer(TextServer):
     """One replica of a vLLM server."""
@@ -146,7 +143,8 @@ def _best(entries: Sequence[dict[str, Any]], count: int, url: str) -> BestTokens
     order = np.lexsort((ids, -logprobs))[:, :count]
     best = BestTokens(np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1))
     sums = np.exp(best.logprobs).sum(axis=1)
-    wrong = ~(np.isfinite(best.logprobs).all(axis=1) & (sums < MOST_PROBABILITY))
+    # The sum of the probabilities of a position has room for rounding in 16 bits.
+    wrong = ~(np.isfinite(best.logprobs).all(axis=1) & (sums < 1.01))
     if wrong.any():
         shown = best.logprobs[wrong.argmax(), :4].tolist()
         raise ServerError(f"{url}: {shown} … are no log-probabilities of one softmax")

@@ -83,7 +83,6 @@ def build_cache(
     """Write the answers to all rows that no undamaged shard holds; a collective.
 
     Args:
-        ranks: this process and the number of ranks; each rank verifies a part of the shards.
         asking: context manager that loads the teacher and returns a function from rows and the
             number of the first row to answers; entered only if answers are missing. The answers
             are the same on every rank.
@@ -92,7 +91,13 @@ def build_cache(
         lambda: _read_manifest(folder, facts)[0] if (folder / MANIFEST).is_file() else []
     )
     shards = _whole_shards(folder, shards, ranks)
-    _announce(folder, layout, len(rows), sum(shard.rows for shard in shards))
+    logger.info(
+        "%s: %d rows of %d bytes (%.1f bytes per token), %.1f MB in %d shards; %d rows are "
+        "already cached",
+        *(folder, len(rows), layout.row_bytes, layout.row_bytes / max(layout.tokens_per_row, 1)),
+        *(len(rows) * layout.row_bytes / 1e6, -(-len(rows) // layout.rows_per_shard())),
+        sum(shard.rows for shard in shards),
+    )
     missing = list(_missing(shards, len(rows), layout.rows_per_shard()))
     if not missing:
         return
@@ -122,16 +127,6 @@ def _missing(shards: Sequence[AnswerShard], total: int, step: int) -> Iterator[r
         for number in range(first, start, step):
             yield range(number, min(number + step, start))
         first = stop
-
-
-def _announce(folder: Path, layout: Layout, rows: int, done: int) -> None:
-    size = rows * layout.row_bytes
-    logger.info(
-        "%s: %d rows of %d bytes (%.1f bytes per token), %.1f MB in %d shards; %d rows are "
-        "already cached",
-        *(folder, rows, layout.row_bytes, layout.row_bytes / max(layout.tokens_per_row, 1)),
-        *(size / 1e6, -(-rows // layout.rows_per_shard()), done),
-    )
 
 
 def _write(folder: Path, start: int, part: Answers) -> AnswerShard:

@@ -43,8 +43,7 @@ from megakd.inputs.precision import (
 )
 from megakd.inputs.run_data import MethodRows
 from megakd.losses.bundle import StudentBundle, build_bundle
-from megakd.losses.class_weights import with_class_weights
-from megakd.losses.objective import StageLosses, learners_of, stage_losses
+from megakd.losses.objective import StageLosses, learners_of, stage_losses, with_class_weights
 from megakd.models.knowledge import Needs
 from megakd.models.label_order import label_order
 from megakd.models.loading import check_finite, load_model

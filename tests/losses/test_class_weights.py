@@ -14,7 +14,7 @@ from megakd.config.file import load_config
 from megakd.contract.terms import HardCrossEntropy, SoftTargetKl, source_of
 from megakd.data.splits import Splits
 from megakd.errors import ConfigError
-from megakd.losses.class_weights import with_class_weights
+from megakd.losses.objective import with_class_weights
 from megakd.training.recipes import label_terms
 
 KL = SoftTargetKl(loss="soft_target_kl")

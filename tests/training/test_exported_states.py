@@ -18,12 +18,10 @@ from megakd.errors import ServerError
 from megakd.models.loading import resolve_model
 from megakd.models.next_tokens import Readout, load_readout
 from megakd.models.source import ModelSource
-from megakd.servers.protocol import ServedModel
 from megakd.servers.teachers import check_states, states_replicas
 
 TEXTS = [(5, 8, 30, 2), (7, 9), (1, 2, 3, 4, 5, 6)]
 TASK = TaskConfig(type="causal_lm", dataset="d", max_length=32)
-SERVED = ServedModel("tiny", ("tiny",), "0.33.0", 64)
 
 
 @pytest.fixture
@@ -59,7 +57,7 @@ def checked(folder: Path, readout: Readout, *stubs: Exporting) -> Any:
         url=tuple(stub.url for stub in stubs), states=folder / "states", time_limit=20
     )
     replicas = states_replicas(server, folder / "states", source_of(folder))
-    return check_states(replicas, [SERVED] * len(stubs), TEXTS, readout)
+    return check_states(replicas, ["tiny"] * len(stubs), TEXTS, readout)
 
 
 def test_the_answers_are_the_probabilities_of_the_model(folder: Path, stub: Exporting):
