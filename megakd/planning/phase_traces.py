@@ -30,15 +30,12 @@ from megakd.models.packed_attention import VARLEN, attention_name, register_pack
 from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.cluster import Cluster, Device
-from megakd.planning.engine_memory import FP32
 from megakd.planning.planning_lab import Phase
 from megakd.planning.tracing import (
     VALUELESS,
-    Amount,
     Inventory,
     Parameter,
     Trace,
-    amount_of,
     repeat_alike,
     trace_call,
 )
@@ -362,28 +359,15 @@ def _shown(source: ModelSource) -> str:
 class Pruned:
     """Weights that remain at the end of a stage with `pruned_to`.
 
-    left: the weights that the engine trains, as they are cut, in the order of the engine's module.
+    weights: those that the engine trains, as they are cut, in the order of the engine's module.
     makers: numbers of the weights that produce units; the strategy keeps values for them.
     parameters, width: size of the learner, without projections and heads of the losses.
     """
 
-    left: Inventory
+    weights: Inventory
     makers: frozenset[int]
     parameters: int
     width: int
-
-    def state(self, *, values: int, kept: int) -> Amount:
-        """Return the memory of the training state for the next window, whole tensors in fp32.
-
-        Args:
-            values: values of the optimizer for every weight.
-            kept: values of the strategy for every weight that produces units.
-        """
-        return amount_of(
-            parameter.numel * FP32
-            for number, parameter in enumerate(self.left)
-            for _ in range(values + (kept if number in self.makers else 0))
-        )
 
 
 def pruned(bundle: StudentBundle, end: View) -> Pruned:
@@ -400,7 +384,9 @@ def pruned(bundle: StudentBundle, end: View) -> Pruned:
     students = {id(weight) for weight in student.parameters()}
     learner = [number for number, (_, weight) in enumerate(weights) if id(weight) in students]
     makers = frozenset(number for number, (_, weight) in enumerate(weights) if id(weight) in made)
-    return Pruned(left=left, makers=makers, parameters=left.of(learner).numel, width=end.width or 0)
+    return Pruned(
+        weights=left, makers=makers, parameters=left.of(learner).numel, width=end.width or 0
+    )
 
 
 def largest_mask(units: View, end: View) -> Cut | None:

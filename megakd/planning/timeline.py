@@ -29,7 +29,7 @@ from megakd.planning.engine_memory import (
 )
 from megakd.planning.phase_traces import Pruned, Traces, planned_dtype, simulated_phase
 from megakd.planning.planning_lab import Phase, Work
-from megakd.planning.tracing import NOTHING, Amount, Moment, Trace, block
+from megakd.planning.tracing import NOTHING, Amount, Moment, Trace, amount_of, block
 
 # Logits of one position, the logits of the sampling rules, the noise, and their sum.
 _LOGIT_BUFFERS = 4
@@ -238,9 +238,15 @@ class Timeline:
         left = self.traced.pruned
         if left is None or not stage.goes_on:
             return
-        # Rank 0 writes the training state for the next window; at most `BUFFER_BYTES` of it wait on
-        # the host. To read it takes less than a step: each rank reads one tensor after the other.
-        state = left.state(values=1 + learner.moments, kept=stage.strategy.values_per_weight)
+        # Rank 0 writes the training state for the next window, whole tensors in fp32; at most
+        # `BUFFER_BYTES` of it wait on the host. To read it takes less than a step: each rank reads
+        # one tensor after the other.
+        values, kept = 1 + learner.moments, stage.strategy.values_per_weight
+        state = amount_of(
+            parameter.numel * FP32
+            for number, parameter in enumerate(left.weights)
+            for _ in range(values + (kept if number in left.makers else 0))
+        )
         state = state.times(min(1.0, BUFFER_BYTES / max(1, state.total)))
         whole = block(largest * FP32)
         self._look(

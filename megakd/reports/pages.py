@@ -95,9 +95,10 @@ def html_report(report: Report, history: Iterable[Mapping[str, Any]], *, config:
 
 
 def _gains(report: Report) -> list[str]:
-    if report["teacher"] is None:
+    teacher = report["teacher"]
+    if teacher is None:
         return []
-    whole, left = (report[role]["encoder_parameters"] for role in (TEACHER, STUDENT))
+    whole, left = teacher["encoder_parameters"], report["student"]["encoder_parameters"]
     gains: list[str] = []
     if whole and left:
         times = f"{max(whole, left) / min(whole, left):.1f}x"

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
@@ -84,15 +85,13 @@ class Continuations:
         return [self._decoded(ids[: ids.index(end)] if end in ids else ids) for ids in new]
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
-        lengths = torch.tensor(list(map(len, rows)))
-        width = int(lengths.max())
-        places = torch.arange(width).expand(len(rows), -1)  # [B, T]
-        valid = places < lengths[:, None]
         # Padding is after the tokens, which do not see it.
-        ids = torch.zeros_like(places)
-        ids[valid] = torch.tensor([token for row in rows for token in row])
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)  # [B, T]
+        lengths = torch.tensor(list(map(len, rows)))
+        places = torch.arange(ids.shape[1]).expand_as(ids)
+        valid = places < lengths[:, None]
         inputs = {"input_ids": ids, "position_ids": places}
-        last = torch.arange(len(rows)) * width + lengths - 1
+        last = torch.arange(len(rows)) * ids.shape[1] + lengths - 1
         return device_batch(Batch(inputs, torch.full_like(ids, IGNORE), valid, last), self.device)
 
     def _decoded(self, ids: Sequence[int]) -> str:

@@ -137,7 +137,12 @@ class Scorer:
             ask: returns tensors of one shape, by name, for every micro-batch, whose rows are
                 numbered; rows come first.
         """
-        given = [ask(batch) for batch in self._numbered(rows, first)]
+        given: list[Mapping[str, torch.Tensor]] = []
+        for turn, batch in enumerate(self.batches(rows)):
+            size = len(batch.valid)
+            numbers = (turn * self.ranks.world_size + self.ranks.rank) * size + torch.arange(size)
+            numbers = torch.where(numbers < len(rows), first + numbers, -1)
+            given.append(ask(batch._replace(rows=numbers)))
         return {
             name: _in_order(gather(torch.stack([one[name].cpu() for one in given])), len(rows))
             for name in given[0]
@@ -157,12 +162,6 @@ class Scorer:
         for number, batch in enumerate(dealt, start=1):
             reached(f"batch {number}")
             yield device_batch(batch, ranks.device)
-
-    def _numbered(self, rows: Dataset, first: int) -> Iterator[Batch]:
-        for turn, batch in enumerate(self.batches(rows)):
-            size = len(batch.valid)
-            numbers = (turn * self.ranks.world_size + self.ranks.rank) * size + torch.arange(size)
-            yield batch._replace(rows=torch.where(numbers < len(rows), first + numbers, -1))
 
     def _measured(self, seen: Seen, count: int) -> Scored:
         # Every rank has at least one batch, so all ranks take the same branch.

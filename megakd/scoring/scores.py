@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from megakd.contract.metric import WHOLE, Metric, lower_is_better
 from megakd.contract.stage import Scores
-from megakd.contract.views import Cut, UnitOrder, View
+from megakd.contract.views import Cut
 from megakd.errors import ConfigError, DataError
+
+_CUT = TypeAdapter(Cut | None)
 
 
 class Evaluation(NamedTuple):
@@ -42,39 +45,21 @@ class Evaluation(NamedTuple):
     def record(self) -> dict[str, Any]:
         """Return the evaluation in a form that JSON can store."""
         scores = {v: dict(s) for v, s in self.scores.items()}
-        cut = None if self.cut is None else cut_record(self.cut)
+        cut = None
+        if self.cut is not None:
+            cut = {name: part and part._asdict() for name, part in self.cut._asdict().items()}
         return {"view": self.view, "scores": scores, "cut": cut}
 
     @staticmethod
     def read(record: Mapping[str, Any]) -> Evaluation:
         """Return the evaluation of a `record`; JSON stores a number that is not finite as null."""
         scores = {view: numbers(values) for view, values in record["scores"].items()}
-        cut = record["cut"]
-        return Evaluation(scores, record["view"], None if cut is None else read_cut(cut))
+        return Evaluation(scores, record["view"], _CUT.validate_python(record["cut"]))
 
 
 def numbers(values: Mapping[str, float | None]) -> dict[str, float]:
     """Return metrics that were read from JSON, which stores a number that is not finite as null."""
     return {name: math.nan if value is None else value for name, value in values.items()}
-
-
-def cut_record(cut: Cut) -> dict[str, Any]:
-    """Return a cut in a form that JSON can store."""
-    return {name: part and part._asdict() for name, part in cut._asdict().items()}
-
-
-def read_cut(record: Mapping[str, Any]) -> Cut:
-    """Return the cut of a record from `cut_record`."""
-    order, view = record["order"], record["view"]
-    return Cut(order and UnitOrder(**_tuples(order)), view and View(**_tuples(view)))
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_tuples(entry) for entry in value)
-    if isinstance(value, dict):
-        return {name: _tuples(entry) for name, entry in value.items()}
-    return value
 
 
 def headline(metrics: Sequence[str]) -> Metric:
