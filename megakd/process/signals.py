@@ -252,7 +252,13 @@ class Launchers:
 
     def __init__(self) -> None:
         is_rank = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-        self.chain = _up_to_launcher(psutil.Process().parents()) if is_rank else []
+        parents = psutil.Process().parents() if is_rank else []
+        # The nearest launcher, its own launcher and so on, with all processes below them.
+        launchers = [is_launcher(process) for process in parents]
+        end = launchers.index(True) if True in launchers else 0
+        while end < len(parents) and launchers[end]:
+            end += 1
+        self.chain = parents[:end]
         # A launcher that was killed while this rank started is no longer a parent. In a container,
         # process 1 may be a launcher of its own, a program in Python.
         is_orphan = is_launched() and not self.chain and os.getppid() == 1
@@ -266,15 +272,6 @@ def is_launched() -> bool:
     """Return whether DeepSpeed's launcher or torchrun has started this process."""
     # Only DeepSpeed's launcher sets the first variable, and only torchrun sets the second.
     return "CROSS_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _up_to_launcher(parents: list[psutil.Process]) -> list[psutil.Process]:
-    # The nearest launcher, its own launcher and so on, with all processes below them.
-    launchers = [is_launcher(process) for process in parents]
-    end = launchers.index(True) if True in launchers else 0
-    while end < len(parents) and launchers[end]:
-        end += 1
-    return parents[:end]
 
 
 def is_launcher(process: psutil.Process) -> bool:
