@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -207,28 +207,17 @@ def _slot(node: Any, keys: Sequence[str], override: str) -> str | int:
 _TAG = "tag:yaml.org,2002:"
 # The core schema of YAML 1.2.2, section 10.3.2; PyYAML itself supports only YAML 1.1.
 _SCALARS = {
-    "null": r"null|Null|NULL|~|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
-    "float": r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    "null": r"(null|Null|NULL|~|)\Z",
+    "bool": r"(true|True|TRUE|false|False|FALSE)\Z",
+    "int": r"([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z",
+    "float": r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z",
 }
+_RESOLVERS = {None: [(_TAG + name, re.compile(pattern)) for name, pattern in _SCALARS.items()]}
 _YAML_1_1 = yaml.resolver.Resolver()
 
 
-class _Loader(yaml.SafeLoader):
-    """A loader of plain values; the rules are set below."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """A dumper with the same rules as `_Loader`."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        # A value that occurs twice is written twice.
-        return True
-
-
-def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     text = node.value.lower()
     try:
         if node.tag == f"{_TAG}float":
@@ -240,7 +229,7 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
         ) from error
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
     # Keys stay as written: `1:` and `on:` are text.
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
@@ -257,7 +246,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
     return values
 
 
-def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     # Text that a YAML 1.1 reader would read as another type, such as `on`, is quoted.
     is_plain = _YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) == f"{_TAG}str"
     style = None if is_plain else "'"
@@ -267,20 +256,27 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar(f"{_TAG}str", text, style=style)
 
 
-_Loader.yaml_constructors = {
-    f"{_TAG}null": lambda loader, node: None,
-    f"{_TAG}bool": lambda loader, node: node.value.lower() == "true",
-    f"{_TAG}int": _number,
-    f"{_TAG}float": _number,
-    f"{_TAG}str": yaml.SafeLoader.construct_scalar,
-    f"{_TAG}seq": functools.partial(yaml.SafeLoader.construct_sequence, deep=True),
-    f"{_TAG}map": _mapping,
-    None: yaml.SafeLoader.construct_undefined,
-}
-for _class in (_Loader, _Dumper):
-    _class.yaml_implicit_resolvers = {}
-    for _name, _pattern in _SCALARS.items():
-        _class.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), None)
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = _RESOLVERS
+    yaml_constructors: ClassVar = {
+        f"{_TAG}null": lambda loader, node: None,
+        f"{_TAG}bool": lambda loader, node: node.value.lower() == "true",
+        f"{_TAG}int": _number,
+        f"{_TAG}float": _number,
+        f"{_TAG}str": yaml.SafeLoader.construct_scalar,
+        f"{_TAG}seq": functools.partial(yaml.SafeLoader.construct_sequence, deep=True),
+        f"{_TAG}map": _mapping,
+        None: yaml.SafeLoader.construct_undefined,
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True  # a value that occurs twice is written twice
+
+
 _Dumper.add_representer(str, _text)
 
 

@@ -21,12 +21,10 @@ Attention = Literal["varlen", "sdpa", "eager", "flash_attention_2", "flash_atten
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class ScratchModel:
-    """A model that starts from random weights.
-
-    config: keys of the model's Hugging Face config.
-    """
+    """A model that starts from random weights."""
 
     config: dict[str, Any]
+    """Keys of the model's Hugging Face config."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

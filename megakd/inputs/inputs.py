@@ -123,20 +123,15 @@ def prepare(config: RunConfig) -> RunInputs:
     config = with_row_length(config, unencoded.splits, unencoded.tokenizer, unencoded.sources)
     check_run(config, unencoded)
     _say_positive_label(unencoded.metrics)
+    splits, teacher = unencoded.splits, unencoded.teacher_tokenizer
+    trains = any(spec.finetune for spec in config.teacher_specs.values())
     inputs = RunInputs(
         **vars(unencoded),
         config=config,
-        method_rows=method_rows(config, unencoded.splits, unencoded.pair),
-        encoded=encoded_rows(config, unencoded.splits, unencoded.tokenizer),
+        method_rows=method_rows(config, splits, unencoded.pair),
+        encoded=encoded_rows(config, splits, unencoded.tokenizer),
         teacher_encoded=(
-            None
-            if unencoded.teacher_tokenizer is None
-            else encoded_rows(
-                config,
-                unencoded.splits,
-                unencoded.teacher_tokenizer,
-                with_train=any(spec.finetune for spec in config.teacher_specs.values()),
-            )
+            None if teacher is None else encoded_rows(config, splits, teacher, with_train=trains)
         ),
     )
     from megakd.rollouts.prompts import check_generated_texts
@@ -183,16 +178,19 @@ def unencoded_inputs(config: RunConfig) -> UnencodedInputs:
     if problems:
         raise TeacherError("\n".join(problems))
     check_chat_models(task, splits.train, tokenizer, sources)
-    new = None if vocabulary is None else _student_tokenizer(config, vocabulary, splits, tokenizer)
-    inputs = UnencodedInputs(
+    student, teacher = tokenizer, None
+    if vocabulary is not None:
+        student, teacher = _student_tokenizer(config, vocabulary, splits, tokenizer), tokenizer
+    return UnencodedInputs(
         splits=splits,
         metrics=metrics,
-        tokenizer=new or tokenizer,
-        sources=sources,
-        teacher_tokenizer=tokenizer if new else None,
+        tokenizer=student,
+        sources={
+            role: _with_tokens(source, student if role == STUDENT else tokenizer, task)
+            for role, source in sources.items()
+        },
+        teacher_tokenizer=teacher,
     )
-    sized = {r: _with_tokens(s, inputs.tokenizer_of(r), task) for r, s in sources.items()}
-    return dataclasses.replace(inputs, sources=sized)
 
 
 def _with_tokens(

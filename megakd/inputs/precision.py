@@ -63,9 +63,8 @@ def say_precision(config: RunConfig, device: str) -> None:
     dtypes = [f"training in {training_dtype(config.train, device)} (train.bf16, train.fp16)"]
     for name, spec in config.teacher_specs.items():
         if spec.dtype is None:
-            key = config.key_of(name)
             other = _default_dtype(device)
-            dtypes.append(f"{name} in 16 bits as stored, or {other} ({key}.dtype)")
+            dtypes.append(f"{name} in 16 bits as stored, or {other} ({config.key_of(name)}.dtype)")
     logger.info("precision on %s: %s", device, ", ".join(dtypes))
 
 

@@ -47,10 +47,6 @@ FILES = (
     "torch/distributed/launch.py",
     "launch/pod.py",
 )
-SLURM = "slurmstepd"
-RANK_VARIABLES = ("RANK", "SLURM_PROCID")
-# Only DeepSpeed's launcher sets the first variable, and only torchrun sets the second.
-LAUNCHER_VARIABLES = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
 
 
 class Stopped(BaseException):
@@ -255,8 +251,14 @@ class Launchers:
     """
 
     def __init__(self) -> None:
-        is_rank = any(name in os.environ for name in RANK_VARIABLES)
-        self.chain = _up_to_launcher(psutil.Process().parents()) if is_rank else []
+        is_rank = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+        parents = psutil.Process().parents() if is_rank else []
+        # The nearest launcher, its own launcher and so on, with all processes below them.
+        launchers = [is_launcher(process) for process in parents]
+        end = launchers.index(True) if True in launchers else 0
+        while end < len(parents) and launchers[end]:
+            end += 1
+        self.chain = parents[:end]
         # A launcher that was killed while this rank started is no longer a parent. In a container,
         # process 1 may be a launcher of its own, a program in Python.
         is_orphan = is_launched() and not self.chain and os.getppid() == 1
@@ -268,16 +270,8 @@ class Launchers:
 
 def is_launched() -> bool:
     """Return whether DeepSpeed's launcher or torchrun has started this process."""
-    return any(name in os.environ for name in LAUNCHER_VARIABLES)
-
-
-def _up_to_launcher(parents: list[psutil.Process]) -> list[psutil.Process]:
-    # The nearest launcher, its own launcher and so on, with all processes below them.
-    launchers = [is_launcher(process) for process in parents]
-    end = launchers.index(True) if True in launchers else 0
-    while end < len(parents) and launchers[end]:
-        end += 1
-    return parents[:end]
+    # Only DeepSpeed's launcher sets the first variable, and only torchrun sets the second.
+    return "CROSS_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_launcher(process: psutil.Process) -> bool:
@@ -289,7 +283,7 @@ def is_launcher(process: psutil.Process) -> bool:
     if not words:
         return False
     program = PurePath(words[0]).name
-    if program.startswith(SLURM):
+    if program.startswith("slurmstepd"):
         return True
     shown = words[:1] if not program.startswith("python") else words[1:6]
     return any(

@@ -24,8 +24,6 @@ from safetensors import SafetensorError
 
 from megakd.errors import MegakdError
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file; if writing fails, the old file is unchanged."""
@@ -129,7 +127,7 @@ def full_disk_reason(error: BaseException) -> str | None:
     for link in chain_of(error):
         named = re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(link))
         number = getattr(link, "errno", None) or (int(named[1]) if named else None)
-        if number in FULL_DISK:
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return os.strerror(number)
     return None
 
