@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.data.arrow import TEXTS_AT_ONCE, key_of, read_rows, write_tables
-from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
@@ -39,6 +38,7 @@ from megakd.data.encoding import (
 )
 from megakd.data.rows import VERSION as ROWS_VERSION
 from megakd.data.splits import Splits
+from megakd.data.tables import BadRows
 from megakd.data.token_tables import (
     PackedRow,
     Packer,

@@ -18,13 +18,12 @@ from datasets.distributed import split_dataset_by_node
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import ROUTE
 from megakd.data.arrow import PLACE, column_of, key_of, read_rows, write_rows
-from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns, is_chat
 from megakd.data.choosing import is_labelled, text_hash
 from megakd.data.kinds import RowKind, is_blank, place_of, row_teacher
 from megakd.data.labels import Classes, find_classes
 from megakd.data.readers import columns_without_added_nulls
-from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
+from megakd.data.tables import SPLIT_NAMES, BadRows, Record, SplitName, Table
 from megakd.errors import DataError, suggestion
 from megakd.storage.folders import whole_folder
 

@@ -15,7 +15,6 @@ from datasets import Dataset, IterableDataset
 
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import key_of
-from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import OPTIONS, TOOLS
 from megakd.data.choosing import prompt_keys
 from megakd.data.files import READERS, known_suffix, split_files, tables_of_files
@@ -32,7 +31,7 @@ from megakd.data.rows import (
     numbered,
     rows_of,
 )
-from megakd.data.tables import SplitName, Table
+from megakd.data.tables import BadRows, SplitName, Table
 from megakd.errors import ConfigError, DataError
 
 SAMPLED_BYTES = 1 << 16
