@@ -134,7 +134,15 @@ def rows_of_tables(
     for table in tables.values():
         _require_rows(table)
     tables = {split: tables[split] for split in SPLIT_NAMES if split in tables}
-    kinds = _kinds_of(tables, task, classes)
+    kinds: dict[SplitName, RowKind]
+    if any(chat_columns(table, task) for table in tables.values()):
+        kinds = {split: RowKind.of(task, table, as_chat=True) for split, table in tables.items()}
+    else:
+        train = RowKind.of(task, tables["train"], classes)
+        if train.label is not None and task.type == "classification" and classes is None:
+            named = find_classes(tables["train"], train.label, text=train.fields.text)
+            train = replace(train, classes=named)
+        kinds = {split: train.of_split(table, split) for split, table in tables.items()}
     # Only training rows have teachers.
     teacher = row_teacher(tables["train"], task.teacher_column)
     kinds["train"] = replace(kinds["train"], teacher=teacher)
@@ -145,18 +153,6 @@ def rows_of_tables(
         metrics=metrics or DEFAULT_METRICS[task.type],
         source_hash=_source_hash(tables, kinds),
     )
-
-
-def _kinds_of(
-    tables: Mapping[SplitName, Table], task: TaskConfig, classes: Classes | None
-) -> dict[SplitName, RowKind]:
-    if any(chat_columns(table, task) for table in tables.values()):
-        return {s: RowKind.of(task, table, as_chat=True) for s, table in tables.items()}
-    train = RowKind.of(task, tables["train"], classes)
-    if train.label is not None and task.type == "classification" and classes is None:
-        named = find_classes(tables["train"], train.label, text=train.fields.text)
-        train = replace(train, classes=named)
-    return {split: train.of_split(table, split) for split, table in tables.items()}
 
 
 def _source_hash(tables: Mapping[SplitName, Table], kinds: Mapping[SplitName, RowKind]) -> str:

@@ -70,9 +70,8 @@ class Splits(NamedTuple):
 
     @property
     def whole_hash(self) -> str:
-        if not self.sets_hash:
-            return self.content_hash
-        return key_of(self.content_hash, self.sets_hash)
+        sets = self.sets_hash
+        return key_of(self.content_hash, sets) if sets else self.content_hash
 
 
 def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
@@ -158,16 +157,15 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     Documents become conversations without a prompt, which are not packed.
     """
     sources, held = task.mixture or {}, named_files(task)
-    keys = {name: f"task.mixture.{name}.files" for name in sources}
-    paths = {key: matching_files(sources[name].files, key) for name, key in keys.items()}
+    names = {f"task.mixture.{name}.files": name for name in sources}
+    paths = {key: matching_files(sources[name].files, key) for key, name in names.items()}
     paths |= {f"task.{split}_files": files for split, files in held.items()}
     refuse_shared(paths)
     tables = {key: files_table(files, key) for key, files in paths.items()}
     kinds = {key: RowKind.of(task, table, as_chat=True) for key, table in tables.items()}
-    for name, key in keys.items():
+    for key, name in names.items():
         teacher = row_teacher(tables[key], task.teacher_column, sources[name].teacher)
         kinds[key] = replace(kinds[key], teacher=teacher)
-    names = {key: name for name, key in keys.items()}
     rows = {
         key: rows_of(table, kinds[key], task, cache_dir=cache_dir, source=names.get(key))
         for key, table in tables.items()

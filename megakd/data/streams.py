@@ -114,9 +114,9 @@ def _cut(
     name = stream.table.name
     if task.max_eval_examples is None:
         raise ConfigError(
-            f"task.streaming: {name} has no validation split, and a stream has no end, so "
-            "no share of it can be held out; add a validation split, or set "
-            "task.max_eval_examples to hold out this many texts from the beginning of the stream"
+            f"task.streaming: {name} has no validation split, and a stream has no end, so no share "
+            "of it can be held out; add a validation split, or set task.max_eval_examples to hold "
+            "out this many texts from the beginning of the stream"
         )
     first = stream.first_rows(task.max_eval_examples)
     rows = rows_of(first, stream.kind, task, cache_dir=cache_dir)
@@ -124,8 +124,7 @@ def _cut(
     if next(rest.read(), None) is None:
         raise DataError(
             f"task.max_eval_examples: {task.max_eval_examples} texts are held out for validation, "
-            f"and {name} has {len(rows)} and no further text to train on; set a smaller "
-            "number"
+            f"and {name} has {len(rows)} and no further text to train on; set a smaller number"
         )
     return rest, rows, first.digest
 
