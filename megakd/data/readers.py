@@ -176,18 +176,17 @@ def _numberings(table: Table, first: Table) -> dict[str, tuple[int, ...]]:
     for column in sorted({*first.class_names, *table.class_names}):
         expected, given = (part.class_names.get(column, ()) for part in (first, table))
         if sorted(given) != sorted(expected):
+            here, there = (
+                f"the class names {', '.join(names)}" if names else "no class names"
+                for names in (given, expected)
+            )
             raise DataError(
-                f"{table.name}: column {column!r} has {_names_in_words(given)}, but in "
-                f"{first.name} it has {_names_in_words(expected)}; write all files with the same "
-                "class names"
+                f"{table.name}: column {column!r} has {here}, but in {first.name} it has {there}; "
+                "write all files with the same class names"
             )
         if given != expected:
             numberings[column] = tuple(map(expected.index, given))
     return numberings
-
-
-def _names_in_words(names: Sequence[str]) -> str:
-    return f"the class names {', '.join(names)}" if names else "no class names"
 
 
 def _renumbered(

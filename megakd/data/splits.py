@@ -41,7 +41,7 @@ class Splits(NamedTuple):
 
     train, validation, test: columns `text`, `text_pair` (pairs only) and `label`. The label is an
         int64 class number or a float32 score, and -100 or NaN for a row without a label. mlm and
-        causal_lm have no column `label`, and conversations have the columns of `chat.rows`.
+        causal_lm have no column `label`, and conversations have those of `chat.conversations`.
         test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
     content_hash: sha256 of the sources of the rows and of their selection, without the evaluation
@@ -196,14 +196,15 @@ def _is_on_hub(task: TaskConfig) -> bool:
 
 
 def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:
-    if not is_cut or task.max_eval_examples is not None or len(rows) <= MOST_CUT_ROWS:
-        return at_most(rows, task.max_eval_examples)
-    logger.info(
-        "validation: %d of the %d rows that are held out are scored; task.max_eval_examples sets "
-        "another number",
-        *(MOST_CUT_ROWS, len(rows)),
-    )
-    return at_most(rows, MOST_CUT_ROWS)
+    most = task.max_eval_examples
+    if is_cut and most is None and len(rows) > MOST_CUT_ROWS:
+        logger.info(
+            "validation: %d of the %d rows that are held out are scored; task.max_eval_examples "
+            "sets another number",
+            *(MOST_CUT_ROWS, len(rows)),
+        )
+        most = MOST_CUT_ROWS
+    return at_most(rows, most)
 
 
 def _content_hash(corpus: Corpus, task: TaskConfig, seed: int) -> str:
