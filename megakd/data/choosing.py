@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 from datasets import Dataset, Features
+from numpy.typing import NDArray
 
 from megakd.contract.batch import IGNORE
 from megakd.data.arrow import column_of, remembered_of_rows
@@ -19,9 +20,6 @@ VALIDATION_FRACTION = 0.05
 HASH_RANGE = 2**64
 ROWS_PER_READ = 1000
 
-Keys = np.ndarray[tuple[int], np.dtype[np.uint64]]
-Chosen = np.ndarray[tuple[int], np.dtype[np.bool_]]
-
 
 def text_hash(text: str, *, salt: str = "") -> int:
     """Return a number below 2**64 that depends only on the text and the salt."""
@@ -29,13 +27,13 @@ def text_hash(text: str, *, salt: str = "") -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def row_keys(rows: Dataset, *, salt: str = "") -> Keys:
+def row_keys(rows: Dataset, *, salt: str = "") -> NDArray[np.uint64]:
     """Return one hash per row, of the text or the pair of texts."""
     columns = [name for name in ("text", "text_pair") if name in rows.column_names]
     return _hashes(map("\0".join, _values(rows, columns)), salt=salt)
 
 
-def prompt_keys(rows: Dataset) -> Keys:
+def prompt_keys(rows: Dataset) -> NDArray[np.uint64]:
     """Return one hash per row, of the prompt of a conversation, or else of the text."""
     if CONVERSATION not in rows.column_names:
         return row_keys(rows)
@@ -48,11 +46,11 @@ def _values(rows: Dataset, columns: list[str]) -> Iterable[tuple[str, ...]]:
     return chain.from_iterable(zip(*map(batch.get, columns), strict=True) for batch in batches)
 
 
-def _hashes(texts: Iterable[str], *, salt: str = "") -> Keys:
+def _hashes(texts: Iterable[str], *, salt: str = "") -> NDArray[np.uint64]:
     return np.fromiter((text_hash(text, salt=salt) for text in texts), dtype=np.uint64)
 
 
-def is_labelled(rows: Dataset) -> Chosen:
+def is_labelled(rows: Dataset) -> NDArray[np.bool_]:
     """Return a bool per row: whether the row carries a label."""
     if "label" not in rows.column_names:
         return np.ones(len(rows), dtype=np.bool_)

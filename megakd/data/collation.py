@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROW_EXTRAS, Batch, Documents, Within
-from megakd.data.words import WORD_STARTS
+from megakd.data.token_tables import WORD_STARTS
 
 LENGTH_MULTIPLE = 8
 _FILL = {"labels": IGNORE, "token_type_ids": 0, WORD_STARTS: 0}

@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.data.arrow import TEXTS_AT_ONCE, key_of, read_rows, write_tables
-from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
@@ -39,6 +38,7 @@ from megakd.data.encoding import (
 )
 from megakd.data.rows import VERSION as ROWS_VERSION
 from megakd.data.splits import Splits
+from megakd.data.tables import BadRows
 from megakd.data.token_tables import (
     PackedRow,
     Packer,
@@ -177,11 +177,13 @@ def _counts_of_shards(shards: Iterable[Record]) -> CountsByName:
 
 
 @dataclass
-class _Progress:
+class _Writer:
     # By the name of the rows: the entries of the written shards in order, and the unfinished packed
-    # row after the last shard (causal_lm).
+    # row after the last shard (causal_lm), which is empty without one.
 
     folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    task: TaskConfig
     facts: Fingerprint
     keys: Mapping[str, Any]
     shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -222,6 +224,78 @@ class _Progress:
         state = {"shards": self.shards, "rests": self.rests}
         write_signed(self.path, {"facts": self.facts, "keys": self.keys, **state})
 
+    def write(self, name: str, texts: Dataset) -> None:
+        done = self.shards.setdefault(name, [])
+        count = -(-len(texts) // TEXTS_PER_SHARD)
+        first = min(len(done) * TEXTS_PER_SHARD, len(texts))
+        with tqdm(total=len(texts), initial=first, desc=name, unit="texts") as bar:
+            for number in range(len(done), count):
+                start, stop = number * TEXTS_PER_SHARD, (number + 1) * TEXTS_PER_SHARD
+                part = texts.select(range(start, min(stop, len(texts))))
+                path = self.folder / f"{name.replace('/', '-')}-{number:05d}-of-{count:05d}.arrow"
+                chat: CountsByName = {}
+                if self.task.type == "causal_lm" and not is_chat(texts):  # packed over all texts
+                    packed = self._packed(name, _parts(part, bar), is_last=number + 1 == count)
+                    tables = tables_of_lists(packed, PackedRow._fields)
+                else:
+                    self.rests[name] = []
+                    tables = self._tables(name, _parts(part, bar), chat)
+                done.append(_write_shard(path, tables, chat))
+                self.save()
+        if not any(entry["rows"] for entry in done):
+            raise no_tokens(texts, self.task, split=name, counts=_counts_of_shards(done))
+
+    def _tables(
+        self, name: str, parts: Iterator[Dataset], chat: CountsByName
+    ) -> Iterator[pa.Table]:
+        bad = BadRows(self.task.bad_rows)
+        for part in parts:
+            yield from tables_of(part, self.tokenizer, self.task, name=name, counts=chat, bad=bad)
+        bad.finish()
+
+    def _packed(self, name: str, parts: Iterator[Dataset], *, is_last: bool) -> Iterator[PackedRow]:
+        columns = [np.asarray(column, dtype=np.int32) for column in self.rests.get(name, [])]
+        packer = Packer(self.task.row_length, PackedRow(*columns) if columns else None)
+        for part in parts:
+            for document in documents_of(part, self.tokenizer):
+                yield from packer.add(document)
+        rest = packer.rest()
+        self.rests[name] = [] if rest is None else [column.tolist() for column in rest]
+        if rest is not None and is_last:
+            yield rest
+
+
+def _parts(texts: Dataset, bar: tqdm[Any]) -> Iterator[Dataset]:
+    at_once = rows_of_processes(len(texts)) if is_chat(texts) else TEXTS_AT_ONCE
+    for start in range(0, len(texts), at_once):
+        part = range(start, min(start + at_once, len(texts)))
+        yield texts.select(part)
+        bar.update(len(part))
+
+
+def _write_shard(path: Path, tables: Iterator[pa.Table], chat: CountsByName) -> dict[str, Any]:
+    # `chat` is filled while the tables are read. A shard without rows has no file.
+    counts = {"rows": 0, "tokens": 0}
+
+    def counted() -> Iterator[pa.Table]:
+        for table in tables:
+            counts["rows"] += table.num_rows
+            counts["tokens"] += len(table.column("input_ids").combine_chunks().flatten())
+            yield table
+
+    try:
+        write_tables(path, counted())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    entry: dict[str, Any] = {"file": path.name, **counts}
+    if chat:
+        entry["chat"] = {name: asdict(tally) for name, tally in chat.items()}
+    if counts["rows"]:
+        return {**entry, **entry_of(path)}
+    path.unlink()
+    return {**entry, "size": 0, "sha256": ""}
+
 
 def write_encoded(
     folder: Path,
@@ -245,11 +319,11 @@ def write_encoded(
     if (folder / MANIFEST).is_file():
         _check_same(folder, facts, keys)
         return
-    progress = _Progress(folder, facts, keys)
+    writer = _Writer(folder, tokenizer, task, facts, keys)
     try:
-        progress.resume()
+        writer.resume()
         for name, texts in rows.items():
-            _write_shards(progress, name, texts, tokenizer, task)
+            writer.write(name, texts)
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
         save_tokenizer(tokenizer, folder / TOKENIZER)
         sync_tree(folder)
@@ -258,11 +332,11 @@ def write_encoded(
             {
                 "facts": facts,
                 "keys": keys,
-                "shards": progress.shards,
+                "shards": writer.shards,
                 **{name: getattr(splits, name) for name in _KEPT},
             },
         )
-        progress.path.unlink()
+        writer.path.unlink()
     except OSError as error:
         raise DataError(
             f"{folder}: the encoded data cannot be written: {full_disk_reason(error) or error}; "
@@ -283,91 +357,3 @@ def _check_same(folder: Path, facts: Fingerprint, keys: Mapping[str, Any]) -> No
 
 def _differing(there: Mapping[str, Any], facts: Fingerprint, keys: Mapping[str, Any]) -> str:
     return differences({**there["facts"], **there["keys"]}, {**facts, **keys})
-
-
-def _write_shards(
-    progress: _Progress,
-    name: str,
-    texts: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskConfig,
-) -> None:
-    done = progress.shards.setdefault(name, [])
-    count = -(-len(texts) // TEXTS_PER_SHARD)
-    first = min(len(done) * TEXTS_PER_SHARD, len(texts))
-    with tqdm(total=len(texts), initial=first, desc=name, unit="texts") as bar:
-        for number in range(len(done), count):
-            span = range(number * TEXTS_PER_SHARD, min((number + 1) * TEXTS_PER_SHARD, len(texts)))
-            shard = _Shard(name, texts, span, tokenizer, task, progress.rests.get(name, []))
-            file = f"{name.replace('/', '-')}-{number:05d}-of-{count:05d}.arrow"
-            done.append(shard.write(progress.folder / file, bar))
-            progress.rests[name] = shard.rest
-            progress.save()
-    if not any(entry["rows"] for entry in done):
-        counts = _counts_of_shards(done)
-        raise no_tokens(texts, task, split=name, counts=counts)
-
-
-@dataclass
-class _Shard:
-    # rest: the unfinished packed row before and, after `write`, behind the texts; empty without.
-
-    name: str
-    texts: Dataset
-    span: range
-    tokenizer: PreTrainedTokenizerBase
-    task: TaskConfig
-    rest: list[list[int]]
-
-    def write(self, path: Path, bar: tqdm[Any]) -> dict[str, Any]:
-        # A shard without rows has no file.
-        counts = {"rows": 0, "tokens": 0}
-        chat: CountsByName = {}
-
-        def counted() -> Iterator[pa.Table]:
-            for table in self._tables(bar, chat):
-                counts["rows"] += table.num_rows
-                counts["tokens"] += len(table.column("input_ids").combine_chunks().flatten())
-                yield table
-
-        try:
-            write_tables(path, counted())
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        entry: dict[str, Any] = {"file": path.name, **counts}
-        if chat:
-            entry["chat"] = {name: asdict(tally) for name, tally in chat.items()}
-        if counts["rows"]:
-            return {**entry, **entry_of(path)}
-        path.unlink()
-        return {**entry, "size": 0, "sha256": ""}
-
-    def _tables(self, bar: tqdm[Any], chat: CountsByName) -> Iterator[pa.Table]:
-        if self.task.type == "causal_lm" and not is_chat(self.texts):  # packed over all texts
-            yield from tables_of_lists(self._packed(bar), PackedRow._fields)
-            return
-        bad = BadRows(self.task.bad_rows)
-        for part in self._parts(bar):
-            yield from tables_of(
-                part, self.tokenizer, self.task, name=self.name, counts=chat, bad=bad
-            )
-        bad.finish()
-
-    def _packed(self, bar: tqdm[Any]) -> Iterator[PackedRow]:
-        columns = [np.asarray(column, dtype=np.int32) for column in self.rest]
-        packer = Packer(self.task.row_length, PackedRow(*columns) if columns else None)
-        for part in self._parts(bar):
-            for document in documents_of(part, self.tokenizer):
-                yield from packer.add(document)
-        rest = packer.rest()
-        self.rest = [] if rest is None else [column.tolist() for column in rest]
-        if rest is not None and self.span.stop == len(self.texts):
-            yield rest
-
-    def _parts(self, bar: tqdm[Any]) -> Iterator[Dataset]:
-        at_once = rows_of_processes(len(self.span)) if is_chat(self.texts) else TEXTS_AT_ONCE
-        for start in range(self.span.start, self.span.stop, at_once):
-            part = range(start, min(start + at_once, self.span.stop))
-            yield self.texts.select(part)
-            bar.update(len(part))

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data.arrow import arrow_batches, key_of, read_rows, rows_key, write_tables
-from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import is_chat
 from megakd.data.chat.counts import SETS, ChatCounts, CountsByName, say_chat
 from megakd.data.chat.tokens import VERSION as CHAT_VERSION
@@ -30,6 +29,7 @@ from megakd.data.choosing import is_labelled
 from megakd.data.collation import columns_of
 from megakd.data.rows import TextStream
 from megakd.data.splits import Splits
+from megakd.data.tables import BadRows
 from megakd.data.token_tables import check_room_for_text, tables_of_texts, with_tokens
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of, write_json
@@ -60,10 +60,10 @@ class Encoded(NamedTuple):
 
     Columns for classification and regression: `input_ids`, `label`, and for pairs `token_type_ids`
     if the tokenizer returns them. For mlm: `input_ids`, with a row per window of a text (see
-    `token_tables`), and `word_starts` for whole-word masking (see `words`). For causal_lm:
-    `input_ids`, `position_ids` and `labels` (see `PackedRow`), or for conversations `input_ids`,
-    `labels` and `prompt_length` (see `chat.tokens`). Rows that name their teacher also have its
-    number in `route` (see `contract.batch.teacher_number`).
+    `token_tables`), and `word_starts` for whole-word masking. For causal_lm: `input_ids`,
+    `position_ids` and `labels` (see `PackedRow`), or for conversations `input_ids`, `labels` and
+    `prompt_length` (see `chat.tokens`). Rows that name their teacher also have its number in
+    `route` (see `contract.batch.teacher_number`).
 
     tokens_per_row: mean number of tokens of a training row, or with a stream of a validation row,
         without padding.

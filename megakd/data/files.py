@@ -167,21 +167,21 @@ def files_table(
                 f"{key}: {path} and {first} have different formats; give all files of a split in "
                 "one format"
             )
-    if first.suffix.lower() == ".txt":
+    suffix = known_suffix(first, key)
+    if suffix == ".txt":
         return read_documents(paths, name, to_be_split=to_be_split)
-    return joined([_one_table(path, key) for path in paths], name)
-
-
-def _one_table(path: Path, key: str) -> Table:
-    suffix = known_suffix(path, key)
     if suffix != ".json":
-        return READERS[suffix](path)
-    tables = read_json(path)
-    if len(tables) > 1:
-        raise DataError(
-            f"{key}: {path} holds the splits {', '.join(tables)}; give a file with one list of rows"
-        )
-    return next(iter(tables.values()))
+        return joined([READERS[known_suffix(path, key)](path) for path in paths], name)
+    tables: list[Table] = []
+    for path in paths:
+        splits = read_json(path)
+        if len(splits) > 1:
+            raise DataError(
+                f"{key}: {path} holds the splits {', '.join(splits)}; give a file with one list of "
+                "rows"
+            )
+        tables += splits.values()
+    return joined(tables, name)
 
 
 def scored_table(given: str) -> tuple[Table, str]:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 
@@ -41,10 +41,10 @@ class Classes:
     numbered: bool
     unlabelled: frozenset[int] = frozenset({IGNORE})
     folds_case: bool = False
-    number_of: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "number_of", {name: n for n, name in enumerate(self.names)})
+    @cached_property
+    def number_of(self) -> Mapping[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
 
     @cached_property
     def _digits_are_names(self) -> bool:

@@ -124,11 +124,10 @@ class StepLoader(BatchSource):
         draw = index // self.steps_per_epoch
         if self._masking is not None:
             batch = self._masking(batch, mine, seed=self._seed, draw=draw)
-        seeds = {role: zlib.crc32(f"{self._seed}:{role}".encode()) for role in self._others}
-        others = {
-            role: read(rows, mine, size=self._size, seed=seeds[role], draw=draw)
-            for role, read in self._others.items()
-        }
+        others: dict[str, Batch] = {}
+        for role, read in self._others.items():
+            seed = zlib.crc32(f"{self._seed}:{role}".encode())
+            others[role] = read(rows, mine, size=self._size, seed=seed, draw=draw)
         numbers = np.full(self._size, -1)
         numbers[: len(mine)] = mine
         return batch._replace(rows=torch.from_numpy(numbers)).extended(others=others or None)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch, Targets
 from megakd.data.splitmix import row_keys, uniform
-from megakd.data.words import WORD_STARTS
+from megakd.data.token_tables import WORD_STARTS
 
 DEFAULT_PROBABILITY = 0.15
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
@@ -91,7 +91,7 @@ class Masking:
         """Return the batch, on the CPU, with masked `input_ids`, `labels` [B, T] and `targets`.
 
         If its `inputs` have `word_starts` [B, T], all tokens of a word are chosen together; see
-        `words`. `rows` and `draw`: see `splitmix.row_keys`.
+        `token_tables`. `rows` and `draw`: see `splitmix.row_keys`.
         """
         ids = batch.inputs["input_ids"].numpy()  # [B, T]
         real = batch.valid.numpy()

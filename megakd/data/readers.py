@@ -118,27 +118,26 @@ def is_plain(feature: object) -> bool:
     return isinstance(feature, Value | ClassLabel | JSON_FEATURE)
 
 
-def without_added_nulls(value: object, feature: object) -> object:
-    """Return a value without the nulls that a typed object has for missing keys.
-
-    JSON, which has no types, keeps its nulls.
-    """
-    if isinstance(feature, List | LargeList) and isinstance(value, list):
-        if isinstance(feature.feature, Value):
-            return cast("object", value)
-        return [without_added_nulls(v, feature.feature) for v in cast("list[object]", value)]
-    if isinstance(feature, dict) and isinstance(value, dict):
-        features = cast("dict[str, object]", feature)
-        items = cast("dict[str, object]", value).items()
-        return {k: without_added_nulls(v, features.get(k)) for k, v in items if v is not None}
-    return value
-
-
 def columns_without_added_nulls(
     row: Mapping[str, object], features: Mapping[str, object]
 ) -> dict[str, object]:
-    """Return a row of typed columns; see `without_added_nulls`."""
-    return {name: without_added_nulls(value, features.get(name)) for name, value in row.items()}
+    """Return a row of typed columns without the nulls that typed objects have for missing keys.
+
+    JSON, which has no types, keeps its nulls.
+    """
+    return {name: _without_added_nulls(value, features.get(name)) for name, value in row.items()}
+
+
+def _without_added_nulls(value: object, feature: object) -> object:
+    if isinstance(feature, List | LargeList) and isinstance(value, list):
+        if isinstance(feature.feature, Value):
+            return cast("object", value)
+        return [_without_added_nulls(v, feature.feature) for v in cast("list[object]", value)]
+    if isinstance(feature, dict) and isinstance(value, dict):
+        features = cast("dict[str, object]", feature)
+        items = cast("dict[str, object]", value).items()
+        return {k: _without_added_nulls(v, features.get(k)) for k, v in items if v is not None}
+    return value
 
 
 def joined(tables: Sequence[Table], name: str) -> Table:
@@ -177,18 +176,17 @@ def _numberings(table: Table, first: Table) -> dict[str, tuple[int, ...]]:
     for column in sorted({*first.class_names, *table.class_names}):
         expected, given = (part.class_names.get(column, ()) for part in (first, table))
         if sorted(given) != sorted(expected):
+            here, there = (
+                f"the class names {', '.join(names)}" if names else "no class names"
+                for names in (given, expected)
+            )
             raise DataError(
-                f"{table.name}: column {column!r} has {_names_in_words(given)}, but in "
-                f"{first.name} it has {_names_in_words(expected)}; write all files with the same "
-                "class names"
+                f"{table.name}: column {column!r} has {here}, but in {first.name} it has {there}; "
+                "write all files with the same class names"
             )
         if given != expected:
             numberings[column] = tuple(map(expected.index, given))
     return numberings
-
-
-def _names_in_words(names: Sequence[str]) -> str:
-    return f"the class names {', '.join(names)}" if names else "no class names"
 
 
 def _renumbered(

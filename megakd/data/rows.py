@@ -18,13 +18,12 @@ from datasets.distributed import split_dataset_by_node
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import ROUTE
 from megakd.data.arrow import PLACE, column_of, key_of, read_rows, write_rows
-from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import CONVERSATION, SOURCE, Conversation, chat_columns, is_chat
 from megakd.data.choosing import is_labelled, text_hash
 from megakd.data.kinds import RowKind, is_blank, place_of, row_teacher
 from megakd.data.labels import Classes, find_classes
 from megakd.data.readers import columns_without_added_nulls
-from megakd.data.tables import SPLIT_NAMES, Record, SplitName, Table
+from megakd.data.tables import SPLIT_NAMES, BadRows, Record, SplitName, Table
 from megakd.errors import DataError, suggestion
 from megakd.storage.folders import whole_folder
 
@@ -135,7 +134,15 @@ def rows_of_tables(
     for table in tables.values():
         _require_rows(table)
     tables = {split: tables[split] for split in SPLIT_NAMES if split in tables}
-    kinds = _kinds_of(tables, task, classes)
+    kinds: dict[SplitName, RowKind]
+    if any(chat_columns(table, task) for table in tables.values()):
+        kinds = {split: RowKind.of(task, table, as_chat=True) for split, table in tables.items()}
+    else:
+        train = RowKind.of(task, tables["train"], classes)
+        if train.label is not None and task.type == "classification" and classes is None:
+            named = find_classes(tables["train"], train.label, text=train.fields.text)
+            train = replace(train, classes=named)
+        kinds = {split: train.of_split(table, split) for split, table in tables.items()}
     # Only training rows have teachers.
     teacher = row_teacher(tables["train"], task.teacher_column)
     kinds["train"] = replace(kinds["train"], teacher=teacher)
@@ -146,18 +153,6 @@ def rows_of_tables(
         metrics=metrics or DEFAULT_METRICS[task.type],
         source_hash=_source_hash(tables, kinds),
     )
-
-
-def _kinds_of(
-    tables: Mapping[SplitName, Table], task: TaskConfig, classes: Classes | None
-) -> dict[SplitName, RowKind]:
-    if any(chat_columns(table, task) for table in tables.values()):
-        return {s: RowKind.of(task, table, as_chat=True) for s, table in tables.items()}
-    train = RowKind.of(task, tables["train"], classes)
-    if train.label is not None and task.type == "classification" and classes is None:
-        named = find_classes(tables["train"], train.label, text=train.fields.text)
-        train = replace(train, classes=named)
-    return {split: train.of_split(table, split) for split, table in tables.items()}
 
 
 def _source_hash(tables: Mapping[SplitName, Table], kinds: Mapping[SplitName, RowKind]) -> str:

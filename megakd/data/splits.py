@@ -41,7 +41,7 @@ class Splits(NamedTuple):
 
     train, validation, test: columns `text`, `text_pair` (pairs only) and `label`. The label is an
         int64 class number or a float32 score, and -100 or NaN for a row without a label. mlm and
-        causal_lm have no column `label`, and conversations have the columns of `chat.rows`.
+        causal_lm have no column `label`, and conversations have those of `chat.conversations`.
         test is None unless its rows carry labels.
     label_names: class names in the order of their numbers; empty without classes.
     content_hash: sha256 of the sources of the rows and of their selection, without the evaluation
@@ -70,9 +70,8 @@ class Splits(NamedTuple):
 
     @property
     def whole_hash(self) -> str:
-        if not self.sets_hash:
-            return self.content_hash
-        return key_of(self.content_hash, self.sets_hash)
+        sets = self.sets_hash
+        return key_of(self.content_hash, sets) if sets else self.content_hash
 
 
 def load_splits(task: TaskConfig, *, seed: int, cache_dir: Path) -> Splits:
@@ -158,16 +157,15 @@ def mixture_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     Documents become conversations without a prompt, which are not packed.
     """
     sources, held = task.mixture or {}, named_files(task)
-    keys = {name: f"task.mixture.{name}.files" for name in sources}
-    paths = {key: matching_files(sources[name].files, key) for name, key in keys.items()}
+    names = {f"task.mixture.{name}.files": name for name in sources}
+    paths = {key: matching_files(sources[name].files, key) for key, name in names.items()}
     paths |= {f"task.{split}_files": files for split, files in held.items()}
     refuse_shared(paths)
     tables = {key: files_table(files, key) for key, files in paths.items()}
     kinds = {key: RowKind.of(task, table, as_chat=True) for key, table in tables.items()}
-    for name, key in keys.items():
+    for key, name in names.items():
         teacher = row_teacher(tables[key], task.teacher_column, sources[name].teacher)
         kinds[key] = replace(kinds[key], teacher=teacher)
-    names = {key: name for name, key in keys.items()}
     rows = {
         key: rows_of(table, kinds[key], task, cache_dir=cache_dir, source=names.get(key))
         for key, table in tables.items()
@@ -198,14 +196,15 @@ def _is_on_hub(task: TaskConfig) -> bool:
 
 
 def _scored(rows: Dataset, task: TaskConfig, *, is_cut: bool) -> Dataset:
-    if not is_cut or task.max_eval_examples is not None or len(rows) <= MOST_CUT_ROWS:
-        return at_most(rows, task.max_eval_examples)
-    logger.info(
-        "validation: %d of the %d rows that are held out are scored; task.max_eval_examples sets "
-        "another number",
-        *(MOST_CUT_ROWS, len(rows)),
-    )
-    return at_most(rows, MOST_CUT_ROWS)
+    most = task.max_eval_examples
+    if is_cut and most is None and len(rows) > MOST_CUT_ROWS:
+        logger.info(
+            "validation: %d of the %d rows that are held out are scored; task.max_eval_examples "
+            "sets another number",
+            *(MOST_CUT_ROWS, len(rows)),
+        )
+        most = MOST_CUT_ROWS
+    return at_most(rows, most)
 
 
 def _content_hash(corpus: Corpus, task: TaskConfig, seed: int) -> str:

@@ -107,26 +107,22 @@ class EncodedStream:
         # The encoded and shuffled rows of each block; the position is that of the first row to use.
         while True:
             has_rows = position.block > 0
-            for block in self._blocks_of_epoch(position):
-                has_rows = True
-                yield block
+            share = self._stream.share(self.reader, self.total)
+            if position.files is not None:
+                share.load_state_dict(dict(position.files))
+            raw = iter(share)
+            while texts := self._texts(raw):
+                rows = self._encoded(texts, position)
+                if rows is not None:
+                    has_rows = True
+                    yield rows, position
+                position = Position(position.epoch, position.block + 1, share.state_dict())
             if not has_rows:
                 raise DataError(
                     f"{self.name} has no text for rank {self.reader} of {self.total}: every rank "
                     "needs at least one text with tokens; use more texts or fewer ranks"
                 )
             position = Position(position.epoch + 1)
-
-    def _blocks_of_epoch(self, position: Position) -> Iterator[tuple[pa.Table, Position]]:
-        share = self._stream.share(self.reader, self.total)
-        if position.files is not None:
-            share.load_state_dict(dict(position.files))
-        rows = iter(share)
-        while texts := self._texts(rows):
-            table = self._encoded(texts, position)
-            if table is not None:
-                yield table, position
-            position = Position(position.epoch, position.block + 1, share.state_dict())
 
     def _texts(self, raw: Iterator[Mapping[str, object]]) -> list[dict[str, str]]:
         rows: list[dict[str, str]] = []
@@ -256,14 +252,10 @@ class StreamLoader(BatchSource):
             mine = cast("Any", rows).slice(start, size)
             batch = self._collate(mine)
             if self._masking is not None:
+                # Instead of its number, a number below 2^63 that depends only on the row's tokens.
+                tokens = (ids.values.to_numpy().tobytes() for ids in mine.column("input_ids"))
+                digests = (hashlib.blake2b(row, digest_size=8).digest() for row in tokens)
+                hashes = np.array([int.from_bytes(d, "little") >> 1 for d in digests], np.int64)
                 draw = epochs[start : start + size]
-                batch = self._masking(batch, _row_hashes(mine), seed=self._rows.seed, draw=draw)
+                batch = self._masking(batch, hashes, seed=self._rows.seed, draw=draw)
             yield batch
-
-
-def _row_hashes(rows: pa.Table) -> NDArray[np.int64]:
-    # Below 2^63; depends only on the row's tokens.
-    column = cast("Any", rows).column("input_ids")
-    texts = (ids.values.to_numpy().tobytes() for ids in column)
-    digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
-    return np.array([int.from_bytes(d, "little") >> 1 for d in digests], dtype=np.int64)

@@ -15,7 +15,6 @@ from datasets import Dataset, IterableDataset
 
 from megakd.config.task import TaskConfig
 from megakd.data.arrow import key_of
-from megakd.data.bad_rows import BadRows
 from megakd.data.chat.conversations import OPTIONS, TOOLS
 from megakd.data.choosing import prompt_keys
 from megakd.data.files import READERS, known_suffix, split_files, tables_of_files
@@ -32,7 +31,7 @@ from megakd.data.rows import (
     numbered,
     rows_of,
 )
-from megakd.data.tables import SplitName, Table
+from megakd.data.tables import BadRows, SplitName, Table
 from megakd.errors import ConfigError, DataError
 
 SAMPLED_BYTES = 1 << 16
@@ -115,9 +114,9 @@ def _cut(
     name = stream.table.name
     if task.max_eval_examples is None:
         raise ConfigError(
-            f"task.streaming: {name} has no validation split, and a stream has no end, so "
-            "no share of it can be held out; add a validation split, or set "
-            "task.max_eval_examples to hold out this many texts from the beginning of the stream"
+            f"task.streaming: {name} has no validation split, and a stream has no end, so no share "
+            "of it can be held out; add a validation split, or set task.max_eval_examples to hold "
+            "out this many texts from the beginning of the stream"
         )
     first = stream.first_rows(task.max_eval_examples)
     rows = rows_of(first, stream.kind, task, cache_dir=cache_dir)
@@ -125,8 +124,7 @@ def _cut(
     if next(rest.read(), None) is None:
         raise DataError(
             f"task.max_eval_examples: {task.max_eval_examples} texts are held out for validation, "
-            f"and {name} has {len(rows)} and no further text to train on; set a smaller "
-            "number"
+            f"and {name} has {len(rows)} and no further text to train on; set a smaller number"
         )
     return rest, rows, first.digest
 

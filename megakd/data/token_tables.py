@@ -5,10 +5,15 @@ a document that does not fit continues in the next row. Positions restart at 0 a
 document and of every row. Decoders of transformers read the restarts as document boundaries and
 prevent attention to other documents. This requires that no attention mask and no cache is given
 (`use_cache=False`): with a cache, decoders ignore the restarts.
+
+Masks of whole words need the words of a text as its tokenizer cuts them. A word is what the
+pre-tokenizer cuts off, or a part of this between two white spaces. The second rule is for
+tokenizers that do not cut texts at white space before they look for pieces.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from typing import Any, NamedTuple
@@ -23,9 +28,10 @@ from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, ROUTE, teacher_number
 from megakd.contract.tasks import LANGUAGE_TASKS
 from megakd.data.arrow import TEXTS_AT_ONCE, arrow_batches, column_of
-from megakd.data.words import WORD_STARTS, check_words, word_starts
 from megakd.errors import DataError
 
+WORD_STARTS = "word_starts"
+"""Column of encoded rows: by token, the position in the row of the first token of its word."""
 _IDS = pa.list_(pa.int32())
 CHARACTERS_AT_ONCE = 4_000_000
 """Characters of texts from which on a call of the tokenizer takes no further text."""
@@ -148,7 +154,7 @@ def tables_of_lists(rows: Iterable[tuple[Any, ...]], names: Sequence[str]) -> It
 def _texts(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, with_words: bool = False
 ) -> Iterator[tuple[list[int], list[int] | None]]:
-    # The second value is None without `with_words`, else see `words.word_starts`.
+    # The second value is None without `with_words`, else see `word_starts`.
     if with_words:
         check_words(tokenizer)
     for texts in _calls(rows):
@@ -276,3 +282,41 @@ def windows(ids: Sequence[int], room: int) -> Iterator[Sequence[int]]:
     count = -(-len(ids) // room)
     for number in range(count):
         yield ids[number * len(ids) // count : (number + 1) * len(ids) // count]
+
+
+def check_words(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    whose: str = "task.whole_word_masking: the tokenizer",
+    otherwise: str = ", or remove the key",
+) -> None:
+    """Raise a DataError if a tokenizer does not tell the words that tokens belong to.
+
+    `whose` is the key that needs words, and `otherwise` what the user can do instead.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{whose} is a {type(tokenizer).__name__}, which does not tell the words that its "
+            f"tokens belong to; use a fast tokenizer (a folder with a tokenizer.json){otherwise}"
+        )
+
+
+def word_starts(encoded: BatchEncoding, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Yield, for each text, the position of the first token of each token's word."""
+    for text, encoding in zip(texts, encoded.encodings or (), strict=True):
+        starts: list[int] = []
+        word, end = None, 0
+        # A token that belongs to no word, such as a special token, is a word of its own.
+        for position, (index, (first, last)) in enumerate(
+            zip(encoding.word_ids, encoding.offsets, strict=True)
+        ):
+            is_inside = index is not None and index == word
+            continues = is_inside and not _has_space(text[end : first + 1])
+            starts.append(starts[-1] if continues else position)
+            word, end = index, max(end, last)
+        yield starts
+
+
+def _has_space(text: str) -> bool:
+    # BERT's normalizer removes other control characters, so that their neighbours are one word.
+    return any(sign in "\t\n\r" or unicodedata.category(sign).startswith("Z") for sign in text)

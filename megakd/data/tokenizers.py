@@ -29,8 +29,8 @@ from megakd.data.arrow import arrow_batches, key_of, rows_key
 from megakd.data.chat.template import read_template
 from megakd.data.encoded_folder import TOKENIZER
 from megakd.data.splits import Splits
+from megakd.data.token_tables import check_words
 from megakd.data.vocabularies import ENCODER_ROLES, VERSION, encoder_template, train_tokenizer
-from megakd.data.words import check_words
 from megakd.errors import DataError, first_line
 from megakd.process.terminal import in_home
 from megakd.storage.folders import check_given, whole_folder

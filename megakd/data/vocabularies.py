@@ -59,7 +59,6 @@ def train_tokenizer(
         texts: function that returns the training texts; may be called more than once.
         kind: `wordpiece` is lower-cased like BERT's tokenizer, `bpe` works on bytes like GPT-2's,
             `unigram` is SentencePiece's (lower-cased for encoders).
-        vocab_size: number of tokens.
         for_encoder: whether the special tokens are [CLS], [SEP], [PAD] and [MASK], with [CLS] and
             [SEP] added to texts; otherwise only <|endoftext|>, which packing appends to documents.
     """

@@ -14,13 +14,13 @@ from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
 from megakd.data import encoded_folder, encoding
-from megakd.data.bad_rows import BadRows
 from megakd.data.chat import tokens
 from megakd.data.chat.counts import ChatCounts, table_lines
 from megakd.data.chat.tokens import ChatEncoder
 from megakd.data.encoded_folder import as_encoded, facts_of, open_splits, write_encoded
 from megakd.data.encoding import Encoded, encode_splits
 from megakd.data.splits import Splits, load_splits
+from megakd.data.tables import BadRows
 from megakd.data.token_tables import plain_encoding
 from megakd.data.tokenizers import load_tokenizer, training_texts
 from megakd.errors import DataError

@@ -22,8 +22,8 @@ from megakd.data.encoding import encode_rows
 from megakd.data.loader import StepLoader, evaluation_batches
 from megakd.data.masking import Masking, task_masking
 from megakd.data.step_layout import StepLayout, StepShape
+from megakd.data.token_tables import WORD_STARTS, check_words, word_starts
 from megakd.data.vocabularies import train_tokenizer
-from megakd.data.words import WORD_STARTS, check_words, word_starts
 from megakd.errors import DataError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -20,13 +20,13 @@ from tiny_runs import write_jsonl
 
 from megakd.config.task import TaskConfig
 from megakd.contract.batch import IGNORE, Batch
-from megakd.data.bad_rows import BadRows
 from megakd.data.collation import Collator
 from megakd.data.encoding import StreamedRows, encode_rows
 from megakd.data.masking import task_masking
 from megakd.data.step_layout import StepShape
 from megakd.data.stream_loader import EncodedStream, Position, StreamLoader
 from megakd.data.streams import file_stream
+from megakd.data.tables import BadRows
 from megakd.data.vocabularies import train_tokenizer
 from megakd.errors import CheckpointError, ConfigError, DataError
 from megakd.training.checkpoint import check_plain

@@ -24,9 +24,9 @@ from megakd.contract.batch import IGNORE, Batch
 from megakd.data import encoding
 from megakd.data.collation import Collator
 from megakd.data.masking import task_masking
+from megakd.data.token_tables import WORD_STARTS
 from megakd.data.tokenizers import VocabularyPair
 from megakd.data.vocabularies import train_tokenizer
-from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
 from megakd.methods.mixed_vocabulary.mixed_text import MixedText, encode_mixed, word_windows
 from megakd.methods.mixed_vocabulary.shared_words import ALWAYS_STUDENT, ALWAYS_TEACHER, FREE

@@ -160,7 +160,7 @@ def _of_prompt(name: str, columns: ChatColumns, record: Record) -> Conversation:
     shown = {
         c: _present(record, c, f"{where} {c!r}") for c in (prompt, completion) if c is not None
     }
-    lists = [column for column, value in shown.items() if is_message_list(value)]
+    lists = [column for column, value in shown.items() if _is_message_list(value)]
     if not lists:
         texts = [text_of(name, column, record) for column in shown]
         return Conversation(prompt=texts[0], completion=None if completion is None else texts[1])
@@ -239,8 +239,7 @@ def from_json(value: object) -> object:
     return value
 
 
-def is_message_list(value: object) -> bool:
-    """Return whether a value is a list of messages, or JSON text with such a list."""
+def _is_message_list(value: object) -> bool:
     listed = from_json(value)
     return isinstance(listed, list) and bool(listed) and all(map(_looks_like_message, listed))
 

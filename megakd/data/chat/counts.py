@@ -123,19 +123,17 @@ def say_chat(
     """Log the table of encoded conversations and the first row with its counted parts marked."""
     _say_counts(counts)
     name = next(iter(rows))
-    logger.info("first row of %s, [[what counts]]: %s", name, _shown_row(rows[name][0], tokenizer))
-
-
-def _shown_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    ids, labels = row["input_ids"], row["labels"]
-    counts = [False, *(label != IGNORE for label in labels[:-1])]
+    row = rows[name][0]
+    counted = [False, *(label != IGNORE for label in row["labels"][:-1])]
     parts: list[str] = []
-    for does_count, group in groupby(zip(counts, ids, strict=True), key=lambda pair: pair[0]):
+    for does_count, group in groupby(
+        zip(counted, row["input_ids"], strict=True), key=lambda pair: pair[0]
+    ):
         text = cast("str", tokenizer.decode([token for _, token in group]))
         if len(text) > 2 * MOST_SHOWN:
             text = f"{text[:MOST_SHOWN]} … {text[-MOST_SHOWN:]}"
         parts.append(f"[[{text}]]" if does_count else text)
-    return "".join(parts)
+    logger.info("first row of %s, [[what counts]]: %s", name, "".join(parts))
 
 
 def table_lines(counts: Mapping[str, ChatCounts]) -> list[str]:

@@ -124,16 +124,11 @@ class ChatTemplate:
         return self._sources[key]
 
 
-class _View:
-    def __init__(
-        self,
-        template: ChatTemplate,
-        conversation: Conversation,
-        messages: list[Message],
-        where: str,
-    ) -> None:
-        self._template, self._conversation, self._where = template, conversation, where
-        self._messages = messages
+class _View(NamedTuple):
+    template: ChatTemplate
+    conversation: Conversation
+    messages: list[Message]
+    where: str
 
     def up_to(self, count: int, *, prompted: bool) -> str:
         return self._rendered(count, add_generation_prompt=prompted)[0]
@@ -143,20 +138,20 @@ class _View:
         answers: list[tuple[int, int]] = []
         for number in counted:
             begin = self._prefix(text, number, prompted=True)
-            is_last = number + 1 == len(self._messages)
+            is_last = number + 1 == len(self.messages)
             end = len(text) if is_last else self._prefix(text, number + 1, prompted=False)
             answers.append((begin, end))
         return Rendered(text, answers, answers[-1][0])
 
     def by_marks(self, counted: Sequence[int]) -> Rendered:
         text, marks = self._whole(return_assistant_tokens_mask=True)
-        turns = [n for n, m in enumerate(self._messages) if m["role"] == ASSISTANT]
+        turns = [n for n, m in enumerate(self.messages) if m["role"] == ASSISTANT]
         marks = [mark for mark in marks if mark[0] < mark[1]]
         if len(marks) == len(turns):
             marks = [mark for mark, turn in zip(marks, turns, strict=True) if turn in counted]
         elif len(counted) < len(turns) or not marks:
             raise DataError(
-                f"{self._where}: the chat template marks {len(marks)} parts with generation, and "
+                f"{self.where}: the chat template marks {len(marks)} parts with generation, and "
                 f"the conversation has {len(turns)} answers, of which {len(counted)} count; mark "
                 "every answer once, or remove the marks"
             )
@@ -165,13 +160,13 @@ class _View:
         return Rendered(text, marks, len(prompt) if is_prefix else marks[-1][0])
 
     def _whole(self, **keys: bool) -> tuple[str, list[tuple[int, int]]]:
-        text, marks = self._rendered(len(self._messages), **keys)
-        for message in self._messages:
+        text, marks = self._rendered(len(self.messages), **keys)
+        for message in self.messages:
             role, content = message["role"], (message["content"] or "").strip()
             # Templates write results of tools and answers in forms of their own.
             if role not in (ASSISTANT, "tool") and content not in text:
                 raise DataError(
-                    f"{self._where}: the chat template leaves out the message of role {role!r} "
+                    f"{self.where}: the chat template leaves out the message of role {role!r} "
                     f"({content[:SHOWN_CHARACTERS]!r}); use the roles of the template, or set "
                     "task.chat_template to a template that writes this role"
                 )
@@ -179,7 +174,7 @@ class _View:
 
     def _rendered(self, count: int, **keys: bool) -> tuple[str, list[tuple[int, int]]]:
         # The text of the first messages, and the parts that the template marks.
-        messages, template, row = self._messages[:count], self._template, self._conversation
+        messages, template, row = self.messages[:count], self.template, self.conversation
         try:
             rendered: Any = render_jinja_template(
                 [messages],
@@ -195,7 +190,7 @@ class _View:
         except Exception as error:  # a template may do anything that Python can refuse
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"{self._where}: the chat template refuses the conversation (roles: "
+                f"{self.where}: the chat template refuses the conversation (roles: "
                 f"{roles or 'none before the first answer'}): {error}"
             ) from error
         texts, marks = rendered
@@ -204,7 +199,7 @@ class _View:
     def _prefix(self, text: str, count: int, *, prompted: bool) -> int:
         prefix = self.up_to(count, prompted=prompted)
         # Phi's templates close every text without a prompt for an answer with the end token.
-        for begun in (prefix, prefix.removesuffix(self._template.end)):
+        for begun in (prefix, prefix.removesuffix(self.template.end)):
             if text.startswith(begun):
                 return len(begun)
         pairs = enumerate(zip_longest(prefix, text))
@@ -212,11 +207,11 @@ class _View:
         alone, whole = (t[same : same + SHOWN_CHARACTERS] for t in (prefix, text))
         answer = count + 1 if prompted else count
         raise DataError(
-            f"{self._where}: the chat template renders the beginning of the conversation up to "
+            f"{self.where}: the chat template renders the beginning of the conversation up to "
             f"answer {answer} differently when the rest follows: after "
             f"{text[max(0, same - SHOWN_CHARACTERS) : same]!r} it writes {alone!r} alone and "
             f"{whole!r} in the whole conversation, so that a model would not learn the "
-            f"text that it generates; {_remedy(self._conversation, count)}"
+            f"text that it generates; {_remedy(self.conversation, count)}"
         )
 
 

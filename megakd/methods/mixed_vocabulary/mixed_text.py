@@ -6,7 +6,7 @@ else with the teacher's. A masked piece is then predicted in its own vocabulary.
 The `Collator` of the student reads the same rows. Columns, all lists of int32:
 
 - `input_ids`: the student's tokens with its special tokens, and `word_starts` for whole-word
-  masking (see `words`).
+  masking (see `token_tables`).
 - `teacher_ids`: the same words in the teacher's vocabulary, without special tokens.
 - `student_lengths`, `teacher_lengths`: number of pieces of each word, without special tokens.
 - `fixed`: by word, 0 if both vocabularies know the word, 1 if the student's vocabulary always cuts
@@ -34,9 +34,14 @@ from megakd.data.collation import Collator, Columns, columns_of
 from megakd.data.encoding import cached_tables, no_tokens, tokenizer_content
 from megakd.data.masking import task_masking
 from megakd.data.splitmix import row_keys, uniform
-from megakd.data.token_tables import check_room_for_text, frame, tables_of_lists, with_tokens
+from megakd.data.token_tables import (
+    WORD_STARTS,
+    check_room_for_text,
+    frame,
+    tables_of_lists,
+    with_tokens,
+)
 from megakd.data.tokenizers import VocabularyPair
-from megakd.data.words import WORD_STARTS
 from megakd.errors import DataError
 from megakd.methods.mixed_vocabulary.shared_words import (
     ALWAYS_STUDENT,

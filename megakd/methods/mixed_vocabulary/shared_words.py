@@ -1,7 +1,7 @@
 """Words of texts in two vocabularies, word by word, for texts that mix both vocabularies.
 
-Words are those of `words`. Both vocabularies must cut a text into the same words, and the pieces of
-a word must spell the same word in both.
+Words are those of `word_starts`. Both vocabularies must cut a text into the same words, and the
+pieces of a word must spell the same word in both.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from megakd.data.token_tables import plain_encoding
+from megakd.data.token_tables import check_words, plain_encoding, word_starts
 from megakd.data.tokenizers import VocabularyPair
-from megakd.data.words import check_words, word_starts
 from megakd.errors import DataError
 
 if TYPE_CHECKING:
