@@ -10,14 +10,7 @@ from typing import Any
 import pytest
 import torch
 from chat_runs import config_of, model
-from tiny_runs import (
-    bert,
-    config_tree,
-    llama,
-    write_config,
-    write_scored_pairs,
-    write_text,
-)
+from tiny_runs import bert, config_tree, llama, write_config, write_scored_pairs, write_text
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import CLASSES, finish, read, records
 

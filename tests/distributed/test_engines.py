@@ -197,11 +197,7 @@ def train(workers, write):
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"),
-    [
-        ("zero2", "teacher_zero0"),
-        ("zero3", "teacher_zero3"),
-    ],
+    ("student", "teacher"), [("zero2", "teacher_zero0"), ("zero3", "teacher_zero3")]
 )
 def test_both_models_in_bf16_bring_the_loss_down(workers, write, student, teacher):
     path = write(student=student, teacher=teacher, bf16=True, adam_epsilon=1e-8)

@@ -180,8 +180,7 @@ def alone(workers, config_of):
 
 
 @pytest.mark.parametrize(
-    ("world", "stage", "teacher_stage"),
-    [(2, 0, 0), (2, 2, 3), (1, 3, 3), (3, 3, 0)],
+    ("world", "stage", "teacher_stage"), [(2, 0, 0), (2, 2, 3), (1, 3, 3), (3, 3, 0)]
 )
 def test_completions_are_the_same_at_every_stage_and_on_any_number_of_ranks(
     workers, config_of, alone, world, stage, teacher_stage

@@ -15,14 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEEPSPEED, RUNNER, TIMEOUT_S, TORCHRUN, TRAIN, free_port, start
-from tiny_runs import (
-    bert,
-    config_tree,
-    save_tokenizer,
-    write_config,
-    write_jsonl,
-    write_reviews,
-)
+from tiny_runs import bert, config_tree, save_tokenizer, write_config, write_jsonl, write_reviews
 
 STEPS = 2
 

@@ -111,12 +111,7 @@ def one_rank(command, texts, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("zero", "world"),
-    [
-        pytest.param(1, 2, marks=pytest.mark.slow),
-        (2, 3),
-        (3, 2),
-    ],
+    ("zero", "world"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 3), (3, 2)]
 )
 def test_texts_and_weights_do_not_depend_on_ranks_or_sharding(
     command, texts, one_rank, tmp_path, zero, world

@@ -12,13 +12,7 @@ import torch
 from cases import lab_of
 from equal_runs import ZERO3, write_llama
 from safetensors.torch import load_file
-from tiny_runs import (
-    NO_DROPOUT,
-    bert,
-    config_tree,
-    write_config,
-    write_reviews,
-)
+from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_reviews
 
 from megakd.methods import run_method
 from megakd.models.knowledge import Needs
@@ -83,11 +77,7 @@ def config_of(folder: Path, out: Path, *, rows: int, zero: int) -> Path:
             "trial_steps": 3,
             "repair_steps": 3,
         },
-        train={
-            "per_device_train_batch_size": rows,
-            "learning_rate": 0.01,
-            "adam_epsilon": 0.01,
-        },
+        train={"per_device_train_batch_size": rows, "learning_rate": 0.01, "adam_epsilon": 0.01},
     )
     tree["student"] = {"model": "from_teacher", "deepspeed": student}
     return write_config(out / "run.yaml", tree)

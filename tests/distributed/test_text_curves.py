@@ -64,13 +64,7 @@ def test_the_means_by_position_are_those_of_the_objective_on_the_same_texts(alon
         assert sum(parts) / TOKENS == pytest.approx(alone["eval/text_kl"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("zero", "world"),
-    [
-        pytest.param(2, 3, marks=pytest.mark.slow),
-        (3, 2),
-    ],
-)
+@pytest.mark.parametrize(("zero", "world"), [pytest.param(2, 3, marks=pytest.mark.slow), (3, 2)])
 def test_values_by_position_do_not_depend_on_ranks_or_sharding(
     command, texts, alone, tmp_path, zero, world
 ) -> None:

@@ -160,8 +160,7 @@ def test_a_run_that_fails_or_is_stopped_gives_its_exit_code(quickstart, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("flags", "overrides"),
-    [("avx2 avx512_vnni", ()), ("avx512_bf16 sse", ("train.bf16=true",))],
+    ("flags", "overrides"), [("avx2 avx512_vnni", ()), ("avx512_bf16 sse", ("train.bf16=true",))]
 )
 def test_bf16_is_set_on_a_processor_that_computes_in_it(quickstart, monkeypatch, flags, overrides):
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags\t\t: fpu {flags}\n")

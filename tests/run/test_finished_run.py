@@ -107,10 +107,7 @@ OTHER = "was made from other data or models"
 NOT_THE_STUDENT = f"{{}}/{STUDENT} is not the student of this run: the checksum of"
 # What happens to files of the run, and parts of the message; {} is the folder of the run.
 DAMAGE: dict[str, tuple[dict[str, Callable[[Path], None]], tuple[str, ...]]] = {
-    "other rows": (
-        {"reviews/train.jsonl": reword},
-        (OTHER, "task.dataset", "use another output"),
-    ),
+    "other rows": ({"reviews/train.jsonl": reword}, (OTHER, "task.dataset", "use another output")),
     "another evaluation set": ({"more/validation.jsonl": reword}, (OTHER, "task.dataset")),
     "another teacher": (
         {CHECKSUMS: remove, f"teacher/{WEIGHTS}": flip},

@@ -18,10 +18,7 @@ def pretrained(one_rank, tmp_path_factory) -> Path:
     task = {"type": "mlm", "dataset": str(write_text(folder / "text.txt"))}
     method = {"name": "homodistil", "target_width": 10, "pruning_end": 3, "cuts": 1}
     tree = config_tree(
-        folder / "out",
-        task,
-        teacher={"model": bert(1, num_attention_heads=4)},
-        method=method,
+        folder / "out", task, teacher={"model": bert(1, num_attention_heads=4)}, method=method
     )
     tree["student"] = {"model": "from_teacher"}
     outcome = one_rank.train("--config", write_config(folder / "run.yaml", tree))

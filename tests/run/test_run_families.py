@@ -10,12 +10,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 from tiny_runs import BAD, GOOD, OTHER, config_tree, write_config, write_reviews, write_text
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from whole_run import finish, read, records
 

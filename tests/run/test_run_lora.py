@@ -12,13 +12,7 @@ from one_rank import OneRank
 from peft import PeftModel
 from run_files import message_of
 from safetensors.torch import load_file
-from tiny_runs import (
-    config_tree,
-    llama,
-    save_tokenizer,
-    write_config,
-    write_text,
-)
+from tiny_runs import config_tree, llama, save_tokenizer, write_config, write_text
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 from whole_run import finish, read, records
 

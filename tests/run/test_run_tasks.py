@@ -11,11 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, llama, write_config, write_scored_pairs, write_text
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import CLASSES, finish, read, records
 
 from megakd.config.file import load_config
