@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cases import lab_of
 from equal_runs import ZERO3, write_llama
-from tiny_runs import config_tree, write_config
+from tiny_runs import run_in
 
 from megakd.contract.metric import WHOLE, Metric, MetricJudge
 from megakd.contract.stage import Pass, Stage
@@ -97,17 +97,16 @@ def folder(tmp_path_factory) -> Path:
 
 def config_of(folder: Path, out: Path, *, zero: int) -> Path:
     student, teacher = PRESETS[zero]
-    tree = config_tree(
-        out / "out",
+    return run_in(
+        out,
         {"type": "causal_lm", "dataset": str(folder / "text.txt")},
         teacher={"model": str(folder / "llama"), "deepspeed": teacher},
+        student={"model": "from_teacher", "deepspeed": student},
+        method={"name": "minidisc"},
+        objective=[{"loss": term} for term in TERMS],
         train={"per_device_train_batch_size": 3, "max_steps": 1},
         eval={"per_device_eval_batch_size": ROWS},
     )
-    tree["student"] = {"model": "from_teacher", "deepspeed": student}
-    tree["method"] = {"name": "minidisc"}
-    tree["objective"] = [{"loss": term} for term in TERMS]
-    return write_config(out / "run.yaml", tree)
 
 
 @pytest.mark.parametrize(("ranks", "zero"), [(1, 2), (2, 2), (2, 3)])

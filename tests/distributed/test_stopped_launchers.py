@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import DEEPSPEED, TIMEOUT_S, TORCHRUN, TRAIN, free_port, start
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import review_task, run_in
 
 pytestmark = pytest.mark.slow
 STEPS = 300
@@ -21,15 +21,8 @@ LAUNCHERS = {"deepspeed": DEEPSPEED, "torchrun": TORCHRUN}
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    tree = config_tree(
-        Path("unused"),
-        task,
-        student={"model": bert(1), "deepspeed": "zero2"},
-        log={"logging_steps": 1},
-    )
-    tree["train"] |= {"max_steps": STEPS}
-    return write_config(folder / "run.yaml", tree)
+    sections = {"student": {"deepspeed": "zero2"}, "log": {"logging_steps": 1}}
+    return run_in(folder, review_task(folder), train={"max_steps": STEPS}, **sections)
 
 
 @pytest.fixture(scope="module")
