@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import config_tree, reviews, write_config, write_jsonl, write_reviews
+from tiny_runs import reviews, run_in, write_config, write_jsonl, write_reviews
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import finish, read
 
@@ -202,14 +202,8 @@ def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, 
         "validation_files": str(data / "validation.jsonl"),
         "evaluation_sets": {"mine": str(mine), "all": [str(mine), str(data / "train.jsonl")]},
     }
-    tree = config_tree(
-        tmp_path / "out",
-        task,
-        teacher={"model": str(whole_run.teacher)},
-        method={"name": "single"},
-        baselines=["alone"],
-    )
-    config = write_config(tmp_path / "run.yaml", tree)
+    teacher = {"model": str(whole_run.teacher)}
+    config = run_in(tmp_path, task, teacher=teacher, method={"name": "single"}, baselines=["alone"])
 
     outcome = finish(one_rank, config)
 

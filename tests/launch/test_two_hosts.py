@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import bert, review_task, run_in
 from two_hosts import Host, two_hosts
 
 pytestmark = pytest.mark.slow
@@ -23,12 +23,9 @@ Outcome = list[tuple[int, str]]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    models = {"teacher": {"model": bert(2), "finetune": {}}, "student": {"model": bert(1)}}
-    tree = config_tree(folder / "unused", task, method={"name": "single"}, **models)
-    tree["teacher"]["deepspeed"] = "teacher_zero3_node"
-    tree["train"] |= {"max_steps": 2}
-    return write_config(folder / "run.yaml", tree)
+    teacher = {"model": bert(2), "finetune": {}, "deepspeed": "teacher_zero3_node"}
+    sections = {"method": {"name": "single"}, "train": {"max_steps": 2}}
+    return run_in(folder, review_task(folder), teacher=teacher, **sections)
 
 
 def torchrun(folder: Path, node: int) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from spoiling import LATE, assert_refused
-from tiny_runs import config_tree, write_config, write_text
+from tiny_runs import write_text
+from whole_run import finish_in
 
 WEIGHTS = "model.safetensors"
 
@@ -82,10 +83,7 @@ def other_tokenizer(one_rank, tmp_path_factory) -> Path:
     """A language model whose tokenizer is not that of the text it will be asked about."""
     folder = tmp_path_factory.mktemp("language")
     task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
-    tree = config_tree(folder / "out", task)
-    tree["train"] |= {"max_steps": 1}
-    outcome = one_rank.train("--config", write_config(folder / "run.yaml", tree))
-    assert outcome.code == 0, outcome.err
+    finish_in(one_rank, folder, task, train={"max_steps": 1})
     return folder / "out" / "final"
 
 
