@@ -20,7 +20,6 @@ def config_of(folder, texts, kind="classification", **keys):
 
 
 def outcome(config):
-    """The bytes of the student's weights, and its metrics."""
     out = config.parent / "out"
     report = json.loads((out / "report.json").read_text())
     return (out / "final/model.safetensors").read_bytes(), report["student"]["metrics"]

@@ -224,7 +224,6 @@ ALLOWED = "student.allow_pickle=true"
 
 
 def pickled(folder: Path, copy: Path) -> Path:
-    """The model with its weights in a pickle file."""
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checksums.json"))
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()

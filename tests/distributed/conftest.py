@@ -75,7 +75,6 @@ class Group:
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
     def running(self) -> bool:
-        """True if any rank is alive."""
         return any(process.exitcode is None for process in self.processes)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:

@@ -20,7 +20,6 @@ ROWS_PER_SHARD = 8
 
 
 def write_shards(config_path: str, overrides: list[str], shard: int = ROWS_PER_SHARD) -> list[str]:
-    """Write the cache in small shards, and return the files."""
     with mock.patch.object(cached, "SHARD_ROWS", shard):
         return cache(config_path, overrides)
 
@@ -105,7 +104,6 @@ def assert_same(actual: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(write) -> Path:
-    """The cache that one rank writes in one go."""
     return write(ranks=1, rows=8)
 
 

@@ -81,7 +81,6 @@ def another(config_path: str, what: str) -> str:
 
 
 def missing_variables(lacking_rank: int) -> list[str]:
-    """Return what this rank logs if one rank lacks two variables."""
     with pytest.MonkeyPatch.context() as patch, noted("megakd") as messages:
         if distributed.ranks().rank != lacking_rank:
             patch.setenv("MEGAKD_CACHE_TEST", "x")
@@ -93,7 +92,6 @@ def missing_variables(lacking_rank: int) -> list[str]:
 
 @contextmanager
 def noted(name: str) -> Iterator[list[str]]:
-    """The messages that a logger gets in the body."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

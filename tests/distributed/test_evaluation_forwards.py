@@ -73,7 +73,6 @@ def _count(forwards: Counter[tuple[str, int]], name: str, *given: Any) -> None:
 
 
 def _apart(run: StageRun, plan: tuple[Pass, ...], view: str) -> dict[str, float]:
-    """Return the scores of one view by two forwards."""
     rows = run.assembly.prepared.encoded.validation
     name = None if view == WHOLE else view
     scores = run.evaluation.scorer.score(functools.partial(run.student.predict, view=name), rows)

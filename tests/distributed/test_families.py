@@ -99,8 +99,6 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def whole_and_sharded(workers, data, tmp_path):
-    """The findings of one rank at ZeRO 0, and of two ranks at ZeRO 3."""
-
     def train(teacher, student, *, is_language):
         for ranks, stage in ((1, 0), (2, 3)):
             tree = config_tree(

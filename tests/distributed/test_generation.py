@@ -74,7 +74,6 @@ def training(config_path: str, overrides: list[str], calls_per_step: int) -> dic
 
 
 def state_of(engine: Any) -> dict[str, Any]:
-    """Return the state of this rank that generation could disturb."""
     module = engine.bundle
     parameters = [*module.parameters()]
     return {

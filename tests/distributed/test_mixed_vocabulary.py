@@ -54,7 +54,6 @@ def learn(config_path: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def folder_weights(folder: Path) -> dict[str, Any]:
-    """All weights below a stage's folder, by path."""
     collected = {}
     for file in sorted(folder.rglob("*.safetensors")):
         prefix = "/".join(

@@ -67,7 +67,6 @@ def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def logged(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl with training losses."""
     path = out / "metrics.jsonl"
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return [line for line in lines if "train/loss" in line]

@@ -62,20 +62,16 @@ def command_without_space(*arguments: str) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A config file, the method in it, and the folder that it writes."""
-
     config: Path
     out: Path
     method: str
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """All that train."""
         return (TEACHER, *LEARNERS[self.method])
 
     @property
     def steps(self) -> int:
-        """The steps of each stage."""
         return STEPS[self.method]
 
     def arguments(self) -> tuple[str, ...]:
@@ -165,7 +161,6 @@ def write_run(folder: Path, preset: str, method: str) -> Path:
     ],
 )
 def truth(request, command, tmp_path_factory) -> Run:
-    """The run without interruption."""
     preset, method = request.param
     folder = tmp_path_factory.mktemp(preset)
     run = Run(write_run(folder, preset, method), folder / "truth", method)
@@ -195,7 +190,6 @@ def assert_same_run(run: Run, truth: Run) -> None:
 
 
 def logged(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Return the log lines of each stage, in order."""
     records = [
         {k: v for k, v in record.items() if k not in TIMES and not k.startswith("ranks/")}
         for record in run.records()
@@ -250,8 +244,6 @@ class Killer:
         assert reached or [p.exitcode for p in group.processes] == [0] * WORLD, group.text
 
     def logged(self, stage: str, count: int) -> Callable[[float], bool]:
-        """When this start has logged `count` times in a stage."""
-
         def moment(started: float) -> bool:
             records = [r for r in self.run.records() if r["stage"] == stage]
             return sum(r["time"] > started for r in records) >= count

@@ -29,7 +29,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_llama(layers: int, width: int) -> dict[str, Any]:
-    """A Llama from scratch with two heads and the context of its family."""
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
     return {"config": {"model_type": "llama", "num_hidden_layers": layers, **sizes}}
 
@@ -83,7 +82,6 @@ def finish(
 
 
 def refused(command: Callable[..., Any], config: Path, out: Path) -> str:
-    """What is said by a run that ends with an error on all ranks."""
     ended = command("--config", str(config), f"output_dir={out}")
     assert all(ended.codes), ended.text
     return ended.text

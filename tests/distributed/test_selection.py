@@ -22,8 +22,6 @@ from megakd.training.probe import StageProbe
 
 
 class Watch:
-    """Notes what is chosen, measured and begun while a run goes on."""
-
     def __init__(self) -> None:
         self.actions: list[tuple[float, ...]] = []
         self.beginnings: list[str] = []
@@ -64,7 +62,6 @@ class Watch:
 
 
 def digest(student) -> str:
-    """Return the weights and the moments of the optimizer."""
     hashed = hashlib.sha256()
     for _, tensor in gathered_state(student.student):
         hashed.update(tensor.float().numpy().tobytes())
@@ -120,8 +117,6 @@ def config(tmp_path_factory) -> str:
 
 @pytest.fixture
 def learn(run_case, config):
-    """The findings of all ranks."""
-
     def learned(ranks: int, *overrides: str, how: str = "selected") -> list[dict]:
         return run_case(f"test_selection.{how}", config, ranks, *overrides)
 

@@ -33,7 +33,6 @@ def count(model: nn.Module) -> int:
 
 
 def encoder(shape: BertConfig) -> nn.Module:
-    """Return a BERT without pooler and token head, without values."""
     with torch.device("meta"):
         return BertModel(shape, add_pooling_layer=False)
 
@@ -47,7 +46,6 @@ def student_of(path: Path, **changes: int) -> BertConfig:
 
 
 def row_of(path: Path) -> list[str]:
-    """Return the cells of a config's row in the table of the documentation."""
     (line,) = re.findall(rf"^\| `{path.stem}` .*$", PAGE, re.MULTILINE)
     return [cell.strip() for cell in line.strip("|").split("|")]
 

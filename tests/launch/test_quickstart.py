@@ -20,7 +20,6 @@ PUBLISHED = b"the published weights"
 
 @pytest.fixture
 def quickstart(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script in a folder of its own."""
     spec = importlib.util.spec_from_file_location("quickstart", repository / "launch/quickstart.py")
     assert spec is not None
     assert spec.loader is not None

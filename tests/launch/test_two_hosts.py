@@ -45,8 +45,6 @@ def deepspeed(folder: Path, node: int) -> list[str]:
 
 @pytest.fixture
 def train(repository: Path, config: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """Trains on two hosts, and returns the exit code and the output of the launcher of each."""
-
     def run(hosts: list[Host], launcher: Callable[[Path, int], list[str]], **extra: str) -> Outcome:
         search = os.pathsep.join([str(repository), str(repository / "kernels")])
         program = [str(repository / "launch" / "train.py"), "--config", str(config)]
@@ -65,14 +63,12 @@ def train(repository: Path, config: Path, tmp_path: Path) -> Callable[..., Outco
 
 
 def end(started: list[subprocess.Popen[str]]) -> None:
-    """Ends launchers that wait for each other, with their ranks."""
     for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def lines(text: str) -> list[str]:
-    """Return the lines of megakd in a launcher's output."""
     return [line for line in text.splitlines() if line.startswith("megakd: ")]
 
 

@@ -80,7 +80,6 @@ def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench)
 
 @pytest.fixture(scope="module")
 def other_tokenizer(one_rank, tmp_path_factory) -> Path:
-    """A language model whose tokenizer is not that of the text it will be asked about."""
     folder = tmp_path_factory.mktemp("language")
     task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
     finish_in(one_rank, folder, task, train={"max_steps": 1})

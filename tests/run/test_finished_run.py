@@ -38,7 +38,6 @@ class Finished:
         self.config = folder / "run.yaml"
 
     def again(self, *overrides: str) -> Outcome:
-        """Start the run again."""
         return self.one_rank.train("--config", self.config, *overrides)
 
 
@@ -81,7 +80,6 @@ def remove(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Change the last byte of a file."""
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 

@@ -263,7 +263,6 @@ def result(folder: Path) -> StageResult:
 
 
 def finished(lab: RunLab, stage: Stage) -> StageResult:
-    """Leaves the stage's result where a finished stage has it."""
     folder = lab.config.output_dir / "stages" / stage.name
     write_result(result(folder), stage_identity(completed(stage, lab.config), lab.assembly))
     return result(folder)

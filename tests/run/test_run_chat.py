@@ -15,7 +15,6 @@ from whole_run import finish, read, same_weights
 
 
 def questions(shared_data: Path) -> list[dict[str, str]]:
-    """The first questions of GSM8K with their answers."""
     with (shared_data / "gsm8k" / "train.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line) for line in islice(file, 40)]
 

@@ -26,7 +26,6 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(one_rank, config, tmp_path_factory) -> Path:
-    """The run without a stop."""
     out = tmp_path_factory.mktemp("truth") / "out"
     finish(one_rank, config, f"output_dir={out}")
     return out

@@ -48,7 +48,6 @@ FAMILIES = {
 
 
 def template_of(family: str) -> str:
-    """The chat template of a family."""
     return (TEMPLATES / FAMILIES[family].template).read_text(encoding="utf-8")
 
 

@@ -36,16 +36,13 @@ class Host:
         self.answer = self.shell.stdout.readline().strip()
 
     def stop(self) -> None:
-        """Take the namespaces away."""
         self.shell.kill()
         self.shell.communicate()
 
     def run(self, *words: str) -> None:
-        """Run a command on the host to its end."""
         subprocess.run([*self._enter(), *words], check=True)
 
     def start(self, words: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[str]:
-        """Start Python on the host."""
         return subprocess.Popen(
             [*self._enter(), sys.executable, *words],
             env={**os.environ, **variables},

@@ -28,12 +28,10 @@ class WholeRun(NamedTuple):
 
     @property
     def out(self) -> Path:
-        """The output folder."""
         return self.folder / "out"
 
     @property
     def reviews(self) -> Path:
-        """The data."""
         return self.folder / "reviews"
 
     @property
@@ -43,18 +41,15 @@ class WholeRun(NamedTuple):
 
 
 def read(out: Path) -> dict[str, Any]:
-    """report.json."""
     return json.loads((out / "report.json").read_text())
 
 
 def records(out: Path, stage: str) -> list[dict[str, Any]]:
-    """Return the log of a stage."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a model's folder."""
     return load_file(folder / "model.safetensors")
 
 
