@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import reviews, run_in, write_config, write_jsonl, write_reviews
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import finish, read
+from transformers import AutoModelForSequenceClassification
+from whole_run import accuracy_by_hand, finish, read
 
 
 @pytest.fixture
@@ -23,22 +23,6 @@ def mine(tmp_path) -> Path:
 def scored(answer: Any) -> dict[str, Any]:
     assert answer.code == 0, answer.err
     return json.loads(answer.out)
-
-
-def accuracy_by_hand(model_folder: Path, file: Path) -> float:
-    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    encoded = tokenizer(
-        [row["text"] for row in rows],
-        padding=True,
-        truncation=True,
-        max_length=16,
-        return_tensors="pt",
-    )
-    predicted = model(**encoded).logits.argmax(dim=1).tolist()
-    names = [model.config.id2label[number] for number in predicted]
-    return sum(name == row["label"] for name, row in zip(names, rows, strict=True)) / len(rows)
 
 
 @pytest.mark.parametrize("form", ["--data={}", "task.dataset={}"])
