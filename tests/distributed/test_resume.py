@@ -18,7 +18,7 @@ from unittest.mock import patch
 import cases
 import pytest
 import torch
-from tiny_runs import bert, config_tree, write_config
+from tiny_runs import bert, run_in
 
 from megakd.engine import distributed
 from megakd.training import checkpoint
@@ -132,24 +132,19 @@ def sections(method: str, preset: str) -> dict[str, Any]:
 def write_run(folder: Path, preset: str, method: str) -> Path:
     """Logging, evaluation and saving fall on different steps, so that each is resumed midway."""
     write_data(folder / "data")
-    finetune = {"max_steps": STEPS[method], "learning_rate": 0.003, "deepspeed": preset}
-    tree = config_tree(
-        Path("unused"),
-        {
-            "type": "regression",
-            "dataset": str(folder / "data"),
-            "text_columns": ["text"],
-            "label_column": "score",
-        },
+    columns = {"text_columns": ["text"], "label_column": "score"}
+    steps = {"max_steps": STEPS[method]}
+    finetune = {**steps, "learning_rate": 0.003, "deepspeed": preset}
+    return run_in(
+        folder,
+        {"type": "regression", "dataset": str(folder / "data"), **columns},
         teacher={"model": bert(2), "deepspeed": "teacher_zero3", "finetune": finetune},
+        train={**steps, "gradient_accumulation_steps": 2, "learning_rate": 0.005},
         eval={"eval_steps": 3},
         save={"save_steps": SAVE_STEPS},  # all are kept, to be compared
         log={"logging_steps": 3},
         **sections(method, preset),
     )
-    steps = {"gradient_accumulation_steps": 2, "max_steps": STEPS[method], "learning_rate": 0.005}
-    tree["train"] |= steps
-    return write_config(folder / "run.yaml", tree)
 
 
 @pytest.fixture(
