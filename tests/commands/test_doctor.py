@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import bert, config_tree, write_config, write_jsonl, write_reviews, write_text
+from tiny_runs import bert, run_in, write_jsonl, write_reviews, write_text
 
 from megakd.run.holder import FolderLock
 
@@ -23,16 +23,15 @@ def reviews(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(reviews, tmp_path):
-    def write(**sections: Any) -> Path:
-        task = {"type": "classification", "dataset": str(reviews)}
-        teacher = {"model": bert(2), "finetune": {}}
-        tree = config_tree(
-            tmp_path / "out",
-            sections.pop("task", task),
-            **{"teacher": teacher, "method": {"name": "single"}, **sections},
+    def write(task=None, *, teacher=None, train=None, **sections: Any) -> Path:
+        return run_in(
+            tmp_path,
+            task or {"type": "classification", "dataset": str(reviews)},
+            teacher=teacher or {"model": bert(2), "finetune": {}},
+            method={"name": "single"},
+            train={"max_steps": 200, **(train or {})},
+            **sections,
         )
-        tree["train"] |= {"max_steps": 200}
-        return write_config(tmp_path / "run.yaml", tree)
 
     return write
 

@@ -6,9 +6,7 @@ import json
 import shutil
 
 import pytest
-from tiny_runs import config_tree, write_config, write_reviews
-
-TASKS = ("classification", "mlm")
+from tiny_runs import run_in, write_reviews
 
 
 @pytest.fixture
@@ -18,17 +16,16 @@ def texts(tmp_path):
 
 def config_of(folder, texts, kind="classification", **keys):
     task = {"type": kind, "dataset": str(texts), "text_columns": ["text"], **keys}
-    return write_config(folder / "run.yaml", config_tree(folder / "out", task))
+    return run_in(folder, task)
 
 
 def outcome(config):
-    """The bytes of the student's weights, and its metrics."""
     out = config.parent / "out"
     report = json.loads((out / "report.json").read_text())
     return (out / "final/model.safetensors").read_bytes(), report["student"]["metrics"]
 
 
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", ["classification", "mlm"])
 def test_a_run_on_the_folder_gives_the_weights_of_a_run_on_the_texts(
     one_rank, tmp_path, texts, kind
 ):

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import config_tree, reviews, write_config, write_jsonl, write_reviews
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import finish, read
+from tiny_runs import reviews, run_in, write_config, write_jsonl, write_reviews
+from transformers import AutoModelForSequenceClassification
+from whole_run import accuracy_by_hand, finish, read
 
 
 @pytest.fixture
@@ -23,22 +23,6 @@ def mine(tmp_path) -> Path:
 def scored(answer: Any) -> dict[str, Any]:
     assert answer.code == 0, answer.err
     return json.loads(answer.out)
-
-
-def accuracy_by_hand(model_folder: Path, file: Path) -> float:
-    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    encoded = tokenizer(
-        [row["text"] for row in rows],
-        padding=True,
-        truncation=True,
-        max_length=16,
-        return_tensors="pt",
-    )
-    predicted = model(**encoded).logits.argmax(dim=1).tolist()
-    names = [model.config.id2label[number] for number in predicted]
-    return sum(name == row["label"] for name, row in zip(names, rows, strict=True)) / len(rows)
 
 
 @pytest.mark.parametrize("form", ["--data={}", "task.dataset={}"])
@@ -202,14 +186,8 @@ def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, 
         "validation_files": str(data / "validation.jsonl"),
         "evaluation_sets": {"mine": str(mine), "all": [str(mine), str(data / "train.jsonl")]},
     }
-    tree = config_tree(
-        tmp_path / "out",
-        task,
-        teacher={"model": str(whole_run.teacher)},
-        method={"name": "single"},
-        baselines=["alone"],
-    )
-    config = write_config(tmp_path / "run.yaml", tree)
+    teacher = {"model": str(whole_run.teacher)}
+    config = run_in(tmp_path, task, teacher=teacher, method={"name": "single"}, baselines=["alone"])
 
     outcome = finish(one_rank, config)
 
@@ -230,7 +208,6 @@ ALLOWED = "student.allow_pickle=true"
 
 
 def pickled(folder: Path, copy: Path) -> Path:
-    """The model with its weights in a pickle file."""
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checksums.json"))
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()

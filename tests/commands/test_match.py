@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 import torch
 from chat_runs import config_of, model
-from tiny_runs import (
-    bert,
-    config_tree,
-    llama,
-    write_config,
-    write_scored_pairs,
-    write_text,
-)
+from tiny_runs import bert, llama, run_in, write_scored_pairs, write_text
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import CLASSES, finish, read, records
+from whole_run import finish, read, records
 
 from megakd.config.file import dump_config
 
@@ -41,15 +34,9 @@ def log_probabilities(folder: Path, rows: list[dict[str, str]]) -> torch.Tensor:
 
 def test_a_classifier_is_compared_with_the_start_as_by_hand(one_rank, whole_run, tmp_path):
     student = whole_run.out / "final"
-    tree = config_tree(
-        tmp_path / "out",
-        {**CLASSES, "dataset": str(whole_run.reviews)},
-        teacher={"model": str(whole_run.teacher)},
-        student={"model": str(student)},
-        method=SINGLE,
-    )
+    models = {"teacher": {"model": str(whole_run.teacher)}, "student": {"model": str(student)}}
 
-    actual = matched(one_rank, write_config(tmp_path / "run.yaml", tree))
+    actual = matched(one_rank, run_in(tmp_path, whole_run.task, method=SINGLE, **models))
 
     lines = (whole_run.reviews / "validation.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -72,14 +59,10 @@ def test_a_table_has_a_row_for_the_start_and_each_teacher_also_one_that_is_named
     one_rank, whole_run, tmp_path
 ):
     pool = {"good": str(whole_run.teacher), "start": str(whole_run.out / "final")}
-    tree = config_tree(
-        tmp_path / "out",
-        {**CLASSES, "dataset": str(whole_run.reviews)},
-        teachers=[{"name": name, "model": folder} for name, folder in pool.items()],
-        method={"name": "skdbert"},
-    )
+    teachers = [{"name": name, "model": folder} for name, folder in pool.items()]
+    config = run_in(tmp_path, whole_run.task, teachers=teachers, method={"name": "skdbert"})
 
-    outcome = one_rank.megakd("match", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.megakd("match", config)
 
     lines = outcome.out.splitlines()
     assert lines[0] == f"{whole_run.reviews}, validation: 26 rows"
@@ -114,10 +97,8 @@ def test_regressors_have_the_difference_of_their_scores_alone(one_rank, tmp_path
         "label_column": "similarity",
         "tokenizer": {"type": "wordpiece", "vocab_size": 320},
     }
-    models = {"teacher": {"model": bert(2)}, "student": {"model": bert(1)}}
-    tree = config_tree(tmp_path / "out", task, method=SINGLE, **models)
+    config = run_in(tmp_path, task, teacher={"model": bert(2)}, method=SINGLE)
 
-    config = write_config(tmp_path / "run.yaml", tree)
     result = matched(one_rank, config)
 
     assert result["metric"] == "mean_pearson_spearman"
@@ -131,8 +112,8 @@ def test_regressors_have_the_difference_of_their_scores_alone(one_rank, tmp_path
 @pytest.mark.parametrize(("task", "family"), [("mlm", bert), ("causal_lm", llama)])
 def test_the_start_of_a_language_model_is_that_of_the_run(one_rank, tmp_path, task, family):
     kind = "wordpiece" if task == "mlm" else "bpe"
-    tree = config_tree(
-        tmp_path / "out",
+    config = run_in(
+        tmp_path,
         {
             "type": task,
             "dataset": str(write_text(tmp_path / "stories.txt")),
@@ -147,7 +128,6 @@ def test_the_start_of_a_language_model_is_that_of_the_run(one_rank, tmp_path, ta
         objective=[{"loss": "soft_target_kl"}],
         eval={"losses": True, "eval_steps": 4},
     )
-    config = write_config(tmp_path / "run.yaml", tree)
 
     whole = matched(one_rank, config)
     result = whole["teachers"]
@@ -178,17 +158,13 @@ def test_conversations_tell_whether_the_chat_templates_are_the_same(
 
 
 def test_a_start_made_of_the_teacher_is_told(one_rank, whole_run, tmp_path):
-    tree = config_tree(
-        tmp_path / "out",
-        {**CLASSES, "dataset": str(whole_run.reviews)},
-        teacher={"model": str(whole_run.teacher)},
-        student={"model": "from_teacher", "layers": 1},
-        method=SINGLE,
-    )
-    kept = matched(one_rank, write_config(tmp_path / "kept.yaml", tree))
-    tree |= {"student": {"model": "from_teacher"}}
-    tree |= {"method": {"name": "direct", "target_sparsity": 0.5}}
-    cut = matched(one_rank, write_config(tmp_path / "cut.yaml", tree))
+    def told(student: dict[str, Any], method: dict[str, Any]) -> dict[str, Any]:
+        models = {"teacher": {"model": str(whole_run.teacher)}}
+        models["student"] = {"model": "from_teacher", **student}
+        return matched(one_rank, run_in(tmp_path, whole_run.task, method=method, **models))
+
+    kept = told({"layers": 1}, SINGLE)
+    cut = told({}, {"name": "direct", "target_sparsity": 0.5})
 
     assert kept["start"]["model"].endswith(f"of teacher {whole_run.teacher}")
     assert kept["start"]["model"].startswith("layers ")
@@ -198,9 +174,7 @@ def test_a_start_made_of_the_teacher_is_told(one_rank, whole_run, tmp_path):
 
 
 def test_a_run_without_a_teacher_is_refused(one_rank, whole_run, tmp_path):
-    tree = config_tree(tmp_path / "out", {**CLASSES, "dataset": str(whole_run.reviews)})
-
-    outcome = one_rank.megakd("match", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.megakd("match", run_in(tmp_path, whole_run.task))
 
     assert outcome.code == 2
     assert outcome.err.startswith("megakd: error: teacher: missing, and megakd match compares")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import bert, config_tree, write_config, write_scored_pairs, write_text
+from tiny_runs import write_scored_pairs, write_text
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import finish
+from whole_run import finish_in
 
 from megakd.cli import main
 from megakd.commands import predict
@@ -97,9 +97,7 @@ def test_a_label_with_a_line_break_stays_on_its_line(one_rank, whole_run, tmp_pa
 def test_a_pair_is_two_texts_with_a_tab_and_a_score_is_a_number(one_rank, tmp_path):
     pairs = write_scored_pairs(tmp_path / "pairs")
     columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
-    task = {"type": "regression", "dataset": str(pairs), **columns}
-    config = write_config(tmp_path / "run.yaml", config_tree(tmp_path / "out", task))
-    finish(one_rank, config)
+    finish_in(one_rank, tmp_path, {"type": "regression", "dataset": str(pairs), **columns})
     final = tmp_path / "out/final"
 
     (result,) = answers(one_rank.megakd("predict", final, "good film\tthe film", "--json"))
@@ -110,15 +108,10 @@ def test_a_pair_is_two_texts_with_a_tab_and_a_score_is_a_number(one_rank, tmp_pa
 
 def test_a_decoder_continues_and_a_masked_model_fills_its_masks(one_rank, tmp_path):
     text = write_text(tmp_path / "text.txt")
-    finals = {}
     for kind in ("causal_lm", "mlm"):
-        task = {"type": kind, "dataset": str(text)}
-        sections = {"student": {"model": bert(1)}} if kind == "mlm" else {}
-        tree = config_tree(tmp_path / kind, task, **sections)
-        finish(one_rank, write_config(tmp_path / f"{kind}.yaml", tree))
-        finals[kind] = tmp_path / kind / "final"
+        finish_in(one_rank, tmp_path / kind, {"type": kind, "dataset": str(text)})
+    decoder, masked = (tmp_path / kind / "out" / "final" for kind in ("causal_lm", "mlm"))
 
-    decoder = finals["causal_lm"]
     (result,) = answers(
         one_rank.megakd("predict", decoder, "the cat", "--max_new_tokens", "5", "--json")
     )
@@ -128,7 +121,7 @@ def test_a_decoder_continues_and_a_masked_model_fills_its_masks(one_rank, tmp_pa
     rest = tokens[0, given["input_ids"].shape[1] :]
     assert result["text"] == tokenizer.decode(rest, skip_special_tokens=True)
 
-    (result,) = answers(one_rank.megakd("predict", finals["mlm"], "the [MASK] sees", "--json"))
+    (result,) = answers(one_rank.megakd("predict", masked, "the [MASK] sees", "--json"))
     assert [len(tokens) for tokens in result["tokens"]] == [5]
 
 

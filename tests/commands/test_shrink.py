@@ -16,6 +16,7 @@ from megakd.config.file import load_config
 EXAMPLE = Path(__file__).resolve().parents[2] / "launch" / "examples" / "shrink.yaml"
 FASTER = ("shrink", "model", "--data", "texts.csv", "--speedup", "8x")
 WORDS = ("shrink", "org/Llama-1B", "--parameters", "0.6B", "--data", "text.txt")
+LLAMA = Path("runs/Llama-1B-0.6B")
 
 
 @pytest.fixture
@@ -36,6 +37,12 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     return runs
 
 
+def write_model(**keys: object) -> None:
+    """Write the folder of a model, in the working folder."""
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(keys))
+
+
 def test_the_file_is_written_and_then_run(started):
     cli.main([*WORDS, "--output_dir", "small"])
     assert started == [Path("small")]
@@ -43,12 +50,11 @@ def test_the_file_is_written_and_then_run(started):
 
     assert cli.main([*WORDS, "train.learning_rate=3e-5", "method.repair_steps=40"]) == 0
 
-    folder = Path("runs/Llama-1B-0.6B")
-    config = load_config(folder / FILE)
+    config = load_config(LLAMA / FILE)
     command = "# Written by: megakd shrink org/Llama-1B --parameters 0.6B"
-    assert (folder / FILE).read_text().startswith(command)
-    assert started == [folder]
-    assert config.output_dir == folder
+    assert (LLAMA / FILE).read_text().startswith(command)
+    assert started == [LLAMA]
+    assert config.output_dir == LLAMA
     assert config.teacher.model == "org/Llama-1B"
     assert config.student.model == "from_teacher"
     assert (config.task.type, config.task.dataset) == ("causal_lm", "text.txt")
@@ -59,7 +65,7 @@ def test_the_file_is_written_and_then_run(started):
 def test_the_example_has_the_settings_of_the_command(started):
     """Beside the on-policy finish, and what rows of 2048 tokens need."""
     cli.main([*WORDS])
-    ours, example = load_config(Path("runs/Llama-1B-0.6B") / FILE), load_config(EXAMPLE)
+    ours, example = load_config(LLAMA / FILE), load_config(EXAMPLE)
 
     method = {"repair_steps": example.method.repair_steps, "on_policy_steps": 100}
     assert replace(ours.method, parameters=(400_000_000,), **method) == example.method
@@ -74,9 +80,7 @@ def test_the_example_has_the_settings_of_the_command(started):
     [("hidden_size", 576, 3e-4), ("n_embd", 1152, 1.5e-4), ("hidden_size", "wide", 1e-4)],
 )
 def test_a_wider_decoder_learns_with_a_lower_rate(started, key, width, rate):
-    Path("model").mkdir()
-    keys = {"architectures": ["LlamaForCausalLM"], key: width}
-    Path("model/config.json").write_text(json.dumps(keys))
+    write_model(architectures=["LlamaForCausalLM"], **{key: width})
 
     cli.main(["shrink", "model", "--parameters", "0.1B", "--data", "text.txt"])
 
@@ -91,9 +95,7 @@ def test_a_wider_decoder_learns_with_a_lower_rate(started, key, width, rate):
 def test_an_encoder_becomes_a_classifier_that_is_fine_tuned_if_it_is_none(
     started, architecture, finetune
 ):
-    Path("model").mkdir()
-    keys = {"architectures": [architecture], "hidden_size": 384}
-    Path("model/config.json").write_text(json.dumps(keys))
+    write_model(architectures=[architecture], hidden_size=384)
 
     cli.main([*FASTER, "--at", "batch=1,tokens=64", "--runtime", "onnx"])
 
@@ -112,9 +114,7 @@ def test_an_encoder_becomes_a_classifier_that_is_fine_tuned_if_it_is_none(
 
 
 def test_a_masked_language_model_is_neither_fine_tuned_nor_asked_once(started):
-    Path("model").mkdir()
-    keys = {"architectures": ["BertForMaskedLM"], "hidden_size": 384}
-    Path("model/config.json").write_text(json.dumps(keys))
+    write_model(architectures=["BertForMaskedLM"], hidden_size=384)
 
     assert cli.main([*FASTER, "task.type=mlm"]) == 0
 
@@ -132,8 +132,7 @@ def test_a_masked_language_model_is_neither_fine_tuned_nor_asked_once(started):
     ],
 )
 def test_without_the_name_of_a_head_the_family_tells_a_decoder(started, keys, words, rate):
-    Path("model").mkdir()
-    Path("model/config.json").write_text(json.dumps({"hidden_size": 576, **keys}))
+    write_model(hidden_size=576, **keys)
 
     assert cli.main([*FASTER, *words]) == 0
 
@@ -143,9 +142,7 @@ def test_without_the_name_of_a_head_the_family_tells_a_decoder(started, keys, wo
 
 @pytest.mark.parametrize(("word", "epochs"), [("={}", 10), (".num_train_epochs=3", 3)])
 def test_a_classifier_of_other_labels_is_fine_tuned_by_the_recipe(started, word, epochs):
-    Path("model").mkdir()
-    keys = {"architectures": ["BertForSequenceClassification"], "hidden_size": 384}
-    Path("model/config.json").write_text(json.dumps(keys))
+    write_model(architectures=["BertForSequenceClassification"], hidden_size=384)
 
     assert cli.main([*FASTER, f"teacher.finetune{word}"]) == 0
 
@@ -156,7 +153,7 @@ def test_a_classifier_of_other_labels_is_fine_tuned_by_the_recipe(started, word,
 
 def test_a_finished_run_keeps_its_file_whose_comment_has_all_lines_of_the_command(started, capsys):
     cli.main([*WORDS, "objective=\n- loss: soft_target_kl"])
-    file = Path("runs/Llama-1B-0.6B") / FILE
+    file = LLAMA / FILE
     before = file.read_text()
     (file.parent / "report.json").write_text("{}")
 
@@ -201,7 +198,7 @@ def test_several_ranks_are_started_by_the_launcher(started, capsys):
     assert capsys.readouterr().out.strip() == (
         "deepspeed --num_gpus 8 launch/train.py --config runs/Llama-1B-0.6B/shrink.yaml"
     )
-    assert (Path("runs/Llama-1B-0.6B") / FILE).exists()
+    assert (LLAMA / FILE).exists()
     assert started == []
 
 
@@ -240,11 +237,12 @@ def test_bad_options_write_nothing(started, capsys, words, message):
     assert started == []
 
 
-def test_a_bad_setting_leaves_the_file_of_the_last_command(started):
+@pytest.mark.usefixtures("started")
+def test_a_bad_setting_leaves_the_file_of_the_last_command():
     cli.main([*WORDS])
-    before = (Path("runs/Llama-1B-0.6B") / FILE).read_text()
+    before = (LLAMA / FILE).read_text()
     assert cli.main([*WORDS, "train.max_stepz=3"]) == 2
-    assert (Path("runs/Llama-1B-0.6B") / FILE).read_text() == before
+    assert (LLAMA / FILE).read_text() == before
 
 
 def test_a_launcher_is_told_to_start_the_file(started, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from chat_runs import config_of, model
-from tiny_runs import config_tree, write_config, write_jsonl, write_text
+from tiny_runs import run_in, write_jsonl, write_text
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import finish, read
 
@@ -63,7 +63,7 @@ def test_a_language_model_shows_no_loss_per_token_of_two_vocabularies(one_rank, 
     splits = ("train", "validation")
     files = {f"{split}_files": str(write_text(tmp_path / f"{split}.txt")) for split in splits}
     task = {"type": "causal_lm", **files}
-    config = write_config(tmp_path / "run.yaml", config_tree(tmp_path / "out", task))
+    config = run_in(tmp_path, task)
     finish(one_rank, config)
 
     outcome = one_rank.megakd("export", config, "--to", tmp_path / "x", "--vocabulary", "task")

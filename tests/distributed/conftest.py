@@ -75,7 +75,6 @@ class Group:
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
     def running(self) -> bool:
-        """True if any rank is alive."""
         return any(process.exitcode is None for process in self.processes)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
@@ -154,14 +153,18 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
     def start(
         *arguments: str, program: Path = TRAIN, ranks: Sequence[Mapping[str, object]] = ()
     ) -> Group:
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        meeting |= {"WORLD_SIZE": 2, "LOCAL_SIZE": 2}
-        two = [{"RANK": rank, "LOCAL_RANK": rank, **meeting} for rank in range(2)]
         logs = tmp_path_factory.mktemp("logs")
-        GROUPS.append(Group([str(program), *arguments], ranks=ranks or two, logs=logs))
+        GROUPS.append(Group([str(program), *arguments], ranks=ranks or ranks_of(2), logs=logs))
         return GROUPS[-1]
 
     return start
+
+
+def ranks_of(count: int) -> list[dict[str, object]]:
+    """What a launcher tells each rank of one node."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    meeting |= {"WORLD_SIZE": count, "LOCAL_SIZE": count}
+    return [{"RANK": rank, "LOCAL_RANK": rank, **meeting} for rank in range(count)]
 
 
 @pytest.fixture(scope="session")

@@ -46,12 +46,7 @@ LANGUAGE = {
     "soft_target_reverse_kl": 0.2,
     "hidden_mse": 0.2,
 }
-INNER = {
-    "hard_cross_entropy": 0.3,
-    "embedding_mse": 0.2,
-    "attention_mse": 4.0,
-    "relation_kl": 0.5,
-}
+INNER = {"hard_cross_entropy": 0.3, "embedding_mse": 0.2, "attention_mse": 4.0, "relation_kl": 0.5}
 PAIRS = {"layer_mapping": ["1:2", "2:4"]}
 OPTIONS = {
     "soft_target_kl": {"temperature": SETTINGS["temperature"]},
@@ -214,10 +209,7 @@ def config_tree(folder, student, terms, stages=(0, 0)):
 def cut_of(cut) -> dict:
     """The keys of `train` for (ranks, rows per micro-batch, micro-batches)."""
     _, rows, micro_batches = cut
-    return {
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": micro_batches,
-    }
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
 
 
 def plain_run(config_path, terms, initial, adapt=lambda student: student):

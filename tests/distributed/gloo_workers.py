@@ -56,7 +56,6 @@ class GlooWorkers:
         return [answer for _, answer in answers]
 
     def stop(self) -> None:
-        """Ends the ranks."""
         for rank in self._ranks:
             rank.kill()
         for rank in self._ranks:

@@ -159,7 +159,6 @@ def trained(pair: Pair, steps: list[list[Any]], train: dict, *, learners: list[s
 
 
 def _mean(pair: Pair, role: str, batches: list[Any]) -> Tensor:
-    """Return the sum over the micro-batches of a step, divided by their targets."""
     loss = pair.teacher_loss if role == "teacher" else pair.student_loss
     parts = [batch.of(role) for batch in batches]
     sums, counts = zip(*map(loss, parts), strict=True)

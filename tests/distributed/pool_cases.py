@@ -15,8 +15,6 @@ from megakd.teachers.cached import CachedTeacher
 
 
 class Watched:
-    """A teacher that notes when it is asked."""
-
     def __init__(self, name: str, teacher, asked: list[str]) -> None:
         self.name, self.teacher, self.asked = name, teacher, asked
 

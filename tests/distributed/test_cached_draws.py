@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from equal_runs import difference
 from pool_cases import cache
-from tiny_runs import config_tree, llama, write_config, write_text
+from tiny_runs import llama, run_in, write_text
 
 from megakd.teachers import cached
 from megakd.teachers.frozen import FrozenTeacher
@@ -20,7 +20,6 @@ ROWS_PER_SHARD = 8
 
 
 def write_shards(config_path: str, overrides: list[str], shard: int = ROWS_PER_SHARD) -> list[str]:
-    """Write the cache in small shards, and return the files."""
     with mock.patch.object(cached, "SHARD_ROWS", shard):
         return cache(config_path, overrides)
 
@@ -56,15 +55,15 @@ def config(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("draws")
     text = str(write_text(folder / "text.txt"))
     tokenizer = {"type": "bpe", "vocab_size": 320}
-    tree = config_tree(
-        folder / "unused",
+    config = run_in(
+        folder,
         {"type": "causal_lm", "dataset": text, "tokenizer": tokenizer},
         teacher={"model": llama(2, width=24, initializer_range=0.5), "cache_draws": 6},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}],
         train={"max_steps": 6, "adam_epsilon": 0.01},
     )
-    return str(write_config(folder / "run.yaml", tree))
+    return str(config)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +104,6 @@ def assert_same(actual: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(write) -> Path:
-    """The cache that one rank writes in one go."""
     return write(ranks=1, rows=8)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from tiny_runs import config_tree, write_config, write_reviews
+from tiny_runs import review_task, run_in, write_reviews
 
 from megakd.config.file import load_config
 from megakd.engine import collectives, distributed
@@ -81,7 +81,6 @@ def another(config_path: str, what: str) -> str:
 
 
 def missing_variables(lacking_rank: int) -> list[str]:
-    """Return what this rank logs if one rank lacks two variables."""
     with pytest.MonkeyPatch.context() as patch, noted("megakd") as messages:
         if distributed.ranks().rank != lacking_rank:
             patch.setenv("MEGAKD_CACHE_TEST", "x")
@@ -93,7 +92,6 @@ def missing_variables(lacking_rank: int) -> list[str]:
 
 @contextmanager
 def noted(name: str) -> Iterator[list[str]]:
-    """The messages that a logger gets in the body."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -212,11 +210,10 @@ def test_a_node_that_cannot_make_its_rows_ends_all_ranks(workers, tmp_path, fail
 
 
 def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
-    task = {"type": "classification", "dataset": str(write_reviews(tmp_path / "texts"))}
-    config = write_config(tmp_path / "run.yaml", config_tree(tmp_path / "out", task))
+    config = run_in(tmp_path, review_task(tmp_path))
 
     first, second = workers(2).run(
-        "test_collectives.files_read", str(config), str(tmp_path / "texts")
+        "test_collectives.files_read", str(config), str(tmp_path / "reviews")
     )
 
     assert first == ["train.jsonl", "validation.jsonl", "64"]
@@ -234,9 +231,8 @@ def test_only_one_rank_of_a_node_reads_the_texts(workers, tmp_path):
 def test_a_rank_with_another_config_version_or_data_ends_all_ranks(
     workers, tmp_path, what, message
 ):
-    task = {"type": "classification", "dataset": str(write_reviews(tmp_path / "texts"))}
-    write_reviews(tmp_path / "texts-of-another-node", train=50)
-    config = write_config(tmp_path / "run.yaml", config_tree(tmp_path / "out", task))
+    config = run_in(tmp_path, review_task(tmp_path))
+    write_reviews(tmp_path / "reviews-of-another-node", train=50)
 
     first, second = workers(2).run("test_collectives.another", str(config), what)
 

@@ -22,7 +22,6 @@ def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def reference(folder, kind: str) -> dict[str, torch.Tensor]:
-    """Train in one process, on the rows of all ranks."""
     model = loaded(folder, kind)
     for _ in range(STEPS):
         model.zero_grad()
@@ -34,7 +33,6 @@ def reference(folder, kind: str) -> dict[str, torch.Tensor]:
 
 
 def train(folder: str, kind: str, stage: int) -> dict:
-    """Weights after a few steps, and whether any parameter had no gradient."""
     model = load_model(
         source_of(folder, kind),
         task=task(kind),

@@ -41,8 +41,6 @@ GLOBAL = torch.cat([TOKENS, TOKENS.flip(0) + 31])
 
 
 class AllViews(nn.Module):
-    """A model whose loss is the mean over its views."""
-
     def __init__(self, model: nn.Module, views: Sequence[View], *, shares: bool) -> None:
         super().__init__()
         self.model, self.views, self.shares = model, views, shares

@@ -40,7 +40,6 @@ def two_engines(config_path: str, folder: str) -> dict:
 
 
 def losses(config_path: str, *, scores: bool) -> list[dict[str, float]]:
-    """This rank's losses of three steps, with a teacher that may be scored before them."""
     with started(config_path, scores=scores) as (run, _):
         reports = [run.trainer.train_step(run.source.step(step)) for step in range(3)]
         return [{name: float(value) for name, value in r.parts.items()} for r in reports]
@@ -188,8 +187,6 @@ def write(folder, tmp_path):
 
 @pytest.fixture
 def train(workers, write):
-    """Trains on two ranks and gives rank 0's findings."""
-
     def trained(steps=3, *, ranks=2, timeout_s=180, **settings):
         return workers(ranks).run("train", write(**settings), [], steps, timeout_s=timeout_s)[0]
 
@@ -197,11 +194,7 @@ def train(workers, write):
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher"),
-    [
-        ("zero2", "teacher_zero0"),
-        ("zero3", "teacher_zero3"),
-    ],
+    ("student", "teacher"), [("zero2", "teacher_zero0"), ("zero3", "teacher_zero3")]
 )
 def test_both_models_in_bf16_bring_the_loss_down(workers, write, student, teacher):
     path = write(student=student, teacher=teacher, bf16=True, adam_epsilon=1e-8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cases import lab_of
 from equal_runs import ZERO3, write_llama
-from tiny_runs import config_tree, write_config
+from tiny_runs import run_in
 
 from megakd.contract.metric import WHOLE, Metric, MetricJudge
 from megakd.contract.stage import Pass, Stage
@@ -47,11 +47,7 @@ def evaluated(config_path: str, overrides: list[str], kind: str) -> dict[str, An
         stage = completed(stage, lab.config)
         frozen = lab.pool.open(teacher, stage)
         run = StageRun(
-            stage,
-            lab.assembly,
-            teachers={teacher: frozen},
-            reporter=lab._reporter,
-            fingerprint={},
+            stage, lab.assembly, teachers={teacher: frozen}, reporter=lab._reporter, fingerprint={}
         )
         forwards = Counter[tuple[str, int]]()
         for name, model in (("teacher", frozen.model), ("student", run.student.student)):
@@ -77,7 +73,6 @@ def _count(forwards: Counter[tuple[str, int]], name: str, *given: Any) -> None:
 
 
 def _apart(run: StageRun, plan: tuple[Pass, ...], view: str) -> dict[str, float]:
-    """Return the scores of one view by two forwards."""
     rows = run.assembly.prepared.encoded.validation
     name = None if view == WHOLE else view
     scores = run.evaluation.scorer.score(functools.partial(run.student.predict, view=name), rows)
@@ -101,17 +96,16 @@ def folder(tmp_path_factory) -> Path:
 
 def config_of(folder: Path, out: Path, *, zero: int) -> Path:
     student, teacher = PRESETS[zero]
-    tree = config_tree(
-        out / "out",
+    return run_in(
+        out,
         {"type": "causal_lm", "dataset": str(folder / "text.txt")},
         teacher={"model": str(folder / "llama"), "deepspeed": teacher},
+        student={"model": "from_teacher", "deepspeed": student},
+        method={"name": "minidisc"},
+        objective=[{"loss": term} for term in TERMS],
         train={"per_device_train_batch_size": 3, "max_steps": 1},
         eval={"per_device_eval_batch_size": ROWS},
     )
-    tree["student"] = {"model": "from_teacher", "deepspeed": student}
-    tree["method"] = {"name": "minidisc"}
-    tree["objective"] = [{"loss": term} for term in TERMS]
-    return write_config(out / "run.yaml", tree)
 
 
 @pytest.mark.parametrize(("ranks", "zero"), [(1, 2), (2, 2), (2, 3)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from equal_runs import ZERO3, difference, zero
-from tiny_runs import config_tree, llama, write_config, write_jsonl
+from tiny_runs import llama, run_in, write_jsonl
 from torch import Tensor, nn
 
 from megakd.engine.initialize import frozen_engine
@@ -99,11 +99,9 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def whole_and_sharded(workers, data, tmp_path):
-    """The findings of one rank at ZeRO 0, and of two ranks at ZeRO 3."""
-
     def train(teacher, student, *, is_language):
         for ranks, stage in ((1, 0), (2, 3)):
-            tree = config_tree(
+            path = run_in(
                 tmp_path / str(ranks),
                 {
                     "type": "causal_lm" if is_language else "classification",
@@ -119,15 +117,14 @@ def whole_and_sharded(workers, data, tmp_path):
                     {"loss": "hidden_mse", "layer_mapping": ["1:2", "2:3"]},
                     {"loss": "relation_kl", "layer_mapping": ["2:3"], "relation_heads": 2},
                 ],
+                train={
+                    "per_device_train_batch_size": 6 // ranks,
+                    "max_steps": 100,
+                    "learning_rate": 0.05,
+                    "adam_epsilon": 0.01,
+                    "gradient_checkpointing": stage == 3,
+                },
             )
-            tree["train"] = {
-                "per_device_train_batch_size": 6 // ranks,
-                "max_steps": 100,
-                "learning_rate": 0.05,
-                "adam_epsilon": 0.01,
-                "gradient_checkpointing": stage == 3,
-            }
-            path = write_config(tmp_path / f"{ranks}.yaml", tree)
             yield workers(ranks).run("train", str(path), [], STEPS, timeout_s=TIMEOUT_S)[0]
 
     return train

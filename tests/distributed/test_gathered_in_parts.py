@@ -25,7 +25,6 @@ def data(tmp_path_factory) -> Path:
 
 
 def learned(command, data: Path, out: Path, name: str, zero: dict[str, object]) -> dict:
-    """Losses and scores of a recorded case by stage, step and name."""
     given = CASES[name](data)
     engine = {"deepspeed": {"zero_optimization": zero}}
     train = {**given.pop("train", {}), "max_steps": STEPS, "per_device_train_batch_size": 4}

@@ -74,7 +74,6 @@ def training(config_path: str, overrides: list[str], calls_per_step: int) -> dic
 
 
 def state_of(engine: Any) -> dict[str, Any]:
-    """Return the state of this rank that generation could disturb."""
     module = engine.bundle
     parameters = [*module.parameters()]
     return {
@@ -180,8 +179,7 @@ def alone(workers, config_of):
 
 
 @pytest.mark.parametrize(
-    ("world", "stage", "teacher_stage"),
-    [(2, 0, 0), (2, 2, 3), (1, 3, 3), (3, 3, 0)],
+    ("world", "stage", "teacher_stage"), [(2, 0, 0), (2, 2, 3), (1, 3, 3), (3, 3, 0)]
 )
 def test_completions_are_the_same_at_every_stage_and_on_any_number_of_ranks(
     workers, config_of, alone, world, stage, teacher_stage

@@ -14,9 +14,8 @@ from cases import elements, lab_of, local
 from equal_runs import inputs_of, rows
 from tiny_runs import (
     SENTENCES,
-    config_tree,
+    run_in,
     save_tokenizer,
-    write_config,
     write_jsonl,
     write_scored_pairs,
     write_text,
@@ -174,19 +173,19 @@ def config_of(folder, tmp_path_factory):
     def written(task, stage):
         tokenizer = str(folder / ("bpe" if task == "causal_lm" else "wordpiece"))
         zero = ZERO3 if stage == 3 else {"stage": stage}
-        tree = config_tree(
-            configs / "out",
-            {"type": task, "dataset": str(folder / task), "tokenizer": tokenizer},
-            teacher={
-                "model": str(folder / f"{task}-teacher"),
-                "deepspeed": {"zero_optimization": zero},
-            },
-            method={"name": "single"},
-        )
+        keys = {"type": task, "dataset": str(folder / task), "tokenizer": tokenizer}
         if task == "regression":
-            tree["task"] |= {"text_columns": ["first", "second"], "label_column": "similarity"}
-        tree["train"]["per_device_train_batch_size"] = 8  # more than a rank's share of a batch
-        return str(write_config(configs / f"{task}-{stage}.yaml", tree))
+            keys |= {"text_columns": ["first", "second"], "label_column": "similarity"}
+        teacher = str(folder / f"{task}-teacher")
+        config = run_in(
+            configs / f"{task}-{stage}",
+            keys,
+            teacher={"model": teacher, "deepspeed": {"zero_optimization": zero}},
+            method={"name": "single"},
+            # More than a rank's share of a batch.
+            train={"per_device_train_batch_size": 8},
+        )
+        return str(config)
 
     return written
 

@@ -14,15 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import DEEPSPEED, RUNNER, TIMEOUT_S, TORCHRUN, TRAIN, free_port, start
-from tiny_runs import (
-    bert,
-    config_tree,
-    save_tokenizer,
-    write_config,
-    write_jsonl,
-    write_reviews,
-)
+from conftest import DEEPSPEED, RUNNER, TIMEOUT_S, TORCHRUN, TRAIN, free_port, ranks_of, start
+from tiny_runs import bert, review_task, run_in, save_tokenizer, write_jsonl, write_reviews
 
 STEPS = 2
 
@@ -31,17 +24,15 @@ STEPS = 2
 def config(tmp_path_factory) -> Path:
     """Dropout is on: ranks that draw alike, or draw otherwise, show in the weights."""
     folder = tmp_path_factory.mktemp("launchers")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    tree = config_tree(
-        Path("unused"),
-        task,
+    return run_in(
+        folder,
+        review_task(folder),
         teacher={"model": bert(2), "deepspeed": "teacher_zero3", "finetune": {}},
-        student={"model": bert(1), "deepspeed": "zero3"},
+        student={"deepspeed": "zero3"},
         method={"name": "single"},
         train={"max_steps": STEPS},
         log={"logging_steps": 1},
     )
-    return write_config(folder / "run.yaml", tree)
 
 
 @pytest.fixture(scope="module")
@@ -164,14 +155,9 @@ def test_a_row_that_one_rank_alone_cannot_read_is_named_by_that_rank(launch, tmp
         "validation_files": str(held),
         "tokenizer": str(save_tokenizer(tmp_path / "tokenizer", rows, kind="wordpiece")),
         "streaming": True,
-        "max_length": 16,
     }
-    tree = config_tree(tmp_path / "out", task, train={"max_steps": 60})
-    config = write_config(tmp_path / "run.yaml", tree)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2}
-    ranks = [{"RANK": n, "LOCAL_RANK": n, "LOCAL_SIZE": 2, **place} for n in range(2)]
 
-    group = launch("--config", str(config), ranks=ranks)
+    group = launch("--config", str(run_in(tmp_path, task, train={"max_steps": 60})))
 
     assert group.wait() == [1, 2], group.text
     assert group.text.count("megakd: error: ") == 1, group.text
@@ -189,10 +175,9 @@ def test_a_row_that_one_rank_alone_cannot_read_is_named_by_that_rank(launch, tmp
 def test_nodes_that_were_started_for_different_numbers_of_ranks_say_so(
     config, launch, tmp_path, worlds, message
 ):
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [
-        {"RANK": rank, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "WORLD_SIZE": world, **meeting}
-        for rank, world in enumerate(worlds)
+        {**told, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "WORLD_SIZE": world}
+        for told, world in zip(ranks_of(2), worlds, strict=True)
     ]
     words = (f"output_dir={tmp_path / 'out'}", "train.collective_timeout=4")
 

@@ -71,7 +71,6 @@ def test_the_base_without_adapters_teaches_as_a_second_model_would(distil, write
 
 @pytest.fixture(scope="module", params=[1, 3])
 def finished(request, workers, write_run):
-    """The config file and the folder of a run on two ranks that saves at every second step."""
     sections = {"save": {"save_steps": 2, "save_total_limit": None}, "train": {"max_steps": 4}}
     path = write_run("llama-tied", LANGUAGE, (request.param, 0), student=ADAPTERS, **sections)
     folder, _ = workers(2).run("finish", path)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TIMEOUT_S, TRAIN, Group, free_port, start
+from conftest import TIMEOUT_S, TRAIN, Group, free_port, ranks_of, start
 from test_launchers import hostfile, rendezvous
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import review_task, run_in
 
 PROGRAM = Path(__file__).with_name("lost_ranks.py")
 LOST = 2
@@ -26,9 +26,7 @@ def lose(launch, request):
     """Start three ranks, of which the last is lost, and wait until the others have ended."""
 
     def run(case: str) -> Group:
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 3}
-        ranks = [{"RANK": n, "LOCAL_RANK": n, "LOCAL_SIZE": 3, **meeting} for n in range(3)]
-        group = launch(case, program=PROGRAM, ranks=ranks)
+        group = launch(case, program=PROGRAM, ranks=ranks_of(3))
         request.addfinalizer(group.kill)
         others = group.processes[:LOST]
         group.wait_until(lambda: all(rank.exitcode is not None for rank in others))
@@ -87,16 +85,14 @@ STEPS = 300
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lost")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    tree = config_tree(
-        Path("unused"),
-        task,
-        student={"model": bert(1), "deepspeed": "zero2"},
+    return run_in(
+        folder,
+        review_task(folder),
+        student={"deepspeed": "zero2"},
+        train={"max_steps": STEPS, "collective_timeout": 12},
         save={"save_steps": 20},
         log={"logging_steps": 1},
     )
-    tree["train"] |= {"max_steps": STEPS, "collective_timeout": 12}
-    return write_config(folder / "run.yaml", tree)
 
 
 def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process | None:

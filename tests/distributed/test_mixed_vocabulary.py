@@ -14,7 +14,7 @@ from cases import lab_of, summed
 from equal_runs import ZERO3, zero
 from mixed_reference import Pair, trained
 from safetensors.torch import load_file
-from tiny_runs import NO_DROPOUT, config_tree, save_tokenizer, write_config
+from tiny_runs import NO_DROPOUT, run_in, save_tokenizer
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from megakd.engine.sharding import gathered_state
@@ -54,15 +54,11 @@ def learn(config_path: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def folder_weights(folder: Path) -> dict[str, Any]:
-    """All weights below a stage's folder, by path."""
     collected = {}
     for file in sorted(folder.rglob("*.safetensors")):
-        prefix = "/".join(
-            (*file.relative_to(folder).parts[:-1], file.stem if file.name == FILE else "")
-        )
-        collected |= {
-            f"{prefix.strip('/')}/{name}".lstrip("/"): w for name, w in load_file(file).items()
-        }
+        below = file.relative_to(folder)
+        place = below.with_suffix("") if file.name == FILE else below.parent
+        collected |= {str(place / name): weight for name, weight in load_file(file).items()}
     return collected
 
 
@@ -142,20 +138,17 @@ def folder(tmp_path_factory) -> Path:
 
 
 def config_of(folder: Path, out: Path, *, stage=0, train=None, **method) -> str:
-    tree = config_tree(
-        out / "out",
+    vocabulary = {"type": "wordpiece", "size": PIECES}
+    model = {"config": {"model_type": "bert", **STUDENT}}
+    config = run_in(
+        out,
         {"type": "mlm", "dataset": str(folder / "text.txt"), "max_length": 24},
         teacher={"model": str(folder / "teacher")},
-        method={
-            "name": "mixed_vocabulary",
-            "student_vocabulary": {"type": "wordpiece", "size": PIECES},
-            **method,
-        },
+        student={"model": model, "deepspeed": zero(stage)},
+        method={"name": "mixed_vocabulary", "student_vocabulary": vocabulary, **method},
         train={**TRAIN, **(train or {})},
     )
-    model = {"config": {"model_type": "bert", **STUDENT}}
-    tree["student"] = {"model": model, "deepspeed": zero(stage)}
-    return str(write_config(out / "run.yaml", tree))
+    return str(config)
 
 
 METHODS = {
@@ -173,12 +166,13 @@ TOGETHER = ["down", "up", "dual", "tables"]
 @pytest.fixture(scope="module")
 def alone(workers, folder, tmp_path_factory) -> dict:
     """By method: one rank at ZeRO 0 with the batch of two ranks."""
-    collected = {}
-    for name, method in METHODS.items():
+
+    def learned(name: str) -> dict:
         train = {"per_device_train_batch_size": 6}
-        path = config_of(folder, tmp_path_factory.mktemp(name), train=train, **method)
-        collected[name] = workers(1).run("test_mixed_vocabulary.learn", path, [])[0]
-    return collected
+        path = config_of(folder, tmp_path_factory.mktemp(name), train=train, **METHODS[name])
+        return workers(1).run("test_mixed_vocabulary.learn", path, [])[0]
+
+    return {name: learned(name) for name in METHODS}
 
 
 def reference_of(
@@ -243,17 +237,12 @@ def test_two_vocabularies_go_on_with_other_ranks(command, goes_on, folder, tmp_p
     keys = ("save={save_steps: 1, save_total_limit: null}",)
     whole = command("--config", config, *keys)
     assert whole.codes == [0, 0], whole.text
-    other = (
-        "student.deepspeed={zero_optimization: {stage: 3}}",
-        "train.gradient_accumulation_steps=4",
-    )
+    stage = "student.deepspeed={zero_optimization: {stage: 3}}"
+    other = (*keys, stage, "train.gradient_accumulation_steps=4")
 
-    result = goes_on(config, tmp_path / "out", "student", 2, *keys, *other, world=1)
+    result = goes_on(config, tmp_path / "out", "student", 2, *other, world=1)
 
-    assert_same(
-        folder_weights(result / "stages" / "student"),
-        folder_weights(tmp_path / "out" / "stages" / "student"),
-    )
+    assert_same(*(folder_weights(at / "stages" / "student") for at in (result, tmp_path / "out")))
 
 
 def test_dual_training_alone_does_not_reach_the_student(folder, alone):

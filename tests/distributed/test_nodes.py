@@ -15,7 +15,7 @@ import torch.distributed as dist
 from cases import elements, local, started, summed
 from deepspeed.runtime.zero import partition_parameters
 from equal_runs import ZERO3, difference
-from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
+from tiny_runs import NO_DROPOUT, bert, llama, run_in, write_reviews, write_text
 
 from megakd.engine import nodes
 from megakd.engine.memory import forget_models
@@ -74,21 +74,21 @@ KL, HIDDEN = {"loss": "soft_target_kl"}, {"loss": "hidden_mse", "layer_mapping":
 
 def config_of(folder: Path, *, language: bool, student: str) -> str:
     task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews", train=41))}
-    model = bert(2, width=24, **NO_DROPOUT)
+    big, small = bert(2, width=24, **NO_DROPOUT), bert(1, **NO_DROPOUT)
     if language:
         task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
         task["tokenizer"] = {"type": "bpe", "vocab_size": 320}
-        model = llama(2, width=24)
-    tree = config_tree(
-        folder / "out",
+        big, small = llama(2, width=24), llama(1)
+    config = run_in(
+        folder,
         task,
-        teacher={"model": model, "deepspeed": NODE},
-        student={"model": llama(1) if language else bert(1, **NO_DROPOUT), "deepspeed": student},
+        teacher={"model": big, "deepspeed": NODE},
+        student={"model": small, "deepspeed": student},
         method={"name": "single"},
         objective=[KL, HIDDEN],
         train={"gradient_accumulation_steps": 2},
     )
-    return str(write_config(folder / "run.yaml", tree))
+    return str(config)
 
 
 @pytest.mark.parametrize(

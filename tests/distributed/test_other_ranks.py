@@ -103,8 +103,7 @@ def unbroken(travel_in, tmp_path_factory) -> dict[str, Any]:
 
 # The first use of DeepSpeed's CPU Adam compiles it, which takes a minute.
 @pytest.mark.parametrize(
-    "route",
-    ["2-1-4-2", "4-2-1-4", pytest.param("offload", marks=pytest.mark.slow)],
+    "route", ["2-1-4-2", "4-2-1-4", pytest.param("offload", marks=pytest.mark.slow)]
 )
 def test_a_student_that_changes_ranks_and_stages_learns_as_one_that_does_not(
     travel, unbroken, route

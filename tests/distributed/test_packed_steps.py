@@ -86,7 +86,6 @@ def both(workers, path, ranks):
 
 
 def texts_of(path, name):
-    """The generated texts of a run by the name of their file."""
     folder = Path(f"{path}-{name}") / "rollouts" / "student"
     return {file.name: file.read_text() for file in folder.glob("*.jsonl")}
 

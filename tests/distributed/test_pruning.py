@@ -14,7 +14,7 @@ import torch
 from cases import joined_shards, lab_of
 from equal_runs import difference, zero
 from safetensors.torch import load_file
-from tiny_runs import config_tree, save_tokenizer, write_config, write_text
+from tiny_runs import run_in, save_tokenizer, write_text
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -34,8 +34,7 @@ def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
     alive: the number of models that are still in memory afterwards.
     """
     before = models_in_memory()
-    notes: list[dict[str, Any]] = []
-    sensitivities: list[dict] = []
+    notes, sensitivities = [], []
     select, update = pruning.select, pruning.PruningStrategy.before_update
 
     def selecting(scores, kept, wanted, student, *, monotone):
@@ -67,7 +66,6 @@ def prune(config_path: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def logged(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl with training losses."""
     path = out / "metrics.jsonl"
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return [line for line in lines if "train/loss" in line]
@@ -95,6 +93,7 @@ SIZES = {
     "intermediate_size": 40,
     "max_position_embeddings": 32,
 }
+GROUPED = {"num_key_value_heads": 2, "tie_word_embeddings": False}
 DECODERS = ("llama", "headed")
 METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6, "pruning_start": 1}
 
@@ -108,12 +107,8 @@ def folder(tmp_path_factory) -> Path:
     models = {
         "bert": BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
         "dropout": BertConfig(**SIZES),
-        "llama": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False),
-        "headed": LlamaConfig(
-            **{**SIZES, "vocab_size": 1000, "num_hidden_layers": 1},
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        ),
+        "llama": LlamaConfig(**SIZES, **GROUPED),
+        "headed": LlamaConfig(**{**SIZES, **GROUPED, "vocab_size": 1000, "num_hidden_layers": 1}),
     }
     for name, config in models.items():
         auto = AutoModelForCausalLM if name in DECODERS else AutoModelForMaskedLM
@@ -137,26 +132,23 @@ def config_of(folder, tmp_path):
     return written
 
 
-def write_run(folder: Path, out: Path, name: str, stage: int, method: dict, **sections) -> Path:
+ROWS = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+TRAIN = {**ROWS, "max_steps": 8, "adam_epsilon": 0.01, "weight_decay": 0.01}
+
+
+def write_run(
+    folder: Path, out: Path, name: str, stage: int, method: dict, *, train=None, **sections
+) -> Path:
     is_llama = name in DECODERS
-    tree = config_tree(
-        out / "out",
+    return run_in(
+        out,
         {"type": "causal_lm" if is_llama else "mlm", "dataset": str(folder / "text.txt")},
         teacher={"model": str(folder / name)},
+        student={"model": "from_teacher", "deepspeed": zero(stage)},
         method=METHOD | ({"target_width": 16, "round_to": 8} if is_llama else {}) | method,
+        train={**TRAIN, **(train or {})},
+        **sections,
     )
-    tree["student"] = {"model": "from_teacher", "deepspeed": zero(stage)}
-    tree["train"] = {
-        "per_device_train_batch_size": 3,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 8,
-        "learning_rate": 0.01,
-        "adam_epsilon": 0.01,
-        "weight_decay": 0.01,
-    }
-    for key, section in sections.items():
-        tree[key] = {**tree.get(key, {}), **section} if isinstance(section, dict) else section
-    return write_config(out / "run.yaml", tree)
 
 
 @pytest.fixture(scope="module")

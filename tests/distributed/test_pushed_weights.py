@@ -87,11 +87,7 @@ def pushes_of(stub: Stub) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("zero", "student", "kind"),
-    [
-        (3, "llama-tied", "vllm"),
-        (0, "llama-untied", "sglang"),
-    ],
+    ("zero", "student", "kind"), [(3, "llama-tied", "vllm"), (0, "llama-untied", "sglang")]
 )
 def test_names_and_bytes_pushed_are_those_of_the_exported_model(
     workers, write_run, tmp_path, zero, student, kind

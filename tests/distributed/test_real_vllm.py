@@ -37,10 +37,7 @@ from megakd.servers.protocol import (
 from megakd.servers.teachers import _Reference
 from megakd.servers.vllm import VllmServer, VllmWeightServer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif("MEGAKD_VLLM" not in os.environ, reason=HOW),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif("MEGAKD_VLLM" not in os.environ, reason=HOW)]
 END, FURTHER_END, KNOWN, VOCABULARY = 2, 0, 290, 320
 PROMPTS = tuple((40 + n, 90 + 2 * n, 100) for n in range(6))
 # Prefixes are cached by whole blocks, which have 128 tokens on a CPU unless told otherwise.

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import cases
 import pytest
 import torch
-from tiny_runs import bert, config_tree, write_config
+from tiny_runs import bert, run_in
 
 from megakd.engine import distributed
 from megakd.training import checkpoint
@@ -62,20 +62,16 @@ def command_without_space(*arguments: str) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A config file, the method in it, and the folder that it writes."""
-
     config: Path
     out: Path
     method: str
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """All that train."""
         return (TEACHER, *LEARNERS[self.method])
 
     @property
     def steps(self) -> int:
-        """The steps of each stage."""
         return STEPS[self.method]
 
     def arguments(self) -> tuple[str, ...]:
@@ -136,24 +132,19 @@ def sections(method: str, preset: str) -> dict[str, Any]:
 def write_run(folder: Path, preset: str, method: str) -> Path:
     """Logging, evaluation and saving fall on different steps, so that each is resumed midway."""
     write_data(folder / "data")
-    finetune = {"max_steps": STEPS[method], "learning_rate": 0.003, "deepspeed": preset}
-    tree = config_tree(
-        Path("unused"),
-        {
-            "type": "regression",
-            "dataset": str(folder / "data"),
-            "text_columns": ["text"],
-            "label_column": "score",
-        },
+    columns = {"text_columns": ["text"], "label_column": "score"}
+    steps = {"max_steps": STEPS[method]}
+    finetune = {**steps, "learning_rate": 0.003, "deepspeed": preset}
+    return run_in(
+        folder,
+        {"type": "regression", "dataset": str(folder / "data"), **columns},
         teacher={"model": bert(2), "deepspeed": "teacher_zero3", "finetune": finetune},
+        train={**steps, "gradient_accumulation_steps": 2, "learning_rate": 0.005},
         eval={"eval_steps": 3},
         save={"save_steps": SAVE_STEPS},  # all are kept, to be compared
         log={"logging_steps": 3},
         **sections(method, preset),
     )
-    steps = {"gradient_accumulation_steps": 2, "max_steps": STEPS[method], "learning_rate": 0.005}
-    tree["train"] |= steps
-    return write_config(folder / "run.yaml", tree)
 
 
 @pytest.fixture(
@@ -165,7 +156,6 @@ def write_run(folder: Path, preset: str, method: str) -> Path:
     ],
 )
 def truth(request, command, tmp_path_factory) -> Run:
-    """The run without interruption."""
     preset, method = request.param
     folder = tmp_path_factory.mktemp(preset)
     run = Run(write_run(folder, preset, method), folder / "truth", method)
@@ -195,7 +185,6 @@ def assert_same_run(run: Run, truth: Run) -> None:
 
 
 def logged(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Return the log lines of each stage, in order."""
     records = [
         {k: v for k, v in record.items() if k not in TIMES and not k.startswith("ranks/")}
         for record in run.records()
@@ -250,8 +239,6 @@ class Killer:
         assert reached or [p.exitcode for p in group.processes] == [0] * WORLD, group.text
 
     def logged(self, stage: str, count: int) -> Callable[[float], bool]:
-        """When this start has logged `count` times in a stage."""
-
         def moment(started: float) -> bool:
             records = [r for r in self.run.records() if r["stage"] == stage]
             return sum(r["time"] > started for r in records) >= count

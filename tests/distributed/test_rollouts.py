@@ -1,4 +1,4 @@
-"""Training on generated texts: the same texts and weights on any ranks, and after any kill."""
+"""Generated texts: the same texts, weights and curves on any ranks, and after any kill."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from equal_runs import difference
 from safetensors.torch import load_file
 from tiny_runs import write_jsonl
+from whole_run import read, records
 
 STEPS = 6
 WORDS = ("the", "cat", "dog", "sat", "on", "a", "mat", "and", "ran", "to", "big", "red", "house")
@@ -29,7 +30,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_llama(layers: int, width: int) -> dict[str, Any]:
-    """A Llama from scratch with two heads and the context of its family."""
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2}
     return {"config": {"model_type": "llama", "num_hidden_layers": layers, **sizes}}
 
@@ -83,7 +83,6 @@ def finish(
 
 
 def refused(command: Callable[..., Any], config: Path, out: Path) -> str:
-    """What is said by a run that ends with an error on all ranks."""
     ended = command("--config", str(config), f"output_dir={out}")
     assert all(ended.codes), ended.text
     return ended.text
@@ -111,12 +110,7 @@ def one_rank(command, texts, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("zero", "world"),
-    [
-        pytest.param(1, 2, marks=pytest.mark.slow),
-        (2, 3),
-        (3, 2),
-    ],
+    ("zero", "world"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 3), (3, 2)]
 )
 def test_texts_and_weights_do_not_depend_on_ranks_or_sharding(
     command, texts, one_rank, tmp_path, zero, world
@@ -232,9 +226,73 @@ def test_a_student_learns_school_mathematics_from_its_own_answers_on_two_ranks(
 
     out = finish(command, config, tmp_path / "out")
 
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    last = next(record for record in reversed(records) if "eval/match" in record)
+    last = next(one for one in reversed(records(out, "student")) if "eval/match" in one)
     assert 0 < last["eval/soft_target_kl"] < 10
     assert 0 < last["eval/text_soft_target_kl"] < 10
     assert 1 <= last["eval/text_tokens"] <= 12
     assert all(text.startswith('{"format":1') for text in texts_of(out).values())
+
+
+TOKENS, TEXTS = 6, 5
+"""In an evaluation."""
+
+
+def evaluated(command, folder: Path, texts: Path, *, zero: int, world: int) -> dict[str, float]:
+    """The values of texts in the only evaluation of a run."""
+    generation = {"max_new_tokens": TOKENS, "rows": TEXTS, "prompt_tokens": 4}
+    path = write_config(
+        folder,
+        texts,
+        zero=zero,
+        train={"per_device_train_batch_size": 12 // world, "max_steps": 2},
+        objective=[{"loss": "soft_target_kl"}],
+        rollout=None,
+        eval={"eval_steps": 2, "keep_best": False, "generation": generation},
+    )
+    out = finish(command, path, folder / "out", world=world)
+    (record,) = [record for record in records(out, "student") if "eval/text_kl" in record]
+    return {k: v for k, v in record.items() if k.startswith(("text/", "eval/text_"))}
+
+
+@pytest.fixture(scope="module")
+def curves(command, texts, tmp_path_factory) -> tuple[dict[str, float], Path]:
+    """The values of one rank, and its folder."""
+    folder = tmp_path_factory.mktemp("curves")
+    return evaluated(command, folder, texts, zero=0, world=1), folder / "out"
+
+
+def test_the_report_has_the_texts_and_their_metrics(curves):
+    alone, out = curves
+    report = read(out)
+
+    (entry,) = report["generation"]
+    assert (entry["stage"], entry["step"], len(entry["texts"])) == ("student", 2, TEXTS)
+    assert entry["metrics"]["text_kl"] == alone["eval/text_kl"]
+    assert report["warnings"] == []
+    assert "Generated texts by position" in (out / "report.html").read_text()
+
+
+def test_the_means_by_position_are_those_of_the_objective_on_the_same_texts(curves):
+    """At temperature 1, the loss is the divergence."""
+    alone, _ = curves
+    assert alone["eval/text_kl"] == pytest.approx(alone["eval/text_soft_target_kl"], rel=1e-4)
+    assert {key for key in alone if key.endswith("/kl")} == {
+        f"text/{bucket}/kl" for bucket in ("0-0", "1-1", "2-2", "3-5")
+    }
+    assert 0 < alone["text/0-0/kl"] < alone["text/0-0/teacher_entropy"] + 10
+    # Texts without an end have one token in each of the first buckets, and three in the last.
+    if alone["eval/text_truncated"] == 1:
+        parts = [alone[f"text/{bucket}/kl"] for bucket in ("0-0", "1-1", "2-2", *["3-5"] * 3)]
+        assert sum(parts) / TOKENS == pytest.approx(alone["eval/text_kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("zero", "world"), [pytest.param(2, 3, marks=pytest.mark.slow), (3, 2)])
+def test_values_by_position_do_not_depend_on_ranks_or_sharding(
+    command, texts, curves, tmp_path, zero, world
+):
+    alone, _ = curves
+
+    result = evaluated(command, tmp_path, texts, zero=zero, world=world)
+
+    assert result.keys() == alone.keys()
+    assert result == pytest.approx(alone, rel=1e-3, abs=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from cases import lab_of
 from equal_runs import difference
 from safetensors.torch import load_file
-from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_reviews
+from tiny_runs import NO_DROPOUT, bert, review_task, run_in
 
 from megakd.engine import distributed
 from megakd.engine.sharding import gathered_state
@@ -22,8 +22,6 @@ from megakd.training.probe import StageProbe
 
 
 class Watch:
-    """Notes what is chosen, measured and begun while a run goes on."""
-
     def __init__(self) -> None:
         self.actions: list[tuple[float, ...]] = []
         self.beginnings: list[str] = []
@@ -64,7 +62,6 @@ class Watch:
 
 
 def digest(student) -> str:
-    """Return the weights and the moments of the optimizer."""
     hashed = hashlib.sha256()
     for _, tensor in gathered_state(student.student):
         hashed.update(tensor.float().numpy().tobytes())
@@ -105,28 +102,21 @@ EPISODES, STEPS, PHASE = 2, 4, 2
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("selection")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    tree = config_tree(
-        folder / "unused",
-        task,
+    method = {"episodes": EPISODES, "phase_steps": PHASE, "hidden": 8}
+    config = run_in(
+        folder,
+        review_task(folder),
         teacher={"model": bert(4, initializer_range=0.2, **NO_DROPOUT)},
         student={"model": bert(2, **NO_DROPOUT)},
-        method={
-            "name": "knowledge_selection",
-            "episodes": EPISODES,
-            "phase_steps": PHASE,
-            "hidden": 8,
-        },
+        method={"name": "knowledge_selection", **method},
+        # Large, so that the size of a gradient shows in the step that Adam takes.
+        train={"max_steps": STEPS, "adam_epsilon": 0.01},
     )
-    # Large, so that the size of a gradient shows in the step that Adam takes.
-    tree["train"] |= {"max_steps": STEPS, "adam_epsilon": 0.01}
-    return str(write_config(folder / "run.yaml", tree))
+    return str(config)
 
 
 @pytest.fixture
 def learn(run_case, config):
-    """The findings of all ranks."""
-
     def learned(ranks: int, *overrides: str, how: str = "selected") -> list[dict]:
         return run_case(f"test_selection.{how}", config, ranks, *overrides)
 

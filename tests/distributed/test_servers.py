@@ -38,7 +38,6 @@ def served(stub: Stub, folder: Path, **keys: Any) -> dict[str, Any]:
 
 
 def versions_of(stub: Stub) -> list[str]:
-    """The numbers of the versions that the server got."""
     is_vllm = stub.kind == "vllm"
     asked = stub.of("/update_weight_version" if is_vllm else "/update_weights_from_disk")
     names = [body["new_version" if is_vllm else "weight_version"] for body in asked]
@@ -46,7 +45,6 @@ def versions_of(stub: Stub) -> list[str]:
 
 
 def rollouts_of(out: Path) -> dict[int, list[Rollout]]:
-    """Step -> the texts that the step learned from."""
     files = rollout_files(out / "rollouts" / "student")
     return {int(path.stem.rpartition("-")[2]): read_rollouts(path) for path in files}
 

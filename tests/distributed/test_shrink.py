@@ -12,13 +12,7 @@ import torch
 from cases import lab_of
 from equal_runs import ZERO3, write_llama
 from safetensors.torch import load_file
-from tiny_runs import (
-    NO_DROPOUT,
-    bert,
-    config_tree,
-    write_config,
-    write_reviews,
-)
+from tiny_runs import NO_DROPOUT, bert, review_task, run_in
 
 from megakd.methods import run_method
 from megakd.models.knowledge import Needs
@@ -69,28 +63,19 @@ def folder(tmp_path_factory) -> Path:
     return write_llama(tmp_path_factory.mktemp("shrink"), 4, **sizes)
 
 
+METHOD = {"name": "shrink", "target_sparsity": 0.4, "round_to": 4, "candidates": 6}
+
+
 def config_of(folder: Path, out: Path, *, rows: int, zero: int) -> Path:
     student, teacher = STAGES[zero]
-    tree = config_tree(
-        out / "out",
+    return run_in(
+        out,
         {"type": "causal_lm", "dataset": str(folder / "text.txt")},
         teacher={"model": str(folder / "llama"), "deepspeed": teacher},
-        method={
-            "name": "shrink",
-            "target_sparsity": 0.4,
-            "round_to": 4,
-            "candidates": 6,
-            "trial_steps": 3,
-            "repair_steps": 3,
-        },
-        train={
-            "per_device_train_batch_size": rows,
-            "learning_rate": 0.01,
-            "adam_epsilon": 0.01,
-        },
+        student={"model": "from_teacher", "deepspeed": student},
+        method={**METHOD, "trial_steps": 3, "repair_steps": 3},
+        train={"per_device_train_batch_size": rows, "adam_epsilon": 0.01},
     )
-    tree["student"] = {"model": "from_teacher", "deepspeed": student}
-    return write_config(out / "run.yaml", tree)
 
 
 SERIES = ["method.target_sparsity=null", "method.flops=80%,50%", "method.candidates=3"]
@@ -149,24 +134,22 @@ def test_two_ranks_choose_and_train_what_one_rank_does(
 def encoder(command, tmp_path_factory) -> Path:
     """Reviews, and a BERT of three layers that has learned to classify them."""
     folder = tmp_path_factory.mktemp("encoder")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    tree = config_tree(folder / "teacher", task, student={"model": bert(3, **NO_DROPOUT)})
-    config = str(write_config(folder / "teacher.yaml", tree))
-    ended = command("--config", config, "train.max_steps=30", world=1)
+    student = {"model": bert(3, **NO_DROPOUT)}
+    config = run_in(folder, review_task(folder), student=student, train={"max_steps": 30})
+    ended = command("--config", str(config), world=1)
     assert ended.codes == [0], ended.text
     return folder
 
 
-def keeping_two(encoder: Path, out: Path, *, rows: int, student: Any, teacher: str) -> Path:
-    tree = config_tree(
-        out / "out",
+def keeping_two(encoder: Path, folder: Path, *, rows: int, student: Any, teacher: str) -> Path:
+    return run_in(
+        folder,
         {"type": "classification", "dataset": str(encoder / "reviews")},
-        teacher={"model": str(encoder / "teacher" / "final"), "deepspeed": teacher},
+        teacher={"model": str(encoder / "out" / "final"), "deepspeed": teacher},
+        student={"model": "from_teacher", "layers": 2, "deepspeed": student},
         method={"name": "single"},
         train={"per_device_train_batch_size": rows, "adam_epsilon": 0.01},
     )
-    tree["student"] = {"model": "from_teacher", "layers": 2, "deepspeed": student}
-    return write_config(out / "run.yaml", tree)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import cases
 import pytest
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import review_task, run_in
 
 from megakd.engine import distributed
 from megakd.training import stage_run
@@ -32,16 +32,9 @@ def command_with_slow_rank(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_rank_that_others_wait_for_is_named(command, tmp_path, stage):
-    config = write_config(
-        tmp_path / "run.yaml",
-        config_tree(
-            tmp_path / "out",
-            {"type": "classification", "dataset": str(write_reviews(tmp_path / "data"))},
-            student={"model": bert(1), "deepspeed": f"zero{stage}"},
-            train={"max_steps": STEPS},
-            log={"logging_steps": 1},
-        ),
-    )
+    sections = {"train": {"max_steps": STEPS}, "log": {"logging_steps": 1}}
+    student = {"deepspeed": f"zero{stage}"}
+    config = run_in(tmp_path, review_task(tmp_path), student=student, **sections)
 
     ended = command("--config", str(config), case="test_slow_rank.command_with_slow_rank")
 

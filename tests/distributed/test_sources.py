@@ -59,7 +59,6 @@ def trained(distil):
 
 @pytest.fixture(scope="module")
 def whole(trained):
-    """Whole steps in one micro-batch of one rank."""
     return trained(PAIR, 0, (1, 12, 1))
 
 

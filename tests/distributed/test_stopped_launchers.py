@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import DEEPSPEED, TIMEOUT_S, TORCHRUN, TRAIN, free_port, start
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import review_task, run_in
 
 pytestmark = pytest.mark.slow
 STEPS = 300
@@ -21,20 +21,12 @@ LAUNCHERS = {"deepspeed": DEEPSPEED, "torchrun": TORCHRUN}
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    tree = config_tree(
-        Path("unused"),
-        task,
-        student={"model": bert(1), "deepspeed": "zero2"},
-        log={"logging_steps": 1},
-    )
-    tree["train"] |= {"max_steps": STEPS}
-    return write_config(folder / "run.yaml", tree)
+    sections = {"student": {"deepspeed": "zero2"}, "log": {"logging_steps": 1}}
+    return run_in(folder, review_task(folder), train={"max_steps": STEPS}, **sections)
 
 
 @pytest.fixture(scope="module")
 def truth(launch, config, tmp_path_factory) -> bytes:
-    """The weights of the run without a stop."""
     out = tmp_path_factory.mktemp("truth") / "out"
     group = launch("--config", str(config), f"output_dir={out}")
     assert group.wait() == [0, 0], group.text
@@ -46,8 +38,6 @@ def weights(out: Path) -> bytes:
 
 
 class Started:
-    """A launcher whose ranks train."""
-
     def __init__(self, launcher: str, config: Path, out: Path, *overrides: str) -> None:
         words = (*LAUNCHERS[launcher], str(free_port()), str(TRAIN), "--config", str(config))
         self.out = out
@@ -64,14 +54,12 @@ class Started:
             time.sleep(0.05)
 
     def send(self, link: str, number: int) -> None:
-        """Send a signal to one process of the chain, or to a rank."""
         launcher = psutil.Process(self.process.pid)
         pids = {"runner": launcher.pid, "node": launcher.children()[0].pid}
         pids["rank 1"] = next(p.pid for p in self.ranks if p.environ()["RANK"] == "1")
         os.kill(pids[link], number)
 
     def finish(self) -> str:
-        """Wait for the ranks; return what all have said."""
         _, alive = psutil.wait_procs(self.ranks, timeout=TIMEOUT_S)
         assert alive == []
         return self.process.communicate(timeout=TIMEOUT_S)[0]

@@ -1,4 +1,4 @@
-"""The run configs that ship with megakd."""
+"""The run configs that ship with megakd, and the sizes that comments and docs give of some."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from megakd.config.deepspeed import load_ds_config
 from megakd.config.file import load_config
+from megakd.models.int8 import write_int8
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "launch" / "examples").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "launch" / "examples"
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_example_is_a_valid_run_config_with_known_presets(path: Path) -> None:
     config = load_config(path)
 
@@ -24,8 +29,8 @@ def test_an_example_is_a_valid_run_config_with_known_presets(path: Path) -> None
         assert load_config(path, ("method.name=maxidisc",)).method.name == "maxidisc"
 
 
-def test_the_quickstart_compares_with_the_labels_alone_for_as_many_steps(repository):
-    config = load_config(repository / "launch" / "examples" / "quickstart.yaml")
+def test_the_quickstart_compares_with_the_labels_alone_for_as_many_steps():
+    config = load_config(EXAMPLES / "quickstart.yaml")
 
     assert (config.method.name, config.baselines) == ("shrink", ("alone",))
     assert config.eval.metric == "f1_macro"
@@ -33,13 +38,84 @@ def test_the_quickstart_compares_with_the_labels_alone_for_as_many_steps(reposit
     assert config.trainings["alone"].max_steps == config.trainings["train"].max_steps
 
 
-def test_the_single_teacher_that_the_pool_example_compares_with_learns_from_soft_targets_alone(
-    repository: Path,
-) -> None:
-    path = repository / "launch" / "examples" / "skdbert_glue.yaml"
+def test_the_single_teacher_that_the_pool_example_compares_with_learns_from_soft_targets_alone():
+    path = EXAMPLES / "skdbert_glue.yaml"
     suggested = re.findall(r"'((?:method|objective)=[^']*)'", path.read_text(encoding="utf-8"))
     single = suggested[next(i for i, s in enumerate(suggested) if "name: single" in s) :]
 
     config = load_config(path, single)
 
     assert [term.loss for term in config.objective or ()] == ["soft_target_kl"]
+
+
+PAGE = (ROOT / "docs" / "mixed-vocabulary.md").read_text(encoding="utf-8")
+CONFIGS = sorted([*EXAMPLES.glob("extreme_*.yaml"), *EXAMPLES.glob("eacl_*.yaml")])
+TEACHERS = {
+    "google-bert/bert-base-uncased": BertConfig(),
+    "google-bert/bert-large-uncased": BertConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
+}
+
+MEGABYTES = {"extreme_48": "2.33", "extreme_92": "6.79", "extreme_96": "7.31"}
+
+
+def count(model: nn.Module) -> int:
+    """Return the number of weights; `parameters` has shared weights once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def encoder(shape: BertConfig) -> nn.Module:
+    with torch.device("meta"):
+        return BertModel(shape, add_pooling_layer=False)
+
+
+def student_of(path: Path, **changes: int) -> BertConfig:
+    config = load_config(path)
+    shape = dict(config.student.model.config)  # type: ignore[union-attr]
+    assert shape.pop("model_type") == "bert"
+    size = config.method.own_vocabulary.size  # type: ignore[union-attr]
+    return BertConfig(**{"vocab_size": size, **shape, **changes})
+
+
+def row_of(path: Path) -> list[str]:
+    (line,) = re.findall(rf"^\| `{path.stem}` .*$", PAGE, re.MULTILINE)
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_table_and_comment_have_the_counted_weights_and_the_sizes_of_the_written_files(
+    path: Path, tmp_path: Path
+) -> None:
+    comment = " ".join(re.findall(r"^# ?(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    shape = student_of(path)
+    weights = count(encoder(shape))
+    teacher = count(encoder(TEACHERS[load_config(path).teacher_specs["teacher"].model]))  # type: ignore[index]
+    BertForMaskedLM(shape).save_pretrained(tmp_path)
+    write_int8(tmp_path, tmp_path / "int8")
+
+    _, *cells = row_of(path)
+
+    files = [folder / "model.safetensors" for folder in (tmp_path, tmp_path / "int8")]
+    assert cells == [
+        f"{weights:,}",
+        f"{weights * 4 / 1e6:.2f}",
+        *(f"{file.stat().st_size / 1e6:.2f}" for file in files),
+        f"{teacher / weights:.1f}",
+    ]
+    assert cells[1] == MEGABYTES.get(path.stem, cells[1])
+    assert f"{cells[1]} MB in fp32" in comment
+    assert f"{cells[-1]} times fewer" in comment
+    assert load_config(path).save.int8 is path.stem.startswith("extreme")
+
+
+# 6.2M and 10.9M are the sizes that we remember from the EACL paper.
+@pytest.mark.parametrize(("layers", "weights"), [(6, "6.20M"), (12, "10.94M")])
+def test_512_positions_and_the_pooler_give_the_sizes_of_the_eacl_paper(layers, weights):
+    shape = student_of(EXAMPLES / f"eacl_{layers}x256.yaml", max_position_embeddings=512)
+
+    with torch.device("meta"):
+        result = count(BertModel(shape))
+
+    assert f"{result / 1e6:.2f}M" == weights
+    assert weights in PAGE

@@ -20,7 +20,6 @@ PUBLISHED = b"the published weights"
 
 @pytest.fixture
 def quickstart(repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The script in a folder of its own."""
     spec = importlib.util.spec_from_file_location("quickstart", repository / "launch/quickstart.py")
     assert spec is not None
     assert spec.loader is not None
@@ -160,8 +159,7 @@ def test_a_run_that_fails_or_is_stopped_gives_its_exit_code(quickstart, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("flags", "overrides"),
-    [("avx2 avx512_vnni", ()), ("avx512_bf16 sse", ("train.bf16=true",))],
+    ("flags", "overrides"), [("avx2 avx512_vnni", ()), ("avx512_bf16 sse", ("train.bf16=true",))]
 )
 def test_bf16_is_set_on_a_processor_that_computes_in_it(quickstart, monkeypatch, flags, overrides):
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags\t\t: fpu {flags}\n")

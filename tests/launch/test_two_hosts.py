@@ -4,16 +4,95 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from tiny_runs import bert, config_tree, write_config, write_reviews
-from two_hosts import Host, two_hosts
+from tiny_runs import bert, review_task, run_in
 
 pytestmark = pytest.mark.slow
+ADDRESSES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
+PROGRAMS = ("ip", "unshare", "nsenter")
+# A host without a loopback interface cannot even reach its own address. The shell ends with the
+# test, and its namespaces with the shell.
+BOOT = "hostname {name} && mount --bind {hosts} /etc/hosts && ip link set lo up && echo up && cat"
+
+
+class Host:
+    """One of the hosts; all files but /etc/hosts are those of the machine."""
+
+    def __init__(self, name: str, hosts: Path) -> None:
+        words = ["unshare", "--net", "--uts", "--mount", "sh", "-c"]
+        self.name = name
+        self.shell = subprocess.Popen(
+            [*words, BOOT.format(name=name, hosts=hosts)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.shell.stdout is not None
+        self.answer = self.shell.stdout.readline().strip()
+
+    def stop(self) -> None:
+        self.shell.kill()
+        self.shell.communicate()
+
+    def run(self, *words: str) -> None:
+        subprocess.run([*self._enter(), *words], check=True)
+
+    def start(self, words: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self._enter(), sys.executable, *words],
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _enter(self) -> list[str]:
+        return ["nsenter", "--target", str(self.shell.pid), "--net", "--uts", "--mount"]
+
+
+@contextmanager
+def two_hosts(folder: Path, *, own_name_is_loopback: bool) -> Iterator[list[Host]]:
+    """Two hosts that reach each other by name over `eth0`; skips where they cannot be made.
+
+    Args:
+        folder: for the files /etc/hosts.
+        own_name_is_loopback: each host gives its own name the address 127.0.1.1, as Debian does.
+    """
+    if os.geteuid() != 0 or not all(map(shutil.which, PROGRAMS)):
+        pytest.skip(f"needs root and the programs {', '.join(PROGRAMS)}, for network namespaces")
+    with ExitStack() as stack:
+        hosts = []
+        for name in ADDRESSES:
+            loopback = {name: "127.0.1.1"} if own_name_is_loopback else {}
+            known = {"localhost": "127.0.0.1", **ADDRESSES, **loopback}
+            file = folder / f"hosts-of-{name}"
+            file.write_text("".join(f"{address} {host}\n" for host, address in known.items()))
+            hosts.append(Host(name, file))
+            stack.callback(hosts[-1].stop)
+        if any(host.answer != "up" for host in hosts):
+            pytest.skip(f"needs network namespaces: {hosts[0].answer}")
+        _connect(*hosts)
+        yield hosts
+
+
+def _connect(one: Host, other: Host) -> None:
+    cable = ("type", "veth", "peer", "name", "eth0", "netns", str(other.shell.pid))
+    one.run("ip", "link", "add", "eth0", *cable)
+    for host in (one, other):
+        host.run("ip", "address", "add", f"{ADDRESSES[host.name]}/24", "dev", "eth0")
+        host.run("ip", "link", "set", "eth0", "up")
+
+
 PORT = "29533"  # of a network of its own
 TIMEOUT_S = 300
 INTERFACE = {"GLOO_SOCKET_IFNAME": "eth0"}
@@ -23,12 +102,9 @@ Outcome = list[tuple[int, str]]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    models = {"teacher": {"model": bert(2), "finetune": {}}, "student": {"model": bert(1)}}
-    tree = config_tree(folder / "unused", task, method={"name": "single"}, **models)
-    tree["teacher"]["deepspeed"] = "teacher_zero3_node"
-    tree["train"] |= {"max_steps": 2}
-    return write_config(folder / "run.yaml", tree)
+    teacher = {"model": bert(2), "finetune": {}, "deepspeed": "teacher_zero3_node"}
+    sections = {"method": {"name": "single"}, "train": {"max_steps": 2}}
+    return run_in(folder, review_task(folder), teacher=teacher, **sections)
 
 
 def torchrun(folder: Path, node: int) -> list[str]:
@@ -48,8 +124,6 @@ def deepspeed(folder: Path, node: int) -> list[str]:
 
 @pytest.fixture
 def train(repository: Path, config: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """Trains on two hosts, and returns the exit code and the output of the launcher of each."""
-
     def run(hosts: list[Host], launcher: Callable[[Path, int], list[str]], **extra: str) -> Outcome:
         search = os.pathsep.join([str(repository), str(repository / "kernels")])
         program = [str(repository / "launch" / "train.py"), "--config", str(config)]
@@ -68,14 +142,12 @@ def train(repository: Path, config: Path, tmp_path: Path) -> Callable[..., Outco
 
 
 def end(started: list[subprocess.Popen[str]]) -> None:
-    """Ends launchers that wait for each other, with their ranks."""
     for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def lines(text: str) -> list[str]:
-    """Return the lines of megakd in a launcher's output."""
     return [line for line in text.splitlines() if line.startswith("megakd: ")]
 
 

@@ -15,11 +15,9 @@ def bench(whole_run, tmp_path, one_rank) -> Bench:
 
 @pytest.fixture
 def out(whole_run) -> Path:
-    """The output folder of the whole run."""
     return whole_run.out
 
 
 @pytest.fixture
 def config(whole_run) -> Path:
-    """The config of the whole run."""
     return whole_run.config

@@ -14,12 +14,12 @@ from tiny_runs import (
     bert,
     config_tree,
     llama,
+    review_task,
     save_tokenizer,
-    write_config,
     write_jsonl,
     write_reviews,
 )
-from whole_run import WholeRun, finish
+from whole_run import WholeRun, finish_in
 
 from megakd.config.file import config_of, load_config
 from megakd.contract import plugins
@@ -38,7 +38,6 @@ class Finished:
         self.config = folder / "run.yaml"
 
     def again(self, *overrides: str) -> Outcome:
-        """Start the run again."""
         return self.one_rank.train("--config", self.config, *overrides)
 
 
@@ -46,14 +45,11 @@ class Finished:
 def original(one_rank: OneRank, whole_run: WholeRun, tmp_path_factory) -> Path:
     """A short run that learns from a stored teacher."""
     folder = tmp_path_factory.mktemp("finished")
-    reviews = write_reviews(folder / "reviews")
     shutil.copytree(whole_run.teacher, folder / "teacher")
-    write_reviews(folder / "more")
-    sets = {"more": str(folder / "more" / "validation.jsonl")}
-    task = {"type": "classification", "dataset": str(reviews), "evaluation_sets": sets}
+    sets = {"more": str(write_reviews(folder / "more") / "validation.jsonl")}
+    task = review_task(folder, evaluation_sets=sets)
     teacher = {"model": str(folder / "teacher")}
-    tree = config_tree(folder / "out", task, teacher=teacher, method={"name": "single"})
-    finish(one_rank, write_config(folder / "run.yaml", tree))
+    finish_in(one_rank, folder, task, teacher=teacher, method={"name": "single"})
     return folder
 
 
@@ -84,7 +80,6 @@ def remove(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Change the last byte of a file."""
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -107,10 +102,7 @@ OTHER = "was made from other data or models"
 NOT_THE_STUDENT = f"{{}}/{STUDENT} is not the student of this run: the checksum of"
 # What happens to files of the run, and parts of the message; {} is the folder of the run.
 DAMAGE: dict[str, tuple[dict[str, Callable[[Path], None]], tuple[str, ...]]] = {
-    "other rows": (
-        {"reviews/train.jsonl": reword},
-        (OTHER, "task.dataset", "use another output"),
-    ),
+    "other rows": ({"reviews/train.jsonl": reword}, (OTHER, "task.dataset", "use another output")),
     "another evaluation set": ({"more/validation.jsonl": reword}, (OTHER, "task.dataset")),
     "another teacher": (
         {CHECKSUMS: remove, f"teacher/{WEIGHTS}": flip},
@@ -192,9 +184,9 @@ def test_files_that_the_config_names_are_inputs_of_a_run(
     write_jsonl(tmp_path / "texts.jsonl", [{"prompt": "a", "text": "b"}])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    task = {"type": kind, "dataset": str(write_reviews(tmp_path / "reviews"))}
-    model = llama(1) if kind == "causal_lm" else bert(1)
-    one = {"teacher": {"model": model}, "student": {"model": model}, "method": {"name": "single"}}
+    task = review_task(tmp_path, type=kind)
+    teacher = {"model": llama(1) if kind == "causal_lm" else bert(1)}
+    one = {"teacher": teacher, "method": {"name": "single"}}
     config = config_of(config_tree(tmp_path / "out", task, **one, **sections))
 
     def inputs() -> dict[str, object]:
@@ -212,14 +204,12 @@ def test_files_that_the_config_names_are_inputs_of_a_run(
 @pytest.mark.parametrize("named", [True, False])
 def test_a_decoder_from_scratch_learns_the_end_that_its_tokenizer_pads_with(tmp_path, named):
     """transformers keeps the embedding of a padding token zero, without a gradient."""
-    task = {"type": "causal_lm", "dataset": str(write_reviews(tmp_path / "reviews"))}
     tokenizer = save_tokenizer(tmp_path / "tokenizer", SENTENCES, kind="bpe")
+    task = review_task(tmp_path, type="causal_lm", tokenizer=str(tokenizer))
     keys = json.loads((tokenizer / "tokenizer_config.json").read_text())
     keys["pad_token"] = "<pad>" if named else None
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(keys))
-    model = llama(1)
-    one = {"teacher": {"model": model}, "student": {"model": model}, "method": {"name": "single"}}
-    task["tokenizer"] = str(tokenizer)
+    one = {"teacher": {"model": llama(1)}, "method": {"name": "single"}}
 
     inputs = unencoded_inputs(config_of(config_tree(tmp_path / "out", task, **one)))
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,14 @@ import pytest
 from megakd.errors import InUseError
 from megakd.run import holder
 from megakd.run.holder import LOCK, FolderLock, Holder, read_holder, this_process
+
+
+@pytest.fixture
+def lock(tmp_path) -> Iterator[FolderLock]:
+    """A lock for the test to take, which is released after the test."""
+    lock = FolderLock(tmp_path)
+    yield lock
+    lock.release()
 
 
 @pytest.fixture
@@ -95,21 +103,21 @@ def test_the_lock_names_its_holder_and_goes_with_it_and_with_an_empty_folder(tmp
     assert [path.name for path in out.iterdir()] == left if left else not out.exists()
 
 
-def test_a_folder_that_a_living_run_holds_is_refused_naming_that_run(tmp_path):
-    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
-    first.take()
+def test_a_folder_that_a_living_run_holds_is_refused_naming_that_run(tmp_path, lock):
+    lock.take()
 
     with pytest.raises(InUseError) as refused:
-        second.take()
+        FolderLock(tmp_path).take()
 
-    first.release()
     assert f"{tmp_path} is in use by another run: process {os.getpid()} on " in str(refused.value)
-    assert f"since {first.holder.since}; wait until that run ends" in str(refused.value)
+    assert f"since {lock.holder.since}; wait until that run ends" in str(refused.value)
     assert f"remove {tmp_path / LOCK}" in str(refused.value)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path, dead, monkeypatch, *, links):
+def test_the_lock_of_a_dead_process_is_taken_over_at_once(
+    tmp_path, lock, dead, monkeypatch, *, links
+):
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -117,7 +125,6 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path, dead, monkey
     pass_time(monkeypatch, lambda: pytest.fail("waited"))
     if not links:
         monkeypatch.setattr(os, "link", refuse)
-    lock = FolderLock(tmp_path)
 
     lock.take()
 
@@ -125,30 +132,26 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path, dead, monkey
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
     with pytest.raises(InUseError):
         FolderLock(tmp_path).take()
-    lock.release()
 
 
 @pytest.mark.parametrize("is_half", [False, True], ids=["a later process", "half a lock"])
-def test_a_lock_without_a_living_holder_is_taken_over(tmp_path, monkeypatch, is_half):
+def test_a_lock_without_a_living_holder_is_taken_over(tmp_path, lock, monkeypatch, is_half):
     path = leave_lock(tmp_path, dataclasses.replace(this_process(), start="before"))
     if is_half:
         path.write_text('{"host": "no')
-    lock = FolderLock(tmp_path)
     pass_time(monkeypatch, lambda: None)
 
     lock.take()
 
     assert read_holder(path) == lock.holder
-    lock.release()
 
 
-def test_a_zombie_does_not_hold_a_folder(tmp_path):
+def test_a_zombie_does_not_hold_a_folder(tmp_path, lock):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     left = dataclasses.replace(
         this_process(), pid=process.pid, start=holder.process_start(process.pid) or ""
     )
     leave_lock(tmp_path, left)
-    lock = FolderLock(tmp_path)
     with pytest.raises(InUseError):
         FolderLock(tmp_path).take()
     process.kill()
@@ -156,7 +159,6 @@ def test_a_zombie_does_not_hold_a_folder(tmp_path):
 
     lock.take()
 
-    lock.release()
     process.communicate()
 
 
@@ -172,10 +174,9 @@ def test_a_holder_of_another_host_that_gives_a_sign_is_refused(tmp_path, strange
 
 
 def test_a_holder_of_another_host_without_a_sign_is_taken_over(
-    tmp_path, stranger, monkeypatch, caplog
+    tmp_path, lock, stranger, monkeypatch, caplog
 ):
     path = leave_lock(tmp_path, stranger)
-    lock = FolderLock(tmp_path)
     clock = pass_time(monkeypatch, lambda: None)
 
     lock.take()
@@ -183,7 +184,6 @@ def test_a_holder_of_another_host_without_a_sign_is_taken_over(
     assert read_holder(path) == lock.holder
     assert clock.now >= holder.DEAD_AFTER_S
     assert f"{path} names process {stranger.pid} on node-7" in caplog.text
-    lock.release()
 
 
 class Slow(FolderLock):
@@ -200,16 +200,14 @@ class Slow(FolderLock):
         return super()._create(path)
 
 
-def test_of_two_runs_that_find_the_same_holder_dead_the_later_one_is_refused(tmp_path, dead):
+def test_of_two_runs_that_find_the_same_holder_dead_the_later_one_is_refused(tmp_path, lock, dead):
     leave_lock(tmp_path, dead)
-    quick = FolderLock(tmp_path)
 
     with pytest.raises(InUseError):
-        Slow(tmp_path, quick.take).take()
+        Slow(tmp_path, lock.take).take()
 
-    assert read_holder(tmp_path / LOCK) == quick.holder
+    assert read_holder(tmp_path / LOCK) == lock.holder
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
-    quick.release()
 
 
 def test_a_run_that_came_and_went_meanwhile_is_not_in_the_way(tmp_path, dead):
@@ -241,9 +239,8 @@ def test_a_holder_whose_lock_another_run_has_taken_is_told(tmp_path, stranger, m
     assert read_holder(tmp_path / LOCK) == stranger
 
 
-def test_a_lock_that_was_removed_under_a_living_run_is_made_again(tmp_path, monkeypatch):
+def test_a_lock_that_was_removed_under_a_living_run_is_made_again(tmp_path, lock, monkeypatch):
     monkeypatch.setattr(holder, "BEAT_S", 0.01)
-    lock = FolderLock(tmp_path)
     lock.take()
     made_again = threading.Event()
     monkeypatch.setattr(holder.os, "utime", lambda _: made_again.set())
@@ -252,21 +249,18 @@ def test_a_lock_that_was_removed_under_a_living_run_is_made_again(tmp_path, monk
     made_again.clear()
 
     assert made_again.wait(60)
-    lock.release()
 
 
-def test_a_run_in_a_folder_that_is_held_changes_nothing_there(one_rank, whole_run, tmp_path):
-    lock = FolderLock(tmp_path)
+def test_a_run_in_a_folder_that_is_held_changes_nothing_there(one_rank, whole_run, tmp_path, lock):
     lock.take()
 
     outcome = one_rank.train("--config", whole_run.config, f"output_dir={tmp_path}")
 
     assert outcome.code == 2
-    assert (
-        f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()}" in outcome.err
+    assert f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()}" in (
+        outcome.err
     )
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
-    lock.release()
 
 
 @pytest.mark.parametrize("command", ["export", "encode"])

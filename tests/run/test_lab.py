@@ -30,14 +30,12 @@ from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.stage import Stage, StageResult
 from megakd.contract.terms import SoftTargetKl
 from megakd.data.chat.tokens import PROMPT_LENGTH
-from megakd.errors import CheckpointError, TeacherError
+from megakd.errors import TeacherError
 from megakd.inputs.inputs import check_run
-from megakd.run import run_lab as lab_module
 from megakd.run.run_lab import RunLab
 from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import differences
 from megakd.training.recipes import completed, scoring_preset
-from megakd.training.stage_folder import write_result
 
 
 @pytest.fixture(autouse=True)
@@ -260,36 +258,6 @@ def result(folder: Path) -> StageResult:
         tokens_per_second=2.0,
         peak_memory_bytes=4,
     )
-
-
-def finished(lab: RunLab, stage: Stage) -> StageResult:
-    """Leaves the stage's result where a finished stage has it."""
-    folder = lab.config.output_dir / "stages" / stage.name
-    write_result(result(folder), stage_identity(completed(stage, lab.config), lab.assembly))
-    return result(folder)
-
-
-def test_a_finished_stage_is_taken_and_not_run_again(tmp_path, teacher, monkeypatch):
-    lab = lab_of(config_of(tmp_path))
-    lab.teacher()
-    left = finished(lab, stage_of())
-    monkeypatch.setattr(lab_module, "StageRun", None)
-
-    result = lab.train(stage_of())
-
-    assert result == left
-    assert lab.results == [left]
-
-
-def test_a_result_of_another_config_is_refused_with_the_fields_that_differ(tmp_path, teacher):
-    lab = lab_of(config_of(tmp_path))
-    lab.teacher()
-    finished(lab, stage_of())
-
-    with pytest.raises(
-        CheckpointError, match=r"another config \(.*labelled_only: False there, True"
-    ):
-        lab.train(stage_of(teachers=()))
 
 
 def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_path, caplog):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,14 +12,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, read, records
+from transformers import AutoModelForSequenceClassification
+from whole_run import EPOCHS, LABELLED, ROWS_PER_STEP, STEPS, accuracy_by_hand, read, records
 
 from megakd.config.file import load_config
 from megakd.config.run import EvalConfig
 from megakd.config.train import TrainConfig
 from megakd.contract.results import MethodRecord
-from megakd.data.splits import load_splits
 from megakd.engine.optimizer_state import StoredParts
 from megakd.run import run_report
 
@@ -72,25 +70,10 @@ def test_unlabelled_rows_are_learned_from_by_distilling_alone(out):
     }
 
 
-def accuracy_with_transformers(final: Path, config: Path, *, cache: Path) -> float:
-    """As anyone would score the folder, without megakd's loading, batching or metrics."""
-    model = AutoModelForSequenceClassification.from_pretrained(final)
-    tokenizer = AutoTokenizer.from_pretrained(final)
-    settings = load_config(config)
-    splits = load_splits(settings.task, seed=settings.seed, cache_dir=cache)
-    right = 0
-    for row in splits.validation:
-        encoded = tokenizer(row["text"], truncation=True, max_length=16, return_tensors="pt")
-        with torch.no_grad():
-            predicted = int(model(**encoded).logits.argmax())
-        right += model.config.id2label[predicted] == splits.label_names[row["label"]]
-    return right / len(splits.validation)
-
-
 def test_the_student_scores_the_same_with_plain_transformers_and_in_the_report(
-    one_rank, out, config, tmp_path
+    one_rank, whole_run, out, config
 ):
-    accuracy = accuracy_with_transformers(out / "final", config, cache=tmp_path)
+    accuracy = accuracy_by_hand(out / "final", whole_run.reviews / "validation.jsonl")
 
     assert read(out)["student"]["metrics"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
     outcome = one_rank.megakd("evaluate", config, "--json")

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_runs import bert, config_tree, write_config, write_reviews, write_text
+from tiny_runs import bert, write_reviews, write_text
 from transformers import AutoModelForSequenceClassification
+from whole_run import finish, finish_in
 
 from megakd.config.file import load_config
 
@@ -17,15 +18,9 @@ def pretrained(one_rank, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
     task = {"type": "mlm", "dataset": str(write_text(folder / "text.txt"))}
     method = {"name": "homodistil", "target_width": 10, "pruning_end": 3, "cuts": 1}
-    tree = config_tree(
-        folder / "out",
-        task,
-        teacher={"model": bert(1, num_attention_heads=4)},
-        method=method,
-    )
-    tree["student"] = {"model": "from_teacher"}
-    outcome = one_rank.train("--config", write_config(folder / "run.yaml", tree))
-    assert outcome.code == 0, outcome.err
+    models = {"teacher": {"model": bert(1, num_attention_heads=4)}}
+    models["student"] = {"model": "from_teacher"}
+    finish_in(one_rank, folder, task, method=method, **models)
     return folder
 
 
@@ -36,13 +31,10 @@ def test_the_config_is_valid_and_starts_from_the_student(pretrained):
 
 
 def test_the_pruned_student_is_fine_tuned_on_a_users_task_with_it(one_rank, pretrained, tmp_path):
-    data = write_reviews(tmp_path / "reviews")
-
     changes = ["train.max_steps=3", "train.per_device_train_batch_size=4"]
-    changes += [f"task.dataset={data}", f"output_dir={tmp_path / 'out'}"]
-    outcome = one_rank.train("--config", pretrained / "out" / "finetune.yaml", *changes)
+    changes += [f"task.dataset={write_reviews(tmp_path / 'reviews')}"]
+    finish(one_rank, pretrained / "out" / "finetune.yaml", f"output_dir={tmp_path}/out", *changes)
 
-    assert outcome.code == 0, outcome.err
     # 4 heads of 3 columns (10/16 of 4, rounded) are no stock shape of a model of width 10.
     final = tmp_path / "out" / "final"
     assert json.loads((final / "config.json").read_text())["model_type"] == "cut_bert"
@@ -54,9 +46,8 @@ def test_a_users_changes_to_the_config_are_kept(one_rank, pretrained):
     path.write_text(path.read_text() + "# mine\n")
     (pretrained / "out" / "report.json").unlink()
 
-    outcome = one_rank.train("--config", pretrained / "run.yaml")
+    finish(one_rank, pretrained / "run.yaml")
 
-    assert outcome.code == 0, outcome.err
     assert path.read_text().endswith("# mine\n")
 
 

@@ -195,10 +195,9 @@ def test_a_fine_tuned_teacher_is_not_used_for_another_config(one_rank, config, u
     )
 
     assert outcome.code == 2
-    assert (
-        f"{unfinished / 'stages' / 'teacher-finetune'} holds the result of another" in outcome.err
-    )
-    assert "train.learning_rate" in outcome.err
+    stage = unfinished / "stages" / "teacher-finetune"
+    assert f"{stage} holds the result of another config (" in outcome.err
+    assert "train.learning_rate: 0.003 there, 0.5 here" in outcome.err
     assert outcome.loaded == ()
 
 

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from chat_tokenizers import asked, chat_tokenizer
-from safetensors.torch import load_file
 from tiny_runs import config_tree, llama, write_config, write_jsonl
-from whole_run import finish, read
+from whole_run import finish, read, same_weights
 
 
 def questions(shared_data: Path) -> list[dict[str, str]]:
-    """The first questions of GSM8K with their answers."""
     with (shared_data / "gsm8k" / "train.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line) for line in islice(file, 40)]
 
@@ -26,12 +23,12 @@ def write_run(folder: Path, rows: list[dict[str, Any]], out: str, **task: Any) -
     chat_tokenizer("chatml").save_pretrained(folder / "tokenizer")
     path = write_jsonl(folder / "rows.jsonl", rows)
     data = {"type": "causal_lm", "dataset": str(path), "tokenizer": str(folder / "tokenizer")}
-    model = {"max_position_embeddings": 512}
+    model = llama(1, max_position_embeddings=512)
     tree = config_tree(
         folder / out,
         {**data, "max_length": 512, **task},
-        teacher={"model": llama(1, **model), "finetune": {"max_steps": 2}},
-        student={"model": llama(1, **model)},
+        teacher={"model": model, "finetune": {"max_steps": 2}},
+        student={"model": model},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy"}],
     )
@@ -89,10 +86,7 @@ def test_encoded_before_the_run_a_mixture_gives_the_same_weights_and_table(one_r
     alone = json.loads(one_rank.megakd("evaluate", config, "--data", long, "--json").out)
     of_run = read(tmp_path / "out")["evaluation_sets"]["long"]["metrics"]["student"]
     assert alone["metrics"] == pytest.approx(of_run)
-    first, second = (
-        load_file(tmp_path / out / "final" / "model.safetensors") for out in ("out", "mapped")
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_weights(tmp_path / "out" / "final", tmp_path / "mapped" / "final")
 
 
 @pytest.mark.parametrize(
@@ -110,10 +104,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(one_rank, tmp_path, 
     again = finish(one_rank, stopped, "save.save_steps=1")
     assert "encoding" not in again.out + again.err  # the run is known as finished
 
-    one, two = (
-        load_file(tmp_path / out / "final" / "model.safetensors") for out in ("whole", "stopped")
-    )
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert same_weights(tmp_path / "whole" / "final", tmp_path / "stopped" / "final")
 
 
 PROMPTS = [{"prompt": f"Question {n}?", "response": f"It is {n}."} for n in range(12)]

@@ -9,15 +9,10 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file
-from tiny_runs import BAD, GOOD, OTHER, config_tree, write_config, write_reviews, write_text
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from tiny_runs import BAD, GOOD, OTHER, review_task, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from whole_run import finish, read, records
+from whole_run import finish_in, read, records
 
 from megakd.models.modeling.modeling_t5 import (
     EncT5ForSequenceClassification,
@@ -39,8 +34,9 @@ def gpt2(layers: int) -> dict:
 
 
 def test_a_gpt2_learns_from_a_qwen3(one_rank, tmp_path):
-    tree = config_tree(
-        tmp_path / "out",
+    finish_in(
+        one_rank,
+        tmp_path,
         {
             "type": "causal_lm",
             "dataset": str(write_text(tmp_path / "stories.txt")),
@@ -50,10 +46,8 @@ def test_a_gpt2_learns_from_a_qwen3(one_rank, tmp_path):
         student={"model": gpt2(1), "deepspeed": "zero3"},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}, RELATIONS],
+        train={"max_steps": 8},
     )
-    tree["train"] |= {"max_steps": 8}
-
-    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
 
     logged = [r for r in records(tmp_path / "out", "student") if "train/loss" in r]
     assert logged[-1]["train/soft_target_kl"] < logged[0]["train/soft_target_kl"]
@@ -93,9 +87,10 @@ def t5_run(one_rank, tmp_path_factory) -> Path:
     """One published T5 read as both: the teacher with a decoder, the student without."""
     folder = tmp_path_factory.mktemp("t5")
     t5 = str(published_t5(folder / "t5"))
-    tree = config_tree(
-        folder / "out",
-        {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))},
+    finish_in(
+        one_rank,
+        folder,
+        review_task(folder),
         teacher={"model": t5, "finetune": {"max_steps": 30}, "deepspeed": "teacher_zero3"},
         student={"model": t5, "architecture": "t5_encoder", "deepspeed": "zero3"},
         method={"name": "single"},
@@ -104,9 +99,8 @@ def t5_run(one_rank, tmp_path_factory) -> Path:
             {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["2:2"]},
             RELATIONS,
         ],
+        train={"max_steps": 30, "per_device_train_batch_size": 8},
     )
-    tree["train"] |= {"max_steps": 30, "per_device_train_batch_size": 8}
-    finish(one_rank, write_config(folder / "run.yaml", tree))
     return folder
 
 

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from one_rank import OneRank
-from tiny_runs import config_tree, write_config, write_reviews
+from tiny_runs import review_task
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import WholeRun, finish, read
+from whole_run import WholeRun, finish, finish_in, read
 
 import megakd
 from megakd.config.run import SaveConfig
@@ -33,17 +33,15 @@ ROW = f"{INT8}/{SAFETENSORS}"
 def original(one_rank: OneRank, whole_run: WholeRun, tmp_path_factory) -> Path:
     """The folder of a short run that writes int8 weights."""
     folder = tmp_path_factory.mktemp("int8")
-    reviews = write_reviews(folder / "reviews")
-    task = {"type": "classification", "dataset": str(reviews)}
-    tree = config_tree(
-        folder / "out",
-        task,
+    finish_in(
+        one_rank,
+        folder,
+        review_task(folder),
         teacher={"model": str(whole_run.teacher)},
         method={"name": "single"},
         baselines=["alone"],
         save={"int8": True},
     )
-    finish(one_rank, write_config(folder / "run.yaml", tree))
     return folder
 
 

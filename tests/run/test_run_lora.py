@@ -12,15 +12,9 @@ from one_rank import OneRank
 from peft import PeftModel
 from run_files import message_of
 from safetensors.torch import load_file
-from tiny_runs import (
-    config_tree,
-    llama,
-    save_tokenizer,
-    write_config,
-    write_text,
-)
+from tiny_runs import llama, run_in, save_tokenizer, write_text
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
-from whole_run import finish, read, records
+from whole_run import finish, finish_in, read, records
 
 from megakd.config.file import load_config
 from megakd.errors import ConfigError
@@ -49,22 +43,22 @@ def scene(tmp_path_factory) -> Path:
     return folder
 
 
-def tree_of(scene: Path, out: Path, **sections: Any) -> dict[str, Any]:
-    task = {"type": "causal_lm", "train_files": str(scene / "text.txt")}
-    sections = {"method": {"name": "single"}, **sections}
-    sections["eval"] = {"eval_steps": 2}
-    tree = config_tree(out, task, **sections)
-    tree["teacher"] = {"model": str(scene / "base")}
-    tree["student"] = {"model": str(scene / "base"), "lora": LORA, **sections.get("student", {})}
-    tree["objective"] = [{"loss": "hard_cross_entropy"}, {"loss": "soft_target_kl"}]
-    return tree
+def run_of(scene: Path, folder: Path, *, student: Any = None, **sections: Any) -> Path:
+    base = {"model": str(scene / "base")}
+    usual = {"teacher": base, "method": {"name": "single"}, "eval": {"eval_steps": 2}}
+    return run_in(
+        folder,
+        {"type": "causal_lm", "train_files": str(scene / "text.txt")},
+        student={**base, "lora": LORA, **(student or {})},
+        objective=[{"loss": "hard_cross_entropy"}, {"loss": "soft_target_kl"}],
+        **{**usual, **sections},
+    )
 
 
 @pytest.fixture(scope="module")
 def run(one_rank: OneRank, scene: Path) -> Path:
     """The output folder of a finished run that keeps its best evaluation and has a baseline."""
-    tree = tree_of(scene, scene / "out", baselines=["alone"])
-    finish(one_rank, write_config(scene / "run.yaml", tree))
+    finish(one_rank, run_of(scene, scene, baselines=["alone"]))
     return scene / "out"
 
 
@@ -126,17 +120,14 @@ def test_other_adapters_are_another_run(run, one_rank, scene):
 def test_adapters_train_in_bf16_with_checkpointed_blocks_and_resume(
     one_rank, scene, tmp_path, preset
 ):
-    tree = tree_of(scene, tmp_path / "out", student={"deepspeed": preset})
-    tree["train"] |= {"bf16": True, "gradient_checkpointing": True}
-    tree["student"]["lora"] = {**LORA, "dropout": 0.1}
-    config = write_config(tmp_path / "run.yaml", tree)
-    stopped = one_rank.train(
-        "--config", config, f"output_dir={tmp_path / 'again'}", stop_at=("student", 2)
-    )
+    student = {"deepspeed": preset, "lora": {**LORA, "dropout": 0.1}}
+    train = {"bf16": True, "gradient_checkpointing": True}
+    config, again = run_of(scene, tmp_path, student=student, train=train), f"{tmp_path}/again"
+    stopped = one_rank.train("--config", config, f"output_dir={again}", stop_at=("student", 2))
     assert stopped.code != 0
 
     finish(one_rank, config)
-    finish(one_rank, config, f"output_dir={tmp_path / 'again'}")
+    finish(one_rank, config, f"output_dir={again}")
 
     actual, expected = (
         load_file(tmp_path / name / "final" / ADAPTER / "adapter_model.safetensors")
@@ -149,15 +140,15 @@ def test_adapters_train_in_bf16_with_checkpointed_blocks_and_resume(
 
 def test_a_pool_teaches_a_classifier_with_adapters_and_a_head(one_rank, whole_run, tmp_path):
     base = whole_run.teacher
-    tree = config_tree(
-        tmp_path / "out",
-        {"type": "classification", "dataset": str(whole_run.reviews)},
+
+    finish_in(
+        one_rank,
+        tmp_path,
+        whole_run.task,
         teachers=[{"name": name, "model": str(base)} for name in ("one", "two")],
         student={"model": str(base), "lora": LORA},
         method={"name": "mean_of_teachers"},
     )
-
-    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
 
     before, after = (
         AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
@@ -173,10 +164,7 @@ def test_a_pool_teaches_a_classifier_with_adapters_and_a_head(one_rank, whole_ru
 def test_the_base_teaches_without_a_second_model_and_is_scored_as_the_teacher(
     one_rank, scene, run, tmp_path
 ):
-    tree = tree_of(scene, tmp_path / "out")
-    tree["teacher"] = {"model": "student_base"}
-
-    outcome = finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+    outcome = finish(one_rank, run_of(scene, tmp_path, teacher={"model": "student_base"}))
 
     base, second = read(tmp_path / "out"), read(run)
     # The student's stage, then the scores of teacher and student, one after the other.
@@ -205,22 +193,19 @@ def test_the_base_teaches_without_a_second_model_and_is_scored_as_the_teacher(
 def test_settings_that_adapters_cannot_be_combined_with_are_refused(
     scene, tmp_path, changes, message
 ):
-    tree = tree_of(scene, tmp_path / "out", student=changes.get("student", {}))
-    tree |= {key: value for key, value in changes.items() if key != "student"}
-    assert message in message_of(write_config(tmp_path / "run.yaml", tree))
+    assert message in message_of(run_of(scene, tmp_path, **changes))
 
 
 def test_without_peft_the_extra_to_install_is_named(scene, tmp_path, monkeypatch):
     monkeypatch.setattr("megakd.config.checks.model_rules.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'megakd\[lora\]'"):
-        load_config(write_config(tmp_path / "run.yaml", tree_of(scene, tmp_path / "out")), ())
+        load_config(run_of(scene, tmp_path))
 
 
 def test_a_wrong_target_is_refused_before_the_base_is_loaded(one_rank, scene, tmp_path):
-    tree = tree_of(scene, tmp_path / "out")
-    tree["student"]["lora"] = {"target_modules": ["q_porj"]}
+    student = {"lora": {"target_modules": ["q_porj"]}}
 
-    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.train("--config", run_of(scene, tmp_path, student=student))
 
     assert outcome.code != 0
     assert 'student.lora.target_modules: the student has no module "q_porj"' in outcome.err

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from spoiling import assert_refused
-from tiny_runs import bert, config_tree, write_config, write_text
+from tiny_runs import bert, write_text
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-from whole_run import finish, forgotten, read, records
+from whole_run import finish, finish_in, forgotten, read, records
 
 from megakd.config.file import load_config
 from megakd.contract.batch import IGNORE
@@ -27,8 +27,9 @@ from megakd.data.splits import load_splits
 def masked_run(one_rank, tmp_path_factory) -> Path:
     """A teacher and a sharded student from scratch, on a text whose documents are cut."""
     folder = tmp_path_factory.mktemp("masked")
-    tree = config_tree(
-        folder / "out",
+    finish_in(
+        one_rank,
+        folder,
         {
             "type": "mlm",
             "dataset": str(write_text(folder / "stories.txt")),
@@ -36,7 +37,7 @@ def masked_run(one_rank, tmp_path_factory) -> Path:
             "tokenizer": {"type": "wordpiece", "vocab_size": 320},
         },
         teacher={"model": bert(2, width=24), "finetune": {"max_steps": 40}},
-        student={"model": bert(1), "deepspeed": "zero3"},
+        student={"deepspeed": "zero3"},
         method={"name": "single"},
         objective=[
             {"loss": "soft_target_jsd", "weight": 0.5, "beta": 0.3},
@@ -45,9 +46,8 @@ def masked_run(one_rank, tmp_path_factory) -> Path:
         ],
         eval={"eval_steps": 4, "latency": {}},
         save={"save_steps": 5},
+        train={"max_steps": 12, "gradient_accumulation_steps": 2},
     )
-    tree["train"] |= {"max_steps": 12, "gradient_accumulation_steps": 2}
-    finish(one_rank, write_config(folder / "run.yaml", tree))
     return folder
 
 
@@ -121,17 +121,13 @@ def test_a_run_that_was_killed_sees_the_masks_and_ends_with_the_weights_it_would
     assert (out / weights).read_bytes() == (masked_run / "out" / weights).read_bytes()
 
 
-def masked_tree(bench, **sections):
-    return bench.tree({"type": "mlm", "dataset": str(bench.reviews)}, **sections)
-
-
 def test_a_tokenizer_without_a_mask_token_is_refused(bench):
     folder = bench.copied()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["mask_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
-    outcome = bench.start(masked_tree(bench, teacher={"model": str(folder)}))
+    outcome = bench.start(bench.tree({"type": "mlm"}, teacher={"model": str(folder)}))
 
     assert_refused(
         outcome, bench, f"the tokenizer in {folder} has no mask token, which mlm puts in"

@@ -10,26 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import bert, config_tree, llama, write_config, write_scored_pairs, write_text
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
-from whole_run import CLASSES, finish, read, records
+from tiny_runs import bert, llama, run_in, write_scored_pairs, write_text
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from whole_run import finish_in, read, records, same_weights
 
 from megakd.config.file import load_config
 from megakd.data.splits import load_splits
-
-
-@pytest.fixture
-def folder(whole_run) -> Path:
-    return whole_run.folder
-
-
-@pytest.fixture
-def teacher(whole_run) -> Path:
-    return whole_run.teacher
 
 
 def with_labels_swapped(teacher: Path, folder: Path) -> Path:
@@ -47,22 +33,22 @@ def with_labels_swapped(teacher: Path, folder: Path) -> Path:
 
 
 def test_labels_are_matched_by_name_when_the_teacher_has_them_in_another_order(
-    one_rank, folder, teacher, tmp_path
+    one_rank, whole_run, tmp_path
 ):
-    swapped = with_labels_swapped(teacher, tmp_path / "swapped")
-    tree = config_tree(
-        tmp_path / "out",
-        {**CLASSES, "dataset": str(folder / "reviews")},
-        teacher={"model": str(swapped)},
-        student={"model": str(swapped)},
+    swapped = str(with_labels_swapped(whole_run.teacher, tmp_path / "swapped"))
+
+    finish_in(
+        one_rank,
+        tmp_path,
+        whole_run.task,
+        teacher={"model": swapped},
+        student={"model": swapped},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}],
+        train={"learning_rate": 0.0},
     )
-    tree["train"] |= {"learning_rate": 0.0}
 
-    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
-
-    alone = read(folder / "teacher")["student"]["metrics"]["accuracy"]
+    alone = read(whole_run.folder / "teacher")["student"]["metrics"]["accuracy"]
     assert alone > 0.7
     assert read(tmp_path / "out")["teacher"]["metrics"]["accuracy"] == alone
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
@@ -71,44 +57,40 @@ def test_labels_are_matched_by_name_when_the_teacher_has_them_in_another_order(
 
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_a_student_that_gets_worse_is_exported_at_its_best_unless_told_otherwise(
-    one_rank, folder, teacher, tmp_path, keep_best
+    one_rank, whole_run, tmp_path, keep_best
 ):
-    # Warm-up begins at a rate of 0 and ends at one that wrecks any model.
-    tree = config_tree(
-        tmp_path / "out",
-        {**CLASSES, "dataset": str(folder / "reviews")},
-        student={"model": str(teacher)},
+    finish_in(
+        one_rank,
+        tmp_path,
+        whole_run.task,
+        student={"model": str(whole_run.teacher)},
+        # Warm-up begins at a rate of 0 and ends at one that wrecks any model.
+        train={"learning_rate": 30.0, "warmup_ratio": 1.0, "max_steps": 5},
         eval={"eval_steps": 1, "keep_best": keep_best},
     )
-    tree["train"] |= {"learning_rate": 30.0, "warmup_ratio": 1.0, "max_steps": 5}
-
-    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
 
     scores = [
         r["eval/accuracy"] for r in records(tmp_path / "out", "student") if "eval/accuracy" in r
     ]
     assert scores[-1] < scores[0]
-    given = load_file(teacher / "model.safetensors")
-    final = load_file(tmp_path / "out" / "final" / "model.safetensors")
-    same = [torch.equal(given[name], final[name]) for name in given]
+    same = same_weights(whole_run.teacher, tmp_path / "out" / "final")
     score = read(tmp_path / "out")["student"]["metrics"]["accuracy"]
-    assert (all(same), score) == ((True, scores[0]) if keep_best else (False, scores[-1]))
+    assert (same, score) == ((True, scores[0]) if keep_best else (False, scores[-1]))
 
 
 def test_scores_of_pairs_are_learned_and_correlated(one_rank, tmp_path):
     columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
     data = write_scored_pairs(tmp_path / "pairs")
-    tree = config_tree(
-        tmp_path / "out",
+
+    outcome = finish_in(
+        one_rank,
+        tmp_path,
         {"type": "regression", "dataset": str(data), "max_length": 32, **columns},
         teacher={"model": bert(2), "finetune": {"max_steps": 6}, "deepspeed": "teacher_zero0"},
-        student={"model": bert(1), "deepspeed": "zero3"},
+        student={"deepspeed": "zero3"},
         method={"name": "single"},
         baselines=["alone"],
     )
-
-    config = write_config(tmp_path / "run.yaml", tree)
-    outcome = finish(one_rank, config)
 
     report = read(tmp_path / "out")
     assert report["metric_name"] == "mean_pearson_spearman"
@@ -121,7 +103,7 @@ def test_scores_of_pairs_are_learned_and_correlated(one_rank, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "final")
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
     assert "pearson" in outcome.out
-    expected = pearson_by_hand(model, tmp_path / "out" / "final", config)
+    expected = pearson_by_hand(model, tmp_path / "out" / "final", tmp_path / "run.yaml")
     assert report["student"]["metrics"]["pearson"] == pytest.approx(expected, abs=1e-4)
 
 
@@ -148,8 +130,9 @@ def language_run(one_rank, tmp_path_factory) -> Path:
         "dataset": str(write_text(folder / "stories.txt")),
         "tokenizer": {"type": "bpe", "vocab_size": 320},
     }
-    tree = config_tree(
-        folder / "out",
+    finish_in(
+        one_rank,
+        folder,
         task,
         teacher={"model": llama(2, width=24), "finetune": {"max_steps": 12}},
         student={"model": llama(1, tie_word_embeddings=True), "deepspeed": "zero3"},
@@ -159,9 +142,8 @@ def language_run(one_rank, tmp_path_factory) -> Path:
             {"loss": "hard_cross_entropy", "weight": 0.5},
         ],
         eval={"eval_steps": 4},
+        train={"max_steps": 8},
     )
-    tree["train"] |= {"max_steps": 8}
-    finish(one_rank, write_config(folder / "run.yaml", tree))
     return folder
 
 
@@ -205,18 +187,18 @@ def test_a_tied_language_model_is_loaded_and_scored_with_plain_transformers(lang
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_checkpoint(
-    one_rank, folder, teacher, tmp_path
+    one_rank, whole_run, tmp_path
 ):
-    tree = config_tree(
-        tmp_path / "out",
-        {**CLASSES, "dataset": str(folder / "reviews")},
-        student={"model": str(teacher)},
+    config = run_in(
+        tmp_path,
+        whole_run.task,
+        student={"model": str(whole_run.teacher)},
+        train={"learning_rate": 1e38, "warmup_steps": 3, "max_steps": 8},
         save={"save_steps": 2},
         log={"logging_steps": 1},
     )
-    tree["train"] |= {"learning_rate": 1e38, "warmup_steps": 3, "max_steps": 8}
 
-    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.train("--config", config)
 
     assert outcome.code == 2
     assert "student: the loss or its gradient is not finite" in outcome.err
@@ -256,20 +238,20 @@ class SpoilsAStep(PluginTerm):
     ["zero2", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in (0, 1, 3))],
 )
 def test_a_gradient_that_was_not_finite_long_before_the_log_line_stops_the_run(
-    one_rank, folder, teacher, tmp_path, packages, preset
+    one_rank, whole_run, tmp_path, packages, preset
 ):
     """DeepSpeed skips such a step, and the steps after it are finite again."""
     (packages / f"spoiling_{preset}.py").write_text(SPOILING)
-    tree = config_tree(
-        tmp_path / "out",
-        {**CLASSES, "dataset": str(folder / "reviews")},
-        student={"model": str(teacher), "deepspeed": preset},
+    config = run_in(
+        tmp_path,
+        whole_run.task,
+        student={"model": str(whole_run.teacher), "deepspeed": preset},
         objective=[{"loss": "hard_cross_entropy"}, {"loss": f"spoiling_{preset}:SpoilsAStep"}],
+        train={"max_steps": 8},
         log={"logging_steps": 8},
     )
-    tree["train"] |= {"max_steps": 8}
 
-    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.train("--config", config)
 
     assert outcome.code == 2
     assert "the loss or its gradient is not finite (NaN or infinite) at step 3;" in outcome.err

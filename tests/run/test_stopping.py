@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import review_task, run_in
 from whole_run import finish, records
 
 STEPS = 8
@@ -20,21 +20,12 @@ LOSS, SCORE = "train/loss", "eval/accuracy"
 def config(tmp_path_factory) -> Path:
     """Logs, evaluates and saves at steps that no stop in this file falls on."""
     folder = tmp_path_factory.mktemp("stopping")
-    task = {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))}
-    tree = config_tree(
-        folder / "unused",
-        task,
-        student={"model": bert(1)},
-        eval={"eval_steps": 4},
-        save={"save_steps": 7},
-    )
-    tree["train"] |= {"max_steps": STEPS}
-    return write_config(folder / "run.yaml", tree)
+    sections = {"train": {"max_steps": STEPS}, "save": {"save_steps": 7}}
+    return run_in(folder, review_task(folder), eval={"eval_steps": 4}, **sections)
 
 
 @pytest.fixture(scope="module")
 def truth(one_rank, config, tmp_path_factory) -> Path:
-    """The run without a stop."""
     out = tmp_path_factory.mktemp("truth") / "out"
     finish(one_rank, config, f"output_dir={out}")
     return out

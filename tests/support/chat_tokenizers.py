@@ -30,12 +30,7 @@ CHATML_TOKENS = ("<|im_start|>", "<|endoftext|>")
 LLAMA_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>")
 GEMMA_TOKENS = ("<start_of_turn>", "<eos>")
 PHI_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
-DEEPSEEK_TOKENS = (
-    "<|User|>",
-    "<|Assistant|>",
-    "<|tool_calls_begin|>",
-    "<|tool_calls_end|>",
-)
+DEEPSEEK_TOKENS = ("<|User|>", "<|Assistant|>", "<|tool_calls_begin|>", "<|tool_calls_end|>")
 FAMILIES = {
     "qwen3": Family("qwen3.jinja", "<|im_end|>", CHATML_TOKENS),
     "chatml": Family("chatml.jinja", "<|im_end|>", CHATML_TOKENS),
@@ -53,7 +48,6 @@ FAMILIES = {
 
 
 def template_of(family: str) -> str:
-    """The chat template of a family."""
     return (TEMPLATES / FAMILIES[family].template).read_text(encoding="utf-8")
 
 

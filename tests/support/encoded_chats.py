@@ -14,7 +14,6 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b
 
 
 def task(**keys: Any) -> TaskConfig:
-    """The keys of a task with conversations."""
     return TaskConfig(**{"type": "causal_lm", "dataset": "none", "max_length": 4096, **keys})
 
 

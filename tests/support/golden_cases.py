@@ -70,10 +70,7 @@ def labels(data: Path) -> Tree:
 
 def pairs(data: Path) -> Tree:
     task = {"type": "regression", "dataset": str(data / "pairs"), "label_column": "similarity"}
-    return {
-        "task": {**task, "text_columns": ["first", "second"]},
-        "train": {"warmup_ratio": 0.2},
-    }
+    return {"task": {**task, "text_columns": ["first", "second"]}, "train": {"warmup_ratio": 0.2}}
 
 
 def masked(data: Path) -> Tree:

@@ -60,7 +60,6 @@ class OneRank:
         return answer
 
     def stop(self) -> None:
-        """Ends the process."""
         self._process.kill()
         self._process.join()
 

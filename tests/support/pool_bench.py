@@ -14,8 +14,6 @@ SIZES = {"small": (1, 16), "middle": (2, 24), "large": (3, 32)}
 
 
 class Bench:
-    """Three teachers of different sizes that all runs share."""
-
     def __init__(self, one_rank: OneRank, folder: Path) -> None:
         self.one_rank, self.folder = one_rank, folder
         reviews = write_reviews(folder / "reviews")

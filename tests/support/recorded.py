@@ -47,7 +47,6 @@ def reported(out: Path) -> dict[str, Any]:
 
 
 def resolved(out: Path) -> Any:
-    """Return config.yaml."""
     return yaml.safe_load((out / "config.yaml").read_text())
 
 

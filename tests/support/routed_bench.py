@@ -73,7 +73,6 @@ class RoutedBench:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    """The weights of the finished student."""
     return load_file(out / "final" / "model.safetensors")
 
 

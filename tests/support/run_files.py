@@ -22,7 +22,6 @@ objective:
 
 
 def message_of(path: Path, *overrides: str) -> str:
-    """Return the message with which `load_config` refuses the file and the overrides."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return str(caught.value)

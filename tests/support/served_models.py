@@ -36,7 +36,6 @@ class Transformer:
         self._base = folder
 
     def load(self, folder: Path) -> None:
-        """Take the weights of a folder."""
         self._models[None] = loaded(folder)
         self.folders.append(folder)
 

@@ -18,8 +18,6 @@ RISING = (70.0, 72.0, 74.0, 76.0, 78.0, 80.0)
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUp(Comparison):
-    """A comparison in place of a real one."""
-
     arms: tuple[str, ...] = ("method", "best teacher", "labels", "other")
     title: str = "A made-up method"
     page: str = "pools.md"
@@ -78,5 +76,4 @@ def stored_of(*result: Cell, comparison: str = "skdbert") -> Stored:
 
 
 def bench_of(folder: Path) -> Bench:
-    """Return the folders of a run of the evidence, below a folder."""
     return Bench(data=folder / "data", out=folder / "out", encoder="some/encoder")

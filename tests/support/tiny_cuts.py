@@ -105,7 +105,6 @@ def task_of(family: str) -> str:
 
 
 def task(kind: str = "classification") -> TaskConfig:
-    """Return the task of a model."""
     return TaskConfig(type=kind, dataset="d", max_length=16)
 
 
@@ -162,7 +161,6 @@ def loaded(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> PreTr
 
 
 def full_view(model: PreTrainedModel) -> View:
-    """All that a model has."""
     return architecture_of(model.config).units(model.config)
 
 

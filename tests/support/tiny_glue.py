@@ -78,7 +78,6 @@ def write_diagnostic(folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """Letters."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *string.ascii_lowercase]) + "\n")
     return folder
@@ -103,7 +102,6 @@ def write_model(folder: Path, classes: Sequence[str]) -> Path:
 
 
 def write_run(folder: Path, name: str, data: Path, **sections: object) -> Path:
-    """A run config on the task."""
     task = {
         "type": "classification" if TASKS[name].classes else "regression",
         "dataset": f"glue/{name}",
@@ -139,7 +137,6 @@ def _write(path: Path, rows: Sequence[Sequence[str]]) -> None:
 
 
 def _texts_of(path: Path, name: str) -> Iterator[tuple[str, ...]]:
-    """The texts of a test file, read by its header."""
     header, *rows = (line.split("\t") for line in path.read_text().splitlines())
     places = [header.index(column) for column in TASKS[name].text]
     for row in rows:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from one_rank import OneRank, Outcome
 from safetensors.torch import load_file
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import bert, config_tree, run_in, write_config, write_reviews
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROWS, LABELLED, ROWS_PER_STEP, EPOCHS = 64, 32, 8, 4
 STEPS = EPOCHS * ROWS // ROWS_PER_STEP
@@ -27,28 +29,28 @@ class WholeRun(NamedTuple):
 
     @property
     def out(self) -> Path:
-        """The output folder."""
         return self.folder / "out"
 
     @property
     def reviews(self) -> Path:
-        """The data."""
         return self.folder / "reviews"
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """The task of another run on the data."""
+        return {**CLASSES, "dataset": str(self.reviews)}
 
 
 def read(out: Path) -> dict[str, Any]:
-    """report.json."""
     return json.loads((out / "report.json").read_text())
 
 
 def records(out: Path, stage: str) -> list[dict[str, Any]]:
-    """Return the log of a stage."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a model's folder."""
     return load_file(folder / "model.safetensors")
 
 
@@ -59,6 +61,18 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def accuracy_by_hand(model_folder: Path, file: Path) -> float:
+    """As anyone would score a file, without megakd's loading, batching or metrics."""
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    texts, cut = [row["text"] for row in rows], {"truncation": True, "max_length": 16}
+    encoded = tokenizer(texts, padding=True, return_tensors="pt", **cut)
+    predicted = model(**encoded).logits.argmax(dim=1).tolist()
+    names = [model.config.id2label[number] for number in predicted]
+    return sum(name == row["label"] for name, row in zip(names, rows, strict=True)) / len(rows)
+
+
 def finish(one_rank: OneRank, config: Path, *overrides: str) -> Outcome:
     """Runs to the end."""
     outcome = one_rank.train("--config", config, *overrides)
@@ -66,12 +80,17 @@ def finish(one_rank: OneRank, config: Path, *overrides: str) -> Outcome:
     return outcome
 
 
+def finish_in(one_rank: OneRank, folder: Path, task: Mapping[str, Any], **sections: Any) -> Outcome:
+    """Write `run.yaml` as `run_in` does, and run it to the end."""
+    return finish(one_rank, run_in(folder, task, **sections))
+
+
 def start_whole_run(one_rank: OneRank, folder: Path) -> WholeRun:
     """A teacher to fine-tune, unlabelled rows, projections, evaluations, saves, a baseline."""
     reviews = write_reviews(folder / "reviews", train=ROWS)
     teacher = _teacher(one_rank, folder, reviews)
-    tree = config_tree(
-        folder / "out",
+    config = run_in(
+        folder,
         {**CLASSES, "dataset": str(reviews), "labelled_examples": LABELLED},
         teacher={"model": str(teacher), "finetune": {"learning_rate": 0.003}},
         method={"name": "single"},
@@ -84,10 +103,8 @@ def start_whole_run(one_rank: OneRank, folder: Path) -> WholeRun:
         eval={"eval_steps": 6, "latency": {}},
         log={"report_to": ["tensorboard"]},
         save={"save_steps": 16},
+        train={"gradient_accumulation_steps": 2, "max_steps": None, "num_train_epochs": EPOCHS},
     )
-    steps = {"gradient_accumulation_steps": 2, "max_steps": None, "num_train_epochs": EPOCHS}
-    tree["train"] |= steps
-    config = write_config(folder / "run.yaml", tree)
     return WholeRun(folder, teacher, config, finish(one_rank, config))
 
 
