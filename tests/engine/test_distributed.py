@@ -6,10 +6,10 @@ from datetime import timedelta
 import pytest
 from forked_ranks import start_rank
 
-from megakd.engine import distributed
-from megakd.engine.collectives import backend_for
+from megakd.engine import distributed, nodes
+from megakd.engine.collectives import backend_for, node_name
 from megakd.engine.peers import reports_lost_peer
-from megakd.errors import MegakdError, PeerLostError
+from megakd.errors import ConfigError, MegakdError, PeerLostError
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -18,7 +18,7 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTE
 def _no_launcher(monkeypatch):
     """An environment without a launcher, put back afterwards."""
     slurm = [name for name in os.environ if name.startswith("SLURM_")]
-    for name in (*PLACE, "LOCAL_WORLD_SIZE", *slurm):
+    for name in (*PLACE, "LOCAL_WORLD_SIZE", "CROSS_RANK", "GROUP_RANK", *slurm):
         monkeypatch.setenv(name, "")  # remembered, so that it is restored
         monkeypatch.delenv(name)
 
@@ -48,17 +48,29 @@ def slurm_step(monkeypatch, **changes):
         "SLURM_STEP_NODELIST": "node-1,node-2",
     }
     for name, value in (variables | changes).items():
-        monkeypatch.setenv(name, value)
+        if value is not None:
+            monkeypatch.setenv(name, value)
 
 
-def test_a_step_of_srun_gives_rank_and_meeting_point(monkeypatch):
-    slurm_step(monkeypatch)
+RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({}, ("3", "4", "1", "node-1", "20041")),
+        # A batch script alone is no rank.
+        ({"SLURM_STEP_ID": None}, (None,) * 5),
+        # The rank of another launcher wins.
+        ({"RANK": "7"}, ("7", None, None, None, None)),
+    ],
+)
+def test_a_step_of_srun_gives_rank_and_meeting_point(monkeypatch, changes, place):
+    slurm_step(monkeypatch, **changes)
 
     distributed.adopt_slurm_variables()
 
-    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
-    assert os.environ["MASTER_ADDR"] == "node-1"
-    assert os.environ["MASTER_PORT"] == "20041"
+    assert tuple(map(os.environ.get, RANK)) == place
 
 
 def test_two_steps_of_a_job_and_of_the_next_job_meet_at_ports_of_their_own(monkeypatch):
@@ -73,25 +85,6 @@ def test_two_steps_of_a_job_and_of_the_next_job_meet_at_ports_of_their_own(monke
     assert len(ports) == 4
 
 
-def test_a_batch_script_alone_is_not_taken_for_a_rank(monkeypatch):
-    slurm_step(monkeypatch)
-    monkeypatch.delenv("SLURM_STEP_ID")
-
-    distributed.adopt_slurm_variables()
-
-    assert "RANK" not in os.environ
-
-
-def test_a_launchers_own_rank_wins_over_slurms(monkeypatch):
-    slurm_step(monkeypatch)
-    monkeypatch.setenv("RANK", "7")
-
-    distributed.adopt_slurm_variables()
-
-    assert os.environ["RANK"] == "7"
-    assert "WORLD_SIZE" not in os.environ
-
-
 def test_a_compressed_host_list_without_scontrol_says_what_to_set(monkeypatch, tmp_path):
     slurm_step(monkeypatch, SLURM_STEP_NODELIST="node-[1-2]")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -100,14 +93,22 @@ def test_a_compressed_host_list_without_scontrol_says_what_to_set(monkeypatch, t
         distributed.adopt_slurm_variables()
 
 
-def test_a_collective_whose_other_end_is_gone_is_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "kind", "shown"),
+    [
+        (
+            "[pair.cc:534] Connection closed by peer [127.0.0.1]:4711",
+            PeerLostError,
+            "rank 3 ends because another rank has ended",
+        ),
+        ("wrong shape", RuntimeError, "shape"),
+    ],
+)
+def test_a_collective_whose_other_end_is_gone_is_one_line(monkeypatch, error, kind, shown):
     monkeypatch.setenv("RANK", "3")
 
-    with (
-        pytest.raises(PeerLostError, match="rank 3 ends because another rank has ended"),
-        reports_lost_peer(),
-    ):
-        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+    with pytest.raises(kind, match=shown), reports_lost_peer():
+        raise RuntimeError(error)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +156,6 @@ def test_gloo_takes_the_interface_of_nccl_if_it_has_a_plain_name(monkeypatch, nc
     distributed._share_interface()
 
     assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
-
-
-def test_another_failure_of_the_same_type_is_shown_as_it_is():
-    with pytest.raises(RuntimeError, match="shape"), reports_lost_peer():
-        raise RuntimeError("wrong shape")
 
 
 STEP = {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
@@ -258,3 +254,23 @@ def test_a_rank_of_several_gpus_is_bound_to_its_own(monkeypatch, device, world, 
     distributed._join(store, 0, world, "gloo", device, timeout=timedelta(seconds=1))
 
     assert str(given["device_id"]) == str(bound)
+
+
+def test_ranks_are_told_apart_by_the_names_of_their_nodes_in_any_order():
+    assert nodes.ranks_by_node(["a", "a", "b", "b"]) == [[0, 1], [2, 3]]
+    assert nodes.ranks_by_node(["a", "b", "a", "b"]) == [[0, 2], [1, 3]]
+    assert nodes.ranks_by_node(["a"]) == [[0]]
+
+
+def test_nodes_with_different_numbers_of_ranks_are_refused_with_both_numbers():
+    with pytest.raises(ConfigError, match="on every node: a has 2, b has 1; start as many ranks"):
+        nodes.ranks_by_node(["a", "b", "a"])
+
+
+@pytest.mark.parametrize("variable", ["CROSS_RANK", "GROUP_RANK", "SLURM_NODEID"])
+def test_launchers_on_one_host_are_nodes_by_the_number_that_they_give(monkeypatch, variable):
+    host = socket.gethostname()
+
+    assert node_name() == host
+    monkeypatch.setenv(variable, "1")
+    assert node_name() == f"{host} (node 1)"

@@ -11,13 +11,7 @@ from torch import nn
 
 from megakd.config.deepspeed import load_ds_config, merged_ds_config
 from megakd.config.train import TrainConfig
-from megakd.engine.initialize import (
-    DECAYS,
-    RATE,
-    _offloads_optimizer,
-    _optimizer,
-    _parameter_groups,
-)
+from megakd.engine.initialize import RATE, _offloads_optimizer, _optimizer, _parameter_groups
 from megakd.losses.layer_terms import Projections
 from megakd.models.second_vocabulary import SecondSize, SecondVocabulary
 
@@ -64,17 +58,6 @@ def test_an_optimizer_in_bf16_does_not_print_the_memory(capsys):
     bf16_optimizer.see_memory_usage("begin", force=True)
 
     assert capsys.readouterr().out == ""
-
-
-def test_a_module_keeps_its_matrices_from_decay():
-    model = nn.ModuleDict({"plain": nn.Linear(3, 2), "kept": nn.ModuleList([nn.Linear(3, 2)])})
-    setattr(model["kept"], DECAYS, False)
-
-    groups = _parameter_groups(model, 0.1, {})
-
-    result = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
-    decaying = [name for name, p in model.named_parameters() if result[id(p)]]
-    assert decaying == ["plain.weight"]
 
 
 def test_projections_from_the_identity_and_second_vocabularies_do_not_decay():

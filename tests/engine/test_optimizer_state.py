@@ -1,15 +1,27 @@
-"""The values of an optimizer lie where the optimizer reads them."""
+"""The state of a student's engine: where its values lie, and any cut of it read as any other."""
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pretend_cuda import CUDA, moved_to_cuda, pretended_cuda
 from torch import nn
 
-from megakd.engine import optimizer_state
-from megakd.engine.optimizer_state import OptimizerState
+from megakd.engine import optimizer_state, student
+from megakd.engine.optimizer_state import OptimizerState, StoredParts, file_of
+from megakd.engine.student import StudentEngine
+from megakd.errors import CheckpointError
+from megakd.storage.checksums import write_files
+
+SIZE = 23
 
 
 def test_adams_number_of_updates_is_beside_its_weight(monkeypatch):
@@ -25,3 +37,61 @@ def test_adams_number_of_updates_is_beside_its_weight(monkeypatch):
         state.load(lambda kind, name, wanted: whole[name].flatten()[wanted], steps=3)
 
     assert {value.device for kept in adam.state.values() for value in kept.values()} == {CUDA}
+
+
+@pytest.mark.parametrize("norm", [math.inf, torch.tensor(2.0)])
+def test_every_norm_is_on_the_device_of_the_engine_also_of_a_step_that_overflows(norm):
+    """Norms of many steps are read as one tensor. DeepSpeed gives a number for an overflow."""
+    engine: Any = SimpleNamespace(
+        device=torch.device("meta"),
+        optimizer=SimpleNamespace(param_groups=[]),
+        zero_optimization=lambda: True,
+        get_global_grad_norm=lambda: norm,
+        train=lambda: None,
+        step=lambda: None,
+    )
+
+    kept = StudentEngine(engine).step(1e-3)
+
+    assert kept is not None
+    assert (kept.device, kept.dtype) == (engine.device, torch.float32)
+
+
+def write(folder: Path, cuts: list[int]) -> torch.Tensor:
+    """Write the parts of a value between some places, a rank each; return the whole."""
+    whole, ends = torch.arange(float(SIZE)), [0, *sorted(cuts), SIZE]
+    for rank, (first, last) in enumerate(pairwise(ends)):
+        parts = {"weight": {"w": whole[first:last]} if last > first else {}}
+        write_files(folder, file_of(rank, parts, offsets={"w": first}, facts={"steps": 3}))
+    return whole
+
+
+@given(st.lists(st.integers(0, SIZE), max_size=5), st.integers(0, SIZE), st.integers(0, SIZE))
+def test_every_slice_is_read_from_whichever_ranks_have_it(tmp_path_factory, cuts, one, other):
+    folder = tmp_path_factory.mktemp("parts")
+    whole, wanted = write(folder, cuts), slice(*sorted((one, other)))
+
+    stored = StoredParts(folder)
+
+    assert torch.equal(stored.read("weight", "w", wanted), whole[wanted])
+    assert stored.size("weight", "w") == SIZE
+    assert (stored.names, stored.facts) == ({"weight": ["w"]}, {"steps": 3})
+
+
+def test_a_part_that_is_not_there_is_an_error_before_anything_is_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(student, "together", lambda read: read())
+    write(tmp_path, [9])
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(SIZE))})
+    optimizer: Any = torch.optim.SGD(model.parameters())
+    engine: Any = SimpleNamespace(optimizer=optimizer, module=model, train=model.train)
+
+    (tmp_path / "engine-1.pt").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"holds 9 of 23 values of weight of w: files are mis"
+    ):
+        StudentEngine(engine).load(tmp_path)
+
+    assert not model["w"].any()
+    (tmp_path / "engine-0.pt").unlink()
+    with pytest.raises(CheckpointError, match="has no engine-<rank>"):
+        StudentEngine(engine).load(tmp_path)

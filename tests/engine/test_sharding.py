@@ -33,29 +33,6 @@ def tiny_llama():
     return LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=True)
 
 
-def run_ranks(arguments, *, world, log_folder):
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common = {**os.environ, **place, "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
-    logs = [log_folder / f"log{rank}.txt" for rank in range(world)]
-    ranks = [
-        start_rank(
-            [str(PROGRAM), *arguments],
-            variables={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            log=log,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        for rank in ranks:
-            rank.join(TIMEOUT_S)
-        codes = [rank.exitcode for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-    assert codes == [0] * world, "".join(log.read_text()[-3000:] for log in logs)
-
-
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
@@ -67,7 +44,24 @@ def llama_folder(tmp_path_factory):
 def ranks(llama_folder, tmp_path_factory):
     """The results of both ranks, from one start."""
     output = tmp_path_factory.mktemp("ranks")
-    run_ranks([str(llama_folder), json.dumps(BERT), str(output)], world=2, log_folder=output)
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    logs = [output / f"log{rank}.txt" for rank in range(2)]
+    started = [
+        start_rank(
+            [str(PROGRAM), str(llama_folder), json.dumps(BERT), str(output)],
+            variables={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            log=log,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    for rank in started:
+        rank.join(TIMEOUT_S)
+    codes = [rank.exitcode for rank in started]
+    for rank in started:
+        rank.kill()
+        rank.join()
+    assert codes == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
     return [torch.load(output / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -153,12 +147,10 @@ def test_opening_leaves_what_is_open_to_its_owner(ranks):
     assert torch.equal(result["plain"], torch.ones(3))
 
 
-def test_what_rank_0_writes_goes_to_all_ranks(ranks):
-    assert all(torch.equal(rank["modified"], torch.full((16,), 10.0)) for rank in ranks)
-
-
-def test_each_rank_sets_its_part_of_the_values(ranks):
-    assert all(torch.equal(rank["set closed"], torch.arange(16.0)) for rank in ranks)
+def test_what_rank_0_writes_goes_to_all_ranks_and_each_rank_sets_its_part_of_values(ranks):
+    for rank in ranks:
+        assert torch.equal(rank["modified"], torch.full((16,), 10.0))
+        assert torch.equal(rank["set closed"], torch.arange(16.0))
 
 
 def test_weights_are_loaded_and_drawn_without_sending_any(ranks):

@@ -68,12 +68,21 @@ def test_a_run_that_goes_on_has_its_best(tmp_path, score, step):
     assert considered(best, 9, 100.0) is (score < 100)
 
 
-@pytest.mark.parametrize("step", [0, 5])
-def test_a_resume_from_before_the_best_forgets_it_and_finds_it_again(tmp_path, caplog, step):
-    evaluated(best_of(tmp_path), {3: 0.5, 6: 0.7})
+@pytest.mark.parametrize(
+    ("before", "step", "best_step"),
+    [
+        ({3: 0.5, 6: 0.7}, 0, None),
+        ({3: 0.5, 6: 0.7}, 5, 3),
+        ({0: 0.9}, 0, None),  # of a start without a checkpoint: the config may have changed since
+    ],
+)
+def test_a_resume_from_before_the_best_forgets_it_and_finds_it_again(
+    tmp_path, caplog, before, step, best_step
+):
+    evaluated(best_of(tmp_path), before)
     best = best_of(tmp_path)
 
-    best.resume(step, best_step=3 if step else None)
+    best.resume(step, best_step=best_step)
 
     assert (best.step, best.score, weights(tmp_path)) == (None, None, None)
     assert evaluated(best, {6: 0.7, 9: 0.6}).step == 6
@@ -108,17 +117,6 @@ def test_a_replaced_best_is_kept_until_a_checkpoint_names_the_next(tmp_path):
     assert evaluated(best, {9: 0.9}).before.exists()
     assert best.kept() is not None
     assert not best.before.exists()
-
-
-def test_the_best_of_a_start_that_wrote_no_checkpoint_is_not_taken_over(tmp_path):
-    """The config may have changed since."""
-    evaluated(best_of(tmp_path), {0: 0.9})
-    best = best_of(tmp_path)
-
-    best.resume(0, best_step=None)
-
-    assert (best.step, best.score, weights(tmp_path)) == (None, None, None)
-    assert evaluated(best, {0: 0.5}).score == 0.5
 
 
 def test_a_kill_while_the_best_is_replaced_brings_the_old_one_back(tmp_path):

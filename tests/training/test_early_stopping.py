@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 from tiny_runs import config_tree, write_config, write_reviews
-from whole_run import finish, forgotten, read, records
+from whole_run import finish, forgotten, read, records, same_weights
 
 from megakd.training.stage_evaluation import EarlyStopping
 
@@ -77,10 +76,6 @@ def stopped(one_rank, tmp_path_factory) -> Path:
     return config
 
 
-def weights(out: Path):
-    return load_file(out / "stages" / "student" / "model.safetensors")
-
-
 def test_a_stage_that_stops_early_reports_the_steps_it_took_and_logs_the_last_of_them(stopped):
     out = stopped.parent / "out"
 
@@ -97,8 +92,7 @@ def test_a_killed_run_stops_at_the_same_step_with_the_same_weights(stopped, one_
     finish(one_rank, stopped, f"output_dir={copy}")
 
     assert read(copy)["stages"][0]["steps"] == STOPPED
-    ours, theirs = weights(copy), weights(out)
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert same_weights(copy / "stages" / "student", out / "stages" / "student")
     # A stage that had stopped before it was killed has no step left.
     copy = forgotten(out, tmp_path / "ended", stage="student", after=STOPPED)
     finish(one_rank, stopped, f"output_dir={copy}")

@@ -54,27 +54,34 @@ class Tokenizer:
         self.added_tokens_decoder = dict.fromkeys(added)
 
 
+FIVE = [LlamaConfig(eos_token_id=5), GenerationConfig(eos_token_id=5)]
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "configs", "expected"),
     [
-        (7, [PretrainedConfig(eos_token_id=7), None], {7}),
-        (9, [LlamaConfig(eos_token_id=[7, 8, 9])], {7, 8, 9}),
-        (9, [LlamaConfig(eos_token_id=9), GenerationConfig(eos_token_id=[9, 5])], {5, 9}),
-        (None, [LlamaConfig(eos_token_id=3), GenerationConfig(eos_token_id=[4])], {3, 4}),
-        (0, [PretrainedConfig(eos_token_id=0)], {0}),
+        (Tokenizer(7), [PretrainedConfig(eos_token_id=7), None], {7}),
+        (Tokenizer(9), [LlamaConfig(eos_token_id=[7, 8, 9])], {7, 8, 9}),
+        (
+            Tokenizer(9),
+            [LlamaConfig(eos_token_id=9), GenerationConfig(eos_token_id=[9, 5])],
+            {5, 9},
+        ),
+        (
+            Tokenizer(None),
+            [LlamaConfig(eos_token_id=3), GenerationConfig(eos_token_id=[4])],
+            {3, 4},
+        ),
+        (Tokenizer(0), [PretrainedConfig(eos_token_id=0)], {0}),
+        # Qwen3-Base: the tokenizer ends with <|im_end|>, and the model with <|endoftext|>. A token
+        # that was added to the vocabulary ends texts.
+        (Tokenizer(7, 5, 6, 7), FIVE, {5, 7}),
+        (Tokenizer(7, 6, 7), FIVE, {7}),
+        (Tokenizer(7), [LlamaConfig()], {7}),  # whose default is 2
     ],
 )
 def test_end_tokens_are_those_of_the_tokenizer_and_of_the_configs(tokenizer, configs, expected):
-    assert end_tokens_of(Tokenizer(tokenizer), *configs) == expected
-
-
-def test_an_added_token_in_the_generation_config_ends_texts_of_another_end_token():
-    """Qwen3-Base: the tokenizer ends with <|im_end|>, and the model with <|endoftext|>."""
-    config, generation = LlamaConfig(eos_token_id=5), GenerationConfig(eos_token_id=5)
-
-    assert end_tokens_of(Tokenizer(7, 5, 6, 7), config, generation) == {5, 7}
-    assert end_tokens_of(Tokenizer(7, 6, 7), config, generation) == {7}
-    assert end_tokens_of(Tokenizer(7), LlamaConfig()) == {7}  # whose default is 2
+    assert end_tokens_of(tokenizer, *configs) == expected
 
 
 def test_a_tokenizer_and_configs_without_an_end_token_are_refused():

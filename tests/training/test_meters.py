@@ -30,6 +30,8 @@ ON_ROLLOUTS = SoftTargetKl(loss="soft_target_kl", on="rollouts")
 FULL = (4, 3, 50)  # examples, targets, tokens of a step
 MASKED = (4, 0, 50)
 ANSWERS = {"calm": 1.0, "mad": math.nan}
+CPU = torch.device("cpu")
+VALID = torch.tensor([[True, False], [True, True], [False, False]])
 
 
 class Watched:
@@ -50,7 +52,7 @@ class Watched:
             build_objective(terms or (CE,), task, shape, shape),
             self.trainer,
             Stage(name="distil", train=TrainConfig(fp16=fp16)),
-            Ranks(0, 1, 0, torch.device("cpu")),
+            Ranks(0, 1, 0, CPU),
         )
 
     def step(
@@ -125,6 +127,40 @@ def test_steps_that_all_overflow_under_fp16_stop_the_run():
 
     with pytest.raises(TrainingError, match=r"at step 64; .* use train\.bf16 or fp32, or lower"):
         check(watched)
+
+
+def failed(*answers: Knowledge, targets: torch.Tensor | None = None) -> list[str]:
+    watch = AnswerWatch()
+    for answer in answers:
+        batch = Batch({}, torch.zeros(3, dtype=torch.long), VALID, targets)
+        watch.add({"calm": Knowledge(logits=torch.zeros(3, 2)), "seen": answer}, batch)
+    return watch.failed(CPU)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_teacher_with_an_answer_that_is_not_finite_is_named(bad):
+    logits, hidden = torch.zeros(3, 2), torch.zeros(3, 2, 4)
+    logits[1, 0] = hidden[1, 1, 2] = bad
+
+    assert failed(Knowledge(logits=logits)) == ["seen"]
+    assert failed(Knowledge(hidden=hidden)) == ["seen"]
+    assert failed(Knowledge(hidden=hidden[1]), targets=torch.tensor([2, 3])) == ["seen"]
+
+
+def test_what_padding_and_empty_rows_say_does_not_count():
+    logits, hidden = torch.zeros(3, 2), torch.zeros(3, 2, 4)
+    logits[2], hidden[0, 1], hidden[2] = torch.nan, torch.nan, torch.nan
+
+    assert failed(Knowledge(logits=logits)) == []
+    assert failed(Knowledge(hidden=hidden)) == []
+    assert failed(Knowledge()) == []
+    assert failed() == []  # a run without teachers
+
+
+def test_one_bad_answer_is_not_forgotten():
+    bad, good = torch.full((3, 2), torch.nan), torch.zeros(3, 2)
+
+    assert failed(Knowledge(logits=bad), Knowledge(logits=good)) == ["seen"]
 
 
 def test_a_teacher_whose_answers_are_not_finite_is_blamed_in_place_of_the_learning_rate():

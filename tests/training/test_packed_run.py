@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import config_tree, llama, write_config, write_text
@@ -39,16 +40,16 @@ def packed_run(one_rank, tmp_path_factory) -> Path:
     return folder
 
 
+def logged(out: Path) -> list[dict[str, Any]]:
+    return [record for record in records(out, "student") if "train/loss" in record]
+
+
 def test_padded_rows_give_the_same_weights_up_to_rounding(one_rank, packed_run, tmp_path):
     teacher = packed_run / "out" / "stages" / "teacher-finetune"
     settings = (f"teacher.model={teacher}", "teacher.finetune=null", f"output_dir={tmp_path}")
     finish(one_rank, packed_run / "run.yaml", *settings, "train.tokens_per_rank=null")
 
-    logged = [
-        [r for r in records(out, "student") if "train/loss" in r]
-        for out in (packed_run / "out", tmp_path)
-    ]
-    for packed, padded in zip(*logged, strict=True):
+    for packed, padded in zip(logged(packed_run / "out"), logged(tmp_path), strict=True):
         for name, tolerance in {"train/loss": 1e-4, "train/gradient_norm": 1e-3}.items():
             assert packed[name] == pytest.approx(padded[name], rel=tolerance)
 
@@ -70,8 +71,5 @@ def test_a_run_may_go_on_with_another_budget(one_rank, packed_run, tmp_path):
     outcome = finish(one_rank, packed_run / "run.yaml", *changed)
 
     assert "student: resumed at step 5" in outcome.err
-    result, whole = (
-        [r["train/loss"] for r in records(folder, "student") if "train/loss" in r]
-        for folder in (out, packed_run / "out")
-    )
+    result, whole = ([r["train/loss"] for r in logged(o)] for o in (out, packed_run / "out"))
     assert result == pytest.approx(whole, rel=1e-4)

@@ -46,8 +46,7 @@ def of_ten(step: int) -> Extent:
     return Extent(step=step, total_steps=10, steps_per_epoch=4)
 
 
-def run_of(folder: Path, stage: str, steps: range, *, tensorboard: bool = False) -> None:
-    trackers = [TensorBoard(folder)] if tensorboard else []
+def run_of(folder: Path, stage: str, steps: range, *trackers: Any) -> None:
     reporter = Reporter(folder, is_main=True, trackers=trackers)
     reporter.begin(stage, of_ten(steps.start - 1))
     for step in steps:
@@ -116,8 +115,8 @@ def test_a_damaged_line_is_dropped(tmp_path: Path, lines: str, *, resumes: bool)
 
 
 def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path: Path) -> None:
-    run_of(tmp_path, "distil", range(1, 6), tensorboard=True)
-    run_of(tmp_path, "distil", range(4, 7), tensorboard=True)
+    run_of(tmp_path, "distil", range(1, 6), TensorBoard(tmp_path))
+    run_of(tmp_path, "distil", range(4, 7), TensorBoard(tmp_path))
 
     events = EventAccumulator(str(tmp_path / "tensorboard" / "distil")).Reload()
 
@@ -277,14 +276,9 @@ def service(request, monkeypatch):
     return made
 
 
-def tracked(folder, service, stage, steps, *, seed=1):
+def tracked(folder, service, stage, steps):
     folder.mkdir(exist_ok=True)
-    trackers = make_trackers([service.__name__], folder, {"seed": seed})
-    reporter = Reporter(folder, is_main=True, trackers=trackers)
-    reporter.begin(stage, Extent(step=steps.start - 1, total_steps=9, steps_per_epoch=3))
-    for step in steps:
-        reporter.log(step, {"train/loss": 1 / step}, stage=stage)
-    reporter.close()
+    run_of(folder, stage, steps, *make_trackers([service.__name__], folder, {"seed": 1}))
 
 
 def test_every_stage_is_a_run_and_a_resumed_stage_goes_on_with_its_own(service, tmp_path):

@@ -24,10 +24,15 @@ WORDS, FURTHER_END = 38, 37
 
 
 @pytest.fixture(params=["vllm", "sglang"])
-def stub(request: pytest.FixtureRequest) -> Iterator[Stub]:
-    stub = Stub(request.param)
-    with serving(stub):
-        yield stub
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Stub, Stub]]:
+    stubs = Stub(request.param), Stub(request.param)
+    with serving(*stubs):
+        yield stubs
+
+
+@pytest.fixture
+def stub(pair: tuple[Stub, Stub]) -> Stub:
+    return pair[0]
 
 
 def check(stub: Stub, folder: Path, *, ends: list[int], temperature: float = 1.0) -> None:
@@ -53,9 +58,12 @@ def check(stub: Stub, folder: Path, *, ends: list[int], temperature: float = 1.0
     check_servers(inputs)
 
 
+def requests_of(stub: Stub) -> list[dict[str, Any]]:
+    return [*stub.of("/v1/completions"), *stub.of("/generate")]
+
+
 def rules_of(stub: Stub) -> list[dict[str, Any]]:
-    asked = [*stub.of("/v1/completions"), *stub.of("/generate")]
-    return [body.get("sampling_params", body) for body in asked]
+    return [body.get("sampling_params", body) for body in requests_of(stub)]
 
 
 def test_texts_end_at_the_tokens_of_the_generation_config(stub: Stub, tmp_path: Path):
@@ -110,13 +118,6 @@ PROMPTS = [[5], [8], [11], [14], [17]]
 SAMPLING = Sampling(3, temperature=0.7)
 
 
-@pytest.fixture(params=["vllm", "sglang"])
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Stub, Stub]]:
-    stubs = Stub(request.param), Stub(request.param)
-    with serving(*stubs):
-        yield stubs
-
-
 class Pushes:
     """Pushes nothing, and says what was pushed."""
 
@@ -144,9 +145,8 @@ def generator_of(
 
 def prompts_of(stub: Stub) -> list[list[int]]:
     """The prompts that a replica was asked to continue, sorted."""
-    if stub.kind == "vllm":
-        return sorted(body["prompt"] for body in stub.of("/v1/completions"))
-    return sorted(body["input_ids"] for body in stub.of("/generate"))
+    key = "prompt" if stub.kind == "vllm" else "input_ids"
+    return sorted(body[key] for body in requests_of(stub))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -170,9 +170,8 @@ def test_each_text_gets_its_own_seed_and_few_requests_run_at_once(pair):
 
     generator_of(pair[:1], at_once=2).generate(PROMPTS, [10, 20, 30, 40, 50], SAMPLING)
 
-    asked = pair[0].of("/v1/completions") or pair[0].of("/generate")
-    rules = [body.get("sampling_params", body) for body in asked]
-    assert sorted(r.get("seed", r.get("sampling_seed")) for r in rules) == [10, 20, 30, 40, 50]
+    seeds = sorted(rule.get("seed", rule.get("sampling_seed")) for rule in rules_of(pair[0]))
+    assert seeds == [10, 20, 30, 40, 50]
     assert pair[0].most_at_once <= 2
     assert generator_of(pair[1:]).generate([], [], SAMPLING) == []
     assert prompts_of(pair[1]) == []

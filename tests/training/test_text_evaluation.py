@@ -104,32 +104,41 @@ def test_texts_are_scored_against_the_completions_and_written(rows, tmp_path, on
     assert (second["text"], second["wanted"], second["matches"]) == ("cd", "cc", False)
 
 
-def test_a_row_that_may_be_cut_before_its_answer_is_not_compared(tmp_path, one_rank):
-    ids = [[1, 2, 1, 2], [3, 4, 3, 3, 5]]
-    labels = [[-100, 1, 2, -100], [-100, 3, 3, 5, -100]]
-    columns = {"input_ids": ids, "labels": labels, "prompt_length": [2, 2]}
-    data = Dataset.from_dict(columns)
-    made, _ = evaluation(data, tmp_path, one_rank, match="exact", row_length=5)
+@pytest.mark.parametrize(
+    ("ids", "labels", "keys", "wanted", "matches", "match"),
+    [
+        # An answer ends before the next turn, and a prompt alone is not compared.
+        (
+            [[1, 2, 1, 2, 7, 8], [3, 4, 3, 3, 0, 0], [5, 6]],
+            [[-100, 1, 2, -100, 8, -100], [-100, 3, 3, -100, -100, -100], [-100, -100]],
+            {},
+            ["ab", "cc", ""],
+            [True, False, None],
+            0.5,
+        ),
+        # A row that may be cut before its answer is not compared.
+        (
+            [[1, 2, 1, 2], [3, 4, 3, 3, 5]],
+            [[-100, 1, 2, -100], [-100, 3, 3, 5, -100]],
+            {"row_length": 5},
+            ["ab", "cce"],
+            [True, None],
+            1,
+        ),
+    ],
+)
+def test_only_whole_first_answers_are_compared(
+    tmp_path, one_rank, ids, labels, keys, wanted, matches, match
+):
+    columns = {"input_ids": ids, "labels": labels, "prompt_length": [2] * len(ids)}
+    made, _ = evaluation(Dataset.from_dict(columns), tmp_path, one_rank, match="exact", **keys)
 
     scores = made.scores(version=1, losses=None)
 
-    lines = (tmp_path / "step-00000001.jsonl").read_text().splitlines()
-    assert [json.loads(line)["matches"] for line in lines] == [True, None]
-    assert scores["match"] == 1
-
-
-def test_an_answer_ends_before_the_next_turn_and_a_prompt_alone_is_not_compared(tmp_path, one_rank):
-    ids = [[1, 2, 1, 2, 7, 8], [3, 4, 3, 3, 0, 0], [5, 6]]
-    labels = [[-100, 1, 2, -100, 8, -100], [-100, 3, 3, -100, -100, -100], [-100, -100]]
-    columns = {"input_ids": ids, "labels": labels, "prompt_length": [2, 2, 2]}
-    made, _ = evaluation(Dataset.from_dict(columns), tmp_path, one_rank, match="exact")
-
-    scores = made.scores(version=1, losses=None)
-
-    lines = (tmp_path / "step-00000001.jsonl").read_text().splitlines()
-    assert [json.loads(line)["wanted"] for line in lines] == ["ab", "cc", ""]
-    assert [json.loads(line)["matches"] for line in lines] == [True, False, None]
-    assert scores["match"] == 0.5
+    lines = [*map(json.loads, (tmp_path / "step-00000001.jsonl").read_text().splitlines())]
+    assert [line["wanted"] for line in lines] == wanted
+    assert [line["matches"] for line in lines] == matches
+    assert scores["match"] == match
 
 
 def test_every_evaluation_asks_for_the_same_prompts_with_the_same_seeds(rows, tmp_path, one_rank):
