@@ -11,7 +11,7 @@ from megakd.data.files import matching_files
 from megakd.errors import MegakdError
 from megakd.inputs.precision import training_dtype
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
-from megakd.training.stage_batches import step_shape
+from megakd.training.stage_extra import step_shape
 from megakd.training.stage_folder import ROWS_PER_STEP
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from megakd.servers.connect import server_generator
 from megakd.teachers.frozen import FrozenTeacher
 from megakd.training.assembly import Assembly
 from megakd.training.checkpoint import oldest_step
-from megakd.training.stage_batches import StageExtra, StageParts
+from megakd.training.stage_extra import StageExtra, StageParts
 from megakd.training.stage_folder import LENGTHS
 
 

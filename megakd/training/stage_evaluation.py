@@ -26,7 +26,7 @@ from megakd.training.checkpoint import (
     CheckpointWriter,
     read_states,
 )
-from megakd.training.stage_batches import StageExtra
+from megakd.training.stage_extra import StageExtra
 from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer
 

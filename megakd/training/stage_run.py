@@ -31,8 +31,9 @@ from megakd.training.checkpoint import Checkpoints, CheckpointState, CheckpointW
 from megakd.training.meters import TrainMeter
 from megakd.training.probe import take_beginning
 from megakd.training.progress import Extent, Reporter
-from megakd.training.stage_batches import StageParts, extras_of, row_batches
+from megakd.training.stage_batches import extras_of, row_batches
 from megakd.training.stage_evaluation import StageEvaluation
+from megakd.training.stage_extra import StageParts
 from megakd.training.stage_folder import RESULT, continue_window, may_grow, result_text
 from megakd.training.stage_model import StageModel
 from megakd.training.trainer import Trainer

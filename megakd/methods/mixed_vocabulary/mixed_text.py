@@ -49,7 +49,8 @@ from megakd.methods.mixed_vocabulary.shared_words import (
     SharedWords,
     WordCutter,
 )
-from megakd.training.stage_batches import StageExtra, StageParts, row_batches
+from megakd.training.stage_batches import row_batches
+from megakd.training.stage_extra import StageExtra, StageParts
 
 if TYPE_CHECKING:
     from datasets import Dataset
