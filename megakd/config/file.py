@@ -128,15 +128,15 @@ def _error(
 
 
 def _culprit(problem: str, overrides: Sequence[str]) -> str:
-    # A problem begins with its key.
-    where = re.split(r": | = ", problem, maxsplit=1)[0]
+    # A problem begins with its key, whose indices an override writes as keys: objective.0.weight.
+    where = re.sub(r"\[(\d+)\]", r".\1", re.split(r": | = ", problem, maxsplit=1)[0])
     within: list[str] = []
     for override in reversed(overrides):
-        name = dotted([int(key) if key.isdecimal() else key for key in _keys(override)])
-        if where == name or where.startswith((f"{name}.", f"{name}[")):
+        name = ".".join(_keys(override))
+        if f"{where}.".startswith(f"{name}."):
             within = [override]
             break
-        if name.startswith((f"{where}.", f"{where}[")):
+        if name.startswith(f"{where}."):
             within.insert(0, override)
     return f'override "{cut(" ".join(within or overrides))}"'
 

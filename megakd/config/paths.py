@@ -41,4 +41,6 @@ def _named(value: object) -> object:
 
 Folder = Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
 """A path in which `~` is the home folder."""
-Checkpoint = Annotated[str, AfterValidator(lambda text: str(_expanded(Path(text))))]
+Checkpoint = Annotated[
+    str, BeforeValidator(_named), AfterValidator(lambda text: str(_expanded(Path(text))))
+]

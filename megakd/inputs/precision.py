@@ -72,17 +72,19 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
     """Raise if the device lacks a dtype or kernel, before a teacher is trained in vain."""
     device = ranks.device.type
     say_precision(config, device)
-    check_dtype(training_dtype(config.train, device), ranks, "train")
-    check_kernels(config.train.kernels, ranks, "train")
     _check_attention(config, ranks)
+    trainings = {"train": config.train}
+    if config.alone is not None:
+        trainings["alone"] = inherit(config.train, config.alone)
     for name, spec in config.teacher_specs.items():
         key = config.key_of(name)
         if spec.dtype is not None:
             check_dtype(spec.dtype, ranks, f"{key}.dtype")
         if spec.finetune is not None:
-            train = inherit(config.train, spec.finetune)
-            check_dtype(training_dtype(train, device), ranks, f"{key}.finetune")
-            check_kernels(train.kernels, ranks, f"{key}.finetune")
+            trainings[f"{key}.finetune"] = inherit(config.train, spec.finetune)
+    for where, train in trainings.items():
+        check_dtype(training_dtype(train, device), ranks, where)
+        check_kernels(train.kernels, ranks, where)
 
 
 def _check_attention(config: RunConfig, ranks: Ranks) -> None:

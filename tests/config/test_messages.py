@@ -36,6 +36,12 @@ def test_a_section_that_an_override_fills_is_blamed_on_it_alone(run_file):
     assert "max_steps" not in text
 
 
+def test_an_evaluation_set_that_is_named_by_a_number_is_blamed_on_its_override_alone(run_file):
+    text = message_of(run_file, "seed=1", "task.evaluation_sets.2024=[]")
+
+    assert text.startswith('override "task.evaluation_sets.2024=[]": ')
+
+
 def test_settings_that_contradict_each_other_through_an_override_blame_it(run_file):
     text = message_of(run_file, "train.bf16=true", "train.fp16=true")
 

@@ -74,6 +74,7 @@ SETTINGS = [
         "task.type classification",
     ),
     ("train.kernels=triton", "train.kernels: impl 'triton' ", "use 'chunked'"),
+    ("baselines=[alone]; alone.kernels=triton", "alone.kernels: impl 'triton' ", "use 'chunked'"),
     (
         "student.model.config.num_attention_heads=4; objective=[{loss: attention_mse}]",
         "attention_mse: the teacher has 2 attention heads, the student 4",
