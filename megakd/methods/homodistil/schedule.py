@@ -79,7 +79,7 @@ def target_of(
             else f"target_sparsity: {sparsity:g} (width {wanted})"
         )
         raise ConfigError(_impossible(asked, there, grid))
-    if grid == 1:
+    if grid == 1 and whole.head_width is not None:
         share = Fraction(wanted, there) if width else share
         target = Target(whole, TargetShares(Fraction(1), share, share, share))
     else:

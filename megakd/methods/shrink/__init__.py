@@ -115,7 +115,8 @@ def _split(value: object) -> object:
 
 def falling(key: str, sizes: Sequence[float] | None, *, sign: int = 1) -> Iterator[str]:
     """Yield the problem of sizes that do not begin with the largest model."""
-    if any(sign * first <= sign * second for first, second in pairwise(sizes or ())):
+    shown = [sign * float(f"{size:.6g}") for size in sizes or ()]  # as the models are named
+    if any(first <= second for first, second in pairwise(shown)):
         listed = ", ".join(f"{size:,g}" for size in sizes or ())
         yield f"{key}: the largest model comes first, and sizes differ (got {listed})"
 
