@@ -49,7 +49,7 @@ from megakd.training.best_checkpoint import RECORD
 from megakd.training.stage_folder import RESULT, files_of_others, is_longer, keeps_last, remake
 
 if TYPE_CHECKING:
-    from megakd.reports.pages import CardFacts
+    from megakd.reports.card import CardFacts
 
 logger = logging.getLogger(__name__)
 REPORT = "report.json"
@@ -289,7 +289,7 @@ def publish(
 
 
 def _write_model(config: RunConfig, stage: Path, to: Path, report: Report, command: str) -> None:
-    from megakd.reports.pages import model_card
+    from megakd.reports.card import model_card
 
     sizes = {entry["name"]: entry for entry in report["sizes"]}
     if to.name in sizes:
@@ -328,7 +328,7 @@ def adding(formats: Collection[str]) -> Callable[[Path], None] | None:
 
 
 def _card_facts(config: RunConfig, stage: Path, command: str) -> CardFacts:
-    from megakd.reports.pages import CardFacts
+    from megakd.reports.card import CardFacts
 
     models = {name: spec.model for name, spec in config.teacher_specs.items()}
     models |= dict.fromkeys(config.base_teachers, config.student.model)
@@ -350,7 +350,7 @@ def _line(term: Mapping[str, Any]) -> str:
 
 
 def _draw(output_dir: Path) -> None:
-    from megakd.reports.pages import write_html_report
+    from megakd.reports.html import write_html_report
 
     try:
         write_html_report(output_dir)
