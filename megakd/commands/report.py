@@ -16,6 +16,6 @@ def add_options(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the page and print its path."""
-    from megakd.reports.pages import write_html_report
+    from megakd.reports.html import write_html_report
 
     say(str(write_html_report(arguments.folder)))

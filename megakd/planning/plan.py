@@ -284,10 +284,10 @@ def plan_run(
 
 def host_base_bytes() -> int:
     """Return the bytes of this process after the imports of a run, plus `MISCELLANY`."""
-    from megakd.reports import pages
+    from megakd.reports import html
     from megakd.training import progress, stage_run
 
-    del pages, progress, stage_run
+    del html, progress, stage_run
     return psutil.Process().memory_info().rss + MISCELLANY
 
 

@@ -29,7 +29,7 @@ from megakd.inputs.inputs import UnencodedInputs, unencoded_inputs
 from megakd.models.model_folder import brings_code
 from megakd.models.own_models import current_files
 from megakd.process.terminal import in_home
-from megakd.reports.pages import CardFacts, model_card
+from megakd.reports.card import CardFacts, model_card
 from megakd.reports.report_file import read_report, write_report
 from megakd.reports.table import result_table
 from megakd.run.formats import adding
@@ -326,7 +326,7 @@ def _line(term: Mapping[str, Any]) -> str:
 
 
 def _draw(output_dir: Path) -> None:
-    from megakd.reports.pages import write_html_report
+    from megakd.reports.html import write_html_report
 
     try:
         write_html_report(output_dir)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from reports import chosen_report, language_report
 
-from megakd.reports.pages import html_report
+from megakd.reports.html import html_report
 
 BROWSER = next(
     (path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))),

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from reports import report_of
 
-from megakd.reports.pages import CardFacts, model_card
+from megakd.reports.card import CardFacts, model_card
 
 FACTS = CardFacts(
     title="a student",

@@ -21,7 +21,7 @@ from megakd.reports.charts import (
     line_chart,
     plane_chart,
 )
-from megakd.reports.pages import html_report
+from megakd.reports.html import html_report
 from megakd.reports.quantities import short_count
 
 

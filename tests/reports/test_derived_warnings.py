@@ -10,7 +10,7 @@ from reports import candidates, language_report, report_of
 from megakd.contract.results import Report
 from megakd.reports.derived_warnings import derived_warnings
 from megakd.reports.history import panels
-from megakd.reports.pages import html_report
+from megakd.reports.html import html_report
 from megakd.reports.table import result_table
 
 

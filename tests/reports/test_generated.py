@@ -11,7 +11,7 @@ from html_page import Page
 from reports import language_report
 
 from megakd.reports.curves import STAGES_SHOWN
-from megakd.reports.pages import html_report
+from megakd.reports.html import html_report
 from megakd.reports.table import TEXTS_SHOWN, generation_reports, result_table
 from megakd.storage.atomic import json_text
 

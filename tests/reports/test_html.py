@@ -14,7 +14,7 @@ from reports import ASSISTANT, SCORES, TRADEOFF, chosen_report, report_of
 
 from megakd import cli
 from megakd.errors import CheckpointError
-from megakd.reports.pages import html_report, write_html_report
+from megakd.reports.html import html_report, write_html_report
 from megakd.reports.report_file import write_report
 from megakd.run import finished_run
 
@@ -267,7 +267,7 @@ def test_a_picture_that_fails_does_not_spoil_the_run(tmp_path, monkeypatch, capl
     def fail(folder: Path) -> Path:
         raise ArithmeticError(f"no room in {folder.name}")
 
-    monkeypatch.setattr("megakd.reports.pages.write_html_report", fail)
+    monkeypatch.setattr("megakd.reports.html.write_html_report", fail)
 
     finished_run._draw(tmp_path / "out")
 

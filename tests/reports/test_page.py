@@ -8,7 +8,7 @@ import pytest
 from html_page import Page
 from reports import chosen_report, language_report, report_of
 
-from megakd.reports.pages import html_report
+from megakd.reports.html import html_report
 from megakd.reports.table import result_table
 
 

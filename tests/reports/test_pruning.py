@@ -10,8 +10,9 @@ import pytest
 from html_page import Page
 from reports import language_report, report_of
 
+from megakd.reports.card import CardFacts, model_card
 from megakd.reports.curves import pruning_section
-from megakd.reports.pages import CardFacts, html_report, model_card
+from megakd.reports.html import html_report
 from megakd.reports.quantities import step_time
 from megakd.reports.table import result_table
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from megakd.errors import CheckpointError
 from megakd.models.axes import named_shapes, parameter_counts
-from megakd.reports.pages import html_report, write_html_report
+from megakd.reports.html import html_report, write_html_report
 from megakd.reports.report_file import environment, read_report, write_report
 
 SIZES = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from reports import chosen_report, language_report, report_of
 
-from megakd.reports.pages import html_report
+from megakd.reports.html import html_report
 from megakd.reports.report_file import completed
 from megakd.reports.table import asked_rows, result_table
 
