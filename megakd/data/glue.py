@@ -105,21 +105,22 @@ def glue_rows(task: TaskConfig, *, cache_dir: Path) -> Corpus:
     fitting = "classification" if glue.classes else "regression"
     if task.type != fitting:
         raise ConfigError(f"task.type: must be {fitting} for {task.dataset} (got {task.type})")
-    on_disk = task.data_dir is not None
-    tables = _local(task.data_dir, name, glue) if task.data_dir is not None else _hub(name, glue)
-    columns = dataclasses.replace(
-        task,
-        text_columns=glue.text if on_disk else glue.hub_text or glue.text,
-        label_column=glue.label if on_disk else "label",
-    )
-    classes = Classes(
-        glue.classes,
-        numbered=glue.numbered or not on_disk,
-        unlabelled=frozenset() if on_disk else frozenset({HUB_UNLABELLED}),
-    )
+    tables: dict[SplitName, Table]
+    if task.data_dir is None:
+        tables, text, label = _hub(name, glue), glue.hub_text or glue.text, "label"
+        numbered, unlabelled = True, frozenset({HUB_UNLABELLED})
+    else:
+        folder = task_folder(task.data_dir, glue.folder or name)
+        files: dict[SplitName, str] = {"train": "train.tsv", "validation": f"{glue.validation}.tsv"}
+        tables = {
+            split: read_tsv(folder / file, header=glue.header, skip_broken=glue.skip_broken)
+            for split, file in files.items()
+        }
+        text, label, numbered, unlabelled = glue.text, glue.label, glue.numbered, frozenset[int]()
+    classes = Classes(glue.classes, numbered=numbered, unlabelled=unlabelled)
     return rows_of_tables(
         tables,
-        columns,
+        dataclasses.replace(task, text_columns=text, label_column=label),
         name=task.data_name,
         cache_dir=cache_dir,
         classes=classes if glue.classes else None,
@@ -142,15 +143,6 @@ def glue_name(dataset: str) -> str:
 
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
-
-
-def _local(data_dir: Path, name: str, glue: GlueTask) -> dict[SplitName, Table]:
-    folder = task_folder(data_dir, glue.folder or name)
-    files: dict[SplitName, str] = {"train": "train.tsv", "validation": f"{glue.validation}.tsv"}
-    return {
-        split: read_tsv(folder / file, header=glue.header, skip_broken=glue.skip_broken)
-        for split, file in files.items()
-    }
 
 
 def task_folder(data_dir: Path, name: str) -> Path:
