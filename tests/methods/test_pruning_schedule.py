@@ -134,6 +134,7 @@ def test_a_run_has_one_window_without_cuts_and_plans_those_of_a_long_run_at_once
         # Decoders lose whole heads and keep multiples of 64, at any sparsity at least one of each.
         (LLAMA, {"sparsity": 0.5}, View((4,) * 4, (896,) * 4, 256)),
         (LLAMA, {"width": 64}, View((1,) * 4, (256,) * 4, 64)),
+        (LLAMA, {"sparsity": 0.75, "round_to": 1}, View((2,) * 4, (448,) * 4, 128)),
     ],
 )
 def test_the_target_keeps_the_same_share_of_everything(view, options, goal):

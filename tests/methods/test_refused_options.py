@@ -160,6 +160,7 @@ REFUSED = [
     ("shrink", ["objective=[{loss: relation_kl}]"], "attention cannot be compared"),
     ("shrink", [REVERSE_KL, "method.candidates=2"], "which the objective lacks"),
     ("shrink", [REVERSE_KL, "method.parameters=[30, 20]"], "which the objective lacks"),
+    ("shrink", ["method.parameters=[1000000001, 1B]"], "and sizes differ"),
     ("shrink", ["student.model=bert-base"], 'method "shrink" cuts the student out'),
     ("shrink", ["method.flops=0.5"], "set exactly one of parameters"),
     *(
