@@ -255,6 +255,8 @@ def test_a_named_prompt_is_answered_by_the_usual_completion(tmp_path):
         ({"messages": "Hi"}, ("line 1", "'messages'", "list of messages"), {}),
         ({"messages": [{"role": "user"}]}, ("message 1", "'user'", "no content"), {}),
         ({"messages": [{"text": "Hi"}]}, ("message 1", "role and content"), {}),
+        ({"messages": [{"role": None, "content": "Hi"}]}, ("message 1", "from and value"), {}),
+        ({"messages": [{"from": "human", "value": None}]}, ("message 1", "from and value"), {}),
         ({"messages": [{"from": "moderator", "value": "Hi"}]}, ("'moderator'", "human"), {}),
         ({"messages": [{"from": ["gpt"], "value": "Hi"}]}, ("['gpt']", "human"), {}),
         ({"messages": HELLO, "tools": [{"name": "\ud800"}]}, ("'tools'", "UTF-8 JSON"), {}),

@@ -245,7 +245,7 @@ def _is_message_list(value: object) -> bool:
 
 
 def _looks_like_message(value: object) -> bool:
-    keys = value.keys() if isinstance(value, Mapping) else ()
+    keys = _present_keys(value) if isinstance(value, Mapping) else ()
     return "role" in keys or ("from" in keys and "value" in keys)
 
 
