@@ -9,9 +9,9 @@ weight, which each forward copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -74,7 +74,7 @@ class Elastic:
                 make_elastic(module, ElasticLayer, Elasticity(self._views))
         for number in range(1, architecture.number_of_layers(model.config) + 1):
             block = architecture.block_of(model, number)
-            block.register_forward_hook(self._left_out(number), with_kwargs=True)
+            block.register_forward_hook(partial(self._pass_by, number), with_kwargs=True)
         embeddings = architecture.backbone_of(model).get_submodule(architecture.embeddings)
         known = embeddings.elasticity if isinstance(embeddings, ElasticModule) else None
         make_elastic(embeddings, ElasticSource, known or Elasticity(self._views))
@@ -83,15 +83,11 @@ class Elastic:
     def makers(self) -> dict[str, Maker]:
         return unit_makers(self._model)
 
-    def _left_out(self, layer: int) -> Callable[..., Any]:
-        """Return a hook of a layer, which passes hidden states by if the view lacks the layer."""
-
-        def hook(*facts: Any) -> Any:
-            cut = self._views.current
-            layers = None if cut is None or cut.view is None else cut.view.layers
-            return None if layers is None or layer in layers else passed_by(*facts)
-
-        return hook
+    def _pass_by(self, layer: int, *facts: Any) -> Any:
+        # The hook of a layer: hidden states pass it by if the view lacks it.
+        cut = self._views.current
+        layers = None if cut is None or cut.view is None else cut.view.layers
+        return None if layers is None or layer in layers else passed_by(*facts)
 
     def _lay_over_weights(self, model: PreTrainedModel, architecture: Architecture) -> None:
         table = weight_axes(model)

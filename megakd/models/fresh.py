@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,8 @@ def initialize_parameters(
     whole at a time. This is a collective for a sharded model.
     """
     waiting = {id(parameter) for parameter in parameters}
-    with _replaced(dict(model.named_modules()), _without_memory) as (parts, _):
+    # The rule of a whole attention must not change the weights that the attention already has.
+    with _replaced(dict(model.named_modules()), "meta") as (parts, _):
         for name, held in parts.items():
             fresh = {key: held[key] for key in held if id(held[key]) in waiting}
             if not fresh:
@@ -55,7 +57,7 @@ def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:
     path = name.split(".") if name else []
     owners = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
     with (
-        _replaced({name: owners[0]}, _not_drawn) as (_, values),
+        _replaced({name: owners[0]}, "cpu") as (_, values),
         cpu_seeded(module_seed),
         torch.no_grad(),
     ):
@@ -64,22 +66,17 @@ def _draw(model: PreTrainedModel, name: str, seed: int) -> dict[str, Tensor]:
     return {key: parameter.data for key, parameter in values[name].items()}
 
 
-# The rule of a whole attention must not change the weights that the attention already has.
-def _without_memory(parameter: nn.Parameter) -> Tensor:
-    return torch.empty(full_shape(parameter), dtype=torch.float32, device="meta")
-
-
-def _not_drawn(parameter: nn.Parameter) -> Tensor:
-    return torch.full(parameter.shape, float("nan"), dtype=torch.float32)
-
-
 @contextmanager
 def _replaced(
-    modules: Mapping[str, nn.Module], made: Callable[[nn.Parameter], Tensor]
+    modules: Mapping[str, nn.Module], device: str
 ) -> Iterator[tuple[Parameters, Parameters]]:
-    """Replace the parameters of modules in the body; yield the originals and the new ones."""
+    """Put NaN in place of modules' parameters in the body; yield the originals and the new ones."""
     named = {name: dict(part.named_parameters(recurse=False)) for name, part in modules.items()}
-    new = {n: {key: nn.Parameter(made(p)) for key, p in held.items()} for n, held in named.items()}
+    like = partial(torch.full, fill_value=float("nan"), dtype=torch.float32, device=device)
+    new = {
+        name: {key: nn.Parameter(like(full_shape(p))) for key, p in held.items()}
+        for name, held in named.items()
+    }
     try:
         _put(modules, new)
         yield named, new

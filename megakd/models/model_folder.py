@@ -227,9 +227,9 @@ def _write_config(
         vars(config).pop("auto_map", None)
     # save_pretrained refuses the generation keys that older configs on the Hub carry.
     config.to_json_file(str(folder / "config.json"))
-    own_decoder = ours.models.get("AutoModelForCausalLM") if ours else None
+    decoder = ours.models.get("AutoModelForCausalLM") if ours else None
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if (own_decoder.__name__ if own_decoder else stock) in (config.architectures or ()):
+    if (decoder.__name__ if decoder else stock) in (config.architectures or ()):
         _generation(config, tokenizer).to_json_file(folder / "generation_config.json")
 
 
