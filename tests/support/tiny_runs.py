@@ -43,6 +43,11 @@ def write_reviews(folder: Path, *, train: int = 64, validation: int = 26) -> Pat
     return folder
 
 
+def review_task(folder: Path, **keys: Any) -> dict[str, Any]:
+    """The task of reviews that are written below a folder."""
+    return {"type": "classification", "dataset": str(write_reviews(folder / "reviews")), **keys}
+
+
 def write_scored_pairs(folder: Path, *, train: int = 64, validation: int = 26) -> Path:
     """Pairs of texts with a score: how much of the second is in the first; as csv."""
     folder.mkdir(parents=True)
@@ -120,3 +125,8 @@ def write_config(path: Path, tree: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(tree, indent=2), encoding="utf-8")
     return path
+
+
+def run_in(folder: Path, task: Mapping[str, Any], **sections: Any) -> Path:
+    """Write `run.yaml` of a run that has the folder for itself, and writes into `out`."""
+    return write_config(folder / "run.yaml", config_tree(folder / "out", task, **sections))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from one_rank import OneRank, Outcome
 from safetensors.torch import load_file
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import bert, config_tree, run_in, write_config, write_reviews
 
 ROWS, LABELLED, ROWS_PER_STEP, EPOCHS = 64, 32, 8, 4
 STEPS = EPOCHS * ROWS // ROWS_PER_STEP
@@ -34,6 +35,11 @@ class WholeRun(NamedTuple):
     def reviews(self) -> Path:
         """The data."""
         return self.folder / "reviews"
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """The task of another run on the data."""
+        return {**CLASSES, "dataset": str(self.reviews)}
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -66,12 +72,17 @@ def finish(one_rank: OneRank, config: Path, *overrides: str) -> Outcome:
     return outcome
 
 
+def finish_in(one_rank: OneRank, folder: Path, task: Mapping[str, Any], **sections: Any) -> Outcome:
+    """Write `run.yaml` as `run_in` does, and run it to the end."""
+    return finish(one_rank, run_in(folder, task, **sections))
+
+
 def start_whole_run(one_rank: OneRank, folder: Path) -> WholeRun:
     """A teacher to fine-tune, unlabelled rows, projections, evaluations, saves, a baseline."""
     reviews = write_reviews(folder / "reviews", train=ROWS)
     teacher = _teacher(one_rank, folder, reviews)
-    tree = config_tree(
-        folder / "out",
+    config = run_in(
+        folder,
         {**CLASSES, "dataset": str(reviews), "labelled_examples": LABELLED},
         teacher={"model": str(teacher), "finetune": {"learning_rate": 0.003}},
         method={"name": "single"},
@@ -84,10 +95,8 @@ def start_whole_run(one_rank: OneRank, folder: Path) -> WholeRun:
         eval={"eval_steps": 6, "latency": {}},
         log={"report_to": ["tensorboard"]},
         save={"save_steps": 16},
+        train={"gradient_accumulation_steps": 2, "max_steps": None, "num_train_epochs": EPOCHS},
     )
-    steps = {"gradient_accumulation_steps": 2, "max_steps": None, "num_train_epochs": EPOCHS}
-    tree["train"] |= steps
-    config = write_config(folder / "run.yaml", tree)
     return WholeRun(folder, teacher, config, finish(one_rank, config))
 
 
