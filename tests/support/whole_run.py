@@ -12,6 +12,7 @@ import torch
 from one_rank import OneRank, Outcome
 from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, run_in, write_config, write_reviews
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROWS, LABELLED, ROWS_PER_STEP, EPOCHS = 64, 32, 8, 4
 STEPS = EPOCHS * ROWS // ROWS_PER_STEP
@@ -28,12 +29,10 @@ class WholeRun(NamedTuple):
 
     @property
     def out(self) -> Path:
-        """The output folder."""
         return self.folder / "out"
 
     @property
     def reviews(self) -> Path:
-        """The data."""
         return self.folder / "reviews"
 
     @property
@@ -43,18 +42,15 @@ class WholeRun(NamedTuple):
 
 
 def read(out: Path) -> dict[str, Any]:
-    """report.json."""
     return json.loads((out / "report.json").read_text())
 
 
 def records(out: Path, stage: str) -> list[dict[str, Any]]:
-    """Return the log of a stage."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a model's folder."""
     return load_file(folder / "model.safetensors")
 
 
@@ -63,6 +59,18 @@ def same_weights(one: Path, other: Path) -> bool:
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def accuracy_by_hand(model_folder: Path, file: Path) -> float:
+    """As anyone would score a file, without megakd's loading, batching or metrics."""
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    texts, cut = [row["text"] for row in rows], {"truncation": True, "max_length": 16}
+    encoded = tokenizer(texts, padding=True, return_tensors="pt", **cut)
+    predicted = model(**encoded).logits.argmax(dim=1).tolist()
+    names = [model.config.id2label[number] for number in predicted]
+    return sum(name == row["label"] for name, row in zip(names, rows, strict=True)) / len(rows)
 
 
 def finish(one_rank: OneRank, config: Path, *overrides: str) -> Outcome:

@@ -104,9 +104,7 @@ def other_head(_: object, readout: Readout) -> None:
         (other_head, r"serves the weights of teacher\.model"),
     ],
 )
-def test_a_server_of_another_model_is_found_without_a_reference(
-    folder: Path, stub: Exporting, spoil: Any, message: str
-):
+def test_a_server_of_another_model_is_found_without_a_reference(folder, stub, spoil, message):
     readout = readout_of(folder)
     spoil(stub, readout)
 

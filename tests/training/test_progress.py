@@ -161,9 +161,7 @@ def test_without_a_terminal_there_is_one_short_line_per_log_and_no_bar(
     ]
 
 
-def test_a_disk_that_is_full_midway_is_said_once_and_not_again_when_the_file_is_closed(
-    tmp_path: Path,
-) -> None:
+def test_a_disk_that_is_full_midway_is_said_once_and_not_again_when_the_file_is_closed(tmp_path):
     class Full(io.FileIO):
         def write(self, content: object) -> int:
             return super().write(bytes(content)[:5])  # type: ignore[call-overload]

@@ -96,9 +96,7 @@ def spoiled(tree: Any, token: int) -> Any:
     return tree
 
 
-def test_an_end_token_of_the_folder_that_the_student_lacks_is_refused_for_sglang(
-    stub: Stub, tmp_path: Path
-):
+def test_an_end_token_of_the_folder_that_the_student_lacks_is_refused_for_sglang(stub, tmp_path):
     """An ordinary word in the folder of a tokenizer with another end token."""
     if stub.kind == "vllm":
         check(stub, tmp_path, ends=[7])
