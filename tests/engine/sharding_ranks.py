@@ -57,13 +57,12 @@ def shards(model):
     return local, sum(parameter.ds_numel for parameter in model.parameters())
 
 
-def states(folder, scratch):
+def states(folder):
     """The state of sharded models, read out whole."""
     results = {}
     for name, ds in (("sharded", ZERO3), ("offloaded", ZERO3_OFFLOAD), ("plain", None)):
         loaded = load(folder, "causal_lm", ds)
         results[f"loaded/{name}"] = dict(gathered_state(loaded))
-        results[f"scratch/{name}"] = dict(gathered_state(load(scratch, "classification", ds)))
         results[f"is_sharded/{name}"] = is_sharded(loaded)
     model = load(folder, "causal_lm", ZERO3)
     results["tied"] = model.lm_head.weight is model.model.embed_tokens.weight
@@ -151,7 +150,7 @@ def main(folder, scratch, output):
     torch.set_num_threads(1)
     distributed.start()
     spec = ScratchModel(config=json.loads(scratch))
-    results = {**states(folder, spec), **independence(folder), **opening(folder)}
+    results = {**states(folder), **independence(folder), **opening(folder)}
     results |= of_other_files(folder, output) | sent_to_load(folder, spec)
     torch.save(results, Path(output) / f"rank{dist.get_rank()}.pt")
     distributed.stop()

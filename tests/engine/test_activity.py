@@ -30,13 +30,6 @@ def test_a_rank_goes_on_to_save_although_the_store_of_the_activities_is_gone(mon
     assert saved == [3]
 
 
-def test_a_failure_of_the_work_itself_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(dist, "is_initialized", lambda: False)
-
-    with pytest.raises(RuntimeError, match="disk"), activity.doing("saving"):
-        raise RuntimeError("the disk is full")
-
-
 def test_a_silent_log_says_what_the_run_does_and_how_far_it_is(monkeypatch, caplog):
     monkeypatch.setattr(activity, "SILENCE_S", 0.3)
     caplog.set_level(logging.INFO, logger="megakd")

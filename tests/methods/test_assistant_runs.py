@@ -4,54 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from one_rank import OneRank
 from safetensors.torch import load_file
-from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_reviews
+from teacher_bench import STEPS, TeacherBench
+from tiny_runs import NO_DROPOUT, bert
 from whole_run import finish, read, records
 
 GRID, TARGET, TRADEOFF = [0.25, 0.5, 0.75], 0.75, 0.2
-STEPS, EVAL_STEPS = 8, 4
-
-
-class Bench:
-    """One teacher that all runs share, and the folder they write to."""
-
-    def __init__(self, one_rank: OneRank, folder: Path, task: dict[str, Any]) -> None:
-        self.one_rank, self.folder, self.task = one_rank, folder, task
-        # A cut model draws no dropout for heads that it does not have.
-        model = bert(2, width=32, num_attention_heads=4, **NO_DROPOUT)
-        tree = config_tree(folder / "teacher", task, student={"model": model})
-        tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 30}
-        finish(one_rank, write_config(folder / "teacher.yaml", tree))
-
-    def config(self, name: str, method: dict[str, Any], **sections: Any) -> Path:
-        sections = {"student": {"model": "from_teacher"}, **sections}
-        options = {"sparsities": GRID, "target_sparsity": TARGET, "round_to": 1}
-        tree = config_tree(
-            self.folder / name,
-            self.task,
-            teacher={"model": str(self.folder / "teacher" / "final")},
-            method={**options, **method},
-            eval={"eval_steps": EVAL_STEPS},
-            **sections,
-        )
-        tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": STEPS}
-        return write_config(self.folder / f"{name}.yaml", tree)
-
-    def run(self, name: str, method: dict[str, Any], **sections: Any) -> Path:
-        finish(self.one_rank, self.config(name, method, **sections))
-        return self.folder / name
+EVAL_STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def bench(one_rank, tmp_path_factory) -> Bench:
-    folder = tmp_path_factory.mktemp("assistants")
-    reviews = write_reviews(folder / "reviews")
-    return Bench(one_rank, folder, {"type": "classification", "dataset": str(reviews)})
+def bench(one_rank, tmp_path_factory) -> TeacherBench:
+    return TeacherBench(
+        one_rank,
+        tmp_path_factory.mktemp("assistants"),
+        # A cut model draws no dropout for heads that it does not have.
+        bert(2, width=32, num_attention_heads=4, **NO_DROPOUT),
+        student={"model": "from_teacher"},
+        method={"sparsities": GRID, "target_sparsity": TARGET, "round_to": 1},
+        eval={"eval_steps": EVAL_STEPS},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,17 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
     assert all((cache / "cache.json").is_file() for cache in caches)
 
 
+DRAWS = {"cache_draws": 16}
+OF_DRAWS = {"teacher": DRAWS}
+# The losses are the method's own, which no objective in the config has named; a flow needs two
+# layers.
+INSIDE = {
+    "method": {"name": "knowledge_selection", "policy": "random_hard"},
+    "objective": None,
+    "student": {"model": bert(2, **NO_DROPOUT)},
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "sections", "message"),
     [
@@ -140,6 +151,7 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
             {"objective": [{"loss": "hidden_mse"}]},
             "hidden_mse needs more than the outputs of the teacher",
         ),
+        ("classes", INSIDE, "teacher.cache holds only the outputs of the teacher"),
         (
             "language",
             {"objective": [{"loss": "soft_target_reverse_kl"}]},
@@ -150,33 +162,32 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
             {"objective": [{"loss": "soft_target_kl", "temperature": 2.0}]},
             "holds only the largest probabilities, at temperature 1",
         ),
+        (
+            "language",
+            {**OF_DRAWS, "objective": [{"loss": "soft_target_jsd"}]},
+            "and teacher.cache holds only random draws, which suffice",
+        ),
+        (
+            "language",
+            {**OF_DRAWS, "objective": [{"loss": "soft_target_kl", "temperature": 2.0}]},
+            "at temperature 2: teacher.cache holds only random draws, at temperature 1",
+        ),
+        (
+            "language",
+            {**OF_DRAWS, "task": {"type": "classification"}},
+            "teacher.cache_draws: supported only for causal_lm, and task.type is classification",
+        ),
+        ("language", {"teacher": {"cache_draws": 256}}, "teacher.cache_draws: must be at most 255"),
     ],
 )
-def test_what_a_cache_cannot_tell_is_refused(request, kind, sections, message):
+def test_what_a_cache_cannot_tell_or_count_is_refused(request, kind, sections, message):
     bench = request.getfixturevalue(kind)
 
     outcome = bench.one_rank.train("--config", bench.config("refused", cache="some", **sections))
 
     assert outcome.code == 2
     assert message in outcome.err
-
-
-def test_kinds_that_look_inside_cannot_be_weighed_from_a_cache(classes):
-    """The method's own losses, which no objective in the config has named."""
-    random = {"name": "knowledge_selection", "policy": "random_hard"}
-    deep = {"model": classes.make(2, **NO_DROPOUT)}  # a flow needs two layers
-    config = classes.config(
-        "inside", cache="inside-answers", method=random, objective=None, student=deep
-    )
-
-    outcome = classes.one_rank.train("--config", config)
-
-    assert outcome.code == 2
-    assert "teacher.cache holds only the outputs of the teacher" in outcome.err
     assert not outcome.loaded
-
-
-DRAWS = {"cache_draws": 16}
 
 
 def test_a_student_learns_from_draws_and_comes_nearer_to_the_teachers_with_more(language):
@@ -231,30 +242,3 @@ def test_a_cache_of_the_other_kind_is_refused_naming_both(language):
     assert "draws: 16 there, absent here" in outcome[1].err
     assert "draws: 16 there, 17 here" in outcome[2].err
     assert "draws_seed: 0 there, 3 here" in outcome[3].err
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        (
-            {"objective": [{"loss": "soft_target_jsd"}]},
-            "and teacher.cache holds only random draws, which suffice",
-        ),
-        (
-            {"objective": [{"loss": "soft_target_kl", "temperature": 2.0}]},
-            "at temperature 2: teacher.cache holds only random draws, at temperature 1",
-        ),
-        (
-            {"task": {"type": "classification"}},
-            "teacher.cache_draws: supported only for causal_lm, and task.type is classification",
-        ),
-        ({"teacher": {"cache_draws": 256}}, "teacher.cache_draws: must be at most 255"),
-    ],
-)
-def test_what_draws_cannot_tell_or_count_is_refused(language, sections, message):
-    config = language.config("refused", **{"cache": "some", "teacher": DRAWS, **sections})
-
-    outcome = language.one_rank.train("--config", config)
-
-    assert outcome.code == 2
-    assert message in outcome.err

@@ -10,26 +10,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import config_tree, llama, write_config, write_text
+from tiny_runs import llama, run_in, write_text
 from whole_run import finish
 
 from megakd.config.file import load_config
 
 
-def starting_as(folder: Path, layers: Any, *, tag: str = "out", **sections: Any) -> Path:
+def starting_as(folder: Path, layers: Any, **sections: Any) -> Path:
     """A run config of a teacher of four layers that is trained for a few steps."""
-    text = folder / "text.txt"
-    if not text.exists():
-        write_text(text, documents=400)
-    tree = config_tree(
-        folder / tag,
+    text = write_text(folder / "text.txt", documents=400)
+    return run_in(
+        folder,
         {"type": "causal_lm", "dataset": str(text)},
         **{"teacher": {"model": llama(4), "finetune": {"max_steps": 8}}, **sections},
         method={"name": "single"},
+        student={"model": "from_teacher", "layers": layers},
         save={"save_steps": 1},
     )
-    tree["student"] = {"model": "from_teacher", "layers": layers}
-    return write_config(folder / f"{tag}.yaml", tree)
 
 
 def of_layers(out: Path, kept: list[int]) -> bool:

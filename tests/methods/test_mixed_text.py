@@ -34,7 +34,6 @@ from megakd.methods.mixed_vocabulary.shared_words import ALWAYS_STUDENT, ALWAYS_
 COMMON = [" ".join("abcdefgh"), "face bad cafe head", "feed bee, gag!"] * 3
 LENGTH = 24
 TEXTS = st.lists(st.text("abcdefghxyж ", min_size=1, max_size=60), min_size=1, max_size=5)
-PROBABILITIES = st.sampled_from([0.0, 0.3, 1.0])
 WHOLE = pytest.mark.parametrize("whole_words", [False, True], ids=["pieces", "whole words"])
 
 
@@ -75,9 +74,7 @@ class Scene:
     def __init__(self, pair: VocabularyPair, texts: list[str], folder: Path, **keys: Any) -> None:
         self.pair, self.task = pair, task(**keys)
         self.texts = texts
-        rows = Dataset.from_dict({"text": texts})
-        made, _ = encode_mixed(rows, pair, self.task, content_hash="", cache_dir=folder)
-        self.rows: Any = made.with_format("arrow")
+        self.rows = encoded(texts, pair, folder, **keys).with_format("arrow")
 
     def batch(
         self,
@@ -201,7 +198,7 @@ def test_with_probability_0_the_batch_is_the_one_of_the_teachers_tokenizer(
     assert batch.extras.second is None
 
 
-@given(texts=TEXTS, probability=PROBABILITIES.filter(bool), draw=st.integers(0, 3))
+@given(texts=TEXTS, probability=st.sampled_from([0.3, 1.0]), draw=st.integers(0, 3))
 @settings(max_examples=15, deadline=None)
 def test_the_words_are_the_same_whatever_the_coins_and_no_vocabulary_cuts_an_unknown_word(
     pair, tmp_path_factory, texts, probability, draw
@@ -349,19 +346,12 @@ def test_another_task_and_another_probability_are_errors(pair):
         MixedText(pair, task(), probability=1.5)
 
 
-# Only the student knows words with x, and only the teacher knows words with y.
 RAW_TEXTS = st.lists(st.text("abcdefghxyж ,\u0301\n", max_size=80), min_size=1, max_size=4)
 
 
 def encoded(texts: list[str], given_pair: VocabularyPair, folder: Path, **keys: Any) -> Any:
-    rows, _ = encode_mixed(
-        Dataset.from_dict({"text": texts}),
-        given_pair,
-        task(**keys),
-        content_hash="same",
-        cache_dir=folder,
-    )
-    return rows
+    rows = Dataset.from_dict({"text": texts})
+    return encode_mixed(rows, given_pair, task(**keys), content_hash="same", cache_dir=folder)[0]
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

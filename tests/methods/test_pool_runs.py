@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from pool_bench import SIZES, STEPS, Bench
-from tiny_runs import bert, config_tree, llama, reviews, write_config, write_jsonl, write_reviews
-from whole_run import finish, forgotten, read, records, same_weights, weights
+from routed_bench import taught_by
+from tiny_runs import bert, llama, reviews, write_jsonl, write_reviews
+from whole_run import finish, finish_in, forgotten, read, records, same_weights, weights
 
 from megakd.contract.results import MethodRecord
 from megakd.contract.stage import Stage, StageResult
@@ -28,23 +29,19 @@ def bench(one_rank, tmp_path_factory) -> Bench:
 
 @pytest.fixture(scope="module")
 def drawn(bench) -> Path:
-    sections = {"save": {"save_steps": 5, "save_total_limit": None}, "eval": {"latency": {}}}
-    return bench.run("uniform", SKDBERT, **sections)
+    return bench.run("uniform", SKDBERT, save={"save_steps": 5}, eval={"latency": {}})
+
+
+def alone(bench: Bench, out: str, teacher: str, **sections: Any) -> Path:
+    """Plain distillation of one of the teachers."""
+    kl = [{"loss": "soft_target_kl"}]
+    method = {"name": "single", "teacher": teacher}
+    return bench.run(out, method, objective=kl, teachers=bench.teachers(teacher), **sections)
 
 
 @pytest.fixture(scope="module")
 def plain(bench) -> Path:
-    """Distillation of the largest teacher alone."""
-    return bench.run(
-        "plain",
-        {"name": "single", "teacher": "large"},
-        objective=[{"loss": "soft_target_kl"}],
-        teachers=bench.teachers("large"),
-    )
-
-
-def pool(out: Path) -> dict[str, dict[str, Any]]:
-    return {entry["name"]: entry for entry in read(out)["pool"]["teachers"]}
+    return alone(bench, "plain", "large")
 
 
 def stages(out: Path) -> list[str]:
@@ -60,9 +57,9 @@ def test_every_step_has_one_teacher_and_the_largest_is_what_the_report_compares_
     report = read(drawn)
     sizes = {entry["name"]: entry["parameters"] for entry in report["teachers"]}
 
-    assert list(pool(drawn)) == list(sizes) == list(SIZES)
-    assert sum(entry["steps"] for entry in pool(drawn).values()) == STEPS
-    assert [entry["weight"] for entry in pool(drawn).values()] == pytest.approx([1 / 3] * 3)
+    assert list(taught_by(drawn)) == list(sizes) == list(SIZES)
+    assert sum(entry["steps"] for entry in taught_by(drawn).values()) == STEPS
+    assert [entry["weight"] for entry in taught_by(drawn).values()] == pytest.approx([1 / 3] * 3)
     assert sizes["small"] < sizes["middle"] < sizes["large"]
     assert report["teacher"]["parameters"] == sizes["large"]
     assert {entry["model"] for entry in report["latency"]} == {*SIZES, "student"}
@@ -90,25 +87,14 @@ def test_a_pool_of_one_is_plain_distillation_bit_for_bit(bench, plain, method):
 
 def test_held_out_losses_are_those_to_the_likeliest_teacher_in_every_evaluation(bench):
     """A student that learns nothing is as far from its teacher in every evaluation."""
-    method = {
-        **SKDBERT,
-        "distribution": "weights",
-        "weights": dict(zip(SIZES, (1, 2, 1), strict=True)),
-    }
+    likely = {"small": 1, "middle": 2, "large": 1}
+    method = {**SKDBERT, "distribution": "weights", "weights": likely}
     options = {"train": {"learning_rate": 1e-12}, "eval": {"eval_steps": 2, "losses": True}}
     out = bench.run("still", method, **options)
-    one = {"name": "single", "teacher": "middle"}
-    alone = bench.run(
-        "still-alone",
-        one,
-        objective=[{"loss": "soft_target_kl"}],
-        teachers=bench.teachers("middle"),
-        **options,
-    )
 
     losses, expected = (
         [r["eval/soft_target_kl"] for r in records(folder, "student") if "eval/loss" in r]
-        for folder in (out, alone)
+        for folder in (out, alone(bench, "still-alone", "middle", **options))
     )
     assert len(losses) > 3
     assert losses == pytest.approx([expected[0]] * len(expected), rel=1e-5)
@@ -127,9 +113,9 @@ def test_a_run_that_goes_on_draws_what_it_would_have_drawn(bench, drawn, tmp_pat
 def test_teachers_are_ranked_by_their_own_scores_which_are_measured_once(bench):
     out = bench.run("teacher-rank", {"name": "skdbert", "distribution": "teacher_rank"})
 
-    for name, entry in pool(out).items():
+    for name, entry in taught_by(out).items():
         assert entry["score"] == accuracy(out, f"{name}-scored")
-    by_score = sorted(pool(out).values(), key=lambda entry: entry["score"])
+    by_score = sorted(taught_by(out).values(), key=lambda entry: entry["score"])
     likely = [entry["weight"] for entry in by_score]
     assert likely == sorted(likely)
     assert sum(likely) == pytest.approx(1)
@@ -142,7 +128,7 @@ def test_students_of_each_teacher_are_tried_and_shown_with_their_cost(bench):
 
     taken = {stage["name"]: stage["steps"] for stage in read(out)["stages"]}
     assert taken == {**{f"pilot-{name}": 3 for name in SIZES}, "student": STEPS}
-    for name, entry in pool(out).items():
+    for name, entry in taught_by(out).items():
         assert entry["score"] == accuracy(out, f"pilot-{name}")
 
 
@@ -151,8 +137,8 @@ def test_all_teachers_run_at_every_step_of_their_mean_and_trust_in_labels_change
     trusted = bench.run("mt-bert", {"name": "mt_bert"})
 
     for out in (mean, trusted):
-        assert {entry["steps"] for entry in pool(out).values()} == {STEPS}
-    assert sum(entry["weight"] for entry in pool(mean).values()) == pytest.approx(1)
+        assert {entry["steps"] for entry in taught_by(out).values()} == {STEPS}
+    assert sum(entry["weight"] for entry in taught_by(mean).values()) == pytest.approx(1)
     assert not same_weights(trusted / "final", mean / "final")
 
 
@@ -273,13 +259,9 @@ def test_all_teachers_with_another_task_other_labels_or_tokens_are_named_at_once
     for split in ("train", "validation"):
         rows = ({"text": f"word {n % 3} of many", "label": "abc"[n % 3]} for n in range(24))
         write_jsonl(data / f"{split}.jsonl", rows)
-    tree = config_tree(
-        tmp_path / "three",
-        {**bench.task, "dataset": str(data)},
-        student={"model": bert(1, width=16, num_labels=3)},
-    )
-    finish(bench.one_rank, write_config(tmp_path / "three.yaml", tree))
-    other = {"name": "other", "model": str(tmp_path / "three" / "final")}
+    three = {"model": bert(1, width=16, num_labels=3)}
+    finish_in(bench.one_rank, tmp_path, {**bench.task, "dataset": str(data)}, student=three)
+    other = {"name": "other", "model": str(tmp_path / "out" / "final")}
     speaks = {"name": "speaks", "model": llama(1)}
 
     outcome = bench.refused(

@@ -35,10 +35,6 @@ EVERYTHING = Cut(None, None)
 BERT = build("bert", "mlm")
 
 
-def shards(weight, gradient):
-    return [Shard("w", torch.tensor(weight), torch.tensor(gradient), 0)]
-
-
 @pytest.mark.parametrize(
     ("steps", "beta", "sensitivity", "uncertainty"),
     [
@@ -60,7 +56,7 @@ def test_averages_are_exponential_means_of_sensitivities_and_their_distances(
     scoring = Scoring(score, beta, uncertainty_beta=0.75, monotone=True, seed=0)
 
     for weight, gradient in steps:
-        (shard,) = shards(weight, gradient)
+        shard = Shard("w", torch.tensor(weight), torch.tensor(gradient), 0)
         update_averages(averages, shard, scoring)
         assert shard.weight.tolist() == weight
 

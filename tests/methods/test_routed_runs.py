@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from routed_bench import EXPERTS, STEPS, RoutedBench, furthest, rows, taught_by
@@ -21,8 +20,7 @@ def bench(one_rank, tmp_path_factory) -> RoutedBench:
 
 @pytest.fixture(scope="module")
 def routed(bench) -> Path:
-    save = {"save_steps": 2, "save_total_limit": None}
-    return bench.run("routed", baselines=["alone"], save=save)
+    return bench.run("routed", baselines=["alone"], save={"save_steps": 2})
 
 
 def test_the_log_and_the_report_count_the_rows_of_each_teacher(bench, routed):
@@ -71,45 +69,46 @@ TEXT = {"type": "causal_lm", "dataset": None, "teacher_column": None}
 
 
 MATH, CODE = ({"name": name, "model": bert(1)} for name in ("math", "code"))
-CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "no such column": (
-        {"task": {"teacher_column": "domain"}},
-        ("column 'domain' (task.teacher_column) does not exist", "text, label, expert"),
-    ),
-    "a teacher that no row names": (
-        {"teachers": [{**MATH, "name": n, "dtype": "fp32"} for n in ("math", "code", "chat")]},
-        ("no training row names chat", "the rows name math, code"),
-    ),
-    "layers of unlike teachers": (
-        {"teachers": [MATH, {**CODE, "model": bert(2)}], "objective": [{"loss": "hidden_mse"}]},
-        ("hidden_mse compares layers", "math 1 x 16, code 2 x 16"),
-    ),
-    "a source of nobody": (
-        {"task": {**TEXT, "mixture": {"sums": {"files": "a", "weight": 1, "teacher": "maths"}}}},
-        ('task.mixture.sums.teacher: there is no teacher "maths"; did you mean "math"?',),
-    ),
-}
+NOBODY = {"mixture": {"sums": {"files": "a", "weight": 1, "teacher": "maths"}}}
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_routes_that_cannot_work_are_refused_before_anything_is_loaded(bench, case):
-    sections, fragments = CONFIGS[case]
-
+@pytest.mark.parametrize(
+    ("sections", "fragments"),
+    [
+        (
+            {"task": {"teacher_column": "domain"}},
+            ("column 'domain' (task.teacher_column) does not exist", "text, label, expert"),
+        ),
+        (
+            {"teachers": [{**MATH, "name": n, "dtype": "fp32"} for n in ("math", "code", "chat")]},
+            ("no training row names chat", "the rows name math, code"),
+        ),
+        (
+            {"teachers": [MATH, {**CODE, "model": bert(2)}], "objective": [{"loss": "hidden_mse"}]},
+            ("hidden_mse compares layers", "math 1 x 16, code 2 x 16"),
+        ),
+        (
+            {"task": {**TEXT, **NOBODY}},
+            ('task.mixture.sums.teacher: there is no teacher "maths"; did you mean "math"?',),
+        ),
+    ],
+    ids=["no such column", "an idle teacher", "layers of unlike teachers", "a source of nobody"],
+)
+def test_routes_that_cannot_work_are_refused_before_anything_is_loaded(bench, sections, fragments):
     outcome = bench.refused(**sections)
 
     for fragment in fragments:
         assert fragment in outcome.err
 
 
-ROWS: dict[str, tuple[object, str]] = {
-    "an unknown name": ("mathh", 'there is no teacher "mathh"; did you mean "math"?'),
-    "a missing name": (None, "names no teacher (got None)"),
-}
-
-
-@pytest.mark.parametrize("case", ROWS)
-def test_a_row_with_a_bad_name_is_refused_with_its_file_and_place(bench, tmp_path, case):
-    value, message = ROWS[case]
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("mathh", 'there is no teacher "mathh"; did you mean "math"?'),
+        (None, "names no teacher (got None)"),
+    ],
+)
+def test_a_row_with_a_bad_name_is_refused_with_its_file_and_place(bench, tmp_path, value, message):
     bad = [*rows(12), {**rows(1)[0], "expert": value}]
     write_jsonl(tmp_path / "data" / "train.jsonl", bad)
     write_jsonl(tmp_path / "data" / "validation.jsonl", rows(4))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from one_rank import OneRank
-from routed_bench import furthest, taught_by
+from routed_bench import furthest, taught_by, teachers_in
 from served_models import Transformer
 from server_stubs import Stub, serving
 from tiny_runs import SENTENCES, config_tree, llama, write_config, write_jsonl
@@ -66,15 +66,13 @@ class Bench:
         }
 
     def teachers(self, *names: str) -> list[dict[str, Any]]:
-        """Teachers by name; `a:b` is a teacher named a with the weights of b."""
-        pairs = [(name.split(":") * 2)[:2] for name in names]
-        return [{"name": a, "model": str(self.folder / b / "final")} for a, b in pairs]
+        return teachers_in(self.folder, *names)
 
     def config(self, out: str, task: dict[str, Any] | None = None, **sections: Any) -> Path:
-        models = {"teachers": self.teachers(*EXPERTS), "method": {"name": "routed"}}
-        given: dict[str, Any] = {**models, "objective": SOFT}
+        given: dict[str, Any] = {"teachers": self.teachers(*EXPERTS), "objective": SOFT}
         keys = {k: v for k, v in (self.task | (task or {})).items() if v is not None}
-        tree = config_tree(self.folder / out, keys, **{**given, **sections})
+        given |= {"method": {"name": "routed"}, **sections}
+        tree = config_tree(self.folder / out, keys, **given)
         # Adam would turn rounding of tiny gradients into whole steps.
         usual = {"per_device_train_batch_size": 6, "max_steps": 5, "adam_epsilon": 0.01}
         tree["train"] |= usual | sections.get("train", {})

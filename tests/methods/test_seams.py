@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_store import flip
-from tiny_runs import bert, config_tree, write_config, write_reviews
+from tiny_runs import bert, review_task, run_in
 from transformers import AutoModelForSequenceClassification
 from whole_run import finish, records, same_weights, weights
 
@@ -24,15 +24,14 @@ def _toys(repository: Path, packages: Path) -> None:
 
 
 def pair(folder: Path, **sections: Any) -> Path:
-    tree = config_tree(
-        folder / "out",
-        {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))},
+    return run_in(
+        folder,
+        review_task(folder),
         teacher={"model": bert(1, 24)},
         student={"model": bert(2)},
         method={"name": "toy_methods:Pair"},
         **sections,
     )
-    return write_config(folder / "run.yaml", tree)
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,9 @@ class Measured:
 
     def __init__(self, losses: list[float]) -> None:
         self.losses, self.asked, self.remembered, self.resets = losses, 0, 0, 0
-        self.checked = 0
 
     def check_remembered(self) -> None:
-        self.checked += 1
+        """Find nothing wrong."""
 
     def loss(self, student: Any) -> float:
         self.asked += 1
@@ -116,12 +115,8 @@ def taken(strategy: LearningToSelect, steps: int) -> None:
     for step in range(steps):
         if step % strategy.course.steps == 0:
             strategy.begin("a student", step)
-        take(strategy, step)
-
-
-def take(strategy: LearningToSelect, step: int) -> None:
-    weighed(strategy, step, reading_at(step))
-    strategy.after_update(SimpleNamespace(step=step))
+        weighed(strategy, step, reading_at(step))
+        strategy.after_update(SimpleNamespace(step=step))
 
 
 def weighed(strategy: Strategy, step: int, reading: Any) -> dict[str, float]:
@@ -264,11 +259,8 @@ class Noisy(Selecting):
 def test_a_hard_action_uses_a_kind_and_a_soft_one_may_use_none_and_stays_between_0_and_1():
     hard, soft = (selecting(Noisy, hard=is_hard) for is_hard in (True, False))
 
-    assert list(weighed(hard, 0, reading_at(0)).values()) == [
-        0.0,
-        1.0,
-        0.0,
-    ]  # the largest, if below 0.5
+    # The largest is used although it is below 0.5.
+    assert list(weighed(hard, 0, reading_at(0)).values()) == [0.0, 1.0, 0.0]
     assert list(weighed(soft, 0, reading_at(0)).values()) == [0.0, 0.0, 0.0]
     soft.noise = (3.0, -3.0, 0.0)
     first, second, third = weighed(soft, 1, reading_at(1)).values()

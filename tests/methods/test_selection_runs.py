@@ -9,54 +9,26 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_store import flip
-from one_rank import OneRank, Outcome
-from tiny_runs import NO_DROPOUT, bert, config_tree, llama, write_config, write_reviews, write_text
-from whole_run import finish, forgotten, read, records, same_weights, weights
+from one_rank import Outcome
+from teacher_bench import STEPS, TeacherBench
+from tiny_runs import NO_DROPOUT, bert, llama, write_text
+from whole_run import finish, finish_in, forgotten, read, records, same_weights, weights
 
-EPISODES, STEPS, PHASE = 2, 8, 3
+EPISODES, PHASE = 2, 3
 KINDS = ("hard_cross_entropy", "soft_target_kl", "hidden_mse", "relation_fsp")
 PLAIN = {"name": "knowledge_selection"}
 LEARNED = {**PLAIN, "episodes": EPISODES, "phase_steps": PHASE, "hidden": 8}
 
 
-class Bench:
-    def __init__(self, one_rank: OneRank, folder: Path) -> None:
-        self.one_rank, self.folder = one_rank, folder
-        reviews = write_reviews(folder / "reviews")
-        self.task = {"type": "classification", "dataset": str(reviews)}
-        tree = config_tree(folder / "teacher", self.task, student={"model": bert(4)})
-        tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 30}
-        finish(one_rank, write_config(folder / "teacher.yaml", tree))
-
-    def config(self, out: str, method: dict[str, Any], **sections: Any) -> Path:
-        tree = config_tree(
-            self.folder / out,
-            self.task,
-            teacher={"model": str(self.folder / "teacher" / "final")},
-            **{
-                "student": {"model": bert(2)},
-                "method": method,
-                "log": {"logging_steps": 2},
-                **sections,
-            },
-        )
-        tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": STEPS}
-        tree["train"] |= sections.get("train", {})
-        return write_config(self.folder / f"{out}.yaml", tree)
-
-    def run(self, out: str, method: dict[str, Any], *overrides: str, **sections: Any) -> Path:
-        finish(self.one_rank, self.config(out, method, **sections), *overrides)
-        return self.folder / out
-
-
 @pytest.fixture(scope="module")
-def bench(one_rank, tmp_path_factory) -> Bench:
-    return Bench(one_rank, tmp_path_factory.mktemp("selection"))
+def bench(one_rank, tmp_path_factory) -> TeacherBench:
+    folder = tmp_path_factory.mktemp("selection")
+    return TeacherBench(one_rank, folder, bert(4), student={"model": bert(2)})
 
 
 @pytest.fixture(scope="module")
 def soft(bench) -> Path:
-    return bench.run("soft", LEARNED, save={"save_steps": 5, "save_total_limit": None})
+    return bench.run("soft", LEARNED, save={"save_steps": 5})
 
 
 def same(one: Path, other: Path, stage: str = "student") -> bool:
@@ -232,17 +204,17 @@ def test_random_weights_are_drawn_anew_at_every_step(bench):
 
 def test_kinds_of_a_language_model_are_weighed_too(one_rank, tmp_path):
     kinds = ("hard_cross_entropy", "soft_target_kl")
-    tree = config_tree(
-        tmp_path / "out",
-        {"type": "causal_lm", "dataset": str(write_text(tmp_path / "text.txt"))},
+    text = {"type": "causal_lm", "dataset": str(write_text(tmp_path / "text.txt"))}
+
+    finish_in(
+        one_rank,
+        tmp_path,
+        {**text, "tokenizer": {"type": "bpe", "vocab_size": 320}},
         teacher={"model": llama(2, initializer_range=0.2)},
         method={**LEARNED, "episode_steps": 4, "phase_steps": 2, "action": "hard"},
         objective=[{"loss": kind} for kind in kinds],
         log={"logging_steps": 1},
     )
-    tree["task"]["tokenizer"] = {"type": "bpe", "vocab_size": 320}
-
-    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
 
     for stage in ("selector", "student"):
         logged = [r for r in records(tmp_path / "out", stage) if "train/loss" in r]
@@ -254,13 +226,3 @@ def test_kinds_of_a_language_model_are_weighed_too(one_rank, tmp_path):
         for record in exclusive:
             (only,) = (kind for kind in kinds if record[f"select/{kind}"])
             assert record["train/loss"] == pytest.approx(record[f"train/{only}"], rel=1e-5)
-
-
-def test_a_phase_that_is_longer_than_its_episode_is_refused(bench):
-    path = bench.config("long", {**LEARNED, "phase_steps": STEPS + 1})
-
-    outcome = bench.one_rank.train("--config", path)
-
-    assert outcome.code == 2
-    assert f"a phase of {STEPS + 1} steps does not fit into an episode of {STEPS}" in outcome.err
-    assert not outcome.loaded

@@ -5,24 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from tiny_runs import (
-    bert,
-    config_tree,
-    write_config,
-    write_jsonl,
-    write_reviews,
-    write_scored_pairs,
-    write_text,
-)
+from tiny_runs import bert, review_task, run_in, write_jsonl, write_scored_pairs, write_text
 from transformers import AutoModelForSequenceClassification, BertConfig
-from whole_run import finish, read, same_weights
+from whole_run import finish, finish_in, read, same_weights
 
 from megakd.config.run import LatencyConfig
 from megakd.contract.lab import TimedWork
@@ -35,25 +27,21 @@ from megakd.run.run_report import timed_forwards, timed_on
 
 TEACHER = bert(4, width=32, num_attention_heads=4, intermediate_size=64)
 METHOD = {"name": "shrink", "flops": "40%", "candidates": 20, "round_to": 4, "trial_steps": 3}
+STUDENT = {"model": "from_teacher", "dropout": 0.0}
 WORK = TimedWork(batch=1)
 
 
-def shrinking(folder: Path, *, tag: str = "out", **sections: Any) -> Path:
+def shrinking(folder: Path, **sections: Any) -> Path:
     """A run config of a classifier that is fine-tuned for a few steps."""
-    reviews = folder / "reviews"
-    if not reviews.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_reviews(reviews)
-    tree = config_tree(
-        folder / tag,
-        {"type": "classification", "dataset": str(reviews)},
+    return run_in(
+        folder,
+        review_task(folder),
         teacher={"model": TEACHER, "finetune": {"max_steps": 8}, "cache": "auto"},
         method={**METHOD, "repair_steps": 4, **sections.pop("method", {})},
+        student=STUDENT,
         save={"save_steps": 1},
         **sections,
     )
-    tree["student"] = {"model": "from_teacher", "dropout": 0.0}
-    return write_config(folder / f"{tag}.yaml", tree)
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +115,9 @@ def test_other_tasks_of_encoders_are_shrunk_as_classifiers_are(one_rank, tmp_pat
     teacher = {"model": TEACHER, "finetune": {"max_steps": 8}}
     teacher |= {"cache": "auto"} if kind == "regression" else {}
     method = {**METHOD, "flops": "50%", "candidates": 3, "repair_steps": 4}
-    tree = config_tree(
-        tmp_path / "out", {"type": kind, **texts[kind]()}, teacher=teacher, method=method
-    )
-    tree["student"] = {"model": "from_teacher", "dropout": 0.0}
+    task = {"type": kind, **texts[kind]()}
 
-    finish(one_rank, write_config(tmp_path / "run.yaml", tree))
+    finish_in(one_rank, tmp_path, task, teacher=teacher, student=STUDENT, method=method)
 
     report = read(tmp_path / "out")
     parts = {one: report[one]["encoder_parameters"] for one in ("student", "teacher")}
@@ -231,7 +216,7 @@ def test_a_size_that_was_removed_is_copied_again(one_rank, series):
     card = (removed / "README.md").read_text()
     shutil.rmtree(removed)
 
-    outcome = finish(one_rank, series.parent / "out.yaml")
+    outcome = finish(one_rank, series.parent / "run.yaml")
 
     assert "student-0.7 lacks" in outcome.err
     assert same_weights(removed, series / "stages" / "student-0.7")
@@ -324,23 +309,31 @@ def test_a_text_beyond_the_positions_of_the_model_is_not_timed():
         ShapeTimer(cast("Any", source), cast("Any", None), TimedWork(tokens=64), [])
 
 
+FAMILY = Family(View((4,) * 6, (256,) * 6), 6, lambda view: max(view.heads) == 4, 8)
+
+
+def depth_of(view: View) -> int:
+    return sum(any(layer) for layer in zip(view.heads, view.neurons, strict=True))
+
+
 def clock(view: View) -> float:
     """Time of a view in no line: layers cost as much as all their neurons, and the first more."""
-    kept = [*zip(view.heads, view.neurons, strict=True)]
-    depth = sum(any(layer) for layer in kept)
-    return 2 + depth**1.1 * (10 + (max(neurons for _, neurons in kept) / 16) ** 1.05)
+    return 2 + depth_of(view) ** 1.1 * (10 + (max(view.neurons) / 16) ** 1.05)
 
 
-def sizes(*, disturbed: float = 1.0) -> Sizes:
-    """Return sizes by the clock; the first shapes take `disturbed` times as long as they should."""
-    family = Family(View((4,) * 6, (256,) * 6), 6, lambda view: max(view.heads) == 4, 8)
+def sizes(
+    factor: Callable[[View, str], float] = lambda *_: 1.0, widths: tuple[int | None, ...] = (None,)
+) -> Sizes:
+    """Return sizes by the clock times a factor of the view and of the name of its measurement."""
+    asked: list[str] = []
 
     def times(_: object, views: Mapping[str, View], name: str, __: object) -> Mapping[str, float]:
-        factor = disturbed if name == "times" else 1.0
-        return {one: factor * clock(view) / clock(family.units) for one, view in views.items()}
+        asked.append(name)
+        whole = clock(FAMILY.units)
+        return {one: factor(view, name) * clock(view) / whole for one, view in views.items()}
 
-    lab: Any = SimpleNamespace(pruning=SimpleNamespace(relative_times=times))
-    return Sizes(lab, None, family, (None,))
+    lab: Any = SimpleNamespace(pruning=SimpleNamespace(relative_times=times, asked=asked))
+    return Sizes(lab, None, FAMILY, widths)
 
 
 def speedup(factor: float) -> Budget:
@@ -349,7 +342,7 @@ def speedup(factor: float) -> Budget:
 
 @pytest.mark.parametrize("disturbed", [1.0, 1.3, 0.7])
 def test_timed_candidates_have_the_wanted_time_though_the_first_times_mislead(disturbed):
-    measured = sizes(disturbed=disturbed)
+    measured = sizes(lambda _, name: disturbed if name == "times" else 1.0)
 
     result = timed_candidates(measured, speedup(3), 6, WORK)
 
@@ -373,17 +366,8 @@ def test_the_one_candidate_of_a_speedup_has_the_fewest_layers_that_are_slow_enou
 
 
 def test_narrower_shapes_are_timed_where_no_other_is_fast_enough():
-    asked: list[str] = []
-    family = Family(View((4,) * 6, (256,) * 6), 6, lambda view: max(view.heads) == 4, 8)
-
-    def times(_: object, views: Mapping[str, View], name: str, __: object) -> Mapping[str, float]:
-        asked.append(name)
-        share = {one: (view.width or 64) / 64 for one, view in views.items()}
-        return {o: share[o] * clock(view) / clock(family.units) for o, view in views.items()}
-
-    lab: Any = SimpleNamespace(pruning=SimpleNamespace(relative_times=times))
-    measured = Sizes(lab, None, family, (None, 48, 32))
-
+    measured = sizes(lambda view, _: (view.width or 64) / 64, (None, 48, 32))
+    asked: Any = measured.lab.pruning.asked  # type: ignore[attr-defined]
     first = ["times", "times-width-48", "times-width-32"]
 
     for factor, tried in ((3, 1), (20, 2), (28, 3)):
@@ -394,19 +378,8 @@ def test_narrower_shapes_are_timed_where_no_other_is_fast_enough():
 
 
 def test_another_depth_is_timed_where_the_fewest_layers_turn_out_too_fast():
-    measured = sizes()
-
-    def faster(_: object, views: Mapping[str, View], name: str, __: object) -> Mapping[str, float]:
-        # What the first shapes do not tell: two layers alone take half of their time.
-        depths = {
-            one: sum(any(unit) for unit in zip(*view[:2], strict=True))
-            for one, view in views.items()
-        }
-        short = {one for one, depth in depths.items() if depth == 2}
-        whole = clock(measured.family.units)
-        return {o: clock(v) / whole / (1 + (o in short)) for o, v in views.items()}
-
-    measured.lab.pruning.relative_times = faster
+    # What the first shapes do not tell: two layers alone take half of their time.
+    measured = sizes(lambda view, _: 0.5 if depth_of(view) == 2 else 1.0)
 
     (result,) = timed_candidates(measured, speedup(3), 1, WORK)
 

@@ -184,11 +184,7 @@ def test_shares_of_layers_give_one_candidate_each():
     ("target", "wanted", "message"),
     [
         (9_000_000_000, 6, r"the teacher has 8,190,735,360 weights; give a smaller"),
-        (
-            5_000_000_000,
-            (0.25,),
-            r"method\.candidates: no model .* has 9 of the teacher's 36",
-        ),
+        (5_000_000_000, (0.25,), r"method\.candidates: no model .* has 9 of the teacher's 36"),
     ],
 )
 def test_a_size_or_a_share_of_layers_that_cannot_be_cut_is_refused(target, wanted, message):
@@ -227,8 +223,7 @@ def test_a_teacher_that_no_stock_config_describes_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("width", "heads", "expected"),
-    [(384, 12, [288, 192]), (512, 6, [384, 256]), (192, 3, [128])],
+    ("width", "heads", "expected"), [(384, 12, [288, 192]), (512, 6, [384, 256]), (192, 3, [128])]
 )
 def test_widths_are_three_quarters_and_half_in_whole_heads(width, heads, expected):
     assert narrower(width, heads) == expected

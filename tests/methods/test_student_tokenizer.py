@@ -6,7 +6,7 @@ import json
 import random
 import re
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -37,26 +37,19 @@ SENTENCES = _invented()
 ROLES = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
 
 
-class _Splits(NamedTuple):
-    train: Any
-    content_hash: str = "content"
-    stream: Any = None
-
-
 def _load(folder, size=100, texts=SENTENCES):
-    splits: Any = _Splits(Dataset.from_dict({"text": list(texts) * 5}))
-    vocabulary = StudentVocabulary(size=size)
-    return load_student_tokenizer(vocabulary, splits, cache_dir=folder)
+    rows = Dataset.from_dict({"text": list(texts) * 5})
+    splits: Any = SimpleNamespace(train=rows, content_hash="content", stream=None)
+    return load_student_tokenizer(StudentVocabulary(size=size), splits, cache_dir=folder)
 
 
 def test_a_student_tokenizer_has_the_size_and_frames_texts_and_pairs(tmp_path, monkeypatch):
-    size = 120
-    tokenizer = _load(tmp_path, size)
+    tokenizer = _load(tmp_path, 120)
     check_special_tokens(tokenizer, "student")
 
     single, pair = tokenizer("The Student"), tokenizer("the student", "a letter")
 
-    assert len(tokenizer) == len(tokenizer.get_vocab()) == size
+    assert len(tokenizer) == len(tokenizer.get_vocab()) == 120
     assert tokenizer.special_tokens_map == ROLES
     assert [tokenizer.convert_tokens_to_ids(token) for token in ROLES.values()] == [0, 1, 2, 3, 4]
     assert [single["input_ids"][0], single["input_ids"][-1]] == [2, 3]
@@ -66,7 +59,7 @@ def test_a_student_tokenizer_has_the_size_and_frames_texts_and_pairs(tmp_path, m
     assert tokenizer("the [MASK] reads")["input_ids"].count(4) == 1
     # A vocabulary is trained once.
     monkeypatch.setattr(student_tokenizer, "_trained", None)
-    assert tokenizer_content(_load(tmp_path, size)) == tokenizer_content(tokenizer)
+    assert tokenizer_content(_load(tmp_path, 120)) == tokenizer_content(tokenizer)
 
 
 def test_the_defaults_are_the_papers_and_values_outside_the_choices_are_refused():

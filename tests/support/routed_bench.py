@@ -29,6 +29,12 @@ def rows(count: int = ROWS) -> list[dict[str, Any]]:
     ]
 
 
+def teachers_in(folder: Path, *names: str) -> list[dict[str, Any]]:
+    """Teachers by name; `a:b` is a teacher named a with the weights of b."""
+    pairs = [(name.split(":") * 2)[:2] for name in names]
+    return [{"name": a, "model": str(folder / b / "final")} for a, b in pairs]
+
+
 class RoutedBench:
     """Two classifiers that know different things, and runs that learn from them."""
 
@@ -47,9 +53,7 @@ class RoutedBench:
             finish(one_rank, write_config(folder / f"{name}.yaml", tree))
 
     def teachers(self, *names: str) -> list[dict[str, Any]]:
-        """Teachers by name; `a:b` is a teacher named a with the weights of b."""
-        pairs = [(name.split(":") * 2)[:2] for name in names]
-        return [{"name": a, "model": str(self.folder / b / "final")} for a, b in pairs]
+        return teachers_in(self.folder, *names)
 
     def config(self, out: str, *, task: dict[str, Any] | None = None, **sections: Any) -> Path:
         usual = {"type": "classification", "dataset": str(self.data)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import config_tree, llama, write_config
+from tiny_runs import llama, run_in
 from torch import Tensor
 
 from megakd.config.file import load_config
@@ -16,7 +16,7 @@ from megakd.errors import ConfigError, TeacherError
 from megakd.inputs.inputs import check_caches
 from megakd.models.loading import resolve_model
 from megakd.models.next_tokens import TokenCounts, count_draws, draw
-from megakd.training.answer_cache import ask_tokens, bytes_per_token, kept_facts, whole_answers
+from megakd.training.answer_cache import ask_tokens, bytes_per_token, whole_answers
 
 LENGTH, VOCABULARY = 6, 40
 TOP_K = TeacherConfig(model="a", cache_top_k=5)
@@ -100,11 +100,6 @@ def test_answers_at_padding_may_be_anything(spec):
     assert set(result) in ({"ids", "logprobs"}, {"ids", "counts"})
 
 
-def test_caches_of_the_two_kinds_have_other_facts():
-    assert kept_facts(TOP_K) == {"top_k": 5}
-    assert kept_facts(DRAWS) == {"draws": 4, "draws_seed": 0}
-
-
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SERVER = {"url": ["http://a:1"]}
 
@@ -112,14 +107,14 @@ SERVER = {"url": ["http://a:1"]}
 def checked(tmp_path, family, *, cache="answers", server=None, **keys):
     """Checks a run whose teacher is cached or served and whose student is of a family."""
     model = {"model": "served", "server": server} if server else {"model": llama(2)}
-    tree = config_tree(
-        tmp_path / "out",
+    path = run_in(
+        tmp_path,
         {"type": "causal_lm", "dataset": "pydocs"},
         teacher={**model, **({"cache": str(tmp_path / cache)} if cache else {})},
         method={"name": "single"},
         objective=[{"loss": "soft_target_kl"}],
     )
-    config = load_config(write_config(tmp_path / "run.yaml", tree), [])
+    config = load_config(path)
     spec = ScratchModel(config={"model_type": family, **SIZES, **keys})
     check_caches(config, resolve_model(spec, config.task, where="student.model"))
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_runs import config_tree, write_config, write_reviews
+from tiny_runs import review_task, run_in
 from whole_run import finish, forgotten, read, records, same_weights
 
 from megakd.training.stage_evaluation import EarlyStopping
@@ -61,16 +61,15 @@ def test_a_stage_that_had_stopped_and_gets_more_steps_counts_again():
 def stopped(one_rank, tmp_path_factory) -> Path:
     """A config whose student stops early: no score rises by more than 1."""
     folder = tmp_path_factory.mktemp("stopped")
-    tree = config_tree(
-        folder / "out",
-        {"type": "classification", "dataset": str(write_reviews(folder / "reviews"))},
+    stops = {"early_stopping_patience": PATIENCE, "early_stopping_threshold": 1.0}
+    config = run_in(
+        folder,
+        review_task(folder),
         eval={"eval_steps": EVALUATED_EVERY},
         save={"save_steps": 3},
         log={"logging_steps": 4},
+        train={"max_steps": PLANNED, **stops},
     )
-    stops = {"early_stopping_patience": PATIENCE, "early_stopping_threshold": 1.0}
-    tree["train"] |= {"max_steps": PLANNED, **stops}
-    config = write_config(folder / "run.yaml", tree)
     outcome = finish(one_rank, config)
     assert f"student: stopped at step {STOPPED} of {PLANNED}" in outcome.err
     return config

@@ -1,4 +1,4 @@
-"""Metrics against hand values, degenerate inputs, and scores of every real row once."""
+"""Metrics against hand values and scikit-learn, scores of every real row once, and their run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from sklearn import metrics as theirs
+from tiny_runs import review_task
 from torch import Tensor
+from whole_run import finish_in, read, records
 
+from megakd.config.run import EvalConfig
 from megakd.contract.batch import IGNORE, Batch, Predictions
 from megakd.contract.metric import WHOLE, MetricJudge
 from megakd.contract.stage import Verdict
+from megakd.contract.tasks import METRICS
 from megakd.data.loader import evaluation_batches
 from megakd.engine.distributed import Ranks
-from megakd.errors import DataError, TrainingError
-from megakd.scoring.metrics import TaskMetrics
+from megakd.errors import ConfigError, DataError, TrainingError
+from megakd.scoring.metrics import TaskMetrics, task_metrics
 from megakd.scoring.scorer import Scorer, _in_order, few
 from megakd.scoring.scores import Evaluation, headline, language_model_metrics
 from megakd.storage.atomic import json_text
@@ -263,3 +268,135 @@ def test_a_language_models_metrics_come_from_sums_over_all_batches(batch_size):
     result = scorer(("perplexity",), batch_size).score(predict, rows)
 
     assert result == pytest.approx({"loss": 2.0, "perplexity": math.exp(2), "accuracy": 2 / 15})
+
+
+LABELS = ("bad", "fine", "good")
+TRUTH = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, -100])
+PREDICTED = torch.tensor([0, 0, 1, 1, 2, 2, 2, 0, 2, 1])
+OUTPUTS = logits_of(PREDICTED.tolist(), 3)
+KNOWN = TRUTH != -100
+
+
+def chosen(labels=LABELS, task="classification", official=("accuracy",), **keys):
+    return task_metrics(EvalConfig(**keys), task, official, labels)
+
+
+@pytest.mark.parametrize("name", ["f1_macro", "precision_macro", "recall_macro", "f1_weighted"])
+def test_a_mean_over_labels_is_that_of_scikit_learn(name):
+    kind, average = name.split("_")
+
+    values = chosen(metric=name).of(OUTPUTS, TRUTH)
+
+    of = getattr(theirs, f"{kind}_score")
+    assert values[name] == pytest.approx(of(TRUTH[KNOWN], PREDICTED[KNOWN], average=average))
+    assert values["accuracy"] == pytest.approx(6 / 9)  # the official one stays
+
+
+def test_every_metric_that_a_config_may_name_can_be_computed():
+    names = METRICS["classification"]
+    assert set(chosen(metrics=names, positive_label="bad").of(OUTPUTS, TRUTH)) == set(names)
+    names = METRICS["regression"]
+    values = chosen((), "regression", ("pearson",), metrics=names).of(
+        torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 2.0, 2.0])
+    )
+    assert set(values) == set(names)
+    assert values["loss"] == pytest.approx(4 / 3)
+
+
+def test_f1_precision_and_recall_are_about_the_label_that_is_named():
+    names, outputs, truth = ("precision", "recall", "f1"), torch.eye(2)[[0, 0, 1]], [0, 1, 1]
+
+    values = chosen(metrics=names, positive_label="good").of(OUTPUTS, TRUTH)
+
+    # Three of four are found, and three of four that are said are right.
+    assert [values[name] for name in names] == [0.75, 0.75, 0.75]
+    for keys, recall in (({}, 0.5), ({"positive_label": "no"}, 1.0)):  # the second of two labels
+        two = chosen(("no", "yes"), metric="recall", **keys).of(outputs, torch.tensor(truth))
+        assert two["recall"] == recall
+
+
+def test_every_label_has_the_precision_and_recall_of_its_counts_also_if_the_label_is_absent():
+    actual = chosen((*LABELS, "absent")).of_classes(logits_of(PREDICTED.tolist(), 4), TRUTH)
+
+    by_class = actual["per_class"]
+
+    of = theirs.precision_recall_fscore_support
+    wanted = zip(*of(TRUTH[KNOWN], PREDICTED[KNOWN], labels=range(4), zero_division=0), strict=True)
+    assert [row["label"] for row in by_class] == [*LABELS, "absent"]
+    for row, values in zip(by_class, wanted, strict=True):
+        assert [row[key] for key in ("precision", "recall", "f1", "rows")] == pytest.approx(values)
+    counts = theirs.confusion_matrix(TRUTH[KNOWN], PREDICTED[KNOWN], labels=range(4))
+    shown = actual["confusion"]
+    assert [[shown[a].get(b, 0) for b in shown] for a in shown] == counts.tolist()
+    assert shown["bad"] == {"bad": 2, "fine": 1}
+
+
+def test_very_many_labels_are_counted_without_a_table_of_their_pairs():
+    predicted = logits_of([70_000, 3], 100_000)
+
+    actual = chosen(tuple(map(str, range(100_000)))).of_classes(predicted, torch.tensor([3, 3]))
+
+    assert actual["confusion"]["3"] == {"3": 1, "70000": 1}
+    assert actual["per_class"][3]["recall"] == 0.5
+
+
+def test_the_calibration_error_weighs_the_gap_of_each_of_15_bins_by_its_rows():
+    # Probabilities of the predicted class: 0.6 is the end of its bin, 0.61 begins the next one.
+    p = torch.tensor([0.6, 0.6, 0.61, 0.99, 0.99, 0.99], dtype=torch.float64)
+    outputs = torch.stack([p, 1 - p], dim=1).log()
+    truth = torch.tensor([0, 1, 1, 0, 0, 1])
+
+    actual = chosen(("no", "yes")).of_classes(outputs, truth)
+
+    gaps = (2 * abs(0.5 - 0.6), abs(0 - 0.61), 3 * abs(2 / 3 - 0.99))
+    assert actual["calibration_error"] == pytest.approx(sum(gaps) / 6)
+    assert chosen((), "regression", ("pearson",)).of_classes(outputs[:, :1], truth.double()) == {}
+
+
+def test_the_official_metrics_rank_evaluations_unless_one_is_chosen():
+    both = ("accuracy", "f1")
+
+    assert chosen(("a", "b"), official=both).main.name == "mean_accuracy_f1"
+    result = chosen(("a", "b"), official=both, metric="loss")
+    assert (result.main.name, result.main.higher_is_better) == ("loss", False)
+    assert result.names == (*both, "loss")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"metric": "f1"}, "f1 needs one of the 3 labels; set the key to one of bad, fine, good, "),
+        (
+            {"metrics": ("recall",)},
+            "eval.positive_label: missing, and recall needs one .* use recall_macro",
+        ),
+        ({"metric": "f1", "positive_label": "goood"}, 'no label "goood"; did you mean "good"'),
+        ({"positive_label": "good"}, "no metric of this run uses a positive label; remove the key"),
+    ],
+)
+def test_a_positive_label_that_is_missing_wrong_or_idle_is_refused(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        chosen(**keys)
+
+
+def test_a_run_keeps_the_best_evaluation_by_the_chosen_metric_and_shows_the_scores_of_every_label(
+    one_rank, tmp_path
+):
+    named = {"metric": "f1", "metrics": ["f1_macro"], "positive_label": "negative"}
+
+    outcome = finish_in(one_rank, tmp_path, review_task(tmp_path), eval={"eval_steps": 2, **named})
+
+    report = read(tmp_path / "out")
+    assert report["metric_name"] == "f1"
+    assert {"accuracy", "f1", "f1_macro", "loss"} == set(report["student"]["metrics"])
+    best = max(r["eval/f1"] for r in records(tmp_path / "out", "student") if "eval/f1" in r)
+    assert report["stages"][0]["metrics"]["f1"] == best == report["student"]["metrics"]["f1"]
+    negative, positive = report["student"]["per_class"]
+    assert (negative["label"], positive["label"]) == ("negative", "positive")
+    assert negative["f1"] == best
+    assert negative["rows"] + positive["rows"] == 26
+    assert "student, by label  precision  recall" in outcome.out
+    assert "student, by label  as negative  as positive" in outcome.out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Scores by label" in page
+    assert ">Confusions<" in page

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import config_tree, write_config
+from tiny_runs import run_in
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 from whole_run import WholeRun, finish
@@ -81,13 +81,7 @@ def turned_round(folder: Path) -> Path:
 
 
 def written(whole_run: WholeRun, folder: Path, **teacher: object) -> Path:
-    tree = config_tree(
-        folder / "out",
-        {"type": "classification", "dataset": str(whole_run.reviews)},
-        teacher=teacher,
-        method={"name": "single"},
-    )
-    return write_config(folder / "run.yaml", tree)
+    return run_in(folder, whole_run.task, teacher=teacher, method={"name": "single"})
 
 
 def test_a_good_teacher_with_generic_labels_is_told_with_both_lists_and_checked_once(
@@ -106,20 +100,6 @@ def test_a_good_teacher_with_generic_labels_is_told_with_both_lists_and_checked_
     again = finish(one_rank, config)
     assert "checking the order" not in again.err
     assert "are read as the labels" in again.err
-
-
-def test_numbers_in_another_order_are_refused_too(one_rank, whole_run, generic, tmp_path):
-    numbered = tmp_path / "numbered"
-    numbered.mkdir()
-    for file in whole_run.reviews.glob("*.jsonl"):
-        text = file.read_text().replace('"negative"', "0").replace('"positive"', "1")
-        (numbered / file.name).write_text(text)
-    config = written(whole_run, tmp_path, model=str(turned_round(generic)))
-
-    outcome = one_rank.train("--config", config, f"task.dataset={numbered}")
-
-    assert outcome.code == 2
-    assert "the order LABEL_1 is 0, LABEL_0 is 1 gives" in outcome.err
 
 
 @pytest.mark.parametrize("command", ["train", "cache"])

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import config_tree, llama, write_config, write_text
-from whole_run import finish, forgotten, records
+from tiny_runs import llama, write_text
+from whole_run import finish, finish_in, forgotten, records
 
 STEPS, BUDGET = 12, 56
 
@@ -16,8 +16,10 @@ STEPS, BUDGET = 12, 56
 def packed_run(one_rank, tmp_path_factory) -> Path:
     """Steps of 8 rows of 16 tokens; the last step of every epoch has fewer rows."""
     folder = tmp_path_factory.mktemp("packed")
-    tree = config_tree(
-        folder / "out",
+    train = {"per_device_train_batch_size": 8, "max_steps": STEPS, "gradient_checkpointing": True}
+    finish_in(
+        one_rank,
+        folder,
         {
             "type": "causal_lm",
             "dataset": str(write_text(folder / "stories.txt")),
@@ -33,10 +35,8 @@ def packed_run(one_rank, tmp_path_factory) -> Path:
         ],
         eval={"eval_steps": 4},
         save={"save_steps": 5},
+        train={**train, "tokens_per_rank": BUDGET},
     )
-    packing = {"tokens_per_rank": BUDGET, "gradient_checkpointing": True}
-    tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": STEPS, **packing}
-    finish(one_rank, write_config(folder / "run.yaml", tree))
     return folder
 
 

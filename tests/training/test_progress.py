@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import config_tree, write_config
+from tiny_runs import run_in
 
 from megakd.errors import ConfigError, MegakdError
 from megakd.training.progress import Extent, Reporter
@@ -161,9 +161,7 @@ def test_without_a_terminal_there_is_one_short_line_per_log_and_no_bar(
     ]
 
 
-def test_a_disk_that_is_full_midway_is_said_once_and_not_again_when_the_file_is_closed(
-    tmp_path: Path,
-) -> None:
+def test_a_disk_that_is_full_midway_is_said_once_and_not_again_when_the_file_is_closed(tmp_path):
     class Full(io.FileIO):
         def write(self, content: object) -> int:
             return super().write(bytes(content)[:5])  # type: ignore[call-overload]
@@ -186,19 +184,18 @@ def test_a_folder_in_the_place_of_the_log_or_a_missing_library_ends_a_run_before
 ) -> None:
     (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
     task = {"type": "classification", "dataset": "nobody/nothing"}
-    tree = config_tree(tmp_path / "out", task)
 
-    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    outcome = one_rank.train("--config", run_in(tmp_path, task))
 
     assert outcome.code == 2
     where = tmp_path / "out" / "metrics.jsonl"
     assert f"megakd: error: {where} cannot be used (Is a directory)" in outcome.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
-    tree |= {"output_dir": str(tmp_path / "other"), "log": {"report_to": ["wandb"]}}
-    outcome = one_rank.train("--config", write_config(tmp_path / "run.yaml", tree))
+    other = run_in(tmp_path / "other", task, log={"report_to": ["wandb"]})
+    outcome = one_rank.train("--config", other)
     assert outcome.code == 2
     assert "pip install wandb" in outcome.err
-    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "other" / "out").exists()
 
 
 class Service(ModuleType):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import NO_DROPOUT, bert, config_tree, write_config, write_jsonl
+from tiny_runs import NO_DROPOUT, bert, run_in, write_jsonl
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
@@ -24,11 +24,6 @@ from megakd.training.operations import StepOperations, passes_of, peak_tflops
 LENGTH, ROWS = 16, 4
 
 
-def slow_at(*logs: list[float]) -> list[int | None]:
-    watch = SlowRank()
-    return [watch.add(computing) for computing in logs]
-
-
 @pytest.mark.parametrize(
     ("logs", "rank", "at"),
     [
@@ -43,8 +38,9 @@ def slow_at(*logs: list[float]) -> list[int | None]:
 )
 def test_a_rank_is_slow_after_five_logs_in_a_row_above_the_median(logs, rank, at):
     wanted = [rank if number == at else None for number in range(1, len(logs) + 1)]
+    watch = SlowRank()
 
-    assert slow_at(*logs) == wanted
+    assert [watch.add(computing) for computing in logs] == wanted
 
 
 def counted(forward, *, asks=lambda: False) -> tuple[float, float]:
@@ -110,18 +106,15 @@ def test_the_rates_of_a_log_are_those_of_the_plan(tmp_path, one_rank):
     rows = [{"text": words, "label": name} for name in ("a", "b")] * 20
     for split in ("train", "validation"):
         write_jsonl(tmp_path / f"data/{split}.jsonl", rows)
-    config = write_config(
-        tmp_path / "run.yaml",
-        config_tree(
-            tmp_path / "out",
-            {"type": "classification", "dataset": str(tmp_path / "data"), "max_length": LENGTH},
-            teacher={"model": bert(3, 32, **NO_DROPOUT)},
-            student={"model": bert(2, **NO_DROPOUT)},
-            method={"name": "single"},
-            objective=[{"loss": "soft_target_kl"}],
-            train={"max_steps": 3, "per_device_train_batch_size": ROWS},
-            log={"logging_steps": 1},
-        ),
+    config = run_in(
+        tmp_path,
+        {"type": "classification", "dataset": str(tmp_path / "data"), "max_length": LENGTH},
+        teacher={"model": bert(3, 32, **NO_DROPOUT)},
+        student={"model": bert(2, **NO_DROPOUT)},
+        method={"name": "single"},
+        objective=[{"loss": "soft_target_kl"}],
+        train={"max_steps": 3, "per_device_train_batch_size": ROWS},
+        log={"logging_steps": 1},
     )
 
     assert one_rank.train("--config", config).code == 0

@@ -42,9 +42,7 @@ def check(rows: Dataset, **keys: Any) -> None:
 
 @pytest.mark.parametrize("key", SECTIONS)
 @pytest.mark.parametrize(("room", "continued"), [(36, [0, 1]), (35, [0]), (20, [0])])
-def test_a_prompt_without_room_for_a_text_is_left_out(
-    key: str, room: int, continued: list[int]
-) -> None:
+def test_a_prompt_without_room_for_a_text_is_left_out(key, room, continued):
     for max_length, context in ((room, 64), (64, room)):
         config = config_of(max_length)
         prompts = prompts_of(ROWS, SECTIONS[key], config, student(context), key=key)
@@ -70,9 +68,7 @@ def test_a_run_says_how_many_rows_are_left_out(key: str, caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("room", "limit"), [((19, 64), "task.max_length"), ((64, 19), "the context of student.model")]
 )
-def test_a_run_in_which_no_prompt_fits_is_refused(
-    key: str, room: tuple[int, int], limit: str
-) -> None:
+def test_a_run_in_which_no_prompt_fits_is_refused(key, room, limit):
     with pytest.raises(ConfigError) as caught:
         prompts_of(ROWS, SECTIONS[key], config_of(room[0]), student(room[1]), key=key)
 

@@ -67,8 +67,8 @@ class Remote:
         raise AssertionError((prompts, seeds, sampling))
 
 
-def source(config: RolloutConfig, generator: Any, folder: Path) -> RolloutSource:
-    def step_rows(step: int) -> Any:
+def step_rows() -> StepRows:
+    def at(step: int) -> Any:
         return np.arange(ROWS) + ROWS * step
 
     empty = np.zeros(0, dtype=np.int32)
@@ -76,12 +76,21 @@ def source(config: RolloutConfig, generator: Any, folder: Path) -> RolloutSource
     prompts = SimpleNamespace(
         prompt=lambda number: (number,), row=lambda _: row, route=lambda _: None
     )
-    step_rows.steps_per_epoch = 100  # type: ignore[attr-defined]
+    at.steps_per_epoch = 100  # type: ignore[attr-defined]
     layout = SimpleNamespace(shape=SimpleNamespace(rank=0, world=1, rows_per_step=ROWS))
-    rows: Any = StepRows(prompts, step_rows, step_rows, None, layout)  # type: ignore[arg-type]
-    store = RolloutStore(folder)
+    return StepRows(prompts, at, at, None, layout)  # type: ignore[arg-type]
+
+
+def source(
+    config: RolloutConfig, generator: Any, folder: Path, rows: StepRows | None = None
+) -> RolloutSource:
     return RolloutSource(
-        rows, config, generator=generator, store=store, seed=3, oldest=lambda: oldest_step(folder)
+        rows or step_rows(),
+        config,
+        generator=generator,
+        store=RolloutStore(folder),
+        seed=3,
+        oldest=lambda: oldest_step(folder),
     )
 
 
@@ -212,14 +221,9 @@ def test_data_rows_can_be_learned_from_and_texts_continue_prompts_that_fit(
         generate=lambda prompts, *_: [Completion((1,), finished=True) for _ in prompts]
     )
     mix: Any = {"rollout": 0.4, "replay": 0.2, "data": 0.4}
-    made = RolloutSource(
-        StepRows(prompts, *orders, None, StepLayout(shape)),  # type: ignore[arg-type]
-        RolloutConfig(max_new_tokens=4, mix=mix, mix_per=per),
-        generator=generator,  # type: ignore[arg-type]
-        store=RolloutStore(tmp_path),
-        seed=3,
-        oldest=lambda: 0,
-    )
+    all_rows = StepRows(prompts, *orders, None, StepLayout(shape))  # type: ignore[arg-type]
+    config = RolloutConfig(max_new_tokens=4, mix=mix, mix_per=per)
+    made = source(config, generator, tmp_path, all_rows)
 
     for _ in made.iterate(0, 40):
         pass

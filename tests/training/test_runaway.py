@@ -12,13 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megakd.scoring.watches import (
-    KINDS,
-    LONGER,
-    MORE_TRUNCATED,
-    TextPoint,
-    text_warnings,
-)
+from megakd.scoring.watches import KINDS, LONGER, MORE_TRUNCATED, TextPoint, text_warnings
 from megakd.training.progress import Extent, Reporter
 
 CALM, AWAY = TextPoint(100, 0.1, 2.0), TextPoint(300, 0.9, 0.4)

@@ -96,9 +96,7 @@ def spoiled(tree: Any, token: int) -> Any:
     return tree
 
 
-def test_an_end_token_of_the_folder_that_the_student_lacks_is_refused_for_sglang(
-    stub: Stub, tmp_path: Path
-):
+def test_an_end_token_of_the_folder_that_the_student_lacks_is_refused_for_sglang(stub, tmp_path):
     """An ordinary word in the folder of a tokenizer with another end token."""
     if stub.kind == "vllm":
         check(stub, tmp_path, ends=[7])
@@ -196,14 +194,3 @@ def test_an_answer_with_other_weights_than_the_pushed_is_refused():
             made.generate(PROMPTS, range(5), SAMPLING)
         stub.weights = "run-4"
         assert len(made.generate(PROMPTS, range(5), SAMPLING)) == 5
-
-
-def test_texts_are_asked_of_the_pushed_adapter():
-    stub = Stub("vllm")
-    stub.loaded = {"run-4": "w"}
-    with serving(stub):
-        made = generator_of([stub], push=Pushes(Pushed(adapter="run-4")))
-        made.update(4)
-        made.generate(PROMPTS, range(5), SAMPLING)
-
-    assert {body["model"] for body in stub.of("/v1/completions")} == {"run-4"}

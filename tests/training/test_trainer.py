@@ -277,15 +277,12 @@ def test_no_operation_of_a_step_makes_the_host_wait_for_the_device(task):
     lm_head = SimpleNamespace(read=lambda: (torch.ones(9, 4), None), warp=LogitWarp())
 
     class Headed(Teacher):
-        def __init__(self) -> None:
-            """Tell nobody."""
-
         def __call__(self, batch: Batch) -> Knowledge:
             return frozen(batch)._replace(head=lm_head)
 
     trainer = Trainer(
         student=Learner(StudentBundle({"student": Tiny(outputs)}, objective, world_size=1)),
-        teachers={"teacher": Headed()},
+        teachers={"teacher": Headed([], "teacher")},
         strategy=Constant((Pass(teacher="teacher"),)),
         count_units=count_units,
         learning_rate=lambda step: 0.1 / (1 + step),
