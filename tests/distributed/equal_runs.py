@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from tiny_runs import NO_DROPOUT, save_tokenizer, write_jsonl, write_text
+from tiny_runs import NO_DROPOUT, save_tokenizer, shape_of, write_jsonl, write_text
 from tiny_runs import bert as scratch_bert
 from tiny_runs import llama as scratch_llama
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -74,12 +73,12 @@ def kind_of(student):
 
 def bert(layers, width, **keys):
     keys = {"vocab_size": 320, "num_labels": 3, "classifier_dropout": 0.0, **NO_DROPOUT, **keys}
-    return AutoConfig.for_model(**scratch_bert(layers, width, **keys)["config"])
+    return shape_of(scratch_bert(layers, width, **keys))
 
 
 def llama(layers, width, **keys):
-    scratch = scratch_llama(layers, width, num_attention_heads=4, num_key_value_heads=2, **keys)
-    return AutoConfig.for_model(**scratch["config"])
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return shape_of(scratch_llama(layers, width, **heads, **keys))
 
 
 SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 32}
@@ -127,8 +126,7 @@ def write_llama(folder: Path, layers: int, **sizes) -> Path:
     """Write a text, and a Llama with random weights and grouped heads."""
     text = write_text(folder / "text.txt", documents=120)
     torch.manual_seed(0)
-    keys = scratch_llama(layers, **sizes, num_attention_heads=4, num_key_value_heads=2)["config"]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=320, **keys))
+    model = AutoModelForCausalLM.from_config(llama(layers, 16, vocab_size=320, **sizes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder / "llama")

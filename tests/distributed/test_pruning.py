@@ -14,14 +14,8 @@ import torch
 from cases import joined_shards, lab_of
 from equal_runs import difference, zero
 from safetensors.torch import load_file
-from tiny_runs import run_in, save_tokenizer, write_text
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    BertConfig,
-    LlamaConfig,
-    PreTrainedModel,
-)
+from tiny_runs import NO_DROPOUT, bert, llama, run_in, save_tokenizer, shape_of, write_text
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from megakd.engine.sharding import full_shape
 from megakd.methods import run_method
@@ -85,15 +79,8 @@ def models_in_memory() -> int:
     return sum(isinstance(one, PreTrainedModel) for one in gc.get_objects())
 
 
-SIZES = {
-    "vocab_size": 320,
-    "num_hidden_layers": 2,
-    "hidden_size": 24,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 32,
-}
-GROUPED = {"num_key_value_heads": 2, "tie_word_embeddings": False}
+SIZES = {"vocab_size": 320, "num_attention_heads": 4, "intermediate_size": 40}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
 DECODERS = ("llama", "headed")
 METHOD = {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 6, "pruning_start": 1}
 
@@ -105,14 +92,14 @@ def folder(tmp_path_factory) -> Path:
     text = write_text(folder / "text.txt", documents=120)
     torch.manual_seed(0)
     models = {
-        "bert": BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-        "dropout": BertConfig(**SIZES),
-        "llama": LlamaConfig(**SIZES, **GROUPED),
-        "headed": LlamaConfig(**{**SIZES, **GROUPED, "vocab_size": 1000, "num_hidden_layers": 1}),
+        "bert": bert(2, 24, **SIZES, **NO_DROPOUT),
+        "dropout": bert(2, 24, **SIZES),
+        "llama": llama(2, 24, **GROUPED),
+        "headed": llama(1, 24, **{**GROUPED, "vocab_size": 1000}),
     }
-    for name, config in models.items():
+    for name, scratch in models.items():
         auto = AutoModelForCausalLM if name in DECODERS else AutoModelForMaskedLM
-        model = auto.from_config(config)
+        model = auto.from_config(shape_of(scratch))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(folder / name)

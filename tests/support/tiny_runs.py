@@ -100,6 +100,13 @@ def llama(layers: int, width: int = 16, **keys: Any) -> dict[str, Any]:
     }
 
 
+def shape_of(scratch: Mapping[str, Any], **keys: Any) -> Any:
+    """The configuration of a model from scratch, for weights that a test writes itself."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**scratch["config"], **keys)
+
+
 def config_tree(out: Path, task: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
     """A run config: a student of one layer, a few steps; `sections` are merged in."""
     is_language = task["type"] == "causal_lm"
