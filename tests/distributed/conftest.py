@@ -196,11 +196,14 @@ def command(workers: Callable[[int], GlooWorkers]) -> Callable[..., Ended]:
     """Runs `launch/train.py ARGUMENTS` in long-lived ranks: `command("--config", path)`.
 
     case: what runs it, if not `cases.command`.
+    code: the exit code that a test expects of all ranks, if any.
     """
 
-    def run(*arguments: str, world: int = 2, case: str = "command") -> Ended:
-        codes, texts = zip(*workers(world).run(case, *arguments), strict=True)
-        return Ended([*codes], "\n".join(texts))
+    def run(*words: str, world: int = 2, case: str = "command", code: int | None = None) -> Ended:
+        codes, texts = zip(*workers(world).run(case, *words), strict=True)
+        ended = Ended([*codes], "\n".join(texts))
+        assert code is None or ended.codes == [code] * world, ended.text
+        return ended
 
     return run
 
@@ -214,8 +217,7 @@ def goes_on(command: Callable[..., Ended], tmp_path: Path) -> Callable[..., Path
     ) -> Path:
         copied = as_it_was(out, stage, step, tmp_path / "continued" / str(world))
         words = ("--config", str(config), f"output_dir={copied}", *overrides)
-        ended = command(*words, world=world)
-        assert ended.codes == [0] * world, ended.text
+        ended = command(*words, world=world, code=0)
         saved = copied / "checkpoints" / stage / f"step-{step}"
         assert f"{stage}: resumed at step {step} from {saved}, which" in ended.text
         return copied

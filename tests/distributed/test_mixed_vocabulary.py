@@ -227,8 +227,7 @@ def test_two_vocabularies_go_on_with_other_ranks(command, goes_on, folder, tmp_p
     """Two learners with a rate each, a measured weight, and no moment of the frozen tables."""
     config = config_of(folder, tmp_path, stage=2, **METHODS["measured"])
     keys = ("save={save_steps: 1, save_total_limit: null}",)
-    whole = command("--config", config, *keys)
-    assert whole.codes == [0, 0], whole.text
+    command("--config", config, *keys, code=0)
     stage = "student.deepspeed={zero_optimization: {stage: 3}}"
     other = (*keys, stage, "train.gradient_accumulation_steps=4")
 

@@ -269,13 +269,12 @@ def test_a_run_killed_within_a_window_ends_with_the_same_weights(command, launch
     killed = config_of("dropout", stage, save={"save_steps": 1}, log={"logging_steps": 1})
     latest = killed.parent / "out" / "checkpoints" / "pruning-2" / "latest"
 
-    assert command("--config", str(whole)).codes == [0, 0]
+    command("--config", str(whole), code=0)
     first = launch("--config", str(killed))
     assert first.wait_until(latest.exists), first.text
     first.kill()
-    second = command("--config", str(killed))
+    second = command("--config", str(killed), code=0)
 
-    assert second.codes == [0, 0], second.text
     # The kill may come late, in the window after it.
     assert re.search("(pruning-2|student): resumed at step", second.text)
     one, other = (
@@ -289,7 +288,7 @@ def test_a_run_killed_within_a_window_ends_with_the_same_weights(command, launch
 def test_a_window_goes_on_with_other_ranks(command, goes_on, config_of, world, stage):
     config = config_of("bert", 2, save={"save_steps": 1, "save_total_limit": None})
     out = config.parent / "out"
-    assert command("--config", str(config)).codes == [0, 0]
+    command("--config", str(config), code=0)
     other = f"student.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
     rows = (
         "train.gradient_accumulation_steps=1",
