@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import shutil
 import signal
@@ -23,6 +22,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from forked_ranks import start_rank
+from tiny_runs import merged, write_config
 
 from megakd.engine.distributed import free_port
 
@@ -259,11 +259,7 @@ def write_run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def write(name: str, terms, stages=(0, 0), **sections) -> str:
         path = folder / f"{len(list(folder.glob('*.yaml')))}.yaml"
         tree = equal_runs.config_tree(models, name, terms, stages)
-        tree["output_dir"] = f"{path}-out"
-        for section, keys in sections.items():
-            tree[section] = {**tree.get(section, {}), **keys} if isinstance(keys, dict) else keys
-        path.write_text(json.dumps(tree))
-        return str(path)
+        return str(write_config(path, merged({**tree, "output_dir": f"{path}-out"}, sections)))
 
     return write
 

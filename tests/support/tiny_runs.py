@@ -121,6 +121,11 @@ def config_tree(out: Path, task: Mapping[str, Any], **sections: Any) -> dict[str
         "log": {"logging_steps": 2, "report_to": []},
         "save": {"save_total_limit": None},  # for tests that go back to an earlier step
     }
+    return merged(tree, sections)
+
+
+def merged(tree: dict[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the keys of sections into those of the tree; all that is no section replaces."""
     for name, section in sections.items():
         both = isinstance(section, dict) and isinstance(tree.get(name), dict)
         tree[name] = {**tree[name], **section} if both else section
