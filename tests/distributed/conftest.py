@@ -78,7 +78,6 @@ class Group:
         return any(process.exitcode is None for process in self.processes)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
-        """The exit codes of all ranks."""
         # Ranks that run to their end need the cores that a quick look takes.
         self.wait_until(lambda: False, timeout_s=timeout_s, look_every_s=0.02)
         for process in self.processes:
@@ -240,7 +239,6 @@ def as_it_was(out: Path, stage: str, step: int, copied: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and models of `equal_runs`."""
     from equal_runs import write_folder
 
     return write_folder(tmp_path_factory.mktemp("models"))

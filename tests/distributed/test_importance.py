@@ -134,7 +134,6 @@ ZERO3 = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Data and teachers that both sides read."""
     folder = tmp_path_factory.mktemp("importance")
     for split, count in {"train": 20, "validation": 13}.items():
         named = (
@@ -160,7 +159,6 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config_of(folder, tmp_path_factory):
-    """A config: `config_of(task, ZeRO stage)`."""
     configs = tmp_path_factory.mktemp("configs")
 
     def written(task, stage):

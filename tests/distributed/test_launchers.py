@@ -94,7 +94,6 @@ def test_a_launcher_of_two_ranks_trains_as_two_ranks_by_hand(config, by_hand, tm
 
 
 def slurm(rank: int, ranks: int, job: int = 1) -> dict[str, object]:
-    """Return the variables that srun sets."""
     place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": ranks}
     nodes = {"SLURM_NODELIST": "localhost", "SLURM_STEP_NODELIST": "localhost"}
     nodes |= {"SLURM_STEP_ID": 0}
@@ -213,7 +212,6 @@ def rendezvous(folder: Path) -> list[list[str]]:
 
 
 def losses(out: Path) -> dict[tuple[str, int], float]:
-    """The loss of every step of every stage."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return {
         (line["stage"], line["step"]): line["train/loss"] for line in lines if "train/loss" in line

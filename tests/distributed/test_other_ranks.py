@@ -78,7 +78,6 @@ def travel_in(workers, write_run):
 
 @pytest.fixture
 def travel(travel_in, tmp_path):
-    """Travel in a new folder."""
     return functools.partial(travel_in, tmp_path)
 
 
@@ -96,7 +95,6 @@ ENDS = [PLACES[0], PLACES[-1]]
 
 @pytest.fixture(scope="module")
 def unbroken(travel_in, tmp_path_factory) -> dict[str, Any]:
-    """What one rank has that never changes."""
     folder = tmp_path_factory.mktemp("unbroken")
     return travel_in(folder, ALONE, "bert-student", CLASSIFICATION, places=ENDS)
 

@@ -140,7 +140,6 @@ def write_run(
 
 @pytest.fixture(scope="module")
 def pruned(workers):
-    """The findings of all ranks: `pruned(config, ranks)`."""
     return lambda path, ranks=2: workers(ranks).run("test_pruning.prune", str(path), [])
 
 

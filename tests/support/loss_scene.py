@@ -123,10 +123,7 @@ class Scene:
         return self
 
     def result(
-        self,
-        rows: slice = slice(None),
-        counts: Counts | None = None,
-        kernels: Any = "auto",
+        self, rows: slice = slice(None), counts: Counts | None = None, kernels: Any = "auto"
     ) -> Result:
         """Total, sums and gradients of some rows, divided by `counts` or by the scene's own."""
         leaves = {n: v.detach().clone().requires_grad_() for n, v in self.leaves.items()}

@@ -114,18 +114,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
-    """The model as transformers saves it."""
     model.save_pretrained(folder)
     return folder
 
 
 def source_of(folder: Path, kind: str) -> ModelSource:
-    """The folder as megakd finds it."""
     return resolve_model(str(folder), task(kind), where="teacher.model")
 
 
 def loaded(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The folder's model as megakd loads it."""
     return load_model(
         source_of(folder, kind),
         task=task(kind),
@@ -157,7 +154,6 @@ def view_of(model: PreTrainedModel, kind: str) -> View:
 
 
 def order_of(model: PreTrainedModel, *, seed: int = 0) -> UnitOrder:
-    """A random order of all units."""
     full, generator = full_view(model), torch.Generator().manual_seed(seed)
 
     def shuffled(count: int) -> tuple[int, ...]:
@@ -191,7 +187,6 @@ def masked(model: PreTrainedModel, view: View) -> PreTrainedModel:
 
 
 def cut(model: PreTrainedModel, kind: str, view: View, order: UnitOrder | None = None):
-    """The model's cut, made in memory."""
     from megakd.models.axes import weight_axes
 
     config = cut_config(model.config, view, order)

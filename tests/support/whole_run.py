@@ -74,7 +74,6 @@ def accuracy_by_hand(model_folder: Path, file: Path) -> float:
 
 
 def finish(one_rank: OneRank, config: Path, *overrides: str) -> Outcome:
-    """Runs to the end."""
     return one_rank.train("--config", config, *overrides, code=0)
 
 
