@@ -20,8 +20,7 @@ SINGLE = {"name": "single"}
 
 
 def matched(one_rank, config: Path, *words: str) -> dict[str, Any]:
-    outcome = one_rank.megakd("match", config, *words, "--json")
-    assert outcome.code == 0, outcome.err
+    outcome = one_rank.megakd("match", config, *words, "--json", code=0)
     return json.loads(outcome.out)
 
 
@@ -83,8 +82,7 @@ def test_a_teacher_that_the_run_has_trained_is_scored_and_another_is_refused(
 
     report = read(whole_run.out)["teacher"]["metrics"]
     assert result["teachers"]["teacher"]["metrics"] == pytest.approx(report)
-    refused = one_rank.megakd("match", whole_run.config, f"output_dir={tmp_path / 'new'}")
-    assert refused.code == 2
+    refused = one_rank.megakd("match", whole_run.config, f"output_dir={tmp_path / 'new'}", code=2)
     assert "teacher.finetune: the teacher is not trained" in refused.err
     assert not (tmp_path / "new").exists()
 
@@ -174,7 +172,6 @@ def test_a_start_made_of_the_teacher_is_told(one_rank, whole_run, tmp_path):
 
 
 def test_a_run_without_a_teacher_is_refused(one_rank, whole_run, tmp_path):
-    outcome = one_rank.megakd("match", run_in(tmp_path, whole_run.task))
+    outcome = one_rank.megakd("match", run_in(tmp_path, whole_run.task), code=2)
 
-    assert outcome.code == 2
     assert outcome.err.startswith("megakd: error: teacher: missing, and megakd match compares")

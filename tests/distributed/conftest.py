@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import shutil
 import signal
@@ -23,6 +22,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from forked_ranks import start_rank
+from tiny_runs import merged, write_config
 
 from megakd.engine.distributed import free_port
 
@@ -78,7 +78,6 @@ class Group:
         return any(process.exitcode is None for process in self.processes)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int]:
-        """The exit codes of all ranks."""
         # Ranks that run to their end need the cores that a quick look takes.
         self.wait_until(lambda: False, timeout_s=timeout_s, look_every_s=0.02)
         for process in self.processes:
@@ -196,11 +195,14 @@ def command(workers: Callable[[int], GlooWorkers]) -> Callable[..., Ended]:
     """Runs `launch/train.py ARGUMENTS` in long-lived ranks: `command("--config", path)`.
 
     case: what runs it, if not `cases.command`.
+    code: the exit code that a test expects of all ranks, if any.
     """
 
-    def run(*arguments: str, world: int = 2, case: str = "command") -> Ended:
-        codes, texts = zip(*workers(world).run(case, *arguments), strict=True)
-        return Ended([*codes], "\n".join(texts))
+    def run(*words: str, world: int = 2, case: str = "command", code: int | None = None) -> Ended:
+        codes, texts = zip(*workers(world).run(case, *words), strict=True)
+        ended = Ended([*codes], "\n".join(texts))
+        assert code is None or ended.codes == [code] * world, ended.text
+        return ended
 
     return run
 
@@ -214,8 +216,7 @@ def goes_on(command: Callable[..., Ended], tmp_path: Path) -> Callable[..., Path
     ) -> Path:
         copied = as_it_was(out, stage, step, tmp_path / "continued" / str(world))
         words = ("--config", str(config), f"output_dir={copied}", *overrides)
-        ended = command(*words, world=world)
-        assert ended.codes == [0] * world, ended.text
+        ended = command(*words, world=world, code=0)
         saved = copied / "checkpoints" / stage / f"step-{step}"
         assert f"{stage}: resumed at step {step} from {saved}, which" in ended.text
         return copied
@@ -238,7 +239,6 @@ def as_it_was(out: Path, stage: str, step: int, copied: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and models of `equal_runs`."""
     from equal_runs import write_folder
 
     return write_folder(tmp_path_factory.mktemp("models"))
@@ -257,11 +257,7 @@ def write_run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def write(name: str, terms, stages=(0, 0), **sections) -> str:
         path = folder / f"{len(list(folder.glob('*.yaml')))}.yaml"
         tree = equal_runs.config_tree(models, name, terms, stages)
-        tree["output_dir"] = f"{path}-out"
-        for section, keys in sections.items():
-            tree[section] = {**tree.get(section, {}), **keys} if isinstance(keys, dict) else keys
-        path.write_text(json.dumps(tree))
-        return str(path)
+        return str(write_config(path, merged({**tree, "output_dir": f"{path}-out"}, sections)))
 
     return write
 

@@ -8,17 +8,14 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from tiny_runs import NO_DROPOUT, save_tokenizer, shape_of, write_jsonl, write_text
+from tiny_runs import bert as scratch_bert
 from tiny_runs import llama as scratch_llama
-from tiny_runs import save_tokenizer, write_jsonl, write_text
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    BertConfig,
     DistilBertConfig,
-    LlamaConfig,
-    RobertaConfig,
 )
 
 STEPS = 3
@@ -74,59 +71,30 @@ def kind_of(student):
     return KINDS[student.partition("-")[0]]
 
 
-def bert(layers, width, *, config=BertConfig, vocabulary=320, **keys):
-    return config(
-        **keys,
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=2 * width,
-        max_position_embeddings=32,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        classifier_dropout=0.0,
-    )
+def bert(layers, width, **keys):
+    keys = {"vocab_size": 320, "num_labels": 3, "classifier_dropout": 0.0, **NO_DROPOUT, **keys}
+    return shape_of(scratch_bert(layers, width, **keys))
 
 
-def distilbert(layers, width):
-    return DistilBertConfig(
-        vocab_size=320,
-        dim=width,
-        n_layers=layers,
-        n_heads=2,
-        hidden_dim=2 * width,
-        max_position_embeddings=32,
-        dropout=0.0,
-        attention_dropout=0.0,
-    )
+def llama(layers, width, **keys):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return shape_of(scratch_llama(layers, width, **heads, **keys))
 
 
-def llama(layers, width, *, vocabulary, tied=False):
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=2 * width,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-    )
-
-
+SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 32}
 CONFIGS = {
     "bert-teacher": bert(4, 32),
     "bert-student": bert(2, 16),
-    "llama-teacher": llama(4, 32, vocabulary=328),
-    "llama-tied": llama(2, 16, vocabulary=320, tied=True),
-    "llama-untied": llama(2, 16, vocabulary=336),
-    "masked-teacher": bert(4, 32, vocabulary=328),
+    "llama-teacher": llama(4, 32, vocab_size=328),
+    "llama-tied": llama(2, 16, vocab_size=320, tie_word_embeddings=True),
+    "llama-untied": llama(2, 16, vocab_size=336),
+    "masked-teacher": bert(4, 32, vocab_size=328),
     "masked-tied": bert(2, 16),
-    "masked-untied": bert(2, 16, vocabulary=336, tie_word_embeddings=False),
-    "masked-roberta": bert(2, 16, config=RobertaConfig, pad_token_id=0),
-    "masked-distilbert": distilbert(2, 16),
+    "masked-untied": bert(2, 16, vocab_size=336, tie_word_embeddings=False),
+    "masked-roberta": bert(2, 16, model_type="roberta", pad_token_id=0),
+    "masked-distilbert": DistilBertConfig(
+        **SHAPE, vocab_size=320, dropout=0.0, attention_dropout=0.0
+    ),
 }
 
 
@@ -158,8 +126,7 @@ def write_llama(folder: Path, layers: int, **sizes) -> Path:
     """Write a text, and a Llama with random weights and grouped heads."""
     text = write_text(folder / "text.txt", documents=120)
     torch.manual_seed(0)
-    keys = scratch_llama(layers, **sizes, num_attention_heads=4, num_key_value_heads=2)["config"]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=320, **keys))
+    model = AutoModelForCausalLM.from_config(llama(layers, 16, vocab_size=320, **sizes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder / "llama")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megakd.engine.initialize import frozen_engine
 from megakd.engine.memory import destroy
+from megakd.models.architectures import ARCHITECTURES
 
 
 class Mixture(nn.Module):
@@ -59,20 +60,17 @@ DECODER = {
 GEMMA = {**DECODER, "head_dim": 6, "sliding_window": 5, "query_pre_attn_scalar": 6}
 GPT2 = {"n_head": 2, "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 T5 = {"num_heads": 4, "d_kv": 6, "d_ff": 32, "dropout_rate": 0.0}
-# The names of depth and width.
-USUAL, OF_GPT2 = ("num_hidden_layers", "hidden_size"), ("n_layer", "n_embd")
-OF_T5 = ("num_layers", "d_model")
-# Keys that all layers share, then the names of depth and width.
+# What is there beside depth and width.
 FAMILIES = {
-    "gemma2": ({**GEMMA, "final_logit_softcapping": 0.5}, USUAL),
-    "gemma3_text": (GEMMA, USUAL),
-    "phi": ({**DECODER, "num_attention_heads": 2, "num_key_value_heads": 1}, USUAL),
-    "phi3": (DECODER, USUAL),
-    "granite": ({**DECODER, "logits_scaling": 0.5}, USUAL),
-    "qwen3": ({**DECODER, "head_dim": 6}, USUAL),
-    "gpt2": (GPT2, OF_GPT2),
-    "t5_encoder": (T5, OF_T5),
-    "enct5": ({**T5, "feed_forward_proj": "gated-gelu"}, OF_T5),
+    "gemma2": {**GEMMA, "final_logit_softcapping": 0.5},
+    "gemma3_text": GEMMA,
+    "phi": {**DECODER, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "phi3": DECODER,
+    "granite": {**DECODER, "logits_scaling": 0.5},
+    "qwen3": {**DECODER, "head_dim": 6},
+    "gpt2": GPT2,
+    "t5_encoder": T5,
+    "enct5": {**T5, "feed_forward_proj": "gated-gelu"},
 }
 QUICK = ("gemma2", "phi3", "gpt2", "enct5")
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family not in QUICK]
@@ -140,9 +138,8 @@ def assert_same(whole, sharded):
 
 @pytest.mark.parametrize("family", [*QUICK, *SLOW])
 def test_a_family_trains_sharded_as_it_does_whole(whole_and_sharded, family):
-    keys, (depth, width) = FAMILIES[family]
-    keys = {**keys, "model_type": family}
-    teacher, student = ({"config": {**keys, depth: n, width: 8 * n}} for n in (3, 2))
+    entry, keys = ARCHITECTURES[family], {**FAMILIES[family], "model_type": family}
+    teacher, student = ({"config": {**keys, entry.layers: n, entry.width: 8 * n}} for n in (3, 2))
     is_language = family not in ("t5_encoder", "enct5")
 
     whole, sharded = whole_and_sharded(teacher, student, is_language=is_language)

@@ -37,8 +37,7 @@ def learned(command, data: Path, out: Path, name: str, zero: dict[str, object]) 
     )
     tree["teacher"] |= engine
     tree["eval"] = {**tree.get("eval", {}), "eval_steps": STEPS // 2}
-    ended = command("--config", str(write_config(out.with_suffix(".yaml"), tree)))
-    assert ended.codes == [0, 0], ended.text[-3000:]
+    command("--config", str(write_config(out.with_suffix(".yaml"), tree)), code=0)
     records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return {
         (record["stage"], record["step"], key): value

@@ -100,7 +100,6 @@ def same(one: Any, other: Any) -> bool:
 
 
 def copy_facts(config_path: str, overrides: list[str]) -> dict:
-    """Copies of a sharded model: how they are made and freed."""
     with started(config_path, overrides) as (run, _):
         student = run.student.student
         before = gathered_elements(student)

@@ -63,7 +63,6 @@ def _fill(linear: nn.Linear, number: int) -> None:
 
 
 def rows(step: int, backward: int, rank: int, names: str, factor: float = 1.0) -> Rows:
-    """Return the rows of a rank for one backward."""
     generator = torch.Generator().manual_seed(1000 * step + 10 * backward + rank)
     return Rows(factor * 0.3 * torch.randn(4, WIDTH, generator=generator), names)
 

@@ -14,8 +14,11 @@ from cases import elements, lab_of, local
 from equal_runs import inputs_of, rows
 from tiny_runs import (
     SENTENCES,
+    bert,
+    llama,
     run_in,
     save_tokenizer,
+    shape_of,
     write_jsonl,
     write_scored_pairs,
     write_text,
@@ -25,8 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    LlamaConfig,
 )
 
 from megakd.config.file import load_config
@@ -110,23 +111,15 @@ AUTO = {
     "mlm": AutoModelForMaskedLM,
     "causal_lm": AutoModelForCausalLM,
 }
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": HEADS,
-    "max_position_embeddings": 32,
-}
+SIZES = {"vocab_size": 320, "num_attention_heads": HEADS}
+BERT = bert(3, 32, **SIZES)
 # The classes are not numbered as in the data.
 NAMES = dict(enumerate(reversed(CLASSES)))
 CONFIGS = {
-    "classification": BertConfig(
-        **SIZES, id2label=NAMES, label2id={v: k for k, v in NAMES.items()}
-    ),
-    "regression": BertConfig(**SIZES, num_labels=1),
-    "mlm": BertConfig(**SIZES),
-    "causal_lm": LlamaConfig(**SIZES, num_key_value_heads=GROUPS, tie_word_embeddings=False),
+    "classification": shape_of(BERT, id2label=NAMES, label2id={v: k for k, v in NAMES.items()}),
+    "regression": shape_of(BERT, num_labels=1),
+    "mlm": shape_of(BERT),
+    "causal_lm": shape_of(llama(3, 32, **SIZES, num_key_value_heads=GROUPS)),
 }
 # DeepSpeed would keep weights as small as these whole, and between forward and backward.
 ZERO3 = {
@@ -141,7 +134,6 @@ ZERO3 = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Data and teachers that both sides read."""
     folder = tmp_path_factory.mktemp("importance")
     for split, count in {"train": 20, "validation": 13}.items():
         named = (
@@ -167,7 +159,6 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def config_of(folder, tmp_path_factory):
-    """A config: `config_of(task, ZeRO stage)`."""
     configs = tmp_path_factory.mktemp("configs")
 
     def written(task, stage):

@@ -43,8 +43,7 @@ def by_hand(command, config, tmp_path_factory) -> Callable[[str], Path]:
     def of(student: str) -> Path:
         out = tmp_path_factory.mktemp("by-hand") / "out"
         words = (f"output_dir={out}", f"student.deepspeed={student}")
-        ended = command("--config", str(config), *words)
-        assert ended.codes == [0, 0], ended.text
+        command("--config", str(config), *words, code=0)
         return out
 
     return of
@@ -95,7 +94,6 @@ def test_a_launcher_of_two_ranks_trains_as_two_ranks_by_hand(config, by_hand, tm
 
 
 def slurm(rank: int, ranks: int, job: int = 1) -> dict[str, object]:
-    """Return the variables that srun sets."""
     place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": ranks}
     nodes = {"SLURM_NODELIST": "localhost", "SLURM_STEP_NODELIST": "localhost"}
     nodes |= {"SLURM_STEP_ID": 0}
@@ -137,9 +135,8 @@ def test_bad_input_is_said_once_and_ends_every_rank(command, config, tmp_path):
         file.write(b'{"text": "\xff", "label": "positive"}\n')
 
     out = f"output_dir={tmp_path}/out"
-    ended = command("--config", str(config), out, f"task.dataset={broken}")
+    ended = command("--config", str(config), out, f"task.dataset={broken}", code=2)
 
-    assert ended.codes == [2, 2], ended.text
     assert ended.text.count("megakd: error: ") == 1
     assert f"{broken / 'train.jsonl'}, line 65: text is not UTF-8 (byte 0xff" in ended.text
 
@@ -215,7 +212,6 @@ def rendezvous(folder: Path) -> list[list[str]]:
 
 
 def losses(out: Path) -> dict[tuple[str, int], float]:
-    """The loss of every step of every stage."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return {
         (line["stage"], line["step"]): line["train/loss"] for line in lines if "train/loss" in line

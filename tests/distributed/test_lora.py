@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from equal_runs import CLASSIFICATION, LANGUAGE, assert_same, difference, plain_run
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from megakd.models.lora import ADAPTER, WEIGHTS
+from megakd.models.lora import WEIGHTS
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = {"hard_cross_entropy": 0.3, "soft_target_kl": 0.5, "soft_target_reverse_kl": 0.2}
@@ -100,8 +99,7 @@ def test_a_killed_run_resumes_from_the_adapters_to_the_same_weights(workers, fin
     assert result["steps"] == 4
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_run_saves_adapters_alone_and_ends_with_a_merged_model(finished, models):
+def test_a_checkpoint_has_the_adapters_alone(finished):
     _, out = finished
     stage, checkpoint = out / "stages" / "student", out / "checkpoints" / "student" / "step-2"
 
@@ -112,15 +110,6 @@ def test_a_run_saves_adapters_alone_and_ends_with_a_merged_model(finished, model
     assert learned < max(tensor.numel() for tensor in tensors_of(stage).values())
     written = sum(file.stat().st_size for file in checkpoint.glob("*.pt"))
     assert written < 4 * 8 * learned + 200_000, (written, learned)
-
-    ids = torch.arange(3, 19).reshape(2, 8)
-    base = AutoModelForCausalLM.from_pretrained(models / "llama-tied")
-    with torch.no_grad():
-        before = base(ids).logits
-        expected = PeftModel.from_pretrained(base, stage / ADAPTER).eval()(ids).logits
-        logits = AutoModelForCausalLM.from_pretrained(stage)(ids).logits
-    assert torch.allclose(logits, expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(logits, before, atol=1e-2)
 
 
 @pytest.mark.parametrize("zero", [0, 3])
@@ -141,8 +130,9 @@ def test_the_adapters_of_the_best_evaluation_are_merged_and_not_the_last(
     assert difference(load_file(stage / WEIGHTS), best) == 0
     assert not (kept / "model.safetensors").exists()
     base, merged = (load_file(at / "model.safetensors") for at in (models / "llama-untied", stage))
-    layer = "model.layers.1.mlp.down_proj"
-    a, b = (best[f"base_model.model.{layer}.lora_{factor}.weight"] for factor in "AB")
-    expected = base[f"{layer}.weight"] + 6 / 4 * b @ a
-    assert torch.allclose(merged[f"{layer}.weight"], expected, atol=1e-5, rtol=1e-5)
     assert merged.keys() == base.keys()
+    for name, weight in base.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        a, b = (best.get(f"{module}.lora_{factor}.weight") for factor in "AB")
+        expected = weight if a is None else weight + 6 / 4 * b @ a
+        assert torch.allclose(merged[name], expected, atol=1e-5, rtol=1e-5), name

@@ -96,7 +96,6 @@ def config(tmp_path_factory) -> Path:
 
 
 def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process | None:
-    """Return the process of a rank below a launcher, if it is there."""
     for process in psutil.Process(launcher.pid).children(recursive=True):
         try:
             is_rank = str(TRAIN) in process.cmdline()
@@ -108,7 +107,6 @@ def rank_of(launcher: subprocess.Popen[str], rank: int) -> psutil.Process | None
 
 
 def end(launchers: Sequence[subprocess.Popen[str]]) -> None:
-    """Kill launchers and what is left of their ranks."""
     for launcher in launchers:
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(launcher.pid).children(recursive=True):

@@ -11,15 +11,7 @@ import pytest
 import torch
 from equal_runs import ZERO3, difference
 from routed_bench import EXPERTS, rows
-from tiny_runs import (
-    NO_DROPOUT,
-    SENTENCES,
-    bert,
-    llama,
-    review_task,
-    run_in,
-    write_jsonl,
-)
+from tiny_runs import NO_DROPOUT, SENTENCES, bert, llama, review_task, run_in, write_jsonl
 
 STEPS, MICRO_BATCHES = 6, 2
 SIZES = {"small": (1, 16), "middle": (2, 16), "large": (2, 24)}

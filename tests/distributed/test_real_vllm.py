@@ -119,7 +119,6 @@ def served(url: str, folder: Path, sampling: Sampling, seed: int = 0) -> list[Co
 
 
 def greedy_of(folder: Path) -> list[Completion]:
-    """The greedy texts of the own engine."""
     tokens = TextTokens(frozenset({END, FURTHER_END}), known=KNOWN)
     model = Qwen2ForCausalLM.from_pretrained(folder).eval()
     return complete(model, PROMPTS, [0] * 6, GREEDY, tokens=tokens, rows_at_once=6)

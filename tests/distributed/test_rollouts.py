@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_runs
 import torch
 from equal_runs import difference
 from safetensors.torch import load_file
-from tiny_runs import write_jsonl
+from tiny_runs import merged, write_jsonl
 from whole_run import read, records
 
 STEPS = 6
@@ -67,18 +68,13 @@ def write_config(folder: Path, texts: Path, *, zero: int, **sections: Any) -> Pa
         "save": {"save_steps": 2, "asynchronous": False},
         "log": {"logging_steps": 1, "report_to": []},
     }
-    for name, keys in sections.items():
-        tree[name] = {**tree.get(name, {}), **keys} if isinstance(keys, dict) else keys
-    path = folder / "run.yaml"
-    path.write_text(json.dumps(tree))
-    return path
+    return tiny_runs.write_config(folder / "run.yaml", merged(tree, sections))
 
 
 def finish(
     command: Callable[..., Any], config: Path, out: Path, *overrides: str, world: int = 2
 ) -> Path:
-    ended = command("--config", str(config), f"output_dir={out}", *overrides, world=world)
-    assert ended.codes == [0] * world, ended.text
+    command("--config", str(config), f"output_dir={out}", *overrides, world=world, code=0)
     return out
 
 

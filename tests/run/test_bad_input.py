@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,18 +161,6 @@ def remove_head(folder: Path) -> None:
     save_file(kept, folder / WEIGHTS)
 
 
-def rename_labels(folder: Path) -> None:
-    change_config(folder, id2label={"0": "cat", "1": "dog"}, label2id={"cat": 0, "dog": 1})
-
-
-def into_other_family(folder: Path) -> None:
-    change_config(folder, model_type="bart")
-
-
-def without_heads(folder: Path) -> None:
-    change_config(folder, num_attention_heads=0)
-
-
 def change_config(folder: Path, **keys: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **keys}))
@@ -181,9 +170,18 @@ TEACHERS: dict[str, tuple[tuple[Callable[[Path], None], ...], tuple[str, ...]]] 
     "cut short": ((cut_short,), (WEIGHTS, "bytes) is cut short or damaged")),
     "tokenizer": ((break_tokenizer,), ("the tokenizer files in", "cannot be read")),
     "no head": ((remove_head,), ("teacher.model", "has no head for classification")),
-    "labels": ((rename_labels,), ("labels (cat, dog)", "of the data (negative, positive)")),
-    "family": ((into_other_family,), ("model_type 'bart' is not supported", "bert, roberta")),
-    "size": ((without_heads,), ("config.json", "num_attention_heads must be a whole number")),
+    "labels": (
+        (partial(change_config, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}),),
+        ("labels (cat, dog)", "of the data (negative, positive)"),
+    ),
+    "family": (
+        (partial(change_config, model_type="bart"),),
+        ("model_type 'bart' is not supported", "bert, roberta"),
+    ),
+    "size": (
+        (partial(change_config, num_attention_heads=0),),
+        ("config.json", "num_attention_heads must be a whole number"),
+    ),
     # Several faults at once: weight files, then the tokenizer, then head and labels.
     "all": ((remove_head, break_tokenizer, cut_short), ("is cut short or damaged",)),
 }

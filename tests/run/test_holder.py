@@ -254,9 +254,8 @@ def test_a_lock_that_was_removed_under_a_living_run_is_made_again(tmp_path, lock
 def test_a_run_in_a_folder_that_is_held_changes_nothing_there(one_rank, whole_run, tmp_path, lock):
     lock.take()
 
-    outcome = one_rank.train("--config", whole_run.config, f"output_dir={tmp_path}")
+    outcome = one_rank.train("--config", whole_run.config, f"output_dir={tmp_path}", code=2)
 
-    assert outcome.code == 2
     assert f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()}" in (
         outcome.err
     )
@@ -270,11 +269,9 @@ def test_a_folder_that_another_command_is_writing_is_left_to_it(
     lock = FolderLock(tmp_path / ("made" if command == "encode" else ".made.lock"))
     lock.take()
 
-    refused = one_rank.megakd(command, whole_run.config, "--to", tmp_path / "made")
+    refused = one_rank.megakd(command, whole_run.config, "--to", tmp_path / "made", code=2)
 
-    assert refused.code == 2
     assert f"is in use by another run: process {os.getpid()}" in refused.err
     lock.release()
-    written = one_rank.megakd(command, whole_run.config, "--to", tmp_path / "made")
-    assert written.code == 0, written.err
+    one_rank.megakd(command, whole_run.config, "--to", tmp_path / "made", code=0)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -156,8 +156,7 @@ def test_a_finished_run_without_int8_weights_adds_them_unless_a_file_of_the_user
     (final / INT8).mkdir()
     (final / ROW).write_text("mine")
 
-    refused = one_rank.train("--config", folder / "run.yaml")
-    assert refused.code == 2
+    refused = one_rank.train("--config", folder / "run.yaml", code=2)
     assert f"has to write: {ROW}; move these files away" in refused.err
     assert (final / ROW).read_text() == "mine"
 

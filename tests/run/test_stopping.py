@@ -70,9 +70,8 @@ def test_a_named_checkpoint_that_never_was_is_refused_beside_finished_stages(
     (out / "report.json").unlink()
     words = (f"output_dir={out}", "train.resume_from_checkpoint=step-4")
 
-    outcome = one_rank.train("--config", config, *words)
+    outcome = one_rank.train("--config", config, *words, code=2)
 
-    assert outcome.code == 2
     assert "train.resume_from_checkpoint: step-4 does not exist" in outcome.err
 
 
@@ -113,9 +112,8 @@ def test_a_run_whose_checkpoints_all_look_damaged_waits_for_them(one_rank, confi
     for path in hidden:
         path.rename(path.with_name("hidden"))
 
-    outcome = one_rank.train("--config", config, f"output_dir={out}")
+    outcome = one_rank.train("--config", config, f"output_dir={out}", code=2)
 
-    assert outcome.code == 2
     assert all(f"{path.parent} is damaged (state.pt is missing)" in outcome.err for path in hidden)
     assert outcome.loaded == ()
     assert saved(out) == saved(truth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,132 +57,10 @@ def _teachers(*layers: int) -> list[Tree]:
     ]
 
 
-def labels(data: Path) -> Tree:
-    return {
-        "task": _reviews(data, labelled_examples=32),
-        "teacher": {"model": bert(2, 24), "finetune": {"learning_rate": 0.003}},
-        "method": {"name": "single"},
-        "objective": [KL, CROSS, {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]}],
-        "baselines": ["alone"],
-        "train": {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"},
-        "eval": {"eval_steps": 10, "latency": {}},
-    }
-
-
-def pairs(data: Path) -> Tree:
-    task = {"type": "regression", "dataset": str(data / "pairs"), "label_column": "similarity"}
-    return {"task": {**task, "text_columns": ["first", "second"]}, "train": {"warmup_ratio": 0.2}}
-
-
-def masked(data: Path) -> Tree:
-    return {
-        "task": _text(data, "mlm"),
-        "teacher": {"model": bert(2, 24)},
-        "method": {"name": "single"},
-    }
-
-
-def _causal(data: Path) -> Tree:
-    return {
-        "task": _text(data, "causal_lm"),
-        "teacher": {"model": llama(2, 24)},
-        "method": {"name": "single"},
-        "objective": [KL, CROSS],
-        "eval": {"eval_steps": 10, "losses": True},
-    }
-
-
-def causal(data: Path) -> Tree:
-    """Its models are timed, and generate."""
-    tree = _causal(data)
-    return {**tree, "eval": {**tree["eval"], "latency": {}}}
-
-
-def packed(data: Path) -> Tree:
-    """Attention within each document of a packed row."""
-    within = {"attn_implementation": "varlen"}
-    return {
-        **_causal(data),
-        "teacher": {"model": llama(2, 24), **within},
-        "student": {"model": llama(1), **within},
-    }
-
-
-def chat(data: Path) -> Tree:
-    return {
-        "task": _chat(data),
-        "teacher": {"model": str(data / "chat-teacher")},
-        "student": {"model": str(data / "chat-student")},
-        "method": {"name": "single"},
-        "objective": [KL, CROSS],
-    }
-
-
-def last_answers(data: Path) -> Tree:
-    return {**chat(data), "task": _chat(data, train_on="last", bad_rows="drop")}
-
-
-def on_policy(data: Path) -> Tree:
-    return {**_causal(data), "rollout": ROLLOUT, "train": {"per_device_train_batch_size": 8}}
-
-
-def lora(data: Path) -> Tree:
-    return {**chat(data), "student": {"model": str(data / "chat-student"), "lora": LORA}}
-
-
-def stream(data: Path) -> Tree:
-    task = {
-        "type": "mlm",
-        "train_files": str(data / "texts.jsonl"),
-        "streaming": True,
-        "tokenizer": str(data / "t2"),
-        "max_eval_examples": 8,
-    }
-    return {**masked(data), "task": task}
-
-
-def mixture(data: Path) -> Tree:
-    sources = {
-        "text": {"files": str(data / "text.txt"), "weight": 0.7},
-        "rows": {"files": str(data / "texts.jsonl"), "weight": 0.3},
-    }
-    task = {"type": "causal_lm", "mixture": sources, "tokenizer": BPE}
-    held = {"validation_files": str(data / "held_out.txt")}
-    return {**_causal(data), "task": task | held}
-
-
-def cache(data: Path) -> Tree:
-    return {
-        "task": _reviews(data),
-        "teacher": {"model": bert(2, 24), "cache": str(data.parent / "cache")},
-        "method": {"name": "single"},
-        "objective": [KL],
-    }
-
-
-def skdbert(data: Path) -> Tree:
-    return {"task": _reviews(data), "teachers": _teachers(2, 3), "method": {"name": "skdbert"}}
-
-
-def mt_bert(data: Path) -> Tree:
-    return {**skdbert(data), "method": {"name": "mt_bert"}}
-
-
-def mean_of_teachers(data: Path) -> Tree:
-    return {**skdbert(data), "method": {"name": "mean_of_teachers"}}
-
-
-def routed(data: Path) -> Tree:
-    return {
-        "task": {"type": "classification", "dataset": str(data / "routed"), "teacher_column": "by"},
-        "teachers": [{"name": name, "model": str(data / name)} for name in ("t2", "t3")],
-        "method": {"name": "routed"},
-    }
-
-
-def _cut(method: Tree) -> Callable[[Path], Tree]:
+def _student_of(method: Tree, data: Path) -> Tree:
+    """A student that is cut out of its teacher."""
     wide = bert(2, 40, num_attention_heads=20, intermediate_size=80)
-    return lambda data: {
+    return {
         "task": _reviews(data),
         "teacher": {"model": wide, "finetune": {"max_steps": 8}},
         "student": {"model": "from_teacher"},
@@ -190,51 +69,147 @@ def _cut(method: Tree) -> Callable[[Path], Tree]:
     }
 
 
-def mixed_vocabulary(data: Path) -> Tree:
-    return {
-        "task": {
-            "type": "mlm",
-            "dataset": str(data / "words.txt"),
-            "tokenizer": {"type": "wordpiece", "vocab_size": 300},
-        },
-        "teacher": {"model": bert(2, 16)},
-        "student": {"model": bert(2, 8)},
-        "method": {"name": "mixed_vocabulary", "student_vocabulary": {"size": 100}},
-    }
-
-
-def homodistil(data: Path) -> Tree:
-    return {
-        "task": _text(data, "mlm"),
-        "teacher": {"model": bert(2, 24, num_attention_heads=3, hidden_act="relu")},
-        "student": {"model": "from_teacher"},
-        "method": {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 12},
-    }
-
-
-def knowledge_selection(data: Path) -> Tree:
-    method = {"name": "knowledge_selection", "episodes": 2, "phase_steps": 3, "hidden": 8}
-    return {
-        "task": _reviews(data),
-        "teacher": {"model": bert(4), "finetune": {"max_steps": 8}},
-        "student": {"model": bert(2)},
-        "method": method,
-    }
-
-
-def shrink(data: Path) -> Tree:
-    method = {"name": "shrink", "target_sparsity": 0.5, "candidates": 3, "round_to": 4}
-    return {
+def cases(data: Path) -> dict[str, Tree]:
+    """The sections of all cases by name."""
+    single = {"name": "single"}
+    masked = {"task": _text(data, "mlm"), "teacher": {"model": bert(2, 24)}, "method": single}
+    causal = {
         "task": _text(data, "causal_lm"),
-        "teacher": {
-            "model": llama(4, 32, num_attention_heads=4, num_key_value_heads=2),
-            "finetune": {"max_steps": 8},
-        },
-        "student": {"model": "from_teacher"},
-        "method": {**method, "trial_steps": 6, "repair_steps": 6, "on_policy_steps": 2},
-        "rollout": {"max_new_tokens": 4, "prompt_tokens": 4},
-        "eval": {"eval_steps": 3},
+        "teacher": {"model": llama(2, 24)},
+        "method": single,
+        "objective": [KL, CROSS],
+        "eval": {"eval_steps": 10, "losses": True},
     }
+    chat = {
+        "task": _chat(data),
+        "teacher": {"model": str(data / "chat-teacher")},
+        "student": {"model": str(data / "chat-student")},
+        "method": single,
+        "objective": [KL, CROSS],
+    }
+    pool = {"task": _reviews(data), "teachers": _teachers(2, 3)}
+    within_documents = {"attn_implementation": "varlen"}
+    sparse = {"target_sparsity": 0.75, "sparsities": [0.25, 0.5, 0.75]}
+    shrink = {"name": "shrink", "target_sparsity": 0.5, "candidates": 3, "round_to": 4}
+    return {
+        "labels": {
+            "task": _reviews(data, labelled_examples=32),
+            "teacher": {"model": bert(2, 24), "finetune": {"learning_rate": 0.003}},
+            "method": single,
+            "objective": [
+                KL,
+                CROSS,
+                {"loss": "hidden_mse", "weight": 0.1, "layer_mapping": ["1:2"]},
+            ],
+            "baselines": ["alone"],
+            "train": {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"},
+            "eval": {"eval_steps": 10, "latency": {}},
+        },
+        "pairs": {
+            "task": {
+                "type": "regression",
+                "dataset": str(data / "pairs"),
+                "label_column": "similarity",
+                "text_columns": ["first", "second"],
+            },
+            "train": {"warmup_ratio": 0.2},
+        },
+        "masked": masked,
+        # Its models are timed, and generate.
+        "causal": {**causal, "eval": {**causal["eval"], "latency": {}}},
+        "packed": {
+            **causal,
+            "teacher": {"model": llama(2, 24), **within_documents},
+            "student": {"model": llama(1), **within_documents},
+        },
+        "chat": chat,
+        "last_answers": {**chat, "task": _chat(data, train_on="last", bad_rows="drop")},
+        "on_policy": {**causal, "rollout": ROLLOUT, "train": {"per_device_train_batch_size": 8}},
+        "lora": {**chat, "student": {"model": str(data / "chat-student"), "lora": LORA}},
+        "stream": {
+            **masked,
+            "task": {
+                "type": "mlm",
+                "train_files": str(data / "texts.jsonl"),
+                "streaming": True,
+                "tokenizer": str(data / "t2"),
+                "max_eval_examples": 8,
+            },
+        },
+        "mixture": {
+            **causal,
+            "task": {
+                "type": "causal_lm",
+                "mixture": {
+                    "text": {"files": str(data / "text.txt"), "weight": 0.7},
+                    "rows": {"files": str(data / "texts.jsonl"), "weight": 0.3},
+                },
+                "tokenizer": BPE,
+                "validation_files": str(data / "held_out.txt"),
+            },
+        },
+        "cache": {
+            "task": _reviews(data),
+            "teacher": {"model": bert(2, 24), "cache": str(data.parent / "cache")},
+            "method": single,
+            "objective": [KL],
+        },
+        "skdbert": {**pool, "method": {"name": "skdbert"}},
+        "mt_bert": {**pool, "method": {"name": "mt_bert"}},
+        "mean_of_teachers": {**pool, "method": {"name": "mean_of_teachers"}},
+        "routed": {
+            "task": {
+                "type": "classification",
+                "dataset": str(data / "routed"),
+                "teacher_column": "by",
+            },
+            "teachers": [{"name": name, "model": str(data / name)} for name in ("t2", "t3")],
+            "method": {"name": "routed"},
+        },
+        "mixed_vocabulary": {
+            "task": {
+                "type": "mlm",
+                "dataset": str(data / "words.txt"),
+                "tokenizer": {"type": "wordpiece", "vocab_size": 300},
+            },
+            "teacher": {"model": bert(2, 16)},
+            "student": {"model": bert(2, 8)},
+            "method": {"name": "mixed_vocabulary", "student_vocabulary": {"size": 100}},
+        },
+        "homodistil": {
+            "task": _text(data, "mlm"),
+            "teacher": {"model": bert(2, 24, num_attention_heads=3, hidden_act="relu")},
+            "student": {"model": "from_teacher"},
+            "method": {"name": "homodistil", "target_width": 12, "cuts": 2, "pruning_end": 12},
+        },
+        "knowledge_selection": {
+            "task": _reviews(data),
+            "teacher": {"model": bert(4), "finetune": {"max_steps": 8}},
+            "student": {"model": bert(2)},
+            "method": {"name": "knowledge_selection", "episodes": 2, "phase_steps": 3, "hidden": 8},
+        },
+        "shrink": {
+            "task": _text(data, "causal_lm"),
+            "teacher": {
+                "model": llama(4, 32, num_attention_heads=4, num_key_value_heads=2),
+                "finetune": {"max_steps": 8},
+            },
+            "student": {"model": "from_teacher"},
+            "method": {**shrink, "trial_steps": 6, "repair_steps": 6, "on_policy_steps": 2},
+            "rollout": {"max_new_tokens": 4, "prompt_tokens": 4},
+            "eval": {"eval_steps": 3},
+        },
+        "minidisc": _student_of({"name": "minidisc", **sparse}, data),
+        "maxidisc": _student_of({"name": "maxidisc", **sparse}, data),
+        "direct": _student_of({"name": "direct", "target_sparsity": 0.75}, data),
+    }
+
+
+def _case(name: str, data: Path) -> Tree:
+    return cases(data)[name]
+
+
+CASES: dict[str, Callable[[Path], Tree]] = {name: partial(_case, name) for name in cases(Path())}
 
 
 def classifier(folder: Path, layers: int) -> None:
@@ -246,23 +221,6 @@ def classifier(folder: Path, layers: int) -> None:
     shape = {key: value for key, value in bert(layers, 24)["config"].items() if key != "model_type"}
     config = BertConfig(**shape, **named, vocab_size=300, initializer_range=0.5)
     BertForSequenceClassification(config).save_pretrained(folder)
-
-
-CASES: dict[str, Callable[[Path], Tree]] = {
-    case.__name__: case
-    for case in (
-        labels, pairs, masked, causal, packed, chat, last_answers, on_policy, lora, stream,
-        mixture, cache, skdbert, mt_bert, mean_of_teachers, routed, mixed_vocabulary, homodistil,
-        knowledge_selection, shrink,
-    )
-} | {
-    name: _cut(method)
-    for name, method in {
-        "minidisc": {"name": "minidisc", "target_sparsity": 0.75, "sparsities": [0.25, 0.5, 0.75]},
-        "maxidisc": {"name": "maxidisc", "target_sparsity": 0.75, "sparsities": [0.25, 0.5, 0.75]},
-        "direct": {"name": "direct", "target_sparsity": 0.75},
-    }.items()
-}  # fmt: skip
 
 
 def write_data(folder: Path) -> Path:

@@ -123,10 +123,7 @@ class Scene:
         return self
 
     def result(
-        self,
-        rows: slice = slice(None),
-        counts: Counts | None = None,
-        kernels: Any = "auto",
+        self, rows: slice = slice(None), counts: Counts | None = None, kernels: Any = "auto"
     ) -> Result:
         """Total, sums and gradients of some rows, divided by `counts` or by the scene's own."""
         leaves = {n: v.detach().clone().requires_grad_() for n, v in self.leaves.items()}
@@ -159,16 +156,12 @@ class Result:
 def knowledge(contents: dict[str, torch.Tensor], rows: slice) -> Knowledge:
     states = tuple(v[rows] for name, v in contents.items() if name.startswith("state"))
     layers = sum(name.startswith("queries") for name in contents)
+    width = contents["queries1"].shape[-1] // QUERY_HEADS
     vectors = (
-        AttentionVectors(*(contents[f"{part}{i}"][rows] for part in PARTS), width_of(contents))
+        AttentionVectors(*(contents[f"{part}{i}"][rows] for part in PARTS), width)
         for i in range(1, layers + 1)
     )
     inner = Knowledge(hidden_states=states, attention=(None, *vectors))
     if "logits" in contents:
         return inner._replace(logits=contents["logits"][rows])
     return inner._replace(hidden=contents["hidden"][rows], head=Matrix(contents["head"]))  # type: ignore[arg-type]
-
-
-def width_of(contents: dict[str, torch.Tensor]) -> int:
-    """Return the gradients of a head."""
-    return contents["queries1"].shape[-1] // QUERY_HEADS

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tiny_runs import bert, config_tree, write_config
+from tiny_runs import bert, config_tree, merged, run_in, write_config
 
 METHOD = {"name": "mixed_vocabulary", "student_vocabulary": {"size": 100}}
 TRAIN = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 0.01}
@@ -35,13 +35,10 @@ def mixed(folder: Path, **sections: Any) -> Path:
         method={**METHOD, **sections.pop("method", {})},
         train={**TRAIN, **sections.pop("train", {})},
     )
-    for key, section in sections.items():
-        tree[key] = {**tree[key], **section} if isinstance(tree.get(key), dict) else section
-    return write_config(folder / "run.yaml", tree)
+    return write_config(folder / "run.yaml", merged(tree, sections))
 
 
 def plain(folder: Path, text: Path) -> Path:
     """A run config of a model of the teacher's shape, trained alone with its own vocabulary."""
     task = {"type": "mlm", "dataset": str(text), "tokenizer": TEACHER_TOKENIZER, "max_length": 24}
-    tree = config_tree(folder / "out", task, student={"model": bert(2, 16)}, train=TRAIN)
-    return write_config(folder / "run.yaml", tree)
+    return run_in(folder, task, student={"model": bert(2, 16)}, train=TRAIN)

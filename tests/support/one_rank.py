@@ -32,23 +32,32 @@ class Outcome(NamedTuple):
 
 
 class OneRank:
-    """Runs commands as a user would, without the seconds of a start."""
+    """Runs commands as a user would, without the seconds of a start.
+
+    code: the exit code that a test expects, if any.
+    """
 
     def __init__(self) -> None:
         self._end, theirs = FORKS.Pipe()
         self._process = FORKS.Process(target=_serve, args=(theirs, dict(os.environ)), daemon=True)
         self._process.start()
 
-    def train(self, *arguments: object, stop_at: tuple[str, int] | None = None) -> Outcome:
+    def train(
+        self, *arguments: object, stop_at: tuple[str, int] | None = None, code: int | None = None
+    ) -> Outcome:
         """`launch/train.py ARGUMENTS`; SIGTERM comes after a step of a stage, if one is named."""
-        return self._run("train_main", *arguments, stop_at=stop_at)
+        return self._run("train_main", arguments, stop_at, code)
 
-    def megakd(self, *arguments: object) -> Outcome:
+    def megakd(self, *arguments: object, code: int | None = None) -> Outcome:
         """`megakd ARGUMENTS`."""
-        return self._run("main", *arguments)
+        return self._run("main", arguments, None, code)
 
     def _run(
-        self, entry: str, *arguments: object, stop_at: tuple[str, int] | None = None
+        self,
+        entry: str,
+        arguments: tuple[object, ...],
+        stop_at: tuple[str, int] | None,
+        code: int | None,
     ) -> Outcome:
         self._end.send((entry, [str(argument) for argument in arguments], stop_at))
         if not self._end.poll(TIMEOUT_S):
@@ -57,6 +66,7 @@ class OneRank:
         answer, failure = self._end.recv()
         if failure:
             raise AssertionError(f"{entry} {arguments} failed:\n{failure}")
+        assert code in (None, answer.code), (answer.code, answer.out, answer.err)
         return answer
 
     def stop(self) -> None:

@@ -12,13 +12,22 @@ SCORES = {
     2: {0.7: 0.8899, 0.8: 0.8766, 0.9: 0.8677},
 }
 CHOSEN = {1: 0.7, 2: 0.9}
+
+
+def _scored(accuracy: float, f1: float, mean: float) -> dict[str, float]:
+    return {"accuracy": accuracy, "f1": f1, "mean_accuracy_f1": mean}
+
+
+def _model(parameters: int, encoder: int, metrics: dict[str, float]) -> Any:
+    """A model with four bytes for each of its parameters."""
+    sizes = {"parameters": parameters, "encoder_parameters": encoder, "bytes": 4 * parameters}
+    return {**sizes, "metrics": metrics}
+
+
 ASSISTANT: AssistantReport = {
     "name": "assistant-1",
     "sparsity": 0.7,
-    "parameters": 15_000_000,
-    "encoder_parameters": 3_193_000,
-    "metrics": {"accuracy": 0.78, "f1": 0.88, "mean_accuracy_f1": 0.83},
-    "bytes": 60_000_000,
+    **_model(15_000_000, 3_193_000, _scored(0.78, 0.88, 0.83)),
 }
 
 
@@ -29,20 +38,10 @@ def report_of(**changes: Any) -> Report:
         "task": "glue/mrpc",
         "metric_name": "mean_accuracy_f1",
         "evaluated_on": "validation",
-        "teacher": {
-            "parameters": 22_713_984,
-            "encoder_parameters": 10_645_632,
-            "metrics": {"accuracy": 0.8, "f1": 0.9, "mean_accuracy_f1": 0.85},
-            "bytes": 90_855_936,
-        },
+        "teacher": _model(22_713_984, 10_645_632, _scored(0.8, 0.9, 0.85)),
         "assistants": [],
-        "student": {
-            "parameters": 2_090_000,
-            "encoder_parameters": 99_968,
-            "metrics": {"accuracy": 0.75, "f1": 0.85, "mean_accuracy_f1": 0.8},
-            "bytes": 8_360_000,
-        },
-        "baselines": {"alone": {"accuracy": 0.7, "f1": 0.8, "mean_accuracy_f1": 0.75}},
+        "student": _model(2_090_000, 99_968, _scored(0.75, 0.85, 0.8)),
+        "baselines": {"alone": _scored(0.7, 0.8, 0.75)},
         "candidates": [],
         "stages": [
             {

@@ -6,11 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
+import cache_bench
 from one_rank import OneRank, Outcome
-from safetensors.torch import load_file
-from tiny_runs import bert, config_tree, review, write_config, write_jsonl, write_reviews
-from whole_run import finish, read
+from tiny_runs import bert, config_tree, merged, review, write_config, write_jsonl, write_reviews
+from whole_run import finish, read, weights
 
 STEPS, ROWS = 6, 40
 EXPERTS = ("math", "code")
@@ -46,10 +45,10 @@ class RoutedBench:
             tree = config_tree(
                 folder / name,
                 {"type": "classification", "dataset": str(self.data)},
-                student={"model": bert(2, width=16)},
+                student={"model": bert(2)},
+                train={"per_device_train_batch_size": 8, "max_steps": 8},
                 seed=number,
             )
-            tree["train"] |= {"per_device_train_batch_size": 8, "max_steps": 8}
             finish(one_rank, write_config(folder / f"{name}.yaml", tree))
 
     def teachers(self, *names: str) -> list[dict[str, Any]]:
@@ -60,9 +59,8 @@ class RoutedBench:
         named = {"teacher_column": "expert", **(task or {})}
         given: dict[str, Any] = {"teachers": self.teachers(*EXPERTS), "method": {"name": "routed"}}
         kept = {key: value for key, value in (usual | named).items() if value is not None}
-        tree = config_tree(self.folder / out, kept, **{**given, **sections})
-        steps = {"per_device_train_batch_size": 8, "max_steps": STEPS}
-        tree["train"] |= steps | sections.get("train", {})
+        given["train"] = {"per_device_train_batch_size": 8, "max_steps": STEPS}
+        tree = config_tree(self.folder / out, kept, **merged(given, sections))
         return write_config(self.folder / f"{out}.yaml", tree)
 
     def run(self, out: str, **sections: Any) -> Path:
@@ -70,21 +68,14 @@ class RoutedBench:
         return self.folder / out
 
     def refused(self, **sections: Any) -> Outcome:
-        outcome = self.one_rank.train("--config", self.config("refused", **sections))
-        assert outcome.code == 2, (outcome.out, outcome.err)
+        outcome = self.one_rank.train("--config", self.config("refused", **sections), code=2)
         assert not outcome.loaded
         return outcome
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "final" / "model.safetensors")
-
-
 def furthest(one: Path, other: Path) -> float:
     """The largest difference between the weights of two students."""
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
+    return cache_bench.furthest(weights(one / "final"), weights(other / "final"))
 
 
 def taught_by(out: Path) -> dict[str, dict[str, Any]]:

@@ -71,7 +71,6 @@ class Stub:
         self.url = ""
 
     def of(self, path: str) -> list[Tree]:
-        """The bodies of all requests for a path."""
         return [body for asked, body in self.asked if asked == path]
 
     def answer(self, path: str, body: Tree) -> tuple[int, Tree]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
@@ -32,38 +33,23 @@ AUTO = {
     "mlm": AutoModelForMaskedLM,
     "causal_lm": AutoModelForCausalLM,
 }
-# Three layers; heads as wide as no other number, so that no dimension is mistaken for another.
-TINY = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "intermediate_size": 20,
-    "max_position_embeddings": 32,
-    "vocab_size": VOCABULARY,
-}
-GROUPED = {**TINY, "num_key_value_heads": 3}
+
+
+def _sized(family: str, **keys: Any) -> dict[str, Any]:
+    """Three layers; heads as wide as no other number, so that no dimension is mistaken."""
+    entry = ARCHITECTURES[family]
+    sizes = {entry.layers: 3, entry.width: 24, entry.attention_heads: 6, entry.neurons: 20}
+    return {**sizes, "vocab_size": VOCABULARY, **keys}
+
+
+LONG = {"max_position_embeddings": 32}
+GROUPED = {**LONG, "num_key_value_heads": 3}
 GEMMA = {**GROUPED, "head_dim": 6, "sliding_window": 4, "query_pre_attn_scalar": 9}
-T5 = {
-    "d_model": 24,
-    "num_layers": 3,
-    "num_heads": 6,
-    "d_kv": 4,
-    "d_ff": 20,
-    "vocab_size": VOCABULARY,
-    "feed_forward_proj": "gated-gelu",
-}
-FAMILIES = {
-    "bert": TINY,
-    "roberta": TINY,
-    "distilbert": {
-        "dim": 24,
-        "n_layers": 3,
-        "n_heads": 6,
-        "hidden_dim": 20,
-        "max_position_embeddings": 32,
-        "vocab_size": VOCABULARY,
-    },
-    "electra": {**TINY, "embedding_size": 16},
+KEYS = {
+    "bert": LONG,
+    "roberta": LONG,
+    "distilbert": LONG,
+    "electra": {**LONG, "embedding_size": 16},
     "llama": GROUPED,
     "mistral": GROUPED,
     "qwen2": GROUPED,
@@ -80,19 +66,11 @@ FAMILIES = {
     },
     "phi": GROUPED,
     "granite": {**GROUPED, "logits_scaling": 0.4, "embedding_multiplier": 1.5},
-    "gpt2": {
-        "n_embd": 24,
-        "n_layer": 3,
-        "n_head": 6,
-        "n_inner": 20,
-        "n_positions": 32,
-        "vocab_size": VOCABULARY,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    },
-    "t5_encoder": {**T5, "feed_forward_proj": "relu"},
-    "enct5": T5,
+    "gpt2": {"n_positions": 32, "bos_token_id": 0, "eos_token_id": 1},
+    "t5_encoder": {"d_kv": 4, "num_decoder_layers": 3, "feed_forward_proj": "relu"},
+    "enct5": {"d_kv": 4, "feed_forward_proj": "gated-gelu"},
 }
+FAMILIES = {family: _sized(family, **keys) for family, keys in KEYS.items()}
 DECODERS = tuple(name for name in FAMILIES if "causal_lm" in ARCHITECTURES[name].tasks)
 MASKED = ("bert", "roberta", "distilbert", "electra")
 T5S = ("t5_encoder", "enct5")
@@ -136,18 +114,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:
-    """The model as transformers saves it."""
     model.save_pretrained(folder)
     return folder
 
 
 def source_of(folder: Path, kind: str) -> ModelSource:
-    """The folder as megakd finds it."""
     return resolve_model(str(folder), task(kind), where="teacher.model")
 
 
 def loaded(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The folder's model as megakd loads it."""
     return load_model(
         source_of(folder, kind),
         task=task(kind),
@@ -179,7 +154,6 @@ def view_of(model: PreTrainedModel, kind: str) -> View:
 
 
 def order_of(model: PreTrainedModel, *, seed: int = 0) -> UnitOrder:
-    """A random order of all units."""
     full, generator = full_view(model), torch.Generator().manual_seed(seed)
 
     def shuffled(count: int) -> tuple[int, ...]:
@@ -213,7 +187,6 @@ def masked(model: PreTrainedModel, view: View) -> PreTrainedModel:
 
 
 def cut(model: PreTrainedModel, kind: str, view: View, order: UnitOrder | None = None):
-    """The model's cut, made in memory."""
     from megakd.models.axes import weight_axes
 
     config = cut_config(model.config, view, order)

@@ -100,6 +100,13 @@ def llama(layers: int, width: int = 16, **keys: Any) -> dict[str, Any]:
     }
 
 
+def shape_of(scratch: Mapping[str, Any], **keys: Any) -> Any:
+    """The configuration of a model from scratch, for weights that a test writes itself."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**scratch["config"], **keys)
+
+
 def config_tree(out: Path, task: Mapping[str, Any], **sections: Any) -> dict[str, Any]:
     """A run config: a student of one layer, a few steps; `sections` are merged in."""
     is_language = task["type"] == "causal_lm"
@@ -114,6 +121,11 @@ def config_tree(out: Path, task: Mapping[str, Any], **sections: Any) -> dict[str
         "log": {"logging_steps": 2, "report_to": []},
         "save": {"save_total_limit": None},  # for tests that go back to an earlier step
     }
+    return merged(tree, sections)
+
+
+def merged(tree: dict[str, Any], sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the keys of sections into those of the tree; all that is no section replaces."""
     for name, section in sections.items():
         both = isinstance(section, dict) and isinstance(tree.get(name), dict)
         tree[name] = {**tree[name], **section} if both else section
