@@ -52,8 +52,18 @@ _LEAST_TORCH = "2.11"
 _COMMANDS: Mapping[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
-        *(train, plan, doctor, match, cache, encode),
-        *(evaluate, predict, shrink, export, report, methods),
+        train,
+        plan,
+        doctor,
+        match,
+        cache,
+        encode,
+        evaluate,
+        predict,
+        shrink,
+        export,
+        report,
+        methods,
     )
 }
 

@@ -33,7 +33,7 @@ class ClassifierReport(TypedDict):
 
     per_class: scores for each label, in the order of the labels.
     confusion: by label, and by predicted label, the number of rows; pairs without rows are missing.
-    calibration_error: expected calibration error, see `scoring.classes.calibration_error`.
+    calibration_error: expected calibration error, see `scoring.metrics.calibration_error`.
     """
 
     per_class: NotRequired[Sequence[ClassReport]]

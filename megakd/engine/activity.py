@@ -1,7 +1,8 @@
 """The activity of every rank, for a log that is silent, and for a rank that waits too long.
 
 The activities change a few times per evaluation or save, never per step. They are kept in the
-store of the process group, where a rank can read them without the others.
+store of the process group, where a rank can read them without the others. Also here: heartbeats
+for the rank monitor of a launcher.
 """
 
 from __future__ import annotations
@@ -141,12 +142,13 @@ def too_long() -> str:
 
 def _others() -> str:
     answers: dict[int, Any] = {}
+    ranks = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
 
     def ask() -> None:
-        for rank in range(dist.get_world_size()):
+        for rank in ranks:
             key = f"{_PREFIX}/{rank}"
             with suppress(RuntimeError):  # the store ends with rank 0
-                if rank != dist.get_rank() and _store().check([key]):
+                if _store().check([key]):
                     answers[rank] = json.loads(_store().get(key))
 
     asking = threading.Thread(target=ask, daemon=True)

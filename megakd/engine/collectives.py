@@ -2,7 +2,8 @@
 
 Tensors go through the default process group, with the limit of `train.collective_timeout`: the
 ranks compute the same, so that none waits long. Python objects go through a group of their own on
-the CPU, where ranks wait hours for a rank that reads, encodes or writes files.
+the CPU, where ranks wait hours for a rank that reads, encodes or writes files. The time in all
+collectives, also in DeepSpeed's, is measured.
 """
 
 from __future__ import annotations

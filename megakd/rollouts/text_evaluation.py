@@ -1,4 +1,7 @@
-"""Evaluation of a student on texts that it generates from held-out prompts, also by position."""
+"""Evaluation of a student on texts that it generates from held-out prompts, also by position.
+
+Shapes: B texts, T positions, N positions that are predicted, K groups, D width, V vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -136,6 +136,7 @@ class Scorer:
         Args:
             ask: returns tensors of one shape, by name, for every micro-batch, whose rows are
                 numbered; rows come first.
+            first: the number of the first row.
         """
         given: list[Mapping[str, torch.Tensor]] = []
         for turn, batch in enumerate(self.batches(rows)):

@@ -67,7 +67,9 @@ class CheckpointState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """The checkpoints of one stage in `checkpoints/<stage>`; every method is a collective.
+    """The checkpoints of one stage in `checkpoints/<stage>`.
+
+    Every method is a collective unless it says otherwise.
 
     fingerprint: what the run depends on; a checkpoint with another fingerprint is refused.
     keep: the number of checkpoints to keep; None keeps all, also those of a finished stage.
