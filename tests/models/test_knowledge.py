@@ -6,8 +6,10 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -67,6 +69,12 @@ def decoder(*, tied: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def model_and_batch(family: str) -> tuple[PreTrainedModel, Batch]:
+    if family == "llama":
+        return decoder(tied=True), batch(IDS)
+    return encoder(family), batch(torch.tensor([0, 1]))
+
+
 def batch(labels: torch.Tensor, **inputs: torch.Tensor) -> Batch:
     return Batch({"input_ids": IDS, "attention_mask": MASK, **inputs}, labels, MASK.bool())
 
@@ -90,8 +98,7 @@ FAMILIES = ("bert", "roberta", "distilbert", "t5_encoder", "enct5", "llama")
 @pytest.mark.parametrize("layers", [(1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_states_of_the_layers_asked_for_are_read(family, layers):
-    model = decoder(tied=True) if family == "llama" else encoder(family)
-    given = batch(IDS if family == "llama" else torch.tensor([0, 1]))
+    model, given = model_and_batch(family)
     everything = read_knowledge(model, given, STATES)
 
     read = read_knowledge(model, given, Needs(hidden_layers=layers))
@@ -106,8 +113,7 @@ def test_only_the_states_of_the_layers_asked_for_are_read(family, layers):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_states_of_other_layers_are_free_when_the_next_layers_run(family):
-    model = decoder(tied=True) if family == "llama" else encoder(family)
-    given = batch(IDS if family == "llama" else torch.tensor([0, 1]))
+    model, given = model_and_batch(family)
     made = []
     for layer in (1, 2):
         block = architecture_of(model.config).block_of(model, layer)
@@ -157,30 +163,27 @@ def test_a_causal_lm_is_read_as_hidden_states_and_a_head_that_stand_for_its_logi
     assert read_knowledge(model, batch(IDS), Needs()).hidden_states == ()
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_head_is_as_narrow_as_the_view_and_teaches_the_whole_weight(tied):
-    model = decoder(tied=tied)
-    elastic = Elastic(model)
+@pytest.mark.parametrize("kind", ["tied", "untied", "masked"])
+def test_the_head_is_as_narrow_as_the_view_and_teaches_the_whole_weight(kind):
+    masked = BertForMaskedLM(BertConfig(**SIZE)).eval()
+    model = masked if kind == "masked" else decoder(tied=kind == "tied")
+    head = model.get_output_embeddings()
 
-    with elastic.viewing(View((1, 1), (3, 8), width=6)):
+    with Elastic(model).viewing(View((1, 1), (3, 8), width=6)):
         theirs = model(input_ids=IDS, attention_mask=MASK).logits
         read = read_knowledge(model, batch(IDS), Needs())
         assert read.head is not None
-        assert read.hidden is not None
-        weight, _ = read.head.read()
-        torch.testing.assert_close(read.hidden @ weight.T, theirs)
+        weight, bias = read.head.read()
+        torch.testing.assert_close(nn.functional.linear(read.hidden, weight, bias), theirs)
     weight.sum().backward()
 
-    gradient = model.lm_head.weight.grad
-    assert gradient is not None
-    assert gradient.tolist() == [[1.0] * 6 + [0.0] * 2] * 20
-    assert read.head.read()[0] is model.lm_head.weight
+    assert head.weight.grad.tolist() == [[1.0] * 6 + [0.0] * 2] * 20
+    assert read.head.read()[0] is head.weight
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(family):
-    model = encoder("bert") if family == "bert" else decoder(tied=True)
-    given = batch(torch.tensor([0, 1]) if family == "bert" else IDS)
+    model, given = model_and_batch(family)
     plain = read_knowledge(model, given, STATES)
 
     read = read_knowledge(model, given, STATES._replace(attention_layers=(2,)))

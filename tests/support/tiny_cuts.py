@@ -19,8 +19,11 @@ from transformers import (
 from megakd.config.task import TaskConfig
 from megakd.contract.views import UnitOrder, View
 from megakd.models.architectures import ARCHITECTURES, architecture_of
-from megakd.models.cutting import cut_config, cut_state
+from megakd.models.axes import weight_axes
+from megakd.models.cutting import cut_config, cut_state, reshape_folder
+from megakd.models.layers import renumbered
 from megakd.models.loading import load_model, resolve_model
+from megakd.models.model_folder import write_model_folder
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 
@@ -146,18 +149,43 @@ def source_of(folder: Path, kind: str) -> ModelSource:
     return resolve_model(str(folder), task(kind), where="teacher.model")
 
 
-def loaded(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The folder's model as megakd loads it."""
+def loaded(
+    model: Path | ModelSource, kind: str, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model as megakd loads it."""
     return load_model(
-        source_of(folder, kind),
+        source_of(model, kind) if isinstance(model, Path) else model,
         task=task(kind),
-        label_names=LABELS if kind == "classification" else (),
+        label_names=labels_of(kind),
         tokenizer_size=VOCABULARY,
         ds=None,
         dtype=dtype,
         seed=1,
         need_head=True,
     ).eval()
+
+
+def labels_of(kind: str) -> tuple[str, ...]:
+    return LABELS if kind == "classification" else ()
+
+
+def reshaped(source: ModelSource, folder: Path, kind: str = "classification", **changes) -> Path:
+    """The folder of a cut or sorted model, made from file to file."""
+    facts = {"task": task(kind), "label_names": labels_of(kind), "tokenizer": tokenizer()}
+    reshape_folder(source, folder, **facts, **changes)
+    return folder
+
+
+def written(model: PreTrainedModel, folder: Path, state: dict[str, Tensor] | None = None) -> Path:
+    """A finished folder, as a run writes it."""
+    write_model_folder(
+        folder,
+        config=model.config,
+        state=(state or model.state_dict()).items(),
+        tokenizer=tokenizer(),
+        architecture=type(model).__name__,
+    )
+    return folder
 
 
 def full_view(model: PreTrainedModel) -> View:
@@ -214,12 +242,10 @@ def masked(model: PreTrainedModel, view: View) -> PreTrainedModel:
 
 def cut(model: PreTrainedModel, kind: str, view: View, order: UnitOrder | None = None):
     """The model's cut, made in memory."""
-    from megakd.models.axes import weight_axes
-
     config = cut_config(model.config, view, order)
     made = AUTO[kind].from_config(config).eval()
-    state = dict(cut_state(model.state_dict().items(), weight_axes(model), view, order))
-    made.load_state_dict(state, strict=True)
+    state = cut_state(model.state_dict().items(), weight_axes(model), view, order)
+    made.load_state_dict(dict(renumbered(state, model.config, view)), strict=True)
     return made
 
 
