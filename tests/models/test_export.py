@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,35 +31,20 @@ from megakd.errors import MegakdError
 from megakd.models import model_folder as export
 from megakd.models.model_folder import hub_id, write_model_folder, write_weights
 
+SIZES: Any = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 16}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])
 
 
 def bert() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        id2label={0: "no", 1: "yes", 2: "perhaps"},
-        label2id={"no": 0, "yes": 1, "perhaps": 2},
-    )
+    config = BertConfig(id2label={0: "no", 1: "yes", 2: "perhaps"}, **SIZES)
     return BertForSequenceClassification(config).eval()
 
 
 def llama(*, tied: bool) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=16,
-        tie_word_embeddings=tied,
-    )
+    config = LlamaConfig(num_key_value_heads=1, tie_word_embeddings=tied, **SIZES)
     return LlamaForCausalLM(config).eval()
 
 
@@ -88,15 +74,20 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("model", "auto"),
+    ("model", "auto", "buffer"),
     [
-        (bert(), AutoModelForSequenceClassification),
-        (llama(tied=False), AutoModelForCausalLM),
-        (llama(tied=True), AutoModelForCausalLM),
+        (bert(), AutoModelForSequenceClassification, export.BUFFER_BYTES),
+        (llama(tied=False), AutoModelForCausalLM, export.BUFFER_BYTES),
+        (llama(tied=True), AutoModelForCausalLM, export.BUFFER_BYTES),
+        (llama(tied=True), AutoModelForCausalLM, 2000),
     ],
-    ids=["bert", "llama", "tied llama"],
+    ids=["bert", "llama", "tied llama", "tensor by tensor"],
 )
-def test_stock_transformers_gives_identical_logits(model, auto, tmp_path: Path) -> None:
+def test_stock_transformers_gives_identical_logits(
+    model, auto, buffer: int, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(export, "BUFFER_BYTES", buffer)
+
     write(model, tmp_path / "final")
 
     loaded, info = auto.from_pretrained(tmp_path / "final", output_loading_info=True)
@@ -201,19 +192,6 @@ def test_a_file_that_is_written_tensor_by_tensor_holds_what_one_written_at_once_
     assert {name: value.dtype for name, value in result.items()} == {
         name: value.dtype for name, value in whole.items()
     }
-
-
-def test_plain_transformers_loads_a_file_that_was_written_tensor_by_tensor(
-    tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(export, "BUFFER_BYTES", 2000)
-    model = llama(tied=True)
-
-    write(model, tmp_path / "final")
-
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
-    assert torch.equal(logits(loaded), logits(model))
-    assert "lm_head.weight" not in load_file(tmp_path / "final" / "model.safetensors")
 
 
 def test_a_header_that_has_no_room_begins_another_file(tmp_path: Path, monkeypatch) -> None:
