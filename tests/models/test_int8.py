@@ -135,7 +135,7 @@ def test_tied_weights_of_two_shards_are_written_once(tmp_path, monkeypatch) -> N
     monkeypatch.setattr(export, "SHARD_BYTES", 4000)
     model = build("llama", tie_word_embeddings=True)
     twice = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    final = written(model, tmp_path / "final", twice)
+    final = written(model, tmp_path / "final", state=twice.items())
     index = json.loads((final / "model.safetensors.index.json").read_text())
 
     write_int8(final, tmp_path / "int8")

@@ -176,15 +176,10 @@ def reshaped(source: ModelSource, folder: Path, kind: str = "classification", **
     return folder
 
 
-def written(model: PreTrainedModel, folder: Path, state: dict[str, Tensor] | None = None) -> Path:
+def written(model: PreTrainedModel, folder: Path, **changes) -> Path:
     """A finished folder, as a run writes it."""
-    write_model_folder(
-        folder,
-        config=model.config,
-        state=(state or model.state_dict()).items(),
-        tokenizer=tokenizer(),
-        architecture=type(model).__name__,
-    )
+    facts = {"state": model.state_dict().items(), "tokenizer": tokenizer(), **changes}
+    write_model_folder(folder, config=model.config, architecture=type(model).__name__, **facts)
     return folder
 
 
