@@ -129,18 +129,12 @@ def test_a_pass_may_weigh_the_terms_itself_and_is_scaled():
     )
 
 
-def test_what_a_pass_gives_no_weight_is_neither_computed_nor_reported(monkeypatch):
-    real, taught = megakd_kernels.kd_loss_from_logits, []
-
-    def noting(student, teacher, labels, **options):
-        taught.append(teacher)
-        return real(student, teacher, labels, **options)
-
-    monkeypatch.setattr(megakd_kernels, "kd_loss_from_logits", noting)
+def test_what_a_pass_gives_no_weight_is_neither_computed_nor_reported(kernel_calls):
+    calls = kernel_calls("kd_loss_from_logits")
 
     result = losses(bundle(), Pass(teacher="a", weights={"soft_target_kl": 0.0}))
 
-    assert taught == [None]
+    assert [teacher for (_, teacher, *_), _ in calls] == [None]
     assert result.parts.keys() == {"hard_cross_entropy", "loss"}
 
 
@@ -244,14 +238,8 @@ TEXTS = Batch({"input_ids": IDS}, IDS, torch.ones(2, 3).bool())
 
 def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        max_position_embeddings=16,
-    )
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    config = LlamaConfig(num_hidden_layers=1, **sizes)
     return LlamaForCausalLM(config).eval()
 
 
@@ -270,17 +258,12 @@ def test_a_pass_without_any_term_gives_a_language_model_gradients_of_zero():
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_views_of_one_width_form_one_gradient_of_the_head(monkeypatch):
-    model, given, calls = tiny_llama(), TEXTS, []
+def test_views_of_one_width_form_one_gradient_of_the_head(kernel_calls):
+    model, given = tiny_llama(), TEXTS
     views = {"wide": View((2,), (8,)), "slim": View((1,), (4,)), "narrow": View((1,), (4,), 4)}
     scales = {"wide": 0.5, "slim": 0.2, "narrow": 0.3}
     objective = build_objective((CE,), "causal_lm", Shape(1, 8, 20), None)
     student = StudentBundle({"student": model}, objective, world_size=1, views=views)
-    real = megakd_kernels.linear_kd_loss
-
-    def counting(*tensors, **options):
-        calls.append(options)
-        return real(*tensors, **options)
 
     def of(*names: str) -> tuple[Losses, list[Tensor]]:
         plan = [Pass(view=name, scale=scales[name]) for name in names]
@@ -290,7 +273,7 @@ def test_views_of_one_width_form_one_gradient_of_the_head(monkeypatch):
         return result, [p.grad.clone() for p in model.parameters()]
 
     apart = [of(name) for name in views]
-    monkeypatch.setattr(megakd_kernels, "linear_kd_loss", counting)
+    calls = kernel_calls("linear_kd_loss")
     together, gradients = of(*views)
 
     assert len(calls) == 2  # the head of the narrow view has fewer columns
@@ -306,16 +289,8 @@ def test_the_config_knows_the_code_paths_that_the_kernels_have():
 
 
 @pytest.mark.parametrize("kernels", ["chunked", "reference"])
-def test_losses_and_predictions_go_the_way_that_was_chosen(monkeypatch, kernels):
-    ways = []
-    for name in ("kd_loss_from_logits", "linear_stats"):
-        real = getattr(megakd_kernels, name)
-
-        def noting(*tensors, impl="auto", real=real, **options):
-            ways.append(impl)
-            return real(*tensors, impl=impl, **options)
-
-        monkeypatch.setattr(megakd_kernels, name, noting)
+def test_losses_and_predictions_go_the_way_that_was_chosen(kernel_calls, kernels):
+    calls = kernel_calls("kd_loss_from_logits", "linear_stats")
     student = bundle()
     student.kernels = kernels
     language_model = bundle()
@@ -324,4 +299,5 @@ def test_losses_and_predictions_go_the_way_that_was_chosen(monkeypatch, kernels)
     losses(student, Pass(teacher="a"))
     language_model(TEXTS)
 
-    assert ways == [kernels] * 2  # hard and soft targets, and what metrics are made of
+    # Hard and soft targets, and what metrics are made of.
+    assert [options.get("impl") for _, options in calls] == [kernels] * 2

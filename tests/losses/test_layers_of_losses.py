@@ -1,4 +1,4 @@
-"""Hand values of the losses on attention, and which keys a query sees."""
+"""Losses on attention, hidden states and FSP matrices: hand values and what may not matter."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from unit_counts import counts_of
 
 from megakd.contract.batch import AttentionVectors, Batch, Knowledge, LossInputs
 from megakd.contract.terms import AttentionMse, HiddenMse, RelationKl
+from megakd.losses import layer_terms
 from megakd.losses.bundle import unit_scales
 from megakd.losses.layer_terms import (
     AttentionMatrices,
     HiddenStates,
     Relations,
+    flow_errors,
     visible_keys,
 )
 
-LN3 = math.log(3)
 ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).weights
-SCORES = AttentionMse(loss="attention_mse")
-KEYS = torch.tensor([[[LN3], [0.0]]])  # [1, 2, 1]: one head of width 1, two tokens
-NOTHING = torch.zeros(1, 2, 1)
 
 
-def vectors(queries: Any, keys: Any = KEYS, values: Any = NOTHING, width: int = 1) -> Knowledge:
-    return Knowledge(attention=(None, AttentionVectors(queries, keys, values, width)))
+def vectors(part: Tensor) -> Knowledge:
+    """One layer with one head, whose queries, keys and values are equal."""
+    return Knowledge(attention=(None, AttentionVectors(part, part, part, part.shape[-1])))
 
 
 def whole(*lengths: int, **inputs: Any) -> Batch:
@@ -44,24 +44,17 @@ def sum_of(group: Any, ours: Knowledge, theirs: Knowledge, batch: Batch) -> floa
     return result.total.item()
 
 
-def relation(ours: Any, theirs: Any, batch: Batch, **options: Any) -> float:
-    term = RelationKl(loss="relation_kl", **options)
-    group = Relations(term, ((1, 1),), heads=options.get("relation_heads", 1), causal=False)
-    return sum_of(group, ours, theirs, batch)
-
-
 @pytest.mark.parametrize("fit", ["scores", "probabilities", "relation"])
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(-30, 30, width=32) | st.just(1e4), min_size=12, max_size=12))
 def test_a_loss_on_attention_is_finite_and_never_negative(fit, numbers):
-    ours, theirs = torch.tensor(numbers).reshape(2, 1, 3, 2)
-    both = [vectors(x, x, x, width=2) for x in (ours, theirs)]
-
-    if fit == "relation":
-        result = relation(*both, whole(3))
-    else:
+    ours, theirs = map(vectors, torch.tensor(numbers).reshape(2, 1, 3, 2))
+    group: Any = Relations(RelationKl(loss="relation_kl"), ((1, 1),), heads=1, causal=False)
+    if fit != "relation":
         term = AttentionMse(loss="attention_mse", fit=fit)
-        result = sum_of(AttentionMatrices(term, ((1, 1),), causal=True), *both, whole(3))
+        group = AttentionMatrices(term, ((1, 1),), causal=True)
+
+    result = sum_of(group, ours, theirs, whole(3))
 
     assert math.isfinite(result)
     assert result >= -1e-5
@@ -94,7 +87,53 @@ def test_a_causal_query_sees_the_keys_before_it_in_its_own_document(positions, s
 
 
 def test_attention_that_was_not_read_is_an_error_that_names_the_layer():
-    group = AttentionMatrices(SCORES, ((1, 1),), causal=False)
+    term = AttentionMse(loss="attention_mse")
+    group = AttentionMatrices(term, ((1, 1),), causal=False)
 
     with pytest.raises(TypeError, match="attention of layer 1 was not read"):
-        sum_of(group, Knowledge(attention=(None, None)), vectors(NOTHING), whole(2))
+        sum_of(group, Knowledge(attention=(None, None)), vectors(torch.zeros(1, 2, 1)), whole(2))
+
+
+def states(*, seed: int) -> tuple[Tensor, ...]:
+    """The states of two layers, [B, T, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    return tuple(state.requires_grad_() for state in drawn)
+
+
+def flow_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], **options: Any) -> Tensor:
+    """The error of the flow through two layers, all positions of which count."""
+    valid = torch.ones(student[0].shape[:2], dtype=torch.bool)
+    (result,) = flow_errors(student, teacher, valid=valid, **options)
+    return result
+
+
+def test_a_text_said_twice_flows_as_it_does_once():
+    student, teacher = states(seed=0), states(seed=1)
+    twice = [tuple(torch.cat([state] * 2, 1) for state in flow) for flow in (student, teacher)]
+
+    torch.testing.assert_close(flow_error(*twice), flow_error(student, teacher))
+
+
+@pytest.mark.parametrize("elements", [1, 50, 60])
+def test_flow_matrices_of_a_few_rows_at_a_time_give_the_same(monkeypatch, elements):
+    student, teacher = states(seed=0), states(seed=1)
+    whole = flow_error(student, teacher)
+    wanted = torch.autograd.grad(whole, student)
+
+    monkeypatch.setattr(layer_terms, "MATRIX_ELEMENTS", elements)
+    actual = flow_error(student, teacher)
+
+    torch.testing.assert_close(actual, whole)
+    torch.testing.assert_close(torch.autograd.grad(actual, student), wanted)
+
+
+def test_a_second_derivative_is_refused_and_the_reference_has_it():
+    student, teacher = states(seed=0), states(seed=1)
+    result = flow_error(student, teacher)
+    reference = flow_error(student, teacher, kernels="reference")
+
+    with pytest.raises(RuntimeError, match="do not support second derivatives"):
+        torch.autograd.grad(result, student[0], create_graph=True)
+    (slope,) = torch.autograd.grad(reference, student[0], create_graph=True)
+    assert torch.autograd.grad(slope.sum(), student[1])[0].any()

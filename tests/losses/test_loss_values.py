@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from loss_scene import Matrix
 from unit_counts import counts_of
 
-import megakd_kernels
-from megakd.contract.batch import IGNORE, Batch, Knowledge, LogitWarp, LossInputs
+from megakd.contract.batch import IGNORE, Batch, Knowledge, LossInputs
 from megakd.contract.terms import (
     HardCrossEntropy,
-    HiddenMse,
     SoftTargetJsd,
     SoftTargetKl,
     SoftTargetMse,
@@ -28,7 +27,6 @@ from megakd.contract.terms import (
 from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Shape
 from megakd.losses.bundle import unit_scales
-from megakd.losses.layer_terms import HiddenStates
 from megakd.losses.objective import Objective, build_objective
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
@@ -38,20 +36,7 @@ JSD = SoftTargetJsd(loss="soft_target_jsd")
 SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl")
 SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl")
 TVD = SoftTargetTvd(loss="soft_target_tvd")
-LAST = HiddenMse(loss="hidden_mse", layer_mapping="last")
 ONE_EACH = unit_scales(counts_of(1, 1, 1), 1).weights
-
-
-class Matrix:
-    """A head that needs no opening."""
-
-    warp = LogitWarp()
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
-
-    def read(self) -> tuple[torch.Tensor, None]:
-        return self.weight, None
 
 
 def answer_of(hidden: torch.Tensor, head: torch.Tensor) -> Knowledge:
@@ -120,12 +105,8 @@ SMOOTHED = replace(CE, label_smoothing=0.1)
         ((SMOOTHED, KL, JSD), 1),
     ],
 )
-def test_terms_of_a_classifier_share_calls_and_add_up_to_each_alone(monkeypatch, terms, calls):
-    seen: list[Any] = []
-    real = megakd_kernels.kd_loss_from_logits
-    monkeypatch.setattr(
-        megakd_kernels, "kd_loss_from_logits", lambda *a, **o: seen.append(1) or real(*a, **o)
-    )
+def test_terms_of_a_classifier_share_calls_and_add_up_to_each_alone(kernel_calls, terms, calls):
+    seen = kernel_calls("kd_loss_from_logits")
     terms = tuple(replace(term, weight=0.5 + n) for n, term in enumerate(terms))
     generator = torch.Generator().manual_seed(0)
     logits, taught = (torch.randn(6, 4, generator=generator) for _ in range(2))
@@ -152,27 +133,9 @@ def test_terms_of_a_classifier_share_calls_and_add_up_to_each_alone(monkeypatch,
     assert values == pytest.approx(expected, rel=1e-5)
 
 
-def test_widths_that_differ_get_a_projection_per_pair_and_equal_widths_none():
-    pairs = ((0, 0), (2, 4))
-
-    differing, equal = (HiddenStates(LAST, pairs, widths) for widths in ((4, 6), (4, 4)))
-
-    assert [list(p.shape) for p in differing.parameters()] == [[6, 4], [6, 4]]
-    assert list(equal.parameters()) == []
-
-
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The options of every call of the fused loss."""
-    seen: list[dict[str, Any]] = []
-    real = megakd_kernels.linear_kd_loss
-
-    def counting(*tensors: Any, **options: Any) -> Any:
-        seen.append(options)
-        return real(*tensors, **options)
-
-    monkeypatch.setattr(megakd_kernels, "linear_kd_loss", counting)
-    return seen
+def calls(kernel_calls):
+    return kernel_calls("linear_kd_loss")
 
 
 def language_model(*terms: TermConfig) -> Objective:
@@ -212,8 +175,8 @@ def test_terms_that_need_calls_of_their_own_get_them_and_the_hard_term_is_in_one
 
     total, sums = objective([reading(objective)])[0]
 
-    assert [call["temperature"] for call in calls] == [1.0, other.temperature]
-    assert [call["skew"] for call in calls] == [0.1, getattr(other, "skew", 0.1)]
+    assert [options["temperature"] for _, options in calls] == [1.0, other.temperature]
+    assert [options["skew"] for _, options in calls] == [0.1, getattr(other, "skew", 0.1)]
     alone_terms = [language_model(term) for term in (CE, SKEW, other)]
     apart = [alone([reading(alone)])[0] for alone in alone_terms]
     assert total.item() == pytest.approx(sum(alone.total.item() for alone in apart), rel=1e-6)

@@ -31,19 +31,13 @@ from megakd.contract.unit_counts import count_units
 from megakd.contract.views import Heads, Shape
 from megakd.errors import ConfigError, TeacherError
 from megakd.losses.bundle import unit_scales
-from megakd.losses.objective import (
-    build_objective,
-    check_terms,
-    relation_heads,
-    teacher_needs,
-)
+from megakd.losses.objective import build_objective, check_terms, relation_heads, teacher_needs
 from megakd.models.knowledge import Needs
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl")
 REVERSE = SoftTargetReverseKl(loss="soft_target_reverse_kl")
 JSD = SoftTargetJsd(loss="soft_target_jsd")
-HARD_MSE = HardMse(loss="hard_mse")
 SOFT_MSE = SoftTargetMse(loss="soft_target_mse")
 HIDDEN_MSE = HiddenMse(loss="hidden_mse")
 HIDDEN_COSINE = HiddenCosine(loss="hidden_cosine")
@@ -51,28 +45,16 @@ EMBEDDING = EmbeddingMse(loss="embedding_mse")
 ATTENTION = AttentionMse(loss="attention_mse")
 RELATION = RelationKl(loss="relation_kl")
 FLOWS = RelationFsp(loss="relation_fsp")
-DIVERGENCES = (
+COMPARING = (
     KL,
     REVERSE,
     JSD,
     SoftTargetSkewKl(loss="soft_target_skew_kl"),
     SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl"),
     SoftTargetTvd(loss="soft_target_tvd"),
+    *(SOFT_MSE, HIDDEN_MSE, HIDDEN_COSINE, EMBEDDING, ATTENTION, RELATION),
 )
 STUDENT, TEACHER = Shape(2, 4, 3, Heads(2, 2, 2)), Shape(12, 6, 3, Heads(2, 2, 3))
-COMPARING = (
-    *DIVERGENCES,
-    SOFT_MSE,
-    HIDDEN_MSE,
-    HIDDEN_COSINE,
-    EMBEDDING,
-    ATTENTION,
-    RELATION,
-)
-
-
-def named(case: Any) -> str:
-    return case if isinstance(case, str) else case.loss
 
 
 @pytest.mark.parametrize(
@@ -100,7 +82,7 @@ def test_attention_is_never_mapped_to_the_embedding_output():
     assert pairs == ((1, 1), (2, 1), (3, 2), (4, 2))
 
 
-@pytest.mark.parametrize("term", COMPARING, ids=named)
+@pytest.mark.parametrize("term", COMPARING, ids=lambda term: term.loss)
 def test_a_term_that_compares_is_refused_without_a_teacher(term):
     task = "regression" if term is SOFT_MSE else "classification"
 
@@ -120,7 +102,7 @@ def test_a_term_that_compares_is_refused_without_a_teacher(term):
                 "examples",
             ),
         ),
-        ("regression", (HARD_MSE,), {"hard_mse": "targets"}),
+        ("regression", (HardMse(loss="hard_mse"),), {"hard_mse": "targets"}),
         ("regression", (SOFT_MSE,), {"soft_target_mse": "examples"}),
         (
             "causal_lm",
@@ -135,11 +117,7 @@ def test_a_term_that_compares_is_refused_without_a_teacher(term):
             (HIDDEN_MSE, HIDDEN_COSINE),
             {"hidden_mse": "tokens", "hidden_cosine": "tokens"},
         ),
-        (
-            "causal_lm",
-            (replace(HIDDEN_MSE, positions="first"),),
-            {"hidden_mse": "examples"},
-        ),
+        ("causal_lm", (replace(HIDDEN_MSE, positions="first"),), {"hidden_mse": "examples"}),
         (
             "regression",
             (EMBEDDING, ATTENTION, RELATION, FLOWS),
@@ -246,36 +224,13 @@ def test_relation_heads_that_do_not_divide_are_refused_with_those_that_would(opt
         heads_of(Heads(12, 4, 8), Heads(12, 3, 16), **options)
 
 
-def test_projections_are_parameters_of_the_objective():
-    objective = build_objective(
-        (HIDDEN_MSE, HIDDEN_COSINE, FLOWS), "classification", STUDENT, Shape(12, 6, 3)
-    )
-
-    shapes = [tuple(p.shape) for p in objective.parameters()]
-
-    assert shapes == [(6, 4)] * 6  # two mapped layers, three terms
-
-
-def labelled(labels: torch.Tensor, valid: list[list[int]]) -> Batch:
-    return Batch({}, labels, torch.tensor(valid).bool())
-
-
-def read(objective: Any, batch: Batch, student: torch.Tensor, teacher: torch.Tensor) -> Any:
-    reading = LossInputs(
-        Knowledge(logits=student),
-        Knowledge(logits=teacher),
-        batch,
-        objective.weights,
-        unit_scales(count_units([batch]), 1).weights,
-    )
-    return objective([reading])[0]
-
-
 def test_agreement_counts_the_rows_on_which_both_choose_the_same_class():
-    batch = labelled(torch.tensor([IGNORE] * 3), [[1], [1], [0]])
+    batch = Batch({}, torch.tensor([IGNORE] * 3), torch.tensor([[1], [1], [0]]).bool())
     objective = build_objective((KL,), "classification", *[Shape(2, 4, 2)] * 2)
     one, other = [9.0, 0.0], [0.0, 1.0]
+    answers = (Knowledge(logits=torch.tensor(rows)) for rows in ([one] * 3, [one, other, one]))
+    units = unit_scales(count_units([batch]), 1).weights
 
-    result = read(objective, batch, torch.tensor([one, one, one]), torch.tensor([one, other, one]))
+    result = objective([LossInputs(*answers, batch, objective.weights, units)])[0]
 
     assert result.sums["top1_agreement"].item() == 1  # the third row is no row

@@ -101,8 +101,13 @@ class Scene:
         numbers = np.arange(len(rows["input_ids"]))
         return [masking(batch, numbers, seed=1, draw=0) for batch in made]
 
-    def gradient(self, batches: list[Batch], passes: tuple[Pass, ...]) -> tuple[dict, list[Losses]]:
-        """The gradient and the losses of a step that is divided by the counts of all rows."""
+    def gradient(
+        self, batches: list[Batch], passes: tuple[Pass, ...], *, rows_of: str | None = None
+    ) -> tuple[dict, list[Losses]]:
+        """The gradient and the losses of a step that is divided by the counts of all rows.
+
+        Teachers read all rows; `rows_of` hides the rows of other teachers from the student.
+        """
         self.student.zero_grad()
         counts = count_units(batches, self.student.counters)
         collected = []
@@ -110,28 +115,14 @@ class Scene:
             asked = {p.teacher: self.teachers[p.teacher] for p in passes if p.teacher}
             with torch.no_grad():
                 answer = {name: teacher.read(batch.of(name)) for name, teacher in asked.items()}
-            losses = self.student(batch, answer, passes, counts)
+            seen = batch if rows_of is None else hidden(batch, rows_of)
+            losses = self.student(seen, answer, passes, counts)
             losses.total.backward()
             collected.append(losses)
         grads = {
             n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None
         }
         return grads, collected
-
-    def alone(self, batches: list[Batch], name: str) -> dict:
-        """The gradient of one teacher's rows: the whole batch is read, and other rows are hidden.
-
-        The step is still divided by the counts of all rows.
-        """
-        self.student.zero_grad()
-        counts = count_units(batches, self.student.counters)
-        for batch in batches:
-            with torch.no_grad():
-                answer = self.teachers[name].read(batch)
-            self.student(hidden(batch, name), {name: answer}, (Pass(teacher=name),), counts)[
-                0
-            ].backward()
-        return {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
 
 
 def hidden(batch: Batch, name: str) -> Batch:
@@ -170,7 +161,7 @@ def assert_sum_of_parts(scene: Scene, batches: list[Batch]) -> None:
 
     actual, losses = scene.gradient(routed, plan)
 
-    parts = [scene.alone(batches, name) for name in NAMES]
+    parts = [scene.gradient(batches, (Pass(teacher=n),), rows_of=n)[0] for n in NAMES]
     for name, gradient in actual.items():
         wanted = torch.stack([part[name] for part in parts if name in part]).sum(0)
         torch.testing.assert_close(gradient, wanted, rtol=2e-4, atol=2e-6)

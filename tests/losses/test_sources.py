@@ -1,4 +1,7 @@
-"""Terms that are limited to rollouts or to data: what they sum over and what divides the sums."""
+"""Terms that are limited to rollouts or to data, and soft targets of cached draws.
+
+What they sum over and what divides the sums.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_scene import LENGTH, ROWS, Texts, head_of, objective_of, result, with_second
-from torch import Tensor
+from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result, with_second
 from waiting import no_waiting
 
-import megakd_kernels
-from megakd.contract.batch import IGNORE, Knowledge, LossInputs
+from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, TopK
 from megakd.contract.terms import (
     HardCrossEntropy,
     SoftTargetJsd,
@@ -27,9 +28,11 @@ from megakd.contract.terms import (
     term_name,
 )
 from megakd.losses.bundle import unit_scales
+from megakd.losses.targets import AGREEMENT
 
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 KL = SoftTargetKl(loss="soft_target_kl", temperature=2.0)
+KL_AT_1 = SoftTargetKl(loss="soft_target_kl")
 SKEW = SoftTargetSkewKl(loss="soft_target_skew_kl", skew=0.2)
 SKEW_REVERSE = SoftTargetSkewReverseKl(loss="soft_target_skew_reverse_kl", skew=0.2)
 TERMS: tuple[Any, ...] = (
@@ -47,9 +50,23 @@ SOURCES = ("rollouts", "data")
 UNITS = {None: "targets", "rollouts": "rollout_targets", "data": "data_targets"}
 every_term = pytest.mark.parametrize("term", TERMS, ids=lambda term: term.loss)
 every_source = pytest.mark.parametrize("source", SOURCES)
+DRAWN = 4
 masks = st.lists(st.booleans(), min_size=ROWS * LENGTH, max_size=ROWS * LENGTH).map(
     lambda marks: torch.tensor(marks).view(ROWS, LENGTH)
 )
+
+
+def drawn_shares() -> torch.Tensor:
+    """Shares of four draws at every position, [B, T, V]; each is of one or two tokens."""
+    made = torch.Generator().manual_seed(5)
+    first, second = torch.randint(VOCABULARY, (2, ROWS, LENGTH), generator=made)
+    hot = [torch.nn.functional.one_hot(ids, VOCABULARY) for ids in (first, second)]
+    return (3 * hot[0] + hot[1]) / DRAWN
+
+
+def draws_of(shares: torch.Tensor) -> Draws:
+    best, ids = shares.topk(DRAWN, dim=-1)
+    return Draws(ids.masked_fill(best == 0, -1).int(), best.log())
 
 
 def assert_same(actual: Any, wanted: Any, **tolerance: float) -> None:
@@ -169,18 +186,13 @@ def test_masks_that_the_host_may_not_read_give_the_same_without_waiting(term, so
     assert_same(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_products_run_over_the_rows_of_a_source_alone(monkeypatch):
-    texts, rows = Texts(), []
-    real = megakd_kernels.linear_kd_loss
+def test_products_run_over_the_rows_of_a_source_alone(kernel_calls):
+    texts, calls = Texts(), kernel_calls("linear_kd_loss")
 
-    def noting(hidden: Tensor, *tensors: Any, **options: Any) -> Any:
-        rows.append(hidden.shape[:-1].numel())
-        return real(hidden, *tensors, **options)
-
-    monkeypatch.setattr(megakd_kernels, "linear_kd_loss", noting)
     result(texts, PAIR)
     result(Texts(torch.ones(ROWS, LENGTH, dtype=torch.bool)), PAIR)
 
+    rows = [hidden.shape[:-1].numel() for (hidden, *_), _ in calls]
     generated = int(texts.rollouts.sum())
     assert rows == [generated, ROWS * LENGTH - generated, ROWS * LENGTH, 1]
 
@@ -198,21 +210,22 @@ def test_few_targets_and_those_of_a_second_vocabulary_belong_to_their_source(sou
     assert_same(result(texts, limited, batch=batch), result(texts, limited), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kept", [Texts().top_k(), draws_of(drawn_shares())], ids=["top", "draws"])
 @every_source
-def test_cached_answers_are_limited_to_those_of_the_source(source):
-    texts, term = Texts(), SoftTargetKl(loss="soft_target_kl")
-    alone = Texts()
+def test_cached_answers_are_limited_to_those_of_the_source(source, kept):
+    texts, alone, taught = Texts(), Texts(), Knowledge(kept=kept)
     alone.labels = texts.labels.masked_fill(~texts.of(source), IGNORE)
-    taught = Knowledge(kept=texts.top_k())
 
-    actual = result(texts, (replace(term, on=source),), taught=taught)
+    actual = result(texts, (replace(KL_AT_1, on=source),), taught=taught)
 
-    assert_same(actual, result(alone, (term,), taught=taught), rtol=1e-5, atol=1e-6)
+    assert_same(actual, result(alone, (KL_AT_1,), taught=taught), rtol=1e-5, atol=1e-6)
 
 
-def test_readings_of_several_views_together_equal_each_by_itself():
-    texts, objective = Texts(), objective_of(PAIR)
+@pytest.mark.parametrize("is_cached", [False, True], ids=["answered", "draws"])
+def test_readings_of_several_views_together_equal_each_by_itself(is_cached):
+    texts, objective = Texts(), objective_of((KL_AT_1,) if is_cached else PAIR)
     taught = Knowledge(hidden=texts.taught, head=head_of(texts.teacher_head))
+    taught = Knowledge(kept=draws_of(drawn_shares())) if is_cached else taught
     per_unit = unit_scales(texts.counts(objective), 1).weights
     readings = [
         LossInputs(
@@ -283,3 +296,37 @@ def test_a_pass_may_leave_out_a_term_of_one_source():
 
     assert {*sums} == {"soft_target_skew_kl_on_data", "top1_agreement_on_data"}
     torch.testing.assert_close(total, result(texts, PAIR[:1]).total)
+
+
+def test_the_loss_is_the_divergence_from_the_shares_of_the_draws():
+    texts, shares = Texts(), drawn_shares()
+    counted = texts.labels != IGNORE
+    hidden, head = (t.clone().requires_grad_() for t in (texts.hidden, texts.head))
+
+    actual = result(texts, (KL_AT_1,), taught=Knowledge(kept=draws_of(shares)))
+
+    log_q = (hidden @ head.T).log_softmax(-1)
+    rows = (torch.xlogy(shares, shares) - shares * log_q).sum(-1)[counted]
+    torch.testing.assert_close(actual.sums["soft_target_kl"], rows.sum().detach())
+    gradients = torch.autograd.grad(rows.mean(), (hidden, head))
+    for gradient, expected in zip(actual.gradients.values(), gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    agree = log_q.argmax(-1) == shares.argmax(-1)
+    assert actual.sums[AGREEMENT] == agree[counted].sum()
+
+
+@pytest.mark.parametrize("kind", [Draws, TopK])
+def test_tokens_that_only_the_teachers_table_has_are_left_to_the_rest(kind):
+    texts, draws = Texts(), draws_of(drawn_shares())
+    missing = draws.ids == draws.ids.amax(-1, keepdim=True)
+    kept = kind(draws.ids, draws.logprobs - 1)
+    padded = kind(draws.ids.masked_fill(missing, VOCABULARY + 3), kept.logprobs)
+
+    actual, expected = (
+        result(texts, (KL_AT_1,), taught=Knowledge(kept=one))
+        for one in (padded, kind(draws.ids.masked_fill(missing, -1), kept.logprobs))
+    )
+
+    torch.testing.assert_close(actual.total, expected.total)
+    assert actual.total.isfinite()
+    torch.testing.assert_close(actual.gradients, expected.gradients)

@@ -32,35 +32,9 @@ TINY = {
     "max_position_embeddings": 64,
     "vocab_size": 300,
 }
-DISTILBERT = {
-    "dim": 16,
-    "n_layers": 2,
-    "n_heads": 2,
-    "hidden_dim": 32,
-    "max_position_embeddings": 64,
-    "vocab_size": 300,
-}
-# Heads wider than their share of the layers, fewer columns than the layers are wide.
-QWEN3 = {**TINY, "head_dim": 12}
-GPT2 = {
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_inner": 32,
-    "n_positions": 64,
-    "vocab_size": 300,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-T5 = {
-    "d_model": 16,
-    "num_layers": 2,
-    "num_heads": 4,
-    "d_kv": 6,
-    "d_ff": 32,
-    "vocab_size": 300,
-    "feed_forward_proj": "gated-gelu",
-}
+T5 = {"d_model": 16, "num_layers": 2, "num_heads": 4, "d_kv": 6, "d_ff": 32, "vocab_size": 300}
+DISTILBERT = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 300}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 32, "vocab_size": 300}
 # Caps and windows so small that they change the outputs of these models.
 GEMMA = {**TINY, "head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 9}
 EXPERTS = {**TINY, "num_experts_per_tok": 2}
@@ -71,11 +45,12 @@ OTHERS = {
     "granite": {**TINY, "logits_scaling": 0.4, "embedding_multiplier": 1.5},
     "gpt_oss": {**EXPERTS, "num_local_experts": 4, "head_dim": 12, "sliding_window": 5},
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 32},
-    "distilbert": DISTILBERT,
-    "qwen3": QWEN3,
-    "gpt2": GPT2,
+    "distilbert": {**DISTILBERT, "max_position_embeddings": 64},
+    # Heads wider than their share of the layers, fewer columns than the layers are wide.
+    "qwen3": {**TINY, "head_dim": 12},
+    "gpt2": {**GPT2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 1},
     "t5_encoder": {**T5, "feed_forward_proj": "relu"},
-    "enct5": T5,
+    "enct5": {**T5, "feed_forward_proj": "gated-gelu"},
 }
 
 

@@ -147,7 +147,12 @@ def test_a_prompt_without_tokens_or_room_is_told_before_any_answer(
         list(answers_of(tmp_path, [text], new_tokens=new_tokens))
 
 
-ARCHITECTURES = {"no class": "AutoModelForSequenceClassification", "no mask": "BertForMaskedLM"}
+CHANGES = {
+    "no class": {"architectures": ["AutoModelForSequenceClassification"]},
+    "no mask": {"architectures": ["BertForMaskedLM"]},
+    "several labels": {"problem_type": "multi_label_classification"},
+    "quantised": {"quantization_config": {"quant_method": "gptq"}},
+}
 
 
 def broken(folder: Path, kind: str) -> Path:
@@ -160,19 +165,12 @@ def broken(folder: Path, kind: str) -> Path:
         config.write_text("{}")
     if kind == "no weights":
         (final / "model.safetensors").unlink()
-    if kind in ARCHITECTURES:
-        keys = json.loads(config.read_text()) | {"architectures": [ARCHITECTURES[kind]]}
-        config.write_text(json.dumps(keys))
-    if kind == "several labels":
-        keys = {**json.loads(config.read_text()), "problem_type": "multi_label_classification"}
-        config.write_text(json.dumps(keys))
+    if kind in CHANGES:
+        config.write_text(json.dumps(json.loads(config.read_text()) | CHANGES[kind]))
     if kind == "no padding":
         words = json.loads((final / "tokenizer_config.json").read_text())
         del words["pad_token"]
         (final / "tokenizer_config.json").write_text(json.dumps(words))
-    if kind == "quantised":
-        keys = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}
-        config.write_text(json.dumps(keys))
     return final
 
 

@@ -2,13 +2,7 @@ import pytest
 from transformers import BartConfig
 
 from megakd.errors import ModelError
-from megakd.models.architectures import (
-    FAMILIES,
-    MASKED_HEADS,
-    architecture_named,
-    architecture_of,
-    context_length,
-)
+from megakd.models.architectures import FAMILIES, MASKED_HEADS, architecture_named, architecture_of
 
 CUTTABLE = [name for name, entry in FAMILIES.items() if entry.uncut is None]
 
@@ -49,38 +43,9 @@ def test_the_map_lists_the_modules_of_every_attention_and_feed_forward(tiny, mod
     assert all("bias" in path for path in matrices - {*listed} if path.startswith(cores))
 
 
-@pytest.mark.parametrize("model_type", CUTTABLE)
-def test_the_map_counts_the_units_that_the_weights_have(tiny, model_type):
-    model = tiny.load(tiny.scratch(model_type), tiny.task_for(model_type), need_head=False)
-    architecture = architecture_of(model.config)
-
-    heads = architecture.heads(model.config)
-    units = architecture.units(model.config)
-
-    for paths, count in zip(architecture.attentions(model.config), units.heads, strict=True):
-        out, keys = (_outputs(model.get_submodule(paths.projections[n])) for n in (0, 1))
-        made = out if paths.is_fused else out + 2 * keys
-        assert made == (heads.queries + 2 * heads.keys) * heads.width
-        assert count == heads.keys
-    for paths, count in zip(architecture.feed_forwards(model.config), units.neurons, strict=True):
-        assert {_outputs(model.get_submodule(path)) for path in paths.inputs} == {count} == {32}
-
-
-def _outputs(module):
-    return getattr(module, "out_features", None) or module.nf
-
-
 def test_gpt2s_config_may_leave_its_neurons_open(tiny):
     config = tiny.resolve(tiny.scratch("gpt2", n_inner=None), tiny.task("causal_lm")).config
     assert architecture_of(config).units(config).neurons == (64, 64)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "longest"), [("bert", 64), ("roberta", 62), ("gpt2", 64), ("enct5", None)]
-)
-def test_only_positions_that_are_counted_limit_the_length(tiny, model_type, longest):
-    source = tiny.resolve(tiny.scratch(model_type), tiny.task_for(model_type))
-    assert context_length(source.config) == longest
 
 
 @pytest.mark.parametrize("model_type", MASKED_HEADS)

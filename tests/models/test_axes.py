@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 import tiny_cuts
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, ElectraConfig, ElectraForMaskedLM
 
 from megakd.contract.views import Axis, Cut, UnitOrder, View
 from megakd.models.architectures import AUTO_CLASSES, FAMILIES, MASKED_HEADS, architecture_of
-from megakd.models.axes import WIDTH, cut_part, lengths, unit_makers, weight_axes
+from megakd.models.axes import (
+    WIDTH,
+    cut_part,
+    lengths,
+    named_shapes,
+    parameter_counts,
+    unit_makers,
+    weight_axes,
+)
 from megakd.models.cutting import cut_config
 
 CUTTABLE = {name: entry for name, entry in FAMILIES.items() if entry.uncut is None}
@@ -32,15 +40,6 @@ def whole(tiny, model_type, kind="", **changes):
     return tiny.load(folder, task)
 
 
-def turned(units):
-    """Every unit in another place, in every layer another way round."""
-    heads, neurons = (
-        tuple(turn(count, 1 - number % 2 * 2) for number, count in enumerate(counts))
-        for counts in (units.heads, units.neurons)
-    )
-    return UnitOrder(heads=heads, neurons=neurons, width=turn(units.width, 5))
-
-
 def turn(count, by):
     return tuple((unit + by) % count for unit in range(count))
 
@@ -52,8 +51,14 @@ def units_of(model):
 @pytest.mark.parametrize(("model_type", "kind"), WITH_TASKS)
 def test_putting_all_units_in_another_order_leaves_the_outputs_as_they_were(tiny, model_type, kind):
     model = whole(tiny, model_type, kind)
-    axes, order = weight_axes(model), turned(units_of(model))
-    config = cut_config(model.config, units_of(model), order)
+    axes, units = weight_axes(model), units_of(model)
+    # Every unit in another place, in every layer another way round.
+    heads, neurons = (
+        tuple(turn(count, 1 - number % 2 * 2) for number, count in enumerate(counts))
+        for counts in (units.heads, units.neurons)
+    )
+    order = UnitOrder(heads=heads, neurons=neurons, width=turn(units.width, 5))
+    config = cut_config(model.config, units, order)
     other = AUTO_CLASSES[kind].from_config(config).eval()
     state = {
         name: cut_part(tensor, axes[name], Cut(order, None)) if name in axes else tensor
@@ -143,3 +148,14 @@ def test_narrow_embeddings_and_the_matrix_that_raises_them_make_the_hidden_state
     is_narrow = width < model.config.hidden_size
     assert ("electra.embeddings_project.weight" in embeddings) == is_narrow
     assert ("electra.embeddings.word_embeddings.weight" in embeddings) != is_narrow
+
+
+def test_the_output_bias_of_a_masked_electra_is_not_counted_with_its_encoder():
+    sizes = {"hidden_size": 16, "embedding_size": 16, "intermediate_size": 16}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ElectraForMaskedLM(ElectraConfig(vocab_size=1000, **sizes, **layers))
+
+    counts = parameter_counts(named_shapes(model))
+
+    inside = sum(parameter.numel() for parameter in model.electra.encoder.parameters())
+    assert counts.encoder_parameters == inside

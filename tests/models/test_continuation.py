@@ -100,11 +100,12 @@ KINDS = ["llama", "mistral", "gpt2", "cut_llama", "elastic", "mamba2", "bamba"]
     temperature=st.sampled_from([0.0, 1.0, 3.0]),
     rows_at_once=st.integers(1, 9),
     share=st.sampled_from([0.01, 0.125, 0.5, 1.0]),
+    top_k=st.sampled_from([None, 5]),
 )
 def test_texts_are_those_of_single_rows(
-    kind, prompts, ends, limit, temperature, rows_at_once, share
+    kind, prompts, ends, limit, temperature, rows_at_once, share, top_k
 ):
-    model, sampling = model_of(kind), Sampling(limit, temperature)
+    model, sampling = model_of(kind), Sampling(limit, temperature, top_k=top_k)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "SHARE_TO_LEAVE", share)
         result = completed(model, prompts, ends, sampling, rows_at_once=rows_at_once)

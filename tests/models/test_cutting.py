@@ -18,38 +18,29 @@ from tiny_cuts import (
     loaded,
     logits,
     order_of,
+    reshaped,
     saved,
     source_of,
     task,
     task_of,
-    tokenizer,
     view_of,
 )
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megakd.config.models import ScratchModel
 from megakd.contract.views import View
+from megakd.errors import ModelError
+from megakd.models import cutting
 from megakd.models.architectures import architecture_of
-from megakd.models.cutting import cut_config, reshape_folder
+from megakd.models.cutting import cut_class_name, cut_config
 from megakd.models.elastic import Elastic
+from megakd.models.loading import resolve_model
+from megakd.models.modeling.modeling_cut import CutLlamaConfig
+from megakd.pruning.allocation import UnitScores, view_at
 
 FFN = View((6, 6, 6), (8, 8, 8))
 UNIFORM = View((2, 2, 2), (8, 8, 8))
 RAGGED = View((1, 3, 2), (7, 20, 1))
-
-
-def reshape(source, folder, **changes):
-    kind = task_of(source.architecture.model_type.removeprefix("cut_"))
-    kind = changes.pop("kind", kind)
-    labels = () if kind in ("causal_lm", "mlm") else LABELS
-    facts = {"task": task(kind), "label_names": labels, "tokenizer": tokenizer(), **changes}
-    reshape_folder(source, folder, **facts)
-    return folder
-
-
-def stored(tmp_path, family: str, **changes):
-    """A model, and the same as a folder that megakd has found."""
-    model = build(family, **changes)
-    return model, source_of(saved(model, tmp_path / "whole"), task_of(family))
 
 
 @pytest.mark.parametrize(
@@ -160,11 +151,10 @@ def test_heads_that_are_sorted_twice_keep_their_columns(family):
     assert torch.allclose(logits(twice), logits(whole), atol=1e-5)
 
 
-@pytest.mark.parametrize(("view", "width"), [("ragged", 10), ("empty", None)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cut_model_computes_what_the_elastic_view_does(family, view, width):
+def test_a_narrower_cut_model_computes_what_the_elastic_view_does(family):
     whole = build(family)
-    kept = view_of(whole, view)._replace(width=width)
+    kept = view_of(whole, "ragged")._replace(width=10)
     smaller = cut(whole, task_of(family), kept)
     elastic = Elastic(whole)
 
@@ -195,13 +185,17 @@ def test_a_cut_model_can_be_elastic_in_its_turn(family):
     ],
 )
 def test_a_folder_is_cut_from_file_to_file(tmp_path, family, view):
-    model, source = stored(tmp_path, family)
+    model, kind = build(family), task_of(family)
+    source = source_of(saved(model, tmp_path / "whole"), kind)
     kept, order = view_of(model, view), order_of(model)
-    expected = cut(model, task_of(family), kept, order)
+    expected = cut(model, kind, kept, order)
 
-    folder = reshape(source, tmp_path / "cut", view=kept, order=order, extra={"a.txt": "b"})
+    options = {"view": kept, "order": order, "extra": {"a.txt": "b"}}
+    folder = reshaped(source, tmp_path / "cut", kind, **options)
 
-    actual = loaded(folder, task_of(family))
+    actual = loaded(folder, kind)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [type(expected).__name__]
     assert type(actual) is type(expected)
     assert torch.equal(logits(actual), logits(expected))
     assert (folder / "a.txt").read_text() == "b"
@@ -213,7 +207,7 @@ def test_weights_keep_the_dtype_of_the_file(tmp_path, family):
     model = build(family).to(torch.bfloat16)
     source = source_of(saved(model, tmp_path / "whole"), "classification")
 
-    folder = reshape(source, tmp_path / "cut", view=view_of(model, "empty"))
+    folder = reshaped(source, tmp_path / "cut", view=view_of(model, "empty"))
 
     tensors = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values() if tensor.numel()} == {torch.bfloat16}
@@ -228,8 +222,10 @@ def test_tied_weights_stay_tied_and_others_two(tmp_path, family, kind, tied):
     model = build(family, kind, tie_word_embeddings=tied)
     source = source_of(saved(model, tmp_path / "whole"), kind)
 
-    folder = reshape(source, tmp_path / "cut", view=RAGGED, kind=kind)
+    folder = reshaped(source, tmp_path / "cut", kind, view=RAGGED)
 
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [f"Cut{type(model).__name__}"]
     result = loaded(folder, kind)
     inputs, outputs = result.get_input_embeddings().weight, result.get_output_embeddings().weight
     assert (outputs is inputs) == tied
@@ -240,15 +236,165 @@ def test_tied_weights_stay_tied_and_others_two(tmp_path, family, kind, tied):
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "enct5"])
 def test_the_labels_of_what_is_written_are_in_the_datas_order(tmp_path, family):
-    model, source = stored(tmp_path, family)
+    model = build(family)
+    saved(model, tmp_path / "whole")
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     backwards = {str(number): name for number, name in enumerate(reversed(LABELS))}
     config |= {"id2label": backwards, "label2id": {v: int(k) for k, v in backwards.items()}}
     (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
-    source = source_of(tmp_path / "whole", task_of(family))
+    source = source_of(tmp_path / "whole", "classification")
 
-    folder = reshape(source, tmp_path / "sorted", order=order_of(model))
+    folder = reshaped(source, tmp_path / "sorted", order=order_of(model))
 
-    written = loaded(folder, task_of(family))
+    written = loaded(folder, "classification")
     torch.testing.assert_close(logits(written), logits(model).flip(-1), atol=1e-5, rtol=0)
     assert [written.config.id2label[n] for n in range(len(LABELS))] == list(LABELS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("view", ["ragged", "empty"])
+def test_the_config_of_uneven_layers_keeps_no_count_of_the_whole_model(family, view, tmp_path):
+    model = build(family)
+    kept = view_of(model, view)
+
+    config = cut_config(model.config, kept)
+
+    config.save_pretrained(tmp_path)
+    saved_keys = json.loads((tmp_path / "config.json").read_text())
+    assert saved_keys["head_counts"] == list(kept.heads)
+    assert saved_keys["neuron_counts"] == list(kept.neurons)
+    wrong = {"num_attention_heads", "num_key_value_heads", "n_head", "n_heads"}
+    wrong |= {"intermediate_size", "n_inner", "hidden_dim"}
+    assert not wrong & saved_keys.keys()
+    if family in T5S:  # `num_heads` counts the columns of the bias that all layers share
+        assert saved_keys["d_ff"] == max(kept.neurons)
+        return
+    again = type(config).from_pretrained(tmp_path)
+    heads = architecture_of(again).heads(again)
+    shared = 2 if "num_key_value_heads" in FAMILIES[family] else 1
+    assert heads[:2] == (max(kept.heads) * shared, max(kept.heads))
+    assert architecture_of(again).units(again) == kept._replace(width=24)
+
+
+def test_a_config_of_an_earlier_version_says_its_counts_once_they_are_read(tmp_path):
+    earlier = cut_config(build("llama").config, RAGGED).to_dict()
+    del earlier["queries_per_key"]
+    counts = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 20}
+    (tmp_path / "config.json").write_text(json.dumps(earlier | counts))
+
+    config = CutLlamaConfig.from_pretrained(tmp_path)
+
+    assert config.queries_per_key == 2
+    assert architecture_of(config).units(config) == RAGGED._replace(width=24)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text", "phi", "granite"])
+def test_a_decoder_of_even_layers_loads_as_a_stock_model_with_the_logits_of_its_view(
+    family, tmp_path
+):
+    """As `allocation: uniform` cuts it; a Llama's heads must divide the width too."""
+    model = build(family)
+    source = source_of(saved(model, tmp_path / "whole"), "causal_lm")
+    scores = UnitScores(
+        *(tuple(tuple(torch.rand(n).tolist()) for n in kind) for kind in full_view(model)[:2])
+    )
+    view = view_at(scores, 0.4, allocation="uniform", round_to=4, head_width=4)
+    assert view == View((2, 2, 2), (12, 12, 12))
+
+    folder = reshaped(source, tmp_path / "cut", "causal_lm", view=view)
+
+    config = json.loads((folder / "config.json").read_text())
+    counts = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 12}
+    width = FAMILIES[family].get("head_dim", 4)
+    assert {**config, **counts, "head_dim": width, "hidden_size": 24} == config
+    assert "auto_map" not in config
+    assert not list(folder.glob("*.py"))
+    stock = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    assert type(stock) is type(model)
+    with Elastic(model).viewing(view):
+        assert torch.allclose(logits(stock), logits(model), atol=1e-6)
+
+
+# Models that cannot be cut are refused before anything is written.
+
+
+@pytest.fixture
+def source(tmp_path):
+    return source_of(saved(build("bert"), tmp_path / "whole"), "classification")
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (View((6, 7, 6), (20, 20, 20)), "keeps 7 heads of layer 2, which has 6"),
+        (View((6, 6, 6), (20, 20, 21)), "keeps 21 neurons of layer 3, which has 20"),
+        (View((6, -1, 6), (20, 20, 20)), "keeps -1 heads of layer 2"),
+        (View((6, 6), (20, 20, 20)), "heads for 2 layers, and the model has 3"),
+        (View((6, 6, 6), (20, 20)), "neurons for 2 layers, and the model has 3"),
+        (View((6, 6, 6), (20, 20, 20), 25), "a width of 25, and the model has a width of 24"),
+        (View((6, 6, 6), (20, 20, 20), 0), "a width of 0, and the model has a width of 24"),
+    ],
+)
+def test_a_view_lies_within_the_model(tmp_path, source, view, message):
+    with pytest.raises(ModelError, match=message):
+        reshaped(source, tmp_path / "cut", view=view)
+    assert not (tmp_path / "cut").exists()
+
+
+def test_an_order_has_every_unit_once(tmp_path, source):
+    order = order_of(build("bert"))
+    twice = order._replace(heads=((0, 0, 1, 2, 3, 4), *order.heads[1:]))
+    for wrong in (twice, order._replace(neurons=order.neurons[1:])):
+        with pytest.raises(ModelError, match="an order must list every unit of the model once"):
+            reshaped(source, tmp_path / "cut", order=wrong)
+
+
+def test_a_model_without_weights_has_nothing_to_cut(tmp_path):
+    spec = ScratchModel(config={"model_type": "bert"})
+    scratch = resolve_model(spec, task(), where="teacher.model")
+    with pytest.raises(ModelError, match=r"teacher\.model: new bert has no stored weights"):
+        reshaped(scratch, tmp_path / "cut")
+
+
+def test_weights_of_another_model_are_refused(tmp_path, source):
+    file = tmp_path / "whole" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 21}))
+
+    with pytest.raises(ModelError, match=r"check that config\.json and the weights belong to the"):
+        reshaped(source_of(source.folder, "classification"), tmp_path / "cut")
+
+    assert not (tmp_path / "cut").exists()
+
+
+def test_a_file_that_is_cut_short_meanwhile_leaves_what_was_there(tmp_path, source):
+    reshaped(source, tmp_path / "cut", view=View((2, 2, 2), (8, 8, 8)))
+    before = (tmp_path / "cut" / "model.safetensors").read_bytes()
+    file = tmp_path / "whole" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+    with pytest.raises(ModelError, match="ended after"):
+        reshaped(source, tmp_path / "cut", view=View((1, 1, 1), (8, 8, 8)))
+
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+
+
+def test_a_table_that_disagrees_with_the_class_is_refused(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(cutting, "weight_axes", lambda model: {})
+    with pytest.raises(RuntimeError, match="does not agree with its class"):
+        reshaped(source, tmp_path / "cut", view=View((2, 2, 2), (8, 8, 8)))
+    assert not (tmp_path / "cut").exists()
+
+
+def test_the_class_of_a_cut_of_a_cut_model_has_the_same_head():
+    model = cut(build("qwen2"), "causal_lm", RAGGED)
+    config = cut_config(model.config, View((1, 1, 1), (1, 1, 1)))
+    assert cut_class_name(model, model.config) == "CutQwen2ForCausalLM"
+    assert cut_class_name(model, config) == "Qwen2ForCausalLM"
+    assert full_view(model) == RAGGED._replace(width=24)
+
+
+def test_embeddings_that_would_lose_their_projection_are_refused():
+    view = View((6, 6, 6), (20, 20, 20), 16)
+    with pytest.raises(ModelError, match="width of 16, which is the embedding_size"):
+        cut_config(build("electra").config, view)

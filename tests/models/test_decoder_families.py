@@ -48,12 +48,6 @@ def dtype_of(family):
     return torch.float64 if family in DENSE else torch.float32
 
 
-def answers(teacher, batch):
-    """The teacher's outputs, as `FrozenTeacher` gives them to a student."""
-    answer = FrozenModel(teacher, needs=Needs(), label_order=None).read(batch)
-    return answer.detached()._replace(head=language_model_head(teacher))
-
-
 def own_logits(model, batch):
     return model(**batch.inputs, use_cache=False).logits
 
@@ -79,10 +73,10 @@ def test_the_loss_and_its_gradient_are_those_of_the_models_own_logits(tiny, fami
     bundle = StudentBundle(
         {"student": student}, build_objective(TERMS, "causal_lm", shape, shape), world_size=1
     )
+    answer = FrozenModel(teacher, needs=Needs(), label_order=None).read(batch).detached()
+    answers = {"t": answer._replace(head=language_model_head(teacher))}
 
-    actual = bundle(
-        batch, {"t": answers(teacher, batch)}, [Pass(teacher="t")], count_units([batch])
-    )
+    actual = bundle(batch, answers, [Pass(teacher="t")], count_units([batch]))
     actual.total.backward()
     ours = {name: weight.grad for name, weight in student.named_parameters()}
     student.zero_grad()

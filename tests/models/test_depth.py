@@ -7,28 +7,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_cuts import (
-    AUTO,
     FAMILIES,
-    LABELS,
     T5S,
     build,
+    cut,
+    loaded,
     logits,
+    reshaped,
     saved,
     source_of,
     task,
     task_of,
-    tokenizer,
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megakd.contract.views import View
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
-from megakd.models.axes import weight_axes
-from megakd.models.cutting import CUT, cut_config, cut_state, reshape_folder
+from megakd.models.cutting import CUT, cut_config
 from megakd.models.elastic import Elastic
-from megakd.models.layers import renumbered, with_layers, without_layers
-from megakd.models.loading import load_model
+from megakd.models.layers import with_layers, without_layers
 from megakd.pruning.builder import counts_in_view, weights_of
 
 KEEPS_HEADS = ("bert", "roberta", "distilbert", "electra", "gpt2")
@@ -52,15 +50,6 @@ def depth_view(
     )
 
 
-def cut_of(model: PreTrainedModel, view: View) -> PreTrainedModel:
-    """The cut made in memory, of every tensor."""
-    kind = task_of(model.config.model_type)
-    made = AUTO[kind].from_config(cut_config(model.config, view)).eval()
-    state = cut_state(model.state_dict().items(), weight_axes(model), view)
-    made.load_state_dict(dict(renumbered(state, model.config, view)), strict=True)
-    return made
-
-
 @pytest.mark.parametrize(
     ("family", "layers"),
     [*((family, (1, 3)) for family in FAMILIES), *(("llama", (3,)), ("bert", (3,)))]
@@ -72,16 +61,7 @@ def test_a_view_without_layers_computes_what_the_model_without_the_layers_comput
 ):
     model, kind = build(family), task_of(family)
     stored = source_of(saved(model, tmp_path / "model"), kind)
-    fewer = load_model(
-        with_layers(stored, layers, where="student.layers"),
-        task=task(kind),
-        label_names=LABELS if kind == "classification" else (),
-        tokenizer_size=60,
-        ds=None,
-        dtype=torch.float32,
-        seed=1,
-        need_head=True,
-    ).eval()
+    fewer = loaded(with_layers(stored, layers, where="student.layers"), kind)
 
     with Elastic(model).viewing(depth_view(model, layers)):
         result = logits(model)
@@ -94,14 +74,14 @@ def test_a_cut_in_depth_and_width_computes_what_its_view_computes(family):
     model = build(family)
     heads = None if family in KEEPS_HEADS else 2
     view = depth_view(model, (1, 3), heads=heads, neurons=8)
-    cut = cut_of(model, view)
+    smaller = cut(model, task_of(family), view)
 
     with Elastic(model).viewing(view):
         result = logits(model)
 
-    assert torch.allclose(result, logits(cut), atol=2e-6, rtol=1e-5)
-    assert not cut.config.model_type.startswith(CUT)
-    assert architecture_of(cut.config).number_of_layers(cut.config) == 2
+    assert torch.allclose(result, logits(smaller), atol=2e-6, rtol=1e-5)
+    assert not smaller.config.model_type.startswith(CUT)
+    assert architecture_of(smaller.config).number_of_layers(smaller.config) == 2
 
 
 @pytest.mark.parametrize("family", ["bert", "t5_encoder", "llama"])
@@ -121,18 +101,11 @@ def test_a_folder_cut_in_depth_opens_as_a_stock_model_with_equal_outputs(tmp_pat
     view = depth_view(model, (1, 3), heads=1, neurons=12)
     source = source_of(saved(model, tmp_path / "model"), "causal_lm")
 
-    reshape_folder(
-        source,
-        tmp_path / "cut",
-        task=task("causal_lm"),
-        label_names=(),
-        tokenizer=tokenizer(),
-        view=view,
-    )
+    folder = reshaped(source, tmp_path / "cut", "causal_lm", view=view)
 
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "cut").eval()
+    opened = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(opened).__name__ == "Qwen3ForCausalLM"
-    assert torch.equal(logits(opened), logits(cut_of(model, view)))
+    assert torch.equal(logits(opened), logits(cut(model, "causal_lm", view)))
 
 
 @settings(max_examples=12)
@@ -149,22 +122,19 @@ def test_a_view_counts_the_weights_that_its_cut_has(tmp_path_factory, layers, he
 
     counted = counts_in_view(weights, source, view).parameters
 
-    assert counted == sum(weight.numel() for weight in cut_of(model, view).parameters())
+    smaller = cut(model, "causal_lm", view)
+    assert counted == sum(weight.numel() for weight in smaller.parameters())
 
 
 def test_a_sliding_window_stays_with_its_layer():
     config = build("gemma2").config
-    cut, _ = without_layers(config, depth_view(build("gemma2"), (2, 3)))
-    assert cut.layer_types == ["full_attention", "sliding_attention"]
+    shallow, _ = without_layers(config, depth_view(build("gemma2"), (2, 3)))
+    assert shallow.layer_types == ["full_attention", "sliding_attention"]
 
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [
-        ((), "keeps the layers"),
-        ((1, 4), r"has the layers 1 to 3"),
-        ((3, 1), "keeps the layers"),
-    ],
+    [((), "keeps the layers"), ((1, 4), "has the layers 1 to 3"), ((3, 1), "keeps the layers")],
 )
 def test_layers_that_a_model_does_not_have_are_refused(layers, message):
     model = build("llama")

@@ -10,94 +10,37 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_cuts import build, logits, tokenizer, written
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from megakd.errors import MegakdError
 from megakd.models import model_folder as export
-from megakd.models.model_folder import hub_id, write_model_folder, write_weights
-
-IDS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 3]])
-
-
-def bert() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=16,
-        id2label={0: "no", 1: "yes", 2: "perhaps"},
-        label2id={"no": 0, "yes": 1, "perhaps": 2},
-    )
-    return BertForSequenceClassification(config).eval()
-
-
-def llama(*, tied: bool) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=16,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["[UNK]", "[PAD]", "[END]", *"abcdefghijklmnopq"]
-    table = {word: number for number, word in enumerate(words)}
-    whole = Tokenizer(models.WordLevel(table, unk_token="[UNK]"))  # noqa: S106  (no password)
-    whole.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[END]"}
-    return PreTrainedTokenizerFast(tokenizer_object=whole, **special)
-
-
-def write(model: PreTrainedModel, folder: Path, state: object = None) -> None:
-    write_model_folder(
-        folder,
-        config=model.config,
-        state=state or model.state_dict().items(),
-        tokenizer=tokenizer(),
-        architecture=type(model).__name__,
-        extra={"README.md": "# card\n"},
-    )
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.inference_mode():
-        return model(input_ids=IDS).logits
+from megakd.models.model_folder import hub_id, write_weights
 
 
 @pytest.mark.parametrize(
-    ("model", "auto"),
+    ("model", "auto", "buffer"),
     [
-        (bert(), AutoModelForSequenceClassification),
-        (llama(tied=False), AutoModelForCausalLM),
-        (llama(tied=True), AutoModelForCausalLM),
+        (build("bert"), AutoModelForSequenceClassification, export.BUFFER_BYTES),
+        (build("llama"), AutoModelForCausalLM, export.BUFFER_BYTES),
+        (build("llama", tie_word_embeddings=True), AutoModelForCausalLM, export.BUFFER_BYTES),
+        (build("llama", tie_word_embeddings=True), AutoModelForCausalLM, 2000),
     ],
-    ids=["bert", "llama", "tied llama"],
+    ids=["bert", "llama", "tied llama", "tensor by tensor"],
 )
-def test_stock_transformers_gives_identical_logits(model, auto, tmp_path: Path) -> None:
-    write(model, tmp_path / "final")
+def test_stock_transformers_gives_identical_logits(
+    model, auto, buffer: int, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(export, "BUFFER_BYTES", buffer)
+
+    written(model, tmp_path / "final")
 
     loaded, info = auto.from_pretrained(tmp_path / "final", output_loading_info=True)
 
@@ -111,9 +54,9 @@ def test_stock_transformers_gives_identical_logits(model, auto, tmp_path: Path) 
 
 def test_shards_load_and_the_index_is_complete(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(export, "SHARD_BYTES", 1000)
-    model = llama(tied=False)
+    model = build("llama")
 
-    write(model, tmp_path / "final")
+    written(model, tmp_path / "final")
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     index = json.loads((tmp_path / "final" / "model.safetensors.index.json").read_text())
@@ -203,19 +146,6 @@ def test_a_file_that_is_written_tensor_by_tensor_holds_what_one_written_at_once_
     }
 
 
-def test_plain_transformers_loads_a_file_that_was_written_tensor_by_tensor(
-    tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(export, "BUFFER_BYTES", 2000)
-    model = llama(tied=True)
-
-    write(model, tmp_path / "final")
-
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()
-    assert torch.equal(logits(loaded), logits(model))
-    assert "lm_head.weight" not in load_file(tmp_path / "final" / "model.safetensors")
-
-
 def test_a_header_that_has_no_room_begins_another_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(export, "HEADER_BYTES", 400)
     state = [(f"weight.{number}", torch.full((2,), float(number))) for number in range(6)]
@@ -235,10 +165,11 @@ def test_a_model_without_tensors_is_refused(tmp_path: Path) -> None:
 def test_the_config_has_the_dtype_of_the_weights_and_the_given_one_is_unchanged(
     tmp_path: Path,
 ) -> None:
-    model = bert()
+    model = build("bert")
     before = model.config.to_dict()
 
-    write(model, tmp_path / "final", [(k, v.bfloat16()) for k, v in model.state_dict().items()])
+    state = [(name, value.bfloat16()) for name, value in model.state_dict().items()]
+    written(model, tmp_path / "final", state=state)
 
     config = AutoConfig.from_pretrained(tmp_path / "final")
     assert config.dtype == torch.bfloat16
@@ -247,29 +178,28 @@ def test_the_config_has_the_dtype_of_the_weights_and_the_given_one_is_unchanged(
 
 
 def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
-    write(bert(), tmp_path / "final")
+    written(build("bert"), tmp_path / "final")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "final")
-    assert loaded("a b z")["input_ids"] == tokenizer()("a b z")["input_ids"]
-    assert loaded.pad_token == "[PAD]"  # noqa: S105  (no password)
+    assert loaded("w7")["input_ids"] == [7]
+    assert loaded.pad_token == "w1"  # noqa: S105  (no password)
 
 
 def test_the_tokenizer_forgets_the_length_of_its_last_call(tmp_path: Path) -> None:
-    model, called = bert(), tokenizer()
-    called(["a b c d", "a"], truncation=True, max_length=2, padding=True)
+    model, called = build("bert"), tokenizer()
+    called(["w3", "w4"], truncation=True, max_length=2, padding=True)
 
     for name, one in (("called", called), ("fresh", tokenizer())):
-        state = model.state_dict().items()
-        write_model_folder(tmp_path / name, config=model.config, state=state, tokenizer=one)
+        written(model, tmp_path / name, tokenizer=one)
 
     files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("called", "fresh")]
     assert files[0] == files[1]
 
 
 def test_a_model_of_transformers_does_not_name_a_file_of_code_that_it_lacks(tmp_path: Path) -> None:
-    model = bert()
+    model = build("bert")
     model.config.auto_map = {"AutoConfig": "configuration_bert.BertConfig"}
 
-    write(model, tmp_path / "final")
+    written(model, tmp_path / "final")
 
     AutoConfig.from_pretrained(tmp_path / "final", trust_remote_code=True)
     assert model.config.auto_map
@@ -277,23 +207,25 @@ def test_a_model_of_transformers_does_not_name_a_file_of_code_that_it_lacks(tmp_
 
 @pytest.mark.parametrize("ends", [None, [9, 2]], ids=["of the tokenizer", "several"])
 def test_generation_ends_with_the_tokenizers_end_or_the_models_own(tmp_path: Path, ends) -> None:
-    model = llama(tied=False)
+    model = build("llama")
     model.config.eos_token_id = ends or model.config.eos_token_id
+    ending = tokenizer()
+    ending.eos_token = "w2"  # noqa: S105  (no password)
 
-    write(model, tmp_path / "final")
+    written(model, tmp_path / "final", tokenizer=ending)
 
     generation = GenerationConfig.from_pretrained(tmp_path / "final")
     assert generation.eos_token_id == (ends or 2)
     assert generation.pad_token_id == 1
-    write(bert(), tmp_path / "classifier")
+    written(build("bert"), tmp_path / "classifier")
     assert not (tmp_path / "classifier" / "generation_config.json").exists()
 
 
 def test_the_folder_is_replaced_whole(tmp_path: Path) -> None:
-    write(bert(), tmp_path / "final")
+    written(build("bert"), tmp_path / "final")
     (tmp_path / "final" / "stale.bin").write_text("old")
 
-    write(bert(), tmp_path / "final")
+    written(build("bert"), tmp_path / "final", extra={"README.md": "# card\n"})
 
     assert not (tmp_path / "final" / "stale.bin").exists()
     assert (tmp_path / "final" / "README.md").read_text() == "# card\n"
@@ -303,12 +235,12 @@ def test_the_folder_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_failure_keeps_the_old_folder_and_takes_the_state_to_its_end(
     tmp_path: Path, monkeypatch
 ) -> None:
-    write(bert(), tmp_path / "final")
+    written(build("bert"), tmp_path / "final")
     old = (tmp_path / "final" / "model.safetensors").read_bytes()
     taken = []
 
     def state() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in bert().state_dict().items():
+        for name, tensor in build("bert").state_dict().items():
             taken.append(name)
             yield name, tensor + 1
 
@@ -318,10 +250,10 @@ def test_a_failure_keeps_the_old_folder_and_takes_the_state_to_its_end(
     monkeypatch.setattr(export, "SHARD_BYTES", 500)
     monkeypatch.setattr(export, "save_file", full)
     with pytest.raises(MegakdError, match=r"no space left while writing .*final.*nothing was"):
-        write(bert(), tmp_path / "final", state())
+        written(build("bert"), tmp_path / "final", state=state())
 
     assert (tmp_path / "final" / "model.safetensors").read_bytes() == old
-    assert taken == list(bert().state_dict())
+    assert taken == list(build("bert").state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 

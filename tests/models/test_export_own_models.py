@@ -6,24 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_cuts import (
-    build,
-    cut,
-    loaded,
-    logits,
-    task_of,
-    tokenizer,
-    view_of,
-)
+from tiny_cuts import build, cut, loaded, logits, task_of, view_of, written
 
 from megakd.config.run import SaveConfig
-from megakd.models.model_folder import brings_code, write_model_folder
+from megakd.models.model_folder import brings_code
 from megakd.models.own_models import OWN_MODELS
 from megakd.reports.latency import Work, measure_latencies
 from megakd.run.finished_run import export_run
@@ -57,32 +48,17 @@ def smaller(family: str, view: str = "empty"):
     return cut(whole, task_of(family), view_of(whole, view))
 
 
-def write(model, folder: Path) -> Path:
-    write_model_folder(
-        folder,
-        config=model.config,
-        state=model.state_dict().items(),
-        tokenizer=tokenizer(),
-        architecture=type(model).__name__,
-    )
-    return folder
-
-
 @pytest.mark.parametrize("family", FILES)
 def test_the_file_of_the_class_lies_beside_the_weights(family, tmp_path):
     model = smaller(family)
 
-    folder = write(model, tmp_path / "final")
+    folder = written(model, tmp_path / "final")
 
     config = json.loads((folder / "config.json").read_text())
     text = (folder / FILES[family]).read_text()
     assert text == OWN_MODELS[model.config.model_type].file.read_text()
     assert config["architectures"] == [type(model).__name__]
-    for auto, name in config["auto_map"].items():
-        module, _, cls = name.partition(".")
-        assert f"{module}.py" == FILES[family]
-        assert cls in text or auto in ("AutoConfig", "AutoModel") or cls.startswith("Cut")
-    assert set(config["auto_map"].values()) >= {f"{FILES[family][:-3]}.{type(model).__name__}"}
+    assert f"{FILES[family][:-3]}.{type(model).__name__}" in config["auto_map"].values()
     assert brings_code(folder)
 
 
@@ -90,11 +66,11 @@ def test_the_file_of_the_class_lies_beside_the_weights(family, tmp_path):
 def test_a_stock_model_brings_no_code(first, tmp_path):
     model = smaller("llama", "uniform")
     if first is not None:
-        write(smaller("llama", first), tmp_path / "first")
+        written(smaller("llama", first), tmp_path / "first")
         view = view_of(build("llama"), "uniform")._replace(heads=(1, 1, 1), neurons=(1, 1, 1))
         model = cut(loaded(tmp_path / "first", "causal_lm"), "causal_lm", view)
 
-    folder = write(model, tmp_path / "final")
+    folder = written(model, tmp_path / "final")
 
     assert "auto_map" not in json.loads((folder / "config.json").read_text())
     assert list(folder.glob("*.py")) == []
@@ -102,7 +78,7 @@ def test_a_stock_model_brings_no_code(first, tmp_path):
 
 
 def test_a_copy_of_the_folder_keeps_the_code(tmp_path):
-    folder = write(smaller("bert"), tmp_path / "stage")
+    folder = written(smaller("bert"), tmp_path / "stage")
     copy_finished(folder, tmp_path / "final", changes={"README.md": "card"}, remedy="")
     assert (tmp_path / "final" / "modeling_cut.py").is_file()
     assert brings_code(tmp_path / "final")
@@ -110,7 +86,7 @@ def test_a_copy_of_the_folder_keeps_the_code(tmp_path):
 
 def test_plain_transformers_loads_the_folders(tmp_path):
     models = {family: smaller(family) for family in FILES}
-    folders = {family: write(model, tmp_path / family) for family, model in models.items()}
+    folders = {family: written(model, tmp_path / family) for family, model in models.items()}
     autos = {"causal_lm": "AutoModelForCausalLM"}
     inputs = {
         str(folder): autos.get(task_of(family), "AutoModelForSequenceClassification")
@@ -138,7 +114,7 @@ def test_plain_transformers_loads_the_folders(tmp_path):
 @pytest.mark.parametrize("family", FILES)
 def test_megakd_never_runs_the_code_of_a_folder(family, tmp_path):
     model = smaller(family)
-    folder = write(model, tmp_path / "final")
+    folder = written(model, tmp_path / "final")
     (folder / FILES[family]).write_text("raise SystemExit('this must not run')\n")
     (folder / CHECKSUMS).unlink()
 
@@ -153,7 +129,7 @@ def test_megakd_never_runs_the_code_of_a_folder(family, tmp_path):
 def test_the_export_of_a_folder_that_an_older_version_wrote_brings_todays_code(tmp_path):
     """An older file ignores the cache of a transformers that gives it another name."""
     stage = tmp_path / "stages" / "student"
-    write(smaller("llama"), stage)
+    written(smaller("llama"), stage)
     (stage / "result.json").write_text("{}")
     (stage / "modeling_cut.py").write_text("# of an older version")
     (stage / CHECKSUMS).unlink()

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megakd.models.fresh import initialize_parameters
@@ -15,10 +15,7 @@ def state(tiny, model_type, **changes):
     return tiny.load(spec, task, label_names=names, need_head=False, **changes).state_dict()
 
 
-FAMILIES = ["bert", "distilbert", "electra", "llama"]
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "electra", "llama"])
 def test_every_parameter_of_a_scratch_model_gets_a_first_value(tiny, model_type):
     values = state(tiny, model_type)
     for name, value in values.items():
@@ -36,10 +33,8 @@ def test_an_attention_has_a_say_in_how_its_projections_start(tiny):
 
 def test_new_values_leave_those_that_are_loaded_as_they_are(tiny):
     folder = tiny.save("gpt2", n_layer=1)
-    file = folder / "model.safetensors"
-    stored = load_file(file)
-    rest = {name: value for name, value in stored.items() if "c_proj" not in name}
-    save_file(rest, file, metadata={"format": "pt"})
+    tiny.rewrite(lambda t: {name: t[name] for name in t if "c_proj" not in name})
+    rest = load_file(folder / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder)
     lacking = [p for name, p in model.named_parameters() if "attn.c_proj" in name]
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from elastic_views import NARROW, UNEVEN, VOCABULARY, WITHOUT, cut, family_model, masked
-from scipy import stats
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
@@ -45,44 +44,6 @@ def completed(model, sampling=SAMPLED, *, prompts=PROMPTS, seeds=SEEDS, **option
 
 def texts(model, sampling=SAMPLED, **options):
     return [completion.ids for completion in completed(model, sampling, **options)]
-
-
-def test_equal_seeds_and_prompts_give_equal_completions_and_other_seeds_others():
-    model = family_model("llama")
-    first, second, other = texts(model, prompts=[[5, 6]] * 3, seeds=[1, 1, 2])
-    assert first == second != other
-
-
-def test_first_tokens_follow_the_softmax_of_the_model():
-    model, prompt = family_model("qwen3"), [5, 6, 7]
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt])).logits[0, -1]
-    best = logits.topk(5).indices
-    probabilities = logits[best].softmax(-1).numpy()
-    sampling = Sampling(1, top_k=5)
-
-    result = texts(model, sampling, prompts=[prompt] * 4000, seeds=range(4000), rows_at_once=4000)
-
-    counts = np.bincount([ids[0] for ids in result], minlength=VOCABULARY)[best.numpy()]
-    assert counts.sum() == 4000
-    assert stats.chisquare(counts, 4000 * probabilities).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("rows_at_once", [1, 2, 8])
-@pytest.mark.parametrize("pads_with_end", [False, True])
-def test_a_completion_ends_with_its_first_end_token(rows_at_once, pads_with_end):
-    model = family_model("llama")
-    endless = texts(model)
-    ends = frozenset({endless[0][3], endless[1][0], endless[2][6]})
-    pad = min(ends) if pads_with_end else 1
-
-    result = completed(model, tokens=TextTokens(ends, pad), rows_at_once=rows_at_once)
-
-    for completion, ids in zip(result, endless, strict=True):
-        until = next((n + 1 for n, token in enumerate(ids) if token in ends), None)
-        assert completion.ids == ids[:until]
-        assert completion.finished == (until is not None)
-    assert {completion.finished for completion in result} == {True, False}
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, Sampling(12, temperature=0.0)])

@@ -14,27 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_cuts import build, cut, logits, source_of, task_of, tokenizer, view_of
+from tiny_cuts import build, cut, logits, source_of, task_of, view_of, written
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import megakd
 from megakd.errors import ModelError
 from megakd.models import model_folder as export
-from megakd.models.int8 import (
-    FORMAT,
-    dequantize,
-    load_int8,
-    quantize,
-    write_int8,
-    write_restored,
-)
-from megakd.models.model_folder import weight_bytes, write_model_folder
+from megakd.models.int8 import FORMAT, dequantize, load_int8, quantize, write_int8, write_restored
+from megakd.models.model_folder import weight_bytes
 from megakd.models.weights import SAFETENSORS
 from megakd.storage.folders import CHECKSUMS, damage
 
@@ -44,19 +32,6 @@ FAMILIES = ("bert", "llama", "gpt2", "enct5")
 LARGEST = float(np.float32(2.0**120))
 ROUNDING = 1 + 1e-4  # fp32 divides and multiplies with an error in the last digit
 WORD = "bert.embeddings.word_embeddings.weight"
-
-
-def written(model: PreTrainedModel, folder: Path, *, twice: bool = False) -> Path:
-    """A finished folder, as a run writes it; `twice`: with tied weights under both names."""
-    state = model.state_dict()
-    write_model_folder(
-        folder,
-        config=model.config,
-        state={n: tensor.clone() if twice else tensor for n, tensor in state.items()}.items(),
-        tokenizer=tokenizer(),
-        architecture=type(model).__name__,
-    )
-    return folder
 
 
 @pytest.fixture
@@ -159,7 +134,8 @@ def test_a_model_of_another_dtype_is_loaded_in_fp32(tmp_path, dtype) -> None:
 def test_tied_weights_of_two_shards_are_written_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(export, "SHARD_BYTES", 4000)
     model = build("llama", tie_word_embeddings=True)
-    final = written(model, tmp_path / "final", twice=True)
+    twice = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    final = written(model, tmp_path / "final", state=twice.items())
     index = json.loads((final / "model.safetensors.index.json").read_text())
 
     write_int8(final, tmp_path / "int8")

@@ -18,17 +18,16 @@ from tiny_cuts import (
     full_view,
     loaded,
     order_of,
+    reshaped,
     saved,
     source_of,
-    task,
-    tokenizer,
 )
 
 from megakd.contract.views import Cut, UnitOrder, View
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import cut_part, weight_axes
-from megakd.models.cutting import cut_config, cut_state, rescaled, reshape_folder
+from megakd.models.cutting import cut_config, cut_state, rescaled
 from megakd.models.elastic import Elastic
 
 LANGUAGE = [*((name, "causal_lm") for name in DECODERS), *((name, "mlm") for name in MASKED)]
@@ -251,10 +250,8 @@ def test_sorting_a_model_in_flight_leaves_its_outputs_as_they_were(tmp_path):
     halfway = cut_model(model, pruned(model, width=18, head_width=3), kind="mlm", learns=True)
     folder = saved(halfway, tmp_path / "halfway")
 
-    reshape_folder(
-        source_of(folder, "mlm"), tmp_path / "sorted", task=task("mlm"), label_names=(),
-        tokenizer=tokenizer(), order=order_of(halfway),
-    )  # fmt: skip
+    source = source_of(folder, "mlm")
+    result = reshaped(source, tmp_path / "sorted", "mlm", order=order_of(halfway))
 
-    sorted_model = loaded(tmp_path / "sorted", "mlm")
+    sorted_model = loaded(result, "mlm")
     torch.testing.assert_close(run(sorted_model).logits, run(halfway).logits, atol=1e-5, rtol=1e-5)

@@ -6,74 +6,35 @@ import weakref
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from torch import nn
+from transformers import AutoModelForMaskedLM
 
 from megakd.contract.batch import Batch
 from megakd.contract.views import View
 from megakd.models.architectures import architecture_of
 from megakd.models.elastic import Elastic
 from megakd.models.knowledge import Needs, read_knowledge
-from megakd.models.modeling.modeling_t5 import (
-    EncT5Config,
-    EncT5ForSequenceClassification,
-    T5EncoderConfig,
-    T5EncoderForSequenceClassification,
-)
 
 STATES = Needs(hidden_layers=(0, 1, 2))
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-SIZE = {
-    "vocab_size": 20,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-    "max_position_embeddings": 16,
-}
-DISTILBERT = {"vocab_size": 20, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 8}
-T5 = {
-    "t5_encoder": (T5EncoderConfig, T5EncoderForSequenceClassification),
-    "enct5": (EncT5Config, EncT5ForSequenceClassification),
-}
 
 
-def encoder(family: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    if family == "bert":
-        return BertForSequenceClassification(BertConfig(**SIZE)).eval()
-    if family == "roberta":
-        config = RobertaConfig(**{**SIZE, "type_vocab_size": 1}, pad_token_id=3)
-        return RobertaForSequenceClassification(config).eval()
-    if family == "distilbert":
-        return DistilBertForSequenceClassification(DistilBertConfig(**DISTILBERT)).eval()
-    config, model = T5[family]
-    return model(config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)).eval()
+def model_of(tiny, family, **changes):
+    return tiny.load(tiny.save(family, **changes), tiny.task_for(family))
 
 
-def decoder(*, tied: bool) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZE, num_key_value_heads=1, tie_word_embeddings=tied)
-    return LlamaForCausalLM(config).eval()
-
-
-def batch(labels: torch.Tensor, **inputs: torch.Tensor) -> Batch:
+def batch(labels, **inputs) -> Batch:
     return Batch({"input_ids": IDS, "attention_mask": MASK, **inputs}, labels, MASK.bool())
 
 
+def model_and_batch(tiny, family):
+    return model_of(tiny, family), batch(IDS if family == "llama" else torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "t5_encoder", "enct5"])
-def test_a_classifier_is_read_as_its_logits_and_its_hidden_states(family):
-    model = encoder(family)
+def test_a_classifier_is_read_as_its_logits_and_its_hidden_states(tiny, family):
+    model = model_of(tiny, family)
     theirs = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True)
 
     read = read_knowledge(model, batch(torch.tensor([0, 1])), STATES)
@@ -89,9 +50,8 @@ FAMILIES = ("bert", "roberta", "distilbert", "t5_encoder", "enct5", "llama")
 
 @pytest.mark.parametrize("layers", [(1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_the_states_of_the_layers_asked_for_are_read(family, layers):
-    model = decoder(tied=True) if family == "llama" else encoder(family)
-    given = batch(IDS if family == "llama" else torch.tensor([0, 1]))
+def test_only_the_states_of_the_layers_asked_for_are_read(tiny, family, layers):
+    model, given = model_and_batch(tiny, family)
     everything = read_knowledge(model, given, STATES)
 
     read = read_knowledge(model, given, Needs(hidden_layers=layers))
@@ -105,9 +65,8 @@ def test_only_the_states_of_the_layers_asked_for_are_read(family, layers):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_states_of_other_layers_are_free_when_the_next_layers_run(family):
-    model = decoder(tied=True) if family == "llama" else encoder(family)
-    given = batch(IDS if family == "llama" else torch.tensor([0, 1]))
+def test_the_states_of_other_layers_are_free_when_the_next_layers_run(tiny, family):
+    model, given = model_and_batch(tiny, family)
     made = []
     for layer in (1, 2):
         block = architecture_of(model.config).block_of(model, layer)
@@ -128,8 +87,9 @@ def test_the_states_of_other_layers_are_free_when_the_next_layers_run(family):
     ("family", "reads_them"),
     [("bert", True), ("roberta", False), ("distilbert", False), ("enct5", False)],
 )
-def test_the_second_texts_type_reaches_only_models_that_know_one(family, reads_them):
-    model, labels = encoder(family), torch.tensor([0, 1])
+def test_the_second_texts_type_reaches_only_models_that_know_one(tiny, family, reads_them):
+    types = {"type_vocab_size": 1} if family == "roberta" else {}
+    model, labels = model_of(tiny, family, **types), torch.tensor([0, 1])
     plain = read_knowledge(model, batch(labels), Needs())
     typed = read_knowledge(model, batch(labels, token_type_ids=MASK), Needs())
     assert torch.equal(plain.logits, typed.logits) != reads_them
@@ -137,9 +97,9 @@ def test_the_second_texts_type_reaches_only_models_that_know_one(family, reads_t
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_causal_lm_is_read_as_hidden_states_and_a_head_that_stand_for_its_logits(
-    tied, monkeypatch
+    tiny, tied, monkeypatch
 ):
-    model = decoder(tied=tied)
+    model = model_of(tiny, "llama", tie_word_embeddings=tied)
     theirs = model(input_ids=IDS, attention_mask=MASK).logits
     monkeypatch.setattr(model.lm_head, "forward", None)  # the logits are never formed
 
@@ -157,30 +117,29 @@ def test_a_causal_lm_is_read_as_hidden_states_and_a_head_that_stand_for_its_logi
     assert read_knowledge(model, batch(IDS), Needs()).hidden_states == ()
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_head_is_as_narrow_as_the_view_and_teaches_the_whole_weight(tied):
-    model = decoder(tied=tied)
-    elastic = Elastic(model)
+@pytest.mark.parametrize("kind", ["tied", "untied", "masked"])
+def test_the_head_is_as_narrow_as_the_view_and_teaches_the_whole_weight(tiny, kind):
+    if kind == "masked":
+        model = tiny.load(tiny.save("bert", auto=AutoModelForMaskedLM), tiny.task("mlm"))
+    else:
+        model = model_of(tiny, "llama", tie_word_embeddings=kind == "tied")
+    head = model.get_output_embeddings()
 
-    with elastic.viewing(View((1, 1), (3, 8), width=6)):
+    with Elastic(model).viewing(View((1, 1), (3, 8), width=6)):
         theirs = model(input_ids=IDS, attention_mask=MASK).logits
         read = read_knowledge(model, batch(IDS), Needs())
         assert read.head is not None
-        assert read.hidden is not None
-        weight, _ = read.head.read()
-        torch.testing.assert_close(read.hidden @ weight.T, theirs)
+        weight, bias = read.head.read()
+        torch.testing.assert_close(nn.functional.linear(read.hidden, weight, bias), theirs)
     weight.sum().backward()
 
-    gradient = model.lm_head.weight.grad
-    assert gradient is not None
-    assert gradient.tolist() == [[1.0] * 6 + [0.0] * 2] * 20
-    assert read.head.read()[0] is model.lm_head.weight
+    assert head.weight.grad.tolist() == [[1.0] * 6 + [0.0] * 10] * 300
+    assert read.head.read()[0] is head.weight
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(family):
-    model = encoder("bert") if family == "bert" else decoder(tied=True)
-    given = batch(torch.tensor([0, 1]) if family == "bert" else IDS)
+def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(tiny, family):
+    model, given = model_and_batch(tiny, family)
     plain = read_knowledge(model, given, STATES)
 
     read = read_knowledge(model, given, STATES._replace(attention_layers=(2,)))
@@ -190,6 +149,6 @@ def test_attention_is_read_of_the_layers_that_are_needed_beside_all_else(family)
     torch.testing.assert_close((read.logits, read.hidden), (plain.logits, plain.hidden))
     vectors = read.attention[2]
     assert vectors is not None
-    keys = 8 if family == "bert" else 4  # one head of keys for two of queries
-    assert [part.shape[-1] for part in vectors[:3]] == [8, keys, keys]
-    assert vectors.width == 4
+    keys = 16 if family == "bert" else 8  # one head of keys for two of queries
+    assert [part.shape[-1] for part in vectors[:3]] == [16, keys, keys]
+    assert vectors.width == 8

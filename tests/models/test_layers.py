@@ -9,25 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_cuts import (
-    FAMILIES,
-    LABELS,
-    VOCABULARY,
-    build,
-    cut,
-    saved,
-    source_of,
-    task,
-    task_of,
-    view_of,
-)
+from tiny_cuts import FAMILIES, build, cut, loaded, saved, source_of, task, task_of, view_of
 from transformers import BertConfig, GPT2Config
 
 from megakd.config.models import ScratchModel
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
 from megakd.models.layers import config_with_layers, left_out, with_layers
-from megakd.models.loading import load_model, resolve_model
+from megakd.models.loading import resolve_model
 
 KEY = "student.layers"
 TOKENS = torch.arange(2, 14).reshape(2, 6)
@@ -35,16 +24,7 @@ TOKENS = torch.arange(2, 14).reshape(2, 6)
 
 def fewer(folder, kind, wanted):
     """The folder with some of its layers, as it is loaded."""
-    return load_model(
-        with_layers(source_of(folder, kind), wanted, where=KEY),
-        task=task(kind),
-        label_names=LABELS if kind == "classification" else (),
-        tokenizer_size=VOCABULARY,
-        ds=None,
-        dtype=torch.float32,
-        seed=1,
-        need_head=True,
-    )
+    return loaded(with_layers(source_of(folder, kind), wanted, where=KEY), kind)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +96,8 @@ def test_a_model_without_a_layer_computes_what_the_model_of_the_others_does(
 ):
     kind, model = task_of(family), build(family)
     folder = saved(model, tmp_path / "model")
-    whole = fewer(folder, kind, 3).eval()
-    others = fewer(folder, kind, [n for n in (1, 2, 3) if n != layer]).eval()
+    whole = fewer(folder, kind, 3)
+    others = fewer(folder, kind, [n for n in (1, 2, 3) if n != layer])
 
     with torch.inference_mode():
         with left_out(whole, layer):

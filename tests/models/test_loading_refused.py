@@ -2,20 +2,21 @@
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from megakd.config.models import ScratchModel
 from megakd.errors import ModelError
 from megakd.models import loading
+from megakd.models.architectures import MASKED_HEADS
 from megakd.models.loading import check_model
 
 NAMES = ("joy", "anger", "fear")
 
 
-def refusal(tiny, folder, task, **changes):
+def refusal(tiny, spec, task, where="teacher.model", **changes):
     facts = {"label_names": (), "tokenizer_size": 300, "need_head": True, **changes}
     with pytest.raises(ModelError) as caught:
-        check_model(tiny.resolve(folder, task), task=task, **facts)
+        check_model(tiny.resolve(spec, task, where), task=task, **facts)
     return str(caught.value)
 
 
@@ -58,6 +59,17 @@ def test_a_teacher_that_does_not_fit_task_or_tokenizer_is_refused(tiny, kind, ke
     assert message in text
 
 
+@pytest.mark.parametrize(
+    ("model_type", "auto"),
+    [("bert", AutoModel), *((name, AutoModelForSequenceClassification) for name in MASKED_HEADS)],
+)
+def test_a_teacher_without_a_masked_head_is_refused(tiny, model_type, auto):
+    folder = tiny.save(model_type, auto=auto)
+    text = refusal(tiny, folder, tiny.task("mlm"))
+    assert f"teacher.model: {folder} has no head for mlm (" in text
+    assert "set teacher.finetune or give a folder that was fine-tuned for the task" in text
+
+
 def test_missing_backbone_weights_are_counted_and_three_of_them_named(tiny):
     folder = tiny.save("bert", num_labels=3)
     tiny.rewrite(lambda t: {key: t[key] for key in t if "layer.1." not in key})
@@ -80,10 +92,7 @@ def test_shapes_that_differ_are_named_with_both(tiny):
         ({}, "student.model.config has no model_type"),
         ({"model_type": "bart"}, "model_type 'bart' is not supported; use one of bert, roberta"),
         ({"model_type": "llama"}, "'llama' supports causal_lm and not task.type classif"),
-        (
-            {"model_type": "bert", "hiden_size": 8},
-            "hiden_size: unknown key of a bert config",
-        ),
+        ({"model_type": "bert", "hiden_size": 8}, "hiden_size: unknown key of a bert config"),
         ({"model_type": "bert", "hiden_size": 8}, r'did you mean "hidden_size"?'),
         ({"model_type": "bert", "hidden_size": "8"}, "Field 'hidden_size' expected int, got str"),
         (
@@ -109,8 +118,7 @@ def test_what_transformers_writes_into_a_config_is_no_misspelled_key(tiny):
 
 def test_a_head_width_is_known_to_decoders_whose_config_has_none(tiny):
     keys = {"model_type": "qwen3_moe", "hidden_size": 16, "num_attention_heads": 4, "head_dim": 8}
-    where = ("causal_lm", "student.model")
-    source = tiny.resolve(ScratchModel(config=keys), tiny.task(where[0]), where[1])
+    source = tiny.resolve(ScratchModel(config=keys), tiny.task("causal_lm"), "student.model")
     assert source.config.head_dim == 8
 
 
@@ -123,10 +131,7 @@ def test_a_model_that_transformers_cannot_build_is_refused_with_its_words(tiny):
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_named_and_a_folder_offered(tiny, monkeypatch):
-    asked = {}
-
     def offline(name, **patterns):
-        asked.update(patterns)
         raise ConnectionError("offline mode is enabled")
 
     monkeypatch.setattr(loading, "snapshot_download", offline)
@@ -135,7 +140,6 @@ def test_a_hub_id_that_cannot_be_fetched_is_named_and_a_folder_offered(tiny, mon
         tiny.resolve("org/teacher", tiny.task())
     assert "offline mode is enabled" in str(caught.value)
     assert "give a folder" in str(caught.value)
-    assert not {"*.bin", "*.py"} & set(asked["allow_patterns"])
 
 
 def test_remote_code_is_refused_unless_asked_for_by_name(tiny):
@@ -157,6 +161,10 @@ def test_a_folder_or_a_config_file_that_is_absent_or_broken_is_named(tiny, tmp_p
 
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"config\.json does not exist"):
+        tiny.resolve(folder, tiny.task())
+
+    (folder / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json cannot be read: Is a directory"):
         tiny.resolve(folder, tiny.task())
 
     with pytest.raises(ModelError, match=r"teacher\.model: .*absent does not exist"):
@@ -184,3 +192,57 @@ def test_whole_numbers_in_the_place_of_weights_are_refused_with_their_name(tiny)
 
     assert f"model.safetensors holds {name} as int8" in text
     assert "give the model in fp32, bf16 or fp16" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"id2label": ["a", "b"]}, "a value has the wrong form"),
+        ({"dtype": "float17"}, "a value has the wrong form .*float17"),
+        ({"model_type": ["bert"]}, r"model_type must be a text, such as bert \(got \['bert'\]\)"),
+    ],
+)
+def test_a_wrong_value_in_a_config_file_is_refused_with_the_file(tiny, keys, message):
+    folder = tiny.save("bert", num_labels=2)
+    tiny.rewrite_config(**keys)
+    with pytest.raises(ModelError, match=rf"teacher\.model: .*config\.json: {message}"):
+        tiny.resolve(folder, tiny.task())
+
+
+def test_labels_as_a_list_are_refused_for_a_model_from_scratch(tiny):
+    spec = tiny.scratch("bert", id2label=["a", "b"])
+    with pytest.raises(ModelError, match=r"student\.model\.config: .*id2label is a mapping"):
+        tiny.resolve(spec, tiny.task(), "student.model")
+
+
+def test_a_roberta_without_a_padding_token_is_refused(tiny):
+    folder = tiny.save("roberta", num_labels=2)
+    tiny.rewrite_config(pad_token_id=None)
+    spec = tiny.scratch("roberta", pad_token_id=None)
+    facts = {"label_names": ("a", "b"), "need_head": False}
+
+    of_folder = refusal(tiny, folder, tiny.task(), **facts)
+    of_scratch = refusal(tiny, spec, tiny.task(), "student.model", **facts)
+
+    answer = (
+        "pad_token_id must be a whole number (got None), because a roberta model counts positions"
+    )
+    assert f"teacher.model: {folder / 'config.json'}: {answer}" in of_folder
+    assert f"student.model.config: {answer}" in of_scratch
+
+
+def test_the_hub_is_asked_for_chat_templates_and_for_no_code_pickle_or_second_weights(
+    tiny, monkeypatch
+):
+    asked = {}
+    folder = tiny.save("bert", num_labels=3)
+    monkeypatch.setattr(
+        loading, "snapshot_download", lambda _, **patterns: asked.update(patterns) or str(folder)
+    )
+
+    source = tiny.resolve("org/teacher", tiny.task())
+
+    assert (source.name, source.folder) == ("org/teacher", folder)
+    assert "*.jinja" in asked["allow_patterns"]
+    assert not {"*.bin", "*.py"} & set(asked["allow_patterns"])
+    assert "consolidated*.safetensors" in asked["ignore_patterns"]

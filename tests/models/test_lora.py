@@ -10,7 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from megakd.config.models import LoraConfig
 from megakd.contract.batch import Batch
@@ -48,12 +52,14 @@ def learned(model):
 
 
 def set_adapters(model):
-    """Give the second factors values, as training does."""
+    """Give the second factors and a new head values, as training does."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in learned(model).items():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            elif "lora_" not in name:
+                parameter.add_(1.0)
 
 
 def export(model, folder):
@@ -94,17 +100,30 @@ def test_adapters_are_in_attention_and_mlp_and_never_in_embeddings_or_head(tiny,
 
 
 @pytest.mark.filterwarnings(OF_PEFT)
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "phi3", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("model_type", "kind", "auto", "heads"),
+    [
+        *(
+            (name, "causal_lm", AutoModelForCausalLM, set())
+            for name in ("llama", "qwen3", "gpt2", "phi3", "gemma2", "gpt_oss")
+        ),
+        ("bert", "mlm", AutoModelForMaskedLM, set()),
+        ("bert", "classification", AutoModelForSequenceClassification, {"classifier", "bert"}),
+    ],
+)
 def test_the_merged_folder_and_the_adapter_on_its_base_give_the_outputs_of_training(
-    tiny, tmp_path, model_type
+    tiny, tmp_path, model_type, kind, auto, heads
 ):
-    _, model = adapted(tiny, model_type, lora=LoraConfig(r=3, alpha=5.0))
+    lora = LoraConfig(r=3, alpha=5.0)
+    _, model = adapted(tiny, model_type, task=tiny.task(kind), lora=lora, auto=auto)
     set_adapters(model)
 
     folder = export(model, tmp_path / "out")
 
-    merged = AutoModelForCausalLM.from_pretrained(folder).eval()
-    base = AutoModelForCausalLM.from_pretrained(tiny.folder).eval()
+    # A head that is no output layer of a language model learns too, with the pooler before it.
+    assert {name.split(".")[0] for name in learned(model) if "lora_" not in name} == heads
+    merged = auto.from_pretrained(folder).eval()
+    base = auto.from_pretrained(tiny.folder).eval()
     again = PeftModel.from_pretrained(base, folder / ADAPTER).eval()
     with torch.no_grad():
         actual = [m(tiny.input_ids).logits for m in (merged, again)]
@@ -112,39 +131,6 @@ def test_the_merged_folder_and_the_adapter_on_its_base_give_the_outputs_of_train
     for logits in actual:
         assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
     assert adapter_parameters(folder) == sum(p.numel() for p in learned(model).values())
-
-
-@pytest.mark.filterwarnings(OF_PEFT)
-def test_a_classifier_exports_its_trained_head_beside_the_adapters(tiny, tmp_path):
-    _, model = adapted(tiny, "bert")
-    set_adapters(model)
-    with torch.no_grad():
-        model.classifier.weight.add_(1.0)
-        model.bert.pooler.dense.bias.sub_(1.0)
-
-    folder = export(model, tmp_path / "out")
-
-    base = BertForSequenceClassification.from_pretrained(tiny.folder).eval()
-    again = PeftModel.from_pretrained(base, folder / ADAPTER).eval()
-    merged = BertForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        expected = model(tiny.input_ids).logits
-        assert torch.allclose(again(tiny.input_ids).logits, expected, rtol=1e-5, atol=1e-5)
-        assert torch.allclose(merged(tiny.input_ids).logits, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings(OF_PEFT)
-def test_a_masked_language_model_keeps_its_head_frozen(tiny, tmp_path):
-    _, model = adapted(tiny, "bert", task=tiny.task("mlm"), auto=AutoModelForMaskedLM)
-    set_adapters(model)
-
-    assert all("lora_" in name for name in learned(model))
-    folder = export(model, tmp_path / "out")
-    merged = AutoModelForMaskedLM.from_pretrained(folder).eval()
-    with torch.no_grad():
-        assert torch.allclose(
-            merged(tiny.input_ids).logits, model(tiny.input_ids).logits, rtol=1e-5, atol=1e-5
-        )
 
 
 def test_the_losses_read_hidden_states_and_attention_vectors_with_the_adapters(tiny):

@@ -7,13 +7,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from megakd.contract.batch import IGNORE, Batch
 from megakd.engine.sharding import gathered_state
-from megakd.errors import ModelError
 from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
-from megakd.models.loading import check_model
 from megakd.models.model_folder import write_model_folder
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra"]
@@ -131,30 +129,3 @@ def test_an_exported_folder_is_the_same_model_for_transformers(tiny, tmp_path, m
     assert (again.get_output_embeddings().weight is embedding_of(again)) == tied
     config = json.loads((tmp_path / "final" / "config.json").read_text())
     assert config["architectures"] == [type(model).__name__]
-
-
-# What bad input gets.
-
-
-def refusal(tiny, spec, *, need_head=True) -> str:
-    task = tiny.task("mlm")
-    with pytest.raises(ModelError) as caught:
-        check_model(
-            tiny.resolve(spec, task),
-            task=task,
-            label_names=(),
-            tokenizer_size=300,
-            need_head=need_head,
-        )
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "auto"),
-    [("bert", AutoModel), *((name, AutoModelForSequenceClassification) for name in FAMILIES)],
-)
-def test_a_teacher_without_a_masked_head_is_refused(tiny, model_type, auto):
-    folder = tiny.save(model_type, auto=auto)
-    text = refusal(tiny, folder)
-    assert f"teacher.model: {folder} has no head for mlm (" in text
-    assert "set teacher.finetune or give a folder that was fine-tuned for the task" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -12,7 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megakd.config.task import TaskConfig
+from megakd.contract.batch import IGNORE
 from megakd.data.collation import Collator
+from megakd.data.step_layout import packed_row
 from megakd.data.token_tables import pack
 from megakd.errors import ModelError
 from megakd.models.architectures import architecture_of
@@ -39,19 +41,26 @@ DOCUMENTS = (5, 2, 9, 1, 14, 3)
 LENGTH = 12
 
 
-def packed(tiny, lengths=DOCUMENTS, length=LENGTH):
+def collator(length=LENGTH):
+    task = TaskConfig(type="causal_lm", dataset="d", max_length=length)
+    return Collator(SimpleNamespace(pad_token_id=0), task)
+
+
+def packed():
     """A batch of packed documents, with a dummy row."""
     rng = np.random.default_rng(0)
-    rows = pack((rng.integers(2, 300, size=n) for n in lengths), length)
-    task = dataclasses.replace(tiny.task("causal_lm"), max_length=length)
-    collate = Collator(SimpleNamespace(pad_token_id=0), task)
-    return collate([row._asdict() for row in rows], dummy_rows=1)
+    rows = pack((rng.integers(2, 300, size=n) for n in DOCUMENTS), LENGTH)
+    return collator()([row._asdict() for row in rows], dummy_rows=1)
 
 
 def model_of(tiny, family, dtype=torch.float32, **keys):
-    keys = {**FAMILIES[family], **keys}
-    folder = tiny.save(family, **keys)
+    folder = tiny.save(family, **{**FAMILIES.get(family, {}), **keys})
     return tiny.load(folder, tiny.task("causal_lm")).to(dtype).eval()
+
+
+def attend_with(model, name, device="cpu"):
+    source = SimpleNamespace(attn_implementation=name, where="student.model")
+    set_attention(model, source, "causal_lm", torch.device(device))
 
 
 def masked_attention(family):
@@ -69,8 +78,8 @@ def hidden_and_gradient(model, batch, name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_one_by_one_equal_masked_rows(tiny, family):
-    model, batch = model_of(tiny, family), packed(tiny)
-    set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
+    model, batch = model_of(tiny, family), packed()
+    attend_with(model, VARLEN)
 
     ours, our_gradients = hidden_and_gradient(model, batch, VARLEN)
     theirs, their_gradients = hidden_and_gradient(model, batch, masked_attention(family))
@@ -86,16 +95,16 @@ def test_documents_one_by_one_equal_masked_rows(tiny, family):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma3_text"])
 def test_documents_in_bf16_equal_masked_rows_up_to_rounding(tiny, family):
-    model, batch = model_of(tiny, family, torch.bfloat16), packed(tiny)
-    set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
+    model, batch = model_of(tiny, family, torch.bfloat16), packed()
+    attend_with(model, VARLEN)
     ours, _ = hidden_and_gradient(model, batch, VARLEN)
     theirs, _ = hidden_and_gradient(model, batch, masked_attention(family))
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=5e-2, atol=5e-2)
 
 
 def test_no_mask_is_built(tiny, monkeypatch):
-    model, batch = model_of(tiny, "llama"), packed(tiny)
-    set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
+    model, batch = model_of(tiny, "llama"), packed()
+    attend_with(model, VARLEN)
     masks = []
     layer = model.model.layers[0].self_attn
     layer.register_forward_pre_hook(
@@ -108,10 +117,9 @@ def test_no_mask_is_built(tiny, monkeypatch):
 
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8), length=st.integers(2, 12))
-def test_the_collator_states_where_documents_begin(tiny_task, lengths, length):
+def test_the_collator_states_where_documents_begin(lengths, length):
     rows = list(pack((np.arange(n) + 2 for n in lengths), length))
-    task = dataclasses.replace(tiny_task, max_length=length)
-    batch = Collator(SimpleNamespace(pad_token_id=0), task)([row._asdict() for row in rows])
+    batch = collator(length)([row._asdict() for row in rows])
     starts, longest = batch.documents
 
     positions = batch.inputs["position_ids"].flatten()
@@ -123,13 +131,6 @@ def test_the_collator_states_where_documents_begin(tiny_task, lengths, length):
     assert longest == max(map(len, parts))
     width = batch.valid.shape[1]
     assert all(a // width == (b - 1) // width for a, b in pairwise(starts.tolist()))
-
-
-@pytest.fixture(scope="module")
-def tiny_task():
-    from megakd.config.task import TaskConfig
-
-    return TaskConfig(type="causal_lm", dataset="d", max_length=LENGTH)
 
 
 def test_without_boundaries_every_row_is_a_document():
@@ -144,50 +145,42 @@ def test_without_boundaries_every_row_is_a_document():
     torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
-def source_with(name):
-    return SimpleNamespace(attn_implementation=name, where="student.model")
-
-
 @pytest.mark.parametrize(
-    ("dtype", "keys", "task", "device", "chosen"),
+    ("dtype", "keys", "device", "chosen"),
     [
-        (torch.bfloat16, {}, "causal_lm", "cuda", VARLEN),
-        (torch.float32, {}, "causal_lm", "cuda", "sdpa"),
-        (torch.bfloat16, {"attention_dropout": 0.1}, "causal_lm", "cuda", "sdpa"),
-        (torch.bfloat16, {"head_dim": 12}, "causal_lm", "cuda", "sdpa"),
-        (torch.bfloat16, {}, "causal_lm", "cpu", "sdpa"),
+        (torch.bfloat16, {}, "cuda", VARLEN),
+        (torch.float32, {}, "cuda", "sdpa"),
+        (torch.bfloat16, {"attention_dropout": 0.1}, "cuda", "sdpa"),
+        (torch.bfloat16, {"head_dim": 12}, "cuda", "sdpa"),
+        (torch.bfloat16, {}, "cpu", "sdpa"),
     ],
     ids=["gpu", "fp32", "dropout", "width", "cpu"],
 )
 def test_packed_rows_use_it_on_a_gpu_whose_kernel_supports_the_model(
-    tiny, dtype, keys, task, device, chosen
+    tiny, dtype, keys, device, chosen
 ):
     model = model_of(tiny, "llama", dtype, **keys)
-    set_attention(model, source_with(None), task, torch.device(device))
+    attend_with(model, None, device)
     assert model.config._attn_implementation == chosen
 
 
 def test_it_is_refused_where_the_kernel_of_the_gpu_does_not_support_the_model(tiny):
     with pytest.raises(ModelError, match=r"^student.attn_implementation: varlen needs bf16"):
-        set_attention(
-            model_of(tiny, "llama"), source_with(VARLEN), "causal_lm", torch.device("cuda")
-        )
+        attend_with(model_of(tiny, "llama"), VARLEN, "cuda")
 
 
 def test_a_saved_model_opens_with_the_attention_of_transformers(tiny, tmp_path):
     model = model_of(tiny, "llama")
-    set_attention(model, source_with(VARLEN), "causal_lm", torch.device("cpu"))
+    attend_with(model, VARLEN)
     model.save_pretrained(tmp_path)
     assert "varlen" not in (tmp_path / "config.json").read_text()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *EAGER])
 def test_packed_documents_are_read_as_they_would_be_alone(tiny, family):
-    keys = {} if family in EAGER else FAMILIES[family]
-    model = tiny.load(tiny.save(family, **keys), tiny.task("causal_lm"))
-    batch = packed(tiny)
+    model, batch = model_of(tiny, family), packed()
     if family not in EAGER:
-        set_attention(model, source_with("sdpa"), "causal_lm", torch.device("cpu"))
+        attend_with(model, "sdpa")
 
     together = read_knowledge(model, batch, Needs()).hidden.flatten(0, 1)
 
@@ -210,12 +203,32 @@ def test_packed_documents_are_read_as_they_would_be_alone(tiny, family):
 def test_an_attention_that_leaves_out_a_part_of_the_model_is_refused(tiny, family, message, name):
     model = tiny.load(tiny.save(family), tiny.task("causal_lm"))
     with pytest.raises(ModelError, match=f"{message}, which {name} does not support; use eager"):
-        set_attention(model, source_with(name), "causal_lm", torch.device("cpu"))
+        attend_with(model, name)
 
 
 @pytest.mark.parametrize("family", EAGER)
 def test_a_gpu_computes_what_only_eager_attention_can_with_eager_attention(tiny, family):
     model = tiny.load(tiny.save(family), tiny.task("causal_lm")).to(torch.bfloat16)
-    model.eval()
-    set_attention(model, source_with(None), "causal_lm", torch.device("cuda"))
+    attend_with(model, None, "cuda")
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "phi", "gpt_oss"])
+def test_texts_of_a_row_longer_than_the_models_positions_are_read_as_alone(tiny, family):
+    """A token budget packs such rows."""
+    positions = "n_positions" if family == "gpt2" else "max_position_embeddings"
+    folder = tiny.save(family, **{positions: 32})
+    model, collate = tiny.load(folder, tiny.task("causal_lm", max_length=32)), collator(32)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(2, 300, size=length).tolist() for length in (30, 7, 24, 1, 11, 32)]
+    rows = [{"input_ids": ids, "labels": [*ids[1:], IGNORE]} for ids in texts]
+
+    def hidden(batch):
+        with torch.no_grad():
+            return read_knowledge(model, batch, Needs()).hidden[batch.valid]
+
+    together = packed_row(collate(rows), most=128)
+
+    assert together.valid.shape == (1, 112)
+    alone = torch.cat([hidden(collate([row])) for row in rows])
+    torch.testing.assert_close(hidden(together), alone, rtol=1e-4, atol=1e-4)

@@ -114,12 +114,6 @@ def test_a_cut_that_would_move_the_positions_of_a_model_is_refused(tmp_path):
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-def replaced(folder: Path, model: Any) -> Path:
-    (folder / "tokenizer_config.json").unlink()
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -136,7 +130,9 @@ def replaced(folder: Path, model: Any) -> Path:
     ids=["unigram", "unspelled", "suffix"],
 )
 def test_a_tokenizer_that_cannot_be_cut_safely_is_refused(tmp_path, model, message):
-    folder = replaced(folder_of("classifier", tmp_path), model)
+    folder = folder_of("classifier", tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)).save_pretrained(folder)
     weights = (folder / "model.safetensors").read_bytes()
 
     with pytest.raises(DataError, match=message):

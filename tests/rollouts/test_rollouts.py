@@ -39,13 +39,10 @@ def test_every_generated_token_is_a_target_exactly_once(
     assert rollout_row(empty).labels.tolist() == [IGNORE] * len(prompt)
 
 
-def _rows(**columns: list) -> Dataset:
-    return Dataset.from_dict(columns)
-
-
 def test_a_row_is_continued_if_its_prompt_fits_and_learned_from_if_more_follows() -> None:
     answered, prompt, document, long = [1, 2, 3], [4, 5], [6, 7, 8], [*range(9)]
-    rows = _rows(input_ids=[answered, prompt, document, long], prompt_length=[2, 2, 0, 5])
+    ids = [answered, prompt, document, long]
+    rows = Dataset.from_dict({"input_ids": ids, "prompt_length": [2, 2, 0, 5]})
 
     prompts = Prompts(rows, prompt_tokens=None, most=4)
 
@@ -54,7 +51,7 @@ def test_a_row_is_continued_if_its_prompt_fits_and_learned_from_if_more_follows(
 
 
 def test_a_beginning_of_plain_text_is_no_longer_than_its_row() -> None:
-    rows = _rows(input_ids=[[1, 2, 3], [4]], labels=[[2, 3, 4], [-100]])
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "labels": [[2, 3, 4], [-100]]})
 
     prompts = Prompts(rows, prompt_tokens=2, most=9)
 
@@ -64,7 +61,7 @@ def test_a_beginning_of_plain_text_is_no_longer_than_its_row() -> None:
 
 def test_columns_hold_the_rows_in_their_order_with_labels_and_positions() -> None:
     columns = {"labels": [[2, -100], [-100]], "position_ids": [[0, 0], [0]]}
-    rows = _rows(input_ids=[[1, 2], [3]], prompt_length=[2, 1], **columns)
+    rows = Dataset.from_dict({"input_ids": [[1, 2], [3]], "prompt_length": [2, 1], **columns})
     prompts, selected = (
         Prompts(one, prompt_tokens=None, most=9) for one in (rows, rows.select([1]))
     )
@@ -89,7 +86,7 @@ def test_columns_hold_the_rows_in_their_order_with_labels_and_positions() -> Non
     ],
 )
 def test_a_length_is_given_for_rows_without_prompts_alone(columns, prompt_tokens, message) -> None:
-    rows = _rows(input_ids=[[1, 2]], labels=[[2, -100]], **columns)
+    rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[2, -100]], **columns})
 
     with pytest.raises(DataError, match=message):
         Prompts(rows, prompt_tokens=prompt_tokens, most=9)

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from loss_scene import Matrix
 from torch import Tensor
 
-from megakd.contract.batch import Batch, Knowledge, LogitWarp, LossInputs
+from megakd.contract.batch import Batch, Knowledge, LossInputs
 from megakd.rollouts.text_evaluation import sums_by_group
 
-PLAIN = LogitWarp()
 ROWS, LENGTH, WIDTH, VOCABULARY = 2, 5, 4, 7
 
 
-class Matrix(NamedTuple):
-    """A head whose weights are not sharded."""
-
-    weight: Tensor
-    warp: LogitWarp = PLAIN
-
-    def read(self) -> tuple[Tensor, None]:
-        return self.weight, None
-
-    def open(self) -> Any:
-        return nullcontext()
-
-
-def answer_of(seed: int, tokens: int = VOCABULARY, warp: LogitWarp = PLAIN) -> Knowledge:
+def answer_of(seed: int, tokens: int = VOCABULARY) -> Any:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(ROWS, LENGTH, WIDTH, generator=generator)
-    return Knowledge(
-        hidden=hidden, head=Matrix(torch.randn(tokens, WIDTH, generator=generator), warp)
-    )
+    head: Any = Matrix(torch.randn(tokens, WIDTH, generator=generator))
+    return Knowledge(hidden=hidden, head=head)
 
 
 def reading(student: Knowledge, teacher: Knowledge | None, **parts: Any) -> LossInputs:
@@ -43,12 +28,10 @@ def reading(student: Knowledge, teacher: Knowledge | None, **parts: Any) -> Loss
     return LossInputs(student=student, teacher=teacher, batch=batch, weights={}, per_unit={})
 
 
-def logprobs(one: Knowledge, shared: int = VOCABULARY) -> Tensor:
+def logprobs(one: Any, shared: int = VOCABULARY) -> Tensor:
     """[B, T, shared] in fp64."""
-    assert one.hidden is not None
-    assert one.head is not None
-    product = one.hidden.double() @ one.head.read()[0].double().T
-    return one.head.warp(product)[..., :shared].log_softmax(-1)
+    product = one.hidden.double() @ one.head.weight.double().T
+    return product[..., :shared].log_softmax(-1)
 
 
 def entropy(logs: Tensor) -> Tensor:
@@ -77,7 +60,6 @@ def test_positions_that_do_not_count_may_hold_anything() -> None:
     student, teacher = answer_of(0), answer_of(1)
     wanted = sums_by_group(reading(student, teacher), GROUPS, 3)
     for one in (student, teacher):
-        assert one.hidden is not None
         one.hidden[GROUPS < 0] = torch.nan
 
     assert torch.equal(sums_by_group(reading(student, teacher), GROUPS, 3), wanted)

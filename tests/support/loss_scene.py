@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ POSITIONS = torch.tensor([[0, 1, 0, 1, 2], *[[0, 1, 2, 3, 4]] * 3])
 
 
 class Matrix:
-    """A head that needs no opening."""
+    """A head whose weights are not sharded."""
 
     warp = LogitWarp()
 
@@ -42,6 +43,9 @@ class Matrix:
 
     def read(self) -> tuple[torch.Tensor, None]:
         return self.weight, None
+
+    def open(self) -> Any:
+        return nullcontext()
 
 
 class Scene:

@@ -20,8 +20,11 @@ from transformers import (
 from megakd.config.task import TaskConfig
 from megakd.contract.views import UnitOrder, View
 from megakd.models.architectures import ARCHITECTURES, architecture_of
-from megakd.models.cutting import cut_config, cut_state
+from megakd.models.axes import weight_axes
+from megakd.models.cutting import cut_config, cut_state, reshape_folder
+from megakd.models.layers import renumbered
 from megakd.models.loading import load_model, resolve_model
+from megakd.models.model_folder import write_model_folder
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 
@@ -122,17 +125,37 @@ def source_of(folder: Path, kind: str) -> ModelSource:
     return resolve_model(str(folder), task(kind), where="teacher.model")
 
 
-def loaded(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def loaded(
+    model: Path | ModelSource, kind: str, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     return load_model(
-        source_of(folder, kind),
+        source_of(model, kind) if isinstance(model, Path) else model,
         task=task(kind),
-        label_names=LABELS if kind == "classification" else (),
+        label_names=labels_of(kind),
         tokenizer_size=VOCABULARY,
         ds=None,
         dtype=dtype,
         seed=1,
         need_head=True,
     ).eval()
+
+
+def labels_of(kind: str) -> tuple[str, ...]:
+    return LABELS if kind == "classification" else ()
+
+
+def reshaped(source: ModelSource, folder: Path, kind: str = "classification", **changes) -> Path:
+    """The folder of a cut or sorted model, made from file to file."""
+    facts = {"task": task(kind), "label_names": labels_of(kind), "tokenizer": tokenizer()}
+    reshape_folder(source, folder, **facts, **changes)
+    return folder
+
+
+def written(model: PreTrainedModel, folder: Path, **changes) -> Path:
+    """A finished folder, as a run writes it."""
+    facts = {"state": model.state_dict().items(), "tokenizer": tokenizer(), **changes}
+    write_model_folder(folder, config=model.config, architecture=type(model).__name__, **facts)
+    return folder
 
 
 def full_view(model: PreTrainedModel) -> View:
@@ -187,12 +210,10 @@ def masked(model: PreTrainedModel, view: View) -> PreTrainedModel:
 
 
 def cut(model: PreTrainedModel, kind: str, view: View, order: UnitOrder | None = None):
-    from megakd.models.axes import weight_axes
-
     config = cut_config(model.config, view, order)
     made = AUTO[kind].from_config(config).eval()
-    state = dict(cut_state(model.state_dict().items(), weight_axes(model), view, order))
-    made.load_state_dict(state, strict=True)
+    state = cut_state(model.state_dict().items(), weight_axes(model), view, order)
+    made.load_state_dict(dict(renumbered(state, model.config, view)), strict=True)
     return made
 
 

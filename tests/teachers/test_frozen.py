@@ -14,9 +14,6 @@ from megakd.contract.batch import Batch, Knowledge, Predictions
 from megakd.models.knowledge import Needs
 from megakd.teachers.frozen import FrozenModel
 
-LOGITS = torch.tensor([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]])
-BATCH = Batch({"logits": LOGITS}, torch.tensor([0, 1]), torch.ones(2, 1, dtype=torch.bool))
-
 
 class Echo(nn.Module):
     """Says the logits it is given."""
@@ -27,19 +24,17 @@ class Echo(nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def frozen(order: tuple[int, ...] | None) -> FrozenModel:
-    return FrozenModel(Echo(), needs=Needs(), label_order=order)
-
-
 @pytest.mark.parametrize(
     ("order", "expected"),
     [(None, [[1, 2, 3], [6, 5, 4]]), ((2, 0, 1), [[3, 1, 2], [4, 6, 5]])],
     ids=["same order", "another order"],
 )
 def test_a_teachers_classes_are_put_into_the_order_of_the_data(order, expected):
-    module = frozen(order)
+    module = FrozenModel(Echo(), needs=Needs(), label_order=order)
+    logits = torch.tensor([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]])
+    batch = Batch({"logits": logits}, torch.tensor([0, 1]), torch.ones(2, 1, dtype=torch.bool))
 
-    taught, scored = module(BATCH), module(BATCH, scoring=True)
+    taught, scored = module(batch), module(batch, scoring=True)
 
     assert isinstance(taught, Knowledge)
     assert isinstance(scored, Predictions)
