@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from tiny_runs import bert, llama, write_config
+from planned_runs import CAUSAL, TRACES, plan_of
+from planned_runs import config_of as run_config
+from tiny_runs import bert, llama
 
-from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.errors import ConfigError, ModelError
 from megakd.planning.cluster import Cluster, Rates, rates_of
@@ -20,8 +21,6 @@ from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, page, plan_run
 from megakd.planning.planning_lab import planned_sources
 
-CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
-CAUSAL = {"type": "causal_lm", "dataset": "anything", "max_length": 16}
 DECODERS = {
     "teacher": {"model": llama(3, width=32, vocab_size=64)},
     "student": {"model": llama(2, vocab_size=64)},
@@ -30,24 +29,15 @@ MINIDISC = {"name": "minidisc", "target_sparsity": 0.5, "sparsities": [0.25, 0.5
 
 
 def config_of(tmp_path: Path, *overrides: str, **sections: Any) -> RunConfig:
-    tree: dict[str, Any] = {
-        "output_dir": str(tmp_path / "out"),
-        "task": CLASSES,
+    models = {
         "teacher": {"model": bert(3, width=32, vocab_size=64)},
         "student": {"model": bert(2, width=16, vocab_size=64)},
-        "method": {"name": "single"},
-        "train": {"per_device_train_batch_size": 4},
     }
-    return load_config(write_config(tmp_path / "run.yaml", tree | sections), overrides)
-
-
-# Of the same few models, made once for all tests here.
-TRACES = Traces()
+    return run_config(tmp_path, *overrides, **{**models, **sections})
 
 
 def planned(config: RunConfig, **cluster: Any) -> Plan:
-    place = Cluster(**{"device": "cuda", **cluster})
-    return plan_run(config, place, advise=False, traces=TRACES)
+    return plan_of(config, **{"ranks": 1, **cluster})
 
 
 def advised(config: RunConfig, cluster: Cluster) -> Plan:
