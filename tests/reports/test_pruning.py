@@ -8,22 +8,14 @@ from typing import Any
 
 import pytest
 from html_page import Page
-from reports import language_report, report_of
+from reports import FACTS, language_report, report_of
 
 from megakd.reports.curves import pruning_section
-from megakd.reports.pages import CardFacts, html_report, model_card
+from megakd.reports.pages import html_report, model_card
 from megakd.reports.quantities import step_time
 from megakd.reports.table import result_table
 
 HUGE = 1e308
-FACTS = CardFacts(
-    title="a student",
-    task_type="mlm",
-    student=None,
-    teachers=(None,),
-    objective=(),
-    command="megakd run",
-)
 
 
 def row(step: float, kl: float | None = 0.5, seconds: float | None = 0.2, **changes: Any) -> Any:

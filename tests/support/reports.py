@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megakd.contract.results import AssistantReport, CandidateReport, Report
+from megakd.reports.pages import CardFacts
 
 TRADEOFF = 0.2
 SCORES = {
@@ -20,6 +21,14 @@ ASSISTANT: AssistantReport = {
     "metrics": {"accuracy": 0.78, "f1": 0.88, "mean_accuracy_f1": 0.83},
     "bytes": 60_000_000,
 }
+FACTS = CardFacts(
+    title="a student",
+    task_type="classification",
+    student=None,
+    teachers=(None,),
+    objective=("soft_target_kl (weight 1.0)",),
+    command="megakd train run.yaml",
+)
 
 
 def report_of(**changes: Any) -> Report:
