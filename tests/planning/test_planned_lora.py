@@ -47,14 +47,9 @@ def test_a_plan_has_moments_of_the_adapters_alone_and_the_weights_of_all(tmp_pat
 def test_a_plan_of_the_base_as_teacher_has_its_forward_and_no_second_model(tmp_path: Path) -> None:
     lora, objective = {"lora": {"r": RANK}}, [{"loss": "soft_target_kl"}]
     teachers = {"base": "student_base", "second": str(tmp_path / "model")}
+    method = {"name": "single"}
     plans = {
-        name: planned(
-            tmp_path,
-            lora,
-            teacher={"model": model},
-            method={"name": "single"},
-            objective=objective,
-        )
+        name: planned(tmp_path, lora, teacher={"model": model}, method=method, objective=objective)
         for name, model in teachers.items()
     }
 
