@@ -68,9 +68,7 @@ def test_an_interpreter_that_cannot_serve_is_named(checkout: Path, python: str) 
     [("import venv", "the venv module of "), ("Python.h", "the headers of ")],
     ids=["venv", "headers"],
 )
-def test_a_part_of_the_interpreter_that_is_missing_is_named(
-    checkout: Path, python_without: Path, lacks: str, part: str
-) -> None:
+def test_a_part_of_the_interpreter_that_is_missing_is_named(checkout, python_without, lacks, part):
     line = complaint(checkout, f"PYTHON={python_without}", lacks=lacks)
     assert line.startswith(f"{part}{python_without}")
 
