@@ -123,10 +123,13 @@ def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path):
     config = megakd.load_config(path)
 
     assert config == megakd.load_config(str(path)) == megakd.load_config(tree)
+    assert config == megakd.load_config({**tree, "output_dir": tmp_path})
     assert megakd.load_config(config) == config
     assert megakd.load_config(config, ["seed=7"]).seed == 7
     with pytest.raises(ConfigError, match=r"config: sed = 1: unknown key; did you mean .seed."):
         megakd.load_config({**tree, "sed": 1})
+    with pytest.raises(ConfigError, match=r"config: train.max_steps is a object; a config holds"):
+        megakd.load_config({**tree, "train": {"max_steps": object()}})
     changed = replace(config, task=replace(config.task, data_dir=tmp_path))
     with pytest.raises(ConfigError, match=r"task\.data_dir: supported only with"):
         megakd.load_config(changed)

@@ -72,32 +72,21 @@ def is_for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-@cache
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def runtime_imports(node: ast.AST) -> Iterator[str]:
-    """Every module imported below `node`, also inside functions, but not for types only."""
+def imports_below(node: ast.AST, *, for_types: bool) -> Iterator[str]:
+    """Every module imported below `node`, also inside functions; for types only if asked."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             yield from (f"{child.module}.{alias.name}" for alias in child.names)
-        elif not is_for_types_only(child):
-            yield from runtime_imports(child)
+        elif for_types or not is_for_types_only(child):
+            yield from imports_below(child, for_types=for_types)
 
 
 @cache
-def all_imports(path: Path) -> list[str]:
-    """Every module that a file imports anywhere, also for types only."""
-    collected = []
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Import):
-            collected += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            collected += [f"{node.module}.{alias.name}" for alias in node.names]
-    return collected
+def imports_of(path: Path, *, for_types: bool = False) -> list[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return list(imports_below(tree, for_types=for_types))
 
 
 def room_of(module: str) -> str:
@@ -119,17 +108,12 @@ def upward_imports(path: Path) -> list[str]:
     if paper_of(module_name(path)):
         # The files of a paper may import what trains; a run imports them once its method is known.
         room, rank = "methods", {**rank, "methods": rank["training"] + 1}
-    ours = [name for name in all_imports(path) if is_within(name, "megakd")]
+    ours = [name for name in imports_of(path, for_types=True) if is_within(name, "megakd")]
     return [
         name
         for name in ours
         if room_of(name) != room and rank.get(room_of(name), len(RANKS)) >= rank[room]
     ]
-
-
-@cache
-def imports_of(path: Path) -> list[str]:
-    return list(runtime_imports(tree_of(path)))
 
 
 def package_sources() -> list[Path]:
@@ -213,7 +197,7 @@ def test_no_files_import_each_other_in_a_circle_also_for_types() -> None:
         return name if name in known or "." not in name else module_of(name.rpartition(".")[0])
 
     def below(name: str, path: Path) -> set[str]:
-        result = {module_of(imported) for imported in all_imports(path)}
+        result = {module_of(imported) for imported in imports_of(path, for_types=True)}
         # A method imports the files of its paper when it runs; `megakd.methods` has no order.
         return {other for other in result if is_within(other, "megakd") and paper_of(other) != name}
 
@@ -225,8 +209,12 @@ def test_no_files_import_each_other_in_a_circle_also_for_types() -> None:
 
 
 def test_the_files_of_a_paper_are_imported_by_their_folder_alone() -> None:
-    imports = [(module_name(p), one) for p in package_sources() for one in all_imports(p)]
-    of_papers = [(name, one, paper_of(one)) for name, one in imports if paper_of(one)]
+    of_papers = [
+        (module_name(p), one, paper_of(one))
+        for p in package_sources()
+        for one in imports_of(p, for_types=True)
+        if paper_of(one)
+    ]
 
     assert of_papers
     assert [place for place in of_papers if not is_within(place[0], place[2])] == []
@@ -242,26 +230,26 @@ def test_some_files_import_even_less(importer: str) -> None:
     assert {name: one for name, one in wrong.items() if one} == {}
 
 
-def test_only_the_commands_import_the_lab() -> None:
-    importers = {
-        module_name(p) for p in package_sources() if wrong_imports(p, ("megakd.run.run_lab",))
-    }
+@pytest.mark.parametrize(
+    ("module", "importers"),
+    [
+        (
+            "megakd.run.run_lab",
+            (
+                *("megakd.run.main", "megakd.run.run_report", "megakd.commands.cache"),
+                *("megakd.commands.matched_models", "megakd.commands.examination"),
+            ),
+        ),
+        ("megakd.cli", ("megakd.__main__",)),
+        ("deepspeed", ("megakd.engine",)),
+    ],
+    ids=["lab", "command line", "deepspeed"],
+)
+def test_some_modules_are_imported_by_a_few_alone(module: str, importers: tuple[str, ...]) -> None:
+    result = {module_name(p) for p in package_sources() if wrong_imports(p, (module,))}
 
-    commands = {"megakd.commands.cache", "megakd.commands.matched_models"}
-    commands |= {"megakd.commands.examination"}
-    assert importers <= {"megakd.run.main", "megakd.run.run_report", *commands}
-
-
-def test_nothing_in_the_package_imports_the_command_line() -> None:
-    importers = {module_name(p) for p in package_sources() if wrong_imports(p, ("megakd.cli",))}
-
-    assert importers == {"megakd.__main__"}
-
-
-def test_only_the_engine_imports_deepspeed() -> None:
-    importers = {module_name(p) for p in package_sources() if wrong_imports(p, ("deepspeed",))}
-
-    assert {name for name in importers if not is_within(name, "megakd.engine")} == set()
+    assert result
+    assert [name for name in result if not any(is_within(name, one) for one in importers)] == []
 
 
 def test_the_kernels_import_torch_and_triton_alone() -> None:

@@ -260,6 +260,11 @@ ROLLOUT = [
         "student.lora={}",
         "rollout.server.push: adapter is supported with kind: vllm alone; use push: full",
     ),
+    (
+        f"server: {{{URL}, kind: vllm, {PUSH}}}",
+        "student={model: {config: {model_type: llama}}}",
+        "rollout.server.model: missing, and the config names no model",
+    ),
     ("by: student", "task={type: mlm, dataset: rows}", "rollout: supported only for causal_lm, wh"),
 ]
 # The section `rollout.server`, further keys of `rollout`, and a part of the message.
@@ -377,12 +382,3 @@ def test_settings_near_those_refusals_are_accepted(run_file, overrides):
 )
 def test_a_value_that_a_key_cannot_have_is_refused(run_file, overrides, text):
     assert text in message_of(run_file, *overrides.split("; "))
-
-
-def test_a_student_without_a_name_needs_the_name_of_the_served_model(run_file):
-    scratch = "student={model: {config: {model_type: llama}}}"
-    server = f"rollout={{max_new_tokens: 4, server: {{{URL}, kind: vllm, push: full, folder: w}}}}"
-
-    message = message_of(run_file, *TEXT.split("; "), scratch, server)
-
-    assert "rollout.server.model: missing, and the config names no model" in message

@@ -41,8 +41,7 @@ TEACHER, NODE = "teacher.deepspeed", "teacher_zero3_node"
 
 
 def within(value: Any, stage: int = 3) -> dict[str, Any]:
-    section = {"shard_within_node": value}
-    return {"megakd": section, "zero_optimization": {"stage": stage}}
+    return {"megakd": {"shard_within_node": value}, **zero(stage=stage)}
 
 
 def zero(**section: Any) -> dict[str, Any]:
@@ -104,7 +103,7 @@ def test_presets_of_an_installed_package_are_found_inside_it(tmp_path, monkeypat
 
 
 def test_a_path_and_an_inline_mapping_mean_the_same(tmp_path):
-    inline = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    inline = zero(stage=2, offload_optimizer={"device": "cpu"})
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(inline))
 
@@ -112,13 +111,13 @@ def test_a_path_and_an_inline_mapping_mean_the_same(tmp_path):
 
 
 def test_an_inline_mapping_is_left_as_it_was():
-    inline = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    inline = zero(stage=3, offload_param={"device": "cpu"})
 
     loaded = load_ds_config(inline, where=WHERE)
     loaded["zero_optimization"]["offload_param"]["device"] = "none"
     frozen_ds_config(inline, dtype="bf16", micro_batch=1)["zero_optimization"].clear()
 
-    assert inline == {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    assert inline == zero(stage=3, offload_param={"device": "cpu"})
 
 
 def test_an_unknown_preset_names_the_nearest_and_all():
@@ -185,21 +184,17 @@ def test_the_file_and_the_nested_key_that_set_a_knob_are_named(tmp_path):
 
 
 def test_knobs_left_to_the_trainer_are_left_out():
+    offload = {"device": "cpu", "pin_memory": "auto", "buffer_count": "auto"}
     spec = {
         "train_micro_batch_size_per_gpu": "auto",
         "bf16": {"enabled": "auto"},
         "optimizer": {"params": {"lr": "auto", "betas": "auto"}},
-        "zero_optimization": {
-            "stage": 3,
-            "reduce_bucket_size": "auto",
-            "offload_optimizer": {"device": "cpu", "pin_memory": "auto", "buffer_count": "auto"},
-        },
+        **zero(stage=3, reduce_bucket_size="auto", offload_optimizer=offload),
     }
 
     loaded = load_ds_config(spec, where=WHERE)
 
-    left = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
-    assert loaded == {"zero_optimization": left}
+    assert loaded == zero(stage=3, offload_optimizer={"device": "cpu"})
 
 
 @pytest.mark.parametrize(
@@ -254,16 +249,16 @@ def test_what_deepspeed_would_ignore_or_refuse_later_is_refused(spec, message):
 
 
 @pytest.mark.parametrize(
-    "zero",
+    "spec",
     [
-        {"stage": 0, "offload_param": {"device": "none"}},
-        {"stage": 2, "reduce_bucket_size": 5e8},
-        {"stage": 2, "overlap_comm": True},
+        zero(stage=0, offload_param={"device": "none"}),
+        zero(stage=2, reduce_bucket_size=5e8),
+        zero(stage=2, overlap_comm=True),
     ],
     ids=["offload to nowhere", "a number with an exponent", "overlap"],
 )
-def test_what_deepspeed_reads_is_left_as_it_is(zero):
-    assert load_ds_config({"zero_optimization": zero}, where=WHERE) == {"zero_optimization": zero}
+def test_what_deepspeed_reads_is_left_as_it_is(spec):
+    assert load_ds_config(spec, where=WHERE) == spec
 
 
 def test_the_known_keys_are_those_of_the_installed_deepspeed():
@@ -322,12 +317,6 @@ def test_precision_follows_the_dtype(dtype, precision):
         assert {k: v for k, v in config.items() if k in ("bf16", "fp16")} == precision
 
 
-def test_a_line_every_few_steps_can_be_asked_for():
-    merged = training({"steps_per_print": 5})
-
-    assert merged["steps_per_print"] == 5
-
-
 def test_a_frozen_engine_has_no_optimizer_and_no_clipping():
     ds = load_ds_config("zero3_offload", where="teacher.deepspeed")
 
@@ -367,27 +356,25 @@ def test_zero_3_is_for_frozen_models_on_several_ranks_or_on_the_host(preset, ran
     + [(stage, "fp32", None) for stage in range(4)],
 )
 def test_16_bit_gradients_add_up_in_fp32_where_deepspeed_can(stage, dtype, accumulates):
-    ds = {"zero_optimization": {"stage": stage}}
-
-    merged = training(ds, dtype=dtype)
+    merged = training(zero(stage=stage), dtype=dtype)
 
     assert merged.get("data_types", {}).get("grad_accum_dtype") == accumulates
 
 
-def test_a_file_may_name_another_dtype_for_gradients():
-    ds = {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}
+def test_a_file_may_set_the_dtype_of_gradients_and_how_often_a_line_is_printed():
+    mine = {"data_types": {"grad_accum_dtype": "bf16"}, "steps_per_print": 5}
 
-    merged = training(ds, dtype="bf16")
+    merged = training({**zero(stage=2), **mine}, dtype="bf16")
 
-    assert merged["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert {key: merged[key] for key in mine} == mine
 
 
 @pytest.mark.parametrize("value", ["4", None, True, 1.5, -1, math.inf])
 def test_a_size_that_is_not_a_whole_number_is_refused_with_its_key(value):
-    zero = {"stage": 3, "sub_group_size": value}
-    offload = {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": value}}
+    offload = {"device": "cpu", "buffer_count": value}
+    sizes = zero(stage=3, sub_group_size=value), zero(stage=3, offload_param=offload)
 
-    messages = [message_of({"zero_optimization": it}) for it in (zero, offload)]
+    messages = [message_of(spec) for spec in sizes]
 
     message = f"must be a whole number, 0 or above (got {json.dumps(value)})"
     assert messages == [
@@ -400,7 +387,6 @@ def test_deepspeed_gets_no_key_of_megakd():
     ds = load_ds_config(NODE, where=TEACHER)
     unused = load_ds_config(within(value=False), where="student.deepspeed")
 
-    check_frozen_stage(ds, where=TEACHER)
     assert "megakd" not in frozen_ds_config(ds, dtype="bf16", micro_batch=1)
     assert "megakd" not in training(unused)
 

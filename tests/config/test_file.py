@@ -57,12 +57,6 @@ def test_an_override_fills_a_section_that_is_null(run_file):
     assert config.teacher == TeacherConfig(model="other")
 
 
-def test_a_section_is_removed_with_null(run_file):
-    overrides = ["teacher=null", "method.name=finetune", "objective=null"]
-
-    assert load_config(run_file, overrides).teacher is None
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -183,19 +177,18 @@ def test_a_long_value_is_cut_in_the_message(run_file):
         (b"", "run.yaml: is empty; a run config is a mapping"),
         (b"[1, 2]", "run.yaml: holds [1, 2]; a run config is a mapping"),
         (b"task: " + b"{a: " * 3000 + b"}" * 3000, "nested too deeply"),
+        ("folder", "run.yaml is a folder without config.yaml"),
     ],
-    ids=["missing", "latin-1", "broken", "empty", "list", "deep"],
+    ids=["missing", "latin-1", "broken", "empty", "list", "deep", "folder"],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
     path = tmp_path / "run.yaml"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
 
     assert message in message_of(path)
-
-
-def test_a_folder_in_place_of_the_file_is_named(tmp_path):
-    assert f"config file {tmp_path} is a folder without config.yaml" in message_of(tmp_path)
 
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0~"), min_size=1, max_size=9)

@@ -1,4 +1,4 @@
-"""Folders in the run config and in MEGAKD_CACHE: `~` is the home folder."""
+"""Folders in the run config, in MEGAKD_CACHE and in options: `~` is the home folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from run_files import message_of
 
 from megakd.config.file import load_config
 from megakd.inputs.run_data import cache_folder
+from megakd.process.terminal import in_home
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +38,6 @@ def test_every_folder_of_the_config_may_begin_with_the_home_folder(run_file, hom
     ]
 
 
-def test_true_and_false_for_a_checkpoint_are_no_paths(run_file):
-    config = load_config(run_file, ["train.resume_from_checkpoint=false"])
-
-    assert config.train.resume_from_checkpoint is False
-
-
 def test_the_home_folder_of_nobody_is_refused(run_file):
     key = "train.resume_from_checkpoint"
     text = message_of(run_file, f"{key}=~nosuchuser/x")
@@ -65,3 +60,13 @@ def test_an_empty_cache_variable_is_the_default_and_a_home_folder_is_expanded(
     monkeypatch.setenv("MEGAKD_CACHE", value)
 
     assert cache_folder() == home / folder
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("~/model", "me/model"), ("model/~", "model/~"), ("~no-such-user/x", "~no-such-user/x")],
+)
+def test_the_home_folder_is_put_in_where_a_path_begins_with_it(text, path, monkeypatch):
+    monkeypatch.setenv("HOME", "me")
+
+    assert in_home(text) == Path(path)

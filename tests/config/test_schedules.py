@@ -6,12 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from megakd.config.train import (
-    SCHEDULES,
-    TrainConfig,
-    learning_rate_schedule,
-    warmup_steps,
-)
+from megakd.config.train import SCHEDULES, TrainConfig, learning_rate_schedule, warmup_steps
 
 OPTIONS = [
     ("linear", {}),

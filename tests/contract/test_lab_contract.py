@@ -14,29 +14,22 @@ from megakd.run.run_lab import RunLab
 from megakd.training.recipes import LabBase
 
 
-def methods(promised: type) -> dict[str, Any]:
-    members = vars(promised).items()
-    return {n: m for n, m in members if not n.startswith("_") and inspect.isfunction(m)}
-
-
-PAIRS = [
-    (kind, promised)
-    for promised, kinds in (
-        (contract.Lab, (RunLab, PlanningLab)),
-        (contract.Pruning, (ModelPruning, PlannedPruning)),
-    )
-    for kind in kinds
-]
-
-
-def parameters(function) -> list[tuple[str, object, object]]:
+def parameters(function: Any) -> list[tuple[str, object, object]]:
     result = inspect.signature(function).parameters.values()
     return [(p.name, p.kind, p.default) for p in result]
 
 
-@pytest.mark.parametrize(("kind", "promised"), PAIRS)
+@pytest.mark.parametrize(
+    ("kind", "promised"),
+    [
+        *((kind, contract.Lab) for kind in (RunLab, PlanningLab)),
+        *((kind, contract.Pruning) for kind in (ModelPruning, PlannedPruning)),
+    ],
+)
 def test_a_lab_takes_the_arguments_that_the_contract_names(kind, promised):
-    for name, method in methods(promised).items():
+    methods = {n: m for n, m in vars(promised).items() if n[0] != "_" and inspect.isfunction(m)}
+
+    for name, method in methods.items():
         assert parameters(getattr(kind, name)) == parameters(method), name
 
 

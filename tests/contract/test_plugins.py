@@ -92,20 +92,13 @@ def message_of(**sections: object) -> str:
     return str(caught.value)
 
 
-def run_file(page: str, tmp_path: Path) -> Path:
-    objective, metric, method = shown(page, "yaml")
-    path = tmp_path / "run.yaml"
-    rest = {key: value for key, value in CONFIG.items() if key != "method"}
-    path.write_text(_yaml(rest) + objective + metric + method, encoding="utf-8")
-    return path
-
-
-def _yaml(tree: dict) -> str:
-    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in tree.items())
-
-
 def test_the_run_config_of_the_page_is_valid_and_survives_being_written(page, tmp_path):
-    config = load_config(run_file(page, tmp_path))
+    rest = {key: value for key, value in CONFIG.items() if key != "method"}
+    lines = [f"{key}: {json.dumps(value)}\n" for key, value in rest.items()]
+    path = tmp_path / "run.yaml"
+    path.write_text("".join([*lines, *shown(page, "yaml")]), encoding="utf-8")
+
+    config = load_config(path)
 
     assert config.objective[1].delta == 0.5
     assert config.method.label_steps == 50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -35,30 +36,28 @@ from megakd.losses.targets import ClassTargets, Evaluated, TermGroup
 CE = HardCrossEntropy(loss="hard_cross_entropy")
 
 
-def labelled(labels: torch.Tensor, valid: list[list[int]]) -> Batch:
-    return Batch({}, labels, torch.tensor(valid).bool())
+def labelled(labels: list[Any], valid: list[list[int]]) -> Batch:
+    return Batch({}, torch.tensor(labels), torch.tensor(valid).bool())
 
 
 @pytest.mark.parametrize(
-    ("labels", "valid", "units"),
+    ("batches", "units"),
     [
         # A row without a label is an example, and a dummy row is none.
-        ([1, IGNORE, IGNORE], [[1, 1, 1], [1, 1, 0], [0, 0, 0]], (2, 1, 5)),
-        ([-100.0, math.nan], [[1, 1], [1, 0]], (2, 1, 3)),  # -100 is a score like any other
+        ([labelled([1, IGNORE, IGNORE], [[1, 1, 1], [1, 1, 0], [0, 0, 0]])], (2, 1, 5)),
+        ([labelled([-100.0, math.nan], [[1, 1], [1, 0]])], (2, 1, 3)),  # -100 is a score like any
+        # Positions, of two micro-batches.
+        (
+            [labelled([[4, 5, IGNORE]], [[1, 1, 1]]), labelled([[7, IGNORE, IGNORE]], [[1, 1, 0]])],
+            (2, 3, 5),
+        ),
     ],
-    ids=["classification", "regression"],
+    ids=["classification", "regression", "language model"],
 )
-def test_units_are_rows_labels_and_positions(labels, valid, units):
-    assert numbers(count_units([labelled(torch.tensor(labels), valid)])) == units
+def test_units_are_rows_labels_and_positions_and_add_up_over_micro_batches(batches, units):
+    counts = count_units(batches)
 
-
-def test_units_of_a_language_model_count_positions_and_add_up_over_micro_batches():
-    first = labelled(torch.tensor([[4, 5, IGNORE]]), [[1, 1, 1]])
-    second = labelled(torch.tensor([[7, IGNORE, IGNORE]]), [[1, 1, 0]])
-
-    counts = count_units([first, second])
-
-    assert numbers(counts) == (2, 3, 5)
+    assert numbers(counts) == units
     assert all(count.dtype == torch.int64 for count in counts.values())
 
 

@@ -6,41 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import bert, write_config
+from planned_runs import config_of as run_config
+from planned_runs import per_call, plan_of
+from tiny_runs import bert
 
-from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.inputs import step_size
-from megakd.inputs.step_size import micro_batches_per_call
-from megakd.models.knowledge import Needs
-from megakd.models.source import ReadyTeacher
-from megakd.planning.cluster import Cluster
-from megakd.planning.phase_traces import Traces
-from megakd.planning.plan import Plan, page, plan_run
-from megakd.planning.planning_lab import planned_sources
+from megakd.planning.plan import Plan, page
 from megakd.planning.timeline import PhasePlan
 
 
 def config_of(folder: Path, *overrides: str) -> RunConfig:
-    tree = {
-        "output_dir": str(folder / "out"),
-        "task": {"type": "classification", "dataset": "anything", "max_length": 16},
-        "teacher": {"model": bert(3, width=32, vocab_size=300)},
-        "student": {"model": bert(1, vocab_size=300), "deepspeed": "zero0"},
-        "method": {"name": "single"},
-        "objective": [{"loss": "soft_target_kl"}, {"loss": "hidden_mse"}],
-        "train": {
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 6,
-            "max_steps": 8,
-        },
-    }
-    return load_config(write_config(folder / "run.yaml", tree), overrides)
-
-
-def per_call(config: RunConfig, needs: Needs = Needs()) -> int:  # noqa: B008
-    ready = ReadyTeacher(planned_sources(config)["teacher"], config.teacher_specs["teacher"])
-    return micro_batches_per_call(ready, needs, config.train, config, dtype="fp32", device="cpu")
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6}
+    return run_config(
+        folder,
+        *overrides,
+        teacher={"model": bert(3, width=32, vocab_size=300)},
+        student={"model": bert(1, vocab_size=300), "deepspeed": "zero0"},
+        objective=[{"loss": "soft_target_kl"}, {"loss": "hidden_mse"}],
+        train={**batch, "max_steps": 8},
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,17 +49,13 @@ def test_answers_that_do_not_fit_are_asked_for_in_groups(tmp_path, monkeypatch):
     monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 3)
 
     assert per_call(config) == 3
-    assert per_call(config, Needs(hidden_layers=(1, 2, 3))) == 2
+    assert per_call(config, 1, 2, 3) == 2
     monkeypatch.setitem(step_size.BUDGET, "cpu", 1)
     assert per_call(config) == 1
 
 
-TRACES = Traces()
-
-
 def planned(folder: Path, *overrides: str, **cluster: Any) -> Plan:
-    place = Cluster(**{"ranks": 2, **cluster})
-    return plan_run(config_of(folder, *overrides), place, advise=False, traces=TRACES)
+    return plan_of(config_of(folder, *overrides), **{"device": "cpu", **cluster})
 
 
 def test_a_teacher_sharded_within_nodes_is_planned_over_the_ranks_of_a_node(tmp_path):

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_runs import llama, write_config
+from planned_runs import CAUSAL, config_of, plan_of
+from tiny_runs import llama
 from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from megakd.config.file import load_config
 from megakd.contract.tasks import STUDENT
-from megakd.planning.cluster import Cluster
 from megakd.planning.engine_memory import Share
-from megakd.planning.phase_traces import Traces
-from megakd.planning.plan import Plan, plan_run
+from megakd.planning.plan import Plan
 from megakd.planning.timeline import cached_numbers
-
-TRACES = Traces()
 
 
 def planned(folder: Path, *overrides: str) -> Plan:
-    tree: dict[str, Any] = {
-        "output_dir": str(folder / "out"),
-        "task": {"type": "causal_lm", "dataset": "anything", "max_length": 32},
-        "teacher": {"model": llama(3, width=32, vocab_size=64), "deepspeed": "teacher_zero0"},
-        "student": {"model": llama(2, vocab_size=64), "deepspeed": "zero0"},
-        "method": {"name": "single"},
-        "objective": [{"loss": "soft_target_kl"}],
-        "train": {"per_device_train_batch_size": 2},
-    }
-    config = load_config(write_config(folder / "run.yaml", tree), overrides)
-    return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=TRACES)
+    config = config_of(
+        folder,
+        *overrides,
+        task={**CAUSAL, "max_length": 32},
+        teacher={"model": llama(3, width=32, vocab_size=64), "deepspeed": "teacher_zero0"},
+        student={"model": llama(2, vocab_size=64), "deepspeed": "zero0"},
+        objective=[{"loss": "soft_target_kl"}],
+        train={"per_device_train_batch_size": 2},
+    )
+    return plan_of(config)
 
 
 @pytest.mark.parametrize("key_heads", [1, 4])

@@ -54,10 +54,7 @@ def test_plan_takes_the_machines_from_its_options(plans, run_file, capsys):
 
 
 def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with_on_the_first(
-    plans,
-    run_file,
-    monkeypatch,
-    capsys,
+    plans, run_file, monkeypatch, capsys
 ):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

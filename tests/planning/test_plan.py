@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import tiny_cuts
 import torch.distributed as dist
-from tiny_runs import bert, llama, write_config
+from planned_runs import CAUSAL, TRACES, plan_of
+from planned_runs import config_of as run_config
+from tiny_runs import bert, llama
 
-from megakd.config.file import load_config
 from megakd.config.run import RunConfig
+from megakd.contract.lab import TimedWork
+from megakd.contract.views import View
 from megakd.errors import ConfigError, ModelError
 from megakd.planning.cluster import Cluster, Rates, rates_of
 from megakd.planning.engine_memory import PARTS, Peak, Share
 from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, page, plan_run
-from megakd.planning.planning_lab import planned_sources
+from megakd.planning.planning_lab import PlannedPruning, planned_sources
 
-CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
-CAUSAL = {"type": "causal_lm", "dataset": "anything", "max_length": 16}
 DECODERS = {
     "teacher": {"model": llama(3, width=32, vocab_size=64)},
     "student": {"model": llama(2, vocab_size=64)},
@@ -30,24 +33,15 @@ MINIDISC = {"name": "minidisc", "target_sparsity": 0.5, "sparsities": [0.25, 0.5
 
 
 def config_of(tmp_path: Path, *overrides: str, **sections: Any) -> RunConfig:
-    tree: dict[str, Any] = {
-        "output_dir": str(tmp_path / "out"),
-        "task": CLASSES,
+    models = {
         "teacher": {"model": bert(3, width=32, vocab_size=64)},
         "student": {"model": bert(2, width=16, vocab_size=64)},
-        "method": {"name": "single"},
-        "train": {"per_device_train_batch_size": 4},
     }
-    return load_config(write_config(tmp_path / "run.yaml", tree | sections), overrides)
-
-
-# Of the same few models, made once for all tests here.
-TRACES = Traces()
+    return run_config(tmp_path, *overrides, **{**models, **sections})
 
 
 def planned(config: RunConfig, **cluster: Any) -> Plan:
-    place = Cluster(**{"device": "cuda", **cluster})
-    return plan_run(config, place, advise=False, traces=TRACES)
+    return plan_of(config, **{"ranks": 1, **cluster})
 
 
 def advised(config: RunConfig, cluster: Cluster) -> Plan:
@@ -357,3 +351,20 @@ def test_rates_come_from_a_file(tmp_path: Path) -> None:
         rates_of(wrong)
     with pytest.raises(ConfigError, match="must be a finite number above 0"):
         Rates(tflops=float("inf"))
+
+
+@pytest.mark.parametrize("family", ["bert", "t5_encoder", "enct5"])
+def test_one_of_three_layers_takes_a_third_of_the_time_also_beside_a_decoder(family, tmp_path):
+    folder = tiny_cuts.saved(tiny_cuts.build(family), tmp_path)
+    source = tiny_cuts.source_of(folder, "classification")
+    config = cast("Any", SimpleNamespace(task=tiny_cuts.task()))
+    pruning = PlannedPruning(config, {}, teachers={}, phases=[], world=1)
+    units = source.architecture.units(source.config)
+    kept = {"layers": (1,), "width": None}
+    for kind in ("heads", "neurons"):
+        first, _, _, *others = getattr(units, kind)
+        kept[kind] = (first, 0, 0, *others)
+
+    times = pruning.relative_times(source, {"one": View(**kept)}, "times", TimedWork())
+
+    assert times["one"] == pytest.approx(1 / 3, abs=0.03)

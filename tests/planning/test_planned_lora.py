@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import llama, write_config
+from planned_runs import CAUSAL, config_of, plan_of
+from tiny_runs import llama
 
-from megakd.config.file import load_config
 from megakd.planning.cluster import Cluster
 from megakd.planning.engine_memory import Holding, Part, Share, Trained
-from megakd.planning.plan import Plan, SizedCase, candidates, plan_run
+from megakd.planning.plan import Plan, SizedCase, candidates
 from megakd.planning.tracing import Inventory, Parameter
 
 WIDTH, VOCABULARY, LAYERS, RANK = 32, 96, 2, 2
@@ -26,15 +26,10 @@ def planned(tmp_path: Path, student: dict[str, Any], **sections: Any) -> Plan:
     model.mkdir(exist_ok=True)
     shape = llama(LAYERS, WIDTH, vocab_size=VOCABULARY)["config"]
     (model / "config.json").write_text(json.dumps(shape))
-    tree = {
-        "output_dir": str(tmp_path / "out"),
-        "task": {"type": "causal_lm", "dataset": "anything", "max_length": 16},
-        "student": {"model": str(model), **student},
-        "method": {"name": "finetune"},
-        "train": {"per_device_train_batch_size": 1, "bf16": False},
-    }
-    config = load_config(write_config(tmp_path / "run.yaml", {**tree, **sections}), ())
-    return plan_run(config, Cluster(ranks=1, device="cuda"), advise=False)
+    given = {"student": {"model": str(model), **student}, "method": {"name": "finetune"}}
+    train = {"per_device_train_batch_size": 1, "bf16": False}
+    config = config_of(tmp_path, task=CAUSAL, train=train, **{**given, **sections})
+    return plan_of(config, ranks=1)
 
 
 def parts(tmp_path: Path, student: dict[str, Any]) -> dict[str, int]:
@@ -52,14 +47,9 @@ def test_a_plan_has_moments_of_the_adapters_alone_and_the_weights_of_all(tmp_pat
 def test_a_plan_of_the_base_as_teacher_has_its_forward_and_no_second_model(tmp_path: Path) -> None:
     lora, objective = {"lora": {"r": RANK}}, [{"loss": "soft_target_kl"}]
     teachers = {"base": "student_base", "second": str(tmp_path / "model")}
+    method = {"name": "single"}
     plans = {
-        name: planned(
-            tmp_path,
-            lora,
-            teacher={"model": model},
-            method={"name": "single"},
-            objective=objective,
-        )
+        name: planned(tmp_path, lora, teacher={"model": model}, method=method, objective=objective)
         for name, model in teachers.items()
     }
 

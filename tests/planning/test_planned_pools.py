@@ -7,30 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import bert, llama, write_config
+from planned_runs import CAUSAL, config_of, plan_of
+from tiny_runs import bert, llama
 
-from megakd.config.file import load_config
-from megakd.planning.cluster import Cluster
 from megakd.planning.engine_memory import Share
-from megakd.planning.phase_traces import Traces
-from megakd.planning.plan import Plan, SizedCase, candidates, plan_run
+from megakd.planning.plan import Plan, SizedCase, candidates
 from megakd.planning.timeline import PhasePlan
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}
-TRACES = Traces()
 
 
 def planned(folder: Path, names: str, method: dict[str, Any], **keys: Any) -> Plan:
-    tree = {
-        "output_dir": str(folder / "out"),
-        "task": {"type": "classification", "dataset": "anything", "max_length": 16},
-        "teachers": [{**TEACHER, **keys, "name": name} for name in names],
-        "student": {"model": bert(2, width=16, vocab_size=64)},
-        "method": method,
-        "train": {"per_device_train_batch_size": 4},
-    }
-    config = load_config(write_config(folder / "run.yaml", tree))
-    return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=TRACES)
+    pool = [{**TEACHER, **keys, "name": name} for name in names]
+    student = {"model": bert(2, width=16, vocab_size=64)}
+    return plan_of(config_of(folder, teachers=pool, student=student, method=method))
 
 
 def trained(plan: Plan) -> list[PhasePlan]:
@@ -116,16 +106,9 @@ def test_a_teacher_whose_answers_are_on_disk_takes_no_memory_and_no_time(tmp_pat
 
 
 def test_a_teacher_fills_the_cache_once_and_stays_loaded_where_losses_are_measured(tmp_path):
-    tree = {
-        "output_dir": str(tmp_path / "out"),
-        "task": {"type": "classification", "dataset": "anything", "max_length": 16},
-        "teacher": {**TEACHER, "cache": "auto"},
-        "student": {"model": "from_teacher"},
-        "method": {"name": "shrink", "flops": 0.3, "round_to": 8, "candidates": 3},
-        "train": {"per_device_train_batch_size": 4},
-    }
-    config = load_config(write_config(tmp_path / "run.yaml", tree))
-    plan = plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=TRACES)
+    method = {"name": "shrink", "flops": 0.3, "round_to": 8, "candidates": 3}
+    teacher, student = {**TEACHER, "cache": "auto"}, {"model": "from_teacher"}
+    plan = plan_of(config_of(tmp_path, teacher=teacher, student=student, method=method))
 
     weights = Share("teacher", "weights", "device")
     held = {phase.name: phase.ledger.most.get(weights, 0) > 0 for phase in plan.phases}
@@ -134,26 +117,23 @@ def test_a_teacher_fills_the_cache_once_and_stays_loaded_where_losses_are_measur
 
 
 @pytest.mark.parametrize(
-    ("rows", "loss"), [({}, "hidden_mse"), ({"tokens_per_rank": 128}, "soft_target_kl")]
+    ("rows", "losses"),
+    [({}, ["soft_target_kl", "hidden_mse"]), ({"tokens_per_rank": 128}, ["soft_target_kl"])],
 )
-def test_teachers_that_share_the_rows_cost_a_step_of_one(tmp_path, rows, loss):
-    task: dict[str, Any] = {"type": "causal_lm", "dataset": "anything", "max_length": 32}
-    model = {"config": {**llama(2, width=16)["config"], "vocab_size": 500}}
+def test_teachers_that_share_the_rows_cost_a_step_of_one(tmp_path, rows, losses):
+    model = llama(2, width=16, vocab_size=500)
 
     def step(names: str, method: str, **keys: Any) -> Plan:
-        tree = {
-            "output_dir": str(tmp_path / "out"),
-            "task": task | keys,
-            "teachers": [{"model": model, "name": name} for name in names],
-            "student": {"model": model},
-            "method": {"name": method},
-            "objective": [{"loss": "soft_target_kl"}, {"loss": loss}][
-                : 1 + (loss != "soft_target_kl")
-            ],
-            "train": {"per_device_train_batch_size": 4, **rows},
-        }
-        config = load_config(write_config(tmp_path / "run.yaml", tree))
-        return plan_run(config, Cluster(device="cuda", ranks=2), advise=False, traces=TRACES)
+        config = config_of(
+            tmp_path,
+            task={**CAUSAL, "max_length": 32, **keys},
+            teachers=[{"model": model, "name": name} for name in names],
+            student={"model": model},
+            method={"name": method},
+            objective=[{"loss": loss} for loss in losses],
+            train={"per_device_train_batch_size": 4, **rows},
+        )
+        return plan_of(config)
 
     one = step("a", "mean_of_teachers")
     two = step("ab", "routed", teacher_column="expert")

@@ -6,40 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import llama, write_config
+from planned_runs import CAUSAL, per_call, plan_of
+from planned_runs import config_of as run_config
+from tiny_runs import llama
 
-from megakd.config.file import load_config
 from megakd.config.run import RunConfig
 from megakd.inputs import step_size
-from megakd.inputs.step_size import largest_step, micro_batches_per_call
-from megakd.models.knowledge import Needs
-from megakd.models.source import ReadyTeacher
+from megakd.inputs.step_size import largest_step
 from megakd.planning.cluster import Cluster
-from megakd.planning.phase_traces import Traces
-from megakd.planning.plan import Plan, SizedCase, candidates, plan_run
-from megakd.planning.planning_lab import planned_sources
+from megakd.planning.plan import Plan, SizedCase, candidates
 
-LENGTH, TRACES = 64, Traces()
+LENGTH = 64
 
 
 def config_of(folder: Path, *overrides: str) -> RunConfig:
     long = {"max_position_embeddings": LENGTH, "vocab_size": 64}
-    tree: dict[str, Any] = {
-        "output_dir": str(folder / "out"),
-        "task": {"type": "causal_lm", "dataset": "anything", "max_length": LENGTH},
-        "teacher": {"model": llama(3, width=32, **long)},
-        "student": {"model": llama(2, **long), "deepspeed": "zero0"},
-        "method": {"name": "single"},
-        "objective": [{"loss": "soft_target_kl"}, {"loss": "hidden_mse"}],
-        "train": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
-        "eval": {"per_device_eval_batch_size": 1},
-    }
-    return load_config(write_config(folder / "run.yaml", tree), overrides)
+    return run_config(
+        folder,
+        *overrides,
+        task={**CAUSAL, "max_length": LENGTH},
+        teacher={"model": llama(3, width=32, **long)},
+        student={"model": llama(2, **long), "deepspeed": "zero0"},
+        objective=[{"loss": "soft_target_kl"}, {"loss": "hidden_mse"}],
+        train={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+        eval={"per_device_eval_batch_size": 1},
+    )
 
 
 def planned(folder: Path, *overrides: str, **cluster: Any) -> Plan:
-    place = Cluster(**{"device": "cuda", "ranks": 2, **cluster})
-    return plan_run(config_of(folder, *overrides), place, advise=False, traces=TRACES)
+    return plan_of(config_of(folder, *overrides), **cluster)
 
 
 def budget(texts: int) -> str:
@@ -62,18 +57,14 @@ def test_the_largest_step_has_one_row_of_the_budget_per_micro_batch(tmp_path, ov
 
 
 def test_a_teacher_is_asked_for_as_many_packed_rows_as_fit_into_memory(tmp_path, monkeypatch):
-    def per_call(*overrides: str) -> int:
-        config = config_of(tmp_path, *overrides)
-        ready = ReadyTeacher(planned_sources(config)["teacher"], config.teacher_specs["teacher"])
-        return micro_batches_per_call(
-            ready, Needs(), config.train, config, dtype="fp32", device="cpu"
-        )
+    def asked(*overrides: str) -> int:
+        return per_call(config_of(tmp_path, budget(3), *overrides))
 
-    assert per_call(budget(3)) == 11
-    assert per_call(budget(3), "teacher.micro_batches_per_call=50") == 11
+    assert asked() == 11
+    assert asked("teacher.micro_batches_per_call=50") == 11
     row = 3 * LENGTH * 32 * 4  # tokens, columns, bytes of one packed row
     monkeypatch.setitem(step_size.BUDGET, "cpu", row * (1 + step_size._IN_FLIGHT) * 2)
-    assert per_call(budget(3)) == 2
+    assert asked() == 2
 
 
 def activations(plan: Plan, role: str = "student") -> int:

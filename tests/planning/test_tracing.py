@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,36 +73,40 @@ def saved_bytes(module: nn.Module) -> int:
     return sum(kept.values())
 
 
-def held(traced: Trace) -> int:
+def held(trace: Trace) -> int:
     """The activations between forward and backward."""
-    return traced.moments[traced.turn].live.total
+    return trace.moments[trace.turn].live.total
+
+
+def traced(make: Callable[[], nn.Module]) -> tuple[nn.Module, Trace]:
+    """A model without memory and its traced step."""
+    with VALUELESS:
+        module, ids = make(), torch.ones(ROWS, LENGTH, dtype=torch.long)
+    return module, trace_call(module, lambda: module(ids), backward=True, device="cpu")[0]
 
 
 @pytest.fixture(scope="module")
 def traced_llama() -> tuple[nn.Module, Trace]:
-    with VALUELESS:
-        module, ids = llama(), torch.ones(ROWS, LENGTH, dtype=torch.long)
-    return module, trace_call(module, lambda: module(ids), backward=True, device="cpu")[0]
+    return traced(llama)
 
 
 @pytest.mark.parametrize("make", [llama, lambda: bert(0.1)])
 def test_a_trace_holds_what_autograd_saves(make: Any) -> None:
     real = saved_bytes(make())
-    with VALUELESS:
-        module, ids = make(), torch.ones(ROWS, LENGTH, dtype=torch.long)
 
-    traced, _ = trace_call(module, lambda: module(ids), backward=True, device="cpu")
+    _, trace = traced(make)
 
     # The ids are the caller's; beside what is saved there are masks and the outputs themselves.
-    assert real - ids.nbytes <= held(traced) <= 1.1 * real + 8192
+    ids = ROWS * LENGTH * torch.long.itemsize
+    assert real - ids <= held(trace) <= 1.1 * real + 8192
 
 
 def test_every_gradient_is_finished_once_and_activations_are_freed(traced_llama) -> None:
-    module, traced = traced_llama
+    module, trace = traced_llama
 
-    finished = [number for moment in traced.moments for number in moment.finished]
+    finished = [number for moment in trace.moments for number in moment.finished]
     assert sorted(finished) == list(range(len(inventory(module))))
-    assert traced.moments[-1].live.total < held(traced) / 2
+    assert trace.moments[-1].live.total < held(trace) / 2
 
 
 def test_a_tied_weight_is_counted_once() -> None:
@@ -116,42 +121,43 @@ def test_a_tied_weight_is_counted_once() -> None:
 
 
 def test_the_modules_come_in_the_order_of_forward_and_backward(traced_llama) -> None:
-    module, traced = traced_llama
+    module, trace = traced_llama
 
     owners = {
         path for path, child in module.named_modules() if list(child.parameters(recurse=False))
     }
-    order = [m.module for m in traced.moments if m.module in owners]
+    order = [m.module for m in trace.moments if m.module in owners]
     forward, backward = order[: len(order) // 2], order[len(order) // 2 :]
     assert forward[0] == "model.model.embed_tokens"
     assert backward[-1] == "model.model.embed_tokens"
     assert set(forward) == set(backward)
 
 
-def test_gradient_checkpointing_holds_less_and_repeats_forwards() -> None:
-    collected = {}
-    for checkpoints in (False, True):
-        with VALUELESS:
-            module, ids = llama(), torch.ones(ROWS, LENGTH, dtype=torch.long)
-        if checkpoints:
-            repeat_alike(module.model, "cpu")
-        traced, _ = trace_call(module, lambda m=module, i=ids: m(i), backward=True, device="cpu")
-        entered = Counter(moment.module for moment in traced.moments[traced.turn :])
-        collected[checkpoints] = (held(traced), entered["model.model.layers.0.mlp.up_proj"])
+def repeating() -> nn.Module:
+    module = llama()
+    repeat_alike(module.model, "cpu")
+    return module
 
-    assert collected[True][0] < collected[False][0] / 2
-    assert (collected[False][1], collected[True][1]) == (1, 2)
+
+def test_gradient_checkpointing_holds_less_and_repeats_forwards(traced_llama) -> None:
+    (_, plain), (_, checkpointed) = traced_llama, traced(repeating)
+
+    def forwards(trace: Trace) -> int:
+        entered = Counter(moment.module for moment in trace.moments[trace.turn :])
+        return entered["model.model.layers.0.mlp.up_proj"]
+
+    assert held(checkpointed) < held(plain) / 2
+    assert (forwards(plain), forwards(checkpointed)) == (1, 2)
 
 
 def test_matrix_products_are_counted() -> None:
     with VALUELESS:
-        module = Linear()
-        ids = torch.ones(4, 8)
+        module, inputs = Linear(), torch.ones(4, 8)
 
-    traced, _ = trace_call(module, lambda: module(ids), backward=True, device="cpu")
+    trace, _ = trace_call(module, lambda: module(inputs), backward=True, device="cpu")
 
     forward = 2 * 4 * 8 * 16
-    assert traced.flops == 2 * forward  # and the weight's gradient; the inputs need none
+    assert trace.flops == 2 * forward  # and the weight's gradient; the inputs need none
 
 
 class Linear(nn.Module):

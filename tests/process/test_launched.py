@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import psutil
@@ -51,18 +50,13 @@ def chain(tmp_path: Path) -> list[str]:
     return [str(tmp_path / name) for name in texts]
 
 
-def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")}
-    return subprocess.Popen(
-        [sys.executable, *words], env=kept | variables, stdout=subprocess.PIPE, text=True
-    )
-
-
 @pytest.mark.parametrize(
     ("link", "number"), [("deepspeed", signal.SIGKILL), ("launch.py", signal.SIGTERM)]
 )
 def test_a_rank_ends_when_any_process_above_it_that_launched_it_ends(chain, link, number):
-    with start(chain, RANK="0") as process:
+    environment = {k: v for k, v in os.environ.items() if k != "SLURM_PROCID"} | {"RANK": "0"}
+    command = [sys.executable, *chain]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         output = [process.stdout.readline() for _ in range(3)]
         assert "rank is ready\n" in output
@@ -80,7 +74,7 @@ def test_a_rank_ends_when_any_process_above_it_that_launched_it_ends(chain, link
 
 @pytest.mark.parametrize("variables", [{}, {"RANK": "0"}], ids=["plain", "rank by hand"])
 def test_a_process_that_no_launcher_started_outlives_its_shell(variables):
-    shell = f"{sys.executable} -c {_quoted(CHILD)} & read line"
+    shell = f"{sys.executable} -c '{CHILD}' & read line"
     pipe = subprocess.PIPE
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | variables
     with subprocess.Popen(
@@ -93,10 +87,6 @@ def test_a_process_that_no_launcher_started_outlives_its_shell(variables):
         process.stdin.close()
 
         assert process.stdout.read() == "0 False\n"
-
-
-def _quoted(program: str) -> str:
-    return "'" + textwrap.dedent(program) + "'"
 
 
 def test_a_rank_whose_launcher_ended_while_it_started_knows(monkeypatch):

@@ -9,18 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from reports import report_of
+from reports import FACTS, report_of
 
-from megakd.reports.card import CardFacts, model_card
+from megakd.reports.card import model_card
 
-FACTS = CardFacts(
-    title="a student",
-    task_type="classification",
-    student=None,
-    teachers=(None,),
-    objective=("soft_target_kl (weight 1.0)",),
-    command="megakd train run.yaml",
-)
 INT8: Any = {"bytes": 2_190_000, "metrics": {"accuracy": 0.74, "mean_accuracy_f1": 0.79}}
 
 

@@ -8,23 +8,15 @@ from typing import Any
 
 import pytest
 from html_page import Page
-from reports import language_report, report_of
+from reports import FACTS, language_report, report_of
 
-from megakd.reports.card import CardFacts, model_card
+from megakd.reports.card import model_card
 from megakd.reports.curves import pruning_section
 from megakd.reports.html import html_report
 from megakd.reports.quantities import step_time
 from megakd.reports.table import result_table
 
 HUGE = 1e308
-FACTS = CardFacts(
-    title="a student",
-    task_type="mlm",
-    student=None,
-    teachers=(None,),
-    objective=(),
-    command="megakd run",
-)
 
 
 def row(step: float, kl: float | None = 0.5, seconds: float | None = 0.2, **changes: Any) -> Any:

@@ -112,12 +112,3 @@ def test_pushed_weights_of_an_interrupted_run_are_recognized_and_not_compared(tm
         checked(*stubs, wanted=WANTED._replace(pushed=tmp_path / "run"))
         with pytest.raises(ServerError, match="the run needs tiny"):
             checked(*stubs, wanted=WANTED._replace(pushed=tmp_path / "other"))
-
-
-def test_a_replica_that_is_not_there_is_named(pair):
-    gone = Stub(pair[0].kind)
-    with serving(gone):
-        pass
-
-    with pytest.raises(ServerError, match=f"{gone.url}.*: no server answers there"):
-        checked(pair[0], gone)

@@ -39,9 +39,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_states_of_every_token_and_the_next_token_come_back(
-    stub: Exporting, dtype: torch.dtype
-):
+def test_the_states_of_every_token_and_the_next_token_come_back(stub, dtype):
     stub.change = lambda tensors: tensors | {"hidden_states": tensors["hidden_states"].to(dtype)}
 
     answer = connected(stub).states(TEXT, "tiny")
@@ -116,9 +114,7 @@ def change(**changed: Any) -> Any:
         (lambda tensors: {"token_ids": tensors["token_ids"]}, "has no hidden_states"),
     ],
 )
-def test_a_file_about_something_else_is_refused_and_deleted(
-    stub: Exporting, changed: Any, message: str
-):
+def test_a_file_about_something_else_is_refused_and_deleted(stub, changed, message):
     stub.change = changed
 
     with pytest.raises(ServerError, match=message) as caught:
@@ -138,9 +134,7 @@ def test_a_file_about_something_else_is_refused_and_deleted(
         ({"locks": False}, r"\.lock does not exist.* use_synchronization_lock to false"),
     ],
 )
-def test_a_file_that_does_not_come_whole_is_named(
-    stub: Exporting, keys: dict[str, Any], message: str
-):
+def test_a_file_that_does_not_come_whole_is_named(stub, keys, message):
     for name, value in keys.items():
         setattr(stub, name, value)
 

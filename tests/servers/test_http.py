@@ -75,7 +75,13 @@ def test_a_server_that_is_not_there_is_named_at_once(url, message):
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionRefusedError("refused"), socket.gaierror(-3, "Temporary failure")]
+    "error",
+    [
+        ConnectionRefusedError("refused"),
+        socket.gaierror(-3, "Temporary failure"),
+        TimeoutError(errno.ETIMEDOUT, "timed out"),
+    ],
+    ids=["server", "name", "given up by the kernel"],
 )
 def test_a_server_or_a_name_that_comes_up_during_the_patience_is_waited_for(
     stub: Stub, monkeypatch, error
@@ -112,18 +118,6 @@ def test_the_patience_begins_where_a_connection_is_lost():
     with speaking([WHOLE[:-5], WHOLE], byte_s=0.02) as url:
         server = JsonServer(url, time_limit_s=30, patience_s=0.2)
         assert server.get("/version").tree() == {"version": "0.33.0"}
-
-
-def test_a_connection_that_the_kernel_gives_up_is_asked_for_again(stub: Stub, monkeypatch):
-    resolve, failures = socket.getaddrinfo, [TimeoutError(errno.ETIMEDOUT, "timed out")]
-
-    def flaky(*arguments, **keys):
-        if failures:
-            raise failures.pop()
-        return resolve(*arguments, **keys)
-
-    monkeypatch.setattr(socket, "getaddrinfo", flaky)
-    assert JsonServer(stub.url, time_limit_s=30).get("/version").status == 200
 
 
 def test_the_time_limit_is_for_the_whole_answer():

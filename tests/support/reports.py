@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megakd.contract.results import AssistantReport, CandidateReport, Report
+from megakd.reports.card import CardFacts
 
 TRADEOFF = 0.2
 SCORES = {
@@ -29,6 +30,14 @@ ASSISTANT: AssistantReport = {
     "sparsity": 0.7,
     **_model(15_000_000, 3_193_000, _scored(0.78, 0.88, 0.83)),
 }
+FACTS = CardFacts(
+    title="a student",
+    task_type="classification",
+    student=None,
+    teachers=(None,),
+    objective=("soft_target_kl (weight 1.0)",),
+    command="megakd train run.yaml",
+)
 
 
 def report_of(**changes: Any) -> Report:

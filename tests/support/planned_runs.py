@@ -1,0 +1,47 @@
+"""Configs of runs that are planned and never started, and their plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tiny_runs import write_config
+
+from megakd.config.file import load_config
+from megakd.config.run import RunConfig
+from megakd.inputs.step_size import micro_batches_per_call
+from megakd.models.knowledge import Needs
+from megakd.models.source import ReadyTeacher
+from megakd.planning.cluster import Cluster
+from megakd.planning.phase_traces import Traces
+from megakd.planning.plan import Plan, plan_run
+from megakd.planning.planning_lab import planned_sources
+
+CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
+CAUSAL = {**CLASSES, "type": "causal_lm"}
+TRACES = Traces()
+"""Of the same few models, made once for all tests of a process."""
+
+
+def config_of(folder: Path, *overrides: str, **sections: Any) -> RunConfig:
+    """A run of the method `single`; `sections` are added, or replace those here."""
+    tree: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "task": CLASSES,
+        "method": {"name": "single"},
+        "train": {"per_device_train_batch_size": 4},
+    }
+    return load_config(write_config(folder / "run.yaml", tree | sections), overrides)
+
+
+def plan_of(config: RunConfig, **cluster: Any) -> Plan:
+    """The plan for two GPUs, unless `cluster` says otherwise."""
+    place = Cluster(**{"device": "cuda", "ranks": 2, **cluster})
+    return plan_run(config, place, advise=False, traces=TRACES)
+
+
+def per_call(config: RunConfig, *hidden_layers: int) -> int:
+    """How many micro-batches the teacher answers in one forward on a CPU."""
+    ready = ReadyTeacher(planned_sources(config)["teacher"], config.teacher_specs["teacher"])
+    needs = Needs(hidden_layers=hidden_layers)
+    return micro_batches_per_call(ready, needs, config.train, config, dtype="fp32", device="cpu")
