@@ -109,7 +109,7 @@ def encoder_in(out: Path) -> Path:
     encoder = out / "encoder"
     if not encoder.is_dir():
         with replaced_folder(encoder) as folder:
-            shutil.copytree(ROOT / fetch_teacher(), folder, dirs_exist_ok=True)
+            shutil.copytree(fetch_teacher(), folder, dirs_exist_ok=True)
     return encoder
 
 

@@ -83,7 +83,7 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "teacher": {
             "task": task,
-            "student": {"model": str(fetch_teacher().resolve())},
+            "student": {"model": str(fetch_teacher())},
             "method": {"name": "finetune"},
             "train": setting.teacher.train(),
             "eval": {"latency": False},

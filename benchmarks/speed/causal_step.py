@@ -1,7 +1,7 @@
 """A causal LM step of megakd against an eager bare loop: CPU time in pairs, and memory.
 
 `python benchmarks speed.causal_step [--pairs 20] [--divergences forward_kl,jsd] [--peers]`, one
-rank.
+rank with one thread.
 
 Llamas with random weights, V = 32000: a student of 4 x 256 learns from a teacher of 8 x 512, at
 ZeRO 0 in fp32, from 4 x 256 tokens per step, by one soft target and without labels.
@@ -271,14 +271,14 @@ def main(arguments: Sequence[str]) -> int:
 def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.Namespace) -> Any:
     place = ["--case", str(case), "--side", side, "--what", what, "--divergences", divergence]
     command = [sys.executable, str(BENCHMARKS), __name__, *given.arguments, *place]
-    changes = {"OMP_NUM_THREADS": str(given.threads), "PYTHONPATH": bench_path()}
+    changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": bench_path()}
     environment = os.environ | quickstart().ENVIRONMENT | changes
     subprocess.run(command, env=environment, check=True)
     return json.loads((case / f"{side}-{what}.json").read_text(encoding="utf-8"))
 
 
 def measure(given: argparse.Namespace) -> None:
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     with opened(given) as side:
         measured: Any = extra_memory(side, given) if given.what == "memory" else paired(side, given)
     path = given.case / f"{given.side}-{given.what}.json"
@@ -356,7 +356,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=20, help="at least 2")
     parser.add_argument("--warm-up", type=int, default=4, help="steps that do not count")
     parser.add_argument("--divergences", type=words_of(TERMS), default=list(TERMS))
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", action="store_true", help="TRL's trainers too")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the program")
     for name in ("--side", "--what", "--case"):

@@ -1,7 +1,6 @@
 """Speed-up of a forward of a cut model, against the whole model.
 
-`python benchmarks speed.latency [--shape 6x384] [--grid 0.5,0.9] [--lengths 24,128]`, in one
-process.
+`python benchmarks speed.latency [--shape 6x384] [--grid 0.5,0.9] [--lengths 24,128]`, one thread.
 
 A BERT of MiniLM's shape with random weights and scores, so that layers keep different numbers of
 heads and neurons, is timed by turns with what is left of it at every sparsity. `--ratios` rounds
@@ -31,7 +30,7 @@ WHOLE = "whole"
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     models = cut_models(given)
     rows = []
     for length in given.lengths:
@@ -88,5 +87,4 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batches", type=integers, default=[1, 32])
     parser.add_argument("--lengths", type=integers, default=[24, 128])
     parser.add_argument("--ratios", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     return parsed(parser, __name__, arguments)
