@@ -41,11 +41,8 @@ from lib.tables import print_rows, table_of
 
 CHOOSING = ("clinc150", "stories", "sst2")
 TESTING = ("banking77", "shakespeare", "stories-three")
-SHAKESPEARE = Path("lm/tinyshakespeare")
 WRONG = 0.4
 """Share of the labels of the teacher `wrong` that are drawn at random."""
-
-
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "vocab_size")  # fmt: skip
 
@@ -127,8 +124,9 @@ def classifier(name: str, data: Path, out: Path) -> Setting:
     files = {split: folder / f"{split}.csv" for split in ("validation", "test", "student")}
     rows = {kind: folder / f"{kind}.csv" for kind in ("all", "few", "wrong")}
     labelled = by_turns(splits["train"])
-    few = labelled[: len(labelled) // 4]
-    kinds = {"all": labelled, "few": few, "wrong": with_errors(labelled)}
+    rng, labels = random.Random(0), sorted({label for _, label in labelled})
+    wrong = [(t, rng.choice(labels) if rng.random() < WRONG else one) for t, one in labelled]
+    kinds = {"all": labelled, "few": labelled[: len(labelled) // 4], "wrong": wrong}
     for path, content in [
         *((rows[kind], kinds[kind]) for kind in rows),
         (files["student"], splits["train"]),
@@ -173,13 +171,6 @@ def bert_of(size: str) -> Config:
     return {"config": bert(layers, width, width // 32, initializer_range=0.1, **NO_DROPOUT)}
 
 
-def with_three_layers(known: Setting) -> Setting:
-    """Return the setting of the same teachers with a larger student, which learns for longer."""
-    student = {**known.student, "max_steps": 150}
-    start = {**known.start, "layers": [1, 3, 5]}
-    return known._replace(name="stories-three", start=start, student=student, pool=known.name)
-
-
 def by_turns(rows: Rows) -> Rows:
     """Return the rows such that any beginning has nearly as many rows of every class."""
     seen, ordered = dict[str, int](), list[tuple[int, tuple[str, str]]]()
@@ -189,11 +180,6 @@ def by_turns(rows: Rows) -> Rows:
     return [row for _, row in sorted(ordered, key=lambda one: one[0])]
 
 
-def with_errors(rows: Rows) -> Rows:
-    rng, labels = random.Random(0), sorted({label for _, label in rows})
-    return [(t, rng.choice(labels) if rng.random() < WRONG else label) for t, label in rows]
-
-
 def decoder(name: str, data: Path, out: Path) -> Setting:
     folder = out / name
     stories.write_stories_tokenizer(data, out)
@@ -201,7 +187,7 @@ def decoder(name: str, data: Path, out: Path) -> Setting:
         texts = json.loads((data / stories.STORIES).read_text(encoding="utf-8"))
         texts = [one if isinstance(one, str) else one["text"] for one in texts]
     else:
-        file = next((data / SHAKESPEARE).glob("*.txt"))
+        file = next((data / "lm/tinyshakespeare").glob("*.txt"))
         texts = list(pieces(file.read_text(encoding="utf-8"), 1000))
     random.Random(0).shuffle(texts)
     parts = {"validation": texts[:40], "test": texts[40:120], "all": texts[120:]}
@@ -301,17 +287,14 @@ def scores(setting: Setting, names: Sequence[str], out: Path) -> dict[str, dict[
         from megakd.engine import distributed
 
         distributed.keep_group()
-        config = load_config(student_run(setting, names, out))
-        matched = match_models(config)
-        teachers = {name: facts(row) for name, row in matched["teachers"].items()}
+        matched = match_models(load_config(student_run(setting, names, out)))
+        keys = ("gap", "kl", "entropy", "same_top", "overlap")
+        teachers = {
+            name: {"accuracy": row["metrics"]["accuracy"], **{key: row[key] for key in keys}}
+            for name, row in matched["teachers"].items()
+        }
         path.write_text(json.dumps(teachers, indent=1), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def facts(row: Mapping[str, Any]) -> dict[str, float]:
-    metrics = row["metrics"]
-    keys = ("gap", "kl", "entropy", "same_top", "overlap")
-    return {"accuracy": metrics["accuracy"], **{key: row[key] for key in keys}}
 
 
 Correlations = dict[str, dict[str, float]]
@@ -367,7 +350,10 @@ def rounded(line: Mapping[str, float]) -> dict[str, str]:
 
 def setting_of(name: str, given: argparse.Namespace) -> Setting:
     if name == "stories-three":
-        return with_three_layers(setting_of("stories", given))
+        # The same teachers with a larger student, which learns for longer.
+        known = setting_of("stories", given)
+        student, start = {**known.student, "max_steps": 150}, {**known.start, "layers": [1, 3, 5]}
+        return known._replace(name=name, start=start, student=student, pool=known.name)
     is_text = name in ("stories", "shakespeare")
     return (decoder if is_text else classifier)(name, given.data, given.out)
 

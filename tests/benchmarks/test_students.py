@@ -127,14 +127,14 @@ def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_sec
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "shown", "options"),
+    ("name", "shown"),
     [
-        ("homodistil", "| HomoDistil, homodistil |", ["--no-bf16"]),
-        ("mixed_vocabulary", "| mixed vocabulary, books, version_2 |", []),
+        ("homodistil", "| HomoDistil, homodistil |"),
+        ("mixed_vocabulary", "| mixed vocabulary, books, version_2 |"),
     ],
 )
-def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data, run, name, shown, options):
-    command = words(data, "--seeds", "1", "--ranks", "1", "--jobs", "1", *options)
+def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data, run, name, shown):
+    command = words(data, "--seeds", "1", "--ranks", "1", "--jobs", "1")
 
     first, second = (run(f"methods.{name}", *command) for _ in range(2))
 
