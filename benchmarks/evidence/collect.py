@@ -22,7 +22,7 @@ from lib.data import TASKS
 from lib.launching import Report, UnusableError, metric_of
 from lib.tables import machine
 
-STUDENT, KL = "student", "soft_target_kl"
+STUDENT = "student"
 BEFORE = "mixed-teacher"
 """The stage in which the teacher of version 2 reads the rows, before its student."""
 
@@ -70,7 +70,7 @@ def _cell(stored: Stored, run: Path, which: tuple[str, str], seed: int) -> Cell:
         seed=seed,
         basis="steps",
         score=metric_of(report, model, metric, HELD_OUT),
-        divergence=stages[-1]["metrics"].get(KL),
+        divergence=stages[-1]["metrics"].get("soft_target_kl"),
         steps=steps,
         cpu_seconds=_cpu_seconds(report, stages),
         teacher_rows=(before or steps) * _rows(run, report) if has_teacher else 0,

@@ -35,22 +35,11 @@ from evidence.cells import (
 from evidence.comparisons import COMPARISONS, Comparison, named
 from evidence.others import ALL_COMPARISONS, titles_of
 from evidence.pictures import forest_plot
-from evidence.statistics import (
-    Assessed,
-    Difference,
-    Gate,
-    Group,
-    Unit,
-    Verdict,
-    assess,
-    unit_of,
-)
-from lib.launching import ROOT
+from evidence.statistics import Assessed, Difference, Gate, Group, Unit, Verdict, assess, unit_of
 from lib.tables import markdown_table, mean_and_deviation
 from megakd.storage.atomic import write_text
 
 HERE = Path(__file__).parent
-PAGE = ROOT / "benchmarks/notebook/evidence.md"
 NOTES = "notes.yaml"
 NOTE_KEYS = ("title", "page", "why", "tried", "paper_start")
 NONE = "-"
@@ -114,11 +103,7 @@ def rendered(
         titles_of=lambda name: defaultdict(str, titles_of(name)),
         missing=", ".join(f"`{name}`" for name in comparisons if name not in assessed),
         runs=[
-            c
-            for n in assessed
-            if n in COMPARISONS
-            for one in assessed[n]
-            for c in one.stored.runs()
+            c for n in assessed if n in COMPARISONS for s in assessed[n] for c in s.stored.runs()
         ],
         sections=[
             (name, comparisons[name], dict.fromkeys(NOTE_KEYS) | notes.get(name, {}), settings)
@@ -353,20 +338,16 @@ def _verdicts(placed: Sequence[Placed]) -> str:
     gains = {verdict: list[str]() for verdict in METHOD_VERDICTS}
     for one in placed:
         place = f"{one.setting}, {one.group}" if one.group else one.setting
-        gains[one.difference.verdict].append(f"{place} ({_gain(one)})")
+        # The method's score less the control's.
+        mean, low, high = (
+            signed(-value + 0.0, one.unit)
+            for value in (one.difference.mean, one.difference.high, one.difference.low)
+        )
+        between = "one pair or no spread" if low == NONE else f"95 % interval {low} to {high}"
+        gains[one.difference.verdict].append(f"{place} ({mean} {one.unit.name}, {between})")
     return ", ".join(
         f"{METHOD_VERDICTS[v]} {', '.join(places)}" for v, places in gains.items() if places
     )
-
-
-def _gain(one: Placed) -> str:
-    """Return the method's score less the control's, with the interval."""
-    mean, low, high = (
-        signed(-value + 0.0, one.unit)
-        for value in (one.difference.mean, one.difference.high, one.difference.low)
-    )
-    between = "one pair or no spread" if low == NONE else f"95 % interval {low} to {high}"
-    return f"{mean} {one.unit.name}, {between}"
 
 
 def _others(others: Sequence[Placed], reference: str) -> str:
@@ -390,12 +371,10 @@ def _others(others: Sequence[Placed], reference: str) -> str:
         )
         return f"{len(by_verdict[verdict])}{f' ({listed})' if listed else ''}"
 
+    favoured = {"perhaps better": "the other arm", "perhaps worse": f"`{reference}`"}
     perhaps = "".join(
         f"{names(verdict)} perhaps in favour of {whom}, "
-        for verdict, whom in (
-            ("perhaps better", "the other arm"),
-            ("perhaps worse", f"`{reference}`"),
-        )
+        for verdict, whom in favoured.items()
         if by_verdict[verdict]
     )
     return (

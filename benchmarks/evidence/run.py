@@ -46,12 +46,10 @@ from megakd.storage.atomic import write_text
 
 SAME_COST = 0.1
 """Two costs that differ by a smaller share count as equal."""
-TEACHER_EVALUATIONS, STUDENT_EVALUATIONS = 6, 1
 SCALED = ("student", "direct", "trial-", "leg-")
 """Names, or beginnings, of stages whose steps follow train.max_steps."""
 PLUGINS = launching.BENCHMARKS / "evidence/plugins"
 """Methods of the arms, by the names that the digests of the cells have."""
-REMOVED = ("checkpoints", "stages", "final", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ def taught(bench: Bench, setting: Setting, name: str, seed: int) -> TeacherGate:
         "method": {"name": "finetune"},
         "train": setting.teacher.train(),
     }
-    labels = run_config(bench, setting, seed, sections, evaluations=TEACHER_EVALUATIONS)
+    labels = run_config(bench, setting, seed, sections, evaluations=6)
     config = labels | of_bootstrap(bench, setting, name, seed)
 
     def make() -> dict[str, Any]:
@@ -139,11 +137,10 @@ def write_bootstrap(labels: Config, config: Config) -> None:
 
 def cached(bench: Bench, setting: Setting, names: tuple[str, ...], seed: int) -> None:
     """Write the answers of the teachers of a seed to all training rows, unless that is done."""
-    place = place_of(bench, setting, seed, {})
     folder = bench.folder(setting) / "caches" / str(seed)
     sections = {
         "student": {"model": bench.encoder, "layers": list(setting.student_layers)},
-        "teachers": teacher_sections(place, names),
+        "teachers": teacher_sections(place_of(bench, setting, seed, {}), names),
         "method": {"name": "mean_of_teachers"},
         "train": setting.student.train(),
     }
@@ -172,7 +169,7 @@ def run_cell(bench: Bench, comparison: Trained, cell: Planned) -> Cell:
 
     def make() -> dict[str, Any]:
         result = _result(bench, arm, cell, run_once(folder, config))
-        for name in REMOVED:
+        for name in ("checkpoints", "stages", "final", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
         return dataclasses.asdict(result)
 
@@ -195,7 +192,7 @@ def cell_config(bench: Bench, arm: Arm, cell: Planned) -> Config:
     setting, sections = cell.place.setting, arm.config(cell.place)
     train = setting.student.train() | sections.get("train", {}) | {"max_steps": cell.steps}
     sections = {**sections, "train": train}
-    return run_config(bench, setting, cell.seed, sections, evaluations=STUDENT_EVALUATIONS)
+    return run_config(bench, setting, cell.seed, sections, evaluations=1)
 
 
 def run_config(
@@ -385,11 +382,11 @@ def cost_share(stored: Stored, arm: str, reference: str) -> float | None:
 
 def selected(output: Path) -> dict[str, float]:
     """Return the mean weight of each kind of knowledge over the student's steps in a run."""
-    logged: dict[str, list[float]] = {}
-    records = (record for record in launching.records_of(output) if record["stage"] == "student")
-    for key, value in (item for record in records for item in record.items()):
-        if key.startswith("select/"):
-            logged.setdefault(key.removeprefix("select/"), []).append(value)
+    logged = defaultdict[str, list[float]](list)
+    for record in launching.records_of(output):
+        for key, value in record.items() if record["stage"] == "student" else ():
+            if key.startswith("select/"):
+                logged[key.removeprefix("select/")].append(value)
     return {kind: sum(values) / len(values) for kind, values in logged.items()}
 
 

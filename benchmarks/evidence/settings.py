@@ -160,16 +160,7 @@ _TEXT = "unlabelled text"
 _TABLE = (
     # data, labels, the teacher's steps and rate, rates of labels alone: whole and cut student
     ("clinc150-few", f"CLINC150, 1500 labels, {_TEXT}", _CLINC, 1500, 640, 5e-4, 1e-3, 2e-3),
-    (
-        "banking77-few",
-        f"banking77, 1000 labels, {_TEXT}",
-        _BANK,
-        1000,
-        640,
-        5e-4,
-        1e-3,
-        1e-3,
-    ),
+    ("banking77-few", f"banking77, 1000 labels, {_TEXT}", _BANK, 1000, 640, 5e-4, 1e-3, 1e-3),
     ("sst2-few", f"SST-2, 500 labels, {_TEXT}", _SST2, 500, 320, 1e-4, 3e-4, 3e-4),
     ("clinc150", "CLINC150, all labels", _CLINC, None, 1600, 3e-4, 1e-3, 1e-3),
 )

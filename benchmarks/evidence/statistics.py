@@ -105,17 +105,15 @@ def differences(
     def compared(arm: str, reference: str, basis: Basis, values: Sequence[float]) -> Difference:
         is_noisier = {_run_of(stored, arm, basis), (reference, BASES[0])} & noisier
         its_noise = own_noise(values) if is_noisier else noise
-        return _difference(values, arm=arm, reference=reference, basis=basis, noise=its_noise)
+        one = _difference(values, arm=arm, reference=reference, basis=basis, noise=its_noise)
+        needed = pairs_needed(one.deviation, unit_of(stored).smallest)
+        return dataclasses.replace(one, pairs_needed=needed)
 
     made = [
         compared(arm, reference, basis, values)
         for arm, reference in pairs
         for basis in BASES
         if (values := paired(stored, arm, reference, basis=basis))
-    ]
-    smallest = unit_of(stored).smallest
-    made = [
-        dataclasses.replace(one, pairs_needed=pairs_needed(one.deviation, smallest)) for one in made
     ]
     # Runs that serve both bases are one test, and count once.
     tests = {_run_of(stored, one.arm, one.basis): one.p for one in made}
@@ -358,23 +356,17 @@ def groups(stored: Stored, comparison: Comparison) -> tuple[Group, ...]:
     by_reference = defaultdict[str, list[str]](list)
     for arm in arms:
         by_reference[comparison.reference_of(arm, present)].append(arm)
-    return tuple(
-        _group(stored, comparison, reference, its) for reference, its in by_reference.items()
-    )
-
-
-def _group(stored: Stored, comparison: Comparison, reference: str, arms: Sequence[str]) -> Group:
-    plain, labels = (
-        None if name is None else arm_beside(comparison.arms, name, reference)
-        for name in (comparison.plain, comparison.labels)
-    )
-    return Group(
-        reference=reference,
-        arms=tuple(arms),
-        plain=plain,
-        labels=labels,
-        gates=(converged(stored), distils(stored, plain=plain, labels=labels)),
-    )
+    made = []
+    for reference, its in by_reference.items():
+        plain, labels = (
+            None if name is None else arm_beside(comparison.arms, name, reference)
+            for name in (comparison.plain, comparison.labels)
+        )
+        gates = (converged(stored), distils(stored, plain=plain, labels=labels))
+        made.append(
+            Group(reference=reference, arms=tuple(its), plain=plain, labels=labels, gates=gates)
+        )
+    return tuple(made)
 
 
 def converged(stored: Stored) -> Gate:
@@ -392,19 +384,15 @@ def converged(stored: Stored) -> Gate:
     bad = [(rise, one) for rise, one in rises if not rise <= unit.smallest]
     shown = bad or [max(rises, key=lambda pair: pair[0])]
     words = "; ".join(
-        f"{one.teacher}, seed {one.seed}: "
-        + (
-            f"{rise:+.{unit.decimals}f}"
-            if math.isfinite(rise)
-            else f"{len(one.scores)} evaluations"
-        )
+        f"{one.teacher}, seed {one.seed}: {rise:+.{unit.decimals}f}"
+        if math.isfinite(rise)
+        else f"{one.teacher}, seed {one.seed}: {len(one.scores)} evaluations"
         for rise, one in shown
     )
     limit = f"at most {unit.smallest:g} {unit.name} are allowed"
     if bad:
-        return Gate(
-            CONVERGED, "failed", f"{len(bad)} of {len(trained)} still rise ({words}; {limit})"
-        )
+        says = f"{len(bad)} of {len(trained)} still rise ({words}; {limit})"
+        return Gate(CONVERGED, "failed", says)
     return Gate(CONVERGED, "passed", f"largest rise of {len(trained)}: {words} ({limit})")
 
 

@@ -70,11 +70,7 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
     train = {"max_steps": given.steps, "learning_rate": given.rate, **SCHEDULE}
     teacher = str(given.out / "teacher" / "final")
     student = {"model": "from_teacher", "dropout": 0.0}
-    shared = {
-        "task": task,
-        "teacher": {"model": teacher, "cache": "auto"},
-        "train": train,
-    }
+    shared = {"task": task, "teacher": {"model": teacher, "cache": "auto"}, "train": train}
     single = {
         **shared,
         "method": {"name": "single"},

@@ -10,8 +10,9 @@ import yaml
 from stored_cells import RISING, MadeUp, example
 
 from evidence.cells import STORED, StoredCellError, write_stored
-from evidence.page import PAGE, draw
+from evidence.page import draw
 
+PAGE = STORED.parent / "evidence.md"
 MADE_UP = {"madeup": MadeUp()}
 NOT_YET = "no cell of the evidence is stored yet"
 
