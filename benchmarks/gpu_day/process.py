@@ -25,7 +25,6 @@ from lib.options import parser_of
 from megakd.storage.atomic import json_text
 
 NUMBERS, SKIPPED = "numbers: ", "skipped: "
-TAIL_LINES = 60
 # Time for the tracebacks of a hanging part, and for the system to end its processes.
 LAST_WORDS_S, END_S, POLL_S = 3.0, 10.0, 0.05
 
@@ -78,7 +77,7 @@ def reason_to_skip(log: str) -> str:
 
 def tail_of(log: str) -> str:
     lines = [line for line in log.splitlines() if not line.startswith(NUMBERS)]
-    return "\n".join(lines[-TAIL_LINES:])
+    return "\n".join(lines[-60:])
 
 
 def _last_line(log: str, mark: str) -> str:

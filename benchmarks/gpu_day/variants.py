@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gpu_day.agreement import SMALL
 from gpu_day.process import part_parser, say, words
 from lib.launching import BENCHMARKS, ROOT
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from bench.cases import Case
 
 CHUNK_MB = "chunk_mb"
-SMALL = {"n": 8, "v": 512, "hs": 16, "ht": 32}
 TIMED = "timed: "
 
 

@@ -72,7 +72,6 @@ def integers(text: str) -> list[int]:
 
 
 def fractions(text: str) -> list[float]:
-    """`0.5,0.9`."""
     return [float(part) for part in text.split(",")]
 
 
