@@ -159,7 +159,6 @@ class Trial:
         self.faults: list[str] = []
 
     def run(self) -> None:
-        """Start the run until it has ended without a fault."""
         faults = self._rng.choices([*FAULTS], k=self._rng.randint(1, MOST_FAULTS))
         for fault in faults:
             self._repair(self._start(fault))
@@ -170,7 +169,6 @@ class Trial:
             raise LostError(f"exit codes {last.codes}: {last.last_words()}")
 
     def _start(self, fault: str | None) -> Start:
-        """Start the run, which meets a fault at a random moment, and wait for its end."""
         start = Start(self._config, self.out, self.ranks)
         try:
             if fault is not None:
@@ -306,7 +304,6 @@ class Truths:
 
 
 def unbroken(start: Start) -> None:
-    """Wait for the end of a start that meets no fault."""
     ended = start.wait(limit_s=5 * WAIT_S)
     start.end()
     if not ended or any(start.codes):
@@ -345,7 +342,6 @@ def drawn(truths: Truths, names: Sequence[str], rng: random.Random) -> Case:
 
 
 def check_same(trial: Trial, truth: Path) -> None:
-    """Compare a run with the unbroken run."""
     # A stage that was damaged and is made again comes later in the log.
     steps, wanted = sorted(logged(trial.out)), sorted(logged(truth))
     if "ranks" in trial.faults:

@@ -89,7 +89,6 @@ def _report(run: Path) -> Report:
 
 
 def _rows(run: Path, report: Report) -> int:
-    """Return the rows of an optimizer step."""
     train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
     rows = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
     return rows * report["environment"]["ranks"]

@@ -157,7 +157,6 @@ def _student(place: Place) -> Config:
 
 
 def labels_alone(place: Place) -> Config:
-    """Return the sections of a student that learns from the labels without a teacher."""
     return {**_student(place), "method": {"name": "finetune"}, **_at(place.setting.label_rate)}
 
 
@@ -312,7 +311,6 @@ def _assistants(sparsity: float, **method: Any) -> Arm:
 
 
 def _one_leg(sparsity: float, **method: Any) -> Arm:
-    """Return the arm of a method whose target learns once."""
     return Arm(config=lambda place: _cut(place, sparsity, method))
 
 

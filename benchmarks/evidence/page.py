@@ -186,7 +186,6 @@ def gates(groups: Sequence[Group]) -> list[tuple[Gate, str]]:
 
 
 def compared_table(one: Assessed, groups: Iterable[Group]) -> str:
-    """Return the Markdown table of the groups that are compared; the reference arms are bold."""
     return markdown_table([
         _row(one, arm, is_reference=arm == group.reference)
         for group in groups
@@ -272,7 +271,6 @@ def spread(values: Sequence[float], decimals: int) -> str:
 
 
 def p_text(p: float) -> str:
-    """Return a p-value with three decimals; a dash if it is NaN."""
     if math.isnan(p):
         return NONE
     return "<0.001" if p < 0.0005 else f"{p:.3f}"
@@ -285,7 +283,6 @@ def paired_text(each: Difference) -> str:
 
 
 def signed(value: float, unit: Unit) -> str:
-    """Return a difference with its sign; a dash if there is none."""
     return NONE if math.isnan(value) else f"{value:+.{unit.decimals}f}"
 
 
@@ -323,7 +320,6 @@ def conclusion(settings: Sequence[Assessed], reference: str) -> str:
 
 
 def _headline(against: Sequence[Placed], reference: str) -> str:
-    """Return the sentence about the method and its control."""
     names = ", ".join(dict.fromkeys(f"`{named(one.difference.arm)}`" for one in against))
     clauses = [
         f"at equal {basis}, `{reference}` {verdicts}"
@@ -334,7 +330,6 @@ def _headline(against: Sequence[Placed], reference: str) -> str:
 
 
 def _verdicts(placed: Sequence[Placed]) -> str:
-    """Return the method's verdicts with the places, the gains and their intervals."""
     gains = {verdict: list[str]() for verdict in METHOD_VERDICTS}
     for one in placed:
         place = f"{one.setting}, {one.group}" if one.group else one.setting

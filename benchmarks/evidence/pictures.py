@@ -57,7 +57,6 @@ DRAWING: dict[Any, Any] = {
 
 
 def forest_plot(panels: Sequence[Assessed]) -> str:
-    """Return the SVG of the differences of a comparison."""
     arms = list(dict.fromkeys(one.arm for panel in panels for one in panel.differences))
     rows, columns = math.ceil(len(panels) / WIDE), min(WIDE, len(panels))
     size = (NAMES + PANEL * columns, rows * (FRAME + LINE * len(arms)) + 0.5)

@@ -163,7 +163,6 @@ def place_of(
 
 
 def run_cell(bench: Bench, comparison: Trained, cell: Planned) -> Cell:
-    """Run a cell, unless that is done, and return its result."""
     folder, arm = cell.folder, comparison.arms[cell.name]
     config = cell_config(bench, arm, cell)
 
@@ -271,7 +270,6 @@ def _result(bench: Bench, arm: Arm, cell: Planned, report: Mapping[str, Any]) ->
 
 
 def evaluations(folder: Path, metric: str) -> list[float]:
-    """Return the validation scores of the evaluations of a student, in order."""
     return [r[f"eval/{metric}"] for r in launching.records_of(folder) if f"eval/{metric}" in r]
 
 
@@ -416,7 +414,6 @@ class Answered(NamedTuple):
 
 
 def answers_of(model: Path, texts: Sequence[str], max_length: int) -> Answered:
-    """Return the answers of the classifier in a folder, one row per text."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -314,7 +314,6 @@ class Group:
 
     @property
     def is_compared(self) -> bool:
-        """True if every gate has passed or does not apply."""
         return all(gate.state != "failed" for gate in self.gates)
 
     @property
@@ -337,7 +336,6 @@ class Assessed:
 
 
 def assess(stored: Stored, comparison: Comparison) -> Assessed:
-    """Return the groups, gates and differences of a comparison in a setting."""
     assessed = groups(stored, comparison)
     compared = [
         (arm, group.reference) for group in assessed if group.is_compared for arm in group.arms

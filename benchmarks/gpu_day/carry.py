@@ -102,7 +102,6 @@ def is_running(work: Path) -> bool:
 
 
 def bring(given: argparse.Namespace) -> None:
-    """Copy the results so far, and print a line per part."""
     given.to.mkdir(parents=True, exist_ok=True)
     day = given.work / "day"
     kept = (day / "results.json", day / "page.md", day / "work/llama/trace.json.gz")

@@ -61,7 +61,6 @@ def run_tests(words: Sequence[str], report: Path) -> int:
 
 
 def counts(report: Path) -> dict[str, Any]:
-    """Return the numbers of tests that passed, failed and were skipped, and the seconds."""
     if not report.is_file():
         return {"passed": 0, "failed": 0, "skipped": 0, "seconds": None}
     suite = next(ET.parse(report).getroot().iter("testsuite"))  # noqa: S314 - pytest wrote it

@@ -76,7 +76,6 @@ def run_parts(chosen: Sequence[Part], results: Results, given: argparse.Namespac
 
 
 def is_due(part: Part, results: Results, deadline: float) -> bool:
-    """Return whether a part is to be run; print its limit, or why it is not run."""
     if results.is_finished(part.name):
         print(f"{part.name}: has finished before", flush=True)
         return False

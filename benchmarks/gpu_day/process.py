@@ -40,7 +40,6 @@ class Ended(NamedTuple):
 
 
 def part_parser(about: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a part's program, with the options that all parts have."""
     parser = parser_of(about)
     parser.add_argument("--folder", type=Path, required=True, help="for everything it writes")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU")
@@ -56,7 +55,6 @@ def say(numbers: Mapping[str, Any]) -> None:
 
 
 def skip(reason: str) -> NoReturn:
-    """End this part, which this machine cannot run."""
     print(f"{SKIPPED}{reason}", flush=True)
     sys.exit(0)
 
@@ -71,7 +69,6 @@ def numbers_of(log: str) -> dict[str, Any]:
 
 
 def reason_to_skip(log: str) -> str:
-    """Return why a part was not run; empty if the part was run."""
     return _last_line(log, SKIPPED)
 
 

@@ -58,7 +58,6 @@ class Results:
         self.parts = {name: Outcome(**outcome) for name, outcome in tree["parts"].items()}
 
     def is_finished(self, name: str) -> bool:
-        """Return whether a part needs no further run."""
         return name in self.parts and self.parts[name].state == FINISHED
 
     def write(self) -> None:
@@ -84,7 +83,6 @@ def has_gpu() -> bool:
 
 
 def describe(*, rehearsal: bool) -> dict[str, str]:
-    """Return the machine, its GPUs as nvidia-smi prints them, and what runs on the machine."""
     gpus = {"GPU": "none: rehearsal on a CPU, without clocks"} if rehearsal else _gpus()
     # The distribution that is imported, where two are installed.
     first = {name: next(iter(metadata.distributions(name=name)), None) for name in PACKAGES}

@@ -41,7 +41,6 @@ CASES = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare the weights of both runs; return 1 if resuming has changed them."""
     parser = part_parser(__doc__)
     parser.add_argument("case", choices=CASES)
     given = parser.parse_args(arguments)
@@ -130,7 +129,6 @@ def start(config: Path, output: Path, given: Namespace) -> subprocess.Popen[byte
 
 
 def report_numbers(report: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a report that a first day is about."""
     stages = [
         {
             "stage": stage["name"],

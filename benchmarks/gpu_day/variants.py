@@ -81,7 +81,6 @@ def timed(value: str, given: argparse.Namespace) -> list[dict[str, Any]]:
 def numbers_of(
     by_value: dict[tuple[str, str], list[dict[str, Any]]], given: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return a row per case and value, with the medians of the rounds."""
     rows = []
     for (value, case), rounds in by_value.items():
         row: dict[str, Any] = {"case": case, given.variable: value, **rounds[-1]}
@@ -114,7 +113,6 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def times_of(case: Case, device: torch.device) -> dict[str, Any]:
-    """Return the median time of a case, its loss, and the memory beyond its inputs."""
     from functools import partial
 
     from bench.memory import peak_on_cuda

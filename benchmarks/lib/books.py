@@ -113,7 +113,6 @@ def check_ranks(parser: argparse.ArgumentParser, given: argparse.Namespace, rows
 
 
 def write_text(data: Path, folder: Path, sizes: Sizes) -> None:
-    """Write the books as pieces: those to learn from, those held out, and a sample of these."""
     train, held_out = list[str](), list[str]()
     for book in sorted((data / BOOKS).glob("*.txt")):
         parts = list(pieces(book.read_text(encoding="utf-8"), sizes.piece))[: sizes.pieces]
@@ -251,6 +250,5 @@ def train_decoder(data: Path, folder: Path, *, jobs: int) -> None:
 
 
 def decoder_task(data: Path, held_out: int) -> Config:
-    """Return the section `task` of a decoder on the books, with so many held-out pieces."""
     text = {"type": "causal_lm", "dataset": str(data / BOOKS), "max_length": 256}
     return {**text, "max_eval_examples": held_out}

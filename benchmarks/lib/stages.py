@@ -35,7 +35,6 @@ TRAINING_ROWS = 4096
 
 
 def step_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """Return the parser of a benchmark of steps; sizes are layers x width."""
     parser = parser_of(about)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=20)
@@ -99,7 +98,6 @@ def case_config(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def on_ranks(module: str, given: argparse.Namespace) -> Any:
-    """Return what all ranks of a benchmark have measured in a case of their own."""
     with tempfile.TemporaryDirectory(prefix="megakd-steps-") as name:
         write_case(Path(name), given)
         start_ranks([str(BENCHMARKS), module, *given.arguments, "--case", name], given.ranks)

@@ -34,7 +34,6 @@ class Piece(NamedTuple):
 
 
 def read_pieces(path: Path) -> list[Piece]:
-    """Return the pieces of a llama2.c tokenizer file, in the order of their numbers."""
     content, position, pieces = path.read_bytes(), 4, []
     while position < len(content):
         if position + 8 > len(content):

@@ -45,7 +45,6 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def machine() -> str:
-    """Return the number of cores and the processor's model."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     described = Path("/proc/cpuinfo")
     lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
@@ -54,7 +53,6 @@ def machine() -> str:
 
 
 def print_rows(command: str, *rows: tuple[str, str, str]) -> None:
-    """Print rows for notebook/measurements.md: what, numbers and spread of each."""
     print("\n| what | command | machine | numbers | spread |\n|---|---|---|---|---|")
     for what, numbers, spread in rows:
         print(f"| {what} | `{command}` | {machine()} | {numbers} | {spread} |", flush=True)
@@ -77,7 +75,6 @@ def columns_of(
 
 
 def less(ours: Columns, theirs: Columns) -> Columns:
-    """Return differences, seed by seed."""
     return {
         title: {s: v - theirs[title][s] for s, v in column.items() if s in theirs[title]}
         for title, column in ours.items()

@@ -24,7 +24,6 @@ NODES, GPUS = (1, 2, 4, 8, 16, 32), 8
 
 
 def decoder(layers: int, width: int, neurons: int, heads: tuple[int, int], ids: int) -> Any:
-    """Return a Llama; `heads` of queries and of keys."""
     keys = {"num_key_value_heads": heads[1], "vocab_size": ids, "max_position_embeddings": 4096}
     return {"config": llama(layers, width, heads[0], neurons, **keys)}
 
@@ -72,7 +71,6 @@ def run_config(name: str) -> dict[str, Any]:
 
 
 def row(name: str, folder: Path) -> str:
-    """One row of the table: memory and time by number of nodes."""
     config = load_config(write_config(folder / f"{name}.yaml", run_config(name)))
     known, task = Traces(), config.task
     plans = [plan_run(config, on(nodes), advise=False, traces=known) for nodes in NODES]
@@ -81,7 +79,6 @@ def row(name: str, folder: Path) -> str:
 
 
 def on(nodes: int) -> Cluster:
-    """So many nodes of 8 GPUs."""
     return Cluster(
         ranks=GPUS * nodes,
         nodes=nodes,

@@ -110,7 +110,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def scored(given: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
-    """Return the scores of all models of a seed by name, with the cost of each."""
     models = {}
     for size in given.sizes:
         for arm in given.runs:
@@ -198,7 +197,6 @@ def shrink_leg(given: argparse.Namespace, seed: int) -> Leg:
 
 
 def shrunk(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
-    """Return a student of the run of all sizes."""
     del arm
     leg = shrink_leg(given, seed)
     report = report_of(leg, ranks=1, jobs=given.jobs)

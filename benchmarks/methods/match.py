@@ -106,7 +106,6 @@ class Setting(NamedTuple):
         return self.model is None
 
     def tree(self, out: Path, rows: str, **sections: Any) -> Config:
-        """Return a run config."""
         return {
             "output_dir": str(out),
             "task": {**self.task, "train_files": str(self.rows[rows])},
@@ -166,7 +165,6 @@ def vocabulary(folder: Path, texts: Sequence[str]) -> Path:
 
 
 def bert_of(size: str) -> Config:
-    """Return a BERT from random weights, with heads of 32."""
     layers, width = sizes_of(size)
     return {"config": bert(layers, width, width // 32, initializer_range=0.1, **NO_DROPOUT)}
 
@@ -219,7 +217,6 @@ def pool(setting: Setting, out: Path) -> Path:
 
 
 def models_of(setting: Setting, out: Path) -> dict[str, Path]:
-    """Return the folder of every teacher, trained or given."""
     made = {n: pool(setting, out) / f"teacher-{n}/final" for n in setting.teachers}
     return {n: setting.model or made[n] if not setting.teachers[n].steps else made[n] for n in made}
 

@@ -108,7 +108,6 @@ def reads_books(given: argparse.Namespace) -> bool:
 
 
 def make_teacher(given: argparse.Namespace) -> None:
-    """Write the text of the books, and train the tiny teacher of `--quick`."""
     if reads_books(given):
         books.write_text(given.data, given.out / "text", given.sizes)
     if given.trains_teacher:

@@ -153,8 +153,6 @@ def leg(given: argparse.Namespace, name: str, seed: int) -> Leg:
 
 
 def models(given: argparse.Namespace) -> dict[str, Columns]:
-    """Return the numbers of all runs by seed, and those of the teacher and of `random`."""
-
     def of_run(name: str, seed: int) -> dict[str, float | None]:
         one = leg(given, name, seed)
         report = finished(one)

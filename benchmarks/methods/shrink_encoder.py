@@ -96,12 +96,10 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def all_steps(given: argparse.Namespace) -> int:
-    """Return the steps of trial and repair."""
     return given.steps + round(SHARE_OF_REPAIR * given.steps)
 
 
 def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:
-    """Return the runs of an arm: one, or one for each size."""
     kind, _, count = name.partition("-")
     if kind in KEPT:
         keep = f"student.layers={{keep: {count}, by: {KEPT[kind]}}}"
@@ -135,7 +133,6 @@ def models(given: argparse.Namespace) -> dict[str, Columns]:
 
 
 def numbers(given: argparse.Namespace, report: Report) -> dict[str, float]:
-    """Return what a run has made: points on the test rows, and how much faster the students are."""
     metric = report["metric_name"]
     students = {
         one["name"]: one for one in (*report["sizes"], report["student"] | {"name": "student"})

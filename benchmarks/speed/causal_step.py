@@ -78,7 +78,6 @@ QUICK = Sizes((2, 32), (2, 64), vocabulary=300, rows=2, length=16, head=16)
 
 
 def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
-    """Write texts, a tokenizer and run.yaml."""
     words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL))]
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
@@ -95,7 +94,6 @@ def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
 
 
 def run_tree(folder: Path, sizes: Sizes, divergence: str) -> dict[str, Any]:
-    """Return the run config: ZeRO 0 for both models, and neither evaluations nor saves."""
     teacher, student = ({"config": sizes.shape(size)} for size in (sizes.teacher, sizes.student))
     return {
         "output_dir": str(folder / "run"),
@@ -286,7 +284,6 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def opened(given: argparse.Namespace) -> AbstractContextManager[Any]:
-    """Build the side that is asked for, with batches for all of its steps."""
     count = given.warm_up + max(given.pairs, MEMORY_STEPS)
     divergence = given.divergences[0]
     if given.side == "megakd":
@@ -326,7 +323,6 @@ def paired(side: Any, given: argparse.Namespace) -> list[list[float]]:
 
 
 def check_agree(side: Any, beside: Any, steps: int) -> None:
-    """Compare the losses of both sides after so many steps."""
     ours, theirs = side.loss(steps), beside.loss(steps)
     if abs(ours - theirs) > CLOSE * abs(theirs):
         raise ValueError(f"after {steps} steps the loss is {ours}, and the other side's {theirs}")

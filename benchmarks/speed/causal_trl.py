@@ -94,7 +94,6 @@ class Trl:
 
 
 def targets_of(ids: Tensor) -> Tensor:
-    """Return the number of positions with a next token."""
     return torch.tensor(float(ids[:, 1:].numel()))
 
 
@@ -122,7 +121,6 @@ def _module(name: str) -> Any:
 def opened(
     name: str, case: Path, sizes: causal_step.Sizes, divergence: str, count: int
 ) -> Iterator[Trl]:
-    """Build a trainer of this name with random models, for so many batches."""
     kind, (student, teacher) = KINDS[name], causal_step.random_models(sizes)
     module = _module(kind.module)
     with tempfile.TemporaryDirectory(prefix="megakd-trl-") as folder:

@@ -46,7 +46,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def cut_models(given: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """The whole model and what is left of it, by name."""
     layers, width = sizes_of(given.shape)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     config = BertConfig(**sizes, num_attention_heads=12)

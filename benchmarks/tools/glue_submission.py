@@ -59,7 +59,6 @@ def test_files(config: RunConfig, name: str) -> dict[str, Path]:
 
 
 def outputs_of(model: Any, tokenizer: Any, path: Path, text: Sequence[str], most: int) -> Any:
-    """Return the logits of every row of a test file, [rows, labels]."""
     texts = [tuple(str(row.values[column]) for column in text) for row in read_tsv(path).records()]
     parts = []
     for start in range(0, len(texts), ROWS):
