@@ -50,18 +50,12 @@ from lib.launching import free_port  # noqa: E402
 from lib.options import parsed, parser_of, positive  # noqa: E402
 from lib.tables import print_rows  # noqa: E402
 
-STEPS, ROWS = 20, 8
-SIZES = {"max_steps": STEPS, "per_device_train_batch_size": ROWS // 2, "collective_timeout": 12}
-MOST_FAULTS = 3
-LIMIT_BYTES = 30_000
+ROWS = 8
+SIZES = {"max_steps": 20, "per_device_train_batch_size": ROWS // 2, "collective_timeout": 12}
 WAIT_S = 120.0
 MEETING_S = 3 * SIZES["collective_timeout"]
 """Limit before all ranks have met: who waits cannot tell a rank that is dead from one that is late,
 and torch tries to connect twice."""
-REFUSED = 2
-"""Exit code of a start that asks its user to remove something."""
-OTHER_WEIGHTS = ("the result of another config", "was written with another config")
-"""What a start says of a stage and of a checkpoint."""
 ENDS_ALONE = "the other ranks did not end"
 
 
@@ -159,7 +153,7 @@ class Trial:
         self.faults: list[str] = []
 
     def run(self) -> None:
-        faults = self._rng.choices([*FAULTS], k=self._rng.randint(1, MOST_FAULTS))
+        faults = self._rng.choices([*FAULTS], k=self._rng.randint(1, 3))
         for fault in faults:
             self._repair(self._start(fault))
         last = self._start(None)
@@ -209,8 +203,7 @@ class Trial:
         for process in start.alive():
             with suppress(ProcessLookupError):
                 limits = resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE)
-                low = (LIMIT_BYTES, limits[1])
-                resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, low)
+                resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (30_000, limits[1]))
 
     def flip(self, start: Start) -> None:
         start.end()
@@ -240,10 +233,13 @@ class Trial:
     def _repair(self, start: Start) -> bool:
         """Remove what the message of a start names as of no use, as its user would."""
         words = start.last_words()
-        # With other ranks, a stage that is made again may have other weights than its successors
-        # were made from.
-        reasons = ["damaged", *(OTHER_WEIGHTS if "ranks" in self.faults else ())]
-        if REFUSED not in start.codes or not any(reason in words for reason in reasons):
+        reasons = ["damaged"]
+        if "ranks" in self.faults:
+            # A stage that is made again may have other weights than its successors were made from;
+            # a start says so of a stage, and of a checkpoint.
+            reasons += ["the result of another config", "was written with another config"]
+        # 2 is the exit code of a start that asks its user to remove something.
+        if 2 not in start.codes or not any(reason in words for reason in reasons):
             return False
         folders = [path for top in ("stages", "checkpoints") for path in (self.out / top).glob("*")]
         named = [path for path in folders if str(path) in words]

@@ -23,8 +23,6 @@ from lib.launching import Report, UnusableError, metric_of
 from lib.tables import machine
 
 STUDENT = "student"
-BEFORE = "mixed-teacher"
-"""The stage in which the teacher of version 2 reads the rows, before its student."""
 
 
 def collect(path: Path, folder: Path) -> None:
@@ -61,7 +59,8 @@ def _cells(stored: Stored, folder: Path, arm: str) -> Iterator[Cell]:
 def _cell(stored: Stored, run: Path, which: tuple[str, str], seed: int) -> Cell:
     (arm, model), report = which, _report(run)
     stages = _stages_of(report, model)
-    before = sum(stage["steps"] for stage in stages if stage["name"] == BEFORE)
+    # The teacher of version 2 reads the rows in a stage before its student.
+    before = sum(stage["steps"] for stage in stages if stage["name"] == "mixed-teacher")
     steps = sum(stage["steps"] for stage in stages) - before
     metric = "nats_per_character" if "per character" in stored.metric else "loss"
     has_teacher = arm not in COLLECTED[stored.comparison].no_teacher

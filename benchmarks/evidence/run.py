@@ -48,8 +48,6 @@ SAME_COST = 0.1
 """Two costs that differ by a smaller share count as equal."""
 SCALED = ("student", "direct", "trial-", "leg-")
 """Names, or beginnings, of stages whose steps follow train.max_steps."""
-PLUGINS = launching.BENCHMARKS / "evidence/plugins"
-"""Methods of the arms, by the names that the digests of the cells have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +223,8 @@ def start(folder: Path, config: Config, *, program: str) -> None:
         shutil.rmtree(folder)
     launching.write_config(path, tree)
     command = launching.launch_command(program, path, 1, [])
-    paths = [str(PLUGINS), os.environ.get("PYTHONPATH", "")]
+    # Methods of the arms, by the names that the digests of the cells have.
+    paths = [str(launching.BENCHMARKS / "evidence/plugins"), os.environ.get("PYTHONPATH", "")]
     plugins = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     environment = os.environ | launching.quickstart().ENVIRONMENT | plugins
     began = time.perf_counter()
@@ -401,7 +400,6 @@ def teacher_steps(report: Mapping[str, Any]) -> int:
 
 
 ANSWERS = "answers.npz"
-BATCH = 100
 LOADING = threading.Lock()
 """Two cells may end at the same time, and `from_pretrained` may not run in two threads at once."""
 
@@ -423,14 +421,10 @@ def answers_of(model: Path, texts: Sequence[str], max_length: int) -> Answered:
     network.eval()
     rows = []
     with torch.inference_mode():
-        for first in range(0, len(texts), BATCH):
-            batch = tokenizer(
-                list(texts[first : first + BATCH]),
-                padding=True,
-                truncation=True,
-                max_length=max_length,
-                return_tensors="pt",
-            )
+        for first in range(0, len(texts), 100):
+            some = list(texts[first : first + 100])
+            options = {"padding": True, "truncation": True, "max_length": max_length}
+            batch = tokenizer(some, **options, return_tensors="pt")
             rows.append(network(**batch).logits.float().numpy())
     names = network.config.id2label
     return Answered(np.concatenate(rows), [names[number] for number in range(len(names))])

@@ -34,8 +34,6 @@ from lib.tables import mean_and_deviation
 
 Verdict = Literal["better", "worse", "perhaps better", "perhaps worse", "cannot be told"]
 LEVEL, POWER = 0.05, 0.8
-NOISIER = 0.01
-"""Level of the test for arms that are noisier than the others."""
 SAME = 1e-9
 """Differences whose deviation is below this are the same number."""
 
@@ -190,7 +188,7 @@ def cochran_limit(arms: int, seeds: int) -> float:
     with seeds - 1 and (arms - 1)(seeds - 1) degrees of freedom.
     """
     freedom = max(1, seeds - 1)
-    quantile = float(fisher_f.isf(NOISIER / arms, freedom, (arms - 1) * freedom))
+    quantile = float(fisher_f.isf(0.01 / arms, freedom, (arms - 1) * freedom))
     return quantile / (quantile + arms - 1)
 
 

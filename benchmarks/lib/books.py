@@ -20,8 +20,6 @@ from lib.data import (
 )
 from lib.launching import Leg, leg_of, report_of, write_config
 
-SAMPLE = 450
-"""Characters of a held-out piece that are scored during training: about one row."""
 EVERY = 20
 """One piece in so many is held out."""
 INITIALIZER_RANGE = 0.05
@@ -119,7 +117,8 @@ def write_text(data: Path, folder: Path, sizes: Sizes) -> None:
         for number, piece in enumerate(parts, start=1):
             (train if number % EVERY else held_out).append(piece)
     step = max(1, len(held_out) // sizes.sampled)
-    sample = [piece[:SAMPLE] for piece in held_out[::step][: sizes.sampled]]
+    # About one row of each is scored during training.
+    sample = [piece[:450] for piece in held_out[::step][: sizes.sampled]]
     for name, texts in (("train", train), (HELD_OUT, held_out), ("sample", sample)):
         write_jsonl(folder / f"{name}.jsonl", ({"text": text} for text in texts))
 

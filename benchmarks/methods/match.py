@@ -41,8 +41,6 @@ from lib.tables import print_rows, table_of
 
 CHOOSING = ("clinc150", "stories", "sst2")
 TESTING = ("banking77", "shakespeare", "stories-three")
-WRONG = 0.4
-"""Share of the labels of the teacher `wrong` that are drawn at random."""
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "vocab_size")  # fmt: skip
 
@@ -52,7 +50,7 @@ class Taught(NamedTuple):
 
     size: layers x width of a BERT from random weights; layers of the pretrained Llama, where 0 is
         its shape with random weights. steps: a share of the steps of all teachers.
-    rows: of the labelled rows, `all`, `few` (a quarter), or `wrong`.
+    rows: of the labelled rows, `all`, `few` (a quarter), or `wrong` (0.4 of the labels are drawn).
     """
 
     size: str
@@ -78,9 +76,6 @@ DECODERS = {
     "two": Taught("2"),
     "new": Taught("0"),
 }
-PIECES = 4000
-STUDENT = "1x64"
-"""Of the classifiers; that of a Llama starts from its first and its last layer."""
 
 
 class Setting(NamedTuple):
@@ -124,7 +119,7 @@ def classifier(name: str, data: Path, out: Path) -> Setting:
     rows = {kind: folder / f"{kind}.csv" for kind in ("all", "few", "wrong")}
     labelled = by_turns(splits["train"])
     rng, labels = random.Random(0), sorted({label for _, label in labelled})
-    wrong = [(t, rng.choice(labels) if rng.random() < WRONG else one) for t, one in labelled]
+    wrong = [(t, rng.choice(labels) if rng.random() < 0.4 else one) for t, one in labelled]
     kinds = {"all": labelled, "few": labelled[: len(labelled) // 4], "wrong": wrong}
     for path, content in [
         *((rows[kind], kinds[kind]) for kind in rows),
@@ -147,7 +142,7 @@ def classifier(name: str, data: Path, out: Path) -> Setting:
         },
         rows={**rows, "student": files["student"]},
         teachers=CLASSIFIERS,
-        start={"model": bert_of(STUDENT)},
+        start={"model": bert_of("1x64")},
         teacher={**train, "max_steps": 300},
         student={**train, "max_steps": 150},
     )
@@ -159,7 +154,7 @@ def vocabulary(folder: Path, texts: Sequence[str]) -> Path:
 
     path = folder / "tokenizer"
     if not path.is_dir():
-        made = train_tokenizer(lambda: texts, kind="wordpiece", vocab_size=PIECES, for_encoder=True)
+        made = train_tokenizer(lambda: texts, kind="wordpiece", vocab_size=4000, for_encoder=True)
         made.save_pretrained(path)
     return path
 

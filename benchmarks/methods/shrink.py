@@ -64,12 +64,6 @@ class Case(NamedTuple):
     train: Mapping[str, Any]
 
 
-SPARSITY = 0.6
-"""Share of the teacher's weights to remove by default.
-
-The embeddings of the books' teacher stay whole and are a quarter of its weights, so that its layers
-keep a fifth of their weights.
-"""
 CASES = {
     "stories": Case(
         what="a pretrained Llama of 260,032 weights",
@@ -199,8 +193,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_runs(parser, "shrink", jobs=1, data="lm/ and weights/")
     parser.set_defaults(out=None)
     parser.add_argument("--case", choices=CASES, default="stories")
+    # The embeddings of the books' teacher stay whole and are a quarter of its weights, so that its
+    # layers keep a fifth of theirs.
     words = "share of the teacher's weights to remove"
-    parser.add_argument("--sparsity", type=float, default=SPARSITY, help=words)
+    parser.add_argument("--sparsity", type=float, default=0.6, help=words)
     parser.add_argument("--steps", type=int, default=400, help="of the repair")
     parser.add_argument("--trial", type=int, default=60, help="steps of the trial")
     parser.add_argument("--alone", type=int, help="steps of layers-N; default: trial and repair")
