@@ -45,6 +45,7 @@ from megakd.storage.atomic import replaced_folder
 
 QUICK_ONLY = ("selection", "minidisc")
 """SKDBERT's four teachers and their caches take ten minutes."""
+QUICK_GROUPS = ("", "T 1", "0.97")
 Chosen = tuple[str, Setting, Sequence[int]]
 """A comparison, a setting and the seeds."""
 
@@ -62,7 +63,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(given: argparse.Namespace) -> None:
     places = list(chosen(given))
-    check(places, given)
+    if not places:
+        known = {name: ", ".join(COMPARISONS[name].seeds) for name in given.only}
+        words = "; ".join(f"{name} is compared in {settings}" for name, settings in known.items())
+        raise UnusableError(f"nothing to run in {', '.join(given.settings)}: {words}")
     begun = [(_opened(given.stored, name, setting), seeds) for name, setting, seeds in places]
     need(given.data / file for _, setting, _ in places for file in setting.needs)
     out = given.out.resolve()
@@ -75,21 +79,6 @@ def run(given: argparse.Namespace) -> None:
         setting.write_splits(bench.data, bench.folder(setting) / "data")
     for stored, seeds in begun:
         run_comparison(given, bench, stored, seeds)
-
-
-def check(places: Sequence[Chosen], given: argparse.Namespace) -> None:
-    """Raise UnusableError if there is nothing to run, or a comparison has no arm of the groups."""
-    if not places:
-        known = {name: ", ".join(COMPARISONS[name].seeds) for name in given.only}
-        words = "; ".join(f"{name} is compared in {settings}" for name, settings in known.items())
-        raise UnusableError(f"nothing to run in {', '.join(given.settings)}: {words}")
-    for name, setting, _ in places:
-        groups = {group_of(arm) for arm in COMPARISONS[name].arms_in(setting.name)}
-        if given.groups is not None and not groups & {*given.groups}:
-            raise UnusableError(
-                f"{name} has no arms of the groups {', '.join(given.groups)} in the setting "
-                f"{setting.name}; its groups are {', '.join(sorted(groups - {''}))}"
-            )
 
 
 def chosen(given: argparse.Namespace) -> Iterator[Chosen]:
@@ -128,24 +117,18 @@ def run_comparison(
 
     The steps at equal cost come from the measured costs of all seeds.
     """
-    comparison, chosen = COMPARISONS[stored.comparison], _chosen_arms(given, stored)
+    comparison = COMPARISONS[stored.comparison]
+    first = (comparison.reference, comparison.plain, comparison.labels)
+    chosen = [
+        arm
+        for arm in comparison.arms_in(stored.setting)
+        if not given.quick or (group_of(arm) in QUICK_GROUPS and named(arm) in first)
+    ]
     gating = [arm for arm in chosen if named(arm) in (comparison.plain, comparison.labels)]
     stored = _run_seeds(given, bench, stored, seeds, gating, "steps")
     arms = _compared(stored, chosen) if len(seeds) > 1 else chosen
     for basis in BASES[:1] if given.quick else BASES:
         stored = _run_seeds(given, bench, stored, seeds, arms, basis)
-
-
-def _chosen_arms(given: argparse.Namespace, stored: Stored) -> list[str]:
-    """Return the arms of the groups that were asked for; arms without a group serve all groups."""
-    comparison = COMPARISONS[stored.comparison]
-    first = (comparison.reference, comparison.plain, comparison.labels)
-    return [
-        arm
-        for arm in comparison.arms_in(stored.setting)
-        if (given.groups is None or group_of(arm) in ("", *given.groups))
-        and (named(arm) in first or not given.quick)
-    ]
 
 
 def _compared(stored: Stored, arms: Sequence[str]) -> list[str]:
@@ -244,9 +227,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     words = f"of {', '.join(SETTINGS)}; default: {', '.join(planned)}"
     parser.add_argument("--settings", type=words_of(SETTINGS), default=planned, help=words)
     parser.add_argument("--seeds", type=integers, help="separated by commas")
-    known = sorted({group_of(arm) for one in COMPARISONS.values() for arm in one.arms})
-    words = "of arms, such as 0.97; default: all"
-    parser.add_argument("--groups", type=words_of(known), help=words)
     parser.add_argument("--jobs", type=positive, default=2, help="cells side by side")
     parser.add_argument("--quick", action="store_true", help="a subset of less than 20 minutes")
     words = "store the runs of another benchmark, such as shrink-books runs/bench/shrink/books"
@@ -257,6 +237,5 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if given.quick:
         given.settings = ["clinc150-few"]
         given.seeds = given.seeds or [1, 2]
-        given.groups = given.groups or ["", "T 1", "0.97"]
     given.stored = given.stored or (given.out / "quick/evidence" if given.quick else STORED)
     return given

@@ -84,15 +84,6 @@ QUICK_STUDENT = Student(
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
-    check(given)
-    make_teacher(given)
-    launching.write_leg_configs(given.out, trees(given))
-    for stage in given.stages:
-        STAGES[stage](given)
-    return 0
-
-
-def check(given: argparse.Namespace) -> None:
     text = (BOOKS,) if reads_books(given) else ()
     need(given.data / part for part in (*text, *(TASKS[name].data for name in given.tasks)))
     if not given.trains_teacher and not (given.teacher / "config.json").is_file():
@@ -101,6 +92,11 @@ def check(given: argparse.Namespace) -> None:
         raise launching.UnusableError(
             f"the teacher {given.teacher} does not exist; make it with `{command}`"
         )
+    make_teacher(given)
+    launching.write_leg_configs(given.out, trees(given))
+    for stage in given.stages:
+        STAGES[stage](given)
+    return 0
 
 
 def reads_books(given: argparse.Namespace) -> bool:

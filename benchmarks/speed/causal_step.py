@@ -49,7 +49,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 SPECIAL = ("<unk>", "<pad>", "</s>")
 LEARNING_RATE, MAX_GRAD_NORM, CLOSE = 1e-4, 1.0, 1e-4
 TOKENIZER, RUN = "tokenizer", "run.yaml"
-TARGET, MEMORY_TARGET, MEMORY_STEPS = 0.85, 0.5, 3
+TARGET, MEMORY_TARGET = 0.85, 0.5
+WARM_UP, MEMORY_STEPS = 4, 3
+"""Steps that do not count, and steps whose memory is measured."""
 TERMS = {
     "forward_kl": {"loss": "soft_target_kl", "weight": 1.0},
     "jsd": {"loss": "soft_target_jsd", "weight": 1.0, "beta": 0.5},
@@ -284,7 +286,7 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def opened(given: argparse.Namespace) -> AbstractContextManager[Any]:
-    count = given.warm_up + max(given.pairs, MEMORY_STEPS)
+    count = WARM_UP + max(given.pairs, MEMORY_STEPS)
     divergence = given.divergences[0]
     if given.side == "megakd":
         return opened_megakd(given.case, count)
@@ -300,9 +302,9 @@ def extra_memory(side: Any, given: argparse.Namespace) -> int:
     """Return the bytes that a step takes beyond what is resident before it, the median of a few."""
     from bench.memory import peak_in_process
 
-    for index in range(given.warm_up):
+    for index in range(WARM_UP):
         side.step(index)
-    steps = range(given.warm_up, given.warm_up + MEMORY_STEPS)
+    steps = range(WARM_UP, WARM_UP + MEMORY_STEPS)
     peaks = [peak_in_process(functools.partial(side.step, index)).bytes_ for index in steps]
     return statistics.median_low(peaks)
 
@@ -311,13 +313,13 @@ def paired(side: Any, given: argparse.Namespace) -> list[list[float]]:
     """Return the CPU seconds of the steps of a side and of a bare loop; their losses must agree."""
     bare = side.bare(LOSSES[given.divergences[0]])
     check_agree(side, bare, 0)
-    for index in range(given.warm_up):
+    for index in range(WARM_UP):
         side.step(index)
         bare.step(index)
-    check_agree(side, bare, given.warm_up)
+    check_agree(side, bare, WARM_UP)
 
     def seconds(one: Any, number: int) -> float:
-        return timed(functools.partial(one.step, given.warm_up + number)).cpu
+        return timed(functools.partial(one.step, WARM_UP + number)).cpu
 
     return by_turns([functools.partial(seconds, one) for one in (side, bare)], given.pairs)
 
@@ -350,7 +352,6 @@ def verdict(pairs: Sequence[Sequence[float]], memory: dict[str, int]) -> str:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=20, help="at least 2")
-    parser.add_argument("--warm-up", type=int, default=4, help="steps that do not count")
     parser.add_argument("--divergences", type=words_of(TERMS), default=list(TERMS))
     parser.add_argument("--peers", action="store_true", help="TRL's trainers too")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the program")

@@ -84,8 +84,7 @@ class Trl:
     @torch.no_grad()
     def loss(self, index: int) -> float:
         trainer, ids = self._trainer, self._ids[index]
-        count = targets_of(ids)
-        inputs = self._inputs_of(ids)
+        inputs, count = self._inputs_of(ids), targets_of(ids)
         return float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count))
 
     def bare(self, loss: causal_step.Loss) -> causal_step.Bare:
