@@ -47,7 +47,7 @@ from golden_cases import CASES, write_data  # noqa: E402
 from tiny_runs import config_tree, write_config  # noqa: E402
 
 from lib.launching import free_port  # noqa: E402
-from lib.options import parsed, parser_of, positive  # noqa: E402
+from lib.options import parsed, parser_of, positive, words_of  # noqa: E402
 from lib.tables import print_rows  # noqa: E402
 
 ROWS = 8
@@ -98,10 +98,6 @@ class Start:
                 return False
             time.sleep(0.01)
         return True
-
-    def pause(self, seconds: float) -> None:
-        """Let the run go on for so long, or until it has ended."""
-        self.wait(limit_s=seconds)
 
     def send(self, number: int, *, to: Sequence[BaseProcess] | None = None) -> None:
         for process in self.alive() if to is None else to:
@@ -166,7 +162,7 @@ class Trial:
         start = Start(self._config, self.out, self.ranks)
         try:
             if fault is not None:
-                start.pause(self._rng.uniform(0.5, self._seconds))
+                start.wait(limit_s=self._rng.uniform(0.5, self._seconds))
                 if start.alive():
                     self.faults.append(fault)
                     FAULTS[fault](self, start)
@@ -193,7 +189,7 @@ class Trial:
     def slow(self, start: Start) -> None:
         victim = self._rng.choice(start.alive())
         start.send(signal.SIGSTOP, to=[victim])
-        start.pause(2.0)
+        start.wait(limit_s=2.0)
         start.send(signal.SIGCONT, to=[victim])
 
     def stop(self, start: Start) -> None:
@@ -375,16 +371,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=positive, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=cases, default=[*CASES], help="recorded cases of the tests")
+    parser.add_argument(
+        "--cases", type=words_of(CASES), default=[*CASES], help="recorded cases of the tests"
+    )
     return parsed(parser, "faults", arguments)
-
-
-def cases(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = sorted({*names} - {*CASES})
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown {unknown}; known: {', '.join(CASES)}")
-    return names
 
 
 if __name__ == "__main__":

@@ -204,12 +204,7 @@ def _row(one: Assessed, arm: str, *, is_reference: bool) -> dict[str, str]:
     texts = [_difference_text(one.stored, each) for each in of_bases]
     if is_reference:
         cells["arm"], texts = f"**{arm}**", ["reference", "reference"]
-
-    def both(text: Callable[[Difference], str]) -> str:
-        """Join the texts of both bases; the first alone without a difference at equal cost."""
-        shown = [NONE if each is None else text(each) for each in of_bases]
-        return " / ".join(shown if of_bases[1] else shown[:1])
-
+    both = partial(_by_basis, of_bases)
     return {
         **{key: cells.pop(key) for key in ("arm", "seeds", "score (sd)")},
         "equal steps (95 %)": texts[0],
@@ -220,6 +215,12 @@ def _row(one: Assessed, arm: str, *, is_reference: bool) -> dict[str, str]:
         "pairs needed": both(lambda each: str(each.pairs_needed or NONE)),
         **cells,
     }
+
+
+def _by_basis(of_bases: Sequence[Any], text: Callable[[Any], str]) -> str:
+    """Join the texts of both bases; the first alone without a value at equal cost."""
+    shown = [text(one) if one else NONE for one in of_bases]
+    return " / ".join(shown if of_bases[1] else shown[:1])
 
 
 def _difference_text(stored: Stored, each: Difference | None) -> str:
@@ -233,10 +234,7 @@ def _difference_text(stored: Stored, each: Difference | None) -> str:
 def _cells_of(stored: Stored, arm: str) -> dict[str, str]:
     decimals = unit_of(stored).decimals
     of_bases = [list(stored.of(arm, basis).values()) for basis in BASES]
-
-    def joined(text: Callable[[Sequence[Cell]], str]) -> str:
-        shown = [text(cells) if cells else NONE for cells in of_bases]
-        return " / ".join(shown if of_bases[1] else shown[:1])
+    joined = partial(_by_basis, of_bases)
 
     def whole(field: str) -> str:
         return joined(lambda cells: f"{statistics.fmean(getattr(c, field) for c in cells):,.0f}")

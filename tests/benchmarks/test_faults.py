@@ -25,7 +25,7 @@ def test_two_minutes_of_faults_are_survived():
     ("words", "message"),
     [
         (["--minutes", "0"], "--minutes"),
-        (["--minutes", "1", "--cases", "minidisk"], "unknown ['minidisk']; known: "),
+        (["--minutes", "1", "--cases", "minidisk"], "'minidisk' is none of labels, "),
     ],
 )
 def test_settings_that_cannot_be_are_named(capsys, words, message):
