@@ -64,6 +64,9 @@ def _cell(stored: Stored, run: Path, which: tuple[str, str], seed: int) -> Cell:
     steps = sum(stage["steps"] for stage in stages) - before
     metric = "nats_per_character" if "per character" in stored.metric else "loss"
     has_teacher = arm not in COLLECTED[stored.comparison].no_teacher
+    train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
+    rows = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
+    rows *= report["environment"]["ranks"]  # of an optimizer step
     return Cell(
         arm=arm,
         seed=seed,
@@ -72,7 +75,7 @@ def _cell(stored: Stored, run: Path, which: tuple[str, str], seed: int) -> Cell:
         divergence=stages[-1]["metrics"].get("soft_target_kl"),
         steps=steps,
         cpu_seconds=_cpu_seconds(report, stages),
-        teacher_rows=(before or steps) * _rows(run, report) if has_teacher else 0,
+        teacher_rows=(before or steps) * rows if has_teacher else 0,
     )
 
 
@@ -85,12 +88,6 @@ def _stages_of(report: Report, model: str) -> list[Report]:
 
 def _report(run: Path) -> Report:
     return json.loads((run / "report.json").read_text(encoding="utf-8"))
-
-
-def _rows(run: Path, report: Report) -> int:
-    train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
-    rows = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
-    return rows * report["environment"]["ranks"]
 
 
 def _cpu_seconds(report: Report, stages: Sequence[Report]) -> float:

@@ -211,11 +211,6 @@ def pool(setting: Setting, out: Path) -> Path:
     return out / (setting.pool or setting.name)
 
 
-def models_of(setting: Setting, out: Path) -> dict[str, Path]:
-    made = {n: pool(setting, out) / f"teacher-{n}/final" for n in setting.teachers}
-    return {n: setting.model or made[n] if not setting.teachers[n].steps else made[n] for n in made}
-
-
 def teacher_run(setting: Setting, name: str, out: Path) -> Config:
     one = setting.teachers[name]
     if setting.model is None:
@@ -233,8 +228,10 @@ def teacher_run(setting: Setting, name: str, out: Path) -> Config:
 
 def student_run(setting: Setting, names: Sequence[str], out: Path) -> Config:
     """Return the run of the student of a teacher; of all teachers, only to be matched."""
-    models = models_of(setting, out)
     folder = out / setting.name / f"student-{'-'.join(names)}"
+    trained = {name: pool(setting, out) / f"teacher-{name}/final" for name in names}
+    # A teacher without steps is the pretrained model.
+    models = {n: trained[n] if setting.teachers[n].steps else setting.model for n in names}
     return setting.tree(
         folder,
         "student",

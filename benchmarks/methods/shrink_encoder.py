@@ -104,17 +104,15 @@ def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:
     if kind in KEPT:
         keep = f"student.layers={{keep: {count}, by: {KEPT[kind]}}}"
         return [leg_of(given.out, f"{name}-{given.rate:g}-{seed}", kind, (keep, f"seed={seed}"))]
-    groups = [given.sizes] if name == SERIES else [[size] for size in given.sizes]
-    return [_shrink(given, name, sizes, seed) for sizes in groups]
-
-
-def _shrink(given: argparse.Namespace, name: str, sizes: Sequence[str], seed: int) -> Leg:
-    key = "speedup" if sizes[0].endswith("x") else "flops"
     tried = (f"method.candidates={given.candidates}", f"method.repair_steps={given.steps}")
     method = tried if name == TRIED else (f"method.repair_steps={all_steps(given)}",)
-    words = (f"method.{key}={','.join(sizes)}", *method)
-    folder = f"{name}-{'-'.join(sizes).replace('%', '')}-{given.rate:g}-{seed}"
-    return leg_of(given.out, folder, "shrink", (*words, f"seed={seed}"))
+    legs = list[Leg]()
+    for sizes in [given.sizes] if name == SERIES else [[size] for size in given.sizes]:
+        key = "speedup" if sizes[0].endswith("x") else "flops"
+        words = (f"method.{key}={','.join(sizes)}", *method, f"seed={seed}")
+        folder = f"{name}-{'-'.join(sizes).replace('%', '')}-{given.rate:g}-{seed}"
+        legs.append(leg_of(given.out, folder, "shrink", words))
+    return legs
 
 
 def models(given: argparse.Namespace) -> dict[str, Columns]:
