@@ -47,21 +47,15 @@ from golden_cases import CASES, write_data  # noqa: E402
 from tiny_runs import config_tree, write_config  # noqa: E402
 
 from lib.launching import free_port  # noqa: E402
-from lib.options import parsed, parser_of, positive  # noqa: E402
+from lib.options import parsed, parser_of, positive, words_of  # noqa: E402
 from lib.tables import print_rows  # noqa: E402
 
-STEPS, ROWS = 20, 8
-SIZES = {"max_steps": STEPS, "per_device_train_batch_size": ROWS // 2, "collective_timeout": 12}
-MOST_FAULTS = 3
-LIMIT_BYTES = 30_000
+ROWS = 8
+SIZES = {"max_steps": 20, "per_device_train_batch_size": ROWS // 2, "collective_timeout": 12}
 WAIT_S = 120.0
 MEETING_S = 3 * SIZES["collective_timeout"]
 """Limit before all ranks have met: who waits cannot tell a rank that is dead from one that is late,
 and torch tries to connect twice."""
-REFUSED = 2
-"""Exit code of a start that asks its user to remove something."""
-OTHER_WEIGHTS = ("the result of another config", "was written with another config")
-"""What a start says of a stage and of a checkpoint."""
 ENDS_ALONE = "the other ranks did not end"
 
 
@@ -104,10 +98,6 @@ class Start:
                 return False
             time.sleep(0.01)
         return True
-
-    def pause(self, seconds: float) -> None:
-        """Let the run go on for so long, or until it has ended."""
-        self.wait(limit_s=seconds)
 
     def send(self, number: int, *, to: Sequence[BaseProcess] | None = None) -> None:
         for process in self.alive() if to is None else to:
@@ -159,8 +149,7 @@ class Trial:
         self.faults: list[str] = []
 
     def run(self) -> None:
-        """Start the run until it has ended without a fault."""
-        faults = self._rng.choices([*FAULTS], k=self._rng.randint(1, MOST_FAULTS))
+        faults = self._rng.choices([*FAULTS], k=self._rng.randint(1, 3))
         for fault in faults:
             self._repair(self._start(fault))
         last = self._start(None)
@@ -170,11 +159,10 @@ class Trial:
             raise LostError(f"exit codes {last.codes}: {last.last_words()}")
 
     def _start(self, fault: str | None) -> Start:
-        """Start the run, which meets a fault at a random moment, and wait for its end."""
         start = Start(self._config, self.out, self.ranks)
         try:
             if fault is not None:
-                start.pause(self._rng.uniform(0.5, self._seconds))
+                start.wait(limit_s=self._rng.uniform(0.5, self._seconds))
                 if start.alive():
                     self.faults.append(fault)
                     FAULTS[fault](self, start)
@@ -201,7 +189,7 @@ class Trial:
     def slow(self, start: Start) -> None:
         victim = self._rng.choice(start.alive())
         start.send(signal.SIGSTOP, to=[victim])
-        start.pause(2.0)
+        start.wait(limit_s=2.0)
         start.send(signal.SIGCONT, to=[victim])
 
     def stop(self, start: Start) -> None:
@@ -211,8 +199,7 @@ class Trial:
         for process in start.alive():
             with suppress(ProcessLookupError):
                 limits = resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE)
-                low = (LIMIT_BYTES, limits[1])
-                resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, low)
+                resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (30_000, limits[1]))
 
     def flip(self, start: Start) -> None:
         start.end()
@@ -242,10 +229,13 @@ class Trial:
     def _repair(self, start: Start) -> bool:
         """Remove what the message of a start names as of no use, as its user would."""
         words = start.last_words()
-        # With other ranks, a stage that is made again may have other weights than its successors
-        # were made from.
-        reasons = ["damaged", *(OTHER_WEIGHTS if "ranks" in self.faults else ())]
-        if REFUSED not in start.codes or not any(reason in words for reason in reasons):
+        reasons = ["damaged"]
+        if "ranks" in self.faults:
+            # A stage that is made again may have other weights than its successors were made from;
+            # a start says so of a stage, and of a checkpoint.
+            reasons += ["the result of another config", "was written with another config"]
+        # 2 is the exit code of a start that asks its user to remove something.
+        if 2 not in start.codes or not any(reason in words for reason in reasons):
             return False
         folders = [path for top in ("stages", "checkpoints") for path in (self.out / top).glob("*")]
         named = [path for path in folders if str(path) in words]
@@ -306,7 +296,6 @@ class Truths:
 
 
 def unbroken(start: Start) -> None:
-    """Wait for the end of a start that meets no fault."""
     ended = start.wait(limit_s=5 * WAIT_S)
     start.end()
     if not ended or any(start.codes):
@@ -345,7 +334,6 @@ def drawn(truths: Truths, names: Sequence[str], rng: random.Random) -> Case:
 
 
 def check_same(trial: Trial, truth: Path) -> None:
-    """Compare a run with the unbroken run."""
     # A stage that was damaged and is made again comes later in the log.
     steps, wanted = sorted(logged(trial.out)), sorted(logged(truth))
     if "ranks" in trial.faults:
@@ -383,16 +371,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=positive, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=cases, default=[*CASES], help="recorded cases of the tests")
+    parser.add_argument(
+        "--cases", type=words_of(CASES), default=[*CASES], help="recorded cases of the tests"
+    )
     return parsed(parser, "faults", arguments)
-
-
-def cases(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = sorted({*names} - {*CASES})
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown {unknown}; known: {', '.join(CASES)}")
-    return names
 
 
 if __name__ == "__main__":

@@ -39,15 +39,13 @@ from evidence.run import Bench, cached, digest, known_and_left, run_cell, taught
 from evidence.settings import SETTINGS, Setting
 from evidence.statistics import groups
 from lib.launching import ROOT, SHARED, UnusableError, fetch_teacher
-from lib.options import integers, parser_of, positive, words_of
+from lib.options import integers, need, parser_of, positive, words_of
 from lib.tables import machine
 from megakd.storage.atomic import replaced_folder
 
-QUICK_SETTING, QUICK_SEEDS = "clinc150-few", (1, 2)
 QUICK_ONLY = ("selection", "minidisc")
 """SKDBERT's four teachers and their caches take ten minutes."""
 QUICK_GROUPS = ("", "T 1", "0.97")
-"""Of arms; those without a group, too."""
 Chosen = tuple[str, Setting, Sequence[int]]
 """A comparison, a setting and the seeds."""
 
@@ -65,55 +63,25 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(given: argparse.Namespace) -> None:
     places = list(chosen(given))
-    check(places, given)
+    if not places:
+        known = {name: ", ".join(COMPARISONS[name].seeds) for name in given.only}
+        words = "; ".join(f"{name} is compared in {settings}" for name, settings in known.items())
+        raise UnusableError(f"nothing to run in {', '.join(given.settings)}: {words}")
     begun = [(_opened(given.stored, name, setting), seeds) for name, setting, seeds in places]
-    need_data(given.data, [setting for _, setting, _ in places])
-    bench = Bench(
-        data=given.data.resolve(),
-        out=given.out.resolve(),
-        encoder=str(encoder_in(given.out.resolve())),
-    )
+    need(given.data / file for _, setting, _ in places for file in setting.needs)
+    out = given.out.resolve()
+    encoder = out / "encoder"
+    if not encoder.is_dir():
+        with replaced_folder(encoder) as folder:
+            shutil.copytree(fetch_teacher(), folder, dirs_exist_ok=True)
+    bench = Bench(data=given.data.resolve(), out=out, encoder=str(encoder))
     for setting in {setting.name: setting for _, setting, _ in places}.values():
         setting.write_splits(bench.data, bench.folder(setting) / "data")
     for stored, seeds in begun:
         run_comparison(given, bench, stored, seeds)
 
 
-def check(places: Sequence[Chosen], given: argparse.Namespace) -> None:
-    """Raise UnusableError if there is nothing to run, or a comparison has no arm of the groups."""
-    if not places:
-        known = {name: ", ".join(COMPARISONS[name].seeds) for name in given.only}
-        words = "; ".join(f"{name} is compared in {settings}" for name, settings in known.items())
-        raise UnusableError(f"nothing to run in {', '.join(given.settings)}: {words}")
-    for name, setting, _ in places:
-        groups = {group_of(arm) for arm in COMPARISONS[name].arms_in(setting.name)}
-        if given.groups is not None and not groups & {*given.groups}:
-            raise UnusableError(
-                f"{name} has no arms of the groups {', '.join(given.groups)} in the setting "
-                f"{setting.name}; its groups are {', '.join(sorted(groups - {''}))}"
-            )
-
-
-def need_data(data: Path, settings: Sequence[Setting]) -> None:
-    for setting in settings:
-        for file in setting.needs:
-            if not (data / file).is_file():
-                raise UnusableError(
-                    f"the setting {setting.name} needs {file}, which is not in {data}; name the "
-                    "folder with --data, or leave the setting out with --settings"
-                )
-
-
-def encoder_in(out: Path) -> Path:
-    """Return the folder of the pretrained encoder, which is copied next to the runs."""
-    encoder = out / "encoder"
-    if not encoder.is_dir():
-        with replaced_folder(encoder) as folder:
-            shutil.copytree(ROOT / fetch_teacher(), folder, dirs_exist_ok=True)
-    return encoder
-
-
-def chosen(given: argparse.Namespace) -> Iterator[tuple[str, Setting, Sequence[int]]]:
+def chosen(given: argparse.Namespace) -> Iterator[Chosen]:
     for name in given.only:
         for setting, seeds in COMPARISONS[name].seeds.items():
             if setting in given.settings:
@@ -149,24 +117,18 @@ def run_comparison(
 
     The steps at equal cost come from the measured costs of all seeds.
     """
-    comparison, chosen = COMPARISONS[stored.comparison], _chosen_arms(given, stored)
+    comparison = COMPARISONS[stored.comparison]
+    first = (comparison.reference, comparison.plain, comparison.labels)
+    chosen = [
+        arm
+        for arm in comparison.arms_in(stored.setting)
+        if not given.quick or (group_of(arm) in QUICK_GROUPS and named(arm) in first)
+    ]
     gating = [arm for arm in chosen if named(arm) in (comparison.plain, comparison.labels)]
     stored = _run_seeds(given, bench, stored, seeds, gating, "steps")
     arms = _compared(stored, chosen) if len(seeds) > 1 else chosen
     for basis in BASES[:1] if given.quick else BASES:
         stored = _run_seeds(given, bench, stored, seeds, arms, basis)
-
-
-def _chosen_arms(given: argparse.Namespace, stored: Stored) -> list[str]:
-    """Return the arms of the groups that were asked for; arms without a group serve all groups."""
-    comparison = COMPARISONS[stored.comparison]
-    first = (comparison.reference, comparison.plain, comparison.labels)
-    return [
-        arm
-        for arm in comparison.arms_in(stored.setting)
-        if (given.groups is None or group_of(arm) in ("", *given.groups))
-        and (named(arm) in first or not given.quick)
-    ]
 
 
 def _compared(stored: Stored, arms: Sequence[str]) -> list[str]:
@@ -190,29 +152,26 @@ def _run_seeds(
     arms: Sequence[str],
     basis: Basis,
 ) -> Stored:
-    """Run the cells of all seeds; an arm that needs the result of another arm comes after it."""
-    _, left = known_and_left(bench, stored, seeds, arms, basis)
-    stored = _with_teachers(given, bench, stored, sorted({run.seed for run in left}))
-    known = COMPARISONS[stored.comparison].arms
-    for is_after in (False, True):
-        now = [arm for arm in arms if (known[arm].after is not None) is is_after]
-        stored = _run_arms(given, bench, stored, seeds, now, basis)
-    return stored
+    """Train the teachers, then run the cells of all seeds.
 
-
-def _with_teachers(
-    given: argparse.Namespace, bench: Bench, stored: Stored, seeds: Sequence[int]
-) -> Stored:
+    An arm that needs the result of another arm comes after it.
+    """
     setting, comparison = SETTINGS[stored.setting], COMPARISONS[stored.comparison]
-    needed = [(name, seed) for seed in seeds for name in comparison.teachers]
+    _, left = known_and_left(bench, stored, seeds, arms, basis)
+    again = sorted({run.seed for run in left})
+    needed = [(name, seed) for seed in again for name in comparison.teachers]
     # The longest runs come first, so that no core waits for the last run.
     needed.sort(key=lambda one: setting.pool[one[0]], reverse=True)
     with ThreadPoolExecutor(given.jobs) as pool:
         gates = list(pool.map(lambda one: taught(bench, setting, *one), needed))
         if comparison.cached:
-            list(pool.map(lambda seed: cached(bench, setting, comparison.teachers, seed), seeds))
-    others = [gate for gate in stored.teachers if gate.seed not in seeds]
-    return dataclasses.replace(stored, teachers=(*others, *gates))
+            list(pool.map(lambda seed: cached(bench, setting, comparison.teachers, seed), again))
+    others = [gate for gate in stored.teachers if gate.seed not in again]
+    stored = dataclasses.replace(stored, teachers=(*others, *gates))
+    for is_after in (False, True):
+        now = [arm for arm in arms if (comparison.arms[arm].after is not None) is is_after]
+        stored = _run_arms(given, bench, stored, seeds, now, basis)
+    return stored
 
 
 def _run_arms(
@@ -268,11 +227,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     words = f"of {', '.join(SETTINGS)}; default: {', '.join(planned)}"
     parser.add_argument("--settings", type=words_of(SETTINGS), default=planned, help=words)
     parser.add_argument("--seeds", type=integers, help="separated by commas")
-    known = sorted(
-        {group_of(arm) for comparison in COMPARISONS.values() for arm in comparison.arms}
-    )
-    words = "of arms, such as 0.97; default: all"
-    parser.add_argument("--groups", type=words_of(known), help=words)
     parser.add_argument("--jobs", type=positive, default=2, help="cells side by side")
     parser.add_argument("--quick", action="store_true", help="a subset of less than 20 minutes")
     words = "store the runs of another benchmark, such as shrink-books runs/bench/shrink/books"
@@ -281,8 +235,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     given.only = given.only or list(QUICK_ONLY if given.quick else COMPARISONS)
     if given.quick:
-        given.settings = [QUICK_SETTING]
-        given.seeds = given.seeds or list(QUICK_SEEDS)
-        given.groups = given.groups or list(QUICK_GROUPS)
+        given.settings = ["clinc150-few"]
+        given.seeds = given.seeds or [1, 2]
     given.stored = given.stored or (given.out / "quick/evidence" if given.quick else STORED)
     return given

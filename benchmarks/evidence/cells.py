@@ -110,7 +110,6 @@ def stored_path(folder: Path, comparison: str, setting: str) -> Path:
 
 
 def write_stored(folder: Path, stored: Stored) -> Path:
-    """Write the file of a comparison in a setting, whole or not at all."""
     path = stored_path(folder, stored.comparison, stored.setting)
     path.parent.mkdir(parents=True, exist_ok=True)
     tree = {"version": VERSION, **dataclasses.asdict(stored)}

@@ -22,9 +22,7 @@ from lib.data import TASKS
 from lib.launching import Report, UnusableError, metric_of
 from lib.tables import machine
 
-STUDENT, KL = "student", "soft_target_kl"
-BEFORE = "mixed-teacher"
-"""The stage in which the teacher of version 2 reads the rows, before its student."""
+STUDENT = "student"
 
 
 def collect(path: Path, folder: Path) -> None:
@@ -61,19 +59,23 @@ def _cells(stored: Stored, folder: Path, arm: str) -> Iterator[Cell]:
 def _cell(stored: Stored, run: Path, which: tuple[str, str], seed: int) -> Cell:
     (arm, model), report = which, _report(run)
     stages = _stages_of(report, model)
-    before = sum(stage["steps"] for stage in stages if stage["name"] == BEFORE)
+    # The teacher of version 2 reads the rows in a stage before its student.
+    before = sum(stage["steps"] for stage in stages if stage["name"] == "mixed-teacher")
     steps = sum(stage["steps"] for stage in stages) - before
     metric = "nats_per_character" if "per character" in stored.metric else "loss"
     has_teacher = arm not in COLLECTED[stored.comparison].no_teacher
+    train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
+    rows = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
+    rows *= report["environment"]["ranks"]  # of an optimizer step
     return Cell(
         arm=arm,
         seed=seed,
         basis="steps",
         score=metric_of(report, model, metric, HELD_OUT),
-        divergence=stages[-1]["metrics"].get(KL),
+        divergence=stages[-1]["metrics"].get("soft_target_kl"),
         steps=steps,
         cpu_seconds=_cpu_seconds(report, stages),
-        teacher_rows=(before or steps) * _rows(run, report) if has_teacher else 0,
+        teacher_rows=(before or steps) * rows if has_teacher else 0,
     )
 
 
@@ -86,13 +88,6 @@ def _stages_of(report: Report, model: str) -> list[Report]:
 
 def _report(run: Path) -> Report:
     return json.loads((run / "report.json").read_text(encoding="utf-8"))
-
-
-def _rows(run: Path, report: Report) -> int:
-    """Return the rows of an optimizer step."""
-    train = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["train"]
-    rows = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
-    return rows * report["environment"]["ranks"]
 
 
 def _cpu_seconds(report: Report, stages: Sequence[Report]) -> float:

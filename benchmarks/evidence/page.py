@@ -35,22 +35,11 @@ from evidence.cells import (
 from evidence.comparisons import COMPARISONS, Comparison, named
 from evidence.others import ALL_COMPARISONS, titles_of
 from evidence.pictures import forest_plot
-from evidence.statistics import (
-    Assessed,
-    Difference,
-    Gate,
-    Group,
-    Unit,
-    Verdict,
-    assess,
-    unit_of,
-)
-from lib.launching import ROOT
+from evidence.statistics import Assessed, Difference, Gate, Group, Unit, Verdict, assess, unit_of
 from lib.tables import markdown_table, mean_and_deviation
 from megakd.storage.atomic import write_text
 
 HERE = Path(__file__).parent
-PAGE = ROOT / "benchmarks/notebook/evidence.md"
 NOTES = "notes.yaml"
 NOTE_KEYS = ("title", "page", "why", "tried", "paper_start")
 NONE = "-"
@@ -114,11 +103,7 @@ def rendered(
         titles_of=lambda name: defaultdict(str, titles_of(name)),
         missing=", ".join(f"`{name}`" for name in comparisons if name not in assessed),
         runs=[
-            c
-            for n in assessed
-            if n in COMPARISONS
-            for one in assessed[n]
-            for c in one.stored.runs()
+            c for n in assessed if n in COMPARISONS for s in assessed[n] for c in s.stored.runs()
         ],
         sections=[
             (name, comparisons[name], dict.fromkeys(NOTE_KEYS) | notes.get(name, {}), settings)
@@ -201,7 +186,6 @@ def gates(groups: Sequence[Group]) -> list[tuple[Gate, str]]:
 
 
 def compared_table(one: Assessed, groups: Iterable[Group]) -> str:
-    """Return the Markdown table of the groups that are compared; the reference arms are bold."""
     return markdown_table([
         _row(one, arm, is_reference=arm == group.reference)
         for group in groups
@@ -220,12 +204,7 @@ def _row(one: Assessed, arm: str, *, is_reference: bool) -> dict[str, str]:
     texts = [_difference_text(one.stored, each) for each in of_bases]
     if is_reference:
         cells["arm"], texts = f"**{arm}**", ["reference", "reference"]
-
-    def both(text: Callable[[Difference], str]) -> str:
-        """Join the texts of both bases; the first alone without a difference at equal cost."""
-        shown = [NONE if each is None else text(each) for each in of_bases]
-        return " / ".join(shown if of_bases[1] else shown[:1])
-
+    both = partial(_by_basis, of_bases)
     return {
         **{key: cells.pop(key) for key in ("arm", "seeds", "score (sd)")},
         "equal steps (95 %)": texts[0],
@@ -236,6 +215,12 @@ def _row(one: Assessed, arm: str, *, is_reference: bool) -> dict[str, str]:
         "pairs needed": both(lambda each: str(each.pairs_needed or NONE)),
         **cells,
     }
+
+
+def _by_basis(of_bases: Sequence[Any], text: Callable[[Any], str]) -> str:
+    """Join the texts of both bases; the first alone without a value at equal cost."""
+    shown = [text(one) if one else NONE for one in of_bases]
+    return " / ".join(shown if of_bases[1] else shown[:1])
 
 
 def _difference_text(stored: Stored, each: Difference | None) -> str:
@@ -249,10 +234,7 @@ def _difference_text(stored: Stored, each: Difference | None) -> str:
 def _cells_of(stored: Stored, arm: str) -> dict[str, str]:
     decimals = unit_of(stored).decimals
     of_bases = [list(stored.of(arm, basis).values()) for basis in BASES]
-
-    def joined(text: Callable[[Sequence[Cell]], str]) -> str:
-        shown = [text(cells) if cells else NONE for cells in of_bases]
-        return " / ".join(shown if of_bases[1] else shown[:1])
+    joined = partial(_by_basis, of_bases)
 
     def whole(field: str) -> str:
         return joined(lambda cells: f"{statistics.fmean(getattr(c, field) for c in cells):,.0f}")
@@ -287,7 +269,6 @@ def spread(values: Sequence[float], decimals: int) -> str:
 
 
 def p_text(p: float) -> str:
-    """Return a p-value with three decimals; a dash if it is NaN."""
     if math.isnan(p):
         return NONE
     return "<0.001" if p < 0.0005 else f"{p:.3f}"
@@ -300,7 +281,6 @@ def paired_text(each: Difference) -> str:
 
 
 def signed(value: float, unit: Unit) -> str:
-    """Return a difference with its sign; a dash if there is none."""
     return NONE if math.isnan(value) else f"{value:+.{unit.decimals}f}"
 
 
@@ -338,7 +318,6 @@ def conclusion(settings: Sequence[Assessed], reference: str) -> str:
 
 
 def _headline(against: Sequence[Placed], reference: str) -> str:
-    """Return the sentence about the method and its control."""
     names = ", ".join(dict.fromkeys(f"`{named(one.difference.arm)}`" for one in against))
     clauses = [
         f"at equal {basis}, `{reference}` {verdicts}"
@@ -349,24 +328,19 @@ def _headline(against: Sequence[Placed], reference: str) -> str:
 
 
 def _verdicts(placed: Sequence[Placed]) -> str:
-    """Return the method's verdicts with the places, the gains and their intervals."""
     gains = {verdict: list[str]() for verdict in METHOD_VERDICTS}
     for one in placed:
         place = f"{one.setting}, {one.group}" if one.group else one.setting
-        gains[one.difference.verdict].append(f"{place} ({_gain(one)})")
+        # The method's score less the control's.
+        mean, low, high = (
+            signed(-value + 0.0, one.unit)
+            for value in (one.difference.mean, one.difference.high, one.difference.low)
+        )
+        between = "one pair or no spread" if low == NONE else f"95 % interval {low} to {high}"
+        gains[one.difference.verdict].append(f"{place} ({mean} {one.unit.name}, {between})")
     return ", ".join(
         f"{METHOD_VERDICTS[v]} {', '.join(places)}" for v, places in gains.items() if places
     )
-
-
-def _gain(one: Placed) -> str:
-    """Return the method's score less the control's, with the interval."""
-    mean, low, high = (
-        signed(-value + 0.0, one.unit)
-        for value in (one.difference.mean, one.difference.high, one.difference.low)
-    )
-    between = "one pair or no spread" if low == NONE else f"95 % interval {low} to {high}"
-    return f"{mean} {one.unit.name}, {between}"
 
 
 def _others(others: Sequence[Placed], reference: str) -> str:
@@ -390,12 +364,10 @@ def _others(others: Sequence[Placed], reference: str) -> str:
         )
         return f"{len(by_verdict[verdict])}{f' ({listed})' if listed else ''}"
 
+    favoured = {"perhaps better": "the other arm", "perhaps worse": f"`{reference}`"}
     perhaps = "".join(
         f"{names(verdict)} perhaps in favour of {whom}, "
-        for verdict, whom in (
-            ("perhaps better", "the other arm"),
-            ("perhaps worse", f"`{reference}`"),
-        )
+        for verdict, whom in favoured.items()
         if by_verdict[verdict]
     )
     return (

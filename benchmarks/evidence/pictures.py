@@ -9,7 +9,6 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
@@ -19,56 +18,49 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from evidence.cells import BASES
-from evidence.statistics import Assessed, Difference, Verdict, unit_of
+from evidence.statistics import Assessed, Verdict, unit_of
 
-COLOURS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "paper": ("#fdfdfc", "#14181d"),
-        "ink": ("#1d2731", "#e4e8ed"),
-        "muted": ("#5c6875", "#9ba7b4"),
-        "line": ("#dbe0e6", "#333c47"),
-        "better": ("#1668ad", "#62b0f2"),
-        "worse": ("#c4244f", "#ff7d9c"),
-        "perhaps-better": ("#7ba7cc", "#4a7396"),
-        "perhaps-worse": ("#d98ba1", "#99586a"),
-        "untold": ("#66717d", "#a3aeb9"),
-    }
-)
+COLOURS = {
+    "paper": ("#fdfdfc", "#14181d"),
+    "ink": ("#1d2731", "#e4e8ed"),
+    "muted": ("#5c6875", "#9ba7b4"),
+    "line": ("#dbe0e6", "#333c47"),
+    "better": ("#1668ad", "#62b0f2"),
+    "worse": ("#c4244f", "#ff7d9c"),
+    "perhaps-better": ("#7ba7cc", "#4a7396"),
+    "perhaps-worse": ("#d98ba1", "#99586a"),
+    "untold": ("#66717d", "#a3aeb9"),
+}
 """Colours of the report on light and on dark pages."""
-LIGHT = MappingProxyType({name: pair[0] for name, pair in COLOURS.items()})
-SHADES: Mapping[Verdict, str] = MappingProxyType(
-    {
-        "better": "better",
-        "worse": "worse",
-        "perhaps better": "perhaps-better",
-        "perhaps worse": "perhaps-worse",
-        "cannot be told": "untold",
-    }
-)
+LIGHT = {name: pair[0] for name, pair in COLOURS.items()}
+SHADES: Mapping[Verdict, str] = {
+    "better": "better",
+    "worse": "worse",
+    "perhaps better": "perhaps-better",
+    "perhaps worse": "perhaps-worse",
+    "cannot be told": "untold",
+}
 """The name of the colour of each verdict."""
 WIDE = 3
 """Panels side by side."""
 PANEL, NAMES, LINE, FRAME = 2.3, 2.3, 0.27, 0.95
 """Inches: width of a panel, width of the arms' names, height of an arm, height of titles."""
-DRAWING: Mapping[Any, Any] = MappingProxyType(
-    {
-        # Text stays text: small files, and the fonts of the page's reader.
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.edgecolor": LIGHT["line"],
-        "text.color": LIGHT["ink"],
-        "text.parse_math": False,
-    }
-)
+DRAWING: dict[Any, Any] = {
+    # Text stays text: small files, and the fonts of the page's reader.
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": LIGHT["line"],
+    "text.color": LIGHT["ink"],
+    "text.parse_math": False,
+}
 
 
 def forest_plot(panels: Sequence[Assessed]) -> str:
-    """Return the SVG of the differences of a comparison."""
     arms = list(dict.fromkeys(one.arm for panel in panels for one in panel.differences))
     rows, columns = math.ceil(len(panels) / WIDE), min(WIDE, len(panels))
     size = (NAMES + PANEL * columns, rows * (FRAME + LINE * len(arms)) + 0.5)
-    with mpl.rc_context(dict(DRAWING)):
+    with mpl.rc_context(DRAWING):
         figure = Figure(figsize=size, layout="constrained")
         canvas = FigureCanvasSVG(figure)
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
@@ -102,14 +94,10 @@ def _panel(axes: Axes, panel: Assessed, arms: Sequence[str]) -> None:
     has_both = {one.arm for one in panel.differences if one.basis == "cost"}
     for one in panel.differences:
         shift = 0.17 * (1 if one.basis == "cost" else -1) if one.arm in has_both else 0.0
-        _mark(axes, one, arms.index(one.arm) + shift)
-
-
-def _mark(axes: Axes, one: Difference, height: float) -> None:
-    colour = LIGHT[SHADES[one.verdict]]
-    if math.isfinite(one.low):
-        axes.plot([one.low, one.high], [height, height], color=colour, linewidth=1.4, zorder=2)
-    axes.plot([one.mean], [height], **_look(colour, is_filled=one.basis == BASES[0]), zorder=3)
+        height, colour = arms.index(one.arm) + shift, LIGHT[SHADES[one.verdict]]
+        if math.isfinite(one.low):
+            axes.plot([one.low, one.high], [height, height], color=colour, linewidth=1.4, zorder=2)
+        axes.plot([one.mean], [height], **_look(colour, is_filled=one.basis == BASES[0]), zorder=3)
 
 
 def _look(colour: str, *, is_filled: bool) -> dict[str, Any]:

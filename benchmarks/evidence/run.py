@@ -46,12 +46,8 @@ from megakd.storage.atomic import write_text
 
 SAME_COST = 0.1
 """Two costs that differ by a smaller share count as equal."""
-TEACHER_EVALUATIONS, STUDENT_EVALUATIONS = 6, 1
 SCALED = ("student", "direct", "trial-", "leg-")
 """Names, or beginnings, of stages whose steps follow train.max_steps."""
-PLUGINS = launching.BENCHMARKS / "evidence/plugins"
-"""Methods of the arms, by the names that the digests of the cells have."""
-REMOVED = ("checkpoints", "stages", "final", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +88,7 @@ def taught(bench: Bench, setting: Setting, name: str, seed: int) -> TeacherGate:
         "method": {"name": "finetune"},
         "train": setting.teacher.train(),
     }
-    labels = run_config(bench, setting, seed, sections, evaluations=TEACHER_EVALUATIONS)
+    labels = run_config(bench, setting, seed, sections, evaluations=6)
     config = labels | of_bootstrap(bench, setting, name, seed)
 
     def make() -> dict[str, Any]:
@@ -139,11 +135,10 @@ def write_bootstrap(labels: Config, config: Config) -> None:
 
 def cached(bench: Bench, setting: Setting, names: tuple[str, ...], seed: int) -> None:
     """Write the answers of the teachers of a seed to all training rows, unless that is done."""
-    place = place_of(bench, setting, seed, {})
     folder = bench.folder(setting) / "caches" / str(seed)
     sections = {
         "student": {"model": bench.encoder, "layers": list(setting.student_layers)},
-        "teachers": teacher_sections(place, names),
+        "teachers": teacher_sections(place_of(bench, setting, seed, {}), names),
         "method": {"name": "mean_of_teachers"},
         "train": setting.student.train(),
     }
@@ -166,13 +161,12 @@ def place_of(
 
 
 def run_cell(bench: Bench, comparison: Trained, cell: Planned) -> Cell:
-    """Run a cell, unless that is done, and return its result."""
     folder, arm = cell.folder, comparison.arms[cell.name]
     config = cell_config(bench, arm, cell)
 
     def make() -> dict[str, Any]:
         result = _result(bench, arm, cell, run_once(folder, config))
-        for name in REMOVED:
+        for name in ("checkpoints", "stages", "final", "tensorboard"):
             shutil.rmtree(folder / name, ignore_errors=True)
         return dataclasses.asdict(result)
 
@@ -195,7 +189,7 @@ def cell_config(bench: Bench, arm: Arm, cell: Planned) -> Config:
     setting, sections = cell.place.setting, arm.config(cell.place)
     train = setting.student.train() | sections.get("train", {}) | {"max_steps": cell.steps}
     sections = {**sections, "train": train}
-    return run_config(bench, setting, cell.seed, sections, evaluations=STUDENT_EVALUATIONS)
+    return run_config(bench, setting, cell.seed, sections, evaluations=1)
 
 
 def run_config(
@@ -229,7 +223,8 @@ def start(folder: Path, config: Config, *, program: str) -> None:
         shutil.rmtree(folder)
     launching.write_config(path, tree)
     command = launching.launch_command(program, path, 1, [])
-    paths = [str(PLUGINS), os.environ.get("PYTHONPATH", "")]
+    # Methods of the arms, by the names that the digests of the cells have.
+    paths = [str(launching.BENCHMARKS / "evidence/plugins"), os.environ.get("PYTHONPATH", "")]
     plugins = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     environment = os.environ | launching.quickstart().ENVIRONMENT | plugins
     began = time.perf_counter()
@@ -274,7 +269,6 @@ def _result(bench: Bench, arm: Arm, cell: Planned, report: Mapping[str, Any]) ->
 
 
 def evaluations(folder: Path, metric: str) -> list[float]:
-    """Return the validation scores of the evaluations of a student, in order."""
     return [r[f"eval/{metric}"] for r in launching.records_of(folder) if f"eval/{metric}" in r]
 
 
@@ -385,11 +379,11 @@ def cost_share(stored: Stored, arm: str, reference: str) -> float | None:
 
 def selected(output: Path) -> dict[str, float]:
     """Return the mean weight of each kind of knowledge over the student's steps in a run."""
-    logged: dict[str, list[float]] = {}
-    records = (record for record in launching.records_of(output) if record["stage"] == "student")
-    for key, value in (item for record in records for item in record.items()):
-        if key.startswith("select/"):
-            logged.setdefault(key.removeprefix("select/"), []).append(value)
+    logged = defaultdict[str, list[float]](list)
+    for record in launching.records_of(output):
+        for key, value in record.items() if record["stage"] == "student" else ():
+            if key.startswith("select/"):
+                logged[key.removeprefix("select/")].append(value)
     return {kind: sum(values) / len(values) for kind, values in logged.items()}
 
 
@@ -406,7 +400,6 @@ def teacher_steps(report: Mapping[str, Any]) -> int:
 
 
 ANSWERS = "answers.npz"
-BATCH = 100
 LOADING = threading.Lock()
 """Two cells may end at the same time, and `from_pretrained` may not run in two threads at once."""
 
@@ -419,7 +412,6 @@ class Answered(NamedTuple):
 
 
 def answers_of(model: Path, texts: Sequence[str], max_length: int) -> Answered:
-    """Return the answers of the classifier in a folder, one row per text."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -429,14 +421,10 @@ def answers_of(model: Path, texts: Sequence[str], max_length: int) -> Answered:
     network.eval()
     rows = []
     with torch.inference_mode():
-        for first in range(0, len(texts), BATCH):
-            batch = tokenizer(
-                list(texts[first : first + BATCH]),
-                padding=True,
-                truncation=True,
-                max_length=max_length,
-                return_tensors="pt",
-            )
+        for first in range(0, len(texts), 100):
+            some = list(texts[first : first + 100])
+            options = {"padding": True, "truncation": True, "max_length": max_length}
+            batch = tokenizer(some, **options, return_tensors="pt")
             rows.append(network(**batch).logits.float().numpy())
     names = network.config.id2label
     return Answered(np.concatenate(rows), [names[number] for number in range(len(names))])

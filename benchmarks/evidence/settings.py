@@ -47,10 +47,6 @@ class Learning:
         }
 
 
-NO_FACTS = ("title", "splits", "in_plan")
-"""Fields of a setting that its results do not depend on."""
-NEW_FACTS = ("bootstrap",)
-"""Fields that stored digests have only where they are set."""
 POOL = {"one": 1, "two": 2, "four": 4, "six": 6}
 """The teacher of one layer is weaker than the student of two."""
 EQUAL = ("second", "third", "fourth")
@@ -90,8 +86,14 @@ class Setting:
     in_plan: bool = True
 
     def facts(self) -> Config:
-        facts = {key: value for key, value in vars(self).items() if key not in NO_FACTS}
-        return {key: value for key, value in facts.items() if value or key not in NEW_FACTS}
+        """Return what the results of the setting depend on."""
+        others = ("title", "splits", "in_plan")
+        # Stored digests have `bootstrap` only where it is set.
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key not in others and (value or key != "bootstrap")
+        }
 
     def task(self, folder: Path) -> Config:
         """Return the section `task` of the files that `write_splits` has written to a folder.
@@ -160,16 +162,7 @@ _TEXT = "unlabelled text"
 _TABLE = (
     # data, labels, the teacher's steps and rate, rates of labels alone: whole and cut student
     ("clinc150-few", f"CLINC150, 1500 labels, {_TEXT}", _CLINC, 1500, 640, 5e-4, 1e-3, 2e-3),
-    (
-        "banking77-few",
-        f"banking77, 1000 labels, {_TEXT}",
-        _BANK,
-        1000,
-        640,
-        5e-4,
-        1e-3,
-        1e-3,
-    ),
+    ("banking77-few", f"banking77, 1000 labels, {_TEXT}", _BANK, 1000, 640, 5e-4, 1e-3, 1e-3),
     ("sst2-few", f"SST-2, 500 labels, {_TEXT}", _SST2, 500, 320, 1e-4, 3e-4, 3e-4),
     ("clinc150", "CLINC150, all labels", _CLINC, None, 1600, 3e-4, 1e-3, 1e-3),
 )

@@ -34,8 +34,6 @@ from lib.tables import mean_and_deviation
 
 Verdict = Literal["better", "worse", "perhaps better", "perhaps worse", "cannot be told"]
 LEVEL, POWER = 0.05, 0.8
-NOISIER = 0.01
-"""Level of the test for arms that are noisier than the others."""
 SAME = 1e-9
 """Differences whose deviation is below this are the same number."""
 
@@ -105,17 +103,15 @@ def differences(
     def compared(arm: str, reference: str, basis: Basis, values: Sequence[float]) -> Difference:
         is_noisier = {_run_of(stored, arm, basis), (reference, BASES[0])} & noisier
         its_noise = own_noise(values) if is_noisier else noise
-        return _difference(values, arm=arm, reference=reference, basis=basis, noise=its_noise)
+        one = _difference(values, arm=arm, reference=reference, basis=basis, noise=its_noise)
+        needed = pairs_needed(one.deviation, unit_of(stored).smallest)
+        return dataclasses.replace(one, pairs_needed=needed)
 
     made = [
         compared(arm, reference, basis, values)
         for arm, reference in pairs
         for basis in BASES
         if (values := paired(stored, arm, reference, basis=basis))
-    ]
-    smallest = unit_of(stored).smallest
-    made = [
-        dataclasses.replace(one, pairs_needed=pairs_needed(one.deviation, smallest)) for one in made
     ]
     # Runs that serve both bases are one test, and count once.
     tests = {_run_of(stored, one.arm, one.basis): one.p for one in made}
@@ -192,7 +188,7 @@ def cochran_limit(arms: int, seeds: int) -> float:
     with seeds - 1 and (arms - 1)(seeds - 1) degrees of freedom.
     """
     freedom = max(1, seeds - 1)
-    quantile = float(fisher_f.isf(NOISIER / arms, freedom, (arms - 1) * freedom))
+    quantile = float(fisher_f.isf(0.01 / arms, freedom, (arms - 1) * freedom))
     return quantile / (quantile + arms - 1)
 
 
@@ -316,7 +312,6 @@ class Group:
 
     @property
     def is_compared(self) -> bool:
-        """True if every gate has passed or does not apply."""
         return all(gate.state != "failed" for gate in self.gates)
 
     @property
@@ -339,7 +334,6 @@ class Assessed:
 
 
 def assess(stored: Stored, comparison: Comparison) -> Assessed:
-    """Return the groups, gates and differences of a comparison in a setting."""
     assessed = groups(stored, comparison)
     compared = [
         (arm, group.reference) for group in assessed if group.is_compared for arm in group.arms
@@ -358,23 +352,17 @@ def groups(stored: Stored, comparison: Comparison) -> tuple[Group, ...]:
     by_reference = defaultdict[str, list[str]](list)
     for arm in arms:
         by_reference[comparison.reference_of(arm, present)].append(arm)
-    return tuple(
-        _group(stored, comparison, reference, its) for reference, its in by_reference.items()
-    )
-
-
-def _group(stored: Stored, comparison: Comparison, reference: str, arms: Sequence[str]) -> Group:
-    plain, labels = (
-        None if name is None else arm_beside(comparison.arms, name, reference)
-        for name in (comparison.plain, comparison.labels)
-    )
-    return Group(
-        reference=reference,
-        arms=tuple(arms),
-        plain=plain,
-        labels=labels,
-        gates=(converged(stored), distils(stored, plain=plain, labels=labels)),
-    )
+    made = []
+    for reference, its in by_reference.items():
+        plain, labels = (
+            None if name is None else arm_beside(comparison.arms, name, reference)
+            for name in (comparison.plain, comparison.labels)
+        )
+        gates = (converged(stored), distils(stored, plain=plain, labels=labels))
+        made.append(
+            Group(reference=reference, arms=tuple(its), plain=plain, labels=labels, gates=gates)
+        )
+    return tuple(made)
 
 
 def converged(stored: Stored) -> Gate:
@@ -392,19 +380,15 @@ def converged(stored: Stored) -> Gate:
     bad = [(rise, one) for rise, one in rises if not rise <= unit.smallest]
     shown = bad or [max(rises, key=lambda pair: pair[0])]
     words = "; ".join(
-        f"{one.teacher}, seed {one.seed}: "
-        + (
-            f"{rise:+.{unit.decimals}f}"
-            if math.isfinite(rise)
-            else f"{len(one.scores)} evaluations"
-        )
+        f"{one.teacher}, seed {one.seed}: {rise:+.{unit.decimals}f}"
+        if math.isfinite(rise)
+        else f"{one.teacher}, seed {one.seed}: {len(one.scores)} evaluations"
         for rise, one in shown
     )
     limit = f"at most {unit.smallest:g} {unit.name} are allowed"
     if bad:
-        return Gate(
-            CONVERGED, "failed", f"{len(bad)} of {len(trained)} still rise ({words}; {limit})"
-        )
+        says = f"{len(bad)} of {len(trained)} still rise ({words}; {limit})"
+        return Gate(CONVERGED, "failed", says)
     return Gate(CONVERGED, "passed", f"largest rise of {len(trained)}: {words} ({limit})")
 
 

@@ -29,7 +29,6 @@ COLUMNS = {
     "clock": "MHz",
     "reason": "not measured, because",
 }
-EVERY_S = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     with subprocess.Popen(command, cwd=ROOT / "kernels") as process:
         while process.poll() is None:
             try:
-                process.wait(EVERY_S)
+                process.wait(1.0)
             except subprocess.TimeoutExpired:
                 # A case that hangs must not hide the others.
                 say({"rows": rows_of(given.folder)})
@@ -55,14 +54,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    lines = [line for file in folder.glob("*.jsonl") for line in whole_lines(file)]
-    records = [json.loads(line) for line in lines]
+    # Without a last line that is still being written.
+    files = (file.read_text(encoding="utf-8").split("\n")[:-1] for file in folder.glob("*.jsonl"))
+    records = [json.loads(line) for lines in files for line in lines]
     return [{title: row.get(key) for key, title in COLUMNS.items()} for row in records]
-
-
-def whole_lines(file: Path) -> list[str]:
-    """Return the lines of a file without a last line that is still being written."""
-    return file.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def promises_of(folder: Path) -> list[dict[str, Any]]:

@@ -41,7 +41,12 @@ WORK = Path(tempfile.gettempdir()) / "megakd-gpu-day"
 
 
 def main() -> int:
-    given, options = parse()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--wheels", type=Path, help="the folder of pack.py; none: all is installed")
+    parser.add_argument("--to", type=Path, required=True, help="for the results of every call")
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--wait", type=float, default=560, help="seconds of a call, all in all")
+    given, options = parser.parse_known_args()
     end = time.monotonic() + given.wait
     given.work.mkdir(parents=True, exist_ok=True)
     if not (given.work / "pid").is_file():
@@ -53,15 +58,6 @@ def main() -> int:
     bring(given)
     print("still running: the same command again" if is_running(given.work) else "finished")
     return 0
-
-
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--wheels", type=Path, help="the folder of pack.py; none: all is installed")
-    parser.add_argument("--to", type=Path, required=True, help="for the results of every call")
-    parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--wait", type=float, default=560, help="seconds of a call, all in all")
-    return parser.parse_known_args()
 
 
 def prepare(given: argparse.Namespace) -> bool:
@@ -102,7 +98,6 @@ def is_running(work: Path) -> bool:
 
 
 def bring(given: argparse.Namespace) -> None:
-    """Copy the results so far, and print a line per part."""
     given.to.mkdir(parents=True, exist_ok=True)
     day = given.work / "day"
     kept = (day / "results.json", day / "page.md", day / "work/llama/trace.json.gz")

@@ -103,7 +103,6 @@ def _schedule(steps: int, *, rehearse: bool) -> Tree:
 
 
 def _sections(kind: str, folder: Path, *, length: int, rehearse: bool) -> Tree:
-    """Return the folder of the run, and the section `task`."""
     pieces = "bpe" if kind == "causal_lm" else "wordpiece"
     tokenizer = {"type": pieces, "vocab_size": 300 if rehearse else 8000}
     label = {} if kind == "causal_lm" else {"label_column": "label"}

@@ -19,10 +19,6 @@ from gpu_day.process import part_parser, say, skip
 from lib.launching import ROOT
 
 TESTS = Path("kernels/tests")
-REHEARSED = "test_triton_row_hidden.py"
-# Compiles without a GPU and takes longer than all others.
-WITHOUT_GPU = "test_triton_compiles.py"
-PROCESSES = 8
 SHOWN = 20
 
 
@@ -47,11 +43,12 @@ def main(arguments: Sequence[str]) -> int:
 def files(*, rehearse: bool) -> list[str]:
     """Return the test files, and the number of processes that compile kernels side by side."""
     if rehearse:
-        return [str(TESTS / REHEARSED)]
+        return [str(TESTS / "test_triton_row_hidden.py")]
     chosen = sorted(str(path.relative_to(ROOT)) for path in (ROOT / TESTS).glob("test_triton_*.py"))
-    processes = min(PROCESSES, os.cpu_count() or 1)
-    side_by_side = ["-n", str(processes)] if importlib.util.find_spec("xdist") else []
-    return [*(file for file in chosen if not file.endswith(WITHOUT_GPU)), *side_by_side]
+    # Compiles without a GPU and takes longer than all others.
+    chosen.remove(str(TESTS / "test_triton_compiles.py"))
+    processes = str(min(8, os.cpu_count() or 1))
+    return [*chosen, *(["-n", processes] if importlib.util.find_spec("xdist") else [])]
 
 
 def run_tests(words: Sequence[str], report: Path) -> int:
@@ -64,7 +61,6 @@ def run_tests(words: Sequence[str], report: Path) -> int:
 
 
 def counts(report: Path) -> dict[str, Any]:
-    """Return the numbers of tests that passed, failed and were skipped, and the seconds."""
     if not report.is_file():
         return {"passed": 0, "failed": 0, "skipped": 0, "seconds": None}
     suite = next(ET.parse(report).getroot().iter("testsuite"))  # noqa: S314 - pytest wrote it

@@ -65,7 +65,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def timed(stage: MeasuredStage, steps: Iterator[None]) -> dict[str, Any]:
-    """Return the speed and the memory of steps without a profiler."""
     device = stage.ranks.device
     take(steps, WARM_UP, device)
     reset_peak_memory(device)
@@ -87,7 +86,6 @@ def timed(stage: MeasuredStage, steps: Iterator[None]) -> dict[str, Any]:
 
 
 def take(steps: Iterator[None], count: int, device: torch.device) -> None:
-    """Take steps, and wait until the device has finished them."""
     for _ in range(count):
         next(steps)
     if device.type == "cuda":

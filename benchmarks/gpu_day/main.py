@@ -33,13 +33,12 @@ from lib.launching import UnusableError
 from lib.options import parser_of, words_of
 from megakd.storage.atomic import write_text
 
-NO_GPU = "torch finds no GPU on this machine; --rehearse runs all parts at small sizes on the CPU"
-
 
 def main(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
     given = parse(arguments, parts)
     if not given.rehearse and not has_gpu():
-        print(f"gpu_day: error: {NO_GPU}", file=sys.stderr)
+        words = "--rehearse runs all parts at small sizes on the CPU"
+        print(f"gpu_day: error: torch finds no GPU on this machine; {words}", file=sys.stderr)
         return 1
     try:
         results = Results(given.out, rehearsal=given.rehearse)
@@ -77,7 +76,6 @@ def run_parts(chosen: Sequence[Part], results: Results, given: argparse.Namespac
 
 
 def is_due(part: Part, results: Results, deadline: float) -> bool:
-    """Return whether a part is to be run; print its limit, or why it is not run."""
     if results.is_finished(part.name):
         print(f"{part.name}: has finished before", flush=True)
         return False

@@ -27,7 +27,6 @@ class Part(NamedTuple):
 
     @property
     def is_timed(self) -> bool:
-        """Return whether the part needs the GPU for itself."""
         return self.name not in UNTIMED
 
 
@@ -86,7 +85,6 @@ def grouped(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def ordered(parts: Sequence[Part], order: str) -> list[Part]:
-    """Return the parts, those of `TIMES` first for the order "times"."""
     places = {name: place for place, name in enumerate(TIMES)}
     if order != "times":
         return list(parts)

@@ -22,15 +22,13 @@ from megakd_kernels.chunking import (
 )
 from megakd_kernels.row_plan import RowInputs, RowPlan
 
-RUNS, REHEARSED_RUNS = 12, 1
-
 
 class Probe:
     """Times functions and prints all rows after each."""
 
     def __init__(self, *, rehearse: bool) -> None:
         self.device = torch.device("cpu" if rehearse else "cuda")
-        self.runs = REHEARSED_RUNS if rehearse else RUNS
+        self.runs = 1 if rehearse else 12
         self.rows: list[dict[str, Any]] = []
 
     def time(

@@ -25,7 +25,6 @@ from lib.options import parser_of
 from megakd.storage.atomic import json_text
 
 NUMBERS, SKIPPED = "numbers: ", "skipped: "
-TAIL_LINES = 60
 # Time for the tracebacks of a hanging part, and for the system to end its processes.
 LAST_WORDS_S, END_S, POLL_S = 3.0, 10.0, 0.05
 
@@ -41,7 +40,6 @@ class Ended(NamedTuple):
 
 
 def part_parser(about: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a part's program, with the options that all parts have."""
     parser = parser_of(about)
     parser.add_argument("--folder", type=Path, required=True, help="for everything it writes")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU")
@@ -57,7 +55,6 @@ def say(numbers: Mapping[str, Any]) -> None:
 
 
 def skip(reason: str) -> NoReturn:
-    """End this part, which this machine cannot run."""
     print(f"{SKIPPED}{reason}", flush=True)
     sys.exit(0)
 
@@ -72,13 +69,12 @@ def numbers_of(log: str) -> dict[str, Any]:
 
 
 def reason_to_skip(log: str) -> str:
-    """Return why a part was not run; empty if the part was run."""
     return _last_line(log, SKIPPED)
 
 
 def tail_of(log: str) -> str:
     lines = [line for line in log.splitlines() if not line.startswith(NUMBERS)]
-    return "\n".join(lines[-TAIL_LINES:])
+    return "\n".join(lines[-60:])
 
 
 def _last_line(log: str, mark: str) -> str:

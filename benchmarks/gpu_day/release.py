@@ -44,7 +44,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def loaded_once(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """Return the memory before, with and after a teacher and a student that take a step."""
     row: dict[str, Any] = {"before": memory_mb(ranks.device)}
     with measured_stage(config, ranks) as (stage, teacher):
         alive = [weakref.ref(stage.bundle), weakref.ref(teacher.model)]

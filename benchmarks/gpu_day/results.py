@@ -58,7 +58,6 @@ class Results:
         self.parts = {name: Outcome(**outcome) for name, outcome in tree["parts"].items()}
 
     def is_finished(self, name: str) -> bool:
-        """Return whether a part needs no further run."""
         return name in self.parts and self.parts[name].state == FINISHED
 
     def write(self) -> None:
@@ -75,7 +74,6 @@ ASKED = {
     "power.limit": "power limit", "temperature.gpu": "temperature (C)",
 }  # fmt: skip
 """In the order in which nvidia-smi prints them."""
-TIMEOUT_S = 20
 
 
 def has_gpu() -> bool:
@@ -85,9 +83,17 @@ def has_gpu() -> bool:
 
 
 def describe(*, rehearsal: bool) -> dict[str, str]:
-    """Return the machine, its GPUs as nvidia-smi prints them, and what runs on the machine."""
     gpus = {"GPU": "none: rehearsal on a CPU, without clocks"} if rehearsal else _gpus()
-    return {**gpus, "CPU": machine(), **_versions(), "commit": _commit()}
+    # The distribution that is imported, where two are installed.
+    first = {name: next(iter(metadata.distributions(name=name)), None) for name in PACKAGES}
+    versions = {
+        name: "not installed" if one is None else one.version for name, one in first.items()
+    }
+    commit = _output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]) or "unknown"
+    status = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
+    is_changed = commit != "unknown" and _output(status)
+    commit += " with changes" if is_changed else ""
+    return {**gpus, "CPU": machine(), **versions, "commit": commit}
 
 
 def _gpus() -> dict[str, str]:
@@ -99,28 +105,11 @@ def _gpus() -> dict[str, str]:
     return {**dict(zip(ASKED.values(), answers, strict=False)), "GPUs": str(len(lines))}
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        # The one that is imported, where two are installed.
-        package_files = next(iter(metadata.distributions(name=package)), None)
-        versions[package] = "not installed" if package_files is None else package_files.version
-    return versions
-
-
-def _commit() -> str:
-    commit = _output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
-    if not commit:
-        return "unknown"
-    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
-    return f"{commit} with changes" if changed else commit
-
-
 def _output(command: Sequence[str]) -> str:
     """Return what a program prints; empty if the program is missing or fails."""
     try:
         done = subprocess.run(
-            list(command), capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+            list(command), capture_output=True, text=True, check=False, timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -24,7 +24,6 @@ from gpu_day.process import end_tree, part_parser, say
 from lib.launching import ROOT, RunFailedError, under_launcher, write_config
 
 POLL_S, TRIES = 0.01, 3
-WHOLE = re.compile(r"step-(\d+)")
 LEGS = ("first", "resumed", "repeated")
 
 
@@ -42,7 +41,6 @@ CASES = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compare the weights of both runs; return 1 if resuming has changed them."""
     parser = part_parser(__doc__)
     parser.add_argument("case", choices=CASES)
     given = parser.parse_args(arguments)
@@ -93,13 +91,21 @@ def whole_run(
 def kill_in_the_middle(
     config: Path, output: Path, given: Namespace, legs: list[dict[str, Any]]
 ) -> int:
-    """Kill a run after its checkpoint at half of the steps, and return the newest one's step."""
-    steps = CASES[given.case].tree(given.folder, rehearse=given.rehearse)["train"]["max_steps"]
-    step = 0
+    """Kill all processes of a run after its checkpoint at half of the steps.
+
+    Return the step of the newest checkpoint.
+    """
+    case, step = CASES[given.case], 0
+    steps = case.tree(given.folder, rehearse=given.rehearse)["train"]["max_steps"]
+    folder = output / "checkpoints" / case.stage
     for _ in range(TRIES):
         shutil.rmtree(output, ignore_errors=True)
         began = time.monotonic()
-        step = killed_after(steps // 2, config, output, given)
+        with start(config, output, given) as process:
+            while newest_step(folder) < steps // 2 and process.poll() is None:
+                time.sleep(POLL_S)
+            end_tree(process)
+        step = newest_step(folder)
         legs.append({"run": "killed", "seconds": time.monotonic() - began})
         # On a busy machine, a short stage may be over, and its checkpoints removed, before this
         # process has seen them.
@@ -110,20 +116,10 @@ def kill_in_the_middle(
     return step
 
 
-def killed_after(step: int, config: Path, output: Path, given: Namespace) -> int:
-    """Kill all processes of a run once a checkpoint is there; return the newest one's step."""
-    folder = output / "checkpoints" / CASES[given.case].stage
-    with start(config, output, given) as process:
-        while newest_step(folder) < step and process.poll() is None:
-            time.sleep(POLL_S)
-        end_tree(process)
-    return newest_step(folder)
-
-
 def newest_step(folder: Path) -> int:
     """Return the step of the newest whole checkpoint; 0 if there is none."""
     # A folder that is still being written has another name.
-    names = (WHOLE.fullmatch(path.parent.name) for path in folder.glob("*/manifest.json"))
+    names = (re.fullmatch(r"step-(\d+)", p.parent.name) for p in folder.glob("*/manifest.json"))
     return max((int(name[1]) for name in names if name), default=0)
 
 
@@ -133,7 +129,6 @@ def start(config: Path, output: Path, given: Namespace) -> subprocess.Popen[byte
 
 
 def report_numbers(report: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a report that a first day is about."""
     stages = [
         {
             "stage": stage["name"],

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gpu_day.agreement import SMALL
 from gpu_day.process import part_parser, say, words
 from lib.launching import BENCHMARKS, ROOT
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from bench.cases import Case
 
 CHUNK_MB = "chunk_mb"
-SMALL = {"n": 8, "v": 512, "hs": 16, "ht": 32}
 TIMED = "timed: "
 
 
@@ -81,7 +81,6 @@ def timed(value: str, given: argparse.Namespace) -> list[dict[str, Any]]:
 def numbers_of(
     by_value: dict[tuple[str, str], list[dict[str, Any]]], given: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return a row per case and value, with the medians of the rounds."""
     rows = []
     for (value, case), rounds in by_value.items():
         row: dict[str, Any] = {"case": case, given.variable: value, **rounds[-1]}
@@ -114,7 +113,6 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def times_of(case: Case, device: torch.device) -> dict[str, Any]:
-    """Return the median time of a case, its loss, and the memory beyond its inputs."""
     from functools import partial
 
     from bench.memory import peak_on_cuda

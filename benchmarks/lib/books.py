@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,26 +20,11 @@ from lib.data import (
 )
 from lib.launching import Leg, leg_of, report_of, write_config
 
-SAMPLE = 450
-"""Characters of a held-out piece that are scored during training: about one row."""
 EVERY = 20
 """One piece in so many is held out."""
 INITIALIZER_RANGE = 0.05
 """Transformers' 0.02 is meant for wide models: 192 wide, the loss falls more slowly with it."""
 TEACHER, SHORT, HELD_OUT = "teacher", "teacher-short", "held_out"
-CHANGEABLE = {
-    "layers": int,
-    "width": int,
-    "vocabulary": int,
-    "student": int,
-    "rows": int,
-    "short_steps": int,
-    "teacher_steps": int,
-    "teacher_rate": float,
-    "steps": int,
-    "rate": float,
-}
-"""Sizes of a benchmark that its options change."""
 
 
 class Sizes(NamedTuple):
@@ -54,6 +39,7 @@ class Sizes(NamedTuple):
         neighbours matter: every position of its table is seen more often.
     start: the step after which the first units are removed, and all of them in `one_shot`.
     task_scored: rows of a task that a model is scored on; None: all.
+    bf16: in the training of the teacher.
     """
 
     layers: int = 4
@@ -78,6 +64,7 @@ class Sizes(NamedTuple):
     task_rows: int = 32
     task_rate: float = 5e-4
     task_scored: int | None = None
+    bf16: bool = True
 
     @property
     def short_rows(self) -> int:
@@ -104,34 +91,34 @@ QUICK = Sizes(
     task_steps=4,
     task_rows=4,
     task_scored=40,
+    bf16=False,
 )
 
 
-def changed(given: argparse.Namespace, names: Mapping[str, type]) -> dict[str, Any]:
+def add_changeable(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    for name in names:
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, help="in place of the benchmark's own")
+
+
+def changed(given: argparse.Namespace, names: Iterable[str]) -> dict[str, int]:
     return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 
 
-def add_changeable(parser: argparse.ArgumentParser, names: Mapping[str, type]) -> None:
-    for name, kind in names.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=kind, help="in place of the benchmark's own")
-
-
-def check_ranks(parser: argparse.ArgumentParser, given: argparse.Namespace, *batches: int) -> None:
-    for rows in batches:
-        if rows % given.ranks:
-            parser.error(f"--ranks: {rows} rows cannot be shared by {given.ranks} ranks")
+def check_ranks(parser: argparse.ArgumentParser, given: argparse.Namespace, rows: int) -> None:
+    if rows % given.ranks:
+        parser.error(f"--ranks: {rows} rows cannot be shared by {given.ranks} ranks")
 
 
 def write_text(data: Path, folder: Path, sizes: Sizes) -> None:
-    """Write the books as pieces: those to learn from, those held out, and a sample of these."""
     train, held_out = list[str](), list[str]()
     for book in sorted((data / BOOKS).glob("*.txt")):
         parts = list(pieces(book.read_text(encoding="utf-8"), sizes.piece))[: sizes.pieces]
         for number, piece in enumerate(parts, start=1):
             (train if number % EVERY else held_out).append(piece)
     step = max(1, len(held_out) // sizes.sampled)
-    sample = [piece[:SAMPLE] for piece in held_out[::step][: sizes.sampled]]
+    # About one row of each is scored during training.
+    sample = [piece[:450] for piece in held_out[::step][: sizes.sampled]]
     for name, texts in (("train", train), (HELD_OUT, held_out), ("sample", sample)):
         write_jsonl(folder / f"{name}.jsonl", ({"text": text} for text in texts))
 
@@ -148,47 +135,49 @@ def text_task(folder: Path, length: int) -> Config:
     }
 
 
-def short_config(folder: Path, given: argparse.Namespace) -> Config:
+def short_config(given: argparse.Namespace) -> Config:
     """An encoder that learns the books from random weights, in short rows."""
     sizes: Sizes = given.sizes
     keys = {"max_position_embeddings": sizes.length, "initializer_range": INITIALIZER_RANGE}
     shape = bert(sizes.layers, sizes.width, sizes.heads, **keys, **NO_DROPOUT)
     tokenizer = {"type": "wordpiece", "vocab_size": sizes.vocabulary}
-    task = text_task(folder / "text", sizes.short) | {"tokenizer": tokenizer}
+    task = text_task(given.out / "text", sizes.short) | {"tokenizer": tokenizer}
     return pretraining(task, {"config": shape}, sizes.short_rows, sizes.short_steps, given)
 
 
-def teacher_config(folder: Path, given: argparse.Namespace) -> Config:
+def teacher_config(given: argparse.Namespace) -> Config:
     """The same encoder, which goes on in rows of the full length."""
     sizes: Sizes = given.sizes
-    task = text_task(folder / "text", sizes.length)
-    start = str(folder / SHORT / "final")
-    return pretraining(task, start, sizes.rows, sizes.teacher_steps, given)
+    task = text_task(given.out / "text", sizes.length)
+    return pretraining(
+        task, str(given.out / SHORT / "final"), sizes.rows, sizes.teacher_steps, given
+    )
 
 
 def pretraining(
     task: Config, model: Any, rows: int, steps: int, given: argparse.Namespace
 ) -> Config:
-    """A training on text at the teacher's rate."""
     train = text_train(rows // given.ranks, steps, given.sizes.teacher_rate)
     every, often = max(1, steps // 20), max(1, steps // 100)
     return {
         "task": task,
         "student": {"model": model, "deepspeed": "zero2"},
         "method": {"name": "finetune"},
-        **common_sections(train | {"bf16": given.bf16}, evaluate_every=every, log_every=often),
+        **common_sections(
+            train | {"bf16": given.sizes.bf16}, evaluate_every=every, log_every=often
+        ),
     }
 
 
-def task_config(task: str, folder: Path, given: argparse.Namespace) -> Config:
+def task_config(task: str, given: argparse.Namespace) -> Config:
     """A finished model learns a task from its labels; the model wins over it."""
     sizes: Sizes = given.sizes
-    section = TASKS[task].section(given.data, folder)
+    section = TASKS[task].section(given.data, given.out)
     # The students have learned no later position.
     section |= {"max_length": sizes.short, "max_eval_examples": sizes.task_scored}
     train = text_train(sizes.task_rows, sizes.task_steps, sizes.task_rate)
     # A model of a stage has the teacher's tokens.
-    tokenizer = str(folder / TEACHER / "final")
+    tokenizer = str(given.out / TEACHER / "final")
     return {
         "task": {"type": "classification", "tokenizer": tokenizer, **section},
         "student": {"model": "overridden", "deepspeed": "zero0"},
@@ -241,21 +230,13 @@ DECODER_TRAIN = {"per_device_train_batch_size": 4, "learning_rate": 2e-3, "warmu
 
 
 def train_decoder(data: Path, folder: Path, *, jobs: int) -> None:
-    """Train a Llama of 1.5 million weights on the books in a folder, unless it is trained."""
-    config = folder.parent / "configs" / f"{folder.name}.yaml"
-    write_config(config, decoder_config(data, folder))
-    report_of(Leg(folder.name, config, folder, ()), ranks=1, jobs=jobs)
-
-
-def decoder_config(data: Path, folder: Path) -> Config:
-    """Return the run that trains the Llama on 2.5 million tokens."""
+    """Train a Llama of 1.5 million weights on 2.5 million tokens of the books, once."""
     keys = {"max_position_embeddings": 256, "tie_word_embeddings": True}
     shape = llama(DECODER_LAYERS, 128, 8, 344, num_key_value_heads=4, **keys)
-    # The pieces that score shrink are some of those that score the teacher: both are held out.
-    task = decoder_task(data, 64) | {"tokenizer": {"type": "bpe", "vocab_size": 3000}}
-    return {
+    tree = {
         "output_dir": str(folder),
-        "task": task,
+        # The pieces that score shrink are some of those that score the teacher: all are held out.
+        "task": decoder_task(data, 64) | {"tokenizer": {"type": "bpe", "vocab_size": 3000}},
         "student": {"model": {"config": shape}, "deepspeed": "zero0"},
         "method": {"name": "finetune"},
         "train": train_section(8, 1200, 2e-3),
@@ -263,9 +244,10 @@ def decoder_config(data: Path, folder: Path) -> Config:
         "save": {"save_steps": 300},
         "log": {"logging_steps": 50},
     }
+    config = write_config(folder.parent / "configs" / f"{folder.name}.yaml", tree)
+    report_of(Leg(folder.name, config, folder, ()), ranks=1, jobs=jobs)
 
 
 def decoder_task(data: Path, held_out: int) -> Config:
-    """Return the section `task` of a decoder on the books, with so many held-out pieces."""
     text = {"type": "causal_lm", "dataset": str(data / BOOKS), "max_length": 256}
     return {**text, "max_eval_examples": held_out}

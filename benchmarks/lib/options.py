@@ -11,7 +11,6 @@ from lib.launching import ROOT, UnusableError
 
 
 def parser_of(about: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help has the lines of a docstring."""
     return argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
 
 
@@ -72,13 +71,10 @@ def integers(text: str) -> list[int]:
 
 
 def fractions(text: str) -> list[float]:
-    """`0.5,0.9`."""
     return [float(part) for part in text.split(",")]
 
 
 def words_of(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Return the type of an option that takes some of the known words."""
-
     def read(text: str) -> list[str]:
         words = text.split(",")
         for word in words:

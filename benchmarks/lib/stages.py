@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.data import bert, sizes_of, write_labelled
-from lib.launching import start_benchmark, write_config
+from lib.launching import BENCHMARKS, start_ranks, write_config
 from lib.options import parser_of
 from megakd.config.file import load_config
 from megakd.config.run import RunConfig
@@ -35,7 +35,6 @@ TRAINING_ROWS = 4096
 
 
 def step_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """Return the parser of a benchmark of steps; sizes are layers x width."""
     parser = parser_of(about)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=20)
@@ -45,8 +44,6 @@ def step_parser(about: str | None, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--vocabulary", type=int, default=30522)
     parser.add_argument("--rows", type=int, default=16, help="of each rank's batch")
     parser.add_argument("--length", type=int, default=64, help="tokens of every row")
-    parser.add_argument("--deepspeed", default="zero2", help="the student's preset")
-    parser.add_argument("--teacher-deepspeed", default="teacher_zero3", help="the teacher's preset")
     parser.add_argument("--case", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(**defaults)
     return parser
@@ -86,8 +83,8 @@ def case_config(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
             "max_length": given.length,
             "tokenizer": str(folder / "tokenizer"),
         },
-        "teacher": {"model": bert_model(given.teacher), "deepspeed": given.teacher_deepspeed},
-        "student": {"model": bert_model(given.student), "deepspeed": given.deepspeed},
+        "teacher": {"model": bert_model(given.teacher), "deepspeed": "teacher_zero3"},
+        "student": {"model": bert_model(given.student), "deepspeed": "zero2"},
         "method": {"name": "single"},
         "objective": [{**soft, "temperature": TEMPERATURE}, hard],
         "train": {
@@ -100,20 +97,16 @@ def case_config(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-Measure = Callable[[RunConfig, Ranks, argparse.Namespace], Any]
-
-
-def on_ranks(
-    module: str, given: argparse.Namespace, write: Callable[[Path], object], *words: str
-) -> Any:
-    """Return what all ranks of a benchmark have measured in a case of their own."""
+def on_ranks(module: str, given: argparse.Namespace) -> Any:
     with tempfile.TemporaryDirectory(prefix="megakd-steps-") as name:
-        write(Path(name))
-        start_benchmark(module, [*given.arguments, "--case", name, *words], given.ranks)
+        write_case(Path(name), given)
+        start_ranks([str(BENCHMARKS), module, *given.arguments, "--case", name], given.ranks)
         return json.loads((Path(name) / "measured.json").read_text(encoding="utf-8"))
 
 
-def run_rank(given: argparse.Namespace, measure: Measure) -> None:
+def run_rank(
+    given: argparse.Namespace, measure: Callable[[RunConfig, Ranks, argparse.Namespace], Any]
+) -> None:
     """Measure on one rank, in the folder of the case; rank 0 writes what all have measured."""
     config = load_config(given.case / "run.yaml")
     with started(config) as ranks:
@@ -137,11 +130,9 @@ class WatchedCollate:
         return batch
 
     def forget(self) -> None:
-        """Count from 0 again."""
         self._made = 0
 
     def wait_for(self, batches: int) -> None:
-        """Block until so many are made."""
         with self._changed:
             self._changed.wait_for(lambda: self._made >= batches)
 

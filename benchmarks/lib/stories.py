@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
-SPECIAL = (UNKNOWN, BEGIN, END)
+UNKNOWN, BEGIN = "<unk>", "<s>"
+SPECIAL = (UNKNOWN, BEGIN, "</s>")
 SPACE = "▁"
 STORIES = Path("lm/tinystories_sample/tinystories_1000.json")
 MODEL = Path("weights/stories260K")
@@ -34,7 +34,6 @@ class Piece(NamedTuple):
 
 
 def read_pieces(path: Path) -> list[Piece]:
-    """The pieces of a llama2.c tokenizer file, in the order of their numbers."""
     content, position, pieces = path.read_bytes(), 4, []
     while position < len(content):
         if position + 8 > len(content):
@@ -91,14 +90,10 @@ def stories_tokenizer(pieces: Sequence[Piece]) -> PreTrainedTokenizerFast:
     )
 
 
-def write_tokenizer(source: Path, folder: Path) -> None:
-    """Converts a llama2.c tokenizer file into a folder."""
-    stories_tokenizer(read_pieces(source)).save_pretrained(folder)
-
-
 def write_stories_tokenizer(data: Path, out: Path) -> None:
     """Write the tokenizer of the Llama below the folder of a benchmark, for transformers."""
-    write_tokenizer(data / MODEL / "tok512.bin", tokenizer(out))
+    pieces = read_pieces(data / MODEL / "tok512.bin")
+    stories_tokenizer(pieces).save_pretrained(tokenizer(out))
 
 
 def tokenizer(out: Path) -> Path:

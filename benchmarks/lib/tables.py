@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import bootstrap
 
-TITLES = ("what", "command", "machine", "numbers", "spread")
+from megakd.process.terminal import aligned_rows
 
 
 class Spread(NamedTuple):
@@ -45,7 +45,6 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def machine() -> str:
-    """Return the number of cores and the processor's model."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     described = Path("/proc/cpuinfo")
     lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
@@ -54,8 +53,7 @@ def machine() -> str:
 
 
 def print_rows(command: str, *rows: tuple[str, str, str]) -> None:
-    """Print rows for notebook/measurements.md: what, numbers and spread of each."""
-    print(f"\n| {' | '.join(TITLES)} |\n|{'---|' * len(TITLES)}")
+    print("\n| what | command | machine | numbers | spread |\n|---|---|---|---|---|")
     for what, numbers, spread in rows:
         print(f"| {what} | `{command}` | {machine()} | {numbers} | {spread} |", flush=True)
 
@@ -77,7 +75,6 @@ def columns_of(
 
 
 def less(ours: Columns, theirs: Columns) -> Columns:
-    """Return differences, seed by seed."""
     return {
         title: {s: v - theirs[title][s] for s, v in column.items() if s in theirs[title]}
         for title, column in ours.items()
@@ -115,12 +112,7 @@ def table_of(corner: str, lines: Mapping[str, Mapping[str, str]]) -> str:
     """Return an aligned table with a column for every key; a missing value is a dash."""
     titles = list(dict.fromkeys(title for line in lines.values() for title in line))
     cells = [[name, *(line.get(title, "-") for title in titles)] for name, line in lines.items()]
-    rows = [[corner, *titles], *cells]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+    return "\n".join(aligned_rows([[corner, *titles], *cells]))
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

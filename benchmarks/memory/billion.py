@@ -1,10 +1,11 @@
 """A teacher of over a billion weights goes through MiniDisc on CPU ranks, within its plan's memory.
 
 `python benchmarks memory.billion [llama-sgd enct5-sgd llama-adamw] [--ranks 2]`; some minutes a
-case, and up to 22 GB. A teacher with random weights in bf16 is written to a folder; then its
-importance is measured on both ranks, the sorted teacher and the widest of seven candidates are cut,
-all seven learn for one step in one backward, are evaluated, and the chosen one is written. Printed
-is the peak of every rank against what `megakd plan` says of the same config.
+case, up to 22 GB, and up to 15 GB below $TMPDIR. A teacher with random weights in bf16 is written
+to a folder; then its importance is measured on both ranks, the sorted teacher and the widest of
+seven candidates are cut, all seven learn for one step in one backward, are evaluated, and the
+chosen one is written. Printed is the peak of every rank against what `megakd plan` says of the same
+config.
 """
 
 from __future__ import annotations
@@ -24,12 +25,9 @@ from lib.data import llama, write_jsonl
 from lib.launching import write_config
 from lib.options import parsed, parser_of
 from lib.tables import print_rows
-from megakd.config.file import dump_config, load_config
 from megakd.data.vocabularies import train_tokenizer
 from megakd.models.modeling.modeling_t5 import EncT5Config
 from megakd.models.own_models import OWN_MODELS
-from megakd.planning.cluster import Cluster
-from megakd.planning.plan import plan_run
 from memory import plan
 
 GRID = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95]
@@ -72,34 +70,25 @@ def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
     rows, fits = [], True
     for name in given.cases:
-        with tempfile.TemporaryDirectory(prefix="megakd-billion-", dir=given.scratch) as folder:
-            weights, peak = measured(CASES[name], Path(folder), given)
-        fits = fits and peak.measured <= peak.predicted
+        with tempfile.TemporaryDirectory(prefix="megakd-billion-") as temporary:
+            folder, case = Path(temporary), CASES[name]
+            write_texts(folder / "data", case.task)
+            weights = write_teacher(folder / "teacher", case)
+            config = write_config(folder / "run.yaml", run_tree(case, folder))
+            told, measured = plan.planned_and_measured(config, given.ranks)
+        base = told.host_base_bytes
+        for phase in told.as_json()["phases"]:
+            peak = max(phase["peak_bytes_per_rank"], phase["load_peak_bytes_per_rank"]) + base
+            print(f"  {phase['name']}: {peak / 1e9:.2f} GB predicted", flush=True)
+        print(f"  measured, from folder to folder: {measured.run / 1e9:.2f} GB", flush=True)
+        predicted = max(plan.predicted_peaks(told))
+        fits = fits and measured.run <= predicted
         what = f"{name}, {weights / 1e9:.2f}B weights, {given.ranks} ranks"
-        numbers = f"measured {peak.measured / 1e9:.2f} GB, "
-        numbers += f"predicted {peak.predicted / 1e9:.2f} GB"
+        numbers = f"measured {measured.run / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB"
         print(f"{what}: {numbers}", flush=True)
-        rows.append((what, numbers, f"{peak.error:+.1%}"))
+        rows.append((what, numbers, f"{predicted / measured.run - 1:+.1%}"))
     print_rows(given.command, *rows)
     return 0 if fits else 1
-
-
-def measured(case: Case, folder: Path, given: argparse.Namespace) -> tuple[int, plan.Compared]:
-    """Plans and runs a case; its teacher's weights, and bytes of the rank that took the most."""
-    write_texts(folder / "data", case.task)
-    weights = write_teacher(folder / "teacher", case)
-    path = write_config(folder / "run.yaml", run_tree(case, folder))
-    config = load_config(path, given.set)
-    path.write_text(dump_config(config), encoding="utf-8")
-    told = plan_run(config, Cluster(ranks=given.ranks), advise=False)
-    base = told.host_base_bytes
-    for phase in told.as_json()["phases"]:
-        peak = max(phase["peak_bytes_per_rank"], phase["load_peak_bytes_per_rank"]) + base
-        print(f"  {phase['name']}: {peak / 1e9:.2f} GB predicted", flush=True)
-    measured = plan.peaks_of(path, given.ranks).run
-    print(f"  measured, from folder to folder: {measured / 1e9:.2f} GB", flush=True)
-    predicted = max(told.peak_bytes_per_rank, told.load_peak_bytes_per_rank) + base
-    return weights, plan.Compared(predicted, measured)
 
 
 def write_texts(folder: Path, task: str) -> None:
@@ -112,7 +101,7 @@ def write_texts(folder: Path, task: str) -> None:
 
 
 def write_teacher(folder: Path, case: Case) -> int:
-    """A Hugging Face folder; how many weights it has."""
+    """Write a Hugging Face folder; return how many weights it has."""
     is_decoder = case.task == "causal_lm"
     if is_decoder:
         made: Any = transformers.LlamaForCausalLM
@@ -161,8 +150,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="default: all")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--scratch", type=Path, help="holds up to 15 GB meanwhile")
-    parser.add_argument("--set", action="append", default=[], metavar="key=value")
     given = parsed(parser, __name__, arguments)
     given.cases = given.cases or list(CASES)
     return given

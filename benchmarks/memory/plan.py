@@ -24,7 +24,7 @@ from lib.tables import machine
 from megakd.config.file import dump_config, load_config
 from megakd.config.run import RunConfig
 from megakd.planning.cluster import Cluster
-from megakd.planning.plan import plan_run
+from megakd.planning.plan import Plan, plan_run
 
 TOLERANCE = 0.10
 ENVIRONMENT = {
@@ -55,7 +55,6 @@ note("run")
 
 Nothing but what `launch/train.py` imports takes memory.
 """
-FEW = ("train.max_steps=3", "log.report_to=[]")
 ALONE = ("method.name=finetune", "teacher=null", "objective=[{loss: hard_cross_entropy}]")
 WHOLE_TEACHER = "teacher.deepspeed=teacher_zero0"
 BF16 = (WHOLE_TEACHER, "train.bf16=true", "teacher.dtype=bf16")
@@ -117,45 +116,42 @@ class Peaks(NamedTuple):
     run: int
 
 
-class Compared(NamedTuple):
-    """Bytes of the rank that took the most, beside the process itself."""
-
-    predicted: int
-    measured: int
-
-    @property
-    def error(self) -> float:
-        """The error of the prediction, as a share of the measured bytes."""
-        return self.predicted / self.measured - 1
-
-
-def compared(case: Case, folder: Path) -> Compared:
-    config = config_of(case, folder)
-    plan = plan_run(config, Cluster(ranks=case.ranks), advise=False)
-    measured = peaks_of(folder / "run.yaml", case.ranks)
-    return Compared(plan.peak_bytes_per_rank, measured.run - _base_bytes())
+def planned_and_measured(config: Path, ranks: int) -> tuple[Plan, Peaks]:
+    """Plan a run and start it: what is predicted, and the peaks of its ranks, process and all."""
+    plan = plan_run(load_config(config), Cluster(ranks=ranks), advise=False)
+    start_ranks(
+        ["-c", RANK, str(config), str(config.parent)], ranks, environment=ENVIRONMENT, is_quiet=True
+    )
+    noted = (
+        [int((config.parent / f"{what}-{rank}").read_text()) for rank in range(ranks)]
+        for what in Peaks._fields
+    )
+    return plan, Peaks(*map(max, noted))
 
 
-def _base_bytes() -> int:
-    # In a process of its own, because this process has made the data of the case.
-    code = "from megakd.planning.plan import host_base_bytes; print(host_base_bytes())"
-    output = subprocess.check_output([sys.executable, "-c", code], env=os.environ | ENVIRONMENT)
-    return int(output.splitlines()[-1])
+def predicted_peaks(plan: Plan) -> Peaks:
+    """Return what a plan says of the same bytes."""
+    base = plan.host_base_bytes
+    return Peaks(plan.load_peak_bytes_per_rank + base, plan.peak_bytes_per_rank + base)
 
 
 def config_of(case: Case, folder: Path) -> RunConfig:
     given = step_parser(None).parse_args(["--student", case.student])
     given.teacher, given.rows, given.length = case.teacher.split()[0], case.rows, case.length
     write_case(folder, given)
-    scored = f"eval.per_device_eval_batch_size={case.rows}"
-    settings = [*FEW, scored, *_pool(case.teacher.split()), *case.settings]
+    settings = [
+        "train.max_steps=3",
+        "log.report_to=[]",
+        f"eval.per_device_eval_batch_size={case.rows}",
+        *_pool(case.teacher.split()),
+        *case.settings,
+    ]
     config = load_config(folder / "run.yaml", settings)
     (folder / "run.yaml").write_text(dump_config(config), encoding="utf-8")
     return config
 
 
 def _pool(sizes: Sequence[str]) -> list[str]:
-    """The settings that put several teachers in place of one."""
     if len(sizes) == 1:
         return []
     teachers = [
@@ -163,17 +159,6 @@ def _pool(sizes: Sequence[str]) -> list[str]:
         for size in sizes
     ]
     return ["teacher=null", "objective=null", f"teachers={json.dumps(teachers)}"]
-
-
-def peaks_of(config: Path, ranks: int) -> Peaks:
-    """Return the most memory that a rank of a run took, with the process."""
-    words, folder = ["-c", RANK, str(config), str(config.parent)], config.parent
-    start_ranks(words, ranks, environment=ENVIRONMENT, is_quiet=True)
-    noted = (
-        [int((folder / f"{what}-{rank}").read_text()) for rank in range(ranks)]
-        for what in Peaks._fields
-    )
-    return Peaks(*map(max, noted))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -187,8 +172,14 @@ def main(arguments: Sequence[str]) -> int:
     worst = 0.0
     for case in (CASES[number - 1] for number in chosen):
         with tempfile.TemporaryDirectory(prefix="megakd-plan-") as name:
-            peak = compared(case, Path(name))
-        worst = max(worst, abs(peak.error))
-        megabytes = f"{peak.predicted / 1e6:.0f} | {peak.measured / 1e6:.0f}"
-        print(f"| {case.name} | {case.ranks} | {megabytes} | {peak.error:+.1%} |", flush=True)
+            config_of(case, Path(name))
+            plan, peaks = planned_and_measured(Path(name) / "run.yaml", case.ranks)
+        # In a process of its own, because this process has made the data of the case.
+        code = "from megakd.planning.plan import host_base_bytes; print(host_base_bytes())"
+        output = subprocess.check_output([sys.executable, "-c", code], env=os.environ | ENVIRONMENT)
+        predicted, measured = plan.peak_bytes_per_rank, peaks.run - int(output.splitlines()[-1])
+        error = predicted / measured - 1
+        worst = max(worst, abs(error))
+        megabytes = f"{predicted / 1e6:.0f} | {measured / 1e6:.0f}"
+        print(f"| {case.name} | {case.ranks} | {megabytes} | {error:+.1%} |", flush=True)
     return 1 if worst > TOLERANCE else 0

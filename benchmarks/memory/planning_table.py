@@ -1,7 +1,7 @@
 """The table of docs/planning.md: large teachers on 1 to 32 nodes of 8 GPUs of 141 GB.
 
-`python benchmarks memory.planning_table [--rows 70B,111B]`, some minutes on a CPU; nothing is
-loaded. Every cell is what `megakd plan` says of the run config that `--write FOLDER` leaves there.
+`python benchmarks memory.planning_table`, some minutes on a CPU; nothing is loaded. Every cell is
+what `megakd plan` says of the run config that `--write FOLDER` leaves there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ NODES, GPUS = (1, 2, 4, 8, 16, 32), 8
 
 
 def decoder(layers: int, width: int, neurons: int, heads: tuple[int, int], ids: int) -> Any:
-    """Return a Llama; `heads` of queries and of keys."""
     keys = {"num_key_value_heads": heads[1], "vocab_size": ids, "max_position_embeddings": 4096}
     return {"config": llama(layers, width, heads[0], neurons, **keys)}
 
@@ -72,25 +71,23 @@ def run_config(name: str) -> dict[str, Any]:
 
 
 def row(name: str, folder: Path) -> str:
-    """One row of the table: memory and time by number of nodes."""
     config = load_config(write_config(folder / f"{name}.yaml", run_config(name)))
     known, task = Traces(), config.task
-    plans = [plan_run(config, on(nodes), advise=False, traces=known) for nodes in NODES]
+    clusters = [
+        Cluster(
+            ranks=GPUS * nodes,
+            nodes=nodes,
+            device="cuda",
+            device_memory=141 * GIGA,
+            host_memory=2000 * GIGA,
+            device_base=DEVICE_BASE,
+            rates=Rates(tflops=400, gbps=45),
+        )
+        for nodes in NODES
+    ]
+    plans = [plan_run(config, cluster, advise=False, traces=known) for cluster in clusters]
     title = f"{RUNS[name][0]}, {config.train.per_device_train_batch_size} x {task.max_length}"
     return f"| {title} | {' | '.join(cell(plan) for plan in plans)} |"
-
-
-def on(nodes: int) -> Cluster:
-    """So many nodes of 8 GPUs."""
-    return Cluster(
-        ranks=GPUS * nodes,
-        nodes=nodes,
-        device="cuda",
-        device_memory=141 * GIGA,
-        host_memory=2000 * GIGA,
-        device_base=DEVICE_BASE,
-        rates=Rates(tflops=400, gbps=45),
-    )
 
 
 def cell(plan: Plan) -> str:
@@ -101,12 +98,11 @@ def cell(plan: Plan) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--rows", help=f"some of {','.join(RUNS)}; default: all")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="keep the run configs there")
     given = parser.parse_args(arguments)
     titles = " | ".join(f"{nodes} x {GPUS}" for nodes in NODES)
     print(f"| run | {titles} |\n|{'---|' * (len(NODES) + 1)}")
     with tempfile.TemporaryDirectory() as temporary:
-        for name in given.rows.split(",") if given.rows else RUNS:
+        for name in RUNS:
             print(row(name, given.write or Path(temporary)), flush=True)
     return 0

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,11 @@ from lib.tables import columns_of, print_models
 
 CUBIC, ALONE = "homodistil", "alone"
 BASELINES = ("random", ALONE)
-AT_ONCE, NO_TEACHER = "method.schedule=one_shot", "objective=[{loss: hard_cross_entropy}]"
+AT_ONCE = "method.schedule=one_shot"
 PRUNED = {
     CUBIC: (f"baselines=[{', '.join(BASELINES)}]",),
     "one_shot": (AT_ONCE,),
-    "one_shot_alone": (AT_ONCE, NO_TEACHER),
+    "one_shot_alone": (AT_ONCE, "objective=[{loss: hard_cross_entropy}]"),
     "late": (),
 }
 """The students that are pruned, with what wins over the config `prune`."""
@@ -49,11 +50,9 @@ SCORES = {
     "magnitude": ("method.score=magnitude",),
     "random_scores": ("method.score=random",),
 }
-CHOSEN = ("sst2", "banking77", "clinc150")
-LATE_SHARE = 0.7
-"""Part of the steps after which `late` has its final size."""
-START, HALF = 20, 32
-"""Of the decoder: the step after which `one_shot` removes its units, and half of the width."""
+HALF = 32
+"""Half of the decoder's width."""
+CHANGEABLE = ("student", "steps")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,21 +73,22 @@ def trees(given: argparse.Namespace) -> dict[str, Any]:
     if given.decoder:
         return {"prune": decoder_config(given)}
     return {
-        books.SHORT: books.short_config(given.out, given),
-        books.TEACHER: books.teacher_config(given.out, given),
-        "prune": encoder_config(given.out, given),
-        **{f"task-{name}": books.task_config(name, given.out, given) for name in given.tasks},
+        books.SHORT: books.short_config(given),
+        books.TEACHER: books.teacher_config(given),
+        "prune": encoder_config(given),
+        **{f"task-{name}": books.task_config(name, given) for name in given.tasks},
     }
 
 
-def encoder_config(folder: Path, given: argparse.Namespace) -> Config:
+def encoder_config(given: argparse.Namespace) -> Config:
     sizes: books.Sizes = given.sizes
     train = books.text_train(sizes.short_rows // given.ranks, sizes.steps, sizes.rate)
     every = max(1, sizes.steps // sizes.evaluations)
     method = {"target_width": sizes.student, "pruning_start": sizes.start}
+    teacher = str(given.out / books.TEACHER / "final")
     return {
-        "task": books.text_task(folder / "text", sizes.short),
-        "teacher": {"model": str(folder / books.TEACHER / "final"), "deepspeed": "teacher_zero0"},
+        "task": books.text_task(given.out / "text", sizes.short),
+        "teacher": {"model": teacher, "deepspeed": "teacher_zero0"},
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
         "method": {"name": "homodistil", **method},
         **books.common_sections(train, evaluate_every=every, log_every=every),
@@ -97,19 +97,15 @@ def encoder_config(folder: Path, given: argparse.Namespace) -> Config:
 
 def decoder_config(given: argparse.Namespace) -> Config:
     """Half of the width, neurons and key-value groups are left, or as much as `--student`."""
-    steps = given.sizes.steps
+    sizes: books.Sizes = given.sizes
+    method = {"target_width": sizes.student, "round_to": 4, "cuts": 4}
     return {
         "task": stories.stories_task(given.data, given.out),
         "teacher": stories.stories_teacher(given.data),
         "student": {"model": "from_teacher", "deepspeed": "zero2"},
-        "method": {
-            "name": "homodistil",
-            "target_width": given.sizes.student,
-            "round_to": 4,
-            "cuts": 4,
-        },
-        "train": {**stories.TRAIN, "max_steps": steps},
-        "eval": {"eval_steps": max(1, steps // 40), "keep_best": False},
+        "method": {"name": "homodistil", **method},
+        "train": {**stories.TRAIN, "max_steps": sizes.steps},
+        "eval": {"eval_steps": max(1, sizes.steps // 40), "keep_best": False},
     }
 
 
@@ -134,7 +130,15 @@ def tune(given: argparse.Namespace) -> None:
 
 def tell(given: argparse.Namespace) -> None:
     reports = launching.reports_of([*pruning_legs(given), *task_legs(given)])
-    show(reports, given)
+
+    def of_seed(name: str, seed: int) -> dict[str, float | None]:
+        scores = {t: launching.points(reports.get(f"{t}-{name}-{seed}")) for t in given.tasks}
+        return numbers(reports, name, seed) | scores
+
+    models = (books.TEACHER, *PRUNED, *(SCORES if given.decoder else ()), *BASELINES)
+    lines = {name: columns_of(given.seeds, partial(of_seed, name)) for name in models}
+    what = "HomoDistil of a pretrained Llama" if given.decoder else "HomoDistil"
+    print_models(what, given.command, lines, reference=CUBIC)
 
 
 STAGES = {"teacher": teach, "prune": prune, "tasks": tune, "table": tell}
@@ -147,11 +151,11 @@ def teacher_legs(given: argparse.Namespace) -> list[launching.Leg]:
 
 def pruning_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return the runs of all seeds; students from random weights are baselines of the first."""
-    late = (f"method.pruning_end={int(LATE_SHARE * given.sizes.steps)}",)
+    late = (f"method.pruning_end={int(0.7 * given.sizes.steps)}",)
     # The scores are compared where the stored runs of the sensitivity are, with the later end.
     further = dict.fromkeys(("late", *SCORES), late)
     if given.decoder:
-        at_once = (f"method.pruning_start={START}",)
+        at_once = ("method.pruning_start=20",)
         further |= {"one_shot": at_once, "one_shot_alone": at_once}
     return [
         launching.leg_of(
@@ -182,21 +186,6 @@ def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
     }
 
 
-def show(reports: Mapping[str, launching.Report | None], given: argparse.Namespace) -> None:
-    variants = (books.TEACHER, *PRUNED, *(SCORES if given.decoder else ()), *BASELINES)
-    lines = {
-        name: columns_of(given.seeds, lambda seed, name=name: numbers(reports, name, seed))
-        for name in variants
-    }
-    for name, line in lines.items():
-        for task in given.tasks:
-            values = (launching.points(reports.get(f"{task}-{name}-{n}")) for n in given.seeds)
-            scores = zip(given.seeds, values, strict=True)
-            line[task] = {seed: value for seed, value in scores if value is not None}
-    what = "HomoDistil of a pretrained Llama" if given.decoder else "HomoDistil"
-    print_models(what, given.command, lines, reference=CUBIC)
-
-
 def numbers(
     reports: Mapping[str, launching.Report | None], variant: str, seed: int
 ) -> dict[str, float | None]:
@@ -211,33 +200,26 @@ def numbers(
         columns["seconds"] = sum(s for name, s in seconds.items() if name not in BASELINES)
         columns["parameters"] = report["student"]["parameters"]
         if variant != "one_shot_alone":
-            columns["largest jump"] = largest_jump(report["pruning"])
+            path = [0.0, *(row["teacher_kl"] for row in report["pruning"])]
+            columns["largest jump"] = max(after - before for before, after in pairwise(path))
     elif variant in BASELINES:
         columns["seconds"] = seconds[variant]
     return columns
-
-
-def largest_jump(rows: Sequence[launching.Report]) -> float:
-    """Return how far the divergence rises at most between two evaluations; it starts at 0."""
-    path = [0.0, *(row["teacher_kl"] for row in rows)]
-    return max(after - before for before, after in pairwise(path))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_runs(parser, "homodistil", data="lm/, glue/, clinc150/, weights/ …")
     parser.add_argument("--stages", type=words_of(STAGES), help="with commas; default: all")
-    parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
+    parser.add_argument("--tasks", type=words_of(TASKS), default=[*TASKS], help=f"of {[*TASKS]}")
     parser.add_argument("--ranks", type=int, default=2, help="of the stages teacher and prune")
     parser.add_argument("--decoder", action="store_true", help="the Llama of the stories")
-    bf16 = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--bf16", **bf16, help="in the stage teacher; slow on CPUs without it")
-    books.add_changeable(parser, books.CHANGEABLE)
+    books.add_changeable(parser, CHANGEABLE)
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
     given = parsed(parser, __name__, arguments)
     whole = books.Sizes(steps=400, student=HALF) if given.decoder else books.Sizes()
     sizes = books.QUICK if given.quick else whole
-    given.sizes = sizes._replace(**books.changed(given, books.CHANGEABLE))
+    given.sizes = sizes._replace(**books.changed(given, CHANGEABLE))
     if given.decoder:
         name = "decoder" if given.sizes.student == HALF else f"decoder-{given.sizes.student}"
         given.out, given.tasks = given.out / name, []

@@ -63,7 +63,6 @@ from methods.instruct_loops import DONE
 HELD_OUT = ("maths", "stories")
 LOADING = threading.Lock()
 """transformers changes torch's default dtype while it loads a model, for all threads."""
-ARMS = ("shrink", "cut", "layers", "depth-0.75", "depth-0.5", "random", "bare", "trl")
 IMPORTANCE = ("specification", "layers")
 """Stages that measure the importance of units and layers."""
 
@@ -98,9 +97,8 @@ def main(arguments: Sequence[str]) -> int:
     write_leg_configs(given.out, configs(given))
     scores = {"teacher": {0: score(given, "teacher", given.teacher)}}
     with ThreadPoolExecutor(given.jobs) as pool:
-        for seed, of_seed in zip(
-            given.seeds, pool.map(partial(scored, given), given.seeds), strict=True
-        ):
+        of_seeds = pool.map(partial(scored, given), given.seeds)
+        for seed, of_seed in zip(given.seeds, of_seeds, strict=True):
             for name, numbers in of_seed.items():
                 scores.setdefault(name, {})[seed] = numbers
     models = {name: columns_of(by_seed, by_seed.__getitem__) for name, by_seed in scores.items()}
@@ -110,7 +108,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def scored(given: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
-    """Return the scores of all models of a seed by name, with the cost of each."""
     models = {}
     for size in given.sizes:
         for arm in given.runs:
@@ -128,9 +125,8 @@ def sizes_of(given: argparse.Namespace) -> Iterator[Size]:
         model = AutoModelForCausalLM.from_config(shape)
     layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
     rest = model.num_parameters() - layer * shape.num_hidden_layers
-    names = given.names
-    for name in names:
-        stage = "student" if name == names[-1] else f"student-{name}"
+    for name in given.names:
+        stage = "student" if name == given.names[-1] else f"student-{name}"
         yield Size(name, stage, round((parameters_of(name) - rest) / layer))
 
 
@@ -146,9 +142,8 @@ def best_rate(given: argparse.Namespace) -> float:
     if not start.exists():
         write_cut(given, evenly_spaced(depth, given.sizes[0].layers), start)
     with ThreadPoolExecutor(given.jobs) as pool:
-        losses = dict(
-            zip(given.rates, pool.map(partial(tried, given, start), given.rates), strict=True)
-        )
+        tries = pool.map(partial(tried, given, start), given.rates)
+        losses = dict(zip(given.rates, tries, strict=True))
     print(f"KL on the validation rows by rate: {losses}", flush=True)
     return min(losses, key=losses.__getitem__)
 
@@ -198,7 +193,6 @@ def shrink_leg(given: argparse.Namespace, seed: int) -> Leg:
 
 
 def shrunk(given: argparse.Namespace, arm: str, size: Size, seed: int) -> Made:
-    """Return a student of the run of all sizes."""
     del arm
     leg = shrink_leg(given, seed)
     report = report_of(leg, ranks=1, jobs=given.jobs)
@@ -368,7 +362,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="conversations of a step")
     parser.add_argument("--rates", type=fractions, default=[3e-4], help="the best is taken")
     parser.add_argument("--rate_seconds", type=int, default=300)
-    parser.add_argument("--runs", default=",".join(ARMS))
+    runs = "shrink,cut,layers,depth-0.75,depth-0.5,random,bare,trl"
+    parser.add_argument("--runs", default=runs)
     given = parsed(parser, __name__, arguments)
     given.names, given.runs = given.sizes.split(","), given.runs.split(",")
     if "trl" in given.runs and importlib.util.find_spec("trl") is None:

@@ -88,7 +88,6 @@ def bare(given: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) 
 def batches(
     rows: Sequence[Conversation], given: argparse.Namespace
 ) -> Iterator[list[Conversation]]:
-    """Yield shuffled rows of a step without end."""
     generator = torch.Generator().manual_seed(given.seed)
     while True:
         order = torch.randperm(len(rows), generator=generator).tolist()

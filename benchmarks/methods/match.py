@@ -41,11 +41,6 @@ from lib.tables import print_rows, table_of
 
 CHOOSING = ("clinc150", "stories", "sst2")
 TESTING = ("banking77", "shakespeare", "stories-three")
-SHAKESPEARE = Path("lm/tinyshakespeare")
-WRONG = 0.4
-"""Share of the labels of the teacher `wrong` that are drawn at random."""
-
-
 SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "vocab_size")  # fmt: skip
 
@@ -55,7 +50,7 @@ class Taught(NamedTuple):
 
     size: layers x width of a BERT from random weights; layers of the pretrained Llama, where 0 is
         its shape with random weights. steps: a share of the steps of all teachers.
-    rows: of the labelled rows, `all`, `few` (a quarter), or `wrong`.
+    rows: of the labelled rows, `all`, `few` (a quarter), or `wrong` (0.4 of the labels are drawn).
     """
 
     size: str
@@ -81,9 +76,6 @@ DECODERS = {
     "two": Taught("2"),
     "new": Taught("0"),
 }
-PIECES = 4000
-STUDENT = "1x64"
-"""Of the classifiers; that of a Llama starts from its first and its last layer."""
 
 
 class Setting(NamedTuple):
@@ -109,7 +101,6 @@ class Setting(NamedTuple):
         return self.model is None
 
     def tree(self, out: Path, rows: str, **sections: Any) -> Config:
-        """Return a run config."""
         return {
             "output_dir": str(out),
             "task": {**self.task, "train_files": str(self.rows[rows])},
@@ -127,8 +118,9 @@ def classifier(name: str, data: Path, out: Path) -> Setting:
     files = {split: folder / f"{split}.csv" for split in ("validation", "test", "student")}
     rows = {kind: folder / f"{kind}.csv" for kind in ("all", "few", "wrong")}
     labelled = by_turns(splits["train"])
-    few = labelled[: len(labelled) // 4]
-    kinds = {"all": labelled, "few": few, "wrong": with_errors(labelled)}
+    rng, labels = random.Random(0), sorted({label for _, label in labelled})
+    wrong = [(t, rng.choice(labels) if rng.random() < 0.4 else one) for t, one in labelled]
+    kinds = {"all": labelled, "few": labelled[: len(labelled) // 4], "wrong": wrong}
     for path, content in [
         *((rows[kind], kinds[kind]) for kind in rows),
         (files["student"], splits["train"]),
@@ -150,7 +142,7 @@ def classifier(name: str, data: Path, out: Path) -> Setting:
         },
         rows={**rows, "student": files["student"]},
         teachers=CLASSIFIERS,
-        start={"model": bert_of(STUDENT)},
+        start={"model": bert_of("1x64")},
         teacher={**train, "max_steps": 300},
         student={**train, "max_steps": 150},
     )
@@ -162,22 +154,14 @@ def vocabulary(folder: Path, texts: Sequence[str]) -> Path:
 
     path = folder / "tokenizer"
     if not path.is_dir():
-        made = train_tokenizer(lambda: texts, kind="wordpiece", vocab_size=PIECES, for_encoder=True)
+        made = train_tokenizer(lambda: texts, kind="wordpiece", vocab_size=4000, for_encoder=True)
         made.save_pretrained(path)
     return path
 
 
 def bert_of(size: str) -> Config:
-    """Return a BERT from random weights, with heads of 32."""
     layers, width = sizes_of(size)
     return {"config": bert(layers, width, width // 32, initializer_range=0.1, **NO_DROPOUT)}
-
-
-def with_three_layers(known: Setting) -> Setting:
-    """Return the setting of the same teachers with a larger student, which learns for longer."""
-    student = {**known.student, "max_steps": 150}
-    start = {**known.start, "layers": [1, 3, 5]}
-    return known._replace(name="stories-three", start=start, student=student, pool=known.name)
 
 
 def by_turns(rows: Rows) -> Rows:
@@ -189,11 +173,6 @@ def by_turns(rows: Rows) -> Rows:
     return [row for _, row in sorted(ordered, key=lambda one: one[0])]
 
 
-def with_errors(rows: Rows) -> Rows:
-    rng, labels = random.Random(0), sorted({label for _, label in rows})
-    return [(t, rng.choice(labels) if rng.random() < WRONG else label) for t, label in rows]
-
-
 def decoder(name: str, data: Path, out: Path) -> Setting:
     folder = out / name
     stories.write_stories_tokenizer(data, out)
@@ -201,7 +180,7 @@ def decoder(name: str, data: Path, out: Path) -> Setting:
         texts = json.loads((data / stories.STORIES).read_text(encoding="utf-8"))
         texts = [one if isinstance(one, str) else one["text"] for one in texts]
     else:
-        file = next((data / SHAKESPEARE).glob("*.txt"))
+        file = next((data / "lm/tinyshakespeare").glob("*.txt"))
         texts = list(pieces(file.read_text(encoding="utf-8"), 1000))
     random.Random(0).shuffle(texts)
     parts = {"validation": texts[:40], "test": texts[40:120], "all": texts[120:]}
@@ -232,12 +211,6 @@ def pool(setting: Setting, out: Path) -> Path:
     return out / (setting.pool or setting.name)
 
 
-def models_of(setting: Setting, out: Path) -> dict[str, Path]:
-    """Return the folder of every teacher, trained or given."""
-    made = {n: pool(setting, out) / f"teacher-{n}/final" for n in setting.teachers}
-    return {n: setting.model or made[n] if not setting.teachers[n].steps else made[n] for n in made}
-
-
 def teacher_run(setting: Setting, name: str, out: Path) -> Config:
     one = setting.teachers[name]
     if setting.model is None:
@@ -255,8 +228,10 @@ def teacher_run(setting: Setting, name: str, out: Path) -> Config:
 
 def student_run(setting: Setting, names: Sequence[str], out: Path) -> Config:
     """Return the run of the student of a teacher; of all teachers, only to be matched."""
-    models = models_of(setting, out)
     folder = out / setting.name / f"student-{'-'.join(names)}"
+    trained = {name: pool(setting, out) / f"teacher-{name}/final" for name in names}
+    # A teacher without steps is the pretrained model.
+    models = {n: trained[n] if setting.teachers[n].steps else setting.model for n in names}
     return setting.tree(
         folder,
         "student",
@@ -301,17 +276,14 @@ def scores(setting: Setting, names: Sequence[str], out: Path) -> dict[str, dict[
         from megakd.engine import distributed
 
         distributed.keep_group()
-        config = load_config(student_run(setting, names, out))
-        matched = match_models(config)
-        teachers = {name: facts(row) for name, row in matched["teachers"].items()}
+        matched = match_models(load_config(student_run(setting, names, out)))
+        keys = ("gap", "kl", "entropy", "same_top", "overlap")
+        teachers = {
+            name: {"accuracy": row["metrics"]["accuracy"], **{key: row[key] for key in keys}}
+            for name, row in matched["teachers"].items()
+        }
         path.write_text(json.dumps(teachers, indent=1), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def facts(row: Mapping[str, Any]) -> dict[str, float]:
-    metrics = row["metrics"]
-    keys = ("gap", "kl", "entropy", "same_top", "overlap")
-    return {"accuracy": metrics["accuracy"], **{key: row[key] for key in keys}}
 
 
 Correlations = dict[str, dict[str, float]]
@@ -367,7 +339,10 @@ def rounded(line: Mapping[str, float]) -> dict[str, str]:
 
 def setting_of(name: str, given: argparse.Namespace) -> Setting:
     if name == "stories-three":
-        return with_three_layers(setting_of("stories", given))
+        # The same teachers with a larger student, which learns for longer.
+        known = setting_of("stories", given)
+        student, start = {**known.student, "max_steps": 150}, {**known.start, "layers": [1, 3, 5]}
+        return known._replace(name=name, start=start, student=student, pool=known.name)
     is_text = name in ("stories", "shakespeare")
     return (decoder if is_text else classifier)(name, given.data, given.out)
 

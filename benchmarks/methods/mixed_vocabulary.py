@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,6 @@ from lib.options import add_runs, command_of, need, parsed, parser_of, words_of
 from lib.tables import columns_of, print_models
 
 STUDENTS = "students"
-TEXTS = ("books", "pydocs", "stories")
 ALONE, PATIENT_KD, VERSION_2, LARGE = "alone", "patient_kd", "version_2", "large_alone"
 ARMS = {
     ALONE: ("method.projections=none", f"baselines=[{PATIENT_KD}]"),
@@ -52,13 +52,12 @@ ARMS = {
 SMALL = (ALONE, PATIENT_KD, *(name for name in ARMS if name != ALONE))
 """The models of the small student's shape; `patient_kd` is a baseline of the run `alone`."""
 MODELS = (books.TEACHER, LARGE, *SMALL)
-SHAPE = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")
 BOOK_SIZES = books.Sizes(evaluations=10, rate=2e-3, task_rate=1e-3)
-WIDE_RATE, WIDE_TASK_RATE = 1e-3, 1e-4
+WIDE_RATE = 1e-3
+"""Of `large_alone`, which diverges at the small models' rate."""
 PRETRAINED = Path("runs/bench/homodistil/teacher/final")
-CHOSEN = ("sst2", "banking77")
-OF_TRAINING = {"rows": int, "steps": int, "rate": float, "task_steps": int, "task_rate": float}
-NATS = "nats/char"
+OF_TRAINING = ("rows", "steps", "task_steps")
+OF_STUDENT = ("layers", "vocabulary", "intermediate", "teacher_steps")
 
 
 class Student(NamedTuple):
@@ -81,20 +80,10 @@ class Student(NamedTuple):
 QUICK_STUDENT = Student(
     layers=books.QUICK.layers, width=16, heads=2, intermediate=32, vocabulary=200, teacher_steps=5
 )
-OF_STUDENT = {name: type(value) for name, value in Student()._asdict().items()}
 
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
-    check(given)
-    make_teacher(given)
-    launching.write_leg_configs(given.out, trees(given))
-    for stage in given.stages:
-        STAGES[stage](given)
-    return 0
-
-
-def check(given: argparse.Namespace) -> None:
     text = (BOOKS,) if reads_books(given) else ()
     need(given.data / part for part in (*text, *(TASKS[name].data for name in given.tasks)))
     if not given.trains_teacher and not (given.teacher / "config.json").is_file():
@@ -103,6 +92,11 @@ def check(given: argparse.Namespace) -> None:
         raise launching.UnusableError(
             f"the teacher {given.teacher} does not exist; make it with `{command}`"
         )
+    make_teacher(given)
+    launching.write_leg_configs(given.out, trees(given))
+    for stage in given.stages:
+        STAGES[stage](given)
+    return 0
 
 
 def reads_books(given: argparse.Namespace) -> bool:
@@ -110,22 +104,18 @@ def reads_books(given: argparse.Namespace) -> bool:
 
 
 def make_teacher(given: argparse.Namespace) -> None:
-    """Write the text of the books, and train the tiny teacher of `--quick`."""
     if reads_books(given):
         books.write_text(given.data, given.out / "text", given.sizes)
     if given.trains_teacher:
-        launching.write_leg_configs(
-            given.out, {books.TEACHER: books.short_config(given.out, given)}
-        )
-        launching.report_of(
-            launching.leg_of(given.out, books.TEACHER, books.TEACHER, ()), ranks=given.ranks
-        )
+        launching.write_leg_configs(given.out, {books.TEACHER: books.short_config(given)})
+        leg = launching.leg_of(given.out, books.TEACHER, books.TEACHER, ())
+        launching.report_of(leg, ranks=given.ranks)
 
 
 def trees(given: argparse.Namespace) -> dict[str, Any]:
     configs = {STUDENTS: students_config(given), LARGE: large_config(given)}
     for name in given.tasks:
-        configs[f"task-{name}"] = books.task_config(name, given.out, given)
+        configs[f"task-{name}"] = books.task_config(name, given)
         # Each model is read with the tokenizer in its own folder.
         del configs[f"task-{name}"]["task"]["tokenizer"]
     return configs
@@ -148,11 +138,19 @@ def text_section(given: argparse.Namespace) -> Config:
 
 def students_config(given: argparse.Namespace) -> Config:
     """A small student with a vocabulary of its own; each arm overrides the settings of ARMS."""
-    vocabulary = {"type": "wordpiece", "size": given.student.vocabulary}
+    student: Student = given.student
+    vocabulary = {"type": "wordpiece", "size": student.vocabulary}
+    shape = {
+        **bert(student.layers, student.width, student.heads),
+        "intermediate_size": student.intermediate,
+        "max_position_embeddings": given.sizes.short,  # enough for its short rows
+        "initializer_range": books.INITIALIZER_RANGE,
+        **NO_DROPOUT,
+    }
     return {
         "task": text_section(given),
         "teacher": {"model": str(given.teacher), "deepspeed": "teacher_zero0"},
-        "student": {"model": {"config": small_shape(given)}, "deepspeed": "zero2"},
+        "student": {"model": {"config": shape}, "deepspeed": "zero2"},
         "method": {"name": "mixed_vocabulary", "student_vocabulary": vocabulary},
         **_training(given),
     }
@@ -168,30 +166,16 @@ def arm_overrides(arm: str, student: Student) -> tuple[str, ...]:
 
 def large_config(given: argparse.Namespace) -> Config:
     """A student of the teacher's shape and vocabulary, which learns from random weights."""
+    config = json.loads((given.teacher / "config.json").read_text(encoding="utf-8"))
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    shape = {key: config[key] for key in ("model_type", *sizes, "max_position_embeddings")}
+    shape |= {"initializer_range": books.INITIALIZER_RANGE, **NO_DROPOUT}
     return {
         "task": {**text_section(given), "tokenizer": str(given.teacher)},
-        "student": {"model": {"config": large_shape(given.teacher)}, "deepspeed": "zero2"},
+        "student": {"model": {"config": shape}, "deepspeed": "zero2"},
         "method": {"name": "finetune"},
         **_training(given),
     }
-
-
-def small_shape(given: argparse.Namespace) -> Config:
-    """The shape of the small student; a table of positions for its short rows is enough."""
-    student: Student = given.student
-    return {
-        **bert(student.layers, student.width, student.heads),
-        "intermediate_size": student.intermediate,
-        "max_position_embeddings": given.sizes.short,
-        "initializer_range": books.INITIALIZER_RANGE,
-        **NO_DROPOUT,
-    }
-
-
-def large_shape(teacher: Path) -> Config:
-    config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
-    shape = {key: config[key] for key in (*SHAPE, "num_attention_heads", "max_position_embeddings")}
-    return {**shape, "initializer_range": books.INITIALIZER_RANGE, **NO_DROPOUT}
 
 
 def _training(given: argparse.Namespace) -> Config:
@@ -211,7 +195,12 @@ def tune(given: argparse.Namespace) -> None:
 
 
 def tell(given: argparse.Namespace) -> None:
-    show(launching.reports_of([*student_legs(given), *task_legs(given)]), given)
+    reports = launching.reports_of([*student_legs(given), *task_legs(given)])
+    models = {
+        model: columns_of(given.seeds, partial(numbers, reports, given.tasks, model))
+        for model in MODELS
+    }
+    print_models(f"mixed vocabulary, {given.text}", given.command, models, reference=ALONE)
 
 
 STAGES = {STUDENTS: learn, "tasks": tune, "table": tell}
@@ -219,7 +208,7 @@ STAGES = {STUDENTS: learn, "tasks": tune, "table": tell}
 
 def student_legs(given: argparse.Namespace) -> list[launching.Leg]:
     """Return the runs on text of all seeds; `patient_kd` is a baseline of `alone`."""
-    wide = (LARGE, LARGE, (f"train.learning_rate={given.wide_rate}",))
+    wide = (LARGE, LARGE, (f"train.learning_rate={WIDE_RATE}",))
     arms = [
         wide if arm == LARGE else (arm, STUDENTS, arm_overrides(arm, given.student))
         for arm in given.arms
@@ -252,16 +241,6 @@ def models(given: argparse.Namespace, seed: int) -> dict[str, Path]:
     }
 
 
-def show(reports: Mapping[str, launching.Report | None], given: argparse.Namespace) -> None:
-    models = {
-        model: columns_of(
-            given.seeds, lambda seed, model=model: numbers(reports, given.tasks, model, seed)
-        )
-        for model in MODELS
-    }
-    print_models(f"mixed vocabulary, {given.text}", given.command, models, reference=ALONE)
-
-
 def numbers(
     reports: Mapping[str, launching.Report | None], tasks: Sequence[str], model: str, seed: int
 ) -> dict[str, float | None]:
@@ -272,7 +251,7 @@ def numbers(
     if report is None:
         return columns
     name = model if of_alone else "student"
-    columns[NATS] = launching.metric_of(report, name, "nats_per_character", books.HELD_OUT)
+    columns["nats/char"] = launching.metric_of(report, name, "nats_per_character", books.HELD_OUT)
     if model != books.TEACHER:
         # With those of a teacher that learns before.
         stages = launching.seconds_of(report)
@@ -286,26 +265,24 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_runs(parser, "mixed_vocabulary", data="lm/, glue/, banking77/, …")
     parser.add_argument("--stages", type=words_of(STAGES), default=[*STAGES], help="with commas")
-    parser.add_argument("--text", choices=TEXTS, default="books")
+    parser.add_argument("--text", choices=("books", "pydocs", "stories"), default="books")
     parser.add_argument("--teacher", type=Path, help=f"pretrained encoder; default: {PRETRAINED}")
-    parser.add_argument("--tasks", type=words_of(TASKS), default=[*CHOSEN], help=f"of {[*TASKS]}")
+    tasks = {"type": words_of(TASKS), "default": ["sst2", "banking77"]}
+    parser.add_argument("--tasks", **tasks, help=f"of {[*TASKS]}")
     arms = [*ARMS, LARGE]
     parser.add_argument("--arms", type=words_of(arms), default=arms, help=f"of {arms}")
     parser.add_argument("--ranks", type=int, default=2, help=f"of the stage {STUDENTS}")
-    books.add_changeable(parser, OF_TRAINING | OF_STUDENT)
-    wide = "rate of large_alone, which diverges at the small models' rate"
-    parser.add_argument("--wide-rate", type=float, default=WIDE_RATE, help=wide)
+    books.add_changeable(parser, (*OF_TRAINING, *OF_STUDENT))
     on_tasks = "rate of the teacher and of large_alone on tasks"
-    parser.add_argument("--wide-task-rate", type=float, default=WIDE_TASK_RATE, help=on_tasks)
+    parser.add_argument("--wide-task-rate", type=float, default=1e-4, help=on_tasks)
     parser.add_argument("--quick", action="store_true", help="tiny models and a few steps")
-    # The tiny teacher's config reads this option of methods.homodistil.
-    parser.set_defaults(bf16=False)
     given = parsed(parser, __name__, arguments)
     given.sizes = (books.QUICK if given.quick else BOOK_SIZES)._replace(
         **books.changed(given, OF_TRAINING)
     )
-    student = QUICK_STUDENT if given.quick else Student()
-    given.student = student._replace(**books.changed(given, OF_STUDENT))
+    given.student = (QUICK_STUDENT if given.quick else Student())._replace(
+        **books.changed(given, OF_STUDENT)
+    )
     books.check_ranks(parser, given, given.sizes.short_rows)
     given.out /= given.text
     given.trains_teacher = given.quick and given.teacher is None

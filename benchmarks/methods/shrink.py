@@ -40,10 +40,7 @@ from lib.launching import (
 from lib.options import add_runs, integers, need, parsed, parser_of
 from lib.tables import Columns, columns_of, print_models
 
-TEACHER = Path("runs/bench/shrink/books-teacher")
-ON_POLICY = 10
-"""`on policy` takes one of this many steps of the repair on generated texts."""
-ALONE = "layers-"
+TEACHER = ROOT / "runs/bench/shrink/books-teacher"
 
 
 class Case(NamedTuple):
@@ -67,12 +64,6 @@ class Case(NamedTuple):
     train: Mapping[str, Any]
 
 
-SPARSITY = 0.6
-"""Share of the teacher's weights to remove by default.
-
-The embeddings of the books' teacher stay whole and are a quarter of its weights, so that its layers
-keep a fifth of their weights.
-"""
 CASES = {
     "stories": Case(
         what="a pretrained Llama of 260,032 weights",
@@ -92,10 +83,10 @@ CASES = {
         what="a Llama of 1,473,152 weights, trained on novels,",
         out="books",
         parts=(BOOKS,),
-        prepare=lambda given: books.train_decoder(given.data, given.teacher, jobs=given.jobs),
+        prepare=lambda given: books.train_decoder(given.data, TEACHER, jobs=given.jobs),
         sections=lambda given: {
             "task": books.decoder_task(given.data, 8),
-            "teacher": {"model": str(given.teacher / "final"), "deepspeed": "teacher_zero0"},
+            "teacher": {"model": str(TEACHER / "final"), "deepspeed": "teacher_zero0"},
         },
         layers=books.DECODER_LAYERS,
         depths=(6, 4, 3, 2),
@@ -112,7 +103,8 @@ def main(arguments: Sequence[str]) -> int:
     write_config(given.out / "run.yaml", config(given))
     legs = [leg(given, name, seed) for seed in given.seeds for name in given.runs]
     run_side_by_side(legs, jobs=given.jobs)
-    print_models(what(given), given.command, models(given), reference=given.runs[0])
+    what = f"Shrink of {case.what} to {1 - given.sparsity:g} of its weights"
+    print_models(what, given.command, models(given), reference=given.runs[0])
     return 0
 
 
@@ -138,14 +130,14 @@ def variants(given: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     if given.trials:
         once = "method.repair_steps=1"
         return {f"trial-{steps}": (f"method.trial_steps={steps}", once) for steps in given.trials}
-    last, case = max(1, given.steps // ON_POLICY), CASES[given.case]
+    last, case = max(1, given.steps // 10), CASES[given.case]
     on_policy = (
         f"method.repair_steps={given.steps - last}",
         f"method.on_policy_steps={last}",
         "rollout={max_new_tokens: 96, prompt_tokens: 32}",
     )
     steps = ("method.trial_steps=null", f"method.repair_steps={given.alone}")
-    alone = {f"{ALONE}{n}": (f"method.candidates=[{n / case.layers}]", *steps) for n in case.depths}
+    alone = {f"layers-{n}": (f"method.candidates=[{n / case.layers}]", *steps) for n in case.depths}
     return {"shrink": ("baselines=[random]",), **alone, "on_policy": on_policy}
 
 
@@ -154,13 +146,7 @@ def leg(given: argparse.Namespace, name: str, seed: int) -> Leg:
     return Leg(folder, given.out / "run.yaml", given.out / folder, (*overrides, f"seed={seed}"))
 
 
-def what(given: argparse.Namespace) -> str:
-    return f"Shrink of {CASES[given.case].what} to {1 - given.sparsity:g} of its weights"
-
-
 def models(given: argparse.Namespace) -> dict[str, Columns]:
-    """Return the numbers of all runs by seed, and those of the teacher and of `random`."""
-
     def of_run(name: str, seed: int) -> dict[str, float | None]:
         one = leg(given, name, seed)
         report = finished(one)
@@ -194,15 +180,12 @@ def numbers(report: Report, run: Path) -> dict[str, float | None]:
             "trial": trial["metrics"]["loss"],
             "trial s": trial["seconds"],
         }
-        columns["cut"] = cut_loss(run, chosen)
+        # The loss of the candidate before its first step.
+        key = f"eval/layers-{chosen}/loss"
+        of_trial = (one for one in records_of(run) if one["stage"] == "trial-1")
+        columns["cut"] = next(one[key] for one in of_trial if key in one)
         columns |= {f"KL of {number} layers": row["metric"] for number, row in layers.items()}
     return columns
-
-
-def cut_loss(run: Path, layers: int) -> float:
-    """Return the loss of a candidate before its first step, from the log of a run."""
-    key = f"eval/layers-{layers}/loss"
-    return next(r[key] for r in records_of(run) if r["stage"] == "trial-1" and key in r)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -210,16 +193,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_runs(parser, "shrink", jobs=1, data="lm/ and weights/")
     parser.set_defaults(out=None)
     parser.add_argument("--case", choices=CASES, default="stories")
+    # The embeddings of the books' teacher stay whole and are a quarter of its weights, so that its
+    # layers keep a fifth of theirs.
     words = "share of the teacher's weights to remove"
-    parser.add_argument("--sparsity", type=float, default=SPARSITY, help=words)
+    parser.add_argument("--sparsity", type=float, default=0.6, help=words)
     parser.add_argument("--steps", type=int, default=400, help="of the repair")
     parser.add_argument("--trial", type=int, default=60, help="steps of the trial")
     parser.add_argument("--alone", type=int, help="steps of layers-N; default: trial and repair")
     parser.add_argument("--runs", nargs="*", help="names of the variants; default: all")
     parser.add_argument("--trials", type=integers, help="compare trials of so many steps")
-    parser.add_argument("--teacher", type=Path, default=TEACHER, help="folder of books' teacher")
     given = parsed(parser, __name__, arguments)
-    given.teacher = ROOT / given.teacher
     given.alone = given.alone or given.trial + given.steps
     given.out = given.out or ROOT / "runs/bench/shrink" / CASES[given.case].out
     given.runs = given.runs or [*variants(given)]

@@ -70,11 +70,7 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
     train = {"max_steps": given.steps, "learning_rate": given.rate, **SCHEDULE}
     teacher = str(given.out / "teacher" / "final")
     student = {"model": "from_teacher", "dropout": 0.0}
-    shared = {
-        "task": task,
-        "teacher": {"model": teacher, "cache": "auto"},
-        "train": train,
-    }
+    shared = {"task": task, "teacher": {"model": teacher, "cache": "auto"}, "train": train}
     single = {
         **shared,
         "method": {"name": "single"},
@@ -83,7 +79,7 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "teacher": {
             "task": task,
-            "student": {"model": str(fetch_teacher().resolve())},
+            "student": {"model": str(fetch_teacher())},
             "method": {"name": "finetune"},
             "train": setting.teacher.train(),
             "eval": {"latency": False},
@@ -100,27 +96,23 @@ def configs(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def all_steps(given: argparse.Namespace) -> int:
-    """Return the steps of trial and repair."""
     return given.steps + round(SHARE_OF_REPAIR * given.steps)
 
 
 def legs_of(given: argparse.Namespace, name: str, seed: int) -> list[Leg]:
-    """Return the runs of an arm: one, or one for each size."""
     kind, _, count = name.partition("-")
     if kind in KEPT:
         keep = f"student.layers={{keep: {count}, by: {KEPT[kind]}}}"
         return [leg_of(given.out, f"{name}-{given.rate:g}-{seed}", kind, (keep, f"seed={seed}"))]
-    groups = [given.sizes] if name == SERIES else [[size] for size in given.sizes]
-    return [_shrink(given, name, sizes, seed) for sizes in groups]
-
-
-def _shrink(given: argparse.Namespace, name: str, sizes: Sequence[str], seed: int) -> Leg:
-    key = "speedup" if sizes[0].endswith("x") else "flops"
     tried = (f"method.candidates={given.candidates}", f"method.repair_steps={given.steps}")
     method = tried if name == TRIED else (f"method.repair_steps={all_steps(given)}",)
-    words = (f"method.{key}={','.join(sizes)}", *method)
-    folder = f"{name}-{'-'.join(sizes).replace('%', '')}-{given.rate:g}-{seed}"
-    return leg_of(given.out, folder, "shrink", (*words, f"seed={seed}"))
+    legs = list[Leg]()
+    for sizes in [given.sizes] if name == SERIES else [[size] for size in given.sizes]:
+        key = "speedup" if sizes[0].endswith("x") else "flops"
+        words = (f"method.{key}={','.join(sizes)}", *method, f"seed={seed}")
+        folder = f"{name}-{'-'.join(sizes).replace('%', '')}-{given.rate:g}-{seed}"
+        legs.append(leg_of(given.out, folder, "shrink", words))
+    return legs
 
 
 def models(given: argparse.Namespace) -> dict[str, Columns]:
@@ -139,7 +131,6 @@ def models(given: argparse.Namespace) -> dict[str, Columns]:
 
 
 def numbers(given: argparse.Namespace, report: Report) -> dict[str, float]:
-    """Return what a run has made: points on the test rows, and how much faster the students are."""
     metric = report["metric_name"]
     students = {
         one["name"]: one for one in (*report["sizes"], report["student"] | {"name": "student"})

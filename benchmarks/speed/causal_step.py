@@ -1,7 +1,7 @@
 """A causal LM step of megakd against an eager bare loop: CPU time in pairs, and memory.
 
 `python benchmarks speed.causal_step [--pairs 20] [--divergences forward_kl,jsd] [--peers]`, one
-rank.
+rank with one thread.
 
 Llamas with random weights, V = 32000: a student of 4 x 256 learns from a teacher of 8 x 512, at
 ZeRO 0 in fp32, from 4 x 256 tokens per step, by one soft target and without labels.
@@ -49,7 +49,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 SPECIAL = ("<unk>", "<pad>", "</s>")
 LEARNING_RATE, MAX_GRAD_NORM, CLOSE = 1e-4, 1.0, 1e-4
 TOKENIZER, RUN = "tokenizer", "run.yaml"
-TARGET, MEMORY_TARGET, MEMORY_STEPS = 0.85, 0.5, 3
+TARGET, MEMORY_TARGET = 0.85, 0.5
+WARM_UP, MEMORY_STEPS = 4, 3
+"""Steps that do not count, and steps whose memory is measured."""
 TERMS = {
     "forward_kl": {"loss": "soft_target_kl", "weight": 1.0},
     "jsd": {"loss": "soft_target_jsd", "weight": 1.0, "beta": 0.5},
@@ -78,7 +80,6 @@ QUICK = Sizes((2, 32), (2, 64), vocabulary=300, rows=2, length=16, head=16)
 
 
 def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
-    """Write texts, a tokenizer and run.yaml."""
     words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL))]
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
@@ -95,7 +96,6 @@ def write_case(folder: Path, sizes: Sizes, divergence: str) -> None:
 
 
 def run_tree(folder: Path, sizes: Sizes, divergence: str) -> dict[str, Any]:
-    """Return the run config: ZeRO 0 for both models, and neither evaluations nor saves."""
     teacher, student = ({"config": sizes.shape(size)} for size in (sizes.teacher, sizes.student))
     return {
         "output_dir": str(folder / "run"),
@@ -271,14 +271,14 @@ def main(arguments: Sequence[str]) -> int:
 def in_child(side: str, what: str, divergence: str, case: Path, given: argparse.Namespace) -> Any:
     place = ["--case", str(case), "--side", side, "--what", what, "--divergences", divergence]
     command = [sys.executable, str(BENCHMARKS), __name__, *given.arguments, *place]
-    changes = {"OMP_NUM_THREADS": str(given.threads), "PYTHONPATH": bench_path()}
+    changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": bench_path()}
     environment = os.environ | quickstart().ENVIRONMENT | changes
     subprocess.run(command, env=environment, check=True)
     return json.loads((case / f"{side}-{what}.json").read_text(encoding="utf-8"))
 
 
 def measure(given: argparse.Namespace) -> None:
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     with opened(given) as side:
         measured: Any = extra_memory(side, given) if given.what == "memory" else paired(side, given)
     path = given.case / f"{given.side}-{given.what}.json"
@@ -286,8 +286,7 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def opened(given: argparse.Namespace) -> AbstractContextManager[Any]:
-    """Build the side that is asked for, with batches for all of its steps."""
-    count = given.warm_up + max(given.pairs, MEMORY_STEPS)
+    count = WARM_UP + max(given.pairs, MEMORY_STEPS)
     divergence = given.divergences[0]
     if given.side == "megakd":
         return opened_megakd(given.case, count)
@@ -303,9 +302,9 @@ def extra_memory(side: Any, given: argparse.Namespace) -> int:
     """Return the bytes that a step takes beyond what is resident before it, the median of a few."""
     from bench.memory import peak_in_process
 
-    for index in range(given.warm_up):
+    for index in range(WARM_UP):
         side.step(index)
-    steps = range(given.warm_up, given.warm_up + MEMORY_STEPS)
+    steps = range(WARM_UP, WARM_UP + MEMORY_STEPS)
     peaks = [peak_in_process(functools.partial(side.step, index)).bytes_ for index in steps]
     return statistics.median_low(peaks)
 
@@ -314,19 +313,18 @@ def paired(side: Any, given: argparse.Namespace) -> list[list[float]]:
     """Return the CPU seconds of the steps of a side and of a bare loop; their losses must agree."""
     bare = side.bare(LOSSES[given.divergences[0]])
     check_agree(side, bare, 0)
-    for index in range(given.warm_up):
+    for index in range(WARM_UP):
         side.step(index)
         bare.step(index)
-    check_agree(side, bare, given.warm_up)
+    check_agree(side, bare, WARM_UP)
 
     def seconds(one: Any, number: int) -> float:
-        return timed(functools.partial(one.step, given.warm_up + number)).cpu
+        return timed(functools.partial(one.step, WARM_UP + number)).cpu
 
     return by_turns([functools.partial(seconds, one) for one in (side, bare)], given.pairs)
 
 
 def check_agree(side: Any, beside: Any, steps: int) -> None:
-    """Compare the losses of both sides after so many steps."""
     ours, theirs = side.loss(steps), beside.loss(steps)
     if abs(ours - theirs) > CLOSE * abs(theirs):
         raise ValueError(f"after {steps} steps the loss is {ours}, and the other side's {theirs}")
@@ -354,9 +352,7 @@ def verdict(pairs: Sequence[Sequence[float]], memory: dict[str, int]) -> str:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=20, help="at least 2")
-    parser.add_argument("--warm-up", type=int, default=4, help="steps that do not count")
     parser.add_argument("--divergences", type=words_of(TERMS), default=list(TERMS))
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", action="store_true", help="TRL's trainers too")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the program")
     for name in ("--side", "--what", "--case"):

@@ -84,8 +84,7 @@ class Trl:
     @torch.no_grad()
     def loss(self, index: int) -> float:
         trainer, ids = self._trainer, self._ids[index]
-        count = targets_of(ids)
-        inputs = self._inputs_of(ids)
+        inputs, count = self._inputs_of(ids), targets_of(ids)
         return float(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count))
 
     def bare(self, loss: causal_step.Loss) -> causal_step.Bare:
@@ -94,7 +93,6 @@ class Trl:
 
 
 def targets_of(ids: Tensor) -> Tensor:
-    """Return the number of positions with a next token."""
     return torch.tensor(float(ids[:, 1:].numel()))
 
 
@@ -122,7 +120,6 @@ def _module(name: str) -> Any:
 def opened(
     name: str, case: Path, sizes: causal_step.Sizes, divergence: str, count: int
 ) -> Iterator[Trl]:
-    """Build a trainer of this name with random models, for so many batches."""
     kind, (student, teacher) = KINDS[name], causal_step.random_models(sizes)
     module = _module(kind.module)
     with tempfile.TemporaryDirectory(prefix="megakd-trl-") as folder:

@@ -1,7 +1,6 @@
 """Speed-up of a forward of a cut model, against the whole model.
 
-`python benchmarks speed.latency [--shape 6x384] [--grid 0.5,0.9] [--lengths 24,128]`, in one
-process.
+`python benchmarks speed.latency [--shape 6x384] [--grid 0.5,0.9] [--lengths 24,128]`, one thread.
 
 A BERT of MiniLM's shape with random weights and scores, so that layers keep different numbers of
 heads and neurons, is timed by turns with what is left of it at every sparsity. `--ratios` rounds
@@ -31,7 +30,7 @@ WHOLE = "whole"
 
 def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     models = cut_models(given)
     rows = []
     for length in given.lengths:
@@ -47,7 +46,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def cut_models(given: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """The whole model and what is left of it, by name."""
     layers, width = sizes_of(given.shape)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     config = BertConfig(**sizes, num_attention_heads=12)
@@ -88,5 +86,4 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batches", type=integers, default=[1, 32])
     parser.add_argument("--lengths", type=integers, default=[24, 128])
     parser.add_argument("--ratios", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     return parsed(parser, __name__, arguments)

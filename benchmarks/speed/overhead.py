@@ -1,6 +1,6 @@
 """Overhead of megakd in a training step, against a bare loop with the same engines and batch.
 
-`python benchmarks speed.overhead [--ranks 2] [--pairs 100] [--profile]`, on CPU ranks.
+`python benchmarks speed.overhead [--ranks 2] [--pairs 100]`, on CPU ranks.
 
 A pair is one step of each loop on the same batch, in one process and in alternating order:
 
@@ -17,9 +17,7 @@ of the slowest rank. Steps without a bare loop between them then give the share 
 from __future__ import annotations
 
 import argparse
-import cProfile
 import itertools
-import pstats
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -105,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.case is not None:
         stages.run_rank(given, measure)
         return 0
-    by_rank = stages.on_ranks(__name__, given, partial(stages.write_case, given=given))
+    by_rank = stages.on_ranks(__name__, given)
     pairs = over_ranks([rank["pairs"] for rank in by_rank])
     show(pairs, max(rank["share"] for rank in by_rank), given)
     return 0
@@ -118,18 +116,11 @@ def measure(config: RunConfig, ranks: Ranks, given: argparse.Namespace) -> dict[
         batches = [device_batch(stage.source.step(i)[0], ranks.device) for i in range(count)]
         stage.watched.forget()
         steps = stage.steps_one_by_one()
-        profile = cProfile.Profile() if given.profile and ranks.is_main else None
-
-        def ours(index: int) -> Clocks:
-            step = partial(megakd_step, stage, steps, index)
-            if profile is not None and index >= given.warm_up:
-                step = partial(profile.runcall, step)
-            return timed(step)
-
-        sides = [ours, lambda index: timed(partial(bare.step, batches[index]))]
+        sides = [
+            lambda index: timed(partial(megakd_step, stage, steps, index)),
+            lambda index: timed(partial(bare.step, batches[index])),
+        ]
         pairs = by_turns(sides, given.pairs, warm_up=given.warm_up)
-        if profile is not None:
-            show_profile(profile)
         return {"pairs": pairs, "share": data_share(stage, steps, given.alone)}
 
 
@@ -138,13 +129,6 @@ def megakd_step(stage: stages.MeasuredStage, steps: Iterator[None], index: int) 
     next(steps)
     # The first of a run of steps gives the loader the next run.
     stage.watched.wait_for(STEPS_AHEAD + STEPS_AT_ONCE * (1 + index // STEPS_AT_ONCE))
-
-
-def show_profile(profile: cProfile.Profile) -> None:
-    statistics = pstats.Stats(profile)
-    statistics.sort_stats("tottime").print_stats(15)
-    statistics.sort_stats("cumtime").print_stats("megakd")
-    print("the profile slows megakd's steps down: the ratios below say nothing")
 
 
 def data_share(stage: StageRun, steps: Iterator[None], count: int) -> float:
@@ -178,5 +162,4 @@ def show(pairs: Sequence[Sequence[Clocks]], share: float, given: argparse.Namesp
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = stages.step_parser(__doc__, ranks=1, pairs=100, warm_up=10, student="2x128")
     parser.add_argument("--alone", type=int, default=50, help="steps that measure the data wait")
-    parser.add_argument("--profile", action="store_true", help="show where megakd's steps spend")
     return parsed(parser, __name__, arguments)

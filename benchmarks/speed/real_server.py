@@ -92,7 +92,8 @@ def served_numbers(case: Case, url: str, pushed: Path) -> Iterator[tuple[str, st
     began = time.monotonic()
     server.load_weights(pushed, "run-s1-1")
     taken, changed = time.monotonic() - began, case.own_texts()
-    yield "texts that other weights change", different(changed, first)
+    others = sum(one != other for one, other in zip(changed, first, strict=True))
+    yield "texts that other weights change", f"{others} of {len(changed)}"
     yield "greedy texts after a push", f"{equal(case.served_texts(asked), changed)}, {taken:.1f} s"
     scale(last, 1 / SCALE)
     server.load_weights(case.folder, "run-s1-2")
@@ -127,10 +128,6 @@ def states_numbers(case: Case, url: str, folder: Path) -> Iterator[tuple[str, st
 
 def equal(texts: Sequence[Any], wanted: Sequence[Any]) -> str:
     return f"{sum(a == b for a, b in zip(texts, wanted, strict=True))} of {len(wanted)} equal"
-
-
-def different(texts: Sequence[Any], others: Sequence[Any]) -> str:
-    return f"{sum(a != b for a, b in zip(texts, others, strict=True))} of {len(texts)}"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -36,7 +36,6 @@ STEMS = {
     "wnli": "WNLI",
 }
 MNLI = {"MNLI-m": "test_matched", "MNLI-mm": "test_mismatched"}
-LOWEST, HIGHEST = 0.0, 5.0  # the scores of STS-B
 ROWS = 64
 
 
@@ -59,7 +58,6 @@ def test_files(config: RunConfig, name: str) -> dict[str, Path]:
 
 
 def outputs_of(model: Any, tokenizer: Any, path: Path, text: Sequence[str], most: int) -> Any:
-    """Return the logits of every row of a test file, [rows, labels]."""
     texts = [tuple(str(row.values[column]) for column in text) for row in read_tsv(path).records()]
     parts = []
     for start in range(0, len(texts), ROWS):
@@ -81,7 +79,7 @@ def outputs_of(model: Any, tokenizer: Any, path: Path, text: Sequence[str], most
 def answers_of(outputs: torch.Tensor, glue: GlueTask, labels: Sequence[str]) -> list[str]:
     """Return the answers as GLUE writes them; labels are matched by name."""
     if not glue.classes:
-        return [f"{score:.3f}" for score in outputs[:, 0].clamp(LOWEST, HIGHEST).tolist()]
+        return [f"{score:.3f}" for score in outputs[:, 0].clamp(0.0, 5.0).tolist()]  # of STS-B
     if set(labels) != set(glue.classes):
         raise SubmissionError(
             f"the model's labels ({', '.join(labels)}) are not those of the task "

@@ -42,7 +42,7 @@ def test_what_is_written_is_read(tmp_path):
         ({"version": 0}, ["version 0", "version 1"]),
         ({"settings": "other"}, ["madeup", "clinc150-few", "other", "0123"]),
         ({"cells": [{"arm": "a"}]}, ["missing"]),
-        ({"cells": None}, ["NoneType"]),
+        ({"cells": None}, ["no stored cells", "NoneType"]),
         ({"surprise": 1}, ["surprise"]),
         *(({"cells": [vars(cells("a", (score,))[0])]}, []) for score in (None, "80")),
     ],

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,8 +17,7 @@ from evidence.run import Answered, accuracy, digest, mean_divergence
 from evidence.settings import SETTINGS, Learning, read_table
 from lib.data import write_labelled
 
-if TYPE_CHECKING:
-    from evidence_cells import Stored
+COLUMNS = ("text", "label")
 
 
 @pytest.mark.parametrize(
@@ -65,22 +63,8 @@ def test_a_stored_cell_is_run_again_only_with_other_steps(tmp_path):
     assert [(run.name, run.steps) for run in left] == [("takd, T 1", 200)]
 
     paid = dataclasses.replace(takd, basis="cost", max_steps=200)
-    known, left = evidence_plan.known_and_left(
-        bench, stored_of(ours, takd, paid), [1], arms[:2], "cost"
-    )
-    assert (known, left) == ([paid], [])
-
-
-def trial(chosen: float, **scores: float) -> Stored:
-    """A cell of MiniDisc at 0.9 whose first trial has these scores."""
-    details = {f"trial score {name[1:]}": score for name, score in scores.items()}
-    made = dataclasses.replace(
-        one_cell("minidisc, 0.9", 100), details={**details, "chosen": chosen}
-    )
-    return stored_of(made, comparison="minidisc")
-
-
-SCORES = {"s0.5": 0.9, "s0.7": 0.88, "s0.85": 0.83, "s0.9": 0.7}
+    stored = stored_of(ours, takd, paid)
+    assert evidence_plan.known_and_left(bench, stored, [1], arms[:2], "cost") == ([paid], [])
 
 
 @pytest.mark.parametrize(
@@ -94,9 +78,12 @@ SCORES = {"s0.5": 0.9, "s0.7": 0.88, "s0.85": 0.83, "s0.9": 0.7}
 )
 @pytest.mark.parametrize("basis", ["steps", "cost"])
 def test_an_arm_with_the_choice_of_the_reference_is_a_copy_of_its_cell(arm, is_same, basis):
-    stored = trial(chosen=0.85, **{**SCORES, "s0.85": 0.87})
+    scores = {0.5: 0.9, 0.7: 0.88, 0.85: 0.87, 0.9: 0.7}
+    details = {f"trial score {sparsity:g}": score for sparsity, score in scores.items()}
+    details["chosen"] = 0.85
+    minidisc = dataclasses.replace(one_cell("minidisc, 0.9", 100), details=details)
 
-    copy = evidence_plan.copied(stored, arm, 1, basis)
+    copy = evidence_plan.copied(stored_of(minidisc, comparison="minidisc"), arm, 1, basis)
 
     assert (copy is not None) == is_same
     if copy is not None:
@@ -132,17 +119,15 @@ def test_equal_teachers_learn_from_bootstraps_of_the_same_labels_with_other_seed
     for name in ("second", "six"):
         evidence_plan.taught(bench, setting, name, 3)
 
-    second, six = (read_table_of(started[f"{name}-3"]) for name in ("second", "six"))
+    second, six = (
+        read_table(Path(started[f"{name}-3"]["task"]["train_files"]), COLUMNS, delimiter=",")
+        for name in ("second", "six")
+    )
     assert len(second) == len(six) == 20
     assert second != six
     assert len({*second, *six}) <= 20  # of the labelled rows of the run
     assert all(label == f"label {int(text.split()[1]) % 4}" for text, label in second)
     assert started["second-3"]["seed"] != started["six-3"]["seed"]
-
-
-def read_table_of(config: dict) -> list[tuple[str, str]]:
-    path = Path(config["task"]["train_files"])
-    return read_table(path, ("text", "label"), delimiter=",")
 
 
 @pytest.mark.parametrize(("steps", "is_kept"), [(4, True), (5, False)])
@@ -210,13 +195,9 @@ def test_splits_are_disjoint_and_keep_every_row_text(tmp_path):
     SETTINGS["banking77-few"].write_splits(tmp_path, tmp_path / "out")
 
     result = {
-        split: read_table(tmp_path / f"out/{split}.csv", ("text", "label"), delimiter=",")
+        split: read_table(tmp_path / f"out/{split}.csv", COLUMNS, delimiter=",")
         for split in ("train", "validation", "test")
     }
-    assert {split: len(rows) for split, rows in result.items()} == {
-        "train": 100,
-        "validation": 1000,
-        "test": 5,
-    }
+    assert [len(rows) for rows in result.values()] == [100, 1000, 5]
     assert not {*result["train"]} & {*result["validation"]}
     assert result["test"][3][0] == 'say "3",\n twice'

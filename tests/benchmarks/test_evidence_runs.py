@@ -42,10 +42,8 @@ class Fake:
 GATING = {"best teacher, T 1", "best teacher, T 4", "labels"}
 
 
-def run_skdbert(
-    folder: Path, stored: Stored, seeds: tuple[int, ...], groups: tuple[str, ...] | None = None
-) -> Stored:
-    asked = argparse.Namespace(jobs=1, groups=groups, quick=False, stored=folder)
+def run_skdbert(folder: Path, stored: Stored, seeds: tuple[int, ...]) -> Stored:
+    asked = argparse.Namespace(jobs=1, quick=False, stored=folder)
     evidence.run_comparison(asked, bench_of(folder), stored, seeds)
     (path,) = folder.glob("*.json")
     return read_stored(path)
@@ -116,7 +114,6 @@ def test_an_unusable_option_is_refused_with_its_value(capsys, words, message):
     [
         ("--only selection", "clinc150/data_full.json"),
         ("--only plain --settings sst2-few", "sst2-few: plain is compared in clinc150"),
-        ("--only skdbert --groups 0.97", "skdbert has no arms of the groups 0.97.*T 1, T 4"),
         ("--only skdbert,minidisc --settings clinc150-few", "minidisc.*belong to the settings old"),
     ],
 )

@@ -9,6 +9,8 @@ import pytest
 from tiny_runs import bert, config_tree, write_config, write_reviews
 from whole_run import finish
 
+from lib.launching import records_of
+
 pytestmark = pytest.mark.slow
 
 
@@ -43,13 +45,8 @@ def variant(one_rank, folder: Path, run: str, labelled: int | None = None, **opt
 
 
 def rates(out: Path, stage: str) -> list[float]:
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [
-        r["train/learning_rate"]
-        for r in records
-        if r["stage"] == stage and "train/learning_rate" in r
-    ]
+    key = "train/learning_rate"
+    return [r[key] for r in records_of(out) if r["stage"] == stage and key in r]
 
 
 def test_a_variant_without_changes_is_the_paper(one_rank, sorted_teacher):
@@ -72,9 +69,8 @@ def test_labels_alone_learn_from_the_rows_with_a_label_in_a_cut_of_the_target(
     out = variant(one_rank, sorted_teacher, "labels", labelled=8, name="evidence_labels:Labels")
 
     report = json.loads((out / "report.json").read_text())
-    last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    epochs = [r["epoch"] for r in last if "epoch" in r]
     assert [stage["name"] for stage in report["stages"]] == ["specification", "student"]
-    assert max(epochs) == 4.0  # each of the 4 steps takes all 8 rows that have a label
+    # Each of the 4 steps takes all 8 rows that have a label.
+    assert max(record["epoch"] for record in records_of(out) if "epoch" in record) == 4.0
     config = json.loads((out / "final/config.json").read_text())
     assert config["model_type"] == "cut_bert"

@@ -29,7 +29,7 @@ JUNIT = """<testsuites><testsuite tests="4" failures="1" errors="1" skipped="1" 
 HANGS = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print('numbers: {"found": 1}', flush=True)
+print('numbers: {"steps": 1}', flush=True)
 print("child", child.pid, flush=True)
 time.sleep(600)
 """
@@ -58,8 +58,7 @@ def parts_of(out: Path) -> dict[str, dict]:
 
 def test_without_a_gpu_the_command_says_so_and_ends(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu_day, "has_gpu", lambda: False)
-    code = gpu_day.main(["--out", str(tmp_path / "out")], [part("works", WORKS)])
-    assert code == 1
+    assert gpu_day.main(["--out", str(tmp_path / "out")], [part("works", WORKS)]) == 1
     assert "torch finds no GPU on this machine; --rehearse runs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -72,10 +71,10 @@ def test_a_part_that_hangs_is_ended_at_its_limit_and_the_others_still_run(tmp_pa
     assert code == 1
     assert time.monotonic() - began < 60
     result = parts_of(tmp_path)
-    assert result["hangs"]["state"] == "timed out"
-    assert result["hangs"]["reason"] == "ended at its limit of 1.5 s"
-    assert result["hangs"]["numbers"] == {"found": 1}
-    assert "Fatal Python error: Aborted" in result["hangs"]["tail"]
+    hangs = result["hangs"]
+    assert (hangs["state"], hangs["reason"]) == ("timed out", "ended at its limit of 1.5 s")
+    assert hangs["numbers"] == {"steps": 1}
+    assert "Fatal Python error: Aborted" in hangs["tail"]
     assert result["works"]["state"] == "finished"
     # Nothing of the part is left.
     log = (tmp_path / "logs" / "hangs.log").read_text(encoding="utf-8")
@@ -91,26 +90,22 @@ def test_a_failed_part_is_tried_again_and_a_finished_part_is_not(tmp_path):
     assert start(tmp_path, [fails]) == 0
     assert start(tmp_path, [fails]) == 0
 
-    assert failed["state"] == "failed"
-    assert failed["reason"] == "exit code 1"
+    assert (failed["state"], failed["reason"]) == ("failed", "exit code 1")
     assert "the first run fails" in failed["tail"]
     assert parts_of(tmp_path)["fails"]["numbers"] == {"runs": 2}
 
 
 def test_a_part_that_does_not_fit_into_the_time_or_cannot_run_here_is_listed_with_why(tmp_path):
     long, short = part("long", WORKS, limit_s=600), part("short", WORKS, limit_s=20)
-
     skips = part("skips", "print('skipped: triton is not installed')", limit_s=20)
 
-    code = start(tmp_path, [long, skips, short], "--minutes", "1")
-    assert code == 1
+    assert start(tmp_path, [long, skips, short], "--minutes", "1") == 1
+
     result = parts_of(tmp_path)
-    assert result["long"]["state"] == "not run"
+    states = {name: one["state"] for name, one in result.items()}
+    assert states == {"long": "not run", "skips": "skipped", "short": "finished"}
     assert result["long"]["reason"].startswith("the limit of 600 s does not fit into the last")
-    assert result["short"]["state"] == "finished"
-    assert (result["skips"]["state"], result["skips"]["reason"]) == (
-        *("skipped", "triton is not installed"),
-    )
+    assert result["skips"]["reason"] == "triton is not installed"
 
 
 def test_a_rehearsal_is_not_continued_on_a_gpu(monkeypatch, capsys, tmp_path):
@@ -206,9 +201,7 @@ def test_all_other_parts_can_be_rehearsed_as_a_user_does(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     result = parts_of(tmp_path)
-    assert {
-        name: result[name]["tail"] for name in names if result[name]["state"] != "finished"
-    } == {}
+    assert not {n: result[n]["tail"] for n in names if result[n]["state"] != "finished"}
     assert done.returncode == 0, done.stderr
     for name, steps in (("causal-lm", 60), ("minidisc", 40)):
         numbers = result[name]["numbers"]
@@ -250,11 +243,14 @@ def test_the_wheels_that_travel_are_those_of_the_constraints():
     assert "transformers==" in " ".join(pins)
 
 
-def test_only_what_is_not_timed_runs_side_by_side():
+def test_only_what_is_not_timed_runs_side_by_side_and_times_can_come_first():
     groups = [[part.name for part in group] for group in grouped(PARTS)]
+    names = [part.name for part in ordered(PARTS, "times")]
 
     assert ["kernel-tests", "agreement", "causal-lm", "minidisc", "release"] in groups
     assert sum(len(group) == 1 for group in groups) == len(groups) - 1
+    assert names[:3] == ["probe", "agreement", "bench"]
+    assert sorted(names) == sorted(part.name for part in PARTS)
 
 
 def test_parts_side_by_side_end_each_by_itself(tmp_path, monkeypatch):
@@ -265,16 +261,8 @@ def test_parts_side_by_side_end_each_by_itself(tmp_path, monkeypatch):
     code = gpu_day.main(["--out", str(tmp_path)], parts)
 
     result = parts_of(tmp_path)
-    states = {name: one["state"] for name, one in result.items()}
     assert code == 1
-    assert list(states.items()) == [
+    assert [(name, one["state"]) for name, one in result.items()] == [
         ("agreement", "finished"), ("release", "finished"), ("kernel-tests", "timed out")
     ]  # fmt: skip
     assert result["kernel-tests"]["seconds"] < 10
-
-
-def test_times_come_first_where_they_are_asked_for():
-    names = [part.name for part in ordered(PARTS, "times")]
-
-    assert names[:3] == ["probe", "agreement", "bench"]
-    assert sorted(names) == sorted(part.name for part in PARTS)

@@ -14,7 +14,7 @@ import yaml
 from tiny_books import write_real_data
 
 from lib import books, launching, stories
-from lib.data import BOOKS
+from lib.data import BOOKS, bert
 from lib.launching import UnusableError
 from lib.tables import columns_of
 from megakd.errors import CheckpointError
@@ -127,14 +127,14 @@ def test_a_pruned_student_and_a_baseline_of_its_run_have_their_loss_jump_and_sec
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "shown", "options"),
+    ("name", "shown"),
     [
-        ("homodistil", "| HomoDistil, homodistil |", ["--no-bf16"]),
-        ("mixed_vocabulary", "| mixed vocabulary, books, version_2 |", []),
+        ("homodistil", "| HomoDistil, homodistil |"),
+        ("mixed_vocabulary", "| mixed vocabulary, books, version_2 |"),
     ],
 )
-def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data, run, name, shown, options):
-    command = words(data, "--seeds", "1", "--ranks", "1", "--jobs", "1", *options)
+def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data, run, name, shown):
+    command = words(data, "--seeds", "1", "--ranks", "1", "--jobs", "1")
 
     first, second = (run(f"methods.{name}", *command) for _ in range(2))
 
@@ -149,8 +149,7 @@ def test_the_whole_chain_runs_and_a_second_start_repeats_nothing(data, run, name
 def test_the_arms_of_a_mixed_vocabulary_differ_in_the_method_alone(data, load, text):
     teacher = data.parent / "teacher"
     teacher.mkdir()
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shape = dict.fromkeys((*sizes, "max_position_embeddings"), 4) | {"model_type": "bert"}
+    shape = bert(4, 4, 4, intermediate_size=4, max_position_embeddings=4)
     (teacher / "config.json").write_text(json.dumps(shape))
     given = mixed_vocabulary.parse(
         words(data, "--seeds", "1,2", "--text", text, "--teacher", str(teacher))
