@@ -153,7 +153,7 @@ def test_the_template_and_every_setting_of_the_rendering_change_the_key(tmp_path
 def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
     data = Data(tmp_path, chats(("Hi", "abc")))
     data.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "own.jinja").write_text(template_of("qwen3"))
+    (tmp_path / "own.jinja").write_text(template_of("qwen3"), encoding="utf-8-sig")
     names = {"tokenizer": str(tmp_path / "tokenizer"), "chat_template": str(tmp_path / "own.jinja")}
     task = dataclasses.replace(data.task, **names)
 
