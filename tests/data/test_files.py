@@ -17,7 +17,6 @@ from megakd.data.readers import pieces, read_csv, read_parquet
 from megakd.errors import DataError
 
 ROWS = [("one fine day", 0), ("two, she said", 1), ("three", 0), ("vier für alle", 1)]
-KINDS = ["csv", "tsv", "jsonl", "json", "parquet"]
 
 
 def everything(splits):
@@ -28,7 +27,7 @@ def texts_of(splits):
     return [*splits.train["text"], *splits.validation["text"]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
 def test_every_format_gives_the_same_rows(load, write_rows, kind, tmp_path):
     splits = load(write_rows(tmp_path / f"data.{kind}", ROWS))
 
