@@ -41,6 +41,7 @@ def write_rows() -> Callable[..., Path]:
     """Write rows into a file of the format that its name ends with."""
 
     def write(path: Path, rows: list[tuple], header: tuple[str, ...] = ("text", "label")) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
         WRITERS[path.suffix](path, [header, *rows])
         return path
 

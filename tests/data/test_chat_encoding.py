@@ -34,12 +34,11 @@ class Data:
     ) -> None:
         self.folder = folder
         self.tokenizer = chat_tokenizer(family, merges=False)
-        path = str(write_jsonl(folder / "train.jsonl", rows))
-        names = {"train_files": path, "validation_files": self._held()}
+        names = {
+            "train_files": str(write_jsonl(folder / "train.jsonl", rows)),
+            "validation_files": str(write_jsonl(folder / "held.jsonl", chats(("Hi", "Hello")))),
+        }
         self.task = TaskConfig(**{"type": "causal_lm", "max_length": 64, **names, **keys})
-
-    def _held(self) -> str:
-        return str(write_jsonl(self.folder / "held.jsonl", [{"messages": asked("Hi", "Hello")}]))
 
     @property
     def splits(self) -> Splits:
@@ -50,8 +49,15 @@ class Data:
         return encode_splits(self.splits, self.tokenizer, self.task, cache_dir=cache)
 
     def counts(self) -> ChatCounts:
-        result = self.encoded().chat
-        return result["train"]
+        return self.encoded().chat["train"]
+
+    def write(self) -> None:
+        facts = facts_of(self.task, self.tokenizer, seed=0)
+        write_encoded(self.folder / "encoded", self.splits, self.tokenizer, self.task, facts=facts)
+
+    def from_folder(self) -> Encoded:
+        folder, facts = self.folder / "encoded", facts_of(self.task, self.tokenizer, seed=0)
+        return as_encoded(folder, open_splits(folder), self.tokenizer, facts)
 
 
 def chats(*turns: tuple[str, str]) -> list[dict[str, Any]]:
@@ -153,7 +159,7 @@ def test_the_template_and_every_setting_of_the_rendering_change_the_key(tmp_path
 def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
     data = Data(tmp_path, chats(("Hi", "abc")))
     data.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "own.jinja").write_text(template_of("qwen3"))
+    (tmp_path / "own.jinja").write_text(template_of("qwen3"), encoding="utf-8-sig")
     names = {"tokenizer": str(tmp_path / "tokenizer"), "chat_template": str(tmp_path / "own.jinja")}
     task = dataclasses.replace(data.task, **names)
 
@@ -167,12 +173,9 @@ def test_a_folder_of_encoded_conversations_has_the_rows_and_numbers_of_the_run(
 ):
     monkeypatch.setattr(encoded_folder, "TEXTS_PER_SHARD", 4)
     data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
-    facts = facts_of(data.task, data.tokenizer, seed=0)
-    write_encoded(tmp_path / "encoded", data.splits, data.tokenizer, data.task, facts=facts)
+    data.write()
 
-    run = data.encoded()
-    splits = open_splits(tmp_path / "encoded")
-    made = as_encoded(tmp_path / "encoded", splits, data.tokenizer, facts)
+    made, run = data.from_folder(), data.encoded()
 
     assert made.train[:] == run.train[:]
     assert made.chat == run.chat
@@ -189,14 +192,11 @@ def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those
     monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
     monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 1)
     data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
-    facts = facts_of(data.task, data.tokenizer, seed=0)
 
-    write_encoded(tmp_path / "encoded", data.splits, data.tokenizer, data.task, facts=facts)
+    data.write()
 
     assert used == [3, 2, 1]  # 6 and 5 conversations, and the one of the validation split
-    splits = open_splits(tmp_path / "encoded")
-    made = as_encoded(tmp_path / "encoded", splits, data.tokenizer, facts)
-    assert made.train[:] == data.encoded().train[:]
+    assert data.from_folder().train[:] == data.encoded().train[:]
     used.clear()
     encoder = ChatEncoder(data.tokenizer, data.task, bad=BadRows())
     rows = data.splits.train
@@ -211,10 +211,9 @@ def test_bad_rows_of_a_folder_are_named_together(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
     refused = [{"messages": asked("Hi", f"{n}", system="refused")} for n in range(5)]
     data = Data(tmp_path, [*refused, *chats(("Hi", "abc"))], family="gemma")
-    facts = facts_of(data.task, data.tokenizer, seed=0)
 
     with pytest.raises(DataError, match="5 rows that cannot be used") as caught:
-        write_encoded(tmp_path / "encoded", data.splits, data.tokenizer, data.task, facts=facts)
+        data.write()
     assert all(f"line {number}: " in str(caught.value) for number in range(1, 6))
 
 

@@ -89,6 +89,8 @@ def test_a_prompt_has_no_answer_to_learn_and_plain_text_stays_text(tmp_path):
 
     assert first_of(tmp_path, row, **keys) == Conversation(prompt="2 + 2 =", completion=" [4]")
     assert first_of(tmp_path, row, prompt_column="question") == Conversation(prompt="2 + 2 =")
+    usual = {"question": "Hi", "completion": "Hello"}
+    assert first_of(tmp_path, usual, prompt_column="question").completion == "Hello"
 
 
 def test_a_table_with_text_and_a_prompt_is_read_as_text(load):
@@ -112,21 +114,15 @@ def test_tool_calls_keep_their_arguments_as_they_are(tmp_path, arguments):
         assert messages[1]["content"] == ""
 
 
-def rows_with_nulls() -> list[dict[str, Any]]:
-    """Rows whose tools and arguments have null as a value."""
-    rows = []
+@pytest.mark.parametrize("kind", ["objects", "texts", "json columns"])
+def test_null_is_a_value_in_arguments_and_tools(tmp_path, write_rows, kind):
+    given, path = [], tmp_path / "rows.jsonl"
     for n in range(9):
         function = {"name": "f", "arguments": {"until": None, f"key{n % 2}": n}}
         call = {"type": "function", "function": function, "id": None}
         answer = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
         tools = [{"type": "function", "function": {"name": "f", "default": None}}]
-        rows.append({"messages": [*asked(f"Question {n}"), answer], "tools": tools})
-    return rows
-
-
-@pytest.mark.parametrize("kind", ["objects", "texts", "json columns"])
-def test_null_is_a_value_in_arguments_and_tools(tmp_path, write_rows, kind):
-    given, path = rows_with_nulls(), tmp_path / "rows.jsonl"
+        given.append({"messages": [*asked(f"Question {n}"), answer], "tools": tools})
     if kind == "objects":
         write_jsonl(path, given)
     elif kind == "texts":
@@ -145,25 +141,36 @@ def test_null_is_a_value_in_arguments_and_tools(tmp_path, write_rows, kind):
             assert row.tools == given[n]["tools"]
 
 
-@pytest.mark.parametrize("source", ["parquet", "hub", "hub stream"])
-def test_keys_that_a_typed_column_adds_are_left_out(load, tmp_path, monkeypatch, source):
-    messages = [asked(f"Question {n}", "Hello") for n in range(3)]
-    for n, conversation in enumerate(messages):
-        conversation[1]["tool_calls"] = [{"name": "f", "arguments": {f"key{n}": n}}]
+@pytest.fixture
+def parquet(tmp_path, monkeypatch) -> Path:
+    """A file, not yet written, that is the only data set of the Hub too."""
     path = tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
-    pq.write_table(pa.table({"messages": messages}), path)
     for name in ("load_dataset", "load_dataset_builder"):
         hub = partial(getattr(datasets, name), str(tmp_path / "hub"), cache_dir=str(tmp_path))
         monkeypatch.setattr(datasets, name, lambda *_, hub=hub: hub())
-    keys = {"train_files": str(path)} if source == "parquet" else {"dataset": "user/chats"}
-    held = {"streaming": True, "max_eval_examples": 1} if source == "hub stream" else {}
+    return path
 
-    splits = load(**keys, **held)
 
-    rows = [*splits.train["conversation"], *splits.validation["conversation"]]
-    rows += [row[CONVERSATION] for row in splits.stream.read()] if splits.stream else []
-    calls = [(Conversation.from_json(row).messages or [])[1]["tool_calls"][0] for row in rows]
+def all_rows(load: Any, parquet: Path, source: str) -> list[str]:
+    """The conversations of the file, of the Hub, or of a stream of one of them."""
+    is_hub, is_stream = source.startswith("hub"), source.endswith("stream")
+    keys = {"dataset": "user/chats"} if is_hub else {"train_files": str(parquet)}
+    splits = load(**keys, **({"streaming": True, "max_eval_examples": 1} if is_stream else {}))
+    streamed = [row[CONVERSATION] for row in splits.stream.read()] if is_stream else []
+    return [*splits.train["conversation"], *splits.validation["conversation"], *streamed]
+
+
+@pytest.mark.parametrize("source", ["file", "hub", "hub stream"])
+def test_keys_that_a_typed_column_adds_are_left_out(load, parquet, source):
+    messages = [asked(f"Question {n}", "Hello") for n in range(3)]
+    for n, conversation in enumerate(messages):
+        conversation[1]["tool_calls"] = [{"name": "f", "arguments": {f"key{n}": n}}]
+    pq.write_table(pa.table({"messages": messages}), parquet)
+
+    rows = map(Conversation.from_json, all_rows(load, parquet, source))
+
+    calls = [(row.messages or [])[1]["tool_calls"][0] for row in rows]
     arguments = sorted(str(call["function"]["arguments"]) for call in calls)
     assert arguments == [f"{{'key{n}': {n}}}" for n in range(3)]
 
@@ -206,25 +213,14 @@ def mixed_rows() -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize(("source", "streaming"), [("parquet", True), ("hub", False)])
-def test_json_columns_of_datasets_give_the_rows_of_jsonl(
-    load, tmp_path, monkeypatch, source, streaming
-):
+@pytest.mark.parametrize("source", ["file stream", "hub"])
+def test_json_columns_of_datasets_give_the_rows_of_jsonl(load, tmp_path, parquet, source):
     given = Dataset.from_list(mixed_rows(), on_mixed_types="use_json")
     assert given.features["messages"] == List(Json())
-    path = tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True)
-    given.to_parquet(path)
-    for name in ("load_dataset", "load_dataset_builder"):
-        hub = partial(getattr(datasets, name), str(tmp_path / "hub"), cache_dir=str(tmp_path))
-        monkeypatch.setattr(datasets, name, lambda *_, hub=hub: hub())
-    keys = {"train_files": str(path)} if source == "parquet" else {"dataset": "user/chats"}
-    held = {"streaming": True, "max_eval_examples": 1} if streaming else {}
+    given.to_parquet(parquet)
 
-    splits = load(**keys, **held)
+    actual = all_rows(load, parquet, source)
 
-    actual = [*splits.train["conversation"], *splits.validation["conversation"]]
-    actual += [r[CONVERSATION] for r in splits.stream.read()] if splits.stream else []
     expected = read(write_jsonl(tmp_path / "rows.jsonl", mixed_rows()))
     assert sorted(actual) == sorted(row.to_json() for row in expected)
 
@@ -238,47 +234,33 @@ def test_an_answer_with_weight_0_does_not_count(tmp_path):
     assert first_of(tmp_path, {"messages": shared}).counted == [3]
 
 
-def test_a_named_prompt_is_answered_by_the_usual_completion(tmp_path):
-    row = {"question": "Hi", "completion": "Hello"}
+# The row, words of the message, and keys of the task.
+REFUSED: list[tuple[Any, ...]] = [
+    ({"messages": asked("Hi")}, ("line 1", "'assistant'", "roles: user", "task.prompt_column")),
+    ({"messages": "Hi"}, ("line 1", "'messages'", "list of messages")),
+    ({"messages": [{"role": "user"}]}, ("message 1", "'user'", "no content")),
+    ({"messages": [{"text": "Hi"}]}, ("message 1", "role and content")),
+    ({"messages": [{"role": None, "content": "Hi"}]}, ("message 1", "from and value")),
+    ({"messages": [{"from": "human", "value": None}]}, ("message 1", "from and value")),
+    ({"messages": [{"from": "moderator", "value": "Hi"}]}, ("'moderator'", "human")),
+    ({"messages": [{"from": ["gpt"], "value": "Hi"}]}, ("['gpt']", "human")),
+    ({"messages": HELLO, "tools": [{"name": "\ud800"}]}, ("'tools'", "UTF-8 JSON")),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, ("image_url", "text")),
+    ({"messages": HELLO, "tools": "add"}, ("'tools'", "not a list")),
+    ({"prompt": HELLO[:1], "completion": "Hello"}, ("'prompt'", "'completion'", "both")),
+    ({"prompt": 3, "completion": "Hello"}, ("'prompt'", "not text")),
+    ({"prompt": "Hi", "completion": None}, ("'completion'", "missing")),
+    ({"messages": HELLO}, ("task.messages_column", "'chat'"), {"messages_column": "chat"}),
+    ({"instruction": "Hi", "output": "Hello"}, ("set task.text_columns",)),
+]
 
-    assert first_of(tmp_path, row, prompt_column="question").completion == "Hello"
 
-
-@pytest.mark.parametrize(
-    ("row", "words", "keys"),
-    [
-        (
-            {"messages": asked("Hi")},
-            ("line 1", "'assistant'", "roles: user", "task.prompt_column"),
-            {},
-        ),
-        ({"messages": "Hi"}, ("line 1", "'messages'", "list of messages"), {}),
-        ({"messages": [{"role": "user"}]}, ("message 1", "'user'", "no content"), {}),
-        ({"messages": [{"text": "Hi"}]}, ("message 1", "role and content"), {}),
-        ({"messages": [{"role": None, "content": "Hi"}]}, ("message 1", "from and value"), {}),
-        ({"messages": [{"from": "human", "value": None}]}, ("message 1", "from and value"), {}),
-        ({"messages": [{"from": "moderator", "value": "Hi"}]}, ("'moderator'", "human"), {}),
-        ({"messages": [{"from": ["gpt"], "value": "Hi"}]}, ("['gpt']", "human"), {}),
-        ({"messages": HELLO, "tools": [{"name": "\ud800"}]}, ("'tools'", "UTF-8 JSON"), {}),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            ("image_url", "text"),
-            {},
-        ),
-        ({"messages": HELLO, "tools": "add"}, ("'tools'", "not a list"), {}),
-        ({"prompt": HELLO[:1], "completion": "Hello"}, ("'prompt'", "'completion'", "both"), {}),
-        ({"prompt": 3, "completion": "Hello"}, ("'prompt'", "not text"), {}),
-        ({"prompt": "Hi", "completion": None}, ("'completion'", "missing"), {}),
-        ({"messages": HELLO}, ("task.messages_column", "'chat'"), {"messages_column": "chat"}),
-        ({"instruction": "Hi", "output": "Hello"}, ("set task.text_columns",), {}),
-    ],
-)
+@pytest.mark.parametrize(("row", "words", "keys"), [(*case, {})[:3] for case in REFUSED])
 def test_a_row_that_is_no_conversation_is_refused_with_its_place(tmp_path, row, words, keys):
     with pytest.raises(DataError) as caught:
         first_of(tmp_path, row, **keys)
 
-    for word in words:
-        assert word in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_a_stream_has_the_conversations_of_the_files_without_those_held_out(load, tmp_path):

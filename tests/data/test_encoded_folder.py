@@ -16,8 +16,6 @@ from megakd.data.splits import load_splits
 from megakd.data.tokenizers import load_tokenizer
 from megakd.errors import DataError
 
-TYPES = ("classification", "mlm", "causal_lm")
-
 
 class Data:
     """The data of a run, loaded and encoded by the run itself and by way of a folder."""
@@ -73,7 +71,7 @@ def plain(encoded):
     return {"train": encoded.train.to_dict(), "held": encoded.validation.to_dict(), **sets}
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", ["classification", "mlm", "causal_lm"])
 @pytest.mark.usefixtures("small_shards")
 def test_the_folder_has_the_rows_and_the_key_of_the_run(tmp_path, kind):
     data = Data(tmp_path, kind)
@@ -87,28 +85,32 @@ def test_the_folder_has_the_rows_and_the_key_of_the_run(tmp_path, kind):
     assert len(list(data.folder.glob("train-*.arrow"))) > 2
 
 
-@pytest.mark.parametrize("kind", ["mlm", "causal_lm"])
-@pytest.mark.usefixtures("small_shards")
-def test_a_stopped_call_goes_on_after_its_last_whole_shard(tmp_path, monkeypatch, kind):
-    data = Data(tmp_path, kind)
+def watched_shards(monkeypatch, stop_after=None):
+    """The names of the shards from now on; the one after so many is cut short by Ctrl+C."""
     written, write_tables = [], encoded_folder.write_tables
 
-    def stop_in_third(path, tables):
-        if len(written) == 2:
+    def write(path, tables):
+        if len(written) == stop_after:
             path.write_bytes(b"half a shard")
             raise KeyboardInterrupt
         written.append(path.name)
         write_tables(path, tables)
 
-    monkeypatch.setattr(encoded_folder, "write_tables", stop_in_third)
-    with pytest.raises(KeyboardInterrupt):
-        data.write()
+    monkeypatch.setattr(encoded_folder, "write_tables", write)
+    return written
+
+
+@pytest.mark.parametrize("kind", ["mlm", "causal_lm"])
+@pytest.mark.usefixtures("small_shards")
+def test_a_stopped_call_goes_on_after_its_last_whole_shard(tmp_path, monkeypatch, kind):
+    data = Data(tmp_path, kind)
+    with monkeypatch.context() as patch:
+        written = watched_shards(patch, stop_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            data.write()
     with pytest.raises(DataError, match=r"is not finished; start `megakd encode`"):
         data.from_folder()
-    again = []
-    monkeypatch.setattr(
-        encoded_folder, "write_tables", lambda p, t: (again.append(p.name), write_tables(p, t))
-    )
+    again = watched_shards(monkeypatch)
 
     data.write()
 
@@ -120,18 +122,13 @@ def test_a_stopped_call_goes_on_after_its_last_whole_shard(tmp_path, monkeypatch
 
 
 def test_a_call_that_has_written_no_shard_leaves_nothing_in_the_way(tmp_path, monkeypatch):
-    data, write_tables = Data(tmp_path, "classification"), encoded_folder.write_tables
-
-    def stop(path, tables):
-        path.write_bytes(b"half a shard")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(encoded_folder, "write_tables", stop)
-    with pytest.raises(KeyboardInterrupt):
-        data.write()
+    data = Data(tmp_path, "classification")
+    with monkeypatch.context() as patch:
+        watched_shards(patch, stop_after=0)
+        with pytest.raises(KeyboardInterrupt):
+            data.write()
     assert not list(data.folder.glob("*.arrow"))
     (data.folder / "train-00000-of-00001.arrow").write_bytes(b"killed")
-    monkeypatch.setattr(encoded_folder, "write_tables", write_tables)
     other = Data(tmp_path, "classification", max_length=5)
 
     other.write()

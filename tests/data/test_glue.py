@@ -15,17 +15,12 @@ STSB_HEADER = ["index", *(f"column{n}" for n in range(6)), "sentence1", "sentenc
 MNLI_HEADER = ["index", "promptID", "sentence1_parse", "sentence1", "sentence2", "gold_label"]
 
 
-def write(path, *rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
-
-
 @pytest.mark.parametrize(("folder", "name"), [("SST-2", "sst2"), ("sst2", "SST-2"), (".", "sst2")])
-def test_sst2_is_found_however_its_folder_is_written(load, folder, name, tmp_path):
+def test_sst2_is_found_however_its_folder_is_written(load, write_rows, folder, name, tmp_path):
     for split in ("train", "dev"):
-        rows = ["sentence", "label"], ["so good ", "1"], ["bad", "0"]
-        write(tmp_path / "glue" / folder / f"{split}.tsv", *rows)
-    write(tmp_path / "glue" / folder / "test.tsv", ["index", "sentence"], ["0", "?"])
+        path = tmp_path / "glue" / folder / f"{split}.tsv"
+        write_rows(path, [("so good ", 1), ("bad", 0)], header=("sentence", "label"))
+    write_rows(path.with_name("test.tsv"), [(0, "?")], header=("index", "sentence"))
 
     splits = load(f"glue/{name}", data_dir=tmp_path / "glue")
 
@@ -92,27 +87,25 @@ def test_the_files_of_a_task_are_read_as_they_are(load, name, given, tmp_path):
     assert splits.metrics == metrics
 
 
-def test_a_bad_row_of_glue_is_left_out_if_the_task_says_so(load, tmp_path):
+def test_a_bad_row_of_glue_is_left_out_if_the_task_says_so(load, write_rows, tmp_path):
     for split in ("train", "dev"):
-        write(tmp_path / f"{split}.tsv", ["sentence", "label"], ["a", "1"], ["b", "7"])
+        path = tmp_path / f"{split}.tsv"
+        write_rows(path, [("a", 1), ("b", 7)], header=("sentence", "label"))
 
     assert len(load("glue/sst2", data_dir=tmp_path, bad_rows="drop").train) == 1
 
 
-def test_mnli_is_scored_on_the_validation_split_it_names(load, tmp_path):
-    row = ["0", "1", "(p)", "a", "b", "neutral"]
-    for split, rows in {"train": [row], "dev_matched": [row], "dev_mismatched": [row, row]}.items():
-        write(tmp_path / "MNLI" / f"{split}.tsv", MNLI_HEADER, *rows)
+def test_mnli_is_scored_on_the_validation_split_it_names(load, write_rows, tmp_path):
+    row = ("0", "1", "(p)", "a", "b", "neutral")
+    for split, count in {"train": 1, "dev_matched": 1, "dev_mismatched": 2}.items():
+        write_rows(tmp_path / "MNLI" / f"{split}.tsv", [row] * count, header=MNLI_HEADER)
 
     result = {
         name: load(f"glue/{name}", data_dir=tmp_path) for name in TASKS if name.startswith("mnli")
     }
 
-    assert {name: len(splits.validation) for name, splits in result.items()} == {
-        "mnli": 1,
-        "mnli_matched": 1,
-        "mnli_mismatched": 2,
-    }
+    counts = {name: len(splits.validation) for name, splits in result.items()}
+    assert counts == {"mnli": 1, "mnli_matched": 1, "mnli_mismatched": 2}
     assert result["mnli"].label_names == ("entailment", "neutral", "contradiction")
     assert load("glue/mnli-mismatched", data_dir=tmp_path).train[0]["label"] == 1
 
@@ -158,7 +151,7 @@ def test_a_task_that_cannot_be_read_is_refused(load, tmp_path, name, given, mess
         load(f"glue/{name}", **keys)
 
 
-def test_the_hub_gives_the_same_rows_as_the_folders(load, tmp_path, monkeypatch):
+def test_the_hub_gives_the_same_rows_as_the_folders(load, write_rows, tmp_path, monkeypatch):
     names = ClassLabel(names=["not_equivalent", "equivalent"])
     string = Value("string")
     features = Features({"sentence1": string, "sentence2": string, "label": names})
@@ -170,10 +163,10 @@ def test_the_hub_gives_the_same_rows_as_the_folders(load, tmp_path, monkeypatch)
     hub = DatasetDict(train=labelled, validation=labelled, test=hidden)
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *what: asked.append(what) or hub)
-    header = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+    header = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
     for split in ("train", "dev"):
-        lines = ["1", "", "", "a", "b"], ["0", "", "", "c", "d"]
-        write(tmp_path / f"{split}.tsv", header, *lines)
+        lines = [(1, "", "", "a", "b"), (0, "", "", "c", "d")]
+        write_rows(tmp_path / f"{split}.tsv", lines, header=header)
 
     online, offline = load("glue/mrpc"), load("glue/mrpc", data_dir=tmp_path)
 

@@ -29,15 +29,14 @@ from megakd.errors import DataError
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PAD, UNK, CLS, SEP, MASK = range(5)
 SIZE = 205
-ROLES = dict(zip(("pad", "unk", "cls", "sep", "mask"), SPECIAL, strict=True))
+ROLES = {f"{token[1:-1].lower()}_token": token for token in SPECIAL}
 SMALL = st.integers(1, 3)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = [*SPECIAL, *(f"w{n}" for n in range(SIZE - len(SPECIAL)))]
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=SPECIAL[UNK]))
-    roles = {f"{role}_token": token for role, token in ROLES.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **roles)
+    return PreTrainedTokenizerFast(tokenizer_object=made, **ROLES)
 
 
 def task(kind="mlm", **keys) -> TaskConfig:
@@ -48,12 +47,12 @@ def masking(**keys) -> Masking:
     return task_masking(tokenizer(), task(**keys))
 
 
-def encoded(count: int, *, longest: int = 40) -> Dataset:
+def encoded(count: int) -> Dataset:
     """Rows of all lengths, as the tokenizer frames them, an unknown token in each tenth."""
     rng = np.random.default_rng(1)
     rows = []
     for number in range(count):
-        ids = rng.integers(5, SIZE, size=rng.integers(1, longest)).tolist()
+        ids = rng.integers(5, SIZE, size=rng.integers(1, 40)).tolist()
         rows.append([CLS, *([UNK] if number % 10 == 0 else []), *ids, SEP])
     return Dataset.from_dict({"input_ids": rows})
 
@@ -135,14 +134,9 @@ def test_a_row_has_at_least_one_target_if_any_of_its_tokens_may_be_one():
     assert task_masking(tokenizer(), task("causal_lm")) is None
 
 
-def loader(rows: Dataset, shape: StepShape, **keys) -> StepLoader:
-    return StepLoader(
-        rows,
-        Collator(tokenizer(), task()),
-        layout=StepLayout(shape),
-        masking=masking(),
-        **{"seed": 3} | keys,
-    )
+def loader(rows: Dataset, shape: StepShape, seed: int = 3) -> StepLoader:
+    collate = Collator(tokenizer(), task())
+    return StepLoader(rows, collate, layout=StepLayout(shape), masking=masking(), seed=seed)
 
 
 def shown(batches) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -268,10 +262,8 @@ def word_task(**keys: Any) -> TaskConfig:
 def encoded_words(
     texts: list[str], folder: Any, tokenizer: Any, **keys: Any
 ) -> tuple[Dataset, str]:
-    rows = Dataset.from_dict({"text": texts})
-    made, key = encode_rows(
-        {"train": rows}, tokenizer, word_task(**keys), content_hash="same", cache_dir=folder
-    )
+    rows, task = {"train": Dataset.from_dict({"text": texts})}, word_task(**keys)
+    made, key = encode_rows(rows, tokenizer, task, content_hash="same", cache_dir=folder)
     return made["train"], key
 
 
@@ -305,7 +297,7 @@ def test_every_row_counts_its_words_from_its_own_start(tmp_path_factory, texts, 
         assert starts[-1] == len(ids) - 1
 
 
-def batch_of(words: list[list[int]], tokenizer: Any, *, dummy_rows: int = 0) -> Batch:
+def batch_of(words: list[list[int]], *, dummy_rows: int = 0) -> Batch:
     """One row per list of lengths of words; the tokens are any that may be masked."""
     rows = []
     for lengths in words:
@@ -314,16 +306,11 @@ def batch_of(words: list[list[int]], tokenizer: Any, *, dummy_rows: int = 0) -> 
             starts += [len(starts)] * length
         ids = [2, *range(10, 10 + len(starts) - 1), 3]
         rows.append({"input_ids": ids, WORD_STARTS: [*starts, len(starts)]})
-    return Collator(tokenizer, word_task(max_length=512))(rows, dummy_rows=dummy_rows)
+    return Collator(trained("wordpiece"), word_task(max_length=512))(rows, dummy_rows=dummy_rows)
 
 
-def by_words(tokenizer: Any, **keys: Any) -> Masking:
-    return task_masking(tokenizer, word_task(**keys))
-
-
-@pytest.fixture(scope="module")
-def wordpiece() -> PreTrainedTokenizerFast:
-    return trained("wordpiece")
+def by_words(**keys: Any) -> Masking:
+    return task_masking(trained("wordpiece"), word_task(**keys))
 
 
 LENGTHS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=20), min_size=1, max_size=4)
@@ -331,9 +318,9 @@ LENGTHS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=20), min_siz
 
 @given(words=LENGTHS, seed=st.integers(0, 99), draw=st.integers(0, 3))
 @settings(max_examples=20)
-def test_all_pieces_of_a_word_are_chosen_or_none(wordpiece, words, seed, draw):
-    plain = batch_of(words, wordpiece, dummy_rows=1)
-    masked = by_words(wordpiece)(plain, np.arange(len(words)), seed=seed, draw=draw)
+def test_all_pieces_of_a_word_are_chosen_or_none(words, seed, draw):
+    plain = batch_of(words, dummy_rows=1)
+    masked = by_words()(plain, np.arange(len(words)), seed=seed, draw=draw)
 
     assert WORD_STARTS in plain.inputs
     assert WORD_STARTS not in masked.inputs  # no model takes it
@@ -345,29 +332,25 @@ def test_all_pieces_of_a_word_are_chosen_or_none(wordpiece, words, seed, draw):
         assert not chosen[0]
 
 
-def test_each_piece_of_a_chosen_word_is_masked_replaced_or_kept_for_itself(wordpiece):
-    words = [[4] * 10] * 500
-    plain = batch_of(words, wordpiece)
-    masked = by_words(wordpiece, mlm_probability=0.2)(plain, np.arange(500), seed=1, draw=0)
+def test_each_piece_of_a_chosen_word_is_masked_replaced_or_kept_for_itself():
+    plain = batch_of([[4] * 10] * 500)
+    masked = by_words(mlm_probability=0.2)(plain, np.arange(500), seed=1, draw=0)
     chosen = masked.labels != IGNORE
-    # Five standard deviations; a word of 4 tokens counts 4 times.
-    assert abs(float(chosen.sum()) / 20_000 - 0.2) < 5 * (0.2 * 0.8 / 5000) ** 0.5
-    hidden = (masked.inputs["input_ids"] == wordpiece.mask_token_id)[chosen].reshape(-1, 4)
+    by_word = (ids_of(masked) == trained("wordpiece").mask_token_id)[chosen].reshape(-1, 4)
 
-    share = hidden.double().mean()
-    assert abs(share - 0.8) < 5 * (0.8 * 0.2 / hidden.numel()) ** 0.5
-    whole = hidden.all(dim=1).double().mean()
-    assert abs(whole - 0.8**4) < 5 * (0.8**4 * (1 - 0.8**4) / len(hidden)) ** 0.5
+    assert near(len(by_word), 5000, 0.2)
+    assert near(int(by_word.sum()), by_word.numel(), 0.8)
+    assert near(int(by_word.all(dim=1).sum()), len(by_word), 0.8**4)
 
 
-def test_words_of_one_token_have_the_masks_of_tokens(wordpiece):
-    words = [[1] * 30] * 5
-    with_words = batch_of(words, wordpiece)
+def test_words_of_one_token_have_the_masks_of_tokens():
+    with_words = batch_of([[1] * 30] * 5)
     inputs = {k: v for k, v in with_words.inputs.items() if k != WORD_STARTS}
-    masks = [
-        by_words(wordpiece)(batch, np.arange(5), seed=1, draw=2)
-        for batch in (with_words, with_words._replace(inputs=inputs))
-    ]
 
-    assert torch.equal(masks[0].labels, masks[1].labels)
-    assert torch.equal(masks[0].inputs["input_ids"], masks[1].inputs["input_ids"])
+    words, tokens = (
+        by_words()(batch, np.arange(5), seed=1, draw=2)
+        for batch in (with_words, with_words._replace(inputs=inputs))
+    )
+
+    assert torch.equal(words.labels, tokens.labels)
+    assert torch.equal(ids_of(words), ids_of(tokens))

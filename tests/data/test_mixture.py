@@ -43,13 +43,6 @@ def encoded_of(folder: Path, *, seed: int = 0, **weights: float) -> Encoded:
     return mixed(encoded, given.mixture or {}, seed=seed)
 
 
-def sources_of(encoded: Encoded) -> Counter[str]:
-    """The rows of an epoch by source, which their text tells."""
-    signs = {"chat": "Question", "pairs": " + 1 ="}
-    texts = TOKENIZER.batch_decode(encoded.train["input_ids"][:])
-    return Counter(next((n for n in signs if signs[n] in text), "books") for text in texts)
-
-
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 10)), min_size=1, max_size=5))
 def test_an_epoch_has_the_shares_of_the_weights_and_every_row(sources):
@@ -67,13 +60,17 @@ def test_rows_are_mixed_by_weight_as_they_are_encoded(tmp_path):
     """A document of a book is cut into several rows, and each counts."""
     encoded = encoded_of(tmp_path, chat=0.5, pairs=0.3, books=0.2)
 
+    assert list(encoded.chat) == ["train/chat", "train/pairs", "train/books", "validation"]
+    assert encoded.train.column_names == ["input_ids", "labels", "prompt_length"]
     tally = encoded.chat["train/books"]
     assert (tally.rows, encoded.chat["train/chat"].kept) == (12, 30)
     assert tally.kept > 4 * tally.rows
     total = tally.kept / 0.2  # the books have the most rows for their weight
-    assert sources_of(encoded) == {
-        "chat": round(0.5 * total), "pairs": round(0.3 * total), "books": tally.kept
-    }  # fmt: skip
+    signs = {"chat": "Question", "pairs": " + 1 ="}
+    texts = TOKENIZER.batch_decode(encoded.train["input_ids"][:])
+    sources = Counter(next((n for n in signs if signs[n] in text), "books") for text in texts)
+    expected = {"chat": round(0.5 * total), "pairs": round(0.3 * total), "books": tally.kept}
+    assert sources == expected
     counts = Counter(map(tuple, encoded.train["input_ids"][:]))
     assert len(counts) >= 30 + 9 + 12
     lengths = [len(ids) for ids in encoded.train["input_ids"][:]]
@@ -90,13 +87,6 @@ def test_the_rows_of_an_epoch_depend_on_the_seed_and_the_weights_alone(tmp_path)
     assert len(hashes) == 3
 
 
-def test_the_table_has_a_line_for_every_source(tmp_path):
-    encoded = encoded_of(tmp_path, chat=0.5, books=0.5)
-
-    assert list(encoded.chat) == ["train/chat", "train/books", "validation"]
-    assert encoded.train.column_names == ["input_ids", "labels", "prompt_length"]
-
-
 def test_a_source_whose_rows_are_all_left_out_is_refused(tmp_path):
     given = task(tmp_path, chat=0.5, pairs=0.5)
     tally = {"train/chat": ChatCounts(rows=9, kept=9), "train/pairs": ChatCounts(rows=3)}
@@ -107,11 +97,8 @@ def test_a_source_whose_rows_are_all_left_out_is_refused(tmp_path):
 
 
 def test_a_file_in_two_sources_is_refused(tmp_path):
-    given = task(tmp_path, chat=0.5, pairs=0.5)
-    assert given.mixture
-    twice: dict[str, Any] = {"a": given.mixture["chat"], "b": given.mixture["chat"]}
+    source = task(tmp_path, chat=0.5).mixture["chat"]
+    twice = TaskConfig(type="causal_lm", mixture={"a": source, "b": source})
 
     with pytest.raises(DataError, match=r"task\.mixture\.b\.files.*task\.mixture\.a\.files"):
-        load_splits(
-            TaskConfig(type="causal_lm", mixture=twice), seed=0, cache_dir=tmp_path / "cache"
-        )
+        load_splits(twice, seed=0, cache_dir=tmp_path / "cache")

@@ -117,6 +117,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # Columns
     ({"train_files": ("one.jsonl", "body.jsonl")}, r"body\.jsonl has the columns body, label, but"),
     ({"test_files": "body.jsonl"}, r"body\.jsonl: column 'text' .* does not exist"),
+    (  # a word True of a csv file and a true of a jsonl file would be two classes
+        {"train_files": ("one.jsonl", "numbers.csv")},
+        r"task\.train_files: .*numbers\.csv and .*one\.jsonl have diff",
+    ),
     # Evaluation sets
     (  # before the training rows are read
         {"train_files": "x.txt", "evaluation_sets": {"hard": ("hard.jsonl", "gone.jsonl")}},
@@ -183,8 +187,9 @@ def test_files_of_one_list_with_other_orders_of_the_classes_are_matched_by_name(
 
     splits = load(train_files=("x.parquet", "y.parquet"), validation_files="v.jsonl")
 
-    expected = {"n1": "neg", "p1": "pos", "p2": "pos", "n2": "neg", "none": None}
-    assert named_labels(splits, splits.train) == expected
+    assert splits.label_names == ("neg", "pos")
+    labels = {"n1": 0, "p1": 1, "p2": 1, "n2": 0, "none": -100}
+    assert dict(zip(texts(splits.train), splits.train["label"], strict=True)) == labels
 
 
 def test_classes_with_digits_as_names_are_matched_by_name(load, folder):

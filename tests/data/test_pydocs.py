@@ -29,20 +29,18 @@ TEXT = TaskConfig(type="causal_lm", dataset="pydocs")
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 
 
-def module(package: str, count: int) -> str:
-    functions = (
-        f'def f{n}():\n    """Return the {WORDS[n % 8]} of {package} thing {n}.\n\n'
-        '    The thing is a long one that is said in many words."""\n'
-        for n in range(count)
-    )
-    return f'"""Things of {package} about {WORDS[len(package) % 8]}."""\n' + "".join(functions)
-
-
 def write_packages(root: Path, counts: dict[str, int]) -> Path:
     for package, count in counts.items():
-        (root / package).mkdir(parents=True)
         # The package's name is masked, so the noise word keeps the texts of packages apart.
-        (root / package / "__init__.py").write_text(module(f"{package} {package[::-1]}", count))
+        name = f"{package} {package[::-1]}"
+        functions = (
+            f'def f{n}():\n    """Return the {WORDS[n % 8]} of {name} thing {n}.\n\n'
+            '    The thing is a long one that is said in many words."""\n'
+            for n in range(count)
+        )
+        source = f'"""Things of {name} about {WORDS[len(name) % 8]}."""\n' + "".join(functions)
+        (root / package).mkdir(parents=True)
+        (root / package / "__init__.py").write_text(source)
     return root
 
 
@@ -55,11 +53,6 @@ def root(tmp_path: Path) -> Path:
 def rows_of(root, tmp_path):
     """Read the rows of a task from the packages of the test."""
     return lambda task: pydocs_rows(task, cache_dir=tmp_path / "cache", roots=[root])
-
-
-def docstrings_of(root: Path) -> list[tuple[str, str]]:
-    result = read_docstrings(source_files([root]))
-    return [(doc.package, doc.text) for doc in result if doc is not None]
 
 
 def test_docstrings_come_in_source_order_and_without_import(tmp_path):
@@ -86,7 +79,7 @@ except ValueError:
 '''
     (tmp_path / "m.py").write_text(source)
 
-    texts = [text for _, text in docstrings_of(tmp_path)]
+    texts = [doc.text for doc in read_docstrings(source_files([tmp_path])) if doc is not None]
 
     expected = ["Module.", "Class\nindented.", "Method.", "Inner.", "Conditional.", "In a handler."]
     assert texts == expected
@@ -222,7 +215,9 @@ def test_fewer_than_two_packages_are_refused(tmp_path):
         pydocs_rows(CLASSIFICATION, cache_dir=tmp_path / "cache", roots=[root])
 
 
-def test_the_corpus_is_built_once_and_anew_when_a_module_changes(rows_of, root, monkeypatch):
+def test_the_corpus_is_built_once_and_anew_when_a_module_or_the_length_of_texts_changes(
+    rows_of, root, monkeypatch
+):
     calls = []
     read = pydocs.read_docstrings
     monkeypatch.setattr(pydocs, "read_docstrings", lambda files: calls.append(1) or read(files))
@@ -235,11 +230,5 @@ def test_the_corpus_is_built_once_and_anew_when_a_module_changes(rows_of, root, 
     assert len(calls) == 3
     assert hashes[0] == hashes[2] != hashes[1]
     assert fresh != hashes[0]
-
-
-def test_the_corpus_is_built_anew_when_its_texts_have_another_length(rows_of, monkeypatch):
-    before = rows_of(CLASSIFICATION).source_hash
-
     monkeypatch.setattr(pydocs, "MOST_CHARACTERS", 80)
-
-    assert rows_of(CLASSIFICATION).source_hash != before
+    assert rows_of(CLASSIFICATION).source_hash != fresh

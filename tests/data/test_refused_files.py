@@ -26,12 +26,28 @@ CASES: list[tuple[Any, ...]] = [
     ({"train-0-of-1.csv": GOOD, "train-0-of-2.csv": GOOD}, r"train-\*-of-1\.csv and train-\*-of-2"),
     ({"data.csv": GOOD, "more.csv": GOOD}, r"train\.\* does not exist .* the folder holds: data"),
     ({"x.xlsx": "PK"}, r"x\.xlsx has an unsupported ending; supported: \.csv"),
+    *(
+        ({}, rf"{name} does not exist", {"dataset": given})
+        for name, given in ((r"nope\.csv", "nope.csv"), ("nope", "./nope"), ("a/b/c", "a/b/c"))
+    ),
     # Rows
     ({"x.csv": ""}, r"x\.csv has no rows"),
     ({"x.csv": "text,label\n"}, r"x\.csv has no rows"),
     ({"x.tsv": ""}, r"x\.tsv has no rows", LANGUAGE),
     ({"x.jsonl": ""}, r"x\.jsonl has no rows", LANGUAGE),
     ({"x.txt": ""}, r"x\.txt has no rows", LANGUAGE),
+    *(
+        (
+            {f"x.{kind}": content},
+            rf"x\.{kind}, line 3: text is not UTF-8 \(byte 0xe9 at position \d+\)",
+            LANGUAGE,
+        )
+        for kind, content in (
+            ("csv", "text,label\nok,1\ncaf\udce9,0"),
+            ("jsonl", '{"text": "a"}\n{"text": "b"}\n{"text": "caf\udce9"}'),
+            ("txt", "one\ntwo\ncaf\udce9"),
+        )
+    ),
     ({"x.csv": 'text,label\n"",0\n" ",1\n'}, "all 2 rows have an empty text"),
     ({"x.csv": "text,label\na,1,2\n"}, r"x\.csv, line 2: 3 fields, but there are 2 columns"),
     ({"x.csv": 'text,label\n"a,1\n'}, r"x\.csv, line 2: not valid CSV: unexpected end of data"),
@@ -136,7 +152,8 @@ def test_data_that_cannot_be_used_is_refused_with_the_reason(load, tmp_path, fil
     folder = tmp_path / "data"
     folder.mkdir()
     for name, content in files.items():
-        (folder / name).write_text(content, encoding="utf-8")
+        # A byte that is no UTF-8 stands in the text as "\udc" and its digits.
+        (folder / name).write_text(content, encoding="utf-8", errors="surrogateescape")
     given = folder / next(iter(files)) if len(files) == 1 else folder
 
     with pytest.raises((ConfigError, DataError), match=message):

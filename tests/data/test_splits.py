@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -23,10 +22,8 @@ def rows_of(texts: list[str], labels: list[int] | None = None) -> Dataset:
     return Dataset.from_dict({"text": texts, "label": labels})
 
 
-def write_csv(path: Path, count: int) -> Path:
-    lines = ["text,label", *(f"text {n},{n % 2}" for n in range(count))]
-    path.write_text("\n".join(lines))
-    return path
+def numbered(count: int) -> list[tuple[str, int]]:
+    return [(f"text {n}", n % 2) for n in range(count)]
 
 
 texts_with_repeats = st.lists(st.sampled_from([f"text {n}" for n in range(30)]), min_size=2)
@@ -108,9 +105,9 @@ def test_scores_that_are_not_kept_become_nan(load, tmp_path):
     assert splits.train.column_names == ["text", "label"]
 
 
-def test_held_out_rows_are_cut_to_the_same_few_in_their_old_order(load, tmp_path):
+def test_held_out_rows_are_cut_to_the_same_few_in_their_old_order(load, write_rows, tmp_path):
     for name, count in (("train", 30), ("dev", 20), ("test", 20)):
-        write_csv(tmp_path / f"{name}.csv", count)
+        write_rows(tmp_path / f"{name}.csv", numbered(count))
 
     splits, other_seed = (load(tmp_path, max_eval_examples=7, seed=seed) for seed in (1, 2))
 
@@ -132,8 +129,8 @@ def test_held_out_rows_with_a_label_are_chosen_before_those_without():
     assert at_most(rows, 1001) is rows
 
 
-def test_the_content_hash_tells_choices_apart(load, tmp_path):
-    path = write_csv(tmp_path / "x.csv", 100)
+def test_the_content_hash_tells_choices_apart(load, write_rows, tmp_path):
+    path = write_rows(tmp_path / "x.csv", numbered(100))
     choices = ({}, {"labelled_examples": 10}, {"labelled_examples": 10, "seed": 2})
 
     hashes = {load(path, **keys).content_hash for keys in (*choices, {"max_eval_examples": 2})}
@@ -142,13 +139,13 @@ def test_the_content_hash_tells_choices_apart(load, tmp_path):
     assert load(path, seed=2).content_hash in hashes
 
 
-def test_a_cache_that_cannot_be_written_is_said_with_its_folder(load, tmp_path):
+def test_a_cache_that_cannot_be_written_is_said_with_its_folder(load, write_rows, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
 
     with pytest.raises(
         DataError, match=r"cannot write prepared data to .*/cache/rows: .* make the folder"
     ):
-        load(write_csv(tmp_path / "x.csv", 4))
+        load(write_rows(tmp_path / "x.csv", numbered(4)))
 
 
 def test_a_hub_data_set_is_read_with_its_class_names(load, hub):
@@ -194,18 +191,18 @@ def test_a_hub_data_set_that_is_a_script_is_refused_with_other_ways(load, monkey
 
 
 def test_a_cut_validation_split_is_scored_up_to_a_limit_that_the_log_names(
-    load, tmp_path, monkeypatch, caplog
+    load, write_rows, tmp_path, monkeypatch, caplog
 ):
     caplog.set_level(logging.INFO, logger="megakd")
     monkeypatch.setattr(splits, "MOST_CUT_ROWS", 3)
-    path = write_csv(tmp_path / "rows.csv", 400)
+    path = write_rows(tmp_path / "rows.csv", numbered(400))
 
     limited, whole = load(path), load(path, max_eval_examples=1000)
 
     assert len(limited.validation) == 3 < len(whole.validation)
     assert len(limited.train) == len(whole.train)
     for name in ("train", "validation"):
-        write_csv(tmp_path / f"{name}.csv", 20)
+        write_rows(tmp_path / f"{name}.csv", numbered(20))
     assert len(load(tmp_path).validation) == 20  # a split of the data has no limit
     assert caplog.messages == [
         f"validation: 3 of the {len(whole.validation)} rows that are held out are scored; "

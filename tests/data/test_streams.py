@@ -18,12 +18,11 @@ from megakd.data.chat.conversations import CONVERSATION, Conversation
 from megakd.data.encoding import encode_splits
 from megakd.data.files import local_rows
 from megakd.data.splits import load_splits
-from megakd.data.streams import file_stream, sample_of, table_of
+from megakd.data.streams import file_stream, sample_of
 from megakd.data.tokenizers import from_folder, load_tokenizer
 from megakd.errors import ConfigError, DataError
 
 WORDS = "abcdefghij"
-KEY = "task.train_files"
 
 
 @pytest.fixture
@@ -55,17 +54,11 @@ def streamed(splits):
 
 def stream(*paths, kind="mlm", **keys):
     task = TaskConfig(type=kind, train_files=tuple(map(str, paths)), **keys)
-    return file_stream(tuple(map(Path, paths)), task, key=KEY)
+    return file_stream(tuple(map(Path, paths)), task, key="task.train_files")
 
 
 def texts_of(stream):
     return [row["text"] for row in stream.read()]
-
-
-def test_a_text_may_be_in_any_column(tmp_path):
-    path = write_jsonl(tmp_path / "x.jsonl", ({"place": text} for text in WORDS))
-
-    assert texts_of(stream(path, text_columns=("place",))) == [*WORDS]
 
 
 def test_validation_and_test_files_are_read_and_training_files_are_streamed(load, jsonl):
@@ -207,13 +200,6 @@ def test_a_share_of_the_hub_resumes_where_it_was(load, hub):
     assert first + rest == list(WORDS[1::2])
 
 
-def refuse(error):
-    def raising(*_, **__):
-        raise error
-
-    return raising
-
-
 @pytest.mark.parametrize(
     ("columns", "bad", "is_cut"),
     [
@@ -338,7 +324,7 @@ def test_a_json_file_is_refused_because_it_is_read_whole(tmp_path):
     path.write_text(json.dumps(["a"]), encoding="utf-8")
 
     with pytest.raises(DataError, match=r"task.train_files: .*a.json is a json file, .* \.jsonl"):
-        table_of(path, KEY)
+        stream(path)
 
 
 def test_the_digest_reads_name_size_beginning_and_end(tmp_path):
@@ -364,8 +350,10 @@ def test_each_rank_reads_only_its_own_files_if_their_number_is_a_multiple(jsonl)
 
 
 def test_a_cache_of_datasets_that_cannot_be_written_is_named(jsonl, monkeypatch):
-    error = PermissionError(13, "Permission denied", "datasets")
-    monkeypatch.setattr(IterableDataset, "from_generator", refuse(error))
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "datasets")
+
+    monkeypatch.setattr(IterableDataset, "from_generator", refuse)
 
     with pytest.raises(DataError, match=r"`datasets` cannot be used: .*set HF_DATASETS_CACHE"):
         stream(jsonl("a", ["a"]))
