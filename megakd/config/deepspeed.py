@@ -155,10 +155,10 @@ def merged_ds_config(ds: Mapping[str, Any], train: TrainConfig, *, dtype: Dtype)
     # Makes 16-bit gradients add up in fp32. ZeRO 0 refuses the key, and at ZeRO 1 DeepSpeed would
     # change to another optimizer.
     adds = dtype != "fp32" and zero_stage(ds) in (2, 3)
-    fp32 = {"data_types": {"grad_accum_dtype": "fp32", **ds.get("data_types", {})}}
+    data_types = {"grad_accum_dtype": "fp32", **ds.get("data_types", {})}
     return {
         **_engine_config(ds, dtype=dtype, micro_batch=train.per_device_train_batch_size),
-        **(fp32 if adds else {}),
+        **({"data_types": data_types} if adds else {}),
         **(sgd if train.optim == "sgd" else {}),
         # Always set: DeepSpeed's default is 1.0, not off.
         "gradient_clipping": float(train.max_grad_norm),
@@ -305,6 +305,8 @@ def _check_sections(ds: Mapping[str, Any], source: str) -> None:
             raise ConfigError(f'{source}: unknown key "{key}"; did you mean "{near[0]}"?')
         if value == "auto":
             raise ConfigError(f'{source}: {key} cannot be "auto"; set a value or remove the key')
+        if key == "data_types" and not isinstance(value, Mapping):
+            raise ConfigError(f"{source}: {key} must be a mapping (got {json.dumps(value)})")
     _refuse_values(ds, f"{source}: ")
 
 

@@ -185,10 +185,11 @@ def _tag_line(path: KeyPath, detail: ErrorDetails, tree: Any) -> str:
 
 def _mismatch(details: Sequence[ErrorDetails]) -> str:
     value = details[0]["input"]
-    # pydantic lists the values of a literal as `'a', 'b' or 'c'`.
+    # pydantic lists the values of a literal as `'a', 'b' or 'c'`, and numbers as `1 or 2`.
     literals = [d.get("ctx", {})["expected"] for d in details if d["type"] == "literal_error"]
-    choices = [word for text in literals for word in re.findall(r"'([^']*)'", str(text))]
-    expected = [f'"{word}"' for word in choices]
+    words = [word for text in literals for word in re.findall(r"'[^']*'|\d+", str(text))]
+    choices = [word.strip("'") for word in words]
+    expected = [word.replace("'", '"') for word in words]
     expected += dict.fromkeys(_EXPECTED[d["type"]] for d in details if d["type"] in _EXPECTED)
     near = suggestion(value, choices) if isinstance(value, str) else ""
     hint = _form_hint(value, expected)

@@ -72,8 +72,10 @@ def check_device(config: RunConfig, ranks: Ranks) -> None:
     """Raise if the device lacks a dtype or kernel, before a teacher is trained in vain."""
     device = ranks.device.type
     say_precision(config, device)
+    check_dtype(training_dtype(config.train, device), ranks, "train")
+    check_kernels(config.train.kernels, ranks, "train")
     _check_attention(config, ranks)
-    trainings = {"train": config.train}
+    trainings: dict[str, TrainConfig] = {}
     if config.alone is not None:
         trainings["alone"] = inherit(config.train, config.alone)
     for name, spec in config.teacher_specs.items():

@@ -195,9 +195,8 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
     reader = WeightReader(source.where)
     state = ((name, reader.read(stored)) for name, stored in match.in_disk_order())
     if labels is not None:
-        outputs = output_modules(uncut, source.architecture)
-        of_output = {name for name in match.stored if name.rpartition(".")[0] in outputs}
-        state = ((name, one[list(labels)] if name in of_output else one) for name, one in state)
+        outputs, rows = output_modules(uncut, source.architecture), list(labels)
+        state = ((n, t[rows] if n.rpartition(".")[0] in outputs else t) for n, t in state)
     state = rescaled(cut_state(state, axes, view, order), whole, view)
     settings = generation_file(source, tokenizer) if task.type == "causal_lm" else {}
     write_model_folder(

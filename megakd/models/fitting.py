@@ -9,12 +9,10 @@ import copy
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 from transformers import initialization
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megakd.config.task import TaskConfig
 from megakd.contract.tasks import LANGUAGE_TASKS
@@ -22,7 +20,6 @@ from megakd.engine.sharding import sharded_construction
 from megakd.errors import ModelError, one_line
 from megakd.models.architectures import (
     AUTO_CLASSES,
-    architecture_of,
     context_length,
     counts_padding,
 )
@@ -273,28 +270,3 @@ def build_empty(
         ) from error
     model.tie_weights()
     return model
-
-
-def send_tokens_to_one_expert(model: PreTrainedModel) -> None:
-    """Let a mixture on the meta device use one expert of each layer for all tokens.
-
-    The tensors have the shapes of transformers' grouped product, which the meta device supports
-    only in bf16, and the products have as many operations. A dense model does not change.
-    """
-    if architecture_of(model.config).experts is not None:
-        ALL_EXPERTS_FUNCTIONS.register("one_expert", _of_one_expert)
-        model.set_experts_implementation("one_expert")
-
-
-def _of_one_expert(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    rows = hidden.repeat_interleave(chosen.shape[1], dim=0)  # [N * k, D]
-    # transformers gives its modules this method.
-    gated = experts._apply_gate(_of_first_expert(experts, "gate_up_proj", rows))  # noqa: SLF001
-    outputs = _of_first_expert(experts, "down_proj", gated) * weights.reshape(-1, 1)
-    return outputs.unflatten(0, chosen.shape).sum(1).to(hidden.dtype)
-
-
-def _of_first_expert(experts: nn.Module, name: str, rows: Tensor) -> Tensor:
-    weight = experts.get_parameter(name)[0]
-    product = rows @ (weight if experts.is_transposed else weight.T)
-    return product + experts.get_parameter(f"{name}_bias")[0] if experts.has_bias else product

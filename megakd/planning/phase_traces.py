@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from megakd.config.run import RunConfig
 from megakd.contract.batch import Batch, Documents, Extras, Knowledge, Targets, Unit, Within
@@ -22,8 +24,9 @@ from megakd.inputs.precision import TORCH_DTYPE, frozen_dtype, training_dtype
 from megakd.inputs.step_size import largest_step, micro_batches_per_call
 from megakd.losses.bundle import StudentBundle, build_bundle
 from megakd.losses.objective import StageLosses, label_objective, stage_losses, with_even_weights
+from megakd.models.architectures import architecture_of
 from megakd.models.axes import lengths
-from megakd.models.fitting import build_empty, send_tokens_to_one_expert
+from megakd.models.fitting import build_empty
 from megakd.models.knowledge import Needs, language_model_head
 from megakd.models.lora import add_adapters
 from megakd.models.packed_attention import VARLEN, attention_name, register_packed_attention
@@ -454,3 +457,28 @@ def _answers_to_parts(batch: Batch, answers: Mapping[str, Knowledge]) -> dict[st
             targets = 0 if part.targets is None else len(part.targets)
             cut[name] = part_of(answer, Part(slice(rows), length, slice(targets), slice(0)))
     return cut
+
+
+def send_tokens_to_one_expert(model: PreTrainedModel) -> None:
+    """Let a mixture on the meta device use one expert of each layer for all tokens.
+
+    The tensors have the shapes of transformers' grouped product, which the meta device supports
+    only in bf16, and the products have as many operations. A dense model does not change.
+    """
+    if architecture_of(model.config).experts is not None:
+        ALL_EXPERTS_FUNCTIONS.register("one_expert", _of_one_expert)
+        model.set_experts_implementation("one_expert")
+
+
+def _of_one_expert(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    rows = hidden.repeat_interleave(chosen.shape[1], dim=0)  # [N * k, D]
+    # transformers gives its modules this method.
+    gated = experts._apply_gate(_of_first_expert(experts, "gate_up_proj", rows))  # noqa: SLF001
+    outputs = _of_first_expert(experts, "down_proj", gated) * weights.reshape(-1, 1)
+    return outputs.unflatten(0, chosen.shape).sum(1).to(hidden.dtype)
+
+
+def _of_first_expert(experts: nn.Module, name: str, rows: Tensor) -> Tensor:
+    weight = experts.get_parameter(name)[0]
+    product = rows @ (weight if experts.is_transposed else weight.T)
+    return product + experts.get_parameter(f"{name}_bias")[0] if experts.has_bias else product

@@ -211,6 +211,7 @@ def test_knobs_left_to_the_trainer_are_left_out():
         ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown cannot be "auto"'),
         ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op cannot be "sum", because losses'),
         ({"zero_optimization": True}, "zero_optimization must be a mapping (got true)"),
+        ({"data_types": None}, "data_types must be a mapping (got null)"),
         (zero(stage=4), "stage must be 0, 1, 2 or 3 (got 4)"),
         (zero(stage="3"), 'stage must be 0, 1, 2 or 3 (got "3")'),
         (

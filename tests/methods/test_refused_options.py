@@ -170,6 +170,7 @@ REFUSED = [
     ("homodistil", ["task.type=classification"], "homodistil prunes on text and needs"),
     ("mixed_vocabulary", ["task.type=causal_lm"], "needs mlm"),
     ("mixed_vocabulary", ["method.p=1.5"], "method.p"),
+    ("mixed_vocabulary", ["method.version=3"], "method.version: must be 1 or 2 (got 3)"),
     (
         "mixed_vocabulary",
         ["method.version=2", "method.projections=down"],

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megakd.errors import ModelError
-from megakd.models.fitting import send_tokens_to_one_expert, valueless_model, with_joint_experts
+from megakd.models.fitting import valueless_model, with_joint_experts
 from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
+from megakd.planning.phase_traces import send_tokens_to_one_expert
 
 PATH = "model.layers.0.mlp.experts"
 

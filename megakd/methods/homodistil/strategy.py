@@ -258,8 +258,10 @@ def line_sums(values: Tensor, offset: int, maker: Maker, cut: Cut) -> Tensor:
     lines = values.new_zeros(count * columns)
     lines[before : before + len(values)] = values.abs()
     length = maker.shape[1 - dimension]
-    kept = torch.zeros(length)
-    kept[[*range(length)] if maker.inputs is None else maker.inputs.rows(cut, length)] = 1
+    kept = torch.ones(length)
+    if maker.inputs is not None:
+        kept = torch.zeros(length)
+        kept[maker.inputs.rows(cut, length)] = 1
     grid, kept = lines.view(count, columns), kept.to(values.device)
     sums = torch.zeros(maker.shape[dimension], dtype=torch.float64)
     if dimension == 0:

@@ -3,7 +3,8 @@
 Zhao et al. 2019 (arXiv 1909.11687 v1): no activations are compared. Every weight of a layer of the
 teacher is mapped to the shape of the student's weight (`down`), or the student's weight is mapped
 to the teacher's shape (`up`). A vector has a projection on one side. A matrix belongs to a pair of
-sizes, and all layers and all weights with an axis of these sizes share the matrix.
+sizes, and all layers and all weights with an axis of these sizes share the matrix. `Balanced`
+measures the weight of the term.
 """
 
 from __future__ import annotations
