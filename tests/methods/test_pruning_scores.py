@@ -1,4 +1,4 @@
-"""HomoDistil's averages, unit scores and selections, against sums over whole matrices."""
+"""HomoDistil's averages, groups of units, and selections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_cuts import build, full_view
 
-from megakd.contract.views import Axis, Cut, Maker, UnitOrder, View
 from megakd.engine.optimizer_state import Shard
 from megakd.methods.homodistil.schedule import Scoring
 from megakd.methods.homodistil.strategy import (
@@ -21,17 +20,12 @@ from megakd.methods.homodistil.strategy import (
     cut_of,
     everything,
     group_sizes,
-    line_sums,
     select,
-    unit_sums,
     update_averages,
 )
 from megakd.models.architectures import architecture_of
 from megakd.models.axes import unit_makers
 
-NEURONS = Axis("neurons", 0)
-WIDTH = Axis("width")
-EVERYTHING = Cut(None, None)
 BERT = build("bert", "mlm")
 
 
@@ -65,58 +59,6 @@ def test_averages_are_exponential_means_of_sensitivities_and_their_distances(
         assert UNCERTAINTY not in averages
     else:
         assert averages[UNCERTAINTY]["w"].tolist() == uncertainty
-
-
-@given(
-    rows=st.integers(1, 6),
-    columns=st.integers(1, 6),
-    bounds=st.tuples(st.integers(0, 36), st.integers(0, 36)),
-    dimension=st.integers(0, 1),
-    seed=st.integers(0, 99),
-)
-def test_sums_of_any_shard_are_its_part_of_the_sums_of_the_matrix(
-    rows, columns, bounds, dimension, seed
-):
-    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    first, last = sorted(min(bound, matrix.numel()) for bound in bounds)
-    part = torch.zeros(matrix.numel())
-    part[first:last] = matrix.flatten()[first:last].abs()
-    maker = Maker(NEURONS, None, dimension, (rows, columns))
-
-    result = line_sums(matrix.flatten()[first:last], first, maker, EVERYTHING)
-
-    torch.testing.assert_close(result, part.view(rows, columns).double().sum(1 - dimension))
-
-
-@pytest.mark.parametrize("dimension", [0, 1])
-def test_weights_with_a_removed_input_do_not_count(dimension):
-    matrix = torch.arange(12.0).view(3, 4) if dimension == 0 else torch.arange(12.0).view(4, 3)
-    cut = Cut(UnitOrder((), (), (3, 0, 1, 2)), View((), (), 2))
-    maker = Maker(NEURONS, WIDTH, dimension, tuple(matrix.shape))
-
-    result = line_sums(matrix.flatten(), 0, maker, cut)
-
-    kept = matrix[:, [0, 3]] if dimension == 0 else matrix[[0, 3]]
-    torch.testing.assert_close(result, kept.double().sum(1 - dimension))
-
-
-@pytest.mark.parametrize(
-    ("family", "kind"), [("bert", "mlm"), ("llama", "causal_lm"), ("gpt2", "causal_lm")]
-)
-def test_scores_of_shards_add_up_to_the_scores_of_the_model(family, kind):
-    model = build(family, kind)
-    student, weights = student_of(model), dict(model.named_parameters())
-    whole = {name: (weights[name].detach().flatten(), 0) for name in student.makers}
-    halves = [
-        {n: (v[: len(v) // 3], 0) for n, (v, _) in whole.items()},
-        {n: (v[len(v) // 3 :], len(v) // 3) for n, (v, _) in whole.items()},
-    ]
-    cut = cut_of(student, everything(student))
-
-    scores = [unit_sums(values, student.makers, student.units, cut) for values in (whole, *halves)]
-
-    torch.testing.assert_close(scores[0], scores[1] + scores[2])
-    assert len(scores[0]) == sum(group_sizes(student.makers, student.units).values())
 
 
 def student_of(model):

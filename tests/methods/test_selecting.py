@@ -196,14 +196,6 @@ def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed(
     assert first == tried(1) != tried(2)
 
 
-def test_a_step_has_one_action_for_all_its_micro_batches():
-    strategy = selecting()
-
-    first, second = weighed(strategy, 0, reading_at(0)), weighed(strategy, 0, reading_at(1))
-
-    assert first == second != weighed(strategy, 1, reading_at(1))
-
-
 def test_asking_about_the_next_step_in_the_middle_of_a_step_changes_nothing():
     def taken_with(*, ahead: bool) -> list[dict[str, float]]:
         strategy = selecting()
@@ -236,36 +228,6 @@ def test_a_frozen_selector_stays_as_it_is():
         strategy.after_update(SimpleNamespace(step=step))
 
     assert strategy.selector.to_bytes() == before
-
-
-@pytest.mark.parametrize("hard", [False, True])
-def test_the_action_of_the_first_rank_is_taken_whatever_this_rank_computes(hard, monkeypatch):
-    module = "megakd.methods.knowledge_selection.selecting"
-    monkeypatch.setattr(f"{module}.agree", lambda value: (0.0, 1.0, 1.0))
-    strategy = selecting(hard=hard)
-
-    assert weighed(strategy, 0, reading_at(0)) == dict(zip(KINDS, (0.0, 1.0, 1.0), strict=True))
-
-
-class Noisy(Selecting):
-    """Adds known numbers to what the actor says."""
-
-    noise = (-3.0, -1.0, -2.0)
-
-    def _noise(self, step: int, kinds: int) -> torch.Tensor:
-        return torch.tensor(self.noise)
-
-
-def test_a_hard_action_uses_a_kind_and_a_soft_one_may_use_none_and_stays_between_0_and_1():
-    hard, soft = (selecting(Noisy, hard=is_hard) for is_hard in (True, False))
-
-    # The largest is used although it is below 0.5.
-    assert list(weighed(hard, 0, reading_at(0)).values()) == [0.0, 1.0, 0.0]
-    assert list(weighed(soft, 0, reading_at(0)).values()) == [0.0, 0.0, 0.0]
-    soft.noise = (3.0, -3.0, 0.0)
-    first, second, third = weighed(soft, 1, reading_at(1)).values()
-    assert (first, second) == (1.0, 0.0)
-    assert 0 < third < 1
 
 
 @pytest.mark.parametrize(("threshold", "used"), [(0.0, 3), (1.0, 1)])
