@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +47,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def load(folder: Path, name: str, *changes: str) -> RunConfig:
-    """A run config of a method, with overrides."""
+def load(folder: Path, name: str, changes: str) -> RunConfig:
+    """A run config of a method, with overrides that are separated by semicolons."""
     tree = {**BASE, **METHODS[name]}
     tree["method"] = {"name": name, **tree.get("method", {})}
-    return load_config(write_config(folder / "run.yaml", tree), changes)
+    return load_config(
+        write_config(folder / "run.yaml", tree), changes.split("; ") if changes else []
+    )
 
 
 WEIGHTS = "method.distribution=weights"
@@ -60,165 +61,156 @@ REVERSE_KL = "objective=[{loss: soft_target_reverse_kl}]"
 NONE = "objective=[{loss: hard_cross_entropy, weight: 0.0}, {loss: soft_target_kl}]"
 CACHED = "teachers=[{name: a, model: a, cache: x}, {name: b, model: b}]"
 BACKWARDS, UPWARDS = "method.order=[b, a]", "method.order=[small, large]"
-STREAM = ["task.type=mlm", "task.dataset=t.jsonl", "task.tokenizer=t", "task.streaming=true"]
-STREAM += ["train.max_steps=5"]
+STREAM = "task.type=mlm; task.dataset=t.jsonl; task.tokenizer=t; task.streaming=true; "
+STREAM += "train.max_steps=5"
 ROLLOUT = "rollout={max_new_tokens: 4, from_step: 3}"
-# A method, changes of its config, and a part of the message.
-REFUSED = [
-    ("minidisc", ["method.tradeoff=-0.1"], "method.tradeoff: must be at least 0"),
-    ("minidisc", ["method.target_sparsity=1.0"], "method.target_sparsity: must be below 1"),
-    ("minidisc", ["method.sparsities=[0.9, 0.5]"], "in increasing order"),
-    ("minidisc", ["method.target_sparsity=0.77"], "0.77 is not among method.sparsities (0.5, "),
-    ("maxidisc", ["method.target_sparsity=0.77"], "0.77 is not among method.sparsities (0.5, "),
-    ("minidisc", ["baselines=[single]"], '"minidisc" has no baseline "single" (known: alone, dir'),
-    (
-        "minidisc",
-        ["method.target_may_win=false", "method.target_sparsity=0.5"],
-        "method.target_may_win: false leaves no candidate",
-    ),
-    ("direct", ["method.iterations=3"], "method.iterations"),
-    ("minidisc", ["student.model=bert-base"], 'method "minidisc" cuts the student out'),
-    ("minidisc", ["student.layers=2"], 'student.layers: method "minidisc" cuts the student out'),
-    ("minidisc", ["objective=[{loss: attention_mse}]"], "attention_mse compares attention head"),
-    *(
+MANY = "teachers=[{name: small, model: small}, {name: large, model: large}]; teacher=null"
+# By method: changes of its config, separated by semicolons, and a part of the message.
+REFUSED = {
+    "minidisc": [
+        ("method.tradeoff=-0.1", "method.tradeoff: must be at least 0"),
+        ("method.target_sparsity=1.0", "method.target_sparsity: must be below 1"),
+        ("method.sparsities=[0.9, 0.5]", "in increasing order"),
+        ("method.target_sparsity=0.77", "0.77 is not among method.sparsities (0.5, "),
+        ("baselines=[single]", '"minidisc" has no baseline "single" (known: alone, dir'),
         (
-            "minidisc",
-            [f"objective=[{{loss: {loss}}}]", "method.residual=true"],
-            f"objective: {loss} compares hidden states of the same width",
-        )
-        for loss in ("hidden_mse", "relation_fsp")
-    ),
-    (
-        "minidisc",
-        [*STREAM, "task.max_eval_examples=5", "method.importance_split=train"],
-        "method.importance_split: train cannot be read",
-    ),
-    ("minidisc", [f"teachers={json.dumps(POOL['teachers'])}", "teacher=null"], "one teacher"),
-    ("mt_bert", ["task.type=mlm"], '"mt_bert" divides a row by the loss of the teacher on its la'),
-    ("knowledge_selection", ["method.policy=random_hard", "method.selector=s"], "has no selector"),
-    ("knowledge_selection", ["method.policy=all", "method.action=hard"], "all has no selector"),
-    ("knowledge_selection", ["method.threshold=0.9"], "soft does not choose by a threshold"),
-    (
-        "knowledge_selection",
-        ["task={type: causal_lm, dataset: d}", "train.tokens_per_rank=4096"],
-        "relation_fsp, which is a kind of knowledge without an objective, is averaged over rows",
-    ),
-    ("knowledge_selection", ["method.selector=s", "method.gamma=0.5"], "that has learned"),
-    *(
-        ("knowledge_selection", [NONE, f"method.policy={policy}"], f"method.policy {policy} mult")
-        for policy in ("learned", "random_soft")
-    ),
-    ("knowledge_selection", [f"teachers={json.dumps(POOL['teachers'])}", "teacher=null"], "one of"),
-    (
-        "skdbert",
-        ["method.distribution=teacher_rank", "method.pilot_steps=5"],
-        "method.pilot_steps: 5 has no effect (default null), because method.distribution",
-    ),
-    ("skdbert", ["method.rank_exponent=2.0"], "uniform ranks no teacher"),
-    ("skdbert", [WEIGHTS], "method.weights: missing"),
-    ("skdbert", [WEIGHTS, "method.weights={small: -1, large: 1}"], "method.weights.small: must be"),
-    ("skdbert", [WEIGHTS, "method.weights={small: 0, large: 0}"], "every weight is 0"),
-    ("skdbert", [WEIGHTS, "method.weights={smal: 1, large: 1}"], 'did you mean "small"?'),
-    ("skdbert", [WEIGHTS, "method.weights={large: 1}"], "method.weights: no weight for small"),
-    ("skdbert", ["method.weights={small: 1, large: 1}"], "uniform does not use weights"),
-    ("skdbert", ["teachers.0.name=large"], 'the name "large" is used 2 times'),
-    ("skdbert", ["teachers.0.name=student"], '"student" is the name of another model of the run'),
-    ("skdbert", ["student={model: from_teacher, teacher: large}"], "set student.layers"),
-    ("single", [], "set method.teacher to small or large"),
-    ("single", ["method.teacher=huge"], 'method.teacher: there is no teacher "huge"'),
-    ("takd", ["method.order=[large, small, large]"], '"large" is listed 2 times'),
-    ("takd", ["method.order=[huge]"], 'method.order: there is no teacher "huge"'),
-    ("takd", [CACHED, BACKWARDS], "teachers[0].cache: "),
-    (
-        "takd",
-        [UPWARDS, "student={model: from_teacher, layers: 1, teacher: large}"],
-        "student.teacher: ",
-    ),
-    ("routed", ["teachers=[{name: math, model: a}]"], "math is the only teacher"),
-    ("routed", ["teachers.0.finetune={}"], "teachers[0].finetune: trains on the rows of all"),
-    ("routed", ["teachers.1.cache=c"], "teachers[1].cache: holds answers to all training rows"),
-    ("routed", STREAM, "task.streaming: not supported by method routed"),
-    ("shrink", ["method.target_sparsity=0.5"], "exactly one of parameters"),
-    ("shrink", ["method.parameters=null"], "exactly one of parameters"),
-    ("shrink", ["method.trial_steps=5"], "there is one candidate"),
-    ("shrink", ["method.trial_steps=5", "method.candidates=[0.5]"], "there is one candidate"),
-    ("shrink", ["method.on_policy_steps=5"], "the section rollout is missing"),
-    ("shrink", ["rollout={max_new_tokens: 4}"], "the section rollout is set"),
-    (
-        "shrink",
-        [ROLLOUT, "method.on_policy_steps=5", "method.repair_steps=4"],
-        "rollout.from_step: 3 is not method.repair_steps (4)",
-    ),
-    ("shrink", ["objective=[{loss: relation_kl}]"], "attention cannot be compared"),
-    ("shrink", [REVERSE_KL, "method.candidates=2"], "which the objective lacks"),
-    ("shrink", [REVERSE_KL, "method.parameters=[30, 20]"], "which the objective lacks"),
-    ("shrink", ["method.parameters=[1000000001, 1B]"], "and sizes differ"),
-    ("shrink", ["student.model=bert-base"], 'method "shrink" cuts the student out'),
-    ("shrink", ["method.flops=0.5"], "set exactly one of parameters"),
-    *(
-        ("shrink", [f"method.parameters={size}"], "method.parameters")
-        for size in ('""', "0.6Q", "-3M", "0", "1.5")
-    ),
-    ("homodistil", ["method.target_sparsity=0.5"], "exactly one of target_width (got 12) and"),
-    ("homodistil", ["method.target_width=null"], "(got None) and target_sparsity (got None)"),
-    ("homodistil", ["method.pruning_start=6"], "6 is not after method.pruning_start 6"),
-    ("homodistil", ["method.pruning_end=9"], "pruning_end: 9 is after the end of the run"),
-    ("homodistil", ["student.layers=1"], 'student.layers: method "homodistil" cuts'),
-    ("homodistil", ["objective=[{loss: hidden_mse}]"], "set projection: identity in the term"),
-    ("homodistil", ["objective=[{loss: relation_kl}]"], "their width falls during the run"),
-    ("homodistil", ["objective=[{loss: hidden_cosine}]"], "hidden_mse with projection: identity"),
-    ("homodistil", ["task.type=classification"], "homodistil prunes on text and needs"),
-    ("mixed_vocabulary", ["task.type=causal_lm"], "needs mlm"),
-    ("mixed_vocabulary", ["method.p=1.5"], "method.p"),
-    ("mixed_vocabulary", ["method.version=3"], "method.version: must be 1 or 2 (got 3)"),
-    (
-        "mixed_vocabulary",
-        ["method.version=2", "method.projections=down"],
-        "because it is an option of version 1, which method.version is not (2)",
-    ),
-    ("mixed_vocabulary", ["method.teacher_steps=5"], "method.teacher_steps: 5 has no effect"),
-    ("mixed_vocabulary", ["method.student_vocabulary.size=10"], "method.student_vocabulary"),
-    ("mixed_vocabulary", ["task.streaming=true"], "task.streaming"),
-    ("mixed_vocabulary", ["objective=[{loss: hard_cross_entropy}]"], "objective: mixed_vocabulary"),
-    ("mixed_vocabulary", ["student.model=some/model"], "starts from random weights"),
-    (
-        "mixed_vocabulary",
-        ["student.model.config.vocab_size=50"],
-        "student.model.config.vocab_size: 50, and method.student_vocabulary.size is",
-    ),
-    ("mixed_vocabulary", ["method.p=0.0", "method.embeddings=true"], "embeddings: compares tables"),
-    (
-        "mixed_vocabulary",
-        ["method.version=2", "method.p=0.0"],
-        "method.p: 0, and in version 2 the student starts from the pieces that its teacher has",
-    ),
-    (
-        "mixed_vocabulary",
-        ["method.projections=dual", "method.epsilon=3.0"],
-        "(default null), because method.projections dual compares nothing unless",
-    ),
-    (
-        "mixed_vocabulary",
-        ["method.projection_ratio=0.3", "method.epsilon=3.0"],
-        "method.projection_ratio: measures the weight that method.epsilon gives",
-    ),
-    (
-        "mixed_vocabulary",
-        ["method.projections=none", "method.teacher_learning_rate=0.1"],
-        "method.teacher_learning_rate: 0.1 has no effect",
-    ),
-    (
-        "mixed_vocabulary",
-        ["method.teacher_learning_rate=0.1", "train.learning_rate=0.0"],
-        "method.teacher_learning_rate: 0.1 follows the schedule of train.learning_rate",
-    ),
-]
+            "method.target_may_win=false; method.target_sparsity=0.5",
+            "method.target_may_win: false leaves no candidate",
+        ),
+        ("student.model=bert-base", 'method "minidisc" cuts the student out'),
+        ("student.layers=2", 'student.layers: method "minidisc" cuts the student out'),
+        ("objective=[{loss: attention_mse}]", "attention_mse compares attention head"),
+        *(
+            (
+                f"objective=[{{loss: {loss}}}]; method.residual=true",
+                f"{loss} compares hidden states of",
+            )
+            for loss in ("hidden_mse", "relation_fsp")
+        ),
+        (
+            f"{STREAM}; task.max_eval_examples=5; method.importance_split=train",
+            "method.importance_split: train cannot be read",
+        ),
+        (MANY, "one teacher"),
+    ],
+    "maxidisc": [("method.target_sparsity=0.77", "0.77 is not among method.sparsities (0.5, ")],
+    "direct": [("method.iterations=3", "method.iterations")],
+    "mt_bert": [("task.type=mlm", '"mt_bert" divides a row by the loss of the teacher on its la')],
+    "knowledge_selection": [
+        ("method.policy=random_hard; method.selector=s", "has no selector"),
+        ("method.policy=all; method.action=hard", "all has no selector"),
+        ("method.threshold=0.9", "soft does not choose by a threshold"),
+        (
+            "task={type: causal_lm, dataset: d}; train.tokens_per_rank=4096",
+            "relation_fsp, which is a kind of knowledge without an objective, is averaged over",
+        ),
+        ("method.selector=s; method.gamma=0.5", "that has learned"),
+        (f"{NONE}; method.policy=learned", "method.policy learned mult"),
+        (f"{NONE}; method.policy=random_soft", "method.policy random_soft mult"),
+        (MANY, "one of"),
+    ],
+    "skdbert": [
+        (
+            "method.distribution=teacher_rank; method.pilot_steps=5",
+            "method.pilot_steps: 5 has no effect (default null), because method.distribution",
+        ),
+        ("method.rank_exponent=2.0", "uniform ranks no teacher"),
+        (WEIGHTS, "method.weights: missing"),
+        (f"{WEIGHTS}; method.weights={{small: -1, large: 1}}", "method.weights.small: must be"),
+        (f"{WEIGHTS}; method.weights={{small: 0, large: 0}}", "every weight is 0"),
+        (f"{WEIGHTS}; method.weights={{smal: 1, large: 1}}", 'did you mean "small"?'),
+        (f"{WEIGHTS}; method.weights={{large: 1}}", "method.weights: no weight for small"),
+        ("method.weights={small: 1, large: 1}", "uniform does not use weights"),
+        ("teachers.0.name=large", 'the name "large" is used 2 times'),
+        ("teachers.0.name=student", '"student" is the name of another model of the run'),
+        ("student={model: from_teacher, teacher: large}", "set student.layers"),
+    ],
+    "single": [
+        ("", "set method.teacher to small or large"),
+        ("method.teacher=huge", 'method.teacher: there is no teacher "huge"'),
+    ],
+    "takd": [
+        ("method.order=[large, small, large]", '"large" is listed 2 times'),
+        ("method.order=[huge]", 'method.order: there is no teacher "huge"'),
+        (f"{CACHED}; {BACKWARDS}", "teachers[0].cache: "),
+        (
+            f"{UPWARDS}; student={{model: from_teacher, layers: 1, teacher: large}}",
+            "student.teacher: ",
+        ),
+    ],
+    "routed": [
+        ("teachers=[{name: math, model: a}]", "math is the only teacher"),
+        ("teachers.0.finetune={}", "teachers[0].finetune: trains on the rows of all"),
+        ("teachers.1.cache=c", "teachers[1].cache: holds answers to all training rows"),
+        (STREAM, "task.streaming: not supported by method routed"),
+    ],
+    "shrink": [
+        ("method.target_sparsity=0.5", "exactly one of parameters"),
+        ("method.parameters=null", "exactly one of parameters"),
+        ("method.trial_steps=5", "there is one candidate"),
+        ("method.trial_steps=5; method.candidates=[0.5]", "there is one candidate"),
+        ("method.on_policy_steps=5", "the section rollout is missing"),
+        ("rollout={max_new_tokens: 4}", "the section rollout is set"),
+        (
+            f"{ROLLOUT}; method.on_policy_steps=5; method.repair_steps=4",
+            "rollout.from_step: 3 is not method.repair_steps (4)",
+        ),
+        ("objective=[{loss: relation_kl}]", "attention cannot be compared"),
+        (f"{REVERSE_KL}; method.candidates=2", "which the objective lacks"),
+        (f"{REVERSE_KL}; method.parameters=[30, 20]", "which the objective lacks"),
+        ("method.parameters=[1000000001, 1B]", "and sizes differ"),
+        ("student.model=bert-base", 'method "shrink" cuts the student out'),
+        ("method.flops=0.5", "set exactly one of parameters"),
+        *(
+            (f"method.parameters={size}", "method.parameters")
+            for size in ('""', "0.6Q", "-3M", "0", "1.5")
+        ),
+    ],
+    "homodistil": [
+        ("method.target_sparsity=0.5", "exactly one of target_width (got 12) and"),
+        ("method.target_width=null", "(got None) and target_sparsity (got None)"),
+        ("method.pruning_start=6", "6 is not after method.pruning_start 6"),
+        ("method.pruning_end=9", "pruning_end: 9 is after the end of the run"),
+        ("student.layers=1", 'student.layers: method "homodistil" cuts'),
+        ("objective=[{loss: hidden_mse}]", "set projection: identity in the term"),
+        ("objective=[{loss: relation_kl}]", "their width falls during the run"),
+        ("objective=[{loss: hidden_cosine}]", "hidden_mse with projection: identity"),
+        ("task.type=classification", "homodistil prunes on text and needs"),
+    ],
+    "mixed_vocabulary": [
+        ("task.type=causal_lm", "needs mlm"),
+        ("method.p=1.5", "method.p"),
+        ("method.version=3", "method.version: must be 1 or 2 (got 3)"),
+        ("method.version=2; method.projections=down", "because it is an option of version 1, whic"),
+        ("method.teacher_steps=5", "method.teacher_steps: 5 has no effect"),
+        ("method.student_vocabulary.size=10", "method.student_vocabulary"),
+        ("task.streaming=true", "task.streaming"),
+        ("objective=[{loss: hard_cross_entropy}]", "objective: mixed_vocabulary"),
+        ("student.model=some/model", "starts from random weights"),
+        ("student.model.config.vocab_size=50", "student.model.config.vocab_size: 50, and method.s"),
+        ("method.p=0.0; method.embeddings=true", "embeddings: compares tables"),
+        ("method.version=2; method.p=0.0", "method.p: 0, and in version 2 the student starts from"),
+        ("method.projections=dual; method.epsilon=3.0", "(default null), because method.projectio"),
+        ("method.projection_ratio=0.3; method.epsilon=3.0", "method.projection_ratio: measures th"),
+        (
+            "method.projections=none; method.teacher_learning_rate=0.1",
+            "method.teacher_learning_rate: 0.1 has no effect",
+        ),
+        (
+            "method.teacher_learning_rate=0.1; train.learning_rate=0.0",
+            "method.teacher_learning_rate: 0.1 follows the schedule of train.learning_rate",
+        ),
+    ],
+}
 
 
-@pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [(name, *refused) for name, cases in REFUSED.items() for refused in cases],
+)
 def test_what_a_method_cannot_do_is_refused_with_its_key(tmp_path, name, changes, message):
     with pytest.raises(ConfigError) as refused:
-        load(tmp_path, name, *changes)
+        load(tmp_path, name, changes)
 
     assert message in str(refused.value)
 
@@ -226,16 +218,16 @@ def test_what_a_method_cannot_do_is_refused_with_its_key(tmp_path, name, changes
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("direct", ["method.target_sparsity=0.77"]),  # outside the grid
-        ("knowledge_selection", ["method.policy=random_hard", "method.threshold=0.9"]),
-        ("knowledge_selection", ["method.action=hard", "method.threshold=0.9"]),
-        ("knowledge_selection", ["method.episodes=2", "method.noise=0.5", "method.hidden=8"]),
-        ("knowledge_selection", ["method.policy=all", "method.episodes=5"]),  # the default
-        ("knowledge_selection", ["method.policy=all", NONE]),
-        ("skdbert", ["method.distribution=student_rank", "method.pilot_steps=5"]),
-        ("takd", [CACHED, "method.order=[a, b]"]),
-        ("takd", [UPWARDS, "student={model: from_teacher, layers: 1, teacher: small}"]),
+        ("direct", "method.target_sparsity=0.77"),  # outside the grid
+        ("knowledge_selection", "method.policy=random_hard; method.threshold=0.9"),
+        ("knowledge_selection", "method.action=hard; method.threshold=0.9"),
+        ("knowledge_selection", "method.episodes=2; method.noise=0.5; method.hidden=8"),
+        ("knowledge_selection", "method.policy=all; method.episodes=5"),  # the default
+        ("knowledge_selection", f"method.policy=all; {NONE}"),
+        ("skdbert", "method.distribution=student_rank; method.pilot_steps=5"),
+        ("takd", f"{CACHED}; method.order=[a, b]"),
+        ("takd", f"{UPWARDS}; student={{model: from_teacher, layers: 1, teacher: small}}"),
     ],
 )
 def test_what_has_an_effect_or_is_the_default_is_accepted(tmp_path, name, changes):
-    assert load(tmp_path, name, *changes).method.name == name
+    assert load(tmp_path, name, changes).method.name == name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from other_process import said_elsewhere
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -67,19 +65,6 @@ def test_the_defaults_are_the_papers_and_values_outside_the_choices_are_refused(
     for wrong in ({"size": 99}, {"type": "unigram"}, {"vocab_size": 200}):
         with pytest.raises(ValidationError):
             StudentVocabulary(**wrong)
-
-
-def trained_backends(folder) -> str:
-    """Return all files of a tokenizer."""
-    _load(folder / "cache").save_pretrained(folder / "saved")
-    files = sorted((folder / "saved").iterdir())
-    return json.dumps({file.name: file.read_bytes().hex() for file in files})
-
-
-def test_equal_texts_give_equal_files_in_every_process(tmp_path):
-    elsewhere = said_elsewhere(__file__, "trained_backends", tmp_path / "there")
-
-    assert elsewhere == trained_backends(tmp_path / "here")
 
 
 def _largest(error: Any) -> int:
