@@ -131,21 +131,33 @@ def test_a_kill_while_the_best_is_replaced_brings_the_old_one_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"step": 3, "score": 1, "evaluation": 1}'])
-def test_a_best_that_is_lost_is_said_and_later_ones_count(tmp_path, caplog, content):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("best.json", text) for text in (None, "{", "[]")),
+        ("best.json", '{"step": 3, "score": 1, "evaluation": 1}'),
+        ("weights", None),
+        (CHECKSUMS, None),
+    ],
+)
+def test_a_best_that_is_lost_or_damaged_is_said_and_later_ones_count(
+    tmp_path, caplog, name, content
+):
     evaluated(best_of(tmp_path), {3: 0.9})
-    record = tmp_path / "best" / "best.json"
-    if content is None:
-        record.unlink()
-    else:
-        record.write_text(content)
+    (tmp_path / "best" / name).unlink()
+    if content is not None:
+        (tmp_path / "best" / name).write_text(content)
     best = best_of(tmp_path)
 
     best.resume(4, best_step=3)
 
     assert "best is missing or damaged (" in caplog.text
     assert ": the best evaluation, of step 3, is lost" in caplog.text
-    assert best.step is None
+    assert (best.step, weights(tmp_path)) == (None, None)
+    if name != "best.json":
+        assert name in caplog.text
+        left = {path.name for path in (tmp_path / "best.unused-1").iterdir()}
+        assert left == {"weights", "best.json", CHECKSUMS} - {name}
     assert considered(best, 6, 0.1)
 
 
@@ -157,20 +169,6 @@ def test_a_damaged_best_of_a_stage_that_ends_is_said_and_not_taken(tmp_path, cap
     assert best.kept() is None
     assert f"({damaged}" in caplog.text or f"checksum of {damaged} differs" in caplog.text
     assert "its weights, of step 3, are not used" in caplog.text
-
-
-@pytest.mark.parametrize("damaged", ["weights", CHECKSUMS])
-def test_damaged_weights_of_the_best_are_not_resumed_from(tmp_path, caplog, damaged):
-    evaluated(best_of(tmp_path), {3: 0.9})
-    (tmp_path / "best" / damaged).unlink()
-    best = best_of(tmp_path)
-
-    best.resume(4, best_step=3)
-
-    assert (best.step, weights(tmp_path)) == (None, None)
-    assert damaged in caplog.text
-    left = {path.name for path in (tmp_path / "best.unused-1").iterdir()}
-    assert left == {"weights", "best.json", CHECKSUMS} - {damaged}
 
 
 def test_a_failed_write_keeps_the_old_best(tmp_path):

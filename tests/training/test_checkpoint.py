@@ -224,6 +224,14 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_fields_that_differ(t
         checkpoints(tmp_path, **{"train.learning_rate": 0.2}).newest_good()
 
 
+def test_a_stage_that_may_not_resume_refuses_to_write_over_its_checkpoints(store):
+    newest = save(store, 8)
+
+    message = f"{newest} exists and resume_from_checkpoint is false; use another output_dir"
+    with pytest.raises(CheckpointError, match=message):
+        store.to_resume(wanted=False)
+
+
 def test_a_fingerprint_is_compared_as_the_file_can_hold_it(tmp_path):
     odd = {"sizes": (1, 2), "limit": float("inf"), "text": "é"}
     newest = save(checkpoints(tmp_path, **odd), 4)

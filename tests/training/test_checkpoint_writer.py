@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import resource
 import shutil
@@ -285,17 +284,3 @@ def test_another_failure_is_reported_as_what_it_is(tmp_path):
     store.begin(8)
     with pytest.raises(CheckpointError, match=message):
         store.publish(8, refused)
-
-
-def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
-    store = checkpoints(tmp_path)
-    save(store, 4)
-    left = store.folder / "step-8.partial"
-    left.mkdir()
-    (left / SHARD).write_bytes(b"half")
-
-    assert store.newest_good() == store.folder / "step-4"
-    save(store, 12)
-
-    assert names(store) == ["latest", "step-12", "step-4"]

@@ -181,18 +181,6 @@ def test_an_evaluation_is_read_as_it_was_recorded() -> None:
     assert math.isnan(nothing.metrics["x"])
 
 
-def test_the_log_shows_every_view_and_what_is_kept() -> None:
-    evaluation = Evaluation({"wide": {"accuracy": 0.5}, "narrow": {"accuracy": 0.25}}, "narrow")
-    whole = Evaluation({WHOLE: {"accuracy": 0.5}}, WHOLE)
-
-    assert evaluation.scalars() == {
-        "eval/wide/accuracy": 0.5,
-        "eval/narrow/accuracy": 0.25,
-        "eval/accuracy": 0.25,
-    }
-    assert whole.scalars() == {"eval/accuracy": 0.5}
-
-
 ONE_RANK = Ranks(0, 1, 0, torch.device("cpu"))
 
 
@@ -254,20 +242,6 @@ def test_rows_that_ranks_have_scored_are_in_their_order_again(world):
     result = _in_order([scored_by(rank) for rank in range(world)], len(rows))
 
     assert result.tolist() == rows["number"]
-
-
-@pytest.mark.parametrize("batch_size", [2, 5])
-def test_a_language_models_metrics_come_from_sums_over_all_batches(batch_size):
-    rows = Dataset.from_dict({"number": [1, 2, 3, 4, 5], "label": [0] * 5})
-
-    def predict(batch: Batch) -> Predictions:
-        numbers = batch.inputs["input_ids"][batch.valid].double()
-        right, targets = (numbers > 3).sum().double(), numbers.sum()  # a row of n has n targets
-        return Predictions(outputs=None, sums=torch.stack([2 * targets, right, targets]))
-
-    result = scorer(("perplexity",), batch_size).score(predict, rows)
-
-    assert result == pytest.approx({"loss": 2.0, "perplexity": math.exp(2), "accuracy": 2 / 15})
 
 
 LABELS = ("bad", "fine", "good")

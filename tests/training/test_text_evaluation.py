@@ -34,7 +34,6 @@ from megakd.rollouts.text_evaluation import (
     answer_of,
     bucket_ends,
     bucket_names,
-    by_position,
     distinct_pairs,
     matcher,
 )
@@ -83,9 +82,8 @@ def evaluation(data: Dataset, folder: Path, one_rank: Any, **keys: Any) -> tuple
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("megakd.rollouts.text_evaluation.gather", lambda value: [value])
-    monkeypatch.setattr("megakd.rollouts.text_evaluation.on_main", lambda action: action())
-    monkeypatch.setattr("megakd.rollouts.text_evaluation.all_reduce_", lambda tensor: tensor)
+    monkeypatch.setattr(text_evaluation, "gather", lambda value: [value])
+    monkeypatch.setattr(text_evaluation, "on_main", lambda action: action())
     return SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -251,15 +249,6 @@ def test_every_position_is_in_one_bucket_and_buckets_grow(longest: int) -> None:
     assert bucket_names(bucket_ends(10)) == ["0-0", "1-1", "2-2", "3-4", "5-9"]
 
 
-def test_positions_count_from_the_first_generated_token(positions_as_entropy) -> None:
-    curves = TextCurves(4)  # buckets 0, 1, 2-3
-
-    watched(curves, FIRST)
-
-    result = {bucket: values["entropy"] for bucket, values in curves.take().items()}
-    assert result == {"": 2.0, "0-0": 1.0, "1-1": 2.0, "2-3": 3.0}
-
-
 def test_means_are_over_all_tokens_of_all_micro_batches(positions_as_entropy) -> None:
     curves = TextCurves(5)
     watched(curves, FIRST, [IGNORE] * 5)
@@ -278,12 +267,6 @@ def test_a_pass_keeps_its_own_weights(positions_as_entropy) -> None:
     weighed = Pass(weigh=lambda _: {"kl": 0.25})
     assert watched(curves, FIRST, plan=(weighed, Pass(teacher="other"))) == {"kl": 0.25}
     assert curves.watching((weighed, Pass(teacher="other")))[1] == Pass(teacher="other")
-
-
-def test_the_log_has_a_key_per_bucket_and_value() -> None:
-    curves = {"": {"kl": 1.0}, "0-3": {"kl": 0.5, "entropy": 2.0}}
-
-    assert by_position(curves) == {"text/0-3/kl": 0.5, "text/0-3/entropy": 2.0}
 
 
 GSM8K = r"#### (.+)"

@@ -90,12 +90,6 @@ class Steering:
         self.told.append(("after_update", report.step))
         self.reports.append(report)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"drawn": len(self.told)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.told.append(("loaded", state["drawn"]))
-
 
 def trainer_of(told: list[Any], *, plans: Any = ALONE, terms: Any = (), teachers: Any = ()):
     return Trainer(
@@ -121,24 +115,6 @@ def test_a_step_plans_learns_updates_and_reports_in_this_order():
         ("step", 0.0),
         ("after_update", 0),
     ]
-
-
-def test_a_planned_teacher_is_asked_once_per_micro_batch_and_the_others_not_at_all():
-    told = []
-    plan = (Pass(teacher="b"), Pass(teacher="a", view="small"), Pass(teacher="b", view="large"))
-    trainer = trainer_of(told, plans=(plan,), teachers=("a", "b", "c"))
-
-    trainer.train_step([BATCH, BATCH])
-
-    assert [e for e in told if e[0] in {"asked", "forward_backward"}] == [
-        ("asked", "b"),
-        ("asked", "a"),
-        ("forward_backward", ("b", "a"), False),
-        ("asked", "b"),
-        ("asked", "a"),
-        ("forward_backward", ("b", "a"), True),
-    ]
-    assert trainer.teacher_clock.seconds() > 0
 
 
 def test_the_next_steps_teachers_make_ready_before_the_student_learns_and_the_others_rest_first():
@@ -171,17 +147,6 @@ def test_where_no_teacher_is_idle_nothing_is_planned_ahead(teachers):
     assert [event for event in told if event[0] in {"plan", "idle", "next"}] == [("plan", 0)]
 
 
-def test_every_step_is_planned_anew_and_has_its_own_learning_rate():
-    told = []
-    trainer = trainer_of(told, plans=((Pass(teacher="a"),), (Pass(),)), teachers=("a",))
-
-    reports = [trainer.train_step([BATCH]) for _ in range(3)]
-
-    assert [report.step for report in reports] == [0, 1, 2]
-    assert [e[1] for e in told if e[0] == "forward_backward"] == [("a",), (), ("a",)]
-    assert [e[1] for e in told if e[0] == "step"] == [0.0, 0.1, 0.2]
-
-
 def test_a_report_sums_the_terms_of_its_own_micro_batches():
     trainer = trainer_of([], terms=(0.5, 1.0, 5.0))
 
@@ -191,18 +156,6 @@ def test_a_report_sums_the_terms_of_its_own_micro_batches():
     assert numbers(first.counts) == (2, 2, 2)
     assert first.gradient_norm is not None
     assert trainer.strategy.reports == [first, second]  # type: ignore[attr-defined]
-
-
-def test_the_step_and_the_strategy_are_all_that_a_resumed_loop_needs():
-    trainer, told = trainer_of([]), []
-    [trainer.train_step([BATCH]) for _ in range(3)]
-
-    resumed = trainer_of(told)
-    resumed.load_state_dict(trainer.state_dict())
-    report = resumed.train_step([BATCH])
-
-    assert trainer.state_dict()["step"] == report.step == 3
-    assert told[:2] == [("loaded", 15), ("plan", 3)]
 
 
 class Body(nn.Module):
