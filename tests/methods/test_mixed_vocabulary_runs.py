@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,39 +30,38 @@ def same_models(one: Path, other: Path) -> bool:
     return ours == theirs
 
 
-EVALUATED = {"eval_steps": 3, "keep_best": False}
 VERSION_2 = {"version": 2, "teacher_steps": 4}
-MEASURED = {"vectors": False, "projection_ratio": 0.3}
+# The sections of the runs that others are compared with.
+RUNS: dict[str, dict[str, Any]] = {
+    "version 1": {"eval": {"eval_steps": 3, "keep_best": False}},
+    "measured": {"method": {"vectors": False, "projection_ratio": 0.3}},
+    "version 2": {"method": VERSION_2},
+}
 
 
 @pytest.fixture(scope="module")
-def trained(one_rank, tmp_path_factory) -> Path:
-    """A run of version 1 with both baselines."""
-    folder = tmp_path_factory.mktemp("mixed")
-    path = mixed(folder, baselines=["alone", "patient_kd"], eval=EVALUATED)
-    assert "100 pieces trained on the training text" in finish(one_rank, path).err
-    return folder / "out"
+def finished(one_rank, tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the output folder of a run, by its name in `RUNS`."""
+
+    @cache
+    def out_of(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("mixed")
+        more = {"baselines": ["alone", "patient_kd"]} if name == "version 1" else {}
+        outcome = finish(one_rank, mixed(folder, **RUNS[name], **more))
+        assert "100 pieces trained on the training text" in outcome.err
+        return folder / "out"
+
+    return out_of
 
 
 @pytest.fixture(scope="module")
-def measured(one_rank, tmp_path_factory) -> Path:
-    """A run of version 1 that measures the weight of its projections."""
-    folder = tmp_path_factory.mktemp("mixed-measured")
-    finish(one_rank, mixed(folder, method=MEASURED))
-    return folder / "out"
+def trained(finished) -> Path:
+    return finished("version 1")
 
 
-@pytest.fixture(scope="module")
-def after_teacher(one_rank, tmp_path_factory) -> Path:
-    """A run of version 2."""
-    folder = tmp_path_factory.mktemp("mixed-2")
-    finish(one_rank, mixed(folder, method=VERSION_2))
-    return folder / "out"
-
-
-@pytest.mark.parametrize("made", ["trained", "after_teacher"])
-def test_the_student_is_a_plain_model_with_its_own_vocabulary(made, request):
-    out = request.getfixturevalue(made)
+@pytest.mark.parametrize("name", ["version 1", "version 2"])
+def test_the_student_is_a_plain_model_with_its_own_vocabulary(finished, name):
+    out = finished(name)
 
     model = AutoModelForMaskedLM.from_pretrained(out / "final")
     tokenizer = AutoTokenizer.from_pretrained(out / "final")
@@ -107,10 +109,10 @@ def test_the_report_compares_models_by_nats_per_character(trained):
 
 
 def test_a_table_that_the_teacher_learned_for_another_width_is_not_taken(
-    one_rank, after_teacher, tmp_path
+    one_rank, finished, tmp_path
 ):
     config = mixed(tmp_path, method=VERSION_2)
-    forgotten(after_teacher, tmp_path / "out", stage="student", after=0)
+    forgotten(finished("version 2"), tmp_path / "out", stage="student", after=0)
 
     outcome = one_rank.train("--config", config, "student.model.config.hidden_size=16")
 
@@ -118,37 +120,30 @@ def test_a_table_that_the_teacher_learned_for_another_width_is_not_taken(
     assert "mixed_widths.teacher: 8 there, 16 here" in outcome.err
 
 
-def test_the_teachers_table_may_start_from_random_values(one_rank, after_teacher, tmp_path):
+def test_the_teachers_table_may_start_from_random_values(one_rank, finished, tmp_path):
     finish(one_rank, mixed(tmp_path, method=VERSION_2 | {"table": "random"}))
 
     one, other = (
         load_file(out / "stages/mixed-teacher/second_vocabulary.safetensors")["lift.bias"]
-        for out in (tmp_path / "out", after_teacher)
+        for out in (tmp_path / "out", finished("version 2"))
     )
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("whole", "sections", "stops"),
-    [
-        ("trained", {"eval": EVALUATED}, {"student": 4}),
-        ("measured", {"method": MEASURED}, {"student": 4}),
-        ("after_teacher", {"method": VERSION_2}, {"mixed-teacher": 2, "student": 4}),
-    ],
-)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_stopped_run_goes_on_to_the_same_weights_of_all_models(
-    one_rank, tmp_path, request, whole, sections, stops
+    one_rank, finished, tmp_path, name
 ):
-    path = mixed(tmp_path, save={"save_steps": 1}, **sections)
+    path = mixed(tmp_path, save={"save_steps": 1}, **RUNS[name])
+    stops = {"student": 4} | ({"mixed-teacher": 2} if name == "version 2" else {})
 
-    for stage, step in stops.items():
+    for stage, step in reversed(stops.items()):
         assert one_rank.train("--config", path, stop_at=(stage, step)).code != 0
     outcome = finish(one_rank, path)
 
     assert "student: resumed at step 5" in outcome.err
     for stage in stops:
-        stages = (tmp_path / "out", request.getfixturevalue(whole))
-        assert same_models(*(out / "stages" / stage for out in stages))
+        assert same_models(*(out / "stages" / stage for out in (tmp_path / "out", finished(name))))
 
 
 def test_a_changed_option_trains_the_stage_again(one_rank, trained):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +12,6 @@ from pool_bench import SIZES, STEPS, Bench
 from routed_bench import taught_by
 from tiny_runs import bert, llama, reviews, write_jsonl, write_reviews
 from whole_run import finish, finish_in, forgotten, read, records, same_weights, weights
-
-from megakd.contract.results import MethodRecord
-from megakd.contract.stage import Stage, StageResult
-from megakd.contract.terms import PluginTerm
-from megakd.methods import mt_bert
 
 SKDBERT = {"name": "skdbert"}
 
@@ -153,36 +147,6 @@ def test_labels_beside_a_sum_of_teachers_count_once(bench):
     ours, theirs = weights(mean / "final"), weights(summed / "final")
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, atol=1e-6, rtol=0)
-
-
-def test_a_label_loss_of_another_package_counts_once_too():
-    class Focal(PluginTerm):
-        needs_teacher = False
-
-    class Distance(PluginTerm):
-        needs_teacher = True
-
-    trained: list[Stage] = []
-
-    def train(stage: Stage) -> StageResult:
-        trained.append(stage)
-        return StageResult(name="student", folder=Path())
-
-    lab: Any = SimpleNamespace(
-        config=SimpleNamespace(
-            objective=[kind(loss="mine:Loss", weight=0.6) for kind in (Focal, Distance)],
-            teacher_specs=("large", "middle", "small"),
-        ),
-        record=MethodRecord(),
-        soft_terms=lambda: (),
-        teacher=lambda name: name,
-        train=train,
-    )
-
-    mt_bert.run(mt_bert.MtBertConfig(name="mt_bert"), lab)
-
-    (stage,) = trained
-    assert [term.weight for term in stage.objective] == pytest.approx([0.2, 0.6])
 
 
 def test_teachers_in_a_row_begin_with_the_largest(bench):

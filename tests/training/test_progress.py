@@ -15,9 +15,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import run_in
 
-from megakd.errors import ConfigError, MegakdError
+from megakd.errors import MegakdError
 from megakd.training.progress import Extent, Reporter
-from megakd.training.trackers import TensorBoard, check_trackers, make_trackers
+from megakd.training.trackers import TensorBoard, make_trackers
 
 NUMBERS = {
     "train/loss": 0.12345678,
@@ -194,6 +194,7 @@ def test_a_folder_in_the_place_of_the_log_or_a_missing_library_ends_a_run_before
     other = run_in(tmp_path / "other", task, log={"report_to": ["wandb"]})
     outcome = one_rank.train("--config", other)
     assert outcome.code == 2
+    assert "log.report_to: wandb" in outcome.err
     assert "pip install wandb" in outcome.err
     assert not (tmp_path / "other" / "out").exists()
 
@@ -305,14 +306,6 @@ def test_a_server_that_goes_away_is_said_once_and_does_not_stop_a_run(service, t
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith("mlflow does not respond (no answer): no further values")
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
-
-
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_service_that_is_not_installed_is_named_with_its_package(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, name, None)
-
-    with pytest.raises(ConfigError, match=rf"log\.report_to: {name} .*pip install {name}"):
-        check_trackers(["tensorboard", name])
 
 
 def test_curves_that_cannot_be_written_are_said_once_and_do_not_stop_a_run(tmp_path, caplog):
