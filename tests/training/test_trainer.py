@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from torch import Tensor
 from unit_counts import numbers
 from waiting import Waiting, no_waiting
 
-from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge, LogitWarp
-from megakd.contract.stage import Constant, Pass, StepReport
-from megakd.contract.terms import (
-    HardCrossEntropy,
-    HardMse,
-    HiddenCosine,
-    HiddenMse,
-    SoftTargetJsd,
-    SoftTargetKl,
-    SoftTargetMse,
-)
+from megakd.contract.batch import IGNORE, Batch, Counts, Knowledge
+from megakd.contract.stage import Pass, StepReport
 from megakd.contract.unit_counts import count_units
-from megakd.contract.views import Shape
-from megakd.losses.bundle import StudentBundle
-from megakd.losses.objective import build_objective
-from megakd.teachers.frozen import FrozenModel
 from megakd.training.trainer import Trainer
 
 BATCH = Batch({}, torch.tensor([1]), torch.ones(1, 1, dtype=torch.bool))
@@ -158,98 +143,40 @@ def test_a_report_sums_the_terms_of_its_own_micro_batches():
     assert trainer.strategy.reports == [first, second]  # type: ignore[attr-defined]
 
 
-class Body(nn.Module):
-    """An embedding and one layer."""
+class Answering(Teacher):
+    """Knows something about two rows of three tokens."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(9, 4)
-        self.layers = nn.ModuleList([nn.Tanh()])
+    def __init__(self, known: Knowledge) -> None:
+        super().__init__([], "teacher")
+        self.known = known
 
-    def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        return BaseModelOutput(self.layers[0](self.embedding(input_ids)))
-
-
-class Tiny(nn.Module):
-    """Answers as a classifier, a regressor or (by its parts) a causal LM does."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(
-            model_type="llama", num_hidden_layers=1, _attn_implementation="sdpa"
-        )
-        self.model = Body()
-        self.lm_head = nn.Linear(4, 9, bias=False)
-        self.classifier = nn.Linear(4, outputs)
-
-    def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        hidden = self.model(input_ids).last_hidden_state
-        return SimpleNamespace(logits=self.classifier(hidden[:, 0]))
+    def __call__(self, batch: Batch) -> Knowledge:
+        return self.known
 
 
-class Learner:
-    """A student engine without DeepSpeed: the real bundle, plain gradient descent."""
-
-    def __init__(self, bundle: StudentBundle) -> None:
-        self.bundle = bundle
-
-    def forward_backward(self, *seen: Any, boundary: bool) -> dict[str, Tensor]:
-        losses = self.bundle(*seen)
-        losses.total.backward()
-        return losses.parts
-
-    def step(self, learning_rate: float) -> None:
-        with torch.no_grad():
-            for parameter in self.bundle.parameters():
-                if parameter.grad is not None:
-                    parameter.sub_(learning_rate * parameter.grad)
-
-
-HARD, SCORE = HardCrossEntropy(loss="hard_cross_entropy"), HardMse(loss="hard_mse")
-SOFT = (SoftTargetKl(loss="soft_target_kl"), SoftTargetJsd(loss="soft_target_jsd"))
-HIDDEN = (HiddenMse(loss="hidden_mse"), HiddenCosine(loss="hidden_cosine"))
-TASKS = {
-    "classification": ((HARD, *SOFT, *HIDDEN), torch.tensor([1, IGNORE])),
-    "regression": (
-        (SCORE, SoftTargetMse(loss="soft_target_mse"), *HIDDEN),
-        torch.tensor([1.5, math.nan]),
-    ),
-    "causal_lm": ((HARD, *SOFT, *HIDDEN), torch.tensor([[1, 2, 3], [4, IGNORE, IGNORE]])),
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_no_operation_of_a_step_makes_the_host_wait_for_the_device(task):
-    terms, labels = TASKS[task]
-    outputs = 1 if task == "regression" else 3
-    shape = Shape(1, 4, outputs)
-    objective = build_objective(terms, task, shape, shape)  # type: ignore[arg-type]
-    order = (2, 0, 1) if task == "classification" else None
-    frozen = FrozenModel(Tiny(outputs), needs=objective.needs, label_order=order)
-    frozen.requires_grad_(requires_grad=False)
-    lm_head = SimpleNamespace(read=lambda: (torch.ones(9, 4), None), warp=LogitWarp())
-
-    class Headed(Teacher):
-        def __call__(self, batch: Batch) -> Knowledge:
-            return frozen(batch)._replace(head=lm_head)
-
-    trainer = Trainer(
-        student=Learner(StudentBundle({"student": Tiny(outputs)}, objective, world_size=1)),
-        teachers={"teacher": Headed([], "teacher")},
-        strategy=Constant((Pass(teacher="teacher"),)),
-        count_units=count_units,
-        learning_rate=lambda step: 0.1 / (1 + step),
-    )
-    batch = Batch(
-        {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 0]])},
-        labels,
-        torch.tensor([[True, True, True], [True, True, False]]),
-    )
+@pytest.mark.parametrize(
+    ("labels", "known"),
+    [
+        (torch.tensor([1, IGNORE]), Knowledge(logits=torch.zeros(2, 3))),
+        (torch.tensor([1.5, math.nan]), Knowledge(logits=torch.zeros(2, 1))),
+        (
+            torch.tensor([[1, 2, 3], [4, IGNORE, IGNORE]]),
+            Knowledge(hidden=torch.zeros(2, 3, 4)),
+        ),
+    ],
+    ids=["classification", "regression", "causal_lm"],
+)
+def test_no_operation_of_a_step_makes_the_host_wait_for_the_device(labels, known):
+    """The models and the losses do not either, see test_pretended_gpu.py and tests/losses."""
+    trainer = trainer_of([], plans=((Pass(teacher="teacher"),),))
+    trainer.teachers = {"teacher": Answering(known)}
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    batch = Batch({"input_ids": torch.tensor([[1, 2, 3], [4, 5, 0]])}, labels, valid)
 
     with no_waiting():
         reports = [trainer.train_step([batch, batch]) for _ in range(2)]
 
-    assert all(torch.isfinite(value) for report in reports for value in report.parts.values())
+    assert [report.parts["term"].item() for report in reports] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(
