@@ -41,22 +41,12 @@ def _load(folder, size=100, texts=SENTENCES):
     return load_student_tokenizer(StudentVocabulary(size=size), splits, cache_dir=folder)
 
 
-def test_a_student_tokenizer_has_the_size_and_frames_texts_and_pairs(tmp_path, monkeypatch):
+def test_a_student_tokenizer_has_the_size_and_is_trained_once(tmp_path, monkeypatch):
     tokenizer = _load(tmp_path, 120)
     check_special_tokens(tokenizer, "student")
-
-    single, pair = tokenizer("The Student"), tokenizer("the student", "a letter")
+    monkeypatch.setattr(student_tokenizer, "_trained", None)
 
     assert len(tokenizer) == len(tokenizer.get_vocab()) == 120
-    assert tokenizer.special_tokens_map == ROLES
-    assert [tokenizer.convert_tokens_to_ids(token) for token in ROLES.values()] == [0, 1, 2, 3, 4]
-    assert [single["input_ids"][0], single["input_ids"][-1]] == [2, 3]
-    assert pair["input_ids"].count(3) == 2
-    assert set(pair["token_type_ids"]) == {0, 1}
-    assert tokenizer.decode(single["input_ids"], skip_special_tokens=True) == "the student"
-    assert tokenizer("the [MASK] reads")["input_ids"].count(4) == 1
-    # A vocabulary is trained once.
-    monkeypatch.setattr(student_tokenizer, "_trained", None)
     assert tokenizer_content(_load(tmp_path, 120)) == tokenizer_content(tokenizer)
 
 

@@ -40,6 +40,8 @@ def test_the_trade_off_is_the_one_that_the_authors_drew(metrics, drawn):
     ("scores", "options", "chosen_one"),
     [
         (QQP, {}, (0.8, pytest.approx(1.0295))),
+        # By the code of the authors there is no assistant.
+        (MRPC, {}, (0.9, pytest.approx(1.047))),
         (GRID, {"weight": 0.0}, (0.7, 0.91)),
         # The target is taken in place of a sparser one.
         ({0.5: 0.5, 0.9: 0.8, 0.95: 0.99}, {}, (0.9, pytest.approx(1.18))),
@@ -54,14 +56,6 @@ def test_the_trade_off_is_the_one_that_the_authors_drew(metrics, drawn):
 def test_the_highest_trade_off_is_chosen(scores, options, chosen_one):
     assert chosen(scores, **options) == chosen_one
     assert chosen(dict(reversed(scores.items())), **options) == chosen_one
-
-
-def test_of_the_authors_mrpc_scores_the_target_wins_and_then_the_two_they_draw_highest():
-    # By their code's own rule there is no assistant; in the figure the target takes no part.
-    assert chosen(MRPC) == (0.9, pytest.approx(1.047))
-    best, second, *_ = sorted(MRPC_DRAWN | {0.7: 1.037}, key=lambda s: -tradeoff(MRPC[s], s, 0.2))
-    assert {best, second} == {0.7, 0.8}
-    assert tradeoff(MRPC[best], best, LAMBDA) - tradeoff(MRPC[second], second, LAMBDA) < READ
 
 
 @pytest.mark.parametrize(

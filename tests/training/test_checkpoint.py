@@ -161,20 +161,6 @@ def test_no_bit_of_a_manifest_can_change_unseen(store):
         assert damaged or json.loads(changed) == json.loads(content)
 
 
-def test_a_run_whose_checkpoints_all_look_damaged_is_refused_and_goes_on_when_they_do_not(store):
-    newest = save(store, 4, 8)
-    for folder in store.folder.glob("step-*"):
-        (folder / SHARD).rename(folder / "not visible")
-
-    message = r"step-8 is damaged \(shard.pt is missing\); .*step-4 is damaged .*nothing was"
-    with pytest.raises(CheckpointError, match=message):
-        store.newest_good()
-
-    for folder in store.folder.glob("step-*"):
-        (folder / "not visible").rename(folder / SHARD)
-    assert store.newest_good() == newest
-
-
 def test_a_run_whose_pointer_alone_is_visible_does_not_start_over(store, tmp_path):
     save(store, 4)
     (store.folder / "step-4").rename(tmp_path / "not visible")
@@ -399,10 +385,3 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(store, monkeypat
         with pytest.raises(CheckpointError, match=message) as refused:
             read()
         assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(("steps", "is_longer"), [(8, True), (4, False)])
-def test_a_checkpoint_of_a_shorter_run_is_known_as_one(tmp_path, steps, is_longer):
-    folder = save(checkpoints(tmp_path, **{"train.max_steps": 4}), 4)
-
-    assert checkpoints(tmp_path, **{"train.max_steps": steps}).has_grown(folder) is is_longer

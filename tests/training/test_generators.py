@@ -93,23 +93,13 @@ def text(*ids: int, finished: bool = True, version: int = 5) -> Rollout:
     return Rollout(0, (9,), Completion(ids, finished), version, seed=0)
 
 
-def test_the_share_of_distinct_pairs_does_not_depend_on_the_number_of_texts() -> None:
-    """A pair that two texts have in common is no repetition within a text."""
-    few, many = RolloutStatistics(), RolloutStatistics()
-    few.add([text(1, 2, 3), text(1, 1, 1)], 5)
-    many.add([text(1, 2, 3), text(1, 1, 1)] * 10, 5)
-
-    assert few.scalars()["rollout/distinct_2"] == pytest.approx((1 + 0.5) / 2)
-    assert many.scalars()["rollout/distinct_2"] == pytest.approx((1 + 0.5) / 2)
-
-
-def test_means_are_over_the_texts() -> None:
+@pytest.mark.parametrize("times", [1, 10])
+def test_statistics_are_means_over_the_texts_each_of_which_counts_its_own_pairs(times: int) -> None:
     result = RolloutStatistics()
-    result.add([text(1, 2, 3, version=4), text(1, finished=False)], 6)
+    assert result.scalars() == {}
 
-    values = result.scalars()
+    result.add([text(1, 2, 3, version=4), text(1, 1, 1, finished=False)] * times, 6)
 
-    assert values["rollout/tokens_per_text"] == 2
-    assert values["rollout/truncated"] == 0.5
-    assert values["rollout/staleness"] == 1.5
-    assert RolloutStatistics().scalars() == {}
+    values = {"tokens_per_text": 3, "truncated": 0.5, "staleness": 1.5, "distinct_2": (1 + 0.5) / 2}
+    wanted = {f"rollout/{name}": pytest.approx(value) for name, value in values.items()}
+    assert {**result.scalars(), **wanted} == result.scalars()
