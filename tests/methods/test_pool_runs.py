@@ -13,6 +13,8 @@ from routed_bench import taught_by
 from tiny_runs import bert, llama, reviews, write_jsonl, write_reviews
 from whole_run import finish, finish_in, forgotten, read, records, same_weights, weights
 
+from megakd.contract.terms import PluginTerm, compares
+
 SKDBERT = {"name": "skdbert"}
 
 
@@ -147,6 +149,18 @@ def test_labels_beside_a_sum_of_teachers_count_once(bench):
     ours, theirs = weights(mean / "final"), weights(summed / "final")
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, atol=1e-6, rtol=0)
+
+
+def test_a_label_loss_of_another_package_counts_once_too():
+    """`mt_bert` adds up the terms that compare."""
+
+    class Focal(PluginTerm):
+        needs_teacher = False
+
+    class Distance(PluginTerm):
+        needs_teacher = True
+
+    assert [compares(kind(loss="mine:Loss")) for kind in (Focal, Distance)] == [False, True]
 
 
 def test_teachers_in_a_row_begin_with_the_largest(bench):
