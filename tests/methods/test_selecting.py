@@ -219,17 +219,6 @@ def test_a_phase_is_stored_as_plain_values_and_read_back():
     assert repr(Running.of(before.state_dict())) == repr(before)
 
 
-def test_a_frozen_selector_stays_as_it_is():
-    strategy = selecting()
-    before = strategy.selector.to_bytes()
-
-    for step in range(5):
-        weighed(strategy, step, reading_at(step))
-        strategy.after_update(SimpleNamespace(step=step))
-
-    assert strategy.selector.to_bytes() == before
-
-
 @pytest.mark.parametrize(("threshold", "used"), [(0.0, 3), (1.0, 1)])
 def test_random_hard_weights_use_the_kinds_that_reach_the_threshold(threshold, used):
     strategy = RandomWeights("teacher", KINDS, hard=True, seed=1, threshold=threshold)

@@ -121,13 +121,21 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_from_the_checkpoint_before
     assert names(store) == ["latest", "step-1", "step-3"]
 
 
-def test_a_full_disk_under_the_thread_is_told_when_the_checkpoint_would_get_its_name(store, held):
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "free some space and start"), (errno.EACCES, "start")]
+)
+def test_a_failure_in_the_thread_is_told_when_the_checkpoint_would_get_its_name(
+    store, held, number, remedy
+):
     training = Training(store)
-    held.error = OSError(errno.ENOSPC, "No space left on device")
+    held.error = OSError(number, os.strerror(number))
     training.save(8)
     held.released.set()
 
-    message = r"checkpoint of step 8 could not be written .*No space left on device; nothing else"
+    message = (
+        rf"checkpoint of step 8 could not be written .*{os.strerror(number)}; nothing else was "
+        f"changed, there is no earlier checkpoint; {remedy} the same"
+    )
     with pytest.raises(CheckpointError, match=message):
         training.writer.publish()
 
@@ -273,14 +281,3 @@ def test_torch_that_cannot_write_gives_the_systems_own_reason(kept, tmp_path):
 
     with largest_file(3000), pytest.raises(OSError, match="File too large"):
         write_tensors(tmp_path / "x.pt", {"weight": torch.zeros(1000)})
-
-
-def test_another_failure_is_reported_as_what_it_is(tmp_path):
-    def refused(*_: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "shard.pt")
-
-    message = r"Permission denied.*there is no earlier checkpoint; start"
-    store = checkpoints(tmp_path)
-    store.begin(8)
-    with pytest.raises(CheckpointError, match=message):
-        store.publish(8, refused)
