@@ -328,13 +328,6 @@ def test_dummy_rows_have_no_valid_position_and_attend_to_their_first(pair, tmp_p
     assert min(len(batch.targets), len(batch.extras.second.positions)) >= 1
 
 
-def test_another_task_and_another_probability_are_errors(pair):
-    with pytest.raises(ValueError, match="only a task of type mlm has mixed text, got causal_lm"):
-        MixedText(pair, TaskConfig(type="causal_lm", dataset="none"), probability=0.5)
-    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
-        MixedText(pair, task(), probability=1.5)
-
-
 RAW_TEXTS = st.lists(st.text("abcdefghxyж ,\u0301\n", max_size=80), min_size=1, max_size=4)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from one_rank import OneRank
-from routed_bench import furthest, taught_by, teachers_in
+from routed_bench import RoutedBench, furthest, taught_by
 from served_models import Transformer
 from server_stubs import Stub, serving
-from tiny_runs import SENTENCES, config_tree, llama, write_config, write_jsonl
-from whole_run import finish, read
+from tiny_runs import SENTENCES, llama, write_jsonl
+from whole_run import read
 
 EXPERTS = ("sums", "talk")
 SOFT = [{"loss": "soft_target_kl"}, {"loss": "hard_cross_entropy", "weight": 0.1}]
@@ -32,22 +32,27 @@ def rows() -> list[dict[str, Any]]:
     return [one(number) for number in range(30)]
 
 
-class Bench:
+class Bench(RoutedBench):
     """Two small decoders that were trained on different rows, and runs of a student."""
 
     def __init__(self, one_rank: OneRank, folder: Path) -> None:
         self.one_rank, self.folder = one_rank, folder
         self.data = write_jsonl(folder / "rows.jsonl", rows())
-        self.held = write_jsonl(folder / "held.jsonl", rows()[:6])
+        self.task: dict[str, Any] = {
+            "type": "causal_lm",
+            "dataset": None,
+            "teacher_column": None,
+            "train_files": str(self.data),
+            "validation_files": str(write_jsonl(folder / "held.jsonl", rows()[:6])),
+            "tokenizer": str(folder / "sums" / "final"),
+            "max_length": 24,
+        }
         for number, name in enumerate(EXPERTS):
             taught = [row for row in rows() if row["expert"] == name]
-            texts = ({"text": r["prompt"] + r["completion"], "expert": name} for r in taught)
             write_jsonl(folder / f"{name}.jsonl", taught)
-            write_jsonl(folder / f"{name}-texts.jsonl", texts)
-            known = {"tokenizer": {"type": "bpe", "vocab_size": 300}} if number == 0 else {}
-            self.finish(
+            self.run(
                 name,
-                task=known,
+                task={"tokenizer": {"type": "bpe", "vocab_size": 300}} if number == 0 else {},
                 teachers=[],
                 student={"model": llama(2, initializer_range=0.3)},
                 method={"name": "finetune"},
@@ -55,32 +60,12 @@ class Bench:
                 seed=number,
             )
 
-    @property
-    def task(self) -> dict[str, Any]:
-        return {
-            "type": "causal_lm",
-            "train_files": str(self.data),
-            "validation_files": str(self.held),
-            "tokenizer": str(self.folder / "sums" / "final"),
-            "max_length": 24,
-        }
-
-    def teachers(self, *names: str) -> list[dict[str, Any]]:
-        return teachers_in(self.folder, *names)
-
-    def config(self, out: str, task: dict[str, Any] | None = None, **sections: Any) -> Path:
-        given: dict[str, Any] = {"teachers": self.teachers(*EXPERTS), "objective": SOFT}
-        keys = {k: v for k, v in (self.task | (task or {})).items() if v is not None}
-        given |= {"method": {"name": "routed"}, **sections}
-        tree = config_tree(self.folder / out, keys, **given)
+    def config(self, out: str, *, task: dict[str, Any] | None = None, **sections: Any) -> Path:
         # Adam would turn rounding of tiny gradients into whole steps.
-        usual = {"per_device_train_batch_size": 6, "max_steps": 5, "adam_epsilon": 0.01}
-        tree["train"] |= usual | sections.get("train", {})
-        return write_config(self.folder / f"{out}.yaml", tree)
-
-    def finish(self, out: str, **keys: Any) -> Path:
-        finish(self.one_rank, self.config(out, **keys))
-        return self.folder / out
+        train = {"per_device_train_batch_size": 6, "max_steps": 5, "adam_epsilon": 0.01}
+        given = {"teachers": self.teachers(*EXPERTS), "objective": SOFT, **sections}
+        given["train"] = train | sections.get("train", {})
+        return super().config(out, task=self.task | (task or {}), **given)
 
 
 @pytest.fixture(scope="module")
@@ -104,18 +89,16 @@ def routed(bench) -> Path:
     """A run whose rows learn from both teachers, and whose texts are evaluated."""
     generation = {"max_new_tokens": 4, "rows": 4, "match": "exact"}
     evaluated = {"eval_steps": 5, "keep_best": False, "generation": generation}
-    return bench.finish("routed", task=COLUMN, eval=evaluated)
+    return bench.run("routed", task=COLUMN, eval=evaluated)
 
 
 @pytest.mark.parametrize("sections", CASES)
 def test_two_names_of_one_teacher_teach_as_this_teacher_alone(bench, routed, request, sections):
     case = request.node.callspec.id
     method = {"name": "single", "teacher": "talk"}
-    alone = bench.finish(
-        f"alone-{case}", teachers=bench.teachers("talk"), method=method, **sections
-    )
+    alone = bench.run(f"alone-{case}", teachers=bench.teachers("talk"), method=method, **sections)
 
-    twice = bench.finish(
+    twice = bench.run(
         f"twice-{case}", task=COLUMN, teachers=bench.teachers("sums:talk", "talk"), **sections
     )
 
@@ -138,7 +121,7 @@ def test_the_student_without_its_adapters_may_be_one_of_the_teachers(bench):
     base = {**sums, "model": "student_base"}
 
     given, other = (
-        bench.finish(out, task=COLUMN, teachers=[teacher, talk], student=student)
+        bench.run(out, task=COLUMN, teachers=[teacher, talk], student=student)
         for out, teacher in {"lora": sums, "base": base}.items()
     )
 
@@ -156,24 +139,12 @@ def sources(bench: Bench, **teachers: str | None) -> dict[str, Any]:
 
 
 def test_a_source_of_a_mixture_names_its_teacher_once(bench):
-    given = bench.finish("sources", task=sources(bench, sums="sums", talk="talk"))
-    mixed = bench.finish("both", task=sources(bench, sums=None, talk="talk") | COLUMN)
+    given = bench.run("sources", task=sources(bench, sums="sums", talk="talk"))
+    mixed = bench.run("both", task=sources(bench, sums=None, talk="talk") | COLUMN)
 
     counts = {name: entry["rows"] for name, entry in taught_by(given).items()}
     assert counts == {"sums": 20, "talk": 10}
     assert furthest(given, mixed) == 0
-
-
-def test_packed_documents_learn_from_their_teachers(bench):
-    texts = [str(bench.folder / f"{name}-texts.jsonl") for name in EXPERTS]
-    task = {"train_files": texts, "validation_files": None, "max_length": 32}
-
-    out = bench.finish("packed", task=task | COLUMN, train={"tokens_per_rank": 80})
-
-    # Some texts are held out.
-    counts = {name: entry["rows"] for name, entry in taught_by(out).items()}
-    assert 18 <= counts["sums"] <= 20
-    assert 8 <= counts["talk"] <= 10
 
 
 def test_served_teachers_are_asked_about_their_own_rows_alone(bench, routed):
@@ -186,7 +157,7 @@ def test_served_teachers_are_asked_about_their_own_rows_alone(bench, routed):
             {**spec, "server": {"url": [url], "model": spec["name"], "top_k": size - 1}}
             for spec, url in zip(bench.teachers(*EXPERTS), urls, strict=True)
         ]
-        out = bench.finish("served", task=COLUMN, teachers=teachers)
+        out = bench.run("served", task=COLUMN, teachers=teachers)
 
     assert furthest(out, routed) < 2e-5
     asked = {name: len(stub.of("/v1/completions")) for name, stub in stubs.items()}

@@ -90,12 +90,6 @@ def test_a_size_is_read_as_people_write_it(text, number):
     assert config(method={"parameters": text}).method.parameters == (number,)
 
 
-def test_several_sizes_are_a_list_or_a_text_with_commas():
-    for sizes in ("2B, 600M", ["2B", 600_000_000]):
-        method = config(method={"parameters": sizes}).method
-        assert method.parameters == (2_000_000_000, 600_000_000)
-
-
 def test_the_sizes_of_shapes_are_those_of_an_8b_model():
     result = cuts()
 
@@ -174,12 +168,6 @@ def test_the_nearest_sizes_can_be_cut():
     assert chosen(possible, int(size.replace(",", "")), 1)
 
 
-def test_shares_of_layers_give_one_candidate_each():
-    result = chosen(cuts(), 5_000_000_000, (1.0, 0.75))
-
-    assert [one.layers for one in result] == [36, 27]
-
-
 @pytest.mark.parametrize(
     ("target", "wanted", "message"),
     [
@@ -249,11 +237,6 @@ def test_hops_are_at_most_two_and_a_half_and_end_at_the_target():
     assert len(result) == 3
     assert max(ratios) <= LARGEST_HOP
     assert max(ratios) == pytest.approx(min(ratios), rel=1e-6)
-
-
-@pytest.mark.parametrize("options", [{}, {"assistant": "auto_2.5", "parameters": "3.2B"}])
-def test_a_single_hop_needs_no_assistant(options):
-    assert len(sizes_on_the_way(config(method={"parameters": "1B", **options}).method)) == 1
 
 
 @pytest.mark.parametrize(
