@@ -57,33 +57,24 @@ def test_the_defaults_are_the_papers_and_values_outside_the_choices_are_refused(
             StudentVocabulary(**wrong)
 
 
-def _largest(error: Any) -> int:
-    return int(str(error.value).rsplit("at most ", 1)[1].split(",")[0])
+# 150 characters, of which a vocabulary of 1000 pieces keeps only the 100 most frequent.
+VARIED = [" ".join(chr(0x4E00 + n) * 2 for n in range(150)), *SENTENCES]
 
 
-def test_too_little_text_is_an_error_that_names_the_largest_size(tmp_path):
+@pytest.mark.parametrize("texts", [SENTENCES, VARIED], ids=["few words", "many characters"])
+def test_too_little_text_is_an_error_that_names_the_largest_size(tmp_path, texts):
     message = (
-        r"the training text gives only \d+ pieces.*method\.student_vocabulary\.size is 5000; "
+        r"the training text gives only \d+ pieces.*occur at least twice"
+        r".*method\.student_vocabulary\.size is 5000; "
         r"set method\.student_vocabulary\.size to at most \d+, or give more text"
     )
     with pytest.raises(DataError, match=message) as error:
-        _load(tmp_path, 5000)
+        _load(tmp_path, 5000, texts)
 
-    largest = _largest(error)
-    assert len(_load(tmp_path, largest)) == largest
+    largest = int(str(error.value).rsplit("at most ", 1)[1].split(",")[0])
+    assert len(_load(tmp_path, largest, texts)) == largest
     with pytest.raises(DataError, match=f"gives only {largest} pieces"):
-        _load(tmp_path, largest + 1)
-
-
-# 150 characters, of which a vocabulary of 1000 pieces keeps only the 100 most frequent.
-def test_the_largest_size_of_a_varied_text_is_reachable(tmp_path):
-    varied = [" ".join(chr(0x4E00 + n) * 2 for n in range(150)), *SENTENCES]
-    with pytest.raises(DataError, match="occur at least twice") as error:
-        _load(tmp_path, 2000, varied)
-
-    largest = _largest(error)
-
-    assert len(_load(tmp_path, largest, varied)) == largest
+        _load(tmp_path, largest + 1, texts)
 
 
 def test_more_characters_than_pieces_is_an_error_that_names_the_smallest_size(tmp_path):

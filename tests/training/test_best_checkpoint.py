@@ -258,7 +258,6 @@ def test_a_stage_gives_the_best_of_the_view_that_is_chosen(
 
     kept = bests.kept()
 
-    assert kept is not None
     assert (kept.chosen.view, kept.chosen.metrics) == (view, {"accuracy": compared})
     assert kept.evaluation.metrics == {"accuracy": 0.9 if view == "target" else compared}
     assert (kept.folder / "weights").read_text() == str(step)
@@ -276,5 +275,4 @@ def test_a_resume_forgets_every_best_that_comes_after_it_and_has_those_before_it
     assert again.steps() == steps == {"best": 3, "best-wide": None, "best-target": 3}
     judged(again, {6: (0.6, 0.8, "target")})
     kept = again.kept()
-    assert kept is not None
     assert (kept.folder / "weights").read_text() == "6"
