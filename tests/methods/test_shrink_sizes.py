@@ -223,16 +223,12 @@ def test_the_most_important_layers_are_kept_in_their_order():
     assert view == View((0, 3, 0, 3), (0, 5, 0, 5), layers=(2, 4))
 
 
-def sizes_on_the_way(method: Any, teacher: int = 8_000_000_000) -> list[float]:
-    return [one.target for one in hops(method, budgets(method, teacher), teacher)]
-
-
 def test_hops_are_at_most_two_and_a_half_and_end_at_the_target():
-    method = config(method={"assistant": "auto_2.5", "parameters": "1B"}).method
+    method, teacher = config(method={"assistant": "auto_2.5", "parameters": "1B"}).method, 8 * 10**9
 
-    result = sizes_on_the_way(method)
+    result = [one.target for one in hops(method, budgets(method, teacher), teacher)]
 
-    ratios = [big / small for big, small in pairwise([8_000_000_000, *result])]
+    ratios = [big / small for big, small in pairwise([teacher, *result])]
     assert result[-1] == 1_000_000_000
     assert len(result) == 3
     assert max(ratios) <= LARGEST_HOP

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -259,15 +260,11 @@ class Mlflow(Service):
         self.finished.append(run_id)
 
 
-def entity(key, value, timestamp, step):
-    return SimpleNamespace(key=key, value=value, timestamp=timestamp, step=step)
-
-
 @pytest.fixture(params=["wandb", "mlflow"])
 def service(request, monkeypatch):
     made = {"wandb": Wandb, "mlflow": Mlflow}[request.param](request.param)
     monkeypatch.setitem(sys.modules, request.param, made)
-    entities: Any = SimpleNamespace(Metric=entity)
+    entities: Any = SimpleNamespace(Metric=namedtuple("Metric", "key value timestamp step"))
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     return made
 
