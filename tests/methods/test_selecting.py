@@ -121,7 +121,6 @@ def taken(strategy: LearningToSelect, steps: int) -> None:
 def weighed(strategy: Strategy, step: int, reading: Any) -> dict[str, float]:
     """Return the losses of a step's pass for a micro-batch."""
     (planned,) = strategy.passes(step)
-    assert planned.weigh is not None
     return dict(planned.weigh(reading))
 
 
@@ -164,7 +163,6 @@ def test_phases_hold_their_own_steps_and_what_came_next():
     assert [len(phase.summaries) for phase in heard.phases] == [2, 2, 1]  # the last is cut short
     first, second, last = heard.phases
     for phase, after in ((first, second), (second, last)):
-        assert phase.following is not None
         assert torch.equal(phase.following, after.summaries[0])
     assert last.following is None
 

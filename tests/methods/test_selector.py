@@ -113,7 +113,6 @@ def test_all_stored_falls_are_divided_by_their_root_mean_square_and_bonuses_are_
 
     assert result == pytest.approx(rewards)
     # A phase that is learned later changes the scale of the phases before it.
-    assert learner._memory is not None
     scaled = learner._memory.scaled().falls[::2].tolist()
     usual = math.sqrt(sum(fall**2 for fall in falls) / len(falls)) or 1.0
     assert scaled == pytest.approx([fall / usual for fall in falls])

@@ -67,7 +67,6 @@ class Training:
 def stored(store: Checkpoints) -> tuple[float, dict[str, Any]]:
     values: dict[str, Any] = {"strategy": None}
     folder = store.newest_good()
-    assert folder is not None
     store.load(folder, lambda _: None, states_of(values))
     return torch.load(folder / SHARD)["weight"][0].item(), values["strategy"]
 
@@ -202,7 +201,6 @@ def test_killed_at_any_moment_of_a_save_the_run_goes_on_from_a_whole_one(tmp_pat
                 save(store, 8)
         except Killed:
             good = store.newest_good()
-            assert good is not None
             survived.append(good.name)
             assert load(store, good)["step"] == int(good.name.removeprefix("step-"))
             assert save(store, 8) == store.newest_good()

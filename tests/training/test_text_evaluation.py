@@ -273,9 +273,7 @@ GSM8K, BOXED = r"#### (.+)", r"\\boxed\{(.+)\}"
 
 
 def _matcher(match: str, answer: str | None = None):
-    result = matcher(GenerationConfig(max_new_tokens=4, match=match, answer=answer))  # type: ignore[arg-type]
-    assert result is not None
-    return result
+    return matcher(GenerationConfig(max_new_tokens=4, match=match, answer=answer))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
