@@ -116,17 +116,6 @@ PROMPTS = [[5], [8], [11], [14], [17]]
 SAMPLING = Sampling(3, temperature=0.7)
 
 
-class Pushes:
-    """Pushes nothing, and says what was pushed."""
-
-    def __init__(self, pushed: Pushed) -> None:
-        self.pushed, self.versions = pushed, []
-
-    def push(self, version: int) -> Pushed:
-        self.versions.append(version)
-        return self.pushed
-
-
 def generator_of(
     stubs: Any, *, rank: int = 0, at_once: int = 8, push: Any = None
 ) -> ServerGenerator:
@@ -175,20 +164,11 @@ def test_each_text_gets_its_own_seed_and_few_requests_run_at_once(pair):
     assert prompts_of(pair[1]) == []
 
 
-def test_a_version_is_pushed_once(pair):
-    push = Pushes(Pushed())
-    made = generator_of(pair, push=push)
-
-    for version in (0, 0, 1, 1, 2):
-        made.update(version)
-
-    assert push.versions == [0, 1, 2]
-
-
 def test_an_answer_with_other_weights_than_the_pushed_is_refused():
     stub = Stub("sglang")
     with serving(stub):
-        made = generator_of([stub], push=Pushes(Pushed(weights="run-4")))
+        pushed = SimpleNamespace(push=lambda _: Pushed(weights="run-4"))
+        made = generator_of([stub], push=pushed)
         made.update(4)
         with pytest.raises(ServerError, match="with the weights default, and run-4 were pushed"):
             made.generate(PROMPTS, range(5), SAMPLING)
