@@ -203,9 +203,6 @@ def test_heads_that_no_stock_config_describes_are_no_candidates():
     result = cuts_of(family(is_stock=lambda view: view.heads[0] in (4, 8)), counted)
 
     assert result.heads == (4, 8)
-
-
-def test_a_teacher_that_no_stock_config_describes_is_refused():
     with pytest.raises(ConfigError, match="none has 4 key-value groups of this width"):
         family(2, 4, 64, is_stock=lambda view: False).possible()
 
