@@ -89,9 +89,8 @@ def test_a_cache_of_other_texts_or_another_teacher_is_refused(classes):
     for message, sections in wrong.items():
         config = classes.config("other", cache="first-answers", **sections)
 
-        outcome = classes.one_rank.train("--config", config)
+        outcome = classes.one_rank.train("--config", config, code=2)
 
-        assert outcome.code == 2
         assert message in outcome.err
 
 
@@ -108,9 +107,8 @@ def test_a_cache_serves_other_seeds_and_other_choices_of_labels_and_held_out_row
 
 
 def test_a_config_without_a_cache_has_nothing_to_make(classes):
-    outcome = classes.one_rank.megakd("cache", classes.config("online-again"))
+    outcome = classes.one_rank.megakd("cache", classes.config("online-again"), code=2)
 
-    assert outcome.code == 2
     assert "no teacher has a cache: set teacher.cache" in outcome.err
 
 
@@ -132,7 +130,6 @@ def test_every_teacher_of_a_pool_has_its_own_cache(classes):
 
 
 DRAWS = {"cache_draws": 16}
-OF_DRAWS = {"teacher": DRAWS}
 # The losses are the method's own, which no objective in the config has named; a flow needs two
 # layers.
 INSIDE = {
@@ -142,50 +139,44 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "sections", "message"),
-    [
-        ("classes", {}, "some/cache.json does not exist; create the cache first"),
-        (
-            "classes",
-            {"objective": [{"loss": "hidden_mse"}]},
-            "hidden_mse needs more than the outputs of the teacher",
-        ),
-        ("classes", INSIDE, "teacher.cache holds only the outputs of the teacher"),
-        (
-            "language",
-            {"objective": [{"loss": "soft_target_reverse_kl"}]},
-            "needs all probabilities of the teacher",
-        ),
-        (
-            "language",
-            {"objective": [{"loss": "soft_target_kl", "temperature": 2.0}]},
-            "holds only the largest probabilities, at temperature 1",
-        ),
-        (
-            "language",
-            {**OF_DRAWS, "objective": [{"loss": "soft_target_jsd"}]},
-            "and teacher.cache holds only random draws, which suffice",
-        ),
-        (
-            "language",
-            {**OF_DRAWS, "objective": [{"loss": "soft_target_kl", "temperature": 2.0}]},
-            "at temperature 2: teacher.cache holds only random draws, at temperature 1",
-        ),
-        (
-            "language",
-            {**OF_DRAWS, "task": {"type": "classification"}},
-            "teacher.cache_draws: supported only for causal_lm, and task.type is classification",
-        ),
-        ("language", {"teacher": {"cache_draws": 256}}, "teacher.cache_draws: must be at most 255"),
-    ],
-)
-def test_what_a_cache_cannot_tell_or_count_is_refused(request, kind, sections, message):
+def of(loss: str, *, teacher: dict[str, Any] | None = None, **options: float) -> dict[str, Any]:
+    return {"objective": [{"loss": loss, **options}], "teacher": teacher or {}}
+
+
+# By message: the kind of rows, and the sections of the config.
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "some/cache.json does not exist; create the cache first": ("classes", {}),
+    "hidden_mse needs more than the outputs of the teacher": ("classes", of("hidden_mse")),
+    "teacher.cache holds only the outputs of the teacher": ("classes", INSIDE),
+    "needs all probabilities of the teacher": ("language", of("soft_target_reverse_kl")),
+    "holds only the largest probabilities, at temperature 1": (
+        "language",
+        of("soft_target_kl", temperature=2.0),
+    ),
+    "and teacher.cache holds only random draws, which suffice": (
+        "language",
+        of("soft_target_jsd", teacher=DRAWS),
+    ),
+    "at temperature 2: teacher.cache holds only random draws, at temperature 1": (
+        "language",
+        of("soft_target_kl", teacher=DRAWS, temperature=2.0),
+    ),
+    "teacher.cache_draws: supported only for causal_lm, and task.type is classification": (
+        "language",
+        {"teacher": DRAWS, "task": {"type": "classification"}},
+    ),
+    "teacher.cache_draws: must be at most 255": ("language", {"teacher": {"cache_draws": 256}}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_a_cache_cannot_tell_or_count_is_refused(request, message):
+    kind, sections = REFUSED[message]
     bench = request.getfixturevalue(kind)
+    config = bench.config("refused", cache="some", **sections)
 
-    outcome = bench.one_rank.train("--config", bench.config("refused", cache="some", **sections))
+    outcome = bench.one_rank.train("--config", config, code=2)
 
-    assert outcome.code == 2
     assert message in outcome.err
     assert not outcome.loaded
 
@@ -212,9 +203,8 @@ def test_a_cache_that_another_command_fills_is_left_to_it(language):
     lock = FolderLock(language.folder / "shared")
     lock.take()
 
-    refused = language.one_rank.megakd("cache", language.config("second", cache="shared"))
+    refused = language.one_rank.megakd("cache", language.config("second", cache="shared"), code=2)
 
-    assert refused.code == 2
     assert f"{language.folder / 'shared'} is in use by another run" in refused.err
     lock.release()
     assert not (language.folder / "shared").exists()
@@ -223,22 +213,17 @@ def test_a_cache_that_another_command_fills_is_left_to_it(language):
 
 
 def test_a_cache_of_the_other_kind_is_refused_naming_both(language):
-    language.cache(language.config("kept", cache="of-the-best"))
-    language.cache(language.config("drawn", cache="of-draws", teacher=DRAWS))
-    wrong = [
-        language.config("want-draws", cache="of-the-best", teacher=DRAWS),
-        language.config("want-best", cache="of-draws"),
-        language.config("want-more", cache="of-draws", teacher={"cache_draws": 17}),
-        language.config("want-other", cache="of-draws", teacher={**DRAWS, "cache_seed": 3}),
-    ]
+    best, drawn = {"cache": "of-the-best"}, {"cache": "of-draws"}
+    language.cache(language.config("kept", **best))
+    language.cache(language.config("drawn", **drawn, teacher=DRAWS))
+    wrong: dict[str, dict[str, Any]] = {
+        "top_k: 64 there, absent here; draws: absent there, 16 here": {**best, "teacher": DRAWS},
+        "draws: 16 there, absent here": drawn,
+        "draws: 16 there, 17 here": {**drawn, "teacher": {"cache_draws": 17}},
+        "draws_seed: 0 there, 3 here": {**drawn, "teacher": {**DRAWS, "cache_seed": 3}},
+    }
 
-    outcome = [
-        *(language.one_rank.train("--config", path) for path in wrong[:2]),
-        *(language.one_rank.megakd("cache", path) for path in wrong[2:]),
-    ]
-
-    assert [one.code for one in outcome] == [2] * 4
-    assert "top_k: 64 there, absent here; draws: absent there, 16 here" in outcome[0].err
-    assert "draws: 16 there, absent here" in outcome[1].err
-    assert "draws: 16 there, 17 here" in outcome[2].err
-    assert "draws_seed: 0 there, 3 here" in outcome[3].err
+    for command in ("train", "cache"):
+        for message, sections in wrong.items():
+            config = language.config("wrong", **sections)
+            assert message in language.one_rank.megakd(command, config, code=2).err

@@ -102,7 +102,6 @@ class Scene:
             rows.append(ids | ({WORD_STARTS: starts} if self.task.whole_word_masking else {}))
         batch = Collator(self.pair.teacher, self.task)(rows, dummy_rows=dummy_rows)
         masking = task_masking(self.pair.teacher, self.task)
-        assert masking is not None
         return masking(batch, np.arange(len(rows)), seed=seed, draw=draw)
 
     def plain(self, batch: Batch) -> torch.Tensor:
@@ -192,8 +191,6 @@ def test_with_probability_0_the_batch_is_the_one_of_the_teachers_tokenizer(
     assert all(torch.equal(batch.inputs[name], alone.inputs[name]) for name in alone.inputs)
     assert torch.equal(batch.labels, alone.labels)
     assert torch.equal(batch.valid, alone.valid)
-    assert batch.targets is not None
-    assert alone.targets is not None
     assert torch.equal(batch.targets, alone.targets)
     assert batch.extras.second is None
 
@@ -289,7 +286,6 @@ def test_labels_of_the_student_are_in_its_own_numbering_and_no_labels_of_the_tea
 
     assert 0 <= labels.min() <= labels.max() < len(many.pair.student)
     assert (batch.labels.flatten()[positions] == IGNORE).all()
-    assert batch.targets is not None
     assert torch.equal(batch.targets, (batch.labels.flatten() != IGNORE).nonzero()[:, 0])
     assert int(batch.labels.max()) < many.pair.offset
     assert (np.diff(positions) > 0).all()
@@ -323,8 +319,6 @@ def test_dummy_rows_have_no_valid_position_and_attend_to_their_first(pair, tmp_p
     assert not batch.valid[dummies].any()
     assert batch.inputs["attention_mask"][dummies].sum(dim=1).tolist() == [1, 1]
     assert (batch.labels[dummies] == IGNORE).all()
-    assert batch.extras.second is not None
-    assert batch.targets is not None
     assert min(len(batch.targets), len(batch.extras.second.positions)) >= 1
 
 
