@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_runs import llama, run_in, write_text
-from whole_run import finish
+from whole_run import finish, weights
 
 from megakd.config.file import load_config
 
@@ -31,8 +30,8 @@ def starting_as(folder: Path, layers: Any, **sections: Any) -> Path:
 
 def of_layers(out: Path, kept: list[int]) -> bool:
     """True if the student has the weights of these layers of the fine-tuned teacher."""
-    final = load_file(out / "final" / "model.safetensors")
-    taught = load_file(out / "stages" / "teacher-finetune" / "model.safetensors")
+    final = weights(out / "final")
+    taught = weights(out / "stages" / "teacher-finetune")
     place = re.compile(r"(?<=layers\.)\d+")
     names = {name: place.sub(lambda result: str(kept[int(result[0])] - 1), name) for name in final}
     return all(torch.equal(final[name], taught[names[name]]) for name in final)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from checkpoint_store import ALONE
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,9 +71,9 @@ def rows() -> Dataset:
     return Dataset.from_dict({"input_ids": ids, "labels": labels, "prompt_length": [2, 2, 2]})
 
 
-def evaluation(data: Dataset, folder: Path, one_rank: Any, **keys: Any) -> tuple[Any, Echo]:
+def evaluation(data: Dataset, folder: Path, **keys: Any) -> tuple[Any, Echo]:
     collate = Collator(Letters(), TaskConfig(type="causal_lm", dataset="x", max_length=16))  # type: ignore[arg-type]
-    scorer: Any = SimpleNamespace(ranks=one_rank, collate=collate, batch_size=2)
+    scorer: Any = SimpleNamespace(ranks=ALONE, collate=collate, batch_size=2)
     generator, tokenizer = Echo(), cast("Any", Letters())
     prompts = Prompts(data, prompt_tokens=None, most=12, row_length=keys.pop("row_length", None))
     config = GenerationConfig(**{"max_new_tokens": 4, **keys})
@@ -80,15 +81,15 @@ def evaluation(data: Dataset, folder: Path, one_rank: Any, **keys: Any) -> tuple
     return TextEvaluation(config, prompts, tokenizer, **places), generator
 
 
-@pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_evaluation, "gather", lambda value: [value])
     monkeypatch.setattr(text_evaluation, "on_main", lambda action: action())
-    return SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    monkeypatch.setattr(text_evaluation, "all_reduce_", lambda tensor: tensor)
 
 
-def test_texts_are_scored_against_the_completions_and_written(rows, tmp_path, one_rank):
-    made, _ = evaluation(rows, tmp_path, one_rank, match="exact")
+def test_texts_are_scored_against_the_completions_and_written(rows, tmp_path):
+    made, _ = evaluation(rows, tmp_path, match="exact")
 
     scores = made.scores(version=7, losses=None)
 
@@ -125,11 +126,9 @@ def test_texts_are_scored_against_the_completions_and_written(rows, tmp_path, on
         ),
     ],
 )
-def test_only_whole_first_answers_are_compared(
-    tmp_path, one_rank, ids, labels, keys, wanted, matches, match
-):
+def test_only_whole_first_answers_are_compared(tmp_path, ids, labels, keys, wanted, matches, match):
     columns = {"input_ids": ids, "labels": labels, "prompt_length": [2] * len(ids)}
-    made, _ = evaluation(Dataset.from_dict(columns), tmp_path, one_rank, match="exact", **keys)
+    made, _ = evaluation(Dataset.from_dict(columns), tmp_path, match="exact", **keys)
 
     scores = made.scores(version=1, losses=None)
 
@@ -139,9 +138,9 @@ def test_only_whole_first_answers_are_compared(
     assert scores["match"] == match
 
 
-def test_every_evaluation_asks_for_the_same_prompts_with_the_same_seeds(rows, tmp_path, one_rank):
+def test_every_evaluation_asks_for_the_same_prompts_with_the_same_seeds(rows, tmp_path):
     keys = {"sampling": SamplingConfig(temperature=0.5), "rows": 2}
-    made, generator = evaluation(rows, tmp_path, one_rank, **keys)
+    made, generator = evaluation(rows, tmp_path, **keys)
 
     made.texts(0)
     made.texts(9)
@@ -152,8 +151,8 @@ def test_every_evaluation_asks_for_the_same_prompts_with_the_same_seeds(rows, tm
     assert first[2] == Sampling(4, temperature=0.5)
 
 
-def test_losses_see_every_generated_token_once_and_no_token_of_the_data(rows, tmp_path, one_rank):
-    made, _ = evaluation(rows, tmp_path, one_rank)
+def test_losses_see_every_generated_token_once_and_no_token_of_the_data(rows, tmp_path):
+    made, _ = evaluation(rows, tmp_path)
     seen: list[int] = []
 
     def losses(batches: Any, watch: Any) -> dict[str, float]:
@@ -208,11 +207,6 @@ def test_a_term_on_rollouts_has_no_value_on_texts_of_the_data():
 
 
 FIRST, SECOND = [IGNORE, 5, 5, 5, IGNORE], [5, 5, 5, 5, 5]
-
-
-@pytest.fixture(autouse=True)
-def one_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_evaluation, "all_reduce_", lambda tensor: tensor)
 
 
 @pytest.fixture
