@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from megakd.config.task import TaskConfig
 from megakd.errors import ServerError
 from megakd.models.loading import resolve_model
 from megakd.models.next_tokens import Readout, load_readout
-from megakd.models.source import ModelSource
 from megakd.servers.teachers import check_states, states_replicas
 
 TEXTS = [(5, 8, 30, 2), (7, 9), (1, 2, 3, 4, 5, 6)]
@@ -44,20 +42,15 @@ def stub(folder: Path) -> Iterator[Exporting]:
         yield stub
 
 
-def source_of(folder: Path) -> ModelSource:
-    return resolve_model(str(folder / "model"), TASK, where="teacher.model")
-
-
-def readout_of(folder: Path) -> Readout:
-    return load_readout(source_of(folder), TASK, torch.float32)
-
-
-def checked(folder: Path, readout: Readout, *stubs: Exporting) -> Any:
+def check(folder: Path, *stubs: Exporting, spoil: Callable = lambda *_: None) -> None:
+    source = resolve_model(str(folder / "model"), TASK, where="teacher.model")
+    readout = load_readout(source, TASK, torch.float32)
+    spoil(stubs[0], readout)
     server = TeacherServerConfig(
         url=tuple(stub.url for stub in stubs), states=folder / "states", time_limit=20
     )
-    replicas = states_replicas(server, folder / "states", source_of(folder))
-    return check_states(replicas, ["tiny"] * len(stubs), TEXTS, readout)
+    replicas = states_replicas(server, folder / "states", source)
+    check_states(replicas, ["tiny"] * len(stubs), TEXTS, readout)
 
 
 def other_layer(stub: Exporting, _: object = None, count: int = 2) -> None:
@@ -89,18 +82,15 @@ def other_head(_: object, readout: Readout) -> None:
     ],
 )
 def test_a_server_of_another_model_is_found_without_a_reference(folder, stub, spoil, message):
-    readout = readout_of(folder)
-    spoil(stub, readout)
-
     with pytest.raises(ServerError, match=message):
-        checked(folder, readout, stub)
+        check(folder, stub, spoil=spoil)
 
 
 def test_replicas_that_disagree_are_refused(folder: Path, stub: Exporting):
     other = Exporting(folder / "states", model=ExportingTransformer(folder / "model"))
     other_layer(other, count=1)
     with serving(other), pytest.raises(ServerError, match=r"differ by .* at most 0\.05") as caught:
-        checked(folder, readout_of(folder), stub, other)
+        check(folder, stub, other)
 
     assert stub.url in str(caught.value)
     assert other.url in str(caught.value)

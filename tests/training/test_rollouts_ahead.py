@@ -203,13 +203,10 @@ def test_data_rows_can_be_learned_from_and_texts_continue_prompts_that_fit(
         row=lambda number: TrainingRow(*[np.array([number])] * 3, is_rollout=False),
         route=lambda _: None,
     )
-    generator = SimpleNamespace(
-        generate=lambda prompts, *_: [Completion((1,), finished=True) for _ in prompts]
-    )
     mix: Any = {"rollout": 0.4, "replay": 0.2, "data": 0.4}
     all_rows = StepRows(prompts, *orders, None, StepLayout(shape))  # type: ignore[arg-type]
     config = RolloutConfig(max_new_tokens=4, mix=mix, mix_per=per)
-    made = source(config, generator, tmp_path, all_rows)
+    made = source(config, Local(), tmp_path, all_rows)
 
     for _ in made.iterate(0, 40):
         pass
