@@ -19,15 +19,11 @@ NAMES = ("small", "middle", "large")
 Finite = st.floats(-10, 10, allow_nan=False)
 
 
-class Scored:
+def scored(scores: dict[str, float]) -> Any:
     """A lab whose scores are known."""
-
-    def __init__(self, scores: dict[str, float]) -> None:
-        self.scores, self.record = scores, self
-        self.dev_scores: dict[str, float] = {}
-
-    def dev_score(self, name: str) -> float:
-        return self.scores[name]
+    return SimpleNamespace(
+        dev_score=scores.__getitem__, record=SimpleNamespace(dev_scores=dict[str, float]())
+    )
 
 
 def drawn(*probabilities: float, seed: int = 3) -> Drawn:
@@ -51,9 +47,9 @@ def test_ranks_weigh_as_one_to_five_and_are_uniform_if_nothing_tells_them_apart(
     scores, exponent, parts
 ):
     config = SkdbertConfig(name="skdbert", distribution="teacher_rank", rank_exponent=exponent)
-    lab = Scored(dict(zip("abcde", scores, strict=False)))
+    known = dict(zip("abcde", scores, strict=False))
 
-    result = probabilities_of(config, lab, tuple(lab.scores))
+    result = probabilities_of(config, scored(known), tuple(known))
 
     assert list(result.values()) == pytest.approx([part / sum(parts) for part in parts])
 
@@ -75,7 +71,7 @@ def test_weights_need_not_sum_to_one_and_a_teacher_of_weight_zero_is_never_prepa
 
     run(config, lab)
 
-    assert probabilities_of(config, Scored({}), NAMES) == {
+    assert probabilities_of(config, scored({}), NAMES) == {
         "small": 0.25,
         "middle": 0,
         "large": 0.75,
