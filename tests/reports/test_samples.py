@@ -84,18 +84,6 @@ def test_prompts_are_beginnings_of_documents_and_of_one_length() -> None:
     assert PROMPT_TOKENS == 16
 
 
-def test_a_decoder_continues_token_by_token_up_to_the_end_of_the_text() -> None:
-    rows = packed((3, 20), (30, 20))
-    prompts = prompts_of(rows)
-    model = Counting()
-
-    first = prompts.answers(model)[0]
-
-    assert first == Letters().decode([*range(19, 19 + NEW_TOKENS)])
-    widths = [batch.inputs["input_ids"].shape[1] for batch in model.asked]
-    assert widths == [*range(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS)]
-
-
 def test_a_text_ends_at_its_end_token_and_all_ranks_ask_as_often() -> None:
     class Ending(Counting):
         def top_k(self, batch: Batch, count: int) -> TopK:
