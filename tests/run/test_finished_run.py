@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from one_rank import OneRank, Outcome
+from spoiling import assert_told
 from tiny_runs import (
     SENTENCES,
     bert,
@@ -60,16 +61,6 @@ def finished(one_rank: OneRank, original: Path, tmp_path: Path) -> Iterator[Fini
     yield Finished(one_rank, original)
     shutil.rmtree(original)
     shutil.move(backup, original)
-
-
-def assert_refused(outcome: Outcome, *fragments: object) -> None:
-    assert outcome.code == 2, outcome.out
-    message = outcome.err[outcome.err.index("megakd: error: ") :]
-    for fragment in fragments:
-        assert str(fragment) in message
-    assert "Traceback" not in outcome.err
-    assert outcome.out == ""
-    assert outcome.loaded == ()
 
 
 def remove(path: Path) -> None:
@@ -147,7 +138,7 @@ def test_a_run_whose_files_have_changed_is_refused_saying_what_to_do(finished, c
     for name, spoil in damage.items():
         spoil(finished.folder / name)
     outcome = finished.again()
-    assert_refused(outcome, *(part.replace("{}", str(finished.folder)) for part in fragments))
+    assert_told(outcome, *(part.replace("{}", str(finished.folder)) for part in fragments))
 
 
 def test_a_teacher_that_is_gone_is_said_and_the_table_is_printed(finished):
@@ -241,7 +232,7 @@ def test_a_student_that_was_removed_is_copied_again_from_its_stage(finished, mis
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"])
 def test_a_damaged_config_of_a_finished_run_is_refused(finished, content):
     (finished.out / "config.yaml").write_bytes(content)
-    assert_refused(finished.again(), finished.out)
+    assert_told(finished.again(), finished.out)
 
 
 def test_a_damaged_student_is_neither_scored_nor_exported(finished, tmp_path):
@@ -251,10 +242,8 @@ def test_a_damaged_student_is_neither_scored_nor_exported(finished, tmp_path):
     scored = finished.one_rank.megakd("evaluate", finished.config)
     exported = finished.one_rank.megakd("export", finished.config, "--to", tmp_path / "x")
 
-    assert_refused(
-        scored, f"{finished.out / 'final'} is damaged: the checksum of {WEIGHTS} differs"
-    )
-    assert_refused(exported, f"{finished.out / 'stages' / 'student'} is damaged")
+    assert_told(scored, f"{finished.out / 'final'} is damaged: the checksum of {WEIGHTS} differs")
+    assert_told(exported, f"{finished.out / 'stages' / 'student'} is damaged")
     assert not (tmp_path / "x").exists()
 
 

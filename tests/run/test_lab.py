@@ -7,6 +7,7 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,28 +218,29 @@ def test_a_model_that_becomes_a_teacher_does_not_answer_from_the_cache_of_anothe
     assert lab._teachers[name].spec == dataclasses.replace(spec, cache=None)
 
 
-def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_another(
-    tmp_path, teacher, monkeypatch
+@pytest.mark.usefixtures("teacher")
+def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_others_and_the_first_is_measured(
+    tmp_path, monkeypatch
 ):
+    """A stage measures only a teacher that is alone in memory."""
     lab = lab_of(config_of(tmp_path))
     lab.teacher()
-    lab._teachers["second"] = lab._teachers["teacher"]
-    destroyed: list[str] = []
+    names = ("teacher", "second", "third")
+    lab._teachers |= dict.fromkeys(names, lab._teachers["teacher"])
+    measured, destroyed = list[str](), list[str]()
 
-    class Loaded:
-        def destroy(self) -> None:
-            destroyed.append("teacher")
-
-    def opened(name: str, stage: Any) -> Loaded:
-        if name == "second":
-            raise TeacherError("second cannot be loaded")
-        return Loaded()
+    def opened(name: str, stage: Any) -> Any:
+        if name == "third":
+            raise TeacherError("third cannot be loaded")
+        return SimpleNamespace(destroy=lambda: destroyed.append(name))
 
     monkeypatch.setattr(lab.pool, "open", opened)
+    monkeypatch.setattr(lab.pool, "_measure_opened", lambda name, _: measured.append(name))
 
-    with pytest.raises(TeacherError, match="second cannot be loaded"):
-        lab.train(stage_of(teachers=("teacher", "second")))
-    assert destroyed == ["teacher"]
+    with pytest.raises(TeacherError, match="third cannot be loaded"):
+        lab.train(stage_of(teachers=names))
+    assert measured == ["teacher"]
+    assert sorted(destroyed) == ["second", "teacher"]
 
 
 def test_a_teacher_that_was_only_moved_is_the_same(tmp_path, teacher):
