@@ -11,8 +11,7 @@ import pytest
 import torch
 from chat_runs import config_of, model
 from tiny_runs import bert, llama, run_in, write_scored_pairs, write_text
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import finish, read, records
+from whole_run import finish, logits_by_hand, read, records
 
 from megakd.config.file import dump_config
 
@@ -24,13 +23,6 @@ def matched(one_rank, config: Path, *words: str) -> dict[str, Any]:
     return json.loads(outcome.out)
 
 
-def log_probabilities(folder: Path, rows: list[dict[str, str]]) -> torch.Tensor:
-    network = AutoModelForSequenceClassification.from_pretrained(folder)
-    texts = [row["text"] for row in rows]
-    encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
-    return network(**encoded).logits.log_softmax(-1).detach()
-
-
 def test_a_classifier_is_compared_with_the_start_as_by_hand(one_rank, whole_run, tmp_path):
     student = whole_run.out / "final"
     models = {"teacher": {"model": str(whole_run.teacher)}, "student": {"model": str(student)}}
@@ -39,7 +31,10 @@ def test_a_classifier_is_compared_with_the_start_as_by_hand(one_rank, whole_run,
 
     lines = (whole_run.reviews / "validation.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    theirs, ours = (log_probabilities(folder, rows) for folder in (whole_run.teacher, student))
+    texts = [row["text"] for row in rows]
+    theirs, ours = (
+        logits_by_hand(folder, texts)[1].log_softmax(-1) for folder in (whole_run.teacher, student)
+    )
     truth = torch.tensor([row["label"] == "positive" for row in rows]).long()
     losses = [torch.nn.functional.nll_loss(answer, truth).item() for answer in (ours, theirs)]
     teacher = actual["teachers"]["teacher"]

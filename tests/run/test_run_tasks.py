@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,30 +11,17 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import bert, llama, run_in, write_scored_pairs, write_text
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import finish_in, read, records, same_weights
+from whole_run import finish_in, read, records, relabelled, same_weights
 
 from megakd.config.file import load_config
 from megakd.data.splits import load_splits
 
 
-def with_labels_swapped(teacher: Path, folder: Path) -> Path:
-    """Return the classifier with its classes reversed, names and rows alike."""
-    shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("checksums.json"))
-    model = AutoModelForSequenceClassification.from_pretrained(teacher)
-    with torch.no_grad():
-        model.classifier.weight.copy_(model.classifier.weight.flip(0))
-        model.classifier.bias.copy_(model.classifier.bias.flip(0))
-    names = [model.config.id2label[n].upper() for n in (1, 0)]
-    model.config.id2label = dict(enumerate(names))
-    model.config.label2id = {name: number for number, name in enumerate(names)}
-    model.save_pretrained(folder)
-    return folder
-
-
 def test_labels_are_matched_by_name_when_the_teacher_has_them_in_another_order(
     one_rank, whole_run, tmp_path
 ):
-    swapped = str(with_labels_swapped(whole_run.teacher, tmp_path / "swapped"))
+    named = ("POSITIVE", "NEGATIVE")
+    swapped = str(relabelled(whole_run.teacher, tmp_path / "swapped", (1, 0), named))
 
     finish_in(
         one_rank,
