@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from planned_runs import config_of as run_config
-from planned_runs import per_call, plan_of
+from planned_runs import per_call, plan_of, trained
 from tiny_runs import bert
 
 from megakd.config.run import RunConfig
@@ -63,8 +63,7 @@ def test_a_teacher_sharded_within_nodes_is_planned_over_the_ranks_of_a_node(tmp_
 
     def weights_and_network(*overrides: str, **cluster: int) -> tuple[int, float]:
         plan = planned(tmp_path, *overrides, device="cuda", **cluster)
-        (training,) = (phase for phase in plan.phases if phase.flops)
-        return plan.part("teacher", "weights"), training.network["teacher"]
+        return plan.part("teacher", "weights"), trained(plan).network["teacher"]
 
     on_one = weights_and_network()
     assert weights_and_network(node) == on_one
@@ -78,9 +77,7 @@ def test_a_plan_shows_the_calls_and_counts_their_network_and_answers(tmp_path):
     together = planned(tmp_path)
     one_by_one = planned(tmp_path, "teacher.micro_batches_per_call=1")
 
-    (ours,), (theirs,) = (
-        [phase for phase in plan.phases if phase.flops] for plan in (together, one_by_one)
-    )
+    ours, theirs = map(trained, (together, one_by_one))
     assert ours.per_call == {"teacher": 6}
     assert ours.network["teacher"] == pytest.approx(theirs.network["teacher"] / 6)
     assert ours.flops == pytest.approx(theirs.flops)

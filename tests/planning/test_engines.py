@@ -160,6 +160,21 @@ def test_a_frozen_model_has_its_weights_and_nothing_else() -> None:
         assert list(resting) == [Share("student", "weights")]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_frozen_weights_take_their_bytes_once_at_every_zero_stage(stage, itemsize):
+    zero, learned, frozen = {"stage": stage, "reduce_bucket_size": 1}, Parameter(48), 4000
+    alone, both = (
+        Trained(**model(zero, itemsize=itemsize) | {"inventory": Inventory(parameters)}).resting()
+        for parameters in ([learned], [Parameter(frozen, learns=False), learned])
+    )
+
+    for part in ("optimizer", "gradients"):
+        assert held(both, part) == held(alone, part)
+    share = frozen // RANKS if stage == 3 else frozen
+    assert held(both, "weights") - held(alone, "weights") == itemsize * share
+
+
 def test_a_whole_model_is_read_on_the_host_and_a_sharded_one_a_tensor_at_a_time() -> None:
     whole, shards = (Frozen(**model({"stage": stage})).loading() for stage in (0, 3))
     assert held(whole, "weights", "host") == 4 * (P + SIZES[-1])

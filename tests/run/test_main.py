@@ -166,21 +166,6 @@ def test_tensorboard_holds_what_the_log_holds(out):
     assert {"train/loss", "train/gradient_norm", "eval/accuracy"} <= set(there)
 
 
-@pytest.mark.parametrize("stage", ["teacher-finetune", "student"])
-def test_the_best_evaluation_is_what_a_stage_gives(out, stage):
-    scores = {r["step"]: r["eval/accuracy"] for r in records(out, stage) if "eval/accuracy" in r}
-    best = json.loads((out / "checkpoints" / stage / "best" / "best.json").read_text())
-
-    assert len(scores) >= 2
-    assert best["score"] == max(scores.values())
-    assert best["step"] == max(scores, key=scores.get)
-    reported = next(s for s in read(out)["stages"] if s["name"] == stage)
-    assert reported["metrics"]["accuracy"] == max(scores.values())
-    weights = "model.safetensors"
-    kept = (out / "checkpoints" / stage / "best" / weights).read_bytes()
-    assert (out / "stages" / stage / weights).read_bytes() == kept
-
-
 def test_the_resolved_config_is_written_as_it_is_printed(one_rank, out, config):
     printed = one_rank.train("--config", config, "--print-config")
     assert printed.out.strip() == (out / "config.yaml").read_text().strip()
