@@ -14,7 +14,6 @@ import pytest
 import torch
 from datasets import Dataset
 from lab_scene import (
-    ONE_RANK,
     SIZE,
     config_of,
     lab_of,
@@ -33,7 +32,6 @@ from megakd.contract.terms import SoftTargetKl
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.errors import TeacherError
 from megakd.inputs.inputs import check_run
-from megakd.run.run_lab import RunLab
 from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import differences
 from megakd.training.recipes import completed, scoring_preset
@@ -93,28 +91,6 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
     assert result == [None]
 
 
-def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teacher, monkeypatch):
-    overrides = FinetuneOverrides(max_steps=7, deepspeed="zero0")
-    spec = TeacherConfig(model=str(teacher), finetune=overrides)
-    lab = lab_of(config_of(tmp_path, teacher=spec))
-    stages: list[Stage] = []
-
-    def train(stage: Stage) -> StageResult:
-        stages.append(stage)
-        return result(teacher)
-
-    monkeypatch.setattr(lab, "train", train)
-
-    names = (lab.teacher(), lab.teacher())
-
-    assert names == ("teacher", "teacher")
-    stage = completed(*stages, lab.config)  # trained once
-    assert (stage.name, stage.role, stage.teachers) == ("teacher-finetune", "teacher", ())
-    assert (stage.labelled_only, stage.deepspeed, stage.train.max_steps) == (True, "zero0", 7)
-    assert [term.loss for term in stage.objective] == ["hard_cross_entropy"]
-    assert lab.pool.folders == {"teacher": teacher}
-
-
 def test_steps_of_a_student_are_those_of_the_rows_that_it_learns_from(tmp_path, teacher):
     """A prompt alone has no token that counts."""
     config = config_of(
@@ -123,13 +99,7 @@ def test_steps_of_a_student_are_those_of_the_rows_that_it_learns_from(tmp_path, 
         train=TrainConfig(per_device_train_batch_size=2, num_train_epochs=1),
     )
     rows = {"input_ids": [[3, 4, 5]] * 8, PROMPT_LENGTH: [1, 3] * 4}
-    prepared = prepared_of(config)
-    encoded = prepared.encoded._replace(train=Dataset.from_dict(rows))
-    nothing: Any = None
-
-    lab = RunLab(dataclasses.replace(prepared, encoded=encoded), ONE_RANK, nothing)
-
-    assert lab.steps_of_student() == 2
+    assert lab_of(config, rows=Dataset.from_dict(rows)).steps_of_student() == 2
 
 
 def test_a_stage_is_scored_as_many_rows_at_a_time_as_it_trains_with(tmp_path, teacher):
