@@ -12,8 +12,8 @@ from tiny_runs import bert
 
 from megakd.config.run import RunConfig
 from megakd.inputs import step_size
+from megakd.planning.engine_memory import Share
 from megakd.planning.plan import Plan, page
-from megakd.planning.timeline import PhasePlan
 
 
 def config_of(folder: Path, *overrides: str) -> RunConfig:
@@ -88,13 +88,5 @@ def test_a_plan_shows_the_calls_and_counts_their_network_and_answers(tmp_path):
     assert "in one forward" not in page(one_by_one)
     phases = {phase["name"]: phase for phase in together.as_json()["phases"]}
     assert phases["student"]["micro_batches_per_call"] == {"teacher": 6}
-    assert held(ours) > 4 * held(theirs)
-
-
-def held(phase: PhasePlan) -> int:
-    """Return the most bytes of the answers of the teacher."""
-    return max(
-        size
-        for share, size in phase.ledger.most.items()
-        if (share.role, share.part) == ("teacher", "activations")
-    )
+    answers = Share("teacher", "activations")
+    assert ours.ledger.most[answers] > 4 * theirs.ledger.most[answers]

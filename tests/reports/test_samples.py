@@ -101,13 +101,6 @@ def test_a_text_ends_at_its_end_token_and_all_ranks_ask_as_often() -> None:
     assert len(model.asked) == NEW_TOKENS
 
 
-def test_a_prompt_with_end_tokens_of_earlier_turns_is_shown_whole() -> None:
-    ids = [5, 6, EOS, 7, 8, EOS, 9]
-    rows = Dataset.from_list([{"input_ids": [*ids, 10], "prompt_length": len(ids)}])
-    prompts = prompts_of(rows)
-    assert prompts.shown == [Letters().decode([5, 6, 7, 8, 9])]
-
-
 def test_a_decoder_says_what_transformers_generates() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -138,12 +138,7 @@ def forgotten(
 ) -> Path:
     """A copy of a finished run as a kill would have left it, some steps into a stage.
 
-    Args:
-        out: the finished run.
-        folder: where the copy goes.
-        stage: that was going on.
-        after: the step of the checkpoint that is the last one.
-        following: stages that had not begun.
+    The last checkpoint of the stage is that `after` a step; `following` stages had not begun.
     """
     copy = Path(shutil.copytree(out, folder))
     (copy / "report.json").unlink()
