@@ -12,32 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from spoiling import LATE, assert_refused
-from tiny_runs import bert, llama
-
-# A file, its content, keys of the task, and parts of the message.
-DATA: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
-    "an empty text": ("train.txt", "\n\n", {"type": "causal_lm"}, ("train.txt has no rows",)),
-    "no room for a pair": (
-        "train.jsonl",
-        "".join(f'{{"text":"a {n}","other":"c","label":1.5}}\n' for n in range(20)),
-        {"type": "regression", "text_columns": ["text", "other"], "max_length": 3},
-        ("task.max_length is 3", "3 special tokens to every pair"),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_data_that_cannot_be_used(bench, case):
-    name, content, task, fragments = DATA[case]
-    data = bench.folder / "data"
-    data.mkdir()
-    (data / name).write_text(content)
-    make = llama if task.get("type") == "causal_lm" else bert
-    models = {"teacher": {"model": make(1), "finetune": {}}, "student": {"model": make(1)}}
-
-    outcome = bench.start(bench.tree({"dataset": str(data), **task}, **models))
-
-    assert_refused(outcome, bench, *fragments)
 
 
 def test_an_output_folder_that_cannot_be(bench):
@@ -58,6 +32,11 @@ SETTINGS = [
         "the embedding of the model has 10",
     ),
     ("task.max_length=99", "task.max_length is 99", "at most 32 tokens"),
+    (
+        "task.text_columns=[text, label]; task.label_column=label; task.max_length=3",
+        "task.max_length is 3",
+        "3 special tokens to every pair",
+    ),
     (
         "student.model.config.num_attention_heads=3",
         "student.model.config: hidden_size 16 is not divisible by num_attention_heads 3",
