@@ -27,7 +27,7 @@ from megakd.config.models import PooledTeacher, ScratchModel, TeacherConfig
 from megakd.config.run import EvalConfig, LogConfig, RunConfig, SaveConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig
-from megakd.contract.stage import Stage, StageResult
+from megakd.contract.stage import Stage
 from megakd.contract.terms import SoftTargetKl
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.errors import TeacherError
@@ -184,7 +184,8 @@ def test_a_model_that_becomes_a_teacher_does_not_answer_from_the_cache_of_anothe
 ):
     spec = TeacherConfig(model=str(teacher), cache=tmp_path / "answers")
     lab = lab_of(config_of(tmp_path, teacher=spec))
-    name = lab.as_teacher(result(teacher))
+    made: Any = SimpleNamespace(name="student", folder=teacher)
+    name = lab.as_teacher(made)
     assert lab._teachers[name].spec == dataclasses.replace(spec, cache=None)
 
 
@@ -213,23 +214,25 @@ def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_others_and_the_firs
     assert sorted(destroyed) == ["second", "teacher"]
 
 
+def test_kept_answers_are_part_of_a_teacher_and_each_kind_is_another(tmp_path, teacher):
+    def of_teacher(**spec: Any) -> dict[str, Any]:
+        keys = TeacherConfig(model=str(teacher), **spec)
+        return fingerprint(config_of(tmp_path, teacher=keys))
+
+    draws = ({}, {"cache_draws": 64}, {"cache_draws": 64, "cache_seed": 1}, {"cache_top_k": 8})
+    kept = [of_teacher(cache=tmp_path, **options) for options in draws]
+
+    plain = of_teacher()
+    assert of_teacher(cache_draws=16) == plain
+    assert kept[-1] == {**plain, "teachers.teacher.cached": 8}
+    assert all(one != other for one in kept for other in kept if one is not other)
+
+
 def test_a_teacher_that_was_only_moved_is_the_same(tmp_path, teacher):
     before = json.loads(json.dumps(fingerprint(config_of(tmp_path))))
     moved = teacher.rename(tmp_path / "moved")
     after = fingerprint(config_of(tmp_path, teacher=TeacherConfig(model=str(moved))))
     assert differences(before, after) == ""
-
-
-def result(folder: Path) -> StageResult:
-    return StageResult(
-        name="student",
-        folder=folder,
-        metrics={"accuracy": 0.5},
-        steps=3,
-        seconds=1.0,
-        tokens_per_second=2.0,
-        peak_memory_bytes=4,
-    )
 
 
 def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_path, caplog):
