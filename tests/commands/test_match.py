@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from chat_runs import config_of, model
-from tiny_runs import bert, llama, run_in, write_scored_pairs, write_text
+from tiny_runs import bert, llama, run_in, text_task, write_scored_pairs
 from whole_run import finish, logits_by_hand, read, records
 
 from megakd.config.file import dump_config
@@ -104,14 +104,9 @@ def test_regressors_have_the_difference_of_their_scores_alone(one_rank, tmp_path
 
 @pytest.mark.parametrize(("task", "family"), [("mlm", bert), ("causal_lm", llama)])
 def test_the_start_of_a_language_model_is_that_of_the_run(one_rank, tmp_path, task, family):
-    kind = "wordpiece" if task == "mlm" else "bpe"
     config = run_in(
         tmp_path,
-        {
-            "type": task,
-            "dataset": str(write_text(tmp_path / "stories.txt")),
-            "tokenizer": {"type": kind, "vocab_size": 320},
-        },
+        text_task(tmp_path, task),
         teachers=[
             {"name": "equal", "model": family(1, initializer_range=0.5)},
             {"name": "deep", "model": family(2, width=24, initializer_range=0.5)},

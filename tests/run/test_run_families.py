@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from tiny_runs import BAD, GOOD, OTHER, review_task, write_text
+from tiny_runs import BAD, GOOD, OTHER, review_task, text_task
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from whole_run import finish_in, read, records
@@ -35,11 +35,7 @@ def test_a_gpt2_learns_from_a_qwen3(one_rank, tmp_path):
     finish_in(
         one_rank,
         tmp_path,
-        {
-            "type": "causal_lm",
-            "dataset": str(write_text(tmp_path / "stories.txt")),
-            "tokenizer": {"type": "bpe", "vocab_size": 320},
-        },
+        text_task(tmp_path),
         teacher={"model": qwen3(2), "finetune": {"max_steps": 8}, "deepspeed": "teacher_zero3"},
         student={"model": gpt2(1), "deepspeed": "zero3"},
         method={"name": "single"},

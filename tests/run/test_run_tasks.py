@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import bert, llama, run_in, write_scored_pairs, write_text
+from tiny_runs import bert, llama, run_in, text_task, write_scored_pairs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import finish_in, read, records, relabelled, same_weights
 
@@ -111,15 +111,10 @@ def pearson_by_hand(model, final: Path, config: Path) -> float:
 def language_run(one_rank, tmp_path_factory) -> Path:
     """A Llama with a tied head from an untied teacher, both from scratch, on a text file."""
     folder = tmp_path_factory.mktemp("language")
-    task = {
-        "type": "causal_lm",
-        "dataset": str(write_text(folder / "stories.txt")),
-        "tokenizer": {"type": "bpe", "vocab_size": 320},
-    }
     finish_in(
         one_rank,
         folder,
-        task,
+        text_task(folder),
         teacher={"model": llama(2, width=24), "finetune": {"max_steps": 12}},
         student={"model": llama(1, tie_word_embeddings=True), "deepspeed": "zero3"},
         method={"name": "single"},

@@ -71,6 +71,13 @@ def write_text(path: Path, *, documents: int = 60) -> Path:
     return path
 
 
+def text_task(folder: Path, kind: str = "causal_lm", **keys: Any) -> dict[str, Any]:
+    """The task of a text that is written into a folder, with a tokenizer of its words."""
+    tokenizer = {"type": "bpe" if kind == "causal_lm" else "wordpiece", "vocab_size": 320}
+    text = str(write_text(folder / "text.txt"))
+    return {"type": kind, "dataset": text, "tokenizer": tokenizer, **keys}
+
+
 def save_tokenizer(
     folder: Path, texts: Sequence[str], *, kind: Literal["bpe", "wordpiece"]
 ) -> Path:
