@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from chat_runs import config_of, model
-from tiny_runs import bert, llama, run_in, text_task, write_scored_pairs
+from tiny_runs import bert, llama, pairs_task, run_in, text_task
 from whole_run import finish, logits_by_hand, read, records
 
 from megakd.config.file import dump_config
@@ -83,13 +83,7 @@ def test_a_teacher_that_the_run_has_trained_is_scored_and_another_is_refused(
 
 
 def test_regressors_have_the_difference_of_their_scores_alone(one_rank, tmp_path):
-    task = {
-        "type": "regression",
-        "dataset": str(write_scored_pairs(tmp_path / "pairs")),
-        "text_columns": ["first", "second"],
-        "label_column": "similarity",
-        "tokenizer": {"type": "wordpiece", "vocab_size": 320},
-    }
+    task = pairs_task(tmp_path, tokenizer={"type": "wordpiece", "vocab_size": 320})
     config = run_in(tmp_path, task, teacher={"model": bert(2)}, method=SINGLE)
 
     result = matched(one_rank, config)

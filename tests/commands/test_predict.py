@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_runs import write_scored_pairs, write_text
+from tiny_runs import pairs_task, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_run import finish_in, logits_by_hand
 
@@ -86,9 +86,7 @@ def test_a_label_with_a_line_break_stays_on_its_line(one_rank, whole_run, tmp_pa
 
 
 def test_a_pair_is_two_texts_with_a_tab_and_a_score_is_a_number(one_rank, tmp_path):
-    pairs = write_scored_pairs(tmp_path / "pairs")
-    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
-    finish_in(one_rank, tmp_path, {"type": "regression", "dataset": str(pairs), **columns})
+    finish_in(one_rank, tmp_path, pairs_task(tmp_path))
     final = tmp_path / "out/final"
 
     (result,) = answers(one_rank.megakd("predict", final, "good film\tthe film", "--json"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import bert, llama, run_in, text_task, write_scored_pairs
+from tiny_runs import bert, llama, pairs_task, run_in, text_task
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from whole_run import finish_in, read, records, relabelled, same_weights
 
@@ -65,13 +65,11 @@ def test_a_student_that_gets_worse_is_exported_at_its_best_unless_told_otherwise
 
 
 def test_scores_of_pairs_are_learned_and_correlated(one_rank, tmp_path):
-    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
-    data = write_scored_pairs(tmp_path / "pairs")
 
     outcome = finish_in(
         one_rank,
         tmp_path,
-        {"type": "regression", "dataset": str(data), "max_length": 32, **columns},
+        pairs_task(tmp_path, max_length=32),
         teacher={"model": bert(2), "finetune": {"max_steps": 6}, "deepspeed": "teacher_zero0"},
         student={"deepspeed": "zero3"},
         method={"name": "single"},

@@ -63,6 +63,13 @@ def write_scored_pairs(folder: Path, *, train: int = 64, validation: int = 26) -
     return folder
 
 
+def pairs_task(folder: Path, **keys: Any) -> dict[str, Any]:
+    """The task of scored pairs that are written below a folder."""
+    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
+    data = str(write_scored_pairs(folder / "pairs"))
+    return {"type": "regression", "dataset": data, **columns, **keys}
+
+
 def write_text(path: Path, *, documents: int = 60) -> Path:
     """Documents of a few sentences, apart by blank lines."""
     rng = random.Random(0)
