@@ -309,20 +309,22 @@ def test_a_tokenizer_below_the_home_folder_is_counted(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "content", ["{", '{"model_type": "unheard-of"}', "{}", '{"model_type": "bert", "dtype": "x"}']
+    ("name", "content", "message"),
+    [
+        # Before the network is asked.
+        ("README.md", "", r"config\.json does not exist"),
+        ("config.json", "{", r"^student.model: "),
+        ("config.json", '{"model_type": "unheard-of"}', r"^student.model: "),
+        ("config.json", "{}", r"^student.model: "),
+        ("config.json", '{"model_type": "bert", "dtype": "x"}', r"^student.model: "),
+    ],
 )
-def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
+def test_a_config_that_cannot_be_read_is_named(tmp_path, name, content, message) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"^student.model: "):
+    (folder / name).write_text(content)
+    with pytest.raises(ModelError, match=message):
         planned(config_of(tmp_path, student={"model": str(folder)}))
-
-
-def test_a_model_without_a_config_is_refused_before_the_network_is_asked(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"config\.json does not exist"):
-        planned(config_of(tmp_path, student={"model": str(tmp_path / "empty")}))
 
 
 def test_rows_that_are_longer_than_the_context_of_a_model_are_refused(tmp_path: Path) -> None:
