@@ -116,8 +116,12 @@ def test_a_mistake_is_an_error_of_megakd_and_the_next_call_works(results):
     assert "nowhere" in results["missing"]
 
 
-def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path):
-    tree = config_tree(tmp_path, {"type": "classification", "dataset": "pydocs"})
+@pytest.fixture
+def tree(tmp_path) -> dict:
+    return config_tree(tmp_path, {"type": "classification", "dataset": "pydocs"})
+
+
+def test_a_config_may_be_a_path_a_mapping_or_a_config(tmp_path, tree):
     path = write_config(tmp_path / "run.yaml", tree)
 
     config = megakd.load_config(path)
@@ -144,9 +148,7 @@ def test_what_is_no_config_is_refused_saying_what_is_one(config, shown):
 
 
 @pytest.mark.parametrize("overrides", ["seed=7", {"seed": 7}, None, [3], [("seed", 7)]])
-def test_what_is_no_list_of_overrides_is_refused(tmp_path, overrides):
-    tree = config_tree(tmp_path, {"type": "classification", "dataset": "pydocs"})
-
+def test_what_is_no_list_of_overrides_is_refused(tree, overrides):
     with pytest.raises(ConfigError, match=r"overrides is .*; give a list of texts such as"):
         megakd.load_config(tree, overrides)
 
@@ -164,16 +166,14 @@ def test_what_is_no_list_of_overrides_is_refused(tmp_path, overrides):
         ({"rates": "nowhere.json"}, "nowhere.json"),
     ],
 )
-def test_an_option_that_plan_does_not_know_is_refused(tmp_path, cluster, message):
-    tree = config_tree(tmp_path, {"type": "classification", "dataset": "pydocs"})
-
+def test_an_option_that_plan_does_not_know_is_refused(tree, cluster, message):
     with pytest.raises(MegakdError) as refused:
         megakd.plan(tree, **cluster)
 
     assert message in str(refused.value)
 
 
-def test_the_configs_of_the_page_are_valid(repository, tmp_path, monkeypatch):
+def test_the_configs_of_the_page_are_valid(repository):
     page = (repository / "docs" / "python.md").read_text(encoding="utf-8")
     tree = re.search(r"megakd\.train\(\n(.*?)\n\)", page, re.DOTALL)[1]
 

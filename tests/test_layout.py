@@ -252,22 +252,19 @@ def test_some_modules_are_imported_by_a_few_alone(module: str, importers: tuple[
     assert [name for name in result if not any(is_within(name, one) for one in importers)] == []
 
 
-def test_the_kernels_import_torch_and_triton_alone() -> None:
-    allowed = {"megakd_kernels", "torch", "triton", *sys.stdlib_module_names}
+@pytest.mark.parametrize(
+    ("pattern", "allowed"),
+    [
+        ("kernels/megakd_kernels/**/*.py", {"megakd_kernels", "torch", "triton"}),
+        # The model classes that go with a folder.
+        ("megakd/models/modeling/modeling_*.py", {"torch", "transformers"}),
+    ],
+)
+def test_some_files_import_a_few_packages_alone(pattern: str, allowed: set[str]) -> None:
+    result = {name.split(".")[0] for p in ROOT.glob(pattern) for name in imports_of(p)}
 
-    result = {name.split(".")[0] for p in kernel_sources() for name in imports_of(p)}
-
-    assert result - allowed == set()
-
-
-def test_model_classes_that_go_with_a_folder_import_torch_and_transformers_alone() -> None:
-    files = sorted((ROOT / "megakd" / "models" / "modeling").glob("modeling_*.py"))
-    allowed = {"torch", "transformers", *sys.stdlib_module_names}
-
-    result = {name.split(".")[0] for p in files for name in imports_of(p)}
-
-    assert files
-    assert result - allowed == set()
+    assert result
+    assert result - allowed - sys.stdlib_module_names == set()
 
 
 # Messages advise the first two, and a command writes the config of the third; none is a paper's.

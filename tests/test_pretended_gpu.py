@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pretend_cuda import CUDA, SYNCS, moved_to_cuda, pretended_cuda
-from tiny_runs import write_config
+from tiny_runs import NO_DROPOUT, write_config
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megakd.config.file import load_config
+from megakd.config.schema import variants
 from megakd.contract.batch import Batch, Documents, Knowledge, LossInputs, copied_to
 from megakd.contract.stage import Stage, backward_groups
+from megakd.contract.terms import TermConfig
 from megakd.methods.knowledge_selection.selecting import Choosing, Selecting
 from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
 from megakd.models import packed_attention
@@ -98,27 +100,6 @@ def run_on_gpu(
     return run
 
 
-def model(family: str, layers: int = LAYERS, width: int = WIDTH) -> dict[str, Any]:
-    """The config of a tiny model without dropout."""
-    if family in ("t5_encoder", "enct5"):
-        sizes = {"d_model": width, "num_layers": layers, "num_heads": HEADS, "d_kv": 8, "d_ff": 32}
-        keys = {**sizes, "dropout_rate": 0.0}
-    elif family == "distilbert":
-        sizes = {"dim": width, "n_layers": layers, "n_heads": HEADS, "hidden_dim": 32}
-        keys = {**sizes, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
-    elif family == "gpt2":
-        sizes = {"n_embd": width, "n_layer": layers, "n_head": HEADS, "n_positions": 64}
-        keys = {**sizes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    else:
-        keys = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": HEADS}
-        keys |= {"intermediate_size": 32, "max_position_embeddings": 64}
-        if family in ENCODERS:
-            keys |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        else:
-            keys |= {"num_key_value_heads": 2, **OWN_KEYS.get(family, {})}
-    return {"config": {"model_type": family, "vocab_size": VOCABULARY, **keys}}
-
-
 def tree_of(
     folder: Path, task: str, teacher: Any, student: Any, method: Any, **sections: Any
 ) -> dict[str, Any]:
@@ -135,33 +116,39 @@ def tree_of(
 
 ENCODERS = ("bert", "roberta", "electra", "distilbert")
 DECODERS = tuple(name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks)
-# Heads as wide as torch's attention needs them, and few experts.
-OWN_KEYS = {
-    "gemma2": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 8},
-    "phi3": {"pad_token_id": 0},
-    "gpt_oss": {"head_dim": 8, "num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2},
-}
 CLASSIFIERS = (*ENCODERS, "t5_encoder", "enct5")
-INSIDE = ("hidden_mse", "hidden_cosine", "embedding_mse", "relation_kl", "relation_fsp")
-SOFT = (
-    "soft_target_kl",
-    "soft_target_reverse_kl",
-    "soft_target_jsd",
-    "soft_target_skew_kl",
-    "soft_target_skew_reverse_kl",
-    "soft_target_tvd",
-)
+GROUPED, T5 = {"num_key_value_heads": 2}, {"d_kv": 8, "dropout_rate": 0.0}
+WIDE = {**GROUPED, "head_dim": 8}  # as torch's attention needs it
+# No dropout, and few experts.
+OWN_KEYS = {
+    **dict.fromkeys(DECODERS, GROUPED),
+    **dict.fromkeys(("bert", "roberta", "electra"), NO_DROPOUT),
+    **dict.fromkeys(("t5_encoder", "enct5"), T5),
+    **dict.fromkeys(("gemma2", "gemma3_text"), WIDE),
+    "distilbert": dict.fromkeys(("dropout", "attention_dropout", "seq_classif_dropout"), 0.0),
+    "gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    "phi3": {**GROUPED, "pad_token_id": 0},
+    "gpt_oss": {**WIDE, "num_local_experts": 4},
+    "qwen3_moe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+}
+OF_SCORES = ("hard_mse", "soft_target_mse")
+
+
+def model(family: str, layers: int = LAYERS, width: int = WIDTH) -> dict[str, Any]:
+    """The config of a tiny model."""
+    entry = FAMILIES[family]
+    sizes = {entry.layers: layers, entry.width: width, entry.attention_heads: HEADS}
+    keys = {"model_type": family, "vocab_size": VOCABULARY, **sizes, entry.neurons: 32}
+    return {"config": {**keys, **OWN_KEYS[family]}}
 
 
 def losses_of(task: str) -> list[dict[str, Any]]:
     """All terms of a task."""
-    if task == "regression":
-        names: Sequence[str] = ("hard_mse", "soft_target_mse", *INSIDE, "attention_mse")
-    else:
-        names = ("hard_cross_entropy", *SOFT, *INSIDE, "attention_mse")
-    return [{"loss": name} for name in names]
+    return [
+        {"loss": name}
+        for name in variants(TermConfig, "loss")
+        if not name.startswith(("hard", "soft")) or (name in OF_SCORES) == (task == "regression")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import reviews, run_in, write_config, write_jsonl, write_reviews
-from transformers import AutoModelForSequenceClassification
-from whole_run import accuracy_by_hand, finish, read
+from whole_run import accuracy_by_hand, finish, read, relabelled
 
 
 @pytest.fixture
@@ -128,18 +127,7 @@ def test_a_model_without_a_tokenizer_is_not_scored(one_rank, whole_run, mine, tm
         assert "set task.tokenizer" in outcome.err
 
 
-def generic(model: Path, folder: Path, order: tuple[int, int]) -> Path:
-    """The model with LABEL_0 and LABEL_1, its outputs in the given order."""
-    made = AutoModelForSequenceClassification.from_pretrained(model)
-    with torch.no_grad():
-        for parameter in made.classifier.parameters():
-            parameter.copy_(parameter[list(order)])
-    made.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
-    made.config.label2id = {"LABEL_0": 0, "LABEL_1": 1}
-    shutil.copytree(model, folder)
-    (folder / "checksums.json").unlink()
-    made.save_pretrained(folder)
-    return folder
+GENERIC = ("LABEL_0", "LABEL_1")
 
 
 @pytest.mark.parametrize("data", ["mine", "held out"])
@@ -147,8 +135,8 @@ def test_generic_labels_are_scored_if_they_fit_and_refused_if_they_do_not(
     one_rank, whole_run, mine, tmp_path, data
 ):
     words = ("--data", mine) if data == "mine" else ()
-    good = generic(whole_run.teacher, tmp_path / "good", (0, 1))
-    bad = generic(whole_run.teacher, tmp_path / "bad", (1, 0))
+    good = relabelled(whole_run.teacher, tmp_path / "good", (0, 1), GENERIC)
+    bad = relabelled(whole_run.teacher, tmp_path / "bad", (1, 0), GENERIC)
 
     def evaluated(model: Path, *more: str) -> Any:
         command = ("evaluate", whole_run.config, "--model", model, *words, *more)
@@ -164,7 +152,7 @@ def test_generic_labels_are_scored_if_they_fit_and_refused_if_they_do_not(
 
 
 def test_numbers_of_a_models_outputs_need_not_all_occur(one_rank, whole_run, tmp_path):
-    model = generic(whole_run.teacher, tmp_path / "model", (0, 1))
+    model = relabelled(whole_run.teacher, tmp_path / "model", (0, 1), GENERIC)
     hard = write_jsonl(tmp_path / "hard.jsonl", [{"text": "a good film", "label": 1}] * 3)
 
     told = one_rank.megakd(
@@ -196,28 +184,22 @@ def test_a_run_scores_its_evaluation_sets_at_the_end(one_rank, whole_run, mine, 
         assert result == pytest.approx(accuracy_by_hand(folder, mine))
     assert "evaluation set" in outcome.out
     assert "Evaluation sets" in (tmp_path / "out" / "report.html").read_text()
+    assert f"\nmine ({mine}): 40 rows\naccuracy  " in one_rank.megakd("evaluate", config).out
     again = scored(one_rank.megakd("evaluate", config, "--json"))
     assert again["evaluation_sets"]["all"]["rows"] == 104
     assert again["evaluation_sets"]["mine"]["metrics"] == sets["mine"]["metrics"]["student"]
 
 
-ALLOWED = "student.allow_pickle=true"
-
-
-def pickled(folder: Path, copy: Path) -> Path:
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checksums.json"))
-    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
-    (copy / "model.safetensors").unlink()
-    return copy
-
-
 def test_pickle_weights_are_scored_with_the_setting_that_the_message_names(
     one_rank, whole_run, tmp_path
 ):
-    model = pickled(whole_run.out / "final", tmp_path / "model")
+    model = Path(shutil.copytree(whole_run.out / "final", tmp_path / "model"))
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    for name in ("model.safetensors", "checksums.json"):
+        (model / name).unlink()
     words = ("evaluate", whole_run.config, "--json", "--model")
     refused = one_rank.megakd(*words, model, code=2)
-    allowed = one_rank.megakd(*words, model, ALLOWED, code=0)
+    allowed = one_rank.megakd(*words, model, "student.allow_pickle=true", code=0)
 
     assert f"(--model): {model} has only pickle weights" in refused.err
     assert "convert them to safetensors or set student.allow_pickle: true" in refused.err

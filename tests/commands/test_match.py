@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from chat_runs import config_of, model
-from tiny_runs import bert, llama, run_in, write_scored_pairs, write_text
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import finish, read, records
+from tiny_runs import bert, llama, pairs_task, run_in, text_task
+from whole_run import finish, logits_by_hand, read, records
 
 from megakd.config.file import dump_config
 
@@ -24,13 +23,6 @@ def matched(one_rank, config: Path, *words: str) -> dict[str, Any]:
     return json.loads(outcome.out)
 
 
-def log_probabilities(folder: Path, rows: list[dict[str, str]]) -> torch.Tensor:
-    network = AutoModelForSequenceClassification.from_pretrained(folder)
-    texts = [row["text"] for row in rows]
-    encoded = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
-    return network(**encoded).logits.log_softmax(-1).detach()
-
-
 def test_a_classifier_is_compared_with_the_start_as_by_hand(one_rank, whole_run, tmp_path):
     student = whole_run.out / "final"
     models = {"teacher": {"model": str(whole_run.teacher)}, "student": {"model": str(student)}}
@@ -39,7 +31,10 @@ def test_a_classifier_is_compared_with_the_start_as_by_hand(one_rank, whole_run,
 
     lines = (whole_run.reviews / "validation.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    theirs, ours = (log_probabilities(folder, rows) for folder in (whole_run.teacher, student))
+    texts = [row["text"] for row in rows]
+    theirs, ours = (
+        logits_by_hand(folder, texts)[1].log_softmax(-1) for folder in (whole_run.teacher, student)
+    )
     truth = torch.tensor([row["label"] == "positive" for row in rows]).long()
     losses = [torch.nn.functional.nll_loss(answer, truth).item() for answer in (ours, theirs)]
     teacher = actual["teachers"]["teacher"]
@@ -88,13 +83,7 @@ def test_a_teacher_that_the_run_has_trained_is_scored_and_another_is_refused(
 
 
 def test_regressors_have_the_difference_of_their_scores_alone(one_rank, tmp_path):
-    task = {
-        "type": "regression",
-        "dataset": str(write_scored_pairs(tmp_path / "pairs")),
-        "text_columns": ["first", "second"],
-        "label_column": "similarity",
-        "tokenizer": {"type": "wordpiece", "vocab_size": 320},
-    }
+    task = pairs_task(tmp_path, tokenizer={"type": "wordpiece", "vocab_size": 320})
     config = run_in(tmp_path, task, teacher={"model": bert(2)}, method=SINGLE)
 
     result = matched(one_rank, config)
@@ -109,14 +98,9 @@ def test_regressors_have_the_difference_of_their_scores_alone(one_rank, tmp_path
 
 @pytest.mark.parametrize(("task", "family"), [("mlm", bert), ("causal_lm", llama)])
 def test_the_start_of_a_language_model_is_that_of_the_run(one_rank, tmp_path, task, family):
-    kind = "wordpiece" if task == "mlm" else "bpe"
     config = run_in(
         tmp_path,
-        {
-            "type": task,
-            "dataset": str(write_text(tmp_path / "stories.txt")),
-            "tokenizer": {"type": kind, "vocab_size": 320},
-        },
+        text_task(tmp_path, task),
         teachers=[
             {"name": "equal", "model": family(1, initializer_range=0.5)},
             {"name": "deep", "model": family(2, width=24, initializer_range=0.5)},

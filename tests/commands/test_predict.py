@@ -9,14 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_runs import write_scored_pairs, write_text
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from whole_run import finish_in
+from tiny_runs import pairs_task, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_run import finish_in, logits_by_hand
 
 from megakd.cli import main
 from megakd.commands import predict
-from megakd.errors import ConfigError, DataError
+from megakd.errors import DataError
 from megakd.models import onnx
 
 TEXTS = ("a good fine film", "the poor ugly cat and it was awful", "")
@@ -25,14 +24,6 @@ TEXTS = ("a good fine film", "the poor ugly cat and it was awful", "")
 def answers(answer):
     assert answer.code == 0, answer.err
     return [json.loads(line) for line in answer.out.splitlines()]
-
-
-def logits_by_hand(folder, text):
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return model, model(
-            **AutoTokenizer.from_pretrained(folder)(*text, return_tensors="pt")
-        ).logits[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +40,8 @@ def test_a_classifier_answers_with_the_probabilities_of_plain_transformers(one_r
     result = answers(one_rank.megakd("predict", final, *TEXTS, "--json"))
 
     for text, answer in zip(TEXTS, result, strict=True):
-        model, logits = logits_by_hand(final, (text,))
-        shares = logits.softmax(-1)
+        model, logits = logits_by_hand(final, [text])
+        shares = logits[0].softmax(-1)
         assert answer["label"] == model.config.id2label[int(shares.argmax())]
         assert list(answer["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-5)
     lines = one_rank.megakd("predict", final, *TEXTS).out.splitlines()
@@ -95,14 +86,12 @@ def test_a_label_with_a_line_break_stays_on_its_line(one_rank, whole_run, tmp_pa
 
 
 def test_a_pair_is_two_texts_with_a_tab_and_a_score_is_a_number(one_rank, tmp_path):
-    pairs = write_scored_pairs(tmp_path / "pairs")
-    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
-    finish_in(one_rank, tmp_path, {"type": "regression", "dataset": str(pairs), **columns})
+    finish_in(one_rank, tmp_path, pairs_task(tmp_path))
     final = tmp_path / "out/final"
 
     (result,) = answers(one_rank.megakd("predict", final, "good film\tthe film", "--json"))
 
-    _, logits = logits_by_hand(final, ("good film", "the film"))
+    _, logits = logits_by_hand(final, ["good film"], ["the film"])
     assert result["value"] == pytest.approx(float(logits), abs=1e-5)
 
 
@@ -144,12 +133,6 @@ def test_what_cannot_answer_is_refused(one_rank, whole_run, tmp_path, words, mes
     outcome = one_rank.megakd(*(word.format(**names) for word in words), code=2)
 
     assert message in outcome.err
-
-
-def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
-    monkeypatch.setattr(onnx.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs onnx, onnxscript, onnxruntime.*'megakd\[onnx\]'"):
-        onnx.check_packages("--format onnx")
 
 
 def test_a_line_that_is_not_utf_8_is_told_with_its_number(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from elastic_views import masked
 from tiny_cuts import (
     CUTTABLE,
     DECODERS,
@@ -16,7 +17,6 @@ from tiny_cuts import (
     build,
     cut,
     logits,
-    masked,
     randomised,
     task_of,
     view_of,

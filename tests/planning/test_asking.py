@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from planned_runs import config_of as run_config
-from planned_runs import per_call, plan_of
+from planned_runs import per_call, plan_of, trained
 from tiny_runs import bert
 
 from megakd.config.run import RunConfig
 from megakd.inputs import step_size
+from megakd.planning.engine_memory import Share
 from megakd.planning.plan import Plan, page
-from megakd.planning.timeline import PhasePlan
 
 
 def config_of(folder: Path, *overrides: str) -> RunConfig:
@@ -63,8 +63,7 @@ def test_a_teacher_sharded_within_nodes_is_planned_over_the_ranks_of_a_node(tmp_
 
     def weights_and_network(*overrides: str, **cluster: int) -> tuple[int, float]:
         plan = planned(tmp_path, *overrides, device="cuda", **cluster)
-        (training,) = (phase for phase in plan.phases if phase.flops)
-        return plan.part("teacher", "weights"), training.network["teacher"]
+        return plan.part("teacher", "weights"), trained(plan).network["teacher"]
 
     on_one = weights_and_network()
     assert weights_and_network(node) == on_one
@@ -78,9 +77,7 @@ def test_a_plan_shows_the_calls_and_counts_their_network_and_answers(tmp_path):
     together = planned(tmp_path)
     one_by_one = planned(tmp_path, "teacher.micro_batches_per_call=1")
 
-    (ours,), (theirs,) = (
-        [phase for phase in plan.phases if phase.flops] for plan in (together, one_by_one)
-    )
+    ours, theirs = map(trained, (together, one_by_one))
     assert ours.per_call == {"teacher": 6}
     assert ours.network["teacher"] == pytest.approx(theirs.network["teacher"] / 6)
     assert ours.flops == pytest.approx(theirs.flops)
@@ -91,13 +88,5 @@ def test_a_plan_shows_the_calls_and_counts_their_network_and_answers(tmp_path):
     assert "in one forward" not in page(one_by_one)
     phases = {phase["name"]: phase for phase in together.as_json()["phases"]}
     assert phases["student"]["micro_batches_per_call"] == {"teacher": 6}
-    assert held(ours) > 4 * held(theirs)
-
-
-def held(phase: PhasePlan) -> int:
-    """Return the most bytes of the answers of the teacher."""
-    return max(
-        size
-        for share, size in phase.ledger.most.items()
-        if (share.role, share.part) == ("teacher", "activations")
-    )
+    answers = Share("teacher", "activations")
+    assert ours.ledger.most[answers] > 4 * theirs.ledger.most[answers]

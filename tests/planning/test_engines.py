@@ -93,13 +93,6 @@ def test_each_stage_shards_what_it_says(stage, itemsize, moments, weights, optim
     assert (held(resting, "weights"), held(resting, "optimizer")) == (weights, optimizer)
 
 
-def test_gradients_are_whole_at_zero_1_and_in_shards_at_zero_2() -> None:
-    one, two = (engine({"stage": stage}).backward(inventory(), adds=False) for stage in (1, 2))
-    bucket, sent = 10, SIZES[0]  # a gradient is larger than the bucket, and is sent directly
-    assert held(one, "gradients") == 4 * P
-    assert held(two, "gradients") == 4 * (P // RANKS + bucket + sent)
-
-
 @pytest.mark.parametrize(("stage", "itemsize"), [(1, 2), (1, 4), (2, 4)])
 def test_the_norm_is_planned_for_the_rank_with_the_most_of_it_and_of_gradients(stage, itemsize):
     # The first rank has 900 elements of one weight, and the second all weights, but small parts.
@@ -107,14 +100,6 @@ def test_the_norm_is_planned_for_the_rank_with_the_most_of_it_and_of_gradients(s
     given = model({"stage": stage}, itemsize=itemsize, ranks=2) | {"inventory": inventory(sizes)}
     norm = next(iter(Trained(**given).updating()))
     assert held(norm, "gradients") == 1000 * itemsize + 900 * 8
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-def test_whole_gradients_appear_one_by_one_in_the_first_backward_only(stage: int) -> None:
-    half = inventory(SIZES[: len(SIZES) // 2])
-    first, later = (engine({"stage": stage}).backward(half, adds=adds) for adds in (False, True))
-    assert held(first, "gradients") == 2 * P
-    assert held(later, "gradients") == 4 * P
 
 
 def test_a_full_bucket_of_zero_2_is_copied_before_it_is_sent() -> None:
@@ -127,24 +112,38 @@ def test_a_full_bucket_of_zero_2_is_copied_before_it_is_sent() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offload_moves_the_optimizer_to_the_host(stage: int) -> None:
-    offload = {"offload_optimizer": {"device": "cpu"}}
-    here, away = engine({"stage": stage}), engine({"stage": stage, **offload})
+    here, away = engine({"stage": stage}), engine({"stage": stage, **OFFLOAD})
     assert held(away.resting(), "optimizer") == 0
     assert held(away.resting(), "optimizer", "host") >= 12 * P // RANKS
     assert most(step(away)) < most(step(here))
 
 
-def test_16_bit_gradients_of_zero_2_are_summed_in_fp32_on_the_device_also_with_offload() -> None:
-    """DeepSpeed's compact buffer: 4 bytes per weight and rank, once, whatever is accumulated."""
-    offload, (bucket, sent) = {"offload_optimizer": {"device": "cpu"}}, (10, SIZES[0])
+HALF = SIZES[: len(SIZES) // 2]
+SENT = 10 + SIZES[0]  # a gradient is larger than the bucket, and is sent directly
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
-    gradients = [
-        held(engine({"stage": 2, **more}, itemsize=2).backward(inventory(), adds=adds), "gradients")
-        for more in ({}, offload)
-        for adds in (False, True)
-    ]
 
-    assert gradients == [4 * P // RANKS + 2 * (bucket + sent)] * 4
+@pytest.mark.parametrize(
+    ("zero", "itemsize", "sizes", "adds", "expected"),
+    [
+        # Whole gradients appear one by one in the first backward only.
+        *(({"stage": stage}, 4, HALF, False, 2 * P) for stage in (0, 1)),
+        *(({"stage": stage}, 4, HALF, True, 4 * P) for stage in (0, 1)),
+        ({"stage": 1}, 4, SIZES, False, 4 * P),
+        ({"stage": 2}, 4, SIZES, False, 4 * (P // RANKS + SENT)),
+        # DeepSpeed's compact buffer: 4 bytes per weight and rank, once, whatever is accumulated.
+        *(
+            ({"stage": 2, **more}, 2, SIZES, adds, 4 * P // RANKS + 2 * SENT)
+            for more in ({}, OFFLOAD)
+            for adds in (False, True)
+        ),
+    ],
+)
+def test_gradients_are_whole_below_zero_2_and_in_shards_at_zero_2_also_with_offload(
+    zero, itemsize, sizes, adds, expected
+):
+    backward = engine(zero, itemsize=itemsize).backward(inventory(sizes), adds=adds)
+    assert held(backward, "gradients") == expected
 
 
 def test_offload_of_weights_leaves_none_on_the_device() -> None:
@@ -158,6 +157,21 @@ def test_a_frozen_model_has_its_weights_and_nothing_else() -> None:
         resting = Frozen(**model(zero)).resting()
         assert held(resting, "weights") == expected
         assert list(resting) == [Share("student", "weights")]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_frozen_weights_take_their_bytes_once_at_every_zero_stage(stage, itemsize):
+    zero, learned, frozen = {"stage": stage, "reduce_bucket_size": 1}, Parameter(48), 4000
+    alone, both = (
+        Trained(**model(zero, itemsize=itemsize) | {"inventory": Inventory(parameters)}).resting()
+        for parameters in ([learned], [Parameter(frozen, learns=False), learned])
+    )
+
+    for part in ("optimizer", "gradients"):
+        assert held(both, part) == held(alone, part)
+    share = frozen // RANKS if stage == 3 else frozen
+    assert held(both, "weights") - held(alone, "weights") == itemsize * share
 
 
 def test_a_whole_model_is_read_on_the_host_and_a_sharded_one_a_tensor_at_a_time() -> None:

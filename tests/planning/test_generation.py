@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from planned_runs import CAUSAL, config_of, plan_of
 from tiny_runs import llama
-from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, DynamicCache, LlamaForCausalLM
 
 from megakd.contract.tasks import STUDENT
 from megakd.planning.engine_memory import Share
@@ -88,24 +89,21 @@ def test_texts_that_others_generate_take_no_memory(tmp_path, source):
     assert theirs.peak_bytes_per_rank == pytest.approx(plain.peak_bytes_per_rank, rel=0.5)
 
 
-@pytest.fixture
-def big(tmp_path) -> Path:
-    """The folder of a teacher."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-    config = LlamaConfig(**sizes, vocab_size=64, num_attention_heads=2)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "big")
-    return tmp_path / "big"
+def test_a_served_teacher_takes_no_memory_but_the_output_matrix_of_exported_states(tmp_path):
+    big = tmp_path / "big"
+    big.mkdir()
+    shape = llama(3, width=32, vocab_size=64)["config"]
+    (big / "config.json").write_text(json.dumps(shape))
+    loaded, served, exported = (
+        planned(tmp_path, f"teacher={{model: {big}, {keys}}}")
+        for keys in (
+            "deepspeed: teacher_zero0",
+            "server: {url: ['http://a:1']}",
+            "server: {url: ['http://a:1'], states: states}",
+        )
+    )
 
-
-def test_a_served_teacher_takes_no_memory(tmp_path, big):
-    loaded = planned(tmp_path, f"teacher={{model: {big}, deepspeed: teacher_zero0}}")
-    other = planned(tmp_path, f"teacher={{model: {big}, server: {{url: ['http://a:1']}}}}")
     assert loaded.part("teacher", "weights") > 0
-    assert other.part("teacher", "weights") == 0
-    assert other.peak_bytes_per_rank < loaded.peak_bytes_per_rank
-
-
-def test_a_teacher_of_exported_hidden_states_takes_its_output_matrix(tmp_path, big):
-    states = "url: ['http://a:1'], states: states"
-    plan = planned(tmp_path, f"teacher={{model: {big}, server: {{{states}}}}}")
-    assert plan.part("teacher", "weights") == 64 * 32 * 2  # V * D in bf16
+    assert served.part("teacher", "weights") == 0
+    assert served.peak_bytes_per_rank < loaded.peak_bytes_per_rank
+    assert exported.part("teacher", "weights") == 64 * 32 * 2  # V * D in bf16

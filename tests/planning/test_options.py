@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-import types
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megakd import cli
 from megakd.config.run import RunConfig
+from megakd.planning.cluster import Cluster
 
 
 @pytest.fixture(autouse=True)
@@ -18,34 +19,26 @@ def _no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-class Page(types.ModuleType):
-    """A stand-in of megakd.planning.plan that notes its arguments."""
-
-    def __init__(self) -> None:
-        super().__init__("megakd.planning.plan")
-        self.asked: list[tuple[RunConfig, Any]] = []
-
-    def plan_run(self, config: RunConfig, cluster: Any) -> Any:
-        self.asked.append((config, cluster))
-        return types.SimpleNamespace(as_json=lambda: {"ranks": cluster.ranks})
-
-    def page(self, plan: Any) -> str:
-        return f"a page: {plan.as_json()}"
-
-
 @pytest.fixture
-def plans(monkeypatch) -> Page:
-    fake = Page()
-    monkeypatch.setitem(sys.modules, "megakd.planning.plan", fake)
-    return fake
+def asked(monkeypatch) -> list[tuple[RunConfig, Cluster]]:
+    """The configs and machines that plans were asked for, in place of the plans."""
+    asked: list[tuple[RunConfig, Cluster]] = []
+
+    def plan_run(config: RunConfig, cluster: Cluster) -> Any:
+        asked.append((config, cluster))
+        return SimpleNamespace(as_json=lambda: {"ranks": cluster.ranks})
+
+    module = SimpleNamespace(plan_run=plan_run, page=lambda plan: f"a page: {plan.as_json()}")
+    monkeypatch.setitem(sys.modules, "megakd.planning.plan", module)
+    return asked
 
 
-def test_plan_takes_the_machines_from_its_options(plans, run_file, capsys):
+def test_plan_takes_the_machines_from_its_options(asked, run_file, capsys):
     words = ["--nodes", "2", "--gpu_memory_gb", "141", "--json", "train.max_steps=3"]
 
     code = cli.main(["plan", str(run_file), *words])
 
-    config, cluster = plans.asked[0]
+    config, cluster = asked[0]
     assert code == 0
     assert config.train.max_steps == 3
     assert (cluster.ranks, cluster.nodes, cluster.device) == (16, 2, "cuda")
@@ -54,14 +47,14 @@ def test_plan_takes_the_machines_from_its_options(plans, run_file, capsys):
 
 
 def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with_on_the_first(
-    plans, run_file, monkeypatch, capsys
+    asked, run_file, monkeypatch, capsys
 ):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
 
     code = cli.train_main(["--config", str(run_file), "--dry_run"])
 
-    cluster = plans.asked[0][1]
+    cluster = asked[0][1]
     assert code == 0
     assert (cluster.ranks, cluster.nodes, cluster.device) == (4, 2, "cpu")
     page, hint = capsys.readouterr().out.splitlines()
@@ -69,7 +62,7 @@ def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with_on_the_first
     assert hint.startswith("megakd match")
     monkeypatch.setenv("RANK", "1")
     assert cli.train_main(["--config", str(run_file), "--dry_run"]) == 0
-    assert len(plans.asked) == 1
+    assert len(asked) == 1
     assert capsys.readouterr().out == ""
 
 
@@ -84,7 +77,7 @@ def test_a_dry_run_prints_the_plan_of_the_ranks_it_was_started_with_on_the_first
         (["--tflops", "-1"], "tflops must be a finite number above 0"),
     ],
 )
-def test_machines_that_cannot_be_are_refused(plans, run_file, words, message, capsys):
+def test_machines_that_cannot_be_are_refused(asked, run_file, words, message, capsys):
     assert cli.main(["plan", str(run_file), *words]) == 2
     assert message in capsys.readouterr().err
-    assert plans.asked == []
+    assert asked == []

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned_runs import CAUSAL, config_of, plan_of
+from planned_runs import CAUSAL, config_of, plan_of, trained
 from tiny_runs import llama
 
 from megakd.planning.cluster import Cluster
-from megakd.planning.engine_memory import Holding, Part, Share, Trained
+from megakd.planning.engine_memory import Share
 from megakd.planning.plan import Plan, SizedCase, candidates
-from megakd.planning.tracing import Inventory, Parameter
 
 WIDTH, VOCABULARY, LAYERS, RANK = 32, 96, 2, 2
 # Llama: queries, output [W, W]; keys, values [W / 2, W]; three matrices of an MLP [2 W, W].
 ADAPTERS = LAYERS * RANK * (2 * 2 * WIDTH + 2 * (WIDTH + WIDTH // 2) + 3 * 3 * WIDTH)
-FROZEN, LEARNED, RANKS = 4000, 48, 4
 
 
 def planned(tmp_path: Path, student: dict[str, Any], **sections: Any) -> Plan:
@@ -46,19 +44,16 @@ def test_a_plan_has_moments_of_the_adapters_alone_and_the_weights_of_all(tmp_pat
 
 def test_a_plan_of_the_base_as_teacher_has_its_forward_and_no_second_model(tmp_path: Path) -> None:
     lora, objective = {"lora": {"r": RANK}}, [{"loss": "soft_target_kl"}]
-    teachers = {"base": "student_base", "second": str(tmp_path / "model")}
+
     method = {"name": "single"}
-    plans = {
-        name: planned(tmp_path, lora, teacher={"model": model}, method=method, objective=objective)
-        for name, model in teachers.items()
-    }
+    base, second = (
+        trained(planned(tmp_path, lora, teacher={"model": one}, method=method, objective=objective))
+        for one in ("student_base", str(tmp_path / "model"))
+    )
 
-    trained = {name: next(p for p in plan.phases if p.flops) for name, plan in plans.items()}
-
-    held = {name: phase.ledger.most[Share("teacher", "weights")] for name, phase in trained.items()}
-    assert held["base"] == 0
-    assert held["second"] > 0
-    assert trained["base"].flops == pytest.approx(trained["second"].flops, rel=0.01)
+    assert base.ledger.most[Share("teacher", "weights")] == 0
+    assert second.ledger.most[Share("teacher", "weights")] > 0
+    assert base.flops == pytest.approx(second.flops, rel=0.01)
 
 
 def test_what_a_base_takes_from_its_student_is_no_change_that_saves_memory(tmp_path: Path) -> None:
@@ -70,30 +65,3 @@ def test_what_a_base_takes_from_its_student_is_no_change_that_saves_memory(tmp_p
 
     assert any("student." in one for one in settings)
     assert not any("teacher." in one for one in settings)
-
-
-def held(holding: Holding, part: Part) -> int:
-    return sum(amount.total for share, amount in holding.items() if share == Share("student", part))
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_frozen_weights_take_their_bytes_once_at_every_zero_stage(stage, itemsize):
-    def resting(*parameters: Parameter) -> Holding:
-        engine = Trained(
-            role="student",
-            inventory=Inventory(parameters),
-            zero={"stage": stage, "reduce_bucket_size": 1},
-            itemsize=itemsize,
-            cluster=Cluster(ranks=RANKS, device="cuda"),
-        )
-        return engine.resting()
-
-    learned = Parameter(LEARNED)
-    frozen = Parameter(FROZEN, learns=False)
-    alone, both = resting(learned), resting(frozen, learned)
-
-    for part in ("optimizer", "gradients"):
-        assert held(both, part) == held(alone, part)
-    share = FROZEN // RANKS if stage == 3 else FROZEN
-    assert held(both, "weights") - held(alone, "weights") == itemsize * share

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned_runs import CAUSAL, config_of, plan_of
+from planned_runs import CAUSAL, config_of, plan_of, trained
 from tiny_runs import bert, llama
 
 from megakd.planning.engine_memory import Share
 from megakd.planning.plan import Plan, SizedCase, candidates
-from megakd.planning.timeline import PhasePlan
 
 TEACHER = {"model": bert(3, width=32, vocab_size=64)}
 
@@ -21,10 +20,6 @@ def planned(folder: Path, names: str, method: dict[str, Any], **keys: Any) -> Pl
     pool = [{**TEACHER, **keys, "name": name} for name in names]
     student = {"model": bert(2, width=16, vocab_size=64)}
     return plan_of(config_of(folder, teachers=pool, student=student, method=method))
-
-
-def trained(plan: Plan) -> list[PhasePlan]:
-    return [phase for phase in plan.phases if phase.flops]
 
 
 def teachers(plan: Plan) -> dict[str, int]:
@@ -54,9 +49,9 @@ def test_of_offloaded_teachers_that_are_drawn_one_at_a_time_is_on_the_device(tmp
 
 
 def test_a_step_with_a_drawn_teacher_costs_that_of_one_and_the_mean_that_of_all(tmp_path):
-    (one,) = trained(planned(tmp_path, "a", {"name": "skdbert"}))
-    (drawn,) = trained(planned(tmp_path, "abc", {"name": "skdbert"}))
-    (mean,) = trained(planned(tmp_path, "abc", {"name": "mean_of_teachers"}))
+    one = trained(planned(tmp_path, "a", {"name": "skdbert"}))
+    drawn = trained(planned(tmp_path, "abc", {"name": "skdbert"}))
+    mean = trained(planned(tmp_path, "abc", {"name": "mean_of_teachers"}))
 
     assert drawn.flops == pytest.approx(one.flops)
     assert drawn.network["teacher"] == pytest.approx(one.network["teacher"])
@@ -95,8 +90,8 @@ def test_a_change_is_named_for_every_teacher_of_the_pool(tmp_path):
 
 def test_a_teacher_whose_answers_are_on_disk_takes_no_memory_and_no_time(tmp_path):
     answers = str(tmp_path / "answers")
-    (whole,) = trained(planned(tmp_path, "a", {"name": "skdbert"}))
-    (cached,) = trained(planned(tmp_path, "a", {"name": "skdbert"}, cache=answers))
+    whole = trained(planned(tmp_path, "a", {"name": "skdbert"}))
+    cached = trained(planned(tmp_path, "a", {"name": "skdbert"}, cache=answers))
 
     weights = Share("teacher", "weights", "device")
     assert whole.ledger.most[weights] > 0
@@ -139,6 +134,6 @@ def test_teachers_that_share_the_rows_cost_a_step_of_one(tmp_path, rows, losses)
     two = step("ab", "routed", teacher_column="expert")
     mean = step("ab", "mean_of_teachers")
 
-    assert trained(two)[0].flops == pytest.approx(trained(one)[0].flops, rel=0.05)
-    assert trained(mean)[0].flops > 1.3 * trained(one)[0].flops
+    assert trained(two).flops == pytest.approx(trained(one).flops, rel=0.05)
+    assert trained(mean).flops > 1.3 * trained(one).flops
     assert one.peak_bytes_per_rank < two.peak_bytes_per_rank < mean.peak_bytes_per_rank

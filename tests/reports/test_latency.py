@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +58,7 @@ def test_the_forward_has_the_given_shape_without_dropout_or_gradient() -> None:
     assert len(calls) == latency.WARM_UP + 2
     assert calls[-1]["input_ids"].shape == (3, 7)
     assert calls[-1]["attention_mask"].all()
+    assert calls[-1]["logits_to_keep"] == 1
     assert not calls[-1]["training"]
     assert not calls[-1]["gradient"]
     assert model.training
@@ -157,20 +157,3 @@ def test_a_folder_of_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tree | {"architectures": ["Novel"]}))
     with pytest.raises(ModelError, match=r"config\.json names the architecture 'Novel'"):
         measure_latencies({"teacher": llama(), "student": tmp_path}, Work((1,), 4))
-
-
-def test_a_causal_model_is_timed_with_the_logits_of_the_last_position_alone(monkeypatch):
-    model = llama()
-    shapes = []
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def noted(*arguments, **options):
-        out = forward(*arguments, **options)
-        shapes.append(tuple(out.logits.shape[:2]))
-        return out
-
-    monkeypatch.setattr(model, "forward", noted)
-    measure_latencies({"a": model}, Work((2,), 4, rounds=1))
-
-    assert set(shapes) == {(2, 1)}

@@ -100,11 +100,6 @@ def test_a_method_that_does_not_prune_during_training_has_no_section() -> None:
     assert "was pruned" not in model_card(FACTS, report)
 
 
-def test_the_card_of_a_run_without_a_teacher_has_the_sizes_of_the_student() -> None:
-    report = report_of(pruning=ROWS, teacher=None)
-    assert "from 19.00M to 2.09M parameters" in model_card(FACTS, report)
-
-
 @pytest.mark.parametrize(
     ("number", "steps"),
     [(1, [1]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 7]), (51, [1, 11, 21, 31, 41, 51])],
@@ -130,6 +125,8 @@ def test_a_step_time_has_a_unit_of_its_size(seconds: float | None, text: str) ->
 
 
 def test_the_model_card_says_that_the_student_was_pruned_from_its_teacher() -> None:
+    alone = model_card(FACTS, report_of(pruning=ROWS, teacher=None))
+    assert "from 19.00M to 2.09M parameters" in alone
     card = model_card(FACTS, language_report(pruning=ROWS))
     line = "from 22.71M to 2.09M parameters."
     assert f"\n\nThe student was pruned from its teacher during distillation, {line}\n\n" in card

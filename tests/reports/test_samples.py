@@ -84,18 +84,6 @@ def test_prompts_are_beginnings_of_documents_and_of_one_length() -> None:
     assert PROMPT_TOKENS == 16
 
 
-def test_a_decoder_continues_token_by_token_up_to_the_end_of_the_text() -> None:
-    rows = packed((3, 20), (30, 20))
-    prompts = prompts_of(rows)
-    model = Counting()
-
-    first = prompts.answers(model)[0]
-
-    assert first == Letters().decode([*range(19, 19 + NEW_TOKENS)])
-    widths = [batch.inputs["input_ids"].shape[1] for batch in model.asked]
-    assert widths == [*range(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS)]
-
-
 def test_a_text_ends_at_its_end_token_and_all_ranks_ask_as_often() -> None:
     class Ending(Counting):
         def top_k(self, batch: Batch, count: int) -> TopK:
@@ -111,13 +99,6 @@ def test_a_text_ends_at_its_end_token_and_all_ranks_ask_as_often() -> None:
 
     assert prompts.answers(model) == [Letters().decode([19, 20])]
     assert len(model.asked) == NEW_TOKENS
-
-
-def test_a_prompt_with_end_tokens_of_earlier_turns_is_shown_whole() -> None:
-    ids = [5, 6, EOS, 7, 8, EOS, 9]
-    rows = Dataset.from_list([{"input_ids": [*ids, 10], "prompt_length": len(ids)}])
-    prompts = prompts_of(rows)
-    assert prompts.shown == [Letters().decode([5, 6, 7, 8, 9])]
 
 
 def test_a_decoder_says_what_transformers_generates() -> None:

@@ -183,16 +183,8 @@ def test_an_assistant_stands_between_teacher_and_student() -> None:
     assert cells(table, "assistant-1")[:5] == ["assistant-1", "15.00M", "3.19M", "60.0", "1.5x"]
     assert cells(table, "assistant-1")[-5:] == ["97.6%", "5.00", "2.40x", "101.00", "3.07x"]
     assert cells(table, "alone")[-4:] == ["2.50", "4.80x", "40.00", "7.75x"]
-
-
-def test_every_candidate_has_a_row_and_one_of_an_iteration_is_chosen() -> None:
-    lines = result_table(chosen_report()).splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("iteration"))
-    rows = [line.split() for line in lines[start + 1 : start + 8]]
-
-    assert rows[1] == ["1", "0.7", "3.00M", "0.8990", "1.0390", "yes"]
-    assert [row[1] for row in rows] == ["0.5", "0.7", "0.8", "0.9", "0.7", "0.8", "0.9"]
-    assert [row[0] for row in rows if row[-1] == "yes"] == ["1", "2"]
+    chosen = [line.split() for line in table.splitlines() if line.endswith("yes")]
+    assert [row[1] for row in chosen] == ["0.7", "0.9"]  # the page has the numbers of all
 
 
 def test_the_cost_of_trying_every_assistant_is_told() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,33 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from spoiling import LATE, assert_refused
-from tiny_runs import bert, llama, write_text
-from whole_run import finish_in
-
-# A file, its content, keys of the task, and parts of the message.
-DATA: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
-    "an empty text": ("train.txt", "\n\n", {"type": "causal_lm"}, ("train.txt has no rows",)),
-    "no room for a pair": (
-        "train.jsonl",
-        "".join(f'{{"text":"a {n}","other":"c","label":1.5}}\n' for n in range(20)),
-        {"type": "regression", "text_columns": ["text", "other"], "max_length": 3},
-        ("task.max_length is 3", "3 special tokens to every pair"),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_data_that_cannot_be_used(bench, case):
-    name, content, task, fragments = DATA[case]
-    data = bench.folder / "data"
-    data.mkdir()
-    (data / name).write_text(content)
-    make = llama if task.get("type") == "causal_lm" else bert
-    models = {"teacher": {"model": make(1), "finetune": {}}, "student": {"model": make(1)}}
-
-    outcome = bench.start(bench.tree({"dataset": str(data), **task}, **models))
-
-    assert_refused(outcome, bench, *fragments)
 
 
 def test_an_output_folder_that_cannot_be(bench):
@@ -60,6 +32,11 @@ SETTINGS = [
         "the embedding of the model has 10",
     ),
     ("task.max_length=99", "task.max_length is 99", "at most 32 tokens"),
+    (
+        "task.text_columns=[text, label]; task.label_column=label; task.max_length=3",
+        "task.max_length is 3",
+        "3 special tokens to every pair",
+    ),
     (
         "student.model.config.num_attention_heads=3",
         "student.model.config: hidden_size 16 is not divisible by num_attention_heads 3",
@@ -92,10 +69,20 @@ SETTINGS = [
         "uniform maps the only layer",
         '["0:0", "1:2"]',
     ),
-    *(
-        (f"{key}=./nowhere", f"{key}: nowhere does not exist")
-        for key in ("task.dataset", "teacher.model", "student.model", "task.tokenizer")
+    # A method refuses before its teacher is trained.
+    (
+        "method={name: knowledge_selection, episodes: 1}",
+        "layer_mapping uniform maps the only layer that the student has",
     ),
+    # As many steps as the rows give.
+    (
+        "method={name: knowledge_selection, episodes: 1, phase_steps: 17}; "
+        "objective=[{loss: soft_target_kl}]; student.model.config.num_hidden_layers=2; "
+        "train={per_device_train_batch_size: 8, num_train_epochs: 1}",
+        "a phase of 17 steps does not fit into an episode of 8",
+    ),
+    ("method={name: minidisc, metric: matthews}; student.model=from_teacher", "method.metric"),
+    ("task.tokenizer=./nowhere", "task.tokenizer: nowhere does not exist"),
     (
         "train.max_steps=null; train.lr_scheduler_type=warmup_stable_decay; "
         "train.lr_scheduler_kwargs={num_decay_steps: 900}; teacher.finetune.max_steps=2000",
@@ -199,6 +186,20 @@ def test_a_teacher_folder_that_cannot_be_used(bench, case):
     assert_refused(outcome, bench, folder if case not in ("labels", "family") else "", *fragments)
 
 
+def test_weights_that_are_not_finite_are_blamed_in_place_of_the_learning_rate(bench):
+    folder = bench.copied()
+    weights = load_file(folder / WEIGHTS)
+    next(one for name, one in weights.items() if name.endswith("query.weight"))[0, 0] = torch.nan
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+    outcome = bench.start(bench.tree(teacher={"model": str(folder)}))
+
+    assert outcome.code == 2
+    assert f"teacher.model: 1 weight tensors of {folder} are not finite" in outcome.err
+    assert "query.weight" in outcome.err
+    assert "learning_rate" not in outcome.err
+
+
 def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench):
     folder = bench.copied()
     cut_short(folder)
@@ -206,27 +207,11 @@ def test_a_student_that_is_cut_short_is_found_before_a_teacher_is_trained(bench)
     assert_refused(outcome, bench, f"student.model: {folder / WEIGHTS} (", "is cut short")
 
 
-@pytest.fixture(scope="module")
-def other_tokenizer(one_rank, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("language")
-    task = {"type": "causal_lm", "dataset": str(write_text(folder / "text.txt"))}
-    finish_in(one_rank, folder, task, train={"max_steps": 1})
-    return folder / "out" / "final"
-
-
-def without_a_token(folder: Path, copy: Path) -> Path:
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checksums.json"))
-    tree = json.loads((copy / "tokenizer.json").read_text())
+def test_a_model_with_another_tokenizer_is_not_scored(bench, config):
+    other = bench.copied()
+    tree = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tree["model"]["vocab"]
     vocabulary.pop(max(vocabulary, key=vocabulary.get))
-    tree["model"]["merges"].pop()
-    (copy / "tokenizer.json").write_text(json.dumps(tree))
-    return copy
-
-
-def test_a_model_with_another_tokenizer_is_not_scored(bench, other_tokenizer):
-    other = without_a_token(other_tokenizer, bench.folder / "other")
-    config = other_tokenizer.parents[1] / "run.yaml"
-    override = f"student.model={other_tokenizer}"
-    outcome = bench.one_rank.megakd("evaluate", config, override, "--model", other)
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    outcome = bench.one_rank.megakd("evaluate", config, "--model", other)
     assert_refused(outcome, bench, f"{other} has a tokenizer of")

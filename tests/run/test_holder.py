@@ -103,17 +103,6 @@ def test_the_lock_names_its_holder_and_goes_with_it_and_with_an_empty_folder(tmp
     assert [path.name for path in out.iterdir()] == left if left else not out.exists()
 
 
-def test_a_folder_that_a_living_run_holds_is_refused_naming_that_run(tmp_path, lock):
-    lock.take()
-
-    with pytest.raises(InUseError) as refused:
-        FolderLock(tmp_path).take()
-
-    assert f"{tmp_path} is in use by another run: process {os.getpid()} on " in str(refused.value)
-    assert f"since {lock.holder.since}; wait until that run ends" in str(refused.value)
-    assert f"remove {tmp_path / LOCK}" in str(refused.value)
-
-
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 def test_the_lock_of_a_dead_process_is_taken_over_at_once(
     tmp_path, lock, dead, monkeypatch, *, links
@@ -251,14 +240,17 @@ def test_a_lock_that_was_removed_under_a_living_run_is_made_again(tmp_path, lock
     assert made_again.wait(60)
 
 
-def test_a_run_in_a_folder_that_is_held_changes_nothing_there(one_rank, whole_run, tmp_path, lock):
+def test_a_run_in_a_folder_that_is_held_is_refused_naming_the_other_and_changes_nothing_there(
+    one_rank, whole_run, tmp_path, lock
+):
     lock.take()
 
     outcome = one_rank.train("--config", whole_run.config, f"output_dir={tmp_path}", code=2)
 
-    assert f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()}" in (
-        outcome.err
-    )
+    refused = f"megakd: error: {tmp_path} is in use by another run: process {os.getpid()} on "
+    assert refused in outcome.err
+    assert f"since {lock.holder.since}; wait until that run ends" in outcome.err
+    assert f"remove {tmp_path / LOCK}" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 

@@ -7,13 +7,13 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from lab_scene import (
-    ONE_RANK,
     SIZE,
     config_of,
     lab_of,
@@ -27,12 +27,11 @@ from megakd.config.models import PooledTeacher, ScratchModel, TeacherConfig
 from megakd.config.run import EvalConfig, LogConfig, RunConfig, SaveConfig
 from megakd.config.task import TaskConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig
-from megakd.contract.stage import Stage, StageResult
+from megakd.contract.stage import Stage
 from megakd.contract.terms import SoftTargetKl
 from megakd.data.chat.tokens import PROMPT_LENGTH
 from megakd.errors import TeacherError
 from megakd.inputs.inputs import check_run
-from megakd.run.run_lab import RunLab
 from megakd.run.stage_identity import stage_identity
 from megakd.storage.fingerprint import differences
 from megakd.training.recipes import completed, scoring_preset
@@ -92,28 +91,6 @@ def test_no_model_is_loaded_on_top_of_one_that_nothing_uses(tmp_path, teacher, m
     assert result == [None]
 
 
-def test_a_teacher_is_finetuned_on_its_labels_before_it_teaches(tmp_path, teacher, monkeypatch):
-    overrides = FinetuneOverrides(max_steps=7, deepspeed="zero0")
-    spec = TeacherConfig(model=str(teacher), finetune=overrides)
-    lab = lab_of(config_of(tmp_path, teacher=spec))
-    stages: list[Stage] = []
-
-    def train(stage: Stage) -> StageResult:
-        stages.append(stage)
-        return result(teacher)
-
-    monkeypatch.setattr(lab, "train", train)
-
-    names = (lab.teacher(), lab.teacher())
-
-    assert names == ("teacher", "teacher")
-    stage = completed(*stages, lab.config)  # trained once
-    assert (stage.name, stage.role, stage.teachers) == ("teacher-finetune", "teacher", ())
-    assert (stage.labelled_only, stage.deepspeed, stage.train.max_steps) == (True, "zero0", 7)
-    assert [term.loss for term in stage.objective] == ["hard_cross_entropy"]
-    assert lab.pool.folders == {"teacher": teacher}
-
-
 def test_steps_of_a_student_are_those_of_the_rows_that_it_learns_from(tmp_path, teacher):
     """A prompt alone has no token that counts."""
     config = config_of(
@@ -122,13 +99,7 @@ def test_steps_of_a_student_are_those_of_the_rows_that_it_learns_from(tmp_path, 
         train=TrainConfig(per_device_train_batch_size=2, num_train_epochs=1),
     )
     rows = {"input_ids": [[3, 4, 5]] * 8, PROMPT_LENGTH: [1, 3] * 4}
-    prepared = prepared_of(config)
-    encoded = prepared.encoded._replace(train=Dataset.from_dict(rows))
-    nothing: Any = None
-
-    lab = RunLab(dataclasses.replace(prepared, encoded=encoded), ONE_RANK, nothing)
-
-    assert lab.steps_of_student() == 2
+    assert lab_of(config, rows=Dataset.from_dict(rows)).steps_of_student() == 2
 
 
 def test_a_stage_is_scored_as_many_rows_at_a_time_as_it_trains_with(tmp_path, teacher):
@@ -213,32 +184,48 @@ def test_a_model_that_becomes_a_teacher_does_not_answer_from_the_cache_of_anothe
 ):
     spec = TeacherConfig(model=str(teacher), cache=tmp_path / "answers")
     lab = lab_of(config_of(tmp_path, teacher=spec))
-    name = lab.as_teacher(result(teacher))
+    made: Any = SimpleNamespace(name="student", folder=teacher)
+    name = lab.as_teacher(made)
     assert lab._teachers[name].spec == dataclasses.replace(spec, cache=None)
 
 
-def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_another(
-    tmp_path, teacher, monkeypatch
+@pytest.mark.usefixtures("teacher")
+def test_a_teacher_that_cannot_be_loaded_leaves_no_engine_of_others_and_the_first_is_measured(
+    tmp_path, monkeypatch
 ):
+    """A stage measures only a teacher that is alone in memory."""
     lab = lab_of(config_of(tmp_path))
     lab.teacher()
-    lab._teachers["second"] = lab._teachers["teacher"]
-    destroyed: list[str] = []
+    names = ("teacher", "second", "third")
+    lab._teachers |= dict.fromkeys(names, lab._teachers["teacher"])
+    measured, destroyed = list[str](), list[str]()
 
-    class Loaded:
-        def destroy(self) -> None:
-            destroyed.append("teacher")
-
-    def opened(name: str, stage: Any) -> Loaded:
-        if name == "second":
-            raise TeacherError("second cannot be loaded")
-        return Loaded()
+    def opened(name: str, stage: Any) -> Any:
+        if name == "third":
+            raise TeacherError("third cannot be loaded")
+        return SimpleNamespace(destroy=lambda: destroyed.append(name))
 
     monkeypatch.setattr(lab.pool, "open", opened)
+    monkeypatch.setattr(lab.pool, "_measure_opened", lambda name, _: measured.append(name))
 
-    with pytest.raises(TeacherError, match="second cannot be loaded"):
-        lab.train(stage_of(teachers=("teacher", "second")))
-    assert destroyed == ["teacher"]
+    with pytest.raises(TeacherError, match="third cannot be loaded"):
+        lab.train(stage_of(teachers=names))
+    assert measured == ["teacher"]
+    assert sorted(destroyed) == ["second", "teacher"]
+
+
+def test_kept_answers_are_part_of_a_teacher_and_each_kind_is_another(tmp_path, teacher):
+    def of_teacher(**spec: Any) -> dict[str, Any]:
+        keys = TeacherConfig(model=str(teacher), **spec)
+        return fingerprint(config_of(tmp_path, teacher=keys))
+
+    draws = ({}, {"cache_draws": 64}, {"cache_draws": 64, "cache_seed": 1}, {"cache_top_k": 8})
+    kept = [of_teacher(cache=tmp_path, **options) for options in draws]
+
+    plain = of_teacher()
+    assert of_teacher(cache_draws=16) == plain
+    assert kept[-1] == {**plain, "teachers.teacher.cached": 8}
+    assert all(one != other for one in kept for other in kept if one is not other)
 
 
 def test_a_teacher_that_was_only_moved_is_the_same(tmp_path, teacher):
@@ -246,18 +233,6 @@ def test_a_teacher_that_was_only_moved_is_the_same(tmp_path, teacher):
     moved = teacher.rename(tmp_path / "moved")
     after = fingerprint(config_of(tmp_path, teacher=TeacherConfig(model=str(moved))))
     assert differences(before, after) == ""
-
-
-def result(folder: Path) -> StageResult:
-    return StageResult(
-        name="student",
-        folder=folder,
-        metrics={"accuracy": 0.5},
-        steps=3,
-        seconds=1.0,
-        tokens_per_second=2.0,
-        peak_memory_bytes=4,
-    )
 
 
 def test_a_teacher_of_random_weights_that_is_not_trained_is_warned_about(tmp_path, caplog):

@@ -10,8 +10,6 @@ from tiny_runs import bert, write_reviews, write_text
 from transformers import AutoModelForSequenceClassification
 from whole_run import finish, finish_in
 
-from megakd.config.file import load_config
-
 
 @pytest.fixture(scope="module")
 def pretrained(one_rank, tmp_path_factory) -> Path:
@@ -22,12 +20,6 @@ def pretrained(one_rank, tmp_path_factory) -> Path:
     models["student"] = {"model": "from_teacher"}
     finish_in(one_rank, folder, task, method=method, **models)
     return folder
-
-
-def test_the_config_is_valid_and_starts_from_the_student(pretrained):
-    config = load_config(pretrained / "out" / "finetune.yaml")
-    assert config.method.name == "finetune"
-    assert config.student.model == str(pretrained / "out" / "final")
 
 
 def test_the_pruned_student_is_fine_tuned_on_a_users_task_with_it(one_rank, pretrained, tmp_path):

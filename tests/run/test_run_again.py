@@ -75,9 +75,10 @@ def test_models_are_timed_again_without_training_if_the_times_asked_for_change(
         assert read(out)["stages"] == read(whole_run.out)["stages"]
 
 
-def write_report(folder, *, ranks):
+def write_finished_run(config, *, ranks=1):
+    (config.output_dir / "config.yaml").write_text(dump_config(config))
     report = report_of(environment={"ranks": ranks})
-    (folder / "report.json").write_text(json.dumps(report))
+    (config.output_dir / "report.json").write_text(json.dumps(report))
 
 
 def test_a_finished_run_is_finished_for_other_ranks_that_share_the_rows_of_a_step(config, tmp_path):
@@ -88,9 +89,7 @@ def test_a_finished_run_is_finished_for_other_ranks_that_share_the_rows_of_a_ste
         split += [f"train.gradient_accumulation_steps={micro_batches}"]
         return load_config(config, [f"output_dir={tmp_path}", *split, *alone, *words])
 
-    of_run = asked(4, 3)
-    (tmp_path / "config.yaml").write_text(dump_config(of_run))
-    write_report(tmp_path, ranks=2)
+    write_finished_run(asked(4, 3), ranks=2)
 
     assert is_finished(asked(24, 1))
     assert is_finished(asked(8, 3, "student.deepspeed=zero3"))
@@ -111,8 +110,7 @@ def test_a_finished_run_is_finished_wherever_its_servers_are(tmp_path):
             config_tree(tmp_path, task, teacher={"model": "t"}, method=method, rollout=rollout)
         )
 
-    (tmp_path / "config.yaml").write_text(dump_config(asked("node1")))
-    write_report(tmp_path, ranks=1)
+    write_finished_run(asked("node1"))
 
     assert is_finished(asked("node7", time_limit=9))
     with pytest.raises(CheckpointError, match=r"rollout.server.model: 'student' there, 'other' h"):
@@ -122,9 +120,7 @@ def test_a_finished_run_is_finished_wherever_its_servers_are(tmp_path):
 @pytest.mark.parametrize("chooses", [False, True])
 def test_evaluations_that_choose_no_weights_may_change_after_the_run(config, tmp_path, chooses):
     words = [f"output_dir={tmp_path}", f"eval.keep_best={str(chooses).lower()}"]
-    of_run = load_config(config, [*words, "eval.eval_steps=6"])
-    (tmp_path / "config.yaml").write_text(dump_config(of_run))
-    write_report(tmp_path, ranks=1)
+    write_finished_run(load_config(config, [*words, "eval.eval_steps=6"]))
     changed = load_config(config, [*words, "eval.eval_steps=2"])
 
     if chooses:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from spoiling import assert_refused
-from tiny_runs import bert, write_text
+from tiny_runs import bert, text_task
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 from whole_run import finish, finish_in, forgotten, read, records
 
@@ -30,12 +30,7 @@ def masked_run(one_rank, tmp_path_factory) -> Path:
     finish_in(
         one_rank,
         folder,
-        {
-            "type": "mlm",
-            "dataset": str(write_text(folder / "stories.txt")),
-            "mlm_probability": 0.3,
-            "tokenizer": {"type": "wordpiece", "vocab_size": 320},
-        },
+        text_task(folder, "mlm", mlm_probability=0.3),
         teacher={"model": bert(2, width=24), "finetune": {"max_steps": 40}},
         student={"deepspeed": "zero3"},
         method={"name": "single"},

@@ -4,41 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megakd.config.models import TeacherConfig
 from megakd.contract.metric import MetricJudge
 from megakd.contract.stage import Constant, Pass, Strategy
 from megakd.errors import MegakdError
 from megakd.methods.knowledge_selection.selecting import RandomWeights
 from megakd.methods.minidisc import Sandwich, TradeoffJudge
 from megakd.methods.skdbert import Drawn
-from megakd.run import stage_identity
 from megakd.run.stage_identity import facts_of
 from megakd.scoring.scores import headline
-
-
-def facts_of_teacher(**spec: Any) -> Any:
-    ready = SimpleNamespace(spec=TeacherConfig(model="large", **spec))
-    config = SimpleNamespace(base_teachers=frozenset())
-    assembly: Any = SimpleNamespace(
-        config=config, teachers={"one": ready}, frozen_facts=lambda _: {"model": "m"}
-    )
-    return stage_identity._teacher(assembly, "one")
-
-
-def test_kept_answers_are_part_of_a_teacher_and_each_kind_is_another(tmp_path):
-    kept = [
-        facts_of_teacher(cache=tmp_path, **options)
-        for options in ({}, {"cache_draws": 64}, {"cache_draws": 64, "cache_seed": 1})
-    ]
-
-    assert facts_of_teacher(cache_draws=16) == facts_of_teacher() == {"model": "m"}
-    assert facts_of_teacher(cache=tmp_path, cache_top_k=8) == {"model": "m", "cached": 8}
-    assert all(one != other for one in kept for other in kept if one is not other)
 
 
 class Halving(Strategy):

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lab_scene import config_of, lab_of, pretend_one_rank, save_teacher, stage_of
 from whole_run import finish, forgotten, read
 
-from megakd.errors import TeacherError
-from megakd.run import run_lab as lab_module
 from megakd.run.teacher_pool import _read
 
 TEACHER = "stages/teacher-finetune"
@@ -79,25 +75,3 @@ def test_scores_of_other_rows_or_of_a_damaged_file_are_measured_again(
     assert read(killed)["teacher"] == read(out)["teacher"]
     path.write_text('{"facts": ')
     assert _read(path, {}) is None
-
-
-def test_a_stage_measures_only_a_teacher_that_is_alone_in_memory(tmp_path, monkeypatch):
-    pretend_one_rank(monkeypatch)
-    save_teacher(tmp_path / "teacher")
-    lab, measured = lab_of(config_of(tmp_path)), list[str]()
-    lab.teacher()
-    lab._teachers["second"] = lab._teachers["teacher"]
-
-    class Loaded:
-        def destroy(self) -> None: ...
-
-    def stage_run(*_args: Any, **_facts: Any) -> None:
-        raise TeacherError("all teachers are loaded")
-
-    monkeypatch.setattr(lab.pool, "open", lambda *_: Loaded())
-    monkeypatch.setattr(lab.pool, "_measure_opened", lambda name, _: measured.append(name))
-    monkeypatch.setattr(lab_module, "StageRun", stage_run)
-
-    with pytest.raises(TeacherError, match="all teachers are loaded"):
-        lab.train(stage_of(teachers=("teacher", "second")))
-    assert measured == ["teacher"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,11 +204,9 @@ def cases(data: Path) -> dict[str, Tree]:
     }
 
 
-def _case(name: str, data: Path) -> Tree:
-    return cases(data)[name]
-
-
-CASES: dict[str, Callable[[Path], Tree]] = {name: partial(_case, name) for name in cases(Path())}
+CASES: dict[str, Callable[[Path], Tree]] = {
+    name: lambda data, name=name: cases(data)[name] for name in cases(Path())
+}
 
 
 def classifier(folder: Path, layers: int) -> None:

@@ -60,7 +60,7 @@ def config_of(tmp_path: Path, **sections: Any) -> RunConfig:
     return RunConfig(**(defaults | sections))
 
 
-def prepared_of(config: RunConfig, content: str = "rows") -> RunInputs:
+def prepared_of(config: RunConfig, content: str = "rows", rows: Any = None) -> RunInputs:
     nothing: Any = None
     specs = {**config.teacher_specs, "student": config.student}
     tokenizer: Any = range(20)  # all that is asked of it here is its size
@@ -68,7 +68,7 @@ def prepared_of(config: RunConfig, content: str = "rows") -> RunInputs:
         config=config,
         splits=Splits(nothing, nothing, None, ("no", "yes"), ("accuracy",), content),
         metrics=TaskMetrics(names=("accuracy",), main=headline(["accuracy"])),
-        encoded=Encoded(nothing, nothing, None, content, 8.0),
+        encoded=Encoded(rows, rows, None, content, 8.0),
         tokenizer=tokenizer,
         sources={
             role: resolve_model(spec.model, config.task, where=f"{role}.model")
@@ -77,9 +77,10 @@ def prepared_of(config: RunConfig, content: str = "rows") -> RunInputs:
     )
 
 
-def lab_of(config: RunConfig, content: str = "rows") -> RunLab:
+def lab_of(config: RunConfig, content: str = "rows", rows: Any = None) -> RunLab:
+    """`rows` are those of the training, and those that are held out."""
     reporter: Any = None
-    return RunLab(prepared_of(config, content), ONE_RANK, reporter)
+    return RunLab(prepared_of(config, content, rows), ONE_RANK, reporter)
 
 
 def stage_of(**changes: Any) -> Stage:

@@ -16,6 +16,7 @@ from megakd.planning.cluster import Cluster
 from megakd.planning.phase_traces import Traces
 from megakd.planning.plan import Plan, plan_run
 from megakd.planning.planning_lab import planned_sources
+from megakd.planning.timeline import PhasePlan
 
 CLASSES = {"type": "classification", "dataset": "anything", "max_length": 16}
 CAUSAL = {**CLASSES, "type": "causal_lm"}
@@ -38,6 +39,12 @@ def plan_of(config: RunConfig, **cluster: Any) -> Plan:
     """The plan for two GPUs, unless `cluster` says otherwise."""
     place = Cluster(**{"device": "cuda", "ranks": 2, **cluster})
     return plan_run(config, place, advise=False, traces=TRACES)
+
+
+def trained(plan: Plan) -> PhasePlan:
+    """The phase that trains."""
+    (phase,) = (phase for phase in plan.phases if phase.flops)
+    return phase
 
 
 def per_call(config: RunConfig, *hidden_layers: int) -> int:

@@ -40,18 +40,20 @@ class Bench:
         return Path(shutil.copytree(self.teacher, self.folder / name, ignore=ignored))
 
 
-def assert_refused(outcome: Outcome, bench: Bench, *fragments: object) -> None:
-    """One message on standard error that holds the fragments, and nothing loaded or begun."""
-    message = (
-        outcome.err[outcome.err.index("megakd: error: ") :]
-        if "megakd: error" in outcome.err
-        else ""
-    )
+def assert_told(outcome: Outcome, *fragments: object) -> str:
+    """Return the message on standard error, which holds the fragments; nothing is loaded."""
     assert outcome.code == 2, outcome.err
+    message = outcome.err.partition("megakd: error: ")[2]
     for fragment in fragments:
         assert str(fragment) in message, message
-    assert len(message.splitlines()) == 1, message
     assert "Traceback" not in outcome.err + outcome.out
     assert outcome.out == ""
     assert outcome.loaded == ()
+    return message
+
+
+def assert_refused(outcome: Outcome, bench: Bench, *fragments: object) -> None:
+    """One line on standard error that holds the fragments, and nothing loaded or begun."""
+    message = assert_told(outcome, *fragments)
+    assert len(message.splitlines()) == 1, message
     assert not (bench.folder / "out" / "config.yaml").exists()

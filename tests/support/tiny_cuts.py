@@ -185,30 +185,6 @@ def order_of(model: PreTrainedModel, *, seed: int = 0) -> UnitOrder:
     return UnitOrder(tuple(map(shuffled, full.heads)), tuple(map(shuffled, full.neurons)))
 
 
-def masked(model: PreTrainedModel, view: View) -> PreTrainedModel:
-    """Makes a whole model compute what its view does: nothing comes out of what is left out.
-
-    What is left out whole adds no bias either.
-    """
-    architecture = architecture_of(model.config)
-    heads = architecture.heads(model.config)
-    size = heads.width * (heads.queries // heads.keys)
-    parts = [
-        (paths.output, kept * size)
-        for paths, kept in zip(architecture.attentions(model.config), view.heads, strict=True)
-    ]
-    feed_forwards = architecture.feed_forwards(model.config)
-    parts += [(p.output, kept) for p, kept in zip(feed_forwards, view.neurons, strict=True)]
-    for path, inputs in parts:
-        weight = model.get_parameter(f"{path}.weight").data
-        rows = weight if architecture.model_type.endswith("gpt2") else weight.T
-        rows[inputs:] = 0
-        bias = getattr(model.get_submodule(path), "bias", None)
-        if inputs == 0 and bias is not None:
-            bias.data.zero_()
-    return model
-
-
 def cut(model: PreTrainedModel, kind: str, view: View, order: UnitOrder | None = None):
     config = cut_config(model.config, view, order)
     made = AUTO[kind].from_config(config).eval()

@@ -63,12 +63,26 @@ def write_scored_pairs(folder: Path, *, train: int = 64, validation: int = 26) -
     return folder
 
 
+def pairs_task(folder: Path, **keys: Any) -> dict[str, Any]:
+    """The task of scored pairs that are written below a folder."""
+    columns = {"text_columns": ["first", "second"], "label_column": "similarity"}
+    data = str(write_scored_pairs(folder / "pairs"))
+    return {"type": "regression", "dataset": data, **columns, **keys}
+
+
 def write_text(path: Path, *, documents: int = 60) -> Path:
     """Documents of a few sentences, apart by blank lines."""
     rng = random.Random(0)
     texts = (". ".join(rng.choices(SENTENCES, k=rng.randint(1, 6))) for _ in range(documents))
     path.write_text("\n\n".join(f"{text}." for text in texts), encoding="utf-8")
     return path
+
+
+def text_task(folder: Path, kind: str = "causal_lm", **keys: Any) -> dict[str, Any]:
+    """The task of a text that is written into a folder, with a tokenizer of its words."""
+    tokenizer = {"type": "bpe" if kind == "causal_lm" else "wordpiece", "vocab_size": 320}
+    text = str(write_text(folder / "text.txt"))
+    return {"type": kind, "dataset": text, "tokenizer": tokenizer, **keys}
 
 
 def save_tokenizer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from one_rank import OneRank, Outcome
 from safetensors.torch import load_file
 from tiny_runs import bert, config_tree, run_in, write_config, write_reviews
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 ROWS, LABELLED, ROWS_PER_STEP, EPOCHS = 64, 32, 8, 4
 STEPS = EPOCHS * ROWS // ROWS_PER_STEP
@@ -61,16 +61,35 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def logits_by_hand(folder: Path, *texts: list[str]) -> tuple[PreTrainedModel, torch.Tensor]:
+    """As anyone would ask a classifier, without megakd's loading and batching; and the model."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    encoded = AutoTokenizer.from_pretrained(folder)(
+        *texts, padding=True, truncation=True, max_length=16, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return model, model(**encoded).logits
+
+
 def accuracy_by_hand(model_folder: Path, file: Path) -> float:
-    """As anyone would score a file, without megakd's loading, batching or metrics."""
-    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    """As anyone would score a file."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    texts, cut = [row["text"] for row in rows], {"truncation": True, "max_length": 16}
-    encoded = tokenizer(texts, padding=True, return_tensors="pt", **cut)
-    predicted = model(**encoded).logits.argmax(dim=1).tolist()
-    names = [model.config.id2label[number] for number in predicted]
+    model, logits = logits_by_hand(model_folder, [row["text"] for row in rows])
+    names = [model.config.id2label[number] for number in logits.argmax(dim=1).tolist()]
     return sum(name == row["label"] for name, row in zip(names, rows, strict=True)) / len(rows)
+
+
+def relabelled(model: Path, folder: Path, order: Sequence[int], names: Sequence[str]) -> Path:
+    """The classifier with these names of its outputs, which are in the given order."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("checksums.json"))
+    made = AutoModelForSequenceClassification.from_pretrained(model)
+    with torch.no_grad():
+        for parameter in made.classifier.parameters():
+            parameter.copy_(parameter[list(order)])
+    made.config.id2label = dict(enumerate(names))
+    made.config.label2id = {name: number for number, name in enumerate(names)}
+    made.save_pretrained(folder)
+    return folder
 
 
 def finish(one_rank: OneRank, config: Path, *overrides: str) -> Outcome:
@@ -119,12 +138,7 @@ def forgotten(
 ) -> Path:
     """A copy of a finished run as a kill would have left it, some steps into a stage.
 
-    Args:
-        out: the finished run.
-        folder: where the copy goes.
-        stage: that was going on.
-        after: the step of the checkpoint that is the last one.
-        following: stages that had not begun.
+    The last checkpoint of the stage is that `after` a step; `following` stages had not begun.
     """
     copy = Path(shutil.copytree(out, folder))
     (copy / "report.json").unlink()
