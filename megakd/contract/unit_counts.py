@@ -61,19 +61,11 @@ def second_targets(batch: Batch) -> Batch | None:
     return chosen.extended(second=None, is_rollout=rollouts)
 
 
-def _examples(batch: Batch) -> Tensor:
-    return batch.valid.any(dim=1).sum()
-
-
 def _targets(batch: Batch) -> Tensor:
     labels = batch.labels
     count = (~labels.isnan() if labels.is_floating_point() else labels != IGNORE).sum()
     second = batch.extras.second
     return count if second is None else count + (second.labels != IGNORE).sum()
-
-
-def _tokens(batch: Batch) -> Tensor:
-    return batch.valid.sum()
 
 
 def _targets_on(source: Source, batch: Batch) -> Tensor:
@@ -85,7 +77,11 @@ def _targets_on(source: Source, batch: Batch) -> Tensor:
 
 
 COUNTERS: Mapping[Unit, UnitCounter] = MappingProxyType(
-    {"examples": _examples, "targets": _targets, "tokens": _tokens}
+    {
+        "examples": lambda batch: batch.valid.any(dim=1).sum(),
+        "targets": _targets,
+        "tokens": lambda batch: batch.valid.sum(),
+    }
 )
 """The units of every run. A loss group may declare more in its `counters`."""
 SOURCE_UNITS: Mapping[Source, Unit] = MappingProxyType(

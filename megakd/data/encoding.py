@@ -84,7 +84,6 @@ class Encoded(NamedTuple):
 
     @property
     def held_out(self) -> Dataset:
-        """The split that the report's metrics are computed on."""
         return self.validation if self.test is None else self.test
 
 

@@ -44,7 +44,6 @@ class SecondTokens(NamedTuple):
     vocabulary: NDArray[np.int64]
 
     def contains(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return whether each token is of the second vocabulary."""
         return ids >= self.offset
 
     def targets(self, ids: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Targets:

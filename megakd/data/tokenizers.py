@@ -68,7 +68,6 @@ class VocabularyPair(NamedTuple):
 
     @property
     def offset(self) -> int:
-        """The number of the student's token 0 in the teacher's input."""
         return len(self.teacher)
 
     @property

@@ -41,7 +41,6 @@ class TorchModel:
 
     @torch.inference_mode()
     def logits(self, inputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
-        """Return the logits [B, C] or [B, T, V]."""
         return self.model(**inputs).logits.numpy()
 
 

@@ -185,7 +185,6 @@ class Architecture:
         return getattr(config, self.layers)
 
     def hidden_width(self, config: PretrainedConfig) -> int:
-        """Return the width D of the hidden states."""
         return getattr(config, self.width)
 
     def embedding_width(self, config: PretrainedConfig) -> int:
@@ -297,7 +296,6 @@ class Architecture:
         return self.units(config)._replace(head_width=width)
 
     def rotary_of(self, model: nn.Module) -> nn.Module | None:
-        """Return the module that makes rotary cosines and sines; None if the family has none."""
         return None if self.rotary is None else self.backbone_of(model).get_submodule(self.rotary)
 
     def of_the_task(self, name: str) -> bool:

@@ -308,7 +308,6 @@ class ElasticHeads(ElasticModule):
 
     @property
     def attention_head_size(self) -> int:
-        """The number of columns of each head, with which the attention splits its vectors."""
         cut, (axis, *_) = self.elasticity.views.current, self.elasticity.axes["heads"]
         if cut is None or axis is None:
             return vars(self)["attention_head_size"]
@@ -348,7 +347,6 @@ class ElasticSource(ElasticModule):
     """
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Return the module's output; reuse a shared output of the same inputs."""
         views = self.elasticity.views
         if views.shared is None:
             return super().__call__(*inputs, **options)

@@ -301,7 +301,6 @@ class FirstTokens(LogitsProcessor):
         self._count = count
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the logits [B, V] with -inf from `count` on."""
         del input_ids
         places = torch.arange(scores.shape[1], device=scores.device)
         return scores.masked_fill(places >= self._count, float("-inf"))

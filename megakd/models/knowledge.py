@@ -286,7 +286,6 @@ class BackThroughLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return zeros for the output, and the gradients of the vectors unchanged."""
         return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device), *gradients
 
 

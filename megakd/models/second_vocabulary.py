@@ -86,7 +86,6 @@ class SecondHead:
         self._second = second
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Return (weight [V, D], bias [V]); under ZeRO-3 only inside a module's forward."""
         return self._second.table.weight, self._second.bias
 
     @contextmanager

@@ -59,12 +59,10 @@ class ModelSource:
 
     @property
     def units(self) -> View:
-        """The units that can be cut; `head_width` is set if columns of heads can be cut."""
         return self.architecture.prunable(self.config)
 
     @property
     def fresh(self) -> ModelSource:
-        """The model of the same shape that starts from random weights."""
         return replace(self, folder=None, stored={})
 
     def with_dropout(self, dropout: float | None) -> ModelSource:

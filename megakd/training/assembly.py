@@ -185,7 +185,6 @@ class Assembly:
     @phase("models")
     @doing("loading a model")
     def student(self, stage: Stage) -> tuple[StudentEngine, StudentBundle]:
-        """Return the engine of the models that learn in this stage, and the bundle in it."""
         losses = self.losses(stage)
         losses.check()  # before anything is loaded
         ds = load_ds_config(stage.deepspeed, where=f"{self.config.key_of(stage.role)}.deepspeed")
@@ -228,7 +227,6 @@ class Assembly:
             add_adapters(learners[stage.role], source, task, lora, seed=self.config.seed)
 
     def second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
-        """Return the second vocabularies that the learners of a stage get, by role."""
         pair, student = self.prepared.pair, self.prepared.sources[STUDENT]
         if pair is None:
             return {}

@@ -53,7 +53,6 @@ class RankLoad:
         self.in_collectives = 0.0
 
     def watch(self, take: Callable[[], StepReport]) -> StepReport:
-        """Take a step and return its report."""
         number = self._trainer.step + 1
         if number & (number - 1):
             return take()

@@ -256,7 +256,6 @@ class WindowState(NamedTuple):
         return WindowState(tensors, file.getvalue())
 
     def write(self, folder: Path) -> None:
-        """Write the state into the folder of a stage that is not sealed yet."""
         (folder / TRAINING_STATE).mkdir()
         write_weights(folder / TRAINING_STATE, self.tensors)
         atomic.write_content(folder / TRAINING_STATE / REST, self.rest)

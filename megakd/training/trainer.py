@@ -79,7 +79,6 @@ class Trainer:
     watch: AnswerWatch = field(default_factory=AnswerWatch)
 
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
-        """Take an optimiser step on the micro-batches and return its report."""
         plan = self.strategy.passes(self.step)
         counts, parts = self.count_units(batches), dict[str, Tensor]()
         for batch, knowledge, is_last in self._answered(plan, batches):

@@ -127,7 +127,6 @@ class PruningStrategy(Strategy):
         return torch.rand(count, generator=generator, dtype=torch.float64)
 
     def _weight_scores(self, shard: Any) -> Tensor:
-        """Return the scores [n] of this rank's elements of a weight."""
         if self.course.scoring.score == "magnitude":
             return shard.weight.detach()
         kinds = (kind[shard.name] for kind in self._averages.values())

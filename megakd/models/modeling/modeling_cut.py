@@ -207,7 +207,6 @@ class _EmptyConv1D(Conv1D):
         _without_empty_parameters(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., I] to [..., O]; I or O is 0."""
         return _of_nothing(x, self.nf, self.bias)
 
 

@@ -46,7 +46,6 @@ class T5EncoderConfig(T5Config):
     head_columns: list[list[int]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Set the derived values, and check that the lists fit the layers."""
         if self.head_width is not None:
             self.d_kv = self.head_width
         super().__post_init__(**kwargs)
@@ -76,7 +75,6 @@ class EncT5Config(T5EncoderConfig):
     model_type = "enct5"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Set one decoder layer, for any T5 that the config was made from."""
         self.num_decoder_layers = 1
         super().__post_init__(**kwargs)
 
