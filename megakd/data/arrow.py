@@ -71,8 +71,8 @@ def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:
     write_tables(path, (cast("Any", pa).Table.from_pydict(one, schema) for one in batches))
 
 
-def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Write tables in Arrow's stream format, which `datasets` can memory-map."""
+def write_tables(path: Path, tables: Iterable[pa.Table]) -> bool:
+    """Write tables in Arrow's stream format, which `datasets` can memory-map, if there are any."""
     writer = None
     with pa.OSFile(str(path), "wb") as sink:
         for table in tables:
@@ -80,6 +80,7 @@ def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
             writer.write_table(table)
         if writer is not None:
             writer.close()
+    return writer is not None
 
 
 def read_rows(path: Path) -> Dataset:
