@@ -18,7 +18,8 @@ from megakd.config.schema import variants
 from megakd.contract.batch import Batch, Documents, Knowledge, LossInputs, copied_to
 from megakd.contract.stage import Stage, backward_groups
 from megakd.contract.terms import TermConfig
-from megakd.methods.knowledge_selection.selecting import Choosing, Selecting
+from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
+from megakd.methods.knowledge_selection.selecting import Selecting
 from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
 from megakd.models import packed_attention
 from megakd.models.architectures import FAMILIES
@@ -210,8 +211,8 @@ def test_every_method_stays_on_the_gpu(run_on_gpu, tmp_path, name):
 def test_knowledge_selection_reads_its_action_on_the_host():
     """The intended wait: the host has to know which losses of a step count."""
     shape = SelectorShape(student=2, teacher=3, kinds=("labels", "responses"), hidden=4)
-    choosing = Choosing(hard=False, threshold=0.5, noise=0.0, seed=1)
-    strategy = Selecting("teacher", Selector(shape), choosing, None)
+    config = KnowledgeSelectionConfig(name="knowledge_selection", noise=0.0)
+    strategy = Selecting("teacher", Selector(shape), config, None, seed=1)
     with pretended_cuda():
         answers = [Knowledge(hidden_states=(torch.zeros(4, 5, n, device=CUDA),)) for n in (2, 3)]
         batch = Batch({}, torch.zeros(4, device=CUDA), torch.ones(4, 5, device=CUDA) > 0)

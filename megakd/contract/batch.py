@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -257,11 +258,7 @@ class Knowledge(NamedTuple):
         )
 
     def detached(self) -> Knowledge:
-        """Return the outputs detached from the graph."""
-
-        def detach(tensor: Tensor) -> Tensor:
-            return tensor.detach()
-
+        detach = operator.methodcaller("detach")
         second = None if self.second is None else self.second.detached()
         return self.mapped(detach, detach, detach)._replace(second=second)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megakd.contract.batch import IGNORE, Batch, Documents, Extras, Knowledge, Targets
+from megakd.contract.batch import IGNORE, Batch, Documents, Knowledge
 
 
 class Part(NamedTuple):
@@ -17,20 +17,18 @@ class Part(NamedTuple):
 
     rows: its rows.
     length: its positions per row; the joined batch may have more.
-    targets, second: its predicted positions from the first and the second vocabulary.
+    targets: its predicted positions.
     """
 
     rows: slice
     length: int
     targets: slice
-    second: slice
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """Return the rows of all micro-batches of a task, padded to the longest row.
 
-    The rows have no numbers, and of `extras` only `second`: the others belong to the micro-batches,
-    and the models that answer do not read them.
+    The rows have no numbers and no `extras`: frozen models, which answer, have one vocabulary.
     """
     length = max(batch.valid.shape[1] for batch in batches)
     return Batch(
@@ -40,8 +38,7 @@ def joined(batches: Sequence[Batch]) -> Batch:
         },
         labels=torch.cat([_longer("labels", batch.labels, length) for batch in batches]),
         valid=torch.cat([_longer("valid", batch.valid, length) for batch in batches]),
-        targets=_targets([batch.targets for batch in batches], batches, length),
-        extras=Extras(second=_second(batches, length)),
+        targets=_targets(batches, length),
         documents=_documents(batches, length),
     )
 
@@ -57,30 +54,19 @@ def _longer(name: str, values: Tensor, length: int) -> Tensor:
     return functional.pad(values, (0, more), value=IGNORE if name == "labels" else 0)
 
 
-def _targets(
-    targets: Sequence[Tensor | None], batches: Sequence[Batch], length: int
-) -> Tensor | None:
+def _targets(batches: Sequence[Batch], length: int) -> Tensor | None:
     moved, first = [], 0
-    for numbers, batch in zip(targets, batches, strict=True):
-        if numbers is None:
+    for batch in batches:
+        if batch.targets is None:
             return None
         rows, shorter = batch.valid.shape
-        moved.append(_moved(numbers, shorter, length) + first * length)
+        moved.append(_moved(batch.targets, shorter, length) + first * length)
         first += rows
     return torch.cat(moved)
 
 
 def _moved(positions: Tensor, shorter: int, length: int) -> Tensor:
     return positions + positions.div(shorter, rounding_mode="floor") * (length - shorter)
-
-
-def _second(batches: Sequence[Batch], length: int) -> Targets | None:
-    known = [b.extras.second for b in batches if b.extras.second is not None]
-    if len(known) < len(batches):
-        return None
-    positions = _targets([second.positions for second in known], batches, length)
-    labels = torch.cat([second.labels for second in known])
-    return None if positions is None else Targets(positions, labels)
 
 
 def _documents(batches: Sequence[Batch], length: int) -> Documents | None:
@@ -102,19 +88,12 @@ def _documents(batches: Sequence[Batch], length: int) -> Documents | None:
 
 def parts_of(batches: Sequence[Batch]) -> Iterator[Part]:
     """Yield the places of the micro-batches in `joined(batches)`."""
-    row = target = second = 0
+    row = target = 0
     for batch in batches:
         rows, length = batch.valid.shape
         targets = 0 if batch.targets is None else len(batch.targets)
-        second_targets = batch.extras.second
-        others = 0 if second_targets is None else len(second_targets.positions)
-        yield Part(
-            slice(row, row + rows),
-            length,
-            slice(target, target + targets),
-            slice(second, second + others),
-        )
-        row, target, second = row + rows, target + targets, second + others
+        yield Part(slice(row, row + rows), length, slice(target, target + targets))
+        row, target = row + rows, target + targets
 
 
 def part_of(outputs: Knowledge, part: Part) -> Knowledge:
@@ -126,7 +105,4 @@ def part_of(outputs: Knowledge, part: Part) -> Knowledge:
     def hidden(values: Tensor) -> Tensor:  # [N, D] at the targets, or [B, T, D]
         return values[part.targets] if values.dim() == 2 else cut(values)
 
-    second = outputs.second
-    if second is not None and second.hidden is not None:
-        second = second._replace(hidden=second.hidden[part.second])
-    return outputs.mapped(lambda logits: logits[part.rows], hidden, cut)._replace(second=second)
+    return outputs.mapped(lambda logits: logits[part.rows], hidden, cut)

@@ -109,13 +109,10 @@ class FromPackage:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         del source, handler
-        return core_schema.no_info_plain_validator_function(
-            self.validated, serialization=core_schema.plain_serializer_function_ser_schema(_as_json)
+        as_json = core_schema.plain_serializer_function_ser_schema(
+            lambda options: TypeAdapter(type(options)).dump_python(options, mode="json")
         )
-
-
-def _as_json(options: Any) -> Any:
-    return TypeAdapter(type(options)).dump_python(options, mode="json")
+        return core_schema.no_info_plain_validator_function(self.validated, serialization=as_json)
 
 
 def wrong_options(kind: Any, base: type, methods: tuple[str, ...]) -> str | None:

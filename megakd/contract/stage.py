@@ -76,7 +76,10 @@ class StepReport:
 
 
 class Teacher(Protocol):
-    """A frozen model that answers one micro-batch at a time; a collective under ZeRO-3."""
+    """A frozen model that answers one micro-batch at a time; a collective under ZeRO-3.
+
+    By default, a step asks for one micro-batch after the other, and nothing is prepared or freed.
+    """
 
     def __call__(self, batch: Batch) -> Knowledge:
         """Return the outputs for a micro-batch that the student's losses need, detached."""
@@ -84,15 +87,13 @@ class Teacher(Protocol):
 
     def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
         """Yield the outputs for every micro-batch of a step, in order."""
-        ...
+        return map(self, batches)
 
     def prefetch(self) -> None:
         """Prepare for the next step, which uses this teacher."""
-        ...
 
     def evict(self) -> None:
         """Free device memory: the next step uses other teachers."""
-        ...
 
 
 class Strategy:

@@ -33,16 +33,14 @@ def without_source(name: str) -> str:
 
 
 def of_source(batch: Batch, source: Source) -> Tensor:
-    """Return bool, shaped like `batch.target_labels`: True at positions of a source.
+    """Return bool [B, T] on the CPU: True at positions of a source.
 
-    The result is on the CPU, as `is_rollout` is, and on the batch's device only if the batch has
-    `targets`. Without `is_rollout`, all positions are data.
+    Without `is_rollout`, all positions are data. Only a causal_lm, which predicts all positions,
+    has texts of two sources.
     """
     rollouts = batch.extras.is_rollout
     if rollouts is None:
         rollouts = batch.valid.new_zeros(batch.labels.shape, device="cpu")
-    if batch.targets is not None:
-        rollouts = copied_to(rollouts, batch.targets.device).flatten()[batch.targets]
     return rollouts if source == "rollouts" else ~rollouts
 
 
@@ -53,16 +51,8 @@ def second_targets(batch: Batch) -> Batch | None:
     """
     if batch.extras.second is None:
         return None
-    positions, labels = batch.extras.second
-    rollouts = batch.extras.is_rollout
-    if rollouts is not None:
-        rollouts = copied_to(rollouts, positions.device).flatten()[positions]
-    chosen = batch._replace(labels=labels, targets=None)
-    return chosen.extended(second=None, is_rollout=rollouts)
-
-
-def _examples(batch: Batch) -> Tensor:
-    return batch.valid.any(dim=1).sum()
+    labels = batch.extras.second.labels
+    return batch._replace(labels=labels, targets=None).extended(second=None)
 
 
 def _targets(batch: Batch) -> Tensor:
@@ -72,20 +62,17 @@ def _targets(batch: Batch) -> Tensor:
     return count if second is None else count + (second.labels != IGNORE).sum()
 
 
-def _tokens(batch: Batch) -> Tensor:
-    return batch.valid.sum()
-
-
 def _targets_on(source: Source, batch: Batch) -> Tensor:
-    labels = batch.target_labels
-    is_of_source = copied_to(of_source(batch, source), labels.device)
-    count = ((labels != IGNORE) & is_of_source).sum()
-    second = second_targets(batch)
-    return count if second is None else count + _targets_on(source, second)
+    is_of_source = copied_to(of_source(batch, source), batch.labels.device)
+    return ((batch.labels != IGNORE) & is_of_source).sum()
 
 
 COUNTERS: Mapping[Unit, UnitCounter] = MappingProxyType(
-    {"examples": _examples, "targets": _targets, "tokens": _tokens}
+    {
+        "examples": lambda batch: batch.valid.any(dim=1).sum(),
+        "targets": _targets,
+        "tokens": lambda batch: batch.valid.sum(),
+    }
 )
 """The units of every run. A loss group may declare more in its `counters`."""
 SOURCE_UNITS: Mapping[Source, Unit] = MappingProxyType(

@@ -12,12 +12,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features
-from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import generate_fingerprint
 from numpy.typing import NDArray
 
@@ -68,14 +67,12 @@ def remembered_of(path: Path, compute: Callable[[], T], *parts: object) -> T:
 
 def write_rows(rows: Iterable[Row], features: Features, path: Path) -> None:
     """Write rows as a stream into an Arrow file that `read_rows` can read."""
-    with ArrowWriter(features=features, path=str(path)) as writer:
-        for batch in _batches(rows, tuple(features)):
-            writer.write_batch(batch)
-        writer.finalize()
+    schema, batches = features.arrow_schema, _batches(rows, tuple(features))
+    write_tables(path, (cast("Any", pa).Table.from_pydict(one, schema) for one in batches))
 
 
-def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Write tables in Arrow's stream format, which `datasets` can memory-map."""
+def write_tables(path: Path, tables: Iterable[pa.Table]) -> bool:
+    """Write tables in Arrow's stream format, which `datasets` can memory-map, if there are any."""
     writer = None
     with pa.OSFile(str(path), "wb") as sink:
         for table in tables:
@@ -83,6 +80,7 @@ def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
             writer.write_table(table)
         if writer is not None:
             writer.close()
+    return writer is not None
 
 
 def read_rows(path: Path) -> Dataset:

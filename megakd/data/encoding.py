@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from megakd.data.collation import columns_of
 from megakd.data.rows import TextStream
 from megakd.data.splits import Splits
 from megakd.data.tables import BadRows
-from megakd.data.token_tables import check_room_for_text, tables_of_texts, with_tokens
+from megakd.data.token_tables import check_room_for_text, tables_of_texts
 from megakd.errors import DataError
 from megakd.storage.atomic import sha256_of, write_json
 from megakd.storage.checksums import files_of
@@ -141,33 +141,21 @@ def encode_rows(
     check_room_for_text(next(iter(rows.values())), tokenizer, task)
     key = encoded_key(rows, tokenizer, task, content_hash=content_hash)
     counts: CountsByName = {}
-    tables = {
-        name: _encoded(split, tokenizer, task, name=name, counts=counts)
-        for name, split in rows.items()
-    }
-    made = cached_tables(tables, key, cache_dir=cache_dir, counts=counts)
+
+    def encoded(name: str) -> Iterator[pa.Table]:
+        bad = BadRows(task.bad_rows)
+        yield from tables_of(rows[name], tokenizer, task, name=name, counts=counts, bad=bad)
+        bad.finish()
+
+    def empty(name: str) -> DataError:
+        mine = {one: part for one, part in counts.items() if one.partition("/")[0] == name}
+        return no_tokens(rows[name], task, split=name, counts=mine)
+
+    tables = {name: encoded(name) for name in rows}
+    made = cached_tables(tables, key, cache_dir=cache_dir, empty=empty, counts=counts)
     if counts := counts_of(cache_dir, key):
         say_chat(made, counts, tokenizer)
     return made, key
-
-
-def _encoded(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskConfig,
-    *,
-    name: str,
-    counts: CountsByName,
-) -> Iterator[pa.Table]:
-    counted: CountsByName = {}
-
-    def tables() -> Iterator[pa.Table]:
-        bad = BadRows(task.bad_rows)
-        yield from tables_of(rows, tokenizer, task, name=name, counts=counted, bad=bad)
-        bad.finish()
-
-    yield from with_tokens(tables(), lambda: no_tokens(rows, task, split=name, counts=counted))
-    counts |= counted
 
 
 def tables_of(
@@ -214,14 +202,19 @@ def cached_tables(
     key: str,
     *,
     cache_dir: Path,
+    empty: Callable[[str], DataError],
     counts: Mapping[str, ChatCounts] = MappingProxyType({}),
 ) -> dict[str, Dataset]:
-    """Return encoded rows by name, memory-mapped; `tables` are read if the key has no folder."""
+    """Return encoded rows by name, memory-mapped; `tables` are read if the key has no folder.
+
+    `empty` returns the error of rows without a table.
+    """
 
     def build(folder: Path) -> None:
         logger.info("encoding the rows of %s", ", ".join(tables))
         for name, made in tables.items():
-            write_tables(folder / f"{name}.arrow", made)
+            if not write_tables(folder / f"{name}.arrow", made):
+                raise empty(name)
         if counts:
             write_json(folder / COUNTS, {name: asdict(tally) for name, tally in counts.items()})
 

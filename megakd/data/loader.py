@@ -110,7 +110,6 @@ class StepLoader(BatchSource):
         return tuple(self._micro_batch(index, rows[part]) for part in parts)
 
     def iterate(self, start: int, stop: int) -> Generator[tuple[Batch, ...], None, None]:
-        """Yield the steps from `start` up to, excluding, `stop`, prepared by `made_ahead`."""
         steps = (partial(self.step, index) for index in range(start, stop))
         with closing(made_ahead(steps)) as futures:
             for step in futures:

@@ -14,7 +14,7 @@ tokenizers that do not cut texts at white space before they look for pieces.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
@@ -35,16 +35,6 @@ WORD_STARTS = "word_starts"
 _IDS = pa.list_(pa.int32())
 CHARACTERS_AT_ONCE = 4_000_000
 """Characters of texts from which on a call of the tokenizer takes no further text."""
-
-
-def with_tokens(tables: Iterable[pa.Table], error: Callable[[], DataError]) -> Iterator[pa.Table]:
-    """Yield tables, at least one."""
-    empty = True
-    for table in tables:
-        empty = False
-        yield table
-    if empty:
-        raise error()
 
 
 def check_room_for_text(

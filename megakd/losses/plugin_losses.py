@@ -26,7 +26,6 @@ class PluginLoss(TermGroup):
             self.needs = self.needs.with_hidden(*range(layers + 1))
 
     def forward(self, reading: LossInputs) -> Evaluated:
-        """Weight and normalise the sum that the package returns."""
         total = self.term.total(reading.student, reading.teacher, reading.batch)
         if not isinstance(total, Tensor) or total.dim() != 0:
             given = f"shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total)

@@ -87,11 +87,9 @@ def answers_of(folder: Path, texts: Sequence[str], *, new_tokens: int = 64) -> I
         if "token_type_ids" in encoded and not has_token_types(config):
             encoded["token_type_ids"].zero_()
         logits = model.logits({name: encoded[name] for name in encoded if name in model.inputs})
-        answer = _filled if task == "ForMaskedLM" else _classified
-        yield from (
-            answer(row, ids, config, tokenizer)
-            for row, ids in zip(logits, encoded["input_ids"], strict=True)
-        )
+        for row, ids in zip(logits, encoded["input_ids"], strict=True):
+            is_masked = task == "ForMaskedLM"
+            yield _filled(row, ids, tokenizer) if is_masked else _classified(row, config.id2label)
 
 
 _GENERATES = ("ForCausalLM", "LMHeadModel")
@@ -129,23 +127,16 @@ def _encoded(
     )
 
 
-def _classified(
-    logits: NDArray[np.float32], ids: Tensor, config: PretrainedConfig, tokenizer: Any
-) -> Answer:
-    del ids, tokenizer
+def _classified(logits: NDArray[np.float32], names: Any) -> Answer:
     if len(logits) == 1:
         return {"value": float(logits[0])}
     shares = torch.from_numpy(logits).softmax(-1).tolist()
-    names: Any = config.id2label
     best = max(range(len(shares)), key=shares.__getitem__)
     probabilities = {names[number]: share for number, share in enumerate(shares)}
     return {"label": names[best], "probability": shares[best], "probabilities": probabilities}
 
 
-def _filled(
-    logits: NDArray[np.float32], ids: Tensor, config: PretrainedConfig, tokenizer: Any
-) -> Answer:
-    del config
+def _filled(logits: NDArray[np.float32], ids: Tensor, tokenizer: Any) -> Answer:
     places = (ids == tokenizer.mask_token_id).nonzero().flatten().tolist()
     if not places:
         text = tokenizer.decode(ids, skip_special_tokens=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -33,7 +32,7 @@ from megakd.models.generation import generation_file
 from megakd.models.label_order import label_order, set_labels
 from megakd.models.layers import naming, renumbered, without_layers
 from megakd.models.lora import adapter_config, merged_state
-from megakd.models.model_folder import Extra, write_model_folder
+from megakd.models.model_folder import Extra, ModelContent, write_model_folder
 from megakd.models.own_models import OWN_MODELS
 from megakd.models.second_vocabulary import FILE, second_vocabulary, without_second_vocabulary
 from megakd.models.source import ModelSource
@@ -123,42 +122,28 @@ def cut_state(
             yield name, cut_part(tensor, of_tensor, Cut(order, view))
 
 
-class Learned(NamedTuple):
-    """A model to write.
-
-    state: names and tensors; every rank must iterate to the end.
-    extra: further files of the model by name, see `write_model_folder`.
-    """
-
-    config: PretrainedConfig
-    state: Iterator[tuple[str, Tensor]]
-    tokenizer: PreTrainedTokenizerBase | None
-    architecture: str
-    extra: Extra = MappingProxyType({})
-
-    @staticmethod
-    def of(
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase | None,
-        *,
-        cut: Cut | None = None,
-        learns: bool = False,
-    ) -> Learned:
-        """Return a model of an engine; for `learns` see `cut_config`."""
-        whole, state = model.config, gathered_state(model)
-        if cut is None or cut.view is None:
-            extra: dict[str, Any] = {}
-            if adapter_config(model) is not None:
-                state, files = merged_state(model)
-                extra |= files
-            if second_vocabulary(model) is not None:
-                state, extra[FILE] = without_second_vocabulary(state)
-            return Learned(whole, state, tokenizer, type(model).__name__, extra)
-        config = cut_config(whole, cut.view, cut.order, learns=learns)
-        state = cut_state(state, weight_axes(model), cut.view, cut.order)
-        state = state if learns else rescaled(state, whole, cut.view)
-        named = renumbered(state, whole, cut.view)
-        return Learned(config, named, tokenizer, cut_class_name(model, config))
+def content_of(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    cut: Cut | None = None,
+    learns: bool = False,
+) -> ModelContent:
+    """Return what is written of a model of an engine; for `learns` see `cut_config`."""
+    whole, state = model.config, gathered_state(model)
+    if cut is None or cut.view is None:
+        extra: dict[str, Any] = {}
+        if adapter_config(model) is not None:
+            state, files = merged_state(model)
+            extra |= files
+        if second_vocabulary(model) is not None:
+            state, extra[FILE] = without_second_vocabulary(state)
+        return ModelContent(whole, state, tokenizer, type(model).__name__, extra)
+    config = cut_config(whole, cut.view, cut.order, learns=learns)
+    state = cut_state(state, weight_axes(model), cut.view, cut.order)
+    state = state if learns else rescaled(state, whole, cut.view)
+    named = renumbered(state, whole, cut.view)
+    return ModelContent(config, named, tokenizer, cut_class_name(model, config))
 
 
 def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
@@ -199,14 +184,9 @@ def reshape_folder(  # noqa: PLR0913  (each is another fact about the model)
         state = ((n, t[rows] if n.rpartition(".")[0] in outputs else t) for n, t in state)
     state = rescaled(cut_state(state, axes, view, order), whole, view)
     settings = generation_file(source, tokenizer) if task.type == "causal_lm" else {}
-    write_model_folder(
-        folder,
-        config=config,
-        state=renumbered(state, whole, view),
-        tokenizer=tokenizer,
-        architecture=type(cut).__name__,
-        extra={**settings, **(extra or {})},
-    )
+    state, extra = renumbered(state, whole, view), {**settings, **(extra or {})}
+    content = ModelContent(config, state, tokenizer, type(cut).__name__, extra)
+    write_model_folder(folder, content)
 
 
 def _check_order(order: UnitOrder | None, units: View) -> None:

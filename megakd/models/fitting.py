@@ -23,7 +23,7 @@ from megakd.models.architectures import (
     context_length,
     counts_padding,
 )
-from megakd.models.label_order import label_order, labels_agree, set_labels
+from megakd.models.label_order import label_order, labels_agree, listed, set_labels
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 from megakd.models.weights import StoredExperts, StoredTensor, WeightReader
@@ -117,7 +117,7 @@ def _check_head(
     lacking = [name for name in match.missing if source.architecture.of_the_task(name)]
     if lacking:
         raise ModelError(
-            f"{source.where}: {source.folder} has no head for {task.type} ({_some(lacking)} "
+            f"{source.where}: {source.folder} has no head for {task.type} ({listed(lacking, 3)} "
             "missing); set teacher.finetune or give a folder that was fine-tuned for the task"
         )
     if task.type == "regression" and source.config.num_labels != 1:
@@ -133,8 +133,8 @@ def _check_tensors(match: Match, source: ModelSource, model: PreTrainedModel) ->
     if lacking:
         raise ModelError(
             f"{source.where}: {source.folder} lacks {len(lacking)} weights of a "
-            f"{source.config.model_type} model ({_some(lacking)}); check that config.json and the "
-            "weights belong to the same model"
+            f"{source.config.model_type} model ({listed(lacking, 3)}); check that config.json and "
+            "the weights belong to the same model"
         )
     tensors = model.state_dict(keep_vars=True)
     for name, stored in match.stored.items():
@@ -163,10 +163,6 @@ def _check_ties(model: PreTrainedModel, source: ModelSource) -> None:
                 f"{source.where}: config.json ties {one} to {other}, and the weights hold"
                 " different values for them; set tie_word_embeddings to false in config.json"
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def match_names(

@@ -88,6 +88,6 @@ def _finetune(where: str) -> str:
     return f"set {owner}.finetune or " if owner.startswith("teacher") else ""
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], most: int = 5) -> str:
     """Return the first names as text for a message."""
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

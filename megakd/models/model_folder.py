@@ -10,7 +10,8 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -38,78 +39,55 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Extra = Mapping[str, str | bytes | Callable[[], str | bytes]]
 
 
-def write_model_folder(
-    folder: Path,
-    *,
-    config: PretrainedConfig,
-    state: Iterable[tuple[str, Tensor]],
-    tokenizer: PreTrainedTokenizerBase | None,
-    architecture: str | None = None,
-    extra: Extra | None = None,
-) -> None:
+class ModelContent(NamedTuple):
+    """A model to write.
+
+    state: names and tensors; every rank must iterate to the end.
+    extra: small files that belong to the folder, by name: README.md, result.json. A function is
+        called after the weights are written.
+    """
+
+    config: PretrainedConfig
+    state: Iterator[tuple[str, Tensor]]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    architecture: str | None = None
+    extra: Extra = MappingProxyType({})
+
+
+def write_model_folder(folder: Path, model: ModelContent) -> None:
     """Write a model folder completely or not at all; call on the rank that writes.
 
     If transformers lacks the class of the model, the file of the class is written beside the
-    weights, so that plain transformers loads the folder with `trust_remote_code=True`.
-
-    Args:
-        folder: replaced as a whole after everything is written and synced.
-        state: names and tensors; at most 256 MB and one tensor are held at a time. The iterator is
-            consumed even if writing fails, because it may contain collectives.
-        extra: small files that belong to the folder, by name: README.md, result.json. A function
-            is called after the weights are written.
+    weights, so that plain transformers loads the folder with `trust_remote_code=True`. The folder
+    is replaced as a whole after everything is written and synced. At most 256 MB and one tensor are
+    held at a time. The state is consumed even if writing fails, because it may contain collectives.
     """
-    tensors = iter(state)
     try:
         with sealed_folder(folder) as temporary:
-            fill_model_folder(
-                temporary,
-                config=config,
-                state=tensors,
-                tokenizer=tokenizer,
-                architecture=architecture,
-                extra=extra,
-            )
+            fill_model_folder(temporary, model)
     finally:
-        deque(tensors, maxlen=0)
+        deque(model.state, maxlen=0)
 
 
-def fill_model_folder(
-    folder: Path,
-    *,
-    config: PretrainedConfig,
-    state: Iterable[tuple[str, Tensor]],
-    tokenizer: PreTrainedTokenizerBase | None,
-    architecture: str | None,
-    extra: Extra | None,
-) -> None:
+def fill_model_folder(folder: Path, model: ModelContent) -> None:
     """Write the files of `write_model_folder` into a folder that the caller seals."""
-    dtype = write_weights(folder, state)
-    _write_config(folder, config, dtype, architecture, tokenizer)
-    if config.model_type in OWN_MODELS:
-        file = OWN_MODELS[config.model_type].file
+    fill_serving_folder(folder, model)
+    if model.config.model_type in OWN_MODELS:
+        file = OWN_MODELS[model.config.model_type].file
         shutil.copyfile(file, folder / file.name)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
-    for name, content in (extra or {}).items():
+    if model.tokenizer is not None:
+        save_tokenizer(model.tokenizer, folder)
+    for name, content in model.extra.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_content(folder / name, content() if callable(content) else content)
 
 
 def fill_serving_folder(
-    folder: Path,
-    *,
-    config: PretrainedConfig,
-    state: Iterable[tuple[str, Tensor]],
-    architecture: str,
-    shard_bytes: int,
+    folder: Path, model: ModelContent, *, shard_bytes: int | None = None
 ) -> None:
-    """Write the weights and the config for an inference server into a folder.
-
-    Names and bytes of the tensors are those of `fill_model_folder`.
-    """
-    dtype = write_weights(folder, state, shard_bytes=shard_bytes)
-    _write_config(folder, config, dtype, architecture, None)
+    """Write the weights and the config into a folder, which an inference server can read."""
+    dtype = write_weights(folder, model.state, shard_bytes=shard_bytes)
+    _write_config(folder, model, dtype)
 
 
 def write_weights(
@@ -209,17 +187,11 @@ def hub_id(spec: str) -> str | None:
     return spec if is_id and not Path(spec).exists() else None
 
 
-def _write_config(
-    folder: Path,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    architecture: str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    config = copy.deepcopy(config)
+def _write_config(folder: Path, model: ModelContent, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(model.config)
     config.dtype = dtype
-    if architecture is not None:
-        config.architectures = [architecture]
+    if model.architecture is not None:
+        config.architectures = [model.architecture]
     ours = OWN_MODELS.get(config.model_type)
     if ours is not None:
         config.auto_map = ours.auto_map
@@ -230,7 +202,7 @@ def _write_config(
     decoder = ours.models.get("AutoModelForCausalLM") if ours else None
     stock = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if (decoder.__name__ if decoder else stock) in (config.architectures or ()):
-        _generation(config, tokenizer).to_json_file(folder / "generation_config.json")
+        _generation(config, model.tokenizer).to_json_file(folder / "generation_config.json")
 
 
 def _generation(

@@ -455,7 +455,7 @@ def _answers_to_parts(batch: Batch, answers: Mapping[str, Knowledge]) -> dict[st
         if part.extras.within is not None:
             rows, length = part.valid.shape
             targets = 0 if part.targets is None else len(part.targets)
-            cut[name] = part_of(answer, Part(slice(rows), length, slice(targets), slice(0)))
+            cut[name] = part_of(answer, Part(slice(rows), length, slice(targets)))
     return cut
 
 

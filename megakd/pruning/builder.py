@@ -132,8 +132,6 @@ class Shapes:
         self._weights: dict[str, Weights] = {}
 
     def largest_first(self) -> tuple[str, ...]:
-        """Return the names of all teachers by number of weights, the largest first."""
-
         def size(name: str) -> int:
             weights = self._weights_of(self._sources[name])
             return parameter_counts((n, shape) for n, shape, _ in weights).parameters
@@ -141,11 +139,9 @@ class Shapes:
         return tuple(sorted(self.config.teacher_specs, key=size, reverse=True))
 
     def unscored(self) -> SortedTeacher:
-        """Return the teacher with equal scores of all units, to check a grid of sparsities."""
         return unscored(self._sources[TEACHER])
 
     def has_stock_config(self, source: ModelSource, view: View) -> bool:
-        """Return whether transformers' own class of the family can have the shape of a cut."""
         try:
             return not cut_config(source.config, view).model_type.startswith(CUT)
         except ModelError:
@@ -187,7 +183,6 @@ class ModelPruning(Shapes):
     def sorted_teacher(
         self, teacher: str, split: str, *, batch_size: int, residual: bool
     ) -> SortedTeacher:
-        """Return a teacher with sorted units and the same outputs; see `contract.lab`."""
         self._close()
         ready = self.assembly.teachers[teacher]
 
@@ -212,7 +207,6 @@ class ModelPruning(Shapes):
         return SortedTeacher(source=self._source(result.folder), scores=scores)
 
     def layer_scores(self, teacher: str) -> tuple[float, ...]:
-        """Return the importance of each layer of a teacher; measured once."""
         self._close()
         ready = self.assembly.teachers[teacher]
         rows = few(self.assembly.prepared.encoded.validation, self.config.task.type)
@@ -231,7 +225,6 @@ class ModelPruning(Shapes):
     def relative_times(
         self, source: ModelSource, views: Mapping[str, View], name: str, work: TimedWork
     ) -> Mapping[str, float]:
-        """Return the times of cuts of a model relative to the whole; see `contract.lab`."""
         self._close()
         rows = self.assembly.prepared.encoded.validation
 

@@ -28,7 +28,7 @@ from megakd.reports.samples import held_out_prompts
 from megakd.scoring.scores import numbers
 from megakd.storage import atomic
 from megakd.storage.fingerprint import Fingerprint, as_read_back, flatten
-from megakd.teachers.cached import CachedSteps, CachedTeacher
+from megakd.teachers.cached import CachedTeacher
 from megakd.teachers.frozen import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from megakd.servers.teachers import ServedTeacher
     from megakd.training.assembly import Assembly
 
-    Opened = FrozenTeacher | CachedTeacher | CachedSteps | ServedTeacher
+    Opened = FrozenTeacher | CachedTeacher | ServedTeacher
 
 
 class Measured(NamedTuple):
@@ -123,7 +123,10 @@ class TeacherPool:
         needs = losses.teacher_needs()
         teacher = self.assembly.frozen(ready.source, spec, dtype=dtype, needs=needs)
         self._ask(teacher, name, stage, needs)
-        return teacher if cached is None else CachedSteps(cached, teacher)
+        if cached is None:
+            return teacher
+        cached.model = teacher
+        return cached
 
     def cache_folder(self, name: str) -> Path:
         """Return the folder of a teacher's cached answers."""

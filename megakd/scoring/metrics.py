@@ -243,17 +243,11 @@ def classifier_report(
     for pair, number in zip(pairs, numbers, strict=True):
         label, guessed = (label_names[int(n)] for n in divmod(pair, classes))
         confusion[label][guessed] = int(number)
-    right, rows, predictions = (
-        np.bincount(of, minlength=classes) for of in (truths[truths == guesses], truths, guesses)
-    )
-    # As in scikit-learn, a score without rows is 0.
-    scores = (
-        share / np.maximum(1, whole)
-        for share, whole in ((right, predictions), (right, rows), (2 * right, rows + predictions))
-    )
-    columns = (column.tolist() for column in (*scores, rows))
+    scores = _sklearn("precision_recall_fscore_support")
+    parts = scores(truths, guesses, labels=range(classes), zero_division=0)
+    columns = (part.tolist() for part in parts)
     per_class: list[ClassReport] = [
-        {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": number}
+        {"label": label, "precision": precision, "recall": recall, "f1": f1, "rows": int(number)}
         for label, precision, recall, f1, number in zip(label_names, *columns, strict=True)
     ]
     return {

@@ -31,10 +31,10 @@ from megakd.engine.collectives import agree, on_main, together
 from megakd.engine.sharding import full_shape, is_first_rank
 from megakd.errors import ServerError
 from megakd.inputs.inputs import RunInputs
-from megakd.models.cutting import Learned
+from megakd.models.cutting import content_of
 from megakd.models.generation import generation_config_of, listed_ends
 from megakd.models.lora import adapter_files
-from megakd.models.model_folder import fill_serving_folder
+from megakd.models.model_folder import ModelContent, fill_serving_folder
 from megakd.models.source import ModelSource
 from megakd.rollouts.generators import text_tokens
 from megakd.rollouts.prompts import Prompts, prompts_of
@@ -202,12 +202,12 @@ class FullPush:
         """Give all servers the weights that the student has now; a collective."""
         target = self._folder / f"version-{version}"
         name = f"{self._folder.name}-{version}"
-        learned = Learned.of(self._model, None)
+        learned = content_of(self._model, None)
         together(lambda: self._write(target, learned))
         on_main(lambda: _each(self._servers, lambda server: server.load_weights(target, name)))
         return Pushed(weights=name)
 
-    def _write(self, target: Path, learned: Learned) -> None:
+    def _write(self, target: Path, learned: ModelContent) -> None:
         # Every rank iterates over the state, which contains collectives.
         try:
             if is_first_rank():
@@ -222,13 +222,7 @@ class FullPush:
                         "or name another folder"
                     )
                 with atomic.replaced_folder(target) as temporary:
-                    fill_serving_folder(
-                        temporary,
-                        config=learned.config,
-                        state=learned.state,
-                        architecture=learned.architecture,
-                        shard_bytes=SHARD_BYTES,
-                    )
+                    fill_serving_folder(temporary, learned, shard_bytes=SHARD_BYTES)
         finally:
             deque(learned.state, maxlen=0)
 

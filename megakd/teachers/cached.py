@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from typing_extensions import override
 
 from megakd.contract.batch import Batch, Draws, Knowledge, TopK
+from megakd.contract.stage import Teacher
 from megakd.engine.collectives import gather, on_main, together
 from megakd.engine.distributed import Ranks
 from megakd.errors import TeacherError
@@ -170,8 +172,13 @@ def _read_manifest(folder: Path, facts: Fingerprint) -> tuple[list[AnswerShard],
     return shards, rows
 
 
-class CachedTeacher:
-    """A teacher that answers micro-batches of training rows from a cache, without a model."""
+class CachedTeacher(Teacher):
+    """A teacher that answers micro-batches of training rows from a cache.
+
+    model: answers other rows than those of steps; None: all rows are rows of the cache.
+    """
+
+    model: FrozenTeacher | None = None
 
     def __init__(self, folder: Path, facts: Fingerprint, ranks: Ranks) -> None:
         shards, rows = on_main(lambda: _read_manifest(folder, facts))
@@ -190,8 +197,16 @@ class CachedTeacher:
             for s in shards
         ]
 
+    @override
     def __call__(self, batch: Batch) -> Knowledge:
-        """Return the teacher's answers to the rows of a batch; dummy rows get zeros."""
+        return self._stored(batch) if self.model is None else self.model(batch)
+
+    @override
+    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
+        return map(self._stored, batches)
+
+    def _stored(self, batch: Batch) -> Knowledge:
+        # Dummy rows get zeros.
         if batch.rows is None:
             raise TypeError("a cache holds only training rows, and this batch has no row numbers")
         numbers = batch.rows.tolist()
@@ -209,14 +224,10 @@ class CachedTeacher:
         shares = others.float() / others.sum(-1, keepdim=True).clamp(min=1)
         return Knowledge(kept=Draws(ids, shares.log()))
 
-    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
-        return map(self, batches)
-
-    def prefetch(self) -> None:
-        """Do nothing: the operating system reads ahead in the files."""
-
+    @override
     def evict(self) -> None:
-        """Do nothing."""
+        if self.model is not None:
+            self.model.evict()
 
     def _row(self, key: str, number: int) -> Any:
         if number < 0:
@@ -225,35 +236,10 @@ class CachedTeacher:
         return self._shards[index][key][number - self._starts[index]]
 
     def destroy(self) -> None:
-        """Close the files."""
+        """Close the files, and free the memory of the model's engine."""
         self._shards.clear()
-
-
-class CachedSteps:
-    """A teacher that answers the steps of training from a cache, and other rows itself."""
-
-    def __init__(self, cached: CachedTeacher, model: FrozenTeacher) -> None:
-        self._cached, self._model = cached, model
-
-    def __call__(self, batch: Batch) -> Knowledge:
-        """Ask the model; a collective under ZeRO-3."""
-        return self._model(batch)
-
-    def answers(self, batches: Sequence[Batch]) -> Iterator[Knowledge]:
-        """Yield the cached answers to every micro-batch of a step."""
-        return self._cached.answers(batches)
-
-    def prefetch(self) -> None:
-        """Do nothing: steps do not ask the model."""
-
-    def evict(self) -> None:
-        """Free the device copies of the model."""
-        self._model.evict()
-
-    def destroy(self) -> None:
-        """Close the files, and free the engine's memory."""
-        self._cached.destroy()
-        self._model.destroy()
+        if self.model is not None:
+            self.model.destroy()
 
 
 def _verify(folder: Path, shards: Sequence[AnswerShard]) -> None:

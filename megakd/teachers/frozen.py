@@ -91,16 +91,13 @@ class FrozenTeacher:
         self.per_call = per_call
 
     def prefetch(self) -> None:
-        """Start to copy the shards from host memory to the device; see `Teacher`."""
         self._prefetch.start()
 
     def evict(self) -> None:
-        """Move the shards back to host memory, which frees the device copies."""
         self._prefetch.drop()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Knowledge:
-        """Return the outputs for a micro-batch that the student's losses need, detached."""
         self._prefetch.wait()
         read: Knowledge = self._engine(batch)
         if read.hidden is None:
@@ -138,6 +135,5 @@ class FrozenTeacher:
         return self._engine.module.model
 
     def destroy(self) -> None:
-        """Free the engine's memory and remove its hooks."""
         self._prefetch.drop()
         destroy(self._engine)

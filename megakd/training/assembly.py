@@ -202,7 +202,10 @@ class Assembly:
             )
             if stage.mixed[role].from_pieces and self.prepared.pair is not None:
                 start_from_pieces(learners[role], self.prepared.pair.pieces)
-        self._add_adapters(stage, learners)
+        lora = self.config.lora_of(stage.role)
+        if lora is not None:
+            learner, source = learners[stage.role], self.learners(stage)[stage.role]
+            add_adapters(learner, source, self.config.task, lora, seed=self.config.seed)
         # Projections start equal on every rank and do not change the stage's random numbers.
         with cpu_seeded(self.config.seed):
             bundle = build_bundle(
@@ -220,12 +223,6 @@ class Assembly:
             rates=bundle.rates(stage.learners),
         )
         return StudentEngine(engine, passes_per_backward=stage.passes_per_backward), bundle
-
-    def _add_adapters(self, stage: Stage, learners: Mapping[str, PreTrainedModel]) -> None:
-        lora, task = self.config.lora_of(stage.role), self.config.task
-        if lora is not None:
-            source = self.learners(stage)[stage.role]
-            add_adapters(learners[stage.role], source, task, lora, seed=self.config.seed)
 
     def second_sizes(self, stage: Stage) -> dict[str, SecondSize]:
         """Return the second vocabularies that the learners of a stage get, by role."""

@@ -53,7 +53,6 @@ class RankLoad:
         self.in_collectives = 0.0
 
     def watch(self, take: Callable[[], StepReport]) -> StepReport:
-        """Take a step and return its report."""
         number = self._trainer.step + 1
         if number & (number - 1):
             return take()
@@ -232,13 +231,10 @@ class TrainMeter:
         if self._scales_loss:
             scalars |= self._trainer.student.scaling()
         self._teacher_s, self._waited_s = teacher_s, waited_s
-        self._start_window()
-        return scalars
-
-    def _start_window(self) -> None:
         self._parts, self._counts = {}, {}
         self._steps = self._tokens = self._without_targets = 0
         self._since, self._paused_s = time.perf_counter(), 0.0
+        return scalars
 
     def _warn_of_empty_steps(self) -> None:
         empty, units = self._without_targets, self._objective.units.values()

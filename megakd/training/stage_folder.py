@@ -32,8 +32,14 @@ from megakd.engine.distributed import Ranks
 from megakd.engine.optimizer_state import LEARNER
 from megakd.engine.student import StudentEngine
 from megakd.errors import CheckpointError
-from megakd.models.cutting import Learned, cut_state
-from megakd.models.model_folder import Extra, fill_model_folder, write_model_folder, write_weights
+from megakd.models.cutting import cut_state
+from megakd.models.model_folder import (
+    Extra,
+    ModelContent,
+    fill_model_folder,
+    write_model_folder,
+    write_weights,
+)
 from megakd.models.weights import WeightReader, check_weight_files
 from megakd.process.seeding import random_state, set_random_state
 from megakd.scoring.scores import numbers
@@ -66,7 +72,7 @@ def files_of_others(names: Iterable[str]) -> list[str]:
     return [name for name in known if name.partition("/")[0] in roles]
 
 
-def consume(models: Mapping[str, Learned], window: WindowState | None) -> None:
+def consume(models: Mapping[str, ModelContent], window: WindowState | None) -> None:
     """Iterate over the rest of all states, which contain collectives."""
     for model in models.values():
         deque(model.state, maxlen=0)
@@ -75,7 +81,11 @@ def consume(models: Mapping[str, Learned], window: WindowState | None) -> None:
 
 
 def write_stage_folder(
-    folder: Path, models: Mapping[str, Learned], *, extra: Extra, window: WindowState | None = None
+    folder: Path,
+    models: Mapping[str, ModelContent],
+    *,
+    extra: Extra,
+    window: WindowState | None = None,
 ) -> None:
     """Write the models of a stage completely or not at all; call on the rank that writes.
 
@@ -89,10 +99,9 @@ def write_stage_folder(
     (first, *_), others = models.values(), list(models.items())[1:]
     try:
         with sealed_folder(folder) as temporary:
-            files = {**first.extra, **extra}
-            fill_model_folder(temporary, **first._replace(extra=files)._asdict())
+            fill_model_folder(temporary, first._replace(extra={**first.extra, **extra}))
             for role, model in others:
-                write_model_folder(temporary / role, **model._asdict())
+                write_model_folder(temporary / role, model)
             if window is not None:
                 window.write(temporary)
     finally:
@@ -247,7 +256,6 @@ class WindowState(NamedTuple):
         return WindowState(tensors, file.getvalue())
 
     def write(self, folder: Path) -> None:
-        """Write the state into the folder of a stage that is not sealed yet."""
         (folder / TRAINING_STATE).mkdir()
         write_weights(folder / TRAINING_STATE, self.tensors)
         atomic.write_content(folder / TRAINING_STATE / REST, self.rest)

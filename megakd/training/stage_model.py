@@ -12,7 +12,7 @@ from megakd.contract.views import Cut
 from megakd.engine.collectives import on_main, together
 from megakd.engine.student import StudentEngine
 from megakd.losses.bundle import StudentBundle
-from megakd.models.cutting import Learned
+from megakd.models.cutting import content_of
 from megakd.models.generation import generation_file
 from megakd.models.lora import adapter_config, adapter_files, load_adapters
 from megakd.scoring.scores import Evaluation
@@ -68,9 +68,9 @@ class StageModel(NamedTuple):
         view = stage.views.get(evaluation.view or "")
         cut = evaluation.cut or (None if view is None else Cut(None, view))
         of_role = self.assembly.prepared.tokenizer_of
-        models = {role: Learned.of(first, of_role(role), cut=cut, learns=goes_on)}
+        models = {role: content_of(first, of_role(role), cut=cut, learns=goes_on)}
         for name, model in zip(stage.beside, beside, strict=True):
-            models[name] = Learned.of(model, of_role(name))
+            models[name] = content_of(model, of_role(name))
         window = None
         if goes_on:
             axes = self.bundle.axes

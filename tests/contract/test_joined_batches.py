@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from megakd.config.task import TaskConfig
-from megakd.contract.batch import AttentionVectors, Batch, Knowledge, Targets
+from megakd.contract.batch import AttentionVectors, Batch, Knowledge
 from megakd.contract.joined_batches import joined, part_of, parts_of
 from megakd.data.collation import Collator
 from megakd.data.token_tables import pack
@@ -88,18 +88,12 @@ def test_masked_texts_are_answered_together_as_one_by_one(predicted):
 def test_documents_and_targets_name_the_same_tokens(groups):
     batches = [packed(lengths) for lengths in groups]
     chosen = [batch.valid.flatten().nonzero()[::3, 0] for batch in batches]
-    batches = [
-        batch._replace(targets=some).extended(
-            second=Targets(some[:1], torch.ones(1, dtype=torch.long))
-        )
-        for batch, some in zip(batches, chosen, strict=True)
-    ]
+    batches = [b._replace(targets=some) for b, some in zip(batches, chosen, strict=True)]
 
     whole = joined(batches)
 
     ids = torch.cat([b.inputs["input_ids"].flatten()[b.targets] for b in batches])
     assert torch.equal(whole.inputs["input_ids"].flatten()[whole.targets], ids)
-    assert len(whole.extras.second.positions) == len(batches)
     starts, longest = whole.documents
     positions = whole.inputs["position_ids"].flatten()
     assert torch.equal(starts[:-1].long(), (positions == 0).nonzero()[:, 0])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megakd.engine import distributed
 from megakd.errors import MegakdError
-from megakd.models.cutting import Learned
+from megakd.models.cutting import content_of
 from megakd.servers.connect import AdapterPush, FullPush
 from megakd.servers.http import JsonServer
 from megakd.servers.sglang import SglangServer
@@ -36,7 +36,7 @@ def full(
             for version in (1, 2):
                 run.trainer.train_step(run.source.step(version - 1))
                 pushed = push.push(version)
-        models = {"student": Learned.of(student, None)}
+        models = {"student": content_of(student, None)}
         if distributed.ranks().is_main:
             write_stage_folder(Path(folder) / "export", models, extra={})
         else:

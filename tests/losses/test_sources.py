@@ -13,8 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result, with_second
-from waiting import no_waiting
+from source_scene import LENGTH, ROWS, VOCABULARY, Texts, head_of, objective_of, result
 
 from megakd.contract.batch import IGNORE, Draws, Knowledge, LossInputs, TopK
 from megakd.contract.terms import (
@@ -173,19 +172,6 @@ def test_texts_without_marks_are_data(term):
     assert_same(on_data, result(texts, (term,)), rtol=0, atol=0)
 
 
-@every_term
-@every_source
-def test_masks_that_the_host_may_not_read_give_the_same_without_waiting(term, source, monkeypatch):
-    texts, limited = Texts(), (replace(term, on=source),)
-    wanted = result(texts, limited)
-    with monkeypatch.context() as patch:
-        patch.setenv("MEGAKD_KERNELS", "chunked")
-        with no_waiting():
-            actual = result(texts, limited)
-
-    assert_same(actual, wanted, rtol=1e-5, atol=1e-6)
-
-
 def test_products_run_over_the_rows_of_a_source_alone(kernel_calls):
     texts, calls = Texts(), kernel_calls("linear_kd_loss")
 
@@ -195,19 +181,6 @@ def test_products_run_over_the_rows_of_a_source_alone(kernel_calls):
     rows = [hidden.shape[:-1].numel() for (hidden, *_), _ in calls]
     generated = int(texts.rollouts.sum())
     assert rows == [generated, ROWS * LENGTH - generated, ROWS * LENGTH, 1]
-
-
-@pytest.mark.parametrize("vocabularies", [1, 2])
-@every_source
-def test_few_targets_and_those_of_a_second_vocabulary_belong_to_their_source(source, vocabularies):
-    texts, limited = Texts(), (replace(CE, on=source),)
-    limited += (replace(KL, on=source),) if vocabularies == 1 else ()
-    positions = (texts.labels != IGNORE).flatten().nonzero()[:, 0]
-    few = texts.batch()._replace(targets=positions)
-    # Both vocabularies have the same matrix here.
-    batch = few if vocabularies == 1 else with_second(texts.batch(), positions[::2])
-
-    assert_same(result(texts, limited, batch=batch), result(texts, limited), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kept", [Texts().top_k(), draws_of(drawn_shares())], ids=["top", "draws"])

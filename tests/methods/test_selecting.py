@@ -12,16 +12,14 @@ from torch import nn
 
 from megakd.contract.batch import Knowledge
 from megakd.contract.stage import Strategy
+from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection.selecting import (
-    Choosing,
-    Episodes,
     LearningToSelect,
     RandomWeights,
     Running,
     Selecting,
 )
 from megakd.methods.knowledge_selection.selector import (
-    Learning,
     Selector,
     SelectorShape,
     Transition,
@@ -69,8 +67,9 @@ def selector() -> Selector:
     return Selector(SelectorShape(student=STUDENT, teacher=TEACHER, kinds=KINDS, hidden=4))
 
 
-def choosing(**changes: Any) -> Choosing:
-    return Choosing(**{"hard": False, "threshold": 0.5, "noise": 0.0, "seed": 1, **changes})
+def choosing(*, hard: bool = False, **options: Any) -> KnowledgeSelectionConfig:
+    options = {"name": "knowledge_selection", "noise": 0.0, "episodes": 1, **options}
+    return KnowledgeSelectionConfig(action="hard" if hard else "soft", **options)
 
 
 def reading_at(step: int, valid: torch.Tensor | None = None) -> Any:
@@ -85,24 +84,26 @@ def reading_at(step: int, valid: torch.Tensor | None = None) -> Any:
 
 
 def learning(
-    losses: list[float], *, exploration: float = 0.0, hard: bool = False, **shape: int
+    losses: list[float], *, steps: int, phase_steps: int, seed: int = 1, **options: Any
 ) -> tuple[LearningToSelect, Heard]:
     """A strategy, before its first step, that learns from losses that are known."""
     heard = Heard()
     strategy = LearningToSelect(
         "teacher",
         selector(),
-        choosing(hard=hard),
+        choosing(**{"exploration": 0.0, **options}),
         cast("StageProbe", Measured(losses)),
-        course=Episodes(**{"number": 1, **shape}, exploration=exploration),
-        learning=Learning(),
+        seed=seed,
+        steps=steps,
+        phase_steps=phase_steps,
     )
     strategy.learner = cast("Any", heard)
     return strategy, heard
 
 
 def selecting(**how: Any) -> Any:
-    return Selecting("teacher", selector(), choosing(**how), cast("StageProbe", Measured([])))
+    probe = cast("StageProbe", Measured([]))
+    return Selecting("teacher", selector(), choosing(), probe, seed=1, **how)
 
 
 def blind(strategy: Selecting) -> None:
@@ -112,7 +113,7 @@ def blind(strategy: Selecting) -> None:
 
 def taken(strategy: LearningToSelect, steps: int) -> None:
     for step in range(steps):
-        if step % strategy.course.steps == 0:
+        if step % strategy.steps == 0:
             strategy.begin("a student", step)
         weighed(strategy, step, reading_at(step))
         strategy.after_update(SimpleNamespace(step=step))
@@ -133,7 +134,7 @@ def weighed(strategy: Strategy, step: int, reading: Any) -> dict[str, float]:
         ([5.0] * 4, {"exploration": 0.3, "steps": 3, "phase_steps": 1}, [0.0, -0.3, -0.3]),
         (
             [5.0] * 5,
-            {"exploration": 0.3, "number": 2, "steps": 2, "phase_steps": 1},
+            {"exploration": 0.3, "episodes": 2, "steps": 2, "phase_steps": 1},
             [0.0, -0.3, 0.0, -0.3],
         ),
         # A hard choice is worth less the more often it was made.
@@ -150,7 +151,7 @@ def test_a_phase_is_worth_the_fall_of_the_loss_and_what_is_new_about_it(losses, 
     if "exploration" in shape:
         blind(strategy)
 
-    taken(strategy, shape.get("number", 1) * shape["steps"])
+    taken(strategy, shape.get("episodes", 1) * shape["steps"])
 
     assert [phase.fall + phase.exploration for phase in heard.phases] == pytest.approx(worth)
 
@@ -169,8 +170,7 @@ def test_phases_hold_their_own_steps_and_what_came_next():
 
 def test_what_is_tried_stays_the_same_within_a_phase_and_is_drawn_from_the_seed():
     def tried(seed: int) -> list[list[float]]:
-        strategy, heard = learning([5.0] * 3, steps=6, phase_steps=3)
-        strategy.choosing = choosing(noise=0.1, seed=seed)
+        strategy, heard = learning([5.0] * 3, steps=6, phase_steps=3, noise=0.1, seed=seed)
         blind(strategy)
         taken(strategy, 6)
         return [action for phase in heard.phases for action in phase.actions.tolist()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megakd.errors import TeacherError
+from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection.selector import (
     ActorCritic,
-    Learning,
     Samples,
     Selector,
     SelectorShape,
@@ -28,6 +29,10 @@ SHAPE = SelectorShape(student=6, teacher=8, kinds=KINDS, hidden=32)
 def selector(seed: int = 0) -> Selector:
     torch.manual_seed(seed)
     return Selector(SHAPE)
+
+
+def learning(**options: Any) -> KnowledgeSelectionConfig:
+    return KnowledgeSelectionConfig(name="knowledge_selection", **options)
 
 
 def summaries(steps: int, seed: int = 0) -> torch.Tensor:
@@ -46,7 +51,7 @@ def played(reward, phases: int = 60) -> list[float]:
 
     What is seen tells how far an episode of ten phases has come.
     """
-    learner = ActorCritic(selector(), Learning(gamma=0.5))
+    learner = ActorCritic(selector(), learning(gamma=0.5))
     noise = torch.Generator().manual_seed(1)
     for phase in range(phases):
         seen = at(phase, 4)
@@ -83,7 +88,7 @@ def test_what_a_state_is_worth_does_not_hide_which_kind_helps(place):
     [pytest.param(0.3, True, 1 / (1 - 0.5), marks=pytest.mark.slow), (-0.7, False, -1.0)],
 )
 def test_the_critic_expects_what_rewards_add_up_to_until_the_episode_ends(fall, goes_on, worth):
-    learner = ActorCritic(selector(), Learning(gamma=0.5, rate=3e-3, updates=8))
+    learner = ActorCritic(selector(), learning(gamma=0.5, selector_learning_rate=3e-3, updates=8))
     seen, actions = summaries(8), torch.full((8, len(KINDS)), 0.5)
 
     for _ in range(150):
@@ -103,7 +108,7 @@ def test_the_critic_expects_what_rewards_add_up_to_until_the_episode_ends(fall, 
     ids=["falls", "still"],
 )
 def test_all_stored_falls_are_divided_by_their_root_mean_square_and_bonuses_are_not(falls, rewards):
-    learner, seen = ActorCritic(selector(), Learning(updates=1)), summaries(2)
+    learner, seen = ActorCritic(selector(), learning(updates=1)), summaries(2)
     actions = torch.full((2, len(KINDS)), 0.5)
 
     result = [
@@ -123,7 +128,7 @@ def test_gamma_discounts_what_follows_or_as_printed_the_reward(goes_on):
     following = summaries(1, 5)[0] if goes_on else None
     some = Samples.of(Transition(summaries(2), torch.full((2, 4), 0.5), -0.6, following))
     usual, printed = (
-        ActorCritic(selector(), Learning(gamma=0.9, gamma_on=place)) for place in ("next", "reward")
+        ActorCritic(selector(), learning(gamma=0.9, gamma_on=place)) for place in ("next", "reward")
     )
 
     with torch.no_grad():

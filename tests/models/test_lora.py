@@ -31,7 +31,7 @@ from megakd.models.lora import (
     check_adapters,
     merged_state,
 )
-from megakd.models.model_folder import write_model_folder
+from megakd.models.model_folder import ModelContent, write_model_folder
 
 DECODERS = [name for name, entry in FAMILIES.items() if "causal_lm" in entry.tasks]
 # peft 0.21.2 reads a property that transformers 5.23 renames.
@@ -64,7 +64,7 @@ def set_adapters(model):
 
 def export(model, folder):
     state, files = merged_state(model)
-    write_model_folder(folder, config=model.config, state=state, tokenizer=None, extra=files)
+    write_model_folder(folder, ModelContent(model.config, state, extra=files))
     return folder
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from megakd.contract.batch import IGNORE, Batch
 from megakd.engine.sharding import gathered_state
 from megakd.models.knowledge import Needs, language_model_head, predict, read_knowledge
-from megakd.models.model_folder import write_model_folder
+from megakd.models.model_folder import ModelContent, write_model_folder
 
 FAMILIES = ["bert", "roberta", "distilbert", "electra"]
 TIES = pytest.mark.parametrize(
@@ -116,13 +116,9 @@ def test_an_exported_folder_is_the_same_model_for_transformers(tiny, tmp_path, m
     folder = saved(tiny, model_type, tie_word_embeddings=tied)
     model = tiny.load(folder, tiny.task("mlm"))
 
-    write_model_folder(
-        tmp_path / "final",
-        config=model.config,
-        state=gathered_state(model),
-        tokenizer=None,
-        architecture=type(model).__name__,
-    )
+    state, architecture = gathered_state(model), type(model).__name__
+    content = ModelContent(model.config, state, architecture=architecture)
+    write_model_folder(tmp_path / "final", content)
 
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "final")
     assert torch.equal(again(tiny.input_ids).logits, model(tiny.input_ids).logits)

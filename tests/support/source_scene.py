@@ -16,7 +16,6 @@ from megakd.contract.batch import (
     Extras,
     Knowledge,
     LossInputs,
-    Targets,
     TopK,
 )
 from megakd.contract.terms import compares
@@ -92,9 +91,6 @@ def result(
         answers, answer = (t.flatten(0, 1)[batch.targets] for t in (answers, answer))
     answered = Knowledge(hidden=answer, head=head_of(texts.teacher_head))
     student = Knowledge(hidden=answers, head=head_of(head))
-    if batch.extras.second is not None:
-        second = hidden.flatten(0, 1)[batch.extras.second.positions]
-        student = student._replace(second=Knowledge(hidden=second, head=Matrix(head)))  # type: ignore[arg-type]
     counts = count_units([batch], objective.counters) if counts is None else counts
     reading = LossInputs(
         student=student,
@@ -108,13 +104,3 @@ def result(
     assert hidden.grad is not None
     assert head.grad is not None
     return Result(total.detach(), sums, {"hidden": hidden.grad, "head": head.grad})
-
-
-def with_second(batch: Batch, positions: Tensor) -> Batch:
-    """The batch of a model that predicts these positions from its second vocabulary."""
-    first = batch.labels.flatten().clone()
-    first[positions] = IGNORE
-    second = Targets(positions, batch.labels.flatten()[positions])
-    kept = (first != IGNORE).nonzero()[:, 0]
-    labelled = batch._replace(labels=first.view_as(batch.labels), targets=kept)
-    return labelled.extended(second=second)

@@ -24,7 +24,7 @@ from megakd.models.axes import weight_axes
 from megakd.models.cutting import cut_config, cut_state, reshape_folder
 from megakd.models.layers import renumbered
 from megakd.models.loading import load_model, resolve_model
-from megakd.models.model_folder import write_model_folder
+from megakd.models.model_folder import ModelContent, write_model_folder
 from megakd.models.own_models import register_own_models
 from megakd.models.source import ModelSource
 
@@ -153,8 +153,9 @@ def reshaped(source: ModelSource, folder: Path, kind: str = "classification", **
 
 def written(model: PreTrainedModel, folder: Path, **changes) -> Path:
     """A finished folder, as a run writes it."""
-    facts = {"state": model.state_dict().items(), "tokenizer": tokenizer(), **changes}
-    write_model_folder(folder, config=model.config, architecture=type(model).__name__, **facts)
+    facts = {"state": iter(model.state_dict().items()), "tokenizer": tokenizer(), **changes}
+    facts["architecture"] = type(model).__name__
+    write_model_folder(folder, ModelContent(model.config, **facts))
     return folder
 
 

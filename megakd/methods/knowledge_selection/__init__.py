@@ -36,7 +36,6 @@ from megakd.contract.terms import (
 from megakd.errors import ConfigError, TeacherError
 
 if TYPE_CHECKING:
-    from megakd.methods.knowledge_selection.selecting import Choosing
     from megakd.methods.knowledge_selection.selector import Selector, SelectorShape
 
 STAGE = "selector"
@@ -133,7 +132,7 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
         strategy = Constant((Pass(teacher=teacher),))
     elif config.policy == "learned":
         selector = _selector(config, lab, teacher, kinds)
-        strategy = Selecting(teacher, selector, _choosing(config, lab), lab.probe(STUDENT))
+        strategy = Selecting(teacher, selector, config, lab.probe(STUDENT), **_reading(lab))
     else:
         strategy = RandomWeights(
             teacher,
@@ -145,17 +144,9 @@ def run(config: KnowledgeSelectionConfig, lab: Lab) -> StageResult:
     return lab.train(Stage(name=STUDENT, teachers=(teacher,), objective=kinds, strategy=strategy))
 
 
-def _choosing(config: KnowledgeSelectionConfig, lab: Lab) -> Choosing:
-    from megakd.methods.knowledge_selection.selecting import Choosing
-
-    return Choosing(
-        hard=config.action == "hard",
-        threshold=config.threshold,
-        noise=config.noise,
-        seed=lab.config.seed,
-        # The state of the first token does not represent the text in language models.
-        whole_texts=lab.config.task.type in LANGUAGE_TASKS,
-    )
+def _reading(lab: Lab) -> dict[str, Any]:
+    # The state of the first token does not represent the text in language models.
+    return {"seed": lab.config.seed, "whole_texts": lab.config.task.type in LANGUAGE_TASKS}
 
 
 def _selector(
@@ -197,8 +188,7 @@ def _stage_1(
     kinds: tuple[TermConfig, ...],
     shape: SelectorShape,
 ) -> Stage:
-    from megakd.methods.knowledge_selection.selecting import Episodes, LearningToSelect
-    from megakd.methods.knowledge_selection.selector import Learning
+    from megakd.methods.knowledge_selection.selecting import LearningToSelect
 
     steps = config.episode_steps or lab.steps_of_student()
     phase = config.phase_steps or max(1, math.ceil(steps / 10))
@@ -210,18 +200,11 @@ def _stage_1(
     strategy = LearningToSelect(
         teacher,
         _new(lab, shape),
-        _choosing(config, lab),
+        config,
         lab.probe(STAGE),
-        course=Episodes(
-            number=config.episodes, steps=steps, phase_steps=phase, exploration=config.exploration
-        ),
-        learning=Learning(
-            rate=config.selector_learning_rate,
-            gamma=config.gamma,
-            gamma_on=config.gamma_on,
-            restraint=config.restraint,
-            updates=config.updates,
-        ),
+        steps=steps,
+        phase_steps=phase,
+        **_reading(lab),
     )
     return Stage(
         name=STAGE,

@@ -18,9 +18,9 @@ from megakd.contract.batch import LossInputs, first_positions
 from megakd.contract.lab import HeldOutProbe
 from megakd.contract.stage import Pass, Strategy
 from megakd.engine.collectives import agree, all_reduce_
+from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.methods.knowledge_selection.selector import (
     ActorCritic,
-    Learning,
     Selector,
     Transition,
     hardened,
@@ -29,34 +29,28 @@ from megakd.methods.knowledge_selection.selector import (
 SELECTOR = "selector.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choosing:
-    """Settings of the conversion from outputs of the actor to actions, see the method's options.
-
-    hard: whether a kind is either used or not, instead of a weight between 0 and 1.
-    whole_texts: whether a state is the mean over all tokens, not only over each text's first token.
-    """
-
-    hard: bool
-    threshold: float
-    noise: float
-    seed: int
-    whole_texts: bool = False
-
-
 class Selecting(Strategy):
     """A strategy in which a frozen selector chooses the weights of the kinds at every step.
 
     The state of a step is computed from the last hidden states of both models in the step's first
     micro-batch: the mean over all ranks at the first position of each row (for language models, at
     all positions). Reading the action costs one device sync per step.
+
+    whole_texts: whether a state is the mean over all tokens, not only over each text's first token.
     """
 
     def __init__(
-        self, teacher: str, selector: Selector, choosing: Choosing, probe: HeldOutProbe | None
+        self,
+        teacher: str,
+        selector: Selector,
+        config: KnowledgeSelectionConfig,
+        probe: HeldOutProbe | None,
+        *,
+        seed: int,
+        whole_texts: bool = False,
     ) -> None:
-        self.teacher, self.selector, self.choosing = teacher, selector, choosing
-        self.probe = probe
+        self.teacher, self.selector, self.config, self.probe = teacher, selector, config, probe
+        self.seed, self.whole_texts, self.is_hard = seed, whole_texts, config.action == "hard"
         self._decided: tuple[int, tuple[float, ...]] | None = None
         self._window: list[tuple[float, ...]] = []
 
@@ -67,7 +61,14 @@ class Selecting(Strategy):
     @property
     def facts(self) -> Mapping[str, Any]:
         frozen = hashlib.sha256(self.selector.to_bytes()).hexdigest()
-        return {"selector": frozen, **vars(self.choosing)}
+        return {
+            "selector": frozen,
+            "hard": self.is_hard,
+            "threshold": self.config.threshold,
+            "noise": self.config.noise,
+            "seed": self.seed,
+            "whole_texts": self.whole_texts,
+        }
 
     def passes(self, step: int) -> tuple[Pass, ...]:
         """Return one pass; its weights are chosen after the forward of both models."""
@@ -88,7 +89,7 @@ class Selecting(Strategy):
         """Return [S + T], the mean states of student and teacher, on the CPU."""
         valid = reading.batch.valid
         both = [answer.states(-1) for answer in (reading.student, reading.taught)]
-        if self.choosing.whole_texts:
+        if self.whole_texts:
             rows, sums = valid, [_sum_of(states.flatten(0, 1), valid.flatten()) for states in both]
         else:
             rows = valid.any(dim=1)
@@ -101,8 +102,8 @@ class Selecting(Strategy):
     def _chosen(self, step: int, summaries: Tensor) -> tuple[float, ...]:
         action = self.selector.action(self.selector.state(summaries[None]))[0]
         values = tuple((action + self._noise(step, len(action))).tolist())
-        if self.choosing.hard:
-            chosen = hardened(values, self.choosing.threshold)
+        if self.is_hard:
+            chosen = hardened(values, self.config.threshold)
         else:
             chosen = tuple(min(max(value, 0.0), 1.0) for value in values)
         # The last digits differ between kinds of processors, and ranks that use different kinds of
@@ -130,16 +131,6 @@ class Selecting(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._window = list(state["window"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Episodes:
-    """Numbers of episodes, of their steps, of steps of a phase, and beta of the exploration."""
-
-    number: int
-    steps: int
-    phase_steps: int
-    exploration: float
 
 
 @dataclass
@@ -176,42 +167,43 @@ class Running:
 
 
 class LearningToSelect(Selecting):
-    """A strategy that trains the selector over episodes; the student starts again in each."""
+    """A strategy that trains the selector over episodes; the student starts again in each.
 
-    def __init__(
-        self,
-        teacher: str,
-        selector: Selector,
-        choosing: Choosing,
-        probe: HeldOutProbe | None,
-        *,
-        course: Episodes,
-        learning: Learning,
-    ) -> None:
-        super().__init__(teacher, selector, choosing, probe)
-        self.course, self.learning = course, learning
-        self.learner = ActorCritic(selector, learning, seed=choosing.seed)
+    steps, phase_steps: optimizer steps of an episode and of a phase.
+    """
+
+    def __init__(self, *parts: Any, steps: int, phase_steps: int, **facts: Any) -> None:
+        super().__init__(*parts, **facts)
+        self.steps, self.phase_steps = steps, phase_steps
+        self.learner = ActorCritic(self.selector, self.config, seed=self.seed)
         self.running = Running()
         self._student: Any = None
 
     @property
     def episodes(self) -> int:
-        return self.course.number
+        return self.config.episodes
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {**super().facts, **vars(self.course), **vars(self.learning)}
+        return {
+            **super().facts,
+            "number": self.config.episodes,
+            "steps": self.steps,
+            "phase_steps": self.phase_steps,
+            "exploration": self.config.exploration,
+            **self.learner.facts,
+        }
 
     def begin(self, student: Any, step: int) -> None:
         """Keep the initial student, to which every episode is reset."""
         self._student = student
         if self.probe is None:
             return
-        run, steps = self.running, self.course.steps
+        run, steps = self.running, self.steps
         if step == 0:
             self.probe.remember(student)
             run.loss = run.beginning = self.probe.loss(student)
-        elif step <= (self.course.number - 1) * steps:  # at most where the last episode begins
+        elif step <= (self.episodes - 1) * steps:  # at most where the last episode begins
             self.probe.check_remembered()
             if step % steps == 0:
                 self.probe.reset(student)
@@ -219,10 +211,10 @@ class LearningToSelect(Selecting):
 
     def _noise(self, step: int, kinds: int) -> Tensor:
         # The steps of a phase share the reward and the noise.
-        episode, step = divmod(step, self.course.steps)
-        phase = step // self.course.phase_steps
-        drawn = random.Random(f"{self.choosing.seed}:noise:{episode}:{phase}")
-        return torch.tensor([drawn.gauss(0, self.choosing.noise) for _ in range(kinds)])
+        episode, step = divmod(step, self.steps)
+        phase = step // self.phase_steps
+        drawn = random.Random(f"{self.seed}:noise:{episode}:{phase}")
+        return torch.tensor([drawn.gauss(0, self.config.noise) for _ in range(kinds)])
 
     def _note(self, summaries: Tensor, action: tuple[float, ...]) -> None:
         self.running.summaries.append(summaries)
@@ -230,11 +222,11 @@ class LearningToSelect(Selecting):
 
     def after_update(self, report: Any) -> None:
         """End phases and episodes; learn a phase after the first step of the next phase."""
-        run, done = self.running, report.step % self.course.steps + 1
+        run, done = self.running, report.step % self.steps + 1
         if run.pending is not None:
             self._learn(run.summaries[0])
-        is_last = done == self.course.steps
-        if is_last or done % self.course.phase_steps == 0:
+        is_last = done == self.steps
+        if is_last or done % self.phase_steps == 0:
             self._end_phase()
         if is_last:
             self._learn(None)
@@ -243,12 +235,12 @@ class LearningToSelect(Selecting):
     def _end_phase(self) -> None:
         if self.probe is None:
             raise TypeError("a selector that learns needs a held-out probe")
-        run, beta = self.running, self.course.exploration
+        run, beta = self.running, self.config.exploration
         loss, actions = self.probe.loss(self._student), torch.tensor(run.actions)
         before, run.before = run.before, actions.mean(0)
         # The reward is higher if hard actions are rare, or soft ones differ from the last phase.
         exploration = 0.0
-        if self.choosing.hard:
+        if self.is_hard:
             usual = tuple(run.before.round().tolist())
             run.counts[usual] = run.counts.get(usual, 0) + 1
             exploration = beta / math.sqrt(run.counts[usual])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,7 +18,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from megakd.errors import TeacherError
+from megakd.methods.knowledge_selection import KnowledgeSelectionConfig
 from megakd.storage.folders import check_given
+
+SAMPLES, MEMORY = 64, 2048
+"""Stored steps that a training step of a selector reads, and the most that are stored."""
 
 
 class SelectorShape(NamedTuple):
@@ -90,22 +93,6 @@ def load_selector(path: str) -> Selector:
     return selector
 
 
-@dataclass(frozen=True, kw_only=True)
-class Learning:
-    """Settings of the training of a selector, see `KnowledgeSelectionConfig`.
-
-    samples, memory: stored steps that a training step reads, and the most that are stored.
-    """
-
-    rate: float = 1e-3
-    gamma: float = 0.9
-    gamma_on: str = "next"
-    restraint: float = 0.02
-    updates: int = 32
-    samples: int = 64
-    memory: int = 2048
-
-
 class Transition(NamedTuple):
     """A phase: summaries and actions of its steps, what it is worth, and the following summary.
 
@@ -174,14 +161,24 @@ class ActorCritic:
     attribute the reward to all actions of this phase.
     """
 
-    def __init__(self, selector: Selector, learning: Learning, *, seed: int = 0) -> None:
-        self.selector, self.learning = selector, learning
+    def __init__(
+        self, selector: Selector, config: KnowledgeSelectionConfig, *, seed: int = 0
+    ) -> None:
+        self.selector, self.config = selector, config
         self._memory: Samples | None = None
         self._generator = torch.Generator().manual_seed(seed)
         policy = [*selector.student.parameters(), *selector.teacher.parameters()]
         policy += selector.actor.parameters()
-        self._actor = torch.optim.Adam(policy, lr=learning.rate)
-        self._critic = torch.optim.Adam(selector.critic.parameters(), lr=learning.rate)
+        self._actor = torch.optim.Adam(policy, lr=config.selector_learning_rate)
+        critic = selector.critic.parameters()
+        self._critic = torch.optim.Adam(critic, lr=config.selector_learning_rate)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        config = self.config
+        same = {key: getattr(config, key) for key in ("gamma", "gamma_on", "restraint", "updates")}
+        rate = config.selector_learning_rate
+        return {"rate": rate, **same, "samples": SAMPLES, "memory": MEMORY}
 
     def learn(self, phase: Transition) -> float:
         """Train the critic towards reward + gamma * Q(next), and the actor towards a higher Q.
@@ -190,10 +187,10 @@ class ActorCritic:
         is the reward of the phase on this scale.
         """
         new, known = Samples.of(phase), self._memory
-        self._memory = new if known is None else known.joined(new, self.learning.memory)
+        self._memory = new if known is None else known.joined(new, MEMORY)
         scaled = self._memory.scaled()
-        for _ in range(self.learning.updates):
-            self._teach(scaled.drawn(self.learning.samples, self._generator))
+        for _ in range(self.config.updates):
+            self._teach(scaled.drawn(SAMPLES, self._generator))
         return float(scaled.rewards[-1])
 
     def _teach(self, some: Samples) -> None:
@@ -208,16 +205,16 @@ class ActorCritic:
         error.square().mean().backward()
         self._critic.step()
         logits = selector.actor(state)
-        held_back = self.learning.restraint * logits.square().sum(-1)
+        held_back = self.config.restraint * logits.square().sum(-1)
         value = selector.value(seen, logits.sigmoid())
         self._actor.zero_grad()
         (held_back - value).mean().backward()
         self._actor.step()
 
     def _target(self, some: Samples) -> Tensor:
-        gamma, state = self.learning.gamma, self.selector.state(some.following)
+        gamma, state = self.config.gamma, self.selector.state(some.following)
         later = some.goes_on * self.selector.value(state, self.selector.action(state))
-        if self.learning.gamma_on == "reward":
+        if self.config.gamma_on == "reward":
             return gamma * some.rewards + later
         return some.rewards + gamma * later
 

@@ -76,7 +76,6 @@ class ParameterProjection(MethodTerm):
     epsilon: Positive | None = None
 
     def check(self, student: Shape, teacher: Shape | None, families: Sequence[str]) -> None:
-        """Raise a TeacherError if layers are compared and the models have other layers."""
         if not self.layers or teacher is None:
             return
         if student.layers != teacher.layers:
@@ -164,7 +163,6 @@ class MixedVocabularyConfig(OneTeacherOptions):
         return load_student_tokenizer(self.student_vocabulary, splits, cache_dir=cache_dir)
 
     def rows(self, config: Any, splits: Any, pair: Any, *, cache_dir: Path) -> Any:
-        """Return the training rows for both vocabularies."""
         from megakd.methods.mixed_vocabulary.mixed_text import encode_mixed
 
         return encode_mixed(

@@ -39,7 +39,6 @@ from megakd.data.token_tables import (
     check_room_for_text,
     frame,
     tables_of_lists,
-    with_tokens,
 )
 from megakd.data.tokenizers import VocabularyPair
 from megakd.errors import DataError
@@ -237,9 +236,13 @@ def encode_mixed(
     student, teacher = map(_Frame.of, pair)
     room = task.row_length - max(student.size, teacher.size)
     shape = _RowShape(room, student, task.whole_word_masking)
-    tables = tables_of_lists(_rows(rows, cutter, shape), names)
-    made = with_tokens(tables, lambda: no_tokens(rows, task, split="train", counts={}))
-    return cached_tables({"train": made}, key, cache_dir=cache_dir)["train"], key
+    made = cached_tables(
+        {"train": tables_of_lists(_rows(rows, cutter, shape), names)},
+        key,
+        cache_dir=cache_dir,
+        empty=lambda name: no_tokens(rows, task, split=name, counts={}),
+    )
+    return made["train"], key
 
 
 class _RowShape(NamedTuple):
