@@ -18,7 +18,8 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTE
 def _no_launcher(monkeypatch):
     """An environment without a launcher, put back afterwards."""
     slurm = [name for name in os.environ if name.startswith("SLURM_")]
-    for name in (*PLACE, "LOCAL_WORLD_SIZE", "CROSS_RANK", "GROUP_RANK", *slurm):
+    others = ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "GLOO_SOCKET_IFNAME")
+    for name in (*PLACE, "LOCAL_WORLD_SIZE", "CROSS_RANK", "GROUP_RANK", *others, *slurm):
         monkeypatch.setenv(name, "")  # remembered, so that it is restored
         monkeypatch.delenv(name)
 
@@ -149,9 +150,8 @@ def test_nodes_that_gloo_cannot_connect_are_one_line_that_names_the_interface(
 )
 def test_gloo_takes_the_interface_of_nccl_if_it_has_a_plain_name(monkeypatch, nccl, gloo, taken):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo or "")
-    if gloo is None:
-        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    if gloo is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo)
 
     distributed._share_interface()
 
@@ -191,9 +191,6 @@ def threads(monkeypatch):
     monkeypatch.setattr(distributed.torch, "set_num_threads", collected.append)
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(distributed.os, "cpu_count", lambda: 64)
-    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "SLURM_CPUS_PER_TASK"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     return collected
 
