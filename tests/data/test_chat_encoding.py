@@ -168,20 +168,6 @@ def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
     assert tokenizer.chat_template == template_of("qwen3")
 
 
-def test_a_folder_of_encoded_conversations_has_the_rows_and_numbers_of_the_run(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(encoded_folder, "TEXTS_PER_SHARD", 4)
-    data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
-    data.write()
-
-    made, run = data.from_folder(), data.encoded()
-
-    assert made.train[:] == run.train[:]
-    assert made.chat == run.chat
-    assert made.content_hash == run.content_hash
-
-
 def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those_of_a_run(
     tmp_path, monkeypatch
 ):
@@ -191,12 +177,17 @@ def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those
     monkeypatch.setattr(tokens, "processes_for", lambda count, each: min(3, count // each) or 1)
     monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
     monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(encoded_folder, "TEXTS_PER_SHARD", 6)
     data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
 
     data.write()
 
-    assert used == [3, 2, 1]  # 6 and 5 conversations, and the one of the validation split
-    assert data.from_folder().train[:] == data.encoded().train[:]
+    # A shard of 6 conversations, one of 4 and 1, and the one of the validation split.
+    assert used == [3, 2, 1, 1]
+    made, run = data.from_folder(), data.encoded()
+    assert made.train[:] == run.train[:]
+    assert made.chat == run.chat
+    assert made.content_hash == run.content_hash
     used.clear()
     encoder = ChatEncoder(data.tokenizer, data.task, bad=BadRows())
     rows = data.splits.train

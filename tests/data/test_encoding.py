@@ -431,19 +431,6 @@ def test_with_a_cache_documents_see_each_other_so_models_must_be_called_without(
     assert not torch.allclose(right[batch.valid], wrong[batch.valid], atol=1e-3)
 
 
-def test_no_gradient_flows_from_one_document_to_another():
-    model = _llama()
-    batch = PACKING(_rows([[5, 6, 7], [8, 9]]))
-    embedded = model.get_input_embeddings()(batch.inputs["input_ids"]).detach().requires_grad_()
-
-    out = model(inputs_embeds=embedded, position_ids=batch.inputs["position_ids"]).logits
-    out[0, 3:5].sum().backward()
-
-    assert embedded.grad[0, :3].abs().max() == 0
-    assert embedded.grad[0, 5:].abs().max() == 0
-    assert embedded.grad[0, 3:5].abs().max() > 0
-
-
 @given(st.lists(st.integers(), max_size=200), st.integers(1, 50))
 @settings(max_examples=40)
 def test_windows_lose_nothing_and_are_few_full_and_alike(ids, room):

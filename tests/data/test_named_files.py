@@ -187,9 +187,8 @@ def test_files_of_one_list_with_other_orders_of_the_classes_are_matched_by_name(
 
     splits = load(train_files=("x.parquet", "y.parquet"), validation_files="v.jsonl")
 
-    assert splits.label_names == ("neg", "pos")
-    labels = {"n1": 0, "p1": 1, "p2": 1, "n2": 0, "none": -100}
-    assert dict(zip(texts(splits.train), splits.train["label"], strict=True)) == labels
+    labels = {"n1": "neg", "p1": "pos", "p2": "pos", "n2": "neg", "none": None}
+    assert named_labels(splits, splits.train) == labels
 
 
 def test_classes_with_digits_as_names_are_matched_by_name(load, folder):

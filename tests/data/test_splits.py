@@ -31,22 +31,15 @@ texts_with_repeats = st.lists(st.sampled_from([f"text {n}" for n in range(30)]),
 
 @settings(max_examples=20)
 @given(texts_with_repeats.filter(lambda texts: len(set(texts)) > 1))
-def test_no_text_is_both_trained_on_and_held_out(texts):
+def test_no_text_is_both_trained_on_and_held_out_whatever_the_order_of_the_rows(texts):
     train, validation = cut_validation(rows_of(texts), name="x")
 
     assert len(validation) >= 1
     assert len(train) >= 1
     assert len(train) + len(validation) == len(texts)
     assert not set(train["text"]) & set(validation["text"])
-
-
-@settings(max_examples=8)
-@given(st.permutations([f"text {n}" for n in range(40)]))
-def test_the_cut_does_not_depend_on_the_order_of_the_rows(texts):
-    _, validation = cut_validation(rows_of(texts), name="x")
-    _, expected = cut_validation(rows_of(sorted(texts)), name="x")
-
-    assert set(validation["text"]) == set(expected["text"])
+    _, of_sorted = cut_validation(rows_of(sorted(texts)), name="x")
+    assert set(of_sorted["text"]) == set(validation["text"])
 
 
 def test_only_labelled_rows_are_held_out_and_their_texts_leave_training():
