@@ -135,25 +135,6 @@ def test_every_run_counts_examples_targets_and_tokens_whatever_its_groups_count(
 BOTH = {**source_counters("rollouts"), **source_counters("data")}
 
 
-def batch_of(labels: list[list[int]], rollouts: list[list[int]] | None) -> Batch:
-    marks = None if rollouts is None else torch.tensor(rollouts).bool()
-    values = torch.tensor(labels)
-    return Batch({}, values, torch.ones_like(values).bool(), extras=Extras(is_rollout=marks))
-
-
-def counted(*batches: Batch) -> dict[str, int]:
-    return {unit: int(count) for unit, count in count_units(batches, BOTH).items()}
-
-
-def test_labelled_positions_are_counted_by_source_and_add_up_over_micro_batches():
-    first = batch_of([[4, IGNORE, 5], [1, 2, 3]], [[1, 1, 0], [0, 0, 1]])
-
-    assert counted(first) == {"rollout_targets": 2, "data_targets": 3}
-    assert counted(first, first) == {"rollout_targets": 4, "data_targets": 6}
-    # Texts without marks are data.
-    assert counted(batch_of([[4, IGNORE, 5]], None)) == {"rollout_targets": 0, "data_targets": 2}
-
-
 @given(st.integers(0, 2**12 - 1), st.integers(0, 2**12 - 1), st.integers(0, 2**12 - 1))
 def test_targets_of_both_vocabularies_are_counted_once_by_source(labelled, marked, chosen):
     bits = torch.arange(12)
@@ -171,24 +152,19 @@ def test_targets_of_both_vocabularies_are_counted_once_by_source(labelled, marke
         ),
     )
 
-    assert counted(batch) == {
+    counted = {unit: int(count) for unit, count in count_units([batch], BOTH).items()}
+    assert counted == {
         "rollout_targets": int((has_label & rollouts).sum()),
         "data_targets": int((has_label & ~rollouts).sum()),
     }
 
 
-def test_every_target_position_belongs_to_one_source():
-    batch = batch_of([[4, IGNORE, 5]], [[1, 0, 0]])._replace(targets=torch.tensor([2, 0]))
-
-    assert of_source(batch, "rollouts").tolist() == [False, True]
-    assert of_source(batch, "data").tolist() == [True, False]
-
-
 def test_marks_stay_on_the_cpu_where_losses_read_them_without_waiting():
     from megakd.engine.student import device_batch
 
-    batch = batch_of([[4, 5]], [[1, 0]])
-    batch = batch.extended(others={"assistant": batch})._replace(rows=torch.tensor([7]))
+    marks = Extras(is_rollout=torch.tensor([[True, False]]))
+    batch = labelled([[4, 5]], [[1, 1]])._replace(extras=marks, rows=torch.tensor([7]))
+    batch = batch.extended(others={"assistant": batch})
 
     moved = device_batch(batch, torch.device("meta"))
 
