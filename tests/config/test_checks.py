@@ -99,7 +99,10 @@ MODELS = [
     ("student.layers=[2, 2]", "student.layers: a layer is listed twice in [2, 2]; list every laye"),
     ("student.teacher=a", 'student.teacher: applies only to student.model "from_teacher"; remove'),
     ("save.int8=true; student.trust_remote_code=true", "save.int8: cannot be combined with studen"),
-    ("student.deepspeed=zero22", 'student.deepspeed: unknown preset "zero22"; did you mean'),
+    (
+        "student.deepspeed=zero22",
+        'unknown preset "zero22"; did you mean "zero2"? known: auto, teac',
+    ),
     ("teacher.deepspeed=zero2", "teacher.deepspeed: ZeRO stage 2 shards gradients and optimizer s"),
     (
         "teacher.finetune.deepspeed={gradient_clipping: 1}",
@@ -329,6 +332,7 @@ def test_settings_that_contradict_each_other_are_refused(run_file, overrides, te
             f"{TEXT}; rollout={{max_new_tokens: 4, server: {{{URL}, kind: {kind}, {PUSH}}}}}"
             for kind in ("vllm", "sglang")
         ),
+        f"{TEXT}; rollout={{max_new_tokens: 4, server: {{url: ['http://[::1]:8000'], {NO_PUSH}}}}}",
     ],
 )
 def test_settings_near_those_refusals_are_accepted(run_file, overrides):

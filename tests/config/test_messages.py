@@ -15,12 +15,6 @@ from megakd.config.schema import SYNONYMS, annotation_at
 from megakd.errors import MegakdError
 
 
-def test_a_mistake_on_the_command_line_names_the_override_and_not_the_file(run_file):
-    text = message_of(run_file, "seed=7", "train.max_steps=-1")
-
-    assert text == ('override "train.max_steps=-1": train.max_steps: must be at least 1 (got -1)')
-
-
 def test_a_mistake_of_the_file_names_the_file_whatever_is_overridden(run_file):
     run_file.write_text(RUN + "train: {max_steps: -1}\n", encoding="utf-8")
 
