@@ -293,13 +293,7 @@ def lock(tmp_path):
     return path
 
 
-def test_a_lock_that_nobody_holds_open_is_removed(lock, tmp_path, caplog):
-    assert remove_dead_locks(tmp_path) == [lock]
-    assert not lock.exists()
-    assert f"removed the lock {lock}" in caplog.text
-
-
-def test_a_lock_that_another_process_holds_open_stays(lock, tmp_path):
+def test_a_lock_stays_as_long_as_another_process_holds_it_open(lock, tmp_path, caplog):
     program = "import sys; file = open(sys.argv[1], 'r+b'); print(flush=True); input()"
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -312,6 +306,8 @@ def test_a_lock_that_another_process_holds_open_stays(lock, tmp_path):
         other.communicate(b"\n")
 
     assert remove_dead_locks(tmp_path) == [lock]
+    assert not lock.exists()
+    assert f"removed the lock {lock}" in caplog.text
 
 
 def test_a_lock_that_a_start_opens_while_another_looks_stays(lock, tmp_path, monkeypatch):

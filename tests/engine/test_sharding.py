@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,20 +199,13 @@ def test_shards_are_copied_once_and_come_back_where_they_were(away):
     assert values(away) == before
 
 
-def test_shards_on_the_device_stay_where_they_are():
+def test_shards_are_away_only_in_the_memory_of_the_host_beside_another_device(monkeypatch):
     module = sharded()
     before = places(module)
 
     Prefetch(module).start()
 
     assert places(module) == before
-
-
-def test_a_shard_in_the_hosts_memory_is_away_from_another_device(monkeypatch):
-    class Elsewhere:
-        def device_name(self) -> str:
-            return "cuda"
-
-    monkeypatch.setattr(sharding, "get_accelerator", Elsewhere)
-
-    assert is_away(next(sharded().parameters()).ds_tensor)
+    elsewhere = SimpleNamespace(device_name=lambda: "cuda")
+    monkeypatch.setattr(sharding, "get_accelerator", lambda: elsewhere)
+    assert is_away(module["a"].ds_tensor)
