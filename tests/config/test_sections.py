@@ -149,11 +149,6 @@ def test_the_home_folder_of_nobody_is_refused(run_file):
     assert "'~nosuchuser/x'" in text
 
 
-@pytest.mark.parametrize("key", ["output_dir", "train.resume_from_checkpoint"])
-def test_a_folder_without_a_name_is_not_the_current_one(run_file, key):
-    assert f'{key}: must name a folder (got "")' in message_of(run_file, f"{key}=''")
-
-
 @pytest.mark.parametrize(
     ("value", "folder"), [("", ".cache/megakd"), ("~", "."), ("~/fast/cache", "fast/cache")]
 )

@@ -140,31 +140,27 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("section", "value", "message"), REFUSED)
-def test_options_of_a_plugin_are_checked_as_megakds_own_are(section, value, message):
-    assert message in message_of(**{section: [value] if section == "objective" else value})
+# Sections, and the message.
+CASES = [
+    *(({name: [value] if name == "objective" else value}, text) for name, value, text in REFUSED),
+    (
+        {"objective": [HUBER], "task": {"type": "causal_lm", "dataset": "pydocs"}},
+        "supports only task.type classification, regression, and task.type is causal_lm",
+    ),
+    (
+        {"objective": [HUBER], "method": {"name": "finetune"}, "teacher": None},
+        'my_losses:Huber compares with a teacher, and method "finetune" has no teacher',
+    ),
+    ({"method": WARM_UP, "teacher": None}, 'WarmUp" needs a teacher; set teacher.model'),
+    (
+        {"objective": [{"loss": "broken_plugins:Inside"}], "teacher": CACHED},
+        "Inside needs more than the outputs of the teacher, and teacher.cache holds",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        (
-            {"objective": [HUBER], "task": {"type": "causal_lm", "dataset": "pydocs"}},
-            "supports only task.type classification, regression, and task.type is causal_lm",
-        ),
-        (
-            {"objective": [HUBER], "method": {"name": "finetune"}, "teacher": None},
-            'my_losses:Huber compares with a teacher, and method "finetune" has no teacher',
-        ),
-        ({"method": WARM_UP, "teacher": None}, 'WarmUp" needs a teacher; set teacher.model'),
-        (
-            {"objective": [{"loss": "broken_plugins:Inside"}], "teacher": CACHED},
-            "Inside needs more than the outputs of the teacher, and teacher.cache holds",
-        ),
-    ],
-    ids=["task", "loss without teacher", "method without teacher", "cache"],
-)
-def test_a_plugin_is_refused_where_its_task_or_a_teacher_is_missing(sections, message):
+@pytest.mark.parametrize(("sections", "message"), CASES)
+def test_a_plugin_is_checked_as_megakds_own_losses_methods_and_metrics_are(sections, message):
     assert message in message_of(**sections)
 
 
