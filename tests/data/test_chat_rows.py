@@ -109,15 +109,24 @@ def test_tool_calls_keep_their_arguments_as_they_are(tmp_path, arguments):
         assert messages[1]["content"] == ""
 
 
-@pytest.mark.parametrize("kind", ["objects", "texts", "json columns"])
-def test_null_is_a_value_in_arguments_and_tools(tmp_path, write_rows, kind):
-    given, path = [], tmp_path / "rows.jsonl"
+def calling_rows(**more: Any) -> list[dict[str, Any]]:
+    """Rows with null as a value, and uneven keys in messages, tools and options."""
+    rows = []
     for n in range(9):
-        function = {"name": "f", "arguments": {"until": None, f"key{n % 2}": n}}
+        key = f"key{n % 2}"
+        function = {"name": "f", "arguments": {"until": None, key: n}}
         call = {"type": "function", "function": function, "id": None}
         answer = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
-        tools = [{"type": "function", "function": {"name": "f", "default": None}}]
-        given.append({"messages": [*asked(f"Question {n}"), answer], "tools": tools})
+        tool = {"name": "f", "parameters": {key: {"type": "integer", key: n}}, **more}
+        tools = [{"type": "function", "function": tool}]
+        messages = [*asked(f"Question {n}"), answer]
+        rows.append({"messages": messages, "tools": tools, "chat_template_kwargs": {key: n}})
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["objects", "texts", "json columns"])
+def test_null_is_a_value_in_arguments_and_tools(tmp_path, kind):
+    given, path = calling_rows(default=None), tmp_path / "rows.jsonl"
     if kind == "objects":
         write_jsonl(path, given)
     elif kind == "texts":
@@ -132,6 +141,7 @@ def test_null_is_a_value_in_arguments_and_tools(tmp_path, write_rows, kind):
         [call] = row.messages[1]["tool_calls"]
         assert call.keys() == {"type", "function"}
         assert call["function"]["arguments"] == {"until": None, f"key{n % 2}": n}
+        assert row.options == given[n]["chat_template_kwargs"]
         if kind != "json columns":  # the type of these tools has no key without a null
             assert row.tools == given[n]["tools"]
 
@@ -165,29 +175,15 @@ def test_keys_that_a_typed_column_adds_are_left_out(load, parquet, source):
     assert arguments == [f"{{'key{n}': {n}}}" for n in range(3)]
 
 
-def mixed_rows() -> list[dict[str, Any]]:
-    """Rows whose messages, tools and options have uneven keys."""
-    rows = []
-    for n in range(40):
-        key = f"key{n % 2}"
-        function = {"name": "f", "parameters": {"properties": {key: {"type": "integer", key: n}}}}
-        call = {"type": "function", "function": {"name": "f", "arguments": {key: n}}}
-        answer = {"content": "", "tool_calls": [call]} if n % 2 else {"content": "No tool fits."}
-        messages = [*asked(f"Question {n}"), {"role": "assistant", **answer}]
-        tools = [{"type": "function", "function": function}]
-        rows.append({"messages": messages, "tools": tools, "chat_template_kwargs": {key: n}})
-    return rows
-
-
 @pytest.mark.parametrize("source", ["file stream", "hub"])
 def test_json_columns_of_datasets_give_the_rows_of_jsonl(load, tmp_path, parquet, source):
-    given = Dataset.from_list(mixed_rows(), on_mixed_types="use_json")
+    given = Dataset.from_list(calling_rows(), on_mixed_types="use_json")
     assert given.features["messages"] == List(Json())
     given.to_parquet(parquet)
 
     actual = all_rows(load, parquet, source)
 
-    expected = read(write_jsonl(tmp_path / "rows.jsonl", mixed_rows()))
+    expected = read(write_jsonl(tmp_path / "rows.jsonl", calling_rows()))
     assert sorted(actual) == sorted(row.to_json() for row in expected)
 
 

@@ -345,15 +345,6 @@ def test_a_rank_without_texts_is_told_how_many_ranks_there_are(tmp_path, tokeniz
         next(scene.loader(StepShape(1, 1, 1, 2)).iterate(0, 1))
 
 
-def test_a_wrong_value_far_inside_is_an_error_of_the_step_that_needs_it(tmp_path, tokenizers):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "w1"}] * 5 + [{"text": 3}])
-    scene = Scene([path], tokenizers["mlm"])
-    steps = scene.loader(StepShape(1, 1), characters=1).iterate(0, 9)
-
-    with pytest.raises(DataError, match=r"a.jsonl, line 6: column 'text' is not text: 3"):
-        list(steps)
-
-
 def test_a_connection_that_breaks_is_an_error_that_says_how_to_continue(scene, monkeypatch):
     def broken(*_: Any) -> Any:
         raise ConnectionError("no route to host")
