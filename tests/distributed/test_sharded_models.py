@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
+from equal_runs import ZERO3
 from safetensors.torch import load_file, save_file
 from tiny_runs import bert, llama, shape_of
 from transformers import AutoModelForCausalLM
@@ -24,14 +25,6 @@ from megakd.engine.sharding import gathered, gathered_state, is_sharded, set_val
 from megakd.errors import ModelError
 from megakd.models.loading import load_model, resolve_model
 
-# A threshold of 0 shards the small tensors too; the default would leave this whole model alone.
-ZERO3 = {
-    "zero_optimization": {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,
-        "memory_efficient_linear": False,
-    }
-}
 ZERO3_OFFLOAD = {
     "zero_optimization": {**ZERO3["zero_optimization"], "offload_param": {"device": "cpu"}}
 }
@@ -50,11 +43,6 @@ def load(spec, kind, ds, **changes):
     return load_model(source, task=task, ds=ds, **{**facts, **changes})
 
 
-def shards(model):
-    local = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
-    return local, sum(parameter.ds_numel for parameter in model.parameters())
-
-
 def states(folder):
     """The state of sharded models, read out whole."""
     results = {}
@@ -64,7 +52,8 @@ def states(folder):
         results[f"is_sharded/{name}"] = is_sharded(loaded)
     model = load(folder, "causal_lm", ZERO3)
     results["tied"] = model.lm_head.weight is model.model.embed_tokens.weight
-    results["shards"] = shards(model)
+    sizes = ((parameter.ds_tensor.numel(), parameter.ds_numel) for parameter in model.parameters())
+    results["shards"] = tuple(map(sum, zip(*sizes, strict=True)))
     half = load(folder, "causal_lm", ZERO3, dtype=torch.bfloat16)
     results["dtypes"] = {parameter.dtype for parameter in half.parameters()}
     results["rotary"] = half.model.rotary_emb.inv_freq
