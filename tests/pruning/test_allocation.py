@@ -178,14 +178,6 @@ def test_a_sparsity_is_split_by_its_square_root_where_the_width_goes_too(sparsit
     assert kept == pytest.approx(1 - sparsity, abs=0.01)
 
 
-@given(st.integers(1, 9))
-def test_a_sparsity_whose_root_is_exact_is_split_exactly(tenths):
-    result = scores((12,), (3072,))._replace(width=(1.0,) * 768)
-    sparsity = round(1 - (1 - tenths / 10) ** 2, 2)
-
-    assert shares_of(result, sparsity, 64) == (Fraction(tenths, 10),) * 3
-
-
 def test_heads_lose_nine_tenths_at_most_and_neurons_as_many_weights_more():
     result = scores((12,) * 12, (3072,) * 12)._replace(width=(1.0,) * 768)
 
