@@ -7,15 +7,12 @@ import pytest
 from megakd import cli
 
 
-def test_methods_lists_every_method_with_what_it_is(capsys):
+def test_methods_and_losses_are_listed_with_what_they_are_their_options_and_defaults(capsys):
     assert cli.main(["methods"]) == 0
 
     listed = capsys.readouterr().out
     assert "single\n  Distil one teacher into the student." in listed
     assert "finetune\n  Train the student on the labels alone." in listed
-
-
-def test_methods_lists_losses_with_options_and_defaults(capsys):
     assert cli.main(["methods", "--losses"]) == 0
 
     listed = capsys.readouterr().out

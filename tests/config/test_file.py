@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_files import message_of
+from run_files import RUN, message_of
 
-from megakd.config.file import dump_config, load_config
+from megakd import cli
+from megakd.commands.scored_models import model_folder
+from megakd.config.file import dump_config, dump_yaml, load_config, parse_yaml
 from megakd.config.models import ScratchModel, StudentConfig, TeacherConfig
 from megakd.config.run import RunConfig
+from megakd.config.schema import SYNONYMS, annotation_at
 from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import FinetuneOverrides, TrainConfig
 from megakd.contract.terms import HiddenMse, SoftTargetKl
+from megakd.errors import ConfigError, MegakdError
 from megakd.methods.single import SingleConfig
 
 
@@ -36,6 +42,8 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
             "train.learning_rate=3e-4",
             "objective.1.temperature=2",
             "objective[0].weight=0.25",
+            "teacher=null",
+            "teacher.model=other",
             "teacher.finetune.max_steps=10",
             "student.model={config: {model_type: bert}}",
             "student.model.config.hidden_size=64",
@@ -46,32 +54,9 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(run_file):
     assert config.train.learning_rate == 3e-4
     assert [term.weight for term in config.objective] == [0.25, 0.5]
     assert config.objective[1].temperature == 2
-    assert config.teacher.finetune == FinetuneOverrides(max_steps=10)
+    assert config.teacher == TeacherConfig(model="other", finetune=FinetuneOverrides(max_steps=10))
     assert config.student.model == ScratchModel(config={"model_type": "bert", "hidden_size": 64})
     assert config.task.tokenizer == "a=b"
-
-
-def test_an_override_fills_a_section_that_is_null(run_file):
-    config = load_config(run_file, ["teacher=null", "teacher.model=other"])
-
-    assert config.teacher == TeacherConfig(model="other")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.max_steps", 'override "train.max_steps" is not of the form key=value'),
-        ("=3", 'override "=3" is not of the form key=value'),
-        ("a..b=3", 'override "a..b=3" is not of the form key=value'),
-        ("objective.2.weight=1", "objective is a list of 2 items, numbered from 0, without an ite"),
-        ("objective.x=1", 'objective is a list of 2 items, numbered from 0, without an item "x"'),
-        ("student.model.config=1", 'student.model is "student" and has no keys'),
-        ("output_dir.a.b=1", 'output_dir is "runs/x" and has no keys'),
-        ("train.max_steps=[1", 'override "train.max_steps=[1": line 1: while parsing a flow seq'),
-    ],
-)
-def test_an_override_that_cannot_be_applied_is_refused(run_file, override, message):
-    assert message in message_of(run_file, override)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +103,7 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
         ("train.resume_from_checkpoint=3", "must be true or false or text (got 3)"),
         ("train.lr_scheduler_type=cosin", '"cosine_with_min_lr" or "warmup_stable_decay" (got "co'),
         ("task.type=clasification", '(got "clasification"); did you mean "classification"?'),
-        ("task.text_columns=a", 'task.text_columns: must be a list (got "a")'),
+        ("task.text_columns=a", 'task.text_columns: must be a list (got "a"); write [a]'),
         ("task.text_columns=[a, b, c]", "task.text_columns: takes at most 2 item(s) (got"),
         ("task.tokenizer={type: wordpice}", 'task.tokenizer.type: must be "wordpiece", "bpe" or'),
         ("task={type: classification}", "task.dataset: missing, and it has no default"),
@@ -139,6 +124,36 @@ def test_an_override_that_cannot_be_applied_is_refused(run_file, override, messa
             }.items()
         ),
         ("train.kernels=cuda", 'train.kernels: must be "auto", "triton", "chunked" or "reference"'),
+        # A form that the key does not have.
+        (
+            "teacher.model=https://huggingface.co/google-bert/bert-base-uncased",
+            "teacher.model: must be a local folder or file, or an id on the Hugging Face Hub "
+            '(got the URL "https://huggingface.co/google-bert/bert-base-uncased"); '
+            'write "google-bert/bert-base-uncased"',
+        ),
+        ("student.model=http://x.org/model", 'on the Hugging Face Hub (got the URL "http://x.org/'),
+        ("task.dataset=s3://bucket/rows.csv", '(got the URL "s3://bucket/rows.csv")'),
+        ("output_dir=gs://bucket/runs", "output_dir: must be a local folder (got the URL"),
+        ("output_dir=[a]", 'must be text (got ["a"]); write a without brackets'),
+        ("student.model=[a]", 'must be text or a mapping (got ["a"]); write a without brackets'),
+        ("method.name=[single]", 'method.name: must be text (got ["single"]); known: direct'),
+        *(
+            (f'{key}=""', 'names nothing (got ""); give a name, or remove the key')
+            for key in ("task.dataset", "teacher.model")
+        ),
+        *(
+            (f"{key}=''", f'{key}: must name a folder (got "")')
+            for key in ("output_dir", "train.resume_from_checkpoint")
+        ),
+        # Overrides that cannot be applied.
+        ("train.max_steps", 'override "train.max_steps" is not of the form key=value'),
+        ("=3", 'override "=3" is not of the form key=value'),
+        ("a..b=3", 'override "a..b=3" is not of the form key=value'),
+        ("objective.2.weight=1", "objective is a list of 2 items, numbered from 0, without an ite"),
+        ("objective.x=1", 'objective is a list of 2 items, numbered from 0, without an item "x"'),
+        ("student.model.config=1", 'student.model is "student" and has no keys'),
+        ("output_dir.a.b=1", 'output_dir is "runs/x" and has no keys'),
+        ("train.max_steps=[1", 'override "train.max_steps=[1": line 1: while parsing a flow seq'),
     ],
 )
 def test_a_value_that_does_not_fit_gets_one_line(run_file, override, message):
@@ -251,3 +266,178 @@ def test_print_config_answers_without_a_heavy_library(run_file):
 
     assert "output_dir:" in done.stdout
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        (".5", 0.5),
+        ("010", 10),
+        ("0x1F", 31),
+        ("true", True),
+        ("", None),
+        ("on", "on"),
+        ("7:1", "7:1"),
+        ("1_000", "1_000"),
+        ("2024-01-01", "2024-01-01"),
+        ("'1e-4'", "1e-4"),
+        ("[1, {a: b}]", [1, {"a": "b"}]),
+        ("{1: a, on: b}", {"1": "a", "on": "b"}),
+    ],
+    ids=repr,
+)
+def test_scalars_mean_what_yaml_1_2_says(text, value):
+    parsed = parse_yaml(text, source="test")
+
+    assert (type(parsed), parsed) == (type(value), value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", 'line 3: the key "a" is given twice'),
+        ("a:\n  b: 1\n  b: 1", 'line 3: the key "b" is given twice'),
+        ("a: [1, 2", "line 1: while parsing a flow sequence expected ',' or ']'"),
+        ("a:\n\t- 1", "line 2: while scanning for the next token found character '\\t'"),
+        ("x: &x {a: 1}\ny: {<<: *x}", "line 2: merge keys (<<) are not part of YAML 1.2"),
+        ("? [a]\n: 1", "line 1: a key must be text"),
+        ("a: !!int x", "line 1: 'x' is not a number"),
+        ("a: !!python/name:os.system x", "line 1: could not determine a constructor for the tag"),
+        ("a: b\nc: \x07", "line 2: character #x0007 is not allowed in YAML"),
+        ("a: 1\n---\nb: 1", "line 2: expected a single document"),
+        ("a: *b", "line 1: found undefined alias 'b'"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_broken_yaml_is_refused_naming_the_line(text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_yaml(text, source="run.yaml")
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(st.characters(codec="utf-8"), max_size=8)
+        | st.sampled_from(["on", "1e-4", "7:1", "null", "0x1F", "<<", ".inf", "2024-01-01"])
+        | st.sampled_from(["\x85", "a\u2028b", "\r"]),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text("ab<=1~", max_size=3), inner)
+        ),
+        max_leaves=8,
+    )
+)
+def test_what_is_written_is_read_back(tree):
+    assert parse_yaml(dump_yaml(tree), source="test") == tree
+
+
+def test_written_words_are_quoted_where_older_yaml_reads_them_otherwise():
+    assert dump_yaml({"a": "on", "b": "7:1"}) == "a: 'on'\nb: '7:1'\n"
+
+
+def test_a_mistake_of_the_file_names_the_file_whatever_is_overridden(run_file):
+    run_file.write_text(RUN + "train: {max_steps: -1}\n", encoding="utf-8")
+
+    text = message_of(run_file, "seed=7")
+
+    assert text == f"{run_file}: train.max_steps: must be at least 1 (got -1)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "blamed"),
+    [
+        (
+            "train.max_steps=3; student.lora.r=4; student.layers=1",
+            '"student.lora.r=4": student.lora: ',
+        ),
+        ("seed=1; task.evaluation_sets.2024=[]", '"task.evaluation_sets.2024=[]": '),
+        (
+            "train.bf16=true; train.fp16=true",
+            '"train.bf16=true train.fp16=true": train: bf16 and fp16',
+        ),
+    ],
+    ids=["a section that it fills", "a set named by a number", "two that contradict each other"],
+)
+def test_the_overrides_of_a_mistake_alone_are_blamed(run_file, overrides, blamed):
+    text = message_of(run_file, *overrides.split("; "))
+
+    assert text.startswith(f"override {blamed}")
+    assert str(run_file) not in text
+    assert "max_steps" not in text
+
+
+def test_mistakes_of_both_are_told_apart(run_file):
+    run_file.write_text(RUN + "train: {max_steps: -1}\n", encoding="utf-8")
+
+    first, *lines = message_of(run_file, "objective=[{loss: soft_target_k}]").split("\n")
+
+    assert first == "2 problems"
+    assert any(line.startswith(f"  {run_file}: train.max_steps") for line in lines)
+    override = '  override "objective=[{loss: soft_target_k}]": '
+    assert any(line.startswith(override) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("lr=1", '"train.learning_rate"'),
+        ("train.lr=1", '"learning_rate"'),
+        ("batch_size=1", '"train.per_device_train_batch_size"'),
+        ("epochs=1", '"train.num_train_epochs"'),
+        ("model_name_or_path=x", '"student.model" or "teacher.model"'),
+        ("teacher.model_name_or_path=x", '"model"'),
+        ("per_device_eval_batch_size=1", '"eval.per_device_eval_batch_size"'),
+        ("train.per_device_eval_batch_size=1", '"eval.per_device_eval_batch_size"'),
+        ("max_seq_length=1", '"task.max_length"'),
+        ("teacher.finetune={epochs: 1}", '"num_train_epochs"'),
+    ],
+)
+def test_names_of_hugging_face_are_known(run_file, override, meant):
+    assert f"unknown key; did you mean {meant}?" in message_of(run_file, override)
+
+
+def test_an_option_named_as_hugging_face_names_it_is_told_as_a_setting(run_file, capsys):
+    cli.main(["train", "--config", str(run_file), "--lr", "1e-4"])
+
+    assert "settings are written train.learning_rate=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", SYNONYMS)
+def test_every_synonym_stands_for_keys_that_exist_and_is_none_itself(word):
+    tree = {"task": {}, "teacher": {}, "student": {}, "train": {}}
+    for key in SYNONYMS[word]:
+        assert annotation_at(tuple(key.split(".")), tree) is not None
+        section = key.rpartition(".")[0]
+        path = (*section.split("."), word) if section else (word,)
+        assert annotation_at(path, tree) is None
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_the_folder_of_a_run_stands_for_its_config_also_at_a_new_place(run_file, tmp_path, begun):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    run_file.rename(moved / "config.yaml")
+    if begun:
+        (moved / "metrics.jsonl").touch()
+
+    here, written = load_config(moved), load_config(moved / "config.yaml")
+
+    assert here == (replace(written, output_dir=moved) if begun else written)
+    assert load_config(moved, ["output_dir=elsewhere"]).output_dir == Path("elsewhere")
+
+
+def test_an_evaluated_model_is_found_in_the_home_folder_or_named(run_file, monkeypatch):
+    config = load_config(run_file)
+    monkeypatch.setenv("HOME", str(run_file.parent))
+
+    with pytest.raises(MegakdError) as given:
+        model_folder(config, "nosuch")
+    with pytest.raises(MegakdError, match="train first, or give --model FOLDER"):
+        model_folder(config, None)
+
+    assert str(given.value).startswith("--model nosuch: the folder does not exist")
+    assert "give --model" not in str(given.value)
+    assert model_folder(config, "~") == run_file.parent

@@ -1,15 +1,18 @@
-"""Meanings of keys: mixtures, terms on a source, budgets, rollouts, servers."""
+"""Meanings of keys: mixtures, terms on a source, budgets, rollouts, servers, folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from run_files import message_of
 
 from megakd.config.file import load_config
 from megakd.config.rollout import LengthStep, RolloutConfig, RolloutServerConfig, rollout_block
 from megakd.config.run import RunConfig
 from megakd.contract.completions import Sampling
+from megakd.inputs.run_data import cache_folder
+from megakd.process.terminal import in_home
 
 TEXT = ("task={type: causal_lm, dataset: rows.jsonl}", "objective=[{loss: soft_target_kl}]")
 SERVER = "url: ['http://a:8000/'], kind: sglang"
@@ -102,12 +105,6 @@ def test_the_served_model_is_the_one_that_generates_unless_it_has_another_name(
     assert config.rollout.server.url == ("http://a:8000",)
 
 
-def test_an_address_of_ipv6_is_taken():
-    url = "http://[::1]:8000"
-
-    assert RolloutServerConfig(url=(url,), kind="vllm", push="none").url == (url,)
-
-
 @pytest.mark.parametrize(("more", "model"), [("", "big"), (", model: m", "m")])
 def test_a_served_teacher_answers_with_64_tokens_of_its_own_model(run_file, more, model):
     server = f"{{url: ['http://a:1']{more}}}"
@@ -116,3 +113,58 @@ def test_a_served_teacher_answers_with_64_tokens_of_its_own_model(run_file, more
 
     assert teacher.server.best_tokens == 64
     assert teacher.served_model == model
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_every_folder_of_the_config_may_begin_with_the_home_folder(run_file, home):
+    overrides = [
+        "output_dir=~/runs/x",
+        "teacher.cache=~/answers",
+        "train.resume_from_checkpoint=~/step-1",
+        "teacher.finetune.resume_from_checkpoint=~/step-2",
+        "baselines=[alone]",
+        "alone.resume_from_checkpoint=~/step-3",
+    ]
+
+    config = load_config(run_file, overrides)
+
+    assert config.output_dir == home / "runs/x"
+    assert config.teacher.cache == home / "answers"
+    trainings = (config.train, config.teacher.finetune, config.alone)
+    assert [train.resume_from_checkpoint for train in trainings] == [
+        str(home / f"step-{number}") for number in (1, 2, 3)
+    ]
+
+
+def test_the_home_folder_of_nobody_is_refused(run_file):
+    key = "train.resume_from_checkpoint"
+    text = message_of(run_file, f"{key}=~nosuchuser/x")
+
+    assert f"{key}: ~nosuchuser is the home folder of a user that does not exist" in text
+    assert "'~nosuchuser/x'" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "folder"), [("", ".cache/megakd"), ("~", "."), ("~/fast/cache", "fast/cache")]
+)
+def test_an_empty_cache_variable_is_the_default_and_a_home_folder_is_expanded(
+    home, monkeypatch, value, folder
+):
+    monkeypatch.setenv("MEGAKD_CACHE", value)
+
+    assert cache_folder() == home / folder
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("~/model", "me/model"), ("model/~", "model/~"), ("~no-such-user/x", "~no-such-user/x")],
+)
+def test_the_home_folder_is_put_in_where_a_path_begins_with_it(text, path, monkeypatch):
+    monkeypatch.setenv("HOME", "me")
+
+    assert in_home(text) == Path(path)

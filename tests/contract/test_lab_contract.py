@@ -1,4 +1,4 @@
-"""The lab of a run and the lab of a plan offer what the contract promises to methods."""
+"""What labs and strategies owe each other, and directions of metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
+from megakd.config.schema import variants
 from megakd.contract import lab as contract
+from megakd.contract.metric import lower_is_better
+from megakd.contract.stage import Pass, backward_groups
+from megakd.contract.terms import TermConfig
+from megakd.errors import MegakdError
 from megakd.planning.planning_lab import PlannedPruning, PlanningLab
 from megakd.pruning.builder import ModelPruning
 from megakd.run.run_lab import RunLab
@@ -40,3 +45,25 @@ def test_a_lab_sets_the_attributes_of_the_contract_when_it_is_made(lab):
     assert issubclass(lab, LabBase)
     assert "super().__init__(" in source
     assert [n for n in contract.Lab.__annotations__ if f"self.{n}" not in base] == []
+
+
+PLAN = [Pass(teacher=name) for name in "abc"]
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(None, [3]), (1, [1, 1, 1]), (2, [2, 1]), (5, [3])])
+def test_passes_share_a_backward_up_to_the_size(size, lengths):
+    groups = backward_groups(PLAN, size)
+
+    assert [len(group) for group in groups] == lengths
+    assert [one for group in groups for one in group] == PLAN
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_step_without_a_pass_is_refused_with_what_to_return(size):
+    with pytest.raises(MegakdError, match=r"passes\(\) returned 0 passes .* return a Pass"):
+        backward_groups([], size)
+
+
+def test_lower_is_better_for_losses_and_higher_for_scores():
+    assert all(map(lower_is_better, variants(TermConfig, "loss")))
+    assert not any(map(lower_is_better, ("accuracy", "top1_agreement", "matthews_correlation")))

@@ -162,8 +162,9 @@ def test_every_position_belongs_to_one_source():
 def test_marks_stay_on_the_cpu_where_losses_read_them_without_waiting():
     from megakd.engine.student import device_batch
 
-    batch = batch_of([[4, 5]], [[1, 0]])
-    batch = batch.extended(others={"assistant": batch})._replace(rows=torch.tensor([7]))
+    marks = Extras(is_rollout=torch.tensor([[True, False]]))
+    batch = labelled([[4, 5]], [[1, 1]])._replace(extras=marks, rows=torch.tensor([7]))
+    batch = batch.extended(others={"assistant": batch})
 
     moved = device_batch(batch, torch.device("meta"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, datasets.Dataset]:
     splits = datasets.DatasetDict()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
     return splits
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of files that is the only data set of the Hub."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for name in ("load_dataset", "load_dataset_builder"):
+        read = partial(getattr(datasets, name), str(folder), cache_dir=str(tmp_path / "datasets"))
+        monkeypatch.setattr(datasets, name, lambda *_, read=read: read())
+    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from chat_tokenizers import asked, chat_tokenizer
 from datasets import Dataset, DatasetDict
 from other_process import said_elsewhere
-from tiny_runs import write_jsonl
+from tiny_runs import SENTENCES, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
 from megakd.config.task import TaskConfig
@@ -127,13 +127,6 @@ def test_a_damaged_value_is_computed_again(tmp_path, counts):
         value.write_text(value.read_text(encoding="utf-8").replace("a", "b"), encoding="utf-8")
 
     assert start(tmp_path, type="mlm", dataset=path) == first
-
-
-SENTENCES = [
-    "The student reads the letter of the teacher!",
-    "Letters, students and teachers: 42 naïve words.",
-    "A student writes to another student.",
-]
 
 
 def facts_of(folder: Path) -> str:

@@ -91,13 +91,8 @@ def test_the_table_counts_tokens_targets_truncated_and_dropped_rows(tmp_path):
     cells = ["train", "4", "3", f"{counts.tokens}", f"{counts.targets}", share]
     cells += [f"{prompt + 5}", f"{FRAME + 65}", f"{FRAME + 65}", "1", "1", "0"]
     assert table_lines({"train": counts})[1].split() == cells
-
-
-def test_rows_that_are_too_long_are_dropped_on_request(tmp_path):
-    rows = chats(("Hi", "abc"), ("Hi", "x" * 60))
-    counts = Data(tmp_path, rows, truncation="drop").counts()
-
-    assert (counts.kept, counts.too_long, counts.truncated) == (1, 1, 0)
+    dropped = Data(tmp_path, rows[:2], truncation="drop").counts()
+    assert (dropped.kept, dropped.too_long, dropped.truncated) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(("more", "answer"), [(0, "Hello"), (1, "See you")])
@@ -168,20 +163,6 @@ def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
     assert tokenizer.chat_template == template_of("qwen3")
 
 
-def test_a_folder_of_encoded_conversations_has_the_rows_and_numbers_of_the_run(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(encoded_folder, "TEXTS_PER_SHARD", 4)
-    data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
-    data.write()
-
-    made, run = data.from_folder(), data.encoded()
-
-    assert made.train[:] == run.train[:]
-    assert made.chat == run.chat
-    assert made.content_hash == run.content_hash
-
-
 def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those_of_a_run(
     tmp_path, monkeypatch
 ):
@@ -191,12 +172,17 @@ def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those
     monkeypatch.setattr(tokens, "processes_for", lambda count, each: min(3, count // each) or 1)
     monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
     monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(encoded_folder, "TEXTS_PER_SHARD", 6)
     data = Data(tmp_path, chats(*((f"Question {n}", "x" * 5 * n) for n in range(11))))
 
     data.write()
 
-    assert used == [3, 2, 1]  # 6 and 5 conversations, and the one of the validation split
-    assert data.from_folder().train[:] == data.encoded().train[:]
+    # A shard of 6 conversations, one of 4 and 1, and the one of the validation split.
+    assert used == [3, 2, 1, 1]
+    made, run = data.from_folder(), data.encoded()
+    assert made.train[:] == run.train[:]
+    assert made.chat == run.chat
+    assert made.content_hash == run.content_hash
     used.clear()
     encoder = ChatEncoder(data.tokenizer, data.task, bad=BadRows())
     rows = data.splits.train
@@ -205,16 +191,6 @@ def test_the_conversations_of_a_folder_are_encoded_by_as_many_processes_as_those
     )
     assert sum(map(len, tables)) == len(rows)
     assert used == [1]
-
-
-def test_bad_rows_of_a_folder_are_named_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
-    refused = [{"messages": asked("Hi", f"{n}", system="refused")} for n in range(5)]
-    data = Data(tmp_path, [*refused, *chats(("Hi", "abc"))], family="gemma")
-
-    with pytest.raises(DataError, match="5 rows that cannot be used") as caught:
-        data.write()
-    assert all(f"line {number}: " in str(caught.value) for number in range(1, 6))
 
 
 def test_the_texts_of_conversations_train_a_tokenizer(tmp_path):
@@ -246,16 +222,19 @@ def test_a_template_that_leaves_out_tools_is_named_with_the_number_of_rows(
     assert prompts.counts().lost_tools == loses
 
 
-def test_rows_that_cannot_be_read_or_encoded_are_named_together(tmp_path):
+def test_rows_that_cannot_be_read_or_encoded_are_named_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "ROWS_OF_A_PROCESS", 2)
     good, unread = chats(("Hi", "abc"))[0], {"messages": [{"role": "user"}]}
     with pytest.raises(DataError, match="3 rows that cannot be used") as caught:
         Data(tmp_path, [good, unread, good, unread, unread]).encoded()
     assert [f"line {n}:" in str(caught.value) for n in range(1, 6)] == [0, 1, 0, 1, 1]
 
     refused = [{"messages": asked("Hi", f"{n}", system="no place for this")} for n in range(30)]
-    with pytest.raises(DataError, match="the first 20 rows that cannot be used") as caught:
-        Data(tmp_path / "refused", [good, *refused], family="gemma").encoded()
-    assert str(caught.value).count("the chat template refuses the conversation") == 20
+    data = Data(tmp_path / "refused", [good, *refused], family="gemma")
+    for encode in (data.encoded, data.write):
+        with pytest.raises(DataError, match="the first 20 rows that cannot be used") as caught:
+            encode()
+        assert str(caught.value).count("the chat template refuses the conversation") == 20
 
 
 def test_bad_rows_are_left_out_on_request_and_counted_at_every_start(tmp_path, caplog):

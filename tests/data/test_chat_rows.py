@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +20,6 @@ from megakd.data.chat.conversations import CONVERSATION, Conversation, is_chat
 from megakd.data.choosing import text_hash
 from megakd.data.files import files_table
 from megakd.data.kinds import RowKind, is_blank
-from megakd.data.splits import load_splits
 from megakd.errors import DataError
 
 HELLO = asked("Hi", "Hello")
@@ -30,16 +27,14 @@ CALL = {"name": "add", "arguments": {"a": 2, "b": 2}}
 
 
 @pytest.fixture
-def load(tmp_path):
+def load(load, tmp_path):
     """Load the splits of rows."""
 
-    def load(rows=(), **keys):
+    def of_rows(rows=(), **keys):
         path = str(write_jsonl(tmp_path / "rows.jsonl", rows))
-        files = {"train_files": path} if rows else {}
-        task = TaskConfig(type="causal_lm", **files, **keys)
-        return load_splits(task, seed=0, cache_dir=tmp_path / "cache")
+        return load(type="causal_lm", **({"train_files": path} if rows else {}), **keys)
 
-    return load
+    return of_rows
 
 
 def read(path: Path, **keys: Any) -> list[Conversation]:
@@ -114,15 +109,24 @@ def test_tool_calls_keep_their_arguments_as_they_are(tmp_path, arguments):
         assert messages[1]["content"] == ""
 
 
-@pytest.mark.parametrize("kind", ["objects", "texts", "json columns"])
-def test_null_is_a_value_in_arguments_and_tools(tmp_path, write_rows, kind):
-    given, path = [], tmp_path / "rows.jsonl"
+def calling_rows(**more: Any) -> list[dict[str, Any]]:
+    """Rows with null as a value, and uneven keys in messages, tools and options."""
+    rows = []
     for n in range(9):
-        function = {"name": "f", "arguments": {"until": None, f"key{n % 2}": n}}
+        key = f"key{n % 2}"
+        function = {"name": "f", "arguments": {"until": None, key: n}}
         call = {"type": "function", "function": function, "id": None}
         answer = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
-        tools = [{"type": "function", "function": {"name": "f", "default": None}}]
-        given.append({"messages": [*asked(f"Question {n}"), answer], "tools": tools})
+        tool = {"name": "f", "parameters": {key: {"type": "integer", key: n}}, **more}
+        tools = [{"type": "function", "function": tool}]
+        messages = [*asked(f"Question {n}"), answer]
+        rows.append({"messages": messages, "tools": tools, "chat_template_kwargs": {key: n}})
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["objects", "texts", "json columns"])
+def test_null_is_a_value_in_arguments_and_tools(tmp_path, kind):
+    given, path = calling_rows(default=None), tmp_path / "rows.jsonl"
     if kind == "objects":
         write_jsonl(path, given)
     elif kind == "texts":
@@ -137,19 +141,15 @@ def test_null_is_a_value_in_arguments_and_tools(tmp_path, write_rows, kind):
         [call] = row.messages[1]["tool_calls"]
         assert call.keys() == {"type", "function"}
         assert call["function"]["arguments"] == {"until": None, f"key{n % 2}": n}
+        assert row.options == given[n]["chat_template_kwargs"]
         if kind != "json columns":  # the type of these tools has no key without a null
             assert row.tools == given[n]["tools"]
 
 
 @pytest.fixture
-def parquet(tmp_path, monkeypatch) -> Path:
+def parquet(hub_folder) -> Path:
     """A file, not yet written, that is the only data set of the Hub too."""
-    path = tmp_path / "hub" / "data" / "train-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True)
-    for name in ("load_dataset", "load_dataset_builder"):
-        hub = partial(getattr(datasets, name), str(tmp_path / "hub"), cache_dir=str(tmp_path))
-        monkeypatch.setattr(datasets, name, lambda *_, hub=hub: hub())
-    return path
+    return hub_folder / "train-00000-of-00001.parquet"
 
 
 def all_rows(load: Any, parquet: Path, source: str) -> list[str]:
@@ -175,53 +175,15 @@ def test_keys_that_a_typed_column_adds_are_left_out(load, parquet, source):
     assert arguments == [f"{{'key{n}': {n}}}" for n in range(3)]
 
 
-def test_tools_and_options_of_a_row_are_read_from_json_and_from_lists(tmp_path):
-    tools, options = [{"type": "function", "function": {"name": "add"}}], {"enable_thinking": False}
-    given = {"messages": HELLO, "tools": tools, "chat_template_kwargs": options}
-    texts = {**given, "tools": json.dumps(tools), "chat_template_kwargs": json.dumps(options)}
-
-    for row in (given, texts):
-        assert first_of(tmp_path, row) == Conversation(
-            messages=HELLO, counted=[1], tools=tools, options=options
-        )
-
-
-def test_parquet_and_csv_give_the_rows_of_jsonl(tmp_path, write_rows):
-    rows = [(asked("Hi", f"Hello {n}", system="Be kind"), None) for n in range(4)]
-    texts = [(json.dumps(messages), "") for messages, _ in rows]
-    given = {"jsonl": rows, "parquet": rows, "csv": texts}
-
-    first, *others = (
-        read(write_rows(tmp_path / f"rows.{kind}", values, header=("messages", "tools")))
-        for kind, values in given.items()
-    )
-
-    assert others == [first, first]
-
-
-def mixed_rows() -> list[dict[str, Any]]:
-    """Rows whose messages, tools and options have uneven keys."""
-    rows = []
-    for n in range(40):
-        key = f"key{n % 2}"
-        function = {"name": "f", "parameters": {"properties": {key: {"type": "integer", key: n}}}}
-        call = {"type": "function", "function": {"name": "f", "arguments": {key: n}}}
-        answer = {"content": "", "tool_calls": [call]} if n % 2 else {"content": "No tool fits."}
-        messages = [*asked(f"Question {n}"), {"role": "assistant", **answer}]
-        tools = [{"type": "function", "function": function}]
-        rows.append({"messages": messages, "tools": tools, "chat_template_kwargs": {key: n}})
-    return rows
-
-
 @pytest.mark.parametrize("source", ["file stream", "hub"])
 def test_json_columns_of_datasets_give_the_rows_of_jsonl(load, tmp_path, parquet, source):
-    given = Dataset.from_list(mixed_rows(), on_mixed_types="use_json")
+    given = Dataset.from_list(calling_rows(), on_mixed_types="use_json")
     assert given.features["messages"] == List(Json())
     given.to_parquet(parquet)
 
     actual = all_rows(load, parquet, source)
 
-    expected = read(write_jsonl(tmp_path / "rows.jsonl", mixed_rows()))
+    expected = read(write_jsonl(tmp_path / "rows.jsonl", calling_rows()))
     assert sorted(actual) == sorted(row.to_json() for row in expected)
 
 
@@ -261,18 +223,6 @@ def test_a_row_that_is_no_conversation_is_refused_with_its_place(tmp_path, row, 
         first_of(tmp_path, row, **keys)
 
     assert all(word in str(caught.value) for word in words), caught.value
-
-
-def test_a_stream_has_the_conversations_of_the_files_without_those_held_out(load, tmp_path):
-    rows = [{"messages": asked(f"Question {n}", f"Answer {n}"), "id": n} for n in range(9)]
-    paths = [str(write_jsonl(tmp_path / f"{n}.jsonl", rows[n::2])) for n in range(2)]
-
-    splits = load(train_files=tuple(paths), streaming=True, max_eval_examples=2)
-
-    streamed = [row[CONVERSATION] for row in splits.stream.read()]
-    held = splits.validation["conversation"][:]
-    assert is_chat(splits.train)
-    assert held + streamed == [c.to_json() for path in paths for c in read(Path(path))]
 
 
 def prompts_of(conversations: Iterable[str]) -> Counter[str]:

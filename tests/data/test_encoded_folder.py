@@ -136,7 +136,7 @@ def test_a_call_that_has_written_no_shard_leaves_nothing_in_the_way(tmp_path, mo
     assert plain(other.from_folder()) == plain(other.by_the_run())
 
 
-def test_other_settings_and_another_tokenizer_are_refused_with_both_values(written):
+def test_other_settings_texts_and_tokenizers_are_refused_with_both_values(written, tmp_path):
     with pytest.raises(DataError, match=r"task.max_length: 16 there, 32 here"):
         written.from_folder(max_length=32)
     with pytest.raises(DataError, match=r"task.max_length: 16 there, 32 here.*another folder"):
@@ -144,6 +144,9 @@ def test_other_settings_and_another_tokenizer_are_refused_with_both_values(writt
     written.tokenizer.add_tokens(["another"])
     with pytest.raises(DataError, match=r"tokenizer.tokens: \d+ there, \d+ here"):
         written.from_folder()
+    shutil.rmtree(written.cache)
+    with pytest.raises(DataError, match=r"holds data of other settings or texts \(.*key: "):
+        Data(tmp_path, "classification", count=80).write()
 
 
 def test_the_seed_counts_only_if_it_chooses_labels(written):
@@ -156,13 +159,6 @@ def test_the_seed_counts_only_if_it_chooses_labels(written):
 
     assert first[0] == second[0]
     assert first[1] != second[1]
-
-
-def test_other_texts_are_refused_when_they_are_encoded_into_the_folder(written, tmp_path):
-    shutil.rmtree(written.cache)
-
-    with pytest.raises(DataError, match=r"holds data of other settings or texts \(.*key: "):
-        Data(tmp_path, "classification", count=80).write()
 
 
 def test_another_version_and_a_damaged_file_are_refused(small_shards, written, monkeypatch):

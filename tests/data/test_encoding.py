@@ -1,34 +1,45 @@
-"""Encoded rows: their tokens, keys and batches; no document in a packed row sees another."""
+"""Encoded rows: their tokens, keys, batches and mixtures; no packed document sees another."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import asked, chat_tokenizer
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import unpack
 from slow_tokenizer import Words
+from tiny_runs import write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from megakd.config.task import TaskConfig
+from megakd.config.task import MixtureSource, TaskConfig
 from megakd.data import encoding, token_tables
+from megakd.data.chat.counts import ChatCounts
 from megakd.data.collation import Collator
-from megakd.data.encoding import encode_splits, labelled_only, tokenizer_content
-from megakd.data.splits import Splits
+from megakd.data.encoding import (
+    Encoded,
+    encode_splits,
+    labelled_only,
+    mixed,
+    rows_of_sources,
+    tokenizer_content,
+)
+from megakd.data.splits import Splits, load_splits
 from megakd.data.token_tables import PackedRow, document_ends, pack, windows
 from megakd.errors import DataError
 
@@ -142,7 +153,11 @@ def test_what_the_tokenizer_puts_around_a_text_is_kept_around_a_document():
 
 
 def test_whatever_changes_the_rows_changes_the_key_and_equal_rows_are_read(encode, monkeypatch):
-    other_labels = _texts().train.map(lambda _: {"label": 1})  # under the same content hash
+    # Under the same content hash: other labels, and a column of the file that differs in one text.
+    other_labels = _texts().train.map(lambda _: {"label": 1})
+    other_text = _texts().train.map(
+        lambda row, n: {"text": "b"} if n == 14 else row, with_indices=True
+    )
     changes = (
         {"splits": _texts()._replace(content_hash="other")},
         {"tokenizer": _bert([*WORDS, "##b"])},
@@ -150,6 +165,7 @@ def test_whatever_changes_the_rows_changes_the_key_and_equal_rows_are_read(encod
         {"kind": "regression"},
         {"splits": _texts(29)},
         {"splits": _texts()._replace(train=other_labels)},
+        {"splits": _texts()._replace(train=other_text)},
     )
     first = encode(_texts())
     keys = {encode(**{"splits": _texts(), **change}).content_hash for change in changes}
@@ -274,31 +290,9 @@ def test_labels_and_validity_end_where_the_text_ends():
     assert all(values.dtype == torch.int64 for values in [batch.labels, *batch.inputs.values()])
 
 
-def test_a_micro_batch_of_dummies_gives_finite_outputs():
-    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
-    bert = BertForSequenceClassification(BertConfig(**small, intermediate_size=8)).eval()
-    llama = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=8, use_cache=False)).eval()
-
-    classified = bert(**Collator(_bert(), _task())({}, dummy_rows=2).inputs).logits
-    continued = llama(**Collator(_gpt(), _task("causal_lm"))({}, dummy_rows=2).inputs).logits
-
-    assert classified.isfinite().all()
-    assert continued.isfinite().all()
-
-
 def _labelled(texts: list[str]) -> Splits:
     rows = Dataset.from_dict({"text": texts, "label": [0] * len(texts)})
     return _splits(rows, rows)
-
-
-def test_two_columns_of_one_file_that_differ_in_one_row_are_encoded_separately(encode):
-    """The file, and so the hash of its content, is the same for both choices of the column."""
-    texts = ["a"] * 1000
-    encode(_labelled(texts))
-
-    for place in (1, 998):
-        clean = [*texts[:place], "b", *texts[place + 1 :]]
-        assert encode(_labelled(clean)).train[place]["input_ids"] == [2, 5, 3]
 
 
 def test_every_setting_of_a_tokenizer_changes_the_key(encode):
@@ -431,19 +425,6 @@ def test_with_a_cache_documents_see_each_other_so_models_must_be_called_without(
     assert not torch.allclose(right[batch.valid], wrong[batch.valid], atol=1e-3)
 
 
-def test_no_gradient_flows_from_one_document_to_another():
-    model = _llama()
-    batch = PACKING(_rows([[5, 6, 7], [8, 9]]))
-    embedded = model.get_input_embeddings()(batch.inputs["input_ids"]).detach().requires_grad_()
-
-    out = model(inputs_embeds=embedded, position_ids=batch.inputs["position_ids"]).logits
-    out[0, 3:5].sum().backward()
-
-    assert embedded.grad[0, :3].abs().max() == 0
-    assert embedded.grad[0, 5:].abs().max() == 0
-    assert embedded.grad[0, 3:5].abs().max() > 0
-
-
 @given(st.lists(st.integers(), max_size=200), st.integers(1, 50))
 @settings(max_examples=40)
 def test_windows_lose_nothing_and_are_few_full_and_alike(ids, room):
@@ -478,3 +459,89 @@ def test_a_text_for_mlm_is_cut_into_framed_windows_of_its_own(encode):
 def test_a_window_without_room_for_text_is_refused(encode):
     with pytest.raises(DataError, match=r"task\.max_length is 2, but the tokenizer adds 2 special"):
         encode(_documents(), kind="mlm", max_length=2)
+
+
+# Mixtures: exact shares of every source, chosen by config and seed alone.
+
+TOKENIZER = chat_tokenizer("chatml", merges=False)
+SOURCES = {
+    "chat": [{"messages": asked(f"Question {n}", "Answer")} for n in range(30)],
+    "pairs": [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(9)],
+    "books": [{"text": f"a long text with the number {n}. " * 5} for n in range(12)],
+}
+
+
+def mixture_of(folder: Path, **weights: float) -> TaskConfig:
+    files = {name: str(write_jsonl(folder / f"{name}.jsonl", SOURCES[name])) for name in weights}
+    parts = {n: MixtureSource(files=files[n], weight=weight) for n, weight in weights.items()}
+    held = str(write_jsonl(folder / "held.jsonl", [{"messages": asked("Hi", "Hello")}]))
+    return TaskConfig(type="causal_lm", mixture=parts, validation_files=held, max_length=32)
+
+
+def encoded_of(folder: Path, *, seed: int = 0, **weights: float) -> Encoded:
+    """The rows of an epoch."""
+    given, cache = mixture_of(folder, **weights), folder / "cache"
+    splits = load_splits(given, seed=seed, cache_dir=cache)
+    encoded = encode_splits(splits, TOKENIZER, given, cache_dir=cache)
+    return mixed(encoded, given.mixture or {}, seed=seed)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 10)), min_size=1, max_size=5))
+def test_an_epoch_has_the_shares_of_the_weights_and_every_row(sources):
+    sizes, weights = (np.array(column) for column in zip(*sources, strict=True))
+
+    counts = rows_of_sources(sizes, weights)
+
+    assert (counts >= sizes).all()
+    assert (counts == sizes).any()
+    exact = weights * (sizes / weights).max()
+    assert (np.abs(counts - exact) <= 0.5 + 1e-6).all()
+
+
+def test_rows_are_mixed_by_weight_as_they_are_encoded(tmp_path):
+    """A document of a book is cut into several rows, and each counts."""
+    encoded = encoded_of(tmp_path, chat=0.5, pairs=0.3, books=0.2)
+
+    assert list(encoded.chat) == ["train/chat", "train/pairs", "train/books", "validation"]
+    assert encoded.train.column_names == ["input_ids", "labels", "prompt_length"]
+    tally = encoded.chat["train/books"]
+    assert (tally.rows, encoded.chat["train/chat"].kept) == (12, 30)
+    assert tally.kept > 4 * tally.rows
+    total = tally.kept / 0.2  # the books have the most rows for their weight
+    signs = {"chat": "Question", "pairs": " + 1 ="}
+    texts = TOKENIZER.batch_decode(encoded.train["input_ids"][:])
+    sources = Counter(next((n for n in signs if signs[n] in text), "books") for text in texts)
+    expected = {"chat": round(0.5 * total), "pairs": round(0.3 * total), "books": tally.kept}
+    assert sources == expected
+    counts = Counter(map(tuple, encoded.train["input_ids"][:]))
+    assert len(counts) >= 30 + 9 + 12
+    lengths = [len(ids) for ids in encoded.train["input_ids"][:]]
+    assert encoded.tokens_per_row == pytest.approx(sum(lengths) / len(lengths), rel=0.02)
+
+
+def test_the_rows_of_an_epoch_depend_on_the_seed_and_the_weights_alone(tmp_path):
+    weights = {"chat": 0.6, "pairs": 0.4}
+    first, again, other = (encoded_of(tmp_path, seed=seed, **weights) for seed in (1, 1, 2))
+
+    assert first.train["input_ids"][:] == again.train["input_ids"][:]
+    assert first.train["input_ids"][:] != other.train["input_ids"][:]
+    hashes = {s.content_hash for s in (first, again, other, encoded_of(tmp_path, chat=1, pairs=1))}
+    assert len(hashes) == 3
+
+
+def test_a_source_whose_rows_are_all_left_out_is_refused(tmp_path):
+    given = mixture_of(tmp_path, chat=0.5, pairs=0.5)
+    tally = {"train/chat": ChatCounts(rows=9, kept=9), "train/pairs": ChatCounts(rows=3)}
+    encoded: Any = SimpleNamespace(chat=tally)
+
+    with pytest.raises(DataError, match=r"task\.mixture\.pairs: no row is left .* 3 of its rows"):
+        mixed(encoded, given.mixture or {}, seed=0)
+
+
+def test_a_file_in_two_sources_is_refused(tmp_path):
+    source = mixture_of(tmp_path, chat=0.5).mixture["chat"]
+    twice = TaskConfig(type="causal_lm", mixture={"a": source, "b": source})
+
+    with pytest.raises(DataError, match=r"task\.mixture\.b\.files.*task\.mixture\.a\.files"):
+        load_splits(twice, seed=0, cache_dir=tmp_path / "cache")

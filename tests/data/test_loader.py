@@ -54,33 +54,25 @@ def _loader(count: int, shape: StepShape, seed: int = 3, collate=_collate) -> St
     return StepLoader(_numbered(count), collate, layout=StepLayout(shape), seed=seed)
 
 
-@given(count=COUNTS, per_device=SMALL, accumulation=SMALL, world=SMALL, index=st.integers(0, 20))
-@settings(max_examples=40)
-def test_a_step_has_the_same_rows_however_it_is_dealt(
-    count, per_device, accumulation, world, index
+@given(count=COUNTS, per_device=SMALL, accumulation=SMALL, world=SMALL, epoch=st.integers(0, 3))
+@settings(max_examples=30)
+def test_an_epoch_has_every_row_once_and_the_same_rows_a_step_however_it_is_dealt(
+    count, per_device, accumulation, world, epoch
 ):
     whole = _loader(count, StepShape(per_device * accumulation * world, 1))
     dealt = [
         _loader(count, StepShape(per_device, accumulation, rank, world)) for rank in range(world)
     ]
-
-    rows = [n for loader in dealt for n in _numbers(loader.step(index))]
-
-    assert sorted(rows) == sorted(_numbers(whole.step(index)))
-    assert {loader.steps_per_epoch for loader in dealt} == {whole.steps_per_epoch}
-
-
-@given(count=COUNTS, per_device=SMALL, accumulation=SMALL, world=SMALL)
-@settings(max_examples=20)
-def test_an_epoch_has_every_row_once_in_batches_of_one_size(count, per_device, accumulation, world):
-    seen: Counter[int] = Counter()
+    steps = whole.steps_per_epoch
+    assert {loader.steps_per_epoch for loader in dealt} == {steps}
     size = min(per_device, math.ceil(count / (accumulation * world)))
-    for rank in range(world):
-        loader = _loader(count, StepShape(per_device, accumulation, rank, world))
-        for index in range(loader.steps_per_epoch):
-            batches = loader.step(index)
-            assert [len(batch.labels) for batch in batches] == [size] * accumulation
-            seen.update(_numbers(batches))
+
+    seen: Counter[int] = Counter()
+    for index in range(epoch * steps, (epoch + 1) * steps):
+        batches = [batch for loader in dealt for batch in loader.step(index)]
+        assert [len(batch.labels) for batch in batches] == [size] * accumulation * world
+        assert sorted(_numbers(batches)) == sorted(_numbers(whole.step(index)))
+        seen.update(_numbers(batches))
 
     assert seen == Counter(range(count))
 
@@ -344,17 +336,21 @@ def test_every_row_occurs_once_within_the_budget_and_the_ranks_share_the_tokens(
     assert max(totals) - min(totals) <= max(map(max, by_rank))
 
 
-def test_rows_are_spread_over_the_micro_batches_that_the_ranks_need():
-    # First fit fills three micro-batches, of 24, 24 and 12 tokens; two ranks take four.
-    lengths = np.full(10, 6)
+@pytest.mark.parametrize(
+    ("lengths", "ranks", "budget", "dealt"),
+    [
+        # First fit fills three micro-batches, of 24, 24 and 12 tokens; two ranks take four.
+        ([6] * 10, 2, BUDGET, [[18, 12], [18, 12]]),
+        # Spread evenly: 5 + 4 and 5 + 3 + 3, which is above the budget.
+        ([5, 5, 4, 3, 3], 1, 10, [[10, 10]]),
+    ],
+)
+def test_rows_are_spread_over_the_micro_batches_unless_these_would_exceed_the_budget(
+    lengths, ranks, budget, dealt
+):
+    lengths = np.array(lengths)
 
-    assert [loads(lengths, parts) for parts in micro_batches(lengths, 2)] == [[18, 12], [18, 12]]
-
-
-def test_a_tight_fit_is_kept_where_spreading_would_exceed_the_budget():
-    lengths = np.array([5, 5, 4, 3, 3])  # spread evenly: 5 + 4 and 5 + 3 + 3
-
-    assert [loads(lengths, parts) for parts in micro_batches(lengths, 1, 10)] == [[10, 10]]
+    assert [loads(lengths, parts) for parts in micro_batches(lengths, ranks, budget)] == dealt
 
 
 @given(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -37,14 +38,9 @@ def jsonl(tmp_path):
 
 
 @pytest.fixture
-def load(tmp_path):
+def load(load):
     """Load the splits of a task that streams."""
-
-    def load(kind="mlm", **keys):
-        given = TaskConfig(type=kind, streaming=True, **keys)
-        return load_splits(given, seed=1, cache_dir=tmp_path / "cache")
-
-    return load
+    return partial(load, type="mlm", streaming=True)
 
 
 def streamed(splits):
@@ -150,21 +146,13 @@ def test_a_tokenizer_is_not_trained_on_a_stream(load, jsonl, tmp_path):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(hub_folder):
     """Write a split of the only data set of the Hub."""
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    original = datasets.load_dataset_builder
-
-    def builder(name, configuration):
-        assert (name, configuration) == ("user/corpus", None)
-        return original(str(folder), cache_dir=str(tmp_path / "datasets"))
 
     def write(split, words):
         table = pa.table({"text": list(words), "url": [f"u{word}" for word in words]})
-        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+        pq.write_table(table, hub_folder / f"{split}-00000-of-00001.parquet")
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     return write
 
 
@@ -240,9 +228,9 @@ def test_a_bad_conversation_of_a_stream_is_named_or_left_out(load, jsonl, tmp_pa
     keys = {"train_files": str(train), "validation_files": jsonl("held", good)}
 
     with pytest.raises(DataError, match="line 2"):
-        streamed(load("causal_lm", **keys))
+        streamed(load(type="causal_lm", **keys))
 
-    assert len(streamed(load("causal_lm", **keys, bad_rows="drop"))) == 2
+    assert len(streamed(load(type="causal_lm", **keys, bad_rows="drop"))) == 2
     assert "a row is left out (task.bad_rows: drop): " in caplog.text
 
 
@@ -267,28 +255,30 @@ def test_a_stream_has_the_texts_of_the_files_as_without_streaming(
     assert texts_of(stream(*paths))  # a second time
 
 
-def test_columns_of_conversations_may_begin_with_any_row(tmp_path, write_rows, jsonl):
-    chat = asked("Hi", "Hello")
+def test_columns_of_conversations_may_begin_with_any_row_of_any_format(tmp_path, write_rows, jsonl):
+    chat = asked("Hi", "Hello", system="Be kind")
     tools, options = [{"type": "function", "function": {"name": "add"}}], {"effort": "low"}
     rows = [{"messages": chat}] * 3 + [
         {"messages": chat, "tools": tools},
         {"chat_template_kwargs": options, "id": 7, "messages": chat},
     ]
-    columns = ("tools", "messages")
-    csv = [(json.dumps(tools), json.dumps(chat))]
+    columns = ("tools", "messages", "chat_template_kwargs")
+    typed = [(tools, chat, options), (None, chat, None)]
+    texts = [(json.dumps(tools), json.dumps(chat), json.dumps(options)), ("", json.dumps(chat), "")]
     paths = (
         jsonl("0", rows[:1]),
         jsonl("1", rows),
-        write_rows(tmp_path / "2.parquet", [(tools, chat)], header=columns),
-        write_rows(tmp_path / "3.csv", csv, header=columns),
+        write_rows(tmp_path / "2.parquet", typed, header=columns),
+        write_rows(tmp_path / "3.csv", texts, header=columns),
     )
 
     read = stream(*paths, kind="causal_lm").read()
 
-    rows = [Conversation.from_json(row[CONVERSATION]) for row in read]
-    plain = (None, {})
-    expected = [*[plain] * 4, (tools, {}), (None, options), (tools, {}), (tools, {})]
-    assert [(row.tools, row.options) for row in rows] == expected
+    plain = Conversation(messages=chat, counted=[2])
+    both = replace(plain, tools=tools, options=options)
+    expected = [*[plain] * 4, replace(plain, tools=tools), replace(plain, options=options)]
+    expected += [both, plain] * 2
+    assert [Conversation.from_json(row[CONVERSATION]) for row in read] == expected
 
 
 @pytest.mark.parametrize(

@@ -200,17 +200,12 @@ def test_a_tokenizer_without_a_mask_token_is_refused_for_mlm_alone(load, folder)
         ("some/where/else", 'task.tokenizer "some/where/else": the folder does not exist'),
         # tests/conftest.py sets HF_HUB_OFFLINE
         ("no-one/nothing", '"no-one/nothing" is not a local folder and cannot be loaded'),
+        ("{bare}", r"bare.* has no tokenizer files; the folder must hold tokenizer\.json, v"),
     ],
 )
-def test_a_tokenizer_that_is_not_there_is_named(load, spec, message):
+def test_a_tokenizer_that_is_not_there_is_named(load, folder, spec, message):
     with pytest.raises(DataError, match=message):
-        load(spec)
-
-
-def test_a_folder_without_tokenizer_files_says_what_was_looked_for(load, folder):
-    message = r"has no tokenizer files; the folder must hold tokenizer\.json, v"
-    with pytest.raises(DataError, match=message):
-        load(folder)
+        load(spec.format(bare=folder))
 
 
 # Empty objects and cut files fail in different places of transformers and tokenizers.

@@ -1,13 +1,18 @@
 import os
 import re
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 
+import psutil
 import pytest
 from forked_ranks import start_rank
+from torch.utils.file_baton import FileBaton
 
 from megakd.engine import distributed, nodes
 from megakd.engine.collectives import backend_for, node_name
+from megakd.engine.distributed import remove_dead_locks
 from megakd.engine.peers import reports_lost_peer
 from megakd.errors import ConfigError, MegakdError, PeerLostError
 
@@ -18,7 +23,8 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTE
 def _no_launcher(monkeypatch):
     """An environment without a launcher, put back afterwards."""
     slurm = [name for name in os.environ if name.startswith("SLURM_")]
-    for name in (*PLACE, "LOCAL_WORLD_SIZE", "CROSS_RANK", "GROUP_RANK", *slurm):
+    others = ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "GLOO_SOCKET_IFNAME")
+    for name in (*PLACE, "LOCAL_WORLD_SIZE", "CROSS_RANK", "GROUP_RANK", *others, *slurm):
         monkeypatch.setenv(name, "")  # remembered, so that it is restored
         monkeypatch.delenv(name)
 
@@ -149,9 +155,8 @@ def test_nodes_that_gloo_cannot_connect_are_one_line_that_names_the_interface(
 )
 def test_gloo_takes_the_interface_of_nccl_if_it_has_a_plain_name(monkeypatch, nccl, gloo, taken):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", nccl)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo or "")
-    if gloo is None:
-        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    if gloo is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", gloo)
 
     distributed._share_interface()
 
@@ -191,9 +196,6 @@ def threads(monkeypatch):
     monkeypatch.setattr(distributed.torch, "set_num_threads", collected.append)
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(distributed.os, "cpu_count", lambda: 64)
-    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID", "SLURM_CPUS_PER_TASK"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     return collected
 
@@ -274,3 +276,110 @@ def test_launchers_on_one_host_are_nodes_by_the_number_that_they_give(monkeypatc
     assert node_name() == host
     monkeypatch.setenv(variable, "1")
     assert node_name() == f"{host} (node 1)"
+
+
+@pytest.fixture(autouse=True)
+def _few_processes(monkeypatch):
+    """Look at the processes of this test alone; a busy host has hundreds of others."""
+    this = psutil.Process()
+    monkeypatch.setattr(psutil, "process_iter", lambda: [this, *this.children()])
+
+
+@pytest.fixture
+def lock(tmp_path):
+    path = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    return path
+
+
+def test_a_lock_stays_as_long_as_another_process_holds_it_open(lock, tmp_path, caplog):
+    program = "import sys; file = open(sys.argv[1], 'r+b'); print(flush=True); input()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(lock)], stdin=pipe, stdout=pipe
+    ) as other:
+        other.stdout.readline()
+
+        assert remove_dead_locks(tmp_path) == []
+        assert lock.exists()
+        other.communicate(b"\n")
+
+    assert remove_dead_locks(tmp_path) == [lock]
+    assert not lock.exists()
+    assert f"removed the lock {lock}" in caplog.text
+
+
+def test_a_lock_that_a_start_opens_while_another_looks_stays(lock, tmp_path, monkeypatch):
+    opened = []
+    move_aside = distributed._move_aside
+
+    def open_first(path, version):
+        opened.append(path.open("r+b"))
+        return move_aside(path, version)
+
+    monkeypatch.setattr(distributed, "_move_aside", open_first)
+
+    assert remove_dead_locks(tmp_path) == []
+    assert lock.exists()
+    opened[0].close()
+
+
+def test_a_lock_that_a_start_creates_under_a_name_just_freed_is_not_touched(
+    lock, tmp_path, monkeypatch
+):
+    looks = []
+
+    def create_at_second_look():
+        looks.append(lock.exists())
+        if len(looks) == 2:
+            lock.write_text("new")
+        return iter(())
+
+    monkeypatch.setattr(distributed, "_files_in_use", create_at_second_look)
+
+    assert remove_dead_locks(tmp_path) == [lock]
+    assert looks == [True, False]
+    assert lock.read_text() == "new"
+    assert [path.name for path in lock.parent.iterdir()] == [lock.name]
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """A living run that loads an extension."""
+    baton = FileBaton(str(tmp_path / "lock"))
+    assert baton.try_acquire()
+    return baton
+
+
+def test_a_run_that_releases_its_lock_during_the_look_is_not_disturbed(
+    owner, tmp_path, monkeypatch
+):
+    files_in_use = distributed._files_in_use
+
+    def release_meanwhile():
+        result = list(files_in_use())
+        owner.release()
+        return result
+
+    monkeypatch.setattr(distributed, "_files_in_use", release_meanwhile)
+
+    assert remove_dead_locks(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_run_that_starts_during_the_look_is_not_touched(tmp_path, monkeypatch):
+    dead, baton = tmp_path / "lock", FileBaton(str(tmp_path / "lock"))
+    dead.touch()
+
+    def start_meanwhile():
+        if baton.fd is None:
+            dead.unlink()
+            assert baton.try_acquire()
+        return iter(())
+
+    monkeypatch.setattr(distributed, "_files_in_use", start_meanwhile)
+
+    assert remove_dead_locks(tmp_path) == []
+    baton.release()
+    assert list(tmp_path.iterdir()) == []

@@ -1,49 +1,40 @@
-"""Work of two ranks with sharded models; `test_sharding.py` starts it and reads the results."""
+"""Models that ZeRO 3 shards on two ranks: loaded, read out, gathered and set."""
 
 from __future__ import annotations
 
 import gc
-import json
+import re
 import shutil
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
+from equal_runs import ZERO3
 from safetensors.torch import load_file, save_file
+from tiny_runs import bert, llama, shape_of
+from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from megakd.config.models import ScratchModel
 from megakd.config.task import TaskConfig
-from megakd.engine import distributed
 from megakd.engine.sharding import gathered, gathered_state, is_sharded, set_values
 from megakd.errors import ModelError
 from megakd.models.loading import load_model, resolve_model
 
-# A threshold of 0 shards the small tensors too; the default would leave this whole model alone.
-ZERO3 = {
-    "zero_optimization": {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,
-        "memory_efficient_linear": False,
-    }
-}
 ZERO3_OFFLOAD = {
     "zero_optimization": {**ZERO3["zero_optimization"], "offload_param": {"device": "cpu"}}
 }
-INPUT_IDS = torch.arange(2, 26).reshape(2, 12)
-NAMES = ("a", "b", "c")
 
 
 def load(spec, kind, ds, **changes):
     task = TaskConfig(type=kind, dataset="d", max_length=32)
     source = resolve_model(spec, task, where="teacher.model")
     facts = {
-        "label_names": NAMES if kind == "classification" else (),
+        "label_names": ("a", "b", "c") if kind == "classification" else (),
         "tokenizer_size": 300,
         "dtype": torch.float32,
         "seed": 7,
@@ -52,21 +43,17 @@ def load(spec, kind, ds, **changes):
     return load_model(source, task=task, ds=ds, **{**facts, **changes})
 
 
-def shards(model):
-    local = sum(parameter.ds_tensor.numel() for parameter in model.parameters())
-    return local, sum(parameter.ds_numel for parameter in model.parameters())
-
-
 def states(folder):
     """The state of sharded models, read out whole."""
     results = {}
-    for name, ds in (("sharded", ZERO3), ("offloaded", ZERO3_OFFLOAD), ("plain", None)):
+    for name, ds in (("sharded", ZERO3), ("offloaded", ZERO3_OFFLOAD)):
         loaded = load(folder, "causal_lm", ds)
         results[f"loaded/{name}"] = dict(gathered_state(loaded))
         results[f"is_sharded/{name}"] = is_sharded(loaded)
     model = load(folder, "causal_lm", ZERO3)
     results["tied"] = model.lm_head.weight is model.model.embed_tokens.weight
-    results["shards"] = shards(model)
+    sizes = ((parameter.ds_tensor.numel(), parameter.ds_numel) for parameter in model.parameters())
+    results["shards"] = tuple(map(sum, zip(*sizes, strict=True)))
     half = load(folder, "causal_lm", ZERO3, dtype=torch.bfloat16)
     results["dtypes"] = {parameter.dtype for parameter in half.parameters()}
     results["rotary"] = half.model.rotary_emb.inv_freq
@@ -76,7 +63,7 @@ def states(folder):
 def independence(folder):
     """One model's sharding must not reach the next, in either order, switch set or not."""
     results = {}
-    teacher = load(folder, "causal_lm", ZERO3)
+    load(folder, "causal_lm", ZERO3)
     results["plain after sharded"] = is_sharded(load(folder, "causal_lm", None))
     switch = HfDeepSpeedConfig({**ZERO3, "train_micro_batch_size_per_gpu": 1})
     results["plain under the switch"] = is_sharded(load(folder, "causal_lm", None))
@@ -85,22 +72,15 @@ def independence(folder):
     gc.collect()
     results["sharded after plain"] = is_sharded(load(folder, "causal_lm", ZERO3))
     results["switch unset"] = not is_deepspeed_zero3_enabled()
-    engine, *_ = deepspeed.initialize(
-        model=teacher.eval().requires_grad_(requires_grad=False),
-        config={**ZERO3, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0},
-    )
-    with torch.no_grad():
-        results["logits"] = engine(INPUT_IDS).logits
     return results
 
 
 def opening(folder):
-    """Return the effect of `gathered` on tied, open, plain and modified parameters."""
+    """Return the effect of `gathered` on tied, open and modified parameters."""
     model = load(folder, "causal_lm", ZERO3)
     weight, norm = model.model.embed_tokens.weight, model.model.norm.weight
-    plain = torch.nn.Parameter(torch.ones(3))
     results = {"closed": weight.numel()}
-    with gathered([weight, model.lm_head.weight, plain]):
+    with gathered([weight, model.lm_head.weight]):
         results["open"] = tuple(weight.shape)
         with gathered([weight, norm]):
             results["inner"] = (weight.numel(), norm.numel())
@@ -112,8 +92,6 @@ def opening(folder):
     set_values(norm, torch.arange)
     with gathered([norm]):
         results["set closed"] = norm.detach().clone()
-    with gathered(iter([plain])):
-        results["plain"] = plain.detach().clone()
     return results
 
 
@@ -132,7 +110,7 @@ def of_other_files(folder, output):
     return {"other files": ""}
 
 
-def sent_to_load(folder, spec):
+def sent_to_load(folder):
     """Return the number of collectives of tensors that it takes to load and to draw a model."""
     comm, count = partition_parameters.dist, []
     names = ("broadcast", "all_gather_into_tensor", "allgather_fn", "all_gather")
@@ -141,20 +119,96 @@ def sent_to_load(folder, spec):
             patches.enter_context(
                 patch.object(comm, name, lambda *_, **__: count.append(1), create=True)
             )
-        for one in (folder, spec):
-            load(one, "causal_lm" if one is folder else "classification", ZERO3)
+        load(folder, "causal_lm", ZERO3)
+        load(ScratchModel(**bert(2)), "classification", ZERO3)
     return {"sent": len(count)}
 
 
-def main(folder, scratch, output):
-    torch.set_num_threads(1)
-    distributed.start()
-    spec = ScratchModel(config=json.loads(scratch))
+def everything(folder, output):
     results = {**states(folder), **independence(folder), **opening(folder)}
-    results |= of_other_files(folder, output) | sent_to_load(folder, spec)
-    torch.save(results, Path(output) / f"rank{dist.get_rank()}.pt")
-    distributed.stop()
+    return results | of_other_files(folder, output) | sent_to_load(folder)
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    config = shape_of(llama(2), vocab_size=300, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(workers, llama_folder, tmp_path_factory):
+    """The results of both ranks, from one call."""
+    folders = str(llama_folder), str(tmp_path_factory.mktemp("ranks"))
+    return workers(2).run("test_sharded_models.everything", *folders)
+
+
+@pytest.mark.parametrize("how", ["sharded", "offloaded"])
+def test_loaded_weights_read_out_whole_are_those_of_the_file(ranks, llama_folder, how):
+    state = ranks[0][f"loaded/{how}"]
+
+    stored = load_file(llama_folder / "model.safetensors")
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[name], stored[name]) for name in stored)
+    assert ranks[0][f"is_sharded/{how}"]
+
+
+def test_the_other_rank_reads_nothing_out_but_takes_part(ranks):
+    state = ranks[1]["loaded/sharded"]
+
+    assert state.keys() == ranks[0]["loaded/sharded"].keys()
+    assert all(value.numel() == 0 for value in state.values())
+
+
+def test_each_rank_holds_half_and_a_tied_head_once(ranks, llama_folder):
+    total = sum(value.numel() for value in load_file(llama_folder / "model.safetensors").values())
+
+    assert [rank["shards"] for rank in ranks] == [(total // 2, total)] * 2
+    assert ranks[0]["tied"]
+
+
+def test_a_sharded_bf16_model_keeps_its_rotary_tables_in_fp32(ranks, llama_folder):
+    reference = AutoModelForCausalLM.from_pretrained(llama_folder).model.rotary_emb.inv_freq
+
+    assert ranks[0]["dtypes"] == {torch.bfloat16}
+    assert torch.equal(ranks[0]["rotary"], reference)
+
+
+def test_loading_one_model_never_changes_how_the_next_loads(ranks):
+    expected = {
+        "plain after sharded": False,
+        "plain under the switch": False,
+        "switch still set": True,
+        "sharded after plain": True,
+        "switch unset": True,
+    }
+
+    assert [{key: rank[key] for key in expected} for rank in ranks] == [expected, expected]
+
+
+def test_opening_leaves_what_is_open_to_its_owner(ranks):
+    result = ranks[1]
+
+    assert result["closed"] == 0
+    assert result["open"] == (300, 16)
+    assert result["inner"] == (300 * 16, 16)
+    assert result["after inner"] == ((300, 16), 0)
+
+
+def test_what_rank_0_writes_goes_to_all_ranks_and_each_rank_sets_its_part_of_values(ranks):
+    for rank in ranks:
+        assert torch.equal(rank["modified"], torch.full((16,), 10.0))
+        assert torch.equal(rank["set closed"], torch.arange(16.0))
+
+
+def test_weights_are_loaded_and_drawn_without_sending_any(ranks):
+    assert [rank["sent"] for rank in ranks] == [0, 0]
+
+
+def test_ranks_that_would_read_other_weights_are_told(ranks):
+    for rank in ranks:
+        assert re.match(
+            r"teacher.model: \S+ holds other weights for rank 1 on \S+ than for rank 0 on ",
+            rank["other files"],
+        )
