@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megakd.contract import lab as contract
-from megakd.planning.planning_lab import PlannedPruning, PlanningLab
+from megakd.planning.planning_lab import PlanningLab
 from megakd.pruning.builder import ModelPruning
 from megakd.run.run_lab import RunLab
 from megakd.training.recipes import LabBase
@@ -23,7 +23,7 @@ def parameters(function: Any) -> list[tuple[str, object, object]]:
     ("kind", "promised"),
     [
         *((kind, contract.Lab) for kind in (RunLab, PlanningLab)),
-        *((kind, contract.Pruning) for kind in (ModelPruning, PlannedPruning)),
+        *((kind, contract.Pruning) for kind in (ModelPruning, PlanningLab)),
     ],
 )
 def test_a_lab_takes_the_arguments_that_the_contract_names(kind, promised):
