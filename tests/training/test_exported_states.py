@@ -18,7 +18,7 @@ from megakd.errors import ServerError
 from megakd.models.loading import resolve_model
 from megakd.models.next_tokens import Readout, load_readout
 from megakd.models.source import ModelSource
-from megakd.servers.teachers import check_states, states_replicas
+from megakd.servers.teachers import check_states, teacher_replicas
 
 TEXTS = [(5, 8, 30, 2), (7, 9), (1, 2, 3, 4, 5, 6)]
 TASK = TaskConfig(type="causal_lm", dataset="d", max_length=32)
@@ -56,7 +56,7 @@ def checked(folder: Path, readout: Readout, *stubs: Exporting) -> Any:
     server = TeacherServerConfig(
         url=tuple(stub.url for stub in stubs), states=folder / "states", time_limit=20
     )
-    replicas = states_replicas(server, folder / "states", source_of(folder))
+    replicas: Any = teacher_replicas(server, source_of(folder))
     return check_states(replicas, ["tiny"] * len(stubs), TEXTS, readout)
 
 
