@@ -47,6 +47,7 @@ from megakd.reports.quantities import paired_ratio
 from megakd.reports.report_file import environment
 from megakd.reports.samples import samples_of
 from megakd.reports.table import generation_reports, largest
+from megakd.run.finished_run import FORMATS
 from megakd.run.run_lab import RunLab
 from megakd.run.teacher_pool import Measured
 from megakd.scoring.watches import text_warnings
@@ -256,8 +257,6 @@ def _in_format(
     lab: RunLab, name: str, student: Path, metrics: Mapping[str, float]
 ) -> FormatReport | None:
     """Return size and scores of the student in a format; None if it cannot be written in it."""
-    from megakd.run.formats import FORMATS
-
     form, folder = FORMATS[name], lab.config.output_dir / FORMATS_FOLDER / name
     place, restored = folder / form.place, folder / "restored"
 
