@@ -34,14 +34,7 @@ from megakd.models.second_vocabulary import SecondSize, build_second_vocabulary
 from megakd.models.source import ModelSource, ReadyTeacher
 from megakd.planning.cluster import Cluster, Device
 from megakd.planning.planning_lab import Phase
-from megakd.planning.tracing import (
-    VALUELESS,
-    Inventory,
-    Parameter,
-    Trace,
-    repeat_alike,
-    trace_call,
-)
+from megakd.planning.tracing import VALUELESS, Inventory, Parameter, Trace, repeat_alike, trace_call
 from megakd.pruning.importance import GateGradients
 from megakd.teachers.frozen import FrozenModel
 from megakd.training.assembly import second_sizes

@@ -21,15 +21,7 @@ from megakd.config.task import TaskConfig, TokenizerConfig
 from megakd.config.train import TrainConfig, learning_rate_schedule, total_steps
 from megakd.contract.lab import TimedWork
 from megakd.contract.stage import Stage, StageResult
-from megakd.contract.tasks import (
-    AUTO,
-    FROM_TEACHER,
-    LANGUAGE_TASKS,
-    STUDENT,
-    STUDENT_BASE,
-    TEACHER,
-    Dtype,
-)
+from megakd.contract.tasks import AUTO, LANGUAGE_TASKS, STUDENT, TEACHER, Dtype
 from megakd.contract.views import View
 from megakd.data.loader import rows_with_targets
 from megakd.data.step_layout import StepShape
@@ -89,11 +81,9 @@ class Phase:
 
 def planned_sources(config: RunConfig) -> dict[str, ModelSource]:
     """Return the models of the config by role, with matching vocabularies and classes."""
-    specs: dict[str, Any] = {**config.teacher_specs, STUDENT: config.student}
     sources = {
         role: resolve(spec, config, role, with_weights=False)
-        for role, spec in specs.items()
-        if spec.model not in (FROM_TEACHER, STUDENT_BASE)
+        for role, spec in config.loaded_models.items()
     }
     sources = with_student(config, sources)
     vocabulary, size = config.method.own_vocabulary, _vocabulary(config.task, sources)
