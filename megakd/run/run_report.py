@@ -96,7 +96,10 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         assistants=assistants,
         baselines={name: reports[name]["metrics"] for name in baselines},
         candidates=lab.record.candidates,
-        stages=[_stage_entry(result) for result in lab.results],
+        stages=[
+            cast("StageReport", {key: getattr(made, key) for key in StageReport.__annotations__})
+            for made in lab.results
+        ],
         speedup=_speedup(latency, teacher),
         latency=latency,
         cost=lab.record.cost,
@@ -122,10 +125,6 @@ def report_of(lab: RunLab, student: StageResult, baselines: Mapping[str, StageRe
         shutil.rmtree(out / FORMATS_FOLDER, ignore_errors=True)
     report["warnings"] = on_main(lambda: _warnings(report, out / "metrics.jsonl"))
     return report
-
-
-def _stage_entry(result: StageResult) -> StageReport:
-    return cast("StageReport", {key: getattr(result, key) for key in StageReport.__annotations__})
 
 
 def _warnings(report: Report, log: Path) -> list[WarningReport]:

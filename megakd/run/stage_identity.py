@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megakd.config.rollout import RolloutConfig
+from megakd.config.train import TrainConfig
 from megakd.contract.plugins import code_of
+from megakd.contract.stage import Stage
 from megakd.data.files import matching_files
+from megakd.engine.distributed import Ranks
 from megakd.errors import MegakdError
 from megakd.inputs.precision import training_dtype
 from megakd.storage.fingerprint import Fingerprint, files_identity, flatten
+from megakd.training.assembly import Assembly
 from megakd.training.stage_extra import step_shape
 from megakd.training.stage_folder import ROWS_PER_STEP
-
-if TYPE_CHECKING:
-    from megakd.config.rollout import RolloutConfig
-    from megakd.config.train import TrainConfig
-    from megakd.contract.stage import Stage
-    from megakd.engine.distributed import Ranks
-    from megakd.training.assembly import Assembly
 
 _PLAIN = (str, int, float, bool, type(None))
 SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_rank")
