@@ -35,10 +35,15 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     with other ranks. The stage is complete, see `recipes.completed`, and its teachers are ready.
     """
     config = assembly.config
+    (_, learner), *beside = assembly.learners(stage).items()
     tree: dict[str, Any] = {
         "seed": config.seed,
         **assembly.of(stage.role).conditions,
-        **_learners(stage, assembly),
+        "model": assembly.identity_of(learner),
+        **{
+            f"{role} (learns)": {**assembly.identity_of(source), "rate": stage.learners[role]}
+            for role, source in beside
+        },
         "train": _training(stage.train, assembly.ranks),
         "objective": [asdict(term) | code_of(term) for term in stage.objective],
         "labelled_only": stage.labelled_only,
@@ -64,17 +69,6 @@ def stage_identity(stage: Stage, assembly: Assembly) -> Fingerprint:
     if config.method.reads_rows(stage):
         tree["mixed_rows"] = assembly.method_rows.key
     return flatten(tree)
-
-
-def _learners(stage: Stage, assembly: Assembly) -> Mapping[str, Any]:
-    student, *beside = assembly.learners(stage).items()
-    return {
-        "model": assembly.identity_of(student[1]),
-        **{
-            f"{role} (learns)": {**assembly.identity_of(source), "rate": stage.learners[role]}
-            for role, source in beside
-        },
-    }
 
 
 def _teacher(assembly: Assembly, name: str) -> Mapping[str, Any]:
